@@ -1,0 +1,151 @@
+"""What a model is: dimensions shared by all layers, and one block description per layer.
+
+`ModelConfig` describes a gpt-oss network in which every layer may have its own number of experts and its own
+attention window, which is the search space of Puzzle for mixture-of-experts models (arXiv 2602.11937). A parent and
+its children differ in `blocks` alone (and, for long contexts, in the YaRN factor).
+
+No arrays and no JAX here, so that a configuration can be read, checked and counted anywhere.
+Left out: file formats; `puzzle_jax.convert_hf.config_json` reads and writes config.json.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+
+from puzzle_jax.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """One layer's choices.
+
+    Attributes:
+      num_experts: experts in the layer's mixture.
+      window: keys that a query sees, itself included; None is full causal attention.
+    """
+
+    num_experts: int
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        _require_int("num_experts", self.num_experts, minimum=1)
+        if self.window is not None:
+            _require_int("window", self.window, minimum=1)
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding with YaRN scaling (arXiv 2309.00071); factor 1 is plain RoPE.
+
+    Attributes:
+      theta: base of the rotary frequencies.
+      factor: context extension; frequencies below the ramp are divided by it.
+      beta_fast, beta_slow: rotations over `original_context` that bound the ramp.
+      original_context: tokens of context before extension.
+      truncate: round the ramp's bounds to whole dimensions (False in gpt-oss).
+    """
+
+    theta: float = 150_000.0
+    factor: float = 32.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    original_context: int = 4096
+    truncate: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.theta > 1.0:
+            raise ConfigError(f"rope theta is {self.theta}, but must be above 1")
+        if not self.factor >= 1.0:
+            raise ConfigError(f"rope factor is {self.factor}, but must be at least 1")
+        if not self.beta_fast > self.beta_slow > 0:
+            raise ConfigError(
+                f"rope beta_fast is {self.beta_fast} and beta_slow {self.beta_slow}, "
+                "but beta_fast must be above beta_slow and both above 0"
+            )
+        _require_int("rope original_context", self.original_context, minimum=1)
+
+    @property
+    def magnitude(self) -> float:
+        """The factor on both cosine and sine that YaRN prescribes, 0.1 ln(factor) + 1."""
+        return 1.0 if self.factor == 1.0 else 0.1 * math.log(self.factor) + 1.0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A gpt-oss network with one `BlockConfig` per layer.
+
+    Raises `ConfigError`, naming field, value and rule, when a dimension is impossible.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    experts_per_token: int
+    blocks: tuple[BlockConfig, ...]
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    max_position: int = 131_072
+    rms_norm_eps: float = 1e-5
+    swiglu_limit: float = 7.0
+
+    def __post_init__(self) -> None:
+        names = ("vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim")
+        for name in (*names, "experts_per_token", "max_position"):
+            _require_int(name, getattr(self, name), minimum=1)
+        if not self.blocks:
+            raise ConfigError("blocks is empty, but a model needs at least one layer")
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"num_heads is {self.num_heads}, but must be a multiple of num_kv_heads ({self.num_kv_heads})"
+            )
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim is {self.head_dim}, but rotary embeddings need an even number")
+        if not self.rms_norm_eps > 0:
+            raise ConfigError(f"rms_norm_eps is {self.rms_norm_eps}, but must be above 0")
+        if not self.swiglu_limit > 0:
+            raise ConfigError(f"swiglu_limit is {self.swiglu_limit}, but must be above 0")
+        for index, block in enumerate(self.blocks):
+            if block.num_experts < self.experts_per_token:
+                raise ConfigError(
+                    f"layer {index} has num_experts {block.num_experts}, "
+                    f"but at least experts_per_token ({self.experts_per_token}) are needed"
+                )
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def heads_per_kv(self) -> int:
+        """Query heads that share one key-value head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def query_width(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def is_homogeneous(self) -> bool:
+        """Whether a plain `gpt_oss` checkpoint can say it: one expert count, and windows that alternate with full
+        attention in the given order with a single width."""
+        counts = {block.num_experts for block in self.blocks}
+        windows = {block.window for block in self.blocks if block.window is not None}
+        return len(counts) == 1 and len(windows) <= 1
+
+    def with_blocks(self, blocks: tuple[BlockConfig, ...]) -> ModelConfig:
+        """The same model with other blocks; their number must stay."""
+        if len(blocks) != len(self.blocks):
+            raise ConfigError(f"{len(blocks)} blocks were given for a model of {len(self.blocks)} layers")
+        return replace(self, blocks=tuple(blocks))
+
+
+def _require_int(name: str, value: object, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ConfigError(f"{name} is {value!r}, but must be a whole number of at least {minimum}")

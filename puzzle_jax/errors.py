@@ -1,0 +1,21 @@
+"""Errors that a user can mend.
+
+Every command line turns a `PuzzleError` into one sentence on stderr and exit code 2; any other exception is a bug
+and keeps its traceback.
+"""
+
+
+class PuzzleError(Exception):
+    """Something the user gave cannot be used; the message names file, field, value and what would do."""
+
+
+class ConfigError(PuzzleError):
+    """A model description, recipe or setting is invalid."""
+
+
+class CheckpointError(PuzzleError):
+    """A checkpoint directory is missing, damaged, or not of a known kind."""
+
+
+class InfeasibleError(PuzzleError):
+    """No architecture of the search space meets the target; the message names the limits and what is reachable."""

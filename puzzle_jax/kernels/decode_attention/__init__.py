@@ -1,0 +1,40 @@
+"""Attention of one new token per row against its cache.
+
+The cache of a layer is a ring: position p lies in slot p mod slots, so a windowed layer needs as many slots as its
+window and a full one as many as the context. What a slot holds follows from the row's length alone.
+Implementations: `reference`, plain XLA, which serves every platform so far.
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Array, Float, Int
+
+from puzzle_jax.kernels.decode_attention import reference
+from puzzle_jax.kernels.dispatch import dispatch
+
+IMPLEMENTATIONS = {"reference": reference.decode_attention}
+
+
+def decode_attention(
+    q: Float[Array, "batch heads dim"],
+    k_cache: Float[Array, "batch slots kv_heads dim"],
+    v_cache: Float[Array, "batch slots kv_heads dim"],
+    sinks: Float[Array, "heads"],
+    positions: Int[Array, "batch"],
+    *,
+    window: int | Int[Array, "#batch"] | None,
+    implementation: str | None = None,
+) -> Float[Array, "batch heads dim"]:
+    """Attends from position `positions` of each row, whose key and value are already in the cache.
+
+    Args:
+      q: rotated queries.
+      k_cache, v_cache: rotated keys and values; slot s holds the last position p <= positions with p mod slots = s.
+      sinks: one unscaled logit per query head.
+      positions: position of the query in its row.
+      window: as in `window_attention`; slots older than it are not seen.
+      implementation: pins one of `IMPLEMENTATIONS`.
+    """
+    return dispatch(
+        "decode_attention", IMPLEMENTATIONS, implementation, q, k_cache, v_cache, sinks, positions, window=window
+    )

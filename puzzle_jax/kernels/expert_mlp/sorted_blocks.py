@@ -1,0 +1,55 @@
+"""`expert_mlp` by sorted blocks: pairs of token and expert are sorted by expert and padded to whole blocks, so that
+each block is one dense matmul with one expert's weights. No token is dropped, shapes are static, and every step is
+a gather or a batched matmul, so XLA differentiates it and runs it well on CPUs, where `lax.ragged_dot` is dense.
+
+The work is proportional to the pairs plus at most one block per expert. Left out: dequantising inside the matmul;
+packed weights are decoded first.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from puzzle_jax.kernels.expert_mlp.reference import clamped_swiglu
+from puzzle_jax.kernels.expert_mlp.weights import Experts
+from puzzle_jax.kernels.mxfp4 import as_dense
+from puzzle_jax.kernels.route import expert_order
+
+MIN_BLOCK, MAX_BLOCK = 4, 128
+
+
+def block_rows(pairs: int, num_experts: int) -> int:
+    """Rows per block: the power of two nearest above half the mean pairs per expert, within limits.
+
+    Half, because a block that is half an expert's share wastes a quarter of its padding while its weights are read
+    only twice.
+    """
+    target = max(1, pairs // (2 * num_experts))
+    return min(MAX_BLOCK, max(MIN_BLOCK, 1 << (target - 1).bit_length()))
+
+
+def expert_outputs(
+    x: Float[Array, "tokens hidden"], ids: Int[Array, "tokens k"], experts: Experts, *, limit: float
+) -> Float[Array, "tokens k hidden"]:
+    """See the api. Accumulates in float32."""
+    tokens, k = ids.shape
+    num_experts = experts.down_bias.shape[0]
+    block = block_rows(tokens * k, num_experts)
+    order = expert_order(ids, num_experts, block)
+    with jax.named_scope("gather"):
+        token = order.source // k  # `tokens` where a row is padding: filled with zeros
+        rows = jnp.take(x, token, axis=0, mode="fill", fill_value=0).reshape(-1, block, x.shape[-1])
+    expert = order.block_expert
+    with jax.named_scope("gate_up"):
+        gate_up = as_dense(experts.gate_up, x.dtype)[expert]
+        h = jnp.einsum("nbh,nhf->nbf", rows, gate_up, preferred_element_type=jnp.float32)
+        h = h + experts.gate_up_bias[expert].astype(jnp.float32)[:, None]
+        h = clamped_swiglu(h, limit).astype(x.dtype)
+    with jax.named_scope("down"):
+        down = as_dense(experts.down, x.dtype)[expert]
+        out = jnp.einsum("nbi,nih->nbh", h, down, preferred_element_type=jnp.float32)
+        out = out + experts.down_bias[expert].astype(jnp.float32)[:, None]
+    with jax.named_scope("ungather"):
+        return out.reshape(-1, x.shape[-1])[order.slot].reshape(tokens, k, -1).astype(x.dtype)

@@ -1,0 +1,59 @@
+"""Weights at rest in MXFP4: packed 4-bit codes with one shared power of two per 32 elements.
+
+The layout is that of gpt-oss checkpoints, so bytes pass from file to device and back untouched: groups lie along the
+contraction axis, byte j of a group holds element 2j in its low nibble and 2j+1 in its high one (OCP Microscaling
+Formats v1.0). Decoding is exact in float32 and bfloat16 for every scale from 2 to 254; the two smallest scales give
+subnormal numbers, which XLA may flush to zero.
+
+Left out: encoding, which is a matter of checkpoints (`puzzle_jax.convert_hf.mxfp4`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, UInt8
+
+GROUP = 32
+CODE_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class MXFP4:
+    """A stack of matrices [experts, inputs, outputs] in packed form.
+
+    Attributes:
+      blocks: codes, two to a byte, [experts, outputs, inputs / 32, 16].
+      scales: exponents with bias 127, [experts, outputs, inputs / 32].
+    """
+
+    blocks: UInt8[Array, "experts outputs groups 16"]
+    scales: UInt8[Array, "experts outputs groups"]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The logical shape (experts, inputs, outputs)."""
+        experts, outputs, groups = self.scales.shape
+        return experts, groups * GROUP, outputs
+
+    @property
+    def nbytes(self) -> int:
+        return self.blocks.nbytes + self.scales.nbytes
+
+
+def decode(weight: MXFP4, dtype: jnp.dtype | type = jnp.float32) -> Float[Array, "experts inputs outputs"]:
+    """The values of `weight`, inputs before outputs, ready for `x @ w`."""
+    experts, inputs, outputs = weight.shape
+    low, high = weight.blocks & 0xF, weight.blocks >> 4
+    codes = jnp.stack([low, high], axis=-1).reshape(experts, outputs, inputs // GROUP, GROUP)
+    values = jnp.take(jnp.asarray(CODE_VALUES, jnp.float32), codes.astype(jnp.int32))
+    scaled = values * jnp.exp2(weight.scales.astype(jnp.float32) - 127.0)[..., None]
+    return scaled.reshape(experts, outputs, inputs).swapaxes(1, 2).astype(dtype)
+
+
+def as_dense(weight: MXFP4 | Array, dtype: jnp.dtype | type) -> Float[Array, "experts inputs outputs"]:
+    """`weight` as an array of `dtype`, decoded if it is packed."""
+    return decode(weight, dtype) if isinstance(weight, MXFP4) else weight.astype(dtype)

@@ -1,0 +1,107 @@
+"""Routing: which experts serve a token, and with what weight.
+
+`route` picks the top k router logits and turns them into gates by a softmax over the chosen ones alone, as gpt-oss
+does. `expert_order` lays the chosen (token, expert) pairs out in blocks that belong to one expert each, the form
+that grouped matmuls want. Both are pure functions with static shapes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+_ITERATED_ARGMAX_LIMIT = 8  # up to here k passes of argmax beat a sort on CPU
+
+
+class Routing(NamedTuple):
+    """The experts of each token, best first, and their gates, which sum to one."""
+
+    ids: Int[Array, "tokens k"]
+    gates: Float[Array, "tokens k"]
+
+
+def route(
+    logits: Float[Array, "tokens experts"],
+    k: int,
+    *,
+    mask: Bool[Array, "tokens experts"] | Bool[Array, "#tokens experts"] | None = None,
+    ids: Int[Array, "tokens k"] | None = None,
+) -> Routing:
+    """Chooses `k` experts per token.
+
+    Args:
+      logits: router logits.
+      k: experts per token; equal logits are taken in order of their index.
+      mask: False removes an expert: its logit becomes minus infinity before the choice. At least `k` must stay.
+      ids: choices to replay in place of the top k; gates are then the softmax of the given experts' own logits.
+
+    Differentiable in `logits` through the gates.
+    """
+    if not 1 <= k <= logits.shape[-1]:
+        raise ValueError(f"cannot choose {k} of {logits.shape[-1]} experts")
+    logits = logits.astype(jnp.float32)
+    if mask is not None:
+        logits = jnp.where(mask, logits, -jnp.inf)
+    if ids is None:
+        ids = top_k_ids(logits, k)
+    gates = jax.nn.softmax(jnp.take_along_axis(logits, ids, axis=-1), axis=-1)
+    return Routing(ids, gates)
+
+
+def top_k_ids(logits: Float[Array, "tokens experts"], k: int) -> Int[Array, "tokens k"]:
+    """Indices of the k largest logits, largest first, lower index first among equals."""
+    logits = jax.lax.stop_gradient(logits)
+    if k > _ITERATED_ARGMAX_LIMIT:
+        return jax.lax.top_k(logits, k)[1]
+    chosen = []
+    taken = jnp.zeros(logits.shape, bool)
+    for _ in range(k):
+        # A taken expert ranks below one that is masked out, so that no index ever appears twice.
+        rank = jnp.where(taken, -jnp.inf, jnp.maximum(logits, jnp.finfo(logits.dtype).min))
+        best = jnp.argmax(rank, axis=-1)
+        chosen.append(best)
+        taken = taken | jax.nn.one_hot(best, logits.shape[-1], dtype=bool)
+    return jnp.stack(chosen, axis=-1)
+
+
+class ExpertOrder(NamedTuple):
+    """Pairs (token, choice) in blocks of one expert each.
+
+    Attributes:
+      source: the flat pair (token * k + choice) that fills each padded row; `pairs` (out of range) where none does.
+      slot: the padded row of each flat pair.
+      block_expert: the expert of each block of rows.
+      group_sizes: pairs per expert.
+    """
+
+    source: Int[Array, "rows"]
+    slot: Int[Array, "pairs"]
+    block_expert: Int[Array, "blocks"]
+    group_sizes: Int[Array, "experts"]
+
+
+def expert_order(ids: Int[Array, "tokens k"], num_experts: int, block: int) -> ExpertOrder:
+    """Sorts pairs by expert and pads every expert's rows to whole blocks; nothing is dropped.
+
+    Blocks beyond the last used one belong to the last expert and hold no pair.
+    """
+    pairs = ids.size
+    # An expert leaves at most block - 1 rows empty, and no block that is used is empty.
+    blocks = min((pairs + min(num_experts, pairs) * (block - 1)) // block, pairs)
+    flat = ids.reshape(-1)
+    group_sizes = jnp.zeros(num_experts, jnp.int32).at[flat].add(1)
+    blocks_per_expert = -(-group_sizes // block)
+    block_end = jnp.cumsum(blocks_per_expert)
+    first_row = (block_end - blocks_per_expert) * block
+    sorted_pairs = jnp.argsort(flat, stable=True).astype(jnp.int32)
+    sorted_experts = flat[sorted_pairs]
+    group_start = jnp.cumsum(group_sizes) - group_sizes
+    rank = jnp.arange(pairs, dtype=jnp.int32) - group_start[sorted_experts]
+    sorted_slot = (first_row[sorted_experts] + rank).astype(jnp.int32)
+    slot = jnp.zeros(pairs, jnp.int32).at[sorted_pairs].set(sorted_slot)
+    source = jnp.full(blocks * block, pairs, jnp.int32).at[sorted_slot].set(sorted_pairs)
+    block_expert = jnp.searchsorted(block_end, jnp.arange(blocks), side="right").astype(jnp.int32)
+    return ExpertOrder(source, slot, jnp.minimum(block_expert, num_experts - 1), group_sizes)

@@ -1,0 +1,42 @@
+"""Causal attention with learnable sinks, full or within a window, over grouped query heads.
+
+A sink is one extra logit per query head that joins the softmax and is then dropped, so the weights of a query sum to
+less than one. A window of W lets query i see the keys j with i - W < j <= i. Implementations: `banded`, whose cost
+grows with the window (static windows only), and `reference`, which masks the full square and takes any window, one
+per row of the batch as data included.
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Array, Float, Int
+
+from puzzle_jax.kernels.dispatch import dispatch
+from puzzle_jax.kernels.window_attention import banded, reference
+
+IMPLEMENTATIONS = {"banded": banded.window_attention, "reference": reference.window_attention}
+
+
+def window_attention(
+    q: Float[Array, "batch seq heads dim"],
+    k: Float[Array, "batch seq kv_heads dim"],
+    v: Float[Array, "batch seq kv_heads dim"],
+    sinks: Float[Array, "heads"],
+    *,
+    window: int | Int[Array, "#batch"] | None,
+    segment_ids: Int[Array, "batch seq"] | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "batch seq heads dim"]:
+    """Attention of every position to itself and its past.
+
+    Args:
+      q, k, v: rotated queries and keys, and values. Query head h uses key-value head h // (heads / kv_heads).
+      sinks: one unscaled logit per query head.
+      window: keys that a query sees, itself included; None is all; an array gives one per row of the batch.
+      segment_ids: positions see only positions of the same segment (packed sequences).
+      implementation: pins one of `IMPLEMENTATIONS`.
+
+    Logits are scaled by dim ** -0.5; softmax in float32; differentiable in all arrays.
+    """
+    return dispatch(
+        "window_attention", IMPLEMENTATIONS, implementation, q, k, v, sinks, window=window, segment_ids=segment_ids
+    )

@@ -1,0 +1,206 @@
+"""The forward pass of gpt-oss, as functions over pytrees, in reading order.
+
+    x += attention(rms_norm(x));  x += mixture(rms_norm(x));  logits = rms_norm(x) @ head
+
+Each layer has its own window and expert count (`ModelConfig.blocks`). A child that is only chosen, not yet cut, runs
+as a view on its parent: `expert_mask` removes experts and `window` narrows attention, both as data, so that many
+alternatives share one compiled program. Numerics follow the published model: norms, softmax and accumulation in
+float32, everything else in the dtype of the parameters.
+
+Left out: caches (`model.cache`), and choosing weights' dtype and placement (`model.sharding`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from puzzle_jax.config import ModelConfig
+from puzzle_jax.kernels.expert_mlp import expert_mlp
+from puzzle_jax.kernels.mxfp4 import MXFP4, as_dense
+from puzzle_jax.kernels.route import Routing, route
+from puzzle_jax.kernels.window_attention import window_attention
+from puzzle_jax.model.rope import RopeTable, rope_table, rotate
+from puzzle_jax.model.spec import Params, layer_experts
+
+Window = int | Int[Array, "#batch"] | None
+ExpertMask = Bool[Array, "experts"] | Bool[Array, "batch experts"] | None
+
+
+class QKV(NamedTuple):
+    """Rotated queries and keys, and values, of one attention sub-block."""
+
+    q: Float[Array, "batch seq heads dim"]
+    k: Float[Array, "batch seq kv_heads dim"]
+    v: Float[Array, "batch seq kv_heads dim"]
+
+
+class LayerAux(NamedTuple):
+    """What a mixture decided, for load balancing, ranking and replay."""
+
+    router_logits: Float[Array, "batch seq experts"]
+    routing: Routing  # ids and gates, [batch * seq, k]
+
+
+def rms_norm(x: Float[Array, "... hidden"], weight: Float[Array, "hidden"], eps: float) -> Float[Array, "... hidden"]:
+    """x / rms(x) * weight, in float32, cast last."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return (y * weight.astype(jnp.float32)).astype(x.dtype)
+
+
+def linear(x: Array, weight: Array, bias: Array) -> Array:
+    """x @ weight + bias with float32 accumulation, in the dtype of `x`."""
+    y = jnp.matmul(x, weight.astype(x.dtype), preferred_element_type=jnp.float32)
+    return (y + bias.astype(jnp.float32)).astype(x.dtype)
+
+
+def embed(params: Params, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq hidden"]:
+    with jax.named_scope("embed"):
+        return params["embedding"][tokens]
+
+
+def project_qkv(
+    attention: Params, config: ModelConfig, x: Float[Array, "batch seq hidden"], table: RopeTable
+) -> QKV:
+    """Norm, projections and rotation of one attention sub-block."""
+    with jax.named_scope("qkv"):
+        y = rms_norm(x, attention["norm"], config.rms_norm_eps)
+        heads = (*y.shape[:-1], -1, config.head_dim)
+        q = linear(y, attention["q_weight"], attention["q_bias"]).reshape(heads)
+        k = linear(y, attention["k_weight"], attention["k_bias"]).reshape(heads)
+        v = linear(y, attention["v_weight"], attention["v_bias"]).reshape(heads)
+        return QKV(rotate(q, table), rotate(k, table), v)
+
+
+def attention_block(
+    attention: Params,
+    config: ModelConfig,
+    x: Float[Array, "batch seq hidden"],
+    table: RopeTable,
+    *,
+    window: Window,
+    segment_ids: Int[Array, "batch seq"] | None = None,
+) -> tuple[Float[Array, "batch seq hidden"], QKV]:
+    """x + attention(rms_norm(x)), and the keys and values that a cache keeps."""
+    qkv = project_qkv(attention, config, x, table)
+    with jax.named_scope("attention"):
+        out = window_attention(*qkv, attention["sinks"], window=window, segment_ids=segment_ids)
+    return x + attention_output(attention, out), qkv
+
+
+def attention_output(attention: Params, out: Float[Array, "*batch heads dim"]) -> Float[Array, "*batch hidden"]:
+    """The output projection of concatenated heads."""
+    with jax.named_scope("attention_output"):
+        return linear(out.reshape(*out.shape[:-2], -1), attention["o_weight"], attention["o_bias"])
+
+
+def route_tokens(
+    moe: Params,
+    config: ModelConfig,
+    y: Float[Array, "batch seq hidden"],
+    *,
+    expert_mask: ExpertMask = None,
+    replay: Int[Array, "tokens k"] | None = None,
+) -> LayerAux:
+    """Router logits of normalised hidden states and the experts chosen from them."""
+    with jax.named_scope("route"):
+        logits = jnp.matmul(y, moe["router_weight"].astype(y.dtype), preferred_element_type=jnp.float32)
+        logits = logits + moe["router_bias"].astype(jnp.float32)
+        if expert_mask is not None and expert_mask.ndim == 2:  # a row of the batch is seq tokens
+            expert_mask = jnp.repeat(expert_mask, y.shape[1], axis=0)
+        elif expert_mask is not None:
+            expert_mask = expert_mask[None]
+        flat = logits.reshape(-1, logits.shape[-1])
+        return LayerAux(logits, route(flat, config.experts_per_token, mask=expert_mask, ids=replay))
+
+
+def moe_block(
+    moe: Params,
+    config: ModelConfig,
+    x: Float[Array, "batch seq hidden"],
+    *,
+    expert_mask: ExpertMask = None,
+    replay: Int[Array, "tokens k"] | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "batch seq hidden"], LayerAux]:
+    """x + mixture(rms_norm(x)), and what the router decided."""
+    y = rms_norm(x, moe["norm"], config.rms_norm_eps)
+    aux = route_tokens(moe, config, y, expert_mask=expert_mask, replay=replay)
+    with jax.named_scope("experts"):
+        flat = y.reshape(-1, y.shape[-1])
+        out = expert_mlp(
+            flat, aux.routing, layer_experts(moe), limit=config.swiglu_limit, implementation=implementation
+        )
+    return x + out.reshape(x.shape), aux
+
+
+def head_logits(params: Params, config: ModelConfig, x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
+    """Final norm and output head; float32."""
+    with jax.named_scope("head"):
+        y = rms_norm(x, params["final_norm"], config.rms_norm_eps)
+        return jnp.matmul(y, params["head"].astype(y.dtype), preferred_element_type=jnp.float32)
+
+
+def hidden_states(
+    params: Params,
+    config: ModelConfig,
+    tokens: Int[Array, "batch seq"],
+    *,
+    positions: Int[Array, "batch seq"] | None = None,
+    segment_ids: Int[Array, "batch seq"] | None = None,
+    windows: Sequence[Window] | None = None,
+    expert_masks: Sequence[ExpertMask] | None = None,
+    replay: Sequence[Int[Array, "tokens k"]] | None = None,
+) -> tuple[Float[Array, "batch seq hidden"], list[LayerAux]]:
+    """The last layer's output before the final norm, and every layer's routing.
+
+    Args:
+      params: see `model.spec`.
+      config: the model that `params` belong to.
+      tokens: token ids.
+      positions: rotary positions; counted from 0 in every row by default.
+      segment_ids: positions attend within their segment only (packed sequences).
+      windows: per layer, in place of the configuration's; see `kernels.window_attention`.
+      expert_masks: per layer, False removes an expert; [experts], or [batch, experts] for one choice per row.
+      replay: per layer, experts to use in place of the router's choice.
+    """
+    if positions is None:
+        positions = jnp.arange(tokens.shape[1])[None]
+    table = rope_table(config.rope, config.head_dim, positions)
+    x = embed(params, tokens)
+    auxes = []
+    for index, (layer, block) in enumerate(zip(params["layers"], config.blocks, strict=True)):
+        with jax.named_scope(f"layer_{index}"):
+            window = block.window if windows is None else windows[index]
+            x, _ = attention_block(
+                layer["attention"], config, x, table, window=window, segment_ids=segment_ids
+            )
+            x, aux = moe_block(
+                layer["moe"],
+                config,
+                x,
+                expert_mask=None if expert_masks is None else expert_masks[index],
+                replay=None if replay is None else replay[index],
+            )
+            auxes.append(aux)
+    return x, auxes
+
+
+def forward(
+    params: Params, config: ModelConfig, tokens: Int[Array, "batch seq"], **options: object
+) -> Float[Array, "batch seq vocab"]:
+    """Logits of every position; options as in `hidden_states`."""
+    x, _ = hidden_states(params, config, tokens, **options)  # pyright: ignore[reportArgumentType]
+    return head_logits(params, config, x)
+
+
+def to_compute(params: Params, dtype: jnp.dtype | type) -> Params:
+    """Parameters as dense arrays of `dtype`: packed experts decoded, the rest cast."""
+    return jax.tree.map(
+        lambda leaf: as_dense(leaf, dtype), params, is_leaf=lambda node: isinstance(node, MXFP4)
+    )

@@ -1,0 +1,41 @@
+"""Problems with verifiable answers, and their rendering as a chat.
+
+`TASKS` are the embedded families; `get_task` finds one by name. `Chat` renders prompts with a checkpoint's own
+tokenizer and template and reads the channels back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from puzzle_jax.errors import PuzzleError
+from puzzle_jax.tasks.arithmetic import Add, Chain
+from puzzle_jax.tasks.base import EFFORTS, Problem, Task, check_effort, is_held_out, problems
+from puzzle_jax.tasks.chat import Chat, Completion
+from puzzle_jax.tasks.recall import DISTANCE_BUCKETS, Recall
+
+TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in (Chain(), Add(), Recall())})
+"""The embedded families by name, at the difficulty that the embedded parent was trained on."""
+
+
+def get_task(name: str) -> Task:
+    """The embedded family of this name; raises `PuzzleError`, naming the known ones, when there is none."""
+    if name not in TASKS:
+        raise PuzzleError(f"task is {name!r}, but must be one of {', '.join(TASKS)}")
+    return TASKS[name]
+
+
+__all__ = [
+    "DISTANCE_BUCKETS",
+    "EFFORTS",
+    "TASKS",
+    "Chat",
+    "Completion",
+    "Problem",
+    "Task",
+    "check_effort",
+    "get_task",
+    "is_held_out",
+    "problems",
+]

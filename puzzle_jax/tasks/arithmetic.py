@@ -1,0 +1,127 @@
+"""Two arithmetic families of the embedded parent: `chain` (operations modulo 10) and `add` (long addition).
+
+Both are exact, unlimited in number, and hard without written steps. How much a trace writes is what the efforts
+differ in: high copies the operands of every step, which is what a small model needs to get long problems right;
+medium writes results only and must find the operands itself; low writes nothing.
+Left out: negative numbers, precedence (a chain is worked from left to right).
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from puzzle_jax.errors import ConfigError
+from puzzle_jax.tasks.base import Problem, check_effort, equal_text
+
+SEPARATORS = ",;"
+"""A trace's step ends in one of these, drawn by the problem's seed: text with some entropy, as real text has."""
+
+_OPERATORS = {"+": lambda a, b: (a + b) % 10, "-": lambda a, b: (a - b) % 10, "*": lambda a, b: (a * b) % 10}
+
+
+def _check_range(task: str, field: str, low: int, high: int) -> None:
+    if not 1 <= low <= high:
+        raise ConfigError(f"{task}: {field} range is {low} to {high}, but must satisfy 1 <= lowest <= highest")
+
+
+def _join(parts: list[str], rng: random.Random) -> str:
+    """The parts with a drawn separator between each two."""
+    text = parts[0]
+    for part in parts[1:]:
+        text += rng.choice(SEPARATORS) + part
+    return text
+
+
+@dataclass(frozen=True)
+class Chain:
+    """`mod 7+5*3-2`: digits joined by + - *, worked from left to right modulo 10; the answer is one digit.
+
+    high `7+5=2,*3=6;-2=4`, medium `264`, low nothing.
+    """
+
+    min_steps: int = 1
+    max_steps: int = 10
+    name: str = "chain"
+
+    def __post_init__(self) -> None:
+        _check_range(self.name, "steps", self.min_steps, self.max_steps)
+
+    def sample(self, seed: int) -> Problem:
+        rng = random.Random(f"{self.name}:{seed}")
+        steps = rng.randint(self.min_steps, self.max_steps)
+        text = str(rng.randrange(10))
+        for _ in range(steps):
+            text += rng.choice("+-*") + str(rng.randrange(10))
+        values = _running_values(text)
+        return Problem(self.name, seed, f"mod {text}", str(values[-1]), {"steps": steps})
+
+    def verify(self, problem: Problem, final_text: str) -> bool:
+        return equal_text(problem, final_text)
+
+    def trace(self, problem: Problem, effort: str) -> str:
+        if check_effort(effort) == "low":
+            return ""
+        text = problem.prompt.removeprefix("mod ")
+        values = _running_values(text)
+        if effort == "medium":
+            return "".join(map(str, values))
+        steps = [f"{text[2 * i + 1 : 2 * i + 3]}={value}" for i, value in enumerate(values)]
+        steps[0] = text[0] + steps[0]
+        return _join(steps, random.Random(f"{self.name}:trace:{problem.seed}"))
+
+
+def _running_values(text: str) -> list[int]:
+    """Value after each operation of `7+5*3-2`."""
+    value, values = int(text[0]), []
+    for position in range(1, len(text), 2):
+        value = _OPERATORS[text[position]](value, int(text[position + 1]))
+        values.append(value)
+    return values
+
+
+@dataclass(frozen=True)
+class Add:
+    """`add 345+678`: two numbers of equal length; the answer is their sum.
+
+    From the last digit to the first, high writes `5+8+0=13,4+7+1=12;3+6+1=10` (digits, carry in, column sum),
+    medium `31,21;01` (digit, carry out), low nothing.
+    """
+
+    min_digits: int = 1
+    max_digits: int = 6
+    name: str = "add"
+
+    def __post_init__(self) -> None:
+        _check_range(self.name, "digits", self.min_digits, self.max_digits)
+
+    def sample(self, seed: int) -> Problem:
+        rng = random.Random(f"{self.name}:{seed}")
+        digits = rng.randint(self.min_digits, self.max_digits)
+        first, second = (rng.randrange(10 ** (digits - 1), 10**digits) for _ in range(2))
+        carries = sum(total >= 10 for _, _, _, total in _columns(str(first), str(second)))
+        details = {"digits": digits, "carries": carries}
+        return Problem(self.name, seed, f"add {first}+{second}", str(first + second), details)
+
+    def verify(self, problem: Problem, final_text: str) -> bool:
+        return equal_text(problem, final_text)
+
+    def trace(self, problem: Problem, effort: str) -> str:
+        if check_effort(effort) == "low":
+            return ""
+        columns = _columns(*problem.prompt.removeprefix("add ").split("+"))
+        if effort == "medium":
+            steps = [f"{total % 10}{total // 10}" for *_, total in columns]
+        else:
+            steps = [f"{a}+{b}+{carry}={total}" for a, b, carry, total in columns]
+        return _join(steps, random.Random(f"{self.name}:trace:{problem.seed}"))
+
+
+def _columns(first: str, second: str) -> list[tuple[int, int, int, int]]:
+    """(digit, digit, carry in, column sum) from the last digit to the first."""
+    columns, carry = [], 0
+    for a, b in zip(reversed(first), reversed(second), strict=True):
+        total = int(a) + int(b) + carry
+        columns.append((int(a), int(b), carry, total))
+        carry = total // 10
+    return columns

@@ -1,0 +1,101 @@
+"""What a task is: problems drawn by seed, an exact check of the answer, and worked traces at three efforts.
+
+A task is everything that reasoning needs and nothing of how a model is asked: `puzzle_jax.tasks.chat` turns a
+problem's prompt into tokens. Traces are texts to pretrain the embedded parent on; no other stage may read them.
+Left out: problems from outside (files, reasoning-gym), partial credit.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import count
+from types import MappingProxyType
+from typing import Protocol, runtime_checkable
+
+from puzzle_jax.errors import PuzzleError
+
+EFFORTS: tuple[str, ...] = ("low", "medium", "high")
+"""Reasoning efforts in rising order: the values of the chat template's `reasoning_effort`."""
+
+_HELD_OUT_ONE_IN = 8
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One question with its only right answer.
+
+    Attributes:
+      task: name of the task it was drawn from.
+      seed: the seed that draws it again.
+      prompt: the user's message.
+      answer: the text that the final channel must hold.
+      details: what makes it hard, as whole numbers (steps, digits, distance in tokens), to report accuracy by.
+    """
+
+    task: str
+    seed: int
+    prompt: str
+    answer: str
+    details: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "details", MappingProxyType(dict(self.details)))
+
+    def __reduce__(self):
+        # A mappingproxy cannot be pickled, and problems travel to worker processes.
+        return (Problem, (self.task, self.seed, self.prompt, self.answer, dict(self.details)))
+
+
+@runtime_checkable
+class Task(Protocol):
+    """A family of problems."""
+
+    name: str
+
+    def sample(self, seed: int) -> Problem:
+        """The problem of this seed; equal seeds give equal problems on every platform."""
+        ...
+
+    def verify(self, problem: Problem, final_text: str) -> bool:
+        """Whether the text of the final channel answers the problem."""
+        ...
+
+    def trace(self, problem: Problem, effort: str) -> str:
+        """The worked analysis that leads to the answer; "" means that the answer is given at once."""
+        ...
+
+
+def check_effort(effort: str) -> str:
+    """`effort` itself; raises `PuzzleError` unless it is one of `EFFORTS`."""
+    if effort not in EFFORTS:
+        raise PuzzleError(f"effort is {effort!r}, but must be one of {', '.join(EFFORTS)}")
+    return effort
+
+
+def is_held_out(problem: Problem) -> bool:
+    """Whether the problem belongs to the eighth of all prompts that pretraining never sees.
+
+    The split hashes the prompt, not the seed, so that a small family cannot leak by drawing one prompt twice.
+    """
+    return zlib.crc32(problem.prompt.encode()) % _HELD_OUT_ONE_IN == 0
+
+
+def problems(task: Task, first_seed: int = 0, held_out: bool = True) -> Iterator[Problem]:
+    """Endless problems of one side of the split, from `first_seed` upwards.
+
+    Raises:
+      PuzzleError: when `first_seed` is negative.
+    """
+    if first_seed < 0:
+        raise PuzzleError(f"first_seed is {first_seed}, but must be at least 0")
+    for seed in count(first_seed):
+        problem = task.sample(seed)
+        if is_held_out(problem) == held_out:
+            yield problem
+
+
+def equal_text(problem: Problem, final_text: str) -> bool:
+    """Exact comparison with the answer, surrounding white space aside."""
+    return final_text.strip() == problem.answer

@@ -1,0 +1,94 @@
+"""The family `recall`: look up entries of a long list, near and far, and add them.
+
+A list of entries (a capital letter and its digit) lies scattered in filler; the question at the end asks for some
+of the letters. The answer is the sum of their digits modulo 10, so that one wrong look-up shows. This is the
+family that needs full attention: a window of 16 tokens in every layer cannot see an entry 500 tokens back.
+Left out: entries that change their value, values of more than one digit.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+import string
+from dataclasses import dataclass
+
+from puzzle_jax.errors import ConfigError
+from puzzle_jax.tasks.arithmetic import SEPARATORS
+from puzzle_jax.tasks.base import Problem, check_effort, equal_text
+
+_KEYS = string.ascii_uppercase
+# Two-letter syllables: no word that the embedded tokenizer holds as one token can come out of them,
+# so that a character is a token and distances are exact.
+_FILLER = ("ba", "de", "fi", "ko", "mu", "na", "pe", "ri", "so", "tu", "va", "ze")
+
+DISTANCE_BUCKETS: tuple[tuple[str, int, int], ...] = (
+    ("within 16", 0, 16),
+    ("within 64", 17, 64),
+    ("beyond 64", 65, 1 << 30),
+)
+"""(label, least, greatest) of details["distance"] for reporting accuracy."""
+
+
+@dataclass(frozen=True)
+class Recall:
+    """`A7 ko B2 demu Q5 ?QA`: the digits of the asked letters summed modulo 10.
+
+    high `Q5=5,A7=2` (entry copied, running sum), medium `52` (running sums), low nothing.
+    details: `asked` letters, `entries` in the list, `distance` in characters (tokens of the embedded parent) from
+    the farthest asked entry to the question mark.
+    """
+
+    max_asked: int = 4
+    max_length: int = 520
+    name: str = "recall"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_asked <= len(_KEYS):
+            raise ConfigError(f"{self.name}: max_asked is {self.max_asked}, but must be 1 to {len(_KEYS)}")
+        if self.max_length < 32:
+            raise ConfigError(f"{self.name}: max_length is {self.max_length}, but must be at least 32")
+
+    def sample(self, seed: int) -> Problem:
+        rng = random.Random(f"{self.name}:{seed}")
+        # Lengths are drawn evenly in their logarithm, so that near, middle and far entries are equally usual.
+        length = round(math.exp(rng.uniform(math.log(12), math.log(self.max_length))))
+        most = min(len(_KEYS), max(1, length // 4))
+        entries = rng.randint(min(most, 2), most)
+        keys = rng.sample(_KEYS, entries)
+        values = {key: rng.randrange(10) for key in keys}
+        asked = rng.sample(keys, min(rng.randint(1, self.max_asked), entries))
+        text = _scatter([f"{key}{values[key]}" for key in keys], length, rng)
+        answer = sum(values[key] for key in asked) % 10
+        distance = max(len(text) - text.index(key) for key in asked)
+        details = {"asked": len(asked), "entries": entries, "distance": distance}
+        return Problem(self.name, seed, f"{text}?{''.join(asked)}", str(answer), details)
+
+    def verify(self, problem: Problem, final_text: str) -> bool:
+        return equal_text(problem, final_text)
+
+    def trace(self, problem: Problem, effort: str) -> str:
+        if check_effort(effort) == "low":
+            return ""
+        text, asked = problem.prompt.split("?")
+        values = {key: int(digit) for key, digit in re.findall(r"([A-Z])(\d)", text)}
+        total, steps = 0, []
+        for key in asked:
+            total = (total + values[key]) % 10
+            steps.append(f"{key}{values[key]}={total}" if effort == "high" else str(total))
+        if effort == "medium":
+            return "".join(steps)
+        rng = random.Random(f"{self.name}:trace:{problem.seed}")
+        return steps[0] + "".join(rng.choice(SEPARATORS) + step for step in steps[1:])
+
+
+def _scatter(entries: list[str], length: int, rng: random.Random) -> str:
+    """The entries in order, each followed by a space, with filler words between them up to about `length`."""
+    words = list(entries)
+    room = length - 3 * len(entries)
+    while room >= 3:
+        word = "".join(rng.choice(_FILLER) for _ in range(rng.randint(1, 3)))[: room - 1]
+        words.insert(rng.randint(0, len(words)), word)
+        room -= len(word) + 1
+    return " ".join(words) + " "

@@ -1,0 +1,93 @@
+"""The tokenizer and chat template of the embedded parent: characters, in harmony's form.
+
+One token per printable ASCII character and new line, one per word of the chat format (so that its overhead is
+small), and the special tokens of harmony. Decoding is exact: the text comes back as it went in.
+Left out: merges (a parent of a million parameters reads characters), characters outside ASCII (one unknown token).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|return|>",
+    "<|start|>",
+    "<|end|>",
+    "<|message|>",
+    "<|channel|>",
+    "<|call|>",
+    "<|unknown|>",
+)
+WORDS = (
+    "Reasoning: ", "commentary", "assistant", "analysis", "system", "medium", "final", "user", "high", "low",
+)  # fmt: skip
+CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
+
+VOCAB_SIZE = 128
+"""Tokens rounded up to a multiple of 32, which is what embedding and head are sized by."""
+
+_PAD, _RETURN, _CALL = "<|endoftext|>", "<|return|>", "<|call|>"
+
+_TEMPLATE = """\
+{%- if reasoning_effort is not defined %}
+    {%- set reasoning_effort = "medium" %}
+{%- endif %}
+{{- "<|start|>system<|message|>Reasoning: " + reasoning_effort + "<|end|>" }}
+{%- for message in messages %}
+    {%- if message.role == "assistant" %}
+        {{- "<|start|>assistant<|channel|>final<|message|>" + message.content + "<|end|>" }}
+    {%- elif message.role == "user" %}
+        {{- "<|start|>user<|message|>" + message.content + "<|end|>" }}
+    {%- else %}
+        {{- raise_exception("role is " + message.role + ", but must be user or assistant") }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- "<|start|>assistant" }}
+{%- endif %}
+"""
+
+
+def build_tokenizer() -> tokenizers.Tokenizer:
+    """The embedded parent's tokenizer; ids follow the order special tokens, words, characters."""
+    vocabulary = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *WORDS, *CHARACTERS))}
+    tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<|unknown|>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("|".join((*WORDS, r"[\s\S]"))), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
+    )
+    return tokenizer
+
+
+def write_chat_files(directory: str | Path) -> None:
+    """Writes tokenizer.json, tokenizer_config.json, special_tokens_map.json, chat_template.jinja and
+    generation_config.json into an existing directory."""
+    directory = Path(directory)
+    tokenizer = build_tokenizer()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    names = {"eos_token": _RETURN, "pad_token": _PAD, "unk_token": "<|unknown|>"}
+    tokenizer_config = {
+        **names,
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    generation_config = {
+        "do_sample": True,
+        "eos_token_id": [tokenizer.token_to_id(token) for token in (_RETURN, _PAD, _CALL)],
+        "pad_token_id": tokenizer.token_to_id(_PAD),
+    }
+    _write_json(directory / "tokenizer_config.json", tokenizer_config)
+    _write_json(directory / "special_tokens_map.json", names)
+    _write_json(directory / "generation_config.json", generation_config)
+    (directory / "chat_template.jinja").write_text(_TEMPLATE, encoding="utf-8")
+
+
+def _write_json(path: Path, value: dict[str, object]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

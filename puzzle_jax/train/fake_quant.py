@@ -1,0 +1,58 @@
+"""MXFP4 rounding that gradients pass through, so that a trained expert loses nothing when it is packed.
+
+The grid is the encoder's (`puzzle_jax.convert_hf`): groups of 32 along the contraction axis share the exponent
+ceil(log2(amax / 6)), and values round to the nearest of 0, 0.5, 1, 1.5, 2, 3, 4, 6 times it, ties to even. Backwards
+the rounding counts as the identity (straight-through estimator, arXiv 1308.3432).
+Left out: stochastic rounding, other formats.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+GROUP = 32
+_LARGEST = 6.0
+_EXPERT_MATRICES = ("gate_up", "down")
+
+
+def round_to_mxfp4(
+    weight: Float[Array, "experts inputs outputs"],
+) -> Float[Array, "experts inputs outputs"]:
+    """The values that `weight` has after packing. `inputs` must be a multiple of 32."""
+    experts, inputs, outputs = weight.shape
+    if inputs % GROUP:
+        raise ValueError(f"weight has {inputs} inputs, but MXFP4 groups need a multiple of {GROUP}")
+    groups = weight.astype(jnp.float32).reshape(experts, inputs // GROUP, GROUP, outputs)
+    largest = jnp.max(jnp.abs(groups), axis=2, keepdims=True)
+    # frexp is exact where log2 may round across a whole number: m * 2**e with m in [0.5, 1), m == 0.5 is a power.
+    mantissa, exponent = jnp.frexp(largest / _LARGEST)
+    exponent = jnp.where(mantissa == 0.5, exponent - 1, exponent)
+    exponent = jnp.where(largest > 0, jnp.clip(exponent, -125, 127), 0)
+    scale = jnp.ldexp(jnp.ones_like(largest), exponent)
+    x = groups / scale
+    magnitude = jnp.abs(x)
+    step = jnp.where(magnitude < 2.0, 0.5, jnp.where(magnitude < 4.0, 1.0, 2.0))
+    rounded = jnp.round(x / step) * step * scale
+    return rounded.reshape(weight.shape).astype(weight.dtype)
+
+
+def fake_quantize(
+    weight: Float[Array, "experts inputs outputs"],
+) -> Float[Array, "experts inputs outputs"]:
+    """`round_to_mxfp4` forwards, the identity backwards."""
+    return weight + jax.lax.stop_gradient(round_to_mxfp4(weight) - weight)
+
+
+def fake_quantize_experts(params: dict[str, Any]) -> dict[str, Any]:
+    """A model's parameters with every expert matrix fake-quantised; everything else as it is."""
+    layers = []
+    for layer in params["layers"]:
+        moe = dict(layer["moe"])
+        for name in _EXPERT_MATRICES:
+            moe[name] = fake_quantize(moe[name])
+        layers.append({**layer, "moe": moe})
+    return {**params, "layers": layers}
