@@ -1,0 +1,1 @@
+"""Accuracy and tokens per effort, throughput per scenario."""

@@ -1,0 +1,139 @@
+"""Everything about a search that a user may change, in one frozen tree of settings.
+
+A recipe is a YAML file of these fields; the command line overrides any of them by its dotted name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from puzzle_jax.errors import ConfigError
+from puzzle_jax.search.scenario import Scenario, Target
+from puzzle_jax.search.space import DEFAULT_FRACTIONS
+from puzzle_jax.tasks import EFFORTS, TASKS, check_effort, get_task
+
+EMBEDDED_PARENT = Path(__file__).parent.parent / "assets" / "tiny"
+
+
+@dataclass(frozen=True)
+class TraceSettings:
+    """The parent's own answers.
+
+    Attributes:
+      tasks: families to ask; every problem is asked at every effort.
+      efforts: reasoning efforts.
+      calibration: problems per task that rank and score.
+      validation: problems per task that choose among the program's best solutions.
+      heldout: problems per task for the reported KL; they choose nothing.
+      temperature: of sampling; 0 is greedy.
+      seed: draws other problems and other answers.
+      max_tokens: limit of an answer per effort.
+      batch_size: answers generated together.
+    """
+
+    tasks: tuple[str, ...] = tuple(TASKS)
+    efforts: tuple[str, ...] = EFFORTS
+    calibration: int = 48
+    validation: int = 32
+    heldout: int = 64
+    temperature: float = 1.0
+    seed: int = 0
+    max_tokens: dict[str, int] = field(default_factory=lambda: {"low": 32, "medium": 64, "high": 128})
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        for task in self.tasks:
+            get_task(task)
+        for effort in self.efforts:
+            check_effort(effort)
+            if self.max_tokens.get(effort, 0) < 1:
+                raise ConfigError(f"traces.max_tokens has no limit of at least 1 for effort {effort!r}")
+        for name in ("calibration", "validation", "heldout", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"traces.{name} is {getattr(self, name)}, but must be at least 1")
+        if not self.temperature >= 0:
+            raise ConfigError(f"traces.temperature is {self.temperature}, but must be at least 0")
+
+
+@dataclass(frozen=True)
+class SpaceSettings:
+    """Alternatives of every layer.
+
+    Attributes:
+      fractions: of the parent's experts that a layer may keep.
+      divisor: degree of expert parallelism, which every count must be a multiple of.
+      windows: offered on full-attention layers.
+    """
+
+    fractions: tuple[float, ...] = DEFAULT_FRACTIONS
+    divisor: int = 1
+    windows: tuple[int, ...] = (8192, 1024)
+
+
+@dataclass(frozen=True)
+class SolveSettings:
+    """The program.
+
+    Attributes:
+      solutions: size of the pool whose real KL is measured; the best by it becomes the child.
+      time_limit: seconds for each solution.
+      gap: relative gap that counts as optimal.
+    """
+
+    solutions: int = 8
+    time_limit: float = 30.0
+    gap: float = 1e-4
+
+    def __post_init__(self) -> None:
+        if self.solutions < 1:
+            raise ConfigError(f"solve.solutions is {self.solutions}, but must be at least 1")
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """What the table shows.
+
+    Attributes:
+      problems: per task, each asked at every effort, greedily.
+      rounds: interleaved rounds of measured throughput.
+      seed: draws other problems.
+    """
+
+    problems: int = 100
+    rounds: int = 7
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("problems", "rounds"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"evaluate.{name} is {getattr(self, name)}, but must be at least 1")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One search.
+
+    Attributes:
+      parent: checkpoint directory; by default the embedded small parent.
+      run: directory of everything that the search writes.
+      traces, space, solve, evaluate: settings of the stages.
+      scenario: the deployment.
+      target: what the child must reach, relative to its parent.
+      costs: "measured" times our own sub-blocks on the devices present, "roofline" models the scenario's hardware.
+    """
+
+    scenario: Scenario
+    target: Target
+    parent: Path = EMBEDDED_PARENT
+    run: Path = Path("runs/tiny")
+    traces: TraceSettings = field(default_factory=TraceSettings)
+    space: SpaceSettings = field(default_factory=SpaceSettings)
+    solve: SolveSettings = field(default_factory=SolveSettings)
+    evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
+    costs: Literal["measured", "roofline"] = "measured"
+
+    def section(self, name: str) -> dict[str, Any]:
+        """One part as JSON values, to tell whether a stage's settings changed."""
+        return asdict(getattr(self, name))
