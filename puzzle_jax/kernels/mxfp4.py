@@ -50,10 +50,12 @@ def decode(weight: MXFP4, dtype: jnp.dtype | type = jnp.float32) -> Float[Array,
     low, high = weight.blocks & 0xF, weight.blocks >> 4
     codes = jnp.stack([low, high], axis=-1).reshape(experts, outputs, inputs // GROUP, GROUP)
     values = jnp.take(jnp.asarray(CODE_VALUES, jnp.float32), codes.astype(jnp.int32))
-    scaled = values * jnp.exp2(weight.scales.astype(jnp.float32) - 127.0)[..., None]
+    # A power of two by its bits: exp2 is off by parts in a million on some platforms.
+    powers = jax.lax.bitcast_convert_type(weight.scales.astype(jnp.uint32) << 23, jnp.float32)
+    scaled = values * powers[..., None]
     return scaled.reshape(experts, outputs, inputs).swapaxes(1, 2).astype(dtype)
 
 
-def as_dense(weight: MXFP4 | Array, dtype: jnp.dtype | type) -> Float[Array, "experts inputs outputs"]:
+def as_dense(weight: MXFP4 | Array, dtype: jnp.dtype | type) -> Float[Array, "..."]:
     """`weight` as an array of `dtype`, decoded if it is packed."""
     return decode(weight, dtype) if isinstance(weight, MXFP4) else weight.astype(dtype)

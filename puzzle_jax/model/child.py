@@ -8,7 +8,7 @@ and viewing compute the same function.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -105,13 +105,17 @@ def whole(parent: ModelConfig) -> Child:
 
 def with_delta(params: Params, dense_delta: Params | None) -> Params:
     """The parent's parameters with the trained values of `dense_delta` in their place."""
-    if dense_delta is None:
-        return params
-    if isinstance(dense_delta, dict):
-        return {name: with_delta(params[name], dense_delta.get(name)) for name in params}
-    if isinstance(dense_delta, list):
-        return [with_delta(p, d) for p, d in zip(params, dense_delta, strict=True)]  # pyright: ignore
-    return dense_delta
+    return params if dense_delta is None else _merged(params, dense_delta)
+
+
+def _merged(old: Any, new: Any) -> Any:
+    if new is None:
+        return old
+    if isinstance(new, dict):
+        return {name: _merged(value, new.get(name)) for name, value in old.items()}
+    if isinstance(new, list):
+        return [_merged(o, n) for o, n in zip(old, new, strict=True)]
+    return new
 
 
 def cut_params(params: Params, child: Child) -> Params:

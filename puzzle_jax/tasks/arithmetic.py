@@ -22,7 +22,9 @@ _OPERATORS = {"+": lambda a, b: (a + b) % 10, "-": lambda a, b: (a - b) % 10, "*
 
 def _check_range(task: str, field: str, low: int, high: int) -> None:
     if not 1 <= low <= high:
-        raise ConfigError(f"{task}: {field} range is {low} to {high}, but must satisfy 1 <= lowest <= highest")
+        raise ConfigError(
+            f"{task}: {field} range is {low} to {high}, but must satisfy 1 <= lowest <= highest"
+        )
 
 
 def _join(parts: list[str], rng: random.Random) -> str:

@@ -8,10 +8,13 @@ Left out: merges (a parent of a million parameters reads characters), characters
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+
+from puzzle_jax.tasks.chat import Chat
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -65,12 +68,10 @@ def build_tokenizer() -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def write_chat_files(directory: str | Path) -> None:
-    """Writes tokenizer.json, tokenizer_config.json, special_tokens_map.json, chat_template.jinja and
-    generation_config.json into an existing directory."""
-    directory = Path(directory)
+def chat_files() -> dict[str, bytes]:
+    """The files by name: tokenizer.json, tokenizer_config.json, special_tokens_map.json, chat_template.jinja and
+    generation_config.json."""
     tokenizer = build_tokenizer()
-    tokenizer.save(str(directory / "tokenizer.json"))
     names = {"eos_token": _RETURN, "pad_token": _PAD, "unk_token": "<|unknown|>"}
     tokenizer_config = {
         **names,
@@ -83,11 +84,27 @@ def write_chat_files(directory: str | Path) -> None:
         "eos_token_id": [tokenizer.token_to_id(token) for token in (_RETURN, _PAD, _CALL)],
         "pad_token_id": tokenizer.token_to_id(_PAD),
     }
-    _write_json(directory / "tokenizer_config.json", tokenizer_config)
-    _write_json(directory / "special_tokens_map.json", names)
-    _write_json(directory / "generation_config.json", generation_config)
-    (directory / "chat_template.jinja").write_text(_TEMPLATE, encoding="utf-8")
+    return {
+        "tokenizer.json": tokenizer.to_str(pretty=True).encode(),
+        "tokenizer_config.json": _json_bytes(tokenizer_config),
+        "special_tokens_map.json": _json_bytes(names),
+        "generation_config.json": _json_bytes(generation_config),
+        "chat_template.jinja": _TEMPLATE.encode(),
+    }
 
 
-def _write_json(path: Path, value: dict[str, object]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+def write_chat_files(directory: str | Path) -> None:
+    """Writes `chat_files` into an existing directory."""
+    for name, content in chat_files().items():
+        (Path(directory) / name).write_bytes(content)
+
+
+def embedded_chat() -> Chat:
+    """The embedded parent's chat without a checkpoint: what pretraining starts from."""
+    with tempfile.TemporaryDirectory() as directory:
+        write_chat_files(directory)
+        return Chat.load(directory)
+
+
+def _json_bytes(value: dict[str, object]) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()

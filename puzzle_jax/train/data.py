@@ -1,31 +1,71 @@
 """Examples for pretraining the embedded parent, packed into rows with segment ids.
 
-An example is a prompt at some effort with its worked completion. Whole examples are packed into rows; a segment id
-per example keeps attention inside it, and only the completion is learned. Two row lengths: most examples are short
-and fill short rows, the few long ones (far look-ups) fill long rows, since full attention costs length squared.
-Problems of the held-out split never appear.
-Left out: splitting an example over rows, streaming from disk.
+An example is a prompt at some effort with its worked completion. Whole examples are packed into rows; a segment
+id per example keeps attention inside it, and only the completion is learned. Rows come in a few lengths
+(`Bucket`): full attention costs length squared, so short examples must not pay for long ones, and a model learns
+its first steps sooner on short examples, so that buckets may join late.
+
+A batch is a pure function of (seed, step): training resumes exactly, and no state of the data is saved.
+Problems of the held-out split never appear. Left out: splitting an example over rows, streaming from disk.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from puzzle_jax.errors import ConfigError
 from puzzle_jax.tasks import Chat, Task, is_held_out
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """One shape of batches.
+
+    Attributes:
+      length: tokens per row.
+      rows: rows per batch.
+      weight: how often its batches come, relative to the other buckets.
+      shortest: examples of fewer tokens are left to other buckets.
+      start: fraction of training after which it joins, 0 to 1.
+    """
+
+    length: int
+    rows: int
+    weight: float
+    shortest: int = 1
+    start: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.length < 1 or self.rows < 1:
+            raise ConfigError(f"bucket of {self.rows} rows of {self.length} tokens: both must be at least 1")
+        if not self.weight > 0:
+            raise ConfigError(f"bucket of length {self.length}: weight is {self.weight}, but must be above 0")
+        if not 1 <= self.shortest <= self.length:
+            raise ConfigError(
+                f"bucket of length {self.length}: shortest is {self.shortest}, but must be 1 to {self.length}"
+            )
+        if not 0 <= self.start < 1:
+            raise ConfigError(f"bucket of length {self.length}: start is {self.start}, but must be in [0, 1)")
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What examples are drawn from: tasks and efforts with their relative weights."""
+
+    tasks: tuple[tuple[Task, float], ...]
+    efforts: tuple[tuple[str, float], ...]
 
 
 @dataclass(frozen=True)
 class Example:
     """Tokens of one conversation; those from `prompt_length` on are the assistant's."""
 
-    task: str
-    effort: str
     tokens: tuple[int, ...]
     prompt_length: int
 
@@ -42,14 +82,6 @@ class Batch(NamedTuple):
     segment_ids: Int[np.ndarray, "rows length"]
 
 
-@dataclass(frozen=True)
-class Mixture:
-    """What examples are drawn from: tasks and efforts with their relative weights."""
-
-    tasks: tuple[tuple[Task, float], ...]
-    efforts: tuple[tuple[str, float], ...]
-
-
 def make_example(chat: Chat, task: Task, seed: int, effort: str) -> Example | None:
     """The worked example of a seed, or None when the seed's problem is held out."""
     problem = task.sample(seed)
@@ -57,20 +89,75 @@ def make_example(chat: Chat, task: Task, seed: int, effort: str) -> Example | No
         return None
     prompt = chat.prompt_tokens(problem.prompt, effort)
     completion = chat.completion_tokens(task.trace(problem, effort), problem.answer)
-    return Example(task.name, effort, (*prompt, *completion), len(prompt))
+    return Example((*prompt, *completion), len(prompt))
 
 
-def examples(chat: Chat, mixture: Mixture, seed: int) -> Iterator[Example]:
-    """Endless training examples; the order depends on `seed` alone."""
-    rng = random.Random(f"examples:{seed}")
-    tasks, task_weights = zip(*mixture.tasks, strict=True)
-    efforts, effort_weights = zip(*mixture.efforts, strict=True)
-    while True:
-        task = rng.choices(tasks, task_weights)[0]
-        effort = rng.choices(efforts, effort_weights)[0]
-        example = make_example(chat, task, rng.getrandbits(48), effort)
-        if example is not None:
-            yield example
+_OPEN_ROWS = 8
+_MOST_REFUSALS = 10_000
+
+
+@dataclass(frozen=True)
+class BatchSource:
+    """Every batch of a training run, by step."""
+
+    chat: Chat
+    mixture: Mixture
+    buckets: tuple[Bucket, ...]
+    seed: int
+    steps: int
+
+    def __post_init__(self) -> None:
+        if not any(bucket.start == 0 for bucket in self.buckets):
+            raise ConfigError("buckets: none has start 0, but the first batch needs one")
+
+    def bucket(self, step: int) -> Bucket:
+        """The shape of a step's batch."""
+        joined = [bucket for bucket in self.buckets if bucket.start <= step / self.steps]
+        rng = random.Random(f"bucket:{self.seed}:{step}")
+        return rng.choices(joined, [bucket.weight for bucket in joined])[0]
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step.
+
+        Examples go first-fit into a few open rows; when one fits nowhere, the fullest row is closed, until the
+        batch has its rows.
+
+        Raises:
+          ConfigError: when no task gives an example of a length that the bucket takes.
+        """
+        bucket = self.bucket(step)
+        rng = random.Random(f"batch:{self.seed}:{step}")
+        rows: list[list[Example]] = []
+        opened: list[list[Example]] = [[]]
+        while len(rows) + len(opened) < bucket.rows + _OPEN_ROWS:
+            example = self._draw(rng, bucket)
+            row = next((row for row in opened if _length(row) + len(example.tokens) <= bucket.length), None)
+            if row is not None:
+                row.append(example)
+                continue
+            if len(opened) == _OPEN_ROWS:
+                rows.append(opened.pop(max(range(_OPEN_ROWS), key=lambda i: _length(opened[i]))))
+            opened.append([example])
+        rows += sorted(opened, key=_length, reverse=True)
+        return pack(rows[: bucket.rows], bucket.length, self.chat.pad_id)
+
+    def _draw(self, rng: random.Random, bucket: Bucket) -> Example:
+        tasks, task_weights = zip(*self.mixture.tasks, strict=True)
+        efforts, effort_weights = zip(*self.mixture.efforts, strict=True)
+        for _ in range(_MOST_REFUSALS):
+            task = rng.choices(tasks, task_weights)[0]
+            effort = rng.choices(efforts, effort_weights)[0]
+            example = make_example(self.chat, task, rng.getrandbits(48), effort)
+            if example is not None and bucket.shortest <= len(example.tokens) <= bucket.length:
+                return example
+        raise ConfigError(
+            f"bucket of length {bucket.length}: no task gives examples of "
+            f"{bucket.shortest} to {bucket.length} tokens"
+        )
+
+
+def _length(row: Sequence[Example]) -> int:
+    return sum(len(example.tokens) for example in row)
 
 
 def pack(rows: Sequence[Sequence[Example]], length: int, pad_id: int) -> Batch:
@@ -96,45 +183,3 @@ def pack(rows: Sequence[Sequence[Example]], length: int, pad_id: int) -> Batch:
             segment_ids[row, start:end] = segment
             start = end
     return Batch(tokens, targets, weights, segment_ids)
-
-
-def batches(
-    source: Iterator[Example], shapes: Mapping[int, int], pad_id: int
-) -> Iterator[Batch]:
-    """Endless packed batches from endless examples.
-
-    Every example goes into the shortest row length that holds it; a row is closed when the next example does not
-    fit, and a batch of a length is given out when its rows are full. So each length comes up as often as its
-    examples do. Examples that are longer than all rows are dropped.
-
-    Args:
-      source: examples.
-      shapes: row length -> rows per batch.
-      pad_id: token of padding.
-    """
-    lengths = sorted(shapes)
-    closed: dict[int, list[list[Example]]] = {length: [] for length in lengths}
-    opened: dict[int, list[list[Example]]] = {length: [] for length in lengths}
-    for example in source:
-        length = next((length for length in lengths if len(example.tokens) <= length), None)
-        if length is None:
-            continue
-        _place(example, length, opened[length], closed[length])
-        if len(closed[length]) == shapes[length]:
-            yield pack(closed[length], length, pad_id)
-            closed[length] = []
-
-
-_MAX_OPEN_ROWS = 8
-
-
-def _place(example: Example, length: int, opened: list[list[Example]], closed: list[list[Example]]) -> None:
-    """First fit into one of a few open rows; the fullest is closed when none fits."""
-    for row in opened:
-        if sum(len(member.tokens) for member in row) + len(example.tokens) <= length:
-            row.append(example)
-            return
-    if len(opened) == _MAX_OPEN_ROWS:
-        fullest = max(range(len(opened)), key=lambda i: sum(len(member.tokens) for member in opened[i]))
-        closed.append(opened.pop(fullest))
-    opened.append([example])

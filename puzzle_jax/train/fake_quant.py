@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-GROUP = 32
-_LARGEST = 6.0
-_EXPERT_MATRICES = ("gate_up", "down")
+from puzzle_jax.kernels.mxfp4 import GROUP
+from puzzle_jax.model.spec import EXPERT_MATRICES
+
+_SMALLEST, _GREATEST = -125, 127  # exponents of normal numbers
 
 
 def round_to_mxfp4(
@@ -28,10 +29,10 @@ def round_to_mxfp4(
         raise ValueError(f"weight has {inputs} inputs, but MXFP4 groups need a multiple of {GROUP}")
     groups = weight.astype(jnp.float32).reshape(experts, inputs // GROUP, GROUP, outputs)
     largest = jnp.max(jnp.abs(groups), axis=2, keepdims=True)
-    # frexp is exact where log2 may round across a whole number: m * 2**e with m in [0.5, 1), m == 0.5 is a power.
-    mantissa, exponent = jnp.frexp(largest / _LARGEST)
-    exponent = jnp.where(mantissa == 0.5, exponent - 1, exponent)
-    exponent = jnp.where(largest > 0, jnp.clip(exponent, -125, 127), 0)
+    # largest = m * 2**e with m in [0.5, 1) and 6 = 0.75 * 2**3: exact where a logarithm would round.
+    mantissa, exponent = jnp.frexp(largest)
+    exponent = jnp.where(mantissa <= 0.75, exponent - 3, exponent - 2)
+    exponent = jnp.where(largest > 0, jnp.clip(exponent, _SMALLEST, _GREATEST), 0)
     scale = jnp.ldexp(jnp.ones_like(largest), exponent)
     x = groups / scale
     magnitude = jnp.abs(x)
@@ -52,7 +53,7 @@ def fake_quantize_experts(params: dict[str, Any]) -> dict[str, Any]:
     layers = []
     for layer in params["layers"]:
         moe = dict(layer["moe"])
-        for name in _EXPERT_MATRICES:
+        for name in EXPERT_MATRICES:
             moe[name] = fake_quantize(moe[name])
         layers.append({**layer, "moe": moe})
     return {**params, "layers": layers}

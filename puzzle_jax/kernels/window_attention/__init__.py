@@ -2,8 +2,8 @@
 
 A sink is one extra logit per query head that joins the softmax and is then dropped, so the weights of a query sum to
 less than one. A window of W lets query i see the keys j with i - W < j <= i. Implementations: `banded`, whose cost
-grows with the window (static windows only), and `reference`, which masks the full square and takes any window, one
-per row of the batch as data included.
+grows with the window (static windows only), `causal_blocks` (no window), `square`, which takes any window, one per
+row of the batch as data included, and `reference`.
 """
 
 from __future__ import annotations
@@ -11,9 +11,14 @@ from __future__ import annotations
 from jaxtyping import Array, Float, Int
 
 from puzzle_jax.kernels.dispatch import dispatch
-from puzzle_jax.kernels.window_attention import banded, reference
+from puzzle_jax.kernels.window_attention import banded, causal_blocks, reference, square
 
-IMPLEMENTATIONS = {"banded": banded.window_attention, "reference": reference.window_attention}
+IMPLEMENTATIONS = {
+    "banded": banded.window_attention,
+    "causal_blocks": causal_blocks.window_attention,
+    "square": square.window_attention,
+    "reference": reference.window_attention,
+}
 
 
 def window_attention(

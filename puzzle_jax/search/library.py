@@ -1,0 +1,167 @@
+"""What a program chooses from: a library {group: {alternative: {nested numbers}}}, limits on sums, and
+choices.
+
+A group is whatever one thing must be chosen for: a layer, or one sub-block of a layer. Numbers are named by
+dotted keys ("stats.runtime_ms"), the form in which block libraries are published. Sums are exact: every
+number counts as the decimal fraction that it is written as, so 0.1 + 0.2 meets a limit of 0.3.
+
+Knows nothing of models, and nothing of solving: that is `puzzle_jax.search.program`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
+from fractions import Fraction
+from math import isfinite
+from typing import Any
+
+import numpy as np
+
+from puzzle_jax.errors import PuzzleError
+
+Library = Mapping[str, Mapping[str, Mapping[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A bound on the sum of `key` over the chosen alternatives: exactly one of `at_most` and `at_least`."""
+
+    key: str
+    at_most: float | None = None
+    at_least: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.at_most is None) == (self.at_least is None):
+            raise PuzzleError(f"the limit on {self.key!r} needs one of at_most and at_least")
+        if not is_number(self.bound):
+            raise PuzzleError(f"the limit on {self.key!r} is {self.bound!r}, but must be a finite number")
+
+    @property
+    def bound(self) -> float:
+        return self.at_least if self.at_most is None else self.at_most  # pyright: ignore[reportReturnType]
+
+    @property
+    def sign(self) -> int:
+        """+1 where less is better, -1 where more is."""
+        return -1 if self.at_most is None else 1
+
+    def is_met(self, total: Fraction) -> bool:
+        return self.sign * total <= self.sign * exact(self.bound)
+
+    def __str__(self) -> str:
+        return f"{self.key!r} at {'most' if self.at_most is not None else 'least'} {short(self.bound, 0)}"
+
+
+@dataclass(frozen=True)
+class Solution:
+    """One choice.
+
+    Attributes:
+      choice: alternative per group.
+      score: sum of the minimised key.
+      costs: sum of every key that all alternatives of the library have.
+      status: "optimal" (proven to the gap asked for), "time limit" (a feasible point, `gap` says how far from
+        proven), or "given" (not solved for).
+      gap: (score - proven lower bound) / |score|; None where nothing is proven.
+      missed: the limits that the choice breaks; none in what `solve` returns.
+    """
+
+    choice: dict[str, str]
+    score: float
+    costs: dict[str, float]
+    status: str
+    gap: float | None
+    missed: tuple[Limit, ...] = ()
+
+
+@dataclass(frozen=True)
+class Program:
+    """What to choose from and under which limits.
+
+    Raises `PuzzleError` when the library is empty, a key is unknown or missing in an alternative, or a number
+    that is used is none (a string, NaN, infinity).
+    """
+
+    library: Library
+    minimize: str
+    limits: tuple[Limit, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.library:
+            raise PuzzleError("the library is empty, but needs at least one group")
+        for group, alternatives in self.library.items():
+            if not isinstance(alternatives, Mapping) or not alternatives:
+                raise PuzzleError(f"group {group!r} of the library has no alternatives")
+        used = [self.minimize, *(limit.key for limit in self.limits)]
+        for group, alternatives in self.library.items():
+            for name, numbers in alternatives.items():
+                for key in used:
+                    value = lookup(numbers, key)
+                    if not is_number(value):
+                        raise PuzzleError(self._complaint(group, name, key, value))
+
+    def _complaint(self, group: str, name: str, key: str, value: object) -> str:
+        if value is not None:
+            return f"{key!r} of {name!r} in group {group!r} is {value!r}, but must be a finite number"
+        known = ", ".join(sorted(common_keys(self.library))) or "none"
+        return f"{name!r} in group {group!r} has no {key!r}; keys that all alternatives have: {known}"
+
+    def totals(self, choice: Mapping[str, str], key: str) -> Fraction:
+        """The exact sum of `key` over a choice."""
+        return sum((exact(lookup(self.library[g][a], key)) for g, a in choice.items()), Fraction(0))
+
+
+def lookup(numbers: Mapping[str, Any], key: str) -> Any:
+    """The value at a dotted key of nested mappings, None where there is none; a key that holds dots itself
+    works.
+    """
+    if not isinstance(numbers, Mapping):
+        return None
+    if key in numbers:
+        return numbers[key]
+    for at in range(len(key)):
+        if key[at] == "." and key[:at] in numbers:
+            found = lookup(numbers[key[:at]], key[at + 1 :])
+            if found is not None:
+                return found
+    return None
+
+
+def common_keys(library: Library) -> set[str]:
+    """Dotted keys under which every alternative of the library has a finite number."""
+    common: set[str] | None = None
+    for alternatives in library.values():
+        for numbers in alternatives.values():
+            keys = set(_numeric_keys(numbers))
+            common = keys if common is None else common & keys
+    return common or set()
+
+
+def is_number(value: object) -> bool:
+    number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    return number and isfinite(value)  # pyright: ignore[reportArgumentType]
+
+
+def _numeric_keys(numbers: Mapping[str, Any], prefix: str = "") -> list[str]:
+    keys = []
+    for key, value in numbers.items():
+        if isinstance(value, Mapping):
+            keys += _numeric_keys(value, f"{prefix}{key}.")
+        elif is_number(value):
+            keys.append(f"{prefix}{key}")
+    return keys
+
+
+def exact(value: Any) -> Fraction:
+    """A number as it is written: 0.1 is a tenth, so that 0.1 + 0.2 is 0.3."""
+    return Fraction(int(value)) if isinstance(value, int | np.integer) else Fraction(repr(float(value)))
+
+
+def short(value: float, direction: int) -> str:
+    """Six digits, rounded so that the number stays feasible; whole numbers in full."""
+    if float(value).is_integer() and abs(value) < 1e15:
+        return str(int(value))
+    rounding = {1: ROUND_CEILING, -1: ROUND_FLOOR}.get(direction)
+    return f"{Context(prec=6, rounding=rounding).create_decimal(Decimal(repr(float(value)))):g}"

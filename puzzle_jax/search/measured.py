@@ -1,0 +1,273 @@
+"""Seconds of our own sub-blocks on the device present, at the exact shapes of a scenario.
+
+Attention is timed for each distinct window and the mixture for each distinct expert count, with random
+parameters: in prefill on the whole batch, and in decoding as a loop on the device of many steps of one
+sub-block, against a cache of the layer's own size, so that no dispatch is counted. What all architectures
+share (embedding, head, the choice of the next token) is timed likewise. All parts take turns, round by round,
+so that a drifting machine harms none; medians over rounds are kept with their spread.
+
+Left out: several devices, routing as uneven as a trained router's, and what XLA fuses across sub-blocks.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from puzzle_jax.config import BlockConfig, ModelConfig
+from puzzle_jax.errors import ConfigError
+from puzzle_jax.model.cache import cache_slots, decode_attention_block, fill_cache, init_cache
+from puzzle_jax.model.network import attention_block, embed, head_logits, moe_block
+from puzzle_jax.model.rope import rope_table
+from puzzle_jax.model.spec import Params, init_params
+from puzzle_jax.search.costs import Seconds, Times
+from puzzle_jax.search.scenario import Scenario
+
+# A decoding loop starts every step from one of so many hidden states: with the state carried alone, routing
+# would settle on few experts.
+_STATES = 8
+
+
+class _Part(NamedTuple):
+    """Something to time: `run` maps a state to the next; `steps` is what its seconds are divided by."""
+
+    run: Callable[[Any], Any]
+    state: Any
+    steps: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Provider of `puzzle_jax.search.costs`: times the default device.
+
+    Attributes:
+      dtype: of parameters, activations and cache.
+      rounds: timed turns of every part, after one that compiles.
+      decode_steps: length of a decoding loop, at most the scenario's output.
+      seed: of parameters and hidden states.
+      progress: called with done and all turns.
+    """
+
+    dtype: Any = jnp.float32
+    rounds: int = 7
+    decode_steps: int = 64
+    seed: int = 0
+    progress: Callable[[int, int], None] | None = None
+
+    def __post_init__(self) -> None:
+        for field in ("rounds", "decode_steps"):
+            if getattr(self, field) < 1:
+                raise ConfigError(f"{field} is {getattr(self, field)}, but must be at least 1")
+
+    @property
+    def name(self) -> str:
+        return "measured"
+
+    @property
+    def device(self) -> str:
+        return device_identity()["device"]
+
+    def times(
+        self,
+        config: ModelConfig,
+        scenario: Scenario,
+        counts: Sequence[int],
+        windows: Sequence[int | None],
+    ) -> Times:
+        """See `costs.Provider`. Raises `ConfigError` for a scenario of several devices or other hardware."""
+        if scenario.devices != 1 or scenario.hardware != "local":
+            raise ConfigError(
+                f"scenario {scenario.name!r} asks for {scenario.devices} x {scenario.hardware}, but measured costs "
+                "are of one local device; model it with costs 'roofline'"
+            )
+        parts: dict[tuple[str, Any, str], _Part] = {}
+        maker = _Maker(
+            config, scenario, self.dtype, min(self.decode_steps, scenario.output_tokens), self.seed
+        )
+        for window in windows:
+            parts["attention", window, "prefill"] = maker.prefill_attention(window)
+            parts["attention", window, "decode"] = maker.decode_attention(window)
+        for count in counts:
+            parts["experts", count, "prefill"] = maker.prefill_experts(count)
+            parts["experts", count, "decode"] = maker.decode_experts(count)
+        parts["fixed", None, "prefill"] = maker.prefill_fixed()
+        parts["fixed", None, "decode"] = maker.decode_fixed()
+        seconds = self._take_turns(parts)
+
+        def both(kind: str, value: Any) -> Seconds:
+            prefill, decode = seconds[kind, value, "prefill"], seconds[kind, value, "decode"]
+            return Seconds(_median(prefill), _median(decode), _spread(prefill), _spread(decode))
+
+        return Times(
+            experts={count: both("experts", count) for count in counts},
+            attention={window: both("attention", window) for window in windows},
+            fixed=both("fixed", None),
+        )
+
+    def _take_turns(self, parts: dict[Any, _Part]) -> dict[Any, list[float]]:
+        """Seconds per step of every part, one number per round; the first turn compiles and is not counted."""
+        states = {key: part.state for key, part in parts.items()}
+        seconds: dict[Any, list[float]] = {key: [] for key in parts}
+        for turn in range((self.rounds + 1) * len(parts)):
+            key = list(parts)[turn % len(parts)]
+            start = time.perf_counter()
+            states[key] = jax.block_until_ready(parts[key].run(states[key]))
+            if turn >= len(parts):
+                seconds[key].append((time.perf_counter() - start) / parts[key].steps)
+            if self.progress:
+                self.progress(turn + 1, (self.rounds + 1) * len(parts))
+        return seconds
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Builds the parts of one scenario."""
+
+    config: ModelConfig
+    scenario: Scenario
+    dtype: Any
+    steps: int
+    seed: int
+
+    def _params(self, block: BlockConfig) -> Params:
+        """A one-layer model's parameters."""
+        return init_params(self._one_layer(block), jax.random.key(self.seed), self.dtype)
+
+    def _one_layer(self, block: BlockConfig) -> ModelConfig:
+        return replace(self.config, blocks=(block,))
+
+    def _hidden(self, *shape: int) -> Float[Array, "..."]:
+        key = jax.random.key(self.seed + 1)
+        return jax.random.normal(key, (*shape, self.config.hidden_size)).astype(self.dtype)
+
+    def prefill_attention(self, window: int | None) -> _Part:
+        config = self._one_layer(BlockConfig(self.config.experts_per_token, window))
+        batch, seq = self.scenario.batch, self.scenario.input_tokens
+        slots = cache_slots(window, self.scenario.context_tokens)
+        params = self._params(config.blocks[0])["layers"][0]["attention"]
+
+        @jax.jit
+        def run(params: Params, x: Array) -> Any:
+            table = rope_table(config.rope, config.head_dim, jnp.arange(seq)[None])
+            y, qkv = attention_block(params, config, x, table, window=window)
+            return y, fill_cache(qkv.k, qkv.v, jnp.full(batch, seq, jnp.int32), slots)
+
+        return _repeated(run, params, self._hidden(batch, seq))
+
+    def prefill_experts(self, count: int) -> _Part:
+        config = self._one_layer(BlockConfig(count))
+        params = self._params(config.blocks[0])["layers"][0]["moe"]
+        run = jax.jit(lambda params, x: moe_block(params, config, x)[0])
+        return _repeated(run, params, self._hidden(self.scenario.batch, self.scenario.input_tokens))
+
+    def prefill_fixed(self) -> _Part:
+        config = self._one_layer(BlockConfig(self.config.experts_per_token))
+        params = _without_layers(self._params(config.blocks[0]))
+        shape = (self.scenario.batch, self.scenario.input_tokens)
+        tokens = jax.random.randint(jax.random.key(self.seed), shape, 0, config.vocab_size)
+        run = jax.jit(lambda params, tokens: head_logits(params, config, embed(params, tokens)[:, -1]))
+        return _repeated(run, params, tokens)
+
+    def decode_attention(self, window: int | None) -> _Part:
+        config = self._one_layer(BlockConfig(self.config.experts_per_token, window))
+        batch, scenario, steps = self.scenario.batch, self.scenario, self.steps
+        params = self._params(config.blocks[0])["layers"][0]["attention"]
+        cache = init_cache(config, 0, batch, scenario.context_tokens, self.dtype)
+
+        def step(params: Params, index: Array, x: Array, cache: Any) -> tuple[Array, Any]:
+            # Steps spread over the output positions where there are fewer of them.
+            position = scenario.input_tokens + index * scenario.output_tokens // steps
+            positions = jnp.full(batch, position, jnp.int32)
+            table = rope_table(config.rope, config.head_dim, positions[:, None])
+            return decode_attention_block(params, config, x, cache, positions, table, window=window)
+
+        return self._loop(step, params, cache)
+
+    def decode_experts(self, count: int) -> _Part:
+        config = self._one_layer(BlockConfig(count))
+        params = self._params(config.blocks[0])["layers"][0]["moe"]
+
+        def step(params: Params, index: Array, x: Array, nothing: Any) -> tuple[Array, Any]:
+            return moe_block(params, config, x)[0], nothing
+
+        return self._loop(step, params, ())
+
+    def decode_fixed(self) -> _Part:
+        config = self._one_layer(BlockConfig(self.config.experts_per_token))
+        params = _without_layers(self._params(config.blocks[0]))
+
+        def step(params: Params, index: Array, x: Array, nothing: Any) -> tuple[Array, Any]:
+            token = jnp.argmax(head_logits(params, config, x[:, 0]), axis=-1)
+            return embed(params, token[:, None]), nothing
+
+        return self._loop(step, params, ())
+
+    def _loop(self, step: Callable[..., tuple[Array, Any]], params: Params, carry: Any) -> _Part:
+        """`steps` steps on the device; each starts from its own hidden state and needs the one before it."""
+        states = self._hidden(_STATES, self.scenario.batch, 1)
+
+        @jax.jit
+        def run(params: Params, states: Array, carry: Any) -> Any:
+            def body(index: Array, state: tuple[Array, Any]) -> tuple[Array, Any]:
+                x, carry = state
+                fresh = states[index % _STATES]
+                return step(params, index, fresh + x * jnp.asarray(1e-20, x.dtype), carry)
+
+            return jax.lax.fori_loop(0, self.steps, body, (states[0], carry))
+
+        return _Part(lambda carry: run(params, states, carry)[1], carry, self.steps)
+
+
+def device_identity() -> dict[str, Any]:
+    """What measured seconds depend on besides shapes: part of a stage's settings, so that they are taken anew
+    elsewhere.
+    """
+    device = jax.devices()[0]
+    kind = device.device_kind
+    if device.platform == "cpu":
+        kind = f"{_processor()}, {os.cpu_count()} cores"
+    return {"device": kind, "platform": device.platform, "jax": jax.__version__}
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _repeated(run: Callable[[Params, Array], Any], params: Params, x: Array) -> _Part:
+    """Timing of one call whose input stays."""
+
+    def again(state: Array) -> Array:
+        jax.block_until_ready(run(params, state))
+        return state
+
+    return _Part(again, x, 1)
+
+
+def _without_layers(params: Params) -> Params:
+    return {name: value for name, value in params.items() if name != "layers"}
+
+
+def _median(values: Sequence[float]) -> float:
+    return statistics.median(values)
+
+
+def _spread(values: Sequence[float]) -> float:
+    """Interquartile range over the median."""
+    if len(values) < 2:
+        return 0.0
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return (high - low) / statistics.median(values)

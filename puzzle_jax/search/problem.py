@@ -1,0 +1,341 @@
+"""The search as a program: which expert set and which window each layer gets, and back to an architecture.
+
+Every layer is two groups, one for its experts and one for its attention. Scores and costs add over groups, so
+the product of a layer's alternatives is never listed. What all architectures share (embedding, head,
+sampling) is a group with one alternative. Limits are the target's, relative to the parent, and are checked on
+exact sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from math import floor, inf, isfinite, nextafter
+from typing import Any
+
+from puzzle_jax.config import BlockConfig
+from puzzle_jax.errors import ConfigError, InfeasibleError
+from puzzle_jax.search.costs import Architecture, Costs, Seconds
+from puzzle_jax.search.library import exact
+from puzzle_jax.search.program import (
+    Clash,
+    InfeasibleProgram,
+    Library,
+    Limit,
+    Program,
+    Solution,
+    assess,
+    solve,
+)
+from puzzle_jax.search.scenario import Scenario, Target
+from puzzle_jax.search.space import ExpertChoice, Space
+
+SCORE, EXPERT_BYTES, PARAMETERS = "score", "expert_bytes", "parameters"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How much each alternative hurts when it alone replaces the parent's sub-block; 0 for the parent's own.
+
+    Attributes:
+      experts: per layer, one number per expert choice of the space.
+      attention: per layer, one number per window of the space.
+    """
+
+    experts: tuple[tuple[float, ...], ...]
+    attention: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An architecture with its predicted score and costs.
+
+    Attributes:
+      name: how it was found.
+      blocks: per layer, expert count and window.
+      choices: per layer, the experts that stay.
+      score: sum of its alternatives' scores.
+      costs: sums by key ("expert_bytes", "parameters", "kv_bytes.<scenario>", "prefill_seconds.<scenario>",
+        "decode_seconds.<scenario>", "request_seconds.<scenario>").
+      missed: limits of the target that it breaks, in words.
+      status: of the program's solution; "given" where none was solved.
+      gap: of the program's solution.
+    """
+
+    name: str
+    blocks: Architecture
+    choices: tuple[ExpertChoice, ...]
+    score: float
+    costs: Mapping[str, float]
+    missed: tuple[str, ...]
+    status: str
+    gap: float | None
+
+    @property
+    def meets_target(self) -> bool:
+        return not self.missed
+
+    @property
+    def kept(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(choice.kept for choice in self.choices)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "score": self.score,
+            "costs": dict(self.costs),
+            "missed": list(self.missed),
+            "status": self.status,
+            "gap": self.gap,
+            "layers": [
+                {
+                    "num_local_experts": b.num_experts,
+                    "sliding_window": b.window,
+                    "method": c.method,
+                    "kept": list(c.kept),
+                }
+                for b, c in zip(self.blocks, self.choices, strict=True)
+            ],
+        }
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> Candidate:
+        """The inverse of `to_json`."""
+        layers = value["layers"]
+        return Candidate(
+            name=value["name"],
+            blocks=tuple(BlockConfig(x["num_local_experts"], x["sliding_window"]) for x in layers),
+            choices=tuple(ExpertChoice(len(x["kept"]), tuple(x["kept"]), x["method"]) for x in layers),
+            score=value["score"],
+            costs=value["costs"],
+            missed=tuple(value["missed"]),
+            status=value["status"],
+            gap=value["gap"],
+        )
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A space with scores, costs and a target. Raises `ConfigError` where they do not fit together."""
+
+    space: Space
+    scores: Scores
+    costs: Costs
+    target: Target
+
+    def __post_init__(self) -> None:
+        for name, alternatives in (("experts", self.space.expert_choices), ("attention", self.space.windows)):
+            numbers = getattr(self.scores, name)
+            if [len(x) for x in numbers] != [len(x) for x in alternatives]:
+                raise ConfigError(
+                    f"scores.{name} has {[len(x) for x in numbers]} numbers per layer, "
+                    f"but the space has {[len(x) for x in alternatives]} alternatives"
+                )
+            for layer, row in enumerate(numbers):
+                if not all(isfinite(number) for number in row):
+                    raise ConfigError(f"scores.{name} of layer {layer} are {list(row)}, but must be finite")
+
+    @cached_property
+    def library(self) -> Library:
+        """The alternatives in the form that programs take."""
+        groups: dict[str, dict[str, dict[str, Any]]] = {
+            "shared": {
+                "": {
+                    SCORE: 0.0,
+                    EXPERT_BYTES: 0,
+                    PARAMETERS: self.costs.shared_parameters,
+                    "kv_bytes": {scenario.name: 0 for scenario in self.costs.scenarios},
+                    **_seconds(self.costs.scenarios, self.costs.fixed),
+                }
+            }
+        }
+        for layer, (choices, windows) in enumerate(
+            zip(self.space.expert_choices, self.space.windows, strict=True)
+        ):
+            groups[experts_group(layer)] = {
+                choice.name: self._expert_numbers(layer, index, choice)
+                for index, choice in enumerate(choices)
+            }
+            groups[attention_group(layer)] = {
+                window_name(window): self._attention_numbers(layer, index, window)
+                for index, window in enumerate(windows)
+            }
+        return groups
+
+    def _expert_numbers(self, layer: int, index: int, choice: ExpertChoice) -> dict[str, Any]:
+        costs = self.costs.experts_of(layer, BlockConfig(choice.count))
+        return {
+            SCORE: self.scores.experts[layer][index],
+            EXPERT_BYTES: costs.weight_bytes,
+            PARAMETERS: costs.parameters,
+            "kv_bytes": {scenario.name: 0 for scenario in self.costs.scenarios},
+            **_seconds(self.costs.scenarios, costs.seconds),
+        }
+
+    def _attention_numbers(self, layer: int, index: int, window: int | None) -> dict[str, Any]:
+        costs = self.costs.attention_of(layer, BlockConfig(1, window))
+        return {
+            SCORE: self.scores.attention[layer][index],
+            EXPERT_BYTES: 0,
+            PARAMETERS: 0,
+            "kv_bytes": dict(costs.kv_bytes),
+            **_seconds(self.costs.scenarios, costs.seconds),
+        }
+
+    @cached_property
+    def limits(self) -> tuple[Limit, ...]:
+        """The target as bounds on sums."""
+        target, parent, limits = self.target, self.space.parent.blocks, []
+        if target.max_expert_bytes_ratio is not None:
+            limits.append(
+                _bytes_limit(EXPERT_BYTES, target.max_expert_bytes_ratio, self.costs.expert_bytes(parent))
+            )
+        for scenario in self.costs.scenarios:
+            if target.max_kv_bytes_ratio is not None:
+                of_parent = self.costs.kv_bytes(parent, scenario.name)
+                limits.append(_bytes_limit(f"kv_bytes.{scenario.name}", target.max_kv_bytes_ratio, of_parent))
+            if target.min_speedup is not None:
+                seconds = self._parent_seconds(scenario) / exact(target.min_speedup)
+                limits.append(Limit(f"request_seconds.{scenario.name}", at_most=_float_above(seconds)))
+        return tuple(limits)
+
+    def _parent_seconds(self, scenario: Scenario) -> Fraction:
+        """The exact sum that the library gives the parent, so that a speed-up of 1 is the parent's own."""
+        parts = [self.costs.fixed[scenario.name]]
+        for layer, block in enumerate(self.space.parent.blocks):
+            parts.append(self.costs.experts_of(layer, block).seconds[scenario.name])
+            parts.append(self.costs.attention_of(layer, block).seconds[scenario.name])
+        return sum((exact(_request_seconds(scenario, part)) for part in parts), Fraction(0))
+
+    @cached_property
+    def program(self) -> Program:
+        return Program(self.library, SCORE, self.limits)
+
+    def solve(
+        self, *, num_solutions: int = 1, min_distance: int = 1, time_limit: float = 30.0, gap: float = 1e-4
+    ) -> list[Candidate]:
+        """The best architectures; see `program.solve`.
+
+        Raises `InfeasibleError` that speaks of the target: which parts of it clash and what could be reached.
+        """
+        options: dict[str, Any] = {"min_distance": min_distance, "time_limit": time_limit, "gap": gap}
+        try:
+            solutions = solve(self.program, num_solutions=num_solutions, **options)
+        except InfeasibleProgram as error:
+            raise self._explain(error.clashes) from error
+        return [self.candidate(f"solution {i + 1}", solution) for i, solution in enumerate(solutions)]
+
+    def candidate(self, name: str, solution: Solution) -> Candidate:
+        """A solution as an architecture."""
+        choices, windows = [], []
+        for layer in range(self.space.num_layers):
+            chosen = solution.choice[experts_group(layer)]
+            choices.append(next(c for c in self.space.expert_choices[layer] if c.name == chosen))
+            chosen = solution.choice[attention_group(layer)]
+            windows.append(next(w for w in self.space.windows[layer] if window_name(w) == chosen))
+        return Candidate(
+            name=name,
+            blocks=tuple(BlockConfig(c.count, w) for c, w in zip(choices, windows, strict=True)),
+            choices=tuple(choices),
+            score=solution.score,
+            costs={key: total for key, total in solution.costs.items() if key != SCORE},
+            missed=tuple(self._missed(limit, solution.costs[limit.key]) for limit in solution.missed),
+            status=solution.status,
+            gap=solution.gap,
+        )
+
+    def assess(self, name: str, choice: Mapping[str, str]) -> Candidate:
+        """A given choice of every group as an architecture."""
+        return self.candidate(name, assess(self.program, choice))
+
+    def parent(self) -> Candidate:
+        """The parent itself. Raises `ConfigError` where its expert counts are not in the space."""
+        choice = {"shared": ""}
+        for layer, block in enumerate(self.space.parent.blocks):
+            whole = [c.name for c in self.space.expert_choices[layer] if c.count == block.num_experts]
+            if not whole:
+                raise ConfigError(f"layer {layer} lacks the parent's {block.num_experts} experts")
+            choice[experts_group(layer)] = whole[0]
+            choice[attention_group(layer)] = window_name(block.window)
+        return self.assess("parent", choice)
+
+    def _in_words(self, limit: Limit, value: float) -> tuple[str, str, str]:
+        """What a limit is called, what it asks for, and what a value of its key is in the same unit."""
+        key, _, scenario = limit.key.partition(".")
+        parent = self.space.parent.blocks
+        if key == "request_seconds":
+            speedup = self.costs.request_seconds(parent, scenario) / value
+            return f"speed-up in scenario {scenario!r}", f"{self.target.min_speedup:g}", _floor(speedup)
+        if key == "kv_bytes":
+            ratio = value / self.costs.kv_bytes(parent, scenario)
+            return (
+                f"KV bytes ratio in scenario {scenario!r}",
+                f"{self.target.max_kv_bytes_ratio:g}",
+                _ceil(ratio),
+            )
+        ratio = value / self.costs.expert_bytes(parent)
+        return "expert bytes ratio", f"{self.target.max_expert_bytes_ratio:g}", _ceil(ratio)
+
+    def _missed(self, limit: Limit, value: float) -> str:
+        name, asked, reached = self._in_words(limit, value)
+        return f"{name} is {reached}, asked for {asked}"
+
+    def _explain(self, clashes: Sequence[Clash]) -> InfeasibleError:
+        asked, alone, together = [], [], []
+        for clash in clashes:
+            name, wanted, best = self._in_words(clash.limit, clash.alone)
+            asked.append(f"{name} {wanted}")
+            alone.append(f"{name} {best}")
+            if clash.given_others is not None:
+                together.append(f"{name} {self._in_words(clash.limit, clash.given_others)[2]}")
+        text = f"the target cannot be met: {' and '.join(asked)}"
+        text += f"; the best reachable by itself is {', '.join(alone)}"
+        if together and together != alone:
+            text += f"; with everything else asked for, it is {', or '.join(together)}"
+        return InfeasibleError(text)
+
+
+def experts_group(layer: int) -> str:
+    return f"layer {layer} experts"
+
+
+def attention_group(layer: int) -> str:
+    return f"layer {layer} attention"
+
+
+def window_name(window: int | None) -> str:
+    return "full" if window is None else str(window)
+
+
+def _seconds(scenarios: Sequence[Scenario], seconds: Mapping[str, Seconds]) -> dict[str, dict[str, float]]:
+    """Nested numbers by key and scenario."""
+    names = [scenario.name for scenario in scenarios]
+    return {
+        "prefill_seconds": {name: seconds[name].prefill_seconds for name in names},
+        "decode_seconds": {name: seconds[name].decode_seconds for name in names},
+        "request_seconds": {s.name: _request_seconds(s, seconds[s.name]) for s in scenarios},
+    }
+
+
+def _request_seconds(scenario: Scenario, seconds: Seconds) -> float:
+    return seconds.prefill_seconds + scenario.output_tokens * seconds.decode_seconds
+
+
+def _float_above(value: Fraction) -> float:
+    """The nearest float that, as it is written, is not below a fraction."""
+    number = float(value)
+    return number if exact(number) >= value else nextafter(number, inf)
+
+
+def _bytes_limit(key: str, ratio: float, of_parent: int) -> Limit:
+    return Limit(key, at_most=floor(exact(ratio) * Fraction(of_parent)))
+
+
+def _floor(value: float) -> str:
+    return f"{floor(value * 1000) / 1000:g}"
+
+
+def _ceil(value: float) -> str:
+    return f"{-floor(-value * 1000) / 1000:g}"

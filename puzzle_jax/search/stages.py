@@ -1,0 +1,308 @@
+"""Stages that read files and write files in one run directory, rerun only when something changed.
+
+    RUN/run.json            marks the directory as a run, and of what
+    RUN/<stage>/...         what the stage wrote
+    RUN/<stage>/stage.json  hash of its inputs and settings, versions, seconds, and the list of what it wrote
+
+A stage writes into a directory beside its own, which is renamed when all is there: a stage that dies leaves
+the earlier state, never half a file. A stage whose inputs, settings and package version are unchanged is
+skipped. One process works in a run directory at a time. Files that a stage did not write, or that were edited
+since, are neither overwritten nor deleted: an edited output is taken as it is by the stages after, and
+refuses a rerun of its own stage.
+
+Left out: several hosts (let one of them run the stages that write), and progress inside a stage.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from puzzle_jax.errors import PuzzleError
+
+RUN_FILE, STAGE_FILE = "run.json", "stage.json"
+_PARTIAL, _REPLACED = ".partial-", ".replaced-"
+# Files above this size are known by size, time of change, and their first and last megabyte.
+_WHOLE_HASH_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage that is done.
+
+    Attributes:
+      name: of the stage.
+      directory: that holds its outputs.
+      key: hash of inputs, settings and package version.
+      seconds: that producing it took.
+      skipped: whether an earlier result was taken.
+      reason: why it ran, in a few words; empty when skipped.
+    """
+
+    name: str
+    directory: Path
+    key: str
+    seconds: float
+    skipped: bool
+    reason: str
+
+
+def open_run(run_dir: Path, identity: Mapping[str, Any]) -> Path:
+    """Makes a run directory, or enters one that belongs to the same run.
+
+    Args:
+      run_dir: the directory; created with its parents.
+      identity: JSON values that make the run what it is, such as the parent's path and fingerprint.
+
+    Raises `PuzzleError`, before anything is written, if the directory holds something else.
+    """
+    run_dir, identity = Path(run_dir), json.loads(_canonical(identity))
+    if run_dir.exists() and not run_dir.is_dir():
+        raise PuzzleError(f"{run_dir} is a file, but must be a directory for the run")
+    marker = run_dir / RUN_FILE
+    if marker.exists():
+        held = _read_json(marker).get("identity")
+        if held != identity:
+            raise PuzzleError(
+                f"{run_dir} holds another run ({_difference(held, identity)}); "
+                "name another directory, or remove this one if it is no longer needed"
+            )
+        return run_dir
+    if run_dir.exists():
+        ours = f".{RUN_FILE}{_PARTIAL}"  # left by a process that was killed here
+        names = sorted(entry.name for entry in run_dir.iterdir() if not entry.name.startswith(ours))
+        if names:
+            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            raise PuzzleError(
+                f"{run_dir} holds files that are no run's ({shown}); name an empty or new directory"
+            )
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        _write_json(marker, {"identity": identity, "puzzle_jax": _version("puzzle_jax")})
+    except OSError as error:
+        raise PuzzleError(f"{run_dir} cannot be written: {error.strerror}") from error
+    return run_dir
+
+
+def run_stage(
+    run_dir: Path,
+    name: str,
+    settings: Mapping[str, Any],
+    inputs: Sequence[Path],
+    produce: Callable[[Path], None],
+    *,
+    directory: str | None = None,
+) -> Stage:
+    """Runs a stage unless its outputs are there and nothing that they came from changed.
+
+    Args:
+      run_dir: from `open_run`.
+      name: of the stage.
+      settings: JSON values that the outputs depend on (also what is no file: device kind, library versions).
+      inputs: files and directories that the outputs depend on; their contents count, not their times.
+      produce: writes the outputs into the empty directory that it is given.
+      directory: of the outputs inside the run, where it is not the stage's name.
+
+    Raises:
+      PuzzleError: the directory is no run's, an input is missing, another process works here, or the stage's
+        directory holds what the stage did not write.
+    """
+    run_dir = Path(run_dir)
+    if not (run_dir / RUN_FILE).is_file():
+        raise PuzzleError(f"{run_dir} is no run directory: it holds no {RUN_FILE}")
+    final = run_dir / (directory or name)
+    with _locked(run_dir):
+        _clear_leftovers(final)
+        wanted = {
+            "name": name,
+            "settings": json.loads(_canonical(settings)),
+            "inputs": {_shown(path, run_dir): _digest(path, name) for path in map(Path, inputs)},
+            "puzzle_jax": _version("puzzle_jax"),
+        }
+        key = hashlib.sha256(_canonical(wanted).encode()).hexdigest()
+        record = _record(final)
+        reason = _reason_to_run(final, record, wanted, key)
+        if not reason:
+            assert record is not None
+            return Stage(name, final, key, record["seconds"], True, "")
+        _refuse_foreign(final, record, name)
+        partial = final.with_name(f".{final.name}{_PARTIAL}{os.getpid()}")
+        start = time.perf_counter()
+        try:
+            partial.mkdir()
+            produce(partial)
+            seconds = time.perf_counter() - start
+            outputs = {path: _file_digest(partial / path) for path in _files(partial)}
+            _write_json(
+                partial / STAGE_FILE,
+                {"key": key, **wanted, "jax": _version("jax"), "seconds": seconds, "outputs": outputs},
+            )
+            _publish(partial, final)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    return Stage(name, final, key, seconds, False, reason)
+
+
+def _publish(partial: Path, final: Path) -> None:
+    replaced = final.with_name(f".{final.name}{_REPLACED}{os.getpid()}")
+    if final.exists():
+        final.rename(replaced)
+    try:
+        partial.rename(final)
+    except BaseException:
+        if replaced.exists():
+            replaced.rename(final)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _clear_leftovers(final: Path) -> None:
+    """Removes what a killed process left; an old result that was already moved aside moves back."""
+    for path in final.parent.glob(f".{final.name}{_REPLACED}*"):
+        if final.exists():
+            shutil.rmtree(path)
+        else:
+            path.rename(final)
+    for path in final.parent.glob(f".{final.name}{_PARTIAL}*"):
+        shutil.rmtree(path)
+
+
+def _record(final: Path) -> dict[str, Any] | None:
+    path = final / STAGE_FILE
+    return _read_json(path) if path.is_file() else None
+
+
+def _reason_to_run(final: Path, record: dict[str, Any] | None, wanted: dict[str, Any], key: str) -> str:
+    if record is None:
+        return "not run yet"
+    missing = [path for path in record["outputs"] if not (final / path).is_file()]
+    if missing:
+        return f"{missing[0]} is gone"
+    if record["key"] == key:
+        return ""
+    changed = _difference({k: record.get(k) for k in wanted}, wanted)
+    return f"changed: {changed}"
+
+
+def _refuse_foreign(final: Path, record: dict[str, Any] | None, name: str) -> None:
+    """Before work: nothing may lie where the stage would write that it did not write itself."""
+    if not final.exists():
+        return
+    outputs = {} if record is None else record["outputs"]
+    for path in _files(final):
+        if path == STAGE_FILE and record is not None:
+            continue
+        if path not in outputs:
+            raise PuzzleError(
+                f"{final / path} was not written by stage {name!r}; move it out of {final} first"
+            )
+        if _file_digest(final / path) != outputs[path]:
+            raise PuzzleError(
+                f"{final / path} was changed after stage {name!r} wrote it; "
+                "move it away to run the stage again"
+            )
+
+
+def _digest(path: Path, stage: str) -> Any:
+    """Content of an input: a hash, or for a directory one per file; records of stages do not count."""
+    if path.is_file():
+        return _file_digest(path)
+    if path.is_dir():
+        return {name: _file_digest(path / name) for name in _files(path) if Path(name).name != STAGE_FILE}
+    raise PuzzleError(
+        f"stage {stage!r} needs {path}, which does not exist; run the stage that writes it first"
+    )
+
+
+def _file_digest(path: Path) -> str:
+    size = path.stat().st_size
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        if size <= _WHOLE_HASH_BYTES:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        else:
+            digest.update(f"{size} {path.stat().st_mtime_ns}".encode())
+            digest.update(file.read(1 << 20))
+            file.seek(-(1 << 20), os.SEEK_END)
+            digest.update(file.read())
+    return digest.hexdigest()
+
+
+def _files(directory: Path) -> list[str]:
+    """Relative paths of the files below a directory, sorted, with forward slashes."""
+    return sorted(
+        path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir()
+    )
+
+
+def _shown(path: Path, run_dir: Path) -> str:
+    """How an input is named in a record: relative to the run where it lies inside, so that a run can be
+    moved."""
+    path, run_dir = path.resolve(), run_dir.resolve()
+    return path.relative_to(run_dir).as_posix() if path.is_relative_to(run_dir) else str(path)
+
+
+@contextlib.contextmanager
+def _locked(run_dir: Path) -> Iterator[None]:
+    """Holds the run directory; the system frees it when the process ends, however it ends."""
+    with open(run_dir / RUN_FILE) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise PuzzleError(f"another process works in {run_dir}; wait for it or stop it") from error
+        yield
+
+
+def _difference(old: Any, new: Any, path: str = "") -> str:
+    """The first few places in which two JSON values differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+        parts = [_difference(old.get(key), new.get(key), f"{path}.{key}".lstrip(".")) for key in keys[:3]]
+        return "; ".join(parts) + ("; ..." if len(keys) > 3 else "")
+    if path.startswith("inputs."):
+        return path.removeprefix("inputs.")
+    return f"{path} {_brief(old)} -> {_brief(new)}"
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, allow_nan=False)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise PuzzleError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise PuzzleError(f"{path} holds {type(value).__name__}, but must hold an object")
+    return value
+
+
+def _write_json(path: Path, value: Any) -> None:
+    beside = path.with_name(f".{path.name}{_PARTIAL}{os.getpid()}")
+    beside.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+    beside.replace(path)
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package.replace("_", "-"))
+    except metadata.PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,116 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from puzzle_jax.kernels.expert_mlp import IMPLEMENTATIONS, Experts, expert_mlp, expert_outputs
+from puzzle_jax.kernels.mxfp4 import MXFP4, decode
+from puzzle_jax.kernels.route import Routing
+
+EXPERTS, HIDDEN, INTER, LIMIT = 5, 32, 64, 1.5
+
+
+def make_experts(seed=0, dtype=jnp.float32) -> Experts:
+    keys = jax.random.split(jax.random.key(seed), 4)
+    return Experts(
+        (jax.random.normal(keys[0], (EXPERTS, HIDDEN, 2 * INTER)) * 0.5).astype(dtype),
+        jax.random.normal(keys[1], (EXPERTS, 2 * INTER)).astype(dtype),
+        (jax.random.normal(keys[2], (EXPERTS, INTER, HIDDEN)) * 0.3).astype(dtype),
+        jax.random.normal(keys[3], (EXPERTS, HIDDEN)).astype(dtype),
+    )
+
+
+def by_hand(x, ids, gates, experts: Experts) -> np.ndarray:
+    """One token and one expert at a time, in float64."""
+    x, gates = np.asarray(x, np.float64), np.asarray(gates, np.float64)
+    gate_up, gate_up_bias, down, down_bias = (np.asarray(w, np.float64) for w in experts)
+    out = np.zeros_like(x)
+    for token in range(x.shape[0]):
+        for expert, weight in zip(ids[token], gates[token], strict=True):
+            h = x[token] @ gate_up[expert] + gate_up_bias[expert]
+            gate, up = np.minimum(h[0::2], LIMIT), np.clip(h[1::2], -LIMIT, LIMIT)
+            y = (up + 1) * gate / (1 + np.exp(-1.702 * gate))
+            out[token] += weight * (y @ down[expert] + down_bias[expert])
+    return out
+
+
+def routing_of(ids) -> Routing:
+    ids = jnp.asarray(ids)
+    return Routing(ids, jax.nn.softmax(jax.random.normal(jax.random.key(9), ids.shape)))
+
+
+CASES = {
+    "mixed": np.asarray([[0, 3], [3, 1], [2, 0], [4, 2], [1, 0], [0, 1], [3, 4]]),
+    "all on one expert": np.asarray([[2]] * 11),
+    "empty experts": np.asarray([[1, 4]] * 9),
+    "one token": np.asarray([[4, 0, 2]]),
+    "more rows than a block": np.stack([np.arange(300) % EXPERTS, (np.arange(300) + 2) % EXPERTS], axis=1),
+}
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", CASES)
+def test_mixture_by_hand(implementation, case):
+    ids = CASES[case]
+    x = jax.random.normal(jax.random.key(1), (len(ids), HIDDEN))
+    routing, experts = routing_of(ids), make_experts()
+    out = expert_mlp(x, routing, experts, limit=LIMIT, implementation=implementation)
+    expected = by_hand(x, ids, routing.gates, experts)
+    np.testing.assert_allclose(out, expected, rtol=2e-5, atol=2e-5 * np.abs(expected).max())
+
+
+def test_the_clamp_bites_in_these_cases():
+    x = jax.random.normal(jax.random.key(1), (300, HIDDEN))
+    experts = make_experts()
+    h = x @ experts.gate_up[0] + experts.gate_up_bias[0]
+    assert 0.2 < float(jnp.mean(jnp.abs(h) > LIMIT)) < 0.9
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_agree_with_the_reference(case):
+    ids = CASES[case]
+    x = jax.random.normal(jax.random.key(1), (len(ids), HIDDEN))
+    routing = routing_of(ids)
+
+    def loss(implementation):
+        def f(x, gates, experts):
+            out = expert_mlp(x, Routing(routing.ids, gates), experts, limit=LIMIT, implementation=implementation)
+            return jnp.sum(jnp.sin(out))
+
+        return jax.grad(f, argnums=(0, 1, 2))(x, routing.gates, make_experts())
+
+    for fast, slow in zip(jax.tree.leaves(loss("sorted_blocks")), jax.tree.leaves(loss("reference")), strict=True):
+        np.testing.assert_allclose(fast, slow, rtol=1e-4, atol=1e-5 * max(1.0, float(jnp.abs(slow).max())))
+
+
+def test_bfloat16_stays_near_float32():
+    ids = CASES["mixed"]
+    x = jax.random.normal(jax.random.key(1), (len(ids), HIDDEN))
+    exact = expert_outputs(x, jnp.asarray(ids), make_experts(), limit=LIMIT)
+    rough = expert_outputs(x.astype(jnp.bfloat16), jnp.asarray(ids), make_experts(dtype=jnp.bfloat16), limit=LIMIT)
+    assert rough.dtype == jnp.bfloat16
+    assert float(jnp.abs(rough.astype(jnp.float32) - exact).max()) < 0.04 * float(jnp.abs(exact).max())
+
+
+def test_packed_experts_equal_their_decoded_values():
+    rng = np.random.default_rng(3)
+
+    def packed(outputs, inputs):
+        blocks = rng.integers(0, 256, (EXPERTS, outputs, inputs // 32, 16)).astype(np.uint8)
+        scales = rng.integers(122, 126, (EXPERTS, outputs, inputs // 32)).astype(np.uint8)
+        return MXFP4(jnp.asarray(blocks), jnp.asarray(scales))
+
+    dense = make_experts()
+    gate_up, down = packed(2 * INTER, HIDDEN), packed(HIDDEN, INTER)
+    assert gate_up.shape == (EXPERTS, HIDDEN, 2 * INTER) and down.shape == (EXPERTS, INTER, HIDDEN)
+    x, ids = jax.random.normal(jax.random.key(1), (7, HIDDEN)), jnp.asarray(CASES["mixed"])
+    from_packed = expert_outputs(x, ids, dense._replace(gate_up=gate_up, down=down), limit=LIMIT)
+    decoded = dense._replace(gate_up=decode(gate_up), down=decode(down))
+    np.testing.assert_array_equal(from_packed, expert_outputs(x, ids, decoded, limit=LIMIT))
+
+
+def test_an_unknown_implementation_is_refused_by_name():
+    with pytest.raises(ValueError, match="'triton'; known: sorted_blocks, reference"):
+        expert_outputs(
+            jnp.zeros((1, HIDDEN)), jnp.zeros((1, 1), int), make_experts(), limit=LIMIT, implementation="triton"
+        )

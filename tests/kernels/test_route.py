@@ -1,0 +1,68 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from puzzle_jax.kernels.route import expert_order, route, top_k_ids
+
+
+def test_top_k_takes_the_largest_first_and_the_lower_index_among_equals():
+    logits = jnp.asarray([[1.0, 3.0, 3.0, 2.0, -1.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
+    np.testing.assert_array_equal(top_k_ids(logits, 3), [[1, 2, 3], [0, 1, 2]])
+    np.testing.assert_array_equal(top_k_ids(logits, 5), jax.lax.top_k(logits, 5)[1])
+
+
+def test_many_choices_agree_with_a_sort():
+    logits = jax.random.normal(jax.random.key(0), (13, 29))
+    np.testing.assert_array_equal(top_k_ids(logits, 11), jax.lax.top_k(logits, 11)[1])
+    np.testing.assert_array_equal(top_k_ids(logits, 4), jax.lax.top_k(logits, 4)[1])
+
+
+def test_gates_are_the_softmax_of_the_chosen_logits_alone():
+    routing = route(jnp.asarray([[0.0, 2.0, 1.0, -3.0]]), 2)
+    np.testing.assert_array_equal(routing.ids, [[1, 2]])
+    expected = np.exp([2.0, 1.0]) / np.exp([2.0, 1.0]).sum()
+    np.testing.assert_allclose(routing.gates, expected[None], rtol=1e-6)
+
+
+def test_a_masked_expert_is_never_chosen_however_low_the_rest():
+    logits = jnp.asarray([[9.0, -1e30, 8.0, -1e32]])
+    routing = route(logits, 2, mask=jnp.asarray([[False, True, False, True]]))
+    np.testing.assert_array_equal(routing.ids, [[1, 3]])
+    np.testing.assert_allclose(routing.gates, [[1.0, 0.0]])
+
+
+def test_replayed_ids_keep_their_order_and_use_their_own_logits():
+    logits = jnp.asarray([[0.0, 2.0, 1.0]])
+    routing = route(logits, 2, ids=jnp.asarray([[0, 2]]))
+    np.testing.assert_array_equal(routing.ids, [[0, 2]])
+    np.testing.assert_allclose(routing.gates, jax.nn.softmax(jnp.asarray([[0.0, 1.0]])), rtol=1e-6)
+
+
+def test_gates_are_differentiable():
+    gradient = jax.grad(lambda x: route(x, 2).gates[0, 0])(jnp.asarray([[1.0, 2.0, 0.0]]))
+    gate = 1 / (1 + np.exp(-1.0))
+    np.testing.assert_allclose(gradient, [[-gate * (1 - gate), gate * (1 - gate), 0.0]], atol=1e-6)
+
+
+@pytest.mark.parametrize("k", [0, 4])
+def test_impossible_numbers_of_choices_are_refused(k):
+    with pytest.raises(ValueError, match=f"cannot choose {k} of 3"):
+        route(jnp.zeros((1, 3)), k)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 3), st.integers(3, 7), st.sampled_from([1, 4, 8]), st.integers(0, 99))
+def test_every_pair_has_one_row_in_a_block_of_its_expert(tokens, k, experts, block, seed):
+    rng = np.random.default_rng(seed)
+    # Few distinct experts, so that some are empty and some crowded.
+    pool = rng.choice(experts, size=max(k, experts // 2), replace=False)
+    ids = np.stack([rng.choice(pool, size=k, replace=False) for _ in range(tokens)])
+    order = expert_order(jnp.asarray(ids), experts, block)
+    source, slot = np.asarray(order.source), np.asarray(order.slot)
+    np.testing.assert_array_equal(source[slot], np.arange(tokens * k))
+    assert (source < tokens * k).sum() == tokens * k
+    np.testing.assert_array_equal(np.asarray(order.block_expert)[slot // block], ids.reshape(-1))
+    np.testing.assert_array_equal(order.group_sizes, np.bincount(ids.reshape(-1), minlength=experts))

@@ -1,0 +1,184 @@
+"""Chat rendering and parsing with the embedded tokenizer, and what is refused."""
+
+import datetime
+import json
+import shutil
+
+import pytest
+
+from puzzle_jax.errors import CheckpointError, PuzzleError
+from puzzle_jax.tasks import EFFORTS, TASKS, Chat
+from puzzle_jax.tasks.tokenizer import CHARACTERS, SPECIAL_TOKENS, VOCAB_SIZE, WORDS, write_chat_files
+
+PROMPT_HIGH = (
+    "<|start|>system<|message|>Reasoning: high<|end|><|start|>user<|message|>mod 7+5<|end|><|start|>assistant"
+)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("chat")
+    write_chat_files(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def chat(directory):
+    return Chat.load(directory)
+
+
+def test_vocabulary_fits_its_padded_size(chat):
+    used = len(SPECIAL_TOKENS) + len(WORDS) + len(CHARACTERS)
+    assert chat.tokenizer.get_vocab_size() == used == 114
+    assert used <= VOCAB_SIZE and VOCAB_SIZE % 32 == 0
+
+
+def test_prompt_is_harmony_with_one_token_per_piece(chat):
+    tokens = chat.prompt_tokens("mod 7+5", "high")
+    assert chat.decode(tokens) == PROMPT_HIGH
+    assert len(tokens) == 6 + 3 + len("mod 7+5") + 1 + 2
+    assert chat.decode(chat.prompt_tokens("mod 7+5")) == PROMPT_HIGH.replace("high", "medium")
+
+
+def test_every_character_survives_the_round_trip(chat):
+    text = "  a  b\n\tlow" + CHARACTERS + "Reasoning: high analysis"
+    assert chat.decode(chat.encode(text.replace("\t", ""))) == text.replace("\t", "")
+    assert chat.decode(chat.encode("ü")) == "<|unknown|>"
+
+
+def test_completion_has_an_analysis_message_only_when_there_is_one(chat):
+    both = chat.completion_tokens("7+5=2", "2")
+    assert chat.decode(both) == (
+        "<|channel|>analysis<|message|>7+5=2<|end|><|start|>assistant<|channel|>final<|message|>2<|return|>"
+    )
+    assert len(both) == 3 + 5 + 3 + 3 + 1 + 1
+    assert chat.decode(chat.completion_tokens("", "2")) == "<|channel|>final<|message|>2<|return|>"
+
+
+@pytest.mark.parametrize("analysis", ["", "7+5=2,*3=6"])
+def test_parse_inverts_completion(chat, analysis):
+    tokens = chat.completion_tokens(analysis, "6")
+    completion = chat.parse(tokens)
+    assert (completion.analysis, completion.final, completion.truncated) == (analysis, "6", False)
+    assert chat.parse([*tokens, *chat.encode("more")]) == completion
+
+
+def test_parse_of_unfinished_and_odd_answers(chat):
+    def parse(text):
+        completion = chat.parse(chat.encode(text))
+        return completion.analysis, completion.final, completion.truncated
+
+    assert parse("") == ("", "", True)
+    assert parse("<|channel|>analysis<|message|>7+5") == ("7+5", "", True)
+    assert parse("<|channel|>final<|message|>2") == ("", "2", True)
+    assert parse("garbage<|end|><|channel|>final<|message|>2<|return|>") == ("", "2", False)
+    assert parse("<|channel|>commentary<|message|>x<|end|><|channel|>final<|message|>2<|call|>") == (
+        "",
+        "2",
+        False,
+    )
+    assert parse("<|message|>2<|channel|>final<|return|>")[1:] == ("", False)
+    assert parse("<|channel|>final extra<|message|>2<|endoftext|>") == ("", "2", False)
+
+
+def test_stop_and_pad_ids_come_from_the_generation_config(chat):
+    assert chat.stop_ids == {
+        chat.tokenizer.token_to_id(t) for t in ("<|return|>", "<|endoftext|>", "<|call|>")
+    }
+    assert chat.pad_id == chat.tokenizer.token_to_id("<|endoftext|>") == 0
+
+
+def test_characters_of_prompts_are_tokens(chat):
+    for task in TASKS.values():
+        for seed in range(100):
+            prompt = task.sample(seed).prompt
+            assert len(chat.encode(prompt)) == len(prompt)
+
+
+def test_unknown_effort_is_refused(chat):
+    with pytest.raises(PuzzleError, match="effort is 'extreme', but must be one of low, medium, high"):
+        chat.prompt_tokens("mod 7+5", "extreme")
+
+
+def damaged(directory, tmp_path, name, change):
+    copy = tmp_path / "copy"
+    shutil.copytree(directory, copy)
+    path = copy / name
+    text = change(path.read_text())
+    if text is None:
+        path.unlink()
+    else:
+        path.write_text(text)
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        (
+            "tokenizer.json",
+            lambda _: None,
+            "tokenizer.json does not exist, but a checkpoint must carry its tokenizer",
+        ),
+        ("tokenizer.json", lambda text: text[:200], "tokenizer.json is no valid tokenizer"),
+        ("tokenizer.json", lambda text: text.replace("<|channel|>", "<|chan|>"), "has no token <|channel|>"),
+        ("chat_template.jinja", lambda _: None, "chat_template.jinja does not exist"),
+        ("chat_template.jinja", lambda _: "{{ messages }}", "never uses reasoning_effort"),
+        ("chat_template.jinja", lambda text: text + "{% if %}", "the chat template is no valid Jinja"),
+        ("generation_config.json", lambda _: None, "eos_token_id in .* is None, but must be a token id"),
+        ("generation_config.json", lambda _: "{", "generation_config.json is no valid JSON"),
+        (
+            "generation_config.json",
+            lambda _: "[]",
+            "generation_config.json holds a list, but must hold an object",
+        ),
+    ],
+)
+def test_damaged_files_are_named(directory, tmp_path, name, change, message):
+    message = message.replace("|", r"\|")
+    with pytest.raises(CheckpointError, match=message):
+        Chat.load(damaged(directory, tmp_path, name, change)).prompt_tokens("mod 7+5")
+
+
+def test_template_may_live_in_the_tokenizer_config(directory, tmp_path):
+    copy = damaged(directory, tmp_path, "chat_template.jinja", lambda _: None)
+    config = json.loads((copy / "tokenizer_config.json").read_text())
+    config["chat_template"] = (directory / "chat_template.jinja").read_text()
+    (copy / "tokenizer_config.json").write_text(json.dumps(config))
+    chat = Chat.load(copy)
+    assert chat.decode(chat.prompt_tokens("mod 7+5", "high")) == PROMPT_HIGH
+
+
+def test_template_functions_of_real_templates(directory, tmp_path):
+    template = (
+        "{{ strftime_now('%Y-%m-%d') }} {{ {'a': '<b>'} | tojson }} {{ reasoning_effort }}"
+        "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{% endfor %}"
+    )
+    copy = damaged(directory, tmp_path, "chat_template.jinja", lambda _: template)
+    chat = Chat.load(copy, today=datetime.datetime(2026, 3, 4))
+    assert chat.decode(chat.prompt_tokens("x", "low")) == '2026-03-04 {"a": "<b>"} low'
+    refusing = damaged(
+        directory, tmp_path / "b", "chat_template.jinja", lambda _: "{{ raise_exception(reasoning_effort) }}"
+    )
+    with pytest.raises(CheckpointError, match="the chat template refused the conversation: low"):
+        Chat.load(refusing).prompt_tokens("x", "low")
+
+
+@pytest.mark.parity
+def test_transformers_gives_the_same_ids(directory, chat):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    for task in TASKS.values():
+        prompt = task.sample(1).prompt
+        for effort in EFFORTS:
+            theirs = tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}],
+                add_generation_prompt=True,
+                reasoning_effort=effort,
+                return_dict=False,
+            )
+            ours = chat.prompt_tokens(prompt, effort)
+            assert theirs == ours
+            assert tokenizer.decode(theirs) == chat.decode(ours)
+    assert tokenizer.pad_token_id == chat.pad_id
+    assert tokenizer.eos_token_id in chat.stop_ids

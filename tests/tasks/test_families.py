@@ -1,0 +1,150 @@
+"""The embedded families: exact prompts, traces and answers, and the split into training and held-out problems."""
+
+import pickle
+import re
+
+import pytest
+
+from puzzle_jax.errors import ConfigError, PuzzleError
+from puzzle_jax.tasks import DISTANCE_BUCKETS, EFFORTS, TASKS, Problem, Task, get_task, is_held_out, problems
+from puzzle_jax.tasks.arithmetic import Add, Chain
+from puzzle_jax.tasks.recall import Recall
+
+
+def separated(trace: str) -> list[str]:
+    """Steps of a trace, whatever separator each drew."""
+    return re.split("[,;]", trace)
+
+
+def test_tasks_are_found_by_name_and_unknown_ones_refused():
+    assert list(TASKS) == ["chain", "add", "recall"]
+    assert get_task("add") is TASKS["add"]
+    assert all(isinstance(task, Task) for task in TASKS.values())
+    with pytest.raises(PuzzleError, match=r"task is 'sums', but must be one of chain, add, recall"):
+        get_task("sums")
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_equal_seeds_give_equal_problems(name):
+    task = get_task(name)
+    drawn = [task.sample(seed) for seed in range(50)]
+    assert drawn == [task.sample(seed) for seed in range(50)]
+    assert len({problem.prompt for problem in drawn}) > 40
+    assert [problem.seed for problem in drawn] == list(range(50))
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_only_the_answer_verifies(name):
+    task = get_task(name)
+    problem = task.sample(3)
+    assert task.verify(problem, problem.answer)
+    assert task.verify(problem, f" {problem.answer}\n")
+    for wrong in ("", "x", problem.answer + "0", str((int(problem.answer) + 1) % 10)):
+        assert not task.verify(problem, wrong)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_traces_grow_with_effort(name):
+    task = get_task(name)
+    for seed in range(30):
+        low, medium, high = (task.trace(task.sample(seed), effort) for effort in EFFORTS)
+        assert low == ""
+        assert 0 < len(medium) < len(high)
+    with pytest.raises(PuzzleError, match="effort is 'max', but must be one of low, medium, high"):
+        task.trace(task.sample(0), "max")
+
+
+def test_chain_is_worked_from_left_to_right_modulo_ten():
+    problem = Problem("chain", 5, "mod 7+5*3-9", "7", {"steps": 3})
+    task = Chain()
+    assert separated(task.trace(problem, "high")) == ["7+5=2", "*3=6", "-9=7"]
+    assert task.trace(problem, "medium") == "267"
+
+
+def test_chain_answers_agree_with_python():
+    for seed in range(200):
+        problem = Chain(max_steps=7).sample(seed)
+        first, *rest = re.findall(r"[+*-]?\d", problem.prompt.removeprefix("mod "))
+        value = int(first)
+        for step in rest:
+            value = eval(f"({value}){step}") % 10
+        assert problem.answer == str(value)
+        assert problem.details["steps"] == len(rest) <= 7
+
+
+def test_addition_writes_digits_carries_and_sums():
+    problem = Problem("add", 5, "add 345+678", "1023", {"digits": 3, "carries": 3})
+    task = Add()
+    assert separated(task.trace(problem, "high")) == ["5+8+0=13", "4+7+1=12", "3+6+1=10"]
+    assert separated(task.trace(problem, "medium")) == ["31", "21", "01"]
+
+
+def test_addition_answers_and_carries():
+    for seed in range(200):
+        problem = Add(min_digits=2, max_digits=5).sample(seed)
+        first, second = map(int, re.findall(r"\d+", problem.prompt))
+        assert problem.answer == str(first + second)
+        assert len(str(first)) == len(str(second)) == problem.details["digits"]
+        assert 2 <= problem.details["digits"] <= 5
+        assert 9 * problem.details["carries"] == sum(map(int, f"{first}{second}")) - sum(
+            map(int, problem.answer)
+        )
+
+
+def test_recall_traces_copy_entries():
+    problem = Problem("recall", 5, "A7 ko B2 demu Q5 ?QA", "2", {"asked": 2, "entries": 3, "distance": 20})
+    task = Recall()
+    assert separated(task.trace(problem, "high")) == ["Q5=5", "A7=2"]
+    assert task.trace(problem, "medium") == "52"
+
+
+def test_recall_answers_and_distances():
+    buckets = {label: 0 for label, *_ in DISTANCE_BUCKETS}
+    longest = 0
+    for seed in range(600):
+        problem = Recall().sample(seed)
+        text, asked = problem.prompt.split("?")
+        entries = dict(re.findall(r"([A-Z])(\d)", text))
+        assert problem.details["entries"] == len(entries) == len(re.findall("[A-Z]", text))
+        assert problem.answer == str(sum(int(entries[key]) for key in asked) % 10)
+        assert problem.details["asked"] == len(set(asked)) == len(asked)
+        distance = problem.details["distance"]
+        assert distance == max(problem.prompt.index("?") - problem.prompt.index(key) for key in asked)
+        for label, least, greatest in DISTANCE_BUCKETS:
+            buckets[label] += least <= distance <= greatest
+        longest = max(longest, len(problem.prompt))
+    assert sum(buckets.values()) == 600
+    assert min(buckets.values()) > 60
+    assert longest >= 512
+
+
+def test_splits_share_no_prompt_and_cover_all():
+    task = get_task("chain")
+    inside, outside = problems(task, held_out=True), problems(task, held_out=False)
+    held_out = {next(inside).prompt for _ in range(100)}
+    rest = {next(outside).prompt for _ in range(800)}
+    assert not held_out & rest
+    share = sum(is_held_out(task.sample(seed)) for seed in range(2000)) / 2000
+    assert 0.09 < share < 0.16
+    with pytest.raises(PuzzleError, match="first_seed is -1, but must be at least 0"):
+        next(problems(task, first_seed=-1))
+
+
+def test_problems_are_immutable_and_can_be_pickled():
+    problem = get_task("add").sample(9)
+    with pytest.raises(TypeError):
+        problem.details["digits"] = 1
+    assert pickle.loads(pickle.dumps(problem)) == problem
+
+
+def test_impossible_difficulties_are_refused():
+    with pytest.raises(
+        ConfigError, match="chain: steps range is 4 to 3, but must satisfy 1 <= lowest <= highest"
+    ):
+        Chain(min_steps=4, max_steps=3)
+    with pytest.raises(ConfigError, match="add: digits range is 0 to 3"):
+        Add(min_digits=0, max_digits=3)
+    with pytest.raises(ConfigError, match="recall: max_asked is 27, but must be 1 to 26"):
+        Recall(max_asked=27)
+    with pytest.raises(ConfigError, match="recall: max_length is 8, but must be at least 32"):
+        Recall(max_length=8)
