@@ -151,9 +151,7 @@ def _plain_blocks(fields: _Fields, layers: int) -> tuple[BlockConfig, ...]:
         types = fields.list_of("layer_types", layers)
     for layer, kind in enumerate(types):
         if kind not in (SLIDING, FULL):
-            raise CheckpointError(
-                f"{fields.source}: layer_types[{layer}] is {kind!r}, but must be {SLIDING} or {FULL}"
-            )
+            raise CheckpointError(f"{fields.source}: layer_types[{layer}] is {kind!r}, but must be {SLIDING} or {FULL}")
     window = fields.integer("sliding_window") if SLIDING in types else None
     return tuple(BlockConfig(experts, window if kind == SLIDING else None) for kind in types)
 
@@ -179,9 +177,7 @@ def _puzzle_blocks(fields: _Fields, layers: int) -> tuple[BlockConfig, ...]:
 
 
 def _experts_per_token(fields: _Fields) -> int:
-    names = [
-        name for name in ("num_experts_per_tok", "experts_per_token") if fields.data.get(name) is not None
-    ]
+    names = [name for name in ("num_experts_per_tok", "experts_per_token") if fields.data.get(name) is not None]
     values = [fields.integer(name) for name in names or ["num_experts_per_tok"]]
     if len(set(values)) > 1:
         raise fields.fail("num_experts_per_tok", f"experts_per_token is {values[1]}; they must be equal")
@@ -281,8 +277,7 @@ def write_config(config: ModelConfig, base: dict[str, Any], *, form: Form | None
         out.setdefault("torch_dtype", "bfloat16")
     if not plain:
         out["block_configs"] = [
-            {"num_local_experts": block.num_experts, "sliding_window": block.window}
-            for block in config.blocks
+            {"num_local_experts": block.num_experts, "sliding_window": block.window} for block in config.blocks
         ]
         out["auto_map"] = dict(AUTO_MAP)
     if form == "bf16":

@@ -127,9 +127,7 @@ def save_checkpoint(
 def _check_fit(parent: ModelConfig, child: ModelConfig, kept: Sequence[Sequence[int]]) -> None:
     for name in ("vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim"):
         if getattr(parent, name) != getattr(child, name):
-            raise ConfigError(
-                f"{name} is {getattr(child, name)} in the child, {getattr(parent, name)} in the parent"
-            )
+            raise ConfigError(f"{name} is {getattr(child, name)} in the child, {getattr(parent, name)} in the parent")
     if not parent.num_layers == child.num_layers == len(kept):
         raise ConfigError(
             f"the parent has {parent.num_layers} layers, the child {child.num_layers}, "
@@ -140,9 +138,7 @@ def _check_fit(parent: ModelConfig, child: ModelConfig, kept: Sequence[Sequence[
         if len(set(ids)) != len(ids) or not all(0 <= expert < available for expert in ids):
             raise ConfigError(f"layer {layer} keeps {list(ids)}, but needs distinct ids below {available}")
         if len(ids) != wanted:
-            raise ConfigError(
-                f"layer {layer} keeps {len(ids)} experts, but the child has num_experts {wanted}"
-            )
+            raise ConfigError(f"layer {layer} keeps {len(ids)} experts, but the child has num_experts {wanted}")
 
 
 def _child_plan(
@@ -154,9 +150,7 @@ def _child_plan(
     strange = set(delta) - {spec.path for spec in table if not spec.by_expert}
     if strange:
         names = ", ".join(sorted(map(_dotted, strange)))
-        raise ConfigError(
-            f"the trained values hold {names}, but only dense parameters can be exported on a child"
-        )
+        raise ConfigError(f"the trained values hold {names}, but only dense parameters can be exported on a child")
     plan = []
     for spec in table:
         stored = parent.tensors[spec.name]
@@ -164,9 +158,7 @@ def _child_plan(
             plan.append(_planned(spec, lambda spec=spec: _to_stored(spec, delta[spec.path])))
         elif spec.by_expert and spec.layer is not None:
             ids = np.asarray(kept[spec.layer])
-            plan.append(
-                _planned(spec, lambda spec=spec, stored=stored, ids=ids: _as_spec(spec, stored.read()[ids]))
-            )
+            plan.append(_planned(spec, lambda spec=spec, stored=stored, ids=ids: _as_spec(spec, stored.read()[ids])))
         else:
             plan.append(_planned(spec, lambda spec=spec, stored=stored: _as_spec(spec, stored.read())))
     plan += [_copied(stored) for _, stored in sorted(parent.extras.items())]

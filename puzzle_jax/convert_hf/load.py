@@ -105,9 +105,7 @@ def describe_checkpoint(directory: Path | str) -> Description:
         said = "has no quantization_config" if form == "bf16" else "says quant_method mxfp4"
         problems.append(f"config.json {said}, but the experts are stored in the other form")
     elif opened.lost is not None:
-        found = (
-            _mismatch(spec, opened.tensors.get(spec.name)) for spec in table if spec.name not in opened.lost
-        )
+        found = (_mismatch(spec, opened.tensors.get(spec.name)) for spec in table if spec.name not in opened.lost)
         problems += [problem for problem in found if problem]
         problems += [f"{name} is no tensor of this model" for name in strange]
     if problems:
@@ -115,9 +113,7 @@ def describe_checkpoint(directory: Path | str) -> Description:
     return Description(config, form, directory, data, {n: opened.tensors[n] for n in known}, extras)
 
 
-def load_checkpoint(
-    directory: Path | str, *, dtype: Any = jnp.bfloat16, place: Place | None = None
-) -> Checkpoint:
+def load_checkpoint(directory: Path | str, *, dtype: Any = jnp.bfloat16, place: Place | None = None) -> Checkpoint:
     """Reads a gpt-oss or gpt_oss_puzzle checkpoint.
 
     Args:

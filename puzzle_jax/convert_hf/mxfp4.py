@@ -43,9 +43,7 @@ def decode(
     experts, outputs, groups = scales.shape
     table = np.asarray(CODE_VALUES, np.float32)
     values = np.empty((experts, groups * GROUP, outputs), dtype)
-    for index in range(
-        experts
-    ):  # one at a time: the working copy of a whole layer would be 16 times its bytes
+    for index in range(experts):  # one at a time: the working copy of a whole layer would be 16 times its bytes
         codes = np.stack([blocks[index] & 0xF, blocks[index] >> 4], axis=-1).reshape(outputs, groups, GROUP)
         with np.errstate(over="ignore"):
             scaled = np.ldexp(table[codes], scales[index].astype(np.int32)[..., None] - _BIAS)

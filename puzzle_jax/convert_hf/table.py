@@ -108,9 +108,7 @@ def checkpoint_tensors(config: ModelConfig, form: Form) -> tuple[TensorSpec, ...
             if getattr(config, name) % GROUP:
                 value = getattr(config, name)
                 raise ConfigError(f"{name} is {value}, but MXFP4 experts need a multiple of {GROUP}")
-    table = [
-        TensorSpec("model.embed_tokens.weight", (vocab, hidden), "BF16", "embedding", None, ("embedding",))
-    ]
+    table = [TensorSpec("model.embed_tokens.weight", (vocab, hidden), "BF16", "embedding", None, ("embedding",))]
     for layer, block in enumerate(config.blocks):
         table += layer_tensors(config, block, layer, form)
     table.append(TensorSpec("model.norm.weight", (hidden,), "BF16", "norm", None, ("final_norm",)))

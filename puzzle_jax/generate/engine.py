@@ -1,6 +1,6 @@
 """Batched, cached generation: what tracing and accuracy need.
 
-Requests are grouped by the size of their prompt and token limit, run in batches of fixed shape (so few programs are
+Requests are grouped by the size of their prompt, run in batches of fixed shape (so few programs are
 compiled), prefilled together, and decoded in one loop on the device until every row has stopped. A view runs a
 child on its parent's weights and programs. Every request has its own seed, and rows do not interact.
 
@@ -27,8 +27,8 @@ from puzzle_jax.model.cache import LayerCache, decode_step, prefill
 from puzzle_jax.model.child import View
 from puzzle_jax.model.spec import Params
 
-PROMPT_BUCKET = 64  # prompts are padded to this times a power of two
-LIMIT_BUCKET = 32  # token limits, for the size of caches
+PROMPT_BUCKET, PROMPT_STEP = 64, 256  # prompts are padded to a power of two, beyond the step to a multiple of it
+LIMIT_BUCKET = 32  # the largest token limit is rounded up to a multiple, for the size of caches
 
 
 @dataclass(frozen=True)
@@ -82,15 +82,15 @@ def generate(
     """
     if not stop_ids:
         raise PuzzleError("stop_ids is empty, so that no completion could end")
-    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+    groups: dict[int, list[int]] = defaultdict(list)
     for index, request in enumerate(requests):
         _check(request, index, config.max_position)
-        length = PROMPT_BUCKET << math.ceil(math.log2(max(1.0, len(request.prompt) / PROMPT_BUCKET)))
-        limit = -(-request.max_tokens // LIMIT_BUCKET) * LIMIT_BUCKET
-        groups[length, limit].append(index)
+        groups[_padded_length(len(request.prompt))].append(index)
+    limit = -(-max((r.max_tokens for r in requests), default=1) // LIMIT_BUCKET) * LIMIT_BUCKET
     results: dict[int, Generated] = {}
     stops = jnp.asarray(sorted(stop_ids), jnp.int32)
-    for (length, limit), members in sorted(groups.items()):
+    for length, members in sorted(groups.items()):
+        members.sort(key=lambda index: requests[index].max_tokens)  # rows of a batch end at about the same time
         for start in range(0, len(members), batch_size):
             batch = members[start : start + batch_size]
             rows = _batch([requests[i] for i in batch], length, batch_size)
@@ -103,6 +103,12 @@ def generate(
             if on_batch is not None:
                 on_batch(len(batch))
     return [results[i] for i in range(len(requests))]
+
+
+def _padded_length(tokens: int) -> int:
+    if tokens <= PROMPT_STEP:
+        return PROMPT_BUCKET << math.ceil(math.log2(max(1.0, tokens / PROMPT_BUCKET)))
+    return -(-tokens // PROMPT_STEP) * PROMPT_STEP
 
 
 def _check(request: Request, index: int, context: int) -> None:

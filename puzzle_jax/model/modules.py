@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.kernels.mxfp4 import MXFP4
 from puzzle_jax.model.network import forward
-from puzzle_jax.model.spec import ParamSpec, Params, init_params, param_specs
+from puzzle_jax.model.spec import Params, ParamSpec, init_params, param_specs
 
 
 class SubBlock(nnx.Module):

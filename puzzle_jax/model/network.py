@@ -64,9 +64,7 @@ def embed(params: Params, tokens: Int[Array, "batch seq"]) -> Float[Array, "batc
         return params["embedding"][tokens]
 
 
-def project_qkv(
-    attention: Params, config: ModelConfig, x: Float[Array, "batch seq hidden"], table: RopeTable
-) -> QKV:
+def project_qkv(attention: Params, config: ModelConfig, x: Float[Array, "batch seq hidden"], table: RopeTable) -> QKV:
     """Norm, projections and rotation of one attention sub-block."""
     with jax.named_scope("qkv"):
         y = rms_norm(x, attention["norm"], config.rms_norm_eps)
@@ -177,9 +175,7 @@ def hidden_states(
     for index, (layer, block) in enumerate(zip(params["layers"], config.blocks, strict=True)):
         with jax.named_scope(f"layer_{index}"):
             window = block.window if windows is None else windows[index]
-            x, _ = attention_block(
-                layer["attention"], config, x, table, window=window, segment_ids=segment_ids
-            )
+            x, _ = attention_block(layer["attention"], config, x, table, window=window, segment_ids=segment_ids)
             x, aux = moe_block(
                 layer["moe"],
                 config,
@@ -201,6 +197,4 @@ def forward(
 
 def to_compute(params: Params, dtype: jnp.dtype | type) -> Params:
     """Parameters as dense arrays of `dtype`: packed experts decoded, the rest cast."""
-    return jax.tree.map(
-        lambda leaf: as_dense(leaf, dtype), params, is_leaf=lambda node: isinstance(node, MXFP4)
-    )
+    return jax.tree.map(lambda leaf: as_dense(leaf, dtype), params, is_leaf=lambda node: isinstance(node, MXFP4))

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.kernels.mxfp4 import MXFP4
-from puzzle_jax.model.spec import ParamSpec, Params, is_spec, param_specs
+from puzzle_jax.model.spec import Params, ParamSpec, is_spec, param_specs
 
 RULES: Mapping[str, str | None] = {
     "vocab": "model",

@@ -58,9 +58,7 @@ def uniform(problem: Problem, *, method: str | None = None) -> Candidate:
     counts = set.intersection(*(set(space.expert_counts(layer)) for layer in range(space.num_layers)))
     full = [layer for layer, windows in enumerate(space.windows) if len(windows) > 1]
     windows = (
-        [w for w in space.windows[full[0]] if all(w in space.windows[layer] for layer in full)]
-        if full
-        else [None]
+        [w for w in space.windows[full[0]] if all(w in space.windows[layer] for layer in full)] if full else [None]
     )
     found = []
     for count, window in product(sorted(counts, reverse=True), windows):
@@ -80,16 +78,12 @@ def uniform(problem: Problem, *, method: str | None = None) -> Candidate:
 
 def experts_only(problem: Problem) -> Candidate:
     """The best choice of experts with the parent's windows."""
-    return _pinned(
-        problem, "experts_only", [attention_group(layer) for layer in range(problem.space.num_layers)]
-    )
+    return _pinned(problem, "experts_only", [attention_group(layer) for layer in range(problem.space.num_layers)])
 
 
 def windows_only(problem: Problem) -> Candidate:
     """The best choice of windows with the parent's experts."""
-    return _pinned(
-        problem, "windows_only", [experts_group(layer) for layer in range(problem.space.num_layers)]
-    )
+    return _pinned(problem, "windows_only", [experts_group(layer) for layer in range(problem.space.num_layers)])
 
 
 def greedy(problem: Problem) -> Candidate:
@@ -163,9 +157,7 @@ def _pinned(problem: Problem, name: str, groups: list[str]) -> Candidate:
 def _parent_choice(problem: Problem) -> Choice:
     """The parent, or the most experts that the space has."""
     choice = {"shared": ""}
-    for layer, (choices, windows) in enumerate(
-        zip(problem.space.expert_choices, problem.space.windows, strict=True)
-    ):
+    for layer, (choices, windows) in enumerate(zip(problem.space.expert_choices, problem.space.windows, strict=True)):
         choice[experts_group(layer)] = max(choices, key=lambda c: c.count).name
         choice[attention_group(layer)] = window_name(windows[0])
     return choice

@@ -19,13 +19,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from math import isfinite
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from puzzle_jax.config import BlockConfig, ModelConfig
 from puzzle_jax.convert_hf.table import Form, bytes_by_part
 from puzzle_jax.errors import ConfigError, PuzzleError
 from puzzle_jax.model.cache import cache_slots
 from puzzle_jax.model.spec import count_params
+from puzzle_jax.search.library import Number
 from puzzle_jax.search.scenario import Scenario
 from puzzle_jax.search.space import Space
 
@@ -42,10 +43,10 @@ class Seconds:
       prefill_spread, decode_spread: interquartile range over the median where it was measured, else 0.
     """
 
-    prefill_seconds: float
-    decode_seconds: float
-    prefill_spread: float = 0.0
-    decode_spread: float = 0.0
+    prefill_seconds: Number
+    decode_seconds: Number
+    prefill_spread: Number = 0.0
+    decode_spread: Number = 0.0
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -63,23 +64,29 @@ class Times:
     fixed: Seconds
 
 
+@runtime_checkable
 class Provider(Protocol):
     """Where seconds come from."""
 
     @property
     def name(self) -> str: ...
 
-    @property
-    def device(self) -> str: ...
+    def device(self, scenario: Scenario) -> str:
+        """What the seconds are of."""
+        ...
 
     def times(
         self,
         config: ModelConfig,
         scenario: Scenario,
+        form: Form,
         counts: Sequence[int],
         windows: Sequence[int | None],
     ) -> Times:
-        """Seconds of the mixture with each expert count and of attention with each window."""
+        """Seconds of the mixture with each expert count and of attention with each window.
+
+        `form` is that of the checkpoint whose experts are read.
+        """
         ...
 
 
@@ -191,9 +198,7 @@ class Costs:
 
     def _layers(self, blocks: Architecture) -> list[tuple[int, BlockConfig]]:
         if len(blocks) != len(self.layers):
-            raise ConfigError(
-                f"{len(blocks)} blocks were given, but the costs are of {len(self.layers)} layers"
-            )
+            raise ConfigError(f"{len(blocks)} blocks were given, but the costs are of {len(self.layers)} layers")
         return list(enumerate(blocks))
 
     def _sum(self, blocks: Architecture, scenario: str, field: str) -> float:
@@ -291,12 +296,12 @@ def compute_costs(
     for scenario in scenarios:
         if progress:
             progress(scenario.name)
-        times[scenario.name] = provider.times(config, scenario, counts, windows)
+        times[scenario.name] = provider.times(config, scenario, form, counts, windows)
     sizes = {count: _mixture_size(config, count, form) for count in counts}
     smallest = config.with_blocks(tuple(BlockConfig(counts[0]) for _ in config.blocks))
     return Costs(
         provider=provider.name,
-        device=provider.device,
+        device=", ".join(dict.fromkeys(provider.device(scenario) for scenario in scenarios)),
         scenarios=tuple(scenarios),
         layers=tuple(
             LayerCosts(
@@ -347,8 +352,7 @@ def _mixture_size(config: ModelConfig, count: int, form: Form) -> tuple[int, int
 
 def _seconds_to_json(seconds: Mapping[str, Seconds]) -> dict[str, dict[str, float]]:
     return {
-        name: {field.name: getattr(value, field.name) for field in fields(Seconds)}
-        for name, value in seconds.items()
+        name: {field.name: getattr(value, field.name) for field in fields(Seconds)} for name, value in seconds.items()
     }
 
 

@@ -21,7 +21,9 @@ import numpy as np
 
 from puzzle_jax.errors import PuzzleError
 
-Library = Mapping[str, Mapping[str, Mapping[str, Any]]]
+# {group: {alternative: {nested numbers}}}; `Program` checks it.
+Library = Mapping[str, Any]
+Number = int | float
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,8 @@ class Limit:
     """A bound on the sum of `key` over the chosen alternatives: exactly one of `at_most` and `at_least`."""
 
     key: str
-    at_most: float | None = None
-    at_least: float | None = None
+    at_most: Number | None = None
+    at_least: Number | None = None
 
     def __post_init__(self) -> None:
         if (self.at_most is None) == (self.at_least is None):
@@ -39,7 +41,7 @@ class Limit:
             raise PuzzleError(f"the limit on {self.key!r} is {self.bound!r}, but must be a finite number")
 
     @property
-    def bound(self) -> float:
+    def bound(self) -> Number:
         return self.at_least if self.at_most is None else self.at_most  # pyright: ignore[reportReturnType]
 
     @property
@@ -113,7 +115,7 @@ class Program:
         return sum((exact(lookup(self.library[g][a], key)) for g, a in choice.items()), Fraction(0))
 
 
-def lookup(numbers: Mapping[str, Any], key: str) -> Any:
+def lookup(numbers: Any, key: str) -> Any:
     """The value at a dotted key of nested mappings, None where there is none; a key that holds dots itself
     works.
     """
@@ -159,7 +161,7 @@ def exact(value: Any) -> Fraction:
     return Fraction(int(value)) if isinstance(value, int | np.integer) else Fraction(repr(float(value)))
 
 
-def short(value: float, direction: int) -> str:
+def short(value: Number, direction: int) -> str:
     """Six digits, rounded so that the number stays feasible; whole numbers in full."""
     if float(value).is_integer() and abs(value) < 1e15:
         return str(int(value))

@@ -16,19 +16,22 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array
 
 from puzzle_jax.config import BlockConfig, ModelConfig
+from puzzle_jax.convert_hf.table import Form
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.model.cache import cache_slots, decode_attention_block, fill_cache, init_cache
 from puzzle_jax.model.network import attention_block, embed, head_logits, moe_block
 from puzzle_jax.model.rope import rope_table
-from puzzle_jax.model.spec import Params, init_params
+from puzzle_jax.model.spec import Params, is_spec, param_specs
 from puzzle_jax.search.costs import Seconds, Times
 from puzzle_jax.search.scenario import Scenario
 
@@ -64,35 +67,36 @@ class Measured:
     progress: Callable[[int, int], None] | None = None
 
     def __post_init__(self) -> None:
-        for field in ("rounds", "decode_steps"):
-            if getattr(self, field) < 1:
-                raise ConfigError(f"{field} is {getattr(self, field)}, but must be at least 1")
+        for name in ("rounds", "decode_steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}, but must be at least 1")
 
     @property
     def name(self) -> str:
         return "measured"
 
-    @property
-    def device(self) -> str:
+    def device(self, scenario: Scenario) -> str:
         return device_identity()["device"]
 
     def times(
         self,
         config: ModelConfig,
         scenario: Scenario,
+        form: Form,
         counts: Sequence[int],
         windows: Sequence[int | None],
     ) -> Times:
-        """See `costs.Provider`. Raises `ConfigError` for a scenario of several devices or other hardware."""
+        """See `costs.Provider`; weights are of `dtype` whatever the form.
+
+        Raises `ConfigError` for a scenario of several devices or of other hardware.
+        """
         if scenario.devices != 1 or scenario.hardware != "local":
             raise ConfigError(
-                f"scenario {scenario.name!r} asks for {scenario.devices} x {scenario.hardware}, but measured costs "
-                "are of one local device; model it with costs 'roofline'"
+                f"scenario {scenario.name!r} asks for {scenario.devices} x {scenario.hardware}, but measured "
+                "costs are of one local device; take the roofline for others"
             )
         parts: dict[tuple[str, Any, str], _Part] = {}
-        maker = _Maker(
-            config, scenario, self.dtype, min(self.decode_steps, scenario.output_tokens), self.seed
-        )
+        maker = _Maker(config, scenario, self.dtype, min(self.decode_steps, scenario.output_tokens), self.seed)
         for window in windows:
             parts["attention", window, "prefill"] = maker.prefill_attention(window)
             parts["attention", window, "decode"] = maker.decode_attention(window)
@@ -114,7 +118,7 @@ class Measured:
         )
 
     def _take_turns(self, parts: dict[Any, _Part]) -> dict[Any, list[float]]:
-        """Seconds per step of every part, one number per round; the first turn compiles and is not counted."""
+        """Seconds per step of every part, one per round; each part's first turn compiles, uncounted."""
         states = {key: part.state for key, part in parts.items()}
         seconds: dict[Any, list[float]] = {key: [] for key in parts}
         for turn in range((self.rounds + 1) * len(parts)):
@@ -138,22 +142,37 @@ class _Maker:
     steps: int
     seed: int
 
-    def _params(self, block: BlockConfig) -> Params:
-        """A one-layer model's parameters."""
-        return init_params(self._one_layer(block), jax.random.key(self.seed), self.dtype)
+    made: dict[int, Params] = field(default_factory=dict)
+
+    def _params(self, num_experts: int) -> Params:
+        """A one-layer model's random parameters, shared by prefill and decoding.
+
+        Drawn with numpy: jax.random would compile a program for each of many shapes, which takes longer than timing.
+        """
+        if num_experts not in self.made:
+            source = np.random.default_rng(self.seed)
+            self.made[num_experts] = jax.tree.map(
+                lambda spec: self._array(source, spec.shape, spec.fan_in**-0.5),
+                param_specs(self._one_layer(BlockConfig(num_experts))),
+                is_leaf=is_spec,
+            )
+        return self.made[num_experts]
+
+    def _array(self, source: np.random.Generator, shape: tuple[int, ...], scale: float) -> Array:
+        return jnp.asarray(source.standard_normal(shape, np.float32) * np.float32(scale)).astype(self.dtype)
 
     def _one_layer(self, block: BlockConfig) -> ModelConfig:
         return replace(self.config, blocks=(block,))
 
-    def _hidden(self, *shape: int) -> Float[Array, "..."]:
-        key = jax.random.key(self.seed + 1)
-        return jax.random.normal(key, (*shape, self.config.hidden_size)).astype(self.dtype)
+    def _hidden(self, *shape: int) -> Array:
+        """Random hidden states [*shape, hidden]."""
+        return self._array(np.random.default_rng(self.seed + 1), (*shape, self.config.hidden_size), 1.0)
 
     def prefill_attention(self, window: int | None) -> _Part:
         config = self._one_layer(BlockConfig(self.config.experts_per_token, window))
         batch, seq = self.scenario.batch, self.scenario.input_tokens
         slots = cache_slots(window, self.scenario.context_tokens)
-        params = self._params(config.blocks[0])["layers"][0]["attention"]
+        params = self._params(config.blocks[0].num_experts)["layers"][0]["attention"]
 
         @jax.jit
         def run(params: Params, x: Array) -> Any:
@@ -165,22 +184,22 @@ class _Maker:
 
     def prefill_experts(self, count: int) -> _Part:
         config = self._one_layer(BlockConfig(count))
-        params = self._params(config.blocks[0])["layers"][0]["moe"]
+        params = self._params(config.blocks[0].num_experts)["layers"][0]["moe"]
         run = jax.jit(lambda params, x: moe_block(params, config, x)[0])
         return _repeated(run, params, self._hidden(self.scenario.batch, self.scenario.input_tokens))
 
     def prefill_fixed(self) -> _Part:
         config = self._one_layer(BlockConfig(self.config.experts_per_token))
-        params = _without_layers(self._params(config.blocks[0]))
+        params = _without_layers(self._params(config.blocks[0].num_experts))
         shape = (self.scenario.batch, self.scenario.input_tokens)
-        tokens = jax.random.randint(jax.random.key(self.seed), shape, 0, config.vocab_size)
+        tokens = jnp.asarray(np.random.default_rng(self.seed).integers(config.vocab_size, size=shape, dtype=np.int32))
         run = jax.jit(lambda params, tokens: head_logits(params, config, embed(params, tokens)[:, -1]))
         return _repeated(run, params, tokens)
 
     def decode_attention(self, window: int | None) -> _Part:
         config = self._one_layer(BlockConfig(self.config.experts_per_token, window))
         batch, scenario, steps = self.scenario.batch, self.scenario, self.steps
-        params = self._params(config.blocks[0])["layers"][0]["attention"]
+        params = self._params(config.blocks[0].num_experts)["layers"][0]["attention"]
         cache = init_cache(config, 0, batch, scenario.context_tokens, self.dtype)
 
         def step(params: Params, index: Array, x: Array, cache: Any) -> tuple[Array, Any]:
@@ -194,7 +213,7 @@ class _Maker:
 
     def decode_experts(self, count: int) -> _Part:
         config = self._one_layer(BlockConfig(count))
-        params = self._params(config.blocks[0])["layers"][0]["moe"]
+        params = self._params(config.blocks[0].num_experts)["layers"][0]["moe"]
 
         def step(params: Params, index: Array, x: Array, nothing: Any) -> tuple[Array, Any]:
             return moe_block(params, config, x)[0], nothing
@@ -203,7 +222,7 @@ class _Maker:
 
     def decode_fixed(self) -> _Part:
         config = self._one_layer(BlockConfig(self.config.experts_per_token))
-        params = _without_layers(self._params(config.blocks[0]))
+        params = _without_layers(self._params(config.blocks[0].num_experts))
 
         def step(params: Params, index: Array, x: Array, nothing: Any) -> tuple[Array, Any]:
             token = jnp.argmax(head_logits(params, config, x[:, 0]), axis=-1)
@@ -215,7 +234,7 @@ class _Maker:
         """`steps` steps on the device; each starts from its own hidden state and needs the one before it."""
         states = self._hidden(_STATES, self.scenario.batch, 1)
 
-        @jax.jit
+        @partial(jax.jit, donate_argnums=2)  # the cache is updated in place, as in generation
         def run(params: Params, states: Array, carry: Any) -> Any:
             def body(index: Array, state: tuple[Array, Any]) -> tuple[Array, Any]:
                 x, carry = state
@@ -224,7 +243,8 @@ class _Maker:
 
             return jax.lax.fori_loop(0, self.steps, body, (states[0], carry))
 
-        return _Part(lambda carry: run(params, states, carry)[1], carry, self.steps)
+        # All outputs are waited for: of a carry that is empty there would be nothing to wait for.
+        return _Part(lambda carry: jax.block_until_ready(run(params, states, carry))[1], carry, self.steps)
 
 
 def device_identity() -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any
 from puzzle_jax.config import BlockConfig
 from puzzle_jax.errors import ConfigError, InfeasibleError
 from puzzle_jax.search.costs import Architecture, Costs, Seconds
-from puzzle_jax.search.library import exact
+from puzzle_jax.search.library import Number, exact
 from puzzle_jax.search.program import (
     Clash,
     InfeasibleProgram,
@@ -68,7 +68,7 @@ class Candidate:
     blocks: Architecture
     choices: tuple[ExpertChoice, ...]
     score: float
-    costs: Mapping[str, float]
+    costs: Mapping[str, Number]
     missed: tuple[str, ...]
     status: str
     gap: float | None
@@ -151,12 +151,9 @@ class Problem:
                 }
             }
         }
-        for layer, (choices, windows) in enumerate(
-            zip(self.space.expert_choices, self.space.windows, strict=True)
-        ):
+        for layer, (choices, windows) in enumerate(zip(self.space.expert_choices, self.space.windows, strict=True)):
             groups[experts_group(layer)] = {
-                choice.name: self._expert_numbers(layer, index, choice)
-                for index, choice in enumerate(choices)
+                choice.name: self._expert_numbers(layer, index, choice) for index, choice in enumerate(choices)
             }
             groups[attention_group(layer)] = {
                 window_name(window): self._attention_numbers(layer, index, window)
@@ -189,9 +186,7 @@ class Problem:
         """The target as bounds on sums."""
         target, parent, limits = self.target, self.space.parent.blocks, []
         if target.max_expert_bytes_ratio is not None:
-            limits.append(
-                _bytes_limit(EXPERT_BYTES, target.max_expert_bytes_ratio, self.costs.expert_bytes(parent))
-            )
+            limits.append(_bytes_limit(EXPERT_BYTES, target.max_expert_bytes_ratio, self.costs.expert_bytes(parent)))
         for scenario in self.costs.scenarios:
             if target.max_kv_bytes_ratio is not None:
                 of_parent = self.costs.kv_bytes(parent, scenario.name)
@@ -214,7 +209,7 @@ class Problem:
         return Program(self.library, SCORE, self.limits)
 
     def solve(
-        self, *, num_solutions: int = 1, min_distance: int = 1, time_limit: float = 30.0, gap: float = 1e-4
+        self, *, num_solutions: int = 1, min_distance: int = 1, time_limit: Number = 30.0, gap: Number = 1e-4
     ) -> list[Candidate]:
         """The best architectures; see `program.solve`.
 

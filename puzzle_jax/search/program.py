@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from puzzle_jax.errors import InfeasibleError, PuzzleError
-from puzzle_jax.search.library import Library, Limit, Program, Solution, common_keys, exact, short
+from puzzle_jax.search.library import Library, Limit, Number, Program, Solution, common_keys, exact, short
 from puzzle_jax.search.solver import Compiled, Point, compile_program, least_excess, lowest, minimise
 
 __all__ = [
@@ -69,8 +69,8 @@ def solve(
     *,
     num_solutions: int = 1,
     min_distance: int = 1,
-    time_limit: float = 30.0,
-    gap: float = 1e-4,
+    time_limit: Number = 30.0,
+    gap: Number = 1e-4,
 ) -> list[Solution]:
     """The best choices, best first; fewer than asked for when no more exist at that distance.
 
@@ -107,7 +107,7 @@ def solve(
     return sorted(solutions, key=lambda solution: solution.score)
 
 
-def nearest(program: Program, *, time_limit: float = 30.0) -> Solution:
+def nearest(program: Program, *, time_limit: Number = 30.0) -> Solution:
     """The choice that breaks the limits least, by summed relative excess, and scores best among those.
 
     Where the limits can be met this is `solve`'s first solution. `missed` names the limits that stay broken.
@@ -131,9 +131,7 @@ def assess(program: Program, choice: Mapping[str, str]) -> Solution:
     """
     for group, alternatives in program.library.items():
         if choice.get(group) not in alternatives:
-            raise PuzzleError(
-                f"the choice has {choice.get(group)!r} for group {group!r}, which is no alternative"
-            )
+            raise PuzzleError(f"the choice has {choice.get(group)!r} for group {group!r}, which is no alternative")
     return _describe(program, {group: choice[group] for group in program.library}, "given", None)
 
 
@@ -154,7 +152,7 @@ def _describe(program: Program, choice: dict[str, str], status: str, gap: float 
     return Solution(choice, float(program.totals(choice, program.minimize)), costs, status, gap, missed)
 
 
-def _explain(compiled: Compiled, time_limit: float) -> InfeasibleProgram:
+def _explain(compiled: Compiled, time_limit: Number) -> InfeasibleProgram:
     """Which limits clash, and the nearest feasible value of each."""
     limits = compiled.program.limits
     everything = range(len(limits))
@@ -167,8 +165,7 @@ def _explain(compiled: Compiled, time_limit: float) -> InfeasibleProgram:
             if rest and minimise(compiled, compiled.score, rest, [], time_limit, 1.0).status == "infeasible":
                 clashing = rest
     clashes = tuple(
-        Clash(limits[r], alone[r], _best(compiled, r, [o for o in everything if o != r], time_limit))
-        for r in clashing
+        Clash(limits[r], alone[r], _best(compiled, r, [o for o in everything if o != r], time_limit)) for r in clashing
     )
     sentences = []
     if hopeless:
@@ -182,13 +179,12 @@ def _explain(compiled: Compiled, time_limit: float) -> InfeasibleProgram:
     for clash in clashes:
         if clash.given_others is not None and not (hopeless and clash.given_others == clash.alone):
             sentences.append(
-                f"with the other limits kept, {clash.limit.key!r} can be "
-                f"{short(clash.given_others, clash.limit.sign)}"
+                f"with the other limits kept, {clash.limit.key!r} can be {short(clash.given_others, clash.limit.sign)}"
             )
     return InfeasibleProgram("no choice meets the limits: " + "; ".join(sentences), clashes)
 
 
-def _best(compiled: Compiled, row: int, others: list[int], time_limit: float) -> float | None:
+def _best(compiled: Compiled, row: int, others: list[int], time_limit: Number) -> float | None:
     """The best value of a limited key under other limits; None where those clash."""
     point = minimise(compiled, compiled.rows[row], others, [], time_limit, 0.0)
     return None if point.columns is None else _feasible_value(compiled, row, point.columns)

@@ -25,6 +25,7 @@ from puzzle_jax.config import BlockConfig, ModelConfig
 from puzzle_jax.convert_hf.table import Form, bytes_by_part
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.search.costs import Seconds, Times
+from puzzle_jax.search.library import Number
 from puzzle_jax.search.scenario import Scenario
 
 BF16_BYTES = 2
@@ -41,8 +42,8 @@ class Hardware:
     """
 
     name: str
-    bytes_per_second: float
-    flops_per_second: float
+    bytes_per_second: Number
+    flops_per_second: Number
 
     def __post_init__(self) -> None:
         for field in ("bytes_per_second", "flops_per_second"):
@@ -74,8 +75,9 @@ HARDWARE = {
 
 
 def hardware_named(name: str) -> Hardware:
-    """A row of `HARDWARE`, or for "local" the device present, measured. Raises `ConfigError` for another
-    name.
+    """A row of `HARDWARE`, or for "local" the device present, measured.
+
+    Raises `ConfigError` for another name.
     """
     if name == "local":
         return measure_local()
@@ -85,7 +87,7 @@ def hardware_named(name: str) -> Hardware:
 
 
 def measure_local(size: int = 1024, copy_bytes: int = 1 << 27, rounds: int = 5) -> Hardware:
-    """Rates that one large matrix product and one large copy reach on the default device, in a second or so."""
+    """Rates that one large matrix product and one large copy reach on the default device."""
     device = jax.devices()[0]
     dtype = jnp.float32 if device.platform == "cpu" else jnp.bfloat16
     square = jnp.ones((size, size), dtype)
@@ -107,79 +109,85 @@ def _best_seconds(function, x: jax.Array, rounds: int) -> float:
 
 @dataclass(frozen=True)
 class Roofline:
-    """Provider of `puzzle_jax.search.costs`: arithmetic on a `Hardware`.
+    """Provider of `puzzle_jax.search.costs`: arithmetic on a `Hardware`, by default the one that a scenario names."""
 
-    Attributes:
-      hardware: of every scenario.
-      form: in which the experts' weights are read.
-    """
-
-    hardware: Hardware
-    form: Form
+    hardware: Hardware | None = None
 
     @property
     def name(self) -> str:
         return "roofline"
 
-    @property
-    def device(self) -> str:
-        return self.hardware.name
+    def device(self, scenario: Scenario) -> str:
+        return self.hardware.name if self.hardware else scenario.hardware
 
     def times(
         self,
         config: ModelConfig,
         scenario: Scenario,
+        form: Form,
         counts: Sequence[int],
         windows: Sequence[int | None],
     ) -> Times:
+        """See `costs.Provider`."""
+        device = _Devices(self.hardware or hardware_named(scenario.hardware), scenario.devices)
         return Times(
-            experts={count: self._experts(config, scenario, count) for count in counts},
-            attention={window: self._attention(config, scenario, window) for window in windows},
-            fixed=self._fixed(config, scenario),
+            experts={count: _experts(device, config, scenario, form, count) for count in counts},
+            attention={window: _attention(device, config, scenario, window) for window in windows},
+            fixed=_fixed(device, config, scenario),
         )
 
-    def _seconds(self, scenario: Scenario, num_bytes: float, flops: float) -> float:
-        limit = max(num_bytes / self.hardware.bytes_per_second, flops / self.hardware.flops_per_second)
-        return limit / scenario.devices
 
-    def _experts(self, config: ModelConfig, scenario: Scenario, count: int) -> Seconds:
-        one = config.with_blocks((BlockConfig(count), *config.blocks[1:]))
-        layer = bytes_by_part(one, self.form).layers[0]
-        per_token = config.experts_per_token * 3 * config.hidden_size * config.intermediate_size
-        per_token += config.hidden_size * count
+@dataclass(frozen=True)
+class _Devices:
+    """So many devices that share all work evenly."""
 
-        def seconds(tokens: int) -> float:
-            touched = active_experts(count, config.experts_per_token, tokens)
-            return self._seconds(
-                scenario, layer.router + layer.experts * touched / count, 2.0 * tokens * per_token
-            )
+    hardware: Hardware
+    count: int
 
-        return Seconds(seconds(scenario.batch * scenario.input_tokens), seconds(scenario.batch))
-
-    def _attention(self, config: ModelConfig, scenario: Scenario, window: int | None) -> Seconds:
-        weights = config.hidden_size * 2 * (config.query_width + config.kv_width)
-        inputs, outputs, batch = scenario.input_tokens, scenario.output_tokens, scenario.batch
-        kv_token_bytes = 2 * config.kv_width * scenario.kv_bytes_per_value
-        prompt_keys = visible_keys(0, inputs, window)
-        flops = 2.0 * batch * (inputs * weights + 2 * config.query_width * prompt_keys)
-        prefill = self._seconds(scenario, BF16_BYTES * weights + batch * inputs * kv_token_bytes, flops)
-        keys = visible_keys(inputs, outputs, window) / outputs
-        step_flops = 2.0 * batch * (weights + 2 * config.query_width * keys)
-        decode = self._seconds(scenario, BF16_BYTES * weights + batch * keys * kv_token_bytes, step_flops)
-        return Seconds(prefill, decode)
-
-    def _fixed(self, config: ModelConfig, scenario: Scenario) -> Seconds:
-        """Embedding rows, and the head on one position per request."""
-        head = config.hidden_size * config.vocab_size
-
-        def seconds(tokens: int) -> float:
-            rows = BF16_BYTES * tokens * config.hidden_size
-            return self._seconds(scenario, BF16_BYTES * head + rows, 2.0 * scenario.batch * head)
-
-        return Seconds(seconds(scenario.batch * scenario.input_tokens), seconds(scenario.batch))
+    def seconds(self, num_bytes: Number, flops: Number) -> float:
+        slower = max(num_bytes / self.hardware.bytes_per_second, flops / self.hardware.flops_per_second)
+        return slower / self.count
 
 
-def active_experts(num_experts: int, experts_per_token: int, tokens: float) -> float:
+def _experts(devices: _Devices, config: ModelConfig, scenario: Scenario, form: Form, count: int) -> Seconds:
+    one = config.with_blocks((BlockConfig(count), *config.blocks[1:]))
+    layer = bytes_by_part(one, form).layers[0]
+    per_token = config.experts_per_token * 3 * config.hidden_size * config.intermediate_size
+    per_token += config.hidden_size * count
+
+    def seconds(tokens: int) -> float:
+        touched = active_experts(count, config.experts_per_token, tokens)
+        return devices.seconds(layer.router + layer.experts * touched / count, 2 * tokens * per_token)
+
+    return Seconds(seconds(scenario.batch * scenario.input_tokens), seconds(scenario.batch))
+
+
+def _attention(devices: _Devices, config: ModelConfig, scenario: Scenario, window: int | None) -> Seconds:
+    weights = config.hidden_size * 2 * (config.query_width + config.kv_width)
+    inputs, outputs, batch = scenario.input_tokens, scenario.output_tokens, scenario.batch
+    kv_token_bytes = 2 * config.kv_width * scenario.kv_bytes_per_value
+
+    def seconds(cache_tokens: Number, queries: int, keys: Number) -> float:
+        """Of one request's cache traffic, its queries, and the keys that those see together."""
+        num_bytes = BF16_BYTES * weights + batch * cache_tokens * kv_token_bytes
+        return devices.seconds(num_bytes, 2 * batch * (queries * weights + 2 * config.query_width * keys))
+
+    step_keys = visible_keys(inputs, outputs, window) / outputs
+    return Seconds(seconds(inputs, inputs, visible_keys(0, inputs, window)), seconds(step_keys, 1, step_keys))
+
+
+def _fixed(devices: _Devices, config: ModelConfig, scenario: Scenario) -> Seconds:
+    """Embedding rows, and the head on one position per request."""
+    head = config.hidden_size * config.vocab_size
+
+    def seconds(tokens: int) -> float:
+        num_bytes = BF16_BYTES * (head + tokens * config.hidden_size)
+        return devices.seconds(num_bytes, 2 * scenario.batch * head)
+
+    return Seconds(seconds(scenario.batch * scenario.input_tokens), seconds(scenario.batch))
+
+
+def active_experts(num_experts: int, experts_per_token: int, tokens: Number) -> float:
     """Expected number of experts that at least one of the tokens chooses, each choosing evenly."""
     return num_experts * (1.0 - (1.0 - experts_per_token / num_experts) ** tokens)
 

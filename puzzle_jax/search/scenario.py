@@ -43,13 +43,11 @@ class Scenario:
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(
-                    f"{field} of scenario {self.name!r} is {value!r}, "
-                    "but must be a whole number of at least 1"
+                    f"{field} of scenario {self.name!r} is {value!r}, but must be a whole number of at least 1"
                 )
         if self.kv_bytes_per_value not in (1, 2, 4):
             raise ConfigError(
-                f"kv_bytes_per_value of scenario {self.name!r} is {self.kv_bytes_per_value!r}, "
-                "but must be 1, 2 or 4"
+                f"kv_bytes_per_value of scenario {self.name!r} is {self.kv_bytes_per_value!r}, but must be 1, 2 or 4"
             )
         if not isinstance(self.hardware, str) or not self.hardware:
             raise ConfigError(f"hardware of scenario {self.name!r} is {self.hardware!r}, but must be a name")
@@ -74,21 +72,17 @@ class Target:
       scenario.
     """
 
-    max_expert_bytes_ratio: float | None = None
-    min_speedup: float | None = None
-    max_kv_bytes_ratio: float | None = None
+    max_expert_bytes_ratio: int | float | None = None
+    min_speedup: int | float | None = None
+    max_kv_bytes_ratio: int | float | None = None
 
     def __post_init__(self) -> None:
         for field in ("max_expert_bytes_ratio", "max_kv_bytes_ratio"):
             value = getattr(self, field)
             if value is not None and not (_is_number(value) and 0 < value <= 1):
-                raise ConfigError(
-                    f"{field} is {value!r}, but must be above 0 and at most 1 (1 is the parent's)"
-                )
+                raise ConfigError(f"{field} is {value!r}, but must be above 0 and at most 1 (1 is the parent's)")
         if self.min_speedup is not None and not (_is_number(self.min_speedup) and self.min_speedup >= 1):
-            raise ConfigError(
-                f"min_speedup is {self.min_speedup!r}, but must be at least 1 (1 is the parent's)"
-            )
+            raise ConfigError(f"min_speedup is {self.min_speedup!r}, but must be at least 1 (1 is the parent's)")
         if all(value is None for value in asdict(self).values()):
             raise ConfigError(
                 "the target is empty, but needs max_expert_bytes_ratio, min_speedup or max_kv_bytes_ratio: "

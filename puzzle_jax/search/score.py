@@ -1,9 +1,9 @@
 """Exact replace-one scores: how much each alternative, alone in its layer, moves the parent's distribution.
 
 For each micro-batch the parent's hidden states before every layer are kept. Each alternative of a layer starts from
-there, and only the layers above it are run, so a layer costs half of what a whole pass would on average. Masks and
-windows are data, one per row, so alternatives are batched and one compiled block serves every layer and alternative
-of a shape. The score is KL(parent || child) per completion token, the mean over traces of each trace's mean.
+there, and only the layers above it are run, so a layer costs half of what a whole pass would on average. Expert
+masks are data, one per row, so alternatives are batched, and one compiled block serves every layer and alternative of
+a shape and window; programs do not grow with depth. The score is KL(parent || child) per completion token, the mean over traces of each trace's mean.
 
 Alternatives of the attention and of the experts are scored apart; the program adds their scores. A window scores
 exactly zero on traces no longer than itself, so scores are reported by length of trace as well.
@@ -11,6 +11,7 @@ exactly zero on traces no longer than itself, so scores are reported by length o
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from puzzle_jax.config import ModelConfig
-from puzzle_jax.model.child import NO_WINDOW, View
+from puzzle_jax.model.child import Child
 from puzzle_jax.model.network import attention_block, embed, moe_block
 from puzzle_jax.model.rope import rope_table
 from puzzle_jax.model.spec import Params
@@ -106,28 +107,26 @@ def replace_one_scores(
       alternatives: per layer.
       batches: traces.
       per_call: alternatives that run together; each call has `per_call` times the rows of a batch.
-      on_alternatives: called with the number of alternatives done for a batch, weighted by the layers run.
+      on_alternatives: called with the number of alternatives done for a batch, times the layers run for each.
     """
-    parent = parent_rows(config)
+    parent = parent_choices(config)
+    layers = list(enumerate(params["layers"]))
     tallies: dict[tuple[int, int], Tally] = defaultdict(Tally)
     for batch in batches:
-        rows = batch.tokens.shape[0]
+        rows, lengths = batch.tokens.shape[0], np.asarray(batch.lengths)
         boundaries = [_embed(params, batch.tokens)]
-        for index, layer in enumerate(params["layers"]):
-            boundaries.append(run_block(layer, config, boundaries[-1], *_repeat(parent[index : index + 1], rows)))
-        for index in range(config.num_layers):
+        for index, layer in layers:
+            boundaries.append(_run(layer, config, boundaries[-1], [parent[index]]))
+        for index, layer in layers:
             for start in range(0, len(alternatives[index]), per_call):
                 group = list(alternatives[index][start : start + per_call])
                 padded = group + [group[-1]] * (per_call - len(group))
-                x = jnp.tile(boundaries[index], (per_call, 1, 1))
-                x = run_block(params["layers"][index], config, x, *_repeat(padded, rows))
-                for above in range(index + 1, config.num_layers):
-                    own = _repeat([parent[above]] * per_call, rows)
-                    x = run_block(params["layers"][above], config, x, *own)
-                values = _compare(params, config, boundaries[-1], x, batch.loss_weight)
-                values, lengths = np.asarray(values), np.asarray(batch.lengths)
+                x = _run(layer, config, jnp.tile(boundaries[index], (per_call, 1, 1)), padded)
+                for above, upper in layers[index + 1 :]:
+                    x = _run(upper, config, x, [parent[above]] * per_call)
+                values = np.asarray(_compare(params, config, boundaries[-1], x, batch.loss_weight))
                 for offset in range(len(group)):
-                    tallies[index, start + offset].add(values[:, offset], lengths)
+                    tallies[index, start + offset].add(values[:, offset * rows : (offset + 1) * rows], lengths)
                 if on_alternatives is not None:
                     on_alternatives(len(group) * (config.num_layers - index))
     return [
@@ -139,63 +138,63 @@ def replace_one_scores(
 def score_children(
     params: Params,
     config: ModelConfig,
-    views: Sequence[View],
+    children: Sequence[Child],
     batches: Iterable[MicroBatch],
-    on_view: Callable[[], None] | None = None,
+    on_child: Callable[[], None] | None = None,
 ) -> list[Score]:
     """The same comparison for whole children, as views on the parent."""
-    parent = parent_rows(config)
-    tallies = [Tally() for _ in views]
+    choices = [
+        [Alternative(mask, block.window) for mask, block in zip(np.asarray(c.view.expert_masks), c.blocks, strict=True)]
+        for c in children
+    ]
+    tallies = [Tally() for _ in children]
     for batch in batches:
-        rows = batch.tokens.shape[0]
-        start = x = _embed(params, batch.tokens)
-        for index, layer in enumerate(params["layers"]):
-            x = run_block(layer, config, x, *_repeat(parent[index : index + 1], rows))
-        for tally, view in zip(tallies, views, strict=True):
-            y = start
-            for index, layer in enumerate(params["layers"]):
-                windows = jnp.broadcast_to(view.windows[index], (rows,))
-                masks = jnp.broadcast_to(view.expert_masks[index], (rows, view.expert_masks.shape[1]))
-                y = run_block(layer, config, y, windows, masks)
-            values = _compare(params, config, x, y, batch.loss_weight)
-            tally.add(np.asarray(values)[:, 0], np.asarray(batch.lengths))
-            if on_view is not None:
-                on_view()
+        start = parent = _embed(params, batch.tokens)
+        for layer, own in zip(params["layers"], parent_choices(config), strict=True):
+            parent = _run(layer, config, parent, [own])
+        for tally, of_child in zip(tallies, choices, strict=True):
+            x = start
+            for layer, choice in zip(params["layers"], of_child, strict=True):
+                x = _run(layer, config, x, [choice])
+            values = _compare(params, config, parent, x, batch.loss_weight)
+            tally.add(np.asarray(values), np.asarray(batch.lengths))
+            if on_child is not None:
+                on_child()
     return [tally.result() for tally in tallies]
 
 
-def paired_difference(a: Tally, b: Tally) -> tuple[float, float]:
-    """Mean of a's KL minus b's over the same traces, and its standard error."""
-    gap = np.asarray(a.kl) - np.asarray(b.kl)
-    return float(gap.mean()), float(gap.std(ddof=1) / np.sqrt(len(gap)))
-
-
-def parent_rows(config: ModelConfig) -> list[Alternative]:
+def parent_choices(config: ModelConfig) -> list[Alternative]:
     """Each layer's own choice in the form of an alternative."""
     return [Alternative(np.ones(block.num_experts, bool), block.window) for block in config.blocks]
 
 
-def _repeat(choices: Sequence[Alternative], rows: int) -> tuple[Int[Array, "all"], Bool[Array, "all experts"]]:
-    """Windows and masks for `rows` rows of each choice."""
-    windows = [NO_WINDOW if choice.window is None else choice.window for choice in choices]
-    masks = np.stack([choice.expert_mask for choice in choices])
-    return jnp.asarray(np.repeat(windows, rows), jnp.int32), jnp.asarray(np.repeat(masks, rows, axis=0))
+def _run(
+    layer: Params, config: ModelConfig, x: Float[Array, "all seq hidden"], choices: Sequence[Alternative]
+) -> Float[Array, "all seq hidden"]:
+    """One layer with a choice for each equal share of the rows: one call for each run of equal windows."""
+    rows = x.shape[0] // len(choices)
+    parts = []
+    for window, run in itertools.groupby(enumerate(choices), key=lambda item: item[1].window):
+        indices, masks = zip(*((index, choice.expert_mask) for index, choice in run), strict=True)
+        part = x if len(indices) == len(choices) else x[indices[0] * rows : (indices[-1] + 1) * rows]
+        parts.append(_block(layer, config, window, part, jnp.asarray(np.repeat(np.stack(masks), rows, axis=0))))
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
 
 _embed = jax.jit(embed)
 
 
-@partial(jax.jit, static_argnames=("config",))
-def run_block(
+@partial(jax.jit, static_argnames=("config", "window"))
+def _block(
     layer: Params,
     config: ModelConfig,
+    window: int | None,
     x: Float[Array, "rows seq hidden"],
-    windows: Int[Array, "rows"],
     masks: Bool[Array, "rows experts"],
 ) -> Float[Array, "rows seq hidden"]:
-    """One layer with a window and an expert mask per row; one program for all layers of a shape."""
+    """One layer with an expert mask per row; one program for all layers of equal shape and window."""
     table = rope_table(config.rope, config.head_dim, jnp.arange(x.shape[1])[None])
-    x, _ = attention_block(layer["attention"], config, x, table, window=windows)
+    x, _ = attention_block(layer["attention"], config, x, table, window=window)
     return moe_block(layer["moe"], config, x, expert_mask=masks)[0]
 
 
@@ -206,8 +205,8 @@ def _compare(
     parent: Float[Array, "rows seq hidden"],
     children: Float[Array, "all seq hidden"],
     weight: Float[Array, "rows seq"],
-) -> Float[Array, "3 children rows"]:
-    """KL, agreement and cosine of each trace, for every child of the batch."""
-    children = children.reshape(-1, *parent.shape)
-    parents = jnp.broadcast_to(parent[None], children.shape)
-    return jnp.stack([jnp.sum(part * weight, axis=-1) for part in divergence(params, config, parents, children)])
+) -> Float[Array, "3 all"]:
+    """KL, agreement and cosine of each trace, for all children of the batch one after the other."""
+    copies = children.shape[0] // parent.shape[0]
+    parts = divergence(params, config, jnp.tile(parent, (copies, 1, 1)), children)
+    return jnp.stack([jnp.sum(part * jnp.tile(weight, (copies, 1)), axis=-1) for part in parts])

@@ -17,7 +17,7 @@ import numpy as np
 from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from puzzle_jax.search.library import Program, lookup
+from puzzle_jax.search.library import Number, Program, lookup
 
 # HiGHS accepts rows that are broken by 1e-6 and stops at an absolute gap of 1e-6: largest coefficients of
 # 1000 turn both into parts in a billion.
@@ -118,8 +118,8 @@ def minimise(
     objective: np.ndarray,
     rows: Sequence[int],
     cuts: list[tuple[np.ndarray, int]],
-    time_limit: float,
-    gap: float,
+    time_limit: Number,
+    gap: Number,
 ) -> Point:
     """The least objective under some of the limits, solved again while the exact sums refuse the point."""
     deadline = time.monotonic() + time_limit
@@ -127,10 +127,7 @@ def minimise(
     cost, base, scale = _shifted(compiled, objective)
     scaled = [_shifted(compiled, compiled.rows[row]) for row in rows]
     uppers = np.array(
-        [
-            (compiled.bounds[row] - minimum) / unit
-            for row, (_, minimum, unit) in zip(rows, scaled, strict=True)
-        ]
+        [(compiled.bounds[row] - minimum) / unit for row, (_, minimum, unit) in zip(rows, scaled, strict=True)]
     )
     limits = [compiled.program.limits[row] for row in rows]
     refused = list(cuts)
@@ -157,7 +154,7 @@ def minimise(
     return Point(None, "infeasible")
 
 
-def least_excess(compiled: Compiled, time_limit: float, within: float | None = None) -> Point:
+def least_excess(compiled: Compiled, time_limit: Number, within: float | None = None) -> Point:
     """Limits may be broken: the least summed relative excess, or the best score `within` a given excess."""
     deadline = time.monotonic() + time_limit
     columns, count = len(compiled.owner), len(compiled.rows)
@@ -166,9 +163,7 @@ def least_excess(compiled: Compiled, time_limit: float, within: float | None = N
     units = np.array([unit for _, _, unit in scaled])
     uppers = (compiled.bounds - np.array([minimum for _, minimum, _ in scaled])) / units
     price = np.concatenate([np.zeros(columns), units / _denominators(compiled)])
-    matrix = np.concatenate(
-        [np.stack([coefficients for coefficients, _, _ in scaled]), -np.eye(count)], axis=1
-    )
+    matrix = np.concatenate([np.stack([coefficients for coefficients, _, _ in scaled]), -np.eye(count)], axis=1)
     one_each = sparse.hstack([_one_each(compiled), sparse.csr_matrix((len(compiled.names), count))])
     constraints = [LinearConstraint(one_each, 1, 1)]
     constraints.append(LinearConstraint(matrix, ub=uppers))  # pyright: ignore[reportArgumentType]
@@ -197,7 +192,7 @@ def _call(
     constraints: list[LinearConstraint],
     integrality: np.ndarray,
     deadline: float,
-    gap: float,
+    gap: Number,
 ) -> Any:
     """HiGHS; columns that are not integral are slacks without upper bound."""
     return milp(

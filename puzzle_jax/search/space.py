@@ -68,9 +68,7 @@ class Space:
         layers = self.parent.num_layers
         for name in ("expert_choices", "windows"):
             if len(getattr(self, name)) != layers:
-                raise ConfigError(
-                    f"{name} has {len(getattr(self, name))} layers, but the parent has {layers}"
-                )
+                raise ConfigError(f"{name} has {len(getattr(self, name))} layers, but the parent has {layers}")
         for layer, block in enumerate(self.parent.blocks):
             self._check_experts(layer, block)
             self._check_windows(layer, block)
@@ -142,7 +140,7 @@ class Space:
                 counts.append(f"{count}" if sets == 1 else f"{count} ({sets} sets)")
             windows = ", ".join(map(_window, self.windows[layer]))
             groups.setdefault(f"experts {', '.join(counts)}; window {windows}", []).append(layer)
-        lines = [f"layers {_ranges(layers)}: {text}" for text, layers in groups.items()]
+        lines = [f"layer{'s' * (len(x) > 1)} {_ranges(x)}: {text}" for text, x in groups.items()]
         lines.append(
             f"{self.num_alternatives} alternatives in {self.num_layers} layers, "
             f"{_magnitude(self.num_architectures)} architectures"
@@ -163,8 +161,7 @@ class Space:
     def from_json(parent: ModelConfig, layers: Sequence[dict[str, Any]]) -> Space:
         """The inverse of `to_json`."""
         choices = tuple(
-            tuple(ExpertChoice(c["count"], tuple(c["kept"]), c["method"]) for c in layer["experts"])
-            for layer in layers
+            tuple(ExpertChoice(c["count"], tuple(c["kept"]), c["method"]) for c in layer["experts"]) for layer in layers
         )
         return Space(parent, choices, tuple(tuple(layer["windows"]) for layer in layers))
 
@@ -172,7 +169,7 @@ class Space:
 def candidate_counts(
     num_experts: int,
     experts_per_token: int,
-    fractions: Sequence[float] = DEFAULT_FRACTIONS,
+    fractions: Sequence[int | float] = DEFAULT_FRACTIONS,
     divisor: int = 1,
 ) -> tuple[int, ...]:
     """Expert counts to offer, largest first: fractions of the parent's, rounded to multiples of the divisor.

@@ -83,9 +83,7 @@ def open_run(run_dir: Path, identity: Mapping[str, Any]) -> Path:
         names = sorted(entry.name for entry in run_dir.iterdir() if not entry.name.startswith(ours))
         if names:
             shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-            raise PuzzleError(
-                f"{run_dir} holds files that are no run's ({shown}); name an empty or new directory"
-            )
+            raise PuzzleError(f"{run_dir} holds files that are no run's ({shown}); name an empty or new directory")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         _write_json(marker, {"identity": identity, "puzzle_jax": _version("puzzle_jax")})
@@ -204,13 +202,10 @@ def _refuse_foreign(final: Path, record: dict[str, Any] | None, name: str) -> No
         if path == STAGE_FILE and record is not None:
             continue
         if path not in outputs:
-            raise PuzzleError(
-                f"{final / path} was not written by stage {name!r}; move it out of {final} first"
-            )
+            raise PuzzleError(f"{final / path} was not written by stage {name!r}; move it out of {final} first")
         if _file_digest(final / path) != outputs[path]:
             raise PuzzleError(
-                f"{final / path} was changed after stage {name!r} wrote it; "
-                "move it away to run the stage again"
+                f"{final / path} was changed after stage {name!r} wrote it; move it away to run the stage again"
             )
 
 
@@ -220,9 +215,7 @@ def _digest(path: Path, stage: str) -> Any:
         return _file_digest(path)
     if path.is_dir():
         return {name: _file_digest(path / name) for name in _files(path) if Path(name).name != STAGE_FILE}
-    raise PuzzleError(
-        f"stage {stage!r} needs {path}, which does not exist; run the stage that writes it first"
-    )
+    raise PuzzleError(f"stage {stage!r} needs {path}, which does not exist; run the stage that writes it first")
 
 
 def _file_digest(path: Path) -> str:
@@ -242,9 +235,7 @@ def _file_digest(path: Path) -> str:
 
 def _files(directory: Path) -> list[str]:
     """Relative paths of the files below a directory, sorted, with forward slashes."""
-    return sorted(
-        path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir()
-    )
+    return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir())
 
 
 def _shown(path: Path, run_dir: Path) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,9 +86,7 @@ class MicroBatch(NamedTuple):
     lengths: Int[Array, "rows"]
 
 
-def micro_batches(
-    traces: Iterable[Answer], *, tokens_per_batch: int = 4096, smallest: int = 64
-) -> list[MicroBatch]:
+def micro_batches(traces: Iterable[Answer], *, tokens_per_batch: int = 4096, smallest: int = 128) -> list[MicroBatch]:
     """Groups traces by length, doubling from `smallest`, into batches of about `tokens_per_batch`.
 
     All batches of one length have the same shape, so that few programs are compiled.

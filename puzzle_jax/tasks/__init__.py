@@ -1,7 +1,7 @@
 """Problems with verifiable answers, and their rendering as a chat.
 
-`TASKS` are the embedded families; `get_task` finds one by name. `Chat` renders prompts with a checkpoint's own
-tokenizer and template and reads the channels back.
+`TASKS` are the embedded families; `get_task` finds one by name. `Chat` renders prompts with a checkpoint's
+own tokenizer and template and reads the channels back.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Both are exact, unlimited in number, and hard without written steps. How much a trace writes is what the efforts
 differ in: high copies the operands of every step, which is what a small model needs to get long problems right;
-medium writes results only and must find the operands itself; low writes nothing.
+medium writes results and must find the operands itself; low writes nothing.
 Left out: negative numbers, precedence (a chain is worked from left to right).
 """
 
@@ -22,9 +22,7 @@ _OPERATORS = {"+": lambda a, b: (a + b) % 10, "-": lambda a, b: (a - b) % 10, "*
 
 def _check_range(task: str, field: str, low: int, high: int) -> None:
     if not 1 <= low <= high:
-        raise ConfigError(
-            f"{task}: {field} range is {low} to {high}, but must satisfy 1 <= lowest <= highest"
-        )
+        raise ConfigError(f"{task}: {field} range is {low} to {high}, but must satisfy 1 <= lowest <= highest")
 
 
 def _join(parts: list[str], rng: random.Random) -> str:
@@ -39,11 +37,11 @@ def _join(parts: list[str], rng: random.Random) -> str:
 class Chain:
     """`mod 7+5*3-2`: digits joined by + - *, worked from left to right modulo 10; the answer is one digit.
 
-    high `7+5=2,*3=6;-2=4`, medium `264`, low nothing.
+    high `7+5=2,*3=6;-2=4`, medium `+2*6-4` (operator, result), low nothing.
     """
 
     min_steps: int = 1
-    max_steps: int = 10
+    max_steps: int = 7
     name: str = "chain"
 
     def __post_init__(self) -> None:
@@ -67,7 +65,7 @@ class Chain:
         text = problem.prompt.removeprefix("mod ")
         values = _running_values(text)
         if effort == "medium":
-            return "".join(map(str, values))
+            return "".join(f"{text[2 * i + 1]}{value}" for i, value in enumerate(values))
         steps = [f"{text[2 * i + 1 : 2 * i + 3]}={value}" for i, value in enumerate(values)]
         steps[0] = text[0] + steps[0]
         return _join(steps, random.Random(f"{self.name}:trace:{problem.seed}"))
@@ -91,7 +89,7 @@ class Add:
     """
 
     min_digits: int = 1
-    max_digits: int = 6
+    max_digits: int = 4
     name: str = "add"
 
     def __post_init__(self) -> None:

@@ -35,7 +35,7 @@ DISTANCE_BUCKETS: tuple[tuple[str, int, int], ...] = (
 class Recall:
     """`A7 ko B2 demu Q5 ?QA`: the digits of the asked letters summed modulo 10.
 
-    high `Q5=5,A7=2` (entry copied, running sum), medium `52` (running sums), low nothing.
+    high `Q5=5,A7=2` (entry copied, running sum), medium `Q5A7` (entries only), low nothing.
     details: `asked` letters, `entries` in the list, `distance` in characters (tokens of the embedded parent) from
     the farthest asked entry to the question mark.
     """
@@ -76,7 +76,8 @@ class Recall:
         total, steps = 0, []
         for key in asked:
             total = (total + values[key]) % 10
-            steps.append(f"{key}{values[key]}={total}" if effort == "high" else str(total))
+            entry = f"{key}{values[key]}"
+            steps.append(f"{entry}={total}" if effort == "high" else entry)
         if effort == "medium":
             return "".join(steps)
         rng = random.Random(f"{self.name}:trace:{problem.seed}")

@@ -151,8 +151,7 @@ class BatchSource:
             if example is not None and bucket.shortest <= len(example.tokens) <= bucket.length:
                 return example
         raise ConfigError(
-            f"bucket of length {bucket.length}: no task gives examples of "
-            f"{bucket.shortest} to {bucket.length} tokens"
+            f"bucket of length {bucket.length}: no task gives examples of {bucket.shortest} to {bucket.length} tokens"
         )
 
 

@@ -57,9 +57,7 @@ def next_token_loss(
     return jnp.sum(loss * weights) / jnp.maximum(jnp.sum(weights), 1.0)
 
 
-def balance_loss(
-    aux: LayerAux, real: Bool[Array, "tokens"]
-) -> tuple[Float[Array, ""], Float[Array, "experts"]]:
+def balance_loss(aux: LayerAux, real: Bool[Array, "tokens"]) -> tuple[Float[Array, ""], Float[Array, "experts"]]:
     """E * sum_e f_e P_e over the tokens marked real (1 when perfectly even), and the load f."""
     experts = aux.router_logits.shape[-1]
     weights = real.astype(jnp.float32) / jnp.maximum(jnp.sum(real), 1)

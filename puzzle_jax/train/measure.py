@@ -32,14 +32,11 @@ def measure(
     report: dict[str, Any] = {}
     answers: list[Answer] = []
     for name, temperature in _TEMPERATURES.items():
-        answers = answer_questions(
-            params, config, chat, questions, max_tokens=MAX_TOKENS, temperature=temperature
-        )
+        answers = answer_questions(params, config, chat, questions, max_tokens=MAX_TOKENS, temperature=temperature)
         report[name] = {effort: _by_task([a for a in answers if a.effort == effort]) for effort in EFFORTS}
     if "recall" in tasks:
         report["recall_by_distance"] = {
-            effort: by_distance([a for a in answers if a.effort == effort and a.task == "recall"])
-            for effort in EFFORTS
+            effort: by_distance([a for a in answers if a.effort == effort and a.task == "recall"]) for effort in EFFORTS
         }
     return report
 

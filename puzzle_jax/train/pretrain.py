@@ -227,9 +227,7 @@ def load_state(path: Path, recipe: PretrainRecipe, fresh: State) -> State:
         return fresh
     with np.load(file) as saved:
         if str(saved["recipe"]) != _fingerprint(recipe):
-            raise PuzzleError(
-                f"{file} holds the state of another recipe; remove it or choose another directory"
-            )
+            raise PuzzleError(f"{file} holds the state of another recipe; remove it or choose another directory")
         _, structure = jax.tree.flatten((fresh.params, fresh.optimizer))
         leaves = [jnp.asarray(saved[f"leaf_{i}"]) for i in range(structure.num_leaves)]
         params, optimizer = jax.tree.unflatten(structure, leaves)

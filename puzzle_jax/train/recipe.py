@@ -86,9 +86,7 @@ class PretrainRecipe:
                 raise ConfigError(f"{name} is {getattr(self, name)}, but must be at least 0")
         longest = max((bucket.length for bucket in self.buckets), default=0)
         if longest > self.model.max_position:
-            raise ConfigError(
-                f"a bucket is {longest} tokens long, but model max_position is {self.model.max_position}"
-            )
+            raise ConfigError(f"a bucket is {longest} tokens long, but model max_position is {self.model.max_position}")
 
 
 def load_recipe(path: str | Path) -> PretrainRecipe:

@@ -29,9 +29,7 @@ CONFIGS = {
     "mixed": small_config(MIXED),
     "all full": small_config((BlockConfig(4), BlockConfig(4))),
     "swapped": small_config((BlockConfig(4), BlockConfig(4, 6))),
-    "truncate": small_config(
-        rope=RopeConfig(20_000.0, 8.0, 16.0, 2.0, 64, True), max_position=99, rms_norm_eps=1e-4
-    ),
+    "truncate": small_config(rope=RopeConfig(20_000.0, 8.0, 16.0, 2.0, 64, True), max_position=99, rms_norm_eps=1e-4),
     "no scaling": small_config(rope=RopeConfig(factor=1.0)),
 }
 
@@ -80,10 +78,7 @@ def test_base_keys_are_kept_and_ours_replaced():
     data = write_config(small_config(), base, form="mxfp4")
     assert data["eos_token_id"] == [3, 4] and data["hidden_size"] == 40
     assert "rope_parameters" not in data and "block_configs" not in data
-    assert (
-        data["quantization_config"]["quant_method"] == "mxfp4"
-        and "dequantize" not in data["quantization_config"]
-    )
+    assert data["quantization_config"]["quant_method"] == "mxfp4" and "dequantize" not in data["quantization_config"]
     assert write_config(small_config(MIXED), data)["quantization_config"]["dequantize"] is True
     assert "quantization_config" not in write_config(small_config(), data, form="bf16")
     assert base["hidden_size"] == 1

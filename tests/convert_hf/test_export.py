@@ -143,9 +143,7 @@ def test_trained_values_replace_the_parents(parent, tmp_path):
 def test_trained_experts_are_refused(parent, tmp_path):
     moe = random_params(packable_config())["layers"][0]["moe"]
     with pytest.raises(ConfigError, match=r"trained values hold layers.0.moe.down_bias, but only dense"):
-        export_mixed(
-            parent, tmp_path / "child", dense_delta={"layers": [{"moe": {"down_bias": moe["down_bias"]}}]}
-        )
+        export_mixed(parent, tmp_path / "child", dense_delta={"layers": [{"moe": {"down_bias": moe["down_bias"]}}]})
     assert [path.name for path in tmp_path.iterdir()] == ["parent"]
 
 
@@ -194,18 +192,14 @@ def test_packed_parameters_are_written_as_they_are(tmp_path):
 
 def test_unpacking_keeps_values(tmp_path):
     packed = load_checkpoint(write_random(tmp_path / "packed", packable_config()), dtype=jnp.bfloat16)
-    save_checkpoint(
-        tmp_path / "dense", packed.config, packed.params, config_base=packed.config_json, form="bf16"
-    )
+    save_checkpoint(tmp_path / "dense", packed.config, packed.params, config_base=packed.config_json, form="bf16")
     dense = load_checkpoint(tmp_path / "dense")
     assert dense.form == "bf16" and "quantization_config" not in dense.config_json
     assert_trees_equal(dense.params, to_compute(packed.params, jnp.bfloat16))
 
 
 def test_extra_files_are_written(tmp_path):
-    write_random(
-        tmp_path / "model", packable_config(), extra_files={"tokenizer.json": b"{}", "LICENSE": b"free"}
-    )
+    write_random(tmp_path / "model", packable_config(), extra_files={"tokenizer.json": b"{}", "LICENSE": b"free"})
     assert (tmp_path / "model" / "LICENSE").read_bytes() == b"free"
     assert not (tmp_path / "model" / "provenance.json").exists()
 

@@ -84,9 +84,7 @@ def test_layout_by_names(tmp_path):
     with safe_open(directory / SINGLE, framework="numpy") as file:
         assert file.metadata() == {"format": "pt"}
         for name, value in expected.items():
-            np.testing.assert_array_equal(
-                file.get_tensor(name), np.asarray(value.astype(jnp.bfloat16)), err_msg=name
-            )
+            np.testing.assert_array_equal(file.get_tensor(name), np.asarray(value.astype(jnp.bfloat16)), err_msg=name)
 
 
 @pytest.mark.parametrize("form", ["mxfp4", "bf16"])
@@ -223,9 +221,7 @@ def test_no_directory(tmp_path):
 def test_all_problems_are_in_one_message(tmp_path):
     directory = write_random(tmp_path / "model", small_config(), "bf16")
     sinks = np.zeros(10, ml_dtypes.bfloat16)  # by head_dim instead of heads
-    rewrite(
-        directory, **{DOWN: None, "model.layers.0.self_attn.sinks": sinks, "odd": np.zeros(1, np.float32)}
-    )
+    rewrite(directory, **{DOWN: None, "model.layers.0.self_attn.sinks": sinks, "odd": np.zeros(1, np.float32)})
     with pytest.raises(CheckpointError) as caught:
         load_checkpoint(directory)
     for part in (
@@ -248,9 +244,7 @@ def test_form_and_config_must_agree(tmp_path):
         load_checkpoint(packed)
     dense = write_random(tmp_path / "dense", packable_config(), "bf16")
     edit_config(dense, quantization_config={"quant_method": "mxfp4"})
-    with pytest.raises(
-        CheckpointError, match=r"config\.json says quant_method mxfp4, but the experts are stored in"
-    ):
+    with pytest.raises(CheckpointError, match=r"config\.json says quant_method mxfp4, but the experts are stored in"):
         load_checkpoint(dense)
 
 

@@ -24,9 +24,7 @@ def test_decode_is_exact_for_every_code_and_scale(dtype):
     blocks, scales = every_code_at_every_scale()
     table = np.concatenate([MAGNITUDES, -MAGNITUDES])  # float64: no product can round
     nibbles = np.stack([blocks & 15, blocks >> 4], -1).reshape(1, 255, 16, 32)
-    exact = (
-        (table[nibbles] * 2.0 ** (scales.astype(float) - 127)[..., None]).reshape(1, 255, -1).swapaxes(1, 2)
-    )
+    exact = (table[nibbles] * 2.0 ** (scales.astype(float) - 127)[..., None]).reshape(1, 255, -1).swapaxes(1, 2)
     with np.errstate(over="ignore"):
         expected = exact.astype(np.float32).astype(dtype)
     got = mxfp4.decode(blocks, scales, dtype)
@@ -63,9 +61,7 @@ def test_ties_go_to_the_even_code():
     assert mxfp4.decode(*mxfp4.encode(values))[0, :8, 0].tolist() == [6, 0, 1, 1, 2, 2, 4, 4]
 
 
-@pytest.mark.parametrize(
-    "amax, byte", [(6.0, 127), (6.0000005, 128), (3.0, 126), (3.0000002, 127), (4.0, 127)]
-)
+@pytest.mark.parametrize("amax, byte", [(6.0, 127), (6.0000005, 128), (3.0, 126), (3.0000002, 127), (4.0, 127)])
 def test_shared_exponent_at_its_boundaries(amax, byte):
     values = np.full((1, 32, 1), -amax, np.float32)
     assert mxfp4.encode(values)[1].item() == byte

@@ -128,6 +128,8 @@ def test_slots_older_than_the_window_or_never_written_are_not_seen():
     poisoned = cache.k.at[0, :6].set(jnp.nan).at[1, 4:].set(jnp.nan)
     visible = jnp.isfinite(poisoned).all(axis=(2, 3))
     np.testing.assert_array_equal(visible.sum(axis=1), [6, 4])
-    out = decode_attention(q[:, 0], jnp.where(visible[:, :, None, None], cache.k, 1e4), cache.v, sinks, lengths - 1, window=3)
+    out = decode_attention(
+        q[:, 0], jnp.where(visible[:, :, None, None], cache.k, 1e4), cache.v, sinks, lengths - 1, window=3
+    )
     plain = decode_attention(q[:, 0], cache.k, cache.v, sinks, lengths - 1, window=3)
     np.testing.assert_array_equal(out, plain)

@@ -44,7 +44,7 @@ def random_config(seed: int, *, mixed: bool = False) -> ModelConfig:
             theta=float(rng.uniform(5e3, 2e5)),
             factor=float(rng.choice([2.0, 8.0, 32.0])),
             beta_fast=float(rng.choice([8.0, 32.0])),
-            original_context=int(rng.choice([48, 64, 4096])),
+            original_context=int(rng.choice([256, 1024, 4096])),
             truncate=bool(seed % 2),
         ),
         max_position=2048,

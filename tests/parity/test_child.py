@@ -158,8 +158,5 @@ def test_a_homogeneous_child_needs_no_remote_code(tmp_path, form):
     export_child(parent, tmp_path / "child", config, kept, provenance={})
     model = load_reference(tmp_path / "child")
     tokens = np.asarray(random_tokens(config, 2, 40))
-    assert (
-        relative_difference(our_logits(tmp_path / "child", tokens), reference_logits(model, tokens))
-        < TOLERANCE
-    )
+    assert relative_difference(our_logits(tmp_path / "child", tokens), reference_logits(model, tokens)) < TOLERANCE
     assert generate(model, PROMPTS[:1]) == [our_greedy(tmp_path / "child", PROMPTS[0], STEPS)]

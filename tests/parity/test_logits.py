@@ -38,15 +38,23 @@ def test_stock_model(tmp_path, seed, form, record_property):
     record_property("relative_difference", difference)
     print(f"stock {form} seed {seed}: {difference:.2e}")
     assert difference < TOLERANCE
-    # The comparison means nothing unless the window, the clamp and YaRN's details change the answer.
-    opened = tuple(replace(block, window=None) for block in config.blocks)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_the_comparison_would_see_a_wrong_window_clamp_or_rotation(tmp_path, seed):
+    config = random_config(seed)
+    directory = write_random(tmp_path / "model", config, "bf16", seed=seed)
+    tokens = tokens_of(config)
+    right = our_logits(directory, tokens)
+    wider = tuple(replace(block, window=block.window and block.window + 1) for block in config.blocks)
     for changes in (
-        {"blocks": opened},
-        {"swiglu_limit": 100.0},
+        {"blocks": wider},
+        {"swiglu_limit": config.swiglu_limit + 0.1},
         {"rope": replace(config.rope, truncate=not config.rope.truncate)},
         {"rope": replace(config.rope, factor=1.0)},
+        {"rms_norm_eps": 1e-2},
     ):
-        assert relative_difference(our_logits(directory, tokens, **changes), theirs) > 3 * TOLERANCE, changes
+        assert relative_difference(our_logits(directory, tokens, **changes), right) > 3 * TOLERANCE, changes
 
 
 @pytest.mark.parametrize("form", ["bf16", "mxfp4"])

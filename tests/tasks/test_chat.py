@@ -10,9 +10,7 @@ from puzzle_jax.errors import CheckpointError, PuzzleError
 from puzzle_jax.tasks import EFFORTS, TASKS, Chat
 from puzzle_jax.tasks.tokenizer import CHARACTERS, SPECIAL_TOKENS, VOCAB_SIZE, WORDS, write_chat_files
 
-PROMPT_HIGH = (
-    "<|start|>system<|message|>Reasoning: high<|end|><|start|>user<|message|>mod 7+5<|end|><|start|>assistant"
-)
+PROMPT_HIGH = "<|start|>system<|message|>Reasoning: high<|end|><|start|>user<|message|>mod 7+5<|end|><|start|>assistant"
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +80,7 @@ def test_parse_of_unfinished_and_odd_answers(chat):
 
 
 def test_stop_and_pad_ids_come_from_the_generation_config(chat):
-    assert chat.stop_ids == {
-        chat.tokenizer.token_to_id(t) for t in ("<|return|>", "<|endoftext|>", "<|call|>")
-    }
+    assert chat.stop_ids == {chat.tokenizer.token_to_id(t) for t in ("<|return|>", "<|endoftext|>", "<|call|>")}
     assert chat.pad_id == chat.tokenizer.token_to_id("<|endoftext|>") == 0
 
 

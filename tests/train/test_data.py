@@ -78,7 +78,7 @@ def test_impossible_buckets_are_refused(chat):
         Bucket(64, 2, 0)
     with pytest.raises(ConfigError, match="shortest is 65, but must be 1 to 64"):
         Bucket(64, 2, 1.0, shortest=65)
-    with pytest.raises(ConfigError, match="start is 1.0, but must be in"):
+    with pytest.raises(ConfigError, match=r"start is 1\.0, but must be in"):
         Bucket(64, 2, 1.0, start=1.0)
     with pytest.raises(ConfigError, match="none has start 0"):
         source(chat, (Bucket(64, 2, 1.0, start=0.5),))

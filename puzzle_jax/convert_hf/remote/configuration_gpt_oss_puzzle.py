@@ -24,12 +24,8 @@ class GptOssPuzzleConfig(GptOssConfig):
     def __init__(self, block_configs=None, **kwargs):
         super().__init__(**kwargs)
         if block_configs is None:
-            windows = [
-                self.sliding_window if kind == "sliding_attention" else None for kind in self.layer_types
-            ]
-            block_configs = [
-                {"num_local_experts": self.num_local_experts, "sliding_window": w} for w in windows
-            ]
+            windows = [self.sliding_window if kind == "sliding_attention" else None for kind in self.layer_types]
+            block_configs = [{"num_local_experts": self.num_local_experts, "sliding_window": w} for w in windows]
         if len(block_configs) != self.num_hidden_layers:
             raise ValueError(f"{len(block_configs)} block_configs for {self.num_hidden_layers} layers")
         self.block_configs = [BlockConfig(block) for block in block_configs]

@@ -1,0 +1,49 @@
+"""`python -m puzzle_jax.search [STAGE] [--recipe FILE] [--FIELD VALUE ...]`.
+
+Without a stage, everything that is not up to date is run, and the table is printed.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from puzzle_jax.cli import enable_compilation_cache, guarded
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parses the command line and runs the search; returns the exit code."""
+    from jsonargparse import ActionConfigFile, ArgumentParser
+
+    from puzzle_jax.search.pipeline import STAGES, Search
+    from puzzle_jax.search.recipe import Recipe
+
+    parser = ArgumentParser(
+        prog="python -m puzzle_jax.search",
+        description="From a trained parent to the child that serves a deployment best.",
+        default_config_files=[str(RECIPES / "tiny.yaml")],
+    )
+    parser.add_argument("stage", nargs="?", choices=("all", *STAGES), default="all", help="one stage, or all")
+    parser.add_argument("--recipe", action=ActionConfigFile, help="a YAML file of settings (default: tiny)")
+    parser.add_class_arguments(Recipe)
+
+    def run() -> None:
+        settings = parser.parse_args(arguments)
+        stage = settings.pop("stage")
+        settings.pop("recipe", None)
+        settings.pop("__default_config__", None)
+        enable_compilation_cache()
+        search = Search(Recipe(**parser.instantiate_classes(settings)))
+        if stage == "all":
+            search.execute_all()
+        else:
+            search.execute(stage)
+
+    return guarded(parser.prog, run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

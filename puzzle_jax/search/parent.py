@@ -1,0 +1,63 @@
+"""The parent of a search: its checkpoint, opened when a stage first needs weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from puzzle_jax.config import ModelConfig
+from puzzle_jax.convert_hf.load import Description, describe_checkpoint, load_checkpoint
+from puzzle_jax.errors import ConfigError
+from puzzle_jax.model.network import to_compute
+from puzzle_jax.model.spec import Params
+from puzzle_jax.tasks import Chat
+
+
+@dataclass(frozen=True)
+class Parent:
+    """A checkpoint directory; `open` checks it, weights come later.
+
+    Attributes:
+      directory: of the checkpoint.
+      description: configuration and checked headers.
+    """
+
+    directory: Path
+    description: Description
+
+    @staticmethod
+    def open(directory: Path) -> Parent:
+        """Reads configuration, headers and chat files.
+
+        Raises CheckpointError for a damaged checkpoint and ConfigError for a parent whose layers differ in their
+        number of experts.
+        """
+        parent = Parent(directory, describe_checkpoint(directory))
+        counts = {block.num_experts for block in parent.config.blocks}
+        if len(counts) > 1:
+            raise ConfigError(f"{directory} has layers of {sorted(counts)} experts, but a parent needs equal ones")
+        _ = parent.chat
+        return parent
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.description.config
+
+    @cached_property
+    def chat(self) -> Chat:
+        return Chat.load(self.directory)
+
+    @cached_property
+    def params(self) -> Params:
+        """Dense weights: float32 on CPU, bfloat16 elsewhere."""
+        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+        return jax.jit(to_compute, static_argnums=1)(load_checkpoint(self.directory).params, dtype)
+
+    @property
+    def fingerprint(self) -> dict[str, int]:
+        """Tells parents apart: size of every weight file."""
+        return {path.name: path.stat().st_size for path in sorted(self.directory.glob("*.safetensors"))}

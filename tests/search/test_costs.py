@@ -1,0 +1,254 @@
+"""Costs against numbers worked out by hand, and measured ones for their shape."""
+
+import json
+import math
+
+import jax.numpy as jnp
+import pytest
+
+from puzzle_jax.config import BlockConfig, ModelConfig
+from puzzle_jax.convert_hf.table import tensor_bytes
+from puzzle_jax.errors import ConfigError, PuzzleError
+from puzzle_jax.model.cache import cache_bytes
+from puzzle_jax.model.spec import count_params
+from puzzle_jax.search.costs import Costs, Seconds, Times, compute_costs, read_costs
+from puzzle_jax.search.measured import Measured
+from puzzle_jax.search.roofline import HARDWARE, Hardware, Roofline, active_experts, hardware_named, visible_keys
+from puzzle_jax.search.scenario import Scenario
+from puzzle_jax.search.space import ExpertChoice, Space, candidate_windows
+from tests.support import small_config
+
+CONFIG = small_config((BlockConfig(7, 5), BlockConfig(7), BlockConfig(7, 5)), hidden_size=64, intermediate_size=32)
+CHAT = Scenario("chat", input_tokens=12, output_tokens=6, batch=3)
+LONG = Scenario("long", input_tokens=90, output_tokens=30, batch=2, kv_bytes_per_value=1)
+
+
+def space_of(config, counts, windows):
+    choices = tuple(
+        tuple(ExpertChoice(c, tuple(range(c)), "reap") for c in counts if c <= block.num_experts)
+        for block in config.blocks
+    )
+    return Space(config, choices, candidate_windows(config, windows))
+
+
+SPACE = space_of(CONFIG, (7, 5, 3), (8,))
+
+
+class Fixed:
+    """A provider of round numbers: experts cost their count, attention its window, in milliseconds."""
+
+    name = "by hand"
+
+    def device(self, scenario):
+        return "paper"
+
+    def times(self, config, scenario, form, counts, windows):
+        return Times(
+            experts={c: Seconds(0.010 * c, 0.001 * c) for c in counts},
+            attention={w: Seconds(0.020, 0.001 * (w or scenario.context_tokens)) for w in windows},
+            fixed=Seconds(0.5, 0.25),
+        )
+
+
+@pytest.fixture(scope="module")
+def costs():
+    return compute_costs(SPACE, [CHAT, LONG], "mxfp4", Fixed())
+
+
+BLOCKS = (BlockConfig(5, 5), BlockConfig(3, 8), BlockConfig(7, 5))
+
+
+@pytest.mark.parametrize("form", ["mxfp4", "bf16"])
+@pytest.mark.parametrize("blocks", [CONFIG.blocks, BLOCKS])
+def test_bytes_and_parameters_are_those_of_the_checkpoint(form, blocks):
+    costs = compute_costs(SPACE, [CHAT], form, Fixed())
+    assert costs.weight_bytes(blocks) == tensor_bytes(CONFIG.with_blocks(blocks), form)
+    assert costs.parameters(blocks) == count_params(CONFIG.with_blocks(blocks))
+
+
+def test_bytes_by_hand(costs):
+    # One expert: 64 x 64 and 32 x 64 at 4.25 bits, 64 + 64 biases at 16; its router row: 64 weights and a bias at 16.
+    expert = (64 * 64 + 32 * 64) * 17 // 32 + 2 * 128
+    assert costs.experts_of(1, BlockConfig(5)).weight_bytes == 5 * (expert + 2 * 65)
+    assert costs.experts_of(1, BlockConfig(5)).parameters == 5 * (64 * 64 + 32 * 64 + 128 + 65)
+    assert costs.expert_bytes(BLOCKS) == 15 * (expert + 2 * 65)
+    # 2 (keys and values) x 3 heads x 10 dimensions x bytes per value, per slot
+    assert costs.attention_of(1, BlockConfig(1, None)).kv_bytes == {"chat": 18 * 60 * 2, "long": 120 * 60}
+    assert costs.kv_bytes(BLOCKS, "chat") == (5 + 8 + 5) * 60 * 2
+    assert costs.kv_bytes(CONFIG.blocks, "long") == (5 + 120 + 5) * 60
+    assert costs.kv_bytes(BLOCKS, "chat") == cache_bytes(CONFIG.with_blocks(BLOCKS), 18, 2)
+
+
+def test_published_models():
+    """gpt-oss-20b's checkpoint is 13,761,264,768 bytes, one of its experts 13,236,480."""
+    layers = tuple(BlockConfig(32, None if layer % 2 else 128) for layer in range(24))
+    config = ModelConfig(201088, 2880, 2880, 64, 8, 64, 4, layers)
+    costs = compute_costs(space_of(config, (32, 16), (1024,)), [CHAT], "mxfp4", Roofline(HARDWARE["h100"]))
+    assert costs.weight_bytes(layers) == 13_761_264_768
+    assert costs.experts_of(0, BlockConfig(16)).weight_bytes == 16 * (13_236_480 + 2 * 2881)
+
+
+def test_seconds_by_hand(costs):
+    prefill = 0.5 + 0.010 * 15 + 3 * 0.020
+    decode = 0.25 + 0.001 * 15 + 0.001 * 18
+    assert costs.prefill_seconds(BLOCKS) == pytest.approx(prefill)
+    assert costs.decode_seconds(BLOCKS) == pytest.approx(decode)
+    assert costs.request_seconds(BLOCKS) == pytest.approx(prefill + 6 * decode)
+    assert costs.tokens_per_second(BLOCKS) == pytest.approx(3 * 6 / (prefill + 6 * decode))
+    parent = 0.25 + 0.001 * 21 + 0.001 * (5 + 120 + 5)
+    assert costs.decode_seconds(CONFIG.blocks, "long") == pytest.approx(parent)
+
+
+def test_json_and_back(costs, tmp_path):
+    path = tmp_path / "costs.json"
+    path.write_text(json.dumps(costs.to_json()))
+    assert read_costs(path) == costs
+    assert json.loads(path.read_text())["layers"][1]["attention"]["full"]["kv_bytes"]["chat"] == 2160
+
+
+def edited(costs, change):
+    value = costs.to_json()
+    change(value)
+    return json.dumps(value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda v: v.pop("shared_bytes"), "has no field 'shared_bytes'"),
+        (lambda v: v["fixed"]["chat"].update(decode_seconds=math.nan), "decode_seconds is nan"),
+        (lambda v: v["fixed"]["chat"].update(decode_seconds=-1), "decode_seconds is -1"),
+        (lambda v: v["fixed"]["chat"].update(other=1), "cannot be read as costs"),
+        (lambda v: v["scenarios"][0].update(batch=0), "batch of scenario 'chat' is 0"),
+        (lambda v: v["layers"][0]["experts"].update(many={}), "has no field|cannot be read"),
+    ],
+)
+def test_damaged_files_are_refused(costs, tmp_path, change, words):
+    path = tmp_path / "costs.json"
+    path.write_text(edited(costs, change))
+    with pytest.raises(PuzzleError, match=words) as caught:
+        read_costs(path)
+    assert str(path) in str(caught.value)
+
+
+def test_missing_and_broken_files_are_refused(tmp_path):
+    with pytest.raises(PuzzleError, match="cannot be read as costs"):
+        read_costs(tmp_path / "nowhere.json")
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(PuzzleError, match="cannot be read as costs"):
+        read_costs(tmp_path / "broken.json")
+
+
+def test_unknown_alternatives_are_named(costs):
+    with pytest.raises(ConfigError, match="layer 0 has no expert count 6; known: 7, 5, 3"):
+        costs.expert_bytes((BlockConfig(6, 5), *BLOCKS[1:]))
+    with pytest.raises(ConfigError, match="layer 1 has no window 9; known: full, 8"):
+        costs.request_seconds((BLOCKS[0], BlockConfig(3, 9), BLOCKS[2]))
+    with pytest.raises(ConfigError, match="2 blocks were given, but the costs are of 3 layers"):
+        costs.expert_bytes(BLOCKS[:2])
+    with pytest.raises(ConfigError, match="no scenario 'batch'; known: chat, long"):
+        costs.kv_bytes(BLOCKS, "batch")
+    with pytest.raises(ConfigError, match="distinct names"):
+        compute_costs(SPACE, [CHAT, CHAT], "mxfp4", Fixed())
+
+
+def test_parent_has_costs_even_where_its_count_is_no_alternative():
+    costs = compute_costs(space_of(CONFIG, (4,), ()), [CHAT], "mxfp4", Fixed())
+    four = tuple(BlockConfig(4, block.window) for block in CONFIG.blocks)
+    assert costs.expert_bytes(CONFIG.blocks) * 4 == costs.expert_bytes(four) * 7
+
+
+# --- roofline ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 16, 40])
+def test_visible_keys(window):
+    for first, count in ((0, 1), (0, 30), (12, 6), (4, 3)):
+        expected = sum(min(p + 1, window or p + 1) for p in range(first, first + count))
+        assert visible_keys(first, count, window) == expected
+
+
+def test_active_experts():
+    assert active_experts(8, 2, 1) == pytest.approx(2)
+    assert active_experts(8, 2, 2) == pytest.approx(8 * (1 - 0.75**2))
+    assert active_experts(4, 4, 1) == 4
+    assert active_experts(128, 4, 10_000) == pytest.approx(128)
+
+
+def test_roofline_by_hand():
+    """Bytes and operations of every sub-block, one at a time limiting: 1000 a second."""
+    batch, inputs, outputs = 3, 12, 6
+    slow_memory, slow_math = Hardware("a", 1e3, 1e30), Hardware("b", 1e30, 1e3)
+
+    def both(hardware):
+        return Roofline(hardware).times(CONFIG, CHAT, "mxfp4", [5], [None, 5])
+
+    expert, row = (64 * 64 + 32 * 64) * 17 // 32 + 2 * 128, 2 * 65
+    touched = 5 * (1 - 0.6**batch)
+    moe = both(slow_memory).experts[5]
+    assert moe.decode_seconds == pytest.approx((5 * row + touched * expert) / 1e3)
+    assert moe.prefill_seconds == pytest.approx((5 * row + 5 * expert) / 1e3, rel=1e-6)
+    per_token = 2 * (64 * 5 + 2 * (64 * 64 + 32 * 64))
+    moe = both(slow_math).experts[5]
+    assert moe.decode_seconds == pytest.approx(batch * per_token / 1e3)
+    assert moe.prefill_seconds == pytest.approx(batch * inputs * per_token / 1e3)
+
+    weights = 64 * (60 + 30 + 30 + 60)
+    slot_bytes = 2 * 30 * 2
+    full, windowed = both(slow_memory).attention[None], both(slow_memory).attention[5]
+    mean_keys = sum(range(13, 19)) / outputs
+    assert full.decode_seconds == pytest.approx((2 * weights + batch * mean_keys * slot_bytes) / 1e3)
+    assert windowed.decode_seconds == pytest.approx((2 * weights + batch * 5 * slot_bytes) / 1e3)
+    assert full.prefill_seconds == pytest.approx((2 * weights + batch * inputs * slot_bytes) / 1e3)
+    windowed = both(slow_math).attention[5]
+    keys = 1 + 2 + 3 + 4 + 5 * 8
+    assert windowed.prefill_seconds == pytest.approx(2 * batch * (inputs * weights + 2 * 60 * keys) / 1e3)
+    assert windowed.decode_seconds == pytest.approx(2 * batch * (weights + 2 * 60 * 5) / 1e3)
+
+    fixed = both(slow_memory).fixed
+    assert fixed.decode_seconds == pytest.approx(2 * 64 * (97 + batch) / 1e3)
+    assert fixed.prefill_seconds == pytest.approx(2 * 64 * (97 + batch * inputs) / 1e3)
+    assert both(slow_math).fixed.decode_seconds == pytest.approx(2 * batch * 64 * 97 / 1e3)
+
+
+def test_devices_divide_and_hardware_comes_from_the_scenario():
+    one = Scenario("one", 64, 64, 8, hardware="h100")
+    two = Scenario("two", 64, 64, 8, hardware="h100", devices=2)
+    costs = compute_costs(SPACE, [one, two], "mxfp4", Roofline())
+    assert costs.device == "h100"
+    assert costs.request_seconds(BLOCKS, "one") == pytest.approx(2 * costs.request_seconds(BLOCKS, "two"))
+
+
+def test_hardware_table():
+    assert hardware_named("h200").bytes_per_second > hardware_named("h100").bytes_per_second
+    with pytest.raises(ConfigError, match="hardware is 'h900', but must be local or one of a100, h100"):
+        hardware_named("h900")
+    with pytest.raises(ConfigError, match="flops_per_second of hardware 'x' is 0"):
+        Hardware("x", 1.0, 0.0)
+
+
+# --- measured ----------------------------------------------------------------------------------------------------
+
+
+def test_measured_times_every_part_and_reports_turns():
+    turns = []
+    provider = Measured(rounds=2, decode_steps=3, progress=lambda done, total: turns.append((done, total)))
+    costs = compute_costs(space_of(CONFIG, (7, 3), (8,)), [CHAT], "mxfp4", provider)
+    assert costs.provider == "measured" and costs.device
+    parts = 2 * (2 + 3 + 1)  # prefill and decode of two counts, three windows, and the rest
+    assert turns == [(turn + 1, parts * 3) for turn in range(parts * 3)]
+    for layer in costs.layers:
+        for entry in (*layer.experts.values(), *layer.attention.values()):
+            assert entry.seconds["chat"].prefill_seconds > 0 and entry.seconds["chat"].decode_seconds > 0
+            assert entry.seconds["chat"].prefill_spread >= 0
+    assert costs.layers[0].attention[5].seconds == costs.layers[2].attention[5].seconds
+    assert costs.tokens_per_second(CONFIG.blocks) > 0
+    assert Costs.from_json(json.loads(json.dumps(costs.to_json()))) == costs
+
+
+def test_measured_refuses_what_it_cannot_time():
+    for scenario in (Scenario("a", 8, 4, 2, devices=2), Scenario("b", 8, 4, 2, hardware="h100")):
+        with pytest.raises(ConfigError, match="measured costs are of one local device"):
+            Measured(dtype=jnp.float32).times(CONFIG, scenario, "bf16", [7], [None])
+    with pytest.raises(ConfigError, match="rounds is 0"):
+        Measured(rounds=0)
