@@ -65,7 +65,7 @@ def measure_throughput(
                 seconds[name].append(spent)
         if on_round is not None:
             on_round()
-    return {name: _summary(rows, batch * output_tokens) for name, rows in seconds.items()}
+    return {name: summary(rows, batch * output_tokens) for name, rows in seconds.items()}
 
 
 def _one_round(
@@ -105,7 +105,8 @@ def _decode(
     return jax.lax.fori_loop(0, output_tokens, step, (logits, caches))[0]
 
 
-def _summary(rows: list[tuple[float, float]], tokens: int) -> Throughput:
+def summary(rows: list[tuple[float, float]], tokens: int) -> Throughput:
+    """Throughput of rounds of (prefill, decode) seconds, each of which generates `tokens`."""
     rates = sorted(tokens / (prefill + decode) for prefill, decode in rows)
     low, high = (rates[0], rates[-1]) if len(rates) < 4 else statistics.quantiles(rates, n=4)[::2]
     return Throughput(

@@ -8,32 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from puzzle_jax.config import BlockConfig, ModelConfig
-
-
-class Architecture(Protocol):
-    """What the report needs of a candidate."""
-
-    @property
-    def blocks(self) -> tuple[BlockConfig, ...]: ...
-
-
-class Deployment(Protocol):
-    """What the report needs of a scenario."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def input_tokens(self) -> int: ...
-    @property
-    def output_tokens(self) -> int: ...
-    @property
-    def batch(self) -> int: ...
+BAR = 32  # characters of a layer's bar, at most
 
 
 @dataclass(frozen=True)
@@ -41,19 +21,15 @@ class SearchReport:
     """Everything that the table shows.
 
     Attributes:
-      evaluation: content of evaluation.json, by model name, the parent first.
-      architectures: by the same names.
-      parent: the parent's configuration.
+      evaluation: content of evaluation.json: by model name, the parent first.
       efforts: columns of accuracy.
-      scenario: the deployment that speeds and KV bytes are for.
+      scenario: the deployment that speeds and KV bytes are for: name, batch, input_tokens, output_tokens.
       child: where the child's checkpoint lies.
     """
 
     evaluation: Mapping[str, Any]
-    architectures: Mapping[str, Architecture]
-    parent: ModelConfig
     efforts: Sequence[str]
-    scenario: Deployment
+    scenario: Mapping[str, Any]
     child: Path
 
     def rows(self) -> tuple[list[str], list[list[str]]]:
@@ -100,16 +76,17 @@ class SearchReport:
         return ["", *(name.replace("_", " ") for name in names)], rows
 
     def layers(self) -> list[str]:
-        """One line per layer: experts kept as a bar, and the attention of parent and child."""
+        """One line per layer: experts kept, as a bar too, and the attention, with the parent's where it differs."""
         lines = []
-        for index, (old, new) in enumerate(zip(self.parent.blocks, self.architectures["child"].blocks, strict=True)):
-            bar = "█" * new.num_experts + "·" * (old.num_experts - new.num_experts)
-            if old.num_experts > 64:
-                kept = round(32 * new.num_experts / old.num_experts)
-                bar = "█" * kept + "·" * (32 - kept)
-            change = "" if old.window == new.window else f"  (was {_window(old)})"
-            count = f"{new.num_experts:>3} of {old.num_experts}"
-            lines.append(f"layer {index:>2}  {bar}  {count} experts  {_window(new)}{change}")
+        parent, child = (self.evaluation[name]["layers"] for name in ("parent", "child"))
+        for index, (old, new) in enumerate(zip(parent, child, strict=True)):
+            kept, of = new["num_local_experts"], old["num_local_experts"]
+            width = min(of, BAR)
+            filled = round(width * kept / of)
+            bar = "█" * filled + "·" * (width - filled)
+            window, was = _window(new["sliding_window"]), _window(old["sliding_window"])
+            change = "" if window == was else f"  (was {was})"
+            lines.append(f"layer {index:>2}  {bar}  {kept:>3} of {of} experts  {window}{change}")
         return lines
 
     def misses(self) -> list[str]:
@@ -121,8 +98,9 @@ class SearchReport:
         return found
 
     def caption(self) -> str:
-        s = self.scenario
-        return f"scenario {s.name}: {s.batch} requests of {s.input_tokens} input and {s.output_tokens} output tokens"
+        return (
+            "scenario {name}: {batch} requests of {input_tokens} input and {output_tokens} output tokens together"
+        ).format(**self.scenario)
 
     def show(self, console: Console) -> None:
         """Prints the table, the layers, and where the child is."""
@@ -154,8 +132,8 @@ class SearchReport:
         return "\n\n".join(parts) + "\n"
 
 
-def _window(block: BlockConfig) -> str:
-    return "full attention" if block.window is None else f"window {block.window}"
+def _window(window: int | None) -> str:
+    return "full attention" if window is None else f"window {window}"
 
 
 def _amount(value: float) -> str:

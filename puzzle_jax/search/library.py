@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from fractions import Fraction
+from functools import cached_property
 from math import isfinite
 from typing import Any
 
@@ -107,12 +108,28 @@ class Program:
     def _complaint(self, group: str, name: str, key: str, value: object) -> str:
         if value is not None:
             return f"{key!r} of {name!r} in group {group!r} is {value!r}, but must be a finite number"
-        known = ", ".join(sorted(common_keys(self.library))) or "none"
+        known = ", ".join(self.keys) or "none"
         return f"{name!r} in group {group!r} has no {key!r}; keys that all alternatives have: {known}"
+
+    @cached_property
+    def keys(self) -> tuple[str, ...]:
+        """Keys that every alternative has as a finite number, sorted."""
+        return tuple(sorted(common_keys(self.library)))
+
+    @cached_property
+    def _exact(self) -> dict[tuple[str, str, str], Fraction]:
+        """Exact numbers by group, alternative and key, filled as they are asked for."""
+        return {}
 
     def totals(self, choice: Mapping[str, str], key: str) -> Fraction:
         """The exact sum of `key` over a choice."""
-        return sum((exact(lookup(self.library[g][a], key)) for g, a in choice.items()), Fraction(0))
+        total = Fraction(0)
+        for group, alternative in choice.items():
+            at = (group, alternative, key)
+            if at not in self._exact:
+                self._exact[at] = exact(lookup(self.library[group][alternative], key))
+            total += self._exact[at]
+        return total
 
 
 def lookup(numbers: Any, key: str) -> Any:

@@ -16,8 +16,7 @@ skipped (`search.stages`). Costs come first: a target that cannot be reached is 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +24,6 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.numpy import load_file, save_file
 
 from puzzle_jax.convert_hf.export import export_child
@@ -43,6 +41,7 @@ from puzzle_jax.search.costs import Costs, Provider, compute_costs, read_costs
 from puzzle_jax.search.measured import Measured, device_identity
 from puzzle_jax.search.parent import Parent
 from puzzle_jax.search.problem import Candidate, Problem, Scores
+from puzzle_jax.search.progress import progress
 from puzzle_jax.search.rank import METHODS, Ranking, rank_experts
 from puzzle_jax.search.recipe import Recipe
 from puzzle_jax.search.roofline import Roofline
@@ -108,21 +107,20 @@ class Search:
     # Stages ---------------------------------------------------------------------------------------------------------
 
     def _cost(self) -> Stage:
-        provider: Provider = Measured() if self.recipe.costs == "measured" else Roofline()
+        measured = self.recipe.costs == "measured"
         settings = {
-            "provider": provider.name,
-            "device": device_identity() if self.recipe.costs == "measured" else None,
+            "provider": self.recipe.costs,
+            "device": device_identity() if measured else None,
             "scenario": self.recipe.section("scenario"),
             "counts": self.counts,
             "windows": self.windows,
         }
 
         def produce(out: Path) -> None:
-            with self._progress("timing blocks", 1) as advance:
-                costs = compute_costs(
-                    self._nominal_space(), [self.recipe.scenario], self.parent.description.form, provider
-                )
-                advance(1)
+            with progress(self.console, "timing blocks", None) as advance:
+                provider: Provider = Measured(progress=lambda _, turns: advance(1, turns)) if measured else Roofline()
+                space, form = self._nominal_space(), self.parent.description.form
+                costs = compute_costs(space, [self.recipe.scenario], form, provider)
             _write(out / "costs.json", costs.to_json())
 
         done = run_stage(self.run, "cost", settings, [self.parent.directory / "config.json"], produce)
@@ -134,7 +132,7 @@ class Search:
 
         def produce(out: Path) -> None:
             sets = {name: self._questions(name) for name in TRACE_SETS}
-            with self._progress("answering", sum(len(s.questions()) for s in sets.values())) as advance:
+            with progress(self.console, "answering", sum(len(s.questions()) for s in sets.values())) as advance:
                 for name, questions in sets.items():
                     answers = answer_questions(
                         self.parent.params,
@@ -153,7 +151,7 @@ class Search:
     def _rank(self) -> Stage:
         def produce(out: Path) -> None:
             batches = self._batches("calibration")
-            with self._progress("ranking experts", len(batches)) as advance:
+            with progress(self.console, "ranking experts", len(batches)) as advance:
                 ranking = rank_experts(self.parent.params, self.parent.config, batches, on_batch=lambda: advance(1))
             save_file({**ranking.scores, "routed": ranking.routed}, out / "ranking.safetensors")
 
@@ -176,7 +174,7 @@ class Search:
             batches = self._batches("calibration")
             depth = config.num_layers
             work = len(batches) * sum(len(a) * (depth - i) for i, a in enumerate(alternatives))
-            with self._progress("scoring", work) as advance:
+            with progress(self.console, "scoring", work) as advance:
                 scores = replace_one_scores(self.parent.params, config, alternatives, batches, on_alternatives=advance)
             layers = []
             for entry, of_layer, masks in zip(space.to_json(), scores, experts, strict=True):
@@ -199,7 +197,7 @@ class Search:
             pool = problem.solve(num_solutions=options.solutions, time_limit=options.time_limit, gap=options.gap)
             baselines = [uniform(problem), experts_only(problem), windows_only(problem)]
             batches = self._batches("validation")
-            with self._progress("measuring the pool", len(batches) * len(pool)) as advance:
+            with progress(self.console, "measuring the pool", len(batches) * len(pool)) as advance:
                 measured = score_children(
                     self.parent.params,
                     self.parent.config,
@@ -249,21 +247,18 @@ class Search:
         return self._stage("evaluate", settings, inputs, produce)
 
     def _report(self) -> Stage:
-        inputs = ["solve/solutions.json", "cost/costs.json", "evaluate/evaluation.json"]
-        needed = [self._needed(path) for path in inputs]
+        evaluation = self._needed("evaluate/evaluation.json")
         report = SearchReport(
-            json.loads(needed[2].read_text()),
-            self.candidates(),
-            self.parent.config,
+            json.loads(evaluation.read_text()),
             self.recipe.traces.efforts,
-            self.recipe.scenario,
-            self.run / "child",
+            self.recipe.section("scenario"),
+            self.recipe.run / "child",
         )
 
         def produce(out: Path) -> None:
             (out / "report.md").write_text(report.markdown())
 
-        done = run_stage(self.run, "report", {}, needed, produce)
+        done = run_stage(self.run, "report", {}, [evaluation], produce)
         report.show(self.console)
         return done
 
@@ -289,7 +284,7 @@ class Search:
         costs = read_costs(self._needed("cost/costs.json"))
         children = {name: self.child(candidate) for name, candidate in candidates.items()}
         batches = self._batches("heldout")
-        with self._progress("held-out KL", len(batches) * len(children)) as advance:
+        with progress(self.console, "held-out KL", len(batches) * len(children)) as advance:
             scores = score_children(params, config, list(children.values()), batches, on_child=lambda: advance(1))
         questions = QuestionSet(
             self.recipe.traces.tasks,
@@ -299,7 +294,7 @@ class Search:
             self.recipe.evaluate.seed,
         )
         accuracy = {}
-        with self._progress("accuracy", len(children) * len(questions.questions())) as advance:
+        with progress(self.console, "accuracy", len(children) * len(questions.questions())) as advance:
             for name, child in children.items():
                 answers = answer_questions(
                     params,
@@ -317,7 +312,7 @@ class Search:
         models = {name: (cut_params(params, child), child.config) for name, child in children.items()}
         models["child"] = (to_compute(exported.params, dtype), exported.config)
         rounds = self.recipe.evaluate.rounds
-        with self._progress("throughput", rounds + 1) as advance:
+        with progress(self.console, "throughput", rounds + 1) as advance:
             speeds = measure_throughput(
                 models,
                 batch=scenario.batch,
@@ -339,6 +334,7 @@ class Search:
                 "heldout": asdict(score),
                 "efforts": accuracy[name],
                 "missed": list(candidate.missed),
+                "layers": candidate.to_json()["layers"],
             }
             for (name, candidate), score in zip(candidates.items(), scores, strict=True)
         }
@@ -410,19 +406,6 @@ class Search:
         if not found.exists():
             raise PuzzleError(f"{found} is missing; run the stages before it first (or all: `puzzle search`)")
         return found
-
-    @contextmanager
-    def _progress(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
-        """A bar with time left; on what is no terminal, one line at the end."""
-        columns = (
-            TextColumn("{task.description:<20}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=self.console, transient=True) as progress:
-            task = progress.add_task(what, total=total)
-            yield lambda amount: progress.advance(task, amount)
 
 
 def _mask(choice: ExpertChoice, experts: int) -> np.ndarray:

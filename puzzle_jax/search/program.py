@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from puzzle_jax.errors import InfeasibleError, PuzzleError
-from puzzle_jax.search.library import Library, Limit, Number, Program, Solution, common_keys, exact, short
+from puzzle_jax.search.library import Library, Limit, Number, Program, Solution, exact, short
 from puzzle_jax.search.solver import Compiled, Point, compile_program, least_excess, lowest, minimise
 
 __all__ = [
@@ -147,7 +147,7 @@ def _solution(compiled: Compiled, point: Point) -> Solution:
 
 
 def _describe(program: Program, choice: dict[str, str], status: str, gap: float | None) -> Solution:
-    costs = {key: float(program.totals(choice, key)) for key in sorted(common_keys(program.library))}
+    costs = {key: float(program.totals(choice, key)) for key in program.keys}
     missed = tuple(limit for limit in program.limits if not limit.is_met(program.totals(choice, limit.key)))
     return Solution(choice, float(program.totals(choice, program.minimize)), costs, status, gap, missed)
 

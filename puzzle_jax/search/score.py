@@ -3,7 +3,8 @@
 For each micro-batch the parent's hidden states before every layer are kept. Each alternative of a layer starts from
 there, and only the layers above it are run, so a layer costs half of what a whole pass would on average. Expert
 masks are data, one per row, so alternatives are batched, and one compiled block serves every layer and alternative of
-a shape and window; programs do not grow with depth. The score is KL(parent || child) per completion token, the mean over traces of each trace's mean.
+a shape and window; programs do not grow with depth. The score is KL(parent || child) per completion token, the mean
+over traces of each trace's mean.
 
 Alternatives of the attention and of the experts are scored apart; the program adds their scores. A window scores
 exactly zero on traces no longer than itself, so scores are reported by length of trace as well.

@@ -119,6 +119,7 @@ def recipe_from(content: Any) -> PretrainRecipe:
         num_experts = model.pop("num_experts", None)
         if not isinstance(windows, list):
             raise ConfigError(f"model.windows is {windows!r}, but must list each layer's window (null is full)")
+        num_experts = _number("model.num_experts", "int", num_experts)
         model["blocks"] = tuple(BlockConfig(num_experts, window) for window in windows)
         content["model"] = _build(ModelConfig, "model", model)
     if "buckets" in content:
@@ -127,7 +128,8 @@ def recipe_from(content: Any) -> PretrainRecipe:
         content["buckets"] = tuple(_build(Bucket, "buckets", bucket) for bucket in content["buckets"])
     for name in ("tasks", "efforts"):
         if name in content:
-            content[name] = dict(_mapping(name, content[name]))
+            weights = _mapping(name, content[name])
+            content[name] = {key: _number(f"{name}.{key}", "float", value) for key, value in weights.items()}
     return _build(PretrainRecipe, "recipe", content)
 
 
@@ -153,7 +155,13 @@ def _build(kind: type, name: str, content: Any) -> Any:
     ]
     if missing:
         raise ConfigError(f"{name} lacks the field {missing[0]}")
-    try:
-        return kind(**content)
-    except TypeError as error:
-        raise ConfigError(f"{name} holds a value of the wrong kind: {error}") from None
+    return kind(**{key: _number(f"{name}.{key}", fields[key].type, value) for key, value in content.items()})
+
+
+def _number(name: str, kind: Any, value: Any) -> Any:
+    """`value`, as a float where one is declared; raises `ConfigError` when a declared number is none."""
+    if kind not in ("int", "float"):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int if kind == "int" else int | float):
+        raise ConfigError(f"{name} is {value!r}, but must be a {'whole ' if kind == 'int' else ''}number")
+    return float(value) if kind == "float" else value

@@ -1,6 +1,7 @@
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -74,7 +75,8 @@ def test_cutting_equals_viewing(parent, tmp_path):
     assert cut.config == child.config
 
     def run(params, config, **view):
-        return np.asarray(forward(to_compute(params, jnp.float32), config, tokens, **view))
+        compiled = jax.jit(lambda params: forward(to_compute(params, jnp.float32), config, tokens, **view))
+        return np.asarray(compiled(params))
 
     masks, windows = child.view
     by_row = [jnp.broadcast_to(window, (2,)) for window in windows]

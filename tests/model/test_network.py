@@ -162,7 +162,7 @@ def test_impossible_models_are_refused(changes, message):
 def test_impossible_blocks_and_ropes_are_refused():
     with pytest.raises(ConfigError, match="window is 0"):
         BlockConfig(4, 0)
-    with pytest.raises(ConfigError, match="rope factor is 0.5"):
+    with pytest.raises(ConfigError, match=r"rope factor is 0\.5"):
         RopeConfig(factor=0.5)
     with pytest.raises(ConfigError, match="beta_fast must be above beta_slow"):
         RopeConfig(beta_fast=1.0, beta_slow=2.0)

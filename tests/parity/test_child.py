@@ -12,6 +12,7 @@ from puzzle_jax.convert_hf.export import export_child
 from puzzle_jax.convert_hf.load import load_checkpoint
 from puzzle_jax.model.child import Child, ChildBlock
 from puzzle_jax.model.network import forward, to_compute
+from puzzle_jax.tasks.tokenizer import write_chat_files
 from tests.convert_hf.checkpoints import packable_config, write_random
 from tests.parity.reference import (
     TOLERANCE,
@@ -94,6 +95,28 @@ def test_greedy_generation_with_left_padding(exported, model):
     assert generate(model, PROMPTS, use_cache=False) == expected
     assert generate(model, PROMPTS, cache_implementation="static") == expected
     assert len(set(map(tuple, expected))) == 2 and len(set(expected[0])) > 2  # not one token for ever
+
+
+def test_tokenizer_and_template_come_along(tmp_path):
+    """What a user types: tokenizer, chat template and model from the exported directory alone."""
+    from transformers import AutoTokenizer
+
+    config = packable_config(vocab_size=128)
+    parent = write_random(tmp_path / "parent", config)
+    write_chat_files(parent)
+    blocks = (BlockConfig(3, 5), BlockConfig(7, None), BlockConfig(4, 5), BlockConfig(7, 9))
+    kept = [range(block.num_experts) for block in blocks]
+    export_child(parent, tmp_path / "child", config.with_blocks(blocks), kept, provenance={})
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "child", trust_remote_code=True)
+    inputs = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "1 + 1"}], reasoning_effort="low", add_generation_prompt=True, return_tensors="pt"
+    )
+    prompt = inputs["input_ids"][0].tolist()
+    expected = "<|start|>system<|message|>Reasoning: low<|end|><|start|>user<|message|>1 + 1<|end|><|start|>assistant"
+    assert tokenizer.decode(prompt) == expected
+    model = load_reference(tmp_path / "child", trust=True)
+    out = model.generate(**inputs, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    assert out[0, len(prompt) :].tolist() == our_greedy(tmp_path / "child", prompt, 6)
 
 
 def test_cached_steps_give_the_logits_of_one_pass(model):

@@ -74,8 +74,8 @@ def test_buckets_join_late_and_take_their_lengths(chat):
 
 
 def test_impossible_buckets_are_refused(chat):
-    with pytest.raises(ConfigError, match="bucket of length 64: weight is 0, but must be above 0"):
-        Bucket(64, 2, 0)
+    with pytest.raises(ConfigError, match="bucket of length 64: weight is 0.0, but must be above 0"):
+        Bucket(64, 2, 0.0)
     with pytest.raises(ConfigError, match="shortest is 65, but must be 1 to 64"):
         Bucket(64, 2, 1.0, shortest=65)
     with pytest.raises(ConfigError, match=r"start is 1\.0, but must be in"):

@@ -7,6 +7,9 @@ per distinct window, all made before the first layer runs, because a mask's size
 is. Caches of windowed layers all have the largest window's size; the masks narrow them.
 """
 
+import inspect
+
+import torch
 from torch import nn
 from transformers import DynamicCache, GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
@@ -22,14 +25,24 @@ from transformers.models.gpt_oss.modeling_gpt_oss import (
 from .configuration_gpt_oss_puzzle import GptOssPuzzleConfig
 
 
-def create_masks(config, **inputs):
+def create_masks(config, inputs_embeds, attention_mask, past_key_values):
     """Attention masks by the name of their window."""
     masks = {}
     for layer_idx, block in enumerate(config.block_configs):
-        if mask_name(block.sliding_window) not in masks:
-            create = create_causal_mask if block.sliding_window is None else create_sliding_window_causal_mask
-            layer_config = config.get_gpt_oss_config_for_layer(layer_idx)
-            masks[mask_name(block.sliding_window)] = create(config=layer_config, **inputs)
+        if mask_name(block.sliding_window) in masks:
+            continue
+        create = create_causal_mask if block.sliding_window is None else create_sliding_window_causal_mask
+        inputs = {
+            "config": config.get_gpt_oss_config_for_layer(layer_idx),
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+        }
+        accepted = inspect.signature(create).parameters  # releases of transformers 5 differ in these two
+        inputs["inputs_embeds" if "inputs_embeds" in accepted else "input_embeds"] = inputs_embeds
+        if "cache_position" in accepted:
+            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            inputs["cache_position"] = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
+        masks[mask_name(block.sliding_window)] = create(**inputs)
     return masks
 
 
@@ -83,12 +96,7 @@ class GptOssPuzzleModel(GptOssPuzzlePreTrainedModel, GptOssModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if not isinstance(attention_mask, dict):
-            attention_mask = create_masks(
-                self.config,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-            )
+            attention_mask = create_masks(self.config, inputs_embeds, attention_mask, past_key_values)
         # The base class hands every layer the mask of its type; each layer here picks its own among all of
         # them.
         return super().forward(
@@ -115,9 +123,4 @@ class GptOssPuzzleForCausalLM(GptOssPuzzlePreTrainedModel, GptOssForCausalLM, Ge
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs):
         """What generate() prepares in advance for caches of fixed size."""
-        return create_masks(
-            config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-        )
+        return create_masks(config, inputs_embeds, attention_mask, past_key_values)

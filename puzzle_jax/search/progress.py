@@ -1,0 +1,53 @@
+"""Progress of long work: a bar with time left, or lines where the output is no terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol, runtime_checkable
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+@runtime_checkable
+class Advance(Protocol):
+    """Says that so much more is done, and how much there is in all if that was not known."""
+
+    def __call__(self, amount: int, total: int | None = None, /) -> None: ...
+
+
+@contextmanager
+def progress(console: Console, what: str, total: int | None) -> Iterator[Advance]:
+    """A bar with time left; on what is no terminal, a line now and then."""
+    if not console.is_terminal:
+        yield _Lines(console, what, total)
+        return
+    columns = (TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(what, total=total)
+
+        def advance(amount: int, total: int | None = None) -> None:
+            bar.update(task, advance=amount, **({} if total is None else {"total": total}))
+
+        yield advance
+
+
+class _Lines:
+    """Progress as lines, at most one every `SECONDS`."""
+
+    SECONDS = 20.0
+
+    def __init__(self, console: Console, what: str, total: int | None) -> None:
+        self.console, self.what, self.total = console, what, total
+        self.done, self.start = 0, time.monotonic()
+        self.last = self.start
+
+    def __call__(self, amount: int, total: int | None = None, /) -> None:
+        self.done, self.total = self.done + amount, total or self.total
+        now = time.monotonic()
+        if self.total and self.done and now - self.last >= self.SECONDS:
+            left = (now - self.start) * (self.total - self.done) / self.done
+            self.console.print(f"  {self.what}: {self.done} of {self.total}, {left:.0f} s left", highlight=False)
+            self.last = now
