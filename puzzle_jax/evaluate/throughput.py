@@ -92,7 +92,7 @@ def _decode(
     config: ModelConfig,
     logits: Float[Array, "batch vocab"],
     caches: list[LayerCache],
-    first: int,
+    first: int | Int[Array, ""],
     output_tokens: int,
 ) -> Float[Array, "batch vocab"]:
     """Greedy decoding of a fixed number of tokens."""

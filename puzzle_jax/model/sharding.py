@@ -7,6 +7,7 @@ is replicated, so that every model runs on every mesh. Meshes use Auto axes: XLA
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,7 +30,7 @@ RULES: Mapping[str, str | None] = {
 }
 
 
-def make_mesh(data: int, model: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(data: int, model: int, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of `data` x `model` devices.
 
     Raises ConfigError when there are fewer devices.

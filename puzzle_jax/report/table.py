@@ -40,7 +40,7 @@ class SearchReport:
         def ratio(key: str) -> list[str]:
             return [f"{_amount(e[key])} ({e[key] / parent[key]:.0%})" for e in self.evaluation.values()]
 
-        def speed(of: Any, reference: float) -> str:
+        def speed(of: Any, reference: Any) -> str:
             return f"{of:,.0f} ({of / reference:.2f}x)"
 
         entries = list(self.evaluation.values())
@@ -136,7 +136,7 @@ def _window(window: int | None) -> str:
     return "full attention" if window is None else f"window {window}"
 
 
-def _amount(value: float) -> str:
+def _amount(value: int | float) -> str:
     for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= limit:
             return f"{value / limit:.2f}{unit}"

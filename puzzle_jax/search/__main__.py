@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from puzzle_jax.cli import enable_compilation_cache, guarded
+from puzzle_jax.errors import ConfigError
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line and runs the search; returns the exit code."""
-    from jsonargparse import ActionConfigFile, ArgumentParser
+    from jsonargparse import ArgumentError, ArgumentParser
 
     from puzzle_jax.search.pipeline import STAGES, Search
     from puzzle_jax.search.recipe import Recipe
@@ -25,18 +26,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m puzzle_jax.search",
         description="From a trained parent to the child that serves a deployment best.",
         default_config_files=[str(RECIPES / "tiny.yaml")],
+        exit_on_error=False,
     )
     parser.add_argument("stage", nargs="?", choices=("all", *STAGES), default="all", help="one stage, or all")
-    parser.add_argument("--recipe", action=ActionConfigFile, help="a YAML file of settings (default: tiny)")
+    parser.add_argument("--recipe", action="config", help="a YAML file of settings (default: tiny)")
     parser.add_class_arguments(Recipe)
 
     def run() -> None:
-        settings = parser.parse_args(arguments)
+        try:
+            settings = parser.parse_args(arguments)
+        except ArgumentError as error:
+            raise ConfigError(" ".join(str(error).split())) from error
         stage = settings.pop("stage")
         settings.pop("recipe", None)
         settings.pop("__default_config__", None)
         enable_compilation_cache()
-        search = Search(Recipe(**parser.instantiate_classes(settings)))
+        search = Search(Recipe(**parser.instantiate(settings)))
         if stage == "all":
             search.execute_all()
         else:

@@ -33,6 +33,9 @@ from puzzle_jax.search.program import nearest
 
 Choice = dict[str, str]
 
+# Relief below this is the rounding of sums, not progress.
+_ROUNDING = 1e-9
+
 
 def all_baselines(problem: Problem, *, seed: int = 0, method: str | None = None) -> dict[str, Candidate]:
     """Every baseline by name."""
@@ -100,7 +103,7 @@ def greedy(problem: Problem) -> Candidate:
             for name in alternatives:
                 other = table.numbers[group, name]
                 relief = excess - table.excess(totals + other[1:] - own[1:])
-                if relief > 0:
+                if relief > _ROUNDING:
                     harm = other[0] - own[0]
                     steps.append((harm / relief if harm > 0 else harm, group, name))
         if not steps:

@@ -163,7 +163,9 @@ def is_number(value: object) -> bool:
     return number and isfinite(value)  # pyright: ignore[reportArgumentType]
 
 
-def _numeric_keys(numbers: Mapping[str, Any], prefix: str = "") -> list[str]:
+def _numeric_keys(numbers: Any, prefix: str = "") -> list[str]:
+    if not isinstance(numbers, Mapping):
+        return []
     keys = []
     for key, value in numbers.items():
         if isinstance(value, Mapping):

@@ -29,7 +29,9 @@ def progress(console: Console, what: str, total: int | None) -> Iterator[Advance
         task = bar.add_task(what, total=total)
 
         def advance(amount: int, total: int | None = None) -> None:
-            bar.update(task, advance=amount, **({} if total is None else {"total": total}))
+            if total is not None:
+                bar.update(task, total=total)
+            bar.advance(task, amount)
 
         yield advance
 

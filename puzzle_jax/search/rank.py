@@ -48,7 +48,7 @@ class _Sums(NamedTuple):
     removal: Float[Array, "experts"]
     gated_norm: Float[Array, "experts"]
     routed: Float[Array, "experts"]
-    tokens: Float[Array, ""]
+    tokens: Float[Array, ""]  # weighted, like the others
 
 
 def rank_experts(
@@ -59,7 +59,8 @@ def rank_experts(
 ) -> Ranking:
     """Streams batches through the parent, whose layers must have equally many experts."""
     layers, experts = config.num_layers, config.blocks[0].num_experts
-    sums = [_Sums(*(jnp.zeros(experts) for _ in range(3)), jnp.zeros(())) for _ in range(layers)]
+    zeros = jnp.zeros(experts)
+    sums = [_Sums(zeros, zeros, zeros, jnp.zeros(())) for _ in range(layers)]
     for batch in batches:
         x = _embed(params, batch.tokens)
         for index, layer in enumerate(params["layers"]):
@@ -68,14 +69,15 @@ def rank_experts(
             sums[index] = jax.tree.map(jnp.add, sums[index], new)
         if on_batch is not None:
             on_batch()
-    total = _Sums(*(np.stack([np.asarray(s[i], np.float64) for s in sums]) for i in range(4)))
-    never = total.routed == 0
+    removal, gated_norm, routed, tokens = (
+        np.stack([np.asarray(of_layer[part], np.float64) for of_layer in sums]) for part in range(4)
+    )
     scores = {
-        "removal_error": total.removal / total.tokens[:, None],
-        "reap": total.gated_norm / np.maximum(total.routed, 1e-30),
-        "frequency": total.routed / total.tokens[:, None],
+        "removal_error": removal / tokens[:, None],
+        "reap": gated_norm / np.maximum(routed, 1e-30),
+        "frequency": routed / tokens[:, None],
     }
-    return Ranking({name: np.where(never, -np.inf, value) for name, value in scores.items()}, total.routed)
+    return Ranking({name: np.where(routed == 0, -np.inf, value) for name, value in scores.items()}, routed)
 
 
 _embed = jax.jit(embed)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from puzzle_jax.errors import PuzzleError
+from puzzle_jax.errors import ConfigError
 from puzzle_jax.tasks.arithmetic import Add, Chain
 from puzzle_jax.tasks.base import EFFORTS, Problem, Task, check_effort, is_held_out, problems
 from puzzle_jax.tasks.chat import Chat, Completion
@@ -20,9 +20,9 @@ TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in (Chain
 
 
 def get_task(name: str) -> Task:
-    """The embedded family of this name; raises `PuzzleError`, naming the known ones, when there is none."""
+    """The embedded family of this name; raises `ConfigError`, naming the known ones, when there is none."""
     if name not in TASKS:
-        raise PuzzleError(f"task is {name!r}, but must be one of {', '.join(TASKS)}")
+        raise ConfigError(f"task is {name!r}, but must be one of {', '.join(TASKS)}")
     return TASKS[name]
 
 

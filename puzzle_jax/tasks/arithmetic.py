@@ -12,7 +12,7 @@ import random
 from dataclasses import dataclass
 
 from puzzle_jax.errors import ConfigError
-from puzzle_jax.tasks.base import Problem, check_effort, equal_text
+from puzzle_jax.tasks.base import Problem, check_effort, draw_level, equal_text
 
 SEPARATORS = ",;"
 """A trace's step ends in one of these, drawn by the problem's seed: text with some entropy, as real text has."""
@@ -41,7 +41,7 @@ class Chain:
     """
 
     min_steps: int = 1
-    max_steps: int = 7
+    max_steps: int = 10
     name: str = "chain"
 
     def __post_init__(self) -> None:
@@ -49,7 +49,7 @@ class Chain:
 
     def sample(self, seed: int) -> Problem:
         rng = random.Random(f"{self.name}:{seed}")
-        steps = rng.randint(self.min_steps, self.max_steps)
+        steps = draw_level(rng, self.min_steps, self.max_steps)
         text = str(rng.randrange(10))
         for _ in range(steps):
             text += rng.choice("+-*") + str(rng.randrange(10))
@@ -89,7 +89,7 @@ class Add:
     """
 
     min_digits: int = 1
-    max_digits: int = 4
+    max_digits: int = 6
     name: str = "add"
 
     def __post_init__(self) -> None:
@@ -97,7 +97,7 @@ class Add:
 
     def sample(self, seed: int) -> Problem:
         rng = random.Random(f"{self.name}:{seed}")
-        digits = rng.randint(self.min_digits, self.max_digits)
+        digits = draw_level(rng, self.min_digits, self.max_digits)
         first, second = (rng.randrange(10 ** (digits - 1), 10**digits) for _ in range(2))
         carries = sum(total >= 10 for _, _, _, total in _columns(str(first), str(second)))
         details = {"digits": digits, "carries": carries}

@@ -7,6 +7,8 @@ Left out: problems from outside (files, reasoning-gym), partial credit.
 
 from __future__ import annotations
 
+import math
+import random
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +16,7 @@ from itertools import count
 from types import MappingProxyType
 from typing import Protocol, runtime_checkable
 
-from puzzle_jax.errors import PuzzleError
+from puzzle_jax.errors import ConfigError
 
 EFFORTS: tuple[str, ...] = ("low", "medium", "high")
 """Reasoning efforts in rising order: the values of the chat template's `reasoning_effort`."""
@@ -52,7 +54,10 @@ class Problem:
 class Task(Protocol):
     """A family of problems."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What the family is asked for by."""
+        ...
 
     def sample(self, seed: int) -> Problem:
         """The problem of this seed; equal seeds give equal problems on every platform."""
@@ -68,10 +73,20 @@ class Task(Protocol):
 
 
 def check_effort(effort: str) -> str:
-    """`effort` itself; raises `PuzzleError` unless it is one of `EFFORTS`."""
+    """`effort` itself; raises `ConfigError` unless it is one of `EFFORTS`."""
     if effort not in EFFORTS:
-        raise PuzzleError(f"effort is {effort!r}, but must be one of {', '.join(EFFORTS)}")
+        raise ConfigError(f"effort is {effort!r}, but must be one of {', '.join(EFFORTS)}")
     return effort
+
+
+def draw_level(rng: random.Random, least: int, most: int) -> int:
+    """A difficulty of `least` to `most`, easy ones more often: the share up to a level grows as its power 2/3.
+
+    Low effort can only do the easy ones, high effort nearly all: so every effort has something to lose and to win.
+    """
+    u = rng.random()
+    # The product with the root is rounded alike on every platform, a power of 1.5 need not be.
+    return least + int((most - least + 1) * u * math.sqrt(u))
 
 
 def is_held_out(problem: Problem) -> bool:
@@ -86,10 +101,10 @@ def problems(task: Task, first_seed: int = 0, held_out: bool = True) -> Iterator
     """Endless problems of one side of the split, from `first_seed` upwards.
 
     Raises:
-      PuzzleError: when `first_seed` is negative.
+      ConfigError: when `first_seed` is negative.
     """
     if first_seed < 0:
-        raise PuzzleError(f"first_seed is {first_seed}, but must be at least 0")
+        raise ConfigError(f"first_seed is {first_seed}, but must be at least 0")
     for seed in count(first_seed):
         problem = task.sample(seed)
         if is_held_out(problem) == held_out:

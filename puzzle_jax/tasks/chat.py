@@ -217,10 +217,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _stop_ids(settings: dict[str, Any], directory: Path) -> frozenset[int]:
     value = settings.get("eos_token_id")
-    ids = value if isinstance(value, list) else [value]
+    ids: list[Any] = value if isinstance(value, list) else [value]
     if not ids or not all(isinstance(index, int) and not isinstance(index, bool) for index in ids):
         raise CheckpointError(
             f"eos_token_id in {directory}/generation_config.json or config.json is {value!r}, "
             "but must be a token id or a list of them"
         )
-    return frozenset(ids)
+    return frozenset(int(index) for index in ids)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.tasks.arithmetic import SEPARATORS
-from puzzle_jax.tasks.base import Problem, check_effort, equal_text
+from puzzle_jax.tasks.base import Problem, check_effort, draw_level, equal_text
 
 _KEYS = string.ascii_uppercase
 # Two-letter syllables: no word that the embedded tokenizer holds as one token can come out of them,
@@ -40,8 +40,8 @@ class Recall:
     the farthest asked entry to the question mark.
     """
 
-    max_asked: int = 4
-    max_length: int = 520
+    max_asked: int = 6
+    max_length: int = 512
     name: str = "recall"
 
     def __post_init__(self) -> None:
@@ -58,7 +58,7 @@ class Recall:
         entries = rng.randint(min(most, 2), most)
         keys = rng.sample(_KEYS, entries)
         values = {key: rng.randrange(10) for key in keys}
-        asked = rng.sample(keys, min(rng.randint(1, self.max_asked), entries))
+        asked = rng.sample(keys, min(draw_level(rng, 1, self.max_asked), entries))
         text = _scatter([f"{key}{values[key]}" for key in keys], length, rng)
         answer = sum(values[key] for key in asked) % 10
         distance = max(len(text) - text.index(key) for key in asked)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import tokenizers
@@ -104,5 +105,5 @@ def embedded_chat() -> Chat:
         return Chat.load(directory)
 
 
-def _json_bytes(value: dict[str, object]) -> bytes:
+def _json_bytes(value: Mapping[str, object]) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()

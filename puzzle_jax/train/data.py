@@ -32,14 +32,14 @@ class Bucket:
       rows: rows per batch.
       weight: how often its batches come, relative to the other buckets.
       shortest: examples of fewer tokens are left to other buckets.
-      start: fraction of training after which it joins, 0 to 1.
+      start: step at which it joins.
     """
 
     length: int
     rows: int
     weight: float
     shortest: int = 1
-    start: float = 0.0
+    start: int = 0
 
     def __post_init__(self) -> None:
         if self.length < 1 or self.rows < 1:
@@ -50,8 +50,8 @@ class Bucket:
             raise ConfigError(
                 f"bucket of length {self.length}: shortest is {self.shortest}, but must be 1 to {self.length}"
             )
-        if not 0 <= self.start < 1:
-            raise ConfigError(f"bucket of length {self.length}: start is {self.start}, but must be in [0, 1)")
+        if self.start < 0:
+            raise ConfigError(f"bucket of length {self.length}: start is {self.start}, but must be at least 0")
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class BatchSource:
 
     def bucket(self, step: int) -> Bucket:
         """The shape of a step's batch."""
-        joined = [bucket for bucket in self.buckets if bucket.start <= step / self.steps]
+        joined = [bucket for bucket in self.buckets if bucket.start <= step]
         rng = random.Random(f"bucket:{self.seed}:{step}")
         return rng.choices(joined, [bucket.weight for bucket in joined])[0]
 

@@ -36,10 +36,11 @@ def pretraining_loss(
     params: Params, config: ModelConfig, batch: Batch, balance: float
 ) -> tuple[Float[Array, ""], Metrics]:
     """The whole loss and its parts. All layers must have equally many experts."""
-    x, auxes = hidden_states(params, config, batch.tokens, segment_ids=batch.segment_ids)
+    tokens, targets, weights, segment_ids = (jnp.asarray(part) for part in batch)
+    x, auxes = hidden_states(params, config, tokens, segment_ids=segment_ids)
     logits = head_logits(params, config, x)
-    next_token = next_token_loss(logits, batch.targets, batch.weights)
-    real = (batch.segment_ids > 0).reshape(-1)
+    next_token = next_token_loss(logits, targets, weights)
+    real = (segment_ids > 0).reshape(-1)
     with jax.named_scope("balance"):
         parts = [balance_loss(aux, real) for aux in auxes]
     penalty = sum(loss for loss, _ in parts) / len(parts)

@@ -1,6 +1,6 @@
 """Pretraining of a small parent on the embedded tasks: the loop from a recipe to a checkpoint directory.
 
-Weights are trained in float32; towards the end the experts pass through MXFP4 rounding in every forward pass, so
+Weights are trained in float32; in the final phase the experts pass through MXFP4 rounding in every forward pass, so
 that packing them loses nothing. What is exported is then measured: accuracy and tokens per task and effort on
 problems that training never saw, and recall by distance. A run saves its state now and then and goes on from it
 when started again with the same recipe and output directory.
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -62,8 +62,12 @@ def initial_params(recipe: PretrainRecipe) -> Params:
 
 
 def make_optimizer(recipe: PretrainRecipe) -> optax.GradientTransformation:
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, recipe.learning_rate, recipe.warmup_steps, recipe.steps, recipe.learning_rate / 20
+    schedule = optax.join_schedules(
+        [
+            optax.linear_schedule(0.0, recipe.learning_rate, recipe.warmup_steps),
+            optax.linear_schedule(recipe.learning_rate, recipe.learning_rate / 20, recipe.final_steps),
+        ],
+        [recipe.steps - recipe.final_steps],
     )
     return optax.chain(
         optax.clip_by_global_norm(recipe.clip_norm),
@@ -84,7 +88,7 @@ def make_step(
 
         gradients, metrics = jax.grad(loss, has_aux=True)(params)
         updates, state = optimizer.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state, metrics
+        return cast(Params, optax.apply_updates(params, updates)), state, metrics
 
     return step
 
@@ -173,7 +177,7 @@ def _train(
     number, params, opt_state = state
     loads: list[np.ndarray] = []
     for batch in _prefetched(source, number):
-        quantize = number >= recipe.quantize_from * recipe.steps
+        quantize = number >= recipe.steps - recipe.final_steps
         params, opt_state, metrics = step(params, opt_state, batch, quantize=quantize)
         number += 1
         loss = float(metrics.next_token)
@@ -216,7 +220,7 @@ def save_state(path: Path, recipe: PretrainRecipe, state: State) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     partial_file = file.with_name(f".{file.name}.{os.getpid()}")
     with open(partial_file, "wb") as stream:
-        np.savez(stream, step=state.step, recipe=_fingerprint(recipe), **arrays)
+        np.savez(stream, allow_pickle=False, step=state.step, recipe=_fingerprint(recipe), **arrays)
     partial_file.replace(file)
 
 

@@ -31,13 +31,14 @@ class PretrainRecipe:
       efforts: effort -> relative weight in the data.
       buckets: shapes of batches.
       steps: optimiser steps.
-      learning_rate: its peak, reached after `warmup_steps`, then a cosine down to a twentieth.
+      learning_rate: reached after `warmup_steps` and kept until `final_steps` before the end, then falling evenly
+        to a twentieth: what comes before the final phase does not depend on how long the run is.
+      final_steps: length of the final phase, in which experts are rounded to MXFP4 in every forward pass.
       adam_b2, weight_decay, clip_norm: of AdamW.
       balance: weight of the load-balancing loss; too much of it makes all experts equally used, which leaves a
         search nothing to choose.
       embedding_scale: standard deviation of the embedding at the start.
       residual_scale: factor on the projections that write to the residual stream at the start.
-      quantize_from: fraction of training after which experts are rounded to MXFP4 in every forward pass.
       save_every: steps between saves of the resumable state.
       held_out: problems per task and effort that accuracy is measured on at the end.
     """
@@ -49,6 +50,7 @@ class PretrainRecipe:
     buckets: tuple[Bucket, ...]
     steps: int
     learning_rate: float
+    final_steps: int
     warmup_steps: int = 100
     adam_b2: float = 0.98
     weight_decay: float = 0.01
@@ -56,7 +58,6 @@ class PretrainRecipe:
     balance: float = 0.002
     embedding_scale: float = 0.7
     residual_scale: float = 0.3
-    quantize_from: float = 0.8
     save_every: int = 250
     held_out: int = 128
 
@@ -69,18 +70,20 @@ class PretrainRecipe:
             weights = getattr(self, name)
             if not weights or not all(weight > 0 for weight in weights.values()):
                 raise ConfigError(f"{name} is {dict(weights)}, but needs weights above 0")
-        for name in ("steps", "warmup_steps", "save_every", "held_out"):
+        for name in ("steps", "final_steps", "warmup_steps", "save_every", "held_out"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} is {value!r}, but must be a whole number of at least 1")
-        if self.warmup_steps >= self.steps:
-            raise ConfigError(f"warmup_steps is {self.warmup_steps}, but must be below steps ({self.steps})")
+        if self.warmup_steps + self.final_steps > self.steps:
+            raise ConfigError(
+                f"warmup_steps and final_steps are {self.warmup_steps} and {self.final_steps}, "
+                f"but must fit into steps ({self.steps})"
+            )
         for name in ("learning_rate", "clip_norm", "embedding_scale", "residual_scale"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, but must be above 0")
-        for name in ("adam_b2", "quantize_from"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}, but must be in [0, 1)")
+        if not 0 <= self.adam_b2 < 1:
+            raise ConfigError(f"adam_b2 is {self.adam_b2}, but must be in [0, 1)")
         for name in ("weight_decay", "balance"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, but must be at least 0")

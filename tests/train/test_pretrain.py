@@ -39,8 +39,8 @@ RECIPE = PretrainRecipe(
     buckets=(Bucket(96, 4, 1.0), Bucket(128, 3, 1.0)),
     steps=6,
     learning_rate=3e-3,
+    final_steps=3,
     warmup_steps=2,
-    quantize_from=0.5,
     save_every=2,
     held_out=2,
 )

@@ -121,6 +121,9 @@ class GptOssPuzzleForCausalLM(GptOssPuzzlePreTrainedModel, GptOssForCausalLM, Ge
         self.post_init()
 
     @staticmethod
-    def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs):
+    def create_masks_for_generate(
+        config, attention_mask, past_key_values, inputs_embeds=None, input_embeds=None, **kwargs
+    ):
         """What generate() prepares in advance for caches of fixed size."""
-        return create_masks(config, inputs_embeds, attention_mask, past_key_values)
+        embeds = input_embeds if inputs_embeds is None else inputs_embeds
+        return create_masks(config, embeds, attention_mask, past_key_values)
