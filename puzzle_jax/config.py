@@ -131,14 +131,6 @@ class ModelConfig:
     def kv_width(self) -> int:
         return self.num_kv_heads * self.head_dim
 
-    @property
-    def is_homogeneous(self) -> bool:
-        """Whether a plain `gpt_oss` checkpoint can say it: one expert count, and windows that alternate with full
-        attention in the given order with a single width."""
-        counts = {block.num_experts for block in self.blocks}
-        windows = {block.window for block in self.blocks if block.window is not None}
-        return len(counts) == 1 and len(windows) <= 1
-
     def with_blocks(self, blocks: tuple[BlockConfig, ...]) -> ModelConfig:
         """The same model with other blocks; their number must stay."""
         if len(blocks) != len(self.blocks):

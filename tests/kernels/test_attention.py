@@ -65,17 +65,27 @@ def test_one_window_per_row_as_data(implementation):
     np.testing.assert_allclose(out[1], by_hand(*data, None)[1], atol=2e-6)
 
 
+@pytest.mark.parametrize("window", [None, 9, 16, 33, 200])
 @pytest.mark.parametrize("segments", [None, SEGMENTS])
-def test_blocks_of_full_attention_by_hand(segments):
+def test_blocks_of_visible_keys_by_hand(window, segments):
     data = arrays(41)
     ids = None if segments is None else jnp.asarray(segments)
-    out = window_attention(*data, window=None, segment_ids=ids, implementation="causal_blocks")
-    np.testing.assert_allclose(out, by_hand(*data, None, segments), atol=2e-6)
-    with pytest.raises(NotImplementedError, match="only full"):
-        window_attention(*data, window=5, implementation="causal_blocks")
+    out = window_attention(*data, window=window, segment_ids=ids, implementation="causal_blocks")
+    np.testing.assert_allclose(out, by_hand(*data, window, segments), atol=2e-6)
 
 
-@pytest.mark.parametrize("implementation,window", [("banded", 5), ("square", 5), ("causal_blocks", None)])
+def test_blocks_leave_narrow_windows_and_windows_as_data_to_others():
+    with pytest.raises(NotImplementedError, match="narrower than a block of 32"):
+        window_attention(*arrays(41), window=8, implementation="causal_blocks")
+    with pytest.raises(NotImplementedError, match="not a static number"):
+        window_attention(*arrays(41), window=jnp.asarray([4, 5]), implementation="causal_blocks")
+    with pytest.raises(NotImplementedError, match="single block"):
+        window_attention(*arrays(32), window=None, implementation="causal_blocks")
+
+
+@pytest.mark.parametrize(
+    "implementation,window", [("banded", 5), ("square", 5), ("causal_blocks", None), ("causal_blocks", 9)]
+)
 def test_gradients_sinks_included_agree_with_the_reference(implementation, window):
     data, segments = arrays(41), jnp.asarray(SEGMENTS)
 

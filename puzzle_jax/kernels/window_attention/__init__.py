@@ -1,9 +1,9 @@
 """Causal attention with learnable sinks, full or within a window, over grouped query heads.
 
 A sink is one extra logit per query head that joins the softmax and is then dropped, so the weights of a query sum to
-less than one. A window of W lets query i see the keys j with i - W < j <= i. Implementations: `banded`, whose cost
-grows with the window (static windows only), `causal_blocks` (no window), `square`, which takes any window, one per
-row of the batch as data included, and `reference`.
+less than one. A window of W lets query i see the keys j with i - W < j <= i. Implementations: `causal_blocks` (full
+attention and static windows), `banded` (static windows far narrower than the sequence), both of a cost that grows
+with what is visible; `square`, which takes any window, one per row of the batch as data included; and `reference`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from puzzle_jax.kernels.dispatch import dispatch
 from puzzle_jax.kernels.window_attention import banded, causal_blocks, reference, square
 
 IMPLEMENTATIONS = {
-    "banded": banded.window_attention,
     "causal_blocks": causal_blocks.window_attention,
+    "banded": banded.window_attention,
     "square": square.window_attention,
     "reference": reference.window_attention,
 }

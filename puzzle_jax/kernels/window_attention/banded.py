@@ -6,10 +6,11 @@ sequence * window in place of sequence ** 2. Plain XLA, differentiable, right on
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from puzzle_jax.kernels.window_attention.reference import softmax_with_sink
+from puzzle_jax.kernels.window_attention.reference import MASKED
 
 MIN_BLOCK = 16
 
@@ -32,7 +33,6 @@ def window_attention(
         raise NotImplementedError(f"two blocks of {block} already span the sequence of {seq}")
     padded = -(-seq // block) * block
     pad = padded - seq
-    segments = jnp.zeros((batch, seq), jnp.int32) if segment_ids is None else segment_ids
 
     def blocks(x: Array) -> Array:
         x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
@@ -43,18 +43,28 @@ def window_attention(
         return jnp.concatenate([previous, x], axis=2)
 
     kv_heads = k.shape[2]
-    queries = blocks(q).reshape(batch, -1, block, kv_heads, heads // kv_heads, dim)
-    keys, values = with_previous(blocks(k)), with_previous(blocks(v))
-    logits = jnp.einsum("bnqkgd,bnskd->bnkgqs", queries, keys, preferred_element_type=jnp.float32) * dim**-0.5
+    group = heads // kv_heads
+    # Batched matmuls want [batch..., rows, columns]: query heads that share keys are rows of one matmul.
+    queries = blocks((q * dim**-0.5).astype(q.dtype)).reshape(batch, -1, block, kv_heads, group, dim)
+    queries = queries.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, kv_heads, block * group, dim)
+    keys = with_previous(blocks(k)).transpose(0, 1, 3, 4, 2)
+    values = with_previous(blocks(v)).transpose(0, 1, 3, 2, 4)
+    logits = jnp.matmul(queries, keys, preferred_element_type=jnp.float32)
+    logits = logits.reshape(batch, -1, kv_heads, block, group, 2 * block)
     # Positions within the band: query i of a block stands at block + i, keys at 0 .. 2 block - 1.
     query, key = jnp.arange(block)[:, None] + block, jnp.arange(2 * block)[None, :]
     band = (key <= query) & (key > query - window)
     first = jnp.arange(padded // block)[:, None, None] == 0
-    mask = band & ~(first & (key < block))
-    segments = blocks(segments)
-    same = segments[..., :, None] == with_previous(segments)[..., None, :]
-    mask = (mask[None] & same)[:, :, None, None]
-    sink = sinks.astype(jnp.float32).reshape(1, 1, kv_heads, -1, 1)
-    weights = softmax_with_sink(logits, mask, sink)
-    out = jnp.einsum("bnkgqs,bnskd->bnqkgd", weights.astype(v.dtype), values, preferred_element_type=jnp.float32)
-    return out.reshape(batch, padded, heads, dim)[:, :seq].astype(q.dtype)
+    mask = (band & ~(first & (key < block)))[None]
+    if segment_ids is not None:
+        segments = blocks(segment_ids)
+        mask = mask & (segments[..., :, None] == with_previous(segments)[..., None, :])
+    logits = logits + jnp.where(mask, 0.0, MASKED)[:, :, None, :, None]
+    sink = sinks.astype(jnp.float32).reshape(1, 1, kv_heads, 1, group)
+    largest = jax.lax.stop_gradient(jnp.maximum(jnp.max(logits, axis=-1), sink))
+    weights = jnp.exp(logits - largest[..., None])
+    total = jnp.sum(weights, axis=-1) + jnp.exp(sink - largest)
+    weights = weights.astype(v.dtype).reshape(batch, -1, kv_heads, block * group, 2 * block)
+    out = jnp.matmul(weights, values, preferred_element_type=jnp.float32)
+    out = out.reshape(batch, -1, kv_heads, block, group, dim) / total[..., None]
+    return out.transpose(0, 1, 3, 2, 4, 5).reshape(batch, padded, heads, dim)[:, :seq].astype(q.dtype)
