@@ -9,13 +9,13 @@ search: $(VENV)/.core
 	$(BIN)/python -m puzzle_jax.search
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 slow: $(VENV)/.test
 	$(BIN)/python -m pytest -q -m slow
 
 parity: $(VENV)/.parity
-	$(BIN)/python -m pytest -q -m parity
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m parity
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

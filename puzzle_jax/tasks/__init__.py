@@ -15,8 +15,21 @@ from puzzle_jax.tasks.base import EFFORTS, Problem, Task, check_effort, is_held_
 from puzzle_jax.tasks.chat import Chat, Completion
 from puzzle_jax.tasks.recall import DISTANCE_BUCKETS, Recall
 
-TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in (Chain(), Add(), Recall())})
-"""The embedded families by name, at the difficulty that the embedded parent was trained on."""
+PRETRAINING_TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in (Chain(), Add(), Recall())})
+"""The families at the difficulty that the embedded parent was trained on."""
+
+TASKS: Mapping[str, Task] = MappingProxyType(
+    {
+        task.name: task
+        for task in (
+            Chain(max_steps=14, skew=2.0),
+            Add(max_digits=8, skew=2.0),
+            Recall(max_asked=8, skew=2.0),
+        )
+    }
+)
+"""The embedded families by name, at the difficulty that models are judged by: longer than what the parent saw in
+training, so that even high effort has room above it."""
 
 
 def get_task(name: str) -> Task:
@@ -29,6 +42,7 @@ def get_task(name: str) -> Task:
 __all__ = [
     "DISTANCE_BUCKETS",
     "EFFORTS",
+    "PRETRAINING_TASKS",
     "TASKS",
     "Chat",
     "Completion",

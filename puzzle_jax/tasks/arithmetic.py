@@ -12,7 +12,7 @@ import random
 from dataclasses import dataclass
 
 from puzzle_jax.errors import ConfigError
-from puzzle_jax.tasks.base import Problem, check_effort, draw_level, equal_text
+from puzzle_jax.tasks.base import Problem, check_effort, check_skew, draw_level, equal_text
 
 SEPARATORS = ",;"
 """A trace's step ends in one of these, drawn by the problem's seed: text with some entropy, as real text has."""
@@ -42,14 +42,16 @@ class Chain:
 
     min_steps: int = 1
     max_steps: int = 10
+    skew: float = 1.5
     name: str = "chain"
 
     def __post_init__(self) -> None:
         _check_range(self.name, "steps", self.min_steps, self.max_steps)
+        check_skew(self.name, self.skew)
 
     def sample(self, seed: int) -> Problem:
         rng = random.Random(f"{self.name}:{seed}")
-        steps = draw_level(rng, self.min_steps, self.max_steps)
+        steps = draw_level(rng, self.min_steps, self.max_steps, self.skew)
         text = str(rng.randrange(10))
         for _ in range(steps):
             text += rng.choice("+-*") + str(rng.randrange(10))
@@ -90,14 +92,16 @@ class Add:
 
     min_digits: int = 1
     max_digits: int = 6
+    skew: float = 1.5
     name: str = "add"
 
     def __post_init__(self) -> None:
         _check_range(self.name, "digits", self.min_digits, self.max_digits)
+        check_skew(self.name, self.skew)
 
     def sample(self, seed: int) -> Problem:
         rng = random.Random(f"{self.name}:{seed}")
-        digits = draw_level(rng, self.min_digits, self.max_digits)
+        digits = draw_level(rng, self.min_digits, self.max_digits, self.skew)
         first, second = (rng.randrange(10 ** (digits - 1), 10**digits) for _ in range(2))
         carries = sum(total >= 10 for _, _, _, total in _columns(str(first), str(second)))
         details = {"digits": digits, "carries": carries}

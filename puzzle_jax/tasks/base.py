@@ -79,14 +79,20 @@ def check_effort(effort: str) -> str:
     return effort
 
 
-def draw_level(rng: random.Random, least: int, most: int) -> int:
-    """A difficulty of `least` to `most`, easy ones more often: the share up to a level grows as its power 2/3.
+def draw_level(rng: random.Random, least: int, most: int, skew: float) -> int:
+    """A difficulty of `least` to `most`, easy ones more often: the share up to a level grows as its power 1 / skew.
 
     Low effort can only do the easy ones, high effort nearly all: so every effort has something to lose and to win.
     """
     u = rng.random()
     # The product with the root is rounded alike on every platform, a power of 1.5 need not be.
-    return least + int((most - least + 1) * u * math.sqrt(u))
+    return least + int((most - least + 1) * (u * math.sqrt(u) if skew == 1.5 else u * u))
+
+
+def check_skew(task: str, skew: float) -> None:
+    """Raises `ConfigError` unless `draw_level` knows the skew."""
+    if skew not in (1.5, 2.0):
+        raise ConfigError(f"{task}: skew is {skew}, but must be 1.5 or 2")
 
 
 def is_held_out(problem: Problem) -> bool:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.tasks.arithmetic import SEPARATORS
-from puzzle_jax.tasks.base import Problem, check_effort, draw_level, equal_text
+from puzzle_jax.tasks.base import Problem, check_effort, check_skew, draw_level, equal_text
 
 _KEYS = string.ascii_uppercase
 # Two-letter syllables: no word that the embedded tokenizer holds as one token can come out of them,
@@ -42,11 +42,13 @@ class Recall:
 
     max_asked: int = 6
     max_length: int = 512
+    skew: float = 1.5
     name: str = "recall"
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_asked <= len(_KEYS):
             raise ConfigError(f"{self.name}: max_asked is {self.max_asked}, but must be 1 to {len(_KEYS)}")
+        check_skew(self.name, self.skew)
         if self.max_length < 32:
             raise ConfigError(f"{self.name}: max_length is {self.max_length}, but must be at least 32")
 
@@ -58,7 +60,7 @@ class Recall:
         entries = rng.randint(min(most, 2), most)
         keys = rng.sample(_KEYS, entries)
         values = {key: rng.randrange(10) for key in keys}
-        asked = rng.sample(keys, min(draw_level(rng, 1, self.max_asked), entries))
+        asked = rng.sample(keys, min(draw_level(rng, 1, self.max_asked, self.skew), entries))
         text = _scatter([f"{key}{values[key]}" for key in keys], length, rng)
         answer = sum(values[key] for key in asked) % 10
         distance = max(len(text) - text.index(key) for key in asked)

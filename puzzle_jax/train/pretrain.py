@@ -29,7 +29,7 @@ from jaxtyping import Array, Float
 from puzzle_jax.convert_hf import save_checkpoint
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.model.spec import Params, init_params
-from puzzle_jax.tasks import Chat, get_task
+from puzzle_jax.tasks import PRETRAINING_TASKS, Chat
 from puzzle_jax.tasks.tokenizer import SPECIAL_TOKENS, chat_files, embedded_chat
 from puzzle_jax.train.data import Batch, BatchSource, Mixture
 from puzzle_jax.train.fake_quant import EXPERT_MATRICES, fake_quantize_experts, round_to_mxfp4
@@ -169,7 +169,7 @@ def _train(
 ) -> tuple[State, Float[np.ndarray, "layers experts"]]:
     """Runs the remaining steps; also the mean load of the last ones."""
     mixture = Mixture(
-        tuple((get_task(name), weight) for name, weight in recipe.tasks.items()), tuple(recipe.efforts.items())
+        tuple((PRETRAINING_TASKS[name], weight) for name, weight in recipe.tasks.items()), tuple(recipe.efforts.items())
     )
     chat = embedded_chat()
     source = BatchSource(chat, mixture, recipe.buckets, recipe.seed, recipe.steps)

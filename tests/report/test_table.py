@@ -1,0 +1,63 @@
+import io
+from pathlib import Path
+
+from rich.console import Console
+
+from puzzle_jax.report.table import SearchReport
+
+
+def entry(scale, kl, missed=(), layers=((16, None), (100, 8))):
+    return {
+        "parameters": int(2_000_000 * scale),
+        "checkpoint_bytes": int(900_000 * scale),
+        "expert_bytes": int(700_000 * scale),
+        "kv_bytes": int(50_000 * scale),
+        "predicted_tokens_per_second": 100.0 / scale,
+        "throughput": {"tokens_per_second": 110.0 / scale, "low": 90.0, "high": 120.0},
+        "predicted_kl": kl / 2,
+        "heldout": {"kl": kl, "kl_se": 0.01},
+        "efforts": {"low": {"accuracy": 0.5, "accuracy_se": 0.05, "mean_tokens": 6.25}},
+        "missed": list(missed),
+        "layers": [{"num_local_experts": n, "sliding_window": w} for n, w in layers],
+    }
+
+
+REPORT = SearchReport(
+    {
+        "parent": entry(1.0, 0.0),
+        "child": entry(0.5, 0.04, layers=((12, 32), (50, 8))),
+        "windows_only": entry(0.9, 0.3, ["expert bytes ratio is 1, asked for 0.65"]),
+    },
+    ["low"],
+    {"name": "chat", "batch": 4, "input_tokens": 30, "output_tokens": 20},
+    Path("runs/tiny/child"),
+)
+
+
+def test_rows_are_relative_to_the_parent():
+    heading, rows = REPORT.rows()
+    assert heading == ["", "parent", "child", "windows only"]
+    table = {row[0].strip(): row[1:] for row in rows}
+    assert table["parameters"] == ["2.00M (100%)", "1.00M (50%)", "1.80M (90%)"]
+    assert table["kv bytes per request".replace("kv", "KV")] == ["50.00k (100%)", "25.00k (50%)", "45.00k (90%)"]
+    assert table["predicted tokens/s"][1] == "200 (2.00x)"
+    assert table["measured tokens/s"][1] == "220 (2.00x)"
+    assert table["held-out KL"][1] == "0.0400 ±0.0100"
+    assert table["accuracy, low"][0] == "50.0% ±5.0%"
+    assert table["mean tokens, low"][0] == "6.2"
+    assert table["meets the target"] == ["-", "yes", "no"]
+
+
+def test_layers_show_what_is_kept_and_what_changed():
+    first, second = REPORT.layers()
+    assert first == "layer  0  " + "█" * 12 + "·" * 4 + "   12 of 16 experts  window 32  (was full attention)"
+    assert second == "layer  1  " + "█" * 16 + "·" * 16 + "   50 of 100 experts  window 8"
+
+
+def test_terminal_and_file_say_the_same():
+    stream = io.StringIO()
+    REPORT.show(Console(file=stream, width=160))
+    screen, text = stream.getvalue(), REPORT.markdown()
+    for said in ("windows only cannot meet the target: expert bytes ratio is 1", "0.0400 ±0.0100", "4 requests of 30"):
+        assert said in screen and said in text
+    assert "runs/tiny/child" in screen
