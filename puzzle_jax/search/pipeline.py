@@ -16,6 +16,7 @@ skipped (`search.stages`). Costs come first: a target that cannot be reached is 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import cached_property
@@ -73,7 +74,8 @@ class Search:
 
     def __init__(self, recipe: Recipe, console: Console | None = None) -> None:
         self.recipe = recipe
-        self.console = console or Console()
+        # Where the output is no terminal, nobody knows its width; the table needs about this much.
+        self.console = console or Console(width=None if sys.stdout.isatty() else 150)
         self.parent = Parent.open(recipe.parent)
         self.counts = candidate_counts(
             self.parent.config.blocks[0].num_experts,
