@@ -1,51 +1,72 @@
 """Does the search win on every draw of traces? Child and baselines over several trace seeds.
 
-    python benchmarks/trace_seeds.py --seeds 0 1 2 --out runs/seeds
+    python benchmarks/trace_seeds.py --recipe puzzle_jax/recipes/tiny.yaml --costs runs/tiny/cost --out runs/seeds
 
-Each seed is a whole search of its own (run directory OUT/seed-N): other problems, other answers, other held-out set.
-All seeds share the first one's measured costs, so that their predicted costs are the same numbers. Prints, per seed,
-held-out KL of the child and of every baseline, and which limit of the target a baseline misses.
+Each seed is a search of its own up to the program (run directory OUT/seed-N): other problems, other answers, other
+held-out set. All seeds use the costs of an earlier run, so that their predicted costs are the same numbers. Prints,
+per seed, held-out KL of the child and of every baseline, and whether a baseline misses the target.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import dataclasses
 import shutil
 from pathlib import Path
 
+import yaml
+
 from puzzle_jax.cli import enable_compilation_cache
-from puzzle_jax.search.__main__ import main as search
+from puzzle_jax.search.pipeline import Search
+from puzzle_jax.search.recipe import Recipe, SpaceSettings, TraceSettings
+from puzzle_jax.search.scenario import Scenario, Target
+from puzzle_jax.search.score import score_children
+from puzzle_jax.search.traces import micro_batches, read_traces
+
+STAGES = ("cost", "trace", "rank", "score", "solve")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", type=Path, required=True, help="scenario, target and windows are taken from it")
+    parser.add_argument("--costs", type=Path, required=True, help="cost directory of an earlier run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--calibration", type=int, default=16, help="problems per task")
+    parser.add_argument("--validation", type=int, default=8)
+    parser.add_argument("--heldout", type=int, default=32)
     parser.add_argument("--out", type=Path, default=Path("runs/seeds"))
-    options, settings = parser.parse_known_args()
+    options = parser.parse_args()
     enable_compilation_cache()
-    tables = {}
+    given = yaml.safe_load(options.recipe.read_text())
+    recipe = Recipe(
+        scenario=Scenario(**given["scenario"]),
+        target=Target(**given["target"]),
+        space=SpaceSettings(windows=tuple(given["space"]["windows"])),
+    )
     for seed in options.seeds:
-        run = options.out / f"seed-{seed}"
-        arguments = ["--run", str(run), "--traces.seed", str(seed), *settings]
-        first = options.out / f"seed-{options.seeds[0]}"
-        if run != first and not (run / "cost").exists():
-            run.mkdir(parents=True, exist_ok=True)
-            shutil.copy(first / "run.json", run / "run.json")
-            shutil.copytree(first / "cost", run / "cost")
-        if code := search(arguments):
-            raise SystemExit(code)
-        tables[seed] = json.loads((run / "evaluate" / "evaluation.json").read_text())
-    names = [name for name in next(iter(tables.values())) if name != "parent"]
-    print("| trace seed | " + " | ".join(name.replace("_", " ") for name in names) + " |")
-    print("|---|" + "---:|" * len(names))
-    for seed, table in tables.items():
-        cells = []
-        for name in names:
-            entry = table[name]
-            missed = "" if not entry["missed"] else " (misses the target)"
-            cells.append(f"{entry['heldout']['kl']:.4f} ±{entry['heldout']['kl_se']:.4f}{missed}")
-        print(f"| {seed} | " + " | ".join(cells) + " |")
+        traces = TraceSettings(
+            calibration=options.calibration, validation=options.validation, heldout=options.heldout, seed=seed
+        )
+        search = Search(dataclasses.replace(recipe, run=options.out / f"seed-{seed}", traces=traces))
+        if not (search.run / "cost").exists():
+            shutil.copytree(options.costs, search.run / "cost")
+        for stage in STAGES:
+            search.execute(stage)
+        candidates = search.candidates()
+        scores = score_children(
+            search.parent.params,
+            search.parent.config,
+            [search.child(candidate) for candidate in candidates.values()],
+            micro_batches(read_traces(search.run / "traces" / "heldout.parquet")),
+        )
+        if seed == options.seeds[0]:
+            print("| trace seed | " + " | ".join(name.replace("_", " ") for name in candidates) + " |")
+            print("|---|" + "---:|" * len(candidates))
+        cells = [
+            f"{score.kl:.3f} ±{score.kl_se:.3f}{'' if candidate.meets_target else ' (misses the target)'}"
+            for candidate, score in zip(candidates.values(), scores, strict=True)
+        ]
+        print(f"| {seed} | " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":
