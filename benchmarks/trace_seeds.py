@@ -52,7 +52,7 @@ def main() -> None:
             shutil.copytree(options.costs, search.run / "cost")
         for stage in STAGES:
             search.execute(stage)
-        candidates = search.candidates()
+        candidates = {name: found for name, found in search.candidates().items() if name != "parent"}
         scores = score_children(
             search.parent.params,
             search.parent.config,
