@@ -1,5 +1,4 @@
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -26,7 +25,6 @@ def test_chunks_of_the_vocabulary_give_the_whole_divergence(chunk):
     a, b = np.asarray(parent, np.float64), np.asarray(child, np.float64)
     cosine = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
     np.testing.assert_allclose(found.cosine, cosine, atol=1e-5)
-    assert 0 < float(jnp.mean(found.agreement)) < 1 or chunk
 
 
 def test_a_model_does_not_differ_from_itself():
