@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.generate import Generated, Request, generate
+from puzzle_jax.generate.traces import Trace
 from puzzle_jax.model.child import View
 from puzzle_jax.model.spec import Params
 from puzzle_jax.tasks import Chat, Problem, check_effort, get_task, problems
@@ -64,24 +65,6 @@ class QuestionSet:
         ]
 
 
-@dataclass(frozen=True)
-class Answer:
-    """One answered question.
-
-    Attributes:
-      prompt, completion: token ids; the completion ends in a stop id unless it is truncated.
-    """
-
-    task: str
-    effort: str
-    problem_seed: int
-    details: Mapping[str, int]
-    prompt: tuple[int, ...]
-    completion: tuple[int, ...]
-    correct: bool
-    truncated: bool
-
-
 def answer_questions(
     params: Params,
     config: ModelConfig,
@@ -93,7 +76,7 @@ def answer_questions(
     batch_size: int = 64,
     view: View | None = None,
     on_batch: Callable[[int], None] | None = None,
-) -> list[Answer]:
+) -> list[Trace]:
     """Asks every question; `max_tokens` is the limit per effort, the rest as in `generate`."""
     asked = questions.questions()
     requests = []
@@ -116,17 +99,17 @@ def answer_questions(
     ]
 
 
-def _judge(chat: Chat, problem: Problem, effort: str, request: Request, completion: Generated) -> Answer:
+def _judge(chat: Chat, problem: Problem, effort: str, request: Request, completion: Generated) -> Trace:
     final = chat.parse(completion.tokens).final
     correct = not completion.truncated and get_task(problem.task).verify(problem, final)
-    return Answer(
+    return Trace(
         problem.task,
         effort,
         problem.seed,
         dict(problem.details),
         request.prompt,
         completion.tokens,
-        correct,
+        float(correct),
         completion.truncated,
     )
 
@@ -142,7 +125,7 @@ class EffortResult:
     answers: int
 
 
-def summarise(answers: Sequence[Answer]) -> EffortResult:
+def summarise(answers: Sequence[Trace]) -> EffortResult:
     """Means over answers; raises ConfigError when there are none."""
     if not answers:
         raise ConfigError("there are no answers to summarise")
@@ -157,6 +140,6 @@ def summarise(answers: Sequence[Answer]) -> EffortResult:
     )
 
 
-def by_effort(answers: Sequence[Answer], efforts: Sequence[str]) -> dict[str, EffortResult]:
+def by_effort(answers: Sequence[Trace], efforts: Sequence[str]) -> dict[str, EffortResult]:
     """One result per effort, over all tasks."""
     return {effort: summarise([a for a in answers if a.effort == effort]) for effort in efforts}

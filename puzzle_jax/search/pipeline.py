@@ -33,6 +33,7 @@ from puzzle_jax.convert_hf.table import tensor_bytes
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions, by_effort
 from puzzle_jax.evaluate.throughput import measure_throughput
+from puzzle_jax.generate.traces import read_traces, write_traces
 from puzzle_jax.model.child import Child, ChildBlock, cut_params
 from puzzle_jax.model.network import to_compute
 from puzzle_jax.model.spec import count_params
@@ -55,7 +56,7 @@ from puzzle_jax.search.space import (
     distinct_choices,
 )
 from puzzle_jax.search.stages import Stage, open_run, run_stage
-from puzzle_jax.search.traces import micro_batches, read_traces, write_traces
+from puzzle_jax.search.traces import micro_batches
 
 STAGES = ("cost", "trace", "rank", "score", "solve", "assemble", "evaluate", "report")
 TRACE_SETS = ("calibration", "validation", "heldout")

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from puzzle_jax.config import ModelConfig
-from puzzle_jax.evaluate.accuracy import Answer, QuestionSet, answer_questions
+from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions
+from puzzle_jax.generate.traces import Trace
 from puzzle_jax.model.spec import Params
 from puzzle_jax.tasks import DISTANCE_BUCKETS, EFFORTS, Chat
 
@@ -30,7 +31,7 @@ def measure(
     """
     questions = QuestionSet(tuple(tasks), EFFORTS, per_task, "accuracy", seed)
     report: dict[str, Any] = {}
-    answers: list[Answer] = []
+    answers: list[Trace] = []
     for name, temperature in _TEMPERATURES.items():
         answers = answer_questions(params, config, chat, questions, max_tokens=MAX_TOKENS, temperature=temperature)
         report[name] = {effort: _by_task([a for a in answers if a.effort == effort]) for effort in EFFORTS}
@@ -41,7 +42,7 @@ def measure(
     return report
 
 
-def by_distance(answers: Sequence[Answer]) -> dict[str, dict[str, float]]:
+def by_distance(answers: Sequence[Trace]) -> dict[str, dict[str, float]]:
     """Accuracy of answers to `recall` by the distance of the farthest asked entry."""
     report = {}
     for label, least, greatest in DISTANCE_BUCKETS:
@@ -51,7 +52,7 @@ def by_distance(answers: Sequence[Answer]) -> dict[str, dict[str, float]]:
     return report
 
 
-def _by_task(answers: Sequence[Answer]) -> dict[str, dict[str, float]]:
+def _by_task(answers: Sequence[Trace]) -> dict[str, dict[str, float]]:
     report = {}
     for task in dict.fromkeys(answer.task for answer in answers):
         members = [answer for answer in answers if answer.task == task]
@@ -63,5 +64,5 @@ def _by_task(answers: Sequence[Answer]) -> dict[str, dict[str, float]]:
     }
 
 
-def _accuracy(answers: Sequence[Answer]) -> float:
+def _accuracy(answers: Sequence[Trace]) -> float:
     return sum(answer.correct for answer in answers) / len(answers)

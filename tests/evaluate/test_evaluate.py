@@ -3,8 +3,9 @@ import pytest
 
 from puzzle_jax.config import BlockConfig
 from puzzle_jax.errors import ConfigError, PuzzleError
-from puzzle_jax.evaluate.accuracy import Answer, QuestionSet, answer_questions, by_effort, summarise
+from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions, by_effort, summarise
 from puzzle_jax.evaluate.throughput import measure_throughput, summary
+from puzzle_jax.generate.traces import Trace
 from puzzle_jax.model.spec import init_params
 from puzzle_jax.tasks import is_held_out
 from puzzle_jax.tasks.tokenizer import embedded_chat
@@ -65,7 +66,7 @@ def test_answers_are_judged_by_their_final_channel():
 
 def test_summaries_by_hand():
     def answer(effort, correct, tokens, truncated=False):
-        return Answer("chain", effort, 0, {}, (1,), tuple(range(tokens)), correct, truncated)
+        return Trace("chain", effort, 0, {}, (1,), tuple(range(tokens)), float(correct), truncated)
 
     answers = [
         answer("low", True, 4),

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from puzzle_jax.evaluate.accuracy import Answer
+from puzzle_jax.generate.traces import Trace
 from puzzle_jax.kernels.expert_mlp import expert_mlp
 from puzzle_jax.kernels.route import route
 from puzzle_jax.model.child import Child, ChildBlock, whole
@@ -28,14 +28,14 @@ def parent():
     rng = np.random.default_rng(0)
     sizes = [(9, 7), (14, 3), (40, 12), (25, 30)]
     traces = [
-        Answer(
+        Trace(
             "t",
             "low",
             i,
             {},
             tuple(rng.integers(0, 97, p).tolist()),
             tuple(rng.integers(0, 97, c).tolist()),
-            True,
+            1.0,
             False,
         )
         for i, (p, c) in enumerate(sizes)

@@ -2,22 +2,22 @@ import numpy as np
 import pytest
 
 from puzzle_jax.errors import PuzzleError
-from puzzle_jax.evaluate.accuracy import Answer
-from puzzle_jax.search.traces import micro_batches, read_traces, write_traces
+from puzzle_jax.generate.traces import Trace, read_traces, write_traces
+from puzzle_jax.search.traces import micro_batches
 
 
 def answers(lengths):
     """Answers with the given numbers of prompt and completion tokens."""
     rng = np.random.default_rng(0)
     return [
-        Answer(
+        Trace(
             "chain",
             "high",
             index,
             {"steps": index + 1},
             tuple(rng.integers(0, 97, prompt).tolist()),
             tuple(rng.integers(0, 97, completion).tolist()),
-            correct=index % 2 == 0,
+            reward=float(index % 2 == 0),
             truncated=index % 3 == 0,
         )
         for index, (prompt, completion) in enumerate(lengths)
