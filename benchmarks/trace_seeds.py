@@ -22,7 +22,7 @@ from puzzle_jax.search.pipeline import Search
 from puzzle_jax.search.recipe import Recipe, SpaceSettings, TraceSettings
 from puzzle_jax.search.scenario import Scenario, Target
 from puzzle_jax.search.score import score_children
-from puzzle_jax.search.traces import micro_batches
+from puzzle_jax.generate.batches import micro_batches
 
 STAGES = ("cost", "trace", "rank", "score", "solve")
 

@@ -15,6 +15,8 @@ from puzzle_jax.errors import PuzzleError
 
 VERBS = {
     "search": "from a trained parent to the child that serves a deployment best",
+    "generate": "streams a model's answer to the terminal",
+    "evaluate": "models side by side: accuracy, tokens and speed per effort, and the frontier of both",
     "train": "train models: pretrain makes the embedded parent",
 }
 
@@ -34,15 +36,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return module.main(arguments[1:])
 
 
-def guarded(program: str, run: Callable[[], None]) -> int:
-    """Runs a command; user errors become one sentence and exit code 2, an interrupt 130."""
+def guarded(program: str, run: Callable[[], None], interrupted: str = "finished stages are kept") -> int:
+    """Runs a command; user errors become one sentence and exit code 2, an interrupt 130 and what `interrupted` says."""
     try:
         run()
     except PuzzleError as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"{program}: interrupted; finished stages are kept", file=sys.stderr)
+        print(f"{program}: interrupted; {interrupted}", file=sys.stderr)
         return 130
     return 0
 

@@ -13,7 +13,7 @@ def test_help_names_every_verb(capsys):
 
 def test_an_unknown_verb_is_one_sentence(capsys):
     assert main(["bake"]) == 2
-    assert capsys.readouterr().err == "puzzle: verb is 'bake', but must be one of search, train\n"
+    assert capsys.readouterr().err == "puzzle: verb is 'bake', but must be one of search, evaluate, train\n"
 
 
 def test_user_errors_end_with_two_interrupts_with_130_and_bugs_with_a_traceback(capsys):

@@ -28,12 +28,14 @@ import puzzle_jax
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.convert_hf import mxfp4
 from puzzle_jax.convert_hf.config_json import is_plain, write_config
+from puzzle_jax.convert_hf.kv_scales import planned_kv_scales
 from puzzle_jax.convert_hf.load import Description, describe_checkpoint
 from puzzle_jax.convert_hf.table import Form, TensorSpec, checkpoint_tensors
 from puzzle_jax.convert_hf.table import Path as ParamPath
-from puzzle_jax.convert_hf.tensor_files import SHARD_BYTES, PlannedTensor, StoredTensor, write_tensors
+from puzzle_jax.convert_hf.tensor_files import SHARD_BYTES, PlannedTensor, write_tensors
 from puzzle_jax.errors import ConfigError, PuzzleError
 from puzzle_jax.kernels.mxfp4 import MXFP4
+from puzzle_jax.model.cache_format import KVScales
 from puzzle_jax.model.spec import Params
 
 PROVENANCE = "provenance.json"
@@ -56,6 +58,7 @@ def export_child(
     *,
     provenance: Mapping[str, Any],
     dense_delta: Params | None = None,
+    kv_scales: KVScales | None = None,
     replace: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
@@ -68,6 +71,7 @@ def export_child(
       kept: per layer, ids of the parent's experts in the child's order.
       provenance: what to record in provenance.json beside the ids.
       dense_delta: trained values in place of the parent's (see `model.child.Child`).
+      kv_scales: of the child's FP8 cache (`generate.calibrate`); by default the parent's, if it has any.
       replace: an earlier child at `out` may be replaced.
       shard_bytes: largest size of one safetensors file.
 
@@ -80,6 +84,7 @@ def export_child(
     _check_fit(description.config, config, kept)
     delta = {path: leaf for path, leaf in _leaves(dense_delta) if leaf is not None}
     plan = _child_plan(description, config, kept, delta)
+    plan += planned_kv_scales(description.kv_scales if kv_scales is None else kv_scales)
     record = {
         **provenance,
         "puzzle_jax": puzzle_jax.__version__,
@@ -100,6 +105,7 @@ def save_checkpoint(
     config_base: Mapping[str, Any],
     extra_files: Mapping[str, bytes] | None = None,
     form: Form = "mxfp4",
+    kv_scales: KVScales | None = None,
     replace: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
@@ -112,6 +118,7 @@ def save_checkpoint(
       config_base: a config.json whose other keys (token ids and the like) are kept; may be empty.
       extra_files: further files by name: tokenizer, chat template, provenance.
       form: "mxfp4" packs dense experts and writes packed ones as they are; "bf16" unpacks and rounds.
+      kv_scales: of an FP8 cache (`generate.calibrate`).
       replace: an earlier checkpoint of ours (one with a provenance.json) at `out` may be replaced.
       shard_bytes: largest size of one safetensors file.
 
@@ -121,6 +128,7 @@ def save_checkpoint(
     _refuse_overwriting(out, replace)
     source = _ParamsSource(params)
     plan = [_planned(spec, lambda spec=spec: source.read(spec)) for spec in checkpoint_tensors(config, form)]
+    plan += planned_kv_scales(kv_scales)
     _write(out, config, dict(config_base), form, plan, dict(extra_files or {}), replace, shard_bytes)
 
 
@@ -144,8 +152,7 @@ def _check_fit(parent: ModelConfig, child: ModelConfig, kept: Sequence[Sequence[
 def _child_plan(
     parent: Description, config: ModelConfig, kept: Sequence[Sequence[int]], delta: dict[ParamPath, Any]
 ) -> list[PlannedTensor]:
-    """The child's tensors, each read from the parent's file or from the trained values when its turn comes.
-    The child's tensors, each read from the parent's file or from the trained values when its turn comes."""
+    """The child's tensors, each read from the parent's file or from the trained values when its turn comes."""
     table = checkpoint_tensors(config, parent.form)
     strange = set(delta) - {spec.path for spec in table if not spec.by_expert}
     if strange:
@@ -161,16 +168,11 @@ def _child_plan(
             plan.append(_planned(spec, lambda spec=spec, stored=stored, ids=ids: _as_spec(spec, stored.read()[ids])))
         else:
             plan.append(_planned(spec, lambda spec=spec, stored=stored: _as_spec(spec, stored.read())))
-    plan += [_copied(stored) for _, stored in sorted(parent.extras.items())]
     return plan
 
 
 def _planned(spec: TensorSpec, read: Callable[[], np.ndarray]) -> PlannedTensor:
     return PlannedTensor(spec.name, spec.dtype, spec.shape, read, with_previous=spec.path[-1] == "scales")
-
-
-def _copied(stored: StoredTensor) -> PlannedTensor:
-    return PlannedTensor(stored.name, stored.dtype, stored.shape, stored.read)
 
 
 def _as_spec(spec: TensorSpec, array: np.ndarray) -> np.ndarray:

@@ -4,12 +4,11 @@ Everything is checked against the table of tensors before a byte of weights is r
 reported together. Packed experts stay packed; other tensors may be stored in BF16, F16 or F32 and become
 `dtype`.
 
-Left out: downloading, pickled weights, and the scales of an FP8 KV cache (accepted, not read).
+Left out: downloading, pickled weights.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,18 +20,19 @@ import numpy as np
 
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.convert_hf.config_json import parse_config, parse_form
+from puzzle_jax.convert_hf.kv_scales import is_kv_scale, read_kv_scales
 from puzzle_jax.convert_hf.mxfp4 import NOT_A_NUMBER
 from puzzle_jax.convert_hf.table import Form, TensorSpec, checkpoint_tensors
 from puzzle_jax.convert_hf.table import Path as ParamPath
 from puzzle_jax.convert_hf.tensor_files import StoredTensor, open_tensors, read_json
 from puzzle_jax.errors import CheckpointError, ConfigError
 from puzzle_jax.kernels.mxfp4 import MXFP4
+from puzzle_jax.model.cache_format import KVScales
 from puzzle_jax.model.spec import Params
 
 Place = Callable[[ParamPath, np.ndarray], jax.Array]
 
 _FLOATS = ("BF16", "F16", "F32")
-_KV_SCALE = re.compile(r"model\.layers\.\d+\.self_attn\.(k_scale|v_scale|[kv]_proj\.[kv]_scale)")
 _SHOWN = 6
 
 
@@ -46,6 +46,7 @@ class Checkpoint:
       form: how the experts are stored, "mxfp4" or "bf16".
       directory: where it was read.
       config_json: the whole content of config.json.
+      kv_scales: of an FP8 key-value cache, where the checkpoint carries them.
     """
 
     config: ModelConfig
@@ -53,21 +54,19 @@ class Checkpoint:
     form: Form
     directory: Path
     config_json: dict[str, Any]
+    kv_scales: KVScales | None = None
 
 
 @dataclass(frozen=True)
 class Description:
-    """A checkpoint without its weights; attributes as in `Checkpoint`, and its checked tensors by name.
-
-    `extras` are the tensors that may accompany a model and are no weights (scales of a KV cache).
-    """
+    """A checkpoint without its weights; attributes as in `Checkpoint`, and its checked tensors by name."""
 
     config: ModelConfig
     form: Form
     directory: Path
     config_json: dict[str, Any]
     tensors: Mapping[str, StoredTensor]
-    extras: Mapping[str, StoredTensor]
+    kv_scales: KVScales | None = None
 
 
 def read_config(directory: Path | str) -> ModelConfig:
@@ -98,8 +97,7 @@ def describe_checkpoint(directory: Path | str) -> Description:
     except ConfigError as error:
         raise CheckpointError(f"{source}: {error}") from None
     known = {spec.name for spec in table}
-    extras = {name: stored for name, stored in opened.tensors.items() if _KV_SCALE.fullmatch(name)}
-    strange = sorted(name for name in opened.tensors if name not in known and name not in extras)
+    strange = sorted(name for name in opened.tensors if name not in known and not is_kv_scale(name))
     other = "_blocks" if form == "bf16" else "_proj"
     if any(".mlp.experts." in name and name.endswith(other) for name in strange):
         said = "has no quantization_config" if form == "bf16" else "says quant_method mxfp4"
@@ -108,9 +106,11 @@ def describe_checkpoint(directory: Path | str) -> Description:
         found = (_mismatch(spec, opened.tensors.get(spec.name)) for spec in table if spec.name not in opened.lost)
         problems += [problem for problem in found if problem]
         problems += [f"{name} is no tensor of this model" for name in strange]
+    kv_scales, wrong = read_kv_scales(opened.tensors, config.num_layers)
+    problems += wrong
     if problems:
         raise CheckpointError(f"{directory} cannot be used: {_joined(problems)}")
-    return Description(config, form, directory, data, {n: opened.tensors[n] for n in known}, extras)
+    return Description(config, form, directory, data, {n: opened.tensors[n] for n in known}, kv_scales)
 
 
 def load_checkpoint(directory: Path | str, *, dtype: Any = jnp.bfloat16, place: Place | None = None) -> Checkpoint:
@@ -120,8 +120,7 @@ def load_checkpoint(directory: Path | str, *, dtype: Any = jnp.bfloat16, place: 
       directory: holds config.json and model.safetensors, or shards with an index.
       dtype: of every array but the packed experts.
       place: puts an array where it belongs, given its path in the tree (packed experts: ending in "blocks"
-      and
-        "scales"); by default the first device.
+        and "scales"); by default the first device.
 
     Raises `CheckpointError` with everything that is wrong in one message.
     """
@@ -147,6 +146,7 @@ def load_checkpoint(directory: Path | str, *, dtype: Any = jnp.bfloat16, place: 
         description.form,
         description.directory,
         description.config_json,
+        description.kv_scales,
     )
 
 

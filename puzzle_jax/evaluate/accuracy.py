@@ -1,36 +1,43 @@
-"""Accuracy and generated tokens of a model on tasks with verifiable answers, per reasoning effort.
+"""Answers of a model to tasks with verifiable answers, at every reasoning effort, and whether they are right.
 
-All models answer the same problems with the same seeds, so that differences between models are paired. Left out:
-confidence intervals of differences, and request-level efficiency.
+All models answer the same problems with the same seeds, so that differences between models are paired.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable, Mapping, Sequence
+import random
+import zlib
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.errors import ConfigError
-from puzzle_jax.generate import Generated, Request, generate
+from puzzle_jax.generate import Engine, Generated, Request, Sampling, generate
 from puzzle_jax.generate.traces import Trace
+from puzzle_jax.model.cache_format import CacheFormat
 from puzzle_jax.model.child import View
 from puzzle_jax.model.spec import Params
-from puzzle_jax.tasks import Chat, Problem, check_effort, get_task, problems
+from puzzle_jax.tasks import Chat, FiniteTask, Problem, Task, check_effort, get_task, problems
 
 SPLIT_STRIDE, SEED_STRIDE = 10_000_000, 100_000
-SPLITS = ("calibration", "validation", "heldout", "accuracy")
+SPLITS = ("calibration", "validation", "heldout", "accuracy", "evaluation")
+"""The first four are a search's own and share nothing; "evaluation" is for judging a model by itself."""
 
 
 @dataclass(frozen=True)
 class QuestionSet:
     """Which problems are asked, at which efforts.
 
+    Of an endless family, splits and seeds share no problem's seed. The rows of a finite task are dealt to the search's
+    four splits by a hash of the prompt, about a quarter to each, so that those never share a row nor a prompt, whatever
+    the seeds; "evaluation" draws on all rows, also on those that a search has seen. Where there are fewer than asked
+    for, all there are come.
+
     Attributes:
-      tasks: names of task families.
-      per_task: problems of each task; every one is asked at every effort.
-      split: one of `SPLITS`; splits of one seed share no problem's seed.
+      tasks: names as of `get_task`.
+      per_task: problems of each task, at most; every one is asked at every effort.
+      split: one of `SPLITS`.
       seed: draws other problems of the same split.
     """
 
@@ -56,13 +63,28 @@ class QuestionSet:
 
     def questions(self) -> list[tuple[Problem, str]]:
         """Problems with the effort they are asked at."""
+        return [(problem, effort) for name in self.tasks for problem in self._problems(name) for effort in self.efforts]
+
+    def _problems(self, name: str) -> list[Problem]:
+        task = get_task(name)
+        if isinstance(task, FiniteTask):
+            return self._rows(task)
         first = SPLITS.index(self.split) * SPLIT_STRIDE + self.seed * SEED_STRIDE
-        return [
-            (problem, effort)
-            for task in self.tasks
-            for problem in itertools.islice(problems(get_task(task), first_seed=first), self.per_task)
-            for effort in self.efforts
-        ]
+        return list(itertools.islice(problems(task, first_seed=first), self.per_task))
+
+    def _rows(self, task: FiniteTask) -> list[Problem]:
+        """The split's rows that the seed puts first, in the order of the file."""
+        rows = list(problems(task))
+        if self.split != "evaluation":
+            dealt = SPLITS.index(self.split)
+            rows = [row for row in rows if zlib.crc32(row.prompt.encode()) % (len(SPLITS) - 1) == dealt]
+        if not rows:
+            raise ConfigError(
+                f"split {self.split!r} gets none of the {task.size} problems of {task.name}, "
+                "which are dealt to four splits; give it more problems"
+            )
+        random.Random(f"rows:{self.seed}").shuffle(rows)
+        return sorted(rows[: self.per_task], key=lambda row: row.seed)
 
 
 def answer_questions(
@@ -73,35 +95,70 @@ def answer_questions(
     *,
     max_tokens: Mapping[str, int],
     temperature: float = 0.0,
-    batch_size: int = 64,
+    top_p: float = 1.0,
+    slots: int = 64,
+    context: int | None = None,
+    cache: CacheFormat | None = None,
     view: View | None = None,
-    on_batch: Callable[[int], None] | None = None,
+    skip: Collection[int] = (),
+    on_answer: Callable[[int, Trace], None] | None = None,
 ) -> list[Trace]:
-    """Asks every question; `max_tokens` is the limit per effort, the rest as in `generate`."""
-    asked = questions.questions()
-    requests = []
-    for index, (problem, effort) in enumerate(asked):
-        prompt = tuple(chat.prompt_tokens(problem.prompt, effort))
-        requests.append(Request(prompt, max_tokens[effort], seed=questions.seed * SEED_STRIDE + index))
-    completions = generate(
-        params,
-        config,
-        requests,
-        stop_ids=sorted(chat.stop_ids),
-        temperature=temperature,
-        batch_size=batch_size,
-        view=view,
-        on_batch=on_batch,
-    )
-    return [
-        _judge(chat, problem, effort, request, completion)
-        for (problem, effort), request, completion in zip(asked, requests, completions, strict=True)
+    """Asks the questions.
+
+    Args:
+      params, config, chat: the model, with weights in the dtype to compute with.
+      questions: what to ask.
+      max_tokens: limit per effort.
+      temperature, top_p, slots, cache, view: as in `generate`.
+      context: positions of every slot; by default those that a question's own length needs, as in `generate`. One
+        number for all compiles one set of programs; rounding, and so an answer now and then, depends on it.
+      skip: indices into `questions.questions()` that are not asked.
+      on_answer: called with a question's index and its answer as soon as it is there, in any order.
+
+    Returns:
+      The answers to what was asked, in the order of the questions.
+    """
+    asked = [(i, question) for i, question in enumerate(questions.questions()) if i not in skip]
+    requests = [
+        Request(
+            tuple(chat.prompt_tokens(problem.prompt, effort)), max_tokens[effort], questions.seed * SEED_STRIDE + index
+        )
+        for index, (problem, effort) in asked
     ]
+    tasks = {name: get_task(name) for name in questions.tasks}
+    answers: dict[int, Trace] = {}
+
+    def finish(position: int, completion: Generated) -> None:
+        index, (problem, effort) = asked[position]
+        answers[index] = _judge(chat, tasks[problem.task], problem, effort, requests[position], completion)
+        if on_answer is not None:
+            on_answer(index, answers[index])
+
+    stop_ids = sorted(chat.stop_ids)
+    if context is None:
+        generate(
+            params,
+            config,
+            requests,
+            stop_ids=stop_ids,
+            temperature=temperature,
+            top_p=top_p,
+            slots=slots,
+            cache=cache,
+            view=view,
+            on_finish=finish,
+        )
+    else:
+        sampling = Sampling(temperature, top_p)
+        Engine(
+            params, config, stop_ids=stop_ids, context=context, slots=slots, sampling=sampling, cache=cache, view=view
+        ).generate(requests, finish)
+    return [answers[index] for index, _ in asked]
 
 
-def _judge(chat: Chat, problem: Problem, effort: str, request: Request, completion: Generated) -> Trace:
+def _judge(chat: Chat, task: Task, problem: Problem, effort: str, request: Request, completion: Generated) -> Trace:
     final = chat.parse(completion.tokens).final
-    correct = not completion.truncated and get_task(problem.task).verify(problem, final)
+    reward = 0.0 if completion.truncated else task.score(problem, final)
     return Trace(
         problem.task,
         effort,
@@ -109,37 +166,6 @@ def _judge(chat: Chat, problem: Problem, effort: str, request: Request, completi
         dict(problem.details),
         request.prompt,
         completion.tokens,
-        float(correct),
+        reward,
         completion.truncated,
     )
-
-
-@dataclass(frozen=True)
-class EffortResult:
-    """Accuracy with its standard error, mean generated tokens, and the share of answers cut short."""
-
-    accuracy: float
-    accuracy_se: float
-    mean_tokens: float
-    truncated: float
-    answers: int
-
-
-def summarise(answers: Sequence[Trace]) -> EffortResult:
-    """Means over answers; raises ConfigError when there are none."""
-    if not answers:
-        raise ConfigError("there are no answers to summarise")
-    count = len(answers)
-    accuracy = sum(a.correct for a in answers) / count
-    return EffortResult(
-        accuracy=accuracy,
-        accuracy_se=math.sqrt(accuracy * (1 - accuracy) / count),
-        mean_tokens=sum(len(a.completion) for a in answers) / count,
-        truncated=sum(a.truncated for a in answers) / count,
-        answers=count,
-    )
-
-
-def by_effort(answers: Sequence[Trace], efforts: Sequence[str]) -> dict[str, EffortResult]:
-    """One result per effort, over all tasks."""
-    return {effort: summarise([a for a in answers if a.effort == effort]) for effort in efforts}

@@ -1,119 +1,189 @@
-"""Measured throughput: models side by side on the same devices, in turns, so that a drifting machine harms no one.
+"""Measured throughput: generated tokens per second of models on the same devices, in turns.
 
-One round of a model is a prefill of the scenario's prompts and the decoding of its output; tokens per second are
-generated tokens over the seconds of both. Left out: the largest batch that fits, and lengths that differ by request.
+The generation engine itself is timed, on requests that each run to their own limit, whatever tokens come out. In every
+round each model runs once, and the order moves on by one, so that a machine that drifts or warms up harms no one, and
+ratios are formed round by round. All requests are there from the start: prompts are prefilled as slots become
+free, and the seconds count until the last request is done.
+
+Memory is part of a deployment: a `Workload` holds as many requests together as their caches fit into a given number
+of bytes, so a child with smaller caches runs a larger batch.
+
+Left out: requests that arrive over time, latencies, weights in the memory limit, and several devices.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import numpy as np
 
 from puzzle_jax.config import ModelConfig
-from puzzle_jax.model.cache import LayerCache, decode_step, prefill
+from puzzle_jax.errors import ConfigError
+from puzzle_jax.generate.engine import CHUNKS, Engine, Request
+from puzzle_jax.generate.sampling import Sampling
+from puzzle_jax.generate.traces import Trace
+from puzzle_jax.model.cache import cache_bytes
+from puzzle_jax.model.cache_format import CacheFormat
 from puzzle_jax.model.spec import Params
+
+Weights = tuple[Params, ModelConfig]
 
 
 @dataclass(frozen=True)
-class Throughput:
-    """Seconds of every round, and medians.
+class Workload:
+    """What one model runs in a round.
 
     Attributes:
-      tokens_per_second: generated tokens over prefill and decode seconds, median over rounds.
-      prefill_seconds, decode_seconds: medians; decoding of all output tokens.
-      low, high: quartiles of tokens per second.
+      requests: each generates exactly its limit of tokens.
+      slots: requests that run together.
+      context: positions that a slot holds.
+      sampling, cache: as in `generate.Engine`.
     """
 
-    tokens_per_second: float
+    requests: tuple[Request, ...]
+    slots: int
+    context: int
+    sampling: Sampling = field(default_factory=Sampling)
+    cache: CacheFormat = field(default_factory=CacheFormat)
+
+    @property
+    def tokens(self) -> int:
+        """Generated tokens of a round."""
+        return sum(request.max_tokens for request in self.requests)
+
+
+def largest_batch(
+    config: ModelConfig, context: int, *, cache_memory: int, bytes_per_value: int, at_most: int, what: str
+) -> int:
+    """Requests of `context` positions whose caches fit into `cache_memory` bytes together, and no more than
+    `at_most`.
+
+    Raises ConfigError, which begins with `what`, when not even one fits.
+    """
+    needed = cache_bytes(config, slot_context(context), bytes_per_value)
+    if needed > cache_memory:
+        raise ConfigError(
+            f"{what}: one request of {context} tokens needs {needed:,} bytes of cache, "
+            f"but the cache memory is {cache_memory:,}"
+        )
+    return min(at_most, cache_memory // needed)
+
+
+def slot_context(context: int) -> int:
+    """Positions that the engine gives to a slot which must hold `context`."""
+    return -(-context // CHUNKS[-1]) * CHUNKS[-1]
+
+
+def fixed_lengths(vocab_size: int, slots: int, input_tokens: int, output_tokens: int, seed: int = 0) -> Workload:
+    """`slots` requests of random tokens, all of one length."""
+    prompts = np.random.default_rng(seed).integers(0, vocab_size, (slots, input_tokens)).tolist()
+    requests = tuple(Request(tuple(prompt), output_tokens, seed) for prompt in prompts)
+    return Workload(requests, slots, input_tokens + output_tokens)
+
+
+def own_lengths(answers: Sequence[Trace], slots: int, count: int, context: int, seed: int = 0) -> Workload:
+    """`count` requests with prompts that a model was asked, each as long as its own answer was.
+
+    They are taken evenly over the answers in order of length, so that a few stand for all, and then shuffled.
+    """
+    ordered = sorted(answers, key=lambda answer: (len(answer.completion), len(answer.prompt)))
+    drawn = [ordered[int((index + 0.5) * len(ordered) / count)] for index in range(count)]
+    order = np.random.default_rng(seed).permutation(count)
+    requests = tuple(Request(drawn[i].prompt, len(drawn[i].completion), seed + int(i)) for i in order)
+    return Workload(requests, slots, context)
+
+
+def timed_rounds(
+    models: Mapping[str, Weights],
+    workloads: Mapping[str, Workload],
+    rounds: range,
+    *,
+    on_run: Callable[[], None] | None = None,
+) -> Iterator[dict[str, float]]:
+    """Tokens per second of every model, round after round.
+
+    Args:
+      models: dense parameters and configuration by name.
+      workloads: by the same names.
+      rounds: numbers of the rounds to run. Before them every model runs its first requests once, which compiles.
+      on_run: called after every run of a model, the first ones included.
+    """
+    names = list(models)
+    for name in names if len(rounds) else ():
+        first = replace(workloads[name], requests=workloads[name].requests[: workloads[name].slots])
+        _seconds(models[name], first)
+        if on_run is not None:
+            on_run()
+    for number in rounds:
+        rates = {}
+        for turn in range(len(names)):
+            name = names[(turn + number) % len(names)]
+            rates[name] = workloads[name].tokens / _seconds(models[name], workloads[name])
+            if on_run is not None:
+                on_run()
+        yield {name: rates[name] for name in names}
+
+
+def _seconds(model: Weights, workload: Workload) -> float:
+    params, config = model
+    engine = Engine(
+        params,
+        config,
+        stop_ids=(),
+        context=workload.context,
+        slots=workload.slots,
+        sampling=workload.sampling,
+        cache=workload.cache,
+    )
+    start = time.perf_counter()
+    engine.generate(workload.requests)
+    return time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles over rounds; of fewer than four rounds, the ends."""
+
+    median: float
     low: float
     high: float
-    prefill_seconds: float
-    decode_seconds: float
     rounds: int
+
+    @staticmethod
+    def of(values: Sequence[float]) -> Spread:
+        low, high = (min(values), max(values)) if len(values) < 4 else statistics.quantiles(values, n=4)[::2]
+        return Spread(statistics.median(values), low, high, len(values))
 
 
 def measure_throughput(
-    models: Mapping[str, tuple[Params, ModelConfig]],
+    models: Mapping[str, Weights],
     *,
     batch: int,
     input_tokens: int,
     output_tokens: int,
     rounds: int = 5,
     on_round: Callable[[], None] | None = None,
-) -> dict[str, Throughput]:
-    """Runs each model once per round, in turns.
+) -> dict[str, Spread]:
+    """Generated tokens per second of every model on one batch of requests of one length.
 
     Args:
       models: dense parameters and configuration by name.
       batch: requests that run together.
       input_tokens, output_tokens: length of every prompt and of every answer.
-      rounds: counted rounds, after one that compiles.
+      rounds: counted rounds.
+      on_round: called after every counted round.
     """
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
-    for round_index in range(rounds + 1):
-        for name, (params, config) in models.items():
-            tokens = jax.random.randint(jax.random.key(round_index), (batch, input_tokens), 0, config.vocab_size)
-            spent = _one_round(params, config, tokens, output_tokens)
-            if round_index:
-                seconds[name].append(spent)
+    workloads = {
+        name: fixed_lengths(config.vocab_size, batch, input_tokens, output_tokens)
+        for name, (_, config) in models.items()
+    }
+    rates: dict[str, list[float]] = {name: [] for name in models}
+    for row in timed_rounds(models, workloads, range(rounds)):
+        for name, rate in row.items():
+            rates[name].append(rate)
         if on_round is not None:
             on_round()
-    return {name: summary(rows, batch * output_tokens) for name, rows in seconds.items()}
-
-
-def _one_round(
-    params: Params, config: ModelConfig, tokens: Int[Array, "batch seq"], output_tokens: int
-) -> tuple[float, float]:
-    start = time.perf_counter()
-    logits, caches = jax.block_until_ready(_prefill(params, config, tokens, tokens.shape[1] + output_tokens))
-    middle = time.perf_counter()
-    jax.block_until_ready(_decode(params, config, logits, caches, tokens.shape[1], output_tokens))
-    return middle - start, time.perf_counter() - middle
-
-
-@partial(jax.jit, static_argnames=("config", "context"))
-def _prefill(
-    params: Params, config: ModelConfig, tokens: Int[Array, "batch seq"], context: int
-) -> tuple[Float[Array, "batch vocab"], list[LayerCache]]:
-    lengths = jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32)
-    return prefill(params, config, tokens, lengths, context)
-
-
-@partial(jax.jit, static_argnames=("config", "output_tokens"))
-def _decode(
-    params: Params,
-    config: ModelConfig,
-    logits: Float[Array, "batch vocab"],
-    caches: list[LayerCache],
-    first: int | Int[Array, ""],
-    output_tokens: int,
-) -> Float[Array, "batch vocab"]:
-    """Greedy decoding of a fixed number of tokens."""
-
-    def step(index: Array, state: tuple[Array, list[LayerCache]]) -> tuple[Array, list[LayerCache]]:
-        logits, caches = state
-        positions = jnp.full(logits.shape[0], first + index, jnp.int32)
-        return decode_step(params, config, caches, jnp.argmax(logits, axis=-1), positions)
-
-    return jax.lax.fori_loop(0, output_tokens, step, (logits, caches))[0]
-
-
-def summary(rows: list[tuple[float, float]], tokens: int) -> Throughput:
-    """Throughput of rounds of (prefill, decode) seconds, each of which generates `tokens`."""
-    rates = sorted(tokens / (prefill + decode) for prefill, decode in rows)
-    low, high = (rates[0], rates[-1]) if len(rates) < 4 else statistics.quantiles(rates, n=4)[::2]
-    return Throughput(
-        tokens_per_second=statistics.median(rates),
-        low=low,
-        high=high,
-        prefill_seconds=statistics.median(prefill for prefill, _ in rows),
-        decode_seconds=statistics.median(decode for _, decode in rows),
-        rounds=len(rows),
-    )
+    return {name: Spread.of(values) for name, values in rates.items()}

@@ -1,5 +1,6 @@
-"""Batched generation over per-layer caches."""
+"""Generation by continuous batching over per-layer caches, its traces, and the calibration of FP8 caches."""
 
-from puzzle_jax.generate.engine import Generated, Request, generate
+from puzzle_jax.generate.engine import Engine, Event, Generated, Request, generate
+from puzzle_jax.generate.sampling import Sampling
 
-__all__ = ["Generated", "Request", "generate"]
+__all__ = ["Engine", "Event", "Generated", "Request", "Sampling", "generate"]

@@ -1,34 +1,39 @@
-"""Batched, cached generation: what tracing and accuracy need.
+"""Batched generation by continuous batching: finished requests leave their slots, waiting ones take them.
 
-Requests are grouped by the size of their prompt, run in batches of fixed shape (so few programs are
-compiled), prefilled together, and decoded in one loop on the device until every row has stopped. A view runs a
-child on its parent's weights and programs. Every request has its own seed, and rows do not interact.
+The host only decides who runs where; all work is in the three programs of `generate.slots`. Prompts are prefilled in
+chunks, a group of rows at a time, and running requests decode between the chunks of a long prompt. A view runs a
+child on its parent's weights and programs.
 
-Left out: refilling finished rows while others run, quantised caches, and streaming.
+A request's tokens depend on the request and on the engine's shape (slots, context, chunk), never on its neighbours
+or on when it got its slot. `generate` picks the context by the request's own length, so there they depend on `slots`
+alone. Left out: paging of full caches, sharing of common prefixes, speculative decoding.
 """
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jax.sharding import Mesh
 
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.errors import PuzzleError
-from puzzle_jax.model.cache import LayerCache, decode_step, prefill
+from puzzle_jax.generate.sampling import Sampling
+from puzzle_jax.generate.slots import Admission, Group, Slots, admit, decode, empty_group, empty_slots, place, prefill
+from puzzle_jax.model.cache_format import CacheFormat
 from puzzle_jax.model.child import View
 from puzzle_jax.model.spec import Params
 
-PROMPT_BUCKET, PROMPT_STEP = 64, 256  # prompts are padded to a power of two, beyond the step to a multiple of it
-LIMIT_BUCKET = 32  # the largest token limit is rounded up to a multiple, for the size of caches
+CHUNKS = (512, 256, 128, 64)  # tokens of a prompt that are prefilled at once; contexts are multiples of the last
+PREFILL_TOKENS = 1024  # of all rows of a group in one chunk
+SMALLEST_CONTEXT = 256
+BURST = 64  # decode steps between two looks at who has finished
+STEPS_BETWEEN_CHUNKS = 4
 
 
 @dataclass(frozen=True)
@@ -48,10 +53,198 @@ class Request:
 
 @dataclass(frozen=True)
 class Generated:
-    """A completion; `tokens` ends in a stop id unless it is `truncated`."""
+    """A completion.
+
+    Attributes:
+      tokens: end in a stop id unless `truncated`.
+      truncated: whether the token limit ended it.
+      log_probs: of each token under the model at temperature 1, when asked for.
+      experts: [prompt + tokens - 1, layers, k], ids that each position chose, when asked for; uint8, or uint16 for
+        more than 256 experts. The last token is drawn but never run.
+    """
 
     tokens: tuple[int, ...]
     truncated: bool
+    log_probs: tuple[float, ...] | None = None
+    experts: np.ndarray | None = field(default=None, compare=False)
+
+
+class Event(NamedTuple):
+    """New tokens of one request, and the whole completion once it has ended."""
+
+    index: int
+    tokens: tuple[int, ...]
+    finished: Generated | None
+
+
+class Engine:
+    """Slots of one context length on the device.
+
+    Args:
+      params: dense parameters in the dtype to compute with (`network.to_compute`), sharded if a mesh is given.
+      config: the model of `params`.
+      stop_ids: tokens that end a completion and are part of it; none lets every request run to its limit.
+      context: prompt and completion tokens that a slot holds; rounded up to a multiple of 64.
+      slots: requests that run together.
+      sampling: temperature and top-p.
+      cache: how keys and values are kept.
+      view: runs a child of the model (`Child.view`).
+      mesh: where caches are placed (`model.sharding.make_mesh`).
+      log_probs, experts: return these with each completion.
+
+    Raises PuzzleError for slots below 1, and for a context below 1 or beyond the model's.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        config: ModelConfig,
+        *,
+        stop_ids: Sequence[int],
+        context: int,
+        slots: int = 64,
+        sampling: Sampling | None = None,
+        cache: CacheFormat | None = None,
+        view: View | None = None,
+        mesh: Mesh | None = None,
+        log_probs: bool = False,
+        experts: bool = False,
+    ) -> None:
+        if slots < 1:
+            raise PuzzleError(f"slots is {slots}, but must be at least 1")
+        if not 1 <= context <= config.max_position:
+            raise PuzzleError(f"context is {context}, but must be from 1 to the model's {config.max_position}")
+        self.params, self.config, self.view = params, config, view
+        self.sampling = sampling or Sampling()
+        self.cache = cache or CacheFormat()
+        self.slots = slots
+        self.context = slot_context(context)
+        self.chunk = chunk_tokens(self.context)
+        self.rows = group_rows(self.chunk, slots)
+        self._stops = jnp.asarray(sorted(stop_ids), jnp.int32)
+        self._stop_ids = frozenset(stop_ids)
+        self._mesh = mesh
+        self._log_probs, self._experts = log_probs, experts
+        self._dtype = params["embedding"].dtype
+
+    def generate(
+        self, requests: Sequence[Request], on_finish: Callable[[int, Generated], None] | None = None
+    ) -> list[Generated]:
+        """Completes every request; `on_finish(index, completion)` is called as each ends, in any order."""
+        results: dict[int, Generated] = {}
+        for event in self.stream(requests, burst=BURST, partial=False):
+            if event.finished is not None:
+                results[event.index] = event.finished
+                if on_finish is not None:
+                    on_finish(event.index, event.finished)
+        return [results[i] for i in range(len(requests))]
+
+    def stream(self, requests: Sequence[Request], *, burst: int = 1, partial: bool = True) -> Iterator[Event]:
+        """Completes every request, with news every `burst` steps, or of whole completions only.
+
+        Raises PuzzleError, before any work, for an empty prompt, a limit below 1, or a request that does not fit.
+        """
+        for index, request in enumerate(requests):
+            check_request(request, index, min(self.context, self.config.max_position))
+        order = sorted(range(len(requests)), key=lambda i: (-self._chunks(requests[i]), -requests[i].max_tokens))
+        return self._stream(requests, deque(order), burst, partial)
+
+    def cache_bytes(self) -> int:
+        """Bytes of the slots' caches; see `model.cache.cache_bytes` for the formula."""
+        caches = jax.eval_shape(self._new_slots).caches
+        return sum(x.size * x.dtype.itemsize for c in caches for x in (c.k, c.v))
+
+    def _new_slots(self) -> Slots:
+        return empty_slots(
+            self.config,
+            self.slots,
+            self.context,
+            self._dtype,
+            self.cache,
+            log_probs=self._log_probs,
+            experts=self._experts,
+        )
+
+    def _new_group(self) -> Group:
+        return empty_group(self.config, self.rows, self.context, self._dtype, self.cache, experts=self._experts)
+
+    def _chunks(self, request: Request) -> int:
+        return -(-len(request.prompt) // self.chunk)
+
+    def _stream(self, requests: Sequence[Request], waiting: deque[int], burst: int, partial: bool) -> Iterator[Event]:
+        state, group = self._new_slots(), self._new_group()
+        if self._mesh is not None:
+            state, group = place(state, self.config, self._mesh), place(group, self.config, self._mesh)
+        owners: dict[int, int] = {}  # slot -> request
+        told: dict[int, int] = {}  # slot -> tokens reported
+        while waiting or owners:
+            free = [slot for slot in range(self.slots) if slot not in owners]
+            while waiting and len(free) >= min(self.rows, len(waiting)):
+                members = [waiting.popleft() for _ in range(min(self.rows, len(waiting)))]
+                slots, free = free[: len(members)], free[len(members) :]
+                state, group = self._admit(state, group, [requests[i] for i in members], slots, busy=bool(owners))
+                owners.update(zip(slots, members, strict=True))
+                told.update(dict.fromkeys(slots, 0))
+            target = min(self.rows, len(waiting)) if waiting else self.slots
+            state = self._decode(state, burst, target)
+            idle, counts = jax.device_get((state.idle, state.counts))
+            for slot, index in list(owners.items()):
+                if not idle[slot] and not partial:
+                    continue
+                count = int(counts[slot])
+                tokens = tuple(np.asarray(state.tokens[slot])[:count].tolist())
+                finished = self._completion(state, slot, requests[index], tokens) if idle[slot] else None
+                yield Event(index, tokens[told[slot] :], finished)
+                told[slot] = count
+                if finished is not None:
+                    del owners[slot]
+
+    def _admit(
+        self, state: Slots, group: Group, members: Sequence[Request], slots: Sequence[int], *, busy: bool
+    ) -> tuple[Slots, Group]:
+        """Prefills requests and gives them slots; rows beyond them repeat the first."""
+        padding = self.rows - len(members)
+        members, slots = [*members, *[members[0]] * padding], [*slots, *[slots[0]] * padding]
+        chunks = max(self._chunks(request) for request in members)
+        tokens = np.zeros((self.rows, chunks * self.chunk), np.int32)
+        for row, request in enumerate(members):
+            tokens[row, : len(request.prompt)] = request.prompt
+        numbers = [
+            slots,
+            [len(request.prompt) for request in members],
+            [request.max_tokens for request in members],
+            [request.seed % 2**31 for request in members],
+        ]
+        admission = Admission(*(jnp.asarray(x, jnp.int32) for x in numbers))
+        for index in range(chunks):
+            start = index * self.chunk
+            part = jnp.asarray(tokens[:, start : start + self.chunk])
+            group = prefill(
+                self.params, self.config, group, part, jnp.int32(start), admission.lengths, self.context, self.view
+            )
+            if busy and index + 1 < chunks:
+                state = self._decode(state, STEPS_BETWEEN_CHUNKS, self.slots)
+        return admit(self.params, self.config, state, group, admission), group
+
+    def _decode(self, state: Slots, steps: int, idle_target: int) -> Slots:
+        return decode(
+            self.params,
+            self.config,
+            state,
+            self._stops,
+            self.sampling,
+            jnp.int32(steps),
+            jnp.int32(idle_target),
+            self.view,
+        )
+
+    def _completion(self, state: Slots, slot: int, request: Request, tokens: tuple[int, ...]) -> Generated:
+        log_probs = experts = None
+        if state.log_probs is not None:
+            log_probs = tuple(np.asarray(state.log_probs[slot])[: len(tokens)].tolist())
+        if state.experts is not None:
+            experts = np.asarray(state.experts[slot])[: len(request.prompt) + len(tokens) - 1]
+        return Generated(tokens, tokens[-1] not in self._stop_ids, log_probs, experts)
 
 
 def generate(
@@ -61,57 +254,70 @@ def generate(
     *,
     stop_ids: Sequence[int],
     temperature: float = 0.0,
-    batch_size: int = 64,
+    top_p: float = 1.0,
+    slots: int = 64,
+    cache: CacheFormat | None = None,
     view: View | None = None,
-    on_batch: Callable[[int], None] | None = None,
+    mesh: Mesh | None = None,
+    log_probs: bool = False,
+    experts: bool = False,
+    on_finish: Callable[[int, Generated], None] | None = None,
 ) -> list[Generated]:
-    """Completes every request.
+    """Completes every request, each in an engine whose context is the power of two that its own length needs.
 
-    Args:
-      params: dense parameters in the dtype to compute with (`network.to_compute`).
-      config: the model of `params`.
-      requests: in any order; answers come back in the same order.
-      stop_ids: tokens that end a completion; they are part of it.
-      temperature: 0 is greedy.
-      batch_size: rows that run together; the last batch of a group is padded.
-      view: runs a child of the model (`Child.view`).
-      on_batch: called after every batch with the number of requests that it completed.
+    Args are those of `Engine`; requests may come in any order and answers come back in the same, while
+    `on_finish(index, completion)` is called as each ends.
 
     Raises:
       PuzzleError: an empty prompt, a limit below 1, or a prompt that with its limit exceeds the model's context.
     """
-    if not stop_ids:
-        raise PuzzleError("stop_ids is empty, so that no completion could end")
-    groups: dict[int, list[int]] = defaultdict(list)
+    sampling = Sampling(temperature, top_p)
+    by_context: dict[int, list[int]] = defaultdict(list)
     for index, request in enumerate(requests):
-        _check(request, index, config.max_position)
-        groups[_padded_length(len(request.prompt))].append(index)
-    limit = -(-max((r.max_tokens for r in requests), default=1) // LIMIT_BUCKET) * LIMIT_BUCKET
+        check_request(request, index, config.max_position)
+        by_context[_own_context(request, config)].append(index)
     results: dict[int, Generated] = {}
-    stops = jnp.asarray(sorted(stop_ids), jnp.int32)
-    for length, members in sorted(groups.items()):
-        members.sort(key=lambda index: requests[index].max_tokens)  # rows of a batch end at about the same time
-        for start in range(0, len(members), batch_size):
-            batch = members[start : start + batch_size]
-            rows = _batch([requests[i] for i in batch], length, batch_size)
-            logits, caches = _prefill(params, config, rows, length + limit, view)
-            tokens, counts = _decode(params, config, rows, logits, caches, stops, temperature, limit, view)
-            tokens, counts = np.asarray(tokens), np.asarray(counts)
-            for row, index in enumerate(batch):
-                ids = tuple(int(t) for t in tokens[row, : counts[row]])
-                results[index] = Generated(ids, truncated=ids[-1] not in stop_ids)
-            if on_batch is not None:
-                on_batch(len(batch))
+    for context, members in sorted(by_context.items()):
+        engine = Engine(
+            params,
+            config,
+            stop_ids=stop_ids,
+            context=context,
+            slots=slots,
+            sampling=sampling,
+            cache=cache,
+            view=view,
+            mesh=mesh,
+            log_probs=log_probs,
+            experts=experts,
+        )
+
+        def finish(member: int, completion: Generated, members: list[int] = members) -> None:
+            results[members[member]] = completion
+            if on_finish is not None:
+                on_finish(members[member], completion)
+
+        engine.generate([requests[i] for i in members], finish)
     return [results[i] for i in range(len(requests))]
 
 
-def _padded_length(tokens: int) -> int:
-    if tokens <= PROMPT_STEP:
-        return PROMPT_BUCKET << math.ceil(math.log2(max(1.0, tokens / PROMPT_BUCKET)))
-    return -(-tokens // PROMPT_STEP) * PROMPT_STEP
+def slot_context(context: int) -> int:
+    """Positions that a slot has which must hold `context`."""
+    return -(-context // CHUNKS[-1]) * CHUNKS[-1]
 
 
-def _check(request: Request, index: int, context: int) -> None:
+def chunk_tokens(context: int) -> int:
+    """Prompt tokens of a row that are prefilled at once: a divisor of a slot's context, at most a quarter of it."""
+    return next(c for c in CHUNKS if context % c == 0 and (4 * c <= context or c == CHUNKS[-1]))
+
+
+def group_rows(chunk: int, slots: int) -> int:
+    """Rows that are prefilled together."""
+    return max(1, min(PREFILL_TOKENS // chunk, slots))
+
+
+def check_request(request: Request, index: int, context: int) -> None:
+    """Raises PuzzleError for an empty prompt, a limit below 1, or a request longer than `context`."""
     if not request.prompt:
         raise PuzzleError(f"request {index} has an empty prompt, but generation needs at least one token")
     if request.max_tokens < 1:
@@ -123,98 +329,8 @@ def _check(request: Request, index: int, context: int) -> None:
         )
 
 
-class _Rows(NamedTuple):
-    tokens: Int[Array, "batch seq"]
-    lengths: Int[Array, "batch"]
-    limits: Int[Array, "batch"]
-    seeds: Int[Array, "batch"]
-
-
-def _batch(requests: Sequence[Request], length: int, batch_size: int) -> _Rows:
-    """Requests as arrays; rows beyond them are one-token prompts that stop at once."""
-    tokens = np.zeros((batch_size, length), np.int32)
-    lengths, limits = np.ones(batch_size, np.int32), np.zeros(batch_size, np.int32)
-    seeds = np.zeros(batch_size, np.int32)
-    for row, request in enumerate(requests):
-        tokens[row, : len(request.prompt)] = request.prompt
-        lengths[row], limits[row] = len(request.prompt), request.max_tokens
-        seeds[row] = request.seed % 2**31
-    return _Rows(*(jnp.asarray(x) for x in (tokens, lengths, limits, seeds)))
-
-
-def _view_options(view: View | None, layers: int) -> dict[str, list[Array]]:
-    if view is None:
-        return {}
-    return {
-        "windows": [view.windows[i] for i in range(layers)],
-        "expert_masks": [view.expert_masks[i] for i in range(layers)],
-    }
-
-
-@partial(jax.jit, static_argnames=("config", "context"))
-def _prefill(
-    params: Params, config: ModelConfig, rows: _Rows, context: int, view: View | None
-) -> tuple[Float[Array, "batch vocab"], list[LayerCache]]:
-    options = _view_options(view, config.num_layers)
-    return prefill(params, config, rows.tokens, rows.lengths, context, **options)
-
-
-class _State(NamedTuple):
-    step: Int[Array, ""]
-    caches: list[LayerCache]
-    logits: Float[Array, "batch vocab"]
-    out: Int[Array, "batch limit"]
-    counts: Int[Array, "batch"]
-    done: Array
-
-
-@partial(jax.jit, static_argnames=("config", "limit"))
-def _decode(
-    params: Params,
-    config: ModelConfig,
-    rows: _Rows,
-    logits: Float[Array, "batch vocab"],
-    caches: list[LayerCache],
-    stops: Int[Array, "stops"],
-    temperature: float | Float[Array, ""],
-    limit: int,
-    view: View | None,
-) -> tuple[Int[Array, "batch limit"], Int[Array, "batch"]]:
-    """Tokens of each row and how many of them count."""
-    options = _view_options(view, config.num_layers)
-    batch = rows.tokens.shape[0]
-
-    def body(state: _State) -> _State:
-        token = _sample(state.logits, rows.seeds, state.step, temperature)
-        out = state.out.at[:, state.step].set(token)
-        counts = state.counts + ~state.done
-        done = state.done | jnp.isin(token, stops) | (counts >= rows.limits)
-        positions = rows.lengths + state.step
-        logits, caches = decode_step(params, config, state.caches, token, positions, **options)
-        return _State(state.step + 1, caches, logits, out, counts, done)
-
-    start = _State(
-        jnp.asarray(0, jnp.int32),
-        caches,
-        logits,
-        jnp.zeros((batch, limit), jnp.int32),
-        jnp.zeros(batch, jnp.int32),
-        rows.limits == 0,
-    )
-    end = jax.lax.while_loop(lambda s: (s.step < limit) & ~jnp.all(s.done), body, start)
-    return end.out, end.counts
-
-
-def _sample(
-    logits: Float[Array, "batch vocab"],
-    seeds: Int[Array, "batch"],
-    step: Int[Array, ""],
-    temperature: float | Float[Array, ""],
-) -> Int[Array, "batch"]:
-    """One token per row; a row's noise depends on its own seed and step alone."""
-
-    def noise(seed: Array) -> Array:
-        return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), step), logits.shape[-1:])
-
-    warm = logits / jnp.maximum(temperature, 1e-6) + jax.vmap(noise)(seeds)
-    return jnp.argmax(jnp.where(temperature > 0, warm, logits), axis=-1).astype(jnp.int32)
+def _own_context(request: Request, config: ModelConfig) -> int:
+    context = SMALLEST_CONTEXT
+    while context < len(request.prompt) + request.max_tokens:
+        context *= 2
+    return min(context, config.max_position)

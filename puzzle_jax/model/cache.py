@@ -1,10 +1,11 @@
-"""Key-value caches and the two phases that use them: prefill of prompts, and decoding one token per row.
+"""Key-value caches and the two phases that use them: prefill of prompts in chunks, and decoding one token per row.
 
 A layer's cache is a ring in which position p lies in slot p mod slots. A windowed layer has as many slots as its
 window, a full one as many as the context, so memory is what the architecture promises. Rows of a batch have prompts
 of their own length, padded on the right; what a row's slots hold follows from its length.
 
-Left out: quantised caches, and admission of new requests while others run.
+What a cache holds is the choice of `model.cache_format`. Everything that attends reads what a cache would give back,
+a chunk's own keys and values too, so results do not depend on how a prompt is cut into chunks.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from puzzle_jax.config import ModelConfig
+from puzzle_jax.kernels.chunk_attention import chunk_attention
 from puzzle_jax.kernels.decode_attention import decode_attention
+from puzzle_jax.model.cache_format import CacheFormat, store
 from puzzle_jax.model.network import (
     ExpertMask,
+    LayerAux,
     Window,
-    attention_block,
     attention_output,
     embed,
     head_logits,
@@ -33,10 +36,16 @@ from puzzle_jax.model.spec import Params
 
 
 class LayerCache(NamedTuple):
-    """Rotated keys, and values, of one layer."""
+    """Rotated keys, and values, of one layer as they are stored, and their scales where they have any."""
 
-    k: Float[Array, "batch slots kv_heads dim"]
-    v: Float[Array, "batch slots kv_heads dim"]
+    k: Float[Array, "batch kv_heads dim slots"]
+    v: Float[Array, "batch kv_heads slots dim"]
+    k_scale: Float[Array, ""] | None = None
+    v_scale: Float[Array, ""] | None = None
+
+    @property
+    def slots(self) -> int:
+        return self.k.shape[3]
 
 
 def cache_slots(window: int | None, context: int) -> int:
@@ -50,58 +59,120 @@ def cache_bytes(config: ModelConfig, context: int, bytes_per_value: int) -> int:
     return slots * 2 * config.kv_width * bytes_per_value
 
 
-def init_cache(config: ModelConfig, layer: int, batch: int, context: int, dtype: jnp.dtype | type) -> LayerCache:
-    """An empty cache of one layer."""
-    shape = (batch, cache_slots(config.blocks[layer].window, context), config.num_kv_heads, config.head_dim)
-    return LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-
-
-def fill_cache(
-    k: Float[Array, "batch seq kv_heads dim"],
-    v: Float[Array, "batch seq kv_heads dim"],
-    lengths: Int[Array, "batch"],
-    slots: int,
+def init_cache(
+    config: ModelConfig,
+    layer: int,
+    batch: int,
+    context: int,
+    compute: jnp.dtype | type,
+    form: CacheFormat | None = None,
 ) -> LayerCache:
-    """The ring after a prompt: each slot gets the row's last position that belongs there."""
-    last = lengths[:, None] - 1
-    position = last - (last - jnp.arange(slots)[None, :]) % slots
-    position = jnp.clip(position, 0, k.shape[1] - 1)[:, :, None, None]  # slots before position 0 are never visible
-    return LayerCache(jnp.take_along_axis(k, position, axis=1), jnp.take_along_axis(v, position, axis=1))
+    """An empty cache of one layer."""
+    form = form or CacheFormat()
+    slots, dtype = cache_slots(config.blocks[layer].window, context), form.stored_dtype(compute)
+    k = jnp.zeros((batch, config.num_kv_heads, config.head_dim, slots), dtype)
+    v = jnp.zeros((batch, config.num_kv_heads, slots, config.head_dim), dtype)
+    return LayerCache(k, v, *form.layer_scales(layer))
 
 
-def prefill(
+def prefill_attention_block(
+    attention: Params,
+    config: ModelConfig,
+    x: Float[Array, "batch chunk hidden"],
+    cache: LayerCache,
+    start: Int[Array, ""],
+    lengths: Int[Array, "batch"],
+    table: RopeTable,
+    *,
+    window: Window,
+    context: int,
+) -> tuple[Float[Array, "batch chunk hidden"], LayerCache]:
+    """One attention sub-block for a chunk of each row's prompt: attends, then writes keys and values."""
+    q, k, v = project_qkv(attention, config, x, table)
+    stored_k = store(k, cache.k.dtype, cache.k_scale).transpose(0, 2, 3, 1)
+    stored_v = store(v, cache.v.dtype, cache.v_scale).transpose(0, 2, 1, 3)
+    with jax.named_scope("attention"):
+        out = chunk_attention(
+            q,
+            stored_k,
+            stored_v,
+            cache.k,
+            cache.v,
+            attention["sinks"],
+            start,
+            window=window,
+            k_scale=cache.k_scale,
+            v_scale=cache.v_scale,
+        )
+    with jax.named_scope("cache"):
+        cache = _write_chunk(cache, stored_k, stored_v, start, lengths, ring=cache.slots < context)
+    return x + attention_output(attention, out), cache
+
+
+def _write_chunk(
+    cache: LayerCache,
+    k: Float[Array, "batch kv_heads dim chunk"],
+    v: Float[Array, "batch kv_heads chunk dim"],
+    start: Int[Array, ""],
+    lengths: Int[Array, "batch"],
+    *,
+    ring: bool,
+) -> LayerCache:
+    if not ring:  # position p lies in slot p; what a short row's padding leaves behind is written over before it shows
+        return cache._replace(
+            k=jax.lax.dynamic_update_slice_in_dim(cache.k, k, start, 3),
+            v=jax.lax.dynamic_update_slice_in_dim(cache.v, v, start, 2),
+        )
+    # Each slot gets the last position of its row that belongs there, unless that came before this chunk.
+    last = jnp.minimum(start + k.shape[3], lengths)[:, None] - 1
+    index = last - (last - jnp.arange(cache.slots)[None, :]) % cache.slots - start
+    fresh, index = (index >= 0)[:, None], jnp.maximum(index, 0)[:, None]
+    new_k = jnp.take_along_axis(k, index[:, :, None, :], axis=3)
+    new_v = jnp.take_along_axis(v, index[:, :, :, None], axis=2)
+    return cache._replace(
+        k=jnp.where(fresh[:, :, None, :], new_k, cache.k), v=jnp.where(fresh[:, :, :, None], new_v, cache.v)
+    )
+
+
+def prefill_chunk(
     params: Params,
     config: ModelConfig,
-    tokens: Int[Array, "batch seq"],
+    caches: Sequence[LayerCache],
+    tokens: Int[Array, "batch chunk"],
+    start: Int[Array, ""],
     lengths: Int[Array, "batch"],
-    context: int,
     *,
+    context: int,
     windows: Sequence[Window] | None = None,
     expert_masks: Sequence[ExpertMask] | None = None,
-) -> tuple[Float[Array, "batch vocab"], list[LayerCache]]:
-    """Runs prompts and fills the caches.
+) -> tuple[Float[Array, "batch chunk hidden"], list[LayerCache], list[LayerAux]]:
+    """Runs positions start, start + 1, ... of every prompt and adds them to the caches.
 
     Args:
-      tokens: prompts, padded on the right.
-      lengths: tokens of each prompt, at least 1.
-      context: positions that the caches must hold, the generated ones included.
+      caches: hold the positions before `start`.
+      tokens: of the chunk; what lies beyond a prompt is padding.
+      start: a multiple of the chunk's length, which divides the context.
+      lengths: tokens of each whole prompt.
+      context: slots of a full layer's cache.
       windows, expert_masks: a view, as in `network.hidden_states`; caches keep the configuration's own sizes.
 
     Returns:
-      Logits after each prompt's last token, and one cache per layer.
+      The last layer's output before the final norm, the caches, and every layer's routing.
     """
-    table = rope_table(config.rope, config.head_dim, jnp.arange(tokens.shape[1])[None])
+    table = rope_table(config.rope, config.head_dim, (start + jnp.arange(tokens.shape[1]))[None])
     x = embed(params, tokens)
-    caches = []
+    new_caches, auxes = [], []
     for index, (layer, block) in enumerate(zip(params["layers"], config.blocks, strict=True)):
         with jax.named_scope(f"layer_{index}"):
             window = block.window if windows is None else windows[index]
-            x, qkv = attention_block(layer["attention"], config, x, table, window=window)
+            x, cache = prefill_attention_block(
+                layer["attention"], config, x, caches[index], start, lengths, table, window=window, context=context
+            )
             mask = None if expert_masks is None else expert_masks[index]
-            x, _ = moe_block(layer["moe"], config, x, expert_mask=mask)
-            caches.append(fill_cache(qkv.k, qkv.v, lengths, cache_slots(block.window, context)))
-    last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    return head_logits(params, config, last), caches
+            x, aux = moe_block(layer["moe"], config, x, expert_mask=mask)
+            new_caches.append(cache)
+            auxes.append(aux)
+    return x, new_caches, auxes
 
 
 def decode_attention_block(
@@ -118,13 +189,22 @@ def decode_attention_block(
     qkv = project_qkv(attention, config, x, table)
     with jax.named_scope("cache"):
         rows = jnp.arange(x.shape[0])
-        slot = positions % cache.k.shape[1]
-        cache = LayerCache(
-            cache.k.at[rows, slot].set(qkv.k[:, 0].astype(cache.k.dtype)),
-            cache.v.at[rows, slot].set(qkv.v[:, 0].astype(cache.v.dtype)),
+        slot = positions % cache.slots
+        cache = cache._replace(
+            k=cache.k.at[rows, :, :, slot].set(store(qkv.k[:, 0], cache.k.dtype, cache.k_scale)),
+            v=cache.v.at[rows, :, slot].set(store(qkv.v[:, 0], cache.v.dtype, cache.v_scale)),
         )
     with jax.named_scope("attention"):
-        out = decode_attention(qkv.q[:, 0], cache.k, cache.v, attention["sinks"], positions, window=window)
+        out = decode_attention(
+            qkv.q[:, 0],
+            cache.k,
+            cache.v,
+            attention["sinks"],
+            positions,
+            window=window,
+            k_scale=cache.k_scale,
+            v_scale=cache.v_scale,
+        )
     return x + attention_output(attention, out)[:, None], cache
 
 
@@ -137,11 +217,11 @@ def decode_step(
     *,
     windows: Sequence[Window] | None = None,
     expert_masks: Sequence[ExpertMask] | None = None,
-) -> tuple[Float[Array, "batch vocab"], list[LayerCache]]:
-    """Logits after one more token per row, which stands at `positions`, and the caches that hold it."""
+) -> tuple[Float[Array, "batch vocab"], list[LayerCache], list[LayerAux]]:
+    """Logits after one more token per row, which stands at `positions`, the caches that hold it, and its routing."""
     table = rope_table(config.rope, config.head_dim, positions[:, None])
     x = embed(params, tokens[:, None])
-    new_caches = []
+    new_caches, auxes = [], []
     for index, (layer, block) in enumerate(zip(params["layers"], config.blocks, strict=True)):
         with jax.named_scope(f"layer_{index}"):
             window = block.window if windows is None else windows[index]
@@ -149,6 +229,7 @@ def decode_step(
                 layer["attention"], config, x, caches[index], positions, table, window=window
             )
             mask = None if expert_masks is None else expert_masks[index]
-            x, _ = moe_block(layer["moe"], config, x, expert_mask=mask)
+            x, aux = moe_block(layer["moe"], config, x, expert_mask=mask)
             new_caches.append(cache)
-    return head_logits(params, config, x[:, 0]), new_caches
+            auxes.append(aux)
+    return head_logits(params, config, x[:, 0]), new_caches, auxes

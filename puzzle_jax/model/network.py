@@ -24,6 +24,7 @@ from puzzle_jax.kernels.expert_mlp import expert_mlp
 from puzzle_jax.kernels.mxfp4 import MXFP4, as_dense
 from puzzle_jax.kernels.route import Routing, route
 from puzzle_jax.kernels.window_attention import window_attention
+from puzzle_jax.model.cache_format import CacheFormat
 from puzzle_jax.model.rope import RopeTable, rope_table, rotate
 from puzzle_jax.model.spec import Params, layer_experts
 
@@ -83,9 +84,17 @@ def attention_block(
     *,
     window: Window,
     segment_ids: Int[Array, "batch seq"] | None = None,
+    cache: CacheFormat | None = None,
+    layer: int = 0,
 ) -> tuple[Float[Array, "batch seq hidden"], QKV]:
-    """x + attention(rms_norm(x)), and the keys and values that a cache keeps."""
+    """x + attention(rms_norm(x)), and the keys and values that a cache keeps.
+
+    With `cache`, keys and values are read as that format gives them back for layer number `layer`.
+    """
     qkv = project_qkv(attention, config, x, table)
+    if cache is not None:
+        k, v = cache.round_trip(layer, qkv.k, qkv.v)
+        qkv = qkv._replace(k=k, v=v)
     with jax.named_scope("attention"):
         out = window_attention(*qkv, attention["sinks"], window=window, segment_ids=segment_ids)
     return x + attention_output(attention, out), qkv
@@ -154,6 +163,7 @@ def hidden_states(
     windows: Sequence[Window] | None = None,
     expert_masks: Sequence[ExpertMask] | None = None,
     replay: Sequence[Int[Array, "tokens k"]] | None = None,
+    cache: CacheFormat | None = None,
 ) -> tuple[Float[Array, "batch seq hidden"], list[LayerAux]]:
     """The last layer's output before the final norm, and every layer's routing.
 
@@ -166,6 +176,7 @@ def hidden_states(
       windows: per layer, in place of the configuration's; see `kernels.window_attention`.
       expert_masks: per layer, False removes an expert; [experts], or [batch, experts] for one choice per row.
       replay: per layer, experts to use in place of the router's choice.
+      cache: reads keys and values as a cache of this format gives them back: what generation from it computes.
     """
     if positions is None:
         positions = jnp.arange(tokens.shape[1])[None]
@@ -175,7 +186,16 @@ def hidden_states(
     for index, (layer, block) in enumerate(zip(params["layers"], config.blocks, strict=True)):
         with jax.named_scope(f"layer_{index}"):
             window = block.window if windows is None else windows[index]
-            x, _ = attention_block(layer["attention"], config, x, table, window=window, segment_ids=segment_ids)
+            x, _ = attention_block(
+                layer["attention"],
+                config,
+                x,
+                table,
+                window=window,
+                segment_ids=segment_ids,
+                cache=cache,
+                layer=index,
+            )
             x, aux = moe_block(
                 layer["moe"],
                 config,
@@ -198,3 +218,8 @@ def forward(
 def to_compute(params: Params, dtype: jnp.dtype | type) -> Params:
     """Parameters as dense arrays of `dtype`: packed experts decoded, the rest cast."""
     return jax.tree.map(lambda leaf: as_dense(leaf, dtype), params, is_leaf=lambda node: isinstance(node, MXFP4))
+
+
+def compute_dtype() -> jnp.dtype:
+    """What models compute in: float32 on CPU, bfloat16 elsewhere."""
+    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)

@@ -1,10 +1,10 @@
 """Seconds of our own sub-blocks on the device present, at the exact shapes of a scenario.
 
-Attention is timed for each distinct window and the mixture for each distinct expert count, with random
-parameters: in prefill on the whole batch, and in decoding as a loop on the device of many steps of one
-sub-block, against a cache of the layer's own size, so that no dispatch is counted. What all architectures
-share (embedding, head, the choice of the next token) is timed likewise. All parts take turns, round by round,
-so that a drifting machine harms none; medians over rounds are kept with their spread.
+Attention is timed for each distinct window and the mixture for each distinct expert count, with random parameters:
+in prefill as the generation engine does it, in chunks of a group of rows, and in decoding as a loop on the device of
+many steps of one sub-block, against a cache of the layer's own size, so that no dispatch is counted. What all
+architectures share (embedding, head, the choice of the next token) is timed likewise. All parts take turns, round by
+round, so that a drifting machine harms none; medians over rounds are kept with their spread.
 
 Left out: several devices, routing as uneven as a trained router's, and what XLA fuses across sub-blocks.
 """
@@ -28,8 +28,9 @@ from jaxtyping import Array
 from puzzle_jax.config import BlockConfig, ModelConfig
 from puzzle_jax.convert_hf.table import Form
 from puzzle_jax.errors import ConfigError
-from puzzle_jax.model.cache import cache_slots, decode_attention_block, fill_cache, init_cache
-from puzzle_jax.model.network import attention_block, embed, head_logits, moe_block
+from puzzle_jax.generate.engine import chunk_tokens, group_rows, slot_context
+from puzzle_jax.model.cache import decode_attention_block, init_cache, prefill_attention_block
+from puzzle_jax.model.network import embed, head_logits, moe_block
 from puzzle_jax.model.rope import rope_table
 from puzzle_jax.model.spec import Params, is_spec, param_specs
 from puzzle_jax.search.costs import Seconds, Times
@@ -41,11 +42,14 @@ _STATES = 8
 
 
 class _Part(NamedTuple):
-    """Something to time: `run` maps a state to the next; `steps` is what its seconds are divided by."""
+    """Something to time: `run` maps a state to the next; `steps` is what its seconds are divided by.
+
+    Steps are a fraction where a run is less than one: a group of rows is one part of a batch.
+    """
 
     run: Callable[[Any], Any]
     state: Any
-    steps: int
+    steps: float
 
 
 @dataclass(frozen=True)
@@ -168,25 +172,54 @@ class _Maker:
         """Random hidden states [*shape, hidden]."""
         return self._array(np.random.default_rng(self.seed + 1), (*shape, self.config.hidden_size), 1.0)
 
+    @property
+    def _context(self) -> int:
+        return slot_context(self.scenario.context_tokens)
+
+    @property
+    def _chunk(self) -> int:
+        return chunk_tokens(self._context)
+
+    @property
+    def _rows(self) -> int:
+        return group_rows(self._chunk, self.scenario.batch)
+
+    @property
+    def _chunks(self) -> int:
+        """Chunks of one prompt."""
+        return -(-self.scenario.input_tokens // self._chunk)
+
     def prefill_attention(self, window: int | None) -> _Part:
+        """All chunks of one group's prompts."""
         config = self._one_layer(BlockConfig(self.config.experts_per_token, window))
-        batch, seq = self.scenario.batch, self.scenario.input_tokens
-        slots = cache_slots(window, self.scenario.context_tokens)
+        rows, chunk, chunks, context = self._rows, self._chunk, self._chunks, self._context
         params = self._params(config.blocks[0].num_experts)["layers"][0]["attention"]
+        lengths = jnp.full(rows, self.scenario.input_tokens, jnp.int32)
 
         @jax.jit
         def run(params: Params, x: Array) -> Any:
-            table = rope_table(config.rope, config.head_dim, jnp.arange(seq)[None])
-            y, qkv = attention_block(params, config, x, table, window=window)
-            return y, fill_cache(qkv.k, qkv.v, jnp.full(batch, seq, jnp.int32), slots)
+            def one_chunk(index: Array, state: tuple[Array, Any]) -> tuple[Array, Any]:
+                total, cache = state
+                start = index * chunk
+                table = rope_table(config.rope, config.head_dim, (start + jnp.arange(chunk))[None])
+                part = jax.lax.dynamic_slice_in_dim(x, start, chunk, 1)
+                out, cache = prefill_attention_block(
+                    params, config, part, cache, start, lengths, table, window=window, context=context
+                )
+                return total + out, cache
 
-        return _repeated(run, params, self._hidden(batch, seq))
+            cache = init_cache(config, 0, rows, context, self.dtype)
+            return jax.lax.fori_loop(0, chunks, one_chunk, (jnp.zeros_like(x[:, :chunk]), cache))
+
+        return _repeated(run, params, self._hidden(rows, chunks * chunk), rows / self.scenario.batch)
 
     def prefill_experts(self, count: int) -> _Part:
+        """One chunk of one group's prompts."""
         config = self._one_layer(BlockConfig(count))
         params = self._params(config.blocks[0].num_experts)["layers"][0]["moe"]
         run = jax.jit(lambda params, x: moe_block(params, config, x)[0])
-        return _repeated(run, params, self._hidden(self.scenario.batch, self.scenario.input_tokens))
+        share = self._rows / (self.scenario.batch * self._chunks)
+        return _repeated(run, params, self._hidden(self._rows, self._chunk), share)
 
     def prefill_fixed(self) -> _Part:
         config = self._one_layer(BlockConfig(self.config.experts_per_token))
@@ -200,7 +233,7 @@ class _Maker:
         config = self._one_layer(BlockConfig(self.config.experts_per_token, window))
         batch, scenario, steps = self.scenario.batch, self.scenario, self.steps
         params = self._params(config.blocks[0].num_experts)["layers"][0]["attention"]
-        cache = init_cache(config, 0, batch, scenario.context_tokens, self.dtype)
+        cache = init_cache(config, 0, batch, self._context, self.dtype)
 
         def step(params: Params, index: Array, x: Array, cache: Any) -> tuple[Array, Any]:
             # Steps spread over the output positions where there are fewer of them.
@@ -244,7 +277,7 @@ class _Maker:
             return jax.lax.fori_loop(0, self.steps, body, (states[0], carry))
 
         # All outputs are waited for: of a carry that is empty there would be nothing to wait for.
-        return _Part(lambda carry: jax.block_until_ready(run(params, states, carry))[1], carry, self.steps)
+        return _Part(lambda carry: jax.block_until_ready(run(params, states, carry))[1], carry, float(self.steps))
 
 
 def device_identity() -> dict[str, Any]:
@@ -267,14 +300,14 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _repeated(run: Callable[[Params, Array], Any], params: Params, x: Array) -> _Part:
-    """Timing of one call whose input stays."""
+def _repeated(run: Callable[[Params, Array], Any], params: Params, x: Array, steps: float = 1.0) -> _Part:
+    """Timing of one call whose input stays; it does `steps` of the whole work."""
 
     def again(state: Array) -> Array:
         jax.block_until_ready(run(params, state))
         return state
 
-    return _Part(again, x, 1)
+    return _Part(again, x, steps)
 
 
 def _without_layers(params: Params) -> Params:

@@ -7,12 +7,11 @@ from functools import cached_property
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.convert_hf.load import Description, describe_checkpoint, load_checkpoint
 from puzzle_jax.errors import ConfigError
-from puzzle_jax.model.network import to_compute
+from puzzle_jax.model.network import compute_dtype, to_compute
 from puzzle_jax.model.spec import Params
 from puzzle_jax.tasks import Chat
 
@@ -54,8 +53,7 @@ class Parent:
     @cached_property
     def params(self) -> Params:
         """Dense weights: float32 on CPU, bfloat16 elsewhere."""
-        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-        return jax.jit(to_compute, static_argnums=1)(load_checkpoint(self.directory).params, dtype)
+        return jax.jit(to_compute, static_argnums=1)(load_checkpoint(self.directory).params, compute_dtype())
 
     @property
     def fingerprint(self) -> dict[str, int]:

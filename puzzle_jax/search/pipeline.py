@@ -31,19 +31,21 @@ from puzzle_jax.convert_hf.export import export_child
 from puzzle_jax.convert_hf.load import load_checkpoint
 from puzzle_jax.convert_hf.table import tensor_bytes
 from puzzle_jax.errors import PuzzleError
-from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions, by_effort
-from puzzle_jax.evaluate.throughput import measure_throughput
+from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions
+from puzzle_jax.evaluate.summary import by_effort
+from puzzle_jax.evaluate.throughput import Spread, measure_throughput
+from puzzle_jax.generate.batches import micro_batches
 from puzzle_jax.generate.traces import read_traces, write_traces
 from puzzle_jax.model.child import Child, ChildBlock, cut_params
 from puzzle_jax.model.network import to_compute
 from puzzle_jax.model.spec import count_params
+from puzzle_jax.progress import progress
 from puzzle_jax.report.table import SearchReport
 from puzzle_jax.search.baselines import experts_only, uniform, windows_only
 from puzzle_jax.search.costs import Costs, Provider, compute_costs, read_costs
 from puzzle_jax.search.measured import Measured, device_identity
 from puzzle_jax.search.parent import Parent
 from puzzle_jax.search.problem import Candidate, Problem, Scores
-from puzzle_jax.search.progress import progress
 from puzzle_jax.search.rank import METHODS, Ranking, rank_experts
 from puzzle_jax.search.recipe import Recipe
 from puzzle_jax.search.roofline import Roofline
@@ -56,7 +58,6 @@ from puzzle_jax.search.space import (
     distinct_choices,
 )
 from puzzle_jax.search.stages import Stage, open_run, run_stage
-from puzzle_jax.search.traces import micro_batches
 
 STAGES = ("cost", "trace", "rank", "score", "solve", "assemble", "evaluate", "report")
 TRACE_SETS = ("calibration", "validation", "heldout")
@@ -144,8 +145,8 @@ class Search:
                         questions,
                         max_tokens=settings.max_tokens,
                         temperature=settings.temperature,
-                        batch_size=settings.batch_size,
-                        on_batch=advance,
+                        slots=settings.batch_size,
+                        on_answer=lambda *_: advance(1),
                     )
                     write_traces(out / f"{name}.parquet", answers)
 
@@ -305,9 +306,9 @@ class Search:
                     self.parent.chat,
                     questions,
                     max_tokens=self.recipe.traces.max_tokens,
-                    batch_size=self.recipe.traces.batch_size,
+                    slots=self.recipe.traces.batch_size,
                     view=child.view,
-                    on_batch=advance,
+                    on_answer=lambda *_: advance(1),
                 )
                 accuracy[name] = {k: asdict(v) for k, v in by_effort(answers, questions.efforts).items()}
         dtype = params["embedding"].dtype
@@ -315,7 +316,7 @@ class Search:
         models = {name: (cut_params(params, child), child.config) for name, child in children.items()}
         models["child"] = (to_compute(exported.params, dtype), exported.config)
         rounds = self.recipe.evaluate.rounds
-        with progress(self.console, "throughput", rounds + 1) as advance:
+        with progress(self.console, "throughput", rounds) as advance:
             speeds = measure_throughput(
                 models,
                 batch=scenario.batch,
@@ -332,7 +333,7 @@ class Search:
                 "expert_bytes": costs.expert_bytes(candidate.blocks),
                 "kv_bytes": costs.kv_bytes(candidate.blocks),
                 "predicted_tokens_per_second": costs.tokens_per_second(candidate.blocks),
-                "throughput": asdict(speeds[name]),
+                "throughput": _throughput(speeds[name]),
                 "predicted_kl": candidate.score,
                 "heldout": asdict(score),
                 "efforts": accuracy[name],
@@ -409,6 +410,10 @@ class Search:
         if not found.exists():
             raise PuzzleError(f"{found} is missing; run the stages before it first (or all: `puzzle search`)")
         return found
+
+
+def _throughput(speed: Spread) -> dict[str, float | int]:
+    return {"tokens_per_second": speed.median, "low": speed.low, "high": speed.high, "rounds": speed.rounds}
 
 
 def _mask(choice: ExpertChoice, experts: int) -> np.ndarray:

@@ -22,12 +22,12 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from puzzle_jax.config import ModelConfig
+from puzzle_jax.generate.batches import MicroBatch
 from puzzle_jax.kernels.expert_mlp import expert_outputs
 from puzzle_jax.kernels.route import top_k_ids
 from puzzle_jax.model.network import attention_block, embed, rms_norm
 from puzzle_jax.model.rope import rope_table
 from puzzle_jax.model.spec import Params, layer_experts
-from puzzle_jax.search.traces import MicroBatch
 
 METHODS = ("removal_error", "reap", "frequency")
 

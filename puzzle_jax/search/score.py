@@ -25,12 +25,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from puzzle_jax.config import ModelConfig
+from puzzle_jax.evaluate.divergence import divergence
+from puzzle_jax.generate.batches import MicroBatch
 from puzzle_jax.model.child import Child
 from puzzle_jax.model.network import attention_block, embed, moe_block
 from puzzle_jax.model.rope import rope_table
 from puzzle_jax.model.spec import Params
-from puzzle_jax.search.divergence import divergence
-from puzzle_jax.search.traces import MicroBatch
 
 BUCKETS = (64, 256)  # tokens of a trace: up to 64, up to 256, beyond
 

@@ -1,7 +1,7 @@
 """Problems with verifiable answers, and their rendering as a chat.
 
-`TASKS` are the embedded families; `get_task` finds one by name. `Chat` renders prompts with a checkpoint's
-own tokenizer and template and reads the channels back.
+`TASKS` are the embedded families; `get_task` finds one of them, a family of reasoning-gym, or a file of prompts with
+answers by name. `Chat` renders prompts with a checkpoint's own tokenizer and template and reads the channels back.
 """
 
 from __future__ import annotations
@@ -11,14 +11,25 @@ from types import MappingProxyType
 
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.tasks.arithmetic import Add, Chain
-from puzzle_jax.tasks.base import EFFORTS, Problem, Task, check_effort, is_held_out, problems
+from puzzle_jax.tasks.base import (
+    EFFORTS,
+    FiniteTask,
+    Problem,
+    Task,
+    WorkedTask,
+    check_effort,
+    is_held_out,
+    problems,
+)
 from puzzle_jax.tasks.chat import Chat, Completion
+from puzzle_jax.tasks.gym import PREFIX, gym_families, gym_task
+from puzzle_jax.tasks.jsonl import JsonlTask
 from puzzle_jax.tasks.recall import DISTANCE_BUCKETS, Recall
 
-PRETRAINING_TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in (Chain(), Add(), Recall())})
+PRETRAINING_TASKS: Mapping[str, WorkedTask] = MappingProxyType({task.name: task for task in (Chain(), Add(), Recall())})
 """The families at the difficulty that the embedded parent was trained on."""
 
-TASKS: Mapping[str, Task] = MappingProxyType(
+TASKS: Mapping[str, WorkedTask] = MappingProxyType(
     {
         task.name: task
         for task in (
@@ -33,10 +44,25 @@ training, so that even high effort has room above it."""
 
 
 def get_task(name: str) -> Task:
-    """The embedded family of this name; raises `ConfigError`, naming the known ones, when there is none."""
-    if name not in TASKS:
-        raise ConfigError(f"task is {name!r}, but must be one of {', '.join(TASKS)}")
-    return TASKS[name]
+    """The task of this name.
+
+    Args:
+      name: an embedded family (one of `TASKS`); `reasoning-gym:<family>`; or the path of a `.jsonl` file of prompts
+        with answers.
+
+    Raises:
+      ConfigError: there is no such task, the extra `reasoning-gym` is needed but not installed, or the file is not
+        of the form that `puzzle_jax.tasks.jsonl` describes.
+    """
+    if name in TASKS:
+        return TASKS[name]
+    if name.startswith(PREFIX):
+        return gym_task(name.removeprefix(PREFIX))
+    if name.endswith(".jsonl"):
+        return JsonlTask.load(name)
+    raise ConfigError(
+        f"task is {name!r}, but must be one of {', '.join(TASKS)}, {PREFIX}<family>, or the path of a .jsonl file"
+    )
 
 
 __all__ = [
@@ -46,10 +72,14 @@ __all__ = [
     "TASKS",
     "Chat",
     "Completion",
+    "FiniteTask",
+    "JsonlTask",
     "Problem",
     "Task",
+    "WorkedTask",
     "check_effort",
     "get_task",
+    "gym_families",
     "is_held_out",
     "problems",
 ]

@@ -12,7 +12,7 @@ import random
 from dataclasses import dataclass
 
 from puzzle_jax.errors import ConfigError
-from puzzle_jax.tasks.base import Problem, check_effort, check_skew, draw_level, equal_text
+from puzzle_jax.tasks.base import Problem, check_effort, check_skew, draw_level, score_equal_text
 
 SEPARATORS = ",;"
 """A trace's step ends in one of these, drawn by the problem's seed: text with some entropy, as real text has."""
@@ -58,8 +58,8 @@ class Chain:
         values = _running_values(text)
         return Problem(self.name, seed, f"mod {text}", str(values[-1]), {"steps": steps})
 
-    def verify(self, problem: Problem, final_text: str) -> bool:
-        return equal_text(problem, final_text)
+    def score(self, problem: Problem, final_text: str) -> float:
+        return score_equal_text(problem, final_text)
 
     def trace(self, problem: Problem, effort: str) -> str:
         if check_effort(effort) == "low":
@@ -107,8 +107,8 @@ class Add:
         details = {"digits": digits, "carries": carries}
         return Problem(self.name, seed, f"add {first}+{second}", str(first + second), details)
 
-    def verify(self, problem: Problem, final_text: str) -> bool:
-        return equal_text(problem, final_text)
+    def score(self, problem: Problem, final_text: str) -> float:
+        return score_equal_text(problem, final_text)
 
     def trace(self, problem: Problem, effort: str) -> str:
         if check_effort(effort) == "low":

@@ -1,8 +1,9 @@
-"""What a task is: problems drawn by seed, an exact check of the answer, and worked traces at three efforts.
+"""What a task is: problems drawn by seed, and a score from 0 to 1 for an answer.
 
 A task is everything that reasoning needs and nothing of how a model is asked: `puzzle_jax.tasks.chat` turns a
-problem's prompt into tokens. Traces are texts to pretrain the embedded parent on; no other stage may read them.
-Left out: problems from outside (files, reasoning-gym), partial credit.
+problem's prompt into tokens. Two kinds of task know more: a `WorkedTask` writes worked traces, texts to pretrain the
+embedded parent on, which no other stage may read; a `FiniteTask` has so many problems and no more.
+Left out: conversations of several turns, and answers that need tools.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import count
 from types import MappingProxyType
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from puzzle_jax.errors import ConfigError
 
@@ -26,14 +27,15 @@ _HELD_OUT_ONE_IN = 8
 
 @dataclass(frozen=True)
 class Problem:
-    """One question with its only right answer.
+    """One question with a right answer.
 
     Attributes:
       task: name of the task it was drawn from.
       seed: the seed that draws it again.
       prompt: the user's message.
-      answer: the text that the final channel must hold.
+      answer: a text of the final channel that is right; "" where the task knows none and checks answers by rule.
       details: what makes it hard, as whole numbers (steps, digits, distance in tokens), to report accuracy by.
+      entry: what else the task needs to score an answer; follows from task and seed, so that it is not compared.
     """
 
     task: str
@@ -41,13 +43,14 @@ class Problem:
     prompt: str
     answer: str
     details: Mapping[str, int] = field(default_factory=dict)
+    entry: Any = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "details", MappingProxyType(dict(self.details)))
 
     def __reduce__(self):
         # A mappingproxy cannot be pickled, and problems travel to worker processes.
-        return (Problem, (self.task, self.seed, self.prompt, self.answer, dict(self.details)))
+        return (Problem, (self.task, self.seed, self.prompt, self.answer, dict(self.details), self.entry))
 
 
 @runtime_checkable
@@ -63,12 +66,27 @@ class Task(Protocol):
         """The problem of this seed; equal seeds give equal problems on every platform."""
         ...
 
-    def verify(self, problem: Problem, final_text: str) -> bool:
-        """Whether the text of the final channel answers the problem."""
+    def score(self, problem: Problem, final_text: str) -> float:
+        """From 0 to 1 for the text of the final channel; 1 is right, anything between is partial credit."""
         ...
+
+
+@runtime_checkable
+class WorkedTask(Task, Protocol):
+    """A family that can also write out the work: only such tasks are pretrained on."""
 
     def trace(self, problem: Problem, effort: str) -> str:
         """The worked analysis that leads to the answer; "" means that the answer is given at once."""
+        ...
+
+
+@runtime_checkable
+class FiniteTask(Task, Protocol):
+    """A task whose seeds end: 0 to `size` - 1."""
+
+    @property
+    def size(self) -> int:
+        """Number of problems."""
         ...
 
 
@@ -104,19 +122,21 @@ def is_held_out(problem: Problem) -> bool:
 
 
 def problems(task: Task, first_seed: int = 0, held_out: bool = True) -> Iterator[Problem]:
-    """Endless problems of one side of the split, from `first_seed` upwards.
+    """The task's problems from `first_seed` upwards: endless, or up to the last one of a finite task.
+
+    Of a worked task only one side of `is_held_out`; other tasks were never pretrained on, and give every problem.
 
     Raises:
       ConfigError: when `first_seed` is negative.
     """
     if first_seed < 0:
         raise ConfigError(f"first_seed is {first_seed}, but must be at least 0")
-    for seed in count(first_seed):
+    for seed in range(first_seed, task.size) if isinstance(task, FiniteTask) else count(first_seed):
         problem = task.sample(seed)
-        if is_held_out(problem) == held_out:
+        if not isinstance(task, WorkedTask) or is_held_out(problem) == held_out:
             yield problem
 
 
-def equal_text(problem: Problem, final_text: str) -> bool:
-    """Exact comparison with the answer, surrounding white space aside."""
-    return final_text.strip() == problem.answer
+def score_equal_text(problem: Problem, final_text: str) -> float:
+    """1 for exactly the answer, surrounding white space aside; else 0."""
+    return float(final_text.strip() == problem.answer)

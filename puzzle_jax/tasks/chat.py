@@ -3,15 +3,17 @@
 Works on the files that a checkpoint carries: tokenizer.json, chat_template.jinja (or `chat_template` in
 tokenizer_config.json), and the end and pad ids of generation_config.json or config.json. The template is rendered
 with the same sandbox and options as transformers' `apply_chat_template`, so that the ids are the same; transformers
-itself is not needed. The message form is harmony (gpt-oss): analysis and final channels.
-Left out: tools, several turns, other chat formats.
+itself is not needed. The message form is harmony (gpt-oss): analysis and final channels. Special tokens written out
+in a prompt become special tokens, as they do in transformers.
+Left out: tools (calls are recognised and set aside), other chat formats.
 """
 
 from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,10 +23,12 @@ import jinja2
 import jinja2.sandbox
 import tokenizers
 
-from puzzle_jax.errors import CheckpointError
+from puzzle_jax.errors import CheckpointError, ConfigError
 from puzzle_jax.tasks.base import check_effort
 
 _EFFORT_VARIABLE = "reasoning_effort"
+_CHANNEL = re.compile(r"\w+")
+_RECIPIENT = re.compile(r"(^|[\s>])to=")
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,8 @@ class Completion:
 
     Attributes:
       analysis: text of the analysis channel, "" when it wrote none.
-      final: text of the final channel, "" when it never got there.
+      final: text of the final channel, "" when it never got there: cut short, stopped inside its analysis, or ended
+        in a call.
       truncated: whether the tokens end before a stop id does.
     """
 
@@ -90,46 +95,58 @@ class Chat:
             chat._special(token)
         return chat
 
-    def prompt_tokens(self, prompt: str, effort: str = "medium") -> list[int]:
-        """Tokens of a conversation with one user message, up to where the assistant begins."""
-        check_effort(effort)
-        text = self._render(
-            messages=[{"role": "user", "content": prompt}],
-            add_generation_prompt=True,
-            **{_EFFORT_VARIABLE: effort},
-        )
-        return self.encode(text)
+    def prompt_tokens(self, prompt: str | Sequence[Mapping[str, Any]], effort: str = "medium") -> list[int]:
+        """Tokens of a conversation up to where the assistant begins.
 
-    def completion_tokens(self, analysis: str, final: str) -> list[int]:
-        """Tokens that the assistant should write after `prompt_tokens`; no analysis message when it is ""."""
-        text = f"<|channel|>final<|message|>{final}<|return|>"
-        if analysis:
-            text = f"<|channel|>analysis<|message|>{analysis}<|end|><|start|>assistant{text}"
-        return self.encode(text)
+        Args:
+          prompt: one user message, or messages of the form {"role", "content"}. What an assistant's message thought
+            ("thinking") is never rendered: earlier analysis leaves the history once there is a final answer.
+          effort: one of `EFFORTS`.
+
+        Raises:
+          ConfigError: an unknown effort, or a message without role or content.
+          CheckpointError: the template refuses the conversation.
+        """
+        check_effort(effort)
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _history(prompt)
+        return self.encode(
+            self._render(messages=messages, add_generation_prompt=True, **{_EFFORT_VARIABLE: effort}),
+        )
+
+    def completion_tokens(self, analysis: str, final: str, *, cut: bool = False) -> list[int]:
+        """Tokens that the assistant should write after `prompt_tokens`; no analysis message when it is "".
+
+        `cut` gives an answer that a limit ended: it has no stop id, and without a final text ends in its analysis.
+        """
+        thought = f"<|channel|>analysis<|message|>{analysis}" if analysis else ""
+        if cut and not final:
+            return self.encode(thought)
+        between = "<|end|><|start|>assistant" if analysis else ""
+        end = "" if cut else "<|return|>"
+        return self.encode(f"{thought}{between}<|channel|>final<|message|>{final}{end}")
 
     def parse(self, tokens: Sequence[int]) -> Completion:
         """Splits what the assistant wrote into its channels.
 
-        Everything after the first stop id is ignored. A message whose header is broken or whose channel is another
-        one (commentary) is skipped; several messages on one channel are joined by new lines.
+        Everything after the first stop id is ignored. A message is skipped when its header is broken, its channel is
+        another one (commentary), or it goes to a tool (`to=...`); several messages on one channel are joined by new
+        lines. A constraint in the header (`<|constrain|>json`) says nothing about the channel.
         """
         tokens = [int(token) for token in tokens]
         stop = next((i for i, token in enumerate(tokens) if token in self.stop_ids), None)
         if stop is not None:
             tokens = tokens[:stop]
         channel_id, message_id, end_id = (self._special(t) for t in ("<|channel|>", "<|message|>", "<|end|>"))
-        texts: dict[str, list[str]] = {}
+        texts: dict[str, list[str]] = {"analysis": [], "final": []}
         for message in _split(tokens, end_id):
             if channel_id not in message or message_id not in message:
                 continue
-            header = message[message.index(channel_id) + 1 : message.index(message_id)]
-            name = self.decode(header).split() or [""]
-            texts.setdefault(name[0], []).append(self.decode(message[message.index(message_id) + 1 :]))
-        return Completion(
-            analysis="\n".join(texts.get("analysis", [])),
-            final="\n".join(texts.get("final", [])),
-            truncated=stop is None,
-        )
+            start = message.index(message_id)
+            name = _CHANNEL.match(self.decode(message[message.index(channel_id) + 1 : start]))
+            if name is None or name[0] not in texts or _RECIPIENT.search(self.decode(message[:start])):
+                continue
+            texts[name[0]].append(self.decode(message[start + 1 :]))
+        return Completion("\n".join(texts["analysis"]), "\n".join(texts["final"]), truncated=stop is None)
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a rendered text; special tokens in it become their ids."""
@@ -163,6 +180,19 @@ class Chat:
             return self._compiled.render(**variables)
         except jinja2.TemplateError as error:
             raise CheckpointError(f"the chat template refused the conversation: {error}") from None
+
+
+def _history(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Role and content of every message."""
+    if not messages:
+        raise ConfigError("the conversation has no message, but must have at least one")
+    history = []
+    for number, message in enumerate(messages, 1):
+        for field in ("role", "content"):
+            if not isinstance(message.get(field), str):
+                raise ConfigError(f"message {number}: {field} is {message.get(field)!r}, but must be a text")
+        history.append({"role": message["role"], "content": message["content"]})
+    return history
 
 
 def _tojson(value: Any, indent: int | None = None) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.tasks.arithmetic import SEPARATORS
-from puzzle_jax.tasks.base import Problem, check_effort, check_skew, draw_level, equal_text
+from puzzle_jax.tasks.base import Problem, check_effort, check_skew, draw_level, score_equal_text
 
 _KEYS = string.ascii_uppercase
 # Two-letter syllables: no word that the embedded tokenizer holds as one token can come out of them,
@@ -67,8 +67,8 @@ class Recall:
         details = {"asked": len(asked), "entries": entries, "distance": distance}
         return Problem(self.name, seed, f"{text}?{''.join(asked)}", str(answer), details)
 
-    def verify(self, problem: Problem, final_text: str) -> bool:
-        return equal_text(problem, final_text)
+    def score(self, problem: Problem, final_text: str) -> float:
+        return score_equal_text(problem, final_text)
 
     def trace(self, problem: Problem, effort: str) -> str:
         if check_effort(effort) == "low":

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from puzzle_jax.errors import ConfigError
-from puzzle_jax.tasks import Chat, Task, is_held_out
+from puzzle_jax.tasks import Chat, WorkedTask, is_held_out
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Bucket:
 class Mixture:
     """What examples are drawn from: tasks and efforts with their relative weights."""
 
-    tasks: tuple[tuple[Task, float], ...]
+    tasks: tuple[tuple[WorkedTask, float], ...]
     efforts: tuple[tuple[str, float], ...]
 
 
@@ -82,7 +82,7 @@ class Batch(NamedTuple):
     segment_ids: Int[np.ndarray, "rows length"]
 
 
-def make_example(chat: Chat, task: Task, seed: int, effort: str) -> Example | None:
+def make_example(chat: Chat, task: WorkedTask, seed: int, effort: str) -> Example | None:
     """The worked example of a seed, or None when the seed's problem is held out."""
     problem = task.sample(seed)
     if is_held_out(problem):

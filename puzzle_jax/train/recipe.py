@@ -16,7 +16,7 @@ import yaml
 
 from puzzle_jax.config import BlockConfig, ModelConfig, RopeConfig
 from puzzle_jax.errors import ConfigError
-from puzzle_jax.tasks import check_effort, get_task
+from puzzle_jax.tasks import PRETRAINING_TASKS, check_effort
 from puzzle_jax.train.data import Bucket
 
 
@@ -63,7 +63,9 @@ class PretrainRecipe:
 
     def __post_init__(self) -> None:
         for task in self.tasks:
-            get_task(task)
+            if task not in PRETRAINING_TASKS:
+                known = ", ".join(PRETRAINING_TASKS)
+                raise ConfigError(f"task is {task!r}, but must be one of {known}, which have worked traces")
         for effort in self.efforts:
             check_effort(effort)
         for name in ("tasks", "efforts"):

@@ -160,18 +160,17 @@ def test_a_sharded_parent_and_a_sharded_child(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"one", "many", "child_of_one", "child_of_many"}
 
 
-def test_wide_floats_of_the_parent_are_rounded_and_kv_scales_copied(tmp_path):
+def test_wide_floats_of_the_parent_are_rounded(tmp_path):
     parent = write_random(tmp_path / "parent", packable_config())
     tensors = {name: np.array(tensor.read()) for name, tensor in open_tensors(parent).tensors.items()}
     norm = np.linspace(0.1, 2, 96, dtype=np.float32)
-    tensors |= {"model.norm.weight": norm, "model.layers.0.self_attn.k_scale": np.array(0.25, np.float32)}
+    tensors |= {"model.norm.weight": norm}
     kinds = {"float32": "F32", "bfloat16": "BF16", "uint8": "U8"}
     plan = [PlannedTensor(n, kinds[a.dtype.name], a.shape, lambda a=a: a) for n, a in tensors.items()]
     write_tensors(parent, plan)
     export_mixed(parent, tmp_path / "child")
     after = stored_bytes(tmp_path / "child")
     assert after["model.norm.weight"] == norm.astype(jnp.bfloat16).tobytes()
-    assert after["model.layers.0.self_attn.k_scale"] == np.float32(0.25).tobytes()
 
 
 def test_packed_parameters_are_written_as_they_are(tmp_path):

@@ -143,12 +143,6 @@ def test_read_config_needs_no_weights(tmp_path):
     assert read_config(directory) == read_config(directory / "config.json") == small_config(MIXED)
 
 
-def test_kv_scales_are_accepted(tmp_path):
-    directory = write_random(tmp_path / "model", small_config(), "bf16")
-    rewrite(directory, **{"model.layers.0.self_attn.k_scale": np.array(0.5, np.float32)})
-    load_checkpoint(directory)
-
-
 def cut_short(directory: Path) -> None:
     data = (directory / SINGLE).read_bytes()
     (directory / SINGLE).write_bytes(data[: len(data) - 100])

@@ -1,10 +1,11 @@
+from functools import partial
+
 import jax
 import pytest
 
-from puzzle_jax.config import BlockConfig
 from puzzle_jax.errors import ConfigError, PuzzleError
-from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions, by_effort, summarise
-from puzzle_jax.evaluate.throughput import measure_throughput, summary
+from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions
+from puzzle_jax.evaluate.summary import by_effort, by_task, summarise
 from puzzle_jax.generate.traces import Trace
 from puzzle_jax.model.spec import init_params
 from puzzle_jax.tasks import is_held_out
@@ -52,49 +53,63 @@ def test_impossible_questions_are_refused(changes, message):
         questions(**changes)
 
 
-def test_answers_are_judged_by_their_final_channel():
-    """A model cannot answer at random: every answer of an untrained one is wrong, and cut at its limit."""
+LIMITS = {"low": 5, "high": 7}
+
+
+@pytest.fixture(scope="module")
+def ask():
     config = small_config(vocab_size=128)
     params = init_params(config, jax.random.key(0))
-    limits = {"low": 5, "high": 7}
-    answers = answer_questions(params, config, embedded_chat(), questions(), max_tokens=limits, batch_size=6)
+    return partial(
+        answer_questions, params, config, embedded_chat(), questions(), max_tokens=LIMITS, slots=6, temperature=1.0
+    )
+
+
+@pytest.fixture(scope="module")
+def answers(ask):
+    return ask()
+
+
+def test_answers_are_judged_by_their_final_channel(answers):
+    """A model cannot answer at random: every answer of an untrained one is wrong, and cut at its limit."""
     assert [a.effort for a in answers] == ["low", "high"] * 6
     assert not any(a.correct for a in answers)
     for answer in answers:
-        assert answer.truncated == (len(answer.completion) == limits[answer.effort])
+        assert answer.truncated == (answer.completion[-1] not in embedded_chat().stop_ids)
+        assert not answer.truncated or len(answer.completion) == LIMITS[answer.effort]
+    assert any(answer.truncated for answer in answers)
+
+
+def test_skipped_questions_are_not_asked_and_change_no_other_answer(ask, answers):
+    told = {}
+    some = ask(skip={0, 3, 4, 11}, on_answer=told.__setitem__)
+    left = [1, 2, 5, 6, 7, 8, 9, 10]
+    assert sorted(told) == left
+    assert some == [answers[index] for index in left] == [told[index] for index in left]
 
 
 def test_summaries_by_hand():
-    def answer(effort, correct, tokens, truncated=False):
-        return Trace("chain", effort, 0, {}, (1,), tuple(range(tokens)), float(correct), truncated)
+    def answer(effort, reward, tokens, truncated=False, task="chain"):
+        return Trace(task, effort, 0, {}, (1,), tuple(range(tokens)), reward, truncated)
 
     answers = [
-        answer("low", True, 4),
-        answer("low", False, 8, True),
-        answer("high", True, 10),
-        answer("high", True, 20),
+        answer("low", 1.0, 4),
+        answer("low", 0.5, 8, True),
+        answer("high", 1.0, 10),
+        answer("high", 1.0, 20, task="add"),
     ]
     results = by_effort(answers, ("low", "high"))
-    assert results["low"].accuracy == 0.5 and results["low"].mean_tokens == 6 and results["low"].truncated == 0.5
-    assert results["low"].accuracy_se == pytest.approx((0.25 / 2) ** 0.5)
-    assert results["high"].accuracy == 1 and results["high"].accuracy_se == 0 and results["high"].answers == 2
+    low, high = results["low"], results["high"]
+    assert (low.accuracy, low.mean_reward, low.mean_tokens, low.truncated) == (0.5, 0.75, 6, 0.5)
+    assert low.token_quantiles == pytest.approx({"10": 4.4, "50": 6.0, "90": 7.6, "99": 7.96})
+    assert low.accuracy_se == pytest.approx((0.25 / 2) ** 0.5)
+    assert low.low == pytest.approx(1 - low.high) and 0 < low.low < 0.5
+    assert high.accuracy == 1 and high.accuracy_se == 0 and high.answers == 2 and high.high == 1.0
+    assert [(task, found.mean_tokens) for task, found in by_task(answers[2:]).items()] == [("chain", 10), ("add", 20)]
     with pytest.raises(ConfigError, match="no answers"):
         summarise([])
 
 
-def test_every_model_runs_every_round():
-    config = small_config((BlockConfig(7, 5), BlockConfig(3, None)))
-    params = init_params(config, jax.random.key(0))
-    models = {"a": (params, config), "b": (params, config)}
-    rounds = []
-    results = measure_throughput(
-        models, batch=3, input_tokens=20, output_tokens=6, rounds=2, on_round=lambda: rounds.append(1)
-    )
-    assert [r.rounds for r in results.values()] == [2, 2] and len(rounds) == 3
-    assert all(r.low <= r.tokens_per_second <= r.high for r in results.values())
-
-
-def test_throughput_counts_generated_tokens_over_all_seconds():
-    result = summary([(1.0, 1.0), (1.0, 3.0), (0.5, 0.5)], tokens=12)
-    assert (result.tokens_per_second, result.low, result.high) == (6.0, 3.0, 12.0)
-    assert (result.prefill_seconds, result.decode_seconds) == (1.0, 1.0)
+def test_one_context_for_all_questions_gives_the_same_answers(ask, answers):
+    """Slots of 256 positions either way, here because we say so, there because of the questions' own lengths."""
+    assert ask(context=256) == answers

@@ -1,95 +1,186 @@
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from puzzle_jax.config import BlockConfig
-from puzzle_jax.errors import PuzzleError
-from puzzle_jax.generate import Request, generate
+from puzzle_jax.errors import ConfigError, PuzzleError
+from puzzle_jax.generate import Engine, Request, Sampling, generate
+from puzzle_jax.model.cache import cache_bytes
+from puzzle_jax.model.cache_format import FLOAT8, CacheFormat, KVScales
 from puzzle_jax.model.child import Child, ChildBlock, cut_params
-from puzzle_jax.model.network import forward
+from puzzle_jax.model.network import forward, hidden_states
+from puzzle_jax.model.sharding import make_mesh, shard_params
 from tests.support import random_params, small_config
 
 STOP = 3
+MIXED = tuple(BlockConfig(count, window) for count, window in ((7, 5), (3, None), (4, 9), (2, None)))
+CONFIG = small_config()
+PARAMS = random_params(CONFIG)
+FLOAT8_CACHE = CacheFormat(
+    FLOAT8, KVScales(jnp.asarray([0.01, 0.02, 0.03, 0.04]), jnp.asarray([0.04, 0.02, 0.03, 0.01]))
+)
 
 
-def requests(count=7):
+def requests(count=7, longest=70):
+    """Prompts from 9 tokens to more than one chunk (64)."""
     rng = np.random.default_rng(0)
-    return [Request(tuple(rng.integers(0, 97, 9 + 11 * i).tolist()), 5 + 6 * i, seed=i) for i in range(count)]
+    lengths = np.linspace(9, longest, count).astype(int)
+    return [Request(tuple(rng.integers(0, 97, n).tolist()), 5 + 6 * i, seed=i) for i, n in enumerate(lengths)]
 
 
-def greedy(params, config, request):
-    """One token at a time, no cache."""
+_uncached = jax.jit(forward, static_argnames="config")
+
+
+def greedy(params, config, request, cache=None):
+    """One token at a time, without a cache."""
     tokens, out = list(request.prompt), []
     while len(out) < request.max_tokens and STOP not in out:
         padded = jnp.zeros((1, 128), jnp.int32).at[0, : len(tokens)].set(jnp.asarray(tokens))
-        out.append(int(forward(params, config, padded)[0, len(tokens) - 1].argmax()))
+        out.append(int(_uncached(params, config=config, tokens=padded, cache=cache)[0, len(tokens) - 1].argmax()))
         tokens.append(out[-1])
     return tuple(out)
 
 
-def test_batched_cached_generation_equals_the_uncached_pass_for_a_heterogeneous_model():
-    config = small_config(tuple(BlockConfig(c, w) for c, w in ((7, 5), (3, None), (4, 9), (2, None))))
+@pytest.mark.parametrize("cache", [None, FLOAT8_CACHE], ids=["float32", "float8"])
+def test_chunked_cached_batched_tokens_equal_the_uncached_pass_for_a_heterogeneous_model(cache):
+    config = small_config(MIXED)
     params = random_params(config)
-    answers = generate(params, config, requests(), stop_ids=[STOP], batch_size=3)
+    answers = generate(params, config, requests(), stop_ids=[STOP], slots=3, cache=cache)
     for request, answer in zip(requests(), answers, strict=True):
-        assert answer.tokens == greedy(params, config, request)
+        assert answer.tokens == greedy(params, config, request, cache)
         assert answer.truncated == (answer.tokens[-1] != STOP)
     assert len({answer.tokens for answer in answers}) == len(answers)
 
 
+def test_bfloat16_tokens_are_the_likeliest_of_the_uncached_pass_up_to_rounding():
+    config = small_config(MIXED)
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), random_params(config))
+    answers = generate(params, config, requests(), stop_ids=(), slots=3)
+    behind = []
+    for request, answer in zip(requests(), answers, strict=True):
+        row = jnp.zeros((1, 128), jnp.int32)
+        ids = request.prompt + answer.tokens
+        logits = np.asarray(_uncached(params, config=config, tokens=row.at[0, : len(ids)].set(jnp.asarray(ids)))[0])
+        for index, token in enumerate(answer.tokens, start=len(request.prompt) - 1):
+            behind.append(float(logits[index].max() - logits[index, token]))
+    assert len(behind) == sum(request.max_tokens for request in requests())
+    assert np.mean(np.asarray(behind) == 0) > 0.9 and np.quantile(behind, 0.97) < 0.15
+
+
 def test_a_view_generates_what_its_cut_child_does():
-    config = small_config()
-    params = random_params(config)
     blocks = (ChildBlock((1, 3, 4, 6), 3), ChildBlock((0, 2, 5), 6), ChildBlock((0, 1), 5), ChildBlock((2, 4), None))
-    child = Child(config, blocks)
-    seen = generate(params, config, requests(), stop_ids=[STOP], batch_size=4, view=child.view)
-    cut = generate(cut_params(params, child), child.config, requests(), stop_ids=[STOP], batch_size=4)
-    assert seen == cut != generate(params, config, requests(), stop_ids=[STOP], batch_size=4)
+    child = Child(CONFIG, blocks)
+    seen = generate(PARAMS, CONFIG, requests(), stop_ids=[STOP], slots=4, view=child.view)
+    cut = generate(cut_params(PARAMS, child), child.config, requests(), stop_ids=[STOP], slots=4)
+    assert seen == cut != generate(PARAMS, CONFIG, requests(), stop_ids=[STOP], slots=4)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_answers_do_not_depend_on_order_or_batch_mates(temperature):
-    config = small_config()
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.9, "top_p": 0.8}], ids=["greedy", "sampled"])
+def test_answers_are_the_same_bits_whatever_the_order_and_the_batch_mates(options):
+    options = dict(stop_ids=[STOP], slots=3, log_probs=True, **options)
+    together = generate(PARAMS, CONFIG, requests(), **options)
+    reverse = generate(PARAMS, CONFIG, requests()[::-1], **options)[::-1]
+    alone = [generate(PARAMS, CONFIG, [request], **options)[0] for request in requests()]
+    strangers = [Request((5,) * 40, 3), Request((1, 2), 33), Request((7,) * 66, 1)]
+    crowd = generate(PARAMS, CONFIG, [*strangers, *requests(), *strangers], **options)[3:-3]
+    assert together == reverse == alone == crowd  # log-probabilities too, bit for bit
+    assert all(len(answer.log_probs) == len(answer.tokens) for answer in together)
+
+
+def test_log_probabilities_and_experts_are_those_of_the_uncached_pass():
+    config = small_config(MIXED)
     params = random_params(config)
-    options = dict(stop_ids=[STOP], temperature=temperature, batch_size=3)
-    together = generate(params, config, requests(), **options)
-    reverse = generate(params, config, requests()[::-1], **options)[::-1]
-    alone = [generate(params, config, [request], **options)[0] for request in requests()]
-    assert together == reverse == alone
+    answers = generate(
+        params, config, requests(), stop_ids=[STOP], slots=3, temperature=1.3, log_probs=True, experts=True
+    )
+    whole = jax.jit(hidden_states, static_argnames="config")
+    for request, answer in zip(requests(), answers, strict=True):
+        ids = request.prompt + answer.tokens
+        row = jnp.zeros((1, 128), jnp.int32).at[0, : len(ids)].set(jnp.asarray(ids))
+        logits = _uncached(params, config=config, tokens=row)[0]
+        first = len(request.prompt) - 1
+        expected = jax.nn.log_softmax(logits)[jnp.arange(first, len(ids) - 1), jnp.asarray(answer.tokens)]
+        np.testing.assert_allclose(answer.log_probs, expected, atol=3e-5)
+        _, auxes = whole(params, config=config, tokens=row)
+        assert answer.experts.dtype == np.uint8 and answer.experts.shape == (len(ids) - 1, 4, 2)
+        for layer, aux in enumerate(auxes):
+            np.testing.assert_array_equal(answer.experts[:, layer], aux.routing.ids[: len(ids) - 1])
+
+
+@pytest.mark.parametrize("data,model", [(2, 3), (4, 1)])
+def test_a_mesh_gives_the_same_tokens(data, model):
+    mesh = make_mesh(data, model)
+    sharded = shard_params(PARAMS, CONFIG, mesh)
+    apart = generate(sharded, CONFIG, requests(), stop_ids=[STOP], slots=4, mesh=mesh)
+    assert apart == generate(PARAMS, CONFIG, requests(), stop_ids=[STOP], slots=4)
 
 
 def test_sampling_follows_its_seed():
-    config = small_config()
-    params = random_params(config)
     prompt = requests()[2].prompt
     twice = [Request(prompt, 20, seed=1), Request(prompt, 20, seed=1), Request(prompt, 20, seed=2)]
-    first, second, third = generate(params, config, twice, stop_ids=[STOP], temperature=1.0)
+    first, second, third = generate(PARAMS, CONFIG, twice, stop_ids=[STOP], temperature=1.0, slots=3)
     assert first == second != third
 
 
-def test_sampled_frequencies_are_the_models_probabilities():
+@pytest.mark.parametrize("top_p", [1.0, 0.6])
+def test_sampled_frequencies_are_the_models_probabilities(top_p):
     config = small_config(vocab_size=11)
     params = random_params(config)
     prompt = (1, 2, 4)
     draws = [Request(prompt, 1, seed=i) for i in range(2000)]
-    answers = generate(params, config, draws, stop_ids=[STOP], temperature=1.0, batch_size=500)
+    answers = generate(params, config, draws, stop_ids=[STOP], temperature=0.7, top_p=top_p, slots=500)
     counts = np.bincount([answer.tokens[0] for answer in answers], minlength=11) / 2000
-    logits = np.asarray(forward(params, config, jnp.asarray([prompt]))[0, -1], np.float64)
+    logits = np.asarray(forward(params, config, jnp.asarray([prompt]))[0, -1], np.float64) / 0.7
     probabilities = np.exp(logits) / np.exp(logits).sum()
-    np.testing.assert_allclose(counts, probabilities, atol=4 * np.sqrt(0.25 / 2000))
+    order = np.argsort(-probabilities)
+    kept = order[: np.searchsorted(np.cumsum(probabilities[order]), top_p) + 1]
+    expected = np.zeros(11)
+    expected[kept] = probabilities[kept] / probabilities[kept].sum()
+    assert (len(kept) < 11) == (top_p < 1)
+    np.testing.assert_allclose(counts, expected, atol=4 * np.sqrt(0.25 / 2000))
+    assert not counts[expected == 0].any()
 
 
 def test_limits_cut_and_stops_end():
-    config = small_config()
-    params = random_params(config)
     prompt = requests()[0].prompt
-    (free,) = generate(params, config, [Request(prompt, 9)], stop_ids=[96])
-    (one,) = generate(params, config, [Request(prompt, 1)], stop_ids=[96])
+    free, one = generate(PARAMS, CONFIG, [Request(prompt, 9), Request(prompt, 1)], stop_ids=[], slots=3)
     assert len(free.tokens) == 9 and free.truncated
     assert one.tokens == free.tokens[:1] and one.truncated
-    (stopped,) = generate(params, config, [Request(prompt, 9)], stop_ids=[free.tokens[4]])
+    (stopped,) = generate(PARAMS, CONFIG, [Request(prompt, 9)], stop_ids=[free.tokens[4]], slots=3)
     first = free.tokens.index(free.tokens[4])
     assert stopped.tokens == free.tokens[: first + 1] and not stopped.truncated
+
+
+def test_a_stream_tells_every_token_once_and_ends_with_the_completion():
+    engine = Engine(PARAMS, CONFIG, stop_ids=[STOP], context=128, slots=2)
+    told: dict[int, tuple[int, ...]] = {}
+    finished = {}
+    for event in engine.stream(requests(5), burst=3):
+        assert event.index not in finished and (len(event.tokens) <= 3 or event.finished)
+        told[event.index] = told.get(event.index, ()) + event.tokens
+        if event.finished:
+            finished[event.index] = event.finished
+    assert [finished[i] for i in range(5)] == engine.generate(requests(5))
+    assert all(told[i] == finished[i].tokens for i in range(5))
+
+
+def test_who_ends_is_told_before_all_have_ended():
+    seen = []
+    answers = generate(
+        PARAMS, CONFIG, requests(), stop_ids=(), slots=2, on_finish=lambda index, answer: seen.append((index, answer))
+    )
+    assert sorted(index for index, _ in seen) == list(range(7)) and all(answers[i] == a for i, a in seen)
+
+
+@pytest.mark.parametrize("form,size", [(CacheFormat(), 4), (CacheFormat("bfloat16"), 2), (FLOAT8_CACHE, 1)])
+def test_cache_bytes_held_are_the_formula(form, size):
+    engine = Engine(PARAMS, CONFIG, stop_ids=(), context=192, slots=5, cache=form)
+    assert engine.cache_bytes() == 5 * cache_bytes(CONFIG, 192, size) == 5 * size * 60 * (5 + 192 + 5 + 192)
+    longer = Engine(PARAMS, small_config((BlockConfig(7, 5),) * 4), stop_ids=(), context=512, slots=5, cache=form)
+    assert longer.cache_bytes() == 5 * size * 60 * 4 * 5  # windows alone: the context does not matter
 
 
 @pytest.mark.parametrize(
@@ -101,13 +192,38 @@ def test_limits_cut_and_stops_end():
     ],
 )
 def test_impossible_requests_are_refused(request_, message):
-    config = small_config()
     with pytest.raises(PuzzleError, match=message):
-        generate(random_params(config), config, [request_], stop_ids=[STOP])
+        generate(PARAMS, CONFIG, [request_], stop_ids=[STOP])
 
 
-def test_nothing_to_stop_on_is_refused_and_nothing_to_do_is_done():
-    config = small_config()
-    with pytest.raises(PuzzleError, match="stop_ids is empty"):
-        generate(random_params(config), config, requests(), stop_ids=[])
-    assert generate(random_params(config), config, [], stop_ids=[STOP]) == []
+@pytest.mark.parametrize(
+    "make,message",
+    [
+        (lambda: Sampling(temperature=-0.1), "temperature is -0.1, but must be a number of at least 0"),
+        (lambda: Sampling(top_p=0.0), "top_p is 0.0, but must be above 0 and at most 1"),
+        (lambda: CacheFormat("int8"), "cache dtype is 'int8', but must be one of compute"),
+        (lambda: CacheFormat("bfloat16", FLOAT8_CACHE.scales), "scales were given for dtype bfloat16"),
+        (lambda: Engine(PARAMS, CONFIG, stop_ids=(), context=64, slots=0), "slots is 0"),
+        (
+            lambda: Engine(PARAMS, CONFIG, stop_ids=(), context=513),
+            "context is 513, but must be from 1 to the model's 512",
+        ),
+    ],
+)
+def test_impossible_settings_are_refused(make, message):
+    with pytest.raises((ConfigError, PuzzleError), match=message):
+        make()
+
+
+def test_nothing_to_do_is_done():
+    assert generate(PARAMS, CONFIG, [], stop_ids=[STOP]) == []
+
+
+def test_programs_have_one_shape_for_all_requests_of_a_context():
+    from puzzle_jax.generate import slots as programs
+
+    run = partial(generate, PARAMS, CONFIG, stop_ids=[STOP], slots=3)
+    run(requests(2))
+    before = programs.prefill._cache_size(), programs.admit._cache_size(), programs.decode._cache_size()
+    run(requests(5, longest=100))
+    assert before == (programs.prefill._cache_size(), programs.admit._cache_size(), programs.decode._cache_size())

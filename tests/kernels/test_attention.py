@@ -3,9 +3,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from puzzle_jax.kernels.chunk_attention import chunk_attention
 from puzzle_jax.kernels.decode_attention import decode_attention
+from puzzle_jax.kernels.float8 import E4M3, decode_e4m3, encode_e4m3
 from puzzle_jax.kernels.window_attention import window_attention
-from puzzle_jax.model.cache import cache_slots, fill_cache
+from puzzle_jax.model.cache import cache_slots
 
 BATCH, HEADS, KV_HEADS, DIM = 2, 6, 3, 10
 
@@ -117,15 +119,25 @@ def test_bfloat16_stays_near_float32():
     assert float(jnp.abs(rough.astype(jnp.float32) - exact).max()) < 0.05
 
 
+def ring(k, v, lengths, slots):
+    """Keys [batch, heads, dim, slots] and values [batch, heads, slots, dim] of rows that wrote their positions in turn."""
+    keys = np.zeros((BATCH, KV_HEADS, DIM, slots), np.float32)
+    values = np.zeros((BATCH, KV_HEADS, slots, DIM), np.float32)
+    for row, length in enumerate(np.asarray(lengths)):
+        for position in range(length):
+            keys[row, :, :, position % slots] = k[row, position]
+            values[row, :, position % slots] = v[row, position]
+    return jnp.asarray(keys), jnp.asarray(values)
+
+
 @pytest.mark.parametrize("window", [None, 1, 5, 64])
 def test_decoding_from_a_ring_equals_the_last_query_of_the_square(window):
     seq, context = 23, 40
     q, k, v, sinks = arrays(seq)
     lengths = jnp.asarray([seq, 7])
-    cache = fill_cache(k, v, lengths, cache_slots(window, context))
-    assert cache.k.shape[1] == (context if window is None else min(window, context))
+    cache = ring(k, v, lengths, cache_slots(window, context))
     last = jnp.take_along_axis(q, (lengths - 1)[:, None, None, None], axis=1)[:, 0]
-    out = decode_attention(last, cache.k, cache.v, sinks, lengths - 1, window=window)
+    out = decode_attention(last, *cache, sinks, lengths - 1, window=window)
     whole = by_hand(q, k, v, sinks, window)
     np.testing.assert_allclose(out[0], whole[0, seq - 1], atol=2e-6)
     np.testing.assert_allclose(out[1], whole[1, 6], atol=2e-6)
@@ -134,12 +146,61 @@ def test_decoding_from_a_ring_equals_the_last_query_of_the_square(window):
 def test_slots_older_than_the_window_or_never_written_are_not_seen():
     q, k, v, sinks = arrays(9)
     lengths = jnp.asarray([9, 4])
-    cache = fill_cache(k, v, lengths, 12)
-    poisoned = cache.k.at[0, :6].set(jnp.nan).at[1, 4:].set(jnp.nan)
-    visible = jnp.isfinite(poisoned).all(axis=(2, 3))
-    np.testing.assert_array_equal(visible.sum(axis=1), [6, 4])
-    out = decode_attention(
-        q[:, 0], jnp.where(visible[:, :, None, None], cache.k, 1e4), cache.v, sinks, lengths - 1, window=3
-    )
-    plain = decode_attention(q[:, 0], cache.k, cache.v, sinks, lengths - 1, window=3)
-    np.testing.assert_array_equal(out, plain)
+    keys, values = ring(k, v, lengths, 12)
+    poisoned = keys.at[0, ..., :6].set(1e4).at[1, ..., 4:].set(1e4)
+    out = decode_attention(q[:, 0], poisoned, values, sinks, lengths - 1, window=3)
+    np.testing.assert_array_equal(out, decode_attention(q[:, 0], keys, values, sinks, lengths - 1, window=3))
+
+
+@pytest.mark.parametrize("implementation", ["blocks", "reference"])
+@pytest.mark.parametrize("window,slots", [(None, 48), (1, 1), (5, 5), (9, 9), (31, 31), (200, 48)])
+@pytest.mark.parametrize("start", [0, 16, 32])
+def test_a_chunk_sees_what_the_square_sees(implementation, window, slots, start):
+    q, k, v, sinks = arrays(48)
+    keys, values = ring(k, v, [start, start], slots)
+    chunk = slice(start, start + 16)
+    own_k, own_v = k[:, chunk].transpose(0, 2, 3, 1), v[:, chunk].transpose(0, 2, 1, 3)
+    position = jnp.int32(start)
+    options = dict(implementation=implementation)
+    out = chunk_attention(q[:, chunk], own_k, own_v, keys, values, sinks, position, window=window, **options)
+    np.testing.assert_allclose(out, by_hand(q, k, v, sinks, window)[:, chunk], atol=3e-6)
+    if window is not None:  # the same window as data, one per row
+        out = chunk_attention(
+            q[:, chunk], own_k, own_v, keys, values, sinks, position, window=jnp.full(BATCH, window), **options
+        )
+        np.testing.assert_allclose(out, by_hand(q, k, v, sinks, window)[:, chunk], atol=3e-6)
+
+
+def test_long_chunks_and_caches_are_cut_into_blocks():
+    """More than one block of queries (128) and of cached keys (512), in which the last block is partly filled."""
+    keys = jax.random.split(jax.random.key(3), 6)
+    shapes = ((1, 260, 4, 6), (1, 2, 6, 260), (1, 2, 260, 6), (1, 2, 6, 1024), (1, 2, 1024, 6), (4,))
+    data = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+    for window in (None, 300, 700):
+        for start in (0, 260, 780):
+            fast, slow = (
+                chunk_attention(*data, jnp.int32(start), window=window, implementation=implementation)
+                for implementation in ("blocks", "reference")
+            )
+            np.testing.assert_allclose(fast, slow, atol=2e-6)
+
+
+def test_scales_of_a_float8_cache_are_folded_into_logits_and_output():
+    q, k, v, sinks = arrays(24)
+    k_scale, v_scale = jnp.float32(0.011), jnp.float32(0.37)
+    stored = encode_e4m3(k, k_scale), encode_e4m3(v, v_scale)
+    read = [decode_e4m3(x, jnp.float32) * scale for x, scale in zip(stored, (k_scale, v_scale), strict=True)]
+    expected = by_hand(q, *read, sinks, 9)
+    assert np.abs(expected - by_hand(q, k, v, sinks, 9)).max() > 0.01
+    keys, values = (jnp.asarray(x) for x in ring(*(decode_e4m3(x, jnp.float32) for x in stored), [24, 24], 9))
+    keys, values = keys.astype(E4M3), values.astype(E4M3)  # exact: these are e4m3's numbers
+    scales = dict(k_scale=k_scale, v_scale=v_scale)
+    out = decode_attention(q[:, 23], keys, values, sinks, jnp.asarray([23, 23]), window=9, **scales)
+    np.testing.assert_allclose(out, expected[:, 23], atol=3e-6)
+    own_k, own_v = stored[0][:, 16:].transpose(0, 2, 3, 1), stored[1][:, 16:].transpose(0, 2, 1, 3)
+    before = [x.astype(E4M3) for x in ring(*(decode_e4m3(x, jnp.float32) for x in stored), [16, 16], 9)]
+    for implementation in ("blocks", "reference"):
+        out = chunk_attention(
+            q[:, 16:], own_k, own_v, *before, sinks, jnp.int32(16), window=9, implementation=implementation, **scales
+        )
+        np.testing.assert_allclose(out, expected[:, 16:], atol=3e-6)

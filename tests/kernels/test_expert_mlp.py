@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from puzzle_jax.kernels.expert_mlp import IMPLEMENTATIONS, Experts, expert_mlp, expert_outputs
+from puzzle_jax.kernels.expert_mlp import IMPLEMENTATIONS, Experts, capacity, expert_mlp, expert_outputs
 from puzzle_jax.kernels.mxfp4 import MXFP4, decode
 from puzzle_jax.kernels.route import Routing
 
@@ -52,6 +52,12 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_mixture_by_hand(implementation, case):
     ids = CASES[case]
+    if implementation == "capacity" and ids.size > capacity.MAX_MEAN_ROWS * EXPERTS:
+        with pytest.raises(NotImplementedError, match=f"{ids.size} pairs are many for {EXPERTS} experts"):
+            expert_mlp(
+                jnp.ones((len(ids), HIDDEN)), routing_of(ids), make_experts(), limit=LIMIT, implementation="capacity"
+            )
+        return
     x = jax.random.normal(jax.random.key(1), (len(ids), HIDDEN))
     routing, experts = routing_of(ids), make_experts()
     out = expert_mlp(x, routing, experts, limit=LIMIT, implementation=implementation)
@@ -114,3 +120,30 @@ def test_an_unknown_implementation_is_refused_by_name():
         expert_outputs(
             jnp.zeros((1, HIDDEN)), jnp.zeros((1, 1), int), make_experts(), limit=LIMIT, implementation="triton"
         )
+
+
+def test_rounds_of_the_busiest_expert_and_no_more():
+    assert [
+        capacity.round_rows(*sizes) for sizes in ((16, 64, 32), (64, 128, 16), (1, 4, 32), (3, 6, 5), (9, 9, 1))
+    ] == [
+        8,
+        16,
+        4,
+        4,
+        12,
+    ]
+
+
+def test_a_token_gets_the_same_bits_whoever_else_is_there():
+    experts = make_experts()
+    x = jax.random.normal(jax.random.key(1), (24, HIDDEN))
+    ids = np.stack([np.arange(24) % EXPERTS, (np.arange(24) + 1) % EXPERTS], axis=1)
+    mine = jax.jit(lambda x, ids: expert_outputs(x, ids, experts, limit=LIMIT, implementation="capacity"))
+    alone = np.asarray(mine(x, ids))[5]
+    for seed in range(3):
+        order = np.random.default_rng(seed).permutation(24)
+        others = np.random.default_rng(seed).integers(0, EXPERTS - 1, 24)
+        crowded = np.stack([others, others + 1], axis=1)  # several rounds: the same expert again and again
+        crowded[7], place = ids[5], order.copy()
+        place[place == 5], place[7] = place[7], 5
+        np.testing.assert_array_equal(np.asarray(mine(x[place], crowded))[7], alone)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from puzzle_jax.generate.batches import micro_batches
 from puzzle_jax.generate.traces import Trace
 from puzzle_jax.kernels.expert_mlp import expert_mlp
 from puzzle_jax.kernels.route import route
@@ -14,7 +15,6 @@ from puzzle_jax.model.rope import rope_table
 from puzzle_jax.model.spec import layer_experts
 from puzzle_jax.search.rank import METHODS, rank_experts
 from puzzle_jax.search.score import Alternative, replace_one_scores, score_children
-from puzzle_jax.search.traces import micro_batches
 from tests.support import random_params, small_config
 
 

@@ -79,6 +79,64 @@ def test_parse_of_unfinished_and_odd_answers(chat):
     assert parse("<|channel|>final extra<|message|>2<|endoftext|>") == ("", "2", False)
 
 
+@pytest.mark.parametrize(
+    ("text", "analysis", "final", "truncated"),
+    [
+        ("<|channel|>analysis<|message|>7+5<|return|>", "7+5", "", False),
+        ("<|channel|>analysis<|message|>7+5<|end|><|start|>assistant", "7+5", "", True),
+        ("<|channel|>analysis<|message|>a<|end|><|channel|>commentary to=f<|message|>{}<|call|>", "a", "", False),
+        ("<|channel|>analysis to=python<|message|>7+5<|call|>", "", "", False),
+        (" to=functions.final<|channel|>final<|message|>{}<|call|>", "", "", False),
+        ("<|channel|>final constrain json<|message|>{}<|return|>", "", "{}", False),
+        ("<|message|>2<|return|>", "", "", False),
+        ("<|channel|><|message|>2<|return|>", "", "", False),
+        ("<|channel|>final<|return|>", "", "", False),
+        ("<|channel|>finally<|message|>2<|return|>", "", "", False),
+        ("<|channel|>final<|message|>2<|end|><|channel|>final<|message|>3<|return|>", "", "2\n3", False),
+        ("<|return|><|channel|>final<|message|>2<|return|>", "", "", False),
+    ],
+)  # fmt: skip
+def test_what_counts_as_analysis_and_final(chat, text, analysis, final, truncated):
+    completion = chat.parse(chat.encode(text))
+    assert (completion.analysis, completion.final, completion.truncated) == (analysis, final, truncated)
+
+
+def test_a_cut_answer_has_no_stop_id_and_parses_as_truncated(chat):
+    assert chat.decode(chat.completion_tokens("7+5", "", cut=True)) == "<|channel|>analysis<|message|>7+5"
+    assert chat.completion_tokens("7+5", "2", cut=True) == chat.completion_tokens("7+5", "2")[:-1]
+    assert chat.completion_tokens("", "", cut=True) == []
+    for analysis, final in (("7+5", ""), ("7+5", "2"), ("", "2")):
+        completion = chat.parse(chat.completion_tokens(analysis, final, cut=True))
+        assert (completion.analysis, completion.final, completion.truncated) == (analysis, final, True)
+
+
+def test_history_keeps_final_answers_and_drops_what_was_thought(chat):
+    messages = [
+        {"role": "user", "content": "mod 7+5"},
+        {"role": "assistant", "content": "2", "thinking": "7+5=2"},
+        {"role": "user", "content": "mod 1+1"},
+    ]
+    assert chat.decode(chat.prompt_tokens(messages, "high")) == PROMPT_HIGH.replace(
+        "<|start|>assistant",
+        "<|start|>assistant<|channel|>final<|message|>2<|end|><|start|>user<|message|>mod 1+1<|end|><|start|>assistant",
+    )
+    assert chat.prompt_tokens(messages[:1]) == chat.prompt_tokens("mod 7+5")
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "the conversation has no message"),
+        ([{"content": "x"}], "message 1: role is None, but must be a text"),
+        ([{"role": "user", "content": "x"}, {"role": "assistant", "content": None}], "message 2: content is None"),
+        ([{"role": "tool", "content": "x"}], "role is tool, but must be user or assistant"),
+    ],
+)
+def test_odd_conversations_are_refused(chat, messages, message):
+    with pytest.raises(PuzzleError, match=message):
+        chat.prompt_tokens(messages)
+
+
 def test_stop_and_pad_ids_come_from_the_generation_config(chat):
     assert chat.stop_ids == {chat.tokenizer.token_to_id(t) for t in ("<|return|>", "<|endoftext|>", "<|call|>")}
     assert chat.pad_id == chat.tokenizer.token_to_id("<|endoftext|>") == 0

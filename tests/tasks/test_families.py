@@ -6,7 +6,17 @@ import re
 import pytest
 
 from puzzle_jax.errors import ConfigError, PuzzleError
-from puzzle_jax.tasks import DISTANCE_BUCKETS, EFFORTS, TASKS, Problem, Task, get_task, is_held_out, problems
+from puzzle_jax.tasks import (
+    DISTANCE_BUCKETS,
+    EFFORTS,
+    TASKS,
+    FiniteTask,
+    Problem,
+    WorkedTask,
+    get_task,
+    is_held_out,
+    problems,
+)
 from puzzle_jax.tasks.arithmetic import Add, Chain
 from puzzle_jax.tasks.recall import Recall
 
@@ -19,8 +29,11 @@ def separated(trace: str) -> list[str]:
 def test_tasks_are_found_by_name_and_unknown_ones_refused():
     assert list(TASKS) == ["chain", "add", "recall"]
     assert get_task("add") is TASKS["add"]
-    assert all(isinstance(task, Task) for task in TASKS.values())
-    with pytest.raises(PuzzleError, match=r"task is 'sums', but must be one of chain, add, recall"):
+    assert all(isinstance(task, WorkedTask) for task in TASKS.values())
+    assert not any(isinstance(task, FiniteTask) for task in TASKS.values())
+    with pytest.raises(
+        PuzzleError, match=r"task is 'sums', but must be one of chain, add, recall, reasoning-gym:<family>"
+    ):
         get_task("sums")
 
 
@@ -34,13 +47,13 @@ def test_equal_seeds_give_equal_problems(name):
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_only_the_answer_verifies(name):
+def test_only_the_answer_scores(name):
     task = get_task(name)
     problem = task.sample(3)
-    assert task.verify(problem, problem.answer)
-    assert task.verify(problem, f" {problem.answer}\n")
+    assert task.score(problem, problem.answer) == 1.0
+    assert task.score(problem, f" {problem.answer}\n") == 1.0
     for wrong in ("", "x", problem.answer + "0", str((int(problem.answer) + 1) % 10)):
-        assert not task.verify(problem, wrong)
+        assert task.score(problem, wrong) == 0.0
 
 
 @pytest.mark.parametrize("name", TASKS)

@@ -1,7 +1,9 @@
 """Attention of one new token per row against its cache.
 
 The cache of a layer is a ring: position p lies in slot p mod slots, so a windowed layer needs as many slots as its
-window and a full one as many as the context. What a slot holds follows from the row's length alone.
+window and a full one as many as the context. What a slot holds follows from the row's length alone. Keys lie
+[dim, slots] and values [slots, dim], the order in which both matmuls read them. Caches are of the dtype to compute
+with, bfloat16, or e4m3 with a scale per tensor (`kernels.float8`), which is folded into logits and output.
 Implementations: `reference`, plain XLA, which serves every platform so far.
 """
 
@@ -17,12 +19,14 @@ IMPLEMENTATIONS = {"reference": reference.decode_attention}
 
 def decode_attention(
     q: Float[Array, "batch heads dim"],
-    k_cache: Float[Array, "batch slots kv_heads dim"],
-    v_cache: Float[Array, "batch slots kv_heads dim"],
+    k_cache: Float[Array, "batch kv_heads dim slots"],
+    v_cache: Float[Array, "batch kv_heads slots dim"],
     sinks: Float[Array, "heads"],
     positions: Int[Array, "batch"],
     *,
     window: int | Int[Array, "#batch"] | None,
+    k_scale: Float[Array, ""] | None = None,
+    v_scale: Float[Array, ""] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "batch heads dim"]:
     """Attends from position `positions` of each row, whose key and value are already in the cache.
@@ -33,8 +37,19 @@ def decode_attention(
       sinks: one unscaled logit per query head.
       positions: position of the query in its row.
       window: as in `window_attention`; slots older than it are not seen.
+      k_scale, v_scale: what cached numbers are multiplied by; None is 1.
       implementation: pins one of `IMPLEMENTATIONS`.
     """
     return dispatch(
-        "decode_attention", IMPLEMENTATIONS, implementation, q, k_cache, v_cache, sinks, positions, window=window
+        "decode_attention",
+        IMPLEMENTATIONS,
+        implementation,
+        q,
+        k_cache,
+        v_cache,
+        sinks,
+        positions,
+        window=window,
+        k_scale=k_scale,
+        v_scale=v_scale,
     )

@@ -1,38 +1,52 @@
-"""Reference for `decode_attention`: all slots, masked by the positions that they hold."""
+"""Reference for `decode_attention`: all slots, masked by the positions that they hold.
+
+Plain XLA, and fast on CPU too: with keys stored [dim, slots] and values [slots, dim], both products are matmuls that
+read the cache in its own order.
+"""
 
 from __future__ import annotations
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from puzzle_jax.kernels.float8 import E4M3, decode_e4m3
 from puzzle_jax.kernels.window_attention.reference import softmax_with_sink
 
 
-def slot_positions(positions: Int[Array, "batch"], slots: int) -> Int[Array, "batch slots"]:
+def slot_positions(positions: Int[Array, "*batch"], slots: int) -> Int[Array, "*batch slots"]:
     """The position that each ring slot holds once `positions` was written; negative where nothing was."""
-    behind = (positions[:, None] - jnp.arange(slots)[None, :]) % slots
-    return positions[:, None] - behind
+    behind = (positions[..., None] - jnp.arange(slots)) % slots
+    return positions[..., None] - behind
+
+
+def load(stored: Float[Array, "*shape"], dtype: jnp.dtype | type) -> Float[Array, "*shape"]:
+    """Cached numbers in the dtype to compute with, their scale left out."""
+    return decode_e4m3(stored, dtype) if stored.dtype == E4M3 else stored.astype(dtype)
 
 
 def decode_attention(
     q: Float[Array, "batch heads dim"],
-    k_cache: Float[Array, "batch slots kv_heads dim"],
-    v_cache: Float[Array, "batch slots kv_heads dim"],
+    k_cache: Float[Array, "batch kv_heads dim slots"],
+    v_cache: Float[Array, "batch kv_heads slots dim"],
     sinks: Float[Array, "heads"],
     positions: Int[Array, "batch"],
     *,
     window: int | Int[Array, "#batch"] | None,
+    k_scale: Float[Array, ""] | None = None,
+    v_scale: Float[Array, ""] | None = None,
 ) -> Float[Array, "batch heads dim"]:
     """See the api."""
     batch, heads, dim = q.shape
-    slots, kv_heads = k_cache.shape[1], k_cache.shape[2]
+    kv_heads, slots = k_cache.shape[1], k_cache.shape[3]
     grouped = q.reshape(batch, kv_heads, heads // kv_heads, dim)
-    logits = jnp.einsum("bkgd,bskd->bkgs", grouped, k_cache, preferred_element_type=jnp.float32) * dim**-0.5
+    factor = dim**-0.5 if k_scale is None else k_scale * dim**-0.5
+    logits = jnp.matmul(grouped, load(k_cache, q.dtype), preferred_element_type=jnp.float32) * factor
     held = slot_positions(positions, slots)
     visible = held >= 0
     if window is not None:
         visible = visible & (held > positions[:, None] - jnp.asarray(window).reshape(-1, 1))
     sink = sinks.astype(jnp.float32).reshape(1, kv_heads, -1)
     weights = softmax_with_sink(logits, visible[:, None, None], sink)
-    out = jnp.einsum("bkgs,bskd->bkgd", weights.astype(v_cache.dtype), v_cache, preferred_element_type=jnp.float32)
+    out = jnp.matmul(weights.astype(q.dtype), load(v_cache, q.dtype), preferred_element_type=jnp.float32)
+    out = out if v_scale is None else out * v_scale
     return out.reshape(batch, heads, dim).astype(q.dtype)

@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from puzzle_jax.search.divergence import divergence
+from puzzle_jax.evaluate.divergence import divergence
 from tests.support import random_params, small_config
 
 

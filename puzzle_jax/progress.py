@@ -37,19 +37,22 @@ def progress(console: Console, what: str, total: int | None) -> Iterator[Advance
 
 
 class _Lines:
-    """Progress as lines, at most one every `SECONDS`."""
+    """Progress as lines, at most one every `SECONDS`. What comes with the first report (compiling, or what an earlier
+    run did) says nothing about the time left."""
 
     SECONDS = 20.0
 
     def __init__(self, console: Console, what: str, total: int | None) -> None:
         self.console, self.what, self.total = console, what, total
-        self.done, self.start = 0, time.monotonic()
-        self.last = self.start
+        self.done, self.first = 0, 0
+        self.start = self.last = time.monotonic()
 
     def __call__(self, amount: int, total: int | None = None, /) -> None:
         self.done, self.total = self.done + amount, total or self.total
         now = time.monotonic()
-        if self.total and self.done and now - self.last >= self.SECONDS:
-            left = (now - self.start) * (self.total - self.done) / self.done
+        if not self.first:
+            self.first, self.start = self.done, now
+        elif self.total and self.done > self.first and now - self.last >= self.SECONDS:
+            left = (now - self.start) * (self.total - self.done) / (self.done - self.first)
             self.console.print(f"  {self.what}: {self.done} of {self.total}, {left:.0f} s left", highlight=False)
             self.last = now

@@ -1,0 +1,94 @@
+"""The models that are compared: checkpoint directories, opened before any work and loaded when first needed.
+
+Left out: models on several devices, and several copies of weights that models share.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from puzzle_jax.config import ModelConfig
+from puzzle_jax.convert_hf.load import Description, describe_checkpoint, load_checkpoint
+from puzzle_jax.errors import PuzzleError
+from puzzle_jax.model.cache_format import FLOAT8, CacheFormat
+from puzzle_jax.model.network import compute_dtype, to_compute
+from puzzle_jax.model.spec import Params
+from puzzle_jax.tasks import Chat
+
+CHAT_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
+_SAMPLE_BYTES = 64 << 10
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint to evaluate.
+
+    Attributes:
+      name: what answers, tables and figures call it.
+      description: configuration and checked headers.
+      chat: the checkpoint's own tokenizer and template.
+    """
+
+    name: str
+    description: Description
+    chat: Chat
+
+    @staticmethod
+    def open(name: str, directory: Path, today: datetime.datetime) -> Model:
+        """Reads configuration, headers and chat files; the template sees the date `today`.
+
+        Raises CheckpointError, naming the model and what is missing or damaged.
+        """
+        try:
+            return Model(name, describe_checkpoint(directory), Chat.load(directory, today))
+        except PuzzleError as error:
+            raise type(error)(f"model {name!r}: {error}") from None
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.description.config
+
+    @cached_property
+    def params(self) -> Params:
+        """Dense weights in `compute_dtype`."""
+        return jax.jit(to_compute, static_argnums=1)(
+            load_checkpoint(self.description.directory).params, compute_dtype()
+        )
+
+    def cache_format(self, dtype: str) -> CacheFormat:
+        """How keys and values are kept in this dtype; float8 with the checkpoint's own scales where it has any."""
+        return CacheFormat(dtype, self.description.kv_scales if dtype == FLOAT8 else None)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of what the model answers with: configuration, chat files, and both ends of every tensor.
+
+        Training changes every value of the tensors that it trains, so that their ends tell versions apart without
+        reading hundreds of gigabytes. Where files are cut into shards does not count.
+        """
+        digest = hashlib.sha256()
+        for file in CHAT_FILES:
+            path = self.description.directory / file
+            content = path.read_bytes() if path.is_file() else b""
+            digest.update(f"{file} {len(content)}\n".encode() + content)
+        for name, tensor in sorted(self.description.tensors.items()):
+            digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
+            raw = tensor.file.data[tensor.offset : tensor.offset + tensor.nbytes]
+            digest.update(raw[:_SAMPLE_BYTES].tobytes())
+            digest.update(raw[-_SAMPLE_BYTES:].tobytes())
+        for scales in self.description.kv_scales or ():
+            digest.update(np.asarray(scales, np.float32).tobytes())
+        return digest.hexdigest()[:16]

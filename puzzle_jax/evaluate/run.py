@@ -1,0 +1,194 @@
+"""An evaluation from settings to evaluation.json: check everything, answer, measure speed, compare.
+
+Answers and rounds are kept as they come (`evaluate.record`); a run in a directory that already holds some asks and
+measures only what is missing. Answers do not depend on what is generated beside them, so they are the same as those of
+a run that was never interrupted.
+
+`problems` counts per effort and model over all tasks, split evenly; where it does not divide, the first tasks get
+one more.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib import metadata
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from puzzle_jax.errors import ConfigError, PuzzleError
+from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions
+from puzzle_jax.evaluate.comparison import analyse
+from puzzle_jax.evaluate.models import Model
+from puzzle_jax.evaluate.record import opened, recorded_date, write_beside
+from puzzle_jax.evaluate.settings import Settings
+from puzzle_jax.evaluate.speeds import ModelSpeed, Speeds, device, measure_speeds, plan_slots, plan_workloads
+from puzzle_jax.evaluate.throughput import Spread
+from puzzle_jax.generate.traces import Trace, append_trace, open_to_append, read_traces
+from puzzle_jax.progress import progress
+from puzzle_jax.tasks import Problem
+
+SPLIT = "evaluation"
+
+Key = tuple[str, int, str]
+"""What tells questions apart: task, the problem's seed, and effort."""
+
+
+class Evaluation:
+    """Opens and checks everything, and writes nothing before `run`.
+
+    Args:
+      settings: all settings.
+      console: where progress goes.
+
+    Raises PuzzleError for whatever cannot be used: models, tasks, prompts that exceed a model's context, a cache memory
+    that holds no request, an output directory of something else.
+    """
+
+    def __init__(self, settings: Settings, console: Console) -> None:
+        self.settings, self.console = settings, console
+        self.date = recorded_date(settings.out) or datetime.datetime.now().replace(microsecond=0)
+        self.models = {name: Model.open(name, path, self.date) for name, path in settings.models.items()}
+        per_task = -(-settings.problems // len(settings.tasks))
+        self.questions = QuestionSet(settings.tasks, settings.efforts, per_task, SPLIT, settings.seed)
+        self.all = self.questions.questions()
+        self.asked = _share(self.all, settings)
+        self.longest = {name: self._longest_request(model) for name, model in self.models.items()}
+        speed = settings.speed
+        self.slots = (
+            {name: plan_slots(model, settings, speed, self.longest[name]) for name, model in self.models.items()}
+            if speed
+            else {}
+        )
+
+    def run(self) -> dict[str, Any]:
+        """Does what is missing, and returns the content of evaluation.json."""
+        with opened(self.settings.out, self._identity(), self.date):
+            answers = {name: self._answer(model) for name, model in self.models.items()}
+            content = self._results(answers, self._measure(answers))
+            text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+            write_beside(self.settings.out / "evaluation.json", text.encode())
+        return content
+
+    def _longest_request(self, model: Model) -> int:
+        """Positions that a request may need: its prompt and the limit of its answer."""
+        longest = 0
+        for problem, effort in self.asked.values():
+            prompt, limit = len(model.chat.prompt_tokens(problem.prompt, effort)), self.settings.max_tokens[effort]
+            if prompt + limit > model.config.max_position:
+                raise ConfigError(
+                    f"a problem of task {problem.task!r} needs {prompt} prompt and {limit} new tokens at effort "
+                    f"{effort!r}, but the context of model {model.name!r} is {model.config.max_position}"
+                )
+            longest = max(longest, prompt + limit)
+        return longest
+
+    def _identity(self) -> dict[str, Any]:
+        """What answers depend on."""
+        questions = [[p.task, p.seed, p.prompt, p.answer, effort] for p, effort in self.asked.values()]
+        return {
+            **self.settings.asked(),
+            "split": SPLIT,
+            "questions": hashlib.sha256(json.dumps(questions).encode()).hexdigest()[:16],
+            "models": {name: model.fingerprint for name, model in self.models.items()},
+            "platform": jax.default_backend(),
+            "puzzle_jax": metadata.version("puzzle-jax"),
+        }
+
+    def _answer(self, model: Model) -> list[Trace]:
+        """Answers to all questions, in their order."""
+        path = self.settings.out / "answers" / f"{model.name}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        kept = read_traces(path, torn_tail=True) if path.exists() else []
+        answers = {(trace.task, trace.problem_seed, trace.effort): trace for trace in kept}
+        for key in answers:
+            if key not in self.asked:
+                raise PuzzleError(f"{path} holds an answer to {key}, which was not asked; remove the file")
+        with open_to_append(path) as file, progress(self.console, f"{model.name} answers", len(self.asked)) as advance:
+            advance(len(answers))
+
+            def keep(index: int, answer: Trace) -> None:
+                append_trace(file, answer)
+                answers[_key(*self.all[index])] = answer
+                advance(1)
+
+            if len(answers) < len(self.asked):
+                keys = [_key(*question) for question in self.all]
+                answer_questions(
+                    model.params,
+                    model.config,
+                    model.chat,
+                    self.questions,
+                    max_tokens=self.settings.max_tokens,
+                    temperature=self.settings.temperature,
+                    top_p=self.settings.top_p,
+                    slots=self.settings.slots,
+                    context=self.longest[model.name],
+                    cache=model.cache_format(self.settings.cache_dtype),
+                    skip={i for i, key in enumerate(keys) if key in answers or key not in self.asked},
+                    on_answer=keep,
+                )
+        return [answers[key] for key in self.asked]
+
+    def _measure(self, answers: Mapping[str, Sequence[Trace]]) -> Speeds | None:
+        speed = self.settings.speed
+        if speed is None:
+            return None
+        workloads = plan_workloads(self.models, self.slots, self.settings, speed, answers)
+        path = self.settings.out / "throughput.jsonl"
+        runs = len(workloads) * len(self.models) * (speed.rounds + 1)
+        with progress(self.console, "throughput", runs) as advance:
+            return measure_speeds(self.models, workloads, self.settings, speed.rounds, path, advance)
+
+    def _results(self, answers: Mapping[str, Sequence[Trace]], speeds: Speeds | None) -> dict[str, Any]:
+        settings = self.settings
+        by_effort = {effort: speeds[effort] for effort in settings.efforts} if speeds else None
+        analysis = analyse(answers, settings.efforts, by_effort, draws=settings.bootstrap, seed=settings.seed)
+        return {
+            "reference": settings.reference,
+            "settings": {**settings.asked(), "split": SPLIT, "bootstrap": settings.bootstrap},
+            "models": {
+                name: {"directory": str(settings.models[name]), "fingerprint": model.fingerprint}
+                for name, model in self.models.items()
+            },
+            **asdict(analysis),
+            "throughput": self._throughput(speeds) if speeds else None,
+        }
+
+    def _throughput(self, speeds: Speeds) -> dict[str, Any]:
+        speed = self.settings.speed
+        assert speed is not None
+
+        def entry(workload: str, model: str) -> ModelSpeed:
+            rates, reference = speeds[workload][model], speeds[workload][self.settings.reference]
+            relative = [rate / other for rate, other in zip(rates, reference, strict=True)]
+            return ModelSpeed(self.slots[model][workload][0], Spread.of(rates), Spread.of(relative))
+
+        return {
+            "device": device(),
+            "cache_memory": speed.cache_memory,
+            "scenarios": {s.name: [s.input_tokens, s.output_tokens] for s in speed.scenarios},
+            "workloads": {name: {model: asdict(entry(name, model)) for model in self.models} for name in speeds},
+        }
+
+
+def _share(questions: Sequence[tuple[Problem, str]], settings: Settings) -> dict[Key, tuple[Problem, str]]:
+    """The questions to ask: so many problems of each task that they add up."""
+    each, more = divmod(settings.problems, len(settings.tasks))
+    room = {task: each + (position < more) for position, task in enumerate(settings.tasks)}
+    taken: dict[tuple[str, str], int] = {}
+    asked: dict[Key, tuple[Problem, str]] = {}
+    for problem, effort in questions:
+        taken[problem.task, effort] = taken.get((problem.task, effort), 0) + 1
+        if taken[problem.task, effort] <= room[problem.task]:
+            asked[_key(problem, effort)] = (problem, effort)
+    return asked
+
+
+def _key(problem: Problem, effort: str) -> Key:
+    return problem.task, problem.seed, effort

@@ -1,0 +1,176 @@
+"""The speeds that an evaluation wants, measured and kept round by round.
+
+Every scenario of fixed lengths, and for every effort the lengths that each model showed when it answered; each model at
+the largest batch that the cache memory holds. All efforts get slots for the longest request of any, since one server
+answers them all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from puzzle_jax.errors import ConfigError, PuzzleError
+from puzzle_jax.evaluate.models import Model
+from puzzle_jax.evaluate.settings import Settings, SpeedSettings
+from puzzle_jax.evaluate.throughput import (
+    Spread,
+    Workload,
+    fixed_lengths,
+    largest_batch,
+    own_lengths,
+    timed_rounds,
+)
+from puzzle_jax.generate.sampling import Sampling
+from puzzle_jax.generate.traces import Trace, open_to_append
+from puzzle_jax.model.network import compute_dtype
+
+REQUESTS, WAVES = 96, 3  # of an effort: so many requests, or so many times those that run together if that is more
+
+Slots = dict[str, tuple[int, int]]
+"""Requests that run together and positions of each, by scenario or effort."""
+
+Speeds = Mapping[str, Mapping[str, Sequence[float]]]
+"""Tokens per second by scenario or effort, and by model, one value per round."""
+
+
+@dataclass(frozen=True)
+class ModelSpeed:
+    """A model in one workload.
+
+    Attributes:
+      batch: requests that ran together.
+      tokens_per_second: generated.
+      relative: tokens per second over the reference's, round by round.
+    """
+
+    batch: int
+    tokens_per_second: Spread
+    relative: Spread
+
+
+def plan_slots(model: Model, settings: Settings, speed: SpeedSettings, longest: int) -> Slots:
+    """The batches of a model.
+
+    Args:
+      model, settings, speed: what is to be measured.
+      longest: positions that a request of any effort may need.
+
+    Raises ConfigError for a scenario beyond the model's context, and a memory that holds not one request.
+    """
+    wanted = {scenario.name: (f"scenario {scenario.name!r}", scenario.context) for scenario in speed.scenarios}
+    wanted |= {effort: (f"effort {effort!r}", longest) for effort in settings.efforts}
+    found: Slots = {}
+    for name, (what, context) in wanted.items():
+        if context > model.config.max_position:
+            raise ConfigError(
+                f"{what} needs a context of {context} tokens, but that of model {model.name!r} is "
+                f"{model.config.max_position}"
+            )
+        batch = largest_batch(
+            model.config,
+            context,
+            cache_memory=speed.cache_memory,
+            bytes_per_value=model.cache_format(settings.cache_dtype).stored_dtype(compute_dtype()).itemsize,
+            at_most=speed.max_batch,
+            what=f"model {model.name!r}, {what}",
+        )
+        found[name] = (batch, context)
+    return found
+
+
+def plan_workloads(
+    models: Mapping[str, Model],
+    slots: Mapping[str, Slots],
+    settings: Settings,
+    speed: SpeedSettings,
+    answers: Mapping[str, Sequence[Trace]],
+) -> dict[str, dict[str, Workload]]:
+    """What is run, by scenario or effort, and by model."""
+
+    def ours(model: Model, workload: Workload) -> Workload:
+        sampling = Sampling(settings.temperature, settings.top_p)
+        return replace(workload, sampling=sampling, cache=model.cache_format(settings.cache_dtype))
+
+    def fixed(name: str, model: Model, input_tokens: int, output_tokens: int) -> Workload:
+        batch, _ = slots[model.name][name]
+        return ours(model, fixed_lengths(model.config.vocab_size, batch, input_tokens, output_tokens))
+
+    def own(effort: str, model: Model) -> Workload:
+        batch, context = slots[model.name][effort]
+        own_answers = [answer for answer in answers[model.name] if answer.effort == effort]
+        return ours(model, own_lengths(own_answers, batch, max(REQUESTS, WAVES * batch), context))
+
+    found = {
+        s.name: {name: fixed(s.name, model, s.input_tokens, s.output_tokens) for name, model in models.items()}
+        for s in speed.scenarios
+    }
+    return found | {effort: {name: own(effort, model) for name, model in models.items()} for effort in settings.efforts}
+
+
+def measure_speeds(
+    models: Mapping[str, Model],
+    workloads: Mapping[str, Mapping[str, Workload]],
+    settings: Settings,
+    rounds: int,
+    path: Path,
+    advance: Callable[[int], None],
+) -> Speeds:
+    """Runs the rounds that are missing in the file `path`, and adds each to it as soon as every model has run.
+
+    `advance` is called with runs done, of `len(workloads) * len(models) * (rounds + 1)`.
+    """
+    kept = _kept(path)
+    speeds: dict[str, dict[str, list[float]]] = {}
+    with open_to_append(path) as file:
+        for name, by_model in workloads.items():
+            key = _key(name, by_model, settings)
+            done = [row["tokens_per_second"] for row in kept if row["key"] == key][:rounds]
+            advance(len(models) * (len(done) + (len(done) == rounds)))
+            # Weights are read only where there is something to run.
+            weights = {m: (models[m].params, models[m].config) for m in by_model} if len(done) < rounds else {}
+            for row in timed_rounds(
+                weights,
+                by_model,
+                range(len(done), rounds),
+                on_run=lambda: advance(1),
+            ):
+                file.write(json.dumps({"key": key, "workload": name, "tokens_per_second": row}) + "\n")
+                file.flush()
+                done.append(row)
+            speeds[name] = {model: [row[model] for row in done] for model in by_model}
+    return speeds
+
+
+def device() -> str:
+    """The devices that run, in words."""
+    first = jax.devices()[0]
+    return f"{len(jax.devices())} x {first.device_kind} ({first.platform})"
+
+
+def _key(name: str, workloads: Mapping[str, Workload], settings: Settings) -> str:
+    """A hash of what a speed depends on; models are known by the directory of the evaluation."""
+    content: dict[str, Any] = {"name": name, "device": device(), "jax": jax.__version__}
+    content |= {key: settings.asked()[key] for key in ("temperature", "top_p", "cache_dtype")}
+    for model, workload in workloads.items():
+        requests = [[request.prompt, request.max_tokens, request.seed] for request in workload.requests]
+        content[f"model {model}"] = [workload.slots, workload.context, requests]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def _kept(path: Path) -> list[dict[str, Any]]:
+    """Rounds of earlier runs; a last line that was not finished does not count."""
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else [], 1):
+        try:
+            row = json.loads(line)
+            rows.append({"key": row["key"], "tokens_per_second": row["tokens_per_second"]})
+        except (ValueError, KeyError, TypeError):
+            raise PuzzleError(f"{path}, line {number} is no measured round; repair or remove the file") from None
+    return rows

@@ -1,0 +1,121 @@
+"""Intervals for shares, and for what two models differ in on the same problems.
+
+A share of one model has Wilson's interval (E. B. Wilson, JASA 22, 1927). Everything that compares models, or mixes
+accuracies, tokens and speeds, is bootstrapped over problems (B. Efron, Annals of Statistics 7, 1979): a problem is
+drawn with all of its answers, those of every model and at every effort, so that what they share cancels; problems of
+a task replace each other only, since their number is by design. Problems that only one of two models solves are
+counted as in McNemar's test.
+
+Left out: corrections of the percentile interval, and more than one answer to a question. A bootstrap can only repeat
+what was seen: two models that agree on every problem get an interval of no width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from scipy.stats import binomtest, norm
+
+from puzzle_jax.errors import ConfigError
+
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A range of values; None is a side without limit."""
+
+    low: float | None
+    high: float | None
+
+
+def wilson(successes: int, trials: int, level: float = LEVEL) -> Interval:
+    """Wilson's score interval of a share; raises ConfigError where there is no trial."""
+    if not 0 <= successes <= trials or not trials:
+        raise ConfigError(f"{successes} successes of {trials} trials are no share")
+    z = float(norm.ppf((1 + level) / 2))
+    share, shrink = successes / trials, 1 + z * z / trials
+    centre = (share + z * z / (2 * trials)) / shrink
+    spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials)) / shrink
+    # Without any success (or failure) one end is exactly 0 (or 1), which rounding would miss.
+    return Interval(
+        0.0 if not successes else max(0.0, centre - spread),
+        1.0 if successes == trials else min(1.0, centre + spread),
+    )
+
+
+def resample(strata: Sequence[Hashable], draws: int, seed: int) -> Int[np.ndarray, "draws problems"]:
+    """How often each bootstrap draw holds each problem.
+
+    Args:
+      strata: of every problem (its task); a draw holds as many problems of a stratum as there are.
+      draws: rows of the result.
+      seed: of the draws.
+    """
+    generator = np.random.default_rng(seed)
+    counts = np.zeros((draws, len(strata)), np.int64)
+    for stratum in dict.fromkeys(strata):
+        members = [index for index, other in enumerate(strata) if other == stratum]
+        share = np.full(len(members), 1 / len(members))
+        counts[:, members] = generator.multinomial(len(members), share, size=draws)
+    return counts
+
+
+def means(
+    counts: Int[np.ndarray, "draws problems"], values: Float[np.ndarray, "problems"] | Bool[np.ndarray, "problems"]
+) -> Float[np.ndarray, "draws"]:
+    """The mean of a value over the problems of each draw."""
+    return counts @ values.astype(np.float64) / counts.sum(1)
+
+
+def percentile_interval(values: Float[np.ndarray, "draws"], level: float = LEVEL) -> Interval:
+    """The middle `level` of bootstrap values; infinite ones (a ratio to nothing) leave a side without limit."""
+    tail = (1 - level) / 2
+    return Interval(lower_bound(values, tail), -b if (b := lower_bound(-values, tail)) is not None else None)
+
+
+def lower_bound(values: Float[np.ndarray, "draws"], tail: float = 1 - LEVEL) -> float | None:
+    """What all but the share `tail` of bootstrap values reach; None where that is not finite."""
+    # A value that was drawn, and never one between a number and infinity.
+    found = float(np.sort(values)[int(tail * (len(values) - 1))])
+    return found if math.isfinite(found) else None
+
+
+def ratio(above: Float[np.ndarray, "draws"], below: Float[np.ndarray, "draws"]) -> Float[np.ndarray, "draws"]:
+    """Quotients; anything over zero is infinite."""
+    return np.divide(above, below, out=np.full(len(above), np.inf), where=below != 0)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Accuracy of a model minus the reference's on the same problems.
+
+    Attributes:
+      difference: of the two accuracies.
+      low, high: its bootstrap interval.
+      won, lost: problems that only the model, or only the reference, answers right.
+      p_value: of McNemar's exact test, two-sided: how often equal models would be as uneven.
+    """
+
+    difference: float
+    low: float | None
+    high: float | None
+    won: int
+    lost: int
+    p_value: float
+
+
+def paired(
+    model: Bool[np.ndarray, "problems"],
+    reference: Bool[np.ndarray, "problems"],
+    counts: Int[np.ndarray, "draws problems"],
+) -> Paired:
+    """Compares right answers of two models, problem by problem."""
+    won, lost = int((model & ~reference).sum()), int((reference & ~model).sum())
+    interval = percentile_interval(means(counts, model) - means(counts, reference))
+    p_value = float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
+    return Paired((won - lost) / len(model), interval.low, interval.high, won, lost, p_value)

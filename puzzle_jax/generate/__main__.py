@@ -1,0 +1,111 @@
+"""`python -m puzzle_jax.generate --model DIR [--effort high] "PROMPT"`: streams an answer to the terminal.
+
+The analysis is dimmed, the final answer is not. Without a prompt, one is read from standard input. Where the output
+is no terminal, only the final answer goes to standard output, and the analysis to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from puzzle_jax.cli import enable_compilation_cache, guarded
+from puzzle_jax.errors import ConfigError
+
+_DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parses the command line and answers; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m puzzle_jax.generate", description="Streams an answer.")
+    parser.add_argument("prompt", nargs="?", help="what the user says (default: read from standard input)")
+    parser.add_argument("--model", required=True, type=Path, help="a checkpoint directory")
+    parser.add_argument("--effort", default="medium", help="low, medium or high")
+    parser.add_argument("--max-tokens", type=int, help="tokens at most (default: what the context leaves, up to 4096)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--kv-cache", default="compute", help="compute, float32, bfloat16, or float8_e4m3fn with the model's own scales"
+    )
+    try:
+        settings = parser.parse_args(arguments)
+    except SystemExit as error:  # argparse has said why
+        return int(error.code or 0)
+    return guarded(parser.prog, lambda: _answer(settings))
+
+
+def _answer(settings: argparse.Namespace) -> None:
+    from puzzle_jax.convert_hf.load import describe_checkpoint, load_checkpoint
+    from puzzle_jax.generate.engine import Engine, Request, check_request
+    from puzzle_jax.generate.sampling import Sampling
+    from puzzle_jax.model.cache_format import FLOAT8, CacheFormat
+    from puzzle_jax.model.network import compute_dtype, to_compute
+    from puzzle_jax.tasks import Chat
+
+    sampling = Sampling(settings.temperature, settings.top_p)
+    description = describe_checkpoint(settings.model)
+    chat = Chat.load(settings.model)
+    scales = description.kv_scales if settings.kv_cache == FLOAT8 else None
+    if settings.kv_cache == FLOAT8 and scales is None:
+        raise ConfigError(f"kv-cache is {FLOAT8}, but {settings.model} carries no k_scale and v_scale")
+    cache = CacheFormat(settings.kv_cache, scales)
+    text = settings.prompt if settings.prompt is not None else sys.stdin.read().strip()
+    prompt = tuple(chat.prompt_tokens(text, settings.effort))
+    context = description.config.max_position
+    limit = settings.max_tokens if settings.max_tokens is not None else max(1, min(4096, context - len(prompt)))
+    request = Request(prompt, limit, settings.seed)
+    check_request(request, 0, context)
+
+    enable_compilation_cache()
+    params = to_compute(load_checkpoint(settings.model).params, compute_dtype())
+    engine = Engine(
+        params,
+        description.config,
+        stop_ids=sorted(chat.stop_ids),
+        context=len(prompt) + limit,
+        slots=1,
+        sampling=sampling,
+        cache=cache,
+    )
+    printer = _Printer()
+    tokens: tuple[int, ...] = ()
+    for event in engine.stream([request], burst=8):
+        tokens += event.tokens
+        answer = chat.parse(tokens)
+        printer.show(answer.analysis, answer.final)
+    printer.end()
+    if chat.parse(tokens).truncated:
+        print(f"(cut off at {limit} tokens)", file=sys.stderr)
+
+
+class _Printer:
+    """Prints what is new of analysis and final text."""
+
+    def __init__(self) -> None:
+        self.terminal = sys.stdout.isatty()
+        self.analysis = self.final = ""
+
+    def show(self, analysis: str, final: str) -> None:
+        # A character that is still missing bytes shows as U+FFFD at the end; it is not new text yet.
+        analysis, final = analysis.rstrip("\ufffd"), final.rstrip("\ufffd")
+        if analysis != self.analysis:
+            stream = sys.stdout if self.terminal else sys.stderr
+            dim, plain = (_DIM, _PLAIN) if self.terminal else ("", "")
+            print(dim + analysis[len(self.analysis) :] + plain, end="", file=stream, flush=True)
+            self.analysis = analysis
+        if final != self.final:
+            if not self.final and self.analysis:
+                print(file=sys.stdout if self.terminal else sys.stderr)
+            print(final[len(self.final) :], end="", flush=True)
+            self.final = final
+
+    def end(self) -> None:
+        if self.final or (self.terminal and self.analysis):
+            print(flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""One token per row from logits: greedy, or sampled at a temperature from the smallest set of tokens that hold a
+share `top_p` of the probability (nucleus sampling, arXiv 1904.09751).
+
+A row's noise depends on its own seed and on how many tokens it has drawn, never on other rows.
+Left out: top-k, penalties, beams.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from puzzle_jax.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn.
+
+    Attributes:
+      temperature: divides the logits; 0 is greedy.
+      top_p: share of the probability that is drawn from, above 0; 1 is all of it.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature < float("inf"):
+            raise ConfigError(f"temperature is {self.temperature}, but must be a number of at least 0")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ConfigError(f"top_p is {self.top_p}, but must be above 0 and at most 1")
+
+
+def sample(
+    logits: Float[Array, "batch vocab"], seeds: Int[Array, "batch"], drawn: Int[Array, "batch"], sampling: Sampling
+) -> Int[Array, "batch"]:
+    """One token per row.
+
+    Args:
+      logits: of the model.
+      seeds: of each row's noise.
+      drawn: tokens that the row has drawn before.
+      sampling: static settings.
+    """
+    if sampling.temperature == 0.0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    scaled = logits / sampling.temperature
+    if sampling.top_p < 1.0:
+        scaled = jnp.where(in_nucleus(scaled, sampling.top_p), scaled, -jnp.inf)
+
+    def noise(seed: Array, count: Array) -> Array:
+        return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), count), logits.shape[-1:])
+
+    return jnp.argmax(scaled + jax.vmap(noise)(seeds, drawn), axis=-1).astype(jnp.int32)
+
+
+def in_nucleus(logits: Float[Array, "batch vocab"], top_p: float) -> Array:
+    """Which tokens are drawn from: the likeliest whose likelier ones hold less than `top_p`, and all as likely."""
+    probabilities = jax.nn.softmax(logits, axis=-1)
+    falling = -jnp.sort(-probabilities, axis=-1)
+    before = jnp.cumsum(falling, axis=-1) - falling
+    least = jnp.min(jnp.where(before < top_p, falling, jnp.inf), axis=-1, keepdims=True)
+    return probabilities >= least

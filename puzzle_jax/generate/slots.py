@@ -1,0 +1,268 @@
+"""The device side of generation: the state of all slots, and the three programs that change it.
+
+    prefill   a chunk of the prompts of a group of rows, into caches of their own
+    admit     copies finished rows of the group into free slots
+    decode    steps of all slots, until enough of them are idle
+
+Every program has one shape for a whole run, and no step mixes rows, so a request's tokens do not depend on which
+others run beside it: bit for bit on CPU in float32, where a matmul of fixed shape treats all its rows alike.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int, UInt
+
+from puzzle_jax.config import ModelConfig
+from puzzle_jax.generate.sampling import Sampling, sample
+from puzzle_jax.model.cache import LayerCache, decode_step, init_cache, prefill_chunk
+from puzzle_jax.model.cache_format import CacheFormat
+from puzzle_jax.model.child import View
+from puzzle_jax.model.network import LayerAux, head_logits
+from puzzle_jax.model.spec import Params
+
+
+class Group(NamedTuple):
+    """Rows that are being prefilled.
+
+    Attributes:
+      caches: of every layer.
+      hidden: the last layer's output at the prompt's last token, once that was reached.
+      experts: chosen ids by position, when they are asked for.
+    """
+
+    caches: list[LayerCache]
+    hidden: Float[Array, "rows hidden"]
+    experts: UInt[Array, "rows context layers k"] | None
+
+
+class Slots(NamedTuple):
+    """All slots.
+
+    Attributes:
+      caches: of every layer.
+      logits: from which the next token is drawn.
+      positions: where the next token will stand; that of the last one in an idle slot.
+      counts, limits: tokens drawn, and how many may be.
+      seeds: of the sampling noise.
+      idle: slots without a request, or with a finished one.
+      tokens, log_probs: drawn so far; log-probabilities under the model itself, at temperature 1.
+      experts: chosen ids by position, the prompt's too.
+    """
+
+    caches: list[LayerCache]
+    logits: Float[Array, "slots vocab"]
+    positions: Int[Array, "slots"]
+    counts: Int[Array, "slots"]
+    limits: Int[Array, "slots"]
+    seeds: Int[Array, "slots"]
+    idle: Bool[Array, "slots"]
+    tokens: Int[Array, "slots context"]
+    log_probs: Float[Array, "slots context"] | None
+    experts: UInt[Array, "slots context layers k"] | None
+
+
+State = TypeVar("State", Group, Slots)
+
+
+class Admission(NamedTuple):
+    """Which slot each row of a group goes to, and its request's numbers; rows may repeat."""
+
+    slots: Int[Array, "rows"]
+    lengths: Int[Array, "rows"]
+    limits: Int[Array, "rows"]
+    seeds: Int[Array, "rows"]
+
+
+def expert_id_dtype(config: ModelConfig) -> np.dtype:
+    """The smallest unsigned dtype that holds every expert id."""
+    return np.dtype(np.uint8 if max(block.num_experts for block in config.blocks) <= 256 else np.uint16)
+
+
+def _empty(
+    config: ModelConfig, rows: int, context: int, dtype: jnp.dtype, form: CacheFormat, experts: bool
+) -> tuple[list[LayerCache], Array | None]:
+    caches = [init_cache(config, layer, rows, context, dtype, form) for layer in range(config.num_layers)]
+    shape = (rows, context, config.num_layers, config.experts_per_token)
+    return caches, jnp.zeros(shape, expert_id_dtype(config)) if experts else None
+
+
+def empty_group(
+    config: ModelConfig, rows: int, context: int, dtype: jnp.dtype, form: CacheFormat, *, experts: bool
+) -> Group:
+    """A group of rows whose prompts are still to be run."""
+    caches, chosen = _empty(config, rows, context, dtype, form, experts)
+    return Group(caches, jnp.zeros((rows, config.hidden_size), dtype), chosen)
+
+
+def empty_slots(
+    config: ModelConfig,
+    slots: int,
+    context: int,
+    dtype: jnp.dtype,
+    form: CacheFormat,
+    *,
+    log_probs: bool,
+    experts: bool,
+) -> Slots:
+    """Idle slots."""
+    caches, chosen = _empty(config, slots, context, dtype, form, experts)
+    zeros = jnp.zeros(slots, jnp.int32)
+    return Slots(
+        caches=caches,
+        logits=jnp.zeros((slots, config.vocab_size), jnp.float32),
+        positions=zeros,
+        counts=zeros + 0,
+        limits=zeros + 0,
+        seeds=zeros + 0,
+        idle=jnp.ones(slots, bool),
+        tokens=jnp.zeros((slots, context), jnp.int32),
+        log_probs=jnp.zeros((slots, context), jnp.float32) if log_probs else None,
+        experts=chosen,
+    )
+
+
+def place(state: State, config: ModelConfig, mesh: Mesh) -> State:
+    """The state on a mesh: rows over "data", key-value heads over "model", where these divide them."""
+
+    def put(x: Array, heads: bool = False) -> Array:
+        rows = "data" if x.shape[0] % mesh.shape["data"] == 0 else None
+        cut_heads = heads and config.num_kv_heads % mesh.shape["model"] == 0
+        axes = PartitionSpec(rows, "model") if cut_heads else PartitionSpec(rows)
+        return jax.device_put(x, NamedSharding(mesh, axes))
+
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    caches = [
+        LayerCache(put(c.k, True), put(c.v, True), *jax.device_put((c.k_scale, c.v_scale), everywhere))
+        for c in state.caches
+    ]
+    return jax.tree.map(put, state._replace(caches=[]))._replace(caches=caches)
+
+
+def _view_options(view: View | None, layers: int) -> dict[str, list[Array]]:
+    if view is None:
+        return {}
+    return {
+        "windows": [view.windows[i] for i in range(layers)],
+        "expert_masks": [view.expert_masks[i] for i in range(layers)],
+    }
+
+
+def _chosen(auxes: list[LayerAux], rows: int, dtype: np.dtype) -> UInt[Array, "rows seq layers k"]:
+    ids = jnp.stack([aux.routing.ids for aux in auxes], axis=1)  # [rows * seq, layers, k]
+    return ids.reshape(rows, -1, *ids.shape[1:]).astype(dtype)
+
+
+@partial(jax.jit, static_argnames=("config", "context"), donate_argnames="group")
+def prefill(
+    params: Params,
+    config: ModelConfig,
+    group: Group,
+    tokens: Int[Array, "rows chunk"],
+    start: Int[Array, ""],
+    lengths: Int[Array, "rows"],
+    context: int,
+    view: View | None,
+) -> Group:
+    """Runs one chunk of every row's prompt; see `model.cache.prefill_chunk`."""
+    options = _view_options(view, config.num_layers)
+    x, caches, auxes = prefill_chunk(params, config, group.caches, tokens, start, lengths, context=context, **options)
+    last = lengths - 1 - start
+    here = (last >= 0) & (last < tokens.shape[1])
+    index = jnp.clip(last, 0, tokens.shape[1] - 1)[:, None, None]
+    hidden = jnp.where(here[:, None], jnp.take_along_axis(x, index, axis=1)[:, 0], group.hidden)
+    experts = group.experts
+    if experts is not None:
+        chosen = _chosen(auxes, tokens.shape[0], experts.dtype)
+        experts = jax.lax.dynamic_update_slice_in_dim(experts, chosen, start, 1)
+    return Group(caches, hidden, experts)
+
+
+@partial(jax.jit, static_argnames="config", donate_argnames="state")
+def admit(params: Params, config: ModelConfig, state: Slots, group: Group, admission: Admission) -> Slots:
+    """Gives slots to the rows of a group whose prompts have been run."""
+    with jax.named_scope("admit"):
+        logits = head_logits(params, config, group.hidden)
+
+        def copy(old: Array | None, new: Array | None) -> Array | None:
+            """Row by row, in place; a row that repeats writes the same again."""
+            if old is None or new is None:
+                return None
+
+            def one(row: Array, old: Array) -> Array:
+                value = jax.lax.dynamic_slice_in_dim(new, row, 1, 0)
+                return jax.lax.dynamic_update_slice_in_dim(old, value.astype(old.dtype), admission.slots[row], 0)
+
+            return jax.lax.fori_loop(0, admission.slots.shape[0], one, old)
+
+        slots = admission.slots
+        return state._replace(
+            caches=[
+                old._replace(k=copy(old.k, new.k), v=copy(old.v, new.v))
+                for old, new in zip(state.caches, group.caches, strict=True)
+            ],
+            logits=state.logits.at[slots].set(logits),
+            positions=state.positions.at[slots].set(admission.lengths),
+            counts=state.counts.at[slots].set(0),
+            limits=state.limits.at[slots].set(admission.limits),
+            seeds=state.seeds.at[slots].set(admission.seeds),
+            idle=state.idle.at[slots].set(False),
+            experts=copy(state.experts, group.experts),
+        )
+
+
+@partial(jax.jit, static_argnames=("config", "sampling"), donate_argnames="state")
+def decode(
+    params: Params,
+    config: ModelConfig,
+    state: Slots,
+    stops: Int[Array, "stops"],
+    sampling: Sampling,
+    steps: int | Int[Array, ""],
+    idle_target: int | Int[Array, ""],
+    view: View | None,
+) -> Slots:
+    """Decodes for at most `steps` steps, or until `idle_target` slots are idle."""
+    options = _view_options(view, config.num_layers)
+    rows = jnp.arange(state.idle.shape[0])
+
+    def step(carry: tuple[Array, Slots]) -> tuple[Array, Slots]:
+        done, state = carry
+        with jax.named_scope("sample"):
+            token = sample(state.logits, state.seeds, state.counts, sampling)
+            place = jnp.where(state.idle, state.tokens.shape[1], state.counts)  # an idle slot writes nowhere
+            tokens = state.tokens.at[rows, place].set(token, mode="drop")
+            log_probs = state.log_probs
+            if log_probs is not None:
+                drawn = jnp.take_along_axis(jax.nn.log_softmax(state.logits), token[:, None], axis=1)[:, 0]
+                log_probs = log_probs.at[rows, place].set(drawn, mode="drop")
+        counts = state.counts + ~state.idle
+        idle = state.idle | jnp.isin(token, stops) | (counts >= state.limits)
+        logits, caches, auxes = decode_step(params, config, state.caches, token, state.positions, **options)
+        experts = state.experts
+        if experts is not None:
+            chosen = _chosen(auxes, rows.shape[0], experts.dtype)[:, 0]
+            experts = experts.at[rows, state.positions].set(chosen)
+        positions = state.positions + ~idle
+        return done + 1, state._replace(
+            caches=caches,
+            logits=logits,
+            positions=positions,
+            counts=counts,
+            idle=idle,
+            tokens=tokens,
+            log_probs=log_probs,
+            experts=experts,
+        )
+
+    def more(carry: tuple[Array, Slots]) -> Array:
+        done, state = carry
+        return (done < steps) & (jnp.sum(state.idle) < idle_target)
+
+    return jax.lax.while_loop(more, step, (jnp.zeros((), jnp.int32), state))[1]

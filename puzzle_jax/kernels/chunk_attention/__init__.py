@@ -1,0 +1,58 @@
+"""Attention of a chunk of new tokens against the cache of what came before, and against itself: chunked prefill.
+
+All rows stand at the same position, the start of the chunk. The cache is the ring of `decode_attention` and does not
+hold the chunk yet. Implementations: `blocks`, whose work follows the tokens that exist and not the cache's size;
+`reference`, everything at once.
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Array, Float, Int
+
+from puzzle_jax.kernels.chunk_attention import blocks, reference
+from puzzle_jax.kernels.dispatch import dispatch
+
+IMPLEMENTATIONS = {"blocks": blocks.chunk_attention, "reference": reference.chunk_attention}
+
+
+def chunk_attention(
+    q: Float[Array, "batch chunk heads dim"],
+    k: Float[Array, "batch kv_heads dim chunk"],
+    v: Float[Array, "batch kv_heads chunk dim"],
+    k_cache: Float[Array, "batch kv_heads dim slots"],
+    v_cache: Float[Array, "batch kv_heads slots dim"],
+    sinks: Float[Array, "heads"],
+    start: Int[Array, ""],
+    *,
+    window: int | Int[Array, "#batch"] | None,
+    k_scale: Float[Array, ""] | None = None,
+    v_scale: Float[Array, ""] | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "batch chunk heads dim"]:
+    """Attends causally from positions start, start + 1, ... of every row.
+
+    Args:
+      q: rotated queries of the chunk.
+      k, v: rotated keys, and values, of the chunk as a cache stores them.
+      k_cache, v_cache: positions before `start`, in the ring order of `decode_attention`.
+      sinks: one unscaled logit per query head.
+      start: position of the chunk's first token.
+      window: as in `window_attention`.
+      k_scale, v_scale: what stored numbers are multiplied by; None is 1.
+      implementation: pins one of `IMPLEMENTATIONS`.
+    """
+    return dispatch(
+        "chunk_attention",
+        IMPLEMENTATIONS,
+        implementation,
+        q,
+        k,
+        v,
+        k_cache,
+        v_cache,
+        sinks,
+        start,
+        window=window,
+        k_scale=k_scale,
+        v_scale=v_scale,
+    )

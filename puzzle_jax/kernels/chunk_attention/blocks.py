@@ -1,0 +1,108 @@
+"""`chunk_attention` by blocks of keys and an online softmax (arXiv 2205.14135) that starts at the sink.
+
+Cached keys are read in blocks, and only as many as hold anything, in a loop of dynamic length, so that a long cache
+costs nothing while it is empty. The chunk's own keys are met by a few blocks of queries, each against what it can
+see. Plain XLA for every platform. Left out: gradients (a loop of dynamic length has none), rows at different starts.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from puzzle_jax.kernels.decode_attention.reference import load, slot_positions
+from puzzle_jax.kernels.window_attention.reference import MASKED
+
+QUERY_BLOCK, KEY_BLOCK = 128, 512
+
+
+class _Running(NamedTuple):
+    """Softmax so far, per query row: largest logit, sum of weights, weighted sum of values; float32."""
+
+    largest: Float[Array, "batch kv_heads rows"]
+    total: Float[Array, "batch kv_heads rows"]
+    out: Float[Array, "batch kv_heads rows dim"]
+
+
+def chunk_attention(
+    q: Float[Array, "batch chunk heads dim"],
+    k: Float[Array, "batch kv_heads dim chunk"],
+    v: Float[Array, "batch kv_heads chunk dim"],
+    k_cache: Float[Array, "batch kv_heads dim slots"],
+    v_cache: Float[Array, "batch kv_heads slots dim"],
+    sinks: Float[Array, "heads"],
+    start: Int[Array, ""],
+    *,
+    window: int | Int[Array, "#batch"] | None,
+    k_scale: Float[Array, ""] | None = None,
+    v_scale: Float[Array, ""] | None = None,
+) -> Float[Array, "batch chunk heads dim"]:
+    """See the api."""
+    batch, chunk, heads, dim = q.shape
+    kv_heads, slots = k_cache.shape[1], k_cache.shape[3]
+    group = heads // kv_heads
+    # Rows of one key-value head are (position, head in group).
+    queries = q.reshape(batch, chunk, kv_heads, group, dim).transpose(0, 2, 1, 3, 4)
+    own_k, own_v = load(k, q.dtype), load(v, q.dtype)
+    factor = dim**-0.5 if k_scale is None else k_scale * dim**-0.5
+    reach = None if window is None else jnp.asarray(window).reshape(-1, 1, 1)
+    sink = sinks.astype(jnp.float32).reshape(1, kv_heads, 1, group)
+    block = slots if slots <= KEY_BLOCK else math.gcd(slots, KEY_BLOCK)
+    filled = jnp.minimum(start, slots)
+    held = slot_positions(start - 1, slots)
+
+    outputs = []
+    for first in range(0, chunk, QUERY_BLOCK):
+        last = min(first + QUERY_BLOCK, chunk)
+        rows = queries[:, :, first:last].reshape(batch, kv_heads, (last - first) * group, dim)
+        positions = start + jnp.arange(first, last)[:, None]
+        largest = jnp.broadcast_to(sink, (batch, kv_heads, last - first, group)).reshape(batch, kv_heads, -1)
+        running = _Running(largest, jnp.ones_like(largest), jnp.zeros(rows.shape, jnp.float32))
+
+        def attend(
+            running: _Running, keys: Array, values: Array, key: Array, *, rows=rows, positions=positions
+        ) -> _Running:
+            visible = ((key >= 0) & (key <= positions))[None]
+            if reach is not None:
+                visible = visible & (key > positions - reach)
+            mask = jnp.where(visible, 0.0, MASKED).astype(jnp.float32)[:, None, :, None]
+            return _attend(running, rows, keys, values, jnp.repeat(mask, group, axis=3), factor)
+
+        def cached(index: Array, running: _Running, attend=attend) -> _Running:
+            keys = load(jax.lax.dynamic_slice_in_dim(k_cache, index * block, block, 3), q.dtype)
+            values = load(jax.lax.dynamic_slice_in_dim(v_cache, index * block, block, 2), q.dtype)
+            key = jax.lax.dynamic_slice_in_dim(held, index * block, block)
+            return attend(running, keys, values, key)
+
+        if not isinstance(window, int) or first < window - 1:  # else no query of the block sees the cache
+            running = jax.lax.fori_loop(0, (filled + block - 1) // block, cached, running)
+        oldest = max(0, first - window + 1) if isinstance(window, int) else 0
+        key = start + jnp.arange(oldest, last)
+        running = attend(running, own_k[..., oldest:last], own_v[:, :, oldest:last], key)
+        out = running.out / running.total[..., None]
+        outputs.append(out.reshape(batch, kv_heads, last - first, group, dim))
+    out = jnp.concatenate(outputs, axis=2).transpose(0, 2, 1, 3, 4)
+    out = out if v_scale is None else out * v_scale
+    return out.reshape(batch, chunk, heads, dim).astype(q.dtype)
+
+
+def _attend(
+    running: _Running,
+    rows: Float[Array, "batch kv_heads rows dim"],
+    keys: Float[Array, "batch kv_heads dim keys"],
+    values: Float[Array, "batch kv_heads keys dim"],
+    mask: Float[Array, "#batch 1 queries group keys"],
+    factor: float | Float[Array, ""],
+) -> _Running:
+    """The running softmax after one more block of keys; `mask` is added to logits."""
+    logits = jnp.matmul(rows, keys, preferred_element_type=jnp.float32) * factor
+    logits = logits + mask.reshape(mask.shape[0], 1, -1, mask.shape[-1])
+    largest = jnp.maximum(running.largest, jnp.max(logits, axis=-1))
+    weights = jnp.exp(logits - largest[..., None])
+    shrink = jnp.exp(running.largest - largest)
+    out = jnp.matmul(weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    return _Running(largest, running.total * shrink + jnp.sum(weights, axis=-1), running.out * shrink[..., None] + out)

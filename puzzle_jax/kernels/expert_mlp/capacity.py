@@ -1,0 +1,88 @@
+"""`expert_mlp` for few tokens: every expert gets the same few rows, in as many rounds as the busiest one needs.
+
+The weights are read where they lie, once per round, and never gathered into blocks; for the few tokens of decoding
+that is what time goes into. A round is one batched matmul over all experts, of one shape whatever was routed, so a
+token's result does not depend on which others are in the batch. No token is dropped.
+Gradients are those of `sorted_blocks`, which is right for the many tokens of training.
+Left out: skipping experts that nobody chose (their weights are read all the same).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from puzzle_jax.kernels.expert_mlp import sorted_blocks
+from puzzle_jax.kernels.expert_mlp.reference import clamped_swiglu
+from puzzle_jax.kernels.expert_mlp.weights import Experts
+from puzzle_jax.kernels.mxfp4 import as_dense
+
+MAX_MEAN_ROWS = 16  # of pairs per expert; with more, `sorted_blocks` wastes less
+
+
+def round_rows(tokens: int, pairs: int, num_experts: int) -> int:
+    """Rows per expert and round: a multiple of 4 that one round mostly suffices for, at most one per token.
+
+    If experts were chosen evenly, their rows would be Poisson; this is the mean plus about three deviations.
+    """
+    mean = pairs / num_experts
+    rows = 4 * max(1, round((mean + 3 * mean**0.5) / 4))
+    return min(rows, 4 * -(-tokens // 4))
+
+
+def expert_outputs(
+    x: Float[Array, "tokens hidden"], ids: Int[Array, "tokens k"], experts: Experts, *, limit: float
+) -> Float[Array, "tokens k hidden"]:
+    """See the api. Raises NotImplementedError for more than `MAX_MEAN_ROWS` pairs per expert."""
+    num_experts = experts.down_bias.shape[0]
+    if ids.size > MAX_MEAN_ROWS * num_experts:
+        raise NotImplementedError(f"{ids.size} pairs are many for {num_experts} experts")
+    return _expert_outputs(limit, x, ids, experts)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _expert_outputs(
+    limit: float, x: Float[Array, "tokens hidden"], ids: Int[Array, "tokens k"], experts: Experts
+) -> Float[Array, "tokens k hidden"]:
+    tokens, k = ids.shape
+    num_experts = experts.down_bias.shape[0]
+    rows = round_rows(tokens, ids.size, num_experts)
+    gate_up, down = as_dense(experts.gate_up, x.dtype), as_dense(experts.down, x.dtype)
+    gate_up_bias = experts.gate_up_bias.astype(jnp.float32)[:, None]
+    down_bias = experts.down_bias.astype(jnp.float32)[:, None]
+    chosen = jnp.sum(ids[:, :, None] == jnp.arange(num_experts), axis=1)  # [tokens, experts], 0 or 1
+    rank = jnp.take_along_axis(jnp.cumsum(chosen, axis=0) - chosen, ids, axis=1)  # among the expert's tokens
+    token = jnp.broadcast_to(jnp.arange(tokens)[:, None], ids.shape)
+
+    def one_round(index: Int[Array, ""] | int, out: Array) -> Array:
+        row = rank - index * rows  # out of range: another round's
+        outside = (row < 0) | (row >= rows)
+        source = jnp.full((num_experts, rows), tokens).at[ids, jnp.where(outside, rows, row)].set(token, mode="drop")
+        h = jnp.take(x, source, axis=0, mode="fill", fill_value=0)
+        h = jnp.matmul(h, gate_up, preferred_element_type=jnp.float32) + gate_up_bias
+        h = clamped_swiglu(h, limit).astype(x.dtype)
+        h = jnp.matmul(h, down, preferred_element_type=jnp.float32) + down_bias
+        return jnp.where(outside[..., None], out, h[ids, jnp.clip(row, 0, rows - 1)])
+
+    out = jnp.zeros((tokens, k, x.shape[-1]), jnp.float32)
+    if rows >= tokens:
+        return one_round(0, out).astype(x.dtype)
+    rounds = (jnp.max(rank) + rows) // rows
+    return jax.lax.fori_loop(0, rounds, one_round, out).astype(x.dtype)
+
+
+def _forward(limit: float, x: Array, ids: Array, experts: Experts) -> tuple[Array, tuple[Array, Array, Experts]]:
+    return _expert_outputs(limit, x, ids, experts), (x, ids, experts)
+
+
+def _backward(limit: float, saved: tuple[Array, Array, Experts], d_out: Array) -> tuple[Array, None, Experts]:
+    x, ids, experts = saved
+    _, vjp = jax.vjp(lambda x, experts: sorted_blocks.expert_outputs(x, ids, experts, limit=limit), x, experts)
+    d_x, d_experts = vjp(d_out)
+    return d_x, None, d_experts
+
+
+_expert_outputs.defvjp(_forward, _backward)

@@ -1,0 +1,41 @@
+"""The e4m3 form of cached keys and values: one byte each, one scale per tensor.
+
+    stored = e4m3(clip(x / scale, -448, 448)),  read = stored * scale
+
+The clip comes first because a cast gives NaN above 464, not the largest number. Readers of a cache do not multiply
+by the scale: attention folds it into logits and output. Left out: e5m2, scales per head or per block.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+E4M3 = jnp.float8_e4m3fn
+E4M3_MAX = 448.0
+
+
+def encode_e4m3(x: Float[Array, "*shape"], scale: Float[Array, ""]) -> Float[Array, "*shape"]:
+    """`x / scale` as e4m3, saturating."""
+    scaled = x.astype(jnp.float32) / scale
+    return jnp.clip(scaled, -E4M3_MAX, E4M3_MAX).astype(E4M3)
+
+
+def decode_e4m3(stored: Float[Array, "*shape"], dtype: jnp.dtype | type) -> Float[Array, "*shape"]:
+    """The numbers that e4m3 bytes stand for, without their scale; exact in float16, bfloat16 and float32.
+
+    XLA's own cast is slow on CPU. There the seven low bits are placed as exponent and mantissa of a float16, whose
+    bias differs by 8, and the sign beside them; the processor does the rest.
+    """
+    return jax.lax.platform_dependent(stored, cpu=lambda s: _decode_bits(s).astype(dtype), default=_cast(dtype))
+
+
+def _cast(dtype: jnp.dtype | type):
+    return lambda stored: stored.astype(dtype)
+
+
+def _decode_bits(stored: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    bits = jax.lax.bitcast_convert_type(stored, jnp.uint8).astype(jnp.uint16)
+    half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
+    return jax.lax.bitcast_convert_type(half, jnp.float16).astype(jnp.float32) * 256.0

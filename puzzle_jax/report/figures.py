@@ -1,0 +1,67 @@
+"""Figures, as PNG bytes. Drawn without a display and without pyplot's global state."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from typing import Any
+
+# Distinct in colour and in grey (Okabe and Ito's palette), the reference first.
+_COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+
+
+def frontier_figure(points: Mapping[str, Mapping[str, Any]], reference: str) -> bytes:
+    """Accuracy against relative request rate, one line per model with its efforts as labelled points.
+
+    Args:
+      points: of evaluation.json: by model and effort, rate and accuracy with their intervals.
+      reference: the model whose highest effort is the unit of rate.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for position, (name, efforts) in enumerate(points.items()):
+        ordered = sorted(efforts.items(), key=lambda item: item[1]["rate"]["value"])
+        rates, accuracies = ([point[key]["value"] for _, point in ordered] for key in ("rate", "accuracy"))
+        axes.errorbar(
+            rates,
+            accuracies,
+            xerr=_bars([point["rate"] for _, point in ordered]),
+            yerr=_bars([point["accuracy"] for _, point in ordered]),
+            label=name,
+            color=_COLOURS[position % len(_COLOURS)],
+            marker="o" if name == reference else "s",
+            linestyle="--" if name == reference else "-",
+            linewidth=1.5,
+            elinewidth=0.8,
+            capsize=2,
+        )
+        for (effort, _), rate, accuracy in zip(ordered, rates, accuracies, strict=True):
+            axes.annotate(
+                effort,
+                (rate, accuracy),
+                xytext=(6, 6),
+                textcoords="offset points",
+                fontsize=9,
+                color=_COLOURS[position % len(_COLOURS)],
+            )
+    highest = list(points[reference])[-1]
+    axes.set_xlabel(f"request rate relative to {reference} at {highest} effort")
+    axes.set_ylabel("accuracy")
+    axes.set_ylim(0, 1)
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.25, linewidth=0.5)
+    axes.legend(frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _bars(estimates: list[Any]) -> list[list[float]]:
+    """Lengths of error bars below and above; a side without limit has none."""
+    below = [max(0.0, e["value"] - e["low"]) if e["low"] is not None else 0.0 for e in estimates]
+    above = [max(0.0, e["high"] - e["value"]) if e["high"] is not None else 0.0 for e in estimates]
+    return [below, above]

@@ -1,0 +1,304 @@
+"""Whole evaluations of random two-layer models: what is written, resumed, and refused."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import jax
+import pytest
+
+from puzzle_jax.config import BlockConfig, ModelConfig, RopeConfig
+from puzzle_jax.convert_hf.export import save_checkpoint
+from puzzle_jax.evaluate import run as run_module
+from puzzle_jax.evaluate import speeds, throughput
+from puzzle_jax.evaluate.__main__ import main
+from puzzle_jax.generate.traces import append_trace, read_traces
+from puzzle_jax.model.spec import init_params
+from puzzle_jax.tasks.tokenizer import chat_files
+
+CONFIG = ModelConfig(
+    vocab_size=128,
+    hidden_size=64,
+    intermediate_size=32,
+    num_heads=6,
+    num_kv_heads=3,
+    head_dim=10,
+    experts_per_token=2,
+    blocks=(BlockConfig(8, 16), BlockConfig(8, None)),
+    rope=RopeConfig(theta=10_000.0, factor=4.0, original_context=256),
+    max_position=768,
+)
+SETTINGS = {
+    "--tasks": "chain,add",
+    "--efforts": "low,high",
+    "--problems": "3",
+    "--max-tokens": "low=4,high=6",
+    "--slots": "4",
+    "--scenarios": "tiny=9:3",
+    "--cache-memory": "100KiB",
+    "--max-batch": "2",
+    "--rounds": "3",
+    "--bootstrap": "40",
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    """Two checkpoints of one shape, so that they share compiled programs."""
+    out = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(("parent", "child")):
+        params = init_params(CONFIG, jax.random.key(seed))
+        save_checkpoint(out / name, CONFIG, params, config_base={}, extra_files=chat_files())
+    return out
+
+
+def evaluate(models: Path, out: Path, *flags: str, names: tuple[str, ...] | None = None, **changes: str) -> int:
+    settings = {**SETTINGS, **{f"--{name.replace('_', '-')}": value for name, value in changes.items()}}
+    options = [part for item in settings.items() for part in item]
+    named = names if names is not None else (f"parent={models}/parent", f"child={models}/child")
+    return main(["--models", *named, "--out", str(out), *options, *flags])
+
+
+@pytest.fixture(scope="module")
+def finished(models, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("evaluation") / "out"
+    assert evaluate(models, out) == 0
+    return out
+
+
+def snapshot(out: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+
+
+def test_everything_is_written(finished, models):
+    assert set(snapshot(finished)) == {
+        "answers/child.jsonl",
+        "answers/parent.jsonl",
+        "evaluation.json",
+        "frontier.png",
+        "report.md",
+        "settings.json",
+        "throughput.jsonl",
+    }
+    assert (finished / "frontier.png").read_bytes()[:4] == b"\x89PNG"
+    evaluation = json.loads((finished / "evaluation.json").read_text())
+    assert evaluation["reference"] == "parent"
+    for name in ("parent", "child"):
+        answers = read_traces(finished / "answers" / f"{name}.jsonl")
+        assert sorted((a.task, a.effort) for a in answers) == sorted(
+            [(task, effort) for effort in ("low", "high") for task in ("chain", "chain", "add")]
+        )
+        for effort in ("low", "high"):
+            own = [a for a in answers if a.effort == effort]
+            summary = evaluation["summaries"][name][effort]["all"]
+            assert summary["answers"] == 3 and summary["mean_tokens"] == sum(len(a.completion) for a in own) / 3
+    workloads = evaluation["throughput"]["workloads"]
+    assert list(workloads) == ["tiny", "low", "high"]
+    assert all(entry["child"]["tokens_per_second"]["rounds"] == 3 for entry in workloads.values())
+    # 60 x 2 values of 4 bytes for 16 + 64 positions.
+    assert workloads["tiny"]["parent"]["batch"] == min(2, 102400 // (80 * 60 * 4))
+
+
+def test_the_report_holds_every_table_and_a_verdict(finished):
+    text = (finished / "report.md").read_text()
+    for part in (
+        "| parent, low |",
+        "| child, high |",
+        "Compared with parent",
+        "tiny (9 in, 3 out), child",
+        "frontier.png",
+    ):
+        assert part in text, part
+    assert "the smallest gap is" in text or "has no answer" in text
+
+
+def test_a_second_run_asks_and_measures_nothing(finished, models, monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("nothing is missing")
+
+    before = snapshot(finished)
+    monkeypatch.setattr(run_module, "answer_questions", never)
+    monkeypatch.setattr(throughput, "_seconds", never)
+    assert evaluate(models, finished) == 0
+    assert snapshot(finished) == before
+
+
+def test_an_interrupted_run_goes_on_to_the_same_answers(finished, models, tmp_path, monkeypatch, capsys):
+    """Ctrl-C after the fourth answer of the second model, and part of a line, as after a kill."""
+    out, asked = tmp_path / "out", []
+
+    def interrupt(file, trace):
+        append_trace(file, trace)
+        asked.append(trace)
+        if len(asked) == 10:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_module, "append_trace", interrupt)
+    assert evaluate(models, out, "--no-throughput") == 130
+    said = capsys.readouterr().err
+    assert "interrupted; answers are kept, and the same command goes on from them" in said and said.count("\n") == 1
+    path = out / "answers" / "child.jsonl"
+    assert path.read_bytes().count(b"\n") == 4 and not (out / "evaluation.json").exists()
+    with open(path, "ab") as file:
+        file.write(path.read_bytes().splitlines()[0][:50])
+
+    assert evaluate(models, out, "--no-throughput") == 0
+    assert len(asked) == 12
+    for name in ("parent", "child"):
+        kept, whole = (read_traces(directory / "answers" / f"{name}.jsonl") for directory in (out, finished))
+
+        def order(trace):
+            return trace.task, trace.problem_seed, trace.effort
+
+        assert sorted(kept, key=order) == sorted(whole, key=order)
+    results = [json.loads((directory / "evaluation.json").read_text()) for directory in (out, finished)]
+    assert results[0]["summaries"] == results[1]["summaries"] and results[0]["overall"] == results[1]["overall"]
+    assert results[0]["throughput"] is None and results[0]["points"] is None
+    assert not (out / "frontier.png").exists()
+
+
+def test_an_interrupted_measurement_keeps_its_rounds(finished, models, tmp_path, monkeypatch):
+    out, ran = tmp_path / "out", []
+    shutil.copytree(finished, out)
+    (out / "throughput.jsonl").unlink()
+
+    def seconds(*_):
+        ran.append(1)
+        if len(ran) == 13:  # 2 first runs and 3 rounds of 2 models, 2 first runs and 1 round, then
+            raise KeyboardInterrupt
+        return float(len(ran))
+
+    monkeypatch.setattr(throughput, "_seconds", seconds)
+    assert evaluate(models, out) == 130
+    rows = [json.loads(line) for line in (out / "throughput.jsonl").read_text().splitlines()]
+    assert [row["workload"] for row in rows] == ["tiny"] * 3 + ["low"]
+    assert evaluate(models, out) == 0
+    assert len(ran) == 13 + (2 + 2 * 2) + (2 + 3 * 2)
+    after = [json.loads(line) for line in (out / "throughput.jsonl").read_text().splitlines()]
+    assert after[:4] == rows and [row["workload"] for row in after[4:]] == ["low"] * 2 + ["high"] * 3
+    # Other scenarios of the same models are measured beside those that are there.
+    assert evaluate(models, out, scenarios="tiny=9:3,wide=12:2") == 0
+    assert len(ran) == 27 + 2 + 3 * 2
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"seed": "1"}, "seed was 0, now 1"),
+        ({"temperature": "0.5"}, "temperature was 1.0, now 0.5"),
+        ({"max_tokens": "low=4,high=7"}, "max_tokens.high was 6, now 7"),
+        ({"names": ("parent={0}/parent",)}, "models.child was"),
+        ({"names": ("parent={0}/parent", "child={0}/parent")}, "models.child was"),
+    ],
+)
+def test_other_settings_and_other_weights_are_refused(finished, models, capsys, changes, message):
+    before = snapshot(finished)
+    if "names" in changes:
+        changes = {"names": tuple(name.format(models) for name in changes["names"])}
+    assert evaluate(models, finished, **changes) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1 and "holds an evaluation of another kind" in said
+    assert snapshot(finished) == before
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"tasks": "poetry"}, "task is 'poetry'"),
+        ({"tasks": "chain,chain"}, "tasks is 'chain,chain'"),
+        ({"efforts": "extreme"}, "effort is 'extreme'"),
+        ({"efforts": ","}, "efforts is ''"),
+        ({"problems": "1"}, "problems is 1, but must be at least 1 for each of the 2 tasks"),
+        ({"problems": "many"}, "invalid int value: 'many'"),
+        ({"max_tokens": "low"}, "--max-tokens has 'low'"),
+        ({"max_tokens": "low=0"}, "no limit of at least 1 for effort 'low'"),
+        ({"max_tokens": "wild=3"}, "effort is 'wild'"),
+        ({"max_tokens": "low=760"}, "but the context of model 'parent' is 768"),
+        ({"temperature": "-1"}, "temperature is -1"),
+        ({"temperature": "nan"}, "temperature is nan"),
+        ({"top_p": "0"}, "top_p is 0"),
+        ({"slots": "0"}, "slots is 0"),
+        ({"bootstrap": "0"}, "bootstrap is 0"),
+        ({"seed": "-1"}, "seed is -1"),
+        ({"rounds": "0"}, "rounds is 0"),
+        ({"cache_dtype": "int3"}, "cache dtype is 'int3'"),
+        ({"cache_memory": "much"}, "--cache-memory is 'much'"),
+        ({"cache_memory": "10KiB"}, "one request of 12 tokens needs 19,200 bytes of cache"),
+        ({"scenarios": "a"}, "--scenarios has 'a'"),
+        ({"scenarios": "a=0:4"}, "scenario 'a' has 0 input"),
+        ({"scenarios": "a=1:4,a=2:4"}, "scenarios are named a, a"),
+        ({"scenarios": "low=1:4"}, "scenario name is 'low'"),
+        ({"scenarios": "a=700:69"}, "scenario 'a' needs a context of 769 tokens"),
+        ({"names": ("parent",)}, "--models has 'parent'"),
+        ({"names": ("parent=",)}, "--models has 'parent='"),
+        ({"names": ("a=x", "a=y")}, "--models names 'a' twice"),
+        ({"names": ("../a=x",)}, "model name is '../a'"),
+        ({"names": ("a=nowhere",)}, "model 'a': nowhere is not a directory"),
+        ({"no_such_option": "1"}, "unrecognized arguments: --no-such-option"),
+    ],
+)
+def test_bad_settings_are_one_sentence_and_write_nothing(models, tmp_path, capsys, changes, message):
+    assert evaluate(models, tmp_path / "out", **changes) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1, said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("damage", ["no config", "no weights", "no effort in the template"])
+def test_a_damaged_model_is_refused_by_name(models, tmp_path, capsys, damage):
+    copy = tmp_path / "copy"
+    shutil.copytree(models / "child", copy)
+    if damage == "no config":
+        (copy / "config.json").unlink()
+    elif damage == "no weights":
+        (copy / "model.safetensors").unlink()
+    else:
+        template = (copy / "chat_template.jinja").read_text().replace("reasoning_effort", "mood")
+        (copy / "chat_template.jinja").write_text(template)
+    assert evaluate(models, tmp_path / "out", names=(f"parent={models}/parent", f"other={copy}")) == 2
+    said = capsys.readouterr().err
+    assert "model 'other'" in said and str(copy) in said and said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_is_something_else_is_refused_and_kept(models, finished, tmp_path, capsys):
+    file = tmp_path / "file"
+    file.write_text("a letter")
+    assert evaluate(models, file) == 2
+    assert "is a file, but must be a directory" in capsys.readouterr().err
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("years of work")
+    assert evaluate(models, foreign) == 2
+    assert "thesis.txt" in capsys.readouterr().err
+    broken = tmp_path / "broken"
+    shutil.copytree(finished, broken)
+    (broken / "settings.json").write_text("{")
+    assert evaluate(models, broken) == 2
+    assert "settings.json cannot be read as JSON" in capsys.readouterr().err
+    spoiled = tmp_path / "spoiled"
+    shutil.copytree(finished, spoiled)
+    (spoiled / "throughput.jsonl").write_text("[1]\n")
+    assert evaluate(models, spoiled) == 2
+    assert "throughput.jsonl, line 1 is no measured round" in capsys.readouterr().err
+    assert file.read_text() == "a letter" and os.listdir(foreign) == ["thesis.txt"]
+
+
+def test_fingerprints_tell_weights_apart_and_not_directories(models, tmp_path):
+    from datetime import datetime
+
+    from puzzle_jax.evaluate.models import Model
+
+    shutil.copytree(models / "child", tmp_path / "copy")
+    today = datetime(2026, 1, 1)
+    parent, child, copy = (
+        Model.open("m", path, today) for path in (models / "parent", models / "child", tmp_path / "copy")
+    )
+    assert parent.fingerprint != child.fingerprint == copy.fingerprint
+
+
+def test_speeds_are_known_by_everything_that_they_depend_on(models, finished):
+    keys = [json.loads(line)["key"] for line in (finished / "throughput.jsonl").read_text().splitlines()]
+    assert len(set(keys)) == 3 and len(keys) == 9
+    assert "cpu" in speeds.device()
