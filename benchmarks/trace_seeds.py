@@ -17,12 +17,12 @@ from pathlib import Path
 import yaml
 
 from puzzle_jax.cli import enable_compilation_cache
+from puzzle_jax.generate.batches import micro_batches
 from puzzle_jax.generate.traces import read_traces
 from puzzle_jax.search.pipeline import Search
 from puzzle_jax.search.recipe import Recipe, SpaceSettings, TraceSettings
 from puzzle_jax.search.scenario import Scenario, Target
 from puzzle_jax.search.score import score_children
-from puzzle_jax.generate.batches import micro_batches
 
 STAGES = ("cost", "trace", "rank", "score", "solve")
 

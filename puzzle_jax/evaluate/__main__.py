@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from puzzle_jax.cli import enable_compilation_cache, guarded
 from puzzle_jax.errors import ConfigError
@@ -87,9 +87,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m puzzle_jax.evaluate",
         description="Accuracy, tokens and speed of models side by side.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add = parser.add_argument
+
+    def add(flag: str, *, help: str, **options: Any) -> None:
+        shown = " (default: %(default)s)" if "default" in options else ""
+        parser.add_argument(flag, help=help + shown, **options)
+
     add("--models", nargs="+", required=True, metavar="NAME=DIR", help="checkpoints; the first is the reference")
     add("--out", type=Path, required=True, metavar="DIR", help="where everything is written, and resumed from")
     add("--tasks", default=",".join(TASKS), help="names with commas between")

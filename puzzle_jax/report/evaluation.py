@@ -198,32 +198,32 @@ class EvaluationReport:
                 f"above that of {reference} has no answer."
             )
         else:
-            gap = common["gap"]
+            low, high = common["gap"]["low"], common["gap"]["high"]
             yield (
-                f"At the request rates {gap['low']:.3f} to {gap['high']:.3f} that both cover, {name} lies "
-                f"{_above(gap['accuracy'])} {reference}: {_certainty(common)}"
+                f"Over the request rates {low:.3f} to {high:.3f} that both cover, the curve of {name} is "
+                f"{_position(common)} that of {reference}: {_certainty(common)}"
             )
         if reachable["gap"] is None:
             yield f"{name} does not reach every request rate that {reference} serves."
         else:
-            gap = reachable["gap"]
+            high = reachable["gap"]["high"]
             yield (
-                f"At the request rates up to {gap['high']:.3f} that {reference} serves, the best of {name} at each or "
-                f"above lies {_above(gap['accuracy'])} that of {reference}: {_certainty(reachable)}"
+                f"Over all request rates that {reference} serves (up to {high:.3f}), by the best accuracy at a rate or "
+                f"faster, {name} is {_position(reachable)} {reference}: {_certainty(reachable)}"
             )
 
 
-def _above(smallest: float) -> str:
-    return "everywhere above" if smallest > 0 else "not everywhere above"
+def _position(above: Mapping[str, Any]) -> str:
+    return "everywhere above" if above["gap"]["accuracy"] > 0 else "not everywhere above"
 
 
 def _certainty(above: Mapping[str, Any]) -> str:
     gap, bound = above["gap"], above["lower_bound"]
-    said = "no lower bound" if bound is None else f"above {bound:+.1%} with 95% confidence"
-    more = "" if above["answered"] == 1 else f", {1 - above['answered']:.1%} of draws have no answer"
+    said = "none" if bound is None else f"{100 * bound:+.1f}"
+    more = "" if above["answered"] == 1 else f", and {1 - above['answered']:.1%} cannot be compared"
     return (
-        f"the smallest gap is {gap['accuracy']:+.1%} at {gap['rate']:.3f} ({said}), "
-        f"and it is above zero in {above['probability']:.1%} of draws{more}."
+        f"the smallest gap is {100 * gap['accuracy']:+.1f} points at {gap['rate']:.3f} (95% lower bound: {said}); "
+        f"it is above zero in {above['probability']:.1%} of bootstrap draws{more}."
     )
 
 

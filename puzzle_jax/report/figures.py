@@ -43,7 +43,7 @@ def frontier_figure(points: Mapping[str, Mapping[str, Any]], reference: str) -> 
             axes.annotate(
                 effort,
                 (rate, accuracy),
-                xytext=(6, 6),
+                xytext=(6, 6 if name == reference else -13),
                 textcoords="offset points",
                 fontsize=9,
                 color=_COLOURS[position % len(_COLOURS)],

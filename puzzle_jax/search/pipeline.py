@@ -5,7 +5,7 @@
     rank      ranking.safetensors  every expert's score by every method
     score     scores.json       the space of alternatives and the exact KL of each
     solve     solutions.json    the program's pool with its real KL on fresh traces, the chosen child, the baselines
-    assemble  child/            the child's checkpoint
+    assemble  child/            the child's checkpoint, with scales for an FP8 cache
     evaluate  evaluation.json   KL, accuracy, tokens and speed of parent, child and baselines on what chose nothing
     report    report.md         the table
 
@@ -35,6 +35,7 @@ from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions
 from puzzle_jax.evaluate.summary import by_effort
 from puzzle_jax.evaluate.throughput import Spread, measure_throughput
 from puzzle_jax.generate.batches import micro_batches
+from puzzle_jax.generate.calibrate import calibrate_cache
 from puzzle_jax.generate.traces import read_traces, write_traces
 from puzzle_jax.model.child import Child, ChildBlock, cut_params
 from puzzle_jax.model.network import to_compute
@@ -232,9 +233,15 @@ class Search:
                 "methods": [choice.method for choice in chosen.choices],
             }
             child = self.child(chosen)
-            export_child(self.parent.directory, out, child.config, child.kept, provenance=provenance)
+            batches = self._batches("calibration")
+            with progress(self.console, "calibrating the FP8 cache", len(batches)) as advance:
+                scales = calibrate_cache(
+                    self.parent.params, self.parent.config, batches, view=child.view, on_batch=lambda: advance(1)
+                )
+            export_child(self.parent.directory, out, child.config, child.kept, provenance=provenance, kv_scales=scales)
 
-        return self._stage("assemble", {}, ["solve/solutions.json"], produce, directory="child")
+        inputs = ["solve/solutions.json", "traces/calibration.parquet"]
+        return self._stage("assemble", {}, inputs, produce, directory="child")
 
     def _evaluate(self) -> Stage:
         settings = {

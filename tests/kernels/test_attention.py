@@ -120,7 +120,7 @@ def test_bfloat16_stays_near_float32():
 
 
 def ring(k, v, lengths, slots):
-    """Keys [batch, heads, dim, slots] and values [batch, heads, slots, dim] of rows that wrote their positions in turn."""
+    """Keys [batch, heads, dim, slots] and values of rows that wrote their positions in turn."""
     keys = np.zeros((BATCH, KV_HEADS, DIM, slots), np.float32)
     values = np.zeros((BATCH, KV_HEADS, slots, DIM), np.float32)
     for row, length in enumerate(np.asarray(lengths)):

@@ -111,11 +111,12 @@ def test_the_tables_hold_the_numbers():
 def test_the_verdicts_say_what_is_known():
     common, reachable = EvaluationReport(EVALUATION).verdicts()
     assert common == (
-        "At the request rates 0.500 to 2.000 that both cover, child lies everywhere above parent: the smallest gap is "
-        "+2.0% at 1.250 (above -3.0% with 95% confidence), and it is above zero in 75.0% of draws."
+        "Over the request rates 0.500 to 2.000 that both cover, the curve of child is everywhere above that of parent: "
+        "the smallest gap is +2.0 points at 1.250 (95% lower bound: -3.0); "
+        "it is above zero in 75.0% of bootstrap draws."
     )
-    assert "not everywhere above that of parent" in reachable and "no lower bound" in reachable
-    assert reachable.endswith("above zero in 25.0% of draws, 10.0% of draws have no answer.")
+    assert "serves (up to 2.000)" in reachable and "child is not everywhere above parent" in reachable
+    assert reachable.endswith("none); it is above zero in 25.0% of bootstrap draws, and 10.0% cannot be compared.")
     apart = copy.deepcopy(EVALUATION)
     apart["comparisons"]["child"] |= {"common": above(None, None), "reachable": above(None, None)}
     assert EvaluationReport(apart).verdicts() == [
@@ -138,7 +139,7 @@ def test_the_terminal_shows_the_same():
     console = Console(width=160, record=True, file=io.StringIO())
     EvaluationReport(EVALUATION).show(console)
     text = console.export_text()
-    for part in ("Answers", "Compared with parent", "180 (162 to 198)", "the smallest gap is +2.0%"):
+    for part in ("Answers", "Compared with parent", "180 (162 to 198)", "the smallest gap is +2.0 points"):
         assert part in text
 
 

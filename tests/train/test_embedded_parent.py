@@ -71,7 +71,7 @@ def test_the_weights_keep_what_the_report_says(report):
         chat,
         QuestionSet(tuple(TASKS), ("high",), 16, "accuracy"),
         max_tokens=MAX_TOKENS,
-        batch_size=16,
+        slots=16,
     )
     accuracy = sum(answer.correct for answer in answers) / len(answers)
     assert accuracy > report["greedy"]["high"]["mean"]["accuracy"] - 0.15

@@ -1,0 +1,220 @@
+"""What an FP8 key-value cache costs a model: bfloat16, calibrated and uncalibrated e4m3 caches side by side.
+
+    python -m puzzle_jax.evaluate.caches --model DIR --out DIR
+
+Scales are calibrated on the model's own answers to one set of problems. On another set all three caches are compared:
+KL of next-token distributions from the bfloat16 cache's, over the answers that this one gave, and accuracy on the
+same problems with the same seeds. `--amplify n` does the same to a copy whose keys and values are 2^n times as large
+and whose function is the same, which is what tells a calibrated cache from one without scales.
+Writes caches.json; scales go into a checkpoint when it is exported (`convert_hf.export`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from puzzle_jax.cli import enable_compilation_cache, guarded
+from puzzle_jax.config import ModelConfig
+from puzzle_jax.errors import ConfigError
+from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions
+from puzzle_jax.evaluate.divergence import divergence
+from puzzle_jax.evaluate.settings import MAX_TOKENS
+from puzzle_jax.evaluate.statistics import Paired, paired, resample
+from puzzle_jax.generate.batches import MicroBatch, micro_batches
+from puzzle_jax.generate.calibrate import calibrate_cache
+from puzzle_jax.generate.traces import Trace
+from puzzle_jax.model.cache_format import FLOAT8, CacheFormat, KVScales
+from puzzle_jax.model.network import hidden_states
+from puzzle_jax.model.spec import Params
+from puzzle_jax.tasks import EFFORTS, TASKS, Chat
+
+_DRAWS = 2000  # of the bootstrap
+REFERENCE, CALIBRATED, UNCALIBRATED = "bfloat16", "e4m3, calibrated", "e4m3, no scales"
+
+
+@dataclass(frozen=True)
+class CacheResult:
+    """One cache against the bfloat16 one.
+
+    Attributes:
+      kl: mean over answers of the mean KL per token, in nats; 0 for the reference itself.
+      agreement: share of tokens for which both rank the same one first.
+      accuracy: per effort.
+      change: per effort, accuracy minus the reference's on the same problems, with its interval.
+    """
+
+    kl: float
+    agreement: float
+    accuracy: dict[str, float]
+    change: dict[str, Paired]
+
+
+def compare_caches(
+    params: Params,
+    config: ModelConfig,
+    chat: Chat,
+    *,
+    calibration: QuestionSet,
+    questions: QuestionSet,
+    max_tokens: Mapping[str, int],
+    slots: int = 64,
+) -> tuple[dict[str, CacheResult], KVScales]:
+    """Results by name of the cache, the reference first, and the calibrated scales.
+
+    Args:
+      params: dense weights in the dtype to compute with.
+      calibration: problems whose answers give the scales.
+      questions: problems to compare on; both should be of different splits.
+      max_tokens: limit per effort.
+      slots: requests that run together.
+    """
+    reference = CacheFormat("bfloat16")
+    context = max(
+        len(chat.prompt_tokens(problem.prompt, effort)) + max_tokens[effort]
+        for problem, effort in [*calibration.questions(), *questions.questions()]
+    )
+    ask = partial(answer_questions, params, config, chat, max_tokens=max_tokens, slots=slots, context=context)
+    scales = calibrate_cache(params, config, micro_batches(ask(calibration, cache=reference)))
+    formats = {REFERENCE: reference, CALIBRATED: CacheFormat(FLOAT8, scales), UNCALIBRATED: CacheFormat(FLOAT8)}
+    answers = {name: ask(questions, cache=form) for name, form in formats.items()}
+    batches = micro_batches(answers[REFERENCE])
+    return {
+        name: CacheResult(
+            **_distance(params, config, batches, reference, form),
+            accuracy={effort: _accuracy(answers[name], effort) for effort in questions.efforts},
+            change={effort: _change(answers, name, effort) for effort in questions.efforts},
+        )
+        for name, form in formats.items()
+    }, scales
+
+
+def amplify(params: Params, config: ModelConfig, power: int) -> Params:
+    """A copy whose keys and values are 2^power times as large, and which computes the same function.
+
+    Queries and the output projection are smaller by as much; powers of two round nothing.
+    """
+    factor = 2.0**power
+    layers = []
+    for layer in params["layers"]:
+        attention = dict(layer["attention"])
+        for kind, by in (("q", 1 / factor), ("k", factor), ("v", factor)):
+            for name in (f"{kind}_weight", f"{kind}_bias"):
+                attention[name] = attention[name] * by
+        attention["o_weight"] = attention["o_weight"] / factor
+        layers.append({**layer, "attention": attention})
+    return {**params, "layers": layers}
+
+
+def _accuracy(answers: Sequence[Trace], effort: str) -> float:
+    return float(np.mean([answer.correct for answer in answers if answer.effort == effort]))
+
+
+def _change(answers: Mapping[str, Sequence[Trace]], name: str, effort: str) -> Paired:
+    right, tasks = {}, []
+    for key in (REFERENCE, name):
+        of_effort = [answer for answer in answers[key] if answer.effort == effort]
+        right[key] = np.asarray([answer.correct for answer in of_effort])
+        tasks = [answer.task for answer in of_effort]
+    return paired(right[name], right[REFERENCE], resample(tasks, _DRAWS, seed=0))
+
+
+def _distance(
+    params: Params, config: ModelConfig, batches: Sequence[MicroBatch], reference: CacheFormat, form: CacheFormat
+) -> dict[str, float]:
+    totals, count = np.zeros(2), 0
+    for batch in batches:
+        totals += np.asarray(_compare(params, config, batch, reference, form)).sum(axis=1)
+        count += int((np.asarray(batch.lengths) > 0).sum())
+    return {"kl": float(totals[0] / count), "agreement": float(totals[1] / count)}
+
+
+@partial(jax.jit, static_argnames="config")
+def _compare(
+    params: Params, config: ModelConfig, batch: MicroBatch, reference: CacheFormat, form: CacheFormat
+) -> Float[Array, "2 rows"]:
+    """KL and agreement of each trace, as means over its completion."""
+    exact, rough = (hidden_states(params, config, batch.tokens, cache=cache)[0] for cache in (reference, form))
+    apart = divergence(params, config, exact, rough)
+    return jnp.stack([jnp.sum(part * batch.loss_weight, axis=-1) for part in (apart.kl, apart.agreement)])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parses the command line, compares, prints a table and writes caches.json; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m puzzle_jax.evaluate.caches", description="What an FP8 cache costs."
+    )
+    parser.add_argument("--model", type=Path, required=True, help="a checkpoint directory")
+    parser.add_argument("--out", type=Path, required=True, help="directory for caches.json")
+    parser.add_argument("--tasks", default=",".join(TASKS), help="task names, with commas")
+    parser.add_argument("--efforts", default=",".join(EFFORTS), help="reasoning efforts, with commas")
+    parser.add_argument("--problems", type=int, default=500, help="per effort, split evenly over tasks")
+    parser.add_argument("--amplify", type=int, default=0, help="power of two by which keys and values are enlarged")
+    parser.add_argument("--seed", type=int, default=0)
+    try:
+        settings = parser.parse_args(arguments)
+    except SystemExit as error:  # argparse has said why
+        return int(error.code or 0)
+    return guarded(parser.prog, lambda: _run(settings))
+
+
+def _run(settings: argparse.Namespace) -> None:
+    from puzzle_jax.convert_hf.load import load_checkpoint
+    from puzzle_jax.model.network import compute_dtype, to_compute
+
+    tasks, efforts = tuple(settings.tasks.split(",")), tuple(settings.efforts.split(","))
+    each = -(-settings.problems // len(tasks))
+    questions = QuestionSet(tasks, efforts, each, "evaluation", settings.seed)
+    calibration = QuestionSet(tasks, efforts, max(1, each // 4), "calibration", settings.seed)
+    if settings.out.exists() and not settings.out.is_dir():
+        raise ConfigError(f"out is {settings.out}, which is a file, but must be a directory")
+    chat = Chat.load(settings.model)
+    checkpoint = load_checkpoint(settings.model)
+    enable_compilation_cache()
+    params = to_compute(checkpoint.params, compute_dtype())
+    if settings.amplify:
+        params = amplify(params, checkpoint.config, settings.amplify)
+    limits = {effort: MAX_TOKENS[effort] for effort in efforts}
+    results, scales = compare_caches(
+        params, checkpoint.config, chat, calibration=calibration, questions=questions, max_tokens=limits
+    )
+    settings.out.mkdir(parents=True, exist_ok=True)
+    record = {
+        "model": str(settings.model),
+        "amplify": settings.amplify,
+        "problems_per_effort": each * len(tasks),
+        "caches": {name: asdict(result) for name, result in results.items()},
+        "scales": {"k": np.asarray(scales.k).tolist(), "v": np.asarray(scales.v).tolist()},
+    }
+    (settings.out / "caches.json").write_text(json.dumps(record, indent=1) + "\n")
+    _print(results, efforts)
+
+
+def _print(results: Mapping[str, CacheResult], efforts: Sequence[str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("cache", "KL, nats per token", "same first token", *(f"accuracy, {effort}" for effort in efforts))
+    for name, result in results.items():
+        cells: list[Any] = [name, f"{result.kl:.2e}", f"{result.agreement:.1%}"]
+        for effort in efforts:
+            change = result.change[effort]
+            said = "" if name == REFERENCE else f" ({change.difference:+.1%}, {change.won} won, {change.lost} lost)"
+            cells.append(f"{result.accuracy[effort]:.1%}{said}")
+        table.add_row(*cells)
+    Console(width=None if sys.stdout.isatty() else 170).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
