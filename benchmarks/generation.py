@@ -11,7 +11,8 @@ logits and their greedy tokens are compared. Then, in turns that change order ev
               and the bytes of the caches against the formula of `model.cache.cache_bytes`
 
 Ratios are formed round by round, ours over theirs; shown are medians and quartiles. Every request runs to its limit.
-A prefill of ours includes one decode step, which theirs does not need.
+A prefill of ours includes one decode step, which theirs does not need. `--clock cpu` is for machines that others use
+too: both sides get one core, and CPU seconds of the process are counted in place of wall seconds.
 
 `--theirs` names settings of transformers as EXPERTS/CACHE[/compiled], EXPERTS one of grouped_mm, eager, batched_mm and
 CACHE dynamic or static; all are measured in the same rounds. Its attention is `eager`, the only one that runs: sdpa is
@@ -56,13 +57,16 @@ from puzzle_jax.model.network import forward, to_compute
 from puzzle_jax.model.spec import Params, count_params, init_params
 
 OURS = "ours"
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 QUICK = {"rounds": 3, "short": 4, "long": 36, "prefill_batches": [1], "contexts": [256, 1024]}
 
 
 def main() -> None:
     options = parse()
     enable_compilation_cache()
-    torch.set_num_threads(options.threads)
+    if options.clock == "cpu":  # before the first use of JAX, which takes as many threads as there are cores
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     transformers.utils.logging.disable_progress_bar()
     config = model_config(options)
     console = Console()
@@ -174,10 +178,10 @@ def in_turns(functions: Mapping[str, Callable[[], float]], rounds: int) -> dict[
     return values
 
 
-def seconds(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def seconds(function: Callable[[], object], clock: str) -> float:
+    start = CLOCKS[clock]()
     function()
-    return time.perf_counter() - start
+    return CLOCKS[clock]() - start
 
 
 def with_ratios(rates: Mapping[str, Sequence[float]]) -> dict[str, dict[str, Any]]:
@@ -220,7 +224,10 @@ def compare_decode(sides: Mapping[str, Ours | Theirs], options: argparse.Namespa
     tokens = options.batch * (options.long - options.short)
 
     def rate(side: Ours | Theirs) -> float:
-        short, long = (seconds(lambda n=n: side.generate(prompts, n, context)) for n in (options.short, options.long))
+        short, long = (
+            seconds(lambda n=n: side.generate(prompts, n, context), options.clock)
+            for n in (options.short, options.long)
+        )
         return tokens / max(long - short, 1e-9)  # noise may exceed the difference; a median of rounds does not care
 
     return with_ratios(in_turns({name: lambda side=side: rate(side) for name, side in sides.items()}, options.rounds))
@@ -231,7 +238,7 @@ def compare_prefill(sides: Mapping[str, Ours | Theirs], options: argparse.Namesp
     prompts = random_prompts(options, batch, options.prefill_tokens)
 
     def rate(side: Ours | Theirs) -> float:
-        return prompts.size / seconds(lambda: side.generate(prompts, 1, options.prefill_tokens + 1))
+        return prompts.size / seconds(lambda: side.generate(prompts, 1, options.prefill_tokens + 1), options.clock)
 
     return with_ratios(in_turns({name: lambda side=side: rate(side) for name, side in sides.items()}, options.rounds))
 
@@ -244,6 +251,7 @@ class Steps:
     config: ModelConfig
     context: int
     steps: int
+    clock: str
     state: Slots
 
     @staticmethod
@@ -257,7 +265,7 @@ class Steps:
             for cache in state.caches
         ]
         state = state._replace(caches=noise, logits=jax.random.normal(key, state.logits.shape))
-        return Steps(params, config, context, options.long, state)
+        return Steps(params, config, context, options.long, options.clock, state)
 
     def seconds_per_step(self) -> float:
         rows = self.state.idle.shape[0]
@@ -269,11 +277,13 @@ class Steps:
                 idle=jnp.zeros(rows, bool),
             )
         )
-        start = time.perf_counter()
         none, steps, target = jnp.zeros(0, jnp.int32), jnp.int32(self.steps), jnp.int32(rows)
-        self.state = decode(self.params, self.config, self.state, none, Sampling(), steps, target, None)
-        jax.block_until_ready(self.state)
-        return (time.perf_counter() - start) / self.steps
+
+        def run() -> None:
+            self.state = decode(self.params, self.config, self.state, none, Sampling(), steps, target, None)
+            jax.block_until_ready(self.state)
+
+        return seconds(run, self.clock) / self.steps
 
     def held_bytes(self) -> int:
         return sum(cache.k.nbytes + cache.v.nbytes for cache in self.state.caches)
@@ -308,7 +318,7 @@ def compare_windows(params: Params, config: ModelConfig, options: argparse.Names
 def machine(options: argparse.Namespace) -> str:
     load = " ".join(f"{value:.1f}" for value in os.getloadavg())
     return (
-        f"{platform.machine()}, {os.cpu_count()} cores (load {load}), {options.dtype}, jax {jax.__version__}, "
+        f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores (load {load}), {options.clock} seconds, {options.dtype}, jax {jax.__version__}, "
         f"torch {torch.__version__} with {torch.get_num_threads()} threads, transformers {transformers.__version__}"
     )
 
@@ -362,12 +372,12 @@ def parse() -> argparse.Namespace:
         ("short", 8),
         ("long", 72),
         ("prefill-tokens", 2000),
-        ("threads", os.cpu_count() or 1),
     ):
         parser.add_argument(f"--{name}", type=int, default=value, help=f"default {value}")
     parser.add_argument("--prefill-batches", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--contexts", type=int, nargs="+", default=[256, 1024, 4096])
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of both sides")
+    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall")
     parser.add_argument("--form", choices=("bf16", "mxfp4"), default="bf16", help="of the checkpoint")
     parser.add_argument("--theirs", nargs="+", default=["grouped_mm/dynamic"], help="settings of transformers")
     parser.add_argument("--quick", action="store_true", help=f"a short run: {QUICK}")

@@ -81,11 +81,7 @@ def compare_caches(
       slots: requests that run together.
     """
     reference = CacheFormat("bfloat16")
-    context = max(
-        len(chat.prompt_tokens(problem.prompt, effort)) + max_tokens[effort]
-        for problem, effort in [*calibration.questions(), *questions.questions()]
-    )
-    ask = partial(answer_questions, params, config, chat, max_tokens=max_tokens, slots=slots, context=context)
+    ask = partial(answer_questions, params, config, chat, max_tokens=max_tokens, slots=slots)
     scales = calibrate_cache(params, config, micro_batches(ask(calibration, cache=reference)))
     formats = {REFERENCE: reference, CALIBRATED: CacheFormat(FLOAT8, scales), UNCALIBRATED: CacheFormat(FLOAT8)}
     answers = {name: ask(questions, cache=form) for name, form in formats.items()}
@@ -179,8 +175,8 @@ def _run(settings: argparse.Namespace) -> None:
     calibration = QuestionSet(tasks, efforts, max(1, each // 4), "calibration", settings.seed)
     if settings.out.exists() and not settings.out.is_dir():
         raise ConfigError(f"out is {settings.out}, which is a file, but must be a directory")
-    chat = Chat.load(settings.model)
     checkpoint = load_checkpoint(settings.model)
+    chat = Chat.load(settings.model)
     enable_compilation_cache()
     params = to_compute(checkpoint.params, compute_dtype())
     if settings.amplify:

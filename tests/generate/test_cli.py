@@ -1,0 +1,72 @@
+"""The command line on the embedded parent, without a terminal: final text on stdout, analysis on stderr."""
+
+import json
+import shutil
+
+import pytest
+
+from puzzle_jax.generate.__main__ import _Printer, main
+from puzzle_jax.tasks.tokenizer import write_chat_files
+from tests.convert_hf.checkpoints import write_random
+from tests.support import small_config
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A random model that speaks the embedded parent's tokens."""
+    directory = write_random(tmp_path_factory.mktemp("cli") / "model", small_config(vocab_size=128), "bf16")
+    write_chat_files(directory)
+    return directory
+
+
+def test_an_answer_is_generated_and_its_end_told(model, capsys):
+    assert main(["--model", str(model), "--effort", "high", "--max-tokens", "7", "1+1"]) == 0
+    assert "(cut off at 7 tokens)" in capsys.readouterr().err
+
+
+def test_analysis_and_final_text_are_printed_as_they_grow(capsys):
+    printer = _Printer()
+    for analysis, final in (("1+", ""), ("1+1=2", ""), ("1+1=2", "is \ufffd"), ("1+1=2", "is é")):
+        printer.show(analysis, final)
+    printer.end()
+    said = capsys.readouterr()
+    assert said.out == "is é\n" and said.err == "1+1=2\n"
+
+
+def test_on_a_terminal_the_analysis_is_dimmed(capsys):
+    printer = _Printer()
+    printer.terminal = True
+    for analysis, final in (("one", ""), ("one two", ""), ("one two", "3")):
+        printer.show(analysis, final)
+    printer.end()
+    assert capsys.readouterr().out == "\x1b[2mone\x1b[0m\x1b[2m two\x1b[0m\n3\n"
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["--effort", "huge"], "effort is 'huge', but must be one of low, medium, high"),
+        (["--max-tokens", "0"], "request 0 has max_tokens 0"),
+        (["--max-tokens", "600"], "but the model's context is 512"),
+        (["--temperature", "-1"], "temperature is -1.0"),
+        (["--kv-cache", "int4"], "cache dtype is 'int4'"),
+        (["--kv-cache", "float8_e4m3fn"], "carries no k_scale and v_scale"),
+    ],
+)
+def test_bad_settings_are_one_sentence(model, capsys, arguments, message):
+    assert main(["--model", str(model), *arguments, "1+1"]) == 2
+    said = capsys.readouterr()
+    assert message in said.err and said.err.count("\n") == 1 and not said.out
+
+
+def test_bad_models_are_one_sentence(model, tmp_path, capsys):
+    assert main(["--model", str(tmp_path / "none"), "1+1"]) == 2
+    assert "is not a directory" in capsys.readouterr().err
+    copy = tmp_path / "copy"
+    shutil.copytree(model, copy)
+    (copy / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert main(["--model", str(copy), "1+1"]) == 2
+    assert "never uses reasoning_effort" in capsys.readouterr().err
+    (copy / "config.json").write_text(json.dumps({"model_type": "other"}))
+    assert main(["--model", str(copy), "1+1"]) == 2
+    assert main([]) == 2
