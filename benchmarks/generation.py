@@ -17,7 +17,8 @@ too: both sides get one core, and CPU seconds of the process are counted in plac
 `--theirs` names settings of transformers as EXPERTS/CACHE[/compiled], EXPERTS one of grouped_mm, eager, batched_mm and
 CACHE dynamic or static; all are measured in the same rounds. Its attention is `eager`, the only one that runs: sdpa is
 refused because of the attention sinks, and flex attention has no sinks on CPU. `compiled` is torch.compile of the
-decode step; prefill stays as it is, as transformers does it.
+decode step; prefill stays as it is, as transformers does it. glibc is told to keep freed memory: by default it gives
+every large array back to the system, and the page faults are most of the time of their prefill.
 
 Not measured: sampling, requests of different length or that arrive over time, packed weights, and accelerators.
 """
@@ -25,6 +26,7 @@ Not measured: sampling, requests of different length or that arrive over time, p
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import platform
@@ -64,6 +66,8 @@ QUICK = {"rounds": 3, "short": 4, "long": 36, "prefill_batches": [1], "contexts"
 def main() -> None:
     options = parse()
     enable_compilation_cache()
+    if options.malloc == "keep":
+        keep_freed_memory()
     if options.clock == "cpu":  # before the first use of JAX, which takes as many threads as there are cores
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -109,6 +113,14 @@ def model_config(options: argparse.Namespace) -> ModelConfig:
         experts_per_token=options.top_k,
         blocks=tuple(blocks),
     )
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc serve large arrays from its heap (M_MMAP_MAX) and keep what is freed (M_TRIM_THRESHOLD)."""
+    if platform.libc_ver()[0] == "glibc":
+        libc, mmap_max, trim_threshold = ctypes.CDLL("libc.so.6"), -4, -1
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 # The two sides -------------------------------------------------------------------------------------------------------
@@ -316,10 +328,10 @@ def compare_windows(params: Params, config: ModelConfig, options: argparse.Names
 
 
 def machine(options: argparse.Namespace) -> str:
-    load = " ".join(f"{value:.1f}" for value in os.getloadavg())
+    cores, load = len(os.sched_getaffinity(0)), " ".join(f"{value:.1f}" for value in os.getloadavg())
     return (
-        f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores (load {load}), {options.clock} seconds, {options.dtype}, jax {jax.__version__}, "
-        f"torch {torch.__version__} with {torch.get_num_threads()} threads, transformers {transformers.__version__}"
+        f"{platform.machine()}, cores {cores}, load {load}, {options.clock} seconds, {options.dtype}, "
+        f"jax {jax.__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
     )
 
 
@@ -378,6 +390,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--contexts", type=int, nargs="+", default=[256, 1024, 4096])
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of both sides")
     parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall")
+    parser.add_argument(
+        "--malloc", choices=("keep", "default"), default="keep", help="what glibc does with freed memory"
+    )
     parser.add_argument("--form", choices=("bf16", "mxfp4"), default="bf16", help="of the checkpoint")
     parser.add_argument("--theirs", nargs="+", default=["grouped_mm/dynamic"], help="settings of transformers")
     parser.add_argument("--quick", action="store_true", help=f"a short run: {QUICK}")

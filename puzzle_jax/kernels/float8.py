@@ -3,26 +3,27 @@
     stored = e4m3(clip(x / scale, -448, 448)),  read = stored * scale
 
 The clip comes first because a cast gives NaN above 464, not the largest number. Readers of a cache do not multiply
-by the scale: attention folds it into logits and output. Left out: e5m2, scales per head or per block.
+by the scale: attention folds it into logits and output. Stored numbers are held as uint8: where a compiler has no
+arithmetic for float8 it would convert whole caches to copy a row. Left out: e5m2, scales per head or per block.
 """
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 
 E4M3 = jnp.float8_e4m3fn
 E4M3_MAX = 448.0
 
 
-def encode_e4m3(x: Float[Array, "*shape"], scale: Float[Array, ""]) -> Float[Array, "*shape"]:
-    """`x / scale` as e4m3, saturating."""
+def encode_e4m3(x: Float[Array, "*shape"], scale: Float[Array, ""]) -> UInt8[Array, "*shape"]:
+    """`x / scale` as bytes of e4m3, saturating."""
     scaled = x.astype(jnp.float32) / scale
-    return jnp.clip(scaled, -E4M3_MAX, E4M3_MAX).astype(E4M3)
+    return jax.lax.bitcast_convert_type(jnp.clip(scaled, -E4M3_MAX, E4M3_MAX).astype(E4M3), jnp.uint8)
 
 
-def decode_e4m3(stored: Float[Array, "*shape"], dtype: jnp.dtype | type) -> Float[Array, "*shape"]:
+def decode_e4m3(stored: UInt8[Array, "*shape"], dtype: jnp.dtype | type) -> Float[Array, "*shape"]:
     """The numbers that e4m3 bytes stand for, without their scale; exact in float16, bfloat16 and float32.
 
     XLA's own cast is slow on CPU. There the seven low bits are placed as exponent and mantissa of a float16, whose
@@ -32,10 +33,10 @@ def decode_e4m3(stored: Float[Array, "*shape"], dtype: jnp.dtype | type) -> Floa
 
 
 def _cast(dtype: jnp.dtype | type):
-    return lambda stored: stored.astype(dtype)
+    return lambda stored: jax.lax.bitcast_convert_type(stored, E4M3).astype(dtype)
 
 
-def _decode_bits(stored: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    bits = jax.lax.bitcast_convert_type(stored, jnp.uint8).astype(jnp.uint16)
+def _decode_bits(stored: UInt8[Array, "*shape"]) -> Float[Array, "*shape"]:
+    bits = stored.astype(jnp.uint16)
     half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
     return jax.lax.bitcast_convert_type(half, jnp.float16).astype(jnp.float32) * 256.0

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.kernels.chunk_attention import chunk_attention
@@ -38,8 +38,8 @@ from puzzle_jax.model.spec import Params
 class LayerCache(NamedTuple):
     """Rotated keys, and values, of one layer as they are stored, and their scales where they have any."""
 
-    k: Float[Array, "batch kv_heads dim slots"]
-    v: Float[Array, "batch kv_heads slots dim"]
+    k: Num[Array, "batch kv_heads dim slots"]
+    v: Num[Array, "batch kv_heads slots dim"]
     k_scale: Float[Array, ""] | None = None
     v_scale: Float[Array, ""] | None = None
 
@@ -111,8 +111,8 @@ def prefill_attention_block(
 
 def _write_chunk(
     cache: LayerCache,
-    k: Float[Array, "batch kv_heads dim chunk"],
-    v: Float[Array, "batch kv_heads chunk dim"],
+    k: Num[Array, "batch kv_heads dim chunk"],
+    v: Num[Array, "batch kv_heads chunk dim"],
     start: Int[Array, ""],
     lengths: Int[Array, "batch"],
     *,

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.kernels.float8 import decode_e4m3, encode_e4m3
@@ -50,8 +50,8 @@ class CacheFormat:
             raise ConfigError(f"cache scales were given for dtype {self.dtype}, but only {FLOAT8} has any")
 
     def stored_dtype(self, compute: jnp.dtype | type) -> jnp.dtype:
-        """The dtype at rest where computing is in `compute`."""
-        return jnp.dtype(compute if self.dtype == COMPUTE else self.dtype)
+        """The dtype at rest where computing is in `compute`; e4m3 lies as bytes."""
+        return jnp.dtype({COMPUTE: compute, FLOAT8: jnp.uint8}.get(self.dtype, self.dtype))
 
     def layer_scales(self, layer: int) -> tuple[Float[Array, ""], Float[Array, ""]] | tuple[None, None]:
         """Scales of one layer's keys and values; None unless the cache is float8."""
@@ -70,7 +70,7 @@ class CacheFormat:
         return next(back), next(back)
 
 
-def store(x: Float[Array, "*shape"], dtype: jnp.dtype | type, scale: Float[Array, ""] | None) -> Float[Array, "*shape"]:
+def store(x: Float[Array, "*shape"], dtype: jnp.dtype | type, scale: Float[Array, ""] | None) -> Num[Array, "*shape"]:
     """Numbers as a cache of `dtype` keeps them."""
     return x.astype(dtype) if scale is None else encode_e4m3(x, scale)
 

@@ -5,7 +5,7 @@ import pytest
 
 from puzzle_jax.kernels.chunk_attention import chunk_attention
 from puzzle_jax.kernels.decode_attention import decode_attention
-from puzzle_jax.kernels.float8 import E4M3, decode_e4m3, encode_e4m3
+from puzzle_jax.kernels.float8 import decode_e4m3, encode_e4m3
 from puzzle_jax.kernels.window_attention import window_attention
 from puzzle_jax.model.cache import cache_slots
 
@@ -153,8 +153,8 @@ def test_slots_older_than_the_window_or_never_written_are_not_seen():
 
 
 @pytest.mark.parametrize("implementation", ["blocks", "reference"])
-@pytest.mark.parametrize("window,slots", [(None, 48), (1, 1), (5, 5), (9, 9), (31, 31), (200, 48)])
-@pytest.mark.parametrize("start", [0, 16, 32])
+@pytest.mark.parametrize("window,slots", [(None, 48), (1, 1), (9, 9), (200, 48)])
+@pytest.mark.parametrize("start", [0, 32])
 def test_a_chunk_sees_what_the_square_sees(implementation, window, slots, start):
     q, k, v, sinks = arrays(48)
     keys, values = ring(k, v, [start, start], slots)
@@ -176,8 +176,8 @@ def test_long_chunks_and_caches_are_cut_into_blocks():
     keys = jax.random.split(jax.random.key(3), 6)
     shapes = ((1, 260, 4, 6), (1, 2, 6, 260), (1, 2, 260, 6), (1, 2, 6, 1024), (1, 2, 1024, 6), (4,))
     data = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
-    for window in (None, 300, 700):
-        for start in (0, 260, 780):
+    for window in (None, 700):
+        for start in (260, 780):
             fast, slow = (
                 chunk_attention(*data, jnp.int32(start), window=window, implementation=implementation)
                 for implementation in ("blocks", "reference")
@@ -192,13 +192,12 @@ def test_scales_of_a_float8_cache_are_folded_into_logits_and_output():
     read = [decode_e4m3(x, jnp.float32) * scale for x, scale in zip(stored, (k_scale, v_scale), strict=True)]
     expected = by_hand(q, *read, sinks, 9)
     assert np.abs(expected - by_hand(q, k, v, sinks, 9)).max() > 0.01
-    keys, values = (jnp.asarray(x) for x in ring(*(decode_e4m3(x, jnp.float32) for x in stored), [24, 24], 9))
-    keys, values = keys.astype(E4M3), values.astype(E4M3)  # exact: these are e4m3's numbers
+    keys, values = (x.astype(jnp.uint8) for x in ring(*stored, [24, 24], 9))
     scales = dict(k_scale=k_scale, v_scale=v_scale)
     out = decode_attention(q[:, 23], keys, values, sinks, jnp.asarray([23, 23]), window=9, **scales)
     np.testing.assert_allclose(out, expected[:, 23], atol=3e-6)
     own_k, own_v = stored[0][:, 16:].transpose(0, 2, 3, 1), stored[1][:, 16:].transpose(0, 2, 1, 3)
-    before = [x.astype(E4M3) for x in ring(*(decode_e4m3(x, jnp.float32) for x in stored), [16, 16], 9)]
+    before = [x.astype(jnp.uint8) for x in ring(*stored, [16, 16], 9)]
     for implementation in ("blocks", "reference"):
         out = chunk_attention(
             q[:, 16:], own_k, own_v, *before, sinks, jnp.int32(16), window=9, implementation=implementation, **scales

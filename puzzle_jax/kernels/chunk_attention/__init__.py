@@ -7,7 +7,7 @@ hold the chunk yet. Implementations: `blocks`, whose work follows the tokens tha
 
 from __future__ import annotations
 
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from puzzle_jax.kernels.chunk_attention import blocks, reference
 from puzzle_jax.kernels.dispatch import dispatch
@@ -17,10 +17,10 @@ IMPLEMENTATIONS = {"blocks": blocks.chunk_attention, "reference": reference.chun
 
 def chunk_attention(
     q: Float[Array, "batch chunk heads dim"],
-    k: Float[Array, "batch kv_heads dim chunk"],
-    v: Float[Array, "batch kv_heads chunk dim"],
-    k_cache: Float[Array, "batch kv_heads dim slots"],
-    v_cache: Float[Array, "batch kv_heads slots dim"],
+    k: Num[Array, "batch kv_heads dim chunk"],
+    v: Num[Array, "batch kv_heads chunk dim"],
+    k_cache: Num[Array, "batch kv_heads dim slots"],
+    v_cache: Num[Array, "batch kv_heads slots dim"],
     sinks: Float[Array, "heads"],
     start: Int[Array, ""],
     *,

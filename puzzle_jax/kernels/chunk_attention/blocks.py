@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from puzzle_jax.kernels.decode_attention.reference import load, slot_positions
 from puzzle_jax.kernels.window_attention.reference import MASKED
@@ -30,10 +30,10 @@ class _Running(NamedTuple):
 
 def chunk_attention(
     q: Float[Array, "batch chunk heads dim"],
-    k: Float[Array, "batch kv_heads dim chunk"],
-    v: Float[Array, "batch kv_heads chunk dim"],
-    k_cache: Float[Array, "batch kv_heads dim slots"],
-    v_cache: Float[Array, "batch kv_heads slots dim"],
+    k: Num[Array, "batch kv_heads dim chunk"],
+    v: Num[Array, "batch kv_heads chunk dim"],
+    k_cache: Num[Array, "batch kv_heads dim slots"],
+    v_cache: Num[Array, "batch kv_heads slots dim"],
     sinks: Float[Array, "heads"],
     start: Int[Array, ""],
     *,

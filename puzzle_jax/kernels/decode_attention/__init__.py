@@ -3,13 +3,13 @@
 The cache of a layer is a ring: position p lies in slot p mod slots, so a windowed layer needs as many slots as its
 window and a full one as many as the context. What a slot holds follows from the row's length alone. Keys lie
 [dim, slots] and values [slots, dim], the order in which both matmuls read them. Caches are of the dtype to compute
-with, bfloat16, or e4m3 with a scale per tensor (`kernels.float8`), which is folded into logits and output.
+with, bfloat16, or bytes of e4m3 with a scale per tensor (`kernels.float8`), which is folded into logits and output.
 Implementations: `reference`, plain XLA, which serves every platform so far.
 """
 
 from __future__ import annotations
 
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from puzzle_jax.kernels.decode_attention import reference
 from puzzle_jax.kernels.dispatch import dispatch
@@ -19,8 +19,8 @@ IMPLEMENTATIONS = {"reference": reference.decode_attention}
 
 def decode_attention(
     q: Float[Array, "batch heads dim"],
-    k_cache: Float[Array, "batch kv_heads dim slots"],
-    v_cache: Float[Array, "batch kv_heads slots dim"],
+    k_cache: Num[Array, "batch kv_heads dim slots"],
+    v_cache: Num[Array, "batch kv_heads slots dim"],
     sinks: Float[Array, "heads"],
     positions: Int[Array, "batch"],
     *,

@@ -7,9 +7,9 @@ read the cache in its own order.
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
-from puzzle_jax.kernels.float8 import E4M3, decode_e4m3
+from puzzle_jax.kernels.float8 import decode_e4m3
 from puzzle_jax.kernels.window_attention.reference import softmax_with_sink
 
 
@@ -19,15 +19,15 @@ def slot_positions(positions: Int[Array, "*batch"], slots: int) -> Int[Array, "*
     return positions[..., None] - behind
 
 
-def load(stored: Float[Array, "*shape"], dtype: jnp.dtype | type) -> Float[Array, "*shape"]:
+def load(stored: Num[Array, "*shape"], dtype: jnp.dtype | type) -> Float[Array, "*shape"]:
     """Cached numbers in the dtype to compute with, their scale left out."""
-    return decode_e4m3(stored, dtype) if stored.dtype == E4M3 else stored.astype(dtype)
+    return decode_e4m3(stored, dtype) if stored.dtype == jnp.uint8 else stored.astype(dtype)
 
 
 def decode_attention(
     q: Float[Array, "batch heads dim"],
-    k_cache: Float[Array, "batch kv_heads dim slots"],
-    v_cache: Float[Array, "batch kv_heads slots dim"],
+    k_cache: Num[Array, "batch kv_heads dim slots"],
+    v_cache: Num[Array, "batch kv_heads slots dim"],
     sinks: Float[Array, "heads"],
     positions: Int[Array, "batch"],
     *,
