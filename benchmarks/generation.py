@@ -59,6 +59,7 @@ from puzzle_jax.model.network import forward, to_compute
 from puzzle_jax.model.spec import Params, count_params, init_params
 
 OURS = "ours"
+MEASUREMENTS = ("agreement", "decode", "prefill", "windows")
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 QUICK = {"rounds": 3, "short": 4, "long": 36, "prefill_batches": [1], "contexts": [256, 1024]}
 
@@ -85,16 +86,20 @@ def main() -> None:
         theirs = {name: Theirs(path, options.dtype, name) for name in options.theirs}
 
     sides: dict[str, Ours | Theirs] = {OURS: ours, **theirs}
-    report["agreement"] = agreement(ours, theirs[options.theirs[0]], options)
-    console.print(agreed(report["agreement"]), highlight=False)
-    report["decode"] = compare_decode(sides, options)
-    speeds(console, f"decode, batch {options.batch}, prompts of {options.prompt}", report["decode"])
-    report["prefill"] = {}
-    for batch in options.prefill_batches:
-        report["prefill"][batch] = compare_prefill(sides, options, batch)
-        speeds(console, f"prefill, {batch} x {options.prefill_tokens}", report["prefill"][batch])
-    report["windows"] = compare_windows(ours.params, config, options)
-    windows(console, f"our decode step, batch {options.batch}", report["windows"])
+    if "agreement" in options.measure:
+        report["agreement"] = agreement(ours, theirs[options.theirs[0]], options)
+        console.print(agreed(report["agreement"]), highlight=False)
+    if "decode" in options.measure:
+        report["decode"] = compare_decode(sides, options)
+        speeds(console, f"decode, batch {options.batch}, prompts of {options.prompt}", report["decode"])
+    if "prefill" in options.measure:
+        report["prefill"] = {}
+        for batch in options.prefill_batches:
+            report["prefill"][batch] = compare_prefill(sides, options, batch)
+            speeds(console, f"prefill, {batch} x {options.prefill_tokens}", report["prefill"][batch])
+    if "windows" in options.measure:
+        report["windows"] = compare_windows(ours.params, config, options)
+        windows(console, f"our decode step, batch {options.batch}", report["windows"])
     report["load_after"] = os.getloadavg()
     if options.json:
         options.json.write_text(json.dumps(report, indent=2, default=str) + "\n")
@@ -386,6 +391,7 @@ def parse() -> argparse.Namespace:
         ("prefill-tokens", 2000),
     ):
         parser.add_argument(f"--{name}", type=int, default=value, help=f"default {value}")
+    parser.add_argument("--measure", nargs="+", choices=MEASUREMENTS, default=list(MEASUREMENTS))
     parser.add_argument("--prefill-batches", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--contexts", type=int, nargs="+", default=[256, 1024, 4096])
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of both sides")
