@@ -10,7 +10,8 @@ logits and their greedy tokens are compared. Then, in turns that change order ev
     windows   our seconds per decode step with every layer windowed, and with every layer full, at growing context;
               and the bytes of the caches against the formula of `model.cache.cache_bytes`
 
-Ratios are formed round by round, ours over theirs; shown are medians and quartiles. Every request runs to its limit.
+Ratios are formed round by round, ours over theirs; shown are medians and quartiles (of fewer
+than four rounds, the ends). Every request runs to its limit.
 A prefill of ours includes one decode step, which theirs does not need. `--clock cpu` is for machines that others use
 too: both sides get one core, and CPU seconds of the process are counted in place of wall seconds.
 
@@ -18,7 +19,7 @@ too: both sides get one core, and CPU seconds of the process are counted in plac
 CACHE dynamic or static; all are measured in the same rounds. Its attention is `eager`, the only one that runs: sdpa is
 refused because of the attention sinks, and flex attention has no sinks on CPU. `compiled` is torch.compile of the
 decode step; prefill stays as it is, as transformers does it. glibc is told to keep freed memory: by default it gives
-every large array back to the system, and the page faults are most of the time of their prefill.
+every large array back to the system, with which their prefill takes 2.7 times as long (`--malloc default` shows it).
 
 Not measured: sampling, requests of different length or that arrive over time, packed weights, and accelerators.
 """
