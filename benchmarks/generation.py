@@ -10,10 +10,10 @@ logits and their greedy tokens are compared. Then, in turns that change order ev
     windows   our seconds per decode step with every layer windowed, and with every layer full, at growing context;
               and the bytes of the caches against the formula of `model.cache.cache_bytes`
 
-Ratios are formed round by round, ours over theirs; shown are medians and quartiles (of fewer
-than four rounds, the ends). Every request runs to its limit.
-A prefill of ours includes one decode step, which theirs does not need. `--clock cpu` is for machines that others use
-too: both sides get one core, and CPU seconds of the process are counted in place of wall seconds.
+Ratios are formed round by round, ours over theirs; shown are medians and quartiles (of fewer than four
+rounds, the ends). Every request runs to its limit. A prefill of ours includes one decode step, which theirs does not
+need. `--clock cpu` is for machines that others use too: both sides get one core, and CPU seconds of the process are
+counted in place of wall seconds.
 
 `--theirs` names settings of transformers as EXPERTS/CACHE[/compiled], EXPERTS one of grouped_mm, eager, batched_mm and
 CACHE dynamic or static; all are measured in the same rounds. Its attention is `eager`, the only one that runs: sdpa is
@@ -50,6 +50,7 @@ from puzzle_jax.cli import enable_compilation_cache
 from puzzle_jax.config import BlockConfig, ModelConfig
 from puzzle_jax.convert_hf.export import save_checkpoint
 from puzzle_jax.convert_hf.load import load_checkpoint
+from puzzle_jax.errors import PuzzleError
 from puzzle_jax.evaluate.throughput import Spread
 from puzzle_jax.generate.engine import Engine, Request
 from puzzle_jax.generate.sampling import Sampling
@@ -207,7 +208,11 @@ def with_ratios(rates: Mapping[str, Sequence[float]]) -> dict[str, dict[str, Any
     found: dict[str, dict[str, Any]] = {}
     for name, values in rates.items():
         ratios = [ours / their for ours, their in zip(rates[OURS], values, strict=True)]
-        found[name] = {"tokens_per_second": asdict(Spread.of(values)), "ours_over_it": asdict(Spread.of(ratios))}
+        found[name] = {
+            "tokens_per_second": asdict(Spread.of(values)),
+            "ours_over_it": asdict(Spread.of(ratios)),
+            "rounds": list(values),
+        }
     return found
 
 
@@ -237,18 +242,28 @@ def agreement(ours: Ours, theirs: Theirs, options: argparse.Namespace) -> dict[s
 
 
 def compare_decode(sides: Mapping[str, Ours | Theirs], options: argparse.Namespace) -> dict[str, Any]:
-    """Tokens per second between the end of a short and of a long completion."""
-    prompts, context = random_prompts(options, options.batch, options.prompt), options.prompt + options.long
-    tokens = options.batch * (options.long - options.short)
+    """Tokens per second between the end of a short and of a long completion.
 
-    def rate(side: Ours | Theirs) -> float:
+    Raises PuzzleError where the long one did not take longer: nothing was measured then.
+    """
+    prompts, context = random_prompts(options, options.batch, options.prompt), options.prompt + options.long
+
+    def added_seconds(side: Ours | Theirs) -> float:
         short, long = (
             seconds(lambda n=n: side.generate(prompts, n, context), options.clock)
             for n in (options.short, options.long)
         )
-        return tokens / max(long - short, 1e-9)  # noise may exceed the difference; a median of rounds does not care
+        return long - short
 
-    return with_ratios(in_turns({name: lambda side=side: rate(side) for name, side in sides.items()}, options.rounds))
+    added = in_turns({name: lambda side=side: added_seconds(side) for name, side in sides.items()}, options.rounds)
+    tokens = options.batch * (options.long - options.short)
+    for name, values in added.items():
+        if min(values) <= 0:
+            raise PuzzleError(
+                f"{name}: {options.long} tokens took {-min(values):.3f} s less than {options.short}: noise is larger "
+                "than the difference; raise --long, or use --clock cpu on a busy machine"
+            )
+    return with_ratios({name: [tokens / value for value in values] for name, values in added.items()})
 
 
 def compare_prefill(sides: Mapping[str, Ours | Theirs], options: argparse.Namespace, batch: int) -> dict[str, Any]:
@@ -402,12 +417,11 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--form", choices=("bf16", "mxfp4"), default="bf16", help="of the checkpoint")
     parser.add_argument("--theirs", nargs="+", default=["grouped_mm/dynamic"], help="settings of transformers")
-    parser.add_argument("--quick", action="store_true", help=f"a short run: {QUICK}")
+    parser.add_argument("--quick", action="store_true", help=f"other defaults: {QUICK}")
     parser.add_argument("--json", type=Path, help="where to write everything")
-    options = parser.parse_args()
-    for name, value in QUICK.items() if options.quick else ():
-        setattr(options, name, value)
-    return options
+    if parser.parse_known_args()[0].quick:
+        parser.set_defaults(**QUICK)
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
