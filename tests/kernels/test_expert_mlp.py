@@ -116,7 +116,7 @@ def test_packed_experts_equal_their_decoded_values():
 
 
 def test_an_unknown_implementation_is_refused_by_name():
-    with pytest.raises(ValueError, match="'triton'; known: sorted_blocks, reference"):
+    with pytest.raises(ValueError, match="'triton'; known: capacity, sorted_blocks, reference"):
         expert_outputs(
             jnp.zeros((1, HIDDEN)), jnp.zeros((1, 1), int), make_experts(), limit=LIMIT, implementation="triton"
         )
