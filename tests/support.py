@@ -41,3 +41,19 @@ def random_params(config: ModelConfig, seed: int = 0) -> Params:
 
 def random_tokens(config: ModelConfig, batch: int, seq: int, seed: int = 2) -> jax.Array:
     return jax.random.randint(jax.random.key(seed), (batch, seq), 0, config.vocab_size)
+
+
+def chat_config() -> ModelConfig:
+    """Two layers over the embedded parent's 128 tokens, with experts that MXFP4 groups divide: for whole runs."""
+    return ModelConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=32,
+        num_heads=6,
+        num_kv_heads=3,
+        head_dim=10,
+        experts_per_token=2,
+        blocks=(BlockConfig(8, 16), BlockConfig(8, None)),
+        rope=RopeConfig(theta=10_000.0, factor=4.0, original_context=256),
+        max_position=768,
+    )

@@ -28,8 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def run() -> None:
         from rich.console import Console
 
-        from puzzle_jax.evaluate.record import write_beside
         from puzzle_jax.evaluate.run import Evaluation
+        from puzzle_jax.files import write_beside
         from puzzle_jax.report.evaluation import EvaluationReport
         from puzzle_jax.report.figures import frontier_figure
 

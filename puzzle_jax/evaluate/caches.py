@@ -32,6 +32,7 @@ from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions
 from puzzle_jax.evaluate.divergence import divergence
 from puzzle_jax.evaluate.settings import MAX_TOKENS
 from puzzle_jax.evaluate.statistics import Paired, paired, resample
+from puzzle_jax.files import write_beside
 from puzzle_jax.generate.batches import MicroBatch, micro_batches
 from puzzle_jax.generate.calibrate import calibrate_cache
 from puzzle_jax.generate.traces import Trace
@@ -193,7 +194,7 @@ def _run(settings: argparse.Namespace) -> None:
         "caches": {name: asdict(result) for name, result in results.items()},
         "scales": {"k": np.asarray(scales.k).tolist(), "v": np.asarray(scales.v).tolist()},
     }
-    (settings.out / "caches.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_beside(settings.out / "caches.json", (json.dumps(record, indent=1) + "\n").encode())
     _print(results, efforts)
 
 

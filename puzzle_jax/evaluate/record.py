@@ -14,12 +14,12 @@ import contextlib
 import datetime
 import fcntl
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from puzzle_jax.errors import PuzzleError
+from puzzle_jax.files import read_object, write_beside
 
 SETTINGS_FILE = "settings.json"
 
@@ -42,7 +42,7 @@ def recorded_date(out: Path) -> datetime.datetime | None:
             )
         return None
     try:
-        return datetime.datetime.fromisoformat(_read(path)["date"])
+        return datetime.datetime.fromisoformat(read_object(path)["date"])
     except (KeyError, TypeError, ValueError):
         raise PuzzleError(f"{path} is damaged: it holds no date") from None
 
@@ -61,7 +61,7 @@ def opened(out: Path, identity: Mapping[str, Any], date: datetime.datetime) -> I
     path = out / SETTINGS_FILE
     wanted = json.loads(json.dumps(identity))
     if path.exists():
-        held = _read(path).get("identity")
+        held = read_object(path).get("identity")
         if held != wanted:
             raise PuzzleError(
                 f"{out} holds an evaluation of another kind ({_difference(held, wanted)}); "
@@ -79,23 +79,6 @@ def opened(out: Path, identity: Mapping[str, Any], date: datetime.datetime) -> I
         except BlockingIOError as error:
             raise PuzzleError(f"another process works in {out}; wait for it or stop it") from error
         yield
-
-
-def write_beside(path: Path, content: bytes) -> None:
-    """Writes a file beside its place and renames it, so that there never is half a file."""
-    beside = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    beside.write_bytes(content)
-    beside.replace(path)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise PuzzleError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise PuzzleError(f"{path} holds {type(value).__name__}, but must hold an object")
-    return value
 
 
 def _difference(old: Any, new: Any, path: str = "") -> str:

@@ -25,10 +25,11 @@ from puzzle_jax.errors import ConfigError, PuzzleError
 from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions
 from puzzle_jax.evaluate.comparison import analyse
 from puzzle_jax.evaluate.models import Model
-from puzzle_jax.evaluate.record import opened, recorded_date, write_beside
+from puzzle_jax.evaluate.record import opened, recorded_date
 from puzzle_jax.evaluate.settings import Settings
 from puzzle_jax.evaluate.speeds import ModelSpeed, Speeds, device, measure_speeds, plan_slots, plan_workloads
 from puzzle_jax.evaluate.throughput import Spread
+from puzzle_jax.files import write_beside
 from puzzle_jax.generate.traces import Trace, append_trace, open_to_append, read_traces
 from puzzle_jax.progress import progress
 from puzzle_jax.tasks import Problem

@@ -29,9 +29,10 @@ from pathlib import Path
 from typing import Any
 
 from puzzle_jax.errors import PuzzleError
+from puzzle_jax.files import PARTIAL, read_object, write_beside
 
 RUN_FILE, STAGE_FILE = "run.json", "stage.json"
-_PARTIAL, _REPLACED = ".partial-", ".replaced-"
+_REPLACED = ".replaced-"
 # Files above this size are known by size, time of change, and their first and last megabyte.
 _WHOLE_HASH_BYTES = 64 << 20
 
@@ -71,7 +72,7 @@ def open_run(run_dir: Path, identity: Mapping[str, Any]) -> Path:
         raise PuzzleError(f"{run_dir} is a file, but must be a directory for the run")
     marker = run_dir / RUN_FILE
     if marker.exists():
-        held = _read_json(marker).get("identity")
+        held = read_object(marker).get("identity")
         if held != identity:
             raise PuzzleError(
                 f"{run_dir} holds another run ({_difference(held, identity)}); "
@@ -79,7 +80,7 @@ def open_run(run_dir: Path, identity: Mapping[str, Any]) -> Path:
             )
         return run_dir
     if run_dir.exists():
-        ours = f".{RUN_FILE}{_PARTIAL}"  # left by a process that was killed here
+        ours = f".{RUN_FILE}{PARTIAL}"  # left by a process that was killed here
         names = sorted(entry.name for entry in run_dir.iterdir() if not entry.name.startswith(ours))
         if names:
             shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
@@ -134,7 +135,7 @@ def run_stage(
             assert record is not None
             return Stage(name, final, key, record["seconds"], True, "")
         _refuse_foreign(final, record, name)
-        partial = final.with_name(f".{final.name}{_PARTIAL}{os.getpid()}")
+        partial = final.with_name(f".{final.name}{PARTIAL}{os.getpid()}")
         start = time.perf_counter()
         try:
             partial.mkdir()
@@ -172,13 +173,13 @@ def _clear_leftovers(final: Path) -> None:
             shutil.rmtree(path)
         else:
             path.rename(final)
-    for path in final.parent.glob(f".{final.name}{_PARTIAL}*"):
+    for path in final.parent.glob(f".{final.name}{PARTIAL}*"):
         shutil.rmtree(path)
 
 
 def _record(final: Path) -> dict[str, Any] | None:
     path = final / STAGE_FILE
-    return _read_json(path) if path.is_file() else None
+    return read_object(path) if path.is_file() else None
 
 
 def _reason_to_run(final: Path, record: dict[str, Any] | None, wanted: dict[str, Any], key: str) -> str:
@@ -276,20 +277,8 @@ def _canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, allow_nan=False)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise PuzzleError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise PuzzleError(f"{path} holds {type(value).__name__}, but must hold an object")
-    return value
-
-
 def _write_json(path: Path, value: Any) -> None:
-    beside = path.with_name(f".{path.name}{_PARTIAL}{os.getpid()}")
-    beside.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
-    beside.replace(path)
+    write_beside(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
 
 
 def _version(package: str) -> str:

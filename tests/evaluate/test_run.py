@@ -8,7 +8,6 @@ from pathlib import Path
 import jax
 import pytest
 
-from puzzle_jax.config import BlockConfig, ModelConfig, RopeConfig
 from puzzle_jax.convert_hf.export import save_checkpoint
 from puzzle_jax.evaluate import run as run_module
 from puzzle_jax.evaluate import speeds, throughput
@@ -16,19 +15,9 @@ from puzzle_jax.evaluate.__main__ import main
 from puzzle_jax.generate.traces import append_trace, read_traces
 from puzzle_jax.model.spec import init_params
 from puzzle_jax.tasks.tokenizer import chat_files
+from tests.support import chat_config
 
-CONFIG = ModelConfig(
-    vocab_size=128,
-    hidden_size=64,
-    intermediate_size=32,
-    num_heads=6,
-    num_kv_heads=3,
-    head_dim=10,
-    experts_per_token=2,
-    blocks=(BlockConfig(8, 16), BlockConfig(8, None)),
-    rope=RopeConfig(theta=10_000.0, factor=4.0, original_context=256),
-    max_position=768,
-)
+CONFIG = chat_config()
 SETTINGS = {
     "--tasks": "chain,add",
     "--efforts": "low,high",

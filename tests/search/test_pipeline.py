@@ -8,13 +8,13 @@ import jax
 import numpy as np
 import pytest
 
-from puzzle_jax.config import BlockConfig, ModelConfig, RopeConfig
 from puzzle_jax.convert_hf.export import save_checkpoint
 from puzzle_jax.convert_hf.load import load_checkpoint
 from puzzle_jax.model.spec import init_params
 from puzzle_jax.search.__main__ import main
 from puzzle_jax.search.pipeline import STAGES
 from puzzle_jax.tasks.tokenizer import chat_files
+from tests.support import chat_config
 
 SETTINGS = [
     *("--traces.tasks", '["chain"]', "--traces.calibration", "3", "--traces.validation", "2", "--traces.heldout", "2"),
@@ -29,18 +29,7 @@ SETTINGS = [
 
 @pytest.fixture(scope="module")
 def parent(tmp_path_factory) -> Path:
-    config = ModelConfig(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=32,
-        num_heads=6,
-        num_kv_heads=3,
-        head_dim=10,
-        experts_per_token=2,
-        blocks=(BlockConfig(8, 16), BlockConfig(8, None)),
-        rope=RopeConfig(theta=10_000.0, factor=4.0, original_context=256),
-        max_position=768,
-    )
+    config = chat_config()
     out = tmp_path_factory.mktemp("parent") / "checkpoint"
     save_checkpoint(out, config, init_params(config, jax.random.key(0)), config_base={}, extra_files=chat_files())
     return out
