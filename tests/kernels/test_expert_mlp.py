@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from puzzle_jax.kernels.expert_mlp import IMPLEMENTATIONS, Experts, capacity, expert_mlp, expert_outputs
+from puzzle_jax.kernels.expert_mlp import IMPLEMENTATIONS, Experts, capacity, expert_loop, expert_mlp, expert_outputs
 from puzzle_jax.kernels.mxfp4 import MXFP4, decode
 from puzzle_jax.kernels.route import Routing
 
@@ -39,6 +39,11 @@ def routing_of(ids) -> Routing:
     return Routing(ids, jax.nn.softmax(jax.random.normal(jax.random.key(9), ids.shape)))
 
 
+@pytest.fixture(autouse=True)
+def loops_over_small_experts(monkeypatch):
+    monkeypatch.setattr(expert_loop, "MIN_EXPERT_BYTES", 0)
+
+
 CASES = {
     "mixed": np.asarray([[0, 3], [3, 1], [2, 0], [4, 2], [1, 0], [0, 1], [3, 4]]),
     "all on one expert": np.asarray([[2]] * 11),
@@ -60,7 +65,10 @@ def test_mixture_by_hand(implementation, case):
         return
     x = jax.random.normal(jax.random.key(1), (len(ids), HIDDEN))
     routing, experts = routing_of(ids), make_experts()
-    out = expert_mlp(x, routing, experts, limit=LIMIT, implementation=implementation)
+    run = jax.jit(
+        lambda x, routing, experts: expert_mlp(x, routing, experts, limit=LIMIT, implementation=implementation)
+    )
+    out = run(x, routing, experts)
     expected = by_hand(x, ids, routing.gates, experts)
     np.testing.assert_allclose(out, expected, rtol=2e-5, atol=2e-5 * np.abs(expected).max())
 
@@ -83,9 +91,9 @@ def test_gradients_agree_with_the_reference(case):
             out = expert_mlp(x, Routing(routing.ids, gates), experts, limit=LIMIT, implementation=implementation)
             return jnp.sum(jnp.sin(out))
 
-        return jax.grad(f, argnums=(0, 1, 2))(x, routing.gates, make_experts())
+        return jax.jit(jax.grad(f, argnums=(0, 1, 2)))(x, routing.gates, make_experts())
 
-    for fast, slow in zip(jax.tree.leaves(loss("sorted_blocks")), jax.tree.leaves(loss("reference")), strict=True):
+    for fast, slow in zip(jax.tree.leaves(loss(None)), jax.tree.leaves(loss("reference")), strict=True):
         np.testing.assert_allclose(fast, slow, rtol=1e-4, atol=1e-5 * max(1.0, float(jnp.abs(slow).max())))
 
 
@@ -98,7 +106,8 @@ def test_bfloat16_stays_near_float32():
     assert float(jnp.abs(rough.astype(jnp.float32) - exact).max()) < 0.04 * float(jnp.abs(exact).max())
 
 
-def test_packed_experts_equal_their_decoded_values():
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_packed_experts_equal_their_decoded_values(implementation):
     rng = np.random.default_rng(3)
 
     def packed(outputs, inputs):
@@ -110,13 +119,15 @@ def test_packed_experts_equal_their_decoded_values():
     gate_up, down = packed(2 * INTER, HIDDEN), packed(HIDDEN, INTER)
     assert gate_up.shape == (EXPERTS, HIDDEN, 2 * INTER) and down.shape == (EXPERTS, INTER, HIDDEN)
     x, ids = jax.random.normal(jax.random.key(1), (7, HIDDEN)), jnp.asarray(CASES["mixed"])
-    from_packed = expert_outputs(x, ids, dense._replace(gate_up=gate_up, down=down), limit=LIMIT)
+    run = jax.jit(lambda experts: expert_outputs(x, ids, experts, limit=LIMIT, implementation=implementation))
     decoded = dense._replace(gate_up=decode(gate_up), down=decode(down))
-    np.testing.assert_array_equal(from_packed, expert_outputs(x, ids, decoded, limit=LIMIT))
+    expected = run(decoded)
+    out = run(dense._replace(gate_up=gate_up, down=down))
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
 
 
 def test_an_unknown_implementation_is_refused_by_name():
-    with pytest.raises(ValueError, match="'triton'; known: capacity, sorted_blocks, reference"):
+    with pytest.raises(ValueError, match="'triton'; known: expert_loop, capacity, sorted_blocks, reference"):
         expert_outputs(
             jnp.zeros((1, HIDDEN)), jnp.zeros((1, 1), int), make_experts(), limit=LIMIT, implementation="triton"
         )
@@ -134,11 +145,37 @@ def test_rounds_of_the_busiest_expert_and_no_more():
     ]
 
 
-def test_a_token_gets_the_same_bits_whoever_else_is_there():
+def test_blocks_are_about_half_an_experts_share():
+    assert [expert_loop.block_rows(*sizes) for sizes in ((64, 32), (256, 32), (2_048, 32), (9_000, 32), (3, 5))] == [
+        4,
+        4,
+        32,
+        64,
+        4,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "least_bytes", "reason"),
+    [
+        (jnp.bfloat16, 0, "for float32 on CPUs, but this is bfloat16 on cpu"),
+        (jnp.float32, 24_577, "experts of 24576 b"),
+    ],
+)
+def test_what_a_loop_is_not_for(monkeypatch, dtype, least_bytes, reason):
+    monkeypatch.setattr(expert_loop, "MIN_EXPERT_BYTES", least_bytes)
+    x, ids = jnp.ones((2, HIDDEN), dtype), jnp.asarray([[0], [3]])
+    with pytest.raises(NotImplementedError, match=reason):
+        expert_outputs(x, ids, make_experts(dtype=dtype), limit=LIMIT, implementation="expert_loop")
+    assert expert_outputs(x, ids, make_experts(dtype=dtype), limit=LIMIT).dtype == dtype
+
+
+@pytest.mark.parametrize("implementation", ["capacity", "expert_loop"])
+def test_a_token_gets_the_same_bits_whoever_else_is_there(implementation):
     experts = make_experts()
     x = jax.random.normal(jax.random.key(1), (24, HIDDEN))
     ids = np.stack([np.arange(24) % EXPERTS, (np.arange(24) + 1) % EXPERTS], axis=1)
-    mine = jax.jit(lambda x, ids: expert_outputs(x, ids, experts, limit=LIMIT, implementation="capacity"))
+    mine = jax.jit(lambda x, ids: expert_outputs(x, ids, experts, limit=LIMIT, implementation=implementation))
     alone = np.asarray(mine(x, ids))[5]
     for seed in range(3):
         order = np.random.default_rng(seed).permutation(24)

@@ -1,9 +1,9 @@
 """The experts' feed-forward network: gate-up matmul, clamped SwiGLU, down matmul, weighted sum.
 
 `expert_outputs` gives every chosen expert's own output; `expert_mlp` combines them with the gates. Implementations:
-`capacity` for few tokens, which reads all weights once and gathers none; `sorted_blocks` for more, dropless grouped
-matmuls in blocks of one expert each; `reference`, every expert on every token. All run under XLA on every platform
-and have gradients.
+`expert_loop` on CPUs, one chosen expert after the other; `capacity` for few tokens, which reads all weights once and
+gathers none; `sorted_blocks`, dropless grouped matmuls in blocks of one expert each; `reference`, every expert on
+every token. All are XLA programs; under differentiation the first two become `sorted_blocks`.
 
 Numerics are gpt-oss's: even columns of gate-up are the gate and odd ones the linear part; the gate is clamped from
 above only; the gate weight multiplies after the bias of the down projection.
@@ -15,13 +15,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from puzzle_jax.kernels.dispatch import dispatch
-from puzzle_jax.kernels.expert_mlp import capacity, reference, sorted_blocks
+from puzzle_jax.kernels.expert_mlp import capacity, expert_loop, reference, sorted_blocks
 from puzzle_jax.kernels.expert_mlp.weights import Experts
 from puzzle_jax.kernels.route import Routing
 
 __all__ = ["IMPLEMENTATIONS", "Experts", "expert_mlp", "expert_outputs"]
 
 IMPLEMENTATIONS = {
+    "expert_loop": expert_loop.expert_outputs,
     "capacity": capacity.expert_outputs,
     "sorted_blocks": sorted_blocks.expert_outputs,
     "reference": reference.expert_outputs,

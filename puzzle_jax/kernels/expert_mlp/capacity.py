@@ -9,13 +9,11 @@ Left out: skipping experts that nobody chose (their weights are read all the sam
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from puzzle_jax.kernels.expert_mlp import sorted_blocks
+from puzzle_jax.kernels.expert_mlp.gradients import with_gradients_of_sorted_blocks
 from puzzle_jax.kernels.expert_mlp.reference import clamped_swiglu
 from puzzle_jax.kernels.expert_mlp.weights import Experts
 from puzzle_jax.kernels.mxfp4 import as_dense
@@ -43,7 +41,7 @@ def expert_outputs(
     return _expert_outputs(limit, x, ids, experts)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+@with_gradients_of_sorted_blocks
 def _expert_outputs(
     limit: float, x: Float[Array, "tokens hidden"], ids: Int[Array, "tokens k"], experts: Experts
 ) -> Float[Array, "tokens k hidden"]:
@@ -72,17 +70,3 @@ def _expert_outputs(
         return one_round(0, out).astype(x.dtype)
     rounds = (jnp.max(rank) + rows) // rows
     return jax.lax.fori_loop(0, rounds, one_round, out).astype(x.dtype)
-
-
-def _forward(limit: float, x: Array, ids: Array, experts: Experts) -> tuple[Array, tuple[Array, Array, Experts]]:
-    return _expert_outputs(limit, x, ids, experts), (x, ids, experts)
-
-
-def _backward(limit: float, saved: tuple[Array, Array, Experts], d_out: Array) -> tuple[Array, None, Experts]:
-    x, ids, experts = saved
-    _, vjp = jax.vjp(lambda x, experts: sorted_blocks.expert_outputs(x, ids, experts, limit=limit), x, experts)
-    d_x, d_experts = vjp(d_out)
-    return d_x, None, d_experts
-
-
-_expert_outputs.defvjp(_forward, _backward)

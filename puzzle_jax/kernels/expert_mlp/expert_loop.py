@@ -1,0 +1,72 @@
+"""`expert_mlp` on CPUs: one chosen expert after the other, one block of its rows after the other.
+
+Every chosen expert's matrices are taken out once and stay in the cache while its rows pass, where batched matmuls read
+all experts and gather them first. Experts that nobody chose cost nothing, packed ones are decoded only where they are
+used, and a token's bits depend on no other token.
+Left out: accelerators, where a loop of small blocks leaves most of the device idle; bfloat16, whose conversion would
+cost more than is saved; and small experts, whose matmuls are shorter than a step of the loop.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from puzzle_jax.kernels.expert_mlp.gradients import with_gradients_of_sorted_blocks
+from puzzle_jax.kernels.expert_mlp.reference import clamped_swiglu
+from puzzle_jax.kernels.expert_mlp.weights import Experts
+from puzzle_jax.kernels.mxfp4 import as_dense
+from puzzle_jax.kernels.route import expert_order
+
+MIN_EXPERT_BYTES = 1 << 18  # of one expert's two matrices in float32
+MIN_BLOCK, MAX_BLOCK = 4, 64
+
+
+def block_rows(pairs: int, num_experts: int) -> int:
+    """Rows per block: the power of two nearest above half the mean pairs per expert, within limits."""
+    target = max(1, pairs // (2 * num_experts))
+    return min(MAX_BLOCK, max(MIN_BLOCK, 1 << (target - 1).bit_length()))
+
+
+def expert_outputs(
+    x: Float[Array, "tokens hidden"], ids: Int[Array, "tokens k"], experts: Experts, *, limit: float
+) -> Float[Array, "tokens k hidden"]:
+    """See the api. Raises NotImplementedError off CPUs, in other types than float32, and for experts of less than
+    `MIN_EXPERT_BYTES`."""
+    if jax.default_backend() != "cpu" or x.dtype != jnp.float32:
+        raise NotImplementedError(f"for float32 on CPUs, but this is {x.dtype} on {jax.default_backend()}")
+    expert_bytes = 3 * experts.down_bias.shape[1] * (experts.gate_up_bias.shape[1] // 2) * x.dtype.itemsize
+    if expert_bytes < MIN_EXPERT_BYTES:
+        raise NotImplementedError(f"experts of {expert_bytes} bytes are too small for a loop")
+    return _expert_outputs(limit, x, ids, experts)
+
+
+@with_gradients_of_sorted_blocks
+def _expert_outputs(
+    limit: float, x: Float[Array, "tokens hidden"], ids: Int[Array, "tokens k"], experts: Experts
+) -> Float[Array, "tokens k hidden"]:
+    tokens, k = ids.shape
+    num_experts = experts.down_bias.shape[0]
+    block = block_rows(ids.size, num_experts)
+    order = expert_order(ids, num_experts, block)
+    rows = jnp.take(x, order.source // k, axis=0, mode="fill", fill_value=0)
+    blocks = -(-order.group_sizes // block)
+    stop = jnp.cumsum(blocks)
+    (chosen,) = jnp.nonzero(blocks, size=num_experts)
+
+    def one_expert(index: Int[Array, ""], out: Array) -> Array:
+        expert = chosen[index]
+        one = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, expert), experts)
+        gate_up, down = as_dense(one.gate_up, x.dtype)[0], as_dense(one.down, x.dtype)[0]
+
+        def one_block(index: Int[Array, ""], out: Array) -> Array:
+            h = jax.lax.dynamic_slice_in_dim(rows, index * block, block)
+            h = clamped_swiglu(h @ gate_up + one.gate_up_bias.astype(x.dtype), limit)
+            h = h @ down + one.down_bias.astype(x.dtype)
+            return jax.lax.dynamic_update_slice_in_dim(out, h, index * block, axis=0)
+
+        return jax.lax.fori_loop(stop[expert] - blocks[expert], stop[expert], one_block, out)
+
+    out = jax.lax.fori_loop(0, jnp.count_nonzero(blocks), one_expert, jnp.zeros_like(rows))
+    return out[order.slot].reshape(tokens, k, -1)

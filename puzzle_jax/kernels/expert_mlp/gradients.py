@@ -1,0 +1,30 @@
+"""Gradients for implementations of `expert_mlp` whose loops have none worth having."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jaxtyping import Array
+
+from puzzle_jax.kernels.expert_mlp import sorted_blocks
+from puzzle_jax.kernels.expert_mlp.weights import Experts
+
+Forward = Callable[[float, Array, Array, Experts], Array]
+
+
+def with_gradients_of_sorted_blocks(forward: Forward) -> Forward:
+    """`forward(limit, x, ids, experts)`; where it is differentiated, in `x` and `experts`, `sorted_blocks` runs in
+    its place, forwards and backwards."""
+
+    def save(limit: float, x: Array, ids: Array, experts: Experts) -> tuple[Array, Any]:
+        return jax.vjp(lambda x, experts: sorted_blocks.expert_outputs(x, ids, experts, limit=limit), x, experts)
+
+    def backward(limit: float, vjp: Any, d_out: Array) -> tuple[Array, None, Experts]:
+        d_x, d_experts = vjp(d_out)
+        return d_x, None, d_experts
+
+    differentiable = jax.custom_vjp(forward, nondiff_argnums=(0,))
+    differentiable.defvjp(save, backward)
+    return differentiable
