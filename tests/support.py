@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from puzzle_jax.config import BlockConfig, ModelConfig, RopeConfig
-from puzzle_jax.model.spec import Params, init_params, is_spec, param_specs
+from puzzle_jax.model.network import forward
+from puzzle_jax.model.spec import Params, ParamSpec, is_spec, param_specs
 
 BLOCKS = (BlockConfig(7, 5), BlockConfig(7, None), BlockConfig(7, 5), BlockConfig(7, None))
 
@@ -29,18 +32,29 @@ def small_config(blocks: tuple[BlockConfig, ...] = BLOCKS, **changes: object) ->
 
 def random_params(config: ModelConfig, seed: int = 0) -> Params:
     """Fresh parameters in which norms, biases and sinks are random too, not ones and zeros."""
-    specs, tree = jax.tree.flatten(param_specs(config), is_leaf=is_spec)
-    values = jax.tree.leaves(init_params(config, jax.random.key(seed)))
-    keys = jax.random.split(jax.random.key(seed + 1), len(values))
-    noisy = [
-        value if spec.init == "normal" else value + 0.5 * jax.random.normal(key, value.shape)
-        for spec, value, key in zip(specs, values, keys, strict=True)
-    ]
-    return jax.tree.unflatten(tree, noisy)
+    rng = np.random.default_rng(seed)  # NumPy's: JAX's would compile a program for every shape
+
+    def draw(spec: ParamSpec) -> jax.Array:
+        values = rng.standard_normal(spec.shape)
+        if spec.init == "normal":
+            return jnp.asarray(values * spec.fan_in**-0.5, jnp.float32)
+        return jnp.asarray(0.5 * values + (spec.init == "ones"), jnp.float32)
+
+    return jax.tree.map(draw, param_specs(config), is_leaf=is_spec)
 
 
 def random_tokens(config: ModelConfig, batch: int, seq: int, seed: int = 2) -> jax.Array:
-    return jax.random.randint(jax.random.key(seed), (batch, seq), 0, config.vocab_size)
+    return jnp.asarray(np.random.default_rng(seed).integers(0, config.vocab_size, (batch, seq)), jnp.int32)
+
+
+def model_logits(params: Params, config: ModelConfig, tokens: jax.Array, **options: object) -> jax.Array:
+    """`network.forward` as one compiled program, which is there sooner than its operations one by one."""
+    if not options:
+        return _forward(params, config, tokens)
+    return jax.jit(lambda params, tokens: forward(params, config, tokens, **options))(params, tokens)
+
+
+_forward = jax.jit(forward, static_argnums=1)
 
 
 def chat_config() -> ModelConfig:

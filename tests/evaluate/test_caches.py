@@ -10,10 +10,9 @@ import pytest
 from puzzle_jax.config import BlockConfig
 from puzzle_jax.evaluate.accuracy import QuestionSet
 from puzzle_jax.evaluate.caches import CALIBRATED, REFERENCE, UNCALIBRATED, amplify, compare_caches, main
-from puzzle_jax.model.network import forward
 from puzzle_jax.tasks.tokenizer import embedded_chat, write_chat_files
 from tests.convert_hf.checkpoints import write_random
-from tests.support import random_params, random_tokens, small_config
+from tests.support import model_logits, random_params, random_tokens, small_config
 
 CONFIG = small_config((BlockConfig(7, 5), BlockConfig(7, None)), vocab_size=128)
 
@@ -25,7 +24,7 @@ def test_amplified_keys_and_values_leave_the_function_alone():
         large["layers"][1]["attention"]["k_bias"], params["layers"][1]["attention"]["k_bias"] * 512
     )
     tokens = random_tokens(CONFIG, 2, 19)
-    np.testing.assert_allclose(forward(large, CONFIG, tokens), forward(params, CONFIG, tokens), atol=2e-5)
+    np.testing.assert_allclose(model_logits(large, CONFIG, tokens), model_logits(params, CONFIG, tokens), atol=2e-5)
 
 
 @pytest.mark.slow

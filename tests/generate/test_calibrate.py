@@ -11,9 +11,9 @@ from puzzle_jax.generate.calibrate import calibrate_cache
 from puzzle_jax.generate.traces import Trace
 from puzzle_jax.model.cache_format import FLOAT8, CacheFormat
 from puzzle_jax.model.child import Child, ChildBlock
-from puzzle_jax.model.network import attention_block, embed, forward, moe_block
+from puzzle_jax.model.network import attention_block, embed, moe_block
 from puzzle_jax.model.rope import rope_table
-from tests.support import random_params, random_tokens, small_config
+from tests.support import model_logits, random_params, random_tokens, small_config
 
 CONFIG = small_config((BlockConfig(7, 5), BlockConfig(7, None)))
 PARAMS = random_params(CONFIG)
@@ -38,17 +38,19 @@ def traces():
 
 def by_hand(view=None):
     """The largest magnitudes, trace by trace, without padding."""
-    largest = np.zeros((2, 2))
-    for trace in traces():
-        tokens = jnp.asarray([trace.prompt + trace.completion])
+
+    @jax.jit
+    def magnitudes(tokens):
         table = rope_table(CONFIG.rope, CONFIG.head_dim, jnp.arange(tokens.shape[1])[None])
-        x = embed(PARAMS, tokens)
+        x, largest = embed(PARAMS, tokens), []
         for index, layer in enumerate(PARAMS["layers"]):
             window = CONFIG.blocks[index].window if view is None else view.windows[index]
             x, qkv = attention_block(layer["attention"], CONFIG, x, table, window=window)
-            largest[index] = np.maximum(largest[index], [jnp.abs(qkv.k).max(), jnp.abs(qkv.v).max()])
+            largest.append((jnp.abs(qkv.k).max(), jnp.abs(qkv.v).max()))
             x, _ = moe_block(layer["moe"], CONFIG, x, expert_mask=None if view is None else view.expert_masks[index])
-    return largest
+        return largest
+
+    return np.max([magnitudes(jnp.asarray([trace.prompt + trace.completion])) for trace in traces()], axis=0)
 
 
 @pytest.mark.parametrize("viewed", [False, True])
@@ -76,13 +78,13 @@ def test_a_cache_that_overflows_needs_its_scales_and_with_them_loses_no_more():
     """Keys and values 2^12 times as large: the same function, but far above 448."""
     large = amplify(PARAMS, CONFIG, 12)
     tokens = random_tokens(CONFIG, 2, 40)
-    exact = np.asarray(forward(PARAMS, CONFIG, tokens))
-    np.testing.assert_allclose(forward(large, CONFIG, tokens), exact, atol=2e-5)
+    exact = np.asarray(model_logits(PARAMS, CONFIG, tokens))
+    np.testing.assert_allclose(model_logits(large, CONFIG, tokens), exact, atol=2e-5)
     batches = micro_batches(traces())
 
     def error(params, scaled):
         scales = calibrate_cache(params, CONFIG, batches) if scaled else None
-        cached = forward(params, CONFIG, tokens, cache=CacheFormat(FLOAT8, scales))
+        cached = model_logits(params, CONFIG, tokens, cache=CacheFormat(FLOAT8, scales))
         return float(np.sqrt(np.mean((np.asarray(cached) - exact) ** 2)))
 
     np.testing.assert_allclose(error(large, scaled=True), error(PARAMS, scaled=True), rtol=1e-3)

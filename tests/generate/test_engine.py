@@ -125,13 +125,13 @@ def test_sampling_follows_its_seed():
 
 @pytest.mark.parametrize("top_p", [1.0, 0.6])
 def test_sampled_frequencies_are_the_models_probabilities(top_p):
-    config = small_config(vocab_size=11)
+    config = small_config(CONFIG.blocks, vocab_size=11)
     params = random_params(config)
     prompt = (1, 2, 4)
     draws = [Request(prompt, 1, seed=i) for i in range(2000)]
     answers = generate(params, config, draws, stop_ids=[STOP], temperature=0.7, top_p=top_p, slots=500)
     counts = np.bincount([answer.tokens[0] for answer in answers], minlength=11) / 2000
-    logits = np.asarray(forward(params, config, jnp.asarray([prompt]))[0, -1], np.float64) / 0.7
+    logits = np.asarray(_uncached(params, config=config, tokens=jnp.asarray([prompt]))[0, -1], np.float64) / 0.7
     probabilities = np.exp(logits) / np.exp(logits).sum()
     order = np.argsort(-probabilities)
     kept = order[: np.searchsorted(np.cumsum(probabilities[order]), top_p) + 1]

@@ -16,7 +16,7 @@ from puzzle_jax.model.network import forward, head_logits, hidden_states
 from puzzle_jax.model.rope import inverse_frequencies
 from puzzle_jax.model.sharding import batch_sharding, make_mesh, shard_params
 from puzzle_jax.model.spec import count_params, init_params
-from tests.support import random_params, random_tokens, small_config
+from tests.support import model_logits, random_params, random_tokens, small_config
 
 CHILD_BLOCKS = (
     ChildBlock((1, 3, 4, 6), 3),
@@ -28,7 +28,7 @@ CHILD_BLOCKS = (
 
 def test_parameters_are_counted_exactly():
     config = small_config(blocks=(BlockConfig(7, 5), BlockConfig(3, None)))
-    params = init_params(config, jax.random.key(0))
+    params = jax.eval_shape(partial(init_params, config), jax.random.key(0))
     assert count_params(config) == sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
@@ -49,53 +49,51 @@ def test_segments_and_positions_make_packed_rows_equal_separate_ones():
     packed = tokens.reshape(1, 60)
     segments = jnp.repeat(jnp.arange(2), 30)[None]
     positions = jnp.tile(jnp.arange(30), 2)[None]
-    together = forward(params, config, packed, segment_ids=segments, positions=positions)
-    np.testing.assert_allclose(together.reshape(2, 30, -1), forward(params, config, tokens), atol=2e-5)
+    together = model_logits(params, config, packed, segment_ids=segments, positions=positions)
+    np.testing.assert_allclose(together.reshape(2, 30, -1), model_logits(params, config, tokens), atol=2e-5)
 
 
 def test_cutting_equals_viewing():
     config = small_config()
     params, tokens = random_params(config), random_tokens(config, 3, 29)
     child = Child(config, CHILD_BLOCKS)
-    cut = forward(cut_params(params, child), child.config, tokens)
+    cut = model_logits(cut_params(params, child), child.config, tokens)
     view = child.view
-    seen = forward(params, config, tokens, windows=list(view.windows), expert_masks=list(view.expert_masks))
+    seen = model_logits(params, config, tokens, windows=list(view.windows), expert_masks=list(view.expert_masks))
     np.testing.assert_allclose(seen, cut, atol=2e-5)
-    assert float(jnp.abs(cut - forward(params, config, tokens)).max()) > 0.1
+    assert float(jnp.abs(cut - model_logits(params, config, tokens)).max()) > 0.1
 
 
 def test_masks_and_windows_per_row_are_independent():
     config = small_config()
     params, tokens = random_params(config), random_tokens(config, 1, 29)
     views = [Child(config, CHILD_BLOCKS).view, whole(config).view]
-    both = forward(
+    both = model_logits(
         params,
         config,
         jnp.tile(tokens, (2, 1)),
         windows=[jnp.concatenate([v.windows[i] for v in views]) for i in range(4)],
         expert_masks=[jnp.stack([v.expert_masks[i] for v in views]) for i in range(4)],
     )
-    np.testing.assert_allclose(both[1], forward(params, config, tokens)[0], atol=2e-5)
+    np.testing.assert_allclose(both[1], model_logits(params, config, tokens)[0], atol=2e-5)
     child = Child(config, CHILD_BLOCKS)
-    np.testing.assert_allclose(both[0], forward(cut_params(params, child), child.config, tokens)[0], atol=2e-5)
+    np.testing.assert_allclose(both[0], model_logits(cut_params(params, child), child.config, tokens)[0], atol=2e-5)
 
 
 def test_replaying_the_experts_of_another_pass_changes_nothing_when_they_are_the_same():
     config = small_config()
     params, tokens = random_params(config), random_tokens(config, 2, 11)
-    x, auxes = hidden_states(params, config, tokens)
-    again, _ = hidden_states(params, config, tokens, replay=[aux.routing.ids for aux in auxes])
-    np.testing.assert_array_equal(x, again)
-    other, _ = hidden_states(params, config, tokens, replay=[(aux.routing.ids + 1) % 7 for aux in auxes])
+    x, auxes = jax.jit(partial(hidden_states, config=config))(params, tokens=tokens)
+    run = jax.jit(lambda replay: hidden_states(params, config, tokens, replay=replay)[0])
+    again, other = (run([(aux.routing.ids + shift) % 7 for aux in auxes]) for shift in (0, 1))
+    np.testing.assert_allclose(x, again, atol=2e-5)
     assert float(jnp.abs(x - other).max()) > 0.1
 
 
 FORMATS = {
     "compute": CacheFormat(),
     "bfloat16": CacheFormat("bfloat16"),
-    "float8": CacheFormat(
-        FLOAT8, KVScales(jnp.asarray([0.01, 0.02, 0.03, 0.04]), jnp.asarray([0.04, 0.02, 0.03, 0.01]))
-    ),
+    "float8": CacheFormat(FLOAT8, KVScales(jnp.asarray([0.01, 0.02, 0.03]), jnp.asarray([0.04, 0.02, 0.03]))),
     "float8 without scales": CacheFormat(FLOAT8),
 }
 
@@ -104,7 +102,7 @@ FORMATS = {
     "form,dtype", [*((form, jnp.float32) for form in FORMATS), ("compute", jnp.bfloat16), ("bfloat16", jnp.bfloat16)]
 )
 def test_chunks_and_cached_steps_equal_the_uncached_pass(form, dtype):
-    blocks = tuple(BlockConfig(count, window) for count, window in ((7, 5), (3, None), (4, 9), (2, None)))
+    blocks = tuple(BlockConfig(count, window) for count, window in ((7, 5), (3, None), (4, 9)))
     config = small_config(blocks)
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), random_params(config))
     tokens = random_tokens(config, 3, 35)
@@ -112,8 +110,8 @@ def test_chunks_and_cached_steps_equal_the_uncached_pass(form, dtype):
     whole = jax.jit(partial(forward, config=config))
     expected = np.asarray(whole(params, tokens=tokens, cache=cache), np.float32)
     lengths = jnp.asarray([24, 11, 1])
-    caches = [init_cache(config, layer, 3, 40, dtype, cache) for layer in range(4)]
-    assert [cache.slots for cache in caches] == [5, 40, 9, 40]
+    caches = [init_cache(config, layer, 3, 40, dtype, cache) for layer in range(3)]
+    assert [cache.slots for cache in caches] == [5, 40, 9]
     padded = jnp.where(jnp.arange(24) < lengths[:, None], tokens[:, :24], 0)
     chunk = jax.jit(partial(prefill_chunk, config=config, context=40))
     logits = np.zeros((3, 97), np.float32)
@@ -149,7 +147,9 @@ def test_modules_hold_the_same_tree_and_function():
     config = small_config()
     params, tokens = random_params(config), random_tokens(config, 2, 13)
     model = GptOss(config, params=params)
-    np.testing.assert_array_equal(model(tokens), forward(params, config, tokens))
+    np.testing.assert_allclose(
+        nnx.jit(lambda model, tokens: model(tokens))(model, tokens), model_logits(params, config, tokens), atol=1e-6
+    )
     assert jax.tree.structure(model.params()) == jax.tree.structure(params)
     state = nnx.state(model, nnx.Param)
     assert len(jax.tree.leaves(state)) == len(jax.tree.leaves(params))
@@ -166,9 +166,8 @@ def test_a_mesh_computes_what_one_device_does(data, model):
     if model == 7:
         assert len(sharded["layers"][0]["moe"]["gate_up"].sharding.device_set) == 7
         assert sharded["layers"][0]["moe"]["gate_up"].addressable_shards[0].data.shape == (1, 40, 48)
-    run = jax.jit(forward, static_argnums=1)
-    out = run(sharded, config, jax.device_put(tokens, batch_sharding(mesh)))
-    np.testing.assert_allclose(jax.device_get(out), forward(params, config, tokens), atol=2e-5)
+    out = model_logits(sharded, config, jax.device_put(tokens, batch_sharding(mesh)))
+    np.testing.assert_allclose(jax.device_get(out), model_logits(params, config, tokens), atol=2e-5)
 
 
 def test_too_large_a_mesh_is_refused():

@@ -1,5 +1,7 @@
 """Ranking and scoring against direct computation: one removal, one replacement, one whole forward pass at a time."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,24 +48,9 @@ def parent():
 def test_rankings_by_hand(parent):
     config, params, traces = parent
     ranking = rank_experts(params, config, micro_batches(traces, tokens_per_batch=128, smallest=64))
+    sums = [removals_and_contributions(params, config, *padded(trace)) for trace in traces]
     for layer in range(config.num_layers):
-        removal, gated, routed = np.zeros(7), np.zeros(7), np.zeros(7)
-        for trace in traces:
-            tokens = jnp.asarray([[*trace.prompt, *trace.completion]])
-            moe, y = mixture_input(params, config, tokens, layer)
-            logits = y @ moe["router_weight"] + moe["router_bias"]
-            chosen = route(logits, 2)
-            out = expert_mlp(y, chosen, layer_experts(moe), limit=config.swiglu_limit)
-            used = np.asarray(jax.nn.one_hot(chosen.ids, 7).sum(1)) > 0
-            for expert in range(7):
-                mask = jnp.arange(7)[None] != expert
-                without = expert_mlp(y, route(logits, 2, mask=mask), layer_experts(moe), limit=config.swiglu_limit)
-                error = np.asarray(jnp.mean((without - out) ** 2, axis=-1))
-                removal[expert] += error[used[:, expert]].sum() / tokens.size
-                single = chosen._replace(gates=jnp.where(chosen.ids == expert, chosen.gates, 0.0))
-                alone = expert_mlp(y, single, layer_experts(moe), limit=config.swiglu_limit)
-                gated[expert] += np.linalg.norm(np.asarray(alone), axis=-1).sum() / tokens.size
-                routed[expert] += used[:, expert].sum() / tokens.size
+        removal, gated, routed = np.sum([of_trace[layer] for of_trace in sums], axis=0)
         with np.errstate(invalid="ignore"):
             expected = {"removal_error": removal / 4, "reap": gated / routed, "frequency": routed / 4}
         for method in METHODS:
@@ -72,20 +59,38 @@ def test_rankings_by_hand(parent):
             assert np.all(found[never] == -np.inf) and (layer != 1 or never[6])
 
 
-def mixture_input(params, config, tokens, layer):
-    """Normalised hidden states before the mixture of a layer, one row after the other."""
-    below = config.with_blocks(config.blocks)
-    x = embed(params, tokens)
+def padded(trace):
+    """A trace's tokens as one row of 64, one length for all traces, and how many there are."""
+    tokens = (*trace.prompt, *trace.completion)
+    return jnp.zeros((1, 64), jnp.int32).at[0, : len(tokens)].set(jnp.asarray(tokens)), len(tokens)
+
+
+@partial(jax.jit, static_argnums=1)
+def removals_and_contributions(params, config, tokens, count):
+    """Per layer and expert, means over one row's tokens: the error when it is removed, where it was chosen; the norm of
+    its gated output; how often it was chosen."""
+    x, means = embed(params, tokens), []
     table = rope_table(config.rope, config.head_dim, jnp.arange(tokens.shape[1])[None])
-    for index in range(layer + 1):
-        of_layer, block = params["layers"][index], below.blocks[index]
-        x, _ = attention_block(of_layer["attention"], config, x, table, window=block.window)
-        y = rms_norm(x, of_layer["moe"]["norm"], config.rms_norm_eps)[0]
-        if index == layer:
-            return of_layer["moe"], y
-        logits = y @ of_layer["moe"]["router_weight"] + of_layer["moe"]["router_bias"]
-        x = x + expert_mlp(y, route(logits, 2), layer_experts(of_layer["moe"]), limit=config.swiglu_limit)[None]
-    raise AssertionError
+    for layer, block in zip(params["layers"], config.blocks, strict=True):
+        x, _ = attention_block(layer["attention"], config, x, table, window=block.window)
+        moe, y = layer["moe"], rms_norm(x, layer["moe"]["norm"], config.rms_norm_eps)[0]
+        logits = y @ moe["router_weight"] + moe["router_bias"]
+
+        def mixture(routing, moe=moe, y=y):
+            return expert_mlp(y, routing, layer_experts(moe), limit=config.swiglu_limit, implementation="reference")
+
+        def of_expert(expert, logits=logits, mixture=mixture):
+            chosen = route(logits, 2)
+            used = (chosen.ids == expert).any(axis=1)
+            without = mixture(route(logits, 2, mask=jnp.arange(7)[None] != expert))
+            alone = mixture(chosen._replace(gates=jnp.where(chosen.ids == expert, chosen.gates, 0.0)))
+            error = used * jnp.mean((without - mixture(chosen)) ** 2, axis=-1)
+            by_token = jnp.stack([error, jnp.linalg.norm(alone, axis=-1), used])
+            return jnp.sum(by_token, axis=1, where=jnp.arange(64) < count) / count
+
+        means.append(jax.vmap(of_expert, out_axes=1)(jnp.arange(7)))
+        x = x + mixture(route(logits, 2))[None]
+    return jnp.stack(means)
 
 
 def test_never_routed_experts_leave_first_and_kept_ids_ascend(parent):
@@ -132,9 +137,13 @@ def test_a_window_no_shorter_than_the_traces_scores_zero(parent):
 
 
 def direct_kl(params, config, child, trace):
-    tokens = jnp.asarray([[*trace.prompt, *trace.completion]])
-    view = child.view
-    ours = forward(params, config, tokens, windows=list(view.windows), expert_masks=list(view.expert_masks))
-    p, q = (np.asarray(jax.nn.log_softmax(x), np.float64)[0] for x in (forward(params, config, tokens), ours))
+    tokens, count = padded(trace)
+    ours, parents = (viewed(params, config, tokens, one.view) for one in (child, Child(config, whole(config).blocks)))
+    p, q = (np.asarray(jax.nn.log_softmax(x), np.float64)[0] for x in (parents, ours))
     kl = (np.exp(p) * (p - q)).sum(-1)
-    return kl[len(trace.prompt) - 1 : -1].mean()
+    return kl[len(trace.prompt) - 1 : count - 1].mean()
+
+
+@partial(jax.jit, static_argnums=1)
+def viewed(params, config, tokens, view):
+    return forward(params, config, tokens, windows=list(view.windows), expert_masks=list(view.expert_masks))

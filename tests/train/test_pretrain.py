@@ -121,7 +121,7 @@ def test_states_of_other_recipes_and_full_directories_are_refused(run, tmp_path)
 
 
 def test_a_diverged_run_says_so(tmp_path):
-    recipe = dataclasses.replace(RECIPE, learning_rate=1e30, clip_norm=1e30)
+    recipe = dataclasses.replace(RECIPE, learning_rate=1e30, clip_norm=1e30, buckets=(Bucket(96, 4, 1.0),))
     with pytest.raises(PuzzleError, match=r"the loss is .* at step \d; a lower learning_rate would help"):
         pretrain(recipe, tmp_path / "parent")
 
