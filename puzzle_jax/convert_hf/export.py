@@ -2,21 +2,20 @@
 
 `export_child` cuts a child out of its parent's files: rows of the router and of every expert tensor are taken
 by expert, everything else is copied, and no byte is decoded or rounded on the way. `save_checkpoint` writes a
-parameter tree. Both write beside the goal and rename, so that a run that dies leaves no half checkpoint, and
-neither touches a directory that it did not make.
+parameter tree. Both hold one piece of one tensor at a time, write through `tensor_writer`, so that a run that dies
+leaves nothing that loads and goes on where it was, and touch no directory that they did not make.
 
-A child that plain `gpt_oss` cannot say carries two files of remote code, with which
-`AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)` loads it.
-Left out: uploads, and re-quantising experts that are packed already.
+A child that plain `gpt_oss` cannot say carries files of remote code, with which
+`AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)` loads it; or it is padded to its parent's
+number of experts, which every loader of gpt-oss reads and which saves no memory.
+Left out: uploads.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -25,15 +24,18 @@ import ml_dtypes
 import numpy as np
 
 import puzzle_jax
-from puzzle_jax.config import ModelConfig
+from puzzle_jax.config import BlockConfig, ModelConfig
 from puzzle_jax.convert_hf import mxfp4
 from puzzle_jax.convert_hf.config_json import is_plain, write_config
+from puzzle_jax.convert_hf.describe import NOT_A_NUMBER, Description, describe_checkpoint
 from puzzle_jax.convert_hf.kv_scales import planned_kv_scales
-from puzzle_jax.convert_hf.load import Description, describe_checkpoint
+from puzzle_jax.convert_hf.model_card import FILE as CARD
+from puzzle_jax.convert_hf.model_card import model_card
 from puzzle_jax.convert_hf.table import Form, TensorSpec, checkpoint_tensors
 from puzzle_jax.convert_hf.table import Path as ParamPath
-from puzzle_jax.convert_hf.tensor_files import SHARD_BYTES, PlannedTensor, write_tensors
-from puzzle_jax.errors import ConfigError, PuzzleError
+from puzzle_jax.convert_hf.tensor_files import StoredTensor
+from puzzle_jax.convert_hf.tensor_writer import SHARD_BYTES, Plan, PlannedTensor, write_checkpoint
+from puzzle_jax.errors import CheckpointError, ConfigError, PuzzleError
 from puzzle_jax.kernels.mxfp4 import MXFP4
 from puzzle_jax.model.cache_format import KVScales
 from puzzle_jax.model.spec import Params
@@ -47,6 +49,7 @@ CARRIED = (
     "generation_config.json",
     "LICENSE",
 )
+NEVER = -1e30  # the router bias of an expert that is only there to fill a shape
 REMOTE_CODE = ("configuration_gpt_oss_puzzle.py", "modeling_gpt_oss_puzzle.py")
 
 
@@ -59,10 +62,13 @@ def export_child(
     provenance: Mapping[str, Any],
     dense_delta: Params | None = None,
     kv_scales: KVScales | None = None,
+    pad_experts: bool = False,
     replace: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes the checkpoint of a child that keeps some of its parent's experts.
+
+    A run that was killed goes on when it is called again with the same arguments.
 
     Args:
       parent: the parent's checkpoint directory.
@@ -71,20 +77,24 @@ def export_child(
       kept: per layer, ids of the parent's experts in the child's order.
       provenance: what to record in provenance.json beside the ids.
       dense_delta: trained values in place of the parent's (see `model.child.Child`).
-      kv_scales: of the child's FP8 cache (`generate.calibrate`); by default the parent's, if it has any.
+      kv_scales: of the child's FP8 cache (`generate.calibrate`); by default the parent's, if it has any. A plain
+        `gpt_oss` child carries none, since loaders of it refuse names that they do not know; they are on record.
+      pad_experts: writes every layer with as many experts as the largest has, the added ones zeros that are never
+        chosen, so that the child is plain `gpt_oss`.
       replace: an earlier child at `out` may be replaced.
       shard_bytes: largest size of one safetensors file.
 
     Raises `PuzzleError` where `out` holds something else, `CheckpointError` for a damaged parent and
-    `ConfigError` where child and parent do not fit; nothing is written then.
+    `ConfigError` where child and parent do not fit, or where padding does not make it plain; nothing is written then.
     """
     parent, out = Path(parent), Path(out)
     _refuse_overwriting(out, replace, parent)
     description = describe_checkpoint(parent)
     _check_fit(description.config, config, kept)
-    delta = {path: leaf for path, leaf in _leaves(dense_delta) if leaf is not None}
-    plan = _child_plan(description, config, kept, delta)
-    plan += planned_kv_scales(description.kv_scales if kv_scales is None else kv_scales)
+    written = _padded(config) if pad_experts else config
+    plain = is_plain(written)
+    scales = description.kv_scales if kv_scales is None else np.stack([kv_scales.k, kv_scales.v]).astype(np.float32)
+    delta = {path: np.asarray(leaf) for path, leaf in _leaves(dense_delta) if leaf is not None}
     record = {
         **provenance,
         "puzzle_jax": puzzle_jax.__version__,
@@ -92,9 +102,30 @@ def export_child(
         "windows": [block.window for block in config.blocks],
         "trained": sorted({_dotted(path) for path in delta}),
     }
+    if scales is not None:
+        record["kv_scales"] = dict(zip("kv", scales.tolist(), strict=True))
+        scales = None if plain else scales
+    card = model_card(
+        config,
+        description.form,
+        parent=description.config,
+        kept=kept,
+        record=record,
+        plain=plain,
+        padded=pad_experts,
+        kv_scales=scales is not None,
+    )
     files = {name: (parent / name).read_bytes() for name in CARRIED if (parent / name).is_file()}
-    files[PROVENANCE] = _json_bytes(record)
-    _write(out, config, description.config_json, description.form, plan, files, replace, shard_bytes)
+    files |= {CARD: card, PROVENANCE: _json_bytes(record)}
+    files |= _config_files(written, description.config_json, description.form)
+    sources = {stored.file for stored in description.tensors.values()}
+    identity = [
+        [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(sources)],
+        {_dotted(path): hashlib.sha256(leaf.tobytes()).hexdigest() for path, leaf in delta.items()},
+        None if scales is None else scales.tolist(),
+    ]
+    tensors = _child_plan(description, written, kept, delta) + planned_kv_scales(scales)
+    write_checkpoint(out, Plan(tensors, files, identity, shard_bytes), replace=lambda: _may_replace(out, replace))
 
 
 def save_checkpoint(
@@ -114,7 +145,7 @@ def save_checkpoint(
     Args:
       out: the directory to make.
       config: the model.
-      params: its weights, in the structure of `model.spec`.
+      params: its weights, in the structure of `model.spec`; leaves may be functions of no arguments that give them.
       config_base: a config.json whose other keys (token ids and the like) are kept; may be empty.
       extra_files: further files by name: tokenizer, chat template, provenance.
       form: "mxfp4" packs dense experts and writes packed ones as they are; "bf16" unpacks and rounds.
@@ -127,9 +158,11 @@ def save_checkpoint(
     out = Path(out)
     _refuse_overwriting(out, replace)
     source = _ParamsSource(params)
-    plan = [_planned(spec, lambda spec=spec: source.read(spec)) for spec in checkpoint_tensors(config, form)]
-    plan += planned_kv_scales(kv_scales)
-    _write(out, config, dict(config_base), form, plan, dict(extra_files or {}), replace, shard_bytes)
+    plan = [_planned(spec, lambda spec=spec: source.pieces(spec)) for spec in checkpoint_tensors(config, form)]
+    scales = None if kv_scales is None else np.stack([kv_scales.k, kv_scales.v]).astype(np.float32)
+    files = dict(extra_files or {}) | _config_files(config, config_base, form)
+    plan += planned_kv_scales(scales)
+    write_checkpoint(out, Plan(plan, files, None, shard_bytes), replace=lambda: _may_replace(out, replace))
 
 
 def _check_fit(parent: ModelConfig, child: ModelConfig, kept: Sequence[Sequence[int]]) -> None:
@@ -149,8 +182,19 @@ def _check_fit(parent: ModelConfig, child: ModelConfig, kept: Sequence[Sequence[
             raise ConfigError(f"layer {layer} keeps {len(ids)} experts, but the child has num_experts {wanted}")
 
 
+def _padded(config: ModelConfig) -> ModelConfig:
+    most = max(block.num_experts for block in config.blocks)
+    padded = config.with_blocks(tuple(BlockConfig(most, block.window) for block in config.blocks))
+    if not is_plain(padded):
+        windows = [block.window for block in config.blocks]
+        raise ConfigError(
+            f"the child's windows are {windows}, but a padded child needs one width on even layers and none on odd ones"
+        )
+    return padded
+
+
 def _child_plan(
-    parent: Description, config: ModelConfig, kept: Sequence[Sequence[int]], delta: dict[ParamPath, Any]
+    parent: Description, config: ModelConfig, kept: Sequence[Sequence[int]], delta: dict[ParamPath, np.ndarray]
 ) -> list[PlannedTensor]:
     """The child's tensors, each read from the parent's file or from the trained values when its turn comes."""
     table = checkpoint_tensors(config, parent.form)
@@ -162,17 +206,31 @@ def _child_plan(
     for spec in table:
         stored = parent.tensors[spec.name]
         if spec.path in delta:
-            plan.append(_planned(spec, lambda spec=spec: _to_stored(spec, delta[spec.path])))
+            plan.append(_planned(spec, lambda spec=spec: [_to_stored(spec, delta[spec.path])]))
         elif spec.by_expert and spec.layer is not None:
-            ids = np.asarray(kept[spec.layer])
-            plan.append(_planned(spec, lambda spec=spec, stored=stored, ids=ids: _as_spec(spec, stored.read()[ids])))
+            ids = tuple(kept[spec.layer])
+            plan.append(_planned(spec, lambda spec=spec, stored=stored, ids=ids: _expert_rows(spec, stored, ids)))
+        elif stored.dtype == spec.dtype:
+            plan.append(_planned(spec, stored.chunks))
         else:
-            plan.append(_planned(spec, lambda spec=spec, stored=stored: _as_spec(spec, stored.read())))
+            plan.append(_planned(spec, lambda spec=spec, stored=stored: [_as_spec(spec, stored.read())]))
     return plan
 
 
-def _planned(spec: TensorSpec, read: Callable[[], np.ndarray]) -> PlannedTensor:
-    return PlannedTensor(spec.name, spec.dtype, spec.shape, read, with_previous=spec.path[-1] == "scales")
+def _expert_rows(spec: TensorSpec, stored: StoredTensor, ids: Sequence[int]) -> Iterator[np.ndarray]:
+    """A tensor's rows of the kept experts, one after the other, then those of padding."""
+    for expert in ids:
+        row = stored.read((slice(expert, expert + 1),))
+        if spec.path[-1] == "scales" and (row == NOT_A_NUMBER).any():
+            raise CheckpointError(f"{stored.file}: {stored.name} holds the scale {NOT_A_NUMBER}, which is no number")
+        yield _as_spec(spec, row)
+    fill = NEVER if spec.path[-1] == "router_bias" else 0
+    for _ in range(spec.shape[0] - len(ids)):
+        yield _as_spec(spec, np.full((1, *spec.shape[1:]), fill, np.uint8 if spec.dtype == "U8" else np.float32))
+
+
+def _planned(spec: TensorSpec, pieces: Callable[[], Iterable[np.ndarray]]) -> PlannedTensor:
+    return PlannedTensor(spec.name, spec.dtype, spec.shape, pieces, with_previous=spec.path[-1] == "scales")
 
 
 def _as_spec(spec: TensorSpec, array: np.ndarray) -> np.ndarray:
@@ -183,33 +241,47 @@ def _as_spec(spec: TensorSpec, array: np.ndarray) -> np.ndarray:
 def _to_stored(spec: TensorSpec, leaf: Any) -> np.ndarray:
     """A parameter in the orientation and type of its tensor."""
     array = np.asarray(leaf)
-    return _as_spec(spec, array.T if spec.transposed else array)
+    stored = _as_spec(spec, array.T if spec.transposed else array)
+    if stored.shape != spec.shape:
+        raise ConfigError(f"{spec.name} would have shape {list(stored.shape)}, but the model needs {list(spec.shape)}")
+    return stored
 
 
 class _ParamsSource:
-    """Tensors of a parameter tree; keeps the matrix encoded last, since its scales follow its blocks."""
+    """Tensors of a parameter tree, an expert at a time; keeps the scales of the matrix encoded last, which follow."""
 
     def __init__(self, params: Params) -> None:
         self.params = params
-        self.encoded: tuple[ParamPath, dict[str, np.ndarray]] = ((), {})
+        self.scales: dict[ParamPath, list[np.ndarray]] = {}
 
-    def read(self, spec: TensorSpec) -> np.ndarray:
+    def pieces(self, spec: TensorSpec) -> Iterator[np.ndarray]:
         half = spec.path[-1] if spec.path[-1] in ("blocks", "scales") else None
         path = spec.path if half is None else spec.path[:-1]
+        if half == "scales" and path in self.scales:
+            yield from self.scales.pop(path)
+            return
         node: Any = self.params
         for key in path:
             node = node[key]
+        node = node() if callable(node) else node
         if isinstance(node, MXFP4):
-            packed = {"blocks": np.asarray(node.blocks), "scales": np.asarray(node.scales)}
-            if half is None:
-                return mxfp4.decode(packed["blocks"], packed["scales"], ml_dtypes.bfloat16)
-            return packed[str(half)]
-        if half is None:
-            return _to_stored(spec, node)
-        if self.encoded[0] != path:
-            blocks, scales = mxfp4.encode(np.asarray(node))
-            self.encoded = (path, {"blocks": blocks, "scales": scales})
-        return self.encoded[1][str(half)]
+            for expert in range(node.shape[0]):
+                blocks, scales = (np.asarray(leaf[expert : expert + 1]) for leaf in (node.blocks, node.scales))
+                if half is None:
+                    yield mxfp4.decode(blocks, scales, ml_dtypes.bfloat16)
+                else:
+                    yield blocks if half == "blocks" else scales
+        elif half is None:
+            yield _to_stored(spec, node)
+        else:
+            self.scales[path] = []
+            for expert in range(node.shape[0]):
+                try:
+                    blocks, scales = mxfp4.encode(np.asarray(node[expert : expert + 1]))
+                except PuzzleError as error:
+                    raise PuzzleError(f"{spec.name.removesuffix('_blocks')}, expert {expert}: {error}") from None
+                self.scales[path].append(scales)
+                yield blocks
 
 
 def _leaves(tree: Any, path: ParamPath = ()) -> Iterator[tuple[ParamPath, Any]]:
@@ -231,54 +303,25 @@ def _json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
-def _write(
-    out: Path,
-    config: ModelConfig,
-    base: dict[str, Any],
-    form: Form,
-    plan: Sequence[PlannedTensor],
-    files: Mapping[str, bytes],
-    replace: bool,
-    shard_bytes: int,
-) -> None:
-    files = {**files, "config.json": _json_bytes(write_config(config, base, form=form))}
+def _config_files(config: ModelConfig, base: Mapping[str, Any], form: Form) -> dict[str, bytes]:
+    """config.json, and the code that a model needs which plain `gpt_oss` cannot say."""
+    files = {"config.json": _json_bytes(write_config(config, dict(base), form=form))}
     if not is_plain(config):
         remote = resources.files("puzzle_jax.convert_hf") / "remote"
         files |= {name: (remote / name).read_bytes() for name in REMOTE_CODE}
-    with _fresh_directory(out, replace) as partial:
-        write_tensors(partial, plan, shard_bytes=shard_bytes)
-        for name, content in files.items():
-            (partial / name).write_bytes(content)
+    return files
 
 
 def _refuse_overwriting(out: Path, replace: bool, parent: Path | None = None) -> None:
     if parent is not None and out.resolve() == parent.resolve():
         raise PuzzleError(f"{out} is the parent itself; choose another directory")
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        _may_replace(out, replace)
+
+
+def _may_replace(out: Path, replace: bool) -> bool:
     if not (out / PROVENANCE).is_file():
         raise PuzzleError(f"{out} exists and holds something else; choose another directory or empty it")
     if not replace:
         raise PuzzleError(f"{out} holds an earlier child; choose another directory or allow replacing it")
-
-
-@contextmanager
-def _fresh_directory(out: Path, replace: bool) -> Iterator[Path]:
-    """A new directory beside `out` that takes its place when the block ends well and disappears when it does
-    not."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial, old = (out.parent / f".{out.name}.{os.getpid()}.{kind}" for kind in ("partial", "old"))
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        yield partial
-        _refuse_overwriting(out, replace)
-        if out.exists():
-            out.rename(old)
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        if old.exists() and not out.exists():
-            old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+    return True

@@ -9,11 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float32
 
-from puzzle_jax.convert_hf.tensor_files import PlannedTensor, StoredTensor
-from puzzle_jax.model.cache_format import KVScales
+from puzzle_jax.convert_hf.tensor_files import StoredTensor
+from puzzle_jax.convert_hf.tensor_writer import PlannedTensor
+
+StoredScales = Float32[np.ndarray, "2 layers"]
+"""Scales of keys, and of values."""
 
 _NAME = re.compile(r"model\.layers\.(\d+)\.self_attn\.(?:([kv])_scale|([kv])_proj\.\3_scale)")
 _FLOATS = ("BF16", "F16", "F32")
@@ -24,7 +27,7 @@ def is_kv_scale(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
-def read_kv_scales(tensors: Mapping[str, StoredTensor], layers: int) -> tuple[KVScales | None, list[str]]:
+def read_kv_scales(tensors: Mapping[str, StoredTensor], layers: int) -> tuple[StoredScales | None, list[str]]:
     """The scales among a checkpoint's tensors, and what is wrong with them.
 
     Returns:
@@ -62,21 +65,15 @@ def read_kv_scales(tensors: Mapping[str, StoredTensor], layers: int) -> tuple[KV
         ]
     if problems:
         return None, problems
-    k, v = (jnp.asarray([values[kind, layer] for layer in range(layers)], jnp.float32) for kind in "kv")
-    return KVScales(k, v), []
+    return np.asarray([[values[kind, layer] for layer in range(layers)] for kind in "kv"], np.float32), []
 
 
-def planned_kv_scales(scales: KVScales | None) -> list[PlannedTensor]:
+def planned_kv_scales(scales: StoredScales | None) -> list[PlannedTensor]:
     """The tensors to write for scales."""
     if scales is None:
         return []
     return [
-        PlannedTensor(
-            f"model.layers.{layer}.self_attn.{kind}_scale",
-            "F32",
-            (),
-            lambda values=values, layer=layer: np.asarray(values[layer], np.float32),
-        )
-        for layer in range(len(scales.k))
-        for kind, values in (("k", np.asarray(scales.k)), ("v", np.asarray(scales.v)))
+        PlannedTensor(f"model.layers.{layer}.self_attn.{kind}_scale", "F32", (), lambda value=value: [value[None]])
+        for layer in range(scales.shape[1])
+        for kind, value in zip("kv", scales[:, layer], strict=True)
     ]

@@ -1,39 +1,37 @@
-"""Import of gpt-oss checkpoints: a directory in, a configuration and a parameter tree out.
+"""Import of gpt-oss checkpoints: a directory in, a configuration and a parameter tree out, sharded over a mesh.
 
-Everything is checked against the table of tensors before a byte of weights is read, and all problems are
-reported together. Packed experts stay packed; other tensors may be stored in BF16, F16 or F32 and become
-`dtype`.
+Tensors are read one after the other, by each process only the blocks that its devices hold, put where they belong, and
+turned into our orientation and type there by a jitted program that gives its input's memory back. So host memory holds
+the process's share and about one tensor more. Packed experts stay packed unless dense ones are asked for; other tensors
+may be stored in BF16, F16 or F32 and become `dtype`.
 
 Left out: downloading, pickled weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from puzzle_jax.config import ModelConfig
-from puzzle_jax.convert_hf.config_json import parse_config, parse_form
-from puzzle_jax.convert_hf.kv_scales import is_kv_scale, read_kv_scales
-from puzzle_jax.convert_hf.mxfp4 import NOT_A_NUMBER
+from puzzle_jax.convert_hf.describe import NOT_A_NUMBER, Description, describe_checkpoint
 from puzzle_jax.convert_hf.table import Form, TensorSpec, checkpoint_tensors
 from puzzle_jax.convert_hf.table import Path as ParamPath
-from puzzle_jax.convert_hf.tensor_files import StoredTensor, open_tensors, read_json
-from puzzle_jax.errors import CheckpointError, ConfigError
-from puzzle_jax.kernels.mxfp4 import MXFP4
+from puzzle_jax.convert_hf.tensor_files import StoredTensor
+from puzzle_jax.errors import CheckpointError
+from puzzle_jax.kernels.mxfp4 import MXFP4, decode
 from puzzle_jax.model.cache_format import KVScales
-from puzzle_jax.model.spec import Params
-
-Place = Callable[[ParamPath, np.ndarray], jax.Array]
-
-_FLOATS = ("BF16", "F16", "F32")
-_SHOWN = 6
+from puzzle_jax.model.sharding import partition
+from puzzle_jax.model.spec import Params, ParamSpec, param_specs
 
 
 @dataclass(frozen=True)
@@ -57,107 +55,57 @@ class Checkpoint:
     kv_scales: KVScales | None = None
 
 
-@dataclass(frozen=True)
-class Description:
-    """A checkpoint without its weights; attributes as in `Checkpoint`, and its checked tensors by name."""
-
-    config: ModelConfig
-    form: Form
-    directory: Path
-    config_json: dict[str, Any]
-    tensors: Mapping[str, StoredTensor]
-    kv_scales: KVScales | None = None
-
-
-def read_config(directory: Path | str) -> ModelConfig:
-    """The model that a checkpoint directory (or a config.json) describes; weights need not be there.
-
-    Raises `CheckpointError` when the file is missing or describes no gpt-oss model.
-    """
-    path = Path(directory)
-    path = path if path.suffix == ".json" else path / "config.json"
-    return parse_config(read_json(path), path)
-
-
-def describe_checkpoint(directory: Path | str) -> Description:
-    """Reads config.json and the headers of the weights, and checks them against each other.
-
-    Raises `CheckpointError` with everything that is wrong in one message.
-    """
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory} is not a directory")
-    source = directory / "config.json"
-    data = read_json(source)
-    config, form = parse_config(data, source), parse_form(data, source)
-    opened = open_tensors(directory)
-    problems = list(opened.problems)
-    try:
-        table = checkpoint_tensors(config, form)
-    except ConfigError as error:
-        raise CheckpointError(f"{source}: {error}") from None
-    known = {spec.name for spec in table}
-    strange = sorted(name for name in opened.tensors if name not in known and not is_kv_scale(name))
-    other = "_blocks" if form == "bf16" else "_proj"
-    if any(".mlp.experts." in name and name.endswith(other) for name in strange):
-        said = "has no quantization_config" if form == "bf16" else "says quant_method mxfp4"
-        problems.append(f"config.json {said}, but the experts are stored in the other form")
-    elif opened.lost is not None:
-        found = (_mismatch(spec, opened.tensors.get(spec.name)) for spec in table if spec.name not in opened.lost)
-        problems += [problem for problem in found if problem]
-        problems += [f"{name} is no tensor of this model" for name in strange]
-    kv_scales, wrong = read_kv_scales(opened.tensors, config.num_layers)
-    problems += wrong
-    if problems:
-        raise CheckpointError(f"{directory} cannot be used: {_joined(problems)}")
-    return Description(config, form, directory, data, {n: opened.tensors[n] for n in known}, kv_scales)
-
-
-def load_checkpoint(directory: Path | str, *, dtype: Any = jnp.bfloat16, place: Place | None = None) -> Checkpoint:
+def load_checkpoint(
+    directory: Path | str,
+    *,
+    dtype: Any = jnp.bfloat16,
+    mesh: Mesh | None = None,
+    experts: Literal["stored", "dense"] = "stored",
+    on_tensor: Callable[[str, int], None] | None = None,
+) -> Checkpoint:
     """Reads a gpt-oss or gpt_oss_puzzle checkpoint.
 
     Args:
       directory: holds config.json and model.safetensors, or shards with an index.
-      dtype: of every array but the packed experts.
-      place: puts an array where it belongs, given its path in the tree (packed experts: ending in "blocks"
-        and "scales"); by default the first device.
+      dtype: of every array but packed experts.
+      mesh: where parameters go, by `model.sharding`; by default all to the first device.
+      experts: "dense" decodes packed experts to `dtype`, layer by layer.
+      on_tensor: told the name and stored bytes of every tensor that is in place.
 
     Raises `CheckpointError` with everything that is wrong in one message.
     """
     description = describe_checkpoint(directory)
-    place = place or (lambda path, array: jnp.array(array))
-    table = checkpoint_tensors(description.config, description.form)
-    infinite = [
-        f"{spec.name} holds the scale {NOT_A_NUMBER}, which is no number"
-        for spec in table
-        if spec.path[-1] == "scales" and (description.tensors[spec.name].read() == NOT_A_NUMBER).any()
-    ]
-    if infinite:
-        raise CheckpointError(f"{directory} cannot be used: {_joined(infinite)}")
-    leaves = {}
-    for spec in table:
-        array = description.tensors[spec.name].read()
-        if spec.dtype != "U8":
-            array = array.astype(jnp.dtype(dtype), copy=False)
-        leaves[spec.path] = place(spec.path, np.ascontiguousarray(array.T) if spec.transposed else array)
+    config = description.config
+    specs = param_specs(config)
+    leaves: dict[ParamPath, Any] = {}
+    for spec in checkpoint_tensors(config, description.form):
+        stored = description.tensors[spec.name]
+        leaves[spec.path] = _placed(stored, spec, _param_spec(specs, spec.path), config, mesh, jnp.dtype(dtype))
+        if spec.path[-1] == "scales":
+            stem = spec.path[:-1]
+            packed = MXFP4(leaves.pop((*stem, "blocks")), leaves.pop(spec.path))
+            leaves[stem] = packed if experts == "stored" else _decode(packed, jnp.dtype(dtype))
+        if on_tensor is not None:
+            on_tensor(spec.name, stored.nbytes)
     return Checkpoint(
-        description.config,
-        build_params(description.config, leaves),
+        config,
+        build_params(config, leaves),
         description.form,
         description.directory,
         description.config_json,
-        description.kv_scales,
+        cache_scales(description),
     )
 
 
+def cache_scales(description: Description) -> KVScales | None:
+    """The scales of an FP8 cache that a checkpoint carries, for the cache."""
+    return None if description.kv_scales is None else KVScales(*map(jnp.asarray, description.kv_scales))
+
+
 def build_params(config: ModelConfig, leaves: Mapping[ParamPath, Any]) -> Params:
-    """The parameter tree of leaves by path; pairs of "blocks" and "scales" become `MXFP4`."""
+    """The parameter tree of leaves by path."""
     params: Params = {"layers": [{"attention": {}, "moe": {}} for _ in config.blocks]}
     for path, leaf in leaves.items():
-        if path[-1] == "scales":
-            continue
-        if path[-1] == "blocks":
-            path, leaf = path[:-1], MXFP4(leaf, leaves[(*path[:-1], "scales")])
         node: Any = params
         for key in path[:-1]:
             node = node[key]
@@ -165,18 +113,52 @@ def build_params(config: ModelConfig, leaves: Mapping[ParamPath, Any]) -> Params
     return params
 
 
-def _mismatch(spec: TensorSpec, stored: StoredTensor | None) -> str:
-    """What is wrong with a stored tensor; empty when nothing is."""
-    if stored is None:
-        return f"{spec.name} is missing"
-    if stored.shape != spec.shape:
-        return f"{spec.name} has shape {list(stored.shape)}, but config.json asks for {list(spec.shape)}"
-    allowed = _FLOATS if spec.dtype == "BF16" else (spec.dtype,)
-    if stored.dtype not in allowed:
-        return f"{spec.name} is stored as {stored.dtype}, but must be {' or '.join(allowed)}"
-    return ""
+def _placed(
+    stored: StoredTensor, spec: TensorSpec, param: ParamSpec, config: ModelConfig, mesh: Mesh | None, dtype: jnp.dtype
+) -> jax.Array:
+    """A tensor on its devices, in our orientation and type."""
+    packed = spec.dtype == "U8"
+    if mesh is None:
+        final = at_rest = SingleDeviceSharding(jax.devices()[0])
+    else:
+        axes = partition(param, config, mesh)
+        final = NamedSharding(mesh, PartitionSpec(axes[0]) if packed else axes)
+        at_rest = NamedSharding(mesh, PartitionSpec(*axes[::-1])) if spec.transposed else final
+
+    def read(index: tuple[slice, ...] | None) -> np.ndarray:
+        block = stored.read(index or ())
+        if spec.path[-1] == "scales" and (block == NOT_A_NUMBER).any():
+            raise CheckpointError(f"{stored.file}: {spec.name} holds the scale {NOT_A_NUMBER}, which is no number")
+        return block
+
+    array = jax.make_array_from_callback(spec.shape, at_rest, read)
+    if packed or (not spec.transposed and array.dtype == dtype):
+        return array
+    with warnings.catch_warnings():  # only arrays of the same size can be reused in place; the others are just freed
+        warnings.filterwarnings("ignore", "Some donated buffers were not usable")
+        return jax.block_until_ready(_converter(spec.transposed, dtype, final)(array))
 
 
-def _joined(problems: Sequence[str]) -> str:
-    more = f"; and {len(problems) - _SHOWN} more problems" if len(problems) > _SHOWN else ""
-    return "; ".join(problems[:_SHOWN]) + more
+@lru_cache(maxsize=64)
+def _converter(transposed: bool, dtype: jnp.dtype, sharding: Sharding) -> Callable[[jax.Array], jax.Array]:
+    """One program for all tensors of a shape."""
+
+    def convert(array: jax.Array) -> jax.Array:
+        return (array.T if transposed else array).astype(dtype)
+
+    return jax.jit(convert, donate_argnums=0, out_shardings=sharding)
+
+
+@partial(jax.jit, static_argnames="dtype")
+def _decode(packed: MXFP4, dtype: Any) -> jax.Array:
+    return decode(packed, dtype)
+
+
+def _param_spec(specs: Params, path: ParamPath) -> ParamSpec:
+    """The parameter that a tensor is, or is a half of."""
+    node: Any = specs
+    for key in path:
+        node = node[key]
+        if isinstance(node, ParamSpec):
+            return node
+    raise AssertionError(path)

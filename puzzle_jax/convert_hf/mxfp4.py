@@ -21,9 +21,6 @@ from jaxtyping import Float, UInt8
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.kernels.mxfp4 import CODE_VALUES, GROUP
 
-NOT_A_NUMBER = 255
-"""The one scale byte without a value: infinity in some decoders, NaN in others; refused on import."""
-
 _BIAS = 127
 _SMALLEST, _LARGEST = 2, 254  # scale bytes whose products are normal numbers in every decoder
 

@@ -179,6 +179,11 @@ def tensor_bytes(config: ModelConfig, form: Form) -> int:
     return sum(spec.nbytes for spec in checkpoint_tensors(config, form))
 
 
+def parameters(config: ModelConfig) -> int:
+    """Exact number of parameters: the values of the dense form."""
+    return sum(prod(spec.shape) for spec in checkpoint_tensors(config, "bf16"))
+
+
 def expert_bytes(config: ModelConfig, form: Form) -> int:
     """Exact bytes of one expert: both matrices and both biases, without its row of the router."""
     one = layer_tensors(config, BlockConfig(1), 0, form)

@@ -1,9 +1,10 @@
-"""Reading and writing safetensors files as plain bytes.
+"""Reading safetensors files as plain bytes.
 
-A file is an 8-byte length, a JSON header {name: {dtype, shape, data_offsets}}, and the tensors' bytes in a
-row (https://github.com/huggingface/safetensors). We parse it ourselves for two reasons: a damaged download
-should give one sentence that lists everything wrong, and pruning should pass bytes through without a type in
-between. Reading maps files into memory, so that a tensor's bytes are touched when it is used.
+A file is an 8-byte length, a JSON header {name: {dtype, shape, data_offsets}}, and the tensors' bytes in a row
+(https://github.com/huggingface/safetensors). We parse it ourselves for three reasons: a damaged download should give
+one sentence that lists everything wrong, pruning should pass bytes through without a type in between, and a process
+should read only the part of a tensor that its devices hold. Bytes are read into fresh arrays, not mapped, so that
+memory holds what was asked for and no more. Nothing here imports JAX.
 
 Left out: every other container (pickled .bin files).
 """
@@ -11,9 +12,10 @@ Left out: every other container (pickled .bin files).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from itertools import pairwise, product
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +27,6 @@ from puzzle_jax.errors import CheckpointError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-SHARD_BYTES = 5_000_000_000
 DTYPES: dict[str, Any] = {
     "BOOL": np.dtype(np.bool_),
     "U8": np.dtype(np.uint8),
@@ -39,18 +40,10 @@ DTYPES: dict[str, Any] = {
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
+CHUNK_BYTES = 16 << 20
+"""How much is read or written at a time."""
 _MAX_HEADER = 100_000_000
-
-
-@dataclass(frozen=True)
-class MappedFile:
-    """A file whose bytes are mapped on first use, once for all of its tensors."""
-
-    path: Path
-
-    @cached_property
-    def data(self) -> np.ndarray:
-        return np.memmap(self.path, np.uint8, "r")
+_SHORT_RUN = 4096  # bytes; reading less at a time is no faster than reading what lies between
 
 
 @dataclass(frozen=True)
@@ -60,19 +53,83 @@ class StoredTensor:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    file: MappedFile
+    file: Path
     offset: int
     nbytes: int
 
-    def read(self) -> np.ndarray:
-        """The tensor, as a read-only view of the file wherever its bytes are aligned."""
+    def read(self, index: Sequence[slice] = ()) -> np.ndarray:
+        """The tensor, or a block of it, as a new array.
+
+        Only the block's bytes are read, but for runs below 4 KB, which come with what lies between them.
+
+        Args:
+          index: a slice of step 1 for each of the first axes.
+
+        Raises `CheckpointError` where the file can no longer be read.
+        """
         dtype = DTYPES[self.dtype]
-        if not self.nbytes:
-            return np.empty(self.shape, dtype)
-        data = np.asarray(self.file.data[self.offset : self.offset + self.nbytes])
-        if self.offset % dtype.itemsize:
-            data = data.copy()
-        return data.view(dtype).reshape(self.shape)
+        bounds = [part.indices(size)[:2] for part, size in zip(index, self.shape, strict=False)]
+        bounds += [(0, size) for size in self.shape[len(bounds) :]]
+        out = np.empty([stop - start for start, stop in bounds], dtype)
+        if not out.size:
+            return out
+        cut = [axis for axis, (size, now) in enumerate(zip(self.shape, out.shape, strict=True)) if size != now]
+        last = cut[-1] if cut else 0
+        strides = [prod(self.shape[axis + 1 :]) * dtype.itemsize for axis in range(len(self.shape))]
+        with _opened(self.file) as file:
+            if last and out.nbytes < _SHORT_RUN * prod(out.shape[:last]):
+                rows = max(1, CHUNK_BYTES // strides[0])
+                (first, stop), *inner = bounds
+                for row in range(first, stop, rows):
+                    count = min(rows, stop - row)
+                    whole = np.empty((count, *self.shape[1:]), dtype)
+                    _read_into(file, whole, self.offset + row * strides[0])
+                    out[row - first : row - first + count] = whole[(slice(None), *(slice(*pair) for pair in inner))]
+                return out
+            runs = out.reshape(prod(out.shape[:last]), -1)
+            inside = bounds[last][0] * strides[last] if self.shape else 0
+            for run, outer in zip(runs, product(*(range(*pair) for pair in bounds[:last])), strict=True):
+                start = sum(position * stride for position, stride in zip(outer, strides, strict=False))
+                _read_into(file, run, self.offset + start + inside)
+        return out
+
+    def ends(self, nbytes: int) -> bytes:
+        """The first and the last bytes of the tensor, `nbytes` each where it has as many."""
+        found = b""
+        with _opened(self.file) as file:
+            for start in (0, max(0, self.nbytes - nbytes)):
+                piece = np.empty(min(nbytes, self.nbytes), np.uint8)
+                _read_into(file, piece, self.offset + start)
+                found += piece.tobytes()
+        return found
+
+    def chunks(self) -> Iterator[np.ndarray]:
+        """The tensor's bytes in order, `CHUNK_BYTES` at a time."""
+        with _opened(self.file) as file:
+            for start in range(0, self.nbytes, CHUNK_BYTES):
+                chunk = np.empty(min(CHUNK_BYTES, self.nbytes - start), np.uint8)
+                _read_into(file, chunk, self.offset + start)
+                yield chunk
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return path.open("rb", buffering=0)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _read_into(file: Any, array: np.ndarray, offset: int) -> None:
+    """Fills an array with bytes of a file; system calls may give less than was asked for."""
+    view = array.reshape(-1).view(np.uint8).data
+    while view:
+        try:
+            count = os.preadv(file.fileno(), [view], offset)
+        except OSError as error:
+            raise CheckpointError(f"{file.name} cannot be read: {error.strerror}") from None
+        if not count:
+            raise CheckpointError(f"{file.name} became shorter while it was read")
+        view, offset = view[count:], offset + count
 
 
 class Opened(NamedTuple):
@@ -137,7 +194,11 @@ def _read_weight_map(index: Path) -> dict[str, str]:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; raises `CheckpointError` when it is missing or something else."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            text = file.read(_MAX_HEADER + 1)
+        if len(text) > _MAX_HEADER:
+            raise CheckpointError(f"{path} is no such file: it has more than {_MAX_HEADER} bytes")
+        data = _parse_json(text)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:
@@ -145,6 +206,22 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} holds a JSON {type(data).__name__}, but must hold an object")
     return data
+
+
+def _parse_json(text: bytes) -> Any:
+    """Raises ValueError also for a name given twice and for nesting beyond Python's stack."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is given twice")
+        return found
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def _read_header(file: Path) -> tuple[dict[str, StoredTensor], str]:
@@ -155,30 +232,30 @@ def _read_header(file: Path) -> tuple[dict[str, StoredTensor], str]:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > min(_MAX_HEADER, size - 8):
                 return {}, f"{file.name} is cut short or no safetensors file ({size} bytes)"
-            header = json.loads(stream.read(length))
+            header = _parse_json(stream.read(length))
     except OSError as error:
         return {}, f"{file.name} cannot be read ({error.strerror})"
-    except ValueError:
-        return {}, f"{file.name} has a damaged header"
+    except ValueError as error:
+        return {}, f"{file.name} has a damaged header ({error})"
     if not isinstance(header, dict):
-        return {}, f"{file.name} has a damaged header"
-    mapped = MappedFile(file)
+        return {}, f"{file.name} has a damaged header (no object)"
     tensors: dict[str, StoredTensor] = {}
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        tensor, problem = _parse_entry(mapped, name, entry, data_start=8 + length, size=size)
+        tensor, problem = _parse_entry(file, name, entry, data_start=8 + length, size=size)
         if tensor is None:
             return {}, problem
         tensors[name] = tensor
+    for before, after in pairwise(sorted(tensors.values(), key=lambda tensor: (tensor.offset, tensor.nbytes))):
+        if before.offset + before.nbytes > after.offset:
+            return {}, f"{file.name} gives {before.name} and {after.name} the same bytes"
     return tensors, ""
 
 
-def _parse_entry(
-    file: MappedFile, name: str, entry: Any, *, data_start: int, size: int
-) -> tuple[StoredTensor | None, str]:
+def _parse_entry(file: Path, name: str, entry: Any, *, data_start: int, size: int) -> tuple[StoredTensor | None, str]:
     """One header entry; or None, and a phrase that says why."""
-    where = file.path.name
+    where = file.name
     try:
         dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         numbers = (*shape, start, stop)
@@ -193,83 +270,3 @@ def _parse_entry(
     if data_start + stop > size:
         return None, f"{where} is cut short: it has {size} bytes, but {name} ends at {data_start + stop}"
     return StoredTensor(name, dtype, shape, file, data_start + start, stop - start), ""
-
-
-@dataclass(frozen=True)
-class PlannedTensor:
-    """A tensor to be written; `read` is called once, when its turn comes.
-
-    `with_previous` keeps it in the file of the tensor before it (scales with their blocks).
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    read: Callable[[], np.ndarray]
-    with_previous: bool = False
-
-    @property
-    def nbytes(self) -> int:
-        return prod(self.shape) * DTYPES[self.dtype].itemsize
-
-
-def write_tensors(directory: Path, plan: Sequence[PlannedTensor], *, shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes tensors in order: one model.safetensors, or shards of at most `shard_bytes` with an index.
-
-    A tensor larger than that (with those tied to it) has a shard of its own.
-    """
-    shards = _split(plan, shard_bytes)
-    if len(shards) == 1:
-        _write_file(directory / SINGLE, shards[0])
-        return
-    weight_map = {}
-    for number, shard in enumerate(shards, start=1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_file(directory / name, shard)
-        weight_map.update({tensor.name: name for tensor in shard})
-    index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in plan)}, "weight_map": weight_map}
-    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _split(plan: Sequence[PlannedTensor], shard_bytes: int) -> list[list[PlannedTensor]]:
-    units: list[list[PlannedTensor]] = []
-    for tensor in plan:
-        if tensor.with_previous:
-            units[-1].append(tensor)
-        else:
-            units.append([tensor])
-    shards: list[list[PlannedTensor]] = [[]]
-    filled = 0
-    for unit in units:
-        size = sum(tensor.nbytes for tensor in unit)
-        if shards[-1] and filled + size > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1] += unit
-        filled += size
-    return shards
-
-
-def _write_file(file: Path, tensors: Iterable[PlannedTensor]) -> None:
-    # Wide types first, so that every tensor starts at a multiple of its element's size, as loaders want it.
-    tensors = sorted(tensors, key=lambda tensor: -DTYPES[tensor.dtype].itemsize)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for tensor in tensors:
-        stop = position + tensor.nbytes
-        header[tensor.name] = {
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": [position, stop],
-        }
-        position = stop
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with file.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors:
-            data = np.asarray(tensor.read(), order="C")
-            if data.shape != tensor.shape or data.dtype != DTYPES[tensor.dtype]:
-                found = f"{data.dtype} {list(data.shape)}"
-                raise ValueError(f"{tensor.name} is {found}, planned as {tensor.dtype} {list(tensor.shape)}")
-            stream.write(data.reshape(-1).view(np.uint8).data)

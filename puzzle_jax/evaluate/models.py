@@ -12,10 +12,10 @@ from functools import cached_property
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from puzzle_jax.config import ModelConfig
-from puzzle_jax.convert_hf.load import Description, describe_checkpoint, load_checkpoint
+from puzzle_jax.convert_hf.describe import Description, describe_checkpoint
+from puzzle_jax.convert_hf.load import cache_scales, load_checkpoint
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.model.cache_format import FLOAT8, CacheFormat
 from puzzle_jax.model.network import compute_dtype, to_compute
@@ -70,7 +70,7 @@ class Model:
 
     def cache_format(self, dtype: str) -> CacheFormat:
         """How keys and values are kept in this dtype; float8 with the checkpoint's own scales where it has any."""
-        return CacheFormat(dtype, self.description.kv_scales if dtype == FLOAT8 else None)
+        return CacheFormat(dtype, cache_scales(self.description) if dtype == FLOAT8 else None)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -86,9 +86,7 @@ class Model:
             digest.update(f"{file} {len(content)}\n".encode() + content)
         for name, tensor in sorted(self.description.tensors.items()):
             digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
-            raw = tensor.file.data[tensor.offset : tensor.offset + tensor.nbytes]
-            digest.update(raw[:_SAMPLE_BYTES].tobytes())
-            digest.update(raw[-_SAMPLE_BYTES:].tobytes())
-        for scales in self.description.kv_scales or ():
-            digest.update(np.asarray(scales, np.float32).tobytes())
+            digest.update(tensor.ends(_SAMPLE_BYTES))
+        if self.description.kv_scales is not None:
+            digest.update(self.description.kv_scales.tobytes())
         return digest.hexdigest()[:16]

@@ -9,7 +9,8 @@ from pathlib import Path
 import jax
 
 from puzzle_jax.config import ModelConfig
-from puzzle_jax.convert_hf.load import Description, describe_checkpoint, load_checkpoint
+from puzzle_jax.convert_hf.describe import Description, describe_checkpoint
+from puzzle_jax.convert_hf.load import load_checkpoint
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.model.network import compute_dtype, to_compute
 from puzzle_jax.model.spec import Params

@@ -26,7 +26,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from puzzle_jax.convert_hf import save_checkpoint
+from puzzle_jax.convert_hf.export import save_checkpoint
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.model.spec import Params, init_params
 from puzzle_jax.tasks import PRETRAINING_TASKS, Chat

@@ -11,7 +11,8 @@ import numpy as np
 from puzzle_jax.config import BlockConfig, ModelConfig
 from puzzle_jax.convert_hf.export import save_checkpoint
 from puzzle_jax.convert_hf.table import Form, checkpoint_tensors
-from puzzle_jax.convert_hf.tensor_files import open_tensors
+from puzzle_jax.convert_hf.tensor_files import DTYPES, SINGLE, open_tensors
+from puzzle_jax.convert_hf.tensor_writer import PlannedTensor, write_file
 from tests.support import random_params, small_config
 
 MIXED = (BlockConfig(5, 9), BlockConfig(7, None), BlockConfig(4, 5), BlockConfig(3, 9))
@@ -39,6 +40,20 @@ def stored_bytes(directory: Path) -> dict[str, bytes]:
     opened = open_tensors(directory)
     assert not opened.problems
     return {name: tensor.read().tobytes() for name, tensor in opened.tensors.items()}
+
+
+def rewrite(directory: Path, **changes: np.ndarray | None) -> None:
+    """Replaces or adds tensors of a single-file checkpoint; None removes one."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    tensors: dict[str, Any] = {name: stored.read() for name, stored in open_tensors(directory).tensors.items()}
+    write_file(
+        directory / SINGLE,
+        [
+            PlannedTensor(name, names[array.dtype], array.shape, lambda array=array: [array])
+            for name, array in {**tensors, **changes}.items()
+            if array is not None
+        ],
+    )
 
 
 def rows(directory: Path, name: str) -> list[bytes]:

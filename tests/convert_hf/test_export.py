@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 
 from puzzle_jax.config import BlockConfig, ModelConfig
-from puzzle_jax.convert_hf import export
 from puzzle_jax.convert_hf.export import CARRIED, export_child, save_checkpoint
 from puzzle_jax.convert_hf.load import load_checkpoint
 from puzzle_jax.convert_hf.table import checkpoint_tensors, tensor_bytes
-from puzzle_jax.convert_hf.tensor_files import INDEX, SINGLE, PlannedTensor, open_tensors, write_tensors
+from puzzle_jax.convert_hf.tensor_files import INDEX, SINGLE, open_tensors
 from puzzle_jax.errors import CheckpointError, ConfigError, PuzzleError
 from puzzle_jax.model.child import Child, ChildBlock, cut_params
 from puzzle_jax.model.network import forward, to_compute
@@ -19,6 +18,7 @@ from tests.convert_hf.checkpoints import (
     assert_trees_equal,
     names,
     packable_config,
+    rewrite,
     rows,
     stored_bytes,
     write_random,
@@ -162,12 +162,8 @@ def test_a_sharded_parent_and_a_sharded_child(tmp_path):
 
 def test_wide_floats_of_the_parent_are_rounded(tmp_path):
     parent = write_random(tmp_path / "parent", packable_config())
-    tensors = {name: np.array(tensor.read()) for name, tensor in open_tensors(parent).tensors.items()}
     norm = np.linspace(0.1, 2, 96, dtype=np.float32)
-    tensors |= {"model.norm.weight": norm}
-    kinds = {"float32": "F32", "bfloat16": "BF16", "uint8": "U8"}
-    plan = [PlannedTensor(n, kinds[a.dtype.name], a.shape, lambda a=a: a) for n, a in tensors.items()]
-    write_tensors(parent, plan)
+    rewrite(parent, **{"model.norm.weight": norm})
     export_mixed(parent, tmp_path / "child")
     after = stored_bytes(tmp_path / "child")
     assert after["model.norm.weight"] == norm.astype(jnp.bfloat16).tobytes()
@@ -234,23 +230,6 @@ def test_an_earlier_child_is_replaced_whole(parent, tmp_path):
     export_child(parent, child, config, [(0, 1)] * 4, provenance={}, replace=True)
     assert load_checkpoint(child).config == config
     assert not (child / INDEX).exists() and not list(child.glob("*.py"))
-    assert {path.name for path in tmp_path.iterdir()} == {"parent", "child"}
-
-
-def test_a_run_that_dies_leaves_what_was_there(parent, tmp_path, monkeypatch):
-    child = tmp_path / "child"
-    export_mixed(parent, child)
-    before = stored_bytes(child)
-
-    def die(directory, plan, **options):
-        (directory / SINGLE).write_bytes(b"half")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(export, "write_tensors", die)
-    for out in (child, tmp_path / "new"):
-        with pytest.raises(KeyboardInterrupt):
-            export_mixed(parent, out, replace=True)
-    assert stored_bytes(child) == before
     assert {path.name for path in tmp_path.iterdir()} == {"parent", "child"}
 
 

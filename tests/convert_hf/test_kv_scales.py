@@ -6,12 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from puzzle_jax.convert_hf.describe import describe_checkpoint
 from puzzle_jax.convert_hf.export import export_child, save_checkpoint
-from puzzle_jax.convert_hf.load import describe_checkpoint, load_checkpoint
-from puzzle_jax.convert_hf.tensor_files import PlannedTensor, open_tensors, write_tensors
+from puzzle_jax.convert_hf.load import load_checkpoint
 from puzzle_jax.errors import CheckpointError
 from puzzle_jax.model.cache_format import KVScales
-from tests.convert_hf.checkpoints import write_random
+from tests.convert_hf.checkpoints import MIXED, rewrite, write_random
 from tests.support import random_params, small_config
 
 CONFIG = small_config()  # four layers
@@ -20,14 +20,7 @@ SCALES = KVScales(jnp.asarray(K, jnp.float32), jnp.asarray(V, jnp.float32))
 
 
 def add(directory: Path, **tensors: np.ndarray) -> Path:
-    """Rewrites the weights with more tensors."""
-    kinds = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8", "int32": "I32"}
-    present = {name: np.array(tensor.read()) for name, tensor in open_tensors(directory).tensors.items()}
-    plan = [
-        PlannedTensor(name, kinds[array.dtype.name], array.shape, lambda array=array: array)
-        for name, array in {**present, **tensors}.items()
-    ]
-    write_tensors(directory, plan)
+    rewrite(directory, **tensors)
     return directory
 
 
@@ -92,10 +85,19 @@ def test_saved_scales_are_zero_dimensional_floats_and_come_back(tmp_path):
 @pytest.mark.parametrize("own", [False, True])
 def test_a_child_carries_its_own_scales_or_else_its_parents(tmp_path, own):
     parent = add(write_random(tmp_path / "parent", CONFIG, "bf16"), **nested(shape=(1,)))
-    kept = [list(range(block.num_experts)) for block in CONFIG.blocks]
+    config = CONFIG.with_blocks(MIXED)
+    kept = [list(range(block.num_experts)) for block in MIXED]
     mine = KVScales(SCALES.k * 2, SCALES.v * 4) if own else None
-    export_child(parent, tmp_path / "child", CONFIG, kept, provenance={}, kv_scales=mine)
+    export_child(parent, tmp_path / "child", config, kept, provenance={}, kv_scales=mine)
     scales = load_checkpoint(tmp_path / "child").kv_scales
     np.testing.assert_array_equal(scales.k, np.asarray(K) * (2 if own else 1))
     np.testing.assert_array_equal(scales.v, np.asarray(V) * (4 if own else 1))
     assert header(tmp_path / "child")["model.layers.0.self_attn.k_scale"]["shape"] == []
+
+
+def test_a_plain_child_has_its_scales_on_record_alone(tmp_path):
+    parent = add(write_random(tmp_path / "parent", CONFIG, "bf16"), **flat())
+    kept = [list(range(block.num_experts)) for block in CONFIG.blocks]
+    export_child(parent, tmp_path / "child", CONFIG, kept, provenance={})
+    assert describe_checkpoint(tmp_path / "child").kv_scales is None
+    assert json.loads((tmp_path / "child" / "provenance.json").read_text())["kv_scales"] == {"k": K, "v": V}

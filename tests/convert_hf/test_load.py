@@ -8,30 +8,19 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from puzzle_jax.convert_hf import mxfp4
-from puzzle_jax.convert_hf.load import load_checkpoint, read_config
-from puzzle_jax.convert_hf.tensor_files import INDEX, SINGLE, PlannedTensor, open_tensors, write_tensors
+from puzzle_jax.convert_hf import mxfp4, tensor_files
+from puzzle_jax.convert_hf.describe import read_config
+from puzzle_jax.convert_hf.load import load_checkpoint
+from puzzle_jax.convert_hf.table import tensor_bytes
+from puzzle_jax.convert_hf.tensor_files import INDEX, SINGLE, StoredTensor, open_tensors
+from puzzle_jax.convert_hf.tensor_writer import PlannedTensor, write_file
 from puzzle_jax.errors import CheckpointError
 from puzzle_jax.kernels.mxfp4 import MXFP4
+from puzzle_jax.model.network import to_compute
+from puzzle_jax.model.sharding import make_mesh, shard_params
 from puzzle_jax.model.spec import is_spec, param_specs
-from tests.convert_hf.checkpoints import MIXED, assert_trees_equal, packable_config, write_random
+from tests.convert_hf.checkpoints import MIXED, assert_trees_equal, packable_config, rewrite, write_random
 from tests.support import random_params, small_config
-
-DTYPE_NAMES = {"bfloat16": "BF16", "uint8": "U8", "float32": "F32", "float16": "F16", "int32": "I32"}
-
-
-def rewrite(directory: Path, **changes: np.ndarray | None) -> None:
-    """Replaces tensors of a single-file checkpoint; None removes one."""
-    tensors = {name: np.array(tensor.read()) for name, tensor in open_tensors(directory).tensors.items()}
-    tensors.update(changes)  # type: ignore[arg-type]
-    write_tensors(
-        directory,
-        [
-            PlannedTensor(name, DTYPE_NAMES[array.dtype.name], array.shape, lambda array=array: array)
-            for name, array in tensors.items()
-            if array is not None
-        ],
-    )
 
 
 def tensor(directory: Path, name: str) -> np.ndarray:
@@ -123,18 +112,70 @@ def test_tensors_at_odd_offsets_are_read(tmp_path):
     np.testing.assert_array_equal(tensor(directory, "lm_head.weight"), expected)
 
 
-def test_place_sees_every_array_once(tmp_path):
-    config, seen = packable_config(), {}
+@pytest.mark.parametrize("data,model", [(2, 3), (1, 7)])
+@pytest.mark.parametrize("form", ["mxfp4", "bf16"])
+def test_a_mesh_holds_what_one_device_does_where_sharding_says(tmp_path, form, data, model):
+    config = packable_config()
+    directory = write_random(tmp_path / "model", config, form)
+    mesh = make_mesh(data, model)
+    loaded = load_checkpoint(directory, dtype=jnp.float32, mesh=mesh)
+    one = load_checkpoint(directory, dtype=jnp.float32)
+    assert_trees_equal(loaded.params, one.params)
+    expected = shard_params(one.params, config, mesh)
+    for ours, theirs in zip(jax.tree.leaves(loaded.params), jax.tree.leaves(expected), strict=True):
+        assert ours.sharding.is_equivalent_to(theirs.sharding, ours.ndim)
+    if form == "mxfp4" and model == 7:
+        assert loaded.params["layers"][1]["moe"]["down"].blocks.addressable_shards[3].data.shape == (1, 96, 2, 16)
 
-    def place(path, array):
-        assert path not in seen
-        seen[path] = array.shape
-        return jnp.asarray(array)
 
-    load_checkpoint(write_random(tmp_path / "model", config), place=place)
-    assert seen["layers", 1, "moe", "down", "blocks"] == (7, 96, 2, 16)
-    assert seen["layers", 1, "attention", "q_weight"] == (96, 60)
-    assert len(seen) == 3 + config.num_layers * 19
+def test_dense_experts_on_request(tmp_path):
+    config = packable_config(MIXED)
+    directory = write_random(tmp_path / "model", config)
+    told = {}
+    dense = load_checkpoint(directory, experts="dense", on_tensor=told.__setitem__)
+    assert_trees_equal(dense.params, to_compute(load_checkpoint(directory).params, jnp.bfloat16))
+    assert sum(told.values()) == tensor_bytes(config, "mxfp4") and len(told) == 3 + config.num_layers * 19
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        (),
+        (slice(2, 5),),
+        (slice(None), slice(1, 4)),
+        (slice(1, 2), slice(0, 5), slice(7, 8)),
+        (slice(None), slice(None), slice(3, 3)),
+        (slice(0, 6), slice(2, 4), slice(1, 900), slice(0, 2)),
+    ],
+)
+@pytest.mark.parametrize("short_run", [0, 1 << 20])
+def test_blocks_of_a_stored_tensor(tmp_path, monkeypatch, index, short_run):
+    monkeypatch.setattr(tensor_files, "_SHORT_RUN", short_run)
+    monkeypatch.setattr(tensor_files, "CHUNK_BYTES", 100_000)
+    array = np.arange(6 * 5 * 901 * 3, dtype=np.float32).reshape(6, 5, 901, 3)
+    write_file(tmp_path / "x", [PlannedTensor("a", "F32", array.shape, lambda: [array[:2], array[2:]])])
+    stored = StoredTensor(
+        "a", "F32", array.shape, tmp_path / "x", (tmp_path / "x").stat().st_size - array.nbytes, array.nbytes
+    )
+    np.testing.assert_array_equal(stored.read(index), array[index])
+    assert b"".join(chunk.tobytes() for chunk in stored.chunks()) == array.tobytes()
+    assert stored.ends(10) == array.tobytes()[:10] + array.tobytes()[-10:]
+
+
+def test_a_process_reads_what_its_devices_hold(tmp_path):
+    """Bytes that pass through system calls, as the kernel counts them."""
+    array = np.zeros((64, 64, 4096), np.uint8)
+    write_file(tmp_path / "x", [PlannedTensor("a", "U8", array.shape, lambda: [array])])
+    stored = StoredTensor("a", "U8", array.shape, tmp_path / "x", 4096, array.nbytes)
+
+    def bytes_read(index):
+        before = int(Path("/proc/self/io").read_text().split()[1])
+        stored.read(index)
+        return int(Path("/proc/self/io").read_text().split()[1]) - before
+
+    for index in ((slice(8, 16),), (slice(None), slice(8, 16)), (slice(8, 16), slice(8, 16))):
+        wanted = np.empty(array.shape, bool)[index].size
+        assert wanted <= bytes_read(index) < wanted + 4096
 
 
 def test_read_config_needs_no_weights(tmp_path):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 import puzzle_jax
-from puzzle_jax.convert_hf import load_checkpoint
+from puzzle_jax.convert_hf.load import load_checkpoint
 from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions
 from puzzle_jax.kernels.mxfp4 import MXFP4
 from puzzle_jax.model.network import to_compute

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from puzzle_jax.config import BlockConfig, ModelConfig, RopeConfig
-from puzzle_jax.convert_hf import load_checkpoint
+from puzzle_jax.convert_hf.load import load_checkpoint
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.model.network import to_compute
 from puzzle_jax.tasks import EFFORTS, Chat
