@@ -5,8 +5,8 @@ by expert, everything else is copied, and no byte is decoded or rounded on the w
 parameter tree. Both write beside the goal and rename, so that a run that dies leaves no half checkpoint, and
 neither touches a directory that it did not make.
 
-A child that plain `gpt_oss` cannot say carries two files of remote code, with which
-`AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)` loads it.
+A child that plain `gpt_oss` cannot say carries its code: two files with which
+`AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)` loads it, and one for mlx-lm.
 Left out: uploads, and re-quantising experts that are packed already.
 """
 
@@ -27,7 +27,7 @@ import numpy as np
 import puzzle_jax
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.convert_hf import mxfp4
-from puzzle_jax.convert_hf.config_json import is_plain, write_config
+from puzzle_jax.convert_hf.config_json import MODEL_FILE, is_plain, write_config
 from puzzle_jax.convert_hf.kv_scales import planned_kv_scales
 from puzzle_jax.convert_hf.load import Description, describe_checkpoint
 from puzzle_jax.convert_hf.table import Form, TensorSpec, checkpoint_tensors
@@ -47,7 +47,7 @@ CARRIED = (
     "generation_config.json",
     "LICENSE",
 )
-REMOTE_CODE = ("configuration_gpt_oss_puzzle.py", "modeling_gpt_oss_puzzle.py")
+REMOTE_CODE = ("configuration_gpt_oss_puzzle.py", "modeling_gpt_oss_puzzle.py", MODEL_FILE)
 
 
 def export_child(

@@ -61,6 +61,7 @@ class GptOssPuzzleDecoderLayer(GptOssDecoderLayer):
 class GptOssPuzzlePreTrainedModel(GptOssPreTrainedModel):
     config_class = GptOssPuzzleConfig
     _no_split_modules = ("GptOssPuzzleDecoderLayer",)
+    _keys_to_ignore_on_load_unexpected = (r"self_attn\.[kv]_scale$",)  # of an FP8 cache, which is not used here
 
 
 class GptOssPuzzleModel(GptOssPuzzlePreTrainedModel, GptOssModel):
