@@ -21,7 +21,10 @@ class GptOssPuzzleConfig(GptOssConfig):
         problem = release_problem(vllm.__version__)
         if problem:
             raise ValueError(problem)
-        if current_platform.is_cpu():
-            kwargs.pop("quantization_config", None)
         super().__init__(**kwargs)
         self.model_type = "gpt_oss"
+
+    def __setattr__(self, name, value):
+        if name == "quantization_config" and current_platform.is_cpu():
+            return  # vLLM sets it once more from the file
+        super().__setattr__(name, value)

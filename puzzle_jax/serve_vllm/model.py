@@ -13,6 +13,8 @@ from itertools import groupby
 
 import torch
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.gpt_oss import (
     GptOssForCausalLM,
     GptOssModel,
@@ -20,6 +22,7 @@ from vllm.model_executor.models.gpt_oss import (
     OAIAttention,
     TransformerBlock,
 )
+from vllm.model_executor.models.utils import maybe_prefix
 from vllm.platforms import current_platform
 
 KV_SCALE = re.compile(r"model\.layers\.(\d+)\.self_attn\.([kv])_scale")
@@ -112,7 +115,15 @@ class PuzzleModel(GptOssModel):
 
 class GptOssPuzzleForCausalLM(GptOssForCausalLM):
     def __init__(self, vllm_config, prefix=""):
-        super().__init__(vllm_config, prefix)
+        torch.nn.Module.__init__(self)  # the stock class would build the stock model
+        self.vllm_config = vllm_config
+        self.config = vllm_config.model_config.hf_config
+        self.model = PuzzleModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
+        self.lm_head = ParallelLMHead(
+            self.config.vocab_size, self.config.hidden_size, prefix=maybe_prefix(prefix, "lm_head")
+        )
+        self.logits_processor = LogitsProcessor(self.config.vocab_size)
+        self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
         self.kv_scales = {}
 
     def load_weights(self, weights):
