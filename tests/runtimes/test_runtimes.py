@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -68,7 +69,8 @@ def written(directory: Path, kind: str, form: str) -> Path:
 
 
 def ask(runtime: str, checkpoint: Path, question: dict) -> dict[str, np.ndarray]:
-    python = HERE.parent.parent / f".venv-{runtime}" / "bin" / "python"
+    own = HERE.parent.parent / f".venv-{runtime}" / "bin" / "python"
+    python = Path(sys.executable) if runtime == "transformers" else own
     if not python.exists():
         pytest.skip(f"{python} does not exist; `make runtimes` makes it")
     asked, answer = checkpoint.parent / "question.json", checkpoint.parent / f"{runtime}.npz"
@@ -83,6 +85,8 @@ def ask(runtime: str, checkpoint: Path, question: dict) -> dict[str, np.ndarray]
 @pytest.mark.parametrize(
     "runtime, kind, form",
     [
+        ("transformers", "plain", "mxfp4"),
+        ("transformers", "puzzle", "mxfp4"),
         ("mlx", "plain", "mxfp4"),
         ("mlx", "puzzle", "mxfp4"),
         ("mlx", "puzzle", "bf16"),
