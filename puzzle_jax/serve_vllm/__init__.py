@@ -1,3 +1,4 @@
+# pyright: basic, reportMissingImports=false
 """A plugin with which stock vLLM serves children whose layers differ in experts and windows.
 
 vLLM finds `register` by the entry point group `vllm.general_plugins` wherever this package is installed beside it, and

@@ -1,4 +1,4 @@
-# pyright: basic, reportMissingImports=false
+# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false
 """The configuration of a heterogeneous child, as vLLM is to see it."""
 
 import vllm

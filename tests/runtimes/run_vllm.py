@@ -52,7 +52,8 @@ def main(checkpoint: str, question: str, answer: str) -> None:
     longer = SamplingParams(temperature=0, max_tokens=asked["steps"], ignore_eos=True, detokenize=False)
     outputs = llm.generate([{"prompt_token_ids": row} for row in asked["prompts"]], longer)
     greedy = [list(output.outputs[0].token_ids) for output in outputs]
-    np.savez(answer, logits=logits, greedy=greedy, kv_scales=llm.apply_model(kv_scales)[0])
+    found = {"kv_scales": llm.apply_model(kv_scales)[0], "model_type": llm.model_config.hf_config.model_type}
+    np.savez(answer, logits=logits, greedy=greedy, **found)
 
 
 if __name__ == "__main__":

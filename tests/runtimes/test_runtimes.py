@@ -112,6 +112,7 @@ def test_logits_and_greedy_tokens(tmp_path, runtime, kind, form):
     assert len({tuple(row) for row in greedy}) == 2 and len(set(greedy[0])) > 2
     if (runtime, kind) == ("vllm", "puzzle"):
         np.testing.assert_allclose(answer["kv_scales"], np.stack([K_SCALES, V_SCALES], 1))
+        assert answer["model_type"] == "gpt_oss"  # what vLLM chooses kernels and the chat format by
 
 
 def test_the_comparison_would_see_a_wrong_window_or_rotation(tmp_path):

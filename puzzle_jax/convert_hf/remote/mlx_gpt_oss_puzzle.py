@@ -17,7 +17,7 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 @dataclass
 class ModelArgs(gpt_oss.ModelArgs):
-    block_configs: list = None
+    block_configs: list | None = None
 
 
 class GptOssPuzzleModel(nn.Module):

@@ -1,5 +1,5 @@
 # pyright: basic, reportCallIssue=false, reportGeneralTypeIssues=false
-# pyright: reportOptionalSubscript=false, reportArgumentType=false, reportMissingImports=false
+# pyright: reportOptionalSubscript=false, reportArgumentType=false, reportMissingImports=false, reportAssignmentType=false
 """gpt-oss with a different expert count and attention window in every layer, on transformers' own classes.
 
 Layers are transformers' decoder layers, each built from its own configuration. What differs is the masks: one
