@@ -3,12 +3,15 @@
 
 mlx-lm runs this file for the key `model_file` of config.json when remote code is trusted. Layers are mlx-lm's own, each
 built with its expert count; masks and caches follow each layer's window. Experts load packed in MXFP4 or in bfloat16.
-mlx-lm rounds YaRN's correction range whatever `truncate` says, and keeps its cache in the dtype of computing, so the
-scales of an FP8 cache are dropped.
+mlx-lm always rounds YaRN's correction range; where `truncate` is false, as in gpt-oss, the frequencies are put right.
+Left out: FP8 caches, whose scales are dropped.
 """
+
+import math
 
 from dataclasses import dataclass, replace
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import gpt_oss
 from mlx_lm.models.base import create_attention_mask
@@ -20,6 +23,20 @@ class ModelArgs(gpt_oss.ModelArgs):
     block_configs: list | None = None
 
 
+def yarn_divisors(args):
+    """What positions are divided by to give angles, [head_dim / 2]; the correction range is not rounded."""
+    scaling, dims, base = args.rope_scaling, args.head_dim, args.rope_theta
+
+    def dimension(rotations):
+        ratio = scaling["original_max_position_embeddings"] / (rotations * 2 * math.pi)
+        return dims * math.log(ratio) / (2 * math.log(base))
+
+    low, high = max(dimension(scaling["beta_fast"]), 0), min(dimension(scaling["beta_slow"]), dims - 1)
+    ramp = mx.clip((mx.arange(dims // 2) - low) / max(high - low, 0.001), 0, 1)
+    own = base ** (mx.arange(0, dims, 2) / dims)
+    return 1 / (ramp / (scaling["factor"] * own) + (1 - ramp) / own)
+
+
 class GptOssPuzzleModel(nn.Module):
     def __init__(self, args):
         super().__init__()
@@ -28,6 +45,9 @@ class GptOssPuzzleModel(nn.Module):
             gpt_oss.TransformerBlock(replace(args, num_local_experts=block["num_local_experts"]))
             for block in args.block_configs
         ]
+        if not args.rope_scaling.get("truncate", True):
+            for layer in self.layers:
+                layer.self_attn.rope._freqs = yarn_divisors(args)
         self.norm = nn.RMSNorm(args.hidden_size, args.rms_norm_eps)
         self.windows = tuple(block["sliding_window"] for block in args.block_configs)
 
