@@ -8,7 +8,6 @@ Left out: FP8 caches, whose scales are dropped.
 """
 
 import math
-
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
