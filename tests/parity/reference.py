@@ -77,11 +77,12 @@ def our_logits(directory: Path, tokens: np.ndarray, **changes: Any) -> np.ndarra
     return np.asarray(compiled(to_compute(checkpoint.params, jnp.float32), jnp.asarray(tokens)))
 
 
-def our_greedy(directory: Path, prompt: list[int], steps: int) -> list[int]:
-    """The tokens that follow `prompt`, each the largest logit of a whole, uncached forward pass."""
+def our_greedy(directory: Path, prompt: list[int], steps: int, **changes: Any) -> list[int]:
+    """The tokens that follow `prompt`, each the largest logit of a whole, uncached forward pass; see `our_logits`."""
     checkpoint = load_checkpoint(directory, dtype=jnp.float32)
     params = to_compute(checkpoint.params, jnp.float32)
-    compiled = jax.jit(lambda params, tokens: forward(params, checkpoint.config, tokens))
+    config = replace(checkpoint.config, **changes)
+    compiled = jax.jit(lambda params, tokens: forward(params, config, tokens))
     tokens = np.zeros((1, len(prompt) + steps), np.int32)  # what follows a position cannot change it
     tokens[0, : len(prompt)] = prompt
     for position in range(len(prompt), tokens.shape[1]):

@@ -10,6 +10,7 @@ import pytest
 from puzzle_jax.config import BlockConfig, ModelConfig
 from puzzle_jax.convert_hf.export import export_child
 from puzzle_jax.convert_hf.load import load_checkpoint
+from puzzle_jax.model.cache_format import KVScales
 from puzzle_jax.model.child import Child, ChildBlock
 from puzzle_jax.model.network import forward, to_compute
 from puzzle_jax.tasks.tokenizer import write_chat_files
@@ -156,6 +157,31 @@ def test_bfloat16_and_the_bare_model(exported):
     assert type(bare).__name__ == "GptOssPuzzleModel"
     with torch.no_grad():
         assert bare(torch.tensor(tokens)).last_hidden_state.shape == (1, 20, 96)
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "auto"])
+def test_device_maps(exported, model, device_map):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    options = {"dtype": torch.float32, "trust_remote_code": True, "device_map": device_map}
+    placed = AutoModelForCausalLM.from_pretrained(exported, **options).eval()
+    tokens = np.asarray(random_tokens(packable_config(), 2, 20))
+    np.testing.assert_array_equal(reference_logits(placed, tokens), reference_logits(model, tokens))
+    assert generate(placed, PROMPTS) == generate(model, PROMPTS)
+
+
+def test_scales_of_an_fp8_cache_are_passed_over_in_silence(parent, child, model, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    scales = KVScales(jnp.full(4, 0.5), jnp.full(4, 0.25))
+    export_child(parent, tmp_path / "child", child.config, child.kept, provenance={}, kv_scales=scales)
+    options = {"dtype": torch.float32, "trust_remote_code": True, "output_loading_info": True}
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "child", **options)
+    assert not any(info[kind] for kind in ("unexpected_keys", "missing_keys", "mismatched_keys"))
+    tokens = np.asarray(random_tokens(packable_config(), 1, 20))
+    np.testing.assert_array_equal(reference_logits(loaded.eval(), tokens), reference_logits(model, tokens))
 
 
 def test_configuration_by_layer(exported, child, tmp_path):

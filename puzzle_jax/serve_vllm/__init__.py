@@ -1,0 +1,40 @@
+# pyright: basic, reportMissingImports=false
+"""A plugin with which stock vLLM serves children whose layers differ in experts and windows.
+
+vLLM finds `register` by the entry point group `vllm.general_plugins` wherever this package is installed beside it, and
+calls it in each of its processes; `vllm serve DIRECTORY` then takes a `gpt_oss_puzzle` checkpoint like any other.
+Nothing here imports JAX. The classes hang on hooks that vLLM keeps private, so one release is supported; under another,
+such a checkpoint is refused in one sentence and other models are served as ever.
+
+Without the plugin and with trust_remote_code, vLLM runs these checkpoints through its transformers backend, which gives
+every windowed layer the same window: wrong answers without a word.
+"""
+
+VLLM_RELEASE = "0.32"
+MODEL_TYPE, ARCHITECTURE = "gpt_oss_puzzle", "GptOssPuzzleForCausalLM"
+
+
+def release_problem(version: str) -> str | None:
+    """What is wrong with a version of vLLM, in one sentence; None where it is supported."""
+    if version.startswith(f"{VLLM_RELEASE}."):
+        return None
+    return f"puzzle_jax serves {MODEL_TYPE} checkpoints in vLLM {VLLM_RELEASE}, but vLLM {version} is installed"
+
+
+def register() -> None:
+    """Makes configuration and model known to vLLM; may be called repeatedly."""
+    import vllm
+    from transformers import AutoConfig
+
+    from puzzle_jax.serve_vllm.config import GptOssPuzzleConfig
+
+    # A registered class comes before a checkpoint's own code, trusted or not, so a wrong release is always refused.
+    AutoConfig.register(MODEL_TYPE, GptOssPuzzleConfig, exist_ok=True)
+    if release_problem(vllm.__version__) is not None:
+        return
+
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    MODELS_CONFIG_MAP[ARCHITECTURE] = MODELS_CONFIG_MAP["GptOssForCausalLM"]
+    ModelRegistry.register_model(ARCHITECTURE, f"puzzle_jax.serve_vllm.model:{ARCHITECTURE}")

@@ -1,0 +1,44 @@
+"""What can be said of the vLLM plugin without vLLM; `make runtimes` runs it."""
+
+import importlib
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from puzzle_jax.convert_hf.config_json import AUTO_MAP, PUZZLE
+from puzzle_jax.serve_vllm import ARCHITECTURE, MODEL_TYPE, VLLM_RELEASE, release_problem
+
+PYPROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+
+
+def test_vllm_loads_it_without_jax():
+    heavy = "{'jax', 'jaxlib', 'flax', 'numpy', 'torch', 'transformers', 'vllm'}"
+    code = f"import sys, puzzle_jax.serve_vllm; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_it_is_declared_for_the_release_that_is_pinned():
+    entry = PYPROJECT["project"]["entry-points"]["vllm.general_plugins"]["puzzle_jax"]
+    module, function = entry.split(":")
+    assert callable(getattr(importlib.import_module(module), function))
+    assert PYPROJECT["project"]["optional-dependencies"]["vllm"] == [f"vllm=={VLLM_RELEASE}.*"]
+
+
+def test_it_answers_to_the_names_that_exports_carry():
+    assert MODEL_TYPE == PUZZLE
+    assert AUTO_MAP["AutoModelForCausalLM"].endswith(f".{ARCHITECTURE}")
+
+
+@pytest.mark.parametrize("version", [f"{VLLM_RELEASE}.0", f"{VLLM_RELEASE}.1+cu130"])
+def test_the_pinned_release_is_supported(version):
+    assert release_problem(version) is None
+
+
+@pytest.mark.parametrize("version", ["0.31.0", "0.33.0", f"{VLLM_RELEASE}0.1"])
+def test_other_releases_are_named_in_one_sentence(version):
+    problem = release_problem(version)
+    assert problem is not None and version in problem and VLLM_RELEASE in problem

@@ -1,0 +1,132 @@
+"""Exported checkpoints in other runtimes, each in an environment of its own (`make runtimes`).
+
+A random model is written, our float32 logits and greedy tokens are computed here, and a script that knows nothing of
+puzzle_jax's JAX parts answers the same questions in the other environment. Questions and answers go through files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from puzzle_jax.config import BlockConfig, ModelConfig, RopeConfig
+from puzzle_jax.convert_hf.export import save_checkpoint
+from puzzle_jax.model.cache_format import KVScales
+from tests.parity.reference import our_greedy, our_logits, relative_difference
+from tests.support import random_params, random_tokens
+
+pytestmark = pytest.mark.runtimes
+
+HERE = Path(__file__).parent
+TOLERANCE = 1e-3
+"""Largest difference of logits in float32, relative to the largest logit."""
+PROMPTS = [[5, 17, 3, 88, 41, 9, 60, 2, 33, 71, 12, 118, 77, 6, 54, 101, 19, 200, 45, 8], [7, 7, 90]]
+STEPS = 16
+LENGTH = 45
+BLOCKS = {
+    "plain": [BlockConfig(7, 9), BlockConfig(7), BlockConfig(7, 9), BlockConfig(7)],
+    "puzzle": [BlockConfig(5, 9), BlockConfig(7), BlockConfig(4, 17), BlockConfig(7, 9), BlockConfig(6)],
+}
+K_SCALES, V_SCALES = [0.5, 0.25, 2.0, 1.5, 0.75], [3.0, 0.125, 1.25, 0.375, 0.625]
+
+
+def friendly_config(kind: str) -> ModelConfig:
+    """Widths that every runtime takes, all distinct; prompts are longer than the windows."""
+    return ModelConfig(
+        vocab_size=224,
+        hidden_size=96,
+        intermediate_size=160,
+        num_heads=6,
+        num_kv_heads=2,
+        head_dim=32,
+        experts_per_token=3,
+        blocks=tuple(BLOCKS[kind]),
+        rope=RopeConfig(theta=10_000.0, factor=4.0, original_context=32),
+        max_position=128,
+        rms_norm_eps=1e-5,
+        swiglu_limit=7.0,
+    )
+
+
+def written(directory: Path, kind: str, form: str) -> Path:
+    """A random checkpoint whose clamp bites; heterogeneous ones carry scales of an FP8 cache."""
+    config = friendly_config(kind)
+    params = random_params(config)
+    for layer in params["layers"]:
+        layer["moe"]["gate_up_bias"] = layer["moe"]["gate_up_bias"] * 16
+    scales = KVScales(jnp.asarray(K_SCALES), jnp.asarray(V_SCALES)) if kind == "puzzle" else None
+    base = {"eos_token_id": 223, "pad_token_id": 1}
+    save_checkpoint(directory, config, params, config_base=base, form=form, kv_scales=scales)  # type: ignore[arg-type]
+    return directory
+
+
+def ask(runtime: str, checkpoint: Path, question: dict) -> dict[str, np.ndarray]:
+    own = HERE.parent.parent / f".venv-{runtime}" / "bin" / "python"
+    python = Path(sys.executable) if runtime == "transformers" else own
+    if not python.exists():
+        pytest.skip(f"{python} does not exist; `make runtimes` makes it")
+    asked, answer = checkpoint.parent / "question.json", checkpoint.parent / f"{runtime}.npz"
+    asked.write_text(json.dumps(question))
+    command = [str(python), str(HERE / f"run_{runtime}.py"), str(checkpoint), str(asked), str(answer)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "XLA_FLAGS": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=checkpoint.parent)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return dict(np.load(answer))
+
+
+@pytest.mark.parametrize(
+    "runtime, kind, form",
+    [
+        ("transformers", "plain", "mxfp4"),
+        ("transformers", "puzzle", "mxfp4"),
+        ("mlx", "plain", "mxfp4"),
+        ("mlx", "puzzle", "mxfp4"),
+        ("mlx", "puzzle", "bf16"),
+        ("vllm", "plain", "bf16"),
+        ("vllm", "puzzle", "bf16"),
+        ("vllm", "puzzle", "mxfp4"),
+    ],
+)
+def test_logits_and_greedy_tokens(tmp_path, runtime, kind, form):
+    checkpoint = written(tmp_path / "checkpoint", kind, form)
+    config = friendly_config(kind)
+    tokens = np.asarray(random_tokens(config, 2, LENGTH))
+    question = {"tokens": tokens.tolist(), "prompts": PROMPTS, "steps": STEPS, "vocab": config.vocab_size}
+    # Stock mlx-lm rounds YaRN's correction range whatever the checkpoint says; the class of puzzle children does not.
+    rounds = (runtime, kind) == ("mlx", "plain")
+    changes = {"rope": replace(config.rope, truncate=True)} if rounds else {}
+    expected = our_logits(checkpoint, tokens, **changes)
+    answer = ask(runtime, checkpoint, question)
+    difference = relative_difference(expected, answer["logits"])
+    print(f"{runtime} {kind} {form}: {difference:.1e} of the largest logit, {np.abs(expected).max():.2f}")
+    assert difference < TOLERANCE
+    greedy = [our_greedy(checkpoint, prompt, STEPS, **changes) for prompt in PROMPTS]
+    assert answer["greedy"].tolist() == greedy
+    assert len({tuple(row) for row in greedy}) == 2 and len(set(greedy[0])) > 2
+    if (runtime, kind) == ("vllm", "puzzle"):
+        np.testing.assert_allclose(answer["kv_scales"], np.stack([K_SCALES, V_SCALES], 1))
+        assert answer["model_type"] == "gpt_oss"  # what vLLM chooses kernels and the chat format by
+
+
+def test_the_comparison_would_see_a_wrong_window_or_rotation(tmp_path):
+    checkpoint = written(tmp_path / "checkpoint", "puzzle", "bf16")
+    config = friendly_config("puzzle")
+    tokens = np.asarray(random_tokens(config, 2, LENGTH))
+    right = our_logits(checkpoint, tokens)
+    blocks = [replace(block, window=block.window and block.window + 1) for block in config.blocks]
+    alike = [replace(block, window=block.window and 17) for block in config.blocks]
+    for changes in (
+        {"blocks": tuple(blocks)},
+        {"blocks": tuple(alike)},
+        {"rope": replace(config.rope, truncate=True)},
+        {"swiglu_limit": 6.5},
+    ):
+        assert relative_difference(our_logits(checkpoint, tokens, **changes), right) > 3 * TOLERANCE, changes
