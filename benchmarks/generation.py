@@ -47,7 +47,7 @@ from rich.console import Console
 from rich.table import Table
 
 from puzzle_jax.cli import enable_compilation_cache
-from puzzle_jax.config import BlockConfig, ModelConfig
+from puzzle_jax.config import BlockConfig, ModelConfig, cache_bytes
 from puzzle_jax.convert_hf.export import save_checkpoint
 from puzzle_jax.convert_hf.load import load_checkpoint
 from puzzle_jax.errors import PuzzleError
@@ -55,7 +55,6 @@ from puzzle_jax.evaluate.throughput import Spread
 from puzzle_jax.generate.engine import Engine, Request
 from puzzle_jax.generate.sampling import Sampling
 from puzzle_jax.generate.slots import Slots, decode, empty_slots
-from puzzle_jax.model.cache import cache_bytes
 from puzzle_jax.model.cache_format import CacheFormat
 from puzzle_jax.model.network import forward, to_compute
 from puzzle_jax.model.spec import Params, count_params, init_params

@@ -17,6 +17,7 @@ VERBS = {
     "search": "from a trained parent to the child that serves a deployment best",
     "generate": "streams a model's answer to the terminal",
     "evaluate": "models side by side: accuracy, tokens and speed per effort, and the frontier of both",
+    "convert_hf": "checkpoints: inspect, verify, import to Orbax, export to Hugging Face",
     "train": "train models: pretrain makes the embedded parent",
 }
 
@@ -27,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: puzzle VERB [OPTIONS]\n")
         for verb, what in VERBS.items():
-            print(f"  {verb:<10} {what}")
+            print(f"  {verb:<11} {what}")
         return 0 if arguments else 2
     if arguments[0] not in VERBS:
         print(f"puzzle: verb is {arguments[0]!r}, but must be one of {', '.join(VERBS)}", file=sys.stderr)

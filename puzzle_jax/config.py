@@ -138,6 +138,17 @@ class ModelConfig:
         return replace(self, blocks=tuple(blocks))
 
 
+def cache_slots(window: int | None, context: int) -> int:
+    """Slots that a layer needs for a context of so many tokens."""
+    return context if window is None else min(window, context)
+
+
+def cache_bytes(config: ModelConfig, context: int, bytes_per_value: int) -> int:
+    """Bytes of one request's cache over all layers."""
+    slots = sum(cache_slots(block.window, context) for block in config.blocks)
+    return slots * 2 * config.kv_width * bytes_per_value
+
+
 def _require_int(name: str, value: object, minimum: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise ConfigError(f"{name} is {value!r}, but must be a whole number of at least {minimum}")

@@ -21,6 +21,9 @@ from puzzle_jax.errors import CheckpointError, ConfigError
 NOT_A_NUMBER = 255
 """The one scale byte without a value: infinity in some decoders, NaN in others; refused wherever scales are read."""
 
+ORBAX_HF = "hf"
+"""Where an Orbax checkpoint of ours keeps the files of a Hugging Face directory; see `orbax_tree`."""
+
 _FLOATS = ("BF16", "F16", "F32")
 _SHOWN = 6
 

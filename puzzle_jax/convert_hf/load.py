@@ -11,7 +11,7 @@ Left out: downloading, pickled weights.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -75,10 +75,31 @@ def load_checkpoint(
     Raises `CheckpointError` with everything that is wrong in one message.
     """
     description = describe_checkpoint(directory)
+    table = checkpoint_tensors(description.config, description.form)
+    return Checkpoint(
+        description.config,
+        load_tensors(description, table, dtype=dtype, mesh=mesh, experts=experts, on_tensor=on_tensor),
+        description.form,
+        description.directory,
+        description.config_json,
+        cache_scales(description),
+    )
+
+
+def load_tensors(
+    description: Description,
+    table: Sequence[TensorSpec],
+    *,
+    dtype: Any = jnp.bfloat16,
+    mesh: Mesh | None = None,
+    experts: Literal["stored", "dense"] = "stored",
+    on_tensor: Callable[[str, int], None] | None = None,
+) -> Params:
+    """The parameter tree with the tensors of `table` alone, a part of the checkpoint's; options as above."""
     config = description.config
     specs = param_specs(config)
     leaves: dict[ParamPath, Any] = {}
-    for spec in checkpoint_tensors(config, description.form):
+    for spec in table:
         stored = description.tensors[spec.name]
         leaves[spec.path] = _placed(stored, spec, _param_spec(specs, spec.path), config, mesh, jnp.dtype(dtype))
         if spec.path[-1] == "scales":
@@ -87,14 +108,7 @@ def load_checkpoint(
             leaves[stem] = packed if experts == "stored" else _decode(packed, jnp.dtype(dtype))
         if on_tensor is not None:
             on_tensor(spec.name, stored.nbytes)
-    return Checkpoint(
-        config,
-        build_params(config, leaves),
-        description.form,
-        description.directory,
-        description.config_json,
-        cache_scales(description),
-    )
+    return build_params(config, leaves)
 
 
 def cache_scales(description: Description) -> KVScales | None:

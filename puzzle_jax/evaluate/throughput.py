@@ -20,12 +20,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from puzzle_jax.config import ModelConfig
+from puzzle_jax.config import ModelConfig, cache_bytes
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.generate.engine import CHUNKS, Engine, Request
 from puzzle_jax.generate.sampling import Sampling
 from puzzle_jax.generate.traces import Trace
-from puzzle_jax.model.cache import cache_bytes
 from puzzle_jax.model.cache_format import CacheFormat
 from puzzle_jax.model.spec import Params
 

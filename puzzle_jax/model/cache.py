@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
-from puzzle_jax.config import ModelConfig
+from puzzle_jax.config import ModelConfig, cache_slots
 from puzzle_jax.kernels.chunk_attention import chunk_attention
 from puzzle_jax.kernels.decode_attention import decode_attention
 from puzzle_jax.model.cache_format import CacheFormat, store
@@ -46,17 +46,6 @@ class LayerCache(NamedTuple):
     @property
     def slots(self) -> int:
         return self.k.shape[3]
-
-
-def cache_slots(window: int | None, context: int) -> int:
-    """Slots that a layer needs for a context of so many tokens."""
-    return context if window is None else min(window, context)
-
-
-def cache_bytes(config: ModelConfig, context: int, bytes_per_value: int) -> int:
-    """Bytes of one request's cache over all layers."""
-    slots = sum(cache_slots(block.window, context) for block in config.blocks)
-    return slots * 2 * config.kv_width * bytes_per_value
 
 
 def init_cache(

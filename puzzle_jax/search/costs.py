@@ -21,10 +21,9 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from puzzle_jax.config import BlockConfig, ModelConfig
+from puzzle_jax.config import BlockConfig, ModelConfig, cache_slots
 from puzzle_jax.convert_hf.table import Form, bytes_by_part
 from puzzle_jax.errors import ConfigError, PuzzleError
-from puzzle_jax.model.cache import cache_slots
 from puzzle_jax.model.spec import count_params
 from puzzle_jax.search.library import Number
 from puzzle_jax.search.scenario import Scenario

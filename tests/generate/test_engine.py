@@ -5,10 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from puzzle_jax.config import BlockConfig
+from puzzle_jax.config import BlockConfig, cache_bytes
 from puzzle_jax.errors import ConfigError, PuzzleError
 from puzzle_jax.generate import Engine, Request, Sampling, generate
-from puzzle_jax.model.cache import cache_bytes
 from puzzle_jax.model.cache_format import FLOAT8, CacheFormat, KVScales
 from puzzle_jax.model.child import Child, ChildBlock, cut_params
 from puzzle_jax.model.network import forward, hidden_states

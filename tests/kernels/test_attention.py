@@ -3,11 +3,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from puzzle_jax.config import cache_slots
 from puzzle_jax.kernels.chunk_attention import chunk_attention
 from puzzle_jax.kernels.decode_attention import decode_attention
 from puzzle_jax.kernels.float8 import decode_e4m3, encode_e4m3
 from puzzle_jax.kernels.window_attention import window_attention
-from puzzle_jax.model.cache import cache_slots
 
 BATCH, HEADS, KV_HEADS, DIM = 2, 6, 3, 10
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from puzzle_jax.config import BlockConfig, ModelConfig, RopeConfig
+from puzzle_jax.config import BlockConfig, ModelConfig, RopeConfig, cache_bytes
 from puzzle_jax.errors import ConfigError
-from puzzle_jax.model.cache import cache_bytes, decode_step, init_cache, prefill_chunk
+from puzzle_jax.model.cache import decode_step, init_cache, prefill_chunk
 from puzzle_jax.model.cache_format import FLOAT8, CacheFormat, KVScales
 from puzzle_jax.model.child import Child, ChildBlock, cut_params, whole
 from puzzle_jax.model.modules import GptOss

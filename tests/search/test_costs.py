@@ -6,10 +6,9 @@ import math
 import jax.numpy as jnp
 import pytest
 
-from puzzle_jax.config import BlockConfig, ModelConfig
+from puzzle_jax.config import BlockConfig, ModelConfig, cache_bytes
 from puzzle_jax.convert_hf.table import tensor_bytes
 from puzzle_jax.errors import ConfigError, PuzzleError
-from puzzle_jax.model.cache import cache_bytes
 from puzzle_jax.model.spec import count_params
 from puzzle_jax.search.costs import Costs, Seconds, Times, compute_costs, read_costs
 from puzzle_jax.search.measured import Measured

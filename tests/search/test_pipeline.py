@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from puzzle_jax.convert_hf.config_json import is_plain
 from puzzle_jax.convert_hf.export import save_checkpoint
 from puzzle_jax.convert_hf.load import load_checkpoint
 from puzzle_jax.model.spec import init_params
@@ -72,9 +73,12 @@ def test_the_child_is_what_was_chosen_and_meets_the_target(finished, parent):
     assert layers == [(x["num_local_experts"], x["sliding_window"]) for x in chosen["layers"]]
     evaluation = json.loads((finished / "evaluate/evaluation.json").read_text())
     assert evaluation["child"]["expert_bytes"] <= 0.8 * evaluation["parent"]["expert_bytes"]
-    scales = 2 * 4 * child.config.num_layers  # of the FP8 cache, which the child carries and no architecture changes
+    # Scales of the FP8 cache, two of four bytes per layer, are no part of an architecture; plain children carry none.
+    scales = 0 if is_plain(child.config) else 2 * 4 * child.config.num_layers
     assert evaluation["child"]["checkpoint_bytes"] + scales == load_bytes(finished / "child")
-    assert child.kv_scales is not None and float(child.kv_scales.k.min()) > 0
+    kv_scales = json.loads((finished / "child/provenance.json").read_text())["kv_scales"]
+    assert len(kv_scales["k"]) == child.config.num_layers and min(kv_scales["k"]) > 0
+    assert is_plain(child.config) or child.kv_scales is not None
     assert evaluation["parent"]["checkpoint_bytes"] == load_bytes(parent)
     assert evaluation["parent"]["heldout"]["kl"] < 1e-6 < evaluation["child"]["heldout"]["kl"]
     assert evaluation["child"]["predicted_kl"] == pytest.approx(chosen["score"])

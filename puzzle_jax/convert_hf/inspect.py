@@ -1,0 +1,147 @@
+"""What a checkpoint is, told from config.json alone: layers, experts, windows, parameters, bytes.
+
+Weights need not be there; where they are, their headers are checked against the configuration. Nothing here imports
+JAX.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from puzzle_jax.config import ModelConfig, cache_bytes
+from puzzle_jax.convert_hf.config_json import parse_config, parse_form
+from puzzle_jax.convert_hf.describe import describe_checkpoint
+from puzzle_jax.convert_hf.table import Form, bytes_by_part, expert_bytes, parameters, tensor_bytes
+from puzzle_jax.convert_hf.tensor_files import INDEX, SINGLE, read_json
+
+KV_TOKENS = 1_000
+_ON_ONE_LINE = ("hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size")
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A model in numbers.
+
+    Attributes:
+      model_type: gpt_oss or gpt_oss_puzzle.
+      form: how the experts are stored.
+      parameters: all of them.
+      active_parameters: those that one token meets, embedding left out.
+      checkpoint_bytes: of all tensors, scales of an FP8 cache left out.
+      bytes_by_part: the same by embedding, attention, router, experts, norm and head.
+      expert_bytes: one expert.
+      kv_bytes_per_1000_tokens: one request's cache for a context of 1,000 tokens, by bytes per value (2: bfloat16).
+      layers: per layer the number of experts, the window (None: full attention) and the bytes.
+      dimensions: the sizes that all layers share.
+      weights: what was found of the weights.
+    """
+
+    model_type: str
+    form: Form
+    parameters: int
+    active_parameters: int
+    checkpoint_bytes: int
+    bytes_by_part: dict[str, int]
+    expert_bytes: int
+    kv_bytes_per_1000_tokens: dict[str, int]
+    layers: list[dict[str, int | None]]
+    dimensions: dict[str, int]
+    weights: str
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def inspect(path: Path) -> Inspection:
+    """Describes the model of a directory or of a config.json.
+
+    Raises `CheckpointError` where the configuration is none of ours, or where there are weights that do not fit it.
+    """
+    source = path if path.suffix == ".json" else path / "config.json"
+    data = read_json(source)
+    config, form = parse_config(data, source), parse_form(data, source)
+    parts = bytes_by_part(config, form)
+    by_part = {
+        "embedding": parts.embedding,
+        **{part: sum(getattr(layer, part) for layer in parts.layers) for part in ("attention", "router", "experts")},
+        "norm": parts.final_norm + sum(layer.norm for layer in parts.layers),
+        "head": parts.head,
+    }
+    return Inspection(
+        model_type=data["model_type"],
+        form=form,
+        parameters=parameters(config),
+        active_parameters=active_parameters(config),
+        checkpoint_bytes=tensor_bytes(config, form),
+        bytes_by_part=by_part,
+        expert_bytes=expert_bytes(config, form),
+        kv_bytes_per_1000_tokens={
+            name: cache_bytes(config, KV_TOKENS, size) for name, size in (("bfloat16", 2), ("float8", 1))
+        },
+        layers=[
+            {"num_local_experts": block.num_experts, "sliding_window": block.window, "bytes": layer.total}
+            for block, layer in zip(config.blocks, parts.layers, strict=True)
+        ],
+        dimensions={name: getattr(config, name) for name in (*_ON_ONE_LINE, "experts_per_token", "max_position")},
+        weights=_weights(source.parent),
+    )
+
+
+def active_parameters(config: ModelConfig) -> int:
+    """Parameters that one token is multiplied with: k experts of every layer, and no embedding."""
+    idle = sum(block.num_experts - config.experts_per_token for block in config.blocks)
+    one_expert = 3 * config.hidden_size * config.intermediate_size + 2 * config.intermediate_size + config.hidden_size
+    return parameters(config) - idle * one_expert - config.vocab_size * config.hidden_size
+
+
+def _weights(directory: Path) -> str:
+    if not any((directory / name).exists() for name in (SINGLE, INDEX)):
+        return "none here"
+    described = describe_checkpoint(directory)
+    files = {stored.file.name for stored in described.tensors.values()}
+    scales = "" if described.kv_scales is None else ", with scales of an FP8 cache"
+    return f"{len(described.tensors)} tensors in {len(files)} file{'s'[: len(files) > 1]}, headers as described{scales}"
+
+
+def show(found: Inspection, console: Console) -> None:
+    """Prints an inspection for people."""
+    console.print(
+        f"{found.model_type}, experts in {found.form}; {found.parameters:,} parameters, "
+        f"{found.active_parameters:,} of them active per token"
+    )
+    console.print(", ".join(f"{name} {value:,}" for name, value in found.dimensions.items()))
+    table = Table("layers", "experts", "window", "bytes per layer")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for first, last, layer in _runs(found.layers):
+        window = layer["sliding_window"]
+        layers = str(first) if first == last else f"{first} to {last}"
+        shown = "full" if window is None else f"{window:,}"
+        table.add_row(layers, str(layer["num_local_experts"]), shown, f"{layer['bytes']:,}")
+    console.print(table)
+    table = Table("part", "bytes")
+    table.columns[1].justify = "right"
+    for part, size in found.bytes_by_part.items():
+        table.add_row(part, f"{size:,}")
+    table.add_section()
+    table.add_row("all", f"{found.checkpoint_bytes:,}")
+    console.print(table)
+    kv = ", ".join(f"{size:,} in {name}" for name, size in found.kv_bytes_per_1000_tokens.items())
+    console.print(f"KV bytes of one request of {KV_TOKENS:,} tokens: {kv}; one expert: {found.expert_bytes:,} bytes")
+    console.print(f"weights: {found.weights}")
+
+
+def _runs(layers: list[dict[str, int | None]]) -> list[tuple[int, int, dict[str, int | None]]]:
+    """First and last index of each run of equal layers."""
+    runs: list[tuple[int, int, dict[str, int | None]]] = []
+    for index, layer in enumerate(layers):
+        if runs and runs[-1][2] == layer:
+            runs[-1] = (runs[-1][0], index, layer)
+        else:
+            runs.append((index, index, layer))
+    return runs
