@@ -157,7 +157,9 @@ def _plain_blocks(fields: _Fields, layers: int) -> tuple[BlockConfig, ...]:
         types = fields.list_of("layer_types", layers)
     for layer, kind in enumerate(types):
         if kind not in (SLIDING, FULL):
-            raise CheckpointError(f"{fields.source}: layer_types[{layer}] is {shown(kind)}, but must be {SLIDING} or {FULL}")
+            raise CheckpointError(
+                f"{fields.source}: layer_types[{layer}] is {shown(kind)}, but must be {SLIDING} or {FULL}"
+            )
     window = fields.integer("sliding_window") if SLIDING in types else None
     return tuple(BlockConfig(experts, window if kind == SLIDING else None) for kind in types)
 

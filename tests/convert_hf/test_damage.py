@@ -283,7 +283,10 @@ CASES: dict[str, tuple[Damage, str]] = {
     "field NaN": (config_number("rms_norm_eps", "NaN"), r"config.json: rms_norm_eps is nan, but must be a number"),
     "field Infinity": (config_number("swiglu_limit", "Infinity"), r"config.json: swiglu_limit is inf, but"),
     "field 1e999": (config_number("vocab_size", "1e999"), r"config.json: vocab_size is inf, but"),
-    "field of 400 digits": (config(rope_theta=10**400), r"config.json: rope_theta is 10+\.\.\.0+, but must be a number"),
+    "field of 400 digits": (
+        config(rope_theta=10**400),
+        r"config.json: rope_theta is 10+\.\.\.0+, but must be a number",
+    ),
     "field of 5000 digits": (config_number("vocab_size", "9" * 5000), r"config.json is not valid JSON"),
     "field of deep lists": (
         config_number("vocab_size", "[" * 800 + "]" * 800),
