@@ -4,6 +4,12 @@ Every command line turns a `PuzzleError` into one sentence on stderr and exit co
 and keeps its traceback.
 """
 
+import reprlib
+from typing import Any
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 120
+
 
 class PuzzleError(Exception):
     """Something the user gave cannot be used; the message names file, field, value and what would do."""
@@ -19,3 +25,8 @@ class CheckpointError(PuzzleError):
 
 class InfeasibleError(PuzzleError):
     """No architecture of the search space meets the target; the message names the limits and what is reachable."""
+
+
+def shown(value: Any) -> str:
+    """A value from a file as a message shows it: on one line, printable, and short however large or deep it is."""
+    return _SHORT.repr(value)

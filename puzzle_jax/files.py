@@ -24,7 +24,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file; raises PuzzleError when it cannot be read or holds something else."""
     try:
         value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PuzzleError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
         raise PuzzleError(f"{path} holds {type(value).__name__}, but must hold an object")

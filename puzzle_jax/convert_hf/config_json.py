@@ -16,13 +16,14 @@ than ignored.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from puzzle_jax.config import BlockConfig, ModelConfig, RopeConfig
 from puzzle_jax.convert_hf.table import Form
-from puzzle_jax.errors import CheckpointError, ConfigError
+from puzzle_jax.errors import CheckpointError, ConfigError, shown
 
 PLAIN, PUZZLE = "gpt_oss", "gpt_oss_puzzle"
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -48,12 +49,12 @@ _FIXED = {"tie_word_embeddings": False, "attention_bias": True, "swiglu_alpha": 
 _REPLACED = ("rope_parameters", "per_layer_config", "block_configs", "auto_map", "model_file")
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+MAX_LAYERS, MAX_EXPERTS, MAX_SIZE = 10_000, 65_536, 2**31 - 1
+"""What a config.json may ask for; a number above is taken for damage rather than tried."""
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 class _Fields:
@@ -63,7 +64,7 @@ class _Fields:
         self.data, self.source, self.prefix = data, source, prefix
 
     def fail(self, name: str, rule: str) -> CheckpointError:
-        return CheckpointError(f"{self.source}: {self.prefix}{name} is {self.data.get(name)!r}, but {rule}")
+        return CheckpointError(f"{self.source}: {self.prefix}{name} is {shown(self.data.get(name))}, but {rule}")
 
     def _take(self, name: str, default: Any, accepts: Callable[[Any], bool], rule: str) -> Any:
         if self.data.get(name) is None:
@@ -74,8 +75,11 @@ class _Fields:
             raise self.fail(name, rule)
         return self.data[name]
 
-    def integer(self, name: str, default: int | None = None) -> int:
-        return self._take(name, default, _is_count, "must be a whole number of at least 1")
+    def integer(self, name: str, default: int | None = None, *, most: int = MAX_SIZE) -> int:
+        def accepts(value: Any) -> bool:
+            return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
+
+        return self._take(name, default, accepts, f"must be a whole number of at least 1 and at most {most}")
 
     def number(self, name: str, default: float | None = None) -> float:
         return float(self._take(name, default, _is_number, "must be a number"))
@@ -114,7 +118,7 @@ def parse_config(data: dict[str, Any], source: Path) -> ModelConfig:
     for name, value in _FIXED.items():
         if data.get(name, value) != value:
             raise fields.fail(name, f"only {str(value).lower()} is supported")
-    layers = fields.integer("num_hidden_layers")
+    layers = fields.integer("num_hidden_layers", most=MAX_LAYERS)
     try:
         return ModelConfig(
             vocab_size=fields.integer("vocab_size"),
@@ -146,14 +150,16 @@ def parse_form(data: dict[str, Any], source: Path) -> Form:
 
 
 def _plain_blocks(fields: _Fields, layers: int) -> tuple[BlockConfig, ...]:
-    experts = fields.integer("num_local_experts")
+    experts = fields.integer("num_local_experts", most=MAX_EXPERTS)
     if fields.data.get("layer_types") is None:
         types = [FULL if layer % 2 else SLIDING for layer in range(layers)]
     else:
         types = fields.list_of("layer_types", layers)
     for layer, kind in enumerate(types):
         if kind not in (SLIDING, FULL):
-            raise CheckpointError(f"{fields.source}: layer_types[{layer}] is {kind!r}, but must be {SLIDING} or {FULL}")
+            raise CheckpointError(
+                f"{fields.source}: layer_types[{layer}] is {shown(kind)}, but must be {SLIDING} or {FULL}"
+            )
     window = fields.integer("sliding_window") if SLIDING in types else None
     return tuple(BlockConfig(experts, window if kind == SLIDING else None) for kind in types)
 
@@ -165,14 +171,14 @@ def _puzzle_blocks(fields: _Fields, layers: int) -> tuple[BlockConfig, ...]:
         where = f"block_configs[{layer}]"
         if not isinstance(entry, dict) or "sliding_window" not in entry:
             rule = "must be an object with num_local_experts and sliding_window"
-            raise CheckpointError(f"{fields.source}: {where} is {entry!r}, but {rule}")
+            raise CheckpointError(f"{fields.source}: {where} is {shown(entry)}, but {rule}")
         block = _Fields(entry, fields.source, where + ".")
         window = None if entry["sliding_window"] is None else block.integer("sliding_window")
-        blocks.append(BlockConfig(block.integer("num_local_experts"), window))
+        blocks.append(BlockConfig(block.integer("num_local_experts", most=MAX_EXPERTS), window))
         expected = FULL if window is None else SLIDING
         if types is not None and types[layer] != expected:
             raise CheckpointError(
-                f"{fields.source}: layer_types[{layer}] is {types[layer]!r}, "
+                f"{fields.source}: layer_types[{layer}] is {shown(types[layer])}, "
                 f"but {where} has sliding_window {window}, which asks for {expected}"
             )
     return tuple(blocks)

@@ -18,7 +18,7 @@ from puzzle_jax.convert_hf.tensor_writer import PlannedTensor
 StoredScales = Float32[np.ndarray, "2 layers"]
 """Scales of keys, and of values."""
 
-_NAME = re.compile(r"model\.layers\.(\d+)\.self_attn\.(?:([kv])_scale|([kv])_proj\.\3_scale)")
+_NAME = re.compile(r"model\.layers\.([0-9]{1,9})\.self_attn\.(?:([kv])_scale|([kv])_proj\.\3_scale)")
 _FLOATS = ("BF16", "F16", "F32")
 
 
@@ -47,7 +47,7 @@ def read_kv_scales(tensors: Mapping[str, StoredTensor], layers: int) -> tuple[St
         value = float(np.asarray(stored.read()).astype(np.float32).reshape(()))
         if not 0 < value < np.inf:
             problems.append(f"{name} is {value}, but a scale must be above 0 and finite")
-        if values.setdefault(key, value) != value:
+        elif values.setdefault(key, value) != value:
             problems.append(f"{name} is {value}, but another tensor gives {values[key]} for the same layer")
     if not values and not problems:
         return None, []

@@ -11,8 +11,11 @@ Left out: every other container (pickled .bin files).
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import stat
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
@@ -23,7 +26,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from puzzle_jax.errors import CheckpointError
+from puzzle_jax.errors import CheckpointError, shown
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -42,7 +45,9 @@ DTYPES: dict[str, Any] = {
 }
 CHUNK_BYTES = 16 << 20
 """How much is read or written at a time."""
-_MAX_HEADER = 100_000_000
+_MAX_JSON = 16 << 20  # bytes; that of gpt-oss-120b has 0.1 MB, and parsing takes up to thirty times as much memory
+_MAX_AXES = 8
+_MAX_NAME = 500  # characters
 _SHORT_RUN = 4096  # bytes; reading less at a time is no faster than reading what lies between
 
 
@@ -114,9 +119,16 @@ class StoredTensor:
 
 def _opened(path: Path) -> Any:
     try:
-        return path.open("rb", buffering=0)
+        return _open(path, buffering=0)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _open(path: Path, buffering: int = -1) -> Any:
+    """Opens a file; raises OSError also for anything else, such as a pipe, which would wait for a writer."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file")
+    return path.open("rb", buffering)
 
 
 def _read_into(file: Any, array: np.ndarray, offset: int) -> None:
@@ -165,8 +177,8 @@ def open_tensors(directory: Path) -> Opened:
         by_file.setdefault(file, []).append(name)
     for file, names in sorted(by_file.items()):
         tensors: dict[str, StoredTensor] = {}
-        if Path(file).name != file or file in ("", ".", ".."):
-            problem = f"{INDEX} names the file {file!r}, which is outside the directory"
+        if Path(file).name != file or file in ("", ".", "..") or not _is_name(file):
+            problem = f"{INDEX} names the file {shown(file)}, which is outside the directory"
         else:
             tensors, problem = _read_header(directory / file)
             absent = [name for name in names if name not in tensors]
@@ -186,18 +198,25 @@ def _read_weight_map(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map, but must map tensor names to files")
     for name, file in weight_map.items():
+        if not _is_name(name):
+            raise CheckpointError(f"{index} maps {shown(name)}, which is no tensor's name")
         if not isinstance(file, str):
-            raise CheckpointError(f"{index} maps {name} to {file!r}, but must name a file")
+            raise CheckpointError(f"{index} maps {name} to {shown(file)}, but must name a file")
     return weight_map
+
+
+def _is_name(text: str) -> bool:
+    """Whether a name from a file can stand in a message as it is."""
+    return len(text) <= _MAX_NAME and text.isprintable()
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; raises `CheckpointError` when it is missing or something else."""
     try:
-        with path.open("rb") as file:
-            text = file.read(_MAX_HEADER + 1)
-        if len(text) > _MAX_HEADER:
-            raise CheckpointError(f"{path} is no such file: it has more than {_MAX_HEADER} bytes")
+        with _open(path) as file:
+            text = file.read(_MAX_JSON + 1)
+        if len(text) > _MAX_JSON:
+            raise CheckpointError(f"{path} is no such file: it has more than {_MAX_JSON} bytes")
         data = _parse_json(text)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
@@ -214,8 +233,8 @@ def _parse_json(text: bytes) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is given twice")
+            (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+            raise ValueError(f"{shown(twice)} is given twice")
         return found
 
     try:
@@ -227,10 +246,10 @@ def _parse_json(text: bytes) -> Any:
 def _read_header(file: Path) -> tuple[dict[str, StoredTensor], str]:
     """The tensors of one file; or no tensors, and a phrase that says why."""
     try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
+        with _open(file) as stream:
+            size = os.fstat(stream.fileno()).st_size
             length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or length > min(_MAX_HEADER, size - 8):
+            if size < 8 or length > min(_MAX_JSON, size - 8):
                 return {}, f"{file.name} is cut short or no safetensors file ({size} bytes)"
             header = _parse_json(stream.read(length))
     except OSError as error:
@@ -256,15 +275,19 @@ def _read_header(file: Path) -> tuple[dict[str, StoredTensor], str]:
 def _parse_entry(file: Path, name: str, entry: Any, *, data_start: int, size: int) -> tuple[StoredTensor | None, str]:
     """One header entry; or None, and a phrase that says why."""
     where = file.name
+    if not _is_name(name):
+        return None, f"{where} has a damaged entry for {shown(name)}"
     try:
         dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         numbers = (*shape, start, stop)
-        if not all(type(number) is int and number >= 0 for number in numbers) or start > stop:
+        if not isinstance(dtype, str) or len(shape) > _MAX_AXES or start > stop:
+            raise ValueError
+        if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
             raise ValueError
     except (KeyError, TypeError, ValueError):
         return None, f"{where} has a damaged entry for {name}"
     if dtype not in DTYPES:
-        return None, f"{where} stores {name} as {dtype}, which is no known type"
+        return None, f"{where} stores {name} as {shown(dtype)}, which is no known type"
     if stop - start != prod(shape) * DTYPES[dtype].itemsize:
         return None, f"{where} gives {name} {stop - start} bytes, which {dtype} {list(shape)} does not take"
     if data_start + stop > size:

@@ -1,7 +1,7 @@
 """Writing safetensors files: planned shards, one piece of a tensor in memory at a time, verified, resumable.
 
 The files of a checkpoint come into being in a hidden directory beside their goal, which takes the goal's name when all
-of them are complete; config.json and the index come last, so that what a killed run leaves behind loads nowhere. A
+of them are complete; config.json comes last, so that what a killed run leaves behind loads nowhere. A
 journal beside that directory records every finished shard with its SHA-256, and a run with the same identity (the same
 plan, sources and settings) goes on after the last of them. Every shard is read back from the disk and its hash compared
 before it counts as finished.
@@ -12,6 +12,7 @@ Left out: writing by several processes; one host writes a checkpoint.
 from __future__ import annotations
 
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -27,9 +28,10 @@ import numpy as np
 
 from puzzle_jax.convert_hf.tensor_files import CHUNK_BYTES, DTYPES, INDEX, SINGLE
 from puzzle_jax.errors import CheckpointError, PuzzleError
-from puzzle_jax.files import read_object, write_beside
+from puzzle_jax.files import PARTIAL, read_object, write_beside
 
 SHARD_BYTES = 5_000_000_000
+CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
@@ -117,25 +119,29 @@ def write_checkpoint(out: Path, plan: Plan, *, replace: Callable[[], bool] = lam
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     work, journal, old = (out.parent / f".{out.name}.{kind}" for kind in ("partial", "partial.json", "replaced"))
-    if old.exists():  # a run was killed between its last two renames
-        if out.exists():
-            shutil.rmtree(old)
-        else:
-            old.rename(out)
     with _locked(work, out):
+        for half in out.parent.glob(glob.escape(f".{journal.name}{PARTIAL}") + "*"):
+            half.unlink()
+        if old.exists():  # a run was killed between its last two renames, or after them
+            if out.exists():
+                _remove(old)
+            else:
+                old.rename(out)
         done = _finished_shards(work, journal, plan)
         free, needed = shutil.disk_usage(work).free, plan.total_bytes - sum(size for size, _ in done.values())
         if needed > free:
             if not done:
-                shutil.rmtree(work)
+                _remove(work)
+                journal.unlink(missing_ok=True)
             raise PuzzleError(f"{out} needs {needed} bytes, but its disk has {free} left")
         try:
             for name, tensors in plan.shards.items():
                 if name not in done:
                     done[name] = write_file(work / name, tensors)
                     write_beside(journal, json.dumps({"plan": plan.fingerprint, "shards": done}).encode())
-            for name, content in {**_index(plan), **plan.files}.items():
-                write_beside(work / name, content)
+            files = {**_index(plan), **plan.files}
+            for name in sorted(files, key=lambda name: name == CONFIG):
+                write_beside(work / name, files[name])
             _sync(work)
             if out.exists() and (any(out.iterdir()) or not out.is_dir()):
                 if not replace():
@@ -145,13 +151,20 @@ def write_checkpoint(out: Path, plan: Plan, *, replace: Callable[[], bool] = lam
         except BaseException as error:
             kept = plan.identity is not None and isinstance(error, (OSError, KeyboardInterrupt, SystemExit))
             if not kept:
-                shutil.rmtree(work, ignore_errors=True)
+                _remove(work)
                 journal.unlink(missing_ok=True)
             if old.exists() and not out.exists():
                 old.rename(out)
             raise
         journal.unlink(missing_ok=True)
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(old)
+
+
+def _remove(directory: Path) -> None:
+    """Removes a checkpoint as far as the system allows, config.json first, so that half of it loads nowhere."""
+    with suppress(OSError):
+        (directory / CONFIG).unlink(missing_ok=True)
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 @contextmanager
@@ -172,11 +185,12 @@ def _locked(work: Path, out: Path) -> Iterator[None]:
 def _finished_shards(work: Path, journal: Path, plan: Plan) -> dict[str, tuple[int, str]]:
     """Size and hash of the shards that an earlier run of the same plan finished; clears away everything else."""
     done: dict[str, tuple[int, str]] = {}
-    with suppress(PuzzleError, KeyError, TypeError, ValueError):
+    with suppress(PuzzleError, AttributeError, KeyError, TypeError, ValueError, OverflowError):
         record = read_object(journal)
         if plan.identity is not None and record["plan"] == plan.fingerprint:
             done = {name: (int(size), str(digest)) for name, (size, digest) in record["shards"].items()}
-    done = {name: entry for name, entry in done.items() if _measured(work / name) == entry}
+    planned = plan.shards
+    done = {name: entry for name, entry in done.items() if name in planned and _measured(work / name) == entry}
     for path in work.iterdir():
         if path.name not in done:
             shutil.rmtree(path) if path.is_dir() else path.unlink()

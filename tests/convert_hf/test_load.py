@@ -220,7 +220,7 @@ BAD = {
         lambda d: edit_header(d, DOWN, shape=[7, 2]),
         rf"gives {DOWN} \d+ bytes, which BF16 \[7, 2\]",
     ),
-    "type": (lambda d: edit_header(d, DOWN, dtype="Q4"), rf"stores {DOWN} as Q4, which is no known type"),
+    "type": (lambda d: edit_header(d, DOWN, dtype="Q4"), rf"stores {DOWN} as 'Q4', which is no known type"),
     "missing": (lambda d: rewrite(d, **{DOWN: None}), rf"{DOWN} is missing"),
     "misshaped": (
         lambda d: rewrite(d, **{DOWN: tensor(d, DOWN).swapaxes(1, 2)}),
