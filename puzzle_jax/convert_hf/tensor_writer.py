@@ -177,6 +177,8 @@ def _locked(work: Path, out: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise PuzzleError(f"{out} is being written by another process") from None
+        if not (work.exists() and os.path.samestat(os.fstat(descriptor), work.stat())):
+            raise PuzzleError(f"{out} was written by another process just now")
         yield
     finally:
         os.close(descriptor)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from puzzle_jax.config import BlockConfig, ModelConfig, RopeConfig
-from puzzle_jax.convert_hf.export import save_checkpoint
+from puzzle_jax.convert_hf.export import export_child, save_checkpoint
 from puzzle_jax.model.cache_format import KVScales
 from tests.parity.reference import our_greedy, our_logits, relative_difference
 from tests.support import random_params, random_tokens
@@ -33,6 +33,7 @@ STEPS = 16
 LENGTH = 45
 BLOCKS = {
     "plain": [BlockConfig(7, 9), BlockConfig(7), BlockConfig(7, 9), BlockConfig(7)],
+    "padded": [BlockConfig(5, 9), BlockConfig(4), BlockConfig(7, 9), BlockConfig(6)],
     "puzzle": [BlockConfig(5, 9), BlockConfig(7), BlockConfig(4, 17), BlockConfig(7, 9), BlockConfig(6)],
 }
 K_SCALES, V_SCALES = [0.5, 0.25, 2.0, 1.5, 0.75], [3.0, 0.125, 1.25, 0.375, 0.625]
@@ -48,7 +49,7 @@ def friendly_config(kind: str) -> ModelConfig:
         num_kv_heads=2,
         head_dim=32,
         experts_per_token=3,
-        blocks=tuple(BLOCKS[kind]),
+        blocks=tuple(BLOCKS["padded" if kind == "unpadded" else kind]),
         rope=RopeConfig(theta=10_000.0, factor=4.0, original_context=32),
         max_position=128,
         rms_norm_eps=1e-5,
@@ -57,7 +58,16 @@ def friendly_config(kind: str) -> ModelConfig:
 
 
 def written(directory: Path, kind: str, form: str) -> Path:
-    """A random checkpoint whose clamp bites; heterogeneous ones carry scales of an FP8 cache."""
+    """A random checkpoint whose clamp bites; heterogeneous ones carry scales of an FP8 cache.
+
+    A padded one is made of a heterogeneous one, which stays beside it as "unpadded".
+    """
+    if kind == "padded":
+        child = written(directory.parent / "unpadded", "unpadded", form)
+        config = friendly_config(kind)
+        everything = [range(block.num_experts) for block in config.blocks]
+        export_child(child, directory, config, everything, provenance={}, pad_experts=True)
+        return directory
     config = friendly_config(kind)
     params = random_params(config)
     for layer in params["layers"]:
@@ -87,10 +97,13 @@ def ask(runtime: str, checkpoint: Path, question: dict) -> dict[str, np.ndarray]
     [
         ("transformers", "plain", "mxfp4"),
         ("transformers", "puzzle", "mxfp4"),
+        ("transformers", "padded", "mxfp4"),
         ("mlx", "plain", "mxfp4"),
+        ("mlx", "padded", "mxfp4"),
         ("mlx", "puzzle", "mxfp4"),
         ("mlx", "puzzle", "bf16"),
         ("vllm", "plain", "bf16"),
+        ("vllm", "padded", "bf16"),
         ("vllm", "puzzle", "bf16"),
         ("vllm", "puzzle", "mxfp4"),
     ],
@@ -101,14 +114,15 @@ def test_logits_and_greedy_tokens(tmp_path, runtime, kind, form):
     tokens = np.asarray(random_tokens(config, 2, LENGTH))
     question = {"tokens": tokens.tolist(), "prompts": PROMPTS, "steps": STEPS, "vocab": config.vocab_size}
     # Stock mlx-lm rounds YaRN's correction range whatever the checkpoint says; the class of puzzle children does not.
-    rounds = (runtime, kind) == ("mlx", "plain")
+    rounds = runtime == "mlx" and kind != "puzzle"
     changes = {"rope": replace(config.rope, truncate=True)} if rounds else {}
-    expected = our_logits(checkpoint, tokens, **changes)
+    ours = checkpoint.with_name("unpadded") if kind == "padded" else checkpoint
+    expected = our_logits(ours, tokens, **changes)
     answer = ask(runtime, checkpoint, question)
     difference = relative_difference(expected, answer["logits"])
     print(f"{runtime} {kind} {form}: {difference:.1e} of the largest logit, {np.abs(expected).max():.2f}")
     assert difference < TOLERANCE
-    greedy = [our_greedy(checkpoint, prompt, STEPS, **changes) for prompt in PROMPTS]
+    greedy = [our_greedy(ours, prompt, STEPS, **changes) for prompt in PROMPTS]
     assert answer["greedy"].tolist() == greedy
     assert len({tuple(row) for row in greedy}) == 2 and len(set(greedy[0])) > 2
     if (runtime, kind) == ("vllm", "puzzle"):
