@@ -51,7 +51,7 @@ def main() -> None:
         results = {step: _in_a_process(step, root) for step in STEPS}
     finally:
         shutil.rmtree(root)
-    table = Table("", "seconds", "MB/s", "payload, MB", "peak above it, MB", "of the largest tensor")
+    table = Table("", "seconds", "MB/s", "payload, MB", "above it, MB", "of the largest")
     for column in table.columns[1:]:
         column.justify = "right"
     for step, found in results.items():

@@ -161,7 +161,11 @@ def _plain_blocks(fields: _Fields, layers: int) -> tuple[BlockConfig, ...]:
                 f"{fields.source}: layer_types[{layer}] is {shown(kind)}, but must be {SLIDING} or {FULL}"
             )
     window = fields.integer("sliding_window") if SLIDING in types else None
-    return tuple(BlockConfig(experts, window if kind == SLIDING else None) for kind in types)
+    blocks = []
+    for kind, override in zip(types, _overrides(fields, layers), strict=True):
+        width = override.get("sliding_window", window) if kind == SLIDING else None
+        blocks.append(BlockConfig(override.get("num_local_experts", experts), width))
+    return tuple(blocks)
 
 
 def _puzzle_blocks(fields: _Fields, layers: int) -> tuple[BlockConfig, ...]:
@@ -181,7 +185,44 @@ def _puzzle_blocks(fields: _Fields, layers: int) -> tuple[BlockConfig, ...]:
                 f"{fields.source}: layer_types[{layer}] is {shown(types[layer])}, "
                 f"but {where} has sliding_window {window}, which asks for {expected}"
             )
+    for layer, (block, override) in enumerate(zip(blocks, _overrides(fields, layers), strict=True)):
+        said = {"num_local_experts": block.num_experts, "sliding_window": block.window}
+        for name, value in override.items():
+            if value != said[name]:
+                raise CheckpointError(
+                    f"{fields.source}: per_layer_config.{layer}.{name} is {value}, "
+                    f"but block_configs[{layer}] says {said[name]}; they must be equal"
+                )
     return tuple(blocks)
+
+
+def _overrides(fields: _Fields, layers: int) -> list[dict[str, int]]:
+    """For each layer, what `per_layer_config` (transformers' own schema, sparse) says other than the whole."""
+    out: list[dict[str, int]] = [{} for _ in range(layers)]
+    table = fields.table("per_layer_config") or _Fields({}, fields.source)
+    for key in table.data:
+        if not (isinstance(key, str) and key.isascii() and key.isdigit() and int(key[:6]) < layers):
+            raise CheckpointError(
+                f"{fields.source}: per_layer_config has the key {shown(key)}, but there are layers 0 to {layers - 1}"
+            )
+        entry = table.table(key) or _Fields({}, fields.source)
+        for name in entry.data:
+            if name not in ("num_local_experts", "sliding_window"):
+                raise entry.fail(name, "only num_local_experts and sliding_window may differ between layers")
+            out[int(key)][name] = entry.integer(name, most=MAX_EXPERTS if name == "num_local_experts" else MAX_SIZE)
+    return out
+
+
+def _sparse(config: ModelConfig, experts: int, window: int | None) -> dict[str, dict[str, int]]:
+    """`per_layer_config`: what each layer has other than the model's own expert count and window."""
+    out = {}
+    for layer, block in enumerate(config.blocks):
+        differs = {} if block.num_experts == experts else {"num_local_experts": block.num_experts}
+        if block.window not in (None, window):
+            differs["sliding_window"] = block.window
+        if differs:
+            out[str(layer)] = differs
+    return out
 
 
 def _experts_per_token(fields: _Fields) -> int:
@@ -287,6 +328,7 @@ def write_config(config: ModelConfig, base: dict[str, Any], *, form: Form | None
         out["block_configs"] = [
             {"num_local_experts": block.num_experts, "sliding_window": block.window} for block in config.blocks
         ]
+        out["per_layer_config"] = _sparse(config, out["num_local_experts"], out["sliding_window"])
         out["auto_map"] = dict(AUTO_MAP)
         out["model_file"] = MODEL_FILE
     if form == "bf16":

@@ -160,7 +160,9 @@ def _converter(transposed: bool, dtype: jnp.dtype, sharding: Sharding) -> Callab
     def convert(array: jax.Array) -> jax.Array:
         return (array.T if transposed else array).astype(dtype)
 
-    return jax.jit(convert, donate_argnums=0, out_shardings=sharding)
+    # On a CPU the input is the memory that was read into, which JAX would copy before it may be donated.
+    donated = () if jax.default_backend() == "cpu" else (0,)
+    return jax.jit(convert, donate_argnums=donated, out_shardings=sharding)
 
 
 @partial(jax.jit, static_argnames="dtype")

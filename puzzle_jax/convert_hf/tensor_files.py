@@ -48,6 +48,7 @@ CHUNK_BYTES = 16 << 20
 _MAX_JSON = 16 << 20  # bytes; that of gpt-oss-120b has 0.1 MB, and parsing takes up to thirty times as much memory
 _MAX_AXES = 8
 _MAX_NAME = 500  # characters
+_ALIGNMENT = 64
 _SHORT_RUN = 4096  # bytes; reading less at a time is no faster than reading what lies between
 
 
@@ -75,7 +76,7 @@ class StoredTensor:
         dtype = DTYPES[self.dtype]
         bounds = [part.indices(size)[:2] for part, size in zip(index, self.shape, strict=False)]
         bounds += [(0, size) for size in self.shape[len(bounds) :]]
-        out = np.empty([stop - start for start, stop in bounds], dtype)
+        out = _aligned([stop - start for start, stop in bounds], dtype)
         if not out.size:
             return out
         cut = [axis for axis, (size, now) in enumerate(zip(self.shape, out.shape, strict=True)) if size != now]
@@ -129,6 +130,14 @@ def _open(path: Path, buffering: int = -1) -> Any:
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(errno.EINVAL, "it is no regular file")
     return path.open("rb", buffering)
+
+
+def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """An empty array that starts at a multiple of 64 bytes, so that JAX takes it on a CPU without a copy."""
+    size = prod(shape) * dtype.itemsize
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def _read_into(file: Any, array: np.ndarray, offset: int) -> None:

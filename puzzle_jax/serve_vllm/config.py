@@ -21,6 +21,7 @@ class GptOssPuzzleConfig(GptOssConfig):
         problem = release_problem(vllm.__version__)
         if problem:
             raise ValueError(problem)
+        kwargs.pop("per_layer_config", None)  # says what block_configs says, for tools that know only that
         super().__init__(**kwargs)
         self.model_type = "gpt_oss"
 

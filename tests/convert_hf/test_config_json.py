@@ -48,9 +48,26 @@ def test_only_the_alternation_of_the_published_models_is_written_as_gpt_oss(name
     data = write_config(CONFIGS[name], {})
     assert is_plain(CONFIGS[name]) is expected
     assert data["model_type"] == ("gpt_oss" if expected else "gpt_oss_puzzle")
-    for key in ("auto_map", "block_configs", "model_file"):
+    for key in ("auto_map", "block_configs", "per_layer_config", "model_file"):
         assert (key in data) is not expected
     assert "model_file" not in write_config(CONFIGS["plain"], data)
+
+
+def test_layers_are_told_in_the_sparse_schema_of_transformers_too():
+    data = puzzle()
+    del data["block_configs"]
+    assert parse_config({**data, "model_type": "gpt_oss"}, SOURCE) == small_config(MIXED)
+    told = {
+        int(layer): {"num_local_experts": block.num_experts, "sliding_window": block.window}
+        for layer, block in enumerate(MIXED)
+    }
+    largest = {
+        "num_local_experts": max(block.num_experts for block in MIXED),
+        "sliding_window": max(block.window or 0 for block in MIXED),
+    }
+    for layer, block in told.items():
+        differs = {key: value for key, value in block.items() if value not in (None, largest[key])}
+        assert data["per_layer_config"].get(str(layer), {}) == differs
 
 
 def test_puzzle_form():
@@ -120,6 +137,12 @@ def scaled(**changes: object) -> dict:
 
 
 BAD = [
+    (plain(per_layer_config={"9": {}}), r"per_layer_config has the key '9', but there are layers 0 to \d"),
+    (plain(per_layer_config={"0": {"head_dim": 3}}), r"per_layer_config.0.head_dim is 3, but only num_local_experts"),
+    (
+        puzzle(per_layer_config={"1": {"num_local_experts": 3}}),
+        r"per_layer_config.1.num_local_experts is 3, but block_configs\[1\] says 7; they must be equal",
+    ),
     (plain(model_type="llama"), r"model_type is 'llama', but only gpt_oss and gpt_oss_puzzle are known"),
     (plain(model_type=None), r"model_type is missing"),
     (plain(hidden_size=None), r"hidden_size is missing, but must be a whole number"),

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -34,6 +35,17 @@ def inspected(config: ModelConfig, path: Path, capsys) -> dict:
     path.write_text(json.dumps(write_config(config, {}, form="mxfp4")))
     assert main(["inspect", str(path), "--json"]) == 0
     return json.loads(capsys.readouterr().out)
+
+
+def test_the_published_child_is_counted_exactly_from_its_configuration(tmp_path, capsys):
+    half = {15, 17, 19, *range(21, 36)}
+    full = {1, 7, 9, 11, 13, 15, 17, 19, 25, 29}
+    blocks = tuple(
+        BlockConfig(64 if i in half else 128, None if i in full else 8_192 if i % 2 else 128) for i in range(36)
+    )
+    found = inspected(replace(published(36, 128), blocks=blocks), tmp_path / "config.json", capsys)
+    assert found["parameters"] == 88_150_438_080
+    assert found["checkpoint_bytes"] == 49_993_752_960  # without the 72 scales of an FP8 cache
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,9 @@ class GptOssPuzzleConfig(GptOssConfig):
 
     model_type = "gpt_oss_puzzle"
 
-    def __init__(self, block_configs=None, **kwargs):
+    def __init__(self, block_configs=None, per_layer_config=None, **kwargs):
+        # per_layer_config says the same for tools that know no block_configs; transformers would take the
+        # attributes it names away from the whole, and build no gpt-oss from it.
         super().__init__(**kwargs)
         if block_configs is None:
             windows = [self.sliding_window if kind == "sliding_attention" else None for kind in self.layer_types]
