@@ -11,6 +11,8 @@ import zlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
+from jax.sharding import Mesh
+
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.generate import Engine, Generated, Request, Sampling, generate
@@ -21,8 +23,8 @@ from puzzle_jax.model.spec import Params
 from puzzle_jax.tasks import Chat, FiniteTask, Problem, Task, check_effort, get_task, problems
 
 SPLIT_STRIDE, SEED_STRIDE = 10_000_000, 100_000
-SPLITS = ("calibration", "validation", "heldout", "accuracy", "evaluation")
-"""The first four are a search's own and share nothing; "evaluation" is for judging a model by itself."""
+SPLITS = ("calibration", "validation", "heldout", "accuracy", "evaluation", "confirmation")
+"""All but "evaluation" are a search's own and share nothing; that one is for judging a model by itself."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class QuestionSet:
     """Which problems are asked, at which efforts.
 
     Of an endless family, splits and seeds share no problem's seed. The rows of a finite task are dealt to the search's
-    four splits by a hash of the prompt, about a quarter to each, so that those never share a row nor a prompt, whatever
+    five splits by a hash of the prompt, about a fifth to each, so that those never share a row nor a prompt, whatever
     the seeds; "evaluation" draws on all rows, also on those that a search has seen. Where there are fewer than asked
     for, all there are come.
 
@@ -76,12 +78,13 @@ class QuestionSet:
         """The split's rows that the seed puts first, in the order of the file."""
         rows = list(problems(task))
         if self.split != "evaluation":
-            dealt = SPLITS.index(self.split)
-            rows = [row for row in rows if zlib.crc32(row.prompt.encode()) % (len(SPLITS) - 1) == dealt]
+            of_search = [split for split in SPLITS if split != "evaluation"]
+            dealt = of_search.index(self.split)
+            rows = [row for row in rows if zlib.crc32(row.prompt.encode()) % len(of_search) == dealt]
         if not rows:
             raise ConfigError(
                 f"split {self.split!r} gets none of the {task.size} problems of {task.name}, "
-                "which are dealt to four splits; give it more problems"
+                "which are dealt to five splits; give it more problems"
             )
         random.Random(f"rows:{self.seed}").shuffle(rows)
         return sorted(rows[: self.per_task], key=lambda row: row.seed)
@@ -100,6 +103,7 @@ def answer_questions(
     context: int | None = None,
     cache: CacheFormat | None = None,
     view: View | None = None,
+    mesh: Mesh | None = None,
     skip: Collection[int] = (),
     on_answer: Callable[[int, Trace], None] | None = None,
 ) -> list[Trace]:
@@ -109,7 +113,7 @@ def answer_questions(
       params, config, chat: the model, with weights in the dtype to compute with.
       questions: what to ask.
       max_tokens: limit per effort.
-      temperature, top_p, slots, cache, view: as in `generate`.
+      temperature, top_p, slots, cache, view, mesh: as in `generate`.
       context: positions of every slot; by default those that a question's own length needs, as in `generate`. One
         number for all compiles one set of programs; rounding, and so an answer now and then, depends on it.
       skip: indices into `questions.questions()` that are not asked.
@@ -146,13 +150,23 @@ def answer_questions(
             slots=slots,
             cache=cache,
             view=view,
+            mesh=mesh,
             on_finish=finish,
         )
     else:
         sampling = Sampling(temperature, top_p)
-        Engine(
-            params, config, stop_ids=stop_ids, context=context, slots=slots, sampling=sampling, cache=cache, view=view
-        ).generate(requests, finish)
+        engine = Engine(
+            params,
+            config,
+            stop_ids=stop_ids,
+            context=context,
+            slots=slots,
+            sampling=sampling,
+            cache=cache,
+            view=view,
+            mesh=mesh,
+        )
+        engine.generate(requests, finish)
     return [answers[index] for index, _ in asked]
 
 

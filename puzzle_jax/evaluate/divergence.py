@@ -20,65 +20,79 @@ from puzzle_jax.model.spec import Params
 class Divergence(NamedTuple):
     """Per position: KL in nats, whether both rank the same token first, cosine of the final hidden states."""
 
-    kl: Float[Array, "*batch"]
-    agreement: Float[Array, "*batch"]
-    cosine: Float[Array, "*batch"]
+    kl: Float[Array, "*children_and_batch"]
+    agreement: Float[Array, "*children_and_batch"]
+    cosine: Float[Array, "*children_and_batch"]
 
 
-class _Running(NamedTuple):
-    largest: Array  # of the parent's and of the child's logits so far, [2, *batch]
-    total: Array  # sum of exp(logit - largest), [2, *batch]
-    cross: Array  # sum of exp(parent - largest parent) * (parent - child)
-    best: Array  # token with the largest logit, [2, *batch]
+class _Seen(NamedTuple):
+    """One model's logits in the chunks so far."""
+
+    largest: Array
+    total: Array  # sum of exp(logit - largest)
+    best: Array  # token with the largest logit
+
+    def with_chunk(self, logits: Array, first: Array) -> tuple[_Seen, Array]:
+        """The same after another chunk, whose first token is `first`; and by how much old totals shrink."""
+        here = jnp.max(logits, axis=-1)
+        largest = jnp.maximum(self.largest, here)
+        shrink = jnp.exp(self.largest - largest)
+        total = self.total * shrink + jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1)
+        best = jnp.where(here > self.largest, first + jnp.argmax(logits, axis=-1), self.best)
+        return _Seen(largest, total, best), shrink
 
 
 def divergence(
     params: Params,
     config: ModelConfig,
     parent: Float[Array, "*batch hidden"],
-    child: Float[Array, "*batch hidden"],
+    child: Float[Array, "*children_and_batch hidden"],
     chunk: int = 8192,
 ) -> Divergence:
-    """Compares final hidden states (before the final norm) of parent and child.
+    """Compares final hidden states (before the final norm) of a parent and of one or more children.
 
     Args:
-      params: only the final norm and the head are used, the same for both.
+      params: only the final norm and the head are used, the same for all.
+      parent: of one model, whose logits are computed once.
+      child: of the same positions, with further axes in front for several children.
       chunk: vocabulary entries at a time.
     """
-    normed = [rms_norm(x, params["final_norm"], config.rms_norm_eps) for x in (parent, child)]
+    parent_normed, child_normed = (rms_norm(x, params["final_norm"], config.rms_norm_eps) for x in (parent, child))
     head = params["head"]
     vocab = head.shape[1]
     chunk = min(chunk, vocab)
     chunks = -(-vocab // chunk)
     head = jnp.pad(head, [(0, 0), (0, chunks * chunk - vocab)])
 
-    def step(running: _Running, index: Array) -> tuple[_Running, None]:
-        part = jax.lax.dynamic_slice_in_dim(head, index * chunk, chunk, axis=1)
-        real = index * chunk + jnp.arange(chunk) < vocab
-        logits = jnp.stack([jnp.matmul(y, part.astype(y.dtype), preferred_element_type=jnp.float32) for y in normed])
-        seen = jnp.where(real, logits, -jnp.inf)
-        here = jnp.max(seen, axis=-1)
-        largest = jnp.maximum(running.largest, here)
-        scale = jnp.exp(running.largest - largest)
-        weights = jnp.exp(seen - largest[..., None])
-        cross = running.cross * scale[0] + jnp.sum(weights[0] * (logits[0] - logits[1]), axis=-1)
-        best = jnp.where(here > running.largest, index * chunk + jnp.argmax(seen, axis=-1), running.best)
-        return _Running(largest, running.total * scale + jnp.sum(weights, axis=-1), cross, best), None
+    def step(running: tuple[_Seen, _Seen, Array], index: Array) -> tuple[tuple[_Seen, _Seen, Array], None]:
+        of_parent, of_child, cross = running
+        first = index * chunk
+        part = jax.lax.dynamic_slice_in_dim(head, first, chunk, axis=1)
+        real = first + jnp.arange(chunk) < vocab
 
-    shape = parent.shape[:-1]
-    start = _Running(
-        jnp.full((2, *shape), -jnp.inf),
-        jnp.zeros((2, *shape)),
-        jnp.zeros(shape),
-        jnp.zeros((2, *shape), jnp.int32),
-    )
-    end, _ = jax.lax.scan(step, start, jnp.arange(chunks))
-    log_total = end.largest + jnp.log(end.total)
-    kl = end.cross / end.total[0] - log_total[0] + log_total[1]
-    return Divergence(jnp.maximum(kl, 0.0), (end.best[0] == end.best[1]).astype(jnp.float32), _cosine(parent, child))
+        def logits(normed: Array) -> Array:
+            return jnp.matmul(normed, part.astype(normed.dtype), preferred_element_type=jnp.float32)
+
+        parent_logits, child_logits = logits(parent_normed), logits(child_normed)
+        of_parent, shrink = of_parent.with_chunk(jnp.where(real, parent_logits, -jnp.inf), first)
+        of_child, _ = of_child.with_chunk(jnp.where(real, child_logits, -jnp.inf), first)
+        weights = jnp.where(real, jnp.exp(parent_logits - of_parent.largest[..., None]), 0.0)
+        # sum of exp(parent - largest parent) * (parent - child)
+        cross = cross * shrink + jnp.sum(weights * (parent_logits - child_logits), axis=-1)
+        return (of_parent, of_child, cross), None
+
+    def nothing(shape: tuple[int, ...]) -> _Seen:
+        return _Seen(jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros(shape, jnp.int32))
+
+    start = (nothing(parent.shape[:-1]), nothing(child.shape[:-1]), jnp.zeros(child.shape[:-1]))
+    (of_parent, of_child, cross), _ = jax.lax.scan(step, start, jnp.arange(chunks))
+    log_totals = [seen.largest + jnp.log(seen.total) for seen in (of_parent, of_child)]
+    kl = cross / of_parent.total - log_totals[0] + log_totals[1]
+    agreement = (of_parent.best == of_child.best).astype(jnp.float32)
+    return Divergence(jnp.maximum(kl, 0.0), agreement, _cosine(parent, child))
 
 
-def _cosine(a: Float[Array, "*batch hidden"], b: Float[Array, "*batch hidden"]) -> Float[Array, "*batch"]:
+def _cosine(a: Float[Array, "*batch hidden"], b: Float[Array, "*children_and_batch hidden"]) -> Array:
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     norms = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
     return jnp.sum(a * b, axis=-1) / jnp.maximum(norms, 1e-20)

@@ -6,8 +6,8 @@ child's output format.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -26,43 +26,58 @@ class MicroBatch(NamedTuple):
       loss_weight: for the position before each completion token, 1 / completion tokens of its trace; else 0. A
         weighted sum over a row is the trace's mean over its completion.
       lengths: tokens of each trace, 0 for padding rows.
+      ids: which of the traces each row is, -1 for padding rows.
+      task_weight: of each trace, such that all tasks weigh the same and the mean over traces is 1; 0 for padding rows.
     """
 
     tokens: Int[Array, "rows seq"]
     valid: Bool[Array, "rows seq"]
     loss_weight: Float[Array, "rows seq"]
     lengths: Int[Array, "rows"]
+    ids: Int[np.ndarray, "rows"]
+    task_weight: Float[Array, "rows"]
 
 
-def micro_batches(traces: Iterable[Trace], *, tokens_per_batch: int = 4096, smallest: int = 128) -> list[MicroBatch]:
+def micro_batches(
+    traces: Iterable[Trace], *, tokens_per_batch: int = 4096, smallest: int = 128, longest: int = 0
+) -> list[MicroBatch]:
     """Groups traces by length, doubling from `smallest`, into batches of about `tokens_per_batch`.
 
-    All batches of one length have the same shape, so that few programs are compiled.
+    All batches of one length have the same shape, so that few programs are compiled. The last group is as long as
+    its longest trace, or `longest` where that is more: parts of one set then have the shapes of the whole.
     """
-    groups: dict[int, list[Trace]] = defaultdict(list)
-    for trace in traces:
+    groups: dict[int, list[tuple[int, Trace]]] = defaultdict(list)
+    traces = list(traces)
+    of_task = Counter(trace.task for trace in traces)
+    weights = {task: len(traces) / (count * len(of_task)) for task, count in of_task.items()}
+    for number, trace in enumerate(traces):
         length = smallest
         while length < len(trace.prompt) + len(trace.completion):
             length *= 2
-        groups[length].append(trace)
+        groups[length].append((number, trace))
     batches = []
     for length, members in sorted(groups.items()):
         # The last group need not be as long as the next power of two.
-        longest = max(len(t.prompt) + len(t.completion) for t in members)
-        length = min(length, -(-longest // 64) * 64)
+        most = max(longest, *(len(t.prompt) + len(t.completion) for _, t in members))
+        length = min(length, -(-most // 64) * 64)
         rows = max(1, tokens_per_batch // length)
-        batches += [_pad(members[i : i + rows], rows, length) for i in range(0, len(members), rows)]
+        batches += [_pad(members[i : i + rows], rows, length, weights) for i in range(0, len(members), rows)]
     return batches
 
 
-def _pad(traces: Sequence[Trace], rows: int, length: int) -> MicroBatch:
+def _pad(members: Sequence[tuple[int, Trace]], rows: int, length: int, weights: Mapping[str, float]) -> MicroBatch:
     tokens = np.zeros((rows, length), np.int32)
     weight = np.zeros((rows, length), np.float32)
     lengths = np.zeros(rows, np.int32)
-    for row, trace in enumerate(traces):
+    numbers = np.full(rows, -1, np.int32)
+    task_weight = np.zeros(rows, np.float32)
+    for row, (number, trace) in enumerate(members):
+        numbers[row] = number
         ids = (*trace.prompt, *trace.completion)
         tokens[row, : len(ids)] = ids
         lengths[row] = len(ids)
+        task_weight[row] = weights[trace.task]
         weight[row, len(trace.prompt) - 1 : len(ids) - 1] = 1.0 / len(trace.completion)
     valid = np.arange(length) < lengths[:, None]
-    return MicroBatch(*(jnp.asarray(x) for x in (tokens, valid, weight, lengths)))
+    arrays = [jnp.asarray(x) for x in (tokens, valid, weight, lengths)]
+    return MicroBatch(*arrays, ids=numbers, task_weight=jnp.asarray(task_weight))

@@ -7,12 +7,14 @@ from functools import cached_property
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.convert_hf.describe import Description, describe_checkpoint
 from puzzle_jax.convert_hf.load import load_checkpoint
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.model.network import compute_dtype, to_compute
+from puzzle_jax.model.sharding import shard_params
 from puzzle_jax.model.spec import Params
 from puzzle_jax.tasks import Chat
 
@@ -24,19 +26,21 @@ class Parent:
     Attributes:
       directory: of the checkpoint.
       description: configuration and checked headers.
+      mesh: where weights go; None is the first device.
     """
 
     directory: Path
     description: Description
+    mesh: Mesh | None = None
 
     @staticmethod
-    def open(directory: Path) -> Parent:
+    def open(directory: Path, mesh: Mesh | None = None) -> Parent:
         """Reads configuration, headers and chat files.
 
         Raises CheckpointError for a damaged checkpoint and ConfigError for a parent whose layers differ in their
         number of experts.
         """
-        parent = Parent(directory, describe_checkpoint(directory))
+        parent = Parent(directory, describe_checkpoint(directory), mesh)
         counts = {block.num_experts for block in parent.config.blocks}
         if len(counts) > 1:
             raise ConfigError(f"{directory} has layers of {sorted(counts)} experts, but a parent needs equal ones")
@@ -53,8 +57,10 @@ class Parent:
 
     @cached_property
     def params(self) -> Params:
-        """Dense weights: float32 on CPU, bfloat16 elsewhere."""
-        return jax.jit(to_compute, static_argnums=1)(load_checkpoint(self.directory).params, compute_dtype())
+        """Dense weights, over the mesh where there is one: float32 on CPU, bfloat16 elsewhere."""
+        loaded = load_checkpoint(self.directory, mesh=self.mesh).params
+        dense = jax.jit(to_compute, static_argnums=1)(loaded, compute_dtype())
+        return dense if self.mesh is None else shard_params(dense, self.config, self.mesh)
 
     @property
     def fingerprint(self) -> dict[str, int]:

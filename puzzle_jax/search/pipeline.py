@@ -1,10 +1,11 @@
 """The search from parent to child, stage by stage.
 
     cost      costs.json        bytes and seconds of every alternative
-    trace     traces/*.parquet  the parent's own answers, in three sets that share no problem
-    rank      ranking.safetensors  every expert's score by every method
-    score     scores.json       the space of alternatives and the exact KL of each
+    trace     traces/*.parquet  the parent's own answers, in sets that share no problem
+    rank      ranking.safetensors  every expert's score by every method; agreement.json, how much they agree
+    score     scores.json       the space of alternatives and the KL of each
     solve     solutions.json    the program's pool with its real KL on fresh traces, the chosen child, the baselines
+    refine    refined.json      what was tried to get below that child, and the child in the end
     assemble  child/            the child's checkpoint, with scales for an FP8 cache
     evaluate  evaluation.json   KL, accuracy, tokens and speed of parent, child and baselines on what chose nothing
     report    report.md         the table
@@ -17,12 +18,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from rich.console import Console
 from safetensors.numpy import load_file, save_file
@@ -36,32 +38,38 @@ from puzzle_jax.evaluate.summary import by_effort
 from puzzle_jax.evaluate.throughput import Spread, measure_throughput
 from puzzle_jax.generate.batches import micro_batches
 from puzzle_jax.generate.calibrate import calibrate_cache
-from puzzle_jax.generate.traces import read_traces, write_traces
+from puzzle_jax.generate.traces import Trace, read_traces, write_traces
 from puzzle_jax.model.child import Child, ChildBlock, cut_params
 from puzzle_jax.model.network import to_compute
+from puzzle_jax.model.sharding import make_mesh
 from puzzle_jax.model.spec import count_params
 from puzzle_jax.progress import progress
 from puzzle_jax.report.table import SearchReport
-from puzzle_jax.search.baselines import experts_only, uniform, windows_only
+from puzzle_jax.search.alternatives import expert_mask
+from puzzle_jax.search.baselines import all_baselines
 from puzzle_jax.search.costs import Costs, Provider, compute_costs, read_costs
 from puzzle_jax.search.measured import Measured, device_identity
 from puzzle_jax.search.parent import Parent
 from puzzle_jax.search.problem import Candidate, Problem, Scores
 from puzzle_jax.search.rank import METHODS, Ranking, rank_experts
 from puzzle_jax.search.recipe import Recipe
+from puzzle_jax.search.refine import Difference, Pool, refine, swapped, with_choice
+from puzzle_jax.search.replace import Alternative, ReplaceOne, child_choices
 from puzzle_jax.search.roofline import Roofline
-from puzzle_jax.search.score import Alternative, replace_one_scores, score_children
+from puzzle_jax.search.score import Measurements, ScoreBook, score_children
+from puzzle_jax.search.scoring import ScoredSpace, SpaceScorer
 from puzzle_jax.search.space import (
     ExpertChoice,
     Space,
     candidate_counts,
     candidate_windows,
     distinct_choices,
+    restrict,
 )
 from puzzle_jax.search.stages import Stage, open_run, run_stage
 
-STAGES = ("cost", "trace", "rank", "score", "solve", "assemble", "evaluate", "report")
-TRACE_SETS = ("calibration", "validation", "heldout")
+STAGES = ("cost", "trace", "rank", "score", "solve", "refine", "assemble", "evaluate", "report")
+TRACE_SETS = ("calibration", "validation", "confirmation", "heldout")
 
 
 class Search:
@@ -79,14 +87,15 @@ class Search:
         self.recipe = recipe
         # Where the output is no terminal, nobody knows its width; the table needs about this much.
         self.console = console or Console(width=None if sys.stdout.isatty() else 150)
-        self.parent = Parent.open(recipe.parent)
-        self.counts = candidate_counts(
-            self.parent.config.blocks[0].num_experts,
-            self.parent.config.experts_per_token,
-            recipe.space.fractions,
-            recipe.space.divisor,
+        devices = recipe.mesh.data * recipe.mesh.model
+        self.mesh = make_mesh(recipe.mesh.data, recipe.mesh.model) if devices != 1 else None
+        self.parent = Parent.open(recipe.parent, self.mesh)
+        config, space = self.parent.config, recipe.space
+        counts = candidate_counts(
+            config.blocks[0].num_experts, config.experts_per_token, space.fractions, space.divisor
         )
-        self.windows = candidate_windows(self.parent.config, recipe.space.windows)
+        windows = candidate_windows(config, space.windows)
+        self.counts, self.windows = restrict([counts] * config.num_layers, windows, space.restrict)
         identity = {
             "kind": "search",
             "parent": str(recipe.parent.resolve()),
@@ -147,6 +156,7 @@ class Search:
                         max_tokens=settings.max_tokens,
                         temperature=settings.temperature,
                         slots=settings.batch_size,
+                        mesh=self.mesh,
                         on_answer=lambda *_: advance(1),
                     )
                     write_traces(out / f"{name}.parquet", answers)
@@ -159,70 +169,75 @@ class Search:
             with progress(self.console, "ranking experts", len(batches)) as advance:
                 ranking = rank_experts(self.parent.params, self.parent.config, batches, on_batch=lambda: advance(1))
             save_file({**ranking.scores, "routed": ranking.routed}, out / "ranking.safetensors")
+            half = self.parent.config.blocks[0].num_experts // 2
+            agreement = ranking.agreement([max(half, self.parent.config.experts_per_token)])
+            _write(out / "agreement.json", {f"{one}, {other}": share for (one, other), share in agreement.items()})
 
-        return self._stage("rank", {}, ["traces/calibration.parquet"], produce)
+        return self._stage("rank", {"methods": METHODS}, ["traces/calibration.parquet"], produce)
 
     def _score(self) -> Stage:
+        adaptive = self.recipe.score.method == "adaptive"
+
         def produce(out: Path) -> None:
             space = self._ranked_space()
             self.console.print(space.describe())
-            config = self.parent.config
-            experts = [
-                [_mask(c, b.num_experts) for c in choices if c.count < b.num_experts]
-                for choices, b in zip(space.expert_choices, config.blocks, strict=True)
-            ]
-            alternatives = [
-                [Alternative(mask, block.window) for mask in masks]
-                + [Alternative(np.ones(block.num_experts, bool), window) for window in windows[1:]]
-                for masks, windows, block in zip(experts, space.windows, config.blocks, strict=True)
-            ]
-            batches = self._batches("calibration")
-            depth = config.num_layers
-            work = len(batches) * sum(len(a) * (depth - i) for i, a in enumerate(alternatives))
-            with progress(self.console, "scoring", work) as advance:
-                scores = replace_one_scores(self.parent.params, config, alternatives, batches, on_alternatives=advance)
-            layers = []
-            for entry, of_layer, masks in zip(space.to_json(), scores, experts, strict=True):
-                numbers = [asdict(score) for score in of_layer]
-                for choice, score in zip(entry["experts"][-len(masks) :] if masks else [], numbers, strict=False):
-                    choice["score"] = score
-                layers.append({**entry, "window_scores": [None, *numbers[len(masks) :]]})
-            _write(out / "scores.json", {"layers": layers})
+            scored = self._scorer(None)(space, self.run / "score-book.safetensors", self._identity)
+            pairs, listed = int(scored.book.scored.sum()), len(scored.numbered.listed)
+            everything = scored.proposed * len(scored.book.traces)
+            self.console.print(
+                f"{listed} of {scored.proposed} alternatives scored, on {pairs / max(listed, 1):.0f} of "
+                f"{len(scored.book.traces)} traces in the mean",
+                highlight=False,
+            )
+            _write(out / "scores.json", {"layers": _scores_to_json(scored), "pairs": pairs, "all_pairs": everything})
 
-        settings = {"counts": self.counts, "windows": self.windows}
+        settings = {
+            **self.recipe.section("score"),
+            "counts": self.counts,
+            "windows": self.windows,
+            "seed": self.recipe.traces.seed,
+            "target": self.recipe.section("target") if adaptive else None,
+        }
         inputs = ["traces/calibration.parquet", "rank/ranking.safetensors"]
-        return self._stage("score", settings, inputs, produce)
+        return self._stage("score", settings, [*inputs, *(["cost/costs.json"] if adaptive else [])], produce)
 
     def _solve(self) -> Stage:
         settings = {**self.recipe.section("solve"), "target": self.recipe.section("target")}
 
         def produce(out: Path) -> None:
             problem = self._problem()
-            options = self.recipe.solve
-            pool = problem.solve(num_solutions=options.solutions, time_limit=options.time_limit, gap=options.gap)
-            baselines = [uniform(problem), experts_only(problem), windows_only(problem)]
-            batches = self._batches("validation")
-            with progress(self.console, "measuring the pool", len(batches) * len(pool)) as advance:
-                measured = score_children(
-                    self.parent.params,
-                    self.parent.config,
-                    [self.child(c) for c in pool],
-                    batches,
-                    on_child=lambda: advance(1),
-                )
-            best = int(np.argmin([score.kl for score in measured]))
+            pool = self._pool(problem)
             _write(
                 out / "solutions.json",
                 {
-                    "chosen": best,
-                    "pool": [{**c.to_json(), "validation": asdict(s)} for c, s in zip(pool, measured, strict=True)],
+                    "chosen": pool.best,
+                    "rank_correlation": pool.rank_correlation,
+                    "pool": pool.to_json(),
                     "parent": problem.parent().to_json(),
-                    "baselines": [baseline.to_json() for baseline in baselines],
+                    "baselines": [baseline.to_json() for baseline in all_baselines(problem).values()],
                 },
             )
 
         inputs = ["score/scores.json", "cost/costs.json", "traces/validation.parquet"]
         return self._stage("solve", settings, inputs, produce)
+
+    def _refine(self) -> Stage:
+        settings = {name: self.recipe.section(name) for name in ("refine", "score", "solve", "target")}
+
+        def produce(out: Path) -> None:
+            solutions = json.loads(self._needed("solve/solutions.json").read_text())
+            chosen = Candidate.from_json(solutions["pool"][solutions["chosen"]])
+            options = self.recipe.refine
+            swap = self._swapped if options.swaps else None
+            child, tried = refine(chosen, options.rounds, self._rescored, swap, self._confirm)
+            for step in tried:
+                self.console.print(f"{step}", highlight=False)
+            _write(out / "refined.json", {"child": child.to_json(), "tried": [step.to_json() for step in tried]})
+
+        inputs = ["solve/solutions.json", "score/scores.json", "rank/ranking.safetensors", "cost/costs.json"]
+        return self._stage(
+            "refine", settings, [*inputs, *(f"traces/{name}.parquet" for name in TRACE_SETS[:3])], produce
+        )
 
     def _assemble(self) -> Stage:
         def produce(out: Path) -> None:
@@ -240,7 +255,7 @@ class Search:
                 )
             export_child(self.parent.directory, out, child.config, child.kept, provenance=provenance, kv_scales=scales)
 
-        inputs = ["solve/solutions.json", "traces/calibration.parquet"]
+        inputs = ["solve/solutions.json", "refine/refined.json", "traces/calibration.parquet"]
         return self._stage("assemble", {}, inputs, produce, directory="child")
 
     def _evaluate(self) -> Stage:
@@ -254,7 +269,7 @@ class Search:
         def produce(out: Path) -> None:
             _write(out / "evaluation.json", self._evaluation())
 
-        inputs = ["solve/solutions.json", "cost/costs.json", "traces/heldout.parquet", "child"]
+        inputs = ["solve/solutions.json", "refine/refined.json", "cost/costs.json", "traces/heldout.parquet", "child"]
         return self._stage("evaluate", settings, inputs, produce)
 
     def _report(self) -> Stage:
@@ -281,22 +296,19 @@ class Search:
         return Child(self.parent.config, tuple(ChildBlock(kept, block.window) for kept, block in blocks))
 
     def candidates(self) -> dict[str, Candidate]:
-        """Parent, chosen child and baselines by name, from solutions.json."""
+        """Parent, child and baselines by name, from solutions.json and refined.json."""
         solutions = json.loads(self._needed("solve/solutions.json").read_text())
-        found = {
-            "parent": Candidate.from_json(solutions["parent"]),
-            "child": Candidate.from_json(solutions["pool"][solutions["chosen"]]),
-        }
+        refined = json.loads(self._needed("refine/refined.json").read_text())
+        found = {"parent": Candidate.from_json(solutions["parent"]), "child": Candidate.from_json(refined["child"])}
         return found | {entry["name"]: Candidate.from_json(entry) for entry in solutions["baselines"]}
 
     def _evaluation(self) -> dict[str, Any]:
         config, params, scenario = self.parent.config, self.parent.params, self.recipe.scenario
-        candidates = self.candidates()
+        shown = ("parent", "child", *self.recipe.evaluate.baselines)
+        candidates = {name: found for name, found in self.candidates().items() if name in shown}
         costs = read_costs(self._needed("cost/costs.json"))
         children = {name: self.child(candidate) for name, candidate in candidates.items()}
-        batches = self._batches("heldout")
-        with progress(self.console, "held-out KL", len(batches) * len(children)) as advance:
-            scores = score_children(params, config, list(children.values()), batches, on_child=lambda: advance(1))
+        scores, _ = self._measure(list(children.values()), "heldout")
         questions = QuestionSet(
             self.recipe.traces.tasks,
             self.recipe.traces.efforts,
@@ -315,6 +327,7 @@ class Search:
                     max_tokens=self.recipe.traces.max_tokens,
                     slots=self.recipe.traces.batch_size,
                     view=child.view,
+                    mesh=self.mesh,
                     on_answer=lambda *_: advance(1),
                 )
                 accuracy[name] = {k: asdict(v) for k, v in by_effort(answers, questions.efforts).items()}
@@ -357,27 +370,114 @@ class Search:
     def _batches(self, split: str) -> list[Any]:
         return micro_batches(read_traces(self._needed(f"traces/{split}.parquet")))
 
+    def _traces(self, split: str) -> list[Trace]:
+        return list(read_traces(self._needed(f"traces/{split}.parquet")))
+
+    def _measure(self, children: Sequence[Child], split: str) -> Measurements:
+        """KL of whole children on a set of traces."""
+        traces = self._traces(split)
+        with progress(self.console, f"KL, {split}", None) as advance:
+            return score_children(
+                self.parent.params,
+                self.parent.config,
+                children,
+                traces,
+                mesh=self.mesh,
+                on_child=lambda: advance(1),
+            )
+
     def _nominal_space(self) -> Space:
         """The space before any ranking: counts and windows are real, kept ids are not yet known."""
-        blocks = self.parent.config.blocks
-        choices = tuple(ExpertChoice(count, tuple(range(count)), "any") for count in self.counts)
-        return Space(self.parent.config, (choices,) * len(blocks), self.windows)
+        choices = tuple(
+            tuple(ExpertChoice(count, tuple(range(count)), "any") for count in counts) for counts in self.counts
+        )
+        return Space(self.parent.config, choices, self.windows)
+
+    @cached_property
+    def _ranking(self) -> Ranking:
+        tensors = load_file(self._needed("rank/ranking.safetensors"))
+        return Ranking({method: tensors[method] for method in METHODS}, tensors["routed"])
 
     def _ranked_space(self) -> Space:
-        """Every method's keep-set for every count, the parent's own first; equal sets are one."""
-        tensors = load_file(self._needed("rank/ranking.safetensors"))
-        ranking = Ranking({method: tensors[method] for method in METHODS}, tensors["routed"])
+        """Every method's keep-set for every count, the parent's own first where it is allowed; equal sets are one."""
         layers = []
-        for layer, block in enumerate(self.parent.config.blocks):
+        for layer, (block, counts) in enumerate(zip(self.parent.config.blocks, self.counts, strict=True)):
             everything = ExpertChoice(block.num_experts, tuple(range(block.num_experts)), "parent")
             kept = [
-                ExpertChoice(count, ranking.keep(method, layer, count), method)
-                for count in self.counts
+                ExpertChoice(count, self._ranking.keep(method, layer, count), method)
+                for count in counts
                 if count < block.num_experts
                 for method in METHODS
             ]
-            layers.append((everything, *distinct_choices(kept)))
+            whole = [everything] if block.num_experts in counts else []
+            layers.append((*whole, *distinct_choices(kept)))
         return Space(self.parent.config, tuple(layers), self.windows)
+
+    @property
+    def _identity(self) -> str:
+        """What scores depend on besides alternatives and traces."""
+        return json.dumps([str(self.recipe.parent.resolve()), self.parent.fingerprint, jax.__version__])
+
+    def _scorer(self, base: Sequence[Alternative] | None) -> SpaceScorer:
+        settings = self.recipe.score
+        run = ReplaceOne(
+            self.parent.params,
+            self.parent.config,
+            base,
+            per_call=settings.per_call,
+            keep_every=settings.keep_every,
+            mesh=self.mesh,
+        )
+        traces, seed = self._traces("calibration"), self.recipe.traces.seed
+        return SpaceScorer(run, traces, settings, self._problem_of, self.console, seed)
+
+    def _pool(self, problem: Problem) -> Pool:
+        """The program's solutions, run whole on the validation traces."""
+        options = self.recipe.solve
+        found = problem.solve(num_solutions=options.solutions, time_limit=options.time_limit, gap=options.gap)
+        return Pool(found, *self._measure([self.child(candidate) for candidate in found], "validation"))
+
+    # Refinement -----------------------------------------------------------------------------------------------------
+
+    def _rescored(self, child: Candidate) -> Pool:
+        """The pool of the program whose scores are taken around a child."""
+        base = child_choices(self.child(child))
+        layers = json.loads(self._needed("score/scores.json").read_text())["layers"]
+        space = Space.from_json(self.parent.config, layers)
+        identity = f"{self._identity} {json.dumps(child.to_json()['layers'])}"
+        scored = self._scorer(base)(space, self.run / "refine-book.safetensors", identity)
+        pool = self._pool(self._problem_of(scored.space, scored.scores))
+        return replace(pool, candidates=[replace(c, score=child.score + c.score) for c in pool.candidates])
+
+    def _swapped(self, child: Candidate) -> Candidate | None:
+        """The best swap of one expert in the layer whose experts cost the child most, by its KL on all traces that
+        score; None where none helps there."""
+        problem = self._problem()
+        losses = [
+            next(score for choice, score in zip(choices, scores, strict=True) if choice.kept == own.kept)
+            for own, choices, scores in zip(
+                child.choices, problem.space.expert_choices, problem.scores.experts, strict=True
+            )
+        ]
+        layer = int(np.argmax(losses))
+        options = swapped(child.choices[layer], self._ranking.scores["removal_error"][layer], self.recipe.refine.swaps)
+        if not options:
+            return None
+        base, experts = child_choices(self.child(child)), self.parent.config.blocks[layer].num_experts
+        alternatives = [(layer, Alternative(expert_mask(option, experts), base[layer].window)) for option in options]
+        scorer = self._scorer(base)
+        book = ScoreBook.empty(alternatives, scorer.traces)
+        scorer.fill(book, range(len(options)), range(len(scorer.traces)))
+        means = book.means()
+        best = int(np.argmin(means))
+        if means[best] >= 0:
+            return None
+        return with_choice(child, layer, options[best], "swap", child.score + float(means[best]))
+
+    def _confirm(self, new: Candidate, old: Candidate) -> tuple[Difference, Difference]:
+        pair = [self.child(new), self.child(old)]
+        of_validation, of_confirmation = (self._measure(pair, split)[1] for split in ("validation", "confirmation"))
+        return Difference.between(*of_validation), Difference.between(*of_confirmation)
 
     @cached_property
     def _costs(self) -> Costs:
@@ -390,6 +490,9 @@ class Search:
             experts=tuple(tuple(_kl(choice.get("score")) for choice in layer["experts"]) for layer in layers),
             attention=tuple(tuple(_kl(score) for score in layer["window_scores"]) for layer in layers),
         )
+        return self._problem_of(space, scores)
+
+    def _problem_of(self, space: Space, scores: Scores) -> Problem:
         return Problem(space, scores, self._costs, self.recipe.target)
 
     def _check_target(self) -> None:
@@ -399,7 +502,7 @@ class Search:
             experts=tuple(tuple(0.0 for _ in choices) for choices in space.expert_choices),
             attention=tuple(tuple(0.0 for _ in windows) for windows in space.windows),
         )
-        Problem(space, zeros, self._costs, self.recipe.target).solve()
+        self._problem_of(space, zeros).solve()
 
     def _stage(
         self,
@@ -423,10 +526,24 @@ def _throughput(speed: Spread) -> dict[str, float | int]:
     return {"tokens_per_second": speed.median, "low": speed.low, "high": speed.high, "rounds": speed.rounds}
 
 
-def _mask(choice: ExpertChoice, experts: int) -> np.ndarray:
-    mask = np.zeros(experts, bool)
-    mask[list(choice.kept)] = True
-    return mask
+def _scores_to_json(scored: ScoredSpace) -> list[dict[str, Any]]:
+    """The space with the score of each alternative that is not the parent's own."""
+    numbered, book, layers = scored.numbered, scored.book, []
+    for layer, entry in enumerate(scored.space.to_json()):
+        window = scored.space.parent.blocks[layer].window
+
+        def score(number: int | None, window: int | None = window) -> dict[str, Any] | None:
+            return None if number is None else asdict(book.score(number, window))
+
+        experts = zip(entry["experts"], numbered.experts[layer], strict=True)
+        layers.append(
+            {
+                **entry,
+                "experts": [{**choice, "score": score(number)} for choice, number in experts],
+                "window_scores": [score(number) for number in numbered.attention[layer]],
+            }
+        )
+    return layers
 
 
 def _kl(score: dict[str, Any] | None) -> float:

@@ -1,25 +1,33 @@
 """Expert ranking: one streaming pass over the traces scores every expert of every layer by several methods.
 
-    removal_error   mean over tokens of mean_d (y'_{t,e} - y_t)^2, where y' is the mixture's output with e removed and
-                    the token routed again. With a top-k router the expert that enters is always the (k+1)-th, so the
-                    top k+1 experts, evaluated once, give all k counterfactuals exactly.
-    reap            mean over the tokens routed to e of gate * |expert output| (arXiv 2510.13999)
-    frequency       share of tokens routed to e
+    removal_error       mean over tokens of mean_d (y'_{t,e} - y_t)^2, where y' is the mixture's output with e removed
+                        and the token routed again. With a top-k router the expert that enters is always the (k+1)-th,
+                        so the top k+1 experts, evaluated once, give all k counterfactuals exactly.
+    joint_greedy        the same given all that was removed before (`search.elimination`)
+    reap                mean over the tokens routed to e of gate * |output of e| (arXiv 2510.13999)
+    easy_ep             sum over tokens of gate * |output of e| * max(1 - cos(x before, x after the mixture), 0)
+                        (arXiv 2504.06792)
+    frequency           share of tokens routed to e
+    weighted_frequency  the same, weighted by the gate
+    ranked_choice       votes by router logits, the losers' votes handed on (`search.elimination`)
 
-Every valid token of a trace counts, prompt included, and every trace counts the same, however long it is. Experts
-that were never routed to rank last under every method. Memory does not grow with the number of traces.
+No method wins everywhere, so each proposes experts to keep and exact scores choose among them. Every valid token of a
+trace counts, prompt included; every trace of a task counts the same, however long it is, and every task the same,
+however many traces it has. Experts that were never routed to rank last under every method. Memory does not grow with
+the number of traces.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from itertools import combinations
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.generate.batches import MicroBatch
@@ -28,8 +36,21 @@ from puzzle_jax.kernels.route import top_k_ids
 from puzzle_jax.model.network import attention_block, embed, rms_norm
 from puzzle_jax.model.rope import rope_table
 from puzzle_jax.model.spec import Params, layer_experts
+from puzzle_jax.search.elimination import (
+    Sample,
+    draw,
+    empty_sample,
+    gram_matrices,
+    joint_greedy,
+    merge,
+    num_ranks,
+    ranked_choice,
+)
 
-METHODS = ("removal_error", "reap", "frequency")
+METHODS = ("removal_error", "joint_greedy", "reap", "easy_ep", "frequency", "weighted_frequency", "ranked_choice")
+
+SAMPLED_PER_LAYER, SAMPLED_PER_BATCH = 8192, 512
+"""Tokens that methods which remove one expert after the other look at."""
 
 
 class Ranking(NamedTuple):
@@ -43,12 +64,32 @@ class Ranking(NamedTuple):
         order = np.lexsort((-self.routed[layer], -self.scores[method][layer]))
         return tuple(sorted(int(i) for i in order[:count]))
 
+    def agreement(self, counts: Sequence[int]) -> dict[tuple[str, str], float]:
+        """For each pair of methods the share of kept experts that both keep, the mean over layers and counts."""
+        return {
+            (one, other): float(
+                np.mean(
+                    [
+                        len({*self.keep(one, layer, count)} & {*self.keep(other, layer, count)}) / count
+                        for layer in range(len(self.routed))
+                        for count in counts
+                    ]
+                )
+            )
+            for one, other in combinations(self.scores, 2)
+        }
+
 
 class _Sums(NamedTuple):
+    """Sums of one layer over the weighted tokens seen so far, by expert; and a sample of those tokens."""
+
     removal: Float[Array, "experts"]
     gated_norm: Float[Array, "experts"]
+    turned_norm: Float[Array, "experts"]  # times how far the mixture turned the hidden state
+    gates: Float[Array, "experts"]
     routed: Float[Array, "experts"]
-    tokens: Float[Array, ""]  # weighted, like the others
+    tokens: Float[Array, ""]
+    sample: Sample
 
 
 def rank_experts(
@@ -56,61 +97,96 @@ def rank_experts(
     config: ModelConfig,
     batches: Iterable[MicroBatch],
     on_batch: Callable[[], None] | None = None,
+    seed: int = 0,
 ) -> Ranking:
-    """Streams batches through the parent, whose layers must have equally many experts."""
-    layers, experts = config.num_layers, config.blocks[0].num_experts
-    zeros = jnp.zeros(experts)
-    sums = [_Sums(zeros, zeros, zeros, jnp.zeros(())) for _ in range(layers)]
-    for batch in batches:
+    """Streams batches through the parent, whose layers must have equally many experts; `seed` draws the sample."""
+    layers, experts, k = config.num_layers, config.blocks[0].num_experts, config.experts_per_token
+
+    def nothing() -> _Sums:
+        sample = empty_sample(SAMPLED_PER_LAYER, experts, num_ranks(experts, k))
+        sums = [jnp.zeros(experts) for _ in range(5)]
+        return _Sums(sums[0], sums[1], sums[2], sums[3], sums[4], jnp.zeros(()), sample)
+
+    sums = [nothing() for _ in range(layers)]
+    for number, batch in enumerate(batches):
         x = _embed(params, batch.tokens)
+        random = jax.random.fold_in(jax.random.key(seed), number)
         for index, layer in enumerate(params["layers"]):
-            window = config.blocks[index].window
-            x, new = _rank_layer(layer, config, window, x, batch)
-            sums[index] = jax.tree.map(jnp.add, sums[index], new)
+            x, sums[index] = _rank_layer(layer, config, config.blocks[index].window, x, batch, sums[index], random)
         if on_batch is not None:
             on_batch()
-    removal, gated_norm, routed, tokens = (
-        np.stack([np.asarray(of_layer[part], np.float64) for of_layer in sums]) for part in range(4)
+    return _ranking(sums, k)
+
+
+def _ranking(sums: Sequence[_Sums], k: int) -> Ranking:
+    removal, gated_norm, turned_norm, gates, routed, tokens = (
+        np.stack([np.asarray(of_layer[part], np.float64) for of_layer in sums]) for part in range(6)
     )
+    tokens = tokens[:, None]
+
+    def eliminated(by: Callable[[Sample, Array, int], Array]) -> np.ndarray:
+        return np.stack([np.asarray(by(s.sample, s.routed, k), np.float64) for s in sums])
+
     scores = {
-        "removal_error": removal / tokens[:, None],
+        "removal_error": removal / tokens,
+        "joint_greedy": eliminated(joint_greedy),
         "reap": gated_norm / np.maximum(routed, 1e-30),
-        "frequency": routed / tokens[:, None],
+        "easy_ep": turned_norm / tokens,
+        "frequency": routed / tokens,
+        "weighted_frequency": gates / tokens,
+        "ranked_choice": eliminated(ranked_choice),
     }
-    return Ranking({name: np.where(routed == 0, -np.inf, value) for name, value in scores.items()}, routed)
+    return Ranking({name: np.where(routed == 0, -np.inf, scores[name]) for name in METHODS}, routed)
 
 
 _embed = jax.jit(embed)
 
 
-@partial(jax.jit, static_argnames=("config", "window"))
+@partial(jax.jit, static_argnames=("config", "window"), donate_argnames="sums")
 def _rank_layer(
-    layer: Params, config: ModelConfig, window: int | None, x: Float[Array, "rows seq hidden"], batch: MicroBatch
+    layer: Params,
+    config: ModelConfig,
+    window: int | None,
+    x: Float[Array, "rows seq hidden"],
+    batch: MicroBatch,
+    sums: _Sums,
+    random: PRNGKeyArray,
 ) -> tuple[Float[Array, "rows seq hidden"], _Sums]:
-    """One layer of the parent, and its sums over the batch."""
+    """One layer of the parent, and its sums with the batch added."""
     table = rope_table(config.rope, config.head_dim, jnp.arange(x.shape[1])[None])
     x, _ = attention_block(layer["attention"], config, x, table, window=window)
     moe, k, experts = layer["moe"], config.experts_per_token, config.blocks[0].num_experts
-    y = rms_norm(x, moe["norm"], config.rms_norm_eps).reshape(-1, x.shape[-1])
+    before = x.reshape(-1, x.shape[-1])
+    y = rms_norm(before, moe["norm"], config.rms_norm_eps)
     logits = (y @ moe["router_weight"] + moe["router_bias"]).astype(jnp.float32)
     ids = top_k_ids(logits, min(k + 1, experts))
     chosen = jnp.take_along_axis(logits, ids, axis=-1)
     outputs = expert_outputs(y, ids, layer_experts(moe), limit=config.swiglu_limit).astype(jnp.float32)
     gates = jax.nn.softmax(chosen[:, :k], axis=-1)
     out = jnp.einsum("tk,tkh->th", gates, outputs[:, :k])
-    weight = (batch.valid / jnp.maximum(batch.lengths, 1)[:, None]).reshape(-1)
-    sums = _Sums(
-        removal=_removal_errors(chosen, outputs, out, k) if experts > k else jnp.zeros((y.shape[0], k)),
-        gated_norm=gates * jnp.linalg.norm(outputs[:, :k], axis=-1),
-        routed=jnp.ones_like(gates),
-        tokens=jnp.sum(weight),
-    )
+    after = before + out.astype(x.dtype)
+    norms = gates * jnp.linalg.norm(outputs[:, :k], axis=-1)
+    turned = jnp.maximum(1.0 - _cosine(before, after), 0.0)[:, None]
+    removal = _removal_errors(chosen, outputs, out, k) if experts > k else jnp.zeros_like(gates)
+    of_trace = batch.task_weight / jnp.maximum(batch.lengths, 1)
+    weight = (batch.valid * of_trace[:, None]).reshape(-1)
 
     def by_expert(per_choice: Float[Array, "tokens k"]) -> Float[Array, "experts"]:
         return jnp.zeros(experts).at[ids[:, :k]].add(per_choice * weight[:, None])
 
-    new = _Sums(by_expert(sums.removal), by_expert(sums.gated_norm), by_expert(sums.routed), sums.tokens)
-    return x + out.reshape(x.shape).astype(x.dtype), new
+    per_choice = (removal, norms, norms * turned, gates, jnp.ones_like(gates))
+    totals = [old + by_expert(new) for old, new in zip(sums[:5], per_choice, strict=True)]
+    sample = merge(sums.sample, _sample(moe, config, y, logits, weight, random))
+    return after.reshape(x.shape), _Sums(*totals, tokens=sums.tokens + jnp.sum(weight), sample=sample)
+
+
+def _sample(moe: Params, config: ModelConfig, y: Array, logits: Array, weight: Array, random: PRNGKeyArray) -> Sample:
+    """Some of a batch's tokens, with the outputs of all their better-ranked experts."""
+    key, weight, tokens = draw(random, weight, min(SAMPLED_PER_BATCH, weight.shape[0]))
+    order = jnp.argsort(-logits[tokens], axis=-1, stable=True).astype(jnp.int32)
+    best = order[:, : num_ranks(logits.shape[1], config.experts_per_token)]
+    outputs = expert_outputs(y[tokens], best, layer_experts(moe), limit=config.swiglu_limit).astype(jnp.float32)
+    return Sample(key, weight, order, jnp.take_along_axis(logits[tokens], best, axis=-1), gram_matrices(outputs))
 
 
 def _removal_errors(
@@ -127,3 +203,9 @@ def _removal_errors(
         changed = jnp.einsum("tk,tkh->th", gates, outputs)
         errors.append(jnp.mean((changed - out) ** 2, axis=-1))
     return jnp.stack(errors, axis=-1)
+
+
+def _cosine(a: Float[Array, "tokens hidden"], b: Float[Array, "tokens hidden"]) -> Float[Array, "tokens"]:
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    norms = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
+    return jnp.sum(a * b, axis=-1) / jnp.maximum(norms, 1e-20)

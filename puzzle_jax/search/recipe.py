@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.search.scenario import Scenario, Target
-from puzzle_jax.search.space import DEFAULT_FRACTIONS
+from puzzle_jax.search.space import DEFAULT_FRACTIONS, Restriction
 from puzzle_jax.tasks import EFFORTS, TASKS, check_effort, get_task
 
 EMBEDDED_PARENT = Path(__file__).parent.parent / "assets" / "tiny"
@@ -26,6 +26,7 @@ class TraceSettings:
       efforts: reasoning efforts.
       calibration: problems per task that rank and score.
       validation: problems per task that choose among the program's best solutions.
+      confirmation: problems per task that accept or refuse refinements.
       heldout: problems per task for the reported KL; they choose nothing.
       temperature: of sampling; 0 is greedy.
       seed: draws other problems and other answers.
@@ -37,6 +38,7 @@ class TraceSettings:
     efforts: tuple[str, ...] = EFFORTS
     calibration: int = 48
     validation: int = 32
+    confirmation: int = 32
     heldout: int = 64
     temperature: float = 1.0
     seed: int = 0
@@ -50,7 +52,7 @@ class TraceSettings:
             check_effort(effort)
             if self.max_tokens.get(effort, 0) < 1:
                 raise ConfigError(f"traces.max_tokens has no limit of at least 1 for effort {effort!r}")
-        for name in ("calibration", "validation", "heldout", "batch_size"):
+        for name in ("calibration", "validation", "confirmation", "heldout", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"traces.{name} is {getattr(self, name)}, but must be at least 1")
         if not self.temperature >= 0:
@@ -65,11 +67,63 @@ class SpaceSettings:
       fractions: of the parent's experts that a layer may keep.
       divisor: degree of expert parallelism, which every count must be a multiple of.
       windows: offered on full-attention layers.
+      restrict: what some layers may become.
     """
 
     fractions: tuple[float, ...] = DEFAULT_FRACTIONS
     divisor: int = 1
     windows: tuple[int, ...] = (8192, 1024)
+    restrict: tuple[Restriction, ...] = ()
+
+
+@dataclass(frozen=True)
+class ScoreSettings:
+    """How alternatives are scored.
+
+    Attributes:
+      method: "exact" scores all on every calibration trace; "adaptive" all on a few, and more only those whose
+        uncertainty could change what the program chooses; "lens" estimates.
+      first: traces that adaptive scoring begins with.
+      draws: of the traces, by which adaptive scoring judges uncertainty.
+      keep_sets: expert sets per layer and count that are scored exactly, the best by the lens; 0 is all.
+      tokens_per_batch: of a micro-batch.
+      per_call: alternatives that run together on it.
+      keep_every: layers from one kept hidden state of the parent to the next.
+    """
+
+    method: Literal["adaptive", "exact", "lens"] = "adaptive"
+    first: int = 24
+    draws: int = 32
+    keep_sets: int = 3
+    tokens_per_batch: int = 1024
+    per_call: int = 8
+    keep_every: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("first", "draws", "tokens_per_batch", "per_call", "keep_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"score.{name} is {getattr(self, name)}, but must be at least 1")
+        if self.keep_sets < 0:
+            raise ConfigError(f"score.keep_sets is {self.keep_sets}, but must be at least 0")
+
+
+@dataclass(frozen=True)
+class RefineSettings:
+    """What follows the program; each step is taken only if the KL on confirmation traces falls by two standard errors.
+
+    Attributes:
+      rounds: of scoring all alternatives anew around the child; at most 2.
+      swaps: experts tried on either side of a swap in the child's worst layer; 0 is none.
+    """
+
+    rounds: int = 1
+    swaps: int = 4
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rounds <= 2:
+            raise ConfigError(f"refine.rounds is {self.rounds}, but must be 0, 1 or 2")
+        if self.swaps < 0:
+            raise ConfigError(f"refine.swaps is {self.swaps}, but must be at least 0")
 
 
 @dataclass(frozen=True)
@@ -97,10 +151,12 @@ class EvaluateSettings:
 
     Attributes:
       problems: per task, each asked at every effort, greedily.
+      baselines: of `search.baselines` that are measured beside the child.
       rounds: interleaved rounds of measured throughput.
       seed: draws other problems.
     """
 
+    baselines: tuple[str, ...] = ("uniform", "experts_only", "windows_only")
     problems: int = 100
     rounds: int = 7
     seed: int = 0
@@ -112,15 +168,29 @@ class EvaluateSettings:
 
 
 @dataclass(frozen=True)
+class MeshSettings:
+    """Devices that the search itself runs on.
+
+    Attributes:
+      data: shares of a batch's rows.
+      model: shares of heads, experts and vocabulary.
+    """
+
+    data: int = 1
+    model: int = 1
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One search.
 
     Attributes:
       parent: checkpoint directory; by default the embedded small parent.
       run: directory of everything that the search writes.
-      traces, space, solve, evaluate: settings of the stages.
+      traces, space, score, solve, refine, evaluate: settings of the stages.
       scenario: the deployment.
       target: what the child must reach, relative to its parent.
+      mesh: devices that the search itself runs on.
       costs: "measured" times our own sub-blocks on the devices present, "roofline" models the scenario's hardware.
     """
 
@@ -130,8 +200,11 @@ class Recipe:
     run: Path = Path("runs/tiny")
     traces: TraceSettings = field(default_factory=TraceSettings)
     space: SpaceSettings = field(default_factory=SpaceSettings)
+    score: ScoreSettings = field(default_factory=ScoreSettings)
     solve: SolveSettings = field(default_factory=SolveSettings)
+    refine: RefineSettings = field(default_factory=RefineSettings)
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
+    mesh: MeshSettings = field(default_factory=MeshSettings)
     costs: Literal["measured", "roofline"] = "measured"
 
     def section(self, name: str) -> dict[str, Any]:

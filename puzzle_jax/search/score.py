@@ -1,76 +1,53 @@
-"""Exact replace-one scores: how much each alternative, alone in its layer, moves the parent's distribution.
+"""How much each alternative hurts: KL(parent || child) per completion token, the mean over traces of each trace's mean.
 
-For each micro-batch the parent's hidden states before every layer are kept. Each alternative of a layer starts from
-there, and only the layers above it are run, so a layer costs half of what a whole pass would on average. Expert
-masks are data, one per row, so alternatives are batched, and one compiled block serves every layer and alternative of
-a shape and window; programs do not grow with depth. The score is KL(parent || child) per completion token, the mean
-over traces of each trace's mean.
+Alternatives of the attention and of the experts are scored apart; the program adds their scores. A window leaves every
+token that sees no more keys than the window exactly as it was, so traces no longer than it count as zero without being
+run, and the loss per token beyond the window is reported beside the mean (`late_kl`), as is the loss by context.
 
-Alternatives of the attention and of the experts are scored apart; the program adds their scores. A window scores
-exactly zero on traces no longer than itself, so scores are reported by length of trace as well.
+Results are kept trace by trace in a `ScoreBook`, which is saved as it grows: an interrupted run goes on where it was,
+and what has been scored once is not run again for another target.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from typing import NamedTuple
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jax.sharding import Mesh
+from jaxtyping import Bool, Float, Int
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from puzzle_jax.config import ModelConfig
-from puzzle_jax.evaluate.divergence import divergence
-from puzzle_jax.generate.batches import MicroBatch
+from puzzle_jax.files import write_beside
+from puzzle_jax.generate.batches import MicroBatch, micro_batches
+from puzzle_jax.generate.traces import Trace
 from puzzle_jax.model.child import Child
-from puzzle_jax.model.network import attention_block, embed, moe_block
-from puzzle_jax.model.rope import rope_table
 from puzzle_jax.model.spec import Params
+from puzzle_jax.search.replace import CONTEXTS, METRICS, Alternative, ReplaceOne, child_choices
 
-BUCKETS = (64, 256)  # tokens of a trace: up to 64, up to 256, beyond
-
-
-class Alternative(NamedTuple):
-    """What replaces one layer's own choice: experts that stay, or a window."""
-
-    expert_mask: np.ndarray
-    window: int | None
+_UNCHANGED = np.array([0.0, 1.0, 1.0, *[0.0] * (len(METRICS) - 3)])
 
 
-@dataclass
-class Tally:
-    """Collects per-trace values of one alternative."""
+@runtime_checkable
+class Runner(Protocol):
+    """What gives METRICS of traces under alternatives: `ReplaceOne` or a `Lens`."""
 
-    kl: list[float] = field(default_factory=list)
-    agreement: list[float] = field(default_factory=list)
-    cosine: list[float] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
+    @property
+    def base(self) -> Sequence[Alternative] | None: ...
 
-    def add(self, values: Float[np.ndarray, "3 rows"], lengths: Int[np.ndarray, "rows"]) -> None:
-        """Adds one value per trace; rows of length 0 are padding."""
-        real = lengths > 0
-        self.kl += values[0, real].tolist()
-        self.agreement += values[1, real].tolist()
-        self.cosine += values[2, real].tolist()
-        self.lengths += lengths[real].tolist()
+    @property
+    def choices(self) -> Sequence[Alternative]: ...
 
-    def result(self) -> Score:
-        kl = np.asarray(self.kl)
-        bucket = np.searchsorted(BUCKETS, np.asarray(self.lengths))
-        names = [*(f"<={limit}" for limit in BUCKETS), f">{BUCKETS[-1]}"]
-        return Score(
-            kl=float(kl.mean()),
-            kl_se=float(kl.std(ddof=1) / np.sqrt(len(kl))) if len(kl) > 1 else float("nan"),
-            agreement=float(np.mean(self.agreement)),
-            cosine=float(np.mean(self.cosine)),
-            traces=len(kl),
-            kl_by_length={n: float(kl[bucket == i].mean()) for i, n in enumerate(names) if np.any(bucket == i)},
-        )
+    def __call__(
+        self, batch: MicroBatch, wanted: Sequence[tuple[int, Alternative]], on_done: Callable[[int], None] | None
+    ) -> Float[np.ndarray, "alternatives rows metrics"]: ...
+
+    def work(self, wanted: Sequence[tuple[int, Alternative]]) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -78,10 +55,13 @@ class Score:
     """Means over traces of the mean over completion tokens.
 
     Attributes:
-      kl: KL(parent || child), nats per token; `kl_se` its standard error over traces.
+      kl: KL(parent || child), nats per token; `kl_se` its standard error over traces (NaN for one trace).
       agreement: share of positions whose most likely token is the parent's.
       cosine: of the final hidden states.
-      kl_by_length: `kl` over traces of so many tokens.
+      traces: scored.
+      kl_by_context: mean KL per token that sees so many tokens, itself included.
+      late_share: share of the loss on tokens that see more than the window; 1 where no window was narrowed.
+      late_kl: KL per such token; 0 where there is none.
     """
 
     kl: float
@@ -89,125 +69,193 @@ class Score:
     agreement: float
     cosine: float
     traces: int
-    kl_by_length: dict[str, float]
+    kl_by_context: dict[str, float]
+    late_share: float = 1.0
+    late_kl: float = 0.0
 
 
-def replace_one_scores(
-    params: Params,
-    config: ModelConfig,
-    alternatives: Sequence[Sequence[Alternative]],
-    batches: Iterable[MicroBatch],
+Measurements = tuple[list[Score], Float[np.ndarray, "children traces"]]
+"""Scores of children, and each one's KL on every trace."""
+
+
+@dataclass
+class ScoreBook:
+    """METRICS of traces under alternatives.
+
+    Attributes:
+      alternatives: layer and choice.
+      traces: of which each alternative is scored on some.
+      values: NaN where an alternative was not scored on a trace.
+    """
+
+    alternatives: Sequence[tuple[int, Alternative]]
+    traces: Sequence[Trace]
+    values: Float[np.ndarray, "alternatives traces metrics"]
+
+    @staticmethod
+    def empty(alternatives: Sequence[tuple[int, Alternative]], traces: Sequence[Trace]) -> ScoreBook:
+        shape = (len(alternatives), len(traces), len(METRICS))
+        return ScoreBook(alternatives, traces, np.full(shape, np.nan))
+
+    @property
+    def scored(self) -> Bool[np.ndarray, "alternatives traces"]:
+        return ~np.isnan(self.values[..., 0])
+
+    def means(self, traces: Int[np.ndarray, "drawn"] | None = None) -> Float[np.ndarray, "alternatives"]:
+        """KL of every alternative over the traces it was scored on, each as often as it was drawn."""
+        times = np.ones(len(self.traces)) if traces is None else np.bincount(traces, minlength=len(self.traces))
+        times = self.scored * times
+        with np.errstate(invalid="ignore"):
+            return np.sum(np.nan_to_num(self.values[..., 0]) * times, axis=1) / times.sum(axis=1)
+
+    def score(self, number: int, base_window: int | None = None) -> Score:
+        """One alternative's means; `base_window` is what its window narrows, where it does."""
+        rows = np.flatnonzero(self.scored[number])
+        values = self.values[number, rows]
+        weights = np.array([_weight_by_context(self.traces[int(row)]) for row in rows])
+        window = self.alternatives[number][1].window
+        late = 1.0 if window is None or window == base_window else self._late_share(rows, window)
+        kl = values[:, 0]
+        return Score(
+            kl=float(kl.mean()),
+            kl_se=float(kl.std(ddof=1) / np.sqrt(len(kl))) if len(kl) > 1 else float("nan"),
+            agreement=float(values[:, 1].mean()),
+            cosine=float(values[:, 2].mean()),
+            traces=len(rows),
+            kl_by_context={
+                name.removeprefix("kl "): float(values[:, 3 + i].sum() / weights[:, i].sum())
+                for i, name in enumerate(METRICS[3:])
+                if weights[:, i].any()
+            },
+            late_share=late,
+            late_kl=float(kl.mean() / late) if late else 0.0,
+        )
+
+    def _late_share(self, rows: Int[np.ndarray, "scored"], window: int) -> float:
+        """Share of the loss on tokens that are predicted from more than `window` tokens."""
+        late = [np.mean(_contexts(self.traces[row]) > window) for row in rows]
+        return float(np.mean(late))
+
+    # On disk -------------------------------------------------------------------------------------------------------
+
+    def key(self, parent: str) -> str:
+        """What the numbers depend on; `parent` names the model and everything else that is not in the book."""
+        digest = hashlib.sha256(parent.encode())
+        for layer, choice in self.alternatives:
+            digest.update(f"{layer} {choice.window} {np.flatnonzero(choice.expert_mask).tolist()}\n".encode())
+        for trace in self.traces:
+            digest.update(f"{trace.prompt} {trace.completion}\n".encode())
+        return digest.hexdigest()
+
+    def save(self, path: Path, key: str) -> None:
+        write_beside(path, save({"values": self.values}, metadata={"key": key}))
+
+    def load(self, path: Path, key: str) -> None:
+        """Takes over the numbers of an earlier run of the same key; a file of another key or a damaged one is left."""
+        if not path.is_file():
+            return
+        try:
+            with safe_open(path, framework="numpy") as found:
+                if (found.metadata() or {}).get("key") == key:
+                    self.values[:] = found.get_tensor("values")
+        except (SafetensorError, ValueError):
+            return
+
+
+def _contexts(trace: Trace) -> Int[np.ndarray, "completion"]:
+    """Tokens seen by the position before each completion token."""
+    return len(trace.prompt) + np.arange(len(trace.completion))
+
+
+def _weight_by_context(trace: Trace) -> Float[np.ndarray, "buckets"]:
+    buckets = np.searchsorted(CONTEXTS, _contexts(trace))
+    return np.bincount(buckets, minlength=len(CONTEXTS) + 1) / len(trace.completion)
+
+
+def fill(
+    book: ScoreBook,
+    run: Runner,
+    alternatives: Sequence[int],
+    traces: Sequence[int],
     *,
-    per_call: int = 4,
-    on_alternatives: Callable[[int], None] | None = None,
-) -> list[list[Score]]:
-    """Scores every alternative of every layer.
+    tokens_per_batch: int = 1024,
+    on_batch: Callable[[], None] | None = None,
+    on_done: Callable[[int], None] | None = None,
+) -> None:
+    """Scores alternatives on traces (numbers of both in the book) that they were not scored on yet.
 
     Args:
-      params: dense parameters of the parent.
-      alternatives: per layer.
-      batches: traces.
-      per_call: alternatives that run together; each call has `per_call` times the rows of a batch.
-      on_alternatives: called with the number of alternatives done for a batch, times the layers run for each.
+      on_batch: called after every batch, when the book may be saved.
+      on_done: called with what was done of `work_left`.
     """
-    parent = parent_choices(config)
-    layers = list(enumerate(params["layers"]))
-    tallies: dict[tuple[int, int], Tally] = defaultdict(Tally)
+    for batch, wanted in _to_do(book, run, alternatives, traces, tokens_per_batch):
+        ids, real = batch.ids, batch.ids >= 0
+        values = run(batch, [book.alternatives[number] for number in wanted], on_done)
+        for number, of_alternative in zip(wanted, values, strict=True):
+            book.values[number, ids[real]] = of_alternative[real]
+        if on_batch is not None and wanted:
+            on_batch()
+
+
+def work_left(
+    book: ScoreBook,
+    run: Runner,
+    alternatives: Sequence[int],
+    traces: Sequence[int],
+    *,
+    tokens_per_batch: int = 1024,
+) -> int:
+    """Layers to be run for each of the alternatives and batches that `fill` has not done yet."""
+    return sum(
+        run.work([book.alternatives[number] for number in wanted])
+        for _, wanted in _to_do(book, run, alternatives, traces, tokens_per_batch)
+    )
+
+
+def _to_do(book: ScoreBook, run: Runner, alternatives: Sequence[int], traces: Sequence[int], tokens: int):
+    """Batches of the traces, with the alternatives to run on each. What a window cannot change is filled in here."""
+    longest = max(len(trace.prompt) + len(trace.completion) for trace in book.traces)
+    batches = micro_batches([book.traces[number] for number in traces], tokens_per_batch=tokens, longest=longest)
     for batch in batches:
-        rows, lengths = batch.tokens.shape[0], np.asarray(batch.lengths)
-        boundaries = [_embed(params, batch.tokens)]
-        for index, layer in layers:
-            boundaries.append(_run(layer, config, boundaries[-1], [parent[index]]))
-        for index, layer in layers:
-            for start in range(0, len(alternatives[index]), per_call):
-                group = list(alternatives[index][start : start + per_call])
-                padded = group + [group[-1]] * (per_call - len(group))
-                x = _run(layer, config, jnp.tile(boundaries[index], (per_call, 1, 1)), padded)
-                for above, upper in layers[index + 1 :]:
-                    x = _run(upper, config, x, [parent[above]] * per_call)
-                values = np.asarray(_compare(params, config, boundaries[-1], x, batch.loss_weight))
-                for offset in range(len(group)):
-                    tallies[index, start + offset].add(values[:, offset * rows : (offset + 1) * rows], lengths)
-                if on_alternatives is not None:
-                    on_alternatives(len(group) * (config.num_layers - index))
-    return [
-        [tallies[index, position].result() for position in range(len(of_layer))]
-        for index, of_layer in enumerate(alternatives)
-    ]
+        ids = np.where(batch.ids >= 0, np.asarray(traces)[batch.ids], -1)
+        batch = batch._replace(ids=ids)
+        rows = ids[ids >= 0]
+        wanted = []
+        for number in alternatives:
+            layer, choice = book.alternatives[number]
+            if run.base is None and _changes_nothing(choice, run.choices[layer], batch):
+                book.values[number, rows] = _UNCHANGED
+            elif np.isnan(book.values[number, rows, 0]).any():
+                wanted.append(number)
+        yield batch, wanted
+
+
+def _changes_nothing(choice: Alternative, base: Alternative, batch: MicroBatch) -> bool:
+    """Whether a narrower window is as wide as all traces of a batch."""
+    if choice.window is None or not np.array_equal(choice.expert_mask, base.expert_mask):
+        return False
+    return choice.window >= int(np.max(np.asarray(batch.lengths)))
 
 
 def score_children(
     params: Params,
     config: ModelConfig,
     children: Sequence[Child],
-    batches: Iterable[MicroBatch],
+    traces: Sequence[Trace],
+    *,
+    mesh: Mesh | None = None,
+    tokens_per_batch: int = 4096,
     on_child: Callable[[], None] | None = None,
-) -> list[Score]:
-    """The same comparison for whole children, as views on the parent."""
-    choices = [
-        [Alternative(mask, block.window) for mask, block in zip(np.asarray(c.view.expert_masks), c.blocks, strict=True)]
-        for c in children
-    ]
-    tallies = [Tally() for _ in children]
-    for batch in batches:
-        start = parent = _embed(params, batch.tokens)
-        for layer, own in zip(params["layers"], parent_choices(config), strict=True):
-            parent = _run(layer, config, parent, [own])
-        for tally, of_child in zip(tallies, choices, strict=True):
-            x = start
-            for layer, choice in zip(params["layers"], of_child, strict=True):
-                x = _run(layer, config, x, [choice])
-            values = _compare(params, config, parent, x, batch.loss_weight)
-            tally.add(np.asarray(values), np.asarray(batch.lengths))
+) -> Measurements:
+    """The same comparison for whole children, as views on the parent; and each one's KL on every trace."""
+    nothing = (0, Alternative(np.ones(config.blocks[0].num_experts, bool), config.blocks[0].window))
+    book = ScoreBook.empty([nothing] * len(children), traces)
+    runs = [ReplaceOne(params, config, child_choices(child), mesh=mesh) for child in children]
+    for batch in micro_batches(traces, tokens_per_batch=tokens_per_batch):
+        real = batch.ids >= 0
+        for number, run in enumerate(runs):
+            book.values[number, batch.ids[real]] = run.base_metrics(batch)[real]
             if on_child is not None:
                 on_child()
-    return [tally.result() for tally in tallies]
-
-
-def parent_choices(config: ModelConfig) -> list[Alternative]:
-    """Each layer's own choice in the form of an alternative."""
-    return [Alternative(np.ones(block.num_experts, bool), block.window) for block in config.blocks]
-
-
-def _run(
-    layer: Params, config: ModelConfig, x: Float[Array, "all seq hidden"], choices: Sequence[Alternative]
-) -> Float[Array, "all seq hidden"]:
-    """One layer with a choice for each equal share of the rows: one call for each run of equal windows."""
-    rows = x.shape[0] // len(choices)
-    parts = []
-    for window, run in itertools.groupby(enumerate(choices), key=lambda item: item[1].window):
-        indices, masks = zip(*((index, choice.expert_mask) for index, choice in run), strict=True)
-        part = x if len(indices) == len(choices) else x[indices[0] * rows : (indices[-1] + 1) * rows]
-        parts.append(_block(layer, config, window, part, jnp.asarray(np.repeat(np.stack(masks), rows, axis=0))))
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
-
-
-_embed = jax.jit(embed)
-
-
-@partial(jax.jit, static_argnames=("config", "window"))
-def _block(
-    layer: Params,
-    config: ModelConfig,
-    window: int | None,
-    x: Float[Array, "rows seq hidden"],
-    masks: Bool[Array, "rows experts"],
-) -> Float[Array, "rows seq hidden"]:
-    """One layer with an expert mask per row; one program for all layers of equal shape and window."""
-    table = rope_table(config.rope, config.head_dim, jnp.arange(x.shape[1])[None])
-    x, _ = attention_block(layer["attention"], config, x, table, window=window)
-    return moe_block(layer["moe"], config, x, expert_mask=masks)[0]
-
-
-@partial(jax.jit, static_argnames=("config",))
-def _compare(
-    params: Params,
-    config: ModelConfig,
-    parent: Float[Array, "rows seq hidden"],
-    children: Float[Array, "all seq hidden"],
-    weight: Float[Array, "rows seq"],
-) -> Float[Array, "3 all"]:
-    """KL, agreement and cosine of each trace, for all children of the batch one after the other."""
-    copies = children.shape[0] // parent.shape[0]
-    parts = divergence(params, config, jnp.tile(parent, (copies, 1, 1)), children)
-    return jnp.stack([jnp.sum(part * jnp.tile(weight, (copies, 1)), axis=-1) for part in parts])
+    scores = [book.score(number, config.blocks[0].window) for number in range(len(children))]
+    return scores, book.values[..., 0]

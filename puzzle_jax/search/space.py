@@ -11,16 +11,47 @@ heads).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 from puzzle_jax.config import BlockConfig, ModelConfig
 from puzzle_jax.errors import ConfigError
 
 DEFAULT_FRACTIONS = (1, 7 / 8, 3 / 4, 5 / 8, 1 / 2, 3 / 8, 1 / 4)
+
+
+@dataclass(frozen=True)
+class Restriction:
+    """What some layers may become; None leaves a side open.
+
+    Attributes:
+      layers: numbers and ranges, such as "0-3, 7".
+      min_experts, max_experts: of the experts kept; equal ones pin the count.
+      windows: allowed ones, "full" for full attention; the parent's own must be among them.
+    """
+
+    layers: str
+    min_experts: int | None = None
+    max_experts: int | None = None
+    windows: tuple[int | Literal["full"], ...] | None = None
+
+    def numbers(self, num_layers: int) -> list[int]:
+        """The layers meant; raises `ConfigError` for what is no list of layers below `num_layers`."""
+        found: list[int] = []
+        for part in str(self.layers).split(","):
+            match = re.fullmatch(r"\s*(\d{1,6})\s*(?:-\s*(\d{1,6})\s*)?", part)
+            first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
+            if first > last or last >= num_layers:
+                raise ConfigError(
+                    f"space.restrict has layers {self.layers!r}, but must list numbers and ranges from 0 to "
+                    f"{num_layers - 1}, such as '0-3, 7'"
+                )
+            found += range(first, last + 1)
+        return found
 
 
 @dataclass(frozen=True)
@@ -208,6 +239,37 @@ def candidate_windows(config: ModelConfig, extra: Iterable[int]) -> tuple[tuple[
             raise ConfigError(f"a window is {width!r}, but must be a whole number of at least 1")
     useful = tuple(width for width in widths if width < config.max_position)
     return tuple((block.window, *(useful if block.window is None else ())) for block in config.blocks)
+
+
+def restrict(
+    counts: Sequence[tuple[int, ...]],
+    windows: Sequence[tuple[int | None, ...]],
+    restrictions: Iterable[Restriction],
+) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int | None, ...], ...]]:
+    """Expert counts and windows per layer that all restrictions allow.
+
+    Raises `ConfigError`, naming the layer, where nothing is left, or where a layer could not keep the parent's window.
+    """
+    counts, windows = list(counts), list(windows)
+    for rule in restrictions:
+        for layer in rule.numbers(len(counts)):
+            low, high = rule.min_experts or 0, counts[layer][0] if rule.max_experts is None else rule.max_experts
+            left = tuple(count for count in counts[layer] if low <= count <= high)
+            if not left:
+                offered = ", ".join(map(str, counts[layer]))
+                raise ConfigError(
+                    f"space.restrict leaves layer {layer} no expert count of {low} to {high}; offered are {offered}"
+                )
+            counts[layer] = left
+            if rule.windows is not None:
+                allowed = {None if window == "full" else window for window in rule.windows}
+                if windows[layer][0] not in allowed:
+                    raise ConfigError(
+                        f"space.restrict allows layer {layer} windows {', '.join(map(str, rule.windows))}, but must "
+                        f"allow the parent's own ({_window(windows[layer][0])})"
+                    )
+                windows[layer] = tuple(window for window in windows[layer] if window in allowed)
+    return tuple(counts), tuple(windows)
 
 
 def distinct_choices(choices: Iterable[ExpertChoice]) -> tuple[ExpertChoice, ...]:

@@ -10,7 +10,8 @@ from tests.support import random_params, small_config
 def test_chunks_of_the_vocabulary_give_the_whole_divergence(chunk):
     config = small_config()
     params = random_params(config)
-    parent, child = (jax.random.normal(jax.random.key(i), (3, 5, 40)) for i in range(2))
+    parent = jax.random.normal(jax.random.key(0), (3, 5, 40))
+    child = jax.random.normal(jax.random.key(1), (2, 3, 5, 40))  # two children at once
     found = divergence(params, config, parent, child, chunk=chunk)
 
     def log_probabilities(x):

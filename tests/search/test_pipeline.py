@@ -18,7 +18,18 @@ from puzzle_jax.tasks.tokenizer import chat_files
 from tests.support import chat_config
 
 SETTINGS = [
-    *("--traces.tasks", '["chain"]', "--traces.calibration", "3", "--traces.validation", "2", "--traces.heldout", "2"),
+    *(
+        "--traces.tasks",
+        '["chain"]',
+        "--traces.calibration",
+        "3",
+        "--traces.validation",
+        "2",
+        "--traces.confirmation",
+        "2",
+        "--traces.heldout",
+        "2",
+    ),
     *("--traces.max_tokens", "{low: 5, medium: 6, high: 7}", "--traces.batch_size", "9"),
     *("--space.fractions", "[1, 0.75, 0.5]", "--space.windows", "[24]"),
     *("--scenario.input_tokens", "40", "--scenario.output_tokens", "8", "--scenario.batch", "3"),

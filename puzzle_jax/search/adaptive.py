@@ -1,0 +1,129 @@
+"""Which scores are worth more traces: those whose uncertainty could change what the program chooses.
+
+All alternatives are scored on a few traces first. Then, round by round: the traces are drawn anew with replacement
+many times (a bootstrap by sequence), the relaxed program is solved with each draw's mean scores, and alternatives of
+groups in which the draws disagree are contested. Only those are scored on further traces, twice as many each round,
+until every draw gives the same choice or the traces are used up (successive halving, led by the program itself).
+
+The relaxation is the linear program of the same limits without integrality; it breaks few ties that the whole program
+would not, and is solved in milliseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float
+from scipy import sparse
+from scipy.optimize import linprog
+
+from puzzle_jax.generate.traces import Trace
+from puzzle_jax.search.library import Program, lookup
+from puzzle_jax.search.score import ScoreBook
+
+Scorer = Callable[[Sequence[int], Sequence[int]], None]
+"""Fills a book: numbers of alternatives, numbers of traces."""
+
+
+class RelaxedProgram:
+    """A program's linear relaxation, for many objectives under the same limits.
+
+    Args:
+      program: library and limits.
+      owner: per group, the number of the score of each alternative; None stands for a score that is known to be 0.
+    """
+
+    def __init__(self, program: Program, owner: Mapping[str, Mapping[str, int | None]]) -> None:
+        pairs = [(group, name) for group, alternatives in program.library.items() for name in alternatives]
+        groups = {group: number for number, group in enumerate(program.library)}
+        self.group = np.array([groups[group] for group, _ in pairs])
+        numbers = [owner.get(group, {}).get(name) for group, name in pairs]
+        self.number = np.array([-1 if number is None else number for number in numbers])
+        columns = np.arange(len(pairs))
+        self._one_each = sparse.csr_matrix((np.ones(len(pairs)), (self.group, columns)))
+        rows: list[np.ndarray] = []
+        bounds: list[float] = []
+        for limit in program.limits:
+            row = np.array([float(lookup(program.library[group][name], limit.key)) for group, name in pairs])
+            scale = limit.sign / max(float(np.abs(row).max()), 1e-300)
+            rows.append(row * scale)
+            bounds.append(float(limit.bound) * scale)
+        self._rows, self._bounds = (np.stack(rows), np.array(bounds)) if rows else (None, None)
+
+    def support(self, scores: Float[np.ndarray, "alternatives"]) -> Bool[np.ndarray, "columns"]:
+        """Alternatives that the best relaxed choice uses; none where no choice meets the limits."""
+        cost = np.where(self.number >= 0, scores[self.number], 0.0)
+        found = linprog(
+            cost / max(float(cost.max()), 1e-300),
+            A_ub=self._rows,
+            b_ub=self._bounds,
+            A_eq=self._one_each,
+            b_eq=np.ones(self.group[-1] + 1),
+            bounds=(0, 1),
+            method="highs",
+        )
+        return np.zeros(len(cost), bool) if found.x is None else found.x > 1e-6
+
+
+def contested(programs: Iterable[RelaxedProgram], book: ScoreBook, *, draws: int = 32, seed: int = 0) -> list[int]:
+    """Numbers of the alternatives that some draws of the traces choose and others do not.
+
+    Args:
+      programs: one for each target that the scores are to serve.
+      book: scores so far; every alternative has some.
+      draws: of the traces, with replacement.
+    """
+    source, found = np.random.default_rng(seed), set()
+    used = np.flatnonzero(book.scored.any(axis=0))
+    samples = [book.means()] + [_redrawn(book, source.choice(used, len(used))) for _ in range(draws)]
+    for program in programs:
+        supports = np.stack([program.support(scores) for scores in samples])
+        torn = supports.any(axis=0) & ~supports.all(axis=0)
+        found |= {int(number) for number in program.number[torn] if number >= 0}
+    return sorted(found)
+
+
+def _redrawn(book: ScoreBook, traces: np.ndarray) -> Float[np.ndarray, "alternatives"]:
+    """Means over drawn traces; where a draw holds none that an alternative was scored on, over those it was."""
+    means = book.means(traces)
+    return np.where(np.isnan(means), book.means(), means)
+
+
+def in_random_order(traces: Sequence[Trace], seed: int = 0) -> list[int]:
+    """Numbers of traces such that the first ones hold every task and effort about equally often."""
+    source = np.random.default_rng(seed)
+    kinds: dict[tuple[str, str], list[int]] = {}
+    for number in source.permutation(len(traces)):
+        kinds.setdefault((traces[number].task, traces[number].effort), []).append(int(number))
+    turns = [(turn, kind, number) for kind, numbers in sorted(kinds.items()) for turn, number in enumerate(numbers)]
+    return [number for _, _, number in sorted(turns)]
+
+
+def score_adaptively(
+    book: ScoreBook,
+    score: Scorer,
+    programs: Sequence[RelaxedProgram],
+    *,
+    first: int = 16,
+    draws: int = 32,
+    seed: int = 0,
+    on_round: Callable[[int, int], None] | None = None,
+) -> int:
+    """Scores all alternatives on the `first` traces, then contested ones on more; returns the traces used.
+
+    Args:
+      book: what was scored before is not scored again.
+      score: fills the book.
+      programs: what the scores are for.
+      on_round: called with alternatives and traces before each round.
+    """
+    order = in_random_order(book.traces, seed)
+    wanted, start, stop = list(range(len(book.alternatives))), 0, min(first, len(order))
+    while wanted and start < len(order):
+        if on_round is not None:
+            on_round(len(wanted), stop - start)
+        score(wanted, order[start:stop])
+        wanted = contested(programs, book, draws=draws, seed=seed)
+        start, stop = stop, min(2 * stop, len(order))
+    return start

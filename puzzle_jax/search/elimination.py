@@ -1,0 +1,152 @@
+"""Rankings that remove one expert after the other, on a fixed number of sampled tokens per layer.
+
+    joint_greedy    removes the expert whose removal, given those already gone, changes the mixture's output least.
+                    A token's output with any set of experts is a combination of its highest-ranked experts' outputs,
+                    so the squared change is d' G d, with d the difference of gates and G the Gram matrix of those
+                    outputs: after one evaluation no expert is run again.
+    ranked_choice   removes the expert with the fewest votes, every token voting for the k best that are left of all
+                    experts by its router logits. An expert that no token ever votes for goes first.
+
+Tokens are drawn evenly from the stream, some of every batch and of those some in all, and count by their weights, so
+memory does not grow with the number of traces. The experts kept at any count are those removed last.
+
+Left out: tokens whose best ranks are all gone count as answered by nothing.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+RANKS_PER_CHOICE = 4
+"""Ranks kept per expert that a token goes through: with half of the experts gone, most of the best k are among them."""
+
+
+class Sample(NamedTuple):
+    """Tokens of one layer.
+
+    Attributes:
+      key: what the reservoir keeps the largest of; -inf where there is no token.
+      weight: how much the token counts, 0 where there is none.
+      order: experts by router logit, best first.
+      logits: of the best ranks.
+      gram: inner products of those experts' outputs, over the hidden size.
+    """
+
+    key: Float[Array, "tokens"]
+    weight: Float[Array, "tokens"]
+    order: Int[Array, "tokens experts"]
+    logits: Float[Array, "tokens ranks"]
+    gram: Float[Array, "tokens ranks ranks"]
+
+
+def num_ranks(experts: int, experts_per_token: int) -> int:
+    return min(experts, RANKS_PER_CHOICE * experts_per_token)
+
+
+def empty_sample(tokens: int, experts: int, ranks: int) -> Sample:
+    """A reservoir for so many tokens."""
+    return Sample(
+        jnp.full(tokens, -jnp.inf),
+        jnp.zeros(tokens),
+        jnp.zeros((tokens, experts), jnp.int32),
+        jnp.zeros((tokens, ranks)),
+        jnp.zeros((tokens, ranks, ranks)),
+    )
+
+
+def draw(random: PRNGKeyArray, weight: Float[Array, "tokens"], count: int) -> tuple[Array, Array, Array]:
+    """Keys, weights and indices of `count` tokens of a batch, drawn evenly from those whose weight is not 0.
+
+    Weights grow by as much as fewer tokens carry them.
+    """
+    first, second = jax.random.split(random)
+    present = weight > 0
+    _, index = jax.lax.top_k(jnp.where(present, jax.random.uniform(first, weight.shape), -1.0), count)
+    share = jnp.sum(present[index]) / jnp.maximum(jnp.sum(present), 1)
+    key = jnp.where(present[index], jax.random.uniform(second, index.shape), -jnp.inf)
+    return key, weight[index] / jnp.maximum(share, 1e-30), index
+
+
+def merge(reservoir: Sample, new: Sample) -> Sample:
+    """The tokens of largest key of both."""
+    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), reservoir, new)
+    _, best = jax.lax.top_k(both.key, reservoir.key.shape[0])
+    return jax.tree.map(lambda x: x[best], both)
+
+
+def gram_matrices(outputs: Float[Array, "tokens ranks hidden"]) -> Float[Array, "tokens ranks ranks"]:
+    return jnp.einsum("trh,tsh->trs", outputs, outputs) / outputs.shape[-1]
+
+
+@partial(jax.jit, static_argnames="k")
+def joint_greedy(sample: Sample, routed: Float[Array, "experts"], k: int) -> Int[Array, "experts"]:
+    """The step at which each expert is removed; those that stay to the end have the number of steps.
+
+    Args:
+      sample: of one layer.
+      routed: of equal experts the one routed to least goes first.
+      k: experts per token, and how many stay.
+    """
+    ids = sample.order[:, : sample.logits.shape[1]]
+    whole = _gates(sample.logits, jnp.ones(ids.shape, bool), k)
+
+    def error(alive: Bool[Array, "... ranks"], gates: Array, gram: Array) -> Float[Array, "..."]:
+        change = gates - whole[(slice(None), *[None] * (alive.ndim - 2))]
+        return jnp.einsum("...r,...rs,...s->...", change, gram, change)
+
+    def growth(alive_experts: Bool[Array, "experts"]) -> Float[Array, "experts"]:
+        """How much the removal of each expert adds to the summed error."""
+        alive = alive_experts[ids]
+        now = error(alive, _gates(sample.logits, alive, k), sample.gram)
+        ranks = alive.shape[1]
+        one_less = alive[:, None] & ~jnp.eye(ranks, dtype=bool)
+        gates = _gates(sample.logits[:, None], one_less, k)
+        added = error(one_less, gates, sample.gram[:, None]) - now[:, None]
+        added = jnp.where(_chosen(alive, k), added, 0.0) * sample.weight[:, None]
+        return jnp.zeros(alive_experts.shape).at[ids].add(added)
+
+    return _remove_one_by_one(growth, routed, k)
+
+
+@partial(jax.jit, static_argnames="k")
+def ranked_choice(sample: Sample, routed: Float[Array, "experts"], k: int) -> Int[Array, "experts"]:
+    """The step at which each expert is voted out; arguments and result as in `joint_greedy`."""
+
+    def votes(alive_experts: Bool[Array, "experts"]) -> Float[Array, "experts"]:
+        chosen = _chosen(alive_experts[sample.order], k) * sample.weight[:, None]
+        return jnp.zeros(alive_experts.shape).at[sample.order].add(chosen)
+
+    return _remove_one_by_one(votes, routed, k)
+
+
+def _remove_one_by_one(loss, routed: Float[Array, "experts"], k: int) -> Int[Array, "experts"]:
+    """Removes the expert of least loss until k are left; the loss is asked for anew at every step."""
+    steps = routed.shape[0] - k
+
+    def remove(step: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+        alive, removed_at = state
+        values = jnp.where(alive, loss(alive), jnp.inf)
+        cheapest = values <= jnp.min(values)
+        victim = jnp.argmin(jnp.where(cheapest & alive, routed, jnp.inf))
+        return alive.at[victim].set(False), removed_at.at[victim].set(step)
+
+    start = (jnp.ones(routed.shape, bool), jnp.full(routed.shape, steps, jnp.int32))
+    return jax.lax.fori_loop(0, steps, remove, start)[1]
+
+
+def _chosen(alive: Bool[Array, "... ranks"], k: int) -> Bool[Array, "... ranks"]:
+    """The first k that are left."""
+    return alive & (jnp.cumsum(alive, axis=-1) <= k)
+
+
+def _gates(logits: Float[Array, "... ranks"], alive: Bool[Array, "... ranks"], k: int) -> Float[Array, "... ranks"]:
+    """Softmax over the first k that are left; 0 everywhere where none is."""
+    chosen = _chosen(alive, k)
+    seen = jnp.where(chosen, logits, -jnp.inf)
+    weights = jnp.where(chosen, jnp.exp(seen - jnp.max(seen, axis=-1, keepdims=True, initial=-1e30)), 0.0)
+    return weights / jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 1e-30)

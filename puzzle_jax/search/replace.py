@@ -1,0 +1,306 @@
+"""Replace-one passes: what each alternative of one layer, alone in a model, does to the final distribution.
+
+For each micro-batch the hidden states before and inside every layer of the base model are kept. An alternative starts
+from there, so only what it changes and the layers above it are run: an expert set from after its layer's attention,
+about half a whole pass on average. Alternatives are data (a mask per row), so many run in one call, and one compiled
+sub-block serves all layers of equal shape and window: programs do not grow with depth. Only positions before completion
+tokens reach the output head, and the parent's logits are computed once for all alternatives of a call.
+
+Memory: of the base's hidden states only every `keep_every`-th is kept; those between are computed again when their
+part of the network is worked on, from the top down. The parent's final state is kept whole, logits never are.
+
+The base is the parent, or a child whose further changes are looked at; comparison is always with the parent, and the
+KL around a child is given as the difference to the child's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+from puzzle_jax.config import ModelConfig
+from puzzle_jax.evaluate.divergence import divergence
+from puzzle_jax.generate.batches import MicroBatch
+from puzzle_jax.model.child import Child
+from puzzle_jax.model.network import attention_block, embed, moe_block
+from puzzle_jax.model.rope import rope_table
+from puzzle_jax.model.sharding import batch_sharding
+from puzzle_jax.model.spec import Params
+
+CONTEXTS = (64, 256, 1024, 4096, 16384)
+"""Upper ends of the context lengths that losses are also reported by; the last bucket is what lies beyond."""
+
+METRICS = ("kl", "agreement", "cosine", *(f"kl up to {end}" for end in CONTEXTS), f"kl beyond {CONTEXTS[-1]}")
+"""What is measured of a trace: weighted sums over its completion; the KL also by context length."""
+
+
+KL_METRICS = [index for index, name in enumerate(METRICS) if name.startswith("kl")]
+
+
+class Alternative(NamedTuple):
+    """What replaces one layer's own choice: experts that stay, or a window."""
+
+    expert_mask: np.ndarray
+    window: int | None
+
+
+def parent_choices(config: ModelConfig) -> list[Alternative]:
+    """Each layer's own choice in the form of an alternative."""
+    return [Alternative(np.ones(block.num_experts, bool), block.window) for block in config.blocks]
+
+
+def child_choices(child: Child) -> list[Alternative]:
+    """A child's choices, layer by layer."""
+    masks = np.asarray(child.view.expert_masks)
+    return [Alternative(mask, block.window) for mask, block in zip(masks, child.blocks, strict=True)]
+
+
+class Answers(NamedTuple):
+    """Positions of a batch that carry loss, padded with weight 0.
+
+    Attributes:
+      index: into the flattened [rows * seq] positions.
+      row: of each position.
+      weight: 1 / completion tokens of the trace.
+      context: bucket of the number of tokens seen there.
+    """
+
+    index: Int[Array, "answers"]
+    row: Int[Array, "answers"]
+    weight: Float[Array, "answers"]
+    context: Int[Array, "answers"]
+
+    @staticmethod
+    def of(batch: MicroBatch) -> Answers:
+        """Half or all of the batch's positions, so that there are few shapes."""
+        weight = np.asarray(batch.loss_weight)
+        rows, seq = weight.shape
+        (index,) = np.nonzero(weight.reshape(-1))
+        half = -(-rows * seq // 2)
+        size = half if len(index) <= half else rows * seq
+        index = np.pad(index, (0, size - len(index)), constant_values=0)
+        kept = weight.reshape(-1)[index] * (np.arange(size) < np.count_nonzero(weight))
+        context = np.searchsorted(CONTEXTS, index % seq + 1)
+        return Answers(*(jnp.asarray(x) for x in (index, index // seq, kept.astype(np.float32), context)))
+
+
+class States(NamedTuple):
+    """Hidden states of one layer of the base: before it, and after its attention."""
+
+    before: Float[Array, "rows seq hidden"]
+    middle: Float[Array, "rows seq hidden"]
+
+
+@dataclass(frozen=True)
+class ReplaceOne:
+    """Runs alternatives of one base model.
+
+    Attributes:
+      params: dense parameters of the parent.
+      config: of the parent.
+      base: a choice per layer; None is the parent's own.
+      per_call: alternatives that run together.
+      keep_every: layers from one kept hidden state to the next.
+      mesh: rows of a batch are spread over its data axis.
+    """
+
+    params: Params
+    config: ModelConfig
+    base: Sequence[Alternative] | None = None
+    per_call: int = 8
+    keep_every: int = 8
+    mesh: Mesh | None = None
+
+    @property
+    def choices(self) -> list[Alternative]:
+        return parent_choices(self.config) if self.base is None else list(self.base)
+
+    def __call__(
+        self,
+        batch: MicroBatch,
+        wanted: Sequence[tuple[int, Alternative]],
+        on_done: Callable[[int], None] | None = None,
+    ) -> Float[np.ndarray, "alternatives rows metrics"]:
+        """METRICS of every trace of a batch under each alternative (layer, choice).
+
+        Args:
+          on_done: called with alternatives times layers run, `work` in all.
+        """
+        answers = Answers.of(batch)
+        parent, own, kept = self._final_states(batch)
+        values = np.zeros((len(wanted), batch.tokens.shape[0], len(METRICS)))
+        for group, x in self._waves(kept, wanted):
+            values[group] = np.asarray(compare_with_parent(self.params, self.config, parent, x, answers))[: len(group)]
+            if on_done is not None:
+                on_done(self.work([wanted[number] for number in group]))
+        if self.base is not None:
+            of_base = np.asarray(compare_with_parent(self.params, self.config, parent, own[:, None], answers))
+            values[..., KL_METRICS] -= of_base[..., KL_METRICS]
+        return values
+
+    def work(self, wanted: Sequence[tuple[int, Alternative]]) -> int:
+        """Alternatives times layers above them, what `on_done` counts up to."""
+        return sum(self.config.num_layers - layer for layer, _ in wanted)
+
+    def base_metrics(self, batch: MicroBatch) -> Float[np.ndarray, "rows metrics"]:
+        """METRICS of every trace of a batch under the base itself."""
+        parent, base, _ = self._final_states(batch)
+        return np.asarray(compare_with_parent(self.params, self.config, parent, base[:, None], Answers.of(batch)))[0]
+
+    # The base ------------------------------------------------------------------------------------------------------
+
+    def _layer(self, index: int, x: Array, choice: Alternative) -> Array:
+        layer = self.params["layers"][index]
+        x = _attention(layer["attention"], self.config, choice.window, x)
+        return _mixture(layer["moe"], self.config, x, jnp.asarray(choice.expert_mask))
+
+    def _final_states(self, batch: MicroBatch) -> tuple[Array, Array, dict[int, Array]]:
+        """The parent's and the base's states after the last layer, and the base's every so many layers."""
+        tokens = batch.tokens if self.mesh is None else jax.device_put(batch.tokens, batch_sharding(self.mesh))
+        x = start = _embed(self.params["embedding"], tokens)
+        kept = {}
+        for index, choice in enumerate(self.choices):
+            if index % self.keep_every == 0:
+                kept[index] = x
+            x = self._layer(index, x, choice)
+        if self.base is None:
+            return x, x, kept
+        parent = start
+        for index, choice in enumerate(parent_choices(self.config)):
+            parent = self._layer(index, parent, choice)
+        return parent, x, kept
+
+    def _states(self, first: int, x: Array) -> dict[int, States]:
+        """States of the layers from a kept one to the next."""
+        states = {}
+        for index in range(first, min(first + self.keep_every, self.config.num_layers)):
+            layer, choice = self.params["layers"][index], self.choices[index]
+            middle = _attention(layer["attention"], self.config, choice.window, x)
+            states[index] = States(x, middle)
+            x = _mixture(layer["moe"], self.config, middle, jnp.asarray(choice.expert_mask))
+        return states
+
+    # Alternatives --------------------------------------------------------------------------------------------------
+
+    def layers(self, batch: MicroBatch) -> Iterator[tuple[int, States, Array, Array]]:
+        """From the top down: layer, its states in the base, the base's state after it, the parent's final state."""
+        parent, after, kept = self._final_states(batch)
+        for first in sorted(kept, reverse=True):
+            states = self._states(first, kept.pop(first))
+            for layer in sorted(states, reverse=True):
+                yield layer, states[layer], after, parent
+                after = states.pop(layer).before
+
+    def _waves(
+        self, kept: dict[int, Array], wanted: Sequence[tuple[int, Alternative]]
+    ) -> Iterator[tuple[list[int], Array]]:
+        """Numbers and final states [rows, per_call, seq, hidden], group by group."""
+        order = sorted(range(len(wanted)), key=lambda number: wanted[number][0])
+        for first in sorted(kept, reverse=True):
+            here = [n for n in order if first <= wanted[n][0] < first + self.keep_every]
+            if not here:
+                continue
+            states = self._states(first, kept.pop(first))
+            for start in range(0, len(here), self.per_call):
+                group = here[start : start + self.per_call]
+                yield group, self._wave([wanted[n] for n in group], states)
+
+    def _wave(self, group: Sequence[tuple[int, Alternative]], states: dict[int, States]) -> Array:
+        """Final states of alternatives that are sorted by layer: each joins the others at its own layer."""
+        x = jnp.repeat(states[group[0][0]].before[:, None], self.per_call, axis=1)
+        for index in range(group[0][0], self.config.num_layers):
+            if index > group[0][0]:
+                flat = x.reshape(-1, *x.shape[2:])
+                x = self._layer(index, flat, self.choices[index]).reshape(x.shape)
+            own = {slot: choice for slot, (layer, choice) in enumerate(group) if layer == index}
+            x = self.entered(index, states[index], own, x) if own else x
+        return x
+
+    def entered(self, index: int, states: States, own: dict[int, Alternative], x: Array) -> Array:
+        """`x` with the states after layer `index` of the alternatives that replace it, in their slots."""
+        layer, base = self.params["layers"][index], self.choices[index]
+        masks = np.repeat(base.expert_mask[None], self.per_call, axis=0)
+        narrowed = {slot: choice for slot, choice in own.items() if choice.window != base.window}
+        for slot, choice in own.items():
+            masks[slot] = choice.expert_mask
+        if len(narrowed) < len(own):
+            entry = np.isin(np.arange(self.per_call), list(own))
+            x = _enter(layer["moe"], self.config, states.middle, jnp.asarray(masks), jnp.asarray(entry), x)
+        for slot, choice in narrowed.items():
+            middle = _attention(layer["attention"], self.config, choice.window, states.before)
+            x = x.at[:, slot].set(_mixture(layer["moe"], self.config, middle, jnp.asarray(masks[slot])))
+        return x
+
+
+@jax.jit
+def _embed(embedding: Array, tokens: Int[Array, "rows seq"]) -> Float[Array, "rows seq hidden"]:
+    return embed({"embedding": embedding}, tokens)
+
+
+@partial(jax.jit, static_argnames=("config", "window"))
+def _attention(
+    attention: Params, config: ModelConfig, window: int | None, x: Float[Array, "rows seq hidden"]
+) -> Float[Array, "rows seq hidden"]:
+    table = rope_table(config.rope, config.head_dim, jnp.arange(x.shape[1])[None])
+    return attention_block(attention, config, x, table, window=window)[0]
+
+
+@partial(jax.jit, static_argnames=("config",))
+def _mixture(
+    moe: Params, config: ModelConfig, x: Float[Array, "rows seq hidden"], mask: Bool[Array, "*rows experts"]
+) -> Float[Array, "rows seq hidden"]:
+    return moe_block(moe, config, x, expert_mask=mask)[0]
+
+
+@partial(jax.jit, static_argnames=("config",))
+def _enter(
+    moe: Params,
+    config: ModelConfig,
+    middle: Float[Array, "rows seq hidden"],
+    masks: Bool[Array, "slots experts"],
+    entry: Bool[Array, "slots"],
+    x: Float[Array, "rows slots seq hidden"],
+) -> Float[Array, "rows slots seq hidden"]:
+    """One layer's mixture with a mask per slot, from the same states; other slots keep what they have."""
+    rows, slots = x.shape[:2]
+    flat = jnp.repeat(middle[:, None], slots, axis=1).reshape(-1, *middle.shape[1:])
+    new = _mixture(moe, config, flat, jnp.tile(masks, (rows, 1))).reshape(x.shape)
+    return jnp.where(entry[:, None, None], new, x)
+
+
+def compare_with_parent(
+    params: Params,
+    config: ModelConfig,
+    parent: Float[Array, "rows seq hidden"],
+    children: Float[Array, "rows slots seq hidden"],
+    answers: Answers,
+) -> Float[Array, "slots rows metrics"]:
+    """METRICS of each child and trace, from final hidden states."""
+    head = {name: params[name] for name in ("final_norm", "head")}
+    return _compare(head, config, parent, children, answers)
+
+
+@partial(jax.jit, static_argnames=("config",))
+def _compare(
+    head: Params,
+    config: ModelConfig,
+    parent: Float[Array, "rows seq hidden"],
+    children: Float[Array, "rows slots seq hidden"],
+    answers: Answers,
+) -> Float[Array, "slots rows metrics"]:
+    rows, slots, _, hidden = children.shape
+    own = parent.reshape(-1, hidden)[answers.index]
+    others = jnp.moveaxis(children, 1, 0).reshape(slots, -1, hidden)[:, answers.index]
+    found = divergence(head, config, own, others)
+    out = jnp.zeros((slots, rows, len(METRICS)))
+    for metric, values in enumerate(found):
+        out = out.at[:, answers.row, metric].add(values * answers.weight)
+    return out.at[:, answers.row, len(found) + answers.context].add(found.kl * answers.weight)

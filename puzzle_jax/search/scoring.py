@@ -1,0 +1,148 @@
+"""Scores of a whole space: a first look by the lens, then exact scores, on as many traces as the choice needs.
+
+The lens leaves the few best expert sets of each layer and count; of those every one is scored exactly. Scored pairs of
+alternative and trace are kept in a file as they come, so an interrupted run, and another target, start from there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from puzzle_jax.generate.batches import micro_batches
+from puzzle_jax.generate.traces import Trace
+from puzzle_jax.progress import progress
+from puzzle_jax.search.adaptive import RelaxedProgram, in_random_order, score_adaptively
+from puzzle_jax.search.alternatives import Numbered
+from puzzle_jax.search.lens import fit_lens
+from puzzle_jax.search.problem import Problem, Scores
+from puzzle_jax.search.recipe import ScoreSettings
+from puzzle_jax.search.replace import ReplaceOne
+from puzzle_jax.search.score import Runner, ScoreBook, fill, work_left
+from puzzle_jax.search.space import Space
+
+LENS_TRACES = 96
+"""That lenses are fitted on and look at, at most."""
+
+_SAVE_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class ScoredSpace:
+    """A space whose alternatives have scores; the lens may have dropped some.
+
+    Attributes:
+      numbered: the alternatives around the base.
+      book: what is known of them.
+      proposed: alternatives before the lens dropped any.
+    """
+
+    numbered: Numbered
+    book: ScoreBook
+    proposed: int
+
+    @property
+    def space(self) -> Space:
+        return self.numbered.space
+
+    @property
+    def scores(self) -> Scores:
+        return self.numbered.scores(self.book.means())
+
+
+@dataclass(frozen=True)
+class SpaceScorer:
+    """Scores spaces on traces.
+
+    Attributes:
+      run: replaces one sub-block at a time in the base.
+      traces: of the parent.
+      settings: how.
+      problem: makes the program that the scores are for, from a space and scores.
+      console: where progress goes.
+      seed: of the order of traces and of what adaptive scoring draws.
+    """
+
+    run: ReplaceOne
+    traces: Sequence[Trace]
+    settings: ScoreSettings
+    problem: Callable[[Space, Scores], Problem]
+    console: Console
+    seed: int = 0
+
+    def __call__(self, space: Space, book_path: Path, identity: str) -> ScoredSpace:
+        """Scores all alternatives of `space` that the lens leaves.
+
+        Args:
+          book_path: where scored pairs are kept.
+          identity: of everything else that the numbers depend on, the parent and the base.
+        """
+        numbered = Numbered.around(space, self.run.base)
+        proposed = len(numbered.listed)
+        if self.settings.method == "lens":
+            return ScoredSpace(numbered, self._looked(numbered), proposed)
+        if self.settings.keep_sets and any(len(n) > self.settings.keep_sets for n in numbered.sets_by_count()):
+            numbered = Numbered.around(self._fewer_sets(numbered), self.run.base)
+        book = ScoreBook.empty(numbered.listed, self.traces)
+        key = book.key(identity)
+        book.load(book_path, key)
+        saved = time.monotonic()
+
+        def save(*, now: bool = False) -> None:
+            nonlocal saved
+            if now or time.monotonic() - saved > _SAVE_SECONDS:
+                book.save(book_path, key)
+                saved = time.monotonic()
+
+        def score(alternatives: Sequence[int], traces: Sequence[int]) -> None:
+            self.fill(book, alternatives, traces, save=save)
+            save(now=True)
+
+        everything = range(len(numbered.listed)), in_random_order(self.traces, self.seed)
+        if self.settings.method == "exact":
+            score(*everything)
+        else:
+            nothing = self.problem(numbered.space, numbered.scores(np.zeros(len(numbered.listed))))
+            program = RelaxedProgram(nothing.program, numbered.owner)
+            first, draws = self.settings.first, self.settings.draws
+            score_adaptively(book, score, [program], first=first, draws=draws, seed=self.seed)
+        return ScoredSpace(numbered, book, proposed)
+
+    def fill(
+        self,
+        book: ScoreBook,
+        alternatives: Sequence[int],
+        traces: Sequence[int],
+        run: Runner | None = None,
+        save: Callable[[], None] | None = None,
+    ) -> None:
+        """Scores alternatives of a book on some of its traces, by `run` or else exactly."""
+        tokens, used = self.settings.tokens_per_batch, run or self.run
+        work = work_left(book, used, alternatives, traces, tokens_per_batch=tokens)
+        what = f"scoring {len(alternatives)} on {len(traces)}"
+        with progress(self.console, what, work) as advance:
+            fill(book, used, alternatives, traces, tokens_per_batch=tokens, on_batch=save, on_done=advance)
+
+    def _looked(self, numbered: Numbered) -> ScoreBook:
+        """Estimates by the lens, on the first traces."""
+        traces = in_random_order(self.traces, self.seed)[:LENS_TRACES]
+        run = replace(self.run, base=None)
+        lens = fit_lens(
+            run, micro_batches([self.traces[n] for n in traces], tokens_per_batch=self.settings.tokens_per_batch)
+        )
+        book = ScoreBook.empty(numbered.listed, self.traces)
+        self.fill(book, range(len(numbered.listed)), traces, lens)
+        return book
+
+    def _fewer_sets(self, numbered: Numbered) -> Space:
+        """The space without the expert sets that the lens thinks worse than `keep_sets` others of their count."""
+        estimates = self._looked(numbered).means()
+        kept = [
+            sorted(same, key=lambda n: estimates[n])[: self.settings.keep_sets] for same in numbered.sets_by_count()
+        ]
+        return numbered.keeping({number for same in kept for number in same})
