@@ -53,7 +53,7 @@ class RelaxedProgram:
 
     def support(self, scores: Float[np.ndarray, "alternatives"]) -> Bool[np.ndarray, "columns"]:
         """Alternatives that the best relaxed choice uses; none where no choice meets the limits."""
-        cost = np.where(self.number >= 0, scores[self.number], 0.0)
+        cost = np.append(scores, 0.0)[self.number]
         found = linprog(
             cost / max(float(cost.max()), 1e-300),
             A_ub=self._rows,

@@ -46,9 +46,8 @@ class Difference:
     @staticmethod
     def between(one: PerTrace, other: PerTrace) -> Difference:
         apart = one - other
-        return Difference(
-            float(apart.mean()), float(apart.std(ddof=1) / np.sqrt(len(apart))) if len(apart) > 1 else 0.0
-        )
+        se = apart.std(ddof=1) / np.sqrt(len(apart)) if len(apart) > 1 else np.inf
+        return Difference(float(apart.mean()), float(se))
 
     @property
     def proves_better(self) -> bool:

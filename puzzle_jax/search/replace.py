@@ -109,7 +109,7 @@ class ReplaceOne:
       base: a choice per layer; None is the parent's own.
       per_call: alternatives that run together.
       keep_every: layers from one kept hidden state to the next.
-      mesh: rows of a batch are spread over its data axis.
+      mesh: where parameters are; rows of a batch are spread over its data axis where they divide by it.
     """
 
     params: Params
@@ -164,7 +164,9 @@ class ReplaceOne:
 
     def _final_states(self, batch: MicroBatch) -> tuple[Array, Array, dict[int, Array]]:
         """The parent's and the base's states after the last layer, and the base's every so many layers."""
-        tokens = batch.tokens if self.mesh is None else jax.device_put(batch.tokens, batch_sharding(self.mesh))
+        tokens = batch.tokens
+        if self.mesh is not None and tokens.shape[0] % self.mesh.shape["data"] == 0:
+            tokens = jax.device_put(tokens, batch_sharding(self.mesh))
         x = start = _embed(self.params["embedding"], tokens)
         kept = {}
         for index, choice in enumerate(self.choices):

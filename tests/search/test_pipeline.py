@@ -1,7 +1,11 @@
 """The whole search on a random two-layer parent, its stages, and what it refuses."""
 
+import contextlib
 import json
+import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -65,7 +69,9 @@ def test_every_stage_leaves_its_file(finished):
         "traces/calibration.parquet",
         "rank/ranking.safetensors",
         "score/scores.json",
+        "rank/agreement.json",
         "solve/solutions.json",
+        "refine/refined.json",
         "child/model.safetensors",
         "child/provenance.json",
         "evaluate/evaluation.json",
@@ -78,7 +84,11 @@ def test_the_child_is_what_was_chosen_and_meets_the_target(finished, parent):
     solutions = json.loads((finished / "solve/solutions.json").read_text())
     measured = [entry["validation"]["kl"] for entry in solutions["pool"]]
     assert solutions["chosen"] == int(np.argmin(measured))
-    chosen = solutions["pool"][solutions["chosen"]]
+    assert solutions["pool"][solutions["chosen"]]["above_best"]["mean"] == 0.0
+    assert {entry["name"] for entry in solutions["baselines"]} > {"greedy", "random", "max_params"}
+    refined = json.loads((finished / "refine/refined.json").read_text())
+    accepted = [step["candidate"] for step in refined["tried"] if step["accepted"]]
+    chosen = (accepted or [solutions["pool"][solutions["chosen"]]])[-1]
     child = load_checkpoint(finished / "child")
     layers = [(b.num_experts, b.window) for b in child.config.blocks]
     assert layers == [(x["num_local_experts"], x["sliding_window"]) for x in chosen["layers"]]
@@ -124,6 +134,76 @@ def test_a_second_run_does_nothing(finished, parent, capsys):
     assert capsys.readouterr().out.count("unchanged, skipped") == len(STAGES)
 
 
+SCORED = ("rank", "score", "solve", "refine")
+
+
+def test_eight_devices_choose_what_one_does(finished, parent, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run, ignore=shutil.ignore_patterns(*SCORED, "*-book.safetensors"))
+    for stage in SCORED:
+        assert search(parent, run, stage, "--mesh.data", "2", "--mesh.model", "4") == 0
+    one, eight = (json.loads((r / "score/scores.json").read_text())["layers"] for r in (finished, run))
+    for of_one, of_eight in zip(one, eight, strict=True):
+        assert [c["kept"] for c in of_one["experts"]] == [c["kept"] for c in of_eight["experts"]]
+        scores = [[c["score"] for c in layer["experts"]] + layer["window_scores"] for layer in (of_one, of_eight)]
+        kls = [[0.0 if score is None else score["kl"] for score in of_layer] for of_layer in scores]
+        np.testing.assert_allclose(kls[0], kls[1], rtol=1e-3, atol=1e-7)
+    one, eight = (json.loads((r / "refine/refined.json").read_text())["child"]["layers"] for r in (finished, run))
+    assert one == eight
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_search_that_is_killed_ends_with_the_same_solutions(finished, parent, tmp_path, kills):
+    run = tmp_path / "run"
+    source = random.Random(kills)
+    command = [sys.executable, "-m", "puzzle_jax.search", "--parent", str(parent), "--run", str(run), *SETTINGS]
+    for _ in range(kills):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=source.uniform(5, 14))
+        process.kill()
+        process.wait()
+    assert search(parent, run) == 0
+    for path in ("rank/ranking.safetensors", "score/scores.json", "solve/solutions.json", "refine/refined.json"):
+        assert (run / path).read_bytes() == (finished / path).read_bytes(), path
+
+
+def test_methods_of_scoring_agree_on_what_matters(finished, parent, tmp_path):
+    """Exact scores of all traces are what adaptive ones come to where it scored them all; the lens names no others."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run, ignore=shutil.ignore_patterns("*-book.safetensors"))
+    found = {}
+    for method in ("exact", "lens"):
+        assert search(parent, run, "score", "--score.method", method, "--score.keep_sets", "0") == 0
+        found[method] = json.loads((run / "score/scores.json").read_text())
+    exact, adaptive = (
+        {
+            (layer, tuple(choice["kept"])): choice["score"]
+            for layer, entry in enumerate(scores["layers"])
+            for choice in entry["experts"]
+            if choice["score"]
+        }
+        for scores in (found["exact"], json.loads((finished / "score/scores.json").read_text()))
+    )
+    assert set(adaptive) <= set(exact) and found["exact"]["pairs"] == found["exact"]["all_pairs"]
+    for key, score in adaptive.items():
+        if score["traces"] == exact[key]["traces"]:
+            assert score["kl"] == pytest.approx(exact[key]["kl"], rel=1e-4)
+
+
+def test_restrictions_and_refinement_from_the_shell(finished, parent, tmp_path):
+    run = tmp_path / "run"
+    rules = '[{"layers": "0", "min_experts": 8}, {"layers": "1", "windows": ["full"]}]'
+    options = ("--space.restrict", rules, "--refine.rounds", "2")
+    shutil.copytree(finished, run, ignore=shutil.ignore_patterns("*-book.safetensors"))
+    for stage in ("cost", "score", "solve", "refine"):
+        assert search(parent, run, stage, *options) == 0
+    layers = json.loads((run / "refine/refined.json").read_text())["child"]["layers"]
+    assert (layers[0]["num_local_experts"], layers[1]["sliding_window"]) == (8, None)
+    tried = json.loads((run / "refine/refined.json").read_text())["tried"]
+    assert [step["step"] for step in tried][-1] == "swap" and tried[0]["step"] == "rescore 1"
+
+
 def test_one_stage_runs_alone_and_a_changed_setting_reruns_what_follows(finished, parent, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(finished, run)
@@ -147,6 +227,12 @@ def test_a_stage_without_its_inputs_says_what_to_do(parent, tmp_path, capsys):
         (("--traces.tasks", '["poetry"]'), "task is 'poetry', but must be one of chain"),
         (("--scenario.batch", "0"), "batch"),
         (("--space.divisor", "0"), "divisor is 0"),
+        (("--space.restrict", '[{"layers": "0-7"}]'), "space.restrict has layers '0-7', but must list"),
+        (("--space.restrict", '[{"layers": "1", "max_experts": 3}]'), "leaves layer 1 no expert count of 0 to 3"),
+        (("--space.restrict", '[{"layers": "0", "windows": [7]}]'), "but must allow the parent's own (16)"),
+        (("--refine.rounds", "3"), "refine.rounds is 3, but must be 0, 1 or 2"),
+        (("--score.first", "0"), "score.first is 0"),
+        (("--mesh.model", "99"), "needs 99 devices"),
         (("--no-such-setting=1",), "no-such-setting"),
         (("--recipe", "nowhere.yaml"), "nowhere.yaml"),
     ],

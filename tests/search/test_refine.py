@@ -1,0 +1,82 @@
+"""Refinement on made-up KLs: what is taken and what is refused."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from puzzle_jax.config import BlockConfig
+from puzzle_jax.search.problem import Candidate
+from puzzle_jax.search.refine import Difference, Pool, refine, swapped, with_choice
+from puzzle_jax.search.score import Score
+from puzzle_jax.search.space import ExpertChoice
+
+CHILD = Candidate(
+    "child",
+    (BlockConfig(3, 4), BlockConfig(2, None)),
+    (ExpertChoice(3, (0, 2, 5), "reap"), ExpertChoice(2, (1, 4), "reap")),
+    0.5,
+    {},
+    (),
+    "optimal",
+    0.0,
+)
+OTHER = replace(CHILD, name="other", blocks=(BlockConfig(3, 2), BlockConfig(2, None)))
+
+
+def score(kl):
+    return Score(kl, 0.1, 1.0, 1.0, 2, {})
+
+
+def test_paired_differences():
+    found = Difference.between(np.array([1.0, 2.0, 4.0]), np.array([2.0, 2.5, 5.5]))
+    assert found.mean == pytest.approx(-1.0) and found.se == pytest.approx(0.5 / 3**0.5)
+    assert found.proves_better and not Difference(-1.0, 0.5).proves_better
+    assert not Difference.between(np.array([1.0]), np.array([9.0])).proves_better  # one trace proves nothing
+
+
+def test_the_best_of_a_pool_is_by_real_kl():
+    pool = Pool([CHILD, OTHER], [score(0.9), score(0.4)], np.array([[0.8, 1.0], [0.3, 0.5]]))
+    assert pool.best == 1 and pool.rank_correlation is None  # both are predicted alike
+    told = pool.to_json()
+    assert told[0]["above_best"] == {"mean": pytest.approx(0.5), "se": pytest.approx(0.0)}
+    assert replace(pool, candidates=[CHILD, replace(OTHER, score=0.3)]).rank_correlation == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("gain,taken", [(-0.5, True), (-0.15, False), (0.3, False)])
+def test_a_round_must_win_by_two_standard_errors_on_fresh_traces(gain, taken):
+    asked = []
+
+    def rescore(child):
+        asked.append(child.name)
+        return Pool([OTHER], [score(0.1)], np.zeros((1, 2)))
+
+    def confirm(new, old):
+        return Difference(-0.9, 0.1), Difference(gain, 0.1)
+
+    child, tried = refine(CHILD, 2, rescore, None, confirm)
+    assert child.name == ("other" if taken else "child")
+    # After a refusal there is no second round; the second round of the accepted one finds the same child again.
+    assert asked == (["child", "other"] if taken else ["child"])
+    assert [step.accepted for step in tried] == ([True, False] if taken else [False])
+    assert ("accepted" in str(tried[0])) is taken and tried[0].to_json()["confirmation"]["mean"] == gain
+
+
+def test_nothing_better_is_said_so():
+    def never(*_):
+        raise AssertionError("nothing is there to confirm")
+
+    child, tried = refine(CHILD, 1, lambda _: Pool([CHILD], [score(0.5)], np.zeros((1, 2))), lambda _: None, never)
+    assert child is CHILD and [str(step) for step in tried] == [
+        "rescore 1: nothing better was found",
+        "swap: nothing better was found",
+    ]
+
+
+def test_swaps_exchange_the_least_kept_for_the_best_lost():
+    scores = np.array([5.0, 1.0, 0.5, 4.0, 2.0, 9.0])
+    options = swapped(CHILD.choices[0], scores, 2)
+    assert [option.kept for option in options] == [(0, 3, 5), (0, 4, 5), (2, 3, 5), (2, 4, 5)]
+    assert options[0].method == "reap, 2 for 3"
+    assert swapped(ExpertChoice(6, (0, 1, 2, 3, 4, 5), "parent"), scores, 2) == []
+    assert with_choice(CHILD, 0, options[1], "swap", 0.25).kept == ((0, 4, 5), (1, 4))
