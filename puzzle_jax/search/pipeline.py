@@ -179,9 +179,9 @@ class Search:
         adaptive = self.recipe.score.method == "adaptive"
 
         def produce(out: Path) -> None:
-            space = self._ranked_space()
+            space = self.ranked_space()
             self.console.print(space.describe())
-            scored = self._scorer(None)(space, self.run / "score-book.safetensors", self._identity)
+            scored = self.scorer(None)(space, self.run / "score-book.safetensors", self._identity)
             pairs, listed = int(scored.book.scored.sum()), len(scored.numbered.listed)
             everything = scored.proposed * len(scored.book.traces)
             self.console.print(
@@ -370,12 +370,12 @@ class Search:
     def _batches(self, split: str) -> list[Any]:
         return micro_batches(read_traces(self._needed(f"traces/{split}.parquet")))
 
-    def _traces(self, split: str) -> list[Trace]:
+    def traces(self, split: str) -> list[Trace]:
         return list(read_traces(self._needed(f"traces/{split}.parquet")))
 
     def _measure(self, children: Sequence[Child], split: str) -> Measurements:
         """KL of whole children on a set of traces."""
-        traces = self._traces(split)
+        traces = self.traces(split)
         with progress(self.console, f"KL, {split}", None) as advance:
             return score_children(
                 self.parent.params,
@@ -398,7 +398,7 @@ class Search:
         tensors = load_file(self._needed("rank/ranking.safetensors"))
         return Ranking({method: tensors[method] for method in METHODS}, tensors["routed"])
 
-    def _ranked_space(self) -> Space:
+    def ranked_space(self) -> Space:
         """Every method's keep-set for every count, the parent's own first where it is allowed; equal sets are one."""
         layers = []
         for layer, (block, counts) in enumerate(zip(self.parent.config.blocks, self.counts, strict=True)):
@@ -418,7 +418,7 @@ class Search:
         """What scores depend on besides alternatives and traces."""
         return json.dumps([str(self.recipe.parent.resolve()), self.parent.fingerprint, jax.__version__])
 
-    def _scorer(self, base: Sequence[Alternative] | None) -> SpaceScorer:
+    def scorer(self, base: Sequence[Alternative] | None) -> SpaceScorer:
         settings = self.recipe.score
         run = ReplaceOne(
             self.parent.params,
@@ -428,8 +428,8 @@ class Search:
             keep_every=settings.keep_every,
             mesh=self.mesh,
         )
-        traces, seed = self._traces("calibration"), self.recipe.traces.seed
-        return SpaceScorer(run, traces, settings, self._problem_of, self.console, seed)
+        traces, seed = self.traces("calibration"), self.recipe.traces.seed
+        return SpaceScorer(run, traces, settings, self.problem_of, self.console, seed)
 
     def _pool(self, problem: Problem) -> Pool:
         """The program's solutions, run whole on the validation traces."""
@@ -445,8 +445,8 @@ class Search:
         layers = json.loads(self._needed("score/scores.json").read_text())["layers"]
         space = Space.from_json(self.parent.config, layers)
         identity = f"{self._identity} {json.dumps(child.to_json()['layers'])}"
-        scored = self._scorer(base)(space, self.run / "refine-book.safetensors", identity)
-        pool = self._pool(self._problem_of(scored.space, scored.scores))
+        scored = self.scorer(base)(space, self.run / "refine-book.safetensors", identity)
+        pool = self._pool(self.problem_of(scored.space, scored.scores))
         return replace(pool, candidates=[replace(c, score=child.score + c.score) for c in pool.candidates])
 
     def _swapped(self, child: Candidate) -> Candidate | None:
@@ -465,7 +465,7 @@ class Search:
             return None
         base, experts = child_choices(self.child(child)), self.parent.config.blocks[layer].num_experts
         alternatives = [(layer, Alternative(expert_mask(option, experts), base[layer].window)) for option in options]
-        scorer = self._scorer(base)
+        scorer = self.scorer(base)
         book = ScoreBook.empty(alternatives, scorer.traces)
         scorer.fill(book, range(len(options)), range(len(scorer.traces)))
         means = book.means()
@@ -490,9 +490,9 @@ class Search:
             experts=tuple(tuple(_kl(choice.get("score")) for choice in layer["experts"]) for layer in layers),
             attention=tuple(tuple(_kl(score) for score in layer["window_scores"]) for layer in layers),
         )
-        return self._problem_of(space, scores)
+        return self.problem_of(space, scores)
 
-    def _problem_of(self, space: Space, scores: Scores) -> Problem:
+    def problem_of(self, space: Space, scores: Scores) -> Problem:
         return Problem(space, scores, self._costs, self.recipe.target)
 
     def _check_target(self) -> None:
@@ -502,7 +502,7 @@ class Search:
             experts=tuple(tuple(0.0 for _ in choices) for choices in space.expert_choices),
             attention=tuple(tuple(0.0 for _ in windows) for windows in space.windows),
         )
-        self._problem_of(space, zeros).solve()
+        self.problem_of(space, zeros).solve()
 
     def _stage(
         self,

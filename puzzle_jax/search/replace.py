@@ -157,7 +157,8 @@ class ReplaceOne:
 
     # The base ------------------------------------------------------------------------------------------------------
 
-    def _layer(self, index: int, x: Array, choice: Alternative) -> Array:
+    def layer(self, index: int, x: Array, choice: Alternative) -> Array:
+        """One layer of the parent with a choice of its own, whose mask may have a row per row of `x`."""
         layer = self.params["layers"][index]
         x = _attention(layer["attention"], self.config, choice.window, x)
         return _mixture(layer["moe"], self.config, x, jnp.asarray(choice.expert_mask))
@@ -172,12 +173,12 @@ class ReplaceOne:
         for index, choice in enumerate(self.choices):
             if index % self.keep_every == 0:
                 kept[index] = x
-            x = self._layer(index, x, choice)
+            x = self.layer(index, x, choice)
         if self.base is None:
             return x, x, kept
         parent = start
         for index, choice in enumerate(parent_choices(self.config)):
-            parent = self._layer(index, parent, choice)
+            parent = self.layer(index, parent, choice)
         return parent, x, kept
 
     def _states(self, first: int, x: Array) -> dict[int, States]:
@@ -221,7 +222,7 @@ class ReplaceOne:
         for index in range(group[0][0], self.config.num_layers):
             if index > group[0][0]:
                 flat = x.reshape(-1, *x.shape[2:])
-                x = self._layer(index, flat, self.choices[index]).reshape(x.shape)
+                x = self.layer(index, flat, self.choices[index]).reshape(x.shape)
             own = {slot: choice for slot, (layer, choice) in enumerate(group) if layer == index}
             x = self.entered(index, states[index], own, x) if own else x
         return x

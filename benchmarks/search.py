@@ -1,0 +1,293 @@
+"""What scoring costs and what its scores are worth, on the embedded parent and on a random model of 24 layers.
+
+    cost        exact replace-one scores against running the whole model for every alternative, interleaved rounds, the
+                same scores; the bound for L layers and a head worth h of them is (L + h) / ((L + 1) / 2 + h)
+    ranks       Spearman's correlation with gold scores (exact, other traces) of exact scores on 16 traces and of the
+                lens
+    sets        the best of all methods' expert sets, chosen on calibration traces, against removal_error's, on gold
+    adaptive    layers run and the held-out KL of the child, adaptive against exact scores of all traces
+    additive    predicted against real KL of random architectures
+
+All but the first need the traces, ranking and costs of a finished search:
+
+    python benchmarks/search.py --run runs/tiny [--part cost ranks sets adaptive additive]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import yaml
+from rich.console import Console
+from scipy.stats import spearmanr
+
+from puzzle_jax.cli import enable_compilation_cache
+from puzzle_jax.config import BlockConfig, ModelConfig
+from puzzle_jax.generate.batches import MicroBatch, micro_batches
+from puzzle_jax.generate.traces import Trace
+from puzzle_jax.model.child import Child, ChildBlock
+from puzzle_jax.model.network import embed
+from puzzle_jax.model.spec import init_params
+from puzzle_jax.search.__main__ import RECIPES
+from puzzle_jax.search.adaptive import in_random_order
+from puzzle_jax.search.alternatives import Numbered
+from puzzle_jax.search.lens import fit_lens
+from puzzle_jax.search.parent import Parent
+from puzzle_jax.search.pipeline import Search
+from puzzle_jax.search.recipe import EMBEDDED_PARENT, Recipe, ScoreSettings, SpaceSettings
+from puzzle_jax.search.replace import METRICS, Alternative, Answers, ReplaceOne, compare_with_parent
+from puzzle_jax.search.scenario import Scenario, Target
+from puzzle_jax.search.score import ScoreBook, fill, score_children
+
+CONSOLE = Console(width=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, help="directory of a finished search with default settings")
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--gold", type=int, default=192, help="held-out traces of gold scores")
+    options = parser.parse_args()
+    enable_compilation_cache()
+    if "cost" in options.part:
+        cost()
+    rest = [part for part in options.part if part != "cost"]
+    if rest and options.run is None:
+        parser.error(f"{', '.join(rest)} need --run")
+    found = _Found(options.run, options.gold) if rest else None
+    for part in rest:
+        PARTS[part](found)
+
+
+# Cost ---------------------------------------------------------------------------------------------------------------
+
+
+def cost() -> None:
+    tall = ModelConfig(
+        vocab_size=2_048,
+        hidden_size=96,
+        intermediate_size=64,
+        num_heads=6,
+        num_kv_heads=3,
+        head_dim=16,
+        experts_per_token=2,
+        blocks=tuple(BlockConfig(16, None if layer % 2 else 32) for layer in range(24)),
+    )
+    tiny = Parent.open(EMBEDDED_PARENT)
+    for name, config, params in (
+        ("embedded parent, 6 layers", tiny.config, tiny.params),
+        ("random model, 24 layers", tall, init_params(tall, jax.random.key(0))),
+    ):
+        source = np.random.default_rng(0)
+        prompts = source.integers(0, config.vocab_size, (8, 128))
+        traces = [
+            Trace("t", "low", n, {}, tuple(row[:64]), tuple(row[64:]), None, False)
+            for n, row in enumerate(prompts.tolist())
+        ]
+        (batch,) = micro_batches(traces, tokens_per_batch=1024)
+        masks = [np.isin(np.arange(16), source.permutation(16)[:12]) for _ in range(8)]
+        wanted = [
+            (layer, Alternative(mask, block.window)) for layer, block in enumerate(config.blocks) for mask in masks
+        ]
+        run = ReplaceOne(params, config, keep_every=config.num_layers)
+        ways: dict[str, Callable[[], Any]] = {
+            "from inside the layer": lambda run=run, batch=batch, wanted=wanted: run(batch, wanted),
+            "whole model": lambda run=run, batch=batch, wanted=wanted: whole_model(run, batch, wanted),
+        }
+        values = {way: call() for way, call in ways.items()}
+        apart = np.abs(values["from inside the layer"] - values["whole model"]).max()
+        seconds: dict[str, list[float]] = {way: [] for way in ways}
+        for _ in range(5):
+            for way, call in ways.items():
+                start = time.perf_counter()
+                call()
+                seconds[way].append(time.perf_counter() - start)
+        ratios = [whole / inside for inside, whole in zip(*seconds.values(), strict=True)]
+        head = _head_in_layers(run, batch)
+        layers = config.num_layers
+        bound = (layers + head) / ((layers + 1) / 2 + head)
+        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        inside, whole = (statistics.median(of_way) for of_way in seconds.values())
+        CONSOLE.print(
+            f"{name}: {len(wanted)} alternatives, {inside:.2f} s against {whole:.2f} s: {middle:.2f}x ({low:.2f} to {high:.2f}); a head is worth "
+            f"{head:.2f} layers, bound {bound:.2f}, {middle / bound:.0%} of it; scores differ by {apart:.1e} at most"
+        )
+
+
+def whole_model(run: ReplaceOne, batch: MicroBatch, wanted: list[tuple[int, Alternative]]) -> np.ndarray:
+    """METRICS of every alternative by a whole pass each, as many in a call as `run` takes."""
+    rows, seq = batch.tokens.shape
+    start = embed(run.params, batch.tokens)
+    parent = start
+    for index, choice in enumerate(run.choices):
+        parent = run.layer(index, parent, choice)
+    values = np.zeros((len(wanted), rows, len(METRICS)))
+    for first in range(0, len(wanted), run.per_call):
+        group = wanted[first : first + run.per_call]
+        x = start[:, None].repeat(run.per_call, axis=1).reshape(-1, seq, start.shape[-1])
+        for index, own in enumerate(run.choices):
+            masks = np.repeat(own.expert_mask[None], run.per_call, axis=0)
+            for slot, (layer, choice) in enumerate(group):
+                if layer == index:
+                    masks[slot] = choice.expert_mask
+            x = run.layer(index, x, Alternative(np.tile(masks, (rows, 1)), own.window))
+        states = x.reshape(rows, run.per_call, seq, -1)
+        found = compare_with_parent(run.params, run.config, parent, states, Answers.of(batch))
+        values[first : first + len(group)] = np.asarray(found)[: len(group)]
+    return values
+
+
+def _head_in_layers(run: ReplaceOne, batch: MicroBatch) -> float:
+    """Seconds of comparing a call's alternatives over those of one layer for them."""
+    seq = batch.tokens.shape[1]
+    x = embed(run.params, batch.tokens)
+    states = x[:, None].repeat(run.per_call, axis=1)
+    flat, answers = states.reshape(-1, seq, x.shape[-1]), Answers.of(batch)
+
+    def best(call: Callable[[], Any]) -> float:
+        jax.block_until_ready(call())
+        taken = []
+        for _ in range(5):
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            taken.append(time.perf_counter() - start)
+        return statistics.median(taken)
+
+    head = best(lambda: compare_with_parent(run.params, run.config, x, states, answers))
+    layers = [best(lambda i=i: run.layer(i, flat, run.choices[i])) for i in (0, 1)]
+    return head / statistics.mean(layers)
+
+
+# Worth --------------------------------------------------------------------------------------------------------------
+
+
+class _Found:
+    """What a finished search left, and gold scores of its whole space on held-out traces."""
+
+    def __init__(self, directory: Path, gold: int) -> None:
+        given = yaml.safe_load((RECIPES / "tiny.yaml").read_text())
+        recipe = Recipe(
+            scenario=Scenario(**given["scenario"]),
+            target=Target(**given["target"]),
+            space=SpaceSettings(windows=tuple(given["space"]["windows"])),
+            run=directory,
+        )
+        self.search = Search(recipe, CONSOLE)
+        self.space = self.search.ranked_space()
+        self.numbered = Numbered.around(self.space)
+        self.run = ReplaceOne(self.search.parent.params, self.search.parent.config)
+        self.calibration, self.heldout = self.search.traces("calibration"), self.search.traces("heldout")
+        self.gold_traces = in_random_order(self.heldout)[:gold]
+        self.gold = ScoreBook.empty(self.numbered.listed, self.heldout)
+        start = time.perf_counter()
+        fill(self.gold, self.run, range(len(self.numbered.listed)), self.gold_traces)
+        listed, seconds = len(self.numbered.listed), time.perf_counter() - start
+        CONSOLE.print(f"gold: {listed} alternatives on {gold} held-out traces, {seconds:.0f} s")
+
+
+def ranks(found: _Found) -> None:
+    gold, order = found.gold.means(), in_random_order(found.calibration)
+    everything = range(len(found.numbered.listed))
+    for traces in (8, 16, 32):
+        correlations = []
+        for first in range(0, 4 * traces, traces):
+            book = ScoreBook.empty(found.numbered.listed, found.calibration)
+            fill(book, found.run, everything, order[first : first + traces])
+            correlations.append(float(spearmanr(book.means(), gold)[0]))
+        shown = ", ".join(f"{value:.3f}" for value in correlations)
+        CONSOLE.print(f"exact on {traces} traces: Spearman with gold {shown} (four draws)")
+    first = order[:96]
+    lens = fit_lens(found.run, micro_batches([found.calibration[n] for n in first], tokens_per_batch=1024))
+    book = ScoreBook.empty(found.numbered.listed, found.calibration)
+    fill(book, lens, everything, first)
+    CONSOLE.print(f"lens on {len(first)} traces: Spearman with gold {float(spearmanr(book.means(), gold)[0]):.3f}")
+
+
+def sets(found: _Found) -> None:
+    """KL summed over layers, each layer alone at a count, on gold traces; sets chosen on calibration traces."""
+    book = ScoreBook.empty(found.numbered.listed, found.calibration)
+    numbers = [n for of_layer in found.numbered.experts for n in of_layer if n is not None]
+    fill(book, found.run, numbers, in_random_order(found.calibration)[:96])
+    chosen, gold = book.means(), found.gold.means()
+    for count in sorted({choice.count for choices in found.space.expert_choices for choice in choices})[:-1]:
+        best, alone = 0.0, 0.0
+        for choices, of_layer in zip(found.space.expert_choices, found.numbered.experts, strict=True):
+            same = [(n, c) for n, c in zip(of_layer, choices, strict=True) if c.count == count and n is not None]
+            best += gold[min(same, key=lambda pair: chosen[pair[0]])[0]]
+            alone += next(gold[n] for n, c in same if "removal_error" in c.method.split("+"))
+        CONSOLE.print(f"{count} experts: best of methods {best:.4f}, removal_error {alone:.4f}")
+
+
+def adaptive(found: _Found) -> None:
+    results = {}
+    for method in ("exact", "adaptive"):
+        settings = ScoreSettings(method=method, keep_sets=0)
+        search = Search(replace(found.search.recipe, score=settings), CONSOLE)
+        scorer = search.scorer(None)
+        path = search.run / f"benchmark-{method}-book.safetensors"
+        path.unlink(missing_ok=True)
+        start = time.perf_counter()
+        scored = scorer(found.space, path, "benchmark")
+        seconds = time.perf_counter() - start
+        path.unlink()
+        layers = found.search.parent.config.num_layers
+        pairs = scored.book.scored.sum(axis=1)
+        work = sum((layers - layer) * pairs[n] for n, (layer, _) in enumerate(scored.numbered.listed))
+        (child,) = search.problem_of(scored.space, scored.scores).solve()
+        ((score,), kl) = score_children(
+            search.parent.params, search.parent.config, [search.child(child)], found.heldout
+        )
+        results[method] = (work, seconds, score, kl[0])
+        CONSOLE.print(
+            f"{method}: {work:,.0f} layers run, {seconds:.0f} s, child's held-out KL {score.kl:.4f} ±{score.kl_se:.4f}"
+        )
+    (exact_work, exact_seconds, _, one), (work, seconds, _, other) = results["exact"], results["adaptive"]
+    apart = other - one
+    CONSOLE.print(
+        f"adaptive: {exact_work / work:.1f}x fewer layers, {exact_seconds / seconds:.1f}x less time, KL "
+        f"{apart.mean():+.4f} ±{apart.std(ddof=1) / np.sqrt(len(apart)):.4f}"
+    )
+
+
+def additive(found: _Found, architectures: int = 60) -> None:
+    source, config = np.random.default_rng(0), found.search.parent.config
+    gold = found.numbered.scores(found.gold.means())
+    children, predicted = [], []
+    for _ in range(architectures):
+        # From nearly the parent to nearly nothing: each layer is changed with a probability of its architecture's own.
+        share, total, blocks = source.uniform(0.1, 1.0), 0.0, []
+        for layer, (choices, windows) in enumerate(zip(found.space.expert_choices, found.space.windows, strict=True)):
+            experts = int(source.integers(len(choices))) if source.random() < share else 0
+            window = int(source.integers(len(windows))) if source.random() < share else 0
+            total += gold.experts[layer][experts] + gold.attention[layer][window]
+            blocks.append(ChildBlock(choices[experts].kept, windows[window]))
+        children.append(Child(config, tuple(blocks)))
+        predicted.append(total)
+    traces = [found.heldout[n] for n in found.gold_traces]
+    scores, _ = score_children(found.search.parent.params, config, children, traces)
+    real = [score.kl for score in scores]
+    ratio = np.median(np.array(real) / np.array(predicted))
+    CONSOLE.print(
+        f"{architectures} random architectures, KL {min(real):.3f} to {max(real):.3f}: Spearman of predicted and real "
+        f"{float(spearmanr(predicted, real)[0]):.3f}, median real over predicted {ratio:.2f}"
+    )
+
+
+PARTS: dict[str, Callable[[Any], None]] = {
+    "cost": lambda _: cost(),
+    "ranks": ranks,
+    "sets": sets,
+    "adaptive": adaptive,
+    "additive": additive,
+}
+
+if __name__ == "__main__":
+    main()
