@@ -117,8 +117,9 @@ def cost() -> None:
         low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
         inside, whole = (statistics.median(of_way) for of_way in seconds.values())
         CONSOLE.print(
-            f"{name}: {len(wanted)} alternatives, {inside:.2f} s against {whole:.2f} s: {middle:.2f}x ({low:.2f} to {high:.2f}); a head is worth "
-            f"{head:.2f} layers, bound {bound:.2f}, {middle / bound:.0%} of it; scores differ by {apart:.1e} at most"
+            f"{name}: {len(wanted)} alternatives, {inside:.2f} s against {whole:.2f} s: {middle:.2f}x "
+            f"({low:.2f} to {high:.2f}); a head is worth {head:.2f} layers, bound {bound:.2f}, {middle / bound:.0%} "
+            f"of it; scores differ by {apart:.1e} at most"
         )
 
 
