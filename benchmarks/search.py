@@ -93,7 +93,7 @@ def cost() -> None:
             for n, row in enumerate(prompts.tolist())
         ]
         (batch,) = micro_batches(traces, tokens_per_batch=1024)
-        masks = [np.isin(np.arange(16), source.permutation(16)[:12]) for _ in range(8)]
+        masks = [np.isin(np.arange(16), source.permutation(16)[:12]) for _ in range(48 // config.num_layers)]
         wanted = [
             (layer, Alternative(mask, block.window)) for layer, block in enumerate(config.blocks) for mask in masks
         ]
@@ -105,7 +105,7 @@ def cost() -> None:
         values = {way: call() for way, call in ways.items()}
         apart = np.abs(values["from inside the layer"] - values["whole model"]).max()
         seconds: dict[str, list[float]] = {way: [] for way in ways}
-        for _ in range(5):
+        for _ in range(3):
             for way, call in ways.items():
                 start = time.perf_counter()
                 call()

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 # Distinct in colour and in grey (Okabe and Ito's palette), the reference first.
-_COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
 def frontier_figure(points: Mapping[str, Mapping[str, Any]], reference: str) -> bytes:
@@ -32,7 +32,7 @@ def frontier_figure(points: Mapping[str, Mapping[str, Any]], reference: str) -> 
             xerr=_bars([point["rate"] for _, point in ordered]),
             yerr=_bars([point["accuracy"] for _, point in ordered]),
             label=name,
-            color=_COLOURS[position % len(_COLOURS)],
+            color=COLOURS[position % len(COLOURS)],
             marker="o" if name == reference else "s",
             linestyle="--" if name == reference else "-",
             linewidth=1.5,
@@ -46,7 +46,7 @@ def frontier_figure(points: Mapping[str, Mapping[str, Any]], reference: str) -> 
                 xytext=(6, 6 if name == reference else -13),
                 textcoords="offset points",
                 fontsize=9,
-                color=_COLOURS[position % len(_COLOURS)],
+                color=COLOURS[position % len(COLOURS)],
             )
     highest = list(points[reference])[-1]
     axes.set_xlabel(f"request rate relative to {reference} at {highest} effort")

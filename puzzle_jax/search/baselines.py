@@ -57,13 +57,25 @@ def uniform(problem: Problem, *, method: str | None = None) -> Candidate:
       method: ranking whose expert sets are taken; by default, and where it offers none, each layer's first
       set.
     """
+    table = _Table(problem)
+    found = _uniform_choices(problem, method)
+    best = min(found.values(), key=lambda choice: (table.excess(table.totals(choice)), table.score(choice)))
+    return problem.assess("uniform", best)
+
+
+def uniform_candidates(problem: Problem, *, method: str | None = None) -> list[Candidate]:
+    """All uniform architectures, named by their experts and window."""
+    return [problem.assess(name, choice) for name, choice in _uniform_choices(problem, method).items()]
+
+
+def _uniform_choices(problem: Problem, method: str | None) -> dict[str, Choice]:
     space = problem.space
     counts = set.intersection(*(set(space.expert_counts(layer)) for layer in range(space.num_layers)))
     full = [layer for layer, windows in enumerate(space.windows) if len(windows) > 1]
     windows = (
         [w for w in space.windows[full[0]] if all(w in space.windows[layer] for layer in full)] if full else [None]
     )
-    found = []
+    found: dict[str, Choice] = {}
     for count, window in product(sorted(counts, reverse=True), windows):
         choice = {"shared": ""}
         for layer in range(space.num_layers):
@@ -71,12 +83,10 @@ def uniform(problem: Problem, *, method: str | None = None) -> Candidate:
             ranked = [c for c in sets if method is not None and method in c.method.split("+")]
             choice[experts_group(layer)] = (ranked or sets)[0].name
             choice[attention_group(layer)] = window_name(window if layer in full else space.windows[layer][0])
-        found.append(choice)
+        found[f"{count} experts, window {window_name(window)}"] = choice
     if not found:
         raise ConfigError("no expert count is offered in all layers, but uniform pruning needs one")
-    table = _Table(problem)
-    best = min(found, key=lambda choice: (table.excess(table.totals(choice)), table.score(choice)))
-    return problem.assess("uniform", best)
+    return found
 
 
 def experts_only(problem: Problem) -> Candidate:

@@ -189,6 +189,20 @@ class Costs:
         chosen = self.scenario(scenario)
         return chosen.batch * chosen.output_tokens / self.request_seconds(blocks, chosen.name)
 
+    def seconds_by_part(self, blocks: Architecture, scenario: str | None = None) -> dict[str, float]:
+        """`request_seconds` as a sum over attention, experts and the rest, in prefill and in decoding."""
+        chosen = self.scenario(scenario)
+        parts = {
+            "attention": [self.attention_of(i, block).seconds[chosen.name] for i, block in self._layers(blocks)],
+            "experts": [self.experts_of(i, block).seconds[chosen.name] for i, block in self._layers(blocks)],
+            "embedding and head": [self.fixed[chosen.name]],
+        }
+        out = {}
+        for part, seconds in parts.items():
+            out[f"{part}, prefill"] = float(sum(s.prefill_seconds for s in seconds))
+            out[f"{part}, decoding"] = float(chosen.output_tokens * sum(s.decode_seconds for s in seconds))
+        return out
+
     def scenario(self, name: str | None = None) -> Scenario:
         """The scenario of that name; the first by default."""
         if name is None:

@@ -8,7 +8,7 @@
     refine    refined.json      what was tried to get below that child, and the child in the end
     assemble  child/            the child's checkpoint, with scales for an FP8 cache
     evaluate  evaluation.json   KL, accuracy, tokens and speed of parent, child and baselines on what chose nothing
-    report    report.md         the table
+    report    report.html       the table, figures, stages; report.md is the table alone
 
 Each stage reads files and writes files, so each runs alone, and one whose inputs and settings did not change is
 skipped (`search.stages`). Costs come first: a target that cannot be reached is refused before long work.
@@ -44,10 +44,12 @@ from puzzle_jax.model.network import to_compute
 from puzzle_jax.model.sharding import make_mesh
 from puzzle_jax.model.spec import count_params
 from puzzle_jax.progress import progress
+from puzzle_jax.report.page import SearchPage, stage_records
 from puzzle_jax.report.table import SearchReport
 from puzzle_jax.search.alternatives import expert_mask
 from puzzle_jax.search.baselines import all_baselines
 from puzzle_jax.search.costs import Costs, Provider, compute_costs, read_costs
+from puzzle_jax.search.frontier import frontier, speedup, uniform_frontier
 from puzzle_jax.search.measured import Measured, device_identity
 from puzzle_jax.search.parent import Parent
 from puzzle_jax.search.problem import Candidate, Problem, Scores
@@ -69,6 +71,9 @@ from puzzle_jax.search.space import (
 from puzzle_jax.search.stages import Stage, open_run, run_stage
 
 STAGES = ("cost", "trace", "rank", "score", "solve", "refine", "assemble", "evaluate", "report")
+DIRECTORIES = {"trace": "traces", "assemble": "child"}
+"""Of the stages that do not write into one of their own name."""
+
 TRACE_SETS = ("calibration", "validation", "confirmation", "heldout")
 
 
@@ -215,6 +220,8 @@ class Search:
                     "pool": pool.to_json(),
                     "parent": problem.parent().to_json(),
                     "baselines": [baseline.to_json() for baseline in all_baselines(problem).values()],
+                    "frontier": [asdict(point) for point in frontier(problem)],
+                    "uniform": [asdict(point) for point in uniform_frontier(problem)],
                 },
             )
 
@@ -273,20 +280,44 @@ class Search:
         return self._stage("evaluate", settings, inputs, produce)
 
     def _report(self) -> Stage:
-        evaluation = self._needed("evaluate/evaluation.json")
         report = SearchReport(
-            json.loads(evaluation.read_text()),
+            json.loads(self._needed("evaluate/evaluation.json").read_text()),
             self.recipe.traces.efforts,
             self.recipe.section("scenario"),
             self.recipe.run / "child",
         )
+        inputs = [f"{DIRECTORIES.get(stage, stage)}/stage.json" for stage in STAGES[: STAGES.index("report")]]
 
         def produce(out: Path) -> None:
-            (out / "report.md").write_text(report.markdown())
+            self._page(report).write(out)
 
-        done = run_stage(self.run, "report", {}, [evaluation], produce)
+        done = run_stage(self.run, "report", {}, [self._needed(path) for path in inputs], produce)
         report.show(self.console)
+        self.console.print(
+            f"Figures and stages: [bold]{self.recipe.run / 'report/report.html'}[/bold]", highlight=False
+        )
         return done
+
+    def _page(self, report: SearchReport) -> SearchPage:
+        contents = {
+            name: json.loads(self._needed(path).read_text())
+            for name, path in (
+                ("scores", "score/scores.json"),
+                ("solutions", "solve/solutions.json"),
+                ("refined", "refine/refined.json"),
+            )
+        }
+        candidates = self.candidates()
+        compared = {name: candidates[name].blocks for name in ("parent", "child", "uniform")}
+        seconds = {
+            scenario.name: {
+                name: self._costs.seconds_by_part(blocks, scenario.name) for name, blocks in compared.items()
+            }
+            for scenario in self._costs.scenarios
+        }
+        child = {"speedup": speedup(self._problem(), candidates["child"]), "score": candidates["child"].score}
+        records = stage_records(self.run, [(stage, DIRECTORIES.get(stage, stage)) for stage in STAGES])
+        return SearchPage(report, **contents, seconds=seconds, child=child, stages=records)
 
     # What stages share ----------------------------------------------------------------------------------------------
 

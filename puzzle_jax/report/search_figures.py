@@ -1,0 +1,153 @@
+"""Figures of a search, as PNG bytes: what alternatives cost in quality, what was chosen, and whether it came true."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from puzzle_jax.report.figures import COLOURS
+
+
+def score_map(layers: Sequence[Mapping[str, Any]]) -> bytes:
+    """KL of each layer's best set of every expert count, and of each window, on a logarithmic scale.
+
+    Args:
+      layers: of scores.json.
+    """
+    counts = sorted({choice["count"] for layer in layers for choice in layer["experts"]}, reverse=True)
+    windows = sorted({w for layer in layers for w in layer["windows"][1:]}, reverse=True)
+    grid = np.full((len(counts) + len(windows), len(layers)), np.nan)
+    for column, layer in enumerate(layers):
+        for choice in layer["experts"]:
+            row, kl = counts.index(choice["count"]), choice["score"]["kl"] if choice["score"] else 0.0
+            grid[row, column] = np.nanmin([grid[row, column], kl])
+        for window, score in zip(layer["windows"][1:], layer["window_scores"][1:], strict=True):
+            grid[len(counts) + windows.index(window), column] = score["kl"]
+    figure, axes = _canvas(max(6.0, 1.5 + 0.35 * len(layers)), 1.2 + 0.35 * len(grid))
+    shown = axes.imshow(np.log10(np.maximum(grid, 1e-6)), aspect="auto", cmap="viridis_r", vmin=-4, vmax=1)
+    axes.set_yticks(range(len(grid)), [*(f"{count} experts" for count in counts), *(f"window {w}" for w in windows)])
+    axes.set_xticks(range(len(layers)))
+    axes.set_xlabel("layer")
+    if len(layers) <= 12:
+        for (row, column), value in np.ndenumerate(grid):
+            if not np.isnan(value):
+                colour = "white" if value > 0.05 else "black"
+                axes.text(column, row, f"{value:.2g}", ha="center", va="center", fontsize=8, color=colour)
+    bar = figure.colorbar(shown, ax=axes)
+    bar.set_label("KL alone in its layer, nats per token (log10)")
+    return _png(figure)
+
+
+def architecture(parent: Sequence[Mapping[str, Any]], child: Sequence[Mapping[str, Any]]) -> bytes:
+    """Experts kept per layer beside the parent's, and the attention window of each layer above."""
+    layers = range(len(child))
+    figure, axes = _canvas(max(6.0, 1.5 + 0.35 * len(child)), 3.4)
+    axes.bar(layers, [layer["num_local_experts"] for layer in parent], color="0.88", label="parent")
+    axes.bar(layers, [layer["num_local_experts"] for layer in child], color=COLOURS[2], label="child")
+    for index, (old, new) in enumerate(zip(parent, child, strict=True)):
+        changed = old["sliding_window"] != new["sliding_window"]
+        name = "full" if new["sliding_window"] is None else str(new["sliding_window"])
+        axes.annotate(
+            name,
+            (index, old["num_local_experts"]),
+            xytext=(0, 4),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+            color=COLOURS[1] if changed else "0.4",
+            fontweight="bold" if changed else "normal",
+        )
+    axes.set_xticks(layers)
+    axes.set_xlabel("layer (above: its window, coloured where narrowed)")
+    axes.set_ylabel("experts")
+    axes.margins(y=0.12)
+    _legend(axes)
+    return _png(figure)
+
+
+def frontier(solutions: Mapping[str, Any], child: Mapping[str, float]) -> bytes:
+    """Predicted KL against predicted speed-up: the program at every speed, uniform pruning, the child.
+
+    Args:
+      solutions: content of solutions.json.
+      child: "speedup" and "score".
+    """
+    figure, axes = _canvas(6.5, 4.0)
+    points = solutions["frontier"]
+    axes.plot(
+        [p["speedup"] for p in points],
+        [p["score"] for p in points],
+        "o-",
+        color=COLOURS[2],
+        label="program",
+        markersize=4,
+    )
+    uniform = solutions["uniform"]
+    axes.plot([p["speedup"] for p in uniform], [p["score"] for p in uniform], "x", color=COLOURS[1], label="uniform")
+    axes.plot(child["speedup"], child["score"], "*", color=COLOURS[0], markersize=13, label="child")
+    axes.set_xlabel("predicted tokens per second over the parent's")
+    axes.set_ylabel("predicted KL, nats per token")
+    _grid(axes)
+    _legend(axes)
+    return _png(figure)
+
+
+def predicted_and_real(pool: Sequence[Mapping[str, Any]]) -> bytes:
+    """The pool's predicted KL against that of the whole model on fresh traces, with standard errors."""
+    figure, axes = _canvas(4.6, 4.2)
+    predicted, real = [entry["score"] for entry in pool], [entry["validation"]["kl"] for entry in pool]
+    errors = [entry["validation"]["kl_se"] for entry in pool]
+    axes.errorbar(predicted, real, yerr=errors, fmt="o", color=COLOURS[2], capsize=2, elinewidth=0.8)
+    low, high = min(predicted + real), max(predicted + real)
+    axes.plot([low, high], [low, high], "--", color="0.5", linewidth=1, label="as predicted")
+    axes.set_xlabel("predicted KL")
+    axes.set_ylabel("KL of the whole model, validation traces")
+    _grid(axes)
+    _legend(axes)
+    return _png(figure)
+
+
+def costs_by_part(seconds: Mapping[str, Mapping[str, float]]) -> bytes:
+    """Stacked seconds of a scenario's batch by part.
+
+    Args:
+      seconds: by model, by part.
+    """
+    parts = list(dict.fromkeys(part for of_model in seconds.values() for part in of_model))
+    figure, axes = _canvas(6.5, 1.5 + 0.5 * len(seconds))
+    left = np.zeros(len(seconds))
+    for position, part in enumerate(parts):
+        values = np.array([of_model.get(part, 0.0) for of_model in seconds.values()])
+        axes.barh(range(len(seconds)), values, left=left, color=COLOURS[(position + 1) % len(COLOURS)], label=part)
+        left += values
+    axes.set_yticks(range(len(seconds)), list(seconds))
+    axes.invert_yaxis()
+    axes.set_xlabel("predicted seconds of a batch")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    return _png(figure)
+
+
+def _canvas(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
+def _grid(axes: Axes) -> None:
+    axes.grid(alpha=0.25, linewidth=0.5)
+
+
+def _legend(axes: Axes) -> None:
+    axes.legend(frameon=False, fontsize=9)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
+    return buffer.getvalue()
