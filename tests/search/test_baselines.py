@@ -10,6 +10,7 @@ from puzzle_jax.config import BlockConfig
 from puzzle_jax.errors import ConfigError, InfeasibleError
 from puzzle_jax.search.baselines import all_baselines, greedy, max_params, random, uniform
 from puzzle_jax.search.costs import Seconds, Times, compute_costs
+from puzzle_jax.search.frontier import frontier, speedup, uniform_frontier
 from puzzle_jax.search.problem import Candidate, Problem, Scores, attention_group, experts_group, window_name
 from puzzle_jax.search.scenario import Scenario, Target
 from puzzle_jax.search.space import ExpertChoice, Space, candidate_windows
@@ -189,3 +190,23 @@ def test_pool_has_distinct_architectures_in_order():
 def test_scores_must_fit_the_space(scores, words):
     with pytest.raises(ConfigError, match=words):
         Problem(SPACE, scores, COSTS, BOTH)
+
+
+def test_the_frontier_is_the_best_of_all_architectures_at_every_speed():
+    problem = problem_of(Target(max_expert_bytes_ratio=0.9), seed=3)
+    found = frontier(problem)
+    everything = [(speedup(problem, c), c.score) for c in every(problem) if not c.missed]
+    fastest = max(speed for speed, _ in everything)
+    assert [point.label for point in found] == [f"{1 + 0.1 * n:g}x asked for" for n in range(len(found))]
+    assert 1 + 0.1 * (len(found) - 1) <= fastest < 1 + 0.1 * len(found) + 1e-9
+    for number, point in enumerate(found):
+        least = min(score for speed, score in everything if speed >= 1 + 0.1 * number - 1e-9)
+        assert point.score == pytest.approx(least) and point.speedup >= 1 + 0.1 * number - 1e-9
+
+
+def test_every_uniform_architecture_is_on_its_curve():
+    problem = problem_of(Target(min_speedup=1.2))
+    points = uniform_frontier(problem)
+    assert len(points) == 3 * 2  # counts of 7, 5 and 3; the full layer's window full or 8
+    whole = next(point for point in points if point.label == "7 experts, window full")
+    assert (whole.speedup, whole.score) == (1.0, 0.0)

@@ -7,7 +7,15 @@ import pytest
 from puzzle_jax.config import BlockConfig
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.search.scenario import Scenario, Target
-from puzzle_jax.search.space import ExpertChoice, Space, candidate_counts, candidate_windows, distinct_choices
+from puzzle_jax.search.space import (
+    ExpertChoice,
+    Restriction,
+    Space,
+    candidate_counts,
+    candidate_windows,
+    distinct_choices,
+    restrict,
+)
 from tests.support import small_config
 
 CONFIG = small_config((BlockConfig(7, 5), BlockConfig(7), BlockConfig(6)))
@@ -151,3 +159,31 @@ def test_bad_scenarios_are_refused(changes, words):
 def test_bad_targets_are_refused(target, words):
     with pytest.raises(ConfigError, match=words):
         Target(**target)
+
+
+def test_restrictions_narrow_counts_and_windows():
+    counts, windows = restrict(
+        [(8, 6, 4)] * 5,
+        [(None, 64, 16), (32,), (None, 64, 16), (32,), (None, 64)],
+        [
+            Restriction("0, 2-3", min_experts=6),
+            Restriction("3", max_experts=6),
+            Restriction("2", windows=("full", 16)),
+            Restriction(" 4 ", min_experts=4, max_experts=4, windows=("full",)),
+        ],
+    )
+    assert counts == ((8, 6), (8, 6, 4), (8, 6), (6,), (4,))
+    assert windows == ((None, 64, 16), (32,), (None, 16), (32,), (None,))
+
+
+@pytest.mark.parametrize("layers", ["5", "-1", "3-2", "", "1,,2", "a", "1-2-3", "0-99999999"])
+def test_restrictions_of_no_layers_are_refused(layers):
+    with pytest.raises(
+        ConfigError, match=r"has layers .*, but must list numbers and ranges from 0 to 4"
+    ):
+        Restriction(layers).numbers(5)
+
+
+def test_restrictions_that_leave_nothing_are_refused():
+    with pytest.raises(ConfigError, match="leaves layer 0 no expert count of 7 to 8; offered are 6, 4"):
+        restrict([(6, 4)], [(None,)], [Restriction("0", min_experts=7, max_experts=8)])
