@@ -49,6 +49,7 @@ from puzzle_jax.report.table import SearchReport
 from puzzle_jax.search.alternatives import expert_mask
 from puzzle_jax.search.baselines import all_baselines
 from puzzle_jax.search.costs import Costs, Provider, compute_costs, read_costs
+from puzzle_jax.search.deal import deal_traces
 from puzzle_jax.search.frontier import frontier, speedup, uniform_frontier
 from puzzle_jax.search.measured import Measured, device_identity
 from puzzle_jax.search.parent import Parent
@@ -148,6 +149,8 @@ class Search:
 
     def _trace(self) -> Stage:
         settings = self.recipe.traces
+        if settings.file is not None:
+            return self._given_traces(settings.file)
 
         def produce(out: Path) -> None:
             sets = {name: self._questions(name) for name in TRACE_SETS}
@@ -167,6 +170,25 @@ class Search:
                     write_traces(out / f"{name}.parquet", answers)
 
         return self._stage("trace", asdict(settings), [], produce, directory="traces")
+
+    def _given_traces(self, file: Path) -> Stage:
+        """The sets of traces from the user's own file."""
+        settings = self.recipe.traces
+        shares = {name: getattr(settings, name) for name in TRACE_SETS}
+
+        def produce(out: Path) -> None:
+            traces = read_traces(file, self.parent.chat)
+            for name, of_set in deal_traces(traces, shares, self.parent.config, file, settings.seed).items():
+                write_traces(out / f"{name}.parquet", of_set)
+
+        return run_stage(
+            self.run,
+            "trace",
+            {**shares, "seed": settings.seed},
+            [file, self.parent.directory],
+            produce,
+            directory="traces",
+        )
 
     def _rank(self) -> Stage:
         def produce(out: Path) -> None:

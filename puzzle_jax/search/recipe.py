@@ -32,6 +32,8 @@ class TraceSettings:
       seed: draws other problems and other answers.
       max_tokens: limit of an answer per effort.
       batch_size: answers generated together.
+      file: traces of the parent made elsewhere (`generate.traces.read_traces`), in place of asking it; its prompts are
+        dealt to the sets in the proportions of the numbers above.
     """
 
     tasks: tuple[str, ...] = tuple(TASKS)
@@ -44,6 +46,7 @@ class TraceSettings:
     seed: int = 0
     max_tokens: dict[str, int] = field(default_factory=lambda: {"low": 32, "medium": 64, "high": 128})
     batch_size: int = 64
+    file: Path | None = None
 
     def __post_init__(self) -> None:
         for task in self.tasks:

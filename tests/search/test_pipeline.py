@@ -15,6 +15,7 @@ import pytest
 from puzzle_jax.convert_hf.config_json import is_plain
 from puzzle_jax.convert_hf.export import save_checkpoint
 from puzzle_jax.convert_hf.load import load_checkpoint
+from puzzle_jax.generate.traces import read_traces, write_traces
 from puzzle_jax.model.spec import init_params
 from puzzle_jax.search.__main__ import main
 from puzzle_jax.search.pipeline import STAGES
@@ -202,6 +203,17 @@ def test_restrictions_and_refinement_from_the_shell(finished, parent, tmp_path):
     assert (layers[0]["num_local_experts"], layers[1]["sliding_window"]) == (8, None)
     tried = json.loads((run / "refine/refined.json").read_text())["tried"]
     assert [step["step"] for step in tried][-1] == "swap" and tried[0]["step"] == "rescore 1"
+
+
+def test_traces_from_elsewhere_take_the_place_of_asking(finished, parent, tmp_path):
+    run, file = tmp_path / "run", tmp_path / "traces.jsonl"
+    sets = ("calibration", "validation", "confirmation", "heldout")
+    traces = [t for name in sets for t in read_traces(finished / f"traces/{name}.parquet")]
+    write_traces(file, traces)
+    for stage in ("cost", "trace", "rank"):
+        assert search(parent, run, stage, "--traces.file", str(file)) == 0
+    dealt = [t for name in sets for t in read_traces(run / f"traces/{name}.parquet")]
+    assert sorted(t.prompt for t in dealt) == sorted(t.prompt for t in traces)
 
 
 def test_one_stage_runs_alone_and_a_changed_setting_reruns_what_follows(finished, parent, tmp_path, capsys):

@@ -178,9 +178,7 @@ def test_restrictions_narrow_counts_and_windows():
 
 @pytest.mark.parametrize("layers", ["5", "-1", "3-2", "", "1,,2", "a", "1-2-3", "0-99999999"])
 def test_restrictions_of_no_layers_are_refused(layers):
-    with pytest.raises(
-        ConfigError, match=r"has layers .*, but must list numbers and ranges from 0 to 4"
-    ):
+    with pytest.raises(ConfigError, match=r"has layers .*, but must list numbers and ranges from 0 to 4"):
         Restriction(layers).numbers(5)
 
 
