@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.search.scenario import Scenario, Target
@@ -121,7 +121,8 @@ class Recipe:
       traces, space, solve, evaluate: settings of the stages.
       scenario: the deployment.
       target: what the child must reach, relative to its parent.
-      costs: "measured" times our own sub-blocks on the devices present, "roofline" models the scenario's hardware.
+      costs: "measured" times our own sub-blocks on the devices present, "roofline" models the scenario's hardware, and
+        a path ending in .json is a costs.json that was timed elsewhere and is used as it is.
     """
 
     scenario: Scenario
@@ -132,7 +133,16 @@ class Recipe:
     space: SpaceSettings = field(default_factory=SpaceSettings)
     solve: SolveSettings = field(default_factory=SolveSettings)
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
-    costs: Literal["measured", "roofline"] = "measured"
+    costs: str = "measured"
+
+    def __post_init__(self) -> None:
+        if self.costs not in ("measured", "roofline") and not self.costs.endswith(".json"):
+            raise ConfigError(f"costs is {self.costs!r}, but must be measured, roofline, or the path of a .json file")
+
+    @property
+    def external_costs(self) -> Path | None:
+        """The file of costs that were timed elsewhere, where there is one."""
+        return Path(self.costs) if self.costs.endswith(".json") else None
 
     def section(self, name: str) -> dict[str, Any]:
         """One part as JSON values, to tell whether a stage's settings changed."""
