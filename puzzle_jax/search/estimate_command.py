@@ -21,6 +21,7 @@ from puzzle_jax.errors import PuzzleError
 from puzzle_jax.search.assumptions import DEFAULT, read_assumptions
 from puzzle_jax.search.deployments import get_scenario, scenario_names
 from puzzle_jax.search.estimate import Architecture, Comparison, Estimate, compare
+from puzzle_jax.search.library import Number
 from puzzle_jax.search.roofline import PARTS, Roofline
 
 
@@ -83,7 +84,7 @@ def show(comparison: Comparison, console: Console) -> None:
     for column in table.columns[1:]:
         column.justify = "right"
 
-    def add(name: str, form: str, of_model: float, of_baseline: float, scale: float = 1) -> None:
+    def add(name: str, form: str, of_model: Number, of_baseline: Number, scale: Number = 1) -> None:
         ratio = f"{of_model / of_baseline:.3f}" if of_baseline else ""
         table.add_row(name, format(of_model * scale, form), format(of_baseline * scale, form), ratio)
 

@@ -114,6 +114,8 @@ class Search:
 
     def _cost(self) -> Stage:
         measured, external = self.recipe.costs == "measured", self.recipe.external_costs
+        if external and not external.is_file():
+            raise PuzzleError(f"costs is {external}, but there is no such file")
         settings = {
             "provider": "external" if external else self.recipe.costs,
             "device": device_identity() if measured else None,

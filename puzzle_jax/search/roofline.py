@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from math import ceil, floor
 
 from puzzle_jax.config import BlockConfig, ModelConfig
-from puzzle_jax.convert_hf.table import Form, LayerBytes, bytes_by_part
+from puzzle_jax.convert_hf.table import Form, layer_tensors
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.search.assumptions import Assumptions, Efficiency, default_assumptions
 from puzzle_jax.search.hardware import Hardware, hardware_named
@@ -193,14 +193,14 @@ class Steps:
                 f"expert_parallel of scenario {scenario.name!r} is {scenario.expert_parallel}, "
                 f"but must divide the {count} experts of a layer"
             )
-        layer = self._layer_bytes(count)
+        expert_bytes = self._expert_bytes(count)
         chosen = probabilities(count, config.experts_per_token, self.profile)
         devices = scenario.expert_degree
 
         def step(tokens: float) -> dict[str, float]:
             sharing = tokens * devices / scenario.tensor_degree  # tokens that meet on one copy of the experts
             rows = tiled_rows(chosen, ceil(sharing), assumed.tile_rows)
-            touched = layer.experts * active_experts(chosen, sharing) / count
+            touched = expert_bytes * active_experts(chosen, sharing) / count
             flops = 2 * rows * 3 * config.hidden_size * config.intermediate_size
             return {
                 "router": self._product(config.hidden_size * count, tokens, 1),
@@ -271,9 +271,10 @@ class Steps:
         link = self.hardware.link_bytes_per_second * self.assumptions.link_efficiency
         return self.hardware.link_latency_seconds + sent / link
 
-    def _layer_bytes(self, count: int) -> LayerBytes:
-        one = self.config.with_blocks((BlockConfig(count), *self.config.blocks[1:]))
-        return bytes_by_part(one, self.form).layers[0]
+    def _expert_bytes(self, count: int) -> int:
+        """Of one layer in the checkpoint, router left out."""
+        table = layer_tensors(self.config, BlockConfig(count), 0, self.form)
+        return sum(spec.nbytes for spec in table if spec.part == "experts")
 
 
 def visible_keys(first: int, count: int, window: int | None) -> int:

@@ -14,7 +14,7 @@ requests choose alike.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import isfinite
+from math import isfinite, log, log1p
 
 import numpy as np
 
@@ -72,19 +72,18 @@ def tiled_rows(chosen: np.ndarray, tokens: int, tile: int) -> float:
       tokens: how many.
       tile: rows of a tile.
     """
-    values, counts = np.unique(chosen, return_counts=True)
-    tiles = sum(count * _expected_tiles(tokens, value, tile) for value, count in zip(values, counts, strict=True))
-    return float(tiles * tile)
-
-
-def _expected_tiles(tokens: int, chosen: float, tile: int) -> float:
-    """E[ceil(r / tile)] of r ~ Binomial(tokens, chosen)."""
-    if chosen >= 1.0:
-        return float(-(-tokens // tile))
     rows = np.arange(1, tokens + 1)
-    log_choices = np.cumsum(np.log((tokens - rows + 1) / rows))
-    log_mass = log_choices + rows * np.log(chosen) + (tokens - rows) * np.log1p(-chosen)
-    return float(np.sum(np.exp(log_mass) * np.ceil(rows / tile)))
+    tiles, log_choices = np.ceil(rows / tile), np.cumsum(np.log((tokens - rows + 1) / rows))
+
+    def expected(chosen: float) -> float:
+        """E[ceil(r / tile)] of r ~ Binomial(tokens, chosen)."""
+        if chosen >= 1.0:
+            return float(tiles[-1])
+        log_mass = log_choices + rows * log(chosen) + (tokens - rows) * log1p(-chosen)
+        return float(np.exp(log_mass) @ tiles)
+
+    values, counts = np.unique(chosen, return_counts=True)
+    return tile * sum(int(count) * expected(float(value)) for value, count in zip(values, counts, strict=True))
 
 
 def _check(profile: Sequence[Number], num_experts: int) -> None:

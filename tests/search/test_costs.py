@@ -242,7 +242,12 @@ def test_costs_from_elsewhere_are_taken_as_they_are(costs, tmp_path):
         (SPACE, CHAT.at(4), None, "batch of scenario 'chat' is 3, but 4 is asked for"),
         (SPACE, CHAT, lambda v: v["layers"].pop(), "costs are of 2 layers, but the parent has 3"),
         (SPACE, CHAT, lambda v: v["fixed"].pop("long"), "the costs lack seconds of 'long'"),
-        (SPACE, CHAT, lambda v: v["scenarios"][1].update(batch=None), "lack batches of scenario 'long'"),
+        (
+            SPACE,
+            CHAT,
+            lambda v: v["scenarios"][1].update(batch=None),
+            "scenario 'long' leaves its batch open, but the costs lack its batches",
+        ),
     ],
 )
 def test_costs_from_elsewhere_that_lack_something_are_refused(costs, tmp_path, space, scenario, change, words):

@@ -255,7 +255,7 @@ def test_hardware_table():
 
 def test_local_hardware_is_measured():
     found = hardware_named("local")
-    assert found.bytes_per_second > 1e8 and found.flops_per_second > 1e8 and found.memory_bytes > 1e8
+    assert found.bytes_per_second > 0 and found.flops_per_second > 0 and found.memory_bytes > 2**28
 
 
 def test_assumptions_are_read_whole(tmp_path):
