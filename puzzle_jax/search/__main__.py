@@ -1,10 +1,12 @@
 """`python -m puzzle_jax.search [STAGE] [--recipe FILE] [--FIELD VALUE ...]`.
 
-Without a stage, everything that is not up to date is run, and the table is printed.
+Without a stage, everything that is not up to date is run, and the table is printed. Commands that need no run
+directory have modules of their own.
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,10 +15,14 @@ from puzzle_jax.cli import enable_compilation_cache, guarded
 from puzzle_jax.errors import ConfigError
 
 RECIPES = Path(__file__).parent.parent / "recipes"
+COMMANDS = {"estimate": "puzzle_jax.search.estimate_command"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line and runs the search; returns the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments and arguments[0] in COMMANDS:
+        return importlib.import_module(COMMANDS[arguments[0]]).main(arguments[1:])
     from jsonargparse import ArgumentError, ArgumentParser
 
     from puzzle_jax.search.pipeline import STAGES, Search

@@ -9,6 +9,10 @@ of the same form that was timed elsewhere.
     seconds of a batch = prefill of all its inputs + output_tokens * one decode step of the whole batch
     tokens per second  = batch * output_tokens / seconds
 
+A scenario with a given batch has one set of seconds, kept under its name. One that leaves its batch open has a set for
+each of several batches, kept under "name.batch"; which is best depends on the architecture, and on the memory that it
+leaves for caches.
+
 Left out: batches that change while they run, and what no sub-block owns (scheduling, host time).
 """
 
@@ -16,77 +20,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from math import isfinite
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from puzzle_jax.config import BlockConfig, ModelConfig, cache_slots
-from puzzle_jax.convert_hf.table import Form, bytes_by_part
+from puzzle_jax.convert_hf.table import Form, bytes_by_part, parameters
 from puzzle_jax.errors import ConfigError, PuzzleError
-from puzzle_jax.model.spec import count_params
-from puzzle_jax.search.library import Number
+from puzzle_jax.search.batches import candidate_batches, largest_batch, memory_bytes
+from puzzle_jax.search.provider import Memory, Provider, Seconds, Times
 from puzzle_jax.search.scenario import Scenario
 from puzzle_jax.search.space import Space
 
 Architecture = tuple[BlockConfig, ...]
-
-
-@dataclass(frozen=True)
-class Seconds:
-    """Time of one part of the model for a scenario's whole batch.
-
-    Attributes:
-      prefill_seconds: all inputs of the batch.
-      decode_seconds: one step, the mean over the output positions.
-      prefill_spread, decode_spread: interquartile range over the median where it was measured, else 0.
-    """
-
-    prefill_seconds: Number
-    decode_seconds: Number
-    prefill_spread: Number = 0.0
-    decode_spread: Number = 0.0
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if not isinstance(value, int | float) or not isfinite(value) or value < 0:
-                raise ConfigError(f"{field.name} is {value!r}, but must be a finite number of at least 0")
-
-
-@dataclass(frozen=True)
-class Times:
-    """Seconds of every distinct sub-block in one scenario, and of the rest (embedding, head, sampling)."""
-
-    experts: Mapping[int, Seconds]
-    attention: Mapping[int | None, Seconds]
-    fixed: Seconds
-
-
-@runtime_checkable
-class Provider(Protocol):
-    """Where seconds come from."""
-
-    @property
-    def name(self) -> str: ...
-
-    def device(self, scenario: Scenario) -> str:
-        """What the seconds are of."""
-        ...
-
-    def times(
-        self,
-        config: ModelConfig,
-        scenario: Scenario,
-        form: Form,
-        counts: Sequence[int],
-        windows: Sequence[int | None],
-    ) -> Times:
-        """Seconds of the mixture with each expert count and of attention with each window.
-
-        `form` is that of the checkpoint whose experts are read.
-        """
-        ...
 
 
 @dataclass(frozen=True)
@@ -96,7 +42,7 @@ class ExpertCosts:
     Attributes:
       weight_bytes: experts and router in the checkpoint.
       parameters: experts and router.
-      seconds: by scenario name.
+      seconds: by scenario, see `seconds_key`.
     """
 
     weight_bytes: int
@@ -110,7 +56,7 @@ class AttentionCosts:
 
     Attributes:
       kv_bytes: of one request at its end, by scenario name.
-      seconds: by scenario name.
+      seconds: by scenario, see `seconds_key`.
     """
 
     kv_bytes: Mapping[str, int]
@@ -134,8 +80,10 @@ class Costs:
       device: what the seconds are of.
       scenarios: the deployments.
       layers: one entry per layer.
-      fixed: seconds of what all architectures share, by scenario name.
+      fixed: seconds of what all architectures share, by scenario, see `seconds_key`.
       shared_bytes, shared_parameters: of what all architectures share (attention, norms, embedding, head).
+      batches: by name, what is offered in scenarios that leave their batch open.
+      room_bytes: by name, memory for weights and caches in these scenarios.
     """
 
     provider: str
@@ -145,6 +93,16 @@ class Costs:
     fixed: Mapping[str, Seconds]
     shared_bytes: int
     shared_parameters: int
+    batches: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    room_bytes: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for scenario in self.scenarios:
+            for name in ("batches", "room_bytes"):
+                if scenario.batch is None and not getattr(self, name).get(scenario.name):
+                    raise ConfigError(
+                        f"scenario {scenario.name!r} leaves its batch open, but the costs lack its {name}"
+                    )
 
     def experts_of(self, layer: int, block: BlockConfig) -> ExpertCosts:
         return _entry(self.layers[layer].experts, block.num_experts, f"layer {layer}", "expert count")
@@ -170,24 +128,59 @@ class Costs:
         name = self.scenario(scenario).name
         return sum(self.attention_of(layer, block).kv_bytes[name] for layer, block in self._layers(blocks))
 
-    def prefill_seconds(self, blocks: Architecture, scenario: str | None = None) -> float:
+    def memory_bytes(self, blocks: Architecture, scenario: str | None = None, batch: int | None = None) -> int:
+        """Weights and caches of a batch at its end, on all devices."""
+        chosen = self.scenario(scenario)
+        return memory_bytes(
+            chosen,
+            dense=self.shared_bytes,
+            experts=self.expert_bytes(blocks),
+            kv=self.kv_bytes(blocks, chosen.name),
+            batch=self._batch(blocks, chosen, batch),
+        )
+
+    # Where a batch may be given: None is the scenario's own, or where that is open the best one of the architecture.
+
+    def prefill_seconds(self, blocks: Architecture, scenario: str | None = None, batch: int | None = None) -> float:
         """Seconds until a whole batch has its first token."""
-        return self._sum(blocks, self.scenario(scenario).name, "prefill_seconds")
+        return self._sum(blocks, self.scenario(scenario), batch, "prefill_seconds")
 
-    def decode_seconds(self, blocks: Architecture, scenario: str | None = None) -> float:
+    def decode_seconds(self, blocks: Architecture, scenario: str | None = None, batch: int | None = None) -> float:
         """Seconds of one step that gives every request of the batch one token."""
-        return self._sum(blocks, self.scenario(scenario).name, "decode_seconds")
+        return self._sum(blocks, self.scenario(scenario), batch, "decode_seconds")
 
-    def request_seconds(self, blocks: Architecture, scenario: str | None = None) -> float:
+    def request_seconds(self, blocks: Architecture, scenario: str | None = None, batch: int | None = None) -> float:
         """Seconds from prompts to last tokens of one batch."""
         chosen = self.scenario(scenario)
-        decode_seconds = self._sum(blocks, chosen.name, "decode_seconds")
-        return self._sum(blocks, chosen.name, "prefill_seconds") + chosen.output_tokens * decode_seconds
+        batch = self._batch(blocks, chosen, batch)
+        decode_seconds = self._sum(blocks, chosen, batch, "decode_seconds")
+        return self._sum(blocks, chosen, batch, "prefill_seconds") + chosen.output_tokens * decode_seconds
 
-    def tokens_per_second(self, blocks: Architecture, scenario: str | None = None) -> float:
+    def tokens_per_second(self, blocks: Architecture, scenario: str | None = None, batch: int | None = None) -> float:
         """Generated tokens per second of a batch."""
         chosen = self.scenario(scenario)
-        return chosen.batch * chosen.output_tokens / self.request_seconds(blocks, chosen.name)
+        batch = self._batch(blocks, chosen, batch)
+        return batch * chosen.output_tokens / self.request_seconds(blocks, chosen.name, batch)
+
+    def offered_batches(self, scenario: str | None = None) -> tuple[int, ...]:
+        """The scenario's own batch, or those that it may choose from."""
+        chosen = self.scenario(scenario)
+        return self.batches[chosen.name] if chosen.batch is None else (chosen.batch,)
+
+    def best_batch(self, blocks: Architecture, scenario: str | None = None) -> int:
+        """The offered batch with the most tokens per second among those whose memory there is.
+
+        Raises `ConfigError` where none fits.
+        """
+        chosen = self.scenario(scenario)
+        if chosen.batch is not None:
+            return chosen.batch
+        room = self.room_bytes[chosen.name]
+        offered = self.offered_batches(chosen.name)
+        fitting = [batch for batch in offered if self.memory_bytes(blocks, chosen.name, batch) <= room]
+        if not fitting:
+            raise ConfigError(f"scenario {chosen.name!r} has room for {room:,} bytes, but not one batch fits")
+        return max(fitting, key=lambda batch: self.tokens_per_second(blocks, chosen.name, batch))
 
     def seconds_by_part(self, blocks: Architecture, scenario: str | None = None) -> dict[str, float]:
         """`request_seconds` as a sum over attention, experts and the rest, in prefill and in decoding."""
@@ -214,11 +207,15 @@ class Costs:
             raise ConfigError(f"{len(blocks)} blocks were given, but the costs are of {len(self.layers)} layers")
         return list(enumerate(blocks))
 
-    def _sum(self, blocks: Architecture, scenario: str, field: str) -> float:
-        total = getattr(self.fixed[scenario], field)
+    def _batch(self, blocks: Architecture, scenario: Scenario, batch: int | None) -> int:
+        return self.best_batch(blocks, scenario.name) if batch is None else batch
+
+    def _sum(self, blocks: Architecture, scenario: Scenario, batch: int | None, field: str) -> float:
+        key = seconds_key(scenario, self._batch(blocks, scenario, batch))
+        total = getattr(_entry(self.fixed, key, "costs", "seconds of"), field)
         for layer, block in self._layers(blocks):
-            total += getattr(self.experts_of(layer, block).seconds[scenario], field)
-            total += getattr(self.attention_of(layer, block).seconds[scenario], field)
+            total += getattr(self.experts_of(layer, block).seconds[key], field)
+            total += getattr(self.attention_of(layer, block).seconds[key], field)
         return total
 
     def to_json(self) -> dict[str, Any]:
@@ -228,6 +225,8 @@ class Costs:
             "scenarios": [scenario.to_json() for scenario in self.scenarios],
             "shared_bytes": self.shared_bytes,
             "shared_parameters": self.shared_parameters,
+            "batches": {name: list(batches) for name, batches in self.batches.items()},
+            "room_bytes": dict(self.room_bytes),
             "fixed": _seconds_to_json(self.fixed),
             "layers": [
                 {
@@ -278,7 +277,14 @@ class Costs:
             fixed=_seconds_from_json(value["fixed"]),
             shared_bytes=value["shared_bytes"],
             shared_parameters=value["shared_parameters"],
+            batches={name: tuple(batches) for name, batches in value.get("batches", {}).items()},
+            room_bytes=dict(value.get("room_bytes", {})),
         )
+
+
+def seconds_key(scenario: Scenario, batch: int) -> str:
+    """Where the seconds of a scenario are kept: under its name, or where its batch is open under "name.batch"."""
+    return scenario.name if scenario.batch is not None else f"{scenario.name}.{batch}"
 
 
 def compute_costs(
@@ -287,6 +293,7 @@ def compute_costs(
     form: Form,
     provider: Provider,
     progress: Callable[[str], None] | None = None,
+    memory: Memory | None = None,
 ) -> Costs:
     """Costs of every alternative of a space.
 
@@ -295,7 +302,10 @@ def compute_costs(
       scenarios: deployments with distinct names.
       form: of the checkpoint, which decides the bytes of the experts.
       provider: gives the seconds.
-      progress: called with a scenario's name before its seconds are asked for.
+      progress: called with a scenario's name, and its batch where that is open, before its seconds are asked for.
+      memory: bounds the batches of scenarios that leave theirs open.
+
+    Raises `ConfigError` where a batch is open and there is no `memory`, or none for one request.
     """
     names = [scenario.name for scenario in scenarios]
     if not names or len(set(names)) != len(names):
@@ -305,13 +315,42 @@ def compute_costs(
     counts_of = [{b.num_experts, *space.expert_counts(layer)} for layer, b in enumerate(config.blocks)]
     counts = sorted(set.union(*counts_of))
     windows = sorted({w for layer in space.windows for w in layer}, key=lambda w: (w is None, w))
-    times: dict[str, Times] = {}
-    for scenario in scenarios:
-        if progress:
-            progress(scenario.name)
-        times[scenario.name] = provider.times(config, scenario, form, counts, windows)
     sizes = {count: _mixture_size(config, count, form) for count in counts}
     smallest = config.with_blocks(tuple(BlockConfig(counts[0]) for _ in config.blocks))
+    shared_bytes = bytes_by_part(smallest, form).total - config.num_layers * sizes[counts[0]][0]
+
+    def fitting(scenario: Scenario) -> tuple[int, ...]:
+        """Batches up to those of the parent and of the smallest architecture."""
+        if memory is None:
+            raise ConfigError(f"scenario {scenario.name!r} leaves its batch open, but no memory is known to bound it")
+        slots = [[kv_bytes(config, window, scenario) for window in layer] for layer in space.windows]
+        largest = [
+            largest_batch(
+                scenario,
+                dense=shared_bytes,
+                experts=sum(sizes[which(counts)][0] for counts in counts_of),
+                kv=sum(map(which, slots)),
+                room=memory.room_bytes(scenario),
+                at_most=memory.max_batch(scenario),
+            )
+            for which in (max, min)
+        ]
+        if not max(largest):
+            raise ConfigError(
+                f"scenario {scenario.name!r} has room for {max(memory.room_bytes(scenario), 0) / 1e9:.1f} GB, "
+                "but not even the smallest architecture fits with one request"
+            )
+        return candidate_batches(largest)
+
+    batches = {scenario.name: fitting(scenario) for scenario in scenarios if scenario.batch is None}
+    times: dict[str, Times] = {}
+    for scenario in scenarios:
+        for batch in batches.get(scenario.name, (scenario.batch,)):
+            assert batch is not None
+            key = seconds_key(scenario, batch)
+            if progress:
+                progress(key)
+            times[key] = provider.times(config, scenario.at(batch), form, counts, windows)
     return Costs(
         provider=provider.name,
         device=", ".join(dict.fromkeys(provider.device(scenario) for scenario in scenarios)),
@@ -319,22 +358,24 @@ def compute_costs(
         layers=tuple(
             LayerCosts(
                 experts={
-                    count: ExpertCosts(*sizes[count], {name: times[name].experts[count] for name in names})
+                    count: ExpertCosts(*sizes[count], {key: found.experts[count] for key, found in times.items()})
                     for count in sorted(counts_of[layer], reverse=True)
                 },
                 attention={
                     window: AttentionCosts(
                         {s.name: kv_bytes(config, window, s) for s in scenarios},
-                        {name: times[name].attention[window] for name in names},
+                        {key: found.attention[window] for key, found in times.items()},
                     )
                     for window in space.windows[layer]
                 },
             )
             for layer in range(space.num_layers)
         ),
-        fixed={name: times[name].fixed for name in names},
-        shared_bytes=bytes_by_part(smallest, form).total - config.num_layers * sizes[counts[0]][0],
-        shared_parameters=count_params(smallest) - config.num_layers * sizes[counts[0]][1],
+        fixed={key: found.fixed for key, found in times.items()},
+        shared_bytes=shared_bytes,
+        shared_parameters=parameters(smallest) - config.num_layers * sizes[counts[0]][1],
+        batches=batches,
+        room_bytes={name: memory.room_bytes(s) for s in scenarios if (name := s.name) in batches and memory},
     )
 
 
@@ -360,7 +401,7 @@ def _mixture_size(config: ModelConfig, count: int, form: Form) -> tuple[int, int
     """Bytes and parameters of one layer's experts and router."""
     one, two = (config.with_blocks((BlockConfig(c), *config.blocks[1:])) for c in (count, 2 * count))
     layer = bytes_by_part(one, form).layers[0]
-    return layer.experts + layer.router, count_params(two) - count_params(one)
+    return layer.experts + layer.router, parameters(two) - parameters(one)
 
 
 def _seconds_to_json(seconds: Mapping[str, Seconds]) -> dict[str, dict[str, float]]:

@@ -33,7 +33,7 @@ from puzzle_jax.model.cache import decode_attention_block, init_cache, prefill_a
 from puzzle_jax.model.network import embed, head_logits, moe_block
 from puzzle_jax.model.rope import rope_table
 from puzzle_jax.model.spec import Params, is_spec, param_specs
-from puzzle_jax.search.costs import Seconds, Times
+from puzzle_jax.search.provider import Seconds, Times
 from puzzle_jax.search.scenario import Scenario
 
 # A decoding loop starts every step from one of so many hidden states: with the state carried alone, routing
@@ -54,7 +54,7 @@ class _Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Measured:
-    """Provider of `puzzle_jax.search.costs`: times the default device.
+    """A `provider.Provider`: times the default device.
 
     Attributes:
       dtype: of parameters, activations and cache.
@@ -90,7 +90,7 @@ class Measured:
         counts: Sequence[int],
         windows: Sequence[int | None],
     ) -> Times:
-        """See `costs.Provider`; weights are of `dtype` whatever the form.
+        """See `provider.Provider`; weights are of `dtype` whatever the form.
 
         Raises `ConfigError` for a scenario of several devices or of other hardware.
         """
@@ -182,7 +182,7 @@ class _Maker:
 
     @property
     def _rows(self) -> int:
-        return group_rows(self._chunk, self.scenario.batch)
+        return group_rows(self._chunk, self.scenario.given_batch)
 
     @property
     def _chunks(self) -> int:
@@ -211,27 +211,27 @@ class _Maker:
             cache = init_cache(config, 0, rows, context, self.dtype)
             return jax.lax.fori_loop(0, chunks, one_chunk, (jnp.zeros_like(x[:, :chunk]), cache))
 
-        return _repeated(run, params, self._hidden(rows, chunks * chunk), rows / self.scenario.batch)
+        return _repeated(run, params, self._hidden(rows, chunks * chunk), rows / self.scenario.given_batch)
 
     def prefill_experts(self, count: int) -> _Part:
         """One chunk of one group's prompts."""
         config = self._one_layer(BlockConfig(count))
         params = self._params(config.blocks[0].num_experts)["layers"][0]["moe"]
         run = jax.jit(lambda params, x: moe_block(params, config, x)[0])
-        share = self._rows / (self.scenario.batch * self._chunks)
+        share = self._rows / (self.scenario.given_batch * self._chunks)
         return _repeated(run, params, self._hidden(self._rows, self._chunk), share)
 
     def prefill_fixed(self) -> _Part:
         config = self._one_layer(BlockConfig(self.config.experts_per_token))
         params = _without_layers(self._params(config.blocks[0].num_experts))
-        shape = (self.scenario.batch, self.scenario.input_tokens)
+        shape = (self.scenario.given_batch, self.scenario.input_tokens)
         tokens = jnp.asarray(np.random.default_rng(self.seed).integers(config.vocab_size, size=shape, dtype=np.int32))
         run = jax.jit(lambda params, tokens: head_logits(params, config, embed(params, tokens)[:, -1]))
         return _repeated(run, params, tokens)
 
     def decode_attention(self, window: int | None) -> _Part:
         config = self._one_layer(BlockConfig(self.config.experts_per_token, window))
-        batch, scenario, steps = self.scenario.batch, self.scenario, self.steps
+        batch, scenario, steps = self.scenario.given_batch, self.scenario, self.steps
         params = self._params(config.blocks[0].num_experts)["layers"][0]["attention"]
         cache = init_cache(config, 0, batch, self._context, self.dtype)
 
@@ -265,7 +265,7 @@ class _Maker:
 
     def _loop(self, step: Callable[..., tuple[Array, Any]], params: Params, carry: Any) -> _Part:
         """`steps` steps on the device; each starts from its own hidden state and needs the one before it."""
-        states = self._hidden(_STATES, self.scenario.batch, 1)
+        states = self._hidden(_STATES, self.scenario.given_batch, 1)
 
         @partial(jax.jit, donate_argnums=2)  # the cache is updated in place, as in generation
         def run(params: Params, states: Array, carry: Any) -> Any:

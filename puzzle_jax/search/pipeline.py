@@ -48,8 +48,9 @@ from puzzle_jax.report.page import SearchPage, stage_records
 from puzzle_jax.report.table import SearchReport
 from puzzle_jax.search.alternatives import expert_mask
 from puzzle_jax.search.baselines import all_baselines
-from puzzle_jax.search.costs import Costs, Provider, compute_costs, read_costs
+from puzzle_jax.search.costs import Costs, compute_costs, read_costs
 from puzzle_jax.search.deal import deal_traces
+from puzzle_jax.search.external import read_external
 from puzzle_jax.search.frontier import frontier, speedup, uniform_frontier
 from puzzle_jax.search.measured import Measured, device_identity
 from puzzle_jax.search.parent import Parent
@@ -127,9 +128,11 @@ class Search:
     # Stages ---------------------------------------------------------------------------------------------------------
 
     def _cost(self) -> Stage:
-        measured = self.recipe.costs == "measured"
+        measured, external = self.recipe.costs == "measured", self.recipe.external_costs
+        if external and not external.is_file():
+            raise PuzzleError(f"costs is {external}, but there is no such file")
         settings = {
-            "provider": self.recipe.costs,
+            "provider": "external" if external else self.recipe.costs,
             "device": device_identity() if measured else None,
             "scenario": self.recipe.section("scenario"),
             "counts": self.counts,
@@ -137,13 +140,21 @@ class Search:
         }
 
         def produce(out: Path) -> None:
+            space, form, scenario = self._nominal_space(), self.parent.description.form, self.recipe.scenario
+            if external:
+                read_external(external, space, scenario)
+                (out / "costs.json").write_bytes(external.read_bytes())
+                return
             with progress(self.console, "timing blocks", None) as advance:
-                provider: Provider = Measured(progress=lambda _, turns: advance(1, turns)) if measured else Roofline()
-                space, form = self._nominal_space(), self.parent.description.form
-                costs = compute_costs(space, [self.recipe.scenario], form, provider)
+                if measured:
+                    timer = Measured(progress=lambda _, turns: advance(1, turns))
+                    costs = compute_costs(space, [scenario], form, timer)
+                else:
+                    costs = compute_costs(space, [scenario], form, Roofline(), memory=Roofline())
             _write(out / "costs.json", costs.to_json())
 
-        done = run_stage(self.run, "cost", settings, [self.parent.directory / "config.json"], produce)
+        inputs = [self.parent.directory / "config.json", *([external] if external else [])]
+        done = run_stage(self.run, "cost", settings, inputs, produce)
         self._check_target()
         return done
 
@@ -392,7 +403,7 @@ class Search:
         with progress(self.console, "throughput", rounds) as advance:
             speeds = measure_throughput(
                 models,
-                batch=scenario.batch,
+                batch=scenario.given_batch,
                 input_tokens=scenario.input_tokens,
                 output_tokens=scenario.output_tokens,
                 rounds=rounds,

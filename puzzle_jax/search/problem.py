@@ -2,23 +2,26 @@
 
 Every layer is two groups, one for its experts and one for its attention. Scores and costs add over groups, so
 the product of a layer's alternatives is never listed. What all architectures share (embedding, head,
-sampling) is a group with one alternative. Limits are the target's, relative to the parent, and are checked on
+sampling) is a group with one alternative. Limits are the target's (`puzzle_jax.search.goals`) and are checked on
 exact sums.
+
+Numbers of a scenario are named "request_seconds.chat", or where its batch is open "request_seconds.chat.16" for each
+batch that it may choose.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import cached_property
-from math import floor, inf, isfinite, nextafter
+from math import isfinite
 from typing import Any
 
 from puzzle_jax.config import BlockConfig
 from puzzle_jax.errors import ConfigError, InfeasibleError
-from puzzle_jax.search.costs import Architecture, Costs, Seconds
-from puzzle_jax.search.library import Number, exact
+from puzzle_jax.search.costs import Architecture, Costs, seconds_key
+from puzzle_jax.search.goals import Goal, goals_by_batch, goals_of, request_seconds
+from puzzle_jax.search.library import Number
 from puzzle_jax.search.program import (
     Clash,
     InfeasibleProgram,
@@ -29,6 +32,7 @@ from puzzle_jax.search.program import (
     assess,
     solve,
 )
+from puzzle_jax.search.provider import Seconds
 from puzzle_jax.search.scenario import Scenario, Target
 from puzzle_jax.search.space import ExpertChoice, Space
 
@@ -57,8 +61,8 @@ class Candidate:
       blocks: per layer, expert count and window.
       choices: per layer, the experts that stay.
       score: sum of its alternatives' scores.
-      costs: sums by key ("expert_bytes", "parameters", "kv_bytes.<scenario>", "prefill_seconds.<scenario>",
-        "decode_seconds.<scenario>", "request_seconds.<scenario>").
+      costs: sums by key ("expert_bytes", "parameters", "kv_bytes.<scenario>", "memory_bytes.<scenario>",
+        "prefill_seconds.<scenario>", "decode_seconds.<scenario>", "request_seconds.<scenario>").
       missed: limits of the target that it breaks, in words.
       status: of the program's solution; "given" where none was solved.
       gap: of the program's solution.
@@ -140,14 +144,16 @@ class Problem:
     @cached_property
     def library(self) -> Library:
         """The alternatives in the form that programs take."""
+        costs = self.costs
         groups: dict[str, dict[str, dict[str, Any]]] = {
             "shared": {
                 "": {
                     SCORE: 0.0,
                     EXPERT_BYTES: 0,
-                    PARAMETERS: self.costs.shared_parameters,
-                    "kv_bytes": {scenario.name: 0 for scenario in self.costs.scenarios},
-                    **_seconds(self.costs.scenarios, self.costs.fixed),
+                    PARAMETERS: costs.shared_parameters,
+                    "kv_bytes": {scenario.name: 0 for scenario in costs.scenarios},
+                    "memory_bytes": self._by_batch(lambda scenario, _: scenario.replicas * costs.shared_bytes),
+                    **self._seconds(costs.fixed),
                 }
             }
         }
@@ -168,7 +174,8 @@ class Problem:
             EXPERT_BYTES: costs.weight_bytes,
             PARAMETERS: costs.parameters,
             "kv_bytes": {scenario.name: 0 for scenario in self.costs.scenarios},
-            **_seconds(self.costs.scenarios, costs.seconds),
+            "memory_bytes": self._by_batch(lambda scenario, _: scenario.expert_copies * costs.weight_bytes),
+            **self._seconds(costs.seconds),
         }
 
     def _attention_numbers(self, layer: int, index: int, window: int | None) -> dict[str, Any]:
@@ -178,34 +185,51 @@ class Problem:
             EXPERT_BYTES: 0,
             PARAMETERS: 0,
             "kv_bytes": dict(costs.kv_bytes),
-            **_seconds(self.costs.scenarios, costs.seconds),
+            "memory_bytes": self._by_batch(lambda scenario, batch: batch * costs.kv_bytes[scenario.name]),
+            **self._seconds(costs.seconds),
+        }
+
+    def _by_batch(self, value: Callable[[Scenario, int], Number]) -> dict[str, Any]:
+        """Numbers by scenario, or where its batch is open by scenario and batch."""
+        return {
+            scenario.name: value(scenario, scenario.batch)
+            if scenario.batch is not None
+            else {str(batch): value(scenario, batch) for batch in self.costs.offered_batches(scenario.name)}
+            for scenario in self.costs.scenarios
+        }
+
+    def _seconds(self, seconds: Mapping[str, Seconds]) -> dict[str, Any]:
+        """Prefill, one decoding step, and a whole request."""
+
+        def of(scenario: Scenario, batch: int) -> Seconds:
+            return seconds[seconds_key(scenario, batch)]
+
+        return {
+            "prefill_seconds": self._by_batch(lambda scenario, batch: of(scenario, batch).prefill_seconds),
+            "decode_seconds": self._by_batch(lambda scenario, batch: of(scenario, batch).decode_seconds),
+            "request_seconds": self._by_batch(lambda scenario, batch: request_seconds(scenario, of(scenario, batch))),
         }
 
     @cached_property
-    def limits(self) -> tuple[Limit, ...]:
-        """The target as bounds on sums."""
-        target, parent, limits = self.target, self.space.parent.blocks, []
-        if target.max_expert_bytes_ratio is not None:
-            limits.append(_bytes_limit(EXPERT_BYTES, target.max_expert_bytes_ratio, self.costs.expert_bytes(parent)))
-        for scenario in self.costs.scenarios:
-            if target.max_kv_bytes_ratio is not None:
-                of_parent = self.costs.kv_bytes(parent, scenario.name)
-                limits.append(_bytes_limit(f"kv_bytes.{scenario.name}", target.max_kv_bytes_ratio, of_parent))
-            if target.min_speedup is not None:
-                seconds = self._parent_seconds(scenario) / exact(target.min_speedup)
-                limits.append(Limit(f"request_seconds.{scenario.name}", at_most=_float_above(seconds)))
-        return tuple(limits)
+    def goals(self) -> tuple[Goal, ...]:
+        """The target as limits that must all hold."""
+        return goals_of(self.target, self.costs, self.space.parent.blocks)
 
-    def _parent_seconds(self, scenario: Scenario) -> Fraction:
-        """The exact sum that the library gives the parent, so that a speed-up of 1 is the parent's own."""
-        parts = [self.costs.fixed[scenario.name]]
-        for layer, block in enumerate(self.space.parent.blocks):
-            parts.append(self.costs.experts_of(layer, block).seconds[scenario.name])
-            parts.append(self.costs.attention_of(layer, block).seconds[scenario.name])
-        return sum((exact(_request_seconds(scenario, part)) for part in parts), Fraction(0))
+    @cached_property
+    def goals_by_batch(self) -> Mapping[str, Mapping[int, tuple[Goal, ...]]]:
+        """For each scenario that leaves its batch open: sets of limits, by batch, one of which must hold."""
+        return goals_by_batch(self.target, self.costs, self.space.parent.blocks)
+
+    @cached_property
+    def limits(self) -> tuple[Limit, ...]:
+        """The limits of `goals`."""
+        return tuple(goal.limit for goal in self.goals)
 
     @cached_property
     def program(self) -> Program:
+        """Raises `ConfigError` for a scenario that leaves its batch open."""
+        for name in self.goals_by_batch:
+            raise ConfigError(f"scenario {name!r} leaves its batch open, but the program needs one; give a batch")
         return Program(self.library, SCORE, self.limits)
 
     def solve(
@@ -256,35 +280,21 @@ class Problem:
             choice[attention_group(layer)] = window_name(block.window)
         return self.assess("parent", choice)
 
-    def _in_words(self, limit: Limit, value: float) -> tuple[str, str, str]:
-        """What a limit is called, what it asks for, and what a value of its key is in the same unit."""
-        key, _, scenario = limit.key.partition(".")
-        parent = self.space.parent.blocks
-        if key == "request_seconds":
-            speedup = self.costs.request_seconds(parent, scenario) / value
-            return f"speed-up in scenario {scenario!r}", f"{self.target.min_speedup:g}", _floor(speedup)
-        if key == "kv_bytes":
-            ratio = value / self.costs.kv_bytes(parent, scenario)
-            return (
-                f"KV bytes ratio in scenario {scenario!r}",
-                f"{self.target.max_kv_bytes_ratio:g}",
-                _ceil(ratio),
-            )
-        ratio = value / self.costs.expert_bytes(parent)
-        return "expert bytes ratio", f"{self.target.max_expert_bytes_ratio:g}", _ceil(ratio)
+    def _goal(self, limit: Limit) -> Goal:
+        return next(goal for goal in self.goals if goal.limit == limit)
 
     def _missed(self, limit: Limit, value: float) -> str:
-        name, asked, reached = self._in_words(limit, value)
-        return f"{name} is {reached}, asked for {asked}"
+        goal = self._goal(limit)
+        return f"{goal.name} is {goal.reached(value)}, asked for {goal.asked}"
 
     def _explain(self, clashes: Sequence[Clash]) -> InfeasibleError:
         asked, alone, together = [], [], []
         for clash in clashes:
-            name, wanted, best = self._in_words(clash.limit, clash.alone)
-            asked.append(f"{name} {wanted}")
-            alone.append(f"{name} {best}")
+            goal = self._goal(clash.limit)
+            asked.append(f"{goal.name} {goal.asked}")
+            alone.append(f"{goal.name} {goal.reached(clash.alone)}")
             if clash.given_others is not None:
-                together.append(f"{name} {self._in_words(clash.limit, clash.given_others)[2]}")
+                together.append(f"{goal.name} {goal.reached(clash.given_others)}")
         text = f"the target cannot be met: {' and '.join(asked)}"
         text += f"; the best reachable by itself is {', '.join(alone)}"
         if together and together != alone:
@@ -302,35 +312,3 @@ def attention_group(layer: int) -> str:
 
 def window_name(window: int | None) -> str:
     return "full" if window is None else str(window)
-
-
-def _seconds(scenarios: Sequence[Scenario], seconds: Mapping[str, Seconds]) -> dict[str, dict[str, float]]:
-    """Nested numbers by key and scenario."""
-    names = [scenario.name for scenario in scenarios]
-    return {
-        "prefill_seconds": {name: seconds[name].prefill_seconds for name in names},
-        "decode_seconds": {name: seconds[name].decode_seconds for name in names},
-        "request_seconds": {s.name: _request_seconds(s, seconds[s.name]) for s in scenarios},
-    }
-
-
-def _request_seconds(scenario: Scenario, seconds: Seconds) -> float:
-    return seconds.prefill_seconds + scenario.output_tokens * seconds.decode_seconds
-
-
-def _float_above(value: Fraction) -> float:
-    """The nearest float that, as it is written, is not below a fraction."""
-    number = float(value)
-    return number if exact(number) >= value else nextafter(number, inf)
-
-
-def _bytes_limit(key: str, ratio: float, of_parent: int) -> Limit:
-    return Limit(key, at_most=floor(exact(ratio) * Fraction(of_parent)))
-
-
-def _floor(value: float) -> str:
-    return f"{floor(value * 1000) / 1000:g}"
-
-
-def _ceil(value: float) -> str:
-    return f"{-floor(-value * 1000) / 1000:g}"

@@ -194,7 +194,8 @@ class Recipe:
       scenario: the deployment.
       target: what the child must reach, relative to its parent.
       mesh: devices that the search itself runs on.
-      costs: "measured" times our own sub-blocks on the devices present, "roofline" models the scenario's hardware.
+      costs: "measured" times our own sub-blocks on the devices present, "roofline" models the scenario's hardware, and
+        a path ending in .json is a costs.json that was timed elsewhere and is used as it is.
     """
 
     scenario: Scenario
@@ -208,7 +209,16 @@ class Recipe:
     refine: RefineSettings = field(default_factory=RefineSettings)
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
     mesh: MeshSettings = field(default_factory=MeshSettings)
-    costs: Literal["measured", "roofline"] = "measured"
+    costs: str = "measured"
+
+    def __post_init__(self) -> None:
+        if self.costs not in ("measured", "roofline") and not self.costs.endswith(".json"):
+            raise ConfigError(f"costs is {self.costs!r}, but must be measured, roofline, or the path of a .json file")
+
+    @property
+    def external_costs(self) -> Path | None:
+        """The file of costs that were timed elsewhere, where there is one."""
+        return Path(self.costs) if self.costs.endswith(".json") else None
 
     def section(self, name: str) -> dict[str, Any]:
         """One part as JSON values, to tell whether a stage's settings changed."""

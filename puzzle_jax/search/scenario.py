@@ -1,61 +1,121 @@
-"""What a child is made for: deployments, and what it must reach in them relative to its parent.
+"""What a child is made for: deployments, and what it must reach in them, by itself or relative to its parent.
 
-Left out: batches swept by the program, tensor and expert parallelism, and absolute targets (seconds,
-gigabytes).
+Names of usual deployments and files of others are read by `puzzle_jax.search.deployments`.
+Left out: pipeline parallelism, prompts and answers of mixed lengths, and requests that share a prefix.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import isfinite
-from typing import Any
+from typing import Any, NoReturn
 
 from puzzle_jax.errors import ConfigError
+
+_RATIOS = ("max_expert_bytes_ratio", "max_kv_bytes_ratio")
+_POSITIVE = ("min_tokens_per_second", "max_memory_bytes", "max_seconds_to_first_token", "max_seconds_per_token")
 
 
 @dataclass(frozen=True)
 class Scenario:
     """One way in which the model is used.
 
+    The devices form `replicas` groups of `tensor_degree` devices. A group shares attention, head and cache of its
+    requests by tensor parallelism; experts are split in the same way, or, with `expert_parallel` above 1, spread whole
+    over that many devices, which then exchange tokens.
+
     Attributes:
       name: letters, digits, "-" and "_".
       input_tokens: prompt length of every request.
       output_tokens: generated tokens of every request.
-      batch: requests that run together.
+      batch: requests that run together on all devices; None leaves it open, up to what memory and `max_batch` allow.
       kv_bytes_per_value: of the cache: 4 (float32), 2 (bfloat16) or 1 (FP8).
-      hardware: a name of `roofline.HARDWARE`, or "local" for the devices present.
+      hardware: a name of `hardware.HARDWARE`, or "local" for the devices present.
       devices: number of devices that share the work.
+      tensor_parallel: devices of one group; None is all of them.
+      expert_parallel: 1, or the devices that one copy of the experts is spread over, a multiple of `tensor_parallel`.
+      max_batch: where the batch is open, requests that the engine runs together at most; None is the assumptions'.
+      usable_memory: share of a device's memory for weights, caches and activations; None is the assumptions'.
     """
 
     name: str
     input_tokens: int
     output_tokens: int
-    batch: int
+    batch: int | None = None
     kv_bytes_per_value: int = 2
     hardware: str = "local"
     devices: int = 1
+    tensor_parallel: int | None = None
+    expert_parallel: int = 1
+    max_batch: int | None = None
+    usable_memory: int | float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
             raise ConfigError(f"scenario name is {self.name!r}, but must be of letters, digits, '-' and '_'")
-        for field in ("input_tokens", "output_tokens", "batch", "devices"):
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(
-                    f"{field} of scenario {self.name!r} is {value!r}, but must be a whole number of at least 1"
-                )
+        for field in ("input_tokens", "output_tokens", "devices", "expert_parallel"):
+            self._require_count(field)
+        for field in ("batch", "tensor_parallel", "max_batch"):
+            if getattr(self, field) is not None:
+                self._require_count(field)
         if self.kv_bytes_per_value not in (1, 2, 4):
-            raise ConfigError(
-                f"kv_bytes_per_value of scenario {self.name!r} is {self.kv_bytes_per_value!r}, but must be 1, 2 or 4"
-            )
+            self._refuse("kv_bytes_per_value", "1, 2 or 4")
         if not isinstance(self.hardware, str) or not self.hardware:
-            raise ConfigError(f"hardware of scenario {self.name!r} is {self.hardware!r}, but must be a name")
+            self._refuse("hardware", "a name")
+        if self.devices % self.tensor_degree:
+            self._refuse("tensor_parallel", f"a divisor of devices ({self.devices})")
+        if self.devices % self.expert_degree or self.expert_degree % self.tensor_degree:
+            self._refuse(
+                "expert_parallel",
+                f"1, or a multiple of tensor_parallel ({self.tensor_degree}) that divides devices ({self.devices})",
+            )
+        share = self.usable_memory
+        if share is not None and not (_is_number(share) and 0 < share <= 1):
+            self._refuse("usable_memory", "above 0 and at most 1")
+
+    def _require_count(self, field: str) -> None:
+        value = getattr(self, field)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            self._refuse(field, "a whole number of at least 1")
+
+    def _refuse(self, field: str, rule: str) -> NoReturn:
+        raise ConfigError(f"{field} of scenario {self.name!r} is {getattr(self, field)!r}, but must be {rule}")
 
     @property
     def context_tokens(self) -> int:
         """Positions of a request at its end."""
         return self.input_tokens + self.output_tokens
+
+    @property
+    def tensor_degree(self) -> int:
+        """Devices of one group."""
+        return self.devices if self.tensor_parallel is None else self.tensor_parallel
+
+    @property
+    def replicas(self) -> int:
+        """Groups, each with its own requests and its own copy of attention, embedding and head."""
+        return self.devices // self.tensor_degree
+
+    @property
+    def expert_degree(self) -> int:
+        """Devices that hold one copy of the experts."""
+        return self.tensor_degree if self.expert_parallel == 1 else self.expert_parallel
+
+    @property
+    def expert_copies(self) -> int:
+        return self.devices // self.expert_degree
+
+    @property
+    def given_batch(self) -> int:
+        """The batch. Raises `ConfigError` where it is open."""
+        if self.batch is None:
+            self._refuse("batch", "given here")
+        return self.batch
+
+    def at(self, batch: int) -> Scenario:
+        """The same deployment with that many requests together."""
+        return replace(self, batch=batch)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -63,29 +123,40 @@ class Scenario:
 
 @dataclass(frozen=True)
 class Target:
-    """What the child must reach relative to its parent; None is no limit.
+    """What the child must reach; None is no limit. Limits that depend on a scenario hold in every one.
 
     Attributes:
       max_expert_bytes_ratio: bytes of experts and routers over the parent's, in (0, 1].
-      min_speedup: tokens per second over the parent's, at least 1, in every scenario.
-      max_kv_bytes_ratio: KV-cache bytes of a request at its end over the parent's, in (0, 1], in every
-      scenario.
+      min_speedup: tokens per second over the parent's, at least 1.
+      max_kv_bytes_ratio: KV-cache bytes of a request at its end over the parent's, in (0, 1].
+      min_tokens_per_second: generated tokens per second of all devices.
+      max_memory_bytes: weights, and caches of the whole batch at its end, on all devices.
+      max_seconds_to_first_token: until the whole batch has its first token.
+      max_seconds_per_token: of one decoding step.
     """
 
     max_expert_bytes_ratio: int | float | None = None
     min_speedup: int | float | None = None
     max_kv_bytes_ratio: int | float | None = None
+    min_tokens_per_second: int | float | None = None
+    max_memory_bytes: int | float | None = None
+    max_seconds_to_first_token: int | float | None = None
+    max_seconds_per_token: int | float | None = None
 
     def __post_init__(self) -> None:
-        for field in ("max_expert_bytes_ratio", "max_kv_bytes_ratio"):
+        for field in _RATIOS:
             value = getattr(self, field)
             if value is not None and not (_is_number(value) and 0 < value <= 1):
                 raise ConfigError(f"{field} is {value!r}, but must be above 0 and at most 1 (1 is the parent's)")
         if self.min_speedup is not None and not (_is_number(self.min_speedup) and self.min_speedup >= 1):
             raise ConfigError(f"min_speedup is {self.min_speedup!r}, but must be at least 1 (1 is the parent's)")
+        for field in _POSITIVE:
+            value = getattr(self, field)
+            if value is not None and not (_is_number(value) and value > 0):
+                raise ConfigError(f"{field} is {value!r}, but must be above 0")
         if all(value is None for value in asdict(self).values()):
             raise ConfigError(
-                "the target is empty, but needs max_expert_bytes_ratio, min_speedup or max_kv_bytes_ratio: "
+                f"the target is empty, but needs one of {', '.join(asdict(self))}: "
                 "without a limit the best child is the parent"
             )
 

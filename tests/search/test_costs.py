@@ -11,8 +11,10 @@ from puzzle_jax.convert_hf.table import tensor_bytes
 from puzzle_jax.errors import ConfigError, PuzzleError
 from puzzle_jax.model.spec import count_params
 from puzzle_jax.search.costs import Costs, Seconds, Times, compute_costs, read_costs
+from puzzle_jax.search.external import read_external
+from puzzle_jax.search.hardware import hardware_named
 from puzzle_jax.search.measured import Measured
-from puzzle_jax.search.roofline import HARDWARE, Hardware, Roofline, active_experts, hardware_named, visible_keys
+from puzzle_jax.search.roofline import Roofline
 from puzzle_jax.search.scenario import Scenario
 from puzzle_jax.search.space import ExpertChoice, Space, candidate_windows
 from tests.support import small_config
@@ -82,7 +84,7 @@ def test_published_models():
     """gpt-oss-20b's checkpoint is 13,761,264,768 bytes, one of its experts 13,236,480."""
     layers = tuple(BlockConfig(32, None if layer % 2 else 128) for layer in range(24))
     config = ModelConfig(201088, 2880, 2880, 64, 8, 64, 4, layers)
-    costs = compute_costs(space_of(config, (32, 16), (1024,)), [CHAT], "mxfp4", Roofline(HARDWARE["h100"]))
+    costs = compute_costs(space_of(config, (32, 16), (1024,)), [CHAT], "mxfp4", Roofline(hardware_named("h100")))
     assert costs.weight_bytes(layers) == 13_761_264_768
     assert costs.experts_of(0, BlockConfig(16)).weight_bytes == 16 * (13_236_480 + 2 * 2881)
 
@@ -157,73 +159,103 @@ def test_parent_has_costs_even_where_its_count_is_no_alternative():
     assert costs.expert_bytes(CONFIG.blocks) * 4 == costs.expert_bytes(four) * 7
 
 
-# --- roofline ----------------------------------------------------------------------------------------------------
+# --- open batches ------------------------------------------------------------------------------------------------
+
+OPEN = Scenario("open", input_tokens=90, output_tokens=30)
+# Parent and smallest architecture (3 experts, windows 5, 8, 5): a request's cache has 130 and 18 slots of 120 bytes.
+PARENT_KV, SMALLEST_KV = 130 * 120, 18 * 120
 
 
-@pytest.mark.parametrize("window", [None, 1, 5, 16, 40])
-def test_visible_keys(window):
-    for first, count in ((0, 1), (0, 30), (12, 6), (4, 3)):
-        expected = sum(min(p + 1, window or p + 1) for p in range(first, first + count))
-        assert visible_keys(first, count, window) == expected
+class Room:
+    """Memory for the parent and four and a half of its requests; 40 requests at most."""
+
+    def room_bytes(self, scenario):
+        return tensor_bytes(CONFIG, "mxfp4") + 4 * PARENT_KV + PARENT_KV // 2
+
+    def max_batch(self, scenario):
+        return 40
 
 
-def test_active_experts():
-    assert active_experts(8, 2, 1) == pytest.approx(2)
-    assert active_experts(8, 2, 2) == pytest.approx(8 * (1 - 0.75**2))
-    assert active_experts(4, 4, 1) == 4
-    assert active_experts(128, 4, 10_000) == pytest.approx(128)
+class SlowerByBatch(Fixed):
+    """A step takes longer with more requests, but less than in proportion."""
+
+    def times(self, config, scenario, form, counts, windows):
+        found = super().times(config, scenario, form, counts, windows)
+        seconds = Seconds(0.5 * scenario.batch, 0.25 + 0.01 * scenario.batch)
+        return Times(found.experts, found.attention, seconds)
 
 
-def test_roofline_by_hand():
-    """Bytes and operations of every sub-block, one at a time limiting: 1000 a second."""
-    batch, inputs, outputs = 3, 12, 6
-    slow_memory, slow_math = Hardware("a", 1e3, 1e30), Hardware("b", 1e30, 1e3)
-
-    def both(hardware):
-        return Roofline(hardware).times(CONFIG, CHAT, "mxfp4", [5], [None, 5])
-
-    expert, row = (64 * 64 + 32 * 64) * 17 // 32 + 2 * 128, 2 * 65
-    touched = 5 * (1 - 0.6**batch)
-    moe = both(slow_memory).experts[5]
-    assert moe.decode_seconds == pytest.approx((5 * row + touched * expert) / 1e3)
-    assert moe.prefill_seconds == pytest.approx((5 * row + 5 * expert) / 1e3, rel=1e-6)
-    per_token = 2 * (64 * 5 + 2 * (64 * 64 + 32 * 64))
-    moe = both(slow_math).experts[5]
-    assert moe.decode_seconds == pytest.approx(batch * per_token / 1e3)
-    assert moe.prefill_seconds == pytest.approx(batch * inputs * per_token / 1e3)
-
-    weights = 64 * (60 + 30 + 30 + 60)
-    slot_bytes = 2 * 30 * 2
-    full, windowed = both(slow_memory).attention[None], both(slow_memory).attention[5]
-    mean_keys = sum(range(13, 19)) / outputs
-    assert full.decode_seconds == pytest.approx((2 * weights + batch * mean_keys * slot_bytes) / 1e3)
-    assert windowed.decode_seconds == pytest.approx((2 * weights + batch * 5 * slot_bytes) / 1e3)
-    assert full.prefill_seconds == pytest.approx((2 * weights + batch * inputs * slot_bytes) / 1e3)
-    windowed = both(slow_math).attention[5]
-    keys = 1 + 2 + 3 + 4 + 5 * 8
-    assert windowed.prefill_seconds == pytest.approx(2 * batch * (inputs * weights + 2 * 60 * keys) / 1e3)
-    assert windowed.decode_seconds == pytest.approx(2 * batch * (weights + 2 * 60 * 5) / 1e3)
-
-    fixed = both(slow_memory).fixed
-    assert fixed.decode_seconds == pytest.approx(2 * 64 * (97 + batch) / 1e3)
-    assert fixed.prefill_seconds == pytest.approx(2 * 64 * (97 + batch * inputs) / 1e3)
-    assert both(slow_math).fixed.decode_seconds == pytest.approx(2 * batch * 64 * 97 / 1e3)
+@pytest.fixture(scope="module")
+def opened():
+    return compute_costs(SPACE, [CHAT, OPEN], "mxfp4", SlowerByBatch(), memory=Room())
 
 
-def test_devices_divide_and_hardware_comes_from_the_scenario():
-    one = Scenario("one", 64, 64, 8, hardware="h100")
-    two = Scenario("two", 64, 64, 8, hardware="h100", devices=2)
-    costs = compute_costs(SPACE, [one, two], "mxfp4", Roofline())
-    assert costs.device == "h100"
-    assert costs.request_seconds(BLOCKS, "one") == pytest.approx(2 * costs.request_seconds(BLOCKS, "two"))
+def test_open_batches_reach_from_one_to_the_smallest_architecture_s(opened):
+    assert opened.offered_batches("chat") == (3,)
+    assert opened.offered_batches("open") == (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 40)
+    assert opened.room_bytes == {"open": Room().room_bytes(OPEN)}
+    assert set(opened.fixed) == {"chat", *(f"open.{batch}" for batch in opened.offered_batches("open"))}
+    assert Costs.from_json(json.loads(json.dumps(opened.to_json()))) == opened
 
 
-def test_hardware_table():
-    assert hardware_named("h200").bytes_per_second > hardware_named("h100").bytes_per_second
-    with pytest.raises(ConfigError, match="hardware is 'h900', but must be local or one of a100, h100"):
-        hardware_named("h900")
-    with pytest.raises(ConfigError, match="flops_per_second of hardware 'x' is 0"):
-        Hardware("x", 1.0, 0.0)
+def test_each_architecture_takes_its_own_best_batch(opened):
+    smallest = (BlockConfig(3, 5), BlockConfig(3, 8), BlockConfig(3, 5))
+    assert opened.best_batch(CONFIG.blocks, "open") == 4
+    assert opened.best_batch(smallest, "open") == 40
+    decode = 0.25 + 0.04 + 0.001 * 21 + 0.001 * 130
+    seconds = 0.5 * 4 + 0.010 * 21 + 3 * 0.020 + 30 * decode
+    assert opened.tokens_per_second(CONFIG.blocks, "open") == pytest.approx(4 * 30 / seconds)
+    assert opened.tokens_per_second(CONFIG.blocks, "open", 1) < opened.tokens_per_second(CONFIG.blocks, "open")
+    assert opened.memory_bytes(CONFIG.blocks, "open", 4) == tensor_bytes(CONFIG, "mxfp4") + 4 * PARENT_KV
+
+
+def test_open_batches_need_memory():
+    with pytest.raises(ConfigError, match="scenario 'open' leaves its batch open, but no memory is known"):
+        compute_costs(SPACE, [OPEN], "mxfp4", Fixed())
+
+    class None_(Room):
+        def room_bytes(self, scenario):
+            return 1000
+
+    with pytest.raises(ConfigError, match="not even the smallest architecture fits"):
+        compute_costs(SPACE, [OPEN], "mxfp4", Fixed(), memory=None_())
+    with pytest.raises(ConfigError, match="batch of scenario 'open' is None, but must be given here"):
+        Measured().times(CONFIG, OPEN, "bf16", [7], [None])
+
+
+# --- costs from elsewhere ----------------------------------------------------------------------------------------
+
+
+def test_costs_from_elsewhere_are_taken_as_they_are(costs, tmp_path):
+    path = tmp_path / "timed.json"
+    path.write_text(json.dumps(costs.to_json()))
+    assert read_external(path, SPACE, CHAT) == costs
+    assert read_external(path, space_of(CONFIG, (7, 3), ()), LONG) == costs
+
+
+@pytest.mark.parametrize(
+    ("space", "scenario", "change", "words"),
+    [
+        (space_of(CONFIG, (7, 6, 4), (8,)), CHAT, None, "lack layer 0: expert counts 6, 4; layer 1: expert counts 6"),
+        (space_of(CONFIG, (7,), (9, 8)), CHAT, None, "lack layer 1: windows 9"),
+        (SPACE, OPEN, None, "no scenario 'open'; known: chat, long"),
+        (SPACE, CHAT.at(4), None, "batch of scenario 'chat' is 3, but 4 is asked for"),
+        (SPACE, CHAT, lambda v: v["layers"].pop(), "costs are of 2 layers, but the parent has 3"),
+        (SPACE, CHAT, lambda v: v["fixed"].pop("long"), "the costs lack seconds of 'long'"),
+        (
+            SPACE,
+            CHAT,
+            lambda v: v["scenarios"][1].update(batch=None),
+            "scenario 'long' leaves its batch open, but the costs lack its batches",
+        ),
+    ],
+)
+def test_costs_from_elsewhere_that_lack_something_are_refused(costs, tmp_path, space, scenario, change, words):
+    path = tmp_path / "timed.json"
+    path.write_text(edited(costs, change or (lambda value: None)))
+    with pytest.raises(PuzzleError, match=words) as caught:
+        read_external(path, space, scenario)
+    assert str(path) in str(caught.value)
 
 
 # --- measured ----------------------------------------------------------------------------------------------------

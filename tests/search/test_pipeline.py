@@ -238,6 +238,7 @@ def test_a_stage_without_its_inputs_says_what_to_do(parent, tmp_path, capsys):
         (("--target.max_expert_bytes_ratio", "1.5"), "max_expert_bytes_ratio"),
         (("--traces.tasks", '["poetry"]'), "task is 'poetry', but must be one of chain"),
         (("--scenario.batch", "0"), "batch"),
+        (("--scenario.batch", "null"), "scenario 'chat' leaves its batch open, but the program needs one"),
         (("--space.divisor", "0"), "divisor is 0"),
         (("--space.restrict", '[{"layers": "0-7"}]'), "space.restrict has layers '0-7', but must list"),
         (("--space.restrict", '[{"layers": "1", "max_experts": 3}]'), "leaves layer 1 no expert count of 0 to 3"),
@@ -245,6 +246,8 @@ def test_a_stage_without_its_inputs_says_what_to_do(parent, tmp_path, capsys):
         (("--refine.rounds", "3"), "refine.rounds is 3, but must be 0, 1 or 2"),
         (("--score.first", "0"), "score.first is 0"),
         (("--mesh.model", "99"), "needs 99 devices"),
+        (("--costs", "guessed"), "costs is 'guessed', but must be measured, roofline, or the path of a .json file"),
+        (("--costs", "nowhere.json"), "costs is nowhere.json, but there is no such file"),
         (("--no-such-setting=1",), "no-such-setting"),
         (("--recipe", "nowhere.yaml"), "nowhere.yaml"),
     ],
@@ -254,6 +257,18 @@ def test_bad_settings_are_one_sentence_and_harm_nothing(parent, tmp_path, capsys
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
     assert not (tmp_path / "run" / "traces").exists()
+
+
+def test_costs_from_elsewhere_are_used_as_they_are(finished, parent, tmp_path, capsys):
+    timed = tmp_path / "timed.json"
+    costs = json.loads((finished / "cost/costs.json").read_text())
+    timed.write_text(json.dumps({**costs, "provider": "a stopwatch"}))
+    assert search(parent, tmp_path / "run", "cost", "--costs", str(timed)) == 0
+    assert (tmp_path / "run/cost/costs.json").read_bytes() == timed.read_bytes()
+    del costs["layers"][1]["experts"]["6"]
+    timed.write_text(json.dumps(costs))
+    assert search(parent, tmp_path / "run", "cost", "--costs", str(timed)) == 2
+    assert f"{timed}: the costs lack layer 1: expert counts 6" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "no weights", "unknown model_type", "no tokenizer"])

@@ -1,0 +1,154 @@
+"""Measured costs against measured speed: do times of single sub-blocks predict the tokens per second of whole models?
+
+    python benchmarks/measured_costs.py [--rounds N] [--json PATH]
+
+A random parent of 6 layers (42M parameters, full attention) and nine children with fewer experts and narrower windows
+are predicted by `search.measured` (every distinct sub-block timed once) and then run whole by the generation engine
+(`evaluate.throughput`), in turns. What counts is the error of the predicted tokens per second, and whether the order
+of the architectures is right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import spearmanr
+
+from puzzle_jax.cli import enable_compilation_cache
+from puzzle_jax.config import BlockConfig, ModelConfig
+from puzzle_jax.evaluate.throughput import Spread, measure_throughput
+from puzzle_jax.model.child import Child, ChildBlock, cut_params
+from puzzle_jax.model.spec import count_params, init_params
+from puzzle_jax.progress import progress
+from puzzle_jax.search.costs import compute_costs
+from puzzle_jax.search.measured import Measured, device_identity
+from puzzle_jax.search.scenario import Scenario
+from puzzle_jax.search.space import ExpertChoice, Space, candidate_windows
+
+LAYERS, COUNTS, WINDOWS = 6, (32, 16, 8), (256, 64)
+PARENT = ModelConfig(
+    vocab_size=8192,
+    hidden_size=256,
+    intermediate_size=256,
+    num_heads=16,
+    num_kv_heads=2,
+    head_dim=32,
+    experts_per_token=4,
+    blocks=(BlockConfig(COUNTS[0]),) * LAYERS,
+)
+SCENARIO = Scenario("long", input_tokens=1792, output_tokens=256, batch=4)
+
+
+def architecture(counts: Sequence[int], windows: Sequence[int | None]) -> tuple[BlockConfig, ...]:
+    """Expert counts and windows in turns over the layers."""
+    return tuple(BlockConfig(counts[i % len(counts)], windows[i % len(windows)]) for i in range(LAYERS))
+
+
+ARCHITECTURES = {
+    "parent": PARENT.blocks,
+    "16 experts": architecture([16], [None]),
+    "8 experts": architecture([8], [None]),
+    "8 and 32 experts": architecture([8, 32], [None]),
+    "half with window 256": architecture([32], [None, 256]),
+    "all with window 256": architecture([32], [256]),
+    "all with window 64": architecture([32], [64]),
+    "16 experts, half with window 64": architecture([16], [64, None]),
+    "8 experts, two thirds with window 256": architecture([8], [256, 256, None]),
+    "8 experts, all with window 64": architecture([8], [64]),
+}
+
+
+def main() -> None:
+    options = parse()
+    enable_compilation_cache()
+    console = Console(width=110)
+    start, load = time.perf_counter(), os.getloadavg()
+    choices = tuple(ExpertChoice(count, tuple(range(count)), "first") for count in COUNTS)
+    space = Space(PARENT, (choices,) * LAYERS, candidate_windows(PARENT, WINDOWS))
+    with progress(console, "timing sub-blocks", None) as advance:
+        provider = Measured(rounds=options.block_rounds, progress=lambda _, turns: advance(1, turns))
+        costs = compute_costs(space, [SCENARIO], "bf16", provider)
+    predicted = {name: costs.tokens_per_second(blocks) for name, blocks in ARCHITECTURES.items()}
+    block_seconds = time.perf_counter() - start
+    params = init_params(PARENT, jax.random.key(0))
+    models = {name: cut(params, blocks) for name, blocks in ARCHITECTURES.items()}
+    with progress(console, "running models", options.rounds) as advance:
+        measured = measure_throughput(
+            models,
+            batch=SCENARIO.given_batch,
+            input_tokens=SCENARIO.input_tokens,
+            output_tokens=SCENARIO.output_tokens,
+            rounds=options.rounds,
+            on_round=lambda: advance(1),
+        )
+    report = summary(predicted, measured)
+    report |= {
+        "device": device_identity(),
+        "load": [load, os.getloadavg()],
+        "block_seconds": block_seconds,
+        "seconds": time.perf_counter() - start,
+        "parameters": count_params(PARENT),
+    }
+    show(report, console)
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def cut(params: Any, blocks: Sequence[BlockConfig]) -> tuple[Any, ModelConfig]:
+    """The child that keeps the first experts of every layer."""
+    kept = tuple(ChildBlock(tuple(range(block.num_experts)), block.window) for block in blocks)
+    child = Child(PARENT, kept)
+    return cut_params(params, child), child.config
+
+
+def summary(predicted: dict[str, float], measured: dict[str, Spread]) -> dict[str, Any]:
+    errors = {name: predicted[name] / measured[name].median - 1 for name in predicted}
+    medians = [measured[name].median for name in predicted]
+    return {
+        "architectures": {
+            name: {"predicted": predicted[name], "measured": asdict(measured[name]), "error": errors[name]}
+            for name in predicted
+        },
+        "median_error": statistics.median(abs(error) for error in errors.values()),
+        "spearman": float(spearmanr(list(predicted.values()), medians).statistic),
+        "span": max(medians) / min(medians),
+    }
+
+
+def show(report: dict[str, Any], console: Console) -> None:
+    title = f"{report['parameters']:,} parameters, {SCENARIO.batch} x ({SCENARIO.input_tokens} + "
+    title += f"{SCENARIO.output_tokens}) tokens, {report['device']['device']}"
+    table = Table("", "predicted tokens/s", "measured (range)", "error", title=title, title_justify="left")
+    for name, row in report["architectures"].items():
+        found = row["measured"]
+        spread = f"{found['median']:.1f} ({found['low']:.1f}-{found['high']:.1f})"
+        table.add_row(name, f"{row['predicted']:.1f}", spread, f"{row['error']:+.1%}")
+    console.print(table)
+    console.print(
+        f"median error {report['median_error']:.1%}, Spearman {report['spearman']:.3f}, speeds span "
+        f"{report['span']:.2f}x; {report['block_seconds']:.0f} s of {report['seconds']:.0f} s for the sub-blocks; "
+        f"load {report['load'][0][0]:.1f} to {report['load'][1][0]:.1f}"
+    )
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3, help="of whole models")
+    parser.add_argument("--block-rounds", type=int, default=5, help="of sub-blocks")
+    parser.add_argument("--json", type=Path, help="where to write everything")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
