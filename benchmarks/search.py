@@ -275,7 +275,8 @@ def additive(found: _Found, architectures: int = 60) -> None:
     traces = [found.heldout[n] for n in found.gold_traces]
     scores, _ = score_children(found.search.parent.params, config, children, traces)
     real = [score.kl for score in scores]
-    ratio = np.median(np.array(real) / np.array(predicted))
+    changed = [(r, p) for r, p in zip(real, predicted, strict=True) if p > 0]
+    ratio = np.median([r / p for r, p in changed])
     CONSOLE.print(
         f"{architectures} random architectures, KL {min(real):.3f} to {max(real):.3f}: Spearman of predicted and real "
         f"{float(spearmanr(predicted, real)[0]):.3f}, median real over predicted {ratio:.2f}"
