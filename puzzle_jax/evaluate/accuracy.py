@@ -24,7 +24,8 @@ from puzzle_jax.tasks import Chat, FiniteTask, Problem, Task, check_effort, get_
 
 SPLIT_STRIDE, SEED_STRIDE = 10_000_000, 100_000
 SPLITS = ("calibration", "validation", "heldout", "accuracy", "evaluation", "confirmation")
-"""All but "evaluation" are a search's own and share nothing; that one is for judging a model by itself."""
+SEARCH_SPLITS = tuple(split for split in SPLITS if split != "evaluation")
+"""A search's own splits, which share nothing; "evaluation" is for judging a model by itself."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,8 @@ class QuestionSet:
         """The split's rows that the seed puts first, in the order of the file."""
         rows = list(problems(task))
         if self.split != "evaluation":
-            of_search = [split for split in SPLITS if split != "evaluation"]
-            dealt = of_search.index(self.split)
-            rows = [row for row in rows if zlib.crc32(row.prompt.encode()) % len(of_search) == dealt]
+            dealt = SEARCH_SPLITS.index(self.split)
+            rows = [row for row in rows if zlib.crc32(row.prompt.encode()) % len(SEARCH_SPLITS) == dealt]
         if not rows:
             raise ConfigError(
                 f"split {self.split!r} gets none of the {task.size} problems of {task.name}, "

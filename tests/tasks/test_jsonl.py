@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from puzzle_jax.errors import ConfigError
-from puzzle_jax.evaluate.accuracy import SPLITS, QuestionSet
+from puzzle_jax.evaluate.accuracy import SEARCH_SPLITS, QuestionSet
 from puzzle_jax.tasks import FiniteTask, JsonlTask, Problem, WorkedTask, get_task, problems
 
 
@@ -129,17 +129,17 @@ def test_evaluation_asks_all_rows_there_are(file):
 
 
 def test_a_searchs_splits_share_no_row_whatever_the_seeds(file):
-    whole = [asked(file, split, seed=index) for index, split in enumerate(SPLITS[:4])]
+    whole = [asked(file, split, seed=index) for index, split in enumerate(SEARCH_SPLITS)]
     assert sorted(row for rows in whole for row in rows) == list(range(40))
     assert all(rows for rows in whole)
-    for rows, split in zip(whole, SPLITS, strict=False):
+    for rows, split in zip(whole, SEARCH_SPLITS, strict=True):
         assert set(asked(file, split, per_task=2, seed=5)) <= set(rows)
 
 
 def test_equal_prompts_are_dealt_to_one_split(tmp_path):
     file = written(tmp_path / "twice.jsonl", [{"prompt": "1?", "answer": "1"}] * 6)
     taken = []
-    for split in SPLITS[:4]:
+    for split in SEARCH_SPLITS:
         try:
             taken.append(asked(file, split))
         except ConfigError as error:
