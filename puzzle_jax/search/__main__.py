@@ -1,10 +1,12 @@
 """`python -m puzzle_jax.search [STAGE] [--recipe FILE] [--FIELD VALUE ...]`.
 
-Without a stage, everything that is not up to date is run, and the table is printed.
+Without a stage, everything that is not up to date is run, and the table is printed. Some commands work without a run:
+`solve --library FILE.json` solves any block library.
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +19,9 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line and runs the search; returns the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if tool := _tool(arguments):
+        return importlib.import_module(tool).main(arguments[1:])
     from jsonargparse import ArgumentError, ArgumentParser
 
     from puzzle_jax.search.pipeline import STAGES, Search
@@ -48,6 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             search.execute(stage)
 
     return guarded(parser.prog, run)
+
+
+def _tool(arguments: Sequence[str]) -> str | None:
+    """The module of a command that needs no run, if the arguments name one."""
+    if arguments[:1] == ["solve"] and any(argument.split("=")[0] == "--library" for argument in arguments):
+        return "puzzle_jax.search.solve_library"
+    return None
 
 
 if __name__ == "__main__":

@@ -29,7 +29,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import inf
+from math import inf, log
+from typing import Any
 
 import numpy as np
 from scipy import sparse
@@ -38,6 +39,8 @@ from scipy.optimize import linprog
 # Columns beyond the relaxation's in the first pass, and how their number grows from pass to pass.
 _FIRST_COLUMNS, _GROWTH = 16, 1.4
 _MULTIPLIERS_PER_PASS, _MOST_MULTIPLIERS = 8, 64
+# So many choices are sooner looked at than bounded well.
+_FEW_CHOICES = 10_000
 # Numbers in the largest temporary array: states times options times multipliers.
 _LARGEST_ARRAY = 1 << 21
 _RELATIVE_ROUNDING = 1e-13
@@ -70,6 +73,7 @@ def enumerate_least(
     cases: Sequence[Case],
     accepts: Callable[[np.ndarray], bool],
     ceiling_below: Callable[[float], float],
+    patience: float,
     deadline: float,
 ) -> Found:
     """The least sum under any of the cases, to a gap.
@@ -80,12 +84,13 @@ def enumerate_least(
       cases: of these one has to be met.
       accepts: whether a choice meets one of the cases exactly; asked for the cheapest choices first.
       ceiling_below: for the objective of a choice, below what another one has to be to be worth having.
-      deadline: on the clock of `time.monotonic`.
+      patience: when to give up while nothing is found, on the clock of `time.monotonic`.
+      deadline: when to give up in any case.
     """
     relaxed = [case for case in (_Relaxed(cost, owner, case) for case in cases) if case.bound < inf]
     if not relaxed:
         return Found(None, inf, True)
-    search = _Search(accepts, ceiling_below, deadline)
+    search = _Search(accepts, ceiling_below, patience, deadline)
     levels = np.sort(np.concatenate([case.bound + case.reduced[case.reduced > 0] for case in relaxed]))
     lowest = min(case.bound for case in relaxed)
     reached = float(_FIRST_COLUMNS)
@@ -125,9 +130,10 @@ class _Relaxed:
     def add_multipliers(self, kept: np.ndarray, random: np.random.Generator) -> None:
         """Duals over some columns, with the limits moved as far as partial choices use more or less of them."""
         rows, owner = self.case.rows[:, kept], self.owner[kept]
-        if len(self.case.bounds) == 0 or len(self.multipliers) > _MOST_MULTIPLIERS:
-            return
         counts = np.bincount(owner)
+        few = np.log(counts).sum() < log(_FEW_CHOICES)
+        if few or len(self.case.bounds) == 0 or len(self.multipliers) > _MOST_MULTIPLIERS:
+            return
         means = np.stack([np.bincount(owner, row) for row in rows]) / counts
         spread = np.sqrt(np.stack([np.bincount(owner, row**2) for row in (rows - means[:, owner])]) / counts)
         scale = np.sqrt((spread**2).sum(axis=1))
@@ -142,7 +148,7 @@ def _duals(cost: np.ndarray, rows: np.ndarray, bounds: np.ndarray, owner: np.nda
         return np.zeros(0)
     columns = len(owner)
     one_each = sparse.csr_matrix((np.ones(columns), (owner, np.arange(columns))))
-    result = linprog(cost, rows, bounds, one_each, np.ones(one_each.shape[0]), method="highs-ds")
+    result: Any = linprog(cost, rows, bounds, one_each, np.ones(int(owner[-1]) + 1), method="highs-ds")
     if result.status == 2:
         return None
     return np.maximum(0.0, -result.ineqlin.marginals) if result.status == 0 else np.zeros(len(bounds))
@@ -186,6 +192,7 @@ class _Search:
 
     accepts: Callable[[np.ndarray], bool]
     ceiling_below: Callable[[float], float]
+    patience: float
     deadline: float
     ceiling: float = inf
     columns: np.ndarray | None = None
@@ -200,7 +207,7 @@ class _Search:
         start = _States(0, np.zeros(1), np.zeros((len(bounds), 1)), np.full(1, case.bound))
         stack = [start]
         while stack:
-            if time.monotonic() > self.deadline:
+            if time.monotonic() > (self.patience if self.columns is None else self.deadline):
                 return False
             states = stack.pop()
             states = states.select(np.flatnonzero(states.bounds < self.ceiling))

@@ -16,12 +16,15 @@ from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from fractions import Fraction
 from functools import cached_property
 from itertools import product
-from math import isfinite
 from typing import Any
 
 import numpy as np
 
-from puzzle_jax.errors import PuzzleError
+from puzzle_jax.errors import PuzzleError, shown
+
+# Sums, squares and quotients of numbers up to this stay finite.
+_LARGEST = 1e100
+_KEYS_SHOWN = 20
 
 # {group: {alternative: {nested numbers}}}; `Program` checks it.
 Library = Mapping[str, Any]
@@ -40,7 +43,7 @@ class Limit:
         if (self.at_most is None) == (self.at_least is None):
             raise PuzzleError(f"the limit on {self.key!r} needs one of at_most and at_least")
         if not is_number(self.bound):
-            raise PuzzleError(f"the limit on {self.key!r} is {self.bound!r}, but must be a finite number")
+            raise PuzzleError(f"the limit on {self.key!r} is {shown(self.bound)}, but must be a finite number")
 
     @property
     def bound(self) -> Number:
@@ -119,7 +122,9 @@ class Program:
             raise PuzzleError("the library is empty, but needs at least one group")
         for group, alternatives in self.library.items():
             if not isinstance(alternatives, Mapping) or not alternatives:
-                raise PuzzleError(f"group {group!r} of the library has no alternatives")
+                raise PuzzleError(
+                    f"group {shown(group)} of the library has no alternatives: it is {shown(alternatives)}"
+                )
         names = [one.name for one in self.one_ofs]
         if len(set(names)) < len(names):
             raise PuzzleError(f"the names of the sets of limits are {names}, but must differ")
@@ -173,10 +178,17 @@ class Program:
         return self.plain_limits + tuple(limit for limits in nested for limit in limits)
 
     def _complaint(self, group: str, name: str, key: str, value: object) -> str:
+        at = f"{shown(name)} in group {shown(group)}"
         if value is not None:
-            return f"{key!r} of {name!r} in group {group!r} is {value!r}, but must be a finite number"
-        known = ", ".join(self.keys) or "none"
-        return f"{name!r} in group {group!r} has no {key!r}; keys that all alternatives have: {known}"
+            largest = (
+                f" of at most {_LARGEST:g} in size"
+                if isinstance(value, int | float) and not isinstance(value, bool) and value == value
+                else ""
+            )
+            return f"{key!r} of {at} is {shown(value)}, but must be a finite number{largest}"
+        known = [known if known.isprintable() else repr(known) for known in self.keys]
+        more = f" and {len(known) - _KEYS_SHOWN} more" if len(known) > _KEYS_SHOWN else ""
+        return f"{at} has no {key!r}; keys that all alternatives have: {', '.join(known[:_KEYS_SHOWN]) or 'none'}{more}"
 
     @cached_property
     def keys(self) -> tuple[str, ...]:
@@ -226,8 +238,10 @@ def common_keys(library: Library) -> set[str]:
 
 
 def is_number(value: object) -> bool:
-    number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-    return number and isfinite(value)  # pyright: ignore[reportArgumentType]
+    """Whether a value is a number that sums can be formed of: finite, and not so large that they overflow."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        return False
+    return bool(-_LARGEST <= value <= _LARGEST)
 
 
 def _numeric_keys(numbers: Any, prefix: str = "") -> list[str]:

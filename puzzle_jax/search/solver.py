@@ -4,9 +4,9 @@ Within a group, alternatives that others dominate are dropped; group minima are 
 tolerances mean the same for bytes and for seconds; a point that comes back is added up again as decimal fractions and
 refused if it breaks a limit by however little.
 
-`puzzle_jax.search.enumeration` has half of the time, in which it ends on almost all programs; HiGHS has the rest.
-There, one of several sets of limits is a binary z for each set, sum z = 1, and row <= bound + M (1 - z) for each of
-its limits, with M what the row can exceed its bound by at most.
+`puzzle_jax.search.enumeration` ends on almost all programs; where it has found nothing in half of the time, HiGHS has
+the rest. There, one of several sets of limits is a binary z for each set, sum z = 1, and row <= bound + M (1 - z) for
+each of its limits, with M what the row can exceed its bound by at most.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ _TOLERANCE = 1e-6
 _REFUSED_POINTS = 24
 # Enumeration takes sets of limits one by one; with more ways to combine them than this, HiGHS chooses among them.
 _MOST_CASES = 32
-_ENUMERATION_SHARE = 0.5
+# The share of the time in which enumeration has to find a choice.
+_PATIENCE = 0.5
 
 Cut = tuple[np.ndarray, int]
 """Columns of which at most so many may be chosen."""
@@ -170,20 +171,13 @@ def minimise(
     """The least objective under some of the limits, `one_ofs` and cuts, to a relative gap."""
     started = time.monotonic()
     model = _Model.of(compiled, objective, rows, one_ofs, cuts, gap)
-    found = _enumerate(model, started + _ENUMERATION_SHARE * time_limit)
+    found = _enumerate(model, started, time_limit)
     if found.bound == inf:
         return Point(None, "infeasible")
     proven = model.truly(found.bound)
-    if found.finished and found.columns is not None:
-        return Point(found.columns, "optimal", proven)
-    point = _branch_and_cut(model, started + time_limit)
-    columns = min((c for c in (found.columns, point.columns) if c is not None), key=model.value, default=None)
-    if columns is None:
-        return point
-    proven = max(proven, point.bound)
-    value = model.value(columns)
-    optimal = point.status == "optimal" or value - proven <= gap * abs(value)
-    return Point(columns, "optimal" if optimal else "time limit", proven)
+    if found.columns is not None:
+        return Point(found.columns, "optimal" if found.finished else "time limit", proven)
+    return _branch_and_cut(model, started + time_limit, proven)
 
 
 @dataclass(frozen=True)
@@ -191,7 +185,6 @@ class _Model:
     """What `minimise` minimises, shifted and scaled: true objective = cost * scale + base."""
 
     compiled: Compiled
-    objective: np.ndarray
     cost: np.ndarray
     base: float
     scale: float
@@ -210,19 +203,17 @@ class _Model:
         gap: Number,
     ) -> _Model:
         reachable = [[alternative for alternative in one if _reachable(compiled, alternative)] for one in one_ofs]
-        return _Model(compiled, objective, *_shifted(compiled, objective), rows, reachable, cuts, gap)
+        return _Model(compiled, *_shifted(compiled, objective), rows, reachable, cuts, gap)
 
     def truly(self, value: float) -> float:
         return value * self.scale + self.base
-
-    def value(self, columns: np.ndarray) -> float:
-        return float(self.objective[columns].sum())
 
     def accepts(self, columns: np.ndarray) -> bool:
         return self.compiled.is_met(columns, self.rows, self.one_ofs)
 
     def ceiling_below(self, value: float) -> float:
-        return value - self.gap * abs(self.truly(value)) / self.scale
+        # A hair less than the gap: what is reported must not exceed it by rounding.
+        return value - self.gap * (1 - 1e-9) * abs(self.truly(value)) / self.scale
 
     def row(self, row: int) -> tuple[np.ndarray, float, float]:
         """A limit's coefficients and bound, shifted and scaled, and by how much rounding may have lowered the bound."""
@@ -243,7 +234,7 @@ def _reachable(compiled: Compiled, rows: Sequence[int]) -> bool:
     return all(compiled.is_met(lowest(compiled, compiled.rows[row]), [row], ()) for row in rows)
 
 
-def _enumerate(model: _Model, deadline: float) -> Found:
+def _enumerate(model: _Model, started: float, time_limit: Number) -> Found:
     if prod(len(one) for one in model.one_ofs) > _MOST_CASES:
         return Found(None, -inf, False)
     cut_rows, cut_bounds = model.cut_rows(model.cuts)
@@ -252,46 +243,43 @@ def _enumerate(model: _Model, deadline: float) -> Found:
         used = [model.row(row) for row in (*model.rows, *(row for rows in picked for row in rows))]
         rows = np.concatenate([np.array([row for row, _, _ in used]).reshape(len(used), len(model.cost)), cut_rows])
         cases.append(Case(rows, np.concatenate([[bound + room for _, bound, room in used], cut_bounds])))
-    return enumerate_least(model.cost, model.compiled.owner, cases, model.accepts, model.ceiling_below, deadline)
+    return enumerate_least(
+        model.cost,
+        model.compiled.owner,
+        cases,
+        model.accepts,
+        model.ceiling_below,
+        patience=started + _PATIENCE * time_limit,
+        deadline=started + time_limit,
+    )
 
 
-def _branch_and_cut(model: _Model, deadline: float) -> Point:
-    """HiGHS, called again while the exact sums refuse its point."""
+def _branch_and_cut(model: _Model, deadline: float, proven: float) -> Point:
+    """HiGHS, called again while the exact sums refuse its point; `proven` is a bound known before."""
     compiled, columns = model.compiled, len(model.cost)
     sets = [rows for one in model.one_ofs for rows in one]
     groups = np.repeat(np.arange(len(model.one_ofs)), [len(one) for one in model.one_ofs])
     width = columns + len(sets)
     one_each = sparse.block_diag([_one_each(compiled), _membership(groups)]) if sets else _one_each(compiled)
-    lines, uppers, slacks = [], [], []
-    for z, rows in [(None, model.rows), *enumerate(sets)]:
-        for row in rows:
-            coefficients, upper, _ = model.row(row)
-            line = np.concatenate([coefficients, np.zeros(len(sets))])
-            most = 0.0
-            if z is not None:
-                most = max(0.0, float(np.maximum.reduceat(coefficients, compiled.starts).sum()) - upper)
-                line[columns + z] = most
-            lines.append(line)
-            uppers.append(upper + most)
-            slacks.append(1.0 + most)
+    matrix, uppers, slacks = _limit_rows(model, sets)
     refused = list(model.cuts)
     margin = 0.0
     for attempt in range(_REFUSED_POINTS):
         constraints = [LinearConstraint(one_each, 1, 1)]
-        if lines:
-            most = np.array(uppers) - margin * np.array(slacks)
-            constraints.append(LinearConstraint(np.stack(lines), ub=most))  # pyright: ignore[reportArgumentType]
+        if len(uppers):
+            constraints.append(LinearConstraint(matrix, ub=uppers - margin * slacks))  # pyright: ignore[reportArgumentType]
         if refused:
-            matrix, most = model.cut_rows(refused)
-            matrix = np.concatenate([matrix, np.zeros((len(refused), len(sets)))], axis=1)
-            constraints.append(LinearConstraint(matrix, ub=most))  # pyright: ignore[reportArgumentType]
+            cuts, most = model.cut_rows(refused)
+            cuts = np.pad(cuts, ((0, 0), (0, len(sets))))
+            constraints.append(LinearConstraint(cuts, ub=most))  # pyright: ignore[reportArgumentType]
         target = np.concatenate([model.cost, np.zeros(len(sets))])
         result = _call(target, constraints, np.ones(width), deadline, model.gap)
         if result.x is None:
             return Point(None, "time limit" if result.status == 1 else "infeasible")
         chosen = _columns(compiled, result.x)
         if model.accepts(chosen):
-            proven = -inf if result.mip_dual_bound is None else model.truly(float(result.mip_dual_bound))
+            if result.mip_dual_bound is not None:
+                proven = max(proven, model.truly(float(result.mip_dual_bound)))
             return Point(chosen, "optimal" if result.status == 0 else "time limit", proven)
         # Within the solver's tolerance of a limit but beyond it: exclude the point, and after many such
         # points stay clear of the tolerance.
@@ -299,6 +287,22 @@ def _branch_and_cut(model: _Model, deadline: float) -> Point:
         if attempt >= _REFUSED_POINTS // 2:
             margin = _TOLERANCE * 2.0 ** (attempt - _REFUSED_POINTS // 2)
     return Point(None, "infeasible")
+
+
+def _limit_rows(model: _Model, sets: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All limits over columns and sets, their upper bounds, and what the solver's tolerance is relative to in each."""
+    lines, uppers, slacks = [], [], []
+    for z, rows in [(None, model.rows), *enumerate(sets)]:
+        for row in rows:
+            coefficients, upper, _ = model.row(row)
+            switch, most = np.zeros(len(sets)), 0.0
+            if z is not None:
+                largest = np.maximum.reduceat(coefficients, model.compiled.starts).sum()
+                switch[z] = most = max(0.0, float(largest) - upper)
+            lines.append(np.concatenate([coefficients, switch]))
+            uppers.append(upper + most)
+            slacks.append(1.0 + most)
+    return np.array(lines), np.array(uppers), np.array(slacks)
 
 
 def least_excess(compiled: Compiled, time_limit: Number, within: float | None = None) -> Point:
