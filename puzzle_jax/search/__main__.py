@@ -1,7 +1,7 @@
 """`python -m puzzle_jax.search [STAGE] [--recipe FILE] [--FIELD VALUE ...]`.
 
-Without a stage, everything that is not up to date is run, and the table is printed. Commands that need no run
-directory have modules of their own.
+Without a stage, everything that is not up to date is run, and the table is printed. Some commands work without a run:
+`solve --library FILE.json` solves any block library, `estimate` compares two architectures.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ from puzzle_jax.cli import enable_compilation_cache, guarded
 from puzzle_jax.errors import ConfigError
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-COMMANDS = {"estimate": "puzzle_jax.search.estimate_command"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line and runs the search; returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments and arguments[0] in COMMANDS:
-        return importlib.import_module(COMMANDS[arguments[0]]).main(arguments[1:])
+    if tool := _tool(arguments):
+        return importlib.import_module(tool).main(arguments[1:])
     from jsonargparse import ArgumentError, ArgumentParser
 
     from puzzle_jax.search.pipeline import STAGES, Search
@@ -54,6 +53,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             search.execute(stage)
 
     return guarded(parser.prog, run)
+
+
+def _tool(arguments: Sequence[str]) -> str | None:
+    """The module of a command that needs no run, if the arguments name one."""
+    if arguments[:1] == ["solve"] and any(argument.split("=")[0] == "--library" for argument in arguments):
+        return "puzzle_jax.search.solve_library"
+    if arguments[:1] == ["estimate"]:
+        return "puzzle_jax.search.estimate_command"
+    return None
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""What a program chooses from: a library {group: {alternative: {nested numbers}}}, limits on sums, and
-choices.
+"""What a program chooses from: a library {group: {alternative: {nested numbers}}}, limits on sums, sets of limits of
+which one has to hold, and choices.
 
 A group is whatever one thing must be chosen for: a layer, or one sub-block of a layer. Numbers are named by
 dotted keys ("stats.runtime_ms"), the form in which block libraries are published. Sums are exact: every
@@ -10,17 +10,21 @@ Knows nothing of models, and nothing of solving: that is `puzzle_jax.search.prog
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from fractions import Fraction
 from functools import cached_property
-from math import isfinite
+from itertools import product
 from typing import Any
 
 import numpy as np
 
-from puzzle_jax.errors import PuzzleError
+from puzzle_jax.errors import PuzzleError, shown
+
+# Sums, squares and quotients of numbers up to this stay finite.
+_LARGEST = 1e100
+_KEYS_SHOWN = 20
 
 # {group: {alternative: {nested numbers}}}; `Program` checks it.
 Library = Mapping[str, Any]
@@ -39,7 +43,7 @@ class Limit:
         if (self.at_most is None) == (self.at_least is None):
             raise PuzzleError(f"the limit on {self.key!r} needs one of at_most and at_least")
         if not is_number(self.bound):
-            raise PuzzleError(f"the limit on {self.key!r} is {self.bound!r}, but must be a finite number")
+            raise PuzzleError(f"the limit on {self.key!r} is {shown(self.bound)}, but must be a finite number")
 
     @property
     def bound(self) -> Number:
@@ -53,8 +57,28 @@ class Limit:
     def is_met(self, total: Fraction) -> bool:
         return self.sign * total <= self.sign * exact(self.bound)
 
+    def excess(self, total: Fraction) -> float:
+        """By how much a sum breaks the limit, relative to it; absolute for a limit of 0."""
+        bound = exact(self.bound)
+        return float(max(Fraction(0), self.sign * (total - bound)) / (abs(bound) or 1))
+
     def __str__(self) -> str:
         return f"{self.key!r} at {'most' if self.at_most is not None else 'least'} {short(self.bound, 0)}"
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Sets of limits by name, of which all of one have to hold, whichever; the program chooses it with the rest.
+
+    So a scenario's batch can be a choice: for each batch, how long a request may take and how much memory there is.
+    """
+
+    name: str
+    alternatives: Mapping[str, tuple[Limit, ...]]
+
+    def __post_init__(self) -> None:
+        if not self.alternatives:
+            raise PuzzleError(f"{self.name!r} has no sets of limits, but needs at least one")
 
 
 @dataclass(frozen=True)
@@ -69,6 +93,7 @@ class Solution:
         proven), or "given" (not solved for).
       gap: (score - proven lower bound) / |score|; None where nothing is proven.
       missed: the limits that the choice breaks; none in what `solve` returns.
+      picked: for each `OneOf` by name, which of its sets of limits the choice meets (or comes nearest to).
     """
 
     choice: dict[str, str]
@@ -77,27 +102,33 @@ class Solution:
     status: str
     gap: float | None
     missed: tuple[Limit, ...] = ()
+    picked: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Program:
     """What to choose from and under which limits.
 
-    Raises `PuzzleError` when the library is empty, a key is unknown or missing in an alternative, or a number
-    that is used is none (a string, NaN, infinity).
+    Raises `PuzzleError` when the library is empty, a key is unknown or missing in an alternative, a number that is
+    used is none (a string, NaN, infinity), or two `OneOf` have the same name.
     """
 
     library: Library
     minimize: str
-    limits: tuple[Limit, ...] = ()
+    limits: tuple[Limit | OneOf, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.library:
             raise PuzzleError("the library is empty, but needs at least one group")
         for group, alternatives in self.library.items():
             if not isinstance(alternatives, Mapping) or not alternatives:
-                raise PuzzleError(f"group {group!r} of the library has no alternatives")
-        used = [self.minimize, *(limit.key for limit in self.limits)]
+                raise PuzzleError(
+                    f"group {shown(group)} of the library has no alternatives: it is {shown(alternatives)}"
+                )
+        names = [one.name for one in self.one_ofs]
+        if len(set(names)) < len(names):
+            raise PuzzleError(f"the names of the sets of limits are {names}, but must differ")
+        used = dict.fromkeys([self.minimize, *(limit.key for limit in self.every_limit)])
         for group, alternatives in self.library.items():
             for name, numbers in alternatives.items():
                 for key in used:
@@ -105,11 +136,59 @@ class Program:
                     if not is_number(value):
                         raise PuzzleError(self._complaint(group, name, key, value))
 
+    @property
+    def plain_limits(self) -> tuple[Limit, ...]:
+        """The limits that hold in any case."""
+        return tuple(limit for limit in self.limits if isinstance(limit, Limit))
+
+    @property
+    def one_ofs(self) -> tuple[OneOf, ...]:
+        return tuple(limit for limit in self.limits if isinstance(limit, OneOf))
+
+    @cached_property
+    def every_limit(self) -> tuple[Limit, ...]:
+        """Plain limits and those of all alternatives, in order."""
+        nested = [
+            [limit] if isinstance(limit, Limit) else [one for group in limit.alternatives.values() for one in group]
+            for limit in self.limits
+        ]
+        return tuple(limit for group in nested for limit in group)
+
+    def cases(self) -> list[dict[str, str]]:
+        """Every way to pick one alternative of each `OneOf`."""
+        names = [one.name for one in self.one_ofs]
+        picks = product(*(one.alternatives for one in self.one_ofs))
+        return [dict(zip(names, pick, strict=True)) for pick in picks]
+
+    def pick(self, choice: Mapping[str, str]) -> dict[str, str]:
+        """Of each `OneOf` the first alternative that a choice breaks least, by summed relative excess."""
+        picked = {}
+        for one in self.one_ofs:
+            excess = {name: self.excess(choice, limits) for name, limits in one.alternatives.items()}
+            picked[one.name] = min(excess, key=lambda name: excess[name])
+        return picked
+
+    def excess(self, choice: Mapping[str, str], limits: Sequence[Limit]) -> float:
+        """Summed relative excess of a choice over limits."""
+        return sum(limit.excess(self.totals(choice, limit.key)) for limit in limits)
+
+    def limits_of(self, picked: Mapping[str, str]) -> tuple[Limit, ...]:
+        """The limits that hold with an alternative of each `OneOf`."""
+        nested = [one.alternatives[picked[one.name]] for one in self.one_ofs]
+        return self.plain_limits + tuple(limit for limits in nested for limit in limits)
+
     def _complaint(self, group: str, name: str, key: str, value: object) -> str:
+        at = f"{shown(name)} in group {shown(group)}"
         if value is not None:
-            return f"{key!r} of {name!r} in group {group!r} is {value!r}, but must be a finite number"
-        known = ", ".join(self.keys) or "none"
-        return f"{name!r} in group {group!r} has no {key!r}; keys that all alternatives have: {known}"
+            largest = (
+                f" of at most {_LARGEST:g} in size"
+                if isinstance(value, int | float) and not isinstance(value, bool) and value == value
+                else ""
+            )
+            return f"{key!r} of {at} is {shown(value)}, but must be a finite number{largest}"
+        known = [known if known.isprintable() else repr(known) for known in self.keys]
+        more = f" and {len(known) - _KEYS_SHOWN} more" if len(known) > _KEYS_SHOWN else ""
+        return f"{at} has no {key!r}; keys that all alternatives have: {', '.join(known[:_KEYS_SHOWN]) or 'none'}{more}"
 
     @cached_property
     def keys(self) -> tuple[str, ...]:
@@ -159,8 +238,10 @@ def common_keys(library: Library) -> set[str]:
 
 
 def is_number(value: object) -> bool:
-    number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-    return number and isfinite(value)  # pyright: ignore[reportArgumentType]
+    """Whether a value is a number that sums can be formed of: finite, and not so large that they overflow."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        return False
+    return bool(-_LARGEST <= value <= _LARGEST)
 
 
 def _numeric_keys(numbers: Any, prefix: str = "") -> list[str]:

@@ -1,8 +1,7 @@
-"""The choice of one alternative per group as a mixed-integer program, solved by HiGHS through
-`scipy.optimize.milp`.
+"""The choice of one alternative per group as a mixed-integer program.
 
     minimise  sum score[g, a] x[g, a]   subject to   sum_a x[g, a] = 1 for each group g,   x binary,
-              sum cost[g, a] x[g, a] <= limit (or >=) for each limit,
+              sum cost[g, a] x[g, a] <= limit (or >=) for each limit, and for those of one alternative of each `OneOf`,
               and for further solutions  sum x * x_previous <= groups - min_distance
 
 (Puzzle, arXiv 2411.19146, section 4.) A group is whatever one thing must be chosen for: a layer, or one
@@ -11,26 +10,24 @@ library that a program works on is {group: {alternative: {nested numbers}}}, its
 ("stats.runtime_ms"); nothing here knows what a model is. A cost that every choice shares is a group with one
 alternative.
 
-What makes it quick and exact: within a group, alternatives that others dominate are dropped; group minima are
-subtracted and rows scaled, so that the solver's tolerances mean the same for bytes and for seconds; the point
-that comes back is added up again as decimal fractions, as written in the library, and refused if a limit is
-broken by however little. An infeasible program raises with the limits that clash and the nearest value that
-each could have.
+How it is solved: `puzzle_jax.search.solver`. Every solution is added up again as decimal fractions, as written in the
+library, and refused if a limit is broken by however little. An infeasible program raises with the limits that clash
+and the nearest value that each could have.
 
-Left out: products of variables (interactions between groups) and choosing a scenario's batch.
+Left out: products of variables (interactions between groups).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf, nextafter
 from typing import Any
 
 import numpy as np
 
 from puzzle_jax.errors import InfeasibleError, PuzzleError
-from puzzle_jax.search.library import Library, Limit, Number, Program, Solution, exact, short
+from puzzle_jax.search.library import Library, Limit, Number, OneOf, Program, Solution, exact, short
 from puzzle_jax.search.solver import Compiled, Point, compile_program, least_excess, lowest, minimise
 
 __all__ = [
@@ -38,12 +35,17 @@ __all__ = [
     "InfeasibleProgram",
     "Library",
     "Limit",
+    "OneOf",
     "Program",
     "Solution",
     "assess",
     "nearest",
     "solve",
 ]
+
+
+# Ways to pick sets of limits that an infeasible program's message goes through.
+_CASES_EXPLAINED = 8
 
 
 @dataclass(frozen=True)
@@ -90,15 +92,14 @@ def solve(
     _require("time_limit", time_limit, (int, float), time_limit > 0, "above 0 seconds")
     _require("gap", gap, (int, float), 0 <= gap < inf, "at least 0")
     compiled = compile_program(program, keep_dominated_by=num_solutions)
-    rows = range(len(program.limits))
     found: list[np.ndarray] = []
     solutions: list[Solution] = []
     while len(solutions) < num_solutions:
         cuts = [(columns, len(compiled.names) - min_distance) for columns in found]
-        point = minimise(compiled, compiled.score, rows, cuts, time_limit, gap)
+        point = minimise(compiled, compiled.score, compiled.plain, cuts, time_limit, gap, compiled.one_ofs)
         if point.columns is None and not solutions:
             if point.status == "infeasible":
-                raise _explain(compiled, time_limit)
+                raise _explain(program, time_limit)
             raise PuzzleError(f"no feasible choice was found in {time_limit:g} s; raise the time limit")
         if point.columns is None:
             break
@@ -113,15 +114,23 @@ def nearest(program: Program, *, time_limit: Number = 30.0) -> Solution:
     Where the limits can be met this is `solve`'s first solution. `missed` names the limits that stay broken.
     """
     compiled = compile_program(program, keep_dominated_by=1)
-    rows = range(len(program.limits))
-    point = minimise(compiled, compiled.score, rows, [], time_limit, 1e-4)
+    point = minimise(compiled, compiled.score, compiled.plain, [], time_limit, 1e-4, compiled.one_ofs)
     if point.columns is not None:
         return _solution(compiled, point)
+    found = [_least_broken(program, picked, time_limit) for picked in program.cases()]
+    return min(found, key=lambda pair: (round(pair[0], 9), pair[1].score))[1]
+
+
+def _least_broken(program: Program, picked: dict[str, str], time_limit: Number) -> tuple[float, Solution]:
+    """The least summed relative excess over the limits that hold with some picks, and the best choice that has it."""
+    compiled = compile_program(replace(program, limits=program.limits_of(picked)), keep_dominated_by=1)
     least = least_excess(compiled, time_limit)
     if least.columns is None or least.excess is None:
         raise PuzzleError(f"no choice was found in {time_limit:g} s; raise the time limit")
     best = least_excess(compiled, time_limit, within=least.excess)
-    return _solution(compiled, least if best.columns is None else best)
+    columns = least.columns if best.columns is None else best.columns
+    choice = compiled.choice(columns)
+    return least.excess, _describe(program, choice, best.status, None, picked)
 
 
 def assess(program: Program, choice: Mapping[str, str]) -> Solution:
@@ -146,15 +155,40 @@ def _solution(compiled: Compiled, point: Point) -> Solution:
     return _describe(compiled.program, choice, point.status, gap)
 
 
-def _describe(program: Program, choice: dict[str, str], status: str, gap: float | None) -> Solution:
+def _describe(
+    program: Program, choice: dict[str, str], status: str, gap: float | None, picked: dict[str, str] | None = None
+) -> Solution:
     costs = {key: float(program.totals(choice, key)) for key in program.keys}
-    missed = tuple(limit for limit in program.limits if not limit.is_met(program.totals(choice, limit.key)))
-    return Solution(choice, float(program.totals(choice, program.minimize)), costs, status, gap, missed)
+    picked = program.pick(choice) if picked is None else picked
+    limits = program.limits_of(picked)
+    missed = tuple(limit for limit in limits if not limit.is_met(program.totals(choice, limit.key)))
+    return Solution(choice, float(program.totals(choice, program.minimize)), costs, status, gap, missed, picked)
 
 
-def _explain(compiled: Compiled, time_limit: Number) -> InfeasibleProgram:
-    """Which limits clash, and the nearest feasible value of each."""
-    limits = compiled.program.limits
+def _explain(program: Program, time_limit: Number) -> InfeasibleProgram:
+    """Which limits clash, and the nearest feasible value of each; for every way to pick sets of limits, unless the
+    limits that always hold clash by themselves."""
+    always = compile_program(replace(program, limits=program.plain_limits), keep_dominated_by=1)
+    if not program.one_ofs or minimise(always, always.score, always.plain, [], time_limit, 1.0).status == "infeasible":
+        sentences, clashes = _clashes(always, time_limit)
+        return InfeasibleProgram("no choice meets the limits: " + "; ".join(sentences), clashes)
+    cases = program.cases()
+    parts: list[str] = []
+    every: list[Clash] = []
+    for picked in cases[:_CASES_EXPLAINED]:
+        sentences, clashes = _clashes(
+            compile_program(replace(program, limits=program.limits_of(picked)), keep_dominated_by=1), time_limit
+        )
+        parts.append(", ".join(f"{name} {pick!r}" for name, pick in picked.items()) + ": " + "; ".join(sentences))
+        every += clashes
+    if len(cases) > _CASES_EXPLAINED:
+        parts.append(f"and {len(cases) - _CASES_EXPLAINED} more")
+    return InfeasibleProgram("no choice meets the limits with any of " + "; with ".join(parts), tuple(every))
+
+
+def _clashes(compiled: Compiled, time_limit: Number) -> tuple[list[str], tuple[Clash, ...]]:
+    """Which limits of a program without `OneOf` clash, in words and as they are."""
+    limits = compiled.program.plain_limits
     everything = range(len(limits))
     alone = [_feasible_value(compiled, r, lowest(compiled, compiled.rows[r])) for r in everything]
     hopeless = [r for r in everything if not limits[r].is_met(exact(alone[r]))]
@@ -181,7 +215,7 @@ def _explain(compiled: Compiled, time_limit: Number) -> InfeasibleProgram:
             sentences.append(
                 f"with the other limits kept, {clash.limit.key!r} can be {short(clash.given_others, clash.limit.sign)}"
             )
-    return InfeasibleProgram("no choice meets the limits: " + "; ".join(sentences), clashes)
+    return sentences, clashes
 
 
 def _best(compiled: Compiled, row: int, others: list[int], time_limit: Number) -> float | None:
@@ -192,7 +226,7 @@ def _best(compiled: Compiled, row: int, others: list[int], time_limit: Number) -
 
 def _feasible_value(compiled: Compiled, row: int, columns: np.ndarray) -> float:
     """The sum of a limited key over a choice, as a number that the choice meets as a limit."""
-    limit = compiled.program.limits[row]
+    limit = compiled.program.plain_limits[row]
     total = compiled.program.totals(compiled.choice(columns), limit.key)
     value = float(total)
     if limit.sign * total > limit.sign * exact(value):

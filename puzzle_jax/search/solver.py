@@ -1,8 +1,12 @@
-"""The mixed-integer program of `puzzle_jax.search.program` as arrays, and the calls of HiGHS on it.
+"""The mixed-integer program of `puzzle_jax.search.program` as arrays, and how it is solved.
 
-Within a group, alternatives that others dominate are dropped; group minima are subtracted and rows scaled, so
-that the solver's tolerances mean the same for bytes and for seconds; a point that comes back is added up
-again as decimal fractions and refused if it breaks a limit by however little.
+Within a group, alternatives that others dominate are dropped; group minima are subtracted and rows scaled, so that
+tolerances mean the same for bytes and for seconds; a point that comes back is added up again as decimal fractions and
+refused if it breaks a limit by however little.
+
+`puzzle_jax.search.enumeration` ends on almost all programs; where it has found nothing in half of the time, HiGHS has
+the rest. There, one of several sets of limits is a binary z for each set, sum z = 1, and row <= bound + M (1 - z) for
+each of its limits, with M what the row can exceed its bound by at most.
 """
 
 from __future__ import annotations
@@ -10,28 +14,38 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import inf
+from itertools import product
+from math import inf, prod
 from typing import Any
 
 import numpy as np
 from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from puzzle_jax.search.library import Number, Program, lookup
+from puzzle_jax.search.enumeration import Case, Found, enumerate_least
+from puzzle_jax.search.library import Limit, Number, OneOf, Program, lookup
 
 # HiGHS accepts rows that are broken by 1e-6 and stops at an absolute gap of 1e-6: largest coefficients of
 # 1000 turn both into parts in a billion.
 _LARGEST_COEFFICIENT = 1e3
 _TOLERANCE = 1e-6
 _REFUSED_POINTS = 24
+# Enumeration takes sets of limits one by one; with more ways to combine them than this, HiGHS chooses among them.
+_MOST_CASES = 32
+# The share of the time in which enumeration has to find a choice.
+_PATIENCE = 0.5
+
+Cut = tuple[np.ndarray, int]
+"""Columns of which at most so many may be chosen."""
 
 
 @dataclass(frozen=True)
 class Compiled:
     """A program as arrays over columns (alternatives that are not dominated), grouped in order.
 
-    `rows` and `bounds` are in "at most" form. `starts` holds each group's first column, `owner` each column's
-    group.
+    `rows` and `bounds` are those of all limits, in "at most" form. `plain` names the rows that hold in any case,
+    `one_ofs` for each `OneOf` the rows of each of its alternatives. `starts` holds each group's first column, `owner`
+    each column's group.
     """
 
     program: Program
@@ -42,6 +56,17 @@ class Compiled:
     score: np.ndarray
     rows: np.ndarray
     bounds: np.ndarray
+    plain: list[int]
+    one_ofs: list[list[list[int]]]
+
+    def is_met(self, columns: np.ndarray, rows: Sequence[int], one_ofs: Sequence[list[list[int]]]) -> bool:
+        """Whether a choice meets some of the rows, and one set of rows of each `one_ofs`, in exact arithmetic."""
+        choice, limits = self.choice(columns), self.program.every_limit
+
+        def all_met(rows: Sequence[int]) -> bool:
+            return all(limits[row].is_met(self.program.totals(choice, limits[row].key)) for row in rows)
+
+        return all_met(rows) and all(any(all_met(alternative) for alternative in one) for one in one_ofs)
 
     def choice(self, columns: Sequence[int] | np.ndarray) -> dict[str, str]:
         return {self.names[self.owner[c]]: self.alternatives[c] for c in columns}
@@ -54,6 +79,7 @@ def compile_program(program: Program, keep_dominated_by: int) -> Compiled:
     keep its distance from the n - 1 before it, but never one with n dominators: at least one of those appears
     in none of the earlier solutions and can take its place.
     """
+    limits = program.every_limit
     alternatives: list[str] = []
     blocks: list[np.ndarray] = []
     for options in program.library.values():
@@ -62,7 +88,7 @@ def compile_program(program: Program, keep_dominated_by: int) -> Compiled:
             [
                 [
                     float(lookup(options[name], program.minimize)),
-                    *(limit.sign * float(lookup(options[name], limit.key)) for limit in program.limits),
+                    *(limit.sign * float(lookup(options[name], limit.key)) for limit in limits),
                 ]
                 for name in names
             ]
@@ -72,6 +98,7 @@ def compile_program(program: Program, keep_dominated_by: int) -> Compiled:
         blocks.append(values[kept])
     sizes = [len(block) for block in blocks]
     table = np.concatenate(blocks)
+    plain, one_ofs = _numbered(program.limits)
     return Compiled(
         program=program,
         names=list(program.library),
@@ -80,8 +107,27 @@ def compile_program(program: Program, keep_dominated_by: int) -> Compiled:
         owner=np.repeat(np.arange(len(sizes)), sizes),
         score=table[:, 0],
         rows=table[:, 1:].T,
-        bounds=np.array([limit.sign * float(limit.bound) for limit in program.limits]),
+        bounds=np.array([limit.sign * float(limit.bound) for limit in limits]),
+        plain=plain,
+        one_ofs=one_ofs,
     )
+
+
+def _numbered(limits: Sequence[Limit | OneOf]) -> tuple[list[int], list[list[list[int]]]]:
+    """Places in `every_limit`: of the plain limits, and of each alternative's of each `OneOf`."""
+    plain: list[int] = []
+    one_ofs: list[list[list[int]]] = []
+    at = 0
+    for limit in limits:
+        if isinstance(limit, Limit):
+            plain.append(at)
+            at += 1
+            continue
+        one_ofs.append([])
+        for alternative in limit.alternatives.values():
+            one_ofs[-1].append(list(range(at, at + len(alternative))))
+            at += len(alternative)
+    return plain, one_ofs
 
 
 def _dominators(values: np.ndarray) -> np.ndarray:
@@ -117,34 +163,123 @@ def minimise(
     compiled: Compiled,
     objective: np.ndarray,
     rows: Sequence[int],
-    cuts: list[tuple[np.ndarray, int]],
+    cuts: Sequence[Cut],
     time_limit: Number,
     gap: Number,
+    one_ofs: Sequence[list[list[int]]] = (),
 ) -> Point:
-    """The least objective under some of the limits, solved again while the exact sums refuse the point."""
-    deadline = time.monotonic() + time_limit
-    columns = len(compiled.owner)
-    cost, base, scale = _shifted(compiled, objective)
-    scaled = [_shifted(compiled, compiled.rows[row]) for row in rows]
-    uppers = np.array(
-        [(compiled.bounds[row] - minimum) / unit for row, (_, minimum, unit) in zip(rows, scaled, strict=True)]
+    """The least objective under some of the limits, `one_ofs` and cuts, to a relative gap."""
+    started = time.monotonic()
+    model = _Model.of(compiled, objective, rows, one_ofs, cuts, gap)
+    found = _enumerate(model, started, time_limit)
+    if found.bound == inf:
+        return Point(None, "infeasible")
+    proven = model.truly(found.bound)
+    if found.columns is not None:
+        return Point(found.columns, "optimal" if found.finished else "time limit", proven)
+    return _branch_and_cut(model, started + time_limit, proven)
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What `minimise` minimises, shifted and scaled: true objective = cost * scale + base."""
+
+    compiled: Compiled
+    cost: np.ndarray
+    base: float
+    scale: float
+    rows: Sequence[int]
+    one_ofs: Sequence[list[list[int]]]
+    cuts: Sequence[Cut]
+    gap: Number
+
+    @staticmethod
+    def of(
+        compiled: Compiled,
+        objective: np.ndarray,
+        rows: Sequence[int],
+        one_ofs: Sequence[list[list[int]]],
+        cuts: Sequence[Cut],
+        gap: Number,
+    ) -> _Model:
+        reachable = [[alternative for alternative in one if _reachable(compiled, alternative)] for one in one_ofs]
+        return _Model(compiled, *_shifted(compiled, objective), rows, reachable, cuts, gap)
+
+    def truly(self, value: float) -> float:
+        return value * self.scale + self.base
+
+    def accepts(self, columns: np.ndarray) -> bool:
+        return self.compiled.is_met(columns, self.rows, self.one_ofs)
+
+    def ceiling_below(self, value: float) -> float:
+        # A hair less than the gap: what is reported must not exceed it by rounding.
+        return value - self.gap * (1 - 1e-9) * abs(self.truly(value)) / self.scale
+
+    def row(self, row: int) -> tuple[np.ndarray, float, float]:
+        """A limit's coefficients and bound, shifted and scaled, and by how much rounding may have lowered the bound."""
+        coefficients, minimum, unit = _shifted(self.compiled, self.compiled.rows[row])
+        bound = self.compiled.bounds[row]
+        rounding = 1e-13 * (abs(bound) + np.abs(self.compiled.rows[row]).max() * len(self.compiled.names)) / unit
+        return coefficients, float((bound - minimum) / unit), float(rounding)
+
+    def cut_rows(self, cuts: Sequence[Cut]) -> tuple[np.ndarray, np.ndarray]:
+        matrix = np.zeros((len(cuts), len(self.cost)))
+        for line, (columns, _) in zip(matrix, cuts, strict=True):
+            line[columns] = 1.0
+        return matrix, np.array([float(most) for _, most in cuts])
+
+
+def _reachable(compiled: Compiled, rows: Sequence[int]) -> bool:
+    """Whether each of the rows could be met by itself."""
+    return all(compiled.is_met(lowest(compiled, compiled.rows[row]), [row], ()) for row in rows)
+
+
+def _enumerate(model: _Model, started: float, time_limit: Number) -> Found:
+    if prod(len(one) for one in model.one_ofs) > _MOST_CASES:
+        return Found(None, -inf, False)
+    cut_rows, cut_bounds = model.cut_rows(model.cuts)
+    cases = []
+    for picked in product(*model.one_ofs):
+        used = [model.row(row) for row in (*model.rows, *(row for rows in picked for row in rows))]
+        rows = np.concatenate([np.array([row for row, _, _ in used]).reshape(len(used), len(model.cost)), cut_rows])
+        cases.append(Case(rows, np.concatenate([[bound + room for _, bound, room in used], cut_bounds])))
+    return enumerate_least(
+        model.cost,
+        model.compiled.owner,
+        cases,
+        model.accepts,
+        model.ceiling_below,
+        patience=started + _PATIENCE * time_limit,
+        deadline=started + time_limit,
     )
-    limits = [compiled.program.limits[row] for row in rows]
-    refused = list(cuts)
+
+
+def _branch_and_cut(model: _Model, deadline: float, proven: float) -> Point:
+    """HiGHS, called again while the exact sums refuse its point; `proven` is a bound known before."""
+    compiled, columns = model.compiled, len(model.cost)
+    sets = [rows for one in model.one_ofs for rows in one]
+    groups = np.repeat(np.arange(len(model.one_ofs)), [len(one) for one in model.one_ofs])
+    width = columns + len(sets)
+    one_each = sparse.block_diag([_one_each(compiled), _membership(groups)]) if sets else _one_each(compiled)
+    matrix, uppers, slacks = _limit_rows(model, sets)
+    refused = list(model.cuts)
     margin = 0.0
     for attempt in range(_REFUSED_POINTS):
-        constraints = [LinearConstraint(_one_each(compiled), 1, 1)]
-        if limits:
-            matrix = np.stack([coefficients for coefficients, _, _ in scaled])
-            constraints.append(LinearConstraint(matrix, ub=uppers - margin))  # pyright: ignore[reportArgumentType]
-        constraints += [_cut(columns, chosen, most) for chosen, most in refused]
-        result = _call(cost, constraints, np.ones(columns), deadline, gap)
+        constraints = [LinearConstraint(one_each, 1, 1)]
+        if len(uppers):
+            constraints.append(LinearConstraint(matrix, ub=uppers - margin * slacks))  # pyright: ignore[reportArgumentType]
+        if refused:
+            cuts, most = model.cut_rows(refused)
+            cuts = np.pad(cuts, ((0, 0), (0, len(sets))))
+            constraints.append(LinearConstraint(cuts, ub=most))  # pyright: ignore[reportArgumentType]
+        target = np.concatenate([model.cost, np.zeros(len(sets))])
+        result = _call(target, constraints, np.ones(width), deadline, model.gap)
         if result.x is None:
             return Point(None, "time limit" if result.status == 1 else "infeasible")
         chosen = _columns(compiled, result.x)
-        choice = compiled.choice(chosen)
-        if all(limit.is_met(compiled.program.totals(choice, limit.key)) for limit in limits):
-            proven = -inf if result.mip_dual_bound is None else float(result.mip_dual_bound) * scale + base
+        if model.accepts(chosen):
+            if result.mip_dual_bound is not None:
+                proven = max(proven, model.truly(float(result.mip_dual_bound)))
             return Point(chosen, "optimal" if result.status == 0 else "time limit", proven)
         # Within the solver's tolerance of a limit but beyond it: exclude the point, and after many such
         # points stay clear of the tolerance.
@@ -152,6 +287,22 @@ def minimise(
         if attempt >= _REFUSED_POINTS // 2:
             margin = _TOLERANCE * 2.0 ** (attempt - _REFUSED_POINTS // 2)
     return Point(None, "infeasible")
+
+
+def _limit_rows(model: _Model, sets: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All limits over columns and sets, their upper bounds, and what the solver's tolerance is relative to in each."""
+    lines, uppers, slacks = [], [], []
+    for z, rows in [(None, model.rows), *enumerate(sets)]:
+        for row in rows:
+            coefficients, upper, _ = model.row(row)
+            switch, most = np.zeros(len(sets)), 0.0
+            if z is not None:
+                largest = np.maximum.reduceat(coefficients, model.compiled.starts).sum()
+                switch[z] = most = max(0.0, float(largest) - upper)
+            lines.append(np.concatenate([coefficients, switch]))
+            uppers.append(upper + most)
+            slacks.append(1.0 + most)
+    return np.array(lines), np.array(uppers), np.array(slacks)
 
 
 def least_excess(compiled: Compiled, time_limit: Number, within: float | None = None) -> Point:
@@ -205,14 +356,12 @@ def _call(
 
 
 def _one_each(compiled: Compiled) -> sparse.csr_matrix:
-    columns = len(compiled.owner)
-    return sparse.csr_matrix((np.ones(columns), (compiled.owner, np.arange(columns))))
+    return _membership(compiled.owner)
 
 
-def _cut(width: int, chosen: np.ndarray, most: int) -> LinearConstraint:
-    row = np.zeros(width)
-    row[chosen] = 1.0
-    return LinearConstraint(row[None], -inf, most)
+def _membership(owner: np.ndarray) -> sparse.csr_matrix:
+    """1 where a column belongs to a group, [groups, columns]."""
+    return sparse.csr_matrix((np.ones(len(owner)), (owner, np.arange(len(owner)))))
 
 
 def _columns(compiled: Compiled, x: np.ndarray) -> np.ndarray:

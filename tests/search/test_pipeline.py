@@ -224,6 +224,17 @@ def test_one_stage_runs_alone_and_a_changed_setting_reruns_what_follows(finished
     assert len(json.loads((run / "solve/solutions.json").read_text())["pool"]) == 1
 
 
+def test_an_infeasible_target_names_the_limit_and_keeps_what_was_solved(finished, parent, tmp_path, capsys):
+    """Elsewhere an infeasible program writes an empty result, and a later stage fails for another reason."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert search(parent, run, "solve", "--target.min_speedup", "50") == 2
+    said = capsys.readouterr().err
+    assert "speed-up" in said and "the best reachable" in said and said.count("\n") == 1
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
 def test_a_stage_without_its_inputs_says_what_to_do(parent, tmp_path, capsys):
     assert search(parent, tmp_path / "run", "rank") == 2
     message = capsys.readouterr().err
