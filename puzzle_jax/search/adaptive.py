@@ -12,6 +12,7 @@ would not, and is solved in milliseconds.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -19,7 +20,7 @@ from scipy import sparse
 from scipy.optimize import linprog
 
 from puzzle_jax.generate.traces import Trace
-from puzzle_jax.search.library import Program, lookup
+from puzzle_jax.search.library import Limit, Program, lookup
 from puzzle_jax.search.score import ScoreBook
 
 Scorer = Callable[[Sequence[int], Sequence[int]], None]
@@ -42,28 +43,37 @@ class RelaxedProgram:
         self.number = np.array([-1 if number is None else number for number in numbers])
         columns = np.arange(len(pairs))
         self._one_each = sparse.csr_matrix((np.ones(len(pairs)), (self.group, columns)))
-        rows: list[np.ndarray] = []
-        bounds: list[float] = []
-        for limit in program.limits:
+        self._cases = [self._rows(program, pairs, program.limits_of(picked)) for picked in program.cases()]
+
+    @staticmethod
+    def _rows(program: Program, pairs: Sequence[tuple[str, str]], limits: Sequence[Limit]) -> tuple[Any, Any]:
+        """Limits as rows of largest coefficient 1, and their bounds; None without limits."""
+        rows, bounds = [], []
+        for limit in limits:
             row = np.array([float(lookup(program.library[group][name], limit.key)) for group, name in pairs])
             scale = limit.sign / max(float(np.abs(row).max()), 1e-300)
             rows.append(row * scale)
             bounds.append(float(limit.bound) * scale)
-        self._rows, self._bounds = (np.stack(rows), np.array(bounds)) if rows else (None, None)
+        return (np.stack(rows), np.array(bounds)) if rows else (None, None)
 
     def support(self, scores: Float[np.ndarray, "alternatives"]) -> Bool[np.ndarray, "columns"]:
         """Alternatives that the best relaxed choice uses; none where no choice meets the limits."""
         cost = np.append(scores, 0.0)[self.number]
-        found = linprog(
-            cost / max(float(cost.max()), 1e-300),
-            A_ub=self._rows,
-            b_ub=self._bounds,
+        found = [self._least(cost / max(float(np.abs(cost).max()), 1e-300), *case) for case in self._cases]
+        best = min((x for x in found if x is not None), key=lambda x: float(cost @ x), default=None)
+        return np.zeros(len(cost), bool) if best is None else best > 1e-6
+
+    def _least(self, cost: np.ndarray, rows: Any, bounds: Any) -> np.ndarray | None:
+        """The relaxed choice of least cost under some limits."""
+        return linprog(
+            cost,
+            A_ub=rows,
+            b_ub=bounds,
             A_eq=self._one_each,
             b_eq=np.ones(self.group[-1] + 1),
             bounds=(0, 1),
             method="highs",
-        )
-        return np.zeros(len(cost), bool) if found.x is None else found.x > 1e-6
+        ).x
 
 
 def contested(programs: Iterable[RelaxedProgram], book: ScoreBook, *, draws: int = 32, seed: int = 0) -> list[int]:

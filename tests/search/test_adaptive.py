@@ -5,7 +5,7 @@ import pytest
 
 from puzzle_jax.generate.traces import Trace
 from puzzle_jax.search.adaptive import RelaxedProgram, contested, in_random_order, score_adaptively
-from puzzle_jax.search.library import Limit, Program
+from puzzle_jax.search.library import Limit, OneOf, Program
 from puzzle_jax.search.replace import Alternative
 from puzzle_jax.search.score import ScoreBook
 
@@ -49,6 +49,13 @@ def test_the_relaxed_choice_is_the_cheapest_by_score():
         .support(np.zeros(0))
         .any()
     )
+
+
+def test_of_several_sets_of_limits_the_cheapest_counts():
+    library = {"x": {"own": {"score": 0.0, "cost": 4}, "first": {"score": 0.0, "cost": 1}}}
+    sets = OneOf("batch", {"8": (Limit("cost", at_most=0),), "4": (Limit("cost", at_most=2),)})
+    program = RelaxedProgram(Program(library, "score", (sets,)), {"x": {"own": None, "first": 0}})
+    assert program.support(np.array([3.0])).tolist() == [False, True]
 
 
 def test_only_what_could_change_the_choice_is_contested():
