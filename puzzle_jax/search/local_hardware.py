@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ def measure_local(size: int = 1024, copy_bytes: int = 1 << 27, rounds: int = 5) 
     )
 
 
-def _memory_bytes(device: jax.Device) -> int:
+def _memory_bytes(device: Any) -> int:
     """What the runtime may allocate, or on a CPU the machine's memory."""
     stats = device.memory_stats() if device.platform != "cpu" else None
     return stats["bytes_limit"] if stats else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
