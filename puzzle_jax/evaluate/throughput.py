@@ -101,6 +101,7 @@ def timed_rounds(
     rounds: range,
     *,
     on_run: Callable[[], None] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Iterator[dict[str, float]]:
     """Tokens per second of every model, round after round.
 
@@ -109,24 +110,25 @@ def timed_rounds(
       workloads: by the same names.
       rounds: numbers of the rounds to run. Before them every model runs its first requests once, which compiles.
       on_run: called after every run of a model, the first ones included.
+      clock: gives seconds; of the process' own work (`time.process_time`) where others use the machine too.
     """
     names = list(models)
     for name in names if len(rounds) else ():
         first = replace(workloads[name], requests=workloads[name].requests[: workloads[name].slots])
-        _seconds(models[name], first)
+        _seconds(models[name], first, clock)
         if on_run is not None:
             on_run()
     for number in rounds:
         rates = {}
         for turn in range(len(names)):
             name = names[(turn + number) % len(names)]
-            rates[name] = workloads[name].tokens / _seconds(models[name], workloads[name])
+            rates[name] = workloads[name].tokens / _seconds(models[name], workloads[name], clock)
             if on_run is not None:
                 on_run()
         yield {name: rates[name] for name in names}
 
 
-def _seconds(model: Weights, workload: Workload) -> float:
+def _seconds(model: Weights, workload: Workload, clock: Callable[[], float]) -> float:
     params, config = model
     engine = Engine(
         params,
@@ -137,9 +139,9 @@ def _seconds(model: Weights, workload: Workload) -> float:
         sampling=workload.sampling,
         cache=workload.cache,
     )
-    start = time.perf_counter()
+    start = clock()
     engine.generate(workload.requests)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,7 @@ def measure_throughput(
     output_tokens: int,
     rounds: int = 5,
     on_round: Callable[[], None] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Spread]:
     """Generated tokens per second of every model on one batch of requests of one length.
 
@@ -174,13 +177,14 @@ def measure_throughput(
       input_tokens, output_tokens: length of every prompt and of every answer.
       rounds: counted rounds.
       on_round: called after every counted round.
+      clock: see `timed_rounds`.
     """
     workloads = {
         name: fixed_lengths(config.vocab_size, batch, input_tokens, output_tokens)
         for name, (_, config) in models.items()
     }
     rates: dict[str, list[float]] = {name: [] for name in models}
-    for row in timed_rounds(models, workloads, range(rounds)):
+    for row in timed_rounds(models, workloads, range(rounds), clock=clock):
         for name, rate in row.items():
             rates[name].append(rate)
         if on_round is not None:

@@ -115,7 +115,7 @@ def default_assumptions() -> Assumptions:
 
 def _build(kind: Any, value: Any, name: str) -> Any:
     """A (nested) dataclass from a mapping that has exactly its fields."""
-    if not is_dataclass(kind):
+    if not (isinstance(kind, type) and is_dataclass(kind)):
         return value
     if not isinstance(value, Mapping):
         raise ConfigError(f"{name or 'the file'} is {value!r}, but must hold fields")
