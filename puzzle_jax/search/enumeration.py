@@ -6,13 +6,14 @@ For multipliers u >= 0 every choice that meets the limits costs at least the Lag
 
     L(u) = sum_g min_{a in g} (cost[a] + u . rows[:, a]) - u . bounds
 
-whatever u is, so it is computed from u directly and nothing depends on the tolerances of the solver that u came
-from (the duals of the linear relaxation, at which L is greatest). With the reduced cost of a column, what it has
-above its group's minimum, a choice costs at least L plus its reduced costs. So of the choices below a ceiling only
-columns with reduced cost < ceiling - L need to be looked at, and the ceiling is raised step by step, as in
-iterative deepening: a pass that finds nothing proves the ceiling to be a lower bound; one that finds a choice
-lowers the ceiling to what would be better by more than the gap, and goes on until nothing is left. No incumbent has
-to be guessed, and the pass that decides is hardly larger than any proof has to be.
+whatever u is, so it is computed from u directly and no bound depends on the tolerances of the solver that u came from
+(HiGHS: the duals of the linear relaxation, at which L is greatest); its word is taken only where it finds that the
+relaxation has no point. With the reduced cost of a column, what it has above its group's minimum, a choice costs at
+least L plus its reduced costs. So of the choices below a ceiling only columns with reduced cost < ceiling - L need to
+be looked at, and the ceiling is raised step by step, as in iterative deepening: a pass that finds nothing proves the
+ceiling to be a lower bound; one that finds a choice lowers the ceiling to what would be better by more than the gap,
+and goes on until nothing is left. No incumbent has to be guessed, and the pass that decides is hardly larger than any
+proof has to be.
 
 A pass extends partial choices group by group, many at once, depth first and those of least bound first. It drops
 those that no completion lets into the limits, and those whose bound reaches the ceiling under any of a set of
@@ -87,7 +88,7 @@ def enumerate_least(
       patience: when to give up while nothing is found, on the clock of `time.monotonic`.
       deadline: when to give up in any case.
     """
-    relaxed = [case for case in (_Relaxed(cost, owner, case) for case in cases) if case.bound < inf]
+    relaxed = [case for case in (_Relaxed(cost, owner, case, patience) for case in cases) if case.bound < inf]
     if not relaxed:
         return Found(None, inf, True)
     search = _Search(accepts, ceiling_below, patience, deadline)
@@ -111,9 +112,9 @@ def enumerate_least(
 class _Relaxed:
     """A case with its linear relaxation's multipliers, bound and reduced costs; bound inf where that has no point."""
 
-    def __init__(self, cost: np.ndarray, owner: np.ndarray, case: Case):
-        self.cost, self.owner, self.case = cost, owner, case
-        duals = _duals(cost, case.rows, case.bounds, owner)
+    def __init__(self, cost: np.ndarray, owner: np.ndarray, case: Case, patience: float):
+        self.cost, self.owner, self.case, self.patience = cost, owner, case, patience
+        duals = _duals(cost, case.rows, case.bounds, owner, patience)
         self.bound = inf
         self.multipliers = np.zeros((1, len(case.bounds)))
         if duals is None:
@@ -138,17 +139,21 @@ class _Relaxed:
         spread = np.sqrt(np.stack([np.bincount(owner, row**2) for row in (rows - means[:, owner])]) / counts)
         scale = np.sqrt((spread**2).sum(axis=1))
         moved = [self.case.bounds + random.normal(size=len(scale)) * scale for _ in range(_MULTIPLIERS_PER_PASS)]
-        found = [_duals(self.cost[kept], rows, bounds, owner) for bounds in moved]
+        found = [_duals(self.cost[kept], rows, bounds, owner, self.patience) for bounds in moved]
         self.multipliers = np.stack([*self.multipliers, *(duals for duals in found if duals is not None)])
 
 
-def _duals(cost: np.ndarray, rows: np.ndarray, bounds: np.ndarray, owner: np.ndarray) -> np.ndarray | None:
-    """The linear relaxation's multipliers of the limits; zeros if it fails, None if it has no point."""
+def _duals(
+    cost: np.ndarray, rows: np.ndarray, bounds: np.ndarray, owner: np.ndarray, patience: float
+) -> np.ndarray | None:
+    """The linear relaxation's multipliers of the limits; zeros if it fails or has no time, None if it has no point."""
     if not len(bounds):
         return np.zeros(0)
     columns = len(owner)
     one_each = sparse.csr_matrix((np.ones(columns), (owner, np.arange(columns))))
-    result: Any = linprog(cost, rows, bounds, one_each, np.ones(int(owner[-1]) + 1), method="highs-ds")
+    seconds = min(1e9, max(0.01, patience - time.monotonic()))
+    ones = np.ones(int(owner[-1]) + 1)
+    result: Any = linprog(cost, rows, bounds, one_each, ones, method="highs-ds", options={"time_limit": seconds})
     if result.status == 2:
         return None
     return np.maximum(0.0, -result.ineqlin.marginals) if result.status == 0 else np.zeros(len(bounds))
