@@ -68,7 +68,7 @@ def test_own_lengths_stand_for_all_answers():
 def test_models_take_turns_and_the_order_moves_on(monkeypatch):
     ran = []
 
-    def seconds(model, workload):
+    def seconds(model, workload, clock):
         params, _ = model
         ran.append((params["name"], len(workload.requests)))
         return {"a": 2.0, "b": 1.0, "c": 0.5}[params["name"]]
