@@ -17,14 +17,12 @@ from pathlib import Path
 import yaml
 
 from puzzle_jax.cli import enable_compilation_cache
-from puzzle_jax.generate.batches import micro_batches
-from puzzle_jax.generate.traces import read_traces
 from puzzle_jax.search.pipeline import Search
 from puzzle_jax.search.recipe import Recipe, SpaceSettings, TraceSettings
 from puzzle_jax.search.scenario import Scenario, Target
 from puzzle_jax.search.score import score_children
 
-STAGES = ("cost", "trace", "rank", "score", "solve")
+STAGES = ("cost", "trace", "rank", "score", "solve", "refine")
 
 
 def main() -> None:
@@ -46,7 +44,11 @@ def main() -> None:
     )
     for seed in options.seeds:
         traces = TraceSettings(
-            calibration=options.calibration, validation=options.validation, heldout=options.heldout, seed=seed
+            calibration=options.calibration,
+            validation=options.validation,
+            confirmation=options.validation,
+            heldout=options.heldout,
+            seed=seed,
         )
         search = Search(dataclasses.replace(recipe, run=options.out / f"seed-{seed}", traces=traces))
         if not (search.run / "cost").exists():
@@ -54,11 +56,11 @@ def main() -> None:
         for stage in STAGES:
             search.execute(stage)
         candidates = {name: found for name, found in search.candidates().items() if name != "parent"}
-        scores = score_children(
+        scores, _ = score_children(
             search.parent.params,
             search.parent.config,
             [search.child(candidate) for candidate in candidates.values()],
-            micro_batches(read_traces(search.run / "traces" / "heldout.parquet")),
+            search.traces("heldout"),
         )
         if seed == options.seeds[0]:
             print("| trace seed | " + " | ".join(name.replace("_", " ") for name in candidates) + " |")
