@@ -162,25 +162,27 @@ class Spread:
 def measure_throughput(
     models: Mapping[str, Weights],
     *,
-    batch: int,
+    batch: int | Mapping[str, int],
     input_tokens: int,
     output_tokens: int,
     rounds: int = 5,
     on_round: Callable[[], None] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Spread]:
-    """Generated tokens per second of every model on one batch of requests of one length.
+    """Generated tokens per second of every model on a batch of requests of one length.
 
     Args:
       models: dense parameters and configuration by name.
-      batch: requests that run together.
+      batch: requests that run together, the same for all or by model.
       input_tokens, output_tokens: length of every prompt and of every answer.
       rounds: counted rounds.
       on_round: called after every counted round.
       clock: see `timed_rounds`.
     """
     workloads = {
-        name: fixed_lengths(config.vocab_size, batch, input_tokens, output_tokens)
+        name: fixed_lengths(
+            config.vocab_size, batch if isinstance(batch, int) else batch[name], input_tokens, output_tokens
+        )
         for name, (_, config) in models.items()
     }
     rates: dict[str, list[float]] = {name: [] for name in models}

@@ -84,6 +84,11 @@ class Child:
         return config if self.rope is None else replace(config, rope=self.rope)
 
     @property
+    def viewed(self) -> ModelConfig:
+        """The configuration that the child runs with as a view: the parent's with the child's own rotary settings."""
+        return self.parent if self.rope is None else replace(self.parent, rope=self.rope)
+
+    @property
     def view(self) -> View:
         """Masks and windows for the parent's forward pass."""
         experts = max(block.num_experts for block in self.parent.blocks)

@@ -29,7 +29,7 @@ class SearchPage:
     Attributes:
       report: tables of the evaluation.
       scores, solutions, refined: contents of the stages' files.
-      seconds: of a batch, by model and part.
+      seconds: of one request's share of its batch, by scenario, model and part.
       child: predicted speed-up and score of the chosen child.
       stages: name and stage.json of every stage.
     """

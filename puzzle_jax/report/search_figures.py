@@ -114,7 +114,7 @@ def predicted_and_real(pool: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def costs_by_part(seconds: Mapping[str, Mapping[str, float]]) -> bytes:
-    """Stacked seconds of a scenario's batch by part.
+    """Stacked seconds of one request's share of its batch by part.
 
     Args:
       seconds: by model, by part.
@@ -128,7 +128,7 @@ def costs_by_part(seconds: Mapping[str, Mapping[str, float]]) -> bytes:
         left += values
     axes.set_yticks(range(len(seconds)), list(seconds))
     axes.invert_yaxis()
-    axes.set_xlabel("predicted seconds of a batch")
+    axes.set_xlabel("predicted seconds per request")
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return _png(figure)
 

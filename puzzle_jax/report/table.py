@@ -23,47 +23,24 @@ class SearchReport:
     Attributes:
       evaluation: content of evaluation.json: by model name, the parent first.
       efforts: columns of accuracy.
-      scenario: the deployment that speeds and KV bytes are for: name, batch, input_tokens, output_tokens.
+      scenarios: deployments that speeds and KV bytes are for: name, batch, input_tokens, output_tokens of each.
       child: where the child's checkpoint lies.
     """
 
     evaluation: Mapping[str, Any]
     efforts: Sequence[str]
-    scenario: Mapping[str, Any]
+    scenarios: Sequence[Mapping[str, Any]]
     child: Path
 
     def rows(self) -> tuple[list[str], list[list[str]]]:
         """Heading and one row per measure, with a column per model."""
         names = list(self.evaluation)
-        parent = self.evaluation["parent"]
-
-        def ratio(key: str) -> list[str]:
-            return [f"{_amount(e[key])} ({e[key] / parent[key]:.0%})" for e in self.evaluation.values()]
-
-        def speed(of: Any, reference: Any) -> str:
-            return f"{of:,.0f} ({of / reference:.2f}x)"
-
         entries = list(self.evaluation.values())
         rows = [
-            ["parameters", *ratio("parameters")],
-            ["checkpoint bytes", *ratio("checkpoint_bytes")],
-            ["expert bytes", *ratio("expert_bytes")],
-            ["KV bytes per request", *ratio("kv_bytes")],
-            [
-                "predicted tokens/s",
-                *(speed(e["predicted_tokens_per_second"], parent["predicted_tokens_per_second"]) for e in entries),
-            ],
-            [
-                "measured tokens/s",
-                *(
-                    speed(e["throughput"]["tokens_per_second"], parent["throughput"]["tokens_per_second"])
-                    for e in entries
-                ),
-            ],
-            [
-                "  quartiles",
-                *(f"{e['throughput']['low']:,.0f} to {e['throughput']['high']:,.0f}" for e in entries),
-            ],
+            ["parameters", *_ratios([e["parameters"] for e in entries])],
+            ["checkpoint bytes", *_ratios([e["checkpoint_bytes"] for e in entries])],
+            ["expert bytes", *_ratios([e["expert_bytes"] for e in entries])],
+            *(row for scenario in self.scenarios for row in self._scenario_rows(scenario)),
             ["predicted KL", *(f"{e['predicted_kl']:.4f}" for e in entries)],
             ["held-out KL", *(f"{e['heldout']['kl']:.4f} ±{e['heldout']['kl_se']:.4f}" for e in entries)],
         ]
@@ -74,6 +51,21 @@ class SearchReport:
         rows.append(["meets the target", *("no" if e["missed"] else "yes" for e in entries)])
         rows[-1][1] = "-"
         return ["", *(name.replace("_", " ") for name in names)], rows
+
+    def _scenario_rows(self, scenario: Mapping[str, Any]) -> list[list[str]]:
+        """Bytes, batches where they are open, and speeds; told apart by name where there are several scenarios."""
+        found = [entry["scenarios"][scenario["name"]] for entry in self.evaluation.values()]
+        where = f", {scenario['name']}" if len(self.scenarios) > 1 else ""
+        predicted = _speeds([x["predicted_tokens_per_second"] for x in found])
+        rows = [[f"KV bytes per request{where}", *_ratios([x["kv_bytes"] for x in found])]]
+        if scenario["batch"] is None:
+            rows.append([f"requests together{where}", *(str(x["batch"]) for x in found)])
+        rows.append([f"predicted tokens/s{where}", *predicted])
+        if all(x["throughput"] for x in found):
+            measured = [x["throughput"] for x in found]
+            rows.append([f"measured tokens/s{where}", *_speeds([x["tokens_per_second"] for x in measured])])
+            rows.append(["  quartiles", *(f"{x['low']:,.0f} to {x['high']:,.0f}" for x in measured)])
+        return rows
 
     def layers(self) -> list[str]:
         """One line per layer: experts kept, as a bar too, and the attention, with the parent's where it differs."""
@@ -98,9 +90,13 @@ class SearchReport:
         return found
 
     def caption(self) -> str:
-        return (
-            "scenario {name}: {batch} requests of {input_tokens} input and {output_tokens} output tokens together"
-        ).format(**self.scenario)
+        """What the scenarios are."""
+        return "; ".join(
+            "scenario {name}: {together} of {input_tokens} input and {output_tokens} output tokens together".format(
+                together="as many requests as fit" if s["batch"] is None else f"{s['batch']} requests", **s
+            )
+            for s in self.scenarios
+        )
 
     def show(self, console: Console) -> None:
         """Prints the table, the layers, and where the child is."""
@@ -134,6 +130,16 @@ class SearchReport:
 
 def _window(window: int | None) -> str:
     return "full attention" if window is None else f"window {window}"
+
+
+def _ratios(values: Sequence[int | float]) -> list[str]:
+    """Amounts, and their shares of the first."""
+    return [f"{_amount(value)} ({value / values[0]:.0%})" for value in values]
+
+
+def _speeds(values: Sequence[float]) -> list[str]:
+    """Rates, and how often the first is in them."""
+    return [f"{value:,.0f} ({value / values[0]:.2f}x)" for value in values]
 
 
 def _amount(value: int | float) -> str:

@@ -1,4 +1,4 @@
-"""`python -m puzzle_jax.search [STAGE] [--recipe FILE] [--FIELD VALUE ...]`.
+"""`python -m puzzle_jax.search [STAGE] [--recipe NAME|FILE] [--FIELD VALUE ...]`.
 
 Without a stage, everything that is not up to date is run, and the table is printed. Some commands work without a run:
 `solve --library FILE.json` solves any block library, `estimate` compares two architectures.
@@ -34,12 +34,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         exit_on_error=False,
     )
     parser.add_argument("stage", nargs="?", choices=("all", *STAGES), default="all", help="one stage, or all")
-    parser.add_argument("--recipe", action="config", help="a YAML file of settings (default: tiny)")
+    names = ", ".join(recipe_names())
+    parser.add_argument("--recipe", action="config", help=f"settings: a YAML file, or one of {names} (default: tiny)")
     parser.add_class_arguments(Recipe)
 
     def run() -> None:
         try:
-            settings = parser.parse_args(arguments)
+            settings = parser.parse_args(with_recipe_files(arguments))
         except ArgumentError as error:
             raise ConfigError(" ".join(str(error).split())) from error
         stage = settings.pop("stage")
@@ -53,6 +54,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
             search.execute(stage)
 
     return guarded(parser.prog, run)
+
+
+def recipe_names() -> list[str]:
+    """Recipes that come with the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml") if not path.stem.startswith("pretrain"))
+
+
+def with_recipe_files(arguments: Sequence[str]) -> list[str]:
+    """Arguments in which a recipe given by name is the path of its file.
+
+    Raises `ConfigError` for what is neither a file nor a name.
+    """
+    found = list(arguments)
+    for index, argument in enumerate(found):
+        if argument == "--recipe" and index + 1 < len(found):
+            found[index + 1] = _recipe_file(found[index + 1])
+        elif argument.startswith("--recipe="):
+            found[index] = f"--recipe={_recipe_file(argument.partition('=')[2])}"
+    return found
+
+
+def _recipe_file(text: str) -> str:
+    if text in recipe_names():
+        return str(RECIPES / f"{text}.yaml")
+    if not Path(text).exists():
+        names = ", ".join(recipe_names())
+        raise ConfigError(f"recipe is {text!r}, but there is no such file, and the names are {names}")
+    return text
 
 
 def _tool(arguments: Sequence[str]) -> str | None:

@@ -6,12 +6,14 @@ groups in which the draws disagree are contested. Only those are scored on furth
 until every draw gives the same choice or the traces are used up (successive halving, led by the program itself).
 
 The relaxation is the linear program of the same limits without integrality; it breaks few ties that the whole program
-would not, and is solved in milliseconds.
+would not, and is solved in milliseconds. Where batches are the program's choice too, draws look at the few
+combinations of batches that are best by the mean scores.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,9 @@ from scipy.optimize import linprog
 from puzzle_jax.generate.traces import Trace
 from puzzle_jax.search.library import Limit, Program, lookup
 from puzzle_jax.search.score import ScoreBook
+
+CASES = 4
+"""Combinations of batches that draws look at."""
 
 Scorer = Callable[[Sequence[int], Sequence[int]], None]
 """Fills a book: numbers of alternatives, numbers of traces."""
@@ -56,12 +61,27 @@ class RelaxedProgram:
             bounds.append(float(limit.bound) * scale)
         return (np.stack(rows), np.array(bounds)) if rows else (None, None)
 
+    def narrowed(self, scores: Float[np.ndarray, "alternatives"], most: int) -> RelaxedProgram:
+        """The same program with no more than so many ways to pick sets of limits: the best by some scores."""
+        if len(self._cases) <= most:
+            return self
+        cost = self._cost(scores)
+        values = [np.inf if x is None else float(cost @ x) for x in (self._least(cost, *case) for case in self._cases)]
+        program = copy(self)
+        program._cases = [self._cases[number] for number in np.argsort(values, kind="stable")[:most]]
+        return program
+
     def support(self, scores: Float[np.ndarray, "alternatives"]) -> Bool[np.ndarray, "columns"]:
         """Alternatives that the best relaxed choice uses; none where no choice meets the limits."""
-        cost = np.append(scores, 0.0)[self.number]
-        found = [self._least(cost / max(float(np.abs(cost).max()), 1e-300), *case) for case in self._cases]
+        cost = self._cost(scores)
+        found = [self._least(cost, *case) for case in self._cases]
         best = min((x for x in found if x is not None), key=lambda x: float(cost @ x), default=None)
         return np.zeros(len(cost), bool) if best is None else best > 1e-6
+
+    def _cost(self, scores: np.ndarray) -> np.ndarray:
+        """Scores by column, the largest 1."""
+        cost = np.append(scores, 0.0)[self.number]
+        return cost / max(float(np.abs(cost).max()), 1e-300)
 
     def _least(self, cost: np.ndarray, rows: Any, bounds: Any) -> np.ndarray | None:
         """The relaxed choice of least cost under some limits."""
@@ -88,6 +108,7 @@ def contested(programs: Iterable[RelaxedProgram], book: ScoreBook, *, draws: int
     used = np.flatnonzero(book.scored.any(axis=0))
     samples = [book.means()] + [_redrawn(book, source.choice(used, len(used))) for _ in range(draws)]
     for program in programs:
+        program = program.narrowed(samples[0], CASES)
         supports = np.stack([program.support(scores) for scores in samples])
         torn = supports.any(axis=0) & ~supports.all(axis=0)
         found |= {int(number) for number in program.number[torn] if number >= 0}

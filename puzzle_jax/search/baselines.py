@@ -19,7 +19,7 @@ from itertools import product
 import numpy as np
 
 from puzzle_jax.errors import ConfigError
-from puzzle_jax.search.library import Library, Program, lookup
+from puzzle_jax.search.library import Library, Limit, Program, lookup
 from puzzle_jax.search.problem import (
     PARAMETERS,
     SCORE,
@@ -180,7 +180,8 @@ class _Table:
     """Score and limited keys of every alternative as floats, for heuristics that try many choices."""
 
     def __init__(self, problem: Problem):
-        keys = [SCORE, *(limit.key for limit in problem.limits)]
+        program = problem.program
+        keys = [SCORE, *(limit.key for limit in program.every_limit)]
         self.numbers = {
             (group, name): np.array([float(lookup(numbers, key)) for key in keys])
             for group, alternatives in problem.library.items()
@@ -188,7 +189,13 @@ class _Table:
         }
         # All limits of a target are upper ones. A hair above: a sum that rounding lifted over its limit meets
         # it.
-        self.bounds = np.array([limit.bound * (1 + 1e-12) for limit in problem.limits])
+        self.bounds = np.array([limit.bound * (1 + 1e-12) for limit in program.every_limit])
+        columns = iter(range(len(self.bounds)))
+        always = [next(columns) for limit in program.limits if isinstance(limit, Limit)]
+        # Columns of limits that hold together, by the things of which one has to hold.
+        self.sets = [[always]]
+        for one in program.one_ofs:
+            self.sets.append([[next(columns) for _ in limits] for limits in one.alternatives.values()])
 
     def score(self, choice: Choice) -> float:
         return float(sum(self.numbers[item][0] for item in choice.items()))
@@ -197,5 +204,6 @@ class _Table:
         return np.sum([self.numbers[item][1:] for item in choice.items()], axis=0)
 
     def excess(self, totals: np.ndarray) -> float:
-        """Summed relative excess over the limits."""
-        return float(np.maximum(totals / self.bounds - 1, 0).sum())
+        """Summed relative excess over the limits, where one set of several has to hold over the least broken."""
+        over = np.maximum(totals / self.bounds - 1, 0)
+        return float(sum(min(over[columns].sum() for columns in sets) for sets in self.sets))

@@ -182,13 +182,16 @@ class Costs:
             raise ConfigError(f"scenario {chosen.name!r} has room for {room:,} bytes, but not one batch fits")
         return max(fitting, key=lambda batch: self.tokens_per_second(blocks, chosen.name, batch))
 
-    def seconds_by_part(self, blocks: Architecture, scenario: str | None = None) -> dict[str, float]:
+    def seconds_by_part(
+        self, blocks: Architecture, scenario: str | None = None, batch: int | None = None
+    ) -> dict[str, float]:
         """`request_seconds` as a sum over attention, experts and the rest, in prefill and in decoding."""
         chosen = self.scenario(scenario)
+        key = seconds_key(chosen, self._batch(blocks, chosen, batch))
         parts = {
-            "attention": [self.attention_of(i, block).seconds[chosen.name] for i, block in self._layers(blocks)],
-            "experts": [self.experts_of(i, block).seconds[chosen.name] for i, block in self._layers(blocks)],
-            "embedding and head": [self.fixed[chosen.name]],
+            "attention": [self.attention_of(i, block).seconds[key] for i, block in self._layers(blocks)],
+            "experts": [self.experts_of(i, block).seconds[key] for i, block in self._layers(blocks)],
+            "embedding and head": [self.fixed[key]],
         }
         out = {}
         for part, seconds in parts.items():

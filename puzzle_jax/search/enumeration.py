@@ -30,7 +30,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import inf, log
+from math import inf, log, nextafter
 from typing import Any
 
 import numpy as np
@@ -51,11 +51,13 @@ _RELATIVE_ROUNDING = 1e-13
 class Case:
     """One set of limits: rows [limits, columns] and their upper bounds [limits].
 
-    Bounds may be a rounding error too high: every choice found is checked by the caller.
+    Bounds may be a rounding error too high: every choice found is checked by the caller. No choice within the limits
+    is below `floor`, as far as that is known.
     """
 
     rows: np.ndarray
     bounds: np.ndarray
+    floor: float = -inf
 
 
 @dataclass(frozen=True)
@@ -88,18 +90,30 @@ def enumerate_least(
       patience: when to give up while nothing is found, on the clock of `time.monotonic`.
       deadline: when to give up in any case.
     """
-    relaxed = [case for case in (_Relaxed(cost, owner, case, patience) for case in cases) if case.bound < inf]
+    search = _Search(accepts, ceiling_below, patience, deadline)
+    waiting = sorted(cases, key=lambda case: case.floor, reverse=True)  # what has the least floor is taken first
+    relaxed: list[_Relaxed] = []
+
+    def relax(below: float) -> None:
+        """Takes up the cases whose floor is below a value."""
+        while waiting and waiting[-1].floor < below:
+            case = _Relaxed(cost, owner, waiting.pop(), patience)
+            relaxed.extend([case] if case.bound < inf else [])
+
+    while waiting and not relaxed:
+        relax(nextafter(waiting[-1].floor, inf))
+    relax(min((case.bound for case in relaxed), default=inf))
     if not relaxed:
         return Found(None, inf, True)
-    search = _Search(accepts, ceiling_below, patience, deadline)
-    levels = np.sort(np.concatenate([case.bound + case.reduced[case.reduced > 0] for case in relaxed]))
     lowest = min(case.bound for case in relaxed)
     reached = float(_FIRST_COLUMNS)
     proven = lowest
     random = np.random.default_rng(0)
     while search.columns is None:
-        search.ceiling = float(levels[int(reached)]) if reached < len(levels) else inf
+        levels = np.sort(np.concatenate([case.bound + case.reduced[case.reduced > 0] for case in relaxed]))
+        search.ceiling = max(proven, float(levels[int(reached)])) if reached < len(levels) else inf
         reached *= _GROWTH
+        relax(search.ceiling)
         for case in sorted(relaxed, key=lambda case: case.bound):
             if case.bound < search.ceiling and not search.run(case, random):
                 return Found(search.columns, proven, False)
@@ -107,6 +121,11 @@ def enumerate_least(
         if proven == inf:
             break
     return Found(search.columns, max(proven, lowest), True)
+
+
+def relaxed_bound(cost: np.ndarray, owner: np.ndarray, case: Case, patience: float) -> float:
+    """What every choice within the limits costs at least; infinite where there is none."""
+    return _Relaxed(cost, owner, case, patience).bound
 
 
 class _Relaxed:

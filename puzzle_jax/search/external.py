@@ -5,6 +5,8 @@ Such a file is used as it is, once it holds all that the search will ask for. Le
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from puzzle_jax.errors import ConfigError, PuzzleError
@@ -15,18 +17,19 @@ from puzzle_jax.search.space import Space
 _SHOWN = 4
 
 
-def read_external(path: Path, space: Space, scenario: Scenario) -> Costs:
-    """Reads a costs.json for a space and a scenario.
+def read_external(path: Path, space: Space, scenarios: Sequence[Scenario]) -> Costs:
+    """Reads a costs.json for a space and scenarios; of further ones that it holds, nothing is taken.
 
-    Raises `PuzzleError` that names the file and what it lacks: layers, expert counts, windows, seconds, the scenario.
+    Raises `PuzzleError` that names the file and what it lacks: layers, expert counts, windows, seconds, a scenario.
     """
     costs = read_costs(path)
     try:
-        _check_scenario(costs, scenario)
+        for scenario in scenarios:
+            _check_scenario(costs, scenario)
         check_costs(costs, space)
     except ConfigError as error:
         raise PuzzleError(f"{path}: {error}") from error
-    return costs
+    return replace(costs, scenarios=tuple(scenarios))
 
 
 def _check_scenario(costs: Costs, scenario: Scenario) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from puzzle_jax.errors import InfeasibleError
+from puzzle_jax.errors import PuzzleError
 from puzzle_jax.search.baselines import uniform_candidates
 from puzzle_jax.search.problem import Candidate, Problem
 
 STEP, MOST_POINTS = 0.1, 40
+SECONDS, GAP = 10.0, 1e-3
+"""For each point: enough for a figure."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,9 @@ def frontier(problem: Problem) -> list[FrontierPoint]:
     for number in range(MOST_POINTS):
         asked = round(1 + STEP * number, 6)
         try:
-            (best,) = replace(problem, target=replace(problem.target, min_speedup=asked)).solve()
-        except InfeasibleError:
+            target = replace(problem.target, min_speedup=asked)
+            (best,) = replace(problem, target=target).solve(time_limit=SECONDS, gap=GAP)
+        except PuzzleError:  # infeasible, or nothing found in time
             break
         points.append(FrontierPoint(speedup(problem, best), best.score, f"{asked:g}x asked for"))
     return points
@@ -46,9 +49,11 @@ def uniform_frontier(problem: Problem) -> list[FrontierPoint]:
 
 
 def speedup(problem: Problem, candidate: Candidate) -> float:
-    """Predicted tokens per second over the parent's, in the scenario where it gains least."""
+    """Predicted tokens per second over the parent's, each at its own batch, in the scenario where it gains least."""
     costs, parent = problem.costs, problem.space.parent.blocks
-    return min(
-        costs.request_seconds(parent, scenario.name) / costs.request_seconds(candidate.blocks, scenario.name)
-        for scenario in costs.scenarios
-    )
+
+    def gain(scenario: str) -> float:
+        rate = costs.tokens_per_second(candidate.blocks, scenario, candidate.batches[scenario])
+        return rate / costs.tokens_per_second(parent, scenario)
+
+    return min(gain(scenario.name) for scenario in costs.scenarios)

@@ -43,11 +43,9 @@ def goals_of(target: Target, costs: Costs, parent: Architecture) -> tuple[Goal, 
     if target.max_expert_bytes_ratio is not None:
         goals.append(_bytes_ratio("expert_bytes", "", target.max_expert_bytes_ratio, costs.expert_bytes(parent)))
     for scenario in costs.scenarios:
-        if target.max_kv_bytes_ratio is not None:
+        if (ratio := target.limit("max_kv_bytes_ratio", scenario.name)) is not None:
             of_parent = costs.kv_bytes(parent, scenario.name)
-            goals.append(
-                _bytes_ratio("kv_bytes", f".{scenario.name}", target.max_kv_bytes_ratio, of_parent, _within(scenario))
-            )
+            goals.append(_bytes_ratio("kv_bytes", f".{scenario.name}", ratio, of_parent, _within(scenario)))
         if scenario.batch is not None:
             goals += _goals_at(target, costs, parent, scenario, scenario.batch)
     return tuple(goals)
@@ -77,33 +75,33 @@ def _goals_at(target: Target, costs: Costs, parent: Architecture, scenario: Scen
     """Goals that depend on a batch."""
     key, goals = seconds_key(scenario, batch), []
     tokens = batch * scenario.output_tokens
-    if target.min_speedup is not None:
+    if (speedup := target.limit("min_speedup", scenario.name)) is not None:
         of_parent = costs.best_batch(parent, scenario.name)
         rate = of_parent * scenario.output_tokens / _parent_seconds(costs, parent, scenario, of_parent)
-        least = tokens / (rate * exact(target.min_speedup))
+        least = tokens / (rate * exact(speedup))
         goals.append(
             Goal(
                 Limit(f"request_seconds.{key}", at_most=_float_above(least)),
                 f"speed-up{_within(scenario)}",
-                f"{target.min_speedup:g}",
+                f"{speedup:g}",
                 lambda seconds: _floor(tokens / seconds / float(rate)),
             )
         )
-    if target.min_tokens_per_second is not None:
+    if (least_rate := target.limit("min_tokens_per_second", scenario.name)) is not None:
         goals.append(
             Goal(
-                Limit(f"request_seconds.{key}", at_most=_float_above(tokens / exact(target.min_tokens_per_second))),
+                Limit(f"request_seconds.{key}", at_most=_float_above(tokens / exact(least_rate))),
                 f"tokens per second{_within(scenario)}",
-                f"{target.min_tokens_per_second:g}",
+                f"{least_rate:g}",
                 lambda seconds: short(tokens / seconds, -1),
             )
         )
-    for of_sum, value in (
-        ("prefill_seconds", target.max_seconds_to_first_token),
-        ("decode_seconds", target.max_seconds_per_token),
-        ("memory_bytes", target.max_memory_bytes),
+    for of_sum, field in (
+        ("prefill_seconds", "max_seconds_to_first_token"),
+        ("decode_seconds", "max_seconds_per_token"),
+        ("memory_bytes", "max_memory_bytes"),
     ):
-        if value is not None:
+        if (value := target.limit(field, scenario.name)) is not None:
             goals.append(_at_most(f"{of_sum}.{key}", value, scenario))
     return goals
 

@@ -2,7 +2,9 @@
 
     cost      costs.json        bytes and seconds of every alternative
     trace     traces/*.parquet  the parent's own answers, in sets that share no problem
-    rank      ranking.safetensors  every expert's score by every method; agreement.json, how much they agree
+    rank      ranking.safetensors  every expert's score by every method; agreement.json, how much they agree;
+              routing.json      how uneven the experts' loads are
+    recost    costs.json        where the roofline gives the seconds, once more with those loads; else the same
     score     scores.json       the space of alternatives and the KL of each
     solve     solutions.json    the program's pool with its real KL on fresh traces, the chosen child, the baselines
     refine    refined.json      what was tried to get below that child, and the child in the end
@@ -30,24 +32,19 @@ from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
 from puzzle_jax.convert_hf.export import export_child
-from puzzle_jax.convert_hf.load import load_checkpoint
-from puzzle_jax.convert_hf.table import tensor_bytes
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions
-from puzzle_jax.evaluate.summary import by_effort
-from puzzle_jax.evaluate.throughput import Spread, measure_throughput
 from puzzle_jax.generate.batches import micro_batches
 from puzzle_jax.generate.calibrate import calibrate_cache
 from puzzle_jax.generate.traces import Trace, read_traces, write_traces
-from puzzle_jax.model.child import Child, ChildBlock, cut_params
-from puzzle_jax.model.network import to_compute
+from puzzle_jax.model.child import Child, ChildBlock, whole
 from puzzle_jax.model.sharding import make_mesh
-from puzzle_jax.model.spec import count_params
 from puzzle_jax.progress import progress
 from puzzle_jax.report.page import SearchPage, stage_records
 from puzzle_jax.report.table import SearchReport
 from puzzle_jax.search.alternatives import expert_mask
 from puzzle_jax.search.baselines import all_baselines
+from puzzle_jax.search.compare import Judge
 from puzzle_jax.search.costs import Costs, compute_costs, read_costs
 from puzzle_jax.search.deal import deal_traces
 from puzzle_jax.search.external import read_external
@@ -55,12 +52,14 @@ from puzzle_jax.search.frontier import frontier, speedup, uniform_frontier
 from puzzle_jax.search.measured import Measured, device_identity
 from puzzle_jax.search.parent import Parent
 from puzzle_jax.search.problem import Candidate, Problem, Scores
+from puzzle_jax.search.provider import Provider
 from puzzle_jax.search.rank import METHODS, Ranking, rank_experts
 from puzzle_jax.search.recipe import Recipe
 from puzzle_jax.search.refine import Difference, Pool, refine, swapped, with_choice
 from puzzle_jax.search.replace import Alternative, ReplaceOne, child_choices
 from puzzle_jax.search.roofline import Roofline
-from puzzle_jax.search.score import Measurements, ScoreBook, score_children
+from puzzle_jax.search.routing import routing_profile
+from puzzle_jax.search.score import Measurements, ScoreBook
 from puzzle_jax.search.scoring import ScoredSpace, SpaceScorer
 from puzzle_jax.search.space import (
     ExpertChoice,
@@ -72,7 +71,7 @@ from puzzle_jax.search.space import (
 )
 from puzzle_jax.search.stages import Stage, open_run, run_stage
 
-STAGES = ("cost", "trace", "rank", "score", "solve", "refine", "assemble", "evaluate", "report")
+STAGES = ("cost", "trace", "rank", "recost", "score", "solve", "refine", "assemble", "evaluate", "report")
 DIRECTORIES = {"trace": "traces", "assemble": "child"}
 """Of the stages that do not write into one of their own name."""
 
@@ -134,23 +133,18 @@ class Search:
         settings = {
             "provider": "external" if external else self.recipe.costs,
             "device": device_identity() if measured else None,
-            "scenario": self.recipe.section("scenario"),
+            "scenarios": self._scenarios,
             "counts": self.counts,
             "windows": self.windows,
         }
 
         def produce(out: Path) -> None:
-            space, form, scenario = self._nominal_space(), self.parent.description.form, self.recipe.scenario
             if external:
-                read_external(external, space, scenario)
-                (out / "costs.json").write_bytes(external.read_bytes())
-                return
-            with progress(self.console, "timing blocks", None) as advance:
-                if measured:
+                costs = read_external(external, self._nominal_space(), self.recipe.scenarios)
+            else:
+                with progress(self.console, "timing blocks", None) as advance:
                     timer = Measured(progress=lambda _, turns: advance(1, turns))
-                    costs = compute_costs(space, [scenario], form, timer)
-                else:
-                    costs = compute_costs(space, [scenario], form, Roofline(), memory=Roofline())
+                    costs = self._computed(timer if measured else Roofline())
             _write(out / "costs.json", costs.to_json())
 
         inputs = [self.parent.directory / "config.json", *([external] if external else [])]
@@ -210,8 +204,19 @@ class Search:
             half = self.parent.config.blocks[0].num_experts // 2
             agreement = ranking.agreement([max(half, self.parent.config.experts_per_token)])
             _write(out / "agreement.json", {f"{one}, {other}": share for (one, other), share in agreement.items()})
+            _write(out / "routing.json", routing_profile(ranking.routed))
 
         return self._stage("rank", {"methods": METHODS}, ["traces/calibration.parquet"], produce)
+
+    def _recost(self) -> Stage:
+        def produce(out: Path) -> None:
+            costs = read_costs(self._needed("cost/costs.json"))
+            if costs.provider == "roofline" and self.recipe.external_costs is None:
+                loads = json.loads(self._needed("rank/routing.json").read_text())
+                costs = self._computed(Roofline(profile=tuple(loads)))
+            _write(out / "costs.json", costs.to_json())
+
+        return self._stage("recost", {}, ["cost/costs.json", "rank/routing.json"], produce)
 
     def _score(self) -> Stage:
         adaptive = self.recipe.score.method == "adaptive"
@@ -237,10 +242,10 @@ class Search:
             "target": self.recipe.section("target") if adaptive else None,
         }
         inputs = ["traces/calibration.parquet", "rank/ranking.safetensors"]
-        return self._stage("score", settings, [*inputs, *(["cost/costs.json"] if adaptive else [])], produce)
+        return self._stage("score", settings, [*inputs, *(["recost/costs.json"] if adaptive else [])], produce)
 
     def _solve(self) -> Stage:
-        settings = {**self.recipe.section("solve"), "target": self.recipe.section("target")}
+        settings = {name: self.recipe.section(name) for name in ("solve", "target", "child")}
 
         def produce(out: Path) -> None:
             problem = self._problem()
@@ -258,11 +263,11 @@ class Search:
                 },
             )
 
-        inputs = ["score/scores.json", "cost/costs.json", "traces/validation.parquet"]
+        inputs = ["score/scores.json", "recost/costs.json", "traces/validation.parquet"]
         return self._stage("solve", settings, inputs, produce)
 
     def _refine(self) -> Stage:
-        settings = {name: self.recipe.section(name) for name in ("refine", "score", "solve", "target")}
+        settings = {name: self.recipe.section(name) for name in ("refine", "score", "solve", "target", "child")}
 
         def produce(out: Path) -> None:
             solutions = json.loads(self._needed("solve/solutions.json").read_text())
@@ -274,7 +279,7 @@ class Search:
                 self.console.print(f"{step}", highlight=False)
             _write(out / "refined.json", {"child": child.to_json(), "tried": [step.to_json() for step in tried]})
 
-        inputs = ["solve/solutions.json", "score/scores.json", "rank/ranking.safetensors", "cost/costs.json"]
+        inputs = ["solve/solutions.json", "score/scores.json", "rank/ranking.safetensors", "recost/costs.json"]
         return self._stage(
             "refine", settings, [*inputs, *(f"traces/{name}.parquet" for name in TRACE_SETS[:3])], produce
         )
@@ -291,32 +296,38 @@ class Search:
             batches = self._batches("calibration")
             with progress(self.console, "calibrating the FP8 cache", len(batches)) as advance:
                 scales = calibrate_cache(
-                    self.parent.params, self.parent.config, batches, view=child.view, on_batch=lambda: advance(1)
+                    self.parent.params, child.viewed, batches, view=child.view, on_batch=lambda: advance(1)
                 )
             export_child(self.parent.directory, out, child.config, child.kept, provenance=provenance, kv_scales=scales)
 
         inputs = ["solve/solutions.json", "refine/refined.json", "traces/calibration.parquet"]
-        return self._stage("assemble", {}, inputs, produce, directory="child")
+        return self._stage("assemble", {"child": self.recipe.section("child")}, inputs, produce, directory="child")
 
     def _evaluate(self) -> Stage:
         settings = {
             **self.recipe.section("evaluate"),
             "traces": self.recipe.section("traces"),
-            "scenario": self.recipe.section("scenario"),
+            "scenarios": self._scenarios,
+            "own": self.recipe.section("child"),
             "device": device_identity(),
         }
 
         def produce(out: Path) -> None:
-            _write(out / "evaluation.json", self._evaluation())
+            shown = ("parent", "child", *self.recipe.evaluate.baselines)
+            candidates = {name: found for name, found in self.candidates().items() if name in shown}
+            children = {name: self.child(found) for name, found in candidates.items() if name != "parent"}
+            children = {"parent": whole(self.parent.config), **children}
+            heldout, exported = self.traces("heldout"), self._needed("child")
+            _write(out / "evaluation.json", self.judge.compare(candidates, children, heldout, self._costs, exported))
 
-        inputs = ["solve/solutions.json", "refine/refined.json", "cost/costs.json", "traces/heldout.parquet", "child"]
+        inputs = ["solve/solutions.json", "refine/refined.json", "recost/costs.json", "traces/heldout.parquet", "child"]
         return self._stage("evaluate", settings, inputs, produce)
 
     def _report(self) -> Stage:
         report = SearchReport(
             json.loads(self._needed("evaluate/evaluation.json").read_text()),
             self.recipe.traces.efforts,
-            self.recipe.section("scenario"),
+            self._scenarios,
             self.recipe.run / "child",
         )
         inputs = [f"{DIRECTORIES.get(stage, stage)}/stage.json" for stage in STAGES[: STAGES.index("report")]]
@@ -341,23 +352,28 @@ class Search:
             )
         }
         candidates = self.candidates()
-        compared = {name: candidates[name].blocks for name in ("parent", "child", "uniform")}
+        compared = {name: candidates[name] for name in ("parent", "child", "uniform")}
         seconds = {
-            scenario.name: {
-                name: self._costs.seconds_by_part(blocks, scenario.name) for name, blocks in compared.items()
-            }
+            scenario.name: {name: self._seconds_per_request(c, scenario.name) for name, c in compared.items()}
             for scenario in self._costs.scenarios
         }
         child = {"speedup": speedup(self._problem(), candidates["child"]), "score": candidates["child"].score}
         records = stage_records(self.run, [(stage, DIRECTORIES.get(stage, stage)) for stage in STAGES])
         return SearchPage(report, **contents, seconds=seconds, child=child, stages=records)
 
+    def _seconds_per_request(self, candidate: Candidate, scenario: str) -> dict[str, float]:
+        batch = candidate.batches[scenario]
+        seconds = self._costs.seconds_by_part(candidate.blocks, scenario, batch)
+        return {part: of_batch / batch for part, of_batch in seconds.items()}
+
     # What stages share ----------------------------------------------------------------------------------------------
 
     def child(self, candidate: Candidate) -> Child:
         """A chosen architecture as a view on the parent."""
-        blocks = zip(candidate.kept, candidate.blocks, strict=True)
-        return Child(self.parent.config, tuple(ChildBlock(kept, block.window) for kept, block in blocks))
+        kept = zip(candidate.kept, candidate.blocks, strict=True)
+        blocks = tuple(ChildBlock(of_layer, block.window) for of_layer, block in kept)
+        factor, rope = self.recipe.child.yarn_factor, self.parent.config.rope
+        return Child(self.parent.config, blocks, rope=None if factor is None else replace(rope, factor=factor))
 
     def candidates(self) -> dict[str, Candidate]:
         """Parent, child and baselines by name, from solutions.json and refined.json."""
@@ -365,67 +381,6 @@ class Search:
         refined = json.loads(self._needed("refine/refined.json").read_text())
         found = {"parent": Candidate.from_json(solutions["parent"]), "child": Candidate.from_json(refined["child"])}
         return found | {entry["name"]: Candidate.from_json(entry) for entry in solutions["baselines"]}
-
-    def _evaluation(self) -> dict[str, Any]:
-        config, params, scenario = self.parent.config, self.parent.params, self.recipe.scenario
-        shown = ("parent", "child", *self.recipe.evaluate.baselines)
-        candidates = {name: found for name, found in self.candidates().items() if name in shown}
-        costs = read_costs(self._needed("cost/costs.json"))
-        children = {name: self.child(candidate) for name, candidate in candidates.items()}
-        scores, _ = self._measure(list(children.values()), "heldout")
-        questions = QuestionSet(
-            self.recipe.traces.tasks,
-            self.recipe.traces.efforts,
-            self.recipe.evaluate.problems,
-            "accuracy",
-            self.recipe.evaluate.seed,
-        )
-        accuracy = {}
-        with progress(self.console, "accuracy", len(children) * len(questions.questions())) as advance:
-            for name, child in children.items():
-                answers = answer_questions(
-                    params,
-                    config,
-                    self.parent.chat,
-                    questions,
-                    max_tokens=self.recipe.traces.max_tokens,
-                    slots=self.recipe.traces.batch_size,
-                    view=child.view,
-                    mesh=self.mesh,
-                    on_answer=lambda *_: advance(1),
-                )
-                accuracy[name] = {k: asdict(v) for k, v in by_effort(answers, questions.efforts).items()}
-        dtype = params["embedding"].dtype
-        exported = load_checkpoint(self._needed("child"))
-        models = {name: (cut_params(params, child), child.config) for name, child in children.items()}
-        models["child"] = (to_compute(exported.params, dtype), exported.config)
-        rounds = self.recipe.evaluate.rounds
-        with progress(self.console, "throughput", rounds) as advance:
-            speeds = measure_throughput(
-                models,
-                batch=scenario.given_batch,
-                input_tokens=scenario.input_tokens,
-                output_tokens=scenario.output_tokens,
-                rounds=rounds,
-                on_round=lambda: advance(1),
-            )
-        form = self.parent.description.form
-        return {
-            name: {
-                "parameters": count_params(children[name].config),
-                "checkpoint_bytes": tensor_bytes(children[name].config, form),
-                "expert_bytes": costs.expert_bytes(candidate.blocks),
-                "kv_bytes": costs.kv_bytes(candidate.blocks),
-                "predicted_tokens_per_second": costs.tokens_per_second(candidate.blocks),
-                "throughput": _throughput(speeds[name]),
-                "predicted_kl": candidate.score,
-                "heldout": asdict(score),
-                "efforts": accuracy[name],
-                "missed": list(candidate.missed),
-                "layers": candidate.to_json()["layers"],
-            }
-            for (name, candidate), score in zip(candidates.items(), scores, strict=True)
-        }
 
     def _questions(self, split: str) -> QuestionSet:
         settings = self.recipe.traces
@@ -437,18 +392,13 @@ class Search:
     def traces(self, split: str) -> list[Trace]:
         return list(read_traces(self._needed(f"traces/{split}.parquet")))
 
+    @property
+    def judge(self) -> Judge:
+        return Judge(self.parent, self.recipe, self.mesh, self.console)
+
     def _measure(self, children: Sequence[Child], split: str) -> Measurements:
         """KL of whole children on a set of traces."""
-        traces = self.traces(split)
-        with progress(self.console, f"KL, {split}", None) as advance:
-            return score_children(
-                self.parent.params,
-                self.parent.config,
-                children,
-                traces,
-                mesh=self.mesh,
-                on_child=lambda: advance(1),
-            )
+        return self.judge.divergence(children, self.traces(split), split)
 
     def _nominal_space(self) -> Space:
         """The space before any ranking: counts and windows are real, kept ids are not yet known."""
@@ -482,12 +432,14 @@ class Search:
         """What scores depend on besides alternatives and traces."""
         return json.dumps([str(self.recipe.parent.resolve()), self.parent.fingerprint, jax.__version__])
 
-    def scorer(self, base: Sequence[Alternative] | None) -> SpaceScorer:
+    def scorer(self, base: Child | None) -> SpaceScorer:
+        """Scores alternatives around the parent or around a child of it."""
         settings = self.recipe.score
         run = ReplaceOne(
             self.parent.params,
             self.parent.config,
-            base,
+            None if base is None else child_choices(base),
+            None if base is None else base.rope,
             per_call=settings.per_call,
             keep_every=settings.keep_every,
             mesh=self.mesh,
@@ -505,11 +457,10 @@ class Search:
 
     def _rescored(self, child: Candidate) -> Pool:
         """The pool of the program whose scores are taken around a child."""
-        base = child_choices(self.child(child))
         layers = json.loads(self._needed("score/scores.json").read_text())["layers"]
         space = Space.from_json(self.parent.config, layers)
-        identity = f"{self._identity} {json.dumps(child.to_json()['layers'])}"
-        scored = self.scorer(base)(space, self.run / "refine-book.safetensors", identity)
+        identity = f"{self._identity} {json.dumps(child.to_json()['layers'])} {self.recipe.child}"
+        scored = self.scorer(self.child(child))(space, self.run / "refine-book.safetensors", identity)
         pool = self._pool(self.problem_of(scored.space, scored.scores))
         return replace(pool, candidates=[replace(c, score=child.score + c.score) for c in pool.candidates])
 
@@ -527,9 +478,9 @@ class Search:
         options = swapped(child.choices[layer], self._ranking.scores["removal_error"][layer], self.recipe.refine.swaps)
         if not options:
             return None
-        base, experts = child_choices(self.child(child)), self.parent.config.blocks[layer].num_experts
-        alternatives = [(layer, Alternative(expert_mask(option, experts), base[layer].window)) for option in options]
-        scorer = self.scorer(base)
+        window, experts = child.blocks[layer].window, self.parent.config.blocks[layer].num_experts
+        alternatives = [(layer, Alternative(expert_mask(option, experts), window)) for option in options]
+        scorer = self.scorer(self.child(child))
         book = ScoreBook.empty(alternatives, scorer.traces)
         scorer.fill(book, range(len(options)), range(len(scorer.traces)))
         means = book.means()
@@ -545,7 +496,15 @@ class Search:
 
     @cached_property
     def _costs(self) -> Costs:
-        return read_costs(self._needed("cost/costs.json"))
+        return read_costs(self._needed("recost/costs.json"))
+
+    @property
+    def _scenarios(self) -> list[dict[str, Any]]:
+        return [scenario.to_json() for scenario in self.recipe.scenarios]
+
+    def _computed(self, provider: Provider) -> Costs:
+        space, form = self._nominal_space(), self.parent.description.form
+        return compute_costs(space, self.recipe.scenarios, form, provider, memory=Roofline())
 
     def _problem(self) -> Problem:
         layers = json.loads(self._needed("score/scores.json").read_text())["layers"]
@@ -566,7 +525,7 @@ class Search:
             experts=tuple(tuple(0.0 for _ in choices) for choices in space.expert_choices),
             attention=tuple(tuple(0.0 for _ in windows) for windows in space.windows),
         )
-        self.problem_of(space, zeros).solve()
+        Problem(space, zeros, read_costs(self._needed("cost/costs.json")), self.recipe.target).solve()
 
     def _stage(
         self,
@@ -584,10 +543,6 @@ class Search:
         if not found.exists():
             raise PuzzleError(f"{found} is missing; run the stages before it first (or all: `puzzle search`)")
         return found
-
-
-def _throughput(speed: Spread) -> dict[str, float | int]:
-    return {"tokens_per_second": speed.median, "low": speed.low, "high": speed.high, "rounds": speed.rounds}
 
 
 def _scores_to_json(scored: ScoredSpace) -> list[dict[str, Any]]:

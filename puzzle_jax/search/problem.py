@@ -6,7 +6,7 @@ sampling) is a group with one alternative. Limits are the target's (`puzzle_jax.
 exact sums.
 
 Numbers of a scenario are named "request_seconds.chat", or where its batch is open "request_seconds.chat.16" for each
-batch that it may choose.
+batch that it may choose. There the program chooses the batch too: the limits of one of them have to hold.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from puzzle_jax.search.program import (
     InfeasibleProgram,
     Library,
     Limit,
+    OneOf,
     Program,
     Solution,
     assess,
@@ -63,6 +64,7 @@ class Candidate:
       score: sum of its alternatives' scores.
       costs: sums by key ("expert_bytes", "parameters", "kv_bytes.<scenario>", "memory_bytes.<scenario>",
         "prefill_seconds.<scenario>", "decode_seconds.<scenario>", "request_seconds.<scenario>").
+      batches: requests that run together, by scenario.
       missed: limits of the target that it breaks, in words.
       status: of the program's solution; "given" where none was solved.
       gap: of the program's solution.
@@ -73,6 +75,7 @@ class Candidate:
     choices: tuple[ExpertChoice, ...]
     score: float
     costs: Mapping[str, Number]
+    batches: Mapping[str, int]
     missed: tuple[str, ...]
     status: str
     gap: float | None
@@ -90,6 +93,7 @@ class Candidate:
             "name": self.name,
             "score": self.score,
             "costs": dict(self.costs),
+            "batches": dict(self.batches),
             "missed": list(self.missed),
             "status": self.status,
             "gap": self.gap,
@@ -114,6 +118,7 @@ class Candidate:
             choices=tuple(ExpertChoice(len(x["kept"]), tuple(x["kept"]), x["method"]) for x in layers),
             score=value["score"],
             costs=value["costs"],
+            batches=value["batches"],
             missed=tuple(value["missed"]),
             status=value["status"],
             gap=value["gap"],
@@ -130,6 +135,7 @@ class Problem:
     target: Target
 
     def __post_init__(self) -> None:
+        self.target.check_scenarios([scenario.name for scenario in self.costs.scenarios])
         for name, alternatives in (("experts", self.space.expert_choices), ("attention", self.space.windows)):
             numbers = getattr(self.scores, name)
             if [len(x) for x in numbers] != [len(x) for x in alternatives]:
@@ -221,15 +227,16 @@ class Problem:
         return goals_by_batch(self.target, self.costs, self.space.parent.blocks)
 
     @cached_property
-    def limits(self) -> tuple[Limit, ...]:
-        """The limits of `goals`."""
-        return tuple(goal.limit for goal in self.goals)
+    def limits(self) -> tuple[Limit | OneOf, ...]:
+        """The limits of `goals`, and of `goals_by_batch` one of those sets for each open batch."""
+        batches = [
+            OneOf(scenario, {str(batch): tuple(goal.limit for goal in goals) for batch, goals in by_batch.items()})
+            for scenario, by_batch in self.goals_by_batch.items()
+        ]
+        return (*(goal.limit for goal in self.goals), *batches)
 
     @cached_property
     def program(self) -> Program:
-        """Raises `ConfigError` for a scenario that leaves its batch open."""
-        for name in self.goals_by_batch:
-            raise ConfigError(f"scenario {name!r} leaves its batch open, but the program needs one; give a batch")
         return Program(self.library, SCORE, self.limits)
 
     def solve(
@@ -254,12 +261,14 @@ class Problem:
             choices.append(next(c for c in self.space.expert_choices[layer] if c.name == chosen))
             chosen = solution.choice[attention_group(layer)]
             windows.append(next(w for w in self.space.windows[layer] if window_name(w) == chosen))
+        blocks = tuple(BlockConfig(c.count, w) for c, w in zip(choices, windows, strict=True))
         return Candidate(
             name=name,
-            blocks=tuple(BlockConfig(c.count, w) for c, w in zip(choices, windows, strict=True)),
+            blocks=blocks,
             choices=tuple(choices),
             score=solution.score,
             costs={key: total for key, total in solution.costs.items() if key != SCORE},
+            batches={scenario.name: self._batch(scenario, solution.choice) for scenario in self.costs.scenarios},
             missed=tuple(self._missed(limit, solution.costs[limit.key]) for limit in solution.missed),
             status=solution.status,
             gap=solution.gap,
@@ -280,23 +289,51 @@ class Problem:
             choice[attention_group(layer)] = window_name(block.window)
         return self.assess("parent", choice)
 
-    def _goal(self, limit: Limit) -> Goal:
-        return next(goal for goal in self.goals if goal.limit == limit)
+    def _batch(self, scenario: Scenario, choice: Mapping[str, str]) -> int:
+        """The batch of a choice with the most tokens per second among those that meet the target; else among those for
+        which there is memory, and where there is none for any, the smallest."""
+        if scenario.batch is not None:
+            return scenario.batch
+        met = {
+            batch: [goal.limit.is_met(self.program.totals(choice, goal.limit.key)) for goal in goals]
+            for batch, goals in self.goals_by_batch[scenario.name].items()
+        }
+        useful = [batch for batch, limits in met.items() if all(limits)]
+        useful = useful or [batch for batch, (fits, *_) in met.items() if fits]
+
+        def seconds_per_request(batch: int) -> float:
+            return float(self.program.totals(choice, f"request_seconds.{seconds_key(scenario, batch)}")) / batch
+
+        return min(useful, key=seconds_per_request) if useful else min(met)
+
+    @cached_property
+    def _goal_of(self) -> Mapping[Limit, Goal]:
+        by_batch = [goals for batches in self.goals_by_batch.values() for goals in batches.values()]
+        return {goal.limit: goal for goals in (self.goals, *by_batch) for goal in goals}
 
     def _missed(self, limit: Limit, value: float) -> str:
-        goal = self._goal(limit)
+        goal = self._goal_of[limit]
         return f"{goal.name} is {goal.reached(value)}, asked for {goal.asked}"
 
     def _explain(self, clashes: Sequence[Clash]) -> InfeasibleError:
-        asked, alone, together = [], [], []
+        """Each goal once, at the batch that comes nearest to it."""
+        by_goal: dict[tuple[str, str], list[Clash]] = {}
         for clash in clashes:
-            goal = self._goal(clash.limit)
-            asked.append(f"{goal.name} {goal.asked}")
-            alone.append(f"{goal.name} {goal.reached(clash.alone)}")
-            if clash.given_others is not None:
-                together.append(f"{goal.name} {goal.reached(clash.given_others)}")
+            goal = self._goal_of[clash.limit]
+            by_goal.setdefault((goal.name, goal.asked), []).append(clash)
+
+        def nearest(found: list[Clash], value: Callable[[Clash], float | None]) -> str | None:
+            known = [(clash.limit, total) for clash in found if (total := value(clash)) is not None]
+            if not known:
+                return None
+            limit, total = min(known, key=lambda pair: pair[1] / float(pair[0].bound))
+            return f"{self._goal_of[limit].name} {self._goal_of[limit].reached(total)}"
+
+        asked = [f"{name} {value}" for name, value in by_goal]
+        alone = [nearest(found, lambda clash: clash.alone) for found in by_goal.values()]
+        together = [said for found in by_goal.values() if (said := nearest(found, lambda clash: clash.given_others))]
         text = f"the target cannot be met: {' and '.join(asked)}"
-        text += f"; the best reachable by itself is {', '.join(alone)}"
+        text += f"; the best reachable by itself is {', '.join(map(str, alone))}"
         if together and together != alone:
             text += f"; with everything else asked for, it is {', or '.join(together)}"
         return InfeasibleError(text)

@@ -44,8 +44,8 @@ __all__ = [
 ]
 
 
-# Ways to pick sets of limits that an infeasible program's message goes through.
-_CASES_EXPLAINED = 8
+# Ways to pick sets of limits that are looked into where a program is infeasible, and that its message goes through.
+_CASES_EXAMINED, _CASES_EXPLAINED = 24, 8
 
 
 @dataclass(frozen=True)
@@ -172,18 +172,36 @@ def _explain(program: Program, time_limit: Number) -> InfeasibleProgram:
     if not program.one_ofs or minimise(always, always.score, always.plain, [], time_limit, 1.0).status == "infeasible":
         sentences, clashes = _clashes(always, time_limit)
         return InfeasibleProgram("no choice meets the limits: " + "; ".join(sentences), clashes)
-    cases = program.cases()
+    program = _hopeless(program, time_limit)
+    cases = _spread(program.cases(), _CASES_EXAMINED)
     parts: list[str] = []
     every: list[Clash] = []
-    for picked in cases[:_CASES_EXPLAINED]:
+    for picked in cases:
         sentences, clashes = _clashes(
             compile_program(replace(program, limits=program.limits_of(picked)), keep_dominated_by=1), time_limit
         )
         parts.append(", ".join(f"{name} {pick!r}" for name, pick in picked.items()) + ": " + "; ".join(sentences))
         every += clashes
-    if len(cases) > _CASES_EXPLAINED:
-        parts.append(f"and {len(cases) - _CASES_EXPLAINED} more")
+    if len(parts) > _CASES_EXPLAINED:
+        parts[_CASES_EXPLAINED:] = [f"and {len(parts) - _CASES_EXPLAINED} more"]
     return InfeasibleProgram("no choice meets the limits with any of " + "; with ".join(parts), tuple(every))
+
+
+def _hopeless(program: Program, time_limit: Number) -> Program:
+    """The program with the first `OneOf` alone that nothing meets by itself; where there is none, as it is."""
+    for one in program.one_ofs if len(program.one_ofs) > 1 else ():
+        alone = replace(program, limits=(*program.plain_limits, one))
+        compiled = compile_program(alone, keep_dominated_by=1)
+        point = minimise(compiled, compiled.score, compiled.plain, [], time_limit, 1.0, compiled.one_ofs)
+        if point.status == "infeasible":
+            return alone
+    return program
+
+
+def _spread(cases: list[dict[str, str]], most: int) -> list[dict[str, str]]:
+    """At most so many, evenly over all, the first and the last among them."""
+    step = max(1.0, (len(cases) - 1) / (most - 1))
+    return [cases[round(number * step)] for number in range(min(len(cases), most))]
 
 
 def _clashes(compiled: Compiled, time_limit: Number) -> tuple[list[str], tuple[Clash, ...]]:

@@ -6,6 +6,7 @@ A recipe is a YAML file of these fields; the command line overrides any of them 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
@@ -155,7 +156,7 @@ class EvaluateSettings:
     Attributes:
       problems: per task, each asked at every effort, greedily.
       baselines: of `search.baselines` that are measured beside the child.
-      rounds: interleaved rounds of measured throughput.
+      rounds: interleaved rounds of measured throughput, on the devices present; 0 leaves it out.
       seed: draws other problems.
     """
 
@@ -165,9 +166,26 @@ class EvaluateSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("problems", "rounds"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"evaluate.{name} is {getattr(self, name)}, but must be at least 1")
+        if self.problems < 1:
+            raise ConfigError(f"evaluate.problems is {self.problems}, but must be at least 1")
+        if self.rounds < 0:
+            raise ConfigError(f"evaluate.rounds is {self.rounds}, but must be at least 0")
+
+
+@dataclass(frozen=True)
+class ChildSettings:
+    """What the child has of its own beside its blocks.
+
+    Attributes:
+      yarn_factor: of its rotary embedding; None is the parent's. A larger one steadies contexts near the end of the
+        parent's range, and wants distillation: the child's quality is measured with it.
+    """
+
+    yarn_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.yarn_factor is not None and not 1 <= self.yarn_factor < inf:
+            raise ConfigError(f"child.yarn_factor is {self.yarn_factor}, but must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -192,7 +210,9 @@ class Recipe:
       run: directory of everything that the search writes.
       traces, space, score, solve, refine, evaluate: settings of the stages.
       scenario: the deployment.
-      target: what the child must reach, relative to its parent.
+      more_scenarios: further ones that the same child must serve.
+      target: what the child must reach there, by itself or relative to its parent.
+      child: what it has of its own beside its blocks.
       mesh: devices that the search itself runs on.
       costs: "measured" times our own sub-blocks on the devices present, "roofline" models the scenario's hardware, and
         a path ending in .json is a costs.json that was timed elsewhere and is used as it is.
@@ -208,12 +228,22 @@ class Recipe:
     solve: SolveSettings = field(default_factory=SolveSettings)
     refine: RefineSettings = field(default_factory=RefineSettings)
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
+    more_scenarios: tuple[Scenario, ...] = ()
+    child: ChildSettings = field(default_factory=ChildSettings)
     mesh: MeshSettings = field(default_factory=MeshSettings)
     costs: str = "measured"
 
     def __post_init__(self) -> None:
         if self.costs not in ("measured", "roofline") and not self.costs.endswith(".json"):
             raise ConfigError(f"costs is {self.costs!r}, but must be measured, roofline, or the path of a .json file")
+        names = [scenario.name for scenario in self.scenarios]
+        if len(set(names)) != len(names):
+            raise ConfigError(f"the scenarios are named {', '.join(names)}, but every name may come once only")
+        self.target.check_scenarios(names)
+
+    @property
+    def scenarios(self) -> tuple[Scenario, ...]:
+        return (self.scenario, *self.more_scenarios)
 
     @property
     def external_costs(self) -> Path | None:

@@ -16,7 +16,7 @@ KL around a child is given as the difference to the child's own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from puzzle_jax.config import ModelConfig
+from puzzle_jax.config import ModelConfig, RopeConfig
 from puzzle_jax.evaluate.divergence import divergence
 from puzzle_jax.generate.batches import MicroBatch
 from puzzle_jax.model.child import Child
@@ -107,6 +107,7 @@ class ReplaceOne:
       params: dense parameters of the parent.
       config: of the parent.
       base: a choice per layer; None is the parent's own.
+      rope: rotary settings of the base; None is the parent's own.
       per_call: alternatives that run together.
       keep_every: layers from one kept hidden state to the next.
       mesh: where parameters are; rows of a batch are spread over its data axis where they divide by it.
@@ -115,6 +116,7 @@ class ReplaceOne:
     params: Params
     config: ModelConfig
     base: Sequence[Alternative] | None = None
+    rope: RopeConfig | None = None
     per_call: int = 8
     keep_every: int = 8
     mesh: Mesh | None = None
@@ -122,6 +124,11 @@ class ReplaceOne:
     @property
     def choices(self) -> list[Alternative]:
         return parent_choices(self.config) if self.base is None else list(self.base)
+
+    @property
+    def own(self) -> ModelConfig:
+        """The configuration that the base's layers run with."""
+        return self.config if self.rope is None else replace(self.config, rope=self.rope)
 
     def __call__(
         self,
@@ -141,7 +148,7 @@ class ReplaceOne:
             values[group] = np.asarray(compare_with_parent(self.params, self.config, parent, x, answers))[: len(group)]
             if on_done is not None:
                 on_done(self.work([wanted[number] for number in group]))
-        if self.base is not None:
+        if self.base is not None or self.rope is not None:
             of_base = np.asarray(compare_with_parent(self.params, self.config, parent, own[:, None], answers))
             values[..., KL_METRICS] -= of_base[..., KL_METRICS]
         return values
@@ -157,10 +164,10 @@ class ReplaceOne:
 
     # The base ------------------------------------------------------------------------------------------------------
 
-    def layer(self, index: int, x: Array, choice: Alternative) -> Array:
-        """One layer of the parent with a choice of its own, whose mask may have a row per row of `x`."""
+    def layer(self, index: int, x: Array, choice: Alternative, config: ModelConfig | None = None) -> Array:
+        """One layer with a choice of its own, whose mask may have a row per row of `x`; by default the base's."""
         layer = self.params["layers"][index]
-        x = _attention(layer["attention"], self.config, choice.window, x)
+        x = _attention(layer["attention"], config or self.own, choice.window, x)
         return _mixture(layer["moe"], self.config, x, jnp.asarray(choice.expert_mask))
 
     def _final_states(self, batch: MicroBatch) -> tuple[Array, Array, dict[int, Array]]:
@@ -174,11 +181,11 @@ class ReplaceOne:
             if index % self.keep_every == 0:
                 kept[index] = x
             x = self.layer(index, x, choice)
-        if self.base is None:
+        if self.base is None and self.rope is None:
             return x, x, kept
         parent = start
         for index, choice in enumerate(parent_choices(self.config)):
-            parent = self.layer(index, parent, choice)
+            parent = self.layer(index, parent, choice, self.config)
         return parent, x, kept
 
     def _states(self, first: int, x: Array) -> dict[int, States]:
@@ -186,7 +193,7 @@ class ReplaceOne:
         states = {}
         for index in range(first, min(first + self.keep_every, self.config.num_layers)):
             layer, choice = self.params["layers"][index], self.choices[index]
-            middle = _attention(layer["attention"], self.config, choice.window, x)
+            middle = _attention(layer["attention"], self.own, choice.window, x)
             states[index] = States(x, middle)
             x = _mixture(layer["moe"], self.config, middle, jnp.asarray(choice.expert_mask))
         return states
@@ -238,7 +245,7 @@ class ReplaceOne:
             entry = np.isin(np.arange(self.per_call), list(own))
             x = _enter(layer["moe"], self.config, states.middle, jnp.asarray(masks), jnp.asarray(entry), x)
         for slot, choice in narrowed.items():
-            middle = _attention(layer["attention"], self.config, choice.window, states.before)
+            middle = _attention(layer["attention"], self.own, choice.window, states.before)
             x = x.at[:, slot].set(_mixture(layer["moe"], self.config, middle, jnp.asarray(masks[slot])))
         return x
 

@@ -23,14 +23,17 @@ from puzzle_jax.search.library import Number
 
 Profile = tuple[Number, ...]
 
+_LEAST = 1e-6
+"""Share of tokens that an expert counts for at least: that some texts were not routed to it does not say none is."""
+
 
 def routing_profile(routed: np.ndarray) -> Profile:
-    """The profile of a model: loads sorted in every layer, then averaged over layers.
+    """The profile of a model: loads sorted in every layer, then averaged over layers; none is quite 0.
 
     Args:
       routed: [layers, experts], tokens that each expert was given.
     """
-    shares = np.sort(routed / routed.sum(axis=1, keepdims=True), axis=1)[:, ::-1]
+    shares = np.sort(np.maximum(routed / routed.sum(axis=1, keepdims=True), _LEAST), axis=1)[:, ::-1]
     return tuple(float(share) for share in shares.mean(axis=0))
 
 

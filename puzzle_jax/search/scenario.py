@@ -7,6 +7,7 @@ Left out: pipeline parallelism, prompts and answers of mixed lengths, and reques
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from math import isfinite
 from typing import Any, NoReturn
@@ -121,9 +122,14 @@ class Scenario:
         return asdict(self)
 
 
+Amount = int | float | dict[str, int | float] | None
+"""A limit for every scenario, or limits by a scenario's name."""
+
+
 @dataclass(frozen=True)
 class Target:
-    """What the child must reach; None is no limit. Limits that depend on a scenario hold in every one.
+    """What the child must reach; None is no limit. Limits that depend on a scenario hold in every one, or are given by
+    a scenario's name: `min_speedup: {long: 1.5, short: 1.2}`.
 
     Attributes:
       max_expert_bytes_ratio: bytes of experts and routers over the parent's, in (0, 1].
@@ -136,29 +142,49 @@ class Target:
     """
 
     max_expert_bytes_ratio: int | float | None = None
-    min_speedup: int | float | None = None
-    max_kv_bytes_ratio: int | float | None = None
-    min_tokens_per_second: int | float | None = None
-    max_memory_bytes: int | float | None = None
-    max_seconds_to_first_token: int | float | None = None
-    max_seconds_per_token: int | float | None = None
+    min_speedup: Amount = None
+    max_kv_bytes_ratio: Amount = None
+    min_tokens_per_second: Amount = None
+    max_memory_bytes: Amount = None
+    max_seconds_to_first_token: Amount = None
+    max_seconds_per_token: Amount = None
 
     def __post_init__(self) -> None:
-        for field in _RATIOS:
-            value = getattr(self, field)
-            if value is not None and not (_is_number(value) and 0 < value <= 1):
-                raise ConfigError(f"{field} is {value!r}, but must be above 0 and at most 1 (1 is the parent's)")
-        if self.min_speedup is not None and not (_is_number(self.min_speedup) and self.min_speedup >= 1):
-            raise ConfigError(f"min_speedup is {self.min_speedup!r}, but must be at least 1 (1 is the parent's)")
-        for field in _POSITIVE:
-            value = getattr(self, field)
-            if value is not None and not (_is_number(value) and value > 0):
-                raise ConfigError(f"{field} is {value!r}, but must be above 0")
-        if all(value is None for value in asdict(self).values()):
+        for name, value in self._values():
+            field = name.partition(".")[0]
+            if field in _RATIOS and not (_is_number(value) and 0 < value <= 1):
+                raise ConfigError(f"{name} is {value!r}, but must be above 0 and at most 1 (1 is the parent's)")
+            if field == "min_speedup" and not (_is_number(value) and value >= 1):
+                raise ConfigError(f"{name} is {value!r}, but must be at least 1 (1 is the parent's)")
+            if field in _POSITIVE and not (_is_number(value) and value > 0):
+                raise ConfigError(f"{name} is {value!r}, but must be above 0")
+        if not self._values():
             raise ConfigError(
                 f"the target is empty, but needs one of {', '.join(asdict(self))}: "
                 "without a limit the best child is the parent"
             )
+
+    def _values(self) -> list[tuple[str, Any]]:
+        """Every limit that is given, under its name or "name.scenario"."""
+        found: list[tuple[str, Any]] = []
+        for name, value in asdict(self).items():
+            if isinstance(value, dict):
+                found += [(f"{name}.{scenario}", limit) for scenario, limit in value.items()]
+            elif value is not None:
+                found.append((name, value))
+        return found
+
+    def limit(self, field: str, scenario: str) -> int | float | None:
+        """A limit in a scenario."""
+        value = getattr(self, field)
+        return value.get(scenario) if isinstance(value, dict) else value
+
+    def check_scenarios(self, names: Sequence[str]) -> None:
+        """Raises `ConfigError` where a limit is for a scenario that is not among `names`."""
+        for name, value in self._values():
+            of = name.partition(".")[2]
+            if of and of not in names:
+                raise ConfigError(f"target.{name} is {value!r}, but the scenarios are {', '.join(names)}")
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

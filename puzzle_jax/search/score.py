@@ -250,7 +250,7 @@ def score_children(
     """The same comparison for whole children, as views on the parent; and each one's KL on every trace."""
     nothing = (0, Alternative(np.ones(config.blocks[0].num_experts, bool), config.blocks[0].window))
     book = ScoreBook.empty([nothing] * len(children), traces)
-    runs = [ReplaceOne(params, config, child_choices(child), mesh=mesh) for child in children]
+    runs = [ReplaceOne(params, config, child_choices(child), child.rope, mesh=mesh) for child in children]
     for batch in micro_batches(traces, tokens_per_batch=tokens_per_batch):
         real = batch.ids >= 0
         for number, run in enumerate(runs):

@@ -4,16 +4,20 @@ Within a group, alternatives that others dominate are dropped; group minima are 
 tolerances mean the same for bytes and for seconds; a point that comes back is added up again as decimal fractions and
 refused if it breaks a limit by however little.
 
-`puzzle_jax.search.enumeration` ends on almost all programs; where it has found nothing in half of the time, HiGHS has
+`puzzle_jax.search.enumeration` ends on almost all programs; where it has found nothing in a few seconds, HiGHS has
 the rest. There, one of several sets of limits is a binary z for each set, sum z = 1, and row <= bound + M (1 - z) for
 each of its limits, with M what the row can exceed its bound by at most.
 """
 
 from __future__ import annotations
 
+import ctypes
+import os
+import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import product
 from math import inf, prod
 from typing import Any
@@ -22,7 +26,7 @@ import numpy as np
 from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from puzzle_jax.search.enumeration import Case, Found, enumerate_least
+from puzzle_jax.search.enumeration import Case, Found, enumerate_least, relaxed_bound
 from puzzle_jax.search.library import Limit, Number, OneOf, Program, lookup
 
 # HiGHS accepts rows that are broken by 1e-6 and stops at an absolute gap of 1e-6: largest coefficients of
@@ -31,9 +35,9 @@ _LARGEST_COEFFICIENT = 1e3
 _TOLERANCE = 1e-6
 _REFUSED_POINTS = 24
 # Enumeration takes sets of limits one by one; with more ways to combine them than this, HiGHS chooses among them.
-_MOST_CASES = 32
-# The share of the time in which enumeration has to find a choice.
-_PATIENCE = 0.5
+_MOST_CASES = 4096
+# In this share of the time, and in so many seconds, enumeration has to find a choice.
+_PATIENCE, _MOST_PATIENCE = 0.5, 5.0
 
 Cut = tuple[np.ndarray, int]
 """Columns of which at most so many may be chosen."""
@@ -222,6 +226,14 @@ class _Model:
         rounding = 1e-13 * (abs(bound) + np.abs(self.compiled.rows[row]).max() * len(self.compiled.names)) / unit
         return coefficients, float((bound - minimum) / unit), float(rounding)
 
+    def case(self, further: Sequence[int]) -> Case:
+        """The limits that hold in any case, some more, and the cuts."""
+        cut_rows, cut_bounds = self.cut_rows(self.cuts)
+        used = [self.row(row) for row in (*self.rows, *further)]
+        rows = np.array([row for row, _, _ in used]).reshape(len(used), len(self.cost))
+        bounds = [bound + room for _, bound, room in used]
+        return Case(np.concatenate([rows, cut_rows]), np.concatenate([bounds, cut_bounds]))
+
     def cut_rows(self, cuts: Sequence[Cut]) -> tuple[np.ndarray, np.ndarray]:
         matrix = np.zeros((len(cuts), len(self.cost)))
         for line, (columns, _) in zip(matrix, cuts, strict=True):
@@ -237,19 +249,23 @@ def _reachable(compiled: Compiled, rows: Sequence[int]) -> bool:
 def _enumerate(model: _Model, started: float, time_limit: Number) -> Found:
     if prod(len(one) for one in model.one_ofs) > _MOST_CASES:
         return Found(None, -inf, False)
-    cut_rows, cut_bounds = model.cut_rows(model.cuts)
+    patience, owner = started + min(_PATIENCE * time_limit, _MOST_PATIENCE), model.compiled.owner
+    # What a single set of limits allows bounds every combination that it is part of.
+    floors: dict[tuple[int, ...], float] = {}
+    for rows in [tuple(rows) for one in model.one_ofs for rows in one] if len(model.one_ofs) > 1 else ():
+        floors[rows] = relaxed_bound(model.cost, owner, model.case(rows), patience)
     cases = []
     for picked in product(*model.one_ofs):
-        used = [model.row(row) for row in (*model.rows, *(row for rows in picked for row in rows))]
-        rows = np.concatenate([np.array([row for row, _, _ in used]).reshape(len(used), len(model.cost)), cut_rows])
-        cases.append(Case(rows, np.concatenate([[bound + room for _, bound, room in used], cut_bounds])))
+        floor = max((floors.get(tuple(rows), -inf) for rows in picked), default=-inf)
+        if floor < inf:
+            cases.append(replace(model.case([row for rows in picked for row in rows]), floor=floor))
     return enumerate_least(
         model.cost,
-        model.compiled.owner,
+        owner,
         cases,
         model.accepts,
         model.ceiling_below,
-        patience=started + _PATIENCE * time_limit,
+        patience=patience,
         deadline=started + time_limit,
     )
 
@@ -346,13 +362,30 @@ def _call(
     gap: Number,
 ) -> Any:
     """HiGHS; columns that are not integral are slacks without upper bound."""
-    return milp(
-        target,
-        constraints=constraints,
-        integrality=integrality,
-        bounds=Bounds(0, np.where(integrality == 1, 1.0, inf)),  # pyright: ignore[reportArgumentType]
-        options={"time_limit": max(0.01, deadline - time.monotonic()), "mip_rel_gap": gap},
-    )
+    with _unheard():
+        return milp(
+            target,
+            constraints=constraints,
+            integrality=integrality,
+            bounds=Bounds(0, np.where(integrality == 1, 1.0, inf)),  # pyright: ignore[reportArgumentType]
+            options={"time_limit": max(0.01, deadline - time.monotonic()), "mip_rel_gap": gap},
+        )
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Drops what C code writes to standard output meanwhile: HiGHS has debugging lines that no option turns off, and
+    they would stand in the middle of our JSON."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+    try:
+        yield
+    finally:
+        ctypes.CDLL(None).fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _one_each(compiled: Compiled) -> sparse.csr_matrix:

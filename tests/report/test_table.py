@@ -1,4 +1,5 @@
 import io
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -11,9 +12,20 @@ def entry(scale, kl, missed=(), layers=((16, None), (100, 8))):
         "parameters": int(2_000_000 * scale),
         "checkpoint_bytes": int(900_000 * scale),
         "expert_bytes": int(700_000 * scale),
-        "kv_bytes": int(50_000 * scale),
-        "predicted_tokens_per_second": 100.0 / scale,
-        "throughput": {"tokens_per_second": 110.0 / scale, "low": 90.0, "high": 120.0},
+        "scenarios": {
+            "chat": {
+                "batch": 4,
+                "kv_bytes": int(50_000 * scale),
+                "predicted_tokens_per_second": 100.0 / scale,
+                "throughput": {"tokens_per_second": 110.0 / scale, "low": 90.0, "high": 120.0},
+            },
+            "long": {
+                "batch": int(6 / scale),
+                "kv_bytes": int(80_000 * scale),
+                "predicted_tokens_per_second": 30.0 / scale,
+                "throughput": None,
+            },
+        },
         "predicted_kl": kl / 2,
         "heldout": {"kl": kl, "kl_se": 0.01},
         "efforts": {"low": {"accuracy": 0.5, "accuracy_se": 0.05, "mean_tokens": 6.25}},
@@ -29,7 +41,7 @@ REPORT = SearchReport(
         "windows_only": entry(0.9, 0.3, ["expert bytes ratio is 1, asked for 0.65"]),
     },
     ["low"],
-    {"name": "chat", "batch": 4, "input_tokens": 30, "output_tokens": 20},
+    [{"name": "chat", "batch": 4, "input_tokens": 30, "output_tokens": 20}],
     Path("runs/tiny/child"),
 )
 
@@ -46,6 +58,21 @@ def test_rows_are_relative_to_the_parent():
     assert table["accuracy, low"][0] == "50.0% ±5.0%"
     assert table["mean tokens, low"][0] == "6.2"
     assert table["meets the target"] == ["-", "yes", "no"]
+
+
+def test_several_scenarios_are_told_apart():
+    long = {"name": "long", "batch": None, "input_tokens": 700, "output_tokens": 200}
+    both = replace(REPORT, scenarios=[*REPORT.scenarios, long])
+    table = {row[0]: row[1:] for row in both.rows()[1]}
+    assert table["KV bytes per request, chat"][1] == "25.00k (50%)"
+    assert table["KV bytes per request, long"][1] == "40.00k (50%)"
+    assert table["requests together, long"] == ["6", "12", "6"]
+    assert table["predicted tokens/s, long"][1] == "60 (2.00x)"
+    assert "measured tokens/s, chat" in table and "measured tokens/s, long" not in table
+    assert "requests together, chat" not in table
+    assert both.caption().endswith(
+        "; scenario long: as many requests as fit of 700 input and 200 output tokens together"
+    )
 
 
 def test_layers_show_what_is_kept_and_what_changed():

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import jax.numpy as jnp
 import pytest
@@ -229,8 +230,8 @@ def test_open_batches_need_memory():
 def test_costs_from_elsewhere_are_taken_as_they_are(costs, tmp_path):
     path = tmp_path / "timed.json"
     path.write_text(json.dumps(costs.to_json()))
-    assert read_external(path, SPACE, CHAT) == costs
-    assert read_external(path, space_of(CONFIG, (7, 3), ()), LONG) == costs
+    assert read_external(path, SPACE, [CHAT, LONG]) == costs
+    assert read_external(path, space_of(CONFIG, (7, 3), ()), [LONG]) == replace(costs, scenarios=(LONG,))
 
 
 @pytest.mark.parametrize(
@@ -254,7 +255,7 @@ def test_costs_from_elsewhere_that_lack_something_are_refused(costs, tmp_path, s
     path = tmp_path / "timed.json"
     path.write_text(edited(costs, change or (lambda value: None)))
     with pytest.raises(PuzzleError, match=words) as caught:
-        read_external(path, space, scenario)
+        read_external(path, space, [scenario])
     assert str(path) in str(caught.value)
 
 

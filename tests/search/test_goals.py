@@ -1,8 +1,14 @@
 """Targets as limits: absolute ones, and sets of them by batch where a scenario leaves its batch open."""
 
+from dataclasses import replace
+from itertools import product
+from math import inf
+
 import pytest
 
+from puzzle_jax.config import BlockConfig
 from puzzle_jax.errors import ConfigError, InfeasibleError
+from puzzle_jax.search.baselines import all_baselines
 from puzzle_jax.search.costs import Seconds, Times, compute_costs
 from puzzle_jax.search.library import Limit, lookup
 from puzzle_jax.search.problem import Problem, Scores
@@ -84,12 +90,14 @@ def test_open_batches_give_one_set_of_limits_each():
     costs = compute_costs(SPACE, [OPEN, CHAT], "mxfp4", Provider(), memory=Room())
     target = Target(min_speedup=1.25, max_seconds_per_token=4.0, max_kv_bytes_ratio=0.5)
     found = problem(target, costs)
-    assert [limit.key for limit in found.limits] == [
+    *limits, batches = found.limits
+    assert [limit.key for limit in limits] == [
         "kv_bytes.open",
         "kv_bytes.chat",
         "request_seconds.chat",
         "decode_seconds.chat",
     ]
+    assert batches.name == "open" and [*batches.alternatives] == [str(b) for b in costs.offered_batches("open")]
     assert list(found.goals_by_batch) == ["open"]
     by_batch = found.goals_by_batch["open"]
     assert tuple(by_batch) == costs.offered_batches("open")
@@ -119,10 +127,78 @@ def test_the_library_holds_every_batch():
     assert PARENT_KV == 130 * 120
 
 
-def test_the_program_needs_a_given_batch_so_far():
+def everything(found):
+    """Every architecture of the space with its batches that meet the target, by hand and with plain floats."""
+    costs, target = found.costs, found.target
+    parent = costs.tokens_per_second(CONFIG.blocks, "open")
+    for counts in product((7, 5, 3), repeat=3):
+        for window in (None, 8):
+            blocks = tuple(BlockConfig(c, w) for c, w in zip(counts, (5, window, 5), strict=True))
+            score = sum({7: 0.0, 5: 1.0, 3: 3.0}[c] for c in counts) + (0.5 if window else 0.0)
+            batches = [
+                batch
+                for batch in costs.offered_batches("open")
+                if costs.memory_bytes(blocks, "open", batch) <= costs.room_bytes["open"]
+                and costs.tokens_per_second(blocks, "open", batch) >= target.min_speedup * parent
+                and costs.decode_seconds(blocks, "open", batch) <= (target.max_seconds_per_token or inf)
+            ]
+            yield score, blocks, batches
+
+
+@pytest.mark.parametrize(("speedup", "latency"), [(1.0, None), (1.1, 2.4), (1.3, None), (1.3, 1.9), (1.6, 1.9)])
+def test_the_program_chooses_the_batch(speedup, latency):
     costs = compute_costs(SPACE, [OPEN], "mxfp4", Provider(), memory=Room())
-    with pytest.raises(ConfigError, match="scenario 'open' leaves its batch open, but the program needs one"):
-        problem(Target(min_speedup=1.1), costs).solve()
+    found = problem(Target(min_speedup=speedup, max_seconds_per_token=latency), costs)
+    feasible = [(score, blocks, batches) for score, blocks, batches in everything(found) if batches]
+    if not feasible:
+        with pytest.raises(InfeasibleError, match=f"speed-up in scenario 'open' {speedup:g}"):
+            found.solve()
+        return
+    [child] = found.solve(gap=0.0)
+    assert child.score == min(score for score, _, _ in feasible)
+    [batches] = [batches for _, blocks, batches in feasible if blocks == child.blocks]
+    assert child.batches == {"open": max(batches, key=lambda b: costs.tokens_per_second(child.blocks, "open", b))}
+    for name, baseline in all_baselines(found).items():
+        meets = any(blocks == baseline.blocks for _, blocks, _ in feasible)
+        assert baseline.meets_target == meets, name
+
+
+def test_what_no_batch_reaches_is_told_once():
+    costs = compute_costs(SPACE, [OPEN], "mxfp4", Provider(), memory=Room())
+    with pytest.raises(InfeasibleError) as caught:
+        problem(Target(min_speedup=9), costs).solve()
+    assert str(caught.value).count("speed-up in scenario 'open'") == 2
+    best = max(
+        costs.tokens_per_second((BlockConfig(3, 5), BlockConfig(3, 8), BlockConfig(3, 5)), "open", batch)
+        for batch in costs.offered_batches("open")
+    )
+    reached = float(str(caught.value).rsplit(" ", 1)[1])
+    assert reached == pytest.approx(best / costs.tokens_per_second(CONFIG.blocks, "open"), abs=2e-3)
+
+
+def test_limits_by_scenario():
+    other = Scenario("brief", input_tokens=6, output_tokens=11, batch=2)
+    costs = compute_costs(SPACE, [CHAT, other], "mxfp4", Provider())
+    found = problem(Target(min_speedup={"brief": 1.05}, max_seconds_per_token={"chat": 1.2}), costs)
+    assert [limit.key for limit in found.limits] == ["decode_seconds.chat", "request_seconds.brief"]
+    with pytest.raises(ConfigError, match=r"target.min_speedup.long is 2, but the scenarios are chat, brief"):
+        problem(Target(min_speedup={"long": 2}), costs)
+    with pytest.raises(ConfigError, match=r"min_speedup.brief is 0.5, but must be at least 1"):
+        Target(min_speedup={"brief": 0.5})
+
+
+def test_several_open_scenarios_hold_together():
+    other = replace(OPEN, name="wide", input_tokens=20, output_tokens=60)
+    costs = compute_costs(SPACE, [OPEN, other], "mxfp4", Provider(), memory=Room())
+    found = problem(Target(min_speedup=1.2), costs)
+    [child] = found.solve(gap=0.0)
+    assert set(child.batches) == {"open", "wide"} and child.meets_target
+    parent = CONFIG.blocks
+    for name, batch in child.batches.items():
+        assert costs.tokens_per_second(child.blocks, name, batch) >= 1.2 * costs.tokens_per_second(parent, name)
+        assert costs.memory_bytes(child.blocks, name, batch) <= costs.room_bytes[name]
+    with pytest.raises(InfeasibleError, match="speed-up in scenario 'wide' 7"):
+        problem(Target(min_speedup={"wide": 7}), costs).solve()
 
 
 @pytest.mark.parametrize("field", ["min_tokens_per_second", "max_memory_bytes", "max_seconds_per_token"])

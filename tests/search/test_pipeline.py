@@ -18,7 +18,9 @@ from puzzle_jax.convert_hf.load import load_checkpoint
 from puzzle_jax.generate.traces import read_traces, write_traces
 from puzzle_jax.model.spec import init_params
 from puzzle_jax.search.__main__ import main
+from puzzle_jax.search.costs import read_costs
 from puzzle_jax.search.pipeline import STAGES
+from puzzle_jax.search.roofline import Roofline
 from puzzle_jax.tasks.tokenizer import chat_files
 from tests.support import chat_config
 
@@ -135,7 +137,41 @@ def test_a_second_run_does_nothing(finished, parent, capsys):
     assert capsys.readouterr().out.count("unchanged, skipped") == len(STAGES)
 
 
-SCORED = ("rank", "score", "solve", "refine")
+def test_open_batches_several_scenarios_and_a_yarn_factor(finished, parent, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run, ignore=shutil.ignore_patterns("*-book.safetensors"))
+    options = (
+        *("--scenario.batch", "null", "--scenario.max_batch", "6", "--child.yarn_factor", "48"),
+        *("--more_scenarios", '[{"name": "long", "input_tokens": 60, "output_tokens": 20, "hardware": "h100"}]'),
+        *("--target.min_speedup", "{chat: 1.0, long: 1.0}", "--evaluate.rounds", "0", "--refine.swaps", "0"),
+    )
+    assert search(parent, run, *options) == 0
+    found = json.loads((run / "evaluate/evaluation.json").read_text())
+    chat, long = (found["child"]["scenarios"][name] for name in ("chat", "long"))
+    assert 1 <= chat["batch"] <= 6 < long["batch"] <= 256
+    for name in ("chat", "long"):
+        child, of_parent = (found[model]["scenarios"][name] for model in ("child", "parent"))
+        assert child["predicted_tokens_per_second"] >= of_parent["predicted_tokens_per_second"] * (1 - 1e-9)
+        assert child["throughput"] is None
+    child = load_checkpoint(run / "child").config
+    assert (child.rope.factor, load_checkpoint(parent).config.rope.factor) == (48.0, 32.0)
+    # The parent is compared as it is; even a child with all experts would differ by its factor.
+    assert found["parent"]["heldout"]["kl"] < 1e-6 < found["child"]["heldout"]["kl"]
+    assert "requests together, long" in (run / "report/report.md").read_text()
+
+
+def test_loads_of_experts_enter_the_roofline(finished):
+    loads = json.loads((finished / "rank/routing.json").read_text())
+    assert len(loads) == 8 and loads == sorted(loads, reverse=True) and min(loads) > 0
+    even, uneven = (read_costs(finished / stage / "costs.json") for stage in ("cost", "recost"))
+    roofline = Roofline(profile=tuple(loads))
+    config, scenario = load_checkpoint(finished / "child").config, even.scenarios[0]
+    seconds = roofline.times(config, scenario, "mxfp4", [6], []).experts[6]
+    assert uneven.layers[0].experts[6].seconds["chat"] == seconds != even.layers[0].experts[6].seconds["chat"]
+    assert uneven.layers[1].attention == even.layers[1].attention
+
+
+SCORED = ("rank", "recost", "score", "solve", "refine")
 
 
 def test_eight_devices_choose_what_one_does(finished, parent, tmp_path):
@@ -197,7 +233,7 @@ def test_restrictions_and_refinement_from_the_shell(finished, parent, tmp_path):
     rules = '[{"layers": "0", "min_experts": 8}, {"layers": "1", "windows": ["full"]}]'
     options = ("--space.restrict", rules, "--refine.rounds", "2")
     shutil.copytree(finished, run, ignore=shutil.ignore_patterns("*-book.safetensors"))
-    for stage in ("cost", "score", "solve", "refine"):
+    for stage in ("cost", "recost", "score", "solve", "refine"):
         assert search(parent, run, stage, *options) == 0
     layers = json.loads((run / "refine/refined.json").read_text())["child"]["layers"]
     assert (layers[0]["num_local_experts"], layers[1]["sliding_window"]) == (8, None)
@@ -249,7 +285,9 @@ def test_a_stage_without_its_inputs_says_what_to_do(parent, tmp_path, capsys):
         (("--target.max_expert_bytes_ratio", "1.5"), "max_expert_bytes_ratio"),
         (("--traces.tasks", '["poetry"]'), "task is 'poetry', but must be one of chain"),
         (("--scenario.batch", "0"), "batch"),
-        (("--scenario.batch", "null"), "scenario 'chat' leaves its batch open, but the program needs one"),
+        (("--more_scenarios", '[{"name": "chat", "input_tokens": 7, "output_tokens": 8}]'), "named chat, chat"),
+        (("--target.min_speedup", "{long: 1.2}"), "target.min_speedup.long is 1.2, but the scenarios are chat"),
+        (("--child.yarn_factor", "0.5"), "child.yarn_factor is 0.5, but must be at least 1"),
         (("--space.divisor", "0"), "divisor is 0"),
         (("--space.restrict", '[{"layers": "0-7"}]'), "space.restrict has layers '0-7', but must list"),
         (("--space.restrict", '[{"layers": "1", "max_experts": 3}]'), "leaves layer 1 no expert count of 0 to 3"),
@@ -260,7 +298,10 @@ def test_a_stage_without_its_inputs_says_what_to_do(parent, tmp_path, capsys):
         (("--costs", "guessed"), "costs is 'guessed', but must be measured, roofline, or the path of a .json file"),
         (("--costs", "nowhere.json"), "costs is nowhere.json, but there is no such file"),
         (("--no-such-setting=1",), "no-such-setting"),
-        (("--recipe", "nowhere.yaml"), "nowhere.yaml"),
+        (
+            ("--recipe", "nowhere.yaml"),
+            "recipe is 'nowhere.yaml', but there is no such file, and",
+        ),
     ],
 )
 def test_bad_settings_are_one_sentence_and_harm_nothing(parent, tmp_path, capsys, arguments, message):
@@ -275,7 +316,7 @@ def test_costs_from_elsewhere_are_used_as_they_are(finished, parent, tmp_path, c
     costs = json.loads((finished / "cost/costs.json").read_text())
     timed.write_text(json.dumps({**costs, "provider": "a stopwatch"}))
     assert search(parent, tmp_path / "run", "cost", "--costs", str(timed)) == 0
-    assert (tmp_path / "run/cost/costs.json").read_bytes() == timed.read_bytes()
+    assert json.loads((tmp_path / "run/cost/costs.json").read_text()) == json.loads(timed.read_text())
     del costs["layers"][1]["experts"]["6"]
     timed.write_text(json.dumps(costs))
     assert search(parent, tmp_path / "run", "cost", "--costs", str(timed)) == 2

@@ -17,6 +17,7 @@ CHILD = Candidate(
     (ExpertChoice(3, (0, 2, 5), "reap"), ExpertChoice(2, (1, 4), "reap")),
     0.5,
     {},
+    {"chat": 3},
     (),
     "optimal",
     0.0,
