@@ -16,7 +16,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,13 +28,12 @@ from jaxtyping import Array
 from puzzle_jax.config import BlockConfig, ModelConfig
 from puzzle_jax.convert_hf.table import Form
 from puzzle_jax.errors import ConfigError
-from puzzle_jax.generate.engine import chunk_tokens, group_rows, slot_context
-from puzzle_jax.model.cache import decode_attention_block, init_cache, prefill_attention_block
-from puzzle_jax.model.network import embed, head_logits, moe_block
-from puzzle_jax.model.rope import rope_table
+from puzzle_jax.model.cache import init_cache
+from puzzle_jax.model.network import moe_block
 from puzzle_jax.model.spec import Params, is_spec, param_specs
 from puzzle_jax.search.provider import Seconds, Times
 from puzzle_jax.search.scenario import Scenario
+from puzzle_jax.search.sub_blocks import SubBlocks, without_layers
 
 # A decoding loop starts every step from one of so many hidden states: with the state carried alone, routing
 # would settle on few experts.
@@ -102,7 +101,8 @@ class Measured:
                 "costs are of one local device; take the roofline for others"
             )
         parts: dict[tuple[str, Any, str], _Part] = {}
-        maker = _Maker(config, scenario, self.dtype, min(self.decode_steps, scenario.output_tokens), self.seed)
+        steps = min(self.decode_steps, scenario.output_tokens)
+        maker = _Maker(SubBlocks(config, scenario), self.dtype, steps, self.seed)
         for window in windows:
             parts["attention", window, "prefill"] = maker.prefill_attention(window)
             parts["attention", window, "decode"] = maker.decode_attention(window)
@@ -142,132 +142,94 @@ class Measured:
 class _Maker:
     """Builds the parts of one scenario."""
 
-    config: ModelConfig
-    scenario: Scenario
+    blocks: SubBlocks
     dtype: Any
     steps: int
     seed: int
 
     made: dict[int, Params] = field(default_factory=dict)
 
-    def _params(self, num_experts: int) -> Params:
-        """A one-layer model's random parameters, shared by prefill and decoding.
+    def _params(self, config: ModelConfig) -> Params:
+        """Random parameters of a one-layer model, shared by prefill and decoding.
 
         Drawn with numpy: jax.random would compile a program for each of many shapes, which takes longer than timing.
         """
+        num_experts = config.blocks[0].num_experts
         if num_experts not in self.made:
             source = np.random.default_rng(self.seed)
             self.made[num_experts] = jax.tree.map(
-                lambda spec: self._array(source, spec.shape, spec.fan_in**-0.5),
-                param_specs(self._one_layer(BlockConfig(num_experts))),
-                is_leaf=is_spec,
+                lambda spec: self._array(source, spec.shape, spec.fan_in**-0.5), param_specs(config), is_leaf=is_spec
             )
         return self.made[num_experts]
 
     def _array(self, source: np.random.Generator, shape: tuple[int, ...], scale: float) -> Array:
         return jnp.asarray(source.standard_normal(shape, np.float32) * np.float32(scale)).astype(self.dtype)
 
-    def _one_layer(self, block: BlockConfig) -> ModelConfig:
-        return replace(self.config, blocks=(block,))
-
     def _hidden(self, *shape: int) -> Array:
         """Random hidden states [*shape, hidden]."""
-        return self._array(np.random.default_rng(self.seed + 1), (*shape, self.config.hidden_size), 1.0)
-
-    @property
-    def _context(self) -> int:
-        return slot_context(self.scenario.context_tokens)
-
-    @property
-    def _chunk(self) -> int:
-        return chunk_tokens(self._context)
-
-    @property
-    def _rows(self) -> int:
-        return group_rows(self._chunk, self.scenario.given_batch)
-
-    @property
-    def _chunks(self) -> int:
-        """Chunks of one prompt."""
-        return -(-self.scenario.input_tokens // self._chunk)
+        return self._array(np.random.default_rng(self.seed + 1), (*shape, self.blocks.config.hidden_size), 1.0)
 
     def prefill_attention(self, window: int | None) -> _Part:
         """All chunks of one group's prompts."""
-        config = self._one_layer(BlockConfig(self.config.experts_per_token, window))
-        rows, chunk, chunks, context = self._rows, self._chunk, self._chunks, self._context
-        params = self._params(config.blocks[0].num_experts)["layers"][0]["attention"]
-        lengths = jnp.full(rows, self.scenario.input_tokens, jnp.int32)
+        blocks, config = self.blocks, self.blocks.with_window(window)
+        rows, chunk, chunks = blocks.rows, blocks.chunk, blocks.chunks
+        params, attend = self._params(config)["layers"][0]["attention"], blocks.prefill_attention(window)
+        lengths = jnp.full(rows, blocks.scenario.input_tokens, jnp.int32)
 
         @jax.jit
         def run(params: Params, x: Array) -> Any:
             def one_chunk(index: Array, state: tuple[Array, Any]) -> tuple[Array, Any]:
                 total, cache = state
-                start = index * chunk
-                table = rope_table(config.rope, config.head_dim, (start + jnp.arange(chunk))[None])
-                part = jax.lax.dynamic_slice_in_dim(x, start, chunk, 1)
-                out, cache = prefill_attention_block(
-                    params, config, part, cache, start, lengths, table, window=window, context=context
-                )
+                part = jax.lax.dynamic_slice_in_dim(x, index * chunk, chunk, 1)
+                out, cache = attend(params, part, cache, index * chunk, lengths)
                 return total + out, cache
 
-            cache = init_cache(config, 0, rows, context, self.dtype)
+            cache = init_cache(config, 0, rows, blocks.context, self.dtype)
             return jax.lax.fori_loop(0, chunks, one_chunk, (jnp.zeros_like(x[:, :chunk]), cache))
 
-        return _repeated(run, params, self._hidden(rows, chunks * chunk), rows / self.scenario.given_batch)
+        return _repeated(run, params, self._hidden(rows, chunks * chunk), 1 / blocks.groups)
 
     def prefill_experts(self, count: int) -> _Part:
         """One chunk of one group's prompts."""
-        config = self._one_layer(BlockConfig(count))
-        params = self._params(config.blocks[0].num_experts)["layers"][0]["moe"]
+        blocks, config = self.blocks, self.blocks.one_layer(BlockConfig(count))
+        params = self._params(config)["layers"][0]["moe"]
         run = jax.jit(lambda params, x: moe_block(params, config, x)[0])
-        share = self._rows / (self.scenario.given_batch * self._chunks)
-        return _repeated(run, params, self._hidden(self._rows, self._chunk), share)
+        return _repeated(run, params, self._hidden(blocks.rows, blocks.chunk), 1 / (blocks.groups * blocks.chunks))
 
     def prefill_fixed(self) -> _Part:
-        config = self._one_layer(BlockConfig(self.config.experts_per_token))
-        params = _without_layers(self._params(config.blocks[0].num_experts))
-        shape = (self.scenario.given_batch, self.scenario.input_tokens)
+        config = self.blocks.one_layer()
+        shape = (self.blocks.batch, self.blocks.scenario.input_tokens)
         tokens = jnp.asarray(np.random.default_rng(self.seed).integers(config.vocab_size, size=shape, dtype=np.int32))
-        run = jax.jit(lambda params, tokens: head_logits(params, config, embed(params, tokens)[:, -1]))
-        return _repeated(run, params, tokens)
+        return _repeated(jax.jit(self.blocks.prefill_rest), without_layers(self._params(config)), tokens)
 
     def decode_attention(self, window: int | None) -> _Part:
-        config = self._one_layer(BlockConfig(self.config.experts_per_token, window))
-        batch, scenario, steps = self.scenario.given_batch, self.scenario, self.steps
-        params = self._params(config.blocks[0].num_experts)["layers"][0]["attention"]
-        cache = init_cache(config, 0, batch, self._context, self.dtype)
+        config, scenario, steps = self.blocks.with_window(window), self.blocks.scenario, self.steps
+        params, attend = self._params(config)["layers"][0]["attention"], self.blocks.decode_attention(window)
+        cache = init_cache(config, 0, self.blocks.batch, self.blocks.context, self.dtype)
 
         def step(params: Params, index: Array, x: Array, cache: Any) -> tuple[Array, Any]:
             # Steps spread over the output positions where there are fewer of them.
-            position = scenario.input_tokens + index * scenario.output_tokens // steps
-            positions = jnp.full(batch, position, jnp.int32)
-            table = rope_table(config.rope, config.head_dim, positions[:, None])
-            return decode_attention_block(params, config, x, cache, positions, table, window=window)
+            return attend(params, x, cache, scenario.input_tokens + index * scenario.output_tokens // steps)
 
         return self._loop(step, params, cache)
 
     def decode_experts(self, count: int) -> _Part:
-        config = self._one_layer(BlockConfig(count))
-        params = self._params(config.blocks[0].num_experts)["layers"][0]["moe"]
+        config = self.blocks.one_layer(BlockConfig(count))
 
         def step(params: Params, index: Array, x: Array, nothing: Any) -> tuple[Array, Any]:
             return moe_block(params, config, x)[0], nothing
 
-        return self._loop(step, params, ())
+        return self._loop(step, self._params(config)["layers"][0]["moe"], ())
 
     def decode_fixed(self) -> _Part:
-        config = self._one_layer(BlockConfig(self.config.experts_per_token))
-        params = _without_layers(self._params(config.blocks[0].num_experts))
-
         def step(params: Params, index: Array, x: Array, nothing: Any) -> tuple[Array, Any]:
-            token = jnp.argmax(head_logits(params, config, x[:, 0]), axis=-1)
-            return embed(params, token[:, None]), nothing
+            return self.blocks.decode_rest(params, x), nothing
 
-        return self._loop(step, params, ())
+        return self._loop(step, without_layers(self._params(self.blocks.one_layer())), ())
 
     def _loop(self, step: Callable[..., tuple[Array, Any]], params: Params, carry: Any) -> _Part:
         """`steps` steps on the device; each starts from its own hidden state and needs the one before it."""
-        states = self._hidden(_STATES, self.scenario.given_batch, 1)
+        states = self._hidden(_STATES, self.blocks.batch, 1)
 
         @partial(jax.jit, donate_argnums=2)  # the cache is updated in place, as in generation
         def run(params: Params, states: Array, carry: Any) -> Any:
@@ -310,10 +272,6 @@ def _repeated(run: Callable[[Params, Array], Any], params: Params, x: Array, ste
         return state
 
     return _Part(again, x, steps)
-
-
-def _without_layers(params: Params) -> Params:
-    return {name: value for name, value in params.items() if name != "layers"}
 
 
 def _median(values: Sequence[float]) -> float:

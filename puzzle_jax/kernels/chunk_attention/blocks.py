@@ -28,6 +28,11 @@ class _Running(NamedTuple):
     out: Float[Array, "batch kv_heads rows dim"]
 
 
+def key_block(slots: int) -> int:
+    """Cached keys that are read together."""
+    return slots if slots <= KEY_BLOCK else math.gcd(slots, KEY_BLOCK)
+
+
 def chunk_attention(
     q: Float[Array, "batch chunk heads dim"],
     k: Num[Array, "batch kv_heads dim chunk"],
@@ -51,7 +56,7 @@ def chunk_attention(
     factor = dim**-0.5 if k_scale is None else k_scale * dim**-0.5
     reach = None if window is None else jnp.asarray(window).reshape(-1, 1, 1)
     sink = sinks.astype(jnp.float32).reshape(1, kv_heads, 1, group)
-    block = slots if slots <= KEY_BLOCK else math.gcd(slots, KEY_BLOCK)
+    block = key_block(slots)
     filled = jnp.minimum(start, slots)
     held = slot_positions(start - 1, slots)
 

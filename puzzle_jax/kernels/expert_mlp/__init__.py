@@ -19,7 +19,7 @@ from puzzle_jax.kernels.expert_mlp import capacity, expert_loop, reference, sort
 from puzzle_jax.kernels.expert_mlp.weights import Experts
 from puzzle_jax.kernels.route import Routing
 
-__all__ = ["IMPLEMENTATIONS", "Experts", "expert_mlp", "expert_outputs"]
+__all__ = ["IMPLEMENTATIONS", "Experts", "combine", "expert_mlp", "expert_outputs"]
 
 IMPLEMENTATIONS = {
     "expert_loop": expert_loop.expert_outputs,
@@ -58,6 +58,10 @@ def expert_mlp(
     implementation: str | None = None,
 ) -> Float[Array, "tokens hidden"]:
     """The mixture's output: chosen experts' outputs summed with their gates, in float32, then the dtype of `x`."""
-    outputs = expert_outputs(x, routing.ids, experts, limit=limit, implementation=implementation)
-    mixed = jnp.einsum("tkh,tk->th", outputs.astype(jnp.float32), routing.gates.astype(jnp.float32))
-    return mixed.astype(x.dtype)
+    return combine(expert_outputs(x, routing.ids, experts, limit=limit, implementation=implementation), routing.gates)
+
+
+def combine(outputs: Float[Array, "tokens k hidden"], gates: Float[Array, "tokens k"]) -> Float[Array, "tokens hidden"]:
+    """Chosen experts' outputs summed with their gates, in float32, then the dtype of the outputs."""
+    mixed = jnp.einsum("tkh,tk->th", outputs.astype(jnp.float32), gates.astype(jnp.float32))
+    return mixed.astype(outputs.dtype)

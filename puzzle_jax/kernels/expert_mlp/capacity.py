@@ -38,13 +38,14 @@ def expert_outputs(
     num_experts = experts.down_bias.shape[0]
     if ids.size > MAX_MEAN_ROWS * num_experts:
         raise NotImplementedError(f"{ids.size} pairs are many for {num_experts} experts")
-    return _expert_outputs(limit, x, ids, experts)
+    return outputs_in_rounds(limit, x, ids, experts)
 
 
 @with_gradients_of_sorted_blocks
-def _expert_outputs(
+def outputs_in_rounds(
     limit: float, x: Float[Array, "tokens hidden"], ids: Int[Array, "tokens k"], experts: Experts
 ) -> Float[Array, "tokens k hidden"]:
+    """`expert_outputs` of however many tokens."""
     tokens, k = ids.shape
     num_experts = experts.down_bias.shape[0]
     rows = round_rows(tokens, ids.size, num_experts)
