@@ -1,12 +1,18 @@
 """Seconds of our own sub-blocks on the device present, at the exact shapes of a scenario.
 
-Attention is timed for each distinct window and the mixture for each distinct expert count, with random parameters:
-in prefill as the generation engine does it, in chunks of a group of rows, and in decoding as a loop on the device of
-many steps of one sub-block, against a cache of the layer's own size, so that no dispatch is counted. What all
-architectures share (embedding, head, the choice of the next token) is timed likewise. All parts take turns, round by
-round, so that a drifting machine harms none; medians over rounds are kept with their spread.
+Sub-blocks are timed where they will run: in whole models of random parameters. The reference has the most experts and
+the widest attention in all of its layers. For every other expert count, and every other window, a trial has that in all
+layers and runs beside the reference, in turns, so that a drifting machine harms neither:
 
-Left out: several devices, routing as uneven as a trained router's, and what XLA fuses across sub-blocks.
+    seconds(sub-block) = seconds(the reference's) + (median over rounds of trial / reference - 1) * reference / layers
+
+A sub-block that is timed alone in a loop finds its weights and caches in the processor's cache, from where a whole
+model has long evicted them: such sums promised up to twice the speed that the models had. Parts alone only say how
+the reference's seconds are to be shared out among attention, experts and the rest. Prefill goes as in the generation
+engine, in chunks of a group of rows; decoding is a loop on the device of many steps over the positions of an answer.
+
+Left out: several devices, and routing as uneven as a trained router's. Where the memory for trials holds fewer layers
+than the model has, the rest is taken to be like them.
 """
 
 from __future__ import annotations
@@ -16,8 +22,10 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import count
+from math import inf, prod
 from typing import Any, NamedTuple
 
 import jax
@@ -25,19 +33,26 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from puzzle_jax.config import BlockConfig, ModelConfig
+from puzzle_jax.config import BlockConfig, ModelConfig, cache_bytes
 from puzzle_jax.convert_hf.table import Form
 from puzzle_jax.errors import ConfigError
-from puzzle_jax.model.cache import init_cache
+from puzzle_jax.generate.slots import Admission, Group, Slots, admit, empty_group, empty_slots, prefill
+from puzzle_jax.model.cache import decode_step, init_cache
+from puzzle_jax.model.cache_format import CacheFormat
 from puzzle_jax.model.network import moe_block
 from puzzle_jax.model.spec import Params, is_spec, param_specs
 from puzzle_jax.search.provider import Seconds, Times
 from puzzle_jax.search.scenario import Scenario
 from puzzle_jax.search.sub_blocks import SubBlocks, without_layers
 
-# A decoding loop starts every step from one of so many hidden states: with the state carried alone, routing
-# would settle on few experts.
+# Parameters and caches of one trial.
+_TRIAL_BYTES = 4e9
+# A decoding loop of a part alone starts every step from one of so many hidden states: with the state carried alone,
+# routing would settle on few experts.
 _STATES = 8
+
+Kind = tuple[str, Any]
+"""("experts", count), ("attention", window) or ("fixed", None)."""
 
 
 class _Part(NamedTuple):
@@ -57,7 +72,7 @@ class Measured:
 
     Attributes:
       dtype: of parameters, activations and cache.
-      rounds: timed turns of every part, after one that compiles.
+      rounds: timed turns of every model, after one that compiles.
       decode_steps: length of a decoding loop, at most the scenario's output.
       seed: of parameters and hidden states.
       progress: called with done and all turns.
@@ -100,22 +115,38 @@ class Measured:
                 f"scenario {scenario.name!r} asks for {scenario.devices} x {scenario.hardware}, but measured "
                 "costs are of one local device; take the roofline for others"
             )
-        parts: dict[tuple[str, Any, str], _Part] = {}
         steps = min(self.decode_steps, scenario.output_tokens)
         maker = _Maker(SubBlocks(config, scenario), self.dtype, steps, self.seed)
-        for window in windows:
-            parts["attention", window, "prefill"] = maker.prefill_attention(window)
-            parts["attention", window, "decode"] = maker.decode_attention(window)
-        for count in counts:
-            parts["experts", count, "prefill"] = maker.prefill_experts(count)
-            parts["experts", count, "decode"] = maker.decode_experts(count)
-        parts["fixed", None, "prefill"] = maker.prefill_fixed()
-        parts["fixed", None, "decode"] = maker.decode_fixed()
-        seconds = self._take_turns(parts)
+        widest = max(windows, key=lambda window: inf if window is None else window)
+        reference = BlockConfig(max(counts), widest)
+        kinds: dict[Kind, BlockConfig] = {("experts", c): replace(reference, num_experts=c) for c in counts}
+        kinds |= {("attention", w): replace(reference, window=w) for w in windows}
+        others = {kind: block for kind, block in kinds.items() if block != reference}
+        turns = 2 * (self.rounds + 1) * (3 + 2 * max(1, len(others)))
+        advance = _counter(self.progress, turns)
 
-        def both(kind: str, value: Any) -> Seconds:
-            prefill, decode = seconds[kind, value, "prefill"], seconds[kind, value, "decode"]
-            return Seconds(_median(prefill), _median(decode), _spread(prefill), _spread(decode))
+        def timed(phase: str) -> dict[Kind, tuple[float, float]]:
+            """Seconds of every sub-block and of the rest in prefill or decoding, and their spread."""
+            alone = self._alone(maker, phase, reference, advance)
+            races = {
+                kind: self._race(maker, phase, reference, block, advance)
+                for kind, block in (others or {("experts", reference.num_experts): reference}).items()
+            }
+            whole = statistics.median(seconds for race in races.values() for seconds, _ in race)
+            share = whole / (alone["fixed", None] + maker.depth * (sum(alone.values()) - alone["fixed", None]))
+            found = {("fixed", None): (alone["fixed", None] * share, 0.0)}
+            for kind in kinds:
+                own = alone[kind[0], getattr(reference, _FIELDS[kind[0]])] * share
+                ratios = [other / seconds for seconds, other in races[kind]] if kind in others else [1.0]
+                change = (statistics.median(ratios) - 1) * whole / maker.depth
+                found[kind] = (max(0.0, own + change), _spread(ratios))
+            return found
+
+        prefill, decode = timed("prefill"), timed("decode")
+
+        def both(*kind: Any) -> Seconds:
+            (prefill_seconds, prefill_spread), (decode_seconds, decode_spread) = prefill[kind], decode[kind]
+            return Seconds(prefill_seconds, decode_seconds, prefill_spread, decode_spread)
 
         return Times(
             experts={count: both("experts", count) for count in counts},
@@ -123,19 +154,45 @@ class Measured:
             fixed=both("fixed", None),
         )
 
-    def _take_turns(self, parts: dict[Any, _Part]) -> dict[Any, list[float]]:
-        """Seconds per step of every part, one per round; each part's first turn compiles, uncounted."""
-        states = {key: part.state for key, part in parts.items()}
-        seconds: dict[Any, list[float]] = {key: [] for key in parts}
-        for turn in range((self.rounds + 1) * len(parts)):
-            key = list(parts)[turn % len(parts)]
-            start = self.clock()
-            states[key] = jax.block_until_ready(parts[key].run(states[key]))
-            if turn >= len(parts):
-                seconds[key].append((self.clock() - start) / parts[key].steps)
-            if self.progress:
-                self.progress(turn + 1, (self.rounds + 1) * len(parts))
+    def _alone(
+        self, maker: _Maker, phase: str, reference: BlockConfig, advance: Callable[[], None]
+    ) -> dict[Kind, float]:
+        """Seconds of the reference's sub-blocks and of the rest, each alone."""
+        parts = {
+            ("fixed", None): getattr(maker, f"{phase}_fixed")(),
+            ("attention", reference.window): getattr(maker, f"{phase}_attention")(reference.window),
+            ("experts", reference.num_experts): getattr(maker, f"{phase}_experts")(reference.num_experts),
+        }
+        return {kind: statistics.median(self._timed([part], advance)[0]) for kind, part in parts.items()}
+
+    def _race(
+        self, maker: _Maker, phase: str, reference: BlockConfig, block: BlockConfig, advance: Callable[[], None]
+    ) -> list[tuple[float, float]]:
+        """Seconds of the reference and of a trial, round by round."""
+        parts = [getattr(maker, f"{phase}_model")(each) for each in (reference, block)]
+        return list(zip(*self._timed(parts, advance), strict=True))
+
+    def _timed(self, parts: Sequence[_Part], advance: Callable[[], None]) -> list[list[float]]:
+        """Seconds per step of every part, in turns, one per round; the first turn of each compiles, uncounted."""
+        states = [part.state for part in parts]
+        seconds: list[list[float]] = [[] for _ in parts]
+        for turn in range(self.rounds + 1):
+            for number, part in list(enumerate(parts))[:: 1 if turn % 2 else -1]:
+                start = self.clock()
+                states[number] = jax.block_until_ready(part.run(states[number]))
+                if turn:
+                    seconds[number].append((self.clock() - start) / part.steps)
+                advance()
         return seconds
+
+
+_FIELDS = {"experts": "num_experts", "attention": "window"}
+
+
+def _counter(progress: Callable[[int, int], None] | None, turns: int) -> Callable[[], None]:
+    """Calls `progress` with one turn more each time, and all turns."""
+    done = count(1)
+    return lambda: None if progress is None else progress(next(done), turns)
 
 
 @dataclass(frozen=True)
@@ -147,20 +204,34 @@ class _Maker:
     steps: int
     seed: int
 
-    made: dict[int, Params] = field(default_factory=dict)
+    made: dict[tuple[int, int], Params] = field(default_factory=dict)
+
+    @property
+    def depth(self) -> int:
+        """Layers of a trial: the model's, as far as there is memory."""
+        config = self.blocks.config
+        config = replace(config, blocks=(BlockConfig(max(block.num_experts for block in config.blocks)),))
+        layer = jax.tree.leaves(param_specs(config)["layers"], is_leaf=is_spec)
+        size = jnp.dtype(self.dtype).itemsize
+        caches = self.blocks.batch * cache_bytes(config, self.blocks.context, size)
+        bytes_of_layer = size * sum(prod(spec.shape) for spec in layer) + caches
+        return max(1, min(self.blocks.config.num_layers, int(_TRIAL_BYTES // bytes_of_layer)))
 
     def _params(self, config: ModelConfig) -> Params:
-        """Random parameters of a one-layer model, shared by prefill and decoding.
+        """Random parameters, shared by prefill and decoding; those of one model at a time besides the reference's.
 
         Drawn with numpy: jax.random would compile a program for each of many shapes, which takes longer than timing.
         """
-        num_experts = config.blocks[0].num_experts
-        if num_experts not in self.made:
+        key = (config.num_layers, config.blocks[0].num_experts)
+        if key not in self.made:
+            most = max(self.made, default=key)
+            for old in [known for known in self.made if known[0] == key[0] and known != most]:
+                del self.made[old]
             source = np.random.default_rng(self.seed)
-            self.made[num_experts] = jax.tree.map(
+            self.made[key] = jax.tree.map(
                 lambda spec: self._array(source, spec.shape, spec.fan_in**-0.5), param_specs(config), is_leaf=is_spec
             )
-        return self.made[num_experts]
+        return self.made[key]
 
     def _array(self, source: np.random.Generator, shape: tuple[int, ...], scale: float) -> Array:
         return jnp.asarray(source.standard_normal(shape, np.float32) * np.float32(scale)).astype(self.dtype)
@@ -168,6 +239,53 @@ class _Maker:
     def _hidden(self, *shape: int) -> Array:
         """Random hidden states [*shape, hidden]."""
         return self._array(np.random.default_rng(self.seed + 1), (*shape, self.blocks.config.hidden_size), 1.0)
+
+    def _model(self, block: BlockConfig) -> ModelConfig:
+        return replace(self.blocks.config, blocks=(block,) * self.depth)
+
+    def _tokens(self, *shape: int) -> Array:
+        tokens = np.random.default_rng(self.seed).integers(self.blocks.config.vocab_size, size=shape, dtype=np.int32)
+        return jnp.asarray(tokens)
+
+    def prefill_model(self, block: BlockConfig) -> _Part:
+        """One group's prompts in a model of such layers, and their way into the slots."""
+        blocks, config, form = self.blocks, self._model(block), CacheFormat()
+        params, rows, chunk = self._params(config), blocks.rows, blocks.chunk
+        tokens = self._tokens(rows, blocks.chunks * chunk)
+        lengths = jnp.full(rows, blocks.scenario.input_tokens, jnp.int32)
+        admission = Admission(jnp.arange(rows, dtype=jnp.int32), lengths, lengths, lengths)
+
+        def run(state: tuple[Group, Slots]) -> tuple[Group, Slots]:
+            group, slots = state
+            for start in range(0, tokens.shape[1], chunk):
+                part = tokens[:, start : start + chunk]
+                group = prefill(params, config, group, part, jnp.int32(start), lengths, blocks.context, None)
+            return group, admit(params, config, slots, group, admission)
+
+        dtype = jnp.dtype(self.dtype)
+        group = empty_group(config, rows, blocks.context, dtype, form, experts=False)
+        slots = empty_slots(config, blocks.batch, blocks.context, dtype, form, log_probs=False, experts=False)
+        return _Part(run, (group, slots), 1 / blocks.groups)
+
+    def decode_model(self, block: BlockConfig) -> _Part:
+        """A loop of steps of the whole batch in a model of such layers, each on tokens drawn beforehand."""
+        blocks, config = self.blocks, self._model(block)
+        scenario, steps = blocks.scenario, self.steps
+        params, tokens = self._params(config), self._tokens(steps, blocks.batch)
+        caches = [init_cache(config, layer, blocks.batch, blocks.context, self.dtype) for layer in range(self.depth)]
+
+        @partial(jax.jit, donate_argnums=2)  # caches are updated in place, as in generation
+        def run(params: Params, tokens: Array, caches: Any) -> Any:
+            def body(index: Array, state: tuple[Array, Any]) -> tuple[Array, Any]:
+                chosen, caches = state
+                position = scenario.input_tokens + index * scenario.output_tokens // steps
+                positions = jnp.full(blocks.batch, position, jnp.int32)
+                logits, caches, _ = decode_step(params, config, caches, tokens[index], positions)
+                return chosen + jnp.argmax(logits, axis=-1).astype(jnp.int32), caches
+
+            return jax.lax.fori_loop(0, steps, body, (jnp.zeros(blocks.batch, jnp.int32), caches))
+
+        return _Part(lambda caches: jax.block_until_ready(run(params, tokens, caches))[1], caches, float(steps))
 
     def prefill_attention(self, window: int | None) -> _Part:
         """All chunks of one group's prompts."""
@@ -198,8 +316,7 @@ class _Maker:
 
     def prefill_fixed(self) -> _Part:
         config = self.blocks.one_layer()
-        shape = (self.blocks.batch, self.blocks.scenario.input_tokens)
-        tokens = jnp.asarray(np.random.default_rng(self.seed).integers(config.vocab_size, size=shape, dtype=np.int32))
+        tokens = self._tokens(self.blocks.batch, self.blocks.scenario.input_tokens)
         return _repeated(jax.jit(self.blocks.prefill_rest), without_layers(self._params(config)), tokens)
 
     def decode_attention(self, window: int | None) -> _Part:
@@ -272,10 +389,6 @@ def _repeated(run: Callable[[Params, Array], Any], params: Params, x: Array, ste
         return state
 
     return _Part(again, x, steps)
-
-
-def _median(values: Sequence[float]) -> float:
-    return statistics.median(values)
 
 
 def _spread(values: Sequence[float]) -> float:

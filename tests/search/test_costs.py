@@ -267,11 +267,12 @@ def test_measured_times_every_part_and_reports_turns():
     provider = Measured(rounds=2, decode_steps=3, progress=lambda done, total: turns.append((done, total)))
     costs = compute_costs(space_of(CONFIG, (7, 3), (8,)), [CHAT], "mxfp4", provider)
     assert costs.provider == "measured" and costs.device
-    parts = 2 * (2 + 3 + 1)  # prefill and decode of two counts, three windows, and the rest
+    # Prefill and decoding of attention, experts and the rest alone, and of three trials beside the reference.
+    parts = 2 * (3 + 3 * 2)
     assert turns == [(turn + 1, parts * 3) for turn in range(parts * 3)]
     for layer in costs.layers:
         for entry in (*layer.experts.values(), *layer.attention.values()):
-            assert entry.seconds["chat"].prefill_seconds > 0 and entry.seconds["chat"].decode_seconds > 0
+            assert entry.seconds["chat"].prefill_seconds >= 0 and entry.seconds["chat"].decode_seconds >= 0
             assert entry.seconds["chat"].prefill_spread >= 0
     assert costs.layers[0].attention[5].seconds == costs.layers[2].attention[5].seconds
     assert costs.tokens_per_second(CONFIG.blocks) > 0
