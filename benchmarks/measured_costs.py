@@ -29,6 +29,7 @@ from scipy.stats import spearmanr
 from puzzle_jax.cli import enable_compilation_cache
 from puzzle_jax.config import BlockConfig, ModelConfig
 from puzzle_jax.evaluate.throughput import Spread, measure_throughput
+from puzzle_jax.generate.sampling import Sampling
 from puzzle_jax.model.child import Child, ChildBlock, cut_params
 from puzzle_jax.model.spec import count_params, init_params
 from puzzle_jax.progress import progress
@@ -57,16 +58,17 @@ def architecture(counts: Sequence[int], windows: Sequence[int | None]) -> tuple[
     return tuple(BlockConfig(counts[i % len(counts)], windows[i % len(windows)]) for i in range(LAYERS))
 
 
+# None but the parent is a trial of the provider: each has two differences from it at least, or layers that differ.
 ARCHITECTURES = {
     "parent": PARENT.blocks,
-    "16 experts": architecture([16], [None]),
-    "8 experts": architecture([8], [None]),
     "8 and 32 experts": architecture([8, 32], [None]),
     "half with window 256": architecture([32], [None, 256]),
-    "all with window 256": architecture([32], [256]),
-    "all with window 64": architecture([32], [64]),
+    "windows 256 and 64": architecture([32], [256, 64]),
     "16 experts, half with window 64": architecture([16], [64, None]),
+    "16 experts, all with window 256": architecture([16], [256]),
+    "8, 16, 32 experts, two thirds with window 64": architecture([8, 16, 32], [64, 64, None]),
     "8 experts, two thirds with window 256": architecture([8], [256, 256, None]),
+    "16 and 8 experts, windows 64 and 256": architecture([16, 8], [64, 256]),
     "8 experts, all with window 64": architecture([8], [64]),
 }
 
@@ -94,6 +96,7 @@ def main() -> None:
             input_tokens=SCENARIO.input_tokens,
             output_tokens=SCENARIO.output_tokens,
             rounds=options.rounds,
+            sampling=Sampling(temperature=1.0),
             on_round=lambda: advance(1),
             clock=CLOCKS[options.clock],
         )

@@ -43,6 +43,7 @@ from puzzle_jax.search.lens import fit_lens
 from puzzle_jax.search.parent import Parent
 from puzzle_jax.search.pipeline import Search
 from puzzle_jax.search.recipe import EMBEDDED_PARENT, Recipe, ScoreSettings, SpaceSettings
+from puzzle_jax.search.refine import Difference
 from puzzle_jax.search.replace import METRICS, Alternative, Answers, ReplaceOne, compare_with_parent
 from puzzle_jax.search.scenario import Scenario, Target
 from puzzle_jax.search.score import ScoreBook, fill, score_children
@@ -243,18 +244,18 @@ def adaptive(found: _Found) -> None:
         pairs = scored.book.scored.sum(axis=1)
         work = sum((layers - layer) * pairs[n] for n, (layer, _) in enumerate(scored.numbered.listed))
         (child,) = search.problem_of(scored.space, scored.scores).solve()
-        ((score,), kl) = score_children(
+        ((score,), kl, tokens) = score_children(
             search.parent.params, search.parent.config, [search.child(child)], found.heldout
         )
-        results[method] = (work, seconds, score, kl[0])
+        results[method] = (work, seconds, kl[0])
         CONSOLE.print(
             f"{method}: {work:,.0f} layers run, {seconds:.0f} s, child's held-out KL {score.kl:.4f} ±{score.kl_se:.4f}"
         )
-    (exact_work, exact_seconds, _, one), (work, seconds, _, other) = results["exact"], results["adaptive"]
-    apart = other - one
+    (exact_work, exact_seconds, one), (work, seconds, other) = results["exact"], results["adaptive"]
+    apart = Difference.between(other, one, tokens)
     CONSOLE.print(
         f"adaptive: {exact_work / work:.1f}x fewer layers, {exact_seconds / seconds:.1f}x less time, KL "
-        f"{apart.mean():+.4f} ±{apart.std(ddof=1) / np.sqrt(len(apart)):.4f}"
+        f"{apart.mean:+.4f} ±{apart.se:.4f}"
     )
 
 
@@ -273,8 +274,8 @@ def additive(found: _Found, architectures: int = 60) -> None:
         children.append(Child(config, tuple(blocks)))
         predicted.append(total)
     traces = [found.heldout[n] for n in found.gold_traces]
-    scores, _ = score_children(found.search.parent.params, config, children, traces)
-    real = [score.kl for score in scores]
+    measured = score_children(found.search.parent.params, config, children, traces)
+    real = [score.kl for score in measured.scores]
     changed = [(r, p) for r, p in zip(real, predicted, strict=True) if p > 0]
     ratio = np.median([r / p for r, p in changed])
     CONSOLE.print(

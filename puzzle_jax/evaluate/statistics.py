@@ -6,6 +6,8 @@ drawn with all of its answers, those of every model and at every effort, so that
 a task replace each other only, since their number is by design. Problems that only one of two models solves are
 counted as in McNemar's test.
 
+What is a mean over tokens of texts has its standard error over texts, since tokens of one text are not independent.
+
 Left out: corrections of the percentile interval, and more than one answer to a question. A bootstrap can only repeat
 what was seen: two models that agree on every problem get an interval of no width.
 """
@@ -46,6 +48,21 @@ def wilson(successes: int, trials: int, level: float = LEVEL) -> Interval:
         0.0 if not successes else max(0.0, centre - spread),
         1.0 if successes == trials else min(1.0, centre + spread),
     )
+
+
+def weighted_mean(
+    values: Float[np.ndarray, "traces"], weights: Float[np.ndarray, "traces"] | Int[np.ndarray, "traces"]
+) -> tuple[float, float]:
+    """sum(weights * values) / sum(weights) and its standard error over traces, that of a ratio by linearisation.
+
+    With a trace's tokens as its weight this is the mean per token of values that are each a mean over their trace. The
+    error is infinite for a single trace.
+    """
+    mean = float(np.sum(weights * values) / np.sum(weights))
+    number = len(values)
+    if number < 2:
+        return mean, math.inf
+    return mean, float(np.sqrt(number / (number - 1) * np.sum((weights * (values - mean)) ** 2)) / np.sum(weights))
 
 
 def resample(strata: Sequence[Hashable], draws: int, seed: int) -> Int[np.ndarray, "draws problems"]:

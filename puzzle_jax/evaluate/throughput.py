@@ -166,6 +166,7 @@ def measure_throughput(
     input_tokens: int,
     output_tokens: int,
     rounds: int = 5,
+    sampling: Sampling | None = None,
     on_round: Callable[[], None] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Spread]:
@@ -176,12 +177,16 @@ def measure_throughput(
       batch: requests that run together, the same for all or by model.
       input_tokens, output_tokens: length of every prompt and of every answer.
       rounds: counted rounds.
+      sampling: of tokens; None is greedy. A random model that is greedy soon repeats one token.
       on_round: called after every counted round.
       clock: see `timed_rounds`.
     """
     workloads = {
-        name: fixed_lengths(
-            config.vocab_size, batch if isinstance(batch, int) else batch[name], input_tokens, output_tokens
+        name: replace(
+            fixed_lengths(
+                config.vocab_size, batch if isinstance(batch, int) else batch[name], input_tokens, output_tokens
+            ),
+            sampling=sampling or Sampling(),
         )
         for name, (_, config) in models.items()
     }

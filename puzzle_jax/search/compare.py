@@ -127,7 +127,7 @@ class Judge:
           costs: what was predicted.
           exported: the child's checkpoint.
         """
-        scores, _ = self.divergence(list(children.values()), heldout, "heldout")
+        scores = self.divergence(list(children.values()), heldout, "heldout").scores
         accuracy = self.accuracy(children)
         speeds = self.speeds(children, candidates, exported)
         form = self.parent.description.form

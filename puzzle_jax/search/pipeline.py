@@ -491,8 +491,12 @@ class Search:
 
     def _confirm(self, new: Candidate, old: Candidate) -> tuple[Difference, Difference]:
         pair = [self.child(new), self.child(old)]
-        of_validation, of_confirmation = (self._measure(pair, split)[1] for split in ("validation", "confirmation"))
-        return Difference.between(*of_validation), Difference.between(*of_confirmation)
+
+        def difference(split: str) -> Difference:
+            found = self._measure(pair, split)
+            return Difference.between(found.kl[0], found.kl[1], found.tokens)
+
+        return difference("validation"), difference("confirmation")
 
     @cached_property
     def _costs(self) -> Costs:

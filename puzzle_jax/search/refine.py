@@ -18,9 +18,10 @@ from itertools import product
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy.stats import spearmanr
 
+from puzzle_jax.evaluate.statistics import weighted_mean
 from puzzle_jax.search.problem import Candidate
 from puzzle_jax.search.score import Score
 from puzzle_jax.search.space import ExpertChoice
@@ -44,10 +45,9 @@ class Difference:
     se: float
 
     @staticmethod
-    def between(one: PerTrace, other: PerTrace) -> Difference:
-        apart = one - other
-        se = apart.std(ddof=1) / np.sqrt(len(apart)) if len(apart) > 1 else np.inf
-        return Difference(float(apart.mean()), float(se))
+    def between(one: PerTrace, other: PerTrace, tokens: Int[np.ndarray, "traces"]) -> Difference:
+        """Of values that are each a mean over a trace of so many tokens."""
+        return Difference(*weighted_mean(one - other, tokens))
 
     @property
     def proves_better(self) -> bool:
@@ -62,11 +62,13 @@ class Pool:
       candidates: in the program's order.
       scores: of each.
       kl: of each on every trace.
+      tokens: of every trace.
     """
 
     candidates: Sequence[Candidate]
     scores: Sequence[Score]
     kl: Float[np.ndarray, "children traces"]
+    tokens: Int[np.ndarray, "traces"]
 
     @property
     def best(self) -> int:
@@ -86,7 +88,7 @@ class Pool:
             {
                 **candidate.to_json(),
                 "validation": asdict(score),
-                "above_best": asdict(Difference.between(kl, self.kl[self.best])),
+                "above_best": asdict(Difference.between(kl, self.kl[self.best], self.tokens)),
             }
             for candidate, score, kl in zip(self.candidates, self.scores, self.kl, strict=True)
         ]

@@ -1,4 +1,8 @@
-"""How much each alternative hurts: KL(parent || child) per completion token, the mean over traces of each trace's mean.
+"""How much each alternative hurts: KL(parent || child) per completion token.
+
+The mean is over all tokens, whichever trace they are of: a wrong turn anywhere in an answer spoils it, so long answers
+have more to lose. With one share for every trace, however short, short answers decide: on the embedded parent that
+chose children of less than half the accuracy (docs/results.md).
 
 Alternatives of the attention and of the experts are scored apart; the program adds their scores. A window leaves every
 token that sees no more keys than the window exactly as it was, so traces no longer than it count as zero without being
@@ -13,8 +17,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jax.sharding import Mesh
@@ -23,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from puzzle_jax.config import ModelConfig
+from puzzle_jax.evaluate.statistics import weighted_mean
 from puzzle_jax.files import write_beside
 from puzzle_jax.generate.batches import MicroBatch, micro_batches
 from puzzle_jax.generate.traces import Trace
@@ -52,10 +58,10 @@ class Runner(Protocol):
 
 @dataclass(frozen=True)
 class Score:
-    """Means over traces of the mean over completion tokens.
+    """Means over completion tokens.
 
     Attributes:
-      kl: KL(parent || child), nats per token; `kl_se` its standard error over traces (NaN for one trace).
+      kl: KL(parent || child), nats per token; `kl_se` its standard error over traces (infinite for one trace).
       agreement: share of positions whose most likely token is the parent's.
       cosine: of the final hidden states.
       traces: scored.
@@ -74,8 +80,18 @@ class Score:
     late_kl: float = 0.0
 
 
-Measurements = tuple[list[Score], Float[np.ndarray, "children traces"]]
-"""Scores of children, and each one's KL on every trace."""
+class Measurements(NamedTuple):
+    """Children on the same traces.
+
+    Attributes:
+      scores: of each child.
+      kl: of each on every trace, per token there.
+      tokens: of every trace's completion.
+    """
+
+    scores: list[Score]
+    kl: Float[np.ndarray, "children traces"]
+    tokens: Int[np.ndarray, "traces"]
 
 
 @dataclass
@@ -97,6 +113,11 @@ class ScoreBook:
         shape = (len(alternatives), len(traces), len(METRICS))
         return ScoreBook(alternatives, traces, np.full(shape, np.nan))
 
+    @cached_property
+    def tokens(self) -> Int[np.ndarray, "traces"]:
+        """Completion tokens, the weight of every trace."""
+        return np.array([len(trace.completion) for trace in self.traces])
+
     @property
     def scored(self) -> Bool[np.ndarray, "alternatives traces"]:
         return ~np.isnan(self.values[..., 0])
@@ -104,37 +125,37 @@ class ScoreBook:
     def means(self, traces: Int[np.ndarray, "drawn"] | None = None) -> Float[np.ndarray, "alternatives"]:
         """KL of every alternative over the traces it was scored on, each as often as it was drawn."""
         times = np.ones(len(self.traces)) if traces is None else np.bincount(traces, minlength=len(self.traces))
-        times = self.scored * times
+        weights = self.scored * times * self.tokens
         with np.errstate(invalid="ignore"):
-            return np.sum(np.nan_to_num(self.values[..., 0]) * times, axis=1) / times.sum(axis=1)
+            return np.sum(np.nan_to_num(self.values[..., 0]) * weights, axis=1) / weights.sum(axis=1)
 
     def score(self, number: int, base_window: int | None = None) -> Score:
         """One alternative's means; `base_window` is what its window narrows, where it does."""
         rows = np.flatnonzero(self.scored[number])
-        values = self.values[number, rows]
-        weights = np.array([_weight_by_context(self.traces[int(row)]) for row in rows])
+        values, tokens = self.values[number, rows], self.tokens[rows]
+        by_context = np.array([_tokens_by_context(self.traces[int(row)]) for row in rows])
         window = self.alternatives[number][1].window
         late = 1.0 if window is None or window == base_window else self._late_share(rows, window)
-        kl = values[:, 0]
+        kl, kl_se = weighted_mean(values[:, 0], tokens)
         return Score(
-            kl=float(kl.mean()),
-            kl_se=float(kl.std(ddof=1) / np.sqrt(len(kl))) if len(kl) > 1 else float("nan"),
-            agreement=float(values[:, 1].mean()),
-            cosine=float(values[:, 2].mean()),
+            kl=kl,
+            kl_se=kl_se,
+            agreement=weighted_mean(values[:, 1], tokens)[0],
+            cosine=weighted_mean(values[:, 2], tokens)[0],
             traces=len(rows),
             kl_by_context={
-                name.removeprefix("kl "): float(values[:, 3 + i].sum() / weights[:, i].sum())
+                name.removeprefix("kl "): float((values[:, 3 + i] * tokens).sum() / by_context[:, i].sum())
                 for i, name in enumerate(METRICS[3:])
-                if weights[:, i].any()
+                if by_context[:, i].any()
             },
             late_share=late,
-            late_kl=float(kl.mean() / late) if late else 0.0,
+            late_kl=kl / late if late else 0.0,
         )
 
     def _late_share(self, rows: Int[np.ndarray, "scored"], window: int) -> float:
         """Share of the loss on tokens that are predicted from more than `window` tokens."""
         late = [np.mean(_contexts(self.traces[row]) > window) for row in rows]
-        return float(np.mean(late))
+        return weighted_mean(np.array(late), self.tokens[rows])[0]
 
     # On disk -------------------------------------------------------------------------------------------------------
 
@@ -167,9 +188,8 @@ def _contexts(trace: Trace) -> Int[np.ndarray, "completion"]:
     return len(trace.prompt) + np.arange(len(trace.completion))
 
 
-def _weight_by_context(trace: Trace) -> Float[np.ndarray, "buckets"]:
-    buckets = np.searchsorted(CONTEXTS, _contexts(trace))
-    return np.bincount(buckets, minlength=len(CONTEXTS) + 1) / len(trace.completion)
+def _tokens_by_context(trace: Trace) -> Int[np.ndarray, "buckets"]:
+    return np.bincount(np.searchsorted(CONTEXTS, _contexts(trace)), minlength=len(CONTEXTS) + 1)
 
 
 def fill(
@@ -247,7 +267,7 @@ def score_children(
     tokens_per_batch: int = 4096,
     on_child: Callable[[], None] | None = None,
 ) -> Measurements:
-    """The same comparison for whole children, as views on the parent; and each one's KL on every trace."""
+    """The same comparison for whole children, as views on the parent."""
     nothing = (0, Alternative(np.ones(config.blocks[0].num_experts, bool), config.blocks[0].window))
     book = ScoreBook.empty([nothing] * len(children), traces)
     runs = [ReplaceOne(params, config, child_choices(child), child.rope, mesh=mesh) for child in children]
@@ -258,4 +278,4 @@ def score_children(
             if on_child is not None:
                 on_child()
     scores = [book.score(number, config.blocks[0].window) for number in range(len(children))]
-    return scores, book.values[..., 0]
+    return Measurements(scores, book.values[..., 0], book.tokens)

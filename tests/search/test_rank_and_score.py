@@ -196,12 +196,13 @@ def test_scores_are_those_of_whole_passes_over_single_replacements(parent):
         child = Child(config, tuple(blocks))
         kls = [direct_kl(params, config, child, trace) for trace in traces]
         score = book.score(number)
-        np.testing.assert_allclose(score.kl, np.mean(kls), rtol=2e-3)
-        np.testing.assert_allclose(score.kl_se, np.std(kls, ddof=1) / 2, rtol=2e-3)
+        tokens = [len(trace.completion) for trace in traces]
+        np.testing.assert_allclose(score.kl, np.average(kls, weights=tokens), rtol=2e-3)
         assert score.traces == 4
-        (again,), by_trace = score_children(params, config, [child], traces, tokens_per_batch=128)
-        np.testing.assert_allclose(again.kl, score.kl, rtol=1e-4)
-        np.testing.assert_allclose(by_trace[0], kls, rtol=2e-3)
+        again = score_children(params, config, [child], traces, tokens_per_batch=128)
+        np.testing.assert_allclose(again.scores[0].kl, score.kl, rtol=1e-4)
+        np.testing.assert_allclose(again.kl[0], kls, rtol=2e-3)
+        assert again.tokens.tolist() == tokens
 
 
 def test_losses_by_context_and_beyond_the_window(parent):
@@ -210,8 +211,8 @@ def test_losses_by_context_and_beyond_the_window(parent):
     fill(book, ReplaceOne(params, config), [0], range(4), tokens_per_batch=128)
     score = book.score(0)
     # Of 7, 3, 12 and 30 completion tokens those are late that are predicted from more than 24 tokens.
-    late = np.mean([0, 0, 12 / 12, 30 / 30])
-    assert score.late_share == late and score.late_kl == pytest.approx(score.kl / late)
+    late = (12 + 30) / (7 + 3 + 12 + 30)
+    assert score.late_share == pytest.approx(late) and score.late_kl == pytest.approx(score.kl / late)
     assert book.values[0, :2, 0].tolist() == [0.0, 0.0]  # a window as wide as the trace changes nothing
     assert set(score.kl_by_context) == {"up to 64"}
     assert score.kl_by_context["up to 64"] == pytest.approx(score.kl, rel=1e-5)
@@ -224,7 +225,7 @@ def test_scores_around_a_child_are_differences_to_it(parent):
     child = Child(config, tuple(blocks))
     blocks[2] = ChildBlock((1, 4, 6), 3)
     both = Child(config, tuple(blocks))
-    _, (of_child, of_both) = score_children(params, config, [child, both], traces, tokens_per_batch=128)
+    of_child, of_both = score_children(params, config, [child, both], traces, tokens_per_batch=128).kl
     book = ScoreBook.empty([(2, Alternative(np.isin(np.arange(7), (1, 4, 6)), 3))], traces)
     fill(book, ReplaceOne(params, config, child_choices(child)), [0], range(4), tokens_per_batch=128)
     np.testing.assert_allclose(book.values[0, :, 0], of_both - of_child, rtol=1e-3, atol=1e-5)

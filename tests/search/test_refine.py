@@ -30,14 +30,19 @@ def score(kl):
 
 
 def test_paired_differences():
-    found = Difference.between(np.array([1.0, 2.0, 4.0]), np.array([2.0, 2.5, 5.5]))
+    found = Difference.between(np.array([1.0, 2.0, 4.0]), np.array([2.0, 2.5, 5.5]), np.array([7, 7, 7]))
     assert found.mean == pytest.approx(-1.0) and found.se == pytest.approx(0.5 / 3**0.5)
     assert found.proves_better and not Difference(-1.0, 0.5).proves_better
-    assert not Difference.between(np.array([1.0]), np.array([9.0])).proves_better  # one trace proves nothing
+    by_token = Difference.between(np.array([1.0, 2.0, 4.0]), np.array([2.0, 2.5, 5.5]), np.array([10, 30, 20]))
+    # (10 x -1 + 30 x -0.5 + 20 x -1.5) / 60; residuals 10 x -1/12, 30 x 5/12, 20 x -7/12
+    assert by_token.mean == pytest.approx(-55 / 60)
+    assert by_token.se == pytest.approx((1.5 * (10**2 + 150**2 + 140**2)) ** 0.5 / 12 / 60)
+    # One trace proves nothing.
+    assert not Difference.between(np.array([1.0]), np.array([9.0]), np.array([5])).proves_better
 
 
 def test_the_best_of_a_pool_is_by_real_kl():
-    pool = Pool([CHILD, OTHER], [score(0.9), score(0.4)], np.array([[0.8, 1.0], [0.3, 0.5]]))
+    pool = Pool([CHILD, OTHER], [score(0.9), score(0.4)], np.array([[0.8, 1.0], [0.3, 0.5]]), np.array([4, 9]))
     assert pool.best == 1 and pool.rank_correlation is None  # both are predicted alike
     told = pool.to_json()
     assert told[0]["above_best"] == {"mean": pytest.approx(0.5), "se": pytest.approx(0.0)}
@@ -50,7 +55,7 @@ def test_a_round_must_win_by_two_standard_errors_on_fresh_traces(gain, taken):
 
     def rescore(child):
         asked.append(child.name)
-        return Pool([OTHER], [score(0.1)], np.zeros((1, 2)))
+        return Pool([OTHER], [score(0.1)], np.zeros((1, 2)), np.array([4, 9]))
 
     def confirm(new, old):
         return Difference(-0.9, 0.1), Difference(gain, 0.1)
@@ -67,7 +72,9 @@ def test_nothing_better_is_said_so():
     def never(*_):
         raise AssertionError("nothing is there to confirm")
 
-    child, tried = refine(CHILD, 1, lambda _: Pool([CHILD], [score(0.5)], np.zeros((1, 2))), lambda _: None, never)
+    child, tried = refine(
+        CHILD, 1, lambda _: Pool([CHILD], [score(0.5)], np.zeros((1, 2)), np.array([4, 9])), lambda _: None, never
+    )
     assert child is CHILD and [str(step) for step in tried] == [
         "rescore 1: nothing better was found",
         "swap: nothing better was found",
