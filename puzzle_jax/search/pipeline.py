@@ -248,7 +248,7 @@ class Search:
         settings = {name: self.recipe.section(name) for name in ("solve", "target", "child")}
 
         def produce(out: Path) -> None:
-            problem = self._problem()
+            problem = self.problem()
             pool = self._pool(problem)
             _write(
                 out / "solutions.json",
@@ -357,7 +357,7 @@ class Search:
             scenario.name: {name: self._seconds_per_request(c, scenario.name) for name, c in compared.items()}
             for scenario in self._costs.scenarios
         }
-        child = {"speedup": speedup(self._problem(), candidates["child"]), "score": candidates["child"].score}
+        child = {"speedup": speedup(self.problem(), candidates["child"]), "score": candidates["child"].score}
         records = stage_records(self.run, [(stage, DIRECTORIES.get(stage, stage)) for stage in STAGES])
         return SearchPage(report, **contents, seconds=seconds, child=child, stages=records)
 
@@ -467,7 +467,7 @@ class Search:
     def _swapped(self, child: Candidate) -> Candidate | None:
         """The best swap of one expert in the layer whose experts cost the child most, by its KL on all traces that
         score; None where none helps there."""
-        problem = self._problem()
+        problem = self.problem()
         losses = [
             next(score for choice, score in zip(choices, scores, strict=True) if choice.kept == own.kept)
             for own, choices, scores in zip(
@@ -510,7 +510,7 @@ class Search:
         space, form = self._nominal_space(), self.parent.description.form
         return compute_costs(space, self.recipe.scenarios, form, provider, memory=Roofline())
 
-    def _problem(self) -> Problem:
+    def problem(self) -> Problem:
         layers = json.loads(self._needed("score/scores.json").read_text())["layers"]
         space = Space.from_json(self.parent.config, layers)
         scores = Scores(

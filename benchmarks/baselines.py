@@ -1,0 +1,110 @@
+"""The searched child beside every baseline: held-out KL before any training, over targets and draws of traces.
+
+    python benchmarks/baselines.py --costs runs/tiny/cost [--seeds 0 1 2] [--rounds N] [--json PATH]
+
+Each seed draws other problems and other answers of the embedded parent; costs are those of an earlier run of the tiny
+recipe, so that every seed and every baseline is judged by the same prices. A baseline that cannot meet a target is the
+nearest that it has, marked with *. Child and baselines are run whole on traces that scored and chose nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+from rich.console import Console
+from rich.table import Table
+
+from puzzle_jax.cli import enable_compilation_cache
+from puzzle_jax.search.__main__ import RECIPES
+from puzzle_jax.search.baselines import all_baselines
+from puzzle_jax.search.pipeline import Search
+from puzzle_jax.search.recipe import Recipe, RefineSettings
+from puzzle_jax.search.scenario import Target
+
+TARGETS = [(0.8, 1.2), (0.65, 1.3), (0.5, 1.2), (0.5, 1.4), (0.4, 1.3)]
+"""Most expert bytes, least speed-up; relative to the parent."""
+
+STAGES = ("cost", "trace", "rank", "recost", "score", "solve", "refine")
+
+
+def main() -> None:
+    options = parse()
+    enable_compilation_cache()
+    console = Console(width=150)
+    rows = []
+    for seed in options.seeds:
+        for target in TARGETS:
+            rows.append({"seed": seed, "target": target, **measure(seed, target, options, console)})
+            if options.json:
+                options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    show(rows, console)
+
+
+def tiny_recipe(out: Path) -> Recipe:
+    parser = ArgumentParser(default_config_files=[str(RECIPES / "tiny.yaml")], exit_on_error=False)
+    parser.add_class_arguments(Recipe)
+    settings = parser.parse_args(["--run", str(out)])
+    settings.pop("__default_config__", None)
+    return Recipe(**parser.instantiate(settings))
+
+
+def measure(seed: int, target: tuple[float, float], options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Held-out KL of child and baselines, and which of them miss the target."""
+    recipe = tiny_recipe(options.out / f"seed-{seed}")
+    recipe = replace(
+        recipe,
+        traces=replace(recipe.traces, seed=seed, calibration=options.calibration, validation=options.validation),
+        target=Target(max_expert_bytes_ratio=target[0], min_speedup=target[1]),
+        refine=RefineSettings(rounds=options.rounds, swaps=0),
+    )
+    search = Search(recipe, console)
+    if not (search.run / "cost").exists():
+        shutil.copytree(options.costs, search.run / "cost")
+    for stage in STAGES:
+        search.execute(stage)
+    candidates = {"child": search.candidates()["child"], **all_baselines(search.problem(), seed=seed)}
+    children = [search.child(candidate) for candidate in candidates.values()]
+    scores = search.judge.divergence(children, search.traces("heldout"), "heldout").scores
+    return {
+        name: {"kl": score.kl, "kl_se": score.kl_se, "missed": list(candidate.missed)}
+        for (name, candidate), score in zip(candidates.items(), scores, strict=True)
+    }
+
+
+def show(rows: list[dict[str, Any]], console: Console) -> None:
+    names = [name for name in rows[0] if name not in ("seed", "target")]
+    table = Table("expert bytes", "speed-up", "seed", *names)
+    for row in rows:
+        cells = [f"{row[n]['kl']:.3f} ±{row[n]['kl_se']:.3f}{'*' if row[n]['missed'] else ''}" for n in names]
+        table.add_row(f"{row['target'][0]:g}", f"{row['target'][1]:g}", str(row["seed"]), *cells)
+    console.print(table)
+    for name in names[1:]:
+        ratios = [row[name]["kl"] / row["child"]["kl"] for row in rows]
+        lower = sum(ratio > 1 for ratio in ratios)
+        console.print(
+            f"{name}: {statistics.median(ratios):.2f}x the child's KL in the median, {min(ratios):.2f}x at least; "
+            f"the child's is lower in {lower} of {len(rows)}"
+        )
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--costs", type=Path, required=True, help="cost directory of an earlier run")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--calibration", type=int, default=24, help="problems per task")
+    parser.add_argument("--validation", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=0, help="of refinement")
+    parser.add_argument("--out", type=Path, default=Path("runs/baselines"))
+    parser.add_argument("--json", type=Path, help="where to write everything")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
