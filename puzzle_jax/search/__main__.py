@@ -26,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from puzzle_jax.search.pipeline import STAGES, Search
     from puzzle_jax.search.recipe import Recipe
+    from puzzle_jax.search.recipe_file import check_file, check_sections, recipe_paths
 
     parser = ArgumentParser(
         prog="python -m puzzle_jax.search",
@@ -38,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_class_arguments(Recipe)
 
     def run() -> None:
+        for path in recipe_paths(arguments):
+            check_file(path)
         try:
             settings = parser.parse_args(arguments)
         except ArgumentError as error:
@@ -45,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stage = settings.pop("stage")
         settings.pop("recipe", None)
         settings.pop("__default_config__", None)
+        check_sections(settings.as_dict(), Recipe)
         enable_compilation_cache()
         search = Search(Recipe(**parser.instantiate(settings)))
         if stage == "all":

@@ -5,11 +5,14 @@ A recipe is a YAML file of these fields; the command line overrides any of them 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
 from puzzle_jax.errors import ConfigError
+from puzzle_jax.search.baselines import BASELINES
 from puzzle_jax.search.scenario import Scenario, Target
 from puzzle_jax.search.space import DEFAULT_FRACTIONS, Restriction
 from puzzle_jax.tasks import EFFORTS, TASKS, check_effort, get_task
@@ -58,8 +61,12 @@ class TraceSettings:
         for name in ("calibration", "validation", "confirmation", "heldout", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"traces.{name} is {getattr(self, name)}, but must be at least 1")
-        if not self.temperature >= 0:
-            raise ConfigError(f"traces.temperature is {self.temperature}, but must be at least 0")
+        for name in ("tasks", "efforts"):
+            _check_distinct(f"traces.{name}", getattr(self, name))
+        for name in ("temperature", "seed"):
+            value = getattr(self, name)
+            if not (isfinite(value) and value >= 0):
+                raise ConfigError(f"traces.{name} is {value}, but must be a finite number of at least 0")
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,10 @@ class SpaceSettings:
     divisor: int = 1
     windows: tuple[int, ...] = (8192, 1024)
     restrict: tuple[Restriction, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_distinct("space.fractions", self.fractions)
+        _check_distinct("space.windows", self.windows, may_be_empty=True)
 
 
 @dataclass(frozen=True)
@@ -146,6 +157,10 @@ class SolveSettings:
     def __post_init__(self) -> None:
         if self.solutions < 1:
             raise ConfigError(f"solve.solutions is {self.solutions}, but must be at least 1")
+        if not (isfinite(self.time_limit) and self.time_limit > 0):
+            raise ConfigError(f"solve.time_limit is {self.time_limit}, but must be a finite number above 0")
+        if not (isfinite(self.gap) and self.gap >= 0):
+            raise ConfigError(f"solve.gap is {self.gap}, but must be a finite number of at least 0")
 
 
 @dataclass(frozen=True)
@@ -168,6 +183,12 @@ class EvaluateSettings:
         for name in ("problems", "rounds"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"evaluate.{name} is {getattr(self, name)}, but must be at least 1")
+        if self.seed < 0:
+            raise ConfigError(f"evaluate.seed is {self.seed}, but must be at least 0")
+        _check_distinct("evaluate.baselines", self.baselines, may_be_empty=True)
+        for name in self.baselines:
+            if name not in BASELINES:
+                raise ConfigError(f"evaluate.baselines has {name!r}, but must be of {', '.join(BASELINES)}")
 
 
 @dataclass(frozen=True)
@@ -181,6 +202,11 @@ class MeshSettings:
 
     data: int = 1
     model: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("data", "model"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"mesh.{name} is {getattr(self, name)}, but must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -223,3 +249,12 @@ class Recipe:
     def section(self, name: str) -> dict[str, Any]:
         """One part as JSON values, to tell whether a stage's settings changed."""
         return asdict(getattr(self, name))
+
+
+def _check_distinct(name: str, values: Sequence[Any], may_be_empty: bool = False) -> None:
+    """Raises `ConfigError` for values of which one is there twice, or none at all."""
+    if not values and not may_be_empty:
+        raise ConfigError(f"{name} is empty, but must have at least one value")
+    for index, value in enumerate(values):
+        if value in values[:index]:
+            raise ConfigError(f"{name} has {value!r} twice")
