@@ -71,6 +71,7 @@ from puzzle_jax.search.space import (
     restrict,
 )
 from puzzle_jax.search.stages import Stage, open_run, run_stage
+from puzzle_jax.search.xla_costs import Xla
 
 STAGES = ("cost", "trace", "rank", "score", "solve", "refine", "assemble", "evaluate", "report")
 DIRECTORIES = {"trace": "traces", "assemble": "child"}
@@ -149,6 +150,9 @@ class Search:
                 if measured:
                     timer = Measured(progress=lambda _, turns: advance(1, turns))
                     costs = compute_costs(space, [scenario], form, timer)
+                elif self.recipe.costs == "xla":
+                    compiler = Xla(progress=lambda _, parts: advance(1, parts))
+                    costs = compute_costs(space, [scenario], form, compiler, memory=Roofline())
                 else:
                     costs = compute_costs(space, [scenario], form, Roofline(), memory=Roofline())
             _write(out / "costs.json", costs.to_json())

@@ -220,8 +220,9 @@ class Recipe:
       scenario: the deployment.
       target: what the child must reach, relative to its parent.
       mesh: devices that the search itself runs on.
-      costs: "measured" times our own sub-blocks on the devices present, "roofline" models the scenario's hardware, and
-        a path ending in .json is a costs.json that was timed elsewhere and is used as it is.
+      costs: "measured" times our own sub-blocks on the devices present, "xla" compiles them for the TPU that the
+        scenario names, "roofline" models the scenario's hardware, and a path ending in .json is a costs.json that was
+        timed elsewhere and is used as it is.
     """
 
     scenario: Scenario
@@ -238,8 +239,10 @@ class Recipe:
     costs: str = "measured"
 
     def __post_init__(self) -> None:
-        if self.costs not in ("measured", "roofline") and not self.costs.endswith(".json"):
-            raise ConfigError(f"costs is {self.costs!r}, but must be measured, roofline, or the path of a .json file")
+        if self.costs not in ("measured", "xla", "roofline") and not self.costs.endswith(".json"):
+            raise ConfigError(
+                f"costs is {self.costs!r}, but must be measured, xla, roofline, or the path of a .json file"
+            )
 
     @property
     def external_costs(self) -> Path | None:
