@@ -17,15 +17,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.table import Table
 
 from puzzle_jax.cli import enable_compilation_cache
-from puzzle_jax.search.__main__ import RECIPES
 from puzzle_jax.search.baselines import all_baselines
 from puzzle_jax.search.pipeline import Search
-from puzzle_jax.search.recipe import Recipe, RefineSettings
+from puzzle_jax.search.recipe import RefineSettings
+from puzzle_jax.search.recipe_file import parse_recipe
 from puzzle_jax.search.scenario import Target
 
 TARGETS = [(0.8, 1.2), (0.65, 1.3), (0.5, 1.2), (0.5, 1.4), (0.4, 1.3)]
@@ -47,17 +46,9 @@ def main() -> None:
     show(rows, console)
 
 
-def tiny_recipe(out: Path) -> Recipe:
-    parser = ArgumentParser(default_config_files=[str(RECIPES / "tiny.yaml")], exit_on_error=False)
-    parser.add_class_arguments(Recipe)
-    settings = parser.parse_args(["--run", str(out)])
-    settings.pop("__default_config__", None)
-    return Recipe(**parser.instantiate(settings))
-
-
 def measure(seed: int, target: tuple[float, float], options: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Held-out KL of child and baselines, and which of them miss the target."""
-    recipe = tiny_recipe(options.out / f"seed-{seed}")
+    _, recipe = parse_recipe(["--run", str(options.out / f"seed-{seed}")], "baselines")
     recipe = replace(
         recipe,
         traces=replace(recipe.traces, seed=seed, calibration=options.calibration, validation=options.validation),

@@ -9,12 +9,8 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from puzzle_jax.cli import enable_compilation_cache, guarded
-from puzzle_jax.errors import ConfigError
-
-RECIPES = Path(__file__).parent.parent / "recipes"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,66 +18,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if tool := _tool(arguments):
         return importlib.import_module(tool).main(arguments[1:])
-    from jsonargparse import ArgumentError, ArgumentParser
-
     from puzzle_jax.search.pipeline import STAGES, Search
-    from puzzle_jax.search.recipe import Recipe
+    from puzzle_jax.search.recipe_file import parse_recipe
 
-    parser = ArgumentParser(
-        prog="python -m puzzle_jax.search",
-        description="From a trained parent to the child that serves a deployment best.",
-        default_config_files=[str(RECIPES / "tiny.yaml")],
-        exit_on_error=False,
-    )
-    parser.add_argument("stage", nargs="?", choices=("all", *STAGES), default="all", help="one stage, or all")
-    names = ", ".join(recipe_names())
-    parser.add_argument("--recipe", action="config", help=f"settings: a YAML file, or one of {names} (default: tiny)")
-    parser.add_class_arguments(Recipe)
+    prog = "python -m puzzle_jax.search"
 
     def run() -> None:
-        try:
-            settings = parser.parse_args(with_recipe_files(arguments))
-        except ArgumentError as error:
-            raise ConfigError(" ".join(str(error).split())) from error
-        stage = settings.pop("stage")
-        settings.pop("recipe", None)
-        settings.pop("__default_config__", None)
+        stage, recipe = parse_recipe(arguments, prog, STAGES)
         enable_compilation_cache()
-        search = Search(Recipe(**parser.instantiate(settings)))
+        search = Search(recipe)
         if stage == "all":
             search.execute_all()
         else:
             search.execute(stage)
 
-    return guarded(parser.prog, run)
-
-
-def recipe_names() -> list[str]:
-    """Recipes that come with the package."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml") if not path.stem.startswith("pretrain"))
-
-
-def with_recipe_files(arguments: Sequence[str]) -> list[str]:
-    """Arguments in which a recipe given by name is the path of its file.
-
-    Raises `ConfigError` for what is neither a file nor a name.
-    """
-    found = list(arguments)
-    for index, argument in enumerate(found):
-        if argument == "--recipe" and index + 1 < len(found):
-            found[index + 1] = _recipe_file(found[index + 1])
-        elif argument.startswith("--recipe="):
-            found[index] = f"--recipe={_recipe_file(argument.partition('=')[2])}"
-    return found
-
-
-def _recipe_file(text: str) -> str:
-    if text in recipe_names():
-        return str(RECIPES / f"{text}.yaml")
-    if not Path(text).exists():
-        names = ", ".join(recipe_names())
-        raise ConfigError(f"recipe is {text!r}, but there is no such file, and the names are {names}")
-    return text
+    return guarded(prog, run)
 
 
 def _tool(arguments: Sequence[str]) -> str | None:

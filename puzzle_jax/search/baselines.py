@@ -33,6 +33,8 @@ from puzzle_jax.search.program import nearest
 
 Choice = dict[str, str]
 
+BASELINES = ("uniform", "experts_only", "windows_only", "greedy", "random", "max_params")
+
 # Relief below this is the rounding of sums, not progress.
 _ROUNDING = 1e-9
 

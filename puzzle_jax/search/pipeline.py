@@ -70,6 +70,7 @@ from puzzle_jax.search.space import (
     restrict,
 )
 from puzzle_jax.search.stages import Stage, open_run, run_stage
+from puzzle_jax.search.xla_costs import Xla
 
 STAGES = ("cost", "trace", "rank", "recost", "score", "solve", "refine", "assemble", "evaluate", "report")
 DIRECTORIES = {"trace": "traces", "assemble": "child"}
@@ -143,8 +144,12 @@ class Search:
                 costs = read_external(external, self._nominal_space(), self.recipe.scenarios)
             else:
                 with progress(self.console, "timing blocks", None) as advance:
-                    timer = Measured(progress=lambda _, turns: advance(1, turns))
-                    costs = self._computed(timer if measured else Roofline())
+                    providers: dict[str, Provider] = {
+                        "measured": Measured(progress=lambda _, turns: advance(1, turns)),
+                        "xla": Xla(progress=lambda _, parts: advance(1, parts)),
+                        "roofline": Roofline(),
+                    }
+                    costs = self._computed(providers[self.recipe.costs])
             _write(out / "costs.json", costs.to_json())
 
         inputs = [self.parent.directory / "config.json", *([external] if external else [])]

@@ -5,12 +5,14 @@ A recipe is a YAML file of these fields; the command line overrides any of them 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from math import inf
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any, Literal
 
 from puzzle_jax.errors import ConfigError
+from puzzle_jax.search.baselines import BASELINES
 from puzzle_jax.search.scenario import Scenario, Target
 from puzzle_jax.search.space import DEFAULT_FRACTIONS, Restriction
 from puzzle_jax.tasks import EFFORTS, TASKS, check_effort, get_task
@@ -59,8 +61,12 @@ class TraceSettings:
         for name in ("calibration", "validation", "confirmation", "heldout", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"traces.{name} is {getattr(self, name)}, but must be at least 1")
-        if not self.temperature >= 0:
-            raise ConfigError(f"traces.temperature is {self.temperature}, but must be at least 0")
+        for name in ("tasks", "efforts"):
+            _check_distinct(f"traces.{name}", getattr(self, name))
+        for name in ("temperature", "seed"):
+            value = getattr(self, name)
+            if not (isfinite(value) and value >= 0):
+                raise ConfigError(f"traces.{name} is {value}, but must be a finite number of at least 0")
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,10 @@ class SpaceSettings:
     divisor: int = 1
     windows: tuple[int, ...] = (8192, 1024)
     restrict: tuple[Restriction, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_distinct("space.fractions", self.fractions)
+        _check_distinct("space.windows", self.windows, may_be_empty=True)
 
 
 @dataclass(frozen=True)
@@ -147,6 +157,10 @@ class SolveSettings:
     def __post_init__(self) -> None:
         if self.solutions < 1:
             raise ConfigError(f"solve.solutions is {self.solutions}, but must be at least 1")
+        if not (isfinite(self.time_limit) and self.time_limit > 0):
+            raise ConfigError(f"solve.time_limit is {self.time_limit}, but must be a finite number above 0")
+        if not (isfinite(self.gap) and self.gap >= 0):
+            raise ConfigError(f"solve.gap is {self.gap}, but must be a finite number of at least 0")
 
 
 @dataclass(frozen=True)
@@ -168,8 +182,13 @@ class EvaluateSettings:
     def __post_init__(self) -> None:
         if self.problems < 1:
             raise ConfigError(f"evaluate.problems is {self.problems}, but must be at least 1")
-        if self.rounds < 0:
-            raise ConfigError(f"evaluate.rounds is {self.rounds}, but must be at least 0")
+        for name in ("rounds", "seed"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"evaluate.{name} is {getattr(self, name)}, but must be at least 0")
+        _check_distinct("evaluate.baselines", self.baselines, may_be_empty=True)
+        for name in self.baselines:
+            if name not in BASELINES:
+                raise ConfigError(f"evaluate.baselines has {name!r}, but must be of {', '.join(BASELINES)}")
 
 
 @dataclass(frozen=True)
@@ -200,6 +219,11 @@ class MeshSettings:
     data: int = 1
     model: int = 1
 
+    def __post_init__(self) -> None:
+        for name in ("data", "model"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"mesh.{name} is {getattr(self, name)}, but must be at least 1")
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -214,8 +238,9 @@ class Recipe:
       target: what the child must reach there, by itself or relative to its parent.
       child: what it has of its own beside its blocks.
       mesh: devices that the search itself runs on.
-      costs: "measured" times our own sub-blocks on the devices present, "roofline" models the scenario's hardware, and
-        a path ending in .json is a costs.json that was timed elsewhere and is used as it is.
+      costs: "measured" times our own sub-blocks on the devices present, "xla" compiles them for the TPU that the
+        scenario names, "roofline" models the scenario's hardware, and a path ending in .json is a costs.json that was
+        timed elsewhere and is used as it is.
     """
 
     scenario: Scenario
@@ -234,8 +259,10 @@ class Recipe:
     costs: str = "measured"
 
     def __post_init__(self) -> None:
-        if self.costs not in ("measured", "roofline") and not self.costs.endswith(".json"):
-            raise ConfigError(f"costs is {self.costs!r}, but must be measured, roofline, or the path of a .json file")
+        if self.costs not in ("measured", "xla", "roofline") and not self.costs.endswith(".json"):
+            raise ConfigError(
+                f"costs is {self.costs!r}, but must be measured, xla, roofline, or the path of a .json file"
+            )
         names = [scenario.name for scenario in self.scenarios]
         if len(set(names)) != len(names):
             raise ConfigError(f"the scenarios are named {', '.join(names)}, but every name may come once only")
@@ -253,3 +280,12 @@ class Recipe:
     def section(self, name: str) -> dict[str, Any]:
         """One part as JSON values, to tell whether a stage's settings changed."""
         return asdict(getattr(self, name))
+
+
+def _check_distinct(name: str, values: Sequence[Any], may_be_empty: bool = False) -> None:
+    """Raises `ConfigError` for values of which one is there twice, or none at all."""
+    if not values and not may_be_empty:
+        raise ConfigError(f"{name} is empty, but must have at least one value")
+    for index, value in enumerate(values):
+        if value in values[:index]:
+            raise ConfigError(f"{name} has {value!r} twice")

@@ -222,7 +222,7 @@ def candidate_counts(
             counts.add(count)
     if not counts:
         raise ConfigError(
-            f"no multiple of {divisor} near the given fractions of {num_experts} experts "
+            f"divisor is {divisor}, but no multiple of {divisor} near the given fractions of {num_experts} experts "
             f"is at least experts_per_token ({experts_per_token})"
         )
     return tuple(sorted(counts, reverse=True))

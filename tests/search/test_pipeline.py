@@ -295,7 +295,11 @@ def test_a_stage_without_its_inputs_says_what_to_do(parent, tmp_path, capsys):
         (("--refine.rounds", "3"), "refine.rounds is 3, but must be 0, 1 or 2"),
         (("--score.first", "0"), "score.first is 0"),
         (("--mesh.model", "99"), "needs 99 devices"),
-        (("--costs", "guessed"), "costs is 'guessed', but must be measured, roofline, or the path of a .json file"),
+        (
+            ("--costs", "guessed"),
+            "costs is 'guessed', but must be measured, xla, roofline, or the path of a .json file",
+        ),
+        (("--costs", "xla"), "xla costs"),  # need a compiler that is not here, or a cache of two bytes
         (("--costs", "nowhere.json"), "costs is nowhere.json, but there is no such file"),
         (("--no-such-setting=1",), "no-such-setting"),
         (
