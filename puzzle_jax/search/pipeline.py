@@ -144,12 +144,7 @@ class Search:
                 costs = read_external(external, self._nominal_space(), self.recipe.scenarios)
             else:
                 with progress(self.console, "timing blocks", None) as advance:
-                    providers: dict[str, Provider] = {
-                        "measured": Measured(progress=lambda _, turns: advance(1, turns)),
-                        "xla": Xla(progress=lambda _, parts: advance(1, parts)),
-                        "roofline": Roofline(),
-                    }
-                    costs = self._computed(providers[self.recipe.costs])
+                    costs = self._computed(self._provider(lambda _, turns: advance(1, turns)))
             _write(out / "costs.json", costs.to_json())
 
         inputs = [self.parent.directory / "config.json", *([external] if external else [])]
@@ -510,6 +505,12 @@ class Search:
     @property
     def _scenarios(self) -> list[dict[str, Any]]:
         return [scenario.to_json() for scenario in self.recipe.scenarios]
+
+    def _provider(self, progress: Callable[[int, int], None]) -> Provider:
+        """Where the recipe has seconds come from; `progress` is called with turns done and all turns."""
+        if self.recipe.costs == "measured":
+            return Measured(progress=progress)
+        return Xla(progress=progress) if self.recipe.costs == "xla" else Roofline()
 
     def _computed(self, provider: Provider) -> Costs:
         space, form = self._nominal_space(), self.parent.description.form
