@@ -62,7 +62,7 @@ class SearchPage:
         pool = self.solutions["pool"]
         correlation = self.solutions["rank_correlation"]
         agree = "" if correlation is None else f" Spearman's rank correlation is {correlation:.2f}."
-        chosen = self.solutions["chosen"] + 1
+        chosen = pool[self.solutions["chosen"]]["name"].replace("_", " ")
         parts = [
             "<h1>From parent to child</h1>",
             _table(heading, rows),
@@ -77,18 +77,18 @@ class SearchPage:
             "<h2>Predicted and real</h2>",
             _image(images["predicted.png"], "predicted against real KL of the pool"),
             _table(
-                ["solution", "predicted KL", "KL on validation traces", "above the best"],
+                ["candidate", "predicted KL", "KL on validation traces", "above the best"],
                 [
                     [
-                        str(number + 1),
+                        entry["name"].replace("_", " "),
                         f"{entry['score']:.4f}",
                         f"{entry['validation']['kl']:.4f} ±{entry['validation']['kl_se']:.4f}",
                         f"{entry['above_best']['mean']:.4f} ±{entry['above_best']['se']:.4f}",
                     ]
-                    for number, entry in enumerate(pool)
+                    for entry in pool
                 ],
             ),
-            _note(f"Solution {chosen} was taken.{agree}", *map(_told, self.refined["tried"])),
+            _note(f"Taken was: {chosen}.{agree}", *map(_told, self.refined["tried"])),
             "<h2>Where the time goes</h2>",
         ]
         for scenario in self.seconds:

@@ -249,7 +249,8 @@ class Search:
 
         def produce(out: Path) -> None:
             problem = self.problem()
-            pool = self._pool(problem)
+            baselines = all_baselines(problem)
+            pool = self._pool(problem, [baselines[name] for name in ("greedy", "experts_only", "windows_only")])
             _write(
                 out / "solutions.json",
                 {
@@ -257,7 +258,7 @@ class Search:
                     "rank_correlation": pool.rank_correlation,
                     "pool": pool.to_json(),
                     "parent": problem.parent().to_json(),
-                    "baselines": [baseline.to_json() for baseline in all_baselines(problem).values()],
+                    "baselines": [baseline.to_json() for baseline in baselines.values()],
                     "frontier": [asdict(point) for point in frontier(problem)],
                     "uniform": [asdict(point) for point in uniform_frontier(problem)],
                 },
@@ -447,10 +448,16 @@ class Search:
         traces, seed = self.traces("calibration"), self.recipe.traces.seed
         return SpaceScorer(run, traces, settings, self.problem_of, self.console, seed)
 
-    def _pool(self, problem: Problem) -> Pool:
-        """The program's solutions, run whole on the validation traces."""
+    def _pool(self, problem: Problem, others: Sequence[Candidate] = ()) -> Pool:
+        """The program's solutions, and others that meet the target, run whole on the validation traces.
+
+        The program's are best by the sum of scores, which is not quite the whole model's KL; that of other choices may
+        be lower.
+        """
         options = self.recipe.solve
         found = problem.solve(num_solutions=options.solutions, time_limit=options.time_limit, gap=options.gap)
+        known = {(candidate.blocks, candidate.kept) for candidate in found}
+        found += [other for other in others if other.meets_target and (other.blocks, other.kept) not in known]
         return Pool(found, *self._measure([self.child(candidate) for candidate in found], "validation"))
 
     # Refinement -----------------------------------------------------------------------------------------------------

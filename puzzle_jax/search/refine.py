@@ -1,6 +1,7 @@
 """What follows the program: choosing by real KL, and two ways of getting lower that must prove themselves.
 
-    pool      every solution of the program is run whole on traces that scored nothing, and the best by that KL is taken
+    pool      every solution of the program, and what simpler choices came to, is run whole on traces that scored
+              nothing, and the best by that KL is taken
     rescore   all alternatives are scored anew around the child, the program is solved with those scores, and its pool
               run likewise
     swap      in the layer that costs the child most, experts it keeps are swapped against experts it lost

@@ -34,8 +34,13 @@ SOLUTIONS = {
     "chosen": 1,
     "rank_correlation": 0.5,
     "pool": [
-        {"score": 0.2, "validation": SCORE, "above_best": {"mean": 0.01, "se": 0.002}},
-        {"score": 0.3, "validation": {**SCORE, "kl": 0.24}, "above_best": {"mean": 0.0, "se": 0.0}},
+        {"name": "solution 1", "score": 0.2, "validation": SCORE, "above_best": {"mean": 0.01, "se": 0.002}},
+        {
+            "name": "experts_only",
+            "score": 0.3,
+            "validation": {**SCORE, "kl": 0.24},
+            "above_best": {"mean": 0.0, "se": 0.0},
+        },
     ],
     "frontier": [{"speedup": 1.0, "score": 0.0, "label": ""}, {"speedup": 1.4, "score": 0.2, "label": ""}],
     "uniform": [{"speedup": 1.2, "score": 0.6, "label": ""}],
@@ -63,8 +68,8 @@ def test_the_page_holds_everything_and_fetches_nothing(tmp_path: Path):
     text = (tmp_path / "report.html").read_text()
     for part in (
         "held-out KL",
-        "<td>2</td><td>0.3000</td><td>0.2400 ±0.0100</td>",
-        "Solution 2 was taken. Spearman&#x27;s rank correlation is 0.50.",
+        "<td>experts only</td><td>0.3000</td><td>0.2400 ±0.0100</td>",
+        "Taken was: experts only. Spearman&#x27;s rank correlation is 0.50.",
         "rescore 1: KL -0.0100 ±0.0200 on confirmation traces, refused.",
         "swap: nothing better was found.",
         "chat &amp; more",

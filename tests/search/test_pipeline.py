@@ -88,6 +88,16 @@ def test_the_child_is_what_was_chosen_and_meets_the_target(finished, parent):
     measured = [entry["validation"]["kl"] for entry in solutions["pool"]]
     assert solutions["chosen"] == int(np.argmin(measured))
     assert solutions["pool"][solutions["chosen"]]["above_best"]["mean"] == 0.0
+    # What other ways to choose came to takes part where it meets the target, and where it is no solution anyway.
+    sets = [
+        [layer["kept"] for layer in entry["layers"]] + [layer["sliding_window"] for layer in entry["layers"]]
+        for entry in solutions["pool"]
+    ]
+    assert all(not entry["missed"] for entry in solutions["pool"]) and all(sets.count(one) == 1 for one in sets)
+    for baseline in solutions["baselines"]:
+        if baseline["name"] in ("greedy", "experts_only", "windows_only") and not baseline["missed"]:
+            layers = baseline["layers"]
+            assert [layer["kept"] for layer in layers] + [layer["sliding_window"] for layer in layers] in sets
     assert {entry["name"] for entry in solutions["baselines"]} > {"greedy", "random", "max_params"}
     refined = json.loads((finished / "refine/refined.json").read_text())
     accepted = [step["candidate"] for step in refined["tried"] if step["accepted"]]
@@ -257,7 +267,8 @@ def test_one_stage_runs_alone_and_a_changed_setting_reruns_what_follows(finished
     shutil.copytree(finished, run)
     assert search(parent, run, "solve", "--solve.solutions", "1") == 0
     assert "skipped" not in capsys.readouterr().out
-    assert len(json.loads((run / "solve/solutions.json").read_text())["pool"]) == 1
+    names = [entry["name"] for entry in json.loads((run / "solve/solutions.json").read_text())["pool"]]
+    assert names[0] == "solution 1" and set(names[1:]) <= {"greedy", "experts_only", "windows_only"}
 
 
 def test_an_infeasible_target_names_the_limit_and_keeps_what_was_solved(finished, parent, tmp_path, capsys):
