@@ -2,7 +2,7 @@
 
     python benchmarks/measured_costs.py [--rounds N] [--clock cpu] [--json PATH]
 
-A random parent of 6 layers (42M parameters, full attention) and nine children with fewer experts and narrower windows
+A random parent of 6 layers (44M parameters, full attention) and nine children with fewer experts and narrower windows
 are predicted by `search.measured` (every distinct sub-block timed once) and then run whole by the generation engine
 (`evaluate.throughput`), in turns. What counts is the error of the predicted tokens per second, and whether the order
 of the architectures is right. `--clock cpu` counts the seconds of the process' own work, on both sides, for machines

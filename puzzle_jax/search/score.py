@@ -2,7 +2,7 @@
 
 The mean is over all tokens, whichever trace they are of: a wrong turn anywhere in an answer spoils it, so long answers
 have more to lose. With one share for every trace, however short, short answers decide: on the embedded parent that
-chose children of less than half the accuracy (docs/results.md).
+chose a child of less than half the accuracy at medium and high effort (docs/results.md).
 
 Alternatives of the attention and of the experts are scored apart; the program adds their scores. A window leaves every
 token that sees no more keys than the window exactly as it was, so traces no longer than it count as zero without being
