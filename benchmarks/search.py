@@ -94,7 +94,7 @@ def cost() -> None:
             for n, row in enumerate(prompts.tolist())
         ]
         (batch,) = micro_batches(traces, tokens_per_batch=1024)
-        masks = [np.isin(np.arange(16), source.permutation(16)[:12]) for _ in range(48 // config.num_layers)]
+        masks = [np.isin(np.arange(16), source.permutation(16)[:12]) for _ in range(8)]
         wanted = [
             (layer, Alternative(mask, block.window)) for layer, block in enumerate(config.blocks) for mask in masks
         ]

@@ -133,7 +133,7 @@ def _placed(
     """A tensor on its devices, in our orientation and type."""
     packed = spec.dtype == "U8"
     if mesh is None:
-        final = at_rest = SingleDeviceSharding(jax.devices()[0])
+        final = at_rest = SingleDeviceSharding(jax.local_devices()[0])
     else:
         axes = partition(param, config, mesh)
         final = NamedSharding(mesh, PartitionSpec(axes[0]) if packed else axes)

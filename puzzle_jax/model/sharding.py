@@ -31,11 +31,11 @@ RULES: Mapping[str, str | None] = {
 
 
 def make_mesh(data: int, model: int, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of `data` x `model` devices.
+    """A mesh of `data` x `model` devices, by default of this process's.
 
     Raises ConfigError when there are fewer devices.
     """
-    devices = list(jax.devices() if devices is None else devices)
+    devices = list(jax.local_devices() if devices is None else devices)
     if data < 1 or model < 1 or data * model > len(devices):
         raise ConfigError(f"a mesh of {data} x {model} needs {data * model} devices, but {len(devices)} are present")
     grid = np.asarray(devices[: data * model]).reshape(data, model)

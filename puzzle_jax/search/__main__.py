@@ -18,7 +18,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if tool := _tool(arguments):
         return importlib.import_module(tool).main(arguments[1:])
-    from puzzle_jax.search.pipeline import STAGES, Search
+    from puzzle_jax.search.pipeline import STAGES, Search, assist
+    from puzzle_jax.search.processes import Team
     from puzzle_jax.search.recipe_file import parse_recipe
 
     prog = "python -m puzzle_jax.search"
@@ -26,11 +27,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def run() -> None:
         stage, recipe = parse_recipe(arguments, prog, STAGES)
         enable_compilation_cache()
-        search = Search(recipe)
-        if stage == "all":
-            search.execute_all()
-        else:
-            search.execute(stage)
+        with Team.join(recipe.mesh.processes, recipe.mesh.devices) as team:
+            if team.index:
+                assist(recipe, team)
+                return
+            search = Search(recipe, team=team)
+            if stage == "all":
+                search.execute_all()
+            else:
+                search.execute(stage)
 
     return guarded(prog, run)
 

@@ -27,6 +27,7 @@ from puzzle_jax.progress import progress
 from puzzle_jax.search.costs import Costs
 from puzzle_jax.search.parent import Parent
 from puzzle_jax.search.problem import Candidate
+from puzzle_jax.search.processes import Team
 from puzzle_jax.search.recipe import Recipe
 from puzzle_jax.search.score import Measurements, score_children
 
@@ -40,12 +41,14 @@ class Judge:
       recipe: questions, limits of answers, scenarios, rounds.
       mesh: where the parameters are.
       console: where progress goes.
+      team: processes that share the scoring of whole children.
     """
 
     parent: Parent
     recipe: Recipe
     mesh: Mesh | None
     console: Console
+    team: Team
 
     def divergence(self, children: Sequence[Child], traces: Sequence[Trace], what: str) -> Measurements:
         """KL of whole children on traces."""
@@ -56,7 +59,8 @@ class Judge:
                 children,
                 traces,
                 mesh=self.mesh,
-                on_child=lambda: advance(1),
+                on_done=advance,
+                team=self.team,
             )
 
     def accuracy(self, children: Mapping[str, Child]) -> dict[str, dict[str, Any]]:

@@ -17,9 +17,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from puzzle_jax.generate.batches import MicroBatch
+from puzzle_jax.model.spec import Params
 from puzzle_jax.search.replace import METRICS, Alternative, Answers, ReplaceOne, compare_with_parent
 
 RIDGE = 1e-3
@@ -40,6 +42,10 @@ class Lens:
     @property
     def choices(self) -> Sequence[Alternative]:
         return self.run.choices
+
+    def placed(self, params: Params, mesh: Mesh | None) -> Lens:
+        """The same with parameters of another process, or with none on the way to it."""
+        return Lens(self.run.placed(params, mesh), self.maps)
 
     def work(self, wanted: Sequence[tuple[int, Alternative]]) -> int:
         """Layers run, what `on_done` counts up to."""

@@ -18,7 +18,7 @@ def measure_local(size: int = 1024, copy_bytes: int = 1 << 27, rounds: int = 5) 
 
     Links are as fast as memory here: one device talks to none.
     """
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     dtype = jnp.float32 if device.platform == "cpu" else jnp.bfloat16
     square = jnp.ones((size, size), dtype)
     long = jnp.ones(copy_bytes // 4, jnp.float32)

@@ -365,7 +365,7 @@ def device_identity() -> dict[str, Any]:
     """What measured seconds depend on besides shapes: part of a stage's settings, so that they are taken anew
     elsewhere.
     """
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     kind = device.device_kind
     if device.platform == "cpu":
         kind = f"{_processor()}, {os.cpu_count()} cores"

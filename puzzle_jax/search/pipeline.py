@@ -52,6 +52,7 @@ from puzzle_jax.search.frontier import frontier, speedup, uniform_frontier
 from puzzle_jax.search.measured import Measured, device_identity
 from puzzle_jax.search.parent import Parent
 from puzzle_jax.search.problem import Candidate, Problem, Scores
+from puzzle_jax.search.processes import Team
 from puzzle_jax.search.provider import Provider
 from puzzle_jax.search.rank import METHODS, Ranking, rank_experts
 from puzzle_jax.search.recipe import Recipe
@@ -85,18 +86,17 @@ class Search:
     Args:
       recipe: all settings.
       console: where progress and tables go.
+      team: of which this is the first process.
 
     Raises `PuzzleError` at once for a parent that cannot be used, a run directory that holds something else, or a
     target that no architecture can reach by its bytes.
     """
 
-    def __init__(self, recipe: Recipe, console: Console | None = None) -> None:
-        self.recipe = recipe
+    def __init__(self, recipe: Recipe, console: Console | None = None, team: Team | None = None) -> None:
+        self.recipe, self.team = recipe, team or Team()
         # Where the output is no terminal, nobody knows its width; the table needs about this much.
         self.console = console or Console(width=None if sys.stdout.isatty() else 150)
-        devices = recipe.mesh.data * recipe.mesh.model
-        self.mesh = make_mesh(recipe.mesh.data, recipe.mesh.model) if devices != 1 else None
-        self.parent = Parent.open(recipe.parent, self.mesh)
+        self.parent = open_parent(recipe)
         config, space = self.parent.config, recipe.space
         counts = candidate_counts(
             config.blocks[0].num_experts, config.experts_per_token, space.fractions, space.divisor
@@ -169,7 +169,7 @@ class Search:
                         max_tokens=settings.max_tokens,
                         temperature=settings.temperature,
                         slots=settings.batch_size,
-                        mesh=self.mesh,
+                        mesh=self.parent.mesh,
                         on_answer=lambda *_: advance(1),
                     )
                     write_traces(out / f"{name}.parquet", answers)
@@ -395,7 +395,7 @@ class Search:
 
     @property
     def judge(self) -> Judge:
-        return Judge(self.parent, self.recipe, self.mesh, self.console)
+        return Judge(self.parent, self.recipe, self.parent.mesh, self.console, self.team)
 
     def _measure(self, children: Sequence[Child], split: str) -> Measurements:
         """KL of whole children on a set of traces."""
@@ -443,10 +443,10 @@ class Search:
             None if base is None else base.rope,
             per_call=settings.per_call,
             keep_every=settings.keep_every,
-            mesh=self.mesh,
+            mesh=self.parent.mesh,
         )
         traces, seed = self.traces("calibration"), self.recipe.traces.seed
-        return SpaceScorer(run, traces, settings, self.problem_of, self.console, seed)
+        return SpaceScorer(run, traces, settings, self.problem_of, self.console, seed, self.team)
 
     def _pool(self, problem: Problem, others: Sequence[Candidate] = ()) -> Pool:
         """The program's solutions, and others that meet the target, run whole on the validation traces.
@@ -560,6 +560,19 @@ class Search:
         if not found.exists():
             raise PuzzleError(f"{found} is missing; run the stages before it first (or all: `puzzle search`)")
         return found
+
+
+def open_parent(recipe: Recipe) -> Parent:
+    """The parent, on a mesh of this process's devices where the recipe asks for more than one."""
+    mesh = make_mesh(recipe.mesh.data, recipe.mesh.model) if recipe.mesh.devices != 1 else None
+    return Parent.open(recipe.parent, mesh)
+
+
+def assist(recipe: Recipe, team: Team) -> None:
+    """Takes part in what the first process of a search says, until there is no more."""
+    parent = open_parent(recipe)
+    while (work := team.hear()) is not None:
+        work.join(team, parent.params, parent.mesh)
 
 
 def _scores_to_json(scored: ScoredSpace) -> list[dict[str, Any]]:

@@ -214,15 +214,22 @@ class MeshSettings:
     Attributes:
       data: shares of a batch's rows.
       model: shares of heads, experts and vocabulary.
+      processes: that score together, each on a mesh of its own (`search.processes` says how they are started).
     """
 
     data: int = 1
     model: int = 1
+    processes: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("data", "model"):
+        for name in ("data", "model", "processes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"mesh.{name} is {getattr(self, name)}, but must be at least 1")
+
+    @property
+    def devices(self) -> int:
+        """Of one process."""
+        return self.data * self.model
 
 
 @dataclass(frozen=True)

@@ -130,6 +130,10 @@ class ReplaceOne:
         """The configuration that the base's layers run with."""
         return self.config if self.rope is None else replace(self.config, rope=self.rope)
 
+    def placed(self, params: Params, mesh: Mesh | None) -> ReplaceOne:
+        """The same with parameters of another process, or with none on the way to it."""
+        return replace(self, params=params, mesh=mesh)
+
     def __call__(
         self,
         batch: MicroBatch,

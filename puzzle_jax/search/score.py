@@ -34,6 +34,7 @@ from puzzle_jax.generate.batches import MicroBatch, micro_batches
 from puzzle_jax.generate.traces import Trace
 from puzzle_jax.model.child import Child
 from puzzle_jax.model.spec import Params
+from puzzle_jax.search.processes import Team
 from puzzle_jax.search.replace import CONTEXTS, METRICS, Alternative, ReplaceOne, child_choices
 
 _UNCHANGED = np.array([0.0, 1.0, 1.0, *[0.0] * (len(METRICS) - 3)])
@@ -48,6 +49,10 @@ class Runner(Protocol):
 
     @property
     def choices(self) -> Sequence[Alternative]: ...
+
+    def placed(self, params: Params, mesh: Mesh | None) -> Runner:
+        """The same with parameters of another process, or with none on the way to it."""
+        ...
 
     def __call__(
         self, batch: MicroBatch, wanted: Sequence[tuple[int, Alternative]], on_done: Callable[[int], None] | None
@@ -201,20 +206,51 @@ def fill(
     tokens_per_batch: int = 1024,
     on_batch: Callable[[], None] | None = None,
     on_done: Callable[[int], None] | None = None,
+    team: Team | None = None,
 ) -> None:
     """Scores alternatives on traces (numbers of both in the book) that they were not scored on yet.
 
     Args:
-      on_batch: called after every batch, when the book may be saved.
+      on_batch: called after every turn of a batch per process, when the book may be saved.
       on_done: called with what was done of `work_left`.
+      team: processes that share the work; each calls this with the same book, which is the same in all afterwards.
     """
-    for batch, wanted in _to_do(book, run, alternatives, traces, tokens_per_batch):
-        ids, real = batch.ids, batch.ids >= 0
-        values = run(batch, [book.alternatives[number] for number in wanted], on_done)
-        for number, of_alternative in zip(wanted, values, strict=True):
-            book.values[number, ids[real]] = of_alternative[real]
-        if on_batch is not None and wanted:
+    team = team or Team()
+    to_do = [task for task in _to_do(book, run, alternatives, traces, tokens_per_batch) if task[1]]
+    for first in range(0, len(to_do), team.count):
+        turn = to_do[first : first + team.count]
+        shape = (max(len(wanted) for _, wanted in turn), max(len(batch.ids) for batch, _ in turn), len(METRICS))
+        values = np.zeros(shape)
+        for batch, wanted in turn[team.index : team.index + 1]:
+            found = run(batch, [book.alternatives[number] for number in wanted], on_done)
+            values[: len(wanted), : len(batch.ids)] = found
+        for number, ((batch, wanted), found) in enumerate(zip(turn, team.gathered(values), strict=False)):
+            real = batch.ids >= 0
+            book.values[np.ix_(wanted, batch.ids[real])] = found[: len(wanted), : len(real)][:, real]
+            if on_done is not None and number != team.index:
+                on_done(run.work([book.alternatives[n] for n in wanted]))
+        if on_batch is not None:
             on_batch()
+
+
+@dataclass(frozen=True)
+class SharedFill:
+    """A call of `fill`, in a form that other processes can be told."""
+
+    book: ScoreBook
+    run: Runner
+    alternatives: Sequence[int]
+    traces: Sequence[int]
+    tokens_per_batch: int
+
+    @staticmethod
+    def of(book: ScoreBook, run: Runner, alternatives: Sequence[int], traces: Sequence[int], tokens: int) -> SharedFill:
+        return SharedFill(book, run.placed({}, None), alternatives, traces, tokens)
+
+    def join(self, team: Team, params: Params, mesh: Mesh | None) -> None:
+        """Takes this process's part."""
+        run = self.run.placed(params, mesh)
+        fill(self.book, run, self.alternatives, self.traces, tokens_per_batch=self.tokens_per_batch, team=team)
 
 
 def work_left(
@@ -257,6 +293,37 @@ def _changes_nothing(choice: Alternative, base: Alternative, batch: MicroBatch) 
     return choice.window >= int(np.max(np.asarray(batch.lengths)))
 
 
+@dataclass(frozen=True)
+class _Whole:
+    """Runs whole children; what is wanted names them by number, in the place of a layer."""
+
+    children: tuple[ReplaceOne, ...]
+
+    @property
+    def base(self) -> Sequence[Alternative]:
+        return self.choices
+
+    @property
+    def choices(self) -> Sequence[Alternative]:
+        return self.children[0].choices
+
+    def placed(self, params: Params, mesh: Mesh | None) -> _Whole:
+        return _Whole(tuple(child.placed(params, mesh) for child in self.children))
+
+    def __call__(
+        self, batch: MicroBatch, wanted: Sequence[tuple[int, Alternative]], on_done: Callable[[int], None] | None
+    ) -> Float[np.ndarray, "alternatives rows metrics"]:
+        values = []
+        for number, _ in wanted:
+            values.append(self.children[number].base_metrics(batch))
+            if on_done is not None:
+                on_done(1)
+        return np.stack(values)
+
+    def work(self, wanted: Sequence[tuple[int, Alternative]]) -> int:
+        return len(wanted)
+
+
 def score_children(
     params: Params,
     config: ModelConfig,
@@ -265,17 +332,21 @@ def score_children(
     *,
     mesh: Mesh | None = None,
     tokens_per_batch: int = 4096,
-    on_child: Callable[[], None] | None = None,
+    on_done: Callable[[int], None] | None = None,
+    team: Team | None = None,
 ) -> Measurements:
-    """The same comparison for whole children, as views on the parent."""
-    nothing = (0, Alternative(np.ones(config.blocks[0].num_experts, bool), config.blocks[0].window))
-    book = ScoreBook.empty([nothing] * len(children), traces)
+    """The same comparison for whole children, as views on the parent.
+
+    Args:
+      on_done: called with the children that were run on a batch.
+      team: processes that share the work.
+    """
+    nothing = Alternative(np.ones(config.blocks[0].num_experts, bool), config.blocks[0].window)
+    book = ScoreBook.empty([(number, nothing) for number in range(len(children))], traces)
     runs = [ReplaceOne(params, config, child_choices(child), child.rope, mesh=mesh) for child in children]
-    for batch in micro_batches(traces, tokens_per_batch=tokens_per_batch):
-        real = batch.ids >= 0
-        for number, run in enumerate(runs):
-            book.values[number, batch.ids[real]] = run.base_metrics(batch)[real]
-            if on_child is not None:
-                on_child()
+    run, team = _Whole(tuple(runs)), team or Team()
+    everything = range(len(children)), range(len(traces))
+    team.say(SharedFill.of(book, run, *everything, tokens_per_batch))
+    fill(book, run, *everything, tokens_per_batch=tokens_per_batch, on_done=on_done, team=team)
     scores = [book.score(number, config.blocks[0].window) for number in range(len(children))]
     return Measurements(scores, book.values[..., 0], book.tokens)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +21,10 @@ from puzzle_jax.search.adaptive import RelaxedProgram, in_random_order, score_ad
 from puzzle_jax.search.alternatives import Numbered
 from puzzle_jax.search.lens import fit_lens
 from puzzle_jax.search.problem import Problem, Scores
+from puzzle_jax.search.processes import Team
 from puzzle_jax.search.recipe import ScoreSettings
 from puzzle_jax.search.replace import ReplaceOne
-from puzzle_jax.search.score import Runner, ScoreBook, fill, work_left
+from puzzle_jax.search.score import Runner, ScoreBook, SharedFill, fill, work_left
 from puzzle_jax.search.space import Space
 
 LENS_TRACES = 96
@@ -66,6 +67,7 @@ class SpaceScorer:
       problem: makes the program that the scores are for, from a space and scores.
       console: where progress goes.
       seed: of the order of traces and of what adaptive scoring draws.
+      team: processes that share the work.
     """
 
     run: ReplaceOne
@@ -74,6 +76,7 @@ class SpaceScorer:
     problem: Callable[[Space, Scores], Problem]
     console: Console
     seed: int = 0
+    team: Team = field(default_factory=Team)
 
     def __call__(self, space: Space, book_path: Path, identity: str) -> ScoredSpace:
         """Scores all alternatives of `space` that the lens leaves.
@@ -125,8 +128,18 @@ class SpaceScorer:
         tokens, used = self.settings.tokens_per_batch, run or self.run
         work = work_left(book, used, alternatives, traces, tokens_per_batch=tokens)
         what = f"scoring {len(alternatives)} on {len(traces)}"
+        self.team.say(SharedFill.of(book, used, alternatives, traces, tokens))
         with progress(self.console, what, work) as advance:
-            fill(book, used, alternatives, traces, tokens_per_batch=tokens, on_batch=save, on_done=advance)
+            fill(
+                book,
+                used,
+                alternatives,
+                traces,
+                tokens_per_batch=tokens,
+                on_batch=save,
+                on_done=advance,
+                team=self.team,
+            )
 
     def _looked(self, numbered: Numbered) -> ScoreBook:
         """Estimates by the lens, on the first traces."""

@@ -10,7 +10,7 @@ skipped. One process works in a run directory at a time. Files that a stage did 
 since, are neither overwritten nor deleted: an edited output is taken as it is by the stages after, and
 refuses a rerun of its own stage.
 
-Left out: several hosts (let one of them run the stages that write), and progress inside a stage.
+Left out: several hosts (`search.processes` lets one of them run the stages), and progress inside a stage.
 """
 
 from __future__ import annotations

@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -197,6 +199,40 @@ def test_eight_devices_choose_what_one_does(finished, parent, tmp_path):
         np.testing.assert_allclose(kls[0], kls[1], rtol=1e-3, atol=1e-7)
     one, eight = (json.loads((r / "refine/refined.json").read_text())["child"]["layers"] for r in (finished, run))
     assert one == eight
+
+
+def in_processes(count: int, parent: Path, run: Path, *arguments: str) -> list[subprocess.Popen]:
+    """A search that is started once per process, as on several hosts."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    command = [sys.executable, "-m", "puzzle_jax.search", "--parent", str(parent), *SETTINGS, *arguments]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    return [
+        subprocess.Popen(
+            [*command, "--run", str(run if index == 0 else run.parent / "nowhere"), "--mesh.processes", str(count)],
+            env={**os.environ, "JAX_COORDINATOR_ADDRESS": address, "JAX_PROCESS_ID": str(index)},
+            **pipes,
+        )
+        for index in range(count)
+    ]
+
+
+def test_processes_that_score_together_find_what_one_does(finished, parent, tmp_path):
+    """To the last bit: each batch is run by one of them, by the same program."""
+    run = tmp_path / "run"
+    again = ("score", "solve", "refine", "evaluate")
+    shutil.copytree(finished, run, ignore=shutil.ignore_patterns(*again, "*-book.safetensors"))
+    processes = in_processes(2, parent, run)
+    said = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    for path in ("score/scores.json", "solve/solutions.json", "refine/refined.json"):
+        assert (run / path).read_bytes() == (finished / path).read_bytes(), path
+    divergences = [
+        json.loads((r / "evaluate/evaluation.json").read_text())["child"]["heldout"] for r in (run, finished)
+    ]
+    assert divergences[0] == divergences[1]
+    assert not (tmp_path / "nowhere").exists()
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])

@@ -1,6 +1,11 @@
 """Ranking and scoring against direct computation: one removal, one replacement, one whole forward pass at a time."""
 
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +21,10 @@ from puzzle_jax.model.network import attention_block, embed, forward, moe_block,
 from puzzle_jax.model.rope import rope_table
 from puzzle_jax.model.spec import layer_experts
 from puzzle_jax.search.lens import fit_lens
+from puzzle_jax.search.processes import Team
 from puzzle_jax.search.rank import METHODS, rank_experts
 from puzzle_jax.search.replace import Alternative, ReplaceOne, child_choices
-from puzzle_jax.search.score import ScoreBook, fill, score_children, work_left
+from puzzle_jax.search.score import ScoreBook, SharedFill, fill, score_children, work_left
 from tests.support import random_params, small_config
 
 
@@ -203,6 +209,51 @@ def test_scores_are_those_of_whole_passes_over_single_replacements(parent):
         np.testing.assert_allclose(again.scores[0].kl, score.kl, rtol=1e-4)
         np.testing.assert_allclose(again.kl[0], kls, rtol=2e-3)
         assert again.tokens.tolist() == tokens
+
+
+class _Threads(Team):
+    """A team whose processes are threads."""
+
+    def meet(self, barrier: threading.Barrier, values: list) -> Self:
+        self.barrier, self.values = barrier, values
+        return self
+
+    def gathered(self, values: np.ndarray) -> np.ndarray:
+        self.values[self.index] = values
+        self.barrier.wait()
+        found = np.stack(self.values)
+        self.barrier.wait()
+        return found
+
+
+def test_a_team_shares_batches_and_everyone_gets_all_of_them(parent):
+    """Five traces of which each is a batch: two turns of three processes, the last one short."""
+    config, params, traces = parent
+    traces = [*traces, replace(traces[0], prompt=(3, 4, 5))]
+    alternatives = [(0, Alternative(np.arange(7) < 5, 6)), (3, Alternative(np.arange(7) > 3, None))]
+    run = ReplaceOne(params, config, per_call=2)
+    alone = ScoreBook.empty(alternatives, traces)
+    fill(alone, run, range(2), range(5), tokens_per_batch=1)
+    barrier, values = threading.Barrier(3, timeout=120), [None] * 3
+    teams = [_Threads(3, index).meet(barrier, values) for index in range(3)]
+    jobs = [SharedFill.of(ScoreBook.empty(alternatives, traces), run, range(2), range(5), 1) for _ in teams]
+    assert pickle.loads(pickle.dumps(jobs[0])).run.params == {}
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda job, team: job.join(team, params, None), jobs, teams))
+    for job in jobs:
+        np.testing.assert_array_equal(job.book.values, alone.values)
+    # What others did counts as done too.
+    again, done = ScoreBook.empty(alternatives, traces), []
+    work = work_left(again, run, range(2), range(5), tokens_per_batch=1)
+    fill(again, run, range(2), range(5), tokens_per_batch=1, on_done=done.append, team=_Pretender(2, 0))
+    assert sum(done) == work == 5 * (config.num_layers + config.num_layers - 3)
+
+
+class _Pretender(Team):
+    """A team whose other process is always done, with zeros."""
+
+    def gathered(self, values: np.ndarray) -> np.ndarray:
+        return np.stack([values, np.zeros_like(values)])
 
 
 def test_losses_by_context_and_beyond_the_window(parent):

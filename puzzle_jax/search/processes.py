@@ -1,0 +1,136 @@
+"""Processes that score together, as a rule one per host, over JAX's distributed runtime.
+
+The first process runs the search and writes its files. The others hold the parent's weights on their own devices and
+wait for work: what the first one says is run by all of them, each on its share, and every one gets all results. They
+read the parent and nothing else, so the run's directory may be on the first one's own disk.
+
+How processes find each other is JAX's own affair under Slurm, Open MPI, Kubernetes and on TPU pods. Elsewhere each is
+started with JAX_COORDINATOR_ADDRESS (host:port of the first one) and JAX_PROCESS_ID (0, 1, ...). A process that dies
+takes the others with it, within a minute at most; the search goes on from its files when it is started again.
+
+Left out: a mesh over several hosts. The parent must fit into the memory of one process's devices.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import Shaped
+
+from puzzle_jax.errors import ConfigError
+
+_ADDRESS, _INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_PROCESS_ID"
+_DISMISSED = -1
+_POLL_MS = 60_000
+# A process that is gone is noticed after so long, and not waited for longer at the end.
+_HEARTBEAT_SECONDS, _SHUTDOWN_SECONDS = 60, 10
+
+
+@dataclass
+class Team:
+    """The processes of one search; alone unless `join` made it.
+
+    Used as a context, whose end sends the others home.
+
+    Attributes:
+      count: of processes.
+      index: of this one; 0 leads.
+    """
+
+    count: int = 1
+    index: int = 0
+    _said: int = field(default=0, repr=False)
+
+    @staticmethod
+    def join(count: int, local_devices: int) -> Team:
+        """Waits until all `count` processes are there. Must come before anything that asks JAX for devices.
+
+        Args:
+          local_devices: that this process uses, where it needs more than the one that some launchers give it.
+
+        Raises ConfigError where JAX does not know the other processes, or knows another number of them.
+        """
+        if count == 1:
+            return Team()
+        given: dict[str, Any] = {}
+        if _INDEX in os.environ:
+            given = {"num_processes": count, "process_id": _index(os.environ[_INDEX], count)}
+        if local_devices > 1:
+            given["local_device_ids"] = list(range(local_devices))
+        try:
+            jax.distributed.initialize(
+                **given, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS, shutdown_timeout_seconds=_SHUTDOWN_SECONDS
+            )
+        except (ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"mesh.processes is {count}, but they cannot be brought together ({' '.join(str(error).split())}); "
+                f"start them by Slurm or Open MPI, or each with {_ADDRESS} and {_INDEX}"
+            ) from error
+        if jax.process_count() != count:
+            raise ConfigError(f"mesh.processes is {count}, but {jax.process_count()} were started")
+        return Team(count, jax.process_index())
+
+    def __enter__(self) -> Team:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self.count > 1 and self.index == 0:
+            self._store().key_value_set(self._key(), str(_DISMISSED))
+
+    def say(self, work: Any) -> None:
+        """Tells the others what to do now; by the first process."""
+        if self.count > 1:
+            message = np.frombuffer(pickle.dumps(work), np.uint8)
+            self._store().key_value_set(self._key(), str(len(message)))
+            self._said += 1
+            multihost_utils.broadcast_one_to_all(message)
+
+    def hear(self) -> Any:
+        """What the first process says next, however long that takes; None when there is no more to do."""
+        size = _DISMISSED
+        while True:
+            try:
+                size = int(self._store().blocking_key_value_get(self._key(), _POLL_MS))
+                break
+            except jax.errors.JaxRuntimeError as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    raise
+        if size == _DISMISSED:
+            return None
+        self._said += 1
+        message = multihost_utils.broadcast_one_to_all(np.zeros(size, np.uint8))
+        return pickle.loads(np.asarray(message).tobytes())
+
+    def gathered(self, values: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "processes ..."]:
+        """Every process's values, which have the same shape, in all of them."""
+        if self.count == 1:
+            return values[None]
+        # As bytes: JAX would make 64-bit numbers 32-bit ones.
+        everything = multihost_utils.process_allgather(np.frombuffer(values.tobytes(), np.uint8))
+        return np.asarray(everything).view(values.dtype).reshape(self.count, *values.shape)
+
+    def _key(self) -> str:
+        return f"puzzle_jax/work/{self._said}"
+
+    @staticmethod
+    def _store() -> Any:
+        """Keys and values that all processes see. A wait there may be as long as it must, unlike one in a collective
+        operation; JAX has no public name for it."""
+        from jax._src.distributed import global_state
+
+        return global_state.client
+
+
+def _index(text: str, count: int) -> int:
+    if not text.isdecimal() or int(text) >= count:
+        raise ConfigError(f"{_INDEX} is {text!r}, but must be from 0 to {count - 1} (mesh.processes is {count})")
+    return int(text)
