@@ -2,8 +2,8 @@
 
     cost        exact replace-one scores against running the whole model for every alternative, interleaved rounds, the
                 same scores; the bound for L layers and a head worth h of them is (L + h) / ((L + 1) / 2 + h)
-    ranks       Spearman's correlation with gold scores (exact, other traces) of exact scores on 16 traces and of the
-                lens
+    ranks       Spearman's correlation with gold scores (exact, other traces) of exact scores on few traces, of the
+                lens, and of both together
     sets        the best of all methods' expert sets, chosen on calibration traces, against removal_error's, on gold
     adaptive    layers run and the held-out KL of the child, adaptive against exact scores of all traces
     additive    predicted against real KL of random architectures
@@ -47,6 +47,7 @@ from puzzle_jax.search.refine import Difference
 from puzzle_jax.search.replace import METRICS, Alternative, Answers, ReplaceOne, compare_with_parent
 from puzzle_jax.search.scenario import Scenario, Target
 from puzzle_jax.search.score import ScoreBook, fill, score_children
+from puzzle_jax.search.scoring import LENS_TRACES
 
 CONSOLE = Console(width=120)
 
@@ -198,19 +199,23 @@ class _Found:
 def ranks(found: _Found) -> None:
     gold, order = found.gold.means(), in_random_order(found.calibration)
     everything = range(len(found.numbered.listed))
-    for traces in (8, 16, 32):
-        correlations = []
-        for first in range(0, 4 * traces, traces):
-            book = ScoreBook.empty(found.numbered.listed, found.calibration)
-            fill(book, found.run, everything, order[first : first + traces])
-            correlations.append(float(spearmanr(book.means(), gold)[0]))
-        shown = ", ".join(f"{value:.3f}" for value in correlations)
-        CONSOLE.print(f"exact on {traces} traces: Spearman with gold {shown} (four draws)")
-    first = order[:96]
+    first = order[:LENS_TRACES]
     lens = fit_lens(found.run, micro_batches([found.calibration[n] for n in first], tokens_per_batch=1024))
-    book = ScoreBook.empty(found.numbered.listed, found.calibration)
-    fill(book, lens, everything, first)
-    CONSOLE.print(f"lens on {len(first)} traces: Spearman with gold {float(spearmanr(book.means(), gold)[0]):.3f}")
+    looked = ScoreBook.empty(found.numbered.listed, found.calibration)
+    fill(looked, lens, everything, first)
+    CONSOLE.print(f"lens on {len(first)} traces: Spearman with gold {float(spearmanr(looked.means(), gold)[0]):.3f}")
+    for traces in (8, 16, 32):
+        correlations: dict[str, list[float]] = {"exact": [], "exact drawn towards the lens": []}
+        for start in range(0, 8 * traces, traces):
+            book = ScoreBook.empty(found.numbered.listed, found.calibration)
+            fill(book, found.run, everything, order[start : start + traces])
+            book.lens = looked.means()
+            for values, scores in zip(correlations.values(), (book.means(), book.estimates()), strict=True):
+                values.append(float(spearmanr(scores, gold)[0]))
+        for what, values in correlations.items():
+            shown = ", ".join(f"{value:.3f}" for value in sorted(values))
+            mean = statistics.mean(values)
+            CONSOLE.print(f"{what}, {traces} traces: Spearman with gold {mean:.3f} in the mean of eight draws: {shown}")
 
 
 def sets(found: _Found) -> None:
@@ -231,7 +236,8 @@ def sets(found: _Found) -> None:
 def adaptive(found: _Found) -> None:
     results = {}
     for method in ("exact", "adaptive"):
-        settings = ScoreSettings(method=method, keep_sets=0)
+        # So many that the lens drops none: the two score the same alternatives.
+        settings = ScoreSettings(method=method, keep_sets=0 if method == "exact" else len(found.numbered.listed))
         search = Search(replace(found.search.recipe, score=settings), CONSOLE)
         scorer = search.scorer(None)
         path = search.run / f"benchmark-{method}-book.safetensors"
@@ -243,6 +249,7 @@ def adaptive(found: _Found) -> None:
         layers = found.search.parent.config.num_layers
         pairs = scored.book.scored.sum(axis=1)
         work = sum((layers - layer) * pairs[n] for n, (layer, _) in enumerate(scored.numbered.listed))
+        work += 0 if method == "exact" else LENS_TRACES * len(pairs)
         (child,) = search.problem_of(scored.space, scored.scores).solve()
         ((score,), kl, tokens) = score_children(
             search.parent.params, search.parent.config, [search.child(child)], found.heldout

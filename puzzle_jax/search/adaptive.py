@@ -106,7 +106,7 @@ def contested(programs: Iterable[RelaxedProgram], book: ScoreBook, *, draws: int
     """
     source, found = np.random.default_rng(seed), set()
     used = np.flatnonzero(book.scored.any(axis=0))
-    samples = [book.means()] + [_redrawn(book, source.choice(used, len(used))) for _ in range(draws)]
+    samples = [book.estimates()] + [_redrawn(book, source.choice(used, len(used))) for _ in range(draws)]
     for program in programs:
         program = program.narrowed(samples[0], CASES)
         supports = np.stack([program.support(scores) for scores in samples])
@@ -116,9 +116,9 @@ def contested(programs: Iterable[RelaxedProgram], book: ScoreBook, *, draws: int
 
 
 def _redrawn(book: ScoreBook, traces: np.ndarray) -> Float[np.ndarray, "alternatives"]:
-    """Means over drawn traces; where a draw holds none that an alternative was scored on, over those it was."""
-    means = book.means(traces)
-    return np.where(np.isnan(means), book.means(), means)
+    """Scores of drawn traces; where a draw holds none that an alternative was scored on, of those it was."""
+    scores = book.estimates(traces)
+    return np.where(np.isnan(scores), book.estimates(), scores)
 
 
 def in_random_order(traces: Sequence[Trace], seed: int = 0) -> list[int]:

@@ -578,11 +578,14 @@ def assist(recipe: Recipe, team: Team) -> None:
 def _scores_to_json(scored: ScoredSpace) -> list[dict[str, Any]]:
     """The space with the score of each alternative that is not the parent's own."""
     numbered, book, layers = scored.numbered, scored.book, []
+    estimates = book.estimates()
     for layer, entry in enumerate(scored.space.to_json()):
         window = scored.space.parent.blocks[layer].window
 
         def score(number: int | None, window: int | None = window) -> dict[str, Any] | None:
-            return None if number is None else asdict(book.score(number, window))
+            if number is None:
+                return None
+            return {**asdict(book.score(number, window)), "estimate": float(estimates[number])}
 
         experts = zip(entry["experts"], numbered.experts[layer], strict=True)
         layers.append(
@@ -596,7 +599,7 @@ def _scores_to_json(scored: ScoredSpace) -> list[dict[str, Any]]:
 
 
 def _kl(score: dict[str, Any] | None) -> float:
-    return 0.0 if score is None else score["kl"]
+    return 0.0 if score is None else score["estimate"]
 
 
 def _write(path: Path, value: Any) -> None:

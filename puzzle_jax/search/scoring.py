@@ -53,7 +53,7 @@ class ScoredSpace:
 
     @property
     def scores(self) -> Scores:
-        return self.numbered.scores(self.book.means())
+        return self.numbered.scores(self.book.estimates())
 
 
 @dataclass(frozen=True)
@@ -86,12 +86,16 @@ class SpaceScorer:
           identity: of everything else that the numbers depend on, the parent and the base.
         """
         numbered = Numbered.around(space, self.run.base)
-        proposed = len(numbered.listed)
+        proposed, lens = len(numbered.listed), None
         if self.settings.method == "lens":
             return ScoredSpace(numbered, self._looked(numbered), proposed)
-        if self.settings.keep_sets and any(len(n) > self.settings.keep_sets for n in numbered.sets_by_count()):
-            numbered = Numbered.around(self._fewer_sets(numbered), self.run.base)
+        if self.settings.keep_sets:
+            lens = self._looked(numbered).means()
+            kept = self._best_sets(numbered, lens)
+            numbered, lens = Numbered.around(numbered.keeping(kept), self.run.base), lens[sorted(kept)]
         book = ScoreBook.empty(numbered.listed, self.traces)
+        if self.settings.method == "adaptive" and self.run.base is None:
+            book.lens = lens
         key = book.key(identity)
         book.load(book_path, key)
         saved = time.monotonic()
@@ -152,10 +156,11 @@ class SpaceScorer:
         self.fill(book, range(len(numbered.listed)), traces, lens)
         return book
 
-    def _fewer_sets(self, numbered: Numbered) -> Space:
-        """The space without the expert sets that the lens thinks worse than `keep_sets` others of their count."""
-        estimates = self._looked(numbered).means()
-        kept = [
-            sorted(same, key=lambda n: estimates[n])[: self.settings.keep_sets] for same in numbered.sets_by_count()
-        ]
-        return numbered.keeping({number for same in kept for number in same})
+    def _best_sets(self, numbered: Numbered, estimates: np.ndarray) -> set[int]:
+        """Numbers without those of expert sets that are worse than `keep_sets` others of their count."""
+        dropped = {
+            number
+            for same in numbered.sets_by_count()
+            for number in sorted(same, key=lambda n: estimates[n])[self.settings.keep_sets :]
+        }
+        return set(range(len(numbered.listed))) - dropped

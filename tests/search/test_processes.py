@@ -21,6 +21,6 @@ def test_an_index_that_no_process_has(monkeypatch, index):
 
 def test_processes_that_nobody_told_of_each_other(monkeypatch):
     monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)
-    with pytest.raises(ConfigError, match="mesh.processes is 3, but they cannot be brought together") as raised:
+    with pytest.raises(ConfigError, match=r"mesh\.processes is 3, but they cannot be brought together") as raised:
         Team.join(3, 2)
     assert "\n" not in str(raised.value)
