@@ -82,7 +82,7 @@ def _dense(
     tile_in, tile_out = inputs_tile(inputs, LANES), outputs_tile(outputs)
     contract = (((1,), (1 if transposed else 0,)), ((), ()))
 
-    def product(x: Any, w: Any) -> Float[Array, "block tile_out"]:
+    def product(step: Any, x: Any, w: Any) -> Float[Array, "block tile_out"]:
         return lax.dot_general(x[...], w[0], contract, preferred_element_type=jnp.float32)
 
     shape = (1, tile_out, tile_in) if transposed else (1, tile_in, tile_out)
@@ -95,18 +95,16 @@ def _packed(
 ) -> Float[Array, "padded outputs"]:
     experts, inputs, outputs = weights.shape
     tile_in, tile_out = inputs_tile(inputs, 2 * LANES), outputs_tile(outputs)
-    half, groups = tile_in // 2, tile_in // GROUP
+    half, groups = tile_in // 2, inputs // GROUP
     codes = weights.blocks.reshape(experts, outputs, inputs // 2)
     even, odd = rows[:, 0::2], rows[:, 1::2]
     contract = (((1,), (1,)), ((), ()))
 
-    def product(x_even: Any, x_odd: Any, w: Any, s: Any) -> Float[Array, "block tile_out"]:
-        # [groups, half]: which bytes a scale belongs to. Each sum has one term, a power of two: exact.
-        spread = lax.broadcasted_iota(jnp.int32, (groups, half), 1) >> 4
-        spread = (spread == lax.broadcasted_iota(jnp.int32, (groups, half), 0)).astype(jnp.float32)
-        scales = lax.dot_general(
-            scale_values(s[0, 0]), spread, (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST
-        )
+    def product(step: Any, x_even: Any, x_odd: Any, w: Any, s: Any) -> Float[Array, "block tile_out"]:
+        # [groups, half]: which bytes of this tile a scale belongs to. Each sum has one term, a power of two: exact.
+        group = lax.broadcasted_iota(jnp.int32, (groups, half), 0) - step * (tile_in // GROUP)
+        spread = (lax.broadcasted_iota(jnp.int32, (groups, half), 1) >> 4 == group).astype(jnp.float32)
+        scales = jnp.matmul(scale_values(s[0]), spread, precision=lax.Precision.HIGHEST)
         byte = w[0].astype(jnp.int32)
         total = jnp.zeros((), jnp.float32)
         for x, code in ((x_even, byte & 0xF), (x_odd, byte >> 4)):
@@ -114,11 +112,10 @@ def _packed(
             total = total + lax.dot_general(x[...], decoded, contract, preferred_element_type=jnp.float32)
         return total
 
-    # [experts, tiles, groups, outputs]: whole last dimensions for the tiles of scales, however few groups one has.
-    scales = weights.scales.swapaxes(1, 2).reshape(experts, inputs // tile_in, groups, outputs)
     tiles = [
         (codes, (1, tile_out, half), lambda e, n, k: (e, n, k)),
-        (scales, (1, 1, groups, tile_out), lambda e, n, k: (e, k, 0, n)),
+        # All groups of an output: no tile of a few would be whole registers.
+        (weights.scales, (1, tile_out, groups), lambda e, n, k: (e, n, 0)),
     ]
     return _call(product, [even, odd], half, tiles, (expert, used), inputs // tile_in, tile_out, outputs, interpret)
 
@@ -137,7 +134,7 @@ def _call(
     outputs: int,
     interpret: bool,
 ) -> Float[Array, "padded outputs"]:
-    """Sums `product` of tiles over the inputs.
+    """Sums `product` of step and tiles over the inputs.
 
     Args:
       rows: arrays of the same rows, cut into tiles of `tile_rows` columns.
@@ -178,7 +175,7 @@ def _call(
             def _() -> None:
                 total[...] = jnp.zeros_like(total)
 
-            total[...] += product(*tiles)
+            total[...] += product(k, *tiles)
 
             @pl.when(k == steps - 1)
             def _() -> None:
