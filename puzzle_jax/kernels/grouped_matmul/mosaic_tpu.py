@@ -196,6 +196,25 @@ def _call(
         out_shape=jax.ShapeDtypeStruct((len(rows[0]), outputs), rows[0].dtype),
         grid_spec=grid,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        cost_estimate=_cost(rows, weights, count, outputs, tiles_out),
         interpret=interpret,
     )
     return call(blocks[0], blocks[1][None], *rows, *(array for array, _, _ in weights))
+
+
+def _cost(
+    rows: Sequence[Float[Array, "padded _"]],
+    weights: Sequence[tuple[Array, tuple[int, ...], Index]],
+    count: int,
+    outputs: int,
+    tiles_out: int,
+) -> pl.CostEstimate:
+    """With all blocks in use: each reads its expert's matrix once, and its rows once per tile of outputs."""
+    inputs = sum(x.shape[1] for x in rows)
+    per_expert = sum(array.nbytes // len(array) for array, _, _ in weights)
+    row_bytes = sum(x.nbytes for x in rows)
+    return pl.CostEstimate(
+        flops=2 * len(rows[0]) * inputs * outputs,
+        bytes_accessed=count * per_expert + tiles_out * row_bytes + len(rows[0]) * outputs * rows[0].dtype.itemsize,
+        transcendentals=0,
+    )
