@@ -50,7 +50,10 @@ def main() -> None:
                 continue
             temporary = compiled.memory_analysis().temp_size_in_bytes / 1e6
             seconds = compiled.cost_analysis()["optimal_seconds"]
-            print(f"{tpu:<4} {name:<62} {temporary:8.0f} MB beside arguments, modelled {seconds * 1e3:7.3f} ms", flush=True)
+            print(
+                f"{tpu:<4} {name:<62} {temporary:8.0f} MB beside arguments, modelled {seconds * 1e3:7.3f} ms",
+                flush=True,
+            )
     raise SystemExit(1 if failed else 0)
 
 

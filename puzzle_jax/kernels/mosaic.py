@@ -31,5 +31,3 @@ def swizzled(columns: int, bits: int = 16) -> tuple[Any, ...]:
     mosaic = plgpu()
     swizzle = mosaic.find_swizzle(columns * bits)
     return mosaic.TilingTransform((8, swizzle * 8 // bits)), mosaic.SwizzleTransform(swizzle)
-
-

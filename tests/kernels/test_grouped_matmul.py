@@ -1,4 +1,4 @@
-"""Grouped matmuls against a loop over rows: values, gradients, layouts, and what is refused. Kernels are interpreted."""
+"""Grouped matmuls against a loop over rows: values, gradients, layouts, refusals. Kernels are interpreted."""
 
 import jax
 import jax.numpy as jnp
@@ -155,7 +155,9 @@ def test_what_does_not_fit_is_refused_before_anything_runs():
     rows, weights = rows_of(), dense_weights()
     with pytest.raises(ValueError, match=r"rows have shape \(71, 192\), but weights of shape \(5, 320, 192\) take 320"):
         grouped_matmul(rows, weights.swapaxes(1, 2), jnp.asarray(SIZES["mixed"]))
-    with pytest.raises(ValueError, match=r"group_sizes has shape \(4,\), but weights of shape \(5, 192, 320\) need \(5,\)"):
+    with pytest.raises(
+        ValueError, match=r"group_sizes has shape \(4,\), but weights of shape \(5, 192, 320\) need \(5,\)"
+    ):
         grouped_matmul(rows, weights, jnp.asarray([1, 2, 3, 4]))
     with pytest.raises(ValueError, match="group_sizes are 0 at least and 72 in sum, but rows are 71"):
         grouped_matmul(rows, weights, jnp.asarray([72, 0, 0, 0, 0]))
@@ -164,6 +166,6 @@ def test_what_does_not_fit_is_refused_before_anything_runs():
     with pytest.raises(ValueError, match="71 rows are no whole blocks: expert names 5"):
         block_matmul(rows, weights, jnp.zeros(5, jnp.int32), jnp.asarray(5))
     for pinned in ("mosaic_gpu", "mosaic_tpu", "ragged_dot"):
-        with pytest.raises(NotImplementedError, match="cpu|CPU|needs JAX"):
+        with pytest.raises(NotImplementedError, match=r"cpu|CPU|needs JAX"):
             grouped_matmul(rows, weights, jnp.asarray(SIZES["mixed"]), implementation=pinned)
     assert list(IMPLEMENTATIONS)[-1] == "reference"

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from puzzle_jax.kernels.dispatch import dispatch
@@ -38,7 +39,7 @@ def _differentiable(kernel: Callable[..., Array]) -> Callable[..., Array]:
     def call(
         rows: Array, parts: tuple[Array, ...], expert: Array, used: Array, transposed: bool, interpret: bool
     ) -> Float[Array, "padded outputs"]:
-        weights = MXFP4(*parts) if len(parts) > 1 else parts[0]
+        weights = parts[0] if len(parts) == 1 else MXFP4(*parts)
         return kernel(rows, weights, expert, used, transposed=transposed, interpret=interpret)
 
     def save(
@@ -169,11 +170,15 @@ def grouped_matmul(
     _check(rows, weights, transposed)
     experts = weights.shape[0]
     if group_sizes.shape != (experts,):
-        raise ValueError(f"group_sizes has shape {group_sizes.shape}, but weights of shape {weights.shape} need ({experts},)")
-    if not isinstance(group_sizes, jax.core.Tracer):
+        raise ValueError(
+            f"group_sizes has shape {group_sizes.shape}, but weights of shape {weights.shape} need ({experts},)"
+        )
+    if not isinstance(group_sizes, Tracer):
         sizes = np.asarray(group_sizes)
         if sizes.min(initial=0) < 0 or sizes.sum() > len(rows):
-            raise ValueError(f"group_sizes are {sizes.min()} at least and {sizes.sum()} in sum, but rows are {len(rows)}")
+            raise ValueError(
+                f"group_sizes are {sizes.min()} at least and {sizes.sum()} in sum, but rows are {len(rows)}"
+            )
     return dispatch(
         "grouped_matmul", IMPLEMENTATIONS, implementation, rows, weights, group_sizes, transposed=transposed
     )

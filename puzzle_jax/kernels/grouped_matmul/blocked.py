@@ -11,7 +11,6 @@ from jaxtyping import Array, Float, Int
 
 from puzzle_jax.kernels.mxfp4 import MXFP4, as_dense
 
-
 MIN_BLOCK, MAX_BLOCK = 4, 128
 
 

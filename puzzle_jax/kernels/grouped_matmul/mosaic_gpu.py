@@ -133,7 +133,11 @@ def _dense(
 
 
 def _packed(
-    rows: Float[Array, "padded inputs"], weights: MXFP4, expert: Int[Array, "blocks"], used: Int[Array, ""], interpret: bool
+    rows: Float[Array, "padded inputs"],
+    weights: MXFP4,
+    expert: Int[Array, "blocks"],
+    used: Int[Array, ""],
+    interpret: bool,
 ) -> Float[Array, "padded outputs"]:
     experts, inputs, outputs = weights.shape
     count = len(expert)

@@ -19,10 +19,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int
 
-from puzzle_jax.kernels.platform import target_platform
 from puzzle_jax.kernels.mxfp4 import GROUP, MXFP4, code_values, scale_values
+from puzzle_jax.kernels.platform import target_platform
 
 LANES = 128
 TILE_IN, TILE_OUT = 1024, 512
@@ -87,11 +87,25 @@ def _dense(
 
     shape = (1, tile_out, tile_in) if transposed else (1, tile_in, tile_out)
     at = (lambda e, n, k: (e, n, k)) if transposed else (lambda e, n, k: (e, k, n))
-    return _call(product, [rows], tile_in, [(weights, shape, at)], (expert, used), inputs // tile_in, tile_out, outputs, interpret)
+    return _call(
+        product,
+        [rows],
+        tile_in,
+        [(weights, shape, at)],
+        (expert, used),
+        inputs // tile_in,
+        tile_out,
+        outputs,
+        interpret,
+    )
 
 
 def _packed(
-    rows: Float[Array, "padded inputs"], weights: MXFP4, expert: Int[Array, "blocks"], used: Int[Array, ""], interpret: bool
+    rows: Float[Array, "padded inputs"],
+    weights: MXFP4,
+    expert: Int[Array, "blocks"],
+    used: Int[Array, ""],
+    interpret: bool,
 ) -> Float[Array, "padded outputs"]:
     experts, inputs, outputs = weights.shape
     tile_in, tile_out = inputs_tile(inputs, 2 * LANES), outputs_tile(outputs)
