@@ -11,7 +11,6 @@ dense weights by `lax.ragged_dot_general`. Packed weights have none.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from types import ModuleType
 from typing import Any
 
