@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: search test parity slow runtimes lint benchmarks clean
+.PHONY: search test parity slow runtimes tpu-aot lint benchmarks clean
 
 search: $(VENV)/.core
 	$(BIN)/python -m puzzle_jax.search
@@ -34,6 +34,15 @@ runtimes: $(VENV)/.parity .venv-mlx/.ready .venv-vllm/.ready
 	.venv-vllm/bin/python -m pip install -q --no-deps -e .
 	touch $@
 
+# Kernels for TPUs through the TPU's own compiler; no TPU needed, but a machine of Linux and a free libtpu.
+tpu-aot: .venv-tpu/.ready
+	.venv-tpu/bin/python benchmarks/tpu_aot.py
+
+.venv-tpu/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv-tpu
+	.venv-tpu/bin/python -m pip install -q -e . 'jax[tpu]'
+	touch $@
+
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -56,4 +65,4 @@ $(VENV)/.test $(VENV)/.parity $(VENV)/.lint: $(VENV)/.%: pyproject.toml | $(VENV
 comma := ,
 
 clean:
-	rm -rf $(VENV) .venv-newest .venv-mlx .venv-vllm runs .cache
+	rm -rf $(VENV) .venv-newest .venv-mlx .venv-vllm .venv-tpu runs .cache

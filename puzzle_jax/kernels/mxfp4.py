@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 GROUP = 32
 CODE_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -50,10 +50,22 @@ def decode(weight: MXFP4, dtype: jnp.dtype | type = jnp.float32) -> Float[Array,
     low, high = weight.blocks & 0xF, weight.blocks >> 4
     codes = jnp.stack([low, high], axis=-1).reshape(experts, outputs, inputs // GROUP, GROUP)
     values = jnp.take(jnp.asarray(CODE_VALUES, jnp.float32), codes.astype(jnp.int32))
-    # A power of two by its bits: exp2 is off by parts in a million on some platforms.
-    powers = jax.lax.bitcast_convert_type(weight.scales.astype(jnp.uint32) << 23, jnp.float32)
-    scaled = values * powers[..., None]
+    scaled = values * scale_values(weight.scales)[..., None]
     return scaled.reshape(experts, outputs, inputs).swapaxes(1, 2).astype(dtype)
+
+
+def code_values(codes: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The numbers of 4-bit codes held in 32 bits, by arithmetic: kernels have no tables."""
+    # Two bits of exponent and one of mantissa become those of a float32 whose exponent starts at 1 / 2. That is right
+    # for all but the two smallest, which a float32 so built cannot say.
+    magnitude = jax.lax.bitcast_convert_type(((codes & 7) << 22) + (126 << 23), jnp.float32)
+    magnitude = jnp.where(codes & 6 == 0, 0.5 * (codes & 1).astype(jnp.float32), magnitude)
+    return jnp.where(codes & 8 == 0, magnitude, -magnitude)
+
+
+def scale_values(scales: UInt8[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Powers of two by their bits: exp2 is off by parts in a million on some platforms."""
+    return jax.lax.bitcast_convert_type(scales.astype(jnp.int32) << 23, jnp.float32)
 
 
 def as_dense(weight: MXFP4 | Array, dtype: jnp.dtype | type) -> Float[Array, "..."]:

@@ -17,6 +17,7 @@ from puzzle_jax.kernels.expert_mlp.gradients import with_gradients_of_sorted_blo
 from puzzle_jax.kernels.expert_mlp.reference import clamped_swiglu
 from puzzle_jax.kernels.expert_mlp.weights import Experts
 from puzzle_jax.kernels.mxfp4 import as_dense
+from puzzle_jax.kernels.platform import target_platform
 from puzzle_jax.kernels.route import expert_order
 
 MIN_EXPERT_BYTES = 1 << 18  # of one expert's two matrices in float32
@@ -34,8 +35,8 @@ def expert_outputs(
 ) -> Float[Array, "tokens k hidden"]:
     """See the api. Raises NotImplementedError off CPUs, in other types than float32, and for experts of less than
     `MIN_EXPERT_BYTES`."""
-    if jax.default_backend() != "cpu" or x.dtype != jnp.float32:
-        raise NotImplementedError(f"for float32 on CPUs, but this is {x.dtype} on {jax.default_backend()}")
+    if target_platform() != "cpu" or x.dtype != jnp.float32:
+        raise NotImplementedError(f"for float32 on CPUs, but this is {x.dtype} on {target_platform()}")
     expert_bytes = 3 * experts.down_bias.shape[1] * (experts.gate_up_bias.shape[1] // 2) * x.dtype.itemsize
     if expert_bytes < MIN_EXPERT_BYTES:
         raise NotImplementedError(f"experts of {expert_bytes} bytes are too small for a loop")

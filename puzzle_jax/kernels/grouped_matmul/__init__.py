@@ -1,0 +1,189 @@
+"""Rows that are sorted by expert, times each row's expert's matrix; dense or packed (MXFP4) weights.
+
+Kernels take rows in blocks of one expert each (`layout`): padding a group to whole blocks costs less than tiles that
+two experts share, and work stays proportional to the rows. Implementations: `mosaic_gpu` on Hopper, `mosaic_tpu`,
+`blocked` in plain XLA, which is the way on CPUs, `ragged_dot`, and `reference`.
+
+Gradients of the kernels: of the rows by the same kernel with the matrices transposed, packed ones decoded for it; of
+dense weights by `lax.ragged_dot_general`. Packed weights have none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import Tracer
+from jaxtyping import Array, Float, Int
+
+from puzzle_jax.kernels.dispatch import dispatch
+from puzzle_jax.kernels.grouped_matmul import blocked, mosaic_gpu, mosaic_tpu, ragged, reference
+from puzzle_jax.kernels.grouped_matmul.layout import Blocks, blocks_of
+from puzzle_jax.kernels.mxfp4 import MXFP4, decode
+
+__all__ = ["BLOCK_IMPLEMENTATIONS", "IMPLEMENTATIONS", "Blocks", "block_matmul", "blocks_of", "grouped_matmul"]
+
+Weights = Float[Array, "experts first second"] | MXFP4
+
+
+def _differentiable(kernel: Callable[..., Array]) -> Callable[..., Array]:
+    """A kernel for blocks with gradients of its own."""
+
+    # Packed weights come as their two arrays: JAX makes trees of other things than arrays while it differentiates.
+    def call(
+        rows: Array, parts: tuple[Array, ...], expert: Array, used: Array, transposed: bool, interpret: bool
+    ) -> Float[Array, "padded outputs"]:
+        weights = parts[0] if len(parts) == 1 else MXFP4(*parts)
+        return kernel(rows, weights, expert, used, transposed=transposed, interpret=interpret)
+
+    def save(
+        rows: Array, parts: tuple[Array, ...], expert: Array, used: Array, transposed: bool, interpret: bool
+    ) -> tuple[Array, Any]:
+        return call(rows, parts, expert, used, transposed, interpret), (rows, parts, expert, used)
+
+    def backward(transposed: bool, interpret: bool, saved: Any, d_out: Array) -> tuple[Any, ...]:
+        rows, parts, expert, used = saved
+        packed = len(parts) > 1
+        dense = decode(MXFP4(*parts), rows.dtype) if packed else parts[0]
+        d_rows = call(d_out, (dense,), expert, used, not transposed, interpret)
+        # Blocks without rows were not written.
+        d_rows = jnp.where(_in_use(expert, used, len(rows)), d_rows, 0)
+        d_parts = (None, None) if packed else (_d_weights(rows, d_out, dense, expert, used, transposed),)
+        return d_rows, d_parts, None, None
+
+    run = jax.custom_vjp(call, nondiff_argnums=(4, 5))
+    run.defvjp(save, backward)
+
+    def with_gradients(
+        rows: Array, weights: Weights, expert: Array, used: Array, *, transposed: bool = False, interpret: bool = False
+    ) -> Float[Array, "padded outputs"]:
+        parts = (weights.blocks, weights.scales) if isinstance(weights, MXFP4) else (weights,)
+        return run(rows, parts, expert, used, transposed, interpret)
+
+    return with_gradients
+
+
+def _in_use(expert: Int[Array, "blocks"], used: Int[Array, ""], padded: int) -> Array:
+    return (jnp.arange(padded) < used * (padded // len(expert)))[:, None]
+
+
+def _d_weights(
+    rows: Array, d_out: Array, weights: Array, expert: Array, used: Array, transposed: bool
+) -> Float[Array, "experts inputs outputs"]:
+    """Of dense weights: each expert's rows times what came back for them."""
+    block = len(rows) // len(expert)
+    sizes = jnp.zeros(len(weights), jnp.int32).at[expert].add(jnp.where(jnp.arange(len(expert)) < used, block, 0))
+    in_use = _in_use(expert, used, len(rows))
+    left, right = (jnp.where(in_use, x, 0) for x in ((d_out, rows) if transposed else (rows, d_out)))
+    dimensions = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
+    found = lax.ragged_dot_general(left, right, sizes, dimensions, preferred_element_type=jnp.float32)
+    return found.astype(weights.dtype)
+
+
+BLOCK_IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
+    "mosaic_gpu": _differentiable(mosaic_gpu.block_matmul),
+    "mosaic_tpu": _differentiable(mosaic_tpu.block_matmul),
+    "blocked": blocked.block_matmul,
+}
+
+
+def block_matmul(
+    rows: Float[Array, "padded columns"],
+    weights: Weights,
+    expert: Int[Array, "blocks"],
+    used: Int[Array, ""],
+    *,
+    transposed: bool = False,
+    implementation: str | None = None,
+) -> Float[Array, "padded outputs"]:
+    """Rows in blocks of one expert each, times their experts' matrices.
+
+    Args:
+      rows: `padded / blocks` rows per block.
+      weights: of all experts; with `transposed` their outputs and inputs change places.
+      expert: of each block.
+      used: blocks that hold rows, which come first; what comes out for others is undefined.
+      implementation: pins one of `BLOCK_IMPLEMENTATIONS`.
+
+    Raises ValueError for shapes that do not fit, NotImplementedError where no implementation accepts the arguments.
+    """
+    _check(rows, weights, transposed)
+    if len(rows) % len(expert):
+        raise ValueError(f"{len(rows)} rows are no whole blocks: expert names {len(expert)} of them")
+    return dispatch(
+        "block_matmul",
+        BLOCK_IMPLEMENTATIONS,
+        implementation,
+        rows,
+        weights,
+        expert,
+        used,
+        transposed=transposed,
+    )
+
+
+def _in_blocks(kernel: Callable[..., Array], module: ModuleType) -> Callable[..., Array]:
+    def run(rows: Array, weights: Any, group_sizes: Array, *, transposed: bool = False) -> Array:
+        packed = isinstance(weights, MXFP4)
+        blocks = blocks_of(group_sizes, len(rows), module.block_rows(len(rows), len(group_sizes), packed))
+        padded = jnp.take(rows, blocks.source, axis=0, mode="fill", fill_value=0)
+        out = kernel(padded, weights, blocks.expert, blocks.used, transposed=transposed)
+        return jnp.take(out, blocks.slot, axis=0, mode="fill", fill_value=0)
+
+    return run
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
+    "mosaic_gpu": _in_blocks(BLOCK_IMPLEMENTATIONS["mosaic_gpu"], mosaic_gpu),
+    "mosaic_tpu": _in_blocks(BLOCK_IMPLEMENTATIONS["mosaic_tpu"], mosaic_tpu),
+    "ragged_dot": ragged.grouped_matmul,
+    "blocked": _in_blocks(BLOCK_IMPLEMENTATIONS["blocked"], blocked),
+    "reference": reference.grouped_matmul,
+}
+
+
+def grouped_matmul(
+    rows: Float[Array, "rows columns"],
+    weights: Weights,
+    group_sizes: Int[Array, "groups"],
+    *,
+    transposed: bool = False,
+    implementation: str | None = None,
+) -> Float[Array, "rows outputs"]:
+    """Rows sorted by expert, times their experts' matrices.
+
+    Args:
+      rows: the first `group_sizes[0]` are expert 0's, and so on; those past the sum come out as zeros.
+      weights: of all experts; with `transposed` their outputs and inputs change places.
+      group_sizes: rows of every expert, 0 included.
+      implementation: pins one of `IMPLEMENTATIONS`.
+
+    Differentiable in `rows` and dense weights. Raises ValueError, before anything runs, for shapes that do not fit and,
+    where they are known, sizes below zero or of more rows than there are.
+    """
+    _check(rows, weights, transposed)
+    experts = weights.shape[0]
+    if group_sizes.shape != (experts,):
+        raise ValueError(
+            f"group_sizes has shape {group_sizes.shape}, but weights of shape {weights.shape} need ({experts},)"
+        )
+    if not isinstance(group_sizes, Tracer):
+        sizes = np.asarray(group_sizes)
+        if sizes.min(initial=0) < 0 or sizes.sum() > len(rows):
+            raise ValueError(
+                f"group_sizes are {sizes.min()} at least and {sizes.sum()} in sum, but rows are {len(rows)}"
+            )
+    return dispatch(
+        "grouped_matmul", IMPLEMENTATIONS, implementation, rows, weights, group_sizes, transposed=transposed
+    )
+
+
+def _check(rows: Array, weights: Any, transposed: bool) -> None:
+    inputs = weights.shape[2 if transposed else 1]
+    if rows.ndim != 2 or rows.shape[1] != inputs:
+        raise ValueError(f"rows have shape {rows.shape}, but weights of shape {weights.shape} take {inputs} inputs")

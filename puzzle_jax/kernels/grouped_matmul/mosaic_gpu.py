@@ -1,0 +1,213 @@
+"""`grouped_matmul` on Hopper GPUs, in Pallas' Mosaic GPU: a grid step per block of rows and tile of outputs.
+
+Dense: the block of rows is the left side of wgmma, the expert's tile the right one; both come by TMA in a pipeline.
+
+Packed (MXFP4): the weights are the left side and the rows the right one, so few rows cost few columns; 64 outputs are
+the least that wgmma works on, 8 rows the least. Packed bytes come by TMA, are decoded in registers and go to shared
+memory as bfloat16. They cross global memory once. Codes lie two to a byte, input 2j low and input 2j + 1 high: even and
+odd inputs are products of their own and nothing is interleaved. A wgmma takes 16 of either, which is a group of 32
+inputs with one scale per output.
+
+Left out: clusters with multicast, a persistent grid, stores of single rows (blocks are padded), and weights decoded
+straight into the registers that wgmma reads, which the interpreter of this backend cannot run.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float, Int
+
+from puzzle_jax.kernels.mosaic import hopper_only, plgpu, swizzled
+from puzzle_jax.kernels.mxfp4 import GROUP, MXFP4, code_values, scale_values
+
+DENSE_TILE_IN, DENSE_TILE_OUT, DENSE_STEPS = 64, (192, 128, 64), 4
+PACKED_TILE_OUT, PACKED_GROUPS, PACKED_STEPS = 64, (8, 4, 2, 1), 4
+MIN_DENSE_ROWS, MIN_PACKED_ROWS = 64, 8
+
+
+def block_rows(rows: int, num_experts: int, packed: bool) -> int:
+    """Rows per block: the power of two nearest to the mean rows per expert, from the least that wgmma takes to 128.
+
+    Packed weights are decoded once per block, so few blocks are worth more than little padding.
+    """
+    nearest = 1 << max(0, round(math.log2(max(1, rows / num_experts))))
+    return min(128, max(MIN_PACKED_ROWS if packed else MIN_DENSE_ROWS, nearest))
+
+
+def block_matmul(
+    rows: Float[Array, "padded inputs"],
+    weights: Float[Array, "experts first second"] | MXFP4,
+    expert: Int[Array, "blocks"],
+    used: Int[Array, ""],
+    *,
+    transposed: bool = False,
+    interpret: bool = False,
+) -> Float[Array, "padded outputs"]:
+    """See the api. Raises NotImplementedError where this is no Hopper GPU (unless interpreted), below JAX 0.11.2, for
+    other types than bfloat16, and for sizes that no tile divides."""
+    hopper_only(interpret)
+    if rows.dtype != jnp.bfloat16:
+        raise NotImplementedError(f"for bfloat16, but rows are {rows.dtype}")
+    if isinstance(weights, MXFP4):
+        if transposed:
+            raise NotImplementedError("packed weights have no transposed product")
+        return _packed(rows, weights, expert, used, interpret)
+    return _dense(rows, weights.astype(rows.dtype), expert, used, transposed, interpret)
+
+
+def _dividing(size: int, tiles: tuple[int, ...], what: str) -> int:
+    for tile in tiles:
+        if size % tile == 0:
+            return tile
+    raise NotImplementedError(f"{size} {what} are no multiple of {tiles[-1]}")
+
+
+def _dense(
+    rows: Float[Array, "padded inputs"],
+    weights: Float[Array, "experts first second"],
+    expert: Int[Array, "blocks"],
+    used: Int[Array, ""],
+    transposed: bool,
+    interpret: bool,
+) -> Float[Array, "padded outputs"]:
+    inputs, outputs = weights.shape[:0:-1] if transposed else weights.shape[1:]
+    count = len(expert)
+    block = len(rows) // count
+    if block % MIN_DENSE_ROWS:
+        raise NotImplementedError(f"blocks of {block} rows are no multiple of {MIN_DENSE_ROWS}")
+    tile_in = _dividing(inputs, (DENSE_TILE_IN,), "inputs")
+    tile_out = _dividing(outputs, DENSE_TILE_OUT, "outputs")
+    mosaic = plgpu()
+
+    def kernel(experts_of: Any, num_used: Any, x: Any, w: Any, out: Any, tile: Any) -> None:
+        b, n = lax.axis_index("block"), lax.axis_index("tile")
+
+        @pl.when(b < num_used[0])
+        def _() -> None:
+            def product(total: Any) -> Float[Array, "block tile_out"]:
+                def step(_: Any, x_tile: Any, w_tile: Any) -> None:
+                    mosaic.wgmma(total, x_tile, w_tile.T if transposed else w_tile)
+
+                weight_tile = (tile_out, tile_in) if transposed else (tile_in, tile_out)
+                pipeline = mosaic.emit_pipeline(
+                    step,
+                    grid=(inputs // tile_in,),
+                    in_specs=[
+                        # A tile is still read by the wgmma of the step before.
+                        mosaic.BlockSpec(
+                            (block, tile_in), lambda k: (b, k), transforms=swizzled(tile_in), delay_release=1
+                        ),
+                        mosaic.BlockSpec(
+                            weight_tile,
+                            (lambda k: (n, k)) if transposed else (lambda k: (k, n)),
+                            transforms=swizzled(weight_tile[1]),
+                            delay_release=1,
+                        ),
+                    ],
+                    max_concurrent_steps=min(DENSE_STEPS, inputs // tile_in),
+                )
+                pipeline(x, w.at[experts_of[b]])
+                return total[...]
+
+            tile[...] = pl.run_scoped(product, mosaic.ACC((block, tile_out))).astype(tile.dtype)
+            mosaic.commit_smem()
+            mosaic.copy_smem_to_gmem(tile, out.at[pl.ds(b * block, block), pl.ds(n * tile_out, tile_out)])
+            mosaic.wait_smem_to_gmem(0)
+
+    call = mosaic.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((len(rows), outputs), rows.dtype),
+        grid=(count, outputs // tile_out),
+        grid_names=("block", "tile"),
+        scratch_types=[mosaic.SMEM((block, tile_out), rows.dtype, transforms=swizzled(tile_out))],
+        compiler_params=mosaic.CompilerParams(lowering_semantics=mosaic.LoweringSemantics.Warpgroup),
+        interpret=mosaic.InterpretGPUParams() if interpret else None,
+    )
+    return call(expert, used[None], rows, weights)
+
+
+def _packed(
+    rows: Float[Array, "padded inputs"],
+    weights: MXFP4,
+    expert: Int[Array, "blocks"],
+    used: Int[Array, ""],
+    interpret: bool,
+) -> Float[Array, "padded outputs"]:
+    experts, inputs, outputs = weights.shape
+    count = len(expert)
+    block, half, per_group = len(rows) // count, inputs // 2, GROUP // 2
+    if block % MIN_PACKED_ROWS or block > 256:
+        raise NotImplementedError(f"blocks of {block} rows are no multiple of {MIN_PACKED_ROWS} up to 256")
+    groups = next(g for g in PACKED_GROUPS if (inputs // GROUP) % g == 0)
+    tile_out, tile_in = _dividing(outputs, (PACKED_TILE_OUT,), "outputs"), groups * per_group
+    if tile_in < 32:
+        raise NotImplementedError(f"{inputs} inputs are no multiple of 64")
+    mosaic = plgpu()
+
+    def kernel(
+        experts_of: Any, num_used: Any, x: Any, codes: Any, scales: Any, out: Any, tile: Any, low: Any, high: Any
+    ) -> None:
+        b, n = lax.axis_index("block"), lax.axis_index("tile")
+
+        @pl.when(b < num_used[0])
+        def _() -> None:
+            def product(total: Any) -> Float[Array, "tile_out block"]:
+                def step(_: Any, code_tile: Any, scale_tile: Any, even: Any, odd: Any) -> None:
+                    pairs = code_tile[...].astype(jnp.int32)
+                    for g in range(groups):
+                        pair = pairs[:, g * per_group : (g + 1) * per_group]
+                        scale = lax.broadcast_in_dim(scale_values(scale_tile[g]), pair.shape, (0,))
+                        low[g] = (code_values(pair & 0xF) * scale).astype(rows.dtype)
+                        high[g] = (code_values(pair >> 4) * scale).astype(rows.dtype)
+                    mosaic.commit_smem()
+                    for g in range(groups):
+                        mosaic.wgmma(total, low.at[g], even.at[g].T)
+                        mosaic.wgmma(total, high.at[g], odd.at[g].T)
+                    mosaic.wgmma_wait(0)  # before `low` and `high` are written again
+
+                row_tile = mosaic.BlockSpec(
+                    (groups, block, per_group), lambda k: (k, b, 0), transforms=swizzled(per_group)
+                )
+                pipeline = mosaic.emit_pipeline(
+                    step,
+                    grid=(half // tile_in,),
+                    in_specs=[
+                        mosaic.BlockSpec((tile_out, tile_in), lambda k: (n, k), transforms=swizzled(tile_in, 8)),
+                        mosaic.BlockSpec((groups, tile_out), lambda k: (k, n)),
+                        row_tile,
+                        row_tile,
+                    ],
+                    max_concurrent_steps=min(PACKED_STEPS, half // tile_in),
+                )
+                pipeline(codes.at[experts_of[b]], scales.at[experts_of[b]], x.at[0], x.at[1])
+                return total[...]
+
+            tile.T[...] = pl.run_scoped(product, mosaic.ACC((tile_out, block))).astype(tile.dtype)
+            mosaic.commit_smem()
+            mosaic.copy_smem_to_gmem(tile, out.at[pl.ds(b * block, block), pl.ds(n * tile_out, tile_out)])
+            mosaic.wait_smem_to_gmem(0)
+
+    decoded = mosaic.SMEM((groups, tile_out, per_group), rows.dtype, transforms=swizzled(per_group))
+    call = mosaic.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((len(rows), outputs), rows.dtype),
+        grid=(count, outputs // tile_out),
+        grid_names=("block", "tile"),
+        scratch_types=[
+            mosaic.SMEM((block, tile_out), rows.dtype, transforms=swizzled(tile_out)),
+            decoded,
+            decoded,
+        ],
+        compiler_params=mosaic.CompilerParams(lowering_semantics=mosaic.LoweringSemantics.Warpgroup),
+        interpret=mosaic.InterpretGPUParams() if interpret else None,
+    )
+    # [even or odd, groups, rows, 16], and scales with outputs last, which is what a row of a tile can be read from.
+    split = rows.reshape(len(rows), inputs // GROUP, per_group, 2).transpose(3, 1, 0, 2)
+    packed = weights.blocks.reshape(experts, outputs, half)
+    return call(expert, used[None], split, packed, weights.scales.swapaxes(1, 2))

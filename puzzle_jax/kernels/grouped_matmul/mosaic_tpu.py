@@ -1,0 +1,234 @@
+"""`grouped_matmul` on TPUs: a grid step per block of rows, tile of outputs and tile of inputs.
+
+The expert of every block is prefetched, so that the pipeline fetches the right tile of weights ahead of time. Blocks
+without rows ask for the tiles that are there already and compute nothing. Packed weights are decoded in the kernel, so
+their bytes cross memory once: codes lie two to a byte, input 2j low and input 2j + 1 high, so the even and the odd
+inputs are two products and nothing is interleaved; a small exact product spreads each scale over its 16 bytes.
+
+Left out: rows that pad a block are computed like others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
+
+from puzzle_jax.kernels.mxfp4 import GROUP, MXFP4, code_values, scale_values
+from puzzle_jax.kernels.platform import target_platform
+
+LANES = 128
+TILE_IN, TILE_OUT = 1024, 512
+MAX_WHOLE = 4096
+
+
+def inputs_tile(size: int, unit: int) -> int:
+    """Inputs per step: a multiple of `unit` that divides them, or else all of them.
+
+    A tile that reached beyond the end would add what lies there. Raises NotImplementedError where all are too many.
+    """
+    fitting = [tile for tile in range(unit, TILE_IN + 1, unit) if size % tile == 0]
+    if not fitting and size > MAX_WHOLE:
+        raise NotImplementedError(f"{size} inputs are too many for one tile, and no multiple of {unit}")
+    return max(fitting, default=size)
+
+
+def outputs_tile(size: int) -> int:
+    """Outputs per step; of the last tile only what exists is written."""
+    return min(TILE_OUT, -(-size // LANES) * LANES)
+
+
+def block_rows(rows: int, num_experts: int, packed: bool) -> int:
+    """Rows per block: the power of two nearest to the mean rows per expert, from two tiles of registers to 512."""
+    nearest = 1 << max(0, round(math.log2(max(1, rows / num_experts))))
+    return min(512, max(16, nearest))
+
+
+def block_matmul(
+    rows: Float[Array, "padded inputs"],
+    weights: Float[Array, "experts first second"] | MXFP4,
+    expert: Int[Array, "blocks"],
+    used: Int[Array, ""],
+    *,
+    transposed: bool = False,
+    interpret: bool = False,
+) -> Float[Array, "padded outputs"]:
+    """See the api. Raises NotImplementedError off TPUs unless interpreted, and for inputs that fit into no tile."""
+    if not interpret and target_platform() != "tpu":
+        raise NotImplementedError(f"for TPUs, but this is {target_platform()}")
+    if isinstance(weights, MXFP4):
+        if transposed:
+            raise NotImplementedError("packed weights have no transposed product")
+        return _packed(rows, weights, expert, used, interpret)
+    return _dense(rows, weights, expert, used, transposed, interpret)
+
+
+def _dense(
+    rows: Float[Array, "padded inputs"],
+    weights: Float[Array, "experts first second"],
+    expert: Int[Array, "blocks"],
+    used: Int[Array, ""],
+    transposed: bool,
+    interpret: bool,
+) -> Float[Array, "padded outputs"]:
+    inputs, outputs = weights.shape[:0:-1] if transposed else weights.shape[1:]
+    tile_in, tile_out = inputs_tile(inputs, LANES), outputs_tile(outputs)
+    contract = (((1,), (1 if transposed else 0,)), ((), ()))
+
+    def product(step: Any, x: Any, w: Any) -> Float[Array, "block tile_out"]:
+        return lax.dot_general(x[...], w[0], contract, preferred_element_type=jnp.float32)
+
+    shape = (1, tile_out, tile_in) if transposed else (1, tile_in, tile_out)
+    at = (lambda e, n, k: (e, n, k)) if transposed else (lambda e, n, k: (e, k, n))
+    return _call(
+        product,
+        [rows],
+        tile_in,
+        [(weights, shape, at)],
+        (expert, used),
+        inputs // tile_in,
+        tile_out,
+        outputs,
+        interpret,
+    )
+
+
+def _packed(
+    rows: Float[Array, "padded inputs"],
+    weights: MXFP4,
+    expert: Int[Array, "blocks"],
+    used: Int[Array, ""],
+    interpret: bool,
+) -> Float[Array, "padded outputs"]:
+    experts, inputs, outputs = weights.shape
+    tile_in, tile_out = inputs_tile(inputs, 2 * LANES), outputs_tile(outputs)
+    half, groups = tile_in // 2, inputs // GROUP
+    codes = weights.blocks.reshape(experts, outputs, inputs // 2)
+    even, odd = rows[:, 0::2], rows[:, 1::2]
+    contract = (((1,), (1,)), ((), ()))
+
+    def product(step: Any, x_even: Any, x_odd: Any, w: Any, s: Any) -> Float[Array, "block tile_out"]:
+        # [groups, half]: which bytes of this tile a scale belongs to. Each sum has one term, a power of two: exact.
+        group = lax.broadcasted_iota(jnp.int32, (groups, half), 0) - step * (tile_in // GROUP)
+        spread = (lax.broadcasted_iota(jnp.int32, (groups, half), 1) >> 4 == group).astype(jnp.float32)
+        scales = jnp.matmul(scale_values(s[0]), spread, precision=lax.Precision.HIGHEST)
+        byte = w[0].astype(jnp.int32)
+        total = jnp.zeros((), jnp.float32)
+        for x, code in ((x_even, byte & 0xF), (x_odd, byte >> 4)):
+            decoded = (code_values(code) * scales).astype(x.dtype)
+            total = total + lax.dot_general(x[...], decoded, contract, preferred_element_type=jnp.float32)
+        return total
+
+    tiles = [
+        (codes, (1, tile_out, half), lambda e, n, k: (e, n, k)),
+        # All groups of an output: no tile of a few would be whole registers.
+        (weights.scales, (1, tile_out, groups), lambda e, n, k: (e, n, 0)),
+    ]
+    return _call(product, [even, odd], half, tiles, (expert, used), inputs // tile_in, tile_out, outputs, interpret)
+
+
+Index = Callable[[Any, Any, Any], tuple[Any, ...]]
+
+
+def _call(
+    product: Callable[..., Float[Array, "block tile_out"]],
+    rows: Sequence[Float[Array, "padded _"]],
+    tile_rows: int,
+    weights: Sequence[tuple[Array, tuple[int, ...], Index]],
+    blocks: tuple[Int[Array, "blocks"], Int[Array, ""]],
+    steps: int,
+    tile_out: int,
+    outputs: int,
+    interpret: bool,
+) -> Float[Array, "padded outputs"]:
+    """Sums `product` of step and tiles over the inputs.
+
+    Args:
+      rows: arrays of the same rows, cut into tiles of `tile_rows` columns.
+      weights: array, shape of a tile, and its place by expert, tile of outputs and tile of inputs.
+      blocks: the expert of each, and how many are used.
+      steps: tiles of inputs.
+    """
+    count = len(blocks[0])
+    block, tiles_out = len(rows[0]) // count, pl.cdiv(outputs, tile_out)
+
+    def at(b: Any, n: Any, k: Any, expert: Any, used: Any) -> tuple[Any, Any, Any]:
+        """Block and tiles to have at hand: past the used blocks, those that are there already."""
+        there = b < used[0]
+        return (
+            jnp.where(there, b, jnp.maximum(used[0] - 1, 0)),
+            jnp.where(there, n, tiles_out - 1),
+            jnp.where(there, k, steps - 1),
+        )
+
+    def row_tile(b: Any, n: Any, k: Any, expert: Any, used: Any) -> tuple[Any, ...]:
+        b, _, k = at(b, n, k, expert, used)
+        return b, k
+
+    def weight_tile(place: Index) -> Callable[..., tuple[Any, ...]]:
+        def index(b: Any, n: Any, k: Any, expert: Any, used: Any) -> tuple[Any, ...]:
+            b, n, k = at(b, n, k, expert, used)
+            return place(expert[b], n, k)
+
+        return index
+
+    def kernel(expert: Any, used: Any, *refs: Any) -> None:
+        *tiles, out, total = refs
+        k = pl.program_id(2)
+
+        @pl.when(pl.program_id(0) < used[0])
+        def _() -> None:
+            @pl.when(k == 0)
+            def _() -> None:
+                total[...] = jnp.zeros_like(total)
+
+            total[...] += product(k, *tiles)
+
+            @pl.when(k == steps - 1)
+            def _() -> None:
+                out[...] = total[...].astype(out.dtype)
+
+    grid = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=2,
+        grid=(count, tiles_out, steps),
+        in_specs=[
+            *(pl.BlockSpec((block, tile_rows), row_tile) for _ in rows),
+            *(pl.BlockSpec(shape, weight_tile(place)) for _, shape, place in weights),
+        ],
+        out_specs=pl.BlockSpec((block, tile_out), lambda b, n, k, expert, used: (b, n)),
+        scratch_shapes=[pltpu.VMEM((block, tile_out), jnp.float32)],
+    )
+    call = pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((len(rows[0]), outputs), rows[0].dtype),
+        grid_spec=grid,
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        cost_estimate=_cost(rows, weights, count, outputs, tiles_out),
+        interpret=interpret,
+    )
+    return call(blocks[0], blocks[1][None], *rows, *(array for array, _, _ in weights))
+
+
+def _cost(
+    rows: Sequence[Float[Array, "padded _"]],
+    weights: Sequence[tuple[Array, tuple[int, ...], Index]],
+    count: int,
+    outputs: int,
+    tiles_out: int,
+) -> pl.CostEstimate:
+    """With all blocks in use: each reads its expert's matrix once, and its rows once per tile of outputs."""
+    inputs = sum(x.shape[1] for x in rows)
+    per_expert = sum(array.nbytes // len(array) for array, _, _ in weights)
+    row_bytes = sum(x.nbytes for x in rows)
+    return pl.CostEstimate(
+        flops=2 * len(rows[0]) * inputs * outputs,
+        bytes_accessed=count * per_expert + tiles_out * row_bytes + len(rows[0]) * outputs * rows[0].dtype.itemsize,
+        transcendentals=0,
+    )

@@ -1,0 +1,28 @@
+"""Reference for `grouped_matmul`: one expert after the other on all rows, masked."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from puzzle_jax.kernels.mxfp4 import MXFP4, as_dense
+
+
+def grouped_matmul(
+    rows: Float[Array, "rows inputs"],
+    weights: Float[Array, "experts first second"] | MXFP4,
+    group_sizes: Int[Array, "experts"],
+    *,
+    transposed: bool = False,
+) -> Float[Array, "rows outputs"]:
+    """See the api. Rows past the last group are zeros."""
+    dense = as_dense(weights, rows.dtype)
+    if transposed:
+        dense = dense.swapaxes(1, 2)
+    end = jnp.cumsum(group_sizes)
+    row = jnp.arange(len(rows))[:, None]
+    out = jnp.zeros((len(rows), dense.shape[2]), jnp.float32)
+    for expert in range(len(group_sizes)):
+        own = (row >= end[expert] - group_sizes[expert]) & (row < end[expert])
+        out = out + jnp.where(own, jnp.matmul(rows, dense[expert], preferred_element_type=jnp.float32), 0.0)
+    return out.astype(rows.dtype)

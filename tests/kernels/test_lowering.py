@@ -1,0 +1,63 @@
+"""Kernels for GPUs and TPUs lower for their platforms at the shapes of gpt-oss-120b, with no such device present."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import export
+
+from puzzle_jax.kernels.grouped_matmul import block_matmul
+from puzzle_jax.kernels.grouped_matmul.layout import num_blocks
+from puzzle_jax.kernels.mosaic import FIRST_JAX
+from puzzle_jax.kernels.mxfp4 import MXFP4
+from puzzle_jax.kernels.platform import lowering_for, target_platform
+
+GPU = pytest.mark.skipif(jax.__version_info__[:3] < FIRST_JAX, reason="Mosaic GPU kernels need a newer JAX")
+PLATFORMS = ["tpu", pytest.param("gpu", marks=GPU)]
+EXPERTS, HIDDEN, INTER = 128, 2880, 2880
+
+
+def of(shape, dtype) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def lowered(platform, function, *arguments) -> str:
+    """The program's text; raises where a kernel does not lower."""
+    with lowering_for(platform):
+        calls = [export.DisabledSafetyCheck.custom_call(name) for name in ("mosaic_gpu_v2", "mosaic_gpu")]
+        name = "cuda" if platform == "gpu" else platform
+        return export.export(jax.jit(function), platforms=[name], disabled_checks=calls)(*arguments).mlir_module()
+
+
+def has_kernel(program: str, platform: str) -> bool:
+    return ("mosaic_gpu" if platform == "gpu" else "tpu_custom_call") in program
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("form", ["dense", "transposed", "packed"])
+@pytest.mark.parametrize("pairs,block", [(64 * 4, 64), (4096 * 4, 128)])
+@pytest.mark.parametrize("inputs,outputs", [(HIDDEN, 2 * INTER), (INTER, HIDDEN)])
+def test_grouped_matmul(platform, form, pairs, block, inputs, outputs):
+    blocks = num_blocks(pairs, EXPERTS, block)
+    if form == "packed":
+        groups = (EXPERTS, outputs, inputs // 32)
+        weights = (of((*groups, 16), jnp.uint8), of(groups, jnp.uint8))
+    else:
+        shape = (outputs, inputs) if form == "transposed" else (inputs, outputs)
+        weights = (of((EXPERTS, *shape), jnp.bfloat16),)
+
+    def multiply(rows, expert, used, *parts):
+        weights = MXFP4(*parts) if form == "packed" else parts[0]
+        options = {"transposed": form == "transposed", "implementation": f"mosaic_{platform}"}
+        return block_matmul(rows, weights, expert, used, **options)
+
+    rows, expert = of((blocks * block, inputs), jnp.bfloat16), of((blocks,), jnp.int32)
+    assert has_kernel(lowered(platform, multiply, rows, expert, of((), jnp.int32), *weights), platform)
+
+
+def test_platforms():
+    assert target_platform() == "cpu"
+    with lowering_for("tpu"):
+        assert target_platform() == "tpu"
+    assert target_platform() == "cpu"
+    with pytest.raises(ValueError, match="platform is 'npu', but must be one of cpu, gpu, tpu"), lowering_for("npu"):
+        pass
