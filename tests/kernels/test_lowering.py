@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax import export
 
+from puzzle_jax.kernels.decode_attention import decode_attention
 from puzzle_jax.kernels.grouped_matmul import block_matmul
 from puzzle_jax.kernels.grouped_matmul.layout import num_blocks
 from puzzle_jax.kernels.mosaic import FIRST_JAX
@@ -61,3 +62,17 @@ def test_platforms():
     assert target_platform() == "cpu"
     with pytest.raises(ValueError, match="platform is 'npu', but must be one of cpu, gpu, tpu"), lowering_for("npu"):
         pass
+
+
+@GPU
+@pytest.mark.parametrize("slots,window", [(131_072, None), (128, 128)])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.uint8])
+def test_decode_attention(slots, window, dtype):
+    def attend(q, k, v, sinks, positions, scale):
+        scales = {"k_scale": scale, "v_scale": scale} if dtype == jnp.uint8 else {}
+        return decode_attention(q, k, v, sinks, positions, window=window, **scales, implementation="mosaic_gpu")
+
+    batch, heads, kv_heads, dim = 7, 64, 8, 64
+    caches = of((batch, kv_heads, dim, slots), dtype), of((batch, kv_heads, slots, dim), dtype)
+    per_row = of((heads,), jnp.float32), of((batch,), jnp.int32), of((), jnp.float32)
+    assert has_kernel(lowered("gpu", attend, of((batch, heads, dim), jnp.bfloat16), *caches, *per_row), "gpu")
