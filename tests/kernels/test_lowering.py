@@ -11,6 +11,7 @@ from puzzle_jax.kernels.grouped_matmul.layout import num_blocks
 from puzzle_jax.kernels.mosaic import FIRST_JAX
 from puzzle_jax.kernels.mxfp4 import MXFP4
 from puzzle_jax.kernels.platform import lowering_for, target_platform
+from puzzle_jax.kernels.window_attention import window_attention
 
 GPU = pytest.mark.skipif(jax.__version_info__[:3] < FIRST_JAX, reason="Mosaic GPU kernels need a newer JAX")
 PLATFORMS = ["tpu", pytest.param("gpu", marks=GPU)]
@@ -76,3 +77,17 @@ def test_decode_attention(slots, window, dtype):
     caches = of((batch, kv_heads, dim, slots), dtype), of((batch, kv_heads, slots, dim), dtype)
     per_row = of((heads,), jnp.float32), of((batch,), jnp.int32), of((), jnp.float32)
     assert has_kernel(lowered("gpu", attend, of((batch, heads, dim), jnp.bfloat16), *caches, *per_row), "gpu")
+
+
+@GPU
+@pytest.mark.parametrize("window", [None, 128])
+def test_window_attention_and_its_gradients(window):
+    def loss(q, k, v, sinks, segments):
+        options = {"window": window, "segment_ids": segments, "implementation": "mosaic_gpu"}
+        return jnp.sum(window_attention(q, k, v, sinks, **options).astype(jnp.float32))
+
+    seq, heads, kv_heads, dim = 65_536, 64, 8, 64
+    arrays = of((1, seq, heads, dim), jnp.bfloat16), *[of((1, seq, kv_heads, dim), jnp.bfloat16)] * 2
+    more = of((heads,), jnp.float32), of((1, seq), jnp.int32)
+    program = lowered("gpu", jax.grad(loss, (0, 1, 2, 3)), *arrays, *more)
+    assert program.count("mosaic_gpu") >= 3  # forwards, and two backwards
