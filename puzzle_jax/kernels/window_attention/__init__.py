@@ -4,7 +4,7 @@ A sink is one extra logit per query head that joins the softmax and is then drop
 less than one. A window of W lets query i see the keys j with i - W < j <= i. Implementations: `causal_blocks` (full
 attention and static windows), `banded` (static windows far narrower than the sequence), both of a cost that grows
 with what is visible; `square`, which takes any window, one per row of the batch as data included; `reference`; and
-`mosaic_gpu` for Hopper, which must be asked for by name.
+`mosaic_gpu` for Hopper and `splash` for TPUs, which must be asked for by name.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 from jaxtyping import Array, Float, Int
 
 from puzzle_jax.kernels.dispatch import dispatch
-from puzzle_jax.kernels.window_attention import banded, causal_blocks, mosaic_gpu, reference, square
+from puzzle_jax.kernels.window_attention import banded, causal_blocks, mosaic_gpu, reference, splash, square
 
 IMPLEMENTATIONS = {
     "causal_blocks": causal_blocks.window_attention,
@@ -20,6 +20,7 @@ IMPLEMENTATIONS = {
     "square": square.window_attention,
     "reference": reference.window_attention,
     "mosaic_gpu": mosaic_gpu.window_attention,
+    "splash": splash.window_attention,
 }
 
 
