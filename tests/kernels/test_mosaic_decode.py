@@ -54,7 +54,9 @@ def test_what_no_tile_fits_is_refused():
     with pytest.raises(NotImplementedError, match="96 slots are no multiple of 64"):
         mosaic_gpu.decode_attention(q, k, v, sinks, positions, window=None, interpret=True)
     with pytest.raises(NotImplementedError, match="heads of 32 are no multiple of 64"):
-        mosaic_gpu.decode_attention(q[..., :32], k[:, :, :32], v[..., :32], sinks, positions, window=None, interpret=True)
+        mosaic_gpu.decode_attention(
+            q[..., :32], k[:, :, :32], v[..., :32], sinks, positions, window=None, interpret=True
+        )
     with pytest.raises(NotImplementedError, match="for caches of bfloat16 or e4m3, but this one is float32"):
         mosaic_gpu.decode_attention(
             q, k.astype(jnp.float32), v.astype(jnp.float32), sinks, positions, window=None, interpret=True

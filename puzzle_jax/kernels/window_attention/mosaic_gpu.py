@@ -7,10 +7,10 @@ lse' = log(exp(sink) + sum of exp(logits)) per query.
 Backwards, with delta = sum of out * d_out per query, all probabilities come again from lse', so nothing quadratic is
 kept (T. Dao, FlashAttention-2, 2023):
 
-    p = exp(logits - lse')     d_v = p' d_out     d_logits = p (d_out v' - delta)     d_sink = -sum exp(sink - lse') delta
+    p = exp(logits - lse')   d_v = p' d_out   d_logits = p (d_out v' - delta)   d_sink = -sum exp(sink - lse') delta
 
-One kernel sums d_q over the keys of a block of queries; another sums d_k and d_v over the queries of a block of keys and
-the query heads that share them. Tiles outside the window are never touched, so the cost grows with the window.
+One kernel sums d_q over the keys of a block of queries; another sums d_k and d_v over the queries of a block of keys
+and the query heads that share them. Tiles outside the window are never touched, so the cost grows with the window.
 
 Left out: windows that are data, warp specialisation, and more than 64 queries per program.
 """
@@ -118,7 +118,7 @@ def _backward(shape: _Shape, saved: Any, d_out: Array) -> tuple[Any, ...]:
 _attend.defvjp(_save, _backward)
 
 
-# What the kernels share ------------------------------------------------------------------------------------------------
+# What the kernels share ----------------------------------------------------------------------------------------------
 
 
 class _Tools:
@@ -211,7 +211,7 @@ def _here() -> tuple[Any, Any, Any]:
     return lax.axis_index("row"), lax.axis_index("head"), lax.axis_index("tile")
 
 
-# Forwards --------------------------------------------------------------------------------------------------------------
+# Forwards ------------------------------------------------------------------------------------------------------------
 
 
 def _forward(
@@ -220,7 +220,9 @@ def _forward(
     """Output and lse'."""
     tools, dim, group = _Tools(shape), shape.dim, shape.heads // shape.kv_heads
 
-    def kernel(sink_of: Any, q_all: Any, k_all: Any, v_all: Any, segment_of: Any, out: Any, lse: Any, *tiles: Any) -> None:
+    def kernel(
+        sink_of: Any, q_all: Any, k_all: Any, v_all: Any, segment_of: Any, out: Any, lse: Any, *tiles: Any
+    ) -> None:
         q_tile, p_tile, out_tile, lse_tile, own_segment, arrived = tiles
         b, h, i = _here()
         first, kv_head = shape.first_key(i), lax.div(h, group)
@@ -268,7 +270,7 @@ def _forward(
     return out, lse
 
 
-# Backwards -------------------------------------------------------------------------------------------------------------
+# Backwards -----------------------------------------------------------------------------------------------------------
 
 
 def _d_queries(

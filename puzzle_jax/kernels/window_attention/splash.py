@@ -1,7 +1,7 @@
 """`window_attention` on TPUs, forwards and backwards, by JAX's own splash attention, which knows sinks and windows.
 
-Blocks of keys that no query of a block sees are never visited. The query heads of one key-value head go together, rows of
-the batch and key-value heads by vmap.
+Blocks of keys that no query of a block sees are never visited. The query heads of one key-value head go together, rows
+of the batch and key-value heads by vmap.
 
 Left out: windows that are data, and tuned block sizes.
 """
@@ -74,7 +74,7 @@ def _kernel(group: int, seq: int, window: int | None, interpret: bool) -> Any:
             interpret=interpret,
         )
 
-    def attend(q: Array, k: Array, v: Array, segments: Array, sinks: Array) -> Array:
+    def attend(q: Array, k: Array, v: Array, segments: Array, sinks: Array) -> Any:
         return kernel(q, k, v, segment_ids=splash.SegmentIds(segments, segments), sinks=sinks)
 
     return attend
