@@ -93,7 +93,8 @@ def window_attention(
     window = None if window is None or window >= seq else window
     shape = _Shape(batch, seq + padding, heads, k.shape[2], dim, window, segment_ids is not None, interpret)
     segments = jnp.zeros((batch, seq + padding), jnp.int32) if segment_ids is None else segment_ids.astype(jnp.int32)
-    return _attend(shape, q, k, v, sinks.astype(jnp.float32), segments)[:, :seq]
+    out: Array = _attend(shape, q, k, v, sinks.astype(jnp.float32), segments)
+    return out[:, :seq]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
