@@ -5,11 +5,13 @@ import jax.numpy as jnp
 import pytest
 from jax import export
 
+from puzzle_jax.kernels.decode_attention import decode_attention
 from puzzle_jax.kernels.grouped_matmul import block_matmul
 from puzzle_jax.kernels.grouped_matmul.layout import num_blocks
 from puzzle_jax.kernels.mosaic import FIRST_JAX
 from puzzle_jax.kernels.mxfp4 import MXFP4
 from puzzle_jax.kernels.platform import lowering_for, target_platform
+from puzzle_jax.kernels.window_attention import window_attention
 
 GPU = pytest.mark.skipif(jax.__version_info__[:3] < FIRST_JAX, reason="Mosaic GPU kernels need a newer JAX")
 PLATFORMS = ["tpu", pytest.param("gpu", marks=GPU)]
@@ -61,3 +63,34 @@ def test_platforms():
     assert target_platform() == "cpu"
     with pytest.raises(ValueError, match="platform is 'npu', but must be one of cpu, gpu, tpu"), lowering_for("npu"):
         pass
+
+
+@GPU
+@pytest.mark.parametrize("slots,window", [(131_072, None), (128, 128)])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.uint8])
+def test_decode_attention(slots, window, dtype):
+    def attend(q, k, v, sinks, positions, scale):
+        scales = {"k_scale": scale, "v_scale": scale} if dtype == jnp.uint8 else {}
+        return decode_attention(q, k, v, sinks, positions, window=window, **scales, implementation="mosaic_gpu")
+
+    batch, heads, kv_heads, dim = 7, 64, 8, 64
+    caches = of((batch, kv_heads, dim, slots), dtype), of((batch, kv_heads, slots, dim), dtype)
+    per_row = of((heads,), jnp.float32), of((batch,), jnp.int32), of((), jnp.float32)
+    assert has_kernel(lowered("gpu", attend, of((batch, heads, dim), jnp.bfloat16), *caches, *per_row), "gpu")
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("window", [None, 128])
+def test_window_attention_and_its_gradients(platform, window):
+    def loss(q, k, v, sinks, segments):
+        name = "mosaic_gpu" if platform == "gpu" else "splash"
+        options = {"window": window, "segment_ids": segments, "implementation": name}
+        return jnp.sum(window_attention(q, k, v, sinks, **options).astype(jnp.float32))
+
+    # Splash attention looks at its mask block by block before it lowers: half a minute at 65,536.
+    seq, heads, kv_heads, dim = 65_536 if platform == "gpu" else 4_096, 64, 8, 64
+    arrays = of((1, seq, heads, dim), jnp.bfloat16), *[of((1, seq, kv_heads, dim), jnp.bfloat16)] * 2
+    more = of((heads,), jnp.float32), of((1, seq), jnp.int32)
+    program = lowered(platform, jax.grad(loss, (0, 1, 2, 3)), *arrays, *more)
+    # Forwards, and two backwards: of queries, and of keys and values.
+    assert program.count("mosaic_gpu" if platform == "gpu" else "tpu_custom_call") >= 3

@@ -4,17 +4,18 @@ The cache of a layer is a ring: position p lies in slot p mod slots, so a window
 window and a full one as many as the context. What a slot holds follows from the row's length alone. Keys lie
 [dim, slots] and values [slots, dim], the order in which both matmuls read them. Caches are of the dtype to compute
 with, bfloat16, or bytes of e4m3 with a scale per tensor (`kernels.float8`), which is folded into logits and output.
-Implementations: `reference`, plain XLA, which serves every platform so far.
+Implementations: `reference`, plain XLA, which serves every platform so far, and `mosaic_gpu` for Hopper, which must be
+asked for by name.
 """
 
 from __future__ import annotations
 
 from jaxtyping import Array, Float, Int, Num
 
-from puzzle_jax.kernels.decode_attention import reference
+from puzzle_jax.kernels.decode_attention import mosaic_gpu, reference
 from puzzle_jax.kernels.dispatch import dispatch
 
-IMPLEMENTATIONS = {"reference": reference.decode_attention}
+IMPLEMENTATIONS = {"reference": reference.decode_attention, "mosaic_gpu": mosaic_gpu.decode_attention}
 
 
 def decode_attention(

@@ -1,0 +1,187 @@
+"""`decode_attention` on Hopper GPUs, in Pallas' Mosaic GPU: a program per row, key-value head and part of the cache.
+
+The query heads that share a key-value head are rows of one wgmma, which wants 64 of them: the rest are zeros. Keys and
+values come by TMA in a ring, bytes of e4m3 become float16 on their way through registers (two integer operations; the
+factor of 256 by which their exponents differ goes into logits and output), and the softmax runs online over the tiles
+of a part. Every part gives its maximum, sum and unnormalised output; XLA combines them, where the sink joins once.
+
+Parts that hold nothing yet are skipped, so time grows with what is cached and not with what could be.
+
+Left out: several query tokens, and a number of parts that follows from how many programs the device runs at a time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float, Int, Num
+
+from puzzle_jax.kernels.mosaic import hopper_only, plgpu, swizzled
+from puzzle_jax.kernels.window_attention.reference import MASKED
+
+ROWS = 64
+TILES = (128, 64)
+TILES_PER_PART = 8
+STEPS = 2
+_E4M3_AS_HALF = 256.0
+
+
+def decode_attention(
+    q: Float[Array, "batch heads dim"],
+    k_cache: Num[Array, "batch kv_heads dim slots"],
+    v_cache: Num[Array, "batch kv_heads slots dim"],
+    sinks: Float[Array, "heads"],
+    positions: Int[Array, "batch"],
+    *,
+    window: int | Int[Array, "#batch"] | None,
+    k_scale: Float[Array, ""] | None = None,
+    v_scale: Float[Array, ""] | None = None,
+    interpret: bool = False,
+) -> Float[Array, "batch heads dim"]:
+    """See the api. Raises NotImplementedError where this is no Hopper GPU (unless interpreted), below JAX 0.11.2, for
+    other caches than bfloat16 and e4m3, and for sizes that no tile divides."""
+    hopper_only(interpret)
+    batch, heads, dim = q.shape
+    kv_heads, slots = k_cache.shape[1], k_cache.shape[3]
+    group, packed = heads // kv_heads, k_cache.dtype == jnp.uint8
+    if not packed and k_cache.dtype != jnp.bfloat16:
+        raise NotImplementedError(f"for caches of bfloat16 or e4m3, but this one is {k_cache.dtype}")
+    if dim % 64 or dim > 256 or group > ROWS:
+        raise NotImplementedError(f"heads of {dim} are no multiple of 64 up to 256, or {group} share one key")
+    tile = next((tile for tile in TILES if slots % tile == 0), None)
+    if tile is None:
+        raise NotImplementedError(f"{slots} slots are no multiple of {TILES[-1]}")
+    tiles = next(count for count in range(TILES_PER_PART, 0, -1) if (slots // tile) % count == 0)
+    of_bytes = _E4M3_AS_HALF if packed else 1.0
+    factor = dim**-0.5 * of_bytes * (1.0 if k_scale is None else k_scale)
+    dtype = jnp.float16 if packed else k_cache.dtype
+    rows = (q.astype(jnp.float32) * factor).astype(dtype).reshape(batch, kv_heads, group, dim)
+    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, ROWS - group), (0, 0)))
+    widths = jnp.broadcast_to(jnp.asarray(slots if window is None else window, jnp.int32), (batch,))
+    out, largest, total = _parts(rows, k_cache, v_cache, positions, widths, group, tile, tiles, interpret)
+    out, largest, total = out[..., :group, :], largest[..., :group], total[..., :group]
+
+    # What a part that was skipped holds is nobody's.
+    first = jnp.arange(slots // (tile * tiles)) * tile * tiles
+    there = (first < jnp.minimum(positions + 1, slots)[:, None])[:, None, :, None]
+    largest = jnp.where(there, largest, MASKED)
+    sink = sinks.astype(jnp.float32).reshape(1, kv_heads, group)
+    top = jnp.maximum(jnp.max(largest, axis=2), sink)
+    weight = jnp.exp(largest - top[:, :, None])
+    whole = jnp.sum(jnp.where(there, weight * total, 0.0), axis=2) + jnp.exp(sink - top)
+    out = jnp.sum(jnp.where(there[..., None], weight[..., None] * out, 0.0), axis=2) / whole[..., None]
+    out = out * (of_bytes * (1.0 if v_scale is None else v_scale))
+    return out.reshape(batch, heads, dim).astype(q.dtype)
+
+
+def _parts(
+    rows: Float[Array, "batch kv_heads rows dim"],
+    k_cache: Num[Array, "batch kv_heads dim slots"],
+    v_cache: Num[Array, "batch kv_heads slots dim"],
+    positions: Int[Array, "batch"],
+    widths: Int[Array, "batch"],
+    group: int,
+    tile: int,
+    tiles: int,
+    interpret: bool,
+) -> tuple[
+    Float[Array, "batch kv_heads parts some dim"],
+    Float[Array, "batch kv_heads parts rows"],
+    Float[Array, "batch kv_heads parts rows"],
+]:
+    """Unnormalised output, largest logit and sum of weights of every part of the cache."""
+    batch, kv_heads, _, dim = rows.shape
+    slots, packed = k_cache.shape[3], k_cache.dtype == jnp.uint8
+    part, some, dtype = tile * tiles, -(-group // 8) * 8, rows.dtype
+    mosaic = plgpu()
+    matrix, vector = mosaic.Layout.WGMMA, mosaic.Layout.WGMMA.reduce(1)
+
+    def kernel(position_of: Any, width_of: Any, q: Any, k: Any, v: Any, *refs: Any) -> None:
+        out, largest_out, total_out, q_tile, p_tile, out_tile, largest_tile, total_tile, arrived, *halves = refs
+        b, h, s = lax.axis_index("row"), lax.axis_index("head"), lax.axis_index("part")
+        position, width = position_of[b], width_of[b]
+
+        def as_half(stored: Any, half: Any) -> Any:
+            code = stored[...].astype(jnp.int16)
+            half[...] = lax.bitcast_convert_type(((code & 0x80) << 8) | ((code & 0x7F) << 7), jnp.float16)
+            return half
+
+        def product(left: Any, right: Any, columns: int) -> Float[Array, "rows columns"]:
+            def run(total: Any) -> Float[Array, "rows columns"]:
+                mosaic.wgmma(total, left, right)
+                return total[...]
+
+            return pl.run_scoped(run, mosaic.ACC((ROWS, columns), jnp.float32))
+
+        def wide(values: Float[Array, "rows"], columns: int) -> Float[Array, "rows columns"]:
+            return lax.broadcast_in_dim(values, (ROWS, columns), (0,))
+
+        def step(index: Any, k_tile: Any, v_tile: Any, carry: Any) -> Any:
+            largest, total, out = carry
+            if packed:
+                k_tile, v_tile = as_half(k_tile, halves[0]), as_half(v_tile, halves[1])
+                mosaic.commit_smem()
+            logits = product(q_tile, k_tile, tile)
+            slot = mosaic.broadcasted_iota(jnp.int32, (ROWS, tile), 1, layout=matrix) + (s * part + index[0] * tile)
+            # A slot holds the last position of its number; how far behind the query's that is says what is seen.
+            behind = lax.rem(position, slots) - slot
+            behind = jnp.where(behind < 0, behind + slots, behind)
+            seen = (behind <= position) & (behind < width)
+            logits = jnp.where(seen, logits, MASKED)
+            new = jnp.maximum(largest, jnp.max(logits, axis=1))
+            weights = jnp.where(seen, jnp.exp(logits - wide(new, tile)), 0.0)
+            shrink = jnp.exp(largest - new)
+            p_tile[...] = weights.astype(dtype)
+            mosaic.commit_smem()
+            out = out * wide(shrink, dim) + product(p_tile, v_tile, dim)
+            return new, total * shrink + jnp.sum(weights, axis=1), out
+
+        @pl.when(s * part < jnp.minimum(position + 1, slots))
+        def _() -> None:
+            mosaic.copy_gmem_to_smem(q.at[b, h], q_tile, arrived)
+            mosaic.barrier_wait(arrived)
+            bits = 8 if packed else 16
+            pipeline = mosaic.emit_pipeline(
+                step,
+                grid=(tiles,),
+                in_specs=[
+                    mosaic.BlockSpec((dim, tile), lambda i: (0, s * tiles + i), transforms=swizzled(tile, bits)),
+                    mosaic.BlockSpec((tile, dim), lambda i: (s * tiles + i, 0), transforms=swizzled(dim, bits)),
+                ],
+                max_concurrent_steps=min(STEPS, tiles),
+                init_carry=(
+                    mosaic.layout_cast(jnp.full((ROWS,), MASKED, jnp.float32), vector),
+                    mosaic.layout_cast(jnp.zeros((ROWS,), jnp.float32), vector),
+                    mosaic.layout_cast(jnp.zeros((ROWS, dim), jnp.float32), matrix),
+                ),
+            )
+            largest_tile[...], total_tile[...], out_tile[...] = pipeline(k.at[b, h], v.at[b, h])
+            mosaic.commit_smem()
+            mosaic.copy_smem_to_gmem(out_tile.at[pl.ds(0, some)], out.at[b, h, s])
+            mosaic.copy_smem_to_gmem(largest_tile, largest_out.at[b, h, s])
+            mosaic.copy_smem_to_gmem(total_tile, total_out.at[b, h, s])
+            mosaic.wait_smem_to_gmem(0)
+
+    def shared(shape: tuple[int, ...], swizzle: bool = True) -> Any:
+        kind = dtype if swizzle else jnp.float32
+        return mosaic.SMEM(shape, kind, transforms=swizzled(shape[1]) if swizzle else ())
+
+    grid = (batch, kv_heads, slots // part)
+    per_row = jax.ShapeDtypeStruct((*grid, ROWS), jnp.float32)
+    halves = [shared((dim, tile)), shared((tile, dim))] if packed else []
+    vectors = [shared((ROWS, dim), False), shared((ROWS,), False), shared((ROWS,), False)]
+    call = mosaic.kernel(
+        kernel,
+        out_type=[jax.ShapeDtypeStruct((*grid, some, dim), jnp.float32), per_row, per_row],
+        grid=grid,
+        grid_names=("row", "head", "part"),
+        scratch_types=[shared((ROWS, dim)), shared((ROWS, tile)), *vectors, mosaic.Barrier(), *halves],
+        compiler_params=mosaic.CompilerParams(lowering_semantics=mosaic.LoweringSemantics.Warpgroup),
+        interpret=mosaic.InterpretGPUParams() if interpret else None,
+    )
+    out, largest, total = call(positions, widths, rows, k_cache, v_cache)
+    return out, largest, total

@@ -1,0 +1,387 @@
+"""`window_attention` on Hopper GPUs, forwards and backwards, in Pallas' Mosaic GPU.
+
+Forwards, a program per row of the batch, query head and block of queries goes over the tiles of keys that the block can
+see, with an online softmax that begins with the sink as if it were one more key without a value. It also gives
+lse' = log(exp(sink) + sum of exp(logits)) per query.
+
+Backwards, with delta = sum of out * d_out per query, all probabilities come again from lse', so nothing quadratic is
+kept (T. Dao, FlashAttention-2, 2023):
+
+    p = exp(logits - lse')   d_v = p' d_out   d_logits = p (d_out v' - delta)   d_sink = -sum exp(sink - lse') delta
+
+One kernel sums d_q over the keys of a block of queries; another sums d_k and d_v over the queries of a block of keys
+and the query heads that share them. Tiles outside the window are never touched, so the cost grows with the window.
+
+Left out: windows that are data, warp specialisation, and more than 64 queries per program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float, Int
+
+from puzzle_jax.kernels.mosaic import hopper_only, plgpu, swizzled
+from puzzle_jax.kernels.window_attention.reference import MASKED
+
+TILE = 64
+STEPS = 2
+
+
+class _Shape(NamedTuple):
+    """What a kernel is made for."""
+
+    batch: int
+    seq: int
+    heads: int
+    kv_heads: int
+    dim: int
+    window: int | None
+    segments: bool
+    interpret: bool
+
+    @property
+    def tiles(self) -> int:
+        return self.seq // TILE
+
+    @property
+    def reach(self) -> int:
+        """Tiles of keys that a block of queries sees at most, and of queries that see a block of keys."""
+        if self.window is None:
+            return self.tiles
+        return min(self.tiles, 1 + -(-(self.window - 1) // TILE))
+
+    def first_key(self, queries: Any) -> Any:
+        """The first tile of keys that a block of queries sees."""
+        return jnp.maximum(queries - (self.reach - 1), 0)
+
+    def last_query(self, keys: Any) -> Any:
+        """The last block of queries that sees a tile of keys."""
+        return jnp.minimum(keys + (self.reach - 1), self.tiles - 1)
+
+
+def window_attention(
+    q: Float[Array, "batch seq heads dim"],
+    k: Float[Array, "batch seq kv_heads dim"],
+    v: Float[Array, "batch seq kv_heads dim"],
+    sinks: Float[Array, "heads"],
+    *,
+    window: int | Int[Array, "#batch"] | None,
+    segment_ids: Int[Array, "batch seq"] | None = None,
+    interpret: bool = False,
+) -> Float[Array, "batch seq heads dim"]:
+    """See the api. Raises NotImplementedError where this is no Hopper GPU (unless interpreted), below JAX 0.11.2, for
+    windows that are data, other types than bfloat16, and heads that are no multiple of 64 up to 128."""
+    hopper_only(interpret)
+    if not (window is None or isinstance(window, int)):
+        raise NotImplementedError("the window is not a static number")
+    if {q.dtype, k.dtype, v.dtype} != {jnp.dtype(jnp.bfloat16)}:
+        raise NotImplementedError(f"for bfloat16, but this is {q.dtype}, {k.dtype}, {v.dtype}")
+    batch, seq, heads, dim = q.shape
+    if dim % 64 or dim > 128:
+        raise NotImplementedError(f"heads of {dim} are no multiple of 64 up to 128")
+    padding = -seq % TILE
+    if padding:  # queries and keys behind everything: nobody sees them
+        q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q, k, v))
+        segment_ids = None if segment_ids is None else jnp.pad(segment_ids, ((0, 0), (0, padding)))
+    window = None if window is None or window >= seq else window
+    shape = _Shape(batch, seq + padding, heads, k.shape[2], dim, window, segment_ids is not None, interpret)
+    segments = jnp.zeros((batch, seq + padding), jnp.int32) if segment_ids is None else segment_ids.astype(jnp.int32)
+    out: Array = _attend(shape, q, k, v, sinks.astype(jnp.float32), segments)
+    return out[:, :seq]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(shape: _Shape, q: Array, k: Array, v: Array, sinks: Array, segments: Array) -> Array:
+    return _forward(shape, q, k, v, sinks, segments)[0]
+
+
+def _save(shape: _Shape, q: Array, k: Array, v: Array, sinks: Array, segments: Array) -> tuple[Array, Any]:
+    out, lse = _forward(shape, q, k, v, sinks, segments)
+    return out, (q, k, v, sinks, segments, out, lse)
+
+
+def _backward(shape: _Shape, saved: Any, d_out: Array) -> tuple[Any, ...]:
+    q, k, v, sinks, segments, out, lse = saved
+    delta = jnp.einsum("bqhd,bqhd->bhq", out, d_out, preferred_element_type=jnp.float32)
+    d_sinks = -jnp.einsum("bhq,bhq->h", jnp.exp(sinks[:, None] - lse), delta)
+    d_q = _d_queries(shape, q, k, v, segments, d_out, lse, delta)
+    d_k, d_v = _d_keys(shape, q, k, v, segments, d_out, lse, delta)
+    return d_q, d_k, d_v, d_sinks, None
+
+
+_attend.defvjp(_save, _backward)
+
+
+# What the kernels share ----------------------------------------------------------------------------------------------
+
+
+class _Tools:
+    """Pieces of a kernel whose tiles are [TILE, TILE] logits and [TILE, dim] vectors."""
+
+    def __init__(self, shape: _Shape) -> None:
+        self.shape, self.mosaic = shape, plgpu()
+        self.matrix = self.mosaic.Layout.WGMMA
+        self.by_row, self.by_column = self.matrix.reduce(1), self.matrix.reduce(0)
+
+    def product(self, left: Any, right: Any, columns: int) -> Float[Array, "tile columns"]:
+        def run(total: Any) -> Float[Array, "tile columns"]:
+            self.mosaic.wgmma(total, left, right)
+            return total[...]
+
+        return pl.run_scoped(run, self.mosaic.ACC((TILE, columns), jnp.float32))
+
+    def rows(self, values: Any, columns: int = TILE) -> Array:
+        """A value per row, in all columns."""
+        return lax.broadcast_in_dim(self.mosaic.layout_cast(values, self.by_row), (TILE, columns), (0,))
+
+    def columns(self, values: Any) -> Array:
+        """A value per column, in all rows."""
+        return lax.broadcast_in_dim(self.mosaic.layout_cast(values, self.by_column), (TILE, TILE), (1,))
+
+    def numbers(self, axis: int) -> Array:
+        return self.mosaic.broadcasted_iota(jnp.int32, (TILE, TILE), axis, layout=self.matrix)
+
+    def seen(self, query: Array, key: Array, query_segment: Array | None, key_segment: Array | None) -> Array:
+        mask = key <= query
+        if self.shape.window is not None:
+            mask = mask & (key > query - self.shape.window)
+        if query_segment is not None:
+            mask = mask & (query_segment == key_segment)
+        return mask
+
+    def fetched(self, copies: Sequence[tuple[Any, Any]], arrived: Any) -> None:
+        for source, target in copies:
+            self.mosaic.copy_gmem_to_smem(source, target, arrived)
+            self.mosaic.barrier_wait(arrived)
+
+    def stored(self, copies: Sequence[tuple[Any, Any]]) -> None:
+        self.mosaic.commit_smem()
+        for source, target in copies:
+            self.mosaic.copy_smem_to_gmem(source, target)
+        self.mosaic.wait_smem_to_gmem(0)
+
+    def vectors(self, dtype: Any = jnp.bfloat16) -> Any:
+        """A tile [TILE, dim] of shared memory."""
+        return self.mosaic.SMEM((TILE, self.shape.dim), dtype, transforms=swizzled(self.shape.dim))
+
+    def logits(self) -> Any:
+        """A tile [TILE, TILE] of shared memory, from which a matmul reads."""
+        return self.mosaic.SMEM((TILE, TILE), jnp.bfloat16, transforms=swizzled(TILE))
+
+    def scalars(self, dtype: Any = jnp.float32) -> Any:
+        return self.mosaic.SMEM((TILE,), dtype)
+
+    def zeros(self) -> Array:
+        return self.mosaic.layout_cast(jnp.zeros((TILE, self.shape.dim), jnp.float32), self.matrix)
+
+    def vector_tiles(self, place: Any) -> Any:
+        """Tiles of [seq, heads, dim], where `place` gives tile and head."""
+        block = (TILE, None, self.shape.dim)
+        return self.mosaic.BlockSpec(block, lambda *i: (*place(*i), 0), transforms=swizzled(self.shape.dim))
+
+    def scalar_tiles(self, place: Any) -> Any:
+        """Tiles of [heads, seq], where `place` gives tile and head."""
+        return self.mosaic.BlockSpec((None, TILE), lambda *i: place(*i)[::-1])
+
+    def pipeline(self, step: Any, grid: tuple[Any, ...], specs: Sequence[Any], carry: Any) -> Any:
+        return self.mosaic.emit_pipeline(
+            step, grid=grid, in_specs=list(specs), max_concurrent_steps=STEPS, init_carry=carry
+        )
+
+    def call(self, kernel: Any, outputs: Sequence[Any], heads: int, scratch: Sequence[Any]) -> Any:
+        """A kernel with a program per row of the batch, head and tile of the sequence."""
+        return self.mosaic.kernel(
+            kernel,
+            out_type=list(outputs),
+            grid=(self.shape.batch, heads, self.shape.tiles),
+            grid_names=("row", "head", "tile"),
+            scratch_types=list(scratch),
+            compiler_params=self.mosaic.CompilerParams(lowering_semantics=self.mosaic.LoweringSemantics.Warpgroup),
+            interpret=self.mosaic.InterpretGPUParams() if self.shape.interpret else None,
+        )
+
+
+def _here() -> tuple[Any, Any, Any]:
+    return lax.axis_index("row"), lax.axis_index("head"), lax.axis_index("tile")
+
+
+# Forwards ------------------------------------------------------------------------------------------------------------
+
+
+def _forward(
+    shape: _Shape, q: Array, k: Array, v: Array, sinks: Array, segments: Array
+) -> tuple[Float[Array, "batch seq heads dim"], Float[Array, "batch heads seq"]]:
+    """Output and lse'."""
+    tools, dim, group = _Tools(shape), shape.dim, shape.heads // shape.kv_heads
+
+    def kernel(
+        sink_of: Any, q_all: Any, k_all: Any, v_all: Any, segment_of: Any, out: Any, lse: Any, *tiles: Any
+    ) -> None:
+        q_tile, p_tile, out_tile, lse_tile, own_segment, arrived = tiles
+        b, h, i = _here()
+        first, kv_head = shape.first_key(i), lax.div(h, group)
+        here = pl.ds(i * TILE, TILE)
+        tools.fetched([(q_all.at[b, here, h], q_tile), (segment_of.at[b, here], own_segment)], arrived)
+
+        def place(n: Any) -> tuple[Any, Any]:
+            return jnp.minimum(first + n, shape.tiles - 1), kv_head
+
+        def step(index: Any, k_tile: Any, v_tile: Any, segment: Any, carry: Any) -> Any:
+            largest, total, vectors = carry
+            logits = tools.product(q_tile, k_tile.T, TILE) * dim**-0.5
+            query, key = tools.numbers(0) + i * TILE, tools.numbers(1) + (first + index[0]) * TILE
+            of_both = (tools.rows(own_segment[...]), tools.columns(segment[...])) if shape.segments else (None, None)
+            seen = tools.seen(query, key, *of_both)
+            logits = jnp.where(seen, logits, MASKED)
+            new = jnp.maximum(largest, jnp.max(logits, axis=1))
+            weights = jnp.where(seen, jnp.exp(logits - tools.rows(new)), 0.0)
+            shrink = jnp.exp(largest - new)
+            p_tile[...] = weights.astype(jnp.bfloat16)
+            tools.mosaic.commit_smem()
+            vectors = vectors * tools.rows(shrink, dim) + tools.product(p_tile, v_tile, dim)
+            return new, total * shrink + jnp.sum(weights, axis=1), vectors
+
+        start = lax.broadcast_in_dim(sink_of[h], (TILE,), ())
+        carry = (
+            tools.mosaic.layout_cast(start, tools.by_row),
+            tools.mosaic.layout_cast(jnp.ones((TILE,), jnp.float32), tools.by_row),
+            tools.zeros(),
+        )
+        steps = shape.reach if shape.interpret else i - first + 1
+        segment_tiles = tools.mosaic.BlockSpec((TILE,), lambda n: place(n)[:1])
+        run = tools.pipeline(step, (steps,), [tools.vector_tiles(place)] * 2 + [segment_tiles], carry)
+        largest, total, vectors = run(k_all.at[b], v_all.at[b], segment_of.at[b])
+        out_tile[...] = (vectors / tools.rows(total, dim)).astype(out_tile.dtype)
+        lse_tile[...] = largest + jnp.log(total)
+        tools.stored([(out_tile, out.at[b, here, h]), (lse_tile, lse.at[b, h, here])])
+
+    per_query = jax.ShapeDtypeStruct((shape.batch, shape.heads, shape.seq), jnp.float32)
+    scratch = [tools.vectors(), tools.logits(), tools.vectors(), tools.scalars(), tools.scalars(jnp.int32)]
+    call = tools.call(
+        kernel, [jax.ShapeDtypeStruct(q.shape, q.dtype), per_query], shape.heads, [*scratch, tools.mosaic.Barrier()]
+    )
+    out, lse = call(sinks, q, k, v, segments)
+    return out, lse
+
+
+# Backwards -----------------------------------------------------------------------------------------------------------
+
+
+def _d_queries(
+    shape: _Shape, q: Array, k: Array, v: Array, segments: Array, d_out: Array, lse: Array, delta: Array
+) -> Float[Array, "batch seq heads dim"]:
+    tools, dim, group = _Tools(shape), shape.dim, shape.heads // shape.kv_heads
+
+    def kernel(*refs: Any) -> None:
+        q_all, k_all, v_all, segment_of, d_out_all, lse_of, delta_of, d_q, *tiles = refs
+        q_tile, d_out_tile, lse_tile, delta_tile, own_segment, d_tile, d_q_tile, arrived = tiles
+        b, h, i = _here()
+        first, kv_head = shape.first_key(i), lax.div(h, group)
+        here = pl.ds(i * TILE, TILE)
+        tools.fetched(
+            [
+                (q_all.at[b, here, h], q_tile),
+                (d_out_all.at[b, here, h], d_out_tile),
+                (lse_of.at[b, h, here], lse_tile),
+                (delta_of.at[b, h, here], delta_tile),
+                (segment_of.at[b, here], own_segment),
+            ],
+            arrived,
+        )
+
+        def place(n: Any) -> tuple[Any, Any]:
+            return jnp.minimum(first + n, shape.tiles - 1), kv_head
+
+        def step(index: Any, k_tile: Any, v_tile: Any, segment: Any, total: Any) -> Any:
+            logits = tools.product(q_tile, k_tile.T, TILE) * dim**-0.5
+            query, key = tools.numbers(0) + i * TILE, tools.numbers(1) + (first + index[0]) * TILE
+            of_both = (tools.rows(own_segment[...]), tools.columns(segment[...])) if shape.segments else (None, None)
+            seen = tools.seen(query, key, *of_both)
+            weights = jnp.where(seen, jnp.exp(logits - tools.rows(lse_tile[...])), 0.0)
+            d_weights = tools.product(d_out_tile, v_tile.T, TILE)
+            d_logits = weights * (d_weights - tools.rows(delta_tile[...])) * dim**-0.5
+            d_tile[...] = d_logits.astype(jnp.bfloat16)
+            tools.mosaic.commit_smem()
+            return total + tools.product(d_tile, k_tile, dim)
+
+        steps = shape.reach if shape.interpret else i - first + 1
+        segment_tiles = tools.mosaic.BlockSpec((TILE,), lambda n: place(n)[:1])
+        run = tools.pipeline(step, (steps,), [tools.vector_tiles(place)] * 2 + [segment_tiles], tools.zeros())
+        d_q_tile[...] = run(k_all.at[b], v_all.at[b], segment_of.at[b]).astype(d_q_tile.dtype)
+        tools.stored([(d_q_tile, d_q.at[b, here, h])])
+
+    scratch = [tools.vectors(), tools.vectors(), tools.scalars(), tools.scalars(), tools.scalars(jnp.int32)]
+    call = tools.call(
+        kernel,
+        [jax.ShapeDtypeStruct(q.shape, q.dtype)],
+        shape.heads,
+        [*scratch, tools.logits(), tools.vectors(), tools.mosaic.Barrier()],
+    )
+    return call(q, k, v, segments, d_out, lse, delta)[0]
+
+
+def _d_keys(
+    shape: _Shape, q: Array, k: Array, v: Array, segments: Array, d_out: Array, lse: Array, delta: Array
+) -> tuple[Float[Array, "batch seq kv_heads dim"], Float[Array, "batch seq kv_heads dim"]]:
+    """Logits are transposed here: keys are rows and queries columns."""
+    tools, dim, group = _Tools(shape), shape.dim, shape.heads // shape.kv_heads
+
+    def kernel(*refs: Any) -> None:
+        q_all, k_all, v_all, segment_of, d_out_all, lse_of, delta_of, d_k, d_v, *tiles = refs
+        k_tile, v_tile, own_segment, p_tile, d_tile, d_k_tile, d_v_tile, arrived = tiles
+        b, kv_head, j = _here()
+        here = pl.ds(j * TILE, TILE)
+        tools.fetched(
+            [
+                (k_all.at[b, here, kv_head], k_tile),
+                (v_all.at[b, here, kv_head], v_tile),
+                (segment_of.at[b, here], own_segment),
+            ],
+            arrived,
+        )
+
+        def place(member: Any, n: Any) -> tuple[Any, Any]:
+            return jnp.minimum(j + n, shape.tiles - 1), kv_head * group + member
+
+        def step(
+            index: Any, q_tile: Any, d_out_tile: Any, lse_tile: Any, delta_tile: Any, segment: Any, carry: Any
+        ) -> Any:
+            of_k, of_v = carry
+            logits = tools.product(k_tile, q_tile.T, TILE) * dim**-0.5
+            at = j + index[1]
+            query, key = tools.numbers(1) + at * TILE, tools.numbers(0) + j * TILE
+            of_both = (tools.columns(segment[...]), tools.rows(own_segment[...])) if shape.segments else (None, None)
+            # Past the end, the last tile is there once more.
+            seen = tools.seen(query, key, *of_both) & (query < shape.seq)
+            weights = jnp.where(seen, jnp.exp(logits - tools.columns(lse_tile[...])), 0.0)
+            d_weights = tools.product(v_tile, d_out_tile.T, TILE)
+            d_logits = weights * (d_weights - tools.columns(delta_tile[...])) * dim**-0.5
+            p_tile[...] = weights.astype(jnp.bfloat16)
+            d_tile[...] = d_logits.astype(jnp.bfloat16)
+            tools.mosaic.commit_smem()
+            return of_k + tools.product(d_tile, q_tile, dim), of_v + tools.product(p_tile, d_out_tile, dim)
+
+        steps = shape.reach if shape.interpret else shape.last_query(j) - j + 1
+        segment_tiles = tools.mosaic.BlockSpec((TILE,), lambda member, n: place(member, n)[:1])
+        tiles_of = [*[tools.vector_tiles(place)] * 2, *[tools.scalar_tiles(place)] * 2, segment_tiles]
+        run = tools.pipeline(step, (group, steps), tiles_of, (tools.zeros(), tools.zeros()))
+        of_k, of_v = run(q_all.at[b], d_out_all.at[b], lse_of.at[b], delta_of.at[b], segment_of.at[b])
+        d_k_tile[...], d_v_tile[...] = of_k.astype(jnp.bfloat16), of_v.astype(jnp.bfloat16)
+        tools.stored([(d_k_tile, d_k.at[b, here, kv_head]), (d_v_tile, d_v.at[b, here, kv_head])])
+
+    scratch = [tools.vectors(), tools.vectors(), tools.scalars(jnp.int32), tools.logits(), tools.logits()]
+    call = tools.call(
+        kernel,
+        [jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
+        shape.kv_heads,
+        [*scratch, tools.vectors(), tools.vectors(), tools.mosaic.Barrier()],
+    )
+    d_k, d_v = call(q, k, v, segments, d_out, lse, delta)
+    return d_k, d_v

@@ -1,0 +1,65 @@
+"""Decoding against a cache by the kernel for Hopper GPUs, interpreted, against the reference."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from puzzle_jax.kernels.decode_attention import decode_attention, mosaic_gpu
+from puzzle_jax.kernels.float8 import encode_e4m3
+from puzzle_jax.kernels.mosaic import FIRST_JAX
+
+pytestmark = pytest.mark.skipif(jax.__version_info__[:3] < FIRST_JAX, reason="Mosaic GPU kernels need a newer JAX")
+BATCH, KV_HEADS, GROUP, DIM = 2, 3, 5, 64
+
+
+def made_up(slots, packed, kv_heads=KV_HEADS):
+    keys = jax.random.split(jax.random.key(0), 4)
+    q = jax.random.normal(keys[0], (BATCH, kv_heads * GROUP, DIM)).astype(jnp.bfloat16)
+    k = jax.random.normal(keys[1], (BATCH, kv_heads, DIM, slots)).astype(jnp.bfloat16)
+    v = jax.random.normal(keys[2], (BATCH, kv_heads, slots, DIM)).astype(jnp.bfloat16)
+    sinks = jax.random.normal(keys[3], (kv_heads * GROUP,))
+    if not packed:
+        return (q, k, v, sinks), {}
+    scales = {"k_scale": jnp.float32(0.015), "v_scale": jnp.float32(0.02)}
+    return (q, encode_e4m3(k, scales["k_scale"]), encode_e4m3(v, scales["v_scale"]), sinks), scales
+
+
+CASES = {
+    "one tile": (64, None, [0, 63]),
+    "parts that hold nothing yet": (2048, None, [3, 1300]),
+    "a ring that has wrapped": (128, 128, [1000, 127]),
+    "a window within a larger cache": (384, 100, [40, 383]),
+    "a window per row": (192, [7, 150], [191, 500]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("packed", [False, True])
+def test_as_the_reference(case, packed):
+    slots, window, positions = CASES[case]
+    window = jnp.asarray(window) if isinstance(window, list) else window
+    (q, k, v, sinks), scales = made_up(slots, packed, kv_heads=1 if slots > 1000 else KV_HEADS)
+    options = {"window": window, **scales}
+    found = mosaic_gpu.decode_attention(q, k, v, sinks, jnp.asarray(positions), **options, interpret=True)
+    exact = [x if packed and x.dtype == jnp.uint8 else x.astype(jnp.float32) for x in (q, k, v)]
+    expected = decode_attention(*exact, sinks, jnp.asarray(positions), **options, implementation="reference")
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(found, np.float32), expected, atol=1e-2)
+
+
+def test_what_no_tile_fits_is_refused():
+    (q, k, v, sinks), _ = made_up(96, False)
+    positions = jnp.asarray([3, 4])
+    with pytest.raises(NotImplementedError, match="96 slots are no multiple of 64"):
+        mosaic_gpu.decode_attention(q, k, v, sinks, positions, window=None, interpret=True)
+    with pytest.raises(NotImplementedError, match="heads of 32 are no multiple of 64"):
+        mosaic_gpu.decode_attention(
+            q[..., :32], k[:, :, :32], v[..., :32], sinks, positions, window=None, interpret=True
+        )
+    with pytest.raises(NotImplementedError, match="for caches of bfloat16 or e4m3, but this one is float32"):
+        mosaic_gpu.decode_attention(
+            q, k.astype(jnp.float32), v.astype(jnp.float32), sinks, positions, window=None, interpret=True
+        )
+    with pytest.raises(NotImplementedError, match=r"compute capability 9\.0, but this is cpu"):
+        decode_attention(q, k, v, sinks, positions, window=None, implementation="mosaic_gpu")

@@ -1,0 +1,90 @@
+"""Window attention by the kernels for GPUs and TPUs, interpreted, against the reference: values and all gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from puzzle_jax.kernels.mosaic import FIRST_JAX
+from puzzle_jax.kernels.window_attention import mosaic_gpu, splash, window_attention
+
+GPU = pytest.mark.skipif(jax.__version_info__[:3] < FIRST_JAX, reason="Mosaic GPU kernels need a newer JAX")
+KERNELS = [pytest.param(mosaic_gpu, marks=GPU, id="mosaic_gpu"), pytest.param(splash, id="splash")]
+BATCH, SEQ, KV_HEADS, GROUP, DIM = 1, 150, 2, 3, 64  # the last of three tiles is short
+
+
+def made_up(seq=SEQ, batch=BATCH):
+    keys = jax.random.split(jax.random.key(0), 4)
+    q = jax.random.normal(keys[0], (batch, seq, KV_HEADS * GROUP, DIM))
+    k, v = (jax.random.normal(key, (batch, seq, KV_HEADS, DIM)) for key in keys[1:3])
+    return tuple(x.astype(jnp.bfloat16) for x in (q, k, v)), jax.random.normal(keys[3], (KV_HEADS * GROUP,))
+
+
+def exact(arrays):
+    return tuple(x.astype(jnp.float32) for x in arrays)
+
+
+SEGMENTS = jnp.asarray([[0] * 70 + [1] * 13 + [2] * 67])
+CASES = {
+    "full": (None, None),
+    "shorter than a tile": (7, None),
+    "one more than a tile": (65, None),
+    "longer than the sequence": (151, None),
+    "packed sequences": (90, SEGMENTS),
+}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("case", CASES)
+def test_values(kernel, case):
+    window, segments = CASES[case]
+    arrays, sinks = made_up()
+    options = {"window": window, "segment_ids": segments}
+    found = kernel.window_attention(*arrays, sinks, **options, interpret=True)
+    expected = window_attention(*exact(arrays), sinks, **options, implementation="reference")
+    assert found.dtype == jnp.bfloat16 and found.shape == (BATCH, SEQ, KV_HEADS * GROUP, DIM)
+    np.testing.assert_allclose(np.asarray(found, np.float32), expected, atol=2e-2)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("case", ["full", "packed sequences"])
+def test_gradients(kernel, case):
+    window, segments = CASES[case]
+    arrays, sinks = made_up()
+    cotangent = jax.random.normal(jax.random.key(9), (BATCH, SEQ, KV_HEADS * GROUP, DIM))
+
+    def loss(run, *given):
+        return jnp.sum(run(*given, window=window, segment_ids=segments).astype(jnp.float32) * cotangent)
+
+    def interpreted(*given, **options):
+        return kernel.window_attention(*given, **options, interpret=True)
+
+    def reference(*given, **options):
+        return window_attention(*given, **options, implementation="reference")
+
+    found = jax.grad(lambda *given: loss(interpreted, *given), (0, 1, 2, 3))(*arrays, sinks)
+    expected = jax.grad(lambda *given: loss(reference, *given), (0, 1, 2, 3))(*exact(arrays), sinks)
+    for one, other in zip(found, expected, strict=True):
+        largest = np.abs(other).max()
+        np.testing.assert_allclose(np.asarray(one, np.float32) / largest, other / largest, atol=1e-2)
+
+
+@GPU
+def test_what_the_gpu_kernel_is_not_made_for_is_refused():
+    (q, k, v), sinks = made_up()
+    with pytest.raises(NotImplementedError, match="the window is not a static number"):
+        mosaic_gpu.window_attention(q, k, v, sinks, window=jnp.asarray([3]), interpret=True)
+    with pytest.raises(NotImplementedError, match="for bfloat16, but this is float32"):
+        mosaic_gpu.window_attention(*exact((q, k, v)), sinks, window=3, interpret=True)
+    with pytest.raises(NotImplementedError, match="heads of 48 are no multiple of 64"):
+        mosaic_gpu.window_attention(*(x[..., :48] for x in (q, k, v)), sinks, window=3, interpret=True)
+    with pytest.raises(NotImplementedError, match=r"compute capability 9\.0, but this is cpu"):
+        window_attention(q, k, v, sinks, window=3, implementation="mosaic_gpu")
+
+
+def test_what_splash_attention_is_not_made_for_is_refused():
+    (q, k, v), sinks = made_up()
+    with pytest.raises(NotImplementedError, match="the window is not a static number"):
+        splash.window_attention(q, k, v, sinks, window=jnp.asarray([3]), interpret=True)
+    with pytest.raises(NotImplementedError, match="for TPUs, but this is cpu"):
+        window_attention(q, k, v, sinks, window=3, implementation="splash")
