@@ -2,8 +2,8 @@
 
     python benchmarks/accelerator.py [--only grouped packed window decode] [--rounds 15] [--small] [--json PATH]
 
-At the shapes of gpt-oss-120b. Each implementation is compared with a plain reference on a part of the result, then timed
-in turns with the others; medians. The floor is the bytes that must cross memory at the device's bandwidth, or the
+At the shapes of gpt-oss-120b. Each implementation is compared with a plain reference on a part of the result, then
+timed in turns with the others; medians. The floor is the bytes that must cross memory at the device's bandwidth, or the
 operations at its bf16 rate, whichever takes longer. What does not run is shown as missing, with the reason. `--small`
 makes everything small, to try the script itself.
 """
