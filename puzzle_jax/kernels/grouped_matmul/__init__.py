@@ -1,8 +1,8 @@
 """Rows that are sorted by expert, times each row's expert's matrix; dense or packed (MXFP4) weights.
 
 Kernels take rows in blocks of one expert each (`layout`): padding a group to whole blocks costs less than tiles that
-two experts share, and work stays proportional to the rows. Implementations: `mosaic_gpu` on Hopper, `mosaic_tpu`,
-`blocked` in plain XLA, which is the way on CPUs, `ragged_dot`, and `reference`.
+two experts share, and work stays proportional to the rows. Implementations: `ragged_dot` off CPUs, `blocked` in plain
+XLA, which is the way on CPUs, `reference`; and, which must be asked for by name, `mosaic_gpu` for Hopper and `mosaic_tpu`.
 
 Gradients of the kernels: of the rows by the same kernel with the matrices transposed, packed ones decoded for it; of
 dense weights by `lax.ragged_dot_general`. Packed weights have none.
@@ -86,9 +86,9 @@ def _d_weights(
 
 
 BLOCK_IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
+    "blocked": blocked.block_matmul,
     "mosaic_gpu": _differentiable(mosaic_gpu.block_matmul),
     "mosaic_tpu": _differentiable(mosaic_tpu.block_matmul),
-    "blocked": blocked.block_matmul,
 }
 
 
@@ -139,11 +139,11 @@ def _in_blocks(kernel: Callable[..., Array], module: ModuleType) -> Callable[...
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
-    "mosaic_gpu": _in_blocks(BLOCK_IMPLEMENTATIONS["mosaic_gpu"], mosaic_gpu),
-    "mosaic_tpu": _in_blocks(BLOCK_IMPLEMENTATIONS["mosaic_tpu"], mosaic_tpu),
     "ragged_dot": ragged.grouped_matmul,
     "blocked": _in_blocks(BLOCK_IMPLEMENTATIONS["blocked"], blocked),
     "reference": reference.grouped_matmul,
+    "mosaic_gpu": _in_blocks(BLOCK_IMPLEMENTATIONS["mosaic_gpu"], mosaic_gpu),
+    "mosaic_tpu": _in_blocks(BLOCK_IMPLEMENTATIONS["mosaic_tpu"], mosaic_tpu),
 }
 
 
