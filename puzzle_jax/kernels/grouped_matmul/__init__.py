@@ -2,7 +2,7 @@
 
 Kernels take rows in blocks of one expert each (`layout`): padding a group to whole blocks costs less than tiles that
 two experts share, and work stays proportional to the rows. Implementations: `ragged_dot` off CPUs, `blocked` in plain
-XLA, which is the way on CPUs, `reference`; and, which must be asked for by name, `mosaic_gpu` for Hopper and `mosaic_tpu`.
+XLA, which is the way on CPUs, and `reference`; by name only `mosaic_gpu` for Hopper and `mosaic_tpu`.
 
 Gradients of the kernels: of the rows by the same kernel with the matrices transposed, packed ones decoded for it; of
 dense weights by `lax.ragged_dot_general`. Packed weights have none.
