@@ -38,11 +38,11 @@ from puzzle_jax.generate.batches import micro_batches
 from puzzle_jax.generate.calibrate import calibrate_cache
 from puzzle_jax.generate.traces import Trace, read_traces, write_traces
 from puzzle_jax.model.child import Child, ChildBlock, whole
-from puzzle_jax.model.sharding import make_mesh
 from puzzle_jax.progress import progress
 from puzzle_jax.report.page import SearchPage, stage_records
 from puzzle_jax.report.table import SearchReport
 from puzzle_jax.search.alternatives import expert_mask
+from puzzle_jax.search.assist import open_parent
 from puzzle_jax.search.baselines import all_baselines
 from puzzle_jax.search.compare import Judge
 from puzzle_jax.search.costs import Costs, compute_costs, read_costs
@@ -50,7 +50,6 @@ from puzzle_jax.search.deal import deal_traces
 from puzzle_jax.search.external import read_external
 from puzzle_jax.search.frontier import frontier, speedup, uniform_frontier
 from puzzle_jax.search.measured import Measured, device_identity
-from puzzle_jax.search.parent import Parent
 from puzzle_jax.search.problem import Candidate, Problem, Scores
 from puzzle_jax.search.processes import Team
 from puzzle_jax.search.provider import Provider
@@ -61,7 +60,8 @@ from puzzle_jax.search.replace import Alternative, ReplaceOne, child_choices
 from puzzle_jax.search.roofline import Roofline
 from puzzle_jax.search.routing import routing_profile
 from puzzle_jax.search.score import Measurements, ScoreBook
-from puzzle_jax.search.scoring import ScoredSpace, SpaceScorer
+from puzzle_jax.search.scores_file import scores_from_json, scores_to_json
+from puzzle_jax.search.scoring import SpaceScorer
 from puzzle_jax.search.space import (
     ExpertChoice,
     Space,
@@ -232,7 +232,7 @@ class Search:
                 f"{len(scored.book.traces)} traces in the mean",
                 highlight=False,
             )
-            _write(out / "scores.json", {"layers": _scores_to_json(scored), "pairs": pairs, "all_pairs": everything})
+            _write(out / "scores.json", {"layers": scores_to_json(scored), "pairs": pairs, "all_pairs": everything})
 
         settings = {
             **self.recipe.section("score"),
@@ -525,12 +525,7 @@ class Search:
 
     def problem(self) -> Problem:
         layers = json.loads(self._needed("score/scores.json").read_text())["layers"]
-        space = Space.from_json(self.parent.config, layers)
-        scores = Scores(
-            experts=tuple(tuple(_kl(choice.get("score")) for choice in layer["experts"]) for layer in layers),
-            attention=tuple(tuple(_kl(score) for score in layer["window_scores"]) for layer in layers),
-        )
-        return self.problem_of(space, scores)
+        return self.problem_of(Space.from_json(self.parent.config, layers), scores_from_json(layers))
 
     def problem_of(self, space: Space, scores: Scores) -> Problem:
         return Problem(space, scores, self._costs, self.recipe.target)
@@ -560,46 +555,6 @@ class Search:
         if not found.exists():
             raise PuzzleError(f"{found} is missing; run the stages before it first (or all: `puzzle search`)")
         return found
-
-
-def open_parent(recipe: Recipe) -> Parent:
-    """The parent, on a mesh of this process's devices where the recipe asks for more than one."""
-    mesh = make_mesh(recipe.mesh.data, recipe.mesh.model) if recipe.mesh.devices != 1 else None
-    return Parent.open(recipe.parent, mesh)
-
-
-def assist(recipe: Recipe, team: Team) -> None:
-    """Takes part in what the first process of a search says, until there is no more."""
-    parent = open_parent(recipe)
-    while (work := team.hear()) is not None:
-        work.join(team, parent.params, parent.mesh)
-
-
-def _scores_to_json(scored: ScoredSpace) -> list[dict[str, Any]]:
-    """The space with the score of each alternative that is not the parent's own."""
-    numbered, book, layers = scored.numbered, scored.book, []
-    estimates = book.estimates()
-    for layer, entry in enumerate(scored.space.to_json()):
-        window = scored.space.parent.blocks[layer].window
-
-        def score(number: int | None, window: int | None = window) -> dict[str, Any] | None:
-            if number is None:
-                return None
-            return {**asdict(book.score(number, window)), "estimate": float(estimates[number])}
-
-        experts = zip(entry["experts"], numbered.experts[layer], strict=True)
-        layers.append(
-            {
-                **entry,
-                "experts": [{**choice, "score": score(number)} for choice, number in experts],
-                "window_scores": [score(number) for number in numbered.attention[layer]],
-            }
-        )
-    return layers
-
-
-def _kl(score: dict[str, Any] | None) -> float:
-    return 0.0 if score is None else score["estimate"]
 
 
 def _write(path: Path, value: Any) -> None:

@@ -119,7 +119,7 @@ class Team:
         return np.asarray(everything).view(values.dtype).reshape(self.count, *values.shape)
 
     def _key(self) -> str:
-        return f"puzzle_jax/work/{self._said}"
+        return f"puzzle_jax: {self._said}"
 
     @staticmethod
     def _store() -> Any:

@@ -14,20 +14,9 @@ from jaxtyping import Array, Float, Int
 
 from puzzle_jax.kernels.expert_mlp.reference import clamped_swiglu
 from puzzle_jax.kernels.expert_mlp.weights import Experts
+from puzzle_jax.kernels.grouped_matmul.blocked import block_rows
 from puzzle_jax.kernels.mxfp4 import as_dense
 from puzzle_jax.kernels.route import expert_order
-
-MIN_BLOCK, MAX_BLOCK = 4, 128
-
-
-def block_rows(pairs: int, num_experts: int) -> int:
-    """Rows per block: the power of two nearest above half the mean pairs per expert, within limits.
-
-    Half, because a block that is half an expert's share wastes a quarter of its padding while its weights are read
-    only twice.
-    """
-    target = max(1, pairs // (2 * num_experts))
-    return min(MAX_BLOCK, max(MIN_BLOCK, 1 << (target - 1).bit_length()))
 
 
 def expert_outputs(

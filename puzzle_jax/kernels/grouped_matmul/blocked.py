@@ -14,7 +14,7 @@ from puzzle_jax.kernels.mxfp4 import MXFP4, as_dense
 MIN_BLOCK, MAX_BLOCK = 4, 128
 
 
-def block_rows(rows: int, num_experts: int, packed: bool) -> int:
+def block_rows(rows: int, num_experts: int, packed: bool = False) -> int:
     """Rows per block: the power of two nearest above half the mean rows per expert, within limits.
 
     Half, because a block that is half an expert's share wastes a quarter of its padding while its weights are read

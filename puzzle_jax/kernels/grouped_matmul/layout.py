@@ -29,14 +29,20 @@ def num_blocks(rows: int, num_experts: int, block: int) -> int:
     return max(1, min((rows + min(num_experts, rows) * (block - 1)) // block, rows))
 
 
-def blocks_of(group_sizes: Int[Array, "experts"], rows: int, block: int) -> Blocks:
-    """Lays `rows` rows, sorted by expert, out in blocks; what lies past the sum of `group_sizes` is left out."""
+def blocks_of(
+    group_sizes: Int[Array, "experts"], rows: int, block: int, expert_of: Int[Array, "rows"] | None = None
+) -> Blocks:
+    """Lays `rows` rows, sorted by expert, out in blocks; what lies past the sum of `group_sizes` is left out.
+
+    Args:
+      expert_of: every row's expert, where that is known; else it is found.
+    """
     experts = len(group_sizes)
     blocks = num_blocks(rows, experts, block)
     end = jnp.cumsum(group_sizes)
     last_block = jnp.cumsum(-(-group_sizes // block))
     row = jnp.arange(rows, dtype=jnp.int32)
-    expert = jnp.minimum(jnp.searchsorted(end, row, side="right"), experts - 1)
+    expert = jnp.minimum(jnp.searchsorted(end, row, side="right"), experts - 1) if expert_of is None else expert_of
     first = (last_block - -(-group_sizes // block)) * block - (end - group_sizes)
     slot = jnp.where(row < end[-1], row + first[expert], blocks * block).astype(jnp.int32)
     source = jnp.full(blocks * block, rows, jnp.int32).at[slot].set(row, mode="drop")

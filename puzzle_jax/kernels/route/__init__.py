@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from puzzle_jax.kernels.grouped_matmul.layout import blocks_of
+
 _ITERATED_ARGMAX_LIMIT = 8  # up to here k passes of argmax beat a sort on CPU
 
 
@@ -86,22 +88,12 @@ class ExpertOrder(NamedTuple):
 def expert_order(ids: Int[Array, "tokens k"], num_experts: int, block: int) -> ExpertOrder:
     """Sorts pairs by expert and pads every expert's rows to whole blocks; nothing is dropped.
 
-    Blocks beyond the last used one belong to the last expert and hold no pair.
+    Blocks beyond the last used one repeat its expert and hold no pair.
     """
-    pairs = ids.size
-    # An expert leaves at most block - 1 rows empty, and no block that is used is empty.
-    blocks = min((pairs + min(num_experts, pairs) * (block - 1)) // block, pairs)
-    flat = ids.reshape(-1)
+    pairs, flat = ids.size, ids.reshape(-1)
     group_sizes = jnp.zeros(num_experts, jnp.int32).at[flat].add(1)
-    blocks_per_expert = -(-group_sizes // block)
-    block_end = jnp.cumsum(blocks_per_expert)
-    first_row = (block_end - blocks_per_expert) * block
     sorted_pairs = jnp.argsort(flat, stable=True).astype(jnp.int32)
-    sorted_experts = flat[sorted_pairs]
-    group_start = jnp.cumsum(group_sizes) - group_sizes
-    rank = jnp.arange(pairs, dtype=jnp.int32) - group_start[sorted_experts]
-    sorted_slot = (first_row[sorted_experts] + rank).astype(jnp.int32)
-    slot = jnp.zeros(pairs, jnp.int32).at[sorted_pairs].set(sorted_slot)
-    source = jnp.full(blocks * block, pairs, jnp.int32).at[sorted_slot].set(sorted_pairs)
-    block_expert = jnp.searchsorted(block_end, jnp.arange(blocks), side="right").astype(jnp.int32)
-    return ExpertOrder(source, slot, jnp.minimum(block_expert, num_experts - 1), group_sizes)
+    blocks = blocks_of(group_sizes, pairs, block, flat[sorted_pairs])
+    source = jnp.take(sorted_pairs, blocks.source, mode="fill", fill_value=pairs)
+    slot = jnp.zeros(pairs, jnp.int32).at[sorted_pairs].set(blocks.slot)
+    return ExpertOrder(source, slot, blocks.expert, group_sizes)
