@@ -1,6 +1,6 @@
 """The searched child beside every baseline: held-out KL before any training, over targets and draws of traces.
 
-    python benchmarks/baselines.py --costs runs/tiny/cost [--seeds 0 1 2] [--rounds N] [--json PATH]
+    python benchmarks/baselines.py --costs runs/tiny/cost [--seeds 0 1 2] [--rounds N] [--swaps N] [--json PATH]
 
 Each seed draws other problems and other answers of the embedded parent; costs are those of an earlier run of the tiny
 recipe, so that every seed and every baseline is judged by the same prices. A baseline that cannot meet a target is the
@@ -53,7 +53,7 @@ def measure(seed: int, target: tuple[float, float], options: argparse.Namespace,
         recipe,
         traces=replace(recipe.traces, seed=seed, calibration=options.calibration, validation=options.validation),
         target=Target(max_expert_bytes_ratio=target[0], min_speedup=target[1]),
-        refine=RefineSettings(rounds=options.rounds, swaps=0),
+        refine=RefineSettings(rounds=options.rounds, swaps=options.swaps),
     )
     search = Search(recipe, console)
     if not (search.run / "cost").exists():
@@ -91,7 +91,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--calibration", type=int, default=24, help="problems per task")
     parser.add_argument("--validation", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=0, help="of refinement")
+    parser.add_argument("--rounds", type=int, default=0, help="of scores around the child, in refinement")
+    parser.add_argument("--swaps", type=int, default=0, help="of experts, in refinement")
     parser.add_argument("--out", type=Path, default=Path("runs/baselines"))
     parser.add_argument("--json", type=Path, help="where to write everything")
     return parser.parse_args()

@@ -1,109 +1,131 @@
-"""Implementations of each operation side by side: milliseconds and ratios to the reference, forward and gradient.
+"""Kernels on the device present: right first, then how far from their floors.
 
-    python benchmarks/kernels.py [--tokens 4096] [--experts 64]
+    python benchmarks/kernels.py [--only grouped packed experts window decode] [--rounds 15] [--small] [--json PATH]
+    python benchmarks/kernels.py --tune [--json PATH]
 
-Runs in turns on the device present, medians over rounds. `lax.ragged_dot` stands beside the experts because it is
-what JAX offers for grouped matmuls.
+On a GPU or TPU at the shapes of gpt-oss-120b, on a CPU at those of a small model. Each implementation is compared with
+a plain reference on a part of the result, then timed in turns with the others; medians, and ratios to the first one.
+The floor is the bytes that must cross memory at the device's bandwidth, or the operations at its rate, whichever takes
+longer; a CPU's are measured when the script starts. What does not run is shown as missing, with the reason. `--small`
+makes everything small, to try the script itself.
+
+`--tune` finds tile sizes for the device and writes them to the package's table (`kernels/tiles.json`) or to `--json`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
-from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import kernel_cases
+import numpy as np
 
-from puzzle_jax.kernels.expert_mlp import Experts, expert_mlp
-from puzzle_jax.kernels.expert_mlp.reference import clamped_swiglu
-from puzzle_jax.kernels.route import Routing, route
-from puzzle_jax.kernels.window_attention import window_attention
-
-
-def ragged_mlp(x: jax.Array, routing: Routing, experts: Experts) -> jax.Array:
-    """The mixture by `lax.ragged_dot` over rows sorted by expert."""
-    k, count = routing.ids.shape[1], experts.down_bias.shape[0]
-    flat = routing.ids.reshape(-1)
-    order = jnp.argsort(flat, stable=True)
-    sizes = jnp.zeros(count, jnp.int32).at[flat].add(1)
-    expert = flat[order]
-    h = jax.lax.ragged_dot(x[order // k], experts.gate_up, sizes) + experts.gate_up_bias[expert]
-    out = jax.lax.ragged_dot(clamped_swiglu(h, 7.0), experts.down, sizes) + experts.down_bias[expert]
-    out = jnp.zeros_like(out).at[order].set(out).reshape(*routing.ids.shape, -1)
-    return jnp.einsum("tkh,tk->th", out, routing.gates)
-
-
-def turns(title: str, functions: dict[str, Callable[[], object]], rounds: int) -> None:
-    """Times functions in turns and prints medians and the ratio to the first."""
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for turn in range(rounds + 1):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            jax.block_until_ready(function())
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    first = next(iter(medians.values()))
-    print(title)
-    for name, median in medians.items():
-        print(f"  {name:<16} {median * 1e3:9.2f} ms   {first / median:6.2f}x")
+PEAKS = {"H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12), "v5 lite": (197e12, 0.82e12), "v5": (459e12, 2.77e12)}
+"""Dense bf16 operations and bytes per second by a part of the device's name, from data sheets."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--experts", type=int, default=64)
-    parser.add_argument("--hidden", type=int, default=64)
-    parser.add_argument("--inter", type=int, default=96)
-    parser.add_argument("--sequence", type=int, default=512)
-    parser.add_argument("--window", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", nargs="+", choices=kernel_cases.ON_ACCELERATORS, help="groups of operations")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--accelerator", action="store_true", help="the shapes for GPUs and TPUs, whatever this is")
+    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, float32")
-
-    keys = jax.random.split(jax.random.key(0), 8)
-    x = jax.random.normal(keys[0], (options.tokens, options.hidden))
-    experts = Experts(
-        jax.random.normal(keys[1], (options.experts, options.hidden, 2 * options.inter)) * options.hidden**-0.5,
-        jax.random.normal(keys[2], (options.experts, 2 * options.inter)),
-        jax.random.normal(keys[3], (options.experts, options.inter, options.hidden)) * options.inter**-0.5,
-        jax.random.normal(keys[4], (options.experts, options.hidden)),
-    )
-    routing = route(jax.random.normal(keys[5], (options.tokens, options.experts)), 2)
-    mixtures: dict[str, Callable[..., jax.Array]] = {
-        name: lambda x, w, name=name: expert_mlp(x, routing, w, limit=7.0, implementation=name)
-        for name in ("reference", "sorted_blocks")
-    }
-    mixtures["ragged_dot"] = lambda x, w: ragged_mlp(x, routing, w)
-    shape = f"{options.tokens} tokens, top 2 of {options.experts} experts, {options.hidden} x {options.inter}"
-    compare(f"expert_mlp, {shape}", mixtures, (x, experts), options.rounds)
-
-    rows = max(1, options.tokens // options.sequence)
-    q = jax.random.normal(keys[5], (rows, options.sequence, 4, 32))
-    k, v = (jax.random.normal(key, (rows, options.sequence, 2, 32)) for key in keys[6:])
-    sinks = jnp.zeros(4)
-    for window, names in (
-        (None, ("reference", "square", "causal_blocks")),
-        (options.window, ("reference", "square", "banded")),
-    ):
-        functions = {
-            name: lambda q, k, v, name=name, window=window: window_attention(
-                q, k, v, sinks, window=window, implementation=name
-            )
-            for name in names
-        }
-        compare(f"window_attention, {rows} x {options.sequence}, window {window}", functions, (q, k, v), options.rounds)
+    device = jax.local_devices()[0]
+    print(f"{device.device_kind}, {device.platform}, jax {jax.__version__}", flush=True)
+    if options.tune:
+        raise SystemExit
+        return
+    on_cpu = device.platform == "cpu" and not options.accelerator
+    groups = kernel_cases.ON_CPUS if on_cpu else kernel_cases.ON_ACCELERATORS
+    peaks = cpu_peaks() if on_cpu else next((peak for part, peak in PEAKS.items() if part in device.device_kind), None)
+    rows = []
+    for group in options.only or groups:
+        for case in groups[group](options.small) if group in groups else []:
+            rows += show(case, peaks, options.rounds)
+            if options.json:
+                found = {"device": device.device_kind, "jax": jax.__version__, "rows": rows}
+                options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def compare(title: str, functions: dict[str, Callable[..., jax.Array]], data: tuple, rounds: int) -> None:
-    """Forward and gradient of functions of the same arrays."""
-    forward = {name: jax.jit(f) for name, f in functions.items()}
-    turns(f"{title}, forward", {name: lambda f=f: f(*data) for name, f in forward.items()}, rounds)
-    argnums = tuple(range(len(data)))
-    backward = {name: jax.jit(jax.grad(lambda *a, f=f: jnp.sum(f(*a) ** 2), argnums)) for name, f in functions.items()}
-    turns(f"{title}, gradient", {name: lambda f=f: f(*data) for name, f in backward.items()}, rounds)
+def cpu_peaks() -> tuple[float, float]:
+    """Operations per second of a large float32 matmul, and bytes per second of a sum of large arrays."""
+    size, words = 1536, 1 << 25
+    a, b = jnp.ones((size, size)), jnp.ones(words)
+    runs = {"matmul": jax.jit(jnp.matmul), "add": jax.jit(jnp.add)}
+    arrays = {"matmul": (a, a), "add": (b, b)}
+    took = {}
+    for name, run in runs.items():
+        jax.block_until_ready(run(*arrays[name]))
+        seconds = []
+        for _ in range(7):
+            start = time.perf_counter()
+            jax.block_until_ready(run(*arrays[name]))
+            seconds.append(time.perf_counter() - start)
+        took[name] = statistics.median(seconds)
+    peaks = 2.0 * size**3 / took["matmul"], 12.0 * words / took["add"]
+    print(f"measured: {peaks[0] / 1e9:.0f} GFLOP/s, {peaks[1] / 1e9:.1f} GB/s")
+    return peaks
+
+
+def show(case: kernel_cases.Case, peaks: tuple[float, float] | None, rounds: int) -> list[dict[str, Any]]:
+    """Errors, milliseconds and shares of the floor of every implementation."""
+    print(case.name, flush=True)
+    expected = np.asarray(jax.jit(case.expected)(*case.arrays), np.float32)
+    runs, errors, missing = {}, {}, {}
+    for name, function in case.functions.items():
+        try:
+            run = jax.jit(function)
+            found = np.asarray(case.part(run(*case.arrays)), np.float32)
+        except Exception as reason:  # whatever a compiler or a device says, the others go on
+            missing[name] = " ".join(str(reason).split())[:160] or type(reason).__name__
+            continue
+        errors[name] = float(np.abs(found - expected).max() / np.abs(expected).max())
+        runs[name] = run
+    seconds = timed(runs, case.arrays, rounds)
+    floor = None if peaks is None else max(case.flops / peaks[0], case.num_bytes / peaks[1])
+    first = statistics.median(next(iter(seconds.values()))) if seconds else 0.0
+    rows = []
+    for name in case.functions:
+        if name in missing:
+            print(f"  {name:<14} missing: {missing[name]}", flush=True)
+            rows.append({"case": case.name, "implementation": name, "missing": missing[name]})
+            continue
+        took = statistics.median(seconds[name])
+        share = "" if floor is None else f"   {floor / took:6.1%} of the floor"
+        print(
+            f"  {name:<14} {took * 1e3:9.3f} ms   {first / took:6.2f}x   {case.flops / took / 1e12:8.3f} TFLOP/s   "
+            f"{case.num_bytes / took / 1e9:7.1f} GB/s{share}   error {errors[name]:.1e}",
+            flush=True,
+        )
+        row = {"case": case.name, "implementation": name, "seconds": seconds[name], "error": errors[name]}
+        rows.append({**row, "flops": case.flops, "bytes": case.num_bytes, "floor": floor})
+    return rows
+
+
+def timed(runs: dict[str, Any], arrays: tuple[Any, ...], rounds: int) -> dict[str, list[float]]:
+    """Seconds of a call, of several in a row, in turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    calls = {}
+    for name, run in runs.items():
+        start = time.perf_counter()
+        jax.block_until_ready(run(*arrays))
+        calls[name] = int(np.clip(0.02 / (time.perf_counter() - start), 1, 50))
+    for _ in range(rounds):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            outs = [run(*arrays) for _ in range(calls[name])]
+            jax.block_until_ready(outs)
+            seconds[name].append((time.perf_counter() - start) / calls[name])
+    return seconds
 
 
 if __name__ == "__main__":

@@ -199,17 +199,23 @@ class _Found:
 def ranks(found: _Found) -> None:
     gold, order = found.gold.means(), in_random_order(found.calibration)
     everything = range(len(found.numbered.listed))
-    first = order[:LENS_TRACES]
-    lens = fit_lens(found.run, micro_batches([found.calibration[n] for n in first], tokens_per_batch=1024))
+    lens = fit_lens(
+        found.run, micro_batches([found.calibration[n] for n in order[:LENS_TRACES]], tokens_per_batch=1024)
+    )
     looked = ScoreBook.empty(found.numbered.listed, found.calibration)
-    fill(looked, lens, everything, first)
-    CONSOLE.print(f"lens on {len(first)} traces: Spearman with gold {float(spearmanr(looked.means(), gold)[0]):.3f}")
+    fill(looked, lens, everything, order)
+    first = ScoreBook.empty(found.numbered.listed, found.calibration)
+    first.values[:, order[:LENS_TRACES]] = looked.values[:, order[:LENS_TRACES]]
+    CONSOLE.print(f"lens on {LENS_TRACES} traces: Spearman with gold {float(spearmanr(first.means(), gold)[0]):.3f}")
     for traces in (8, 16, 32):
-        correlations: dict[str, list[float]] = {"exact": [], "exact drawn towards the lens": []}
+        correlations: dict[str, list[float]] = {"exact": [], "exact and lens together": []}
         for start in range(0, 8 * traces, traces):
             book = ScoreBook.empty(found.numbered.listed, found.calibration)
             fill(book, found.run, everything, order[start : start + traces])
-            book.lens = looked.means()
+            # As a search that draws these traces first would look: at them, and at others up to so many.
+            seen = (order[start:] + order[:start])[:LENS_TRACES]
+            book.lens = np.full(looked.values.shape[:2], np.nan)
+            book.lens[:, seen] = looked.values[:, seen, 0]
             for values, scores in zip(correlations.values(), (book.means(), book.estimates()), strict=True):
                 values.append(float(spearmanr(scores, gold)[0]))
         for what, values in correlations.items():

@@ -71,8 +71,7 @@ def programs() -> Iterator[tuple[str, Any, tuple[jax.ShapeDtypeStruct, ...]]]:
                     return block_matmul(rows, weights, expert, used, **options)
 
                 if form == "packed":
-                    groups = (EXPERTS, outputs, inputs // 32)
-                    weights = (of((*groups, 16), jnp.uint8), of(groups, jnp.uint8))
+                    weights = tuple(of((EXPERTS, outputs, inputs // per), jnp.uint8) for per in (2, 32))
                 else:
                     shape = (outputs, inputs) if form == "transposed" else (inputs, outputs)
                     weights = (of((EXPERTS, *shape), jnp.bfloat16),)

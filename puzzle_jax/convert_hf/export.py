@@ -266,7 +266,8 @@ class _ParamsSource:
         node = node() if callable(node) else node
         if isinstance(node, MXFP4):
             for expert in range(node.shape[0]):
-                blocks, scales = (np.asarray(leaf[expert : expert + 1]) for leaf in (node.blocks, node.scales))
+                codes, scales = (np.asarray(leaf[expert : expert + 1]) for leaf in (node.codes, node.scales))
+                blocks = codes.reshape(*scales.shape, -1)
                 if half is None:
                     yield mxfp4.decode(blocks, scales, ml_dtypes.bfloat16)
                 else:

@@ -139,13 +139,20 @@ def _placed(
         final = NamedSharding(mesh, PartitionSpec(axes[0]) if packed else axes)
         at_rest = NamedSharding(mesh, PartitionSpec(*axes[::-1])) if spec.transposed else final
 
+    # Packed codes lose their last axis: see `kernels.mxfp4`.
+    codes = spec.path[-1] == "blocks"
+    shape = (*spec.shape[:2], spec.shape[2] * spec.shape[3]) if codes else spec.shape
+
     def read(index: tuple[slice, ...] | None) -> np.ndarray:
+        if codes:
+            block = stored.read((index or ())[:2])
+            return block.reshape(*block.shape[:2], -1)
         block = stored.read(index or ())
         if spec.path[-1] == "scales" and (block == NOT_A_NUMBER).any():
             raise CheckpointError(f"{stored.file}: {spec.name} holds the scale {NOT_A_NUMBER}, which is no number")
         return block
 
-    array = jax.make_array_from_callback(spec.shape, at_rest, read)
+    array = jax.make_array_from_callback(shape, at_rest, read)
     if packed or (not spec.transposed and array.dtype == dtype):
         return array
     with warnings.catch_warnings():  # only arrays of the same size can be reused in place; the others are just freed

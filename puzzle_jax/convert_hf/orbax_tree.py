@@ -121,7 +121,7 @@ def _guarded(path: str, read: Callable[[], Any]) -> Any:
 def _plain(node: Any) -> Any:
     """The tree with packed matrices as dictionaries, which every version of Orbax stores alike."""
     if isinstance(node, MXFP4):
-        return {"blocks": node.blocks, "scales": node.scales}
+        return {"blocks": node.codes, "scales": node.scales}
     if isinstance(node, Mapping):
         return {name: _plain(child) for name, child in node.items()}
     return [_plain(child) for child in node] if isinstance(node, list) else node
@@ -131,6 +131,11 @@ def _packed(node: Any) -> Any:
     """Readers, those of packed matrices joined."""
     if isinstance(node, Mapping):
         if set(node) == {"blocks", "scales"}:
-            return lambda: MXFP4(*(jnp.asarray(node[half]()) for half in ("blocks", "scales")))
+            return lambda: _joined(jnp.asarray(node["blocks"]()), jnp.asarray(node["scales"]()))
         return {name: _packed(child) for name, child in node.items()}
     return [_packed(child) for child in node] if isinstance(node, list) else node
+
+
+def _joined(blocks: jax.Array, scales: jax.Array) -> MXFP4:
+    """Checkpoints before version 0.4 hold blocks as [experts, outputs, groups, 16]."""
+    return MXFP4(blocks.reshape(*scales.shape[:2], -1), scales)

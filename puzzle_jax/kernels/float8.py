@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, UInt8
+
+from puzzle_jax.kernels.shapes import Array, Float, UInt8
 
 E4M3 = jnp.float8_e4m3fn
 E4M3_MAX = 448.0

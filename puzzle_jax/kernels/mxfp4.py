@@ -2,8 +2,9 @@
 
 The layout is that of gpt-oss checkpoints, so bytes pass from file to device and back untouched: groups lie along the
 contraction axis, byte j of a group holds element 2j in its low nibble and 2j+1 in its high one (OCP Microscaling
-Formats v1.0). Decoding is exact in float32 and bfloat16 for every scale from 2 to 254; the two smallest scales give
-subnormal numbers, which XLA may flush to zero.
+Formats v1.0). Only the last two axes of a checkpoint's codes, [inputs / 32, 16], are one here: a TPU would pad 16 to
+128. Decoding is exact in float32 and bfloat16 for every scale from 2 to 254; the two smallest scales give subnormal
+numbers, which XLA may flush to zero.
 
 Left out: encoding, which is a matter of checkpoints (`puzzle_jax.convert_hf.mxfp4`).
 """
@@ -14,7 +15,8 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt8
+
+from puzzle_jax.kernels.shapes import Array, Float, Int, UInt8
 
 GROUP = 32
 CODE_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -26,11 +28,11 @@ class MXFP4:
     """A stack of matrices [experts, inputs, outputs] in packed form.
 
     Attributes:
-      blocks: codes, two to a byte, [experts, outputs, inputs / 32, 16].
+      codes: two to a byte, [experts, outputs, inputs / 2].
       scales: exponents with bias 127, [experts, outputs, inputs / 32].
     """
 
-    blocks: UInt8[Array, "experts outputs groups 16"]
+    codes: UInt8[Array, "experts outputs half_inputs"]
     scales: UInt8[Array, "experts outputs groups"]
 
     @property
@@ -41,13 +43,13 @@ class MXFP4:
 
     @property
     def nbytes(self) -> int:
-        return self.blocks.nbytes + self.scales.nbytes
+        return self.codes.nbytes + self.scales.nbytes
 
 
 def decode(weight: MXFP4, dtype: jnp.dtype | type = jnp.float32) -> Float[Array, "experts inputs outputs"]:
     """The values of `weight`, inputs before outputs, ready for `x @ w`."""
     experts, inputs, outputs = weight.shape
-    low, high = weight.blocks & 0xF, weight.blocks >> 4
+    low, high = weight.codes & 0xF, weight.codes >> 4
     codes = jnp.stack([low, high], axis=-1).reshape(experts, outputs, inputs // GROUP, GROUP)
     values = jnp.take(jnp.asarray(CODE_VALUES, jnp.float32), codes.astype(jnp.int32))
     scaled = values * scale_values(weight.scales)[..., None]

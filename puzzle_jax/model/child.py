@@ -139,7 +139,7 @@ def cut_experts(moe: Params, kept: tuple[int, ...]) -> Params:
     for name in (*EXPERT_MATRICES, "gate_up_bias", "down_bias"):
         weight = moe[name]
         if isinstance(weight, MXFP4):
-            cut[name] = MXFP4(weight.blocks[ids], weight.scales[ids])
+            cut[name] = MXFP4(weight.codes[ids], weight.scales[ids])
         else:
             cut[name] = weight[ids]
     return cut

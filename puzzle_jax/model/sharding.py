@@ -61,9 +61,9 @@ def shard_params(params: Params, config: ModelConfig, mesh: Mesh) -> Params:
 
     def place(spec: ParamSpec, value: jax.Array | MXFP4) -> jax.Array | MXFP4:
         axes = partition(spec, config, mesh)
-        if isinstance(value, MXFP4):  # stored as [experts, outputs, groups, ...]
+        if isinstance(value, MXFP4):  # stored as [experts, outputs, ...]
             experts = NamedSharding(mesh, PartitionSpec(axes[0]))
-            return MXFP4(jax.device_put(value.blocks, experts), jax.device_put(value.scales, experts))
+            return MXFP4(jax.device_put(value.codes, experts), jax.device_put(value.scales, experts))
         return jax.device_put(value, NamedSharding(mesh, axes))
 
     return jax.tree.map(place, param_specs(config), params, is_leaf=is_spec)

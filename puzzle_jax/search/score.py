@@ -34,9 +34,9 @@ from puzzle_jax.generate.batches import MicroBatch, micro_batches
 from puzzle_jax.generate.traces import Trace
 from puzzle_jax.model.child import Child
 from puzzle_jax.model.spec import Params
+from puzzle_jax.search.estimator import estimate, kinds_of
 from puzzle_jax.search.processes import Team
 from puzzle_jax.search.replace import CONTEXTS, METRICS, Alternative, ReplaceOne, child_choices
-from puzzle_jax.search.shrinkage import shrunk
 
 _UNCHANGED = np.array([0.0, 1.0, 1.0, *[0.0] * (len(METRICS) - 3)])
 
@@ -108,13 +108,13 @@ class ScoreBook:
       alternatives: layer and choice.
       traces: of which each alternative is scored on some.
       values: NaN where an alternative was not scored on a trace.
-      lens: what the lens makes of every alternative, where it was asked; not kept on disk.
+      lens: KL as the lens sees it, where it was asked; NaN on traces that it did not look at. Not kept on disk.
     """
 
     alternatives: Sequence[tuple[int, Alternative]]
     traces: Sequence[Trace]
     values: Float[np.ndarray, "alternatives traces metrics"]
-    lens: Float[np.ndarray, "alternatives"] | None = None
+    lens: Float[np.ndarray, "alternatives traces"] | None = None
 
     @staticmethod
     def empty(alternatives: Sequence[tuple[int, Alternative]], traces: Sequence[Trace]) -> ScoreBook:
@@ -130,27 +130,28 @@ class ScoreBook:
     def scored(self) -> Bool[np.ndarray, "alternatives traces"]:
         return ~np.isnan(self.values[..., 0])
 
-    def means(self, traces: Int[np.ndarray, "drawn"] | None = None) -> Float[np.ndarray, "alternatives"]:
-        """KL of every alternative over the traces it was scored on, each as often as it was drawn."""
-        return self._means_and_errors(traces)[0]
+    def means(self) -> Float[np.ndarray, "alternatives"]:
+        """KL of every alternative over the traces it was scored on."""
+        return self._means(self.scored)
 
     def estimates(self, traces: Int[np.ndarray, "drawn"] | None = None) -> Float[np.ndarray, "alternatives"]:
-        """The means, drawn towards what the lens thinks as far as they are uncertain."""
-        means, errors = self._means_and_errors(traces)
-        return means if self.lens is None else shrunk(means, errors, self.lens)
+        """The best guess of every KL: the means, or with a lens what `estimator` makes of both.
 
-    def _means_and_errors(
-        self, traces: Int[np.ndarray, "drawn"] | None
-    ) -> tuple[Float[np.ndarray, "alternatives"], Float[np.ndarray, "alternatives"]]:
-        """As `weighted_mean` has them, for all alternatives at once."""
+        Args:
+          traces: draws of them to count, each as often as it was drawn, instead of each once. NaN without any.
+        """
         times = np.ones(len(self.traces)) if traces is None else np.bincount(traces, minlength=len(self.traces))
-        times = self.scored * times
-        weights, values = times * self.tokens, np.nan_to_num(self.values[..., 0])
-        with np.errstate(invalid="ignore", divide="ignore"):
-            means = np.sum(values * weights, axis=1) / weights.sum(axis=1)
-            squares = np.sum(times * (self.tokens * (values - means[:, None])) ** 2, axis=1)
-            number = times.sum(axis=1)
-            return means, np.sqrt(squares * number / (number - 1)) / weights.sum(axis=1)
+        times = (self.scored * times).astype(float)
+        if self.lens is None:
+            return self._means(times)
+        kinds = kinds_of([(trace.task, trace.effort) for trace in self.traces])
+        layers = np.array([layer for layer, _ in self.alternatives])
+        return estimate(self.values[..., 0], self.lens, times=times, tokens=self.tokens, kinds=kinds, layers=layers)
+
+    def _means(self, times: np.ndarray) -> Float[np.ndarray, "alternatives"]:
+        weights = times * self.tokens
+        with np.errstate(invalid="ignore"):
+            return np.sum(np.nan_to_num(self.values[..., 0]) * weights, axis=1) / weights.sum(axis=1)
 
     def score(self, number: int, base_window: int | None = None) -> Score:
         """One alternative's means; `base_window` is what its window narrows, where it does."""

@@ -90,9 +90,9 @@ class SpaceScorer:
         if self.settings.method == "lens":
             return ScoredSpace(numbered, self._looked(numbered), proposed)
         if self.settings.keep_sets:
-            lens = self._looked(numbered).means()
-            kept = self._best_sets(numbered, lens)
-            numbered, lens = Numbered.around(numbered.keeping(kept), self.run.base), lens[sorted(kept)]
+            looked = self._looked(numbered)
+            kept = self._best_sets(numbered, looked.means())
+            numbered, lens = Numbered.around(numbered.keeping(kept), self.run.base), looked.values[sorted(kept), :, 0]
         book = ScoreBook.empty(numbered.listed, self.traces)
         if self.settings.method == "adaptive" and self.run.base is None:
             book.lens = lens

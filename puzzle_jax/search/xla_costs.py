@@ -205,7 +205,9 @@ class _Programs:
             y = rms_norm(x, params["norm"], config.rms_norm_eps)
             routing = route_tokens(params, config, y).routing
             tokens = y.reshape(-1, y.shape[-1])
-            outputs = capacity.outputs_in_rounds(config.swiglu_limit, tokens, routing.ids, layer_experts(params))
+            outputs = capacity.outputs_in_rounds(
+                (config.swiglu_limit, config.blocks[0].num_experts), tokens, routing.ids, layer_experts(params)
+            )
             return x + combine(outputs, routing.gates).reshape(x.shape)
 
         chunk = self._work(f"prefill of {count} experts", mixture, params, self._hidden(blocks.rows, blocks.chunk))

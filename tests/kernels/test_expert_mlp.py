@@ -3,11 +3,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from puzzle_jax.kernels.expert_mlp import IMPLEMENTATIONS, Experts, capacity, expert_loop, expert_mlp, expert_outputs
+from puzzle_jax.kernels.expert_mlp import (
+    IMPLEMENTATIONS,
+    Experts,
+    capacity,
+    expert_loop,
+    expert_mlp,
+    expert_outputs,
+    grouped,
+)
+from puzzle_jax.kernels.mosaic import FIRST_JAX
 from puzzle_jax.kernels.mxfp4 import MXFP4, decode
 from puzzle_jax.kernels.route import Routing
 
 EXPERTS, HIDDEN, INTER, LIMIT = 5, 32, 64, 1.5
+ON_CPU = [name for name in IMPLEMENTATIONS if name not in ("ragged_dot", "mosaic_gpu", "mosaic_tpu")]
+GPU = pytest.mark.skipif(jax.__version_info__[:3] < FIRST_JAX, reason="Mosaic GPU kernels need a newer JAX")
 
 
 def make_experts(seed=0, dtype=jnp.float32) -> Experts:
@@ -53,7 +64,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ON_CPU)
 @pytest.mark.parametrize("case", CASES)
 def test_mixture_by_hand(implementation, case):
     ids = CASES[case]
@@ -106,12 +117,12 @@ def test_bfloat16_stays_near_float32():
     assert float(jnp.abs(rough.astype(jnp.float32) - exact).max()) < 0.04 * float(jnp.abs(exact).max())
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ON_CPU)
 def test_packed_experts_equal_their_decoded_values(implementation):
     rng = np.random.default_rng(3)
 
     def packed(outputs, inputs):
-        blocks = rng.integers(0, 256, (EXPERTS, outputs, inputs // 32, 16)).astype(np.uint8)
+        blocks = rng.integers(0, 256, (EXPERTS, outputs, inputs // 2)).astype(np.uint8)
         scales = rng.integers(122, 126, (EXPERTS, outputs, inputs // 32)).astype(np.uint8)
         return MXFP4(jnp.asarray(blocks), jnp.asarray(scales))
 
@@ -127,7 +138,9 @@ def test_packed_experts_equal_their_decoded_values(implementation):
 
 
 def test_an_unknown_implementation_is_refused_by_name():
-    with pytest.raises(ValueError, match="'triton'; known: expert_loop, capacity, sorted_blocks, reference"):
+    with pytest.raises(
+        ValueError, match="'triton'; known: expert_loop, capacity, ragged_dot, sorted_blocks, reference, mosaic_gpu"
+    ):
         expert_outputs(
             jnp.zeros((1, HIDDEN)), jnp.zeros((1, 1), int), make_experts(), limit=LIMIT, implementation="triton"
         )
@@ -184,3 +197,99 @@ def test_a_token_gets_the_same_bits_whoever_else_is_there(implementation):
         crowded[7], place = ids[5], order.copy()
         place[place == 5], place[7] = place[7], 5
         np.testing.assert_array_equal(np.asarray(mine(x[place], crowded))[7], alone)
+
+
+# By the kernels of grouped_matmul, interpreted ------------------------------------------------------------------------
+
+
+def wide_experts(dtype) -> Experts:
+    """Sizes that the tiles of GPUs divide."""
+    keys = jax.random.split(jax.random.key(4), 4)
+    hidden, inter = 128, 192
+    return Experts(
+        (jax.random.normal(keys[0], (EXPERTS, hidden, 2 * inter)) * 0.2).astype(dtype),
+        jax.random.normal(keys[1], (EXPERTS, 2 * inter)).astype(dtype),
+        (jax.random.normal(keys[2], (EXPERTS, inter, hidden)) * 0.2).astype(dtype),
+        jax.random.normal(keys[3], (EXPERTS, hidden)).astype(dtype),
+    )
+
+
+def kernel_of(name, poisoned=True):
+    """Interpreted; what it leaves in blocks without rows is no number, as it may be on a device."""
+    run = grouped.by(name, interpret=True)
+
+    def poison(rows, weights, expert, used, **options):
+        out = run.keywords["kernel"](rows, weights, expert, used, **options)
+        return jnp.where(grouped.in_use_rows(expert, used, len(rows)), out, jnp.nan) if poisoned else out
+
+    return lambda *given, limit=LIMIT: run(*given, limit=limit, kernel=poison)
+
+
+@pytest.mark.parametrize("name", ["mosaic_tpu", pytest.param("mosaic_gpu", marks=GPU)])
+@pytest.mark.parametrize("case", ["mixed", "all on one expert", "one token"])
+def test_kernels_agree_with_the_reference_forwards_and_backwards(name, case):
+    dtype = jnp.bfloat16 if name == "mosaic_gpu" else jnp.float32
+    limit = (
+        100.0 if dtype == jnp.bfloat16 else LIMIT
+    )  # rounding moves numbers over the clamp's edge, where gradients jump
+    ids, experts = jnp.asarray(CASES[case]), wide_experts(dtype)
+    x = jax.random.normal(jax.random.key(1), (len(ids), 128)).astype(dtype)
+    cotangent = jax.random.normal(jax.random.key(2), (*ids.shape, 128))
+
+    def exact(x, experts):
+        x, experts = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (x, experts))
+        return IMPLEMENTATIONS["reference"](x, ids, experts, limit=limit)
+
+    def both(run):
+        out, vjp = jax.vjp(run, x, experts)
+        return jax.tree.leaves((out, vjp(cotangent.astype(out.dtype))))
+
+    kernel = kernel_of(name)
+    tolerance = 0.03 if dtype == jnp.bfloat16 else 2e-5
+    for found, expected in zip(both(lambda x, w: kernel(x, ids, w, limit=limit)), both(exact), strict=True):
+        expected = np.asarray(expected, np.float32)
+        np.testing.assert_allclose(np.asarray(found, np.float32), expected, atol=tolerance * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", ["mosaic_tpu", pytest.param("mosaic_gpu", marks=GPU)])
+def test_kernels_take_packed_experts_as_they_are(name):
+    source, dtype = np.random.default_rng(3), jnp.bfloat16
+
+    def packed(outputs, inputs):
+        codes = source.integers(0, 256, (EXPERTS, outputs, inputs // 2)).astype(np.uint8)
+        return MXFP4(
+            jnp.asarray(codes), jnp.asarray(source.integers(118, 124, (EXPERTS, outputs, inputs // 32)), jnp.uint8)
+        )
+
+    experts = wide_experts(dtype)._replace(gate_up=packed(384, 128), down=packed(128, 192))
+    x, ids = jax.random.normal(jax.random.key(1), (7, 128)).astype(dtype), jnp.asarray(CASES["mixed"])
+    dense = experts._replace(gate_up=decode(experts.gate_up), down=decode(experts.down))
+    expected = IMPLEMENTATIONS["reference"](x.astype(jnp.float32), ids, dense, limit=LIMIT)
+    found = kernel_of(name)(x, ids, experts)
+    assert found.dtype == dtype
+    np.testing.assert_allclose(found.astype(jnp.float32), expected, atol=0.02 * float(jnp.abs(expected).max()))
+
+
+# Bad input ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"x": jnp.zeros((2, 31))}, r"x has shape \(2, 31\), but ids of shape \(2, 1\) .* need \(2, 32\)"),
+        ({"down": jnp.zeros((EXPERTS, INTER, 7))}, r"experts.down has shape \(5, 64, 7\).* need \(5, 64, 32\)"),
+        ({"down_bias": jnp.zeros((4, HIDDEN))}, r"experts.down_bias has shape \(4, 32\).* need \(5, 32\)"),
+        ({"gate_up_bias": jnp.zeros((EXPERTS, 3))}, r"experts.gate_up_bias has shape \(5, 3\).* need \(5, 128\)"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(change, message):
+    x = change.pop("x", jnp.zeros((2, HIDDEN)))
+    with pytest.raises(ValueError, match=message):
+        expert_outputs(x, jnp.zeros((2, 1), int), make_experts()._replace(**change), limit=LIMIT)
+
+
+def test_every_refusal_is_told():
+    with pytest.raises(NotImplementedError, match="for TPUs, but this is cpu"):
+        expert_outputs(
+            jnp.zeros((1, HIDDEN)), jnp.zeros((1, 1), int), make_experts(), limit=LIMIT, implementation="mosaic_tpu"
+        )

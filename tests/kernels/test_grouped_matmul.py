@@ -34,7 +34,7 @@ def dense_weights(dtype=jnp.float32):
 
 def packed_weights() -> MXFP4:
     source = np.random.default_rng(0)
-    blocks = source.integers(0, 256, (EXPERTS, OUTPUTS, INPUTS // 32, 16))
+    blocks = source.integers(0, 256, (EXPERTS, OUTPUTS, INPUTS // 2))
     scales = source.integers(118, 130, (EXPERTS, OUTPUTS, INPUTS // 32))
     return MXFP4(jnp.asarray(blocks, jnp.uint8), jnp.asarray(scales, jnp.uint8))
 
@@ -108,7 +108,7 @@ def test_tiles_that_do_not_divide_on_tpus(inputs, outputs, block):
     near(interpreted("mosaic_tpu", rows, weights, [6, 0, 7], block), by_hand(rows, weights, [6, 0, 7]), jnp.bfloat16)
     source = np.random.default_rng(3)
     packed = MXFP4(
-        jnp.asarray(source.integers(0, 256, (3, outputs, inputs // 32, 16)), jnp.uint8),
+        jnp.asarray(source.integers(0, 256, (3, outputs, inputs // 2)), jnp.uint8),
         jnp.asarray(source.integers(118, 130, (3, outputs, inputs // 32)), jnp.uint8),
     )
     expected = by_hand(rows, decode(packed), [6, 0, 7])

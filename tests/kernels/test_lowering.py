@@ -41,8 +41,7 @@ def has_kernel(program: str, platform: str) -> bool:
 def test_grouped_matmul(platform, form, pairs, block, inputs, outputs):
     blocks = num_blocks(pairs, EXPERTS, block)
     if form == "packed":
-        groups = (EXPERTS, outputs, inputs // 32)
-        weights = (of((*groups, 16), jnp.uint8), of(groups, jnp.uint8))
+        weights = tuple(of((EXPERTS, outputs, inputs // per), jnp.uint8) for per in (2, 32))
     else:
         shape = (outputs, inputs) if form == "transposed" else (inputs, outputs)
         weights = (of((EXPERTS, *shape), jnp.bfloat16),)

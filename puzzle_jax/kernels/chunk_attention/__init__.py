@@ -7,10 +7,9 @@ hold the chunk yet. Implementations: `blocks`, whose work follows the tokens tha
 
 from __future__ import annotations
 
-from jaxtyping import Array, Float, Int, Num
-
 from puzzle_jax.kernels.chunk_attention import blocks, reference
 from puzzle_jax.kernels.dispatch import dispatch
+from puzzle_jax.kernels.shapes import Array, Float, Int, Num
 
 IMPLEMENTATIONS = {"blocks": blocks.chunk_attention, "reference": reference.chunk_attention}
 

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Num
 
 from puzzle_jax.kernels.decode_attention.reference import load, slot_positions
+from puzzle_jax.kernels.shapes import Array, Float, Int, Num
 from puzzle_jax.kernels.window_attention.reference import MASKED
 
 QUERY_BLOCK, KEY_BLOCK = 128, 512

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Num
 
 from puzzle_jax.kernels.decode_attention.reference import load, slot_positions
+from puzzle_jax.kernels.shapes import Array, Float, Int, Num
 from puzzle_jax.kernels.window_attention.reference import softmax_with_sink
 
 

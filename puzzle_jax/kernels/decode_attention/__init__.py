@@ -10,10 +10,9 @@ asked for by name.
 
 from __future__ import annotations
 
-from jaxtyping import Array, Float, Int, Num
-
 from puzzle_jax.kernels.decode_attention import mosaic_gpu, reference
 from puzzle_jax.kernels.dispatch import dispatch
+from puzzle_jax.kernels.shapes import Array, Float, Int, Num
 
 IMPLEMENTATIONS = {"reference": reference.decode_attention, "mosaic_gpu": mosaic_gpu.decode_attention}
 

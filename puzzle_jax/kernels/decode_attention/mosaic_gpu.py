@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float, Int, Num
 
 from puzzle_jax.kernels.mosaic import hopper_only, plgpu, swizzled
+from puzzle_jax.kernels.shapes import Array, Float, Int, Num
 from puzzle_jax.kernels.window_attention.reference import MASKED
 
 ROWS = 64

@@ -7,9 +7,9 @@ read the cache in its own order.
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Num
 
 from puzzle_jax.kernels.float8 import decode_e4m3
+from puzzle_jax.kernels.shapes import Array, Float, Int, Num
 from puzzle_jax.kernels.window_attention.reference import softmax_with_sink
 
 

@@ -1,9 +1,11 @@
 """The experts' feed-forward network: gate-up matmul, clamped SwiGLU, down matmul, weighted sum.
 
-`expert_outputs` gives every chosen expert's own output; `expert_mlp` combines them with the gates. Implementations:
+`expert_outputs` gives every chosen expert's own output; `expert_mlp` combines them with the gates, on a mesh by expert
+parallelism. Implementations:
 `expert_loop` on CPUs, one chosen expert after the other; `capacity` for few tokens, which reads all weights once and
-gathers none; `sorted_blocks`, dropless grouped matmuls in blocks of one expert each; `reference`, every expert on
-every token. All are XLA programs; under differentiation the first two become `sorted_blocks`.
+gathers none; `ragged_dot` off CPUs; `sorted_blocks`, dropless matmuls in blocks of one expert each; `reference`, every
+expert on every token. Those are XLA programs; under differentiation the first two become `sorted_blocks`. By name only:
+`mosaic_gpu` and `mosaic_tpu`, by the kernels of `grouped_matmul`.
 
 Numerics are gpt-oss's: even columns of gate-up are the gate and odd ones the linear part; the gate is clamped from
 above only; the gate weight multiplies after the bias of the down projection.
@@ -12,20 +14,24 @@ above only; the gate weight multiplies after the bias of the down projection.
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax.sharding import Mesh
 
 from puzzle_jax.kernels.dispatch import dispatch
-from puzzle_jax.kernels.expert_mlp import capacity, expert_loop, reference, sorted_blocks
+from puzzle_jax.kernels.expert_mlp import capacity, expert_loop, grouped, parallel, reference, sorted_blocks
 from puzzle_jax.kernels.expert_mlp.weights import Experts
 from puzzle_jax.kernels.route import Routing
+from puzzle_jax.kernels.shapes import Array, Float, Int
 
 __all__ = ["IMPLEMENTATIONS", "Experts", "combine", "expert_mlp", "expert_outputs"]
 
 IMPLEMENTATIONS = {
     "expert_loop": expert_loop.expert_outputs,
     "capacity": capacity.expert_outputs,
+    "ragged_dot": grouped.by("ragged_dot"),
     "sorted_blocks": sorted_blocks.expert_outputs,
     "reference": reference.expert_outputs,
+    "mosaic_gpu": grouped.by("mosaic_gpu"),
+    "mosaic_tpu": grouped.by("mosaic_tpu"),
 }
 
 
@@ -35,6 +41,7 @@ def expert_outputs(
     experts: Experts,
     *,
     limit: float,
+    spread: int | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "tokens k hidden"]:
     """Output of each token's chosen experts, before the gates.
@@ -44,9 +51,31 @@ def expert_outputs(
       ids: experts per token.
       experts: the layer's weights, used in the dtype of `x`.
       limit: SwiGLU clamp.
+      spread: experts that the pairs are spread over, by which blocks are sized; more than there are where these are one
+        device's of many. Ids past the experts then stand for others', whose output is undefined.
       implementation: pins one of `IMPLEMENTATIONS`.
+
+    Raises ValueError for shapes that do not fit, NotImplementedError where no implementation accepts the arguments.
     """
-    return dispatch("expert_mlp", IMPLEMENTATIONS, implementation, x, ids, experts, limit=limit)
+    _check(x, ids, experts)
+    return dispatch("expert_mlp", IMPLEMENTATIONS, implementation, x, ids, experts, limit=limit, spread=spread)
+
+
+def _check(x: Array, ids: Array, experts: Experts) -> None:
+    """Shapes, before anything runs."""
+    num_experts, hidden, two_inter = experts.gate_up.shape
+    expected = {
+        "x": (x.shape, (len(ids), hidden)),
+        "experts.gate_up_bias": (experts.gate_up_bias.shape, (num_experts, two_inter)),
+        "experts.down": (experts.down.shape, (num_experts, two_inter // 2, hidden)),
+        "experts.down_bias": (experts.down_bias.shape, (num_experts, hidden)),
+    }
+    for name, (shape, wanted) in expected.items():
+        if shape != wanted:
+            raise ValueError(
+                f"{name} has shape {shape}, but ids of shape {ids.shape} and experts.gate_up of shape "
+                f"{experts.gate_up.shape} need {wanted}"
+            )
 
 
 def expert_mlp(
@@ -56,9 +85,25 @@ def expert_mlp(
     *,
     limit: float,
     implementation: str | None = None,
+    mesh: Mesh | None = None,
+    way: str | None = None,
 ) -> Float[Array, "tokens hidden"]:
-    """The mixture's output: chosen experts' outputs summed with their gates, in float32, then the dtype of `x`."""
-    return combine(expert_outputs(x, routing.ids, experts, limit=limit, implementation=implementation), routing.gates)
+    """The mixture's output: chosen experts' outputs summed with their gates, in float32, then the dtype of `x`.
+
+    Args:
+      mesh: with axes "data" and "model" that tokens and experts are cut along, see `parallel`. Without one, or where
+        the model axis is one device or does not divide the experts, XLA sees to it that every device has what it needs.
+      way: pins one of `parallel.WAYS`.
+    """
+
+    spread = experts.down_bias.shape[0]
+
+    def outputs(x: Array, ids: Array, experts: Experts) -> Array:
+        return expert_outputs(x, ids, experts, limit=limit, spread=spread, implementation=implementation)
+
+    if mesh is not None and mesh.shape["model"] > 1 and spread % mesh.shape["model"] == 0:
+        return parallel.mixture(x, routing, experts, outputs, combine, mesh=mesh, way=way)
+    return combine(outputs(x, routing.ids, experts), routing.gates)
 
 
 def combine(outputs: Float[Array, "tokens k hidden"], gates: Float[Array, "tokens k"]) -> Float[Array, "tokens hidden"]:

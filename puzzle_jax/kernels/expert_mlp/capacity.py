@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
 
 from puzzle_jax.kernels.expert_mlp.gradients import with_gradients_of_sorted_blocks
 from puzzle_jax.kernels.expert_mlp.reference import clamped_swiglu
 from puzzle_jax.kernels.expert_mlp.weights import Experts
 from puzzle_jax.kernels.mxfp4 import as_dense
+from puzzle_jax.kernels.shapes import Array, Float, Int
 
 MAX_MEAN_ROWS = 16  # of pairs per expert; with more, `sorted_blocks` wastes less
 
@@ -32,23 +32,29 @@ def round_rows(tokens: int, pairs: int, num_experts: int) -> int:
 
 
 def expert_outputs(
-    x: Float[Array, "tokens hidden"], ids: Int[Array, "tokens k"], experts: Experts, *, limit: float
+    x: Float[Array, "tokens hidden"],
+    ids: Int[Array, "tokens k"],
+    experts: Experts,
+    *,
+    limit: float,
+    spread: int | None = None,
 ) -> Float[Array, "tokens k hidden"]:
     """See the api. Raises NotImplementedError for more than `MAX_MEAN_ROWS` pairs per expert."""
-    num_experts = experts.down_bias.shape[0]
-    if ids.size > MAX_MEAN_ROWS * num_experts:
-        raise NotImplementedError(f"{ids.size} pairs are many for {num_experts} experts")
-    return outputs_in_rounds(limit, x, ids, experts)
+    spread = spread or experts.down_bias.shape[0]
+    if ids.size > MAX_MEAN_ROWS * spread:
+        raise NotImplementedError(f"{ids.size} pairs are many for {spread} experts")
+    return outputs_in_rounds((limit, spread), x, ids, experts)
 
 
 @with_gradients_of_sorted_blocks
 def outputs_in_rounds(
-    limit: float, x: Float[Array, "tokens hidden"], ids: Int[Array, "tokens k"], experts: Experts
+    settings: tuple[float, int], x: Float[Array, "tokens hidden"], ids: Int[Array, "tokens k"], experts: Experts
 ) -> Float[Array, "tokens k hidden"]:
-    """`expert_outputs` of however many tokens."""
+    """`expert_outputs` of however many tokens; `settings` are limit and spread."""
+    limit, spread = settings
     tokens, k = ids.shape
     num_experts = experts.down_bias.shape[0]
-    rows = round_rows(tokens, ids.size, num_experts)
+    rows = round_rows(tokens, ids.size, spread)
     gate_up, down = as_dense(experts.gate_up, x.dtype), as_dense(experts.down, x.dtype)
     gate_up_bias = experts.gate_up_bias.astype(jnp.float32)[:, None]
     down_bias = experts.down_bias.astype(jnp.float32)[:, None]

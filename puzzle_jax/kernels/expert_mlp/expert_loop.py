@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
 
 from puzzle_jax.kernels.expert_mlp.gradients import with_gradients_of_sorted_blocks
 from puzzle_jax.kernels.expert_mlp.reference import clamped_swiglu
@@ -19,6 +18,7 @@ from puzzle_jax.kernels.expert_mlp.weights import Experts
 from puzzle_jax.kernels.mxfp4 import as_dense
 from puzzle_jax.kernels.platform import target_platform
 from puzzle_jax.kernels.route import expert_order
+from puzzle_jax.kernels.shapes import Array, Float, Int
 
 MIN_EXPERT_BYTES = 1 << 18  # of one expert's two matrices in float32
 MIN_BLOCK, MAX_BLOCK = 4, 64
@@ -31,7 +31,12 @@ def block_rows(pairs: int, num_experts: int) -> int:
 
 
 def expert_outputs(
-    x: Float[Array, "tokens hidden"], ids: Int[Array, "tokens k"], experts: Experts, *, limit: float
+    x: Float[Array, "tokens hidden"],
+    ids: Int[Array, "tokens k"],
+    experts: Experts,
+    *,
+    limit: float,
+    spread: int | None = None,
 ) -> Float[Array, "tokens k hidden"]:
     """See the api. Raises NotImplementedError off CPUs, in other types than float32, and for experts of less than
     `MIN_EXPERT_BYTES`."""
@@ -40,16 +45,17 @@ def expert_outputs(
     expert_bytes = 3 * experts.down_bias.shape[1] * (experts.gate_up_bias.shape[1] // 2) * x.dtype.itemsize
     if expert_bytes < MIN_EXPERT_BYTES:
         raise NotImplementedError(f"experts of {expert_bytes} bytes are too small for a loop")
-    return _expert_outputs(limit, x, ids, experts)
+    return _expert_outputs((limit, spread or experts.down_bias.shape[0]), x, ids, experts)
 
 
 @with_gradients_of_sorted_blocks
 def _expert_outputs(
-    limit: float, x: Float[Array, "tokens hidden"], ids: Int[Array, "tokens k"], experts: Experts
+    settings: tuple[float, int], x: Float[Array, "tokens hidden"], ids: Int[Array, "tokens k"], experts: Experts
 ) -> Float[Array, "tokens k hidden"]:
+    limit, spread = settings
     tokens, k = ids.shape
     num_experts = experts.down_bias.shape[0]
-    block = block_rows(ids.size, num_experts)
+    block = block_rows(ids.size, spread)
     order = expert_order(ids, num_experts, block)
     rows = jnp.take(x, order.source // k, axis=0, mode="fill", fill_value=0)
     blocks = -(-order.group_sizes // block)

@@ -6,22 +6,28 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jaxtyping import Array
 
 from puzzle_jax.kernels.expert_mlp import sorted_blocks
 from puzzle_jax.kernels.expert_mlp.weights import Experts
+from puzzle_jax.kernels.shapes import Array
 
-Forward = Callable[[float, Array, Array, Experts], Array]
+Settings = tuple[float, int]
+Forward = Callable[[Settings, Array, Array, Experts], Array]
 
 
 def with_gradients_of_sorted_blocks(forward: Forward) -> Forward:
-    """`forward(limit, x, ids, experts)`; where it is differentiated, in `x` and `experts`, `sorted_blocks` runs in
-    its place, forwards and backwards."""
+    """`forward((limit, spread), x, ids, experts)`; where it is differentiated, in `x` and `experts`, `sorted_blocks`
+    runs in its place, forwards and backwards."""
 
-    def save(limit: float, x: Array, ids: Array, experts: Experts) -> tuple[Array, Any]:
-        return jax.vjp(lambda x, experts: sorted_blocks.expert_outputs(x, ids, experts, limit=limit), x, experts)
+    def save(settings: Settings, x: Array, ids: Array, experts: Experts) -> tuple[Array, Any]:
+        limit, spread = settings
 
-    def backward(limit: float, vjp: Any, d_out: Array) -> tuple[Array, None, Experts]:
+        def run(x: Array, experts: Experts) -> Array:
+            return sorted_blocks.expert_outputs(x, ids, experts, limit=limit, spread=spread)
+
+        return jax.vjp(run, x, experts)
+
+    def backward(settings: Settings, vjp: Any, d_out: Array) -> tuple[Array, None, Experts]:
         d_x, d_experts = vjp(d_out)
         return d_x, None, d_experts
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
 
 from puzzle_jax.kernels.expert_mlp.weights import Experts
 from puzzle_jax.kernels.mxfp4 import as_dense
+from puzzle_jax.kernels.shapes import Array, Float, Int
 
 SWIGLU_ALPHA = 1.702
 
@@ -24,7 +24,12 @@ def clamped_swiglu(h: Float[Array, "... two_inter"], limit: float) -> Float[Arra
 
 
 def expert_outputs(
-    x: Float[Array, "tokens hidden"], ids: Int[Array, "tokens k"], experts: Experts, *, limit: float
+    x: Float[Array, "tokens hidden"],
+    ids: Int[Array, "tokens k"],
+    experts: Experts,
+    *,
+    limit: float,
+    spread: int | None = None,
 ) -> Float[Array, "tokens k hidden"]:
     """See the api. Accumulates in float32."""
     gate_up, down = as_dense(experts.gate_up, x.dtype), as_dense(experts.down, x.dtype)

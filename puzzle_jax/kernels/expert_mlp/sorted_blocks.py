@@ -10,22 +10,27 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
 
 from puzzle_jax.kernels.expert_mlp.reference import clamped_swiglu
 from puzzle_jax.kernels.expert_mlp.weights import Experts
 from puzzle_jax.kernels.grouped_matmul.blocked import block_rows
 from puzzle_jax.kernels.mxfp4 import as_dense
 from puzzle_jax.kernels.route import expert_order
+from puzzle_jax.kernels.shapes import Array, Float, Int
 
 
 def expert_outputs(
-    x: Float[Array, "tokens hidden"], ids: Int[Array, "tokens k"], experts: Experts, *, limit: float
+    x: Float[Array, "tokens hidden"],
+    ids: Int[Array, "tokens k"],
+    experts: Experts,
+    *,
+    limit: float,
+    spread: int | None = None,
 ) -> Float[Array, "tokens k hidden"]:
     """See the api. Accumulates in float32."""
     tokens, k = ids.shape
     num_experts = experts.down_bias.shape[0]
-    block = block_rows(tokens * k, num_experts)
+    block = block_rows(tokens * k, spread or num_experts)
     order = expert_order(ids, num_experts, block)
     with jax.named_scope("gather"):
         token = order.source // k  # `tokens` where a row is padding: filled with zeros

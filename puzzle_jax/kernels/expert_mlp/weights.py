@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from jaxtyping import Array, Float
-
 from puzzle_jax.kernels.mxfp4 import MXFP4
+from puzzle_jax.kernels.shapes import Array, Float
 
 
 class Experts(NamedTuple):

@@ -11,7 +11,6 @@ dense weights by `lax.ragged_dot_general`. Packed weights have none.
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -19,14 +18,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
-from jaxtyping import Array, Float, Int
 
 from puzzle_jax.kernels.dispatch import dispatch
 from puzzle_jax.kernels.grouped_matmul import blocked, mosaic_gpu, mosaic_tpu, ragged, reference
 from puzzle_jax.kernels.grouped_matmul.layout import Blocks, blocks_of
 from puzzle_jax.kernels.mxfp4 import MXFP4, decode
+from puzzle_jax.kernels.shapes import Array, Bool, Float, Int
 
-__all__ = ["BLOCK_IMPLEMENTATIONS", "IMPLEMENTATIONS", "Blocks", "block_matmul", "blocks_of", "grouped_matmul"]
+__all__ = [
+    "BLOCK_IMPLEMENTATIONS",
+    "BLOCK_ROWS",
+    "IMPLEMENTATIONS",
+    "Blocks",
+    "block_matmul",
+    "blocks_of",
+    "grouped_matmul",
+    "in_use_rows",
+]
 
 Weights = Float[Array, "experts first second"] | MXFP4
 
@@ -52,7 +60,7 @@ def _differentiable(kernel: Callable[..., Array]) -> Callable[..., Array]:
         dense = decode(MXFP4(*parts), rows.dtype) if packed else parts[0]
         d_rows = call(d_out, (dense,), expert, used, not transposed, interpret)
         # Blocks without rows were not written.
-        d_rows = jnp.where(_in_use(expert, used, len(rows)), d_rows, 0)
+        d_rows = jnp.where(in_use_rows(expert, used, len(rows)), d_rows, 0)
         d_parts = (None, None) if packed else (_d_weights(rows, d_out, dense, expert, used, transposed),)
         return d_rows, d_parts, None, None
 
@@ -62,13 +70,14 @@ def _differentiable(kernel: Callable[..., Array]) -> Callable[..., Array]:
     def with_gradients(
         rows: Array, weights: Weights, expert: Array, used: Array, *, transposed: bool = False, interpret: bool = False
     ) -> Float[Array, "padded outputs"]:
-        parts = (weights.blocks, weights.scales) if isinstance(weights, MXFP4) else (weights,)
+        parts = (weights.codes, weights.scales) if isinstance(weights, MXFP4) else (weights,)
         return run(rows, parts, expert, used, transposed, interpret)
 
     return with_gradients
 
 
-def _in_use(expert: Int[Array, "blocks"], used: Int[Array, ""], padded: int) -> Array:
+def in_use_rows(expert: Int[Array, "blocks"], used: Int[Array, ""], padded: int) -> Bool[Array, "padded 1"]:
+    """Which rows lie in blocks that hold rows; what comes out of others is undefined."""
     return (jnp.arange(padded) < used * (padded // len(expert)))[:, None]
 
 
@@ -76,9 +85,8 @@ def _d_weights(
     rows: Array, d_out: Array, weights: Array, expert: Array, used: Array, transposed: bool
 ) -> Float[Array, "experts inputs outputs"]:
     """Of dense weights: each expert's rows times what came back for them."""
-    block = len(rows) // len(expert)
-    sizes = jnp.zeros(len(weights), jnp.int32).at[expert].add(jnp.where(jnp.arange(len(expert)) < used, block, 0))
-    in_use = _in_use(expert, used, len(rows))
+    sizes = ragged.rows_per_expert(expert, used, len(rows) // len(expert), len(weights))
+    in_use = in_use_rows(expert, used, len(rows))
     left, right = (jnp.where(in_use, x, 0) for x in ((d_out, rows) if transposed else (rows, d_out)))
     dimensions = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
     found = lax.ragged_dot_general(left, right, sizes, dimensions, preferred_element_type=jnp.float32)
@@ -86,10 +94,19 @@ def _d_weights(
 
 
 BLOCK_IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
+    "ragged_dot": ragged.block_matmul,
     "blocked": blocked.block_matmul,
     "mosaic_gpu": _differentiable(mosaic_gpu.block_matmul),
     "mosaic_tpu": _differentiable(mosaic_tpu.block_matmul),
 }
+
+BLOCK_ROWS: dict[str, Callable[..., int]] = {
+    "ragged_dot": ragged.block_rows,
+    "blocked": blocked.block_rows,
+    "mosaic_gpu": mosaic_gpu.block_rows,
+    "mosaic_tpu": mosaic_tpu.block_rows,
+}
+"""Rows per block that suit each, of rows, number of experts, and whether weights are packed."""
 
 
 def block_matmul(
@@ -127,12 +144,12 @@ def block_matmul(
     )
 
 
-def _in_blocks(kernel: Callable[..., Array], module: ModuleType) -> Callable[..., Array]:
+def _in_blocks(name: str) -> Callable[..., Array]:
     def run(rows: Array, weights: Any, group_sizes: Array, *, transposed: bool = False) -> Array:
         packed = isinstance(weights, MXFP4)
-        blocks = blocks_of(group_sizes, len(rows), module.block_rows(len(rows), len(group_sizes), packed))
+        blocks = blocks_of(group_sizes, len(rows), BLOCK_ROWS[name](len(rows), len(group_sizes), packed))
         padded = jnp.take(rows, blocks.source, axis=0, mode="fill", fill_value=0)
-        out = kernel(padded, weights, blocks.expert, blocks.used, transposed=transposed)
+        out = BLOCK_IMPLEMENTATIONS[name](padded, weights, blocks.expert, blocks.used, transposed=transposed)
         return jnp.take(out, blocks.slot, axis=0, mode="fill", fill_value=0)
 
     return run
@@ -140,10 +157,10 @@ def _in_blocks(kernel: Callable[..., Array], module: ModuleType) -> Callable[...
 
 IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
     "ragged_dot": ragged.grouped_matmul,
-    "blocked": _in_blocks(BLOCK_IMPLEMENTATIONS["blocked"], blocked),
+    "blocked": _in_blocks("blocked"),
     "reference": reference.grouped_matmul,
-    "mosaic_gpu": _in_blocks(BLOCK_IMPLEMENTATIONS["mosaic_gpu"], mosaic_gpu),
-    "mosaic_tpu": _in_blocks(BLOCK_IMPLEMENTATIONS["mosaic_tpu"], mosaic_tpu),
+    "mosaic_gpu": _in_blocks("mosaic_gpu"),
+    "mosaic_tpu": _in_blocks("mosaic_tpu"),
 }
 
 

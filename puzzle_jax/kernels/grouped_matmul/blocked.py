@@ -7,9 +7,9 @@ Left out: decoding inside the product; packed weights are decoded first.
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
 
 from puzzle_jax.kernels.mxfp4 import MXFP4, as_dense
+from puzzle_jax.kernels.shapes import Array, Float, Int
 
 MIN_BLOCK, MAX_BLOCK = 4, 128
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+
+from puzzle_jax.kernels.shapes import Array, Int
 
 
 class Blocks(NamedTuple):

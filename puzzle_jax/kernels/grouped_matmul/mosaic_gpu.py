@@ -21,10 +21,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float, Int
 
 from puzzle_jax.kernels.mosaic import hopper_only, plgpu, swizzled
 from puzzle_jax.kernels.mxfp4 import GROUP, MXFP4, code_values, scale_values
+from puzzle_jax.kernels.shapes import Array, Float, Int
 
 DENSE_TILE_IN, DENSE_TILE_OUT, DENSE_STEPS = 64, (192, 128, 64), 4
 PACKED_TILE_OUT, PACKED_GROUPS, PACKED_STEPS = 64, (8, 4, 2, 1), 4
@@ -139,7 +139,7 @@ def _packed(
     used: Int[Array, ""],
     interpret: bool,
 ) -> Float[Array, "padded outputs"]:
-    experts, inputs, outputs = weights.shape
+    _, inputs, outputs = weights.shape
     count = len(expert)
     block, half, per_group = len(rows) // count, inputs // 2, GROUP // 2
     if block % MIN_PACKED_ROWS or block > 256:
@@ -209,5 +209,4 @@ def _packed(
     )
     # [even or odd, groups, rows, 16], and scales with outputs last, which is what a row of a tile can be read from.
     split = rows.reshape(len(rows), inputs // GROUP, per_group, 2).transpose(3, 1, 0, 2)
-    packed = weights.blocks.reshape(experts, outputs, half)
-    return call(expert, used[None], split, packed, weights.scales.swapaxes(1, 2))
+    return call(expert, used[None], split, weights.codes, weights.scales.swapaxes(1, 2))

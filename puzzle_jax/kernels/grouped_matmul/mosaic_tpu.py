@@ -19,10 +19,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int
 
 from puzzle_jax.kernels.mxfp4 import GROUP, MXFP4, code_values, scale_values
 from puzzle_jax.kernels.platform import target_platform
+from puzzle_jax.kernels.shapes import Array, Float, Int
 
 LANES = 128
 TILE_IN, TILE_OUT = 1024, 512
@@ -107,10 +107,9 @@ def _packed(
     used: Int[Array, ""],
     interpret: bool,
 ) -> Float[Array, "padded outputs"]:
-    experts, inputs, outputs = weights.shape
+    _, inputs, outputs = weights.shape
     tile_in, tile_out = inputs_tile(inputs, 2 * LANES), outputs_tile(outputs)
     half, groups = tile_in // 2, inputs // GROUP
-    codes = weights.blocks.reshape(experts, outputs, inputs // 2)
     even, odd = rows[:, 0::2], rows[:, 1::2]
     contract = (((1,), (1,)), ((), ()))
 
@@ -127,7 +126,7 @@ def _packed(
         return total
 
     tiles = [
-        (codes, (1, tile_out, half), lambda e, n, k: (e, n, k)),
+        (weights.codes, (1, tile_out, half), lambda e, n, k: (e, n, k)),
         # All groups of an output: no tile of a few would be whole registers.
         (weights.scales, (1, tile_out, groups), lambda e, n, k: (e, n, 0)),
     ]

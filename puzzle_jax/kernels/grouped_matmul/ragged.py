@@ -1,5 +1,6 @@
 """`grouped_matmul` by `lax.ragged_dot`: what JAX offers. Good on GPUs and TPUs in one pass over dense weights.
 
+In blocks it takes every expert's blocks as one group; small blocks then waste little.
 Left out: CPUs, where it is dense over all experts, and packed weights, which are decoded first.
 """
 
@@ -7,10 +8,37 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
 
 from puzzle_jax.kernels.mxfp4 import MXFP4, as_dense
 from puzzle_jax.kernels.platform import target_platform
+from puzzle_jax.kernels.shapes import Array, Float, Int
+
+BLOCK = 8
+
+
+def block_rows(rows: int, num_experts: int, packed: bool = False) -> int:
+    """Rows per block."""
+    return BLOCK
+
+
+def block_matmul(
+    rows: Float[Array, "padded inputs"],
+    weights: Float[Array, "experts first second"] | MXFP4,
+    expert: Int[Array, "blocks"],
+    used: Int[Array, ""],
+    *,
+    transposed: bool = False,
+) -> Float[Array, "padded outputs"]:
+    """See the api. Raises NotImplementedError on CPUs."""
+    sizes = rows_per_expert(expert, used, len(rows) // len(expert), weights.shape[0])
+    return grouped_matmul(rows, weights, sizes, transposed=transposed)
+
+
+def rows_per_expert(
+    expert: Int[Array, "blocks"], used: Int[Array, ""], block: int, num_experts: int
+) -> Int[Array, "experts"]:
+    """Rows of each expert's blocks, padding included."""
+    return jnp.zeros(num_experts, jnp.int32).at[expert].add(jnp.where(jnp.arange(len(expert)) < used, block, 0))
 
 
 def grouped_matmul(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
 
 from puzzle_jax.kernels.mxfp4 import MXFP4, as_dense
+from puzzle_jax.kernels.shapes import Array, Float, Int
 
 
 def grouped_matmul(

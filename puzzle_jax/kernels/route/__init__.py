@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
 
 from puzzle_jax.kernels.grouped_matmul.layout import blocks_of
+from puzzle_jax.kernels.shapes import Array, Bool, Float, Int
 
 _ITERATED_ARGMAX_LIMIT = 8  # up to here k passes of argmax beat a sort on CPU
 
@@ -77,12 +77,14 @@ class ExpertOrder(NamedTuple):
       slot: the padded row of each flat pair.
       block_expert: the expert of each block of rows.
       group_sizes: pairs per expert.
+      used: blocks that hold pairs, which come first.
     """
 
     source: Int[Array, "rows"]
     slot: Int[Array, "pairs"]
     block_expert: Int[Array, "blocks"]
     group_sizes: Int[Array, "experts"]
+    used: Int[Array, ""]
 
 
 def expert_order(ids: Int[Array, "tokens k"], num_experts: int, block: int) -> ExpertOrder:
@@ -96,4 +98,4 @@ def expert_order(ids: Int[Array, "tokens k"], num_experts: int, block: int) -> E
     blocks = blocks_of(group_sizes, pairs, block, flat[sorted_pairs])
     source = jnp.take(sorted_pairs, blocks.source, mode="fill", fill_value=pairs)
     slot = jnp.zeros(pairs, jnp.int32).at[sorted_pairs].set(blocks.slot)
-    return ExpertOrder(source, slot, blocks.expert, group_sizes)
+    return ExpertOrder(source, slot, blocks.expert, group_sizes, blocks.used)

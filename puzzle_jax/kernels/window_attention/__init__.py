@@ -9,9 +9,8 @@ with what is visible; `square`, which takes any window, one per row of the batch
 
 from __future__ import annotations
 
-from jaxtyping import Array, Float, Int
-
 from puzzle_jax.kernels.dispatch import dispatch
+from puzzle_jax.kernels.shapes import Array, Float, Int
 from puzzle_jax.kernels.window_attention import banded, causal_blocks, mosaic_gpu, reference, splash, square
 
 IMPLEMENTATIONS = {

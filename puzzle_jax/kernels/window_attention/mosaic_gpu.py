@@ -25,9 +25,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float, Int
 
 from puzzle_jax.kernels.mosaic import hopper_only, plgpu, swizzled
+from puzzle_jax.kernels.shapes import Array, Float, Int
 from puzzle_jax.kernels.window_attention.reference import MASKED
 
 TILE = 64

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+
+from puzzle_jax.kernels.shapes import Array, Bool, Float, Int
 
 MASKED = -1e30  # finite, so that a query without keys gives zeros and not NaN
 

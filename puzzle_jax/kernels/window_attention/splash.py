@@ -13,9 +13,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
 
 from puzzle_jax.kernels.platform import target_platform
+from puzzle_jax.kernels.shapes import Array, Float, Int
 
 LANES, MAX_BLOCK = 128, 512
 

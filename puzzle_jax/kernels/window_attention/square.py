@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
 
+from puzzle_jax.kernels.shapes import Array, Float, Int
 from puzzle_jax.kernels.window_attention.reference import MASKED, visible_keys
 
 

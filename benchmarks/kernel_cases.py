@@ -1,23 +1,10 @@
-"""The Pallas kernels on the GPU or TPU present: right first, then how far from their floors.
-
-    python benchmarks/accelerator.py [--only grouped packed window decode] [--rounds 15] [--small] [--json PATH]
-
-At the shapes of gpt-oss-120b. Each implementation is compared with a plain reference on a part of the result, then
-timed in turns with the others; medians. The floor is the bytes that must cross memory at the device's bandwidth, or the
-operations at its bf16 rate, whichever takes longer. What does not run is shown as missing, with the reason. `--small`
-makes everything small, to try the script itself.
-"""
+"""What `kernels.py` times: operations at the shapes of gpt-oss-120b on a GPU or TPU, smaller ones on a CPU."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from puzzle_jax.kernels.decode_attention import decode_attention
+from puzzle_jax.kernels.expert_mlp import Experts, expert_mlp
+from puzzle_jax.kernels.expert_mlp.reference import clamped_swiglu
 from puzzle_jax.kernels.float8 import encode_e4m3
 from puzzle_jax.kernels.grouped_matmul import grouped_matmul
 from puzzle_jax.kernels.mxfp4 import MXFP4, decode
+from puzzle_jax.kernels.route import Routing
 from puzzle_jax.kernels.window_attention import window_attention
-
-PEAKS = {"H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12), "v5 lite": (197e12, 0.82e12), "v5": (459e12, 2.77e12)}
-"""Dense bf16 operations and bytes per second by a part of the device's name, from data sheets."""
 
 
 @dataclass(frozen=True)
@@ -54,79 +41,6 @@ class Case:
     part: Callable[[Any], Any]
     flops: float
     num_bytes: float
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--small", action="store_true")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    device = jax.local_devices()[0]
-    peaks = next((peak for part, peak in PEAKS.items() if part in device.device_kind), None)
-    print(f"{device.device_kind}, jax {jax.__version__}", flush=True)
-    rows = []
-    for group in options.only:
-        for case in CASES[group](options.small):
-            rows += show(case, peaks, options.rounds)
-            if options.json:
-                found = {"device": device.device_kind, "jax": jax.__version__, "rows": rows}
-                options.json.write_text(json.dumps(found, indent=1) + "\n")
-
-
-def show(case: Case, peaks: tuple[float, float] | None, rounds: int) -> list[dict[str, Any]]:
-    """Errors, milliseconds and shares of the floor of every implementation."""
-    print(case.name, flush=True)
-    expected = np.asarray(jax.jit(case.expected)(*case.arrays), np.float32)
-    runs, errors, missing = {}, {}, {}
-    for name, function in case.functions.items():
-        try:
-            run = jax.jit(function)
-            found = np.asarray(case.part(run(*case.arrays)), np.float32)
-        except Exception as reason:  # whatever a compiler or a device says, the others go on
-            missing[name] = " ".join(str(reason).split())[:160] or type(reason).__name__
-            continue
-        errors[name] = float(np.abs(found - expected).max() / np.abs(expected).max())
-        runs[name] = run
-    seconds = timed(runs, case.arrays, rounds)
-    floor = None if peaks is None else max(case.flops / peaks[0], case.num_bytes / peaks[1])
-    rows = []
-    for name in case.functions:
-        if name in missing:
-            print(f"  {name:<12} missing: {missing[name]}", flush=True)
-            rows.append({"case": case.name, "implementation": name, "missing": missing[name]})
-            continue
-        took = statistics.median(seconds[name])
-        share = "" if floor is None else f"   {floor / took:6.1%} of the floor"
-        print(
-            f"  {name:<12} {took * 1e3:9.3f} ms   {case.flops / took / 1e12:7.1f} TFLOP/s   "
-            f"{case.num_bytes / took / 1e9:7.0f} GB/s{share}   error {errors[name]:.1e}",
-            flush=True,
-        )
-        row = {"case": case.name, "implementation": name, "seconds": seconds[name], "error": errors[name]}
-        rows.append({**row, "flops": case.flops, "bytes": case.num_bytes, "floor": floor})
-    return rows
-
-
-def timed(runs: dict[str, Any], arrays: tuple[Any, ...], rounds: int) -> dict[str, list[float]]:
-    """Seconds of a call, of several in a row, in turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    calls = {}
-    for name, run in runs.items():
-        start = time.perf_counter()
-        jax.block_until_ready(run(*arrays))
-        calls[name] = int(np.clip(0.02 / (time.perf_counter() - start), 1, 50))
-    for _ in range(rounds):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            outs = [run(*arrays) for _ in range(calls[name])]
-            jax.block_until_ready(outs)
-            seconds[name].append((time.perf_counter() - start) / calls[name])
-    return seconds
-
-
-# Cases ---------------------------------------------------------------------------------------------------------------
 
 
 def _normal(seed: int, shape: tuple[int, ...], dtype: Any = jnp.bfloat16, scale: float = 1.0) -> jax.Array:
@@ -188,7 +102,7 @@ def packed(small: bool) -> list[Case]:
     first = int(np.flatnonzero(sizes)[0])
     cases = []
     for inputs, outputs in shapes:
-        blocks = source.integers(0, 256, (experts, outputs, inputs // 32, 16), np.uint8)
+        blocks = source.integers(0, 256, (experts, outputs, inputs // 2), np.uint8)
         scales = source.integers(118, 124, (experts, outputs, inputs // 32)).astype(np.uint8)
         bytes_per_expert = inputs * outputs * 17 / 32
         cases.append(
@@ -210,15 +124,60 @@ def packed(small: bool) -> list[Case]:
     return cases
 
 
+def mixture(small: bool) -> list[Case]:
+    """A layer's experts in MXFP4 for 64 tokens, routed, as in decoding."""
+    experts, k, tokens, hidden, inter = (5, 2, 6, 128, 192) if small else (128, 4, 64, 2880, 2880)
+    source = np.random.default_rng(0)
+    ids = np.stack([source.permutation(experts)[:k] for _ in range(tokens)])
+    gates = np.full(ids.shape, 1 / k, np.float32)
+    packed = []
+    for inputs, outputs in ((hidden, 2 * inter), (inter, hidden)):
+        codes = source.integers(0, 256, (experts, outputs, inputs // 2), np.uint8)
+        packed += [jnp.asarray(codes), jnp.full((experts, outputs, inputs // 32), 118, jnp.uint8)]
+    biases = _normal(12, (experts, 2 * inter)), _normal(13, (experts, hidden))
+    # Of the first tokens, with their experts alone: all of them in float32 would be several gigabytes.
+    some = min(tokens, 4)
+    chosen, of_some = np.unique(ids[:some], return_inverse=True)
+
+    def run(x: Any, *parts: Any, ids: Any = ids, name: str | None) -> jax.Array:
+        gate_up, down = MXFP4(*parts[:2]), MXFP4(*parts[2:4])
+        layer = Experts(gate_up, parts[4], down, parts[5])
+        routing = Routing(jnp.asarray(ids), jnp.asarray(gates[: len(ids)]))
+        return expert_mlp(x, routing, layer, limit=7.0, implementation=name)
+
+    def expected(x: Any, *parts: Any) -> jax.Array:
+        own = [part[chosen] for part in parts]
+        return run(x[:some].astype(jnp.float32), *own, ids=of_some.reshape(some, k), name="reference")
+
+    per_expert = 3 * hidden * inter * 17 / 32
+    names = ("mosaic_gpu", "mosaic_tpu", "capacity", "ragged_dot")
+    return [
+        Case(
+            f"expert MLP, MXFP4, {tokens} tokens x top {k} of {experts}, {hidden} x {inter}",
+            (_normal(14, (tokens, hidden)), *packed, *biases),
+            {name: partial(run, name=name) for name in names},
+            expected,
+            lambda out: out[:some],
+            6.0 * tokens * k * hidden * inter,
+            float(len(np.unique(ids))) * per_expert + 4.0 * tokens * hidden,
+        )
+    ]
+
+
 def window(small: bool) -> list[Case]:
     """Attention over 65,536 tokens, full and within 128 keys, forwards and with gradients."""
     seq, heads, kv_heads, dim = (512, 4, 2, 64) if small else (65_536, 64, 8, 64)
     shapes = ((4, heads), (5, kv_heads), (6, kv_heads))
     arrays = (*(_normal(seed, (1, seq, of, dim)) for seed, of in shapes), _normal(7, (heads,), jnp.float32))
-    return [case for width in (128, None) for case in _attention(arrays, width, min(seq, 512), small)]
+    cases = []
+    for width in (128, None):
+        names = ("mosaic_gpu", "splash", "banded" if width else "causal_blocks")
+        names = names if width or small else names[:2]  # XLA's blocks of logits would not fit
+        cases += _attention(arrays, width, min(seq, 512), names)
+    return cases
 
 
-def _attention(arrays: tuple[jax.Array, ...], width: int | None, some: int, small: bool) -> list[Case]:
+def _attention(arrays: tuple[jax.Array, ...], width: int | None, some: int, names: tuple[str, ...]) -> list[Case]:
     """Forwards, and with gradients; the first `some` tokens depend on no later ones."""
     (_, seq, heads, dim), kv_heads = arrays[0].shape, arrays[1].shape[2]
 
@@ -237,11 +196,10 @@ def _attention(arrays: tuple[jax.Array, ...], width: int | None, some: int, smal
     def head(*given: Any) -> tuple[Any, ...]:
         return (*(x[:, :some].astype(jnp.float32) for x in given[:3]), given[3])
 
-    names = ("mosaic_gpu", "splash", "banded" if width else "causal_blocks")
-    names = names if width or small else names[:2]  # XLA's blocks of logits would not fit
-    keys = seq * min(width, seq) if width else seq * (seq + 1) / 2
-    flops, num_bytes = 4.0 * heads * dim * keys, 2.0 * seq * dim * 2 * (heads + kv_heads)
-    shape = f"{seq} tokens, {heads} heads of {dim} on {kv_heads}, window {width}"
+    rows, size = len(arrays[0]), arrays[0].dtype.itemsize
+    keys = rows * seq * min(width, seq) if width else rows * seq * (seq + 1) / 2
+    flops, num_bytes = 4.0 * heads * dim * keys, 2.0 * rows * seq * dim * size * (heads + kv_heads)
+    shape = f"{rows} x {seq} tokens, {heads} heads of {dim} on {kv_heads}, window {width}"
     return [
         Case(
             f"attention, {shape}",
@@ -298,7 +256,109 @@ def _cached(slots: int, form: str, small: bool) -> Case:
     )
 
 
-CASES = {"grouped": grouped, "packed": packed, "window": window, "decode": cached}
+# On CPUs --------------------------------------------------------------------------------------------------------------
 
-if __name__ == "__main__":
-    main()
+
+def experts_on_cpu(small: bool) -> list[Case]:
+    """The expert layer of a small model, forwards and with all gradients; 64 experts, top 2."""
+    tokens, experts, k, hidden, inter = (96, 8, 2, 32, 48) if small else (4096, 64, 2, 64, 96)
+    source = np.random.default_rng(0)
+    ids = np.stack([source.permutation(experts)[:k] for _ in range(tokens)])
+    routing = Routing(jnp.asarray(ids), jnp.asarray(source.dirichlet(np.ones(k), tokens), jnp.float32))
+    f32 = jnp.float32
+    weights = (
+        _normal(1, (experts, hidden, 2 * inter), f32, hidden**-0.5),
+        _normal(2, (experts, 2 * inter), f32),
+        _normal(3, (experts, inter, hidden), f32, inter**-0.5),
+        _normal(4, (experts, hidden), f32),
+    )
+    x, some = _normal(0, (tokens, hidden), f32), min(tokens, 256)
+
+    def by_name(name: str | None) -> Callable[..., jax.Array]:
+        return lambda x, *w: expert_mlp(x, _first(routing, x), Experts(*w), limit=7.0, implementation=name)
+
+    functions: dict[str, Callable[..., jax.Array]] = {
+        "dense": by_name("reference"),
+        "ours": by_name(None),
+        "buffer": lambda x, *w: _capacity_buffer(x, routing, Experts(*w)),
+        "ragged_dot": lambda x, *w: _ragged_mlp(x, routing, Experts(*w)),
+    }
+
+    def gradients(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        def run(*given: Any) -> jax.Array:
+            of_x, *of_weights = jax.grad(lambda *given: jnp.sum(function(*given) ** 2), range(5))(*given)
+            sums = [jnp.sum(leaf)[None] for leaf in of_weights]
+            return jnp.concatenate([of_x[:some].reshape(-1), *sums])
+
+        return run
+
+    shape = f"{tokens} tokens, top {k} of {experts} experts, {hidden} x {inter}, float32"
+    flops = 6.0 * tokens * k * hidden * inter
+    num_bytes = 4.0 * (2 * tokens * hidden + 3 * experts * hidden * inter)
+    return [
+        Case(
+            f"expert layer, {shape}",
+            (x, *weights),
+            functions,
+            lambda x, *w: functions["dense"](x[:some], *w),
+            lambda out: out[:some],
+            flops,
+            num_bytes,
+        ),
+        Case(
+            f"expert layer with gradients, {shape}",
+            (x, *weights),
+            {name: gradients(function) for name, function in functions.items()},
+            lambda x, *w: gradients(functions["dense"])(x[:some], *w)[: some * hidden],
+            lambda out: out[: some * hidden],
+            3 * flops,
+            2.5 * num_bytes,
+        ),
+    ]
+
+
+def _first(routing: Routing, x: jax.Array) -> Routing:
+    return Routing(routing.ids[: len(x)], routing.gates[: len(x)])
+
+
+def _capacity_buffer(x: jax.Array, routing: Routing, experts: Experts, factor: float = 1.25) -> jax.Array:
+    """The mixture as many trainers have it: each expert takes so many rows and no more; what is above is dropped."""
+    count, (tokens, k) = len(experts.down_bias), routing.ids.shape
+    rows = int(factor * tokens * k / count)
+    flat = routing.ids.reshape(-1)
+    mine = jax.nn.one_hot(flat, count, dtype=jnp.int32)
+    rank = jnp.sum((jnp.cumsum(mine, axis=0) - mine) * mine, axis=1)
+    source = jnp.full((count, rows), tokens).at[flat, rank].set(jnp.arange(tokens * k) // k, mode="drop")
+    h = jnp.take(x, source, axis=0, mode="fill", fill_value=0) @ experts.gate_up + experts.gate_up_bias[:, None]
+    out = clamped_swiglu(h, 7.0) @ experts.down + experts.down_bias[:, None]
+    pairs = out.at[flat, rank].get(mode="fill", fill_value=0).reshape(tokens, k, -1)
+    return jnp.einsum("tkh,tk->th", pairs, routing.gates)
+
+
+def _ragged_mlp(x: jax.Array, routing: Routing, experts: Experts) -> jax.Array:
+    """The mixture by `lax.ragged_dot` over rows sorted by expert."""
+    k, count = routing.ids.shape[1], experts.down_bias.shape[0]
+    flat = routing.ids.reshape(-1)
+    order = jnp.argsort(flat, stable=True)
+    sizes = jnp.zeros(count, jnp.int32).at[flat].add(1)
+    expert = flat[order]
+    h = jax.lax.ragged_dot(x[order // k], experts.gate_up, sizes) + experts.gate_up_bias[expert]
+    out = jax.lax.ragged_dot(clamped_swiglu(h, 7.0), experts.down, sizes) + experts.down_bias[expert]
+    out = jnp.zeros_like(out).at[order].set(out).reshape(*routing.ids.shape, -1)
+    return jnp.einsum("tkh,tk->th", out, routing.gates)
+
+
+def window_on_cpu(small: bool) -> list[Case]:
+    """Attention of a small model, full and within 16 keys."""
+    rows, seq = (2, 64) if small else (8, 512)
+    shapes = ((4, 4), (5, 2), (6, 2))
+    arrays = (*(_normal(seed, (rows, seq, of, 32), jnp.float32) for seed, of in shapes), jnp.zeros(4))
+    return [
+        case
+        for width, names in ((16, ("reference", "square", "banded")), (None, ("reference", "square", "causal_blocks")))
+        for case in _attention(arrays, width, min(seq, 128), names)
+    ]
+
+
+ON_ACCELERATORS = {"grouped": grouped, "packed": packed, "experts": mixture, "window": window, "decode": cached}
+ON_CPUS = {"experts": experts_on_cpu, "window": window_on_cpu}

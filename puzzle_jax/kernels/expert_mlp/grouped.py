@@ -1,0 +1,61 @@
+"""`expert_mlp` by grouped matmuls: rows in blocks of one expert each, twice through a kernel of `grouped_matmul`.
+
+    gather - gate-up kernel - bias, clamped SwiGLU - down kernel - bias - gather
+
+What lies between the kernels is elementwise and left to XLA, which fuses it with the gathers. Packed weights go to the
+kernels as they are. A block without rows is not written by kernels: what the first one leaves there is set to zero, or
+a gradient could multiply it by zero and get no number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from puzzle_jax.kernels.expert_mlp.reference import clamped_swiglu
+from puzzle_jax.kernels.expert_mlp.weights import Experts
+from puzzle_jax.kernels.grouped_matmul import BLOCK_IMPLEMENTATIONS, BLOCK_ROWS, in_use_rows
+from puzzle_jax.kernels.mxfp4 import MXFP4
+from puzzle_jax.kernels.route import expert_order
+from puzzle_jax.kernels.shapes import Array, Float, Int
+
+
+def by(name: str, **options: bool) -> Callable[..., Array]:
+    """`expert_outputs` with one of `BLOCK_IMPLEMENTATIONS`."""
+    return partial(expert_outputs, kernel=partial(BLOCK_IMPLEMENTATIONS[name], **options), block_rows=BLOCK_ROWS[name])
+
+
+def expert_outputs(
+    x: Float[Array, "tokens hidden"],
+    ids: Int[Array, "tokens k"],
+    experts: Experts,
+    *,
+    limit: float,
+    spread: int | None = None,
+    kernel: Callable[..., Array],
+    block_rows: Callable[..., int],
+) -> Float[Array, "tokens k hidden"]:
+    """See the api. Raises NotImplementedError where the kernel does."""
+    tokens, k = ids.shape
+    num_experts = experts.down_bias.shape[0]
+    block = block_rows(ids.size, spread or num_experts, isinstance(experts.gate_up, MXFP4))
+    order = expert_order(ids, num_experts, block)
+    expert, used = order.block_expert, order.used
+    with jax.named_scope("gather"):
+        rows = jnp.take(x, order.source // k, axis=0, mode="fill", fill_value=0)
+    with jax.named_scope("gate_up"):
+        h = jnp.where(in_use_rows(expert, used, len(rows)), kernel(rows, experts.gate_up, expert, used), 0)
+        h = clamped_swiglu(_plus(h, experts.gate_up_bias[expert]), limit).astype(x.dtype)
+    with jax.named_scope("down"):
+        out = _plus(kernel(h, experts.down, expert, used), experts.down_bias[expert])
+    with jax.named_scope("ungather"):
+        return out[order.slot].reshape(tokens, k, -1).astype(x.dtype)
+
+
+def _plus(rows: Float[Array, "padded columns"], bias: Float[Array, "blocks columns"]) -> Float[Array, "padded columns"]:
+    """In float32, each block's bias added to its rows."""
+    blocks = rows.astype(jnp.float32).reshape(len(bias), -1, rows.shape[1])
+    return (blocks + bias.astype(jnp.float32)[:, None]).reshape(rows.shape)

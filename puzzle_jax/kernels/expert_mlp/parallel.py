@@ -1,0 +1,143 @@
+"""Expert parallelism: `expert_mlp` on a mesh, each device holding some of the experts.
+
+Tokens lie on the data axis and are the same on all devices of the model axis, along which the experts are cut. Either
+
+    replicate    every device runs the pairs of its own experts on all of its data row's tokens; one sum over the
+                 model axis
+    all_to_all   every device takes its share of those tokens, sends each pair's row to the expert's device, and gets
+                 the expert's output back
+
+    of 8 tokens on 2 devices, experts a b | c d, top 1:
+
+    replicate    device 0: tokens for a, b of 8      device 1: tokens for c, d of 8      sum of [8, hidden]
+    all_to_all   device 0: tokens 0-3 -> a b | c d   device 1: tokens 4-7 -> a b | c d   rows there, outputs back
+
+With replicate a device sends about 2 x tokens x hidden numbers, with all_to_all 2 x tokens x k / devices x hidden, and
+tokens x hidden more to be whole again. So all_to_all is for many devices and few experts per token, and for so many
+tokens that bytes and not the number of collectives take the time. No pair is dropped in either: buffers hold the worst
+case, and kernels do the work of the rows that are there.
+
+Left out: `lax.ragged_all_to_all`, which would send only rows that are there (CPUs have none to test it on); overlap of
+exchange and experts; devices that share an expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from puzzle_jax.kernels.expert_mlp.weights import Experts
+from puzzle_jax.kernels.route import Routing
+from puzzle_jax.kernels.shapes import Array, Float, Int
+
+WAYS = ("replicate", "all_to_all")
+MANY_PAIRS = 1024
+"""Pairs of a device from which bytes count for more than collectives."""
+
+Outputs = Callable[[Array, Array, Experts], Array]
+"""(x, ids, experts) to each token's chosen experts' outputs, any number for an id past the experts."""
+
+
+def way_for(tokens: int, k: int, devices: int) -> str:
+    """The way that should be faster for so many tokens on so many devices of a model axis."""
+    fewer_bytes = 2 * k / devices + 1 < 2
+    return "all_to_all" if fewer_bytes and tokens * k >= MANY_PAIRS * devices else "replicate"
+
+
+def mixture(
+    x: Float[Array, "tokens hidden"],
+    routing: Routing,
+    experts: Experts,
+    outputs: Outputs,
+    combine: Callable[[Array, Array], Array],
+    *,
+    mesh: Mesh | jax.sharding.AbstractMesh,
+    data: str = "data",
+    model: str = "model",
+    way: str | None = None,
+) -> Float[Array, "tokens hidden"]:
+    """What `expert_mlp` gives on one device, in the dtype of `x`.
+
+    Args:
+      outputs: of experts that one device holds, whose ids start at 0 for it.
+      combine: outputs and gates to their sum.
+      mesh: whose axes `data` and `model` cut tokens and experts.
+      way: one of `WAYS`; by default what `way_for` says.
+
+    Raises ValueError where the model axis does not divide the experts, and for an unknown way.
+    """
+    tokens, k = routing.ids.shape
+    num_experts, devices = experts.down_bias.shape[0], mesh.shape[model]
+    if num_experts % devices:
+        raise ValueError(f"{num_experts} experts cannot be cut for {devices} devices of the axis {model!r}")
+    way = way or way_for(-(-tokens // mesh.shape[data]), k, devices)
+    if way not in WAYS:
+        raise ValueError(f"way is {way!r}, but must be one of {', '.join(WAYS)}")
+    own = num_experts // devices
+    if way == "replicate":
+        parts, rows = mesh.shape[data], PartitionSpec(data)
+
+        def body(x: Array, ids: Array, gates: Array, experts: Experts) -> Array:
+            return _replicate(x, ids, gates, experts, outputs, combine, own, model)
+    else:
+        parts, rows = mesh.shape[data] * devices, PartitionSpec((data, model))
+
+        def body(x: Array, ids: Array, gates: Array, experts: Experts) -> Array:
+            return combine(_exchange(x, ids, experts, outputs, own, devices, model), gates)
+
+    # Rows that make the tokens divide are nobody's: their expert does not exist.
+    fill = -tokens % parts
+    padded = [
+        jnp.pad(array, ((0, fill), (0, 0)), constant_values=value)
+        for array, value in ((x, 0), (routing.ids, num_experts), (routing.gates, 0))
+    ]
+    specs = (rows, rows, rows, PartitionSpec(model))
+    run = jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
+    return run(*padded, experts)[:tokens]
+
+
+def _replicate(
+    x: Float[Array, "tokens hidden"],
+    ids: Int[Array, "tokens k"],
+    gates: Float[Array, "tokens k"],
+    experts: Experts,
+    outputs: Outputs,
+    combine: Callable[[Array, Array], Array],
+    own: int,
+    axis: str,
+) -> Float[Array, "tokens hidden"]:
+    """The sum over devices of what each one's experts add, in float32."""
+    ids = ids - lax.axis_index(axis) * own
+    here = (ids >= 0) & (ids < own)
+    found = outputs(x, jnp.where(here, ids, own), experts)
+    # Of pairs that are others' anything may come out; the gates' zeros would not do for what is no number.
+    found = jnp.where(here[..., None], found, 0)
+    return lax.psum(combine(found.astype(jnp.float32), gates), axis).astype(x.dtype)
+
+
+def _exchange(
+    x: Float[Array, "tokens hidden"],
+    ids: Int[Array, "tokens k"],
+    experts: Experts,
+    outputs: Outputs,
+    own: int,
+    devices: int,
+    axis: str,
+) -> Float[Array, "tokens k hidden"]:
+    """Outputs of this device's tokens' experts, wherever those are."""
+    tokens, k = ids.shape
+    pairs, flat = tokens * k, ids.reshape(-1)
+    owner = flat // own  # `devices` and more for pairs that are nobody's
+    same = (owner[:, None] == jnp.arange(devices)).astype(jnp.int32)
+    there = (owner, jnp.sum((jnp.cumsum(same, axis=0) - same) * same, axis=1))  # device, and the pair's turn for it
+    rows = jnp.zeros((devices, pairs, x.shape[1]), x.dtype).at[there].set(jnp.repeat(x, k, axis=0), mode="drop")
+    wanted = jnp.full((devices, pairs), own, ids.dtype).at[there].set(flat % own, mode="drop")
+    rows, wanted = (lax.all_to_all(array, axis, 0, 0) for array in (rows, wanted))
+    found = outputs(rows.reshape(-1, x.shape[1]), wanted.reshape(-1, 1), experts)
+    found = jnp.where((wanted < own)[..., None], found.reshape(devices, pairs, -1), 0)
+    back = lax.all_to_all(found, axis, 0, 0)
+    return back.at[there].get(mode="fill", fill_value=0).reshape(tokens, k, -1)

@@ -1,0 +1,139 @@
+"""The mixture on a mesh of virtual devices is the mixture on one device."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from puzzle_jax.kernels.expert_mlp import IMPLEMENTATIONS, Experts, expert_loop, expert_mlp
+from puzzle_jax.kernels.expert_mlp.parallel import WAYS, mixture, way_for
+from puzzle_jax.kernels.mxfp4 import MXFP4, decode
+from puzzle_jax.kernels.route import Routing
+from puzzle_jax.model.sharding import make_mesh
+
+EXPERTS, HIDDEN, INTER, TOKENS, LIMIT = 8, 32, 96, 21, 1.5
+ON_CPU = [name for name in IMPLEMENTATIONS if name not in ("ragged_dot", "mosaic_gpu", "mosaic_tpu")]
+
+
+@pytest.fixture(autouse=True)
+def loops_over_small_experts(monkeypatch):
+    monkeypatch.setattr(expert_loop, "MIN_EXPERT_BYTES", 0)
+
+
+def experts_of(dtype=jnp.float32) -> Experts:
+    keys = jax.random.split(jax.random.key(0), 4)
+    return Experts(
+        (jax.random.normal(keys[0], (EXPERTS, HIDDEN, 2 * INTER)) * 0.5).astype(dtype),
+        jax.random.normal(keys[1], (EXPERTS, 2 * INTER)).astype(dtype),
+        (jax.random.normal(keys[2], (EXPERTS, INTER, HIDDEN)) * 0.3).astype(dtype),
+        jax.random.normal(keys[3], (EXPERTS, HIDDEN)).astype(dtype),
+    )
+
+
+ROUTES = {
+    "mixed": np.stack([np.random.default_rng(n).permutation(EXPERTS)[:3] for n in range(TOKENS)]),
+    "all on one device": np.asarray([[6, 7]] * TOKENS),
+    "one token": np.asarray([[5, 0]]),
+}
+
+
+def given(route, dtype=jnp.float32):
+    ids = jnp.asarray(ROUTES[route])
+    x = jax.random.normal(jax.random.key(1), (len(ids), HIDDEN)).astype(dtype)
+    return x, Routing(ids, jax.nn.softmax(jax.random.normal(jax.random.key(2), ids.shape)))
+
+
+def on_mesh(mesh, implementation, way):
+    return jax.jit(
+        lambda x, routing, experts: expert_mlp(
+            x, routing, experts, limit=LIMIT, implementation=implementation, mesh=mesh, way=way
+        )
+    )
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "route,implementation", [*((route, None) for route in ROUTES), *(("mixed", name) for name in ON_CPU)]
+)
+def test_every_way_gives_what_one_device_gives(way, route, implementation):
+    x, routing = given(route)
+    expected = expert_mlp(x, routing, experts_of(), limit=LIMIT, implementation="reference")
+    found = on_mesh(make_mesh(2, 4), implementation, way)(x, routing, experts_of())
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5 * float(jnp.abs(expected).max()))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("data,model", [(1, 8), (4, 2)])
+def test_gradients_are_those_of_one_device(way, data, model):
+    x, routing = given("mixed")
+
+    def loss(mesh, way):
+        def run(x, gates, experts):
+            out = expert_mlp(x, Routing(routing.ids, gates), experts, limit=LIMIT, mesh=mesh, way=way)
+            return jnp.sum(jnp.sin(out))
+
+        return jax.jit(jax.grad(run, (0, 1, 2)))(x, routing.gates, experts_of())
+
+    for found, expected in zip(
+        jax.tree.leaves(loss(make_mesh(data, model), way)), jax.tree.leaves(loss(None, None)), strict=True
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * max(1.0, float(jnp.abs(expected).max())))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_packed_experts_in_bfloat16(way):
+    source = np.random.default_rng(3)
+
+    def packed(outputs, inputs):
+        codes = source.integers(0, 256, (EXPERTS, outputs, inputs // 2)).astype(np.uint8)
+        scales = source.integers(118, 124, (EXPERTS, outputs, inputs // 32)).astype(np.uint8)
+        return MXFP4(jnp.asarray(codes), jnp.asarray(scales))
+
+    x, routing = given("mixed", jnp.bfloat16)
+    experts = experts_of(jnp.bfloat16)._replace(gate_up=packed(2 * INTER, HIDDEN), down=packed(HIDDEN, INTER))
+    dense = experts._replace(gate_up=decode(experts.gate_up), down=decode(experts.down))
+    expected = expert_mlp(x.astype(jnp.float32), routing, dense, limit=LIMIT, implementation="reference")
+    found = on_mesh(make_mesh(2, 4), None, way)(x, routing, experts)
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(found.astype(jnp.float32), expected, atol=0.02 * float(jnp.abs(expected).max()))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_weights_stay_where_they_are(way):
+    """No collective carries experts: what is gathered or summed is as large as tokens at most."""
+    mesh = make_mesh(1, 8)
+    x, routing = given("mixed")
+    placed = jax.device_put(experts_of(), NamedSharding(mesh, PartitionSpec("model")))
+    text = on_mesh(mesh, None, way).lower(x, routing, placed).compile().as_text()
+    collectives = [
+        line
+        for line in text.splitlines()
+        if any(f" {name}(" in line or f" {name}-start(" in line for name in ("all-gather", "all-reduce", "all-to-all"))
+    ]
+    assert collectives
+    for line in collectives:
+        assert f",{2 * INTER}]" not in line and f"{INTER},{HIDDEN}]" not in line, line
+
+
+def test_ways_by_size():
+    # 4 experts a token: 8 devices send half of replicate's bytes through an exchange and half to be whole again.
+    assert way_for(100_000, 4, 16) == "all_to_all" and way_for(100_000, 4, 8) == "replicate"
+    assert way_for(16 * 256, 4, 16) == "all_to_all" and way_for(16 * 256 - 1, 4, 16) == "replicate"
+
+
+def test_what_cannot_be_cut_is_refused_or_left_to_xla():
+    x, routing = given("mixed")
+    few = jax.tree.map(lambda leaf: leaf[:6], experts_of())
+    clipped = Routing(routing.ids % 6, routing.gates)
+    with pytest.raises(ValueError, match="6 experts cannot be cut for 4 devices of the axis 'model'"):
+        mixture(x, clipped, few, lambda *_: x, lambda a, _: a, mesh=make_mesh(2, 4))
+    with pytest.raises(ValueError, match="way is 'ring', but must be one of replicate, all_to_all"):
+        expert_mlp(x, routing, experts_of(), limit=LIMIT, mesh=make_mesh(2, 4), way="ring")
+    expected = expert_mlp(x, clipped, few, limit=LIMIT)
+    np.testing.assert_allclose(
+        on_mesh(make_mesh(2, 4), None, None)(x, clipped, few),
+        expected,
+        rtol=2e-5,
+        atol=1e-5 * float(jnp.abs(expected).max()),
+    )
