@@ -27,6 +27,7 @@ from puzzle_jax.generate.sampling import Sampling
 from puzzle_jax.generate.slots import Admission, Group, Slots, admit, decode, empty_group, empty_slots, place, prefill
 from puzzle_jax.model.cache_format import CacheFormat
 from puzzle_jax.model.child import View
+from puzzle_jax.model.sharding import on_mesh
 from puzzle_jax.model.spec import Params
 
 CHUNKS = (512, 256, 128, 64)  # tokens of a prompt that are prefilled at once; contexts are multiples of the last
@@ -89,7 +90,7 @@ class Engine:
       sampling: temperature and top-p.
       cache: how keys and values are kept.
       view: runs a child of the model (`Child.view`).
-      mesh: where caches are placed (`model.sharding.make_mesh`).
+      mesh: where caches are placed and experts are spread over (`model.sharding.make_mesh`).
       log_probs, experts: return these with each completion.
 
     Raises PuzzleError for slots below 1, and for a context below 1 or beyond the model's.
@@ -219,24 +220,26 @@ class Engine:
         for index in range(chunks):
             start = index * self.chunk
             part = jnp.asarray(tokens[:, start : start + self.chunk])
-            group = prefill(
-                self.params, self.config, group, part, jnp.int32(start), admission.lengths, self.context, self.view
-            )
+            with on_mesh(self._mesh):
+                group = prefill(
+                    self.params, self.config, group, part, jnp.int32(start), admission.lengths, self.context, self.view
+                )
             if busy and index + 1 < chunks:
                 state = self._decode(state, STEPS_BETWEEN_CHUNKS, self.slots)
         return admit(self.params, self.config, state, group, admission), group
 
     def _decode(self, state: Slots, steps: int, idle_target: int) -> Slots:
-        return decode(
-            self.params,
-            self.config,
-            state,
-            self._stops,
-            self.sampling,
-            jnp.int32(steps),
-            jnp.int32(idle_target),
-            self.view,
-        )
+        with on_mesh(self._mesh):
+            return decode(
+                self.params,
+                self.config,
+                state,
+                self._stops,
+                self.sampling,
+                jnp.int32(steps),
+                jnp.int32(idle_target),
+                self.view,
+            )
 
     def _completion(self, state: Slots, slot: int, request: Request, tokens: tuple[int, ...]) -> Generated:
         log_probs = experts = None

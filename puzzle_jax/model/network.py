@@ -135,13 +135,19 @@ def moe_block(
     replay: Int[Array, "tokens k"] | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "batch seq hidden"], LayerAux]:
-    """x + mixture(rms_norm(x)), and what the router decided."""
+    """x + mixture(rms_norm(x)), and what the router decided; by expert parallelism where it is traced on a mesh."""
     y = rms_norm(x, moe["norm"], config.rms_norm_eps)
     aux = route_tokens(moe, config, y, expert_mask=expert_mask, replay=replay)
     with jax.named_scope("experts"):
         flat = y.reshape(-1, y.shape[-1])
+        mesh = jax.sharding.get_abstract_mesh()
         out = expert_mlp(
-            flat, aux.routing, layer_experts(moe), limit=config.swiglu_limit, implementation=implementation
+            flat,
+            aux.routing,
+            layer_experts(moe),
+            limit=config.swiglu_limit,
+            implementation=implementation,
+            mesh=None if mesh.empty else mesh,
         )
     return x + out.reshape(x.shape), aux
 

@@ -1,12 +1,15 @@
 """Where parameters live on a mesh: one table from logical axes to mesh axes.
 
 Mesh axes are "data" (batch) and "model" (heads, experts, vocabulary). A dimension that its mesh axis does not divide
-is replicated, so that every model runs on every mesh. Meshes use Auto axes: XLA inserts the collectives.
+is replicated, so that every model runs on every mesh. Meshes use Auto axes: XLA inserts the collectives, but for the
+mixture of experts, which exchanges tokens by itself where a program is traced `on_mesh`; see
+`kernels.expert_mlp.parallel`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
@@ -67,6 +70,11 @@ def shard_params(params: Params, config: ModelConfig, mesh: Mesh) -> Params:
         return jax.device_put(value, NamedSharding(mesh, axes))
 
     return jax.tree.map(place, param_specs(config), params, is_leaf=is_spec)
+
+
+def on_mesh(mesh: Mesh | None) -> AbstractContextManager[Any]:
+    """Within, programs spread the mixture's experts over the mesh; without a mesh, nothing is different."""
+    return nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -32,7 +32,7 @@ from puzzle_jax.generate.batches import MicroBatch
 from puzzle_jax.model.child import Child
 from puzzle_jax.model.network import attention_block, embed, moe_block
 from puzzle_jax.model.rope import rope_table
-from puzzle_jax.model.sharding import batch_sharding
+from puzzle_jax.model.sharding import batch_sharding, on_mesh
 from puzzle_jax.model.spec import Params
 
 CONTEXTS = (64, 256, 1024, 4096, 16384)
@@ -172,7 +172,11 @@ class ReplaceOne:
         """One layer with a choice of its own, whose mask may have a row per row of `x`; by default the base's."""
         layer = self.params["layers"][index]
         x = _attention(layer["attention"], config or self.own, choice.window, x)
-        return _mixture(layer["moe"], self.config, x, jnp.asarray(choice.expert_mask))
+        return self._mixture(layer["moe"], x, choice.expert_mask)
+
+    def _mixture(self, moe: Params, x: Array, mask: np.ndarray | Array) -> Array:
+        with on_mesh(self.mesh):
+            return _mixture(moe, self.config, x, jnp.asarray(mask))
 
     def _final_states(self, batch: MicroBatch) -> tuple[Array, Array, dict[int, Array]]:
         """The parent's and the base's states after the last layer, and the base's every so many layers."""
@@ -199,7 +203,7 @@ class ReplaceOne:
             layer, choice = self.params["layers"][index], self.choices[index]
             middle = _attention(layer["attention"], self.own, choice.window, x)
             states[index] = States(x, middle)
-            x = _mixture(layer["moe"], self.config, middle, jnp.asarray(choice.expert_mask))
+            x = self._mixture(layer["moe"], middle, choice.expert_mask)
         return states
 
     # Alternatives --------------------------------------------------------------------------------------------------
@@ -247,10 +251,11 @@ class ReplaceOne:
             masks[slot] = choice.expert_mask
         if len(narrowed) < len(own):
             entry = np.isin(np.arange(self.per_call), list(own))
-            x = _enter(layer["moe"], self.config, states.middle, jnp.asarray(masks), jnp.asarray(entry), x)
+            with on_mesh(self.mesh):
+                x = _enter(layer["moe"], self.config, states.middle, jnp.asarray(masks), jnp.asarray(entry), x)
         for slot, choice in narrowed.items():
             middle = _attention(layer["attention"], self.own, choice.window, states.before)
-            x = x.at[:, slot].set(_mixture(layer["moe"], self.config, middle, jnp.asarray(masks[slot])))
+            x = x.at[:, slot].set(self._mixture(layer["moe"], middle, masks[slot]))
         return x
 
 

@@ -107,7 +107,7 @@ def test_log_probabilities_and_experts_are_those_of_the_uncached_pass():
             np.testing.assert_array_equal(answer.experts[:, layer], aux.routing.ids[: len(ids) - 1])
 
 
-@pytest.mark.parametrize("data,model", [(2, 3), (4, 1)])
+@pytest.mark.parametrize("data,model", [(2, 3), (4, 1), (1, 7)])
 def test_a_mesh_gives_the_same_tokens(data, model):
     mesh = make_mesh(data, model)
     sharded = shard_params(PARAMS, CONFIG, mesh)

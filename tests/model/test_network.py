@@ -14,7 +14,7 @@ from puzzle_jax.model.child import Child, ChildBlock, cut_params, whole
 from puzzle_jax.model.modules import GptOss
 from puzzle_jax.model.network import forward, head_logits, hidden_states
 from puzzle_jax.model.rope import inverse_frequencies
-from puzzle_jax.model.sharding import batch_sharding, make_mesh, shard_params
+from puzzle_jax.model.sharding import batch_sharding, make_mesh, on_mesh, shard_params
 from puzzle_jax.model.spec import count_params, init_params
 from tests.support import model_logits, random_params, random_tokens, small_config
 
@@ -157,8 +157,9 @@ def test_modules_hold_the_same_tree_and_function():
     assert fresh.layers[1].moe.gate_up[...].shape == (7, 40, 48)
 
 
-@pytest.mark.parametrize("data,model", [(8, 1), (2, 3), (1, 7)])
-def test_a_mesh_computes_what_one_device_does(data, model):
+@pytest.mark.parametrize("data,model,spread", [(8, 1, False), (2, 3, True), (1, 7, False), (1, 7, True)])
+def test_a_mesh_computes_what_one_device_does(data, model, spread):
+    """With experts left to XLA, and spread over the mesh where it divides them (7 devices do, 3 do not)."""
     config = small_config()
     params, tokens = random_params(config), random_tokens(config, 8, 13)
     mesh = make_mesh(data, model)
@@ -166,7 +167,8 @@ def test_a_mesh_computes_what_one_device_does(data, model):
     if model == 7:
         assert len(sharded["layers"][0]["moe"]["gate_up"].sharding.device_set) == 7
         assert sharded["layers"][0]["moe"]["gate_up"].addressable_shards[0].data.shape == (1, 40, 48)
-    out = model_logits(sharded, config, jax.device_put(tokens, batch_sharding(mesh)))
+    with on_mesh(mesh if spread else None):
+        out = model_logits(sharded, config, jax.device_put(tokens, batch_sharding(mesh)))
     np.testing.assert_allclose(jax.device_get(out), model_logits(params, config, tokens), atol=2e-5)
 
 

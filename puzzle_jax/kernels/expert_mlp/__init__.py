@@ -14,7 +14,7 @@ above only; the gate weight multiplies after the bias of the down projection.
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from puzzle_jax.kernels.dispatch import dispatch
 from puzzle_jax.kernels.expert_mlp import capacity, expert_loop, grouped, parallel, reference, sorted_blocks
@@ -85,7 +85,7 @@ def expert_mlp(
     *,
     limit: float,
     implementation: str | None = None,
-    mesh: Mesh | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
     way: str | None = None,
 ) -> Float[Array, "tokens hidden"]:
     """The mixture's output: chosen experts' outputs summed with their gates, in float32, then the dtype of `x`.

@@ -28,7 +28,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from puzzle_jax.kernels.expert_mlp.weights import Experts
 from puzzle_jax.kernels.route import Routing
@@ -55,7 +55,7 @@ def mixture(
     outputs: Outputs,
     combine: Callable[[Array, Array], Array],
     *,
-    mesh: Mesh | jax.sharding.AbstractMesh,
+    mesh: Mesh | AbstractMesh,
     data: str = "data",
     model: str = "model",
     way: str | None = None,
