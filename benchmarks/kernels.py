@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import kernel_cases
+import kernel_tuning
 import numpy as np
 
 PEAKS = {"H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12), "v5 lite": (197e12, 0.82e12), "v5": (459e12, 2.77e12)}
@@ -42,7 +43,7 @@ def main() -> None:
     device = jax.local_devices()[0]
     print(f"{device.device_kind}, {device.platform}, jax {jax.__version__}", flush=True)
     if options.tune:
-        raise SystemExit
+        kernel_tuning.tune(options.json, options.small)
         return
     on_cpu = device.platform == "cpu" and not options.accelerator
     groups = kernel_cases.ON_CPUS if on_cpu else kernel_cases.ON_ACCELERATORS

@@ -12,7 +12,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from puzzle_jax.kernels.shapes import Array, Float, UInt8
+from puzzle_jax.kernels.shapes import Array, Float, Int, UInt8
 
 E4M3 = jnp.float8_e4m3fn
 E4M3_MAX = 448.0
@@ -41,3 +41,11 @@ def _decode_bits(stored: UInt8[Array, "*shape"]) -> Float[Array, "*shape"]:
     bits = stored.astype(jnp.uint16)
     half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
     return jax.lax.bitcast_convert_type(half, jnp.float16).astype(jnp.float32) * 256.0
+
+
+def e4m3_values(codes: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The numbers that e4m3 codes held in 32 bits stand for, by arithmetic: kernels have no such type everywhere."""
+    # Exponent and mantissa become those of a float32, whose bias is larger by 120. The smallest have no exponent.
+    magnitude = jax.lax.bitcast_convert_type(((codes & 0x7F) << 20) + (120 << 23), jnp.float32)
+    magnitude = jnp.where(codes & 0x78 == 0, 2.0**-9 * (codes & 7).astype(jnp.float32), magnitude)
+    return jnp.where(codes & 0x80 == 0, magnitude, -magnitude)

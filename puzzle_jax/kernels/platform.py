@@ -18,6 +18,11 @@ def target_platform() -> str:
     return _target.get() or jax.default_backend()
 
 
+def lowered_for() -> str | None:
+    """The platform of `lowering_for`, where that is in force."""
+    return _target.get()
+
+
 @contextmanager
 def lowering_for(platform: str) -> Iterator[None]:
     """Within, kernels are chosen for a platform that need not be there ("gpu" is a Hopper one), so that programs can be

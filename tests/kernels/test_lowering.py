@@ -64,18 +64,18 @@ def test_platforms():
         pass
 
 
-@GPU
+@pytest.mark.parametrize("platform", PLATFORMS)
 @pytest.mark.parametrize("slots,window", [(131_072, None), (128, 128)])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.uint8])
-def test_decode_attention(slots, window, dtype):
+def test_decode_attention(platform, slots, window, dtype):
     def attend(q, k, v, sinks, positions, scale):
         scales = {"k_scale": scale, "v_scale": scale} if dtype == jnp.uint8 else {}
-        return decode_attention(q, k, v, sinks, positions, window=window, **scales, implementation="mosaic_gpu")
+        return decode_attention(q, k, v, sinks, positions, window=window, **scales, implementation=f"mosaic_{platform}")
 
     batch, heads, kv_heads, dim = 7, 64, 8, 64
     caches = of((batch, kv_heads, dim, slots), dtype), of((batch, kv_heads, slots, dim), dtype)
     per_row = of((heads,), jnp.float32), of((batch,), jnp.int32), of((), jnp.float32)
-    assert has_kernel(lowered("gpu", attend, of((batch, heads, dim), jnp.bfloat16), *caches, *per_row), "gpu")
+    assert has_kernel(lowered(platform, attend, of((batch, heads, dim), jnp.bfloat16), *caches, *per_row), platform)
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)

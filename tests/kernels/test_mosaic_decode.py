@@ -1,15 +1,17 @@
-"""Decoding against a cache by the kernel for Hopper GPUs, interpreted, against the reference."""
+"""Decoding against a cache by the kernels for Hopper GPUs and for TPUs, interpreted, against the reference."""
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
-from puzzle_jax.kernels.decode_attention import decode_attention, mosaic_gpu
-from puzzle_jax.kernels.float8 import encode_e4m3
+from puzzle_jax.kernels.decode_attention import decode_attention, mosaic_gpu, mosaic_tpu
+from puzzle_jax.kernels.float8 import e4m3_values, encode_e4m3
 from puzzle_jax.kernels.mosaic import FIRST_JAX
 
-pytestmark = pytest.mark.skipif(jax.__version_info__[:3] < FIRST_JAX, reason="Mosaic GPU kernels need a newer JAX")
+GPU = pytest.mark.skipif(jax.__version_info__[:3] < FIRST_JAX, reason="Mosaic GPU kernels need a newer JAX")
+KERNELS = [mosaic_tpu, pytest.param(mosaic_gpu, marks=GPU)]
 BATCH, KV_HEADS, GROUP, DIM = 2, 3, 5, 64
 
 
@@ -31,23 +33,53 @@ CASES = {
     "a ring that has wrapped": (128, 128, [1000, 127]),
     "a window within a larger cache": (384, 100, [40, 383]),
     "a window per row": (192, [7, 150], [191, 500]),
+    "parts that no window reaches": (2048, 70, [1500, 2047]),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("packed", [False, True])
-def test_as_the_reference(case, packed):
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_as_the_reference(kernel, case, packed):
     slots, window, positions = CASES[case]
     window = jnp.asarray(window) if isinstance(window, list) else window
     (q, k, v, sinks), scales = made_up(slots, packed, kv_heads=1 if slots > 1000 else KV_HEADS)
     options = {"window": window, **scales}
-    found = mosaic_gpu.decode_attention(q, k, v, sinks, jnp.asarray(positions), **options, interpret=True)
+    found = kernel.decode_attention(q, k, v, sinks, jnp.asarray(positions), **options, interpret=True)
     exact = [x if packed and x.dtype == jnp.uint8 else x.astype(jnp.float32) for x in (q, k, v)]
     expected = decode_attention(*exact, sinks, jnp.asarray(positions), **options, implementation="reference")
     assert found.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(found, np.float32), expected, atol=1e-2)
 
 
+@pytest.mark.parametrize("slots", [96, 640])
+def test_float32_on_tpus(slots):
+    """All slots in one tile, and tiles of 128; several of them beyond what is cached."""
+    (q, k, v, sinks), _ = made_up(slots, False)
+    given = [x.astype(jnp.float32) for x in (q, k, v)]
+    positions = jnp.asarray([slots + 3, 50])
+    found = mosaic_tpu.decode_attention(*given, sinks, positions, window=64, interpret=True)
+    expected = decode_attention(*given, sinks, positions, window=64, implementation="reference")
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+def test_every_byte_is_the_number_that_it_stands_for():
+    codes = jnp.arange(256, dtype=jnp.int32)
+    finite = np.asarray(codes & 0x7F) != 0x7F  # the two bytes that are no number are never written
+    expected = np.asarray(codes.astype(jnp.uint8)).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    np.testing.assert_array_equal(np.asarray(e4m3_values(codes))[finite], expected[finite])
+
+
+def test_slots_that_no_tile_of_a_tpu_fits_are_refused():
+    slots = 4096 + 64
+    q, cache = jnp.zeros((1, 2, 64)), jnp.zeros((1, 1, 64, slots))
+    with pytest.raises(NotImplementedError, match="4160 slots are no multiple of 128, and too many for one tile"):
+        mosaic_tpu.decode_attention(
+            q, cache, cache.swapaxes(2, 3), jnp.zeros(2), jnp.zeros(1, int), window=None, interpret=True
+        )
+
+
+@GPU
 def test_what_no_tile_fits_is_refused():
     (q, k, v, sinks), _ = made_up(96, False)
     positions = jnp.asarray([3, 4])

@@ -4,17 +4,21 @@ The cache of a layer is a ring: position p lies in slot p mod slots, so a window
 window and a full one as many as the context. What a slot holds follows from the row's length alone. Keys lie
 [dim, slots] and values [slots, dim], the order in which both matmuls read them. Caches are of the dtype to compute
 with, bfloat16, or bytes of e4m3 with a scale per tensor (`kernels.float8`), which is folded into logits and output.
-Implementations: `reference`, plain XLA, which serves every platform so far, and `mosaic_gpu` for Hopper, which must be
-asked for by name.
+Implementations: `reference`, plain XLA, which serves every platform so far; by name only `mosaic_gpu` for Hopper and
+`mosaic_tpu`.
 """
 
 from __future__ import annotations
 
-from puzzle_jax.kernels.decode_attention import mosaic_gpu, reference
+from puzzle_jax.kernels.decode_attention import mosaic_gpu, mosaic_tpu, reference
 from puzzle_jax.kernels.dispatch import dispatch
 from puzzle_jax.kernels.shapes import Array, Float, Int, Num
 
-IMPLEMENTATIONS = {"reference": reference.decode_attention, "mosaic_gpu": mosaic_gpu.decode_attention}
+IMPLEMENTATIONS = {
+    "reference": reference.decode_attention,
+    "mosaic_gpu": mosaic_gpu.decode_attention,
+    "mosaic_tpu": mosaic_tpu.decode_attention,
+}
 
 
 def decode_attention(

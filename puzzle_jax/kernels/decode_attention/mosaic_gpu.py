@@ -5,7 +5,7 @@ values come by TMA in a ring, bytes of e4m3 become float16 on their way through 
 factor of 256 by which their exponents differ goes into logits and output), and the softmax runs online over the tiles
 of a part. Every part gives its maximum, sum and unnormalised output; XLA combines them, where the sink joins once.
 
-Parts that hold nothing yet are skipped, so time grows with what is cached and not with what could be.
+Parts of which nothing is seen are skipped, so time grows with what is cached and not with what could be.
 
 Left out: several query tokens, and a number of parts that follows from how many programs the device runs at a time.
 """
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from puzzle_jax.kernels.decode_attention.reference import seen_slots
 from puzzle_jax.kernels.mosaic import hopper_only, plgpu, swizzled
 from puzzle_jax.kernels.shapes import Array, Float, Int, Num
 from puzzle_jax.kernels.window_attention.reference import MASKED
@@ -67,7 +68,8 @@ def decode_attention(
 
     # What a part that was skipped holds is nobody's.
     first = jnp.arange(slots // (tile * tiles)) * tile * tiles
-    there = (first < jnp.minimum(positions + 1, slots)[:, None])[:, None, :, None]
+    start, stop = seen_slots(positions[:, None], widths[:, None], slots)
+    there = ((first <= stop) & (first + tile * tiles > start))[:, None, :, None]
     largest = jnp.where(there, largest, MASKED)
     sink = sinks.astype(jnp.float32).reshape(1, kv_heads, group)
     top = jnp.maximum(jnp.max(largest, axis=2), sink)
@@ -140,7 +142,9 @@ def _parts(
             out = out * wide(shrink, dim) + product(p_tile, v_tile, dim)
             return new, total * shrink + jnp.sum(weights, axis=1), out
 
-        @pl.when(s * part < jnp.minimum(position + 1, slots))
+        start, stop = seen_slots(position, width, slots)
+
+        @pl.when((s * part <= stop) & ((s + 1) * part > start))
         def _() -> None:
             mosaic.copy_gmem_to_smem(q.at[b, h], q_tile, arrived)
             mosaic.barrier_wait(arrived)

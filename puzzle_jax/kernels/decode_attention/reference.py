@@ -19,6 +19,14 @@ def slot_positions(positions: Int[Array, "*batch"], slots: int) -> Int[Array, "*
     return positions[..., None] - behind
 
 
+def seen_slots(
+    position: Int[Array, "*batch"], width: Int[Array, "*batch"], slots: int
+) -> tuple[Int[Array, "*batch"], Int[Array, "*batch"]]:
+    """The first and the last slot that may be seen from `position` within `width`: all of a ring that came round."""
+    first = jnp.where(position < slots, jnp.maximum(position - width + 1, 0), 0)
+    return first, jnp.minimum(position, slots - 1)
+
+
 def load(stored: Num[Array, "*shape"], dtype: jnp.dtype | type) -> Float[Array, "*shape"]:
     """Cached numbers in the dtype to compute with, their scale left out."""
     return decode_e4m3(stored, dtype) if stored.dtype == jnp.uint8 else stored.astype(dtype)

@@ -91,13 +91,13 @@ def mixture(
 
     # Rows that make the tokens divide are nobody's: their expert does not exist.
     fill = -tokens % parts
-    padded = [
+    x, ids, gates = (
         jnp.pad(array, ((0, fill), (0, 0)), constant_values=value)
         for array, value in ((x, 0), (routing.ids, num_experts), (routing.gates, 0))
-    ]
+    )
     specs = (rows, rows, rows, PartitionSpec(model))
     run = jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
-    return run(*padded, experts)[:tokens]
+    return run(x, ids, gates, experts)[:tokens]
 
 
 def _replicate(

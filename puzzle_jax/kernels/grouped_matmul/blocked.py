@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from puzzle_jax.kernels.mxfp4 import MXFP4, as_dense
 from puzzle_jax.kernels.shapes import Array, Float, Int
+from puzzle_jax.kernels.tiles import tiles
 
 MIN_BLOCK, MAX_BLOCK = 4, 128
 
@@ -21,7 +22,8 @@ def block_rows(rows: int, num_experts: int, packed: bool = False) -> int:
     only twice.
     """
     target = max(1, rows // (2 * num_experts))
-    return min(MAX_BLOCK, max(MIN_BLOCK, 1 << (target - 1).bit_length()))
+    reckoned = min(MAX_BLOCK, max(MIN_BLOCK, 1 << (target - 1).bit_length()))
+    return tiles("grouped_matmul.blocked", rows / num_experts, block=reckoned)["block"]
 
 
 def block_matmul(

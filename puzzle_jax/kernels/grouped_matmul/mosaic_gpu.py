@@ -25,6 +25,7 @@ from jax.experimental import pallas as pl
 from puzzle_jax.kernels.mosaic import hopper_only, plgpu, swizzled
 from puzzle_jax.kernels.mxfp4 import GROUP, MXFP4, code_values, scale_values
 from puzzle_jax.kernels.shapes import Array, Float, Int
+from puzzle_jax.kernels.tiles import tiles
 
 DENSE_TILE_IN, DENSE_TILE_OUT, DENSE_STEPS = 64, (192, 128, 64), 4
 PACKED_TILE_OUT, PACKED_GROUPS, PACKED_STEPS = 64, (8, 4, 2, 1), 4
@@ -37,7 +38,9 @@ def block_rows(rows: int, num_experts: int, packed: bool) -> int:
     Packed weights are decoded once per block, so few blocks are worth more than little padding.
     """
     nearest = 1 << max(0, round(math.log2(max(1, rows / num_experts))))
-    return min(128, max(MIN_PACKED_ROWS if packed else MIN_DENSE_ROWS, nearest))
+    reckoned = min(128, max(MIN_PACKED_ROWS if packed else MIN_DENSE_ROWS, nearest))
+    operation = f"grouped_matmul.mosaic_gpu.{'packed' if packed else 'dense'}_block"
+    return tiles(operation, rows / num_experts, block=reckoned)["block"]
 
 
 def block_matmul(
@@ -82,7 +85,9 @@ def _dense(
     if block % MIN_DENSE_ROWS:
         raise NotImplementedError(f"blocks of {block} rows are no multiple of {MIN_DENSE_ROWS}")
     tile_in = _dividing(inputs, (DENSE_TILE_IN,), "inputs")
-    tile_out = _dividing(outputs, DENSE_TILE_OUT, "outputs")
+    reckoned = _dividing(outputs, DENSE_TILE_OUT, "outputs")
+    chosen = tiles("grouped_matmul.mosaic_gpu.dense", block, tile_out=reckoned, steps=DENSE_STEPS)
+    tile_out = reckoned if outputs % chosen["tile_out"] else chosen["tile_out"]
     mosaic = plgpu()
 
     def kernel(experts_of: Any, num_used: Any, x: Any, w: Any, out: Any, tile: Any) -> None:
@@ -110,7 +115,7 @@ def _dense(
                             delay_release=1,
                         ),
                     ],
-                    max_concurrent_steps=min(DENSE_STEPS, inputs // tile_in),
+                    max_concurrent_steps=min(chosen["steps"], inputs // tile_in),
                 )
                 pipeline(x, w.at[experts_of[b]])
                 return total[...]
@@ -144,7 +149,9 @@ def _packed(
     block, half, per_group = len(rows) // count, inputs // 2, GROUP // 2
     if block % MIN_PACKED_ROWS or block > 256:
         raise NotImplementedError(f"blocks of {block} rows are no multiple of {MIN_PACKED_ROWS} up to 256")
-    groups = next(g for g in PACKED_GROUPS if (inputs // GROUP) % g == 0)
+    reckoned = next(g for g in PACKED_GROUPS if (inputs // GROUP) % g == 0)
+    chosen = tiles("grouped_matmul.mosaic_gpu.packed", block, groups=reckoned, steps=PACKED_STEPS)
+    groups = reckoned if (inputs // GROUP) % chosen["groups"] else chosen["groups"]
     tile_out, tile_in = _dividing(outputs, (PACKED_TILE_OUT,), "outputs"), groups * per_group
     if tile_in < 32:
         raise NotImplementedError(f"{inputs} inputs are no multiple of 64")
@@ -183,7 +190,7 @@ def _packed(
                         row_tile,
                         row_tile,
                     ],
-                    max_concurrent_steps=min(PACKED_STEPS, half // tile_in),
+                    max_concurrent_steps=min(chosen["steps"], half // tile_in),
                 )
                 pipeline(codes.at[experts_of[b]], scales.at[experts_of[b]], x.at[0], x.at[1])
                 return total[...]

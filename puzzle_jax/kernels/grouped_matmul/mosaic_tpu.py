@@ -23,32 +23,40 @@ from jax.experimental.pallas import tpu as pltpu
 from puzzle_jax.kernels.mxfp4 import GROUP, MXFP4, code_values, scale_values
 from puzzle_jax.kernels.platform import target_platform
 from puzzle_jax.kernels.shapes import Array, Float, Int
+from puzzle_jax.kernels.tiles import tiles
 
 LANES = 128
 TILE_IN, TILE_OUT = 1024, 512
 MAX_WHOLE = 4096
 
 
-def inputs_tile(size: int, unit: int) -> int:
-    """Inputs per step: a multiple of `unit` that divides them, or else all of them.
+def inputs_tile(size: int, unit: int, most: int = TILE_IN) -> int:
+    """Inputs per step: a multiple of `unit` up to `most` that divides them, or else all of them.
 
     A tile that reached beyond the end would add what lies there. Raises NotImplementedError where all are too many.
     """
-    fitting = [tile for tile in range(unit, TILE_IN + 1, unit) if size % tile == 0]
+    fitting = [tile for tile in range(unit, most + 1, unit) if size % tile == 0]
     if not fitting and size > MAX_WHOLE:
         raise NotImplementedError(f"{size} inputs are too many for one tile, and no multiple of {unit}")
     return max(fitting, default=size)
 
 
-def outputs_tile(size: int) -> int:
+def outputs_tile(size: int, most: int = TILE_OUT) -> int:
     """Outputs per step; of the last tile only what exists is written."""
-    return min(TILE_OUT, -(-size // LANES) * LANES)
+    return min(most, -(-size // LANES) * LANES)
+
+
+def _tiles(form: str, block: int) -> tuple[int, int]:
+    """The most inputs and outputs per step for blocks of so many rows."""
+    chosen = tiles(f"grouped_matmul.mosaic_tpu.{form}", block, tile_in=TILE_IN, tile_out=TILE_OUT)
+    return chosen["tile_in"], chosen["tile_out"]
 
 
 def block_rows(rows: int, num_experts: int, packed: bool) -> int:
     """Rows per block: the power of two nearest to the mean rows per expert, from two tiles of registers to 512."""
     nearest = 1 << max(0, round(math.log2(max(1, rows / num_experts))))
-    return min(512, max(16, nearest))
+    operation = f"grouped_matmul.mosaic_tpu.{'packed' if packed else 'dense'}_block"
+    return tiles(operation, rows / num_experts, block=min(512, max(16, nearest)))["block"]
 
 
 def block_matmul(
@@ -79,7 +87,8 @@ def _dense(
     interpret: bool,
 ) -> Float[Array, "padded outputs"]:
     inputs, outputs = weights.shape[:0:-1] if transposed else weights.shape[1:]
-    tile_in, tile_out = inputs_tile(inputs, LANES), outputs_tile(outputs)
+    most_in, most_out = _tiles("dense", len(rows) // len(expert))
+    tile_in, tile_out = inputs_tile(inputs, LANES, most_in), outputs_tile(outputs, most_out)
     contract = (((1,), (1 if transposed else 0,)), ((), ()))
 
     def product(step: Any, x: Any, w: Any) -> Float[Array, "block tile_out"]:
@@ -108,7 +117,8 @@ def _packed(
     interpret: bool,
 ) -> Float[Array, "padded outputs"]:
     _, inputs, outputs = weights.shape
-    tile_in, tile_out = inputs_tile(inputs, 2 * LANES), outputs_tile(outputs)
+    most_in, most_out = _tiles("packed", len(rows) // len(expert))
+    tile_in, tile_out = inputs_tile(inputs, 2 * LANES, most_in), outputs_tile(outputs, most_out)
     half, groups = tile_in // 2, inputs // GROUP
     even, odd = rows[:, 0::2], rows[:, 1::2]
     contract = (((1,), (1,)), ((), ()))
