@@ -55,8 +55,9 @@ def main() -> None:
                 continue
             temporary = compiled.memory_analysis().temp_size_in_bytes / 1e6
             seconds = compiled.cost_analysis()["optimal_seconds"]
+            modelled = f"{seconds * 1e3:7.3f} ms" if seconds > 0 else "not modelled"  # splash gives no estimates
             print(
-                f"{tpu:<4} {name:<62} {temporary:8.0f} MB beside arguments, modelled {seconds * 1e3:7.3f} ms",
+                f"{tpu:<4} {name:<62} {temporary:8.0f} MB beside arguments, {modelled}",
                 flush=True,
             )
     raise SystemExit(1 if failed else 0)
@@ -73,19 +74,20 @@ def grouped_matmuls() -> Iterator[tuple[str, Any, tuple[jax.ShapeDtypeStruct, ..
     for tokens, block in TOKENS.items():
         count = num_blocks(4 * tokens, EXPERTS, block)
         for inputs, outputs in ((HIDDEN, 2 * INTER), (INTER, HIDDEN)):
-            for form in ("dense", "transposed", "packed"):
+            for form in ("dense", "transposed", "packed", "packed transposed"):
 
                 def multiply(rows: Any, expert: Any, used: Any, *parts: Any, form: str = form) -> Any:
-                    weights = MXFP4(*parts) if form == "packed" else parts[0]
-                    options = {"transposed": form == "transposed", "implementation": "mosaic_tpu"}
+                    weights = MXFP4(*parts) if "packed" in form else parts[0]
+                    options = {"transposed": "transposed" in form, "implementation": "mosaic_tpu"}
                     return block_matmul(rows, weights, expert, used, **options)
 
-                if form == "packed":
+                if "packed" in form:
                     weights = tuple(of((EXPERTS, outputs, inputs // per), jnp.uint8) for per in (2, 32))
                 else:
                     shape = (outputs, inputs) if form == "transposed" else (inputs, outputs)
                     weights = (of((EXPERTS, *shape), jnp.bfloat16),)
-                rows, expert = of((count * block, inputs), jnp.bfloat16), of((count,), jnp.int32)
+                columns = outputs if form == "packed transposed" else inputs
+                rows, expert = of((count * block, columns), jnp.bfloat16), of((count,), jnp.int32)
                 name = f"grouped_matmul, {form}, {tokens} tokens, {inputs} x {outputs}"
                 yield name, multiply, (rows, expert, of((), jnp.int32), *weights)
 

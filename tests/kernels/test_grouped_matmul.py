@@ -87,15 +87,19 @@ def test_row_by_row(implementation, case, packed):
         *(pytest.param("mosaic_gpu", case, marks=GPU) for case in ("rows that are nobody's", "all on one expert")),
     ],
 )
-@pytest.mark.parametrize("form", ["dense", "transposed", "packed"])
+@pytest.mark.parametrize("form", ["dense", "transposed", "packed", "packed transposed"])
 def test_interpreted_kernels_row_by_row(kernel, case, form):
-    dtype = jnp.bfloat16 if kernel == "mosaic_gpu" else jnp.float32
-    weights = packed_weights() if form == "packed" else dense_weights(dtype)
-    expected = by_hand(rows_of(dtype), decode(weights) if form == "packed" else weights, SIZES[case])
-    given = weights.swapaxes(1, 2) if form == "transposed" else weights
-    rows = rows_of(dtype).at[sum(SIZES[case]) :].set(jnp.nan)
+    dtype, transposed = jnp.bfloat16 if kernel == "mosaic_gpu" else jnp.float32, "transposed" in form
+    packed = packed_weights()
+    weights = decode(packed) if "packed" in form else dense_weights(dtype)
+    rows = jax.random.normal(jax.random.key(0), (ROWS, OUTPUTS if form == "packed transposed" else INPUTS)).astype(
+        dtype
+    )
+    expected = by_hand(rows, weights.swapaxes(1, 2) if form == "packed transposed" else weights, SIZES[case])
+    given = packed if "packed" in form else weights.swapaxes(1, 2) if transposed else weights
+    rows = rows.at[sum(SIZES[case]) :].set(jnp.nan)
     block = 64 if kernel == "mosaic_gpu" and form != "packed" else 16
-    found = interpreted(kernel, rows, given, SIZES[case], block, transposed=form == "transposed")
+    found = interpreted(kernel, rows, given, SIZES[case], block, transposed=transposed)
     near(found, expected, dtype)
 
 
@@ -113,6 +117,9 @@ def test_tiles_that_do_not_divide_on_tpus(inputs, outputs, block):
     )
     expected = by_hand(rows, decode(packed), [6, 0, 7])
     near(interpreted("mosaic_tpu", rows, packed, [6, 0, 7], block), expected, jnp.bfloat16)
+    back = jax.random.normal(keys[0], (13, outputs)).astype(jnp.bfloat16)
+    expected = by_hand(back, decode(packed).swapaxes(1, 2), [6, 0, 7])
+    near(interpreted("mosaic_tpu", back, packed, [6, 0, 7], block, transposed=True), expected, jnp.bfloat16)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -35,23 +35,24 @@ def has_kernel(program: str, platform: str) -> bool:
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
-@pytest.mark.parametrize("form", ["dense", "transposed", "packed"])
+@pytest.mark.parametrize("form", ["dense", "transposed", "packed", "packed transposed"])
 @pytest.mark.parametrize("pairs,block", [(64 * 4, 64), (4096 * 4, 128)])
 @pytest.mark.parametrize("inputs,outputs", [(HIDDEN, 2 * INTER), (INTER, HIDDEN)])
 def test_grouped_matmul(platform, form, pairs, block, inputs, outputs):
     blocks = num_blocks(pairs, EXPERTS, block)
-    if form == "packed":
+    if "packed" in form:
         weights = tuple(of((EXPERTS, outputs, inputs // per), jnp.uint8) for per in (2, 32))
     else:
         shape = (outputs, inputs) if form == "transposed" else (inputs, outputs)
         weights = (of((EXPERTS, *shape), jnp.bfloat16),)
 
     def multiply(rows, expert, used, *parts):
-        weights = MXFP4(*parts) if form == "packed" else parts[0]
-        options = {"transposed": form == "transposed", "implementation": f"mosaic_{platform}"}
+        weights = MXFP4(*parts) if "packed" in form else parts[0]
+        options = {"transposed": "transposed" in form, "implementation": f"mosaic_{platform}"}
         return block_matmul(rows, weights, expert, used, **options)
 
-    rows, expert = of((blocks * block, inputs), jnp.bfloat16), of((blocks,), jnp.int32)
+    columns = outputs if form == "packed transposed" else inputs
+    rows, expert = of((blocks * block, columns), jnp.bfloat16), of((blocks,), jnp.int32)
     assert has_kernel(lowered(platform, multiply, rows, expert, of((), jnp.int32), *weights), platform)
 
 

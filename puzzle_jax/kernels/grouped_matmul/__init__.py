@@ -4,8 +4,8 @@ Kernels take rows in blocks of one expert each (`layout`): padding a group to wh
 two experts share, and work stays proportional to the rows. Implementations: `ragged_dot` off CPUs, `blocked` in plain
 XLA, which is the way on CPUs, and `reference`; by name only `mosaic_gpu` for Hopper and `mosaic_tpu`.
 
-Gradients of the kernels: of the rows by the same kernel with the matrices transposed, packed ones decoded for it; of
-dense weights by `lax.ragged_dot_general`. Packed weights have none.
+Gradients of the kernels: of the rows by the same kernel with the matrices transposed, packed ones decoded for it where
+it has no such product; of dense weights by `lax.ragged_dot_general`. Packed weights have none.
 """
 
 from __future__ import annotations
@@ -57,11 +57,16 @@ def _differentiable(kernel: Callable[..., Array]) -> Callable[..., Array]:
     def backward(transposed: bool, interpret: bool, saved: Any, d_out: Array) -> tuple[Any, ...]:
         rows, parts, expert, used = saved
         packed = len(parts) > 1
-        dense = decode(MXFP4(*parts), rows.dtype) if packed else parts[0]
-        d_rows = call(d_out, (dense,), expert, used, not transposed, interpret)
+        try:
+            d_rows = call(d_out, parts, expert, used, not transposed, interpret)
+        except NotImplementedError:
+            if not packed:
+                raise
+            dense = decode(MXFP4(*parts), rows.dtype)
+            d_rows = call(d_out, (dense,), expert, used, not transposed, interpret)
         # Blocks without rows were not written.
         d_rows = jnp.where(in_use_rows(expert, used, len(rows)), d_rows, 0)
-        d_parts = (None, None) if packed else (_d_weights(rows, d_out, dense, expert, used, transposed),)
+        d_parts = (None, None) if packed else (_d_weights(rows, d_out, parts[0], expert, used, transposed),)
         return d_rows, d_parts, None, None
 
     run = jax.custom_vjp(call, nondiff_argnums=(4, 5))

@@ -3,7 +3,8 @@
 The expert of every block is prefetched, so that the pipeline fetches the right tile of weights ahead of time. Blocks
 without rows ask for the tiles that are there already and compute nothing. Packed weights are decoded in the kernel, so
 their bytes cross memory once: codes lie two to a byte, input 2j low and input 2j + 1 high, so the even and the odd
-inputs are two products and nothing is interleaved; a small exact product spreads each scale over its 16 bytes.
+inputs are two products and nothing is interleaved in the kernel; a small exact product spreads each scale over its 16
+bytes.
 
 Left out: rows that pad a block are computed like others.
 """
@@ -27,6 +28,7 @@ from puzzle_jax.kernels.tiles import tiles
 
 LANES = 128
 TILE_IN, TILE_OUT = 1024, 512
+STEP_BACK = 256  # outputs per step of the transposed product of packed weights
 MAX_WHOLE = 4096
 
 
@@ -72,9 +74,8 @@ def block_matmul(
     if not interpret and target_platform() != "tpu":
         raise NotImplementedError(f"for TPUs, but this is {target_platform()}")
     if isinstance(weights, MXFP4):
-        if transposed:
-            raise NotImplementedError("packed weights have no transposed product")
-        return _packed(rows, weights, expert, used, interpret)
+        packed = _packed_transposed if transposed else _packed
+        return packed(rows, weights, expert, used, interpret)
     return _dense(rows, weights, expert, used, transposed, interpret)
 
 
@@ -91,7 +92,7 @@ def _dense(
     tile_in, tile_out = inputs_tile(inputs, LANES, most_in), outputs_tile(outputs, most_out)
     contract = (((1,), (1 if transposed else 0,)), ((), ()))
 
-    def product(step: Any, x: Any, w: Any) -> Float[Array, "block tile_out"]:
+    def product(tile: Any, step: Any, x: Any, w: Any) -> Float[Array, "block tile_out"]:
         return lax.dot_general(x[...], w[0], contract, preferred_element_type=jnp.float32)
 
     shape = (1, tile_out, tile_in) if transposed else (1, tile_in, tile_out)
@@ -123,11 +124,8 @@ def _packed(
     even, odd = rows[:, 0::2], rows[:, 1::2]
     contract = (((1,), (1,)), ((), ()))
 
-    def product(step: Any, x_even: Any, x_odd: Any, w: Any, s: Any) -> Float[Array, "block tile_out"]:
-        # [groups, half]: which bytes of this tile a scale belongs to. Each sum has one term, a power of two: exact.
-        group = lax.broadcasted_iota(jnp.int32, (groups, half), 0) - step * (tile_in // GROUP)
-        spread = (lax.broadcasted_iota(jnp.int32, (groups, half), 1) >> 4 == group).astype(jnp.float32)
-        scales = jnp.matmul(scale_values(s[0]), spread, precision=lax.Precision.HIGHEST)
+    def product(tile: Any, step: Any, x_even: Any, x_odd: Any, w: Any, s: Any) -> Float[Array, "block tile_out"]:
+        scales = _spread(scale_values(s[0]), step * (tile_in // GROUP), half)
         byte = w[0].astype(jnp.int32)
         total = jnp.zeros((), jnp.float32)
         for x, code in ((x_even, byte & 0xF), (x_odd, byte >> 4)):
@@ -143,6 +141,45 @@ def _packed(
     return _call(product, [even, odd], half, tiles, (expert, used), inputs // tile_in, tile_out, outputs, interpret)
 
 
+def _packed_transposed(
+    rows: Float[Array, "padded outputs"],
+    weights: MXFP4,
+    expert: Int[Array, "blocks"],
+    used: Int[Array, ""],
+    interpret: bool,
+) -> Float[Array, "padded inputs"]:
+    """Even and odd inputs are sums of their own, over steps of outputs."""
+    _, inputs, outputs = weights.shape
+    half, groups = inputs // 2, inputs // GROUP
+    tile_half, tile_out = inputs_tile(half, LANES, TILE_OUT), min(STEP_BACK, -(-outputs // LANES) * LANES)
+    steps = pl.cdiv(outputs, tile_out)
+    padded = jnp.pad(rows, ((0, 0), (0, steps * tile_out - outputs)))
+
+    def product(tile: Any, step: Any, x: Any, w: Any, s: Any) -> Float[Array, "2 block tile_half"]:
+        # Past the last output there is anything: codes are numbers whatever they are, scales need not be.
+        there = lax.broadcasted_iota(jnp.int32, (tile_out, groups), 0) < outputs - step * tile_out
+        values = jnp.where(there, scale_values(s[0]), 0.0)
+        scales = _spread(values, tile * (tile_half // (GROUP // 2)), tile_half)
+        byte = w[0].astype(jnp.int32)
+        both = [(code_values(code) * scales).astype(x.dtype) for code in (byte & 0xF, byte >> 4)]
+        return jnp.stack([jnp.dot(x[...], decoded, preferred_element_type=jnp.float32) for decoded in both])
+
+    tiles = [
+        (weights.codes, (1, tile_out, tile_half), lambda e, n, k: (e, k, n)),
+        (weights.scales, (1, tile_out, groups), lambda e, n, k: (e, k, 0)),
+    ]
+    out = _call(product, [padded], tile_out, tiles, (expert, used), steps, tile_half, half, interpret, parts=(2,))
+    return out.transpose(1, 2, 0).reshape(len(rows), inputs)
+
+
+def _spread(scales: Float[Array, "outputs groups"], first: Any, half: int) -> Float[Array, "outputs half"]:
+    """Each scale over its 16 bytes, of so many bytes from group `first` on. Each sum has one term: exact."""
+    shape = (scales.shape[1], half)
+    group = lax.broadcasted_iota(jnp.int32, shape, 0) - first
+    own = (lax.broadcasted_iota(jnp.int32, shape, 1) >> 4 == group).astype(jnp.float32)
+    return jnp.matmul(scales, own, precision=lax.Precision.HIGHEST)
+
+
 Index = Callable[[Any, Any, Any], tuple[Any, ...]]
 
 
@@ -156,17 +193,20 @@ def _call(
     tile_out: int,
     outputs: int,
     interpret: bool,
-) -> Float[Array, "padded outputs"]:
-    """Sums `product` of step and tiles over the inputs.
+    parts: tuple[int, ...] = (),
+) -> Float[Array, "*parts padded outputs"]:
+    """Sums `product` of tile of outputs, step and tiles over the inputs.
 
     Args:
       rows: arrays of the same rows, cut into tiles of `tile_rows` columns.
       weights: array, shape of a tile, and its place by expert, tile of outputs and tile of inputs.
       blocks: the expert of each, and how many are used.
       steps: tiles of inputs.
+      parts: sums that a product makes at once, its leading axis.
     """
     count = len(blocks[0])
     block, tiles_out = len(rows[0]) // count, pl.cdiv(outputs, tile_out)
+    lead = (0,) * len(parts)
 
     def at(b: Any, n: Any, k: Any, expert: Any, used: Any) -> tuple[Any, Any, Any]:
         """Block and tiles to have at hand: past the used blocks, those that are there already."""
@@ -190,7 +230,7 @@ def _call(
 
     def kernel(expert: Any, used: Any, *refs: Any) -> None:
         *tiles, out, total = refs
-        k = pl.program_id(2)
+        n, k = pl.program_id(1), pl.program_id(2)
 
         @pl.when(pl.program_id(0) < used[0])
         def _() -> None:
@@ -198,7 +238,7 @@ def _call(
             def _() -> None:
                 total[...] = jnp.zeros_like(total)
 
-            total[...] += product(k, *tiles)
+            total[...] += product(n, k, *tiles)
 
             @pl.when(k == steps - 1)
             def _() -> None:
@@ -211,12 +251,12 @@ def _call(
             *(pl.BlockSpec((block, tile_rows), row_tile) for _ in rows),
             *(pl.BlockSpec(shape, weight_tile(place)) for _, shape, place in weights),
         ],
-        out_specs=pl.BlockSpec((block, tile_out), lambda b, n, k, expert, used: (b, n)),
-        scratch_shapes=[pltpu.VMEM((block, tile_out), jnp.float32)],
+        out_specs=pl.BlockSpec((*parts, block, tile_out), lambda b, n, k, expert, used: (*lead, b, n)),
+        scratch_shapes=[pltpu.VMEM((*parts, block, tile_out), jnp.float32)],
     )
     call = pl.pallas_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct((len(rows[0]), outputs), rows[0].dtype),
+        out_shape=jax.ShapeDtypeStruct((*parts, len(rows[0]), outputs), rows[0].dtype),
         grid_spec=grid,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         cost_estimate=_cost(rows, weights, count, outputs, tiles_out),
