@@ -25,6 +25,7 @@ SIZES = {
     "nothing": [0, 0, 0, 0, 0],
 }
 GPU = pytest.mark.skipif(jax.__version_info__[:3] < FIRST_JAX, reason="Mosaic GPU kernels need a newer JAX")
+FORMS = ["dense", "transposed", "packed", "packed transposed"]
 KERNELS = ["mosaic_tpu", pytest.param("mosaic_gpu", marks=GPU)]
 
 
@@ -81,20 +82,22 @@ def test_row_by_row(implementation, case, packed):
 
 
 @pytest.mark.parametrize(
-    "kernel,case",
+    "kernel,form,case",
     [
-        *(("mosaic_tpu", case) for case in SIZES),
-        *(pytest.param("mosaic_gpu", case, marks=GPU) for case in ("rows that are nobody's", "all on one expert")),
+        *(("mosaic_tpu", form, case) for form in FORMS for case in SIZES),
+        *(
+            pytest.param("mosaic_gpu", form, case, marks=GPU)
+            for form in FORMS[:3]
+            for case in ("rows that are nobody's", "all on one expert")
+        ),
     ],
 )
-@pytest.mark.parametrize("form", ["dense", "transposed", "packed", "packed transposed"])
-def test_interpreted_kernels_row_by_row(kernel, case, form):
+def test_interpreted_kernels_row_by_row(kernel, form, case):
     dtype, transposed = jnp.bfloat16 if kernel == "mosaic_gpu" else jnp.float32, "transposed" in form
     packed = packed_weights()
     weights = decode(packed) if "packed" in form else dense_weights(dtype)
-    rows = jax.random.normal(jax.random.key(0), (ROWS, OUTPUTS if form == "packed transposed" else INPUTS)).astype(
-        dtype
-    )
+    columns = OUTPUTS if form == "packed transposed" else INPUTS
+    rows = jax.random.normal(jax.random.key(0), (ROWS, columns)).astype(dtype)
     expected = by_hand(rows, weights.swapaxes(1, 2) if form == "packed transposed" else weights, SIZES[case])
     given = packed if "packed" in form else weights.swapaxes(1, 2) if transposed else weights
     rows = rows.at[sum(SIZES[case]) :].set(jnp.nan)
