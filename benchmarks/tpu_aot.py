@@ -55,7 +55,8 @@ def main() -> None:
                 continue
             temporary = compiled.memory_analysis().temp_size_in_bytes / 1e6
             seconds = compiled.cost_analysis()["optimal_seconds"]
-            modelled = f"{seconds * 1e3:7.3f} ms" if seconds > 0 else "not modelled"  # splash gives no estimates
+            # Splash attention gives no estimates: what is left is no time.
+            modelled = f"modelled {seconds * 1e3:7.3f} ms" if seconds > 0 else "not modelled"
             print(
                 f"{tpu:<4} {name:<62} {temporary:8.0f} MB beside arguments, {modelled}",
                 flush=True,

@@ -23,13 +23,16 @@ def dispatch(
 
     Raises:
       ValueError: `implementation` is not among the names.
-      NotImplementedError: none accepts the arguments; the message says why each refused.
+      NotImplementedError: none accepts the arguments, or the named one does not; the message says why each refused.
     """
     if implementation is not None:
         if implementation not in implementations:
             names = ", ".join(implementations)
             raise ValueError(f"{operation} has no implementation {implementation!r}; known: {names}")
-        return implementations[implementation](*args, **kwargs)
+        try:
+            return implementations[implementation](*args, **kwargs)
+        except NotImplementedError as refusal:
+            raise NotImplementedError(f"{implementation} of {operation} was asked for: {refusal}") from refusal
     refusals = []
     for name, function in implementations.items():
         try:

@@ -276,10 +276,10 @@ def test_kernels_take_packed_experts_as_they_are(name):
 @pytest.mark.parametrize(
     "change,message",
     [
-        ({"x": jnp.zeros((2, 31))}, r"x has shape \(2, 31\), but ids of shape \(2, 1\) .* need \(2, 32\)"),
-        ({"down": jnp.zeros((EXPERTS, INTER, 7))}, r"experts.down has shape \(5, 64, 7\).* need \(5, 64, 32\)"),
-        ({"down_bias": jnp.zeros((4, HIDDEN))}, r"experts.down_bias has shape \(4, 32\).* need \(5, 32\)"),
-        ({"gate_up_bias": jnp.zeros((EXPERTS, 3))}, r"experts.gate_up_bias has shape \(5, 3\).* need \(5, 128\)"),
+        ({"x": jnp.zeros((2, 31))}, r"x has shape \(2, 31\), but .* for ids of shape \(2, 1\) needs \(2, 32\)"),
+        ({"down": jnp.zeros((EXPERTS, INTER, 7))}, r"experts.down has shape \(5, 64, 7\).* needs \(5, 64, 32\)"),
+        ({"down_bias": jnp.zeros((4, HIDDEN))}, r"experts.down_bias has shape \(4, 32\).* needs \(5, 32\)"),
+        ({"gate_up_bias": jnp.zeros((EXPERTS, 3))}, r"experts.gate_up_bias has shape \(5, 3\).* needs \(5, 128\)"),
     ],
 )
 def test_shapes_that_do_not_fit_are_named(change, message):

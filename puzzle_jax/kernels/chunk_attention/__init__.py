@@ -7,6 +7,7 @@ hold the chunk yet. Implementations: `blocks`, whose work follows the tokens tha
 
 from __future__ import annotations
 
+from puzzle_jax.kernels import checks
 from puzzle_jax.kernels.chunk_attention import blocks, reference
 from puzzle_jax.kernels.dispatch import dispatch
 from puzzle_jax.kernels.shapes import Array, Float, Int, Num
@@ -39,7 +40,22 @@ def chunk_attention(
       window: as in `window_attention`.
       k_scale, v_scale: what stored numbers are multiplied by; None is 1.
       implementation: pins one of `IMPLEMENTATIONS`.
+
+    Raises ValueError for shapes and dtypes that do not fit and windows below 1.
     """
+    (batch, chunk, heads, dim), (kv_heads, slots) = q.shape, k_cache.shape[1::2]
+    checks.floating(q=q, sinks=sinks)
+    checks.cached(k=k, v=v, k_cache=k_cache, v_cache=v_cache)
+    checks.heads(q, heads, "k_cache", k_cache, kv_heads)
+    expected = {
+        "k": (k, (batch, kv_heads, dim, chunk)),
+        "v": (v, (batch, kv_heads, chunk, dim)),
+        "k_cache": (k_cache, (batch, kv_heads, dim, slots)),
+        "v_cache": (v_cache, (batch, kv_heads, slots, dim)),
+        "sinks": (sinks, (heads,)),
+    }
+    checks.shapes(f"q of shape {q.shape} with {slots} slots", expected)
+    checks.window(window, batch)
     return dispatch(
         "chunk_attention",
         IMPLEMENTATIONS,

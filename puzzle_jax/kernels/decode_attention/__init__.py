@@ -10,6 +10,7 @@ Implementations: `reference`, plain XLA, which serves every platform so far; by 
 
 from __future__ import annotations
 
+from puzzle_jax.kernels import checks
 from puzzle_jax.kernels.decode_attention import mosaic_gpu, mosaic_tpu, reference
 from puzzle_jax.kernels.dispatch import dispatch
 from puzzle_jax.kernels.shapes import Array, Float, Int, Num
@@ -43,7 +44,22 @@ def decode_attention(
       window: as in `window_attention`; slots older than it are not seen.
       k_scale, v_scale: what cached numbers are multiplied by; None is 1.
       implementation: pins one of `IMPLEMENTATIONS`.
+
+    Raises ValueError for shapes and dtypes that do not fit and windows below 1, NotImplementedError where no
+    implementation accepts the arguments.
     """
+    (batch, heads, dim), (kv_heads, slots) = q.shape, k_cache.shape[1::2]
+    checks.floating(q=q, sinks=sinks)
+    checks.cached(k_cache=k_cache, v_cache=v_cache)
+    checks.heads(q, heads, "k_cache", k_cache, kv_heads)
+    expected = {
+        "k_cache": (k_cache, (batch, kv_heads, dim, slots)),
+        "v_cache": (v_cache, (batch, kv_heads, slots, dim)),
+        "sinks": (sinks, (heads,)),
+        "positions": (positions, (batch,)),
+    }
+    checks.shapes(f"q of shape {q.shape} with {slots} slots", expected)
+    checks.window(window, batch)
     return dispatch(
         "decode_attention",
         IMPLEMENTATIONS,

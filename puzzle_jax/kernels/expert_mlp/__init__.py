@@ -16,6 +16,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
+from puzzle_jax.kernels import checks
 from puzzle_jax.kernels.dispatch import dispatch
 from puzzle_jax.kernels.expert_mlp import capacity, expert_loop, grouped, parallel, reference, sorted_blocks
 from puzzle_jax.kernels.expert_mlp.weights import Experts
@@ -58,6 +59,8 @@ def expert_outputs(
     Raises ValueError for shapes that do not fit, NotImplementedError where no implementation accepts the arguments.
     """
     _check(x, ids, experts)
+    if not ids.size:
+        return jnp.zeros((*ids.shape, x.shape[1]), x.dtype)
     return dispatch("expert_mlp", IMPLEMENTATIONS, implementation, x, ids, experts, limit=limit, spread=spread)
 
 
@@ -65,17 +68,13 @@ def _check(x: Array, ids: Array, experts: Experts) -> None:
     """Shapes, before anything runs."""
     num_experts, hidden, two_inter = experts.gate_up.shape
     expected = {
-        "x": (x.shape, (len(ids), hidden)),
-        "experts.gate_up_bias": (experts.gate_up_bias.shape, (num_experts, two_inter)),
-        "experts.down": (experts.down.shape, (num_experts, two_inter // 2, hidden)),
-        "experts.down_bias": (experts.down_bias.shape, (num_experts, hidden)),
+        "x": (x, (len(ids), hidden)),
+        "experts.gate_up_bias": (experts.gate_up_bias, (num_experts, two_inter)),
+        "experts.down": (experts.down, (num_experts, two_inter // 2, hidden)),
+        "experts.down_bias": (experts.down_bias, (num_experts, hidden)),
     }
-    for name, (shape, wanted) in expected.items():
-        if shape != wanted:
-            raise ValueError(
-                f"{name} has shape {shape}, but ids of shape {ids.shape} and experts.gate_up of shape "
-                f"{experts.gate_up.shape} need {wanted}"
-            )
+    checks.floating(x=x)
+    checks.shapes(f"experts.gate_up of shape {experts.gate_up.shape} for ids of shape {ids.shape}", expected)
 
 
 def expert_mlp(

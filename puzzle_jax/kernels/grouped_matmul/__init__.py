@@ -19,10 +19,11 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
+from puzzle_jax.kernels import checks
 from puzzle_jax.kernels.dispatch import dispatch
 from puzzle_jax.kernels.grouped_matmul import blocked, mosaic_gpu, mosaic_tpu, ragged, reference
 from puzzle_jax.kernels.grouped_matmul.layout import Blocks, blocks_of
-from puzzle_jax.kernels.mxfp4 import MXFP4, decode
+from puzzle_jax.kernels.mxfp4 import GROUP, MXFP4, decode
 from puzzle_jax.kernels.shapes import Array, Bool, Float, Int
 
 __all__ = [
@@ -200,12 +201,21 @@ def grouped_matmul(
             raise ValueError(
                 f"group_sizes are {sizes.min()} at least and {sizes.sum()} in sum, but rows are {len(rows)}"
             )
+    if not len(rows):
+        return jnp.zeros((0, weights.shape[1 if transposed else 2]), rows.dtype)
     return dispatch(
         "grouped_matmul", IMPLEMENTATIONS, implementation, rows, weights, group_sizes, transposed=transposed
     )
 
 
 def _check(rows: Array, weights: Any, transposed: bool) -> None:
+    checks.floating(rows=rows)
+    if isinstance(weights, MXFP4):
+        experts, outputs, groups = weights.scales.shape
+        codes = {"weights.codes": (weights.codes, (experts, outputs, groups * GROUP // 2))}
+        checks.shapes(f"weights.scales of shape {weights.scales.shape}", codes)
+    else:
+        checks.floating(weights=weights)
     inputs = weights.shape[2 if transposed else 1]
     if rows.ndim != 2 or rows.shape[1] != inputs:
         raise ValueError(f"rows have shape {rows.shape}, but weights of shape {weights.shape} take {inputs} inputs")

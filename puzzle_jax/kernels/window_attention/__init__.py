@@ -9,6 +9,7 @@ with what is visible; `square`, which takes any window, one per row of the batch
 
 from __future__ import annotations
 
+from puzzle_jax.kernels import checks
 from puzzle_jax.kernels.dispatch import dispatch
 from puzzle_jax.kernels.shapes import Array, Float, Int
 from puzzle_jax.kernels.window_attention import banded, causal_blocks, mosaic_gpu, reference, splash, square
@@ -42,8 +43,17 @@ def window_attention(
       segment_ids: positions see only positions of the same segment (packed sequences).
       implementation: pins one of `IMPLEMENTATIONS`.
 
-    Logits are scaled by dim ** -0.5; softmax in float32; differentiable in all arrays.
+    Logits are scaled by dim ** -0.5; softmax in float32; differentiable in all arrays. Raises ValueError for shapes and
+    dtypes that do not fit and windows below 1, NotImplementedError where no implementation accepts the arguments.
     """
+    (batch, seq, heads, dim), kv_heads = q.shape, k.shape[2]
+    checks.floating(q=q, k=k, v=v, sinks=sinks)
+    checks.heads(q, heads, "k", k, kv_heads)
+    expected = {"k": (k, (batch, seq, kv_heads, dim)), "v": (v, k.shape), "sinks": (sinks, (heads,))}
+    if segment_ids is not None:
+        expected["segment_ids"] = (segment_ids, (batch, seq))
+    checks.shapes(f"q of shape {q.shape}", expected)
+    checks.window(window, batch)
     return dispatch(
         "window_attention", IMPLEMENTATIONS, implementation, q, k, v, sinks, window=window, segment_ids=segment_ids
     )
