@@ -113,7 +113,11 @@ def show(case: kernel_cases.Case, peaks: tuple[float, float] | None, rounds: int
 
 
 def timed(runs: dict[str, Any], arrays: tuple[Any, ...], rounds: int) -> dict[str, list[float]]:
-    """Seconds of a call, of several in a row, in turns."""
+    """Seconds of a call, of several in a row, in turns; each turn starts with a call that is not timed.
+
+    That call settles what the one before left behind: after a program that needs gigabytes a CPU's allocator has no
+    pages left, and the next program would pay for them.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     calls = {}
     for name, run in runs.items():
@@ -122,6 +126,7 @@ def timed(runs: dict[str, Any], arrays: tuple[Any, ...], rounds: int) -> dict[st
         calls[name] = int(np.clip(0.02 / (time.perf_counter() - start), 1, 50))
     for _ in range(rounds):
         for name, run in runs.items():
+            jax.block_until_ready(run(*arrays))
             start = time.perf_counter()
             outs = [run(*arrays) for _ in range(calls[name])]
             jax.block_until_ready(outs)

@@ -11,7 +11,9 @@ from puzzle_jax.kernels.expert_mlp import (
     expert_mlp,
     expert_outputs,
     grouped,
+    swiglu,
 )
+from puzzle_jax.kernels.expert_mlp.reference import clamped_swiglu
 from puzzle_jax.kernels.mosaic import FIRST_JAX
 from puzzle_jax.kernels.mxfp4 import MXFP4, decode
 from puzzle_jax.kernels.route import Routing
@@ -106,6 +108,20 @@ def test_gradients_agree_with_the_reference(case):
 
     for fast, slow in zip(jax.tree.leaves(loss(None)), jax.tree.leaves(loss("reference")), strict=True):
         np.testing.assert_allclose(fast, slow, rtol=1e-4, atol=1e-5 * max(1.0, float(jnp.abs(slow).max())))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_activations_gradient_is_that_of_its_formula(dtype):
+    h = (jax.random.normal(jax.random.key(0), (5, 7, 2 * INTER)) * 2).astype(dtype)
+    d_out = jax.random.normal(jax.random.key(1), (5, 7, INTER)).astype(dtype)
+    (out, vjp), (expected, plain) = (
+        jax.vjp(lambda h, f=f: f(h, LIMIT), h) for f in (swiglu.clamped_swiglu, clamped_swiglu)
+    )
+    np.testing.assert_array_equal(out, expected)
+    assert 0.1 < float(jnp.mean(h[..., 0::2] > LIMIT)) < 0.5  # the clamp is reached
+    tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
+    found, formula = (np.asarray(f(d_out)[0], np.float32) for f in (vjp, plain))
+    np.testing.assert_allclose(found, formula, rtol=tolerance, atol=tolerance)
 
 
 def test_bfloat16_stays_near_float32():

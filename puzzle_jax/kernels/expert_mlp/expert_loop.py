@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from puzzle_jax.kernels.expert_mlp.gradients import with_gradients_of_sorted_blocks
-from puzzle_jax.kernels.expert_mlp.reference import clamped_swiglu
+from puzzle_jax.kernels.expert_mlp.swiglu import clamped_swiglu
 from puzzle_jax.kernels.expert_mlp.weights import Experts
 from puzzle_jax.kernels.mxfp4 import as_dense
 from puzzle_jax.kernels.platform import target_platform

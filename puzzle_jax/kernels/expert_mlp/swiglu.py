@@ -1,0 +1,44 @@
+"""The clamped SwiGLU with its gradient in one pass.
+
+    out = (up + 1) g s,   g = min(gate, limit), up within +-limit, s = sigmoid(a g)
+    d gate = d_out (up + 1) s (1 + a g (1 - s))   where gate < limit, else 0
+    d up   = d_out g s                            where |up| < limit, else 0
+
+Gates are the even columns and ups the odd ones. Differentiated step by step, each of the two becomes an array of its
+own that is spread over every second column; on a CPU that takes longer than a matmul of the layer.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from puzzle_jax.kernels.expert_mlp.reference import SWIGLU_ALPHA
+from puzzle_jax.kernels.expert_mlp.reference import clamped_swiglu as plain
+from puzzle_jax.kernels.shapes import Array, Float
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def clamped_swiglu(h: Float[Array, "*rows two_inter"], limit: float) -> Float[Array, "*rows inter"]:
+    """As the reference has it, computed in float32."""
+    return plain(h, limit)
+
+
+def _save(h: Array, limit: float) -> tuple[Array, Array]:
+    return plain(h, limit), h
+
+
+def _backward(limit: float, h: Array, d_out: Array) -> tuple[Array]:
+    pairs = h.astype(jnp.float32).reshape(*h.shape[:-1], h.shape[-1] // 2, 2)
+    gate, up = jnp.minimum(pairs[..., 0], limit), jnp.clip(pairs[..., 1], -limit, limit)
+    s = jax.nn.sigmoid(SWIGLU_ALPHA * gate)
+    d_out = d_out.astype(jnp.float32)
+    d_gate = jnp.where(pairs[..., 0] < limit, d_out * (up + 1.0) * s * (1.0 + SWIGLU_ALPHA * gate * (1.0 - s)), 0.0)
+    d_up = jnp.where(jnp.abs(pairs[..., 1]) < limit, d_out * gate * s, 0.0)
+    even = jnp.arange(2) == 0
+    return (jnp.where(even, d_gate[..., None], d_up[..., None]).reshape(h.shape).astype(h.dtype),)
+
+
+clamped_swiglu.defvjp(_save, _backward)
