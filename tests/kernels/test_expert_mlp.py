@@ -114,9 +114,9 @@ def test_gradients_agree_with_the_reference(case):
 def test_the_activations_gradient_is_that_of_its_formula(dtype):
     h = (jax.random.normal(jax.random.key(0), (5, 7, 2 * INTER)) * 2).astype(dtype)
     d_out = jax.random.normal(jax.random.key(1), (5, 7, INTER)).astype(dtype)
-    (out, vjp), (expected, plain) = (
-        jax.vjp(lambda h, f=f: f(h, LIMIT), h) for f in (swiglu.clamped_swiglu, clamped_swiglu)
-    )
+    limit = LIMIT + 1e-3  # no number of bfloat16: at the edge itself there are two slopes
+    functions = (swiglu.clamped_swiglu, clamped_swiglu)
+    (out, vjp), (expected, plain) = (jax.vjp(lambda h, f=f: f(h, limit), h) for f in functions)
     np.testing.assert_array_equal(out, expected)
     assert 0.1 < float(jnp.mean(h[..., 0::2] > LIMIT)) < 0.5  # the clamp is reached
     tolerance = 1e-5 if dtype == jnp.float32 else 2e-2

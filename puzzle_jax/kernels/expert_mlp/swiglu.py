@@ -20,9 +20,13 @@ from puzzle_jax.kernels.expert_mlp.reference import clamped_swiglu as plain
 from puzzle_jax.kernels.shapes import Array, Float
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
 def clamped_swiglu(h: Float[Array, "*rows two_inter"], limit: float) -> Float[Array, "*rows inter"]:
     """As the reference has it, computed in float32."""
+    return _activation(h, limit)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _activation(h: Array, limit: float) -> Array:
     return plain(h, limit)
 
 
@@ -41,4 +45,4 @@ def _backward(limit: float, h: Array, d_out: Array) -> tuple[Array]:
     return (jnp.where(even, d_gate[..., None], d_up[..., None]).reshape(h.shape).astype(h.dtype),)
 
 
-clamped_swiglu.defvjp(_save, _backward)
+_activation.defvjp(_save, _backward)
