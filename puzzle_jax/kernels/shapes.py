@@ -8,13 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 try:
-    from jaxtyping import Array, Bool, Float, Int, Num, UInt8
+    from jaxtyping import Array, Bool, Float, Int, Num, Shaped, UInt8
 except ModuleNotFoundError:
 
     class _AnyShape:
         def __class_getitem__(cls, _: Any) -> Any:
             return cls
 
-    Array = Bool = Float = Int = Num = UInt8 = _AnyShape  # pyright: ignore[reportAssignmentType]
+    Array = Bool = Float = Int = Num = Shaped = UInt8 = _AnyShape  # pyright: ignore[reportAssignmentType]
 
-__all__ = ["Array", "Bool", "Float", "Int", "Num", "UInt8"]
+__all__ = ["Array", "Bool", "Float", "Int", "Num", "Shaped", "UInt8"]

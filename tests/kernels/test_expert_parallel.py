@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from puzzle_jax.kernels.expert_mlp import IMPLEMENTATIONS, Experts, expert_loop, expert_mlp
 from puzzle_jax.kernels.expert_mlp.parallel import WAYS, mixture, way_for
 from puzzle_jax.kernels.mxfp4 import MXFP4, decode
+from puzzle_jax.kernels.platform import lowering_for
 from puzzle_jax.kernels.route import Routing
 from puzzle_jax.model.sharding import make_mesh
 
@@ -114,6 +115,23 @@ def test_weights_stay_where_they_are(way):
     assert collectives
     for line in collectives:
         assert f",{2 * INTER}]" not in line and f"{INTER},{HIDDEN}]" not in line, line
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_off_cpus_only_rows_that_are_there_travel(platform):
+    """Lowered for 8 devices that need not be there, with gradients: no exchange but ragged ones and small tables."""
+    x, routing = given("mixed")
+
+    def loss(x, experts):
+        return jnp.sum(jnp.sin(expert_mlp(x, routing, experts, limit=LIMIT, mesh=make_mesh(1, 8), way="all_to_all")))
+
+    with lowering_for(platform):
+        traced = jax.jit(jax.grad(loss, (0, 1))).trace(x, experts_of())
+    text = traced.lower(lowering_platforms=("cuda" if platform == "gpu" else "tpu",)).as_text()
+    # Rows and ids there, outputs back; gradients of outputs and rows the other way.
+    assert text.count("@ragged_all_to_all(") == 5
+    gathered = [line for line in text.splitlines() if "all_gather" in line and "tensor<" in line]
+    assert gathered and all("xf32>" not in line for line in gathered)
 
 
 def test_ways_by_size():

@@ -15,15 +15,15 @@ Tokens lie on the data axis and are the same on all devices of the model axis, a
 With replicate a device sends about 2 x tokens x hidden numbers, with all_to_all 2 x tokens x k / devices x hidden, and
 tokens x hidden more to be whole again. So all_to_all is for many devices and few experts per token, and for so many
 tokens that bytes and not the number of collectives take the time. No pair is dropped in either: buffers hold the worst
-case, and kernels do the work of the rows that are there.
+case, only rows that are there travel, and kernels do the work of those.
 
-Left out: `lax.ragged_all_to_all`, which would send only rows that are there (CPUs have none to test it on); overlap of
-exchange and experts; devices that share an expert.
+Left out: overlap of exchange and experts; devices that share an expert.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +31,9 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from puzzle_jax.kernels.expert_mlp.weights import Experts
+from puzzle_jax.kernels.platform import target_platform
 from puzzle_jax.kernels.route import Routing
-from puzzle_jax.kernels.shapes import Array, Float, Int
+from puzzle_jax.kernels.shapes import Array, Float, Int, Shaped
 
 WAYS = ("replicate", "all_to_all")
 MANY_PAIRS = 1024
@@ -131,13 +132,58 @@ def _exchange(
     """Outputs of this device's tokens' experts, wherever those are."""
     tokens, k = ids.shape
     pairs, flat = tokens * k, ids.reshape(-1)
-    owner = flat // own  # `devices` and more for pairs that are nobody's
-    same = (owner[:, None] == jnp.arange(devices)).astype(jnp.int32)
-    there = (owner, jnp.sum((jnp.cumsum(same, axis=0) - same) * same, axis=1))  # device, and the pair's turn for it
-    rows = jnp.zeros((devices, pairs, x.shape[1]), x.dtype).at[there].set(jnp.repeat(x, k, axis=0), mode="drop")
-    wanted = jnp.full((devices, pairs), own, ids.dtype).at[there].set(flat % own, mode="drop")
-    rows, wanted = (lax.all_to_all(array, axis, 0, 0) for array in (rows, wanted))
-    found = outputs(rows.reshape(-1, x.shape[1]), wanted.reshape(-1, 1), experts)
-    found = jnp.where((wanted < own)[..., None], found.reshape(devices, pairs, -1), 0)
-    back = lax.all_to_all(found, axis, 0, 0)
-    return back.at[there].get(mode="fill", fill_value=0).reshape(tokens, k, -1)
+    owner = flat // own  # `devices` and more for pairs that are nobody's, which sort last and stay
+    order = jnp.argsort(owner, stable=True)
+    sizes = jnp.sum((owner[:, None] == jnp.arange(devices)).astype(jnp.int32), axis=0)
+    table = lax.all_gather(sizes, axis)  # [from, to]
+    me = lax.axis_index(axis)
+    # Where the rows of one sender for one receiver lie: among the sender's rows, and among the receiver's.
+    at_sender, at_receiver = _before(table, 1), _before(table, 0)
+    there = Parts(at_sender[me], sizes, at_receiver[me], table[:, me])
+    back = Parts(at_receiver[:, me], table[:, me], at_sender[:, me], sizes)
+
+    room = devices * pairs
+    sent = x[order // k]
+    rows = send(sent, jnp.zeros((room, x.shape[1]), x.dtype), there, axis)
+    wanted = send(flat[order] % own, jnp.full(room, own, flat.dtype), there, axis)
+    found = outputs(rows, wanted[:, None], experts)[:, 0]
+    found = jnp.where((wanted < own)[:, None], found, 0)
+    returned = send(found, jnp.zeros((pairs, x.shape[1]), found.dtype), back, axis)
+    return jnp.zeros_like(returned).at[order].set(returned).reshape(tokens, k, -1)
+
+
+def _before(table: Int[Array, "senders receivers"], dimension: int) -> Int[Array, "senders receivers"]:
+    return jnp.cumsum(table, axis=dimension) - table
+
+
+class Parts(NamedTuple):
+    """What a device sends to every other, and gets from it.
+
+    Attributes:
+      starts: where the rows for each lie among its own.
+      sizes: how many there are.
+      goals: where they go among the receiver's.
+      coming: how many come from each.
+    """
+
+    starts: Int[Array, "devices"]
+    sizes: Int[Array, "devices"]
+    goals: Int[Array, "devices"]
+    coming: Int[Array, "devices"]
+
+
+def send(rows: Shaped[Array, "rows *columns"], into: Shaped[Array, "room *columns"], parts: Parts, axis: str) -> Array:
+    """Rows to other devices, and theirs into `into`: `lax.ragged_all_to_all`, which CPUs do not have.
+
+    There everything goes everywhere, and each device takes what is for it.
+    """
+    if target_platform() != "cpu":
+        return lax.ragged_all_to_all(rows, into, parts.starts, parts.sizes, parts.goals, parts.coming, axis_name=axis)
+    everyones, starts, sizes, goals = (lax.all_gather(part, axis) for part in (rows, *parts[:3]))
+    me, place = lax.axis_index(axis), jnp.arange(len(into))
+    for sender in range(len(sizes)):
+        turn = place - goals[sender, me]
+        taken = (turn >= 0) & (turn < sizes[sender, me])
+        found = everyones[sender].at[turn + starts[sender, me]].get(mode="clip")
+        into = jnp.where(taken.reshape(-1, *[1] * (rows.ndim - 1)), found, into)
+    return into
