@@ -39,8 +39,6 @@ def has_kernel(program: str, platform: str) -> bool:
 @pytest.mark.parametrize("pairs,block", [(64 * 4, 64), (4096 * 4, 128)])
 @pytest.mark.parametrize("inputs,outputs", [(HIDDEN, 2 * INTER), (INTER, HIDDEN)])
 def test_grouped_matmul(platform, form, pairs, block, inputs, outputs):
-    if (platform, form) == ("gpu", "packed transposed"):
-        pytest.skip("this backend decodes packed weights for their transposed product")
     blocks = num_blocks(pairs, EXPERTS, block)
     if "packed" in form:
         weights = tuple(of((EXPERTS, outputs, inputs // per), jnp.uint8) for per in (2, 32))

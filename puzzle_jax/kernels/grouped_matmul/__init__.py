@@ -4,8 +4,8 @@ Kernels take rows in blocks of one expert each (`layout`): padding a group to wh
 two experts share, and work stays proportional to the rows. Implementations: `ragged_dot` off CPUs, `blocked` in plain
 XLA, which is the way on CPUs, and `reference`; by name only `mosaic_gpu` for Hopper and `mosaic_tpu`.
 
-Gradients of the kernels: of the rows by the same kernel with the matrices transposed, packed ones decoded for it where
-it has no such product; of dense weights by `lax.ragged_dot_general`. Packed weights have none.
+Gradients of the kernels: of the rows by the same kernel with the matrices transposed, or where it has no such product,
+with packed ones decoded for it, or by XLA; of dense weights by `lax.ragged_dot_general`. Packed weights have none.
 """
 
 from __future__ import annotations
@@ -58,13 +58,20 @@ def _differentiable(kernel: Callable[..., Array]) -> Callable[..., Array]:
     def backward(transposed: bool, interpret: bool, saved: Any, d_out: Array) -> tuple[Any, ...]:
         rows, parts, expert, used = saved
         packed = len(parts) > 1
-        try:
-            d_rows = call(d_out, parts, expert, used, not transposed, interpret)
-        except NotImplementedError:
-            if not packed:
-                raise
-            dense = decode(MXFP4(*parts), rows.dtype)
-            d_rows = call(d_out, (dense,), expert, used, not transposed, interpret)
+
+        def by_kernel(parts: tuple[Array, ...]) -> Array:
+            return call(d_out, parts, expert, used, not transposed, interpret)
+
+        def by_xla(multiply: Callable[..., Array]) -> Array:
+            return multiply(d_out, _dense(parts, rows.dtype), expert, used, transposed=not transposed)
+
+        ways = {
+            "the kernel": lambda: by_kernel(parts),
+            "the kernel, decoded": lambda: by_kernel((_dense(parts, rows.dtype),)),
+            "ragged_dot": lambda: by_xla(ragged.block_matmul),
+            "blocked": lambda: by_xla(blocked.block_matmul),
+        }
+        d_rows = dispatch("the rows' gradient of block_matmul", ways, None)
         # Blocks without rows were not written.
         d_rows = jnp.where(in_use_rows(expert, used, len(rows)), d_rows, 0)
         d_parts = (None, None) if packed else (_d_weights(rows, d_out, parts[0], expert, used, transposed),)
@@ -80,6 +87,13 @@ def _differentiable(kernel: Callable[..., Array]) -> Callable[..., Array]:
         return run(rows, parts, expert, used, transposed, interpret)
 
     return with_gradients
+
+
+def _dense(parts: tuple[Array, ...], dtype: Any) -> Float[Array, "experts first second"]:
+    if len(parts) == 1:
+        return parts[0]
+    codes, scales = parts
+    return decode(MXFP4(codes, scales), dtype)
 
 
 def in_use_rows(expert: Int[Array, "blocks"], used: Int[Array, ""], padded: int) -> Bool[Array, "padded 1"]:

@@ -6,7 +6,8 @@ Packed (MXFP4): the weights are the left side and the rows the right one, so few
 the least that wgmma works on, 8 rows the least. Packed bytes come by TMA, are decoded in registers and go to shared
 memory as bfloat16. They cross global memory once. Codes lie two to a byte, input 2j low and input 2j + 1 high: even and
 odd inputs are products of their own and nothing is interleaved. A wgmma takes 16 of either, which is a group of 32
-inputs with one scale per output.
+inputs with one scale per output. Transposed, for the gradient of the rows, the rows are the left side again; even and
+odd inputs are sums of their own, which XLA interleaves.
 
 Left out: clusters with multicast, a persistent grid, stores of single rows (blocks are padded), and weights decoded
 straight into the registers that wgmma reads, which the interpreter of this backend cannot run.
@@ -29,6 +30,7 @@ from puzzle_jax.kernels.tiles import tiles
 
 DENSE_TILE_IN, DENSE_TILE_OUT, DENSE_STEPS = 64, (192, 128, 64), 4
 PACKED_TILE_OUT, PACKED_GROUPS, PACKED_STEPS = 64, (8, 4, 2, 1), 4
+BACK_STEP, BACK_GROUPS = 64, {64: (6, 4, 2), 128: (4, 2)}  # outputs per step; groups per tile by rows of a block
 MIN_DENSE_ROWS, MIN_PACKED_ROWS = 64, 8
 
 
@@ -58,9 +60,8 @@ def block_matmul(
     if rows.dtype != jnp.bfloat16:
         raise NotImplementedError(f"for bfloat16, but rows are {rows.dtype}")
     if isinstance(weights, MXFP4):
-        if transposed:
-            raise NotImplementedError("packed weights have no transposed product")
-        return _packed(rows, weights, expert, used, interpret)
+        packed = _packed_transposed if transposed else _packed
+        return packed(rows, weights, expert, used, interpret)
     return _dense(rows, weights.astype(rows.dtype), expert, used, transposed, interpret)
 
 
@@ -217,3 +218,78 @@ def _packed(
     # [even or odd, groups, rows, 16], and scales with outputs last, which is what a row of a tile can be read from.
     split = rows.reshape(len(rows), inputs // GROUP, per_group, 2).transpose(3, 1, 0, 2)
     return call(expert, used[None], split, weights.codes, weights.scales.swapaxes(1, 2))
+
+
+def _packed_transposed(
+    rows: Float[Array, "padded outputs"],
+    weights: MXFP4,
+    expert: Int[Array, "blocks"],
+    used: Int[Array, ""],
+    interpret: bool,
+) -> Float[Array, "padded inputs"]:
+    _, inputs, outputs = weights.shape
+    count = len(expert)
+    block, half, per_group = len(rows) // count, inputs // 2, GROUP // 2
+    if block not in BACK_GROUPS:
+        raise NotImplementedError(f"blocks of {block} rows are not of {' or '.join(map(str, BACK_GROUPS))}")
+    groups = next((g for g in BACK_GROUPS[block] if (inputs // GROUP) % g == 0), None)
+    if groups is None:
+        raise NotImplementedError(f"{inputs} inputs are no multiple of 64")
+    tile_half, step_out = groups * per_group, _dividing(outputs, (BACK_STEP,), "outputs")
+    mosaic = plgpu()
+
+    def kernel(experts_of: Any, num_used: Any, x: Any, codes: Any, scales: Any, out: Any, *scratch: Any) -> None:
+        even_tile, odd_tile, low, high = scratch
+        b, n = lax.axis_index("block"), lax.axis_index("tile")
+
+        @pl.when(b < num_used[0])
+        def _() -> None:
+            def product(even: Any, odd: Any) -> tuple[Any, Any]:
+                def step(_: Any, x_tile: Any, code_tile: Any, scale_tile: Any) -> None:
+                    pairs = code_tile[...].astype(jnp.int32)
+                    for g in range(groups):
+                        pair = pairs[:, g * per_group : (g + 1) * per_group]
+                        scale = lax.broadcast_in_dim(scale_values(scale_tile[g]), pair.shape, (0,))
+                        here = pl.ds(g * per_group, per_group)
+                        low.at[here].T[...] = (code_values(pair & 0xF) * scale).astype(rows.dtype)
+                        high.at[here].T[...] = (code_values(pair >> 4) * scale).astype(rows.dtype)
+                    mosaic.commit_smem()
+                    mosaic.wgmma(even, x_tile, low.T)
+                    mosaic.wgmma(odd, x_tile, high.T)
+                    mosaic.wgmma_wait(0)  # before `low` and `high` are written again
+
+                pipeline = mosaic.emit_pipeline(
+                    step,
+                    grid=(outputs // step_out,),
+                    in_specs=[
+                        mosaic.BlockSpec((block, step_out), lambda k: (b, k), transforms=swizzled(step_out)),
+                        mosaic.BlockSpec((step_out, tile_half), lambda k: (k, n), transforms=swizzled(tile_half, 8)),
+                        mosaic.BlockSpec((groups, step_out), lambda k: (n, k)),
+                    ],
+                    max_concurrent_steps=min(PACKED_STEPS, outputs // step_out),
+                )
+                pipeline(x, codes.at[experts_of[b]], scales.at[experts_of[b]])
+                return even[...], odd[...]
+
+            total = mosaic.ACC((block, tile_half))
+            even, odd = pl.run_scoped(product, total, total)
+            even_tile[...], odd_tile[...] = even.astype(rows.dtype), odd.astype(rows.dtype)
+            mosaic.commit_smem()
+            here = pl.ds(b * block, block), pl.ds(n * tile_half, tile_half)
+            mosaic.copy_smem_to_gmem(even_tile, out.at[0].at[here])
+            mosaic.copy_smem_to_gmem(odd_tile, out.at[1].at[here])
+            mosaic.wait_smem_to_gmem(0)
+
+    decoded = mosaic.SMEM((tile_half, step_out), rows.dtype, transforms=swizzled(step_out))
+    result = mosaic.SMEM((block, tile_half), rows.dtype, transforms=swizzled(tile_half))
+    call = mosaic.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((2, len(rows), half), rows.dtype),
+        grid=(count, half // tile_half),
+        grid_names=("block", "tile"),
+        scratch_types=[result, result, decoded, decoded],
+        compiler_params=mosaic.CompilerParams(lowering_semantics=mosaic.LoweringSemantics.Warpgroup),
+        interpret=mosaic.InterpretGPUParams() if interpret else None,
+    )
+    out = call(expert, used[None], rows, weights.codes, weights.scales.swapaxes(1, 2))
+    return out.transpose(1, 2, 0).reshape(len(rows), inputs)
