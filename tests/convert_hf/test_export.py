@@ -176,12 +176,12 @@ def test_packed_parameters_are_written_as_they_are(tmp_path):
     scales = np.array(open_tensors(first).tensors["model.layers.0.mlp.experts.down_proj_scales"].read())
     loaded = load_checkpoint(first)
     params = loaded.params
-    blocks = jnp.full_like(params["layers"][0]["moe"]["down"].blocks, 0x11)  # every value 0.5 of its scale
-    down = type(params["layers"][0]["moe"]["down"])(blocks, jnp.asarray(scales))
+    codes = jnp.full_like(params["layers"][0]["moe"]["down"].codes, 0x11)  # every value 0.5 of its scale
+    down = type(params["layers"][0]["moe"]["down"])(codes, jnp.asarray(scales))
     params["layers"][0]["moe"]["down"] = down
     save_checkpoint(tmp_path / "second", loaded.config, params, config_base=loaded.config_json)
     after = stored_bytes(tmp_path / "second")
-    assert after["model.layers.0.mlp.experts.down_proj_blocks"] == np.asarray(blocks).tobytes()
+    assert after["model.layers.0.mlp.experts.down_proj_blocks"] == np.asarray(codes).tobytes()
     assert after["model.layers.0.mlp.experts.down_proj_scales"] == scales.tobytes()
     changed = {"model.layers.0.mlp.experts.down_proj_blocks"}
     before = stored_bytes(first)
