@@ -26,7 +26,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 _FEWEST = 12
-"""Alternatives that three numbers are fitted to."""
+"""Alternatives that a line and a spread are fitted to; the layers' offsets have a prior besides."""
 _ROUNDS = 3
 _STEEPEST = 3.0
 """Slope that is believed."""

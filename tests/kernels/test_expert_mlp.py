@@ -14,13 +14,11 @@ from puzzle_jax.kernels.expert_mlp import (
     swiglu,
 )
 from puzzle_jax.kernels.expert_mlp.reference import clamped_swiglu
-from puzzle_jax.kernels.mosaic import FIRST_JAX
 from puzzle_jax.kernels.mxfp4 import MXFP4, decode
 from puzzle_jax.kernels.route import Routing
+from tests.kernels.marks import GPU, MIXTURES_ON_CPU
 
 EXPERTS, HIDDEN, INTER, LIMIT = 5, 32, 64, 1.5
-ON_CPU = [name for name in IMPLEMENTATIONS if name not in ("ragged_dot", "mosaic_gpu", "mosaic_tpu")]
-GPU = pytest.mark.skipif(jax.__version_info__[:3] < FIRST_JAX, reason="Mosaic GPU kernels need a newer JAX")
 
 
 def make_experts(seed=0, dtype=jnp.float32) -> Experts:
@@ -66,7 +64,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("implementation", ON_CPU)
+@pytest.mark.parametrize("implementation", MIXTURES_ON_CPU)
 @pytest.mark.parametrize("case", CASES)
 def test_mixture_by_hand(implementation, case):
     ids = CASES[case]
@@ -133,7 +131,7 @@ def test_bfloat16_stays_near_float32():
     assert float(jnp.abs(rough.astype(jnp.float32) - exact).max()) < 0.04 * float(jnp.abs(exact).max())
 
 
-@pytest.mark.parametrize("implementation", ON_CPU)
+@pytest.mark.parametrize("implementation", MIXTURES_ON_CPU)
 def test_packed_experts_equal_their_decoded_values(implementation):
     rng = np.random.default_rng(3)
 

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from puzzle_jax.kernels.expert_mlp import IMPLEMENTATIONS, Experts, expert_loop, expert_mlp
+from puzzle_jax.kernels.expert_mlp import Experts, expert_loop, expert_mlp
 from puzzle_jax.kernels.expert_mlp.parallel import WAYS, mixture, way_for
 from puzzle_jax.kernels.mxfp4 import MXFP4, decode
 from puzzle_jax.kernels.platform import lowering_for
 from puzzle_jax.kernels.route import Routing
 from puzzle_jax.model.sharding import make_mesh
+from tests.kernels.marks import MIXTURES_ON_CPU
 
 EXPERTS, HIDDEN, INTER, TOKENS, LIMIT = 8, 32, 96, 21, 1.5
-ON_CPU = [name for name in IMPLEMENTATIONS if name not in ("ragged_dot", "mosaic_gpu", "mosaic_tpu")]
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +55,7 @@ def on_mesh(mesh, implementation, way):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
-    "route,implementation", [*((route, None) for route in ROUTES), *(("mixed", name) for name in ON_CPU)]
+    "route,implementation", [*((route, None) for route in ROUTES), *(("mixed", name) for name in MIXTURES_ON_CPU)]
 )
 def test_every_way_gives_what_one_device_gives(way, route, implementation):
     x, routing = given(route)

@@ -13,8 +13,8 @@ from puzzle_jax.kernels.grouped_matmul import (
     grouped_matmul,
 )
 from puzzle_jax.kernels.grouped_matmul.layout import num_blocks
-from puzzle_jax.kernels.mosaic import FIRST_JAX
 from puzzle_jax.kernels.mxfp4 import CODE_VALUES, MXFP4, code_values, decode
+from tests.kernels.marks import GPU
 
 EXPERTS, ROWS, INPUTS, OUTPUTS = 5, 71, 192, 320
 SIZES = {
@@ -24,7 +24,6 @@ SIZES = {
     "rows that are nobody's": [9, 0, 17, 1, 12],
     "nothing": [0, 0, 0, 0, 0],
 }
-GPU = pytest.mark.skipif(jax.__version_info__[:3] < FIRST_JAX, reason="Mosaic GPU kernels need a newer JAX")
 FORMS = ["dense", "transposed", "packed", "packed transposed"]
 KERNELS = ["mosaic_tpu", pytest.param("mosaic_gpu", marks=GPU)]
 

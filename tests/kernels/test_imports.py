@@ -8,9 +8,8 @@ import sys
 
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"jaxtyping", "beartype", "flax", "optax", "scipy", "rich", "safetensors", "yaml"}:
-            if name != "scipy" and not name.startswith("scipy."):  # jax's own need
-                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        if name.split(".")[0] in {"jaxtyping", "beartype", "flax", "optax", "rich", "safetensors", "yaml"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Refuse())
 import jax.numpy as jnp

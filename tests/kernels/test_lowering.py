@@ -8,12 +8,11 @@ from jax import export
 from puzzle_jax.kernels.decode_attention import decode_attention
 from puzzle_jax.kernels.grouped_matmul import block_matmul
 from puzzle_jax.kernels.grouped_matmul.layout import num_blocks
-from puzzle_jax.kernels.mosaic import FIRST_JAX
 from puzzle_jax.kernels.mxfp4 import MXFP4
 from puzzle_jax.kernels.platform import lowering_for, target_platform
 from puzzle_jax.kernels.window_attention import window_attention
+from tests.kernels.marks import GPU
 
-GPU = pytest.mark.skipif(jax.__version_info__[:3] < FIRST_JAX, reason="Mosaic GPU kernels need a newer JAX")
 PLATFORMS = ["tpu", pytest.param("gpu", marks=GPU)]
 EXPERTS, HIDDEN, INTER = 128, 2880, 2880
 

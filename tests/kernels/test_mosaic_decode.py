@@ -8,9 +8,8 @@ import pytest
 
 from puzzle_jax.kernels.decode_attention import decode_attention, mosaic_gpu, mosaic_tpu
 from puzzle_jax.kernels.float8 import e4m3_values, encode_e4m3
-from puzzle_jax.kernels.mosaic import FIRST_JAX
+from tests.kernels.marks import GPU
 
-GPU = pytest.mark.skipif(jax.__version_info__[:3] < FIRST_JAX, reason="Mosaic GPU kernels need a newer JAX")
 KERNELS = [mosaic_tpu, pytest.param(mosaic_gpu, marks=GPU)]
 BATCH, KV_HEADS, GROUP, DIM = 2, 3, 5, 64
 

@@ -5,10 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from puzzle_jax.kernels.mosaic import FIRST_JAX
 from puzzle_jax.kernels.window_attention import mosaic_gpu, splash, window_attention
+from tests.kernels.marks import GPU
 
-GPU = pytest.mark.skipif(jax.__version_info__[:3] < FIRST_JAX, reason="Mosaic GPU kernels need a newer JAX")
 KERNELS = [pytest.param(mosaic_gpu, marks=GPU, id="mosaic_gpu"), pytest.param(splash, id="splash")]
 BATCH, SEQ, KV_HEADS, GROUP, DIM = 1, 150, 2, 3, 64  # the last of three tiles is short
 
