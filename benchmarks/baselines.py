@@ -37,13 +37,16 @@ def main() -> None:
     options = parse()
     enable_compilation_cache()
     console = Console(width=150)
-    rows = []
+    rows = json.loads(options.json.read_text()) if options.json and options.json.is_file() else []
+    known = {(row["seed"], *row["target"]) for row in rows}
     for seed in options.seeds:
         for target in TARGETS:
+            if (seed, *target) in known:
+                continue
             rows.append({"seed": seed, "target": target, **measure(seed, target, options, console)})
             if options.json:
                 options.json.write_text(json.dumps(rows, indent=1) + "\n")
-    show(rows, console)
+    show(sorted(rows, key=lambda row: (-row["target"][0], row["target"][1], row["seed"])), console)
 
 
 def measure(seed: int, target: tuple[float, float], options: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -94,7 +97,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=0, help="of scores around the child, in refinement")
     parser.add_argument("--swaps", type=int, default=0, help="of experts, in refinement")
     parser.add_argument("--out", type=Path, default=Path("runs/baselines"))
-    parser.add_argument("--json", type=Path, help="where to write everything")
+    parser.add_argument("--json", type=Path, help="where to write everything; rows that it holds are not run again")
     return parser.parse_args()
 
 

@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
@@ -41,7 +40,6 @@ from puzzle_jax.model.child import Child, ChildBlock, whole
 from puzzle_jax.progress import progress
 from puzzle_jax.report.page import SearchPage, stage_records
 from puzzle_jax.report.table import SearchReport
-from puzzle_jax.search.alternatives import expert_mask
 from puzzle_jax.search.assist import open_parent
 from puzzle_jax.search.baselines import all_baselines
 from puzzle_jax.search.compare import Judge
@@ -55,11 +53,12 @@ from puzzle_jax.search.processes import Team
 from puzzle_jax.search.provider import Provider
 from puzzle_jax.search.rank import METHODS, Ranking, rank_experts
 from puzzle_jax.search.recipe import Recipe
-from puzzle_jax.search.refine import Difference, Pool, refine, swapped, with_choice
-from puzzle_jax.search.replace import Alternative, ReplaceOne, child_choices
+from puzzle_jax.search.refine import Pool, refine
+from puzzle_jax.search.refinement import Refinement
+from puzzle_jax.search.replace import ReplaceOne, child_choices
 from puzzle_jax.search.roofline import Roofline
 from puzzle_jax.search.routing import routing_profile
-from puzzle_jax.search.score import Measurements, ScoreBook
+from puzzle_jax.search.score import Measurements
 from puzzle_jax.search.scores_file import scores_from_json, scores_to_json
 from puzzle_jax.search.scoring import SpaceScorer
 from puzzle_jax.search.space import (
@@ -224,7 +223,7 @@ class Search:
         def produce(out: Path) -> None:
             space = self.ranked_space()
             self.console.print(space.describe())
-            scored = self.scorer(None)(space, self.run / "score-book.safetensors", self._identity)
+            scored = self.scorer(None)(space, self.run / "score-book.safetensors", self.identity)
             pairs, listed = int(scored.book.scored.sum()), len(scored.numbered.listed)
             everything = scored.proposed * len(scored.book.traces)
             self.console.print(
@@ -250,7 +249,7 @@ class Search:
         def produce(out: Path) -> None:
             problem = self.problem()
             baselines = all_baselines(problem)
-            pool = self._pool(problem, [baselines[name] for name in ("greedy", "experts_only", "windows_only")])
+            pool = self.pool(problem, [baselines[name] for name in ("greedy", "experts_only", "windows_only")])
             _write(
                 out / "solutions.json",
                 {
@@ -274,8 +273,9 @@ class Search:
             solutions = json.loads(self._needed("solve/solutions.json").read_text())
             chosen = Candidate.from_json(solutions["pool"][solutions["chosen"]])
             options = self.recipe.refine
-            swap = self._swapped if options.swaps else None
-            child, tried = refine(chosen, options.rounds, self._rescored, swap, self._confirm)
+            around = Refinement(self)
+            proposals = options.proposals if options.swaps else 0
+            child, tried = refine(chosen, options.rounds, around.rescored, proposals, around.swapped, around.confirm)
             for step in tried:
                 self.console.print(f"{step}", highlight=False)
             _write(out / "refined.json", {"child": child.to_json(), "tried": [step.to_json() for step in tried]})
@@ -397,7 +397,7 @@ class Search:
     def judge(self) -> Judge:
         return Judge(self.parent, self.recipe, self.parent.mesh, self.console, self.team)
 
-    def _measure(self, children: Sequence[Child], split: str) -> Measurements:
+    def measure(self, children: Sequence[Child], split: str) -> Measurements:
         """KL of whole children on a set of traces."""
         return self.judge.divergence(children, self.traces(split), split)
 
@@ -409,7 +409,7 @@ class Search:
         return Space(self.parent.config, choices, self.windows)
 
     @cached_property
-    def _ranking(self) -> Ranking:
+    def ranking(self) -> Ranking:
         tensors = load_file(self._needed("rank/ranking.safetensors"))
         return Ranking({method: tensors[method] for method in METHODS}, tensors["routed"])
 
@@ -419,7 +419,7 @@ class Search:
         for layer, (block, counts) in enumerate(zip(self.parent.config.blocks, self.counts, strict=True)):
             everything = ExpertChoice(block.num_experts, tuple(range(block.num_experts)), "parent")
             kept = [
-                ExpertChoice(count, self._ranking.keep(method, layer, count), method)
+                ExpertChoice(count, self.ranking.keep(method, layer, count), method)
                 for count in counts
                 if count < block.num_experts
                 for method in METHODS
@@ -429,7 +429,7 @@ class Search:
         return Space(self.parent.config, tuple(layers), self.windows)
 
     @property
-    def _identity(self) -> str:
+    def identity(self) -> str:
         """What scores depend on besides alternatives and traces."""
         return json.dumps([str(self.recipe.parent.resolve()), self.parent.fingerprint, jax.__version__])
 
@@ -448,7 +448,7 @@ class Search:
         traces, seed = self.traces("calibration"), self.recipe.traces.seed
         return SpaceScorer(run, traces, settings, self.problem_of, self.console, seed, self.team)
 
-    def _pool(self, problem: Problem, others: Sequence[Candidate] = ()) -> Pool:
+    def pool(self, problem: Problem, others: Sequence[Candidate] = ()) -> Pool:
         """The program's solutions, and others that meet the target, run whole on the validation traces.
 
         The program's are best by the sum of scores, which is not quite the whole model's KL; that of other choices may
@@ -458,52 +458,11 @@ class Search:
         found = problem.solve(num_solutions=options.solutions, time_limit=options.time_limit, gap=options.gap)
         known = {(candidate.blocks, candidate.kept) for candidate in found}
         found += [other for other in others if other.meets_target and (other.blocks, other.kept) not in known]
-        return Pool(found, *self._measure([self.child(candidate) for candidate in found], "validation"))
+        return self.measured_pool(found)
 
-    # Refinement -----------------------------------------------------------------------------------------------------
-
-    def _rescored(self, child: Candidate) -> Pool:
-        """The pool of the program whose scores are taken around a child."""
-        layers = json.loads(self._needed("score/scores.json").read_text())["layers"]
-        space = Space.from_json(self.parent.config, layers)
-        identity = f"{self._identity} {json.dumps(child.to_json()['layers'])} {self.recipe.child}"
-        scored = self.scorer(self.child(child))(space, self.run / "refine-book.safetensors", identity)
-        pool = self._pool(self.problem_of(scored.space, scored.scores))
-        return replace(pool, candidates=[replace(c, score=child.score + c.score) for c in pool.candidates])
-
-    def _swapped(self, child: Candidate) -> Candidate | None:
-        """The best swap of one expert in the layer whose experts cost the child most, by its KL on all traces that
-        score; None where none helps there."""
-        problem = self.problem()
-        losses = [
-            next(score for choice, score in zip(choices, scores, strict=True) if choice.kept == own.kept)
-            for own, choices, scores in zip(
-                child.choices, problem.space.expert_choices, problem.scores.experts, strict=True
-            )
-        ]
-        layer = int(np.argmax(losses))
-        options = swapped(child.choices[layer], self._ranking.scores["removal_error"][layer], self.recipe.refine.swaps)
-        if not options:
-            return None
-        window, experts = child.blocks[layer].window, self.parent.config.blocks[layer].num_experts
-        alternatives = [(layer, Alternative(expert_mask(option, experts), window)) for option in options]
-        scorer = self.scorer(self.child(child))
-        book = ScoreBook.empty(alternatives, scorer.traces)
-        scorer.fill(book, range(len(options)), range(len(scorer.traces)))
-        means = book.means()
-        best = int(np.argmin(means))
-        if means[best] >= 0:
-            return None
-        return with_choice(child, layer, options[best], "swap", child.score + float(means[best]))
-
-    def _confirm(self, new: Candidate, old: Candidate) -> tuple[Difference, Difference]:
-        pair = [self.child(new), self.child(old)]
-
-        def difference(split: str) -> Difference:
-            found = self._measure(pair, split)
-            return Difference.between(found.kl[0], found.kl[1], found.tokens)
-
-        return difference("validation"), difference("confirmation")
+    def measured_pool(self, candidates: Sequence[Candidate]) -> Pool:
+        """Candidates run whole on the validation traces."""
+        return Pool(candidates, *self.measure([self.child(c) for c in candidates], "validation"))
 
     @cached_property
     def _costs(self) -> Costs:
@@ -523,8 +482,12 @@ class Search:
         space, form = self._nominal_space(), self.parent.description.form
         return compute_costs(space, self.recipe.scenarios, form, provider, memory=Roofline())
 
+    def scored_layers(self) -> Any:
+        """What scores.json holds of every layer."""
+        return json.loads(self._needed("score/scores.json").read_text())["layers"]
+
     def problem(self) -> Problem:
-        layers = json.loads(self._needed("score/scores.json").read_text())["layers"]
+        layers = self.scored_layers()
         return self.problem_of(Space.from_json(self.parent.config, layers), scores_from_json(layers))
 
     def problem_of(self, space: Space, scores: Scores) -> Problem:

@@ -127,17 +127,21 @@ class RefineSettings:
 
     Attributes:
       rounds: of scoring all alternatives anew around the child; at most 2.
-      swaps: experts tried on either side of a swap in the child's worst layer; 0 is none.
+      swaps: experts tried on either side of a swap, in every layer; 0 is none.
+      proposals: of swaps that are put to the test, one after the other as long as they are accepted; at most.
     """
 
     rounds: int = 1
     swaps: int = 4
+    proposals: int = 16
 
     def __post_init__(self) -> None:
         if not 0 <= self.rounds <= 2:
             raise ConfigError(f"refine.rounds is {self.rounds}, but must be 0, 1 or 2")
         if self.swaps < 0:
             raise ConfigError(f"refine.swaps is {self.swaps}, but must be at least 0")
+        if self.proposals < 0:
+            raise ConfigError(f"refine.proposals is {self.proposals}, but must be at least 0")
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,12 @@
               nothing, and the best by that KL is taken
     rescore   all alternatives are scored anew around the child, the program is solved with those scores, and its pool
               run likewise
-    swap      in the layer that costs the child most, experts it keeps are swapped against experts it lost
+    swap      experts that the child keeps are swapped against experts that it lost, in one layer or in several
 
 A refined child replaces the one before only if its KL on confirmation traces, which proposed and chose nothing, is
 lower by more than two standard errors of the paired difference. Scores that proposed it are known to flatter: an
-iteration judged by its own traces lowers its KL there and may raise it elsewhere.
+iteration judged by its own traces lowers its KL there and may raise it elsewhere. Either way goes on from what was
+accepted, and ends with the first refusal.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ class Pool:
 
 
 @dataclass(frozen=True)
-class Refinement:
+class Attempt:
     """One attempt.
 
     Attributes:
@@ -136,36 +137,64 @@ def refine(
     child: Candidate,
     rounds: int,
     rescore: Callable[[Candidate], Pool],
-    swap: Callable[[Candidate], Candidate | None] | None,
+    proposals: int,
+    swap: Callable[[Candidate], Pool | None],
     confirm: Callable[[Candidate, Candidate], tuple[Difference, Difference]],
-) -> tuple[Candidate, list[Refinement]]:
+) -> tuple[Candidate, list[Attempt]]:
     """Tries to get below a child; returns the last accepted one and what was tried.
 
     Args:
-      rounds: of rescoring, as long as they are accepted.
+      rounds: of rescoring at most.
       rescore: the pool that scores around a child lead to.
-      swap: a child that keeps other experts of one layer, if any seems better; None leaves it out.
+      proposals: of swaps at most.
+      swap: a pool of children that keep other experts; None where none seems better.
       confirm: of a proposal and the child before it, the differences on validation and on confirmation traces.
     """
-    tried: list[Refinement] = []
+    tried: list[Attempt] = []
 
-    def attempt(step: str, proposal: Candidate | None) -> bool:
+    def attempts(step: str, most: int, propose: Callable[[Candidate], Pool | None]) -> None:
         nonlocal child
-        if proposal is None or (proposal.blocks, proposal.kept) == (child.blocks, child.kept):
-            tried.append(Refinement(step, None, None, None))
-            return False
-        tried.append(Refinement(step, proposal, *confirm(proposal, child)))
-        if tried[-1].accepted:
+        for number in range(most):
+            pool = propose(child)
+            proposal = None if pool is None else pool.candidates[pool.best]
+            if proposal is None or (proposal.blocks, proposal.kept) == (child.blocks, child.kept):
+                tried.append(Attempt(f"{step} {number + 1}", None, None, None))
+                return
+            tried.append(Attempt(f"{step} {number + 1}", proposal, *confirm(proposal, child)))
+            if not tried[-1].accepted:
+                return
             child = proposal
-        return tried[-1].accepted
 
-    for number in range(rounds):
-        pool = rescore(child)
-        if not attempt(f"rescore {number + 1}", pool.candidates[pool.best]):
-            break
-    if swap is not None:
-        attempt("swap", swap(child))
+    attempts("rescore", rounds, rescore)
+    attempts("swap", proposals, swap)
     return child, tried
+
+
+@dataclass(frozen=True)
+class Swap:
+    """Other experts for one layer.
+
+    Attributes:
+      layer: of the child.
+      choice: what it keeps then.
+      gain: change of the child's KL when this alone is done, nats per token.
+    """
+
+    layer: int
+    choice: ExpertChoice
+    gain: float
+
+
+def together(child: Candidate, swaps: Sequence[Swap]) -> list[Candidate]:
+    """Children with the first swap, the first two, four, eight and so on, and all of them."""
+    sizes = sorted({min(2**power, len(swaps)) for power in range(len(swaps).bit_length() + 1)} - {0})
+    found = []
+    for size in sizes:
+        candidate = replace(child, name="swap")
+        for swap in swaps[:size]:
+            candidate = with_choice(candidate, swap.layer, swap.choice, candidate.score + swap.gain)
+        found.append(candidate)
+    return found
 
 
 def swapped(choice: ExpertChoice, scores: Float[np.ndarray, "experts"], most: int) -> list[ExpertChoice]:
@@ -185,7 +214,7 @@ def swapped(choice: ExpertChoice, scores: Float[np.ndarray, "experts"], most: in
     ]
 
 
-def with_choice(candidate: Candidate, layer: int, choice: ExpertChoice, name: str, score: float) -> Candidate:
+def with_choice(candidate: Candidate, layer: int, choice: ExpertChoice, score: float) -> Candidate:
     """A candidate whose layer keeps other experts, as many as before."""
     choices = tuple(choice if index == layer else own for index, own in enumerate(candidate.choices))
-    return replace(candidate, name=name, choices=choices, score=score)
+    return replace(candidate, choices=choices, score=score)

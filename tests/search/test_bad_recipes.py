@@ -106,6 +106,7 @@ BAD_FIELDS = [
     ("solve.gap", -0.1, "solve.gap", "-0.1"),
     ("refine.rounds", 3, "refine.rounds", "3"),
     ("refine.swaps", -1, "refine.swaps", "-1"),
+    ("refine.proposals", -2, "refine.proposals", "-2"),
     ("evaluate.problems", 0, "evaluate.problems", "0"),
     ("evaluate.seed", -1, "evaluate.seed", "-1"),
     ("mesh.model", 0, "mesh.model", "0"),

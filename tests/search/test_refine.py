@@ -7,7 +7,7 @@ import pytest
 
 from puzzle_jax.config import BlockConfig
 from puzzle_jax.search.problem import Candidate
-from puzzle_jax.search.refine import Difference, Pool, refine, swapped, with_choice
+from puzzle_jax.search.refine import Difference, Pool, Swap, refine, swapped, together, with_choice
 from puzzle_jax.search.score import Score
 from puzzle_jax.search.space import ExpertChoice
 
@@ -23,6 +23,10 @@ CHILD = Candidate(
     0.0,
 )
 OTHER = replace(CHILD, name="other", blocks=(BlockConfig(3, 2), BlockConfig(2, None)))
+
+
+def unasked(*_):
+    raise AssertionError("nothing was to be asked")
 
 
 def score(kl):
@@ -60,7 +64,7 @@ def test_a_round_must_win_by_two_standard_errors_on_fresh_traces(gain, taken):
     def confirm(new, old):
         return Difference(-0.9, 0.1), Difference(gain, 0.1)
 
-    child, tried = refine(CHILD, 2, rescore, None, confirm)
+    child, tried = refine(CHILD, 2, rescore, 0, unasked, confirm)
     assert child.name == ("other" if taken else "child")
     # After a refusal there is no second round; the second round of the accepted one finds the same child again.
     assert asked == (["child", "other"] if taken else ["child"])
@@ -69,16 +73,50 @@ def test_a_round_must_win_by_two_standard_errors_on_fresh_traces(gain, taken):
 
 
 def test_nothing_better_is_said_so():
-    def never(*_):
-        raise AssertionError("nothing is there to confirm")
+    def same(child):
+        return Pool([child], [score(0.5)], np.zeros((1, 2)), np.array([4, 9]))
 
-    child, tried = refine(
-        CHILD, 1, lambda _: Pool([CHILD], [score(0.5)], np.zeros((1, 2)), np.array([4, 9])), lambda _: None, never
-    )
+    child, tried = refine(CHILD, 1, same, 3, lambda _: None, unasked)
     assert child is CHILD and [str(step) for step in tried] == [
         "rescore 1: nothing better was found",
-        "swap: nothing better was found",
+        "swap 1: nothing better was found",
     ]
+
+
+@pytest.mark.parametrize("most,gains,taken", [(9, [-0.5, -0.4, -0.1], 2), (2, [-0.5, -0.4, -0.3], 2), (0, [], 0)])
+def test_swaps_go_on_until_one_is_refused(most, gains, taken):
+    left = list(gains)
+
+    def swap(child):
+        number = int(child.name) + 1 if child.name.isdigit() else 1
+        worse, better = (
+            replace(CHILD, name=str(number), blocks=(BlockConfig(3, w), BlockConfig(2, number))) for w in (2, 4)
+        )
+        return Pool([worse, better], [score(0.4), score(0.3)], np.zeros((2, 2)), np.array([4, 9]))
+
+    child, tried = refine(
+        CHILD, 0, unasked, most, swap, lambda new, old: (Difference(-1.0, 0.1), Difference(left.pop(0), 0.1))
+    )
+    assert child.name == (str(taken) if taken else "child")
+    assert [step.step for step in tried] == [f"swap {n + 1}" for n in range(min(most, len(gains)))]
+    assert sum(step.accepted for step in tried) == taken
+
+
+def test_swaps_are_tried_alone_and_together():
+    choices = [ExpertChoice(3, (0, 2, 6), "a"), ExpertChoice(2, (1, 5), "b")]
+    swaps = [Swap(1, choices[1], -0.2), Swap(0, choices[0], -0.125)]
+    found = together(CHILD, swaps)
+    assert [candidate.kept for candidate in found] == [((0, 2, 5), (1, 5)), ((0, 2, 6), (1, 5))]
+    assert [candidate.score for candidate in found] == [pytest.approx(0.3), pytest.approx(0.175)]
+    sizes = [sum(one != other for one, other in zip(c.kept, many.kept, strict=True)) for many, c in wide(7)]
+    assert sizes == [1, 2, 4, 7]
+    assert together(CHILD, []) == []
+
+
+def wide(layers):
+    """A child of so many layers with what `together` makes of a swap in each."""
+    many = replace(CHILD, blocks=(BlockConfig(2, None),) * layers, choices=(ExpertChoice(2, (0, 1), "a"),) * layers)
+    return [(many, c) for c in together(many, [Swap(n, ExpertChoice(2, (0, 3), "b"), -0.1) for n in range(layers)])]
 
 
 def test_swaps_exchange_the_least_kept_for_the_best_lost():
@@ -87,4 +125,4 @@ def test_swaps_exchange_the_least_kept_for_the_best_lost():
     assert [option.kept for option in options] == [(0, 3, 5), (0, 4, 5), (2, 3, 5), (2, 4, 5)]
     assert options[0].method == "reap, 2 for 3"
     assert swapped(ExpertChoice(6, (0, 1, 2, 3, 4, 5), "parent"), scores, 2) == []
-    assert with_choice(CHILD, 0, options[1], "swap", 0.25).kept == ((0, 4, 5), (1, 4))
+    assert with_choice(CHILD, 0, options[1], 0.25).kept == ((0, 4, 5), (1, 4))
