@@ -36,13 +36,13 @@ from puzzle_jax.generate.traces import Trace
 from puzzle_jax.model.child import Child, ChildBlock
 from puzzle_jax.model.network import embed
 from puzzle_jax.model.spec import init_params
+from puzzle_jax.recipe_files import RECIPES
 from puzzle_jax.search.adaptive import in_random_order
 from puzzle_jax.search.alternatives import Numbered
 from puzzle_jax.search.lens import fit_lens
 from puzzle_jax.search.parent import Parent
 from puzzle_jax.search.pipeline import Search
 from puzzle_jax.search.recipe import EMBEDDED_PARENT, Recipe, ScoreSettings, SpaceSettings
-from puzzle_jax.search.recipe_file import RECIPES
 from puzzle_jax.search.refine import Difference
 from puzzle_jax.search.replace import METRICS, Alternative, Answers, ReplaceOne, compare_with_parent
 from puzzle_jax.search.scenario import Scenario, Target

@@ -4,16 +4,14 @@ The first process runs the search and writes its files. The others hold the pare
 wait for work: what the first one says is run by all of them, each on its share, and every one gets all results. They
 read the parent and nothing else, so the run's directory may be on the first one's own disk.
 
-How processes find each other is JAX's own affair under Slurm, Open MPI, Kubernetes and on TPU pods. Elsewhere each is
-started with JAX_COORDINATOR_ADDRESS (host:port of the first one) and JAX_PROCESS_ID (0, 1, ...). A process that dies
-takes the others with it, within a minute at most; the search goes on from its files when it is started again.
+How they find each other is said in `puzzle_jax.processes`. A process that dies takes the others with it, within a
+minute at most; the search goes on from its files when it is started again.
 
 Left out: a mesh over several hosts. The parent must fit into the memory of one process's devices.
 """
 
 from __future__ import annotations
 
-import os
 import pickle
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -24,13 +22,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Shaped
 
-from puzzle_jax.errors import ConfigError
+from puzzle_jax.processes import join_processes
 
-_ADDRESS, _INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_PROCESS_ID"
 _DISMISSED = -1
 _POLL_MS = 60_000
-# A process that is gone is noticed after so long, and not waited for longer at the end.
-_HEARTBEAT_SECONDS, _SHUTDOWN_SECONDS = 60, 10
 
 
 @dataclass
@@ -57,25 +52,8 @@ class Team:
 
         Raises ConfigError where JAX does not know the other processes, or knows another number of them.
         """
-        if count == 1:
-            return Team()
-        given: dict[str, Any] = {}
-        if _INDEX in os.environ:
-            given = {"num_processes": count, "process_id": _index(os.environ[_INDEX], count)}
-        if local_devices > 1:
-            given["local_device_ids"] = list(range(local_devices))
-        try:
-            jax.distributed.initialize(
-                **given, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS, shutdown_timeout_seconds=_SHUTDOWN_SECONDS
-            )
-        except (ValueError, RuntimeError) as error:
-            raise ConfigError(
-                f"mesh.processes is {count}, but they cannot be brought together ({' '.join(str(error).split())}); "
-                f"start them by Slurm or Open MPI, or each with {_ADDRESS} and {_INDEX}"
-            ) from error
-        if jax.process_count() != count:
-            raise ConfigError(f"mesh.processes is {count}, but {jax.process_count()} were started")
-        return Team(count, jax.process_index())
+        join_processes(count, local_devices)
+        return Team(count, jax.process_index()) if count > 1 else Team()
 
     def __enter__(self) -> Team:
         return self
@@ -128,9 +106,3 @@ class Team:
         from jax._src.distributed import global_state
 
         return global_state.client
-
-
-def _index(text: str, count: int) -> int:
-    if not text.isdecimal() or int(text) >= count:
-        raise ConfigError(f"{_INDEX} is {text!r}, but must be from 0 to {count - 1} (mesh.processes is {count})")
-    return int(text)

@@ -1,28 +1,11 @@
-"""Recipes from files, names and the command line, and what is wrong with them before their values are looked at.
-
-The parser of the command line takes some of a file's form for granted, and answers with a traceback, or not at all.
-"""
+"""Recipes of searches, from files, names and the command line."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import is_dataclass
-from pathlib import Path
-from types import NoneType
-from typing import Any, get_args, get_type_hints
+from collections.abc import Sequence
 
-import yaml
-
-from puzzle_jax.errors import ConfigError
+from puzzle_jax.recipe_files import parse_settings, recipe_names
 from puzzle_jax.search.recipe import Recipe
-
-RECIPES = Path(__file__).parent.parent / "recipes"
-"""Files that come with the package."""
-
-
-def recipe_names() -> list[str]:
-    """Recipes of searches that come with the package."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml") if not path.stem.startswith("pretrain"))
 
 
 def parse_recipe(arguments: Sequence[str], prog: str, stages: Sequence[str] = ()) -> tuple[str, Recipe]:
@@ -30,85 +13,14 @@ def parse_recipe(arguments: Sequence[str], prog: str, stages: Sequence[str] = ()
 
     Raises `ConfigError` for whatever is wrong with either. `--help` and `--print_config` print and exit.
     """
-    from jsonargparse import ArgumentError, ArgumentParser
-
-    parser = ArgumentParser(
+    stage, recipe = parse_settings(
+        arguments,
+        Recipe,
         prog=prog,
         description="From a trained parent to the child that serves a deployment best.",
-        default_config_files=[str(RECIPES / "tiny.yaml")],
-        exit_on_error=False,
+        names=recipe_names("search"),
+        default="tiny",
+        choice=("stage", ("all", *stages), "one stage, or all"),
     )
-    parser.add_argument("stage", nargs="?", choices=("all", *stages), default="all", help="one stage, or all")
-    names = ", ".join(recipe_names())
-    parser.add_argument("--recipe", action="config", help=f"settings: a YAML file, or one of {names} (default: tiny)")
-    parser.add_class_arguments(Recipe)
-    try:
-        settings = parser.parse_args(_with_checked_files(arguments))
-    except ArgumentError as error:
-        raise ConfigError(" ".join(str(error).split())) from error
-    stage = settings.pop("stage")
-    settings.pop("recipe", None)
-    settings.pop("__default_config__", None)
-    check_sections(settings.as_dict(), Recipe)
-    return stage, Recipe(**parser.instantiate(settings))
-
-
-def _with_checked_files(arguments: Sequence[str]) -> list[str]:
-    """Arguments in which a recipe given by name is the path of its file, after every such file was looked into."""
-    found = list(arguments)
-    for index, argument in enumerate(found):
-        if argument == "--recipe" and index + 1 < len(found):
-            found[index + 1] = str(_checked_file(found[index + 1]))
-        elif argument.startswith("--recipe="):
-            found[index] = f"--recipe={_checked_file(argument.partition('=')[2])}"
-    return found
-
-
-def _checked_file(text: str) -> Path:
-    names = recipe_names()
-    path = RECIPES / f"{text}.yaml" if text in names else Path(text)
-    if not path.exists():
-        raise ConfigError(f"recipe is {text!r}, but there is no such file, and the names are {', '.join(names)}")
-    check_file(path)
-    return path
-
-
-def check_file(path: Path) -> None:
-    """Raises `ConfigError`, naming the file, where it cannot be read or holds no mapping, or a field twice."""
-    try:
-        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigError(f"recipe {path} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"recipe {path} holds {data!r}, but must hold the fields of a recipe")
-    for name in data:
-        if not isinstance(name, str):
-            raise ConfigError(f"recipe {path} has a field {name!r}, but fields have names")
-
-
-def check_sections(settings: Mapping[str, Any], kind: type, prefix: str = "") -> None:
-    """Checks parsed settings, by name, of a dataclass that holds others.
-
-    Raises `ConfigError` that names a section which is no mapping, or a field that is null but may not be.
-    """
-    for name, hint in get_type_hints(kind).items():
-        value = settings.get(name)
-        if is_dataclass(hint) and isinstance(hint, type):
-            if not isinstance(value, Mapping):
-                raise ConfigError(f"{prefix}{name} is {value!r}, but must be a mapping of its fields")
-            check_sections(value, hint, f"{prefix}{name}.")
-        elif value is None and NoneType not in get_args(hint):
-            raise ConfigError(f"{prefix}{name} is None, but must have a value")
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a mapping that has a key twice; YAML's own would keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    raise yaml.YAMLError(f"{key.value} is there twice, again in line {key.start_mark.line + 1}")
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
+    assert stage is not None
+    return stage, recipe

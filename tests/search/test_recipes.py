@@ -3,10 +3,11 @@
 import pytest
 
 from puzzle_jax.config import BlockConfig, ModelConfig
+from puzzle_jax.recipe_files import recipe_names
 from puzzle_jax.search.costs import compute_costs
 from puzzle_jax.search.frontier import speedup
 from puzzle_jax.search.problem import Problem, Scores
-from puzzle_jax.search.recipe_file import parse_recipe, recipe_names
+from puzzle_jax.search.recipe_file import parse_recipe
 from puzzle_jax.search.roofline import Roofline
 from puzzle_jax.search.space import ExpertChoice, Space, candidate_counts, candidate_windows
 
@@ -16,8 +17,8 @@ CONFIG = ModelConfig(201088, 2880, 2880, 64, 8, 64, 4, LAYERS)
 
 
 def test_names():
-    assert recipe_names() == ["gpt-oss-120b-1xh100", "gpt-oss-120b-8xh100", "tiny"]
-    for name in recipe_names():
+    assert recipe_names("search") == ["gpt-oss-120b-1xh100", "gpt-oss-120b-8xh100", "tiny"]
+    for name in recipe_names("search"):
         assert str(parse_recipe(["--recipe", name], "test")[1].run) == f"runs/{name}"
 
 

@@ -1,0 +1,53 @@
+"""Several processes as one program, as a rule one per host, over JAX's distributed runtime.
+
+How processes find each other is JAX's own affair under Slurm, Open MPI, Kubernetes and on TPU pods. Elsewhere each is
+started with JAX_COORDINATOR_ADDRESS (host:port of the first one) and JAX_PROCESS_ID (0, 1, ...).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import jax
+
+from puzzle_jax.errors import ConfigError
+
+_ADDRESS, _INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_PROCESS_ID"
+# A process that is gone is noticed after so long, and not waited for longer at the end.
+_HEARTBEAT_SECONDS, _SHUTDOWN_SECONDS = 60, 10
+
+
+def join_processes(count: int, local_devices: int = 1) -> None:
+    """Waits until all `count` processes are there. Must come before anything that asks JAX for devices.
+
+    Args:
+      count: of processes, `mesh.processes` of a recipe; nothing is done for one.
+      local_devices: that this process uses, where it needs more than the one that some launchers give it.
+
+    Raises ConfigError where JAX does not know the other processes, or knows another number of them.
+    """
+    if count == 1:
+        return
+    given: dict[str, Any] = {}
+    if _INDEX in os.environ:
+        given = {"num_processes": count, "process_id": _index(os.environ[_INDEX], count)}
+    if local_devices > 1:
+        given["local_device_ids"] = list(range(local_devices))
+    try:
+        jax.distributed.initialize(
+            **given, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS, shutdown_timeout_seconds=_SHUTDOWN_SECONDS
+        )
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"mesh.processes is {count}, but they cannot be brought together ({' '.join(str(error).split())}); "
+            f"start them by Slurm or Open MPI, or each with {_ADDRESS} and {_INDEX}"
+        ) from error
+    if jax.process_count() != count:
+        raise ConfigError(f"mesh.processes is {count}, but {jax.process_count()} were started")
+
+
+def _index(text: str, count: int) -> int:
+    if not text.isdecimal() or int(text) >= count:
+        raise ConfigError(f"{_INDEX} is {text!r}, but must be from 0 to {count - 1} (mesh.processes is {count})")
+    return int(text)

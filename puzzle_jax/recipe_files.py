@@ -1,0 +1,131 @@
+"""Settings from files, names and the command line, and what is wrong with them before their values are looked at.
+
+The parser of the command line takes some of a file's form for granted, and answers with a traceback, or not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
+from pathlib import Path
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_type_hints
+
+import yaml
+
+from puzzle_jax.errors import ConfigError
+
+RECIPES = Path(__file__).parent / "recipes"
+"""Files that come with the package."""
+
+Settings = TypeVar("Settings")
+
+
+def recipe_names(verb: str) -> list[str]:
+    """Recipes of a verb that come with the package: `VERB-*.yaml`, or what no verb's name begins for "search"."""
+    stems = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    if verb == "search":
+        return [stem for stem in stems if stem.partition("-")[0] not in ("pretrain", "distill", "grpo")]
+    return [stem for stem in stems if stem.startswith(f"{verb}-")]
+
+
+def parse_settings(
+    arguments: Sequence[str],
+    kind: type[Settings],
+    *,
+    prog: str,
+    description: str,
+    names: Sequence[str],
+    default: str | None = None,
+    choice: tuple[str, Sequence[str], str] | None = None,
+) -> tuple[str | None, Settings]:
+    """The settings that a command line asks for, and the positional choice where there is one.
+
+    Args:
+      kind: a dataclass whose fields are the options.
+      names: of recipes that `--recipe` takes besides files.
+      default: the one of them that is read without `--recipe`.
+      choice: name, values and help of an optional positional argument, whose first value is the default.
+
+    Raises `ConfigError` for whatever is wrong with either. `--help` and `--print_config` print and exit.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    defaults = [] if default is None else [str(RECIPES / f"{default}.yaml")]
+    parser = ArgumentParser(prog=prog, description=description, default_config_files=defaults, exit_on_error=False)
+    if choice is not None:
+        positional, values, text = choice
+        parser.add_argument(positional, nargs="?", choices=tuple(values), default=values[0], help=text)
+    or_name = f", or one of {', '.join(names)}" if names else ""
+    of_default = f" (default: {default})" if default else ""
+    parser.add_argument("--recipe", action="config", help=f"settings: a YAML file{or_name}{of_default}")
+    parser.add_class_arguments(kind)
+    try:
+        settings = parser.parse_args(_with_checked_files(arguments, names))
+    except ArgumentError as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+    chosen = None if choice is None else settings.pop(choice[0])
+    settings.pop("recipe", None)
+    settings.pop("__default_config__", None)
+    check_sections(settings.as_dict(), kind)
+    return chosen, kind(**parser.instantiate(settings))
+
+
+def _with_checked_files(arguments: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Arguments in which a recipe given by name is the path of its file, after every such file was looked into."""
+    found = list(arguments)
+    for index, argument in enumerate(found):
+        if argument == "--recipe" and index + 1 < len(found):
+            found[index + 1] = str(_checked_file(found[index + 1], names))
+        elif argument.startswith("--recipe="):
+            found[index] = f"--recipe={_checked_file(argument.partition('=')[2], names)}"
+    return found
+
+
+def _checked_file(text: str, names: Sequence[str]) -> Path:
+    path = RECIPES / f"{text}.yaml" if text in names else Path(text)
+    if not path.exists():
+        raise ConfigError(f"recipe is {text!r}, but there is no such file, and the names are {', '.join(names)}")
+    check_file(path)
+    return path
+
+
+def check_file(path: Path) -> None:
+    """Raises `ConfigError`, naming the file, where it cannot be read or holds no mapping, or a field twice."""
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(f"recipe {path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"recipe {path} holds {data!r}, but must hold the fields of a recipe")
+    for name in data:
+        if not isinstance(name, str):
+            raise ConfigError(f"recipe {path} has a field {name!r}, but fields have names")
+
+
+def check_sections(settings: Mapping[str, Any], kind: type, prefix: str = "") -> None:
+    """Checks parsed settings, by name, of a dataclass that holds others.
+
+    Raises `ConfigError` that names a section which is no mapping, or a field that is null but may not be.
+    """
+    for name, hint in get_type_hints(kind).items():
+        value = settings.get(name)
+        if is_dataclass(hint) and isinstance(hint, type):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{prefix}{name} is {value!r}, but must be a mapping of its fields")
+            check_sections(value, hint, f"{prefix}{name}.")
+        elif value is None and NoneType not in get_args(hint):
+            raise ConfigError(f"{prefix}{name} is None, but must have a value")
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a mapping that has a key twice; YAML's own would keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.YAMLError(f"{key.value} is there twice, again in line {key.start_mark.line + 1}")
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
