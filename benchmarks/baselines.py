@@ -67,7 +67,7 @@ def measure(seed: int, target: tuple[float, float], options: argparse.Namespace,
     children = [search.child(candidate) for candidate in candidates.values()]
     scores = search.judge.divergence(children, search.traces("heldout"), "heldout").scores
     return {
-        name: {"kl": score.kl, "kl_se": score.kl_se, "missed": list(candidate.missed)}
+        name: {"kl": score.kl, "kl_se": score.kl_se, "missed": list(candidate.missed), "choice": candidate.to_json()}
         for (name, candidate), score in zip(candidates.items(), scores, strict=True)
     }
 

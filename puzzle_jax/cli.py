@@ -18,7 +18,7 @@ VERBS = {
     "generate": "streams a model's answer to the terminal",
     "evaluate": "models side by side: accuracy, tokens and speed per effort, and the frontier of both",
     "convert_hf": "checkpoints: inspect, verify, import to Orbax, export to Hugging Face",
-    "train": "train models: pretrain makes the embedded parent",
+    "train": "distillation of a child on its parent's answers; pretraining of the embedded parent",
 }
 
 

@@ -1,9 +1,11 @@
 """Export of models as Hugging Face checkpoints.
 
 `export_child` cuts a child out of its parent's files: rows of the router and of every expert tensor are taken
-by expert, everything else is copied, and no byte is decoded or rounded on the way. `save_checkpoint` writes a
-parameter tree. Both hold one piece of one tensor at a time, write through `tensor_writer`, so that a run that dies
-leaves nothing that loads and goes on where it was, and touch no directory that they did not make.
+by expert, everything else is copied, and no byte is decoded or rounded on the way. Only what was trained is written
+from arrays; trained experts are packed one by one as `mxfp4` packs, which loses nothing of values on its grid
+(`train.fake_quant`). `save_checkpoint` writes a parameter tree. Both hold one piece of one tensor at a time, write
+through `tensor_writer`, so that a run that dies leaves nothing that loads and goes on where it was, and touch no
+directory that they did not make.
 
 A child that plain `gpt_oss` cannot say carries its code: two files with which
 `AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)` loads it, and one for mlx-lm. Or it is padded
@@ -16,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -33,12 +36,13 @@ from puzzle_jax.convert_hf.model_card import FILE as CARD
 from puzzle_jax.convert_hf.model_card import model_card
 from puzzle_jax.convert_hf.table import Form, TensorSpec, checkpoint_tensors
 from puzzle_jax.convert_hf.table import Path as ParamPath
-from puzzle_jax.convert_hf.tensor_files import StoredTensor
+from puzzle_jax.convert_hf.tensor_files import CHUNK_BYTES, StoredTensor
 from puzzle_jax.convert_hf.tensor_writer import SHARD_BYTES, Plan, PlannedTensor, write_checkpoint
 from puzzle_jax.errors import CheckpointError, ConfigError, PuzzleError
 from puzzle_jax.kernels.mxfp4 import MXFP4
 from puzzle_jax.model.cache_format import KVScales
-from puzzle_jax.model.spec import Params
+from puzzle_jax.model.child import delta_leaves
+from puzzle_jax.model.spec import EXPERT_MATRICES, Params
 
 PROVENANCE = "provenance.json"
 CARRIED = (
@@ -76,7 +80,8 @@ def export_child(
       config: the child.
       kept: per layer, ids of the parent's experts in the child's order.
       provenance: what to record in provenance.json beside the ids.
-      dense_delta: trained values in place of the parent's (see `model.child.Child`).
+      dense_delta: trained values in place of the parent's (see `model.child.Child`): a tree in the parent's shapes, of
+        NumPy or JAX arrays. Routers and experts are cut to `kept` here.
       kv_scales: of the child's FP8 cache (`generate.calibrate`); by default the parent's, if it has any. A plain
         `gpt_oss` child carries none, since loaders of it refuse names that they do not know; they are on record.
       pad_experts: writes every layer with as many experts as the largest has, the added ones zeros that are never
@@ -85,7 +90,8 @@ def export_child(
       shard_bytes: largest size of one safetensors file.
 
     Raises `PuzzleError` where `out` holds something else, `CheckpointError` for a damaged parent and
-    `ConfigError` where child and parent do not fit, or where padding does not make it plain; nothing is written then.
+    `ConfigError` where child and parent do not fit, where trained values do not fit the parent or are not finite, or
+    where padding does not make it plain; nothing is written then.
     """
     parent, out = Path(parent), Path(out)
     _refuse_overwriting(out, replace, parent)
@@ -94,13 +100,13 @@ def export_child(
     written = _padded(config) if pad_experts else config
     plain = is_plain(written)
     scales = description.kv_scales if kv_scales is None else np.stack([kv_scales.k, kv_scales.v]).astype(np.float32)
-    delta = {path: np.asarray(leaf) for path, leaf in _leaves(dense_delta) if leaf is not None}
+    delta = delta_leaves(description.config, dense_delta)
     record = {
         **provenance,
         "puzzle_jax": puzzle_jax.__version__,
         "kept_experts": [[int(expert) for expert in layer] for layer in kept],
         "windows": [block.window for block in config.blocks],
-        "trained": sorted({_dotted(path) for path in delta}),
+        "trained": sorted(map(dotted, delta)),
     }
     if scales is not None:
         record["kv_scales"] = dict(zip("kv", scales.tolist(), strict=True))
@@ -121,7 +127,7 @@ def export_child(
     sources = {stored.file for stored in description.tensors.values()}
     identity = [
         [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(sources)],
-        {_dotted(path): hashlib.sha256(leaf.tobytes()).hexdigest() for path, leaf in delta.items()},
+        {dotted(path): _digest(path, leaf, kept) for path, leaf in delta.items()},
         None if scales is None else scales.tolist(),
     ]
     tensors = _child_plan(description, written, kept, delta) + planned_kv_scales(scales)
@@ -157,8 +163,12 @@ def save_checkpoint(
     """
     out = Path(out)
     _refuse_overwriting(out, replace)
-    source = _ParamsSource(params)
-    plan = [_planned(spec, lambda spec=spec: source.pieces(spec)) for spec in checkpoint_tensors(config, form)]
+    source = _Pieces()
+
+    def pieces(spec: TensorSpec) -> Iterator[np.ndarray]:
+        return source.of(spec, _at(params, parameter_path(spec)))
+
+    plan = [_planned(spec, partial(pieces, spec)) for spec in checkpoint_tensors(config, form)]
     scales = None if kv_scales is None else np.stack([kv_scales.k, kv_scales.v]).astype(np.float32)
     files = dict(extra_files or {}) | _config_files(config, config_base, form)
     plan += planned_kv_scales(scales)
@@ -194,109 +204,147 @@ def _padded(config: ModelConfig) -> ModelConfig:
 
 
 def _child_plan(
-    parent: Description, config: ModelConfig, kept: Sequence[Sequence[int]], delta: dict[ParamPath, np.ndarray]
+    parent: Description, config: ModelConfig, kept: Sequence[Sequence[int]], delta: Mapping[ParamPath, Any]
 ) -> list[PlannedTensor]:
     """The child's tensors, each read from the parent's file or from the trained values when its turn comes."""
-    table = checkpoint_tensors(config, parent.form)
-    strange = set(delta) - {spec.path for spec in table if not spec.by_expert}
-    if strange:
-        names = ", ".join(sorted(map(_dotted, strange)))
-        raise ConfigError(f"the trained values hold {names}, but only dense parameters can be exported on a child")
     plan = []
-    for spec in table:
-        stored = parent.tensors[spec.name]
-        if spec.path in delta:
-            plan.append(_planned(spec, lambda spec=spec: [_to_stored(spec, delta[spec.path])]))
-        elif spec.by_expert and spec.layer is not None:
-            ids = tuple(kept[spec.layer])
-            plan.append(_planned(spec, lambda spec=spec, stored=stored, ids=ids: _expert_rows(spec, stored, ids)))
+    trained = _Pieces()
+    for spec in checkpoint_tensors(config, parent.form):
+        stored, path = parent.tensors[spec.name], parameter_path(spec)
+        ids = tuple(kept[spec.layer]) if spec.by_expert and spec.layer is not None else None
+        if path in delta:
+            pieces = partial(trained.of, spec, delta[path], ids)
+        elif ids is not None:
+            pieces = partial(_expert_rows, spec, stored, ids)
         elif stored.dtype == spec.dtype:
-            plan.append(_planned(spec, stored.chunks))
+            pieces = stored.chunks
         else:
-            plan.append(_planned(spec, lambda spec=spec, stored=stored: [_as_spec(spec, stored.read())]))
+            pieces = partial(_rounded, spec, stored)
+        plan.append(_planned(spec, pieces if ids is None else partial(_filled, spec, pieces, len(ids))))
     return plan
 
 
+def _digest(path: ParamPath, leaf: Any, kept: Sequence[Sequence[int]]) -> str:
+    """Hash of a trained array, of the kept rows alone where it is a stack of matrices.
+
+    Raises `ConfigError` where it holds what is no finite number.
+    """
+    digest = hashlib.sha256()
+    rows = kept[int(path[1])] if path[-1] in EXPERT_MATRICES else None
+    for piece in [np.asarray(leaf)] if rows is None else (_row(leaf, expert) for expert in rows):
+        if not np.isfinite(piece).all():
+            raise ConfigError(f"the trained values of {dotted(path)} are not all finite numbers")
+        digest.update(f"{piece.dtype}".encode())
+        digest.update(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
 def _expert_rows(spec: TensorSpec, stored: StoredTensor, ids: Sequence[int]) -> Iterator[np.ndarray]:
-    """A tensor's rows of the kept experts, one after the other, then those of padding."""
+    """A tensor's rows of the kept experts, one after the other."""
     for expert in ids:
         row = stored.read((slice(expert, expert + 1),))
         if spec.path[-1] == "scales" and (row == NOT_A_NUMBER).any():
             raise CheckpointError(f"{stored.file}: {stored.name} holds the scale {NOT_A_NUMBER}, which is no number")
-        yield _as_spec(spec, row)
+        yield as_stored(spec, row)
+
+
+def _rounded(spec: TensorSpec, stored: StoredTensor) -> Iterator[np.ndarray]:
+    yield as_stored(spec, stored.read())
+
+
+def _filled(spec: TensorSpec, pieces: Callable[[], Iterable[np.ndarray]], rows: int) -> Iterator[np.ndarray]:
+    """Pieces that hold so many rows, then those of experts that are never chosen, up to the tensor's shape."""
+    yield from pieces()
     fill = NEVER if spec.path[-1] == "router_bias" else 0
-    for _ in range(spec.shape[0] - len(ids)):
-        yield _as_spec(spec, np.full((1, *spec.shape[1:]), fill, np.uint8 if spec.dtype == "U8" else np.float32))
+    for _ in range(spec.shape[0] - rows):
+        yield as_stored(spec, np.full((1, *spec.shape[1:]), fill, np.uint8 if spec.dtype == "U8" else np.float32))
 
 
 def _planned(spec: TensorSpec, pieces: Callable[[], Iterable[np.ndarray]]) -> PlannedTensor:
     return PlannedTensor(spec.name, spec.dtype, spec.shape, pieces, with_previous=spec.path[-1] == "scales")
 
 
-def _as_spec(spec: TensorSpec, array: np.ndarray) -> np.ndarray:
+def as_stored(spec: TensorSpec, array: np.ndarray) -> np.ndarray:
     """An array in the table's type: bytes and BF16 as they are, wider floats rounded to BF16."""
     return array if spec.dtype == "U8" else array.astype(ml_dtypes.bfloat16, copy=False)
 
 
-def _to_stored(spec: TensorSpec, leaf: Any) -> np.ndarray:
-    """A parameter in the orientation and type of its tensor."""
-    array = np.asarray(leaf)
-    stored = _as_spec(spec, array.T if spec.transposed else array)
-    if stored.shape != spec.shape:
-        raise ConfigError(f"{spec.name} would have shape {list(stored.shape)}, but the model needs {list(spec.shape)}")
-    return stored
+def parameter_path(spec: TensorSpec) -> ParamPath:
+    """The parameter that a tensor is, or is a half of."""
+    return spec.path[:-1] if spec.path[-1] in ("blocks", "scales") else spec.path
 
 
-class _ParamsSource:
-    """Tensors of a parameter tree, an expert at a time; keeps the scales of the matrix encoded last, which follow."""
+class _Pieces:
+    """Parameters as pieces of their tensors; keeps the scales of the matrix packed last, which follow its blocks."""
 
-    def __init__(self, params: Params) -> None:
-        self.params = params
+    def __init__(self) -> None:
         self.scales: dict[ParamPath, list[np.ndarray]] = {}
 
-    def pieces(self, spec: TensorSpec) -> Iterator[np.ndarray]:
-        half = spec.path[-1] if spec.path[-1] in ("blocks", "scales") else None
-        path = spec.path if half is None else spec.path[:-1]
+    def of(self, spec: TensorSpec, leaf: Any, experts: Sequence[int] | None = None) -> Iterator[np.ndarray]:
+        """A tensor's pieces: matrices of experts one by one; of `experts` alone, in that order, where given."""
+        path = parameter_path(spec)
+        half = spec.path[-1] if path != spec.path else None
         if half == "scales" and path in self.scales:
             yield from self.scales.pop(path)
             return
-        node: Any = self.params
-        for key in path:
-            node = node[key]
-        node = node() if callable(node) else node
-        if isinstance(node, MXFP4):
-            for expert in range(node.shape[0]):
-                codes, scales = (np.asarray(leaf[expert : expert + 1]) for leaf in (node.codes, node.scales))
+        if path[-1] not in EXPERT_MATRICES:
+            yield from _dense_pieces(spec, leaf, experts)
+            return
+        if half is None and experts is None:
+            _check_shape(spec, leaf.shape)
+        if half == "blocks":
+            self.scales[path] = []
+        for expert in range(leaf.shape[0]) if experts is None else experts:
+            if isinstance(leaf, MXFP4):
+                codes, scales = _row(leaf.codes, expert), _row(leaf.scales, expert)
                 blocks = codes.reshape(*scales.shape, -1)
                 if half is None:
                     yield mxfp4.decode(blocks, scales, ml_dtypes.bfloat16)
-                else:
-                    yield blocks if half == "blocks" else scales
-        elif half is None:
-            yield _to_stored(spec, node)
-        else:
-            self.scales[path] = []
-            for expert in range(node.shape[0]):
+                    continue
+            elif half is None:
+                yield as_stored(spec, _row(leaf, expert))
+                continue
+            else:
                 try:
-                    blocks, scales = mxfp4.encode(np.asarray(node[expert : expert + 1]))
+                    blocks, scales = mxfp4.encode(_row(leaf, expert))
                 except PuzzleError as error:
                     raise PuzzleError(f"{spec.name.removesuffix('_blocks')}, expert {expert}: {error}") from None
+            if half == "blocks":
                 self.scales[path].append(scales)
-                yield blocks
+            yield blocks if half == "blocks" else scales
 
 
-def _leaves(tree: Any, path: ParamPath = ()) -> Iterator[tuple[ParamPath, Any]]:
-    if isinstance(tree, Mapping):
-        for name, node in tree.items():
-            yield from _leaves(node, (*path, name))
-    elif isinstance(tree, (list, tuple)):
-        for index, node in enumerate(tree):
-            yield from _leaves(node, (*path, index))
-    else:
-        yield path, tree
+def _dense_pieces(spec: TensorSpec, leaf: Any, experts: Sequence[int] | None) -> Iterator[np.ndarray]:
+    """A parameter in the orientation and type of its tensor, so many rows at a time."""
+    array = np.asarray(leaf)
+    array = array.T if spec.transposed else array
+    array = array if experts is None else array[list(experts)]
+    if experts is None:
+        _check_shape(spec, array.shape)
+    rows = max(1, CHUNK_BYTES * spec.shape[0] // spec.nbytes)
+    for start in range(0, len(array), rows):
+        yield as_stored(spec, array[start : start + rows])
 
 
-def _dotted(path: ParamPath) -> str:
+def _check_shape(spec: TensorSpec, shape: Sequence[int]) -> None:
+    if tuple(shape) != spec.shape:
+        raise ConfigError(f"{spec.name} would have shape {list(shape)}, but the model needs {list(spec.shape)}")
+
+
+def _row(leaf: Any, expert: int) -> np.ndarray:
+    """One expert of a stack, which may lie on devices."""
+    return np.asarray(leaf[expert : expert + 1])
+
+
+def _at(tree: Any, path: ParamPath) -> Any:
+    """A leaf of a parameter tree, made where it is a function that makes it."""
+    for key in path:
+        tree = tree[key]
+    return tree() if callable(tree) else tree
+
+
+def dotted(path: ParamPath) -> str:
+    """A place in the parameter tree as records name it, such as `layers.3.moe.down`."""
     return ".".join(map(str, path))
 
 

@@ -28,6 +28,11 @@ The two Python files beside the weights are that code; read them before you trus
 _SCALES = """It carries scales for an FP8 key-value cache (`self_attn.k_scale`, `self_attn.v_scale`); runtimes
 use them with an FP8 cache only, in vLLM with `--kv-cache-dtype fp8`."""
 
+_BYTES = {
+    False: "Kept experts keep their bytes",
+    True: "Kept experts keep their bytes, but for those that were trained and packed again",
+}
+
 
 def model_card(
     child: ModelConfig,
@@ -59,7 +64,7 @@ def model_card(
         f"Cut by puzzle_jax {record['puzzle_jax']} after Puzzle for mixture-of-experts models (arXiv 2602.11937).",
         _sizes(parent, child, form),
         "## What was cut",
-        "Kept experts keep their bytes; `provenance.json` lists their ids.",
+        f"{_BYTES[_trained_experts(record)]}; `provenance.json` lists their ids.",
         _layers(parent, child, kept),
     ]
     if record.get("trained"):
@@ -75,6 +80,10 @@ def model_card(
     if kv_scales:
         parts.append(_SCALES)
     return ("\n\n".join(parts) + "\n").encode()
+
+
+def _trained_experts(record: Mapping[str, Any]) -> bool:
+    return any(name.split(".")[-1].startswith(("gate_up", "down")) for name in record.get("trained", ()))
 
 
 def _sizes(parent: ModelConfig, child: ModelConfig, form: Form) -> str:

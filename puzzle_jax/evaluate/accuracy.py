@@ -23,19 +23,21 @@ from puzzle_jax.model.spec import Params
 from puzzle_jax.tasks import Chat, FiniteTask, Problem, Task, check_effort, get_task, problems
 
 SPLIT_STRIDE, SEED_STRIDE = 10_000_000, 100_000
-SPLITS = ("calibration", "validation", "heldout", "accuracy", "evaluation", "confirmation")
-SEARCH_SPLITS = tuple(split for split in SPLITS if split != "evaluation")
-"""A search's own splits, which share nothing; "evaluation" is for judging a model by itself."""
+SPLITS = ("calibration", "validation", "heldout", "accuracy", "evaluation", "confirmation", "training")
+DEALT_SPLITS = tuple(split for split in SPLITS if split != "evaluation")
+"""The splits of a search and of training, which share nothing; "evaluation" is for judging a model by itself."""
 
 
 @dataclass(frozen=True)
 class QuestionSet:
     """Which problems are asked, at which efforts.
 
-    Of an endless family, splits and seeds share no problem's seed. The rows of a finite task are dealt to the search's
-    five splits by a hash of the prompt, about a fifth to each, so that those never share a row nor a prompt, whatever
-    the seeds; "evaluation" draws on all rows, also on those that a search has seen. Where there are fewer than asked
-    for, all there are come.
+    Of an endless family, splits and seeds share no problem's seed; of an embedded family, "training" draws on the side
+    of `is_held_out` that pretraining saw and the other splits on the other, so that it shares no prompt with them. The
+    rows of a finite task are dealt to `DEALT_SPLITS` by a hash of the prompt, about a sixth to each, so that those
+    never share a row nor a prompt, whatever the seeds; "evaluation" draws on all rows, also on those that a search or
+    training has seen, so that a model that was trained on a file's prompts is judged on those of another file. Where
+    there are fewer than asked for, all there are come.
 
     Attributes:
       tasks: names as of `get_task`.
@@ -73,18 +75,19 @@ class QuestionSet:
         if isinstance(task, FiniteTask):
             return self._rows(task)
         first = SPLITS.index(self.split) * SPLIT_STRIDE + self.seed * SEED_STRIDE
-        return list(itertools.islice(problems(task, first_seed=first), self.per_task))
+        drawn = problems(task, first_seed=first, held_out=self.split != "training")
+        return list(itertools.islice(drawn, self.per_task))
 
     def _rows(self, task: FiniteTask) -> list[Problem]:
         """The split's rows that the seed puts first, in the order of the file."""
         rows = list(problems(task))
         if self.split != "evaluation":
-            dealt = SEARCH_SPLITS.index(self.split)
-            rows = [row for row in rows if zlib.crc32(row.prompt.encode()) % len(SEARCH_SPLITS) == dealt]
+            dealt = DEALT_SPLITS.index(self.split)
+            rows = [row for row in rows if zlib.crc32(row.prompt.encode()) % len(DEALT_SPLITS) == dealt]
         if not rows:
             raise ConfigError(
                 f"split {self.split!r} gets none of the {task.size} problems of {task.name}, "
-                "which are dealt to five splits; give it more problems"
+                "which are dealt to six splits; give it more problems"
             )
         random.Random(f"rows:{self.seed}").shuffle(rows)
         return sorted(rows[: self.per_task], key=lambda row: row.seed)

@@ -1,12 +1,14 @@
 """A child: a choice of experts and a window per layer of a parent, as a view on the parent's own parameters.
 
 Nothing is copied to try a child: removed experts are masked out of the router, windows are passed as data, and the
-expert weights stay the parent's. `cut_params` makes the smaller tensors, for export and for measuring speed; cutting
-and viewing compute the same function.
+expert weights stay the parent's. What was trained is a delta: a tree like the parent's parameters, in the parent's
+shapes, in which None stands for "as in the parent". `cut_params` makes the smaller tensors, for export and for
+measuring speed; cutting and viewing compute the same function.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -17,7 +19,7 @@ from jaxtyping import Array, Bool, Int
 from puzzle_jax.config import BlockConfig, ModelConfig, RopeConfig
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.kernels.mxfp4 import MXFP4
-from puzzle_jax.model.spec import EXPERT_MATRICES, Params
+from puzzle_jax.model.spec import EXPERT_MATRICES, Params, ParamSpec, param_specs
 
 NO_WINDOW = 2**30  # full attention, where windows are data
 
@@ -57,11 +59,13 @@ class Child:
     Attributes:
       parent: the parent's configuration.
       blocks: one per layer; every layer keeps at least `experts_per_token` of the parent's experts.
-      dense_delta: trained values in place of the parent's, a tree like the parameters in which None stands for
-        "as in the parent"; experts and routers have no delta.
+      dense_delta: trained values in place of the parent's, dense arrays in a tree like the parameters; None, or a name
+        that a dictionary leaves out, stands for "as in the parent". Routers and experts have the parent's shapes: all
+        of its experts, of which cutting takes the kept ones.
       rope: the child's own rotary settings, where they differ.
 
-    Raises `ConfigError` for ids that the parent does not have and for layers that keep too few.
+    Raises `ConfigError` for ids that the parent does not have, for layers that keep too few, and for a delta that does
+    not fit the parent.
     """
 
     parent: ModelConfig
@@ -76,6 +80,7 @@ class Child:
             if block.kept and not 0 <= block.kept[0] <= block.kept[-1] < of_parent.num_experts:
                 raise ConfigError(f"layer {index} keeps experts {block.kept} of {of_parent.num_experts}")
         _ = self.config  # checks the expert counts
+        delta_leaves(self.parent, self.dense_delta)
 
     @property
     def config(self) -> ModelConfig:
@@ -108,18 +113,69 @@ def whole(parent: ModelConfig) -> Child:
     return Child(parent, tuple(ChildBlock(tuple(range(b.num_experts)), b.window) for b in parent.blocks))
 
 
+def delta_leaves(parent: ModelConfig, delta: Params | None) -> dict[tuple[str | int, ...], Any]:
+    """The trained arrays of a delta by their places in the tree, in the order of `model.spec`.
+
+    Raises `ConfigError`, naming the parameter and both shapes, where structure or shapes are not the parent's.
+    """
+    return dict(_fitting(param_specs(parent), delta, ()))
+
+
+def _fitting(spec: Any, node: Any, path: tuple[str | int, ...]) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+    where = ".".join(map(str, path)) or "the whole tree"
+    if node is None:
+        return
+    if isinstance(spec, ParamSpec):
+        if isinstance(node, (Mapping, list, tuple)):
+            raise ConfigError(f"the trained values hold a {type(node).__name__} for {where}, which is one array")
+        if isinstance(node, MXFP4):
+            raise ConfigError(
+                f"the trained values hold {where} packed, but must hold it dense, or None for the parent's"
+            )
+        if np.shape(node) != spec.shape:
+            found, wanted = list(np.shape(node)), list(spec.shape)
+            raise ConfigError(f"the trained values hold {where} of shape {found}, but the parent has shape {wanted}")
+        yield path, node
+    elif isinstance(spec, list):
+        if not isinstance(node, (list, tuple)) or len(node) != len(spec):
+            found = f"{len(node)}" if isinstance(node, (list, tuple)) else f"a {type(node).__name__}"
+            raise ConfigError(f"the trained values hold {found} for {where}, but the parent has {len(spec)} of them")
+        for index, (inner, child) in enumerate(zip(spec, node, strict=True)):
+            yield from _fitting(inner, child, (*path, index))
+    else:
+        if not isinstance(node, Mapping):
+            raise ConfigError(f"the trained values hold a {type(node).__name__} for {where}, but must hold names")
+        _refuse_unknown(spec, node, path)
+        for name, inner in spec.items():
+            yield from _fitting(inner, node.get(name), (*path, name))
+
+
+def _refuse_unknown(known: Mapping[str, Any], node: Mapping[str, Any], path: tuple[str | int, ...] = ()) -> None:
+    for name in node:
+        if name not in known:
+            where = ".".join(map(str, (*path, name)))
+            raise ConfigError(f"the trained values hold {where}, which the parent does not have")
+
+
 def with_delta(params: Params, dense_delta: Params | None) -> Params:
-    """The parent's parameters with the trained values of `dense_delta` in their place."""
+    """The parent's parameters with the trained values of `dense_delta` in their place, experts and routers included.
+
+    Trained experts are dense where the parent's may be packed; every function of a model takes either.
+    Raises `ConfigError` for names and numbers of layers that the parameters do not have.
+    """
     return params if dense_delta is None else _merged(params, dense_delta)
 
 
 def _merged(old: Any, new: Any) -> Any:
     if new is None:
         return old
-    if isinstance(new, dict):
+    if isinstance(old, Mapping):
+        _refuse_unknown(old, new)
         return {name: _merged(value, new.get(name)) for name, value in old.items()}
-    if isinstance(new, list):
-        return [_merged(o, n) for o, n in zip(old, new, strict=True)]
+    if isinstance(old, (list, tuple)):
+        if len(new) != len(old):
+            raise ConfigError(f"the trained values hold a list of {len(new)}, but the parent has {len(old)} there")
+        return type(old)([_merged(o, n) for o, n in zip(old, new, strict=True)])
     return new
 
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh
 from jaxtyping import Array, Bool, Float, Int
 
 from puzzle_jax.config import ModelConfig
@@ -45,6 +46,12 @@ class LayerAux(NamedTuple):
 
     router_logits: Float[Array, "batch seq experts"]
     routing: Routing  # ids and gates, [batch * seq, k]
+
+
+def traced_mesh() -> AbstractMesh | None:
+    """The mesh of `model.sharding.on_mesh`, where that is in force."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty else mesh
 
 
 def rms_norm(x: Float[Array, "... hidden"], weight: Float[Array, "hidden"], eps: float) -> Float[Array, "... hidden"]:
@@ -89,14 +96,15 @@ def attention_block(
 ) -> tuple[Float[Array, "batch seq hidden"], QKV]:
     """x + attention(rms_norm(x)), and the keys and values that a cache keeps.
 
-    With `cache`, keys and values are read as that format gives them back for layer number `layer`.
+    With `cache`, keys and values are read as that format gives them back for layer number `layer`. Where this is traced
+    on a mesh that cuts positions, devices trade them for heads.
     """
     qkv = project_qkv(attention, config, x, table)
     if cache is not None:
         k, v = cache.round_trip(layer, qkv.k, qkv.v)
         qkv = qkv._replace(k=k, v=v)
     with jax.named_scope("attention"):
-        out = window_attention(*qkv, attention["sinks"], window=window, segment_ids=segment_ids)
+        out = window_attention(*qkv, attention["sinks"], window=window, segment_ids=segment_ids, mesh=traced_mesh())
     return x + attention_output(attention, out), qkv
 
 
@@ -139,17 +147,15 @@ def moe_block(
     y = rms_norm(x, moe["norm"], config.rms_norm_eps)
     aux = route_tokens(moe, config, y, expert_mask=expert_mask, replay=replay)
     with jax.named_scope("experts"):
-        flat = y.reshape(-1, y.shape[-1])
-        mesh = jax.sharding.get_abstract_mesh()
         out = expert_mlp(
-            flat,
+            y,
             aux.routing,
             layer_experts(moe),
             limit=config.swiglu_limit,
             implementation=implementation,
-            mesh=None if mesh.empty else mesh,
+            mesh=traced_mesh(),
         )
-    return x + out.reshape(x.shape), aux
+    return x + out, aux
 
 
 def head_logits(params: Params, config: ModelConfig, x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:

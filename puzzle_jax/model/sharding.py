@@ -1,15 +1,23 @@
 """Where parameters live on a mesh: one table from logical axes to mesh axes.
 
-Mesh axes are "data" (batch) and "model" (heads, experts, vocabulary). A dimension that its mesh axis does not divide
-is replicated, so that every model runs on every mesh. Meshes use Auto axes: XLA inserts the collectives, but for the
-mixture of experts, which exchanges tokens by itself where a program is traced `on_mesh`; see
-`kernels.expert_mlp.parallel`.
+Search and generation use a mesh of "data" (batch) and "model" (heads, experts, vocabulary), training one that has
+"sequence" (positions of a row) between them. A dimension that its mesh axis does not divide is replicated, so that
+every model runs on every mesh. Meshes use Auto axes: XLA inserts the collectives, but for attention over cut positions
+and the mixture of experts, which exchange heads and tokens by themselves where a program is traced `on_mesh`; see
+`kernels.window_attention.parallel` and `kernels.expert_mlp.parallel`.
+
+What a step reads once, master weights and optimiser state, is cut over all devices (FSDP, arXiv 2304.11277) and
+gathered by XLA where it is used: see `fully_sharded`.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -45,6 +53,31 @@ def make_mesh(data: int, model: int, devices: Sequence[Any] | None = None) -> Me
     return Mesh(grid, ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
+TRAINING_AXES = ("data", "sequence", "model")
+
+
+def make_training_mesh(data: int, sequence: int, model: int, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of `data` x `sequence` x `model` devices, by default of all processes'.
+
+    Devices next to each other, in one host, share a model axis, whose collectives are the most frequent.
+
+    Raises ConfigError when there are fewer devices, and when a process would be left with none.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = (data, sequence, model)
+    needed, shape = math.prod(sizes), " x ".join(map(str, sizes))
+    if min(sizes) < 1 or needed > len(devices):
+        raise ConfigError(f"a mesh of {shape} needs {needed} devices, but {len(devices)} are present")
+    idle = {device.process_index for device in devices} - {device.process_index for device in devices[:needed]}
+    if idle:
+        raise ConfigError(
+            f"a mesh of {shape} takes {needed} of {len(devices)} devices, but must take some of every process: "
+            f"process {min(idle)} would have none"
+        )
+    grid = np.asarray(devices[:needed]).reshape(sizes)
+    return Mesh(grid, TRAINING_AXES, axis_types=(AxisType.Auto,) * len(TRAINING_AXES))
+
+
 def partition(spec: ParamSpec, config: ModelConfig, mesh: Mesh) -> PartitionSpec:
     """The mesh axis of every dimension of one parameter.
 
@@ -72,11 +105,76 @@ def shard_params(params: Params, config: ModelConfig, mesh: Mesh) -> Params:
     return jax.tree.map(place, param_specs(config), params, is_leaf=is_spec)
 
 
+def stacked_sharding(params: Params, config: ModelConfig, mesh: Mesh) -> Params:
+    """Where computation wants the parameters of stacked layers: the rules behind a first axis that is not cut.
+
+    Args:
+      params: {"embedding", "runs": [[{"attention", "moe"} per position] per run], "final_norm", "head"} of arrays or
+        their shapes, every leaf under "runs" with a first axis for the layers that it stacks. Experts may be packed,
+        and entries None or missing.
+
+    Returns a tree of NamedSharding, one for each array of `params` and one for both of a packed matrix, as
+    `jax.device_put` and the shardings of `jax.jit` take them.
+    """
+    specs = param_specs(config)
+
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        first, *rest = (step.key for step in path if isinstance(step, jax.tree_util.DictKey))
+        if first != "runs":
+            return NamedSharding(mesh, partition(specs[first], config, mesh))
+        block, name = rest
+        stack = leaf.codes if isinstance(leaf, MXFP4) else leaf
+        spec = replace(specs["layers"][0][block][name], shape=stack.shape[1:])
+        axes = partition(spec, config, mesh)
+        if isinstance(leaf, MXFP4):  # stored as [repeats, experts, outputs, ...]
+            axes = axes[:1]
+        return NamedSharding(mesh, PartitionSpec(None, *axes))
+
+    return jax.tree_util.tree_map_with_path(place, params, is_leaf=lambda node: isinstance(node, MXFP4))
+
+
+def fully_sharded(tree: Any, mesh: Mesh) -> Any:
+    """Cuts every array over as many devices as divide it: a tree of NamedSharding in the structure of `tree`.
+
+    A dimension that all devices divide is cut by all axes, the largest if there are several; else axes are dealt to
+    dimensions so that they cut most. Axes that divide nothing, and scalars, are replicated. "model" comes first within
+    a dimension: where computation wants it cut by that axis alone, gathering the others is one collective.
+
+    Args:
+      tree: of arrays or their shapes (`jax.ShapeDtypeStruct`).
+    """
+    sizes = tuple((axis, mesh.shape[axis]) for axis in reversed(mesh.axis_names) if mesh.shape[axis] > 1)
+    return jax.tree.map(lambda leaf: NamedSharding(mesh, _most_cut(tuple(leaf.shape), sizes)), tree)
+
+
+@lru_cache(maxsize=1024)
+def _most_cut(shape: tuple[int, ...], sizes: tuple[tuple[str, int], ...]) -> PartitionSpec:
+    """The dimension for each mesh axis, or none, by which devices hold least; of equals, the fewest and largest."""
+    best, chosen = (1, 0, 0), PartitionSpec(*[None] * len(shape))
+    for deal in itertools.product((*range(len(shape)), None), repeat=len(sizes)):
+        groups = [[axis for axis, at in zip(sizes, deal, strict=True) if at == place] for place in range(len(shape))]
+        parts = [math.prod(size for _, size in group) for group in groups]
+        if any(size % count for size, count in zip(shape, parts, strict=True)):
+            continue
+        cut = [size for size, count in zip(shape, parts, strict=True) if count > 1]
+        rank = (math.prod(parts), -len(cut), sum(cut))
+        if rank > best:
+            best, chosen = rank, PartitionSpec(*(tuple(name for name, _ in group) or None for group in groups))
+    return chosen
+
+
 def on_mesh(mesh: Mesh | None) -> AbstractContextManager[Any]:
-    """Within, programs spread the mixture's experts over the mesh; without a mesh, nothing is different."""
+    """Within, programs spread the mixture's experts, and attention over cut positions its heads, over the mesh; without
+    a mesh, nothing is different.
+    """
     return nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows of a batch over the data axis."""
     return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def rows_sharding(mesh: Mesh) -> NamedSharding:
+    """Of [rows, positions] on a training mesh: rows over the data axis, positions over the sequence axis."""
+    return NamedSharding(mesh, PartitionSpec("data", "sequence"))

@@ -40,6 +40,7 @@ from puzzle_jax.model.child import Child, ChildBlock, whole
 from puzzle_jax.progress import progress
 from puzzle_jax.report.page import SearchPage, stage_records
 from puzzle_jax.report.table import SearchReport
+from puzzle_jax.runs import open_run
 from puzzle_jax.search.assist import open_parent
 from puzzle_jax.search.baselines import all_baselines
 from puzzle_jax.search.compare import Judge
@@ -69,7 +70,7 @@ from puzzle_jax.search.space import (
     distinct_choices,
     restrict,
 )
-from puzzle_jax.search.stages import Stage, open_run, run_stage
+from puzzle_jax.search.stages import Stage, run_stage
 from puzzle_jax.search.xla_costs import Xla
 
 STAGES = ("cost", "trace", "rank", "recost", "score", "solve", "refine", "assemble", "evaluate", "report")

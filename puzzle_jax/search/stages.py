@@ -15,23 +15,21 @@ Left out: several hosts (`search.processes` lets one of them run the stages), an
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from puzzle_jax.errors import PuzzleError
-from puzzle_jax.files import PARTIAL, read_object, write_beside
+from puzzle_jax.files import PARTIAL, read_object
+from puzzle_jax.runs import RUN_FILE, canonical, difference, locked, version, write_json
 
-RUN_FILE, STAGE_FILE = "run.json", "stage.json"
+STAGE_FILE = "stage.json"
 _REPLACED = ".replaced-"
 # Files above this size are known by size, time of change, and their first and last megabyte.
 _WHOLE_HASH_BYTES = 64 << 20
@@ -56,41 +54,6 @@ class Stage:
     seconds: float
     skipped: bool
     reason: str
-
-
-def open_run(run_dir: Path, identity: Mapping[str, Any]) -> Path:
-    """Makes a run directory, or enters one that belongs to the same run.
-
-    Args:
-      run_dir: the directory; created with its parents.
-      identity: JSON values that make the run what it is, such as the parent's path and fingerprint.
-
-    Raises `PuzzleError`, before anything is written, if the directory holds something else.
-    """
-    run_dir, identity = Path(run_dir), json.loads(_canonical(identity))
-    if run_dir.exists() and not run_dir.is_dir():
-        raise PuzzleError(f"{run_dir} is a file, but must be a directory for the run")
-    marker = run_dir / RUN_FILE
-    if marker.exists():
-        held = read_object(marker).get("identity")
-        if held != identity:
-            raise PuzzleError(
-                f"{run_dir} holds another run ({_difference(held, identity)}); "
-                "name another directory, or remove this one if it is no longer needed"
-            )
-        return run_dir
-    if run_dir.exists():
-        ours = f".{RUN_FILE}{PARTIAL}"  # left by a process that was killed here
-        names = sorted(entry.name for entry in run_dir.iterdir() if not entry.name.startswith(ours))
-        if names:
-            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-            raise PuzzleError(f"{run_dir} holds files that are no run's ({shown}); name an empty or new directory")
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        _write_json(marker, {"identity": identity, "puzzle_jax": _version("puzzle_jax")})
-    except OSError as error:
-        raise PuzzleError(f"{run_dir} cannot be written: {error.strerror}") from error
-    return run_dir
 
 
 def run_stage(
@@ -120,15 +83,15 @@ def run_stage(
     if not (run_dir / RUN_FILE).is_file():
         raise PuzzleError(f"{run_dir} is no run directory: it holds no {RUN_FILE}")
     final = run_dir / (directory or name)
-    with _locked(run_dir):
+    with locked(run_dir):
         _clear_leftovers(final)
         wanted = {
             "name": name,
-            "settings": json.loads(_canonical(settings)),
+            "settings": json.loads(canonical(settings)),
             "inputs": {_shown(path, run_dir): _digest(path, name) for path in map(Path, inputs)},
-            "puzzle_jax": _version("puzzle_jax"),
+            "puzzle_jax": version("puzzle_jax"),
         }
-        key = hashlib.sha256(_canonical(wanted).encode()).hexdigest()
+        key = hashlib.sha256(canonical(wanted).encode()).hexdigest()
         record = _record(final)
         reason = _reason_to_run(final, record, wanted, key)
         if not reason:
@@ -142,9 +105,9 @@ def run_stage(
             produce(partial)
             seconds = time.perf_counter() - start
             outputs = {path: _file_digest(partial / path) for path in _files(partial)}
-            _write_json(
+            write_json(
                 partial / STAGE_FILE,
-                {"key": key, **wanted, "jax": _version("jax"), "seconds": seconds, "outputs": outputs},
+                {"key": key, **wanted, "jax": version("jax"), "seconds": seconds, "outputs": outputs},
             )
             _publish(partial, final)
         except BaseException:
@@ -190,7 +153,7 @@ def _reason_to_run(final: Path, record: dict[str, Any] | None, wanted: dict[str,
         return f"{missing[0]} is gone"
     if record["key"] == key:
         return ""
-    changed = _difference({k: record.get(k) for k in wanted}, wanted)
+    changed = difference({k: record.get(k) for k in wanted}, wanted)
     return f"changed: {changed}"
 
 
@@ -244,45 +207,3 @@ def _shown(path: Path, run_dir: Path) -> str:
     moved."""
     path, run_dir = path.resolve(), run_dir.resolve()
     return path.relative_to(run_dir).as_posix() if path.is_relative_to(run_dir) else str(path)
-
-
-@contextlib.contextmanager
-def _locked(run_dir: Path) -> Iterator[None]:
-    """Holds the run directory; the system frees it when the process ends, however it ends."""
-    with open(run_dir / RUN_FILE) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise PuzzleError(f"another process works in {run_dir}; wait for it or stop it") from error
-        yield
-
-
-def _difference(old: Any, new: Any, path: str = "") -> str:
-    """The first few places in which two JSON values differ."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
-        parts = [_difference(old.get(key), new.get(key), f"{path}.{key}".lstrip(".")) for key in keys[:3]]
-        return "; ".join(parts) + ("; ..." if len(keys) > 3 else "")
-    if path.startswith("inputs."):
-        return path.removeprefix("inputs.")
-    return f"{path} {_brief(old)} -> {_brief(new)}"
-
-
-def _brief(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _canonical(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, allow_nan=False)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    write_beside(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package.replace("_", "-"))
-    except metadata.PackageNotFoundError:
-        return "unknown"

@@ -1,100 +1,57 @@
-"""Command line of training: `python -m puzzle_jax.train pretrain --recipe FILE --out DIR`."""
+"""Command line of training: `python -m puzzle_jax.train VERB ...`.
+
+traces          the parent answers problems to learn from
+distill         a child learns from its parent on such answers
+distill-blocks  every layer of a child learns alone, a cheap start for distill
+pretrain        a small parent from nothing
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
-import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
-from puzzle_jax.errors import PuzzleError
-from puzzle_jax.tasks import EFFORTS
-from puzzle_jax.train.pretrain import pretrain
-from puzzle_jax.train.recipe import PretrainRecipe, load_recipe
+from puzzle_jax.cli import enable_compilation_cache, guarded
 
-_LINE_SECONDS = 30.0
+PROGRAM = "python -m puzzle_jax.train"
+RECIPE_VERBS = {"distill": False, "distill-blocks": True}
+"""Verbs whose options are a recipe's fields, and whether blocks are trained alone."""
+
+VERBS = {
+    "traces": "the parent answers problems to learn from",
+    "pretrain": "train a small parent on the embedded tasks",
+}
+"""Verbs with options of their own, in a module `VERB_command`."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a verb; returns the exit code (2 for what the user can mend)."""
-    parser = argparse.ArgumentParser(prog="puzzle_jax.train", description=__doc__)
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    verb = verbs.add_parser("pretrain", help="train a small parent on the embedded tasks")
-    verb.add_argument("--recipe", type=Path, required=True, help="YAML file with every setting and the seed")
-    verb.add_argument("--out", type=Path, required=True, help="checkpoint directory to make")
-    options = parser.parse_args(arguments)
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     console = Console(stderr=True)
-    try:
-        recipe = load_recipe(options.recipe)
-        console.print(_table(_run(recipe, options.out, console)))
-    except PuzzleError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    console.print(f"checkpoint: {options.out}")
-    return 0
-
-
-def _run(recipe: PretrainRecipe, out: Path, console: Console) -> dict[str, Any]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("pretrain", total=recipe.steps, loss=float("nan"))
-        line = _plain_lines(console, recipe.steps)
-
-        def on_step(step: int, loss: float) -> None:
-            progress.update(bar, completed=step, loss=loss)
-            if not console.is_terminal:
-                line(step, loss)
-
-        return pretrain(recipe, out, on_step=on_step, on_stage=console.print)
-
-
-def _plain_lines(console: Console, steps: int) -> Callable[[int, float], None]:
-    """Prints a line now and then, for output that is no terminal."""
-    began = last = time.monotonic()
-    first: int | None = None
-    losses: list[float] = []
-
-    def line(step: int, loss: float) -> None:
-        nonlocal last, first
-        first = step - 1 if first is None else first
-        losses.append(loss)
-        now = time.monotonic()
-        if now - last < _LINE_SECONDS and step < steps:
-            return
-        left = (now - began) / (step - first) * (steps - step)
-        mean = sum(losses) / len(losses)
-        console.print(f"step {step}/{steps}  loss {mean:.3f}  {left / 60:.1f} minutes left", highlight=False)
-        losses.clear()
-        last = now
-
-    return line
-
-
-def _table(report: dict[str, Any]) -> Table:
-    table = Table("task", *(f"{effort}: greedy / sampled (tokens)" for effort in EFFORTS))
-    for task in report["sampled"][EFFORTS[0]]:
-        cells = []
-        for effort in EFFORTS:
-            greedy, sampled = report["greedy"][effort][task], report["sampled"][effort][task]
-            cells.append(f"{greedy['accuracy']:.2f} / {sampled['accuracy']:.2f} ({sampled['tokens']:.0f})")
-        table.add_row(task, *cells)
-    for label in report.get("recall_by_distance", {}).get(EFFORTS[0], {}):
-        accuracies = (report["recall_by_distance"][effort][label]["accuracy"] for effort in EFFORTS)
-        table.add_row(f"recall {label}", *(f"{accuracy:.2f}" for accuracy in accuracies))
-    return table
+    verb = arguments[0] if arguments else None
+    prog = f"{PROGRAM} {verb}"
+    kept = "the same command goes on from the last checkpoint"
+    if verb in RECIPE_VERBS:
+        command = importlib.import_module("puzzle_jax.train.distill_command")
+        enable_compilation_cache()
+        return guarded(
+            prog, lambda: command.run(arguments[1:], prog, console, blocks=RECIPE_VERBS[verb]), interrupted=kept
+        )
+    parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    for name, what in VERBS.items():
+        importlib.import_module(f"puzzle_jax.train.{name}_command").add_arguments(verbs.add_parser(name, help=what))
+    for name in RECIPE_VERBS:
+        verbs.add_parser(name, help=f"see {PROGRAM} {name} --help")
+    options = parser.parse_args(arguments)
+    command = importlib.import_module(f"puzzle_jax.train.{options.verb}_command")
+    enable_compilation_cache()
+    return guarded(prog, lambda: command.run(options, console), interrupted=kept)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ from jaxtyping import Float, Int
 
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.tasks import Chat, WorkedTask, is_held_out
+from puzzle_jax.train.rows import Example, OpenRows
+from puzzle_jax.train.rows import pack as pack_rows
 
 
 @dataclass(frozen=True)
@@ -60,14 +62,6 @@ class Mixture:
 
     tasks: tuple[tuple[WorkedTask, float], ...]
     efforts: tuple[tuple[str, float], ...]
-
-
-@dataclass(frozen=True)
-class Example:
-    """Tokens of one conversation; those from `prompt_length` on are the assistant's."""
-
-    tokens: tuple[int, ...]
-    prompt_length: int
 
 
 class Batch(NamedTuple):
@@ -128,17 +122,12 @@ class BatchSource:
         bucket = self.bucket(step)
         rng = random.Random(f"batch:{self.seed}:{step}")
         rows: list[list[Example]] = []
-        opened: list[list[Example]] = [[]]
+        opened = OpenRows[Example](bucket.length, _OPEN_ROWS, lambda example: len(example.tokens))
         while len(rows) + len(opened) < bucket.rows + _OPEN_ROWS:
-            example = self._draw(rng, bucket)
-            row = next((row for row in opened if _length(row) + len(example.tokens) <= bucket.length), None)
-            if row is not None:
-                row.append(example)
-                continue
-            if len(opened) == _OPEN_ROWS:
-                rows.append(opened.pop(max(range(_OPEN_ROWS), key=lambda i: _length(opened[i]))))
-            opened.append([example])
-        rows += sorted(opened, key=_length, reverse=True)
+            closed = opened.place(self._draw(rng, bucket))
+            if closed is not None:
+                rows.append(closed)
+        rows += opened.fullest_first()
         return pack(rows[: bucket.rows], bucket.length, self.chat.pad_id)
 
     def _draw(self, rng: random.Random, bucket: Bucket) -> Example:
@@ -155,30 +144,13 @@ class BatchSource:
         )
 
 
-def _length(row: Sequence[Example]) -> int:
-    return sum(len(example.tokens) for example in row)
-
-
 def pack(rows: Sequence[Sequence[Example]], length: int, pad_id: int) -> Batch:
     """Lays each row's examples one after another; the rest is padding.
+
+    Positions are left out: rotary embeddings tell distances, and segments keep attention inside an example.
 
     Raises:
       ValueError: when a row's examples are longer than `length`.
     """
-    shape = (len(rows), length)
-    tokens = np.full(shape, pad_id, np.int32)
-    targets = np.full(shape, pad_id, np.int32)
-    weights = np.zeros(shape, np.float32)
-    segment_ids = np.zeros(shape, np.int32)
-    for row, members in enumerate(rows):
-        start = 0
-        for segment, example in enumerate(members, 1):
-            end = start + len(example.tokens)
-            if end > length:
-                raise ValueError(f"row {row} holds at least {end} tokens, but has room for {length}")
-            tokens[row, start:end] = example.tokens
-            targets[row, start : end - 1] = example.tokens[1:]
-            weights[row, start + example.prompt_length - 1 : end - 1] = 1.0
-            segment_ids[row, start:end] = segment
-            start = end
-    return Batch(tokens, targets, weights, segment_ids)
+    packed = pack_rows(rows, length, pad_id)
+    return Batch(packed.tokens, packed.targets, packed.weights, packed.segment_ids)

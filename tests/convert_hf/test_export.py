@@ -143,13 +143,6 @@ def test_trained_values_replace_the_parents(parent, tmp_path):
     assert record["trained"] == ["final_norm", "head", "layers.1.attention.q_weight"]
 
 
-def test_trained_experts_are_refused(parent, tmp_path):
-    moe = random_params(packable_config())["layers"][0]["moe"]
-    with pytest.raises(ConfigError, match=r"trained values hold layers.0.moe.down_bias, but only dense"):
-        export_mixed(parent, tmp_path / "child", dense_delta={"layers": [{"moe": {"down_bias": moe["down_bias"]}}]})
-    assert [path.name for path in tmp_path.iterdir()] == ["parent"]
-
-
 def test_a_sharded_parent_and_a_sharded_child(tmp_path):
     config = packable_config()
     one = write_random(tmp_path / "one", config)

@@ -11,7 +11,7 @@ from puzzle_jax.kernels.expert_mlp.parallel import WAYS, mixture, way_for
 from puzzle_jax.kernels.mxfp4 import MXFP4, decode
 from puzzle_jax.kernels.platform import lowering_for
 from puzzle_jax.kernels.route import Routing
-from puzzle_jax.model.sharding import make_mesh
+from puzzle_jax.model.sharding import make_mesh, make_training_mesh, rows_sharding
 from tests.kernels.marks import MIXTURES_ON_CPU
 
 EXPERTS, HIDDEN, INTER, TOKENS, LIMIT = 8, 32, 96, 21, 1.5
@@ -132,6 +132,53 @@ def test_off_cpus_only_rows_that_are_there_travel(platform):
     assert text.count("@ragged_all_to_all(") == 5
     gathered = [line for line in text.splitlines() if "all_gather" in line and "tensor<" in line]
     assert gathered and all("xf32>" not in line for line in gathered)
+
+
+ROWS = (4, 8)
+
+
+def in_rows(x, routing):
+    """As many tokens as rows of the batch hold, [rows, positions, hidden], and their routing, row by row."""
+    turn = jnp.arange(ROWS[0] * ROWS[1]) % len(x)
+    return x[turn].reshape(*ROWS, HIDDEN) * jnp.linspace(0.5, 1.5, ROWS[1])[:, None], jax.tree.map(
+        lambda part: part[turn], routing
+    )
+
+
+def outputs_and_gradients(x, routing, mesh=None, way=None):
+    def loss(x, gates, experts):
+        out = expert_mlp(x, Routing(routing.ids, gates), experts, limit=LIMIT, mesh=mesh, way=way)
+        return jnp.sum(jnp.sin(out)), out
+
+    run = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
+    (_, out), gradients = run(x, routing.gates, experts_of())
+    return jax.tree.leaves((out, gradients))
+
+
+@pytest.mark.parametrize(
+    "form,places",
+    [
+        # Rows whose positions are cut stay where they lie; a list of tokens, here 21, is cut over both data axes.
+        ("rows", [((2, 2, 2), "replicate"), ((2, 2, 2), "all_to_all"), ((2, 4, 1), None)]),
+        ("list", [((2, 2, 2), "all_to_all")]),
+    ],
+)
+def test_several_data_axes(form, places):
+    x, routing = in_rows(*given("mixed")) if form == "rows" else given("mixed")
+    expected = outputs_and_gradients(x, routing)
+    for sizes, way in places:
+        mesh = make_training_mesh(*sizes)
+        placed = jax.device_put(x, rows_sharding(mesh)) if form == "rows" else x
+        for one, other in zip(outputs_and_gradients(placed, routing, mesh, way), expected, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5 * max(1.0, float(jnp.abs(other).max())))
+
+
+def test_rows_cut_along_positions_are_not_gathered():
+    mesh = make_training_mesh(2, 2, 2)
+    x, routing = in_rows(*given("mixed"))
+    run = on_mesh(mesh, None, "replicate")
+    text = run.lower(jax.device_put(x, rows_sharding(mesh)), routing, experts_of()).compile().as_text() or ""
+    assert " all-reduce(" in text and " all-gather(" not in text and " all-to-all(" not in text
 
 
 def test_ways_by_size():

@@ -11,7 +11,8 @@ import time
 import pytest
 
 from puzzle_jax.errors import PuzzleError
-from puzzle_jax.search.stages import open_run, run_stage
+from puzzle_jax.runs import open_run
+from puzzle_jax.search.stages import run_stage
 
 PARENT = {"parent": "tiny", "sha256": "ab"}
 

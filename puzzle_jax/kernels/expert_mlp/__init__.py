@@ -78,7 +78,7 @@ def _check(x: Array, ids: Array, experts: Experts) -> None:
 
 
 def expert_mlp(
-    x: Float[Array, "tokens hidden"],
+    x: Float[Array, "*positions hidden"],
     routing: Routing,
     experts: Experts,
     *,
@@ -86,12 +86,13 @@ def expert_mlp(
     implementation: str | None = None,
     mesh: Mesh | AbstractMesh | None = None,
     way: str | None = None,
-) -> Float[Array, "tokens hidden"]:
+) -> Float[Array, "*positions hidden"]:
     """The mixture's output: chosen experts' outputs summed with their gates, in float32, then the dtype of `x`.
 
     Args:
-      mesh: with axes "data" and "model" that tokens and experts are cut along, see `parallel`. Without one, or where
-        the model axis is one device or does not divide the experts, XLA sees to it that every device has what it needs.
+      x: normalised hidden states, of a list of tokens or of rows of them; `routing` lists the tokens row by row.
+      mesh: with an axis "model" that experts are cut along and others that tokens are, see `parallel`. Without one, or
+        where the model axis does not divide the experts, XLA sees to it that every device has what it needs.
       way: pins one of `parallel.WAYS`.
     """
 
@@ -100,9 +101,11 @@ def expert_mlp(
     def outputs(x: Array, ids: Array, experts: Experts) -> Array:
         return expert_outputs(x, ids, experts, limit=limit, spread=spread, implementation=implementation)
 
-    if mesh is not None and mesh.shape["model"] > 1 and spread % mesh.shape["model"] == 0:
-        return parallel.mixture(x, routing, experts, outputs, combine, mesh=mesh, way=way)
-    return combine(outputs(x, routing.ids, experts), routing.gates)
+    if mesh is not None and mesh.size > 1 and spread % mesh.shape["model"] == 0:
+        data = tuple(axis for axis in mesh.axis_names if axis != "model")
+        return parallel.mixture(x, routing, experts, outputs, combine, mesh=mesh, data=data, way=way)
+    tokens = x.reshape(-1, x.shape[-1])
+    return combine(outputs(tokens, routing.ids, experts), routing.gates).reshape(x.shape)
 
 
 def combine(outputs: Float[Array, "tokens k hidden"], gates: Float[Array, "tokens k"]) -> Float[Array, "tokens hidden"]:

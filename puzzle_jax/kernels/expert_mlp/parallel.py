@@ -1,6 +1,6 @@
 """Expert parallelism: `expert_mlp` on a mesh, each device holding some of the experts.
 
-Tokens lie on the data axis and are the same on all devices of the model axis, along which the experts are cut. Either
+Tokens lie on the data axes and are the same on all devices of the model axis, along which the experts are cut. Either
 
     replicate    every device runs the pairs of its own experts on all of its data row's tokens; one sum over the
                  model axis
@@ -17,12 +17,17 @@ tokens x hidden more to be whole again. So all_to_all is for many devices and fe
 tokens that bytes and not the number of collectives take the time. No pair is dropped in either: buffers hold the worst
 case, only rows that are there travel, and kernels do the work of those.
 
+Rows of tokens on as many data axes as they have dimensions, [rows, positions] on ("data", "sequence") say, stay where
+they lie: a device lists the tokens that it holds, in its own order. A list of all rows' tokens in turn would be cut
+otherwise, and would have to travel.
+
 Left out: overlap of exchange and experts; devices that share an expert.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -50,23 +55,24 @@ def way_for(tokens: int, k: int, devices: int) -> str:
 
 
 def mixture(
-    x: Float[Array, "tokens hidden"],
+    x: Float[Array, "*positions hidden"],
     routing: Routing,
     experts: Experts,
     outputs: Outputs,
     combine: Callable[[Array, Array], Array],
     *,
     mesh: Mesh | AbstractMesh,
-    data: str = "data",
+    data: str | tuple[str, ...] = "data",
     model: str = "model",
     way: str | None = None,
-) -> Float[Array, "tokens hidden"]:
+) -> Float[Array, "*positions hidden"]:
     """What `expert_mlp` gives on one device, in the dtype of `x`.
 
     Args:
       outputs: of experts that one device holds, whose ids start at 0 for it.
       combine: outputs and gates to their sum.
       mesh: whose axes `data` and `model` cut tokens and experts.
+      data: one axis, or several.
       way: one of `WAYS`; by default what `way_for` says.
 
     Raises ValueError where the model axis does not divide the experts, and for an unknown way.
@@ -75,30 +81,46 @@ def mixture(
     num_experts, devices = experts.down_bias.shape[0], mesh.shape[model]
     if num_experts % devices:
         raise ValueError(f"{num_experts} experts cannot be cut for {devices} devices of the axis {model!r}")
-    way = way or way_for(-(-tokens // mesh.shape[data]), k, devices)
+    data = (data,) if isinstance(data, str) else data
+    way = way or way_for(-(-tokens // math.prod(mesh.shape[axis] for axis in data)), k, devices)
     if way not in WAYS:
         raise ValueError(f"way is {way!r}, but must be one of {', '.join(WAYS)}")
     own = num_experts // devices
-    if way == "replicate":
-        parts, rows = mesh.shape[data], PartitionSpec(data)
+    exchanged = way == "all_to_all"
 
-        def body(x: Array, ids: Array, gates: Array, experts: Experts) -> Array:
-            return _replicate(x, ids, gates, experts, outputs, combine, own, model)
-    else:
-        parts, rows = mesh.shape[data] * devices, PartitionSpec((data, model))
+    def body(x: Array, ids: Array, gates: Array, experts: Experts) -> Array:
+        held = x.shape
+        x, ids, gates = (array.reshape(-1, array.shape[-1]) for array in (x, ids, gates))
+        if exchanged:
+            out = combine(_exchange(x, ids, experts, outputs, own, devices, model), gates)
+        else:
+            out = _replicate(x, ids, gates, experts, outputs, combine, own, model)
+        return out.reshape(held)
 
-        def body(x: Array, ids: Array, gates: Array, experts: Experts) -> Array:
-            return combine(_exchange(x, ids, experts, outputs, own, devices, model), gates)
-
-    # Rows that make the tokens divide are nobody's: their expert does not exist.
-    fill = -tokens % parts
-    x, ids, gates = (
-        jnp.pad(array, ((0, fill), (0, 0)), constant_values=value)
-        for array, value in ((x, 0), (routing.ids, num_experts), (routing.gates, 0))
-    )
+    # A device that exchanges takes its share of what its model axis holds, along the last dimension of positions.
+    cuts: list[tuple[str, ...]] = [(axis,) for axis in data[:-1]] + [(data[-1], model) if exchanged else (data[-1],)]
+    in_place = len(cuts) > 1 and _divide(x.shape[:-1], cuts, mesh)
+    everywhere = sum(cuts, ())
+    rows = PartitionSpec(*cuts) if in_place else PartitionSpec(everywhere)
     specs = (rows, rows, rows, PartitionSpec(model))
     run = jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
-    return run(x, ids, gates, experts)[:tokens]
+    if in_place:
+        ids, gates = (array.reshape(*x.shape[:-1], k) for array in routing)
+        return run(x, ids, gates, experts)
+    # Rows that make the tokens divide are nobody's: their expert does not exist.
+    fill = -tokens % math.prod(mesh.shape[axis] for axis in everywhere)
+    flat, ids, gates = (
+        jnp.pad(array, ((0, fill), (0, 0)), constant_values=value)
+        for array, value in ((x.reshape(-1, x.shape[-1]), 0), (routing.ids, num_experts), (routing.gates, 0))
+    )
+    return run(flat, ids, gates, experts)[:tokens].reshape(x.shape)
+
+
+def _divide(sizes: tuple[int, ...], cuts: Sequence[tuple[str, ...]], mesh: Mesh | AbstractMesh) -> bool:
+    """Whether there are as many dimensions as groups of axes, and each group divides its dimension."""
+    return len(sizes) == len(cuts) and all(
+        size % math.prod(mesh.shape[axis] for axis in cut) == 0 for size, cut in zip(sizes, cuts, strict=True)
+    )
 
 
 def _replicate(

@@ -4,15 +4,18 @@ A sink is one extra logit per query head that joins the softmax and is then drop
 less than one. A window of W lets query i see the keys j with i - W < j <= i. Implementations: `causal_blocks` (full
 attention and static windows), `banded` (static windows far narrower than the sequence), both of a cost that grows
 with what is visible; `square`, which takes any window, one per row of the batch as data included; `reference`; and
-`mosaic_gpu` for Hopper and `splash` for TPUs, which must be asked for by name.
+`mosaic_gpu` for Hopper and `splash` for TPUs, which must be asked for by name. On a mesh that cuts positions, devices
+trade them for heads around any of these; see `parallel`.
 """
 
 from __future__ import annotations
 
+from jax.sharding import AbstractMesh, Mesh
+
 from puzzle_jax.kernels import checks
 from puzzle_jax.kernels.dispatch import dispatch
 from puzzle_jax.kernels.shapes import Array, Float, Int
-from puzzle_jax.kernels.window_attention import banded, causal_blocks, mosaic_gpu, reference, splash, square
+from puzzle_jax.kernels.window_attention import banded, causal_blocks, mosaic_gpu, parallel, reference, splash, square
 
 IMPLEMENTATIONS = {
     "causal_blocks": causal_blocks.window_attention,
@@ -33,6 +36,7 @@ def window_attention(
     window: int | Int[Array, "#batch"] | None,
     segment_ids: Int[Array, "batch seq"] | None = None,
     implementation: str | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
 ) -> Float[Array, "batch seq heads dim"]:
     """Attention of every position to itself and its past.
 
@@ -42,6 +46,9 @@ def window_attention(
       window: keys that a query sees, itself included; None is all; an array gives one per row of the batch.
       segment_ids: positions see only positions of the same segment (packed sequences).
       implementation: pins one of `IMPLEMENTATIONS`.
+      mesh: with axes "data", "sequence" and "model" that rows, positions and heads are cut along, see `parallel`.
+        Without one, or where it does not cut positions or divide them and heads, XLA sees to it that every device has
+        what it needs.
 
     Logits are scaled by dim ** -0.5; softmax in float32; differentiable in all arrays. Raises ValueError for shapes and
     dtypes that do not fit and windows below 1, NotImplementedError where no implementation accepts the arguments.
@@ -54,6 +61,10 @@ def window_attention(
         expected["segment_ids"] = (segment_ids, (batch, seq))
     checks.shapes(f"q of shape {q.shape}", expected)
     checks.window(window, batch)
-    return dispatch(
-        "window_attention", IMPLEMENTATIONS, implementation, q, k, v, sinks, window=window, segment_ids=segment_ids
-    )
+
+    def attend(q: Array, k: Array, v: Array, sinks: Array, **options: object) -> Array:
+        return dispatch("window_attention", IMPLEMENTATIONS, implementation, q, k, v, sinks, **options)
+
+    if mesh is not None and parallel.cuts(q, mesh):
+        return parallel.attention(q, k, v, sinks, attend, window=window, segment_ids=segment_ids, mesh=mesh)
+    return attend(q, k, v, sinks, window=window, segment_ids=segment_ids)

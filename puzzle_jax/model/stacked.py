@@ -1,0 +1,363 @@
+"""Layers of equal kind, stacked and scanned, so that training programs grow with the runs of a model, not its layers.
+
+`layer_runs` covers a list of layer kinds by repeated patterns: [a b a b a b c] is a run of period 2, repeated three
+times, and a run of one layer. `stack_params` lays the parameters of equal positions of a run side by side, and
+`stacked_hidden_states` is the forward pass of `model.network` over them: one `jax.lax.scan` per run whose body walks
+one period. What differs between layers of a run besides their weights, experts that a view removes and choices that
+are replayed, travels as data; windows are static and belong to a position, so kinds that tell windows apart keep the
+fast attention.
+
+All numerics are `model.network`'s blocks. Left out: caches and windows as data, which scoring and generation need and
+their one block after the other (`search`, `model.cache`) has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from puzzle_jax.config import ModelConfig
+from puzzle_jax.kernels.mxfp4 import MXFP4
+from puzzle_jax.model.network import attention_block, embed, moe_block
+from puzzle_jax.model.rope import rope_table
+from puzzle_jax.model.spec import Params
+
+
+class LayerRun(NamedTuple):
+    """Layers `start` to `start + period * repeats - 1`: a pattern of `period` layers, repeated.
+
+    Position p of the pattern holds layers start + p, start + p + period, ...
+    """
+
+    start: int
+    period: int
+    repeats: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.period * self.repeats
+
+    def layers_at(self, position: int) -> range:
+        """The layers that share a position of the pattern."""
+        return range(self.start + position, self.stop, self.period)
+
+
+class StackedMXFP4(NamedTuple):
+    """The packed experts of stacked layers: `MXFP4`, whose arrays are one layer's, with an axis before.
+
+    As a plain tuple it also takes what JAX puts in the place of arrays, shardings or shapes.
+    """
+
+    codes: UInt8[Array, "repeats experts outputs half_inputs"]
+    scales: UInt8[Array, "repeats experts outputs groups"]
+
+
+class Hidden(NamedTuple):
+    """What a pass over stacked layers gives.
+
+    Attributes:
+      x: the last layer's output, before the final norm.
+      states: every layer's output, where they were asked for.
+      ids: the experts that every layer chose for its tokens, best first; tokens are batch * seq.
+    """
+
+    x: Float[Array, "batch seq hidden"]
+    states: Float[Array, "layers batch seq hidden"] | None
+    ids: Int[Array, "layers tokens k"]
+
+
+def layer_runs(kinds: Sequence[Hashable]) -> tuple[LayerRun, ...]:
+    """The runs that cover `kinds`, one entry per layer, with the fewest traced layers (the sum of their periods), and
+    among those the fewest runs.
+
+    An exact dynamic program from the last layer to the first; among equals, earlier runs are as long as can be.
+    """
+    count = len(kinds)
+    traced, number = [0] * (count + 1), [0] * (count + 1)  # of the best cover of the layers from `start` on
+    first: list[LayerRun] = [LayerRun(count, 0, 0)] * (count + 1)  # the run that such a cover begins with
+    same = [0] * (count + 1)  # per period: layers from `start` on, without a gap, that equal the one a period further
+    for start in reversed(range(count)):
+        candidates = []
+        for period in range(1, count - start + 1):
+            partner = start + period
+            same[period] = same[period] + 1 if partner < count and kinds[start] == kinds[partner] else 0
+            for repeats in range(1, same[period] // period + 2):
+                stop = start + period * repeats
+                candidates.append((period + traced[stop], 1 + number[stop], -stop, period, repeats))
+        traced[start], number[start], _, period, repeats = min(candidates)
+        first[start] = LayerRun(start, period, repeats)
+    runs, start = [], 0
+    while start < count:
+        runs.append(first[start])
+        start = runs[-1].stop
+    return tuple(runs)
+
+
+def stack_params(params: Params, runs: Sequence[LayerRun]) -> Params:
+    """`params` with "runs" in place of "layers": per run, per position of its pattern, one layer's tree whose arrays
+    have a leading axis of `repeats`.
+
+    Packed experts stay packed, as `StackedMXFP4`, and a None in place of an array, as in trees of trained values alone,
+    stays None. The arrays are new; `params` is left as it is.
+
+    Raises ValueError where runs do not cover the layers, or layers of one position differ in arrays, shapes or dtypes.
+    """
+    layers = params["layers"]
+    _check_cover(runs, len(layers))
+    stacked = [
+        [_stacked({layer: layers[layer] for layer in run.layers_at(p)}) for p in range(run.period)] for run in runs
+    ]
+    return {**{name: value for name, value in params.items() if name != "layers"}, "runs": stacked}
+
+
+def unstack_params(stacked: Params, runs: Sequence[LayerRun]) -> Params:
+    """The inverse of `stack_params`. Raises ValueError where `stacked` was stacked by other runs."""
+    _check_stacked(stacked, runs)
+    layers: list[Any] = [None] * (runs[-1].stop if runs else 0)
+    for run, positions in zip(runs, stacked["runs"], strict=True):
+        for position, tree in enumerate(positions):
+            for repeat, layer in enumerate(run.layers_at(position)):
+                layers[layer] = one_layer(_repeat(tree, repeat))
+    return {**{name: value for name, value in stacked.items() if name != "runs"}, "layers": layers}
+
+
+def stacked_hidden_states(
+    stacked: Params,
+    config: ModelConfig,
+    runs: Sequence[LayerRun],
+    tokens: Int[Array, "batch seq"],
+    *,
+    windows: Sequence[int | None] | None = None,
+    positions: Int[Array, "#batch seq"] | None = None,
+    segment_ids: Int[Array, "batch seq"] | None = None,
+    expert_masks: Bool[Array, "layers experts"] | None = None,
+    replay: Int[Array, "layers tokens k"] | None = None,
+    remat: bool = False,
+    keep_states: bool = False,
+) -> Hidden:
+    """What `network.hidden_states` computes, by a scan over each run; a run that is not repeated is inlined.
+
+    Args:
+      stacked: parameters as `stack_params` gives them, with the same `runs`.
+      config: the model that the parameters belong to.
+      runs: cover all layers, in order.
+      tokens: token ids.
+      windows: per layer, in place of the configuration's; static, and equal within a position of a run.
+      positions: rotary positions; counted from 0 in every row by default.
+      segment_ids: positions attend within their segment only (packed sequences).
+      expert_masks: per layer, False removes an expert. Columns past a layer's own experts are not read.
+      replay: per layer, experts to use in place of the router's choice.
+      remat: backward passes keep each layer's input alone and compute the rest once more.
+      keep_states: returns every layer's output too.
+
+    Raises ValueError, naming the layers, where runs, parameters, windows, masks and replay do not fit together.
+    """
+    x = embed(stacked, tokens)
+    masks_and_replay = (expert_masks, replay)
+    return _hidden(
+        stacked, config, runs, x, None, windows, positions, segment_ids, masks_and_replay, remat, keep_states
+    )
+
+
+def stacked_layers(
+    stacked: Params,
+    config: ModelConfig,
+    runs: Sequence[LayerRun],
+    before: Float[Array, "layers batch seq hidden"],
+    *,
+    windows: Sequence[int | None] | None = None,
+    positions: Int[Array, "#batch seq"] | None = None,
+    segment_ids: Int[Array, "batch seq"] | None = None,
+    expert_masks: Bool[Array, "layers experts"] | None = None,
+    remat: bool = False,
+) -> Float[Array, "layers batch seq hidden"]:
+    """Every layer's output for an input of its own, as blocks that train alone need it.
+
+    Args:
+      before: the input of every layer.
+
+    The others are those of `stacked_hidden_states`, and so is what it raises.
+    """
+    if len(before) != config.num_layers:
+        raise ValueError(f"before has {len(before)} entries for {config.num_layers} layers")
+    found = _hidden(
+        stacked, config, runs, before[0], before, windows, positions, segment_ids, (expert_masks, None), remat, True
+    )
+    assert found.states is not None
+    return found.states
+
+
+def _hidden(
+    stacked: Params,
+    config: ModelConfig,
+    runs: Sequence[LayerRun],
+    x: Array,
+    before: Array | None,
+    windows: Sequence[int | None] | None,
+    positions: Array | None,
+    segment_ids: Array | None,
+    masks_and_replay: tuple[Array | None, Array | None],
+    remat: bool,
+    keep_states: bool,
+) -> Hidden:
+    """The layers on `x`, or each on its own input where `before` has them."""
+    expert_masks, replay = masks_and_replay
+    if windows is None:
+        windows = [block.window for block in config.blocks]
+    _check_cover(runs, config.num_layers)
+    _check_stacked(stacked, runs)
+    _check_windows(runs, windows)
+    for name, data in (("expert_masks", expert_masks), ("replay", replay)):
+        if data is not None and len(data) != config.num_layers:
+            raise ValueError(f"{name} has {len(data)} entries for {config.num_layers} layers")
+    if positions is None:
+        positions = jnp.arange(x.shape[1])[None]
+    table = rope_table(config.rope, config.head_dim, positions)
+
+    def layer_at(window: int | None) -> _Layer:
+        def layer(x: Array, params: Params, mask: Array | None, chosen: Array | None) -> tuple[Array, Array]:
+            attention, moe = params["attention"], one_layer(params["moe"])
+            x, _ = attention_block(attention, config, x, table, window=window, segment_ids=segment_ids)
+            if mask is not None:
+                mask = mask[: moe["router_bias"].shape[-1]]
+            x, aux = moe_block(moe, config, x, expert_mask=mask, replay=chosen)
+            return x, aux.routing.ids
+
+        return layer
+
+    states, ids = [], []
+    for run, layers in zip(runs, stacked["runs"], strict=True):
+        pattern = [layer_at(windows[run.start + position]) for position in range(run.period)]
+        if remat:  # within a scan, nothing of the first pass is there for XLA to merge the second one with
+            pattern = [jax.checkpoint(layer, prevent_cse=run.repeats == 1) for layer in pattern]
+        with jax.named_scope(f"layers_{run.start}_to_{run.stop - 1}"):
+            data = _RunData(layers, _of_run(expert_masks, run), _of_run(replay, run), _of_run(before, run))
+            x, (run_states, run_ids) = _walk(run, pattern, x, data, keep_states)
+        states.append(run_states)
+        ids.append(run_ids)
+    return Hidden(x, jnp.concatenate(states) if keep_states else None, jnp.concatenate(ids))
+
+
+_Layer = Callable[[Array, Params, Array | None, Array | None], tuple[Array, Array]]
+
+
+class _RunData(NamedTuple):
+    """What layers of a run do not share; leaves are [repeats, ...], or those of one repeat within the scan."""
+
+    layers: list[Params]  # per position
+    masks: Array | None  # [repeats, period, experts]
+    replay: Array | None  # [repeats, period, tokens, k]
+    before: Array | None  # [repeats, period, batch, seq, hidden]; None: each layer goes on from the one before
+
+
+def _walk(
+    run: LayerRun, pattern: list[_Layer], x: Array, data: _RunData, keep_states: bool
+) -> tuple[Array, tuple[Array | None, Array]]:
+    """One run: the last output, and states and chosen experts of its layers in order."""
+
+    def period(x: Array, data: _RunData) -> tuple[Array, tuple[Array | None, Array]]:
+        states, ids = [], []
+        for position, layer in enumerate(pattern):
+            mask = None if data.masks is None else data.masks[position]
+            chosen = None if data.replay is None else data.replay[position]
+            x = x if data.before is None else data.before[position]
+            with jax.named_scope(f"position_{position}"):
+                x, of_layer = layer(x, data.layers[position], mask, chosen)
+            states.append(x)
+            ids.append(of_layer)
+        return x, (jnp.stack(states) if keep_states else None, jnp.stack(ids))
+
+    if run.repeats == 1:
+        return period(x, _repeat(data, 0))
+    x, outputs = jax.lax.scan(period, x, data)
+    return x, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), outputs)
+
+
+def _of_run(data: Array | None, run: LayerRun) -> Array | None:
+    """A run's part of an array over layers, [repeats, period, ...]."""
+    if data is None:
+        return None
+    return data[run.start : run.stop].reshape(run.repeats, run.period, *data.shape[1:])
+
+
+def _repeat(tree: Any, index: int) -> Any:
+    return jax.tree.map(lambda leaf: leaf[index], tree)
+
+
+def one_layer(tree: Any) -> Any:
+    """A layer's tree as `model.network` takes it: what was sliced from stacked packed experts is packed experts."""
+    return jax.tree.map(
+        lambda node: MXFP4(*node) if isinstance(node, StackedMXFP4) else node,
+        tree,
+        is_leaf=lambda node: isinstance(node, StackedMXFP4),
+    )
+
+
+def _stacked(layers: dict[int, Params | None]) -> Params | None:
+    """The trees of layers, by their number, as one tree of stacked arrays."""
+    first, *others = layers
+    expected = _arrays(layers[first])
+    for other in others:
+        found = _arrays(layers[other])
+        for name in {**expected, **found}:
+            of_first, of_other = (arrays.get(name, "missing") for arrays in (expected, found))
+            if of_first != of_other:
+                raise ValueError(
+                    f"layers {first} and {other} share a position of a run, but {name} is {of_first} in the one "
+                    f"and {of_other} in the other"
+                )
+
+    def stack(*nodes: Any) -> Any:
+        if isinstance(nodes[0], MXFP4):
+            return StackedMXFP4(jnp.stack([node.codes for node in nodes]), jnp.stack([node.scales for node in nodes]))
+        return jnp.stack(nodes)
+
+    return jax.tree.map(stack, *layers.values(), is_leaf=lambda node: isinstance(node, MXFP4))
+
+
+def _arrays(layer: Params | None) -> dict[str, str]:
+    """Dtype and shape of every array of a layer, by its path."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): f"{leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in jax.tree.leaves_with_path(layer)
+    }
+
+
+def _check_cover(runs: Sequence[LayerRun], layers: int) -> None:
+    covered = 0
+    for run in runs:
+        if run.start != covered or run.period < 1 or run.repeats < 1:
+            raise ValueError(f"{run} does not continue the runs before it, which cover {covered} layers")
+        covered = run.stop
+    if covered != layers:
+        raise ValueError(f"the runs cover {covered} layers, but the model has {layers}")
+
+
+def _check_stacked(stacked: Params, runs: Sequence[LayerRun]) -> None:
+    if len(stacked["runs"]) != len(runs):
+        raise ValueError(f"the parameters are stacked in {len(stacked['runs'])} runs, but {len(runs)} were given")
+    for run, positions in zip(runs, stacked["runs"], strict=True):
+        repeats = sorted({leaf.shape[0] for leaf in jax.tree.leaves(positions)})
+        if len(positions) != run.period or repeats not in ([], [run.repeats]):
+            raise ValueError(
+                f"layers {run.start} to {run.stop - 1} are a pattern of {run.period} layers repeated {run.repeats} "
+                f"times, but their parameters hold {len(positions)} layers repeated {repeats} times"
+            )
+
+
+def _check_windows(runs: Sequence[LayerRun], windows: Sequence[int | None]) -> None:
+    if len(windows) != (layers := runs[-1].stop):
+        raise ValueError(f"windows has {len(windows)} entries for {layers} layers")
+    for run in runs:
+        for position in range(run.period):
+            first, *others = run.layers_at(position)
+            for other in others:
+                if windows[other] != windows[first]:
+                    raise ValueError(
+                        f"layers {first} and {other} share a position of a run, but their windows are "
+                        f"{windows[first]} and {windows[other]}"
+                    )

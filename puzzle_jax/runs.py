@@ -1,0 +1,99 @@
+"""Run directories: one run each, one process at a time.
+
+    RUN/run.json    marks the directory as a run, and says of what
+
+Searches keep stages in them (`search.stages`), training its checkpoints (`train.loop`). A directory that holds
+anything else, or another run, is refused before a byte is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from puzzle_jax.errors import PuzzleError
+from puzzle_jax.files import PARTIAL, read_object, write_beside
+
+RUN_FILE = "run.json"
+
+
+def open_run(run_dir: Path, identity: Mapping[str, Any]) -> Path:
+    """Makes a run directory, or enters one that belongs to the same run.
+
+    Args:
+      run_dir: the directory; created with its parents.
+      identity: JSON values that make the run what it is, such as the parent's path and fingerprint.
+
+    Raises `PuzzleError`, before anything is written, if the directory holds something else.
+    """
+    run_dir, identity = Path(run_dir), json.loads(canonical(identity))
+    if run_dir.exists() and not run_dir.is_dir():
+        raise PuzzleError(f"{run_dir} is a file, but must be a directory for the run")
+    marker = run_dir / RUN_FILE
+    if marker.exists():
+        held = read_object(marker).get("identity")
+        if held != identity:
+            raise PuzzleError(
+                f"{run_dir} holds another run ({difference(held, identity)}); "
+                "name another directory, or remove this one if it is no longer needed"
+            )
+        return run_dir
+    if run_dir.exists():
+        ours = f".{RUN_FILE}{PARTIAL}"  # left by a process that was killed here
+        names = sorted(entry.name for entry in run_dir.iterdir() if not entry.name.startswith(ours))
+        if names:
+            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            raise PuzzleError(f"{run_dir} holds files that are no run's ({shown}); name an empty or new directory")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_json(marker, {"identity": identity, "puzzle_jax": version("puzzle_jax")})
+    except OSError as error:
+        raise PuzzleError(f"{run_dir} cannot be written: {error.strerror}") from error
+    return run_dir
+
+
+@contextlib.contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Holds the run directory; the system frees it when the process ends, however it ends."""
+    with open(run_dir / RUN_FILE) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise PuzzleError(f"another process works in {run_dir}; wait for it or stop it") from error
+        yield
+
+
+def difference(old: Any, new: Any, path: str = "") -> str:
+    """The first few places in which two JSON values differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+        parts = [difference(old.get(key), new.get(key), f"{path}.{key}".lstrip(".")) for key in keys[:3]]
+        return "; ".join(parts) + ("; ..." if len(keys) > 3 else "")
+    if path.startswith("inputs."):  # of a stage: what a file holds is no message
+        return path.removeprefix("inputs.")
+    return f"{path} {_brief(old)} -> {_brief(new)}"
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, allow_nan=False)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_beside(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+
+
+def version(package: str) -> str:
+    try:
+        return metadata.version(package.replace("_", "-"))
+    except metadata.PackageNotFoundError:
+        return "unknown"

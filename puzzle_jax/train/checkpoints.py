@@ -1,0 +1,285 @@
+"""Checkpoints of a training run: the whole state, written while training goes on.
+
+    DIR/<step>    an Orbax v1 tree {path of a leaf: array}; its custom metadata holds the record beside the state
+
+A checkpoint gets its name by a rename when all of it is there, so one that was being written when the process died is
+never taken for whole. Restoring gives the bits that were saved, on whatever mesh they are wanted. The newest few stay,
+and those with the lowest metric.
+
+Random keys are stored as their data. Left out: checks of values beyond those that Orbax's compression makes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from puzzle_jax.errors import CheckpointError, PuzzleError
+from puzzle_jax.runs import canonical, difference
+
+try:
+    from orbax.checkpoint import v1 as ocp  # pyright: ignore[reportAttributeAccessIssue]
+except ImportError:  # where v1 has not left its trial yet
+    from orbax.checkpoint.experimental import v1 as ocp
+
+_DELETED = ".deleted-"
+_UNFINISHED = ".orbax-checkpoint-tmp"
+
+
+class Record(NamedTuple):
+    """What a checkpoint says beside the state.
+
+    Attributes:
+      step: of the state.
+      identity: of the run.
+      data: state of the data iterator after this step, as JSON.
+      metric: of an evaluation at this step; lower is better.
+    """
+
+    step: int
+    identity: dict[str, Any]
+    data: Any
+    metric: float | None
+
+
+class Restored(NamedTuple):
+    """A state and its record; `passed_over` says, newest first, which later checkpoints could not be read and why."""
+
+    state: Any
+    record: Record
+    passed_over: tuple[str, ...]
+
+
+class Checkpoints:
+    """The checkpoints in one directory; a context manager that ends when the last one is written.
+
+    Every process of a mesh makes one and calls its methods at the same points; the first one tidies up.
+
+    Args:
+      directory: made when it is not there.
+      identity: JSON values that make the run what it is.
+      keep_last: newest checkpoints that stay.
+      keep_best: checkpoints of the lowest metric that stay, too.
+
+    Raises PuzzleError where the directory holds another run's checkpoints, or cannot be written.
+    """
+
+    def __init__(self, directory: Path, *, identity: Mapping[str, Any], keep_last: int = 2, keep_best: int = 1) -> None:
+        self.directory = Path(directory).resolve()
+        self.identity: dict[str, Any] = json.loads(canonical(identity))
+        self.keep_last, self.keep_best = keep_last, keep_best
+        self._saving: tuple[Record, Any] | None = None
+        self._tidies = jax.process_index() == 0
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._clear_leftovers()
+        except OSError as error:
+            raise PuzzleError(f"{self.directory} cannot be written: {error.strerror}") from error
+        self._records: dict[int, Record] = {}
+        self._unreadable: dict[int, str] = {}
+        for step in sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal()):
+            self._read_record(step)
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.finish()
+        except PuzzleError:
+            if error is None:  # else what went wrong first is what the user hears of
+                raise
+
+    @property
+    def records(self) -> tuple[Record, ...]:
+        """Of all checkpoints that are whole, and of the one being written, by step."""
+        records = self._records if self._saving is None else {**self._records, self._saving[0].step: self._saving[0]}
+        return tuple(records[step] for step in sorted(records))
+
+    @property
+    def best(self) -> Record | None:
+        """The one of the lowest metric, the earliest if there are several."""
+        return min((r for r in self.records if r.metric is not None), key=lambda r: (r.metric, r.step), default=None)
+
+    @property
+    def holds_any(self) -> bool:
+        """Whether there is a checkpoint, readable or not."""
+        return bool(self._records or self._unreadable or self._saving)
+
+    def save(self, step: int, state: Any, *, data: Any, metric: float | None = None) -> None:
+        """Begins to write a state, which may be donated afterwards; one of the same step is replaced.
+
+        Raises PuzzleError when the checkpoint before this one could not be written.
+        """
+        self.finish()
+        record = Record(step, self.identity, json.loads(canonical(data)), metric)
+        path = self.directory / str(step)
+        if path.exists() and self._tidies:
+            self._delete(step)
+        self._records.pop(step, None)
+        try:
+            response = ocp.save_async(str(path), _flat(_plain(state)), custom_metadata=record._asdict())
+        except Exception as error:  # Orbax raises whatever its storage raised
+            raise PuzzleError(f"{path} cannot be written: {_reason(error)}") from error
+        self._saving = (record, response)
+
+    def finish(self) -> None:
+        """Waits until all is written, then removes what need not stay; raises PuzzleError when writing failed."""
+        if self._saving is None:
+            return
+        (record, response), self._saving = self._saving, None
+        try:
+            response.result()
+        except Exception as error:
+            raise PuzzleError(f"{self.directory / str(record.step)} cannot be written: {_reason(error)}") from error
+        self._records[record.step] = record
+        self._prune()
+
+    def restore(self, abstract: Any, step: int | None = None) -> Restored | None:
+        """The newest state that can be read, or that of `step`; None when there is no checkpoint.
+
+        Args:
+          abstract: `abstract_state` of a state of this run.
+          step: of the checkpoint.
+
+        Raises:
+          CheckpointError: there are checkpoints, but none can be read, or there is none of `step`.
+          PuzzleError: the arrays of a checkpoint are not those of `abstract`.
+        """
+        self.finish()
+        passed = dict(self._unreadable)
+        steps = sorted(self._records, reverse=True) if step is None else [step] * (step in self._records)
+        for chosen in steps:
+            try:
+                state = self._load(chosen, abstract)
+            except PuzzleError:
+                raise
+            except Exception as error:
+                passed[chosen] = f"{self.directory / str(chosen)} cannot be read: {_reason(error)}"
+                continue
+            # What could not be read does not count among the newest; the next save at its step replaces it.
+            for damaged in passed:
+                self._records.pop(damaged, None)
+            return Restored(state, self._records[chosen], _newest_first(passed, chosen))
+        if step is not None and step not in passed:
+            raise CheckpointError(f"{self.directory} holds no checkpoint of step {step}")
+        if passed:
+            raise CheckpointError(f"no checkpoint can be read: {'; '.join(_newest_first(passed, -1))}")
+        return None
+
+    def _load(self, step: int, abstract: Any) -> Any:
+        path = str(self.directory / str(step))
+        wanted = _flat(_plain(abstract))
+        held = ocp.metadata(path).metadata
+        _same_arrays(held, wanted, path)
+        targets = {name: _target(leaf) for name, leaf in wanted.items()}
+        loaded = ocp.load(path, targets)
+        leaves = [loaded[name] if isinstance(loaded[name], jax.Array) else jnp.asarray(loaded[name]) for name in wanted]
+        return jax.tree.map(_keyed, abstract, jax.tree.unflatten(jax.tree.structure(abstract), leaves))
+
+    def _read_record(self, step: int) -> None:
+        path = self.directory / str(step)
+        try:
+            held: Any = ocp.metadata(str(path)).custom_metadata
+            record = Record(**held)
+        except Exception as error:
+            self._unreadable[step] = f"{path} cannot be read: {_reason(error)}"
+            return
+        if record.identity != self.identity:
+            raise PuzzleError(
+                f"{path} is a checkpoint of another run ({difference(record.identity, self.identity)}); "
+                "name another directory, or remove this one if it is no longer needed"
+            )
+        self._records[step] = record
+
+    def _prune(self) -> None:
+        ranked = sorted((r for r in self._records.values() if r.metric is not None), key=lambda r: (r.metric, r.step))
+        kept = {r.step for r in ranked[: self.keep_best]} | set(sorted(self._records)[-self.keep_last :])
+        for step in sorted(self._records.keys() - kept):
+            del self._records[step]
+            if self._tidies:
+                self._delete(step)
+
+    def _delete(self, step: int) -> None:
+        """First takes the name away, so that a half deleted checkpoint is none."""
+        gone = self.directory / f"{_DELETED}{step}"
+        shutil.rmtree(gone, ignore_errors=True)
+        (self.directory / str(step)).rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+    def _clear_leftovers(self) -> None:
+        for path in self.directory.iterdir() if self._tidies else ():
+            if path.name.startswith(_DELETED) or _UNFINISHED in path.name:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def abstract_state(state: Any) -> Any:
+    """Shapes, dtypes and places of a state's arrays, in its structure.
+
+    Arrays that were never placed (scalars, mostly) have no sharding; they are restored so that they follow the others.
+    """
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding if x.committed else None), state
+    )
+
+
+def _plain(state: Any) -> Any:
+    """The state with random keys as their data; works on arrays and on what stands for them."""
+
+    def plain(x: Any) -> Any:
+        if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return x
+        if isinstance(x, jax.Array):
+            return jax.random.key_data(x)
+        data = jax.eval_shape(jax.random.key_data, x)
+        return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=x.sharding)
+
+    return jax.tree.map(plain, state)
+
+
+def _keyed(like: Any, x: jax.Array) -> jax.Array:
+    """The inverse of `_plain` for one array."""
+    if not jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
+        return x
+    return jax.random.wrap_key_data(x, impl=str(jax.random.key_impl(like)))
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    """Leaves by their path: Orbax keeps no structure of ours, and names of leaves say what differs."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    flat = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    assert len(flat) == len(leaves), "two leaves have one path"
+    return flat
+
+
+def _target(leaf: Any) -> Any:
+    return np.empty(leaf.shape, leaf.dtype) if leaf.sharding is None else leaf
+
+
+def _same_arrays(held: Mapping[str, Any], wanted: Mapping[str, Any], path: str) -> None:
+    for name in sorted({*held, *wanted}):
+        there, here = (_described(tree.get(name)) for tree in (held, wanted))
+        if there != here:
+            raise PuzzleError(f"{path} does not fit this run: {name} is {there} there, but {here} here")
+
+
+def _described(leaf: Any) -> str:
+    return "missing" if leaf is None else f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
+
+
+def _newest_first(passed: Mapping[int, str], than: int) -> tuple[str, ...]:
+    return tuple(passed[step] for step in sorted(passed, reverse=True) if step > than)
+
+
+def _reason(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -1,0 +1,131 @@
+"""The settings of a distillation, as recipes and the command line give them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from puzzle_jax.errors import ConfigError
+from puzzle_jax.train.loop import LoopSettings
+from puzzle_jax.train.objectives import LossSettings
+from puzzle_jax.train.optimizer import OptimizerSettings
+from puzzle_jax.train.student import FREED
+from puzzle_jax.train.trace_settings import TraceSettings
+
+
+@dataclass(frozen=True)
+class MeshSettings:
+    """Devices that training runs on, of all processes together.
+
+    Attributes:
+      data: shares of a batch's rows.
+      sequence: shares of every row's positions.
+      model: shares of heads, experts and vocabulary.
+      processes: of the run, as a rule one per host (`puzzle_jax.processes` says how they are started).
+    """
+
+    data: int = 1
+    sequence: int = 1
+    model: int = 1
+    processes: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("data", "sequence", "model", "processes"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"mesh.{name} is {getattr(self, name)}, but must be at least 1")
+
+    @property
+    def devices(self) -> int:
+        return self.data * self.sequence * self.model
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """What is trained on; `trace_settings.TraceSettings` with names for a command line.
+
+    Attributes:
+      row_length, rows, micro_batches, task_weights, effort_weights, seed, over_long, keep_truncated, min_completion:
+        as there.
+      heldout: answers, about, that evaluation keeps for itself; all answers to one prompt are on one side.
+    """
+
+    row_length: int = 512
+    rows: int = 4
+    micro_batches: int = 1
+    task_weights: Mapping[str, float] = field(default_factory=dict)
+    effort_weights: Mapping[str, float] = field(default_factory=dict)
+    seed: int = 0
+    over_long: Literal["drop", "cut", "refuse"] = "drop"
+    keep_truncated: bool = True
+    min_completion: int = 1
+    heldout: int = 64
+
+    def __post_init__(self) -> None:
+        if self.heldout < 1:
+            raise ConfigError(f"data.heldout is {self.heldout}, but must be at least 1")
+        self.of((Path("-"),))
+
+    def of(self, paths: tuple[Path, ...]) -> TraceSettings:
+        """The settings of data from these files."""
+        own = {name: value for name, value in vars(self).items() if name != "heldout"}
+        try:
+            return TraceSettings(paths=paths, **own)
+        except ConfigError as error:
+            raise ConfigError(f"data.{error}") from None
+
+
+@dataclass(frozen=True)
+class DistillRecipe:
+    """One distillation.
+
+    Attributes:
+      parent: checkpoint directory of the teacher.
+      child: checkpoint directory that was cut from it, as the search writes; also one that was distilled before.
+      traces: files of the parent's answers, or directories of such files.
+      out: directory of the run: its checkpoints, metrics.jsonl, and the trained child in child/.
+      train: of "router" and "experts", what is freed besides attention, norms, embedding and head.
+      teacher_cache: directory of the teacher's top-k logits; made when it is not there. None asks the teacher itself.
+      top_k: tokens per position that the cache keeps.
+      remat: recomputes layers in the backward pass in place of keeping their insides.
+      packed: whether experts stay packed as checkpoints hold them; None: wherever they run on no CPU.
+      data, loss, optimizer, loop, mesh: see there.
+      seed: of the run.
+    """
+
+    parent: Path
+    child: Path
+    traces: tuple[Path, ...]
+    out: Path
+    train: tuple[str, ...] = ()
+    teacher_cache: Path | None = None
+    top_k: int = 64
+    remat: bool = True
+    packed: bool | None = None
+    data: DataSettings = field(default_factory=DataSettings)
+    loss: LossSettings = field(default_factory=LossSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    loop: LoopSettings = field(default_factory=LoopSettings)
+    mesh: MeshSettings = field(default_factory=MeshSettings)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in self.train:
+            if name not in FREED:
+                raise ConfigError(f"train has {name!r}, but must be of {', '.join(FREED)}")
+        if self.top_k < 1:
+            raise ConfigError(f"top_k is {self.top_k}, but must be at least 1")
+        if not self.traces:
+            raise ConfigError("traces is empty, but must name a file or directory")
+        if self.data.rows % self.mesh.data:
+            raise ConfigError(f"data.rows is {self.data.rows}, but must be a multiple of mesh.data ({self.mesh.data})")
+        if self.data.row_length % self.mesh.sequence:
+            raise ConfigError(
+                f"data.row_length is {self.data.row_length}, but must be a multiple of mesh.sequence "
+                f"({self.mesh.sequence})"
+            )
+        if (self.loss.top_k_kl > 0) != (self.teacher_cache is not None):
+            raise ConfigError(
+                f"loss.top_k_kl is {self.loss.top_k_kl} and teacher_cache {self.teacher_cache}, but the one needs the other"
+            )

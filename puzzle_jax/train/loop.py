@@ -1,0 +1,327 @@
+"""The training loop: one for distillation, blockwise distillation and reinforcement learning.
+
+A run lives in a directory:
+
+    run.json        what run it is
+    checkpoints/    the whole state now and then (`checkpoints`)
+    metrics.jsonl   a line per logged step (`metrics`); tensorboard/ shows the same
+
+Started again there, it goes on from the newest checkpoint: parameters, optimiser, random key and position in the data
+are what they were, so that it ends with the same bits as without the interruption. SIGTERM and SIGINT end the step,
+save, and return. Batches are made ahead in a thread, metrics are read one step behind, checkpoints are written while
+steps go on.
+
+Left out: what is trained and how, which is the job's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from rich.console import Console
+
+from puzzle_jax.errors import ConfigError, PuzzleError
+from puzzle_jax.progress import progress
+from puzzle_jax.runs import locked, open_run
+from puzzle_jax.train.checkpoints import Checkpoints, abstract_state
+from puzzle_jax.train.metrics import MetricsLog
+from puzzle_jax.train.prefetch import Batches, Positioned, prefetched
+from puzzle_jax.train.step import Step, TrainState
+
+CHECKPOINTS = "checkpoints"
+EVALUATION = "evaluation/"
+"""Before the names of an evaluation's values in the metrics."""
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """How long, and what happens how often, in steps.
+
+    Attributes:
+      steps: of the run.
+      evaluate_every: steps between evaluations; 0: only after the last step.
+      save_every: steps between checkpoints; there is always one after the last step and when the run is told to end.
+      log_every: steps between lines of metrics; a step that was skipped has one, too.
+      max_skipped: steps in a row without a finite loss and gradient that end the run.
+      keep_last, keep_best: checkpoints that stay: the newest, and those of the lowest best metric of the job.
+    """
+
+    steps: int = 1000
+    evaluate_every: int = 0
+    save_every: int = 100
+    log_every: int = 10
+    max_skipped: int = 10
+    keep_last: int = 2
+    keep_best: int = 1
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value, least = getattr(self, item.name), 0 if item.name in ("evaluate_every", "keep_best") else 1
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ConfigError(f"loop.{item.name} is {value!r}, but must be a whole number of at least {least}")
+
+
+@dataclass
+class Job:
+    """What is trained.
+
+    Attributes:
+      initial: makes the state before the first step, placed where it shall live; called once, also when the run goes
+        on, to know what to restore.
+      step: from `make_step`.
+      fixed: arrays that a step reads and does not change.
+      batches: `next` gives a step's batch; its state is saved with the parameters.
+      identity: JSON values that make the run what it is: recipe and fingerprint of the data. A run with other ones is
+        refused. What changes no bit of the result (`save_every`, say) is better left out.
+      place: puts a batch on the devices; called in the thread that makes batches.
+      evaluate: named values of a state, the same whenever it is called.
+      best: of these the one whose lowest value is best; it also decides which checkpoints stay.
+      name: of the work, for progress.
+    """
+
+    initial: Callable[[], TrainState]
+    step: Step
+    fixed: Any
+    batches: Batches
+    identity: Mapping[str, Any]
+    place: Callable[[Any], Any] | None = None
+    evaluate: Callable[[TrainState], Mapping[str, float]] | None = None
+    best: str | None = None
+    name: str = "training"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a run went.
+
+    Attributes:
+      step: that the state is after.
+      resumed_from: step of the checkpoint that this process began with; 0: none.
+      preempted: whether a signal ended it before the last step; a command ends with exit code 0 then, too.
+      seconds: that this process trained.
+      metrics: of the last logged step.
+      best_step, best_metric: of the checkpoint with the lowest best metric, where the job names one.
+    """
+
+    step: int
+    resumed_from: int
+    preempted: bool
+    seconds: float
+    metrics: Mapping[str, Any]
+    best_step: int | None
+    best_metric: float | None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The state after the last step that was made, and how the run went."""
+
+    state: TrainState
+    summary: Summary
+
+
+def train(job: Job, settings: LoopSettings, directory: Path, console: Console) -> Trained:
+    """Runs a job to its end, from where an earlier process left it.
+
+    Args:
+      job: what is trained.
+      settings: how long, and what happens how often.
+      directory: of the run; made when it is not there.
+      console: for progress.
+
+    Raises:
+      PuzzleError: the directory holds something else, another run, or more steps than `settings.steps`; another process
+        works in it; the data ended; too many steps in a row were not finite; a file cannot be written.
+    """
+    first = jax.process_index() == 0
+    if first:
+        open_run(directory, job.identity)
+    _meet("run directory")
+    began = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        if first:
+            stack.enter_context(locked(directory))
+        kept = Checkpoints(
+            directory / CHECKPOINTS,
+            identity=job.identity,
+            keep_last=settings.keep_last,
+            keep_best=settings.keep_best,
+        )
+        checkpoints = stack.enter_context(kept)
+        state, start = _begin(job, checkpoints, console)
+        if start > settings.steps:
+            raise PuzzleError(f"{directory} is at step {start}, but loop.steps is {settings.steps}")
+        log = stack.enter_context(MetricsLog(directory, start, console)) if first else None
+        stop = stack.enter_context(stop_signals())
+        run = _Run(job, settings, checkpoints, log, stop, int(state.skipped))
+        if start < settings.steps:
+            batches = stack.enter_context(prefetched(job.batches, job.place))
+            run.advance = stack.enter_context(progress(console, job.name, settings.steps))
+            state = run.steps_from(start, state, batches)
+        checkpoints.finish()
+        best = checkpoints.best
+    step = int(state.step)
+    if run.preempted:
+        console.print(f"  stopped at step {step} of {settings.steps}; the same command goes on", highlight=False)
+    summary = Summary(
+        step,
+        start,
+        run.preempted,
+        time.monotonic() - began,
+        {} if log is None else log.last,
+        None if best is None else best.step,
+        None if best is None else best.metric,
+    )
+    return Trained(state, summary)
+
+
+def _begin(job: Job, checkpoints: Checkpoints, console: Console) -> tuple[TrainState, int]:
+    """The state to go on with, and its step; the data is set to it."""
+    fresh = job.initial()
+    abstract = abstract_state(fresh)
+    if not checkpoints.holds_any:
+        return fresh, 0
+    del fresh  # its memory is for the restored one
+    restored = checkpoints.restore(abstract)
+    assert restored is not None
+    for message in restored.passed_over:
+        console.print(f"  passed over: {message}", highlight=False)
+    job.batches.set_state(restored.record.data)
+    console.print(f"  going on from step {restored.record.step}", highlight=False)
+    return restored.state, restored.record.step
+
+
+@dataclass
+class _Run:
+    """The steps of one process."""
+
+    job: Job
+    settings: LoopSettings
+    checkpoints: Checkpoints
+    log: MetricsLog | None
+    stop: threading.Event
+    skipped: int
+    advance: Callable[[int], None] = lambda amount: None
+    preempted: bool = False
+    _reported: int = 0
+    _since: tuple[int, float] = field(default_factory=lambda: (0, time.monotonic()))
+
+    def steps_from(self, start: int, state: TrainState, batches: Iterator[Positioned]) -> TrainState:
+        """Makes the steps after `start`; the step before is reported while one runs."""
+        last = self.settings.steps
+        self._since = (start, time.monotonic())
+        before: tuple[int, Any] | None = None
+        for number in range(start + 1, last + 1):
+            taken = next(batches, None)
+            if taken is None:
+                raise PuzzleError(f"the data ended after {number - 1} of {last} steps")
+            state, metrics = self.job.step(state, self.job.fixed, taken.batch)
+            if before is not None:
+                self._report(*before)
+            before = number, metrics
+            stopping = self._told_to_stop(number)
+            evaluating = self.job.evaluate is not None and _due(number, self.settings.evaluate_every, last)
+            saving = stopping or _due(number, self.settings.save_every, last)
+            if evaluating or saving:
+                before = None
+                metric = self._report(number, metrics, self._evaluate(state) if evaluating else {})
+                if saving or self._is_best(metric):
+                    if self.log is not None:
+                        self.log.sync()  # a restored run finds the lines of all steps up to its own
+                    self.checkpoints.save(number, state, data=taken.state, metric=metric)
+                self._since = (number, time.monotonic())
+            if stopping:
+                self.preempted = number < last
+                break
+        return state
+
+    def _report(self, number: int, metrics: Any, evaluation: Mapping[str, float] | None = None) -> float | None:
+        """Waits for a step, counts it, logs it if need be; returns the best metric of its evaluation, if it has one.
+
+        Raises PuzzleError when too many in a row were skipped.
+        """
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self.advance(number - self._reported)
+        self._reported = number
+        self.skipped = self.skipped + 1 if values["skipped"] else 0
+        evaluation = evaluation or {}
+        if self.log is not None and (
+            evaluation or self.skipped or _due(number, self.settings.log_every, self.settings.steps)
+        ):
+            steps, now = number - self._since[0], time.monotonic()
+            values |= {f"{EVALUATION}{name}": float(value) for name, value in evaluation.items()}
+            values["seconds_per_step"] = (now - self._since[1]) / max(steps, 1)
+            self._since = (number, now)
+            self.log.write(number, values)
+        if self.skipped >= self.settings.max_skipped:
+            raise PuzzleError(
+                f"{self.job.name} stopped: the loss or its gradient was not finite in {self.skipped} steps in a row, "
+                f"up to step {number}; look at their data, or start again with a lower learning_rate"
+            )
+        metric = None if self.job.best is None else evaluation.get(self.job.best)
+        return float(metric) if metric is not None and math.isfinite(metric) else None
+
+    def _evaluate(self, state: TrainState) -> Mapping[str, float]:
+        assert self.job.evaluate is not None
+        values = self.job.evaluate(state)
+        if self.job.best is not None and self.job.best not in values:
+            raise PuzzleError(f"best is {self.job.best!r}, but an evaluation gives {', '.join(sorted(values))}")
+        return values
+
+    def _is_best(self, metric: float | None) -> bool:
+        if metric is None or not self.settings.keep_best:
+            return False
+        best = self.checkpoints.best
+        return best is None or best.metric is None or metric < best.metric
+
+    def _told_to_stop(self, number: int) -> bool:
+        """Several processes agree every `log_every` steps: all must end at the same one."""
+        if jax.process_count() == 1:
+            return self.stop.is_set()
+        if number % self.settings.log_every:
+            return False
+        return bool(multihost_utils.process_allgather(np.asarray(self.stop.is_set())).any())
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """An event that SIGTERM and SIGINT set; a second SIGINT interrupts at once.
+
+    The handlers from before are back afterwards. Only the main thread can have handlers; in others nothing sets it.
+    """
+    told = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield told
+        return
+
+    def tell(number: int, frame: Any) -> None:
+        if told.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        told.set()
+
+    before = {number: signal.signal(number, tell) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield told
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _due(number: int, every: int, last: int) -> bool:
+    return number == last or (every > 0 and number % every == 0)
+
+
+def _meet(what: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)

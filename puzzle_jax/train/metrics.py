@@ -1,0 +1,98 @@
+"""What training tells about its steps: metrics.jsonl, and TensorBoard where tensorboardX is installed.
+
+metrics.jsonl has a line per logged step, {"step": ..., NAME: number or null}; null stands for what is no finite number.
+A run that goes on after step s drops the lines of later steps, so that the file is what a run without interruption
+would have written.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+
+from puzzle_jax.errors import PuzzleError
+from puzzle_jax.files import write_beside
+
+METRICS_FILE, TENSORBOARD = "metrics.jsonl", "tensorboard"
+
+
+class MetricsLog:
+    """Writes the metrics of a run, from one process; a context manager.
+
+    Args:
+      directory: of the run.
+      after: step that the run goes on from; 0 for a new one.
+      console: is told once if there is no TensorBoard.
+
+    Attributes:
+      last: the values of the last line.
+
+    Raises PuzzleError where metrics.jsonl holds a line, other than a torn last one, that is no object with a step.
+    """
+
+    def __init__(self, directory: Path, after: int, console: Console) -> None:
+        path = directory / METRICS_FILE
+        kept = [(line, values) for line, values in _lines(path) if values["step"] <= after]
+        self.last: dict[str, Any] = kept[-1][1] if kept else {}
+        write_beside(path, b"".join(line for line, _ in kept))
+        self._file = open(path, "ab")  # noqa: SIM115 (closed on exit)
+        self._board = _tensorboard(directory / TENSORBOARD, after, console)
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds the line of a step."""
+        self.last = {"step": step} | {name: x if math.isfinite(x) else None for name, x in sorted(values.items())}
+        self._file.write((json.dumps(self.last) + "\n").encode())
+        self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+
+    def sync(self) -> None:
+        """Returns when the file is on the disk: before a checkpoint that relies on it."""
+        os.fsync(self._file.fileno())
+
+
+def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """Lines and what they hold."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    if lines and not lines[-1].endswith(b"\n"):
+        del lines[-1]  # torn by a kill
+    return [(line, _parsed(line, f"{path}, line {number}")) for number, line in enumerate(lines, 1)]
+
+
+def _parsed(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        values = json.loads(line)
+    except ValueError:
+        values = None
+    if not isinstance(values, dict) or not isinstance(values.get("step"), int):
+        raise PuzzleError(f"{where} is no object with a step; repair it or move the file away")
+    return values
+
+
+def _tensorboard(directory: Path, after: int, console: Console) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        console.print(
+            f"  no TensorBoard without tensorboardX (extra `train`); {METRICS_FILE} has it all", highlight=False
+        )
+        return None
+    return SummaryWriter(str(directory), purge_step=after + 1 if after else None)

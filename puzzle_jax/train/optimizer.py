@@ -1,0 +1,187 @@
+"""Optimisers and learning-rate schedules, built from settings.
+
+    updates = -rate(n) * (direction(clip(gradients)) + weight_decay * params)        n: updates made before
+
+Weight decay is decoupled (arXiv 1711.05101) and reaches matrices only. Layers may be stacked, so what is a matrix is
+told by name, not by the number of axes: norms, biases and sinks do not decay. Directions are optax's. Muon
+(arXiv 2502.16982) serves the matrices of layers, each expert and layer on its own; embedding, head and all that is no
+matrix take Adam's direction (with Nesterov's momentum) there, and updates of both are about as large.
+
+Left out: learning rates by parameter, and moments in less than float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from puzzle_jax.errors import ConfigError
+
+OPTIMIZERS = ("adamw", "adam", "sgd", "lion", "muon")
+SCHEDULES = ("constant", "cosine", "linear", "wsd")
+
+Schedule = Callable[[Any], Float[Array, ""]]
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """What decides an update.
+
+    Attributes:
+      name: "adamw", "sgd", "lion", "muon", or "adam", which is "adamw" without weight decay.
+      learning_rate: the highest of the schedule.
+      schedule: after the warmup, "constant"; "cosine" and "linear" fall until the last step; "wsd" (warmup, stable,
+        decay) stays and falls evenly over the last `decay_fraction` of the steps.
+      warmup_steps: over which the rate rises evenly, the first step already at a share of it.
+      final_fraction: of `learning_rate`, where schedules end.
+      decay_fraction: of all steps, of "wsd".
+      b1, b2, eps: of the moments; `b1` is the momentum of "sgd" (0: none) and "muon".
+      weight_decay: per unit of learning rate.
+      clip_norm: global norm that gradients are scaled down to; None leaves them as they are.
+    """
+
+    name: str = "adamw"
+    learning_rate: float = 1e-4
+    schedule: str = "cosine"
+    warmup_steps: int = 0
+    final_fraction: float = 0.1
+    decay_fraction: float = 0.2
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        for field, known in (("name", OPTIMIZERS), ("schedule", SCHEDULES)):
+            if getattr(self, field) not in known:
+                raise ConfigError(
+                    f"optimizer.{field} is {getattr(self, field)!r}, but must be one of {', '.join(known)}"
+                )
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"optimizer.{field.name} is {value}, but must be a finite number")
+        for name in ("learning_rate", "eps", "clip_norm"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ConfigError(f"optimizer.{name} is {getattr(self, name)}, but must be above 0")
+        for name in ("warmup_steps", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"optimizer.{name} is {getattr(self, name)}, but must be at least 0")
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"optimizer.{name} is {getattr(self, name)}, but must be in [0, 1)")
+        for name in ("final_fraction", "decay_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"optimizer.{name} is {getattr(self, name)}, but must be in [0, 1]")
+        if self.name == "adam" and self.weight_decay:
+            raise ConfigError(f"optimizer.weight_decay is {self.weight_decay}, but adam has none; adamw does")
+
+
+def make_schedule(settings: OptimizerSettings, steps: int) -> Schedule:
+    """From the number of updates made before to the learning rate of the next.
+
+    Raises ConfigError where the warmup does not fit into `steps`.
+    """
+    warmup = settings.warmup_steps
+    if warmup > steps:
+        raise ConfigError(f"optimizer.warmup_steps is {warmup}, but must be at most steps ({steps})")
+    falling = max(round(steps * settings.decay_fraction), 1) if settings.schedule == "wsd" else steps - warmup
+    start = max(steps - falling, warmup)
+
+    def rate(count: Any) -> Float[Array, ""]:
+        count = jnp.asarray(count, jnp.float32)
+        rise = jnp.minimum((count + 1) / warmup, 1.0) if warmup else jnp.float32(1)
+        fallen = jnp.clip((count - start) / max(steps - start, 1), 0.0, 1.0)
+        if settings.schedule == "constant":
+            fallen = jnp.float32(0)
+        elif settings.schedule == "cosine":
+            fallen = (1 - jnp.cos(jnp.pi * fallen)) / 2
+        return settings.learning_rate * rise * (1 - (1 - settings.final_fraction) * fallen)
+
+    return rate
+
+
+def make_optimizer(settings: OptimizerSettings, steps: int) -> optax.GradientTransformation:
+    """The optimiser of a run of `steps` updates; None leaves of parameters have no state.
+
+    Raises ConfigError where the warmup does not fit into `steps`.
+    """
+    parts = [] if settings.clip_norm is None else [optax.clip_by_global_norm(settings.clip_norm)]
+    parts.append(_direction(settings))
+    if settings.weight_decay:
+        parts.append(optax.add_decayed_weights(settings.weight_decay, decays))
+    return optax.chain(*parts, _descend(make_schedule(settings, steps)))
+
+
+def decays(params: Any) -> Any:
+    """Which parameters are matrices, by name: a tree of bool in the structure of `params`."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: _is_matrix(_name(path)), params)
+
+
+class Rate(NamedTuple):
+    """State of the last part of an optimiser.
+
+    Attributes:
+      count: updates made.
+      learning_rate: of the last one.
+    """
+
+    count: Int[Array, ""]
+    learning_rate: Float[Array, ""]
+
+
+def _descend(schedule: Schedule) -> optax.GradientTransformation:
+    """Scales by minus the learning rate and keeps it in the state, for the metrics."""
+
+    def init(params: Any) -> Rate:
+        return Rate(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Rate]:
+        rate = schedule(state.count)
+        return jax.tree.map(lambda update: -rate * update, updates), Rate(state.count + 1, rate)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _direction(settings: OptimizerSettings) -> optax.GradientTransformation:
+    adam = optax.scale_by_adam(settings.b1, settings.b2, settings.eps)
+    if settings.name == "sgd":
+        return optax.trace(settings.b1) if settings.b1 else optax.identity()
+    if settings.name == "lion":
+        return optax.scale_by_lion(settings.b1, settings.b2)
+    if settings.name == "muon":
+        # 0.2 times the root of the larger side gives updates the size of Adam's (arXiv 2502.16982, section 2.2).
+        matrices = optax.contrib.MuonDimensionNumbers(-2, -1)  # the last two axes; those before count matrices
+        return optax.contrib.muon(
+            -1.0,  # it descends by itself, and here that comes last
+            beta=settings.b1,
+            eps=settings.eps,
+            adam_b1=settings.b1,
+            adam_b2=settings.b2,
+            consistent_rms=0.2,
+            muon_weight_dimension_numbers=lambda params: jax.tree_util.tree_map_with_path(
+                lambda path, _: matrices if _is_layer_matrix(path) else None, params
+            ),
+        )
+    return adam
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    """The parameter's own name in `model.spec`; entries of lists and of packed matrices have none."""
+    return next((entry.key for entry in reversed(path) if isinstance(entry, jax.tree_util.DictKey)), "")
+
+
+def _is_matrix(name: str) -> bool:
+    return not (name in ("norm", "final_norm", "sinks") or name.endswith("_bias"))
+
+
+def _is_layer_matrix(path: tuple[Any, ...]) -> bool:
+    return _is_matrix(_name(path)) and _name(path) not in ("embedding", "head")

@@ -1,0 +1,57 @@
+"""Where training's arrays live: the resident parent, masters and optimiser state, and batches, on a mesh or without one.
+
+    resident   cut along "model" (heads, experts, vocabulary), as computing wants it
+    masters    fully sharded over all axes, and so is what the optimiser keeps of them; gathered where they are used
+    batches    rows over "data", positions over "sequence"
+
+Every process holds the whole batch of a step (`trace_batches`) and gives its devices their part.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from puzzle_jax.config import ModelConfig
+from puzzle_jax.model.sharding import fully_sharded, stacked_sharding
+from puzzle_jax.model.spec import Params
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Puts arrays where they belong.
+
+    Attributes:
+      mesh: with axes "data", "sequence" and "model"; None is the first device.
+    """
+
+    mesh: Mesh | None = None
+
+    def resident(self, params: Params, config: ModelConfig) -> Params:
+        return params if self.mesh is None else jax.device_put(params, stacked_sharding(params, config, self.mesh))
+
+    def masters(self, tree: Any) -> Any:
+        """Shardings of masters, or of a state that holds some; None without a mesh."""
+        return None if self.mesh is None else fully_sharded(tree, self.mesh)
+
+    def rows(self, batch: Any) -> Any:
+        """A batch of arrays [rows, length, ...]."""
+        return self._cut(batch, PartitionSpec("data", "sequence"))
+
+    def micro_batches(self, batch: Any) -> Any:
+        """A batch of arrays [micro_batches, rows, length, ...]."""
+        return self._cut(batch, PartitionSpec(None, "data", "sequence"))
+
+    def _cut(self, batch: Any, axes: PartitionSpec) -> Any:
+        if self.mesh is None:
+            return batch
+        sharding = NamedSharding(self.mesh, axes)
+
+        def place(array: np.ndarray) -> jax.Array:
+            return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+        return jax.tree.map(place, batch)

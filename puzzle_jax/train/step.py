@@ -1,0 +1,136 @@
+"""One step of training, for any loss: gradients of a sum over micro-batches, one update, metrics.
+
+    loss = sum_m numerator_m / sum_m weight_m        m: micro-batches
+
+Micro-batches run one after another in a scan, which accumulates numerators, weights and gradients in float32; all is
+divided once, at the end. So a batch cut into micro-batches is the batch, whatever the weights of its parts.
+
+A loss or gradient that is not finite changes neither parameters nor optimiser, and is counted; a batch without weight
+has none. Random bits depend on the state's key, the step and the micro-batch alone.
+
+Left out: mixed precision, which belongs to the loss (parameters come as float32 masters), and rematerialisation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, Key
+
+LossFunction = Callable[[Any, Any, Any, Array], tuple[Array, Array, dict[str, Array]]]
+"""(params, fixed, micro-batch, key) -> (numerator, weight, sums of metrics), all scalars; metrics are divided by the
+weight, too."""
+
+
+class TrainState(NamedTuple):
+    """What a step changes.
+
+    Attributes:
+      step: steps made, skipped ones included.
+      params: float32 masters of what learns; None in the place of all that is frozen.
+      optimizer: state of the optimiser.
+      key: from which a step's random bits are drawn.
+      skipped: steps in a row, up to now, whose loss or gradient was not finite.
+    """
+
+    step: Int[Array, ""]
+    params: Any
+    optimizer: Any
+    key: Key[Array, ""]
+    skipped: Int[Array, ""]
+
+
+class Shardings(NamedTuple):
+    """Where a step's arrays live.
+
+    Attributes:
+      state: `TrainState` of shardings; gradients lie as the parameters do.
+      batch: of a micro-batch, one sharding for all leaves or a tree that begins the micro-batch's; None: as it comes.
+    """
+
+    state: TrainState
+    batch: Any = None
+
+
+Metrics = dict[str, Float[Array, ""]]
+Step = Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]
+
+
+def init_state(params: Any, optimizer: optax.GradientTransformation, key: Key[Array, ""]) -> TrainState:
+    """The state before the first step, with float32 copies of `params`.
+
+    Under `jax.jit` with `out_shardings` it is made where it shall live, and `jax.eval_shape` tells its shapes.
+    """
+    params = jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), key, jnp.zeros((), jnp.int32))
+
+
+def make_step(
+    loss: LossFunction, optimizer: optax.GradientTransformation, *, shardings: Shardings | None = None
+) -> Step:
+    """The jitted step: (state, fixed, batch) -> (next state, metrics).
+
+    Args:
+      loss: of one micro-batch; differentiated in its first argument.
+      optimizer: whose state `TrainState.optimizer` is.
+      shardings: of state and batch on a mesh; by default arrays stay as they come.
+
+    The state is donated: its buffers are gone after the call. `fixed` are arrays that are read only, such as a teacher.
+    Leaves of `batch` have an axis of micro-batches before all others.
+
+    Metrics are scalars: "loss", "grad_norm" (before clipping), "learning_rate" of the last update where the optimiser
+    tells it, "skipped" (1 where the step changed nothing) and those of the loss.
+    """
+
+    def step(state: TrainState, fixed: Any, batch: Any) -> tuple[TrainState, dict[str, Array]]:
+        step_key = jax.random.fold_in(state.key, state.step)
+
+        def numerator(params: Any, part: Any, key: Array) -> tuple[Array, tuple[Array, Array, dict[str, Array]]]:
+            sums = jax.tree.map(_float32, loss(params, fixed, part, key))
+            return sums[0], sums
+
+        def accumulate(gradients: Any, micro: tuple[Any, Array]) -> tuple[Any, tuple[Array, Array, dict[str, Array]]]:
+            part, index = micro
+            if shardings is not None and shardings.batch is not None:
+                part = jax.lax.with_sharding_constraint(part, shardings.batch)
+            key = jax.random.fold_in(step_key, index)
+            more, sums = jax.grad(numerator, has_aux=True)(state.params, part, key)
+            return _placed(jax.tree.map(lambda x, y: x + _float32(y), gradients, more), shardings), tuple(sums)
+
+        with jax.named_scope("gradients"):
+            zeros = _placed(jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.params), shardings)
+            micro_batches = jax.tree.leaves(batch)[0].shape[0]
+            gradients, by_micro = jax.lax.scan(accumulate, zeros, (batch, jnp.arange(micro_batches)))
+            total, weight, sums = jax.tree.map(lambda x: jnp.sum(x, axis=0), by_micro)
+
+        with jax.named_scope("update"):
+            gradients = jax.tree.map(lambda x: x / weight, gradients)
+            mean, norm = total / weight, optax.global_norm(gradients)
+            good = jnp.isfinite(mean) & jnp.isfinite(norm)
+            updates, moments = optimizer.update(gradients, state.optimizer, state.params)
+            changed = (optax.apply_updates(state.params, updates), moments)
+            params, moments = jax.tree.map(lambda new, old: jnp.where(good, new, old), changed, state[1:3])
+        skipped = jnp.where(good, 0, state.skipped + 1)
+        metrics = {name: value / weight for name, value in sums.items()}
+        metrics |= {"loss": mean, "grad_norm": norm, "skipped": 1.0 - good.astype(jnp.float32)}
+        rate = optax.tree_utils.tree_get(moments, "learning_rate")
+        if rate is not None:
+            metrics["learning_rate"] = rate
+        return TrainState(state.step + 1, params, moments, state.key, skipped), metrics
+
+    if shardings is None:
+        return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings.state, None))
+
+
+def _float32(x: Any) -> Array:
+    return jnp.asarray(x, jnp.float32)
+
+
+def _placed(gradients: Any, shardings: Shardings | None) -> Any:
+    """Accumulated gradients where the parameters are, so that each device holds its share of them only."""
+    return gradients if shardings is None else jax.lax.with_sharding_constraint(gradients, shardings.state.params)

@@ -1,0 +1,311 @@
+import itertools
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from puzzle_jax.config import BlockConfig
+from puzzle_jax.kernels.mxfp4 import MXFP4
+from puzzle_jax.model.child import with_delta
+from puzzle_jax.model.network import attention_block, embed, hidden_states, moe_block
+from puzzle_jax.model.rope import rope_table
+from puzzle_jax.model.spec import is_spec, param_specs
+from puzzle_jax.model.stacked import (
+    LayerRun,
+    StackedMXFP4,
+    layer_runs,
+    stack_params,
+    stacked_hidden_states,
+    unstack_params,
+)
+from tests.support import random_params, random_tokens, small_config
+
+PUBLISHED = Path(__file__).parents[2] / "benchmarks/published/gpt-oss-puzzle-88B.json"
+# A pattern of two layers, repeated, whose experts differ in number too, and a layer of its own.
+BLOCKS = (BlockConfig(7, 5), BlockConfig(4, None), BlockConfig(7, 5), BlockConfig(4, None), BlockConfig(6, 8))
+RUNS = (LayerRun(0, 2, 2), LayerRun(4, 1, 1))
+BATCH, SEQ = 2, 19
+
+
+def tree_allclose(found, expected, **tolerance):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for (path, one), other in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, err_msg=jax.tree_util.keystr(path), **tolerance)
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = small_config(BLOCKS)
+    params = random_params(config)
+    return config, params, jax.jit(partial(stack_params, runs=RUNS))(params), random_tokens(config, BATCH, SEQ)
+
+
+# Runs
+
+
+@pytest.mark.parametrize(
+    "kinds,expected",
+    [
+        ("", []),
+        ("a", [(0, 1, 1)]),
+        ("aaaa", [(0, 1, 4)]),
+        ("abc", [(0, 3, 1)]),
+        ("ababab", [(0, 2, 3)]),
+        ("abababc", [(0, 2, 3), (6, 1, 1)]),
+        ("ababa", [(0, 2, 2), (4, 1, 1)]),
+        ("caabaabaabd", [(0, 1, 1), (1, 3, 3), (10, 1, 1)]),
+        ("aaaabbbb", [(0, 1, 4), (4, 1, 4)]),
+        ("abcabcabab", [(0, 3, 2), (6, 2, 2)]),
+    ],
+)
+def test_runs_of_lists_worked_by_hand(kinds, expected):
+    assert layer_runs(kinds) == tuple(LayerRun(*run) for run in expected)
+
+
+def test_no_cover_traces_fewer_layers_or_takes_fewer_runs():
+    """Against all ways of cutting a list into segments, each of its own smallest period."""
+    rng = np.random.default_rng(0)
+    for letters in (2, 3):
+        for kinds in rng.integers(0, letters, (30, 9)).tolist():
+            runs = layer_runs(kinds)
+            covered = [
+                kinds[run.start + position]
+                for run in runs
+                for _ in range(run.repeats)
+                for position in range(run.period)
+            ]
+            assert covered == kinds
+            assert [run.start for run in runs] == [0, *(run.stop for run in runs[:-1])]
+            cheapest = min(
+                (sum(map(smallest_period, segments)), len(segments))
+                for count in range(9)
+                for cuts in itertools.combinations(range(1, 9), count)
+                for segments in [[kinds[a:b] for a, b in itertools.pairwise((0, *cuts, 9))]]
+            )
+            assert (sum(run.period for run in runs), len(runs)) == cheapest
+
+
+def smallest_period(segment):
+    size = len(segment)
+    return next(p for p in range(1, size + 1) if size % p == 0 and segment == segment[:p] * (size // p))
+
+
+def test_the_published_child_traces_few_layers():
+    blocks = [(b["num_local_experts"], b["sliding_window"]) for b in json.loads(PUBLISHED.read_text())["block_configs"]]
+    assert [tuple(run) for run in layer_runs(blocks)] == [
+        (0, 3, 1), (3, 2, 2), (7, 2, 4), (15, 2, 3), (21, 1, 1), (22, 4, 2), (30, 2, 3),
+    ]  # fmt: skip
+    # Distilled as a view, its layers have the parent's experts, and differ in the parent's window and their own.
+    windows = [((128, None)[layer % 2], window) for layer, (_, window) in enumerate(blocks)]
+    runs = layer_runs(windows)
+    assert (sum(run.period for run in runs), len(runs)) == (14, 6)
+
+
+def test_layers_of_a_position():
+    run = LayerRun(3, 2, 3)
+    assert run.stop == 9
+    assert [list(run.layers_at(position)) for position in (0, 1)] == [[3, 5, 7], [4, 6, 8]]
+
+
+# Stacking
+
+
+def test_unstacking_gives_back_what_was_stacked(model):
+    _, params, stacked, _ = model
+    assert [len(positions) for positions in stacked["runs"]] == [2, 1]
+    assert stacked["runs"][0][1]["moe"]["down"].shape == (2, 4, 24, 40)
+    np.testing.assert_array_equal(
+        stacked["runs"][0][1]["attention"]["sinks"][1], params["layers"][3]["attention"]["sinks"]
+    )
+    tree_allclose(jax.jit(partial(unstack_params, runs=RUNS))(stacked), params, rtol=0)
+
+
+def test_partial_and_packed_trees_stack_too():
+    def layer(index):
+        packed = MXFP4(jnp.full((3, 5, 32), index, jnp.uint8), jnp.full((3, 5, 2), 100 + index, jnp.uint8))
+        return {"attention": {"norm": jnp.full(4, index), "sinks": None}, "moe": {"down": packed, "norm": None}}
+
+    params = {"embedding": None, "layers": [*map(layer, range(4)), None], "final_norm": jnp.ones(4)}
+    runs = (LayerRun(0, 2, 2), LayerRun(4, 1, 1))
+    stacked = stack_params(params, runs)
+    first, second = stacked["runs"][0]
+    assert stacked["embedding"] is None and stacked["runs"][1] == [None] and second["attention"]["sinks"] is None
+    assert isinstance(first["moe"]["down"], StackedMXFP4) and second["moe"]["down"].codes.shape == (2, 3, 5, 32)
+    np.testing.assert_array_equal(second["moe"]["down"].scales[:, 0, 0, 0], [101, 103])
+    back = unstack_params(stacked, runs)
+    assert isinstance(back["layers"][2]["moe"]["down"], MXFP4)
+    for found, expected in zip(back["layers"], params["layers"], strict=True):
+        tree_allclose(found, expected, rtol=0)
+
+
+def test_an_empty_model_is_empty():
+    assert stack_params({"layers": []}, ()) == {"runs": []}
+    assert unstack_params({"runs": []}, ()) == {"layers": []}
+
+
+# The forward pass
+
+
+def test_masks_segments_positions_and_other_windows(model):
+    """Masks leave each layer 3 experts or more; rows hold two segments, with positions that start anew in them."""
+    config, params, stacked, tokens = model
+    masks = np.random.default_rng(3).random((5, 7)) < 0.5
+    masks[:, :3] = True
+    cut = [jnp.asarray(mask[: block.num_experts]) for mask, block in zip(masks, BLOCKS, strict=True)]
+    segments = jnp.tile(jnp.asarray([0] * 8 + [1] * 11), (BATCH, 1))
+    positions = jnp.tile(jnp.asarray([*range(8), *range(11)]), (BATCH, 1))
+    shared = dict(windows=[None, 3, None, 3, 4], segment_ids=segments, positions=positions)
+    run = jax.jit(partial(stacked_hidden_states, config=config, runs=RUNS, **shared))
+    x, _, ids = run(stacked, tokens=tokens, expert_masks=jnp.asarray(masks))
+    plain = jax.jit(partial(hidden_states, config=config, **shared))
+    expected, auxes = plain(params, tokens=tokens, expert_masks=cut)
+    np.testing.assert_allclose(x, expected, atol=2e-5)
+    np.testing.assert_array_equal(ids, [aux.routing.ids for aux in auxes])
+    for kept, chosen in zip(cut, np.asarray(ids), strict=True):
+        assert set(np.unique(chosen)) <= set(np.flatnonzero(kept))
+
+
+def test_states_and_gradients_of_replayed_experts(model):
+    """Of every layer's output, with `remat` and without, against the blocks one after the other."""
+    config, params, stacked, tokens = model
+    config, runs = replace(config, blocks=BLOCKS[:4]), RUNS[:1]
+    params, stacked = params | {"layers": params["layers"][:4]}, stacked | {"runs": stacked["runs"][:1]}
+    ids = np.random.default_rng(4).permuted(np.tile(np.arange(4), (4, BATCH * SEQ, 1)), axis=-1)
+    replay = jnp.asarray(ids[..., :2])
+    probe = jnp.asarray(np.random.default_rng(5).standard_normal((4, BATCH, SEQ, 40)), jnp.float32)
+
+    @partial(jax.jit, static_argnames="window")  # compiled once for each kind of layer
+    def plain_layer(x, layer, ids, window):
+        table = rope_table(config.rope, config.head_dim, jnp.arange(SEQ)[None])
+        x, _ = attention_block(layer["attention"], config, x, table, window=window)
+        return moe_block(layer["moe"], config, x, replay=ids)[0]
+
+    def of_plain(params):
+        x, states = embed(params, tokens), []
+        for layer, block, ids in zip(params["layers"], config.blocks, replay, strict=True):
+            x = plain_layer(x, layer, ids, block.window)
+            states.append(x)
+        return (jnp.stack(states) * probe).sum() + (x * x).sum(), jnp.stack(states)
+
+    def of_stacked(remat, stacked):
+        options = dict(replay=replay, remat=remat, keep_states=True)
+        x, states, ids = stacked_hidden_states(stacked, config, runs, tokens, **options)
+        return (states * probe).sum() + (x * x).sum(), (states, ids)
+
+    (value, expected), gradient = jax.value_and_grad(of_plain, has_aux=True)(params)
+    for remat in (False, True):
+        of_runs = jax.jit(jax.value_and_grad(partial(of_stacked, remat), has_aux=True))
+        (found_value, (states, ids)), found = of_runs(stacked)
+        np.testing.assert_allclose(found_value, value, rtol=1e-5)
+        np.testing.assert_allclose(states, expected, atol=2e-5)
+        np.testing.assert_array_equal(ids, replay)
+        tree_allclose(unstack_params(found, runs), gradient, rtol=1e-4, atol=1e-3)
+    assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient["layers"][2])) > 10
+
+
+def test_packed_experts_by_the_default_options():
+    """With trained attention from a tree that holds nothing else."""
+    blocks = (BlockConfig(7, 5), BlockConfig(7, 5), BlockConfig(7, None))
+    config = small_config(blocks, hidden_size=64, intermediate_size=32)
+    runs, tokens, rng = layer_runs(blocks), random_tokens(config, BATCH, SEQ), np.random.default_rng(6)
+    assert runs == (LayerRun(0, 1, 2), LayerRun(2, 1, 1))
+
+    def packed(outputs, inputs):
+        draw = partial(rng.integers, dtype=np.uint8)
+        codes, scales = draw(0, 256, (7, outputs, inputs // 2)), draw(121, 125, (7, outputs, inputs // 32))
+        return MXFP4(jnp.asarray(codes), jnp.asarray(scales))
+
+    params = random_params(config)
+    for layer in params["layers"]:
+        layer["moe"] |= {"gate_up": packed(64, 64), "down": packed(64, 32)}
+    others = random_params(config, seed=1)["layers"]
+    trained = dict.fromkeys(params) | {"layers": [{"attention": other["attention"], "moe": None} for other in others]}
+
+    @jax.jit
+    def of_stacked(params, trained):
+        stacked = with_delta(stack_params(params, runs), stack_params(trained, runs))
+        return stacked_hidden_states(stacked, config, runs, tokens)
+
+    x, states, ids = of_stacked(params, trained)
+    expected, auxes = jax.jit(partial(hidden_states, config=config))(with_delta(params, trained), tokens=tokens)
+    assert states is None
+    np.testing.assert_allclose(x, expected, atol=5e-5)
+    np.testing.assert_array_equal(ids, [aux.routing.ids for aux in auxes])
+
+
+# What programs hold
+
+
+def gradient_of_depth(layers):
+    """The gradient with `remat` of a pattern of two layers, and shapes to trace it with."""
+    config = small_config(tuple(BlockConfig(7, window) for _ in range(layers // 2) for window in (5, None)))
+    runs = layer_runs(config.blocks)
+    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.float32), param_specs(config), is_leaf=is_spec)
+
+    def loss(stacked, tokens):
+        return (stacked_hidden_states(stacked, config, runs, tokens, remat=True).x ** 2).sum()
+
+    stacked = jax.eval_shape(partial(stack_params, runs=runs), shapes)
+    return jax.grad(loss), (stacked, jax.ShapeDtypeStruct((BATCH, SEQ), jnp.int32))
+
+
+def test_programs_do_not_grow_with_depth():
+    def operations(layers):
+        gradient, shapes = gradient_of_depth(layers)
+        return jax.jit(gradient).lower(*shapes).as_text().count(" = ")
+
+    assert operations(16) == operations(4) > 100
+
+
+def test_only_the_inputs_of_layers_are_kept():
+    gradient, shapes = gradient_of_depth(6)
+    forward = next(eqn for eqn in jax.make_jaxpr(gradient)(*shapes).eqns if eqn.primitive.name == "scan")
+    floats = [var.aval.size for var in forward.outvars if jnp.issubdtype(var.aval.dtype, jnp.floating)]
+    hidden = BATCH * SEQ * 40
+    assert sum(floats) == hidden + 6 * hidden  # the last output, and what each of 6 layers was given
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"windows": [5, None, 6, None, 8]}, "layers 0 and 2 share a position of a run, but their windows are 5 and 6"),
+        ({"windows": [5, None]}, "windows has 2 entries for 5 layers"),
+        ({"expert_masks": jnp.ones((4, 7), bool)}, "expert_masks has 4 entries for 5 layers"),
+        ({"replay": jnp.zeros((6, 38, 2), int)}, "replay has 6 entries for 5 layers"),
+        ({"runs": RUNS[:1]}, "the runs cover 4 layers, but the model has 5"),
+        ({"runs": RUNS[1:]}, r"LayerRun\(start=4, .*\) does not continue the runs before it, which cover 0 layers"),
+        ({"runs": (LayerRun(0, 5, 1),)}, "stacked in 2 runs, but 1 were given"),
+        (
+            {"runs": (LayerRun(0, 1, 4), LayerRun(4, 1, 1))},
+            r"layers 0 to 3 are a pattern of 1 layers repeated 4 times, but their parameters hold 2 layers",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(model, changes, message):
+    config, _, stacked, tokens = model
+    with pytest.raises(ValueError, match=message):
+        stacked_hidden_states(stacked, config, **{"runs": RUNS, "tokens": tokens} | changes)
+
+
+def test_layers_that_differ_do_not_stack(model):
+    _, params, stacked, _ = model
+    message = (
+        r"layers 0 and 1 share a position of a run, but moe\.down is float32\[7, 24, 40\] in the one and float32\[4"
+    )
+    with pytest.raises(ValueError, match=message):
+        stack_params(params, (LayerRun(0, 1, 5),))
+    message = r"layers 0 and 1 .* but norm is missing in the one and float32\[3\] in the other"
+    with pytest.raises(ValueError, match=message):
+        stack_params({"layers": [{"norm": None}, {"norm": jnp.ones(3)}]}, (LayerRun(0, 1, 2),))
+    with pytest.raises(ValueError, match=r"layers 0 and 1 .* norm is float32\[3\] in the one and bfloat16\[3\]"):
+        stack_params({"layers": [{"norm": jnp.ones(3, dt)} for dt in ("float32", "bfloat16")]}, (LayerRun(0, 1, 2),))
+    with pytest.raises(ValueError, match="stacked in 2 runs, but 1 were given"):
+        unstack_params(stacked, RUNS[:1])
