@@ -157,35 +157,29 @@ class Checkpoints:
           PuzzleError: the arrays of a checkpoint are not those of `abstract`.
         """
         self.finish()
+        wanted = _flat(_plain(abstract))
         passed = dict(self._unreadable)
-        steps = sorted(self._records, reverse=True) if step is None else [step] * (step in self._records)
-        for chosen in steps:
+        for chosen in sorted(self._records, reverse=True) if step is None else [step] * (step in self._records):
+            path = str(self.directory / str(chosen))
             try:
-                state = self._load(chosen, abstract)
+                held: Any = ocp.metadata(path).metadata
+                _same_arrays(held, wanted, path)
+                arrays: Any = ocp.load(path, {name: _target(leaf) for name, leaf in wanted.items()})
             except PuzzleError:
                 raise
-            except Exception as error:
-                passed[chosen] = f"{self.directory / str(chosen)} cannot be read: {_reason(error)}"
+            except Exception as error:  # Orbax raises whatever its storage raised
+                passed[chosen] = f"{path} cannot be read: {_reason(error)}"
                 continue
             # What could not be read does not count among the newest; the next save at its step replaces it.
             for damaged in passed:
                 self._records.pop(damaged, None)
-            return Restored(state, self._records[chosen], _newest_first(passed, chosen))
+            state = jax.tree.unflatten(jax.tree.structure(abstract), [jnp.asarray(arrays[name]) for name in wanted])
+            return Restored(jax.tree.map(_keyed, abstract, state), self._records[chosen], _newest_first(passed, chosen))
         if step is not None and step not in passed:
             raise CheckpointError(f"{self.directory} holds no checkpoint of step {step}")
         if passed:
             raise CheckpointError(f"no checkpoint can be read: {'; '.join(_newest_first(passed, -1))}")
         return None
-
-    def _load(self, step: int, abstract: Any) -> Any:
-        path = str(self.directory / str(step))
-        wanted = _flat(_plain(abstract))
-        held = ocp.metadata(path).metadata
-        _same_arrays(held, wanted, path)
-        targets = {name: _target(leaf) for name, leaf in wanted.items()}
-        loaded = ocp.load(path, targets)
-        leaves = [loaded[name] if isinstance(loaded[name], jax.Array) else jnp.asarray(loaded[name]) for name in wanted]
-        return jax.tree.map(_keyed, abstract, jax.tree.unflatten(jax.tree.structure(abstract), leaves))
 
     def _read_record(self, step: int) -> None:
         path = self.directory / str(step)
@@ -251,7 +245,9 @@ def _keyed(like: Any, x: jax.Array) -> jax.Array:
     """The inverse of `_plain` for one array."""
     if not jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
         return x
-    return jax.random.wrap_key_data(x, impl=str(jax.random.key_impl(like)))
+    impl: list[Any] = []  # which only arrays and tracers tell
+    jax.eval_shape(lambda key: impl.append(jax.random.key_impl(key)), like)
+    return jax.random.wrap_key_data(x, impl=impl[0])
 
 
 def _flat(tree: Any) -> dict[str, Any]:

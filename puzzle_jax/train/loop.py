@@ -152,13 +152,8 @@ def train(job: Job, settings: LoopSettings, directory: Path, console: Console) -
     with contextlib.ExitStack() as stack:
         if first:
             stack.enter_context(locked(directory))
-        kept = Checkpoints(
-            directory / CHECKPOINTS,
-            identity=job.identity,
-            keep_last=settings.keep_last,
-            keep_best=settings.keep_best,
-        )
-        checkpoints = stack.enter_context(kept)
+        keep = {"keep_last": settings.keep_last, "keep_best": settings.keep_best}
+        checkpoints = stack.enter_context(Checkpoints(directory / CHECKPOINTS, identity=job.identity, **keep))
         state, start = _begin(job, checkpoints, console)
         if start > settings.steps:
             raise PuzzleError(f"{directory} is at step {start}, but loop.steps is {settings.steps}")

@@ -92,8 +92,9 @@ def test_packed_experts_in_bfloat16(way):
         return MXFP4(jnp.asarray(codes), jnp.asarray(scales))
 
     x, routing = given("mixed", jnp.bfloat16)
-    experts = experts_of(jnp.bfloat16)._replace(gate_up=packed(2 * INTER, HIDDEN), down=packed(HIDDEN, INTER))
-    dense = experts._replace(gate_up=decode(experts.gate_up), down=decode(experts.down))
+    gate_up, down = packed(2 * INTER, HIDDEN), packed(HIDDEN, INTER)
+    experts = experts_of(jnp.bfloat16)._replace(gate_up=gate_up, down=down)
+    dense = experts._replace(gate_up=decode(gate_up), down=decode(down))
     expected = expert_mlp(x.astype(jnp.float32), routing, dense, limit=LIMIT, implementation="reference")
     found = on_mesh(make_mesh(2, 4), None, way)(x, routing, experts)
     assert found.dtype == jnp.bfloat16
@@ -106,7 +107,7 @@ def test_weights_stay_where_they_are(way):
     mesh = make_mesh(1, 8)
     x, routing = given("mixed")
     placed = jax.device_put(experts_of(), NamedSharding(mesh, PartitionSpec("model")))
-    text = on_mesh(mesh, None, way).lower(x, routing, placed).compile().as_text()
+    text = on_mesh(mesh, None, way).lower(x, routing, placed).compile().as_text() or ""
     collectives = [
         line
         for line in text.splitlines()

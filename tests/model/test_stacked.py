@@ -1,6 +1,5 @@
 import itertools
 import json
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -151,51 +150,63 @@ def test_an_empty_model_is_empty():
 # The forward pass
 
 
+@partial(jax.jit, static_argnames=("config", "window"))  # one program for each kind of layer
+def plain_layer(layer, x, positions, mask, segment_ids, replay, config, window):
+    table = rope_table(config.rope, config.head_dim, positions)
+    x, _ = attention_block(layer["attention"], config, x, table, window=window, segment_ids=segment_ids)
+    x, aux = moe_block(layer["moe"], config, x, expert_mask=mask, replay=replay)
+    return x, aux.routing.ids
+
+
+def plain_states(params, config, tokens, windows, positions, masks=None, segment_ids=None, replay=None):
+    """Every layer's output and experts, by the blocks of `model.network` one after the other."""
+    x, states, chosen = embed(params, tokens), [], []
+    for index, (layer, block) in enumerate(zip(params["layers"], config.blocks, strict=True)):
+        mask = None if masks is None else masks[index, : block.num_experts]
+        given = None if replay is None else replay[index]
+        x, ids = plain_layer(layer, x, positions, mask, segment_ids, given, config=config, window=windows[index])
+        states.append(x)
+        chosen.append(ids)
+    return jnp.stack(states), jnp.stack(chosen)
+
+
 def test_masks_segments_positions_and_other_windows(model):
     """Masks leave each layer 3 experts or more; rows hold two segments, with positions that start anew in them."""
     config, params, stacked, tokens = model
-    masks = np.random.default_rng(3).random((5, 7)) < 0.5
-    masks[:, :3] = True
-    cut = [jnp.asarray(mask[: block.num_experts]) for mask, block in zip(masks, BLOCKS, strict=True)]
+    kept = np.random.default_rng(3).random((5, 7)) < 0.5
+    kept[:, :3] = True
+    masks = jnp.asarray(kept)
     segments = jnp.tile(jnp.asarray([0] * 8 + [1] * 11), (BATCH, 1))
     positions = jnp.tile(jnp.asarray([*range(8), *range(11)]), (BATCH, 1))
-    shared = dict(windows=[None, 3, None, 3, 4], segment_ids=segments, positions=positions)
-    run = jax.jit(partial(stacked_hidden_states, config=config, runs=RUNS, **shared))
-    x, _, ids = run(stacked, tokens=tokens, expert_masks=jnp.asarray(masks))
-    plain = jax.jit(partial(hidden_states, config=config, **shared))
-    expected, auxes = plain(params, tokens=tokens, expert_masks=cut)
-    np.testing.assert_allclose(x, expected, atol=2e-5)
-    np.testing.assert_array_equal(ids, [aux.routing.ids for aux in auxes])
-    for kept, chosen in zip(cut, np.asarray(ids), strict=True):
-        assert set(np.unique(chosen)) <= set(np.flatnonzero(kept))
+    windows = [None, 3, None, 3, 4]
+    run = jax.jit(partial(stacked_hidden_states, config=config, runs=RUNS, windows=windows, keep_states=True))
+    x, states, ids = run(stacked, tokens=tokens, positions=positions, segment_ids=segments, expert_masks=masks)
+    expected, chosen = plain_states(params, config, tokens, windows, positions, masks, segments)
+    np.testing.assert_array_equal(x, states[-1])
+    np.testing.assert_allclose(states, expected, atol=2e-5)
+    np.testing.assert_array_equal(ids, chosen)
+    for layer, block in enumerate(BLOCKS):
+        assert set(np.unique(ids[layer])) <= set(np.flatnonzero(kept[layer, : block.num_experts]))
 
 
 def test_states_and_gradients_of_replayed_experts(model):
-    """Of every layer's output, with `remat` and without, against the blocks one after the other."""
-    config, params, stacked, tokens = model
-    config, runs = replace(config, blocks=BLOCKS[:4]), RUNS[:1]
+    """Of every layer's output, with `remat` and without."""
+    _, params, stacked, tokens = model
+    config, runs = small_config(BLOCKS[:4]), RUNS[:1]
     params, stacked = params | {"layers": params["layers"][:4]}, stacked | {"runs": stacked["runs"][:1]}
-    ids = np.random.default_rng(4).permuted(np.tile(np.arange(4), (4, BATCH * SEQ, 1)), axis=-1)
-    replay = jnp.asarray(ids[..., :2])
+    drawn = np.random.default_rng(4).permuted(np.tile(np.arange(4), (4, BATCH * SEQ, 1)), axis=-1)
+    replay = jnp.asarray(drawn[..., :2])
     probe = jnp.asarray(np.random.default_rng(5).standard_normal((4, BATCH, SEQ, 40)), jnp.float32)
 
-    @partial(jax.jit, static_argnames="window")  # compiled once for each kind of layer
-    def plain_layer(x, layer, ids, window):
-        table = rope_table(config.rope, config.head_dim, jnp.arange(SEQ)[None])
-        x, _ = attention_block(layer["attention"], config, x, table, window=window)
-        return moe_block(layer["moe"], config, x, replay=ids)[0]
-
     def of_plain(params):
-        x, states = embed(params, tokens), []
-        for layer, block, ids in zip(params["layers"], config.blocks, replay, strict=True):
-            x = plain_layer(x, layer, ids, block.window)
-            states.append(x)
-        return (jnp.stack(states) * probe).sum() + (x * x).sum(), jnp.stack(states)
+        windows, positions = [block.window for block in config.blocks], jnp.arange(SEQ)[None]
+        states, _ = plain_states(params, config, tokens, windows, positions, replay=replay)
+        return (states * probe).sum() + (states[-1] ** 2).sum(), states
 
     def of_stacked(remat, stacked):
         options = dict(replay=replay, remat=remat, keep_states=True)
         x, states, ids = stacked_hidden_states(stacked, config, runs, tokens, **options)
-        return (states * probe).sum() + (x * x).sum(), (states, ids)
+        return (states * probe).sum() + (x**2).sum(), (states, ids)
 
     (value, expected), gradient = jax.value_and_grad(of_plain, has_aux=True)(params)
     for remat in (False, True):

@@ -1,4 +1,4 @@
-"""The loop: what an interrupted run ends with is what an uninterrupted one does, to the bit, however it was interrupted."""
+"""The loop: an interrupted run ends with the bits of an uninterrupted one, however it was interrupted."""
 
 import io
 import json
@@ -140,7 +140,7 @@ def killed_while_training(out, seed):
     process = subprocess.Popen([sys.executable, "-m", "tests.train.toy_job", str(out)], stdout=subprocess.DEVNULL)
     while process.poll() is None and (not log.exists() or log.stat().st_size <= size):
         time.sleep(0.01)
-    time.sleep(rng.uniform(0, 0.2))
+    time.sleep(rng.uniform(0, 0.4))
     process.kill()
     process.wait()
 
@@ -158,7 +158,7 @@ def test_damaged_and_half_written_checkpoints_are_passed_over(tmp_path):
     out, console = tmp_path / "run", quiet()
     run(out, settings=replace(LOOP, steps=14, keep_last=3))
     held = out / "checkpoints"
-    assert steps_in(out) == [8, 10, 12, 14]  # 10 is the best of three evaluations
+    assert steps_in(out) == [10, 12, 14]
     for path in (held / "14").rglob("*"):
         if path.is_file() and path.stat().st_size > 200:
             os.truncate(path, path.stat().st_size // 2)
@@ -170,14 +170,13 @@ def test_damaged_and_half_written_checkpoints_are_passed_over(tmp_path):
     told = console.file.getvalue()
     assert [f"checkpoints/{step} cannot be read" in told for step in (12, 13, 14, 10, 15)] == [True] * 3 + [False] * 2
     assert "going on from step 10" in told
-    assert bits(trained.state) == whole()[0]
-    assert lines(out)[-3:] == whole()[1][-3:]
+    assert (bits(trained.state), lines(out)) == whole()
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(tmp_path):
     run(tmp_path / "run", settings=replace(LOOP, steps=4, keep_last=1))
     (tmp_path / "run/checkpoints/4/_CHECKPOINT_METADATA").unlink()
-    with pytest.raises(CheckpointError, match="no checkpoint can be read: .*checkpoints/4 cannot be read"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint can be read: .*checkpoints/4 cannot be read"):
         run(tmp_path / "run")
 
 
@@ -186,20 +185,20 @@ def test_another_recipe_and_other_directories_are_refused(tmp_path):
     run(out, settings=replace(LOOP, steps=2))
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     other = {"recipe": {"learning_rate": 0.07}, "data": "ab12"}
-    with pytest.raises(PuzzleError, match="holds another run .recipe.learning_rate 0.03 -> 0.07"):
+    with pytest.raises(PuzzleError, match=r"holds another run \(recipe.learning_rate 0.03 -> 0.07"):
         run(out, toy_job(identity=other))
     with pytest.raises(
         PuzzleError, match=r"checkpoints/2 is a checkpoint of another run \(recipe.learning_rate 0.03 -> 0.07"
     ):
         Checkpoints(out / "checkpoints", identity=other)
-    with pytest.raises(PuzzleError, match="run is at step 2, but loop.steps is 1"):
+    with pytest.raises(PuzzleError, match=r"run is at step 2, but loop.steps is 1"):
         run(out, settings=replace(LOOP, steps=1))
     with locked(out), pytest.raises(PuzzleError, match="another process works in"):
         run(out)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign/notes.txt").write_text("mine")
-    with pytest.raises(PuzzleError, match="holds files that are no run's .notes.txt"):
+    with pytest.raises(PuzzleError, match=r"holds files that are no run's \(notes.txt\)"):
         run(tmp_path / "foreign")
 
 
