@@ -7,15 +7,18 @@ started with JAX_COORDINATOR_ADDRESS (host:port of the first one) and JAX_PROCES
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from puzzle_jax.errors import ConfigError
+from puzzle_jax.errors import ConfigError, PuzzleError
 
 _ADDRESS, _INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_PROCESS_ID"
 # A process that is gone is noticed after so long, and not waited for longer at the end.
 _HEARTBEAT_SECONDS, _SHUTDOWN_SECONDS = 60, 10
+_POLL_MS = 60_000
+_DONE = "done"
 
 
 def join_processes(count: int, local_devices: int = 1) -> None:
@@ -45,6 +48,49 @@ def join_processes(count: int, local_devices: int = 1) -> None:
         ) from error
     if jax.process_count() != count:
         raise ConfigError(f"mesh.processes is {count}, but {jax.process_count()} were started")
+
+
+def tell(key: str, value: str) -> None:
+    """Tells all processes a value, once for a key."""
+    _store().key_value_set(key, value)
+
+
+def hear(key: str) -> str:
+    """The value that a process tells, however long that takes, unlike a wait in a collective operation."""
+    while True:
+        try:
+            return _store().blocking_key_value_get(key, _POLL_MS)
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+
+
+def by_first(what: str, work: Callable[[], object]) -> None:
+    """The first process does what one alone shall do; the others wait for it.
+
+    Args:
+      what: it is, once in a program.
+
+    Raises PuzzleError in all processes where `work` does in the first.
+    """
+    if jax.process_count() == 1:
+        work()
+    elif jax.process_index() == 0:
+        try:
+            work()
+        except PuzzleError as error:
+            tell(what, str(error))
+            raise
+        tell(what, _DONE)
+    elif (said := hear(what)) != _DONE:
+        raise PuzzleError(said)
+
+
+def _store() -> Any:
+    """Keys and values that all processes see; JAX has no public name for it."""
+    from jax._src.distributed import global_state
+
+    return global_state.client
 
 
 def _index(text: str, count: int) -> int:

@@ -172,7 +172,7 @@ def _merged(old: Any, new: Any) -> Any:
     if isinstance(old, Mapping):
         _refuse_unknown(old, new)
         return {name: _merged(value, new.get(name)) for name, value in old.items()}
-    if isinstance(old, (list, tuple)):
+    if isinstance(old, (list, tuple)) and not hasattr(old, "_fields"):  # which packed experts of stacked layers have
         if len(new) != len(old):
             raise ConfigError(f"the trained values hold a list of {len(new)}, but the parent has {len(old)} there")
         return type(old)([_merged(o, n) for o, n in zip(old, new, strict=True)])

@@ -22,7 +22,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.errors import ConfigError
@@ -78,7 +78,7 @@ def make_training_mesh(data: int, sequence: int, model: int, devices: Sequence[A
     return Mesh(grid, TRAINING_AXES, axis_types=(AxisType.Auto,) * len(TRAINING_AXES))
 
 
-def partition(spec: ParamSpec, config: ModelConfig, mesh: Mesh) -> PartitionSpec:
+def partition(spec: ParamSpec, config: ModelConfig, mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """The mesh axis of every dimension of one parameter.
 
     Head axes are only cut between heads.
@@ -105,7 +105,7 @@ def shard_params(params: Params, config: ModelConfig, mesh: Mesh) -> Params:
     return jax.tree.map(place, param_specs(config), params, is_leaf=is_spec)
 
 
-def stacked_sharding(params: Params, config: ModelConfig, mesh: Mesh) -> Params:
+def stacked_sharding(params: Params, config: ModelConfig, mesh: Mesh | AbstractMesh) -> Params:
     """Where computation wants the parameters of stacked layers: the rules behind a first axis that is not cut.
 
     Args:

@@ -22,10 +22,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Shaped
 
-from puzzle_jax.processes import join_processes
+from puzzle_jax.processes import hear, join_processes, tell
 
 _DISMISSED = -1
-_POLL_MS = 60_000
 
 
 @dataclass
@@ -62,26 +61,19 @@ class Team:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self.count > 1 and self.index == 0:
-            self._store().key_value_set(self._key(), str(_DISMISSED))
+            tell(self._key(), str(_DISMISSED))
 
     def say(self, work: Any) -> None:
         """Tells the others what to do now; by the first process."""
         if self.count > 1:
             message = np.frombuffer(pickle.dumps(work), np.uint8)
-            self._store().key_value_set(self._key(), str(len(message)))
+            tell(self._key(), str(len(message)))
             self._said += 1
             multihost_utils.broadcast_one_to_all(message)
 
     def hear(self) -> Any:
         """What the first process says next, however long that takes; None when there is no more to do."""
-        size = _DISMISSED
-        while True:
-            try:
-                size = int(self._store().blocking_key_value_get(self._key(), _POLL_MS))
-                break
-            except jax.errors.JaxRuntimeError as error:
-                if "DEADLINE_EXCEEDED" not in str(error):
-                    raise
+        size = int(hear(self._key()))
         if size == _DISMISSED:
             return None
         self._said += 1
@@ -98,11 +90,3 @@ class Team:
 
     def _key(self) -> str:
         return f"puzzle_jax: {self._said}"
-
-    @staticmethod
-    def _store() -> Any:
-        """Keys and values that all processes see. A wait there may be as long as it must, unlike one in a collective
-        operation; JAX has no public name for it."""
-        from jax._src.distributed import global_state
-
-        return global_state.client

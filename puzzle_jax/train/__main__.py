@@ -3,6 +3,7 @@
 traces          the parent answers problems to learn from
 distill         a child learns from its parent on such answers
 distill-blocks  every layer of a child learns alone, a cheap start for distill
+plan            what a distillation needs on every device, before there are devices
 pretrain        a small parent from nothing
 """
 
@@ -23,6 +24,7 @@ RECIPE_VERBS = {"distill": False, "distill-blocks": True}
 
 VERBS = {
     "traces": "the parent answers problems to learn from",
+    "plan": "what a distillation needs on every device, before there are devices",
     "pretrain": "train a small parent on the embedded tasks",
 }
 """Verbs with options of their own, in a module `VERB_command`."""

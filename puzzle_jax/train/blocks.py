@@ -7,7 +7,8 @@ x is the parent's hidden state before layer l, g_l what the parent's layer adds 
 another, so a child's layers train in one program, and what was learnt holds for each layer wherever it is used: as a
 warm start for distillation, or for alternatives that the search shall score with weights of their own.
 
-Embedding, final norm and head have no block and stay as they are. All tokens count, prompts too, padding not.
+Embedding, final norm and head have no block and stay as they are. All tokens count, prompts too, padding not. Both sums
+run over a micro-batch, and micro-batches count by their tokens.
 """
 
 from __future__ import annotations
@@ -16,28 +17,35 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from puzzle_jax.model.network import embed
 from puzzle_jax.model.spec import Params
 from puzzle_jax.model.stacked import stacked_layers
+from puzzle_jax.train.losses import TINY
 from puzzle_jax.train.objectives import Fixed, Loss
 from puzzle_jax.train.rows import Packed
 from puzzle_jax.train.student import Student
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Blocks:
     """The objective: the mean over layers of their normalised errors.
 
     Attributes:
-      student: with its teacher.
+      student: with its teacher, and without `ends`.
+
+    Raises ValueError for a student whose ends would learn.
     """
 
     student: Student
 
+    def __post_init__(self) -> None:
+        if self.student.ends:
+            raise ValueError("embedding, final norm and head have no block to learn in, but the student's ends are to")
+
     def __call__(self, trained: Params, fixed: Fixed, batch: Packed, key: Array | None = None) -> Loss:
-        """One micro-batch [rows, length]; `key` is not used."""
+        """One micro-batch [rows, length]; its terms are the mean over layers and the worst layer. `key` is not used."""
         student = self.student
         teacher = student.teacher_hidden(fixed.resident, batch, keep_states=True)
         assert teacher.states is not None
@@ -56,18 +64,17 @@ class Blocks:
         )
         live = (jnp.asarray(batch.segment_ids) > 0).astype(jnp.float32)
         with jax.named_scope("block_errors"):
-            own, of_parent = (_added(x, before) for x in (after, teacher.states))
-            error = _sum(own - of_parent, live) / jnp.maximum(_sum(of_parent, live), 1e-20)
+            # Both blocks add to the same x, so what they add differs as their outputs do.
+            error = _squares(after, teacher.states, live) / jnp.maximum(_squares(teacher.states, before, live), TINY)
             mean = jnp.mean(error)
         weight = jnp.sum(live)
         terms = {"block_mse": mean * weight, "worst_block_mse": jnp.max(error) * weight}
         return Loss(mean * weight, weight, terms)
 
 
-def _added(after: Array, before: Array) -> Array:
-    return after.astype(jnp.float32) - before.astype(jnp.float32)
-
-
-def _sum(values: Array, live: Array) -> Array:
-    """Of squares over live tokens, per layer."""
-    return jnp.einsum("lrsh,lrsh,rs->l", values, values, live)
+def _squares(
+    x: Float[Array, "layers rows length hidden"], y: Float[Array, "layers rows length hidden"], live: Array
+) -> Float[Array, "layers"]:
+    """|x - y|^2 over live tokens [rows, length], in float32."""
+    difference = x.astype(jnp.float32) - y.astype(jnp.float32)
+    return jnp.sum(live * jnp.sum(difference * difference, axis=-1), axis=(1, 2))

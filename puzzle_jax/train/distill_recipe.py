@@ -36,6 +36,12 @@ class MeshSettings:
             if getattr(self, name) < 1:
                 raise ConfigError(f"mesh.{name} is {getattr(self, name)}, but must be at least 1")
 
+        if self.devices % self.processes:
+            raise ConfigError(
+                f"mesh has {self.devices} devices (data x sequence x model), but must have a multiple of "
+                f"mesh.processes ({self.processes})"
+            )
+
     @property
     def devices(self) -> int:
         return self.data * self.sequence * self.model
@@ -83,7 +89,7 @@ class DistillRecipe:
     Attributes:
       parent: checkpoint directory of the teacher.
       child: checkpoint directory that was cut from it, as the search writes; also one that was distilled before.
-      traces: files of the parent's answers, or directories of such files.
+      traces: file of the parent's answers, or directory of such files, or a list of both.
       out: directory of the run: its checkpoints, metrics.jsonl, and the trained child in child/.
       train: of "router" and "experts", what is freed besides attention, norms, embedding and head.
       teacher_cache: directory of the teacher's top-k logits; made when it is not there. None asks the teacher itself.
@@ -96,7 +102,7 @@ class DistillRecipe:
 
     parent: Path
     child: Path
-    traces: tuple[Path, ...]
+    traces: Path | tuple[Path, ...]
     out: Path
     train: tuple[str, ...] = ()
     teacher_cache: Path | None = None
@@ -116,8 +122,15 @@ class DistillRecipe:
                 raise ConfigError(f"train has {name!r}, but must be of {', '.join(FREED)}")
         if self.top_k < 1:
             raise ConfigError(f"top_k is {self.top_k}, but must be at least 1")
-        if not self.traces:
+        if not self.trace_paths:
             raise ConfigError("traces is empty, but must name a file or directory")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed is {self.seed}, but must be from 0 to {2**32 - 1}")
+        if self.optimizer.warmup_steps > self.loop.steps:
+            raise ConfigError(
+                f"optimizer.warmup_steps is {self.optimizer.warmup_steps}, but must be at most loop.steps "
+                f"({self.loop.steps})"
+            )
         if self.data.rows % self.mesh.data:
             raise ConfigError(f"data.rows is {self.data.rows}, but must be a multiple of mesh.data ({self.mesh.data})")
         if self.data.row_length % self.mesh.sequence:
@@ -127,5 +140,10 @@ class DistillRecipe:
             )
         if (self.loss.top_k_kl > 0) != (self.teacher_cache is not None):
             raise ConfigError(
-                f"loss.top_k_kl is {self.loss.top_k_kl} and teacher_cache {self.teacher_cache}, but the one needs the other"
+                f"loss.top_k_kl is {self.loss.top_k_kl} and teacher_cache is {self.teacher_cache}, "
+                "but the one needs the other"
             )
+
+    @property
+    def trace_paths(self) -> tuple[Path, ...]:
+        return (self.traces,) if isinstance(self.traces, Path) else self.traces

@@ -2,14 +2,17 @@
 
     loss = sum_t weights_t * sum_i share_i * loss_i(t) / sum_t weights_t
 
-over terms on next-token distributions (`head_losses`) and on every layer's hidden states, averaged over layers
+over terms on next-token distributions (`head_losses`) and on hidden states after every layer, averaged over layers
 (`losses`). Puzzle's own is KL and cosine; its authors found the LM loss to hurt (arXiv 2411.19146, section 5).
+
+Left out: terms on attention or router probabilities.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import partial
 from math import isfinite
 from typing import Any, NamedTuple
 
@@ -23,7 +26,7 @@ from puzzle_jax.train import losses
 from puzzle_jax.train.head_losses import head_losses
 from puzzle_jax.train.losses import TopK
 from puzzle_jax.train.rows import Packed
-from puzzle_jax.train.student import Student, flat_tokens, head_of
+from puzzle_jax.train.student import Student, head_of
 
 DISTRIBUTION = ("forward_kl", "reverse_kl", "jsd", "top_k_kl", "next_token")
 HIDDEN = ("hidden_cosine", "hidden_mse")
@@ -56,12 +59,12 @@ class LossSettings:
     vocab_chunk: int = 4096
 
     def __post_init__(self) -> None:
-        for field in fields(self)[:7]:
-            value = getattr(self, field.name)
-            if not (isfinite(value) and value >= 0):
-                raise ConfigError(f"loss.{field.name} is {value}, but must be a finite number of at least 0")
+        for name in (*DISTRIBUTION, *HIDDEN):
+            share = getattr(self, name)
+            if not (isfinite(share) and share >= 0):
+                raise ConfigError(f"loss.{name} is {share}, but must be a finite number of at least 0")
         if not self.shares:
-            raise ConfigError("all terms of loss are 0, but one must be above")
+            raise ConfigError("all terms of loss are 0, but at least one must be above")
         if not (isfinite(self.temperature) and self.temperature > 0):
             raise ConfigError(f"loss.temperature is {self.temperature}, but must be a finite number above 0")
         for name in ("token_chunk", "vocab_chunk"):
@@ -94,7 +97,7 @@ class Loss(NamedTuple):
     terms: dict[str, Float[Array, ""]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Distillation:
     """The objective of a student that follows its parent.
 
@@ -108,32 +111,32 @@ class Distillation:
 
     def __call__(self, trained: Params, fixed: Fixed, batch: Packed, key: Array | None = None) -> Loss:
         """One micro-batch [rows, length]; `key` is not used."""
-        shares, student = self.settings.shares, self.student
-        targets, weights = flat_tokens(batch)
+        settings, student = self.settings, self.student
+        shares = settings.shares
         states = any(name in HIDDEN for name in shares)
         teacher = None
         if states or any(name in FROM_TEACHER for name in shares):
             teacher = student.teacher_hidden(fixed.resident, batch, keep_states=states)
         own = student.hidden(fixed.resident, trained, batch, keep_states=states)
-        params = student.params(fixed.resident, trained)
+        of_head = partial(
+            head_losses,
+            student=head_of(student.params(fixed.resident, trained)),
+            x=_flat(own.x),
+            eps=student.config.rms_norm_eps,
+            teacher=head_of(fixed.resident),
+            y=None if teacher is None else _flat(teacher.x),
+            targets=jnp.asarray(batch.targets).reshape(-1),
+            top_k=_top_k(batch.extras) if "top_k_kl" in shares else None,
+            token_chunk=settings.token_chunk,
+            vocab_chunk=settings.vocab_chunk,
+        )
+        weights = jnp.asarray(batch.weights).reshape(-1)
         terms: dict[str, Array] = {}
         for name in shares:
             if name in DISTRIBUTION:
-                per_token = head_losses(
-                    name,
-                    head_of(params),
-                    _flat(own.x),
-                    eps=student.config.rms_norm_eps,
-                    teacher=head_of(fixed.resident) if name in FROM_TEACHER else None,
-                    y=_flat(teacher.x) if teacher is not None and name in FROM_TEACHER else None,
-                    targets=targets if name == "next_token" else None,
-                    top_k=_top_k(batch.extras) if name == "top_k_kl" else None,
-                    temperature=1.0 if name == "next_token" else self.settings.temperature,
-                    token_chunk=self.settings.token_chunk,
-                    vocab_chunk=self.settings.vocab_chunk,
-                )
+                per_token = of_head(name, temperature=1.0 if name == "next_token" else settings.temperature)
             else:
-                assert teacher is not None and teacher.states is not None and own.states is not None
+                assert teacher is not None
                 with jax.named_scope(name):
                     per_token = getattr(losses, name)(own.states, teacher.states).mean(0).reshape(-1)
             terms[name] = jnp.sum(jnp.where(weights > 0, per_token * weights, 0.0))
@@ -142,9 +145,11 @@ class Distillation:
 
 
 def _flat(x: Array) -> Array:
+    """[rows, length, size] as [tokens, size]."""
     return x.reshape(-1, x.shape[-1])
 
 
 def _top_k(extras: Mapping[str, Any]) -> TopK:
+    """What `teacher_cache.TeacherCache.extras` gave to the batch."""
     ids, logits, log_total = (jnp.asarray(extras[f"teacher_{name}"]) for name in ("ids", "logits", "log_total"))
-    return TopK(_flat(ids).astype(jnp.int32), _flat(logits).astype(jnp.float32), log_total.reshape(-1))
+    return TopK(_flat(ids), _flat(logits).astype(jnp.float32), log_total.reshape(-1))

@@ -1,4 +1,4 @@
-"""Where training's arrays live: the resident parent, masters and optimiser state, and batches, on a mesh or without one.
+"""Where training's arrays live, on a mesh or without one: the resident parent, masters with their state, and batches.
 
     resident   cut along "model" (heads, experts, vocabulary), as computing wants it
     masters    fully sharded over all axes, and so is what the optimiser keeps of them; gathered where they are used
@@ -32,11 +32,18 @@ class Placement:
     mesh: Mesh | None = None
 
     def resident(self, params: Params, config: ModelConfig) -> Params:
+        """The stacked parameters of a model, in place; as they are without a mesh."""
         return params if self.mesh is None else jax.device_put(params, stacked_sharding(params, config, self.mesh))
 
     def masters(self, tree: Any) -> Any:
         """Shardings of masters, or of a state that holds some; None without a mesh."""
         return None if self.mesh is None else fully_sharded(tree, self.mesh)
+
+    def parts(self, tree: Any) -> Any:
+        """Arrays that every process holds whole on its host, where masters of their shapes would be."""
+        if self.mesh is None:
+            return tree
+        return jax.tree.map(_part, tree, self.masters(tree))
 
     def rows(self, batch: Any) -> Any:
         """A batch of arrays [rows, length, ...]."""
@@ -50,8 +57,8 @@ class Placement:
         if self.mesh is None:
             return batch
         sharding = NamedSharding(self.mesh, axes)
+        return jax.tree.map(lambda array: _part(array, sharding), batch)
 
-        def place(array: np.ndarray) -> jax.Array:
-            return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
-        return jax.tree.map(place, batch)
+def _part(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

@@ -1,17 +1,19 @@
 """A child that learns as a view on its resident parent: one copy of the experts serves teacher and student.
 
-    resident   the parent's parameters, stacked by runs of equal layers: what the teacher reads, and the student's frozen part
+    resident   the parent's parameters, stacked by runs of equal layers: the teacher, and the student's frozen part
     trained    float32 masters of what the student has of its own, in the same structure, None for all that is frozen
 
-By default experts and routers are frozen: they have no masters, no gradients and no optimiser state, and the child's are
-the parent's to the byte. Freed experts pass through MXFP4 rounding in every forward pass (`fake_quant`), so that packing
-them for export loses nothing.
+By default experts and routers are frozen: they have no masters, no gradients and no optimiser state, and the child's
+are the parent's to the byte. Freed experts pass through MXFP4 rounding in every forward pass (`fake_quant`), so that
+packing them for export loses nothing.
 
-Left out: masters of kept experts alone; freed experts have masters for those that the child lost, too.
+Left out: values of a child's own that are frozen, since its frozen part is the parent's; and masters of kept experts
+alone, so that freed ones have masters for those that the child lost, too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,12 +21,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool
 
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.errors import ConfigError
-from puzzle_jax.kernels.mxfp4 import as_dense
-from puzzle_jax.model.child import Child, with_delta
+from puzzle_jax.kernels.mxfp4 import MXFP4, as_dense
+from puzzle_jax.model.child import Child, delta_leaves, with_delta
+from puzzle_jax.model.network import traced_mesh
+from puzzle_jax.model.sharding import stacked_sharding
 from puzzle_jax.model.spec import EXPERT_MATRICES, Params
 from puzzle_jax.model.stacked import (
     Hidden,
@@ -47,18 +51,21 @@ _ENDS = ("embedding", "final_norm", "head")
 _ROUTER = ("router_weight", "router_bias")
 _EXPERTS = (*EXPERT_MATRICES, "gate_up_bias", "down_bias")
 
+_round = jax.jit(round_to_mxfp4)
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)  # by identity, since `jax.jit` hashes what it compiles and a delta is no key
 class Student:
     """A child, its parent as its teacher, and what of the child learns.
 
     Attributes:
-      child: a view; its trained values, where it has any, are where the masters begin.
+      child: a view; values of its own, where it has any, are where the masters begin.
       freed: of `FREED`.
       remat: backward passes compute every layer once more from its input.
       ends: whether embedding, final norm and head learn, too.
 
-    Raises ConfigError for names in `freed` that are none of `FREED`.
+    Raises ConfigError for names in `freed` that are none of `FREED`, and for a child with values of its own for what is
+    frozen.
     """
 
     child: Child
@@ -70,9 +77,20 @@ class Student:
         for name in self.freed:
             if name not in FREED:
                 raise ConfigError(f"train has {name!r}, but must be of {', '.join(FREED)}")
+        self.check_own(".".join(map(str, path)) for path in delta_leaves(self.child.parent, self.child.dense_delta))
+
+    def check_own(self, names: Iterable[str]) -> None:
+        """Raises ConfigError where a child has values of its own, by their places in the tree, for what is frozen."""
+        for name in names:
+            if not self.learns(own := name.rpartition(".")[2]):
+                raise ConfigError(
+                    f"the child has values of its own for {name}, trained before, which would be the parent's again "
+                    f"where they are frozen; {_mend(own)}"
+                )
 
     @property
     def config(self) -> ModelConfig:
+        """What the student runs with: the parent's sizes and the child's rotary settings."""
         return self.child.viewed
 
     @property
@@ -95,26 +113,52 @@ class Student:
         """The parent's parameters, stacked."""
         return stack_params(parent, self.runs)
 
-    def masters(self, resident: Params) -> Params:
-        """Where training begins: float32 copies of what learns."""
-        begin = resident
-        if self.child.dense_delta is not None:
-            begin = with_delta(resident, stack_params(self.child.dense_delta, self.runs))
-        return _own(begin, self._learns)
+    def masters(self, resident: Params, delta: Params | None = None) -> Params:
+        """Where training begins: float32 copies of what learns.
+
+        Args:
+          delta: the child's own values, as `Child.dense_delta` and in its place, so that a compiled program can take
+            them as an argument: held as constants, gigabytes would fit into none.
+        """
+        begin, delta = self._learning(resident), self.child.dense_delta if delta is None else delta
+        if delta is None:
+            return _float32(begin)
+        # Layer by layer, since a run may hold both layers with values of their own and layers with the parent's.
+        return stack_params(_float32(with_delta(unstack_params(begin, self.runs), delta)), self.runs)
 
     def params(self, resident: Params, trained: Params) -> Params:
-        """The student's parameters in the resident's dtype."""
+        """The student's parameters, stacked, in the resident's dtype; differentiable in `trained`."""
         dtype = resident["embedding"].dtype
-        return with_delta(
-            resident, jax.tree_util.tree_map_with_path(lambda path, x: _used(path, x).astype(dtype), trained)
-        )
+
+        def used(path: tuple[Any, ...], master: Array) -> Array:
+            return (jax.vmap(fake_quantize)(master) if _is_expert_matrix(path) else master).astype(dtype)
+
+        own = jax.tree_util.tree_map_with_path(used, trained)
+        if (mesh := traced_mesh()) is not None:
+            # Masters are gathered here, all layers' together; else XLA cuts activations as they are cut.
+            own = jax.lax.with_sharding_constraint(own, stacked_sharding(own, self.config, mesh))
+        return with_delta(resident, own)
 
     def delta(self, trained: Params) -> Params:
         """Trained values by layer, for `Child.dense_delta` and export; expert matrices lie on MXFP4's grid."""
-        rounded = jax.tree_util.tree_map_with_path(lambda path, x: _rounded(path, np.asarray(x)), trained)
-        return unstack_params(rounded, self.runs)
 
-    def _learns(self, name: str) -> bool:
+        def exported(path: tuple[Any, ...], master: Array | np.ndarray) -> np.ndarray:
+            if not _is_expert_matrix(path):
+                return np.asarray(master)
+            return np.stack([np.asarray(_round(jnp.asarray(layer))) for layer in master])  # a layer at a time
+
+        return unstack_params(jax.tree_util.tree_map_with_path(exported, trained), self.runs)
+
+    def _learning(self, tree: Any, name: str = "") -> Any:
+        """The arrays of a tree whose names learn, None in place of the others."""
+        if isinstance(tree, dict):
+            return {key: self._learning(value, key) for key, value in tree.items()}
+        if isinstance(tree, list):
+            return [self._learning(value, name) for value in tree]
+        return tree if self.learns(name) else None
+
+    def learns(self, name: str) -> bool:
+        """Whether parameters of this name have masters; all others stay the parent's."""
         if name in _ENDS:
             return self.ends
         if name in _ROUTER:
@@ -126,19 +170,19 @@ class Student:
     def hidden(self, resident: Params, trained: Params, batch: Packed, *, keep_states: bool = False) -> Hidden:
         """The student's pass over [rows, length]; differentiable in `trained`."""
         with jax.named_scope("student"):
-            return self._pass(
-                self.params(resident, trained), self.config, self.windows, batch, keep_states, self.masks, self.remat
-            )
+            params = self.params(resident, trained)
+            return self._pass(params, self.config, self.windows, batch, keep_states, self.masks, self.remat)
 
     def teacher_hidden(self, resident: Params, batch: Packed, *, keep_states: bool = False) -> Hidden:
-        """The parent's pass."""
+        """The parent's pass; a constant for gradients."""
         with jax.named_scope("teacher"):
+            windows = self.teacher_windows
             return jax.lax.stop_gradient(
-                self._pass(resident, self.child.parent, self.teacher_windows, batch, keep_states, None, False)
+                self._pass(resident, self.child.parent, windows, batch, keep_states, masks=None, remat=False)
             )
 
     @property
-    def masks(self) -> Array:
+    def masks(self) -> Bool[Array, "layers experts"]:
         """Which of the parent's experts each layer keeps, [layers, experts]."""
         return self.child.view.expert_masks
 
@@ -171,33 +215,23 @@ def head_of(params: Params) -> Head:
     return Head(params["final_norm"], params["head"])
 
 
-def _own(tree: Any, learns: Any, name: str = "") -> Any:
-    """Float32 copies of the arrays whose names `learns` takes, None in place of the others."""
-    if isinstance(tree, dict):
-        return {key: _own(value, learns, key) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [_own(value, learns, name) for value in tree]
-    if not learns(name):
-        return None
-    if isinstance(tree, StackedMXFP4):
-        return jax.lax.map(lambda packed: as_dense(one_layer(packed), jnp.float32), tree)
-    return jnp.array(tree, jnp.float32)  # a copy, since masters are given away to every step
+def _float32(tree: Params) -> Params:
+    """Dense float32 copies of all arrays: masters are donated to every step, and the resident must outlive them."""
+
+    def copy(node: Any) -> Array:
+        if isinstance(node, StackedMXFP4):
+            return jax.lax.map(lambda packed: as_dense(one_layer(packed), jnp.float32), node)
+        return as_dense(node, jnp.float32) if isinstance(node, MXFP4) else jnp.array(node, jnp.float32)
+
+    return jax.tree.map(copy, tree, is_leaf=lambda node: isinstance(node, (MXFP4, StackedMXFP4)))
 
 
 def _is_expert_matrix(path: tuple[Any, ...]) -> bool:
     return path[-1].key in EXPERT_MATRICES
 
 
-def _used(path: tuple[Any, ...], master: Array) -> Array:
-    return jax.vmap(fake_quantize)(master) if _is_expert_matrix(path) else master
-
-
-def _rounded(path: tuple[Any, ...], master: np.ndarray) -> np.ndarray:
-    if not _is_expert_matrix(path):
-        return master
-    return np.stack([np.asarray(round_to_mxfp4(jnp.asarray(layer))) for layer in master])
-
-
-def flat_tokens(batch: Packed) -> tuple[Int[Array, "tokens"], Array]:
-    """Targets and weights of all positions in one row."""
-    return jnp.asarray(batch.targets).reshape(-1), jnp.asarray(batch.weights).reshape(-1)
+def _mend(name: str) -> str:
+    """What keeps a child's own values of this name."""
+    if name in _ENDS:
+        return "train it as a whole, not its blocks"
+    return f"name {'router' if name in _ROUTER else 'experts'} in train"

@@ -20,6 +20,7 @@ from puzzle_jax.model.stacked import (
     layer_runs,
     stack_params,
     stacked_hidden_states,
+    stacked_layers,
     unstack_params,
 )
 from tests.support import random_params, random_tokens, small_config
@@ -29,6 +30,8 @@ PUBLISHED = Path(__file__).parents[2] / "benchmarks/published/gpt-oss-puzzle-88B
 BLOCKS = (BlockConfig(7, 5), BlockConfig(4, None), BlockConfig(7, 5), BlockConfig(4, None), BlockConfig(6, 8))
 RUNS = (LayerRun(0, 2, 2), LayerRun(4, 1, 1))
 BATCH, SEQ = 2, 19
+# Programs that run once are ready in half the time without LLVM's optimisations.
+jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def tree_allclose(found, expected, **tolerance):
@@ -41,7 +44,7 @@ def tree_allclose(found, expected, **tolerance):
 def model():
     config = small_config(BLOCKS)
     params = random_params(config)
-    return config, params, jax.jit(partial(stack_params, runs=RUNS))(params), random_tokens(config, BATCH, SEQ)
+    return config, params, jit(partial(stack_params, runs=RUNS))(params), random_tokens(config, BATCH, SEQ)
 
 
 # Runs
@@ -121,7 +124,7 @@ def test_unstacking_gives_back_what_was_stacked(model):
     np.testing.assert_array_equal(
         stacked["runs"][0][1]["attention"]["sinks"][1], params["layers"][3]["attention"]["sinks"]
     )
-    tree_allclose(jax.jit(partial(unstack_params, runs=RUNS))(stacked), params, rtol=0)
+    tree_allclose(jit(partial(unstack_params, runs=RUNS))(stacked), params, rtol=0)
 
 
 def test_partial_and_packed_trees_stack_too():
@@ -179,7 +182,7 @@ def test_masks_segments_positions_and_other_windows(model):
     segments = jnp.tile(jnp.asarray([0] * 8 + [1] * 11), (BATCH, 1))
     positions = jnp.tile(jnp.asarray([*range(8), *range(11)]), (BATCH, 1))
     windows = [None, 3, None, 3, 4]
-    run = jax.jit(partial(stacked_hidden_states, config=config, runs=RUNS, windows=windows, keep_states=True))
+    run = jit(partial(stacked_hidden_states, config=config, runs=RUNS, windows=windows, keep_states=True))
     x, states, ids = run(stacked, tokens=tokens, positions=positions, segment_ids=segments, expert_masks=masks)
     expected, chosen = plain_states(params, config, tokens, windows, positions, masks, segments)
     np.testing.assert_array_equal(x, states[-1])
@@ -187,6 +190,26 @@ def test_masks_segments_positions_and_other_windows(model):
     np.testing.assert_array_equal(ids, chosen)
     for layer, block in enumerate(BLOCKS):
         assert set(np.unique(ids[layer])) <= set(np.flatnonzero(kept[layer, : block.num_experts]))
+
+
+def test_layers_on_inputs_of_their_own(model):
+    """Whatever other layers give."""
+    config, params, stacked, _ = model
+    before = jnp.asarray(np.random.default_rng(7).standard_normal((5, BATCH, SEQ, 40)), jnp.float32)
+    masks = jnp.asarray(np.arange(7) != np.arange(5)[:, None] % 4)  # each layer loses one expert
+    segments = jnp.tile(jnp.asarray([0] * 8 + [1] * 11), (BATCH, 1))
+    positions = jnp.tile(jnp.asarray([*range(8), *range(11)]), (BATCH, 1))
+    windows = [None, 3, None, 3, 4]
+    run = jit(partial(stacked_layers, config=config, runs=RUNS, windows=windows, remat=True))
+    found = run(stacked, before=before, positions=positions, segment_ids=segments, expert_masks=masks)
+    for index, (layer, block) in enumerate(zip(params["layers"], BLOCKS, strict=True)):
+        mask = masks[index, : block.num_experts]
+        expected, _ = plain_layer(
+            layer, before[index], positions, mask, segments, None, config=config, window=windows[index]
+        )
+        np.testing.assert_allclose(found[index], expected, atol=2e-5)
+    with pytest.raises(ValueError, match="before has 4 entries for 5 layers"):
+        stacked_layers(stacked, config, RUNS, before[:4])
 
 
 def test_states_and_gradients_of_replayed_experts(model):
@@ -210,7 +233,7 @@ def test_states_and_gradients_of_replayed_experts(model):
 
     (value, expected), gradient = jax.value_and_grad(of_plain, has_aux=True)(params)
     for remat in (False, True):
-        of_runs = jax.jit(jax.value_and_grad(partial(of_stacked, remat), has_aux=True))
+        of_runs = jit(jax.value_and_grad(partial(of_stacked, remat), has_aux=True))
         (found_value, (states, ids)), found = of_runs(stacked)
         np.testing.assert_allclose(found_value, value, rtol=1e-5)
         np.testing.assert_allclose(states, expected, atol=2e-5)
@@ -237,13 +260,13 @@ def test_packed_experts_by_the_default_options():
     others = random_params(config, seed=1)["layers"]
     trained = dict.fromkeys(params) | {"layers": [{"attention": other["attention"], "moe": None} for other in others]}
 
-    @jax.jit
+    @jit
     def of_stacked(params, trained):
         stacked = with_delta(stack_params(params, runs), stack_params(trained, runs))
         return stacked_hidden_states(stacked, config, runs, tokens)
 
     x, states, ids = of_stacked(params, trained)
-    expected, auxes = jax.jit(partial(hidden_states, config=config))(with_delta(params, trained), tokens=tokens)
+    expected, auxes = jit(partial(hidden_states, config=config))(with_delta(params, trained), tokens=tokens)
     assert states is None
     np.testing.assert_allclose(x, expected, atol=5e-5)
     np.testing.assert_array_equal(ids, [aux.routing.ids for aux in auxes])

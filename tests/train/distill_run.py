@@ -1,0 +1,28 @@
+"""A distillation that is interrupted: python -m tests.train.distill_run SIGNAL STEP SECONDS ARGUMENTS...
+
+The signal comes so many seconds after the metrics of the first step from STEP on were written; with 0, at once.
+"""
+
+import os
+import signal
+import sys
+import threading
+
+from puzzle_jax.train.__main__ import main
+from puzzle_jax.train.metrics import MetricsLog
+
+if __name__ == "__main__":
+    number, step, seconds = getattr(signal, sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+    write, struck = MetricsLog.write, threading.Event()
+
+    def strike() -> None:
+        os.kill(os.getpid(), number)
+
+    def then_strike(log, at, values) -> None:
+        write(log, at, values)
+        if at >= step and not struck.is_set():
+            struck.set()
+            threading.Timer(seconds, strike).start() if seconds else strike()
+
+    MetricsLog.write = then_strike
+    raise SystemExit(main(["distill", *sys.argv[4:]]))

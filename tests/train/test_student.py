@@ -1,0 +1,195 @@
+"""A student is the child that would be cut from the same values, and only what shall learn has masters."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from puzzle_jax.errors import ConfigError
+from puzzle_jax.model.child import cut_params, delta_leaves, with_delta
+from puzzle_jax.model.spec import EXPERT_MATRICES
+from puzzle_jax.model.stacked import LayerRun, stack_params, unstack_params
+from puzzle_jax.train.fake_quant import round_to_mxfp4
+from puzzle_jax.train.head_losses import Head
+from puzzle_jax.train.student import FREED, Student, head_of
+from tests.train import toy_student as toy
+from tests.train.toy_student import CHILD, close, jit, random_masters
+
+ROUTER = {"router_weight", "router_bias"}
+EXPERTS = {"gate_up", "gate_up_bias", "down", "down_bias"}
+ENDS = {"embedding", "final_norm", "head"}
+ATTENTION = {"norm", "q_weight", "q_bias", "k_weight", "k_bias", "v_weight", "v_bias", "o_weight", "o_bias", "sinks"}
+
+
+STUDENT_STATES = jit(toy.student_states)
+
+
+@pytest.fixture(scope="module")
+def parent():
+    """The parent's weights with packed experts, and dense ones."""
+    packed = toy.packed_params()
+    return packed, toy.dense(packed)
+
+
+def owning(delta, freed=FREED, **options):
+    return Student(toy.replace_delta(delta), freed, **options)
+
+
+# Passes
+
+
+def test_it_computes_what_the_parent_s_blocks_and_the_cut_child_do(parent):
+    """With values of its own for all that can be freed, experts off MXFP4's grid among them."""
+    _, params = parent
+    student, batch = Student(CHILD, FREED), toy.batch()
+    assert student.runs == (LayerRun(0, 1, 1), LayerRun(1, 1, 2))
+    resident = student.resident(params)
+    trained = random_masters(student, resident)
+    found = jit(lambda r, t, b: student.hidden(r, t, b, keep_states=True))(resident, trained, batch)
+    delta = student.delta(trained)
+    as_view = STUDENT_STATES(with_delta(params, delta), batch)
+    np.testing.assert_allclose(found.states, as_view[1:], atol=1e-4)
+    np.testing.assert_array_equal(found.x, found.states[-1])
+    cut = toy.replace_delta(delta)
+    windows = [block.window for block in cut.blocks]
+    as_cut = jit(lambda p, b: toy.states(p, cut.config, b, windows))(cut_params(jax.device_get(params), cut), batch)
+    np.testing.assert_allclose(found.states, as_cut[1:], atol=1e-4)
+    live = batch.segment_ids > 0
+    assert np.abs(as_view - STUDENT_STATES(params, batch))[:, live].mean() > 0.1  # without its own values
+    close(head_of(trained), Head(delta["final_norm"], delta["head"]), 0)
+
+
+def test_packed_parents_give_what_dense_ones_give(parent):
+    """As teacher, and under a student with a router of its own."""
+    packed, params = parent
+    student, batch = Student(CHILD, ("router",)), toy.batch()
+    resident = student.resident(packed)
+    teacher = jit(lambda r, b: student.teacher_hidden(r, b, keep_states=True))(resident, batch)
+    np.testing.assert_allclose(teacher.states, toy.TEACHER_STATES(params, batch)[1:], atol=1e-4)
+    trained = random_masters(student, resident)
+    own = jit(student.hidden)(resident, trained, batch)
+    expected = STUDENT_STATES(with_delta(params, student.delta(trained)), batch)
+    np.testing.assert_allclose(own.x, expected[-1], atol=1e-4)
+    assert own.states is None
+
+
+# Masters
+
+
+@pytest.mark.parametrize("freed", [(), ("router",), ("experts",), ("router", "experts")])
+@pytest.mark.parametrize("ends", [True, False])
+def test_masters_are_there_for_what_learns_alone(parent, freed, ends):
+    student = Student(CHILD, freed, ends=ends)
+    learns = ATTENTION | (ENDS if ends else set())
+    learns |= (ROUTER if "router" in freed else set()) | (EXPERTS if "experts" in freed else set())
+    for weights in parent:
+        resident = jax.eval_shape(student.resident, weights)
+        masters = jax.eval_shape(student.masters, resident)
+        assert set(masters) == set(resident)
+        assert {name for name in ENDS if masters[name] is not None} == ENDS & learns
+        for masters_of, resident_of in zip(masters["runs"], resident["runs"], strict=True):
+            (layer,), (of_parent,) = masters_of, resident_of
+            for block in ("attention", "moe"):
+                assert set(layer[block]) == set(of_parent[block])
+                there = {name for name, master in layer[block].items() if master is not None}
+                assert there == set(of_parent[block]) & learns
+        assert {leaf.dtype for leaf in jax.tree.leaves(masters)} == {np.dtype(np.float32)}
+
+
+@pytest.mark.parametrize("form", ["packed", "dense"])
+def test_masters_begin_as_copies_of_the_parent_s(parent, form):
+    student = Student(CHILD, FREED)
+    resident = student.resident(parent[form == "dense"])
+    begin = jit(student.masters)(resident)
+    close(unstack_params(begin, student.runs), parent[1], 0)
+    assert begin["head"].unsafe_buffer_pointer() != resident["head"].unsafe_buffer_pointer()
+    close(jit(student.params)(resident, begin), stack_params(parent[1], student.runs), 0)  # rounding leaves its experts
+
+
+@pytest.mark.parametrize("form", ["packed", "dense"])
+def test_masters_begin_at_what_a_child_was_trained_to(parent, form):
+    """Layer 1 has neither a bias nor an expert matrix of its own, layer 2 of the same run has both."""
+    delta = toy.own_delta(parent[1])
+    delta["layers"][1]["moe"]["down"] = None
+    student = owning(delta)
+    begin = unstack_params(jit(student.masters)(student.resident(parent[form == "dense"])), student.runs)
+    close(begin, with_delta(parent[1], delta), 0)
+    np.testing.assert_array_equal(begin["layers"][1]["moe"]["down"], parent[1]["layers"][1]["moe"]["down"])
+    np.testing.assert_array_equal(begin["layers"][2]["moe"]["down"], delta["layers"][2]["moe"]["down"])
+
+
+def test_a_delta_may_hold_few_names(parent):
+    norm = np.full(32, 2.0, np.float32)
+    delta = {"layers": [None, {"attention": {"norm": norm}}, None]}
+    student = owning(delta, ())
+    begin = unstack_params(jit(student.masters)(student.resident(parent[1])), student.runs)
+    np.testing.assert_array_equal(begin["layers"][1]["attention"]["norm"], norm)
+    np.testing.assert_array_equal(begin["layers"][2]["attention"]["norm"], parent[1]["layers"][2]["attention"]["norm"])
+    assert begin["layers"][1]["moe"]["router_weight"] is None
+
+
+# What goes out
+
+
+def test_the_delta_is_the_parent_s_structure_with_experts_on_the_grid(parent):
+    student = Student(CHILD, FREED)
+    resident = student.resident(parent[0])
+    trained = random_masters(student, resident)
+    delta = student.delta(trained)
+    assert jax.tree.structure(delta) == jax.tree.structure(parent[1])
+    assert len(delta_leaves(CHILD.parent, delta)) == len(jax.tree.leaves(parent[1]))
+    masters = unstack_params(trained, student.runs)
+    used = unstack_params(jit(student.params)(resident, trained), student.runs)
+    close(delta, used, 0)
+    for layer, of_masters in zip(delta["layers"], masters["layers"], strict=True):
+        for name in EXPERT_MATRICES:
+            np.testing.assert_array_equal(round_to_mxfp4(jnp.asarray(layer["moe"][name])), layer["moe"][name])
+            assert 0.01 < np.abs(layer["moe"][name] - of_masters["moe"][name]).max() < 0.3
+            layer["moe"][name] = of_masters["moe"][name]
+    close(delta, masters, 0)
+
+
+def test_what_is_frozen_goes_out_as_none_and_keeps_its_arrays(parent):
+    student = Student(CHILD, ends=False)
+    resident = student.resident(parent[0])
+    trained = student.masters(resident)
+    delta = student.delta(trained)
+    assert delta["head"] is None and delta["layers"][2]["moe"]["gate_up"] is None
+    assert delta["layers"][2]["moe"]["norm"].shape == (32,)
+    params = student.params(resident, trained)
+    assert params["head"] is resident["head"]
+    for positions, of_resident in zip(params["runs"], resident["runs"], strict=True):
+        for name in EXPERT_MATRICES:
+            assert positions[0]["moe"][name].codes is of_resident[0]["moe"][name].codes
+
+
+def test_parameters_are_used_in_the_resident_s_dtype(parent):
+    student = Student(CHILD, FREED)
+
+    def in_half(weights):
+        half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), weights)
+        resident = student.resident(half)
+        return student.params(resident, student.masters(resident))
+
+    assert {leaf.dtype for leaf in jax.tree.leaves(jax.eval_shape(in_half, parent[1]))} == {np.dtype(jnp.bfloat16)}
+
+
+# What is refused
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ConfigError, match="train has 'experts_router', but must be of router, experts"):
+        Student(CHILD, ("router", "experts_router"))
+
+
+@pytest.mark.parametrize(
+    "freed,ends,message",
+    [
+        (("router",), True, r"its own for layers\.0\.moe\.gate_up, .*; name experts in train"),
+        (("experts",), True, r"its own for layers\.0\.moe\.router_weight, .*; name router in train"),
+        (FREED, False, "its own for embedding, .*; train it as a whole, not its blocks"),
+    ],
+)
+def test_a_child_s_own_values_are_not_lost_by_freezing_them(parent, freed, ends, message):
+    with pytest.raises(ConfigError, match=message):
+        owning(toy.own_delta(parent[1]), freed, ends=ends)
