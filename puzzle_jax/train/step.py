@@ -122,9 +122,15 @@ def make_step(
             metrics["learning_rate"] = rate
         return TrainState(state.step + 1, params, moments, state.key, skipped), metrics
 
+    options = _compiler_options()
     if shardings is None:
-        return jax.jit(step, donate_argnums=0)
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings.state, None))
+        return jax.jit(step, donate_argnums=0, compiler_options=options)
+    return jax.jit(step, donate_argnums=0, compiler_options=options, out_shardings=(shardings.state, None))
+
+
+def _compiler_options() -> dict[str, bool | str]:
+    """On CPU, no schedule that runs what rematerialisation repeats beside the first pass: all of it would be kept."""
+    return {"xla_cpu_enable_concurrency_optimized_scheduler": False} if jax.default_backend() == "cpu" else {}
 
 
 def _float32(x: Any) -> Array:
