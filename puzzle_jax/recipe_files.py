@@ -51,7 +51,7 @@ def parse_settings(
     """
     from jsonargparse import ArgumentError, ArgumentParser
 
-    defaults = [] if default is None else [str(RECIPES / f"{default}.yaml")]
+    defaults: list[Any] = [] if default is None else [str(RECIPES / f"{default}.yaml")]
     parser = ArgumentParser(prog=prog, description=description, default_config_files=defaults, exit_on_error=False)
     if choice is not None:
         positional, values, text = choice

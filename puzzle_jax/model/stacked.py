@@ -232,8 +232,8 @@ def _hidden(
     states, ids = [], []
     for run, layers in zip(runs, stacked["runs"], strict=True):
         pattern = [layer_at(windows[run.start + position]) for position in range(run.period)]
-        if remat:  # within a scan, nothing of the first pass is there for XLA to merge the second one with
-            pattern = [jax.checkpoint(layer, prevent_cse=run.repeats == 1) for layer in pattern]
+        if remat:
+            pattern = [jax.checkpoint(layer) for layer in pattern]
         with jax.named_scope(f"layers_{run.start}_to_{run.stop - 1}"):
             data = _RunData(layers, _of_run(expert_masks, run), _of_run(replay, run), _of_run(before, run))
             x, (run_states, run_ids) = _walk(run, pattern, x, data, keep_states)

@@ -1,19 +1,19 @@
 """What a distillation needs on every device, found without weights and without accelerators.
 
-The step that `train.distill` runs is traced with arrays that have a shape, a dtype and a place on a mesh, and no values,
-and compiled for as many virtual devices. What is resident, masters, optimiser state and batch are exact. Temporaries are
-what XLA's compiler for CPUs allots, with two changes to the program, which both keep it like an accelerator's:
+The step that `train.distill` runs is traced with arrays that have shapes, dtypes and places on a mesh, but no values,
+and compiled for virtual devices. What is resident, masters, optimiser state and batch are exact. Temporaries are what
+XLA's compiler for CPUs allots, of a program that is kept like an accelerator's in three ways:
 
     experts    grouped matmuls stand in it by their operands and results alone (`kernel_shapes`); the way for CPUs would
                lay one expert's matrices beside every block of rows
-    order      what rematerialisation fences off stays fenced off until memory is allotted, where XLA for CPUs would
-               merge both passes through a layer again
+    bfloat16   is float16, which is as wide; CPUs would hold what they compute in bfloat16 in float32
+    order      what rematerialisation fences off stays fenced off; XLA for CPUs would merge a layer's two passes again
 
-It still is a pessimist: matrices that CPUs multiply are kept in float32 as well. `by_arithmetic` says what the large
-parts come to where layers are computed again one at a time and all is in its own dtype; an accelerator is between both.
+An accelerator's compiler orders operations and reuses memory in its own way; `train.plan_arithmetic` has other figures
+to stand beside these.
 
-Left out: what a runtime takes for itself, fragmentation, collectives' buffers; evaluation, which needs less than a step;
-what XLA's `ragged_dot` allots on GPUs without a grouped matmul of cuDNN's; freed routers and experts.
+Left out: what a runtime takes for itself, fragmentation and collectives' buffers; evaluation, which needs less than a
+step; what `ragged_dot` allots on GPUs for which XLA has no grouped matmul; freed routers and experts.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from puzzle_jax.config import ModelConfig
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.kernels.expert_mlp import IMPLEMENTATIONS, grouped
 from puzzle_jax.kernels.grouped_matmul import BLOCK_ROWS
-from puzzle_jax.kernels.grouped_matmul.layout import num_blocks
 from puzzle_jax.kernels.mxfp4 import GROUP, MXFP4, decode
 from puzzle_jax.model.child import Child
 from puzzle_jax.model.sharding import make_training_mesh, on_mesh, stacked_sharding
@@ -47,17 +46,18 @@ from puzzle_jax.train.rows import Packed
 from puzzle_jax.train.step import Shardings, Step, TrainState, init_state, make_step
 from puzzle_jax.train.student import Student
 
-DTYPE = jnp.bfloat16
-"""What accelerators compute in."""
+DTYPE = jnp.float16
+"""In place of bfloat16, which accelerators compute in."""
 
-_WIDTH, _FLOAT32 = 2, 4  # bytes
+WIDTH, FLOAT32 = 2, 4
+"""Bytes of a number in what is computed in, and in masters."""
+
 _STEPS = 1_000_000  # of the schedule; no shape depends on it
 # A program that never runs: nothing of the machine code that a CPU would be given matters, and making it takes longest.
 _COMPILER = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
     "xla_disable_hlo_passes": "cse_barrier_expander",
-    "xla_cpu_enable_concurrency_optimized_scheduler": False,
 }
 
 
@@ -74,8 +74,8 @@ class PlannedJob:
       top_k: tokens per position of a teacher's cache; None: the teacher itself is asked.
       optimizer: whose state there is.
 
-    Raises ConfigError for numbers below 1, a mesh that does not divide rows or positions, experts that cannot be packed,
-    and a cache without a loss that reads it or the other way round.
+    Raises ConfigError for numbers below 1, a mesh that does not divide rows or positions, experts that cannot be
+    packed, and a cache without a loss that reads it or the other way round.
     """
 
     child: Child
@@ -98,10 +98,9 @@ class PlannedJob:
             if value % devices:
                 raise ConfigError(f"{name} is {value}, but must be a multiple of mesh.{axis} ({devices})")
         for name in ("hidden_size", "intermediate_size"):
-            if self.packed and getattr(self.parent, name) % GROUP:
-                raise ConfigError(
-                    f"{name} is {getattr(self.parent, name)}, but packed experts need a multiple of {GROUP}"
-                )
+            size = getattr(self.parent, name)
+            if self.packed and size % GROUP:
+                raise ConfigError(f"{name} is {size}, but packed experts need a multiple of {GROUP}")
         if (self.loss.top_k_kl > 0) != (self.top_k is not None):
             raise ConfigError(
                 f"loss.top_k_kl is {self.loss.top_k_kl} and a teacher's cache is "
@@ -122,9 +121,30 @@ class PlannedJob:
         return self.rows // self.mesh.data * (self.row_length // self.mesh.sequence)
 
     @property
+    def pairs(self) -> int:
+        """Of tokens and experts, that one device may have to compute in a layer: all of its tokens'."""
+        return self.tokens * self.parent.experts_per_token
+
+    @property
+    def held_experts(self) -> int:
+        """Of the parent's largest layer, that one device holds."""
+        most = max(block.num_experts for block in self.parent.blocks)
+        return most // self.mesh.model if most % self.mesh.model == 0 else most
+
+    @property
+    def decoded(self) -> int:
+        """Bytes of what a device holds of that layer's experts, in bfloat16; 0 where they are not packed."""
+        return self.held_experts * expert_numbers(self.parent) * WIDTH if self.packed else 0
+
+    @property
     def asks_teacher(self) -> bool:
         """Whether a loss needs the teacher's pass."""
         return any(name in (*FROM_TEACHER, *HIDDEN) for name in self.loss.shares)
+
+
+def expert_numbers(config: ModelConfig) -> int:
+    """Of one expert's matrices."""
+    return 3 * config.hidden_size * config.intermediate_size
 
 
 class Arguments(NamedTuple):
@@ -141,10 +161,11 @@ class DeviceMemory:
 
     Attributes:
       experts, resident: of the resident parent, the matrices of its experts and all else.
-      masters, optimizer: float32 masters of what learns, and the optimiser's state.
+      masters, optimizer: float32 masters of what learns, and the optimiser's state with all counters.
       batch: all micro-batches of a step.
       temporaries: what XLA allots beside, gradients included.
-      decoded: one layer's packed experts in bfloat16, as XLA's own grouped matmul needs them; 0 where none are packed.
+      decoded: one layer's packed experts in bfloat16, for grouped matmuls of XLA, which read no packed ones; 0 where
+        none are packed.
     """
 
     experts: int
@@ -178,7 +199,7 @@ def plan(job: PlannedJob) -> DeviceMemory:
         compiled = step.lower(*given).compile(compiler_options=_COMPILER)  # type: ignore[attr-defined]
     found = compiled.memory_analysis()
     beside = found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-    return replace(placed_bytes(given), temporaries=beside, decoded=_decoded(job))
+    return replace(placed_bytes(given), temporaries=beside, decoded=job.decoded)
 
 
 def abstract_step(job: PlannedJob, mesh: Mesh | None) -> tuple[Step, Arguments]:
@@ -212,155 +233,14 @@ def placed_bytes(given: Arguments) -> DeviceMemory:
         return sum(map(_bytes, jax.tree.leaves(tree)))
 
     state = given.state
-    optimizer = total((state.step, state.optimizer, state.skipped))
     return DeviceMemory(
-        by_matrix[True], by_matrix[False], total(state.params), optimizer, total(given.batch), temporaries=0, decoded=0
-    )
-
-
-# Temporaries by arithmetic --------------------------------------------------------------------------------------------
-
-
-def by_arithmetic(job: PlannedJob, memory: DeviceMemory) -> dict[str, int]:
-    """The large parts of a step's temporaries on one device, in bytes, where one layer is computed again at a time.
-
-    Heads are whole on every device, because a loss walks through their columns in slices. A layer's experts may get all
-    pairs of the tokens that are there, and attention keeps the weights of whole rows.
-    """
-    config, tokens = job.parent, job.tokens
-    hidden, inter, layers = config.hidden_size, config.intermediate_size, config.num_layers
-    heads = config.vocab_size * hidden
-    shares = job.loss.shares
-    models = 2 if any(name in FROM_TEACHER for name in shares) else 1
-    parts = {
-        "gradients, float32": memory.masters,
-        "output heads and a gradient, whole": heads * (models * _WIDTH + _FLOAT32),
-        "every layer's input": layers * tokens * hidden * _WIDTH,
-        "hidden states of both models": 0,
-        "one layer's attention": _attention(job),
-        # Rows, gate and linear part, activation; outputs by row and by token.
-        "one layer's experts": _padded_rows(job) * (hidden * (_WIDTH + 2 * _FLOAT32) + inter * (2 * _FLOAT32 + _WIDTH)),
-    }
-    if any(name in HIDDEN for name in shares):
-        parts["hidden states of both models"] = 2 * layers * tokens * hidden * _WIDTH
-    return {name: size for name, size in parts.items() if size}
-
-
-def _attention(job: PlannedJob) -> int:
-    """Weights that the largest layer keeps for its gradient, in float32 and once more to be multiplied."""
-    mesh, config = job.mesh, job.parent
-    cut = mesh.model * (mesh.sequence if config.num_heads % (mesh.model * mesh.sequence) == 0 else 1)
-    heads = max(config.num_heads // cut, 1)
-    length = job.row_length
-
-    def visible(window: int | None) -> int:
-        width = min(window or length, length)
-        return length * width - width * (width - 1) // 2
-
-    largest = max(visible(block.window) for block in job.child.blocks)
-    return job.rows // mesh.data * heads * largest * (_FLOAT32 + _WIDTH)
-
-
-def _pairs(job: PlannedJob) -> tuple[int, int]:
-    """Of tokens and experts, at worst on one device; and the most experts that it holds of a layer."""
-    most = max(block.num_experts for block in job.parent.blocks)
-    held = most // job.mesh.model if most % job.mesh.model == 0 else most
-    return job.tokens * job.parent.experts_per_token, held
-
-
-def _padded_rows(job: PlannedJob) -> int:
-    pairs, held = _pairs(job)
-    block = BLOCK_ROWS["ragged_dot"](pairs, held, job.packed)
-    return num_blocks(pairs, held, block) * block
-
-
-def _decoded(job: PlannedJob) -> int:
-    matrices = 3 * job.parent.hidden_size * job.parent.intermediate_size
-    return _pairs(job)[1] * matrices * _WIDTH if job.packed else 0
-
-
-def added_by_cpu(job: PlannedJob) -> dict[str, int]:
-    """What compiling for CPUs adds, in bytes, to "temporaries", and what it would add and is left out of them."""
-    heads = job.parent.vocab_size * job.parent.hidden_size
-    models = 2 if any(name in FROM_TEACHER for name in job.loss.shares) else 1
-    pairs, held = _pairs(job)
-    block = BLOCK_ROWS["blocked"](pairs, held, job.packed)
-    gathered = num_blocks(pairs, held, block) * 3 * job.parent.hidden_size * job.parent.intermediate_size * _WIDTH
-    return {"heads": heads * models * (_FLOAT32 - _WIDTH), "gathered": gathered}
-
-
-# What would do --------------------------------------------------------------------------------------------------------
-
-
-class Change(NamedTuple):
-    """A job that would fit, and what it needs, about."""
-
-    what: str
-    job: PlannedJob
-    total: int
-
-
-def changes(job: PlannedJob, memory: DeviceMemory, limit: int) -> list[Change]:
-    """For each way to need less, the least change with which a job should fit into `limit` bytes per device; ways that
-    cannot do it alone are left out."""
-    found = []
-    for what, fields_ in (
-        ("smaller micro-batches, more of them", ("rows", "micro_batches")),
-        ("shorter rows", ("row_length",)),
-        ("more devices, each with fewer rows", ("mesh.data",)),
-        ("more devices, each with a part of every row", ("mesh.sequence",)),
-        ("more devices, each with fewer experts and heads", ("mesh.model",)),
-    ):
-        for factor in (2**power for power in range(1, 11)):
-            try:
-                other = _scaled(job, fields_, factor)
-            except ConfigError:
-                break
-            total = estimated(job, memory, other).total
-            if total <= limit:
-                found.append(Change(what, other, total))
-                break
-    return found
-
-
-def _scaled(job: PlannedJob, names: tuple[str, ...], factor: int) -> PlannedJob:
-    """With more devices or micro-batches, and fewer or shorter rows. Raises ConfigError where that is not whole."""
-    values: dict[str, Any] = {}
-    for name in names:
-        if name.startswith("mesh."):
-            axis = name.removeprefix("mesh.")
-            size = getattr(job.mesh, axis) * factor
-            if axis == "model" and any(block.num_experts % size for block in job.parent.blocks):
-                raise ConfigError(f"{name} is {size}, which does not divide the experts")
-            values["mesh"] = replace(job.mesh, **{axis: size})
-        elif name == "micro_batches":
-            values[name] = job.micro_batches * factor
-        else:
-            if getattr(job, name) % factor:
-                raise ConfigError(f"{name} is {getattr(job, name)}, which {factor} does not divide")
-            values[name] = getattr(job, name) // factor
-    return replace(job, **values)
-
-
-def estimated(job: PlannedJob, memory: DeviceMemory, other: PlannedJob) -> DeviceMemory:
-    """About what another job needs, by what this one does.
-
-    Temporaries beside gradients go with the tokens of a device, down to what the output heads take.
-    """
-    devices = job.mesh.devices / other.mesh.devices
-    model = job.mesh.model / other.mesh.model
-    rows = other.rows * other.row_length * other.micro_batches / (job.rows * job.row_length * job.micro_batches)
-    gradients = memory.masters
-    beside = memory.temporaries - gradients
-    least = min(beside, _FLOAT32 * 3 * job.parent.vocab_size * job.parent.hidden_size)
-    return DeviceMemory(
-        experts=math.ceil(memory.experts * model),
-        resident=math.ceil(memory.resident * model),
-        masters=math.ceil(memory.masters * devices),
-        optimizer=math.ceil(memory.optimizer * devices),
-        batch=math.ceil(memory.batch * rows * devices * (other.mesh.model / job.mesh.model)),
-        temporaries=math.ceil(gradients * devices + max(beside * other.tokens / job.tokens, least)),
-        decoded=_decoded(other),
+        experts=by_matrix[True],
+        resident=by_matrix[False],
+        masters=total(state.params),
+        optimizer=total(state._replace(params=None)),
+        batch=total(given.batch),
+        temporaries=0,
+        decoded=0,
     )
 
 
@@ -444,8 +324,8 @@ def _block_matmul(
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _stand_in(rows: Array, parts: tuple[Array, ...], transposed: bool) -> Array:
-    first = tuple(part[:1] for part in parts)
-    matrix = (decode(MXFP4(*first), rows.dtype) if len(first) > 1 else first[0].astype(rows.dtype))[0]
+    first = [part[:1] for part in parts]
+    matrix = (decode(MXFP4(first[0], first[1]), rows.dtype) if len(first) == 2 else first[0].astype(rows.dtype))[0]
     one = matrix[:, 0] if transposed else matrix[0]
     # Fences, so that both are arrays and no part of what is computed before or after.
     rows = jax.lax.optimization_barrier(rows)

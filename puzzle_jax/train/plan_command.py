@@ -25,7 +25,8 @@ from puzzle_jax.model.child import Child, ChildBlock
 from puzzle_jax.train.distill_recipe import MeshSettings
 from puzzle_jax.train.objectives import DISTRIBUTION, HIDDEN, LossSettings
 from puzzle_jax.train.optimizer import OPTIMIZERS, OptimizerSettings
-from puzzle_jax.train.plan import DeviceMemory, PlannedJob, added_by_cpu, by_arithmetic, changes, plan
+from puzzle_jax.train.plan import DeviceMemory, PlannedJob, plan
+from puzzle_jax.train.plan_arithmetic import by_arithmetic, changes, gathered_on_cpus
 
 _GB = 1e9
 _SHARED = (
@@ -74,9 +75,16 @@ def run(options: argparse.Namespace, console: Console) -> None:
     console.print(f"compiling for {job.mesh.devices} virtual devices", highlight=False)
     memory = plan(job)
     out = Console()
-    out.print(_table(job, memory, options))
-    for line in _verdict(job, memory, options.hbm_gb * _GB) + _notes(job):
-        out.print(line, highlight=False)
+    mesh = job.mesh
+    out.print(
+        f"{options.parent.name} -> {options.child.name} on {mesh.data} x {mesh.sequence} x {mesh.model} devices, "
+        f"{job.micro_batches} x {job.rows} rows of {job.row_length:,} tokens a step",
+        highlight=False,
+        soft_wrap=True,
+    )
+    out.print(_table(job, memory, options.hbm_gb * _GB))
+    for line in (*_verdict(job, memory, options.hbm_gb * _GB), *_notes(job)):
+        out.print(line, highlight=False, soft_wrap=True)
 
 
 # Input ----------------------------------------------------------------------------------------------------------------
@@ -133,7 +141,7 @@ def _mesh(text: str) -> MeshSettings:
 
 def _loss(terms: Sequence[str] | None, cached: bool) -> LossSettings:
     known = (*DISTRIBUTION, *HIDDEN)
-    shares = {name: 0.0 for name in known}
+    shares: dict[str, Any] = dict.fromkeys(known, 0.0)
     for term in terms or [f"{'top_k' if cached else 'forward'}_kl=1"]:
         name, _, share = term.partition("=")
         if name not in known:
@@ -157,16 +165,8 @@ def _virtual_devices(count: int) -> None:
 # Output ---------------------------------------------------------------------------------------------------------------
 
 
-def _table(job: PlannedJob, memory: DeviceMemory, options: argparse.Namespace) -> Table:
-    mesh = job.mesh
-    table = Table(
-        "GB per device",
-        "compiled",
-        "arithmetic",
-        title=f"{options.parent.name} -> {options.child.name} on {mesh.data} x {mesh.sequence} x {mesh.model} devices, "
-        f"{job.micro_batches} x {job.rows} rows of {job.row_length:,} tokens a step",
-        title_justify="left",
-    )
+def _table(job: PlannedJob, memory: DeviceMemory, limit: float) -> Table:
+    table = Table("GB per device", "compiled", "arithmetic")
     for column in table.columns[1:]:
         column.justify = "right"
 
@@ -189,7 +189,7 @@ def _table(job: PlannedJob, memory: DeviceMemory, options: argparse.Namespace) -
         add("one layer's experts, decoded", memory.decoded, memory.decoded)
     table.add_section()
     add("total", memory.total, _lower(job, memory))
-    add("of a device's", round(options.hbm_gb * _GB), None)
+    add("of a device's", round(limit), round(limit))
     return table
 
 
@@ -219,8 +219,8 @@ def _verdict(job: PlannedJob, memory: DeviceMemory, limit: float) -> list[str]:
     if not found:
         lines[0] = first
         lines.append(
-            f"  no one change is enough: {memory.arguments / _GB:.1f} GB are there before a step begins; "
-            "more devices on the model axis hold fewer experts each, and on any axis less of masters and optimiser state"
+            f"  no one change is enough: {memory.arguments / _GB:.1f} GB are there before a step begins; more devices "
+            "hold less of masters and optimiser state each, and on the model axis fewer experts"
         )
     lines.append(_of_teacher_cache(job))
     return lines
@@ -237,11 +237,9 @@ def _of_teacher_cache(job: PlannedJob) -> str:
 
 def _notes(job: PlannedJob) -> list[str]:
     """What the figures are."""
-    added = added_by_cpu(job)
     lines = [
-        f"compiled: by XLA for CPUs, which adds float32 copies of what it multiplies, {added['heads'] / _GB:.1f} GB for "
-        "output heads alone; arithmetic: one layer at a time, each array in its own dtype",
-        f"left out: {added['gathered'] / _GB:.1f} GB of matrices that only a CPU would gather for blocks of rows",
+        "compiled: by XLA for CPUs, in float16 for bfloat16; arithmetic: large parts alone, one layer at a time",
+        f"left out: {gathered_on_cpus(job) / _GB:.1f} GB of matrices that a CPU alone would gather for blocks of rows",
     ]
     undivided = [block.num_experts for block in job.parent.blocks if block.num_experts % job.mesh.model]
     if undivided:
