@@ -25,7 +25,11 @@ from transformers.models.gpt_oss.modeling_gpt_oss import (
 from .configuration_gpt_oss_puzzle import GptOssPuzzleConfig
 
 
-def create_masks(config, inputs_embeds, attention_mask, past_key_values):
+# What forward passes call the cache of keys and values; releases of transformers 5 differ in it.
+CACHE = "cache" if "cache" in inspect.signature(GptOssModel.forward).parameters else "past_key_values"
+
+
+def create_masks(config, inputs_embeds, attention_mask, cache):
     """Attention masks by the name of their window."""
     masks = {}
     for layer_idx, block in enumerate(config.block_configs):
@@ -35,12 +39,12 @@ def create_masks(config, inputs_embeds, attention_mask, past_key_values):
         inputs = {
             "config": config.get_gpt_oss_config_for_layer(layer_idx),
             "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
+            CACHE: cache,
         }
         accepted = inspect.signature(create).parameters  # releases of transformers 5 differ in these two
         inputs["inputs_embeds" if "inputs_embeds" in accepted else "input_embeds"] = inputs_embeds
         if "cache_position" in accepted:
-            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            seen = 0 if cache is None else cache.get_seq_length()
             inputs["cache_position"] = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
         masks[mask_name(block.sliding_window)] = create(**inputs)
     return masks
@@ -87,25 +91,27 @@ class GptOssPuzzleModel(GptOssPuzzlePreTrainedModel, GptOssModel):
         past_key_values=None,
         inputs_embeds=None,
         use_cache=None,
+        cache=None,
         **kwargs,
     ):
+        cache = past_key_values if cache is None else cache
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if not isinstance(attention_mask, dict):
-            attention_mask = create_masks(self.config, inputs_embeds, attention_mask, past_key_values)
+            attention_mask = create_masks(self.config, inputs_embeds, attention_mask, cache)
         # The base class hands every layer the mask of its type; each layer here picks its own among all of
         # them.
         return super().forward(
             attention_mask={kind: attention_mask for kind in set(self.config.layer_types)},
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            **{CACHE: cache},
             **kwargs,
         )
 
@@ -123,8 +129,8 @@ class GptOssPuzzleForCausalLM(GptOssPuzzlePreTrainedModel, GptOssForCausalLM, Ge
 
     @staticmethod
     def create_masks_for_generate(
-        config, attention_mask, past_key_values, inputs_embeds=None, input_embeds=None, **kwargs
+        config, attention_mask, past_key_values=None, inputs_embeds=None, input_embeds=None, cache=None, **kwargs
     ):
         """What generate() prepares in advance for caches of fixed size."""
         embeds = input_embeds if inputs_embeds is None else inputs_embeds
-        return create_masks(config, embeds, attention_mask, past_key_values)
+        return create_masks(config, embeds, attention_mask, past_key_values if cache is None else cache)
