@@ -24,7 +24,6 @@ from transformers.models.gpt_oss.modeling_gpt_oss import (
 
 from .configuration_gpt_oss_puzzle import GptOssPuzzleConfig
 
-
 # What forward passes call the cache of keys and values; releases of transformers 5 differ in it.
 CACHE = "cache" if "cache" in inspect.signature(GptOssModel.forward).parameters else "past_key_values"
 
