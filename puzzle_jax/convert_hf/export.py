@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -57,6 +57,20 @@ NEVER = -1e30  # the router bias of an expert that is only there to fill a shape
 REMOTE_CODE = ("configuration_gpt_oss_puzzle.py", "modeling_gpt_oss_puzzle.py", MODEL_FILE)
 
 
+class Origin(NamedTuple):
+    """Where a child comes from that is trained further as a model of its own.
+
+    Attributes:
+      config: of the first parent.
+      kept: per layer, ids of the first parent's experts.
+      trained: parameters that were no longer the first parent's, by their places in the tree.
+    """
+
+    config: ModelConfig
+    kept: Sequence[Sequence[int]]
+    trained: Sequence[str]
+
+
 def export_child(
     parent: Path | str,
     out: Path | str,
@@ -68,6 +82,7 @@ def export_child(
     kv_scales: KVScales | None = None,
     pad_experts: bool = False,
     replace: bool = False,
+    origin: Origin | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes the checkpoint of a child that keeps some of its parent's experts.
@@ -87,6 +102,7 @@ def export_child(
       pad_experts: writes every layer with as many experts as the largest has, the added ones zeros that are never
         chosen, so that the child is plain `gpt_oss`.
       replace: an earlier child at `out` may be replaced.
+      origin: what `parent` comes from where it is a child itself; record and card then tell of that.
       shard_bytes: largest size of one safetensors file.
 
     Raises `PuzzleError` where `out` holds something else, `CheckpointError` for a damaged parent and
@@ -104,9 +120,9 @@ def export_child(
     record = {
         **provenance,
         "puzzle_jax": puzzle_jax.__version__,
-        "kept_experts": [[int(expert) for expert in layer] for layer in kept],
+        "kept_experts": [[int(expert) for expert in layer] for layer in (origin.kept if origin else kept)],
         "windows": [block.window for block in config.blocks],
-        "trained": sorted(map(dotted, delta)),
+        "trained": sorted({*map(dotted, delta), *(origin.trained if origin else ())}),
     }
     if scales is not None:
         record["kv_scales"] = dict(zip("kv", scales.tolist(), strict=True))
@@ -114,8 +130,8 @@ def export_child(
     card = model_card(
         config,
         description.form,
-        parent=description.config,
-        kept=kept,
+        parent=origin.config if origin else description.config,
+        kept=origin.kept if origin else kept,
         record=record,
         plain=plain,
         padded=pad_experts,

@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.kernels.mxfp4 import MXFP4
+from puzzle_jax.kernels.route import route
 from puzzle_jax.model.network import attention_block, embed, moe_block
 from puzzle_jax.model.rope import rope_table
 from puzzle_jax.model.spec import Params
@@ -62,12 +63,14 @@ class Hidden(NamedTuple):
     Attributes:
       x: the last layer's output, before the final norm.
       states: every layer's output, where they were asked for.
-      ids: the experts that every layer chose for its tokens, best first; tokens are batch * seq.
+      ids: the experts that every layer's tokens went through, best first; tokens are batch * seq.
+      routed: those that the routers would have chosen, where others were replayed; else None.
     """
 
     x: Float[Array, "batch seq hidden"]
     states: Float[Array, "layers batch seq hidden"] | None
     ids: Int[Array, "layers tokens k"]
+    routed: Int[Array, "layers tokens k"] | None = None
 
 
 def layer_runs(kinds: Sequence[Hashable]) -> tuple[LayerRun, ...]:
@@ -219,30 +222,49 @@ def _hidden(
     table = rope_table(config.rope, config.head_dim, positions)
 
     def layer_at(window: int | None) -> _Layer:
-        def layer(x: Array, params: Params, mask: Array | None, chosen: Array | None) -> tuple[Array, Array]:
+        def layer(x: Array, params: Params, mask: Array | None, chosen: Array | None) -> _LayerOutput:
             attention, moe = params["attention"], one_layer(params["moe"])
             x, _ = attention_block(attention, config, x, table, window=window, segment_ids=segment_ids)
             if mask is not None:
                 mask = mask[: moe["router_bias"].shape[-1]]
             x, aux = moe_block(moe, config, x, expert_mask=mask, replay=chosen)
-            return x, aux.routing.ids
+            routed = None
+            if chosen is not None:
+                logits = aux.router_logits.reshape(-1, aux.router_logits.shape[-1])
+                routed = route(logits, chosen.shape[-1], mask=None if mask is None else mask[None]).ids
+            return _LayerOutput(x, aux.routing.ids, routed)
 
         return layer
 
-    states, ids = [], []
+    states, ids, routed = [], [], []
     for run, layers in zip(runs, stacked["runs"], strict=True):
         pattern = [layer_at(windows[run.start + position]) for position in range(run.period)]
         if remat:
             pattern = [jax.checkpoint(layer) for layer in pattern]
         with jax.named_scope(f"layers_{run.start}_to_{run.stop - 1}"):
             data = _RunData(layers, _of_run(expert_masks, run), _of_run(replay, run), _of_run(before, run))
-            x, (run_states, run_ids) = _walk(run, pattern, x, data, keep_states)
-        states.append(run_states)
-        ids.append(run_ids)
-    return Hidden(x, jnp.concatenate(states) if keep_states else None, jnp.concatenate(ids))
+            found = _walk(run, pattern, x, data, keep_states)
+        x = found.x
+        states.append(found.states)
+        ids.append(found.ids)
+        routed.append(found.routed)
+    return Hidden(
+        x,
+        jnp.concatenate(states) if keep_states else None,
+        jnp.concatenate(ids),
+        None if replay is None else jnp.concatenate(routed),
+    )
 
 
-_Layer = Callable[[Array, Params, Array | None, Array | None], tuple[Array, Array]]
+class _LayerOutput(NamedTuple):
+    """A layer's output, the experts of its tokens, and its router's own choice where they were replayed."""
+
+    x: Array
+    ids: Array
+    routed: Array | None
+
+
+_Layer = Callable[[Array, Params, Array | None, Array | None], _LayerOutput]
 
 
 class _RunData(NamedTuple):
@@ -254,27 +276,32 @@ class _RunData(NamedTuple):
     before: Array | None  # [repeats, period, batch, seq, hidden]; None: each layer goes on from the one before
 
 
-def _walk(
-    run: LayerRun, pattern: list[_Layer], x: Array, data: _RunData, keep_states: bool
-) -> tuple[Array, tuple[Array | None, Array]]:
-    """One run: the last output, and states and chosen experts of its layers in order."""
+def _walk(run: LayerRun, pattern: list[_Layer], x: Array, data: _RunData, keep_states: bool) -> Hidden:
+    """One run: the last output, and states and experts of its layers in order."""
 
-    def period(x: Array, data: _RunData) -> tuple[Array, tuple[Array | None, Array]]:
-        states, ids = [], []
+    def period(x: Array, data: _RunData) -> tuple[Array, tuple[Array | None, Array, Array | None]]:
+        outputs = []
         for position, layer in enumerate(pattern):
             mask = None if data.masks is None else data.masks[position]
             chosen = None if data.replay is None else data.replay[position]
             x = x if data.before is None else data.before[position]
             with jax.named_scope(f"position_{position}"):
-                x, of_layer = layer(x, data.layers[position], mask, chosen)
-            states.append(x)
-            ids.append(of_layer)
-        return x, (jnp.stack(states) if keep_states else None, jnp.stack(ids))
+                outputs.append(layer(x, data.layers[position], mask, chosen))
+            x = outputs[-1].x
+        states, ids, routed = zip(*outputs, strict=True)
+        return x, (
+            jnp.stack(states) if keep_states else None,
+            jnp.stack(ids),
+            None if data.replay is None else jnp.stack(routed),
+        )
 
     if run.repeats == 1:
-        return period(x, _repeat(data, 0))
-    x, outputs = jax.lax.scan(period, x, data)
-    return x, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), outputs)
+        x, outputs = period(x, _repeat(data, 0))
+    else:
+        x, outputs = jax.lax.scan(period, x, data)
+        outputs = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), outputs)
+    states, ids, routed = outputs
+    return Hidden(x, states, ids, routed)
 
 
 def _of_run(data: Array | None, run: LayerRun) -> Array | None:

@@ -8,24 +8,20 @@ What is trained goes out in bfloat16; frozen experts and routers are copied from
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from rich.console import Console
 
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.convert_hf.export import export_child
-from puzzle_jax.convert_hf.load import load_checkpoint
 from puzzle_jax.generate.batches import micro_batches
 from puzzle_jax.generate.calibrate import calibrate_cache
 from puzzle_jax.generate.traces import Trace
 from puzzle_jax.model.cache_format import KVScales
-from puzzle_jax.model.network import compute_dtype
 from puzzle_jax.model.sharding import make_training_mesh, on_mesh
 from puzzle_jax.model.spec import Params
 from puzzle_jax.model.stacked import unstack_params
@@ -37,7 +33,8 @@ from puzzle_jax.train.distill_recipe import DistillRecipe
 from puzzle_jax.train.loop import EVALUATION, Job, Trained, train
 from puzzle_jax.train.objectives import Distillation, Fixed, LossSettings
 from puzzle_jax.train.optimizer import make_optimizer
-from puzzle_jax.train.placement import Placement
+from puzzle_jax.train.placement import Placement, on_host
+from puzzle_jax.train.resident import load_resident
 from puzzle_jax.train.rows import Packed
 from puzzle_jax.train.step import Shardings, TrainState, init_state, make_step
 from puzzle_jax.train.student import Student
@@ -101,17 +98,8 @@ class Distiller:
     @cached_property
     def resident(self) -> Params:
         """The parent's weights, stacked and in place."""
-        packed = self.recipe.packed if self.recipe.packed is not None else jax.default_backend() != "cpu"
-        loaded = load_checkpoint(
-            self.recipe.parent,
-            dtype=compute_dtype(),
-            mesh=self.placement.mesh,
-            experts="stored" if packed else "dense",
-        )
-        with on_mesh(self.placement.mesh), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Some donated buffers were not usable")  # but they are freed
-            stacked = jax.jit(self.student.resident, donate_argnums=0)(loaded.params)
-        return self.placement.resident(stacked, self.config)
+        recipe = self.recipe
+        return load_resident(recipe.parent, self.student, self.placement, packed=recipe.packed)
 
     def objective(self) -> Distillation | Blocks:
         """What is minimised."""
@@ -202,7 +190,7 @@ class Distiller:
         """Writes the trained child, from the first process."""
         recipe, opened = self.recipe, self.inputs.opened
         scales = self._cache_scales(trained.state.params)
-        values = _on_host(trained.state.params)
+        values = on_host(trained.state.params)
         earlier = opened.provenance.get("distilled", [])
 
         def write() -> None:
@@ -243,13 +231,6 @@ class Distiller:
         with on_mesh(self.placement.mesh):
             params = merged(self.resident, trained)
             return calibrate_cache(params, student.config, micro_batches(traces), view=student.child.view)
-
-
-def _on_host(tree: Any) -> Any:
-    """The whole arrays in every process, one after the other."""
-    if jax.process_count() == 1:
-        return jax.tree.map(np.asarray, tree)
-    return jax.tree.map(lambda leaf: np.asarray(multihost_utils.process_allgather(leaf, tiled=True)), tree)
 
 
 def _trace(example: TraceExample) -> Trace:

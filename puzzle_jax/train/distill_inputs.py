@@ -63,7 +63,7 @@ class Inputs:
         """Reads and checks them. Raises PuzzleError for whatever is wrong."""
         if blocks and recipe.teacher_cache is not None:
             raise PuzzleError(f"teacher_cache is {recipe.teacher_cache}, but layers that train alone read no logits")
-        chat = Chat.load(recipe.parent, _begun_on(recipe.out))
+        chat = Chat.load(recipe.parent, begun_on(recipe.out))
         opened = open_child(recipe.parent, recipe.child)
         settings = recipe.data.of(recipe.trace_paths)
         found = read_examples(settings, opened.child.parent.vocab_size, chat)
@@ -184,7 +184,7 @@ def apart(
     return training, tuple(e for e, name in zip(examples, places, strict=True) if name in held)
 
 
-def _begun_on(out: Path) -> datetime.datetime | None:
+def begun_on(out: Path) -> datetime.datetime | None:
     """The day on which the run in `out` was begun, which is what its chat template sees; None where there is none."""
     marker = out / RUN_FILE
     if not marker.is_file():

@@ -8,6 +8,7 @@ With s and t the student's and teacher's logits over T, q = softmax(s), p = soft
 | reverse_kl | R = E_q[log q - log p] | q_v (log q_v - log p_v - R) | Z_s, Z_t, R |
 | jsd | beta KL(p, m) + (1 - beta) D | (1 - beta) q_v (log q_v - log m_v - D) | Z_s, Z_t, D |
 | next_token | Z_s - s_target | q_v - [v = target] | Z_s |
+| entropy | H = Z_s - E_q[s] | -q_v (log q_v + H) | Z_s, H |
 | top_k_kl | see `losses.top_k_kl` | q_v - p_v in S, q_v - p_rest q_v / q_rest elsewhere | Z_s, Z_rest |
 
 S are the teacher's top k; m = beta p + (1 - beta) q, and D = KL(q, m). For jsd: the derivative in q_v is
@@ -142,6 +143,27 @@ def _next_token_gradient(chunk: Chunk, saved: Saved, given: Given) -> Array:
     return jnp.exp(saved[0].log_probabilities(chunk.logits[0])) - hit.astype(jnp.float32)
 
 
+def _entropy(sweep: Sweep, tokens: int, given: Given) -> tuple[Array, Saved]:
+    """Sums exp(s - max s) (s - max s) with the maximum of the slices so far."""
+
+    def step(seen: Any, chunk: Chunk) -> Any:
+        (old, moment), s = seen, chunk.logits[0]
+        new = old.add(s)
+        moved = old.largest - new.largest
+        moment = jnp.exp(moved) * (moment + old.total * moved)
+        return new, moment + jnp.sum(jnp.exp(new.shifted(s)) * new.shifted(s), axis=-1)
+
+    of_s, moment = sweep(step, (LogSumExp.empty(tokens), jnp.zeros(tokens, jnp.float32)))
+    entropy = jnp.log(of_s.total) - moment / of_s.total
+    return entropy, (of_s, entropy)
+
+
+def _entropy_gradient(chunk: Chunk, saved: Saved, given: Given) -> Array:
+    of_s, entropy = saved
+    log_q = of_s.log_probabilities(chunk.logits[0])
+    return -jnp.exp(log_q) * (log_q + entropy[:, None])
+
+
 def _top_k_kl(sweep: Sweep, tokens: int, given: Given) -> tuple[Array, Saved]:
     """The rest's log sum exp is taken of the rest itself: as 1 minus the others it would be lost in rounding."""
     assert given.top_k is not None
@@ -182,5 +204,6 @@ KINDS = {
     "reverse_kl": Kind(_reverse_kl, _reverse_kl_gradient, ("teacher", "y")),
     "jsd": Kind(_jsd, _jsd_gradient, ("teacher", "y")),
     "next_token": Kind(_next_token, _next_token_gradient, ("targets",)),
+    "entropy": Kind(_entropy, _entropy_gradient, ()),
     "top_k_kl": Kind(_top_k_kl, _top_k_kl_gradient, ("top_k",)),
 }

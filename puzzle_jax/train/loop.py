@@ -36,7 +36,7 @@ from puzzle_jax.progress import progress
 from puzzle_jax.runs import locked, open_run
 from puzzle_jax.train.checkpoints import Checkpoints, abstract_state
 from puzzle_jax.train.metrics import MetricsLog
-from puzzle_jax.train.prefetch import Batches, Positioned, prefetched
+from puzzle_jax.train.prefetch import Batches, Positioned, in_turn, prefetched
 from puzzle_jax.train.step import Step, TrainState
 
 CHECKPOINTS = "checkpoints"
@@ -88,6 +88,8 @@ class Job:
       evaluate: named values of a state, the same whenever it is called.
       best: of these the one whose lowest value is best; it also decides which checkpoints stay.
       name: of the work, for progress.
+      ahead: whether batches are made ahead, in a thread; not where a step decides what comes next, as in reinforcement
+        learning: the data's state is then saved as it is after the step.
     """
 
     initial: Callable[[], TrainState]
@@ -99,6 +101,7 @@ class Job:
     evaluate: Callable[[TrainState], Mapping[str, float]] | None = None
     best: str | None = None
     name: str = "training"
+    ahead: bool = True
 
 
 @dataclass(frozen=True)
@@ -161,7 +164,8 @@ def train(job: Job, settings: LoopSettings, directory: Path, console: Console) -
         stop = stack.enter_context(stop_signals())
         run = _Run(job, settings, checkpoints, log, stop, int(state.skipped))
         if start < settings.steps:
-            batches = stack.enter_context(prefetched(job.batches, job.place))
+            made = prefetched if job.ahead else in_turn
+            batches = stack.enter_context(made(job.batches, job.place))
             run.advance = stack.enter_context(progress(console, job.name, settings.steps))
             state = run.steps_from(start, state, batches)
         checkpoints.finish()

@@ -121,6 +121,12 @@ def next_token(
     return -(temperature**2) * jnp.take_along_axis(log_q, targets[..., None], axis=-1)[..., 0]
 
 
+def entropy(student_logits: Float[Array, "*tokens vocab"], temperature: float = 1.0) -> Float[Array, "*tokens"]:
+    """-T^2 sum_v q_v log q_v: how undecided the student is, from 0 to T^2 log(vocabulary); no loss against a teacher."""
+    log_q = _log_softmax(student_logits, temperature)
+    return -(temperature**2) * jnp.sum(jnp.exp(log_q) * log_q, axis=-1)
+
+
 def hidden_cosine(
     student: Float[Array, "*tokens hidden"], teacher: Float[Array, "*tokens hidden"]
 ) -> Float[Array, "*tokens"]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from puzzle_jax.config import ModelConfig
@@ -58,6 +59,13 @@ class Placement:
             return batch
         sharding = NamedSharding(self.mesh, axes)
         return jax.tree.map(lambda array: _part(array, sharding), batch)
+
+
+def on_host(tree: Any) -> Any:
+    """The whole arrays in every process, one after the other."""
+    if jax.process_count() == 1:
+        return jax.tree.map(np.asarray, tree)
+    return jax.tree.map(lambda leaf: np.asarray(multihost_utils.process_allgather(leaf, tiled=True)), tree)
 
 
 def _part(array: np.ndarray, sharding: NamedSharding) -> jax.Array:

@@ -29,14 +29,29 @@ class Batches(Protocol):
 
 
 class Positioned:
-    """A batch and the state of the data after it."""
+    """A batch and the state of the data to save with what was learnt from it."""
 
-    def __init__(self, batch: Any, state: str) -> None:
+    def __init__(self, batch: Any, state: Callable[[], str]) -> None:
         self.batch, self._state = batch, state
 
     @property
     def state(self) -> Any:
-        return json.loads(self._state)
+        return json.loads(self._state())
+
+
+@contextmanager
+def in_turn(batches: Batches, place: Callable[[Any], Any] | None) -> Iterator[Iterator[Positioned]]:
+    """An iterator over batches that are made when asked for; the data's state is that at the time when it is read."""
+
+    def taken() -> Iterator[Positioned]:
+        while True:
+            try:
+                batch = next(batches)  # type: ignore[call-overload]
+            except StopIteration:
+                return
+            yield Positioned(batch if place is None else place(batch), lambda: canonical(batches.get_state()))
+
+    yield taken()
 
 
 @contextmanager
@@ -60,7 +75,7 @@ def prefetched(batches: Batches, place: Callable[[Any], Any] | None) -> Iterator
             while not ended.is_set():
                 batch = next(batches)  # type: ignore[call-overload]
                 state = canonical(batches.get_state())  # as text, so that later batches cannot change it
-                put(Positioned(batch if place is None else place(batch), state))
+                put(Positioned(batch if place is None else place(batch), lambda state=state: state))
         except BaseException as error:
             put(error)
 

@@ -107,28 +107,44 @@ def make_step(
             gradients, by_micro = jax.lax.scan(accumulate, zeros, (batch, jnp.arange(micro_batches)))
             total, weight, sums = jax.tree.map(lambda x: jnp.sum(x, axis=0), by_micro)
 
-        with jax.named_scope("update"):
-            gradients = jax.tree.map(lambda x: x / weight, gradients)
-            mean, norm = total / weight, optax.global_norm(gradients)
-            good = jnp.isfinite(mean) & jnp.isfinite(norm)
-            updates, moments = optimizer.update(gradients, state.optimizer, state.params)
-            changed = (optax.apply_updates(state.params, updates), moments)
-            params, moments = jax.tree.map(lambda new, old: jnp.where(good, new, old), changed, state[1:3])
-        skipped = jnp.where(good, 0, state.skipped + 1)
-        metrics = {name: value / weight for name, value in sums.items()}
-        metrics |= {"loss": mean, "grad_norm": norm, "skipped": 1.0 - good.astype(jnp.float32)}
-        rate = optax.tree_utils.tree_get(moments, "learning_rate")
-        if rate is not None:
-            metrics["learning_rate"] = rate
-        return TrainState(state.step + 1, params, moments, state.key, skipped), metrics
+        return update(state, optimizer, gradients, total, weight, sums)
 
-    options = _compiler_options()
+    options = compiler_options()
     if shardings is None:
         return jax.jit(step, donate_argnums=0, compiler_options=options)
     return jax.jit(step, donate_argnums=0, compiler_options=options, out_shardings=(shardings.state, None))
 
 
-def _compiler_options() -> dict[str, bool | str]:
+def update(
+    state: TrainState,
+    optimizer: optax.GradientTransformation,
+    gradients: Any,
+    total: Float[Array, ""],
+    weight: Float[Array, ""],
+    sums: dict[str, Float[Array, ""]],
+) -> tuple[TrainState, Metrics]:
+    """The next state and the metrics of a step, from sums over its micro-batches.
+
+    Args:
+      gradients, total, weight, sums: of numerators, numerators themselves, weights, and metrics times weights.
+    """
+    with jax.named_scope("update"):
+        gradients = jax.tree.map(lambda x: x / weight, gradients)
+        mean, norm = total / weight, optax.global_norm(gradients)
+        good = jnp.isfinite(mean) & jnp.isfinite(norm)
+        updates, moments = optimizer.update(gradients, state.optimizer, state.params)
+        changed = (optax.apply_updates(state.params, updates), moments)
+        params, moments = jax.tree.map(lambda new, old: jnp.where(good, new, old), changed, state[1:3])
+    skipped = jnp.where(good, 0, state.skipped + 1)
+    metrics = {name: value / weight for name, value in sums.items()}
+    metrics |= {"loss": mean, "grad_norm": norm, "skipped": 1.0 - good.astype(jnp.float32)}
+    rate = optax.tree_utils.tree_get(moments, "learning_rate")
+    if rate is not None:
+        metrics["learning_rate"] = rate
+    return TrainState(state.step + 1, params, moments, state.key, skipped), metrics
+
+
+def compiler_options() -> dict[str, bool | str]:
     """On CPU, no schedule that runs what rematerialisation repeats beside the first pass: all of it would be kept."""
     return {"xla_cpu_enable_concurrency_optimized_scheduler": False} if jax.default_backend() == "cpu" else {}
 

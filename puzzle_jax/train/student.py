@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Int
 
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.errors import ConfigError
@@ -167,18 +167,36 @@ class Student:
 
     # Passes --------------------------------------------------------------------------------------------------------
 
-    def hidden(self, resident: Params, trained: Params, batch: Packed, *, keep_states: bool = False) -> Hidden:
-        """The student's pass over [rows, length]; differentiable in `trained`."""
+    def hidden(
+        self,
+        resident: Params,
+        trained: Params,
+        batch: Packed,
+        *,
+        keep_states: bool = False,
+        replay: Int[Array, "layers tokens k"] | None = None,
+    ) -> Hidden:
+        """The student's pass over [rows, length]; differentiable in `trained`.
+
+        `replay` are experts to use in place of the routers' choice; tokens are rows * length.
+        """
         with jax.named_scope("student"):
             params = self.params(resident, trained)
-            return self._pass(params, self.config, self.windows, batch, keep_states, self.masks, self.remat)
+            return self._pass(params, self.config, self.windows, batch, keep_states, self.masks, self.remat, replay)
 
-    def teacher_hidden(self, resident: Params, batch: Packed, *, keep_states: bool = False) -> Hidden:
+    def teacher_hidden(
+        self,
+        resident: Params,
+        batch: Packed,
+        *,
+        keep_states: bool = False,
+        replay: Int[Array, "layers tokens k"] | None = None,
+    ) -> Hidden:
         """The parent's pass; a constant for gradients."""
         with jax.named_scope("teacher"):
-            windows = self.teacher_windows
+            windows, masks, remat = self.teacher_windows, None, False
             return jax.lax.stop_gradient(
-                self._pass(resident, self.child.parent, windows, batch, keep_states, masks=None, remat=False)
+                self._pass(resident, self.child.parent, windows, batch, keep_states, masks, remat, replay)
             )
 
     @property
@@ -195,6 +213,7 @@ class Student:
         keep_states: bool,
         masks: Array | None,
         remat: bool,
+        replay: Array | None,
     ) -> Hidden:
         return stacked_hidden_states(
             params,
@@ -205,6 +224,7 @@ class Student:
             positions=jnp.asarray(batch.positions),
             segment_ids=jnp.asarray(batch.segment_ids),
             expert_masks=masks,
+            replay=replay,
             remat=remat,
             keep_states=keep_states,
         )

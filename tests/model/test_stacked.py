@@ -183,7 +183,7 @@ def test_masks_segments_positions_and_other_windows(model):
     positions = jnp.tile(jnp.asarray([*range(8), *range(11)]), (BATCH, 1))
     windows = [None, 3, None, 3, 4]
     run = jit(partial(stacked_hidden_states, config=config, runs=RUNS, windows=windows, keep_states=True))
-    x, states, ids = run(stacked, tokens=tokens, positions=positions, segment_ids=segments, expert_masks=masks)
+    x, states, ids, _ = run(stacked, tokens=tokens, positions=positions, segment_ids=segments, expert_masks=masks)
     expected, chosen = plain_states(params, config, tokens, windows, positions, masks, segments)
     np.testing.assert_array_equal(x, states[-1])
     np.testing.assert_allclose(states, expected, atol=2e-5)
@@ -226,18 +226,31 @@ def test_states_and_gradients_of_replayed_experts(model):
         states, _ = plain_states(params, config, tokens, windows, positions, replay=replay)
         return (states * probe).sum() + (states[-1] ** 2).sum(), states
 
+    def of_routers(x, layer):
+        """Each router's own choice on the layer's input."""
+        y, _ = attention_block(
+            layer["attention"], config, x[0], rope_table(config.rope, 10, jnp.arange(SEQ)[None]), window=x[1]
+        )
+        return moe_block(layer["moe"], config, y)[1].routing.ids
+
     def of_stacked(remat, stacked):
         options = dict(replay=replay, remat=remat, keep_states=True)
-        x, states, ids = stacked_hidden_states(stacked, config, runs, tokens, **options)
-        return (states * probe).sum() + (x**2).sum(), (states, ids)
+        x, states, ids, routed = stacked_hidden_states(stacked, config, runs, tokens, **options)
+        return (states * probe).sum() + (x**2).sum(), (states, ids, routed)
 
     (value, expected), gradient = jax.value_and_grad(of_plain, has_aux=True)(params)
     for remat in (False, True):
         of_runs = jit(jax.value_and_grad(partial(of_stacked, remat), has_aux=True))
-        (found_value, (states, ids)), found = of_runs(stacked)
+        (found_value, (states, ids, routed)), found = of_runs(stacked)
         np.testing.assert_allclose(found_value, value, rtol=1e-5)
         np.testing.assert_allclose(states, expected, atol=2e-5)
         np.testing.assert_array_equal(ids, replay)
+        inputs = [embed(params, tokens), *expected[:-1]]
+        own = [
+            of_routers((x, block.window), layer)
+            for x, block, layer in zip(inputs, config.blocks, params["layers"], strict=True)
+        ]
+        np.testing.assert_array_equal(routed, own)
         tree_allclose(unstack_params(found, runs), gradient, rtol=1e-4, atol=1e-3)
     assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient["layers"][2])) > 10
 
@@ -265,7 +278,7 @@ def test_packed_experts_by_the_default_options():
         stacked = with_delta(stack_params(params, runs), stack_params(trained, runs))
         return stacked_hidden_states(stacked, config, runs, tokens)
 
-    x, states, ids = of_stacked(params, trained)
+    x, states, ids, _ = of_stacked(params, trained)
     expected, auxes = jit(partial(hidden_states, config=config))(with_delta(params, trained), tokens=tokens)
     assert states is None
     np.testing.assert_allclose(x, expected, atol=5e-5)

@@ -1,0 +1,359 @@
+"""A training run as one HTML page that opens offline, from its metrics.jsonl: how it went, and what went wrong.
+
+    RUN/report.html
+
+`SECTIONS` says which metrics are drawn where; those it does not know get small plots at the end, and a run without a
+metric has a page without its place, so that one page serves reinforcement learning, distillation and what comes later.
+The same file gives the same page. A value of null is a gap in its line; between lines of the file that do not have a
+metric at all, such as one of evaluations, its line goes on.
+
+Left out: smoothing, several runs in one figure (TensorBoard has both), and sample answers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from puzzle_jax.errors import PuzzleError, shown
+from puzzle_jax.files import write_beside
+from puzzle_jax.report.figures import COLOURS
+from puzzle_jax.report.page import _STYLE, _image, _note, _table
+from puzzle_jax.report.search_figures import _grid, _png
+from puzzle_jax.tasks.base import EFFORTS
+from puzzle_jax.train.metrics import METRICS_FILE
+
+REPORT_FILE = "report.html"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A plot.
+
+    Attributes:
+      label: of its values, with their unit.
+      names: metrics that it shows; one that ends in "/" stands for all that begin with it.
+      share: values are from 0 to 1.
+      log: values are on a logarithmic scale where all are above 0.
+      stacked: each metric's share of their sum, one on another.
+    """
+
+    label: str
+    names: tuple[str, ...]
+    share: bool = False
+    log: bool = False
+    stacked: bool = False
+
+
+_SECONDS = ("rollout_seconds", "reward_seconds", "score_seconds", "update_seconds")
+
+SECTIONS: Mapping[str, tuple[Panel, ...]] = {
+    "Reward": (
+        Panel("mean reward", ("reward", "reward/")),
+        Panel("pass rate", ("pass_rate", "pass_rate/"), share=True),
+    ),
+    "Evaluation": (
+        Panel("accuracy", ("evaluation/accuracy", "evaluation/accuracy/"), share=True),
+        Panel("mean tokens of an answer", ("evaluation/tokens", "evaluation/tokens/")),
+        Panel("KL, nats per token", ("evaluation/kl",)),
+        Panel("loss of the next token, nats", ("evaluation/next_token",)),
+    ),
+    "Length": (
+        Panel("mean tokens of an answer", ("tokens", "tokens/")),
+        Panel("truncated answers", ("truncated",), share=True),
+    ),
+    "Loss": (
+        Panel("loss", ("loss",)),
+        Panel("norm of the gradient", ("grad_norm",), log=True),
+        Panel("learning rate", ("learning_rate",)),
+    ),
+    "Entropy and KL": (
+        Panel("entropy, nats per token", ("entropy",)),
+        Panel("KL to the reference, nats per token", ("kl",)),
+    ),
+    "Ratio of new to old policy": (
+        Panel("ratio", ("ratio_mean", "ratio_max"), log=True),
+        Panel("clipped tokens", ("clipped",), share=True),
+    ),
+    "Sampler against trainer": (
+        Panel("gap", ("sampler_gap", "sampler_gap_max"), log=True),
+        Panel("token-layers with other experts", ("experts_differ",), share=True),
+    ),
+    "Groups and lost answers": (
+        Panel("groups", ("groups_kept", "groups_no_signal")),
+        Panel("answers without a reward", ("lost",)),
+    ),
+    "Speed": (
+        Panel("tokens per second", ("rollout_tokens_per_second", "update_tokens_per_second")),
+        Panel("share of a step's seconds", _SECONDS, share=True, stacked=True),
+    ),
+}
+"""Title -> plots, in the order of the page."""
+
+OTHER = "other"
+_SMALL = 12
+"""Plots of a figure of other metrics."""
+_MARKED = 60
+"""Lines of up to so many points have a mark at each."""
+
+_MAIN: Mapping[str, bool | None] = {
+    "reward": True,
+    "pass_rate": True,
+    "pass_rate/": True,
+    "evaluation/accuracy": True,
+    "evaluation/accuracy/": True,
+    "evaluation/tokens": None,
+    "evaluation/kl": False,
+    "evaluation/next_token": False,
+    "loss": False,
+    "tokens": None,
+    "truncated": False,
+    "entropy": None,
+    "kl": None,
+    "sampler_gap": False,
+    "lost": False,
+}
+"""Metrics of the table, and whether the best value is the highest; None: neither end is best."""
+
+_MOST = float(np.finfo(np.float32).max)
+
+
+class Series(NamedTuple):
+    """A metric at the steps whose lines have it, in the order of the file; nan stands for null."""
+
+    steps: Float[np.ndarray, "lines"]
+    values: Float[np.ndarray, "lines"]
+
+
+def write_training_report(run_dir: Path) -> Path:
+    """Writes RUN/report.html from RUN/metrics.jsonl and returns its path.
+
+    Raises PuzzleError where metrics.jsonl cannot be read, has no step, or holds a line, other than a torn last one,
+    that is no object with a step.
+    """
+    source = run_dir / METRICS_FILE
+    lines = _lines(source)
+    metrics = _series(lines)
+    steps = [line["step"] for line in lines]
+    parts = [
+        "<h1>Training</h1>",
+        _note(f"From {_text(str(source))}: {len(lines)} logged steps, {min(steps)} to {max(steps)}."),
+        _table(["", "first", "last", "best", "at step"], list(_rows(metrics))),
+        _note("Values that are not finite are passed over here, and are gaps below."),
+    ]
+    for title, png in training_figures(metrics).items():
+        parts += [f"<h2>{title}</h2>", _image(png, f"{title}, by step")]
+    body = "\n".join(parts)
+    page = (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>puzzle_jax training</title>'
+        f"<style>{_STYLE}</style></head><body>\n{body}\n</body></html>\n"
+    )
+    write_beside(run_dir / REPORT_FILE, page.encode())
+    return run_dir / REPORT_FILE
+
+
+def training_figures(metrics: Mapping[str, Series]) -> dict[str, bytes]:
+    """PNG files by title: the sections that have a metric, then all other metrics."""
+    steps = np.concatenate([series.steps for series in metrics.values()] or [np.zeros(1)])
+    span = float(steps.min()), float(steps.max())
+    found, known = {}, set()
+    for title, panels in SECTIONS.items():
+        drawn = {panel: _expanded(panel.names, metrics) for panel in panels}
+        drawn = {panel: names for panel, names in drawn.items() if any(name in metrics for name in names)}
+        known.update(name for names in drawn.values() for name in names)
+        if drawn:
+            found[title] = _section(drawn, metrics, span)
+    others = sorted(set(metrics) - known)
+    for start in range(0, len(others), _SMALL):
+        title = OTHER if len(others) <= _SMALL else f"{OTHER} {start // _SMALL + 1}"
+        found[title] = _small_plots({name: metrics[name] for name in others[start : start + _SMALL]}, span)
+    return found
+
+
+# The file ------------------------------------------------------------------------------------------------------------
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except OSError as error:
+        raise PuzzleError(f"{path} cannot be read: {error.strerror}") from error
+    if lines and not lines[-1].endswith(b"\n"):
+        del lines[-1]  # torn by a kill
+    if not lines:
+        raise PuzzleError(f"{path} has no line yet, so that there is nothing to show")
+    return [_parsed(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+
+
+def _parsed(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        values = None
+    step = values.get("step") if isinstance(values, dict) else None
+    if not isinstance(values, dict) or type(step) is not int or not 0 <= step < 2**53:
+        raise PuzzleError(f"{where} is no object with a step; repair it or move the file away")
+    for name, value in values.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise PuzzleError(f"{where}: {shown(name)} is {shown(value)}, but must be a number or null")
+    return values
+
+
+def _series(lines: list[dict[str, Any]]) -> dict[str, Series]:
+    points: dict[str, list[tuple[int, float]]] = {}
+    for line in lines:
+        for name, value in line.items():
+            if name != "step":
+                points.setdefault(name, []).append((line["step"], _number(value)))
+    return {name: Series(*np.array(of_one, np.float64).T) for name, of_one in sorted(points.items())}
+
+
+def _number(value: int | float | None) -> float:
+    """A value to draw; nan where there is none, or none that is finite in float32."""
+    return float(value) if value is not None and abs(value) <= _MOST else math.nan
+
+
+# The table -----------------------------------------------------------------------------------------------------------
+
+
+def _rows(metrics: Mapping[str, Series]) -> Iterator[list[str]]:
+    """First, last, best and the best one's first step of the main metrics that there are."""
+    for pattern, highest in _MAIN.items():
+        if pattern == "loss" and "reward" in metrics:
+            highest = None  # of a policy gradient: a lower one is no better
+        for name in _expanded((pattern,), metrics):
+            if name in metrics:
+                yield [_text(name), *_cells(metrics[name], highest)]
+
+
+def _cells(series: Series, highest: bool | None) -> list[str]:
+    steps, values = (column[np.isfinite(series.values)] for column in series)
+    if not len(values):
+        return ["-"] * 4
+    ends = [_short(values[0]), _short(values[-1])]
+    if highest is None:
+        return [*ends, "-", "-"]
+    at = int(np.argmax(values) if highest else np.argmin(values))
+    return [*ends, _short(values[at]), f"{steps[at]:.0f}"]
+
+
+def _expanded(names: tuple[str, ...], metrics: Mapping[str, Series]) -> list[str]:
+    """Names with those that "NAME/" stands for: efforts from low to high, then by alphabet."""
+    found = []
+    for name in names:
+        below = [other[len(name) :] for other in metrics if name.endswith("/") and other.startswith(name)]
+        ordered = [effort for effort in EFFORTS if effort in below] + sorted(set(below) - set(EFFORTS))
+        found += [name + rest for rest in ordered] if name.endswith("/") else [name]
+    return found
+
+
+def _short(value: float) -> str:
+    return f"{value:,.1f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"
+
+
+def _text(name: str) -> str:
+    """A name of any origin, as something that can be written and drawn."""
+    return "".join(x if x.isprintable() else ascii(x)[1:-1] for x in name)
+
+
+# Drawing -------------------------------------------------------------------------------------------------------------
+
+
+def _section(panels: Mapping[Panel, list[str]], metrics: Mapping[str, Series], span: tuple[float, float]) -> bytes:
+    """Panels, with the names of each, over the steps of the whole run."""
+    columns = 3 if len(panels) == 3 else 2
+    figure, places = _places(len(panels), columns, 9.6 / columns, 3.2, span)
+    for axes, (panel, names) in zip(places, panels.items(), strict=True):
+        drawn = {name: metrics[name] for name in names if name in metrics}
+        if panel.stacked:
+            _stack(axes, drawn)
+        else:
+            for name, series in drawn.items():
+                _line(axes, series, name, names.index(name))  # one colour, whatever else there is
+            if panel.log and all(np.all(series.values[np.isfinite(series.values)] > 0) for series in drawn.values()):
+                axes.set_yscale("log")
+        if panel.share:
+            axes.set_ylim(0, 1 if panel.stacked else None)
+            axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.set_ylabel(panel.label)
+        if len(drawn) > 1:
+            axes.legend(frameon=panel.stacked, fontsize=8, markerscale=0, ncols=1 + len(drawn) // 8)
+    return _png(figure)
+
+
+def _small_plots(metrics: Mapping[str, Series], span: tuple[float, float]) -> bytes:
+    figure, places = _places(len(metrics), 3, 3.2, 2.1, span)
+    for axes, (name, series) in zip(places, metrics.items(), strict=True):
+        _line(axes, series, name, position=2)
+        axes.set_title(_label(name), fontsize=9)
+    return _png(figure)
+
+
+def _places(
+    count: int, columns: int, width: float, height: float, span: tuple[float, float]
+) -> tuple[Figure, list[Axes]]:
+    """A figure of so many plots; width and height, in inches, are of each."""
+    columns = min(columns, count)
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(columns * width, rows * height), layout="constrained")
+    FigureCanvasAgg(figure)
+    places = [figure.add_subplot(rows, columns, position + 1) for position in range(count)]
+    for axes in places:
+        _grid(axes)
+        axes.set_xlabel("step")
+        margin = 0.03 * (span[1] - span[0]) or 0.7
+        axes.set_xlim(span[0] - margin, span[1] + margin)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    return figure, places
+
+
+def _line(axes: Axes, series: Series, name: str, position: int) -> None:
+    """A line with its gaps; points without neighbours, and those of short lines, are marked."""
+    finite = np.isfinite(series.values)
+    before, after = np.append(False, finite[:-1]), np.append(finite[1:], False)
+    marked = finite if len(finite) <= _MARKED else finite & ~before & ~after
+    axes.plot(
+        series.steps,
+        series.values,
+        label=_label(name),
+        color=COLOURS[position % len(COLOURS)],
+        linestyle=("-", "--", ":")[position // len(COLOURS) % 3],
+        linewidth=1.3,
+        marker=".",
+        markevery=np.flatnonzero(marked).tolist(),
+    )
+
+
+def _stack(axes: Axes, parts: Mapping[str, Series]) -> None:
+    """Each part's share of the sum of all; a step is a gap where a part is null or the sum is 0."""
+    steps = np.unique(np.concatenate([series.steps for series in parts.values()]))
+    heights = np.zeros((len(parts), len(steps)))
+    for row, series in zip(heights, parts.values(), strict=True):
+        row[np.searchsorted(steps, series.steps)] = series.values
+    total = heights.sum(axis=0)
+    tops = np.cumsum(heights / np.where(total > 0, total, np.nan), axis=0)
+    middles = (steps[1:] + steps[:-1]) / 2
+    half = (steps[1] - steps[0]) / 2 if len(steps) > 1 else 0.5
+    edges = np.concatenate([steps[:1] - half, middles, steps[-1:] + half])
+    for position, (name, top) in enumerate(zip(parts, tops, strict=True)):
+        bottom = tops[position - 1] if position else np.zeros(len(steps))
+        colour = COLOURS[(position + 1) % len(COLOURS)]
+        axes.stairs(top, edges, baseline=bottom, fill=True, color=colour, label=_label(name))
+
+
+def _label(name: str) -> str:
+    """A name as matplotlib shows it: short, not hidden for a first "_", and "$" no mathematics."""
+    name = _text(name)
+    name = name if len(name) <= 40 else f"{name[:18]}...{name[-19:]}"
+    return f"{' ' * name.startswith('_')}{name}".replace("$", r"\$")

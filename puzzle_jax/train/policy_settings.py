@@ -1,0 +1,169 @@
+"""Which loss reinforcement learning takes, and its numbers.
+
+A name stands for what its authors published; whatever else is given overrides it. What the numbers mean is defined in
+`policy_losses`.
+
+| name | ratio, surrogate | clip | baseline | divided by | else |
+|---|---|---|---|---|---|
+| grpo (arXiv 2402.03300) | token, clip | 0.2 / 0.2 | mean, std | each answer's length | KL 0.04 by k3 |
+| dapo (arXiv 2503.14476) | token, clip | 0.2 / 0.28 | mean, std | tokens of the batch | overlong filter |
+| dr_grpo (arXiv 2503.20783) | token, clip | 0.2 / 0.2 | mean | a constant length | |
+| gspo (arXiv 2507.18071) | sequence, clip | 3e-4 / 4e-4 | mean, std | each answer's length | |
+| cispo (arXiv 2506.13585) | token, cispo | 1 / 4 | mean, std | tokens of the batch | |
+
+GRPO's paper does not give its clip, which is PPO's here. DAPO's soft penalty is left to `overlong_cache`, because the
+published 4096 tokens of 20480 only mean something beside a limit. CISPO sets no lower bound; its upper one was tuned
+and not published: weights of up to 5 are a choice of this file, and results depend little on it (arXiv 2510.13786,
+appendix A.17).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from math import isfinite
+from types import MappingProxyType
+from typing import Any, Literal
+
+from puzzle_jax.errors import ConfigError
+from puzzle_jax.tasks.base import EFFORTS
+
+NAMES = ("grpo", "dapo", "dr_grpo", "gspo", "cispo")
+CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "name": NAMES,
+        "ratio": ("token", "sequence"),
+        "surrogate": ("clip", "cispo"),
+        "baseline": ("group_mean", "leave_one_out"),
+        "normalization": ("token", "sequence", "constant"),
+        "kl_estimator": ("k1", "k2", "k3"),
+    }
+)
+"""Values of the settings that are words."""
+
+
+@dataclass(frozen=True)
+class PolicySettings:
+    """The loss of a policy; None is as the named loss has it.
+
+    Attributes:
+      name: one of `NAMES`.
+      ratio: of the policy to the one that is improved on: of each "token", or of the whole answer ("sequence").
+      surrogate: "clip" stops tokens whose ratio has moved too far, "cispo" only bounds their weight.
+      clip_low, clip_high: ratios from 1 - clip_low to 1 + clip_high are free.
+      dual_clip: bounds the loss of answers worse than the baseline by so many times their advantage; 0 is off.
+      baseline: "group_mean" or "leave_one_out", over all answers to a prompt.
+      scale_by_std: divides advantages by the standard deviation of the group's rewards.
+      normalization: whether the loss is a mean over the batch's "token"s, over answers of each one's mean
+        ("sequence"), or over answers of sums divided by a "constant" length.
+      advantage_clip: largest absolute advantage; 0 is off.
+      kl, kl_estimator: weight of the KL to the reference policy, and how it is estimated; with 0 there is none.
+      entropy: weight of the entropy, which is rewarded.
+      importance_cap: caps the weight that corrects tokens for the sampler's other probabilities; 0 is off.
+      mask_low, mask_high: answers whose probability differs between trainer and sampler by a factor per token outside
+        of these carry no loss; 0 is no bound.
+      overlong_filter: answers that the limit of tokens ended carry no loss, but count in the baseline.
+      overlong_cache: tokens below the limit over which a penalty rises from 0 to 1; 0 is off.
+      length_budgets: tokens by effort, below which right answers gain, and above which all lose; efforts that are not
+        named have none.
+      length_weight, length_bonus, length_penalty: how steeply, how much is gained, and how much is lost.
+    """
+
+    name: str = "dapo"
+    ratio: str | None = None
+    surrogate: str | None = None
+    clip_low: float | None = None
+    clip_high: float | None = None
+    dual_clip: float | None = None
+    baseline: str | None = None
+    scale_by_std: bool | None = None
+    normalization: str | None = None
+    advantage_clip: float | None = None
+    kl: float | None = None
+    kl_estimator: str | None = None
+    entropy: float | None = None
+    importance_cap: float | None = None
+    mask_low: float | None = None
+    mask_high: float | None = None
+    overlong_filter: bool | None = None
+    overlong_cache: int | None = None
+    length_budgets: Mapping[str, int] = field(default_factory=dict)
+    length_weight: float | None = None
+    length_bonus: float | None = None
+    length_penalty: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, values in CHOICES.items():
+            self._check(name, lambda value, values=values: value in values, f"one of {', '.join(values)}")
+        self._check("clip_low", lambda value: 0 < value <= 1, "above 0 and at most 1")
+        self._check("clip_high", lambda value: value > 0, "a finite number above 0")
+        self._check("dual_clip", lambda value: value == 0 or value > 1, "0 or a finite number above 1")
+        self._check("mask_low", lambda value: 0 <= value < 1, "at least 0 and below 1")
+        self._check("mask_high", lambda value: value == 0 or value > 1, "0 or a finite number above 1")
+        for name in ("advantage_clip", "kl", "entropy", "importance_cap", "length_bonus", "length_penalty"):
+            self._check(name, lambda value: value >= 0, "a finite number of at least 0")
+        self._check("length_weight", lambda value: value > 0, "a finite number above 0")
+        self._check("overlong_cache", lambda value: value >= 0, "at least 0")
+        for effort, budget in self.length_budgets.items():
+            if effort not in EFFORTS:
+                raise ConfigError(f"loss.length_budgets has {effort!r}, but must be of {', '.join(EFFORTS)}")
+            if budget < 1:
+                raise ConfigError(f"loss.length_budgets.{effort} is {budget}, but must be at least 1")
+        whole = self.resolved
+        if whole.surrogate == "cispo" and whole.dual_clip:
+            raise ConfigError(f"loss.dual_clip is {whole.dual_clip}, but must be 0 where loss.surrogate is 'cispo'")
+
+    def _check(self, name, holds, wanted: str) -> None:
+        value = getattr(self, name)
+        if value is None:
+            return
+        if not holds(value) or (isinstance(value, float) and not isfinite(value)):
+            raise ConfigError(f"loss.{name} is {value!r}, but must be {wanted}")
+
+    @property
+    def resolved(self) -> ResolvedPolicy:
+        """These settings, with what is None as the named loss has it."""
+        given = {one.name: value for one in fields(self) if (value := getattr(self, one.name)) is not None}
+        return ResolvedPolicy(**{**NAMED[self.name], **given})
+
+
+@dataclass(frozen=True)
+class ResolvedPolicy(PolicySettings):
+    """Settings of which none is None; the defaults are what most published losses have in common."""
+
+    ratio: Literal["token", "sequence"] = "token"
+    surrogate: Literal["clip", "cispo"] = "clip"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float = 0.0
+    baseline: Literal["group_mean", "leave_one_out"] = "group_mean"
+    scale_by_std: bool = True
+    normalization: Literal["token", "sequence", "constant"] = "token"
+    advantage_clip: float = 0.0
+    kl: float = 0.0
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    entropy: float = 0.0
+    importance_cap: float = 0.0
+    mask_low: float = 0.0
+    mask_high: float = 0.0
+    overlong_filter: bool = False
+    overlong_cache: int = 0
+    length_weight: float = 1.0
+    length_bonus: float = 1.0
+    length_penalty: float = 1.0
+
+    @property
+    def resolved(self) -> ResolvedPolicy:
+        return self
+
+
+NAMED: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "grpo": {"clip_low": 0.2, "clip_high": 0.2, "normalization": "sequence", "kl": 0.04},
+        "dapo": {"clip_low": 0.2, "clip_high": 0.28, "normalization": "token", "overlong_filter": True},
+        "dr_grpo": {"clip_low": 0.2, "clip_high": 0.2, "scale_by_std": False, "normalization": "constant"},
+        "gspo": {"ratio": "sequence", "clip_low": 3e-4, "clip_high": 4e-4, "normalization": "sequence"},
+        "cispo": {"surrogate": "cispo", "clip_low": 1.0, "clip_high": 4.0, "normalization": "token"},
+    }
+)
+"""Where each loss differs from the defaults of `ResolvedPolicy`."""

@@ -1,0 +1,208 @@
+"""Which problem is asked next, at which effort: tasks and efforts mixed by weight, and only where there is something to
+learn.
+
+A group of answers that are all right or all wrong teaches nothing. So running pass rates are kept, and problems whose
+pass rate is out of bounds are passed over (the paper's filter; DAPO, arXiv 2503.14476, drops such groups after asking).
+A row of a finite task comes again, and has a pass rate of its own at every effort. A problem of an endless family does
+not, so that problems of one task and effort share one if they are equally hard by the first of their details (steps,
+digits). Rates follow the policy: older answers count less. Now and then a problem is asked whatever its rate, so that
+one which has become learnable is found again.
+
+All choices follow from the seed and from what was told before, and the state says both; a run that goes on asks what it
+would have asked. Left out: curricula by hand.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from puzzle_jax.errors import ConfigError, PuzzleError
+from puzzle_jax.evaluate.accuracy import SEED_STRIDE, SPLIT_STRIDE, SPLITS, QuestionSet
+from puzzle_jax.tasks import EFFORTS, TASKS, FiniteTask, Problem, check_effort, get_task, problems
+
+_SPLIT = len(SPLITS)  # endless families: beyond the seeds of every split
+_ROWS_SPLIT = "training"  # finite tasks: the rows that distillation asks, too
+_CANDIDATES = 64
+_GROUPS_REMEMBERED = 10
+
+
+@dataclass(frozen=True)
+class PromptSettings:
+    """What is asked.
+
+    Attributes:
+      tasks: weight of each task, by the names of `get_task`; empty: the embedded families, equally.
+      efforts: weight of each effort.
+      prompts: asked per step.
+      min_pass_rate, max_pass_rate: bounds of the running pass rate of what is asked, inclusive.
+      min_answers: that a pass rate is taken from; with fewer a problem is asked.
+      explore: share of prompts that are asked whatever their pass rate.
+      seed: draws other problems in another order.
+    """
+
+    tasks: Mapping[str, float] = field(default_factory=dict)
+    efforts: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(EFFORTS, 1.0))
+    prompts: int = 16
+    min_pass_rate: float = 0.1
+    max_pass_rate: float = 0.9
+    min_answers: int = 16
+    explore: float = 0.05
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for effort in self.efforts:
+            check_effort(effort)
+        for name in ("tasks", "efforts"):
+            for key, weight in getattr(self, name).items():
+                if not (0 < weight < float("inf")):
+                    raise ConfigError(f"prompts.{name}.{key} is {weight}, but must be a finite number above 0")
+        if not self.efforts:
+            raise ConfigError(f"prompts.efforts is empty, but must hold at least one of {', '.join(EFFORTS)}")
+        for name in ("prompts", "min_answers"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"prompts.{name} is {getattr(self, name)}, but must be at least 1")
+        if not 0 <= self.min_pass_rate < self.max_pass_rate <= 1:
+            raise ConfigError(
+                f"prompts.min_pass_rate is {self.min_pass_rate} and prompts.max_pass_rate {self.max_pass_rate}, but "
+                "must be from 0 to 1, the first below the second"
+            )
+        if not 0 <= self.explore <= 1:
+            raise ConfigError(f"prompts.explore is {self.explore}, but must be from 0 to 1")
+        if not 0 <= self.seed < SPLIT_STRIDE // SEED_STRIDE:
+            raise ConfigError(f"prompts.seed is {self.seed}, but must be from 0 to {SPLIT_STRIDE // SEED_STRIDE - 1}")
+
+    @property
+    def task_weights(self) -> Mapping[str, float]:
+        return self.tasks or dict.fromkeys(TASKS, 1.0)
+
+
+class Prompt(NamedTuple):
+    """A problem and the effort it is asked at."""
+
+    problem: Problem
+    effort: str
+
+
+class Prompts:
+    """A stream of the prompts of each step; `tell` says how they were answered.
+
+    Args:
+      settings: what is asked.
+      fits: whether a prompt is short enough; others are passed over.
+
+    Raises ConfigError for tasks that there are none of, and for a finite task without rows.
+    """
+
+    def __init__(self, settings: PromptSettings, fits: Any = lambda prompt: True) -> None:
+        self.settings, self._fits = settings, fits
+        self._tasks = {name: get_task(name) for name in settings.task_weights}
+        self._rows = {name: _rows(name, settings) for name, task in self._tasks.items() if isinstance(task, FiniteTask)}
+        self._streams: dict[str, Iterator[Problem]] = {}
+        self._drawn = 0
+        self._next = {name: 0 if name in self._rows else _first_seed(settings) for name in self._tasks}
+        self._rates: dict[str, tuple[float, float]] = {}  # key -> (answers, right ones), both discounted
+
+    def __next__(self) -> list[Prompt]:
+        return self.draw(self.settings.prompts)
+
+    def draw(self, count: int) -> list[Prompt]:
+        """The next prompts.
+
+        Raises PuzzleError when no task has a problem left whose pass rate is within bounds.
+        """
+        return [self._one() for _ in range(count)]
+
+    def tell(self, prompt: Prompt, answers: int, right: int) -> None:
+        """How often a prompt was answered, and how often rightly."""
+        if not answers:
+            return
+        before, passed = self._rates.get(self._key(prompt), (0.0, 0.0))
+        fade = 1 - 1 / _GROUPS_REMEMBERED
+        self._rates[self._key(prompt)] = before * fade + answers, passed * fade + right
+
+    def pass_rate(self, prompt: Prompt) -> float | None:
+        """The running share of right answers; None before there are enough."""
+        answers, right = self._rates.get(self._key(prompt), (0.0, 0.0))
+        return right / answers if answers >= self.settings.min_answers else None
+
+    def silent(self) -> dict[tuple[str, str], float]:
+        """Tasks and efforts all of whose pass rates are out of bounds, with their mean, once there are some groups."""
+        by_pair: dict[tuple[str, str], list[tuple[float, float]]] = {}
+        for key, rate in self._rates.items():
+            effort, _, rest = key.partition(" ")
+            by_pair.setdefault((rest.rpartition(" ")[0], effort), []).append(rate)
+        found = {}
+        for pair, rates in by_pair.items():
+            known = [right / answers for answers, right in rates if answers >= self.settings.min_answers]
+            enough = sum(answers for answers, _ in rates) >= _GROUPS_REMEMBERED * self.settings.min_answers
+            if enough and known and not any(map(self._within, known)):
+                found[pair] = sum(known) / len(known)
+        return found
+
+    def get_state(self) -> dict[str, Any]:
+        return {"drawn": self._drawn, "next": self._next, "rates": {k: list(v) for k, v in self._rates.items()}}
+
+    def set_state(self, state: Any, /) -> None:
+        self._drawn, self._next = state["drawn"], dict(state["next"])
+        self._rates = {key: (answers, right) for key, (answers, right) in state["rates"].items()}
+        self._streams = {}
+
+    def _one(self) -> Prompt:
+        """One prompt; which task and effort, and whether its rate counts, is drawn anew until something fits."""
+        settings = self.settings
+        rng = random.Random(f"prompts:{settings.seed}:{self._drawn}")
+        self._drawn += 1
+        explores = rng.random() < settings.explore
+        pairs = {
+            (task, effort): of_task * of_effort
+            for task, of_task in settings.task_weights.items()
+            for effort, of_effort in settings.efforts.items()
+        }
+        while pairs:
+            (pair,) = rng.choices(list(pairs), list(pairs.values()))
+            for _ in range(_CANDIDATES):
+                prompt = Prompt(self._following(pair[0]), pair[1])
+                rate = self.pass_rate(prompt)
+                if self._fits(prompt) and (explores or rate is None or self._within(rate)):
+                    return prompt
+            del pairs[pair]
+        raise PuzzleError(
+            f"none of {_CANDIDATES} problems of any task and effort is short enough and has a pass rate from "
+            f"{settings.min_pass_rate} to {settings.max_pass_rate}: there is nothing to learn from "
+            f"{', '.join(settings.task_weights)}; name other tasks, or wider bounds"
+        )
+
+    def _within(self, rate: float) -> bool:
+        return self.settings.min_pass_rate <= rate <= self.settings.max_pass_rate
+
+    def _following(self, name: str) -> Problem:
+        """The task's next problem; rows of a finite task come round and round, in another order each time."""
+        if name in self._rows:
+            rows, at = self._rows[name], self._next[name]
+            self._next[name] += 1
+            order = list(range(len(rows)))
+            random.Random(f"rows:{self.settings.seed}:{at // len(rows)}").shuffle(order)
+            return rows[order[at % len(rows)]]
+        if name not in self._streams:
+            self._streams[name] = problems(self._tasks[name], first_seed=self._next[name], held_out=False)
+        problem = next(self._streams[name])
+        self._next[name] = problem.seed + 1
+        return problem
+
+    def _key(self, prompt: Prompt) -> str:
+        """What a pass rate is kept for: "EFFORT TASK LEVEL"."""
+        problem = prompt.problem
+        level = problem.seed if problem.task in self._rows else next(iter(problem.details.values()), 0)
+        return f"{prompt.effort} {problem.task} {level}"
+
+
+def _first_seed(settings: PromptSettings) -> int:
+    return _SPLIT * SPLIT_STRIDE + settings.seed * SEED_STRIDE
+
+
+def _rows(name: str, settings: PromptSettings) -> list[Problem]:
+    questions = QuestionSet((name,), (EFFORTS[0],), per_task=2**31, split=_ROWS_SPLIT, seed=settings.seed)
+    return [problem for problem, _ in questions.questions()]
