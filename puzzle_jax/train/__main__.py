@@ -3,7 +3,10 @@
 traces          the parent answers problems to learn from
 distill         a child learns from its parent on such answers
 distill-blocks  every layer of a child learns alone, a cheap start for distill
+grpo            a model learns from its own answers to problems whose answers can be checked
+average         the weights of two such models become one model
 plan            what a distillation needs on every device, before there are devices
+plan-grpo       what grpo needs, likewise
 pretrain        a small parent from nothing
 """
 
@@ -13,6 +16,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 
@@ -22,12 +26,15 @@ PROGRAM = "python -m puzzle_jax.train"
 RECIPE_VERBS = {"distill": False, "distill-blocks": True}
 """Verbs whose options are a recipe's fields, and whether blocks are trained alone."""
 
+GRPO = "grpo"
 VERBS = {
     "traces": "the parent answers problems to learn from",
+    "average": "the weights of two policies from one start become one model",
     "plan": "what a distillation needs on every device, before there are devices",
+    "plan-grpo": "what reinforcement learning needs on every device, before there are devices",
     "pretrain": "train a small parent on the embedded tasks",
 }
-"""Verbs with options of their own, in a module `VERB_command`."""
+"""Verbs with options of their own, in a module `VERB_command`, with "_" for "-"."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,6 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verb = arguments[0] if arguments else None
     prog = f"{PROGRAM} {verb}"
     kept = "the same command goes on from the last checkpoint"
+    if verb == GRPO:
+        command = importlib.import_module("puzzle_jax.train.grpo_command")
+        enable_compilation_cache()
+        return guarded(prog, lambda: command.run(arguments[1:], prog, console), interrupted=kept)
     if verb in RECIPE_VERBS:
         command = importlib.import_module("puzzle_jax.train.distill_command")
         enable_compilation_cache()
@@ -47,13 +58,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     verbs = parser.add_subparsers(dest="verb", required=True)
     for name, what in VERBS.items():
-        importlib.import_module(f"puzzle_jax.train.{name}_command").add_arguments(verbs.add_parser(name, help=what))
-    for name in RECIPE_VERBS:
+        _command(name).add_arguments(verbs.add_parser(name, help=what))
+    for name in (*RECIPE_VERBS, GRPO):
         verbs.add_parser(name, help=f"see {PROGRAM} {name} --help")
     options = parser.parse_args(arguments)
-    command = importlib.import_module(f"puzzle_jax.train.{options.verb}_command")
+    command = _command(options.verb)
     enable_compilation_cache()
     return guarded(prog, lambda: command.run(options, console), interrupted=kept)
+
+
+def _command(verb: str) -> Any:
+    """The module of a verb."""
+    return importlib.import_module(f"puzzle_jax.train.{verb.replace('-', '_')}_command")
 
 
 if __name__ == "__main__":

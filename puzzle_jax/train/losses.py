@@ -122,7 +122,7 @@ def next_token(
 
 
 def entropy(student_logits: Float[Array, "*tokens vocab"], temperature: float = 1.0) -> Float[Array, "*tokens"]:
-    """-T^2 sum_v q_v log q_v: how undecided the student is, from 0 to T^2 log(vocabulary); no loss against a teacher."""
+    """-T^2 sum_v q_v log q_v: how undecided the student is, from 0 to T^2 log(vocabulary); compares with nothing."""
     log_q = _log_softmax(student_logits, temperature)
     return -(temperature**2) * jnp.sum(jnp.exp(log_q) * log_q, axis=-1)
 

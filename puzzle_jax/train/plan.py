@@ -19,7 +19,7 @@ step; what `ragged_dot` allots on GPUs for which XLA has no grouped matmul; free
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -52,13 +53,20 @@ DTYPE = jnp.float16
 WIDTH, FLOAT32 = 2, 4
 """Bytes of a number in what is computed in, and in masters."""
 
-_STEPS = 1_000_000  # of the schedule; no shape depends on it
-# A program that never runs: nothing of the machine code that a CPU would be given matters, and making it takes longest.
-_COMPILER = {
+COMPILER = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
     "xla_disable_hlo_passes": "cse_barrier_expander",
 }
+"""Options for a program that never runs: nothing of the machine code that a CPU would be given matters, and making it
+takes longest."""
+
+STEPS = 1_000_000
+"""Of a schedule; no shape depends on it."""
+
+
+Extra = tuple[Any, *tuple[int, ...]]
+"""Of an array that rows carry: its dtype, and dimensions after those of positions."""
 
 
 @dataclass(frozen=True)
@@ -97,10 +105,8 @@ class PlannedJob:
             value, devices = getattr(self, name), getattr(self.mesh, axis)
             if value % devices:
                 raise ConfigError(f"{name} is {value}, but must be a multiple of mesh.{axis} ({devices})")
-        for name in ("hidden_size", "intermediate_size"):
-            size = getattr(self.parent, name)
-            if self.packed and size % GROUP:
-                raise ConfigError(f"{name} is {size}, but packed experts need a multiple of {GROUP}")
+        if self.packed:
+            check_packed(self.parent)
         if (self.loss.top_k_kl > 0) != (self.top_k is not None):
             raise ConfigError(
                 f"loss.top_k_kl is {self.loss.top_k_kl} and a teacher's cache is "
@@ -128,13 +134,12 @@ class PlannedJob:
     @property
     def held_experts(self) -> int:
         """Of the parent's largest layer, that one device holds."""
-        most = max(block.num_experts for block in self.parent.blocks)
-        return most // self.mesh.model if most % self.mesh.model == 0 else most
+        return held_experts(self.parent, self.mesh)
 
     @property
     def decoded(self) -> int:
         """Bytes of what a device holds of that layer's experts, in bfloat16; 0 where they are not packed."""
-        return self.held_experts * expert_numbers(self.parent) * WIDTH if self.packed else 0
+        return decoded_bytes(self.parent, self.mesh) if self.packed else 0
 
     @property
     def asks_teacher(self) -> bool:
@@ -142,9 +147,28 @@ class PlannedJob:
         return any(name in (*FROM_TEACHER, *HIDDEN) for name in self.loss.shares)
 
 
+def check_packed(config: ModelConfig) -> None:
+    """Raises ConfigError where experts of these sizes cannot be packed."""
+    for name in ("hidden_size", "intermediate_size"):
+        size = getattr(config, name)
+        if size % GROUP:
+            raise ConfigError(f"{name} is {size}, but packed experts need a multiple of {GROUP}")
+
+
 def expert_numbers(config: ModelConfig) -> int:
     """Of one expert's matrices."""
     return 3 * config.hidden_size * config.intermediate_size
+
+
+def held_experts(config: ModelConfig, mesh: MeshSettings) -> int:
+    """Of the largest layer, that one device holds."""
+    most = max(block.num_experts for block in config.blocks)
+    return most // mesh.model if most % mesh.model == 0 else most
+
+
+def decoded_bytes(config: ModelConfig, mesh: MeshSettings) -> int:
+    """Of what one device holds of the largest layer's packed experts, once they are bfloat16."""
+    return held_experts(config, mesh) * expert_numbers(config) * WIDTH
 
 
 class Arguments(NamedTuple):
@@ -196,55 +220,95 @@ def plan(job: PlannedJob) -> DeviceMemory:
         mesh = make_training_mesh(job.mesh.data, job.mesh.sequence, job.mesh.model)
     step, given = abstract_step(job, mesh)
     with on_mesh(mesh), kernel_shapes():
-        compiled = step.lower(*given).compile(compiler_options=_COMPILER)  # type: ignore[attr-defined]
-    found = compiled.memory_analysis()
-    beside = found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-    return replace(placed_bytes(given), temporaries=beside, decoded=job.decoded)
+        lowered = step.lower(*given)  # type: ignore[attr-defined]
+        return replace(placed_bytes(given), temporaries=bytes_beside(lowered), decoded=job.decoded)
+
+
+def bytes_beside(lowered: Any) -> int:
+    """What a program of `jax.jit` allots on a device beside its arguments: temporaries, and results that do not take
+    the place of an argument."""
+    found = lowered.compile(compiler_options=COMPILER).memory_analysis()
+    return found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
 
 
 def abstract_step(job: PlannedJob, mesh: Mesh | None) -> tuple[Step, Arguments]:
     """The step of the job, and what it is given, in place."""
-    student, placement = job.student, Placement(mesh)
-    resident = jax.eval_shape(lambda: student.resident(_zeros(job.parent, job.packed)))
-    if mesh is not None:
-        resident = jax.tree.map(_put, resident, stacked_sharding(resident, job.parent, mesh))
-    optimizer = make_optimizer(job.optimizer, _STEPS)
-
-    def fresh(resident: Params) -> TrainState:
-        return init_state(student.masters(resident), optimizer, jax.random.key(0))
-
-    state = jax.eval_shape(fresh, resident)
-    shardings = placement.masters(state)
-    if shardings is not None:
-        state = jax.tree.map(_put, state, shardings)
-    step = make_step(
-        Distillation(student, job.loss), optimizer, shardings=None if shardings is None else Shardings(shardings)
-    )
+    student = job.student
+    resident = abstract_resident(student, job.packed, mesh)
+    optimizer = make_optimizer(job.optimizer, STEPS)
+    state, shardings = abstract_train_state(student, resident, optimizer, mesh)
+    step = make_step(Distillation(student, job.loss), optimizer, shardings=shardings)
     return step, Arguments(state, Fixed(resident), _batch(job, mesh))
 
 
 def placed_bytes(given: Arguments) -> DeviceMemory:
     """Bytes per device of a step's arguments, without what the step adds; of arrays or their shapes."""
-    by_matrix = {True: 0, False: 0}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(given.fixed.resident):
-        by_matrix[any(getattr(entry, "key", None) in EXPERT_MATRICES for entry in path)] += _bytes(leaf)
-
-    def total(tree: Any) -> int:
-        return sum(map(_bytes, jax.tree.leaves(tree)))
-
-    state = given.state
+    state, (experts, others) = given.state, resident_bytes(given.fixed.resident)
     return DeviceMemory(
-        experts=by_matrix[True],
-        resident=by_matrix[False],
-        masters=total(state.params),
-        optimizer=total(state._replace(params=None)),
-        batch=total(given.batch),
+        experts=experts,
+        resident=others,
+        masters=device_bytes(state.params),
+        optimizer=device_bytes(state._replace(params=None)),
+        batch=device_bytes(given.batch),
         temporaries=0,
         decoded=0,
     )
 
 
+def resident_bytes(resident: Params) -> tuple[int, int]:
+    """Per device, of the matrices of a model's experts and of all else."""
+    by_matrix = {True: 0, False: 0}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(resident):
+        by_matrix[any(getattr(entry, "key", None) in EXPERT_MATRICES for entry in path)] += device_bytes(leaf)
+    return by_matrix[True], by_matrix[False]
+
+
 # Arrays without values ------------------------------------------------------------------------------------------------
+
+
+def abstract_resident(student: Student, packed: bool, mesh: Mesh | None) -> Params:
+    """The student's parent as training holds it, stacked, in place."""
+    parent = student.child.parent
+    resident = jax.eval_shape(lambda: student.resident(_zeros(parent, packed)))
+    return resident if mesh is None else in_place(resident, stacked_sharding(resident, parent, mesh))
+
+
+def abstract_train_state(
+    student: Student, resident: Params, optimizer: optax.GradientTransformation, mesh: Mesh | None
+) -> tuple[TrainState, Shardings | None]:
+    """The state before the first step, in place, and where that is."""
+
+    def fresh(resident: Params) -> TrainState:
+        return init_state(student.masters(resident), optimizer, jax.random.key(0))
+
+    state = jax.eval_shape(fresh, resident)
+    shardings = Placement(mesh).masters(state)
+    if shardings is None:
+        return state, None
+    return in_place(state, shardings), Shardings(shardings)
+
+
+def abstract_rows(shape: tuple[int, ...], sharding: NamedSharding | None, extras: Mapping[str, Extra]) -> Packed:
+    """Packed rows of this shape, with extras of each a dtype and further dimensions."""
+
+    def array(dtype: Any, *more: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((*shape, *more), dtype, sharding=sharding)
+
+    whole, weights = array(jnp.int32), array(jnp.float32)
+    # Through a tree, since annotations of `Packed` ask for arrays.
+    like = jax.tree.structure(Packed(*[0] * 5, dict.fromkeys(extras, 0)))  # type: ignore[arg-type]
+    leaves = [whole, whole, weights, whole, whole, *(array(*extras[name]) for name in sorted(extras))]
+    return jax.tree.unflatten(like, leaves)
+
+
+def in_place(tree: Any, shardings: Any) -> Any:
+    """Arrays without values, of a tree and where its leaves lie."""
+    return jax.tree.map(_put, tree, shardings)
+
+
+def device_bytes(tree: Any) -> int:
+    """Of one device's part of all arrays in a tree, or of their shapes."""
+    return sum(map(_bytes, jax.tree.leaves(tree)))
 
 
 def _zeros(config: ModelConfig, packed: bool) -> Params:
@@ -260,25 +324,16 @@ def _zeros(config: ModelConfig, packed: bool) -> Params:
     return jax.tree_util.tree_map_with_path(zeros, param_specs(config), is_leaf=is_spec)
 
 
-def _batch(job: PlannedJob, mesh: Mesh | None) -> Any:
+def _batch(job: PlannedJob, mesh: Mesh | None) -> Packed:
     sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec(None, "data", "sequence"))
-
-    def array(dtype: Any, *more: int) -> jax.ShapeDtypeStruct:
-        shape = (job.micro_batches, job.rows, job.row_length, *more)
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-    extras = {}
+    extras: dict[str, Extra] = {}
     if job.top_k is not None:
         extras = {
-            "teacher_ids": array(jnp.int32, job.top_k),
-            "teacher_logits": array(jnp.float16, job.top_k),
-            "teacher_log_total": array(jnp.float32),
+            "teacher_ids": (jnp.int32, job.top_k),
+            "teacher_logits": (jnp.float16, job.top_k),
+            "teacher_log_total": (jnp.float32,),
         }
-    whole, weights = array(jnp.int32), array(jnp.float32)
-    # Through a tree, since annotations of `Packed` ask for arrays.
-    like = jax.tree.structure(Packed(*[0] * 5, dict.fromkeys(extras, 0)))  # type: ignore[arg-type]
-    leaves = [whole, whole, weights, whole, whole, *(extras[name] for name in sorted(extras))]
-    return jax.tree.unflatten(like, leaves)
+    return abstract_rows((job.micro_batches, job.rows, job.row_length), sharding, extras)
 
 
 def _put(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

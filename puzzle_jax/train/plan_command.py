@@ -28,7 +28,7 @@ from puzzle_jax.train.optimizer import OPTIMIZERS, OptimizerSettings
 from puzzle_jax.train.plan import DeviceMemory, PlannedJob, plan
 from puzzle_jax.train.plan_arithmetic import by_arithmetic, changes, gathered_on_cpus
 
-_GB = 1e9
+GB = 1e9
 _SHARED = (
     "vocab_size",
     "hidden_size",
@@ -68,10 +68,9 @@ def run(options: argparse.Namespace, console: Console) -> None:
 
     Raises PuzzleError for whatever cannot be used, before anything is compiled.
     """
-    if not (isfinite(options.hbm_gb) and options.hbm_gb > 0):
-        raise ConfigError(f"--hbm-gb is {options.hbm_gb}, but must be a finite number above 0")
+    limit = device_limit(options)
     job = _job(options)
-    _virtual_devices(job.mesh.devices)
+    virtual_devices(job.mesh.devices)
     console.print(f"compiling for {job.mesh.devices} virtual devices", highlight=False)
     memory = plan(job)
     out = Console()
@@ -82,17 +81,40 @@ def run(options: argparse.Namespace, console: Console) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    out.print(_table(job, memory, options.hbm_gb * _GB))
-    for line in (*_verdict(job, memory, options.hbm_gb * _GB), *_notes(job)):
+    out.print(_table(job, memory, limit))
+    for line in (*_verdict(job, memory, limit), *_notes(job)):
         out.print(line, highlight=False, soft_wrap=True)
 
 
 # Input ----------------------------------------------------------------------------------------------------------------
 
 
+def device_limit(options: argparse.Namespace) -> float:
+    """Bytes of a device. Raises ConfigError where there are none."""
+    if not (isfinite(options.hbm_gb) and options.hbm_gb > 0):
+        raise ConfigError(f"--hbm-gb is {options.hbm_gb}, but must be a finite number above 0")
+    return options.hbm_gb * GB
+
+
+def read_model(path: Path) -> tuple[ModelConfig, bool]:
+    """A model by its config.json or the directory of it, and whether its experts are packed."""
+    source = path / "config.json" if path.is_dir() else path
+    data = read_json(source)
+    return parse_config(data, source), parse_form(data, source) == "mxfp4"
+
+
+def virtual_devices(count: int) -> None:
+    """Makes JAX a CPU of so many devices, where it has not begun yet."""
+    try:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:  # it has begun; `make_training_mesh` says whether there are enough
+        pass
+
+
 def _job(options: argparse.Namespace) -> PlannedJob:
-    parent, packed = _read(options.parent)
-    child, _ = _read(options.child)
+    parent, packed = read_model(options.parent)
+    child, _ = read_model(options.child)
     mesh = _mesh(options.mesh)
     loss = _loss(options.loss, options.teacher_cache)
     return PlannedJob(
@@ -106,13 +128,6 @@ def _job(options: argparse.Namespace) -> PlannedJob:
         top_k=options.top_k if options.teacher_cache else None,
         optimizer=OptimizerSettings(name=options.optimizer),
     )
-
-
-def _read(path: Path) -> tuple[ModelConfig, bool]:
-    """A model, and whether its experts are packed."""
-    source = path / "config.json" if path.is_dir() else path
-    data = read_json(source)
-    return parse_config(data, source), parse_form(data, source) == "mxfp4"
 
 
 def _view(parent: ModelConfig, child: ModelConfig, parent_path: Path, child_path: Path) -> Child:
@@ -153,15 +168,6 @@ def _loss(terms: Sequence[str] | None, cached: bool) -> LossSettings:
     return LossSettings(**shares)
 
 
-def _virtual_devices(count: int) -> None:
-    """Makes JAX a CPU of so many devices, where it has not begun yet."""
-    try:
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", count)
-    except RuntimeError:  # it has begun; `make_training_mesh` says whether there are enough
-        pass
-
-
 # Output ---------------------------------------------------------------------------------------------------------------
 
 
@@ -171,7 +177,7 @@ def _table(job: PlannedJob, memory: DeviceMemory, limit: float) -> Table:
         column.justify = "right"
 
     def add(name: str, compiled: int | None, arithmetic: int | None) -> None:
-        shown = ("" if size is None else f"{size / _GB:,.3f}" for size in (compiled, arithmetic))
+        shown = ("" if size is None else f"{size / GB:,.3f}" for size in (compiled, arithmetic))
         table.add_row(name, *shown)
 
     parts = by_arithmetic(job, memory)
@@ -202,11 +208,11 @@ def _verdict(job: PlannedJob, memory: DeviceMemory, limit: float) -> list[str]:
     """Whether it fits, and if not, what would."""
     lower = _lower(job, memory)
     if memory.total <= limit:
-        return [f"fits: {(limit - memory.total) / _GB:.1f} GB are left"]
+        return [f"fits: {(limit - memory.total) / GB:.1f} GB are left"]
     first = (
-        f"may fit: {(memory.total - limit) / _GB:.1f} GB too many as compiled here, but not by arithmetic"
+        f"may fit: {(memory.total - limit) / GB:.1f} GB too many as compiled here, but not by arithmetic"
         if lower <= limit
-        else f"does not fit: {(memory.total - limit) / _GB:.1f} GB too many"
+        else f"does not fit: {(memory.total - limit) / GB:.1f} GB too many"
     )
     lines = [f"{first}; each of these alone should do (about, plan it to know):"]
     found = changes(job, memory, int(limit))
@@ -214,12 +220,12 @@ def _verdict(job: PlannedJob, memory: DeviceMemory, limit: float) -> list[str]:
         other = change.job
         lines.append(
             f"  {change.what}: --mesh {other.mesh.data},{other.mesh.sequence},{other.mesh.model} --rows {other.rows} "
-            f"--row-length {other.row_length} --micro-batches {other.micro_batches}: {change.total / _GB:.1f} GB"
+            f"--row-length {other.row_length} --micro-batches {other.micro_batches}: {change.total / GB:.1f} GB"
         )
     if not found:
         lines[0] = first
         lines.append(
-            f"  no one change is enough: {memory.arguments / _GB:.1f} GB are there before a step begins; more devices "
+            f"  no one change is enough: {memory.arguments / GB:.1f} GB are there before a step begins; more devices "
             "hold less of masters and optimiser state each, and on the model axis fewer experts"
         )
     lines.append(_of_teacher_cache(job))
@@ -231,7 +237,7 @@ def _of_teacher_cache(job: PlannedJob) -> str:
         return "  the teacher is not asked; its experts stay, since they are the student's, too"
     if any(getattr(job.loss, name) for name in HIDDEN):
         return "  a teacher's cache has no hidden states, so these losses need the teacher itself"
-    saved = 2 * job.parent.vocab_size * job.parent.hidden_size / _GB
+    saved = 2 * job.parent.vocab_size * job.parent.hidden_size / GB
     return f"  a teacher's cache would save its pass, but only its head of memory, up to {saved:.1f} GB"
 
 
@@ -239,7 +245,7 @@ def _notes(job: PlannedJob) -> list[str]:
     """What the figures are."""
     lines = [
         "compiled: by XLA for CPUs, in float16 for bfloat16; arithmetic: large parts alone, one layer at a time",
-        f"left out: {gathered_on_cpus(job) / _GB:.1f} GB of matrices that a CPU alone would gather for blocks of rows",
+        f"left out: {gathered_on_cpus(job) / GB:.1f} GB of matrices that a CPU alone would gather for blocks of rows",
     ]
     undivided = [block.num_experts for block in job.parent.blocks if block.num_experts % job.mesh.model]
     if undivided:

@@ -69,7 +69,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
     Raises PuzzleError for whatever cannot be used, before any weight is read.
     """
     questions = _questions(options)
-    limits = _limits(options.max_tokens, questions.efforts)
+    limits = answer_limits(options.max_tokens, questions.efforts)
     _check_numbers(options)
     _check_out(options.out)
     config = describe_checkpoint(options.parent).config
@@ -109,7 +109,7 @@ def _questions(options: argparse.Namespace) -> QuestionSet:
     return QuestionSet(tuple(options.tasks), tuple(options.efforts), options.problems, SPLIT, options.seed)
 
 
-def _limits(text: str, efforts: Sequence[str]) -> dict[str, int]:
+def answer_limits(text: str, efforts: Sequence[str]) -> dict[str, int]:
     """The limit of every effort; those that are not named keep their defaults."""
     try:
         given = json.loads(text)
