@@ -1,12 +1,13 @@
 """Batched generation by continuous batching: finished requests leave their slots, waiting ones take them.
 
 The host only decides who runs where; all work is in the three programs of `generate.slots`. Prompts are prefilled in
-chunks, a group of rows at a time, and running requests decode between the chunks of a long prompt. A view runs a
-child on its parent's weights and programs.
+chunks, a group of rows at a time, and running requests decode between the chunks of a long prompt. Requests with the
+same prompt share a row: it is run once, and the group keeps it until the last of them has a slot. A view runs a child
+on its parent's weights and programs.
 
 A request's tokens depend on the request and on the engine's shape (slots, context, chunk), never on its neighbours
 or on when it got its slot. `generate` picks the context by the request's own length, so there they depend on `slots`
-alone. Left out: paging of full caches, sharing of common prefixes, speculative decoding.
+alone. Left out: paging of full caches, sharing of prefixes of different prompts, speculative decoding.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby, islice
 from typing import NamedTuple
 
 import jax
@@ -147,8 +149,7 @@ class Engine:
         """
         for index, request in enumerate(requests):
             check_request(request, index, min(self.context, self.config.max_position))
-        order = sorted(range(len(requests)), key=lambda i: (-self._chunks(requests[i]), -requests[i].max_tokens))
-        return self._stream(requests, deque(order), burst, partial)
+        return self._stream(requests, burst, partial)
 
     def cache_bytes(self) -> int:
         """Bytes of the slots' caches; see `model.cache.cache_bytes` for the formula."""
@@ -172,21 +173,49 @@ class Engine:
     def _chunks(self, request: Request) -> int:
         return -(-len(request.prompt) // self.chunk)
 
-    def _stream(self, requests: Sequence[Request], waiting: deque[int], burst: int, partial: bool) -> Iterator[Event]:
+    def _order(self, requests: Sequence[Request], alike: Sequence[int]) -> list[int]:
+        """Long prompts first, then those with long answers; equal prompts are neighbours."""
+        limits: dict[int, int] = defaultdict(int)
+        for index, first in enumerate(alike):
+            limits[first] = max(limits[first], requests[index].max_tokens)
+
+        def key(index: int) -> tuple[int, int, int, int]:
+            request, first = requests[index], alike[index]
+            return -self._chunks(request), -limits[first], first, -request.max_tokens
+
+        return sorted(range(len(requests)), key=key)
+
+    def _stream(self, requests: Sequence[Request], burst: int, partial: bool) -> Iterator[Event]:
+        alike = first_alike(requests)
+        waiting = deque(self._order(requests, alike))
         state, group = self._new_slots(), self._new_group()
         if self._mesh is not None:
             state, group = place(state, self.config, self._mesh), place(group, self.config, self._mesh)
+        held: dict[int, int] = {}  # first request with a prompt -> row of the group that holds it
         owners: dict[int, int] = {}  # slot -> request
         told: dict[int, int] = {}  # slot -> tokens reported
+
+        def enough() -> int:
+            """Free slots that the next request waits for: one if its prompt has been run, else a group's."""
+            return 1 if alike[waiting[0]] in held else min(self.rows, len(waiting))
+
         while waiting or owners:
             free = [slot for slot in range(self.slots) if slot not in owners]
-            while waiting and len(free) >= min(self.rows, len(waiting)):
-                members = [waiting.popleft() for _ in range(min(self.rows, len(waiting)))]
+            while waiting and len(free) >= enough():
+                if alike[waiting[0]] not in held:
+                    # Also prompts that no slot is free for yet: their rows would run for nothing otherwise.
+                    firsts = [first for first, _ in islice(groupby(waiting, alike.__getitem__), self.rows)]
+                    state, group = self._prefill(state, group, [requests[i] for i in firsts], busy=bool(owners))
+                    held = {first: row for row, first in enumerate(firsts)}
+                members = []
+                while waiting and len(members) < len(free) and alike[waiting[0]] in held:
+                    members.append(waiting.popleft())
                 slots, free = free[: len(members)], free[len(members) :]
-                state, group = self._admit(state, group, [requests[i] for i in members], slots, busy=bool(owners))
+                rows = [held[alike[i]] for i in members]
+                state = self._admit(state, group, [requests[i] for i in members], rows, slots)
                 owners.update(zip(slots, members, strict=True))
                 told.update(dict.fromkeys(slots, 0))
-            target = min(self.rows, len(waiting)) if waiting else self.slots
+            target = enough() if waiting else self.slots
             state = self._decode(state, burst, target)
             idle, counts = jax.device_get((state.idle, state.counts))
             for slot, index in list(owners.items()):
@@ -200,33 +229,39 @@ class Engine:
                 if finished is not None:
                     del owners[slot]
 
-    def _admit(
-        self, state: Slots, group: Group, members: Sequence[Request], slots: Sequence[int], *, busy: bool
-    ) -> tuple[Slots, Group]:
-        """Prefills requests and gives them slots; rows beyond them repeat the first."""
-        padding = self.rows - len(members)
-        members, slots = [*members, *[members[0]] * padding], [*slots, *[slots[0]] * padding]
+    def _prefill(self, state: Slots, group: Group, members: Sequence[Request], *, busy: bool) -> tuple[Slots, Group]:
+        """Runs the prompts of at most `rows` requests; rows beyond them repeat the first."""
+        members = [*members, *[members[0]] * (self.rows - len(members))]
         chunks = max(self._chunks(request) for request in members)
         tokens = np.zeros((self.rows, chunks * self.chunk), np.int32)
         for row, request in enumerate(members):
             tokens[row, : len(request.prompt)] = request.prompt
-        numbers = [
-            slots,
-            [len(request.prompt) for request in members],
-            [request.max_tokens for request in members],
-            [request.seed % 2**31 for request in members],
-        ]
-        admission = Admission(*(jnp.asarray(x, jnp.int32) for x in numbers))
+        lengths = jnp.asarray([len(request.prompt) for request in members], jnp.int32)
         for index in range(chunks):
             start = index * self.chunk
             part = jnp.asarray(tokens[:, start : start + self.chunk])
             with on_mesh(self._mesh):
                 group = prefill(
-                    self.params, self.config, group, part, jnp.int32(start), admission.lengths, self.context, self.view
+                    self.params, self.config, group, part, jnp.int32(start), lengths, self.context, self.view
                 )
             if busy and index + 1 < chunks:
                 state = self._decode(state, STEPS_BETWEEN_CHUNKS, self.slots)
-        return admit(self.params, self.config, state, group, admission), group
+        return state, group
+
+    def _admit(
+        self, state: Slots, group: Group, members: Sequence[Request], rows: Sequence[int], slots: Sequence[int]
+    ) -> Slots:
+        """Gives slots to requests whose prompts are in these rows."""
+        numbers = np.zeros((5, self.slots), np.int32)
+        numbers[:, : len(members)] = [
+            slots,
+            rows,
+            [len(request.prompt) for request in members],
+            [request.max_tokens for request in members],
+            [request.seed % 2**31 for request in members],
+        ]
+        admission = Admission(jnp.int32(len(members)), *jnp.asarray(numbers))
+        return admit(self.params, self.config, state, group, admission)
 
     def _decode(self, state: Slots, steps: int, idle_target: int) -> Slots:
         with on_mesh(self._mesh):
@@ -302,6 +337,12 @@ def generate(
 
         engine.generate([requests[i] for i in members], finish)
     return [results[i] for i in range(len(requests))]
+
+
+def first_alike(requests: Sequence[Request]) -> list[int]:
+    """For each request, the index of the first that has the same prompt."""
+    firsts: dict[tuple[int, ...], int] = {}
+    return [firsts.setdefault(tuple(request.prompt), index) for index, request in enumerate(requests)]
 
 
 def slot_context(context: int) -> int:

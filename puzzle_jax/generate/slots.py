@@ -1,7 +1,7 @@
 """The device side of generation: the state of all slots, and the three programs that change it.
 
     prefill   a chunk of the prompts of a group of rows, into caches of their own
-    admit     copies finished rows of the group into free slots
+    admit     copies finished rows of the group into free slots, a row into several where their prompts are equal
     decode    steps of all slots, until enough of them are idle
 
 Every program has one shape for a whole run, and no step mixes rows, so a request's tokens do not depend on which
@@ -72,12 +72,22 @@ State = TypeVar("State", Group, Slots)
 
 
 class Admission(NamedTuple):
-    """Which slot each row of a group goes to, and its request's numbers; rows may repeat."""
+    """Which slot takes which row of a group; entry by entry.
 
-    slots: Int[Array, "rows"]
-    lengths: Int[Array, "rows"]
-    limits: Int[Array, "rows"]
-    seeds: Int[Array, "rows"]
+    Attributes:
+      count: entries that are meant; the others fill the arrays up to a fixed length and do nothing.
+      slots: all different.
+      rows: may repeat.
+      lengths: tokens of the prompt in that row.
+      limits, seeds: of the slot's own request.
+    """
+
+    count: Int[Array, ""]
+    slots: Int[Array, "entries"]
+    rows: Int[Array, "entries"]
+    lengths: Int[Array, "entries"]
+    limits: Int[Array, "entries"]
+    seeds: Int[Array, "entries"]
 
 
 def expert_id_dtype(config: ModelConfig) -> np.dtype:
@@ -186,33 +196,37 @@ def prefill(
 
 @partial(jax.jit, static_argnames="config", donate_argnames="state")
 def admit(params: Params, config: ModelConfig, state: Slots, group: Group, admission: Admission) -> Slots:
-    """Gives slots to the rows of a group whose prompts have been run."""
+    """Gives slots to rows of a group whose prompts have been run."""
     with jax.named_scope("admit"):
-        logits = head_logits(params, config, group.hidden)
 
         def copy(old: Array | None, new: Array | None) -> Array | None:
-            """Row by row, in place; a row that repeats writes the same again."""
+            """Row by row, in place."""
             if old is None or new is None:
                 return None
 
-            def one(row: Array, old: Array) -> Array:
-                value = jax.lax.dynamic_slice_in_dim(new, row, 1, 0)
-                return jax.lax.dynamic_update_slice_in_dim(old, value.astype(old.dtype), admission.slots[row], 0)
+            def one(entry: Array, old: Array) -> Array:
+                value = jax.lax.dynamic_slice_in_dim(new, admission.rows[entry], 1, 0)
+                return jax.lax.dynamic_update_slice_in_dim(old, value.astype(old.dtype), admission.slots[entry], 0)
 
-            return jax.lax.fori_loop(0, admission.slots.shape[0], one, old)
+            return jax.lax.fori_loop(0, admission.count, one, old)
 
-        slots = admission.slots
+        meant = jnp.arange(admission.slots.shape[0]) < admission.count
+        slots = jnp.where(meant, admission.slots, state.idle.shape[0])  # beyond the last slot, nothing is written
+
+        def write(old: Array, new: Array | int | bool) -> Array:
+            return old.at[slots].set(new, mode="drop")
+
         return state._replace(
             caches=[
                 old._replace(k=copy(old.k, new.k), v=copy(old.v, new.v))
                 for old, new in zip(state.caches, group.caches, strict=True)
             ],
-            logits=state.logits.at[slots].set(logits),
-            positions=state.positions.at[slots].set(admission.lengths),
-            counts=state.counts.at[slots].set(0),
-            limits=state.limits.at[slots].set(admission.limits),
-            seeds=state.seeds.at[slots].set(admission.seeds),
-            idle=state.idle.at[slots].set(False),
+            logits=copy(state.logits, head_logits(params, config, group.hidden)),
+            positions=write(state.positions, admission.lengths),
+            counts=write(state.counts, 0),
+            limits=write(state.limits, admission.limits),
+            seeds=write(state.seeds, admission.seeds),
+            idle=write(state.idle, False),
             experts=copy(state.experts, group.experts),
         )
 

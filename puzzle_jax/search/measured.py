@@ -253,7 +253,8 @@ class _Maker:
         params, rows, chunk = self._params(config), blocks.rows, blocks.chunk
         tokens = self._tokens(rows, blocks.chunks * chunk)
         lengths = jnp.full(rows, blocks.scenario.input_tokens, jnp.int32)
-        admission = Admission(jnp.arange(rows, dtype=jnp.int32), lengths, lengths, lengths)
+        each = jnp.arange(rows, dtype=jnp.int32)
+        admission = Admission(jnp.int32(rows), each, each, lengths, lengths, lengths)
 
         def run(state: tuple[Group, Slots]) -> tuple[Group, Slots]:
             group, slots = state

@@ -110,8 +110,8 @@ def head_losses(
     """The loss of each token, differentiable in `x` and in both arrays of `student`, and in nothing else.
 
     Args:
-      kind: "forward_kl", "reverse_kl" or "jsd" (need `teacher` and `y`), "next_token" (needs `targets`) or "top_k_kl"
-        (needs `top_k`). What a kind does not need is not looked at.
+      kind: "forward_kl", "reverse_kl" or "jsd" (need `teacher` and `y`), "next_token" (needs `targets`), "top_k_kl"
+        (needs `top_k`) or "entropy" (needs none of these). What a kind does not need is not looked at.
       student: the model that learns. Logits are computed in the dtype of `x` and accumulated in float32.
       x: its final hidden states, before the norm.
       eps: of both models' norms.
@@ -119,7 +119,7 @@ def head_losses(
       y: the teacher's final hidden states at the same positions.
       targets: the right next tokens.
       top_k: the teacher's likeliest tokens, with the log total of this temperature.
-      temperature: T, divides logits; the loss is multiplied by T^2.
+      temperature: T, divides logits; the loss, of every kind, is multiplied by T^2.
       beta: the teacher's share in the mixture of "jsd".
       token_chunk: tokens at a time.
       vocab_chunk: columns of a head at a time; need not divide the vocabulary.

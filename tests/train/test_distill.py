@@ -167,12 +167,15 @@ def same(out: Path, other: Path) -> None:
 @pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_a_run_that_is_stopped_and_killed_ends_with_the_same_bits(directory, finished, tmp_path, kills):
     out, source = tmp_path / "run", random.Random(kills)
-    command = [sys.executable, "-m", "tests.train.distill_run"]
+    command = [sys.executable, "-m", "tests.train.interrupted"]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
 
     def interrupted(*moment: object) -> subprocess.CompletedProcess:
         return subprocess.run(
-            [*command, *map(str, moment), *arguments(directory, out)], env=environment, capture_output=True, text=True
+            [*command, *map(str, moment), "distill", *arguments(directory, out)],
+            env=environment,
+            capture_output=True,
+            text=True,
         )
 
     stopped = interrupted("SIGTERM", 2, 0)

@@ -16,7 +16,7 @@ TOKENS, HIDDEN, TEACHER_HIDDEN, K = 24, 40, 28, 6
 CHUNKS = {"token_chunk": 5, "vocab_chunk": 19}  # 5 groups of 5 for 24 tokens; 6 slices for 97 words
 CONFIG = small_config()
 VOCAB, EPS = CONFIG.vocab_size, CONFIG.rms_norm_eps
-KINDS = ("forward_kl", "reverse_kl", "jsd", "next_token", "top_k_kl")
+KINDS = ("forward_kl", "reverse_kl", "jsd", "next_token", "top_k_kl", "entropy")
 
 
 def draw(seed, *shape):
@@ -57,6 +57,7 @@ def whole(kind, student, x, y, weights, temperature):
         "jsd": lambda: losses.jsd(teacher, student, temperature, 0.3),
         "next_token": lambda: losses.next_token(student, TARGETS, temperature),
         "top_k_kl": lambda: losses.top_k_kl(top_k_of(teacher, K, temperature), student, temperature),
+        "entropy": lambda: losses.entropy(student, temperature),
     }[kind]()
     return jnp.sum(weights * per_token)
 
@@ -129,11 +130,36 @@ def test_logits_far_apart(kind):
 
 
 @pytest.mark.parametrize("chunks", [(24, 97), (1, 31), (4096, 4096)])
-def test_chunks_change_nothing(chunks):
+@pytest.mark.parametrize("kind", ["forward_kl", "entropy"])
+def test_chunks_change_nothing(kind, chunks):
     token_chunk, vocab_chunk = chunks
     arguments = (STUDENT, X, Y, WEIGHTS)
-    found = program("forward_kl", token_chunk=token_chunk, vocab_chunk=vocab_chunk)(*arguments)
-    assert_close(found, program("forward_kl")(*arguments))
+    found = program(kind, token_chunk=token_chunk, vocab_chunk=vocab_chunk)(*arguments)
+    assert_close(found, program(kind)(*arguments))
+
+
+def test_entropy_of_certain_and_of_undecided_students():
+    """Logits of 10,000 and -10,000: one word alone, half of the words alike, all alike; and one of 1."""
+    certain = jnp.full((3, VOCAB), -1e4).at[0, 50].set(1e4).at[1, ::2].set(1e4).at[2].set(1e4)
+    words = jnp.concatenate([certain, jnp.eye(VOCAB)[:1]])  # each row of the head is one token's logits
+    x = jnp.eye(4)
+    scaled = Head(jnp.full(4, (0.25 + EPS) ** 0.5), words)  # takes the norm's scale of a unit vector away
+
+    @jax.jit
+    def run(student):
+        def loss(student, x):
+            per_token = head_losses("entropy", student, x, eps=EPS, temperature=1.0, **CHUNKS)
+            return jnp.sum(per_token), per_token
+
+        return jax.value_and_grad(loss, (0, 1), has_aux=True)(student, x)
+
+    (_, found), gradients = run(scaled)
+    assert found[0] == 0.0
+    np.testing.assert_allclose(found[1:3], np.log([49, VOCAB]), rtol=1e-5)
+    np.testing.assert_allclose(found[3], np.log(np.e + VOCAB - 1) - np.e / (np.e + VOCAB - 1), rtol=1e-5)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+    np.testing.assert_array_equal(gradients[0].weight[0], 0.0)
+    np.testing.assert_allclose(gradients[0].weight[1:3], 0.0, atol=1e-6)
 
 
 def test_top_k_of_the_whole_vocabulary_is_the_forward_kl():

@@ -106,6 +106,20 @@ def test_next_token_is_the_log_probability(temperature):
     np.testing.assert_allclose(found, temperature**2 * expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_entropy_by_hand(temperature):
+    q = probabilities(STUDENT, temperature)
+    found = losses.entropy(f32(STUDENT), temperature)
+    np.testing.assert_allclose(found, temperature**2 * -(q * np.log(q)).sum(-1), rtol=1e-5)
+
+
+def test_entropy_of_certain_and_of_undecided_students():
+    certain = jnp.full((2, VOCAB), -1e4).at[0, 4].set(1e4).at[1].set(1e4)
+    value, gradient = jax.vmap(jax.value_and_grad(losses.entropy))(certain)
+    np.testing.assert_allclose(value, [0.0, np.log(VOCAB)], rtol=1e-6)
+    np.testing.assert_allclose(gradient, 0.0, atol=1e-6)
+
+
 def test_hidden_losses_by_hand():
     cosine = (X * Y).sum(-1) / np.linalg.norm(X, axis=-1) / np.linalg.norm(Y, axis=-1)
     np.testing.assert_allclose(losses.hidden_cosine(f32(X), f32(Y)), 1 - cosine, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""A distillation that is interrupted: python -m tests.train.distill_run SIGNAL STEP SECONDS ARGUMENTS...
+"""Training that is interrupted: python -m tests.train.interrupted SIGNAL STEP SECONDS VERB ARGUMENTS...
 
 The signal comes so many seconds after the metrics of the first step from STEP on were written; with 0, at once.
 """
@@ -25,4 +25,4 @@ if __name__ == "__main__":
             threading.Timer(seconds, strike).start() if seconds else strike()
 
     MetricsLog.write = then_strike
-    raise SystemExit(main(["distill", *sys.argv[4:]]))
+    raise SystemExit(main(sys.argv[4:]))
