@@ -17,7 +17,7 @@ packed rows and micro-batches, mixtures of tasks and efforts, judges, filters of
 losses, several updates per sample, a pull towards the first policy, and metrics on disk.
 
 Letters that end an array's name are its axes: G groups, one per problem; A answers of each; R = G * A rows; T positions
-of a row; V vocabulary; L layers; K experts of a token; N = R * T.
+of a row; V vocabulary; L layers; K experts of a token.
 """
 
 from __future__ import annotations
@@ -160,8 +160,8 @@ def make_batch(rollouts: Sequence[Rollout], rewards_GA: np.ndarray, config: Mode
 def policy_loss(trained: Params, first: Params, batch: Batch, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
     """The loss, and the largest |sampler - trainer| of a token's log-probability."""
     R, T, L, K = batch.experts_RTLK.shape
-    replay_LNK = jnp.moveaxis(batch.experts_RTLK.reshape(R * T, L, K), 1, 0)
-    logits_RTV = forward(merge(trained, first), config, jnp.asarray(batch.tokens_RT), replay=replay_LNK)
+    replay = [batch.experts_RTLK[:, :, layer].reshape(R * T, K) for layer in range(L)]
+    logits_RTV = forward(merge(trained, first), config, jnp.asarray(batch.tokens_RT), replay=replay)
     # Each position predicts the next token, and takes from there what is known about it.
     tokens_RT, mask_RT, sampler_RT, advantages_RT = (x_RT[:, 1:] for x_RT in batch[:4])
     log_probs_RTV = jax.nn.log_softmax(logits_RTV[:, :-1])

@@ -280,6 +280,7 @@ def refusal(capsys, given: list[str]) -> str:
         ({"weights": [0], "problems": 1, "efforts": "extreme"}, "extreme"),
         ({"weights": [0], "problems": 1, "seed": 100}, "seed is 100"),
         ({"weights": [0], "problems": 1, "batch-size": 0}, "--batch-size is 0"),
+        ({"weights": [0], "problems": 1, "temperature": -1}, "--temperature is -1.0"),
         ({"weights": [0], "problems": 1, "max-tokens": '{"low": 0}'}, '--max-tokens is {"low": 0}, but must be'),
         ({"weights": [0], "problems": 1, "max-tokens": 1000}, "but the context of A and B is 768"),
         ({"weights": [0], "problems": 1, "reference": "nowhere"}, "model 'reference': nowhere is not a directory"),
@@ -437,9 +438,9 @@ def test_a_sweep_without_a_reference_has_no_limit(root, tmp_path, monkeypatch):
     """Scripted answers: figures, their table, and the weight that follows from them."""
     asked = []
 
-    def answer(params, config, chat, questions, *, max_tokens, slots, on_answer) -> list[Trace]:
+    def answer(params, config, chat, questions, *, max_tokens, temperature, slots, on_answer) -> list[Trace]:
         weight = [0.0, 0.75][len(asked)]
-        asked.append((questions, dict(max_tokens), slots))
+        asked.append((questions, dict(max_tokens), temperature, slots))
         right, tokens = {0.0: (6, 9), 0.75: (2, 3)}[weight]
         answers = []
         for index, (problem, effort) in enumerate(questions.questions()):
@@ -452,9 +453,9 @@ def test_a_sweep_without_a_reference_has_no_limit(root, tmp_path, monkeypatch):
     monkeypatch.setattr(average_sweep, "answer_questions", answer)
     pair = Pair.open(root / "a", root / "b")
     questions = QuestionSet(("add", "chain"), ("low", "high"), 4, "confirmation", 7)
-    sweep = average_sweep.Sweep.open(pair, [0.75, 0.0], questions, {"low": 20, "high": 30}, 5, None)
+    sweep = average_sweep.Sweep.open(pair, [0.75, 0.0], questions, {"low": 20, "high": 30}, 5, None, 0.5)
     found = average_sweep.run_sweep(pair, sweep, Console(file=io.StringIO()))
-    assert asked == [(questions, {"low": 20, "high": 30}, 5)] * 2
+    assert asked == [(questions, {"low": 20, "high": 30}, 0.5, 5)] * 2
     assert found.choice == Choice(0.0, "the highest accuracy")
     assert found.record()["points"] == [
         {

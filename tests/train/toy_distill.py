@@ -11,7 +11,7 @@ from puzzle_jax.convert_hf.describe import describe_checkpoint
 from puzzle_jax.convert_hf.export import export_child, save_checkpoint
 from puzzle_jax.generate.traces import Trace, write_traces
 from puzzle_jax.tasks.tokenizer import chat_files
-from puzzle_jax.train import distill as distilling
+from puzzle_jax.train import resident
 from puzzle_jax.train.__main__ import main
 from puzzle_jax.train.distill import Distiller
 from puzzle_jax.train.distill_command import parse_recipe
@@ -99,7 +99,7 @@ def refusal(capsys, directory: Path, out: Path, verb: str = "distill", **changes
     """The sentence with which a command is refused, after which nothing new stands at `out`."""
     before = sorted(out.rglob("*")) if out.exists() else None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distilling, "load_checkpoint", None)  # weights are not read
+        patch.setattr(resident, "load_checkpoint", None)  # weights are not read
         assert main([verb, *arguments(directory, out, **changes)]) == 2
     assert (sorted(out.rglob("*")) if out.exists() else None) == before
     said = capsys.readouterr().err
