@@ -1,9 +1,10 @@
-"""GRPO on the embedded parent, whole, in one file to hold in the head; a minute or two on two free cores.
+"""GRPO, whole, in one file to hold in the head; a minute or two on two free cores.
 
-    python examples/grpo_minimal.py [--steps 20] [--task chain] [--effort medium] [--model DIR]
+    python examples/grpo_minimal.py [--steps 20] [--task chain] [--effort medium] [--model DIR] [--keep 0.75]
 
-Each step asks some problems, samples a group of answers to each from the model as it is, scores them, and makes those
-that beat the rest of their group likelier, the others less likely:
+The embedded parent loses the last quarter of each layer's experts, whichever they are, and much of what it could do.
+Then it learns to do without. Each step asks some problems, samples a group of answers to each from the model as it is,
+scores them, and makes those that beat the rest of their group likelier, the others less likely:
 
     A       = reward - mean reward of the group's other answers                           (RLOO, arXiv 2402.14740)
     ratio_t = pi(token_t) / pi_old(token_t), pi_old as the sampler drew it                (GRPO, arXiv 2402.03300)
@@ -37,7 +38,7 @@ from puzzle_jax.cli import enable_compilation_cache
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.convert_hf.load import load_checkpoint
 from puzzle_jax.generate import Generated, Request, generate
-from puzzle_jax.model.child import Child, ChildBlock, cut_params
+from puzzle_jax.model.child import Child, ChildBlock, cut_params, with_delta
 from puzzle_jax.model.network import forward
 from puzzle_jax.model.spec import Params
 from puzzle_jax.search.recipe import EMBEDDED_PARENT
@@ -66,12 +67,14 @@ class Batch(NamedTuple):
 
 
 def train(options: argparse.Namespace) -> tuple[Params, list[dict[str, float]]]:
-    """The parameters in the end, and what was printed of each step."""
-    checkpoint = load_checkpoint(options.model, dtype=jnp.float32, experts="dense")
-    kept = [tuple(range(min(options.experts, block.num_experts))) for block in checkpoint.config.blocks]
-    blocks = [ChildBlock(kept, block.window) for kept, block in zip(kept, checkpoint.config.blocks, strict=True)]
-    child, chat = Child(checkpoint.config, tuple(blocks)), Chat.load(options.model)
-    first, config = cut_params(checkpoint.params, child), child.config
+    """The parameters in the end, and what was printed of each step.
+
+    `trained` is a tree like the parameters, with None for all that is frozen; `with_delta` makes both one.
+    """
+    parent, chat = load_checkpoint(options.model, dtype=jnp.float32, experts="dense"), Chat.load(options.model)
+    kept = [tuple(range(round(options.keep * block.num_experts))) for block in parent.config.blocks]
+    child = Child(parent.config, tuple(map(ChildBlock, kept, (block.window for block in parent.config.blocks))))
+    first, config = cut_params(parent.params, child), child.config
     trained = jax.tree.map_with_path(lambda path, leaf: None if path[-1].key in FROZEN else leaf, first)
     optimizer = optax.adam(options.learning_rate)
     state = optimizer.init(trained)
@@ -84,14 +87,14 @@ def train(options: argparse.Namespace) -> tuple[Params, list[dict[str, float]]]:
 
     def greedy_accuracy() -> float:
         asked = list(islice(problems(TASKS[options.task]), options.held_out))
-        rollouts = sample(merge(trained, first), config, chat, asked, options)
+        rollouts = sample(with_delta(first, trained), config, chat, asked, options)
         return float(np.mean([rollout.reward == 1 for rollout in rollouts]))
 
     before, history = greedy_accuracy(), []
     training = problems(TASKS[options.task], held_out=False)
     for step in range(options.steps):
         asked = [problem for problem in islice(training, options.prompts) for _ in range(options.group)]
-        rollouts = sample(merge(trained, first), config, chat, asked, options, temperature=1.0, seed=step)
+        rollouts = sample(with_delta(first, trained), config, chat, asked, options, temperature=1.0, seed=step)
         rewards_GA = np.array([rollout.reward for rollout in rollouts]).reshape(-1, options.group)
         batch = make_batch(rollouts, rewards_GA, config, options.length)
         gap = 0.0
@@ -107,7 +110,7 @@ def train(options: argparse.Namespace) -> tuple[Params, list[dict[str, float]]]:
         history.append({name: float(value) for name, value in metrics.items()})
         print(f"step {step:3}", *(f"{name} {value:<7.3g}" for name, value in history[-1].items()), flush=True)
     print(f"greedy accuracy on {options.held_out} held-out problems: {before:.3f} -> {greedy_accuracy():.3f}")
-    return merge(trained, first), history
+    return with_delta(first, trained), history
 
 
 def sample(
@@ -161,7 +164,7 @@ def policy_loss(trained: Params, first: Params, batch: Batch, config: ModelConfi
     """The loss, and the largest |sampler - trainer| of a token's log-probability."""
     R, T, L, K = batch.experts_RTLK.shape
     replay = [batch.experts_RTLK[:, :, layer].reshape(R * T, K) for layer in range(L)]
-    logits_RTV = forward(merge(trained, first), config, jnp.asarray(batch.tokens_RT), replay=replay)
+    logits_RTV = forward(with_delta(first, trained), config, jnp.asarray(batch.tokens_RT), replay=replay)
     # Each position predicts the next token, and takes from there what is known about it.
     tokens_RT, mask_RT, sampler_RT, advantages_RT = (x_RT[:, 1:] for x_RT in batch[:4])
     log_probs_RTV = jax.nn.log_softmax(logits_RTV[:, :-1])
@@ -173,22 +176,17 @@ def policy_loss(trained: Params, first: Params, batch: Batch, config: ModelConfi
     return jnp.sum(loss_RT, where=mask_RT) / jnp.sum(mask_RT), jnp.abs(difference_RT).max()
 
 
-def merge(trained: Params, first: Params) -> Params:
-    """A whole model: what learns, and where that is None, what is frozen."""
-    return jax.tree.map(lambda new, old: old if new is None else new, trained, first, is_leaf=lambda leaf: leaf is None)
-
-
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=EMBEDDED_PARENT, help="a checkpoint with its chat files")
-    parser.add_argument("--experts", type=int, default=12, help="of each layer that stay")
+    parser.add_argument("--keep", type=float, default=0.75, help="share of each layer's experts that stays")
     parser.add_argument("--task", choices=TASKS, default="chain")
     parser.add_argument("--effort", choices=EFFORTS, default="medium")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--prompts", type=int, default=32, help="problems of a step")
     parser.add_argument("--group", type=int, default=8, help="answers to each, at least 2")
     parser.add_argument("--length", type=int, default=80, help="tokens that a prompt and its answer have room for")
-    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--learning-rate", type=float, default=8e-4)
     parser.add_argument("--held-out", type=int, default=200, help="problems that accuracy is taken on")
     return parser.parse_args(arguments)
 
