@@ -10,6 +10,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,11 +21,15 @@ from puzzle_jax.convert_hf.child_of import open_child
 from puzzle_jax.convert_hf.load import load_checkpoint
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.report.training import SECTIONS
+from puzzle_jax.tasks.judges import Judges
 from puzzle_jax.train.__main__ import main
 from puzzle_jax.train.checkpoints import Checkpoints, Record, ocp
-from puzzle_jax.train.grpo import grpo
+from puzzle_jax.train.grpo import Trainer, grpo
 from puzzle_jax.train.grpo_command import parse_recipe
+from puzzle_jax.train.grpo_inputs import GrpoInputs
+from puzzle_jax.train.placement import Placement
 from puzzle_jax.train.policy_update import PolicyUpdate
+from puzzle_jax.train.step import TrainState
 from puzzle_jax.train.transcripts import Transcript
 from tests.train.toy_grpo import BLOCKS, KEPT, RIGHT, arguments, make, metrics, record, stored, write_prompts
 
@@ -152,6 +157,28 @@ def test_the_child_is_its_first_parent_s(directory, finished):
     np.testing.assert_array_equal(load_checkpoint(finished / "child").kv_scales.k, np.float32(found["kv_scales"]["k"]))
 
 
+def test_models_without_a_record_or_a_parent_in_it(directory, tmp_path, monkeypatch):
+    """The one is its own first parent; of the other's nothing is made up."""
+    shutil.copytree(directory / "model", tmp_path / "orphan")
+    path = tmp_path / "orphan" / "provenance.json"
+    path.write_text(json.dumps({"kept_experts": KEPT, "windows": [16, 24], "trained": ["head"]}))
+    monkeypatch.setattr(Trainer, "measure", lambda self, trained: {"accuracy": 0.25})
+    monkeypatch.setattr(Trainer, "_cache_scales", lambda self, trained: None)
+    found = []
+    with Judges() as judges:
+        for name, model in (("parent", directory / "parent"), ("orphan", tmp_path / "orphan")):
+            recipe = parse_recipe(arguments(directory, tmp_path / f"of-{name}", model=model), "test")
+            trainer = Trainer(GrpoInputs.open(recipe), Placement(), judges, Console(quiet=True))
+            values = jax.jit(trainer.student.masters)(trainer.resident)
+            trainer.export(TrainState(jnp.int32(3), values, (), jax.random.key(0), jnp.int32(0)))
+            found.append(record(tmp_path / f"of-{name}"))
+    of_parent, of_orphan = found
+    assert of_parent["parent"] == str(directory / "parent") and of_parent["kept_experts"] == [list(range(8))] * 2
+    assert "parent" not in of_orphan and of_orphan["kept_experts"] == [list(kept) for kept in KEPT]
+    assert of_orphan["trained"] == of_parent["trained"]
+    assert [run["evaluation"] for run in (of_parent["grpo"][0], of_orphan["grpo"][0])] == [{"accuracy": 0.25}] * 2
+
+
 def test_a_finished_run_writes_its_child_again_and_nothing_else(directory, finished, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(finished, out)
@@ -211,6 +238,16 @@ def test_a_run_that_is_stopped_and_killed_ends_with_the_same_bits(directory, fin
     assert main(["grpo", *arguments(directory, out)]) == 0
     (out / "transcripts" / "notes.txt").unlink()
     same(out, finished)
+
+
+def test_a_signal_before_the_first_line_of_metrics_is_no_error(directory, tmp_path, monkeypatch):
+    def stopped(recipe, console):
+        recipe.out.mkdir()
+        (recipe.out / "metrics.jsonl").touch()
+
+    monkeypatch.setattr("puzzle_jax.train.grpo.grpo", stopped)
+    assert main(["grpo", *arguments(directory, tmp_path / "run")]) == 0
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
 
 
 # Rewards of the user's own
