@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -45,6 +45,23 @@ class MeshSettings:
     @property
     def devices(self) -> int:
         return self.data * self.sequence * self.model
+
+    def check_rows(self, section: str, rows: int, row_length: int) -> None:
+        """Raises ConfigError where rows of `section` cannot be cut evenly over these devices."""
+        for name, value, axis in (("rows", rows, "data"), ("row_length", row_length, "sequence")):
+            if value % getattr(self, axis):
+                raise ConfigError(
+                    f"{section}.{name} is {value}, but must be a multiple of mesh.{axis} ({getattr(self, axis)})"
+                )
+
+
+def check_run(train: Sequence[str], seed: int) -> None:
+    """Raises ConfigError for what no run can free, or begin from."""
+    for name in train:
+        if name not in FREED:
+            raise ConfigError(f"train has {name!r}, but must be of {', '.join(FREED)}")
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"seed is {seed}, but must be from 0 to {2**32 - 1}")
 
 
 @dataclass(frozen=True)
@@ -117,27 +134,17 @@ class DistillRecipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in self.train:
-            if name not in FREED:
-                raise ConfigError(f"train has {name!r}, but must be of {', '.join(FREED)}")
+        check_run(self.train, self.seed)
         if self.top_k < 1:
             raise ConfigError(f"top_k is {self.top_k}, but must be at least 1")
         if not self.trace_paths:
             raise ConfigError("traces is empty, but must name a file or directory")
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"seed is {self.seed}, but must be from 0 to {2**32 - 1}")
         if self.optimizer.warmup_steps > self.loop.steps:
             raise ConfigError(
                 f"optimizer.warmup_steps is {self.optimizer.warmup_steps}, but must be at most loop.steps "
                 f"({self.loop.steps})"
             )
-        if self.data.rows % self.mesh.data:
-            raise ConfigError(f"data.rows is {self.data.rows}, but must be a multiple of mesh.data ({self.mesh.data})")
-        if self.data.row_length % self.mesh.sequence:
-            raise ConfigError(
-                f"data.row_length is {self.data.row_length}, but must be a multiple of mesh.sequence "
-                f"({self.mesh.sequence})"
-            )
+        self.mesh.check_rows("data", self.data.rows, self.data.row_length)
         if (self.loss.top_k_kl > 0) != (self.teacher_cache is not None):
             raise ConfigError(
                 f"loss.top_k_kl is {self.loss.top_k_kl} and teacher_cache is {self.teacher_cache}, "

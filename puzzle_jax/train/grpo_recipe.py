@@ -12,12 +12,11 @@ from puzzle_jax.errors import ConfigError
 from puzzle_jax.evaluate.settings import MAX_TOKENS
 from puzzle_jax.model.cache_format import CACHE_DTYPES
 from puzzle_jax.tasks import check_effort
-from puzzle_jax.train.distill_recipe import MeshSettings
+from puzzle_jax.train.distill_recipe import MeshSettings, check_run
 from puzzle_jax.train.loop import LoopSettings
 from puzzle_jax.train.optimizer import OptimizerSettings
 from puzzle_jax.train.policy_settings import PolicySettings
 from puzzle_jax.train.prompts import PromptSettings
-from puzzle_jax.train.student import FREED
 
 
 @dataclass(frozen=True)
@@ -173,11 +172,7 @@ class GrpoRecipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in self.train:
-            if name not in FREED:
-                raise ConfigError(f"train has {name!r}, but must be of {', '.join(FREED)}")
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"seed is {self.seed}, but must be from 0 to {2**32 - 1}")
+        check_run(self.train, self.seed)
         if self.optimizer.warmup_steps > self.loop.steps * self.update.updates:
             raise ConfigError(
                 f"optimizer.warmup_steps is {self.optimizer.warmup_steps}, but must be at most the "
@@ -187,15 +182,7 @@ class GrpoRecipe:
             raise ConfigError(
                 f"update.updates is {self.update.updates}, but must be at most prompts.prompts ({self.prompts.prompts})"
             )
-        if self.update.rows % self.mesh.data:
-            raise ConfigError(
-                f"update.rows is {self.update.rows}, but must be a multiple of mesh.data ({self.mesh.data})"
-            )
-        if self.update.row_length % self.mesh.sequence:
-            raise ConfigError(
-                f"update.row_length is {self.update.row_length}, but must be a multiple of mesh.sequence "
-                f"({self.mesh.sequence})"
-            )
+        self.mesh.check_rows("update", self.update.rows, self.update.row_length)
         for effort in self.prompts.efforts:
             if self.rollout.limit(effort) >= self.update.row_length:
                 raise ConfigError(
