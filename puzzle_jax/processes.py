@@ -18,7 +18,7 @@ _ADDRESS, _INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_PROCESS_ID"
 # A process that is gone is noticed after so long, and not waited for longer at the end.
 _HEARTBEAT_SECONDS, _SHUTDOWN_SECONDS = 60, 10
 _POLL_MS = 60_000
-_DONE = "done"
+_DONE, _REFUSED = "+", "-"  # before what the first process tells
 
 
 def join_processes(count: int, local_devices: int = 1) -> None:
@@ -65,8 +65,14 @@ def hear(key: str) -> str:
                 raise
 
 
-def by_first(what: str, work: Callable[[], object]) -> None:
-    """The first process does what one alone shall do; the others wait for it.
+def forget(key: str) -> None:
+    """Drops what was told, once all have heard it; nothing is done where nothing was told."""
+    if jax.process_count() > 1:
+        _store().key_value_delete(key)
+
+
+def from_first(what: str, work: Callable[[], str]) -> str:
+    """What the first process finds, in all of them; the others wait for it.
 
     Args:
       what: it is, once in a program.
@@ -74,16 +80,29 @@ def by_first(what: str, work: Callable[[], object]) -> None:
     Raises PuzzleError in all processes where `work` does in the first.
     """
     if jax.process_count() == 1:
-        work()
-    elif jax.process_index() == 0:
+        return work()
+    if jax.process_index() == 0:
         try:
-            work()
+            found = work()
         except PuzzleError as error:
-            tell(what, str(error))
+            tell(what, f"{_REFUSED}{error}")
             raise
-        tell(what, _DONE)
-    elif (said := hear(what)) != _DONE:
-        raise PuzzleError(said)
+        tell(what, f"{_DONE}{found}")
+        return found
+    said = hear(what)
+    if said.startswith(_REFUSED):
+        raise PuzzleError(said.removeprefix(_REFUSED))
+    return said.removeprefix(_DONE)
+
+
+def by_first(what: str, work: Callable[[], object]) -> None:
+    """The first process does what one alone shall do; the others wait for it. Likewise."""
+
+    def done() -> str:
+        work()
+        return ""
+
+    from_first(what, done)
 
 
 def _store() -> Any:

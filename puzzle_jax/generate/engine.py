@@ -1,6 +1,7 @@
 """Batched generation by continuous batching: finished requests leave their slots, waiting ones take them.
 
-The host only decides who runs where; all work is in the three programs of `generate.slots`. Prompts are prefilled in
+The host only decides who runs where; all work is in the three programs of `generate.slots`. On a mesh over several
+processes every host decides the same. Prompts are prefilled in
 chunks, a group of rows at a time, and running requests decode between the chunks of a long prompt. Requests with the
 same prompt share a row: it is run once, and the group keeps it until the last of them has a slot. A view runs a child
 on its parent's weights and programs.
@@ -19,21 +20,31 @@ from itertools import groupby, islice
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.generate.sampling import Sampling
-from puzzle_jax.generate.slots import Admission, Group, Slots, admit, decode, empty_group, empty_slots, place, prefill
+from puzzle_jax.generate.slots import (
+    Admission,
+    Group,
+    Slots,
+    admit,
+    decode,
+    empty_group,
+    empty_slots,
+    prefill,
+    read,
+    read_row,
+)
 from puzzle_jax.model.cache_format import CacheFormat
 from puzzle_jax.model.child import View
-from puzzle_jax.model.sharding import on_mesh
+from puzzle_jax.model.sharding import generation_mesh, on_mesh
 from puzzle_jax.model.spec import Params
 
 CHUNKS = (512, 256, 128, 64)  # tokens of a prompt that are prefilled at once; contexts are multiples of the last
-PREFILL_TOKENS = 1024  # of all rows of a group in one chunk
+PREFILL_TOKENS = 1024  # of a group's rows in one chunk, on one part of a mesh
 SMALLEST_CONTEXT = 256
 BURST = 64  # decode steps between two looks at who has finished
 STEPS_BETWEEN_CHUNKS = 4
@@ -92,7 +103,8 @@ class Engine:
       sampling: temperature and top-p.
       cache: how keys and values are kept.
       view: runs a child of the model (`Child.view`).
-      mesh: where caches are placed and experts are spread over (`model.sharding.make_mesh`).
+      mesh: of "data" and "model", or one of training, whose other axes join "data"; over all processes if it has
+        devices of several, which then all make the same calls.
       log_probs, experts: return these with each completion.
 
     Raises PuzzleError for slots below 1, and for a context below 1 or beyond the model's.
@@ -120,13 +132,13 @@ class Engine:
         self.params, self.config, self.view = params, config, view
         self.sampling = sampling or Sampling()
         self.cache = cache or CacheFormat()
+        self._mesh = None if mesh is None else generation_mesh(mesh)
         self.slots = slots
         self.context = slot_context(context)
         self.chunk = chunk_tokens(self.context)
-        self.rows = group_rows(self.chunk, slots)
-        self._stops = jnp.asarray(sorted(stop_ids), jnp.int32)
+        self.rows = group_rows(self.chunk, slots, 1 if self._mesh is None else self._mesh.shape["data"])
+        self._stops = np.asarray(sorted(stop_ids), np.int32)
         self._stop_ids = frozenset(stop_ids)
-        self._mesh = mesh
         self._log_probs, self._experts = log_probs, experts
         self._dtype = params["embedding"].dtype
 
@@ -153,10 +165,10 @@ class Engine:
 
     def cache_bytes(self) -> int:
         """Bytes of the slots' caches; see `model.cache.cache_bytes` for the formula."""
-        caches = jax.eval_shape(self._new_slots).caches
+        caches = jax.eval_shape(self._new_slots, None).caches
         return sum(x.size * x.dtype.itemsize for c in caches for x in (c.k, c.v))
 
-    def _new_slots(self) -> Slots:
+    def _new_slots(self, mesh: Mesh | None) -> Slots:
         return empty_slots(
             self.config,
             self.slots,
@@ -165,10 +177,13 @@ class Engine:
             self.cache,
             log_probs=self._log_probs,
             experts=self._experts,
+            mesh=mesh,
         )
 
     def _new_group(self) -> Group:
-        return empty_group(self.config, self.rows, self.context, self._dtype, self.cache, experts=self._experts)
+        return empty_group(
+            self.config, self.rows, self.context, self._dtype, self.cache, experts=self._experts, mesh=self._mesh
+        )
 
     def _chunks(self, request: Request) -> int:
         return -(-len(request.prompt) // self.chunk)
@@ -188,9 +203,7 @@ class Engine:
     def _stream(self, requests: Sequence[Request], burst: int, partial: bool) -> Iterator[Event]:
         alike = first_alike(requests)
         waiting = deque(self._order(requests, alike))
-        state, group = self._new_slots(), self._new_group()
-        if self._mesh is not None:
-            state, group = place(state, self.config, self._mesh), place(group, self.config, self._mesh)
+        state, group = self._new_slots(self._mesh), self._new_group()
         held: dict[int, int] = {}  # first request with a prompt -> row of the group that holds it
         owners: dict[int, int] = {}  # slot -> request
         told: dict[int, int] = {}  # slot -> tokens reported
@@ -217,13 +230,16 @@ class Engine:
                 told.update(dict.fromkeys(slots, 0))
             target = enough() if waiting else self.slots
             state = self._decode(state, burst, target)
-            idle, counts = jax.device_get((state.idle, state.counts))
+            idle, counts = read((state.idle, state.counts), self._mesh)
             for slot, index in list(owners.items()):
                 if not idle[slot] and not partial:
                     continue
-                count = int(counts[slot])
-                tokens = tuple(np.asarray(state.tokens[slot])[:count].tolist())
-                finished = self._completion(state, slot, requests[index], tokens) if idle[slot] else None
+                count, finished = int(counts[slot]), None
+                if idle[slot]:
+                    finished = self._completion(state, slot, requests[index], count)
+                    tokens = finished.tokens
+                else:
+                    tokens = tuple(read_row(state.tokens, slot, self._mesh)[:count].tolist())
                 yield Event(index, tokens[told[slot] :], finished)
                 told[slot] = count
                 if finished is not None:
@@ -236,13 +252,13 @@ class Engine:
         tokens = np.zeros((self.rows, chunks * self.chunk), np.int32)
         for row, request in enumerate(members):
             tokens[row, : len(request.prompt)] = request.prompt
-        lengths = jnp.asarray([len(request.prompt) for request in members], jnp.int32)
+        lengths = np.asarray([len(request.prompt) for request in members], np.int32)
         for index in range(chunks):
             start = index * self.chunk
-            part = jnp.asarray(tokens[:, start : start + self.chunk])
+            part = tokens[:, start : start + self.chunk]
             with on_mesh(self._mesh):
                 group = prefill(
-                    self.params, self.config, group, part, jnp.int32(start), lengths, self.context, self.view
+                    self.params, self.config, group, part, np.int32(start), lengths, self.context, self.view
                 )
             if busy and index + 1 < chunks:
                 state = self._decode(state, STEPS_BETWEEN_CHUNKS, self.slots)
@@ -260,7 +276,7 @@ class Engine:
             [request.max_tokens for request in members],
             [request.seed % 2**31 for request in members],
         ]
-        admission = Admission(jnp.int32(len(members)), *jnp.asarray(numbers))
+        admission = Admission(np.int32(len(members)), *numbers)
         return admit(self.params, self.config, state, group, admission)
 
     def _decode(self, state: Slots, steps: int, idle_target: int) -> Slots:
@@ -271,17 +287,19 @@ class Engine:
                 state,
                 self._stops,
                 self.sampling,
-                jnp.int32(steps),
-                jnp.int32(idle_target),
+                np.int32(steps),
+                np.int32(idle_target),
                 self.view,
             )
 
-    def _completion(self, state: Slots, slot: int, request: Request, tokens: tuple[int, ...]) -> Generated:
-        log_probs = experts = None
-        if state.log_probs is not None:
-            log_probs = tuple(np.asarray(state.log_probs[slot])[: len(tokens)].tolist())
-        if state.experts is not None:
-            experts = np.asarray(state.experts[slot])[: len(request.prompt) + len(tokens) - 1]
+    def _completion(self, state: Slots, slot: int, request: Request, count: int) -> Generated:
+        """What a slot holds of a request that has ended after `count` tokens."""
+        row, log_probs, experts = read_row((state.tokens, state.log_probs, state.experts), slot, self._mesh)
+        tokens = tuple(row[:count].tolist())
+        if log_probs is not None:
+            log_probs = tuple(log_probs[:count].tolist())
+        if experts is not None:
+            experts = experts[: len(request.prompt) + count - 1].copy()  # the row is as long as the context
         return Generated(tokens, tokens[-1] not in self._stop_ids, log_probs, experts)
 
 
@@ -355,9 +373,9 @@ def chunk_tokens(context: int) -> int:
     return next(c for c in CHUNKS if context % c == 0 and (4 * c <= context or c == CHUNKS[-1]))
 
 
-def group_rows(chunk: int, slots: int) -> int:
-    """Rows that are prefilled together."""
-    return max(1, min(PREFILL_TOKENS // chunk, slots))
+def group_rows(chunk: int, slots: int, parts: int = 1) -> int:
+    """Rows that are prefilled together, on each of so many parts of a mesh."""
+    return min(max(1, PREFILL_TOKENS // chunk) * parts, slots)
 
 
 def check_request(request: Request, index: int, context: int) -> None:

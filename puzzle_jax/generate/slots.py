@@ -10,13 +10,14 @@ others run beside it: bit for bit on CPU in float32, where a matmul of fixed sha
 
 from __future__ import annotations
 
-from functools import partial
-from typing import NamedTuple, TypeVar
+from functools import lru_cache, partial
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from puzzle_jax.config import ModelConfig
@@ -71,6 +72,42 @@ class Slots(NamedTuple):
 State = TypeVar("State", Group, Slots)
 
 
+class Places(NamedTuple):
+    """Where a state's arrays live; all None without a mesh.
+
+    Attributes:
+      rows: of arrays with a row per slot, or per row of a group.
+      caches: of keys and values.
+      everywhere: of scales.
+    """
+
+    rows: NamedSharding | None = None
+    caches: NamedSharding | None = None
+    everywhere: NamedSharding | None = None
+
+    @staticmethod
+    def on(mesh: Mesh | None, rows: int, config: ModelConfig) -> Places:
+        """Rows over "data", key-value heads over "model", where these divide them."""
+        if mesh is None:
+            return Places()
+        data = "data" if rows % mesh.shape["data"] == 0 else None
+        model = "model" if config.num_kv_heads % mesh.shape["model"] == 0 else None
+        axes = PartitionSpec(data), PartitionSpec(data, model), PartitionSpec()
+        return Places(*(NamedSharding(mesh, each) for each in axes))
+
+    def of(self, state: State) -> State:
+        """A tree of shardings in the structure of a state, or of its shapes."""
+
+        def over(x: Any, sharding: NamedSharding | None) -> Any:
+            return jax.tree.map(lambda _: sharding, x)
+
+        caches: Any = [
+            LayerCache(self.caches, self.caches, *over((c.k_scale, c.v_scale), self.everywhere))  # type: ignore[arg-type]
+            for c in state.caches
+        ]
+        return over(state._replace(caches=[]), self.rows)._replace(caches=caches)
+
+
 class Admission(NamedTuple):
     """Which slot takes which row of a group; entry by entry.
 
@@ -82,12 +119,12 @@ class Admission(NamedTuple):
       limits, seeds: of the slot's own request.
     """
 
-    count: Int[Array, ""]
-    slots: Int[Array, "entries"]
-    rows: Int[Array, "entries"]
-    lengths: Int[Array, "entries"]
-    limits: Int[Array, "entries"]
-    seeds: Int[Array, "entries"]
+    count: Int[Array | np.ndarray, ""]
+    slots: Int[Array | np.ndarray, "entries"]
+    rows: Int[Array | np.ndarray, "entries"]
+    lengths: Int[Array | np.ndarray, "entries"]
+    limits: Int[Array | np.ndarray, "entries"]
+    seeds: Int[Array | np.ndarray, "entries"]
 
 
 def expert_id_dtype(config: ModelConfig) -> np.dtype:
@@ -96,19 +133,39 @@ def expert_id_dtype(config: ModelConfig) -> np.dtype:
 
 
 def _empty(
-    config: ModelConfig, rows: int, context: int, dtype: jnp.dtype, form: CacheFormat, experts: bool
+    config: ModelConfig, rows: int, context: int, dtype: jnp.dtype, form: CacheFormat, experts: bool, places: Places
 ) -> tuple[list[LayerCache], Array | None]:
-    caches = [init_cache(config, layer, rows, context, dtype, form) for layer in range(config.num_layers)]
+    caches = [
+        init_cache(config, layer, rows, context, dtype, form, sharding=places.caches)
+        for layer in range(config.num_layers)
+    ]
+    scales = _replicated([(c.k_scale, c.v_scale) for c in caches], places.everywhere)
+    caches = [LayerCache(c.k, c.v, *pair) for c, pair in zip(caches, scales, strict=True)]
     shape = (rows, context, config.num_layers, config.experts_per_token)
-    return caches, jnp.zeros(shape, expert_id_dtype(config)) if experts else None
+    return caches, jnp.zeros(shape, expert_id_dtype(config), device=places.rows) if experts else None
+
+
+def _replicated(tree: Any, everywhere: NamedSharding | None) -> Any:
+    """Arrays that every process has, on all devices of all processes."""
+    if everywhere is None:
+        return tree
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, everywhere, np.asarray(x).__getitem__), tree)
 
 
 def empty_group(
-    config: ModelConfig, rows: int, context: int, dtype: jnp.dtype, form: CacheFormat, *, experts: bool
+    config: ModelConfig,
+    rows: int,
+    context: int,
+    dtype: jnp.dtype,
+    form: CacheFormat,
+    *,
+    experts: bool,
+    mesh: Mesh | None = None,
 ) -> Group:
-    """A group of rows whose prompts are still to be run."""
-    caches, chosen = _empty(config, rows, context, dtype, form, experts)
-    return Group(caches, jnp.zeros((rows, config.hidden_size), dtype), chosen)
+    """A group of rows whose prompts are still to be run, made in place."""
+    places = Places.on(mesh, rows, config)
+    caches, chosen = _empty(config, rows, context, dtype, form, experts, places)
+    return Group(caches, jnp.zeros((rows, config.hidden_size), dtype, device=places.rows), chosen)
 
 
 def empty_slots(
@@ -120,39 +177,45 @@ def empty_slots(
     *,
     log_probs: bool,
     experts: bool,
+    mesh: Mesh | None = None,
 ) -> Slots:
-    """Idle slots."""
-    caches, chosen = _empty(config, slots, context, dtype, form, experts)
-    zeros = jnp.zeros(slots, jnp.int32)
+    """Idle slots, made in place: all together may be more than one device holds."""
+    places = Places.on(mesh, slots, config)
+    caches, chosen = _empty(config, slots, context, dtype, form, experts, places)
+    zeros = partial(jnp.zeros, device=places.rows)
     return Slots(
         caches=caches,
-        logits=jnp.zeros((slots, config.vocab_size), jnp.float32),
-        positions=zeros,
-        counts=zeros + 0,
-        limits=zeros + 0,
-        seeds=zeros + 0,
-        idle=jnp.ones(slots, bool),
-        tokens=jnp.zeros((slots, context), jnp.int32),
-        log_probs=jnp.zeros((slots, context), jnp.float32) if log_probs else None,
+        logits=zeros((slots, config.vocab_size), jnp.float32),
+        positions=zeros(slots, jnp.int32),
+        counts=zeros(slots, jnp.int32),
+        limits=zeros(slots, jnp.int32),
+        seeds=zeros(slots, jnp.int32),
+        idle=jnp.ones(slots, bool, device=places.rows),
+        tokens=zeros((slots, context), jnp.int32),
+        log_probs=zeros((slots, context), jnp.float32) if log_probs else None,
         experts=chosen,
     )
 
 
-def place(state: State, config: ModelConfig, mesh: Mesh) -> State:
-    """The state on a mesh: rows over "data", key-value heads over "model", where these divide them."""
+def read(arrays: Any, mesh: Mesh | None) -> Any:
+    """A tree of arrays that live on a mesh, whole and on the host; in all processes, which must all ask."""
+    return jax.device_get(arrays if mesh is None else _reader(mesh)(arrays))
 
-    def put(x: Array, heads: bool = False) -> Array:
-        rows = "data" if x.shape[0] % mesh.shape["data"] == 0 else None
-        cut_heads = heads and config.num_kv_heads % mesh.shape["model"] == 0
-        axes = PartitionSpec(rows, "model") if cut_heads else PartitionSpec(rows)
-        return jax.device_put(x, NamedSharding(mesh, axes))
 
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    caches = [
-        LayerCache(put(c.k, True), put(c.v, True), *jax.device_put((c.k_scale, c.v_scale), everywhere))
-        for c in state.caches
-    ]
-    return jax.tree.map(put, state._replace(caches=[]))._replace(caches=caches)
+def read_row(arrays: Any, row: int, mesh: Mesh | None) -> Any:
+    """One row of each array, likewise."""
+    return jax.device_get(_row_reader(mesh)(arrays, np.int32(row)))
+
+
+@lru_cache(maxsize=8)
+def _reader(mesh: Mesh) -> Any:
+    return jax.jit(lambda arrays: arrays, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
+@lru_cache(maxsize=8)
+def _row_reader(mesh: Mesh | None) -> Any:
+    everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    return jax.jit(lambda arrays, row: jax.tree.map(lambda x: x[row], arrays), out_shardings=everywhere)
 
 
 def _view_options(view: View | None, layers: int) -> dict[str, list[Array]]:
@@ -213,7 +276,7 @@ def admit(params: Params, config: ModelConfig, state: Slots, group: Group, admis
         meant = jnp.arange(admission.slots.shape[0]) < admission.count
         slots = jnp.where(meant, admission.slots, state.idle.shape[0])  # beyond the last slot, nothing is written
 
-        def write(old: Array, new: Array | int | bool) -> Array:
+        def write(old: Array, new: ArrayLike) -> Array:
             return old.at[slots].set(new, mode="drop")
 
         return state._replace(

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Sharding
 from jaxtyping import Array, Float, Int, Num
 
 from puzzle_jax.config import ModelConfig, cache_slots
@@ -55,12 +56,14 @@ def init_cache(
     context: int,
     compute: jnp.dtype | type,
     form: CacheFormat | None = None,
+    *,
+    sharding: Sharding | None = None,
 ) -> LayerCache:
-    """An empty cache of one layer."""
+    """An empty cache of one layer; keys and values are made where `sharding` says, not moved there."""
     form = form or CacheFormat()
     slots, dtype = cache_slots(config.blocks[layer].window, context), form.stored_dtype(compute)
-    k = jnp.zeros((batch, config.num_kv_heads, config.head_dim, slots), dtype)
-    v = jnp.zeros((batch, config.num_kv_heads, slots, config.head_dim), dtype)
+    k = jnp.zeros((batch, config.num_kv_heads, config.head_dim, slots), dtype, device=sharding)
+    v = jnp.zeros((batch, config.num_kv_heads, slots, config.head_dim), dtype, device=sharding)
     return LayerCache(k, v, *form.layer_scales(layer))
 
 

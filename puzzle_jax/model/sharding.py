@@ -1,10 +1,11 @@
 """Where parameters live on a mesh: one table from logical axes to mesh axes.
 
 Search and generation use a mesh of "data" (batch) and "model" (heads, experts, vocabulary), training one that has
-"sequence" (positions of a row) between them. A dimension that its mesh axis does not divide is replicated, so that
-every model runs on every mesh. Meshes use Auto axes: XLA inserts the collectives, but for attention over cut positions
-and the mixture of experts, which exchange heads and tokens by themselves where a program is traced `on_mesh`; see
-`kernels.window_attention.parallel` and `kernels.expert_mlp.parallel`.
+"sequence" (positions of a row) between them; `generation_mesh` turns this into that. A dimension that its mesh axis
+does not divide is replicated, so that every model runs on every mesh. Meshes use Auto axes: XLA inserts the
+collectives, but for attention over cut positions and the mixture of experts, which exchange heads and tokens by
+themselves where a program is traced `on_mesh`; see `kernels.window_attention.parallel` and
+`kernels.expert_mlp.parallel`.
 
 What a step reads once, master weights and optimiser state, is cut over all devices (FSDP, arXiv 2304.11277) and
 gathered by XLA where it is used: see `fully_sharded`.
@@ -78,6 +79,14 @@ def make_training_mesh(data: int, sequence: int, model: int, devices: Sequence[A
     return Mesh(grid, TRAINING_AXES, axis_types=(AxisType.Auto,) * len(TRAINING_AXES))
 
 
+def generation_mesh(mesh: Mesh) -> Mesh:
+    """The devices of a mesh as "data" x "model": who decodes has rows to cut, but no positions of a row."""
+    if mesh.axis_names == ("data", "model"):
+        return mesh
+    grid = mesh.devices.reshape(-1, mesh.shape["model"])
+    return Mesh(grid, ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
 def partition(spec: ParamSpec, config: ModelConfig, mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """The mesh axis of every dimension of one parameter.
 
@@ -94,15 +103,21 @@ def partition(spec: ParamSpec, config: ModelConfig, mesh: Mesh | AbstractMesh) -
 
 def shard_params(params: Params, config: ModelConfig, mesh: Mesh) -> Params:
     """Places parameters on the mesh; packed experts are cut along the expert axis."""
+    return jax.device_put(params, params_sharding(config, mesh))
 
-    def place(spec: ParamSpec, value: jax.Array | MXFP4) -> jax.Array | MXFP4:
+
+def params_sharding(config: ModelConfig, mesh: Mesh) -> Params:
+    """Where computation wants parameters: a tree of NamedSharding in the structure of `param_specs`.
+
+    There is one for both arrays of a packed matrix: experts are the first axis of packed and of dense ones, and no
+    other one is cut.
+    """
+
+    def place(spec: ParamSpec) -> NamedSharding:
         axes = partition(spec, config, mesh)
-        if isinstance(value, MXFP4):  # stored as [experts, outputs, ...]
-            experts = NamedSharding(mesh, PartitionSpec(axes[0]))
-            return MXFP4(jax.device_put(value.codes, experts), jax.device_put(value.scales, experts))
-        return jax.device_put(value, NamedSharding(mesh, axes))
+        return NamedSharding(mesh, PartitionSpec(axes[0]) if spec.axes[0] == "experts" else axes)
 
-    return jax.tree.map(place, param_specs(config), params, is_leaf=is_spec)
+    return jax.tree.map(place, param_specs(config), is_leaf=is_spec)
 
 
 def stacked_sharding(params: Params, config: ModelConfig, mesh: Mesh | AbstractMesh) -> Params:

@@ -21,24 +21,26 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from rich.console import Console
 
 from puzzle_jax.convert_hf.export import export_child
-from puzzle_jax.errors import ConfigError, PuzzleError
+from puzzle_jax.errors import PuzzleError
 from puzzle_jax.evaluate.accuracy import answer_questions
 from puzzle_jax.generate.batches import micro_batches as trace_batches
 from puzzle_jax.generate.calibrate import calibrate_cache
 from puzzle_jax.generate.traces import Trace
 from puzzle_jax.model.cache_format import KVScales
-from puzzle_jax.model.sharding import make_training_mesh, on_mesh
+from puzzle_jax.model.sharding import generation_mesh, make_training_mesh, on_mesh
 from puzzle_jax.model.spec import Params
+from puzzle_jax.processes import by_first
 from puzzle_jax.runs import open_run
-from puzzle_jax.tasks.judges import Judges
-from puzzle_jax.train import transcripts
 from puzzle_jax.train.checkpoints import Checkpoints, abstract_state
+from puzzle_jax.train.first_judges import FirstJudges
 from puzzle_jax.train.grpo_inputs import GrpoInputs
 from puzzle_jax.train.grpo_metrics import RunningReward, rollout_metrics
 from puzzle_jax.train.grpo_recipe import GrpoRecipe
+from puzzle_jax.train.grpo_transcripts import StepTranscripts
 from puzzle_jax.train.loop import CHECKPOINTS, EVALUATION, Job, Trained, train
 from puzzle_jax.train.objectives import Fixed
 from puzzle_jax.train.optimizer import make_optimizer
@@ -75,15 +77,15 @@ def grpo(recipe: GrpoRecipe, console: Console) -> Trained:
     Raises PuzzleError, before weights are read and anything is written, for whatever is wrong with what the recipe
     names, and where `recipe.out` holds something else. `RewardCollapse` comes after the best policy was written.
     """
-    if recipe.mesh.processes > 1:
-        raise ConfigError(f"mesh.processes is {recipe.mesh.processes}, but reinforcement learning runs in one process")
+    if jax.process_index():
+        console = Console(quiet=True)  # the first process tells of all
     inputs = GrpoInputs.open(recipe)
     mesh = None
-    if recipe.mesh.devices > 1:
+    if recipe.mesh.devices > 1 or recipe.mesh.processes > 1:
         mesh = make_training_mesh(recipe.mesh.data, recipe.mesh.sequence, recipe.mesh.model)
     reward = recipe.reward
-    with Judges(function=reward.function, time_limit=reward.time_limit, processes=reward.judges) as judges:
-        open_run(recipe.out, inputs.identity)
+    with FirstJudges(function=reward.function, time_limit=reward.time_limit, processes=reward.judges) as judges:
+        by_first("open the run", lambda: open_run(recipe.out, inputs.identity))
         trainer = Trainer(inputs, Placement(mesh), judges, console)
         try:
             trained = train(trainer.job(), recipe.loop, recipe.out, console)
@@ -108,15 +110,15 @@ class Trainer:
 
     inputs: GrpoInputs
     placement: Placement
-    judges: Judges
+    judges: FirstJudges
     console: Console
     running: RunningReward = field(init=False)
     _told: set[tuple[str, str]] = field(default_factory=set)
-    _begun: bool = False
 
     def __post_init__(self) -> None:
         watch = self.recipe.watch
         self.running = RunningReward(watch.collapse, watch.collapse_steps)
+        self.shown = StepTranscripts(self.recipe.out / TRANSCRIPTS, watch.transcripts, watch.transcript_groups)
         self.prompts = self.inputs.prompts()
 
     @property
@@ -147,8 +149,13 @@ class Trainer:
             seed=self.recipe.seed,
             experts=rollout.replay,
             cache=inputs.cache,
-            mesh=self.placement.mesh,
+            mesh=self.generation_mesh,
         )
+
+    @cached_property
+    def generation_mesh(self) -> Mesh | None:
+        """Of the sampler."""
+        return None if self.placement.mesh is None else generation_mesh(self.placement.mesh)
 
     @cached_property
     def update(self) -> PolicyUpdate:
@@ -203,17 +210,13 @@ class Trainer:
         Raises RewardCollapse, and PuzzleError when there is nothing left to ask.
         """
         number = int(state.step) + 1
-        if not self._begun:  # what an earlier process showed of steps that are made again
-            transcripts.drop_after(self.recipe.out / TRANSCRIPTS, number - 1)
-            self._begun = True
+        self.shown.begin(number)
         judged, seconds = self._answers(state.params, fixed, prompts, number)
         metrics = rollout_metrics(judged, self.recipe.reward.right) | seconds
         self._tell_silent()
         answers = learnable(judged, self.inputs.loss)
         state, learnt = self._learn(state, fixed, answers)
-        if self._due(number):
-            shown = self._transcripts(judged)
-            transcripts.write_transcripts(self.recipe.out / TRANSCRIPTS, number, shown)
+        self.shown.add(number, judged)
         if message := self.running.add(metrics["reward"]):
             raise RewardCollapse(f"step {number}: {message}; {self.recipe.out / CHILD} is the best policy before")
         return state._replace(step=state.step * 0 + number), metrics | learnt
@@ -285,34 +288,9 @@ class Trainer:
         if not old and not reference:
             return batch
         placed = self.placement.rows(batch)
-        return with_scores(batch, self.update.score(params, fixed, placed, old=old, reference=reference))
+        return with_scores(batch, on_host(self.update.score(params, fixed, placed, old=old, reference=reference)))
 
     # What people look at -------------------------------------------------------------------------------------------
-
-    def _due(self, number: int) -> bool:
-        every = self.recipe.watch.transcripts
-        return every > 0 and (number == 1 or number % every == 0)
-
-    def _transcripts(self, judged: Judged) -> list[transcripts.Transcript]:
-        shown = range(min(self.recipe.watch.transcript_groups, len(judged.groups)))
-        return [
-            transcripts.Transcript(
-                task=rollout.prompt.problem.task,
-                effort=rollout.prompt.effort,
-                prompt=rollout.prompt.problem.prompt,
-                answer=rollout.prompt.problem.answer,
-                analysis=rollout.answer.analysis,
-                final=rollout.answer.final,
-                reward=rollout.judgement.reward,
-                reason=rollout.judgement.reason,
-                advantage=float(judged.advantages[group, member]),
-                tokens=rollout.length,
-                truncated=rollout.generated.truncated,
-                group=group,
-            )
-            for group in shown
-            for member, rollout in enumerate(judged.groups[group])
-        ]
 
     def _tell_silent(self) -> None:
         """Says once of a task and effort that there is nothing to learn from it."""
@@ -332,7 +310,9 @@ class Trainer:
 
     def measure(self, trained: Params) -> dict[str, float]:
         """Of greedy answers: "accuracy", also by effort, "error", 1 - accuracy, and mean "tokens", also by effort."""
-        found = self._greedy(trained)
+        return self._measured(self._greedy(trained))
+
+    def _measured(self, found: Sequence[Trace]) -> dict[str, float]:
         efforts = self.inputs.questions.efforts
         by_effort = {effort: [trace for trace in found if trace.effort == effort] for effort in efforts}
         values: dict[str, float] = {}
@@ -353,7 +333,7 @@ class Trainer:
             max_tokens=inputs.limits,
             slots=self.recipe.rollout.slots,
             cache=inputs.cache,
-            mesh=self.placement.mesh,
+            mesh=self.generation_mesh,
         )
 
     # Export --------------------------------------------------------------------------------------------------------
@@ -369,25 +349,31 @@ class Trainer:
         return fresh if found is None else found.state
 
     def export(self, state: TrainState) -> None:
-        """Writes the policy."""
+        """Writes the policy, from the first process."""
         recipe, inputs = self.recipe, self.inputs
         kept = [list(range(block.num_experts)) for block in inputs.config.blocks]
-        evaluated = self.measure(state.params)
+        answers = self._greedy(state.params)
         provenance = {
             **(inputs.provenance or {"parent": str(recipe.model)}),
-            "grpo": [*inputs.provenance.get("grpo", []), self._record(int(state.step), evaluated)],
+            "grpo": [*inputs.provenance.get("grpo", []), self._record(int(state.step), self._measured(answers))],
         }
-        export_child(
-            recipe.model,
-            recipe.out / CHILD,
-            inputs.config,
-            kept,
-            provenance=provenance,
-            dense_delta=self.student.delta(on_host(state.params)),
-            kv_scales=self._cache_scales(state.params),
-            origin=inputs.origin,
-            replace=True,
-        )
+        scales = self._cache_scales(state.params, answers)
+        values = on_host(state.params)
+
+        def write() -> None:
+            export_child(
+                recipe.model,
+                recipe.out / CHILD,
+                inputs.config,
+                kept,
+                provenance=provenance,
+                dense_delta=self.student.delta(values),
+                kv_scales=scales,
+                origin=inputs.origin,
+                replace=True,
+            )
+
+        by_first("export the policy", write)
         self.console.print(f"policy of step {int(state.step)}: {recipe.out / CHILD}", highlight=False)
 
     def _record(self, step: int, evaluated: Mapping[str, float]) -> dict[str, Any]:
@@ -405,12 +391,10 @@ class Trainer:
             EVALUATION.rstrip("/"): dict(evaluated),
         }
 
-    def _cache_scales(self, trained: Params) -> KVScales:
-        """Of the policy's FP8 cache, on its own greedy answers."""
-        batches = trace_batches(
-            self._greedy(trained)[:: max(1, len(self.inputs.questions.questions()) // _CALIBRATION_ANSWERS)]
-        )
-        with on_mesh(self.placement.mesh):
+    def _cache_scales(self, trained: Params, answers: Sequence[Trace]) -> KVScales:
+        """Of the policy's FP8 cache, on its own answers."""
+        batches = trace_batches(answers[:: max(1, len(answers) // _CALIBRATION_ANSWERS)])
+        with on_mesh(self.generation_mesh):
             return calibrate_cache(self.sampler.params(self.resident, trained), self.inputs.config, batches)
 
 

@@ -31,18 +31,29 @@ from puzzle_jax.config import ModelConfig
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.generate.engine import SMALLEST_CONTEXT, chunk_tokens, group_rows, slot_context
 from puzzle_jax.generate.sampling import Sampling
-from puzzle_jax.generate.slots import Group, Slots, State, decode, empty_group, empty_slots, expert_id_dtype, place
+from puzzle_jax.generate.slots import (
+    Admission,
+    Group,
+    Places,
+    Slots,
+    State,
+    admit,
+    decode,
+    empty_group,
+    empty_slots,
+    expert_id_dtype,
+    prefill,
+)
 from puzzle_jax.kernels.mxfp4 import MXFP4
 from puzzle_jax.model.cache_format import CacheFormat
 from puzzle_jax.model.child import whole
-from puzzle_jax.model.sharding import make_training_mesh, on_mesh, rows_sharding
+from puzzle_jax.model.sharding import generation_mesh, make_training_mesh, on_mesh, params_sharding, rows_sharding
 from puzzle_jax.model.spec import Params
 from puzzle_jax.model.stacked import StackedMXFP4, one_layer, unstack_params
 from puzzle_jax.train.grpo_recipe import GrpoRecipe
 from puzzle_jax.train.objectives import Fixed
 from puzzle_jax.train.optimizer import make_optimizer
 from puzzle_jax.train.plan import (
-    COMPILER,
     DTYPE,
     STEPS,
     Extra,
@@ -108,7 +119,12 @@ class PlannedPolicy:
     @property
     def group_rows(self) -> int:
         """Rows whose prompts are run together."""
-        return group_rows(chunk_tokens(self.context), self.recipe.rollout.slots)
+        return group_rows(chunk_tokens(self.context), self.recipe.rollout.slots, self.row_parts)
+
+    @property
+    def row_parts(self) -> int:
+        """Parts of the mesh that slots are dealt to."""
+        return self.recipe.mesh.data * self.recipe.mesh.sequence
 
     @property
     def cache(self) -> CacheFormat:
@@ -241,40 +257,60 @@ def _learning(run: PlannedPolicy, held: Held, mesh: Mesh | None) -> dict[str, Ph
 
 
 def _rollout(run: PlannedPolicy, held: Held, mesh: Mesh | None) -> PhaseMemory:
-    params, state = abstract_sampler(run, held, mesh), abstract_slots(run, mesh)
-    number, stops = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.int32)
-
-    # A function of its own, so that no program of the sampler's, traced before or later, is taken for this one.
-    def steps(params: Params, state: Slots, stops: Any, steps: Any, idle: Any) -> Slots:
-        params = one_layer(params)
-        return decode.__wrapped__(params, run.config, state, stops, Sampling(1.0), steps, idle, None)  # type: ignore[attr-defined]
-
-    with on_mesh(mesh), kernel_shapes():
-        lowered = jax.jit(steps, donate_argnums=1).lower(params, state, stops, number, number)
+    params, state, group = abstract_sampler(run, held, mesh), abstract_slots(run, mesh), abstract_group(run, mesh)
+    lowered = _sampling(run, mesh, params, state, group)
     return replace(
         held.memory,
         copy=device_bytes(params),
         caches=device_bytes(state.caches),
         slots=device_bytes(state._replace(caches=[])),
-        group=device_bytes(abstract_group(run, mesh)),
-        temporaries=bytes_beside(lowered),
+        group=device_bytes(group),
+        temporaries=max(map(bytes_beside, lowered)),
         decoded=_decoded(run),
     )
 
 
+def _sampling(run: PlannedPolicy, mesh: Mesh | None, params: Params, state: Slots, group: Group) -> list[Any]:
+    """The sampler's programs: prompts are run, slots are given, answers are decoded."""
+    config, chunk = run.config, chunk_tokens(run.context)
+
+    # Functions of their own, so that no program of the sampler's, traced before or later, is taken for one of these.
+    def prompts(params: Params, group: Group, tokens: Any, start: Any, lengths: Any) -> Group:
+        return prefill.__wrapped__(one_layer(params), config, group, tokens, start, lengths, run.context, None)  # type: ignore[attr-defined]
+
+    def given(params: Params, state: Slots, group: Group, admission: Any) -> Slots:
+        return admit.__wrapped__(one_layer(params), config, state, group, Admission(*admission))  # type: ignore[attr-defined]
+
+    def steps(params: Params, state: Slots, stops: Any, steps: Any, idle: Any) -> Slots:
+        return decode.__wrapped__(one_layer(params), config, state, stops, Sampling(1.0), steps, idle, None)  # type: ignore[attr-defined]
+
+    def numbers(*shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+    rows, slots = run.group_rows, run.recipe.rollout.slots
+    entries = (numbers(), *[numbers(slots)] * (len(Admission._fields) - 1))
+    with on_mesh(mesh and generation_mesh(mesh)), kernel_shapes():
+        return [
+            jax.jit(prompts, donate_argnums=1).lower(params, group, numbers(rows, chunk), numbers(), numbers(rows)),
+            jax.jit(given, donate_argnums=1).lower(params, state, group, entries),
+            jax.jit(steps, donate_argnums=1).lower(params, state, numbers(2), numbers(), numbers()),
+        ]
+
+
 def abstract_sampler(run: PlannedPolicy, held: Held, mesh: Mesh | None) -> Params:
-    """The policy's weights as `rollouts.Sampler` lays them apart, where XLA puts them; packed experts as
-    `StackedMXFP4`, which takes what has no values."""
+    """The policy's weights as `rollouts.Sampler` lays them apart, in place; packed experts as `StackedMXFP4`, which
+    takes what has no values."""
     student = run.student
 
     def apart(resident: Params, trained: Params) -> Params:
         params = unstack_params(student.params(resident, trained), student.runs)
         return jax.tree.map(_as_tuple, params, is_leaf=lambda node: isinstance(node, MXFP4))
 
-    given = held.resident, held.state.params
-    with on_mesh(mesh):
-        program, shapes = jax.jit(apart).lower(*given), jax.eval_shape(apart, *given)
-    return shapes if mesh is None else in_place(shapes, program.compile(compiler_options=COMPILER).output_shardings)
+    shapes = jax.eval_shape(apart, held.resident, held.state.params)
+    if mesh is None:
+        return shapes
+    where = params_sharding(run.config, generation_mesh(mesh))
+    return jax.tree.map(lambda sharding, part: in_place(part, jax.tree.map(lambda _: sharding, part)), where, shapes)
 
 
 def _as_tuple(node: Any) -> Any:
@@ -282,34 +318,33 @@ def _as_tuple(node: Any) -> Any:
 
 
 def abstract_slots(run: PlannedPolicy, mesh: Mesh | None) -> Slots:
-    """All slots, where `generate.slots.place` puts them."""
-    rollout = run.recipe.rollout
+    """All slots, where `generate.slots.empty_slots` makes them."""
+    rollout, dtype = run.recipe.rollout, jnp.dtype(DTYPE)
 
-    def empty(config: ModelConfig, context: int) -> Slots:
-        dtype, experts = jnp.dtype(DTYPE), rollout.replay
-        return empty_slots(config, rollout.slots, context, dtype, run.cache, log_probs=True, experts=experts)
+    def empty() -> Slots:
+        return empty_slots(
+            run.config, rollout.slots, run.context, dtype, run.cache, log_probs=True, experts=rollout.replay
+        )
 
-    return _placed(run, mesh, empty)
+    return _placed(run, mesh, rollout.slots, empty)
 
 
 def abstract_group(run: PlannedPolicy, mesh: Mesh | None) -> Group:
     """Rows whose prompts are run together, likewise."""
+    rollout, dtype = run.recipe.rollout, jnp.dtype(DTYPE)
 
-    def empty(config: ModelConfig, context: int) -> Group:
-        dtype, experts = jnp.dtype(DTYPE), run.recipe.rollout.replay
-        return empty_group(config, run.group_rows, context, dtype, run.cache, experts=experts)
+    def empty() -> Group:
+        return empty_group(run.config, run.group_rows, run.context, dtype, run.cache, experts=rollout.replay)
 
-    return _placed(run, mesh, empty)
+    return _placed(run, mesh, run.group_rows, empty)
 
 
-def _placed(run: PlannedPolicy, mesh: Mesh | None, empty: Callable[[ModelConfig, int], State]) -> State:
-    """What `empty` makes for a model and a context, in place: that is found by placing one that has as many rows and
-    heads, and else as little as can be."""
-    shapes = jax.eval_shape(lambda: empty(run.config, run.context))
+def _placed(run: PlannedPolicy, mesh: Mesh | None, rows: int, empty: Callable[[], State]) -> State:
+    """What `empty` makes of so many rows, without values, in place."""
+    shapes = jax.eval_shape(empty)
     if mesh is None:
         return shapes
-    small = place(empty(replace(run.config, vocab_size=1, hidden_size=1, head_dim=2), 1), run.config, mesh)
-    return in_place(shapes, jax.tree.map(lambda leaf: leaf.sharding, small))
+    return in_place(shapes, Places.on(generation_mesh(mesh), rows, run.config).of(shapes))
 
 
 def _decoded(run: PlannedPolicy) -> int:

@@ -64,7 +64,8 @@ def slot_cache_bytes(run: PlannedPolicy) -> int:
 
 
 def caches_on_device(run: PlannedPolicy, rows: int) -> int:
-    """Of so many rows, but for scales: rows over "data", heads over "model", where these divide them."""
+    """Of so many rows, but for scales: rows over "data" and "sequence", heads over "model", where these divide
+    them."""
     model, heads = run.recipe.mesh.model, run.config.num_kv_heads
     return _rows_on_device(run, rows) * slot_cache_bytes(run) // (model if heads % model == 0 else 1)
 
@@ -77,8 +78,8 @@ def slots_on_device(run: PlannedPolicy) -> int:
 
 
 def _rows_on_device(run: PlannedPolicy, rows: int) -> int:
-    data = run.recipe.mesh.data
-    return rows // data if rows % data == 0 else rows
+    parts = run.row_parts
+    return rows // parts if rows % parts == 0 else rows
 
 
 def _expert_bytes(run: PlannedPolicy) -> int:
@@ -107,7 +108,7 @@ def changes(run: PlannedPolicy, found: Mapping[str, PhaseMemory], phase: str, li
         "smaller micro-batches, more of them": _fewer_rows,
         "shorter rows and answers": _shorter,
         "more devices, each with fewer rows and slots": lambda run: _more_devices(run, "data"),
-        "more devices, each with a part of every row": lambda run: _more_devices(run, "sequence"),
+        "more devices, each with a part of every row and fewer slots": lambda run: _more_devices(run, "sequence"),
         "more devices, each with fewer experts and heads": lambda run: _more_devices(run, "model"),
     }
     changes = []
@@ -177,9 +178,9 @@ def _with(run: PlannedPolicy, **sections: Mapping[str, Any]) -> PlannedPolicy:
 
 
 def _fewer_slots(run: PlannedPolicy) -> Iterator[PlannedPolicy]:
-    """By as many as the data axis has devices."""
-    data = run.recipe.mesh.data
-    for slots in range((run.recipe.rollout.slots - 1) // data * data, 0, -data):
+    """By as many as there are parts of the mesh that hold some."""
+    parts = run.row_parts
+    for slots in range((run.recipe.rollout.slots - 1) // parts * parts, 0, -parts):
         yield _with(run, rollout={"slots": slots})
 
 

@@ -20,11 +20,12 @@ from jax.sharding import Mesh
 
 from puzzle_jax.generate import Generated, Request, generate
 from puzzle_jax.model.cache_format import CacheFormat
-from puzzle_jax.model.sharding import on_mesh
+from puzzle_jax.model.sharding import params_sharding
 from puzzle_jax.model.spec import Params
 from puzzle_jax.model.stacked import unstack_params
 from puzzle_jax.tasks import Chat
-from puzzle_jax.tasks.judges import Answer, Judgement, Judges
+from puzzle_jax.tasks.judges import Answer, Judgement
+from puzzle_jax.train.first_judges import FirstJudges
 from puzzle_jax.train.prompts import Prompt
 from puzzle_jax.train.student import Student
 
@@ -67,12 +68,12 @@ class Sampler:
       seed: of sampling.
       experts: whether chosen experts are kept.
       cache: how the sampler keeps keys and values.
-      mesh: where programs run.
+      mesh: of "data" and "model" (`model.sharding.generation_mesh`), over all devices of training.
     """
 
     student: Student
     chat: Chat
-    judges: Judges
+    judges: FirstJudges
     group: int
     max_tokens: dict[str, int]
     slots: int = 64
@@ -83,8 +84,7 @@ class Sampler:
 
     def params(self, resident: Params, trained: Params) -> Params:
         """The policy's parameters, a layer at a time, as generation reads them."""
-        with on_mesh(self.mesh):
-            return self._laid_apart(resident, trained)
+        return self._laid_apart(resident, trained)
 
     def tokens(self, prompt: Prompt) -> tuple[int, ...]:
         """A prompt as it is rendered."""
@@ -139,4 +139,9 @@ class Sampler:
     @cached_property
     def _laid_apart(self) -> Any:
         student = self.student
-        return jax.jit(lambda resident, trained: unstack_params(student.params(resident, trained), student.runs))
+        where = None if self.mesh is None else params_sharding(student.config, self.mesh)
+
+        def lay_apart(resident: Params, trained: Params) -> Params:
+            return unstack_params(student.params(resident, trained), student.runs)
+
+        return jax.jit(lay_apart, out_shardings=where)

@@ -3,7 +3,6 @@
 import os
 import random
 import shutil
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -314,37 +313,12 @@ def test_a_padded_child_stays_padded(directory, origin, tmp_path, monkeypatch):
 # Several processes
 
 
-def in_processes(count: int, *command: str, flags: str = "") -> list[subprocess.CompletedProcess]:
-    """A distillation that is started once per process, as on several hosts with a device each."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_ADDRESS": address}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "puzzle_jax.train", "distill", *command, "--mesh.processes", str(count)],
-            env={**environment, "JAX_PROCESS_ID": str(index)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(count)
-    ]
-    said = [process.communicate(timeout=300) for process in processes]
-    return [
-        subprocess.CompletedProcess([], process.returncode, *texts)
-        for process, texts in zip(processes, said, strict=True)
-    ]
-
-
-# Compilation is most of what such a test costs; nothing of this changes values by more than rounding.
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 SIMPLE = {"remat": "false", "loss__token_chunk": 2 * LENGTH, "loss__vocab_chunk": CONFIG.vocab_size}
 
 
 def test_two_processes_train_what_one_does(directory, finished, tmp_path):
     out = tmp_path / "run"
-    ended = in_processes(2, *arguments(directory, out, mesh__data=2, **SIMPLE), flags=QUICK)
+    ended = in_processes(2, "distill", *arguments(directory, out, mesh__data=2, **SIMPLE), flags=QUICK)
     assert [process.returncode for process in ended] == [0, 0], [process.stderr for process in ended]
     assert ["child: " in process.stderr for process in ended] == [True, False]  # one tells of both
     for line, of_one in zip(metrics(out), metrics(finished), strict=True):
@@ -360,7 +334,7 @@ def test_two_processes_train_what_one_does(directory, finished, tmp_path):
 def test_processes_are_refused_together(directory, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("years of work")
-    ended = in_processes(2, *arguments(directory, tmp_path / "run", mesh__data=2))
+    ended = in_processes(2, "distill", *arguments(directory, tmp_path / "run", mesh__data=2))
     assert [process.returncode for process in ended] == [2, 2], [process.stderr for process in ended]
     assert all("holds files that are no run's (thesis.txt)" in process.stderr for process in ended)
 
@@ -370,7 +344,7 @@ def test_a_mesh_of_eight_devices_and_packed_experts_train_what_one_does(director
     """In a process of its own, where shapes are not checked: JAX puts other things in the place of packed arrays."""
     options = {"mesh__data": 2, "mesh__sequence": 2, "mesh__model": 2, "packed": "true"}
     flags = f"{QUICK} --xla_force_host_platform_device_count=8"
-    (ended,) = in_processes(1, *arguments(directory, tmp_path / "run", **options), flags=flags)
+    (ended,) = in_processes(1, "distill", *arguments(directory, tmp_path / "run", **options), flags=flags)
     assert ended.returncode == 0, ended.stderr
     for line, of_one in zip(metrics(tmp_path / "run"), metrics(finished), strict=True):
         assert line == pytest.approx(of_one, rel=1e-4)

@@ -21,9 +21,9 @@ from puzzle_jax.convert_hf.child_of import open_child
 from puzzle_jax.convert_hf.load import load_checkpoint
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.report.training import SECTIONS
-from puzzle_jax.tasks.judges import Judges
 from puzzle_jax.train.__main__ import main
 from puzzle_jax.train.checkpoints import Checkpoints, Record, ocp
+from puzzle_jax.train.first_judges import FirstJudges
 from puzzle_jax.train.grpo import Trainer, grpo
 from puzzle_jax.train.grpo_command import parse_recipe
 from puzzle_jax.train.grpo_inputs import GrpoInputs
@@ -31,6 +31,7 @@ from puzzle_jax.train.placement import Placement
 from puzzle_jax.train.policy_update import PolicyUpdate
 from puzzle_jax.train.step import TrainState
 from puzzle_jax.train.transcripts import Transcript
+from tests.train.in_processes import QUICK, in_processes
 from tests.train.toy_grpo import BLOCKS, KEPT, RIGHT, arguments, make, metrics, record, stored, write_prompts
 
 GROUP, PROMPTS, STEPS = 6, 4, 5
@@ -162,10 +163,11 @@ def test_models_without_a_record_or_a_parent_in_it(directory, tmp_path, monkeypa
     shutil.copytree(directory / "model", tmp_path / "orphan")
     path = tmp_path / "orphan" / "provenance.json"
     path.write_text(json.dumps({"kept_experts": KEPT, "windows": [16, 24], "trained": ["head"]}))
-    monkeypatch.setattr(Trainer, "measure", lambda self, trained: {"accuracy": 0.25})
-    monkeypatch.setattr(Trainer, "_cache_scales", lambda self, trained: None)
+    monkeypatch.setattr(Trainer, "_greedy", lambda self, trained: [])
+    monkeypatch.setattr(Trainer, "_measured", lambda self, answers: {"accuracy": 0.25})
+    monkeypatch.setattr(Trainer, "_cache_scales", lambda self, trained, answers: None)
     found = []
-    with Judges() as judges:
+    with FirstJudges() as judges:
         for name, model in (("parent", directory / "parent"), ("orphan", tmp_path / "orphan")):
             recipe = parse_recipe(arguments(directory, tmp_path / f"of-{name}", model=model), "test")
             trainer = Trainer(GrpoInputs.open(recipe), Placement(), judges, Console(quiet=True))
@@ -439,9 +441,45 @@ def test_a_reward_that_collapses_ends_the_run_with_the_best_policy_before(direct
 def test_a_mesh_of_eight_devices_trains_what_one_does(directory, finished, tmp_path):
     options = {"mesh__data": 2, "mesh__sequence": 2, "mesh__model": 2}
     assert main(["grpo", *arguments(directory, tmp_path / "run", **options)]) == 0
-    for line, of_one in zip(metrics(tmp_path / "run"), metrics(finished), strict=True):
+    trained_alike(tmp_path / "run", finished)
+
+
+def test_two_processes_train_what_one_does(directory, finished, tmp_path):
+    """Rewards are the first process's, and only its."""
+    reward = tmp_path / "reward.py"
+    reward.write_text(
+        "import os, pathlib\n"
+        "def judge(answer, score):\n"
+        f"    pathlib.Path({str(tmp_path)!r}, f'judged-for-{{os.getppid()}}').touch()\n"
+        "    return score()\n"
+    )
+    out = tmp_path / "run"
+    command = arguments(directory, out, mesh__data=2, reward__function=f"{reward}:judge")
+    ended = in_processes(2, "grpo", *command, flags=QUICK)
+    assert [process.returncode for process in ended] == [0, 0], [process.stderr for process in ended]
+    assert ["policy of step" in process.stderr for process in ended] == [True, False]  # one tells of both
+    assert len(list(tmp_path.glob("judged-for-*"))) == 1
+    trained_alike(out, finished)
+    for mine, others in zip(shown(out, 4), shown(finished, 4), strict=True):
+        assert (mine.prompt, mine.final, mine.reward) == (others.prompt, others.final, others.reward)
+
+
+@pytest.mark.slow
+def test_a_bad_reward_function_is_refused_in_all_processes(directory, tmp_path):
+    reward = tmp_path / "reward.py"
+    reward.write_text("raise OSError('no such judge')")
+    command = arguments(directory, tmp_path / "run", mesh__data=2, reward__function=f"{reward}:judge")
+    ended = in_processes(2, "grpo", *command)
+    assert [process.returncode for process in ended] == [2, 2], [process.stderr for process in ended]
+    assert all("no such judge" in process.stderr for process in ended)
+    assert not (tmp_path / "run").exists()
+
+
+def trained_alike(out: Path, finished: Path) -> None:
+    """Up to rounding that other shapes bring."""
+    for line, of_one in zip(metrics(out), metrics(finished), strict=True):
         assert line == pytest.approx(of_one, rel=2e-3, abs=1e-5)
-    child, of_one = stored(tmp_path / "run" / "child"), stored(finished / "child")
+    child, of_one = stored(out / "child"), stored(finished / "child")
     for name in of_one:
         if name in frozen(of_one):
             assert child[name].tobytes() == of_one[name].tobytes(), name

@@ -97,10 +97,6 @@ def inputs(directory: Path, **changes) -> GrpoInputs:
         ({"mesh__sequence": 7}, "update.row_length is 60, but must be a multiple of mesh.sequence (7)"),
         ({"mesh__model": 99}, "needs 99 devices, but 8 are present"),
         ({"mesh__processes": 2}, "mesh has 1 devices (data x sequence x model), but must have a multiple of"),
-        (
-            {"mesh__data": 2, "mesh__processes": 2},
-            "mesh.processes is 2, but reinforcement learning runs in one process",
-        ),
     ],
 )
 def test_bad_settings_are_one_sentence_before_weights_are_read(directory, tmp_path, capsys, changes, message):

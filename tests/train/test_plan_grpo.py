@@ -15,13 +15,14 @@ import pytest
 from puzzle_jax.convert_hf.config_json import QUANTIZATION, write_config
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.generate import Generated, Request, engine
-from puzzle_jax.generate.slots import empty_group, empty_slots, place
+from puzzle_jax.generate.slots import empty_group, empty_slots
 from puzzle_jax.model.cache_format import FLOAT8, CacheFormat
+from puzzle_jax.model.sharding import generation_mesh
 from puzzle_jax.tasks import Chat
-from puzzle_jax.tasks.judges import Judges
 from puzzle_jax.train import plan_grpo_command
 from puzzle_jax.train.__main__ import main
 from puzzle_jax.train.distill_recipe import MeshSettings
+from puzzle_jax.train.first_judges import FirstJudges
 from puzzle_jax.train.grpo_command import parse_recipe
 from puzzle_jax.train.grpo_recipe import GrpoRecipe, RolloutSettings, UpdateSettings
 from puzzle_jax.train.optimizer import OptimizerSettings
@@ -136,20 +137,20 @@ def test_extras_follow_the_recipe():
     assert names(with_fields(ALONE, update={"reference": True})) == always | {"experts", "reference"}
 
 
-def test_slots_are_where_generation_puts_them(found, mesh):
-    slots = empty_slots(PARENT, 4, 256, jnp.dtype(DTYPE), CacheFormat(), log_probs=True, experts=True)
-    real = place(slots, PARENT, mesh)
+def test_slots_are_where_generation_makes_them(found, mesh):
+    made, dtype = generation_mesh(mesh), jnp.dtype(DTYPE)
+    real = empty_slots(PARENT, 4, 256, dtype, CacheFormat(), log_probs=True, experts=True, mesh=made)
     planned = abstract_slots(RUN, mesh)
     for one, other in zip(jax.tree.leaves(planned), jax.tree.leaves(real), strict=True):
         assert (one.shape, one.dtype, one.sharding) == (other.shape, other.dtype, other.sharding)
     assert found["rollout"].caches == first_part(real.caches)
     assert found["rollout"].slots == first_part(real._replace(caches=[]))
-    # Two rows on each data device, three of six heads on each model device.
-    assert found["rollout"].caches == caches_on_device(RUN, 4) == 2 * CACHED * 2 * 3 * 6 * 2
+    # One row on each of 2 x 2 parts, three of six heads on each model device.
+    assert found["rollout"].caches == caches_on_device(RUN, 4) == 1 * CACHED * 2 * 3 * 6 * 2
     assert 0 < found["rollout"].slots - slots_on_device(RUN) < 100  # counters and limits
     assert RUN.group_rows == 4
-    group = empty_group(PARENT, 4, 256, jnp.dtype(DTYPE), CacheFormat(), experts=True)
-    assert found["rollout"].group == first_part(place(group, PARENT, mesh))
+    group = empty_group(PARENT, 4, 256, dtype, CacheFormat(), experts=True, mesh=made)
+    assert found["rollout"].group == first_part(group)
 
 
 def test_caches_are_the_engines():
@@ -177,9 +178,9 @@ def test_contexts_are_those_that_generation_picks(monkeypatch, length, context):
 @pytest.mark.parametrize(
     ("rollout", "caches"),
     [
-        ({"slots": 8}, 4 * CACHED * 2 * 3 * 6 * 2),
-        ({"slots": 5}, 5 * CACHED * 2 * 3 * 6 * 2),  # whole: two devices do not divide them
-        ({"cache": FLOAT8}, 2 * CACHED * 2 * 3 * 6),
+        ({"slots": 8}, 2 * CACHED * 2 * 3 * 6 * 2),
+        ({"slots": 6}, 6 * CACHED * 2 * 3 * 6 * 2),  # whole: four parts do not divide them
+        ({"cache": FLOAT8}, 1 * CACHED * 2 * 3 * 6),
     ],
 )
 def test_more_slots_have_more_caches_and_bytes_half_of_them(mesh, rollout, caches):
@@ -207,7 +208,9 @@ def test_weights_are_laid_apart_as_the_sampler_does(found, mesh):
     assert held.memory.experts + held.memory.resident == first_part(resident)
     assert held.memory.masters == first_part(trained)
     assert found["update"].sums - held.memory.masters < 100  # scalars
-    sampler = Sampler(student, Mock(spec=Chat), Mock(spec=Judges), group=4, max_tokens={"high": 24}, mesh=mesh)
+    sampler = Sampler(
+        student, Mock(spec=Chat), Mock(spec=FirstJudges), group=4, max_tokens={"high": 24}, mesh=generation_mesh(mesh)
+    )
     real = sampler.params(resident, trained)
     planned = abstract_sampler(RUN, held, mesh)
     assert [leaf.shape for leaf in jax.tree.leaves(planned)] == [leaf.shape for leaf in jax.tree.leaves(real)]
@@ -286,7 +289,11 @@ def test_estimates_scale_what_each_axis_cuts():
     twice = estimated(RUN, before, with_fields(mesh={"model": 4}))
     # Four devices do not divide six heads, so that caches get larger.
     assert (twice["rollout"].copy, twice["rollout"].caches, twice["rollout"].experts) == (250, 4000, 200)
-    more = estimated(RUN, before, with_fields(mesh={"data": 4}))
+    run = with_fields(rollout={"slots": 8})
+    for axis in ("data", "sequence"):
+        more = estimated(run, before, with_fields(run, mesh={axis: 4}))
+        assert (more["rollout"].caches, more["rollout"].temporaries, more["rollout"].copy) == (1000, 500, 500)
+    more = estimated(run, before, with_fields(run, mesh={"data": 4}))
     assert (more["rollout"].caches, more["rollout"].temporaries, more["rollout"].copy) == (1000, 500, 500)
     assert (more["apply"].sums, more["apply"].masters, more["apply"].temporaries) == (42, 40, 30)
     assert more["update"].temporaries < 200_000 < before["update"].temporaries
@@ -298,8 +305,9 @@ def test_changes_are_the_least_with_which_a_phase_fits():
     given = sizes(scale=100)
     would = {change.what: change.run for change in changes(run, given, "rollout", 270_000)}
     assert would == {
-        "fewer slots": with_fields(run, rollout={"slots": 14}),
+        "fewer slots": with_fields(run, rollout={"slots": 12}),
         "more devices, each with fewer rows and slots": with_fields(run, mesh={"data": 4}),
+        "more devices, each with a part of every row and fewer slots": with_fields(run, mesh={"sequence": 4}),
     }
     would = {change.what: change.run for change in changes(run, given, "update", 250_000)}
     half = {"update": {"row_length": 18}, "rollout": {"max_tokens": {"high": 12}}}
