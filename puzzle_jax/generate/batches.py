@@ -16,6 +16,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from puzzle_jax.generate.traces import Trace
 
+_STEP = 64  # that lengths of batches are multiples of
+
 
 class MicroBatch(NamedTuple):
     """Traces of similar length, padded on the right.
@@ -59,10 +61,15 @@ def micro_batches(
     for length, members in sorted(groups.items()):
         # The last group need not be as long as the next power of two.
         most = max(longest, *(len(t.prompt) + len(t.completion) for _, t in members))
-        length = min(length, -(-most // 64) * 64)
-        rows = max(1, tokens_per_batch // length)
+        rows, length = longest_batch(min(length, most), tokens_per_batch)
         batches += [_pad(members[i : i + rows], rows, length, weights) for i in range(0, len(members), rows)]
     return batches
+
+
+def longest_batch(tokens: int, tokens_per_batch: int = 4096) -> tuple[int, int]:
+    """Rows and positions of a batch whose longest trace has so many tokens, where none is longer."""
+    length = -(-tokens // _STEP) * _STEP
+    return max(1, tokens_per_batch // length), length
 
 
 def _pad(members: Sequence[tuple[int, Trace]], rows: int, length: int, weights: Mapping[str, float]) -> MicroBatch:

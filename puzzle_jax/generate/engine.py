@@ -45,7 +45,7 @@ from puzzle_jax.model.spec import Params
 
 CHUNKS = (512, 256, 128, 64)  # tokens of a prompt that are prefilled at once; contexts are multiples of the last
 PREFILL_TOKENS = 1024  # of a group's rows in one chunk, on one part of a mesh
-SMALLEST_CONTEXT = 256
+SMALLEST_CONTEXT, LONG_CONTEXT = 256, 8192
 BURST = 64  # decode steps between two looks at who has finished
 STEPS_BETWEEN_CHUNKS = 4
 
@@ -276,7 +276,7 @@ class Engine:
             [request.max_tokens for request in members],
             [request.seed % 2**31 for request in members],
         ]
-        admission = Admission(np.int32(len(members)), *numbers)
+        admission = Admission(np.asarray(len(members), np.int32), *numbers)
         return admit(self.params, self.config, state, group, admission)
 
     def _decode(self, state: Slots, steps: int, idle_target: int) -> Slots:
@@ -319,7 +319,7 @@ def generate(
     experts: bool = False,
     on_finish: Callable[[int, Generated], None] | None = None,
 ) -> list[Generated]:
-    """Completes every request, each in an engine whose context is the power of two that its own length needs.
+    """Completes every request, each in an engine of the context that its own length needs (`own_context`).
 
     Args are those of `Engine`; requests may come in any order and answers come back in the same, while
     `on_finish(index, completion)` is called as each ends.
@@ -331,7 +331,7 @@ def generate(
     by_context: dict[int, list[int]] = defaultdict(list)
     for index, request in enumerate(requests):
         check_request(request, index, config.max_position)
-        by_context[_own_context(request, config)].append(index)
+        by_context[own_context(len(request.prompt) + request.max_tokens, config)].append(index)
     results: dict[int, Generated] = {}
     for context, members in sorted(by_context.items()):
         engine = Engine(
@@ -391,8 +391,15 @@ def check_request(request: Request, index: int, context: int) -> None:
         )
 
 
-def _own_context(request: Request, config: ModelConfig) -> int:
+def own_context(tokens: int, config: ModelConfig) -> int:
+    """The context that a request of so many tokens, prompt and answer, gets from `generate`.
+
+    Few different ones, since each is a set of programs: powers of two, and for long requests, whose caches would be
+    much larger than they need, the quarters between them.
+    """
     context = SMALLEST_CONTEXT
-    while context < len(request.prompt) + request.max_tokens:
+    while context < tokens:
         context *= 2
+    if context > LONG_CONTEXT:
+        context = next(c for c in range(context * 5 // 8, context + 1, context // 8) if c >= tokens)
     return min(context, config.max_position)

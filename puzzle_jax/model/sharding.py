@@ -190,6 +190,13 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
+def spread_rows(batch: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """A batch with its rows over the data axis, where there is a mesh and they divide by it."""
+    if mesh is None or batch.shape[0] % mesh.shape["data"]:
+        return batch
+    return jax.device_put(batch, batch_sharding(mesh))
+
+
 def rows_sharding(mesh: Mesh) -> NamedSharding:
     """Of [rows, positions] on a training mesh: rows over the data axis, positions over the sequence axis."""
     return NamedSharding(mesh, PartitionSpec("data", "sequence"))

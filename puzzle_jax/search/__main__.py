@@ -1,7 +1,8 @@
 """`python -m puzzle_jax.search [STAGE] [--recipe NAME|FILE] [--FIELD VALUE ...]`.
 
 Without a stage, everything that is not up to date is run, and the table is printed. Some commands work without a run:
-`solve --library FILE.json` solves any block library, `estimate` compares two architectures.
+`solve --library FILE.json` solves any block library, `estimate` compares two architectures, `plan` says what memory
+every stage needs.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ def _tool(arguments: Sequence[str]) -> str | None:
         return "puzzle_jax.search.solve_library"
     if arguments[:1] == ["estimate"]:
         return "puzzle_jax.search.estimate_command"
+    if arguments[:1] == ["plan"]:
+        return "puzzle_jax.search.plan_command"
     return None
 
 

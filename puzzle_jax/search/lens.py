@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +64,7 @@ class Lens:
                 group = here[start : start + run.per_call]
                 own = {slot: wanted[number][1] for slot, number in enumerate(group)}
                 x = jnp.repeat(after[:, None], run.per_call, axis=1)
-                x = _through(self.maps[layer], parent, after, run.entered(layer, states, own, x))
+                x = through_lens(self.maps[layer], parent, after, run.entered(layer, states, own, x))
                 found = compare_with_parent(run.params, run.config, parent, x, answers)
                 values[group] = np.asarray(found)[: len(group)]
                 if on_done is not None:
@@ -74,19 +75,17 @@ class Lens:
 def fit_lens(run: ReplaceOne, batches: Sequence[MicroBatch], on_batch: Callable[[], None] | None = None) -> Lens:
     """Fits one map per layer of the parent; memory is that of two [hidden, hidden] arrays per layer."""
     layers, hidden = run.config.num_layers, run.config.hidden_size
-    sums = [_Sums.zeros(hidden) for _ in range(layers)]
+    sums = [LensSums.zeros(hidden) for _ in range(layers)]
     for batch in batches:
         answers = Answers.of(batch)
         for layer, _, after, parent in run.layers(batch):
-            sums[layer] = _add(sums[layer], after, parent, answers)
+            sums[layer] = add_states(sums[layer], after, parent, answers)
         if on_batch is not None:
             on_batch()
     return Lens(run, jnp.stack([_solve(of_layer) for of_layer in sums]))
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class _Sums:
+class LensSums(NamedTuple):
     """Weighted sums over positions: of 1, x, y, x x' and x y'."""
 
     weight: Float[Array, ""]
@@ -96,16 +95,16 @@ class _Sums:
     xy: Float[Array, "hidden hidden"]
 
     @staticmethod
-    def zeros(hidden: int) -> _Sums:
+    def zeros(hidden: int) -> LensSums:
         square = (hidden, hidden)
-        return _Sums(jnp.zeros(()), jnp.zeros(hidden), jnp.zeros(hidden), jnp.zeros(square), jnp.zeros(square))
+        return LensSums(jnp.zeros(()), jnp.zeros(hidden), jnp.zeros(hidden), jnp.zeros(square), jnp.zeros(square))
 
 
 @partial(jax.jit, donate_argnums=0)
-def _add(sums: _Sums, after: Array, final: Array, answers: Answers) -> _Sums:
+def add_states(sums: LensSums, after: Array, final: Array, answers: Answers) -> LensSums:
     x, y = (state.reshape(-1, state.shape[-1])[answers.index].astype(jnp.float32) for state in (after, final))
     weighed = x * answers.weight[:, None]
-    return _Sums(
+    return LensSums(
         sums.weight + jnp.sum(answers.weight),
         sums.x + jnp.sum(weighed, axis=0),
         sums.y + answers.weight @ y,
@@ -115,7 +114,7 @@ def _add(sums: _Sums, after: Array, final: Array, answers: Answers) -> _Sums:
 
 
 @jax.jit
-def _solve(sums: _Sums) -> Float[Array, "hidden hidden"]:
+def _solve(sums: LensSums) -> Float[Array, "hidden hidden"]:
     mean_x, mean_y = sums.x / sums.weight, sums.y / sums.weight
     square = sums.xx / sums.weight - jnp.outer(mean_x, mean_x)
     cross = sums.xy / sums.weight - jnp.outer(mean_x, mean_y)
@@ -124,7 +123,7 @@ def _solve(sums: _Sums) -> Float[Array, "hidden hidden"]:
 
 
 @jax.jit
-def _through(
+def through_lens(
     lens: Array,
     parent: Float[Array, "rows seq hidden"],
     after: Float[Array, "rows seq hidden"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -14,7 +15,7 @@ from puzzle_jax.convert_hf.describe import Description, describe_checkpoint
 from puzzle_jax.convert_hf.load import load_checkpoint
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.model.network import compute_dtype, to_compute
-from puzzle_jax.model.sharding import shard_params
+from puzzle_jax.model.sharding import params_sharding
 from puzzle_jax.model.spec import Params
 from puzzle_jax.tasks import Chat
 
@@ -59,10 +60,15 @@ class Parent:
     def params(self) -> Params:
         """Dense weights, over the mesh where there is one: float32 on CPU, bfloat16 elsewhere."""
         loaded = load_checkpoint(self.directory, mesh=self.mesh).params
-        dense = jax.jit(to_compute, static_argnums=1)(loaded, compute_dtype())
-        return dense if self.mesh is None else shard_params(dense, self.config, self.mesh)
+        return dense_in_place(self.config, self.mesh)(loaded, compute_dtype())
 
     @property
     def fingerprint(self) -> dict[str, int]:
         """Tells parents apart: size of every weight file."""
         return {path.name: path.stat().st_size for path in sorted(self.directory.glob("*.safetensors"))}
+
+
+def dense_in_place(config: ModelConfig, mesh: Mesh | None) -> Any:
+    """The program by which loaded parameters become dense ones of a dtype, each where it belongs."""
+    where = None if mesh is None else params_sharding(config, mesh)
+    return jax.jit(to_compute, static_argnums=1, out_shardings=where)

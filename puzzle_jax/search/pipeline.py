@@ -37,6 +37,7 @@ from puzzle_jax.generate.batches import micro_batches
 from puzzle_jax.generate.calibrate import calibrate_cache
 from puzzle_jax.generate.traces import Trace, read_traces, write_traces
 from puzzle_jax.model.child import Child, ChildBlock, whole
+from puzzle_jax.model.sharding import on_mesh
 from puzzle_jax.progress import progress
 from puzzle_jax.report.page import SearchPage, stage_records
 from puzzle_jax.report.table import SearchReport
@@ -199,7 +200,13 @@ class Search:
         def produce(out: Path) -> None:
             batches = self._batches("calibration")
             with progress(self.console, "ranking experts", len(batches)) as advance:
-                ranking = rank_experts(self.parent.params, self.parent.config, batches, on_batch=lambda: advance(1))
+                ranking = rank_experts(
+                    self.parent.params,
+                    self.parent.config,
+                    batches,
+                    on_batch=lambda: advance(1),
+                    mesh=self.parent.mesh,
+                )
             save_file({**ranking.scores, "routed": ranking.routed}, out / "ranking.safetensors")
             half = self.parent.config.blocks[0].num_experts // 2
             agreement = ranking.agreement([max(half, self.parent.config.experts_per_token)])
@@ -296,7 +303,8 @@ class Search:
             }
             child = self.child(chosen)
             batches = self._batches("calibration")
-            with progress(self.console, "calibrating the FP8 cache", len(batches)) as advance:
+            calibrating = progress(self.console, "calibrating the FP8 cache", len(batches))
+            with calibrating as advance, on_mesh(self.parent.mesh):
                 scales = calibrate_cache(
                     self.parent.params, child.viewed, batches, view=child.view, on_batch=lambda: advance(1)
                 )

@@ -27,14 +27,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.generate.batches import MicroBatch
 from puzzle_jax.kernels.expert_mlp import expert_outputs
 from puzzle_jax.kernels.route import top_k_ids
-from puzzle_jax.model.network import attention_block, embed, rms_norm
+from puzzle_jax.model.network import attention_block, embed, rms_norm, traced_mesh
 from puzzle_jax.model.rope import rope_table
+from puzzle_jax.model.sharding import on_mesh, spread_rows
 from puzzle_jax.model.spec import Params, layer_experts
 from puzzle_jax.search.elimination import (
     Sample,
@@ -80,7 +82,7 @@ class Ranking(NamedTuple):
         }
 
 
-class _Sums(NamedTuple):
+class RankSums(NamedTuple):
     """Sums of one layer over the weighted tokens seen so far, by expert; and a sample of those tokens."""
 
     removal: Float[Array, "experts"]
@@ -98,27 +100,35 @@ def rank_experts(
     batches: Iterable[MicroBatch],
     on_batch: Callable[[], None] | None = None,
     seed: int = 0,
+    mesh: Mesh | None = None,
 ) -> Ranking:
-    """Streams batches through the parent, whose layers must have equally many experts; `seed` draws the sample."""
-    layers, experts, k = config.num_layers, config.blocks[0].num_experts, config.experts_per_token
+    """Streams batches through the parent, whose layers must have equally many experts.
 
-    def nothing() -> _Sums:
-        sample = empty_sample(SAMPLED_PER_LAYER, experts, num_ranks(experts, k))
-        sums = [jnp.zeros(experts) for _ in range(5)]
-        return _Sums(sums[0], sums[1], sums[2], sums[3], sums[4], jnp.zeros(()), sample)
-
-    sums = [nothing() for _ in range(layers)]
+    Args:
+      seed: draws the sample.
+      mesh: where parameters are; experts are run where they lie, rows over the data axis where they divide by it.
+    """
+    sums = [no_sums(config) for _ in config.blocks]
     for number, batch in enumerate(batches):
-        x = _embed(params, batch.tokens)
+        x = _embed(params, spread_rows(batch.tokens, mesh))
         random = jax.random.fold_in(jax.random.key(seed), number)
-        for index, layer in enumerate(params["layers"]):
-            x, sums[index] = _rank_layer(layer, config, config.blocks[index].window, x, batch, sums[index], random)
+        with on_mesh(mesh):
+            for index, layer in enumerate(params["layers"]):
+                x, sums[index] = rank_layer(layer, config, config.blocks[index].window, x, batch, sums[index], random)
         if on_batch is not None:
             on_batch()
-    return _ranking(sums, k)
+    return _ranking(sums, config.experts_per_token)
 
 
-def _ranking(sums: Sequence[_Sums], k: int) -> Ranking:
+def no_sums(config: ModelConfig) -> RankSums:
+    """Of a layer, before the first batch."""
+    experts = config.blocks[0].num_experts
+    sample = empty_sample(SAMPLED_PER_LAYER, experts, num_ranks(experts, config.experts_per_token))
+    sums = [jnp.zeros(experts) for _ in range(5)]
+    return RankSums(sums[0], sums[1], sums[2], sums[3], sums[4], jnp.zeros(()), sample)
+
+
+def _ranking(sums: Sequence[RankSums], k: int) -> Ranking:
     removal, gated_norm, turned_norm, gates, routed, tokens = (
         np.stack([np.asarray(of_layer[part], np.float64) for of_layer in sums]) for part in range(6)
     )
@@ -143,15 +153,15 @@ _embed = jax.jit(embed)
 
 
 @partial(jax.jit, static_argnames=("config", "window"), donate_argnames="sums")
-def _rank_layer(
+def rank_layer(
     layer: Params,
     config: ModelConfig,
     window: int | None,
     x: Float[Array, "rows seq hidden"],
     batch: MicroBatch,
-    sums: _Sums,
+    sums: RankSums,
     random: PRNGKeyArray,
-) -> tuple[Float[Array, "rows seq hidden"], _Sums]:
+) -> tuple[Float[Array, "rows seq hidden"], RankSums]:
     """One layer of the parent, and its sums with the batch added."""
     table = rope_table(config.rope, config.head_dim, jnp.arange(x.shape[1])[None])
     x, _ = attention_block(layer["attention"], config, x, table, window=window)
@@ -161,7 +171,7 @@ def _rank_layer(
     logits = (y @ moe["router_weight"] + moe["router_bias"]).astype(jnp.float32)
     ids = top_k_ids(logits, min(k + 1, experts))
     chosen = jnp.take_along_axis(logits, ids, axis=-1)
-    outputs = expert_outputs(y, ids, layer_experts(moe), limit=config.swiglu_limit).astype(jnp.float32)
+    outputs = _outputs(moe, config, y, ids)
     gates = jax.nn.softmax(chosen[:, :k], axis=-1)
     out = jnp.einsum("tk,tkh->th", gates, outputs[:, :k])
     after = before + out.astype(x.dtype)
@@ -177,7 +187,7 @@ def _rank_layer(
     per_choice = (removal, norms, norms * turned, gates, jnp.ones_like(gates))
     totals = [old + by_expert(new) for old, new in zip(sums[:5], per_choice, strict=True)]
     sample = merge(sums.sample, _sample(moe, config, y, logits, weight, random))
-    return after.reshape(x.shape), _Sums(*totals, tokens=sums.tokens + jnp.sum(weight), sample=sample)
+    return after.reshape(x.shape), RankSums(*totals, tokens=sums.tokens + jnp.sum(weight), sample=sample)
 
 
 def _sample(moe: Params, config: ModelConfig, y: Array, logits: Array, weight: Array, random: PRNGKeyArray) -> Sample:
@@ -185,8 +195,14 @@ def _sample(moe: Params, config: ModelConfig, y: Array, logits: Array, weight: A
     key, weight, tokens = draw(random, weight, min(SAMPLED_PER_BATCH, weight.shape[0]))
     order = jnp.argsort(-logits[tokens], axis=-1, stable=True).astype(jnp.int32)
     best = order[:, : num_ranks(logits.shape[1], config.experts_per_token)]
-    outputs = expert_outputs(y[tokens], best, layer_experts(moe), limit=config.swiglu_limit).astype(jnp.float32)
+    outputs = _outputs(moe, config, y[tokens], best)
     return Sample(key, weight, order, jnp.take_along_axis(logits[tokens], best, axis=-1), gram_matrices(outputs))
+
+
+def _outputs(moe: Params, config: ModelConfig, y: Array, ids: Array) -> Float[Array, "tokens ranks hidden"]:
+    """What every one of those experts gives."""
+    found = expert_outputs(y, ids, layer_experts(moe), limit=config.swiglu_limit, mesh=traced_mesh())
+    return found.astype(jnp.float32)
 
 
 def _removal_errors(

@@ -32,11 +32,14 @@ from puzzle_jax.generate.batches import MicroBatch
 from puzzle_jax.model.child import Child
 from puzzle_jax.model.network import attention_block, embed, moe_block
 from puzzle_jax.model.rope import rope_table
-from puzzle_jax.model.sharding import batch_sharding, on_mesh
+from puzzle_jax.model.sharding import on_mesh, spread_rows
 from puzzle_jax.model.spec import Params
 
 CONTEXTS = (64, 256, 1024, 4096, 16384)
 """Upper ends of the context lengths that losses are also reported by; the last bucket is what lies beyond."""
+
+MOST_ANSWERS = 8192
+"""Positions whose logits are there at the same time."""
 
 METRICS = ("kl", "agreement", "cosine", *(f"kl up to {end}" for end in CONTEXTS), f"kl beyond {CONTEXTS[-1]}")
 """What is measured of a trace: weighted sums over its completion; the KL also by context length."""
@@ -150,6 +153,7 @@ class ReplaceOne:
         values = np.zeros((len(wanted), batch.tokens.shape[0], len(METRICS)))
         for group, x in self._waves(kept, wanted):
             values[group] = np.asarray(compare_with_parent(self.params, self.config, parent, x, answers))[: len(group)]
+            del x  # its memory is for the next group
             if on_done is not None:
                 on_done(self.work([wanted[number] for number in group]))
         if self.base is not None or self.rope is not None:
@@ -169,21 +173,18 @@ class ReplaceOne:
     # The base ------------------------------------------------------------------------------------------------------
 
     def layer(self, index: int, x: Array, choice: Alternative, config: ModelConfig | None = None) -> Array:
-        """One layer with a choice of its own, whose mask may have a row per row of `x`; by default the base's."""
+        """One layer with a choice of its own, on rows or on rows of slots of states."""
         layer = self.params["layers"][index]
-        x = _attention(layer["attention"], config or self.own, choice.window, x)
+        x = run_attention(layer["attention"], config or self.own, choice.window, x)
         return self._mixture(layer["moe"], x, choice.expert_mask)
 
     def _mixture(self, moe: Params, x: Array, mask: np.ndarray | Array) -> Array:
         with on_mesh(self.mesh):
-            return _mixture(moe, self.config, x, jnp.asarray(mask))
+            return run_mixture(moe, self.config, x, jnp.asarray(mask))
 
     def _final_states(self, batch: MicroBatch) -> tuple[Array, Array, dict[int, Array]]:
         """The parent's and the base's states after the last layer, and the base's every so many layers."""
-        tokens = batch.tokens
-        if self.mesh is not None and tokens.shape[0] % self.mesh.shape["data"] == 0:
-            tokens = jax.device_put(tokens, batch_sharding(self.mesh))
-        x = start = _embed(self.params["embedding"], tokens)
+        x = start = _embed(self.params["embedding"], spread_rows(batch.tokens, self.mesh))
         kept = {}
         for index, choice in enumerate(self.choices):
             if index % self.keep_every == 0:
@@ -201,7 +202,7 @@ class ReplaceOne:
         states = {}
         for index in range(first, min(first + self.keep_every, self.config.num_layers)):
             layer, choice = self.params["layers"][index], self.choices[index]
-            middle = _attention(layer["attention"], self.own, choice.window, x)
+            middle = run_attention(layer["attention"], self.own, choice.window, x)
             states[index] = States(x, middle)
             x = self._mixture(layer["moe"], middle, choice.expert_mask)
         return states
@@ -230,14 +231,14 @@ class ReplaceOne:
             for start in range(0, len(here), self.per_call):
                 group = here[start : start + self.per_call]
                 yield group, self._wave([wanted[n] for n in group], states)
+            del states  # before those of the part below are made
 
     def _wave(self, group: Sequence[tuple[int, Alternative]], states: dict[int, States]) -> Array:
         """Final states of alternatives that are sorted by layer: each joins the others at its own layer."""
         x = jnp.repeat(states[group[0][0]].before[:, None], self.per_call, axis=1)
         for index in range(group[0][0], self.config.num_layers):
             if index > group[0][0]:
-                flat = x.reshape(-1, *x.shape[2:])
-                x = self.layer(index, flat, self.choices[index]).reshape(x.shape)
+                x = self.layer(index, x, self.choices[index])
             own = {slot: choice for slot, (layer, choice) in enumerate(group) if layer == index}
             x = self.entered(index, states[index], own, x) if own else x
         return x
@@ -252,9 +253,9 @@ class ReplaceOne:
         if len(narrowed) < len(own):
             entry = np.isin(np.arange(self.per_call), list(own))
             with on_mesh(self.mesh):
-                x = _enter(layer["moe"], self.config, states.middle, jnp.asarray(masks), jnp.asarray(entry), x)
+                x = enter_mixture(layer["moe"], self.config, states.middle, jnp.asarray(masks), jnp.asarray(entry), x)
         for slot, choice in narrowed.items():
-            middle = _attention(layer["attention"], self.own, choice.window, states.before)
+            middle = run_attention(layer["attention"], self.own, choice.window, states.before)
             x = x.at[:, slot].set(self._mixture(layer["moe"], middle, masks[slot]))
         return x
 
@@ -265,22 +266,27 @@ def _embed(embedding: Array, tokens: Int[Array, "rows seq"]) -> Float[Array, "ro
 
 
 @partial(jax.jit, static_argnames=("config", "window"))
-def _attention(
-    attention: Params, config: ModelConfig, window: int | None, x: Float[Array, "rows seq hidden"]
-) -> Float[Array, "rows seq hidden"]:
-    table = rope_table(config.rope, config.head_dim, jnp.arange(x.shape[1])[None])
-    return attention_block(attention, config, x, table, window=window)[0]
+def run_attention(
+    attention: Params, config: ModelConfig, window: int | None, x: Float[Array, "*rows seq hidden"]
+) -> Float[Array, "*rows seq hidden"]:
+    table = rope_table(config.rope, config.head_dim, jnp.arange(x.shape[-2])[None])
+    return attention_block(attention, config, _flat(x), table, window=window)[0].reshape(x.shape)
 
 
 @partial(jax.jit, static_argnames=("config",))
-def _mixture(
-    moe: Params, config: ModelConfig, x: Float[Array, "rows seq hidden"], mask: Bool[Array, "*rows experts"]
-) -> Float[Array, "rows seq hidden"]:
-    return moe_block(moe, config, x, expert_mask=mask)[0]
+def run_mixture(
+    moe: Params, config: ModelConfig, x: Float[Array, "*rows seq hidden"], mask: Bool[Array, "*masks experts"]
+) -> Float[Array, "*rows seq hidden"]:
+    """One mask for all, or one for each row of all."""
+    return moe_block(moe, config, _flat(x), expert_mask=mask)[0].reshape(x.shape)
+
+
+def _flat(x: Float[Array, "*rows seq hidden"]) -> Float[Array, "all_rows seq hidden"]:
+    return x.reshape(-1, *x.shape[-2:])
 
 
 @partial(jax.jit, static_argnames=("config",))
-def _enter(
+def enter_mixture(
     moe: Params,
     config: ModelConfig,
     middle: Float[Array, "rows seq hidden"],
@@ -290,8 +296,7 @@ def _enter(
 ) -> Float[Array, "rows slots seq hidden"]:
     """One layer's mixture with a mask per slot, from the same states; other slots keep what they have."""
     rows, slots = x.shape[:2]
-    flat = jnp.repeat(middle[:, None], slots, axis=1).reshape(-1, *middle.shape[1:])
-    new = _mixture(moe, config, flat, jnp.tile(masks, (rows, 1))).reshape(x.shape)
+    new = run_mixture(moe, config, jnp.repeat(middle[:, None], slots, axis=1), jnp.tile(masks, (rows, 1)))
     return jnp.where(entry[:, None, None], new, x)
 
 
@@ -304,22 +309,33 @@ def compare_with_parent(
 ) -> Float[Array, "slots rows metrics"]:
     """METRICS of each child and trace, from final hidden states."""
     head = {name: params[name] for name in ("final_norm", "head")}
-    return _compare(head, config, parent, children, answers)
+    return compare_states(head, config, parent, children, answers)
 
 
 @partial(jax.jit, static_argnames=("config",))
-def _compare(
+def compare_states(
     head: Params,
     config: ModelConfig,
     parent: Float[Array, "rows seq hidden"],
     children: Float[Array, "rows slots seq hidden"],
     answers: Answers,
 ) -> Float[Array, "slots rows metrics"]:
-    rows, slots, _, hidden = children.shape
-    own = parent.reshape(-1, hidden)[answers.index]
-    others = jnp.moveaxis(children, 1, 0).reshape(slots, -1, hidden)[:, answers.index]
-    found = divergence(head, config, own, others)
+    rows, slots, seq, hidden = children.shape
+    parent = parent.reshape(-1, hidden)
+
+    def add(part: Answers, out: Array) -> Array:
+        own = parent[part.index]
+        others = jnp.moveaxis(children[part.row, :, part.index % seq], 1, 0)
+        found = divergence(head, config, own, others)
+        for metric, values in enumerate(found):
+            out = out.at[:, part.row, metric].add(values * part.weight)
+        return out.at[:, part.row, len(found) + part.context].add(found.kl * part.weight)
+
     out = jnp.zeros((slots, rows, len(METRICS)))
-    for metric, values in enumerate(found):
-        out = out.at[:, answers.row, metric].add(values * answers.weight)
-    return out.at[:, answers.row, len(found) + answers.context].add(found.kl * answers.weight)
+    count = -(-answers.index.size // MOST_ANSWERS)
+    if count == 1:
+        return add(answers, out)
+    # Logits of so many answers at a time; those that fill the last part weigh nothing.
+    fill = -answers.index.size % count
+    parts = jax.tree.map(lambda x: jnp.pad(x, (0, fill)).reshape(count, -1), answers)
+    return jax.lax.fori_loop(0, count, lambda part, out: add(jax.tree.map(lambda x: x[part], parts), out), out)

@@ -1,44 +1,37 @@
 """What a distillation needs on every device, found without weights and without accelerators.
 
-The step that `train.distill` runs is traced with arrays that have shapes, dtypes and places on a mesh, but no values,
-and compiled for virtual devices. What is resident, masters, optimiser state and batch are exact. Temporaries are what
-XLA's compiler for CPUs allots, of a program that is kept like an accelerator's in three ways:
+The step that `train.distill` runs is compiled for virtual devices, as `planning` says. What is resident, masters,
+optimiser state and batch are exact; beside temporaries, `train.plan_arithmetic` has other figures.
 
-    experts    grouped matmuls stand in it by their operands and results alone (`kernel_shapes`); the way for CPUs would
-               lay one expert's matrices beside every block of rows
-    bfloat16   is float16, which is as wide; CPUs would hold what they compute in bfloat16 in float32
-    order      what rematerialisation fences off stays fenced off; XLA for CPUs would merge a layer's two passes again
-
-An accelerator's compiler orders operations and reuses memory in its own way; `train.plan_arithmetic` has other figures
-to stand beside these.
-
-Left out: what a runtime takes for itself, fragmentation and collectives' buffers; evaluation, which needs less than a
-step; what `ragged_dot` allots on GPUs for which XLA has no grouped matmul; freed routers and experts.
+Left out: evaluation, which needs less than a step; freed routers and experts; and what `planning` leaves out.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
 
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.errors import ConfigError
-from puzzle_jax.kernels.expert_mlp import IMPLEMENTATIONS, grouped
-from puzzle_jax.kernels.grouped_matmul import BLOCK_ROWS
-from puzzle_jax.kernels.mxfp4 import GROUP, MXFP4, decode
 from puzzle_jax.model.child import Child
 from puzzle_jax.model.sharding import make_training_mesh, on_mesh, stacked_sharding
-from puzzle_jax.model.spec import EXPERT_MATRICES, Params, ParamSpec, is_spec, param_specs
+from puzzle_jax.model.spec import EXPERT_MATRICES, Params
+from puzzle_jax.planning import (
+    WIDTH,
+    bytes_beside,
+    check_packed,
+    device_bytes,
+    in_place,
+    kernel_shapes,
+    zero_params,
+)
 from puzzle_jax.train.distill_recipe import MeshSettings
 from puzzle_jax.train.objectives import FROM_TEACHER, HIDDEN, Distillation, Fixed, LossSettings
 from puzzle_jax.train.optimizer import OptimizerSettings, make_optimizer
@@ -46,20 +39,6 @@ from puzzle_jax.train.placement import Placement
 from puzzle_jax.train.rows import Packed
 from puzzle_jax.train.step import Shardings, Step, TrainState, init_state, make_step
 from puzzle_jax.train.student import Student
-
-DTYPE = jnp.float16
-"""In place of bfloat16, which accelerators compute in."""
-
-WIDTH, FLOAT32 = 2, 4
-"""Bytes of a number in what is computed in, and in masters."""
-
-COMPILER = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_disable_hlo_passes": "cse_barrier_expander",
-}
-"""Options for a program that never runs: nothing of the machine code that a CPU would be given matters, and making it
-takes longest."""
 
 STEPS = 1_000_000
 """Of a schedule; no shape depends on it."""
@@ -147,14 +126,6 @@ class PlannedJob:
         return any(name in (*FROM_TEACHER, *HIDDEN) for name in self.loss.shares)
 
 
-def check_packed(config: ModelConfig) -> None:
-    """Raises ConfigError where experts of these sizes cannot be packed."""
-    for name in ("hidden_size", "intermediate_size"):
-        size = getattr(config, name)
-        if size % GROUP:
-            raise ConfigError(f"{name} is {size}, but packed experts need a multiple of {GROUP}")
-
-
 def expert_numbers(config: ModelConfig) -> int:
     """Of one expert's matrices."""
     return 3 * config.hidden_size * config.intermediate_size
@@ -224,13 +195,6 @@ def plan(job: PlannedJob) -> DeviceMemory:
         return replace(placed_bytes(given), temporaries=bytes_beside(lowered), decoded=job.decoded)
 
 
-def bytes_beside(lowered: Any) -> int:
-    """What a program of `jax.jit` allots on a device beside its arguments: temporaries, and results that do not take
-    the place of an argument."""
-    found = lowered.compile(compiler_options=COMPILER).memory_analysis()
-    return found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-
-
 def abstract_step(job: PlannedJob, mesh: Mesh | None) -> tuple[Step, Arguments]:
     """The step of the job, and what it is given, in place."""
     student = job.student
@@ -269,7 +233,7 @@ def resident_bytes(resident: Params) -> tuple[int, int]:
 def abstract_resident(student: Student, packed: bool, mesh: Mesh | None) -> Params:
     """The student's parent as training holds it, stacked, in place."""
     parent = student.child.parent
-    resident = jax.eval_shape(lambda: student.resident(_zeros(parent, packed)))
+    resident = jax.eval_shape(lambda: student.resident(zero_params(parent, packed)))
     return resident if mesh is None else in_place(resident, stacked_sharding(resident, parent, mesh))
 
 
@@ -301,29 +265,6 @@ def abstract_rows(shape: tuple[int, ...], sharding: NamedSharding | None, extras
     return jax.tree.unflatten(like, leaves)
 
 
-def in_place(tree: Any, shardings: Any) -> Any:
-    """Arrays without values, of a tree and where its leaves lie."""
-    return jax.tree.map(_put, tree, shardings)
-
-
-def device_bytes(tree: Any) -> int:
-    """Of one device's part of all arrays in a tree, or of their shapes."""
-    return sum(map(_bytes, jax.tree.leaves(tree)))
-
-
-def _zeros(config: ModelConfig, packed: bool) -> Params:
-    """A model's parameters, to be traced."""
-
-    def zeros(path: tuple[Any, ...], spec: ParamSpec) -> Array | MXFP4:
-        if not packed or path[-1].key not in EXPERT_MATRICES:
-            return jnp.zeros(spec.shape, DTYPE)
-        experts, inputs, outputs = spec.shape
-        codes, scales = (jnp.zeros((experts, outputs, inputs // each), jnp.uint8) for each in (2, GROUP))
-        return MXFP4(codes, scales)
-
-    return jax.tree_util.tree_map_with_path(zeros, param_specs(config), is_leaf=is_spec)
-
-
 def _batch(job: PlannedJob, mesh: Mesh | None) -> Packed:
     sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec(None, "data", "sequence"))
     extras: dict[str, Extra] = {}
@@ -334,65 +275,3 @@ def _batch(job: PlannedJob, mesh: Mesh | None) -> Packed:
             "teacher_log_total": (jnp.float32,),
         }
     return abstract_rows((job.micro_batches, job.rows, job.row_length), sharding, extras)
-
-
-def _put(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _bytes(leaf: Any) -> int:
-    """Of one device's part."""
-    sharding = getattr(leaf, "sharding", None)
-    shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
-    return math.prod(shape) * leaf.dtype.itemsize
-
-
-# Experts by their shapes ----------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def kernel_shapes() -> Iterator[None]:
-    """Within, what is traced has grouped matmuls that read one row of one expert and give what nobody shall use, in the
-    shapes and dtypes of a kernel's operands and results, forwards and backwards."""
-    others = dict(IMPLEMENTATIONS)
-    stand_in = partial(grouped.expert_outputs, kernel=_block_matmul, block_rows=BLOCK_ROWS["ragged_dot"])
-    IMPLEMENTATIONS.clear()
-    IMPLEMENTATIONS.update({"kernel_shapes": stand_in, **others})
-    try:
-        yield
-    finally:
-        IMPLEMENTATIONS.clear()
-        IMPLEMENTATIONS.update(others)
-
-
-def _block_matmul(
-    rows: Float[Array, "padded inputs"],
-    weights: Float[Array, "experts first second"] | MXFP4,
-    expert: Int[Array, "blocks"],
-    used: Int[Array, ""],
-    *,
-    transposed: bool = False,
-) -> Float[Array, "padded outputs"]:
-    parts = (weights.codes, weights.scales) if isinstance(weights, MXFP4) else (weights,)
-    return _stand_in(rows, parts, transposed)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _stand_in(rows: Array, parts: tuple[Array, ...], transposed: bool) -> Array:
-    first = [part[:1] for part in parts]
-    matrix = (decode(MXFP4(first[0], first[1]), rows.dtype) if len(first) == 2 else first[0].astype(rows.dtype))[0]
-    one = matrix[:, 0] if transposed else matrix[0]
-    # Fences, so that both are arrays and no part of what is computed before or after.
-    rows = jax.lax.optimization_barrier(rows)
-    return jax.lax.optimization_barrier(rows[:, :1] * one)
-
-
-def _save(rows: Array, parts: tuple[Array, ...], transposed: bool) -> tuple[Array, tuple[Array, ...]]:
-    return _stand_in(rows, parts, transposed), parts
-
-
-def _backward(transposed: bool, parts: tuple[Array, ...], d_out: Array) -> tuple[Array, None]:
-    return _stand_in(d_out, parts, not transposed), None
-
-
-_stand_in.defvjp(_save, _backward)

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.kernels.grouped_matmul import BLOCK_ROWS
 from puzzle_jax.kernels.grouped_matmul.layout import num_blocks
+from puzzle_jax.planning import FLOAT32, WIDTH
 from puzzle_jax.train.objectives import FROM_TEACHER, HIDDEN
-from puzzle_jax.train.plan import FLOAT32, WIDTH, DeviceMemory, PlannedJob, expert_numbers
+from puzzle_jax.train.plan import DeviceMemory, PlannedJob, expert_numbers
 
 _SUMS = "sums of gradients, float32"
 _STUDENT = "student and gradients of a micro-batch, bfloat16"

@@ -9,26 +9,22 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
-import jax
 from rich.console import Console
 from rich.table import Table
 
 from puzzle_jax.config import ModelConfig
-from puzzle_jax.convert_hf.config_json import parse_config, parse_form
-from puzzle_jax.convert_hf.tensor_files import read_json
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.model.child import Child, ChildBlock
+from puzzle_jax.planning import GB, device_limit, read_model, virtual_devices
 from puzzle_jax.train.distill_recipe import MeshSettings
 from puzzle_jax.train.objectives import DISTRIBUTION, HIDDEN, LossSettings
 from puzzle_jax.train.optimizer import OPTIMIZERS, OptimizerSettings
 from puzzle_jax.train.plan import DeviceMemory, PlannedJob, plan
 from puzzle_jax.train.plan_arithmetic import by_arithmetic, changes, gathered_on_cpus
 
-GB = 1e9
 _SHARED = (
     "vocab_size",
     "hidden_size",
@@ -87,29 +83,6 @@ def run(options: argparse.Namespace, console: Console) -> None:
 
 
 # Input ----------------------------------------------------------------------------------------------------------------
-
-
-def device_limit(options: argparse.Namespace) -> float:
-    """Bytes of a device. Raises ConfigError where there are none."""
-    if not (isfinite(options.hbm_gb) and options.hbm_gb > 0):
-        raise ConfigError(f"--hbm-gb is {options.hbm_gb}, but must be a finite number above 0")
-    return options.hbm_gb * GB
-
-
-def read_model(path: Path) -> tuple[ModelConfig, bool]:
-    """A model by its config.json or the directory of it, and whether its experts are packed."""
-    source = path / "config.json" if path.is_dir() else path
-    data = read_json(source)
-    return parse_config(data, source), parse_form(data, source) == "mxfp4"
-
-
-def virtual_devices(count: int) -> None:
-    """Makes JAX a CPU of so many devices, where it has not begun yet."""
-    try:
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", count)
-    except RuntimeError:  # it has begun; `make_training_mesh` says whether there are enough
-        pass
 
 
 def _job(options: argparse.Namespace) -> PlannedJob:

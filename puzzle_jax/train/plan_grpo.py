@@ -18,10 +18,9 @@ places ahead; what grows with masters of experts, which are taken to be frozen; 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,43 +28,26 @@ from jax.sharding import Mesh
 
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.errors import ConfigError
-from puzzle_jax.generate.engine import SMALLEST_CONTEXT, chunk_tokens, group_rows, slot_context
-from puzzle_jax.generate.sampling import Sampling
-from puzzle_jax.generate.slots import (
-    Admission,
-    Group,
-    Places,
-    Slots,
-    State,
-    admit,
-    decode,
-    empty_group,
-    empty_slots,
-    expert_id_dtype,
-    prefill,
-)
+from puzzle_jax.generate.abstract import AbstractEngine, without_values
+from puzzle_jax.generate.engine import chunk_tokens, group_rows, own_context, slot_context
+from puzzle_jax.generate.slots import expert_id_dtype
 from puzzle_jax.kernels.mxfp4 import MXFP4
 from puzzle_jax.model.cache_format import CacheFormat
 from puzzle_jax.model.child import whole
-from puzzle_jax.model.sharding import generation_mesh, make_training_mesh, on_mesh, params_sharding, rows_sharding
+from puzzle_jax.model.sharding import generation_mesh, make_training_mesh, params_sharding, rows_sharding
 from puzzle_jax.model.spec import Params
-from puzzle_jax.model.stacked import StackedMXFP4, one_layer, unstack_params
+from puzzle_jax.model.stacked import unstack_params
+from puzzle_jax.planning import bytes_beside, check_packed, device_bytes, in_place, kernel_shapes
 from puzzle_jax.train.grpo_recipe import GrpoRecipe
 from puzzle_jax.train.objectives import Fixed
 from puzzle_jax.train.optimizer import make_optimizer
 from puzzle_jax.train.plan import (
-    DTYPE,
     STEPS,
     Extra,
     abstract_resident,
     abstract_rows,
     abstract_train_state,
-    bytes_beside,
-    check_packed,
     decoded_bytes,
-    device_bytes,
-    in_place,
-    kernel_shapes,
     resident_bytes,
 )
 from puzzle_jax.train.policy import Policy
@@ -110,11 +92,21 @@ class PlannedPolicy:
 
     @property
     def context(self) -> int:
-        """Positions of a slot for the longest prompt and answer: as `generate` picks them, a power of two."""
-        context = SMALLEST_CONTEXT
-        while context < self.recipe.update.row_length:
-            context *= 2
-        return slot_context(min(context, self.config.max_position))
+        """Positions of a slot for the longest prompt and answer."""
+        return slot_context(own_context(self.recipe.update.row_length, self.config))
+
+    def engine(self, mesh: Mesh | None) -> AbstractEngine:
+        """The sampler, on a mesh of training."""
+        rollout = self.recipe.rollout
+        return AbstractEngine(
+            self.config,
+            rollout.slots,
+            self.context,
+            self.cache,
+            mesh and generation_mesh(mesh),
+            log_probs=True,
+            experts=rollout.replay,
+        )
 
     @property
     def group_rows(self) -> int:
@@ -257,44 +249,17 @@ def _learning(run: PlannedPolicy, held: Held, mesh: Mesh | None) -> dict[str, Ph
 
 
 def _rollout(run: PlannedPolicy, held: Held, mesh: Mesh | None) -> PhaseMemory:
-    params, state, group = abstract_sampler(run, held, mesh), abstract_slots(run, mesh), abstract_group(run, mesh)
-    lowered = _sampling(run, mesh, params, state, group)
+    params, engine = abstract_sampler(run, held, mesh), run.engine(mesh)
+    state = engine.state()
     return replace(
         held.memory,
         copy=device_bytes(params),
         caches=device_bytes(state.caches),
         slots=device_bytes(state._replace(caches=[])),
-        group=device_bytes(group),
-        temporaries=max(map(bytes_beside, lowered)),
+        group=device_bytes(engine.group()),
+        temporaries=max(map(bytes_beside, engine.lowered(params))),
         decoded=_decoded(run),
     )
-
-
-def _sampling(run: PlannedPolicy, mesh: Mesh | None, params: Params, state: Slots, group: Group) -> list[Any]:
-    """The sampler's programs: prompts are run, slots are given, answers are decoded."""
-    config, chunk = run.config, chunk_tokens(run.context)
-
-    # Functions of their own, so that no program of the sampler's, traced before or later, is taken for one of these.
-    def prompts(params: Params, group: Group, tokens: Any, start: Any, lengths: Any) -> Group:
-        return prefill.__wrapped__(one_layer(params), config, group, tokens, start, lengths, run.context, None)  # type: ignore[attr-defined]
-
-    def given(params: Params, state: Slots, group: Group, admission: Any) -> Slots:
-        return admit.__wrapped__(one_layer(params), config, state, group, Admission(*admission))  # type: ignore[attr-defined]
-
-    def steps(params: Params, state: Slots, stops: Any, steps: Any, idle: Any) -> Slots:
-        return decode.__wrapped__(one_layer(params), config, state, stops, Sampling(1.0), steps, idle, None)  # type: ignore[attr-defined]
-
-    def numbers(*shape: int) -> Any:
-        return jax.ShapeDtypeStruct(shape, jnp.int32)
-
-    rows, slots = run.group_rows, run.recipe.rollout.slots
-    entries = (numbers(), *[numbers(slots)] * (len(Admission._fields) - 1))
-    with on_mesh(mesh and generation_mesh(mesh)), kernel_shapes():
-        return [
-            jax.jit(prompts, donate_argnums=1).lower(params, group, numbers(rows, chunk), numbers(), numbers(rows)),
-            jax.jit(given, donate_argnums=1).lower(params, state, group, entries),
-            jax.jit(steps, donate_argnums=1).lower(params, state, numbers(2), numbers(), numbers()),
-        ]
 
 
 def abstract_sampler(run: PlannedPolicy, held: Held, mesh: Mesh | None) -> Params:
@@ -304,47 +269,13 @@ def abstract_sampler(run: PlannedPolicy, held: Held, mesh: Mesh | None) -> Param
 
     def apart(resident: Params, trained: Params) -> Params:
         params = unstack_params(student.params(resident, trained), student.runs)
-        return jax.tree.map(_as_tuple, params, is_leaf=lambda node: isinstance(node, MXFP4))
+        return jax.tree.map(without_values, params, is_leaf=lambda node: isinstance(node, MXFP4))
 
     shapes = jax.eval_shape(apart, held.resident, held.state.params)
     if mesh is None:
         return shapes
     where = params_sharding(run.config, generation_mesh(mesh))
     return jax.tree.map(lambda sharding, part: in_place(part, jax.tree.map(lambda _: sharding, part)), where, shapes)
-
-
-def _as_tuple(node: Any) -> Any:
-    return StackedMXFP4(node.codes, node.scales) if isinstance(node, MXFP4) else node
-
-
-def abstract_slots(run: PlannedPolicy, mesh: Mesh | None) -> Slots:
-    """All slots, where `generate.slots.empty_slots` makes them."""
-    rollout, dtype = run.recipe.rollout, jnp.dtype(DTYPE)
-
-    def empty() -> Slots:
-        return empty_slots(
-            run.config, rollout.slots, run.context, dtype, run.cache, log_probs=True, experts=rollout.replay
-        )
-
-    return _placed(run, mesh, rollout.slots, empty)
-
-
-def abstract_group(run: PlannedPolicy, mesh: Mesh | None) -> Group:
-    """Rows whose prompts are run together, likewise."""
-    rollout, dtype = run.recipe.rollout, jnp.dtype(DTYPE)
-
-    def empty() -> Group:
-        return empty_group(run.config, run.group_rows, run.context, dtype, run.cache, experts=rollout.replay)
-
-    return _placed(run, mesh, run.group_rows, empty)
-
-
-def _placed(run: PlannedPolicy, mesh: Mesh | None, rows: int, empty: Callable[[], State]) -> State:
-    """What `empty` makes of so many rows, without values, in place."""
-    shapes = jax.eval_shape(empty)
-    if mesh is None:
-        return shapes
-    return in_place(shapes, Places.on(generation_mesh(mesh), rows, run.config).of(shapes))
 
 
 def _decoded(run: PlannedPolicy) -> int:

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 from puzzle_jax.config import cache_bytes
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.generate.slots import expert_id_dtype
+from puzzle_jax.planning import DTYPE, FLOAT32
 from puzzle_jax.train import plan_arithmetic
 from puzzle_jax.train.objectives import LossSettings
-from puzzle_jax.train.plan import DTYPE, FLOAT32, DeviceMemory, PlannedJob
+from puzzle_jax.train.plan import DeviceMemory, PlannedJob
 from puzzle_jax.train.plan_grpo import APPLY, ROLLOUT, SCORE, UPDATE, PhaseMemory, PlannedPolicy
 
 INT32 = 4

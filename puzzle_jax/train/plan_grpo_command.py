@@ -18,10 +18,10 @@ from rich.console import Console
 from rich.table import Table
 
 from puzzle_jax.errors import ConfigError
+from puzzle_jax.planning import GB, device_limit, read_model, virtual_devices
 from puzzle_jax.recipe_files import recipe_names
 from puzzle_jax.train.grpo_command import parse_recipe
 from puzzle_jax.train.grpo_recipe import GrpoRecipe
-from puzzle_jax.train.plan_command import GB, device_limit, read_model, virtual_devices
 from puzzle_jax.train.plan_grpo import SCORE, PhaseMemory, PlannedPolicy, plan_policy
 from puzzle_jax.train.plan_grpo_arithmetic import changes, slot_cache_bytes, step_needs
 
@@ -174,16 +174,12 @@ def _step(policy: PlannedPolicy) -> list[str]:
 
 def _notes(policy: PlannedPolicy, found: Mapping[str, PhaseMemory]) -> list[str]:
     """What the figures are."""
-    lines = ["compiled by XLA for CPUs, in float16 for bfloat16; prefill and admission of prompts are left out"]
+    lines = ["compiled by XLA for CPUs, in float16 for bfloat16"]
     if SCORE not in found:
         lines.append("nothing is scored: one update per step, and no reference")
     mesh, config = policy.recipe.mesh, policy.config
-    if mesh.sequence > 1:
-        lines.append(
-            f"slots are not placed along the sequence axis: each of its {mesh.sequence} devices is given the same"
-        )
-    if policy.recipe.rollout.slots % mesh.data:
-        lines.append(f"slots are whole on every device of the data axis: {mesh.data} do not divide them")
+    if policy.recipe.rollout.slots % policy.row_parts:
+        lines.append(f"slots are whole on every part of the mesh: {mesh.data} x {mesh.sequence} do not divide them")
     if config.num_kv_heads % mesh.model:
         lines.append(
             f"caches are whole on every device of the model axis: {mesh.model} do not divide "

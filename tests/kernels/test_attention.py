@@ -7,7 +7,7 @@ from puzzle_jax.config import cache_slots
 from puzzle_jax.kernels.chunk_attention import chunk_attention
 from puzzle_jax.kernels.decode_attention import decode_attention
 from puzzle_jax.kernels.float8 import decode_e4m3, encode_e4m3
-from puzzle_jax.kernels.window_attention import window_attention
+from puzzle_jax.kernels.window_attention import limits, online_blocks, window_attention
 
 BATCH, HEADS, KV_HEADS, DIM = 2, 6, 3, 10
 
@@ -101,6 +101,68 @@ def test_gradients_sinks_included_agree_with_the_reference(implementation, windo
     for fast, slow in zip(gradients(implementation), gradients("reference"), strict=True):
         assert float(jnp.abs(slow).max()) > 1e-2
         np.testing.assert_allclose(fast, slow, atol=3e-6)
+
+
+@pytest.mark.parametrize("block", [8, 13, 1024])
+@pytest.mark.parametrize("window", [None, 1, 9, 16, 200])
+@pytest.mark.parametrize("segments", [None, SEGMENTS])
+def test_pairs_of_blocks_by_hand(block, window, segments):
+    data = arrays(41)
+    ids = None if segments is None else jnp.asarray(segments)
+    out = online_blocks.window_attention(*data, window=window, segment_ids=ids, block=block)
+    np.testing.assert_allclose(out, by_hand(*data, window, segments), atol=2e-6)
+
+
+def test_pairs_of_blocks_take_one_window_per_row():
+    data = arrays(41)
+    out = online_blocks.window_attention(*data, window=jnp.asarray([3, 2**30]), block=8)
+    np.testing.assert_allclose(out[0], by_hand(*data, 3)[0], atol=2e-6)
+    np.testing.assert_allclose(out[1], by_hand(*data, None)[1], atol=2e-6)
+
+
+@pytest.mark.parametrize("window", [None, 5, np.asarray([3, 20])])
+def test_gradients_over_pairs_of_blocks_agree_with_the_reference(window):
+    data, segments = arrays(41), jnp.asarray(SEGMENTS)
+    window = window if window is None or isinstance(window, int) else jnp.asarray(window)
+
+    def gradients(attend, **options):
+        def f(*arrays):
+            return jnp.sum(jnp.sin(attend(*arrays, window=window, segment_ids=segments, **options)))
+
+        return jax.grad(f, argnums=(0, 1, 2, 3))(*data)
+
+    found = gradients(online_blocks.window_attention, block=8)
+    for fast, slow in zip(found, gradients(window_attention, implementation="reference"), strict=True):
+        assert float(jnp.abs(slow).max()) > 1e-2
+        np.testing.assert_allclose(fast, slow, atol=3e-6)
+
+
+def test_pairs_of_blocks_in_bfloat16_keep_the_dtype_and_float32_sums():
+    data = arrays(41, dtype=jnp.bfloat16)
+    out = online_blocks.window_attention(*data, window=None, block=8)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(out.astype(np.float32), by_hand(*data, None), atol=0.02)
+
+
+@pytest.mark.parametrize(
+    "implementation,window,logits",
+    [
+        ("causal_blocks", None, 2 * 6 * 32 * 41),
+        ("causal_blocks", 9, 2 * 6 * 32 * 41),
+        ("banded", 5, 2 * 6 * 48 * 32),
+        ("square", 5, 2 * 6 * 41 * 41),
+    ],
+)
+def test_too_many_logits_are_left_to_pairs_of_blocks(monkeypatch, implementation, window, logits):
+    data = arrays(41)
+    monkeypatch.setattr(limits, "LARGEST", logits)
+    window_attention(*data, window=window, implementation=implementation)
+    monkeypatch.setattr(limits, "LARGEST", logits - 1)
+    with pytest.raises(NotImplementedError, match="too many at a time"):
+        window_attention(*data, window=window, implementation=implementation)
+    monkeypatch.setattr(limits, "LARGEST", 0)
+    out = window_attention(*data, window=window)
+    np.testing.assert_array_equal(out, online_blocks.window_attention(*data, window=window))
 
 
 def test_a_band_as_wide_as_the_square_is_left_to_others():

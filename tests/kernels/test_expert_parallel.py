@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from puzzle_jax.kernels.expert_mlp import Experts, expert_loop, expert_mlp
+from puzzle_jax.kernels.expert_mlp import Experts, expert_loop, expert_mlp, expert_outputs
 from puzzle_jax.kernels.expert_mlp.parallel import WAYS, mixture, way_for
 from puzzle_jax.kernels.mxfp4 import MXFP4, decode
 from puzzle_jax.kernels.platform import lowering_for
@@ -61,6 +61,15 @@ def test_every_way_gives_what_one_device_gives(way, route, implementation):
     x, routing = given(route)
     expected = expert_mlp(x, routing, experts_of(), limit=LIMIT, implementation="reference")
     found = on_mesh(make_mesh(2, 4), implementation, way)(x, routing, experts_of())
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5 * float(jnp.abs(expected).max()))
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_every_expert_s_own_output_is_that_of_one_device(route):
+    x, routing = given(route)
+    expected = expert_outputs(x, routing.ids, experts_of(), limit=LIMIT, implementation="reference")
+    apart = jax.jit(lambda x, ids, experts: expert_outputs(x, ids, experts, limit=LIMIT, mesh=make_mesh(2, 4)))
+    found = apart(x, routing.ids, experts_of())
     np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5 * float(jnp.abs(expected).max()))
 
 

@@ -19,7 +19,9 @@ from puzzle_jax.kernels.route import route
 from puzzle_jax.model.child import Child, ChildBlock, whole
 from puzzle_jax.model.network import attention_block, embed, forward, moe_block, rms_norm
 from puzzle_jax.model.rope import rope_table
+from puzzle_jax.model.sharding import make_mesh, shard_params
 from puzzle_jax.model.spec import layer_experts
+from puzzle_jax.search import replace as replace_module
 from puzzle_jax.search.lens import fit_lens
 from puzzle_jax.search.processes import Team
 from puzzle_jax.search.rank import METHODS, rank_experts
@@ -182,6 +184,33 @@ def test_never_routed_experts_leave_first_and_kept_ids_ascend(ranking):
         kept = ranking.keep(method, 1, 6)
         assert 6 not in kept and list(kept) == sorted(set(kept)) and len(kept) == 6
         assert set(ranking.keep(method, 0, 3)) < set(ranking.keep(method, 0, 5))
+
+
+def test_rankings_on_a_mesh_are_those_of_one_device(parent):
+    config, params, traces = parent
+    batches = micro_batches([*traces, *traces[:2]], tokens_per_batch=128)
+    alone = rank_experts(params, config, batches)
+    mesh = make_mesh(1, 7)
+    spread = rank_experts(shard_params(params, config, mesh), config, batches, mesh=mesh)
+    np.testing.assert_array_equal(spread.routed, alone.routed)
+    for method in METHODS:
+        np.testing.assert_allclose(spread.scores[method], alone.scores[method], rtol=2e-4, err_msg=method)
+
+
+def test_logits_of_few_answers_at_a_time_give_the_same_scores(parent, monkeypatch):
+    config, params, traces = parent
+    alternatives = [(0, Alternative(np.arange(7) < 5, 6)), (3, Alternative(np.arange(7) > 3, None))]
+
+    def scored():
+        book = ScoreBook.empty(alternatives, traces)
+        fill(book, ReplaceOne(params, config, per_call=2), range(2), range(4), tokens_per_batch=128)
+        return book.values
+
+    whole_at_once = scored()
+    monkeypatch.setattr(replace_module, "MOST_ANSWERS", 13)
+    replace_module.compare_states.clear_cache()
+    np.testing.assert_allclose(scored(), whole_at_once, rtol=1e-5, atol=1e-7)
+    replace_module.compare_states.clear_cache()
 
 
 def test_scores_are_those_of_whole_passes_over_single_replacements(parent):

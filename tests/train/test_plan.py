@@ -16,13 +16,14 @@ from puzzle_jax.kernels.expert_mlp import IMPLEMENTATIONS, Experts, expert_mlp
 from puzzle_jax.kernels.mxfp4 import MXFP4
 from puzzle_jax.kernels.route import Routing
 from puzzle_jax.model.sharding import make_training_mesh
+from puzzle_jax.planning import kernel_shapes
 from puzzle_jax.train import plan_command
 from puzzle_jax.train.__main__ import main
 from puzzle_jax.train.distill_recipe import MeshSettings
 from puzzle_jax.train.objectives import LossSettings
 from puzzle_jax.train.optimizer import OptimizerSettings, make_optimizer
 from puzzle_jax.train.placement import Placement
-from puzzle_jax.train.plan import DeviceMemory, PlannedJob, abstract_step, kernel_shapes, placed_bytes, plan
+from puzzle_jax.train.plan import DeviceMemory, PlannedJob, abstract_step, placed_bytes, plan
 from puzzle_jax.train.plan_arithmetic import by_arithmetic, changes, estimated, gathered_on_cpus
 from puzzle_jax.train.rows import Packed
 from puzzle_jax.train.step import init_state

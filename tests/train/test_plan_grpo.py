@@ -18,6 +18,7 @@ from puzzle_jax.generate import Generated, Request, engine
 from puzzle_jax.generate.slots import empty_group, empty_slots
 from puzzle_jax.model.cache_format import FLOAT8, CacheFormat
 from puzzle_jax.model.sharding import generation_mesh
+from puzzle_jax.planning import DTYPE, device_bytes
 from puzzle_jax.tasks import Chat
 from puzzle_jax.train import plan_grpo_command
 from puzzle_jax.train.__main__ import main
@@ -27,7 +28,6 @@ from puzzle_jax.train.grpo_command import parse_recipe
 from puzzle_jax.train.grpo_recipe import GrpoRecipe, RolloutSettings, UpdateSettings
 from puzzle_jax.train.optimizer import OptimizerSettings
 from puzzle_jax.train.placement import Placement
-from puzzle_jax.train.plan import DTYPE, device_bytes
 from puzzle_jax.train.plan_grpo import (
     PHASES,
     PhaseMemory,
@@ -35,7 +35,6 @@ from puzzle_jax.train.plan_grpo import (
     abstract_micro_batch,
     abstract_policy,
     abstract_sampler,
-    abstract_slots,
     plan_policy,
 )
 from puzzle_jax.train.plan_grpo_arithmetic import (
@@ -140,7 +139,7 @@ def test_extras_follow_the_recipe():
 def test_slots_are_where_generation_makes_them(found, mesh):
     made, dtype = generation_mesh(mesh), jnp.dtype(DTYPE)
     real = empty_slots(PARENT, 4, 256, dtype, CacheFormat(), log_probs=True, experts=True, mesh=made)
-    planned = abstract_slots(RUN, mesh)
+    planned = RUN.engine(mesh).state()
     for one, other in zip(jax.tree.leaves(planned), jax.tree.leaves(real), strict=True):
         assert (one.shape, one.dtype, one.sharding) == (other.shape, other.dtype, other.sharding)
     assert found["rollout"].caches == first_part(real.caches)
@@ -158,7 +157,7 @@ def test_caches_are_the_engines():
         {"embedding": jnp.zeros((1,), DTYPE)}, PARENT, stop_ids=[0], context=RUN.context, slots=4, experts=True
     )
     assert (sampler.context, sampler.rows) == (RUN.context, RUN.group_rows) == (256, 4)
-    assert sampler.cache_bytes() == 4 * slot_cache_bytes(RUN) == device_bytes(abstract_slots(RUN, None).caches)
+    assert sampler.cache_bytes() == 4 * slot_cache_bytes(RUN) == device_bytes(RUN.engine(None).state().caches)
 
 
 @pytest.mark.parametrize(("length", "context"), [(36, 256), (256, 256), (260, 512), (500, 512)])
@@ -186,14 +185,14 @@ def test_contexts_are_those_that_generation_picks(monkeypatch, length, context):
 def test_more_slots_have_more_caches_and_bytes_half_of_them(mesh, rollout, caches):
     run = with_fields(rollout=rollout)
     scales = 3 * 2 * 4 if "cache" in rollout else 0
-    assert device_bytes(abstract_slots(run, mesh).caches) == caches + scales
+    assert device_bytes(run.engine(mesh).state().caches) == caches + scales
     assert caches_on_device(run, run.recipe.rollout.slots) == caches
 
 
 def test_heads_that_do_not_divide_are_whole():
     run = with_fields(mesh=MeshSettings(model=4))
     assert (
-        device_bytes(abstract_slots(run, run.make_mesh()).caches)
+        device_bytes(run.engine(run.make_mesh()).state().caches)
         == caches_on_device(run, 4)
         == 4 * slot_cache_bytes(run)
     )
@@ -411,7 +410,7 @@ def test_the_command_prints_the_plan(files, compiled, capsys):
     assert "fits: 80.0 GB are left" in out
     assert "24 answers of 0.0 million tokens, 24 rows of 36, 6 micro-batches" in out
     assert "a slot: 256 positions" in out
-    assert "slots are not placed along the sequence axis: each of its 2 devices is given the same" in out
+    assert "slots are whole" not in out
 
 
 def test_the_command_says_what_would_do(files, compiled, capsys):

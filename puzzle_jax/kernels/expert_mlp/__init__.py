@@ -13,6 +13,8 @@ above only; the gate weight multiplies after the bias of the down projection.
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
@@ -44,6 +46,7 @@ def expert_outputs(
     limit: float,
     spread: int | None = None,
     implementation: str | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
 ) -> Float[Array, "tokens k hidden"]:
     """Output of each token's chosen experts, before the gates.
 
@@ -55,12 +58,20 @@ def expert_outputs(
       spread: experts that the pairs are spread over, by which blocks are sized; more than there are where these are one
         device's of many. Ids past the experts then stand for others', whose output is undefined.
       implementation: pins one of `IMPLEMENTATIONS`.
+      mesh: as in `expert_mlp`; all devices of the model axis get all outputs.
 
     Raises ValueError for shapes that do not fit, NotImplementedError where no implementation accepts the arguments.
     """
     _check(x, ids, experts)
     if not ids.size:
         return jnp.zeros((*ids.shape, x.shape[1]), x.dtype)
+    if _spreads(mesh, len(experts.down_bias)):
+
+        def outputs(x: Array, ids: Array, own: Experts) -> Array:
+            spread = len(experts.down_bias)
+            return expert_outputs(x, ids, own, limit=limit, spread=spread, implementation=implementation)
+
+        return parallel.separate(x, ids, experts, outputs, mesh=mesh, data=_data_axes(mesh))
     return dispatch("expert_mlp", IMPLEMENTATIONS, implementation, x, ids, experts, limit=limit, spread=spread)
 
 
@@ -101,11 +112,19 @@ def expert_mlp(
     def outputs(x: Array, ids: Array, experts: Experts) -> Array:
         return expert_outputs(x, ids, experts, limit=limit, spread=spread, implementation=implementation)
 
-    if mesh is not None and mesh.size > 1 and spread % mesh.shape["model"] == 0:
-        data = tuple(axis for axis in mesh.axis_names if axis != "model")
-        return parallel.mixture(x, routing, experts, outputs, combine, mesh=mesh, data=data, way=way)
+    if _spreads(mesh, spread):
+        return parallel.mixture(x, routing, experts, outputs, combine, mesh=mesh, data=_data_axes(mesh), way=way)
     tokens = x.reshape(-1, x.shape[-1])
     return combine(outputs(tokens, routing.ids, experts), routing.gates).reshape(x.shape)
+
+
+def _spreads(mesh: Mesh | AbstractMesh | None, experts: int) -> TypeGuard[Mesh | AbstractMesh]:
+    """Whether a mesh's devices each have experts of their own."""
+    return mesh is not None and mesh.size > 1 and experts % mesh.shape["model"] == 0
+
+
+def _data_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    return tuple(axis for axis in mesh.axis_names if axis != "model")
 
 
 def combine(outputs: Float[Array, "tokens k hidden"], gates: Float[Array, "tokens k"]) -> Float[Array, "tokens hidden"]:

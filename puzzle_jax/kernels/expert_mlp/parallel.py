@@ -116,6 +116,32 @@ def mixture(
     return run(flat, ids, gates, experts)[:tokens].reshape(x.shape)
 
 
+def separate(
+    x: Float[Array, "tokens hidden"],
+    ids: Int[Array, "tokens k"],
+    experts: Experts,
+    outputs: Outputs,
+    *,
+    mesh: Mesh | AbstractMesh,
+    data: tuple[str, ...] = ("data",),
+    model: str = "model",
+) -> Float[Array, "tokens k hidden"]:
+    """Every chosen expert's own output, on all devices of the model axis: as `replicate`, without the sum over k."""
+    (tokens, _), num_experts = ids.shape, experts.down_bias.shape[0]
+    own = num_experts // mesh.shape[model]
+
+    def body(x: Array, ids: Array, experts: Experts) -> Array:
+        return lax.psum(_own_outputs(x, ids, experts, outputs, own, model), model)
+
+    fill = -tokens % math.prod(mesh.shape[axis] for axis in data)
+    rows = PartitionSpec(data)
+    run = jax.shard_map(body, mesh=mesh, in_specs=(rows, rows, PartitionSpec(model)), out_specs=rows, check_vma=False)
+    x, ids = (
+        jnp.pad(array, ((0, fill), (0, 0)), constant_values=value) for array, value in ((x, 0), (ids, num_experts))
+    )
+    return run(x, ids, experts)[:tokens]
+
+
 def _divide(sizes: tuple[int, ...], cuts: Sequence[tuple[str, ...]], mesh: Mesh | AbstractMesh) -> bool:
     """Whether there are as many dimensions as groups of axes, and each group divides its dimension."""
     return len(sizes) == len(cuts) and all(
@@ -134,12 +160,24 @@ def _replicate(
     axis: str,
 ) -> Float[Array, "tokens hidden"]:
     """The sum over devices of what each one's experts add, in float32."""
+    found = _own_outputs(x, ids, experts, outputs, own, axis)
+    return lax.psum(combine(found.astype(jnp.float32), gates), axis).astype(x.dtype)
+
+
+def _own_outputs(
+    x: Float[Array, "tokens hidden"],
+    ids: Int[Array, "tokens k"],
+    experts: Experts,
+    outputs: Outputs,
+    own: int,
+    axis: str,
+) -> Float[Array, "tokens k hidden"]:
+    """Outputs of this device's experts, and 0 for pairs that are others'."""
     ids = ids - lax.axis_index(axis) * own
     here = (ids >= 0) & (ids < own)
     found = outputs(x, jnp.where(here, ids, own), experts)
     # Of pairs that are others' anything may come out; the gates' zeros would not do for what is no number.
-    found = jnp.where(here[..., None], found, 0)
-    return lax.psum(combine(found.astype(jnp.float32), gates), axis).astype(x.dtype)
+    return jnp.where(here[..., None], found, 0)
 
 
 def _exchange(

@@ -3,9 +3,10 @@
 A sink is one extra logit per query head that joins the softmax and is then dropped, so the weights of a query sum to
 less than one. A window of W lets query i see the keys j with i - W < j <= i. Implementations: `causal_blocks` (full
 attention and static windows), `banded` (static windows far narrower than the sequence), both of a cost that grows
-with what is visible; `square`, which takes any window, one per row of the batch as data included; `reference`; and
-`mosaic_gpu` for Hopper and `splash` for TPUs, which must be asked for by name. On a mesh that cuts positions, devices
-trade them for heads around any of these; see `parallel`.
+with what is visible; `square`, which takes any window, one per row of the batch as data included; `online_blocks`, any
+window likewise, for sequences so long that the others would hold too many logits; `reference`; and `mosaic_gpu` for
+Hopper and `splash` for TPUs, which must be asked for by name. On a mesh that cuts positions, devices trade them for
+heads around any of these; see `parallel`.
 """
 
 from __future__ import annotations
@@ -15,12 +16,22 @@ from jax.sharding import AbstractMesh, Mesh
 from puzzle_jax.kernels import checks
 from puzzle_jax.kernels.dispatch import dispatch
 from puzzle_jax.kernels.shapes import Array, Float, Int
-from puzzle_jax.kernels.window_attention import banded, causal_blocks, mosaic_gpu, parallel, reference, splash, square
+from puzzle_jax.kernels.window_attention import (
+    banded,
+    causal_blocks,
+    mosaic_gpu,
+    online_blocks,
+    parallel,
+    reference,
+    splash,
+    square,
+)
 
 IMPLEMENTATIONS = {
     "causal_blocks": causal_blocks.window_attention,
     "banded": banded.window_attention,
     "square": square.window_attention,
+    "online_blocks": online_blocks.window_attention,
     "reference": reference.window_attention,
     "mosaic_gpu": mosaic_gpu.window_attention,
     "splash": splash.window_attention,

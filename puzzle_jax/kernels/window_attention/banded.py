@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from puzzle_jax.kernels.shapes import Array, Float, Int
+from puzzle_jax.kernels.window_attention.limits import refuse_too_many
 from puzzle_jax.kernels.window_attention.reference import MASKED
 
 MIN_BLOCK = 16
@@ -32,6 +33,7 @@ def window_attention(
     if 2 * block >= seq:
         raise NotImplementedError(f"two blocks of {block} already span the sequence of {seq}")
     padded = -(-seq // block) * block
+    refuse_too_many(batch, heads, padded, 2 * block)
     pad = padded - seq
 
     def blocks(x: Array) -> Array:

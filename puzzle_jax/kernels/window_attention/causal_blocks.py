@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from puzzle_jax.kernels.shapes import Array, Float, Int
+from puzzle_jax.kernels.window_attention.limits import refuse_too_many
 from puzzle_jax.kernels.window_attention.reference import MASKED
 
 MIN_BLOCK = 32
@@ -37,6 +38,7 @@ def window_attention(
         raise NotImplementedError(f"the sequence of {seq} is a single block")
     if window is not None and block >= 4 * window:
         raise NotImplementedError(f"the window is much narrower than a block of {block}")
+    refuse_too_many(batch, heads, block, seq if window is None else min(seq, block + window))
     kv_heads = k.shape[2]
     group = heads // kv_heads
     # Batched matmuls want [batch, rows, columns]: query rows of one key-value head are (position, head in group).

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from puzzle_jax.kernels.shapes import Array, Float, Int
+from puzzle_jax.kernels.window_attention.limits import refuse_too_many
 from puzzle_jax.kernels.window_attention.reference import MASKED, visible_keys
 
 
@@ -23,8 +24,9 @@ def window_attention(
     window: int | Int[Array, "#batch"] | None,
     segment_ids: Int[Array, "batch seq"] | None = None,
 ) -> Float[Array, "batch seq heads dim"]:
-    """See the api."""
+    """See the api. Raises NotImplementedError for squares that are too large."""
     batch, seq, heads, dim = q.shape
+    refuse_too_many(batch, heads, seq, seq)
     kv_heads = k.shape[2]
     group = heads // kv_heads
     queries = (q * dim**-0.5).astype(q.dtype).transpose(0, 2, 1, 3).reshape(batch, kv_heads, group * seq, dim)
