@@ -171,8 +171,7 @@ def window(small: bool) -> list[Case]:
     arrays = (*(_normal(seed, (1, seq, of, dim)) for seed, of in shapes), _normal(7, (heads,), jnp.float32))
     cases = []
     for width in (128, None):
-        names = ("mosaic_gpu", "splash", "banded" if width else "causal_blocks")
-        names = names if width or small else names[:2]  # XLA's blocks of logits would not fit
+        names = ("mosaic_gpu", "splash", "banded" if width else "online_blocks")
         cases += _attention(arrays, width, min(seq, 512), names)
     return cases
 
@@ -349,15 +348,20 @@ def _ragged_mlp(x: jax.Array, routing: Routing, experts: Experts) -> jax.Array:
 
 
 def window_on_cpu(small: bool) -> list[Case]:
-    """Attention of a small model, full and within 16 keys."""
-    rows, seq = (2, 64) if small else (8, 512)
-    shapes = ((4, 4), (5, 2), (6, 2))
-    arrays = (*(_normal(seed, (rows, seq, of, 32), jnp.float32) for seed, of in shapes), jnp.zeros(4))
-    return [
-        case
-        for width, names in ((16, ("reference", "square", "banded")), (None, ("reference", "square", "causal_blocks")))
-        for case in _attention(arrays, width, min(seq, 128), names)
-    ]
+    """Attention of a small model, full and within 16 keys, and of one long sequence."""
+    short, long = ((2, 64), (1, 128)) if small else ((8, 512), (1, 8192))
+    cases = (
+        (short, 16, ("reference", "square", "banded")),
+        (short, None, ("reference", "square", "causal_blocks")),
+        (long, None, ("causal_blocks", "online_blocks")),
+    )
+
+    def of(rows: int, seq: int, width: int | None, names: tuple[str, ...]) -> list[Case]:
+        shapes = ((4, 4), (5, 2), (6, 2))
+        arrays = (*(_normal(seed, (rows, seq, heads, 32), jnp.float32) for seed, heads in shapes), jnp.zeros(4))
+        return _attention(arrays, width, min(seq, 128), names)
+
+    return [case for shape, width, names in cases for case in of(*shape, width, names)]
 
 
 ON_ACCELERATORS = {"grouped": grouped, "packed": packed, "experts": mixture, "window": window, "decode": cached}

@@ -43,7 +43,8 @@ class Refinement:
         identity = f"{search.identity} {json.dumps(child.to_json()['layers'])} {search.recipe.child}"
         scored = search.scorer(search.child(child))(space, search.run / "refine-book.safetensors", identity)
         pool = search.pool(search.problem_of(scored.space, scored.scores))
-        return replace(pool, candidates=[replace(c, score=child.score + c.score) for c in pool.candidates])
+        # Changes that each help alone overlap, so that their sum may promise more than there is.
+        return replace(pool, candidates=[replace(c, score=max(0.0, child.score + c.score)) for c in pool.candidates])
 
     def swapped(self, child: Candidate) -> Pool | None:
         """Children that keep other experts in one or more layers, run whole on the validation traces; None where no

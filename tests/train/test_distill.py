@@ -32,6 +32,7 @@ from puzzle_jax.train.objectives import Fixed
 from puzzle_jax.train.step import TrainState
 from puzzle_jax.train.student import Student
 from tests.support import model_logits
+from tests.train.in_processes import QUICK, in_processes
 from tests.train.toy_distill import (
     BLOCKS,
     CONFIG,

@@ -347,8 +347,9 @@ def test_the_recipe_says_what_was_published():
     assert (recipe.train, recipe.rollout.replay) == ((), True)
     names = ("math", "code", "stem", "instruction_following", "structured_outputs", "long_context")
     assert recipe.prompts.tasks == {f"data/{name}.jsonl": 1.0 for name in names}
-    assert (recipe.mesh.devices, recipe.mesh.processes) == (64, 1)
-    assert recipe.rollout.slots % recipe.mesh.data == 0
+    assert (recipe.mesh.devices, recipe.mesh.processes) == (64, 8)
+    assert recipe.rollout.slots == recipe.prompts.prompts * recipe.rollout.group
+    assert recipe.rollout.slots % (recipe.mesh.data * recipe.mesh.sequence) == 0
     needs = step_needs(
         PlannedPolicy(
             PARENT,
