@@ -96,7 +96,7 @@ def from_first(what: str, work: Callable[[], str]) -> str:
 
 
 def by_first(what: str, work: Callable[[], object]) -> None:
-    """The first process does what one alone shall do; the others wait for it. Likewise."""
+    """The first process does what one alone shall do; the others wait for it. See `from_first`."""
 
     def done() -> str:
         work()

@@ -374,7 +374,7 @@ def chunk_tokens(context: int) -> int:
 
 
 def group_rows(chunk: int, slots: int, parts: int = 1) -> int:
-    """Rows that are prefilled together, on each of so many parts of a mesh."""
+    """Rows that are prefilled together, on all of so many parts of a mesh."""
     return min(max(1, PREFILL_TOKENS // chunk) * parts, slots)
 
 

@@ -270,19 +270,19 @@ def _score(run: PlannedSearch) -> StageMemory:
     one, many = device_bytes(x), device_bytes(wave)
     layer, mask = run.params["layers"][0], jax.ShapeDtypeStruct((config.blocks[0].num_experts,), jnp.bool_)
 
-    def attention(window: int | None, x: Any) -> int:
+    def attention(window: int | None) -> int:
         program = _own(lambda params, x: replace.run_attention.__wrapped__(params, config, window, x))  # type: ignore[attr-defined]
-        return bytes_beside(program.lower(layer["attention"], x))
+        return bytes_beside(program.lower(layer["attention"], wave))
 
-    def mixture(x: Any) -> int:
+    def mixture() -> int:
         program = _own(lambda params, x, mask: replace.run_mixture.__wrapped__(params, config, x, mask))  # type: ignore[attr-defined]
-        return bytes_beside(program.lower(layer["moe"], x, mask))
+        return bytes_beside(program.lower(layer["moe"], wave, mask))
 
     with on_mesh(run.mesh), kernel_shapes():
         beside = {
             # Two of the wave are there while a mixture runs: what came into the layer, and what attention made of it.
-            "attention": many + max(attention(window, wave) for window in _windows(config)),
-            "mixture": 2 * many + mixture(wave),
+            "attention": many + max(map(attention, _windows(config))),
+            "mixture": 2 * many + mixture(),
             "enter": many + _enter(run, batch),
             "compare": many + _compare(run, x, wave, _answers(batch)),
         }

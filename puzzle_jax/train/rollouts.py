@@ -1,4 +1,4 @@
-"""Groups of answers to a step's prompts, sampled from the policy as it is: by the same mesh, from the same parameters.
+"""Groups of answers to a step's prompts, sampled from the policy as it is, on the devices and parameters of training.
 
 The sampler runs on the arrays that training runs on. Stacked layers are laid apart for it within one program, so that
 nothing goes through files or the host; what that copies is freed before the update.

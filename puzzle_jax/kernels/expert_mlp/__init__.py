@@ -13,6 +13,7 @@ above only; the gate weight multiplies after the bias of the down projection.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TypeGuard
 
 import jax.numpy as jnp
@@ -66,11 +67,7 @@ def expert_outputs(
     if not ids.size:
         return jnp.zeros((*ids.shape, x.shape[1]), x.dtype)
     if _spreads(mesh, len(experts.down_bias)):
-
-        def outputs(x: Array, ids: Array, own: Experts) -> Array:
-            spread = len(experts.down_bias)
-            return expert_outputs(x, ids, own, limit=limit, spread=spread, implementation=implementation)
-
+        outputs = partial(expert_outputs, limit=limit, spread=len(experts.down_bias), implementation=implementation)
         return parallel.separate(x, ids, experts, outputs, mesh=mesh, data=_data_axes(mesh))
     return dispatch("expert_mlp", IMPLEMENTATIONS, implementation, x, ids, experts, limit=limit, spread=spread)
 
@@ -106,12 +103,8 @@ def expert_mlp(
         where the model axis does not divide the experts, XLA sees to it that every device has what it needs.
       way: pins one of `parallel.WAYS`.
     """
-
     spread = experts.down_bias.shape[0]
-
-    def outputs(x: Array, ids: Array, experts: Experts) -> Array:
-        return expert_outputs(x, ids, experts, limit=limit, spread=spread, implementation=implementation)
-
+    outputs = partial(expert_outputs, limit=limit, spread=spread, implementation=implementation)
     if _spreads(mesh, spread):
         return parallel.mixture(x, routing, experts, outputs, combine, mesh=mesh, data=_data_axes(mesh), way=way)
     tokens = x.reshape(-1, x.shape[-1])
