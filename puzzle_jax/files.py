@@ -1,31 +1,165 @@
-"""Small files that runs keep: JSON objects, and writing so that there never is half a file."""
+"""Small JSON and YAML files: read so that no content harms the reader, written so that there is never half a file.
+
+Whatever such a file holds, reading it takes time and memory in proportion to its size: a YAML file's aliases are
+counted before they are expanded. What cannot be used is refused in one sentence that names the file: bytes that are
+no UTF-8, nesting that exhausts the stack, numbers that Python does not convert, half a surrogate pair.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from puzzle_jax.errors import PuzzleError
 
 PARTIAL = ".partial-"
 """In the name of a file or directory that is still being written."""
 
+MAX_YAML_NODES = 100_000
+"""Values that a YAML file may hold, each counted as often as aliases repeat it."""
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
 
 def write_beside(path: Path, content: bytes) -> None:
     """Writes a file beside its place and renames it."""
     beside = path.with_name(f".{path.name}{PARTIAL}{os.getpid()}")
-    beside.write_bytes(content)
-    beside.replace(path)
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; raises PuzzleError when it cannot be read or holds something else."""
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise PuzzleError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise PuzzleError(f"{path} holds {type(value).__name__}, but must hold an object")
+        beside.write_bytes(content)
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def parse_json(text: str | bytes, where: str, error: type[PuzzleError] = PuzzleError) -> Any:
+    """The value of a JSON text.
+
+    Args:
+      text: UTF-8 where it is bytes.
+      where: the text comes from, with which a message begins ("answers.jsonl, line 3").
+      error: raised, with one sentence, for whatever makes the text no JSON value of valid Unicode.
+    """
+    try:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8")
+        value = json.loads(text)
+    except RecursionError:
+        raise error(f"{where} is nested too deeply to be read as JSON") from None
+    except UnicodeDecodeError as problem:
+        raise error(f"{where} is not valid UTF-8: {problem.reason} at byte {problem.start}") from None
+    except json.JSONDecodeError as problem:
+        raise error(f"{where} cannot be read as JSON: {problem}") from None
+    except ValueError:  # Python's limit on the digits of a whole number
+        raise error(f"{where} holds a whole number of thousands of digits, which cannot be read") from None
+    if _SURROGATE.search(text) and not is_unicode(value):
+        raise error(f"{where} holds half a surrogate pair, but its texts must be valid Unicode")
     return value
+
+
+def read_json(path: Path, error: type[PuzzleError] = PuzzleError) -> Any:
+    """The value in a JSON file; raises `error`, with one sentence that names it, where there is none."""
+    return parse_json(read_bytes(path, error), str(path), error)
+
+
+def read_object(path: Path, error: type[PuzzleError] = PuzzleError) -> dict[str, Any]:
+    """The object in a JSON file; raises `error` when it cannot be read or holds something else."""
+    value = read_json(path, error)
+    if not isinstance(value, dict):
+        raise error(f"{path} holds {type(value).__name__}, but must hold an object")
+    return value
+
+
+def read_text(path: Path, error: type[PuzzleError] = PuzzleError) -> str:
+    """The UTF-8 text of a file; raises `error` where there is none."""
+    try:
+        return read_bytes(path, error).decode("utf-8")
+    except UnicodeDecodeError as problem:
+        raise error(f"{path} is not valid UTF-8: {problem.reason} at byte {problem.start}") from None
+
+
+def read_bytes(path: Path, error: type[PuzzleError] = PuzzleError) -> bytes:
+    """The content of a file; raises `error` where it cannot be read."""
+    try:
+        return Path(path).read_bytes()
+    except (OSError, ValueError) as problem:  # ValueError: a NUL in the path
+        raise error(f"{path!s} cannot be read: {getattr(problem, 'strerror', None) or problem}") from None
+
+
+def is_unicode(value: Any) -> bool:
+    """Whether all texts of a JSON value are valid Unicode, without half a surrogate pair."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def parse_yaml(text: str, where: str, error: type[PuzzleError] = PuzzleError) -> Any:
+    """The value of a YAML text, with plain types only.
+
+    Raises `error`, with one sentence that begins with `where`, for text that is no YAML, a mapping that has a key
+    twice (YAML itself would keep the last), an alias of what contains it, and more than `MAX_YAML_NODES` values.
+    """
+    try:
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            _check_size(node)
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except RecursionError:
+        raise error(f"{where} is nested too deeply to be read as YAML") from None
+    except yaml.YAMLError as problem:
+        raise error(f"{where} cannot be read as YAML: {' '.join(str(problem).split())}") from None
+    except (ValueError, OverflowError) as problem:  # dates and numbers that Python has not
+        raise error(f"{where} holds a value that cannot be read: {str(problem).partition(';')[0]}") from None
+
+
+def read_yaml(path: Path, error: type[PuzzleError] = PuzzleError) -> Any:
+    """The value in a YAML file; raises `error` as `parse_yaml` does, or where the file cannot be read."""
+    return parse_yaml(read_text(path, error), str(path), error)
+
+
+def _check_size(root: yaml.Node) -> None:
+    """Raises `yaml.YAMLError` for a graph that has a cycle, or is larger than allowed when written as a tree."""
+    sizes: dict[int, int] = {}
+    open_nodes: set[int] = set()
+
+    def size(node: yaml.Node) -> int:
+        if not isinstance(node, yaml.CollectionNode):
+            return 1
+        if id(node) in open_nodes:
+            raise yaml.YAMLError(f"the value in line {node.start_mark.line + 1} holds an alias of itself")
+        if id(node) not in sizes:
+            open_nodes.add(id(node))
+            pairs = isinstance(node, yaml.MappingNode)
+            children = [child for pair in node.value for child in pair] if pairs else node.value
+            sizes[id(node)] = 1 + sum(map(size, children))
+            open_nodes.remove(id(node))
+            if sizes[id(node)] > MAX_YAML_NODES:
+                raise yaml.YAMLError(f"with its aliases it holds more than {MAX_YAML_NODES} values")
+        return sizes[id(node)]
+
+    size(root)
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a mapping that has a key twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.YAMLError(f"{key.value} is there twice, again in line {key.start_mark.line + 1}")
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)

@@ -11,9 +11,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_type_hints
 
-import yaml
-
 from puzzle_jax.errors import ConfigError
+from puzzle_jax.files import parse_yaml, read_text
 
 RECIPES = Path(__file__).parent / "recipes"
 """Files that come with the package."""
@@ -92,10 +91,7 @@ def _checked_file(text: str, names: Sequence[str]) -> Path:
 
 def check_file(path: Path) -> None:
     """Raises `ConfigError`, naming the file, where it cannot be read or holds no mapping, or a field twice."""
-    try:
-        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigError(f"recipe {path} cannot be read: {' '.join(str(error).split())}") from error
+    data = parse_yaml(read_text(path, ConfigError), f"recipe {path}", ConfigError)
     if not isinstance(data, dict):
         raise ConfigError(f"recipe {path} holds {data!r}, but must hold the fields of a recipe")
     for name in data:
@@ -116,16 +112,3 @@ def check_sections(settings: Mapping[str, Any], kind: type, prefix: str = "") ->
             check_sections(value, hint, f"{prefix}{name}.")
         elif value is None and NoneType not in get_args(hint):
             raise ConfigError(f"{prefix}{name} is None, but must have a value")
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a mapping that has a key twice; YAML's own would keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    raise yaml.YAMLError(f"{key.value} is there twice, again in line {key.start_mark.line + 1}")
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from puzzle_jax.errors import ConfigError, PuzzleError
+from puzzle_jax.files import read_yaml
 from puzzle_jax.search.library import Number
 
 DEFAULT = Path(__file__).parent / "assumptions.yaml"
@@ -98,12 +99,9 @@ def read_assumptions(path: Path | str = DEFAULT) -> Assumptions:
 
     Raises `PuzzleError` that names file, field and value where it cannot be used.
     """
-    import yaml
-
+    data = read_yaml(Path(path))
     try:
-        return _build(Assumptions, yaml.safe_load(Path(path).read_text()), "")
-    except (OSError, yaml.YAMLError) as error:
-        raise PuzzleError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+        return _build(Assumptions, data, "")
     except ConfigError as error:
         raise PuzzleError(f"{path}: {error}") from error
 

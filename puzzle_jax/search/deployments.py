@@ -14,6 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from puzzle_jax.errors import ConfigError, PuzzleError
+from puzzle_jax.files import read_yaml
 from puzzle_jax.search.hardware import HARDWARE
 from puzzle_jax.search.scenario import Scenario
 
@@ -63,12 +64,7 @@ def read_scenario(path: Path) -> Scenario:
 
     Raises `PuzzleError` that names the file and what is wrong in it.
     """
-    import yaml
-
-    try:
-        data = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise PuzzleError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    data = read_yaml(path)
     if not isinstance(data, dict):
         raise PuzzleError(f"{path} holds {data!r}, but must hold the fields of a scenario")
     data.setdefault("name", path.stem)

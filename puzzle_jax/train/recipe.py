@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from puzzle_jax.config import BlockConfig, ModelConfig, RopeConfig
 from puzzle_jax.errors import ConfigError
+from puzzle_jax.files import parse_yaml, read_text
 from puzzle_jax.tasks import PRETRAINING_TASKS, check_effort
 from puzzle_jax.train.data import Bucket
 
@@ -103,10 +102,7 @@ def load_recipe(path: str | Path) -> PretrainRecipe:
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"recipe {path} does not exist")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"recipe {path} is no valid YAML: {' '.join(str(error).split())}") from None
+    content = parse_yaml(read_text(path, ConfigError), f"recipe {path}", ConfigError)
     try:
         return recipe_from(content)
     except ConfigError as error:

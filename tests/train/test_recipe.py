@@ -68,7 +68,7 @@ def test_files_are_named(tmp_path):
     with pytest.raises(ConfigError, match=r"recipe .*none.yaml does not exist"):
         load_recipe(tmp_path / "none.yaml")
     (tmp_path / "bad.yaml").write_text("a: [")
-    with pytest.raises(ConfigError, match=r"recipe .*bad.yaml is no valid YAML"):
+    with pytest.raises(ConfigError, match=r"recipe .*bad.yaml cannot be read as YAML"):
         load_recipe(tmp_path / "bad.yaml")
     (tmp_path / "list.yaml").write_text("[1]")
     with pytest.raises(ConfigError, match=r"recipe .*list.yaml: recipe is \[1\], but must be a mapping"):
