@@ -17,6 +17,7 @@ from puzzle_jax.convert_hf.kv_scales import StoredScales, is_kv_scale, read_kv_s
 from puzzle_jax.convert_hf.other_forms import CONFIG, check_form
 from puzzle_jax.convert_hf.table import Form, TensorSpec, checkpoint_tensors
 from puzzle_jax.convert_hf.tensor_files import StoredTensor, open_tensors, read_json
+from puzzle_jax.convert_hf.token_ids import check_ids
 from puzzle_jax.errors import CheckpointError, ConfigError
 
 NOT_A_NUMBER = 255
@@ -77,6 +78,7 @@ def describe_checkpoint(directory: Path | str) -> Description:
     source = directory / CONFIG
     data = read_json(source)
     config, form = parse_config(data, source), parse_form(data, source)
+    check_ids(data, source, config.vocab_size)
     opened = open_tensors(directory)
     problems = list(opened.problems)
     try:

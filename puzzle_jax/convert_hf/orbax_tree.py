@@ -243,7 +243,7 @@ def _guarded(path: str, read: Callable[[], Any]) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Holds back what Orbax, its tasks and its threads report, with tracebacks, of what it then raises or leaves out."""
+    """Holds back the tracebacks in which Orbax, its tasks and its threads report what it then raises or leaves out."""
     logs, hook = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
     levels = [log.level for log in logs]
     for log in logs:

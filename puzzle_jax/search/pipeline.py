@@ -104,12 +104,7 @@ class Search:
         )
         windows = candidate_windows(config, space.windows)
         self.counts, self.windows = restrict([counts] * config.num_layers, windows, space.restrict)
-        identity = {
-            "kind": "search",
-            "parent": str(recipe.parent.resolve()),
-            "weights": self.parent.fingerprint,
-        }
-        self.run = open_run(recipe.run, identity)
+        self.run = open_run(recipe.run, {"kind": "search", "parent": self.parent.fingerprint})
 
     def execute(self, stage: str) -> Stage:
         """Runs one stage, or skips it when nothing changed.
@@ -440,7 +435,7 @@ class Search:
     @property
     def identity(self) -> str:
         """What scores depend on besides alternatives and traces."""
-        return json.dumps([str(self.recipe.parent.resolve()), self.parent.fingerprint, jax.__version__])
+        return json.dumps([self.parent.fingerprint, jax.__version__])
 
     def scorer(self, base: Child | None) -> SpaceScorer:
         """Scores alternatives around the parent or around a child of it."""
