@@ -239,7 +239,7 @@ def _child_plan(
         elif ids is not None:
             pieces = partial(_expert_rows, spec, stored, ids)
         elif stored.dtype == spec.dtype:
-            pieces = stored.finite_chunks
+            pieces = partial(stored.chunks, weights=True)
         else:
             pieces = partial(_rounded, spec, stored)
         plan.append(_planned(spec, pieces if ids is None else partial(_filled, spec, pieces, len(ids))))

@@ -16,7 +16,7 @@ import json
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
 from math import prod
@@ -46,6 +46,7 @@ DTYPES: dict[str, Any] = {
 }
 CHUNK_BYTES = 16 << 20
 """How much is read or written at a time."""
+_CHECKED_BYTES = 512 << 10
 _MAX_JSON = 16 << 20  # bytes; that of gpt-oss-120b has 0.1 MB, and parsing takes up to thirty times as much memory
 _MAX_AXES = 8
 _MAX_NAME = 500  # characters
@@ -74,6 +75,13 @@ class StoredTensor:
 
         Raises `CheckpointError` where the file can no longer be read.
         """
+        return self._read(index, weights=False)
+
+    def values(self, index: Sequence[slice] = ()) -> np.ndarray:
+        """As `read`, of a weight: raises `CheckpointError` also where a value is not finite."""
+        return self._read(index, weights=True)
+
+    def _read(self, index: Sequence[slice], weights: bool) -> np.ndarray:
         dtype = DTYPES[self.dtype]
         bounds = [part.indices(size)[:2] for part, size in zip(index, self.shape, strict=False)]
         bounds += [(0, size) for size in self.shape[len(bounds) :]]
@@ -90,30 +98,35 @@ class StoredTensor:
                 for row in range(first, stop, rows):
                     count = min(rows, stop - row)
                     whole = np.empty((count, *self.shape[1:]), dtype)
-                    _read_into(file, whole, self.offset + row * strides[0])
+                    _read_into(file, whole, self.offset + row * strides[0], self._check(whole) if weights else None)
                     out[row - first : row - first + count] = whole[(slice(None), *(slice(*pair) for pair in inner))]
                 return out
             runs = out.reshape(prod(out.shape[:last]), -1)
             inside = bounds[last][0] * strides[last] if self.shape else 0
+            check = self._check(out) if weights else None
             for run, outer in zip(runs, product(*(range(*pair) for pair in bounds[:last])), strict=True):
                 start = sum(position * stride for position, stride in zip(outer, strides, strict=False))
-                _read_into(file, run, self.offset + start + inside)
+                _read_into(file, run, self.offset + start + inside, check)
         return out
 
-    def values(self, index: Sequence[slice] = ()) -> np.ndarray:
-        """As `read`, of a weight: raises `CheckpointError` also where a value is not finite."""
-        return self._finite(self.read(index))
+    def _check(self, array: np.ndarray) -> Callable[[int], None]:
+        """A function that is told how many more bytes of an array are there, in order, and looks at their values.
 
-    def finite_chunks(self) -> Iterator[np.ndarray]:
-        """As `chunks`, of a weight: raises `CheckpointError` also where a value is not finite."""
-        for chunk in self.chunks():
-            self._finite(chunk.view(DTYPES[self.dtype]))
-            yield chunk
+        It looks at `_CHECKED_BYTES` at a time, which the processor's cache still holds from reading them.
+        """
+        values, size = array.reshape(-1), array.itemsize
+        there = seen = 0
 
-    def _finite(self, values: np.ndarray) -> np.ndarray:
-        if not all_finite(values):
-            raise CheckpointError(f"{self.file}: {self.name} holds values that are not finite (NaN or infinity)")
-        return values
+        def check(more: int) -> None:
+            nonlocal there, seen
+            there += more
+            if there - seen < _CHECKED_BYTES and there < array.nbytes:
+                return
+            if not all_finite(values[seen // size : there // size]):
+                raise CheckpointError(f"{self.file}: {self.name} holds values that are not finite (NaN or infinity)")
+            seen = there - there % size
+
+        return check
 
     def bytes_at(self, places: Iterable[tuple[int, int]]) -> Iterator[np.ndarray]:
         """Pieces of the tensor's bytes, each given by its first byte and its length."""
@@ -123,12 +136,16 @@ class StoredTensor:
                 _read_into(file, piece, self.offset + start)
                 yield piece
 
-    def chunks(self) -> Iterator[np.ndarray]:
-        """The tensor's bytes in order, `CHUNK_BYTES` at a time."""
+    def chunks(self, *, weights: bool = False) -> Iterator[np.ndarray]:
+        """The tensor's bytes in order, `CHUNK_BYTES` at a time.
+
+        Of `weights`, raises `CheckpointError` also where a value is not finite.
+        """
         with _opened(self.file) as file:
             for start in range(0, self.nbytes, CHUNK_BYTES):
                 chunk = _aligned([min(CHUNK_BYTES, self.nbytes - start)], np.dtype(np.uint8))
-                _read_into(file, chunk, self.offset + start)
+                check = self._check(chunk.view(DTYPES[self.dtype])) if weights else None
+                _read_into(file, chunk, self.offset + start, check)
                 yield chunk
 
 
@@ -156,16 +173,21 @@ def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def _read_into(file: Any, array: np.ndarray, offset: int) -> None:
-    """Fills an array with bytes of a file; system calls may give less than was asked for."""
+def _read_into(file: Any, array: np.ndarray, offset: int, check: Callable[[int], None] | None = None) -> None:
+    """Fills an array with bytes of a file; system calls may give less than was asked for.
+
+    Tells `check` how many bytes came, `_CHECKED_BYTES` at most at a time.
+    """
     view = array.reshape(-1).view(np.uint8).data
     while view:
         try:
-            count = os.preadv(file.fileno(), [view], offset)
+            count = os.preadv(file.fileno(), [view if check is None else view[:_CHECKED_BYTES]], offset)
         except OSError as error:
             raise CheckpointError(f"{file.name} cannot be read: {error.strerror}") from None
         if not count:
             raise CheckpointError(f"{file.name} became shorter while it was read")
+        if check is not None:
+            check(count)
         view, offset = view[count:], offset + count
 
 
