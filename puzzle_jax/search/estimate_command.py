@@ -16,6 +16,7 @@ from rich.table import Table
 
 from puzzle_jax.cli import guarded
 from puzzle_jax.convert_hf.config_json import parse_config, parse_form
+from puzzle_jax.convert_hf.describe import config_path
 from puzzle_jax.convert_hf.tensor_files import read_json
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.search.assumptions import DEFAULT, read_assumptions
@@ -64,7 +65,7 @@ def _run(settings: argparse.Namespace) -> None:
 
 def read_architecture(path: Path) -> Architecture:
     """The model that a checkpoint directory or a config.json describes. Raises `CheckpointError` where it is none."""
-    source = path if path.suffix == ".json" else path / "config.json"
+    source = config_path(path)
     data = read_json(source)
     return Architecture(parse_config(data, source), parse_form(data, source))
 

@@ -64,13 +64,14 @@ class Inputs:
         """Reads and checks them. Raises PuzzleError for whatever is wrong."""
         if blocks and recipe.teacher_cache is not None:
             raise PuzzleError(f"teacher_cache is {recipe.teacher_cache}, but layers that train alone read no logits")
+        described = describe_checkpoint(recipe.parent)
         chat = Chat.load(recipe.parent, begun_on(recipe.out))
         opened = open_child(recipe.parent, recipe.child)
         check_tokenizer(recipe.parent, chat.tokenizer, opened.child.parent.vocab_size)
         settings = recipe.data.of(recipe.trace_paths)
         found = read_examples(settings, opened.child.parent.vocab_size, chat)
         training, heldout = apart(found.examples, recipe.data.heldout, settings)
-        teacher = Model("parent", describe_checkpoint(recipe.parent), chat).fingerprint
+        teacher = Model("parent", described, chat).fingerprint
         inputs = Inputs(recipe, blocks, opened, chat, training, heldout, found.counts, teacher)
         inputs.student.check_own(opened.differing)
         inputs.cache()
