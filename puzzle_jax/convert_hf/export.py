@@ -387,9 +387,17 @@ def _json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
+def config_bytes(data: Mapping[str, Any]) -> bytes:
+    """A config.json's text; raises `CheckpointError` where a key that was kept is nested too deeply."""
+    try:
+        return _json_bytes(data)
+    except RecursionError:
+        raise CheckpointError("config.json holds a value that is nested too deeply to be written again") from None
+
+
 def _config_files(config: ModelConfig, base: Mapping[str, Any], form: Form) -> dict[str, bytes]:
     """config.json, and the code that a model needs which plain `gpt_oss` cannot say."""
-    files = {"config.json": _json_bytes(write_config(config, dict(base), form=form))}
+    files = {"config.json": config_bytes(write_config(config, dict(base), form=form))}
     if not is_plain(config):
         remote = resources.files("puzzle_jax.convert_hf") / "remote"
         files |= {name: (remote / name).read_bytes() for name in REMOTE_CODE}

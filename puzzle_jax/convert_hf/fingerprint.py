@@ -110,9 +110,8 @@ def _settled(state: State) -> bool:
 
 
 def _place(directory: Path) -> Path:
-    root = os.environ.get("PUZZLE_JAX_CACHE")
-    base = Path(root) if root else Path("~/.cache/puzzle_jax").expanduser()
-    return base / "fingerprints" / f"{hashlib.sha256(os.fsencode(directory)).hexdigest()[:32]}.json"
+    root = os.environ.get("PUZZLE_JAX_CACHE") or os.path.expanduser("~/.cache/puzzle_jax")
+    return Path(root) / "fingerprints" / f"{hashlib.sha256(os.fsencode(directory)).hexdigest()[:32]}.json"
 
 
 def _recorded(place: Path, state: State) -> str | None:
@@ -129,5 +128,7 @@ def _record(place: Path, state: State, fingerprint: str) -> None:
     """For later processes; a place that cannot be written is no reason to stop."""
     record = {"version": VERSION, "files": state, "fingerprint": fingerprint}
     with suppress(OSError, ValueError):
+        if place.parts[0] == "~":  # nobody's home is known
+            return
         place.parent.mkdir(parents=True, exist_ok=True)
         write_beside(place, json.dumps(record).encode())

@@ -27,7 +27,7 @@ import numpy as np
 
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.convert_hf.config_json import parse_config, parse_form, write_config
-from puzzle_jax.convert_hf.export import CARRIED, OF_A_CHILD, dotted
+from puzzle_jax.convert_hf.export import CARRIED, OF_A_CHILD, config_bytes, dotted
 from puzzle_jax.convert_hf.other_forms import CONFIG, ORBAX_HF, ORBAX_PARAMS
 from puzzle_jax.convert_hf.table import Form
 from puzzle_jax.convert_hf.tensor_files import read_json
@@ -101,8 +101,7 @@ def save_params(
             _save(work / PARAMS, _plain(params))
             for name, content in files.items():
                 (work / ORBAX_HF / name).write_bytes(content)
-            config_text = json.dumps(write_config(config, dict(config_json)), indent=2) + "\n"
-            (work / ORBAX_HF / CONFIG).write_text(config_text)
+            (work / ORBAX_HF / CONFIG).write_bytes(config_bytes(write_config(config, dict(config_json))))
             if kv_scales is not None:
                 record = {kind: np.asarray(values).tolist() for kind, values in zip("kv", kv_scales, strict=True)}
                 (work / ORBAX_HF / KV_SCALES).write_text(json.dumps(record))

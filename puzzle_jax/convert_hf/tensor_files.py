@@ -214,7 +214,7 @@ def open_tensors(directory: Path) -> Opened:
     Raises `CheckpointError` where there is nothing to read: no directory, or neither a file nor an index.
     """
     check_form(directory)
-    if (directory / SINGLE).is_file():
+    if os.path.isfile(directory / SINGLE):
         tensors, problem = _read_header(directory / SINGLE)
         return Opened(tensors, [problem] if problem else [], None if problem else set())
     opened = Opened({}, [], set())

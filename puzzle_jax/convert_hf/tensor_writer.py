@@ -136,6 +136,9 @@ def told(out: Path) -> Iterator[None]:
 
 
 def _write(out: Path, plan: Plan, replace: Callable[[], bool]) -> None:
+    for name in plan.files:
+        if name in plan.shards or name == INDEX or Path(name).name != name:
+            raise PuzzleError(f"{name!r} is no name of a file beside the weights of {out}")
     out.parent.mkdir(parents=True, exist_ok=True)
     work, journal, old = (out.parent / f".{out.name}.{kind}" for kind in ("partial", "partial.json", "replaced"))
     with _locked(work, out):

@@ -88,6 +88,22 @@ def test_cutting_equals_viewing(parent, tmp_path):
     assert_trees_equal(cut.params, cut_params(whole.params, child))
 
 
+@pytest.mark.parametrize("name", [SINGLE, INDEX, "../x", "sub/x"])
+def test_no_file_is_written_over_weights_or_elsewhere(tmp_path, name):
+    options = {"config_base": {}, "extra_files": {name: b""}}
+    with pytest.raises(PuzzleError, match="is no name of a file beside the weights"):
+        save_checkpoint(tmp_path / "out", packable_config(), random_params(packable_config()), **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_key_that_is_nested_too_deeply_to_be_written_again(tmp_path):
+    deep: list = []
+    for _ in range(5_000):
+        deep = [deep]
+    with pytest.raises(CheckpointError, match=r"config\.json holds a value that is nested too deeply"):
+        save_checkpoint(tmp_path / "out", packable_config(), {}, config_base={"note": deep})
+
+
 def test_provenance_and_carried_files(parent, tmp_path):
     for name in CARRIED[:-1]:
         (parent / name).write_text(f"content of {name}")
