@@ -140,7 +140,7 @@ def test_whatever_is_missing_or_cut_is_told_in_one_sentence(tmp_path, capsys, mo
 
     Noise among values is not noticed, since Orbax keeps no sums of them.
     """
-    monkeypatch.setattr(orbax_tree, "_LATE_SECONDS", 0.0)
+    monkeypatch.setattr(orbax_tree, "_LATE_SECONDS", 0.1)
     start = write_random(tmp_path / "start", packable_config(MIXED[:1]))
     good = tmp_path / "good"
     assert main(["import", str(start), "--out", str(good)]) == 0
