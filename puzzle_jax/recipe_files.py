@@ -75,13 +75,14 @@ def _with_checked_files(arguments: Sequence[str], names: Sequence[str]) -> list[
     found = list(arguments)
     for index, argument in enumerate(found):
         if argument == "--recipe" and index + 1 < len(found):
-            found[index + 1] = str(_checked_file(found[index + 1], names))
+            found[index + 1] = str(recipe_path(found[index + 1], names))
         elif argument.startswith("--recipe="):
-            found[index] = f"--recipe={_checked_file(argument.partition('=')[2], names)}"
+            found[index] = f"--recipe={recipe_path(argument.partition('=')[2], names)}"
     return found
 
 
-def _checked_file(text: str, names: Sequence[str]) -> Path:
+def recipe_path(text: str, names: Sequence[str]) -> Path:
+    """The file of a recipe that is named or given by its path; raises `ConfigError` where there is none to read."""
     path = RECIPES / f"{text}.yaml" if text in names else Path(text)
     if not path.exists():
         raise ConfigError(f"recipe is {text!r}, but there is no such file, and the names are {', '.join(names)}")
@@ -89,14 +90,15 @@ def _checked_file(text: str, names: Sequence[str]) -> Path:
     return path
 
 
-def check_file(path: Path) -> None:
-    """Raises `ConfigError`, naming the file, where it cannot be read or holds no mapping, or a field twice."""
+def check_file(path: Path) -> dict[str, Any]:
+    """The fields in a recipe file; raises `ConfigError`, naming it, where it holds no mapping, or a field twice."""
     data = parse_yaml(read_text(path, ConfigError), f"recipe {path}", ConfigError)
     if not isinstance(data, dict):
         raise ConfigError(f"recipe {path} holds {data!r}, but must hold the fields of a recipe")
     for name in data:
         if not isinstance(name, str):
             raise ConfigError(f"recipe {path} has a field {name!r}, but fields have names")
+    return data
 
 
 def check_sections(settings: Mapping[str, Any], kind: type, prefix: str = "") -> None:

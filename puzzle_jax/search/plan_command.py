@@ -91,7 +91,7 @@ def _run(options: argparse.Namespace, others: Sequence[str]) -> None:
 
 
 def _recipe(options: argparse.Namespace, others: Sequence[str]) -> Recipe:
-    _, recipe = parse_recipe(["--parent", str(options.parent), *others], _PROG)
+    _, recipe = parse_recipe(["--parent", str(options.parent), *others], _PROG, deployment=False)
     if options.devices is None:
         return recipe
     if options.devices < 1:

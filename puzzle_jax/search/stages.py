@@ -5,10 +5,11 @@
     RUN/<stage>/stage.json  hash of its inputs and settings, versions, seconds, and the list of what it wrote
 
 A stage writes into a directory beside its own, which is renamed when all is there: a stage that dies leaves
-the earlier state, never half a file. A stage whose inputs, settings and package version are unchanged is
-skipped. One process works in a run directory at a time. Files that a stage did not write, or that were edited
-since, are neither overwritten nor deleted: an edited output is taken as it is by the stages after, and
-refuses a rerun of its own stage.
+the earlier state, never half a file. What it may go on from it keeps in a second directory beside, which outlives a
+killed process and is there again when the stage runs with the same key (inputs, settings and version). A stage whose
+inputs, settings and package version are unchanged is skipped. One process works in a run directory at a time. Files
+that a stage did not write, or that were edited since, are neither overwritten nor deleted: an edited output is taken
+as it is by the stages after, and refuses a rerun of its own stage.
 
 Left out: several hosts (`search.processes` lets one of them run the stages), and progress inside a stage.
 """
@@ -30,9 +31,13 @@ from puzzle_jax.files import PARTIAL, read_object
 from puzzle_jax.runs import RUN_FILE, canonical, difference, locked, version, write_json
 
 STAGE_FILE = "stage.json"
-_REPLACED = ".replaced-"
+_REPLACED, _KEPT = ".replaced-", ".kept-"
 # Files above this size are known by size, time of change, and their first and last megabyte.
 _WHOLE_HASH_BYTES = 64 << 20
+
+
+Produce = Callable[[Path, Path], None]
+"""Writes a stage's outputs into one directory, and what it may go on from into another."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ def run_stage(
     name: str,
     settings: Mapping[str, Any],
     inputs: Sequence[Path],
-    produce: Callable[[Path], None],
+    produce: Produce,
     *,
     directory: str | None = None,
 ) -> Stage:
@@ -72,7 +77,8 @@ def run_stage(
       name: of the stage.
       settings: JSON values that the outputs depend on (also what is no file: device kind, library versions).
       inputs: files and directories that the outputs depend on; their contents count, not their times.
-      produce: writes the outputs into the empty directory that it is given.
+      produce: writes the outputs into the first directory that it is given, which is empty. The second is there
+        where a killed run of the same stage with the same key made it, and is removed once the stage is done.
       directory: of the outputs inside the run, where it is not the stage's name.
 
     Raises:
@@ -96,13 +102,15 @@ def run_stage(
         reason = _reason_to_run(final, record, wanted, key)
         if not reason:
             assert record is not None
+            _drop_kept(final)
             return Stage(name, final, key, record["seconds"], True, "")
         _refuse_foreign(final, record, name)
         partial = final.with_name(f".{final.name}{PARTIAL}{os.getpid()}")
+        kept = final.with_name(f".{final.name}{_KEPT}{_short_hash(key, version('jax'))}")
         start = time.perf_counter()
         try:
             partial.mkdir()
-            produce(partial)
+            produce(partial, kept)
             seconds = time.perf_counter() - start
             outputs = {path: _file_digest(partial / path) for path in _files(partial)}
             write_json(
@@ -113,6 +121,7 @@ def run_stage(
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+        _drop_kept(final)
     return Stage(name, final, key, seconds, False, reason)
 
 
@@ -138,6 +147,16 @@ def _clear_leftovers(final: Path) -> None:
             path.rename(final)
     for path in final.parent.glob(f".{final.name}{PARTIAL}*"):
         shutil.rmtree(path)
+
+
+def _drop_kept(final: Path) -> None:
+    """Removes what runs of a stage kept that is done now."""
+    for path in final.parent.glob(f".{final.name}{_KEPT}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _short_hash(*parts: str) -> str:
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
 
 def _record(final: Path) -> dict[str, Any] | None:

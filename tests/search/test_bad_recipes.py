@@ -13,7 +13,7 @@ from puzzle_jax.tasks.tokenizer import chat_files
 from tests.support import chat_config
 
 GOOD = {
-    "traces": {"tasks": ["chain"], "calibration": 3},
+    "traces": {"tasks": ["chain"], "calibration": 3, "max_tokens": {"low": 5, "medium": 6, "high": 7}},
     "space": {"fractions": [1, 0.75, 0.5], "windows": [24]},
     "scenario": {"name": "chat", "input_tokens": 40, "output_tokens": 8, "batch": 3, "hardware": "h100"},
     "target": {"max_expert_bytes_ratio": 0.8},
@@ -111,7 +111,7 @@ BAD_FIELDS = [
     ("evaluate.seed", -1, "evaluate.seed", "-1"),
     ("mesh.model", 0, "mesh.model", "0"),
     # Empty, or twice the same.
-    ("traces.tasks", [], "traces.tasks", "empty"),
+    ("traces.tasks", [], "traces.tasks", "needs traces.file"),
     ("traces.efforts", [], "traces.efforts", "empty"),
     ("space.fractions", [], "space.fractions", "empty"),
     ("target", {"max_expert_bytes_ratio": None, "min_speedup": None}, "target", "empty"),

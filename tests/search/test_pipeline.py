@@ -41,7 +41,16 @@ SETTINGS = [
     ),
     *("--traces.max_tokens", "{low: 5, medium: 6, high: 7}", "--traces.batch_size", "9"),
     *("--space.fractions", "[1, 0.75, 0.5]", "--space.windows", "[24]"),
-    *("--scenario.input_tokens", "40", "--scenario.output_tokens", "8", "--scenario.batch", "3"),
+    *(
+        "--scenario.name",
+        "chat",
+        "--scenario.input_tokens",
+        "40",
+        "--scenario.output_tokens",
+        "8",
+        "--scenario.batch",
+        "3",
+    ),
     *("--target.max_expert_bytes_ratio", "0.8", "--target.min_speedup", "1.0"),
     *("--solve.solutions", "3", "--evaluate.problems", "2", "--evaluate.rounds", "2", "--costs", "roofline"),
     *("--scenario.hardware", "h100"),
@@ -295,10 +304,10 @@ def test_traces_from_elsewhere_take_the_place_of_asking(finished, parent, tmp_pa
     sets = ("calibration", "validation", "confirmation", "heldout")
     traces = [t for name in sets for t in read_traces(finished / f"traces/{name}.parquet")]
     write_traces(file, traces)
-    for stage in ("cost", "trace", "rank"):
-        assert search(parent, run, stage, "--traces.file", str(file)) == 0
-    dealt = [t for name in sets for t in read_traces(run / f"traces/{name}.parquet")]
-    assert sorted(t.prompt for t in dealt) == sorted(t.prompt for t in traces)
+    assert search(parent, run, "--traces.file", str(file), "--evaluate.rounds", "0") == 0
+    found = [t for name in sets for t in read_traces(run / f"traces/{name}.parquet")]
+    assert sorted(t.prompt for t in found) == sorted(t.prompt for t in traces)
+    assert (run / "report/report.md").is_file()
 
 
 def test_one_stage_runs_alone_and_a_changed_setting_reruns_what_follows(finished, parent, tmp_path, capsys):

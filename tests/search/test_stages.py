@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from functools import partial
 
 import pytest
 
@@ -28,7 +29,7 @@ class Produce:
     def __init__(self, text="result", name="out.txt"):
         self.text, self.name, self.calls = text, name, 0
 
-    def __call__(self, directory):
+    def __call__(self, directory, kept):
         self.calls += 1
         (directory / self.name).parent.mkdir(parents=True, exist_ok=True)
         (directory / self.name).write_text(self.text)
@@ -90,7 +91,7 @@ def test_a_stage_that_fails_leaves_the_earlier_state(run, error):
     run_stage(run, "score", {"tokens": 8}, [], Produce("good"))
     before = everything(run)
 
-    def fail(directory):
+    def fail(directory, kept):
         (directory / "out.txt").write_text("half")
         raise error
 
@@ -107,7 +108,7 @@ KILLED = """
     from pathlib import Path
     from puzzle_jax.search.stages import run_stage
 
-    def produce(directory):
+    def produce(directory, kept):
         (directory / "out.txt").write_text("half")
         print("writing", flush=True)
         time.sleep(60)
@@ -131,6 +132,30 @@ def test_a_killed_process_leaves_no_half_file_and_the_next_cleans_up(run):
     assert not run_stage(run, "score", {"tokens": 9}, [], Produce("new")).skipped
     assert (run / "score/out.txt").read_text() == "new"
     assert sorted(p.name for p in run.iterdir()) == ["run.json", "score"]
+
+
+def test_what_an_interrupted_stage_kept_is_there_again_for_the_same_key_alone(run):
+    seen = []
+
+    def produce(directory, kept, fails):
+        seen.append((kept / "rows.txt").read_text() if kept.exists() else None)
+        kept.mkdir(exist_ok=True)
+        (kept / "rows.txt").write_text(f"{seen[-1] or ''}+")
+        if fails:
+            raise KeyboardInterrupt
+        (directory / "out.txt").write_text("done")
+
+    def stage(tokens, fails):
+        run_stage(run, "trace", {"tokens": tokens}, [], partial(produce, fails=fails))
+
+    for tokens in (8, 8, 9):
+        with pytest.raises(KeyboardInterrupt):
+            stage(tokens, fails=True)
+    assert seen == [None, "+", None]
+    stage(8, fails=False)
+    assert seen[-1] == "++" and sorted(p.name for p in run.iterdir()) == ["run.json", "trace"]
+    stage(9, fails=False)
+    assert seen[-1] is None  # what another key kept went with the stage that was done
 
 
 def test_killed_between_the_two_renames_the_old_result_comes_back(run):
