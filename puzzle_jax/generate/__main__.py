@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from puzzle_jax.cli import enable_compilation_cache, guarded
+from puzzle_jax.commands import Parser, enable_compilation_cache, guarded
 from puzzle_jax.errors import ConfigError
 
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
@@ -19,7 +19,7 @@ _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line and answers; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m puzzle_jax.generate", description="Streams an answer.")
+    parser = Parser(prog="python -m puzzle_jax.generate", description="Streams an answer.")
     parser.add_argument("prompt", nargs="?", help="what the user says (default: read from standard input)")
     parser.add_argument("--model", required=True, type=Path, help="a checkpoint directory")
     parser.add_argument("--effort", default="medium", help="low, medium or high")
@@ -30,11 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--kv-cache", default="compute", help="compute, float32, bfloat16, or float8_e4m3fn with the model's own scales"
     )
-    try:
-        settings = parser.parse_args(arguments)
-    except SystemExit as error:  # argparse has said why
-        return int(error.code or 0)
-    return guarded(parser.prog, lambda: _answer(settings))
+    return guarded(parser.prog, lambda: _answer(parser.parse_args(arguments)))
 
 
 def _answer(settings: argparse.Namespace) -> None:

@@ -31,10 +31,12 @@ import jax
 from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
+from puzzle_jax.commands import mendable
 from puzzle_jax.convert_hf.export import export_child
 from puzzle_jax.errors import ConfigError, PuzzleError, PuzzleWarning
 from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions
 from puzzle_jax.evaluate.journal import journaled_answers
+from puzzle_jax.files import read_json
 from puzzle_jax.generate.batches import micro_batches
 from puzzle_jax.generate.calibrate import calibrate_cache
 from puzzle_jax.generate.traces import Trace, read_traces, write_traces
@@ -74,7 +76,7 @@ from puzzle_jax.search.space import (
     restrict,
 )
 from puzzle_jax.search.split import split_traces
-from puzzle_jax.search.stages import Stage, run_stage
+from puzzle_jax.search.stages import Stage, edited_output, run_stage
 from puzzle_jax.search.xla_costs import Xla
 from puzzle_jax.tasks import get_task
 
@@ -142,7 +144,19 @@ class Search:
 
         Raises `PuzzleError` when an earlier stage has not been run.
         """
-        done: Stage = getattr(self, f"_{stage}")()
+        try:
+            done: Stage = getattr(self, f"_{stage}")()
+        except PuzzleError:
+            raise
+        except Exception as error:
+            # What was edited is taken as it is; where it cannot be used, that is no bug of ours.
+            edited = edited_output(self.run)
+            if edited is None or mendable(error) is not None:
+                raise
+            raise PuzzleError(
+                f"stage {stage!r} cannot use {edited}, which was changed after its stage wrote it "
+                f"({type(error).__name__}: {error}); move {edited.parent} away to run that stage again"
+            ) from error
         what = "unchanged, skipped" if done.skipped else f"{done.seconds:.1f} s"
         self.console.print(f"[bold]{stage:<9}[/bold] {what}")
         return done
@@ -168,7 +182,8 @@ class Search:
 
         def produce(out: Path) -> None:
             if external:
-                costs = read_external(external, self._nominal_space(self.windows), self.recipe.scenarios)
+                space = self._nominal_space(self.windows)
+                costs = read_external(external, space, self.recipe.scenarios, self.parent.description.form)
             else:
                 with progress(self.console, "timing blocks", None) as advance:
                     costs = self._computed(self._provider(lambda _, turns: advance(1, turns)))
@@ -258,7 +273,7 @@ class Search:
         def produce(out: Path) -> None:
             costs = read_costs(self._needed("cost/costs.json"))
             if costs.provider == "roofline" and self.recipe.external_costs is None:
-                loads = json.loads(self._needed("rank/routing.json").read_text())
+                loads = read_json(self._needed("rank/routing.json"))
                 costs = self._computed(Roofline(profile=tuple(loads)))
             _write(out / "costs.json", costs.to_json())
 
@@ -317,7 +332,7 @@ class Search:
         settings = {name: self.recipe.section(name) for name in ("refine", "score", "solve", "target", "child")}
 
         def produce(out: Path) -> None:
-            solutions = json.loads(self._needed("solve/solutions.json").read_text())
+            solutions = read_json(self._needed("solve/solutions.json"))
             chosen = Candidate.from_json(solutions["pool"][solutions["chosen"]])
             options = self.recipe.refine
             around = Refinement(self)
@@ -375,7 +390,7 @@ class Search:
 
     def _report(self) -> Stage:
         report = SearchReport(
-            json.loads(self._needed("evaluate/evaluation.json").read_text()),
+            read_json(self._needed("evaluate/evaluation.json")),
             self.recipe.traces.efforts,
             self._scenarios,
             self.recipe.run / "child",
@@ -394,7 +409,7 @@ class Search:
 
     def _page(self, report: SearchReport) -> SearchPage:
         contents = {
-            name: json.loads(self._needed(path).read_text())
+            name: read_json(self._needed(path))
             for name, path in (
                 ("scores", "score/scores.json"),
                 ("solutions", "solve/solutions.json"),
@@ -427,8 +442,8 @@ class Search:
 
     def candidates(self) -> dict[str, Candidate]:
         """Parent, child and baselines by name, from solutions.json and refined.json."""
-        solutions = json.loads(self._needed("solve/solutions.json").read_text())
-        refined = json.loads(self._needed("refine/refined.json").read_text())
+        solutions = read_json(self._needed("solve/solutions.json"))
+        refined = read_json(self._needed("refine/refined.json"))
         found = {"parent": Candidate.from_json(solutions["parent"]), "child": Candidate.from_json(refined["child"])}
         return found | {entry["name"]: Candidate.from_json(entry) for entry in solutions["baselines"]}
 
@@ -540,7 +555,7 @@ class Search:
 
     def scored_layers(self) -> Any:
         """What scores.json holds of every layer."""
-        return json.loads(self._needed("score/scores.json").read_text())["layers"]
+        return read_json(self._needed("score/scores.json"))["layers"]
 
     def problem(self) -> Problem:
         layers = self.scored_layers()

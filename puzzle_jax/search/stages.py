@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import Any
 
 from puzzle_jax.errors import PuzzleError
-from puzzle_jax.files import PARTIAL, read_object
+from puzzle_jax.files import PARTIAL
 from puzzle_jax.runs import RUN_FILE, canonical, difference, locked, version, write_json
+from puzzle_jax.search.stage_record import STAGE_FILE, StageRecord, read_stage_record
 
-STAGE_FILE = "stage.json"
 _REPLACED, _KEPT = ".replaced-", ".kept-"
 # Files above this size are known by size, time of change, and their first and last megabyte.
 _WHOLE_HASH_BYTES = 64 << 20
@@ -98,12 +98,12 @@ def run_stage(
             "puzzle_jax": version("puzzle_jax"),
         }
         key = hashlib.sha256(canonical(wanted).encode()).hexdigest()
-        record = _record(final)
+        record = read_stage_record(final)
         reason = _reason_to_run(final, record, wanted, key)
         if not reason:
             assert record is not None
             _drop_kept(final)
-            return Stage(name, final, key, record["seconds"], True, "")
+            return Stage(name, final, key, record.seconds, True, "")
         _refuse_foreign(final, record, name)
         partial = final.with_name(f".{final.name}{PARTIAL}{os.getpid()}")
         kept = final.with_name(f".{final.name}{_KEPT}{_short_hash(key, version('jax'))}")
@@ -142,11 +142,11 @@ def _clear_leftovers(final: Path) -> None:
     """Removes what a killed process left; an old result that was already moved aside moves back."""
     for path in final.parent.glob(f".{final.name}{_REPLACED}*"):
         if final.exists():
-            shutil.rmtree(path)
+            _remove(path)
         else:
             path.rename(final)
     for path in final.parent.glob(f".{final.name}{PARTIAL}*"):
-        shutil.rmtree(path)
+        _remove(path)
 
 
 def _drop_kept(final: Path) -> None:
@@ -159,28 +159,48 @@ def _short_hash(*parts: str) -> str:
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
 
-def _record(final: Path) -> dict[str, Any] | None:
-    path = final / STAGE_FILE
-    return read_object(path) if path.is_file() else None
+def _remove(path: Path) -> None:
+    """Removes a file, a link (never what it points to) or a directory."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
-def _reason_to_run(final: Path, record: dict[str, Any] | None, wanted: dict[str, Any], key: str) -> str:
+def _reason_to_run(final: Path, record: StageRecord | None, wanted: dict[str, Any], key: str) -> str:
     if record is None:
         return "not run yet"
-    missing = [path for path in record["outputs"] if not (final / path).is_file()]
+    missing = [path for path in record.outputs if not (final / path).is_file()]
     if missing:
         return f"{missing[0]} is gone"
-    if record["key"] == key:
+    if record.key == key:
         return ""
-    changed = difference({k: record.get(k) for k in wanted}, wanted)
+    changed = difference({k: record.content.get(k) for k in wanted}, wanted)
     return f"changed: {changed}"
 
 
-def _refuse_foreign(final: Path, record: dict[str, Any] | None, name: str) -> None:
+def edited_output(run_dir: Path) -> Path | None:
+    """A file in a run that was changed after its stage wrote it, or None."""
+    for directory in sorted(path for path in Path(run_dir).iterdir() if path.is_dir()):
+        record = read_stage_record(directory)
+        for name, digest in record.outputs.items() if record is not None else ():
+            if (directory / name).is_file() and _file_digest(directory / name) != digest:
+                return directory / name
+    return None
+
+
+def _refuse_foreign(final: Path, record: StageRecord | None, name: str) -> None:
     """Before work: nothing may lie where the stage would write that it did not write itself."""
+    if final.is_symlink():
+        raise PuzzleError(
+            f"{final} is a symbolic link, but stage {name!r} replaces its directory as a whole; move what it points to "
+            "into its place, or remove the link"
+        )
     if not final.exists():
         return
-    outputs = {} if record is None else record["outputs"]
+    if not final.is_dir():
+        raise PuzzleError(f"{final} is a file, but must be the directory of stage {name!r}; move it away")
+    outputs = {} if record is None else record.outputs
     for path in _files(final):
         if path == STAGE_FILE and record is not None:
             continue

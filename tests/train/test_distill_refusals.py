@@ -44,7 +44,6 @@ def origin(directory) -> Inputs:
         ({"colour": "blue"}, "colour"),
         ({"loss__colour": "blue"}, "colour"),
         ({"train": "[norms]"}, "train has 'norms', but must be of router, experts"),
-        ({"train": "router"}, "train"),
         ({"top_k": 0}, "top_k is 0, but must be at least 1"),
         ({"seed": -1}, "seed is -1, but must be from 0"),
         ({"seed": 2**40}, "seed is 1099511627776, but must be from 0"),
@@ -210,9 +209,8 @@ def test_the_tiny_recipe_and_single_or_several_files_of_traces():
 
 @pytest.mark.parametrize("arguments", [["--help"], *([verb, "--help"] for verb in (*RECIPE_VERBS, *VERBS))])
 def test_help_says_what_there_is(capsys, arguments):
-    with pytest.raises(SystemExit) as ended:
-        main(arguments)
+    assert main(arguments) == 0
     said = capsys.readouterr().out
-    assert ended.value.code == 0 and "usage: python -m puzzle_jax.train" in said
+    assert "usage: python -m puzzle_jax.train" in said
     for name in [*RECIPE_VERBS, *VERBS] if len(arguments) == 1 else {"distill": ["--loop.steps"]}.get(arguments[0], []):
         assert name in said
