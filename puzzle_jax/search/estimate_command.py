@@ -18,7 +18,7 @@ from puzzle_jax.commands import Parser, guarded
 from puzzle_jax.convert_hf.config_json import parse_config, parse_form
 from puzzle_jax.convert_hf.tensor_files import read_json
 from puzzle_jax.errors import PuzzleError, shown
-from puzzle_jax.files import read_json
+from puzzle_jax.files import parse_json, read_text
 from puzzle_jax.search.assumptions import DEFAULT, read_assumptions
 from puzzle_jax.search.deployments import get_scenario, scenario_names
 from puzzle_jax.search.estimate import Architecture, Comparison, Estimate, compare
@@ -105,7 +105,7 @@ def _seconds(estimate: Estimate, kind: str) -> float:
 def _read_profile(path: Path | None) -> tuple[float, ...] | None:
     if path is None:
         return None
-    loads: Any = read_json(path)
+    loads: Any = parse_json(read_text(path), str(path))
     if not isinstance(loads, list) or not loads:
         raise PuzzleError(f"{path} holds {shown(loads)}, but must hold a list of loads")
     for place, load in enumerate(loads):
