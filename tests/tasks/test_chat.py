@@ -162,7 +162,9 @@ def damaged(directory, tmp_path, name, change):
     if text is None:
         path.unlink()
     else:
-        path.write_text(text)
+        path.write_bytes(text.encode(errors="surrogateescape"))
+    if name == "tokenizer_config.json":
+        (copy / "special_tokens_map.json").unlink()
     return copy
 
 
@@ -178,18 +180,40 @@ def damaged(directory, tmp_path, name, change):
         ("tokenizer.json", lambda text: text.replace("<|channel|>", "<|chan|>"), "has no token <|channel|>"),
         ("chat_template.jinja", lambda _: None, "chat_template.jinja does not exist"),
         ("chat_template.jinja", lambda _: "{{ messages }}", "never uses reasoning_effort"),
-        ("chat_template.jinja", lambda text: text + "{% if %}", "the chat template is no valid Jinja"),
-        ("generation_config.json", lambda _: None, "eos_token_id in .* is None, but must be a token id"),
-        ("generation_config.json", lambda _: "{", "generation_config.json is no valid JSON"),
+        ("chat_template.jinja", lambda text: text + "{% if %}", "chat_template.jinja is no valid Jinja: .* (line 17)"),
+        ("chat_template.jinja", lambda text: text.replace("e", "\udcff", 1), "chat_template.jinja is not valid UTF-8"),
+        ("generation_config.json", lambda _: "{", "generation_config.json cannot be read as JSON"),
+        ("generation_config.json", lambda _: "[]", "generation_config.json holds list, but must hold an object"),
+        ("generation_config.json", lambda _: "[" * 100_000, "generation_config.json is nested too deeply"),
+        ("generation_config.json", lambda _: f'{{"a": 1{"0" * 5000}}}', "holds a whole number of thousands of digits"),
+        *(
+            (
+                "generation_config.json",
+                lambda text, name=name, value=value: json.dumps({**json.loads(text), name: value}),
+                f"generation_config.json: {name} is {told}, but must be a token id from 0 to 113",
+            )
+            for name, value, told in (
+                ("eos_token_id", "1", "'1'"),
+                ("eos_token_id", [1, 114], r"\[1, 114\]"),
+                ("eos_token_id", True, "True"),
+                ("eos_token_id", -1, "-1"),
+                ("eos_token_id", [[1]], r"\[\[1\]\]"),
+                ("pad_token_id", "a", "'a'"),
+                ("pad_token_id", [1], r"\[1\]"),
+                ("pad_token_id", 1.0, "1.0"),
+                ("bos_token_id", 10**30, f"1{'0' * 30}"),
+            )
+        ),
+        ("tokenizer_config.json", lambda _: '{"eos_token": 3}', "tokenizer_config.json: eos_token is 3, but must be a"),
         (
-            "generation_config.json",
-            lambda _: "[]",
-            "generation_config.json holds a list, but must hold an object",
+            "tokenizer_config.json",
+            lambda _: '{"added_tokens_decoder": {"0": "a"}}',
+            "added_tokens_decoder must hold an object with the token's content for every token id: 'a' is no such",
         ),
     ],
 )
 def test_damaged_files_are_named(directory, tmp_path, name, change, message):
-    message = message.replace("|", r"\|")
+    message = message.replace("|", r"\|").replace("(", r"\(").replace(")", r"\)")
     with pytest.raises(CheckpointError, match=message):
         Chat.load(damaged(directory, tmp_path, name, change)).prompt_tokens("mod 7+5")
 
@@ -214,7 +238,7 @@ def test_template_functions_of_real_templates(directory, tmp_path):
     refusing = damaged(
         directory, tmp_path / "b", "chat_template.jinja", lambda _: "{{ raise_exception(reasoning_effort) }}"
     )
-    with pytest.raises(CheckpointError, match="the chat template refused the conversation: low"):
+    with pytest.raises(CheckpointError, match=r"template .*/b/copy/chat_template\.jinja refused the conversation: low"):
         Chat.load(refusing).prompt_tokens("x", "low")
 
 
