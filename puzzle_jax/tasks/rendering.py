@@ -11,6 +11,7 @@ Left out: a limit on memory where the operating system has none (RLIMIT_AS).
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import hashlib
 import json
@@ -124,6 +125,12 @@ class _Service:
                     return kind, text
             raise AssertionError("the second attempt returns")
 
+    def close(self) -> None:
+        """Ends the process, if it is this program's own."""
+        if self._process is not None and self._owner == os.getpid():
+            self._process.kill()
+            self._end()
+
     def _exchange(self, request: bytes) -> tuple[bytes, str]:
         channel = self._channel
         assert channel is not None
@@ -195,3 +202,4 @@ def _exactly(channel: socket.socket, size: int, deadline: float) -> bytes:
 
 
 _SERVICE = _Service()
+atexit.register(_SERVICE.close)

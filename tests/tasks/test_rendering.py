@@ -30,8 +30,7 @@ def service(monkeypatch):
     service = rendering._Service()
     monkeypatch.setattr(rendering, "_SERVICE", service)
     yield service
-    if service._process is not None:
-        service._end()
+    service.close()
 
 
 def told(source: str) -> str:
