@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 import tokenizers
 
-from puzzle_jax.errors import CheckpointError
+from puzzle_jax.errors import CheckpointError, ConfigError
+from puzzle_jax.tasks.rendering import LONGEST_TEXT
 
 _FIRST, _LAST = 0xF0000, 0x10FFFD
 
@@ -53,7 +54,15 @@ class ControlTokens:
         )
 
     def mark(self, texts: Sequence[str], beside: str) -> Marked:
-        """Replaces control tokens in `texts` by private characters that stand neither there nor in `beside`."""
+        """Replaces control tokens in `texts` by private characters that stand neither there nor in `beside`.
+
+        Raises:
+          CheckpointError: the texts hold all private characters.
+          ConfigError: the texts are longer than any context, so that their tokens would only take memory.
+        """
+        length = sum(map(len, texts))
+        if length > LONGEST_TEXT:
+            raise ConfigError(f"a text of {length} characters is longer than any context; {LONGEST_TEXT} is the most")
         found = sorted({token for text in texts for token in self._tokens.findall(text)})
         if not found:
             return Marked(list(texts), {})
@@ -66,7 +75,11 @@ class ControlTokens:
         return Marked(marked, {character: token for token, character in characters.items()})
 
     def encode(self, text: str, tokens: Mapping[str, str]) -> list[int]:
-        """Ids of a text; private characters become the text of the token that they stand for."""
+        """Ids of a text; private characters become the text of the token that they stand for.
+
+        Raises:
+          CheckpointError: the tokenizer cannot encode it, or makes control tokens of ordinary text.
+        """
         private = re.compile(f"[{''.join(tokens)}]") if tokens else None
         if private is None or not private.search(text):
             return self._encode(text)

@@ -38,8 +38,9 @@ RENDER_SECONDS = 5.0
 RENDER_BYTES = 1 << 30
 """Address space of the process that renders."""
 
-LONGEST_TEXT = 1 << 26
-"""Bytes of UTF-8 that a template may render."""
+LONGEST_TEXT = 1 << 22
+"""Bytes of UTF-8 that a template may render: more than any context holds, and what a tokenizer of characters still
+encodes in 2 GB."""
 
 # On a machine where everything waits, processor time may come late; but not by this much.
 _WAIT_SECONDS = 120.0

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, models, pre_tokenizers
 
-from puzzle_jax.errors import CheckpointError
+from puzzle_jax.errors import CheckpointError, ConfigError
 from puzzle_jax.tasks.control_tokens import ControlTokens
 from puzzle_jax.tasks.tokenizer import SPECIAL_TOKENS, embedded_chat
 
@@ -81,6 +81,13 @@ def test_a_text_that_uses_up_the_private_characters_is_refused(chat):
     assert control.mark(["<|end|>", everything[:-9]], "").tokens
     with pytest.raises(CheckpointError, match="holds all private characters of Unicode"):
         control.mark(["<|end|>", everything], "")
+
+
+def test_texts_that_no_context_can_hold_are_refused(chat):
+    with pytest.raises(ConfigError, match="a text of 4194306 characters is longer than any context"):
+        chat.completion_tokens("ab", "a" * (1 << 22))
+    with pytest.raises(ConfigError, match="a text of 4194308 characters is longer than any context"):
+        chat.prompt_tokens("a" * (1 << 22))
 
 
 def test_white_space_that_a_token_takes_is_not_lost_or_doubled():
