@@ -20,6 +20,9 @@ import tokenizers
 from puzzle_jax.errors import CheckpointError, ConfigError
 from puzzle_jax.tasks.rendering import LONGEST_TEXT
 
+FORMAT = ("<|start|>", "<|message|>", "<|channel|>", "<|constrain|>", "<|end|>", "<|return|>", "<|call|>")
+"""The control tokens of the harmony format."""
+
 _FIRST, _LAST = 0xF0000, 0x10FFFD
 
 
@@ -57,13 +60,15 @@ class ControlTokens:
         """Replaces control tokens in `texts` by private characters that stand neither there nor in `beside`.
 
         Raises:
-          CheckpointError: the texts hold all private characters.
+          CheckpointError: the texts hold all private characters, or the tokenizer makes a control token of the harmony
+            format of ordinary text.
           ConfigError: the texts are longer than any context, so that their tokens would only take memory.
         """
         length = sum(map(len, texts))
         if length > LONGEST_TEXT:
             raise ConfigError(f"a text of {length} characters is longer than any context; {LONGEST_TEXT} is the most")
-        found = sorted({token for text in texts for token in self._tokens.findall(text)})
+        written = {token for text in texts for token in self._tokens.findall(text)}
+        found = sorted(token for token in written if not self._is_text(token))
         if not found:
             return Marked(list(texts), {})
         taken = set(beside).union(*texts)
@@ -71,21 +76,18 @@ class ControlTokens:
         characters = dict(zip(found, free, strict=False))
         if len(characters) < len(found):
             raise CheckpointError("a text holds all private characters of Unicode, which leaves none to mark it with")
-        marked = [self._tokens.sub(lambda match: characters[match[0]], text) for text in texts]
+        marked = [self._tokens.sub(lambda match: characters.get(match[0], match[0]), text) for text in texts]
         return Marked(marked, {character: token for token, character in characters.items()})
 
     def encode(self, text: str, tokens: Mapping[str, str]) -> list[int]:
         """Ids of a text; private characters become the text of the token that they stand for.
 
         Raises:
-          CheckpointError: the tokenizer cannot encode it, or makes control tokens of ordinary text.
+          CheckpointError: the tokenizer cannot encode it.
         """
         private = re.compile(f"[{''.join(tokens)}]") if tokens else None
         if private is None or not private.search(text):
             return self._encode(text)
-        for token in tokens.values():
-            if self._tokenizer.token_to_id(token) in self._encode_ordinary(token):
-                raise CheckpointError(f"tokenizer.json makes the control token {token} of ordinary text")
         ids: list[int] = []
         ordinary_from = whole_from = 0
         for start, end in [*(match.span() for match in self._spans.finditer(text)), (len(text), len(text))]:
@@ -96,6 +98,13 @@ class ControlTokens:
                 whole_from = start
             ordinary_from = end
         return ids + self._encode(text[whole_from:])
+
+    def _is_text(self, token: str) -> bool:
+        """Whether a special token is an ordinary one as well: some checkpoints pad with the token "!"."""
+        ordinary = self._tokenizer.token_to_id(token) in self._encode_ordinary(token)
+        if ordinary and token in FORMAT:
+            raise CheckpointError(f"tokenizer.json makes the control token {token} of ordinary text")
+        return ordinary
 
     def _encode(self, text: str) -> list[int]:
         try:

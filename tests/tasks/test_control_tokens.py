@@ -101,10 +101,11 @@ def test_white_space_that_a_token_takes_is_not_lost_or_doubled():
     assert control.encode("x <a>  <b> x", {}) == [3, 0, 1, 2, 3] == control.encode("x <a>  <b> x", tokens)
 
 
-def test_a_tokenizer_that_makes_control_tokens_of_any_text_is_refused():
-    tokenizer = tokenizers.Tokenizer(models.WordLevel({"<a>": 0, "x": 1}, unk_token="x"))
-    tokenizer.add_special_tokens(["<a>"])
+def test_a_control_token_that_ordinary_text_gives_is_refused_and_an_ordinary_pad_token_is_text():
+    tokenizer = tokenizers.Tokenizer(models.WordLevel({"<|end|>": 0, "x": 1, "!": 2}, unk_token="x"))
+    tokenizer.add_special_tokens(["<|end|>", "!"])
     control = ControlTokens(tokenizer)
-    (text,), tokens = control.mark(["<a>"], "")
-    with pytest.raises(CheckpointError, match=r"makes the control token <a> of ordinary text"):
-        control.encode(text, tokens)
+    with pytest.raises(CheckpointError, match=r"makes the control token <\|end\|> of ordinary text"):
+        control.mark(["<|end|>"], "")
+    assert control.mark(["x!"], "") == (["x!"], {})
+    assert control.encode("x!", {}) == [1, 2]
