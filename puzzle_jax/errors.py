@@ -31,10 +31,6 @@ class InfeasibleError(PuzzleError):
     """No architecture of the search space meets the target; the message names the limits and what is reachable."""
 
 
-class PuzzleWarning(UserWarning):
-    """Something that a user should know although work goes on; command lines print it as one line on stderr."""
-
-
 def shown(value: Any) -> str:
     """A value from a file as a message shows it: on one line, printable, and short however large or deep it is."""
     return _SHORT.repr(value)

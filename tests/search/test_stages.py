@@ -13,7 +13,7 @@ import pytest
 
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.runs import open_run
-from puzzle_jax.search.stages import run_stage
+from puzzle_jax.search.stages import edited_output, run_stage
 
 PARENT = {"parent": "tiny", "sha256": "ab"}
 
@@ -232,3 +232,51 @@ def test_a_skip_is_quick_enough_to_be_unseen(run):
     time.sleep(0.01)
     run_stage(run, "score", {}, [], Produce())
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == stamps
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda r: r.pop("key"), "key is None, but must be a hash"),
+        (lambda r: r.pop("seconds"), "seconds is None"),
+        (lambda r: r.update(seconds="long"), "seconds is 'long'"),
+        (lambda r: r.update(seconds=True), "seconds is True"),
+        (lambda r: r.pop("outputs"), "outputs is None"),
+        (lambda r: r.update(outputs=5), "outputs is 5"),
+        (lambda r: r.update(outputs={"../../x": "ab"}), "outputs is .* but must be digests by paths below"),
+        (lambda r: r.update(outputs={"/etc/passwd": "ab"}), "outputs is"),
+        (lambda r: r.update(outputs={"out.txt": 5}), "outputs is"),
+    ],
+)
+def test_a_record_that_no_stage_wrote_is_refused_by_field(run, change, words):
+    run_stage(run, "score", {}, [], Produce("good"))
+    record = json.loads((run / "score/stage.json").read_text())
+    change(record)
+    (run / "score/stage.json").write_text(json.dumps(record))
+    before = everything(run)
+    with pytest.raises(PuzzleError, match=f"score/stage.json: {words}.*; move .*score away to run the stage again"):
+        run_stage(run, "score", {}, [], Produce())
+    assert everything(run) == before
+
+
+def test_a_linked_stage_is_skipped_but_neither_replaced_nor_followed(run, tmp_path):
+    run_stage(run, "score", {"tokens": 8}, [], Produce("good"))
+    (run / "score").rename(tmp_path / "elsewhere")
+    (run / "score").symlink_to(tmp_path / "elsewhere")
+    assert run_stage(run, "score", {"tokens": 8}, [], Produce()).skipped
+    with pytest.raises(PuzzleError, match="score is a symbolic link, but stage 'score' replaces its directory"):
+        run_stage(run, "score", {"tokens": 9}, [], Produce("other"))
+    (run / ".score.replaced-7").symlink_to(tmp_path / "elsewhere")  # what an older release left of such a rerun
+    assert run_stage(run, "score", {"tokens": 8}, [], Produce()).skipped
+    assert (tmp_path / "elsewhere/out.txt").read_text() == "good" and not (run / ".score.replaced-7").exists()
+    (run / "score").unlink()
+    (run / "score").write_text("a file")
+    with pytest.raises(PuzzleError, match="score is a file, but must be the directory of stage 'score'"):
+        run_stage(run, "score", {"tokens": 8}, [], Produce())
+
+
+def test_an_edited_output_is_found(run):
+    run_stage(run, "score", {}, [], Produce("good"))
+    assert edited_output(run) is None
+    (run / "score/out.txt").write_text("edited")
+    assert edited_output(run) == run / "score/out.txt"
