@@ -411,6 +411,25 @@ def test_an_infeasible_target_names_the_limit_and_keeps_what_was_solved(finished
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize(
+    ("stage", "file", "change"),
+    [
+        ("solve", "score/scores.json", lambda v: v["layers"].pop()),
+        ("refine", "solve/solutions.json", lambda v: v.pop("chosen")),
+        ("report", "evaluate/evaluation.json", lambda v: v["child"].pop("scenarios")),
+    ],
+)
+def test_an_edited_file_that_cannot_be_used_is_named(timeless, parent, tmp_path, capsys, stage, file, change):
+    run = tmp_path / "run"
+    shutil.copytree(timeless, run)
+    value = json.loads((run / file).read_text())
+    change(value)
+    (run / file).write_text(json.dumps(value))
+    assert search(parent, run, stage, *TIMELESS) == 2
+    said = capsys.readouterr().err
+    assert f"stage {stage!r} cannot use {run / file}, which was changed" in said and said.count("\n") == 1
+
+
 def test_a_stage_without_its_inputs_says_what_to_do(parent, tmp_path, capsys):
     assert search(parent, tmp_path / "run", "rank") == 2
     message = capsys.readouterr().err
