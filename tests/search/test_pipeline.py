@@ -414,7 +414,7 @@ def test_an_infeasible_target_names_the_limit_and_keeps_what_was_solved(finished
 @pytest.mark.parametrize(
     ("stage", "file", "change"),
     [
-        ("solve", "score/scores.json", lambda v: v["layers"].pop()),
+        ("solve", "score/scores.json", lambda v: v["layers"][0].pop("experts")),
         ("refine", "solve/solutions.json", lambda v: v.pop("chosen")),
         ("report", "evaluate/evaluation.json", lambda v: v["child"].pop("scenarios")),
     ],
