@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,8 @@ from pathlib import Path
 from rich.console import Console
 
 from puzzle_jax.commands import Parser, guarded
-from puzzle_jax.convert_hf.describe import ORBAX_HF, describe_checkpoint
+from puzzle_jax.convert_hf.describe import describe_checkpoint
+from puzzle_jax.convert_hf.other_forms import ORBAX_HF
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.progress import progress
 
@@ -91,29 +93,34 @@ def _verify(settings: argparse.Namespace) -> int:
 
 def _import(settings: argparse.Namespace) -> None:
     described = describe_checkpoint(settings.path)
-    from puzzle_jax.convert_hf.export import CARRIED
+    from puzzle_jax.convert_hf.export import CARRIED, OF_A_CHILD, carried_files
     from puzzle_jax.convert_hf.load import load_checkpoint
-    from puzzle_jax.convert_hf.orbax_tree import save_params
+    from puzzle_jax.convert_hf.orbax_tree import refuse_existing, save_params
+
+    refuse_existing(settings.out)
 
     with progress(Console(stderr=True), "reading tensors", len(described.tensors)) as advance:
         checkpoint = load_checkpoint(settings.path, experts=settings.experts, on_tensor=lambda *_: advance(1))
-    files = {name: (settings.path / name).read_bytes() for name in CARRIED if (settings.path / name).is_file()}
     save_params(
         settings.out,
         checkpoint.config,
         checkpoint.params,
         config_json=checkpoint.config_json,
-        files=files,
+        files=carried_files(settings.path, (*CARRIED, *OF_A_CHILD)),
         kv_scales=checkpoint.kv_scales,
     )
 
 
 def _export(settings: argparse.Namespace) -> None:
-    if (settings.checkpoint / ORBAX_HF).is_dir():
-        from puzzle_jax.convert_hf.export import save_checkpoint
+    if os.path.isdir(settings.checkpoint / ORBAX_HF):
+        from puzzle_jax.convert_hf.export import refuse_overwriting, save_checkpoint
         from puzzle_jax.convert_hf.orbax_tree import open_params
 
+        refuse_overwriting(settings.out)
         opened = open_params(settings.checkpoint)
+        if opened.left_out:
+            names = ", ".join(map(repr, opened.left_out))
+            print(f"left out of {settings.out}, being no file of a checkpoint: {names}", file=sys.stderr)
         if settings.pad_experts:
             raise PuzzleError("pad-experts works on Hugging Face directories: export without it, then again with it")
         save_checkpoint(

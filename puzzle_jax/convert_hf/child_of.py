@@ -225,7 +225,7 @@ def _values(
       specs: its tensor in the parent, or blocks and scales.
     """
     if kept is None:
-        values = child.tensors[specs[0].name].read().astype(np.float32)
+        values = child.tensors[specs[0].name].values().astype(np.float32)
     else:
         rows = dict(zip(kept, range(len(kept)), strict=True))
         experts = specs[0].shape[0]
@@ -240,7 +240,7 @@ def _values(
 
 def _expert(tensors: Sequence[StoredTensor], row: int) -> np.ndarray:
     """One expert's values in float32 as a stack of one, decoded where blocks and scales are given."""
-    first, *scales = (stored.read((slice(row, row + 1),)) for stored in tensors)
+    first, *scales = (stored.values((slice(row, row + 1),)) for stored in tensors)
     return mxfp4.decode(first, scales[0], np.float32) if scales else first.astype(np.float32)
 
 

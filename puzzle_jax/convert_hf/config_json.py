@@ -6,22 +6,26 @@ published form of nvidia/gpt-oss-puzzle-88B). Rotary settings are read in the ol
 `rope_scaling`) and in that of transformers 5 (`rope_parameters`), and written in the old one, which every
 runtime loads.
 
+A field that is missing has the value that transformers gives it (`GptOssConfig` of 5.x), so that a parent and its
+exported child are the same function there. Where the file contradicts itself, so that runtimes disagree about which
+value counts, it is refused by name.
+
 A model is written as plain `gpt_oss` only where all runtimes read it rightly: one expert count, and one
 window width on even layers with full attention on odd ones, because several runtimes take that alternation
 for granted. Everything else becomes `gpt_oss_puzzle`. Left out: values that change the arithmetic in ways the
-network does not have (tied embeddings, attention without biases, other rotary types); they are refused rather
-than ignored.
+network does not have (tied embeddings, attention without biases, other rotary types, rotary settings by kind of
+layer or for a part of a head); they are refused rather than ignored.
 """
 
 from __future__ import annotations
 
-import math
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from puzzle_jax.config import BlockConfig, ModelConfig, RopeConfig
+from puzzle_jax.config import BlockConfig, ModelConfig
+from puzzle_jax.convert_hf.fields import MAX_EXPERTS, MAX_LAYERS, MAX_SIZE, Fields
+from puzzle_jax.convert_hf.other_forms import INDEX, SINGLE, original_form
+from puzzle_jax.convert_hf.rope_json import MAX_POSITION, ORIGINAL, parse_rope
 from puzzle_jax.convert_hf.table import Form
 from puzzle_jax.errors import CheckpointError, ConfigError, shown
 
@@ -46,59 +50,11 @@ QUANTIZATION = {
 }
 
 _FIXED = {"tie_word_embeddings": False, "attention_bias": True, "swiglu_alpha": SWIGLU_ALPHA}
-_REPLACED = ("rope_parameters", "per_layer_config", "block_configs", "auto_map", "model_file")
-
-
-MAX_LAYERS, MAX_EXPERTS, MAX_SIZE = 10_000, 65_536, 2**31 - 1
-"""What a config.json may ask for; a number above is taken for damage rather than tried."""
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-
-class _Fields:
-    """A JSON object whose values are checked as they are taken; errors name file, field, value and rule."""
-
-    def __init__(self, data: dict[str, Any], source: Path, prefix: str = "") -> None:
-        self.data, self.source, self.prefix = data, source, prefix
-
-    def fail(self, name: str, rule: str) -> CheckpointError:
-        return CheckpointError(f"{self.source}: {self.prefix}{name} is {shown(self.data.get(name))}, but {rule}")
-
-    def _take(self, name: str, default: Any, accepts: Callable[[Any], bool], rule: str) -> Any:
-        if self.data.get(name) is None:
-            if default is not None:
-                return default
-            raise CheckpointError(f"{self.source}: {self.prefix}{name} is missing, but {rule}")
-        if not accepts(self.data[name]):
-            raise self.fail(name, rule)
-        return self.data[name]
-
-    def integer(self, name: str, default: int | None = None, *, most: int = MAX_SIZE) -> int:
-        def accepts(value: Any) -> bool:
-            return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
-
-        return self._take(name, default, accepts, f"must be a whole number of at least 1 and at most {most}")
-
-    def number(self, name: str, default: float | None = None) -> float:
-        return float(self._take(name, default, _is_number, "must be a number"))
-
-    def boolean(self, name: str, default: bool) -> bool:
-        return self._take(name, default, lambda value: isinstance(value, bool), "must be true or false")
-
-    def string(self, name: str, default: str | None = None) -> str:
-        return self._take(name, default, lambda value: isinstance(value, str), "must be a string")
-
-    def list_of(self, name: str, length: int) -> list[Any]:
-        rule = f"must be a list with one entry for each of the {length} layers"
-        return self._take(name, None, lambda value: isinstance(value, list) and len(value) == length, rule)
-
-    def table(self, name: str) -> _Fields | None:
-        value = self.data.get(name)
-        if value is not None and not isinstance(value, dict):
-            raise self.fail(name, "must be an object")
-        return None if value is None else _Fields(value, self.source, f"{self.prefix}{name}.")
+_REPLACED = (
+    *("rope_parameters", ORIGINAL, "partial_rotary_factor", "num_experts"),
+    *("per_layer_config", "block_configs", "auto_map", "model_file"),
+)
+_EXPERTS_PER_TOKEN = 4  # in transformers, where num_experts_per_tok is missing
 
 
 def parse_config(data: dict[str, Any], source: Path) -> ModelConfig:
@@ -111,10 +67,14 @@ def parse_config(data: dict[str, Any], source: Path) -> ModelConfig:
     Raises `CheckpointError` for an unknown model type, and for fields that are missing, of the wrong kind,
     contradictory, or ask for arithmetic that the network does not have.
     """
-    fields = _Fields(data, source)
+    fields = Fields(data, source)
+    if "model_type" not in data and {"num_experts", "rope_scaling_factor"} <= set(data):
+        raise CheckpointError(original_form(source))
     model_type = fields.string("model_type")
     if model_type not in (PLAIN, PUZZLE):
         raise fields.fail("model_type", f"only {PLAIN} and {PUZZLE} are known")
+    if data.get("transformers_weights") is not None:
+        raise fields.fail("transformers_weights", f"only {SINGLE} or {INDEX} is read")
     for name, value in _FIXED.items():
         if data.get(name, value) != value:
             raise fields.fail(name, f"only {str(value).lower()} is supported")
@@ -129,8 +89,8 @@ def parse_config(data: dict[str, Any], source: Path) -> ModelConfig:
             head_dim=fields.integer("head_dim"),
             experts_per_token=_experts_per_token(fields),
             blocks=(_plain_blocks if model_type == PLAIN else _puzzle_blocks)(fields, layers),
-            rope=_rope(fields),
-            max_position=fields.integer("max_position_embeddings", 131_072),
+            rope=parse_rope(fields),
+            max_position=fields.integer("max_position_embeddings", MAX_POSITION),
             rms_norm_eps=fields.number("rms_norm_eps", 1e-5),
             swiglu_limit=fields.number("swiglu_limit", 7.0),
         )
@@ -141,7 +101,7 @@ def parse_config(data: dict[str, Any], source: Path) -> ModelConfig:
 def parse_form(data: dict[str, Any], source: Path) -> Form:
     """How the experts are stored, by `quantization_config`; raises `CheckpointError` for methods other than
     mxfp4."""
-    quantization = _Fields(data, source).table("quantization_config")
+    quantization = Fields(data, source).table("quantization_config")
     if quantization is None:
         return "bf16"
     if quantization.string("quant_method") != "mxfp4":
@@ -149,12 +109,9 @@ def parse_form(data: dict[str, Any], source: Path) -> Form:
     return "mxfp4"
 
 
-def _plain_blocks(fields: _Fields, layers: int) -> tuple[BlockConfig, ...]:
-    experts = fields.integer("num_local_experts", most=MAX_EXPERTS)
-    if fields.data.get("layer_types") is None:
-        types = [FULL if layer % 2 else SLIDING for layer in range(layers)]
-    else:
-        types = fields.list_of("layer_types", layers)
+def _plain_blocks(fields: Fields, layers: int) -> tuple[BlockConfig, ...]:
+    experts = _num_experts(fields)
+    types = _layer_types(fields, layers)
     for layer, kind in enumerate(types):
         if kind not in (SLIDING, FULL):
             raise CheckpointError(
@@ -168,21 +125,38 @@ def _plain_blocks(fields: _Fields, layers: int) -> tuple[BlockConfig, ...]:
     return tuple(blocks)
 
 
-def _puzzle_blocks(fields: _Fields, layers: int) -> tuple[BlockConfig, ...]:
+def _num_experts(fields: Fields) -> int:
+    """Experts of a layer, which transformers also reads as `num_experts`, and that name goes before the other."""
+    names = [name for name in ("num_local_experts", "num_experts") if name in fields.data]
+    values = [fields.integer(name, most=MAX_EXPERTS) for name in names or ["num_local_experts"]]
+    if len(set(values)) > 1:
+        raise fields.fail("num_local_experts", f"num_experts is {values[1]}; they must be equal")
+    return values[0]
+
+
+def _layer_types(fields: Fields, layers: int) -> list[Any]:
+    """As the file says, or the alternation of the published models where it says nothing."""
+    if fields.data.get("layer_types") is None:
+        return [FULL if layer % 2 else SLIDING for layer in range(layers)]
+    return fields.list_of("layer_types", layers)
+
+
+def _puzzle_blocks(fields: Fields, layers: int) -> tuple[BlockConfig, ...]:
     blocks = []
-    types = None if fields.data.get("layer_types") is None else fields.list_of("layer_types", layers)
+    types = _layer_types(fields, layers)
     for layer, entry in enumerate(fields.list_of("block_configs", layers)):
         where = f"block_configs[{layer}]"
         if not isinstance(entry, dict) or "sliding_window" not in entry:
             rule = "must be an object with num_local_experts and sliding_window"
             raise CheckpointError(f"{fields.source}: {where} is {shown(entry)}, but {rule}")
-        block = _Fields(entry, fields.source, where + ".")
+        block = Fields(entry, fields.source, where + ".")
         window = None if entry["sliding_window"] is None else block.integer("sliding_window")
         blocks.append(BlockConfig(block.integer("num_local_experts", most=MAX_EXPERTS), window))
         expected = FULL if window is None else SLIDING
-        if types is not None and types[layer] != expected:
+        if types[layer] != expected:
+            missing = ", as it is taken to be where layer_types is missing" * (fields.data.get("layer_types") is None)
             raise CheckpointError(
-                f"{fields.source}: layer_types[{layer}] is {shown(types[layer])}, "
+                f"{fields.source}: layer_types[{layer}] is {shown(types[layer])}{missing}, "
                 f"but {where} has sliding_window {window}, which asks for {expected}"
             )
     for layer, (block, override) in enumerate(zip(blocks, _overrides(fields, layers), strict=True)):
@@ -196,16 +170,16 @@ def _puzzle_blocks(fields: _Fields, layers: int) -> tuple[BlockConfig, ...]:
     return tuple(blocks)
 
 
-def _overrides(fields: _Fields, layers: int) -> list[dict[str, int]]:
+def _overrides(fields: Fields, layers: int) -> list[dict[str, int]]:
     """For each layer, what `per_layer_config` (transformers' own schema, sparse) says other than the whole."""
     out: list[dict[str, int]] = [{} for _ in range(layers)]
-    table = fields.table("per_layer_config") or _Fields({}, fields.source)
+    table = fields.table("per_layer_config") or Fields({}, fields.source)
     for key in table.data:
         if not (isinstance(key, str) and key.isascii() and key.isdigit() and int(key[:6]) < layers):
             raise CheckpointError(
                 f"{fields.source}: per_layer_config has the key {shown(key)}, but there are layers 0 to {layers - 1}"
             )
-        entry = table.table(key) or _Fields({}, fields.source)
+        entry = table.table(key) or Fields({}, fields.source)
         for name in entry.data:
             if name not in ("num_local_experts", "sliding_window"):
                 raise entry.fail(name, "only num_local_experts and sliding_window may differ between layers")
@@ -225,45 +199,18 @@ def _sparse(config: ModelConfig, experts: int, window: int | None) -> dict[str, 
     return out
 
 
-def _experts_per_token(fields: _Fields) -> int:
-    names = [name for name in ("num_experts_per_tok", "experts_per_token") if fields.data.get(name) is not None]
+def _experts_per_token(fields: Fields) -> int:
+    """Experts that a token goes through: `num_experts_per_tok`, which the published models repeat by another name."""
+    names = [name for name in ("num_experts_per_tok", "experts_per_token") if name in fields.data]
     values = [fields.integer(name) for name in names or ["num_experts_per_tok"]]
+    if names == ["experts_per_token"] and values != [_EXPERTS_PER_TOKEN]:
+        raise CheckpointError(
+            f"{fields.source}: num_experts_per_tok is missing, for which transformers takes {_EXPERTS_PER_TOKEN}, but "
+            f"experts_per_token is {values[0]}; write num_experts_per_tok"
+        )
     if len(set(values)) > 1:
         raise fields.fail("num_experts_per_tok", f"experts_per_token is {values[1]}; they must be equal")
     return values[0]
-
-
-def _rope(fields: _Fields) -> RopeConfig:
-    table = fields.table("rope_parameters")
-    if table is not None and table.data.get("rope_theta") is not None:
-        theta = table.number("rope_theta")
-    else:
-        theta = fields.number("rope_theta")
-    table = table or fields.table("rope_scaling")
-    if table is None:
-        return RopeConfig(theta=theta, factor=1.0)
-    kind_field = "rope_type" if "rope_type" in table.data else "type"
-    kind = table.string(kind_field)
-    if kind == "default":
-        return RopeConfig(theta=theta, factor=1.0)
-    if kind != "yarn":
-        raise table.fail(kind_field, "only yarn and default are supported")
-    original = table if table.data.get("original_max_position_embeddings") is not None else fields
-    name = "original_max_position_embeddings" if original is table else "initial_context_length"
-    rope = RopeConfig(
-        theta=theta,
-        factor=table.number("factor"),
-        beta_fast=table.number("beta_fast", 32.0),
-        beta_slow=table.number("beta_slow", 1.0),
-        original_context=original.integer(name),
-        truncate=table.boolean("truncate", True),
-    )
-    for field in ("mscale", "mscale_all_dim"):
-        if table.data.get(field) is not None:
-            raise table.fail(field, "only the standard attention factor of YaRN is supported")
-    if not math.isclose(table.number("attention_factor", rope.magnitude), rope.magnitude, rel_tol=1e-6):
-        raise table.fail("attention_factor", f"only YaRN's own, {rope.magnitude:.6f}, is supported")
-    return rope
 
 
 def is_plain(config: ModelConfig) -> bool:

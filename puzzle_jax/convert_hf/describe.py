@@ -14,15 +14,14 @@ from typing import Any
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.convert_hf.config_json import parse_config, parse_form
 from puzzle_jax.convert_hf.kv_scales import StoredScales, is_kv_scale, read_kv_scales
+from puzzle_jax.convert_hf.other_forms import CONFIG, check_form
 from puzzle_jax.convert_hf.table import Form, TensorSpec, checkpoint_tensors
 from puzzle_jax.convert_hf.tensor_files import StoredTensor, open_tensors, read_json
+from puzzle_jax.convert_hf.token_ids import check_ids
 from puzzle_jax.errors import CheckpointError, ConfigError
 
 NOT_A_NUMBER = 255
 """The one scale byte without a value: infinity in some decoders, NaN in others; refused wherever scales are read."""
-
-ORBAX_HF = "hf"
-"""Where an Orbax checkpoint of ours keeps the files of a Hugging Face directory; see `orbax_tree`."""
 
 _FLOATS = ("BF16", "F16", "F32")
 _SHOWN = 6
@@ -54,9 +53,19 @@ def read_config(directory: Path | str) -> ModelConfig:
 
     Raises `CheckpointError` when the file is missing or describes no gpt-oss model.
     """
-    path = Path(directory)
-    path = path if path.suffix == ".json" else path / "config.json"
+    path = config_path(Path(directory))
     return parse_config(read_json(path), path)
+
+
+def config_path(path: Path) -> Path:
+    """The config.json that a user means by it or by its directory.
+
+    Raises `CheckpointError` for a directory that is no checkpoint.
+    """
+    if path.suffix == ".json":
+        return path
+    check_form(path, weights=False)
+    return path / CONFIG
 
 
 def describe_checkpoint(directory: Path | str) -> Description:
@@ -65,11 +74,11 @@ def describe_checkpoint(directory: Path | str) -> Description:
     Raises `CheckpointError` with everything that is wrong in one message.
     """
     directory = Path(directory)
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory} is not a directory")
-    source = directory / "config.json"
+    check_form(directory, weights=False)
+    source = directory / CONFIG
     data = read_json(source)
     config, form = parse_config(data, source), parse_form(data, source)
+    check_ids(data, source, config.vocab_size)
     opened = open_tensors(directory)
     problems = list(opened.problems)
     try:

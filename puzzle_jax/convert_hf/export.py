@@ -31,14 +31,16 @@ from puzzle_jax.config import BlockConfig, ModelConfig
 from puzzle_jax.convert_hf import mxfp4
 from puzzle_jax.convert_hf.config_json import MODEL_FILE, is_plain, write_config
 from puzzle_jax.convert_hf.describe import NOT_A_NUMBER, Description, describe_checkpoint
+from puzzle_jax.convert_hf.finite import all_finite
 from puzzle_jax.convert_hf.kv_scales import planned_kv_scales
 from puzzle_jax.convert_hf.model_card import FILE as CARD
 from puzzle_jax.convert_hf.model_card import model_card
 from puzzle_jax.convert_hf.table import Form, TensorSpec, checkpoint_tensors
 from puzzle_jax.convert_hf.table import Path as ParamPath
 from puzzle_jax.convert_hf.tensor_files import CHUNK_BYTES, StoredTensor
-from puzzle_jax.convert_hf.tensor_writer import SHARD_BYTES, Plan, PlannedTensor, write_checkpoint
+from puzzle_jax.convert_hf.tensor_writer import SHARD_BYTES, Plan, PlannedTensor, told, write_checkpoint
 from puzzle_jax.errors import CheckpointError, ConfigError, PuzzleError
+from puzzle_jax.files import read_bytes
 from puzzle_jax.kernels.mxfp4 import MXFP4
 from puzzle_jax.model.cache_format import KVScales
 from puzzle_jax.model.child import delta_leaves
@@ -52,7 +54,11 @@ CARRIED = (
     "chat_template.jinja",
     "generation_config.json",
     "LICENSE",
+    "USAGE_POLICY",
 )
+"""Files of a parent that its children carry."""
+OF_A_CHILD = (CARD, PROVENANCE)
+"""Files that tell where a child comes from, which it keeps on its way through an Orbax checkpoint."""
 NEVER = -1e30  # the router bias of an expert that is only there to fill a shape
 REMOTE_CODE = ("configuration_gpt_oss_puzzle.py", "modeling_gpt_oss_puzzle.py", MODEL_FILE)
 
@@ -110,7 +116,7 @@ def export_child(
     where padding does not make it plain; nothing is written then.
     """
     parent, out = Path(parent), Path(out)
-    _refuse_overwriting(out, replace, parent)
+    refuse_overwriting(out, replace, parent)
     description = describe_checkpoint(parent)
     _check_fit(description.config, config, kept)
     written = _padded(config) if pad_experts else config
@@ -137,7 +143,7 @@ def export_child(
         padded=pad_experts,
         kv_scales=scales is not None,
     )
-    files = {name: (parent / name).read_bytes() for name in CARRIED if (parent / name).is_file()}
+    files = carried_files(parent)
     files |= {CARD: card, PROVENANCE: _json_bytes(record)}
     files |= _config_files(written, description.config_json, description.form)
     sources = {stored.file for stored in description.tensors.values()}
@@ -178,7 +184,7 @@ def save_checkpoint(
     Raises `PuzzleError` where `out` holds something else, or where values are not finite.
     """
     out = Path(out)
-    _refuse_overwriting(out, replace)
+    refuse_overwriting(out, replace)
     source = _Pieces()
 
     def pieces(spec: TensorSpec) -> Iterator[np.ndarray]:
@@ -233,7 +239,7 @@ def _child_plan(
         elif ids is not None:
             pieces = partial(_expert_rows, spec, stored, ids)
         elif stored.dtype == spec.dtype:
-            pieces = stored.chunks
+            pieces = stored.finite_chunks
         else:
             pieces = partial(_rounded, spec, stored)
         plan.append(_planned(spec, pieces if ids is None else partial(_filled, spec, pieces, len(ids))))
@@ -248,7 +254,7 @@ def _digest(path: ParamPath, leaf: Any, kept: Sequence[Sequence[int]]) -> str:
     digest = hashlib.sha256()
     rows = kept[int(path[1])] if path[-1] in EXPERT_MATRICES else None
     for piece in [np.asarray(leaf)] if rows is None else (_row(leaf, expert) for expert in rows):
-        if not np.isfinite(piece).all():
+        if not all_finite(piece):
             raise ConfigError(f"the trained values of {dotted(path)} are not all finite numbers")
         digest.update(f"{piece.dtype}".encode())
         digest.update(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
@@ -258,14 +264,14 @@ def _digest(path: ParamPath, leaf: Any, kept: Sequence[Sequence[int]]) -> str:
 def _expert_rows(spec: TensorSpec, stored: StoredTensor, ids: Sequence[int]) -> Iterator[np.ndarray]:
     """A tensor's rows of the kept experts, one after the other."""
     for expert in ids:
-        row = stored.read((slice(expert, expert + 1),))
+        row = stored.values((slice(expert, expert + 1),))
         if spec.path[-1] == "scales" and (row == NOT_A_NUMBER).any():
             raise CheckpointError(f"{stored.file}: {stored.name} holds the scale {NOT_A_NUMBER}, which is no number")
         yield as_stored(spec, row)
 
 
 def _rounded(spec: TensorSpec, stored: StoredTensor) -> Iterator[np.ndarray]:
-    yield as_stored(spec, stored.read())
+    yield as_stored(spec, stored.values())
 
 
 def _filled(spec: TensorSpec, pieces: Callable[[], Iterable[np.ndarray]], rows: int) -> Iterator[np.ndarray]:
@@ -314,15 +320,17 @@ class _Pieces:
             if isinstance(leaf, MXFP4):
                 codes, scales = _row(leaf.codes, expert), _row(leaf.scales, expert)
                 blocks = codes.reshape(*scales.shape, -1)
+                if (scales == NOT_A_NUMBER).any():
+                    raise PuzzleError(f"{dotted(path)} holds the scale {NOT_A_NUMBER}, which is no number")
                 if half is None:
                     yield mxfp4.decode(blocks, scales, ml_dtypes.bfloat16)
                     continue
             elif half is None:
-                yield as_stored(spec, _row(leaf, expert))
+                yield as_stored(spec, _finite(spec, _row(leaf, expert)))
                 continue
             else:
                 try:
-                    blocks, scales = mxfp4.encode(_row(leaf, expert))
+                    blocks, scales = mxfp4.encode(_finite(spec, _row(leaf, expert)))
                 except PuzzleError as error:
                     raise PuzzleError(f"{spec.name.removesuffix('_blocks')}, expert {expert}: {error}") from None
             if half == "blocks":
@@ -339,7 +347,13 @@ def _dense_pieces(spec: TensorSpec, leaf: Any, experts: Sequence[int] | None) ->
         _check_shape(spec, array.shape)
     rows = max(1, CHUNK_BYTES * spec.shape[0] // spec.nbytes)
     for start in range(0, len(array), rows):
-        yield as_stored(spec, array[start : start + rows])
+        yield as_stored(spec, _finite(spec, array[start : start + rows]))
+
+
+def _finite(spec: TensorSpec, values: np.ndarray) -> np.ndarray:
+    if not all_finite(values):
+        raise PuzzleError(f"{dotted(parameter_path(spec))} holds values that are not finite (NaN or infinity)")
+    return values
 
 
 def _check_shape(spec: TensorSpec, shape: Sequence[int]) -> None:
@@ -364,6 +378,11 @@ def dotted(path: ParamPath) -> str:
     return ".".join(map(str, path))
 
 
+def carried_files(directory: Path, names: Sequence[str] = CARRIED) -> dict[str, bytes]:
+    """Those of the named files that a checkpoint has, with their content."""
+    return {name: read_bytes(directory / name, CheckpointError) for name in names if (directory / name).is_file()}
+
+
 def _json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
@@ -377,11 +396,13 @@ def _config_files(config: ModelConfig, base: Mapping[str, Any], form: Form) -> d
     return files
 
 
-def _refuse_overwriting(out: Path, replace: bool, parent: Path | None = None) -> None:
-    if parent is not None and out.resolve() == parent.resolve():
-        raise PuzzleError(f"{out} is the parent itself; choose another directory")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        _may_replace(out, replace)
+def refuse_overwriting(out: Path, replace: bool = False, parent: Path | None = None) -> None:
+    """Raises `PuzzleError` where something stands at `out` that may not be replaced."""
+    with told(out):
+        if parent is not None and out.resolve() == parent.resolve():
+            raise PuzzleError(f"{out} is the parent itself; choose another directory")
+        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+            _may_replace(out, replace)
 
 
 def _may_replace(out: Path, replace: bool) -> bool:

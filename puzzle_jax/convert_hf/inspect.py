@@ -15,7 +15,7 @@ from rich.table import Table
 
 from puzzle_jax.config import ModelConfig, cache_bytes
 from puzzle_jax.convert_hf.config_json import parse_config, parse_form
-from puzzle_jax.convert_hf.describe import describe_checkpoint
+from puzzle_jax.convert_hf.describe import config_path, describe_checkpoint
 from puzzle_jax.convert_hf.table import Form, bytes_by_part, expert_bytes, parameters, tensor_bytes
 from puzzle_jax.convert_hf.tensor_files import INDEX, SINGLE, read_json
 
@@ -62,7 +62,7 @@ def inspect(path: Path) -> Inspection:
 
     Raises `CheckpointError` where the configuration is none of ours, or where there are weights that do not fit it.
     """
-    source = path if path.suffix == ".json" else path / "config.json"
+    source = config_path(path)
     data = read_json(source)
     config, form = parse_config(data, source), parse_form(data, source)
     parts = bytes_by_part(config, form)
@@ -105,7 +105,9 @@ def _weights(directory: Path) -> str:
     described = describe_checkpoint(directory)
     files = {stored.file.name for stored in described.tensors.values()}
     scales = "" if described.kv_scales is None else ", with scales of an FP8 cache"
-    return f"{len(described.tensors)} tensors in {len(files)} file{'s'[: len(files) > 1]}, headers as described{scales}"
+    index = f"; {INDEX} is not read beside it" if files == {SINGLE} and (directory / INDEX).exists() else ""
+    described_as = f"headers as described{scales}{index}"
+    return f"{len(described.tensors)} tensors in {len(files)} file{'s'[: len(files) > 1]}, {described_as}"
 
 
 def show(found: Inspection, console: Console) -> None:

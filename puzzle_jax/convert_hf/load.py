@@ -147,7 +147,7 @@ def _placed(
         if codes:
             block = stored.read((index or ())[:2])
             return block.reshape(*block.shape[:2], -1)
-        block = stored.read(index or ())
+        block = stored.values(index or ())
         if spec.path[-1] == "scales" and (block == NOT_A_NUMBER).any():
             raise CheckpointError(f"{stored.file}: {spec.name} holds the scale {NOT_A_NUMBER}, which is no number")
         return block

@@ -7,9 +7,16 @@ needs no room for the model.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
+import logging
+import math
+import os
 import shutil
-from collections.abc import Callable, Mapping
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,20 +27,25 @@ import numpy as np
 
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.convert_hf.config_json import parse_config, parse_form, write_config
-from puzzle_jax.convert_hf.describe import ORBAX_HF
+from puzzle_jax.convert_hf.export import CARRIED, OF_A_CHILD, dotted
+from puzzle_jax.convert_hf.other_forms import CONFIG, ORBAX_HF, ORBAX_PARAMS
 from puzzle_jax.convert_hf.table import Form
 from puzzle_jax.convert_hf.tensor_files import read_json
-from puzzle_jax.errors import CheckpointError, PuzzleError
-from puzzle_jax.kernels.mxfp4 import MXFP4
+from puzzle_jax.convert_hf.tensor_writer import told
+from puzzle_jax.errors import CheckpointError, PuzzleError, shown
+from puzzle_jax.files import read_bytes
+from puzzle_jax.kernels.mxfp4 import GROUP, MXFP4
 from puzzle_jax.model.cache_format import KVScales
-from puzzle_jax.model.spec import Params
+from puzzle_jax.model.spec import EXPERT_MATRICES, Params, is_spec, param_specs
 
 try:
     from orbax.checkpoint import v1 as ocp  # pyright: ignore[reportAttributeAccessIssue]
 except ImportError:  # where v1 has not left its trial yet
     from orbax.checkpoint.experimental import v1 as ocp
 
-PARAMS, KV_SCALES = "params", "kv_scales.json"
+PARAMS, KV_SCALES = ORBAX_PARAMS, "kv_scales.json"
+_LATE_SECONDS = 0.5
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -44,9 +56,10 @@ class Opened:
       config: the model.
       form: how its experts are to be stored.
       config_json: the whole content of config.json.
-      files: the other files by name.
+      files: the other files by name, of those alone that a checkpoint carries.
       params: the tree of `model.spec`; leaves are functions that read a parameter from the disk.
       kv_scales: of an FP8 key-value cache.
+      left_out: names beside them that are no file of a checkpoint.
     """
 
     config: ModelConfig
@@ -55,6 +68,14 @@ class Opened:
     files: dict[str, bytes]
     params: Params
     kv_scales: KVScales | None = None
+    left_out: tuple[str, ...] = ()
+
+
+def refuse_existing(out: Path) -> None:
+    """Raises `PuzzleError` where `out` holds something."""
+    with told(out):
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise PuzzleError(f"{out} exists and is not empty; choose another directory")
 
 
 def save_params(
@@ -66,32 +87,55 @@ def save_params(
     files: Mapping[str, bytes],
     kv_scales: KVScales | None = None,
 ) -> None:
-    """Writes parameters, from every process of a mesh; raises `PuzzleError` where `out` holds something."""
-    out = out.resolve()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise PuzzleError(f"{out} exists and is not empty; choose another directory")
-    work = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(work, ignore_errors=True)
-    (work / ORBAX_HF).mkdir(parents=True)
-    ocp.save(str(work / PARAMS), _plain(params))
-    for name, content in files.items():
-        (work / ORBAX_HF / name).write_bytes(content)
-    (work / ORBAX_HF / "config.json").write_text(json.dumps(write_config(config, dict(config_json)), indent=2) + "\n")
-    if kv_scales is not None:
-        record = {kind: np.asarray(values).tolist() for kind, values in zip("kv", kv_scales, strict=True)}
-        (work / ORBAX_HF / KV_SCALES).write_text(json.dumps(record))
-    if out.exists():
-        out.rmdir()
-    work.rename(out)
+    """Writes parameters, from every process of a mesh.
+
+    Raises `PuzzleError` where `out` holds something or cannot be written.
+    """
+    out = Path(out).absolute()
+    refuse_existing(out)
+    with told(out):
+        work = out.with_name(f".{out.name}.partial")
+        shutil.rmtree(work, ignore_errors=True)
+        try:
+            (work / ORBAX_HF).mkdir(parents=True)
+            _save(work / PARAMS, _plain(params))
+            for name, content in files.items():
+                (work / ORBAX_HF / name).write_bytes(content)
+            config_text = json.dumps(write_config(config, dict(config_json)), indent=2) + "\n"
+            (work / ORBAX_HF / CONFIG).write_text(config_text)
+            if kv_scales is not None:
+                record = {kind: np.asarray(values).tolist() for kind, values in zip("kv", kv_scales, strict=True)}
+                (work / ORBAX_HF / KV_SCALES).write_text(json.dumps(record))
+            if out.exists():
+                out.rmdir()
+            work.rename(out)
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+
+
+def _save(path: Path, tree: Any) -> None:
+    try:
+        ocp.save(str(path), tree)
+    except Exception as error:  # Orbax raises whatever its storage raised
+        raise OSError(_first_line(error)) from error
 
 
 def open_params(directory: Path) -> Opened:
-    """Reads what a checkpoint is; raises `CheckpointError` where it is none of ours or does not fit its config.json."""
-    source = directory / ORBAX_HF / "config.json"
+    """Reads what a checkpoint is.
+
+    Raises `CheckpointError` where it is none of ours, holds something else than files beside the parameters, or its
+    parameters are not those of its config.json.
+    """
+    hf = directory / ORBAX_HF
+    files, left_out = _files(hf)
+    source = hf / CONFIG
     data = read_json(source)
     config, form = parse_config(data, source), parse_form(data, source)
-    path = str((directory / PARAMS).resolve())
+    path = str((directory / PARAMS).absolute())
     abstract = _guarded(path, lambda: ocp.metadata(path).metadata)
+    if problem := _misfit(abstract, config):
+        raise CheckpointError(f"{path} does not fit {source}: {problem}")
     leaves, tree = jax.tree.flatten(abstract)
 
     def reader(index: int) -> Callable[[], np.ndarray]:
@@ -104,18 +148,119 @@ def open_params(directory: Path) -> Opened:
         return read
 
     readers = jax.tree.unflatten(tree, [reader(index) for index in range(len(leaves))])
-    files = {file.name: file.read_bytes() for file in (directory / ORBAX_HF).iterdir() if file != source}
-    scales = files.pop(KV_SCALES, None)
-    kv_scales = None if scales is None else KVScales(**{k: jnp.asarray(v) for k, v in json.loads(scales).items()})
-    return Opened(config, form, data, files, _packed(readers), kv_scales)
+    kv_scales = _scales(hf / KV_SCALES, config.num_layers) if (hf / KV_SCALES).is_file() else None
+    return Opened(config, form, data, files, _packed(readers), kv_scales, left_out)
+
+
+def _files(hf: Path) -> tuple[dict[str, bytes], tuple[str, ...]]:
+    """The files of a checkpoint, and the names of those that are none.
+
+    A link or a directory could bring in anything from anywhere, so neither is followed: one in the place of a file is
+    refused, and so is a directory of any name.
+    """
+    files: dict[str, bytes] = {}
+    left_out = []
+    try:
+        for entry in sorted(os.scandir(hf), key=lambda entry: entry.name):
+            known = entry.name in (CONFIG, KV_SCALES, *CARRIED, *OF_A_CHILD)
+            if entry.is_dir(follow_symlinks=False):
+                raise CheckpointError(f"{shown(entry.path)} is a directory, but only files may be there; move it away")
+            if not known:
+                left_out.append(entry.name)
+            elif not entry.is_file(follow_symlinks=False):
+                raise CheckpointError(f"{entry.path} is no regular file; put the file itself in its place")
+            elif entry.name not in (CONFIG, KV_SCALES):
+                files[entry.name] = read_bytes(Path(entry.path), CheckpointError)
+    except OSError as error:
+        raise CheckpointError(f"{hf} cannot be read: {error.strerror}") from None
+    return files, tuple(left_out)
+
+
+def _misfit(abstract: Any, config: ModelConfig) -> str:
+    """Where the stored tree is not that of a model's parameters; empty where it is."""
+    expected = jax.tree.leaves_with_path(param_specs(config), is_leaf=is_spec)
+    stored = _shapes(abstract)
+    for keys, spec in expected:
+        path = tuple(key.idx if isinstance(key, jax.tree_util.SequenceKey) else str(key.key) for key in keys)
+        name, found = dotted(path), stored.pop(path, None)
+        if found is None and path[-1] in EXPERT_MATRICES:
+            blocks, scales = (stored.pop((*path, half), None) for half in ("blocks", "scales"))
+            if blocks is None or scales is None:
+                return f"{name} is missing"
+            experts, inputs, outputs = spec.shape
+            if scales != (experts, outputs, inputs // GROUP) or math.prod(blocks) * 2 != math.prod(spec.shape):
+                return f"{name} has blocks of shape {list(blocks)} and scales of shape {list(scales)}"
+        elif found is None:
+            return f"{name} is missing"
+        elif found != spec.shape:
+            return f"{name} has shape {list(found)}, but the model needs {list(spec.shape)}"
+    return f"{dotted(min(stored, key=str))} is no parameter of this model" if stored else ""
+
+
+def _shapes(tree: Any) -> dict[tuple[Any, ...], tuple[int, ...]]:
+    """Shapes by path, of the leaves that have one."""
+    if isinstance(tree, Mapping):
+        children = list(tree.items())
+    elif isinstance(tree, list | tuple):
+        children = list(enumerate(tree))
+    else:
+        shape = getattr(tree, "shape", None)
+        return {} if shape is None else {(): tuple(shape)}
+    return {(key, *path): shape for key, child in children for path, shape in _shapes(child).items()}
+
+
+def _scales(path: Path, layers: int) -> KVScales:
+    """The scales that `save_params` wrote."""
+    data = read_json(path)
+    for kind in "kv":
+        values = data.get(kind)
+        rule = f"must be a list of {layers} finite numbers above 0"
+        if not isinstance(values, list) or len(values) != layers or not all(map(_is_scale, values)):
+            raise CheckpointError(f"{path}: {kind} is {shown(values)}, but {rule}")
+    return KVScales(*(jnp.asarray(data[kind], jnp.float32) for kind in "kv"))
+
+
+def _is_scale(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and value <= _LARGEST and bool(np.float32(max(value, 0)) > 0)
 
 
 def _guarded(path: str, read: Callable[[], Any]) -> Any:
+    """What `read` gives; raises `CheckpointError` where Orbax cannot read, and keeps its own reports to itself."""
+    found, reason = None, "its tree is damaged or missing"
+    with _quiet():
+        try:
+            found = read()
+        except Exception as error:  # Orbax raises whatever its storage raised
+            reason = _first_line(error)
+        if found is None:  # what failed beside the first one reports later: threads when they end, tasks when collected
+            time.sleep(_LATE_SECONDS)
+            gc.collect()
+    if found is None:
+        raise CheckpointError(f"{path} cannot be read as an Orbax checkpoint: {reason}")
+    return found
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Holds back the tracebacks in which Orbax, its tasks and its threads report what it then raises or leaves out."""
+    logs, hook = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.CRITICAL + 1)
+    sys.unraisablehook = lambda _: None
     try:
-        return read()
-    except Exception as error:  # Orbax raises whatever its storage raised
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path} cannot be read as an Orbax checkpoint: {reason}") from None
+        yield
+    finally:
+        sys.unraisablehook = hook
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
+
+
+def _first_line(error: Exception) -> str:
+    """What an error says, on one line of moderate length."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return "".join(c if c.isprintable() else "?" for c in line[:300])
 
 
 def _plain(node: Any) -> Any:

@@ -16,7 +16,7 @@ import json
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
 from math import prod
@@ -26,10 +26,11 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from puzzle_jax.convert_hf.finite import all_finite
+from puzzle_jax.convert_hf.other_forms import INDEX, SINGLE, check_form
 from puzzle_jax.errors import CheckpointError, shown
+from puzzle_jax.files import is_unicode
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 DTYPES: dict[str, Any] = {
     "BOOL": np.dtype(np.bool_),
     "U8": np.dtype(np.uint8),
@@ -99,21 +100,34 @@ class StoredTensor:
                 _read_into(file, run, self.offset + start + inside)
         return out
 
-    def ends(self, nbytes: int) -> bytes:
-        """The first and the last bytes of the tensor, `nbytes` each where it has as many."""
-        found = b""
+    def values(self, index: Sequence[slice] = ()) -> np.ndarray:
+        """As `read`, of a weight: raises `CheckpointError` also where a value is not finite."""
+        return self._finite(self.read(index))
+
+    def finite_chunks(self) -> Iterator[np.ndarray]:
+        """As `chunks`, of a weight: raises `CheckpointError` also where a value is not finite."""
+        for chunk in self.chunks():
+            self._finite(chunk.view(DTYPES[self.dtype]))
+            yield chunk
+
+    def _finite(self, values: np.ndarray) -> np.ndarray:
+        if not all_finite(values):
+            raise CheckpointError(f"{self.file}: {self.name} holds values that are not finite (NaN or infinity)")
+        return values
+
+    def bytes_at(self, places: Iterable[tuple[int, int]]) -> Iterator[np.ndarray]:
+        """Pieces of the tensor's bytes, each given by its first byte and its length."""
         with _opened(self.file) as file:
-            for start in (0, max(0, self.nbytes - nbytes)):
-                piece = np.empty(min(nbytes, self.nbytes), np.uint8)
+            for start, nbytes in places:
+                piece = np.empty(nbytes, np.uint8)
                 _read_into(file, piece, self.offset + start)
-                found += piece.tobytes()
-        return found
+                yield piece
 
     def chunks(self) -> Iterator[np.ndarray]:
         """The tensor's bytes in order, `CHUNK_BYTES` at a time."""
         with _opened(self.file) as file:
             for start in range(0, self.nbytes, CHUNK_BYTES):
-                chunk = np.empty(min(CHUNK_BYTES, self.nbytes - start), np.uint8)
+                chunk = _aligned([min(CHUNK_BYTES, self.nbytes - start)], np.dtype(np.uint8))
                 _read_into(file, chunk, self.offset + start)
                 yield chunk
 
@@ -127,6 +141,8 @@ def _opened(path: Path) -> Any:
 
 def _open(path: Path, buffering: int = -1) -> Any:
     """Opens a file; raises OSError also for anything else, such as a pipe, which would wait for a writer."""
+    if "\0" in str(path):
+        raise OSError(errno.EINVAL, "its path holds a null character")
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(errno.EINVAL, "it is no regular file")
     return path.open("rb", buffering)
@@ -170,19 +186,18 @@ class Opened(NamedTuple):
 def open_tensors(directory: Path) -> Opened:
     """Reads the headers of a checkpoint directory's files.
 
+    A single file goes before an index, as in transformers: what was saved as shards first and as one file later keeps
+    the old index.
+
     Raises `CheckpointError` where there is nothing to read: no directory, or neither a file nor an index.
     """
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory} is not a directory")
-    index = directory / INDEX
-    if not index.is_file():
-        if not (directory / SINGLE).is_file():
-            raise CheckpointError(f"{directory} holds neither {SINGLE} nor {INDEX}")
+    check_form(directory)
+    if (directory / SINGLE).is_file():
         tensors, problem = _read_header(directory / SINGLE)
         return Opened(tensors, [problem] if problem else [], None if problem else set())
     opened = Opened({}, [], set())
     by_file: dict[str, list[str]] = {}
-    for name, file in _read_weight_map(index).items():
+    for name, file in _read_weight_map(directory / INDEX).items():
         by_file.setdefault(file, []).append(name)
     for file, names in sorted(by_file.items()):
         tensors: dict[str, StoredTensor] = {}
@@ -237,7 +252,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _parse_json(text: bytes) -> Any:
-    """Raises ValueError also for a name given twice and for nesting beyond Python's stack."""
+    """Raises ValueError also for a name given twice, half a character, and what Python cannot hold."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -247,9 +262,16 @@ def _parse_json(text: bytes) -> Any:
         return found
 
     try:
-        return json.loads(text, object_pairs_hook=unique)
+        value = json.loads(text, object_pairs_hook=unique)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    except ValueError as error:
+        if "digits" in str(error):  # the advice of Python is for programs
+            raise ValueError("it holds a whole number of thousands of digits") from None
+        raise
+    if not is_unicode(value):
+        raise ValueError("it holds half a surrogate pair, which is no character")
+    return value
 
 
 def _read_header(file: Path) -> tuple[dict[str, StoredTensor], str]:

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from puzzle_jax.convert_hf.tensor_files import CHUNK_BYTES, DTYPES, INDEX, SINGLE
-from puzzle_jax.errors import CheckpointError, PuzzleError
+from puzzle_jax.errors import CheckpointError, PuzzleError, shown
 from puzzle_jax.files import PARTIAL, read_object, write_beside
 
 SHARD_BYTES = 5_000_000_000
@@ -114,9 +114,26 @@ def write_checkpoint(out: Path, plan: Plan, *, replace: Callable[[], bool] = lam
       plan: what to write.
       replace: asked at the end whether a directory that stands at `out` by then may go; may raise.
 
-    Raises `PuzzleError` where the disk has too little room, another process is writing to `out`, something stands
-    there, or a shard reads back differently than it was written.
+    Raises `PuzzleError` where the disk has too little room or cannot be written, another process is writing to `out`,
+    something stands there, or a shard reads back differently than it was written.
     """
+    with told(out):
+        _write(out, plan, replace)
+
+
+@contextmanager
+def told(out: Path) -> Iterator[None]:
+    """Turns what the system says while `out` is written into a `PuzzleError`."""
+    try:
+        if "\0" in str(out):
+            raise OSError("its path holds a null character")
+        yield
+    except OSError as error:
+        name = str(out) if str(out).isprintable() else shown(str(out))
+        raise PuzzleError(f"{name} cannot be written: {error.strerror or error}") from error
+
+
+def _write(out: Path, plan: Plan, replace: Callable[[], bool]) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     work, journal, old = (out.parent / f".{out.name}.{kind}" for kind in ("partial", "partial.json", "replaced"))
     with _locked(work, out):

@@ -162,6 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(settings: argparse.Namespace) -> None:
     from puzzle_jax.convert_hf.load import load_checkpoint
+    from puzzle_jax.convert_hf.token_ids import check_tokenizer
     from puzzle_jax.model.network import compute_dtype, to_compute
 
     tasks, efforts = tuple(settings.tasks.split(",")), tuple(settings.efforts.split(","))
@@ -172,6 +173,7 @@ def _run(settings: argparse.Namespace) -> None:
         raise ConfigError(f"out is {settings.out}, which is a file, but must be a directory")
     checkpoint = load_checkpoint(settings.model)
     chat = Chat.load(settings.model)
+    check_tokenizer(settings.model, chat.tokenizer, checkpoint.config.vocab_size)
     enable_compilation_cache()
     params = to_compute(checkpoint.params, compute_dtype())
     if settings.amplify:

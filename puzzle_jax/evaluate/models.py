@@ -15,7 +15,9 @@ import jax
 
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.convert_hf.describe import Description, describe_checkpoint
+from puzzle_jax.convert_hf.fingerprint import fingerprint_of
 from puzzle_jax.convert_hf.load import cache_scales, load_checkpoint
+from puzzle_jax.convert_hf.token_ids import check_tokenizer
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.model.cache_format import FLOAT8, CacheFormat
 from puzzle_jax.model.network import compute_dtype, to_compute
@@ -29,7 +31,6 @@ CHAT_FILES = (
     "tokenizer_config.json",
     "chat_template.jinja",
 )
-_SAMPLE_BYTES = 64 << 10
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,9 @@ class Model:
         Raises CheckpointError, naming the model and what is missing or damaged.
         """
         try:
-            return Model(name, describe_checkpoint(directory), Chat.load(directory, today))
+            model = Model(name, describe_checkpoint(directory), Chat.load(directory, today))
+            check_tokenizer(directory, model.chat.tokenizer, model.config.vocab_size)
+            return model
         except PuzzleError as error:
             raise type(error)(f"model {name!r}: {error}") from None
 
@@ -74,19 +77,10 @@ class Model:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of what the model answers with: configuration, chat files, and both ends of every tensor.
-
-        Training changes every value of the tensors that it trains, so that their ends tell versions apart without
-        reading hundreds of gigabytes. Where files are cut into shards does not count.
-        """
-        digest = hashlib.sha256()
+        """A hash of what the model answers with: weights (`convert_hf.fingerprint`), configuration and chat files."""
+        digest = hashlib.sha256(f"{fingerprint_of(self.description)}\n".encode())
         for file in CHAT_FILES:
             path = self.description.directory / file
             content = path.read_bytes() if path.is_file() else b""
             digest.update(f"{file} {len(content)}\n".encode() + content)
-        for name, tensor in sorted(self.description.tensors.items()):
-            digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
-            digest.update(tensor.ends(_SAMPLE_BYTES))
-        if self.description.kv_scales is not None:
-            digest.update(self.description.kv_scales.tobytes())
         return digest.hexdigest()[:16]

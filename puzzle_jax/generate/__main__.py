@@ -38,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _answer(settings: argparse.Namespace) -> None:
     from puzzle_jax.convert_hf.describe import describe_checkpoint
     from puzzle_jax.convert_hf.load import cache_scales, load_checkpoint
+    from puzzle_jax.convert_hf.token_ids import check_tokenizer
     from puzzle_jax.generate.engine import Engine, Request, check_request
     from puzzle_jax.generate.sampling import Sampling
     from puzzle_jax.model.cache_format import FLOAT8, CacheFormat
@@ -47,6 +48,7 @@ def _answer(settings: argparse.Namespace) -> None:
     sampling = Sampling(settings.temperature, settings.top_p)
     description = describe_checkpoint(settings.model)
     chat = Chat.load(settings.model)
+    check_tokenizer(settings.model, chat.tokenizer, description.config.vocab_size)
     scales = cache_scales(description) if settings.kv_cache == FLOAT8 else None
     if settings.kv_cache == FLOAT8 and scales is None:
         raise ConfigError(f"kv-cache is {FLOAT8}, but {settings.model} carries no k_scale and v_scale")

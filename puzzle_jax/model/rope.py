@@ -38,7 +38,8 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0.0), min(high, head_dim - 1.0)
-    ramp = np.clip((np.arange(half) - low) / max(high - low, 1e-3), 0.0, 1.0)
+    # Bounds that lie outside the head may come in the wrong order, which turns the ramp around in every runtime.
+    ramp = np.clip((np.arange(half) - low) / (high - low or 1e-3), 0.0, 1.0)
     return ramp / (rope.factor * period) + (1.0 - ramp) / period
 
 

@@ -12,7 +12,9 @@ from jax.sharding import Mesh
 
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.convert_hf.describe import Description, describe_checkpoint
+from puzzle_jax.convert_hf.fingerprint import fingerprint_of
 from puzzle_jax.convert_hf.load import load_checkpoint
+from puzzle_jax.convert_hf.token_ids import check_tokenizer
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.model.network import compute_dtype, to_compute
 from puzzle_jax.model.sharding import params_sharding
@@ -45,7 +47,7 @@ class Parent:
         counts = {block.num_experts for block in parent.config.blocks}
         if len(counts) > 1:
             raise ConfigError(f"{directory} has layers of {sorted(counts)} experts, but a parent needs equal ones")
-        _ = parent.chat
+        check_tokenizer(directory, parent.chat.tokenizer, parent.config.vocab_size)
         return parent
 
     @property
@@ -62,10 +64,10 @@ class Parent:
         loaded = load_checkpoint(self.directory, mesh=self.mesh).params
         return dense_in_place(self.config, self.mesh)(loaded, compute_dtype())
 
-    @property
-    def fingerprint(self) -> dict[str, int]:
-        """Tells parents apart: size of every weight file."""
-        return {path.name: path.stat().st_size for path in sorted(self.directory.glob("*.safetensors"))}
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells parents apart by their content."""
+        return fingerprint_of(self.description)
 
 
 def dense_in_place(config: ModelConfig, mesh: Mesh | None) -> Any:

@@ -121,12 +121,7 @@ class Search:
                 f"space.windows: {_listed(left_out)} left out, since scenario {longest.name!r} never has more than "
                 f"{longest.context_tokens} tokens in a request, which such a window covers"
             )
-        identity = {
-            "kind": "search",
-            "parent": str(recipe.parent.resolve()),
-            "weights": self.parent.fingerprint,
-        }
-        self.run = open_run(recipe.run, identity)
+        self.run = open_run(recipe.run, {"kind": "search", "parent": self.parent.fingerprint})
         self.kept = self.run  # of the stage that runs
 
     def _check_questions(self) -> None:
@@ -502,7 +497,7 @@ class Search:
     @property
     def identity(self) -> str:
         """What scores depend on besides alternatives and traces."""
-        return json.dumps([str(self.recipe.parent.resolve()), self.parent.fingerprint, jax.__version__])
+        return json.dumps([self.parent.fingerprint, jax.__version__])
 
     def scorer(self, base: Child | None) -> SpaceScorer:
         """Scores alternatives around the parent or around a child of it."""

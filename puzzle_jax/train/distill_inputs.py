@@ -21,6 +21,7 @@ from puzzle_jax.config import ModelConfig
 from puzzle_jax.convert_hf.child_of import OpenedChild, load_delta, open_child
 from puzzle_jax.convert_hf.describe import describe_checkpoint
 from puzzle_jax.convert_hf.export import PROVENANCE
+from puzzle_jax.convert_hf.token_ids import check_tokenizer
 from puzzle_jax.errors import PuzzleError, PuzzleWarning
 from puzzle_jax.evaluate.models import Model
 from puzzle_jax.files import read_object
@@ -66,6 +67,7 @@ class Inputs:
             raise PuzzleError(f"teacher_cache is {recipe.teacher_cache}, but layers that train alone read no logits")
         chat = Chat.load(recipe.parent, begun_on(recipe.out))
         opened = open_child(recipe.parent, recipe.child)
+        check_tokenizer(recipe.parent, chat.tokenizer, opened.child.parent.vocab_size)
         settings = recipe.data.of(recipe.trace_paths)
         found = read_examples(settings, opened.child.parent.vocab_size, chat)
         training, heldout = apart(found.examples, recipe.data.heldout, settings)

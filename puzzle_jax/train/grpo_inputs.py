@@ -16,6 +16,7 @@ from puzzle_jax.config import ModelConfig
 from puzzle_jax.convert_hf.describe import Description, describe_checkpoint
 from puzzle_jax.convert_hf.export import PROVENANCE, Origin
 from puzzle_jax.convert_hf.load import cache_scales
+from puzzle_jax.convert_hf.token_ids import check_tokenizer
 from puzzle_jax.errors import ConfigError, PuzzleError
 from puzzle_jax.evaluate.accuracy import QuestionSet
 from puzzle_jax.evaluate.models import Model
@@ -57,6 +58,7 @@ class GrpoInputs:
             raise ConfigError(f"out is {recipe.out}, which is the model itself; name another directory")
         description = describe_checkpoint(recipe.model)
         chat = Chat.load(recipe.model, begun_on(recipe.out))
+        check_tokenizer(recipe.model, chat.tokenizer, description.config.vocab_size)
         record = recipe.model / PROVENANCE
         provenance = read_object(record) if record.is_file() else {}
         inputs = GrpoInputs(recipe, description, chat, provenance, Model("model", description, chat).fingerprint)

@@ -149,8 +149,7 @@ def _tokens(trace: Trace, vocab_size: int, where: str) -> np.ndarray:
     for name in ("prompt", "completion"):
         if not getattr(trace, name):
             raise PuzzleError(f"{where} has no {name}, but must have at least one token of it")
-    tokens = np.array([*trace.prompt, *trace.completion], np.int64)
-    wrong = tokens[(tokens < 0) | (tokens >= vocab_size)]
-    if wrong.size:
-        raise PuzzleError(f"{where} holds token {wrong[0]}, but the model's tokens are 0 to {vocab_size - 1}")
-    return tokens.astype(np.int32)
+    for worst in (max(*trace.prompt, *trace.completion), min(*trace.prompt, *trace.completion)):
+        if not 0 <= worst < vocab_size:  # asked before they become an array, which holds no larger numbers
+            raise PuzzleError(f"{where} holds token {worst}, but the model's tokens are 0 to {vocab_size - 1}")
+    return np.array([*trace.prompt, *trace.completion], np.int32)

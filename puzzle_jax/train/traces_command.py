@@ -24,6 +24,7 @@ from rich.table import Table
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.convert_hf.describe import describe_checkpoint
 from puzzle_jax.convert_hf.load import load_checkpoint
+from puzzle_jax.convert_hf.token_ids import check_tokenizer
 from puzzle_jax.errors import ConfigError, PuzzleError
 from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions
 from puzzle_jax.evaluate.settings import MAX_TOKENS
@@ -74,6 +75,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
     _check_out(options.out)
     config = describe_checkpoint(options.parent).config
     chat = Chat.load(options.parent)
+    check_tokenizer(options.parent, chat.tokenizer, config.vocab_size)
     asked = questions.questions()
     _check_context(asked, chat, config, limits)
     mesh = _mesh(options.mesh)

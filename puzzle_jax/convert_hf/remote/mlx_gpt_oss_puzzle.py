@@ -31,7 +31,7 @@ def yarn_divisors(args):
         return dims * math.log(ratio) / (2 * math.log(base))
 
     low, high = max(dimension(scaling["beta_fast"]), 0), min(dimension(scaling["beta_slow"]), dims - 1)
-    ramp = mx.clip((mx.arange(dims // 2) - low) / max(high - low, 0.001), 0, 1)
+    ramp = mx.clip((mx.arange(dims // 2) - low) / (high - low or 0.001), 0, 1)
     own = base ** (mx.arange(0, dims, 2) / dims)
     return 1 / (ramp / (scaling["factor"] * own) + (1 - ramp) / own)
 
