@@ -209,7 +209,7 @@ def test_an_answer_cut_off_is_worth_nothing_and_a_task_that_cannot_be_had_costs_
         )
         assert judged[3] == Judgement(0.0, None)
         assert judged[4:] == [
-            Judgement(None, "raised ValueError: invalid literal for int() with base 10: 'x'"),
+            Judgement(0.0, "raised ValueError: invalid literal for int() with base 10: 'x'"),
             Judgement(1.0, None),
         ]
         assert judges.lost == {"raised": 2}
