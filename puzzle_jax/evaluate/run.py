@@ -21,8 +21,8 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from puzzle_jax.errors import ConfigError, PuzzleError
-from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions
+from puzzle_jax.errors import PuzzleError
+from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions, check_context, unscored_note
 from puzzle_jax.evaluate.comparison import analyse
 from puzzle_jax.evaluate.models import Model
 from puzzle_jax.evaluate.record import opened, recorded_date
@@ -78,16 +78,8 @@ class Evaluation:
 
     def _longest_request(self, model: Model) -> int:
         """Positions that a request may need: its prompt and the limit of its answer."""
-        longest = 0
-        for problem, effort in self.asked.values():
-            prompt, limit = len(model.chat.prompt_tokens(problem.prompt, effort)), self.settings.max_tokens[effort]
-            if prompt + limit > model.config.max_position:
-                raise ConfigError(
-                    f"a problem of task {problem.task!r} needs {prompt} prompt and {limit} new tokens at effort "
-                    f"{effort!r}, but the context of model {model.name!r} is {model.config.max_position}"
-                )
-            longest = max(longest, prompt + limit)
-        return longest
+        limits = self.settings.max_tokens
+        return check_context(self.asked.values(), model.chat, model.config, limits, f"model {model.name!r}")
 
     def _identity(self) -> dict[str, Any]:
         """What answers depend on."""
@@ -96,6 +88,7 @@ class Evaluation:
             **self.settings.asked(),
             "split": SPLIT,
             "questions": hashlib.sha256(json.dumps(questions).encode()).hexdigest()[:16],
+            "judged_by": self.questions.judged_by,
             "models": {name: model.fingerprint for name, model in self.models.items()},
             "platform": jax.default_backend(),
             "puzzle_jax": metadata.version("puzzle-jax"),
@@ -134,7 +127,10 @@ class Evaluation:
                     skip={i for i, key in enumerate(keys) if key in answers or key not in self.asked},
                     on_answer=keep,
                 )
-        return [answers[key] for key in self.asked]
+        found = [answers[key] for key in self.asked]
+        if note := unscored_note(found):
+            self.console.print(f"{model.name}: {note}", highlight=False, soft_wrap=True)
+        return found
 
     def _measure(self, answers: Mapping[str, Sequence[Trace]]) -> Speeds | None:
         speed = self.settings.speed

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from puzzle_jax.convert_hf.load import load_checkpoint
 from puzzle_jax.convert_hf.table import tensor_bytes
-from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions
+from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions, unscored_note
 from puzzle_jax.evaluate.summary import by_effort
 from puzzle_jax.evaluate.throughput import measure_throughput
 from puzzle_jax.generate.traces import Trace
@@ -81,6 +81,8 @@ class Judge:
                     mesh=self.mesh,
                     on_answer=lambda *_: advance(1),
                 )
+                if note := unscored_note(answers):
+                    self.console.print(f"{name}: {note}", highlight=False, soft_wrap=True)
                 found[name] = {effort: asdict(value) for effort, value in by_effort(answers, questions.efforts).items()}
         return found
 

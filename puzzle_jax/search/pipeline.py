@@ -32,7 +32,7 @@ from safetensors.numpy import load_file, save_file
 
 from puzzle_jax.convert_hf.export import export_child
 from puzzle_jax.errors import PuzzleError
-from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions
+from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions, unscored_note
 from puzzle_jax.generate.batches import micro_batches
 from puzzle_jax.generate.calibrate import calibrate_cache
 from puzzle_jax.generate.traces import Trace, read_traces, write_traces
@@ -173,9 +173,12 @@ class Search:
                         mesh=self.parent.mesh,
                         on_answer=lambda *_: advance(1),
                     )
+                    if note := unscored_note(answers):
+                        self.console.print(f"{name}: {note}", highlight=False, soft_wrap=True)
                     write_traces(out / f"{name}.parquet", answers)
 
-        return self._stage("trace", asdict(settings), [], produce, directory="traces")
+        asked = asdict(settings) | {"judged_by": self._questions("calibration").judged_by}
+        return self._stage("trace", asked, [], produce, directory="traces")
 
     def _given_traces(self, file: Path) -> Stage:
         """The sets of traces from the user's own file."""
@@ -317,6 +320,7 @@ class Search:
         settings = {
             **self.recipe.section("evaluate"),
             "traces": self.recipe.section("traces"),
+            "judged_by": self._questions("heldout").judged_by,
             "scenarios": self._scenarios,
             "own": self.recipe.section("child"),
             "device": device_identity(),

@@ -25,7 +25,8 @@ from typing import Any
 
 from puzzle_jax.errors import ConfigError, shown
 from puzzle_jax.tasks import Task, get_task
-from puzzle_jax.tasks.judges import LARGEST_REWARD, Answer, Setup, receive, receive_bytes, send
+from puzzle_jax.tasks.judge_channel import receive, receive_bytes, send
+from puzzle_jax.tasks.judges import LARGEST_REWARD, Answer, Setup
 
 Reward = Callable[[Answer, Callable[[], float]], Any]
 

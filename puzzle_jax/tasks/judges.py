@@ -25,10 +25,8 @@ from __future__ import annotations
 import json
 import math
 import os
-import pickle
 import selectors
 import socket
-import struct
 import subprocess
 import sys
 import time
@@ -37,12 +35,12 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
-from pathlib import Path
-from typing import Any
 
 from puzzle_jax.errors import ConfigError, PuzzleError
 from puzzle_jax.supervise import kill_descendants
 from puzzle_jax.tasks.base import Problem
+from puzzle_jax.tasks.judge_channel import receive, send
+from puzzle_jax.tasks.reward_source import reward_source
 
 TIME_LIMIT = 10.0
 """Seconds that scoring one answer may take, unless something else is asked for."""
@@ -59,7 +57,6 @@ OWN_ENVIRONMENT = (
 _START_SECONDS, _STARTS = 300.0, 3
 _SEND_SECONDS, _REAP_SECONDS, _DEATH_SECONDS = 60.0, 10.0, 2.0
 _LONGEST_WAIT_SECONDS = 60.0  # that a selector is asked for at once
-_SIZE = struct.Struct("!Q")
 # sys.path is given as text: PYTHONPATH would also reach programs, maybe of another Python, that a function starts.
 _PROGRAM = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
@@ -154,7 +151,7 @@ class Judges:
         if processes < 1:
             raise ConfigError(f"judges is {processes}, but must be at least 1")
         self.lost: Counter[str] = Counter()
-        self._setup = Setup(function, _source(function), time_limit)
+        self._setup = Setup(function, reward_source(function), time_limit)
         self._processes = processes
         self._environment = _environment(function, environment)
         self._workers: list[_Worker] = []
@@ -207,7 +204,7 @@ class Judges:
         return ticket
 
     def finished(self, *, wait: bool) -> list[tuple[int, Judgement]]:
-        """Numbers and judgements of what was begun and is judged by now; with `wait`, of all that was begun.
+        """Numbers and judgements of what was begun and is judged by now; `wait` waits for one, if any is due.
 
         Also hands waiting answers to processes that have become idle, so it should be called now and then. Raises
         `PuzzleError` as `judge` does.
@@ -215,11 +212,15 @@ class Judges:
         if self._closed:
             raise RuntimeError("the judges were closed")
         if wait:
-            self._work_until(lambda: not self._waiting and not any(worker.asked for worker in self._workers))
+            self._work_until(lambda: bool(self._found) or not self._due)
         else:
             self._work_until(None)
         found, self._found = list(self._found.items()), {}
         return found
+
+    @property
+    def _due(self) -> bool:
+        return bool(self._waiting) or any(worker.asked for worker in self._workers)
 
     def close(self) -> None:
         """Ends all processes; may be called again."""
@@ -390,49 +391,6 @@ class _Worker:
         """Nothing is awaited any more; the answer it had."""
         asked, self.asked, self.deadline = self.asked, None, math.inf
         return asked
-
-
-def send(channel: socket.socket, value: Any) -> None:
-    """Writes a value with its length before it; raises OSError when nobody reads."""
-    data = pickle.dumps(value)
-    channel.sendall(_SIZE.pack(len(data)) + data)
-
-
-def receive(channel: socket.socket) -> Any:
-    """The value that was sent next; raises EOFError where nothing more comes, OSError where it stops half-way."""
-    return pickle.loads(receive_bytes(channel))
-
-
-def receive_bytes(channel: socket.socket) -> bytes:
-    """What `receive` unpickles."""
-    return _exactly(channel, _SIZE.unpack(_exactly(channel, _SIZE.size))[0])
-
-
-def _exactly(channel: socket.socket, size: int) -> bytes:
-    data = bytearray()
-    while len(data) < size:
-        piece = channel.recv(min(size - len(data), 1 << 20))
-        if not piece:
-            raise EOFError
-        data += piece
-    return bytes(data)
-
-
-def _source(function: str | None) -> bytes | None:
-    """Of the function's file; None for a module."""
-    if function is None:
-        return None
-    where, _, name = function.rpartition(":")
-    is_file = where.endswith(".py")
-    if not name.isidentifier() or not (is_file or all(part.isidentifier() for part in where.split("."))):
-        raise ConfigError(f"reward is {function!r}, but must be path/to/file.py:name or package.module:name")
-    if not is_file:
-        return None
-    try:
-        return Path(where).read_bytes()
-    except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise ConfigError(f"reward is {function!r}, but {where} cannot be read: {why}") from None
 
 
 def _environment(function: str | None, names: Sequence[str] | None) -> dict[str, str]:

@@ -131,8 +131,8 @@ def test_problems_that_no_model_can_be_asked_are_refused(directory, tmp_path, ca
     texts = ["say 0", *(f"say {'8' * length}" for length in range(800, 812))]
     path.write_text("".join(json.dumps({"prompt": text, "answer": "7"}) + "\n" for text in texts))
     said = refusal(capsys, directory, tmp_path / "run", **tasks)
-    assert f"a problem of {path}, which the policy is evaluated on, takes up to " in said
-    assert " tokens at effort low, but the model's context is 768" in said
+    assert f"{path}, line " in said and "tokens and the answer up to 5 at effort low" in said
+    assert "but the context of the model, which is evaluated on them, is 768 tokens" in said
 
 
 def test_directories_that_hold_something_else_are_refused_and_kept(directory, tmp_path, capsys):
@@ -153,7 +153,7 @@ def test_directories_that_hold_something_else_are_refused_and_kept(directory, tm
         ("run", {"rollout__group": 7}, "holds another run (rollout.group 6 -> 7)"),
         ("run", {"loss__kl": 0.25}, "holds another run (loss.kl 0.0 -> 0.25)"),
         ("run", {"update__updates": 2}, "holds another run (update.updates 1 -> 2)"),
-        ("run", {"reward__right": 0.5}, "holds another run (reward.right 1.0 -> 0.5)"),
+        ("run", {"reward__right": 0.5}, "holds another run (reward.right null -> 0.5)"),
         ("run", {"watch__collapse_steps": 3}, "holds another run (collapse "),
         ("run", {"train": "[router]"}, "holds another run (train "),
         ("run", {"model": tmp_path / "other"}, "holds another run (model "),
