@@ -19,7 +19,6 @@ skipped (`search.stages`). Costs come first: a target that cannot be reached is 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -28,8 +27,10 @@ from typing import Any
 
 import jax
 from rich.console import Console
+from rich.text import Text
 from safetensors.numpy import load_file, save_file
 
+from puzzle_jax.consoles import plain_console
 from puzzle_jax.convert_hf.export import export_child
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions, unscored_note
@@ -95,8 +96,7 @@ class Search:
 
     def __init__(self, recipe: Recipe, console: Console | None = None, team: Team | None = None) -> None:
         self.recipe, self.team = recipe, team or Team()
-        # Where the output is no terminal, nobody knows its width; the table needs about this much.
-        self.console = console or Console(width=None if sys.stdout.isatty() else 150)
+        self.console = console or plain_console(width=150)
         self.parent = open_parent(recipe)
         config, space = self.parent.config, recipe.space
         counts = candidate_counts(
@@ -118,7 +118,7 @@ class Search:
         """
         done: Stage = getattr(self, f"_{stage}")()
         what = "unchanged, skipped" if done.skipped else f"{done.seconds:.1f} s"
-        self.console.print(f"[bold]{stage:<9}[/bold] {what}")
+        self.console.print(Text.assemble((f"{stage:<9}", "bold"), f" {what}"))
         return done
 
     def execute_all(self) -> None:
@@ -351,9 +351,8 @@ class Search:
 
         done = run_stage(self.run, "report", {}, [self._needed(path) for path in inputs], produce)
         report.show(self.console)
-        self.console.print(
-            f"Figures and stages: [bold]{self.recipe.run / 'report/report.html'}[/bold]", highlight=False
-        )
+        where = Text.assemble("Figures and stages: ", (str(self.recipe.run / "report/report.html"), "bold"))
+        self.console.print(where, highlight=False)
         return done
 
     def _page(self, report: SearchReport) -> SearchPage:

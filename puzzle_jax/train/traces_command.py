@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from puzzle_jax.model.sharding import make_mesh, shard_params
 from puzzle_jax.model.spec import Params
 from puzzle_jax.progress import progress
 from puzzle_jax.tasks import EFFORTS, TASKS, Chat, FiniteTask, check_effort, get_task
+from puzzle_jax.temperature import check_temperature
 from puzzle_jax.train.trace_examples import SUFFIXES
 
 SPLIT = "training"
@@ -126,8 +126,7 @@ def answer_limits(text: str, efforts: Sequence[str]) -> dict[str, int]:
 
 
 def _check_numbers(options: argparse.Namespace) -> None:
-    if not (isfinite(options.temperature) and options.temperature >= 0):
-        raise ConfigError(f"--temperature is {options.temperature}, but must be a finite number of at least 0")
+    check_temperature("--temperature", options.temperature)
     if options.batch_size < 1:
         raise ConfigError(f"--batch-size is {options.batch_size}, but must be at least 1")
 
