@@ -179,6 +179,8 @@ def _row(trace: Trace) -> dict[str, Any]:
         "truncated": trace.truncated,
         "length": len(trace.prompt) + len(trace.completion),
     }
+    if trace.unscored is not None:
+        row["unscored"] = trace.unscored
     if trace.log_probs is not None:
         row["log_probs"] = list(trace.log_probs)
     if trace.experts is not None:
@@ -186,8 +188,6 @@ def _row(trace: Trace) -> dict[str, Any]:
         buffer = io.BytesIO()
         np.save(buffer, trace.experts, allow_pickle=False)
         row["experts"] = buffer.getvalue()
-    if trace.unscored is not None:
-        row["unscored"] = trace.unscored
     return row
 
 
