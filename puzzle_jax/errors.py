@@ -15,6 +15,10 @@ class PuzzleError(Exception):
     """Something the user gave cannot be used; the message names file, field, value and what would do."""
 
 
+class PuzzleWarning(UserWarning):
+    """Something the user gave was mended or may not be what they want; command lines print it as one line on stderr."""
+
+
 class ConfigError(PuzzleError):
     """A model description, recipe or setting is invalid."""
 

@@ -11,9 +11,9 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from puzzle_jax.cli import enable_compilation_cache, guarded
+from puzzle_jax.commands import Parser, enable_compilation_cache, guarded
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.evaluate.settings import MAX_TOKENS, Scenario, Settings, SpeedSettings
 from puzzle_jax.tasks import EFFORTS, TASKS
@@ -80,13 +80,8 @@ def parse(arguments: Sequence[str] | None) -> Settings:
     )
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m puzzle_jax.evaluate",
         description="Accuracy, tokens and speed of models side by side.",
     )

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from puzzle_jax.cli import enable_compilation_cache, guarded
+from puzzle_jax.commands import Parser, enable_compilation_cache, guarded
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions, check_context, unscored_note
@@ -152,9 +152,7 @@ def _compare(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line, compares, prints a table and writes caches.json; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m puzzle_jax.evaluate.caches", description="What an FP8 cache costs."
-    )
+    parser = Parser(prog="python -m puzzle_jax.evaluate.caches", description="What an FP8 cache costs.")
     parser.add_argument("--model", type=Path, required=True, help="a checkpoint directory")
     parser.add_argument("--out", type=Path, required=True, help="directory for caches.json")
     parser.add_argument("--tasks", default=",".join(TASKS), help="task names, with commas")
@@ -162,11 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--problems", type=int, default=500, help="per effort, split evenly over tasks")
     parser.add_argument("--amplify", type=int, default=0, help="power of two by which keys and values are enlarged")
     parser.add_argument("--seed", type=int, default=0)
-    try:
-        settings = parser.parse_args(arguments)
-    except SystemExit as error:  # argparse has said why
-        return int(error.code or 0)
-    return guarded(parser.prog, lambda: _run(settings))
+    return guarded(parser.prog, lambda: _run(parser.parse_args(arguments)))
 
 
 def _run(settings: argparse.Namespace) -> None:

@@ -11,7 +11,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from puzzle_jax.cli import enable_compilation_cache, guarded
+from puzzle_jax.commands import enable_compilation_cache, guarded
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,7 +15,7 @@ from puzzle_jax.errors import ConfigError
 from puzzle_jax.search.baselines import BASELINES
 from puzzle_jax.search.scenario import Scenario, Target
 from puzzle_jax.search.space import DEFAULT_FRACTIONS, Restriction
-from puzzle_jax.tasks import EFFORTS, TASKS, check_effort, get_task
+from puzzle_jax.tasks import EFFORTS, check_effort
 from puzzle_jax.temperature import check_temperature
 
 EMBEDDED_PARENT = Path(__file__).parent.parent / "assets" / "tiny"
@@ -26,7 +26,7 @@ class TraceSettings:
     """The parent's own answers.
 
     Attributes:
-      tasks: families to ask; every problem is asked at every effort.
+      tasks: families to ask; every problem is asked at every effort. Accuracy is measured on them too.
       efforts: reasoning efforts.
       calibration: problems per task that rank and score.
       validation: problems per task that choose among the program's best solutions.
@@ -34,13 +34,13 @@ class TraceSettings:
       heldout: problems per task for the reported KL; they choose nothing.
       temperature: of sampling; 0 is greedy.
       seed: draws other problems and other answers.
-      max_tokens: limit of an answer per effort.
+      max_tokens: limit of an answer per effort; every effort needs one where there are tasks.
       batch_size: answers generated together.
       file: traces of the parent made elsewhere (`generate.traces.read_traces`), in place of asking it; its prompts are
-        dealt to the sets in the proportions of the numbers above.
+        split into the sets in the proportions of the numbers above.
     """
 
-    tasks: tuple[str, ...] = tuple(TASKS)
+    tasks: tuple[str, ...] = ()
     efforts: tuple[str, ...] = EFFORTS
     calibration: int = 48
     validation: int = 32
@@ -48,22 +48,21 @@ class TraceSettings:
     heldout: int = 64
     temperature: float = 1.0
     seed: int = 0
-    max_tokens: dict[str, int] = field(default_factory=lambda: {"low": 32, "medium": 64, "high": 128})
+    max_tokens: dict[str, int] = field(default_factory=dict)
     batch_size: int = 64
     file: Path | None = None
 
     def __post_init__(self) -> None:
-        for task in self.tasks:
-            get_task(task)
-        for effort in self.efforts:
+        for effort in (*self.efforts, *self.max_tokens):
             check_effort(effort)
+        for effort in self.efforts if self.tasks else self.max_tokens:
             if self.max_tokens.get(effort, 0) < 1:
                 raise ConfigError(f"traces.max_tokens has no limit of at least 1 for effort {effort!r}")
         for name in ("calibration", "validation", "confirmation", "heldout", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"traces.{name} is {getattr(self, name)}, but must be at least 1")
-        for name in ("tasks", "efforts"):
-            _check_distinct(f"traces.{name}", getattr(self, name))
+        _check_distinct("traces.tasks", self.tasks, may_be_empty=True)
+        _check_distinct("traces.efforts", self.efforts)
         check_temperature("traces.temperature", self.temperature)
         if self.seed < 0:
             raise ConfigError(f"traces.seed is {self.seed}, but must be at least 0")
@@ -290,7 +289,8 @@ class Recipe:
 
     def section(self, name: str) -> dict[str, Any]:
         """One part as JSON values, to tell whether a stage's settings changed."""
-        return asdict(getattr(self, name))
+        values = asdict(getattr(self, name))
+        return {field: str(value) if isinstance(value, Path) else value for field, value in values.items()}
 
 
 def _check_distinct(name: str, values: Sequence[Any], may_be_empty: bool = False) -> None:

@@ -11,14 +11,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from puzzle_jax.cli import guarded
+from puzzle_jax.commands import Parser, guarded
 from puzzle_jax.errors import PuzzleError, shown
 from puzzle_jax.search.library import Library, Number, is_number, short
 from puzzle_jax.search.program import InfeasibleProgram, Limit, Program, Solution, solve
@@ -27,16 +27,9 @@ _DEEPEST = 32
 _MOST_SWEPT = 1000
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence."""
-
-    def error(self, message: str) -> NoReturn:
-        raise PuzzleError(message)
-
-
 def main(arguments: Sequence[str]) -> int:
     """Runs the tool on what follows `solve`; returns the exit code."""
-    parser = _Parser(prog="python -m puzzle_jax.search solve", description="The best choice from a block library.")
+    parser = Parser(prog="python -m puzzle_jax.search solve", description="The best choice from a block library.")
     parser.add_argument("--library", type=Path, required=True, help="JSON: {layer: {alternative: {nested numbers}}}")
     parser.add_argument("--minimize", required=True, metavar="KEY", help="dotted key of the number to sum and minimise")
     for name, what in (("--at-most", "upper"), ("--at-least", "lower")):

@@ -17,7 +17,7 @@ from itertools import count
 from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
-from puzzle_jax.errors import ConfigError
+from puzzle_jax.errors import ConfigError, shown
 
 EFFORTS: tuple[str, ...] = ("low", "medium", "high")
 """Reasoning efforts in rising order: the values of the chat template's `reasoning_effort`."""
@@ -107,7 +107,7 @@ class FiniteTask(Task, Protocol):
 def check_effort(effort: str) -> str:
     """`effort` itself; raises `ConfigError` unless it is one of `EFFORTS`."""
     if effort not in EFFORTS:
-        raise ConfigError(f"effort is {effort!r}, but must be one of {', '.join(EFFORTS)}")
+        raise ConfigError(f"effort is {shown(effort)}, but must be one of {', '.join(EFFORTS)}")
     return effort
 
 

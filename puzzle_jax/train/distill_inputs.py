@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -20,7 +21,7 @@ from puzzle_jax.config import ModelConfig
 from puzzle_jax.convert_hf.child_of import OpenedChild, load_delta, open_child
 from puzzle_jax.convert_hf.describe import describe_checkpoint
 from puzzle_jax.convert_hf.export import PROVENANCE
-from puzzle_jax.errors import PuzzleError
+from puzzle_jax.errors import PuzzleError, PuzzleWarning
 from puzzle_jax.evaluate.models import Model
 from puzzle_jax.files import read_object
 from puzzle_jax.model.spec import Params
@@ -72,7 +73,36 @@ class Inputs:
         inputs = Inputs(recipe, blocks, opened, chat, training, heldout, found.counts, teacher)
         inputs.student.check_own(opened.differing)
         inputs.cache()
+        for warning in inputs.lost_evidence():
+            warnings.warn(warning, PuzzleWarning, stacklevel=2)
         return inputs
+
+    def lost_evidence(self) -> list[str]:
+        """Warnings of what the examples cannot teach, though the user may expect it: answers that no row can hold, and
+        windows that no example is longer than."""
+        data, counts = self.recipe.data, self.counts
+        found = []
+        if counts.over_long or counts.cut:
+            what = f"{counts.cut} cut" if counts.cut else f"{counts.over_long} dropped (data.over_long)"
+            found.append(
+                f"of {counts.traces} traces {what}, since they are longer than data.row_length ({data.row_length}); "
+                f"the longest has {counts.longest} tokens"
+            )
+        longest = max(len(example.tokens) for example in (*self.training, *self.heldout))
+        child = self.opened.child
+        narrowed = {
+            block.window
+            for block, own in zip(child.blocks, child.parent.blocks, strict=True)
+            if block.window is not None and block.window != own.window and block.window >= longest
+        }
+        if narrowed:
+            windows = " and ".join(map(str, sorted(narrowed)))
+            found.append(
+                f"the child has windows of {windows} where its parent sees more, but the longest example has {longest} "
+                "tokens, so that training never sees what such a window cuts off; give longer traces, or raise "
+                "data.row_length"
+            )
+        return found
 
     @property
     def config(self) -> ModelConfig:

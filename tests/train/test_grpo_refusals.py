@@ -234,9 +234,8 @@ def test_the_recipes_parse():
 
 
 def test_help_says_what_there_is(capsys):
-    with pytest.raises(SystemExit) as ended:
-        main(["grpo", "--help"])
+    assert main(["grpo", "--help"]) == 0
     said = capsys.readouterr().out
-    assert ended.value.code == 0 and "usage: python -m puzzle_jax.train grpo" in said
+    assert "usage: python -m puzzle_jax.train grpo" in said
     for name in ("--rollout.group", "--reward.function", "--watch.collapse", "grpo-accuracy"):
         assert name in said
