@@ -13,7 +13,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from typing import Any
@@ -21,23 +21,20 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from puzzle_jax.errors import PuzzleError
 from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions, check_context, unscored_note
 from puzzle_jax.evaluate.comparison import analyse
+from puzzle_jax.evaluate.journal import Key, journaled_answers, question_key
 from puzzle_jax.evaluate.models import Model
 from puzzle_jax.evaluate.record import opened, recorded_date
 from puzzle_jax.evaluate.settings import Settings
 from puzzle_jax.evaluate.speeds import ModelSpeed, Speeds, device, measure_speeds, plan_slots, plan_workloads
 from puzzle_jax.evaluate.throughput import Spread
 from puzzle_jax.files import write_beside
-from puzzle_jax.generate.traces import Trace, append_trace, open_to_append, read_traces
+from puzzle_jax.generate.traces import Trace
 from puzzle_jax.progress import progress
 from puzzle_jax.tasks import Problem
 
 SPLIT = "evaluation"
-
-Key = tuple[str, int, str]
-"""What tells questions apart: task, the problem's seed, and effort."""
 
 
 class Evaluation:
@@ -97,37 +94,25 @@ class Evaluation:
     def _answer(self, model: Model) -> list[Trace]:
         """Answers to all questions, in their order."""
         path = self.settings.out / "answers" / f"{model.name}.jsonl"
-        path.parent.mkdir(exist_ok=True)
-        kept = read_traces(path, torn_tail=True) if path.exists() else []
-        answers = {(trace.task, trace.problem_seed, trace.effort): trace for trace in kept}
-        for key in answers:
-            if key not in self.asked:
-                raise PuzzleError(f"{path} holds an answer to {key}, which was not asked; remove the file")
-        with open_to_append(path) as file, progress(self.console, f"{model.name} answers", len(self.asked)) as advance:
-            advance(len(answers))
 
-            def keep(index: int, answer: Trace) -> None:
-                append_trace(file, answer)
-                answers[_key(*self.all[index])] = answer
-                advance(1)
+        def ask(skip: Collection[int], on_answer: Callable[[int, Trace], None]) -> None:
+            answer_questions(
+                model.params,
+                model.config,
+                model.chat,
+                self.questions,
+                max_tokens=self.settings.max_tokens,
+                temperature=self.settings.temperature,
+                top_p=self.settings.top_p,
+                slots=self.settings.slots,
+                context=self.longest[model.name],
+                cache=model.cache_format(self.settings.cache_dtype),
+                skip=skip,
+                on_answer=on_answer,
+            )
 
-            if len(answers) < len(self.asked):
-                keys = [_key(*question) for question in self.all]
-                answer_questions(
-                    model.params,
-                    model.config,
-                    model.chat,
-                    self.questions,
-                    max_tokens=self.settings.max_tokens,
-                    temperature=self.settings.temperature,
-                    top_p=self.settings.top_p,
-                    slots=self.settings.slots,
-                    context=self.longest[model.name],
-                    cache=model.cache_format(self.settings.cache_dtype),
-                    skip={i for i, key in enumerate(keys) if key in answers or key not in self.asked},
-                    on_answer=keep,
-                )
-        found = [answers[key] for key in self.asked]
+        with progress(self.console, f"{model.name} answers", len(self.asked)) as advance:
+            found = journaled_answers(path, self.all, ask, wanted=self.asked.keys(), on_answers=advance)
         if note := unscored_note(found):
             self.console.print(f"{model.name}: {note}", highlight=False, soft_wrap=True)
         return found
@@ -183,9 +168,5 @@ def _share(questions: Sequence[tuple[Problem, str]], settings: Settings) -> dict
     for problem, effort in questions:
         taken[problem.task, effort] = taken.get((problem.task, effort), 0) + 1
         if taken[problem.task, effort] <= room[problem.task]:
-            asked[_key(problem, effort)] = (problem, effort)
+            asked[question_key((problem, effort))] = (problem, effort)
     return asked
-
-
-def _key(problem: Problem, effort: str) -> Key:
-    return problem.task, problem.seed, effort

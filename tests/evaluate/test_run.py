@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 
 from puzzle_jax.convert_hf.export import save_checkpoint
+from puzzle_jax.evaluate import journal, speeds, throughput
 from puzzle_jax.evaluate import run as run_module
-from puzzle_jax.evaluate import speeds, throughput
 from puzzle_jax.evaluate.__main__ import main
 from puzzle_jax.evaluate.run import Evaluation
 from puzzle_jax.evaluate.settings import Settings
@@ -126,7 +126,7 @@ def test_an_interrupted_run_goes_on_to_the_same_answers(finished, models, tmp_pa
         if len(asked) == 10:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(run_module, "append_trace", interrupt)
+    monkeypatch.setattr(journal, "append_trace", interrupt)
     assert evaluate(models, out, "--no-throughput") == 130
     said = capsys.readouterr().err
     assert "interrupted; answers are kept, and the same command goes on from them" in said and said.count("\n") == 1
