@@ -18,6 +18,7 @@ from puzzle_jax.errors import ConfigError
 from puzzle_jax.evaluate.settings import MAX_TOKENS, Scenario, Settings, SpeedSettings
 from puzzle_jax.tasks import EFFORTS, TASKS
 
+_TABLE_WIDTH = 150  # about what the tables need
 _UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 _LIMITS = ",".join(f"{effort}={limit}" for effort, limit in MAX_TOKENS.items())
 
@@ -26,8 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line and runs the evaluation; returns the exit code."""
 
     def run() -> None:
-        from rich.console import Console
+        from rich.text import Text
 
+        from puzzle_jax.consoles import plain_console
         from puzzle_jax.evaluate.run import Evaluation
         from puzzle_jax.files import write_beside
         from puzzle_jax.report.evaluation import EvaluationReport
@@ -35,15 +37,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         settings = parse(arguments)
         enable_compilation_cache()
-        # Where the output is no terminal, nobody knows its width; the tables need about this much.
-        console = Console(width=None if sys.stdout.isatty() else 150)
+        console = plain_console(width=_TABLE_WIDTH)
         evaluation = Evaluation(settings, console).run()
         report = EvaluationReport(evaluation)
         write_beside(settings.out / "report.md", report.markdown().encode())
         if evaluation["points"]:
             write_beside(settings.out / "frontier.png", frontier_figure(evaluation["points"], evaluation["reference"]))
         report.show(console)
-        console.print(f"Everything is in [bold]{settings.out}[/bold]", highlight=False, soft_wrap=True)
+        where = Text.assemble("Everything is in ", (str(settings.out), "bold"))
+        console.print(where, highlight=False, soft_wrap=True)
 
     return guarded(
         "python -m puzzle_jax.evaluate", run, interrupted="answers are kept, and the same command goes on from them"

@@ -28,7 +28,7 @@ from jaxtyping import Array, Float
 from puzzle_jax.commands import Parser, enable_compilation_cache, guarded
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.errors import ConfigError
-from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions
+from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions, check_context, unscored_note
 from puzzle_jax.evaluate.divergence import divergence
 from puzzle_jax.evaluate.settings import MAX_TOKENS
 from puzzle_jax.evaluate.statistics import Paired, paired, resample
@@ -54,12 +54,14 @@ class CacheResult:
       agreement: share of tokens for which both rank the same one first.
       accuracy: per effort.
       change: per effort, accuracy minus the reference's on the same problems, with its interval.
+      unscored: how many answers could not be scored and why, as a sentence; None where all were.
     """
 
     kl: float
     agreement: float
     accuracy: dict[str, float]
     change: dict[str, Paired]
+    unscored: str | None = None
 
 
 def compare_caches(
@@ -92,6 +94,7 @@ def compare_caches(
             **_distance(params, config, batches, reference, form),
             accuracy={effort: _accuracy(answers[name], effort) for effort in questions.efforts},
             change={effort: _change(answers, name, effort) for effort in questions.efforts},
+            unscored=unscored_note(answers[name]),
         )
         for name, form in formats.items()
     }, scales
@@ -161,6 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(settings: argparse.Namespace) -> None:
+    from puzzle_jax.convert_hf.describe import describe_checkpoint
     from puzzle_jax.convert_hf.load import load_checkpoint
     from puzzle_jax.convert_hf.token_ids import check_tokenizer
     from puzzle_jax.model.network import compute_dtype, to_compute
@@ -171,14 +175,17 @@ def _run(settings: argparse.Namespace) -> None:
     calibration = QuestionSet(tasks, efforts, max(1, each // 4), "calibration", settings.seed)
     if settings.out.exists() and not settings.out.is_dir():
         raise ConfigError(f"out is {settings.out}, which is a file, but must be a directory")
-    checkpoint = load_checkpoint(settings.model)
     chat = Chat.load(settings.model)
-    check_tokenizer(settings.model, chat.tokenizer, checkpoint.config.vocab_size)
+    limits = {effort: MAX_TOKENS[effort] for effort in efforts}
+    config = describe_checkpoint(settings.model).config
+    check_tokenizer(settings.model, chat.tokenizer, config.vocab_size)
+    for asked in (questions, calibration):
+        check_context(asked.questions(), chat, config, limits, f"the model {settings.model}")
+    checkpoint = load_checkpoint(settings.model)
     enable_compilation_cache()
     params = to_compute(checkpoint.params, compute_dtype())
     if settings.amplify:
         params = amplify(params, checkpoint.config, settings.amplify)
-    limits = {effort: MAX_TOKENS[effort] for effort in efforts}
     results, scales = compare_caches(
         params, checkpoint.config, chat, calibration=calibration, questions=questions, max_tokens=limits
     )
@@ -195,8 +202,9 @@ def _run(settings: argparse.Namespace) -> None:
 
 
 def _print(results: Mapping[str, CacheResult], efforts: Sequence[str]) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from puzzle_jax.consoles import plain_console
 
     table = Table("cache", "KL, nats per token", "same first token", *(f"accuracy, {effort}" for effort in efforts))
     for name, result in results.items():
@@ -206,7 +214,11 @@ def _print(results: Mapping[str, CacheResult], efforts: Sequence[str]) -> None:
             said = "" if name == REFERENCE else f" ({change.difference:+.1%}, {change.won} won, {change.lost} lost)"
             cells.append(f"{result.accuracy[effort]:.1%}{said}")
         table.add_row(*cells)
-    Console(width=None if sys.stdout.isatty() else 170).print(table)
+    console = plain_console(width=170)
+    console.print(table)
+    for name, result in results.items():
+        if result.unscored:
+            console.print(f"{name}: {result.unscored}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Any
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.model.cache_format import CacheFormat
 from puzzle_jax.tasks import EFFORTS, TASKS, check_effort
+from puzzle_jax.temperature import check_temperature
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 MAX_TOKENS: Mapping[str, int] = {"low": 32, "medium": 64, "high": 128}
@@ -127,8 +128,7 @@ class Settings:
         for name in ("slots", "bootstrap"):
             _at_least_one(name, getattr(self, name))
         CacheFormat(self.cache_dtype)
-        if not self.temperature >= 0:
-            raise ConfigError(f"temperature is {self.temperature}, but must be at least 0")
+        check_temperature("temperature", self.temperature)
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p is {self.top_p}, but must be above 0 and at most 1")
 

@@ -1,7 +1,8 @@
 """Traces: prompts with what a model answered, the one form in which answers are kept, judged and learnt from.
 
 A trace file is parquet or, when its path ends in .jsonl, JSON objects one per line. Both have the columns `COLUMNS`
-(token ids), of which a file from elsewhere needs only prompt and completion, and may carry `log_probs` and `experts`.
+(token ids), of which a file from elsewhere needs only prompt and completion, and may carry `log_probs`, `experts` and
+`unscored`.
 What a server answered can be read too, as text: rows of one of the forms
 
     {"messages": [..., {"role": "assistant", "content": "4", "thinking": "2 + 2"}]}
@@ -63,6 +64,7 @@ _SCHEMA = pa.schema([
     ("length", pa.int64()),
     ("log_probs", pa.list_(pa.float64())),
     ("experts", pa.binary()),
+    ("unscored", pa.string()),
 ])  # fmt: skip
 
 
@@ -80,6 +82,7 @@ class Trace:
       log_probs: natural logarithm of the probability with which each completion token was drawn, or None.
       experts: ids [prompt + completion - 1 tokens, layers, experts per token] (uint8 or uint16) of the experts that
         each token but the last went through, or None. Not compared.
+      unscored: why the answer could not be scored, where its reward of 0 says no more than that.
     """
 
     task: str
@@ -92,6 +95,7 @@ class Trace:
     truncated: bool
     log_probs: tuple[float, ...] | None = None
     experts: np.ndarray | None = field(default=None, compare=False, repr=False)
+    unscored: str | None = None
 
     def __post_init__(self) -> None:
         if self.log_probs is not None and len(self.log_probs) != len(self.completion):
@@ -122,14 +126,14 @@ class Trace:
 def write_traces(path: str | Path, traces: Sequence[Trace]) -> None:
     """Writes traces as one file: JSONL when its path ends in .jsonl, else parquet.
 
-    `length` counts prompt and completion tokens; `log_probs` and `experts` are there when a trace has them.
+    `length` counts prompt and completion tokens; `log_probs`, `experts` and `unscored` are there when a trace has them.
     """
     if Path(path).suffix == ".jsonl":
         with open(path, "w", encoding="utf-8") as file:
             file.writelines(_line(trace) for trace in traces)
         return
     rows = [{**_row(trace), "details": json.dumps(dict(trace.details))} for trace in traces]
-    absent = [name for name in ("log_probs", "experts") if not any(name in row for row in rows)]
+    absent = [name for name in ("log_probs", "experts", "unscored") if not any(name in row for row in rows)]
     schema = pa.schema([column for column in _SCHEMA if column.name not in absent])
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
 
@@ -208,6 +212,8 @@ def _row(trace: Trace) -> dict[str, Any]:
         "truncated": trace.truncated,
         "length": len(trace.prompt) + len(trace.completion),
     }
+    if trace.unscored is not None:
+        row["unscored"] = trace.unscored
     if trace.log_probs is not None:
         row["log_probs"] = list(trace.log_probs)
     if trace.experts is not None:
@@ -232,6 +238,7 @@ def _traces(row: dict[str, Any], chat: Chat | None) -> Iterator[tuple[Trace, boo
         "problem_seed": _seed(row),
         "details": _details(row),
         "reward": _reward(row),
+        "unscored": _get(row, "unscored", str, "a text", "") or None,
     }
     answer = row.get("response", row.get("completion"))
     if not {"messages", "choices"} & set(row) and not isinstance(answer, str | Mapping):

@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 BAR = 32  # characters of a layer's bar, at most
 
@@ -118,7 +119,8 @@ class SearchReport:
             console.print(line, highlight=False)
         for line in self.layers():
             console.print(line, highlight=False)
-        console.print(f"The child is saved in [bold]{self.child}[/bold]", highlight=False, soft_wrap=True)
+        where = Text.assemble("The child is saved in ", (str(self.child), "bold"))
+        console.print(where, highlight=False, soft_wrap=True)
 
     def markdown(self) -> str:
         """The same as text for a file."""

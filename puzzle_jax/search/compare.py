@@ -18,7 +18,7 @@ from rich.console import Console
 
 from puzzle_jax.convert_hf.load import load_checkpoint
 from puzzle_jax.convert_hf.table import tensor_bytes
-from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions
+from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions, unscored_note
 from puzzle_jax.evaluate.journal import journaled_answers
 from puzzle_jax.evaluate.summary import by_effort
 from puzzle_jax.evaluate.throughput import measure_throughput
@@ -99,6 +99,8 @@ class Judge:
                     lambda skip, on_answer, ask=ask: ask(skip=skip, on_answer=on_answer),
                     on_answers=advance,
                 )
+                if note := unscored_note(answers):
+                    self.console.print(f"{name}: {note}", highlight=False, soft_wrap=True)
                 found[name] = {effort: asdict(value) for effort, value in by_effort(answers, questions.efforts).items()}
         return found
 

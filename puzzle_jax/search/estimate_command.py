@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from puzzle_jax.commands import Parser, guarded
+from puzzle_jax.consoles import plain_console
 from puzzle_jax.convert_hf.config_json import parse_config, parse_form
 from puzzle_jax.convert_hf.tensor_files import read_json
 from puzzle_jax.errors import PuzzleError, shown
@@ -56,7 +57,7 @@ def _run(settings: argparse.Namespace) -> None:
         print(json.dumps(values[0] if len(values) == 1 else values, indent=2))
     else:
         for comparison in found:
-            show(comparison, Console())
+            show(comparison, plain_console())
 
 
 def read_architecture(path: Path) -> Architecture:

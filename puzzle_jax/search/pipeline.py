@@ -19,7 +19,6 @@ skipped (`search.stages`). Costs come first: a target that cannot be reached is 
 from __future__ import annotations
 
 import json
-import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -29,12 +28,14 @@ from typing import Any
 
 import jax
 from rich.console import Console
+from rich.text import Text
 from safetensors.numpy import load_file, save_file
 
 from puzzle_jax.commands import mendable
+from puzzle_jax.consoles import plain_console
 from puzzle_jax.convert_hf.export import export_child
 from puzzle_jax.errors import ConfigError, PuzzleError, PuzzleWarning
-from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions
+from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions, unscored_note
 from puzzle_jax.evaluate.journal import journaled_answers
 from puzzle_jax.files import read_json
 from puzzle_jax.generate.batches import micro_batches
@@ -104,8 +105,7 @@ class Search:
 
     def __init__(self, recipe: Recipe, console: Console | None = None, team: Team | None = None) -> None:
         self.recipe, self.team = recipe, team or Team()
-        # Where the output is no terminal, nobody knows its width; the table needs about this much.
-        self.console = console or Console(width=None if sys.stdout.isatty() else 150)
+        self.console = console or plain_console(width=150)
         self.parent = open_parent(recipe)
         config, space = self.parent.config, recipe.space
         counts = candidate_counts(
@@ -123,6 +123,10 @@ class Search:
             )
         self.run = open_run(recipe.run, {"kind": "search", "parent": self.parent.fingerprint})
         self.kept = self.run  # of the stage that runs
+
+    def _judged_by(self) -> dict[str, str]:
+        """What problems and scores depend on, by task."""
+        return {task: get_task(task).identity for task in self.recipe.traces.tasks}
 
     def _check_questions(self) -> None:
         """Raises `ConfigError` for tasks that do not exist, and where nothing says what the parent is asked."""
@@ -153,7 +157,7 @@ class Search:
                 f"({type(error).__name__}: {error}); move {edited.parent} away to run that stage again"
             ) from error
         what = "unchanged, skipped" if done.skipped else f"{done.seconds:.1f} s"
-        self.console.print(f"[bold]{stage:<9}[/bold] {what}")
+        self.console.print(Text.assemble((f"{stage:<9}", "bold"), f" {what}"))
         return done
 
     def execute_all(self) -> None:
@@ -228,9 +232,12 @@ class Search:
                         lambda skip, on_answer, ask=ask: ask(skip=skip, on_answer=on_answer),
                         on_answers=advance,
                     )
+                    if note := unscored_note(answers):
+                        self.console.print(f"{name}: {note}", highlight=False, soft_wrap=True)
                     write_traces(out / f"{name}.parquet", answers)
 
-        return self._stage("trace", self.recipe.section("traces"), [], produce, directory="traces")
+        asked = {**self.recipe.section("traces"), "judged_by": self._judged_by()}
+        return self._stage("trace", asked, [], produce, directory="traces")
 
     def _given_traces(self, file: Path) -> Stage:
         """The sets of traces from the user's own file."""
@@ -367,6 +374,7 @@ class Search:
         settings = {
             **self.recipe.section("evaluate"),
             "questions": {name: traces[name] for name in ("tasks", "efforts", "max_tokens", "batch_size")},
+            "judged_by": self._judged_by(),
             "scenarios": self._scenarios,
             "own": self.recipe.section("child"),
             "device": device_identity(),
@@ -397,9 +405,8 @@ class Search:
 
         done = self._run("report", {}, [self._needed(path) for path in inputs], produce)
         report.show(self.console)
-        self.console.print(
-            f"Figures and stages: [bold]{self.recipe.run / 'report/report.html'}[/bold]", highlight=False
-        )
+        where = Text.assemble("Figures and stages: ", (str(self.recipe.run / "report/report.html"), "bold"))
+        self.console.print(where, highlight=False)
         return done
 
     def _page(self, report: SearchReport) -> SearchPage:

@@ -12,10 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from puzzle_jax.commands import Parser, guarded
+from puzzle_jax.consoles import plain_console
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.planning import GB, device_limit, read_model, virtual_devices
 from puzzle_jax.search.hardware import HARDWARE
@@ -71,9 +71,9 @@ def _run(options: argparse.Namespace, others: Sequence[str]) -> None:
     devices = run.recipe.mesh.devices
     virtual_devices(devices)
     _ = run.mesh
-    Console(stderr=True).print(f"compiling for {devices} virtual devices", highlight=False)
+    plain_console(stderr=True).print(f"compiling for {devices} virtual devices", highlight=False)
     found = plan_search(run)
-    out = Console()
+    out = plain_console()
     mesh = run.recipe.mesh
     out.print(
         f"{options.parent.name} on {mesh.data} x {mesh.model} devices, traces of up to {run.longest:,} tokens",

@@ -16,6 +16,7 @@ from puzzle_jax.search.baselines import BASELINES
 from puzzle_jax.search.scenario import Scenario, Target
 from puzzle_jax.search.space import DEFAULT_FRACTIONS, Restriction
 from puzzle_jax.tasks import EFFORTS, check_effort
+from puzzle_jax.temperature import check_temperature
 
 EMBEDDED_PARENT = Path(__file__).parent.parent / "assets" / "tiny"
 
@@ -62,10 +63,9 @@ class TraceSettings:
                 raise ConfigError(f"traces.{name} is {getattr(self, name)}, but must be at least 1")
         _check_distinct("traces.tasks", self.tasks, may_be_empty=True)
         _check_distinct("traces.efforts", self.efforts)
-        for name in ("temperature", "seed"):
-            value = getattr(self, name)
-            if not (isfinite(value) and value >= 0):
-                raise ConfigError(f"traces.{name} is {value}, but must be a finite number of at least 0")
+        check_temperature("traces.temperature", self.temperature)
+        if self.seed < 0:
+            raise ConfigError(f"traces.seed is {self.seed}, but must be at least 0")
 
 
 @dataclass(frozen=True)

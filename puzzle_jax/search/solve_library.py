@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from puzzle_jax.commands import Parser, guarded
+from puzzle_jax.consoles import plain_console
 from puzzle_jax.errors import PuzzleError, shown
 from puzzle_jax.search.library import Library, Number, is_number, short
 from puzzle_jax.search.program import InfeasibleProgram, Limit, Program, Solution, solve
@@ -175,7 +175,7 @@ def _show(solutions: Sequence[Solution], program: Program) -> None:
     table.add_row("gap", *(_gap(solution) for solution in solutions), end_section=True)
     for group in program.library:
         table.add_row(Text(group), *(Text(solution.choice[group]) for solution in solutions))
-    Console().print(table)
+    plain_console().print(table)
 
 
 def _show_frontier(points: Sequence[tuple[Number, Solution | None]], key: str, program: Program) -> None:
@@ -187,4 +187,4 @@ def _show_frontier(points: Sequence[tuple[Number, Solution | None]], key: str, p
         if found is not None:
             cells = [found.status, _gap(found), short(found.costs[key], 0), short(found.score, 0)]
         table.add_row(short(bound, 0), *cells)
-    Console().print(table)
+    plain_console().print(table)

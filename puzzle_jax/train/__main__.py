@@ -18,9 +18,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
-
 from puzzle_jax.commands import Parser, enable_compilation_cache, guarded
+from puzzle_jax.consoles import plain_console
 
 PROGRAM = "python -m puzzle_jax.train"
 RECIPE_VERBS = {"distill": False, "distill-blocks": True}
@@ -40,7 +39,7 @@ VERBS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a verb; returns the exit code (2 for what the user can mend)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     verb = arguments[0] if arguments else None
     prog = PROGRAM if verb is None else f"{PROGRAM} {verb}"
     kept = "the same command goes on from the last checkpoint"
