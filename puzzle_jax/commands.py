@@ -15,7 +15,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -153,7 +153,7 @@ def mendable(error: BaseException) -> str | None:
     """One sentence for an error that a user can mend; None for a bug."""
     if isinstance(error, PuzzleError):
         return str(error)
-    if isinstance(error, OSError) and error.errno in _MENDABLE:
+    if isinstance(error, OSError) and error.errno is not None and error.errno in _MENDABLE:
         return f"{_of_file(error)}{os.strerror(error.errno)}"
     if isinstance(error, UnicodeEncodeError) and "surrogates not allowed" in str(error):
         return f"{shown(error.object)} holds half a surrogate pair, but texts must be valid Unicode"

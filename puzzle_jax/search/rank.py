@@ -131,7 +131,7 @@ class KeptSums:
             return
         arrays = {str(number): np.asarray(leaf) for number, leaf in enumerate(jax.tree.leaves(list(sums)))}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_beside(self.path, save({**arrays, "batches": np.int64(batches)[None]}))
+        write_beside(self.path, save({**arrays, "batches": np.array([batches])}))
         end = time.monotonic()
         self._next = end + max(20 * (end - start), _SAVE_SECONDS)
 
