@@ -31,6 +31,13 @@ class InfeasibleError(PuzzleError):
     """No architecture of the search space meets the target; the message names the limits and what is reachable."""
 
 
+def check_range(name: str, value: int | float, least: int | float, most: int | float) -> None:
+    """Raises `ConfigError`, naming a setting, for a number that is not from `least` to `most`."""
+    if not least <= value <= most:  # NaN is in no range
+        rule = f"at least {least}" if value < least else f"from {least} to {most}"
+        raise ConfigError(f"{name} is {shown(value)}, but must be {rule}")
+
+
 def shown(value: Any) -> str:
     """A value from a file as a message shows it: on one line, printable, and short however large or deep it is."""
     return _SHORT.repr(value)

@@ -7,6 +7,7 @@ that does not exist is answered with what was perhaps meant, and one value is en
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -14,10 +15,12 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from puzzle_jax.commands import did_you_mean, refuse_option
-from puzzle_jax.errors import ConfigError
+from puzzle_jax.errors import ConfigError, shown
 from puzzle_jax.files import parse_yaml
 
 _TEXTS = (str, Path)
+_LARGEST = 10**30
+_LONG_NUMBER = re.compile(r"[-+]?[\d_]{31,}(\.\d*)?")
 
 
 def setting_hints(kind: type, prefix: str = "") -> dict[str, Any]:
@@ -75,6 +78,7 @@ def _field(name: str, value: Any, hints: Mapping[str, Any], where: str) -> Any:
             f"{where} has the field {name}, which does not exist{did_you_mean(name, hints) or f'; {there}'}"
         )
     hint = hints[name]
+    _check_size(value, f"{where}: {name}")
     if is_dataclass(hint) and isinstance(value, Mapping):
         return {str(inner): _field(f"{name}.{inner}", of, hints, where) for inner, of in value.items()}
     return [value] if _element(hint) is not None and isinstance(value, _single(hint)) else value
@@ -84,6 +88,8 @@ def _value(name: str, value: str, hint: Any) -> str:
     """An option's value as the parser wants it; what is written in YAML is bounded like a file."""
     if hint is None or _is_text(hint):
         return value
+    if _LONG_NUMBER.fullmatch(value.strip()):
+        raise ConfigError(f"{name} is {shown(value)}, but no setting is as large as that")
     flow = value.lstrip()[:1] in ("[", "{")
     if flow or any(sign in value for sign in "&*"):
         parse_yaml(value, name, ConfigError)
@@ -94,6 +100,15 @@ def _value(name: str, value: str, hint: Any) -> str:
         return json.dumps([value])
     parts = [part.strip() for part in value.split(",") if part.strip()]
     return json.dumps(parts) if element is str else f"[{', '.join(parts)}]"
+
+
+def _check_size(value: Any, where: str) -> None:
+    """Raises `ConfigError` for whole numbers that no floating-point number can hold."""
+    if isinstance(value, int) and abs(value) > _LARGEST:
+        raise ConfigError(f"{where} is {shown(value)}, but no setting is as large as that")
+    if isinstance(value, list):
+        for item in value:
+            _check_size(item, where)
 
 
 def _element(hint: Any) -> Any:

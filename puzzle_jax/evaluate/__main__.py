@@ -138,7 +138,7 @@ def _parts(text: str) -> tuple[str, ...]:
 
 def _limits(text: str) -> dict[str, int]:
     limits = {}
-    for part in _parts(text):
+    for part in _parts(text) or [text]:
         found = re.fullmatch(r"(\w+)=(\d+)", part)
         if not found:
             raise ConfigError(f"--max-tokens has {part!r}, but must be of the form EFFORT=N")

@@ -22,7 +22,7 @@ from typing import Protocol, runtime_checkable
 from jax.sharding import Mesh
 
 from puzzle_jax.config import ModelConfig
-from puzzle_jax.errors import ConfigError
+from puzzle_jax.errors import ConfigError, check_range
 from puzzle_jax.generate import Engine, Generated, Request, Sampling, generate
 from puzzle_jax.generate.traces import Trace
 from puzzle_jax.model.cache_format import CacheFormat
@@ -81,6 +81,7 @@ class QuestionSet:
             raise ConfigError(
                 f"tasks {self.tasks}, efforts {self.efforts} and per_task {self.per_task} ask no question"
             )
+        check_range("problems of a task", self.per_task, 1, SEED_STRIDE)
         if self.split not in SPLITS:
             raise ConfigError(f"split is {self.split!r}, but must be one of {', '.join(SPLITS)}")
         if not 0 <= self.seed < SPLIT_STRIDE // SEED_STRIDE:

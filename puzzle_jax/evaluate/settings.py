@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from puzzle_jax.errors import ConfigError
+from puzzle_jax.errors import ConfigError, check_range
 from puzzle_jax.model.cache_format import CacheFormat
 from puzzle_jax.tasks import EFFORTS, TASKS, check_effort
 from puzzle_jax.temperature import check_temperature
 
+_MOST = {"slots": 1 << 20, "max_batch": 1 << 20, "rounds": 10_000, "bootstrap": 1_000_000}
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 MAX_TOKENS: Mapping[str, int] = {"low": 32, "medium": 64, "high": 128}
 """Limits that suit the embedded parent on the embedded tasks."""
@@ -153,5 +154,4 @@ class Settings:
 
 
 def _at_least_one(name: str, value: int) -> None:
-    if value < 1:
-        raise ConfigError(f"{name} is {value}, but must be at least 1")
+    check_range(name, value, 1, _MOST.get(name, 1 << 50))

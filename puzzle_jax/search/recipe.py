@@ -11,12 +11,16 @@ from math import inf, isfinite
 from pathlib import Path
 from typing import Any, Literal
 
-from puzzle_jax.errors import ConfigError
+from puzzle_jax.errors import ConfigError, check_range
 from puzzle_jax.search.baselines import BASELINES
 from puzzle_jax.search.scenario import Scenario, Target
 from puzzle_jax.search.space import DEFAULT_FRACTIONS, Restriction
 from puzzle_jax.tasks import EFFORTS, check_effort
 from puzzle_jax.temperature import check_temperature
+
+MOST_PROBLEMS, MOST_TOGETHER, MOST_TOKENS = 100_000, 1 << 20, 1 << 31
+"""Bounds of settings, so that a slip of the finger is a sentence and no endless run: problems of a task, answers or
+devices together, tokens."""
 
 EMBEDDED_PARENT = Path(__file__).parent.parent / "assets" / "tiny"
 
@@ -58,9 +62,9 @@ class TraceSettings:
         for effort in self.efforts if self.tasks else self.max_tokens:
             if self.max_tokens.get(effort, 0) < 1:
                 raise ConfigError(f"traces.max_tokens has no limit of at least 1 for effort {effort!r}")
-        for name in ("calibration", "validation", "confirmation", "heldout", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"traces.{name} is {getattr(self, name)}, but must be at least 1")
+        for name in ("calibration", "validation", "confirmation", "heldout"):
+            check_range(f"traces.{name}", getattr(self, name), 1, MOST_PROBLEMS)
+        check_range("traces.batch_size", self.batch_size, 1, MOST_TOGETHER)
         _check_distinct("traces.tasks", self.tasks, may_be_empty=True)
         _check_distinct("traces.efforts", self.efforts)
         check_temperature("traces.temperature", self.temperature)
@@ -114,8 +118,7 @@ class ScoreSettings:
 
     def __post_init__(self) -> None:
         for name in ("first", "draws", "tokens_per_batch", "per_call", "keep_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"score.{name} is {getattr(self, name)}, but must be at least 1")
+            check_range(f"score.{name}", getattr(self, name), 1, MOST_TOKENS)
         if self.keep_sets < 0:
             raise ConfigError(f"score.keep_sets is {self.keep_sets}, but must be at least 0")
 
@@ -158,8 +161,7 @@ class SolveSettings:
     gap: float = 1e-4
 
     def __post_init__(self) -> None:
-        if self.solutions < 1:
-            raise ConfigError(f"solve.solutions is {self.solutions}, but must be at least 1")
+        check_range("solve.solutions", self.solutions, 1, 10_000)
         if not (isfinite(self.time_limit) and self.time_limit > 0):
             raise ConfigError(f"solve.time_limit is {self.time_limit}, but must be a finite number above 0")
         if not (isfinite(self.gap) and self.gap >= 0):
@@ -183,8 +185,7 @@ class EvaluateSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.problems < 1:
-            raise ConfigError(f"evaluate.problems is {self.problems}, but must be at least 1")
+        check_range("evaluate.problems", self.problems, 1, MOST_PROBLEMS)
         for name in ("rounds", "seed"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"evaluate.{name} is {getattr(self, name)}, but must be at least 0")
@@ -226,8 +227,7 @@ class MeshSettings:
 
     def __post_init__(self) -> None:
         for name in ("data", "model", "processes"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"mesh.{name} is {getattr(self, name)}, but must be at least 1")
+            check_range(f"mesh.{name}", getattr(self, name), 1, MOST_TOGETHER)
 
     @property
     def devices(self) -> int:
