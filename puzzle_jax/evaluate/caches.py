@@ -175,9 +175,9 @@ def _run(settings: argparse.Namespace) -> None:
     calibration = QuestionSet(tasks, efforts, max(1, each // 4), "calibration", settings.seed)
     if settings.out.exists() and not settings.out.is_dir():
         raise ConfigError(f"out is {settings.out}, which is a file, but must be a directory")
+    config = describe_checkpoint(settings.model).config
     chat = Chat.load(settings.model)
     limits = {effort: MAX_TOKENS[effort] for effort in efforts}
-    config = describe_checkpoint(settings.model).config
     check_tokenizer(settings.model, chat.tokenizer, config.vocab_size)
     for asked in (questions, calibration):
         check_context(asked.questions(), chat, config, limits, f"the model {settings.model}")

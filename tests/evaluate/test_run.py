@@ -227,7 +227,7 @@ def test_other_settings_and_other_weights_are_refused(finished, models, capsys, 
         ({"names": ("a=x", "a=y")}, "--models names 'a' twice"),
         ({"names": ("../a=x",)}, "model name is '../a'"),
         ({"names": ("a=nowhere",)}, "model 'a': nowhere is not a directory"),
-        ({"no_such_option": "1"}, "unrecognized arguments: --no-such-option"),
+        ({"no_such_option": "1"}, "there is no option --no-such-option"),
     ],
 )
 def test_bad_settings_are_one_sentence_and_write_nothing(models, tmp_path, capsys, changes, message):
