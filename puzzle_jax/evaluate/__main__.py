@@ -15,7 +15,7 @@ from typing import Any
 
 from puzzle_jax.commands import Parser, enable_compilation_cache, guarded
 from puzzle_jax.errors import ConfigError
-from puzzle_jax.evaluate.settings import MAX_TOKENS, Scenario, Settings, SpeedSettings
+from puzzle_jax.evaluate.settings import MAX_TOKENS, Scenario, Settings, SpeedSettings, limits_by_effort
 from puzzle_jax.tasks import EFFORTS, TASKS
 
 _TABLE_WIDTH = 150  # about what the tables need
@@ -72,7 +72,7 @@ def parse(arguments: Sequence[str] | None) -> Settings:
         seed=options.seed,
         temperature=options.temperature,
         top_p=options.top_p,
-        max_tokens={**MAX_TOKENS, **_limits(options.max_tokens)},
+        max_tokens={**MAX_TOKENS, **limits_by_effort(options.max_tokens)},
         slots=options.slots,
         cache_dtype=options.cache_dtype,
         bootstrap=options.bootstrap,
@@ -134,16 +134,6 @@ def _models(texts: Sequence[str]) -> dict[str, Path]:
 
 def _parts(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def _limits(text: str) -> dict[str, int]:
-    limits = {}
-    for part in _parts(text) or [text]:
-        found = re.fullmatch(r"(\w+)=(\d+)", part)
-        if not found:
-            raise ConfigError(f"--max-tokens has {part!r}, but must be of the form EFFORT=N")
-        limits[found[1]] = int(found[2])
-    return limits
 
 
 def _scenario(text: str) -> Scenario:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -22,7 +23,8 @@ from typing import Protocol, runtime_checkable
 from jax.sharding import Mesh
 
 from puzzle_jax.config import ModelConfig
-from puzzle_jax.errors import ConfigError, check_range
+from puzzle_jax.errors import ConfigError, PuzzleWarning, check_range
+from puzzle_jax.evaluate.settings import MAX_TOKENS
 from puzzle_jax.generate import Engine, Generated, Request, Sampling, generate
 from puzzle_jax.generate.traces import Trace
 from puzzle_jax.model.cache_format import CacheFormat
@@ -30,6 +32,7 @@ from puzzle_jax.model.child import View
 from puzzle_jax.model.spec import Params
 from puzzle_jax.tasks import Chat, FiniteTask, Problem, check_effort, get_task, problems
 from puzzle_jax.tasks.judges import Answer, Judgement, Judges
+from puzzle_jax.tasks.tokenizer import is_embedded
 
 SPLIT_STRIDE, SEED_STRIDE = 10_000_000, 100_000
 SPLITS = ("calibration", "validation", "heldout", "accuracy", "evaluation", "confirmation", "training")
@@ -250,10 +253,22 @@ def check_context(
       max_tokens: limit of an answer per effort.
       whose: context it is, for the message.
 
+    Warns with PuzzleWarning where the limits are those that suit the embedded parent, and the model is another: most of
+    its answers would be cut.
+
     Raises ConfigError where that is more than the model's context holds; it names the problem's file and line, or its
     task and number.
     """
-    longest = 0
+    longest, questions = 0, list(questions)
+    asked = {effort: max_tokens[effort] for _, effort in questions}
+    if questions and all(MAX_TOKENS[effort] == limit for effort, limit in asked.items()) and not is_embedded(chat):
+        limits = ", ".join(f"{limit} at effort {effort}" for effort, limit in asked.items())
+        warnings.warn(
+            f"answers to {len(questions)} questions end after {limits} tokens, limits that suit the embedded parent "
+            f"but hardly {whose}; max_tokens sets others",
+            PuzzleWarning,
+            stacklevel=2,
+        )
     for problem, effort in questions:
         prompt, limit = len(chat.prompt_tokens(problem.prompt, effort)), max_tokens[effort]
         if prompt + limit > config.max_position:

@@ -30,7 +30,7 @@ from puzzle_jax.config import ModelConfig
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions, check_context, unscored_note
 from puzzle_jax.evaluate.divergence import divergence
-from puzzle_jax.evaluate.settings import MAX_TOKENS
+from puzzle_jax.evaluate.settings import MAX_TOKENS, limits_by_effort
 from puzzle_jax.evaluate.statistics import Paired, paired, resample
 from puzzle_jax.files import write_beside
 from puzzle_jax.generate.batches import MicroBatch, micro_batches
@@ -158,6 +158,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tasks", default=",".join(TASKS), help="task names, with commas")
     parser.add_argument("--efforts", default=",".join(EFFORTS), help="reasoning efforts, with commas")
     parser.add_argument("--problems", type=int, default=500, help="per effort, split evenly over tasks")
+    parser.add_argument(
+        "--max-tokens", metavar="EFFORT=N,...", help="limit of an answer; the defaults suit the embedded parent"
+    )
     parser.add_argument("--amplify", type=int, default=0, help="power of two by which keys and values are enlarged")
     parser.add_argument("--seed", type=int, default=0)
     return guarded(parser.prog, lambda: _run(parser.parse_args(arguments)))
@@ -177,7 +180,8 @@ def _run(settings: argparse.Namespace) -> None:
         raise ConfigError(f"out is {settings.out}, which is a file, but must be a directory")
     config = describe_checkpoint(settings.model).config
     chat = Chat.load(settings.model)
-    limits = {effort: MAX_TOKENS[effort] for effort in efforts}
+    given = {} if settings.max_tokens is None else limits_by_effort(settings.max_tokens)
+    limits = {effort: {**MAX_TOKENS, **given}[effort] for effort in efforts}
     check_tokenizer(settings.model, chat.tokenizer, config.vocab_size)
     for asked in (questions, calibration):
         check_context(asked.questions(), chat, config, limits, f"the model {settings.model}")

@@ -153,5 +153,16 @@ class Settings:
         }
 
 
+def limits_by_effort(text: str) -> dict[str, int]:
+    """Limits of answers from a command line's `low=32,high=128`; raises ConfigError for another form."""
+    limits = {}
+    for part in [part.strip() for part in text.split(",") if part.strip()] or [text]:
+        found = re.fullmatch(r"(\w+)=(\d{1,18})", part)
+        if not found:
+            raise ConfigError(f"--max-tokens has {part!r}, but must be of the form EFFORT=N")
+        limits[check_effort(found[1])] = int(found[2])
+    return limits
+
+
 def _at_least_one(name: str, value: int) -> None:
     check_range(name, value, 1, _MOST.get(name, 1 << 50))

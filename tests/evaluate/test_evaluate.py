@@ -1,11 +1,15 @@
 import json
+import warnings
+from dataclasses import replace
 from functools import partial
 
 import jax
 import pytest
+import tokenizers
 
-from puzzle_jax.errors import ConfigError, PuzzleError
+from puzzle_jax.errors import ConfigError, PuzzleError, PuzzleWarning
 from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions, check_context, unscored_note
+from puzzle_jax.evaluate.settings import MAX_TOKENS, limits_by_effort
 from puzzle_jax.evaluate.summary import by_effort, by_task, summarise
 from puzzle_jax.generate.traces import Trace
 from puzzle_jax.model.spec import init_params
@@ -178,3 +182,30 @@ def test_what_exceeds_the_context_is_named_by_file_and_line(tmp_path):
         f"{path}, line 3: the prompt takes {tokens} tokens and the answer up to 5 at effort low, but the context of "
         f"model 'a' is {config.max_position} tokens"
     )
+
+
+def test_limits_of_the_embedded_parent_are_told_of_for_another_model():
+    asked, config, embedded = questions().questions(), small_config(max_position=2048), embedded_chat()
+    tokenizer = tokenizers.Tokenizer.from_str(embedded.tokenizer.to_str())
+    tokenizer.add_tokens(["arithmetic"])
+    other = replace(embedded, tokenizer=tokenizer)
+    with pytest.warns(
+        PuzzleWarning, match=r"answers to 12 questions end after 32 at effort low, 128 .* model 'a'; max_tok"
+    ):
+        check_context(asked, other, config, MAX_TOKENS, "model 'a'")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_context(asked, other, config, {**MAX_TOKENS, "high": 200}, "model 'a'")
+        check_context(asked, embedded, config, MAX_TOKENS, "model 'a'")
+
+
+def test_limits_on_a_command_line():
+    assert limits_by_effort("low=3, high=400") == {"low": 3, "high": 400}
+    for text in (" ", "low", "low=-1", "low=3,high=x", "hgh=3"):
+        with pytest.raises(ConfigError, match=r"--max-tokens has|effort is 'hgh'"):
+            limits_by_effort(text)
+
+
+def test_more_problems_than_a_seed_has_are_refused():
+    with pytest.raises(ConfigError, match="problems of a task is 1000000000, but must be from 1 to 100000"):
+        questions(per_task=10**9)
