@@ -1,8 +1,10 @@
 """Shapes and types of every public function are checked, and compiled programs are kept between runs."""
 
 import os
+import tempfile
 from pathlib import Path
 
+os.environ.setdefault("PUZZLE_JAX_CACHE", tempfile.mkdtemp(prefix="puzzle_jax_cache_"))
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
 import jax

@@ -53,8 +53,8 @@ CARRIED = (
     "special_tokens_map.json",
     "chat_template.jinja",
     "generation_config.json",
-    "LICENSE",
     "USAGE_POLICY",
+    "LICENSE",
 )
 """Files of a parent that its children carry."""
 OF_A_CHILD = (CARD, PROVENANCE)

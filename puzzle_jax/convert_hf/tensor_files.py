@@ -242,6 +242,8 @@ def read_json(path: Path) -> dict[str, Any]:
         if len(text) > _MAX_JSON:
             raise CheckpointError(f"{path} is no such file: it has more than {_MAX_JSON} bytes")
         data = _parse_json(text)
+        if not is_unicode(data):
+            raise ValueError("it holds half a surrogate pair, which is no character")
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:
@@ -252,7 +254,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _parse_json(text: bytes) -> Any:
-    """Raises ValueError also for a name given twice, half a character, and what Python cannot hold."""
+    """Raises ValueError also for a name given twice and for what Python cannot hold."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -262,16 +264,13 @@ def _parse_json(text: bytes) -> Any:
         return found
 
     try:
-        value = json.loads(text, object_pairs_hook=unique)
+        return json.loads(text, object_pairs_hook=unique)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except ValueError as error:
         if "digits" in str(error):  # the advice of Python is for programs
             raise ValueError("it holds a whole number of thousands of digits") from None
         raise
-    if not is_unicode(value):
-        raise ValueError("it holds half a surrogate pair, which is no character")
-    return value
 
 
 def _read_header(file: Path) -> tuple[dict[str, StoredTensor], str]:

@@ -130,7 +130,9 @@ def told(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         name = str(out) if str(out).isprintable() else shown(str(out))
-        raise PuzzleError(f"{name} cannot be written: {error.strerror or error}") from error
+        in_the_way = isinstance(error, FileExistsError | NotADirectoryError)
+        reason = "a file stands where a directory is needed" if in_the_way else error.strerror or error
+        raise PuzzleError(f"{name} cannot be written: {reason}") from error
 
 
 def _write(out: Path, plan: Plan, replace: Callable[[], bool]) -> None:

@@ -113,16 +113,31 @@ def test_rope_parameters_of_transformers_5():
     assert default.rope == RopeConfig(theta=500.0, factor=1.0)
 
 
-def test_rope_details():
-    scaling = {"type": "yarn", "factor": 4.0}  # the original length may stand at the top, betas have defaults
-    rope = parse_config(plain(rope_scaling=scaling, initial_context_length=32), SOURCE).rope
-    assert rope == RopeConfig(10_000.0, 4.0, 32.0, 1.0, 32, truncate=True)
-    assert parse_config(plain(rope_scaling=None), SOURCE).rope == RopeConfig(10_000.0, 1.0)
+def test_rotary_fields_that_are_missing_have_the_values_of_transformers():
+    scaling = {"type": "yarn", "factor": 4.0}
+    rope = parse_config(plain(rope_scaling=scaling, initial_context_length=None), SOURCE).rope
+    assert rope == RopeConfig(10_000.0, 4.0, 32.0, 1.0, plain()["max_position_embeddings"], truncate=True)
+    beside = plain(rope_scaling=scaling, initial_context_length=None, original_max_position_embeddings=32)
+    assert parse_config(beside, SOURCE).rope == replace(rope, original_context=32)
+    assert parse_config(plain(rope_scaling=None), SOURCE).rope == RopeConfig(10_000.0, 32.0, 32.0, 1.0, 4096, False)
+    assert parse_config(plain(rope_theta=None), SOURCE).rope.theta == 150_000.0
 
 
-def test_either_name_of_experts_per_token():
-    for gone in ("num_experts_per_tok", "experts_per_token"):
-        assert parse_config(plain(**{gone: None}), SOURCE).experts_per_token == 2
+def test_what_is_written_contradicts_nothing_that_the_base_says():
+    base = {"num_experts": 9, "original_max_position_embeddings": 7, "partial_rotary_factor": 1.0}
+    assert parse_config(write_config(small_config(), base), SOURCE) == small_config()
+
+
+def test_the_names_of_experts_per_token():
+    assert parse_config(plain(experts_per_token=None), SOURCE).experts_per_token == 2
+    four = plain(num_experts_per_tok=None, experts_per_token=4)
+    assert parse_config(four, SOURCE).experts_per_token == 4
+
+
+def test_either_name_of_the_number_of_experts():
+    data = plain()
+    count = data.pop("num_local_experts")
+    assert parse_config({**data, "num_experts": count}, SOURCE) == small_config()
 
 
 def test_layer_types_default_to_the_alternation():
@@ -154,21 +169,50 @@ BAD = [
     (plain(num_local_experts=1), r"layer 0 has num_experts 1"),
     (plain(experts_per_token=3), r"num_experts_per_tok is 2, but experts_per_token is 3"),
     (plain(num_experts_per_tok=None, experts_per_token=None), r"num_experts_per_tok is missing"),
+    (
+        plain(num_experts_per_tok=None),
+        r"num_experts_per_tok is missing, for which transformers takes 4, but experts_per_token is 2; write",
+    ),
+    (plain(num_experts=3), r"num_local_experts is 7, but num_experts is 3; they must be equal"),
+    ({**plain(), "rms_norm_eps": None}, r"rms_norm_eps is None, but must be a number"),
+    ({**plain(), "max_position_embeddings": None}, r"max_position_embeddings is None, but must be a whole number"),
+    (plain(transformers_weights="a.bin"), r"transformers_weights is 'a.bin', but only model.safetensors or"),
     (plain(sliding_window=None), r"sliding_window is missing"),
     (plain(layer_types=["full_attention"]), r"one entry for each of the 4 layers"),
     (plain(layer_types=["full_attention"] * 3 + ["chunked"]), r"layer_types\[3\] is 'chunked'"),
     (plain(tie_word_embeddings=True), r"tie_word_embeddings is True, but only false"),
     (plain(attention_bias=False), r"attention_bias is False, but only true"),
     (plain(swiglu_alpha=1.0), r"swiglu_alpha is 1.0, but only 1.702"),
-    (plain(rope_theta=None), r"rope_theta is missing"),
+    ({**plain(), "rope_theta": None}, r"rope_theta is None, but must be a number from 1e-12 to 1e\+12"),
+    ({**plain(), "rope_scaling": None}, r"rope_scaling is None, but releases of transformers differ"),
+    (plain(rope_scaling={}), r'rope_scaling is {}, but .*; {"rope_type": "default"} is no scaling'),
+    (plain(rope_scaling=None, rope_parameters={}), r"rope_parameters is {}, but must have rope_type"),
+    (plain(original_max_position_embeddings=9), r"rope_scaling.original_max_position_embeddings is 32, but .* is 9"),
+    (plain(partial_rotary_factor=0.5), r"partial_rotary_factor is 0.5, but only rotary embeddings of whole heads"),
+    (
+        plain(rope_parameters={**plain()["rope_scaling"], "factor": 9.0}),
+        r"rope_scaling and rope_parameters contradict each other \(factor is 4.0 and 9.0\); remove the one",
+    ),
+    (
+        plain(rope_scaling={"rope_type": "yarn", "factor": 4.0}),
+        r"rope_scaling.original_max_position_embeddings is missing, for which transformers takes 512, "
+        r"but initial_context_length is 32; write it into rope_scaling",
+    ),
     (plain(rope_scaling="yarn"), r"rope_scaling is 'yarn', but must be an object"),
     (scaled(rope_type="llama3"), r"rope_scaling.rope_type is 'llama3', but only yarn and default"),
-    (scaled(factor=None), r"rope_scaling.factor is missing"),
+    (scaled(factor=None), r"rope_scaling.factor is None, but must be a number"),
+    (scaled(rope_theta=7.0), r"rope_scaling.rope_theta is 7.0, but rope_theta beside it is 10000.0; they"),
+    (scaled(full_attention={}), r"rope_scaling.full_attention is {}, but only one setting for all layers"),
+    (scaled(partial_rotary_factor=0.25), r"rope_scaling.partial_rotary_factor is 0.25"),
+    (scaled(truncate=None), r"rope_scaling.truncate is None, but must be true or false"),
+    (scaled(original_max_position_embeddings=None), r"rope_scaling.original_max_position_embeddings is None"),
+    (scaled(beta_fast=0), r"rope_scaling.beta_fast is 0, but must be a number from 1e-12"),
+    (plain(rope_scaling={"factor": 4.0}), r"rope_scaling.rope_type is None, but it must be given"),
     (scaled(factor=0.5), r"rope factor is 0.5"),
     (scaled(truncate="no"), r"rope_scaling.truncate is 'no', but must be true or false"),
     (scaled(attention_factor=2.0), r"rope_scaling.attention_factor is 2.0, but only YaRN's own, 1.138629"),
     (scaled(mscale=1.0), r"rope_scaling.mscale is 1.0"),
-    (puzzle(block_configs=None), r"block_configs is missing"),
+    (puzzle(block_configs=None), r"block_configs is None, but must be a list"),
     (puzzle(block_configs=puzzle()["block_configs"][:2]), r"one entry for each of the 4 layers"),
     (
         puzzle(block_configs=[{"ffn": {}}] * 4),
@@ -178,6 +222,10 @@ BAD = [
     (
         puzzle(layer_types=["full_attention"] * 4),
         r"layer_types\[0\] is 'full_attention', but block_configs\[0\]",
+    ),
+    (
+        {name: value for name, value in puzzle().items() if name != "layer_types"},
+        r"layer_types\[3\] is 'full_attention', as it is taken to be where layer_types is missing, but block_configs",
     ),
 ]
 

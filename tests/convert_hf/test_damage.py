@@ -119,7 +119,11 @@ def names_file(file: Any) -> Damage:
 
 
 def index_text(text: bytes) -> Damage:
-    return lambda directory: put(directory / INDEX, text)
+    def damage(directory: Path) -> None:
+        (directory / SINGLE).rename(directory / SHARD)  # a single file would go before the index
+        put(directory / INDEX, text)
+
+    return damage
 
 
 def put(path: Path, content: bytes) -> None:
@@ -256,14 +260,18 @@ CASES: dict[str, tuple[Damage, str]] = {
     "index leads down": (names_file(f"sub/{SHARD}"), OUTSIDE),
     "index leads nowhere": (names_file(""), OUTSIDE),
     "index leads to a nul": (names_file("a\0b"), OUTSIDE),
-    "index leads to half a character": (names_file("\ud800"), OUTSIDE),
+    "index leads to half a character": (names_file("\ud800"), rf"{INDEX} is not valid JSON: it holds half a"),
     "index names an absent file": (names_file("gone"), r"gone cannot be read \(No such file or directory\)"),
     "shard a directory": (shard_is(Path.mkdir), r"odd.safetensors cannot be read \(it is no regular file\)"),
     "shard a pipe": (shard_is(os.mkfifo), r"odd.safetensors cannot be read \(it is no regular file\)"),
     "shard a device": (shard_is(lambda path: path.symlink_to("/dev/zero")), r"odd.safetensors cannot be read"),
     "weights a directory": (instead(SINGLE, Path.mkdir), rf"holds neither {SINGLE} nor {INDEX}"),
     "weights a pipe": (instead(SINGLE, os.mkfifo), rf"holds neither {SINGLE} nor {INDEX}"),
-    "weights pickled": (only_pickled, rf"holds neither {SINGLE} nor {INDEX}"),
+    "weights pickled": (only_pickled, rf"holds neither {SINGLE} nor {INDEX}, but pickled weights \(pytorch_model.bin"),
+    "shards without index": (
+        lambda directory: (directory / SINGLE).rename(directory / SHARD),
+        rf"holds {SHARD}, but no {INDEX}",
+    ),
     # config.json
     "config absent": (lambda directory: (directory / "config.json").unlink(), r"config.json cannot be read"),
     "config a directory": (instead("config.json", Path.mkdir), r"config.json cannot be read: it is no regular file"),
@@ -287,7 +295,15 @@ CASES: dict[str, tuple[Damage, str]] = {
         config(rope_theta=10**400),
         r"config.json: rope_theta is 10+\.\.\.0+, but must be a number",
     ),
-    "field of 5000 digits": (config_number("vocab_size", "9" * 5000), r"config.json is not valid JSON"),
+    "field of 5000 digits": (
+        config_number("vocab_size", "9" * 5000),
+        r"config.json is not valid JSON: it holds a whole number of thousands of digits",
+    ),
+    "text of half a character": (config(note="\ud800"), r"config.json is not valid JSON: it holds half a surrogate"),
+    "rotary base huge": (config(rope_theta=1e300), r"config.json: rope_theta is 1e\+300, but must be a number from"),
+    "stop id beyond": (config(eos_token_id=[3, 97]), r"eos_token_id is \[3, 97\], but the model's tokens are 0 to 96"),
+    "pad id negative": (config(pad_token_id=-1), r"pad_token_id is -1, but the model's tokens are 0 to 96"),
+    "pad id a text": (config(pad_token_id="0"), r"pad_token_id is '0', but the model's tokens are 0 to 96"),
     "field of deep lists": (
         config_number("vocab_size", "[" * 800 + "]" * 800),
         r"config.json: vocab_size is \[\[.*, but must be a whole number",

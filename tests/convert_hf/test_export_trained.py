@@ -167,7 +167,8 @@ def test_a_killed_export_does_not_go_on_with_other_values(packed, tmp_path):
         return {"layers": [None, {"moe": {"gate_up": gate_up}}, {"moe": {"down": down}}, None]}
 
     options = {"shard_bytes": 30_000}
-    with pytest.raises(OSError, match="device is gone"):  # after the checks, when it is packed
+    # After the checks, when it is packed.
+    with pytest.raises(PuzzleError, match="child cannot be written: the device is gone"):
         export(packed, tmp_path / "child", delta(values, Watched(down, until=len(KEPT[2]))), **options)
     journal = json.loads((tmp_path / ".child.partial.json").read_text())
     assert len(journal["shards"]) > 3  # layer 1 is done
