@@ -368,7 +368,7 @@ def test_bad_options_are_one_sentence_before_any_work(parent, tmp_path):
         (out, ("--max-tokens", "{"), "which is no valid JSON"),
         (out, ("--max-tokens", "0"), "--max-tokens is 0, but must be a whole number"),
         (out, ("--max-tokens", '{"some": 3}'), "effort is 'some'"),
-        (out, ("--max-tokens", "700"), "but the parent's context is 768"),
+        (out, ("--max-tokens", "700"), "but the context of the parent is 768"),
         (out, ("--mesh", "2"), "--mesh is '2', but must be two numbers"),
         (out, ("--mesh", "64,64"), "a mesh of 64 x 64 needs 4096 devices"),
         (out, ("--parent", str(tmp_path / "nowhere")), "nowhere"),
