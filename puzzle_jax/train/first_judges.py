@@ -6,9 +6,7 @@ import json
 from collections.abc import Sequence
 from types import TracebackType
 
-import jax
-
-from puzzle_jax.processes import by_first, forget, from_first
+from puzzle_jax.processes import from_primary, kv_delete, on_primary, process_index
 from puzzle_jax.tasks.judges import Answer, Judgement, Judges
 
 
@@ -22,7 +20,7 @@ class FirstJudges:
         def start() -> None:
             self._judges = Judges(function=function, time_limit=time_limit, processes=processes)
 
-        by_first("start judges", start)
+        on_primary("start judges", start)
 
     def __enter__(self) -> FirstJudges:
         return self
@@ -34,10 +32,10 @@ class FirstJudges:
     def judge(self, answers: Sequence[Answer]) -> list[Judgement]:
         """The judgement of every answer, in the same order."""
         self._turn += 1
-        judgements = from_first(_name(self._turn), lambda: json.dumps(self._judge(answers)))
-        if jax.process_index() == 0:
+        judgements = from_primary(_name(self._turn), lambda: json.dumps(self._judge(answers)))
+        if process_index() == 0:
             # Answers of this turn were sampled by all processes together, after they heard of the one before.
-            forget(_name(self._turn - 1))
+            kv_delete(_name(self._turn - 1))
         return [Judgement(*each) for each in json.loads(judgements)]
 
     def _judge(self, answers: Sequence[Answer]) -> list[Judgement]:
