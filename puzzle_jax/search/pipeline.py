@@ -47,7 +47,6 @@ from puzzle_jax.progress import progress
 from puzzle_jax.report.page import SearchPage, stage_records
 from puzzle_jax.report.table import SearchReport
 from puzzle_jax.runs import open_run
-from puzzle_jax.search.assist import open_parent
 from puzzle_jax.search.baselines import all_baselines
 from puzzle_jax.search.compare import Judge
 from puzzle_jax.search.costs import Costs, compute_costs, read_costs
@@ -78,6 +77,7 @@ from puzzle_jax.search.space import (
 )
 from puzzle_jax.search.split import split_traces
 from puzzle_jax.search.stages import Stage, edited_output, run_stage
+from puzzle_jax.search.worker import open_parent
 from puzzle_jax.search.xla_costs import Xla
 from puzzle_jax.tasks import get_task
 
@@ -97,7 +97,7 @@ class Search:
     Args:
       recipe: all settings.
       console: where progress and tables go.
-      team: of which this is the first process.
+      team: of which this is the primary process.
 
     Raises `PuzzleError` at once for a parent that cannot be used, a run directory that holds something else, or a
     target that no architecture can reach by its bytes.

@@ -407,7 +407,7 @@ def score_children(
         None if kept is None else kept / f"kl-{hashlib.sha256(book.key(about).encode()).hexdigest()[:16]}.safetensors"
     )
     keeper = KeptBook(book, file, about)
-    team.say(SharedFill.of(book, run, *everything, tokens_per_batch))
+    team.broadcast(SharedFill.of(book, run, *everything, tokens_per_batch))
     fill(book, run, *everything, tokens_per_batch=tokens_per_batch, on_batch=keeper.save, on_done=on_done, team=team)
     keeper.save(now=True)
     scores = [book.score(number, config.blocks[0].window) for number in range(len(children))]

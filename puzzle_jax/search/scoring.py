@@ -137,7 +137,7 @@ class SpaceScorer:
         tokens, used = self.settings.tokens_per_batch, run or self.run
         work = work_left(book, used, alternatives, traces, tokens_per_batch=tokens)
         what = f"scoring {len(alternatives)} on {len(traces)}"
-        self.team.say(SharedFill.of(book, used, alternatives, traces, tokens))
+        self.team.broadcast(SharedFill.of(book, used, alternatives, traces, tokens))
         with progress(self.console, what, work) as advance:
             fill(
                 book,

@@ -26,6 +26,7 @@ from puzzle_jax.errors import PuzzleError, PuzzleWarning
 from puzzle_jax.evaluate.models import Model
 from puzzle_jax.files import read_object
 from puzzle_jax.model.spec import Params
+from puzzle_jax.processes import from_primary
 from puzzle_jax.runs import RUN_FILE
 from puzzle_jax.tasks import Chat
 from puzzle_jax.train.distill_recipe import DistillRecipe
@@ -61,11 +62,17 @@ class Inputs:
     teacher: str
 
     @staticmethod
-    def open(recipe: DistillRecipe, *, blocks: bool) -> Inputs:
-        """Reads and checks them. Raises PuzzleError for whatever is wrong."""
+    def open(recipe: DistillRecipe, *, blocks: bool, today: datetime.datetime | None = None) -> Inputs:
+        """Reads and checks them.
+
+        Args:
+          today: the date that the chat template sees; None is the day on which the run was begun.
+
+        Raises PuzzleError for whatever is wrong.
+        """
         if blocks and recipe.teacher_cache is not None:
             raise PuzzleError(f"teacher_cache is {recipe.teacher_cache}, but layers that train alone read no logits")
-        chat = Chat.load(recipe.parent, begun_on(recipe.out))
+        chat = Chat.load(recipe.parent, today or begun_on(recipe.out))
         opened = open_child(recipe.parent, recipe.child)
         check_tokenizer(recipe.parent, chat.tokenizer, opened.child.parent.vocab_size)
         settings = recipe.data.of(recipe.trace_paths)
@@ -214,6 +221,12 @@ def apart(
             f"{len(examples)} usable answers to {len(held)} prompts"
         )
     return training, tuple(e for e, name in zip(examples, places, strict=True) if name in held)
+
+
+def shared_day(out: Path) -> datetime.datetime:
+    """`begun_on`, now for a new run, as the primary process finds it: hosts may be in different time zones."""
+    found = from_primary("day", lambda: (begun_on(out) or datetime.datetime.now()).isoformat())
+    return datetime.datetime.fromisoformat(found)
 
 
 def begun_on(out: Path) -> datetime.datetime | None:

@@ -8,7 +8,7 @@ from types import TracebackType
 
 import jax
 
-from puzzle_jax.processes import by_first, forget, from_first
+from puzzle_jax.processes import from_primary, kv_delete, on_primary, process_index
 from puzzle_jax.tasks.judges import TIME_LIMIT, Answer, Judgement, Judges
 
 
@@ -36,7 +36,7 @@ class FirstJudges:
                 function=function, time_limit=time_limit, processes=processes, environment=environment
             )
 
-        by_first("start judges", start)
+        on_primary("start judges", start)
 
     def __enter__(self) -> FirstJudges:
         return self
@@ -69,10 +69,10 @@ class FirstJudges:
     def _told(self, asked: Sequence[tuple[Answer, bool]]) -> list[Judgement]:
         """The first process's judgements, in all processes."""
         self._turn += 1
-        judgements = from_first(_name(self._turn), lambda: json.dumps(self._judge(asked)))
-        if jax.process_index() == 0:
+        judgements = from_primary(_name(self._turn), lambda: json.dumps(self._judge(asked)))
+        if process_index() == 0:
             # Answers of this turn were sampled by all processes together, after they heard of the one before.
-            forget(_name(self._turn - 1))
+            kv_delete(_name(self._turn - 1))
         return [Judgement(*each) for each in json.loads(judgements)]
 
     def _judge(self, asked: Sequence[tuple[Answer, bool]]) -> list[tuple[float | None, str | None, float | None]]:

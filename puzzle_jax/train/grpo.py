@@ -33,9 +33,10 @@ from puzzle_jax.generate.traces import Trace
 from puzzle_jax.model.cache_format import KVScales
 from puzzle_jax.model.sharding import generation_mesh, make_training_mesh, on_mesh
 from puzzle_jax.model.spec import Params
-from puzzle_jax.processes import by_first
+from puzzle_jax.processes import agree, on_all, on_primary
 from puzzle_jax.runs import open_run
 from puzzle_jax.train.checkpoints import Checkpoints, abstract_state
+from puzzle_jax.train.distill_inputs import shared_day
 from puzzle_jax.train.first_judges import FirstJudges
 from puzzle_jax.train.grpo_inputs import GrpoInputs
 from puzzle_jax.train.grpo_metrics import RunningReward, passes, rollout_metrics
@@ -79,8 +80,12 @@ def grpo(recipe: GrpoRecipe, console: Console) -> Trained:
     names, and where `recipe.out` holds something else. `RewardCollapse` comes after the best policy was written.
     """
     if jax.process_index():
-        console = Console(quiet=True)  # the first process tells of all
-    inputs = GrpoInputs.open(recipe)
+        console = Console(quiet=True)  # the primary process reports for all
+    day = shared_day(recipe.out)
+    inputs = on_all("open the inputs", lambda: GrpoInputs.open(recipe, day))
+    # Directories may lie elsewhere on each host; the identity tells what is in them.
+    settings = {name: value for name, value in asdict(recipe).items() if name not in ("model", "out")}
+    agree("the training", {"recipe": settings, "inputs": inputs.identity})
     mesh = None
     if recipe.mesh.devices > 1 or recipe.mesh.processes > 1:
         mesh = make_training_mesh(recipe.mesh.data, recipe.mesh.sequence, recipe.mesh.model)
@@ -91,7 +96,7 @@ def grpo(recipe: GrpoRecipe, console: Console) -> Trained:
         processes=reward.judges,
         environment=reward.environment,
     ) as judges:
-        by_first("open the run", lambda: open_run(recipe.out, inputs.identity))
+        on_primary("open the run", lambda: open_run(recipe.out, inputs.identity))
         trainer = Trainer(inputs, Placement(mesh), judges, console)
         try:
             trained = train(trainer.job(), recipe.loop, recipe.out, console)
@@ -376,7 +381,7 @@ class Trainer:
                 replace=True,
             )
 
-        by_first("export the policy", write)
+        on_primary("export the policy", write)
         self.console.print(f"policy of step {int(state.step)}: {recipe.out / CHILD}", highlight=False)
 
     def _record(self, step: int, evaluated: Mapping[str, float]) -> dict[str, Any]:

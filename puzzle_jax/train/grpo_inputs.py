@@ -5,6 +5,7 @@ Everything that a user can mend is refused here, before weights are read and any
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -53,12 +54,18 @@ class GrpoInputs:
     fingerprint: str
 
     @staticmethod
-    def open(recipe: GrpoRecipe) -> GrpoInputs:
-        """Reads and checks them. Raises PuzzleError for whatever is wrong."""
+    def open(recipe: GrpoRecipe, today: datetime.datetime | None = None) -> GrpoInputs:
+        """Reads and checks them.
+
+        Args:
+          today: the date that the chat template sees; None is the day on which the run was begun.
+
+        Raises PuzzleError for whatever is wrong.
+        """
         if recipe.out.resolve() == recipe.model.resolve():
             raise ConfigError(f"out is {recipe.out}, which is the model itself; name another directory")
         description = describe_checkpoint(recipe.model)
-        chat = Chat.load(recipe.model, begun_on(recipe.out))
+        chat = Chat.load(recipe.model, today or begun_on(recipe.out))
         check_tokenizer(recipe.model, chat.tokenizer, description.config.vocab_size)
         record = recipe.model / PROVENANCE
         provenance = read_object(record) if record.is_file() else {}

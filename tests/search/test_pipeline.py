@@ -1,9 +1,7 @@
 """The whole search on a random two-layer parent, its stages, and what it refuses."""
 
 import json
-import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -26,6 +24,7 @@ from puzzle_jax.search.costs import read_costs
 from puzzle_jax.search.pipeline import STAGES
 from puzzle_jax.search.roofline import Roofline
 from puzzle_jax.tasks.tokenizer import chat_files
+from tests.processes import ended, running
 from tests.support import chat_config
 
 SLOW = pytest.mark.slow
@@ -213,21 +212,11 @@ def test_eight_devices_choose_what_one_does(finished, parent, tmp_path):
     assert one == eight
 
 
-def in_processes(count: int, parent: Path, run: Path, *arguments: str) -> list[subprocess.Popen]:
+def in_processes(count: int, parent: Path, run: Path, *arguments: str):
     """A search that is started once per process, as on several hosts."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    command = [sys.executable, "-m", "puzzle_jax.search", "--parent", str(parent), *SETTINGS, *arguments]
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    return [
-        subprocess.Popen(
-            [*command, "--run", str(run if index == 0 else run.parent / "nowhere"), "--mesh.processes", str(count)],
-            env={**os.environ, "JAX_COORDINATOR_ADDRESS": address, "JAX_PROCESS_ID": str(index)},
-            **pipes,
-        )
-        for index in range(count)
-    ]
+    command = ["puzzle_jax.search", "--parent", str(parent), *SETTINGS, *arguments, "--mesh.processes", str(count)]
+    runs = [run, *[run.parent / "nowhere"] * (count - 1)]
+    return running(*[[*command, "--run", str(run)] for run in runs])
 
 
 def test_processes_that_score_together_find_what_one_does(finished, parent, tmp_path):
@@ -235,9 +224,9 @@ def test_processes_that_score_together_find_what_one_does(finished, parent, tmp_
     run = tmp_path / "run"
     again = ("score", "solve", "refine", "evaluate")
     shutil.copytree(finished, run, ignore=shutil.ignore_patterns(*again, "*-book.safetensors"))
-    processes = in_processes(2, parent, run)
-    said = [process.communicate(timeout=300)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
+    with in_processes(2, parent, run) as processes:
+        found = ended(processes)
+    assert [process.returncode for process in found] == [0, 0], [process.stderr for process in found]
     for path in ("score/scores.json", "solve/solutions.json", "refine/refined.json"):
         assert (run / path).read_bytes() == (finished / path).read_bytes(), path
     divergences = [
