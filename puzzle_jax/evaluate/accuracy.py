@@ -84,7 +84,6 @@ class QuestionSet:
             raise ConfigError(
                 f"tasks {self.tasks}, efforts {self.efforts} and per_task {self.per_task} ask no question"
             )
-        check_range("problems of a task", self.per_task, 1, SEED_STRIDE)
         if self.split not in SPLITS:
             raise ConfigError(f"split is {self.split!r}, but must be one of {', '.join(SPLITS)}")
         if not 0 <= self.seed < SPLIT_STRIDE // SEED_STRIDE:
@@ -103,6 +102,7 @@ class QuestionSet:
         task = get_task(name)
         if isinstance(task, FiniteTask):
             return self._rows(task)
+        check_range(f"problems of task {name!r}", self.per_task, 1, SEED_STRIDE)
         first = SPLITS.index(self.split) * SPLIT_STRIDE + self.seed * SEED_STRIDE
         drawn = problems(task, first_seed=first, held_out=self.split != "training")
         return list(itertools.islice(drawn, self.per_task))

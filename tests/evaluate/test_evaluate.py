@@ -207,5 +207,5 @@ def test_limits_on_a_command_line():
 
 
 def test_more_problems_than_a_seed_has_are_refused():
-    with pytest.raises(ConfigError, match="problems of a task is 1000000000, but must be from 1 to 100000"):
-        questions(per_task=10**9)
+    with pytest.raises(ConfigError, match="problems of task 'chain' is 1000000000, but must be from 1 to 100000"):
+        questions(per_task=10**9).questions()
