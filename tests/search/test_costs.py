@@ -134,10 +134,10 @@ def test_damaged_files_are_refused(costs, tmp_path, change, words):
 
 
 def test_missing_and_broken_files_are_refused(tmp_path):
-    with pytest.raises(PuzzleError, match="cannot be read as costs"):
+    with pytest.raises(PuzzleError, match=r"nowhere.json cannot be read: No such file"):
         read_costs(tmp_path / "nowhere.json")
     (tmp_path / "broken.json").write_text("{")
-    with pytest.raises(PuzzleError, match="cannot be read as costs"):
+    with pytest.raises(PuzzleError, match=r"broken.json cannot be read as JSON"):
         read_costs(tmp_path / "broken.json")
 
 
