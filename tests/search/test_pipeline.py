@@ -498,7 +498,8 @@ def test_a_damaged_parent_is_refused_before_anything_is_written(parent, tmp_path
 
 def test_a_directory_of_another_run_is_refused_and_kept(finished, parent, tmp_path, capsys):
     other = tmp_path / "other"
-    shutil.copytree(parent, other)
+    config = chat_config()
+    save_checkpoint(other, config, init_params(config, jax.random.key(1)), config_base={}, extra_files=chat_files())
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
