@@ -6,7 +6,7 @@ import time
 import numpy as np
 from jax.experimental import multihost_utils
 
-from puzzle_jax.cli import guarded
+from puzzle_jax.commands import guarded
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.processes import agree, from_primary, joined, kv_get, on_all, on_primary, process_index
 
