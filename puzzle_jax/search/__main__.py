@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if tool := _tool(arguments):
         return importlib.import_module(tool).main(arguments[1:])
-        from puzzle_jax.search.pipeline import STAGES, Search
+    from puzzle_jax.search.pipeline import STAGES, Search
     from puzzle_jax.search.processes import Team
     from puzzle_jax.search.recipe_file import parse_recipe
     from puzzle_jax.search.worker import run_worker
