@@ -60,7 +60,7 @@ def joined(count: int, local_devices: int = 1, *, program: str) -> Iterator[None
 
     Raises:
       ConfigError: JAX does not know the other processes, or knows another number of them.
-      JointError: package or JAX differ between the processes.
+      JointError: package, JAX or its platform differ between the processes.
     """
     if count == 1:
         yield
@@ -68,7 +68,7 @@ def joined(count: int, local_devices: int = 1, *, program: str) -> Iterator[None
     _initialize(count, local_devices, program)
     watchdog = _watchdog(program)
     try:
-        agree("the installation", {"puzzle_jax": version("puzzle_jax"), "jax": jax.__version__})
+        _begin_together()
         yield
         watchdog.finish()
     except BaseException as error:
@@ -248,6 +248,12 @@ def _initialize(count: int, local_devices: int, program: str) -> None:
         limit.cancel()
     if _count() != count:
         raise ConfigError(f"mesh.processes is {count}, but {_count()} were started")
+
+
+def _begin_together() -> None:
+    """Lets all processes find their devices, which each of them does only when the others do."""
+    agree("the installation", {"puzzle_jax": version("puzzle_jax"), "jax": jax.__version__})
+    agree("the devices", {"platform": jax.local_devices()[0].platform})
 
 
 def _watchdog(program: str) -> Watchdog:

@@ -77,9 +77,9 @@ def test_what_differs_is_refused_by_all_in_one_sentence_that_names_it():
     ("actions", "where"),
     [
         (("open+sleep", "open-missing"), f" (in process 1, host {HOST})"),  # one cannot open what it works on
-        (("open-missing", "open-missing"), ""),
+        pytest.param(("open-missing", "open-missing"), "", marks=pytest.mark.slow),
         (("collect", "refuse"), f" (in process 1, host {HOST})"),  # while the other hangs in a collective operation
-        (("refuse", "wait"), ""),
+        pytest.param(("refuse", "wait"), "", marks=pytest.mark.slow),
     ],
 )
 def test_what_one_refuses_all_refuse(actions, where):
@@ -90,12 +90,12 @@ def test_what_one_refuses_all_refuse(actions, where):
 @pytest.mark.parametrize(
     ("lost", "actions"),
     [
-        (0, ("ready+sleep", "ready+sleep")),
+        pytest.param(0, ("ready+sleep", "ready+sleep"), marks=pytest.mark.slow),
         (0, ("ready+sleep", "ready+collect")),
-        (0, ("ready+sleep", "ready+wait")),
-        (1, ("ready+sleep", "ready+sleep")),
+        pytest.param(0, ("ready+sleep", "ready+wait"), marks=pytest.mark.slow),
+        pytest.param(1, ("ready+sleep", "ready+sleep"), marks=pytest.mark.slow),
         (1, ("ready+collect", "ready+sleep")),
-        (2, ("ready+sleep", "ready+collect", "ready+sleep")),
+        pytest.param(2, ("ready+sleep", "ready+collect", "ready+sleep"), marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_process_ends_the_others_in_one_sentence(lost, actions):

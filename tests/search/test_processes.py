@@ -71,7 +71,7 @@ def test_a_copy_of_the_parent_is_the_parent_and_a_missing_one_is_refused_by_all(
     assert str(tmp_path / "gone") in found[0].stderr and "(in process 1, host " in found[0].stderr
 
 
-@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("lost", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_search_that_loses_a_process_ends_in_a_sentence(parents, tmp_path, lost):
     run = tmp_path / "run"
     with running(command(parents[0], run, stage="all"), command(parents[0], run, stage="all")) as processes:
