@@ -69,7 +69,7 @@ def inputs(directory: Path, **changes) -> GrpoInputs:
             {"reward__environment": "[A=1]"},
             "reward.environment has 'A=1', but must hold names of environment variables",
         ),
-        ({"reward__function": "none.py:reward"}, "reward is 'none.py:reward', but none.py cannot be read"),
+        ({"reward__function": "none.py:reward"}, "none.py cannot be read: No such file"),
         ({"reward__function": "reward"}, "reward is 'reward', but must be path/to/file.py:name or package.module:name"),
         ({"reward__function": "json:reward"}, "reward is 'json:reward', but json has no function reward"),
         ({"reward__function": "json:dumps"}, "dumps of json takes"),
