@@ -33,7 +33,8 @@ _CHUNK = 1 << 16
 @contextmanager
 def relayed() -> Iterator[None]:
     """While this lasts, clients that JAX makes for its coordination service are connected by a relay."""
-    from jax._src.lib import _jax as runtime  # what `jax._src.distributed` calls  # pyright: ignore[reportPrivateImportUsage]
+    # What `jax._src.distributed` calls.
+    from jax._src.lib import _jax as runtime  # pyright: ignore[reportPrivateImportUsage]
 
     make = runtime.get_distributed_runtime_client
     directories: list[Path] = []
