@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from puzzle_jax.cli import enable_compilation_cache
+from puzzle_jax.commands import enable_compilation_cache
 from puzzle_jax.search.baselines import all_baselines
 from puzzle_jax.search.pipeline import Search
 from puzzle_jax.search.recipe import RefineSettings

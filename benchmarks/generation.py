@@ -46,7 +46,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from puzzle_jax.cli import enable_compilation_cache
+from puzzle_jax.commands import enable_compilation_cache
 from puzzle_jax.config import BlockConfig, ModelConfig, cache_bytes
 from puzzle_jax.convert_hf.export import save_checkpoint
 from puzzle_jax.convert_hf.load import load_checkpoint

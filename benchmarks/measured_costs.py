@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
 
-from puzzle_jax.cli import enable_compilation_cache
+from puzzle_jax.commands import enable_compilation_cache
 from puzzle_jax.config import BlockConfig, ModelConfig
 from puzzle_jax.evaluate.throughput import Spread, measure_throughput
 from puzzle_jax.generate.sampling import Sampling

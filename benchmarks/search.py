@@ -29,7 +29,7 @@ import yaml
 from rich.console import Console
 from scipy.stats import spearmanr
 
-from puzzle_jax.cli import enable_compilation_cache
+from puzzle_jax.commands import enable_compilation_cache
 from puzzle_jax.config import BlockConfig, ModelConfig
 from puzzle_jax.generate.batches import MicroBatch, micro_batches
 from puzzle_jax.generate.traces import Trace

@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from puzzle_jax.cli import enable_compilation_cache
+from puzzle_jax.commands import enable_compilation_cache
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.convert_hf.load import load_checkpoint
 from puzzle_jax.generate import Generated, Request, generate

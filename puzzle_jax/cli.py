@@ -6,12 +6,11 @@ Whatever a user can mend ends as one sentence on stderr and exit code 2.
 from __future__ import annotations
 
 import importlib
-import os
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
-from puzzle_jax.errors import PuzzleError
+from puzzle_jax.commands import did_you_mean, say
+from puzzle_jax.errors import shown
 
 VERBS = {
     "search": "from a trained parent to the child that serves a deployment best",
@@ -31,29 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"  {verb:<11} {what}")
         return 0 if arguments else 2
     if arguments[0] not in VERBS:
-        print(f"puzzle: verb is {arguments[0]!r}, but must be one of {', '.join(VERBS)}", file=sys.stderr)
+        verb = shown(arguments[0])
+        say(f"puzzle: verb is {verb}, but must be one of {', '.join(VERBS)}{did_you_mean(arguments[0], VERBS)}")
         return 2
     module = importlib.import_module(f"puzzle_jax.{arguments[0]}.__main__")
     return module.main(arguments[1:])
-
-
-def guarded(program: str, run: Callable[[], None], interrupted: str = "finished stages are kept") -> int:
-    """Runs a command; user errors become one sentence and exit code 2, an interrupt 130 and what `interrupted` says."""
-    try:
-        run()
-    except PuzzleError as error:
-        print(f"{program}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{program}: interrupted; {interrupted}", file=sys.stderr)
-        return 130
-    return 0
-
-
-def enable_compilation_cache() -> None:
-    """Keeps compiled programs between runs, in $JAX_COMPILATION_CACHE_DIR or ~/.cache/puzzle_jax."""
-    import jax
-
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "puzzle_jax"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

@@ -15,6 +15,10 @@ class PuzzleError(Exception):
     """Something the user gave cannot be used; the message names file, field, value and what would do."""
 
 
+class PuzzleWarning(UserWarning):
+    """Something the user gave was mended or may not be what they want; command lines print it as one line on stderr."""
+
+
 class ConfigError(PuzzleError):
     """A model description, recipe or setting is invalid."""
 
@@ -25,6 +29,13 @@ class CheckpointError(PuzzleError):
 
 class InfeasibleError(PuzzleError):
     """No architecture of the search space meets the target; the message names the limits and what is reachable."""
+
+
+def check_range(name: str, value: int | float, least: int | float, most: int | float) -> None:
+    """Raises `ConfigError`, naming a setting, for a number that is not from `least` to `most`."""
+    if not least <= value <= most:  # NaN is in no range
+        rule = f"at least {least}" if value < least else f"from {least} to {most}"
+        raise ConfigError(f"{name} is {shown(value)}, but must be {rule}")
 
 
 def shown(value: Any) -> str:

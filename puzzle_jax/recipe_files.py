@@ -5,19 +5,25 @@ The parser of the command line takes some of a file's form for granted, and answ
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from puzzle_jax.errors import ConfigError
+from puzzle_jax.commands import checked_path, did_you_mean
+from puzzle_jax.errors import ConfigError, shown
 from puzzle_jax.files import parse_yaml, read_text
+from puzzle_jax.recipe_fields import checked_arguments, checked_fields
 
 RECIPES = Path(__file__).parent / "recipes"
 """Files that come with the package."""
 
 Settings = TypeVar("Settings")
+
+_OPTIONS = ("--recipe", "--print_config", "--help")
 
 
 def recipe_names(verb: str) -> list[str]:
@@ -51,7 +57,9 @@ def parse_settings(
     from jsonargparse import ArgumentError, ArgumentParser
 
     defaults: list[Any] = [] if default is None else [str(RECIPES / f"{default}.yaml")]
-    parser = ArgumentParser(prog=prog, description=description, default_config_files=defaults, exit_on_error=False)
+    parser = ArgumentParser(
+        prog=prog, description=description, default_config_files=defaults, exit_on_error=False, allow_abbrev=False
+    )
     if choice is not None:
         positional, values, text = choice
         parser.add_argument(positional, nargs="?", choices=tuple(values), default=values[0], help=text)
@@ -59,10 +67,11 @@ def parse_settings(
     of_default = f" (default: {default})" if default else ""
     parser.add_argument("--recipe", action="config", help=f"settings: a YAML file{or_name}{of_default}")
     parser.add_class_arguments(kind)
+    given = checked_arguments(_recipes_first(arguments, names, kind), kind, _OPTIONS)
     try:
-        settings = parser.parse_args(_with_checked_files(arguments, names))
+        settings = parser.parse_args(given)
     except ArgumentError as error:
-        raise ConfigError(" ".join(str(error).split())) from error
+        raise ConfigError(_told(error, None if choice is None else choice[0], choice[1] if choice else ())) from error
     chosen = None if choice is None else settings.pop(choice[0])
     settings.pop("recipe", None)
     settings.pop("__default_config__", None)
@@ -70,33 +79,62 @@ def parse_settings(
     return chosen, kind(**parser.instantiate(settings))
 
 
-def _with_checked_files(arguments: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Arguments in which a recipe given by name is the path of its file, after every such file was looked into."""
-    found = list(arguments)
-    for index, argument in enumerate(found):
-        if argument == "--recipe" and index + 1 < len(found):
-            found[index + 1] = str(_checked_file(found[index + 1], names))
-        elif argument.startswith("--recipe="):
-            found[index] = f"--recipe={_checked_file(argument.partition('=')[2], names)}"
-    return found
+def _recipes_first(arguments: Sequence[str], names: Sequence[str], kind: type) -> list[str]:
+    """Recipe files, checked, before all other arguments: the command line overrides them wherever they stand."""
+    recipes: list[str] = []
+    others: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        name, equals, value = argument.partition("=")
+        if name != "--recipe":
+            others.append(argument)
+            continue
+        text = value if equals else next(rest, None)
+        if text is None:
+            raise ConfigError("--recipe needs a value: a YAML file or a recipe's name")
+        path = recipe_path(text, names)
+        fields = check_file(path)
+        whole = checked_fields(fields, kind, f"recipe {path}")
+        # A file that needs no mending goes as it is, so that messages can name it.
+        recipes.append(f"--recipe={path if whole == fields else json.dumps(whole, default=str)}")
+    return [*recipes, *others]
 
 
-def _checked_file(text: str, names: Sequence[str]) -> Path:
-    path = RECIPES / f"{text}.yaml" if text in names else Path(text)
-    if not path.exists():
-        raise ConfigError(f"recipe is {text!r}, but there is no such file, and the names are {', '.join(names)}")
+def _told(error: Exception, choice: str | None, values: Sequence[str]) -> str:
+    """A message of the parser on one line; of an unknown positional value, what there is."""
+    text = " ".join(str(error).split())
+    found = re.search(r"invalid choice: '?([^' ]*)'?", text)
+    if choice is not None and found is not None:
+        hint = did_you_mean(found[1], values)
+        return f"{choice} is {found[1]!r}, but must be one of {', '.join(values)}{hint}"
+    return text
+
+
+def recipe_path(text: str, names: Sequence[str]) -> Path:
+    """The file of a recipe that is named or given by its path; raises `ConfigError` where there is none to read."""
+    path = RECIPES / f"{text}.yaml" if text in names else checked_path(text, "recipe")
+    try:
+        there = path.exists()
+    except OSError:  # a name that is too long, say
+        there = False
+    if not there:
+        hint = did_you_mean(text, names)
+        raise ConfigError(
+            f"recipe is {shown(text)}, but there is no such file, and the names are {', '.join(names)}{hint}"
+        )
     check_file(path)
     return path
 
 
-def check_file(path: Path) -> None:
-    """Raises `ConfigError`, naming the file, where it cannot be read or holds no mapping, or a field twice."""
+def check_file(path: Path) -> dict[str, Any]:
+    """The fields in a recipe file; raises `ConfigError`, naming it, where it holds no mapping, or a field twice."""
     data = parse_yaml(read_text(path, ConfigError), f"recipe {path}", ConfigError)
     if not isinstance(data, dict):
-        raise ConfigError(f"recipe {path} holds {data!r}, but must hold the fields of a recipe")
+        raise ConfigError(f"recipe {path} holds {shown(data)}, but must hold the fields of a recipe")
     for name in data:
         if not isinstance(name, str):
-            raise ConfigError(f"recipe {path} has a field {name!r}, but fields have names")
+            raise ConfigError(f"recipe {path} has a field {shown(name)}, but fields have names")
+    return data
 
 
 def check_sections(settings: Mapping[str, Any], kind: type, prefix: str = "") -> None:

@@ -1,6 +1,7 @@
 import pytest
 
-from puzzle_jax.cli import VERBS, guarded, main
+from puzzle_jax.cli import VERBS, main
+from puzzle_jax.commands import guarded
 from puzzle_jax.errors import PuzzleError
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from puzzle_jax.cli import guarded
+from puzzle_jax.commands import Parser, guarded
 from puzzle_jax.convert_hf.describe import describe_checkpoint
 from puzzle_jax.convert_hf.other_forms import ORBAX_HF
 from puzzle_jax.errors import PuzzleError
@@ -23,7 +23,7 @@ from puzzle_jax.progress import progress
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a verb; returns the exit code: 2 for what the user can mend, 1 where `verify` finds a difference."""
-    parser = argparse.ArgumentParser(prog="puzzle_jax.convert_hf", description="Checkpoints of gpt-oss models.")
+    parser = Parser(prog="puzzle_jax.convert_hf", description="Checkpoints of gpt-oss models.")
     verbs = parser.add_subparsers(dest="verb", required=True)
     verb = verbs.add_parser("inspect", help="what is this model, from its config.json")
     verb.add_argument("path", type=Path, help="a checkpoint directory or a config.json")
@@ -46,17 +46,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verb.add_argument(
         "--pad-experts", action="store_true", help="equal layers, filled with zeros, for any loader of gpt_oss"
     )
-    try:
-        settings = parser.parse_args(arguments)
-    except SystemExit as error:
-        return int(error.code or 0)
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     found = 0
 
     def run() -> None:
         nonlocal found
+        settings = parser.parse_args(arguments)
         found = _VERBS[settings.verb](settings) or 0
 
-    return guarded(f"{parser.prog} {settings.verb}", run, "call it again to go on") or found
+    return guarded(" ".join([parser.prog, *arguments[:1]]), run, "call it again to go on") or found
 
 
 def _inspect(settings: argparse.Namespace) -> None:

@@ -11,13 +11,14 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from puzzle_jax.cli import enable_compilation_cache, guarded
+from puzzle_jax.commands import Parser, enable_compilation_cache, guarded
 from puzzle_jax.errors import ConfigError
-from puzzle_jax.evaluate.settings import MAX_TOKENS, Scenario, Settings, SpeedSettings
+from puzzle_jax.evaluate.settings import MAX_TOKENS, Scenario, Settings, SpeedSettings, limits_by_effort
 from puzzle_jax.tasks import EFFORTS, TASKS
 
+_TABLE_WIDTH = 150  # about what the tables need
 _UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 _LIMITS = ",".join(f"{effort}={limit}" for effort, limit in MAX_TOKENS.items())
 
@@ -26,8 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line and runs the evaluation; returns the exit code."""
 
     def run() -> None:
-        from rich.console import Console
+        from rich.text import Text
 
+        from puzzle_jax.consoles import plain_console
         from puzzle_jax.evaluate.run import Evaluation
         from puzzle_jax.files import write_beside
         from puzzle_jax.report.evaluation import EvaluationReport
@@ -35,15 +37,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         settings = parse(arguments)
         enable_compilation_cache()
-        # Where the output is no terminal, nobody knows its width; the tables need about this much.
-        console = Console(width=None if sys.stdout.isatty() else 150)
+        console = plain_console(width=_TABLE_WIDTH)
         evaluation = Evaluation(settings, console).run()
         report = EvaluationReport(evaluation)
         write_beside(settings.out / "report.md", report.markdown().encode())
         if evaluation["points"]:
             write_beside(settings.out / "frontier.png", frontier_figure(evaluation["points"], evaluation["reference"]))
         report.show(console)
-        console.print(f"Everything is in [bold]{settings.out}[/bold]", highlight=False, soft_wrap=True)
+        where = Text.assemble("Everything is in ", (str(settings.out), "bold"))
+        console.print(where, highlight=False, soft_wrap=True)
 
     return guarded(
         "python -m puzzle_jax.evaluate", run, interrupted="answers are kept, and the same command goes on from them"
@@ -70,7 +72,7 @@ def parse(arguments: Sequence[str] | None) -> Settings:
         seed=options.seed,
         temperature=options.temperature,
         top_p=options.top_p,
-        max_tokens={**MAX_TOKENS, **_limits(options.max_tokens)},
+        max_tokens={**MAX_TOKENS, **limits_by_effort(options.max_tokens)},
         slots=options.slots,
         cache_dtype=options.cache_dtype,
         bootstrap=options.bootstrap,
@@ -78,13 +80,8 @@ def parse(arguments: Sequence[str] | None) -> Settings:
     )
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m puzzle_jax.evaluate",
         description="Accuracy, tokens and speed of models side by side.",
     )
@@ -137,16 +134,6 @@ def _models(texts: Sequence[str]) -> dict[str, Path]:
 
 def _parts(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def _limits(text: str) -> dict[str, int]:
-    limits = {}
-    for part in _parts(text):
-        found = re.fullmatch(r"(\w+)=(\d+)", part)
-        if not found:
-            raise ConfigError(f"--max-tokens has {part!r}, but must be of the form EFFORT=N")
-        limits[found[1]] = int(found[2])
-    return limits
 
 
 def _scenario(text: str) -> Scenario:

@@ -1,31 +1,54 @@
 """Answers of a model to tasks with verifiable answers, at every reasoning effort, and whether they are right.
 
 All models answer the same problems with the same seeds, so that differences between models are paired.
+
+Whatever a scorer does with a model's text costs that one answer: unless its time is bounded by the length of the text,
+it runs in processes of its own with a time limit (`tasks.judges`), while further answers are generated. An answer that
+cannot be scored has the reward 0, and says why (`Trace.unscored`, `unscored_note`).
 """
 
 from __future__ import annotations
 
 import itertools
+import os
 import random
+import warnings
 import zlib
-from collections.abc import Callable, Collection, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from jax.sharding import Mesh
 
 from puzzle_jax.config import ModelConfig
-from puzzle_jax.errors import ConfigError
+from puzzle_jax.errors import ConfigError, PuzzleWarning, check_range
+from puzzle_jax.evaluate.settings import MAX_TOKENS
 from puzzle_jax.generate import Engine, Generated, Request, Sampling, generate
 from puzzle_jax.generate.traces import Trace
 from puzzle_jax.model.cache_format import CacheFormat
 from puzzle_jax.model.child import View
 from puzzle_jax.model.spec import Params
-from puzzle_jax.tasks import Chat, FiniteTask, Problem, Task, check_effort, get_task, problems
+from puzzle_jax.tasks import Chat, FiniteTask, Problem, check_effort, get_task, problems
+from puzzle_jax.tasks.judges import Answer, Judgement, Judges
+from puzzle_jax.tasks.tokenizer import is_embedded
 
 SPLIT_STRIDE, SEED_STRIDE = 10_000_000, 100_000
 SPLITS = ("calibration", "validation", "heldout", "accuracy", "evaluation", "confirmation", "training")
 DEALT_SPLITS = tuple(split for split in SPLITS if split != "evaluation")
 """The splits of a search and of training, which share nothing; "evaluation" is for judging a model by itself."""
+
+_MOST_JUDGES, _MOST_REASONS = 4, 3
+
+
+@runtime_checkable
+class Scoring(Protocol):
+    """Scores answers while the caller does something else; see `tasks.judges.Judges`, which is one."""
+
+    def begin(self, answer: Answer, *, own_score: bool = False) -> int: ...
+
+    def finished(self, *, wait: bool) -> list[tuple[int, Judgement]]: ...
 
 
 @dataclass(frozen=True)
@@ -66,6 +89,11 @@ class QuestionSet:
         if not 0 <= self.seed < SPLIT_STRIDE // SEED_STRIDE:
             raise ConfigError(f"seed is {self.seed}, but must be from 0 to {SPLIT_STRIDE // SEED_STRIDE - 1}")
 
+    @property
+    def judged_by(self) -> dict[str, str]:
+        """What problems and scores depend on, by task: part of the identity of whatever is made of the answers."""
+        return {name: get_task(name).identity for name in self.tasks}
+
     def questions(self) -> list[tuple[Problem, str]]:
         """Problems with the effort they are asked at."""
         return [(problem, effort) for name in self.tasks for problem in self._problems(name) for effort in self.efforts]
@@ -74,6 +102,7 @@ class QuestionSet:
         task = get_task(name)
         if isinstance(task, FiniteTask):
             return self._rows(task)
+        check_range(f"problems of task {name!r}", self.per_task, 1, SEED_STRIDE)
         first = SPLITS.index(self.split) * SPLIT_STRIDE + self.seed * SEED_STRIDE
         drawn = problems(task, first_seed=first, held_out=self.split != "training")
         return list(itertools.islice(drawn, self.per_task))
@@ -108,6 +137,7 @@ def answer_questions(
     view: View | None = None,
     mesh: Mesh | None = None,
     skip: Collection[int] = (),
+    judges: Scoring | None = None,
     on_answer: Callable[[int, Trace], None] | None = None,
 ) -> list[Trace]:
     """Asks the questions.
@@ -120,7 +150,8 @@ def answer_questions(
       context: positions of every slot; by default those that a question's own length needs, as in `generate`. One
         number for all compiles one set of programs; rounding, and so an answer now and then, depends on it.
       skip: indices into `questions.questions()` that are not asked.
-      on_answer: called with a question's index and its answer as soon as it is there, in any order.
+      judges: score answers to tasks whose scorers are not bounded; by default processes of this call's own.
+      on_answer: called with a question's index and its answer as soon as it is scored, in any order.
 
     Returns:
       The answers to what was asked, in the order of the questions.
@@ -134,55 +165,128 @@ def answer_questions(
     ]
     tasks = {name: get_task(name) for name in questions.tasks}
     answers: dict[int, Trace] = {}
+    scored_elsewhere: dict[int, tuple[int, Generated]] = {}
 
     def finish(position: int, completion: Generated) -> None:
+        _, (problem, effort) = asked[position]
+        parsed = chat.parse(completion.tokens)
+        task, tokens = tasks[problem.task], len(completion.tokens)
+        if task.bounded:
+            score = 0.0 if completion.truncated else task.score(problem, parsed.final)
+            deliver(position, completion, Judgement(score, None))
+            return
+        assert judges is not None
+        answer = Answer(problem, effort, parsed.analysis, parsed.final, tokens, completion.truncated)
+        scored_elsewhere[judges.begin(answer, own_score=True)] = position, completion
+        collect(wait=False)
+
+    def collect(wait: bool) -> None:
+        assert judges is not None
+        for ticket, judgement in judges.finished(wait=wait):
+            deliver(*scored_elsewhere.pop(ticket), judgement)
+
+    def deliver(position: int, completion: Generated, judgement: Judgement) -> None:
         index, (problem, effort) = asked[position]
-        answers[index] = _judge(chat, tasks[problem.task], problem, effort, requests[position], completion)
+        answers[index] = Trace(
+            problem.task,
+            effort,
+            problem.seed,
+            dict(problem.details),
+            requests[position].prompt,
+            completion.tokens,
+            judgement.reward or 0.0,
+            completion.truncated,
+            unscored=judgement.reason,
+        )
         if on_answer is not None:
             on_answer(index, answers[index])
 
     stop_ids = sorted(chat.stop_ids)
-    if context is None:
-        generate(
-            params,
-            config,
-            requests,
-            stop_ids=stop_ids,
-            temperature=temperature,
-            top_p=top_p,
-            slots=slots,
-            cache=cache,
-            view=view,
-            mesh=mesh,
-            on_finish=finish,
-        )
-    else:
-        sampling = Sampling(temperature, top_p)
-        engine = Engine(
-            params,
-            config,
-            stop_ids=stop_ids,
-            context=context,
-            slots=slots,
-            sampling=sampling,
-            cache=cache,
-            view=view,
-            mesh=mesh,
-        )
-        engine.generate(requests, finish)
+    with ExitStack() as stack:
+        if judges is None and not all(tasks[problem.task].bounded for _, (problem, _) in asked):
+            judges = stack.enter_context(Judges(processes=min(_MOST_JUDGES, os.cpu_count() or 1)))
+        if context is None:
+            generate(
+                params,
+                config,
+                requests,
+                stop_ids=stop_ids,
+                temperature=temperature,
+                top_p=top_p,
+                slots=slots,
+                cache=cache,
+                view=view,
+                mesh=mesh,
+                on_finish=finish,
+            )
+        else:
+            sampling = Sampling(temperature, top_p)
+            engine = Engine(
+                params,
+                config,
+                stop_ids=stop_ids,
+                context=context,
+                slots=slots,
+                sampling=sampling,
+                cache=cache,
+                view=view,
+                mesh=mesh,
+            )
+            engine.generate(requests, finish)
+        while scored_elsewhere:
+            collect(wait=True)
     return [answers[index] for index, _ in asked]
 
 
-def _judge(chat: Chat, task: Task, problem: Problem, effort: str, request: Request, completion: Generated) -> Trace:
-    final = chat.parse(completion.tokens).final
-    reward = 0.0 if completion.truncated else task.score(problem, final)
-    return Trace(
-        problem.task,
-        effort,
-        problem.seed,
-        dict(problem.details),
-        request.prompt,
-        completion.tokens,
-        reward,
-        completion.truncated,
+def check_context(
+    questions: Iterable[tuple[Problem, str]],
+    chat: Chat,
+    config: ModelConfig,
+    max_tokens: Mapping[str, int],
+    whose: str,
+) -> int:
+    """The most positions that a question with its longest answer takes.
+
+    Args:
+      questions: problems with their efforts.
+      chat, config: of the model.
+      max_tokens: limit of an answer per effort.
+      whose: context it is, for the message.
+
+    Warns with PuzzleWarning where the limits are those that suit the embedded parent, and the model is another: most of
+    its answers would be cut.
+
+    Raises ConfigError where that is more than the model's context holds; it names the problem's file and line, or its
+    task and number.
+    """
+    longest, questions = 0, list(questions)
+    asked = {effort: max_tokens[effort] for _, effort in questions}
+    if questions and all(MAX_TOKENS[effort] == limit for effort, limit in asked.items()) and not is_embedded(chat):
+        limits = ", ".join(f"{limit} at effort {effort}" for effort, limit in asked.items())
+        warnings.warn(
+            f"answers to {len(questions)} questions end after {limits} tokens, limits that suit the embedded parent "
+            f"but hardly {whose}; max_tokens sets others",
+            PuzzleWarning,
+            stacklevel=2,
+        )
+    for problem, effort in questions:
+        prompt, limit = len(chat.prompt_tokens(problem.prompt, effort)), max_tokens[effort]
+        if prompt + limit > config.max_position:
+            raise ConfigError(
+                f"{problem.where}: the prompt takes {prompt} tokens and the answer up to {limit} at effort {effort}, "
+                f"but the context of {whose} is {config.max_position} tokens"
+            )
+        longest = max(longest, prompt + limit)
+    return longest
+
+
+def unscored_note(answers: Sequence[Trace]) -> str | None:
+    """How many answers could not be scored, and why, as a sentence; None where all were."""
+    reasons = Counter(answer.unscored for answer in answers if answer.unscored is not None)
+    if not reasons:
+        return None
+    told = [f"{count}: the scorer {reason}" for reason, count in reasons.most_common(_MOST_REASONS)]
+    more = "; ..." if len(reasons) > _MOST_REASONS else ""
+    return (
+        f"{reasons.total()} of {len(answers)} answers could not be scored and count as wrong ({'; '.join(told)}{more})"
     )

@@ -25,12 +25,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from puzzle_jax.cli import enable_compilation_cache, guarded
+from puzzle_jax.commands import Parser, enable_compilation_cache, guarded
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.errors import ConfigError
-from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions
+from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions, check_context, unscored_note
 from puzzle_jax.evaluate.divergence import divergence
-from puzzle_jax.evaluate.settings import MAX_TOKENS
+from puzzle_jax.evaluate.settings import MAX_TOKENS, limits_by_effort
 from puzzle_jax.evaluate.statistics import Paired, paired, resample
 from puzzle_jax.files import write_beside
 from puzzle_jax.generate.batches import MicroBatch, micro_batches
@@ -54,12 +54,14 @@ class CacheResult:
       agreement: share of tokens for which both rank the same one first.
       accuracy: per effort.
       change: per effort, accuracy minus the reference's on the same problems, with its interval.
+      unscored: how many answers could not be scored and why, as a sentence; None where all were.
     """
 
     kl: float
     agreement: float
     accuracy: dict[str, float]
     change: dict[str, Paired]
+    unscored: str | None = None
 
 
 def compare_caches(
@@ -92,6 +94,7 @@ def compare_caches(
             **_distance(params, config, batches, reference, form),
             accuracy={effort: _accuracy(answers[name], effort) for effort in questions.efforts},
             change={effort: _change(answers, name, effort) for effort in questions.efforts},
+            unscored=unscored_note(answers[name]),
         )
         for name, form in formats.items()
     }, scales
@@ -149,24 +152,22 @@ def _compare(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line, compares, prints a table and writes caches.json; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m puzzle_jax.evaluate.caches", description="What an FP8 cache costs."
-    )
+    parser = Parser(prog="python -m puzzle_jax.evaluate.caches", description="What an FP8 cache costs.")
     parser.add_argument("--model", type=Path, required=True, help="a checkpoint directory")
     parser.add_argument("--out", type=Path, required=True, help="directory for caches.json")
     parser.add_argument("--tasks", default=",".join(TASKS), help="task names, with commas")
     parser.add_argument("--efforts", default=",".join(EFFORTS), help="reasoning efforts, with commas")
     parser.add_argument("--problems", type=int, default=500, help="per effort, split evenly over tasks")
+    parser.add_argument(
+        "--max-tokens", metavar="EFFORT=N,...", help="limit of an answer; the defaults suit the embedded parent"
+    )
     parser.add_argument("--amplify", type=int, default=0, help="power of two by which keys and values are enlarged")
     parser.add_argument("--seed", type=int, default=0)
-    try:
-        settings = parser.parse_args(arguments)
-    except SystemExit as error:  # argparse has said why
-        return int(error.code or 0)
-    return guarded(parser.prog, lambda: _run(settings))
+    return guarded(parser.prog, lambda: _run(parser.parse_args(arguments)))
 
 
 def _run(settings: argparse.Namespace) -> None:
+    from puzzle_jax.convert_hf.describe import describe_checkpoint
     from puzzle_jax.convert_hf.load import load_checkpoint
     from puzzle_jax.convert_hf.token_ids import check_tokenizer
     from puzzle_jax.model.network import compute_dtype, to_compute
@@ -177,14 +178,18 @@ def _run(settings: argparse.Namespace) -> None:
     calibration = QuestionSet(tasks, efforts, max(1, each // 4), "calibration", settings.seed)
     if settings.out.exists() and not settings.out.is_dir():
         raise ConfigError(f"out is {settings.out}, which is a file, but must be a directory")
-    checkpoint = load_checkpoint(settings.model)
+    config = describe_checkpoint(settings.model).config
     chat = Chat.load(settings.model)
-    check_tokenizer(settings.model, chat.tokenizer, checkpoint.config.vocab_size)
+    given = {} if settings.max_tokens is None else limits_by_effort(settings.max_tokens)
+    limits = {effort: {**MAX_TOKENS, **given}[effort] for effort in efforts}
+    check_tokenizer(settings.model, chat.tokenizer, config.vocab_size)
+    for asked in (questions, calibration):
+        check_context(asked.questions(), chat, config, limits, f"the model {settings.model}")
+    checkpoint = load_checkpoint(settings.model)
     enable_compilation_cache()
     params = to_compute(checkpoint.params, compute_dtype())
     if settings.amplify:
         params = amplify(params, checkpoint.config, settings.amplify)
-    limits = {effort: MAX_TOKENS[effort] for effort in efforts}
     results, scales = compare_caches(
         params, checkpoint.config, chat, calibration=calibration, questions=questions, max_tokens=limits
     )
@@ -201,8 +206,9 @@ def _run(settings: argparse.Namespace) -> None:
 
 
 def _print(results: Mapping[str, CacheResult], efforts: Sequence[str]) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from puzzle_jax.consoles import plain_console
 
     table = Table("cache", "KL, nats per token", "same first token", *(f"accuracy, {effort}" for effort in efforts))
     for name, result in results.items():
@@ -212,7 +218,11 @@ def _print(results: Mapping[str, CacheResult], efforts: Sequence[str]) -> None:
             said = "" if name == REFERENCE else f" ({change.difference:+.1%}, {change.won} won, {change.lost} lost)"
             cells.append(f"{result.accuracy[effort]:.1%}{said}")
         table.add_row(*cells)
-    Console(width=None if sys.stdout.isatty() else 170).print(table)
+    console = plain_console(width=170)
+    console.print(table)
+    for name, result in results.items():
+        if result.unscored:
+            console.print(f"{name}: {result.unscored}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from puzzle_jax.errors import PuzzleError
 from puzzle_jax.files import read_object, write_beside
 
 SETTINGS_FILE = "settings.json"
+_LONGEST_SHOWN = 120
 
 
 def recorded_date(out: Path) -> datetime.datetime | None:
@@ -56,9 +57,12 @@ def opened(out: Path, identity: Mapping[str, Any], date: datetime.datetime) -> I
       identity: JSON values that answers depend on.
       date: that templates see.
 
-    Raises PuzzleError when it is of another identity, cannot be written, or another process works in it.
+    Raises PuzzleError when it is of another identity, cannot be written, or another process works in it; also for
+    whatever the system refuses inside the block.
     """
     path = out / SETTINGS_FILE
+    if path.exists() and not path.is_file():
+        raise PuzzleError(f"{path} is no file, but must be the record of an evaluation")
     wanted = json.loads(json.dumps(identity))
     if path.exists():
         held = read_object(path).get("identity")
@@ -73,12 +77,15 @@ def opened(out: Path, identity: Mapping[str, Any], date: datetime.datetime) -> I
             write_beside(path, json.dumps({"identity": wanted, "date": date.isoformat()}, indent=2).encode())
         except OSError as error:
             raise PuzzleError(f"{out} cannot be written: {error.strerror}") from error
-    with open(path) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it when the process ends
-        except BlockingIOError as error:
-            raise PuzzleError(f"another process works in {out}; wait for it or stop it") from error
-        yield
+    try:
+        with open(path) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it when the process ends
+            except BlockingIOError as error:
+                raise PuzzleError(f"another process works in {out}; wait for it or stop it") from error
+            yield
+    except OSError as error:  # a full disk, a directory without permission, something else in a file's place
+        raise PuzzleError(f"{error.filename or out} cannot be used: {error.strerror or error}") from error
 
 
 def _difference(old: Any, new: Any, path: str = "") -> str:
@@ -86,4 +93,9 @@ def _difference(old: Any, new: Any, path: str = "") -> str:
     if isinstance(old, dict) and isinstance(new, dict):
         key = next(key for key in (*new, *old) if old.get(key) != new.get(key))
         return _difference(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))
-    return f"{path} was {json.dumps(old)}, now {json.dumps(new)}"
+    return f"{path or 'the record'} was {_brief(old)}, now {_brief(new)}"
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN - 3]}..."

@@ -13,7 +13,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from typing import Any
@@ -21,23 +21,20 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from puzzle_jax.errors import ConfigError, PuzzleError
-from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions
+from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions, check_context, unscored_note
 from puzzle_jax.evaluate.comparison import analyse
+from puzzle_jax.evaluate.journal import Key, journaled_answers, question_key
 from puzzle_jax.evaluate.models import Model
 from puzzle_jax.evaluate.record import opened, recorded_date
 from puzzle_jax.evaluate.settings import Settings
 from puzzle_jax.evaluate.speeds import ModelSpeed, Speeds, device, measure_speeds, plan_slots, plan_workloads
 from puzzle_jax.evaluate.throughput import Spread
 from puzzle_jax.files import write_beside
-from puzzle_jax.generate.traces import Trace, append_trace, open_to_append, read_traces
+from puzzle_jax.generate.traces import Trace
 from puzzle_jax.progress import progress
 from puzzle_jax.tasks import Problem
 
 SPLIT = "evaluation"
-
-Key = tuple[str, int, str]
-"""What tells questions apart: task, the problem's seed, and effort."""
 
 
 class Evaluation:
@@ -78,16 +75,8 @@ class Evaluation:
 
     def _longest_request(self, model: Model) -> int:
         """Positions that a request may need: its prompt and the limit of its answer."""
-        longest = 0
-        for problem, effort in self.asked.values():
-            prompt, limit = len(model.chat.prompt_tokens(problem.prompt, effort)), self.settings.max_tokens[effort]
-            if prompt + limit > model.config.max_position:
-                raise ConfigError(
-                    f"a problem of task {problem.task!r} needs {prompt} prompt and {limit} new tokens at effort "
-                    f"{effort!r}, but the context of model {model.name!r} is {model.config.max_position}"
-                )
-            longest = max(longest, prompt + limit)
-        return longest
+        limits = self.settings.max_tokens
+        return check_context(self.asked.values(), model.chat, model.config, limits, f"model {model.name!r}")
 
     def _identity(self) -> dict[str, Any]:
         """What answers depend on."""
@@ -96,6 +85,7 @@ class Evaluation:
             **self.settings.asked(),
             "split": SPLIT,
             "questions": hashlib.sha256(json.dumps(questions).encode()).hexdigest()[:16],
+            "judged_by": self.questions.judged_by,
             "models": {name: model.fingerprint for name, model in self.models.items()},
             "platform": jax.default_backend(),
             "puzzle_jax": metadata.version("puzzle-jax"),
@@ -104,37 +94,28 @@ class Evaluation:
     def _answer(self, model: Model) -> list[Trace]:
         """Answers to all questions, in their order."""
         path = self.settings.out / "answers" / f"{model.name}.jsonl"
-        path.parent.mkdir(exist_ok=True)
-        kept = read_traces(path, torn_tail=True) if path.exists() else []
-        answers = {(trace.task, trace.problem_seed, trace.effort): trace for trace in kept}
-        for key in answers:
-            if key not in self.asked:
-                raise PuzzleError(f"{path} holds an answer to {key}, which was not asked; remove the file")
-        with open_to_append(path) as file, progress(self.console, f"{model.name} answers", len(self.asked)) as advance:
-            advance(len(answers))
 
-            def keep(index: int, answer: Trace) -> None:
-                append_trace(file, answer)
-                answers[_key(*self.all[index])] = answer
-                advance(1)
+        def ask(skip: Collection[int], on_answer: Callable[[int, Trace], None]) -> None:
+            answer_questions(
+                model.params,
+                model.config,
+                model.chat,
+                self.questions,
+                max_tokens=self.settings.max_tokens,
+                temperature=self.settings.temperature,
+                top_p=self.settings.top_p,
+                slots=self.settings.slots,
+                context=self.longest[model.name],
+                cache=model.cache_format(self.settings.cache_dtype),
+                skip=skip,
+                on_answer=on_answer,
+            )
 
-            if len(answers) < len(self.asked):
-                keys = [_key(*question) for question in self.all]
-                answer_questions(
-                    model.params,
-                    model.config,
-                    model.chat,
-                    self.questions,
-                    max_tokens=self.settings.max_tokens,
-                    temperature=self.settings.temperature,
-                    top_p=self.settings.top_p,
-                    slots=self.settings.slots,
-                    context=self.longest[model.name],
-                    cache=model.cache_format(self.settings.cache_dtype),
-                    skip={i for i, key in enumerate(keys) if key in answers or key not in self.asked},
-                    on_answer=keep,
-                )
-        return [answers[key] for key in self.asked]
+        with progress(self.console, f"{model.name} answers", len(self.asked)) as advance:
+            found = journaled_answers(path, self.all, ask, wanted=self.asked.keys(), on_answers=advance)
+        if note := unscored_note(found):
+            self.console.print(f"{model.name}: {note}", highlight=False, soft_wrap=True)
+        return found
 
     def _measure(self, answers: Mapping[str, Sequence[Trace]]) -> Speeds | None:
         speed = self.settings.speed
@@ -187,9 +168,5 @@ def _share(questions: Sequence[tuple[Problem, str]], settings: Settings) -> dict
     for problem, effort in questions:
         taken[problem.task, effort] = taken.get((problem.task, effort), 0) + 1
         if taken[problem.task, effort] <= room[problem.task]:
-            asked[_key(problem, effort)] = (problem, effort)
+            asked[question_key((problem, effort))] = (problem, effort)
     return asked
-
-
-def _key(problem: Problem, effort: str) -> Key:
-    return problem.task, problem.seed, effort

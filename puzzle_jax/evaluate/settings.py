@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from puzzle_jax.errors import ConfigError
+from puzzle_jax.errors import ConfigError, check_range
 from puzzle_jax.model.cache_format import CacheFormat
 from puzzle_jax.tasks import EFFORTS, TASKS, check_effort
+from puzzle_jax.temperature import check_temperature
 
+_MOST = {"slots": 1 << 20, "max_batch": 1 << 20, "rounds": 10_000, "bootstrap": 1_000_000}
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 MAX_TOKENS: Mapping[str, int] = {"low": 32, "medium": 64, "high": 128}
 """Limits that suit the embedded parent on the embedded tasks."""
@@ -127,8 +129,7 @@ class Settings:
         for name in ("slots", "bootstrap"):
             _at_least_one(name, getattr(self, name))
         CacheFormat(self.cache_dtype)
-        if not self.temperature >= 0:
-            raise ConfigError(f"temperature is {self.temperature}, but must be at least 0")
+        check_temperature("temperature", self.temperature)
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p is {self.top_p}, but must be above 0 and at most 1")
 
@@ -152,6 +153,16 @@ class Settings:
         }
 
 
+def limits_by_effort(text: str) -> dict[str, int]:
+    """Limits of answers from a command line's `low=32,high=128`; raises ConfigError for another form."""
+    limits = {}
+    for part in [part.strip() for part in text.split(",") if part.strip()] or [text]:
+        found = re.fullmatch(r"(\w+)=(\d{1,18})", part)
+        if not found:
+            raise ConfigError(f"--max-tokens has {part!r}, but must be of the form EFFORT=N")
+        limits[check_effort(found[1])] = int(found[2])
+    return limits
+
+
 def _at_least_one(name: str, value: int) -> None:
-    if value < 1:
-        raise ConfigError(f"{name} is {value}, but must be at least 1")
+    check_range(name, value, 1, _MOST.get(name, 1 << 50))

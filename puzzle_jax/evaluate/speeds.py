@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from puzzle_jax.evaluate.throughput import (
     own_lengths,
     timed_rounds,
 )
+from puzzle_jax.files import parse_json, read_bytes
 from puzzle_jax.generate.sampling import Sampling
 from puzzle_jax.generate.traces import Trace, open_to_append
 from puzzle_jax.model.network import compute_dtype
@@ -132,6 +134,8 @@ def measure_speeds(
         for name, by_model in workloads.items():
             key = _key(name, by_model, settings)
             done = [row["tokens_per_second"] for row in kept if row["key"] == key][:rounds]
+            if any(set(row) != set(by_model) for row in done):
+                raise PuzzleError(f"{path} holds rounds of {name!r} without all models; remove the file")
             advance(len(models) * (len(done) + (len(done) == rounds)))
             # Weights are read only where there is something to run.
             weights = {m: (models[m].params, models[m].config) for m in by_model} if len(done) < rounds else {}
@@ -167,10 +171,15 @@ def _key(name: str, workloads: Mapping[str, Workload], settings: Settings) -> st
 def _kept(path: Path) -> list[dict[str, Any]]:
     """Rounds of earlier runs; a last line that was not finished does not count."""
     rows = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else [], 1):
-        try:
-            row = json.loads(line)
-            rows.append({"key": row["key"], "tokens_per_second": row["tokens_per_second"]})
-        except (ValueError, KeyError, TypeError):
-            raise PuzzleError(f"{path}, line {number} is no measured round; repair or remove the file") from None
+    for number, line in enumerate(read_bytes(path).split(b"\n")[:-1] if path.exists() else [], 1):
+        row = parse_json(line, f"{path}, line {number}")
+        rates = row.get("tokens_per_second") if isinstance(row, dict) else None
+        # Rounds of other models are other keys, so that these need not be known here.
+        if not isinstance(rates, dict) or "key" not in row or not all(map(_is_rate, rates.values())):
+            raise PuzzleError(f"{path}, line {number} is no measured round; repair or remove the file")
+        rows.append({"key": row["key"], "tokens_per_second": rates})
     return rows
+
+
+def _is_rate(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf

@@ -28,6 +28,7 @@ class Summary:
       token_quantiles: percent -> generated tokens.
       truncated: share of answers that the token limit cut.
       answers: how many there are.
+      unscored: how many of them could not be scored, and count as wrong.
     """
 
     accuracy: float
@@ -39,6 +40,7 @@ class Summary:
     token_quantiles: dict[str, float]
     truncated: float
     answers: int
+    unscored: int = 0
 
 
 def summarise(answers: Sequence[Trace]) -> Summary:
@@ -60,6 +62,7 @@ def summarise(answers: Sequence[Trace]) -> Summary:
         token_quantiles={str(q): float(np.percentile(lengths, q)) for q in QUANTILES},
         truncated=sum(answer.truncated for answer in answers) / count,
         answers=count,
+        unscored=sum(answer.unscored is not None for answer in answers),
     )
 
 

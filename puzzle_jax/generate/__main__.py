@@ -7,19 +7,21 @@ is no terminal, only the final answer goes to standard output, and the analysis 
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from puzzle_jax.cli import enable_compilation_cache, guarded
+from puzzle_jax.commands import Parser, enable_compilation_cache, guarded
 from puzzle_jax.errors import ConfigError
+from puzzle_jax.files import is_unicode
 
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line and answers; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m puzzle_jax.generate", description="Streams an answer.")
+    parser = Parser(prog="python -m puzzle_jax.generate", description="Streams an answer.")
     parser.add_argument("prompt", nargs="?", help="what the user says (default: read from standard input)")
     parser.add_argument("--model", required=True, type=Path, help="a checkpoint directory")
     parser.add_argument("--effort", default="medium", help="low, medium or high")
@@ -30,11 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--kv-cache", default="compute", help="compute, float32, bfloat16, or float8_e4m3fn with the model's own scales"
     )
-    try:
-        settings = parser.parse_args(arguments)
-    except SystemExit as error:  # argparse has said why
-        return int(error.code or 0)
-    return guarded(parser.prog, lambda: _answer(settings))
+    return guarded(parser.prog, lambda: _answer(parser.parse_args(arguments)))
 
 
 def _answer(settings: argparse.Namespace) -> None:
@@ -55,8 +53,7 @@ def _answer(settings: argparse.Namespace) -> None:
     if settings.kv_cache == FLOAT8 and scales is None:
         raise ConfigError(f"kv-cache is {FLOAT8}, but {settings.model} carries no k_scale and v_scale")
     cache = CacheFormat(settings.kv_cache, scales)
-    text = settings.prompt if settings.prompt is not None else sys.stdin.read().strip()
-    prompt = tuple(chat.prompt_tokens(text, settings.effort))
+    prompt = tuple(chat.prompt_tokens(_prompt(settings.prompt), settings.effort))
     context = description.config.max_position
     limit = settings.max_tokens if settings.max_tokens is not None else max(1, min(4096, context - len(prompt)))
     request = Request(prompt, limit, settings.seed)
@@ -84,11 +81,40 @@ def _answer(settings: argparse.Namespace) -> None:
         print(f"(cut off at {limit} tokens)", file=sys.stderr)
 
 
+def _prompt(given: str | None) -> str:
+    """The prompt of the command line, or what is read from standard input.
+
+    Raises:
+      ConfigError: it is empty, or no valid Unicode.
+    """
+    where = "the prompt" if given is not None else "the prompt on standard input"
+    text = given if given is not None else _standard_input(where)
+    if not text.strip():
+        raise ConfigError(f"{where} is empty, but must say something")
+    if not is_unicode(text):  # Bytes of the command line that are no UTF-8 come as halves of surrogate pairs.
+        raise ConfigError(f"{where} is not valid UTF-8, but must be valid Unicode")
+    return text
+
+
+def _standard_input(where: str) -> str:
+    if sys.stdin is None:  # It was closed when the program began.
+        return ""
+    try:
+        return sys.stdin.buffer.read().decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{where} is not valid UTF-8: {error.reason} at byte {error.start}") from None
+    except OSError as error:
+        raise ConfigError(f"{where} cannot be read: {error.strerror or error}") from None
+
+
 class _Printer:
     """Prints what is new of analysis and final text."""
 
     def __init__(self) -> None:
         self.terminal = sys.stdout.isatty()
+        for stream in (sys.stdout, sys.stderr):  # A model may say what a terminal of another encoding cannot show.
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")
         self.analysis = self.final = ""
 
     def show(self, analysis: str, final: str) -> None:

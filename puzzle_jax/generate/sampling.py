@@ -14,6 +14,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from puzzle_jax.errors import ConfigError
+from puzzle_jax.temperature import LEAST_TEMPERATURE, check_temperature
+
+_LEAST_SHARE = 1e-30  # which float32 does not take for 0; the likeliest token alone either way
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,8 @@ class Sampling:
     """How tokens are drawn.
 
     Attributes:
-      temperature: divides the logits; 0 is greedy.
+      temperature: divides the logits; 0 is greedy, and so is what float32 could not divide by: below
+        `LEAST_TEMPERATURE`, it is taken to be 0.
       top_p: share of the probability that is drawn from, above 0; 1 is all of it.
     """
 
@@ -29,10 +33,12 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.temperature < float("inf"):
-            raise ConfigError(f"temperature is {self.temperature}, but must be a number of at least 0")
+        check_temperature("temperature", self.temperature)
+        if self.temperature < LEAST_TEMPERATURE:
+            object.__setattr__(self, "temperature", 0.0)
         if not 0.0 < self.top_p <= 1.0:
             raise ConfigError(f"top_p is {self.top_p}, but must be above 0 and at most 1")
+        object.__setattr__(self, "top_p", max(self.top_p, _LEAST_SHARE))
 
 
 def sample(

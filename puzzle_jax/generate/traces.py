@@ -1,7 +1,8 @@
 """Traces: prompts with what a model answered, the one form in which answers are kept, judged and learnt from.
 
 A trace file is parquet or, when its path ends in .jsonl, JSON objects one per line. Both have the columns `COLUMNS`
-(token ids), of which a file from elsewhere needs only prompt and completion, and may carry `log_probs` and `experts`.
+(token ids), of which a file from elsewhere needs only prompt and completion, and may carry `log_probs`, `experts` and
+`unscored`.
 What a server answered can be read too, as text: rows of one of the forms
 
     {"messages": [..., {"role": "assistant", "content": "4", "thinking": "2 + 2"}]}
@@ -11,15 +12,16 @@ What a server answered can be read too, as text: rows of one of the forms
 A prompt is one user message or a list of messages; the answer may be called completion or response, its analysis
 thinking, reasoning_content or reasoning, and the effort effort or reasoning_effort. The last form is a request with
 the response of an OpenAI-compatible server, which may also stand under "response"; every choice becomes a trace.
+Control tokens that are written out in texts stay text, and a `PuzzleWarning` says in how many rows there are some.
 Left out: tool calls, streams, chosen experts of text rows.
 """
 
 from __future__ import annotations
 
 import base64
-import io
 import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,13 +31,26 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from puzzle_jax.errors import PuzzleError
+from puzzle_jax.errors import PuzzleError, PuzzleWarning, shown
+from puzzle_jax.files import parse_json
+from puzzle_jax.generate.trace_files import array_bytes, jsonl_rows, parquet_rows, read_array
 from puzzle_jax.tasks import Chat, check_effort
 
 COLUMNS = ("task", "effort", "seed", "details", "prompt", "completion", "reward", "truncated", "length")
 
 EXTERNAL = "external"
 """Task of a trace whose row names none."""
+
+_TEXT_COLUMNS = (
+    "messages", "response", "choices", "finish_reason", "thinking", "reasoning_content", "reasoning",
+    "reasoning_effort",
+)  # fmt: skip
+
+LARGEST_TOKEN = 2**31 - 1
+"""Largest token id that there can be: programs hold them as int32."""
+
+# Logarithms of probabilities that programs round to a little more than 1.
+_ROUNDING = 1e-3
 
 _SCHEMA = pa.schema([
     ("task", pa.string()),
@@ -49,6 +64,7 @@ _SCHEMA = pa.schema([
     ("length", pa.int64()),
     ("log_probs", pa.list_(pa.float64())),
     ("experts", pa.binary()),
+    ("unscored", pa.string()),
 ])  # fmt: skip
 
 
@@ -66,6 +82,7 @@ class Trace:
       log_probs: natural logarithm of the probability with which each completion token was drawn, or None.
       experts: ids [prompt + completion - 1 tokens, layers, experts per token] (uint8 or uint16) of the experts that
         each token but the last went through, or None. Not compared.
+      unscored: why the answer could not be scored, where its reward of 0 says no more than that.
     """
 
     task: str
@@ -78,6 +95,7 @@ class Trace:
     truncated: bool
     log_probs: tuple[float, ...] | None = None
     experts: np.ndarray | None = field(default=None, compare=False, repr=False)
+    unscored: str | None = None
 
     def __post_init__(self) -> None:
         if self.log_probs is not None and len(self.log_probs) != len(self.completion):
@@ -108,14 +126,14 @@ class Trace:
 def write_traces(path: str | Path, traces: Sequence[Trace]) -> None:
     """Writes traces as one file: JSONL when its path ends in .jsonl, else parquet.
 
-    `length` counts prompt and completion tokens; `log_probs` and `experts` are there when a trace has them.
+    `length` counts prompt and completion tokens; `log_probs`, `experts` and `unscored` are there when a trace has them.
     """
     if Path(path).suffix == ".jsonl":
         with open(path, "w", encoding="utf-8") as file:
             file.writelines(_line(trace) for trace in traces)
         return
     rows = [{**_row(trace), "details": json.dumps(dict(trace.details))} for trace in traces]
-    absent = [name for name in ("log_probs", "experts") if not any(name in row for row in rows)]
+    absent = [name for name in ("log_probs", "experts", "unscored") if not any(name in row for row in rows)]
     schema = pa.schema([column for column in _SCHEMA if column.name not in absent])
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
 
@@ -132,9 +150,16 @@ def open_to_append(path: str | Path) -> TextIO:
     A last line without its new line, which a killed run leaves, is cut off first.
     """
     with open(path, "ab+") as file:
-        file.seek(0)
-        whole = file.read().rfind(b"\n") + 1
-        os.truncate(file.fileno(), whole)
+        end = file.seek(0, os.SEEK_END)
+        while end:
+            begin = max(0, end - (1 << 20))
+            file.seek(begin)
+            found = file.read(end - begin).rfind(b"\n")
+            if found >= 0:
+                end = begin + found + 1
+                break
+            end = begin
+        os.truncate(file.fileno(), end)
     return open(path, "a", encoding="utf-8")
 
 
@@ -151,13 +176,25 @@ def read_traces(path: str | Path, chat: Chat | None = None, *, torn_tail: bool =
       PuzzleError: the file cannot be read, holds no trace, or a row is of no known form; names file, row and field.
     """
     path = Path(path)
-    rows = _jsonl_rows(path, torn_tail) if path.suffix == ".jsonl" else _parquet_rows(path)
-    traces = []
+    columns = (*_SCHEMA.names, *_TEXT_COLUMNS)
+    rows = jsonl_rows(path, torn_tail) if path.suffix == ".jsonl" else parquet_rows(path, columns)
+    traces: list[Trace] = []
+    speaking: list[str] = []
     for where, row in rows:
         try:
-            traces += _traces(row, chat)
+            for trace, speaks in _traces(row, chat):
+                traces.append(trace)
+                if speaks:
+                    speaking.append(where)
         except PuzzleError as error:
             raise PuzzleError(f"{where}: {error}") from None
+    if speaking:
+        warnings.warn(
+            f"{speaking[0]}: a control token such as <|return|> is written out in a text, and stays text "
+            f"({len(speaking)} of the file's {len(traces)} traces have some)",
+            PuzzleWarning,
+            stacklevel=2,
+        )
     if not traces and not torn_tail:
         raise PuzzleError(f"{path} holds no trace")
     return traces
@@ -175,13 +212,12 @@ def _row(trace: Trace) -> dict[str, Any]:
         "truncated": trace.truncated,
         "length": len(trace.prompt) + len(trace.completion),
     }
+    if trace.unscored is not None:
+        row["unscored"] = trace.unscored
     if trace.log_probs is not None:
         row["log_probs"] = list(trace.log_probs)
     if trace.experts is not None:
-        # The form of .npy files holds shape and type as well.
-        buffer = io.BytesIO()
-        np.save(buffer, trace.experts, allow_pickle=False)
-        row["experts"] = buffer.getvalue()
+        row["experts"] = array_bytes(trace.experts)
     return row
 
 
@@ -192,47 +228,21 @@ def _line(trace: Trace) -> str:
     return json.dumps(row) + "\n"
 
 
-def _jsonl_rows(path: Path, torn_tail: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise PuzzleError(f"{path} cannot be read as a JSONL file of traces: {error}") from None
-    # What follows the last new line is empty in a whole file.
-    for number, line in enumerate(lines[:-1] if torn_tail else lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise PuzzleError(f"{path}, line {number} is no valid JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise PuzzleError(f"{path}, line {number} holds a {type(row).__name__}, but must hold an object")
-        yield f"{path}, line {number}", row
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise PuzzleError(f"{path} cannot be read as a parquet file of traces: {error}") from None
-    for number, row in enumerate(table.to_pylist(), 1):
-        yield f"{path}, row {number}", row
-
-
-def _traces(row: dict[str, Any], chat: Chat | None) -> Iterator[Trace]:
-    """The traces of one row: one, or one per choice of a response."""
+def _traces(row: dict[str, Any], chat: Chat | None) -> Iterator[tuple[Trace, bool]]:
+    """The traces of one row: one, or one per choice of a response; and whether a control token is written out in it."""
     row = {name: value for name, value in row.items() if value is not None}
     effort = check_effort(_get(row, "effort" if "effort" in row else "reasoning_effort", str, "a text", "medium"))
     about = {
         "task": _get(row, "task", str, "a text", EXTERNAL),
         "effort": effort,
-        "problem_seed": _get(row, "seed", int, "a whole number", 0),
+        "problem_seed": _seed(row),
         "details": _details(row),
         "reward": _reward(row),
+        "unscored": _get(row, "unscored", str, "a text", "") or None,
     }
     answer = row.get("response", row.get("completion"))
     if not {"messages", "choices"} & set(row) and not isinstance(answer, str | Mapping):
-        yield _token_trace(row, chat, about)
+        yield _token_trace(row, chat, about), False
         return
     if chat is None:
         raise PuzzleError("the row is text, which needs a chat to become tokens, but none was given")
@@ -243,40 +253,34 @@ def _traces(row: dict[str, Any], chat: Chat | None) -> Iterator[Trace]:
 def _token_trace(row: dict[str, Any], chat: Chat | None, about: dict[str, Any]) -> Trace:
     prompt, completion = _tokens(row, "prompt"), _tokens(row, "completion")
     cut = chat is not None and not chat.stop_ids.intersection(completion)
-    log_probs = row.get("log_probs")
-    if log_probs is not None:
-        if not isinstance(log_probs, list) or not all(type(p) in (int, float) for p in log_probs):
-            raise PuzzleError("log_probs must be a list of numbers")
-        log_probs = tuple(map(float, log_probs))
+    experts = row.get("experts")
     return Trace(
         **about,
         prompt=prompt,
         completion=completion,
         truncated=_get(row, "truncated", bool, "true or false", cut),
-        log_probs=log_probs,
-        experts=_experts(row.get("experts")),
+        log_probs=_log_probs(row.get("log_probs")),
+        experts=None if experts is None else read_array(experts, "experts"),
     )
 
 
 def _text_trace(
     chat: Chat, messages: str | list[Any], answer: Mapping[str, Any], cut: bool, about: dict[str, Any]
-) -> Trace:
+) -> tuple[Trace, bool]:
     final = answer.get("content")
     if not isinstance(final, str) and not (final is None and cut):
-        raise PuzzleError(f"the answer's content is {final!r}, but must be a text")
+        raise PuzzleError(f"the answer's content is {shown(final)}, but must be a text")
     names = ("thinking", "reasoning_content", "reasoning")
     thought = next((answer[name] for name in names if answer.get(name) is not None), "")
     if not isinstance(thought, str):
-        raise PuzzleError(f"the answer's reasoning is {thought!r}, but must be a text")
+        raise PuzzleError(f"the answer's reasoning is {shown(thought)}, but must be a text")
     completion = chat.completion_tokens(thought, final or "", cut=cut)
     if not completion:
         raise PuzzleError("the answer was cut short before its first token, so that there is nothing to keep")
-    return Trace(
-        **about,
-        prompt=tuple(chat.prompt_tokens(messages, about["effort"])),
-        completion=tuple(completion),
-        truncated=cut,
-    )
+    prompt = chat.prompt_tokens(messages, about["effort"])
+    asked = [messages] if isinstance(messages, str) else [message["content"] for message in messages]
+    trace = Trace(**about, prompt=tuple(prompt), completion=tuple(completion), truncated=cut)
+    return trace, chat.speaks_of_control_tokens(*asked, thought, final or "")
 
 
 def _answers(row: dict[str, Any]) -> Iterator[tuple[str | list[Any], Mapping[str, Any], bool]]:
@@ -285,13 +289,15 @@ def _answers(row: dict[str, Any]) -> Iterator[tuple[str | list[Any], Mapping[str
     messages = row.get(name)
     if not (name == "prompt" and isinstance(messages, str)) and not _are_messages(messages):
         form = "a list of messages" if name == "messages" else "a text or a list of messages"
-        raise PuzzleError(f"{name} is {messages!r}, but must be {form}")
+        raise PuzzleError(f"{name} is {shown(messages)}, but must be {form}")
     response = row.get("response", row.get("completion"))
     choices = row.get("choices", response.get("choices") if isinstance(response, Mapping) else None)
     if choices is not None:
+        if choices == []:
+            raise PuzzleError("choices is an empty list, but must hold at least one answer")
         for choice in choices if isinstance(choices, list) else [choices]:
             if not isinstance(choice, Mapping) or not isinstance(choice.get("message"), Mapping):
-                raise PuzzleError(f"choices holds {choice!r}, but must hold objects with a message")
+                raise PuzzleError(f"choices holds {shown(choice)}, but must hold objects with a message")
             yield messages, choice["message"], choice.get("finish_reason") == "length"
         return
     cut = _get(row, "truncated", bool, "true or false", row.get("finish_reason") == "length")
@@ -310,7 +316,14 @@ def _are_messages(value: Any) -> TypeGuard[list[Any]]:
 def _get(row: dict[str, Any], name: str, kind: type, what: str, default: Any) -> Any:
     value = row.get(name, default)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise PuzzleError(f"{name} is {value!r}, but must be {what}")
+        raise PuzzleError(f"{name} is {shown(value)}, but must be {what}")
+    return value
+
+
+def _seed(row: dict[str, Any]) -> int:
+    value = _get(row, "seed", int, "a whole number", 0)
+    if not _fits(value):
+        raise PuzzleError(f"seed is {shown(value)}, but must be a whole number of at most 64 bits")
     return value
 
 
@@ -318,20 +331,35 @@ def _tokens(row: dict[str, Any], name: str) -> tuple[int, ...]:
     if name not in row:
         raise PuzzleError(f"the row has no field {name}, which every trace must have")
     tokens = row[name]
-    if not isinstance(tokens, list) or not tokens or not all(type(token) is int and token >= 0 for token in tokens):
-        raise PuzzleError(f"{name} must be a list of at least one token id")
+    if not isinstance(tokens, list) or not tokens:
+        raise PuzzleError(f"{name} must be a list of at least one token id, but is {shown(tokens)}")
+    for place, token in enumerate(tokens, 1):
+        if type(token) is not int or not 0 <= token <= LARGEST_TOKEN:
+            raise PuzzleError(f"{name} must be a list of at least one token id, but number {place} is {shown(token)}")
     return tuple(tokens)
+
+
+def _log_probs(value: Any) -> tuple[float, ...] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list):
+        raise PuzzleError(f"log_probs must be a list of numbers, but is {shown(value)}")
+    for place, number in enumerate(value, 1):
+        # NaN is not at most anything, and whole numbers may be larger than any float.
+        if not (type(number) is float or (type(number) is int and _fits(number))) or not number <= _ROUNDING:
+            raise PuzzleError(
+                f"log_probs must be a list of numbers, logarithms of probabilities and so at most 0, "
+                f"but number {place} is {shown(number)}"
+            )
+    return tuple(map(float, value))
 
 
 def _details(row: dict[str, Any]) -> dict[str, int]:
     value = row.get("details", {})
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise PuzzleError(f"details is no valid JSON: {error}") from None
-    if not isinstance(value, dict) or not all(type(number) is int for number in value.values()):
-        raise PuzzleError(f"details is {value!r}, but must hold whole numbers by name")
+        value = parse_json(value, "details")
+    if not isinstance(value, dict) or not all(type(number) is int and _fits(number) for number in value.values()):
+        raise PuzzleError(f"details is {shown(value)}, but must hold whole numbers of at most 64 bits by name")
     return value
 
 
@@ -339,15 +367,11 @@ def _reward(row: dict[str, Any]) -> float | None:
     value = row.get("reward")
     if value is None:
         return None
-    if not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise PuzzleError(f"reward is {value!r}, but must be a number from 0 to 1")
+    if type(value) not in (int, float) or not 0 <= value <= 1:
+        raise PuzzleError(f"reward is {shown(value)}, but must be a number from 0 to 1")
     return float(value)
 
 
-def _experts(value: Any) -> np.ndarray | None:
-    if value is None:
-        return None
-    try:
-        return np.load(io.BytesIO(value if isinstance(value, bytes) else base64.b64decode(value)), allow_pickle=False)
-    except (ValueError, TypeError, EOFError) as error:
-        raise PuzzleError(f"experts is no array in the form of .npy files: {error}") from None
+def _fits(number: int) -> bool:
+    """Whether parquet's whole numbers can hold it."""
+    return -(2**63) <= number < 2**63

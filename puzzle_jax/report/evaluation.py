@@ -5,7 +5,7 @@ The same tables are printed in the terminal (rich) and written as markdown, from
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,8 +71,7 @@ class EvaluationReport:
         parts = ["# Evaluation"]
         for section in self.sections():
             parts.append(f"## {section.title}")
-            lines = [f"| {' | '.join(section.heading)} |", f"|---|{'---:|' * (len(section.heading) - 1)}"]
-            lines += [f"| {' | '.join(row)} |" for row in section.rows]
+            lines = [_row(section.heading), f"|---|{'---:|' * (len(section.heading) - 1)}", *map(_row, section.rows)]
             parts += ["\n".join(lines), *section.remarks]
         parts += self.verdicts()
         if self.evaluation["points"]:
@@ -107,8 +106,17 @@ class EvaluationReport:
             "Answers",
             ["", "accuracy", *first["tasks"], "mean tokens", quantiles, "truncated"],
             rows,
-            (f"{asked} problems per effort and model; intervals of 95%; {quantiles} are quantiles of tokens.",),
+            (
+                f"{asked} problems per effort and model; intervals of 95%; {quantiles} are quantiles of tokens.",
+                *self._unscored(),
+            ),
         )
+
+    def _unscored(self) -> Iterator[str]:
+        for name, efforts in self.evaluation["summaries"].items():
+            count = sum(summary["all"].get("unscored", 0) for summary in efforts.values())
+            if count:
+                yield f"{count} answers of {name} could not be scored and count as wrong."
 
     def _differences(self) -> Section:
         rows = []
@@ -237,3 +245,8 @@ def _range(estimate: Mapping[str, Any], form: str) -> str:
         return "-"
     low, high = (form.format(x) if x is not None else "?" for x in (estimate["low"], estimate["high"]))
     return f"{form.format(estimate['value'])} ({low} to {high})"
+
+
+def _row(cells: Sequence[str]) -> str:
+    """Of a Markdown table."""
+    return f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |"

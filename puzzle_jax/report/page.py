@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from puzzle_jax.errors import PuzzleError
 from puzzle_jax.files import read_object
 from puzzle_jax.report import search_figures as figures
 from puzzle_jax.report.table import SearchReport
@@ -114,7 +115,11 @@ class SearchPage:
 def stage_records(run: Path, directories: Sequence[tuple[str, str]]) -> dict[str, Mapping[str, Any]]:
     """stage.json of every stage that has one, by name; `directories` are (stage, directory)."""
     paths = {name: run / directory / "stage.json" for name, directory in directories}
-    return {name: read_object(path) for name, path in paths.items() if path.is_file()}
+    found: dict[str, Mapping[str, Any]] = {name: read_object(path) for name, path in paths.items() if path.is_file()}
+    for name, record in found.items():
+        if not isinstance(record.get("seconds"), int | float) or "jax" not in record:
+            raise PuzzleError(f"{paths[name]} has no seconds or no jax, but is the record of a stage; run it again")
+    return found
 
 
 def _told(step: Mapping[str, Any]) -> str:

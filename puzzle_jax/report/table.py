@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 BAR = 32  # characters of a layer's bar, at most
 
@@ -44,13 +45,18 @@ class SearchReport:
             ["predicted KL", *(f"{e['predicted_kl']:.4f}" for e in entries)],
             ["held-out KL", *(f"{e['heldout']['kl']:.4f} ±{e['heldout']['kl_se']:.4f}" for e in entries)],
         ]
-        for effort in self.efforts:
+        for effort in self.measured_efforts:
             of_effort = [e["efforts"][effort] for e in entries]
             rows.append([f"accuracy, {effort}", *(f"{x['accuracy']:.1%} ±{x['accuracy_se']:.1%}" for x in of_effort)])
             rows.append([f"  mean tokens, {effort}", *(f"{x['mean_tokens']:.1f}" for x in of_effort)])
         rows.append(["meets the target", *("no" if e["missed"] else "yes" for e in entries)])
         rows[-1][1] = "-"
         return ["", *(name.replace("_", " ") for name in names)], rows
+
+    @property
+    def measured_efforts(self) -> list[str]:
+        """Efforts at which accuracy was measured: none where the search had no task."""
+        return [effort for effort in self.efforts if all(effort in e["efforts"] for e in self.evaluation.values())]
 
     def _scenario_rows(self, scenario: Mapping[str, Any]) -> list[list[str]]:
         """Bytes, batches where they are open, and speeds; told apart by name where there are several scenarios."""
@@ -90,13 +96,14 @@ class SearchReport:
         return found
 
     def caption(self) -> str:
-        """What the scenarios are."""
-        return "; ".join(
+        """What the scenarios are, and what was not measured."""
+        scenarios = "; ".join(
             "scenario {name}: {together} of {input_tokens} input and {output_tokens} output tokens together".format(
                 together="as many requests as fit" if s["batch"] is None else f"{s['batch']} requests", **s
             )
             for s in self.scenarios
         )
+        return scenarios if self.measured_efforts else f"{scenarios}; accuracy was not measured, since there is no task"
 
     def show(self, console: Console) -> None:
         """Prints the table, the layers, and where the child is."""
@@ -112,7 +119,8 @@ class SearchReport:
             console.print(line, highlight=False)
         for line in self.layers():
             console.print(line, highlight=False)
-        console.print(f"The child is saved in [bold]{self.child}[/bold]", highlight=False, soft_wrap=True)
+        where = Text.assemble("The child is saved in ", (str(self.child), "bold"))
+        console.print(where, highlight=False, soft_wrap=True)
 
     def markdown(self) -> str:
         """The same as text for a file."""

@@ -11,7 +11,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from puzzle_jax.cli import enable_compilation_cache, guarded
+from puzzle_jax.commands import enable_compilation_cache, guarded
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,19 +19,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if tool := _tool(arguments):
         return importlib.import_module(tool).main(arguments[1:])
-    from puzzle_jax.search.assist import assist
     from puzzle_jax.search.pipeline import STAGES, Search
     from puzzle_jax.search.processes import Team
     from puzzle_jax.search.recipe_file import parse_recipe
+    from puzzle_jax.search.worker import run_worker
 
     prog = "python -m puzzle_jax.search"
 
     def run() -> None:
         stage, recipe = parse_recipe(arguments, prog, STAGES)
         enable_compilation_cache()
-        with Team.join(recipe.mesh.processes, recipe.mesh.devices) as team:
+        with Team.join(recipe.mesh.processes, recipe.mesh.devices, program=prog) as team:
             if team.index:
-                assist(recipe, team)
+                run_worker(recipe, team)
                 return
             search = Search(recipe, team=team)
             if stage == "all":

@@ -6,8 +6,10 @@ Quality is that of views on the parent; speed is that of cut models, the child's
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,11 @@ from rich.console import Console
 
 from puzzle_jax.convert_hf.load import load_checkpoint
 from puzzle_jax.convert_hf.table import tensor_bytes
-from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions
+from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions, unscored_note
+from puzzle_jax.evaluate.journal import journaled_answers
 from puzzle_jax.evaluate.summary import by_effort
 from puzzle_jax.evaluate.throughput import measure_throughput
+from puzzle_jax.files import read_object, write_beside
 from puzzle_jax.generate.traces import Trace
 from puzzle_jax.model.child import Child, cut_params
 from puzzle_jax.model.network import to_compute
@@ -42,6 +46,8 @@ class Judge:
       mesh: where the parameters are.
       console: where progress goes.
       team: processes that share the scoring of whole children.
+      kept: directory of what a killed run had measured, which is not measured again.
+      identity: of the parent and of all that its numbers depend on.
     """
 
     parent: Parent
@@ -49,6 +55,8 @@ class Judge:
     mesh: Mesh | None
     console: Console
     team: Team
+    kept: Path
+    identity: str
 
     def divergence(self, children: Sequence[Child], traces: Sequence[Trace], what: str) -> Measurements:
         """KL of whole children on traces."""
@@ -61,16 +69,21 @@ class Judge:
                 mesh=self.mesh,
                 on_done=advance,
                 team=self.team,
+                kept=self.kept,
+                identity=self.identity,
             )
 
     def accuracy(self, children: Mapping[str, Child]) -> dict[str, dict[str, Any]]:
-        """Accuracy and tokens by model and effort, answers being greedy."""
+        """Accuracy and tokens by model and effort, answers being greedy; nothing without tasks."""
         traces, settings = self.recipe.traces, self.recipe.evaluate
+        if not traces.tasks:
+            return {name: {} for name in children}
         questions = QuestionSet(traces.tasks, traces.efforts, settings.problems, "accuracy", settings.seed)
         found = {}
         with progress(self.console, "accuracy", len(children) * len(questions.questions())) as advance:
             for name, child in children.items():
-                answers = answer_questions(
+                ask = partial(
+                    answer_questions,
                     self.parent.params,
                     child.viewed,
                     self.parent.chat,
@@ -79,8 +92,15 @@ class Judge:
                     slots=traces.batch_size,
                     view=child.view,
                     mesh=self.mesh,
-                    on_answer=lambda *_: advance(1),
                 )
+                answers = journaled_answers(
+                    self.kept / f"{name}.jsonl",
+                    questions.questions(),
+                    lambda skip, on_answer, ask=ask: ask(skip=skip, on_answer=on_answer),
+                    on_answers=advance,
+                )
+                if note := unscored_note(answers):
+                    self.console.print(f"{name}: {note}", highlight=False, soft_wrap=True)
                 found[name] = {effort: asdict(value) for effort, value in by_effort(answers, questions.efforts).items()}
         return found
 
@@ -101,6 +121,10 @@ class Judge:
         found = {}
         with progress(self.console, "throughput", rounds * len(self.recipe.scenarios)) as advance:
             for scenario in self.recipe.scenarios:
+                file = self.kept / f"speeds-{scenario.name}.json"
+                if file.is_file():
+                    found[scenario.name] = read_object(file)
+                    continue
                 speeds = measure_throughput(
                     models,
                     batch={name: candidate.batches[scenario.name] for name, candidate in candidates.items()},
@@ -113,6 +137,8 @@ class Judge:
                     name: {"tokens_per_second": s.median, "low": s.low, "high": s.high, "rounds": s.rounds}
                     for name, s in speeds.items()
                 }
+                self.kept.mkdir(exist_ok=True)
+                write_beside(file, json.dumps(found[scenario.name]).encode())
         return found
 
     def compare(

@@ -18,15 +18,16 @@ Left out: batches that change while they run, and what no sub-block owns (schedu
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from puzzle_jax.config import BlockConfig, ModelConfig, cache_slots
 from puzzle_jax.convert_hf.table import Form, bytes_by_part, parameters
-from puzzle_jax.errors import ConfigError, PuzzleError
+from puzzle_jax.errors import ConfigError, PuzzleError, shown
+from puzzle_jax.files import read_json
 from puzzle_jax.search.batches import candidate_batches, largest_batch, memory_bytes
 from puzzle_jax.search.provider import Memory, Provider, Seconds, Times
 from puzzle_jax.search.scenario import Scenario
@@ -49,6 +50,9 @@ class ExpertCosts:
     parameters: int
     seconds: Mapping[str, Seconds]
 
+    def __post_init__(self) -> None:
+        _check_counts(weight_bytes=self.weight_bytes, parameters=self.parameters)
+
 
 @dataclass(frozen=True)
 class AttentionCosts:
@@ -61,6 +65,9 @@ class AttentionCosts:
 
     kv_bytes: Mapping[str, int]
     seconds: Mapping[str, Seconds]
+
+    def __post_init__(self) -> None:
+        _check_counts(**{f"kv_bytes.{name}": value for name, value in self.kv_bytes.items()})
 
 
 @dataclass(frozen=True)
@@ -97,6 +104,10 @@ class Costs:
     room_bytes: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        _check_counts(shared_bytes=self.shared_bytes, shared_parameters=self.shared_parameters)
+        _check_counts(**{f"room_bytes.{name}": value for name, value in self.room_bytes.items()})
+        for name, batches in self.batches.items():
+            _check_counts(**{f"batches.{name}.{place}": batch for place, batch in enumerate(batches)})
         for scenario in self.scenarios:
             for name in ("batches", "room_bytes"):
                 if scenario.batch is None and not getattr(self, name).get(scenario.name):
@@ -255,27 +266,30 @@ class Costs:
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> Costs:
-        """The inverse of `to_json`; raises KeyError, TypeError or ValueError where the form is another."""
+        """The inverse of `to_json`; raises KeyError, TypeError, ValueError or AttributeError where the form is another,
+        and ConfigError, naming the place, for a number that is none of its kind."""
+
+        def experts(layer: int, count: str, costs: Mapping[str, Any]) -> ExpertCosts:
+            with _of(f"layer {layer}, expert count {count}"):
+                return ExpertCosts(costs["weight_bytes"], costs["parameters"], _seconds_from_json(costs["seconds"]))
+
+        def attention(layer: int, window: str, costs: Mapping[str, Any]) -> AttentionCosts:
+            with _of(f"layer {layer}, window {window}"):
+                return AttentionCosts(dict(costs["kv_bytes"]), _seconds_from_json(costs["seconds"]))
+
         return Costs(
             provider=value["provider"],
             device=value["device"],
             scenarios=tuple(Scenario(**scenario) for scenario in value["scenarios"]),
             layers=tuple(
                 LayerCosts(
-                    experts={
-                        int(count): ExpertCosts(
-                            costs["weight_bytes"], costs["parameters"], _seconds_from_json(costs["seconds"])
-                        )
-                        for count, costs in layer["experts"].items()
-                    },
+                    experts={int(count): experts(i, count, costs) for count, costs in layer["experts"].items()},
                     attention={
-                        None if window == "full" else int(window): AttentionCosts(
-                            dict(costs["kv_bytes"]), _seconds_from_json(costs["seconds"])
-                        )
+                        None if window == "full" else int(window): attention(i, window, costs)
                         for window, costs in layer["attention"].items()
                     },
                 )
-                for layer in value["layers"]
+                for i, layer in enumerate(value["layers"])
             ),
             fixed=_seconds_from_json(value["fixed"]),
             shared_bytes=value["shared_bytes"],
@@ -318,9 +332,8 @@ def compute_costs(
     counts_of = [{b.num_experts, *space.expert_counts(layer)} for layer, b in enumerate(config.blocks)]
     counts = sorted(set.union(*counts_of))
     windows = sorted({w for layer in space.windows for w in layer}, key=lambda w: (w is None, w))
-    sizes = {count: _mixture_size(config, count, form) for count in counts}
-    smallest = config.with_blocks(tuple(BlockConfig(counts[0]) for _ in config.blocks))
-    shared_bytes = bytes_by_part(smallest, form).total - config.num_layers * sizes[counts[0]][0]
+    sizes = {count: mixture_size(config, count, form) for count in counts}
+    shared_bytes, shared_parameters = shared_size(config, form)
 
     def fitting(scenario: Scenario) -> tuple[int, ...]:
         """Batches up to those of the parent and of the smallest architecture."""
@@ -376,7 +389,7 @@ def compute_costs(
         ),
         fixed={key: found.fixed for key, found in times.items()},
         shared_bytes=shared_bytes,
-        shared_parameters=parameters(smallest) - config.num_layers * sizes[counts[0]][1],
+        shared_parameters=shared_parameters,
         batches=batches,
         room_bytes={name: memory.room_bytes(s) for s in scenarios if (name := s.name) in batches and memory},
     )
@@ -390,18 +403,42 @@ def kv_bytes(config: ModelConfig, window: int | None, scenario: Scenario) -> int
 
 def read_costs(path: Path) -> Costs:
     """Reads a costs.json, ours or one that was timed elsewhere; raises `PuzzleError` where it is none."""
+    value = read_json(Path(path))
     try:
-        return Costs.from_json(json.loads(Path(path).read_text()))
+        return Costs.from_json(value)
     except PuzzleError as error:
         raise PuzzleError(f"{path}: {error}") from error
     except KeyError as error:
-        raise PuzzleError(f"{path} has no field {error.args[0]!r} where costs need it") from error
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise PuzzleError(f"{path} has no field {shown(error.args[0])} where costs need it") from error
+    except (ValueError, TypeError, AttributeError, IndexError) as error:
         raise PuzzleError(f"{path} cannot be read as costs: {error}") from error
 
 
-def _mixture_size(config: ModelConfig, count: int, form: Form) -> tuple[int, int]:
-    """Bytes and parameters of one layer's experts and router."""
+@contextmanager
+def _of(place: str) -> Iterator[None]:
+    """Names the place in the message of a `ConfigError`."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}") from None
+
+
+def _check_counts(**values: Any) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
+            raise ConfigError(f"{name} is {shown(value)}, but must be a whole number of at least 0, below 2^63")
+
+
+def shared_size(config: ModelConfig, form: Form) -> tuple[int, int]:
+    """Bytes and parameters of what all architectures share (attention, norms, embedding, head), exact."""
+    one = config.with_blocks(tuple(BlockConfig(config.experts_per_token) for _ in config.blocks))
+    layer_bytes, layer_parameters = mixture_size(config, config.experts_per_token, form)
+    layers = config.num_layers
+    return bytes_by_part(one, form).total - layers * layer_bytes, parameters(one) - layers * layer_parameters
+
+
+def mixture_size(config: ModelConfig, count: int, form: Form) -> tuple[int, int]:
+    """Bytes and parameters of one layer's experts and router, exact."""
     one, two = (config.with_blocks((BlockConfig(c), *config.blocks[1:])) for c in (count, 2 * count))
     layer = bytes_by_part(one, form).layers[0]
     return layer.experts + layer.router, parameters(two) - parameters(one)

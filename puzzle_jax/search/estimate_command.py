@@ -14,21 +14,23 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from puzzle_jax.cli import guarded
+from puzzle_jax.commands import Parser, guarded
+from puzzle_jax.consoles import plain_console
 from puzzle_jax.convert_hf.config_json import parse_config, parse_form
 from puzzle_jax.convert_hf.describe import config_path
 from puzzle_jax.convert_hf.tensor_files import read_json
-from puzzle_jax.errors import PuzzleError
+from puzzle_jax.errors import PuzzleError, shown
+from puzzle_jax.files import parse_json, read_text
 from puzzle_jax.search.assumptions import DEFAULT, read_assumptions
 from puzzle_jax.search.deployments import get_scenario, scenario_names
 from puzzle_jax.search.estimate import Architecture, Comparison, Estimate, compare
-from puzzle_jax.search.library import Number
+from puzzle_jax.search.library import Number, is_number
 from puzzle_jax.search.roofline import PARTS, Roofline
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line and prints the estimates; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m puzzle_jax.search estimate", description="How fast a model would serve, beside another."
     )
     parser.add_argument("--model", type=Path, help="a checkpoint directory or a config.json")
@@ -38,11 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--routing", type=Path, help="a JSON list: relative loads of a layer's experts, largest first")
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.add_argument("--list", action="store_true", help="names of usual scenarios")
-    try:
-        settings = parser.parse_args(arguments)
-    except SystemExit as error:
-        return int(error.code or 0)
-    return guarded(parser.prog, lambda: _run(settings))
+    return guarded(parser.prog, lambda: _run(parser.parse_args(arguments)))
 
 
 def _run(settings: argparse.Namespace) -> None:
@@ -60,7 +58,7 @@ def _run(settings: argparse.Namespace) -> None:
         print(json.dumps(values[0] if len(values) == 1 else values, indent=2))
     else:
         for comparison in found:
-            show(comparison, Console())
+            show(comparison, plain_console())
 
 
 def read_architecture(path: Path) -> Architecture:
@@ -109,8 +107,10 @@ def _seconds(estimate: Estimate, kind: str) -> float:
 def _read_profile(path: Path | None) -> tuple[float, ...] | None:
     if path is None:
         return None
-    try:
-        loads: Any = json.loads(path.read_text())
-        return tuple(float(load) for load in loads)
-    except (OSError, ValueError, TypeError) as error:
-        raise PuzzleError(f"{path} cannot be read as a list of loads: {error}") from error
+    loads: Any = parse_json(read_text(path), str(path))
+    if not isinstance(loads, list) or not loads:
+        raise PuzzleError(f"{path} holds {shown(loads)}, but must hold a list of loads")
+    for place, load in enumerate(loads):
+        if not is_number(load) or not 0 <= load <= 1e300:
+            raise PuzzleError(f"{path}: load {place} is {shown(load)}, but must be a finite number of at least 0")
+    return tuple(map(float, loads))

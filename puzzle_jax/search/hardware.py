@@ -6,8 +6,11 @@ of the figure that makers print. Latency and launch are no data-sheet figures, b
 8 x H100 sum a small tensor in 6 to 9 us (sglang, pull request 2904); kernels of a captured CUDA graph follow each other
 at about 2 us; one program of XLA on a TPU spends about half of that.
 
-Sources: NVIDIA data sheets of A100 80GB SXM, H100 SXM5, H200 SXM, HGX B200; Google Cloud TPU documentation
-(docs.cloud.google.com/tpu/docs/v5e, v5p, v6e); the memory of NVIDIA devices by nvidia-smi. No JAX here.
+Cards without NVLink sum over PCIe, through the host where the driver allows no direct way: their latency is a guess.
+
+Sources: NVIDIA data sheets of A100 80GB SXM, H100 SXM5, H200 SXM, HGX B200 and L4, and NVIDIA's description of the Ada
+architecture for the RTX 4090; Google Cloud TPU documentation (docs.cloud.google.com/tpu/docs/v5e, v5p, v6e); the memory
+of NVIDIA devices by nvidia-smi. No JAX here.
 """
 
 from __future__ import annotations
@@ -67,6 +70,10 @@ HARDWARE = {
         Hardware("h200", 143_771 * _MIB, 4.8e12, 989.4e12, 1978.9e12, 450e9, 6e-6, 2e-6),
         # 178.35 GiB; 8 TB/s (7.67 by bus width and clock); 2,250 TFLOP/s, FP8 4,500; NVLink 5: 1.8 TB/s both ways.
         Hardware("b200", 178.35 * _GIB, 8.0e12, 2250e12, 4500e12, 900e9, 6e-6, 2e-6),
+        # 23,034 MiB; 300 GB/s; 121 TFLOP/s, FP8 242.5; PCIe 4 x16.
+        Hardware("l4", 23_034 * _MIB, 300e9, 121e12, 242.5e12, 32e9, 20e-6, 3e-6),
+        # 24,564 MiB; 1,008 GB/s; 165.2 TFLOP/s, FP8 330.3, both summed in float32; PCIe 4 x16.
+        Hardware("rtx4090", 24_564 * _MIB, 1.008e12, 165.2e12, 330.3e12, 32e9, 20e-6, 3e-6),
         # 16 GB; 819 GB/s; 197 TFLOP/s, no FP8; ICI 400 GB/s both ways over all ports.
         Hardware("tpu-v5e", 16e9, 819e9, 197e12, 197e12, 200e9, 5e-6, 1e-6),
         # 95 GiB; 2,765 GB/s; 459 TFLOP/s, FP8 the same; ICI 1,200 GB/s both ways.

@@ -19,20 +19,25 @@ skipped (`search.stages`). Costs come first: a target that cannot be reached is 
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import jax
 from rich.console import Console
+from rich.text import Text
 from safetensors.numpy import load_file, save_file
 
+from puzzle_jax.commands import mendable
+from puzzle_jax.consoles import plain_console
 from puzzle_jax.convert_hf.export import export_child
-from puzzle_jax.errors import PuzzleError
-from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions
+from puzzle_jax.errors import ConfigError, PuzzleError, PuzzleWarning
+from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions, unscored_note
+from puzzle_jax.evaluate.journal import journaled_answers
+from puzzle_jax.files import read_json
 from puzzle_jax.generate.batches import micro_batches
 from puzzle_jax.generate.calibrate import calibrate_cache
 from puzzle_jax.generate.traces import Trace, read_traces, write_traces
@@ -42,25 +47,23 @@ from puzzle_jax.progress import progress
 from puzzle_jax.report.page import SearchPage, stage_records
 from puzzle_jax.report.table import SearchReport
 from puzzle_jax.runs import open_run
-from puzzle_jax.search.assist import open_parent
 from puzzle_jax.search.baselines import all_baselines
 from puzzle_jax.search.compare import Judge
 from puzzle_jax.search.costs import Costs, compute_costs, read_costs
-from puzzle_jax.search.deal import deal_traces
 from puzzle_jax.search.external import read_external
 from puzzle_jax.search.frontier import frontier, speedup, uniform_frontier
 from puzzle_jax.search.measured import Measured, device_identity
 from puzzle_jax.search.problem import Candidate, Problem, Scores
 from puzzle_jax.search.processes import Team
 from puzzle_jax.search.provider import Provider
-from puzzle_jax.search.rank import METHODS, Ranking, rank_experts
+from puzzle_jax.search.rank import METHODS, KeptSums, Ranking, rank_experts
 from puzzle_jax.search.recipe import Recipe
 from puzzle_jax.search.refine import Pool, refine
 from puzzle_jax.search.refinement import Refinement
 from puzzle_jax.search.replace import ReplaceOne, child_choices
 from puzzle_jax.search.roofline import Roofline
 from puzzle_jax.search.routing import routing_profile
-from puzzle_jax.search.score import Measurements
+from puzzle_jax.search.score import Measurements, longest_context
 from puzzle_jax.search.scores_file import scores_from_json, scores_to_json
 from puzzle_jax.search.scoring import SpaceScorer
 from puzzle_jax.search.space import (
@@ -69,14 +72,21 @@ from puzzle_jax.search.space import (
     candidate_counts,
     candidate_windows,
     distinct_choices,
+    narrower_windows,
     restrict,
 )
-from puzzle_jax.search.stages import Stage, run_stage
+from puzzle_jax.search.split import split_traces
+from puzzle_jax.search.stages import Stage, edited_output, run_stage
+from puzzle_jax.search.worker import open_parent
 from puzzle_jax.search.xla_costs import Xla
+from puzzle_jax.tasks import get_task
 
 STAGES = ("cost", "trace", "rank", "recost", "score", "solve", "refine", "assemble", "evaluate", "report")
 DIRECTORIES = {"trace": "traces", "assemble": "child"}
 """Of the stages that do not write into one of their own name."""
+
+Windows = tuple[tuple[int | None, ...], ...]
+"""Of every layer, the parent's own first."""
 
 TRACE_SETS = ("calibration", "validation", "confirmation", "heldout")
 
@@ -87,7 +97,7 @@ class Search:
     Args:
       recipe: all settings.
       console: where progress and tables go.
-      team: of which this is the first process.
+      team: of which this is the primary process.
 
     Raises `PuzzleError` at once for a parent that cannot be used, a run directory that holds something else, or a
     target that no architecture can reach by its bytes.
@@ -95,8 +105,7 @@ class Search:
 
     def __init__(self, recipe: Recipe, console: Console | None = None, team: Team | None = None) -> None:
         self.recipe, self.team = recipe, team or Team()
-        # Where the output is no terminal, nobody knows its width; the table needs about this much.
-        self.console = console or Console(width=None if sys.stdout.isatty() else 150)
+        self.console = console or plain_console(width=150)
         self.parent = open_parent(recipe)
         config, space = self.parent.config, recipe.space
         counts = candidate_counts(
@@ -104,16 +113,51 @@ class Search:
         )
         windows = candidate_windows(config, space.windows)
         self.counts, self.windows = restrict([counts] * config.num_layers, windows, space.restrict)
+        self._check_questions()
+        longest = max(recipe.scenarios, key=lambda scenario: scenario.context_tokens)
+        self.windows, left_out = narrower_windows(self.windows, longest.context_tokens)
+        if left_out := sorted({*left_out, *(w for w in space.windows if w >= config.max_position)}, reverse=True):
+            _warn(
+                f"space.windows: {_listed(left_out)} left out, since scenario {longest.name!r} never has more than "
+                f"{longest.context_tokens} tokens in a request, which such a window covers"
+            )
         self.run = open_run(recipe.run, {"kind": "search", "parent": self.parent.fingerprint})
+        self.kept = self.run  # of the stage that runs
+
+    def _judged_by(self) -> dict[str, str]:
+        """What problems and scores depend on, by task."""
+        return {task: get_task(task).identity for task in self.recipe.traces.tasks}
+
+    def _check_questions(self) -> None:
+        """Raises `ConfigError` for tasks that do not exist, and where nothing says what the parent is asked."""
+        for task in self.recipe.traces.tasks:
+            get_task(task)
+        if not self.recipe.traces.tasks and self.recipe.traces.file is None:
+            raise ConfigError(
+                "traces.tasks is empty and traces.file is null, but a search needs problems to ask the parent, or its "
+                "answers"
+            )
 
     def execute(self, stage: str) -> Stage:
         """Runs one stage, or skips it when nothing changed.
 
         Raises `PuzzleError` when an earlier stage has not been run.
         """
-        done: Stage = getattr(self, f"_{stage}")()
+        try:
+            done: Stage = getattr(self, f"_{stage}")()
+        except PuzzleError:
+            raise
+        except Exception as error:
+            # What was edited is taken as it is; where it cannot be used, that is no bug of ours.
+            edited = edited_output(self.run)
+            if edited is None or mendable(error) is not None:
+                raise
+            raise PuzzleError(
+                f"stage {stage!r} cannot use {edited}, which was changed after its stage wrote it "
+                f"({type(error).__name__}: {error}); move {edited.parent} away to run that stage again"
+            ) from error
         what = "unchanged, skipped" if done.skipped else f"{done.seconds:.1f} s"
-        self.console.print(f"[bold]{stage:<9}[/bold] {what}")
+        self.console.print(Text.assemble((f"{stage:<9}", "bold"), f" {what}"))
         return done
 
     def execute_all(self) -> None:
@@ -137,27 +181,42 @@ class Search:
 
         def produce(out: Path) -> None:
             if external:
-                costs = read_external(external, self._nominal_space(), self.recipe.scenarios)
+                space = self._nominal_space(self.windows)
+                costs = read_external(external, space, self.recipe.scenarios, self.parent.description.form)
             else:
                 with progress(self.console, "timing blocks", None) as advance:
                     costs = self._computed(self._provider(lambda _, turns: advance(1, turns)))
             _write(out / "costs.json", costs.to_json())
 
         inputs = [self.parent.directory / "config.json", *([external] if external else [])]
-        done = run_stage(self.run, "cost", settings, inputs, produce)
+        done = self._run("cost", settings, inputs, produce)
         self._check_target()
         return done
 
     def _trace(self) -> Stage:
+        file = self.recipe.traces.file
+        done = self._asked_traces() if file is None else self._given_traces(file)
+        longest = longest_context(self.traces("calibration"))
+        evidenced, left_out = narrower_windows(self.windows, longest)
+        if left_out:
+            _warn(
+                f"space.windows: {_listed(left_out)} left out, since the longest calibration trace has only "
+                f"{longest + 1} tokens, which is no evidence of what such a window costs"
+            )
+        if evidenced != self.windows:
+            self._check_target()
+        return done
+
+    def _asked_traces(self) -> Stage:
+        """The sets of traces from problems that the parent is asked."""
         settings = self.recipe.traces
-        if settings.file is not None:
-            return self._given_traces(settings.file)
 
         def produce(out: Path) -> None:
             sets = {name: self._questions(name) for name in TRACE_SETS}
             with progress(self.console, "answering", sum(len(s.questions()) for s in sets.values())) as advance:
                 for name, questions in sets.items():
-                    answers = answer_questions(
+                    ask = partial(
+                        answer_questions,
                         self.parent.params,
                         self.parent.config,
                         self.parent.chat,
@@ -166,11 +225,19 @@ class Search:
                         temperature=settings.temperature,
                         slots=settings.batch_size,
                         mesh=self.parent.mesh,
-                        on_answer=lambda *_: advance(1),
                     )
+                    answers = journaled_answers(
+                        self.kept / f"{name}.jsonl",
+                        questions.questions(),
+                        lambda skip, on_answer, ask=ask: ask(skip=skip, on_answer=on_answer),
+                        on_answers=advance,
+                    )
+                    if note := unscored_note(answers):
+                        self.console.print(f"{name}: {note}", highlight=False, soft_wrap=True)
                     write_traces(out / f"{name}.parquet", answers)
 
-        return self._stage("trace", asdict(settings), [], produce, directory="traces")
+        asked = {**self.recipe.section("traces"), "judged_by": self._judged_by()}
+        return self._stage("trace", asked, [], produce, directory="traces")
 
     def _given_traces(self, file: Path) -> Stage:
         """The sets of traces from the user's own file."""
@@ -179,17 +246,10 @@ class Search:
 
         def produce(out: Path) -> None:
             traces = read_traces(file, self.parent.chat)
-            for name, of_set in deal_traces(traces, shares, self.parent.config, file, settings.seed).items():
+            for name, of_set in split_traces(traces, shares, self.parent.config, file, settings.seed).items():
                 write_traces(out / f"{name}.parquet", of_set)
 
-        return run_stage(
-            self.run,
-            "trace",
-            {**shares, "seed": settings.seed},
-            [file, self.parent.directory],
-            produce,
-            directory="traces",
-        )
+        return self._run("trace", {**shares, "seed": settings.seed}, [file, self.parent.directory], produce, "traces")
 
     def _rank(self) -> Stage:
         def produce(out: Path) -> None:
@@ -201,6 +261,7 @@ class Search:
                     batches,
                     on_batch=lambda: advance(1),
                     mesh=self.parent.mesh,
+                    kept=KeptSums(self.kept / "sums.safetensors"),
                 )
             save_file({**ranking.scores, "routed": ranking.routed}, out / "ranking.safetensors")
             half = self.parent.config.blocks[0].num_experts // 2
@@ -214,7 +275,7 @@ class Search:
         def produce(out: Path) -> None:
             costs = read_costs(self._needed("cost/costs.json"))
             if costs.provider == "roofline" and self.recipe.external_costs is None:
-                loads = json.loads(self._needed("rank/routing.json").read_text())
+                loads = read_json(self._needed("rank/routing.json"))
                 costs = self._computed(Roofline(profile=tuple(loads)))
             _write(out / "costs.json", costs.to_json())
 
@@ -239,7 +300,7 @@ class Search:
         settings = {
             **self.recipe.section("score"),
             "counts": self.counts,
-            "windows": self.windows,
+            "windows": self.evidenced_windows,
             "seed": self.recipe.traces.seed,
             "target": self.recipe.section("target") if adaptive else None,
         }
@@ -273,7 +334,7 @@ class Search:
         settings = {name: self.recipe.section(name) for name in ("refine", "score", "solve", "target", "child")}
 
         def produce(out: Path) -> None:
-            solutions = json.loads(self._needed("solve/solutions.json").read_text())
+            solutions = read_json(self._needed("solve/solutions.json"))
             chosen = Candidate.from_json(solutions["pool"][solutions["chosen"]])
             options = self.recipe.refine
             around = Refinement(self)
@@ -309,9 +370,11 @@ class Search:
         return self._stage("assemble", {"child": self.recipe.section("child")}, inputs, produce, directory="child")
 
     def _evaluate(self) -> Stage:
+        traces = self.recipe.section("traces")
         settings = {
             **self.recipe.section("evaluate"),
-            "traces": self.recipe.section("traces"),
+            "questions": {name: traces[name] for name in ("tasks", "efforts", "max_tokens", "batch_size")},
+            "judged_by": self._judged_by(),
             "scenarios": self._scenarios,
             "own": self.recipe.section("child"),
             "device": device_identity(),
@@ -330,7 +393,7 @@ class Search:
 
     def _report(self) -> Stage:
         report = SearchReport(
-            json.loads(self._needed("evaluate/evaluation.json").read_text()),
+            read_json(self._needed("evaluate/evaluation.json")),
             self.recipe.traces.efforts,
             self._scenarios,
             self.recipe.run / "child",
@@ -340,16 +403,15 @@ class Search:
         def produce(out: Path) -> None:
             self._page(report).write(out)
 
-        done = run_stage(self.run, "report", {}, [self._needed(path) for path in inputs], produce)
+        done = self._run("report", {}, [self._needed(path) for path in inputs], produce)
         report.show(self.console)
-        self.console.print(
-            f"Figures and stages: [bold]{self.recipe.run / 'report/report.html'}[/bold]", highlight=False
-        )
+        where = Text.assemble("Figures and stages: ", (str(self.recipe.run / "report/report.html"), "bold"))
+        self.console.print(where, highlight=False)
         return done
 
     def _page(self, report: SearchReport) -> SearchPage:
         contents = {
-            name: json.loads(self._needed(path).read_text())
+            name: read_json(self._needed(path))
             for name, path in (
                 ("scores", "score/scores.json"),
                 ("solutions", "solve/solutions.json"),
@@ -382,8 +444,8 @@ class Search:
 
     def candidates(self) -> dict[str, Candidate]:
         """Parent, child and baselines by name, from solutions.json and refined.json."""
-        solutions = json.loads(self._needed("solve/solutions.json").read_text())
-        refined = json.loads(self._needed("refine/refined.json").read_text())
+        solutions = read_json(self._needed("solve/solutions.json"))
+        refined = read_json(self._needed("refine/refined.json"))
         found = {"parent": Candidate.from_json(solutions["parent"]), "child": Candidate.from_json(refined["child"])}
         return found | {entry["name"]: Candidate.from_json(entry) for entry in solutions["baselines"]}
 
@@ -399,18 +461,25 @@ class Search:
 
     @property
     def judge(self) -> Judge:
-        return Judge(self.parent, self.recipe, self.parent.mesh, self.console, self.team)
+        return Judge(self.parent, self.recipe, self.parent.mesh, self.console, self.team, self.kept, self.identity)
 
     def measure(self, children: Sequence[Child], split: str) -> Measurements:
         """KL of whole children on a set of traces."""
         return self.judge.divergence(children, self.traces(split), split)
 
-    def _nominal_space(self) -> Space:
+    @property
+    def evidenced_windows(self) -> Windows:
+        """Windows that some calibration trace is longer than; before there are traces, all that are of use."""
+        if not (self.run / "traces/calibration.parquet").exists():
+            return self.windows
+        return narrower_windows(self.windows, longest_context(self.traces("calibration")))[0]
+
+    def _nominal_space(self, windows: Windows) -> Space:
         """The space before any ranking: counts and windows are real, kept ids are not yet known."""
         choices = tuple(
             tuple(ExpertChoice(count, tuple(range(count)), "any") for count in counts) for counts in self.counts
         )
-        return Space(self.parent.config, choices, self.windows)
+        return Space(self.parent.config, choices, windows)
 
     @cached_property
     def ranking(self) -> Ranking:
@@ -430,7 +499,7 @@ class Search:
             ]
             whole = [everything] if block.num_experts in counts else []
             layers.append((*whole, *distinct_choices(kept)))
-        return Space(self.parent.config, tuple(layers), self.windows)
+        return Space(self.parent.config, tuple(layers), self.evidenced_windows)
 
     @property
     def identity(self) -> str:
@@ -483,12 +552,12 @@ class Search:
         return Xla(progress=progress) if self.recipe.costs == "xla" else Roofline()
 
     def _computed(self, provider: Provider) -> Costs:
-        space, form = self._nominal_space(), self.parent.description.form
+        space, form = self._nominal_space(self.windows), self.parent.description.form
         return compute_costs(space, self.recipe.scenarios, form, provider, memory=Roofline())
 
     def scored_layers(self) -> Any:
         """What scores.json holds of every layer."""
-        return json.loads(self._needed("score/scores.json").read_text())["layers"]
+        return read_json(self._needed("score/scores.json"))["layers"]
 
     def problem(self) -> Problem:
         layers = self.scored_layers()
@@ -499,7 +568,7 @@ class Search:
 
     def _check_target(self) -> None:
         """Raises `InfeasibleError` now, in place of after scoring, when no architecture can meet the target."""
-        space = self._nominal_space()
+        space = self._nominal_space(self.evidenced_windows)
         zeros = Scores(
             experts=tuple(tuple(0.0 for _ in choices) for choices in space.expert_choices),
             attention=tuple(tuple(0.0 for _ in windows) for windows in space.windows),
@@ -515,13 +584,37 @@ class Search:
         directory: str | None = None,
     ) -> Stage:
         paths = [self._needed(path) for path in inputs]
-        return run_stage(self.run, name, settings, [self.parent.directory, *paths], produce, directory=directory)
+        return self._run(name, settings, [self.parent.directory, *paths], produce, directory)
+
+    def _run(
+        self,
+        name: str,
+        settings: Mapping[str, Any],
+        inputs: Sequence[Path],
+        produce: Callable[[Path], None],
+        directory: str | None = None,
+    ) -> Stage:
+        """Runs a stage unless it is up to date; while it runs, `kept` is what it may go on from."""
+
+        def with_kept(out: Path, kept: Path) -> None:
+            self.kept = kept
+            produce(out)
+
+        return run_stage(self.run, name, settings, inputs, with_kept, directory=directory)
 
     def _needed(self, path: str) -> Path:
         found = self.run / path
         if not found.exists():
             raise PuzzleError(f"{found} is missing; run the stages before it first (or all: `puzzle search`)")
         return found
+
+
+def _listed(windows: Sequence[int]) -> str:
+    return ", ".join(map(str, windows))
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, PuzzleWarning, stacklevel=2)
 
 
 def _write(path: Path, value: Any) -> None:

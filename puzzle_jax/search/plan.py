@@ -69,6 +69,8 @@ class PlannedSearch:
     prompt_tokens: int = 1024
 
     def __post_init__(self) -> None:
+        if not self.recipe.traces.max_tokens:
+            raise ConfigError("traces.max_tokens is empty, but the plan needs how long the parent's answers may become")
         if self.prompt_tokens < 1:
             raise ConfigError(f"prompt_tokens is {self.prompt_tokens}, but must be at least 1")
         if self.longest > self.config.max_position:
@@ -82,8 +84,7 @@ class PlannedSearch:
     @property
     def longest(self) -> int:
         """Tokens of the longest trace."""
-        traces = self.recipe.traces
-        return self.prompt_tokens + max(traces.max_tokens[effort] for effort in traces.efforts)
+        return self.prompt_tokens + max(self.recipe.traces.max_tokens.values())
 
     @cached_property
     def mesh(self) -> Mesh | None:

@@ -12,10 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
-from puzzle_jax.cli import guarded
+from puzzle_jax.commands import Parser, guarded
+from puzzle_jax.consoles import plain_console
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.planning import GB, device_limit, read_model, virtual_devices
 from puzzle_jax.search.hardware import HARDWARE
@@ -45,11 +45,10 @@ _HELP = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line, compiles, and prints the plan; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=_PROG,
         description="What a search needs on every device, from configurations alone.",
         epilog="Any field of the recipe can be given too, as in a search: --score.per_call 2",
-        allow_abbrev=False,
     )
 
     def add(flag: str, **options: Any) -> None:
@@ -60,11 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--hardware", choices=[name for name in HARDWARE if name != "local"], help="whose memory there is")
     add("--hbm-gb", type=float, default=80.0, metavar="GB", help="memory of a device, in 10^9 bytes (default: 80.0)")
     add("--prompt-tokens", type=int, default=1024, metavar="N", help="of the longest prompt (default: 1024)")
-    try:
-        options, others = parser.parse_known_args(arguments)
-    except SystemExit as error:
-        return int(error.code or 0)
-    return guarded(_PROG, lambda: _run(options, others))
+    return guarded(_PROG, lambda: _run(*parser.parse_known_args(arguments)))
 
 
 def _run(options: argparse.Namespace, others: Sequence[str]) -> None:
@@ -76,9 +71,9 @@ def _run(options: argparse.Namespace, others: Sequence[str]) -> None:
     devices = run.recipe.mesh.devices
     virtual_devices(devices)
     _ = run.mesh
-    Console(stderr=True).print(f"compiling for {devices} virtual devices", highlight=False)
+    plain_console(stderr=True).print(f"compiling for {devices} virtual devices", highlight=False)
     found = plan_search(run)
-    out = Console()
+    out = plain_console()
     mesh = run.recipe.mesh
     out.print(
         f"{options.parent.name} on {mesh.data} x {mesh.model} devices, traces of up to {run.longest:,} tokens",
@@ -91,7 +86,7 @@ def _run(options: argparse.Namespace, others: Sequence[str]) -> None:
 
 
 def _recipe(options: argparse.Namespace, others: Sequence[str]) -> Recipe:
-    _, recipe = parse_recipe(["--parent", str(options.parent), *others], _PROG)
+    _, recipe = parse_recipe(["--parent", str(options.parent), *others], _PROG, deployment=False)
     if options.devices is None:
         return recipe
     if options.devices < 1:

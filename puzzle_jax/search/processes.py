@@ -1,11 +1,11 @@
 """Processes that score together, as a rule one per host, over JAX's distributed runtime.
 
-The first process runs the search and writes its files. The others hold the parent's weights on their own devices and
-wait for work: what the first one says is run by all of them, each on its share, and every one gets all results. They
-read the parent and nothing else, so the run's directory may be on the first one's own disk.
+The primary process runs the search and writes its files. The others, its workers, hold the parent's weights on their
+own devices and wait: what the primary one broadcasts is run by all of them, each on its share, and every one gets all
+results. They read the parent and nothing else, so the run's directory may be on the primary one's own disk.
 
-How they find each other is said in `puzzle_jax.processes`. A process that dies takes the others with it, within a
-minute at most; the search goes on from its files when it is started again.
+How they find each other, and that they end together, is said in `puzzle_jax.processes`; the search goes on from its
+files when it is started again.
 
 Left out: a mesh over several hosts. The parent must fit into the memory of one process's devices.
 """
@@ -13,70 +13,57 @@ Left out: a mesh over several hosts. The parent must fit into the memory of one 
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any
 
-import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Shaped
 
-from puzzle_jax.processes import hear, join_processes, tell
+from puzzle_jax.processes import joined, kv_get, kv_set, process_index
 
 _DISMISSED = -1
 
 
 @dataclass
 class Team:
-    """The processes of one search; alone unless `join` made it.
-
-    Used as a context, whose end sends the others home.
+    """The processes of one search; one alone unless `join` made it.
 
     Attributes:
       count: of processes.
-      index: of this one; 0 leads.
+      index: of this one; 0 is the primary one.
     """
 
     count: int = 1
     index: int = 0
-    _said: int = field(default=0, repr=False)
+    _sent: int = field(default=0, repr=False)
 
     @staticmethod
-    def join(count: int, local_devices: int) -> Team:
-        """Waits until all `count` processes are there. Must come before anything that asks JAX for devices.
+    @contextmanager
+    def join(count: int, local_devices: int, *, program: str) -> Iterator[Team]:
+        """The time in which the processes work together (`puzzle_jax.processes.joined`); its end dismisses workers."""
+        with joined(count, local_devices, program=program):
+            team = Team(count, process_index()) if count > 1 else Team()
+            yield team
+            if team.count > 1 and team.index == 0:
+                kv_set(team._key(), str(_DISMISSED))
 
-        Args:
-          local_devices: that this process uses, where it needs more than the one that some launchers give it.
-
-        Raises ConfigError where JAX does not know the other processes, or knows another number of them.
-        """
-        join_processes(count, local_devices)
-        return Team(count, jax.process_index()) if count > 1 else Team()
-
-    def __enter__(self) -> Team:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self.count > 1 and self.index == 0:
-            tell(self._key(), str(_DISMISSED))
-
-    def say(self, work: Any) -> None:
-        """Tells the others what to do now; by the first process."""
+    def broadcast(self, work: Any) -> None:
+        """Lets the workers begin some work, as the primary process is about to do."""
         if self.count > 1:
             message = np.frombuffer(pickle.dumps(work), np.uint8)
-            tell(self._key(), str(len(message)))
-            self._said += 1
+            kv_set(self._key(), str(len(message)))
+            self._sent += 1
             multihost_utils.broadcast_one_to_all(message)
 
-    def hear(self) -> Any:
-        """What the first process says next, however long that takes; None when there is no more to do."""
-        size = int(hear(self._key()))
+    def receive(self) -> Any:
+        """What the primary process broadcasts next, however long that takes; None when there is no more to do."""
+        size = int(kv_get(self._key()))
         if size == _DISMISSED:
             return None
-        self._said += 1
+        self._sent += 1
         message = multihost_utils.broadcast_one_to_all(np.zeros(size, np.uint8))
         return pickle.loads(np.asarray(message).tobytes())
 
@@ -89,4 +76,4 @@ class Team:
         return np.asarray(everything).view(values.dtype).reshape(self.count, *values.shape)
 
     def _key(self) -> str:
-        return f"puzzle_jax: {self._said}"
+        return f"puzzle_jax: {self._sent}"

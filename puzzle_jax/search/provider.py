@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from math import isfinite
 from typing import Protocol, runtime_checkable
 
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.convert_hf.table import Form
-from puzzle_jax.errors import ConfigError
+from puzzle_jax.errors import ConfigError, shown
 from puzzle_jax.search.library import Number
 from puzzle_jax.search.scenario import Scenario
+
+LONGEST_SECONDS = 1e12
+"""More than any part of a model takes; beyond it sums of costs are no longer told apart."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,10 @@ class Seconds:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if not isinstance(value, int | float) or not isfinite(value) or value < 0:
-                raise ConfigError(f"{field.name} is {value!r}, but must be a finite number of at least 0")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= LONGEST_SECONDS:
+                raise ConfigError(
+                    f"{field.name} is {shown(value)}, but must be a number of 0 to {LONGEST_SECONDS:g} seconds"
+                )
 
 
 @dataclass(frozen=True)

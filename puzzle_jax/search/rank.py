@@ -19,9 +19,11 @@ the number of traces.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import combinations
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -29,8 +31,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
 
 from puzzle_jax.config import ModelConfig
+from puzzle_jax.files import write_beside
 from puzzle_jax.generate.batches import MicroBatch
 from puzzle_jax.kernels.expert_mlp import expert_outputs
 from puzzle_jax.kernels.route import top_k_ids
@@ -50,6 +55,8 @@ from puzzle_jax.search.elimination import (
 )
 
 METHODS = ("removal_error", "joint_greedy", "reap", "easy_ep", "frequency", "weighted_frequency", "ranked_choice")
+
+_SAVE_SECONDS = 5.0
 
 SAMPLED_PER_LAYER, SAMPLED_PER_BATCH = 8192, 512
 """Tokens that methods which remove one expert after the other look at."""
@@ -94,6 +101,41 @@ class RankSums(NamedTuple):
     sample: Sample
 
 
+class KeptSums:
+    """Sums of the batches so far in a file, saved as often as costs little.
+
+    Args:
+      path: of the file, whose directory is made when it is missing; one that was not written whole is passed over.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._next = path, 0.0
+
+    def load(self, config: ModelConfig) -> tuple[int, list[RankSums]]:
+        """Batches that are done, and their sums by layer."""
+        empty = [no_sums(config) for _ in config.blocks]
+        leaves, tree = jax.tree.flatten(empty)
+        try:
+            found = load_file(self.path)
+            arrays = [found[str(number)] for number in range(len(leaves))]
+            if all(a.shape == leaf.shape and a.dtype == leaf.dtype for a, leaf in zip(arrays, leaves, strict=True)):
+                return int(found["batches"][0]), jax.tree.unflatten(tree, [jnp.asarray(a) for a in arrays])
+        except (OSError, SafetensorError, KeyError, ValueError):
+            pass
+        return 0, empty
+
+    def save(self, batches: int, sums: Sequence[RankSums]) -> None:
+        """Saves the sums, unless saving them took more than a twentieth of the time since."""
+        start = time.monotonic()
+        if start < self._next:
+            return
+        arrays = {str(number): np.asarray(leaf) for number, leaf in enumerate(jax.tree.leaves(list(sums)))}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_beside(self.path, save({**arrays, "batches": np.array([batches])}))
+        end = time.monotonic()
+        self._next = end + max(20 * (end - start), _SAVE_SECONDS)
+
+
 def rank_experts(
     params: Params,
     config: ModelConfig,
@@ -101,20 +143,28 @@ def rank_experts(
     on_batch: Callable[[], None] | None = None,
     seed: int = 0,
     mesh: Mesh | None = None,
+    kept: KeptSums | None = None,
 ) -> Ranking:
     """Streams batches through the parent, whose layers must have equally many experts.
 
     Args:
       seed: draws the sample.
       mesh: where parameters are; experts are run where they lie, rows over the data axis where they divide by it.
+      kept: sums of a killed run, whose batches are not run again, and where to keep those of this one.
     """
-    sums = [no_sums(config) for _ in config.blocks]
+    done, sums = kept.load(config) if kept is not None else (0, [no_sums(config) for _ in config.blocks])
     for number, batch in enumerate(batches):
+        if number < done:
+            if on_batch is not None:
+                on_batch()
+            continue
         x = _embed(params, spread_rows(batch.tokens, mesh))
         random = jax.random.fold_in(jax.random.key(seed), number)
         with on_mesh(mesh):
             for index, layer in enumerate(params["layers"]):
                 x, sums[index] = rank_layer(layer, config, config.blocks[index].window, x, batch, sums[index], random)
+        if kept is not None:
+            kept.save(number + 1, sums)
         if on_batch is not None:
             on_batch()
     return _ranking(sums, config.experts_per_token)

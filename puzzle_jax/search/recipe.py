@@ -11,11 +11,16 @@ from math import inf, isfinite
 from pathlib import Path
 from typing import Any, Literal
 
-from puzzle_jax.errors import ConfigError
+from puzzle_jax.errors import ConfigError, check_range
 from puzzle_jax.search.baselines import BASELINES
 from puzzle_jax.search.scenario import Scenario, Target
 from puzzle_jax.search.space import DEFAULT_FRACTIONS, Restriction
-from puzzle_jax.tasks import EFFORTS, TASKS, check_effort, get_task
+from puzzle_jax.tasks import EFFORTS, check_effort
+from puzzle_jax.temperature import check_temperature
+
+MOST_PROBLEMS, MOST_TOGETHER, MOST_TOKENS = 100_000, 1 << 20, 1 << 31
+"""Bounds of settings, so that a slip of the finger is a sentence and no endless run: problems of a task, answers or
+devices together, tokens."""
 
 EMBEDDED_PARENT = Path(__file__).parent.parent / "assets" / "tiny"
 
@@ -25,7 +30,7 @@ class TraceSettings:
     """The parent's own answers.
 
     Attributes:
-      tasks: families to ask; every problem is asked at every effort.
+      tasks: families to ask; every problem is asked at every effort. Accuracy is measured on them too.
       efforts: reasoning efforts.
       calibration: problems per task that rank and score.
       validation: problems per task that choose among the program's best solutions.
@@ -33,13 +38,13 @@ class TraceSettings:
       heldout: problems per task for the reported KL; they choose nothing.
       temperature: of sampling; 0 is greedy.
       seed: draws other problems and other answers.
-      max_tokens: limit of an answer per effort.
+      max_tokens: limit of an answer per effort; every effort needs one where there are tasks.
       batch_size: answers generated together.
       file: traces of the parent made elsewhere (`generate.traces.read_traces`), in place of asking it; its prompts are
-        dealt to the sets in the proportions of the numbers above.
+        split into the sets in the proportions of the numbers above.
     """
 
-    tasks: tuple[str, ...] = tuple(TASKS)
+    tasks: tuple[str, ...] = ()
     efforts: tuple[str, ...] = EFFORTS
     calibration: int = 48
     validation: int = 32
@@ -47,26 +52,24 @@ class TraceSettings:
     heldout: int = 64
     temperature: float = 1.0
     seed: int = 0
-    max_tokens: dict[str, int] = field(default_factory=lambda: {"low": 32, "medium": 64, "high": 128})
+    max_tokens: dict[str, int] = field(default_factory=dict)
     batch_size: int = 64
     file: Path | None = None
 
     def __post_init__(self) -> None:
-        for task in self.tasks:
-            get_task(task)
-        for effort in self.efforts:
+        for effort in (*self.efforts, *self.max_tokens):
             check_effort(effort)
+        for effort in self.efforts if self.tasks else self.max_tokens:
             if self.max_tokens.get(effort, 0) < 1:
                 raise ConfigError(f"traces.max_tokens has no limit of at least 1 for effort {effort!r}")
-        for name in ("calibration", "validation", "confirmation", "heldout", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"traces.{name} is {getattr(self, name)}, but must be at least 1")
-        for name in ("tasks", "efforts"):
-            _check_distinct(f"traces.{name}", getattr(self, name))
-        for name in ("temperature", "seed"):
-            value = getattr(self, name)
-            if not (isfinite(value) and value >= 0):
-                raise ConfigError(f"traces.{name} is {value}, but must be a finite number of at least 0")
+        for name in ("calibration", "validation", "confirmation", "heldout"):
+            check_range(f"traces.{name}", getattr(self, name), 1, MOST_PROBLEMS)
+        check_range("traces.batch_size", self.batch_size, 1, MOST_TOGETHER)
+        _check_distinct("traces.tasks", self.tasks, may_be_empty=True)
+        _check_distinct("traces.efforts", self.efforts)
+        check_temperature("traces.temperature", self.temperature)
+        if self.seed < 0:
+            raise ConfigError(f"traces.seed is {self.seed}, but must be at least 0")
 
 
 @dataclass(frozen=True)
@@ -115,8 +118,7 @@ class ScoreSettings:
 
     def __post_init__(self) -> None:
         for name in ("first", "draws", "tokens_per_batch", "per_call", "keep_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"score.{name} is {getattr(self, name)}, but must be at least 1")
+            check_range(f"score.{name}", getattr(self, name), 1, MOST_TOKENS)
         if self.keep_sets < 0:
             raise ConfigError(f"score.keep_sets is {self.keep_sets}, but must be at least 0")
 
@@ -159,8 +161,7 @@ class SolveSettings:
     gap: float = 1e-4
 
     def __post_init__(self) -> None:
-        if self.solutions < 1:
-            raise ConfigError(f"solve.solutions is {self.solutions}, but must be at least 1")
+        check_range("solve.solutions", self.solutions, 1, 10_000)
         if not (isfinite(self.time_limit) and self.time_limit > 0):
             raise ConfigError(f"solve.time_limit is {self.time_limit}, but must be a finite number above 0")
         if not (isfinite(self.gap) and self.gap >= 0):
@@ -184,8 +185,7 @@ class EvaluateSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.problems < 1:
-            raise ConfigError(f"evaluate.problems is {self.problems}, but must be at least 1")
+        check_range("evaluate.problems", self.problems, 1, MOST_PROBLEMS)
         for name in ("rounds", "seed"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"evaluate.{name} is {getattr(self, name)}, but must be at least 0")
@@ -227,8 +227,7 @@ class MeshSettings:
 
     def __post_init__(self) -> None:
         for name in ("data", "model", "processes"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"mesh.{name} is {getattr(self, name)}, but must be at least 1")
+            check_range(f"mesh.{name}", getattr(self, name), 1, MOST_TOGETHER)
 
     @property
     def devices(self) -> int:
@@ -290,7 +289,8 @@ class Recipe:
 
     def section(self, name: str) -> dict[str, Any]:
         """One part as JSON values, to tell whether a stage's settings changed."""
-        return asdict(getattr(self, name))
+        values = asdict(getattr(self, name))
+        return {field: str(value) if isinstance(value, Path) else value for field, value in values.items()}
 
 
 def _check_distinct(name: str, values: Sequence[Any], may_be_empty: bool = False) -> None:

@@ -8,6 +8,7 @@ since what helps alone need not help together.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from puzzle_jax.search.alternatives import expert_mask
 from puzzle_jax.search.problem import Candidate
 from puzzle_jax.search.refine import Difference, Pool, Swap, swapped, together
 from puzzle_jax.search.replace import Alternative
-from puzzle_jax.search.score import ScoreBook
+from puzzle_jax.search.score import KeptBook, ScoreBook
 from puzzle_jax.search.space import ExpertChoice, Space
 
 if TYPE_CHECKING:
@@ -40,8 +41,8 @@ class Refinement:
         """The pool of the program whose scores are taken around a child."""
         search = self.search
         space = Space.from_json(search.parent.config, search.scored_layers())
-        identity = f"{search.identity} {json.dumps(child.to_json()['layers'])} {search.recipe.child}"
-        scored = search.scorer(search.child(child))(space, search.run / "refine-book.safetensors", identity)
+        book = search.run / "refine-book.safetensors"
+        scored = search.scorer(search.child(child))(space, book, self._identity(child))
         pool = search.pool(search.problem_of(scored.space, scored.scores))
         # Changes that each help alone overlap, so that their sum may promise more than there is.
         return replace(pool, candidates=[replace(c, score=max(0.0, child.score + c.score)) for c in pool.candidates])
@@ -76,6 +77,10 @@ class Refinement:
                 best[layer] = Swap(layer, option, gain)
         return sorted(best.values(), key=lambda swap: swap.gain)
 
+    def _identity(self, child: Candidate) -> str:
+        """What scores around a child depend on besides alternatives and traces."""
+        return f"{self.search.identity} {json.dumps(child.to_json()['layers'])} {self.search.recipe.child}"
+
     def _gains(self, child: Candidate, options: Sequence[tuple[int, ExpertChoice]]) -> list[float]:
         """By how much each swap alone changes the child's KL on the calibration traces."""
         if not options:
@@ -87,5 +92,9 @@ class Refinement:
         ]
         scorer = self.search.scorer(self.search.child(child))
         book = ScoreBook.empty(alternatives, scorer.traces)
-        scorer.fill(book, range(len(options)), range(len(scorer.traces)))
+        identity = self._identity(child)
+        name = hashlib.sha256(book.key(identity).encode()).hexdigest()[:16]
+        kept = KeptBook(book, self.search.kept / f"swaps-{name}.safetensors", identity)
+        scorer.fill(book, range(len(options)), range(len(scorer.traces)), save=kept.save)
+        kept.save(now=True)
         return [float(mean) for mean in np.asarray(book.means())]

@@ -7,14 +7,15 @@ Left out: pipeline parallelism, prompts and answers of mixed lengths, and reques
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from math import isfinite
 from typing import Any, NoReturn
 
-from puzzle_jax.errors import ConfigError
+from puzzle_jax.errors import ConfigError, shown
 
 _RATIOS = ("max_expert_bytes_ratio", "max_kv_bytes_ratio")
+_MOST = 10**9  # tokens, requests or devices, of which no deployment has more
 _POSITIVE = ("min_tokens_per_second", "max_memory_bytes", "max_seconds_to_first_token", "max_seconds_per_token")
 
 
@@ -77,11 +78,11 @@ class Scenario:
 
     def _require_count(self, field: str) -> None:
         value = getattr(self, field)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            self._refuse(field, "a whole number of at least 1")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MOST:
+            self._refuse(field, f"a whole number from 1 to {_MOST}")
 
     def _refuse(self, field: str, rule: str) -> NoReturn:
-        raise ConfigError(f"{field} of scenario {self.name!r} is {getattr(self, field)!r}, but must be {rule}")
+        raise ConfigError(f"{field} of scenario {self.name!r} is {shown(getattr(self, field))}, but must be {rule}")
 
     @property
     def context_tokens(self) -> int:
@@ -191,4 +192,4 @@ class Target:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

@@ -15,6 +15,7 @@ and what has been scored once is not run again for another target.
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -38,6 +39,7 @@ from puzzle_jax.search.estimator import estimate, kinds_of
 from puzzle_jax.search.processes import Team
 from puzzle_jax.search.replace import CONTEXTS, METRICS, Alternative, ReplaceOne, child_choices
 
+_SAVE_SECONDS = 10.0
 _UNCHANGED = np.array([0.0, 1.0, 1.0, *[0.0] * (len(METRICS) - 3)])
 
 
@@ -207,6 +209,37 @@ class ScoreBook:
             return
 
 
+class KeptBook:
+    """A book that is on disk from time to time, so that a killed run goes on from it.
+
+    Args:
+      book: filled with what the file holds of the same key.
+      path: of the file; None keeps nothing.
+      identity: of everything that the numbers depend on and that is not in the book.
+    """
+
+    def __init__(self, book: ScoreBook, path: Path | None, identity: str) -> None:
+        self.book, self.path, self.key = book, path, book.key(identity)
+        self._saved = time.monotonic()
+        if path is not None:
+            book.load(path, self.key)
+
+    def save(self, *, now: bool = False) -> None:
+        """Saves the book if that is some time ago, or `now`."""
+        if self.path is not None and (now or time.monotonic() - self._saved > _SAVE_SECONDS):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.book.save(self.path, self.key)
+            self._saved = time.monotonic()
+
+
+def longest_context(traces: Sequence[Trace]) -> int:
+    """Tokens that the position before some completion token sees, at most; 0 without traces.
+
+    A window changes nothing on traces whose contexts it covers, so there they hold no evidence of what it costs.
+    """
+    return max((len(trace.prompt) + len(trace.completion) - 1 for trace in traces), default=0)
+
+
 def _contexts(trace: Trace) -> Int[np.ndarray, "completion"]:
     """Tokens seen by the position before each completion token."""
     return len(trace.prompt) + np.arange(len(trace.completion))
@@ -353,19 +386,29 @@ def score_children(
     tokens_per_batch: int = 4096,
     on_done: Callable[[int], None] | None = None,
     team: Team | None = None,
+    kept: Path | None = None,
+    identity: str = "",
 ) -> Measurements:
     """The same comparison for whole children, as views on the parent.
 
     Args:
       on_done: called with the children that were run on a batch.
       team: processes that share the work.
+      kept: directory of what a killed run had scored, which is not run again; None keeps nothing.
+      identity: of the parent and of all that its numbers depend on.
     """
     nothing = Alternative(np.ones(config.blocks[0].num_experts, bool), config.blocks[0].window)
     book = ScoreBook.empty([(number, nothing) for number in range(len(children))], traces)
     runs = [ReplaceOne(params, config, child_choices(child), child.rope, mesh=mesh) for child in children]
     run, team = _Whole(tuple(runs)), team or Team()
     everything = range(len(children)), range(len(traces))
-    team.say(SharedFill.of(book, run, *everything, tokens_per_batch))
-    fill(book, run, *everything, tokens_per_batch=tokens_per_batch, on_done=on_done, team=team)
+    about = f"{identity} {[(child.blocks, child.rope) for child in children]}"
+    file = (
+        None if kept is None else kept / f"kl-{hashlib.sha256(book.key(about).encode()).hexdigest()[:16]}.safetensors"
+    )
+    keeper = KeptBook(book, file, about)
+    team.broadcast(SharedFill.of(book, run, *everything, tokens_per_batch))
+    fill(book, run, *everything, tokens_per_batch=tokens_per_batch, on_batch=keeper.save, on_done=on_done, team=team)
+    keeper.save(now=True)
     scores = [book.score(number, config.blocks[0].window) for number in range(len(children))]
     return Measurements(scores, book.values[..., 0], book.tokens)

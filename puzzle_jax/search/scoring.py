@@ -6,7 +6,6 @@ alternative and trace are kept in a file as they come, so an interrupted run, an
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,13 +23,13 @@ from puzzle_jax.search.problem import Problem, Scores
 from puzzle_jax.search.processes import Team
 from puzzle_jax.search.recipe import ScoreSettings
 from puzzle_jax.search.replace import ReplaceOne
-from puzzle_jax.search.score import Runner, ScoreBook, SharedFill, fill, work_left
+from puzzle_jax.search.score import KeptBook, Runner, ScoreBook, SharedFill, fill, longest_context, work_left
 from puzzle_jax.search.space import Space
 
 LENS_TRACES = 96
 """That lenses are fitted on and look at, at most."""
 
-_SAVE_SECONDS = 10.0
+_LONG_TRACES = 4  # longer than a window, on which every window is scored at least
 
 
 @dataclass(frozen=True)
@@ -96,29 +95,35 @@ class SpaceScorer:
         book = ScoreBook.empty(numbered.listed, self.traces)
         if self.settings.method == "adaptive" and self.run.base is None:
             book.lens = lens
-        key = book.key(identity)
-        book.load(book_path, key)
-        saved = time.monotonic()
-
-        def save(*, now: bool = False) -> None:
-            nonlocal saved
-            if now or time.monotonic() - saved > _SAVE_SECONDS:
-                book.save(book_path, key)
-                saved = time.monotonic()
+        kept = KeptBook(book, book_path, identity)
 
         def score(alternatives: Sequence[int], traces: Sequence[int]) -> None:
-            self.fill(book, alternatives, traces, save=save)
-            save(now=True)
+            self.fill(book, alternatives, traces, save=kept.save)
+            kept.save(now=True)
 
-        everything = range(len(numbered.listed)), in_random_order(self.traces, self.seed)
+        order = in_random_order(self.traces, self.seed)
         if self.settings.method == "exact":
-            score(*everything)
+            score(range(len(numbered.listed)), order)
         else:
+            for number, traces in self._evidence(numbered, order).items():
+                score([number], traces)
             nothing = self.problem(numbered.space, numbered.scores(np.zeros(len(numbered.listed))))
             program = RelaxedProgram(nothing.program, numbered.owner)
             first, draws = self.settings.first, self.settings.draws
             score_adaptively(book, score, [program], first=first, draws=draws, seed=self.seed)
         return ScoredSpace(numbered, book, proposed)
+
+    def _evidence(self, numbered: Numbered, order: Sequence[int]) -> dict[int, list[int]]:
+        """The first traces of an order, as many as hold a few that are longer than the window, by the number of each
+        window: on shorter ones alone it would seem to cost nothing."""
+        contexts = np.array([longest_context([self.traces[n]]) for n in order])
+        found = {}
+        for numbers, windows in zip(numbered.attention, numbered.space.windows, strict=True):
+            for number, window in zip(numbers, windows, strict=True):
+                if number is not None and window is not None:
+                    beyond = np.flatnonzero(contexts > window)[:_LONG_TRACES]
+                    found[number] = list(order[: int(beyond[-1]) + 1 if len(beyond) else 0])
+        return {number: traces for number, traces in found.items() if len(traces) > self.settings.first}
 
     def fill(
         self,
@@ -132,7 +137,7 @@ class SpaceScorer:
         tokens, used = self.settings.tokens_per_batch, run or self.run
         work = work_left(book, used, alternatives, traces, tokens_per_batch=tokens)
         what = f"scoring {len(alternatives)} on {len(traces)}"
-        self.team.say(SharedFill.of(book, used, alternatives, traces, tokens))
+        self.team.broadcast(SharedFill.of(book, used, alternatives, traces, tokens))
         with progress(self.console, what, work) as advance:
             fill(
                 book,

@@ -11,14 +11,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from puzzle_jax.cli import guarded
+from puzzle_jax.commands import Parser, guarded
+from puzzle_jax.consoles import plain_console
 from puzzle_jax.errors import PuzzleError, shown
 from puzzle_jax.search.library import Library, Number, is_number, short
 from puzzle_jax.search.program import InfeasibleProgram, Limit, Program, Solution, solve
@@ -27,16 +27,9 @@ _DEEPEST = 32
 _MOST_SWEPT = 1000
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence."""
-
-    def error(self, message: str) -> NoReturn:
-        raise PuzzleError(message)
-
-
 def main(arguments: Sequence[str]) -> int:
     """Runs the tool on what follows `solve`; returns the exit code."""
-    parser = _Parser(prog="python -m puzzle_jax.search solve", description="The best choice from a block library.")
+    parser = Parser(prog="python -m puzzle_jax.search solve", description="The best choice from a block library.")
     parser.add_argument("--library", type=Path, required=True, help="JSON: {layer: {alternative: {nested numbers}}}")
     parser.add_argument("--minimize", required=True, metavar="KEY", help="dotted key of the number to sum and minimise")
     for name, what in (("--at-most", "upper"), ("--at-least", "lower")):
@@ -182,7 +175,7 @@ def _show(solutions: Sequence[Solution], program: Program) -> None:
     table.add_row("gap", *(_gap(solution) for solution in solutions), end_section=True)
     for group in program.library:
         table.add_row(Text(group), *(Text(solution.choice[group]) for solution in solutions))
-    Console().print(table)
+    plain_console().print(table)
 
 
 def _show_frontier(points: Sequence[tuple[Number, Solution | None]], key: str, program: Program) -> None:
@@ -194,4 +187,4 @@ def _show_frontier(points: Sequence[tuple[Number, Solution | None]], key: str, p
         if found is not None:
             cells = [found.status, _gap(found), short(found.costs[key], 0), short(found.score, 0)]
         table.add_row(short(bound, 0), *cells)
-    Console().print(table)
+    plain_console().print(table)

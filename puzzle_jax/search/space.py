@@ -241,6 +241,15 @@ def candidate_windows(config: ModelConfig, extra: Iterable[int]) -> tuple[tuple[
     return tuple((block.window, *(useful if block.window is None else ())) for block in config.blocks)
 
 
+def narrower_windows(
+    windows: Sequence[tuple[int | None, ...]], context: int
+) -> tuple[tuple[tuple[int | None, ...], ...], tuple[int, ...]]:
+    """Windows per layer without the alternatives that cover a whole context, and those, widest first."""
+    kept = tuple((own, *(w for w in others if w is None or w < context)) for own, *others in windows)
+    left_out = {w for layer in windows for w in layer[1:] if w is not None and w >= context}
+    return kept, tuple(sorted(left_out, reverse=True))
+
+
 def restrict(
     counts: Sequence[tuple[int, ...]],
     windows: Sequence[tuple[int | None, ...]],

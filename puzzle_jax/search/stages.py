@@ -5,10 +5,11 @@
     RUN/<stage>/stage.json  hash of its inputs and settings, versions, seconds, and the list of what it wrote
 
 A stage writes into a directory beside its own, which is renamed when all is there: a stage that dies leaves
-the earlier state, never half a file. A stage whose inputs, settings and package version are unchanged is
-skipped. One process works in a run directory at a time. Files that a stage did not write, or that were edited
-since, are neither overwritten nor deleted: an edited output is taken as it is by the stages after, and
-refuses a rerun of its own stage.
+the earlier state, never half a file. What it may go on from it keeps in a second directory beside, which outlives a
+killed process and is there again when the stage runs with the same key (inputs, settings and version). A stage whose
+inputs, settings and package version are unchanged is skipped. One process works in a run directory at a time. Files
+that a stage did not write, or that were edited since, are neither overwritten nor deleted: an edited output is taken
+as it is by the stages after, and refuses a rerun of its own stage.
 
 Left out: several hosts (`search.processes` lets one of them run the stages), and progress inside a stage.
 """
@@ -26,13 +27,17 @@ from pathlib import Path
 from typing import Any
 
 from puzzle_jax.errors import PuzzleError
-from puzzle_jax.files import PARTIAL, read_object
+from puzzle_jax.files import PARTIAL
 from puzzle_jax.runs import RUN_FILE, canonical, difference, locked, version, write_json
+from puzzle_jax.search.stage_record import STAGE_FILE, StageRecord, read_stage_record
 
-STAGE_FILE = "stage.json"
-_REPLACED = ".replaced-"
+_REPLACED, _KEPT = ".replaced-", ".kept-"
 # Files above this size are known by size, time of change, and their first and last megabyte.
 _WHOLE_HASH_BYTES = 64 << 20
+
+
+Produce = Callable[[Path, Path], None]
+"""Writes a stage's outputs into one directory, and what it may go on from into another."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ def run_stage(
     name: str,
     settings: Mapping[str, Any],
     inputs: Sequence[Path],
-    produce: Callable[[Path], None],
+    produce: Produce,
     *,
     directory: str | None = None,
 ) -> Stage:
@@ -72,7 +77,8 @@ def run_stage(
       name: of the stage.
       settings: JSON values that the outputs depend on (also what is no file: device kind, library versions).
       inputs: files and directories that the outputs depend on; their contents count, not their times.
-      produce: writes the outputs into the empty directory that it is given.
+      produce: writes the outputs into the first directory that it is given, which is empty. The second is there
+        where a killed run of the same stage with the same key made it, and is removed once the stage is done.
       directory: of the outputs inside the run, where it is not the stage's name.
 
     Raises:
@@ -92,17 +98,19 @@ def run_stage(
             "puzzle_jax": version("puzzle_jax"),
         }
         key = hashlib.sha256(canonical(wanted).encode()).hexdigest()
-        record = _record(final)
+        record = read_stage_record(final)
         reason = _reason_to_run(final, record, wanted, key)
         if not reason:
             assert record is not None
-            return Stage(name, final, key, record["seconds"], True, "")
+            _drop_kept(final)
+            return Stage(name, final, key, record.seconds, True, "")
         _refuse_foreign(final, record, name)
         partial = final.with_name(f".{final.name}{PARTIAL}{os.getpid()}")
+        kept = final.with_name(f".{final.name}{_KEPT}{_short_hash(key, version('jax'))}")
         start = time.perf_counter()
         try:
             partial.mkdir()
-            produce(partial)
+            produce(partial, kept)
             seconds = time.perf_counter() - start
             outputs = {path: _file_digest(partial / path) for path in _files(partial)}
             write_json(
@@ -113,6 +121,7 @@ def run_stage(
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+        _drop_kept(final)
     return Stage(name, final, key, seconds, False, reason)
 
 
@@ -133,35 +142,65 @@ def _clear_leftovers(final: Path) -> None:
     """Removes what a killed process left; an old result that was already moved aside moves back."""
     for path in final.parent.glob(f".{final.name}{_REPLACED}*"):
         if final.exists():
-            shutil.rmtree(path)
+            _remove(path)
         else:
             path.rename(final)
     for path in final.parent.glob(f".{final.name}{PARTIAL}*"):
+        _remove(path)
+
+
+def _drop_kept(final: Path) -> None:
+    """Removes what runs of a stage kept that is done now."""
+    for path in final.parent.glob(f".{final.name}{_KEPT}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _short_hash(*parts: str) -> str:
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+
+
+def _remove(path: Path) -> None:
+    """Removes a file, a link (never what it points to) or a directory."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
-def _record(final: Path) -> dict[str, Any] | None:
-    path = final / STAGE_FILE
-    return read_object(path) if path.is_file() else None
-
-
-def _reason_to_run(final: Path, record: dict[str, Any] | None, wanted: dict[str, Any], key: str) -> str:
+def _reason_to_run(final: Path, record: StageRecord | None, wanted: dict[str, Any], key: str) -> str:
     if record is None:
         return "not run yet"
-    missing = [path for path in record["outputs"] if not (final / path).is_file()]
+    missing = [path for path in record.outputs if not (final / path).is_file()]
     if missing:
         return f"{missing[0]} is gone"
-    if record["key"] == key:
+    if record.key == key:
         return ""
-    changed = difference({k: record.get(k) for k in wanted}, wanted)
+    changed = difference({k: record.content.get(k) for k in wanted}, wanted)
     return f"changed: {changed}"
 
 
-def _refuse_foreign(final: Path, record: dict[str, Any] | None, name: str) -> None:
+def edited_output(run_dir: Path) -> Path | None:
+    """A file in a run that was changed after its stage wrote it, or None."""
+    for directory in sorted(path for path in Path(run_dir).iterdir() if path.is_dir()):
+        record = read_stage_record(directory)
+        for name, digest in record.outputs.items() if record is not None else ():
+            if (directory / name).is_file() and _file_digest(directory / name) != digest:
+                return directory / name
+    return None
+
+
+def _refuse_foreign(final: Path, record: StageRecord | None, name: str) -> None:
     """Before work: nothing may lie where the stage would write that it did not write itself."""
+    if final.is_symlink():
+        raise PuzzleError(
+            f"{final} is a symbolic link, but stage {name!r} replaces its directory as a whole; move what it points to "
+            "into its place, or remove the link"
+        )
     if not final.exists():
         return
-    outputs = {} if record is None else record["outputs"]
+    if not final.is_dir():
+        raise PuzzleError(f"{final} is a file, but must be the directory of stage {name!r}; move it away")
+    outputs = {} if record is None else record.outputs
     for path in _files(final):
         if path == STAGE_FILE and record is not None:
             continue

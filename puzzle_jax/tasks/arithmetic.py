@@ -12,7 +12,7 @@ import random
 from dataclasses import dataclass
 
 from puzzle_jax.errors import ConfigError
-from puzzle_jax.tasks.base import Problem, check_effort, check_skew, draw_level, score_equal_text
+from puzzle_jax.tasks.base import Embedded, Problem, check_effort, check_skew, draw_level
 
 SEPARATORS = ",;"
 """A trace's step ends in one of these, drawn by the problem's seed: text with some entropy, as real text has."""
@@ -34,7 +34,7 @@ def _join(parts: list[str], rng: random.Random) -> str:
 
 
 @dataclass(frozen=True)
-class Chain:
+class Chain(Embedded):
     """`mod 7+5*3-2`: digits joined by + - *, worked from left to right modulo 10; the answer is one digit.
 
     high `7+5=2,*3=6;-2=4`, medium `+2*6-4` (operator, result), low nothing.
@@ -58,9 +58,6 @@ class Chain:
         values = _running_values(text)
         return Problem(self.name, seed, f"mod {text}", str(values[-1]), {"steps": steps})
 
-    def score(self, problem: Problem, final_text: str) -> float:
-        return score_equal_text(problem, final_text)
-
     def trace(self, problem: Problem, effort: str) -> str:
         if check_effort(effort) == "low":
             return ""
@@ -83,7 +80,7 @@ def _running_values(text: str) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Add:
+class Add(Embedded):
     """`add 345+678`: two numbers of equal length; the answer is their sum.
 
     From the last digit to the first, high writes `5+8+0=13,4+7+1=12;3+6+1=10` (digits, carry in, column sum),
@@ -106,9 +103,6 @@ class Add:
         carries = sum(total >= 10 for _, _, _, total in _columns(str(first), str(second)))
         details = {"digits": digits, "carries": carries}
         return Problem(self.name, seed, f"add {first}+{second}", str(first + second), details)
-
-    def score(self, problem: Problem, final_text: str) -> float:
-        return score_equal_text(problem, final_text)
 
     def trace(self, problem: Problem, effort: str) -> str:
         if check_effort(effort) == "low":

@@ -17,7 +17,7 @@ from itertools import count
 from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
-from puzzle_jax.errors import ConfigError
+from puzzle_jax.errors import ConfigError, shown
 
 EFFORTS: tuple[str, ...] = ("low", "medium", "high")
 """Reasoning efforts in rising order: the values of the chat template's `reasoning_effort`."""
@@ -36,6 +36,7 @@ class Problem:
       answer: a text of the final channel that is right; "" where the task knows none and checks answers by rule.
       details: what makes it hard, as whole numbers (steps, digits, distance in tokens), to report accuracy by.
       entry: what else the task needs to score an answer; follows from task and seed, so that it is not compared.
+      where: it stands, for messages ("my.jsonl, line 3"); its task and seed where nothing else is said. Not compared.
     """
 
     task: str
@@ -44,13 +45,15 @@ class Problem:
     answer: str
     details: Mapping[str, int] = field(default_factory=dict)
     entry: Any = field(default=None, compare=False, repr=False)
+    where: str = field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "details", MappingProxyType(dict(self.details)))
+        object.__setattr__(self, "where", self.where or f"task {self.task}, problem {self.seed}")
 
     def __reduce__(self):
         # A mappingproxy cannot be pickled, and problems travel to worker processes.
-        return (Problem, (self.task, self.seed, self.prompt, self.answer, dict(self.details), self.entry))
+        return (Problem, (self.task, self.seed, self.prompt, self.answer, dict(self.details), self.entry, self.where))
 
 
 @runtime_checkable
@@ -60,6 +63,17 @@ class Task(Protocol):
     @property
     def name(self) -> str:
         """What the family is asked for by."""
+        ...
+
+    @property
+    def identity(self) -> str:
+        """What problems and scores depend on besides the seed: equal where they are equal, whatever the name."""
+        ...
+
+    @property
+    def bounded(self) -> bool:
+        """Whether scoring takes time in proportion to the texts, and no more. Other scorers run in processes of their
+        own, with a time limit (`tasks.judges`)."""
         ...
 
     def sample(self, seed: int) -> Problem:
@@ -93,7 +107,7 @@ class FiniteTask(Task, Protocol):
 def check_effort(effort: str) -> str:
     """`effort` itself; raises `ConfigError` unless it is one of `EFFORTS`."""
     if effort not in EFFORTS:
-        raise ConfigError(f"effort is {effort!r}, but must be one of {', '.join(EFFORTS)}")
+        raise ConfigError(f"effort is {shown(effort)}, but must be one of {', '.join(EFFORTS)}")
     return effort
 
 
@@ -135,6 +149,22 @@ def problems(task: Task, first_seed: int = 0, held_out: bool = True) -> Iterator
         problem = task.sample(seed)
         if not isinstance(task, WorkedTask) or is_held_out(problem) == held_out:
             yield problem
+
+
+class Embedded:
+    """What the embedded families have in common: dataclasses of their settings, whose answers are compared as text."""
+
+    @property
+    def identity(self) -> str:
+        return repr(self)
+
+    @property
+    def bounded(self) -> bool:
+        return True
+
+    def score(self, problem: Problem, final_text: str) -> float:
+        """1 for exactly the answer, surrounding white space aside; else 0."""
+        return score_equal_text(problem, final_text)
 
 
 def score_equal_text(problem: Problem, final_text: str) -> float:

@@ -1,17 +1,17 @@
 """From a prompt and an effort to tokens, and from tokens back to analysis and final text.
 
-Works on the files that a checkpoint carries: tokenizer.json, chat_template.jinja (or `chat_template` in
-tokenizer_config.json), and the end and pad ids of generation_config.json or config.json. The template is rendered
-with the same sandbox and options as transformers' `apply_chat_template`, so that the ids are the same; transformers
-itself is not needed. The message form is harmony (gpt-oss): analysis and final channels. Special tokens written out
-in a prompt become special tokens, as they do in transformers.
+Works on the files that a checkpoint carries: tokenizer.json, the chat template and what configures both
+(`chat_reading`). The template is rendered with the sandbox, options and variables of transformers'
+`apply_chat_template`, so that the ids are the same; transformers itself is not needed. Rendering takes place in a
+process of its own (`rendering`), which bounds its time and memory. The message form is harmony (gpt-oss): analysis and
+final channels. Control tokens written out in a question or an answer stay ordinary text (`control_tokens`), unlike in
+transformers, which by default makes tokens of them.
 Left out: tools (calls are recognised and set aside), other chat formats.
 """
 
 from __future__ import annotations
 
 import datetime
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,12 +19,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import jinja2.sandbox
 import tokenizers
 
-from puzzle_jax.errors import CheckpointError, ConfigError
+from puzzle_jax.errors import CheckpointError, ConfigError, shown
+from puzzle_jax.files import is_unicode
 from puzzle_jax.tasks.base import check_effort
+from puzzle_jax.tasks.chat_reading import read_ends, read_template, read_tokenizer
+from puzzle_jax.tasks.control_tokens import ControlTokens
+from puzzle_jax.tasks.rendering import Template
 
 _EFFORT_VARIABLE = "reasoning_effort"
 _CHANNEL = re.compile(r"\w+")
@@ -53,47 +55,47 @@ class Chat:
 
     Attributes:
       tokenizer: the checkpoint's tokenizer.
-      template: source text of its Jinja chat template.
+      template: its chat template, with the special tokens that it may write and the date that it sees.
       stop_ids: ids that end an answer.
       pad_id: id that fills rows.
-      today: what `strftime_now` says inside the template; fixed, so that one run sees one date.
     """
 
     tokenizer: tokenizers.Tokenizer
-    template: str
+    template: Template
     stop_ids: frozenset[int]
     pad_id: int
-    today: datetime.datetime
 
     @classmethod
     def load(cls, directory: str | Path, today: datetime.datetime | None = None) -> Chat:
         """Reads the chat files of a checkpoint directory.
 
+        Warns with `PuzzleWarning` where the checkpoint does not name the tokens that end a turn in the harmony format,
+        which then end an answer all the same.
+
+        Args:
+          directory: the checkpoint.
+          today: what `strftime_now` says inside the template, now by default; fixed, so that one run sees one date.
+
         Raises:
           CheckpointError: a file or field is missing or damaged, or the template knows no effort.
         """
         directory = Path(directory)
-        tokenizer = _read_tokenizer(directory / "tokenizer.json")
-        template = _read_template(directory)
-        if _EFFORT_VARIABLE not in template:
+        tokenizer, special = read_tokenizer(directory)
+        for token in ("<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>"):
+            _special(tokenizer, token)
+        template = read_template(directory, tokenizer, special, today or datetime.datetime.now())
+        if _EFFORT_VARIABLE not in template.source:
             raise CheckpointError(
-                f"the chat template in {directory} never uses {_EFFORT_VARIABLE}, "
+                f"the chat template {template.where} never uses {_EFFORT_VARIABLE}, "
                 "but a reasoning model's template must render the effort"
             )
-        settings = _read_json(directory / "config.json")
-        settings |= _read_json(directory / "generation_config.json")
-        stop_ids = _stop_ids(settings, directory)
-        pad_id = settings.get("pad_token_id")
-        chat = cls(
-            tokenizer=tokenizer,
-            template=template,
-            stop_ids=stop_ids,
-            pad_id=min(stop_ids) if pad_id is None else int(pad_id),
-            today=today or datetime.datetime.now(),
-        )
-        for token in ("<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>"):
-            chat._special(token)
-        return chat
+        stop_ids, pad_id = read_ends(directory, tokenizer)
+        return cls(tokenizer, template, stop_ids, pad_id)
+
+    @property
+    def today(self) -> datetime.datetime:
+        """The date that the template sees."""
+        return self.template.today
 
     def prompt_tokens(self, prompt: str | Sequence[Mapping[str, Any]], effort: str = "medium") -> list[int]:
         """Tokens of a conversation up to where the assistant begins.
@@ -104,26 +106,51 @@ class Chat:
           effort: one of `EFFORTS`.
 
         Raises:
-          ConfigError: an unknown effort, or a message without role or content.
-          CheckpointError: the template refuses the conversation.
+          ConfigError: an unknown effort, or a message without role or content of valid Unicode.
+          CheckpointError: the template refuses the conversation, or cannot be rendered.
         """
         check_effort(effort)
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _history(prompt)
-        return self.encode(
-            self._render(messages=messages, add_generation_prompt=True, **{_EFFORT_VARIABLE: effort}),
+        messages = _history([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
+        marked = self._control.mark([text for message in messages for text in message], self.template.source)
+        text = self.template.render(
+            messages=[
+                {"role": role, "content": content}
+                for role, content in zip(marked.texts[::2], marked.texts[1::2], strict=True)
+            ],
+            tools=None,
+            documents=None,
+            add_generation_prompt=True,
+            **{_EFFORT_VARIABLE: effort},
         )
+        return self._control.encode(text, marked.tokens)
 
     def completion_tokens(self, analysis: str, final: str, *, cut: bool = False) -> list[int]:
         """Tokens that the assistant should write after `prompt_tokens`; no analysis message when it is "".
 
-        `cut` gives an answer that a limit ended: it has no stop id, and without a final text ends in its analysis.
+        Args:
+          analysis: text of the analysis channel.
+          final: text of the final channel.
+          cut: whether a limit ended the answer: it has no stop id, and without a final text ends in its analysis.
+
+        Raises:
+          ConfigError: a text is no valid Unicode.
         """
+        for name, text in (("analysis", analysis), ("final", final)):
+            if not is_unicode(text):
+                raise ConfigError(
+                    f"the {name} text of the answer holds half a surrogate pair, but must be valid Unicode"
+                )
+        (analysis, final), tokens = self._control.mark([analysis, final], "")
         thought = f"<|channel|>analysis<|message|>{analysis}" if analysis else ""
         if cut and not final:
-            return self.encode(thought)
+            return self._control.encode(thought, tokens)
         between = "<|end|><|start|>assistant" if analysis else ""
         end = "" if cut else "<|return|>"
-        return self.encode(f"{thought}{between}<|channel|>final<|message|>{final}{end}")
+        return self._control.encode(f"{thought}{between}<|channel|>final<|message|>{final}{end}", tokens)
+
+    def speaks_of_control_tokens(self, *texts: str) -> bool:
+        """Whether control tokens are written out in a text; they stay text."""
+        return bool(self._control.mark(texts, "").tokens)
 
     def parse(self, tokens: Sequence[int]) -> Completion:
         """Splits what the assistant wrote into its channels.
@@ -136,7 +163,9 @@ class Chat:
         stop = next((i for i, token in enumerate(tokens) if token in self.stop_ids), None)
         if stop is not None:
             tokens = tokens[:stop]
-        channel_id, message_id, end_id = (self._special(t) for t in ("<|channel|>", "<|message|>", "<|end|>"))
+        channel_id, message_id, end_id = (
+            _special(self.tokenizer, token) for token in ("<|channel|>", "<|message|>", "<|end|>")
+        )
         texts: dict[str, list[str]] = {"analysis": [], "final": []}
         for message in _split(tokens, end_id):
             if channel_id not in message or message_id not in message:
@@ -156,51 +185,32 @@ class Chat:
         """Text of the tokens, special tokens included."""
         return self.tokenizer.decode([int(token) for token in tokens], skip_special_tokens=False)
 
-    def _special(self, token: str) -> int:
-        index = self.tokenizer.token_to_id(token)
-        if index is None:
-            raise CheckpointError(f"tokenizer.json has no token {token}, which the harmony format needs")
-        return index
-
     @cached_property
-    def _compiled(self) -> jinja2.Template:
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = _tojson
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = self.today.strftime
-        try:
-            return environment.from_string(self.template)
-        except jinja2.TemplateError as error:
-            raise CheckpointError(f"the chat template is no valid Jinja: {error}") from None
-
-    def _render(self, **variables: Any) -> str:
-        try:
-            return self._compiled.render(**variables)
-        except jinja2.TemplateError as error:
-            raise CheckpointError(f"the chat template refused the conversation: {error}") from None
+    def _control(self) -> ControlTokens:
+        return ControlTokens(self.tokenizer)
 
 
-def _history(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+def _history(messages: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """Role and content of every message."""
     if not messages:
         raise ConfigError("the conversation has no message, but must have at least one")
     history = []
     for number, message in enumerate(messages, 1):
         for field in ("role", "content"):
-            if not isinstance(message.get(field), str):
-                raise ConfigError(f"message {number}: {field} is {message.get(field)!r}, but must be a text")
-        history.append({"role": message["role"], "content": message["content"]})
+            value = message.get(field)
+            if not isinstance(value, str):
+                raise ConfigError(f"message {number}: {field} is {shown(value)}, but must be a text")
+            if not is_unicode(value):
+                raise ConfigError(f"message {number}: {field} holds half a surrogate pair, but must be valid Unicode")
+        history.append((message["role"], message["content"]))
     return history
 
 
-def _tojson(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
+def _special(tokenizer: tokenizers.Tokenizer, token: str) -> int:
+    index = tokenizer.token_to_id(token)
+    if index is None:
+        raise CheckpointError(f"tokenizer.json has no token {token}, which the harmony format needs")
+    return index
 
 
 def _split(tokens: list[int], separator: int) -> list[list[int]]:
@@ -211,46 +221,3 @@ def _split(tokens: list[int], separator: int) -> list[list[int]]:
         else:
             parts[-1].append(token)
     return parts
-
-
-def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist, but a checkpoint must carry its tokenizer")
-    try:
-        return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception for any damage
-        raise CheckpointError(f"{path} is no valid tokenizer: {error}") from None
-
-
-def _read_template(directory: Path) -> str:
-    path = directory / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    template = _read_json(directory / "tokenizer_config.json").get("chat_template")
-    if not isinstance(template, str):
-        raise CheckpointError(f"{path} does not exist, but a checkpoint must carry its chat template")
-    return template
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty when there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is no valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a {type(value).__name__}, but must hold an object")
-    return value
-
-
-def _stop_ids(settings: dict[str, Any], directory: Path) -> frozenset[int]:
-    value = settings.get("eos_token_id")
-    ids: list[Any] = value if isinstance(value, list) else [value]
-    if not ids or not all(isinstance(index, int) and not isinstance(index, bool) for index in ids):
-        raise CheckpointError(
-            f"eos_token_id in {directory}/generation_config.json or config.json is {value!r}, "
-            "but must be a token id or a list of them"
-        )
-    return frozenset(int(index) for index in ids)

@@ -9,7 +9,7 @@ numbers that were not given, and to 24.5).
 Five families know no answer in `entry["answer"]`. For graph_color, propositional_logic and rubiks_cube a right one is
 in the item's metadata; for boxnet and rush_hour the library ships none, so that `Problem.answer` is "".
 The family codeio runs code samples that the package carries. Left out: `composite`, which is a mixture of the others;
-curricula and other difficulties; a time limit for scorers.
+curricula and other difficulties; a time limit for scorers, which `tasks.judges` has.
 
 Source: Stojanovski et al., Reasoning Gym (arXiv:2505.24760); behaviour as of release 0.1.25.
 """
@@ -33,6 +33,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -94,6 +95,14 @@ class GymTask:
     @property
     def name(self) -> str:
         return PREFIX + self.family
+
+    @property
+    def identity(self) -> str:
+        return f"{self.name} of reasoning-gym {metadata.version('reasoning-gym')}"
+
+    @property
+    def bounded(self) -> bool:
+        return False
 
     def sample(self, seed: int) -> Problem:
         """The problem of this seed, the same in every process.

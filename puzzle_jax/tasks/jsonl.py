@@ -2,36 +2,39 @@
 
     {"prompt": "What is 6 * 7?", "answer": "42"}
     {"question": "Name a prime below 10.", "answer": "7", "match": "contains"}
+    {"question": "3 pens at 4 coins?", "answer": "3 pens cost 3 * 4 coins.\\n#### 12"}
 
-`match` says when a final text is right. "exact" (the default): equal to the answer, surrounding white space aside, or
-the same number, so that "1,000" and "1000.0" are one. "contains": the answer stands somewhere in the final text.
-The file is read and checked as a whole before anything is asked. Left out: other formats, scripts that judge.
+`match` says when a final text is right, by one of the rules in `tasks.matches`. Without it, a solution that ends in
+`#### NUMBER` stands for that number and `last_number`, one with `\\boxed{...}` for what is in the box and `math`, and
+any other answer for itself and `exact`. The file is read and checked as a whole before anything is asked.
+Left out: other formats, scripts that judge.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import re
-from dataclasses import dataclass
-from decimal import Decimal
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-from puzzle_jax.errors import ConfigError
+from puzzle_jax.errors import ConfigError, shown
+from puzzle_jax.files import parse_json, read_text
 from puzzle_jax.tasks.base import Problem
+from puzzle_jax.tasks.matches import MATCHES, is_right, number, only_boxed, worked_answer
 
-MATCHES = ("exact", "contains")
-
-_NUMBER = re.compile(r"[+-]?(\d{1,3}(,\d{3})+|\d+)?(\.\d+)?([eE][+-]?\d{1,4})?", re.ASCII)
+_RULES = 2
+"""Rises when a rule of `tasks.matches` judges a text otherwise than before."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line: what is asked, what is right, and when a text counts as that (one of `MATCHES`)."""
+    """One line: what is asked, what is right, when a text counts as that (one of `MATCHES`), and the line's number."""
 
     prompt: str
     answer: str
     match: str = "exact"
+    line: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,10 @@ class JsonlTask:
           ConfigError: the file cannot be read or has no row, or a line is not of the form above; the message names
             file, line and field.
         """
-        try:
-            lines = Path(path).read_text(encoding="utf-8").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path} cannot be read as a file of prompts and answers: {error}") from None
-        rows = tuple(_row(f"{path}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip())
+        lines = read_text(Path(path), ConfigError).removeprefix("\ufeff").split("\n")
+        rows = tuple(
+            _row(f"{path}, line {number}", line, number) for number, line in enumerate(lines, 1) if line.strip()
+        )
         if not rows:
             raise ConfigError(f"{path} holds no row, but must hold at least one prompt with its answer")
         return cls(str(path), rows)
@@ -67,31 +69,54 @@ class JsonlTask:
         if not 0 <= seed < self.size:
             raise ConfigError(f"{self.name}: seed is {seed}, but must be a row from 0 to {self.size - 1}")
         row = self.rows[seed]
-        return Problem(self.name, seed, row.prompt, row.answer, entry=row.match)
+        where = f"{self.name}, line {row.line}"
+        return Problem(self.name, seed, row.prompt, row.answer, entry=row.match, where=where)
 
     def score(self, problem: Problem, final_text: str) -> float:
-        text, answer = final_text.strip(), problem.answer.strip()
-        if problem.entry == "contains":
-            return float(answer in text)
-        numbers = _number(text), _number(answer)
-        return float(text == answer or (None not in numbers and numbers[0] == numbers[1]))
+        return float(is_right(problem.entry, problem.answer, final_text))
+
+    @property
+    def bounded(self) -> bool:
+        return True
+
+    @property
+    def identity(self) -> str:
+        content = json.dumps([_RULES, *(astuple(row)[:3] for row in self.rows)])
+        return f"rows {hashlib.sha256(content.encode()).hexdigest()[:16]}"
 
 
-def _row(where: str, line: str) -> Row:
-    try:
-        value = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ConfigError(f"{where} is no valid JSON: {error}") from None
+def _row(where: str, line: str, number_of_line: int) -> Row:
+    value = parse_json(line, where, ConfigError)
     if not isinstance(value, dict):
         raise ConfigError(f"{where} holds a {type(value).__name__}, but must hold an object")
     if "prompt" in value and "question" in value:
         raise ConfigError(f"{where} has both prompt and question, but must have one of them")
     prompt = _text(where, value, "question" if "question" in value else "prompt")
-    answer = _text(where, value, "answer")
-    match = value.get("match", "exact")
+    answer, match = _compared(where, _text(where, value, "answer"), value)
+    return Row(prompt, answer, match, number_of_line)
+
+
+def _compared(where: str, answer: str, value: dict[str, Any]) -> tuple[str, str]:
+    """The answer that final texts are compared with, and how."""
+    match, worked = value.get("match", "exact"), worked_answer(answer)
     if match not in MATCHES:
-        raise ConfigError(f"{where}: match is {match!r}, but must be one of {', '.join(MATCHES)}")
-    return Row(prompt, answer, match)
+        raise ConfigError(f"{where}: match is {shown(match)}, but must be one of {', '.join(MATCHES)}")
+    if worked is not None and "match" not in value:
+        return worked
+    if worked is not None and match in ("number", "last_number", "math"):
+        answer = worked[0]
+    elif worked is not None and not only_boxed(answer):
+        raise ConfigError(
+            f"{where}: match is {match!r}, but the answer is a solution that ends in {_ending(answer)!r}, which final "
+            f"texts do not repeat; leave match out to compare with {worked[0]!r} by {worked[1]!r}, or shorten it"
+        )
+    if match in ("number", "last_number") and number(answer) is None:
+        raise ConfigError(f"{where}: match is {match!r}, but the answer is {shown(answer)}, which is no number")
+    return answer, match
+
+
+def _ending(answer: str) -> str:
+    return answer.strip().rpartition("\n")[2][-60:]
 
 
 def _text(where: str, value: dict[str, Any], field: str) -> str:
@@ -99,15 +124,5 @@ def _text(where: str, value: dict[str, Any], field: str) -> str:
         raise ConfigError(f"{where} has no field {field}, which every row must have")
     text = value[field]
     if not isinstance(text, str) or not text.strip():
-        raise ConfigError(f"{where}: {field} is {text!r}, but must be a text that is not empty")
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ConfigError(f"{where}: {field} is {text!r}, but must be valid Unicode, without half a surrogate pair")
+        raise ConfigError(f"{where}: {field} is {shown(text)}, but must be a text that is not empty")
     return text
-
-
-def _number(text: str) -> Decimal | None:
-    """The number that the text writes, or None; commas may group thousands."""
-    # At least one digit must stand before the exponent, which the pattern alone does not ask for.
-    if not _NUMBER.fullmatch(text) or not text.lstrip("+-.")[:1].isdigit():
-        return None
-    return Decimal(text.replace(",", ""))

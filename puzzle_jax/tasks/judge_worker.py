@@ -1,7 +1,8 @@
 """The process in which answers are judged, one after another; `judges` starts it and says what it does.
 
 It says "ready", or "refused" with a sentence, once its function is loaded; then for every answer "begun" when its task
-is there, and "done" with reward, kind and reason. The function runs in the main thread, so that it may set alarms.
+is there, and "done" with reward, kind and reason of a loss, and the task's own score where it was asked. The function
+runs in the main thread, so that it may set alarms.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import ModuleType
 from typing import Any
 
 from puzzle_jax.errors import ConfigError, shown
 from puzzle_jax.tasks import Task, get_task
-from puzzle_jax.tasks.judges import Answer, Setup, receive, receive_bytes, send
+from puzzle_jax.tasks.judge_channel import receive, receive_bytes, send
+from puzzle_jax.tasks.judges import LARGEST_REWARD, Answer, Setup
 
 Reward = Callable[[Answer, Callable[[], float]], Any]
 
@@ -31,10 +34,11 @@ _LOOK_SECONDS = 0.5
 # So long after the limit a process ends by itself, if not before; a parent that is there ends it at the limit.
 _GRACE_SECONDS, _LONGEST_SECONDS = 3.0, 1e9
 _LONGEST_MESSAGE = 200
+_OWN_MEMORY_BYTES = 4 << 30
 
 
 def work(parent: int) -> None:
-    """Judges what comes in over stdin, a socket, until it is closed or the process `parent` ends."""
+    """Judges what comes in over stdin, a socket, until it is closed or its parent, the process `parent`, ends."""
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     signal.signal(signal.SIGINT, lambda *_: None)
     # The function's own reads and prints, and those of programs that it starts, must not meet the channel.
@@ -44,6 +48,8 @@ def work(parent: int) -> None:
     try:
         setup: Setup = receive(channel)
         try:
+            if setup.function is None:
+                _limit_memory()
             reward = _own_score if setup.function is None else load(setup.function, setup.source)
         except ConfigError as error:
             send(channel, ("refused", str(error)))
@@ -101,44 +107,66 @@ def _run(path: str, source: bytes) -> ModuleType:
 
 def _judged(
     channel: socket.socket, nothing: int, reward: Reward, time_limit: float, tasks: dict[str, Task], message: bytes
-) -> tuple[float | None, str | None, str | None]:
-    """Reward, or kind and reason of its loss."""
+) -> tuple[float | None, str | None, str | None, float | None]:
+    """Reward, or kind and reason of its loss; and the task's own score, if it was asked."""
     process = os.getpid()
+    score = None
     try:
-        answer: Answer = pickle.loads(message)
-        score = _scorer(answer, tasks)
+        answer, own = pickle.loads(message)
+        score = _Score(answer, tasks)
         # A thread in C, which also ends the process when no other thread gets to run any more.
         faulthandler.dump_traceback_later(min(time_limit + _GRACE_SECONDS, _LONGEST_SECONDS), exit=True, file=nothing)
         send(channel, ("begun", None))
-        value = reward(answer, score)
+        value = (_own_score if own else reward)(answer, score)
     except BaseException as error:
-        return None, "raised", _told(error)
+        return None, "raised", _told(error), score and score.given
     finally:
         if os.getpid() != process:
             os._exit(1)  # A copy that the function forked came back.
         faulthandler.cancel_dump_traceback_later()
-    return _number(value)
+    return *_number(value), score.given
 
 
 def _own_score(answer: Answer, score: Callable[[], float]) -> float:
     return score()
 
 
-def _scorer(answer: Answer, tasks: dict[str, Task]) -> Callable[[], float]:
-    """The task's score of an answer. A task that cannot be had raises only when it is asked."""
-    problem, missing = answer.problem, None
-    if problem.task not in tasks:
-        try:
-            tasks[problem.task] = get_task(problem.task)
-        except Exception as error:
-            missing = error
+class _Score:
+    """The task's score of an answer, when called. A task that cannot be had raises only then.
 
-    def score() -> float:
-        if missing is not None:
-            raise missing
-        return 0.0 if answer.truncated else tasks[problem.task].score(problem, answer.final)
+    Attributes:
+      given: what it was the last time; None before.
+    """
 
-    return score
+    def __init__(self, answer: Answer, tasks: dict[str, Task]) -> None:
+        self.given: float | None = None
+        self._answer, self._tasks = answer, tasks
+        self._missing: Exception | None = None
+        name = answer.problem.task
+        if name not in tasks:
+            try:
+                tasks[name] = get_task(name)
+            except Exception as error:
+                self._missing = error
+
+    def __call__(self) -> float:
+        if self._missing is not None:
+            raise self._missing
+        answer = self._answer
+        task = self._tasks[answer.problem.task]
+        self.given = 0.0 if answer.truncated else task.score(answer.problem, answer.final)
+        return self.given
+
+
+def _limit_memory() -> None:
+    """Bounds what this process may allocate, where the system can (on Linux), so that a scorer is refused memory
+    before the machine runs out of it."""
+    with suppress(ImportError, ValueError, OSError):
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        most = _OWN_MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(_OWN_MEMORY_BYTES, hard)
+        resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
 
 
 def _number(value: Any) -> tuple[float | None, str | None, str | None]:
@@ -147,10 +175,11 @@ def _number(value: Any) -> tuple[float | None, str | None, str | None]:
         number = float(value) if hasattr(value, "__float__") or hasattr(value, "__index__") else math.nan
     except Exception:
         number = math.nan
-    if math.isfinite(number):
+    if abs(number) <= LARGEST_REWARD:
         return number, None, None
     told = shown(value) if value is None or isinstance(value, str | int | float) else f"a {_type(value)}"
-    return None, "value", f"returned {told}"
+    beyond = f", beyond {LARGEST_REWARD:g}" if math.isfinite(number) else ""
+    return None, "value", f"returned {told}{beyond}"
 
 
 def _told(error: BaseException) -> str:
@@ -170,7 +199,7 @@ def _type(value: object) -> str:
 
 
 def _end_with(parent: int) -> None:
-    """Ends this process, and what its function started, soon after the parent's end."""
+    """Ends this process, and its group, soon after the parent's end, where the system does not do so at once."""
     while os.getppid() == parent:
         time.sleep(_LOOK_SECONDS)
     if os.getpgrp() == os.getpid():

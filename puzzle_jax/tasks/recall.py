@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.tasks.arithmetic import SEPARATORS
-from puzzle_jax.tasks.base import Problem, check_effort, check_skew, draw_level, score_equal_text
+from puzzle_jax.tasks.base import Embedded, Problem, check_effort, check_skew, draw_level
 
 _KEYS = string.ascii_uppercase
 # Two-letter syllables: no word that the embedded tokenizer holds as one token can come out of them,
@@ -32,7 +32,7 @@ DISTANCE_BUCKETS: tuple[tuple[str, int, int], ...] = (
 
 
 @dataclass(frozen=True)
-class Recall:
+class Recall(Embedded):
     """`A7 ko B2 demu Q5 ?QA`: the digits of the asked letters summed modulo 10.
 
     high `Q5=5,A7=2` (entry copied, running sum), medium `Q5A7` (entries only), low nothing.
@@ -66,9 +66,6 @@ class Recall:
         distance = max(len(text) - text.index(key) for key in asked)
         details = {"asked": len(asked), "entries": entries, "distance": distance}
         return Problem(self.name, seed, f"{text}?{''.join(asked)}", str(answer), details)
-
-    def score(self, problem: Problem, final_text: str) -> float:
-        return score_equal_text(problem, final_text)
 
     def trace(self, problem: Problem, effort: str) -> str:
         if check_effort(effort) == "low":

@@ -3,24 +3,37 @@
 Some scorers from outside call `eval`, or sympy's parser, which does, on what a model wrote. Here the text is only
 parsed, never run; a scorer sees it when nothing in it can do more than compute a value, and that soon. The price:
 a right answer in a form beyond these is not recognised.
+
+What a formula's value may come to is bounded before sympy computes it. Numbers without functions are computed exactly,
+as long as they are modest (`magnitudes`). Of all else the size is bounded from above, every symbol counting as 1 since
+symbols may cancel, and also from below where that is possible, as for products. So the arguments of functions are
+known to be modest: sin(exp(999999999)) would take sympy longer than anyone waits, and int(exp(99999)) all memory. The
+number of terms is bounded that a formula has when it is multiplied out, which sympy does to compare two.
 """
 
 from __future__ import annotations
 
 import ast
+import math
 import re
+
+from puzzle_jax.tasks.magnitudes import Magnitude, magnitude_of_call
 
 LONGEST = 20_000
 """Characters of a text that a scorer may see."""
 
 _LONGEST_EXPRESSION = 1_000
 _GREATEST_EXPONENT = 100
+_MOST_TERMS = 100
 _FUNCTIONS = frozenset({
     "sin", "cos", "tan", "sec", "csc", "cot", "asin", "acos", "atan", "sinh", "cosh", "tanh", "asinh", "acosh", "atanh",
     "exp", "log", "ln", "sqrt", "Abs", "abs",
 })  # fmt: skip
 _CONSTANTS = frozenset({"pi", "E"})
-_OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.USub, ast.UAdd)
+_CONSTANT = Magnitude(2.0, 1.0)  # both are between 2 and 4
+_LONGEST_NUMBER = 40
+_LONG_NUMBER = re.compile(rf"[\d_.]{{{_LONGEST_NUMBER + 1}}}|[eE][+-]?[\d_]{{3}}")
+"""Digits that sympy would read exactly although they are no number of Python's (1e-99999)."""
 
 _LONG_COUNT = re.compile(r"[A-Za-z]'?[+-]?\d[\d_]{3}|(?<![a-z])nan(?![a-ik-z])", re.IGNORECASE)
 
@@ -40,12 +53,15 @@ def is_expression(text: str) -> bool:
     """Whether the text is a formula of numbers, one-letter symbols, well-known functions and + - * / // % **.
 
     Powers of a symbol, of a number up to 100 or of a fraction of such; powers in one another multiply their
-    exponents, and the product must not exceed 100 either.
+    exponents, and the product must not exceed 100 either. Arguments of functions must not exceed 1000, nor whole
+    numbers 20,000 bits, nor the formula 100 terms when it is multiplied out. A formula that divides by 0 has no
+    value, and is none.
     """
-    if len(text) > _LONGEST_EXPRESSION:
+    if len(text) > _LONGEST_EXPRESSION or _LONG_NUMBER.search(text):
         return False
     try:
-        return _is_formula(ast.parse(text.strip(), mode="eval").body, 1.0)
+        formula = ast.parse(text.strip(), mode="eval").body
+        return _magnitude(formula, 1.0) is not None and _terms(formula) <= _MOST_TERMS
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return False
 
@@ -56,25 +72,55 @@ def is_brief(text: str) -> bool:
     return len(text) <= LONGEST and not _LONG_COUNT.search(text)
 
 
-def _is_formula(node: ast.expr, power: float) -> bool:
-    """Whether the node is a formula that stays modest when raised to `power`."""
+def _magnitude(node: ast.expr, power: float) -> Magnitude | None:
+    """The size of a formula that stays modest when raised to `power`; None for all else."""
     match node:
         case ast.Constant(value=int() | float() as value):
-            return not isinstance(value, bool) and abs(value) < 1e12
+            modest = not isinstance(value, bool) and abs(value) < 1e12
+            return Magnitude.of(value) if modest else None
         case ast.Name(id=name):
-            return len(name) == 1 or name in _CONSTANTS
-        case ast.UnaryOp(op=op, operand=operand):
-            return isinstance(op, _OPERATORS) and _is_formula(operand, power)
-        case ast.Call(func=ast.Name(id=name), args=[argument], keywords=[]):
-            return name in _FUNCTIONS and _is_formula(argument, power)
+            if name in _CONSTANTS:
+                return _CONSTANT
+            return Magnitude(0.0, 0.0) if len(name) == 1 else None
+        case ast.UnaryOp(op=ast.USub() | ast.UAdd() as op, operand=operand):
+            inner = _magnitude(operand, power)
+            return -inner if inner is not None and isinstance(op, ast.USub) else inner
+        case ast.Call(func=ast.Name(id=name), args=[argument], keywords=[]) if name in _FUNCTIONS:
+            inner = _magnitude(argument, power)
+            return None if inner is None else magnitude_of_call(name, inner)
         case ast.BinOp(left=base, op=ast.Pow(), right=ast.Name(id=name)):
-            return len(name) == 1 and _is_formula(base, power)
+            inner = _magnitude(base, power)
+            return inner.without_value() if inner is not None and len(name) == 1 else None
         case ast.BinOp(left=base, op=ast.Pow(), right=exponent):
             size = _size(exponent)
-            return size is not None and power * size <= _GREATEST_EXPONENT and _is_formula(base, power * max(size, 1.0))
+            if size is None or power * size > _GREATEST_EXPONENT:
+                return None
+            inner, by = _magnitude(base, power * max(size, 1.0)), _magnitude(exponent, 1.0)
+            return None if inner is None or by is None else inner.power(by, size)
         case ast.BinOp(left=left, op=op, right=right):
-            return isinstance(op, _OPERATORS) and _is_formula(left, power) and _is_formula(right, power)
-    return False
+            one, other = _magnitude(left, power), _magnitude(right, power)
+            return None if one is None or other is None else one.combined(op, other)
+    return None
+
+
+def _terms(node: ast.expr) -> float:
+    """The number of terms that a formula has at most when it is multiplied out, its arguments of functions too."""
+    match node:
+        case ast.UnaryOp(operand=operand):
+            return _terms(operand)
+        case ast.Call(args=[argument]):
+            return _terms(argument)
+        case ast.BinOp(left=left, op=ast.Add() | ast.Sub(), right=right):
+            return _terms(left) + _terms(right)
+        case ast.BinOp(left=base, op=ast.Pow(), right=exponent):
+            times, terms = math.ceil(_size(exponent) or 1.0), _terms(base)
+            if isinstance(base, ast.Call):
+                terms += 1  # sin(x)**2 may become a sum
+            # Ways to choose `times` of so many terms, in any order and repeatedly.
+            return float(math.comb(times + int(terms) - 1, times)) if terms <= _MOST_TERMS else math.inf
+        case ast.BinOp(left=left, right=right):
+            return _terms(left) * _terms(right)
+    return 1.0
 
 
 def _size(exponent: ast.expr) -> float | None:

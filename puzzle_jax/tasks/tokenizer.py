@@ -105,5 +105,11 @@ def embedded_chat() -> Chat:
         return Chat.load(directory)
 
 
+def is_embedded(chat: Chat) -> bool:
+    """Whether a chat has the embedded parent's tokenizer, as its children have."""
+    sizes = chat.tokenizer.get_vocab_size(), len((*SPECIAL_TOKENS, *WORDS, *CHARACTERS))
+    return sizes[0] == sizes[1] and chat.tokenizer.get_vocab() == build_tokenizer().get_vocab()
+
+
 def _json_bytes(value: Mapping[str, object]) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()

@@ -18,9 +18,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
-
-from puzzle_jax.cli import enable_compilation_cache, guarded
+from puzzle_jax.commands import Parser, enable_compilation_cache, guarded
+from puzzle_jax.consoles import plain_console
 
 PROGRAM = "python -m puzzle_jax.train"
 RECIPE_VERBS = {"distill": False, "distill-blocks": True}
@@ -40,9 +39,9 @@ VERBS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a verb; returns the exit code (2 for what the user can mend)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     verb = arguments[0] if arguments else None
-    prog = f"{PROGRAM} {verb}"
+    prog = PROGRAM if verb is None else f"{PROGRAM} {verb}"
     kept = "the same command goes on from the last checkpoint"
     if verb == GRPO:
         command = importlib.import_module("puzzle_jax.train.grpo_command")
@@ -54,17 +53,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return guarded(
             prog, lambda: command.run(arguments[1:], prog, console, blocks=RECIPE_VERBS[verb]), interrupted=kept
         )
-    parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__)
+    parser = Parser(prog=PROGRAM, description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     verbs = parser.add_subparsers(dest="verb", required=True)
     for name, what in VERBS.items():
         _command(name).add_arguments(verbs.add_parser(name, help=what))
     for name in (*RECIPE_VERBS, GRPO):
         verbs.add_parser(name, help=f"see {PROGRAM} {name} --help")
-    options = parser.parse_args(arguments)
-    command = _command(options.verb)
-    enable_compilation_cache()
-    return guarded(prog, lambda: command.run(options, console), interrupted=kept)
+
+    def run() -> None:
+        options = parser.parse_args(arguments)
+        enable_compilation_cache()
+        _command(options.verb).run(options, console)
+
+    return guarded(prog, run, interrupted=kept)
 
 
 def _command(verb: str) -> Any:

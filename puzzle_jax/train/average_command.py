@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from puzzle_jax.errors import ConfigError
 from puzzle_jax.evaluate.accuracy import QuestionSet
 from puzzle_jax.evaluate.settings import MAX_TOKENS
 from puzzle_jax.tasks import EFFORTS, TASKS
+from puzzle_jax.temperature import check_temperature
 from puzzle_jax.train.average import Pair, check_out, check_weight, write_average
 from puzzle_jax.train.average_sweep import SPLIT, Sweep, run_sweep
 from puzzle_jax.train.traces_command import answer_limits
@@ -85,8 +85,8 @@ def _check_options(options: argparse.Namespace) -> None:
                 raise ConfigError(f"--{flag} is given with --weight, but only --weights asks problems")
     elif options.problems is None:
         raise ConfigError("--weights is given without --problems, the number of problems of each task to ask")
-    if options.temperature is not None and not (isfinite(options.temperature) and options.temperature >= 0):
-        raise ConfigError(f"--temperature is {options.temperature}, but must be a finite number of at least 0")
+    if options.temperature is not None:
+        check_temperature("--temperature", options.temperature)
     if options.batch_size is not None and options.batch_size < 1:
         raise ConfigError(f"--batch-size is {options.batch_size}, but must be at least 1")
 

@@ -26,7 +26,7 @@ from rich.table import Table
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.convert_hf.load import load_checkpoint
 from puzzle_jax.errors import ConfigError
-from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions
+from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions, check_context, unscored_note
 from puzzle_jax.evaluate.models import Model
 from puzzle_jax.evaluate.statistics import means, resample
 from puzzle_jax.generate.traces import Trace
@@ -169,13 +169,7 @@ class Sweep:
 
     def check_context(self, chat: Chat, config: ModelConfig, who: str) -> None:
         """Raises ConfigError where a question with its longest answer is more than a model reads."""
-        for problem, effort in self.questions.questions():
-            prompt, limit = len(chat.prompt_tokens(problem.prompt, effort)), self.limits[effort]
-            if prompt + limit > config.max_position:
-                raise ConfigError(
-                    f"a problem of task {problem.task!r} needs {prompt} prompt and {limit} new tokens at effort "
-                    f"{effort!r}, but the context of {who} is {config.max_position}"
-                )
+        check_context(self.questions.questions(), chat, config, self.limits, who)
 
     def answers(self, params: Params, config: ModelConfig, chat: Chat, who: str, console: Console) -> Measured:
         """What a model answers."""
@@ -191,6 +185,8 @@ class Sweep:
                 slots=self.slots,
                 on_answer=lambda *_: advance(1),
             )
+        if note := unscored_note(found):
+            console.print(f"{who}: {note}", highlight=False, soft_wrap=True)
         return Measured.of(found, self.questions.efforts)
 
 
@@ -216,6 +212,7 @@ class Swept:
         record: dict[str, Any] = {
             "split": questions.split,
             "tasks": list(questions.tasks),
+            "judged_by": questions.judged_by,
             "problems": questions.per_task,
             "seed": questions.seed,
             "temperature": self.sweep.temperature,

@@ -25,10 +25,10 @@ from puzzle_jax.model.cache_format import KVScales
 from puzzle_jax.model.sharding import make_training_mesh, on_mesh
 from puzzle_jax.model.spec import Params
 from puzzle_jax.model.stacked import unstack_params
-from puzzle_jax.processes import by_first
+from puzzle_jax.processes import agree, on_all, on_primary
 from puzzle_jax.runs import open_run
 from puzzle_jax.train.blocks import Blocks
-from puzzle_jax.train.distill_inputs import Inputs
+from puzzle_jax.train.distill_inputs import Inputs, shared_day
 from puzzle_jax.train.distill_recipe import DistillRecipe
 from puzzle_jax.train.loop import EVALUATION, Job, Trained, train
 from puzzle_jax.train.objectives import Distillation, Fixed, LossSettings
@@ -44,6 +44,7 @@ from puzzle_jax.train.trace_examples import TraceExample
 
 CHILD = "child"
 _CALIBRATION_ANSWERS = 256
+_DIRECTORIES = ("parent", "child", "traces", "out", "teacher_cache")
 _MEASURED = {"kl": "forward_kl", "next_token": "next_token"}
 
 
@@ -54,12 +55,16 @@ def distill(recipe: DistillRecipe, console: Console, *, blocks: bool = False) ->
     names, and where `recipe.out` holds something else.
     """
     if jax.process_index():
-        console = Console(quiet=True)  # the first process tells of all
-    inputs = Inputs.open(recipe, blocks=blocks)
+        console = Console(quiet=True)  # the primary process reports for all
+    day = shared_day(recipe.out)
+    inputs = on_all("open the inputs", lambda: Inputs.open(recipe, blocks=blocks, today=day))
+    # Directories may lie elsewhere on each host; the identity tells what is in them.
+    settings = {name: value for name, value in asdict(recipe).items() if name not in _DIRECTORIES}
+    agree("the distillation", {"recipe": settings, "inputs": inputs.identity})
     mesh = None
     if recipe.mesh.devices > 1 or recipe.mesh.processes > 1:
         mesh = make_training_mesh(recipe.mesh.data, recipe.mesh.sequence, recipe.mesh.model)
-    by_first("open the run", lambda: open_run(recipe.out, inputs.identity))
+    on_primary("open the run", lambda: open_run(recipe.out, inputs.identity))
     console.print(f"traces: {inputs.counts}", highlight=False)
     distiller = Distiller(inputs, Placement(mesh))
     trained = train(distiller.job(console), recipe.loop, recipe.out, console)
@@ -206,7 +211,7 @@ class Distiller:
                 replace=True,
             )
 
-        by_first("export the child", write)
+        on_primary("export the child", write)
         console.print(f"child: {recipe.out / CHILD}", highlight=False)
 
     def _record(self, trained: Trained) -> dict[str, Any]:

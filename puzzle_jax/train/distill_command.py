@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from puzzle_jax.processes import join_processes
+from puzzle_jax.processes import joined
 from puzzle_jax.recipe_files import parse_settings, recipe_names
 from puzzle_jax.train.distill_recipe import DistillRecipe
 
@@ -26,7 +26,8 @@ def parse_recipe(arguments: Sequence[str], prog: str) -> DistillRecipe:
 def run(arguments: Sequence[str], prog: str, console: Console, *, blocks: bool) -> None:
     """Trains a child, or goes on with a run that was begun."""
     recipe = parse_recipe(arguments, prog)
-    join_processes(recipe.mesh.processes, recipe.mesh.devices // recipe.mesh.processes)
-    from puzzle_jax.train.distill import distill
+    processes = recipe.mesh.processes
+    with joined(processes, recipe.mesh.devices // processes, program=prog):
+        from puzzle_jax.train.distill import distill
 
-    distill(recipe, console, blocks=blocks)
+        distill(recipe, console, blocks=blocks)

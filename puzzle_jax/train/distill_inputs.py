@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -21,10 +22,11 @@ from puzzle_jax.convert_hf.child_of import OpenedChild, load_delta, open_child
 from puzzle_jax.convert_hf.describe import describe_checkpoint
 from puzzle_jax.convert_hf.export import PROVENANCE
 from puzzle_jax.convert_hf.token_ids import check_tokenizer
-from puzzle_jax.errors import PuzzleError
+from puzzle_jax.errors import PuzzleError, PuzzleWarning
 from puzzle_jax.evaluate.models import Model
 from puzzle_jax.files import read_object
 from puzzle_jax.model.spec import Params
+from puzzle_jax.processes import from_primary
 from puzzle_jax.runs import RUN_FILE
 from puzzle_jax.tasks import Chat
 from puzzle_jax.train.distill_recipe import DistillRecipe
@@ -60,12 +62,18 @@ class Inputs:
     teacher: str
 
     @staticmethod
-    def open(recipe: DistillRecipe, *, blocks: bool) -> Inputs:
-        """Reads and checks them. Raises PuzzleError for whatever is wrong."""
+    def open(recipe: DistillRecipe, *, blocks: bool, today: datetime.datetime | None = None) -> Inputs:
+        """Reads and checks them.
+
+        Args:
+          today: the date that the chat template sees; None is the day on which the run was begun.
+
+        Raises PuzzleError for whatever is wrong.
+        """
         if blocks and recipe.teacher_cache is not None:
             raise PuzzleError(f"teacher_cache is {recipe.teacher_cache}, but layers that train alone read no logits")
         described = describe_checkpoint(recipe.parent)
-        chat = Chat.load(recipe.parent, begun_on(recipe.out))
+        chat = Chat.load(recipe.parent, today or begun_on(recipe.out))
         opened = open_child(recipe.parent, recipe.child)
         check_tokenizer(recipe.parent, chat.tokenizer, opened.child.parent.vocab_size)
         settings = recipe.data.of(recipe.trace_paths)
@@ -75,7 +83,36 @@ class Inputs:
         inputs = Inputs(recipe, blocks, opened, chat, training, heldout, found.counts, teacher)
         inputs.student.check_own(opened.differing)
         inputs.cache()
+        for warning in inputs.lost_evidence():
+            warnings.warn(warning, PuzzleWarning, stacklevel=2)
         return inputs
+
+    def lost_evidence(self) -> list[str]:
+        """Warnings of what the examples cannot teach, though the user may expect it: answers that no row can hold, and
+        windows that no example is longer than."""
+        data, counts = self.recipe.data, self.counts
+        found = []
+        if counts.over_long or counts.cut:
+            what = f"{counts.cut} cut" if counts.cut else f"{counts.over_long} dropped (data.over_long)"
+            found.append(
+                f"of {counts.traces} traces {what}, since they are longer than data.row_length ({data.row_length}); "
+                f"the longest has {counts.longest} tokens"
+            )
+        longest = max(len(example.tokens) for example in (*self.training, *self.heldout))
+        child = self.opened.child
+        narrowed = {
+            block.window
+            for block, own in zip(child.blocks, child.parent.blocks, strict=True)
+            if block.window is not None and block.window != own.window and block.window >= longest
+        }
+        if narrowed:
+            windows = " and ".join(map(str, sorted(narrowed)))
+            found.append(
+                f"the child has windows of {windows} where its parent sees more, but the longest example has {longest} "
+                "tokens, so that training never sees what such a window cuts off; give longer traces, or raise "
+                "data.row_length"
+            )
+        return found
 
     @property
     def config(self) -> ModelConfig:
@@ -185,6 +222,12 @@ def apart(
             f"{len(examples)} usable answers to {len(held)} prompts"
         )
     return training, tuple(e for e, name in zip(examples, places, strict=True) if name in held)
+
+
+def shared_day(out: Path) -> datetime.datetime:
+    """`begun_on`, now for a new run, as the primary process finds it: hosts may be in different time zones."""
+    found = from_primary("day", lambda: (begun_on(out) or datetime.datetime.now()).isoformat())
+    return datetime.datetime.fromisoformat(found)
 
 
 def begun_on(out: Path) -> datetime.datetime | None:

@@ -33,12 +33,14 @@ from puzzle_jax.generate.traces import Trace
 from puzzle_jax.model.cache_format import KVScales
 from puzzle_jax.model.sharding import generation_mesh, make_training_mesh, on_mesh
 from puzzle_jax.model.spec import Params
-from puzzle_jax.processes import by_first
+from puzzle_jax.processes import agree, on_all, on_primary
 from puzzle_jax.runs import open_run
 from puzzle_jax.train.checkpoints import Checkpoints, abstract_state
+from puzzle_jax.train.distill_inputs import shared_day
 from puzzle_jax.train.first_judges import FirstJudges
 from puzzle_jax.train.grpo_inputs import GrpoInputs
-from puzzle_jax.train.grpo_metrics import RunningReward, rollout_metrics
+from puzzle_jax.train.grpo_metrics import RunningReward, passes, rollout_metrics
+from puzzle_jax.train.grpo_notes import Notes
 from puzzle_jax.train.grpo_recipe import GrpoRecipe
 from puzzle_jax.train.grpo_transcripts import StepTranscripts
 from puzzle_jax.train.loop import CHECKPOINTS, EVALUATION, Job, Trained, train
@@ -56,7 +58,7 @@ from puzzle_jax.train.policy_batches import (
     with_scores,
 )
 from puzzle_jax.train.policy_update import PolicyUpdate
-from puzzle_jax.train.prompts import Prompt
+from puzzle_jax.train.prompts import NothingToAsk, Prompt
 from puzzle_jax.train.resident import load_resident
 from puzzle_jax.train.rollouts import Rollout, Sampler
 from puzzle_jax.train.rows import Packed
@@ -78,14 +80,23 @@ def grpo(recipe: GrpoRecipe, console: Console) -> Trained:
     names, and where `recipe.out` holds something else. `RewardCollapse` comes after the best policy was written.
     """
     if jax.process_index():
-        console = Console(quiet=True)  # the first process tells of all
-    inputs = GrpoInputs.open(recipe)
+        console = Console(quiet=True)  # the primary process reports for all
+    day = shared_day(recipe.out)
+    inputs = on_all("open the inputs", lambda: GrpoInputs.open(recipe, day))
+    # Directories may lie elsewhere on each host; the identity tells what is in them.
+    settings = {name: value for name, value in asdict(recipe).items() if name not in ("model", "out")}
+    agree("the training", {"recipe": settings, "inputs": inputs.identity})
     mesh = None
     if recipe.mesh.devices > 1 or recipe.mesh.processes > 1:
         mesh = make_training_mesh(recipe.mesh.data, recipe.mesh.sequence, recipe.mesh.model)
     reward = recipe.reward
-    with FirstJudges(function=reward.function, time_limit=reward.time_limit, processes=reward.judges) as judges:
-        by_first("open the run", lambda: open_run(recipe.out, inputs.identity))
+    with FirstJudges(
+        function=reward.function,
+        time_limit=reward.time_limit,
+        processes=reward.judges,
+        environment=reward.environment,
+    ) as judges:
+        on_primary("open the run", lambda: open_run(recipe.out, inputs.identity))
         trainer = Trainer(inputs, Placement(mesh), judges, console)
         try:
             trained = train(trainer.job(), recipe.loop, recipe.out, console)
@@ -105,7 +116,7 @@ class Trainer:
       inputs: what it starts from.
       placement: of arrays.
       judges: of answers.
-      console: is told of tasks without signal.
+      console: is told of tasks without signal, of answers that could not be judged, and of problems too long to ask.
     """
 
     inputs: GrpoInputs
@@ -113,13 +124,13 @@ class Trainer:
     judges: FirstJudges
     console: Console
     running: RunningReward = field(init=False)
-    _told: set[tuple[str, str]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         watch = self.recipe.watch
         self.running = RunningReward(watch.collapse, watch.collapse_steps)
         self.shown = StepTranscripts(self.recipe.out / TRANSCRIPTS, watch.transcripts, watch.transcript_groups)
         self.prompts = self.inputs.prompts()
+        self.notes = Notes(self.inputs, self.console)
 
     @property
     def recipe(self) -> GrpoRecipe:
@@ -193,7 +204,13 @@ class Trainer:
     # The stream of prompts, whose state holds all that steps remember besides the parameters -------------------------
 
     def __next__(self) -> list[Prompt]:
-        return next(self.prompts)
+        return self._draw(self.recipe.prompts.prompts)
+
+    def _draw(self, count: int) -> list[Prompt]:
+        try:
+            return self.prompts.draw(count)
+        except NothingToAsk as error:
+            raise NothingToAsk(f"{error}{self.notes.advice}") from None
 
     def get_state(self) -> dict[str, Any]:
         return {"prompts": self.prompts.get_state(), "rewards": self.running.get_state()}
@@ -213,7 +230,8 @@ class Trainer:
         self.shown.begin(number)
         judged, seconds = self._answers(state.params, fixed, prompts, number)
         metrics = rollout_metrics(judged, self.recipe.reward.right) | seconds
-        self._tell_silent()
+        metrics["passed_over"] = float(self.prompts.too_long)
+        self.notes.step(number, judged, self.prompts)
         answers = learnable(judged, self.inputs.loss)
         state, learnt = self._learn(state, fixed, answers)
         self.shown.add(number, judged)
@@ -237,12 +255,13 @@ class Trainer:
             started = time.perf_counter()
             groups += found
             for prompt, group in zip(prompts, found, strict=True):
-                rewards = [member.judgement.reward for member in group if member.judgement.reward is not None]
-                self.prompts.tell(prompt, len(rewards), sum(reward >= recipe.reward.right for reward in rewards))
+                known = [member.judgement for member in group if member.judgement.reward is not None]
+                right = sum(passes(judgement, recipe.reward.right) for judgement in known)
+                self.prompts.tell(prompt, len(known), right)
             missing = recipe.prompts.prompts - int(self._judged(groups).signal.sum())
             if missing <= 0 or round_ == recipe.rollout.resample:
                 break
-            prompts = self.prompts.draw(missing)
+            prompts = self._draw(missing)
         tokens = sum(member.length for group in groups for member in group)
         return self._judged(groups), {
             "rollout_seconds": sampling,
@@ -290,22 +309,6 @@ class Trainer:
         placed = self.placement.rows(batch)
         return with_scores(batch, on_host(self.update.score(params, fixed, placed, old=old, reference=reference)))
 
-    # What people look at -------------------------------------------------------------------------------------------
-
-    def _tell_silent(self) -> None:
-        """Says once of a task and effort that there is nothing to learn from it."""
-        bounds = self.recipe.prompts
-        for pair, rate in self.prompts.silent().items():
-            if pair in self._told:
-                continue
-            self._told.add(pair)
-            self.console.print(
-                f"  task {pair[0]} at effort {pair[1]} gives no signal: {rate:.1%} of its answers are right, outside "
-                f"{bounds.min_pass_rate:.0%} to {bounds.max_pass_rate:.0%}; it is asked only now and then",
-                highlight=False,
-                soft_wrap=True,
-            )
-
     # Evaluation ----------------------------------------------------------------------------------------------------
 
     def measure(self, trained: Params) -> dict[str, float]:
@@ -321,11 +324,12 @@ class Trainer:
             values[f"tokens/{effort}"] = float(np.mean([len(trace.completion) for trace in traces]))
         for name in ("accuracy", "tokens"):
             values[name] = float(np.mean([values[f"{name}/{effort}"] for effort in efforts]))
-        return values | {"error": 1.0 - values["accuracy"]}
+        unscored = float(sum(trace.unscored is not None for trace in found))
+        return values | {"error": 1.0 - values["accuracy"], "unscored": unscored}
 
     def _greedy(self, trained: Params) -> list[Trace]:
         inputs = self.inputs
-        return answer_questions(
+        found = answer_questions(
             self.sampler.params(self.resident, trained),
             inputs.config,
             inputs.chat,
@@ -334,7 +338,11 @@ class Trainer:
             slots=self.recipe.rollout.slots,
             cache=inputs.cache,
             mesh=self.generation_mesh,
+            skip=inputs.too_long,
+            judges=self.judges,
         )
+        self.notes.evaluated(found)
+        return found
 
     # Export --------------------------------------------------------------------------------------------------------
 
@@ -373,7 +381,7 @@ class Trainer:
                 replace=True,
             )
 
-        by_first("export the policy", write)
+        on_primary("export the policy", write)
         self.console.print(f"policy of step {int(state.step)}: {recipe.out / CHILD}", highlight=False)
 
     def _record(self, step: int, evaluated: Mapping[str, float]) -> dict[str, Any]:

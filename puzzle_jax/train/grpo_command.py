@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 from rich.console import Console
 
-from puzzle_jax.processes import join_processes
+from puzzle_jax.processes import joined
 from puzzle_jax.recipe_files import parse_settings, recipe_names
 from puzzle_jax.train.grpo_recipe import GrpoRecipe
 
@@ -27,14 +27,19 @@ def parse_recipe(arguments: Sequence[str], prog: str) -> GrpoRecipe:
 def run(arguments: Sequence[str], prog: str, console: Console) -> None:
     """Trains a policy, or goes on with a run that was begun."""
     recipe = parse_recipe(arguments, prog)
-    join_processes(recipe.mesh.processes, recipe.mesh.devices // recipe.mesh.processes)
+    processes = recipe.mesh.processes
+    with joined(processes, recipe.mesh.devices // processes, program=prog):
+        _run(recipe, console)
+
+
+def _run(recipe: GrpoRecipe, console: Console) -> None:
     from puzzle_jax.report.training import write_training_report
     from puzzle_jax.train.grpo import RewardCollapse, grpo
     from puzzle_jax.train.metrics import METRICS_FILE
 
     def report() -> None:
         if jax.process_index():
-            return  # the first process tells of all
+            return  # the primary process reports for all
         if (recipe.out / METRICS_FILE).stat().st_size:  # a signal may come before the first line
             console.print(f"report: {write_training_report(recipe.out)}", highlight=False)
 

@@ -5,6 +5,7 @@ Everything that a user can mend is refused here, before weights are read and any
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -18,12 +19,13 @@ from puzzle_jax.convert_hf.export import PROVENANCE, Origin
 from puzzle_jax.convert_hf.load import cache_scales
 from puzzle_jax.convert_hf.token_ids import check_tokenizer
 from puzzle_jax.errors import ConfigError, PuzzleError
-from puzzle_jax.evaluate.accuracy import QuestionSet
+from puzzle_jax.evaluate.accuracy import QuestionSet, check_context
 from puzzle_jax.evaluate.models import Model
-from puzzle_jax.files import read_object
+from puzzle_jax.files import read_bytes, read_object
 from puzzle_jax.model.cache_format import FLOAT8, CacheFormat
 from puzzle_jax.model.child import whole
-from puzzle_jax.tasks import Chat, FiniteTask, get_task
+from puzzle_jax.tasks import Chat, get_task
+from puzzle_jax.tasks.reward_source import reward_file
 from puzzle_jax.train.distill_inputs import begun_on
 from puzzle_jax.train.grpo_recipe import GrpoRecipe
 from puzzle_jax.train.policy_settings import ResolvedPolicy
@@ -52,12 +54,18 @@ class GrpoInputs:
     fingerprint: str
 
     @staticmethod
-    def open(recipe: GrpoRecipe) -> GrpoInputs:
-        """Reads and checks them. Raises PuzzleError for whatever is wrong."""
+    def open(recipe: GrpoRecipe, today: datetime.datetime | None = None) -> GrpoInputs:
+        """Reads and checks them.
+
+        Args:
+          today: the date that the chat template sees; None is the day on which the run was begun.
+
+        Raises PuzzleError for whatever is wrong.
+        """
         if recipe.out.resolve() == recipe.model.resolve():
             raise ConfigError(f"out is {recipe.out}, which is the model itself; name another directory")
         description = describe_checkpoint(recipe.model)
-        chat = Chat.load(recipe.model, begun_on(recipe.out))
+        chat = Chat.load(recipe.model, today or begun_on(recipe.out))
         check_tokenizer(recipe.model, chat.tokenizer, description.config.vocab_size)
         record = recipe.model / PROVENANCE
         provenance = read_object(record) if record.is_file() else {}
@@ -105,19 +113,30 @@ class GrpoInputs:
 
     def fits(self, prompt: Prompt) -> bool:
         """Whether a row holds the prompt with the longest answer."""
-        return self._most_tokens(prompt) <= self.recipe.update.row_length
+        return self.most_tokens(prompt) <= self.recipe.update.row_length
 
     def check_questions(self) -> None:
-        """Raises ConfigError for a question of the evaluation that the model's context does not hold."""
-        for problem, effort in self.questions.questions():
-            tokens = self._most_tokens(Prompt(problem, effort))
-            if tokens > self.config.max_position:
-                raise ConfigError(
-                    f"a problem of {problem.task}, which the policy is evaluated on, takes up to {tokens} tokens at "
-                    f"effort {effort}, but the model's context is {self.config.max_position}"
-                )
+        """Raises ConfigError where the model's context holds no question of an effort that the policy is evaluated at.
 
-    def _most_tokens(self, prompt: Prompt) -> int:
+        Single ones that it does not hold are passed over (`too_long`).
+        """
+        questions = self.questions.questions()
+        for effort in self.questions.efforts:
+            asked = {index for index, (_, of) in enumerate(questions) if of == effort}
+            if asked <= self.too_long:
+                chosen = [questions[index] for index in sorted(asked)]
+                check_context(chosen, self.chat, self.config, self.limits, "the model, which is evaluated on them,")
+
+    @cached_property
+    def too_long(self) -> frozenset[int]:
+        """Questions of the evaluation, by their number, that the model's context does not hold."""
+        return frozenset(
+            index
+            for index, (problem, effort) in enumerate(self.questions.questions())
+            if self.most_tokens(Prompt(problem, effort)) > self.config.max_position
+        )
+
+    def most_tokens(self, prompt: Prompt) -> int:
         """Of a prompt with its longest answer."""
         return len(self.chat.prompt_tokens(prompt.problem.prompt, prompt.effort)) + self.limits[prompt.effort]
 
@@ -136,9 +155,14 @@ class GrpoInputs:
         return {
             "kind": "grpo",
             "model": self.fingerprint,
-            "prompts": asdict(recipe.prompts) | {"rows": self._row_hashes()},
+            "prompts": asdict(recipe.prompts) | {"judged_by": self._judged_by()},
             "rollout": asdict(recipe.rollout) | {"max_tokens": self.limits},
-            "reward": {"function": recipe.reward.function, "file": self._reward_hash(), "right": recipe.reward.right},
+            "reward": {
+                "function": recipe.reward.function,
+                "file": self._reward_hash(),
+                "right": recipe.reward.right,
+                "environment": recipe.reward.environment,
+            },
             "update": asdict(recipe.update),
             "loss": asdict(self.loss),
             "optimizer": asdict(recipe.optimizer),
@@ -150,19 +174,14 @@ class GrpoInputs:
         }
 
     def _reward_hash(self) -> str | None:
-        """Of the file that the reward function is in; None where there is none, and for a module."""
-        where = (self.recipe.reward.function or "").rpartition(":")[0]
-        return hashlib.sha256(Path(where).read_bytes()).hexdigest() if where.endswith(".py") else None
+        """Of the file that the reward function is in; None where there is none."""
+        function = self.recipe.reward.function
+        file = None if function is None else reward_file(function)
+        return None if file is None else hashlib.sha256(read_bytes(file, ConfigError)).hexdigest()
 
-    def _row_hashes(self) -> dict[str, str]:
-        """Of what finite tasks hold."""
-        found = {}
-        for name in self.recipe.prompts.task_weights:
-            task = get_task(name)
-            if isinstance(task, FiniteTask):
-                rows = repr([task.sample(row) for row in range(task.size)])
-                found[name] = hashlib.sha256(rows.encode()).hexdigest()[:16]
-        return found
+    def _judged_by(self) -> dict[str, str]:
+        """What problems and their scores depend on, by task."""
+        return {name: get_task(name).identity for name in self.recipe.prompts.task_weights}
 
     @cached_property
     def origin(self) -> Origin | None:

@@ -8,14 +8,27 @@ from typing import Any
 
 import numpy as np
 
+from puzzle_jax.tasks.judges import Judgement
 from puzzle_jax.train.policy_batches import Judged
 from puzzle_jax.train.rollouts import Rollout
 
 
-def rollout_metrics(judged: Judged, right: float) -> dict[str, float]:
-    """Means over a step's answers by name; of answers without a reward, only their number ("lost").
+def passes(judgement: Judgement, right: float | None) -> bool:
+    """Whether an answer that has a reward counts as right.
 
-    "pass_rate" is the share of answers whose reward is at least `right`; "shaped_reward" holds what length adds;
+    `right` is the reward from which it does. Where it is None, the task's own score must be full or, if that is not
+    known, the reward at least 1.
+    """
+    assert judgement.reward is not None
+    if right is not None:
+        return judgement.reward >= right
+    return (judgement.reward if judgement.score is None else judgement.score) >= 1.0
+
+
+def rollout_metrics(judged: Judged, right: float | None) -> dict[str, float]:
+    """Means over a step's answers by name. "lost" is the number of those whose reward could not be had.
+
+    "pass_rate" is the share of answers that are right (`passes`); "shaped_reward" holds what length adds;
     "groups_kept" and "groups_no_signal" count prompts.
     """
     everyone = [rollout for group in judged.groups for rollout in group]
@@ -23,17 +36,17 @@ def rollout_metrics(judged: Judged, right: float) -> dict[str, float]:
     found = {
         "reward": _mean(_reward(rollout) for rollout in rewarded),
         "shaped_reward": float(judged.rewards[judged.counted].mean()) if judged.counted.any() else float("nan"),
-        "pass_rate": _mean(_reward(rollout) >= right for rollout in rewarded),
+        "pass_rate": _mean(passes(rollout.judgement, right) for rollout in rewarded),
         "tokens": _mean(rollout.length for rollout in everyone),
         "truncated": _mean(rollout.generated.truncated for rollout in everyone),
-        "lost": float(len(everyone) - len(rewarded)),
+        "lost": float(sum(rollout.judgement.reason is not None for rollout in everyone)),
         "groups_kept": float(judged.signal.sum()),
         "groups_no_signal": float((~judged.signal).sum()),
     }
     for effort, members in _by(everyone, lambda rollout: rollout.prompt.effort).items():
         known = [rollout for rollout in members if rollout.judgement.reward is not None]
         found[f"tokens/{effort}"] = _mean(rollout.length for rollout in members)
-        found[f"pass_rate/{effort}"] = _mean(_reward(rollout) >= right for rollout in known)
+        found[f"pass_rate/{effort}"] = _mean(passes(rollout.judgement, right) for rollout in known)
     for task, members in _by(rewarded, lambda rollout: rollout.prompt.problem.task).items():
         found[f"reward/{task}"] = _mean(map(_reward, members))
     return found

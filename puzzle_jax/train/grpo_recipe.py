@@ -12,6 +12,7 @@ from puzzle_jax.errors import ConfigError
 from puzzle_jax.evaluate.settings import MAX_TOKENS
 from puzzle_jax.model.cache_format import CACHE_DTYPES
 from puzzle_jax.tasks import check_effort
+from puzzle_jax.tasks.judges import TIME_LIMIT
 from puzzle_jax.train.distill_recipe import MeshSettings, check_run
 from puzzle_jax.train.loop import LoopSettings
 from puzzle_jax.train.optimizer import OptimizerSettings
@@ -67,21 +68,27 @@ class RewardSettings:
         (`tasks.judges`); None: the task's own score.
       time_limit: seconds that one answer's judgement may take.
       judges: processes that judge.
-      right: reward from which an answer counts as right, for pass rates.
+      right: reward from which an answer counts as right, for pass rates; None: an answer is right that its task gives a
+        full score, or, where the function does not ask for that score, whose reward is at least 1.
+      environment: names of the variables that the function sees; None: all.
     """
 
     function: str | None = None
-    time_limit: float = 10.0
+    time_limit: float = TIME_LIMIT
     judges: int = 1
-    right: float = 1.0
+    right: float | None = None
+    environment: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.time_limit < float("inf"):
             raise ConfigError(f"reward.time_limit is {self.time_limit}, but must be a finite number of seconds above 0")
         if self.judges < 1:
             raise ConfigError(f"reward.judges is {self.judges}, but must be at least 1")
-        if not isfinite(self.right):
+        if self.right is not None and not isfinite(self.right):
             raise ConfigError(f"reward.right is {self.right}, but must be a finite number")
+        for name in self.environment or ():
+            if not name or "=" in name or "\0" in name:
+                raise ConfigError(f"reward.environment has {name!r}, but must hold names of environment variables")
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
 def _parsed(line: bytes, where: str) -> dict[str, Any]:
     try:
         values = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         values = None
     if not isinstance(values, dict) or not isinstance(values.get("step"), int):
         raise PuzzleError(f"{where} is no object with a step; repair it or move the file away")

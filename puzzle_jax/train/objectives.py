@@ -22,6 +22,7 @@ from jaxtyping import Array, Float
 
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.model.spec import Params
+from puzzle_jax.temperature import GREATEST_TEMPERATURE, LEAST_LOSS_TEMPERATURE
 from puzzle_jax.train import losses
 from puzzle_jax.train.head_losses import head_losses
 from puzzle_jax.train.losses import TopK
@@ -65,8 +66,11 @@ class LossSettings:
                 raise ConfigError(f"loss.{name} is {share}, but must be a finite number of at least 0")
         if not self.shares:
             raise ConfigError("all terms of loss are 0, but at least one must be above")
-        if not (isfinite(self.temperature) and self.temperature > 0):
-            raise ConfigError(f"loss.temperature is {self.temperature}, but must be a finite number above 0")
+        if not LEAST_LOSS_TEMPERATURE <= self.temperature <= GREATEST_TEMPERATURE:
+            raise ConfigError(
+                f"loss.temperature is {self.temperature}, but must be a number from {LEAST_LOSS_TEMPERATURE:g} "
+                f"to {GREATEST_TEMPERATURE:g}"
+            )
         for name in ("token_chunk", "vocab_chunk"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"loss.{name} is {getattr(self, name)}, but must be at least 1")

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from puzzle_jax.config import ModelConfig
+from puzzle_jax.consoles import plain_console
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.model.child import Child, ChildBlock
 from puzzle_jax.planning import GB, device_limit, read_model, virtual_devices
@@ -69,7 +70,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
     virtual_devices(job.mesh.devices)
     console.print(f"compiling for {job.mesh.devices} virtual devices", highlight=False)
     memory = plan(job)
-    out = Console()
+    out = plain_console()
     mesh = job.mesh
     out.print(
         f"{options.parent.name} -> {options.child.name} on {mesh.data} x {mesh.sequence} x {mesh.model} devices, "

@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from puzzle_jax.consoles import plain_console
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.planning import GB, device_limit, read_model, virtual_devices
 from puzzle_jax.recipe_files import recipe_names
@@ -56,7 +57,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
     began = time.monotonic()
     found = plan_policy(policy)
     console.print(f"compiled in {time.monotonic() - began:.0f} seconds", highlight=False)
-    out = Console()
+    out = plain_console()
     for line in _head(policy, options):
         out.print(line, highlight=False, soft_wrap=True)
     out.print(_table(policy, found, limit))

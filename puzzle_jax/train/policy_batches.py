@@ -4,7 +4,8 @@
     advantage over the group's baseline (`policy_losses.group_advantages`)
     rows      prompts with answers, packed; coefficients weigh tokens over all rows of an update
 
-Answers without a reward (the judge failed) count nowhere. A group whose advantages are all 0 teaches nothing and is
+Answers without a reward (the judge failed) count nowhere. Shaped rewards are kept within `LARGEST_REWARD`, so that all
+advantages are finite in float32. A group whose advantages are all 0 teaches nothing and is
 left out; so is an answer that was cut off, where `overlong_filter` asks for it: it counts in its group's baseline only.
 """
 
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float
 
+from puzzle_jax.tasks.judges import LARGEST_REWARD
 from puzzle_jax.train.policy import Scores, replayed
 from puzzle_jax.train.policy_losses import (
     effort_length_reward,
@@ -80,7 +82,7 @@ def shaped_reward(rollout: Rollout, settings: ResolvedPolicy, limits: dict[str, 
         )
     if settings.overlong_cache:
         reward = reward + overlong_penalty(length, limits[effort], settings.overlong_cache)
-    return float(reward)
+    return float(np.clip(reward, -LARGEST_REWARD, LARGEST_REWARD))
 
 
 @dataclass(frozen=True)

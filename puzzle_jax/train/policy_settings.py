@@ -41,6 +41,8 @@ CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 """Values of the settings that are words."""
 
+_LARGEST = 1e6  # of a number: products with rewards and lengths stay within float32
+
 
 @dataclass(frozen=True)
 class PolicySettings:
@@ -119,6 +121,8 @@ class PolicySettings:
             return
         if not holds(value) or (isinstance(value, float) and not isfinite(value)):
             raise ConfigError(f"loss.{name} is {value!r}, but must be {wanted}")
+        if isinstance(value, float) and value > _LARGEST:
+            raise ConfigError(f"loss.{name} is {value!r}, but must be at most {_LARGEST:g}")
 
     @property
     def resolved(self) -> ResolvedPolicy:

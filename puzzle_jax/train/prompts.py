@@ -6,7 +6,7 @@ pass rate is out of bounds are passed over (the paper's filter; DAPO, arXiv 2503
 A row of a finite task comes again, and has a pass rate of its own at every effort. A problem of an endless family does
 not, so that problems of one task and effort share one if they are equally hard by the first of their details (steps,
 digits). Rates follow the policy: older answers count less. Now and then a problem is asked whatever its rate, so that
-one which has become learnable is found again.
+one which has become learnable is found again. Problems that are too long are passed over, too, and counted.
 
 All choices follow from the seed and from what was told before, and the state says both; a run that goes on asks what it
 would have asked. Left out: curricula by hand.
@@ -86,8 +86,16 @@ class Prompt(NamedTuple):
     effort: str
 
 
+class NothingToAsk(PuzzleError):
+    """No task has a problem left that is short enough and whose pass rate is within bounds."""
+
+
 class Prompts:
     """A stream of the prompts of each step; `tell` says how they were answered.
+
+    Attributes:
+      too_long: how often a problem was passed over because it is too long.
+      first_too_long: the first of them that this process met.
 
     Args:
       settings: what is asked.
@@ -104,6 +112,8 @@ class Prompts:
         self._drawn = 0
         self._next = {name: 0 if name in self._rows else _first_seed(settings) for name in self._tasks}
         self._rates: dict[str, tuple[float, float]] = {}  # key -> (answers, right ones), both discounted
+        self.too_long = 0
+        self.first_too_long: Prompt | None = None
 
     def __next__(self) -> list[Prompt]:
         return self.draw(self.settings.prompts)
@@ -111,7 +121,7 @@ class Prompts:
     def draw(self, count: int) -> list[Prompt]:
         """The next prompts.
 
-        Raises PuzzleError when no task has a problem left whose pass rate is within bounds.
+        Raises NothingToAsk when no task has a problem left whose pass rate is within bounds.
         """
         return [self._one() for _ in range(count)]
 
@@ -143,11 +153,13 @@ class Prompts:
         return found
 
     def get_state(self) -> dict[str, Any]:
-        return {"drawn": self._drawn, "next": self._next, "rates": {k: list(v) for k, v in self._rates.items()}}
+        rates = {key: list(rate) for key, rate in self._rates.items()}
+        return {"drawn": self._drawn, "next": self._next, "rates": rates, "too_long": self.too_long}
 
     def set_state(self, state: Any, /) -> None:
         self._drawn, self._next = state["drawn"], dict(state["next"])
         self._rates = {key: (answers, right) for key, (answers, right) in state["rates"].items()}
+        self.too_long = state.get("too_long", 0)
         self._streams = {}
 
     def _one(self) -> Prompt:
@@ -165,11 +177,15 @@ class Prompts:
             (pair,) = rng.choices(list(pairs), list(pairs.values()))
             for _ in range(_CANDIDATES):
                 prompt = Prompt(self._following(pair[0]), pair[1])
+                if not self._fits(prompt):
+                    self.too_long += 1
+                    self.first_too_long = self.first_too_long or prompt
+                    continue
                 rate = self.pass_rate(prompt)
-                if self._fits(prompt) and (explores or rate is None or self._within(rate)):
+                if explores or rate is None or self._within(rate):
                     return prompt
             del pairs[pair]
-        raise PuzzleError(
+        raise NothingToAsk(
             f"none of {_CANDIDATES} problems of any task and effort is short enough and has a pass rate from "
             f"{settings.min_pass_rate} to {settings.max_pass_rate}: there is nothing to learn from "
             f"{', '.join(settings.task_weights)}; name other tasks, or wider bounds"

@@ -32,7 +32,10 @@ class TraceExample(Example):
 
 
 class Counts(NamedTuple):
-    """What became of traces: each is kept (some of them cut) or dropped for the first reason that holds."""
+    """What became of traces: each is kept (some of them cut) or dropped for the first reason that holds.
+
+    `longest` is the tokens of the longest trace, prompt included, kept or not.
+    """
 
     traces: int = 0
     kept: int = 0
@@ -40,6 +43,7 @@ class Counts(NamedTuple):
     over_long: int = 0
     truncated: int = 0
     short: int = 0
+    longest: int = 0
 
     def __str__(self) -> str:
         reasons = (
@@ -109,11 +113,12 @@ def _examples(
     named: Iterator[tuple[str, Trace]], settings: TraceSettings, vocab_size: int, source: str
 ) -> TraceExamples:
     examples: list[TraceExample] = []
-    traces = cut = over_long = truncated = short = 0
+    traces = cut = over_long = truncated = short = longest = 0
     shortest: int | None = None
     for where, trace in named:
         traces += 1
         tokens = _tokens(trace, vocab_size, where)
+        longest = max(longest, len(tokens))
         if trace.truncated and not settings.keep_truncated:
             truncated += 1
             continue
@@ -132,7 +137,7 @@ def _examples(
             cut += 1
             tokens = tokens[: settings.row_length].copy()
         examples.append(TraceExample(tokens, len(trace.prompt), task=trace.task, effort=trace.effort))
-    counts = Counts(traces, len(examples), cut, over_long, truncated, short)
+    counts = Counts(traces, len(examples), cut, over_long, truncated, short, longest)
     if not examples and shortest is not None:
         raise PuzzleError(f"row_length is {settings.row_length}, but the shortest example of {source} needs {shortest}")
     if not examples:

@@ -11,8 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Mapping, Sequence
-from math import isfinite
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from puzzle_jax.convert_hf.describe import describe_checkpoint
 from puzzle_jax.convert_hf.load import load_checkpoint
 from puzzle_jax.convert_hf.token_ids import check_tokenizer
 from puzzle_jax.errors import ConfigError, PuzzleError
-from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions
+from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions, check_context, unscored_note
 from puzzle_jax.evaluate.settings import MAX_TOKENS
 from puzzle_jax.files import PARTIAL
 from puzzle_jax.generate.traces import Trace, write_traces
@@ -34,7 +33,8 @@ from puzzle_jax.model.network import compute_dtype, to_compute
 from puzzle_jax.model.sharding import make_mesh, shard_params
 from puzzle_jax.model.spec import Params
 from puzzle_jax.progress import progress
-from puzzle_jax.tasks import EFFORTS, TASKS, Chat, FiniteTask, Problem, check_effort, get_task
+from puzzle_jax.tasks import EFFORTS, TASKS, Chat, FiniteTask, check_effort, get_task
+from puzzle_jax.temperature import check_temperature
 from puzzle_jax.train.trace_examples import SUFFIXES
 
 SPLIT = "training"
@@ -77,7 +77,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
     chat = Chat.load(options.parent)
     check_tokenizer(options.parent, chat.tokenizer, config.vocab_size)
     asked = questions.questions()
-    _check_context(asked, chat, config, limits)
+    check_context(asked, chat, config, limits, "the parent")
     mesh = _mesh(options.mesh)
     for name in questions.tasks:
         if isinstance(get_task(name), FiniteTask):
@@ -100,6 +100,8 @@ def run(options: argparse.Namespace, console: Console) -> None:
     write_traces(beside, traces)
     beside.replace(options.out)
     console.print(_table(traces))
+    if note := unscored_note(traces):
+        console.print(note, highlight=False, soft_wrap=True)
     console.print(f"{len(traces)} traces: {options.out}", highlight=False, soft_wrap=True)
 
 
@@ -126,8 +128,7 @@ def answer_limits(text: str, efforts: Sequence[str]) -> dict[str, int]:
 
 
 def _check_numbers(options: argparse.Namespace) -> None:
-    if not (isfinite(options.temperature) and options.temperature >= 0):
-        raise ConfigError(f"--temperature is {options.temperature}, but must be a finite number of at least 0")
+    check_temperature("--temperature", options.temperature)
     if options.batch_size < 1:
         raise ConfigError(f"--batch-size is {options.batch_size}, but must be at least 1")
 
@@ -141,18 +142,6 @@ def _check_out(out: Path) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise PuzzleError(f"--out is {out}, whose directory cannot be made: {error}") from None
-
-
-def _check_context(
-    asked: Sequence[tuple[Problem, str]], chat: Chat, config: ModelConfig, limits: Mapping[str, int]
-) -> None:
-    for problem, effort in asked:
-        prompt, limit = len(chat.prompt_tokens(problem.prompt, effort)), limits[effort]
-        if prompt + limit > config.max_position:
-            raise ConfigError(
-                f"a problem of task {problem.task!r} needs {prompt} prompt and {limit} new tokens at effort "
-                f"{effort!r}, but the parent's context is {config.max_position}"
-            )
 
 
 def _mesh(text: str) -> Mesh | None:

@@ -58,7 +58,7 @@ def test_a_tokenizer_with_tokens_that_the_model_lacks(tiny):
 
 def test_stop_ids_for_generation_that_the_model_lacks(tiny):
     edit(tiny / "generation_config.json", lambda data: data.update(pad_token_id=128))
-    message = r"generation_config\.json: pad_token_id is 128, but the model's tokens are 0 to 127"
+    message = r"generation_config\.json: pad_token_id is 128, but must be a token id from 0 to 127"
     with pytest.raises(CheckpointError, match=message):
         Parent.open(tiny)
 

@@ -1,14 +1,21 @@
+import json
+import warnings
+from dataclasses import replace
 from functools import partial
 
 import jax
 import pytest
+import tokenizers
 
-from puzzle_jax.errors import ConfigError, PuzzleError
-from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions
+from puzzle_jax.errors import ConfigError, PuzzleError, PuzzleWarning
+from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions, check_context, unscored_note
+from puzzle_jax.evaluate.settings import MAX_TOKENS, limits_by_effort
 from puzzle_jax.evaluate.summary import by_effort, by_task, summarise
 from puzzle_jax.generate.traces import Trace
 from puzzle_jax.model.spec import init_params
 from puzzle_jax.tasks import is_held_out
+from puzzle_jax.tasks.arithmetic import Chain
+from puzzle_jax.tasks.judges import Answer, Judgement
 from puzzle_jax.tasks.tokenizer import embedded_chat
 from tests.support import small_config
 
@@ -113,3 +120,92 @@ def test_summaries_by_hand():
 def test_one_context_for_all_questions_gives_the_same_answers(ask, answers):
     """Slots of 256 positions either way, here because we say so, there because of the questions' own lengths."""
     assert ask(context=256) == answers
+
+
+class Late:
+    """Judges that give one judgement each time they are waited for, the last one first."""
+
+    def __init__(self):
+        self.begun: list[Answer] = []
+        self.left: list[int] = []
+
+    def begin(self, answer: Answer, *, own_score: bool = False) -> int:
+        assert own_score
+        self.begun.append(answer)
+        self.left.append(len(self.begun) - 1)
+        return self.left[-1]
+
+    def finished(self, *, wait: bool) -> list[tuple[int, Judgement]]:
+        if not wait or not self.left:
+            return []
+        ticket = self.left.pop()
+        return [(ticket, Judgement(0.0, "took longer than 10 s") if ticket % 2 else Judgement(0.5, None))]
+
+
+def test_unbounded_scorers_judge_elsewhere_and_a_lost_answer_is_0_with_its_reason(ask, answers, monkeypatch):
+    monkeypatch.setattr(Chain, "bounded", False)
+    late, told = Late(), []
+    found = ask(judges=late, on_answer=lambda index, answer: told.append((index, answer)))
+    chain, add = slice(0, 6), slice(6, 12)
+    assert found[add] == answers[add] and len(late.begun) == 6
+    assert sorted(index for index, _ in told) == list(range(12)) and all(found[index] == one for index, one in told)
+    for answer, one in zip(found[chain], answers[chain], strict=True):
+        asked = [
+            judged for judged in late.begun if judged.problem.seed == one.problem_seed and judged.effort == one.effort
+        ]
+        lost = late.begun.index(asked[0]) % 2
+        assert (answer.completion, answer.truncated) == (one.completion, one.truncated)
+        assert (answer.reward, answer.unscored) == ((0.0, "took longer than 10 s") if lost else (0.5, None))
+    assert summarise(found).unscored == 3 and summarise(answers).unscored == 0
+    assert unscored_note(answers) is None
+    assert unscored_note(found) == (
+        "3 of 12 answers could not be scored and count as wrong (3: the scorer took longer than 10 s)"
+    )
+
+
+def test_processes_of_its_own_score_as_the_tasks_do(ask, answers, monkeypatch):
+    monkeypatch.setattr(Chain, "bounded", False)
+    assert ask() == answers
+
+
+def test_what_exceeds_the_context_is_named_by_file_and_line(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "1+1=" * times, "answer": "2"}) + "\n" for times in (1, 2, 500)))
+    asked = questions(tasks=(str(path),), split="evaluation").questions()
+    config, chat = small_config(vocab_size=128), embedded_chat()
+    longest = check_context(asked[:4], chat, config, LIMITS, "it")
+    assert longest == max(len(chat.prompt_tokens(p.prompt, effort)) + LIMITS[effort] for p, effort in asked[:4])
+    tokens = len(chat.prompt_tokens("1+1=" * 500, "low"))
+    with pytest.raises(ConfigError) as caught:
+        check_context(asked, chat, config, LIMITS, "model 'a'")
+    assert str(caught.value) == (
+        f"{path}, line 3: the prompt takes {tokens} tokens and the answer up to 5 at effort low, but the context of "
+        f"model 'a' is {config.max_position} tokens"
+    )
+
+
+def test_limits_of_the_embedded_parent_are_told_of_for_another_model():
+    asked, config, embedded = questions().questions(), small_config(max_position=2048), embedded_chat()
+    tokenizer = tokenizers.Tokenizer.from_str(embedded.tokenizer.to_str())
+    tokenizer.add_tokens(["arithmetic"])
+    other = replace(embedded, tokenizer=tokenizer)
+    with pytest.warns(
+        PuzzleWarning, match=r"answers to 12 questions end after 32 at effort low, 128 .* model 'a'; max_tok"
+    ):
+        check_context(asked, other, config, MAX_TOKENS, "model 'a'")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_context(asked, other, config, {**MAX_TOKENS, "high": 200}, "model 'a'")
+        check_context(asked, embedded, config, MAX_TOKENS, "model 'a'")
+
+
+def test_limits_on_a_command_line():
+    assert limits_by_effort("low=3, high=400") == {"low": 3, "high": 400}
+    for text in (" ", "low", "low=-1", "low=3,high=x", "hgh=3"):
+        with pytest.raises(ConfigError, match=r"--max-tokens has|effort is 'hgh'"):
+            limits_by_effort(text)
+
+
+def test_more_problems_than_a_seed_has_are_refused():
+    with pytest.raises(ConfigError, match="problems of task 'chain' is 1000000000, but must be from 1 to 100000"):
+        questions(per_task=10**9).questions()

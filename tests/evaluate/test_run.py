@@ -7,11 +7,14 @@ from pathlib import Path
 
 import jax
 import pytest
+from rich.console import Console
 
 from puzzle_jax.convert_hf.export import save_checkpoint
+from puzzle_jax.evaluate import journal, speeds, throughput
 from puzzle_jax.evaluate import run as run_module
-from puzzle_jax.evaluate import speeds, throughput
 from puzzle_jax.evaluate.__main__ import main
+from puzzle_jax.evaluate.run import Evaluation
+from puzzle_jax.evaluate.settings import Settings
 from puzzle_jax.generate.traces import append_trace, read_traces
 from puzzle_jax.model.spec import init_params
 from puzzle_jax.tasks.tokenizer import chat_files
@@ -123,7 +126,7 @@ def test_an_interrupted_run_goes_on_to_the_same_answers(finished, models, tmp_pa
         if len(asked) == 10:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(run_module, "append_trace", interrupt)
+    monkeypatch.setattr(journal, "append_trace", interrupt)
     assert evaluate(models, out, "--no-throughput") == 130
     said = capsys.readouterr().err
     assert "interrupted; answers are kept, and the same command goes on from them" in said and said.count("\n") == 1
@@ -224,7 +227,7 @@ def test_other_settings_and_other_weights_are_refused(finished, models, capsys, 
         ({"names": ("a=x", "a=y")}, "--models names 'a' twice"),
         ({"names": ("../a=x",)}, "model name is '../a'"),
         ({"names": ("a=nowhere",)}, "model 'a': nowhere is not a directory"),
-        ({"no_such_option": "1"}, "unrecognized arguments: --no-such-option"),
+        ({"no_such_option": "1"}, "there is no option --no-such-option"),
     ],
 )
 def test_bad_settings_are_one_sentence_and_write_nothing(models, tmp_path, capsys, changes, message):
@@ -272,6 +275,67 @@ def test_an_output_that_is_something_else_is_refused_and_kept(models, finished, 
     assert evaluate(models, spoiled) == 2
     assert "throughput.jsonl, line 1 is no measured round" in capsys.readouterr().err
     assert file.read_text() == "a letter" and os.listdir(foreign) == ["thesis.txt"]
+
+
+def put(path: Path, content: str | None) -> None:
+    """Content in the place of a file or directory; None: a link to nowhere."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    path.write_text(content) if content is not None else path.symlink_to("nowhere")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("settings.json", None, "holds files that are no evaluation's (answers)"),
+        ("settings.json", "[" * 100_000, "settings.json is nested too deeply"),
+        ("settings.json", '{"date": "2026-01-01"}', "holds an evaluation of another kind"),
+        ("settings.json", '{"date": 3}', "settings.json is damaged: it holds no date"),
+        ("answers", "", "answers cannot be used: File exists"),
+        ("answers", None, "answers cannot be used: File exists"),
+        ("answers/child.jsonl", '{"task": 1}\n', "child.jsonl, line 1"),
+        ("answers/child.jsonl", "[" * 100_000 + "\n", "child.jsonl, line 1"),
+        ("throughput.jsonl", "[1]\n", "throughput.jsonl, line 1 is no measured round"),
+        ("throughput.jsonl", '{"key": "a", "tokens_per_second": {"parent": 0}}\n', "line 1 is no measured round"),
+        ("throughput.jsonl", '{"key": "a", "tokens_per_second": {"parent": true}}\n', "line 1 is no measured round"),
+        ("throughput.jsonl", "1" + "0" * 5000 + "\n", "throughput.jsonl, line 1 holds a whole number of thousands"),
+    ],
+)
+def test_damaged_records_are_one_sentence(models, finished, tmp_path, capsys, name, content, message):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    put(out / name, content)
+    assert evaluate(models, out) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+
+
+def test_a_round_without_one_of_the_models_is_refused(models, finished, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    rows = [json.loads(line) for line in (out / "throughput.jsonl").read_text().splitlines()]
+    del rows[0]["tokens_per_second"]["child"]
+    put(out / "throughput.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    assert evaluate(models, out) == 2
+    assert "holds rounds of 'tiny' without all models; remove the file" in capsys.readouterr().err
+
+
+def test_what_rows_are_judged_by_is_part_of_an_evaluation(models, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+
+    def identity(**changes) -> dict:
+        rows.write_text(json.dumps({"prompt": "1+1=", "answer": "2", **changes}) + "\n")
+        settings = Settings(
+            models={"a": models / "parent"}, out=tmp_path / "out", tasks=(str(rows),), problems=1, speed=None
+        )
+        return Evaluation(settings, Console(quiet=True))._identity()
+
+    assert identity() == identity(match="exact") != identity(match="contains")
+
+
+def test_markup_in_names_is_text(models, tmp_path, capsys):
+    out = tmp_path / "x[/bold]y[red]:smile:"
+    assert evaluate(models, out, "--no-throughput") == 0
+    assert f"Everything is in {out}" in capsys.readouterr().out
 
 
 def test_fingerprints_tell_weights_apart_and_not_directories(models, tmp_path):

@@ -1,11 +1,12 @@
 """The command line on the embedded parent, without a terminal: final text on stdout, analysis on stderr."""
 
+import io
 import json
 import shutil
 
 import pytest
 
-from puzzle_jax.generate.__main__ import _Printer, main
+from puzzle_jax.generate.__main__ import _Printer, _prompt, main
 from puzzle_jax.tasks.tokenizer import write_chat_files
 from tests.convert_hf.checkpoints import write_random
 from tests.support import small_config
@@ -47,6 +48,7 @@ def test_on_a_terminal_the_analysis_is_dimmed(capsys):
     [
         (["--effort", "huge"], "effort is 'huge', but must be one of low, medium, high"),
         (["--max-tokens", "0"], "request 0 has max_tokens 0"),
+        (["--max-tokens", "-5"], "request 0 has max_tokens -5"),
         (["--max-tokens", "600"], "but the model's context is 512"),
         (["--temperature", "-1"], "temperature is -1.0"),
         (["--kv-cache", "int4"], "cache dtype is 'int4'"),
@@ -57,6 +59,45 @@ def test_bad_settings_are_one_sentence(model, capsys, arguments, message):
     assert main(["--model", str(model), *arguments, "1+1"]) == 2
     said = capsys.readouterr()
     assert message in said.err and said.err.count("\n") == 1 and not said.out
+
+
+@pytest.mark.parametrize("prompt", ["", " \n", "2+3=\udce9"])
+def test_prompts_that_say_nothing_or_are_no_unicode_are_one_sentence(model, capsys, prompt):
+    assert main(["--model", str(model), prompt]) == 2
+    said = capsys.readouterr().err
+    assert "the prompt is empty" in said or "the prompt is not valid UTF-8" in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (b"", "the prompt on standard input is empty"),
+        (b" \n ", "the prompt on standard input is empty"),
+        (b"2+3=\xe9", "the prompt on standard input is not valid UTF-8: unexpected end of data at byte 4"),
+        (None, "the prompt on standard input is empty"),
+    ],
+)
+def test_standard_input_that_is_no_prompt_is_one_sentence(model, capsys, monkeypatch, given, message):
+    monkeypatch.setattr("sys.stdin", given if given is None else io.TextIOWrapper(io.BytesIO(given)))
+    assert main(["--model", str(model)]) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+
+
+def test_a_prompt_comes_from_standard_input(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(" 1+1 = ü?\n".encode()), encoding="ascii"))
+    assert _prompt(None) == "1+1 = ü?"
+    assert _prompt(" as it is ") == " as it is "
+
+
+def test_what_a_terminal_cannot_show_is_replaced(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", out)
+    printer = _Printer()
+    printer.show("", "é!")
+    printer.end()
+    assert out.buffer.getvalue() == b"?!\n"
 
 
 def test_bad_models_are_one_sentence(model, tmp_path, capsys):

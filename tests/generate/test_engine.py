@@ -8,10 +8,12 @@ import pytest
 from puzzle_jax.config import BlockConfig, cache_bytes
 from puzzle_jax.errors import ConfigError, PuzzleError
 from puzzle_jax.generate import Engine, Request, Sampling, generate
+from puzzle_jax.generate.sampling import sample
 from puzzle_jax.model.cache_format import FLOAT8, CacheFormat, KVScales
 from puzzle_jax.model.child import Child, ChildBlock, cut_params
 from puzzle_jax.model.network import forward, hidden_states
 from puzzle_jax.model.sharding import make_mesh, shard_params
+from puzzle_jax.temperature import LEAST_TEMPERATURE
 from tests.support import random_params, small_config
 
 STOP = 3
@@ -196,7 +198,8 @@ def test_impossible_requests_are_refused(request_, message):
 @pytest.mark.parametrize(
     "make,message",
     [
-        (lambda: Sampling(temperature=-0.1), "temperature is -0.1, but must be a number of at least 0"),
+        (lambda: Sampling(temperature=-0.1), "temperature is -0.1, but must be a finite number of at least 0"),
+        (lambda: Sampling(temperature=1e300), "temperature is 1e.300, but must be at most 1e.06"),
         (lambda: Sampling(top_p=0.0), "top_p is 0.0, but must be above 0 and at most 1"),
         (lambda: CacheFormat("int8"), "cache dtype is 'int8', but must be one of compute"),
         (lambda: CacheFormat("bfloat16", FLOAT8_CACHE.scales), "scales were given for dtype bfloat16"),
@@ -210,6 +213,18 @@ def test_impossible_requests_are_refused(request_, message):
 def test_impossible_settings_are_refused(make, message):
     with pytest.raises((ConfigError, PuzzleError), match=message):
         make()
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-45, 1e-38, 1e-30])
+def test_temperatures_that_float32_cannot_divide_by_are_greedy(temperature):
+    assert Sampling(temperature) == Sampling(0.0)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(LEAST_TEMPERATURE), Sampling(1e6, 1e-300), Sampling(1.0, 5e-324)])
+def test_the_least_numbers_draw_the_likeliest_token(sampling):
+    logits = jnp.array([[0.0, -1e4, 1e4, 9999.0], [-jnp.inf, 3.0, 2.0, -5.0]])
+    drawn = sample(logits, jnp.arange(2), jnp.zeros(2, jnp.int32), sampling)
+    assert drawn.tolist() == [2, 1]
 
 
 def test_nothing_to_do_is_done():

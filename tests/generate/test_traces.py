@@ -2,9 +2,11 @@
 
 import base64
 import dataclasses
+import datetime
 import io
 import json
 import math
+import warnings
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from puzzle_jax.errors import PuzzleError
+from puzzle_jax.errors import PuzzleError, PuzzleWarning
 from puzzle_jax.generate.traces import EXTERNAL, Trace, append_trace, open_to_append, read_traces, write_traces
 from puzzle_jax.tasks.tokenizer import embedded_chat
 
@@ -44,7 +46,9 @@ def made(lengths, rich=False) -> list[Trace]:
         if rich and index % 2 == 0:
             kind = np.uint8 if index % 4 else np.uint16
             experts = rng.integers(0, 256, (prompt + completion - 1, 3, 2)).astype(kind)
-            trace = dataclasses.replace(trace, log_probs=tuple(rng.normal(size=completion).tolist()), experts=experts)
+            trace = dataclasses.replace(
+                trace, log_probs=tuple((-abs(rng.normal(size=completion))).tolist()), experts=experts
+            )
         traces.append(trace)
     return traces
 
@@ -120,7 +124,9 @@ def test_arrays_must_fit_the_tokens(changes, message):
 
 
 def write_lines(path, rows):
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    """Writes rows given as bytes, as text, or as what JSON can say."""
+    lines = [row if isinstance(row, bytes | str) else json.dumps(row) for row in rows]
+    path.write_bytes(b"".join((line if isinstance(line, bytes) else line.encode()) + b"\n" for line in lines))
     return path
 
 
@@ -222,8 +228,8 @@ EMPTY_ARRAY = base64.b64encode(b"no array").decode()
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("{", "is no valid JSON"),
-        ("[]", "holds a list, but must hold an object"),
+        ("{", "cannot be read as JSON"),
+        ("[]", "holds list, but must hold an object"),
         ({"completion": [1]}, "the row has no field prompt, which every trace must have"),
         ({"prompt": [1]}, "the row has no field completion"),
         ({"prompt": [], "completion": [1]}, "prompt must be a list of at least one token id"),
@@ -235,8 +241,8 @@ EMPTY_ARRAY = base64.b64encode(b"no array").decode()
         ({**BARE, "truncated": 1}, "truncated is 1, but must be true or false"),
         ({**BARE, "reward": 2}, "reward is 2, but must be a number from 0 to 1"),
         ({**BARE, "reward": "1"}, "reward is '1', but must be a number"),
-        ({**BARE, "details": {"a": "b"}}, "but must hold whole numbers by name"),
-        ({**BARE, "details": "{"}, "details is no valid JSON"),
+        ({**BARE, "details": {"a": "b"}}, "but must hold whole numbers of at most 64 bits by name"),
+        ({**BARE, "details": "{"}, "details cannot be read as JSON"),
         ({**BARE, "log_probs": ["a"]}, "log_probs must be a list of numbers"),
         ({**BARE, "log_probs": [-1, -2]}, "log_probs has 2 numbers, but the completion has 1 tokens"),
         ({**BARE, "experts": EMPTY_ARRAY}, r"experts is no array in the form of \.npy files"),
@@ -249,12 +255,40 @@ EMPTY_ARRAY = base64.b64encode(b"no array").decode()
         ({"prompt": "a", "completion": "b", "thinking": 3}, "the answer's reasoning is 3, but must be a text"),
         ({"prompt": "a", "completion": "", "truncated": True}, "cut short before its first token"),
         ({"prompt": "a", "choices": [{}]}, "choices holds {}, but must hold objects with a message"),
+        ({"prompt": "a", "choices": []}, "choices is an empty list"),
+        ({"prompt": [1, 2**31], "completion": [1]}, "prompt must be a list .* but number 2 is 2147483648"),
+        ({"prompt": [1], "completion": [10**1000]}, "completion must be a list .* but number 1 is 1000"),
+        ({"prompt": [1], "completion": [2.0]}, r"completion must be a list .* but number 1 is 2\.0"),
+        ('{"prompt": [1], "completion": [1' + "0" * 5000 + "]}", "holds a whole number of thousands of digits"),
+        ({**BARE, "seed": 2**63}, "seed is 9223372036854775808, but must be a whole number of at most 64 bits"),
+        ({**BARE, "seed": 1.0}, r"seed is 1\.0, but must be a whole number"),
+        ({**BARE, "details": "[" * 100_000}, "details is nested too deeply to be read as JSON"),
+        ('{"prompt": [1], "completion": [1], "details": ' + "[" * 100_000 + "}", "nested too deeply"),
+        ({**BARE, "details": {"a": 10**100}}, "but must hold whole numbers of at most 64 bits by name"),
+        ({**BARE, "details": {"a": True}}, "but must hold whole numbers of at most 64 bits by name"),
+        ({**BARE, "log_probs": [10**400]}, "log_probs must be a list of numbers.* but number 1 is 1000"),
+        ({**BARE, "log_probs": [-(10**400)]}, "log_probs must be a list of numbers.* but number 1 is -1000"),
+        ({**BARE, "log_probs": [math.nan]}, "log_probs must be a list of numbers.* but number 1 is nan"),
+        ({**BARE, "log_probs": [math.inf]}, "log_probs must be a list of numbers.* but number 1 is inf"),
+        ({**BARE, "log_probs": [0.5]}, r"so at most 0, but number 1 is 0\.5"),
+        ({**BARE, "log_probs": [True]}, "log_probs must be a list of numbers.* but number 1 is True"),
+        ({**BARE, "log_probs": "a"}, "log_probs must be a list of numbers.* but is 'a'"),
+        ({**BARE, "reward": math.nan}, "reward is nan, but must be a number from 0 to 1"),
+        ({**BARE, "reward": True}, "reward is True, but must be a number from 0 to 1"),
+        ({**BARE, "reward": 10**400}, "reward is 1000"),
+        ('{"prompt": "2+3", "completion": "5 \\ud83d"}', "holds half a surrogate pair"),
+        (b'{"prompt": "2+3", "completion": "\xe9"}', "is not valid UTF-8"),
+        ({"prompt": "a", "completion": {"choices": 3}}, "choices holds 3, but must hold objects with a message"),
+        ({"prompt": [{"role": "user"}], "completion": "a"}, "message 1: content is None, but must be a text"),
+        ({"messages": [{"role": 3, "content": "x" * 9999}], "response": "a"}, "message 1: role is 3"),
+        ({"prompt": {"deep": [[[[[["x" * 9999]]]]]]}, "completion": "a"}, r"prompt is {'deep': .{,100}, but must be"),
     ],
 )
 def test_bad_rows_are_named(tmp_path, chat, row, message):
     path = write_lines(tmp_path / "a.jsonl", [BARE, row])
-    with pytest.raises(PuzzleError, match=rf"a\.jsonl, line 2:? .*{message}"):
+    with pytest.raises(PuzzleError, match=rf"a\.jsonl, line 2:? .*{message}") as caught:
         read_traces(path, chat)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
 
 def test_bad_rows_of_parquet_are_named(tmp_path):
@@ -288,7 +322,7 @@ def test_no_array_may_hold_objects(tmp_path):
     buffer = io.BytesIO()
     np.save(buffer, np.array([print], dtype=object))
     path = write_lines(tmp_path / "a.jsonl", [{**BARE, "experts": base64.b64encode(buffer.getvalue()).decode()}])
-    with pytest.raises(PuzzleError, match="experts is no array"):
+    with pytest.raises(PuzzleError, match="experts has type object, but must have type uint8 or uint16"):
         read_traces(path)
 
 
@@ -303,14 +337,14 @@ def test_a_killed_run_goes_on_after_its_last_whole_line(tmp_path):
     for torn in range(len(whole) - 40, len(whole)):
         path.write_bytes(whole[:torn])
         assert read_traces(path, torn_tail=True) == traces[:2]
-    with pytest.raises(PuzzleError, match=r"t\.jsonl, line 3 is no valid JSON"):
+    with pytest.raises(PuzzleError, match=r"t\.jsonl, line 3 cannot be read as JSON"):
         path.write_bytes(whole[:-40])
         read_traces(path)
     with open_to_append(path) as file:
         append_trace(file, traces[3])
     assert read_traces(path) == [*traces[:2], traces[3]]
     path.write_bytes(b"{\n" + whole)
-    with pytest.raises(PuzzleError, match="line 1 is no valid JSON"):
+    with pytest.raises(PuzzleError, match="line 1 cannot be read as JSON"):
         read_traces(path, torn_tail=True)
 
 
@@ -319,3 +353,179 @@ def test_impossible_log_probabilities_survive(tmp_path):
     for name in FORMS:
         write_traces(tmp_path / name, [trace])
         assert read_traces(tmp_path / name) == [trace]
+
+
+def npy(shape, data, descr="|u1", version=1):
+    """Bytes with the header of a .npy file of this shape, whatever the data."""
+    header = f"{{'descr': {descr!r}, 'fortran_order': False, 'shape': {shape}}}\n".encode()
+    size = len(header).to_bytes(2 if version == 1 else 4, "little")
+    return b"\x93NUMPY" + bytes([version, 0]) + size + header + data
+
+
+def as_row(data):
+    return {**BARE, "experts": base64.b64encode(data).decode()}
+
+
+def zipped():
+    buffer = io.BytesIO()
+    np.savez(buffer, a=np.zeros(3))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (zipped(), "experts is no array in the form of .npy files"),
+        (npy((1,), b"")[:-5], "experts is no array in the form of .npy files"),
+        (b"\x93NUMPY\x09\x00", "experts is no array in the form of .npy files"),
+        (npy("(" * 5000, b""), "experts is no array in the form of .npy files"),
+        (npy("x", b""), "experts is no array in the form of .npy files"),
+        (npy((10**12, 1, 1), b""), "says that it has shape (1000000000000, 1, 1), but 0 bytes of it are there"),
+        (npy((10**30, 10**30, 1), b"ab"), "but 2 bytes of it are there"),
+        (npy((-1, -1, 1), b"a"), "says that it has shape (-1, -1, 1), but 1 bytes of it are there"),
+        (npy((1, 1, 1), b"abc"), "says that it has shape (1, 1, 1), but 3 bytes of it are there"),
+        (npy((1, 1, 1), bytes(8), "<f8"), "experts has type float64, but must have type uint8 or uint16"),
+        (npy((1, 1), b"a"), "experts has shape (1, 1), but must be [1 tokens, layers, k]"),
+        (npy((2, 1, 1), b"ab"), "experts has shape (2, 1, 1), but must be [1 tokens, layers, k]"),
+    ],
+)
+def test_what_an_array_says_of_itself_is_checked_before_it_is_made(tmp_path, data, message):
+    row = {**as_row(data), "prompt": [1], "completion": [1]}
+    with pytest.raises(PuzzleError) as caught:
+        read_traces(write_lines(tmp_path / "a.jsonl", [row]))
+    assert message in str(caught.value) and "a.jsonl, line 1: experts" in str(caught.value)
+
+
+def test_arrays_of_any_order_and_version_are_read(tmp_path):
+    array = np.arange(6, dtype=np.uint16).reshape(1, 2, 3)
+    rows = [as_row(npy((1, 2, 3), array.tobytes(), "<u2", version)) for version in (1, 2)]
+    buffer = io.BytesIO()
+    np.save(buffer, np.asfortranarray(array.astype(">u2")))
+    for trace in read_traces(write_lines(tmp_path / "a.jsonl", [*rows, as_row(buffer.getvalue())])):
+        np.testing.assert_array_equal(trace.experts, array)
+        assert trace.experts.dtype == np.uint16
+
+
+def write_parquet(path, table, **options):
+    pq.write_table(table if isinstance(table, pa.Table) else pa.table(table), path, **options)
+    return path
+
+
+LIST = [[1]]
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"prompt": [1.5], "completion": LIST}, "row 1: prompt must be a list of at least one token id, but is 1.5"),
+        ({"prompt": [[1.0]], "completion": LIST}, "row 1: prompt must be a list .* but number 1 is 1.0"),
+        ({"prompt": [[1, None]], "completion": LIST}, "row 1: prompt must be a list .* but number 2 is None"),
+        ({"prompt": [None], "completion": LIST}, "row 1: the row has no field prompt"),
+        ({"prompt": LIST, "completion": [{"a": 1}]}, "row 1: prompt is .1., but must be"),
+        (
+            {"prompt": LIST, "completion": LIST, "details": pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64()))},
+            "row 1: details is ",
+        ),
+        ({"prompt": LIST, "completion": LIST, "details": ["["]}, "row 1: details cannot be read as JSON"),
+        ({"prompt": LIST, "completion": LIST, "task": [b"a"]}, "row 1: task is b'a', but must be a text"),
+        ({"prompt": LIST, "completion": LIST, "reward": [True]}, "row 1: reward is True"),
+        ({"prompt": LIST, "completion": LIST, "experts": [b"zip"]}, "row 1: experts is no array"),
+        ({"prompt": LIST, "completion": LIST, "experts": ["zip"]}, "row 1: experts is no array"),
+        ({"prompt": LIST, "completion": LIST, "seed": [datetime.datetime(2026, 3, 4)]}, "row 1: seed is datetime"),
+        ({"prompt": LIST, "completion": LIST, "log_probs": [[math.nan]]}, "row 1: log_probs must be"),
+        ({"question": ["a"], "answer": ["b"]}, r"has the columns \['question', 'answer'\], but none of"),
+        (pa.table([[1], [[1]]], names=["prompt", "prompt"]), "has two columns prompt"),
+        (
+            pa.table({"prompt": LIST * 2, "completion": LIST * 2, "task": pa.array([b"a", b"\xff"]).view(pa.utf8())}),
+            "row 2: task cannot be read: .*utf-8",
+        ),
+    ],
+)
+def test_odd_columns_of_parquet_are_named(tmp_path, chat, table, message):
+    with pytest.raises(PuzzleError, match=rf"a\.parquet,? {message}") as caught:
+        read_traces(write_parquet(tmp_path / "a.parquet", table), chat)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_columns_of_no_concern_may_hold_anything(tmp_path):
+    table = {"prompt": LIST, "completion": LIST, "image": [b"\xff" * 100], "when": [datetime.timedelta(days=1)]}
+    (trace,) = read_traces(write_parquet(tmp_path / "a.parquet", table))
+    assert (trace.prompt, trace.completion) == ((1,), (1,))
+
+
+def test_no_damage_of_a_parquet_file_is_a_traceback(tmp_path):
+    path = tmp_path / "a.parquet"
+    write_traces(path, made(LENGTHS, rich=True))
+    whole = path.read_bytes()
+    rng = np.random.default_rng(3)
+    damaged = [whole[: int(size)] for size in rng.integers(0, len(whole), 20)]
+    for _ in range(150):
+        data = bytearray(whole)
+        # Half of the damage goes to the description at the end of the file.
+        first = 4 if rng.random() < 0.5 else len(whole) - 2500
+        for at in rng.integers(first, len(whole), int(rng.integers(1, 4))):
+            data[at] = int(rng.integers(0, 256))
+        damaged.append(bytes(data))
+    refused = 0
+    for data in damaged:
+        path.write_bytes(data)
+        try:
+            read_traces(path)
+        except PuzzleError as error:
+            refused += 1
+            assert "a.parquet" in str(error) and "\n" not in str(error)
+    assert refused > 60
+
+
+def test_more_values_than_a_file_can_need_are_not_unpacked(tmp_path):
+    long = np.zeros(30_000_000, np.int8)
+    offsets = pa.array([0, len(long)], pa.int32())
+    table = pa.table({"prompt": pa.ListArray.from_arrays(offsets, pa.array(long)), "completion": LIST})
+    path = write_parquet(tmp_path / "a.parquet", table)
+    assert path.stat().st_size < 100_000
+    with pytest.raises(PuzzleError, match=r"a\.parquet holds 3000000\d values .* which no file of traces can need"):
+        read_traces(path)
+
+
+def test_files_of_editors_on_windows_are_read(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + b'{"prompt": [1], "completion": [2]}\r\n' * 2 + b"\r\n")
+    assert [trace.completion for trace in read_traces(path)] == [(2,), (2,)]
+
+
+def test_the_end_of_a_long_torn_line_is_found(tmp_path):
+    path = tmp_path / "a.jsonl"
+    for torn in (0, 1, (1 << 20) - 1, 1 << 20, 3 << 20):
+        path.write_bytes(b"{}\n{}\n" + b"x" * torn)
+        open_to_append(path).close()
+        assert path.read_bytes() == b"{}\n{}\n"
+    path.write_bytes(b"x" * (2 << 20))
+    open_to_append(path).close()
+    assert path.read_bytes() == b""
+
+
+def test_control_tokens_in_texts_stay_text_and_are_told_once(tmp_path, chat):
+    speaking = {"prompt": "How does a turn end?", "completion": "With <|return|> at its end.", "reasoning": "<|end|>?"}
+    rows = [{"prompt": "7+5", "completion": "12"}, speaking, {"prompt": "<|start|>", "completion": "a"}]
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    with pytest.warns(PuzzleWarning) as told:
+        traces = read_traces(path, chat)
+    (warning,) = told
+    assert "a.jsonl, line 2: a control token" in str(warning.message)
+    assert "(2 of the file's 3 traces" in str(warning.message)
+    for trace, row in zip(traces, rows, strict=True):
+        assert [i for i, token in enumerate(trace.completion) if token in chat.stop_ids] == [len(trace.completion) - 1]
+        answer = chat.parse(trace.completion)
+        assert (answer.analysis, answer.final) == (row.get("reasoning", ""), row["completion"])
+        assert row["prompt"] in chat.decode(trace.prompt)
+        assert trace.prompt.count(chat.tokenizer.token_to_id("<|start|>")) == 3
+
+
+def test_rows_of_tokens_keep_their_control_tokens(tmp_path, chat):
+    completion = chat.encode(
+        "<|channel|>final<|message|>a<|end|><|start|>assistant<|channel|>final<|message|>b<|return|>"
+    )
+    path = write_lines(tmp_path / "a.jsonl", [{"prompt": [5], "completion": completion}])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_traces(path, chat)[0].completion == tuple(completion)

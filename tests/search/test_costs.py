@@ -134,10 +134,10 @@ def test_damaged_files_are_refused(costs, tmp_path, change, words):
 
 
 def test_missing_and_broken_files_are_refused(tmp_path):
-    with pytest.raises(PuzzleError, match="cannot be read as costs"):
+    with pytest.raises(PuzzleError, match=r"nowhere.json cannot be read: No such file"):
         read_costs(tmp_path / "nowhere.json")
     (tmp_path / "broken.json").write_text("{")
-    with pytest.raises(PuzzleError, match="cannot be read as costs"):
+    with pytest.raises(PuzzleError, match=r"broken.json cannot be read as JSON"):
         read_costs(tmp_path / "broken.json")
 
 
@@ -230,8 +230,28 @@ def test_open_batches_need_memory():
 def test_costs_from_elsewhere_are_taken_as_they_are(costs, tmp_path):
     path = tmp_path / "timed.json"
     path.write_text(json.dumps(costs.to_json()))
-    assert read_external(path, SPACE, [CHAT, LONG]) == costs
-    assert read_external(path, space_of(CONFIG, (7, 3), ()), [LONG]) == replace(costs, scenarios=(LONG,))
+    assert read_external(path, SPACE, [CHAT, LONG], "mxfp4") == costs
+    assert read_external(path, space_of(CONFIG, (7, 3), ()), [LONG], "mxfp4") == replace(costs, scenarios=(LONG,))
+
+
+def _experts(value):
+    return value["layers"][2]["experts"]["3"]
+
+
+def _seconds(value):
+    return _experts(value)["seconds"]["chat"]
+
+
+def _cache(value):
+    return value["layers"][0]["attention"]["5"]["kv_bytes"]
+
+
+def _no_time(value, field):
+    tables = [value["fixed"]]
+    for layer in value["layers"]:
+        tables += [entry["seconds"] for entry in (*layer["experts"].values(), *layer["attention"].values())]
+    for table in tables:
+        table["chat"][field] = 0
 
 
 @pytest.mark.parametrize(
@@ -249,13 +269,30 @@ def test_costs_from_elsewhere_are_taken_as_they_are(costs, tmp_path):
             lambda v: v["scenarios"][1].update(batch=None),
             "scenario 'long' leaves its batch open, but the costs lack its batches",
         ),
+        (SPACE, CHAT, lambda v: v.update(shared_parameters=-2), "shared_parameters is -2, but must be a whole number"),
+        (SPACE, CHAT, lambda v: v.update(shared_bytes=7), "shared_bytes is 7, but the parent has"),
+        (SPACE, CHAT, lambda v: _experts(v).update(weight_bytes=-1), "layer 2, expert count 3: weight_bytes is -1"),
+        (SPACE, CHAT, lambda v: _experts(v).update(weight_bytes=8), "layer 2, expert count 3: weight_bytes is 8, but"),
+        (SPACE, CHAT, lambda v: _experts(v).update(parameters=True), "layer 2, expert count 3: parameters is True"),
+        (
+            SPACE,
+            CHAT,
+            lambda v: _seconds(v).update(decode_seconds=-1),
+            "expert count 3: decode_seconds is -1, but must",
+        ),
+        (SPACE, CHAT, lambda v: _seconds(v).update(decode_seconds=10**400), "decode_seconds is 1000"),
+        (SPACE, CHAT, lambda v: _seconds(v).update(decode_seconds=math.nan), "decode_seconds is nan"),
+        (SPACE, CHAT, lambda v: _seconds(v).update(decode_seconds=True), "decode_seconds is True"),
+        (SPACE, LONG, lambda v: _cache(v).update(long=7), "layer 0, window 5: kv_bytes of scenario 'long' is 7, but"),
+        (SPACE, CHAT, lambda v: _no_time(v, "decode_seconds"), "decode_seconds of 'chat' is 0 in all parts"),
+        (SPACE, CHAT, lambda v: _no_time(v, "prefill_seconds"), "prefill_seconds of 'chat' is 0 in all parts"),
     ],
 )
 def test_costs_from_elsewhere_that_lack_something_are_refused(costs, tmp_path, space, scenario, change, words):
     path = tmp_path / "timed.json"
     path.write_text(edited(costs, change or (lambda value: None)))
     with pytest.raises(PuzzleError, match=words) as caught:
-        read_external(path, space, [scenario])
+        read_external(path, space, [scenario], "mxfp4")
     assert str(path) in str(caught.value)
 
 

@@ -1,13 +1,11 @@
 """The whole search on a random two-layer parent, its stages, and what it refuses."""
 
-import contextlib
 import json
-import os
-import random
 import shutil
-import socket
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -17,6 +15,8 @@ import pytest
 from puzzle_jax.convert_hf.config_json import is_plain
 from puzzle_jax.convert_hf.export import save_checkpoint
 from puzzle_jax.convert_hf.load import load_checkpoint
+from puzzle_jax.errors import PuzzleWarning
+from puzzle_jax.evaluate.accuracy import answer_questions
 from puzzle_jax.generate.traces import read_traces, write_traces
 from puzzle_jax.model.spec import init_params
 from puzzle_jax.search.__main__ import main
@@ -24,8 +24,10 @@ from puzzle_jax.search.costs import read_costs
 from puzzle_jax.search.pipeline import STAGES
 from puzzle_jax.search.roofline import Roofline
 from puzzle_jax.tasks.tokenizer import chat_files
+from tests.processes import ended, running
 from tests.support import chat_config
 
+SLOW = pytest.mark.slow
 SETTINGS = [
     *(
         "--traces.tasks",
@@ -41,7 +43,16 @@ SETTINGS = [
     ),
     *("--traces.max_tokens", "{low: 5, medium: 6, high: 7}", "--traces.batch_size", "9"),
     *("--space.fractions", "[1, 0.75, 0.5]", "--space.windows", "[24]"),
-    *("--scenario.input_tokens", "40", "--scenario.output_tokens", "8", "--scenario.batch", "3"),
+    *(
+        "--scenario.name",
+        "chat",
+        "--scenario.input_tokens",
+        "40",
+        "--scenario.output_tokens",
+        "8",
+        "--scenario.batch",
+        "3",
+    ),
     *("--target.max_expert_bytes_ratio", "0.8", "--target.min_speedup", "1.0"),
     *("--solve.solutions", "3", "--evaluate.problems", "2", "--evaluate.rounds", "2", "--costs", "roofline"),
     *("--scenario.hardware", "h100"),
@@ -201,21 +212,11 @@ def test_eight_devices_choose_what_one_does(finished, parent, tmp_path):
     assert one == eight
 
 
-def in_processes(count: int, parent: Path, run: Path, *arguments: str) -> list[subprocess.Popen]:
+def in_processes(count: int, parent: Path, run: Path, *arguments: str):
     """A search that is started once per process, as on several hosts."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    command = [sys.executable, "-m", "puzzle_jax.search", "--parent", str(parent), *SETTINGS, *arguments]
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    return [
-        subprocess.Popen(
-            [*command, "--run", str(run if index == 0 else run.parent / "nowhere"), "--mesh.processes", str(count)],
-            env={**os.environ, "JAX_COORDINATOR_ADDRESS": address, "JAX_PROCESS_ID": str(index)},
-            **pipes,
-        )
-        for index in range(count)
-    ]
+    command = ["puzzle_jax.search", "--parent", str(parent), *SETTINGS, *arguments, "--mesh.processes", str(count)]
+    runs = [run, *[run.parent / "nowhere"] * (count - 1)]
+    return running(*[[*command, "--run", str(run)] for run in runs])
 
 
 def test_processes_that_score_together_find_what_one_does(finished, parent, tmp_path):
@@ -223,9 +224,9 @@ def test_processes_that_score_together_find_what_one_does(finished, parent, tmp_
     run = tmp_path / "run"
     again = ("score", "solve", "refine", "evaluate")
     shutil.copytree(finished, run, ignore=shutil.ignore_patterns(*again, "*-book.safetensors"))
-    processes = in_processes(2, parent, run)
-    said = [process.communicate(timeout=300)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
+    with in_processes(2, parent, run) as processes:
+        found = ended(processes)
+    assert [process.returncode for process in found] == [0, 0], [process.stderr for process in found]
     for path in ("score/scores.json", "solve/solutions.json", "refine/refined.json"):
         assert (run / path).read_bytes() == (finished / path).read_bytes(), path
     divergences = [
@@ -235,20 +236,98 @@ def test_processes_that_score_together_find_what_one_does(finished, parent, tmp_
     assert not (tmp_path / "nowhere").exists()
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_search_that_is_killed_ends_with_the_same_solutions(finished, parent, tmp_path, kills):
+@pytest.fixture(scope="module")
+def timeless(finished, parent, tmp_path_factory) -> Path:
+    """The same search without measured speeds, so that running it again gives the same files."""
+    run = tmp_path_factory.mktemp("timeless") / "run"
+    shutil.copytree(finished, run)
+    assert search(parent, run, *TIMELESS) == 0
+    return run
+
+
+TIMELESS = ("--evaluate.rounds", "0")
+KILLED = ("traces", "refine", "child", "evaluate", "report")
+MOMENTS = [(stage, share) for stage in KILLED for share in (0.0, 0.4, 0.8)]
+
+
+@pytest.mark.parametrize(
+    ("stage", "share"),
+    [
+        moment if moment in (("traces", 0.4), ("refine", 0.8), ("evaluate", 0.4)) else pytest.param(*moment, marks=SLOW)
+        for moment in MOMENTS
+    ],
+)
+def test_a_search_that_is_killed_ends_with_the_same_files(timeless, parent, tmp_path, stage, share):
+    """The process is killed a share of the stage's own seconds after the stage has begun."""
     run = tmp_path / "run"
-    source = random.Random(kills)
-    command = [sys.executable, "-m", "puzzle_jax.search", "--parent", str(parent), "--run", str(run), *SETTINGS]
-    for _ in range(kills):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=source.uniform(5, 14))
-        process.kill()
-        process.wait()
-    assert search(parent, run) == 0
-    for path in ("rank/ranking.safetensors", "score/scores.json", "solve/solutions.json", "refine/refined.json"):
-        assert (run / path).read_bytes() == (finished / path).read_bytes(), path
+    directories = ("cost", "traces", "rank", "recost", "score", "solve", "refine", "child", "evaluate", "report")
+    ahead = directories[directories.index(stage) :]
+    shutil.copytree(timeless, run, ignore=shutil.ignore_patterns(*ahead, "*-book.safetensors"))
+    seconds = json.loads((timeless / stage / "stage.json").read_text())["seconds"]
+    command = [sys.executable, "-m", "puzzle_jax.search", "--parent", str(parent), "--run", str(run)]
+    process = subprocess.Popen([*command, *SETTINGS, *TIMELESS], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list(run.glob(f".{stage}.partial-*")):
+        time.sleep(0.002)
+    time.sleep(share * seconds)
+    process.kill()
+    process.wait()
+    assert not (run / "report/report.md").exists() or stage == "report"
+    assert search(parent, run, *TIMELESS) == 0
+    for path in timeless.rglob("*"):
+        name = path.relative_to(timeless)
+        # stage.json, and the page that shows it, have the seconds that stages took; books are where scores are kept.
+        passed = ("stage.json", "report.html", "run.json", "score-book.safetensors", "refine-book.safetensors")
+        if path.is_file() and name.name not in passed:
+            assert (run / name).read_bytes() == path.read_bytes(), name
+    assert not [path for path in run.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize(("stage", "directory"), [("trace", "traces"), ("evaluate", "evaluate")])
+def test_an_interrupted_stage_asks_no_answered_question_again(
+    timeless, parent, tmp_path, monkeypatch, stage, directory
+):
+    run, asked = tmp_path / "run", []
+    shutil.copytree(timeless, run, ignore=shutil.ignore_patterns(directory))
+
+    def counting(*args, on_answer, dies_after, **options):
+        def counted(number, answer):
+            on_answer(number, answer)
+            asked.append(number)
+            if len(asked) == dies_after:
+                raise KeyboardInterrupt
+
+        return answer_questions(*args, on_answer=counted, **options)
+
+    for dies_after, code in ((5, 130), (None, 0)):
+        for module in ("pipeline", "compare"):
+            asking = partial(counting, dies_after=dies_after)
+            monkeypatch.setattr(f"puzzle_jax.search.{module}.answer_questions", asking)
+        assert search(parent, run, stage, *TIMELESS) == code
+    # 9 problems (4 sets of 3, 2, 2 and 2) at 3 efforts; 2 problems at 3 efforts for each of five models.
+    assert len(asked) == {"trace": 9 * 3, "evaluate": 5 * 2 * 3}[stage]
+    for path in (timeless / directory).iterdir():
+        if path.name != "stage.json":
+            assert (run / directory / path.name).read_bytes() == path.read_bytes()
+
+
+def test_windows_without_evidence_or_use_are_left_out_and_told(finished, parent, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run, ignore=shutil.ignore_patterns("*-book.safetensors"))
+    longest = max(len(t.prompt) + len(t.completion) for t in read_traces(run / "traces/calibration.parquet"))
+    options = ("--space.windows", f"[700, 600, {longest - 1}, {longest - 2}]", "--scenario.input_tokens", "600")
+    with pytest.warns(
+        PuzzleWarning, match=r"space\.windows: 700 left out, since scenario 'chat' never has more than 608"
+    ):
+        assert search(parent, run, "cost", *options) == 0
+    with pytest.warns(
+        PuzzleWarning, match=rf"windows: 600, {longest - 1} left out, since the longest .* only {longest} "
+    ):
+        assert search(parent, run, "trace", *options) == 0
+    for stage in ("recost", "score"):
+        assert search(parent, run, stage, *options) == 0
+    layers = json.loads((run / "score/scores.json").read_text())["layers"]
+    assert [layer["windows"] for layer in layers] == [[16], [None, longest - 2]]
+    assert layers[1]["window_scores"][1]["kl"] > 0  # one trace is longer, and it was scored
 
 
 def test_methods_of_scoring_agree_on_what_matters(finished, parent, tmp_path):
@@ -295,10 +374,10 @@ def test_traces_from_elsewhere_take_the_place_of_asking(finished, parent, tmp_pa
     sets = ("calibration", "validation", "confirmation", "heldout")
     traces = [t for name in sets for t in read_traces(finished / f"traces/{name}.parquet")]
     write_traces(file, traces)
-    for stage in ("cost", "trace", "rank"):
-        assert search(parent, run, stage, "--traces.file", str(file)) == 0
-    dealt = [t for name in sets for t in read_traces(run / f"traces/{name}.parquet")]
-    assert sorted(t.prompt for t in dealt) == sorted(t.prompt for t in traces)
+    assert search(parent, run, "--traces.file", str(file), "--evaluate.rounds", "0") == 0
+    found = [t for name in sets for t in read_traces(run / f"traces/{name}.parquet")]
+    assert sorted(t.prompt for t in found) == sorted(t.prompt for t in traces)
+    assert (run / "report/report.md").is_file()
 
 
 def test_one_stage_runs_alone_and_a_changed_setting_reruns_what_follows(finished, parent, tmp_path, capsys):
@@ -319,6 +398,25 @@ def test_an_infeasible_target_names_the_limit_and_keeps_what_was_solved(finished
     said = capsys.readouterr().err
     assert "speed-up" in said and "the best reachable" in said and said.count("\n") == 1
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("stage", "file", "change"),
+    [
+        ("solve", "score/scores.json", lambda v: v["layers"][0].pop("experts")),
+        ("refine", "solve/solutions.json", lambda v: v.pop("chosen")),
+        ("report", "evaluate/evaluation.json", lambda v: v["child"].pop("scenarios")),
+    ],
+)
+def test_an_edited_file_that_cannot_be_used_is_named(timeless, parent, tmp_path, capsys, stage, file, change):
+    run = tmp_path / "run"
+    shutil.copytree(timeless, run)
+    value = json.loads((run / file).read_text())
+    change(value)
+    (run / file).write_text(json.dumps(value))
+    assert search(parent, run, stage, *TIMELESS) == 2
+    said = capsys.readouterr().err
+    assert f"stage {stage!r} cannot use {run / file}, which was changed" in said and said.count("\n") == 1
 
 
 def test_a_stage_without_its_inputs_says_what_to_do(parent, tmp_path, capsys):
@@ -400,7 +498,8 @@ def test_a_damaged_parent_is_refused_before_anything_is_written(parent, tmp_path
 
 def test_a_directory_of_another_run_is_refused_and_kept(finished, parent, tmp_path, capsys):
     other = tmp_path / "other"
-    shutil.copytree(parent, other)
+    config = chat_config()
+    save_checkpoint(other, config, init_params(config, jax.random.key(1)), config_base={}, extra_files=chat_files())
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}

@@ -24,7 +24,7 @@ from puzzle_jax.model.spec import layer_experts
 from puzzle_jax.search import replace as replace_module
 from puzzle_jax.search.lens import fit_lens
 from puzzle_jax.search.processes import Team
-from puzzle_jax.search.rank import METHODS, rank_experts
+from puzzle_jax.search.rank import METHODS, KeptSums, rank_experts
 from puzzle_jax.search.replace import Alternative, ReplaceOne, child_choices
 from puzzle_jax.search.score import ScoreBook, SharedFill, fill, score_children, work_left
 from tests.support import random_params, small_config
@@ -82,6 +82,26 @@ def test_rankings_by_hand(parent, ranking):
 def ranking(parent):
     config, params, traces = parent
     return rank_experts(params, config, micro_batches(traces, tokens_per_batch=128, smallest=64))
+
+
+def test_a_ranking_goes_on_from_the_sums_of_a_killed_run(parent, ranking, tmp_path, monkeypatch):
+    config, params, traces = parent
+    batches, path, ran = micro_batches(traces, tokens_per_batch=128, smallest=64), tmp_path / "deep/sums", []
+
+    def dies():
+        ran.append("first")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        rank_experts(params, config, batches, on_batch=dies, kept=KeptSums(path))
+    monkeypatch.setattr("puzzle_jax.search.rank.spread_rows", lambda x, mesh: ran.append("again") or x)
+    again = rank_experts(params, config, batches, kept=KeptSums(path))
+    assert ran.count("again") == len(batches) - 1 > 0
+    np.testing.assert_array_equal(again.routed, ranking.routed)
+    for method in METHODS:
+        np.testing.assert_array_equal(again.scores[method], ranking.scores[method], err_msg=method)
+    path.write_bytes(path.read_bytes()[:99])  # half a file is none
+    assert KeptSums(path).load(config)[0] == 0
 
 
 def padded(trace):

@@ -1,43 +1,67 @@
 """The recipes that come with the package: every one parses, and its target can be met."""
 
+import json
+import warnings
+from pathlib import Path
+
 import pytest
 
-from puzzle_jax.config import BlockConfig, ModelConfig
+from puzzle_jax.convert_hf.describe import read_config
+from puzzle_jax.errors import ConfigError, PuzzleWarning
 from puzzle_jax.recipe_files import recipe_names
 from puzzle_jax.search.costs import compute_costs
 from puzzle_jax.search.frontier import speedup
 from puzzle_jax.search.problem import Problem, Scores
+from puzzle_jax.search.recipe import EMBEDDED_PARENT, SpaceSettings, TraceSettings
 from puzzle_jax.search.recipe_file import parse_recipe
 from puzzle_jax.search.roofline import Roofline
+from puzzle_jax.search.scenario import Scenario, Target
 from puzzle_jax.search.space import ExpertChoice, Space, candidate_counts, candidate_windows
+from puzzle_jax.tasks.tokenizer import chat_files
 
-# gpt-oss-120b
-LAYERS = tuple(BlockConfig(128, None if layer % 2 else 128) for layer in range(36))
-CONFIG = ModelConfig(201088, 2880, 2880, 64, 8, 64, 4, LAYERS)
+PUBLISHED = Path(__file__).parents[2] / "benchmarks" / "published"
+LONG, SHORT = 65536, 4096
 
 
 def test_names():
-    assert recipe_names("search") == ["gpt-oss-120b-1xh100", "gpt-oss-120b-8xh100", "tiny"]
+    assert recipe_names("search") == [
+        "gpt-oss-120b-1xh100",
+        "gpt-oss-120b-8xh100",
+        "gpt-oss-20b-1xh100",
+        "gpt-oss-20b-24gb",
+        "tiny",
+    ]
     for name in recipe_names("search"):
         assert str(parse_recipe(["--recipe", name], "test")[1].run) == f"runs/{name}"
 
 
-@pytest.mark.parametrize(("name", "devices"), [("gpt-oss-120b-8xh100", 8), ("gpt-oss-120b-1xh100", 1)])
-def test_published_deployments(name, devices):
+@pytest.mark.parametrize(
+    ("name", "devices", "lengths"),
+    [
+        ("gpt-oss-120b-8xh100", 8, (LONG, SHORT)),
+        ("gpt-oss-120b-1xh100", 1, (LONG, SHORT)),
+        ("gpt-oss-20b-1xh100", 1, (LONG, SHORT)),
+        ("gpt-oss-20b-24gb", 1, (SHORT,)),
+    ],
+)
+def test_published_deployments(name, devices, lengths):
     stage, recipe = parse_recipe(["solve", "--recipe", name, "--solve.gap", "0.02"], "test", ["solve"])
     assert stage == "solve" and recipe.solve.gap == 0.02
     assert [(s.devices, s.input_tokens, s.output_tokens) for s in recipe.scenarios] == [
-        (devices, 65536, 65536),
-        (devices, 4096, 4096),
+        (devices, length, length) for length in lengths
     ]
-    counts = candidate_counts(128, 4, recipe.space.fractions, recipe.space.divisor)
-    assert counts == (128, 112, 96, 80, 64, 48, 32)
+    config = read_config(PUBLISHED / f"{name.rpartition('-')[0]}.json")
+    experts, layers = config.blocks[0].num_experts, config.num_layers
+    counts = candidate_counts(experts, 4, recipe.space.fractions, recipe.space.divisor)
+    assert counts == tuple(experts * eighths // 8 for eighths in (8, 7, 6, 5, 4, 3, 2))
     choices = tuple(ExpertChoice(count, tuple(range(count)), "any") for count in counts)
-    space = Space(CONFIG, (choices,) * 36, candidate_windows(CONFIG, recipe.space.windows))
+    # Answers to learn the price of every window from are longer than the window, and the scenario's requests are too.
+    assert max(recipe.space.windows) < min(max(recipe.traces.max_tokens.values()), recipe.scenario.context_tokens)
+    space = Space(config, (choices,) * layers, candidate_windows(config, recipe.space.windows))
     costs = compute_costs(space, recipe.scenarios, "mxfp4", Roofline(), memory=Roofline())
     # Made-up scores: each step down costs more than the one before it, and more in later layers.
     scores = Scores(
-        experts=tuple(tuple((128 - c) ** 2 * (1 + layer / 36) for c in counts) for layer in range(36)),
+        experts=tuple(tuple((experts - c) ** 2 * (1 + layer / 36) for c in counts) for layer in range(layers)),
         attention=tuple(
             tuple(500.0 * (position + layer / 36) if position else 0.0 for position in range(len(windows)))
             for layer, windows in enumerate(space.windows)
@@ -46,10 +70,96 @@ def test_published_deployments(name, devices):
     problem = Problem(space, scores, costs, recipe.target)
     [child] = problem.solve(gap=recipe.solve.gap)
     assert child.meets_target and child.score > 0
-    wanted = recipe.target.min_speedup
+    wanted = {scenario.name: recipe.target.limit("min_speedup", scenario.name) for scenario in recipe.scenarios}
     for scenario in costs.scenarios:
         rate = costs.tokens_per_second(child.blocks, scenario.name, child.batches[scenario.name])
-        assert rate >= wanted[scenario.name] * costs.tokens_per_second(LAYERS, scenario.name) * (1 - 1e-9)
+        assert rate >= wanted[scenario.name] * costs.tokens_per_second(config.blocks, scenario.name) * (1 - 1e-9)
         memory = costs.memory_bytes(child.blocks, scenario.name, child.batches[scenario.name])
         assert memory <= costs.room_bytes[scenario.name]
     assert speedup(problem, child) >= min(wanted.values()) * (1 - 1e-9)
+
+
+# A parent of the user's own ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A checkpoint directory of which only the chat is looked at here."""
+    directory = tmp_path / "mine"
+    directory.mkdir()
+    for name, content in chat_files().items():
+        (directory / name).write_bytes(content)
+    return directory
+
+
+@pytest.fixture
+def answers(tmp_path):
+    """Prompts of 20 and 23 tokens, answers of 5 and 8."""
+    file = tmp_path / "answers.jsonl"
+    rows = [{"prompt": [7] * (20 + 3 * n), "completion": [9] * (5 + 3 * n), "effort": "low"} for n in range(2)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def test_the_embedded_parent_alone_has_the_embedded_recipe(own):
+    assert parse_recipe([], "test")[1].traces.tasks == ("chain", "add", "recall")
+    assert parse_recipe(["--parent", str(EMBEDDED_PARENT)], "test") == parse_recipe([], "test")
+    given = ["--parent", str(own), "--traces.tasks", "[chain]", "--traces.max_tokens", "{low: 9, medium: 9, high: 9}"]
+    scenario = ["--scenario.input_tokens", "40", "--scenario.output_tokens", "8", "--target.min_speedup", "1.2"]
+    recipe = parse_recipe([*given, *scenario], "test")[1]
+    # KV bytes are those of a bfloat16 cache, where the embedded recipe has float32; nothing else is the embedded one's.
+    assert recipe.scenario == Scenario("serving", 40, 8) and recipe.scenario.kv_bytes_per_value == 2
+    assert recipe.traces == TraceSettings(("chain",), max_tokens={"low": 9, "medium": 9, "high": 9})
+    assert recipe.target == Target(min_speedup=1.2) and recipe.space == SpaceSettings()
+    assert recipe.run == Path("runs/mine")
+
+
+@pytest.mark.parametrize(
+    ("given", "missing"),
+    [
+        (
+            [],
+            "needs traces.file .* or traces.tasks with traces.max_tokens .* and scenario.input_tokens and scenario.out",
+        ),
+        (["--traces.tasks", "[chain]"], "needs scenario.input_tokens and scenario.output_tokens, since"),
+        (["--traces.tasks", "[chain]", "--scenario.input_tokens", "40"], "needs scenario.output_tokens, since"),
+        (["--scenario.input_tokens", "40", "--scenario.output_tokens", "8"], "needs traces.file .*, since"),
+        (
+            ["--traces.tasks", "[chain]", "--scenario", "{input_tokens: 4, output_tokens: 5}"],
+            "traces.max_tokens has no",
+        ),
+    ],
+)
+def test_what_only_the_user_can_know_is_asked_for(own, given, missing):
+    with pytest.raises(ConfigError, match=missing):
+        parse_recipe(["--parent", str(own), *given], "test")
+
+
+def test_a_recipe_file_says_what_is_given_too(own, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"parent: {own}\ntraces: {{tasks: [chain], max_tokens: {{low: 9, medium: 9, high: 9}}}}\n")
+    with pytest.raises(
+        ConfigError, match=r"needs scenario.input_tokens and scenario.output_tokens, since .* gpt-oss-20b"
+    ):
+        parse_recipe(["--recipe", str(path)], "test")
+    path.write_text("solve: {solutions: 3}\n")  # names no parent, so it is about the embedded one
+    assert parse_recipe(["--recipe", str(path)], "test")[1].traces.tasks == ("chain", "add", "recall")
+
+
+def test_answers_tell_the_scenario_and_it_is_told(own, answers):
+    given = ["--parent", str(own), "--traces.file", str(answers)]
+    with pytest.warns(PuzzleWarning) as told:
+        recipe = parse_recipe(given, "test")[1]
+    # (20 + 23) / 2 and (5 + 8) / 2, rounded up.
+    assert recipe.scenario == Scenario("serving", 22, 7, 8) and recipe.target == Target(max_expert_bytes_ratio=0.75)
+    said = " ".join(str(warning.message) for warning in told)
+    assert "prompts of 22 and answers of 7 tokens" in said and "at most 75% of the parent's expert bytes" in said
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        full = ["--scenario.input_tokens", "40", "--scenario.output_tokens", "8", "--target.min_speedup", "1.2"]
+        assert parse_recipe([*given, *full], "test")[1].scenario == Scenario("serving", 40, 8)
+
+
+def test_the_embedded_recipe_for_another_parent_is_pointed_out(own):
+    with pytest.warns(PuzzleWarning, match="recipe tiny is made for the embedded parent, .* fit .*mine"):
+        parse_recipe(["--recipe", "tiny", "--parent", str(own)], "test")

@@ -245,7 +245,7 @@ SETTINGS = [
     (["--sweep", f"{MIB}=3:9"], "--sweep is"),
     (["--sweep", f"{MIB}=20", "--solutions", "2"], "--solutions is 2"),
     (["--sweep", "size=20"], "has no 'size'"),
-    (["--recipe", "x.yaml"], "unrecognized arguments"),
+    (["--recipe", "x.yaml"], "there is no option --recipe"),
     (["--at-most"], "--at-most"),
 ]
 

@@ -14,6 +14,7 @@ from puzzle_jax.search.space import (
     candidate_counts,
     candidate_windows,
     distinct_choices,
+    narrower_windows,
     restrict,
 )
 from tests.support import small_config
@@ -185,3 +186,10 @@ def test_restrictions_of_no_layers_are_refused(layers):
 def test_restrictions_that_leave_nothing_are_refused():
     with pytest.raises(ConfigError, match="leaves layer 0 no expert count of 7 to 8; offered are 6, 4"):
         restrict([(6, 4)], [(None,)], [Restriction("0", min_experts=7, max_experts=8)])
+
+
+def test_windows_that_cover_a_context_are_left_out_but_for_the_parents_own():
+    windows = ((16, 8), (None, 40, 24, 8), (None, 24))
+    assert narrower_windows(windows, 24) == (((16, 8), (None, 8), (None,)), (40, 24))
+    assert narrower_windows(windows, 25) == (((16, 8), (None, 24, 8), (None, 24)), (40,))
+    assert narrower_windows(windows, 5) == (((16,), (None,), (None,)), (40, 24, 8))

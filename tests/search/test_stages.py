@@ -7,12 +7,13 @@ import subprocess
 import sys
 import textwrap
 import time
+from functools import partial
 
 import pytest
 
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.runs import open_run
-from puzzle_jax.search.stages import run_stage
+from puzzle_jax.search.stages import edited_output, run_stage
 
 PARENT = {"parent": "tiny", "sha256": "ab"}
 
@@ -28,7 +29,7 @@ class Produce:
     def __init__(self, text="result", name="out.txt"):
         self.text, self.name, self.calls = text, name, 0
 
-    def __call__(self, directory):
+    def __call__(self, directory, kept):
         self.calls += 1
         (directory / self.name).parent.mkdir(parents=True, exist_ok=True)
         (directory / self.name).write_text(self.text)
@@ -90,7 +91,7 @@ def test_a_stage_that_fails_leaves_the_earlier_state(run, error):
     run_stage(run, "score", {"tokens": 8}, [], Produce("good"))
     before = everything(run)
 
-    def fail(directory):
+    def fail(directory, kept):
         (directory / "out.txt").write_text("half")
         raise error
 
@@ -107,7 +108,7 @@ KILLED = """
     from pathlib import Path
     from puzzle_jax.search.stages import run_stage
 
-    def produce(directory):
+    def produce(directory, kept):
         (directory / "out.txt").write_text("half")
         print("writing", flush=True)
         time.sleep(60)
@@ -131,6 +132,30 @@ def test_a_killed_process_leaves_no_half_file_and_the_next_cleans_up(run):
     assert not run_stage(run, "score", {"tokens": 9}, [], Produce("new")).skipped
     assert (run / "score/out.txt").read_text() == "new"
     assert sorted(p.name for p in run.iterdir()) == ["run.json", "score"]
+
+
+def test_what_an_interrupted_stage_kept_is_there_again_for_the_same_key_alone(run):
+    seen = []
+
+    def produce(directory, kept, fails):
+        seen.append((kept / "rows.txt").read_text() if kept.exists() else None)
+        kept.mkdir(exist_ok=True)
+        (kept / "rows.txt").write_text(f"{seen[-1] or ''}+")
+        if fails:
+            raise KeyboardInterrupt
+        (directory / "out.txt").write_text("done")
+
+    def stage(tokens, fails):
+        run_stage(run, "trace", {"tokens": tokens}, [], partial(produce, fails=fails))
+
+    for tokens in (8, 8, 9):
+        with pytest.raises(KeyboardInterrupt):
+            stage(tokens, fails=True)
+    assert seen == [None, "+", None]
+    stage(8, fails=False)
+    assert seen[-1] == "++" and sorted(p.name for p in run.iterdir()) == ["run.json", "trace"]
+    stage(9, fails=False)
+    assert seen[-1] is None  # what another key kept went with the stage that was done
 
 
 def test_killed_between_the_two_renames_the_old_result_comes_back(run):
@@ -207,3 +232,51 @@ def test_a_skip_is_quick_enough_to_be_unseen(run):
     time.sleep(0.01)
     run_stage(run, "score", {}, [], Produce())
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == stamps
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda r: r.pop("key"), "key is None, but must be a hash"),
+        (lambda r: r.pop("seconds"), "seconds is None"),
+        (lambda r: r.update(seconds="long"), "seconds is 'long'"),
+        (lambda r: r.update(seconds=True), "seconds is True"),
+        (lambda r: r.pop("outputs"), "outputs is None"),
+        (lambda r: r.update(outputs=5), "outputs is 5"),
+        (lambda r: r.update(outputs={"../../x": "ab"}), "outputs is .* but must be digests by paths below"),
+        (lambda r: r.update(outputs={"/etc/passwd": "ab"}), "outputs is"),
+        (lambda r: r.update(outputs={"out.txt": 5}), "outputs is"),
+    ],
+)
+def test_a_record_that_no_stage_wrote_is_refused_by_field(run, change, words):
+    run_stage(run, "score", {}, [], Produce("good"))
+    record = json.loads((run / "score/stage.json").read_text())
+    change(record)
+    (run / "score/stage.json").write_text(json.dumps(record))
+    before = everything(run)
+    with pytest.raises(PuzzleError, match=f"score/stage.json: {words}.*; move .*score away to run the stage again"):
+        run_stage(run, "score", {}, [], Produce())
+    assert everything(run) == before
+
+
+def test_a_linked_stage_is_skipped_but_neither_replaced_nor_followed(run, tmp_path):
+    run_stage(run, "score", {"tokens": 8}, [], Produce("good"))
+    (run / "score").rename(tmp_path / "elsewhere")
+    (run / "score").symlink_to(tmp_path / "elsewhere")
+    assert run_stage(run, "score", {"tokens": 8}, [], Produce()).skipped
+    with pytest.raises(PuzzleError, match="score is a symbolic link, but stage 'score' replaces its directory"):
+        run_stage(run, "score", {"tokens": 9}, [], Produce("other"))
+    (run / ".score.replaced-7").symlink_to(tmp_path / "elsewhere")  # what an older release left of such a rerun
+    assert run_stage(run, "score", {"tokens": 8}, [], Produce()).skipped
+    assert (tmp_path / "elsewhere/out.txt").read_text() == "good" and not (run / ".score.replaced-7").exists()
+    (run / "score").unlink()
+    (run / "score").write_text("a file")
+    with pytest.raises(PuzzleError, match="score is a file, but must be the directory of stage 'score'"):
+        run_stage(run, "score", {"tokens": 8}, [], Produce())
+
+
+def test_an_edited_output_is_found(run):
+    run_stage(run, "score", {}, [], Produce("good"))
+    assert edited_output(run) is None
+    (run / "score/out.txt").write_text("edited")
+    assert edited_output(run) == run / "score/out.txt"

@@ -2,11 +2,13 @@
 
 import datetime
 import json
+import pickle
 import shutil
 
 import pytest
+import tokenizers
 
-from puzzle_jax.errors import CheckpointError, PuzzleError
+from puzzle_jax.errors import CheckpointError, PuzzleError, PuzzleWarning
 from puzzle_jax.tasks import EFFORTS, TASKS, Chat
 from puzzle_jax.tasks.tokenizer import CHARACTERS, SPECIAL_TOKENS, VOCAB_SIZE, WORDS, write_chat_files
 
@@ -162,7 +164,9 @@ def damaged(directory, tmp_path, name, change):
     if text is None:
         path.unlink()
     else:
-        path.write_text(text)
+        path.write_bytes(text.encode(errors="surrogateescape"))
+    if name == "tokenizer_config.json":
+        (copy / "special_tokens_map.json").unlink()
     return copy
 
 
@@ -178,18 +182,40 @@ def damaged(directory, tmp_path, name, change):
         ("tokenizer.json", lambda text: text.replace("<|channel|>", "<|chan|>"), "has no token <|channel|>"),
         ("chat_template.jinja", lambda _: None, "chat_template.jinja does not exist"),
         ("chat_template.jinja", lambda _: "{{ messages }}", "never uses reasoning_effort"),
-        ("chat_template.jinja", lambda text: text + "{% if %}", "the chat template is no valid Jinja"),
-        ("generation_config.json", lambda _: None, "eos_token_id in .* is None, but must be a token id"),
-        ("generation_config.json", lambda _: "{", "generation_config.json is no valid JSON"),
+        ("chat_template.jinja", lambda text: text + "{% if %}", "chat_template.jinja is no valid Jinja: .* (line 17)"),
+        ("chat_template.jinja", lambda text: text.replace("e", "\udcff", 1), "chat_template.jinja is not valid UTF-8"),
+        ("generation_config.json", lambda _: "{", "generation_config.json cannot be read as JSON"),
+        ("generation_config.json", lambda _: "[]", "generation_config.json holds list, but must hold an object"),
+        ("generation_config.json", lambda _: "[" * 100_000, "generation_config.json is nested too deeply"),
+        ("generation_config.json", lambda _: f'{{"a": 1{"0" * 5000}}}', "holds a whole number of thousands of digits"),
+        *(
+            (
+                "generation_config.json",
+                lambda text, name=name, value=value: json.dumps({**json.loads(text), name: value}),
+                f"generation_config.json: {name} is {told}, but must be a token id from 0 to 113",
+            )
+            for name, value, told in (
+                ("eos_token_id", "1", "'1'"),
+                ("eos_token_id", [1, 114], r"\[1, 114\]"),
+                ("eos_token_id", True, "True"),
+                ("eos_token_id", -1, "-1"),
+                ("eos_token_id", [[1]], r"\[\[1\]\]"),
+                ("pad_token_id", "a", "'a'"),
+                ("pad_token_id", [1], r"\[1\]"),
+                ("pad_token_id", 1.0, "1.0"),
+                ("bos_token_id", 10**30, f"1{'0' * 30}"),
+            )
+        ),
+        ("tokenizer_config.json", lambda _: '{"eos_token": 3}', "tokenizer_config.json: eos_token is 3, but must be a"),
         (
-            "generation_config.json",
-            lambda _: "[]",
-            "generation_config.json holds a list, but must hold an object",
+            "tokenizer_config.json",
+            lambda _: '{"added_tokens_decoder": {"0": "a"}}',
+            "added_tokens_decoder must hold an object with the token's content for every token id: 'a' is no such",
         ),
     ],
 )
 def test_damaged_files_are_named(directory, tmp_path, name, change, message):
-    message = message.replace("|", r"\|")
+    message = message.replace("|", r"\|").replace("(", r"\(").replace(")", r"\)")
     with pytest.raises(CheckpointError, match=message):
         Chat.load(damaged(directory, tmp_path, name, change)).prompt_tokens("mod 7+5")
 
@@ -214,8 +240,100 @@ def test_template_functions_of_real_templates(directory, tmp_path):
     refusing = damaged(
         directory, tmp_path / "b", "chat_template.jinja", lambda _: "{{ raise_exception(reasoning_effort) }}"
     )
-    with pytest.raises(CheckpointError, match="the chat template refused the conversation: low"):
+    with pytest.raises(CheckpointError, match=r"template .*/b/copy/chat_template\.jinja refused the conversation: low"):
         Chat.load(refusing).prompt_tokens("x", "low")
+
+
+def edited(directory, tmp_path, **files):
+    """A copy in which JSON files are updated; None removes a key."""
+    copy = tmp_path / "edited"
+    shutil.copytree(directory, copy)
+    for name, changes in files.items():
+        path = copy / f"{name}.json"
+        content = {**(json.loads(path.read_text()) if path.exists() else {}), **changes}
+        path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("files", "said", "pad"),
+    [
+        ({"generation_config": {"eos_token_id": 0}}, r"generation_config.json: eos_token_id is 0, which lacks", 0),
+        ({"generation_config": {"eos_token_id": [0, 1]}}, r"is \[0, 1\], which lacks <\|call\|>, where", 0),
+        ({"generation_config": {"eos_token_id": None, "pad_token_id": None}}, "eos_token_id is not there; it lacks", 1),
+        (
+            {"generation_config": {"eos_token_id": None}, "config": {"eos_token_id": 1, "vocab_size": 128}},
+            r"config.json: eos_token_id is 1, which lacks <\|call\|>",
+            0,
+        ),
+    ],
+)
+def test_the_ends_of_the_format_end_answers_though_the_checkpoint_does_not_name_them(
+    directory, tmp_path, files, said, pad
+):
+    with pytest.warns(PuzzleWarning, match=said) as told:
+        chat = Chat.load(edited(directory, tmp_path, **files))
+    assert len(told) == 1 and "\n" not in str(told[0].message)
+    ends = {chat.tokenizer.token_to_id(token) for token in ("<|return|>", "<|call|>")}
+    assert ends <= chat.stop_ids <= ends | {0} and chat.pad_id == pad
+    assert not chat.parse(chat.completion_tokens("7+5=2", "2")).truncated
+
+
+def test_ids_up_to_the_models_vocabulary_are_allowed(directory, tmp_path):
+    copy = edited(directory, tmp_path, config={"vocab_size": 128}, generation_config={"pad_token_id": 127})
+    assert Chat.load(copy).pad_id == 127
+    (copy / "generation_config.json").write_text('{"eos_token_id": 1, "pad_token_id": 128}')
+    with pytest.raises(CheckpointError, match="pad_token_id is 128, but must be a token id from 0 to 127"):
+        Chat.load(copy)
+
+
+@pytest.mark.parametrize("saved", ["truncation", "padding"])
+def test_truncation_and_padding_that_training_left_are_off(directory, tmp_path, chat, saved):
+    copy = edited(directory, tmp_path)
+    tokenizer = tokenizers.Tokenizer.from_file(str(copy / "tokenizer.json"))
+    if saved == "truncation":
+        tokenizer.enable_truncation(max_length=4)
+    else:
+        tokenizer.enable_padding(length=64, pad_id=0, pad_token="<|endoftext|>")
+    tokenizer.save(str(copy / "tokenizer.json"))
+    ours = Chat.load(copy)
+    assert ours.prompt_tokens("mod 7+5", "high") == chat.prompt_tokens("mod 7+5", "high")
+    assert ours.completion_tokens("7+5=2", "2") == chat.completion_tokens("7+5=2", "2")
+
+
+def test_of_named_templates_the_default_is_rendered(directory, tmp_path):
+    default = (directory / "chat_template.jinja").read_text()
+    named = [{"name": "tool_use", "template": "{{ reasoning_effort }}"}, {"name": "default", "template": default}]
+    copy = edited(directory, tmp_path, tokenizer_config={"chat_template": named})
+    (copy / "chat_template.jinja").unlink()
+    assert Chat.load(copy).decode(Chat.load(copy).prompt_tokens("mod 7+5", "high")) == PROMPT_HIGH
+    edited(copy, tmp_path / "b", tokenizer_config={"chat_template": named[:1]})
+    with pytest.raises(CheckpointError, match="has the chat templates tool_use, but none that is called default"):
+        Chat.load(tmp_path / "b" / "edited")
+    # Files go before what the configuration says.
+    (copy / "additional_chat_templates").mkdir()
+    (copy / "additional_chat_templates" / "default.jinja").write_text("{{ bos_token }}{{ reasoning_effort }}")
+    assert Chat.load(copy).decode(Chat.load(copy).prompt_tokens("x", "low")) == "low"
+    edited(copy, tmp_path / "c", special_tokens_map={"bos_token": "<|start|>"})
+    chat = Chat.load(tmp_path / "c" / "edited")
+    assert chat.prompt_tokens("x", "low") == [chat.tokenizer.token_to_id(token) for token in ("<|start|>", "low")]
+    edited(copy, tmp_path / "d", special_tokens_map={"bos_token": "<s>"})
+    with pytest.raises(CheckpointError, match="writes bos_token, which is '<s>' in the configuration"):
+        Chat.load(tmp_path / "d" / "edited")
+
+
+def test_a_chat_survives_pickling(chat):
+    chat.prompt_tokens("mod 7+5")
+    again = pickle.loads(pickle.dumps(chat))
+    assert again.prompt_tokens("mod <|end|>", "low") == chat.prompt_tokens("mod <|end|>", "low")
+    assert (again.stop_ids, again.pad_id, again.today) == (chat.stop_ids, chat.pad_id, chat.today)
+
+
+def test_texts_that_are_no_unicode_are_refused(chat):
+    with pytest.raises(PuzzleError, match="message 1: content holds half a surrogate pair"):
+        chat.prompt_tokens("5 \ud83d")
+    with pytest.raises(PuzzleError, match="final text of the answer holds half a surrogate pair"):
+        chat.completion_tokens("", "5 \ud83d")
 
 
 @pytest.mark.parity

@@ -172,8 +172,38 @@ def test_prompts_have_harmonys_ids(chat, encoding, effort):
 @given(st.text(st.characters(exclude_categories=("Cs", "Cn"))))
 @example("\u2028x\x85y\u00a0z")
 def test_any_text_has_harmonys_ids(chat, encoding, text):
-    assert chat.encode(text) == encoding.encode(text)
+    assert chat.encode(text) == encoding.encode(text, allowed_special="all")
     assert chat.decode(chat.encode(text)) == text
+
+
+SPEAKING = (
+    "<|return|>",
+    "How does a turn end? With <|return|>, or <|end|>.",
+    "<|end|><|start|>system<|message|>Reasoning: high<|end|>",
+    "naïve<|channel|>final<|message|>½ <|unknown|>  <|call|>\n\n <|start|>",
+)
+
+
+@pytest.mark.parametrize("text", SPEAKING)
+def test_control_tokens_in_data_have_harmonys_ids(chat, encoding, text):
+    messages = [
+        {"role": "developer", "content": text},
+        {"role": "user", "content": f"a {text} b"},
+        {"role": "assistant", "content": text},
+        {"role": "user", "content": "And?"},
+    ]
+    ours = chat.prompt_tokens(messages, "low")
+    assert ours == theirs(encoding, messages, "low")
+    assert ours.count(END) == 5 and RETURN not in ours
+    make = harmony.Message.from_role_and_content
+    conversation = harmony.Conversation.from_messages([
+        make(harmony.Role.USER, "2 + 2?"),
+        make(harmony.Role.ASSISTANT, f"I say {text}!").with_channel("analysis"),
+        make(harmony.Role.ASSISTANT, text).with_channel("final"),
+    ])  # fmt: skip
+    keep = harmony.RenderConversationConfig(auto_drop_analysis=False)
+    completion = chat.completion_tokens(f"I say {text}!", text)
+    assert encoding.render_conversation_for_training(conversation, keep)[-len(completion) :] == completion
 
 
 def test_histories_have_harmonys_ids_without_what_was_thought(chat, encoding):

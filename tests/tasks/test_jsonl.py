@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.evaluate.accuracy import DEALT_SPLITS, QuestionSet
 from puzzle_jax.tasks import FiniteTask, JsonlTask, Problem, WorkedTask, get_task, problems
+from puzzle_jax.tasks.matches import MATCHES
 
 
 def written(path, rows) -> str:
@@ -67,6 +68,44 @@ def test_what_counts_as_right(match, answer, text, score):
     assert task.score(Problem("x.jsonl", 0, "?", answer, entry=match), text) == score
 
 
+def test_solutions_stand_for_their_results(tmp_path):
+    solution = "3 pens cost 3 * 4 = <<3*4=12>>12 coins.\n#### 12"
+    rows = [
+        {"question": "a?", "answer": solution},
+        {"question": "b?", "answer": "#### $1,200\n"},
+        {"question": "c?", "answer": "So it is $\\boxed{\\frac{1}{2}}$."},
+        {"question": "d?", "answer": solution, "match": "number"},
+        {"question": "e?", "answer": "\\boxed{4}", "match": "exact"},
+        {"question": "f?", "answer": "#### Heading"},
+    ]
+    task = get_task(written(tmp_path / "a.jsonl", rows))
+    assert [(p.answer, p.entry) for p in problems(task)] == [
+        ("12", "last_number"),
+        ("$1,200", "last_number"),
+        ("\\frac{1}{2}", "math"),
+        ("12", "number"),
+        ("\\boxed{4}", "exact"),
+        ("#### Heading", "exact"),
+    ]
+    right = ["So 12.", "1200", "0.5", "12", "\\boxed{4}", "#### Heading"]
+    assert [task.score(p, text) for p, text in zip(problems(task), right, strict=True)] == [1.0] * 6
+
+
+def test_a_file_is_known_by_what_it_asks_and_how_it_judges(tmp_path):
+    def identity(name="a.jsonl", **row):
+        return get_task(written(tmp_path / name, [{"prompt": "1?", "answer": "1", **row}])).identity
+
+    assert identity() == identity("b.jsonl") == identity(match="exact")
+    assert len({identity(), identity(match="contains"), identity(answer="2"), identity(prompt="2?")}) == 4
+
+
+def test_problems_know_their_line(tmp_path):
+    task = get_task(written(tmp_path / "a.jsonl", ["", {"prompt": "1?", "answer": "1"}]))
+    assert task.sample(0).where == f"{task.name}, line 2"
+    assert pickle.loads(pickle.dumps(task.sample(0))).where == f"{task.name}, line 2"
+    assert get_task("chain").sample(3).where == "task chain, problem 3"
+
+
 @given(st.integers(-(10**20), 10**20))
 def test_a_number_is_right_however_its_thousands_are_grouped(number):
     task = JsonlTask("x.jsonl", ())
@@ -78,26 +117,45 @@ def test_a_number_is_right_however_its_thousands_are_grouped(number):
 @given(st.text())
 def test_any_text_has_a_score(text):
     task = JsonlTask("x.jsonl", ())
-    for match in ("exact", "contains"):
+    for match in MATCHES:
         assert task.score(Problem("x.jsonl", 0, "?", "12", entry=match), text) in (0.0, 1.0)
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 2 is no valid JSON"),
+        ("{", "line 2 cannot be read as JSON"),
         ("[1]", "line 2 holds a list, but must hold an object"),
         ({"answer": "1"}, "line 2 has no field prompt"),
         ({"prompt": "1?"}, "line 2 has no field answer"),
         ({"prompt": "1?", "answer": 1}, "line 2: answer is 1, but must be a text"),
         ({"prompt": " ", "answer": "1"}, "line 2: prompt is ' ', but must be a text that is not empty"),
-        ({"prompt": "\ud800", "answer": "1"}, "line 2: prompt is .* must be valid Unicode"),
+        ({"prompt": "\ud800", "answer": "1"}, "line 2 holds half a surrogate pair"),
         ({"prompt": "a", "question": "b", "answer": "1"}, "line 2 has both prompt and question"),
         (
             {"prompt": "a", "answer": "1", "match": "regex"},
             "line 2: match is 'regex', but must be one of exact, contains",
         ),
         ({"prompt": "a", "answer": "1", "match": []}, "line 2: match is \\[\\], but must be one of exact, contains"),
+        ({"prompt": "a", "answer": "1", "match": None}, "line 2: match is None, but must be one of exact, contains"),
+        (
+            '{"prompt": "a", "answer": "1", "n": 1' + "0" * 5000 + "}",
+            "line 2 holds a whole number of thousands of digits",
+        ),
+        ("[" * 100_000, "line 2 is nested too deeply"),
+        (
+            {"prompt": "a", "answer": "2 * 2 = 4\n#### 4", "match": "exact"},
+            "line 2: match is 'exact', but the answer is a solution that ends in '#### 4', which final texts do not "
+            "repeat; leave match out to compare with '4' by 'last_number', or shorten it",
+        ),
+        (
+            {"prompt": "a", "answer": "It is $\\boxed{4}$.", "match": "contains"},
+            "line 2: match is 'contains', but the answer is a solution that ends in .* compare with '4' by 'math'",
+        ),
+        (
+            {"prompt": "a", "answer": "Paris", "match": "number"},
+            "line 2: match is 'number', but the answer is 'Paris', which is no number",
+        ),
     ],
 )
 def test_bad_lines_are_named(tmp_path, line, message):
@@ -107,12 +165,12 @@ def test_bad_lines_are_named(tmp_path, line, message):
 
 
 def test_files_without_rows_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"none\.jsonl cannot be read as a file of prompts and answers"):
+    with pytest.raises(ConfigError, match=r"none\.jsonl cannot be read: No such file"):
         get_task(str(tmp_path / "none.jsonl"))
     with pytest.raises(ConfigError, match=r"empty\.jsonl holds no row"):
         get_task(written(tmp_path / "empty.jsonl", [""]))
     (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xe9", "answer": "1"}')
-    with pytest.raises(ConfigError, match=r"latin\.jsonl cannot be read"):
+    with pytest.raises(ConfigError, match=r"latin\.jsonl is not valid UTF-8"):
         get_task(str(tmp_path / "latin.jsonl"))
 
 

@@ -18,6 +18,7 @@ import pytest
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.tasks import TASKS, Problem, get_task, problems
 from puzzle_jax.tasks.judges import Answer, Judgement, Judges
+from puzzle_jax.tasks.reward_source import reward_file
 
 LIMIT = 1.0
 TOO_LONG = Judgement(None, "took longer than 1 s")
@@ -61,6 +62,16 @@ def starts_another():
         file.write(str(child.pid))
     time.sleep(3600)
 
+def leaves_a_daemon():
+    if os.fork() == 0:
+        os.setsid()
+        with open(os.environ["CHILD"], "w") as file:
+            file.write(str(os.getpid()))
+        time.sleep(3600)
+    while not os.path.exists(os.environ["CHILD"]) or not os.path.getsize(os.environ["CHILD"]):
+        time.sleep(0.01)
+    os._exit(3)
+
 def prints():
     print("a line", flush=True)
     os.write(1, b"bytes" * 100)
@@ -88,8 +99,10 @@ WAYS = {
     "raises": raises, "silent": silent, "wordy": wordy, "interrupts": interrupts, "recurses": recurses,
     "leaves": lambda: sys.exit(4), "exits": lambda: os._exit(3), "killed": lambda: os.kill(os.getpid(), 9),
     "hangs": lambda: time.sleep(3600), "hangs in C": lambda: re.match("(a+)+$", "a" * 60 + "b"),
-    "starts another": starts_another, "prints": prints, "reads": reads, "forks": forks, "alarms": alarms,
+    "starts another": starts_another,
+    "leaves a daemon": leaves_a_daemon, "prints": prints, "reads": reads, "forks": forks, "alarms": alarms,
     "nan": lambda: float("nan"), "inf": lambda: -np.inf, "none": lambda: None, "text": lambda: "1",
+    "beyond": lambda: -1e39, "large": lambda: 1e30,
     "list": lambda: [1.0], "array": lambda: np.ones(2), "complex": lambda: 1j, "huge": lambda: 10**400,
     "true": lambda: True, "whole": lambda: -7, "fraction": lambda: Fraction(1, 4), "numpy": lambda: np.float32(2.5),
     "one": lambda: np.array(1.5), "jax": lambda: "jax" in sys.modules,
@@ -116,6 +129,8 @@ EXPECTED = {
     "inf": Judgement(None, "returned -inf"),
     "none": Judgement(None, "returned None"),
     "text": Judgement(None, "returned '1'"),
+    "beyond": Judgement(None, "returned -1e+39, beyond 1e+30"),
+    "large": Judgement(1e30, None),
     "list": Judgement(None, "returned a list"),
     "array": Judgement(None, "returned a ndarray"),
     "complex": Judgement(None, "returned a complex"),
@@ -209,7 +224,7 @@ def test_an_answer_cut_off_is_worth_nothing_and_a_task_that_cannot_be_had_costs_
         )
         assert judged[3] == Judgement(0.0, None)
         assert judged[4:] == [
-            Judgement(None, "raised ValueError: invalid literal for int() with base 10: 'x'"),
+            Judgement(0.0, "raised ValueError: invalid literal for int() with base 10: 'x'"),
             Judgement(1.0, None),
         ]
         assert judges.lost == {"raised": 2}
@@ -262,7 +277,7 @@ def test_every_misbehaviour_costs_its_own_sample(behaviours, processes, capfd):
     ]
     with Judges(function=behaviours, time_limit=30.0, processes=processes) as judges:
         assert dict(enumerate(judges.judge(answers))) == dict(enumerate(expected))
-        assert judges.lost == {"raised": 7, "died": 2, "value": 7}
+        assert judges.lost == {"raised": 7, "died": 2, "value": 8}
         (huge,) = judges.judge([answer("huge")])
         assert huge.reward is None and huge.reason is not None and huge.reason.startswith("returned 1000")
     printed = capfd.readouterr()
@@ -279,6 +294,85 @@ def test_a_hang_costs_its_own_sample_and_what_it_started_ends(behaviours, proces
         assert judges.lost == {"time": 3}
         child = child_started()
         wait_until(lambda: not alive(child))
+
+
+def test_a_function_that_dies_takes_its_daemons_along(behaviours):
+    with Judges(function=behaviours, time_limit=30.0) as judges:
+        judged = judges.judge([answer("leaves a daemon"), answer("1")])
+        assert judged == [Judgement(None, "ended its process with exit code 3"), Judgement(11.0, None)]
+        assert not Path(f"/proc/{child_started()}").exists()
+
+
+def test_answers_are_judged_while_the_caller_does_something_else(behaviours):
+    with Judges(function=behaviours, time_limit=LIMIT, processes=2) as judges:
+        assert judges.finished(wait=True) == judges.finished(wait=False) == []
+        asked = {judges.begin(answer(final)): final for final in ("1", "hangs", "2", "raises")}
+        own = judges.begin(answer("1"), own_score=True)
+        assert judges.judge([answer("2")]) == [Judgement(10.0, None)]  # which takes nothing of theirs
+        found = {}
+        while len(found) < 5:
+            news = judges.finished(wait=True)
+            assert news
+            found |= dict(news)
+        assert {final: found[ticket] for ticket, final in asked.items()} == {
+            "1": Judgement(11.0, None),
+            "hangs": TOO_LONG,
+            "2": Judgement(10.0, None),
+            "raises": EXPECTED["raises"],
+        }
+        assert found[own] == Judgement(1.0, None) and found[own].score == 1.0
+        begun = [judges.begin(answer(str(n))) for n in range(9)]
+        found = {}
+        wait_until(lambda: found.update(judges.finished(wait=False)) or len(found) == 9)
+        assert sorted(found) == begun
+
+
+def test_a_task_s_own_score_that_is_lost_is_0_and_what_it_gave_is_known(tmp_path, monkeypatch):
+    function = written(
+        tmp_path / "half.py",
+        """
+        def reward(answer, score):
+            return 0.5 * score() if answer.tokens > 1 else 0.25
+        """,
+    )
+    with Judges(function=f"{function}:reward") as judges:
+        judged = judges.judge([answer("1"), answer("2"), answer("1", tokens=1), answer("1", truncated=True)])
+        assert [(one.reward, one.score) for one in judged] == [(0.5, 1.0), (0.0, 0.0), (0.25, None), (0.0, 0.0)]
+        missing = answer("1", problem=Problem("nowhere", 0, "?", "1"))
+        (function_lost,), (own_lost,) = judges.judge([missing]), judges.judge([missing], own_score=True)
+        assert (function_lost.reward, own_lost.reward) == (None, 0.0)
+        assert function_lost.reason == own_lost.reason != None  # noqa: E711
+
+
+@pytest.mark.parametrize(
+    ("function", "names", "seen"),
+    [(True, None, True), (True, ("MINE", "ABSENT"), True), (True, (), False), (False, None, False)],
+)
+def test_what_user_code_sees_of_the_environment(tmp_path, monkeypatch, function, names, seen):
+    monkeypatch.setenv("MINE", "secret")
+    function = function and written(
+        tmp_path / "see.py", "import os\n\ndef reward(answer, score):\n    return os.environ.get('MINE') == 'secret'"
+    )
+    with Judges(function=f"{function}:reward" if function else None, environment=names) as judges:
+        (pid,) = workers(judges)
+        variables = set(Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
+        assert (b"MINE=secret" in variables) == seen
+        assert {b"PYTHONHASHSEED=0", b"JAX_PLATFORMS=cpu"} <= variables
+        assert (f"PATH={os.environ['PATH']}".encode() in variables) == (names is None)
+        if function:
+            assert judges.judge([answer()]) == [Judgement(float(seen), None)]
+
+
+def test_a_function_s_file_is_found_without_importing(tmp_path, monkeypatch):
+    (tmp_path / "outer" / "inner").mkdir(parents=True)
+    for directory in ("outer", "outer/inner"):
+        (tmp_path / directory / "__init__.py").write_text("raise RuntimeError('imported')")
+    (tmp_path / "outer" / "inner" / "pay.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert reward_file("outer.inner.pay:f") == tmp_path / "outer/inner/pay.py"
+    assert reward_file("outer:f") == tmp_path / "outer/__init__.py"
+    assert reward_file("some/where.py:f") == Path("some/where.py")
+    assert [reward_file(f"{name}:f") for name in ("outer.none", "none.such", "math.x", "sys")] == [None] * 4
 
 
 def test_order_is_kept_whatever_takes_longer_and_answers_may_be_long(tmp_path):

@@ -1,10 +1,14 @@
 """What may reach code that runs its input: values and formulas, no calls into Python and nothing that takes long."""
 
+import ast
+import cmath
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from puzzle_jax.tasks.safe_text import is_brief, is_expression, is_literal
+from puzzle_jax.tasks.safe_text import _magnitude, is_brief, is_expression, is_literal
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "['a', 'b']", "((1, 2), -3.5)", "None", "{1: [2]}"])
@@ -27,6 +31,14 @@ def test_all_else_is_no_literal(text):
         "x**(3/2) - 2**x",
         "x**-1",
         "(x**2)**50",
+        "exp(1000)",
+        "sin(1000*x)",
+        "exp(-5*x**2/2)*cos(3*x)",
+        "tan(x)**3/3",
+        "sqrt(999999999999**100)",
+        "log(log(2))",
+        "1/(sqrt(2) - 1)",
+        "(x + 1)**20",
     ],
 )
 def test_formulas_are_expressions(text):
@@ -61,6 +73,26 @@ def test_formulas_are_expressions(text):
         "",
         "(" * 500,
         "+".join("x" * 600),
+        "sin(exp(999999999))",
+        "exp(1001)",
+        "exp(exp(7))",
+        "exp(700)**50",
+        "sin(999999999999)",
+        "tan(99999/x)*sin(9999*x/x)",
+        "sin(x*999999999/x)",
+        "exp(1/(x - x + 1/999999999999))",
+        "exp(1/(sqrt(2) - 1.414213562373))",
+        "exp(99*log(exp(99*log(9))))",
+        "*".join(["999999999999**100"] * 6),
+        "(1/(sin(1)**2 + cos(1)**2 - 1))**99",
+        "1e-99999",
+        "1/0." + "0" * 400 + "1",
+        "1/0",
+        "1//(2 - 2)",
+        "0**-1",
+        "(x + 1)**100",
+        "((x + 1)**10 + (y + 1)**10)**10",
+        "sin(x)**100*cos(x)**100",
     ],
 )
 def test_programs_and_towers_are_no_expressions(text):
@@ -88,3 +120,31 @@ def test_short_counts_are_brief(text):
 )
 def test_long_counts_are_not(text):
     assert not is_brief(text)
+
+
+@given(
+    st.recursive(
+        st.sampled_from(["0", "1", "7", "0.5", "99999", "x", "y", "pi", "E"]),
+        lambda inner: st.one_of(
+            st.tuples(inner, st.sampled_from("+-*/%"), inner).map(lambda parts: "({}{}{})".format(*parts)),
+            st.tuples(st.sampled_from(["sqrt", "exp", "sin", "log", "atan"]), inner).map(lambda p: "{}({})".format(*p)),
+            st.tuples(inner, st.sampled_from(["2", "(1/2)", "-1", "9"])).map(lambda parts: "({}**{})".format(*parts)),
+        ),
+        max_leaves=8,
+    )
+)
+def test_sizes_bound_what_python_computes(text):
+    """Against Python's own floats, with a number in the place of each symbol that has the absolute value 1."""
+    size = _magnitude(ast.parse(text, mode="eval").body, 1.0)
+    if size is None:
+        return
+    names = {"x": 1.0, "y": -1.0, "pi": math.pi, "E": math.e}
+    functions = {"sqrt": cmath.sqrt, "exp": cmath.exp, "sin": cmath.sin, "log": cmath.log, "atan": cmath.atan}
+    try:
+        value = abs(eval(text, {"__builtins__": {}}, names | functions))
+    except (ZeroDivisionError, OverflowError, ValueError, TypeError):
+        return
+    if math.isfinite(value) and value > 1e-9:
+        assert math.log2(value) <= size.most + 1e-5
+        if size.least > -math.inf:
+            assert math.log2(value) >= size.least - 1e-5

@@ -65,7 +65,11 @@ def inputs(directory: Path, **changes) -> GrpoInputs:
         ({"reward__time_limit": ".nan"}, "reward.time_limit is nan"),
         ({"reward__judges": 0}, "reward.judges is 0, but must be at least 1"),
         ({"reward__right": ".inf"}, "reward.right is inf, but must be a finite number"),
-        ({"reward__function": "none.py:reward"}, "reward is 'none.py:reward', but none.py cannot be read"),
+        (
+            {"reward__environment": "[A=1]"},
+            "reward.environment has 'A=1', but must hold names of environment variables",
+        ),
+        ({"reward__function": "none.py:reward"}, "none.py cannot be read: No such file"),
         ({"reward__function": "reward"}, "reward is 'reward', but must be path/to/file.py:name or package.module:name"),
         ({"reward__function": "json:reward"}, "reward is 'json:reward', but json has no function reward"),
         ({"reward__function": "json:dumps"}, "dumps of json takes"),
@@ -78,6 +82,7 @@ def inputs(directory: Path, **changes) -> GrpoInputs:
         ({"update__vocab_chunk": 0}, "update.vocab_chunk is 0, but must be at least 1"),
         ({"loss__name": "ppo"}, "loss.name is 'ppo', but must be one of grpo, dapo"),
         ({"loss__clip_low": 0}, "loss.clip_low is 0.0, but must be above 0"),
+        ({"loss__length_bonus": 1e300}, "loss.length_bonus is 1e+300, but must be at most 1e+06"),
         ({"loss__kl": ".nan"}, "loss.kl is nan, but must be a finite number of at least 0"),
         ({"loss__length_budgets": "{low: 0}"}, "loss.length_budgets.low is 0, but must be at least 1"),
         ({"optimizer__name": "magic"}, "optimizer.name is 'magic'"),
@@ -131,8 +136,8 @@ def test_problems_that_no_model_can_be_asked_are_refused(directory, tmp_path, ca
     texts = ["say 0", *(f"say {'8' * length}" for length in range(800, 812))]
     path.write_text("".join(json.dumps({"prompt": text, "answer": "7"}) + "\n" for text in texts))
     said = refusal(capsys, directory, tmp_path / "run", **tasks)
-    assert f"a problem of {path}, which the policy is evaluated on, takes up to " in said
-    assert " tokens at effort low, but the model's context is 768" in said
+    assert f"{path}, line " in said and "tokens and the answer up to 5 at effort low" in said
+    assert "but the context of the model, which is evaluated on them, is 768 tokens" in said
 
 
 def test_directories_that_hold_something_else_are_refused_and_kept(directory, tmp_path, capsys):
@@ -153,7 +158,7 @@ def test_directories_that_hold_something_else_are_refused_and_kept(directory, tm
         ("run", {"rollout__group": 7}, "holds another run (rollout.group 6 -> 7)"),
         ("run", {"loss__kl": 0.25}, "holds another run (loss.kl 0.0 -> 0.25)"),
         ("run", {"update__updates": 2}, "holds another run (update.updates 1 -> 2)"),
-        ("run", {"reward__right": 0.5}, "holds another run (reward.right 1.0 -> 0.5)"),
+        ("run", {"reward__right": 0.5}, "holds another run (reward.right null -> 0.5)"),
         ("run", {"watch__collapse_steps": 3}, "holds another run (collapse "),
         ("run", {"train": "[router]"}, "holds another run (train "),
         ("run", {"model": tmp_path / "other"}, "holds another run (model "),
@@ -162,6 +167,33 @@ def test_directories_that_hold_something_else_are_refused_and_kept(directory, tm
     reward.write_text("def paid(answer, score):\n    return 2 * score()\n")
     assert "holds another run (reward.file" in refusal(capsys, directory, tmp_path / "run", **function)
     assert (tmp_path / "foreign" / "thesis.txt").read_text() == "years of work"
+
+
+def test_what_judges_makes_another_run(directory, tmp_path, monkeypatch):
+    rows, package = tmp_path / "rows.jsonl", tmp_path / "paying"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def identity(match="exact", pay="1.0"):
+        row = {"prompt": "say 7", "answer": "7", "match": match}
+        rows.write_text("".join(json.dumps({**row, "prompt": f"say {n}"}) + "\n" for n in range(40)))
+        (package / "own.py").write_text(f"def pay(answer, score):\n    return {pay}\n")
+        changes = {"prompts__tasks": f"{{{rows}: 1}}", "reward__function": "paying.own:pay"}
+        return json.dumps(inputs(directory, **changes).identity)
+
+    assert identity() == identity()
+    assert len({identity(), identity(match="contains"), identity(pay="2.0")}) == 3
+
+
+def test_questions_longer_than_the_context_are_passed_over(directory, tmp_path):
+    texts = [f"say {number}" + " 8" * (400 if number % 9 == 0 else 0) for number in range(120)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": text, "answer": "7"}) + "\n" for text in texts))
+    tasks = {"prompts__tasks": f"{{{tmp_path / 'rows.jsonl'}: 1}}", "watch__problems": 100}
+    found = inputs(directory, **tasks)
+    asked = found.questions.questions()
+    long = {index for index, (problem, _) in enumerate(asked) if problem.seed % 9 == 0}
+    assert 0 < len(long) < len(asked) and found.too_long == long
 
 
 def test_what_changes_no_bit_changes_no_run(directory):
@@ -202,9 +234,8 @@ def test_the_recipes_parse():
 
 
 def test_help_says_what_there_is(capsys):
-    with pytest.raises(SystemExit) as ended:
-        main(["grpo", "--help"])
+    assert main(["grpo", "--help"]) == 0
     said = capsys.readouterr().out
-    assert ended.value.code == 0 and "usage: python -m puzzle_jax.train grpo" in said
+    assert "usage: python -m puzzle_jax.train grpo" in said
     for name in ("--rollout.group", "--reward.function", "--watch.collapse", "grpo-accuracy"):
         assert name in said

@@ -6,7 +6,7 @@ import pytest
 
 from puzzle_jax.generate import Generated
 from puzzle_jax.tasks import Problem
-from puzzle_jax.tasks.judges import Answer, Judgement
+from puzzle_jax.tasks.judges import LARGEST_REWARD, Answer, Judgement
 from puzzle_jax.train.policy import Scores
 from puzzle_jax.train.policy_batches import (
     Learnable,
@@ -17,7 +17,7 @@ from puzzle_jax.train.policy_batches import (
     shaped_reward,
     with_scores,
 )
-from puzzle_jax.train.policy_settings import PolicySettings
+from puzzle_jax.train.policy_settings import NAMES, PolicySettings
 from puzzle_jax.train.prompts import Prompt
 from puzzle_jax.train.rollouts import Rollout
 
@@ -47,6 +47,18 @@ def judged(*groups, **changes):
 
 
 # Rewards and advantages
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("baseline", ["group_mean", "leave_one_out"])
+def test_the_largest_rewards_have_finite_advantages(name, baseline):
+    absurd = {"length_budgets": {"low": 1}, "length_penalty": 1e6, "length_bonus": 1e6}
+    for changes in ({}, absurd):
+        resolved = PolicySettings(name=name, baseline=baseline, **changes).resolved
+        group = [answered(reward) for reward in (LARGEST_REWARD, -LARGEST_REWARD, 0.5, None)]
+        found = judge_groups([group], resolved, LIMITS)
+        assert np.isfinite(found.advantages).all() and np.isfinite(found.rewards).all()
+        assert changes or found.advantages[0, 0] > 0 > found.advantages[0, 1]
 
 
 def test_lost_answers_count_nowhere():

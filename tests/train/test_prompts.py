@@ -107,6 +107,12 @@ def test_nothing_to_learn_from_is_said():
 def test_only_what_fits_is_asked():
     stream = Prompts(settings(), fits=lambda prompt: level(prompt) < 6)
     assert max(level(prompt) for prompt in stream.draw(200)) == 5
+    assert stream.too_long > 0 and level(stream.first_too_long) >= 6
+    going_on = Prompts(settings())
+    going_on.set_state(stream.get_state())
+    assert going_on.too_long == stream.too_long
+    going_on.set_state({name: value for name, value in stream.get_state().items() if name != "too_long"})
+    assert going_on.too_long == 0
 
 
 def test_rows_of_a_file_come_round_and_have_rates_of_their_own(tmp_path):

@@ -135,8 +135,8 @@ DAMAGE = {
         lambda d: np.save(d / "logits.npy", np.zeros((28, 97), np.float16)),
         r"logits.npy is damaged: it has shape \(28, 97\) in place of \(28, 98\)",
     ),
-    "record": (lambda d: (d / "cache.json").write_text("{"), "cache.json cannot be read as JSON"),
-    "no record": (lambda d: (d / "cache.json").unlink(), "cache.json cannot be read as JSON"),
+    "record": (lambda d: (d / "cache.json").write_text("{"), "cache.json cannot be read"),
+    "no record": (lambda d: (d / "cache.json").unlink(), "cache.json cannot be read"),
     "other record": (lambda d: (d / "cache.json").write_text("{}"), r"another run \(parent is None"),
 }
 

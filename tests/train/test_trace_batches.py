@@ -81,7 +81,7 @@ def test_examples_come_from_files_and_directories_in_order(tmp_path):
     assert [example.tokens.tolist() for example in examples] == [[1, 2, 3], [4, 5, 6], [7, 8, 9], [10, 11, 12, 13]]
     assert [example.prompt_length for example in examples] == [2, 1, 1, 3]
     assert [(example.task, example.effort) for example in examples][1:3] == [("add", "low"), ("chain", "high")]
-    assert counts == Counts(traces=4, kept=4) and str(counts) == "4 of 4 traces kept"
+    assert counts == Counts(traces=4, kept=4, longest=4) and str(counts) == "4 of 4 traces kept"
     with pytest.raises(PuzzleError, match=r"paths names .*a\.jsonl twice"):
         read_examples(settings(tmp_path / "a.jsonl", tmp_path / "b" / ".." / "a.jsonl"), VOCAB)
 
@@ -107,15 +107,15 @@ def test_what_does_not_fit_is_dropped_cut_or_refused_and_counted():
     ]
     kept, counts = examples_of(traces, settings(row_length=8), VOCAB)
     assert [len(example.tokens) for example in kept] == [5, 5, 2]
-    assert counts == Counts(traces=5, kept=3, over_long=2)
+    assert counts == Counts(traces=5, kept=3, over_long=2, longest=12)
     kept, counts = examples_of(traces, settings(row_length=8, over_long="cut"), VOCAB)
     assert [example.tokens.tolist() for example in kept][1] == [1, 2, 10, 11, 12, 13, 14, 15]
-    assert counts == Counts(traces=5, kept=4, cut=1, over_long=1)
+    assert counts == Counts(traces=5, kept=4, cut=1, over_long=1, longest=12)
     assert str(counts) == "4 of 5 traces kept (1 of them cut), 1 dropped that are longer than a row"
     strict = settings(row_length=12, keep_truncated=False, min_completion=3)
     kept, counts = examples_of(traces, strict, VOCAB)
     assert [len(example.tokens) for example in kept] == [5, 12]
-    assert counts == Counts(traces=5, kept=2, truncated=1, short=2)
+    assert counts == Counts(traces=5, kept=2, truncated=1, short=2, longest=12)
     with pytest.raises(PuzzleError, match=r"^trace 2 has 12 tokens, but row_length is 8$"):
         examples_of(traces, settings(row_length=8, over_long="refuse"), VOCAB)
 
@@ -368,7 +368,7 @@ def test_bad_options_are_one_sentence_before_any_work(parent, tmp_path):
         (out, ("--max-tokens", "{"), "which is no valid JSON"),
         (out, ("--max-tokens", "0"), "--max-tokens is 0, but must be a whole number"),
         (out, ("--max-tokens", '{"some": 3}'), "effort is 'some'"),
-        (out, ("--max-tokens", "700"), "but the parent's context is 768"),
+        (out, ("--max-tokens", "700"), "but the context of the parent is 768"),
         (out, ("--mesh", "2"), "--mesh is '2', but must be two numbers"),
         (out, ("--mesh", "64,64"), "a mesh of 64 x 64 needs 4096 devices"),
         (out, ("--parent", str(tmp_path / "nowhere")), "nowhere"),

@@ -1,0 +1,211 @@
+"""What every command does at its edge: options, warnings, errors, the cache of compiled programs.
+
+Whatever a user can mend ends as one sentence on stderr and exit code 2: a `PuzzleError`, a disk that is full or
+read-only, memory that does not suffice. All else is a bug and keeps its traceback. `guarded` is the one place for this,
+so that a kind of error is dealt with once for all verbs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import errno
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
+
+from puzzle_jax.errors import ConfigError, PuzzleError, PuzzleWarning, shown
+
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+
+_MENDABLE = {
+    getattr(errno, name)
+    for name in (
+        "ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "ENOENT", "ENOTDIR", "EISDIR", "EEXIST", "ENOTEMPTY", "ELOOP",
+        "ENAMETOOLONG", "EIO", "EMFILE", "ENFILE", "EFBIG", "EBUSY", "ENOMEM",
+    )
+    if hasattr(errno, name)
+}  # fmt: skip
+# Libraries that write files wrap the system's errors into types of their own, with the system's words.
+_WRAPPED = re.compile(
+    r"(No space left on device|Disk quota exceeded|Read-only file system|Permission denied|File name too long|"
+    r"Too many open files|Input/output error)"
+)
+_DEVICE_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|[Oo]ut of memory")
+
+
+class Parser(argparse.ArgumentParser):
+    """Options of a verb: no abbreviations, and one sentence for what is wrong, with what was perhaps meant."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **options})
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """As argparse does; raises `ConfigError` for an option that does not exist."""
+        arguments = list(sys.argv[1:] if args is None else args)
+        known = self.options(arguments)
+        for text in arguments[: arguments.index("--") if "--" in arguments else None]:
+            name = text.partition("=")[0]
+            if name.startswith("--") and name not in known:
+                refuse_option(name, known)
+        found, others = self.parse_known_args(arguments, namespace)
+        if others:
+            refuse_option(others[0], known)
+        return found
+
+    def options(self, arguments: Sequence[str]) -> list[str]:
+        """Names of all options, and of those of the verb that the arguments choose."""
+        names = list(self._option_string_actions)
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for verb, parser in action.choices.items():
+                    names += parser.options(arguments) if verb in arguments[:1] and isinstance(parser, Parser) else []
+        return names
+
+    def error(self, message: str) -> NoReturn:
+        """Raises `ConfigError` in place of printing the usage."""
+        choice = re.fullmatch(r"argument (.+): invalid choice: '(.*)' \(choose from (.*)\)", message, re.DOTALL)
+        if choice is not None:
+            names = [name.strip().strip("'") for name in choice[3].split(",")]
+            hint = did_you_mean(choice[2], names)
+            raise ConfigError(f"{choice[1]} is {shown(choice[2])}, but must be one of {', '.join(names)}{hint}")
+        raise ConfigError(" ".join(message.split()))
+
+
+def refuse_option(name: str, known: Iterable[str]) -> NoReturn:
+    """Raises `ConfigError` for an option that does not exist, with the closest that do."""
+    if not name.startswith("-"):
+        raise ConfigError(f"{shown(name)} is one argument too many")
+    raise ConfigError(f"there is no option {name}{did_you_mean(name, known) or '; --help lists those there are'}")
+
+
+def did_you_mean(text: str, known: Iterable[str]) -> str:
+    """ "; did you mean X?" for the closest of the known names, or nothing where none is close."""
+    known = list(known)
+    close = difflib.get_close_matches(text, known, n=1, cutoff=0.6)
+    # A name without its section, and a name that was cut short, are far from it by letters.
+    tail = text.lstrip("-").rpartition(".")[2]
+    close += [name for name in known if tail and name.lstrip("-").rpartition(".")[2] in (tail,)]
+    close += [name for name in known if len(text.strip("-")) > 2 and name.startswith(text)]
+    names = list(dict.fromkeys(close))[:2]
+    return f"; did you mean {' or '.join(names)}?" if names else ""
+
+
+def checked_path(path: Path | str, name: str) -> Path:
+    """The path; raises `ConfigError`, naming the setting, for one that no system knows."""
+    if "\0" in str(path):
+        raise ConfigError(f"{name} is {shown(str(path))}, but a path holds no NUL")
+    return Path(path)
+
+
+def guarded(program: str, run: Callable[[], None], interrupted: str = "finished stages are kept") -> int:
+    """Runs a command; returns its exit code.
+
+    Args:
+      program: its name, before every message.
+      run: raises what the command ends with.
+      interrupted: what a user who stopped it should know.
+
+    Returns:
+      0; 2 after one sentence for what a user can mend; 130 after an interrupt; 141 where nobody reads the output.
+    """
+    told: set[str] = set()
+
+    def tell(message: Warning | str, category: type[Warning], *more: Any, **options: Any) -> None:
+        if not issubclass(category, PuzzleWarning):
+            before(message, category, *more, **options)
+        elif str(message) not in told:
+            told.add(str(message))
+            say(f"{program}: warning: {message}")
+
+    with warnings.catch_warnings():
+        before = warnings.showwarning
+        if _shows_warnings():
+            warnings.simplefilter("always", PuzzleWarning)
+            warnings.showwarning = tell  # type: ignore[assignment]
+        try:
+            run()
+            sys.stdout.flush()
+        except SystemExit as error:  # options have been printed, or refused
+            return int(error.code or 0)
+        except KeyboardInterrupt:
+            say(f"{program}: interrupted; {interrupted}")
+            return INTERRUPTED
+        except BrokenPipeError:
+            _close_output()
+            return BROKEN_PIPE
+        except Exception as error:
+            sentence = mendable(error)
+            if sentence is None:
+                raise
+            say(f"{program}: {sentence}")
+            return 2
+    return 0
+
+
+def mendable(error: BaseException) -> str | None:
+    """One sentence for an error that a user can mend; None for a bug."""
+    if isinstance(error, PuzzleError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno is not None and error.errno in _MENDABLE:
+        return f"{_of_file(error)}{os.strerror(error.errno)}"
+    if isinstance(error, UnicodeEncodeError) and "surrogates not allowed" in str(error):
+        return f"{shown(error.object)} holds half a surrogate pair, but texts must be valid Unicode"
+    if isinstance(error, UnicodeEncodeError) and sys.stdout.encoding and error.encoding == sys.stdout.encoding.lower():
+        return f"the terminal's encoding {error.encoding} cannot show the output; PYTHONIOENCODING=utf-8 lets it"
+    if isinstance(error, MemoryError):
+        return "the machine's memory does not suffice; smaller batches or fewer processes take less"
+    text = str(error)
+    if type(error).__name__ == "JaxRuntimeError" and _DEVICE_MEMORY.search(text):
+        return f"the device's memory does not suffice ({_line(text)}); smaller batches or more devices (mesh) take less"
+    if isinstance(error, ValueError) and "embedded null" in text:
+        return "a path holds a NUL, which is no part of any path"
+    wrapped = _WRAPPED.search(text)
+    if wrapped is not None and (type(error).__module__ != "builtins" or isinstance(error, OSError | ValueError)):
+        return f"a file cannot be written or read: {wrapped[0]} ({_line(text)})"
+    return None
+
+
+def say(message: str) -> None:
+    """Prints one line to stderr, in what characters it can show."""
+    line = " ".join(message.splitlines())
+    try:
+        print(line, file=sys.stderr)
+    except UnicodeEncodeError:
+        print(line.encode("ascii", "backslashreplace").decode(), file=sys.stderr)
+
+
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs between runs, in $JAX_COMPILATION_CACHE_DIR or ~/.cache/puzzle_jax."""
+    import jax
+
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "puzzle_jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def _shows_warnings() -> bool:
+    """Whether warnings would be shown, and are neither recorded nor made errors by somebody else."""
+    handler = getattr(warnings, "_showwarnmsg_impl", None)  # what `catch_warnings(record=True)` replaces
+    return getattr(handler, "__name__", "") == "_showwarnmsg_impl"
+
+
+def _of_file(error: OSError) -> str:
+    names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    return f"{' to '.join(names)}: " if names else ""
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())[:200]
+
+
+def _close_output(stream: TextIO | None = None) -> None:
+    """Keeps Python from complaining at its end that it cannot flush what nobody reads."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), (stream or sys.stdout).fileno())

@@ -1,0 +1,18 @@
+"""Consoles that print text as it is: a path or a task may hold what rich takes for markup, or for an emoji."""
+
+from __future__ import annotations
+
+import sys
+
+from rich.console import Console
+
+
+def plain_console(*, stderr: bool = False, width: int | None = None) -> Console:
+    """A console without markup and emoji codes; styles are given as such.
+
+    Args:
+      stderr: prints to standard error.
+      width: columns where standard output is no terminal, whose width nobody knows; None: rich's own choice.
+    """
+    known = width is None or sys.stdout.isatty()
+    return Console(stderr=stderr, width=None if known else width, markup=False, emoji=False)

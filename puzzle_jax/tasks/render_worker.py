@@ -1,0 +1,209 @@
+"""The process in which chat templates are rendered; `rendering` starts it and says why.
+
+It is run as a file of its own, so that it imports jinja2 and nothing of this package. Frames come over descriptor 0, a
+socket, and answers go back over it: a length of 8 bytes, then JSON one way, and one letter with text the other way.
+A rendering that uses up its processor time is ended by a signal, even within a C function. Memory is limited where the
+system does so. The process ends with the one that started it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import select
+import signal
+import struct
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import jinja2
+import jinja2.exceptions
+import jinja2.ext
+import jinja2.sandbox
+import jinja2.utils
+from jinja2 import nodes
+
+SIZE = struct.Struct("!Q")
+DONE, REFUSED, BROKEN = b"d", b"r", b"b"
+"""First letter of an answer: the rendered text follows, or why there is none; after BROKEN the process ends."""
+
+LONGEST_MESSAGE = 300
+_LOOK_SECONDS = 2.0
+
+
+class Refusal(jinja2.TemplateError):
+    """Raised by a template itself, through `raise_exception`."""
+
+
+class GenerationTag(jinja2.ext.Extension):
+    """`{% generation %}` marks what training learns from, and renders its body as it is, in a scope of its own."""
+
+    tags = {"generation"}  # noqa: RUF012 - the form that jinja2 reads
+
+    def parse(self, parser: Any) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
+
+    def _body(self, caller: Callable[[], str]) -> str:
+        return caller()
+
+
+class MakeDict:
+    """`dict` within a template: the function alone, not the type."""
+
+    def __call__(self, *pairs: Any, **named: Any) -> dict[Any, Any]:
+        return dict(*pairs, **named)
+
+    def fromkeys(self, *arguments: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*arguments)
+
+
+class Namespace(jinja2.utils.Namespace):
+    """`namespace` within a template, without names that begin with an underscore."""
+
+    def __init__(self, /, *pairs: Any, **named: Any) -> None:
+        attributes = dict(*pairs, **named)
+        for name in attributes:
+            _check_name(name)
+        super().__init__(attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_name(name)
+        super().__setitem__(name, value)
+
+
+def environment(today: datetime.datetime) -> jinja2.Environment:
+    """What templates are compiled in: the options, functions and filters that transformers gives them."""
+    made = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, jinja2.ext.loopcontrols]
+    )
+    made.filters["tojson"] = _tojson
+    made.globals["raise_exception"] = _raise_exception
+    made.globals["strftime_now"] = lambda format: today.strftime(format)
+    made.globals["dict"] = MakeDict()
+    made.globals["namespace"] = Namespace
+    return made
+
+
+def told(error: BaseException) -> str:
+    """Why a template gave no text, on one short and printable line."""
+    try:
+        message = " ".join(str(error).split())
+    except Exception:
+        message = ""
+    message = message if message.isprintable() else ascii(message)[1:-1]
+    if len(message) > LONGEST_MESSAGE:
+        message = message[: LONGEST_MESSAGE - 3] + "..."
+    if isinstance(error, Refusal):
+        return f"refused the conversation: {message}"
+    if isinstance(error, jinja2.TemplateSyntaxError):
+        return f"is no valid Jinja: {message} (line {error.lineno})"
+    if isinstance(error, RecursionError):
+        return "cannot be rendered: it is nested too deeply, or calls itself without end"
+    if isinstance(error, MemoryError):
+        return "cannot be rendered: it takes more memory than a rendering may"
+    if isinstance(error, UnicodeEncodeError):
+        return "cannot be rendered: it writes half a surrogate pair, but its text must be valid Unicode"
+    return f"cannot be rendered: {type(error).__name__}{': ' if message else ''}{message}"
+
+
+def work(parent: int, seconds: float, memory: int, longest: int) -> None:
+    """Renders what comes in over descriptor 0 until it is closed or the process `parent` ends.
+
+    Args:
+      parent: process id of who started this one.
+      seconds: processor time that a rendering may take.
+      memory: bytes of address space that this process may have.
+      longest: bytes of a rendered text.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # An interrupt from the terminal is the parent's affair.
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    _limit_memory(memory)
+    templates: dict[str, jinja2.Template] = {}
+    while (request := _received(parent)) is not None:
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        try:
+            kind, text = DONE, _rendered(json.loads(request), templates)
+            if len(text) > longest:
+                kind, text = REFUSED, f"renders more than {longest} bytes of text".encode()
+        except MemoryError as error:
+            kind, text = BROKEN, told(error).encode()
+        except Exception as error:
+            kind, text = REFUSED, told(error).encode()
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        _send(SIZE.pack(1 + len(text)) + kind + text)
+        if kind == BROKEN:
+            break
+
+
+def _rendered(request: dict[str, Any], templates: dict[str, jinja2.Template]) -> bytes:
+    key = request["key"]
+    if "source" in request:
+        today = datetime.datetime.fromisoformat(request["today"])
+        templates[key] = environment(today).from_string(request["source"])
+    return templates[key].render(**request["variables"]).encode()
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: Any) -> None:
+    raise Refusal(message)
+
+
+def _check_name(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(
+            f"a namespace may have no attribute {name!r} with an underscore before it"
+        )
+
+
+def _limit_memory(limit: int) -> None:
+    with suppress(ImportError, ValueError, OSError):  # Not every system has, or lets one set, these limits.
+        import resource
+
+        _, hardest = resource.getrlimit(resource.RLIMIT_AS)
+        allowed = limit if hardest == resource.RLIM_INFINITY else min(limit, hardest)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_AS, (allowed, hardest))
+
+
+def _received(parent: int) -> bytes | None:
+    """The next frame; None when there will be none."""
+    while not select.select([0], [], [], _LOOK_SECONDS)[0]:
+        if os.getppid() != parent:
+            return None
+    head = _exactly(SIZE.size)
+    return None if head is None else _exactly(SIZE.unpack(head)[0])
+
+
+def _exactly(size: int) -> bytes | None:
+    data = bytearray()
+    while len(data) < size:
+        piece = os.read(0, min(size - len(data), 1 << 20))
+        if not piece:
+            return None
+        data += piece
+    return bytes(data)
+
+
+def _send(data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(0, view) :]
+
+
+if __name__ == "__main__":
+    with suppress(OSError):  # The parent is gone.
+        work(int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))

@@ -1,0 +1,190 @@
+"""The edge of every command: what a user can mend is one sentence and exit code 2, and a bug keeps its traceback."""
+
+import errno
+import os
+import subprocess
+import sys
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from puzzle_jax.cli import main
+from puzzle_jax.commands import BROKEN_PIPE, Parser, did_you_mean, guarded, mendable
+from puzzle_jax.errors import ConfigError, PuzzleError, PuzzleWarning
+from puzzle_jax.recipe_fields import checked_arguments, checked_fields
+from puzzle_jax.recipe_files import parse_settings
+
+
+def raising(error):
+    def run():
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (PuzzleError("no such thing"), "x: no such thing"),
+        (OSError(errno.ENOSPC, "full", "a/b"), f"x: a/b: {os.strerror(errno.ENOSPC)}"),
+        (OSError(errno.EROFS, "ro", "a", None, "b"), f"x: a to b: {os.strerror(errno.EROFS)}"),
+        (PermissionError(errno.EACCES, "no", "a"), f"x: a: {os.strerror(errno.EACCES)}"),
+        (NotADirectoryError(errno.ENOTDIR, "no", "a/b"), f"x: a/b: {os.strerror(errno.ENOTDIR)}"),
+        (ValueError("embedded null byte"), "x: a path holds a NUL, which is no part of any path"),
+        (MemoryError(), "x: the machine's memory does not suffice; smaller batches or fewer processes take less"),
+        (
+            ValueError("tensorstore: No space left on device [a/d/1]"),
+            "x: a file cannot be written or read: No space left",
+        ),
+    ],
+)
+def test_what_a_user_can_mend_is_one_sentence(error, sentence, capsys):
+    assert guarded("x", raising(error)) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(sentence) and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [TypeError("t"), KeyError("k"), ValueError("v"), AssertionError(), OSError("o")])
+def test_bugs_keep_their_traceback(error):
+    assert mendable(error) is None
+    with pytest.raises(type(error)):
+        guarded("x", raising(error))
+
+
+def test_a_reader_that_went_away_and_an_interrupt_have_codes_of_their_own(capfd):
+    assert guarded("x", raising(BrokenPipeError(errno.EPIPE, "gone"))) == BROKEN_PIPE
+    assert guarded("x", raising(KeyboardInterrupt()), "nothing was written") == 130
+    assert capfd.readouterr().err == "x: interrupted; nothing was written\n"
+
+
+WARNING = """
+import warnings
+from puzzle_jax.commands import guarded
+from puzzle_jax.errors import PuzzleWarning
+def run():
+    for _ in range(2):
+        warnings.warn("mind the gap", PuzzleWarning)
+raise SystemExit(guarded("x", run))
+"""
+
+
+def test_a_warning_is_one_line_each_once_and_recorded_where_somebody_records():
+    done = subprocess.run([sys.executable, "-c", WARNING], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "x: warning: mind the gap\n")
+    with pytest.warns(PuzzleWarning, match="mind the gap"):
+        guarded("x", lambda: warnings.warn("mind the gap", PuzzleWarning, stacklevel=1))
+
+
+# Options --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Section:
+    tasks: tuple[str, ...] = ()
+    widths: tuple[int, ...] | None = None
+    min_speedup: float = 1.0
+    limits: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Settings:
+    target: Section = field(default_factory=Section)
+    files: tuple[Path, ...] | Path = ()
+    out: Path | None = None
+    paths: tuple[Path, ...] = ()
+
+
+def parsed(*arguments):
+    return parse_settings(arguments, Settings, prog="x", description="", names=[])[1]
+
+
+def test_one_value_is_enough_where_a_list_is_asked_for(tmp_path):
+    assert parsed("--target.tasks", "chain").target.tasks == ("chain",)
+    assert parsed("--target.tasks=chain,add").target.tasks == ("chain", "add")
+    assert parsed("--target.tasks", "[chain, add]").target.tasks == ("chain", "add")
+    assert parsed("--target.widths", "8").target.widths == (8,) and parsed("--target.widths=8,4").target.widths == (
+        8,
+        4,
+    )
+    assert parsed("--target.widths", "null").target.widths is None
+    assert parsed("--paths", "a,b.jsonl").paths == (Path("a,b.jsonl"),)  # a path may hold a comma
+    assert parsed("--files", "a.jsonl").files == Path("a.jsonl")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("target: {tasks: chain, widths: 8}\npaths: a\n")
+    found = parsed("--recipe", str(recipe))
+    assert (found.target.tasks, found.target.widths, found.paths) == (("chain",), (8,), (Path("a"),))
+
+
+def test_the_command_line_overrides_a_recipe_wherever_it_stands(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("target: {min_speedup: 2.0}\n")
+    for arguments in (
+        ["--target.min_speedup", "3", "--recipe", str(recipe)],
+        [f"--recipe={recipe}", "--target.min_speedup=3"],
+    ):
+        assert parsed(*arguments).target.min_speedup == 3.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--target.min_speed", "2"], r"there is no option --target.min_speed; did you mean --target.min_speedup\?"),
+        (["--target.min_sp=2"], r"there is no option --target.min_sp; did you mean --target.min_speedup\?"),
+        (["--min_speedup", "2"], r"there is no option --min_speedup; did you mean --target.min_speedup\?"),
+        (["--target.taks", "a"], r"did you mean --target.tasks\?"),
+        (["--zebra", "1"], r"there is no option --zebra; --help lists those there are"),
+        (["--target.tasks", "[" * 3000], "--target.tasks is nested too deeply"),
+        (["--target.limits", "{a: &x 1, b: *y}"], "--target.limits cannot be read as YAML"),
+    ],
+)
+def test_options_that_do_not_exist_say_what_was_perhaps_meant(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        parsed(*arguments)
+
+
+def test_keys_of_a_mapping_are_options_too():
+    assert checked_arguments(["--target.limits.low", "3"], Settings, []) == ["--target.limits.low", "3"]
+
+
+def test_fields_that_do_not_exist_are_refused_by_file_with_what_there_is():
+    with pytest.raises(ConfigError, match=r"r.yaml has the field target.task, which .* did you mean target.tasks\?"):
+        checked_fields({"target": {"task": "a"}}, Settings, "r.yaml")
+    with pytest.raises(ConfigError, match=r"has the field zebra, .*; a recipe has target, files, out, paths"):
+        checked_fields({"zebra": 1}, Settings, "r.yaml")
+
+
+def test_a_parser_of_options_neither_abbreviates_nor_dumps_its_usage():
+    parser = Parser(prog="x")
+    parser.add_argument("--models", required=True)
+    verb = parser.add_subparsers(dest="verb", required=True).add_parser("inspect")
+    verb.add_argument("--json", action="store_true")
+    for arguments, message in (
+        (["--model", "a", "inspect"], r"there is no option --model; did you mean --models\?"),
+        (["inspect", "--jsn"], r"there is no option --jsn; did you mean --json\?"),
+        (["--models", "a", "inspct"], r"verb is 'inspct', but must be one of inspect; did you mean inspect\?"),
+        (["--models", "a", "inspect", "more"], r"'more' is one argument too many"),
+        (["inspect"], r"the following arguments are required: --models"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            parser.parse_args(arguments)
+    assert parser.parse_args(["--models", "a", "inspect"]).verb == "inspect"
+
+
+def test_the_closest_name_is_the_one_that_is_offered():
+    assert did_you_mean("serch", ["search", "generate"]) == "; did you mean search?"
+    assert did_you_mean("zebra", ["search", "generate"]) == ""
+
+
+@pytest.mark.parametrize("verb", ["search", "generate", "evaluate", "convert_hf", "train"])
+def test_every_verb_refuses_an_unknown_option_in_one_sentence(verb, capsys):
+    assert main([verb, "--parnt", "x"]) == 2
+    said = capsys.readouterr().err
+    assert "--parnt" in said and said.count("\n") == 1
+
+
+def test_an_output_that_nobody_reads_ends_quietly():
+    command = f"{sys.executable} -m puzzle_jax.search estimate --list | head -1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.stderr == "" and done.stdout.splitlines()[-1] in ("0", str(BROKEN_PIPE))

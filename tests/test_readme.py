@@ -1,0 +1,132 @@
+"""README's commands for one's own model, as they stand there, on a small model in the place of gpt-oss-20b.
+
+Only sizes are made smaller, by options that follow those of README.
+"""
+
+import importlib
+import json
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import pytest
+
+from puzzle_jax.convert_hf.export import save_checkpoint
+from puzzle_jax.model.spec import init_params
+from puzzle_jax.tasks.tokenizer import chat_files
+from tests.support import chat_config
+
+README = Path(__file__).parents[1] / "README.md"
+PARENT = "path/to/gpt-oss-20b"
+
+LIMITS = "{low: 5, medium: 6, high: 7}"
+TRACES = (
+    *("--traces.tasks", "[chain]", "--traces.calibration", "3", "--traces.validation", "2"),
+    *("--traces.confirmation", "2", "--traces.heldout", "2", "--traces.max_tokens", LIMITS, "--traces.batch_size", "9"),
+)
+SEARCH = (
+    "--space.fractions",
+    "[1, 0.75, 0.5]",
+    "--solve.solutions",
+    "3",
+    "--evaluate.problems",
+    "2",
+    "--refine.swaps",
+    "0",
+)
+TARGET = ("--target.min_speedup", "1.0")
+DISTILL = ("--loop.steps", "2", "--data.row_length", "128", "--data.heldout", "2", "--loss.token_chunk", "64")
+GRPO = (
+    *("--prompts.prompts", "2", "--rollout.group", "2", "--rollout.max_tokens", LIMITS, "--update.row_length", "512"),
+    *("--loop.steps", "1", "--optimizer.warmup_steps", "0", "--watch.problems", "1", "--watch.transcripts", "0"),
+)
+SMALLER = {
+    "search --recipe": (
+        *TRACES,
+        *SEARCH,
+        *TARGET,
+        "--target.max_expert_bytes_ratio",
+        "0.8",
+        "--mesh.model",
+        "1",
+        "--score.tokens_per_batch",
+        "1024",
+    ),
+    "search --parent": (
+        *SEARCH,
+        *TARGET,
+        "--costs",
+        "roofline",
+        "--scenario.hardware",
+        "h100",
+        "--evaluate.rounds",
+        "0",
+    ),
+    "search plan": ("--traces.max_tokens", LIMITS, "--prompt-tokens", "26", "--traces.batch_size", "4"),
+    "train traces": ("--problems", "3", "--max-tokens", "7", "--batch-size", "9"),
+    "train distill": DISTILL,
+    "evaluate --models": (
+        "--problems",
+        "2",
+        "--max-tokens",
+        "low=5,medium=6,high=7",
+        "--no-throughput",
+        "--slots",
+        "9",
+    ),
+    "generate --model": ("--max-tokens", "5"),
+    "evaluate.caches": ("--problems", "2", "--tasks", "chain"),
+    "train grpo": GRPO,
+    "train average": ("--problems", "1", "--max-tokens", "7", "--weights", "0", "1"),
+}
+SLOW = ("train grpo", "train average", "evaluate.caches")
+
+
+def commands() -> list[list[str]]:
+    """Words of every command in README's blocks that is about the reader's own model, in order."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    words = [
+        shlex.split(line, comments=True) for line in lines if line.startswith(("puzzle ", "python -m puzzle_jax."))
+    ]
+    own = re.compile(rf"{PARENT}|runs/(mine|distilled|accuracy|length)")
+    return [command for command in words if any(own.search(word) for word in command)]
+
+
+def run(given: list[str], arguments: list[str]) -> int:
+    module = f"puzzle_jax.{given[0]}" if "." in given[0] else f"puzzle_jax.{given[0]}.__main__"
+    return importlib.import_module(module).main(arguments)
+
+
+def test_readme_has_the_commands_that_are_run_here():
+    found = {what for what in SMALLER if any(what in " ".join(command) for command in commands())}
+    assert found == set(SMALLER)
+    assert sum(PARENT in " ".join(command) for command in commands()) >= 6
+
+
+@pytest.mark.parametrize("slow", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_commands_run(tmp_path, monkeypatch, capsys, slow):
+    monkeypatch.chdir(tmp_path)
+    # Contexts of 128K tokens, which the recipe's scenario has.
+    config = replace(chat_config(), max_position=1 << 18)
+    save_checkpoint(
+        tmp_path / PARENT, config, init_params(config, jax.random.key(0)), config_base={}, extra_files=chat_files()
+    )
+    rows = [{"prompt": f"{n}+{n + 3}=", "reasoning": f"{n},{n + 3}", "completion": f"{2 * n + 3}"} for n in range(9)]
+    Path("answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    problems = [{"prompt": row["prompt"], "answer": row["completion"]} for row in rows * 2]
+    problems = [{**row, "prompt": f"{n}: {row['prompt']}"} for n, row in enumerate(problems)]
+    Path("my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
+    for words in commands():
+        given = words[1:] if words[0] == "puzzle" else [words[2].removeprefix("puzzle_jax."), *words[3:]]
+        text = " ".join(given)
+        if not slow and any(what in text for what in SLOW):
+            continue
+        if "search --parent" in text:  # the second of two searches; the commands after it go on from the first
+            given = [word.replace("runs/mine", "runs/mine-too") for word in given]
+        more = next((options for what, options in SMALLER.items() if what in text), ())
+        assert run(given, [*given[1:], *more]) == 0, (text, capsys.readouterr().err)
+    assert Path("runs/mine/report/report.md").is_file() and Path("runs/mine-too/report/report.md").is_file()
+    assert Path("runs/distilled/child/config.json").is_file()
