@@ -172,7 +172,7 @@ def test_other_assumptions_and_routing(capsys, tmp_path):
     [
         (PAIR, "--scenario is missing"),
         ((*PAIR, "--scenario", "h900x8-4k"), "scenario is 'h900x8-4k'"),
-        (("--model", "nowhere", "--baseline", str(PARENT), "--scenario", "h100x8-4k"), "nowhere/config.json"),
+        (("--model", "nowhere", "--baseline", str(PARENT), "--scenario", "h100x8-4k"), "nowhere is not a directory"),
         ((*PAIR, "--scenario", "h100x8-4k", "--routing", "nowhere.json"), "nowhere.json cannot be read"),
         ((*PAIR, "--scenario", "h100x8-4k", "--assumptions", "nowhere.yaml"), "nowhere.yaml cannot be read"),
     ],
