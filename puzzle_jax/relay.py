@@ -33,8 +33,7 @@ _CHUNK = 1 << 16
 @contextmanager
 def relayed() -> Iterator[None]:
     """While this lasts, clients that JAX makes for its coordination service are connected by a relay."""
-    # What `jax._src.distributed` calls.
-    from jax._src.lib import _jax as runtime  # pyright: ignore[reportPrivateImportUsage]
+    from jaxlib import _jax as runtime  # what `jax.distributed` calls
 
     make = runtime.get_distributed_runtime_client
     directories: list[Path] = []
