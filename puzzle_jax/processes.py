@@ -1,11 +1,11 @@
 """Several processes as one program, as a rule one per host, over JAX's distributed runtime.
 
 How processes find each other is JAX's own affair under Slurm, Open MPI, Kubernetes and on TPU pods. Elsewhere each is
-started with JAX_COORDINATOR_ADDRESS (host:port of the first one) and JAX_PROCESS_ID (0, 1, ...).
+started with JAX_COORDINATOR_ADDRESS (host:port of the primary one) and JAX_PROCESS_ID (0, 1, ...).
 
 `joined` is the context of everything that several processes do together. They agree there on what they work on, and
 end together: whatever one of them refuses, all refuse in the same sentence, and one that is lost ends the others
-(`puzzle_jax.watchdog`). The first process, 0, is the primary one, which writes files and reports.
+(`puzzle_jax.watchdog`). Process 0 is the primary one, which writes files and reports.
 """
 
 from __future__ import annotations
@@ -232,6 +232,7 @@ def _initialize(count: int, local_devices: int, program: str) -> None:
     limit = threading.Timer(JOIN_SECONDS, end_now, [program, Ending(REFUSED, late)])
     limit.daemon = True
     limit.start()
+    jax.config.update("jax_enable_preemption_service", False)  # it swallows SIGTERM
     try:
         with relayed():
             jax.distributed.initialize(
@@ -263,7 +264,7 @@ def _watchdog(program: str) -> Watchdog:
     try:
         published = kv_get(_WATCHDOG, _WATCHDOG_SECONDS)
     except TimeoutError:
-        end_now(program, Ending(FAILED, "process 0 was lost while all were brought together"))
+        end_now(program, Ending(FAILED, "process 0 was lost while all were being brought together"))
     host, _ = host_and_port(_state().coordinator_address)
     return Watchdog.follow(program, process_index(), host, published)
 

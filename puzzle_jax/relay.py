@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,7 @@ _CHUNK = 1 << 16
 @contextmanager
 def relayed() -> Iterator[None]:
     """While this lasts, clients that JAX makes for its coordination service are connected by a relay."""
-    # What `jax._src.distributed` calls.
-    from jax._src.lib import _jax as runtime  # pyright: ignore[reportPrivateImportUsage]
-
+    runtime: Any = import_module("jaxlib._jax")  # what `jax.distributed` calls
     make = runtime.get_distributed_runtime_client
     directories: list[Path] = []
 

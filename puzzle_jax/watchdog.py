@@ -1,8 +1,8 @@
 """Ends all processes of one program where one of them ends, with the same sentence.
 
-Every process holds a connection to the first one. The system closes it when a process ends, however that happens, and
+Every process holds a connection to process 0. The system closes it when a process ends, however that happens, and
 when a host is gone (TCP keep-alive: a kernel that no longer answers; a process that is merely busy or stopped is not
-taken for lost). Whoever ends in order says so before, with an exit code and the reason; the first process passes it on.
+taken for lost). Whoever ends in order says so before, with an exit code and the reason; process 0 passes it on.
 A connection that ends without such a word is a loss:
 
     code 0    finished; all wait for each other, so that they end together
@@ -37,7 +37,7 @@ FINISHED, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 _SILENCE_SECONDS = 20  # of a host, after which it is gone
 _JOIN_SECONDS = 60  # until all processes have made their connections
 _HELLO_SECONDS = 10  # for a connection to say whose it is
-_PASS_ON_SECONDS = 2  # for the others to hear why the first process ends, before its connections are closed
+_PASS_ON_SECONDS = 2  # for the others to hear why process 0 ends, before its connections are closed
 _GRACE_SECONDS = 30  # for a process that fails to end by itself
 
 
@@ -55,7 +55,7 @@ class Ending:
 
 
 class Watchdog:
-    """The connections of one process to the others; made by `lead` in the first one and by `follow` in others.
+    """The connections of one process to the others; made by `lead` in process 0 and by `follow` in others.
 
     Attributes:
       program: named before every sentence.
@@ -74,7 +74,7 @@ class Watchdog:
 
     @staticmethod
     def lead(program: str, count: int, publish: Callable[[str], None]) -> Watchdog:
-        """Waits for the connections of all others; by the first process.
+        """Waits for the connections of all others; by process 0.
 
         Args:
           publish: tells the others what `follow` is called with.
@@ -91,8 +91,8 @@ class Watchdog:
                 try:
                     connection, _ = server.accept()
                 except TimeoutError:
-                    missing = ", ".join(str(index) for index in range(1, count) if index not in links)
-                    end_now(program, Ending(FAILED, f"process {missing} was lost while all were brought together"))
+                    lost = next(index for index in range(1, count) if index not in links)
+                    end_now(program, Ending(FAILED, f"process {lost} was lost while all were being brought together"))
                 with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):  # somebody else's connection
                     link = _Link(connection)
                     hello = link.receive(_HELLO_SECONDS)
@@ -105,13 +105,13 @@ class Watchdog:
 
     @staticmethod
     def follow(program: str, index: int, host: str, published: str) -> Watchdog:
-        """Connects to the first process.
+        """Connects to process 0.
 
         Args:
-          host: of the first process.
+          host: of process 0.
           published: by `lead`.
 
-        Raises ConfigError where the first process cannot be reached.
+        Raises ConfigError where it cannot be reached.
         """
         found = json.loads(published)
         try:

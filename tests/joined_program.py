@@ -1,11 +1,13 @@
 """A program of several processes, for tests: `python -m tests.joined_program COUNT WHAT_PROCESS_0_DOES ...`."""
 
+import os
 import sys
 import time
 
 import numpy as np
 from jax.experimental import multihost_utils
 
+from puzzle_jax import processes
 from puzzle_jax.commands import guarded
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.processes import agree, from_primary, joined, kv_get, on_all, on_primary, process_index
@@ -14,11 +16,13 @@ PROGRAM = "prog"
 
 
 def main(count: int, *actions: str) -> int:
-    """The exit code of this process, which does the action of its own number; the last is for all further ones."""
+    """The exit code of this process, which does the actions at the place of its own number."""
+
+    processes.JOIN_SECONDS = int(os.environ.get("JOIN_SECONDS", processes.JOIN_SECONDS))
 
     def run() -> None:
         with joined(count, program=PROGRAM):
-            for action in actions[min(process_index(), len(actions) - 1)].split("+"):
+            for action in actions[process_index()].split("+"):
                 ACTIONS[action]()
 
     return guarded(PROGRAM, run)
@@ -65,10 +69,8 @@ ACTIONS = {
     "sleep": lambda: time.sleep(600),
     "rest": lambda: time.sleep(1),
     "wait": lambda: kv_get("what nobody says"),
-    "agree": lambda: agree("the recipe", {"steps": [1, 2], "parent": {"content": "ab", "form": "bf16"}, "seed": 0}),
-    "agree-otherwise": lambda: agree(
-        "the recipe", {"steps": [1, 3], "parent": {"content": "cd", "form": "bf16"}, "seed": 0}
-    ),
+    "agree": lambda: agree("the recipe", {"steps": [1, 2], "parent": {"content": "ab", "size": 9}}),
+    "agree-otherwise": lambda: agree("the recipe", {"steps": [1, 3], "parent": {"content": "cd", "size": 9}}),
     "nothing": lambda: None,
 }
 

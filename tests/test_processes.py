@@ -60,6 +60,17 @@ def test_processes_that_nobody_told_of_each_other(monkeypatch):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("index", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_processes_that_are_never_started_are_not_waited_for_without_end(index):
+    there = ["tests.joined_program", "2", "sleep"]
+    commands = [there, ["this"]] if index == 0 else [["this"], there]  # a module of the standard library, which ends
+    with running(*commands, JOIN_SECONDS="4") as processes:
+        (process,) = ended(processes[index : index + 1])
+    assert process.returncode == 2
+    (sentence,) = (line for line in process.stderr.splitlines() if line.startswith("prog: "))
+    assert "mesh.processes is 2, but not all of them were started within 4 seconds" in sentence
+
+
 def test_processes_that_work_together_end_together():
     processes = run("agree+open+primary+collect+rest", "agree+open+primary+collect")
     assert [(process.returncode, process.stderr) for process in processes] == [(0, "")] * 2
@@ -104,6 +115,13 @@ def test_a_killed_process_ends_the_others_in_one_sentence(lost, actions):
     for process in processes:
         assert process.returncode == 1, process.stderr
         assert re.fullmatch(rf"prog: process {lost} \(host {re.escape(HOST)}\) was lost: .*\n", process.stderr)
+
+
+@pytest.mark.slow
+def test_a_terminated_process_ends_at_once_and_is_a_loss():
+    one, two = struck(signal.SIGTERM, 1, "ready+sleep", "ready+sleep")
+    assert (one.returncode, two.returncode) == (1, -signal.SIGTERM)
+    assert one.stderr.startswith(f"prog: process 1 (host {HOST}) was lost: ")
 
 
 def test_an_interrupt_is_no_loss():

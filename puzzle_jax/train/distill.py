@@ -60,7 +60,8 @@ def distill(recipe: DistillRecipe, console: Console, *, blocks: bool = False) ->
     inputs = on_all("open the inputs", lambda: Inputs.open(recipe, blocks=blocks, today=day))
     # Directories may lie elsewhere on each host; the identity tells what is in them.
     settings = {name: value for name, value in asdict(recipe).items() if name not in _DIRECTORIES}
-    agree("the distillation", {"recipe": settings, "inputs": inputs.identity})
+    agree("the recipe", settings)
+    agree("the inputs", inputs.identity)
     mesh = None
     if recipe.mesh.devices > 1 or recipe.mesh.processes > 1:
         mesh = make_training_mesh(recipe.mesh.data, recipe.mesh.sequence, recipe.mesh.model)
@@ -192,7 +193,7 @@ class Distiller:
     # Export --------------------------------------------------------------------------------------------------------
 
     def export(self, trained: Trained, console: Console) -> None:
-        """Writes the trained child, from the first process."""
+        """Writes the trained child, by the primary process."""
         recipe, opened = self.recipe, self.inputs.opened
         scales = self._cache_scales(trained.state.params)
         values = on_host(trained.state.params)

@@ -1,4 +1,4 @@
-"""Judges of the first process, for all: what a reward function says may differ from host to host, and take its time."""
+"""Judges of the primary process, for all: what a reward function gives may differ from host to host."""
 
 from __future__ import annotations
 
@@ -67,11 +67,11 @@ class FirstJudges:
         return list(enumerate(self._told(begun), first))
 
     def _told(self, asked: Sequence[tuple[Answer, bool]]) -> list[Judgement]:
-        """The first process's judgements, in all processes."""
+        """The primary process's judgements, in all processes."""
         self._turn += 1
         judgements = from_primary(_name(self._turn), lambda: json.dumps(self._judge(asked)))
         if process_index() == 0:
-            # Answers of this turn were sampled by all processes together, after they heard of the one before.
+            # Answers of this turn were sampled by all processes together, after they had read those before.
             kv_delete(_name(self._turn - 1))
         return [Judgement(*each) for each in json.loads(judgements)]
 
@@ -85,7 +85,7 @@ class FirstJudges:
 
     @property
     def _first(self) -> Judges:
-        assert self._judges is not None, "only the first process judges"
+        assert self._judges is not None, "only the primary process judges"
         return self._judges
 
 

@@ -85,7 +85,8 @@ def grpo(recipe: GrpoRecipe, console: Console) -> Trained:
     inputs = on_all("open the inputs", lambda: GrpoInputs.open(recipe, day))
     # Directories may lie elsewhere on each host; the identity tells what is in them.
     settings = {name: value for name, value in asdict(recipe).items() if name not in ("model", "out")}
-    agree("the training", {"recipe": settings, "inputs": inputs.identity})
+    agree("the recipe", settings)
+    agree("the inputs", inputs.identity)
     mesh = None
     if recipe.mesh.devices > 1 or recipe.mesh.processes > 1:
         mesh = make_training_mesh(recipe.mesh.data, recipe.mesh.sequence, recipe.mesh.model)
@@ -357,7 +358,7 @@ class Trainer:
         return fresh if found is None else found.state
 
     def export(self, state: TrainState) -> None:
-        """Writes the policy, from the first process."""
+        """Writes the policy, by the primary process."""
         recipe, inputs = self.recipe, self.inputs
         kept = [list(range(block.num_experts)) for block in inputs.config.blocks]
         answers = self._greedy(state.params)

@@ -13,7 +13,7 @@ from puzzle_jax.train.policy_batches import Judged
 
 @dataclass
 class StepTranscripts:
-    """Transcripts of a run, written by its first process.
+    """Transcripts of a run, written by its primary process.
 
     Attributes:
       directory: of the files.

@@ -5,6 +5,7 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from puzzle_jax.convert_hf.describe import describe_checkpoint
 from puzzle_jax.convert_hf.export import export_child
 from puzzle_jax.convert_hf.load import load_checkpoint
 from puzzle_jax.errors import PuzzleError
+from puzzle_jax.generate.traces import read_traces, write_traces
 from puzzle_jax.model.stacked import unstack_params
 from puzzle_jax.train import distill as distilling
 from puzzle_jax.train.__main__ import main
@@ -31,6 +33,7 @@ from puzzle_jax.train.loop import Summary, Trained
 from puzzle_jax.train.objectives import Fixed
 from puzzle_jax.train.step import TrainState
 from puzzle_jax.train.student import Student
+from tests.processes import ended, running
 from tests.support import model_logits
 from tests.train.in_processes import QUICK, in_processes
 from tests.train.toy_distill import (
@@ -338,6 +341,46 @@ def test_processes_are_refused_together(directory, tmp_path):
     ended = in_processes(2, "distill", *arguments(directory, tmp_path / "run", mesh__data=2))
     assert [process.returncode for process in ended] == [2, 2], [process.stderr for process in ended]
     assert all("holds files that are no run's (thesis.txt)" in process.stderr for process in ended)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_process_that_is_killed_ends_the_other_in_a_sentence(directory, tmp_path, lost):
+    out = tmp_path / "run"
+    one = ["puzzle_jax.train", "distill", *arguments(directory, out, mesh__data=2, loop__steps=100_000, **SIMPLE)]
+    with running(*[[*one, "--mesh.processes", "2"]] * 2, XLA_FLAGS=QUICK) as processes:
+        while not (out / "metrics.jsonl").is_file() or not (out / "metrics.jsonl").stat().st_size:
+            assert [process.poll() for process in processes] == [None, None]
+            time.sleep(0.1)
+        processes[lost].kill()
+        left = ended(processes)[1 - lost]
+    assert left.returncode == 1, left.stderr
+    last = left.stderr.splitlines()[-1]
+    assert last.startswith(f"python -m puzzle_jax.train distill: process {lost} (host "), left.stderr
+    assert " was lost: " in last and "Traceback" not in left.stderr and "Check failure" not in left.stderr
+
+
+@pytest.mark.slow
+def test_other_settings_and_other_traces_in_one_process_are_refused_by_both(directory, tmp_path):
+    one = [
+        "puzzle_jax.train",
+        "distill",
+        *arguments(directory, tmp_path / "run", mesh__data=2),
+        "--mesh.processes",
+        "2",
+    ]
+    others = tmp_path / "others.parquet"
+    write_traces(others, read_traces(directory / "traces.parquet")[1:])
+    for changed, told in (
+        (["--optimizer.learning_rate", "0.5"], " in the recipe: optimizer.learning_rate is "),
+        (["--traces", str(others)], " in the inputs: data is "),
+    ):
+        with running(one, [*one, *changed], XLA_FLAGS="") as processes:
+            found = ended(processes)
+        assert [process.returncode for process in found] == [2, 2], [process.stderr for process in found]
+        assert found[0].stderr.splitlines()[-1] == found[1].stderr.splitlines()[-1]
+        assert told in found[0].stderr
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
