@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -61,13 +61,13 @@ def checked_arguments(arguments: Sequence[str], kind: type, others: Sequence[str
     return found
 
 
-def checked_fields(fields: Mapping[str, Any], kind: type, where: str) -> dict[str, Any]:
+def checked_fields(given: Mapping[str, Any], kind: type, where: str) -> dict[str, Any]:
     """The fields of a recipe file, with single values of lists made lists.
 
     Raises `ConfigError`, which begins with `where`, for a field that does not exist.
     """
     hints = setting_hints(kind)
-    return {name: _field(name, value, hints, where) for name, value in fields.items()}
+    return {name: _field(name, value, hints, where) for name, value in given.items()}
 
 
 def _field(name: str, value: Any, hints: Mapping[str, Any], where: str) -> Any:
@@ -84,6 +84,7 @@ def _field(name: str, value: Any, hints: Mapping[str, Any], where: str) -> Any:
         raise ConfigError(f"{where}: {name} is {shown(value)}, but must be a mapping of its fields")
     if is_dataclass(hint) and isinstance(value, Mapping):
         return {str(inner): _field(f"{name}.{inner}", of, hints, where) for inner, of in value.items()}
+    _check_elements(value, hint, f"{where}: {name}")
     return [value] if _element(hint) is not None and isinstance(value, _single(hint)) else value
 
 
@@ -96,7 +97,9 @@ def _value(name: str, value: str, hint: Any) -> str:
         raise ConfigError(f"{name} is {shown(value)}, but no setting is as large as that")
     flow = value.lstrip()[:1] in ("[", "{")
     if flow or any(sign in value for sign in "&*"):
-        _check_value(parse_yaml(value, name, ConfigError), name)
+        parsed = parse_yaml(value, name, ConfigError)
+        _check_value(parsed, name)
+        _check_elements(parsed, hint, name)
     element = _element(hint)
     if element is None or flow or not value.strip() or value.strip() in ("null", "~"):
         return value
@@ -104,6 +107,17 @@ def _value(name: str, value: str, hint: Any) -> str:
         return json.dumps([value])
     parts = [part.strip() for part in value.split(",") if part.strip()]
     return json.dumps(parts) if element is str else f"[{', '.join(parts)}]"
+
+
+def _check_elements(value: Any, hint: Any, where: str) -> None:
+    """Raises `ConfigError` for a field that the dataclass of a list's elements has not."""
+    kinds = [of for option in hint_options(hint) for of in get_args(option) if is_dataclass(of)]
+    for element in value if kinds and isinstance(value, list) else ():
+        known = [field.name for field in fields(kinds[0])]
+        for name in element if isinstance(element, Mapping) else ():
+            if name not in known:
+                hinted = did_you_mean(str(name), known) or f"; there are {', '.join(known)}"
+                raise ConfigError(f"{where} has the field {shown(name)}, which does not exist{hinted}")
 
 
 def _check_value(value: Any, where: str) -> None:

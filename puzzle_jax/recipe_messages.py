@@ -57,8 +57,10 @@ def plain_message(error: Exception, hints: Mapping[str, Any], choice: tuple[str,
         where, hint = f"{where}: {inner[-1]}", hint if element is None else element
     value, words = _value(text), describe(hint)
     if value is None:
-        kind = re.search(r"not (\w+)$", text)
-        return f"{where} {f'is of type {kind[1]}, but ' if kind else ''}must be {words}"
+        kind = re.search(r"PathLike object, not (\w+)$", text)
+        if kind is not None:
+            return f"{where} is of type {kind[1]}, but must be {words}"
+        return f"{where}: {text[list(_KEY.finditer(text))[-1].end() :]}"
     verb = (
         "holds"
         if value[:1] not in "[{"
