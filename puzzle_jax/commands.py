@@ -11,15 +11,17 @@ import argparse
 import contextlib
 import difflib
 import errno
+import io
 import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from puzzle_jax.errors import ConfigError, PuzzleError, PuzzleWarning, shown
+from puzzle_jax.files import system_error
 
 INTERRUPTED = 130
 BROKEN_PIPE = 141
@@ -37,6 +39,7 @@ _WRAPPED = re.compile(
     r"(No space left on device|Disk quota exceeded|Read-only file system|Permission denied|File name too long|"
     r"Too many open files|Input/output error)"
 )
+_LARGEST = 2**63 - 1  # that an option takes at all; most take less
 _DEVICE_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|[Oo]ut of memory")
 
 
@@ -68,6 +71,19 @@ class Parser(argparse.ArgumentParser):
                     names += parser.options(arguments) if verb in arguments[:1] and isinstance(parser, Parser) else []
         return names
 
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        """As argparse does, with its messages for numbers in words."""
+        try:
+            value = super()._get_value(action, arg_string)
+        except argparse.ArgumentError:
+            kind = {int: "a whole number", float: "a number"}.get(action.type)  # type: ignore[call-overload]
+            if kind is None:
+                raise
+            raise ConfigError(f"{_name(action)} is {shown(arg_string)}, but must be {kind}") from None
+        if isinstance(value, int) and abs(value) > _LARGEST:
+            raise ConfigError(f"{_name(action)} is {shown(value)}, but must be at most {_LARGEST}")
+        return checked_path(value, _name(action)) if isinstance(value, Path) else value
+
     def error(self, message: str) -> NoReturn:
         """Raises `ConfigError` in place of printing the usage."""
         choice = re.fullmatch(r"argument (.+): invalid choice: '(.*)' \(choose from (.*)\)", message, re.DOTALL)
@@ -75,7 +91,15 @@ class Parser(argparse.ArgumentParser):
             names = [name.strip().strip("'") for name in choice[3].split(",")]
             hint = did_you_mean(choice[2], names)
             raise ConfigError(f"{choice[1]} is {shown(choice[2])}, but must be one of {', '.join(names)}{hint}")
+        value = re.fullmatch(r"argument (.+): expected (?:one|at least one) argument", message)
+        if value is not None:
+            raise ConfigError(f"{value[1]} needs a value")
         raise ConfigError(" ".join(message.split()))
+
+
+def _name(action: argparse.Action) -> str:
+    """How messages call an option or a positional argument."""
+    return action.option_strings[-1] if action.option_strings else str(action.metavar or action.dest)
 
 
 def refuse_option(name: str, known: Iterable[str]) -> NoReturn:
@@ -124,7 +148,7 @@ def guarded(program: str, run: Callable[[], None], interrupted: str = "finished 
             told.add(str(message))
             say(f"{program}: warning: {message}")
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _any_text(sys.stdout):
         before = warnings.showwarning
         if _shows_warnings():
             warnings.simplefilter("always", PuzzleWarning)
@@ -153,12 +177,15 @@ def mendable(error: BaseException) -> str | None:
     """One sentence for an error that a user can mend; None for a bug."""
     if isinstance(error, PuzzleError):
         return str(error)
-    if isinstance(error, OSError) and error.errno is not None and error.errno in _MENDABLE:
-        return f"{_of_file(error)}{os.strerror(error.errno)}"
+    of_system = system_error(error)
+    if of_system is not None and of_system.errno in _MENDABLE:
+        return f"{_of_file(of_system)}{os.strerror(of_system.errno)}"
+    if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError | PermissionError):
+        return _line(str(error))  # of a library that says it without the system's number
     if isinstance(error, UnicodeEncodeError) and "surrogates not allowed" in str(error):
         return f"{shown(error.object)} holds half a surrogate pair, but texts must be valid Unicode"
-    if isinstance(error, UnicodeEncodeError) and sys.stdout.encoding and error.encoding == sys.stdout.encoding.lower():
-        return f"the terminal's encoding {error.encoding} cannot show the output; PYTHONIOENCODING=utf-8 lets it"
+    if isinstance(error, RecursionError):
+        return "what was given is nested too deeply"
     if isinstance(error, MemoryError):
         return "the machine's memory does not suffice; smaller batches or fewer processes take less"
     text = str(error)
@@ -188,6 +215,20 @@ def enable_compilation_cache() -> None:
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "puzzle_jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+@contextlib.contextmanager
+def _any_text(stream: object) -> Iterator[None]:
+    """Within, characters that a terminal's encoding has not are printed as escapes."""
+    if not isinstance(stream, io.TextIOWrapper) or stream.errors != "strict":
+        yield
+        return
+    stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):  # it was closed
+            stream.reconfigure(errors="strict")
 
 
 def _shows_warnings() -> bool:

@@ -31,6 +31,13 @@ class InfeasibleError(PuzzleError):
     """No architecture of the search space meets the target; the message names the limits and what is reachable."""
 
 
+MOST_TOGETHER, MOST_TIMES, MOST_TOKENS, MOST_PROCESSES = 1 << 20, 10**9, (1 << 31) - 1, 1024
+"""Bounds of settings, so that a slip of the finger is a sentence and no endless run: what is in memory together, times
+that something is done, tokens, processes."""
+
+MOST_SEED = (1 << 32) - 1
+
+
 def check_range(name: str, value: int | float, least: int | float, most: int | float) -> None:
     """Raises `ConfigError`, naming a setting, for a number that is not from `least` to `most`."""
     if not least <= value <= most:  # NaN is in no range

@@ -7,9 +7,13 @@ no UTF-8, nesting that exhausts the stack, numbers that Python does not convert,
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,8 @@ PARTIAL = ".partial-"
 MAX_YAML_NODES = 100_000
 """Values that a YAML file may hold, each counted as often as aliases repeat it."""
 
+_CUT_SHORT = re.compile(r"\d+ requested and \d+ written")
+_SYSTEM_ERROR = re.compile(r"[(\[](?:os error|errno) (\d{1,3})[:)\]]", re.IGNORECASE)
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -30,11 +36,36 @@ def write_beside(path: Path, content: bytes) -> None:
     """Writes a file beside its place and renames it."""
     beside = path.with_name(f".{path.name}{PARTIAL}{os.getpid()}")
     try:
-        beside.write_bytes(content)
-        beside.replace(path)
+        with naming(path):
+            beside.write_bytes(content)
+            beside.replace(path)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the first error says what is wrong
+            beside.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Gives errors of the system that name no file, as a full disk's do, the name of what was being written."""
+    try:
+        yield
+    except Exception as error:
+        found = system_error(error)
+        if found is not None and found.errno is not None and found.filename is None:
+            raise OSError(found.errno, os.strerror(found.errno), str(path)) from error
+        raise
+
+
+def system_error(error: BaseException) -> OSError | None:
+    """The system's error that an exception is, or that a library which writes files put into words; None for others."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error
+    text = str(error)
+    if isinstance(error, OSError) and _CUT_SHORT.fullmatch(text):  # numpy, of a disk that is full
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    found = _SYSTEM_ERROR.search(text)  # safetensors, tensorstore, pyarrow
+    return OSError(int(found[1]), os.strerror(int(found[1]))) if found is not None else None
 
 
 def parse_json(text: str | bytes, where: str, error: type[PuzzleError] = PuzzleError) -> Any:
@@ -100,6 +131,15 @@ def is_unicode(value: Any) -> bool:
     return True
 
 
+def _all_unicode(value: Any) -> bool:
+    """Whether all texts of a YAML value, keys included, are valid Unicode."""
+    if isinstance(value, str):
+        return is_unicode(value)
+    if isinstance(value, dict):
+        return all(_all_unicode(part) for pair in value.items() for part in pair)
+    return not isinstance(value, list | set) or all(map(_all_unicode, value))
+
+
 def parse_yaml(text: str, where: str, error: type[PuzzleError] = PuzzleError) -> Any:
     """The value of a YAML text, with plain types only.
 
@@ -113,7 +153,7 @@ def parse_yaml(text: str, where: str, error: type[PuzzleError] = PuzzleError) ->
             if node is None:
                 return None
             _check_size(node)
-            return loader.construct_document(node)
+            value = loader.construct_document(node)
         finally:
             loader.dispose()
     except RecursionError:
@@ -122,6 +162,9 @@ def parse_yaml(text: str, where: str, error: type[PuzzleError] = PuzzleError) ->
         raise error(f"{where} cannot be read as YAML: {' '.join(str(problem).split())}") from None
     except (ValueError, OverflowError) as problem:  # dates and numbers that Python has not
         raise error(f"{where} holds a value that cannot be read: {str(problem).partition(';')[0]}") from None
+    if _SURROGATE.search(text) and not _all_unicode(value):
+        raise error(f"{where} holds half a surrogate pair, but its texts must be valid Unicode")
+    return value
 
 
 def read_yaml(path: Path, error: type[PuzzleError] = PuzzleError) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -20,6 +20,7 @@ from puzzle_jax.files import parse_yaml
 
 _TEXTS = (str, Path)
 _LARGEST = 10**30
+_CLASSES = {"class_path", "init_args"}  # by which the parser would import what a file names
 _LONG_NUMBER = re.compile(r"[-+]?[\d_]{31,}(\.\d*)?")
 
 
@@ -60,13 +61,13 @@ def checked_arguments(arguments: Sequence[str], kind: type, others: Sequence[str
     return found
 
 
-def checked_fields(fields: Mapping[str, Any], kind: type, where: str) -> dict[str, Any]:
+def checked_fields(given: Mapping[str, Any], kind: type, where: str) -> dict[str, Any]:
     """The fields of a recipe file, with single values of lists made lists.
 
     Raises `ConfigError`, which begins with `where`, for a field that does not exist.
     """
     hints = setting_hints(kind)
-    return {name: _field(name, value, hints, where) for name, value in fields.items()}
+    return {name: _field(name, value, hints, where) for name, value in given.items()}
 
 
 def _field(name: str, value: Any, hints: Mapping[str, Any], where: str) -> Any:
@@ -78,21 +79,27 @@ def _field(name: str, value: Any, hints: Mapping[str, Any], where: str) -> Any:
             f"{where} has the field {name}, which does not exist{did_you_mean(name, hints) or f'; {there}'}"
         )
     hint = hints[name]
-    _check_size(value, f"{where}: {name}")
+    _check_value(value, f"{where}: {name}")
+    if is_dataclass(hint) and value is not None and not isinstance(value, Mapping):
+        raise ConfigError(f"{where}: {name} is {shown(value)}, but must be a mapping of its fields")
     if is_dataclass(hint) and isinstance(value, Mapping):
         return {str(inner): _field(f"{name}.{inner}", of, hints, where) for inner, of in value.items()}
+    _check_elements(value, hint, f"{where}: {name}")
     return [value] if _element(hint) is not None and isinstance(value, _single(hint)) else value
 
 
 def _value(name: str, value: str, hint: Any) -> str:
     """An option's value as the parser wants it; what is written in YAML is bounded like a file."""
+    _check_value(value, name)
     if hint is None or _is_text(hint):
         return value
     if _LONG_NUMBER.fullmatch(value.strip()):
         raise ConfigError(f"{name} is {shown(value)}, but no setting is as large as that")
     flow = value.lstrip()[:1] in ("[", "{")
     if flow or any(sign in value for sign in "&*"):
-        parse_yaml(value, name, ConfigError)
+        parsed = parse_yaml(value, name, ConfigError)
+        _check_value(parsed, name)
+        _check_elements(parsed, hint, name)
     element = _element(hint)
     if element is None or flow or not value.strip() or value.strip() in ("null", "~"):
         return value
@@ -102,19 +109,33 @@ def _value(name: str, value: str, hint: Any) -> str:
     return json.dumps(parts) if element is str else f"[{', '.join(parts)}]"
 
 
-def _check_size(value: Any, where: str) -> None:
-    """Raises `ConfigError` for whole numbers that no floating-point number can hold."""
+def _check_elements(value: Any, hint: Any, where: str) -> None:
+    """Raises `ConfigError` for a field that the dataclass of a list's elements has not."""
+    kinds = [of for option in hint_options(hint) for of in get_args(option) if is_dataclass(of)]
+    for element in value if kinds and isinstance(value, list) else ():
+        known = [field.name for field in fields(kinds[0])]
+        for name in element if isinstance(element, Mapping) else ():
+            if name not in known:
+                hinted = did_you_mean(str(name), known) or f"; there are {', '.join(known)}"
+                raise ConfigError(f"{where} has the field {shown(name)}, which does not exist{hinted}")
+
+
+def _check_value(value: Any, where: str) -> None:
+    """Raises `ConfigError` for whole numbers beyond any setting, for NUL in texts, and for classes to be imported."""
     if isinstance(value, int) and abs(value) > _LARGEST:
         raise ConfigError(f"{where} is {shown(value)}, but no setting is as large as that")
-    if isinstance(value, list):
-        for item in value:
-            _check_size(item, where)
+    if isinstance(value, str) and "\0" in value:
+        raise ConfigError(f"{where} is {shown(value)}, but no setting holds a NUL")
+    if isinstance(value, Mapping) and not _CLASSES.isdisjoint(value):
+        raise ConfigError(f"{where} names a class of Python ({shown(dict(value))}), but recipes hold values only")
+    for item in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
+        _check_value(item, where)
 
 
 def _element(hint: Any) -> Any:
     """The type of a list's elements, where they are single values; None for what is no list of such."""
-    options = [option for option in _options(hint) if get_origin(option) in (tuple, list, Sequence)]
-    if not options or any(option in _TEXTS for option in _options(hint)):
+    options = [option for option in hint_options(hint) if get_origin(option) in (tuple, list, Sequence)]
+    if not options or any(option in _TEXTS for option in hint_options(hint)):
         return None  # a field that takes one path or several already takes one
     elements = [of for of in get_args(options[0]) if of is not Ellipsis]
     return elements[0] if elements and not is_dataclass(elements[0]) else None
@@ -126,19 +147,20 @@ def _single(hint: Any) -> tuple[type, ...]:
     return (str,) if element in _TEXTS else (int, float)
 
 
-def _options(hint: Any) -> Iterator[Any]:
+def hint_options(hint: Any) -> Iterator[Any]:
+    """The types of a union, or the one type."""
     if get_origin(hint) in (Union, UnionType):
         for option in get_args(hint):
-            yield from _options(option)
+            yield from hint_options(option)
     else:
         yield hint
 
 
 def _is_text(hint: Any) -> bool:
-    return all(option in (*_TEXTS, type(None)) for option in _options(hint))
+    return all(option in (*_TEXTS, type(None)) for option in hint_options(hint))
 
 
 def _in_mapping(name: str, hints: Mapping[str, Any]) -> bool:
     """Whether the name is a key of a field that is a mapping (`traces.max_tokens.low`)."""
     owner = hints.get(name.rpartition(".")[0])
-    return any(get_origin(option) in (dict, Mapping) for option in _options(owner))
+    return any(get_origin(option) in (dict, Mapping) for option in hint_options(owner))

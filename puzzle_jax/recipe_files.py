@@ -6,7 +6,6 @@ The parser of the command line takes some of a file's form for granted, and answ
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -16,14 +15,16 @@ from typing import Any, TypeVar, get_args, get_type_hints
 from puzzle_jax.commands import checked_path, did_you_mean
 from puzzle_jax.errors import ConfigError, shown
 from puzzle_jax.files import parse_yaml, read_text
-from puzzle_jax.recipe_fields import checked_arguments, checked_fields
+from puzzle_jax.recipe_fields import checked_arguments, checked_fields, setting_hints
+from puzzle_jax.recipe_messages import plain_message
 
 RECIPES = Path(__file__).parent / "recipes"
 """Files that come with the package."""
 
 Settings = TypeVar("Settings")
 
-_OPTIONS = ("--recipe", "--print_config", "--help")
+OTHER_OPTIONS = ("--recipe", "--print_config", "--help")
+"""Options of every command that takes a recipe, besides the recipe's fields."""
 
 
 def recipe_names(verb: str) -> list[str]:
@@ -67,11 +68,11 @@ def parse_settings(
     of_default = f" (default: {default})" if default else ""
     parser.add_argument("--recipe", action="config", help=f"settings: a YAML file{or_name}{of_default}")
     parser.add_class_arguments(kind)
-    given = checked_arguments(_recipes_first(arguments, names, kind), kind, _OPTIONS)
+    given = checked_arguments(_recipes_first(arguments, names, kind), kind, OTHER_OPTIONS)
     try:
         settings = parser.parse_args(given)
     except ArgumentError as error:
-        raise ConfigError(_told(error, None if choice is None else choice[0], choice[1] if choice else ())) from error
+        raise ConfigError(plain_message(error, setting_hints(kind), None if choice is None else choice[:2])) from error
     chosen = None if choice is None else settings.pop(choice[0])
     settings.pop("recipe", None)
     settings.pop("__default_config__", None)
@@ -98,16 +99,6 @@ def _recipes_first(arguments: Sequence[str], names: Sequence[str], kind: type) -
         # A file that needs no mending goes as it is, so that messages can name it.
         recipes.append(f"--recipe={path if whole == fields else json.dumps(whole, default=str)}")
     return [*recipes, *others]
-
-
-def _told(error: Exception, choice: str | None, values: Sequence[str]) -> str:
-    """A message of the parser on one line; of an unknown positional value, what there is."""
-    text = " ".join(str(error).split())
-    found = re.search(r"invalid choice: '?([^' ]*)'?", text)
-    if choice is not None and found is not None:
-        hint = did_you_mean(found[1], values)
-        return f"{choice} is {found[1]!r}, but must be one of {', '.join(values)}{hint}"
-    return text
 
 
 def recipe_path(text: str, names: Sequence[str]) -> Path:

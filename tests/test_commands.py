@@ -7,6 +7,7 @@ import sys
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -34,6 +35,10 @@ def raising(error):
         (NotADirectoryError(errno.ENOTDIR, "no", "a/b"), f"x: a/b: {os.strerror(errno.ENOTDIR)}"),
         (ValueError("embedded null byte"), "x: a path holds a NUL, which is no part of any path"),
         (MemoryError(), "x: the machine's memory does not suffice; smaller batches or fewer processes take less"),
+        (OSError("100000 requested and 992 written"), f"x: {os.strerror(errno.ENOSPC)}"),  # numpy
+        (ValueError("I/O error: gone (os error 28)"), f"x: {os.strerror(errno.ENOSPC)}"),  # safetensors
+        (FileNotFoundError("No such file or directory: /nowhere"), "x: No such file or directory: /nowhere"),
+        (RecursionError("maximum"), "x: what was given is nested too deeply"),
         (
             ValueError("tensorstore: No space left on device [a/d/1]"),
             "x: a file cannot be written or read: No space left",
@@ -86,6 +91,7 @@ class Section:
     widths: tuple[int, ...] | None = None
     min_speedup: float = 1.0
     limits: dict[str, int] = field(default_factory=dict)
+    method: Literal["exact", "lens"] = "exact"
 
 
 @dataclass(frozen=True)
@@ -182,6 +188,53 @@ def test_every_verb_refuses_an_unknown_option_in_one_sentence(verb, capsys):
     assert main([verb, "--parnt", "x"]) == 2
     said = capsys.readouterr().err
     assert "--parnt" in said and said.count("\n") == 1
+
+
+def test_a_terminal_that_has_not_all_characters_shows_escapes():
+    program = "from puzzle_jax.commands import guarded\nraise SystemExit(guarded('x', lambda: print('a\u00e9')))"
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=ascii_only)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "a\\xe9\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rows", "x"], r"^--rows is 'x', but must be a whole number$"),
+        (["--share", "much"], r"^--share is 'much', but must be a number$"),
+        (["--rows", "1" + "0" * 30], r"^--rows is 1000000000000000000000000000000, but must be at most \d+$"),
+        (["--rows"], r"^--rows needs a value$"),
+        (["--path", "a\0b"], r"^--path is 'a\\x00b', but a path holds no NUL$"),
+        (["--kind", "fst"], r"^--kind is 'fst', but must be one of fast, slow; did you mean fast\?$"),
+    ],
+)
+def test_values_of_options_are_refused_in_words(arguments, message):
+    parser = Parser(prog="x")
+    parser.add_argument("--rows", type=int)
+    parser.add_argument("--share", type=float)
+    parser.add_argument("--path", type=Path)
+    parser.add_argument("--kind", choices=("fast", "slow"))
+    with pytest.raises(ConfigError, match=message):
+        parser.parse_args(arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--target.min_speedup", "fast"], "target.min_speedup is fast, but must be a number"),
+        (["--target.widths", "wide"], "target.widths is .*, but must be a list of whole numbers or null"),
+        (["--target.tasks", "{a: b}"], "target.tasks is .*, but must be a list of texts"),
+        (["--target", "7"], "target is '7', but must be a mapping of tasks, widths, min_speedup, limits, method"),
+        (["--target.limits", "{low: few}"], "target.limits holds few, but must be a mapping of names to whole numbers"),
+        (["--target.method", "exat"], r"target.method is exat, but must be one of exact, lens; did you mean exact\?"),
+        (["--out", "a\0b"], r"--out is 'a\\x00b', but no setting holds a NUL"),
+        (["--target.limits", "{class_path: os.path}"], "--target.limits names a class of Python"),
+    ],
+)
+def test_values_of_settings_are_refused_in_words(arguments, message):
+    with pytest.raises(ConfigError, match=f"^{message}") as error:
+        parsed(*arguments)
+    assert "class '" not in str(error.value) and "Parser" not in str(error.value)
 
 
 def test_an_output_that_nobody_reads_ends_quietly():

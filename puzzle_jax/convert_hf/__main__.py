@@ -12,12 +12,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from puzzle_jax.commands import Parser, guarded
+from puzzle_jax.consoles import plain_console
 from puzzle_jax.convert_hf.describe import describe_checkpoint
 from puzzle_jax.convert_hf.other_forms import ORBAX_HF
-from puzzle_jax.errors import PuzzleError
+from puzzle_jax.errors import MOST_SEED, MOST_TOGETHER, PuzzleError, check_range
 from puzzle_jax.progress import progress
 
 
@@ -64,18 +63,18 @@ def _inspect(settings: argparse.Namespace) -> None:
     if settings.json:
         print(json.dumps(found.as_json(), indent=2))
     else:
-        show(found, Console())
+        show(found, plain_console())
 
 
 def _verify(settings: argparse.Namespace) -> int:
     layers = describe_checkpoint(settings.first).config.num_layers
     describe_checkpoint(settings.second)
     for name in ("rows", "length"):
-        if getattr(settings, name) < 1:
-            raise PuzzleError(f"{name} is {getattr(settings, name)}, but must be at least 1")
+        check_range(name, getattr(settings, name), 1, MOST_TOGETHER)
+    check_range("seed", settings.seed, 0, MOST_SEED)
     from puzzle_jax.convert_hf.verify import show, verify
 
-    with progress(Console(stderr=True), "comparing layers", layers + 1) as advance:
+    with progress(plain_console(stderr=True), "comparing layers", layers + 1) as advance:
         found = verify(
             settings.first,
             settings.second,
@@ -87,7 +86,7 @@ def _verify(settings: argparse.Namespace) -> int:
     if settings.json:
         print(json.dumps(found.as_json(), indent=2))
     else:
-        show(found, (str(settings.first), str(settings.second)), Console())
+        show(found, (str(settings.first), str(settings.second)), plain_console())
     return 0 if found.same_function else 1
 
 
@@ -99,7 +98,7 @@ def _import(settings: argparse.Namespace) -> None:
 
     refuse_existing(settings.out)
 
-    with progress(Console(stderr=True), "reading tensors", len(described.tensors)) as advance:
+    with progress(plain_console(stderr=True), "reading tensors", len(described.tensors)) as advance:
         checkpoint = load_checkpoint(settings.path, experts=settings.experts, on_tensor=lambda *_: advance(1))
     save_params(
         settings.out,

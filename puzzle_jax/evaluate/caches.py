@@ -27,7 +27,7 @@ from jaxtyping import Array, Float
 
 from puzzle_jax.commands import Parser, enable_compilation_cache, guarded
 from puzzle_jax.config import ModelConfig
-from puzzle_jax.errors import ConfigError
+from puzzle_jax.errors import ConfigError, check_range
 from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions, check_context, unscored_note
 from puzzle_jax.evaluate.divergence import divergence
 from puzzle_jax.evaluate.settings import MAX_TOKENS, limits_by_effort
@@ -42,6 +42,7 @@ from puzzle_jax.model.spec import Params
 from puzzle_jax.tasks import EFFORTS, TASKS, Chat
 
 _DRAWS = 2000  # of the bootstrap
+_MOST_AMPLIFIED = 60  # so that keys, values and what undoes them stay within float32
 REFERENCE, CALIBRATED, UNCALIBRATED = "bfloat16", "e4m3, calibrated", "e4m3, no scales"
 
 
@@ -172,6 +173,7 @@ def _run(settings: argparse.Namespace) -> None:
     from puzzle_jax.convert_hf.token_ids import check_tokenizer
     from puzzle_jax.model.network import compute_dtype, to_compute
 
+    check_range("--amplify", settings.amplify, -_MOST_AMPLIFIED, _MOST_AMPLIFIED)
     tasks, efforts = tuple(settings.tasks.split(",")), tuple(settings.efforts.split(","))
     each = -(-settings.problems // len(tasks))
     questions = QuestionSet(tasks, efforts, each, "evaluation", settings.seed)

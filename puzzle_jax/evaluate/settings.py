@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from puzzle_jax.errors import ConfigError, check_range
+from puzzle_jax.errors import MOST_TOKENS, ConfigError, check_range
 from puzzle_jax.model.cache_format import CacheFormat
 from puzzle_jax.tasks import EFFORTS, TASKS, check_effort
 from puzzle_jax.temperature import check_temperature
@@ -41,6 +41,8 @@ class Scenario:
                 f"scenario {self.name!r} has {self.input_tokens} input and {self.output_tokens} output tokens, "
                 "but needs at least 1 of each"
             )
+        for name in ("input_tokens", "output_tokens"):
+            check_range(f"{name} of scenario {self.name!r}", getattr(self, name), 1, MOST_TOKENS)
 
     @property
     def context(self) -> int:
@@ -122,6 +124,7 @@ class Settings:
         for effort in self.efforts:
             if self.max_tokens.get(effort, 0) < 1:
                 raise ConfigError(f"max_tokens has no limit of at least 1 for effort {effort!r}")
+            check_range(f"max_tokens.{effort}", self.max_tokens[effort], 1, MOST_TOKENS)
         if self.problems < len(self.tasks):
             raise ConfigError(
                 f"problems is {self.problems}, but must be at least 1 for each of the {len(self.tasks)} tasks"

@@ -32,7 +32,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from puzzle_jax.errors import PuzzleError, PuzzleWarning, shown
-from puzzle_jax.files import parse_json
+from puzzle_jax.files import naming, parse_json
 from puzzle_jax.generate.trace_files import array_bytes, jsonl_rows, parquet_rows, read_array
 from puzzle_jax.tasks import Chat, check_effort
 
@@ -129,13 +129,14 @@ def write_traces(path: str | Path, traces: Sequence[Trace]) -> None:
     `length` counts prompt and completion tokens; `log_probs`, `experts` and `unscored` are there when a trace has them.
     """
     if Path(path).suffix == ".jsonl":
-        with open(path, "w", encoding="utf-8") as file:
+        with naming(Path(path)), open(path, "w", encoding="utf-8") as file:
             file.writelines(_line(trace) for trace in traces)
         return
     rows = [{**_row(trace), "details": json.dumps(dict(trace.details))} for trace in traces]
     absent = [name for name in ("log_probs", "experts", "unscored") if not any(name in row for row in rows)]
     schema = pa.schema([column for column in _SCHEMA if column.name not in absent])
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
+    with naming(Path(path)):
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
 
 
 def append_trace(file: TextIO, trace: Trace) -> None:

@@ -18,6 +18,8 @@ from puzzle_jax.commands import Parser, guarded
 from puzzle_jax.consoles import plain_console
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.planning import GB, device_limit, read_model, virtual_devices
+from puzzle_jax.recipe_fields import checked_arguments
+from puzzle_jax.recipe_files import OTHER_OPTIONS
 from puzzle_jax.search.hardware import HARDWARE
 from puzzle_jax.search.plan import LENS, RANK, SCORE, TRACE, PlannedSearch, StageMemory, plan_search
 from puzzle_jax.search.recipe import Recipe
@@ -59,7 +61,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--hardware", choices=[name for name in HARDWARE if name != "local"], help="whose memory there is")
     add("--hbm-gb", type=float, default=80.0, metavar="GB", help="memory of a device, in 10^9 bytes (default: 80.0)")
     add("--prompt-tokens", type=int, default=1024, metavar="N", help="of the longest prompt (default: 1024)")
-    return guarded(_PROG, lambda: _run(*parser.parse_known_args(arguments)))
+
+    def run() -> None:
+        options, others = parser.parse_known_args(arguments)
+        checked_arguments(others, Recipe, [*parser.options(others), *OTHER_OPTIONS])
+        _run(options, others)
+
+    return guarded(_PROG, run)
 
 
 def _run(options: argparse.Namespace, others: Sequence[str]) -> None:

@@ -46,6 +46,7 @@ __all__ = [
 
 # Ways to pick sets of limits that are looked into where a program is infeasible, and that its message goes through.
 _CASES_EXAMINED, _CASES_EXPLAINED = 24, 8
+_MOST_SOLUTIONS = 10_000
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,9 @@ def solve(
       PuzzleError: a setting is impossible, or the time limit passed with no feasible point.
     """
     _require("num_solutions", num_solutions, int, num_solutions >= 1, "at least 1")
+    _require("num_solutions", num_solutions, int, num_solutions <= _MOST_SOLUTIONS, f"at most {_MOST_SOLUTIONS}")
     _require("min_distance", min_distance, int, min_distance >= 1, "at least 1")
-    _require("time_limit", time_limit, (int, float), time_limit > 0, "above 0 seconds")
+    _require("time_limit", time_limit, (int, float), 0 < time_limit < inf, "a finite number above 0 seconds")
     _require("gap", gap, (int, float), 0 <= gap < inf, "at least 0")
     compiled = compile_program(program, keep_dominated_by=num_solutions)
     found: list[np.ndarray] = []

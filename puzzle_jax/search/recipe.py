@@ -11,16 +11,15 @@ from math import inf, isfinite
 from pathlib import Path
 from typing import Any, Literal
 
-from puzzle_jax.errors import ConfigError, check_range
+from puzzle_jax.errors import MOST_SEED, MOST_TOGETHER, MOST_TOKENS, ConfigError, check_range
 from puzzle_jax.search.baselines import BASELINES
 from puzzle_jax.search.scenario import Scenario, Target
 from puzzle_jax.search.space import DEFAULT_FRACTIONS, Restriction
 from puzzle_jax.tasks import EFFORTS, check_effort
 from puzzle_jax.temperature import check_temperature
 
-MOST_PROBLEMS, MOST_TOGETHER, MOST_TOKENS = 100_000, 1 << 20, 1 << 31
-"""Bounds of settings, so that a slip of the finger is a sentence and no endless run: problems of a task, answers or
-devices together, tokens."""
+MOST_PROBLEMS = 100_000
+"""Of a task; more have no seeds of their own."""
 
 EMBEDDED_PARENT = Path(__file__).parent.parent / "assets" / "tiny"
 
@@ -62,14 +61,14 @@ class TraceSettings:
         for effort in self.efforts if self.tasks else self.max_tokens:
             if self.max_tokens.get(effort, 0) < 1:
                 raise ConfigError(f"traces.max_tokens has no limit of at least 1 for effort {effort!r}")
+            check_range(f"traces.max_tokens.{effort}", self.max_tokens[effort], 1, MOST_TOKENS)
         for name in ("calibration", "validation", "confirmation", "heldout"):
             check_range(f"traces.{name}", getattr(self, name), 1, MOST_PROBLEMS)
         check_range("traces.batch_size", self.batch_size, 1, MOST_TOGETHER)
         _check_distinct("traces.tasks", self.tasks, may_be_empty=True)
         _check_distinct("traces.efforts", self.efforts)
         check_temperature("traces.temperature", self.temperature)
-        if self.seed < 0:
-            raise ConfigError(f"traces.seed is {self.seed}, but must be at least 0")
+        check_range("traces.seed", self.seed, 0, MOST_SEED)
 
 
 @dataclass(frozen=True)
@@ -90,6 +89,9 @@ class SpaceSettings:
 
     def __post_init__(self) -> None:
         _check_distinct("space.fractions", self.fractions)
+        check_range("space.divisor", self.divisor, 1, MOST_TOGETHER)
+        for window in self.windows:
+            check_range("space.windows", window, 1, MOST_TOKENS)
         _check_distinct("space.windows", self.windows, may_be_empty=True)
 
 
@@ -119,8 +121,7 @@ class ScoreSettings:
     def __post_init__(self) -> None:
         for name in ("first", "draws", "tokens_per_batch", "per_call", "keep_every"):
             check_range(f"score.{name}", getattr(self, name), 1, MOST_TOKENS)
-        if self.keep_sets < 0:
-            raise ConfigError(f"score.keep_sets is {self.keep_sets}, but must be at least 0")
+        check_range("score.keep_sets", self.keep_sets, 0, MOST_TOGETHER)
 
 
 @dataclass(frozen=True)
@@ -140,10 +141,8 @@ class RefineSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.rounds <= 2:
             raise ConfigError(f"refine.rounds is {self.rounds}, but must be 0, 1 or 2")
-        if self.swaps < 0:
-            raise ConfigError(f"refine.swaps is {self.swaps}, but must be at least 0")
-        if self.proposals < 0:
-            raise ConfigError(f"refine.proposals is {self.proposals}, but must be at least 0")
+        check_range("refine.swaps", self.swaps, 0, MOST_TOGETHER)
+        check_range("refine.proposals", self.proposals, 0, MOST_TOGETHER)
 
 
 @dataclass(frozen=True)
@@ -186,9 +185,8 @@ class EvaluateSettings:
 
     def __post_init__(self) -> None:
         check_range("evaluate.problems", self.problems, 1, MOST_PROBLEMS)
-        for name in ("rounds", "seed"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"evaluate.{name} is {getattr(self, name)}, but must be at least 0")
+        check_range("evaluate.rounds", self.rounds, 0, MOST_TOGETHER)
+        check_range("evaluate.seed", self.seed, 0, MOST_SEED)
         _check_distinct("evaluate.baselines", self.baselines, may_be_empty=True)
         for name in self.baselines:
             if name not in BASELINES:

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from puzzle_jax.errors import PuzzleError
-from puzzle_jax.files import PARTIAL
+from puzzle_jax.files import PARTIAL, naming
 from puzzle_jax.runs import RUN_FILE, canonical, difference, locked, version, write_json
 from puzzle_jax.search.stage_record import STAGE_FILE, StageRecord, read_stage_record
 
@@ -109,8 +109,9 @@ def run_stage(
         kept = final.with_name(f".{final.name}{_KEPT}{_short_hash(key, version('jax'))}")
         start = time.perf_counter()
         try:
-            partial.mkdir()
-            produce(partial, kept)
+            with naming(final):
+                partial.mkdir()
+                produce(partial, kept)
             seconds = time.perf_counter() - start
             outputs = {path: _file_digest(partial / path) for path in _files(partial)}
             write_json(

@@ -107,9 +107,7 @@ class Xla:
 
     def __post_init__(self) -> None:
         if self.device_of is tpu_device and importlib.util.find_spec("libtpu") is None:
-            raise ConfigError(
-                "xla costs need XLA's compiler for TPUs: pip install 'puzzle-jax[tpu]'; a TPU is not needed"
-            )
+            raise ConfigError("xla costs need XLA's compiler for TPUs: pip install 'jax[tpu]'; a TPU is not needed")
 
     @property
     def name(self) -> str:

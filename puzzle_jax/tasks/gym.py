@@ -228,7 +228,7 @@ def _library() -> Any:
     if importlib.util.find_spec("reasoning_gym") is None:
         raise ConfigError(
             f"tasks named {PREFIX}<family> need the package reasoning-gym, which is not installed; "
-            "pip install 'puzzle-jax[reasoning-gym]' installs it"
+            "pip install reasoning-gym installs it"
         )
     import reasoning_gym
 

@@ -44,15 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prog = PROGRAM if verb is None else f"{PROGRAM} {verb}"
     kept = "the same command goes on from the last checkpoint"
     if verb == GRPO:
-        command = importlib.import_module("puzzle_jax.train.grpo_command")
-        enable_compilation_cache()
-        return guarded(prog, lambda: command.run(arguments[1:], prog, console), interrupted=kept)
+        grpo = importlib.import_module("puzzle_jax.train.grpo_command")
+        return guarded(prog, lambda: _cached(grpo, arguments[1:], prog, console), interrupted=kept)
     if verb in RECIPE_VERBS:
-        command = importlib.import_module("puzzle_jax.train.distill_command")
-        enable_compilation_cache()
-        return guarded(
-            prog, lambda: command.run(arguments[1:], prog, console, blocks=RECIPE_VERBS[verb]), interrupted=kept
-        )
+        distill = importlib.import_module("puzzle_jax.train.distill_command")
+        blocks = RECIPE_VERBS[verb]
+        return guarded(prog, lambda: _cached(distill, arguments[1:], prog, console, blocks=blocks), interrupted=kept)
     parser = Parser(prog=PROGRAM, description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     verbs = parser.add_subparsers(dest="verb", required=True)
@@ -63,10 +60,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def run() -> None:
         options = parser.parse_args(arguments)
-        enable_compilation_cache()
-        _command(options.verb).run(options, console)
+        _cached(_command(options.verb), options, console)
 
     return guarded(prog, run, interrupted=kept)
+
+
+def _cached(command: Any, *arguments: Any, **options: Any) -> None:
+    """Runs a command, with the cache of compiled programs."""
+    enable_compilation_cache()
+    command.run(*arguments, **options)
 
 
 def _command(verb: str) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from puzzle_jax.errors import ConfigError
+from puzzle_jax.errors import MOST_TOGETHER, ConfigError, check_range
 from puzzle_jax.evaluate.accuracy import QuestionSet
 from puzzle_jax.evaluate.settings import MAX_TOKENS
 from puzzle_jax.tasks import EFFORTS, TASKS
@@ -87,8 +87,8 @@ def _check_options(options: argparse.Namespace) -> None:
         raise ConfigError("--weights is given without --problems, the number of problems of each task to ask")
     if options.temperature is not None:
         check_temperature("--temperature", options.temperature)
-    if options.batch_size is not None and options.batch_size < 1:
-        raise ConfigError(f"--batch-size is {options.batch_size}, but must be at least 1")
+    if options.batch_size is not None:
+        check_range("--batch-size", options.batch_size, 1, MOST_TOGETHER)
 
 
 def _sweep(options: argparse.Namespace, pair: Pair) -> Sweep:

@@ -11,6 +11,7 @@ Problems of the held-out split never appear. Left out: splitting an example over
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from puzzle_jax.errors import ConfigError
+from puzzle_jax.errors import MOST_TIMES, MOST_TOGETHER, MOST_TOKENS, ConfigError, check_range
 from puzzle_jax.tasks import Chat, WorkedTask, is_held_out
 from puzzle_jax.train.rows import Example, OpenRows
 from puzzle_jax.train.rows import pack as pack_rows
@@ -46,7 +47,10 @@ class Bucket:
     def __post_init__(self) -> None:
         if self.length < 1 or self.rows < 1:
             raise ConfigError(f"bucket of {self.rows} rows of {self.length} tokens: both must be at least 1")
-        if not self.weight > 0:
+        check_range("bucket length", self.length, 1, MOST_TOKENS)
+        check_range("bucket rows", self.rows, 1, MOST_TOGETHER)
+        check_range(f"bucket of length {self.length}: start", self.start, 0, MOST_TIMES)
+        if not 0 < self.weight < math.inf:
             raise ConfigError(f"bucket of length {self.length}: weight is {self.weight}, but must be above 0")
         if not 1 <= self.shortest <= self.length:
             raise ConfigError(

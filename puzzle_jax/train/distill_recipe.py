@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from puzzle_jax.errors import ConfigError
+from puzzle_jax.errors import MOST_SEED, MOST_TOGETHER, ConfigError, check_range
 from puzzle_jax.train.loop import LoopSettings
 from puzzle_jax.train.objectives import LossSettings
 from puzzle_jax.train.optimizer import OptimizerSettings
@@ -33,9 +33,7 @@ class MeshSettings:
 
     def __post_init__(self) -> None:
         for name in ("data", "sequence", "model", "processes"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"mesh.{name} is {getattr(self, name)}, but must be at least 1")
-
+            check_range(f"mesh.{name}", getattr(self, name), 1, MOST_TOGETHER)
         if self.devices % self.processes:
             raise ConfigError(
                 f"mesh has {self.devices} devices (data x sequence x model), but must have a multiple of "
@@ -60,8 +58,7 @@ def check_run(train: Sequence[str], seed: int) -> None:
     for name in train:
         if name not in FREED:
             raise ConfigError(f"train has {name!r}, but must be of {', '.join(FREED)}")
-    if not 0 <= seed < 2**32:
-        raise ConfigError(f"seed is {seed}, but must be from 0 to {2**32 - 1}")
+    check_range("seed", seed, 0, MOST_SEED)
 
 
 @dataclass(frozen=True)
@@ -86,8 +83,7 @@ class DataSettings:
     heldout: int = 64
 
     def __post_init__(self) -> None:
-        if self.heldout < 1:
-            raise ConfigError(f"data.heldout is {self.heldout}, but must be at least 1")
+        check_range("data.heldout", self.heldout, 1, MOST_TOGETHER)
         self.of((Path("-"),))
 
     def of(self, paths: tuple[Path, ...]) -> TraceSettings:
@@ -135,8 +131,7 @@ class DistillRecipe:
 
     def __post_init__(self) -> None:
         check_run(self.train, self.seed)
-        if self.top_k < 1:
-            raise ConfigError(f"top_k is {self.top_k}, but must be at least 1")
+        check_range("top_k", self.top_k, 1, MOST_TOGETHER)
         if not self.trace_paths:
             raise ConfigError("traces is empty, but must name a file or directory")
         if self.optimizer.warmup_steps > self.loop.steps:

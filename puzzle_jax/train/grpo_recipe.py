@@ -8,7 +8,14 @@ from math import isfinite
 from pathlib import Path
 from typing import Literal
 
-from puzzle_jax.errors import ConfigError
+from puzzle_jax.errors import (
+    MOST_PROCESSES,
+    MOST_TIMES,
+    MOST_TOGETHER,
+    MOST_TOKENS,
+    ConfigError,
+    check_range,
+)
 from puzzle_jax.evaluate.settings import MAX_TOKENS
 from puzzle_jax.model.cache_format import CACHE_DTYPES
 from puzzle_jax.tasks import check_effort
@@ -42,16 +49,12 @@ class RolloutSettings:
     cache: str = "compute"
 
     def __post_init__(self) -> None:
-        if self.group < 2:
-            raise ConfigError(f"rollout.group is {self.group}, but must be at least 2, to compare answers")
-        if self.slots < 1:
-            raise ConfigError(f"rollout.slots is {self.slots}, but must be at least 1")
-        if self.resample < 0:
-            raise ConfigError(f"rollout.resample is {self.resample}, but must be at least 0")
+        check_range("rollout.group", self.group, 2, MOST_TOGETHER)  # answers that are compared
+        check_range("rollout.slots", self.slots, 1, MOST_TOGETHER)
+        check_range("rollout.resample", self.resample, 0, MOST_TOGETHER)
         for effort, limit in self.max_tokens.items():
             check_effort(effort)
-            if limit < 1:
-                raise ConfigError(f"rollout.max_tokens.{effort} is {limit}, but must be at least 1")
+            check_range(f"rollout.max_tokens.{effort}", limit, 1, MOST_TOKENS)
         if self.cache not in CACHE_DTYPES:
             raise ConfigError(f"rollout.cache is {self.cache!r}, but must be one of {', '.join(CACHE_DTYPES)}")
 
@@ -82,8 +85,7 @@ class RewardSettings:
     def __post_init__(self) -> None:
         if not 0 < self.time_limit < float("inf"):
             raise ConfigError(f"reward.time_limit is {self.time_limit}, but must be a finite number of seconds above 0")
-        if self.judges < 1:
-            raise ConfigError(f"reward.judges is {self.judges}, but must be at least 1")
+        check_range("reward.judges", self.judges, 1, MOST_PROCESSES)
         if self.right is not None and not isfinite(self.right):
             raise ConfigError(f"reward.right is {self.right}, but must be a finite number")
         for name in self.environment or ():
@@ -113,9 +115,10 @@ class UpdateSettings:
     vocab_chunk: int = 4096
 
     def __post_init__(self) -> None:
-        for name in ("row_length", "rows", "updates", "token_chunk", "vocab_chunk"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"update.{name} is {getattr(self, name)}, but must be at least 1")
+        for name in ("row_length", "token_chunk", "vocab_chunk"):
+            check_range(f"update.{name}", getattr(self, name), 1, MOST_TOKENS)
+        for name in ("rows", "updates"):
+            check_range(f"update.{name}", getattr(self, name), 1, MOST_TOGETHER)
 
 
 @dataclass(frozen=True)
@@ -140,8 +143,7 @@ class WatchSettings:
 
     def __post_init__(self) -> None:
         for name, least in (("problems", 1), ("transcripts", 0), ("transcript_groups", 1), ("collapse_steps", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"watch.{name} is {getattr(self, name)}, but must be at least {least}")
+            check_range(f"watch.{name}", getattr(self, name), least, MOST_TIMES)
         if not 0 <= self.collapse < 1:
             raise ConfigError(f"watch.collapse is {self.collapse}, but must be at least 0 and below 1")
 

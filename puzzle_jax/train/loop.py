@@ -31,7 +31,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from rich.console import Console
 
-from puzzle_jax.errors import ConfigError, PuzzleError
+from puzzle_jax.errors import MOST_TIMES, ConfigError, PuzzleError, check_range
 from puzzle_jax.progress import progress
 from puzzle_jax.runs import locked, open_run
 from puzzle_jax.train.checkpoints import Checkpoints, abstract_state
@@ -70,6 +70,7 @@ class LoopSettings:
             value, least = getattr(self, item.name), 0 if item.name in ("evaluate_every", "keep_best") else 1
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ConfigError(f"loop.{item.name} is {value!r}, but must be a whole number of at least {least}")
+            check_range(f"loop.{item.name}", value, least, MOST_TIMES)
 
 
 @dataclass

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from puzzle_jax.errors import ConfigError
+from puzzle_jax.errors import MOST_TOKENS, ConfigError, check_range
 from puzzle_jax.model.spec import Params
 from puzzle_jax.temperature import GREATEST_TEMPERATURE, LEAST_LOSS_TEMPERATURE
 from puzzle_jax.train import losses
@@ -72,8 +72,7 @@ class LossSettings:
                 f"to {GREATEST_TEMPERATURE:g}"
             )
         for name in ("token_chunk", "vocab_chunk"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"loss.{name} is {getattr(self, name)}, but must be at least 1")
+            check_range(f"loss.{name}", getattr(self, name), 1, MOST_TOKENS)
 
     @property
     def shares(self) -> dict[str, float]:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from puzzle_jax.errors import ConfigError
+from puzzle_jax.errors import MOST_TIMES, ConfigError, check_range
 
 OPTIMIZERS = ("adamw", "adam", "sgd", "lion", "muon")
 SCHEDULES = ("constant", "cosine", "linear", "wsd")
@@ -75,6 +75,7 @@ class OptimizerSettings:
         for name in ("warmup_steps", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"optimizer.{name} is {getattr(self, name)}, but must be at least 0")
+        check_range("optimizer.warmup_steps", self.warmup_steps, 0, MOST_TIMES)
         for name in ("b1", "b2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"optimizer.{name} is {getattr(self, name)}, but must be in [0, 1)")

@@ -19,7 +19,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from puzzle_jax.config import ModelConfig
-from puzzle_jax.errors import ConfigError
+from puzzle_jax.errors import MOST_TOKENS, ConfigError, check_range
 from puzzle_jax.model.child import Child
 from puzzle_jax.model.sharding import make_training_mesh, on_mesh, stacked_sharding
 from puzzle_jax.model.spec import EXPERT_MATRICES, Params
@@ -78,8 +78,8 @@ class PlannedJob:
     def __post_init__(self) -> None:
         for name in ("row_length", "rows", "micro_batches", "top_k"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}, but must be at least 1")
+            if value is not None:
+                check_range(name, value, 1, MOST_TOKENS)
         for name, axis in (("rows", "data"), ("row_length", "sequence")):
             value, devices = getattr(self, name), getattr(self.mesh, axis)
             if value % devices:

@@ -25,7 +25,7 @@ from math import isfinite
 from types import MappingProxyType
 from typing import Any, Literal
 
-from puzzle_jax.errors import ConfigError
+from puzzle_jax.errors import MOST_TOKENS, ConfigError, check_range
 from puzzle_jax.tasks.base import EFFORTS
 
 NAMES = ("grpo", "dapo", "dr_grpo", "gspo", "cispo")
@@ -105,12 +105,11 @@ class PolicySettings:
         for name in ("advantage_clip", "kl", "entropy", "importance_cap", "length_bonus", "length_penalty"):
             self._check(name, lambda value: value >= 0, "a finite number of at least 0")
         self._check("length_weight", lambda value: value > 0, "a finite number above 0")
-        self._check("overlong_cache", lambda value: value >= 0, "at least 0")
+        self._check("overlong_cache", lambda value: 0 <= value <= MOST_TOKENS, f"from 0 to {MOST_TOKENS}")
         for effort, budget in self.length_budgets.items():
             if effort not in EFFORTS:
                 raise ConfigError(f"loss.length_budgets has {effort!r}, but must be of {', '.join(EFFORTS)}")
-            if budget < 1:
-                raise ConfigError(f"loss.length_budgets.{effort} is {budget}, but must be at least 1")
+            check_range(f"loss.length_budgets.{effort}", budget, 1, MOST_TOKENS)
         whole = self.resolved
         if whole.surrogate == "cispo" and whole.dual_clip:
             raise ConfigError(f"loss.dual_clip is {whole.dual_clip}, but must be 0 where loss.surrogate is 'cispo'")

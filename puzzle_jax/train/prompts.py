@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from puzzle_jax.errors import ConfigError, PuzzleError
+from puzzle_jax.errors import MOST_TOGETHER, ConfigError, PuzzleError, check_range
 from puzzle_jax.evaluate.accuracy import SEED_STRIDE, SPLIT_STRIDE, SPLITS, QuestionSet
 from puzzle_jax.tasks import EFFORTS, TASKS, FiniteTask, Problem, check_effort, get_task, problems
 
@@ -62,8 +62,7 @@ class PromptSettings:
         if not self.efforts:
             raise ConfigError(f"prompts.efforts is empty, but must hold at least one of {', '.join(EFFORTS)}")
         for name in ("prompts", "min_answers"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"prompts.{name} is {getattr(self, name)}, but must be at least 1")
+            check_range(f"prompts.{name}", getattr(self, name), 1, MOST_TOGETHER)
         if not 0 <= self.min_pass_rate < self.max_pass_rate <= 1:
             raise ConfigError(
                 f"prompts.min_pass_rate is {self.min_pass_rate} and prompts.max_pass_rate {self.max_pass_rate}, but "

@@ -7,13 +7,14 @@ sentence before any work starts. Left out: task difficulty, which belongs to `pu
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from puzzle_jax.config import BlockConfig, ModelConfig, RopeConfig
-from puzzle_jax.errors import ConfigError
+from puzzle_jax.errors import MOST_SEED, MOST_TIMES, ConfigError, check_range, shown
 from puzzle_jax.files import parse_yaml, read_text
 from puzzle_jax.tasks import PRETRAINING_TASKS, check_effort
 from puzzle_jax.train.data import Bucket
@@ -69,24 +70,26 @@ class PretrainRecipe:
             check_effort(effort)
         for name in ("tasks", "efforts"):
             weights = getattr(self, name)
-            if not weights or not all(weight > 0 for weight in weights.values()):
+            if not weights or not all(0 < weight < math.inf for weight in weights.values()):
                 raise ConfigError(f"{name} is {dict(weights)}, but needs weights above 0")
         for name in ("steps", "final_steps", "warmup_steps", "save_every", "held_out"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} is {value!r}, but must be a whole number of at least 1")
+                raise ConfigError(f"{name} is {shown(value)}, but must be a whole number of at least 1")
+            check_range(name, value, 1, MOST_TIMES)
+        check_range("seed", self.seed, 0, MOST_SEED)
         if self.warmup_steps + self.final_steps > self.steps:
             raise ConfigError(
                 f"warmup_steps and final_steps are {self.warmup_steps} and {self.final_steps}, "
                 f"but must fit into steps ({self.steps})"
             )
         for name in ("learning_rate", "clip_norm", "embedding_scale", "residual_scale"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} is {getattr(self, name)}, but must be above 0")
         if not 0 <= self.adam_b2 < 1:
             raise ConfigError(f"adam_b2 is {self.adam_b2}, but must be in [0, 1)")
         for name in ("weight_decay", "balance"):
-            if not getattr(self, name) >= 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} is {getattr(self, name)}, but must be at least 0")
         longest = max((bucket.length for bucket in self.buckets), default=0)
         if longest > self.model.max_position:

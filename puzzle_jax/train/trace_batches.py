@@ -170,7 +170,7 @@ def _order(examples: Sequence[TraceExample], settings: TraceSettings) -> Any:
     try:
         import grain
     except ImportError:
-        raise PuzzleError("training on traces needs grain: pip install puzzle-jax[train]") from None
+        raise PuzzleError("training on traces needs grain: pip install grain") from None
 
     groups: dict[tuple[str, str], list[int]] = {}
     for index, example in enumerate(examples):

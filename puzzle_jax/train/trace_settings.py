@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
 
-from puzzle_jax.errors import ConfigError
+from puzzle_jax.errors import MOST_SEED, MOST_TOGETHER, MOST_TOKENS, ConfigError, check_range
 from puzzle_jax.tasks import check_effort
 
 OVER_LONG = ("drop", "cut", "refuse")
@@ -50,13 +50,11 @@ class TraceSettings:
     def __post_init__(self) -> None:
         if not self.paths:
             raise ConfigError("paths names no file of traces, but must name at least one")
-        if self.row_length < 2:
-            raise ConfigError(f"row_length is {self.row_length}, but must be at least 2, a prompt and an answer")
-        for name in ("rows", "micro_batches", "min_completion", "open_rows"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}, but must be at least 1")
-        if self.seed < 0:
-            raise ConfigError(f"seed is {self.seed}, but must be at least 0")
+        check_range("row_length", self.row_length, 2, MOST_TOKENS)  # a prompt and an answer
+        check_range("min_completion", self.min_completion, 1, MOST_TOKENS)
+        for name in ("rows", "micro_batches", "open_rows"):
+            check_range(name, getattr(self, name), 1, MOST_TOGETHER)
+        check_range("seed", self.seed, 0, MOST_SEED)
         if self.over_long not in OVER_LONG:
             raise ConfigError(f"over_long is {self.over_long!r}, but must be one of {', '.join(OVER_LONG)}")
         for effort in self.effort_weights:

@@ -24,7 +24,7 @@ from puzzle_jax.config import ModelConfig
 from puzzle_jax.convert_hf.describe import describe_checkpoint
 from puzzle_jax.convert_hf.load import load_checkpoint
 from puzzle_jax.convert_hf.token_ids import check_tokenizer
-from puzzle_jax.errors import ConfigError, PuzzleError
+from puzzle_jax.errors import MOST_TOGETHER, ConfigError, PuzzleError, check_range
 from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions, check_context, unscored_note
 from puzzle_jax.evaluate.settings import MAX_TOKENS
 from puzzle_jax.files import PARTIAL
@@ -129,8 +129,7 @@ def answer_limits(text: str, efforts: Sequence[str]) -> dict[str, int]:
 
 def _check_numbers(options: argparse.Namespace) -> None:
     check_temperature("--temperature", options.temperature)
-    if options.batch_size < 1:
-        raise ConfigError(f"--batch-size is {options.batch_size}, but must be at least 1")
+    check_range("--batch-size", options.batch_size, 1, MOST_TOGETHER)
 
 
 def _check_out(out: Path) -> None:

@@ -122,7 +122,7 @@ def test_other_hardware_is_refused():
 
 def test_a_missing_compiler_is_one_sentence(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"xla costs need XLA's compiler for TPUs: pip install 'puzzle-jax\[tpu\]'"):
+    with pytest.raises(ConfigError, match=r"xla costs need XLA's compiler for TPUs: pip install 'jax\[tpu\]'"):
         Xla()
 
 

@@ -184,6 +184,6 @@ def test_unknown_families_name_close_ones():
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    message = r"need the package reasoning-gym, which is not installed; pip install 'puzzle-jax\[reasoning-gym\]'"
+    message = r"need the package reasoning-gym, which is not installed; pip install reasoning-gym installs it"
     with pytest.raises(ConfigError, match=message):
         get_task("reasoning-gym:sudoku")

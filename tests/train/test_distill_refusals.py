@@ -45,7 +45,7 @@ def origin(directory) -> Inputs:
         ({"loss__colour": "blue"}, "colour"),
         ({"train": "[norms]"}, "train has 'norms', but must be of router, experts"),
         ({"top_k": 0}, "top_k is 0, but must be at least 1"),
-        ({"seed": -1}, "seed is -1, but must be from 0"),
+        ({"seed": -1}, "seed is -1, but must be at least 0"),
         ({"seed": 2**40}, "seed is 1099511627776, but must be from 0"),
         ({"remat": "perhaps"}, "remat"),
         ({"data__rows": 0}, "data.rows is 0, but must be at least 1"),

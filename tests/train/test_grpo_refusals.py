@@ -38,7 +38,7 @@ def inputs(directory: Path, **changes) -> GrpoInputs:
         ({"train": "[norms]"}, "train has 'norms', but must be of router, experts"),
         ({"export": "worst"}, "export"),
         ({"export": "best", "loop__keep_best": 0}, "export is 'best' and loop.keep_best 0"),
-        ({"seed": -1}, "seed is -1, but must be from 0"),
+        ({"seed": -1}, "seed is -1, but must be at least 0"),
         ({"seed": 2**40}, "seed is 1099511627776, but must be from 0"),
         ({"prompts__tasks": "{chess: 1}"}, "task is 'chess', but must be one of"),
         ({"prompts__tasks": "{none.jsonl: 1}"}, "none.jsonl cannot be read"),

@@ -263,7 +263,7 @@ def test_weights_that_fit_no_trace_are_refused(monkeypatch):
     with pytest.raises(PuzzleError, match="there is no trace to train on"):
         TraceBatches([], settings(), 0)
     monkeypatch.setitem(sys.modules, "grain", None)
-    with pytest.raises(PuzzleError, match=r"needs grain: pip install puzzle-jax\[train\]"):
+    with pytest.raises(PuzzleError, match=r"needs grain: pip install grain"):
         TraceBatches(EXAMPLES, settings(), 0)
 
 
