@@ -178,7 +178,7 @@ def mendable(error: BaseException) -> str | None:
     if isinstance(error, PuzzleError):
         return str(error)
     of_system = system_error(error)
-    if of_system is not None and of_system.errno in _MENDABLE:
+    if of_system is not None and of_system.errno is not None and of_system.errno in _MENDABLE:
         return f"{_of_file(of_system)}{os.strerror(of_system.errno)}"
     if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError | PermissionError):
         return _line(str(error))  # of a library that says it without the system's number
