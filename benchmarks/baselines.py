@@ -21,11 +21,11 @@ from rich.console import Console
 from rich.table import Table
 
 from puzzle_jax.commands import enable_compilation_cache
-from puzzle_jax.search.baselines import all_baselines
+from puzzle_jax.costs.scenario import Target
 from puzzle_jax.search.pipeline import Search
 from puzzle_jax.search.recipe import RefineSettings
 from puzzle_jax.search.recipe_file import parse_recipe
-from puzzle_jax.search.scenario import Target
+from puzzle_jax.search.solve.baselines import all_baselines
 
 TARGETS = [(0.8, 1.2), (0.65, 1.3), (0.5, 1.2), (0.5, 1.4), (0.4, 1.3)]
 """Most expert bytes, least speed-up; relative to the parent."""

@@ -93,9 +93,9 @@ def make(root: Path, settings: argparse.Namespace) -> dict[str, float]:
     """A checkpoint of random bytes that are all valid: scales near 127, bfloat16 numbers near 1."""
     import numpy as np
 
-    from puzzle_jax.convert_hf.config_json import write_config
+    from puzzle_jax.convert_hf.configuration.config_json import write_config
     from puzzle_jax.convert_hf.table import checkpoint_tensors
-    from puzzle_jax.convert_hf.tensor_writer import Plan, PlannedTensor, write_checkpoint
+    from puzzle_jax.convert_hf.tensors.writer import Plan, PlannedTensor, write_checkpoint
 
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 128, CHUNK, np.uint8)
@@ -155,8 +155,8 @@ def disk_read(root: Path, settings: argparse.Namespace) -> dict[str, float]:
 def load(root: Path, settings: argparse.Namespace) -> dict[str, float]:
     import jax
 
-    from puzzle_jax.convert_hf import tensor_files
     from puzzle_jax.convert_hf.load import load_checkpoint
+    from puzzle_jax.convert_hf.tensors import files as tensor_files
     from puzzle_jax.model.sharding import make_mesh
 
     devices = len(jax.devices())
@@ -192,7 +192,7 @@ def load(root: Path, settings: argparse.Namespace) -> dict[str, float]:
 
 def export(root: Path, settings: argparse.Namespace) -> dict[str, float]:
     from puzzle_jax.convert_hf.export import export_child
-    from puzzle_jax.convert_hf.tensor_files import open_tensors
+    from puzzle_jax.convert_hf.tensors.files import open_tensors
 
     for path in (root / "model").glob("*.safetensors"):
         _drop(path)

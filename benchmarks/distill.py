@@ -209,7 +209,7 @@ def ours(settings: argparse.Namespace) -> dict[str, Any]:
     import jax.numpy as jnp
 
     from puzzle_jax.convert_hf.load import load_checkpoint
-    from puzzle_jax.train.objectives import Distillation, Fixed, LossSettings
+    from puzzle_jax.train.distill.objectives import Distillation, Fixed, LossSettings
     from puzzle_jax.train.optimizer import OptimizerSettings, make_optimizer
     from puzzle_jax.train.placement import Placement
     from puzzle_jax.train.rows import Packed
@@ -308,7 +308,7 @@ def loss_ours(settings: argparse.Namespace) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from puzzle_jax.train.head_losses import Head, head_loss
+    from puzzle_jax.train.losses.head import Head, head_loss
 
     x, y, own, teachers = map(jax.device_put, loss_inputs(settings))
     norm, weights = jnp.ones(settings.hidden), jnp.full(len(x), 1 / len(x))

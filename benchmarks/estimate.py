@@ -15,14 +15,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from puzzle_jax.search.assumptions import Assumptions, Efficiencies, Efficiency, Operations, default_assumptions
-from puzzle_jax.search.deployments import get_scenario
-from puzzle_jax.search.estimate import compare, estimate
-from puzzle_jax.search.estimate_command import read_architecture
-from puzzle_jax.search.hardware import Hardware, hardware_named
-from puzzle_jax.search.roofline import Roofline
-from puzzle_jax.search.routing import Profile
-from puzzle_jax.search.scenario import Scenario
+from puzzle_jax.costs.assumptions import Assumptions, Efficiencies, Efficiency, Operations, default_assumptions
+from puzzle_jax.costs.deployments import get_scenario
+from puzzle_jax.costs.estimate import compare, estimate
+from puzzle_jax.costs.estimate_command import read_architecture
+from puzzle_jax.costs.hardware import Hardware, hardware_named
+from puzzle_jax.costs.roofline import Roofline
+from puzzle_jax.costs.routing import Profile
+from puzzle_jax.costs.scenario import Scenario
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "costs.md"
 PUBLISHED = Path(__file__).parent / "published"

@@ -3,7 +3,7 @@
     python benchmarks/measured_costs.py [--rounds N] [--clock cpu] [--json PATH]
 
 A random parent of 6 layers (44M parameters, full attention) and nine children with fewer experts and narrower windows
-are predicted by `search.measured` (every distinct sub-block timed once) and then run whole by the generation engine
+are predicted by `costs.measured` (every distinct sub-block timed once) and then run whole by the generation engine
 (`evaluate.throughput`), in turns. What counts is the error of the predicted tokens per second, and whether the order
 of the architectures is right. `--clock cpu` counts the seconds of the process' own work, on both sides, for machines
 that others use too; they are no wall-clock seconds, but the sums must hold for them likewise.
@@ -28,14 +28,14 @@ from scipy.stats import spearmanr
 
 from puzzle_jax.commands import enable_compilation_cache
 from puzzle_jax.config import BlockConfig, ModelConfig
+from puzzle_jax.costs.measured import Measured, device_identity
+from puzzle_jax.costs.scenario import Scenario
+from puzzle_jax.costs.table import compute_costs
 from puzzle_jax.evaluate.throughput import Spread, measure_throughput
 from puzzle_jax.generate.sampling import Sampling
 from puzzle_jax.model.child import Child, ChildBlock, cut_params
 from puzzle_jax.model.spec import count_params, init_params
 from puzzle_jax.progress import progress
-from puzzle_jax.search.costs import compute_costs
-from puzzle_jax.search.measured import Measured, device_identity
-from puzzle_jax.search.scenario import Scenario
 from puzzle_jax.search.space import ExpertChoice, Space, candidate_windows
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}

@@ -1,4 +1,4 @@
-"""Our `puzzle_jax.search.program.solve` beside CBC through PuLP, on the same random programs, to the same proven gap.
+"""Our `puzzle_jax.program.solve.solve` beside CBC through PuLP, on the same random programs, to the same proven gap.
 
     python benchmarks/milp.py [--instances 20] [--gap 0.01] [--time-limit 20] [--clock cpu] [--json PATH]
 
@@ -44,7 +44,7 @@ from rich.console import Console
 from rich.table import Table
 
 from puzzle_jax.errors import PuzzleError
-from puzzle_jax.search.program import Limit, Program, solve
+from puzzle_jax.program.solve import Limit, Program, solve
 
 try:
     import pulp

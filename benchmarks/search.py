@@ -31,23 +31,23 @@ from scipy.stats import spearmanr
 
 from puzzle_jax.commands import enable_compilation_cache
 from puzzle_jax.config import BlockConfig, ModelConfig
+from puzzle_jax.costs.scenario import Scenario, Target
 from puzzle_jax.generate.batches import MicroBatch, micro_batches
 from puzzle_jax.generate.traces import Trace
 from puzzle_jax.model.child import Child, ChildBlock
 from puzzle_jax.model.network import embed
 from puzzle_jax.model.spec import init_params
-from puzzle_jax.recipe_files import RECIPES
-from puzzle_jax.search.adaptive import in_random_order
-from puzzle_jax.search.alternatives import Numbered
-from puzzle_jax.search.lens import fit_lens
 from puzzle_jax.search.parent import Parent
 from puzzle_jax.search.pipeline import Search
 from puzzle_jax.search.recipe import EMBEDDED_PARENT, Recipe, ScoreSettings, SpaceSettings
-from puzzle_jax.search.refine import Difference
-from puzzle_jax.search.replace import METRICS, Alternative, Answers, ReplaceOne, compare_with_parent
-from puzzle_jax.search.scenario import Scenario, Target
-from puzzle_jax.search.score import ScoreBook, fill, score_children
-from puzzle_jax.search.scoring import LENS_TRACES
+from puzzle_jax.search.refine.accept import Difference
+from puzzle_jax.search.score.adaptive import in_random_order
+from puzzle_jax.search.score.alternatives import Numbered
+from puzzle_jax.search.score.lens import fit_lens
+from puzzle_jax.search.score.measurements import ScoreBook, fill, score_children
+from puzzle_jax.search.score.replace_one import METRICS, Alternative, Answers, ReplaceOne, compare_with_parent
+from puzzle_jax.search.score.space_scorer import LENS_TRACES
+from puzzle_jax.settings.files import RECIPES
 
 CONSOLE = Console(width=120)
 

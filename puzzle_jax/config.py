@@ -5,7 +5,7 @@ attention window, which is the search space of Puzzle for mixture-of-experts mod
 its children differ in `blocks` alone (and, for long contexts, in the YaRN factor).
 
 No arrays and no JAX here, so that a configuration can be read, checked and counted anywhere.
-Left out: file formats; `puzzle_jax.convert_hf.config_json` reads and writes config.json.
+Left out: file formats; `puzzle_jax.convert_hf.configuration.config_json` reads and writes config.json.
 """
 
 from __future__ import annotations

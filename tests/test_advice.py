@@ -6,19 +6,18 @@ import io
 import re
 import shlex
 import tomllib
-from pathlib import Path
 
 import pytest
 
 from puzzle_jax.cli import VERBS, main
 from puzzle_jax.evaluate.caches import main as caches
-from puzzle_jax.recipe_fields import setting_hints
-from puzzle_jax.recipe_files import OTHER_OPTIONS, RECIPES
 from puzzle_jax.search.recipe import Recipe
-from puzzle_jax.train.distill_recipe import DistillRecipe
-from puzzle_jax.train.grpo_recipe import GrpoRecipe
+from puzzle_jax.settings.fields import setting_hints
+from puzzle_jax.settings.files import OTHER_OPTIONS, RECIPES
+from puzzle_jax.train.distill.recipe import DistillRecipe
+from puzzle_jax.train.grpo.recipe import GrpoRecipe
+from tests.support import ROOT
 
-ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "puzzle_jax").rglob("*.py"))
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FIELDS = {f"--{name}" for kind in (Recipe, DistillRecipe, GrpoRecipe) for name in setting_hints(kind)}

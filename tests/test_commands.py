@@ -14,8 +14,8 @@ import pytest
 from puzzle_jax.cli import main
 from puzzle_jax.commands import BROKEN_PIPE, Parser, did_you_mean, guarded, mendable
 from puzzle_jax.errors import ConfigError, PuzzleError, PuzzleWarning
-from puzzle_jax.recipe_fields import checked_arguments, checked_fields
-from puzzle_jax.recipe_files import parse_settings
+from puzzle_jax.settings.fields import checked_arguments, checked_fields
+from puzzle_jax.settings.files import parse_settings
 
 
 def raising(error):

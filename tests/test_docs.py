@@ -2,16 +2,16 @@
 
 import json
 import re
-from pathlib import Path
 
 from puzzle_jax.generate.traces import COLUMNS, read_traces
 from puzzle_jax.tasks import get_task, problems
-from puzzle_jax.tasks.judge_worker import load
-from puzzle_jax.tasks.judges import Answer
+from puzzle_jax.tasks.chat.embedded import embedded_chat
 from puzzle_jax.tasks.matches import MATCHES
-from puzzle_jax.tasks.tokenizer import embedded_chat
+from puzzle_jax.tasks.rewards.worker_program import load
+from puzzle_jax.tasks.rewards.workers import Answer
+from tests.support import ROOT
 
-TEXT = (Path(__file__).parent.parent / "docs" / "files.md").read_text()
+TEXT = (ROOT / "docs" / "files.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, re.DOTALL)
 PROBLEMS, TEXT_TRACES, TOKEN_TRACES = (content for kind, content in BLOCKS if kind == "jsonl")
 

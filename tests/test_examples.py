@@ -2,7 +2,6 @@
 
 import importlib.util
 from itertools import islice
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +12,10 @@ from puzzle_jax.convert_hf.load import load_checkpoint
 from puzzle_jax.model.network import forward
 from puzzle_jax.search.recipe import EMBEDDED_PARENT
 from puzzle_jax.tasks import TASKS, Chat, problems
-from puzzle_jax.train.policy_losses import group_advantages
-from tests.support import chat_config, random_params
+from puzzle_jax.train.losses.policy import group_advantages
+from tests.support import ROOT, chat_config, random_params
 
-FILE = Path(__file__).parent.parent / "examples" / "grpo_minimal.py"
+FILE = ROOT / "examples" / "grpo_minimal.py"
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,10 @@ import pytest
 
 from puzzle_jax.convert_hf.export import save_checkpoint
 from puzzle_jax.model.spec import init_params
-from puzzle_jax.tasks.tokenizer import chat_files
-from tests.support import chat_config
+from puzzle_jax.tasks.chat.embedded import chat_files
+from tests.support import ROOT, chat_config
 
-README = Path(__file__).parents[1] / "README.md"
+README = ROOT / "README.md"
 PARENT = "path/to/gpt-oss-20b"
 
 LIMITS = "{low: 5, medium: 6, high: 7}"

@@ -11,11 +11,11 @@ from puzzle_jax.commands import mendable
 from puzzle_jax.errors import ConfigError, check_range
 from puzzle_jax.evaluate.settings import Scenario as Lengths
 from puzzle_jax.evaluate.settings import Settings, SpeedSettings
-from puzzle_jax.recipe_fields import hint_options, setting_hints
-from puzzle_jax.recipe_files import parse_settings
 from puzzle_jax.search.recipe import Recipe
-from puzzle_jax.train.distill_recipe import DistillRecipe
-from puzzle_jax.train.grpo_recipe import GrpoRecipe
+from puzzle_jax.settings.fields import hint_options, setting_hints
+from puzzle_jax.settings.files import parse_settings
+from puzzle_jax.train.distill.recipe import DistillRecipe
+from puzzle_jax.train.grpo.recipe import GrpoRecipe
 
 GIVEN = {
     Recipe: [

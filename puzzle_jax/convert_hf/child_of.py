@@ -20,13 +20,13 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 from puzzle_jax.config import ModelConfig
-from puzzle_jax.convert_hf import mxfp4
 from puzzle_jax.convert_hf.describe import Description, describe_checkpoint
 from puzzle_jax.convert_hf.export import NEVER, PROVENANCE, as_stored, dotted, parameter_path
 from puzzle_jax.convert_hf.load import build_params
 from puzzle_jax.convert_hf.table import Path as ParamPath
 from puzzle_jax.convert_hf.table import TensorSpec, checkpoint_tensors
-from puzzle_jax.convert_hf.tensor_files import StoredTensor, read_json
+from puzzle_jax.convert_hf.tensors import mxfp4
+from puzzle_jax.convert_hf.tensors.files import StoredTensor, read_json
 from puzzle_jax.errors import ConfigError, PuzzleError, shown
 from puzzle_jax.model.child import Child, ChildBlock
 from puzzle_jax.model.spec import EXPERT_MATRICES, Params

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from puzzle_jax.config import ModelConfig
-from puzzle_jax.convert_hf.config_json import parse_config, parse_form
+from puzzle_jax.convert_hf.configuration.config_json import parse_config, parse_form
 from puzzle_jax.convert_hf.kv_scales import StoredScales, is_kv_scale, read_kv_scales
 from puzzle_jax.convert_hf.other_forms import CONFIG, check_form
 from puzzle_jax.convert_hf.table import Form, TensorSpec, checkpoint_tensors
-from puzzle_jax.convert_hf.tensor_files import StoredTensor, open_tensors, read_json
+from puzzle_jax.convert_hf.tensors.files import StoredTensor, open_tensors, read_json
 from puzzle_jax.convert_hf.token_ids import check_ids
 from puzzle_jax.errors import CheckpointError, ConfigError
 

@@ -28,17 +28,17 @@ import numpy as np
 
 import puzzle_jax
 from puzzle_jax.config import BlockConfig, ModelConfig
-from puzzle_jax.convert_hf import mxfp4
-from puzzle_jax.convert_hf.config_json import MODEL_FILE, is_plain, write_config
+from puzzle_jax.convert_hf.configuration.config_json import MODEL_FILE, is_plain, write_config
 from puzzle_jax.convert_hf.describe import NOT_A_NUMBER, Description, describe_checkpoint
-from puzzle_jax.convert_hf.finite import all_finite
 from puzzle_jax.convert_hf.kv_scales import planned_kv_scales
 from puzzle_jax.convert_hf.model_card import FILE as CARD
 from puzzle_jax.convert_hf.model_card import model_card
 from puzzle_jax.convert_hf.table import Form, TensorSpec, checkpoint_tensors
 from puzzle_jax.convert_hf.table import Path as ParamPath
-from puzzle_jax.convert_hf.tensor_files import CHUNK_BYTES, StoredTensor
-from puzzle_jax.convert_hf.tensor_writer import SHARD_BYTES, Plan, PlannedTensor, told, write_checkpoint
+from puzzle_jax.convert_hf.tensors import mxfp4
+from puzzle_jax.convert_hf.tensors.files import CHUNK_BYTES, StoredTensor
+from puzzle_jax.convert_hf.tensors.finite import all_finite
+from puzzle_jax.convert_hf.tensors.writer import SHARD_BYTES, Plan, PlannedTensor, told, write_checkpoint
 from puzzle_jax.errors import CheckpointError, ConfigError, PuzzleError
 from puzzle_jax.files import read_bytes
 from puzzle_jax.kernels.mxfp4 import MXFP4

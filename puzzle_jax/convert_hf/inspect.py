@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from puzzle_jax.config import ModelConfig, cache_bytes
-from puzzle_jax.convert_hf.config_json import parse_config, parse_form
+from puzzle_jax.convert_hf.configuration.config_json import parse_config, parse_form
 from puzzle_jax.convert_hf.describe import config_path, describe_checkpoint
 from puzzle_jax.convert_hf.table import Form, bytes_by_part, expert_bytes, parameters, tensor_bytes
-from puzzle_jax.convert_hf.tensor_files import INDEX, SINGLE, read_json
+from puzzle_jax.convert_hf.tensors.files import INDEX, SINGLE, read_json
 
 KV_TOKENS = 1_000
 _ON_ONE_LINE = ("hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size")

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import Float32
 
-from puzzle_jax.convert_hf.tensor_files import StoredTensor
-from puzzle_jax.convert_hf.tensor_writer import PlannedTensor
+from puzzle_jax.convert_hf.tensors.files import StoredTensor
+from puzzle_jax.convert_hf.tensors.writer import PlannedTensor
 
 StoredScales = Float32[np.ndarray, "2 layers"]
 """Scales of keys, and of values."""

@@ -26,7 +26,7 @@ from puzzle_jax.config import ModelConfig
 from puzzle_jax.convert_hf.describe import NOT_A_NUMBER, Description, describe_checkpoint
 from puzzle_jax.convert_hf.table import Form, TensorSpec, checkpoint_tensors
 from puzzle_jax.convert_hf.table import Path as ParamPath
-from puzzle_jax.convert_hf.tensor_files import StoredTensor
+from puzzle_jax.convert_hf.tensors.files import StoredTensor
 from puzzle_jax.errors import CheckpointError
 from puzzle_jax.kernels.mxfp4 import MXFP4, decode
 from puzzle_jax.model.cache_format import KVScales

@@ -26,12 +26,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from puzzle_jax.config import ModelConfig
-from puzzle_jax.convert_hf.config_json import parse_config, parse_form, write_config
+from puzzle_jax.convert_hf.configuration.config_json import parse_config, parse_form, write_config
 from puzzle_jax.convert_hf.export import CARRIED, OF_A_CHILD, config_bytes, dotted
 from puzzle_jax.convert_hf.other_forms import CONFIG, ORBAX_HF, ORBAX_PARAMS
 from puzzle_jax.convert_hf.table import Form
-from puzzle_jax.convert_hf.tensor_files import read_json
-from puzzle_jax.convert_hf.tensor_writer import told
+from puzzle_jax.convert_hf.tensors.files import read_json
+from puzzle_jax.convert_hf.tensors.writer import told
 from puzzle_jax.errors import CheckpointError, PuzzleError, shown
 from puzzle_jax.files import read_bytes
 from puzzle_jax.kernels.mxfp4 import GROUP, MXFP4

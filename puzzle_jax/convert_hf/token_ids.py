@@ -12,7 +12,7 @@ from typing import Any
 
 import tokenizers
 
-from puzzle_jax.convert_hf.tensor_files import read_json
+from puzzle_jax.convert_hf.tensors.files import read_json
 from puzzle_jax.errors import CheckpointError, shown
 
 GENERATION = "generation_config.json"

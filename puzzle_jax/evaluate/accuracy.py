@@ -3,8 +3,8 @@
 All models answer the same problems with the same seeds, so that differences between models are paired.
 
 Whatever a scorer does with a model's text costs that one answer: unless its time is bounded by the length of the text,
-it runs in processes of its own with a time limit (`tasks.judges`), while further answers are generated. An answer that
-cannot be scored has the reward 0, and says why (`Trace.unscored`, `unscored_note`).
+it runs in processes of its own with a time limit (`tasks.rewards.workers`), while further answers are generated. An
+answer that cannot be scored has the reward 0, and says why (`Trace.unscored`, `unscored_note`).
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from puzzle_jax.model.cache_format import CacheFormat
 from puzzle_jax.model.child import View
 from puzzle_jax.model.spec import Params
 from puzzle_jax.tasks import Chat, FiniteTask, Problem, check_effort, get_task, problems
-from puzzle_jax.tasks.judges import Answer, Judgement, Judges
-from puzzle_jax.tasks.tokenizer import is_embedded
+from puzzle_jax.tasks.chat.embedded import is_embedded
+from puzzle_jax.tasks.rewards.workers import Answer, Judgement, Judges
 
 SPLIT_STRIDE, SEED_STRIDE = 10_000_000, 100_000
 SPLITS = ("calibration", "validation", "heldout", "accuracy", "evaluation", "confirmation", "training")
@@ -44,7 +44,7 @@ _MOST_JUDGES, _MOST_REASONS = 4, 3
 
 @runtime_checkable
 class Scoring(Protocol):
-    """Scores answers while the caller does something else; see `tasks.judges.Judges`, which is one."""
+    """Scores answers while the caller does something else; see `tasks.rewards.workers.Judges`, which is one."""
 
     def begin(self, answer: Answer, *, own_score: bool = False) -> int: ...
 

@@ -15,8 +15,8 @@ import jax
 
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.convert_hf.describe import Description, describe_checkpoint
-from puzzle_jax.convert_hf.fingerprint import fingerprint_of
 from puzzle_jax.convert_hf.load import cache_scales, load_checkpoint
+from puzzle_jax.convert_hf.tensors.fingerprint import fingerprint_of
 from puzzle_jax.convert_hf.token_ids import check_tokenizer
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.model.cache_format import FLOAT8, CacheFormat
@@ -77,7 +77,7 @@ class Model:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of what the model answers with: weights (`convert_hf.fingerprint`), configuration and chat files."""
+        """A hash of what the model answers with: weights (`fingerprint_of`), configuration and chat files."""
         digest = hashlib.sha256(f"{fingerprint_of(self.description)}\n".encode())
         for file in CHAT_FILES:
             path = self.description.directory / file

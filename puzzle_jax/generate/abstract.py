@@ -1,4 +1,4 @@
-"""A generation engine without values: what its slots hold, and its programs, for plans of memory (`planning`)."""
+"""A generation engine without values: what its slots hold, and its programs, for plans of memory (`plan.programs`)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from puzzle_jax.model.cache_format import CacheFormat
 from puzzle_jax.model.sharding import on_mesh
 from puzzle_jax.model.spec import Params
 from puzzle_jax.model.stacked import StackedMXFP4, one_layer
-from puzzle_jax.planning import DTYPE, in_place, kernel_shapes
+from puzzle_jax.plan.programs import DTYPE, in_place, kernel_shapes
 
 
 @dataclass(frozen=True)

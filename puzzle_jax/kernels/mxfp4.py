@@ -6,7 +6,7 @@ Formats v1.0). Only the last two axes of a checkpoint's codes, [inputs / 32, 16]
 128. Decoding is exact in float32 and bfloat16 for every scale from 2 to 254; the two smallest scales give subnormal
 numbers, which XLA may flush to zero.
 
-Left out: encoding, which is a matter of checkpoints (`puzzle_jax.convert_hf.mxfp4`).
+Left out: encoding, which is a matter of checkpoints (`puzzle_jax.convert_hf.tensors.mxfp4`).
 """
 
 from __future__ import annotations

@@ -45,11 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _tool(arguments: Sequence[str]) -> str | None:
     """The module of a command that needs no run, if the arguments name one."""
     if arguments[:1] == ["solve"] and any(argument.split("=")[0] == "--library" for argument in arguments):
-        return "puzzle_jax.search.solve_library"
+        return "puzzle_jax.program.command"
     if arguments[:1] == ["estimate"]:
-        return "puzzle_jax.search.estimate_command"
+        return "puzzle_jax.costs.estimate_command"
     if arguments[:1] == ["plan"]:
-        return "puzzle_jax.search.plan_command"
+        return "puzzle_jax.plan.search_command"
     return None
 
 

@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.convert_hf.describe import Description, describe_checkpoint
-from puzzle_jax.convert_hf.fingerprint import fingerprint_of
 from puzzle_jax.convert_hf.load import load_checkpoint
+from puzzle_jax.convert_hf.tensors.fingerprint import fingerprint_of
 from puzzle_jax.convert_hf.token_ids import check_tokenizer
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.model.network import compute_dtype, to_compute

@@ -34,6 +34,13 @@ from safetensors.numpy import load_file, save_file
 from puzzle_jax.commands import mendable
 from puzzle_jax.consoles import plain_console
 from puzzle_jax.convert_hf.export import export_child
+from puzzle_jax.costs.external import read_external
+from puzzle_jax.costs.measured import Measured, device_identity
+from puzzle_jax.costs.provider import Provider
+from puzzle_jax.costs.roofline import Roofline
+from puzzle_jax.costs.routing import routing_profile
+from puzzle_jax.costs.table import Costs, compute_costs, read_costs
+from puzzle_jax.costs.xla import Xla
 from puzzle_jax.errors import ConfigError, PuzzleError, PuzzleWarning
 from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions, unscored_note
 from puzzle_jax.evaluate.journal import journaled_answers
@@ -47,25 +54,19 @@ from puzzle_jax.progress import progress
 from puzzle_jax.report.page import SearchPage, stage_records
 from puzzle_jax.report.table import SearchReport
 from puzzle_jax.runs import open_run
-from puzzle_jax.search.baselines import all_baselines
-from puzzle_jax.search.compare import Judge
-from puzzle_jax.search.costs import Costs, compute_costs, read_costs
-from puzzle_jax.search.external import read_external
-from puzzle_jax.search.frontier import frontier, speedup, uniform_frontier
-from puzzle_jax.search.measured import Measured, device_identity
-from puzzle_jax.search.problem import Candidate, Problem, Scores
+from puzzle_jax.search.evaluator import Judge
 from puzzle_jax.search.processes import Team
-from puzzle_jax.search.provider import Provider
-from puzzle_jax.search.rank import METHODS, KeptSums, Ranking, rank_experts
+from puzzle_jax.search.rank.ranking import METHODS, KeptSums, Ranking, rank_experts
 from puzzle_jax.search.recipe import Recipe
-from puzzle_jax.search.refine import Pool, refine
-from puzzle_jax.search.refinement import Refinement
-from puzzle_jax.search.replace import ReplaceOne, child_choices
-from puzzle_jax.search.roofline import Roofline
-from puzzle_jax.search.routing import routing_profile
-from puzzle_jax.search.score import Measurements, longest_context
-from puzzle_jax.search.scores_file import scores_from_json, scores_to_json
-from puzzle_jax.search.scoring import SpaceScorer
+from puzzle_jax.search.refine.accept import Pool, refine
+from puzzle_jax.search.refine.proposals import Refinement
+from puzzle_jax.search.score.measurements import Measurements, longest_context
+from puzzle_jax.search.score.replace_one import ReplaceOne, child_choices
+from puzzle_jax.search.score.scores_file import scores_from_json, scores_to_json
+from puzzle_jax.search.score.space_scorer import SpaceScorer
+from puzzle_jax.search.solve.baselines import all_baselines
+from puzzle_jax.search.solve.frontier import frontier, speedup, uniform_frontier
+from puzzle_jax.search.solve.problem import Candidate, Problem, Scores
 from puzzle_jax.search.space import (
     ExpertChoice,
     Space,
@@ -78,7 +79,6 @@ from puzzle_jax.search.space import (
 from puzzle_jax.search.split import split_traces
 from puzzle_jax.search.stages import Stage, edited_output, run_stage
 from puzzle_jax.search.worker import open_parent
-from puzzle_jax.search.xla_costs import Xla
 from puzzle_jax.tasks import get_task
 
 STAGES = ("cost", "trace", "rank", "recost", "score", "solve", "refine", "assemble", "evaluate", "report")

@@ -4,8 +4,8 @@ The primary process runs the search and writes its files. The others, its worker
 own devices and wait: what the primary one broadcasts is run by all of them, each on its share, and every one gets all
 results. They read the parent and nothing else, so the run's directory may be on the primary one's own disk.
 
-How they find each other, and that they end together, is said in `puzzle_jax.processes`; the search goes on from its
-files when it is started again.
+How they find each other, and that they end together, is said in `puzzle_jax.processes.distributed`; the search goes on
+from its files when it is started again.
 
 Left out: a mesh over several hosts. The parent must fit into the memory of one process's devices.
 """
@@ -22,7 +22,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Shaped
 
-from puzzle_jax.processes import joined, kv_get, kv_set, process_index
+from puzzle_jax.processes.distributed import joined, kv_get, kv_set, process_index
 
 _DISMISSED = -1
 
@@ -43,7 +43,7 @@ class Team:
     @staticmethod
     @contextmanager
     def join(count: int, local_devices: int, *, program: str) -> Iterator[Team]:
-        """The time in which the processes work together (`puzzle_jax.processes.joined`); its end dismisses workers."""
+        """The time in which the processes work together (`joined`); its end dismisses the workers."""
         with joined(count, local_devices, program=program):
             team = Team(count, process_index()) if count > 1 else Team()
             yield team

@@ -11,9 +11,9 @@ from math import inf, isfinite
 from pathlib import Path
 from typing import Any, Literal
 
+from puzzle_jax.costs.scenario import Scenario, Target
 from puzzle_jax.errors import MOST_SEED, MOST_TOGETHER, MOST_TOKENS, ConfigError, check_range
-from puzzle_jax.search.baselines import BASELINES
-from puzzle_jax.search.scenario import Scenario, Target
+from puzzle_jax.search.solve.baselines import BASELINES
 from puzzle_jax.search.space import DEFAULT_FRACTIONS, Restriction
 from puzzle_jax.tasks import EFFORTS, check_effort
 from puzzle_jax.temperature import check_temperature
@@ -173,7 +173,7 @@ class EvaluateSettings:
 
     Attributes:
       problems: per task, each asked at every effort, greedily.
-      baselines: of `search.baselines` that are measured beside the child.
+      baselines: of `search.solve.baselines` that are measured beside the child.
       rounds: interleaved rounds of measured throughput, on the devices present; 0 leaves it out.
       seed: draws other problems.
     """

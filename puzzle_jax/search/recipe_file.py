@@ -18,8 +18,8 @@ from typing import Any
 from puzzle_jax.errors import ConfigError, PuzzleError, PuzzleWarning
 from puzzle_jax.files import parse_yaml
 from puzzle_jax.generate.traces import Trace, read_traces
-from puzzle_jax.recipe_files import check_file, parse_settings, recipe_names, recipe_path
 from puzzle_jax.search.recipe import EMBEDDED_PARENT, Recipe
+from puzzle_jax.settings.files import check_file, parse_settings, recipe_names, recipe_path
 from puzzle_jax.tasks import Chat
 
 EMBEDDED_RECIPE = "tiny"

@@ -2,10 +2,10 @@
 
 Attention and experts are separate sub-blocks. Their scores add and their costs add, so the alternatives of a
 layer are a list for each, and the product exists only in the program that chooses
-(`puzzle_jax.search.problem`). (Puzzle, arXiv 2411.19146, section 3; for mixtures of experts arXiv
+(`puzzle_jax.search.solve.problem`). (Puzzle, arXiv 2411.19146, section 3; for mixtures of experts arXiv
 2602.11937.)
 
-Left out: how experts are ranked (`puzzle_jax.search.rank`) and other alternatives (narrower experts, fewer
+Left out: how experts are ranked (`puzzle_jax.search.rank.ranking`) and other alternatives (narrower experts, fewer
 heads).
 """
 

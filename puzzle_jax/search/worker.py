@@ -7,7 +7,7 @@ from typing import Any
 
 from puzzle_jax.evaluate.models import Model
 from puzzle_jax.model.sharding import make_mesh
-from puzzle_jax.processes import agree, on_all
+from puzzle_jax.processes.distributed import agree, on_all
 from puzzle_jax.search.parent import Parent
 from puzzle_jax.search.processes import Team
 from puzzle_jax.search.recipe import Recipe

@@ -21,7 +21,7 @@ from puzzle_jax.tasks.base import (
     is_held_out,
     problems,
 )
-from puzzle_jax.tasks.chat import Chat, Completion
+from puzzle_jax.tasks.chat.chat import Chat, Completion
 from puzzle_jax.tasks.gym import PREFIX, gym_families, gym_task
 from puzzle_jax.tasks.jsonl import JsonlTask
 from puzzle_jax.tasks.recall import DISTANCE_BUCKETS, Recall

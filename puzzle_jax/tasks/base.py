@@ -1,6 +1,6 @@
 """What a task is: problems drawn by seed, and a score from 0 to 1 for an answer.
 
-A task is everything that reasoning needs and nothing of how a model is asked: `puzzle_jax.tasks.chat` turns a
+A task is everything that reasoning needs and nothing of how a model is asked: `puzzle_jax.tasks.chat.chat` turns a
 problem's prompt into tokens. Two kinds of task know more: a `WorkedTask` writes worked traces, texts to pretrain the
 embedded parent on, which no other stage may read; a `FiniteTask` has so many problems and no more.
 Left out: conversations of several turns, and answers that need tools.
@@ -73,7 +73,7 @@ class Task(Protocol):
     @property
     def bounded(self) -> bool:
         """Whether scoring takes time in proportion to the texts, and no more. Other scorers run in processes of their
-        own, with a time limit (`tasks.judges`)."""
+        own, with a time limit (`tasks.rewards.workers`)."""
         ...
 
     def sample(self, seed: int) -> Problem:

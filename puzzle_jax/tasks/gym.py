@@ -9,7 +9,7 @@ numbers that were not given, and to 24.5).
 Five families know no answer in `entry["answer"]`. For graph_color, propositional_logic and rubiks_cube a right one is
 in the item's metadata; for boxnet and rush_hour the library ships none, so that `Problem.answer` is "".
 The family codeio runs code samples that the package carries. Left out: `composite`, which is a mixture of the others;
-curricula and other difficulties; a time limit for scorers, which `tasks.judges` has.
+curricula and other difficulties; a time limit for scorers, which `tasks.rewards.workers` has.
 
 Source: Stojanovski et al., Reasoning Gym (arXiv:2505.24760); behaviour as of release 0.1.25.
 """

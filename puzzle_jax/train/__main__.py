@@ -44,10 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prog = PROGRAM if verb is None else f"{PROGRAM} {verb}"
     kept = "the same command goes on from the last checkpoint"
     if verb == GRPO:
-        grpo = importlib.import_module("puzzle_jax.train.grpo_command")
+        grpo = importlib.import_module("puzzle_jax.train.grpo.command")
         return guarded(prog, lambda: _cached(grpo, arguments[1:], prog, console), interrupted=kept)
     if verb in RECIPE_VERBS:
-        distill = importlib.import_module("puzzle_jax.train.distill_command")
+        distill = importlib.import_module("puzzle_jax.train.distill.command")
         blocks = RECIPE_VERBS[verb]
         return guarded(prog, lambda: _cached(distill, arguments[1:], prog, console, blocks=blocks), interrupted=kept)
     parser = Parser(prog=PROGRAM, description=__doc__)

@@ -41,7 +41,7 @@ from puzzle_jax.model.stacked import (
     unstack_params,
 )
 from puzzle_jax.train.fake_quant import fake_quantize, round_to_mxfp4
-from puzzle_jax.train.head_losses import Head
+from puzzle_jax.train.losses.head import Head
 from puzzle_jax.train.rows import Packed
 
 FREED = ("router", "experts")

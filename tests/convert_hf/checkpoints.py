@@ -11,8 +11,8 @@ import numpy as np
 from puzzle_jax.config import BlockConfig, ModelConfig
 from puzzle_jax.convert_hf.export import save_checkpoint
 from puzzle_jax.convert_hf.table import Form, checkpoint_tensors
-from puzzle_jax.convert_hf.tensor_files import DTYPES, SINGLE, open_tensors
-from puzzle_jax.convert_hf.tensor_writer import PlannedTensor, write_file
+from puzzle_jax.convert_hf.tensors.files import DTYPES, SINGLE, open_tensors
+from puzzle_jax.convert_hf.tensors.writer import PlannedTensor, write_file
 from tests.support import random_params, small_config
 
 MIXED = (BlockConfig(5, 9), BlockConfig(7, None), BlockConfig(4, 5), BlockConfig(3, 9))

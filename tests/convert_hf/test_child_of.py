@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from puzzle_jax.config import ModelConfig
-from puzzle_jax.convert_hf import mxfp4
 from puzzle_jax.convert_hf.child_of import load_delta, open_child
 from puzzle_jax.convert_hf.export import dotted, export_child
-from puzzle_jax.convert_hf.tensor_files import open_tensors
+from puzzle_jax.convert_hf.tensors import mxfp4
+from puzzle_jax.convert_hf.tensors.files import open_tensors
 from puzzle_jax.errors import CheckpointError, ConfigError, PuzzleError
 from puzzle_jax.model.child import Child, ChildBlock, delta_leaves
 from tests.convert_hf.checkpoints import packable_config, rewrite, stored_bytes, write_random

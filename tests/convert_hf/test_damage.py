@@ -22,8 +22,9 @@ import numpy as np
 import pytest
 
 from puzzle_jax.convert_hf.describe import describe_checkpoint
-from puzzle_jax.convert_hf.tensor_files import INDEX, SINGLE, open_tensors
+from puzzle_jax.convert_hf.tensors.files import INDEX, SINGLE, open_tensors
 from puzzle_jax.errors import CheckpointError
+from tests.support import ROOT
 
 Damage = Callable[[Path], None]
 
@@ -401,7 +402,7 @@ print(peak)
 
 def test_all_damage_in_one_process_without_jax_and_in_little_memory(good, tmp_path):
     """The peak is the kernel's own count for the process; getrusage would count the process that started it too."""
-    root = Path(__file__).parents[2]
+    root = ROOT
     command = [sys.executable, "-c", ALL_CASES, str(good), str(tmp_path)]
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(root)}

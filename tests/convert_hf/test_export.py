@@ -10,7 +10,7 @@ from puzzle_jax.config import BlockConfig, ModelConfig
 from puzzle_jax.convert_hf.export import CARRIED, export_child, save_checkpoint
 from puzzle_jax.convert_hf.load import load_checkpoint
 from puzzle_jax.convert_hf.table import checkpoint_tensors, tensor_bytes
-from puzzle_jax.convert_hf.tensor_files import INDEX, SINGLE, open_tensors
+from puzzle_jax.convert_hf.tensors.files import INDEX, SINGLE, open_tensors
 from puzzle_jax.errors import CheckpointError, ConfigError, PuzzleError
 from puzzle_jax.model.child import Child, ChildBlock, cut_params
 from puzzle_jax.model.network import forward, to_compute

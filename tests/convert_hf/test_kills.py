@@ -22,11 +22,12 @@ from typing import Any
 import pytest
 
 from puzzle_jax.config import BlockConfig, ModelConfig
-from puzzle_jax.convert_hf import tensor_writer
 from puzzle_jax.convert_hf.describe import describe_checkpoint
 from puzzle_jax.convert_hf.export import export_child
-from puzzle_jax.convert_hf.tensor_files import SINGLE
+from puzzle_jax.convert_hf.tensors import writer as tensor_writer
+from puzzle_jax.convert_hf.tensors.files import SINGLE
 from puzzle_jax.errors import CheckpointError, PuzzleError
+from tests.support import ROOT
 
 KEPT = ((0, 2, 3), (1, 4, 5, 6))
 CHANGING = [(os, name) for name in ("mkdir", "rename", "replace", "unlink", "rmdir", "fsync")]
@@ -172,7 +173,7 @@ with killed_at(step, lambda: os.kill(os.getpid(), signal.SIGKILL)):
 @pytest.mark.parametrize("step", [3, 9, 15, 22, 26])
 def test_a_process_that_is_killed(made, tmp_path, step):
     parent, child, _ = made
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", DRIVER, str(parent), str(tmp_path / "out"), str(step)]
     done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -184,7 +185,7 @@ def test_a_process_that_is_killed(made, tmp_path, step):
 def test_a_process_that_is_killed_from_outside(made, tmp_path):
     """Killed by another process, as soon as its third shard is there, wherever it then is."""
     parent, child, _ = made
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", DRIVER, str(parent), str(tmp_path / "out"), "1000000"]
     process = subprocess.Popen(command, env=environment)
     while process.poll() is None:

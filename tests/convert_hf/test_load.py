@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from puzzle_jax.convert_hf import mxfp4, tensor_files
 from puzzle_jax.convert_hf.describe import read_config
 from puzzle_jax.convert_hf.load import load_checkpoint
 from puzzle_jax.convert_hf.table import tensor_bytes
-from puzzle_jax.convert_hf.tensor_files import INDEX, SINGLE, StoredTensor, open_tensors
-from puzzle_jax.convert_hf.tensor_writer import PlannedTensor, write_file
+from puzzle_jax.convert_hf.tensors import files as tensor_files
+from puzzle_jax.convert_hf.tensors import mxfp4
+from puzzle_jax.convert_hf.tensors.files import INDEX, SINGLE, StoredTensor, open_tensors
+from puzzle_jax.convert_hf.tensors.writer import PlannedTensor, write_file
 from puzzle_jax.errors import CheckpointError
 from puzzle_jax.kernels.mxfp4 import MXFP4
 from puzzle_jax.model.network import to_compute

@@ -14,7 +14,7 @@ from puzzle_jax.convert_hf.__main__ import main
 from puzzle_jax.convert_hf.child_of import open_child
 from puzzle_jax.convert_hf.export import export_child, save_checkpoint
 from puzzle_jax.convert_hf.orbax_tree import open_params, save_params
-from puzzle_jax.convert_hf.tensor_files import SINGLE
+from puzzle_jax.convert_hf.tensors.files import SINGLE
 from puzzle_jax.errors import CheckpointError, PuzzleError
 from puzzle_jax.model.cache_format import KVScales
 from tests.convert_hf.checkpoints import MIXED, packable_config, stored_bytes, write_random

@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 
 from puzzle_jax.convert_hf.describe import describe_checkpoint, read_config
 from puzzle_jax.convert_hf.other_forms import check_form
-from puzzle_jax.convert_hf.tensor_files import INDEX, SINGLE, open_tensors
+from puzzle_jax.convert_hf.tensors.files import INDEX, SINGLE, open_tensors
 from puzzle_jax.errors import CheckpointError
 from tests.convert_hf.checkpoints import packable_config, rewrite, write_random
 

@@ -4,14 +4,14 @@ import importlib
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
 import pytest
 
-from puzzle_jax.convert_hf.config_json import AUTO_MAP, PUZZLE
+from puzzle_jax.convert_hf.configuration.config_json import AUTO_MAP, PUZZLE
 from puzzle_jax.serve_vllm import ARCHITECTURE, MODEL_TYPE, VLLM_RELEASE, release_problem
+from tests.support import ROOT
 
-PYPROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 def test_vllm_loads_it_without_jax():

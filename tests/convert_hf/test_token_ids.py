@@ -11,8 +11,9 @@ from puzzle_jax.errors import CheckpointError
 from puzzle_jax.evaluate.models import Model
 from puzzle_jax.search.parent import Parent
 from puzzle_jax.tasks import Chat
+from tests.support import ROOT
 
-TINY = Path(__file__).parents[2] / "puzzle_jax" / "assets" / "tiny"
+TINY = ROOT / "puzzle_jax" / "assets" / "tiny"
 
 
 @pytest.fixture

@@ -13,11 +13,11 @@ import pytest
 
 from puzzle_jax.config import BlockConfig, ModelConfig, cache_bytes
 from puzzle_jax.convert_hf.__main__ import main
-from puzzle_jax.convert_hf.config_json import write_config
+from puzzle_jax.convert_hf.configuration.config_json import write_config
 from puzzle_jax.convert_hf.describe import describe_checkpoint
 from puzzle_jax.convert_hf.export import export_child
 from puzzle_jax.convert_hf.load import load_checkpoint
-from puzzle_jax.convert_hf.tensor_files import SINGLE
+from puzzle_jax.convert_hf.tensors.files import SINGLE
 from puzzle_jax.convert_hf.verify import verify
 from puzzle_jax.model.cache_format import KVScales
 from tests.convert_hf.checkpoints import MIXED, packable_config, rewrite, stored_bytes, write_random

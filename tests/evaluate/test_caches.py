@@ -10,7 +10,7 @@ import pytest
 from puzzle_jax.config import BlockConfig
 from puzzle_jax.evaluate.accuracy import QuestionSet
 from puzzle_jax.evaluate.caches import CALIBRATED, REFERENCE, UNCALIBRATED, amplify, compare_caches, main
-from puzzle_jax.tasks.tokenizer import embedded_chat, write_chat_files
+from puzzle_jax.tasks.chat.embedded import embedded_chat, write_chat_files
 from tests.convert_hf.checkpoints import write_random
 from tests.support import model_logits, random_params, random_tokens, small_config
 

@@ -15,8 +15,8 @@ from puzzle_jax.generate.traces import Trace
 from puzzle_jax.model.spec import init_params
 from puzzle_jax.tasks import is_held_out
 from puzzle_jax.tasks.arithmetic import Chain
-from puzzle_jax.tasks.judges import Answer, Judgement
-from puzzle_jax.tasks.tokenizer import embedded_chat
+from puzzle_jax.tasks.chat.embedded import embedded_chat
+from puzzle_jax.tasks.rewards.workers import Answer, Judgement
 from tests.support import small_config
 
 

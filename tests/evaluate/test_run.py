@@ -17,7 +17,7 @@ from puzzle_jax.evaluate.run import Evaluation
 from puzzle_jax.evaluate.settings import Settings
 from puzzle_jax.generate.traces import append_trace, read_traces
 from puzzle_jax.model.spec import init_params
-from puzzle_jax.tasks.tokenizer import chat_files
+from puzzle_jax.tasks.chat.embedded import chat_files
 from tests.support import chat_config
 
 CONFIG = chat_config()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from puzzle_jax.search.assumptions import DEFAULT as ASSUMPTIONS
+from puzzle_jax.costs.assumptions import DEFAULT as ASSUMPTIONS
 from puzzle_jax.search.recipe import EMBEDDED_PARENT
 from tests.fuzz.mutations import TEXTS, VALUES, damage_file, damaged_bytes, dumped, mutated, places
 

@@ -22,8 +22,8 @@ import yaml
 from puzzle_jax.cli import main
 from puzzle_jax.generate.traces import Trace, write_traces
 from tests.fuzz.kinds import KINDS, OUTPUTS, RECIPE
+from tests.support import ROOT
 
-ROOT = Path(__file__).parents[2]
 SECONDS, MEMORY_BYTES, LONGEST_MESSAGE = 60, 4 << 30, 6000
 DEFAULT, ALL = 100, 2000
 

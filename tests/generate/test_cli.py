@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from puzzle_jax.generate.__main__ import _Printer, _prompt, main
-from puzzle_jax.tasks.tokenizer import write_chat_files
+from puzzle_jax.tasks.chat.embedded import write_chat_files
 from tests.convert_hf.checkpoints import write_random
 from tests.support import small_config
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from puzzle_jax.errors import PuzzleError, PuzzleWarning
 from puzzle_jax.generate.traces import EXTERNAL, Trace, append_trace, open_to_append, read_traces, write_traces
-from puzzle_jax.tasks.tokenizer import embedded_chat
+from puzzle_jax.tasks.chat.embedded import embedded_chat
 
 LENGTHS = [(10, 4), (3, 1), (90, 30), (130, 50), (7, 9)]
 FORMS = ("t.parquet", "t.jsonl")

@@ -1,7 +1,6 @@
 import itertools
 import json
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +22,9 @@ from puzzle_jax.model.stacked import (
     stacked_layers,
     unstack_params,
 )
-from tests.support import random_params, random_tokens, small_config
+from tests.support import ROOT, random_params, random_tokens, small_config
 
-PUBLISHED = Path(__file__).parents[2] / "benchmarks/published/gpt-oss-puzzle-88B.json"
+PUBLISHED = ROOT / "benchmarks/published/gpt-oss-puzzle-88B.json"
 # A pattern of two layers, repeated, whose experts differ in number too, and a layer of its own.
 BLOCKS = (BlockConfig(7, 5), BlockConfig(4, None), BlockConfig(7, 5), BlockConfig(4, None), BlockConfig(6, 8))
 RUNS = (LayerRun(0, 2, 2), LayerRun(4, 1, 1))

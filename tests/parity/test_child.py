@@ -13,7 +13,7 @@ from puzzle_jax.convert_hf.load import load_checkpoint
 from puzzle_jax.model.cache_format import KVScales
 from puzzle_jax.model.child import Child, ChildBlock
 from puzzle_jax.model.network import forward, to_compute
-from puzzle_jax.tasks.tokenizer import write_chat_files
+from puzzle_jax.tasks.chat.embedded import write_chat_files
 from tests.convert_hf.checkpoints import packable_config, write_random
 from tests.parity.reference import (
     TOLERANCE,

@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from puzzle_jax.convert_hf import mxfp4
+from puzzle_jax.convert_hf.tensors import mxfp4
 
 pytestmark = pytest.mark.parity
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from puzzle_jax.search.__main__ import main
-from puzzle_jax.tasks.tokenizer import write_chat_files
+from puzzle_jax.tasks.chat.embedded import write_chat_files
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch")

@@ -9,7 +9,7 @@ import yaml
 from puzzle_jax.convert_hf.export import save_checkpoint
 from puzzle_jax.model.spec import init_params
 from puzzle_jax.search.__main__ import main
-from puzzle_jax.tasks.tokenizer import chat_files
+from puzzle_jax.tasks.chat.embedded import chat_files
 from tests.support import chat_config
 
 GOOD = {

@@ -12,19 +12,19 @@ import jax
 import numpy as np
 import pytest
 
-from puzzle_jax.convert_hf.config_json import is_plain
+from puzzle_jax.convert_hf.configuration.config_json import is_plain
 from puzzle_jax.convert_hf.export import save_checkpoint
 from puzzle_jax.convert_hf.load import load_checkpoint
+from puzzle_jax.costs.roofline import Roofline
+from puzzle_jax.costs.table import read_costs
 from puzzle_jax.errors import PuzzleWarning
 from puzzle_jax.evaluate.accuracy import answer_questions
 from puzzle_jax.generate.traces import read_traces, write_traces
 from puzzle_jax.model.spec import init_params
 from puzzle_jax.search.__main__ import main
-from puzzle_jax.search.costs import read_costs
 from puzzle_jax.search.pipeline import STAGES
-from puzzle_jax.search.roofline import Roofline
-from puzzle_jax.tasks.tokenizer import chat_files
-from tests.processes import ended, running
+from puzzle_jax.tasks.chat.embedded import chat_files
+from tests.processes.start import ended, running
 from tests.support import chat_config
 
 SLOW = pytest.mark.slow

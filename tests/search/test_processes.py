@@ -12,8 +12,8 @@ import pytest
 from puzzle_jax.convert_hf.export import save_checkpoint
 from puzzle_jax.model.spec import init_params
 from puzzle_jax.search.processes import Team
-from puzzle_jax.tasks.tokenizer import chat_files
-from tests.processes import ended, running
+from puzzle_jax.tasks.chat.embedded import chat_files
+from tests.processes.start import ended, running
 from tests.search.test_pipeline import SETTINGS
 from tests.support import chat_config
 

@@ -7,19 +7,20 @@ from pathlib import Path
 import pytest
 
 from puzzle_jax.convert_hf.describe import read_config
+from puzzle_jax.costs.roofline import Roofline
+from puzzle_jax.costs.scenario import Scenario, Target
+from puzzle_jax.costs.table import compute_costs
 from puzzle_jax.errors import ConfigError, PuzzleWarning
-from puzzle_jax.recipe_files import recipe_names
-from puzzle_jax.search.costs import compute_costs
-from puzzle_jax.search.frontier import speedup
-from puzzle_jax.search.problem import Problem, Scores
 from puzzle_jax.search.recipe import EMBEDDED_PARENT, SpaceSettings, TraceSettings
 from puzzle_jax.search.recipe_file import parse_recipe
-from puzzle_jax.search.roofline import Roofline
-from puzzle_jax.search.scenario import Scenario, Target
+from puzzle_jax.search.solve.frontier import speedup
+from puzzle_jax.search.solve.problem import Problem, Scores
 from puzzle_jax.search.space import ExpertChoice, Space, candidate_counts, candidate_windows
-from puzzle_jax.tasks.tokenizer import chat_files
+from puzzle_jax.settings.files import recipe_names
+from puzzle_jax.tasks.chat.embedded import chat_files
+from tests.support import ROOT
 
-PUBLISHED = Path(__file__).parents[2] / "benchmarks" / "published"
+PUBLISHED = ROOT / "benchmarks" / "published"
 LONG, SHORT = 65536, 4096
 
 

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from puzzle_jax.config import BlockConfig
+from puzzle_jax.costs.scenario import Scenario, Target
 from puzzle_jax.errors import ConfigError
-from puzzle_jax.search.scenario import Scenario, Target
 from puzzle_jax.search.space import (
     ExpertChoice,
     Restriction,

@@ -2,7 +2,7 @@
 
 import subprocess
 
-from tests.processes import ended, running
+from tests.processes.start import ended, running
 
 # Compilation is most of what such a test costs; nothing of this changes values by more than rounding.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"

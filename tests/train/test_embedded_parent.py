@@ -12,8 +12,8 @@ from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions
 from puzzle_jax.kernels.mxfp4 import MXFP4
 from puzzle_jax.model.network import to_compute
 from puzzle_jax.tasks import EFFORTS, TASKS, Chat
-from puzzle_jax.train.measure import MAX_TOKENS
-from puzzle_jax.train.recipe import load_recipe
+from puzzle_jax.train.pretrain.measure import MAX_TOKENS
+from puzzle_jax.train.pretrain.recipe import load_recipe
 
 PACKAGE = Path(puzzle_jax.__file__).parent
 PARENT = PACKAGE / "assets" / "tiny"

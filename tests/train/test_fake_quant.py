@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from puzzle_jax.convert_hf import mxfp4
+from puzzle_jax.convert_hf.tensors import mxfp4
 from puzzle_jax.train.fake_quant import fake_quantize, fake_quantize_experts, round_to_mxfp4
 
 

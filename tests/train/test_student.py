@@ -10,7 +10,7 @@ from puzzle_jax.model.child import cut_params, delta_leaves, with_delta
 from puzzle_jax.model.spec import EXPERT_MATRICES
 from puzzle_jax.model.stacked import LayerRun, stack_params, unstack_params
 from puzzle_jax.train.fake_quant import round_to_mxfp4
-from puzzle_jax.train.head_losses import Head
+from puzzle_jax.train.losses.head import Head
 from puzzle_jax.train.student import FREED, Student, head_of
 from tests.train import toy_student as toy
 from tests.train.toy_student import CHILD, close, jit, random_masters

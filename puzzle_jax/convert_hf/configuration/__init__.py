@@ -1,0 +1,1 @@
+"""config.json of gpt-oss checkpoints, in and out."""

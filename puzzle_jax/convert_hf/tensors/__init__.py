@@ -1,0 +1,1 @@
+"""Tensors in files: read, written, hashed, packed; none of it imports JAX."""

@@ -1,0 +1,347 @@
+"""Reading safetensors files as plain bytes.
+
+A file is an 8-byte length, a JSON header {name: {dtype, shape, data_offsets}}, and the tensors' bytes in a row
+(https://github.com/huggingface/safetensors). We parse it ourselves for three reasons: a damaged download should give
+one sentence that lists everything wrong, pruning should pass bytes through without a type in between, and a process
+should read only the part of a tensor that its devices hold. Bytes are read into fresh arrays, not mapped, so that
+memory holds what was asked for and no more. Nothing here imports JAX.
+
+Left out: every other container (pickled .bin files).
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise, product
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from puzzle_jax.convert_hf.other_forms import INDEX, SINGLE, check_form
+from puzzle_jax.convert_hf.tensors.finite import all_finite
+from puzzle_jax.errors import CheckpointError, shown
+from puzzle_jax.files import is_unicode
+
+DTYPES: dict[str, Any] = {
+    "BOOL": np.dtype(np.bool_),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "I32": np.dtype(np.int32),
+    "I64": np.dtype(np.int64),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+}
+CHUNK_BYTES = 16 << 20
+"""How much is read or written at a time."""
+_CHECKED_BYTES = 512 << 10
+_MAX_JSON = 16 << 20  # bytes; that of gpt-oss-120b has 0.1 MB, and parsing takes up to thirty times as much memory
+_MAX_AXES = 8
+_MAX_NAME = 500  # characters
+_ALIGNMENT = 64
+_SHORT_RUN = 4096  # bytes; reading less at a time is no faster than reading what lies between
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file: its description, and where its bytes lie (offset from the start of the file)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    nbytes: int
+
+    def read(self, index: Sequence[slice] = ()) -> np.ndarray:
+        """The tensor, or a block of it, as a new array.
+
+        Only the block's bytes are read, but for runs below 4 KB, which come with what lies between them.
+
+        Args:
+          index: a slice of step 1 for each of the first axes.
+
+        Raises `CheckpointError` where the file can no longer be read.
+        """
+        return self._read(index, weights=False)
+
+    def values(self, index: Sequence[slice] = ()) -> np.ndarray:
+        """As `read`, of a weight: raises `CheckpointError` also where a value is not finite."""
+        return self._read(index, weights=True)
+
+    def _read(self, index: Sequence[slice], weights: bool) -> np.ndarray:
+        dtype = DTYPES[self.dtype]
+        bounds = [part.indices(size)[:2] for part, size in zip(index, self.shape, strict=False)]
+        bounds += [(0, size) for size in self.shape[len(bounds) :]]
+        out = _aligned([stop - start for start, stop in bounds], dtype)
+        if not out.size:
+            return out
+        cut = [axis for axis, (size, now) in enumerate(zip(self.shape, out.shape, strict=True)) if size != now]
+        last = cut[-1] if cut else 0
+        strides = [prod(self.shape[axis + 1 :]) * dtype.itemsize for axis in range(len(self.shape))]
+        with _opened(self.file) as file:
+            if last and out.nbytes < _SHORT_RUN * prod(out.shape[:last]):
+                rows = max(1, CHUNK_BYTES // strides[0])
+                (first, stop), *inner = bounds
+                for row in range(first, stop, rows):
+                    count = min(rows, stop - row)
+                    whole = np.empty((count, *self.shape[1:]), dtype)
+                    _read_into(file, whole, self.offset + row * strides[0], self._check(whole) if weights else None)
+                    out[row - first : row - first + count] = whole[(slice(None), *(slice(*pair) for pair in inner))]
+                return out
+            runs = out.reshape(prod(out.shape[:last]), -1)
+            inside = bounds[last][0] * strides[last] if self.shape else 0
+            check = self._check(out) if weights else None
+            for run, outer in zip(runs, product(*(range(*pair) for pair in bounds[:last])), strict=True):
+                start = sum(position * stride for position, stride in zip(outer, strides, strict=False))
+                _read_into(file, run, self.offset + start + inside, check)
+        return out
+
+    def _check(self, array: np.ndarray) -> Callable[[int], None]:
+        """A function that is told how many more bytes of an array are there, in order, and looks at their values.
+
+        It looks at `_CHECKED_BYTES` at a time, which the processor's cache still holds from reading them.
+        """
+        values, size = array.reshape(-1), array.itemsize
+        there = seen = 0
+
+        def check(more: int) -> None:
+            nonlocal there, seen
+            there += more
+            if there - seen < _CHECKED_BYTES and there < array.nbytes:
+                return
+            if not all_finite(values[seen // size : there // size]):
+                raise CheckpointError(f"{self.file}: {self.name} holds values that are not finite (NaN or infinity)")
+            seen = there - there % size
+
+        return check
+
+    def bytes_at(self, places: Iterable[tuple[int, int]]) -> Iterator[np.ndarray]:
+        """Pieces of the tensor's bytes, each given by its first byte and its length."""
+        with _opened(self.file) as file:
+            for start, nbytes in places:
+                piece = np.empty(nbytes, np.uint8)
+                _read_into(file, piece, self.offset + start)
+                yield piece
+
+    def chunks(self, *, weights: bool = False) -> Iterator[np.ndarray]:
+        """The tensor's bytes in order, `CHUNK_BYTES` at a time.
+
+        Of `weights`, raises `CheckpointError` also where a value is not finite.
+        """
+        with _opened(self.file) as file:
+            for start in range(0, self.nbytes, CHUNK_BYTES):
+                chunk = _aligned([min(CHUNK_BYTES, self.nbytes - start)], np.dtype(np.uint8))
+                check = self._check(chunk.view(DTYPES[self.dtype])) if weights else None
+                _read_into(file, chunk, self.offset + start, check)
+                yield chunk
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return _open(path, buffering=0)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _open(path: Path, buffering: int = -1) -> Any:
+    """Opens a file; raises OSError also for anything else, such as a pipe, which would wait for a writer."""
+    if "\0" in str(path):
+        raise OSError(errno.EINVAL, "its path holds a null character")
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file")
+    return path.open("rb", buffering)
+
+
+def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """An empty array that starts at a multiple of 64 bytes, so that JAX takes it on a CPU without a copy."""
+    size = prod(shape) * dtype.itemsize
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _read_into(file: Any, array: np.ndarray, offset: int, check: Callable[[int], None] | None = None) -> None:
+    """Fills an array with bytes of a file; system calls may give less than was asked for.
+
+    Tells `check` how many bytes came, `_CHECKED_BYTES` at most at a time.
+    """
+    view = array.reshape(-1).view(np.uint8).data
+    while view:
+        try:
+            count = os.preadv(file.fileno(), [view if check is None else view[:_CHECKED_BYTES]], offset)
+        except OSError as error:
+            raise CheckpointError(f"{file.name} cannot be read: {error.strerror}") from None
+        if not count:
+            raise CheckpointError(f"{file.name} became shorter while it was read")
+        if check is not None:
+            check(count)
+        view, offset = view[count:], offset + count
+
+
+class Opened(NamedTuple):
+    """A checkpoint's files.
+
+    Attributes:
+      tensors: the readable tensors by name.
+      problems: what is wrong with the files, one phrase each.
+      lost: names that are absent from `tensors` for a reason that `problems` already gives; None: any name.
+    """
+
+    tensors: dict[str, StoredTensor]
+    problems: list[str]
+    lost: set[str] | None
+
+
+def open_tensors(directory: Path) -> Opened:
+    """Reads the headers of a checkpoint directory's files.
+
+    A single file goes before an index, as in transformers: what was saved as shards first and as one file later keeps
+    the old index.
+
+    Raises `CheckpointError` where there is nothing to read: no directory, or neither a file nor an index.
+    """
+    check_form(directory)
+    if os.path.isfile(directory / SINGLE):
+        tensors, problem = _read_header(directory / SINGLE)
+        return Opened(tensors, [problem] if problem else [], None if problem else set())
+    opened = Opened({}, [], set())
+    by_file: dict[str, list[str]] = {}
+    for name, file in _read_weight_map(directory / INDEX).items():
+        by_file.setdefault(file, []).append(name)
+    for file, names in sorted(by_file.items()):
+        tensors: dict[str, StoredTensor] = {}
+        if Path(file).name != file or file in ("", ".", "..") or not _is_name(file):
+            problem = f"{INDEX} names the file {shown(file)}, which is outside the directory"
+        else:
+            tensors, problem = _read_header(directory / file)
+            absent = [name for name in names if name not in tensors]
+            if absent and not problem:
+                problem = f"{INDEX} says that {file} holds {absent[0]}, which it does not"
+                problem += f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
+        if problem:
+            opened.problems.append(problem)
+        opened.tensors.update({name: tensors[name] for name in names if name in tensors})
+        assert opened.lost is not None
+        opened.lost.update(name for name in names if name not in tensors)
+    return opened
+
+
+def _read_weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no weight_map, but must map tensor names to files")
+    for name, file in weight_map.items():
+        if not _is_name(name):
+            raise CheckpointError(f"{index} maps {shown(name)}, which is no tensor's name")
+        if not isinstance(file, str):
+            raise CheckpointError(f"{index} maps {name} to {shown(file)}, but must name a file")
+    return weight_map
+
+
+def _is_name(text: str) -> bool:
+    """Whether a name from a file can stand in a message as it is."""
+    return len(text) <= _MAX_NAME and text.isprintable()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; raises `CheckpointError` when it is missing or something else."""
+    try:
+        with _open(path) as file:
+            text = file.read(_MAX_JSON + 1)
+        if len(text) > _MAX_JSON:
+            raise CheckpointError(f"{path} is no such file: it has more than {_MAX_JSON} bytes")
+        data = _parse_json(text)
+        if not is_unicode(data):
+            raise ValueError("it holds half a surrogate pair, which is no character")
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(data).__name__}, but must hold an object")
+    return data
+
+
+def _parse_json(text: bytes) -> Any:
+    """Raises ValueError also for a name given twice and for what Python cannot hold."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+            raise ValueError(f"{shown(twice)} is given twice")
+        return found
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except ValueError as error:
+        if "digits" in str(error):  # the advice of Python is for programs
+            raise ValueError("it holds a whole number of thousands of digits") from None
+        raise
+
+
+def _read_header(file: Path) -> tuple[dict[str, StoredTensor], str]:
+    """The tensors of one file; or no tensors, and a phrase that says why."""
+    try:
+        with _open(file) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > min(_MAX_JSON, size - 8):
+                return {}, f"{file.name} is cut short or no safetensors file ({size} bytes)"
+            header = _parse_json(stream.read(length))
+    except OSError as error:
+        return {}, f"{file.name} cannot be read ({error.strerror})"
+    except ValueError as error:
+        return {}, f"{file.name} has a damaged header ({error})"
+    if not isinstance(header, dict):
+        return {}, f"{file.name} has a damaged header (no object)"
+    tensors: dict[str, StoredTensor] = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        tensor, problem = _parse_entry(file, name, entry, data_start=8 + length, size=size)
+        if tensor is None:
+            return {}, problem
+        tensors[name] = tensor
+    for before, after in pairwise(sorted(tensors.values(), key=lambda tensor: (tensor.offset, tensor.nbytes))):
+        if before.offset + before.nbytes > after.offset:
+            return {}, f"{file.name} gives {before.name} and {after.name} the same bytes"
+    return tensors, ""
+
+
+def _parse_entry(file: Path, name: str, entry: Any, *, data_start: int, size: int) -> tuple[StoredTensor | None, str]:
+    """One header entry; or None, and a phrase that says why."""
+    where = file.name
+    if not _is_name(name):
+        return None, f"{where} has a damaged entry for {shown(name)}"
+    try:
+        dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        numbers = (*shape, start, stop)
+        if not isinstance(dtype, str) or len(shape) > _MAX_AXES or start > stop:
+            raise ValueError
+        if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
+            raise ValueError
+    except (KeyError, TypeError, ValueError):
+        return None, f"{where} has a damaged entry for {name}"
+    if dtype not in DTYPES:
+        return None, f"{where} stores {name} as {shown(dtype)}, which is no known type"
+    if stop - start != prod(shape) * DTYPES[dtype].itemsize:
+        return None, f"{where} gives {name} {stop - start} bytes, which {dtype} {list(shape)} does not take"
+    if data_start + stop > size:
+        return None, f"{where} is cut short: it has {size} bytes, but {name} ends at {data_start + stop}"
+    return StoredTensor(name, dtype, shape, file, data_start + start, stop - start), ""

@@ -1,0 +1,134 @@
+"""The content of a checkpoint as one hash, by which runs, records and processes tell models apart.
+
+Hashed are the configuration, as far as it is part of the function, and every tensor's name, type, shape and bytes. How
+tensors are spread over files does not count, nor do other keys of config.json, so that a copy, or the same model in
+other shards, is the same model. A checkpoint of up to `WHOLE_BYTES` is hashed whole. Of a larger one, tensors of up to
+`TENSOR_BYTES` are hashed whole and of each of the others blocks that are spread evenly over it, two for every expert
+and 64 at least, both ends among them: whatever changes values in bulk, as training, merging, pruning and rounding do,
+changes some of them, and less than a hundredth of the bytes is read. A few values changed by hand in a large tensor may
+go unseen; the price of seeing them would be to read tens of gigabytes.
+
+Fingerprints are kept by path, size and times of the files, in the process and under $PUZZLE_JAX_CACHE or
+~/.cache/puzzle_jax. What is damaged there, or cannot be written, is ignored; files that were written within the last
+seconds are never taken from it, since their times do not yet tell versions apart. Nothing here imports JAX.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import time
+from contextlib import suppress
+from dataclasses import asdict
+from functools import lru_cache
+from pathlib import Path
+
+from puzzle_jax.convert_hf.describe import Description, describe_checkpoint
+from puzzle_jax.convert_hf.other_forms import CONFIG
+from puzzle_jax.convert_hf.tensors.files import StoredTensor
+from puzzle_jax.errors import PuzzleError
+from puzzle_jax.files import read_object, write_beside
+
+VERSION = 1
+"""Counts up with what is hashed, so that records of another version do not count."""
+WHOLE_BYTES = 64 << 20
+TENSOR_BYTES = 256 << 10
+_BLOCK_BYTES = 4 << 10
+_BLOCKS, _BLOCKS_OF_AN_EXPERT = 64, 2
+_SETTLED_SECONDS = 5.0
+_FINGERPRINT = re.compile("[0-9a-f]{32}")
+
+State = tuple[tuple[str, int, int, int], ...]
+"""Name, size and times of change in nanoseconds of every file."""
+
+
+def weights_fingerprint(directory: Path | str) -> str:
+    """The fingerprint of the model in a checkpoint directory, 32 hexadecimal digits.
+
+    Raises `CheckpointError` where there is none, or it is damaged.
+    """
+    return fingerprint_of(describe_checkpoint(directory))
+
+
+def fingerprint_of(description: Description) -> str:
+    """As `weights_fingerprint`, of a checkpoint that was described already; raises where it can no longer be read."""
+    state = _state(description)
+    return _kept(description.directory.resolve(), state) if _settled(state) else _hash(description)
+
+
+@lru_cache(maxsize=256)
+def _kept(directory: Path, state: State) -> str:
+    """The fingerprint of files in this state: recorded by an earlier process, or made now and recorded."""
+    place = _place(directory)
+    fingerprint = _recorded(place, state)
+    if fingerprint is None:
+        description = describe_checkpoint(directory)
+        fingerprint = _hash(description)
+        if _state(description) == state:
+            _record(place, state, fingerprint)
+    return fingerprint
+
+
+def _hash(description: Description) -> str:
+    digest = hashlib.sha256(f"{VERSION} {description.form}\n".encode())
+    digest.update(json.dumps(asdict(description.config), sort_keys=True).encode())
+    whole = sum(tensor.nbytes for tensor in description.tensors.values()) <= WHOLE_BYTES
+    for name, tensor in sorted(description.tensors.items()):
+        digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        small = whole or tensor.nbytes <= TENSOR_BYTES
+        for piece in tensor.chunks() if small else tensor.bytes_at(sampled(tensor)):
+            digest.update(piece.data)
+    if description.kv_scales is not None:
+        digest.update(b"\nkv scales\n" + description.kv_scales.tobytes())
+    return digest.hexdigest()[:32]
+
+
+def sampled(tensor: StoredTensor) -> list[tuple[int, int]]:
+    """First bytes and lengths of the blocks that are hashed of a large tensor."""
+    experts = tensor.shape[0] if len(tensor.shape) > 2 else 0
+    count = max(_BLOCKS, _BLOCKS_OF_AN_EXPERT * experts)
+    last = tensor.nbytes - _BLOCK_BYTES
+    places = sorted({last * index // (count - 1) for index in range(count)})
+    return [(place, _BLOCK_BYTES) for place in places]
+
+
+def _state(description: Description) -> State:
+    """What tells versions of the files apart without reading them; empty where one is gone."""
+    files = {tensor.file for tensor in description.tensors.values()}
+    try:
+        stats = [(path.name, path.stat()) for path in sorted({*files, description.directory / CONFIG})]
+    except OSError:
+        return ()
+    return tuple((name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in stats)
+
+
+def _settled(state: State) -> bool:
+    newest = max((max(times) for _, _, *times in state), default=time.time_ns())
+    return time.time_ns() - newest > _SETTLED_SECONDS * 1e9
+
+
+def _place(directory: Path) -> Path:
+    root = os.environ.get("PUZZLE_JAX_CACHE") or os.path.expanduser("~/.cache/puzzle_jax")
+    return Path(root) / "fingerprints" / f"{hashlib.sha256(os.fsencode(directory)).hexdigest()[:32]}.json"
+
+
+def _recorded(place: Path, state: State) -> str | None:
+    """What an earlier process found for files in this state."""
+    with suppress(PuzzleError):
+        record = read_object(place)
+        fingerprint = record.get("fingerprint")
+        if [record.get("version"), record.get("files")] == [VERSION, [list(file) for file in state]]:
+            return fingerprint if isinstance(fingerprint, str) and _FINGERPRINT.fullmatch(fingerprint) else None
+    return None
+
+
+def _record(place: Path, state: State, fingerprint: str) -> None:
+    """For later processes; a place that cannot be written is no reason to stop."""
+    record = {"version": VERSION, "files": state, "fingerprint": fingerprint}
+    with suppress(OSError, ValueError):
+        if place.parts[0] == "~":  # nobody's home is known
+            return
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_beside(place, json.dumps(record).encode())

@@ -1,0 +1,81 @@
+"""Scenarios by name and from files.
+
+    h100x8-64k        8 H100, prompts and answers of 65,536 tokens each, an FP8 cache, the batch that fits best
+    h100x8-64k-bf16   the same with a bfloat16 cache
+
+Any hardware of `hardware.HARDWARE`, any number of devices and any length in thousands (of 1,024) makes a name. Other
+deployments are YAML files of the fields of `Scenario`; the file's name is the scenario's where it gives none.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+from puzzle_jax.costs.hardware import HARDWARE
+from puzzle_jax.costs.scenario import Scenario
+from puzzle_jax.errors import ConfigError, PuzzleError
+from puzzle_jax.files import read_yaml
+
+KV_BYTES = {"fp8": 1, "bf16": 2}
+USUAL_DEVICES, USUAL_LENGTHS = (1, 8), (4, 64)
+
+_NAME = re.compile(r"(?P<hardware>[a-z0-9-]+)x(?P<devices>\d+)-(?P<length>\d+)k(?:-(?P<kv>[a-z0-9]+))?")
+
+
+def scenario_names() -> tuple[str, ...]:
+    """The usual names; others of the same form work too."""
+    return tuple(
+        f"{hardware}x{devices}-{length}k"
+        for hardware in HARDWARE
+        for devices in USUAL_DEVICES
+        for length in USUAL_LENGTHS
+    )
+
+
+def get_scenario(text: str) -> Scenario:
+    """A scenario by name, or from the YAML file at a path.
+
+    Raises `PuzzleError` where the text is neither, and for a file that names file, field and value.
+    """
+    if text.endswith((".yaml", ".yml")) or Path(text).is_file():
+        return read_scenario(Path(text))
+    found = _NAME.fullmatch(text)
+    if found is None or found["hardware"] not in HARDWARE or found["kv"] not in (None, *KV_BYTES):
+        raise ConfigError(
+            f"scenario is {text!r}, but must be a YAML file or a name such as h100x8-64k: hardware "
+            f"({', '.join(HARDWARE)}), 'x', devices, '-', thousands of tokens in and out, 'k', "
+            f"and perhaps -{' or -'.join(KV_BYTES)} for the cache"
+        )
+    length = 1024 * int(found["length"])
+    return Scenario(
+        name=text,
+        input_tokens=length,
+        output_tokens=length,
+        kv_bytes_per_value=KV_BYTES[found["kv"] or "fp8"],
+        hardware=found["hardware"],
+        devices=int(found["devices"]),
+    )
+
+
+def read_scenario(path: Path) -> Scenario:
+    """A scenario from a YAML file of its fields.
+
+    Raises `PuzzleError` that names the file and what is wrong in it.
+    """
+    data = read_yaml(path)
+    if not isinstance(data, dict):
+        raise PuzzleError(f"{path} holds {data!r}, but must hold the fields of a scenario")
+    data.setdefault("name", path.stem)
+    known = [field.name for field in fields(Scenario)]
+    for name, value in data.items():
+        if name not in known:
+            raise PuzzleError(f"{path}: {name} is {value!r}, but a scenario has only {', '.join(known)}")
+    for name in ("input_tokens", "output_tokens"):
+        if name not in data:
+            raise PuzzleError(f"{path}: {name} is missing")
+    try:
+        return Scenario(**data)
+    except ConfigError as error:
+        raise PuzzleError(f"{path}: {error}") from error

@@ -1,0 +1,151 @@
+"""How fast an architecture would serve a deployment, by the roofline, and how much faster than another.
+
+    tokens per second = max over batches of  batch output_tokens / (prefill + output_tokens decode step)
+
+over powers of two and the largest batch that memory and the engine allow, or at the scenario's own batch. Needs
+config.json alone: no weights, no accelerator, no JAX.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from puzzle_jax.config import ModelConfig, cache_bytes
+from puzzle_jax.convert_hf.table import Form, bytes_by_part
+from puzzle_jax.costs.batches import candidate_batches, largest_batch, memory_bytes
+from puzzle_jax.costs.roofline import PARTS, PartSeconds, Roofline
+from puzzle_jax.costs.scenario import Scenario
+from puzzle_jax.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model without weights: what it is, and how its experts are stored."""
+
+    config: ModelConfig
+    form: Form
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An architecture in a scenario at its best batch.
+
+    Attributes:
+      throughput: generated tokens per second of all devices.
+      batch: requests together.
+      largest_batch: that fits; the scenario's own where it gives one.
+      prefill_seconds: all prompts of the batch.
+      decode_seconds: one step, the mean over output positions.
+      memory_bytes, room_bytes: weights and caches on all devices, and what there is for them.
+      breakdown: {"prefill", "decode"}: seconds by part.
+    """
+
+    throughput: float
+    batch: int
+    largest_batch: int
+    prefill_seconds: float
+    decode_seconds: float
+    memory_bytes: int
+    room_bytes: int
+    breakdown: Mapping[str, Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A model beside a baseline."""
+
+    scenario: Scenario
+    model: Estimate
+    baseline: Estimate
+
+    @property
+    def speedup(self) -> float:
+        return self.model.throughput / self.baseline.throughput
+
+    def as_json(self) -> dict[str, Any]:
+        """Keys of the model are plain, those of the baseline begin with "baseline_"."""
+        return {
+            "scenario": self.scenario.to_json(),
+            "speedup": self.speedup,
+            **asdict(self.model),
+            **{f"baseline_{name}": value for name, value in asdict(self.baseline).items()},
+        }
+
+
+def compare(
+    model: Architecture, baseline: Architecture, scenario: Scenario, roofline: Roofline | None = None
+) -> Comparison:
+    """Both architectures in one scenario, each at its own best batch. Raises as `estimate` does."""
+    roofline = roofline or Roofline()
+    return Comparison(scenario, estimate(model, scenario, roofline), estimate(baseline, scenario, roofline))
+
+
+def estimate(architecture: Architecture, scenario: Scenario, roofline: Roofline | None = None) -> Estimate:
+    """An architecture in a scenario.
+
+    Raises `ConfigError` where not one request fits, the given batch does not, or the scenario does not fit the model.
+    """
+    sizes, roofline = _Sizes.of(architecture, scenario), roofline or Roofline()
+    room = roofline.room_bytes(scenario)
+    at_most = scenario.batch or roofline.max_batch(scenario)
+    largest = largest_batch(scenario, **asdict(sizes), room=room, at_most=at_most)
+    if largest < (scenario.batch or 1):
+        needed = memory_bytes(scenario, **asdict(sizes), batch=scenario.batch or 1)
+        raise ConfigError(
+            f"scenario {scenario.name!r} with {scenario.batch or 1} request(s) needs {needed / 1e9:.1f} GB on "
+            f"{scenario.devices} x {roofline.device(scenario)}, but there is room for {max(room, 0) / 1e9:.1f} GB"
+        )
+    batches = (scenario.batch,) if scenario.batch else candidate_batches([largest])
+    seconds = {batch: model_seconds(architecture, scenario.at(batch), roofline) for batch in batches}
+    rates = {batch: _rate(scenario, batch, seconds[batch]) for batch in batches}
+    best = max(rates, key=lambda batch: rates[batch])
+    total = seconds[best].total()
+    return Estimate(
+        throughput=rates[best],
+        batch=best,
+        largest_batch=largest,
+        prefill_seconds=total.prefill_seconds,
+        decode_seconds=total.decode_seconds,
+        memory_bytes=memory_bytes(scenario, **asdict(sizes), batch=best),
+        room_bytes=room,
+        breakdown={"prefill": dict(seconds[best].prefill), "decode": dict(seconds[best].decode)},
+    )
+
+
+def model_seconds(architecture: Architecture, scenario: Scenario, roofline: Roofline) -> PartSeconds:
+    """All layers and the rest, by part, at the scenario's batch."""
+    config = architecture.config
+    steps = roofline.steps(config, scenario, architecture.form)
+    found = [(steps.rest(), 1)]
+    found += [(steps.experts(n), times) for n, times in Counter(block.num_experts for block in config.blocks).items()]
+    found += [(steps.attention(w), times) for w, times in Counter(block.window for block in config.blocks).items()]
+
+    def total(of: str) -> dict[str, float]:
+        return {part: sum(times * getattr(seconds, of).get(part, 0.0) for seconds, times in found) for part in PARTS}
+
+    return PartSeconds(total("prefill"), total("decode"))
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Bytes that memory is made of; see `batches.memory_bytes`."""
+
+    dense: int
+    experts: int
+    kv: int
+
+    @staticmethod
+    def of(architecture: Architecture, scenario: Scenario) -> _Sizes:
+        config, sizes = architecture.config, bytes_by_part(architecture.config, architecture.form)
+        experts = sum(layer.experts + layer.router for layer in sizes.layers)
+        kv = cache_bytes(config, scenario.context_tokens, scenario.kv_bytes_per_value)
+        return _Sizes(sizes.total - experts, experts, kv)
+
+
+def _rate(scenario: Scenario, batch: int, seconds: PartSeconds) -> float:
+    total = seconds.total()
+    tokens = batch * scenario.output_tokens
+    return tokens / (total.prefill_seconds + scenario.output_tokens * total.decode_seconds)

@@ -1,0 +1,116 @@
+"""`python -m puzzle_jax.search estimate --model A --baseline B --scenario NAME|FILE ... [--json]`.
+
+A and B are checkpoint directories or config.json files; weights need not be there, and JAX is not imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from puzzle_jax.commands import Parser, guarded
+from puzzle_jax.consoles import plain_console
+from puzzle_jax.convert_hf.configuration.config_json import parse_config, parse_form
+from puzzle_jax.convert_hf.describe import config_path
+from puzzle_jax.convert_hf.tensors.files import read_json
+from puzzle_jax.costs.assumptions import DEFAULT, read_assumptions
+from puzzle_jax.costs.deployments import get_scenario, scenario_names
+from puzzle_jax.costs.estimate import Architecture, Comparison, Estimate, compare
+from puzzle_jax.costs.roofline import PARTS, Roofline
+from puzzle_jax.errors import PuzzleError, shown
+from puzzle_jax.files import parse_json, read_text
+from puzzle_jax.program.library import Number, is_number
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parses the command line and prints the estimates; returns the exit code."""
+    parser = Parser(
+        prog="python -m puzzle_jax.search estimate", description="How fast a model would serve, beside another."
+    )
+    parser.add_argument("--model", type=Path, help="a checkpoint directory or a config.json")
+    parser.add_argument("--baseline", type=Path, help="likewise: what it is compared with, its parent perhaps")
+    parser.add_argument("--scenario", nargs="+", default=[], metavar="NAME|FILE", help="such as h100x8-64k, or a YAML")
+    parser.add_argument("--assumptions", type=Path, default=DEFAULT, help="a YAML file in place of the package's own")
+    parser.add_argument("--routing", type=Path, help="a JSON list: relative loads of a layer's experts, largest first")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--list", action="store_true", help="names of usual scenarios")
+    return guarded(parser.prog, lambda: _run(parser.parse_args(arguments)))
+
+
+def _run(settings: argparse.Namespace) -> None:
+    if settings.list:
+        print("\n".join(scenario_names()))
+        return
+    for name in ("model", "baseline", "scenario"):
+        if not getattr(settings, name):
+            raise PuzzleError(f"--{name} is missing")
+    roofline = Roofline(assumptions=read_assumptions(settings.assumptions), profile=_read_profile(settings.routing))
+    model, baseline = read_architecture(settings.model), read_architecture(settings.baseline)
+    found = [compare(model, baseline, get_scenario(text), roofline) for text in settings.scenario]
+    if settings.json:
+        values = [comparison.as_json() for comparison in found]
+        print(json.dumps(values[0] if len(values) == 1 else values, indent=2))
+    else:
+        for comparison in found:
+            show(comparison, plain_console())
+
+
+def read_architecture(path: Path) -> Architecture:
+    """The model that a checkpoint directory or a config.json describes. Raises `CheckpointError` where it is none."""
+    source = config_path(path)
+    data = read_json(source)
+    return Architecture(parse_config(data, source), parse_form(data, source))
+
+
+def show(comparison: Comparison, console: Console) -> None:
+    """Prints a comparison for people."""
+    scenario, model, baseline = comparison.scenario, comparison.model, comparison.baseline
+    table = Table(
+        "",
+        "model",
+        "baseline",
+        "model / baseline",
+        title=f"{scenario.name}: {scenario.input_tokens:,} tokens in, {scenario.output_tokens:,} out, "
+        f"{scenario.devices} x {scenario.hardware}, {scenario.kv_bytes_per_value} bytes per cached value",
+        title_justify="left",
+    )
+    for column in table.columns[1:]:
+        column.justify = "right"
+
+    def add(name: str, form: str, of_model: Number, of_baseline: Number, scale: Number = 1) -> None:
+        ratio = f"{of_model / of_baseline:.3f}" if of_baseline else ""
+        table.add_row(name, format(of_model * scale, form), format(of_baseline * scale, form), ratio)
+
+    add("tokens per second", ",.0f", model.throughput, baseline.throughput)
+    add("batch", ",", model.batch, baseline.batch)
+    add("memory GB", ",.1f", model.memory_bytes, baseline.memory_bytes, 1e-9)
+    for kind, unit, scale in (("prefill", "s", 1), ("decode", "ms per step", 1e3)):
+        table.add_section()
+        add(f"{kind} {unit}", ",.3f", _seconds(model, kind), _seconds(baseline, kind), scale)
+        for part in PARTS:
+            pair = model.breakdown[kind][part], baseline.breakdown[kind][part]
+            if any(pair):
+                add(f"  {part.replace('_', ' ')}", ",.3f", *pair, scale)
+    console.print(table)
+
+
+def _seconds(estimate: Estimate, kind: str) -> float:
+    return estimate.prefill_seconds if kind == "prefill" else estimate.decode_seconds
+
+
+def _read_profile(path: Path | None) -> tuple[float, ...] | None:
+    if path is None:
+        return None
+    loads: Any = parse_json(read_text(path), str(path))
+    if not isinstance(loads, list) or not loads:
+        raise PuzzleError(f"{path} holds {shown(loads)}, but must hold a list of loads")
+    for place, load in enumerate(loads):
+        if not is_number(load) or not 0 <= load <= 1e300:
+            raise PuzzleError(f"{path}: load {place} is {shown(load)}, but must be a finite number of at least 0")
+    return tuple(map(float, loads))

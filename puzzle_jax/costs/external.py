@@ -1,0 +1,113 @@
+"""Costs that were timed elsewhere, in the runtime that will serve, say: a costs.json of our own form.
+
+Such a file is used as it is, once it holds all that the search will ask for. Left out: whether its seconds are right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from puzzle_jax.convert_hf.table import Form
+from puzzle_jax.costs.scenario import Scenario
+from puzzle_jax.costs.table import Costs, kv_bytes, mixture_size, read_costs, seconds_key, shared_size
+from puzzle_jax.errors import ConfigError, PuzzleError
+from puzzle_jax.search.space import Space
+
+_SHOWN = 4
+
+
+def read_external(path: Path, space: Space, scenarios: Sequence[Scenario], form: Form) -> Costs:
+    """Reads a costs.json for a space and scenarios; of further ones that it holds, nothing is taken.
+
+    Args:
+      path: of the file.
+      space: whose alternatives must all be there.
+      scenarios: that must be there, as they are.
+      form: of the parent's checkpoint, which decides the bytes of the experts.
+
+    Raises `PuzzleError` that names the file and what it lacks (layers, expert counts, windows, seconds, a scenario), a
+    number that is none of its kind, bytes that are not the model's, and a model that would be served in no time.
+    """
+    costs = read_costs(path)
+    try:
+        for scenario in scenarios:
+            _check_scenario(costs, scenario)
+        check_costs(costs, space)
+        _check_sizes(costs, space, scenarios, form)
+        _check_time(costs, scenarios)
+    except ConfigError as error:
+        raise PuzzleError(f"{path}: {error}") from error
+    return replace(costs, scenarios=tuple(scenarios))
+
+
+def _check_scenario(costs: Costs, scenario: Scenario) -> None:
+    held = costs.scenario(scenario.name).to_json()
+    for field, value in scenario.to_json().items():
+        if held[field] != value:
+            raise ConfigError(f"{field} of scenario {scenario.name!r} is {held[field]!r}, but {value!r} is asked for")
+
+
+def _check_sizes(costs: Costs, space: Space, scenarios: Sequence[Scenario], form: Form) -> None:
+    """Raises `ConfigError` where bytes or parameters are not those of the parent and its alternatives."""
+    config = space.parent
+    for name, value in zip(("shared_bytes", "shared_parameters"), shared_size(config, form), strict=True):
+        if getattr(costs, name) != value:
+            raise ConfigError(f"{name} is {getattr(costs, name)}, but the parent has {value}")
+    sizes = {count: mixture_size(config, count, form) for layer in costs.layers for count in layer.experts}
+    for number, layer in enumerate(costs.layers):
+        for count, entry in layer.experts.items():
+            for name, value in zip(("weight_bytes", "parameters"), sizes[count], strict=True):
+                if getattr(entry, name) != value:
+                    raise ConfigError(
+                        f"layer {number}, expert count {count}: {name} is {getattr(entry, name)}, but must be {value}"
+                    )
+        for window, entry in layer.attention.items():
+            for scenario in scenarios:
+                held, value = entry.kv_bytes.get(scenario.name), kv_bytes(config, window, scenario)
+                if held != value:
+                    raise ConfigError(
+                        f"layer {number}, window {'full' if window is None else window}: kv_bytes of scenario "
+                        f"{scenario.name!r} is {held}, but must be {value}"
+                    )
+
+
+def _check_time(costs: Costs, scenarios: Sequence[Scenario]) -> None:
+    """Raises `ConfigError` where some architecture would need no time at all."""
+    keys = [seconds_key(s, batch) for s in scenarios for batch in costs.offered_batches(s.name)]
+    for key in keys:
+        for field in ("prefill_seconds", "decode_seconds"):
+            least = getattr(costs.fixed[key], field)
+            for layer in costs.layers:
+                least += min(getattr(entry.seconds[key], field) for entry in layer.experts.values())
+                least += min(getattr(entry.seconds[key], field) for entry in layer.attention.values())
+            if not least > 0:
+                raise ConfigError(f"{field} of {key!r} is 0 in all parts of an architecture, but serving it takes time")
+
+
+def check_costs(costs: Costs, space: Space) -> None:
+    """Checks that costs, from elsewhere perhaps, hold all that a space asks for.
+
+    Raises `ConfigError` that names the layers' missing expert counts and windows.
+    """
+    if len(costs.layers) != space.num_layers:
+        raise ConfigError(f"the costs are of {len(costs.layers)} layers, but the parent has {space.num_layers}")
+    missing = []
+    for layer, (held, block) in enumerate(zip(costs.layers, space.parent.blocks, strict=True)):
+        counts = {block.num_experts, *space.expert_counts(layer)} - {*held.experts}
+        windows = [window for window in space.windows[layer] if window not in held.attention]
+        if counts:
+            missing.append(f"layer {layer}: expert counts {', '.join(map(str, sorted(counts, reverse=True)))}")
+        if windows:
+            missing.append(f"layer {layer}: windows {', '.join('full' if w is None else str(w) for w in windows)}")
+    if missing:
+        more = f"; and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+        raise ConfigError(f"the costs lack {'; '.join(missing[:_SHOWN])}{more}")
+    keys = [seconds_key(s, batch) for s in costs.scenarios for batch in costs.offered_batches(s.name)]
+    tables = [costs.fixed]
+    for layer in costs.layers:
+        tables += [entry.seconds for entry in (*layer.experts.values(), *layer.attention.values())]
+    for key in keys:
+        if not all(key in table for table in tables):
+            raise ConfigError(f"the costs lack seconds of {key!r} somewhere")

@@ -1,0 +1,99 @@
+"""The devices that scenarios name: memory, bandwidth, matrix rates, links.
+
+Memory is what the driver or the runtime reports, which a maker's round figure may miss by several percent: "80 GB" of
+an H100 are 85.5e9 bytes. Rates are dense, without sparsity. A link's bandwidth is one device's in one direction, half
+of the figure that makers print. Latency and launch are no data-sheet figures, but what is measured in practice:
+8 x H100 sum a small tensor in 6 to 9 us (sglang, pull request 2904); kernels of a captured CUDA graph follow each other
+at about 2 us; one program of XLA on a TPU spends about half of that.
+
+Cards without NVLink sum over PCIe, through the host where the driver allows no direct way: their latency is a guess.
+
+Sources: NVIDIA data sheets of A100 80GB SXM, H100 SXM5, H200 SXM, HGX B200 and L4, and NVIDIA's description of the Ada
+architecture for the RTX 4090; Google Cloud TPU documentation (docs.cloud.google.com/tpu/docs/v5e, v5p, v6e); the memory
+of NVIDIA devices by nvidia-smi. No JAX here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from math import isfinite
+
+from puzzle_jax.errors import ConfigError
+from puzzle_jax.program.library import Number
+
+_MIB, _GIB = 2**20, 2**30
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One device.
+
+    Attributes:
+      name: as scenarios call it.
+      memory_bytes: all of its memory.
+      bytes_per_second: memory bandwidth.
+      flops_per_second: dense bfloat16 matrix rate, a multiply and an add counting as two.
+      fp8_flops_per_second: the same on FP8 operands; the bfloat16 rate where there is no faster one.
+      link_bytes_per_second: to other devices of the same host, one direction.
+      link_latency_seconds: of one collective, however small.
+      launch_seconds: between two operations, however small.
+
+    Raises `ConfigError` where a number is not above 0 (latency and launch may be 0).
+    """
+
+    name: str
+    memory_bytes: Number
+    bytes_per_second: Number
+    flops_per_second: Number
+    fp8_flops_per_second: Number
+    link_bytes_per_second: Number
+    link_latency_seconds: Number
+    launch_seconds: Number
+
+    def __post_init__(self) -> None:
+        for field in fields(self)[1:]:
+            value = getattr(self, field.name)
+            may_be_zero = field.name in ("link_latency_seconds", "launch_seconds")
+            if not isinstance(value, int | float) or not isfinite(value) or value < 0 or not (value or may_be_zero):
+                rule = "at least 0" if may_be_zero else "above 0"
+                raise ConfigError(f"{field.name} of hardware {self.name!r} is {value!r}, but must be {rule}")
+
+
+HARDWARE = {
+    hardware.name: hardware
+    for hardware in (
+        # 81,920 MiB; 2,039 GB/s; 312 TFLOP/s, no FP8; NVLink 3: 600 GB/s both ways.
+        Hardware("a100", 81_920 * _MIB, 2.039e12, 312e12, 312e12, 300e9, 6e-6, 2e-6),
+        # 81,559 MiB; 3.35 TB/s; 989.4 TFLOP/s, FP8 1,978.9; NVLink 4: 900 GB/s both ways.
+        Hardware("h100", 81_559 * _MIB, 3.35e12, 989.4e12, 1978.9e12, 450e9, 6e-6, 2e-6),
+        # 143,771 MiB; 4.8 TB/s; otherwise an H100.
+        Hardware("h200", 143_771 * _MIB, 4.8e12, 989.4e12, 1978.9e12, 450e9, 6e-6, 2e-6),
+        # 178.35 GiB; 8 TB/s (7.67 by bus width and clock); 2,250 TFLOP/s, FP8 4,500; NVLink 5: 1.8 TB/s both ways.
+        Hardware("b200", 178.35 * _GIB, 8.0e12, 2250e12, 4500e12, 900e9, 6e-6, 2e-6),
+        # 23,034 MiB; 300 GB/s; 121 TFLOP/s, FP8 242.5; PCIe 4 x16.
+        Hardware("l4", 23_034 * _MIB, 300e9, 121e12, 242.5e12, 32e9, 20e-6, 3e-6),
+        # 24,564 MiB; 1,008 GB/s; 165.2 TFLOP/s, FP8 330.3, both summed in float32; PCIe 4 x16.
+        Hardware("rtx4090", 24_564 * _MIB, 1.008e12, 165.2e12, 330.3e12, 32e9, 20e-6, 3e-6),
+        # 16 GB; 819 GB/s; 197 TFLOP/s, no FP8; ICI 400 GB/s both ways over all ports.
+        Hardware("tpu-v5e", 16e9, 819e9, 197e12, 197e12, 200e9, 5e-6, 1e-6),
+        # 95 GiB; 2,765 GB/s; 459 TFLOP/s, FP8 the same; ICI 1,200 GB/s both ways.
+        Hardware("tpu-v5p", 95 * _GIB, 2.765e12, 459e12, 459e12, 600e9, 5e-6, 1e-6),
+        # 32 GB; 1,638 GB/s; 918 TFLOP/s, no FP8; ICI 800 GB/s both ways.
+        Hardware("tpu-v6e", 32e9, 1.638e12, 918e12, 918e12, 400e9, 5e-6, 1e-6),
+    )
+}
+
+
+def hardware_named(name: str) -> Hardware:
+    """A row of `HARDWARE`, or for "local" the device present, measured.
+
+    Raises `ConfigError` for another name.
+    """
+    if name == "local":
+        # JAX takes seconds to import, and only this needs it.
+        from puzzle_jax.costs.local_hardware import measure_local
+
+        return measure_local()
+    if name not in HARDWARE:
+        raise ConfigError(f"hardware is {name!r}, but must be local or one of {', '.join(HARDWARE)}")
+    return HARDWARE[name]

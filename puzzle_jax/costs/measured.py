@@ -1,0 +1,400 @@
+"""Seconds of our own sub-blocks on the device present, at the exact shapes of a scenario.
+
+Sub-blocks are timed where they will run: in whole models of random parameters. The reference has the most experts and
+the widest attention in all of its layers. For every other expert count, and every other window, a trial has that in all
+layers and runs beside the reference, in turns, so that a drifting machine harms neither:
+
+    seconds(sub-block) = seconds(the reference's) + (median over rounds of trial / reference - 1) * reference / layers
+
+A sub-block that is timed alone in a loop finds its weights and caches in the processor's cache, from where a whole
+model has long evicted them: such sums promised up to twice the speed that the models had. Parts alone only say how
+the reference's seconds are to be shared out among attention, experts and the rest. Prefill goes as in the generation
+engine, in chunks of a group of rows; decoding is a loop on the device of many steps over the positions of an answer.
+
+Left out: several devices, and routing as uneven as a trained router's. Where the memory for trials holds fewer layers
+than the model has, the rest is taken to be like them.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import count
+from math import inf, prod
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from puzzle_jax.config import BlockConfig, ModelConfig, cache_bytes
+from puzzle_jax.convert_hf.table import Form
+from puzzle_jax.costs.provider import Seconds, Times
+from puzzle_jax.costs.scenario import Scenario
+from puzzle_jax.costs.sub_blocks import SubBlocks, without_layers
+from puzzle_jax.errors import ConfigError
+from puzzle_jax.generate.slots import Admission, Group, Slots, admit, empty_group, empty_slots, prefill
+from puzzle_jax.model.cache import decode_step, init_cache
+from puzzle_jax.model.cache_format import CacheFormat
+from puzzle_jax.model.network import moe_block
+from puzzle_jax.model.spec import Params, is_spec, param_specs
+
+# Parameters and caches of one trial.
+_TRIAL_BYTES = 4e9
+# A decoding loop of a part alone starts every step from one of so many hidden states: with the state carried alone,
+# routing would settle on few experts.
+_STATES = 8
+
+Kind = tuple[str, Any]
+"""("experts", count), ("attention", window) or ("fixed", None)."""
+
+
+class _Part(NamedTuple):
+    """Something to time: `run` maps a state to the next; `steps` is what its seconds are divided by.
+
+    Steps are a fraction where a run is less than one: a group of rows is one part of a batch.
+    """
+
+    run: Callable[[Any], Any]
+    state: Any
+    steps: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A `provider.Provider`: times the default device.
+
+    Attributes:
+      dtype: of parameters, activations and cache.
+      rounds: timed turns of every model, after one that compiles.
+      decode_steps: length of a decoding loop, at most the scenario's output.
+      seed: of parameters and hidden states.
+      progress: called with done and all turns.
+      clock: gives seconds; of the process' own work (`time.process_time`) where others use the machine too.
+    """
+
+    dtype: Any = jnp.float32
+    rounds: int = 7
+    decode_steps: int = 64
+    seed: int = 0
+    progress: Callable[[int, int], None] | None = None
+    clock: Callable[[], float] = time.perf_counter
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "decode_steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}, but must be at least 1")
+
+    @property
+    def name(self) -> str:
+        return "measured"
+
+    def device(self, scenario: Scenario) -> str:
+        return device_identity()["device"]
+
+    def times(
+        self,
+        config: ModelConfig,
+        scenario: Scenario,
+        form: Form,
+        counts: Sequence[int],
+        windows: Sequence[int | None],
+    ) -> Times:
+        """See `provider.Provider`; weights are of `dtype` whatever the form.
+
+        Raises `ConfigError` for a scenario of several devices or of other hardware.
+        """
+        if scenario.devices != 1 or scenario.hardware != "local":
+            raise ConfigError(
+                f"scenario {scenario.name!r} asks for {scenario.devices} x {scenario.hardware}, but measured "
+                "costs are of one local device; take the roofline for others"
+            )
+        steps = min(self.decode_steps, scenario.output_tokens)
+        maker = _Maker(SubBlocks(config, scenario), self.dtype, steps, self.seed)
+        widest = max(windows, key=lambda window: inf if window is None else window)
+        reference = BlockConfig(max(counts), widest)
+        kinds: dict[Kind, BlockConfig] = {("experts", c): replace(reference, num_experts=c) for c in counts}
+        kinds |= {("attention", w): replace(reference, window=w) for w in windows}
+        others = {kind: block for kind, block in kinds.items() if block != reference}
+        turns = 2 * (self.rounds + 1) * (3 + 2 * max(1, len(others)))
+        advance = _counter(self.progress, turns)
+
+        def timed(phase: str) -> dict[Kind, tuple[float, float]]:
+            """Seconds of every sub-block and of the rest in prefill or decoding, and their spread."""
+            alone = self._alone(maker, phase, reference, advance)
+            races = {
+                kind: self._race(maker, phase, reference, block, advance)
+                for kind, block in (others or {("experts", reference.num_experts): reference}).items()
+            }
+            whole = statistics.median(seconds for race in races.values() for seconds, _ in race)
+            share = whole / (alone["fixed", None] + maker.depth * (sum(alone.values()) - alone["fixed", None]))
+            found = {("fixed", None): (alone["fixed", None] * share, 0.0)}
+            for kind in kinds:
+                own = alone[kind[0], getattr(reference, _FIELDS[kind[0]])] * share
+                ratios = [other / seconds for seconds, other in races[kind]] if kind in others else [1.0]
+                change = (statistics.median(ratios) - 1) * whole / maker.depth
+                found[kind] = (max(0.0, own + change), _spread(ratios))
+            return found
+
+        prefill, decode = timed("prefill"), timed("decode")
+
+        def both(*kind: Any) -> Seconds:
+            (prefill_seconds, prefill_spread), (decode_seconds, decode_spread) = prefill[kind], decode[kind]
+            return Seconds(prefill_seconds, decode_seconds, prefill_spread, decode_spread)
+
+        return Times(
+            experts={count: both("experts", count) for count in counts},
+            attention={window: both("attention", window) for window in windows},
+            fixed=both("fixed", None),
+        )
+
+    def _alone(
+        self, maker: _Maker, phase: str, reference: BlockConfig, advance: Callable[[], None]
+    ) -> dict[Kind, float]:
+        """Seconds of the reference's sub-blocks and of the rest, each alone."""
+        parts = {
+            ("fixed", None): getattr(maker, f"{phase}_fixed")(),
+            ("attention", reference.window): getattr(maker, f"{phase}_attention")(reference.window),
+            ("experts", reference.num_experts): getattr(maker, f"{phase}_experts")(reference.num_experts),
+        }
+        return {kind: statistics.median(self._timed([part], advance)[0]) for kind, part in parts.items()}
+
+    def _race(
+        self, maker: _Maker, phase: str, reference: BlockConfig, block: BlockConfig, advance: Callable[[], None]
+    ) -> list[tuple[float, float]]:
+        """Seconds of the reference and of a trial, round by round."""
+        parts = [getattr(maker, f"{phase}_model")(each) for each in (reference, block)]
+        return list(zip(*self._timed(parts, advance), strict=True))
+
+    def _timed(self, parts: Sequence[_Part], advance: Callable[[], None]) -> list[list[float]]:
+        """Seconds per step of every part, in turns, one per round; the first turn of each compiles, uncounted."""
+        states = [part.state for part in parts]
+        seconds: list[list[float]] = [[] for _ in parts]
+        for turn in range(self.rounds + 1):
+            for number, part in list(enumerate(parts))[:: 1 if turn % 2 else -1]:
+                start = self.clock()
+                states[number] = jax.block_until_ready(part.run(states[number]))
+                if turn:
+                    seconds[number].append((self.clock() - start) / part.steps)
+                advance()
+        return seconds
+
+
+_FIELDS = {"experts": "num_experts", "attention": "window"}
+
+
+def _counter(progress: Callable[[int, int], None] | None, turns: int) -> Callable[[], None]:
+    """Calls `progress` with one turn more each time, and all turns."""
+    done = count(1)
+    return lambda: None if progress is None else progress(next(done), turns)
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Builds the parts of one scenario."""
+
+    blocks: SubBlocks
+    dtype: Any
+    steps: int
+    seed: int
+
+    made: dict[tuple[int, int], Params] = field(default_factory=dict)
+
+    @property
+    def depth(self) -> int:
+        """Layers of a trial: the model's, as far as there is memory."""
+        config = self.blocks.config
+        config = replace(config, blocks=(BlockConfig(max(block.num_experts for block in config.blocks)),))
+        layer = jax.tree.leaves(param_specs(config)["layers"], is_leaf=is_spec)
+        size = jnp.dtype(self.dtype).itemsize
+        caches = self.blocks.batch * cache_bytes(config, self.blocks.context, size)
+        bytes_of_layer = size * sum(prod(spec.shape) for spec in layer) + caches
+        return max(1, min(self.blocks.config.num_layers, int(_TRIAL_BYTES // bytes_of_layer)))
+
+    def _params(self, config: ModelConfig) -> Params:
+        """Random parameters, shared by prefill and decoding; those of one model at a time besides the reference's.
+
+        Drawn with numpy: jax.random would compile a program for each of many shapes, which takes longer than timing.
+        """
+        key = (config.num_layers, config.blocks[0].num_experts)
+        if key not in self.made:
+            most = max(self.made, default=key)
+            for old in [known for known in self.made if known[0] == key[0] and known != most]:
+                del self.made[old]
+            source = np.random.default_rng(self.seed)
+            self.made[key] = jax.tree.map(
+                lambda spec: self._array(source, spec.shape, spec.fan_in**-0.5), param_specs(config), is_leaf=is_spec
+            )
+        return self.made[key]
+
+    def _array(self, source: np.random.Generator, shape: tuple[int, ...], scale: float) -> Array:
+        return jnp.asarray(source.standard_normal(shape, np.float32) * np.float32(scale)).astype(self.dtype)
+
+    def _hidden(self, *shape: int) -> Array:
+        """Random hidden states [*shape, hidden]."""
+        return self._array(np.random.default_rng(self.seed + 1), (*shape, self.blocks.config.hidden_size), 1.0)
+
+    def _model(self, block: BlockConfig) -> ModelConfig:
+        return replace(self.blocks.config, blocks=(block,) * self.depth)
+
+    def _tokens(self, *shape: int) -> Array:
+        tokens = np.random.default_rng(self.seed).integers(self.blocks.config.vocab_size, size=shape, dtype=np.int32)
+        return jnp.asarray(tokens)
+
+    def prefill_model(self, block: BlockConfig) -> _Part:
+        """One group's prompts in a model of such layers, and their way into the slots."""
+        blocks, config, form = self.blocks, self._model(block), CacheFormat()
+        params, rows, chunk = self._params(config), blocks.rows, blocks.chunk
+        tokens = self._tokens(rows, blocks.chunks * chunk)
+        lengths = jnp.full(rows, blocks.scenario.input_tokens, jnp.int32)
+        each = jnp.arange(rows, dtype=jnp.int32)
+        admission = Admission(jnp.int32(rows), each, each, lengths, lengths, lengths)
+
+        def run(state: tuple[Group, Slots]) -> tuple[Group, Slots]:
+            group, slots = state
+            for start in range(0, tokens.shape[1], chunk):
+                part = tokens[:, start : start + chunk]
+                group = prefill(params, config, group, part, jnp.int32(start), lengths, blocks.context, None)
+            return group, admit(params, config, slots, group, admission)
+
+        dtype = jnp.dtype(self.dtype)
+        group = empty_group(config, rows, blocks.context, dtype, form, experts=False)
+        slots = empty_slots(config, blocks.batch, blocks.context, dtype, form, log_probs=False, experts=False)
+        return _Part(run, (group, slots), 1 / blocks.groups)
+
+    def decode_model(self, block: BlockConfig) -> _Part:
+        """A loop of steps of the whole batch in a model of such layers, each on tokens drawn beforehand."""
+        blocks, config = self.blocks, self._model(block)
+        scenario, steps = blocks.scenario, self.steps
+        params, tokens = self._params(config), self._tokens(steps, blocks.batch)
+        caches = [init_cache(config, layer, blocks.batch, blocks.context, self.dtype) for layer in range(self.depth)]
+
+        @partial(jax.jit, donate_argnums=2)  # caches are updated in place, as in generation
+        def run(params: Params, tokens: Array, caches: Any) -> Any:
+            def body(index: Array, state: tuple[Array, Any]) -> tuple[Array, Any]:
+                chosen, caches = state
+                position = scenario.input_tokens + index * scenario.output_tokens // steps
+                positions = jnp.full(blocks.batch, position, jnp.int32)
+                logits, caches, _ = decode_step(params, config, caches, tokens[index], positions)
+                return chosen + jnp.argmax(logits, axis=-1).astype(jnp.int32), caches
+
+            return jax.lax.fori_loop(0, steps, body, (jnp.zeros(blocks.batch, jnp.int32), caches))
+
+        return _Part(lambda caches: jax.block_until_ready(run(params, tokens, caches))[1], caches, float(steps))
+
+    def prefill_attention(self, window: int | None) -> _Part:
+        """All chunks of one group's prompts."""
+        blocks, config = self.blocks, self.blocks.with_window(window)
+        rows, chunk, chunks = blocks.rows, blocks.chunk, blocks.chunks
+        params, attend = self._params(config)["layers"][0]["attention"], blocks.prefill_attention(window)
+        lengths = jnp.full(rows, blocks.scenario.input_tokens, jnp.int32)
+
+        @jax.jit
+        def run(params: Params, x: Array) -> Any:
+            def one_chunk(index: Array, state: tuple[Array, Any]) -> tuple[Array, Any]:
+                total, cache = state
+                part = jax.lax.dynamic_slice_in_dim(x, index * chunk, chunk, 1)
+                out, cache = attend(params, part, cache, index * chunk, lengths)
+                return total + out, cache
+
+            cache = init_cache(config, 0, rows, blocks.context, self.dtype)
+            return jax.lax.fori_loop(0, chunks, one_chunk, (jnp.zeros_like(x[:, :chunk]), cache))
+
+        return _repeated(run, params, self._hidden(rows, chunks * chunk), 1 / blocks.groups)
+
+    def prefill_experts(self, count: int) -> _Part:
+        """One chunk of one group's prompts."""
+        blocks, config = self.blocks, self.blocks.one_layer(BlockConfig(count))
+        params = self._params(config)["layers"][0]["moe"]
+        run = jax.jit(lambda params, x: moe_block(params, config, x)[0])
+        return _repeated(run, params, self._hidden(blocks.rows, blocks.chunk), 1 / (blocks.groups * blocks.chunks))
+
+    def prefill_fixed(self) -> _Part:
+        config = self.blocks.one_layer()
+        tokens = self._tokens(self.blocks.batch, self.blocks.scenario.input_tokens)
+        return _repeated(jax.jit(self.blocks.prefill_rest), without_layers(self._params(config)), tokens)
+
+    def decode_attention(self, window: int | None) -> _Part:
+        config, scenario, steps = self.blocks.with_window(window), self.blocks.scenario, self.steps
+        params, attend = self._params(config)["layers"][0]["attention"], self.blocks.decode_attention(window)
+        cache = init_cache(config, 0, self.blocks.batch, self.blocks.context, self.dtype)
+
+        def step(params: Params, index: Array, x: Array, cache: Any) -> tuple[Array, Any]:
+            # Steps spread over the output positions where there are fewer of them.
+            return attend(params, x, cache, scenario.input_tokens + index * scenario.output_tokens // steps)
+
+        return self._loop(step, params, cache)
+
+    def decode_experts(self, count: int) -> _Part:
+        config = self.blocks.one_layer(BlockConfig(count))
+
+        def step(params: Params, index: Array, x: Array, nothing: Any) -> tuple[Array, Any]:
+            return moe_block(params, config, x)[0], nothing
+
+        return self._loop(step, self._params(config)["layers"][0]["moe"], ())
+
+    def decode_fixed(self) -> _Part:
+        def step(params: Params, index: Array, x: Array, nothing: Any) -> tuple[Array, Any]:
+            return self.blocks.decode_rest(params, x), nothing
+
+        return self._loop(step, without_layers(self._params(self.blocks.one_layer())), ())
+
+    def _loop(self, step: Callable[..., tuple[Array, Any]], params: Params, carry: Any) -> _Part:
+        """`steps` steps on the device; each starts from its own hidden state and needs the one before it."""
+        states = self._hidden(_STATES, self.blocks.batch, 1)
+
+        @partial(jax.jit, donate_argnums=2)  # the cache is updated in place, as in generation
+        def run(params: Params, states: Array, carry: Any) -> Any:
+            def body(index: Array, state: tuple[Array, Any]) -> tuple[Array, Any]:
+                x, carry = state
+                fresh = states[index % _STATES]
+                return step(params, index, fresh + x * jnp.asarray(1e-20, x.dtype), carry)
+
+            return jax.lax.fori_loop(0, self.steps, body, (states[0], carry))
+
+        # All outputs are waited for: of a carry that is empty there would be nothing to wait for.
+        return _Part(lambda carry: jax.block_until_ready(run(params, states, carry))[1], carry, float(self.steps))
+
+
+def device_identity() -> dict[str, Any]:
+    """What measured seconds depend on besides shapes: part of a stage's settings, so that they are taken anew
+    elsewhere.
+    """
+    device = jax.local_devices()[0]
+    kind = device.device_kind
+    if device.platform == "cpu":
+        kind = f"{_processor()}, {os.cpu_count()} cores"
+    return {"device": kind, "platform": device.platform, "jax": jax.__version__}
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _repeated(run: Callable[[Params, Array], Any], params: Params, x: Array, steps: float = 1.0) -> _Part:
+    """Timing of one call whose input stays; it does `steps` of the whole work."""
+
+    def again(state: Array) -> Array:
+        jax.block_until_ready(run(params, state))
+        return state
+
+    return _Part(again, x, steps)
+
+
+def _spread(values: Sequence[float]) -> float:
+    """Interquartile range over the median."""
+    if len(values) < 2:
+        return 0.0
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return (high - low) / statistics.median(values)

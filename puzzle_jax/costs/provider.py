@@ -1,0 +1,88 @@
+"""Where seconds come from, and what bounds a batch: the interfaces between `costs` and its providers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Protocol, runtime_checkable
+
+from puzzle_jax.config import ModelConfig
+from puzzle_jax.convert_hf.table import Form
+from puzzle_jax.costs.scenario import Scenario
+from puzzle_jax.errors import ConfigError, shown
+from puzzle_jax.program.library import Number
+
+LONGEST_SECONDS = 1e12
+"""More than any part of a model takes; beyond it sums of costs are no longer told apart."""
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Time of one part of the model for a scenario's whole batch.
+
+    Attributes:
+      prefill_seconds: all inputs of the batch.
+      decode_seconds: one step, the mean over the output positions.
+      prefill_spread, decode_spread: interquartile range over the median where it was measured, else 0.
+    """
+
+    prefill_seconds: Number
+    decode_seconds: Number
+    prefill_spread: Number = 0.0
+    decode_spread: Number = 0.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= LONGEST_SECONDS:
+                raise ConfigError(
+                    f"{field.name} is {shown(value)}, but must be a number of 0 to {LONGEST_SECONDS:g} seconds"
+                )
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of every distinct sub-block in one scenario, and of the rest (embedding, head, sampling)."""
+
+    experts: Mapping[int, Seconds]
+    attention: Mapping[int | None, Seconds]
+    fixed: Seconds
+
+
+@runtime_checkable
+class Provider(Protocol):
+    """Where seconds come from."""
+
+    @property
+    def name(self) -> str: ...
+
+    def device(self, scenario: Scenario) -> str:
+        """What the seconds are of."""
+        ...
+
+    def times(
+        self,
+        config: ModelConfig,
+        scenario: Scenario,
+        form: Form,
+        counts: Sequence[int],
+        windows: Sequence[int | None],
+    ) -> Times:
+        """Seconds of the mixture with each expert count and of attention with each window.
+
+        `form` is that of the checkpoint whose experts are read.
+        """
+        ...
+
+
+@runtime_checkable
+class Memory(Protocol):
+    """What bounds the batch of a scenario that leaves it open."""
+
+    def room_bytes(self, scenario: Scenario) -> int:
+        """Memory of all devices for weights and caches."""
+        ...
+
+    def max_batch(self, scenario: Scenario) -> int:
+        """Requests that the engine runs together at most."""
+        ...

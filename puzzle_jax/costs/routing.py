@@ -1,0 +1,96 @@
+"""How tokens spread over a layer's experts: how many experts they touch, and how many rows their tiles hold.
+
+A mixture of E experts gives each of n tokens k of them; p_e is the probability that a token chooses expert e, so
+sum_e p_e = k. Even routing is p_e = k / E. Tokens choose independently here.
+
+    experts touched = sum_e 1 - (1 - p_e)^n
+    rows of tiles   = sum_e E[ceil(r_e / tile)] tile,   r_e ~ Binomial(n, p_e)
+
+A measured spread is given as a profile: relative loads of a layer's experts, largest first. A mixture that keeps fewer
+experts is taken to keep those with the largest loads. Left out: that texts repeat themselves, so that neighbouring
+requests choose alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import isfinite, log, log1p
+
+import numpy as np
+
+from puzzle_jax.errors import ConfigError
+from puzzle_jax.program.library import Number
+
+Profile = tuple[Number, ...]
+
+_LEAST = 1e-6
+"""Share of tokens that an expert counts for at least: that some texts were not routed to it does not say none is."""
+
+
+def routing_profile(routed: np.ndarray) -> Profile:
+    """The profile of a model: loads sorted in every layer, then averaged over layers; none is quite 0.
+
+    Args:
+      routed: [layers, experts], tokens that each expert was given.
+    """
+    shares = np.sort(np.maximum(routed / routed.sum(axis=1, keepdims=True), _LEAST), axis=1)[:, ::-1]
+    return tuple(float(share) for share in shares.mean(axis=0))
+
+
+def probabilities(num_experts: int, experts_per_token: int, profile: Profile | None = None) -> np.ndarray:
+    """[experts] probability that a token chooses each expert; even without a profile.
+
+    Loads are scaled so that they sum to `experts_per_token`, and none exceeds 1.
+
+    Raises `ConfigError` for a profile that is shorter than the mixture, not descending, or not positive.
+    """
+    if profile is None:
+        return np.full(num_experts, experts_per_token / num_experts)
+    _check(profile, num_experts)
+    loads = np.asarray(profile[:num_experts], float)
+    certain = 0  # experts, from the largest, that every token chooses
+    while True:
+        rest = loads[certain:]
+        scaled = rest * ((experts_per_token - certain) / rest.sum())
+        if scaled[0] <= 1 or certain == experts_per_token:
+            return np.concatenate([np.ones(certain), np.minimum(scaled, 1.0)])
+        certain += 1
+
+
+def active_experts(chosen: np.ndarray, tokens: Number) -> float:
+    """Expected number of experts that at least one of the tokens chooses.
+
+    Args:
+      chosen: [experts] probability that a token chooses each.
+      tokens: how many.
+    """
+    return float(np.sum(1.0 - (1.0 - chosen) ** tokens))
+
+
+def tiled_rows(chosen: np.ndarray, tokens: int, tile: int) -> float:
+    """Expected rows of all tiles, each expert's tokens rounded up to whole tiles.
+
+    Args:
+      chosen: [experts] probability that a token chooses each.
+      tokens: how many.
+      tile: rows of a tile.
+    """
+    rows = np.arange(1, tokens + 1)
+    tiles, log_choices = np.ceil(rows / tile), np.cumsum(np.log((tokens - rows + 1) / rows))
+
+    def expected(chosen: float) -> float:
+        """E[ceil(r / tile)] of r ~ Binomial(tokens, chosen)."""
+        if chosen >= 1.0:
+            return float(tiles[-1])
+        log_mass = log_choices + rows * log(chosen) + (tokens - rows) * log1p(-chosen)
+        return float(np.exp(log_mass) @ tiles)
+
+    values, counts = np.unique(chosen, return_counts=True)
+    return tile * sum(int(count) * expected(float(value)) for value, count in zip(values, counts, strict=True))
+
+
+def _check(profile: Sequence[Number], num_experts: int) -> None:
+    if len(profile) < num_experts:
+        raise ConfigError(f"the routing profile has {len(profile)} loads, but a mixture has {num_experts} experts")
+    if not all(isfinite(load) and load > 0 for load in profile) or list(profile) != sorted(profile, reverse=True):
+        raise ConfigError("the loads of a routing profile must be above 0 and descend")

@@ -1,0 +1,195 @@
+"""What a child is made for: deployments, and what it must reach in them, by itself or relative to its parent.
+
+Names of usual deployments and files of others are read by `puzzle_jax.costs.deployments`.
+Left out: pipeline parallelism, prompts and answers of mixed lengths, and requests that share a prefix.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NoReturn
+
+from puzzle_jax.errors import ConfigError, shown
+
+_RATIOS = ("max_expert_bytes_ratio", "max_kv_bytes_ratio")
+_MOST = 10**9  # tokens, requests or devices, of which no deployment has more
+_POSITIVE = ("min_tokens_per_second", "max_memory_bytes", "max_seconds_to_first_token", "max_seconds_per_token")
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One way in which the model is used.
+
+    The devices form `replicas` groups of `tensor_degree` devices. A group shares attention, head and cache of its
+    requests by tensor parallelism; experts are split in the same way, or, with `expert_parallel` above 1, spread whole
+    over that many devices, which then exchange tokens.
+
+    Attributes:
+      name: letters, digits, "-" and "_".
+      input_tokens: prompt length of every request.
+      output_tokens: generated tokens of every request.
+      batch: requests that run together on all devices; None leaves it open, up to what memory and `max_batch` allow.
+      kv_bytes_per_value: of the cache: 4 (float32), 2 (bfloat16) or 1 (FP8).
+      hardware: a name of `hardware.HARDWARE`, or "local" for the devices present.
+      devices: number of devices that share the work.
+      tensor_parallel: devices of one group; None is all of them.
+      expert_parallel: 1, or the devices that one copy of the experts is spread over, a multiple of `tensor_parallel`.
+      max_batch: where the batch is open, requests that the engine runs together at most; None is the assumptions'.
+      usable_memory: share of a device's memory for weights, caches and activations; None is the assumptions'.
+    """
+
+    name: str
+    input_tokens: int
+    output_tokens: int
+    batch: int | None = None
+    kv_bytes_per_value: int = 2
+    hardware: str = "local"
+    devices: int = 1
+    tensor_parallel: int | None = None
+    expert_parallel: int = 1
+    max_batch: int | None = None
+    usable_memory: int | float | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
+            raise ConfigError(f"scenario name is {self.name!r}, but must be of letters, digits, '-' and '_'")
+        for field in ("input_tokens", "output_tokens", "devices", "expert_parallel"):
+            self._require_count(field)
+        for field in ("batch", "tensor_parallel", "max_batch"):
+            if getattr(self, field) is not None:
+                self._require_count(field)
+        if self.kv_bytes_per_value not in (1, 2, 4):
+            self._refuse("kv_bytes_per_value", "1, 2 or 4")
+        if not isinstance(self.hardware, str) or not self.hardware:
+            self._refuse("hardware", "a name")
+        if self.devices % self.tensor_degree:
+            self._refuse("tensor_parallel", f"a divisor of devices ({self.devices})")
+        if self.devices % self.expert_degree or self.expert_degree % self.tensor_degree:
+            self._refuse(
+                "expert_parallel",
+                f"1, or a multiple of tensor_parallel ({self.tensor_degree}) that divides devices ({self.devices})",
+            )
+        share = self.usable_memory
+        if share is not None and not (_is_number(share) and 0 < share <= 1):
+            self._refuse("usable_memory", "above 0 and at most 1")
+
+    def _require_count(self, field: str) -> None:
+        value = getattr(self, field)
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MOST:
+            self._refuse(field, f"a whole number from 1 to {_MOST}")
+
+    def _refuse(self, field: str, rule: str) -> NoReturn:
+        raise ConfigError(f"{field} of scenario {self.name!r} is {shown(getattr(self, field))}, but must be {rule}")
+
+    @property
+    def context_tokens(self) -> int:
+        """Positions of a request at its end."""
+        return self.input_tokens + self.output_tokens
+
+    @property
+    def tensor_degree(self) -> int:
+        """Devices of one group."""
+        return self.devices if self.tensor_parallel is None else self.tensor_parallel
+
+    @property
+    def replicas(self) -> int:
+        """Groups, each with its own requests and its own copy of attention, embedding and head."""
+        return self.devices // self.tensor_degree
+
+    @property
+    def expert_degree(self) -> int:
+        """Devices that hold one copy of the experts."""
+        return self.tensor_degree if self.expert_parallel == 1 else self.expert_parallel
+
+    @property
+    def expert_copies(self) -> int:
+        return self.devices // self.expert_degree
+
+    @property
+    def given_batch(self) -> int:
+        """The batch. Raises `ConfigError` where it is open."""
+        if self.batch is None:
+            self._refuse("batch", "given here")
+        return self.batch
+
+    def at(self, batch: int) -> Scenario:
+        """The same deployment with that many requests together."""
+        return replace(self, batch=batch)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+Amount = int | float | dict[str, int | float] | None
+"""A limit for every scenario, or limits by a scenario's name."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the child must reach; None is no limit. Limits that depend on a scenario hold in every one, or are given by
+    a scenario's name: `min_speedup: {long: 1.5, short: 1.2}`.
+
+    Attributes:
+      max_expert_bytes_ratio: bytes of experts and routers over the parent's, in (0, 1].
+      min_speedup: tokens per second over the parent's, at least 1.
+      max_kv_bytes_ratio: KV-cache bytes of a request at its end over the parent's, in (0, 1].
+      min_tokens_per_second: generated tokens per second of all devices.
+      max_memory_bytes: weights, and caches of the whole batch at its end, on all devices.
+      max_seconds_to_first_token: until the whole batch has its first token.
+      max_seconds_per_token: of one decoding step.
+    """
+
+    max_expert_bytes_ratio: int | float | None = None
+    min_speedup: Amount = None
+    max_kv_bytes_ratio: Amount = None
+    min_tokens_per_second: Amount = None
+    max_memory_bytes: Amount = None
+    max_seconds_to_first_token: Amount = None
+    max_seconds_per_token: Amount = None
+
+    def __post_init__(self) -> None:
+        for name, value in self._values():
+            field = name.partition(".")[0]
+            if field in _RATIOS and not (_is_number(value) and 0 < value <= 1):
+                raise ConfigError(f"{name} is {value!r}, but must be above 0 and at most 1 (1 is the parent's)")
+            if field == "min_speedup" and not (_is_number(value) and value >= 1):
+                raise ConfigError(f"{name} is {value!r}, but must be at least 1 (1 is the parent's)")
+            if field in _POSITIVE and not (_is_number(value) and value > 0):
+                raise ConfigError(f"{name} is {value!r}, but must be above 0")
+        if not self._values():
+            raise ConfigError(
+                f"the target is empty, but needs one of {', '.join(asdict(self))}: "
+                "without a limit the best child is the parent"
+            )
+
+    def _values(self) -> list[tuple[str, Any]]:
+        """Every limit that is given, under its name or "name.scenario"."""
+        found: list[tuple[str, Any]] = []
+        for name, value in asdict(self).items():
+            if isinstance(value, dict):
+                found += [(f"{name}.{scenario}", limit) for scenario, limit in value.items()]
+            elif value is not None:
+                found.append((name, value))
+        return found
+
+    def limit(self, field: str, scenario: str) -> int | float | None:
+        """A limit in a scenario."""
+        value = getattr(self, field)
+        return value.get(scenario) if isinstance(value, dict) else value
+
+    def check_scenarios(self, names: Sequence[str]) -> None:
+        """Raises `ConfigError` where a limit is for a scenario that is not among `names`."""
+        for name, value in self._values():
+            of = name.partition(".")[2]
+            if of and of not in names:
+                raise ConfigError(f"target.{name} is {value!r}, but the scenarios are {', '.join(names)}")
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

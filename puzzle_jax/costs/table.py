@@ -1,0 +1,461 @@
+"""What an architecture costs, as sums over its sub-blocks: bytes, KV-cache bytes, and seconds in each
+scenario.
+
+Costs add over sub-blocks, which is what lets a linear program weigh them (Puzzle, arXiv 2411.19146, section
+4). The bytes are exact, from the table of checkpoint tensors. Seconds come from a provider: `roofline`
+(arithmetic on hardware constants), `measured` (our own blocks timed on the devices present), or a costs.json
+of the same form that was timed elsewhere.
+
+    seconds of a batch = prefill of all its inputs + output_tokens * one decode step of the whole batch
+    tokens per second  = batch * output_tokens / seconds
+
+A scenario with a given batch has one set of seconds, kept under its name. One that leaves its batch open has a set for
+each of several batches, kept under "name.batch"; which is best depends on the architecture, and on the memory that it
+leaves for caches.
+
+Left out: batches that change while they run, and what no sub-block owns (scheduling, host time).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from puzzle_jax.config import BlockConfig, ModelConfig, cache_slots
+from puzzle_jax.convert_hf.table import Form, bytes_by_part, parameters
+from puzzle_jax.costs.batches import candidate_batches, largest_batch, memory_bytes
+from puzzle_jax.costs.provider import Memory, Provider, Seconds, Times
+from puzzle_jax.costs.scenario import Scenario
+from puzzle_jax.errors import ConfigError, PuzzleError, shown
+from puzzle_jax.files import read_json
+from puzzle_jax.search.space import Space
+
+Architecture = tuple[BlockConfig, ...]
+
+
+@dataclass(frozen=True)
+class ExpertCosts:
+    """A layer's mixture with one expert count.
+
+    Attributes:
+      weight_bytes: experts and router in the checkpoint.
+      parameters: experts and router.
+      seconds: by scenario, see `seconds_key`.
+    """
+
+    weight_bytes: int
+    parameters: int
+    seconds: Mapping[str, Seconds]
+
+    def __post_init__(self) -> None:
+        _check_counts(weight_bytes=self.weight_bytes, parameters=self.parameters)
+
+
+@dataclass(frozen=True)
+class AttentionCosts:
+    """A layer's attention with one window.
+
+    Attributes:
+      kv_bytes: of one request at its end, by scenario name.
+      seconds: by scenario, see `seconds_key`.
+    """
+
+    kv_bytes: Mapping[str, int]
+    seconds: Mapping[str, Seconds]
+
+    def __post_init__(self) -> None:
+        _check_counts(**{f"kv_bytes.{name}": value for name, value in self.kv_bytes.items()})
+
+
+@dataclass(frozen=True)
+class LayerCosts:
+    """Costs of a layer's alternatives, by expert count and by window."""
+
+    experts: Mapping[int, ExpertCosts]
+    attention: Mapping[int | None, AttentionCosts]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Costs of every sub-block of a space.
+
+    Attributes:
+      provider: "roofline", "measured", or whatever made the file.
+      device: what the seconds are of.
+      scenarios: the deployments.
+      layers: one entry per layer.
+      fixed: seconds of what all architectures share, by scenario, see `seconds_key`.
+      shared_bytes, shared_parameters: of what all architectures share (attention, norms, embedding, head).
+      batches: by name, what is offered in scenarios that leave their batch open.
+      room_bytes: by name, memory for weights and caches in these scenarios.
+    """
+
+    provider: str
+    device: str
+    scenarios: tuple[Scenario, ...]
+    layers: tuple[LayerCosts, ...]
+    fixed: Mapping[str, Seconds]
+    shared_bytes: int
+    shared_parameters: int
+    batches: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    room_bytes: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_counts(shared_bytes=self.shared_bytes, shared_parameters=self.shared_parameters)
+        _check_counts(**{f"room_bytes.{name}": value for name, value in self.room_bytes.items()})
+        for name, batches in self.batches.items():
+            _check_counts(**{f"batches.{name}.{place}": batch for place, batch in enumerate(batches)})
+        for scenario in self.scenarios:
+            for name in ("batches", "room_bytes"):
+                if scenario.batch is None and not getattr(self, name).get(scenario.name):
+                    raise ConfigError(
+                        f"scenario {scenario.name!r} leaves its batch open, but the costs lack its {name}"
+                    )
+
+    def experts_of(self, layer: int, block: BlockConfig) -> ExpertCosts:
+        return _entry(self.layers[layer].experts, block.num_experts, f"layer {layer}", "expert count")
+
+    def attention_of(self, layer: int, block: BlockConfig) -> AttentionCosts:
+        return _entry(self.layers[layer].attention, block.window, f"layer {layer}", "window")
+
+    def expert_bytes(self, blocks: Architecture) -> int:
+        """Bytes of all experts and routers in the checkpoint, exact."""
+        return sum(self.experts_of(layer, block).weight_bytes for layer, block in self._layers(blocks))
+
+    def weight_bytes(self, blocks: Architecture) -> int:
+        """Bytes of all tensors of the checkpoint, exact."""
+        return self.shared_bytes + self.expert_bytes(blocks)
+
+    def parameters(self, blocks: Architecture) -> int:
+        """Number of parameters, exact."""
+        experts = sum(self.experts_of(layer, block).parameters for layer, block in self._layers(blocks))
+        return self.shared_parameters + experts
+
+    def kv_bytes(self, blocks: Architecture, scenario: str | None = None) -> int:
+        """KV-cache bytes of one request at its end."""
+        name = self.scenario(scenario).name
+        return sum(self.attention_of(layer, block).kv_bytes[name] for layer, block in self._layers(blocks))
+
+    def memory_bytes(self, blocks: Architecture, scenario: str | None = None, batch: int | None = None) -> int:
+        """Weights and caches of a batch at its end, on all devices."""
+        chosen = self.scenario(scenario)
+        return memory_bytes(
+            chosen,
+            dense=self.shared_bytes,
+            experts=self.expert_bytes(blocks),
+            kv=self.kv_bytes(blocks, chosen.name),
+            batch=self._batch(blocks, chosen, batch),
+        )
+
+    # Where a batch may be given: None is the scenario's own, or where that is open the best one of the architecture.
+
+    def prefill_seconds(self, blocks: Architecture, scenario: str | None = None, batch: int | None = None) -> float:
+        """Seconds until a whole batch has its first token."""
+        return self._sum(blocks, self.scenario(scenario), batch, "prefill_seconds")
+
+    def decode_seconds(self, blocks: Architecture, scenario: str | None = None, batch: int | None = None) -> float:
+        """Seconds of one step that gives every request of the batch one token."""
+        return self._sum(blocks, self.scenario(scenario), batch, "decode_seconds")
+
+    def request_seconds(self, blocks: Architecture, scenario: str | None = None, batch: int | None = None) -> float:
+        """Seconds from prompts to last tokens of one batch."""
+        chosen = self.scenario(scenario)
+        batch = self._batch(blocks, chosen, batch)
+        decode_seconds = self._sum(blocks, chosen, batch, "decode_seconds")
+        return self._sum(blocks, chosen, batch, "prefill_seconds") + chosen.output_tokens * decode_seconds
+
+    def tokens_per_second(self, blocks: Architecture, scenario: str | None = None, batch: int | None = None) -> float:
+        """Generated tokens per second of a batch."""
+        chosen = self.scenario(scenario)
+        batch = self._batch(blocks, chosen, batch)
+        return batch * chosen.output_tokens / self.request_seconds(blocks, chosen.name, batch)
+
+    def offered_batches(self, scenario: str | None = None) -> tuple[int, ...]:
+        """The scenario's own batch, or those that it may choose from."""
+        chosen = self.scenario(scenario)
+        return self.batches[chosen.name] if chosen.batch is None else (chosen.batch,)
+
+    def best_batch(self, blocks: Architecture, scenario: str | None = None) -> int:
+        """The offered batch with the most tokens per second among those whose memory there is.
+
+        Raises `ConfigError` where none fits.
+        """
+        chosen = self.scenario(scenario)
+        if chosen.batch is not None:
+            return chosen.batch
+        room = self.room_bytes[chosen.name]
+        offered = self.offered_batches(chosen.name)
+        fitting = [batch for batch in offered if self.memory_bytes(blocks, chosen.name, batch) <= room]
+        if not fitting:
+            raise ConfigError(f"scenario {chosen.name!r} has room for {room:,} bytes, but not one batch fits")
+        return max(fitting, key=lambda batch: self.tokens_per_second(blocks, chosen.name, batch))
+
+    def seconds_by_part(
+        self, blocks: Architecture, scenario: str | None = None, batch: int | None = None
+    ) -> dict[str, float]:
+        """`request_seconds` as a sum over attention, experts and the rest, in prefill and in decoding."""
+        chosen = self.scenario(scenario)
+        key = seconds_key(chosen, self._batch(blocks, chosen, batch))
+        parts = {
+            "attention": [self.attention_of(i, block).seconds[key] for i, block in self._layers(blocks)],
+            "experts": [self.experts_of(i, block).seconds[key] for i, block in self._layers(blocks)],
+            "embedding and head": [self.fixed[key]],
+        }
+        out = {}
+        for part, seconds in parts.items():
+            out[f"{part}, prefill"] = float(sum(s.prefill_seconds for s in seconds))
+            out[f"{part}, decoding"] = float(chosen.output_tokens * sum(s.decode_seconds for s in seconds))
+        return out
+
+    def scenario(self, name: str | None = None) -> Scenario:
+        """The scenario of that name; the first by default."""
+        if name is None:
+            return self.scenarios[0]
+        return _entry({s.name: s for s in self.scenarios}, name, "costs", "scenario")
+
+    def _layers(self, blocks: Architecture) -> list[tuple[int, BlockConfig]]:
+        if len(blocks) != len(self.layers):
+            raise ConfigError(f"{len(blocks)} blocks were given, but the costs are of {len(self.layers)} layers")
+        return list(enumerate(blocks))
+
+    def _batch(self, blocks: Architecture, scenario: Scenario, batch: int | None) -> int:
+        return self.best_batch(blocks, scenario.name) if batch is None else batch
+
+    def _sum(self, blocks: Architecture, scenario: Scenario, batch: int | None, field: str) -> float:
+        key = seconds_key(scenario, self._batch(blocks, scenario, batch))
+        total = getattr(_entry(self.fixed, key, "costs", "seconds of"), field)
+        for layer, block in self._layers(blocks):
+            total += getattr(self.experts_of(layer, block).seconds[key], field)
+            total += getattr(self.attention_of(layer, block).seconds[key], field)
+        return total
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "provider": self.provider,
+            "device": self.device,
+            "scenarios": [scenario.to_json() for scenario in self.scenarios],
+            "shared_bytes": self.shared_bytes,
+            "shared_parameters": self.shared_parameters,
+            "batches": {name: list(batches) for name, batches in self.batches.items()},
+            "room_bytes": dict(self.room_bytes),
+            "fixed": _seconds_to_json(self.fixed),
+            "layers": [
+                {
+                    "experts": {
+                        str(count): {
+                            "weight_bytes": costs.weight_bytes,
+                            "parameters": costs.parameters,
+                            "seconds": _seconds_to_json(costs.seconds),
+                        }
+                        for count, costs in layer.experts.items()
+                    },
+                    "attention": {
+                        "full" if window is None else str(window): {
+                            "kv_bytes": dict(costs.kv_bytes),
+                            "seconds": _seconds_to_json(costs.seconds),
+                        }
+                        for window, costs in layer.attention.items()
+                    },
+                }
+                for layer in self.layers
+            ],
+        }
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> Costs:
+        """The inverse of `to_json`; raises KeyError, TypeError, ValueError or AttributeError where the form is another,
+        and ConfigError, naming the place, for a number that is none of its kind."""
+
+        def experts(layer: int, count: str, costs: Mapping[str, Any]) -> ExpertCosts:
+            with _of(f"layer {layer}, expert count {count}"):
+                return ExpertCosts(costs["weight_bytes"], costs["parameters"], _seconds_from_json(costs["seconds"]))
+
+        def attention(layer: int, window: str, costs: Mapping[str, Any]) -> AttentionCosts:
+            with _of(f"layer {layer}, window {window}"):
+                return AttentionCosts(dict(costs["kv_bytes"]), _seconds_from_json(costs["seconds"]))
+
+        return Costs(
+            provider=value["provider"],
+            device=value["device"],
+            scenarios=tuple(Scenario(**scenario) for scenario in value["scenarios"]),
+            layers=tuple(
+                LayerCosts(
+                    experts={int(count): experts(i, count, costs) for count, costs in layer["experts"].items()},
+                    attention={
+                        None if window == "full" else int(window): attention(i, window, costs)
+                        for window, costs in layer["attention"].items()
+                    },
+                )
+                for i, layer in enumerate(value["layers"])
+            ),
+            fixed=_seconds_from_json(value["fixed"]),
+            shared_bytes=value["shared_bytes"],
+            shared_parameters=value["shared_parameters"],
+            batches={name: tuple(batches) for name, batches in value.get("batches", {}).items()},
+            room_bytes=dict(value.get("room_bytes", {})),
+        )
+
+
+def seconds_key(scenario: Scenario, batch: int) -> str:
+    """Where the seconds of a scenario are kept: under its name, or where its batch is open under "name.batch"."""
+    return scenario.name if scenario.batch is not None else f"{scenario.name}.{batch}"
+
+
+def compute_costs(
+    space: Space,
+    scenarios: Sequence[Scenario],
+    form: Form,
+    provider: Provider,
+    progress: Callable[[str], None] | None = None,
+    memory: Memory | None = None,
+) -> Costs:
+    """Costs of every alternative of a space.
+
+    Args:
+      space: the alternatives.
+      scenarios: deployments with distinct names.
+      form: of the checkpoint, which decides the bytes of the experts.
+      provider: gives the seconds.
+      progress: called with a scenario's name, and its batch where that is open, before its seconds are asked for.
+      memory: bounds the batches of scenarios that leave theirs open.
+
+    Raises `ConfigError` where a batch is open and there is no `memory`, or none for one request.
+    """
+    names = [scenario.name for scenario in scenarios]
+    if not names or len(set(names)) != len(names):
+        raise ConfigError(f"scenarios need distinct names and at least one, but are {names}")
+    config = space.parent
+    # The parent's own count has costs even where it is no alternative: targets are relative to it.
+    counts_of = [{b.num_experts, *space.expert_counts(layer)} for layer, b in enumerate(config.blocks)]
+    counts = sorted(set.union(*counts_of))
+    windows = sorted({w for layer in space.windows for w in layer}, key=lambda w: (w is None, w))
+    sizes = {count: mixture_size(config, count, form) for count in counts}
+    shared_bytes, shared_parameters = shared_size(config, form)
+
+    def fitting(scenario: Scenario) -> tuple[int, ...]:
+        """Batches up to those of the parent and of the smallest architecture."""
+        if memory is None:
+            raise ConfigError(f"scenario {scenario.name!r} leaves its batch open, but no memory is known to bound it")
+        slots = [[kv_bytes(config, window, scenario) for window in layer] for layer in space.windows]
+        largest = [
+            largest_batch(
+                scenario,
+                dense=shared_bytes,
+                experts=sum(sizes[which(counts)][0] for counts in counts_of),
+                kv=sum(map(which, slots)),
+                room=memory.room_bytes(scenario),
+                at_most=memory.max_batch(scenario),
+            )
+            for which in (max, min)
+        ]
+        if not max(largest):
+            raise ConfigError(
+                f"scenario {scenario.name!r} has room for {max(memory.room_bytes(scenario), 0) / 1e9:.1f} GB, "
+                "but not even the smallest architecture fits with one request"
+            )
+        return candidate_batches(largest)
+
+    batches = {scenario.name: fitting(scenario) for scenario in scenarios if scenario.batch is None}
+    times: dict[str, Times] = {}
+    for scenario in scenarios:
+        for batch in batches.get(scenario.name, (scenario.batch,)):
+            assert batch is not None
+            key = seconds_key(scenario, batch)
+            if progress:
+                progress(key)
+            times[key] = provider.times(config, scenario.at(batch), form, counts, windows)
+    return Costs(
+        provider=provider.name,
+        device=", ".join(dict.fromkeys(provider.device(scenario) for scenario in scenarios)),
+        scenarios=tuple(scenarios),
+        layers=tuple(
+            LayerCosts(
+                experts={
+                    count: ExpertCosts(*sizes[count], {key: found.experts[count] for key, found in times.items()})
+                    for count in sorted(counts_of[layer], reverse=True)
+                },
+                attention={
+                    window: AttentionCosts(
+                        {s.name: kv_bytes(config, window, s) for s in scenarios},
+                        {key: found.attention[window] for key, found in times.items()},
+                    )
+                    for window in space.windows[layer]
+                },
+            )
+            for layer in range(space.num_layers)
+        ),
+        fixed={key: found.fixed for key, found in times.items()},
+        shared_bytes=shared_bytes,
+        shared_parameters=shared_parameters,
+        batches=batches,
+        room_bytes={name: memory.room_bytes(s) for s in scenarios if (name := s.name) in batches and memory},
+    )
+
+
+def kv_bytes(config: ModelConfig, window: int | None, scenario: Scenario) -> int:
+    """KV-cache bytes of one layer for one request at its end."""
+    slots = cache_slots(window, scenario.context_tokens)
+    return slots * 2 * config.kv_width * scenario.kv_bytes_per_value
+
+
+def read_costs(path: Path) -> Costs:
+    """Reads a costs.json, ours or one that was timed elsewhere; raises `PuzzleError` where it is none."""
+    value = read_json(Path(path))
+    try:
+        return Costs.from_json(value)
+    except PuzzleError as error:
+        raise PuzzleError(f"{path}: {error}") from error
+    except KeyError as error:
+        raise PuzzleError(f"{path} has no field {shown(error.args[0])} where costs need it") from error
+    except (ValueError, TypeError, AttributeError, IndexError) as error:
+        raise PuzzleError(f"{path} cannot be read as costs: {error}") from error
+
+
+@contextmanager
+def _of(place: str) -> Iterator[None]:
+    """Names the place in the message of a `ConfigError`."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}") from None
+
+
+def _check_counts(**values: Any) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
+            raise ConfigError(f"{name} is {shown(value)}, but must be a whole number of at least 0, below 2^63")
+
+
+def shared_size(config: ModelConfig, form: Form) -> tuple[int, int]:
+    """Bytes and parameters of what all architectures share (attention, norms, embedding, head), exact."""
+    one = config.with_blocks(tuple(BlockConfig(config.experts_per_token) for _ in config.blocks))
+    layer_bytes, layer_parameters = mixture_size(config, config.experts_per_token, form)
+    layers = config.num_layers
+    return bytes_by_part(one, form).total - layers * layer_bytes, parameters(one) - layers * layer_parameters
+
+
+def mixture_size(config: ModelConfig, count: int, form: Form) -> tuple[int, int]:
+    """Bytes and parameters of one layer's experts and router, exact."""
+    one, two = (config.with_blocks((BlockConfig(c), *config.blocks[1:])) for c in (count, 2 * count))
+    layer = bytes_by_part(one, form).layers[0]
+    return layer.experts + layer.router, parameters(two) - parameters(one)
+
+
+def _seconds_to_json(seconds: Mapping[str, Seconds]) -> dict[str, dict[str, float]]:
+    return {
+        name: {field.name: getattr(value, field.name) for field in fields(Seconds)} for name, value in seconds.items()
+    }
+
+
+def _seconds_from_json(value: Mapping[str, Any]) -> dict[str, Seconds]:
+    return {name: Seconds(**seconds) for name, seconds in value.items()}
+
+
+def _entry(table: Mapping[Any, Any], key: Any, owner: str, what: str) -> Any:
+    if key not in table:
+        known = ", ".join("full" if k is None else str(k) for k in table)
+        raise ConfigError(f"{owner} has no {what} {'full' if key is None else key!r}; known: {known}")
+    return table[key]

@@ -1,0 +1,308 @@
+"""The least sum of one column per group under upper limits on other sums, by enumeration between bounds.
+
+    minimise  sum cost[x_g]   subject to   sum rows[r, x_g] <= bounds[r] for each row r of one of several cases
+
+For multipliers u >= 0 every choice that meets the limits costs at least the Lagrangian bound
+
+    L(u) = sum_g min_{a in g} (cost[a] + u . rows[:, a]) - u . bounds
+
+whatever u is, so it is computed from u directly and no bound depends on the tolerances of the solver that u came from
+(HiGHS: the duals of the linear relaxation, at which L is greatest); its word is taken only where it finds that the
+relaxation has no point. With the reduced cost of a column, what it has above its group's minimum, a choice costs at
+least L plus its reduced costs. So of the choices below a ceiling only columns with reduced cost < ceiling - L need to
+be looked at, and the ceiling is raised step by step, as in iterative deepening: a pass that finds nothing proves the
+ceiling to be a lower bound; one that finds a choice lowers the ceiling to what would be better by more than the gap,
+and goes on until nothing is left. No incumbent has to be guessed, and the pass that decides is hardly larger than any
+proof has to be.
+
+A pass extends partial choices group by group, many at once, depth first and those of least bound first. It drops
+those that no completion lets into the limits, and those whose bound reaches the ceiling under any of a set of
+multipliers: the duals of the same program with its limits moved at random, which each pass adds to.
+
+Works for a handful of limits; where groups are many, alike and bound by many limits, nothing but time ends it, and
+`puzzle_jax.program.compile` goes on with HiGHS. Bounds are lowered by more than the rounding of their sums.
+Sources: reduced-cost fixing and Lagrangian bounds, Fisher, Management Science 27 (1981); the problem is the
+multi-dimensional multiple-choice knapsack.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import inf, log, nextafter
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+from scipy.optimize import linprog
+
+# Columns beyond the relaxation's in the first pass, and how their number grows from pass to pass.
+_FIRST_COLUMNS, _GROWTH = 16, 1.4
+_MULTIPLIERS_PER_PASS, _MOST_MULTIPLIERS = 8, 64
+# So many choices are sooner looked at than bounded well.
+_FEW_CHOICES = 10_000
+# Numbers in the largest temporary array: states times options times multipliers.
+_LARGEST_ARRAY = 1 << 21
+_RELATIVE_ROUNDING = 1e-13
+
+
+@dataclass(frozen=True)
+class Case:
+    """One set of limits: rows [limits, columns] and their upper bounds [limits].
+
+    Bounds may be a rounding error too high: every choice found is checked by the caller. No choice within the limits
+    is below `floor`, as far as that is known.
+    """
+
+    rows: np.ndarray
+    bounds: np.ndarray
+    floor: float = -inf
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found: chosen column per group (None: nothing), a proven lower bound (infinite: there is no choice), and
+    whether the search came to its end, that is, proved the gap."""
+
+    columns: np.ndarray | None
+    bound: float
+    finished: bool
+
+
+def enumerate_least(
+    cost: np.ndarray,
+    owner: np.ndarray,
+    cases: Sequence[Case],
+    accepts: Callable[[np.ndarray], bool],
+    ceiling_below: Callable[[float], float],
+    patience: float,
+    deadline: float,
+) -> Found:
+    """The least sum under any of the cases, to a gap.
+
+    Args:
+      cost: objective per column; of about the same magnitude as the rows.
+      owner: group of each column, ascending from 0.
+      cases: of these one has to be met.
+      accepts: whether a choice meets one of the cases exactly; asked for the cheapest choices first.
+      ceiling_below: for the objective of a choice, below what another one has to be to be worth having.
+      patience: when to give up while nothing is found, on the clock of `time.monotonic`.
+      deadline: when to give up in any case.
+    """
+    search = _Search(accepts, ceiling_below, patience, deadline)
+    waiting = sorted(cases, key=lambda case: case.floor, reverse=True)  # what has the least floor is taken first
+    relaxed: list[_Relaxed] = []
+
+    def relax(below: float) -> None:
+        """Takes up the cases whose floor is below a value."""
+        while waiting and waiting[-1].floor < below:
+            case = _Relaxed(cost, owner, waiting.pop(), patience)
+            relaxed.extend([case] if case.bound < inf else [])
+
+    while waiting and not relaxed:
+        relax(nextafter(waiting[-1].floor, inf))
+    relax(min((case.bound for case in relaxed), default=inf))
+    if not relaxed:
+        return Found(None, inf, True)
+    lowest = min(case.bound for case in relaxed)
+    reached = float(_FIRST_COLUMNS)
+    proven = lowest
+    random = np.random.default_rng(0)
+    while search.columns is None:
+        levels = np.sort(np.concatenate([case.bound + case.reduced[case.reduced > 0] for case in relaxed]))
+        search.ceiling = max(proven, float(levels[int(reached)])) if reached < len(levels) else inf
+        reached *= _GROWTH
+        relax(search.ceiling)
+        for case in sorted(relaxed, key=lambda case: case.bound):
+            if case.bound < search.ceiling and not search.run(case, random):
+                return Found(search.columns, proven, False)
+        proven = search.ceiling
+        if proven == inf:
+            break
+    return Found(search.columns, max(proven, lowest), True)
+
+
+def relaxed_bound(cost: np.ndarray, owner: np.ndarray, case: Case, patience: float) -> float:
+    """What every choice within the limits costs at least; infinite where there is none."""
+    return _Relaxed(cost, owner, case, patience).bound
+
+
+class _Relaxed:
+    """A case with its linear relaxation's multipliers, bound and reduced costs; bound inf where that has no point."""
+
+    def __init__(self, cost: np.ndarray, owner: np.ndarray, case: Case, patience: float):
+        self.cost, self.owner, self.case, self.patience = cost, owner, case, patience
+        duals = _duals(cost, case.rows, case.bounds, owner, patience)
+        self.bound = inf
+        self.multipliers = np.zeros((1, len(case.bounds)))
+        if duals is None:
+            return
+        self.multipliers[0] = duals
+        priced = cost + duals @ case.rows
+        starts = np.flatnonzero(np.diff(owner, prepend=-1))
+        minima = np.minimum.reduceat(priced, starts)
+        self.reduced = priced - minima[owner]
+        largest = np.maximum.reduceat(np.abs(cost) + duals @ np.abs(case.rows), starts)
+        rounding = _RELATIVE_ROUNDING * (largest.sum() + duals @ np.abs(case.bounds))
+        self.bound = float(minima.sum() - duals @ case.bounds - rounding)
+
+    def add_multipliers(self, kept: np.ndarray, random: np.random.Generator) -> None:
+        """Duals over some columns, with the limits moved as far as partial choices use more or less of them."""
+        rows, owner = self.case.rows[:, kept], self.owner[kept]
+        counts = np.bincount(owner)
+        few = np.log(counts).sum() < log(_FEW_CHOICES)
+        if few or len(self.case.bounds) == 0 or len(self.multipliers) > _MOST_MULTIPLIERS:
+            return
+        means = np.stack([np.bincount(owner, row) for row in rows]) / counts
+        spread = np.sqrt(np.stack([np.bincount(owner, row**2) for row in (rows - means[:, owner])]) / counts)
+        scale = np.sqrt((spread**2).sum(axis=1))
+        moved = [self.case.bounds + random.normal(size=len(scale)) * scale for _ in range(_MULTIPLIERS_PER_PASS)]
+        found = [_duals(self.cost[kept], rows, bounds, owner, self.patience) for bounds in moved]
+        self.multipliers = np.stack([*self.multipliers, *(duals for duals in found if duals is not None)])
+
+
+def _duals(
+    cost: np.ndarray, rows: np.ndarray, bounds: np.ndarray, owner: np.ndarray, patience: float
+) -> np.ndarray | None:
+    """The linear relaxation's multipliers of the limits; zeros if it fails or has no time, None if it has no point."""
+    if not len(bounds):
+        return np.zeros(0)
+    columns = len(owner)
+    one_each = sparse.csr_matrix((np.ones(columns), (owner, np.arange(columns))))
+    seconds = min(1e9, max(0.01, patience - time.monotonic()))
+    ones = np.ones(int(owner[-1]) + 1)
+    result: Any = linprog(cost, rows, bounds, one_each, ones, method="highs-ds", options={"time_limit": seconds})
+    if result.status == 2:
+        return None
+    return np.maximum(0.0, -result.ineqlin.marginals) if result.status == 0 else np.zeros(len(bounds))
+
+
+@dataclass(frozen=True)
+class _States:
+    """Partial choices of the first `depth` groups of a pass: sums of the objective [states] and of the rows
+    [limits, states], bounds [states], and from which state of `parent` each came by which option."""
+
+    depth: int
+    values: np.ndarray
+    usage: np.ndarray
+    bounds: np.ndarray
+    parent: _States | None = None
+    origin: np.ndarray | None = None
+    option: np.ndarray | None = None
+
+    def select(self, where: np.ndarray) -> _States:
+        origin, option = self.origin, self.option
+        return _States(
+            self.depth,
+            self.values[where],
+            self.usage[:, where],
+            self.bounds[where],
+            self.parent,
+            None if origin is None else origin[where],
+            None if option is None else option[where],
+        )
+
+    def path(self, state: int) -> list[int]:
+        """Options of a state, first group first."""
+        if self.parent is None or self.origin is None or self.option is None:
+            return []
+        return [*self.parent.path(int(self.origin[state])), int(self.option[state])]
+
+
+@dataclass
+class _Search:
+    """The best choice so far and the ceiling below which another one would be worth having."""
+
+    accepts: Callable[[np.ndarray], bool]
+    ceiling_below: Callable[[float], float]
+    patience: float
+    deadline: float
+    ceiling: float = inf
+    columns: np.ndarray | None = None
+
+    def run(self, case: _Relaxed, random: np.random.Generator) -> bool:
+        """Looks at all choices of a case below the ceiling; False if time ran out."""
+        kept = np.flatnonzero(case.bound + case.reduced < self.ceiling)
+        case.add_multipliers(kept, random)
+        options = _in_order(case, kept, self.ceiling - case.bound)
+        tails, least = _completions(case, options)
+        bounds = case.case.bounds
+        start = _States(0, np.zeros(1), np.zeros((len(bounds), 1)), np.full(1, case.bound))
+        stack = [start]
+        while stack:
+            if time.monotonic() > (self.patience if self.columns is None else self.deadline):
+                return False
+            states = stack.pop()
+            states = states.select(np.flatnonzero(states.bounds < self.ceiling))
+            if not len(states.values):
+                continue
+            depth = states.depth + 1
+            children = _extended(states, case, options[states.depth], least[depth], tails[depth], self.ceiling)
+            if depth == len(options):
+                self._take(children, case, options)
+                continue
+            width = len(options[depth]) * len(case.multipliers)
+            size = max(1, _LARGEST_ARRAY // width)
+            order = np.argsort(-children.bounds, kind="stable")  # what is pushed last is looked at first
+            edges = range(len(order) % size or size, len(order) + size, size)
+            stack += [children.select(order[max(0, end - size) : end]) for end in edges]
+        return True
+
+    def _take(self, leaves: _States, case: _Relaxed, options: list[np.ndarray]) -> None:
+        """The cheapest complete choice that meets its limits, if any."""
+        for leaf in np.argsort(leaves.values, kind="stable"):
+            if leaves.values[leaf] >= self.ceiling:
+                return
+            columns = np.array([group[option] for group, option in zip(options, leaves.path(int(leaf)), strict=True)])
+            columns = columns[np.argsort(case.owner[columns])]
+            if self.accepts(columns):
+                self.columns = columns
+                self.ceiling = self.ceiling_below(float(leaves.values[leaf]))
+                return
+
+
+def _in_order(case: _Relaxed, kept: np.ndarray, room: float) -> list[np.ndarray]:
+    """Columns per group, groups with the fewest cheap ones first, so that partial choices stay few for long."""
+    groups = np.split(kept, np.flatnonzero(np.diff(case.owner[kept])) + 1)
+    weights = np.exp(-3 * case.reduced / room) if room < inf else np.ones(len(case.reduced))
+    return sorted(groups, key=lambda group: weights[group].sum())
+
+
+def _completions(case: _Relaxed, options: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """For the groups from each depth on: what they add at least to the bound under each set of multipliers (with the
+    limits' own part, and less than rounding could make of it), [depths, multipliers]; and to each row [depths,
+    limits]."""
+    rows, limits, multipliers = case.case.rows, case.case.bounds, case.multipliers
+    tails, least = np.zeros((len(options) + 1, len(multipliers))), np.zeros((len(options) + 1, len(limits)))
+    rounding = np.zeros(len(multipliers))
+    for depth in range(len(options) - 1, -1, -1):
+        cost, used = case.cost[options[depth]], rows[:, options[depth]]
+        tails[depth] = tails[depth + 1] + (cost + multipliers @ used).min(axis=1)
+        least[depth] = least[depth + 1] + used.min(axis=1)
+        rounding += (np.abs(cost) + multipliers @ np.abs(used)).max(axis=1)
+    rounding = _RELATIVE_ROUNDING * (rounding + multipliers @ np.abs(limits))
+    return tails - multipliers @ limits - rounding, least
+
+
+def _extended(
+    states: _States, case: _Relaxed, columns: np.ndarray, least: np.ndarray, tails: np.ndarray, ceiling: float
+) -> _States:
+    """All states with each of a group's columns added, less those that cannot end within limits and ceiling."""
+    rows, limits = case.case.rows[:, columns], case.case.bounds
+    values = (states.values[:, None] + case.cost[columns]).ravel()
+    usage = (states.usage[:, :, None] + rows[:, None, :]).reshape(len(limits), len(values))
+    within = np.flatnonzero((usage <= (limits - least)[:, None]).all(axis=0))
+    values, usage = values[within], usage[:, within]
+    bounds = values + (case.multipliers @ usage + tails[:, None]).max(axis=0)
+    below = np.flatnonzero(bounds < ceiling)
+    children = within[below]
+    return _States(
+        depth=states.depth + 1,
+        values=values[below],
+        usage=usage[:, below],
+        bounds=bounds[below],
+        parent=states,
+        origin=children // len(columns),
+        option=children % len(columns),
+    )

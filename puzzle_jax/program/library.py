@@ -1,0 +1,269 @@
+"""What a program chooses from: a library {group: {alternative: {nested numbers}}}, limits on sums, sets of limits of
+which one has to hold, and choices.
+
+A group is whatever one thing must be chosen for: a layer, or one sub-block of a layer. Numbers are named by
+dotted keys ("stats.runtime_ms"), the form in which block libraries are published. Sums are exact: every
+number counts as the decimal fraction that it is written as, so 0.1 + 0.2 meets a limit of 0.3.
+
+Knows nothing of models, and nothing of solving: that is `puzzle_jax.program.solve`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
+from fractions import Fraction
+from functools import cached_property
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from puzzle_jax.errors import PuzzleError, shown
+
+# Sums, squares and quotients of numbers up to this stay finite.
+_LARGEST = 1e100
+_KEYS_SHOWN = 20
+
+# {group: {alternative: {nested numbers}}}; `Program` checks it.
+Library = Mapping[str, Any]
+Number = int | float
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A bound on the sum of `key` over the chosen alternatives: exactly one of `at_most` and `at_least`."""
+
+    key: str
+    at_most: Number | None = None
+    at_least: Number | None = None
+
+    def __post_init__(self) -> None:
+        if (self.at_most is None) == (self.at_least is None):
+            raise PuzzleError(f"the limit on {self.key!r} needs one of at_most and at_least")
+        if not is_number(self.bound):
+            raise PuzzleError(f"the limit on {self.key!r} is {shown(self.bound)}, but must be a finite number")
+
+    @property
+    def bound(self) -> Number:
+        return self.at_least if self.at_most is None else self.at_most  # pyright: ignore[reportReturnType]
+
+    @property
+    def sign(self) -> int:
+        """+1 where less is better, -1 where more is."""
+        return -1 if self.at_most is None else 1
+
+    def is_met(self, total: Fraction) -> bool:
+        return self.sign * total <= self.sign * exact(self.bound)
+
+    def excess(self, total: Fraction) -> float:
+        """By how much a sum breaks the limit, relative to it; absolute for a limit of 0."""
+        bound = exact(self.bound)
+        return float(max(Fraction(0), self.sign * (total - bound)) / (abs(bound) or 1))
+
+    def __str__(self) -> str:
+        return f"{self.key!r} at {'most' if self.at_most is not None else 'least'} {short(self.bound, 0)}"
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Sets of limits by name, of which all of one have to hold, whichever; the program chooses it with the rest.
+
+    So a scenario's batch can be a choice: for each batch, how long a request may take and how much memory there is.
+    """
+
+    name: str
+    alternatives: Mapping[str, tuple[Limit, ...]]
+
+    def __post_init__(self) -> None:
+        if not self.alternatives:
+            raise PuzzleError(f"{self.name!r} has no sets of limits, but needs at least one")
+
+
+@dataclass(frozen=True)
+class Solution:
+    """One choice.
+
+    Attributes:
+      choice: alternative per group.
+      score: sum of the minimised key.
+      costs: sum of every key that all alternatives of the library have.
+      status: "optimal" (proven to the gap asked for), "time limit" (a feasible point, `gap` says how far from
+        proven), or "given" (not solved for).
+      gap: (score - proven lower bound) / |score|; None where nothing is proven.
+      missed: the limits that the choice breaks; none in what `solve` returns.
+      picked: for each `OneOf` by name, which of its sets of limits the choice meets (or comes nearest to).
+    """
+
+    choice: dict[str, str]
+    score: float
+    costs: dict[str, float]
+    status: str
+    gap: float | None
+    missed: tuple[Limit, ...] = ()
+    picked: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Program:
+    """What to choose from and under which limits.
+
+    Raises `PuzzleError` when the library is empty, a key is unknown or missing in an alternative, a number that is
+    used is none (a string, NaN, infinity), or two `OneOf` have the same name.
+    """
+
+    library: Library
+    minimize: str
+    limits: tuple[Limit | OneOf, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.library:
+            raise PuzzleError("the library is empty, but needs at least one group")
+        for group, alternatives in self.library.items():
+            if not isinstance(alternatives, Mapping) or not alternatives:
+                raise PuzzleError(
+                    f"group {shown(group)} of the library has no alternatives: it is {shown(alternatives)}"
+                )
+        names = [one.name for one in self.one_ofs]
+        if len(set(names)) < len(names):
+            raise PuzzleError(f"the names of the sets of limits are {names}, but must differ")
+        used = dict.fromkeys([self.minimize, *(limit.key for limit in self.every_limit)])
+        for group, alternatives in self.library.items():
+            for name, numbers in alternatives.items():
+                for key in used:
+                    value = lookup(numbers, key)
+                    if not is_number(value):
+                        raise PuzzleError(self._complaint(group, name, key, value))
+
+    @property
+    def plain_limits(self) -> tuple[Limit, ...]:
+        """The limits that hold in any case."""
+        return tuple(limit for limit in self.limits if isinstance(limit, Limit))
+
+    @property
+    def one_ofs(self) -> tuple[OneOf, ...]:
+        return tuple(limit for limit in self.limits if isinstance(limit, OneOf))
+
+    @cached_property
+    def every_limit(self) -> tuple[Limit, ...]:
+        """Plain limits and those of all alternatives, in order."""
+        nested = [
+            [limit] if isinstance(limit, Limit) else [one for group in limit.alternatives.values() for one in group]
+            for limit in self.limits
+        ]
+        return tuple(limit for group in nested for limit in group)
+
+    def cases(self) -> list[dict[str, str]]:
+        """Every way to pick one alternative of each `OneOf`."""
+        names = [one.name for one in self.one_ofs]
+        picks = product(*(one.alternatives for one in self.one_ofs))
+        return [dict(zip(names, pick, strict=True)) for pick in picks]
+
+    def pick(self, choice: Mapping[str, str]) -> dict[str, str]:
+        """Of each `OneOf` the first alternative that a choice breaks least, by summed relative excess."""
+        picked = {}
+        for one in self.one_ofs:
+            excess = {name: self.excess(choice, limits) for name, limits in one.alternatives.items()}
+            picked[one.name] = min(excess, key=lambda name: excess[name])
+        return picked
+
+    def excess(self, choice: Mapping[str, str], limits: Sequence[Limit]) -> float:
+        """Summed relative excess of a choice over limits."""
+        return sum(limit.excess(self.totals(choice, limit.key)) for limit in limits)
+
+    def limits_of(self, picked: Mapping[str, str]) -> tuple[Limit, ...]:
+        """The limits that hold with an alternative of each `OneOf`."""
+        nested = [one.alternatives[picked[one.name]] for one in self.one_ofs]
+        return self.plain_limits + tuple(limit for limits in nested for limit in limits)
+
+    def _complaint(self, group: str, name: str, key: str, value: object) -> str:
+        at = f"{shown(name)} in group {shown(group)}"
+        if value is not None:
+            largest = (
+                f" of at most {_LARGEST:g} in size"
+                if isinstance(value, int | float) and not isinstance(value, bool) and value == value
+                else ""
+            )
+            return f"{key!r} of {at} is {shown(value)}, but must be a finite number{largest}"
+        known = [known if known.isprintable() else repr(known) for known in self.keys]
+        more = f" and {len(known) - _KEYS_SHOWN} more" if len(known) > _KEYS_SHOWN else ""
+        return f"{at} has no {key!r}; keys that all alternatives have: {', '.join(known[:_KEYS_SHOWN]) or 'none'}{more}"
+
+    @cached_property
+    def keys(self) -> tuple[str, ...]:
+        """Keys that every alternative has as a finite number, sorted."""
+        return tuple(sorted(common_keys(self.library)))
+
+    @cached_property
+    def _exact(self) -> dict[tuple[str, str, str], Fraction]:
+        """Exact numbers by group, alternative and key, filled as they are asked for."""
+        return {}
+
+    def totals(self, choice: Mapping[str, str], key: str) -> Fraction:
+        """The exact sum of `key` over a choice."""
+        total = Fraction(0)
+        for group, alternative in choice.items():
+            at = (group, alternative, key)
+            if at not in self._exact:
+                self._exact[at] = exact(lookup(self.library[group][alternative], key))
+            total += self._exact[at]
+        return total
+
+
+def lookup(numbers: Any, key: str) -> Any:
+    """The value at a dotted key of nested mappings, None where there is none; a key that holds dots itself
+    works.
+    """
+    if not isinstance(numbers, Mapping):
+        return None
+    if key in numbers:
+        return numbers[key]
+    for at in range(len(key)):
+        if key[at] == "." and key[:at] in numbers:
+            found = lookup(numbers[key[:at]], key[at + 1 :])
+            if found is not None:
+                return found
+    return None
+
+
+def common_keys(library: Library) -> set[str]:
+    """Dotted keys under which every alternative of the library has a finite number."""
+    common: set[str] | None = None
+    for alternatives in library.values():
+        for numbers in alternatives.values():
+            keys = set(_numeric_keys(numbers))
+            common = keys if common is None else common & keys
+    return common or set()
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a number that sums can be formed of: finite, and not so large that they overflow."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        return False
+    return bool(-_LARGEST <= value <= _LARGEST)
+
+
+def _numeric_keys(numbers: Any, prefix: str = "") -> list[str]:
+    if not isinstance(numbers, Mapping):
+        return []
+    keys = []
+    for key, value in numbers.items():
+        if isinstance(value, Mapping):
+            keys += _numeric_keys(value, f"{prefix}{key}.")
+        elif is_number(value):
+            keys.append(f"{prefix}{key}")
+    return keys
+
+
+def exact(value: Any) -> Fraction:
+    """A number as it is written: 0.1 is a tenth, so that 0.1 + 0.2 is 0.3."""
+    return Fraction(int(value)) if isinstance(value, int | np.integer) else Fraction(repr(float(value)))
+
+
+def short(value: Number, direction: int) -> str:
+    """Six digits, rounded so that the number stays feasible; whole numbers in full."""
+    if float(value).is_integer() and abs(value) < 1e15:
+        return str(int(value))
+    rounding = {1: ROUND_CEILING, -1: ROUND_FLOOR}.get(direction)
+    return f"{Context(prec=6, rounding=rounding).create_decimal(Decimal(repr(float(value)))):g}"

@@ -1,0 +1,277 @@
+"""Expert ranking: one streaming pass over the traces scores every expert of every layer by several methods.
+
+    removal_error       mean over tokens of mean_d (y'_{t,e} - y_t)^2, where y' is the mixture's output with e removed
+                        and the token routed again. With a top-k router the expert that enters is always the (k+1)-th,
+                        so the top k+1 experts, evaluated once, give all k counterfactuals exactly.
+    joint_greedy        the same given all that was removed before (`search.rank.elimination`)
+    reap                mean over the tokens routed to e of gate * |output of e| (arXiv 2510.13999)
+    easy_ep             sum over tokens of gate * |output of e| * max(1 - cos(x before, x after the mixture), 0)
+                        (arXiv 2504.06792)
+    frequency           share of tokens routed to e
+    weighted_frequency  the same, weighted by the gate
+    ranked_choice       votes by router logits, the losers' votes handed on (`search.rank.elimination`)
+
+No method wins everywhere, so each proposes experts to keep and exact scores choose among them. Every valid token of a
+trace counts, prompt included; every trace of a task counts the same, however long it is, and every task the same,
+however many traces it has. Experts that were never routed to rank last under every method. Memory does not grow with
+the number of traces.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, PRNGKeyArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+from puzzle_jax.config import ModelConfig
+from puzzle_jax.files import write_beside
+from puzzle_jax.generate.batches import MicroBatch
+from puzzle_jax.kernels.expert_mlp import expert_outputs
+from puzzle_jax.kernels.route import top_k_ids
+from puzzle_jax.model.network import attention_block, embed, rms_norm, traced_mesh
+from puzzle_jax.model.rope import rope_table
+from puzzle_jax.model.sharding import on_mesh, spread_rows
+from puzzle_jax.model.spec import Params, layer_experts
+from puzzle_jax.search.rank.elimination import (
+    Sample,
+    draw,
+    empty_sample,
+    gram_matrices,
+    joint_greedy,
+    merge,
+    num_ranks,
+    ranked_choice,
+)
+
+METHODS = ("removal_error", "joint_greedy", "reap", "easy_ep", "frequency", "weighted_frequency", "ranked_choice")
+
+_SAVE_SECONDS = 5.0
+
+SAMPLED_PER_LAYER, SAMPLED_PER_BATCH = 8192, 512
+"""Tokens that methods which remove one expert after the other look at."""
+
+
+class Ranking(NamedTuple):
+    """Scores by method, [layers, experts], higher is kept; and routed tokens per expert, each trace counting 1."""
+
+    scores: Mapping[str, np.ndarray]
+    routed: np.ndarray
+
+    def keep(self, method: str, layer: int, count: int) -> tuple[int, ...]:
+        """Ids of the `count` best experts of a layer, ascending; equal scores go to the one routed to more often."""
+        order = np.lexsort((-self.routed[layer], -self.scores[method][layer]))
+        return tuple(sorted(int(i) for i in order[:count]))
+
+    def agreement(self, counts: Sequence[int]) -> dict[tuple[str, str], float]:
+        """For each pair of methods the share of kept experts that both keep, the mean over layers and counts."""
+        return {
+            (one, other): float(
+                np.mean(
+                    [
+                        len({*self.keep(one, layer, count)} & {*self.keep(other, layer, count)}) / count
+                        for layer in range(len(self.routed))
+                        for count in counts
+                    ]
+                )
+            )
+            for one, other in combinations(self.scores, 2)
+        }
+
+
+class RankSums(NamedTuple):
+    """Sums of one layer over the weighted tokens seen so far, by expert; and a sample of those tokens."""
+
+    removal: Float[Array, "experts"]
+    gated_norm: Float[Array, "experts"]
+    turned_norm: Float[Array, "experts"]  # times how far the mixture turned the hidden state
+    gates: Float[Array, "experts"]
+    routed: Float[Array, "experts"]
+    tokens: Float[Array, ""]
+    sample: Sample
+
+
+class KeptSums:
+    """Sums of the batches so far in a file, saved as often as costs little.
+
+    Args:
+      path: of the file, whose directory is made when it is missing; one that was not written whole is passed over.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._next = path, 0.0
+
+    def load(self, config: ModelConfig) -> tuple[int, list[RankSums]]:
+        """Batches that are done, and their sums by layer."""
+        empty = [no_sums(config) for _ in config.blocks]
+        leaves, tree = jax.tree.flatten(empty)
+        try:
+            found = load_file(self.path)
+            arrays = [found[str(number)] for number in range(len(leaves))]
+            if all(a.shape == leaf.shape and a.dtype == leaf.dtype for a, leaf in zip(arrays, leaves, strict=True)):
+                return int(found["batches"][0]), jax.tree.unflatten(tree, [jnp.asarray(a) for a in arrays])
+        except (OSError, SafetensorError, KeyError, ValueError):
+            pass
+        return 0, empty
+
+    def save(self, batches: int, sums: Sequence[RankSums]) -> None:
+        """Saves the sums, unless saving them took more than a twentieth of the time since."""
+        start = time.monotonic()
+        if start < self._next:
+            return
+        arrays = {str(number): np.asarray(leaf) for number, leaf in enumerate(jax.tree.leaves(list(sums)))}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_beside(self.path, save({**arrays, "batches": np.array([batches])}))
+        end = time.monotonic()
+        self._next = end + max(20 * (end - start), _SAVE_SECONDS)
+
+
+def rank_experts(
+    params: Params,
+    config: ModelConfig,
+    batches: Iterable[MicroBatch],
+    on_batch: Callable[[], None] | None = None,
+    seed: int = 0,
+    mesh: Mesh | None = None,
+    kept: KeptSums | None = None,
+) -> Ranking:
+    """Streams batches through the parent, whose layers must have equally many experts.
+
+    Args:
+      seed: draws the sample.
+      mesh: where parameters are; experts are run where they lie, rows over the data axis where they divide by it.
+      kept: sums of a killed run, whose batches are not run again, and where to keep those of this one.
+    """
+    done, sums = kept.load(config) if kept is not None else (0, [no_sums(config) for _ in config.blocks])
+    for number, batch in enumerate(batches):
+        if number < done:
+            if on_batch is not None:
+                on_batch()
+            continue
+        x = _embed(params, spread_rows(batch.tokens, mesh))
+        random = jax.random.fold_in(jax.random.key(seed), number)
+        with on_mesh(mesh):
+            for index, layer in enumerate(params["layers"]):
+                x, sums[index] = rank_layer(layer, config, config.blocks[index].window, x, batch, sums[index], random)
+        if kept is not None:
+            kept.save(number + 1, sums)
+        if on_batch is not None:
+            on_batch()
+    return _ranking(sums, config.experts_per_token)
+
+
+def no_sums(config: ModelConfig) -> RankSums:
+    """Of a layer, before the first batch."""
+    experts = config.blocks[0].num_experts
+    sample = empty_sample(SAMPLED_PER_LAYER, experts, num_ranks(experts, config.experts_per_token))
+    sums = [jnp.zeros(experts) for _ in range(5)]
+    return RankSums(sums[0], sums[1], sums[2], sums[3], sums[4], jnp.zeros(()), sample)
+
+
+def _ranking(sums: Sequence[RankSums], k: int) -> Ranking:
+    removal, gated_norm, turned_norm, gates, routed, tokens = (
+        np.stack([np.asarray(of_layer[part], np.float64) for of_layer in sums]) for part in range(6)
+    )
+    tokens = tokens[:, None]
+
+    def eliminated(by: Callable[[Sample, Array, int], Array]) -> np.ndarray:
+        return np.stack([np.asarray(by(s.sample, s.routed, k), np.float64) for s in sums])
+
+    scores = {
+        "removal_error": removal / tokens,
+        "joint_greedy": eliminated(joint_greedy),
+        "reap": gated_norm / np.maximum(routed, 1e-30),
+        "easy_ep": turned_norm / tokens,
+        "frequency": routed / tokens,
+        "weighted_frequency": gates / tokens,
+        "ranked_choice": eliminated(ranked_choice),
+    }
+    return Ranking({name: np.where(routed == 0, -np.inf, scores[name]) for name in METHODS}, routed)
+
+
+_embed = jax.jit(embed)
+
+
+@partial(jax.jit, static_argnames=("config", "window"), donate_argnames="sums")
+def rank_layer(
+    layer: Params,
+    config: ModelConfig,
+    window: int | None,
+    x: Float[Array, "rows seq hidden"],
+    batch: MicroBatch,
+    sums: RankSums,
+    random: PRNGKeyArray,
+) -> tuple[Float[Array, "rows seq hidden"], RankSums]:
+    """One layer of the parent, and its sums with the batch added."""
+    table = rope_table(config.rope, config.head_dim, jnp.arange(x.shape[1])[None])
+    x, _ = attention_block(layer["attention"], config, x, table, window=window)
+    moe, k, experts = layer["moe"], config.experts_per_token, config.blocks[0].num_experts
+    before = x.reshape(-1, x.shape[-1])
+    y = rms_norm(before, moe["norm"], config.rms_norm_eps)
+    logits = (y @ moe["router_weight"] + moe["router_bias"]).astype(jnp.float32)
+    ids = top_k_ids(logits, min(k + 1, experts))
+    chosen = jnp.take_along_axis(logits, ids, axis=-1)
+    outputs = _outputs(moe, config, y, ids)
+    gates = jax.nn.softmax(chosen[:, :k], axis=-1)
+    out = jnp.einsum("tk,tkh->th", gates, outputs[:, :k])
+    after = before + out.astype(x.dtype)
+    norms = gates * jnp.linalg.norm(outputs[:, :k], axis=-1)
+    turned = jnp.maximum(1.0 - _cosine(before, after), 0.0)[:, None]
+    removal = _removal_errors(chosen, outputs, out, k) if experts > k else jnp.zeros_like(gates)
+    of_trace = batch.task_weight / jnp.maximum(batch.lengths, 1)
+    weight = (batch.valid * of_trace[:, None]).reshape(-1)
+
+    def by_expert(per_choice: Float[Array, "tokens k"]) -> Float[Array, "experts"]:
+        return jnp.zeros(experts).at[ids[:, :k]].add(per_choice * weight[:, None])
+
+    per_choice = (removal, norms, norms * turned, gates, jnp.ones_like(gates))
+    totals = [old + by_expert(new) for old, new in zip(sums[:5], per_choice, strict=True)]
+    sample = merge(sums.sample, _sample(moe, config, y, logits, weight, random))
+    return after.reshape(x.shape), RankSums(*totals, tokens=sums.tokens + jnp.sum(weight), sample=sample)
+
+
+def _sample(moe: Params, config: ModelConfig, y: Array, logits: Array, weight: Array, random: PRNGKeyArray) -> Sample:
+    """Some of a batch's tokens, with the outputs of all their better-ranked experts."""
+    key, weight, tokens = draw(random, weight, min(SAMPLED_PER_BATCH, weight.shape[0]))
+    order = jnp.argsort(-logits[tokens], axis=-1, stable=True).astype(jnp.int32)
+    best = order[:, : num_ranks(logits.shape[1], config.experts_per_token)]
+    outputs = _outputs(moe, config, y[tokens], best)
+    return Sample(key, weight, order, jnp.take_along_axis(logits[tokens], best, axis=-1), gram_matrices(outputs))
+
+
+def _outputs(moe: Params, config: ModelConfig, y: Array, ids: Array) -> Float[Array, "tokens ranks hidden"]:
+    """What every one of those experts gives."""
+    found = expert_outputs(y, ids, layer_experts(moe), limit=config.swiglu_limit, mesh=traced_mesh())
+    return found.astype(jnp.float32)
+
+
+def _removal_errors(
+    chosen: Float[Array, "tokens k_plus_1"],
+    outputs: Float[Array, "tokens k_plus_1 hidden"],
+    out: Float[Array, "tokens hidden"],
+    k: int,
+) -> Float[Array, "tokens k"]:
+    """Mean squared change of the mixture's output when each of the k chosen experts is removed."""
+    errors = []
+    for removed in range(k):
+        stays = jnp.arange(k + 1) != removed
+        gates = jax.nn.softmax(jnp.where(stays, chosen, -jnp.inf), axis=-1)
+        changed = jnp.einsum("tk,tkh->th", gates, outputs)
+        errors.append(jnp.mean((changed - out) ** 2, axis=-1))
+    return jnp.stack(errors, axis=-1)
+
+
+def _cosine(a: Float[Array, "tokens hidden"], b: Float[Array, "tokens hidden"]) -> Float[Array, "tokens"]:
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    norms = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
+    return jnp.sum(a * b, axis=-1) / jnp.maximum(norms, 1e-20)

@@ -1,0 +1,1 @@
+"""What follows the program: lower KL, where it proves itself."""

@@ -1,0 +1,220 @@
+"""What follows the program: choosing by real KL, and two ways of getting lower that must prove themselves.
+
+    pool      every solution of the program, and what simpler choices came to, is run whole on traces that scored
+              nothing, and the best by that KL is taken
+    rescore   all alternatives are scored anew around the child, the program is solved with those scores, and its pool
+              run likewise
+    swap      experts that the child keeps are swapped against experts that it lost, in one layer or in several
+
+A refined child replaces the one before only if its KL on confirmation traces, which proposed and chose nothing, is
+lower by more than two standard errors of the paired difference. Scores that proposed it are known to flatter: an
+iteration judged by its own traces lowers its KL there and may raise it elsewhere. Either way goes on from what was
+accepted, and ends with the first refusal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy.stats import spearmanr
+
+from puzzle_jax.evaluate.statistics import weighted_mean
+from puzzle_jax.search.score.measurements import Score
+from puzzle_jax.search.solve.problem import Candidate
+from puzzle_jax.search.space import ExpertChoice
+
+STANDARD_ERRORS = 2.0
+"""By how many a refinement must win."""
+
+PerTrace = Float[np.ndarray, "traces"]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """KL of one child less that of another on the same traces, nats per token.
+
+    Attributes:
+      mean: negative where the first is better.
+      se: standard error over traces.
+    """
+
+    mean: float
+    se: float
+
+    @staticmethod
+    def between(one: PerTrace, other: PerTrace, tokens: Int[np.ndarray, "traces"]) -> Difference:
+        """Of values that are each a mean over a trace of so many tokens."""
+        return Difference(*weighted_mean(one - other, tokens))
+
+    @property
+    def proves_better(self) -> bool:
+        return self.mean < -STANDARD_ERRORS * self.se
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Children run whole on the same traces.
+
+    Attributes:
+      candidates: in the program's order.
+      scores: of each.
+      kl: of each on every trace.
+      tokens: of every trace.
+    """
+
+    candidates: Sequence[Candidate]
+    scores: Sequence[Score]
+    kl: Float[np.ndarray, "children traces"]
+    tokens: Int[np.ndarray, "traces"]
+
+    @property
+    def best(self) -> int:
+        return int(np.argmin([score.kl for score in self.scores]))
+
+    @property
+    def rank_correlation(self) -> float | None:
+        """Spearman's, of predicted and real KL; None where either does not vary."""
+        predicted, real = [c.score for c in self.candidates], [score.kl for score in self.scores]
+        if len(set(predicted)) < 2 or len(set(real)) < 2:
+            return None
+        return float(spearmanr(predicted, real)[0])  # pyright: ignore[reportArgumentType]
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """Every candidate with its real KL and by how much it exceeds the best one's."""
+        return [
+            {
+                **candidate.to_json(),
+                "validation": asdict(score),
+                "above_best": asdict(Difference.between(kl, self.kl[self.best], self.tokens)),
+            }
+            for candidate, score, kl in zip(self.candidates, self.scores, self.kl, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One attempt.
+
+    Attributes:
+      step: what was done.
+      candidate: what it proposed; None where it found nothing else.
+      validation: difference to the child before on the traces that chose it.
+      confirmation: difference on traces that chose nothing.
+    """
+
+    step: str
+    candidate: Candidate | None
+    validation: Difference | None
+    confirmation: Difference | None
+
+    @property
+    def accepted(self) -> bool:
+        return self.confirmation is not None and self.confirmation.proves_better
+
+    def __str__(self) -> str:
+        if self.validation is None or self.confirmation is None:
+            return f"{self.step}: nothing better was found"
+        verdict = "accepted" if self.accepted else "refused"
+        changes = (f"{d.mean:+.4f} ±{d.se:.4f}" for d in (self.validation, self.confirmation))
+        return "{}: KL {} on validation, {} on confirmation traces: {}".format(self.step, *changes, verdict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "accepted": self.accepted,
+            "candidate": None if self.candidate is None else self.candidate.to_json(),
+            "validation": None if self.validation is None else asdict(self.validation),
+            "confirmation": None if self.confirmation is None else asdict(self.confirmation),
+        }
+
+
+def refine(
+    child: Candidate,
+    rounds: int,
+    rescore: Callable[[Candidate], Pool],
+    proposals: int,
+    swap: Callable[[Candidate], Pool | None],
+    confirm: Callable[[Candidate, Candidate], tuple[Difference, Difference]],
+) -> tuple[Candidate, list[Attempt]]:
+    """Tries to get below a child; returns the last accepted one and what was tried.
+
+    Args:
+      rounds: of rescoring at most.
+      rescore: the pool that scores around a child lead to.
+      proposals: of swaps at most.
+      swap: a pool of children that keep other experts; None where none seems better.
+      confirm: of a proposal and the child before it, the differences on validation and on confirmation traces.
+    """
+    tried: list[Attempt] = []
+
+    def attempts(step: str, most: int, propose: Callable[[Candidate], Pool | None]) -> None:
+        nonlocal child
+        for number in range(most):
+            pool = propose(child)
+            proposal = None if pool is None else pool.candidates[pool.best]
+            if proposal is None or (proposal.blocks, proposal.kept) == (child.blocks, child.kept):
+                tried.append(Attempt(f"{step} {number + 1}", None, None, None))
+                return
+            tried.append(Attempt(f"{step} {number + 1}", proposal, *confirm(proposal, child)))
+            if not tried[-1].accepted:
+                return
+            child = proposal
+
+    attempts("rescore", rounds, rescore)
+    attempts("swap", proposals, swap)
+    return child, tried
+
+
+@dataclass(frozen=True)
+class Swap:
+    """Other experts for one layer.
+
+    Attributes:
+      layer: of the child.
+      choice: what it keeps then.
+      gain: change of the child's KL when this alone is done, nats per token.
+    """
+
+    layer: int
+    choice: ExpertChoice
+    gain: float
+
+
+def together(child: Candidate, swaps: Sequence[Swap]) -> list[Candidate]:
+    """Children with the first swap, the first two, four, eight and so on, and all of them."""
+    sizes = sorted({min(2**power, len(swaps)) for power in range(len(swaps).bit_length() + 1)} - {0})
+    found = []
+    for size in sizes:
+        candidate = replace(child, name="swap")
+        for swap in swaps[:size]:
+            candidate = with_choice(candidate, swap.layer, swap.choice, candidate.score + swap.gain)
+        found.append(candidate)
+    return found
+
+
+def swapped(choice: ExpertChoice, scores: Float[np.ndarray, "experts"], most: int) -> list[ExpertChoice]:
+    """Expert sets that differ by one expert: the least of those kept against the best of those lost, by a ranking.
+
+    Args:
+      choice: of the layer.
+      scores: higher is kept.
+      most: experts on either side; pairs are tried in all combinations.
+    """
+    order = np.argsort(-scores, kind="stable").tolist()
+    kept = [expert for expert in reversed(order) if expert in choice.kept][:most]
+    lost = [expert for expert in order if expert not in choice.kept][:most]
+    return [
+        ExpertChoice(choice.count, tuple(sorted({*choice.kept, new} - {old})), f"{choice.method}, {old} for {new}")
+        for old, new in product(kept, lost)
+    ]
+
+
+def with_choice(candidate: Candidate, layer: int, choice: ExpertChoice, score: float) -> Candidate:
+    """A candidate whose layer keeps other experts, as many as before."""
+    choices = tuple(choice if index == layer else own for index, own in enumerate(candidate.choices))
+    return replace(candidate, choices=choices, score=score)

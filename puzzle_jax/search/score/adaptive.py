@@ -1,0 +1,163 @@
+"""Which scores are worth more traces: those whose uncertainty could change what the program chooses.
+
+All alternatives are scored on a few traces first. Then, round by round: the traces are drawn anew with replacement
+many times (a bootstrap by sequence), the relaxed program is solved with each draw's mean scores, and alternatives of
+groups in which the draws disagree are contested. Only those are scored on further traces, twice as many each round,
+until every draw gives the same choice or the traces are used up (successive halving, led by the program itself).
+
+The relaxation is the linear program of the same limits without integrality; it breaks few ties that the whole program
+would not, and is solved in milliseconds. Where batches are the program's choice too, draws look at the few
+combinations of batches that are best by the mean scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+from scipy import sparse
+from scipy.optimize import linprog
+
+from puzzle_jax.generate.traces import Trace
+from puzzle_jax.program.library import Limit, Program, lookup
+from puzzle_jax.search.score.measurements import ScoreBook
+
+CASES = 4
+"""Combinations of batches that draws look at."""
+
+Scorer = Callable[[Sequence[int], Sequence[int]], None]
+"""Fills a book: numbers of alternatives, numbers of traces."""
+
+
+class RelaxedProgram:
+    """A program's linear relaxation, for many objectives under the same limits.
+
+    Args:
+      program: library and limits.
+      owner: per group, the number of the score of each alternative; None stands for a score that is known to be 0.
+    """
+
+    def __init__(self, program: Program, owner: Mapping[str, Mapping[str, int | None]]) -> None:
+        pairs = [(group, name) for group, alternatives in program.library.items() for name in alternatives]
+        groups = {group: number for number, group in enumerate(program.library)}
+        self.group = np.array([groups[group] for group, _ in pairs])
+        numbers = [owner.get(group, {}).get(name) for group, name in pairs]
+        self.number = np.array([-1 if number is None else number for number in numbers])
+        columns = np.arange(len(pairs))
+        self._one_each = sparse.csr_matrix((np.ones(len(pairs)), (self.group, columns)))
+        self._cases = [self._rows(program, pairs, program.limits_of(picked)) for picked in program.cases()]
+
+    @staticmethod
+    def _rows(program: Program, pairs: Sequence[tuple[str, str]], limits: Sequence[Limit]) -> tuple[Any, Any]:
+        """Limits as rows of largest coefficient 1, and their bounds; None without limits."""
+        rows, bounds = [], []
+        for limit in limits:
+            row = np.array([float(lookup(program.library[group][name], limit.key)) for group, name in pairs])
+            scale = limit.sign / max(float(np.abs(row).max()), 1e-300)
+            rows.append(row * scale)
+            bounds.append(float(limit.bound) * scale)
+        return (np.stack(rows), np.array(bounds)) if rows else (None, None)
+
+    def narrowed(self, scores: Float[np.ndarray, "alternatives"], most: int) -> RelaxedProgram:
+        """The same program with no more than so many ways to pick sets of limits: the best by some scores."""
+        if len(self._cases) <= most:
+            return self
+        cost = self._cost(scores)
+        values = [np.inf if x is None else float(cost @ x) for x in (self._least(cost, *case) for case in self._cases)]
+        program = copy(self)
+        program._cases = [self._cases[number] for number in np.argsort(values, kind="stable")[:most]]
+        return program
+
+    def support(self, scores: Float[np.ndarray, "alternatives"]) -> Bool[np.ndarray, "columns"]:
+        """Alternatives that the best relaxed choice uses; none where no choice meets the limits."""
+        cost = self._cost(scores)
+        found = [self._least(cost, *case) for case in self._cases]
+        best = min((x for x in found if x is not None), key=lambda x: float(cost @ x), default=None)
+        return np.zeros(len(cost), bool) if best is None else best > 1e-6
+
+    def _cost(self, scores: np.ndarray) -> np.ndarray:
+        """Scores by column, the largest 1."""
+        cost = np.append(scores, 0.0)[self.number]
+        return cost / max(float(np.abs(cost).max()), 1e-300)
+
+    def _least(self, cost: np.ndarray, rows: Any, bounds: Any) -> np.ndarray | None:
+        """The relaxed choice of least cost under some limits."""
+        return linprog(
+            cost,
+            A_ub=rows,
+            b_ub=bounds,
+            A_eq=self._one_each,
+            b_eq=np.ones(self.group[-1] + 1),
+            bounds=(0, 1),
+            method="highs",
+        ).x
+
+
+def contested(programs: Iterable[RelaxedProgram], book: ScoreBook, *, draws: int = 32, seed: int = 0) -> list[int]:
+    """Numbers of the alternatives that some draws of the traces choose and others do not.
+
+    Args:
+      programs: one for each target that the scores are to serve.
+      book: scores so far; every alternative has some.
+      draws: of the traces, with replacement.
+    """
+    source, found = np.random.default_rng(seed), set()
+    used = np.flatnonzero(book.scored.any(axis=0))
+    samples = [book.estimates()] + [_redrawn(book, source.choice(used, len(used))) for _ in range(draws)]
+    for program in programs:
+        program = program.narrowed(samples[0], CASES)
+        supports = np.stack([program.support(scores) for scores in samples])
+        torn = supports.any(axis=0) & ~supports.all(axis=0)
+        found |= {int(number) for number in program.number[torn] if number >= 0}
+    return sorted(found)
+
+
+def _redrawn(book: ScoreBook, traces: np.ndarray) -> Float[np.ndarray, "alternatives"]:
+    """Scores of drawn traces; where a draw holds none that an alternative was scored on, of those it was."""
+    scores = book.estimates(traces)
+    return np.where(np.isnan(scores), book.estimates(), scores)
+
+
+def in_random_order(traces: Sequence[Trace], seed: int = 0) -> list[int]:
+    """Numbers of traces such that the first ones hold every task and effort about equally often.
+
+    In proportion to tokens would rank no better for the same tokens: a kind of long answers costs as it counts.
+    """
+    source = np.random.default_rng(seed)
+    kinds: dict[tuple[str, str], list[int]] = {}
+    for number in source.permutation(len(traces)):
+        kinds.setdefault((traces[number].task, traces[number].effort), []).append(int(number))
+    turns = [(turn, kind, number) for kind, numbers in sorted(kinds.items()) for turn, number in enumerate(numbers)]
+    return [number for _, _, number in sorted(turns)]
+
+
+def score_adaptively(
+    book: ScoreBook,
+    score: Scorer,
+    programs: Sequence[RelaxedProgram],
+    *,
+    first: int = 16,
+    draws: int = 32,
+    seed: int = 0,
+    on_round: Callable[[int, int], None] | None = None,
+) -> int:
+    """Scores all alternatives on the `first` traces, then contested ones on more; returns the traces used.
+
+    Args:
+      book: what was scored before is not scored again.
+      score: fills the book.
+      programs: what the scores are for.
+      on_round: called with alternatives and traces before each round.
+    """
+    order = in_random_order(book.traces, seed)
+    wanted, start, stop = list(range(len(book.alternatives))), 0, min(first, len(order))
+    while wanted and start < len(order):
+        if on_round is not None:
+            on_round(len(wanted), stop - start)
+        score(wanted, order[start:stop])
+        wanted = contested(programs, book, draws=draws, seed=seed)
+        start, stop = stop, min(2 * stop, len(order))
+    return start

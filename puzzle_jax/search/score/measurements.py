@@ -1,0 +1,414 @@
+"""How much each alternative hurts: KL(parent || child) per completion token.
+
+The mean is over all tokens, whichever trace they are of: a wrong turn anywhere in an answer spoils it, so long answers
+have more to lose. With one share for every trace, however short, short answers decide: on the embedded parent that
+chose a child of less than half the accuracy at medium and high effort (docs/results.md).
+
+Alternatives of the attention and of the experts are scored apart; the program adds their scores. A window leaves every
+token that sees no more keys than the window exactly as it was, so traces no longer than it count as zero without being
+run, and the loss per token beyond the window is reported beside the mean (`late_kl`), as is the loss by context.
+
+Results are kept trace by trace in a `ScoreBook`, which is saved as it grows: an interrupted run goes on where it was,
+and what has been scored once is not run again for another target.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Bool, Float, Int
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from puzzle_jax.config import ModelConfig
+from puzzle_jax.evaluate.statistics import weighted_mean
+from puzzle_jax.files import write_beside
+from puzzle_jax.generate.batches import MicroBatch, micro_batches
+from puzzle_jax.generate.traces import Trace
+from puzzle_jax.model.child import Child
+from puzzle_jax.model.spec import Params
+from puzzle_jax.search.processes import Team
+from puzzle_jax.search.score.estimator import estimate, kinds_of
+from puzzle_jax.search.score.replace_one import CONTEXTS, METRICS, Alternative, ReplaceOne, child_choices
+
+_SAVE_SECONDS = 10.0
+_UNCHANGED = np.array([0.0, 1.0, 1.0, *[0.0] * (len(METRICS) - 3)])
+
+
+@runtime_checkable
+class Runner(Protocol):
+    """What gives METRICS of traces under alternatives: `ReplaceOne` or a `Lens`."""
+
+    @property
+    def base(self) -> Sequence[Alternative] | None: ...
+
+    @property
+    def choices(self) -> Sequence[Alternative]: ...
+
+    def placed(self, params: Params, mesh: Mesh | None) -> Runner:
+        """The same with parameters of another process, or with none on the way to it."""
+        ...
+
+    def __call__(
+        self, batch: MicroBatch, wanted: Sequence[tuple[int, Alternative]], on_done: Callable[[int], None] | None
+    ) -> Float[np.ndarray, "alternatives rows metrics"]: ...
+
+    def work(self, wanted: Sequence[tuple[int, Alternative]]) -> int: ...
+
+
+@dataclass(frozen=True)
+class Score:
+    """Means over completion tokens.
+
+    Attributes:
+      kl: KL(parent || child), nats per token; `kl_se` its standard error over traces (infinite for one trace).
+      agreement: share of positions whose most likely token is the parent's.
+      cosine: of the final hidden states.
+      traces: scored.
+      kl_by_context: mean KL per token that sees so many tokens, itself included.
+      late_share: share of the loss on tokens that see more than the window; 1 where no window was narrowed.
+      late_kl: KL per such token; 0 where there is none.
+    """
+
+    kl: float
+    kl_se: float
+    agreement: float
+    cosine: float
+    traces: int
+    kl_by_context: dict[str, float]
+    late_share: float = 1.0
+    late_kl: float = 0.0
+
+
+class Measurements(NamedTuple):
+    """Children on the same traces.
+
+    Attributes:
+      scores: of each child.
+      kl: of each on every trace, per token there.
+      tokens: of every trace's completion.
+    """
+
+    scores: list[Score]
+    kl: Float[np.ndarray, "children traces"]
+    tokens: Int[np.ndarray, "traces"]
+
+
+@dataclass
+class ScoreBook:
+    """METRICS of traces under alternatives.
+
+    Attributes:
+      alternatives: layer and choice.
+      traces: of which each alternative is scored on some.
+      values: NaN where an alternative was not scored on a trace.
+      lens: KL as the lens sees it, where it was asked; NaN on traces that it did not look at. Not kept on disk.
+    """
+
+    alternatives: Sequence[tuple[int, Alternative]]
+    traces: Sequence[Trace]
+    values: Float[np.ndarray, "alternatives traces metrics"]
+    lens: Float[np.ndarray, "alternatives traces"] | None = None
+
+    @staticmethod
+    def empty(alternatives: Sequence[tuple[int, Alternative]], traces: Sequence[Trace]) -> ScoreBook:
+        shape = (len(alternatives), len(traces), len(METRICS))
+        return ScoreBook(alternatives, traces, np.full(shape, np.nan))
+
+    @cached_property
+    def tokens(self) -> Int[np.ndarray, "traces"]:
+        """Completion tokens, the weight of every trace."""
+        return np.array([len(trace.completion) for trace in self.traces])
+
+    @property
+    def scored(self) -> Bool[np.ndarray, "alternatives traces"]:
+        return ~np.isnan(self.values[..., 0])
+
+    def means(self) -> Float[np.ndarray, "alternatives"]:
+        """KL of every alternative over the traces it was scored on."""
+        return self._means(self.scored)
+
+    def estimates(self, traces: Int[np.ndarray, "drawn"] | None = None) -> Float[np.ndarray, "alternatives"]:
+        """The best guess of every KL: the means, or with a lens what `estimator` makes of both.
+
+        Args:
+          traces: draws of them to count, each as often as it was drawn, instead of each once. NaN without any.
+        """
+        times = np.ones(len(self.traces)) if traces is None else np.bincount(traces, minlength=len(self.traces))
+        times = (self.scored * times).astype(float)
+        if self.lens is None:
+            return self._means(times)
+        kinds = kinds_of([(trace.task, trace.effort) for trace in self.traces])
+        layers = np.array([layer for layer, _ in self.alternatives])
+        return estimate(self.values[..., 0], self.lens, times=times, tokens=self.tokens, kinds=kinds, layers=layers)
+
+    def _means(self, times: np.ndarray) -> Float[np.ndarray, "alternatives"]:
+        weights = times * self.tokens
+        with np.errstate(invalid="ignore"):
+            return np.sum(np.nan_to_num(self.values[..., 0]) * weights, axis=1) / weights.sum(axis=1)
+
+    def score(self, number: int, base_window: int | None = None) -> Score:
+        """One alternative's means; `base_window` is what its window narrows, where it does."""
+        rows = np.flatnonzero(self.scored[number])
+        values, tokens = self.values[number, rows], self.tokens[rows]
+        by_context = np.array([_tokens_by_context(self.traces[int(row)]) for row in rows])
+        window = self.alternatives[number][1].window
+        late = 1.0 if window is None or window == base_window else self._late_share(rows, window)
+        kl, kl_se = weighted_mean(values[:, 0], tokens)
+        return Score(
+            kl=kl,
+            kl_se=kl_se,
+            agreement=weighted_mean(values[:, 1], tokens)[0],
+            cosine=weighted_mean(values[:, 2], tokens)[0],
+            traces=len(rows),
+            kl_by_context={
+                name.removeprefix("kl "): float((values[:, 3 + i] * tokens).sum() / by_context[:, i].sum())
+                for i, name in enumerate(METRICS[3:])
+                if by_context[:, i].any()
+            },
+            late_share=late,
+            late_kl=kl / late if late else 0.0,
+        )
+
+    def _late_share(self, rows: Int[np.ndarray, "scored"], window: int) -> float:
+        """Share of the loss on tokens that are predicted from more than `window` tokens."""
+        late = [np.mean(_contexts(self.traces[row]) > window) for row in rows]
+        return weighted_mean(np.array(late), self.tokens[rows])[0]
+
+    # On disk -------------------------------------------------------------------------------------------------------
+
+    def key(self, parent: str) -> str:
+        """What the numbers depend on; `parent` names the model and everything else that is not in the book."""
+        digest = hashlib.sha256(parent.encode())
+        for layer, choice in self.alternatives:
+            digest.update(f"{layer} {choice.window} {np.flatnonzero(choice.expert_mask).tolist()}\n".encode())
+        for trace in self.traces:
+            digest.update(f"{trace.prompt} {trace.completion}\n".encode())
+        return digest.hexdigest()
+
+    def save(self, path: Path, key: str) -> None:
+        write_beside(path, save({"values": self.values}, metadata={"key": key}))
+
+    def load(self, path: Path, key: str) -> None:
+        """Takes over the numbers of an earlier run of the same key; a file of another key or a damaged one is left."""
+        if not path.is_file():
+            return
+        try:
+            with safe_open(path, framework="numpy") as found:
+                if (found.metadata() or {}).get("key") == key:
+                    self.values[:] = found.get_tensor("values")
+        except (SafetensorError, ValueError):
+            return
+
+
+class KeptBook:
+    """A book that is on disk from time to time, so that a killed run goes on from it.
+
+    Args:
+      book: filled with what the file holds of the same key.
+      path: of the file; None keeps nothing.
+      identity: of everything that the numbers depend on and that is not in the book.
+    """
+
+    def __init__(self, book: ScoreBook, path: Path | None, identity: str) -> None:
+        self.book, self.path, self.key = book, path, book.key(identity)
+        self._saved = time.monotonic()
+        if path is not None:
+            book.load(path, self.key)
+
+    def save(self, *, now: bool = False) -> None:
+        """Saves the book if that is some time ago, or `now`."""
+        if self.path is not None and (now or time.monotonic() - self._saved > _SAVE_SECONDS):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.book.save(self.path, self.key)
+            self._saved = time.monotonic()
+
+
+def longest_context(traces: Sequence[Trace]) -> int:
+    """Tokens that the position before some completion token sees, at most; 0 without traces.
+
+    A window changes nothing on traces whose contexts it covers, so there they hold no evidence of what it costs.
+    """
+    return max((len(trace.prompt) + len(trace.completion) - 1 for trace in traces), default=0)
+
+
+def _contexts(trace: Trace) -> Int[np.ndarray, "completion"]:
+    """Tokens seen by the position before each completion token."""
+    return len(trace.prompt) + np.arange(len(trace.completion))
+
+
+def _tokens_by_context(trace: Trace) -> Int[np.ndarray, "buckets"]:
+    return np.bincount(np.searchsorted(CONTEXTS, _contexts(trace)), minlength=len(CONTEXTS) + 1)
+
+
+def fill(
+    book: ScoreBook,
+    run: Runner,
+    alternatives: Sequence[int],
+    traces: Sequence[int],
+    *,
+    tokens_per_batch: int = 1024,
+    on_batch: Callable[[], None] | None = None,
+    on_done: Callable[[int], None] | None = None,
+    team: Team | None = None,
+) -> None:
+    """Scores alternatives on traces (numbers of both in the book) that they were not scored on yet.
+
+    Args:
+      on_batch: called after every turn of a batch per process, when the book may be saved.
+      on_done: called with what was done of `work_left`.
+      team: processes that share the work; each calls this with the same book, which is the same in all afterwards.
+    """
+    team = team or Team()
+    to_do = [task for task in _to_do(book, run, alternatives, traces, tokens_per_batch) if task[1]]
+    for first in range(0, len(to_do), team.count):
+        turn = to_do[first : first + team.count]
+        shape = (max(len(wanted) for _, wanted in turn), max(len(batch.ids) for batch, _ in turn), len(METRICS))
+        values = np.zeros(shape)
+        for batch, wanted in turn[team.index : team.index + 1]:
+            found = run(batch, [book.alternatives[number] for number in wanted], on_done)
+            values[: len(wanted), : len(batch.ids)] = found
+        for number, ((batch, wanted), found) in enumerate(zip(turn, team.gathered(values), strict=False)):
+            real = batch.ids >= 0
+            book.values[np.ix_(wanted, batch.ids[real])] = found[: len(wanted), : len(real)][:, real]
+            if on_done is not None and number != team.index:
+                on_done(run.work([book.alternatives[n] for n in wanted]))
+        if on_batch is not None:
+            on_batch()
+
+
+@dataclass(frozen=True)
+class SharedFill:
+    """A call of `fill`, in a form that other processes can be told."""
+
+    book: ScoreBook
+    run: Runner
+    alternatives: Sequence[int]
+    traces: Sequence[int]
+    tokens_per_batch: int
+
+    @staticmethod
+    def of(book: ScoreBook, run: Runner, alternatives: Sequence[int], traces: Sequence[int], tokens: int) -> SharedFill:
+        return SharedFill(book, run.placed({}, None), alternatives, traces, tokens)
+
+    def join(self, team: Team, params: Params, mesh: Mesh | None) -> None:
+        """Takes this process's part."""
+        run = self.run.placed(params, mesh)
+        fill(self.book, run, self.alternatives, self.traces, tokens_per_batch=self.tokens_per_batch, team=team)
+
+
+def work_left(
+    book: ScoreBook,
+    run: Runner,
+    alternatives: Sequence[int],
+    traces: Sequence[int],
+    *,
+    tokens_per_batch: int = 1024,
+) -> int:
+    """Layers to be run for each of the alternatives and batches that `fill` has not done yet."""
+    return sum(
+        run.work([book.alternatives[number] for number in wanted])
+        for _, wanted in _to_do(book, run, alternatives, traces, tokens_per_batch)
+    )
+
+
+def _to_do(book: ScoreBook, run: Runner, alternatives: Sequence[int], traces: Sequence[int], tokens: int):
+    """Batches of the traces, with the alternatives to run on each. What a window cannot change is filled in here."""
+    longest = max(len(trace.prompt) + len(trace.completion) for trace in book.traces)
+    batches = micro_batches([book.traces[number] for number in traces], tokens_per_batch=tokens, longest=longest)
+    for batch in batches:
+        ids = np.where(batch.ids >= 0, np.asarray(traces)[batch.ids], -1)
+        batch = batch._replace(ids=ids)
+        rows = ids[ids >= 0]
+        wanted = []
+        for number in alternatives:
+            layer, choice = book.alternatives[number]
+            if run.base is None and _changes_nothing(choice, run.choices[layer], batch):
+                book.values[number, rows] = _UNCHANGED
+            elif np.isnan(book.values[number, rows, 0]).any():
+                wanted.append(number)
+        yield batch, wanted
+
+
+def _changes_nothing(choice: Alternative, base: Alternative, batch: MicroBatch) -> bool:
+    """Whether a narrower window is as wide as all traces of a batch."""
+    if choice.window is None or not np.array_equal(choice.expert_mask, base.expert_mask):
+        return False
+    return choice.window >= int(np.max(np.asarray(batch.lengths)))
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """Runs whole children; what is wanted names them by number, in the place of a layer."""
+
+    children: tuple[ReplaceOne, ...]
+
+    @property
+    def base(self) -> Sequence[Alternative]:
+        return self.choices
+
+    @property
+    def choices(self) -> Sequence[Alternative]:
+        return self.children[0].choices
+
+    def placed(self, params: Params, mesh: Mesh | None) -> _Whole:
+        return _Whole(tuple(child.placed(params, mesh) for child in self.children))
+
+    def __call__(
+        self, batch: MicroBatch, wanted: Sequence[tuple[int, Alternative]], on_done: Callable[[int], None] | None
+    ) -> Float[np.ndarray, "alternatives rows metrics"]:
+        values = []
+        for number, _ in wanted:
+            values.append(self.children[number].base_metrics(batch))
+            if on_done is not None:
+                on_done(1)
+        return np.stack(values)
+
+    def work(self, wanted: Sequence[tuple[int, Alternative]]) -> int:
+        return len(wanted)
+
+
+def score_children(
+    params: Params,
+    config: ModelConfig,
+    children: Sequence[Child],
+    traces: Sequence[Trace],
+    *,
+    mesh: Mesh | None = None,
+    tokens_per_batch: int = 4096,
+    on_done: Callable[[int], None] | None = None,
+    team: Team | None = None,
+    kept: Path | None = None,
+    identity: str = "",
+) -> Measurements:
+    """The same comparison for whole children, as views on the parent.
+
+    Args:
+      on_done: called with the children that were run on a batch.
+      team: processes that share the work.
+      kept: directory of what a killed run had scored, which is not run again; None keeps nothing.
+      identity: of the parent and of all that its numbers depend on.
+    """
+    nothing = Alternative(np.ones(config.blocks[0].num_experts, bool), config.blocks[0].window)
+    book = ScoreBook.empty([(number, nothing) for number in range(len(children))], traces)
+    runs = [ReplaceOne(params, config, child_choices(child), child.rope, mesh=mesh) for child in children]
+    run, team = _Whole(tuple(runs)), team or Team()
+    everything = range(len(children)), range(len(traces))
+    about = f"{identity} {[(child.blocks, child.rope) for child in children]}"
+    file = (
+        None if kept is None else kept / f"kl-{hashlib.sha256(book.key(about).encode()).hexdigest()[:16]}.safetensors"
+    )
+    keeper = KeptBook(book, file, about)
+    team.broadcast(SharedFill.of(book, run, *everything, tokens_per_batch))
+    fill(book, run, *everything, tokens_per_batch=tokens_per_batch, on_batch=keeper.save, on_done=on_done, team=team)
+    keeper.save(now=True)
+    scores = [book.score(number, config.blocks[0].window) for number in range(len(children))]
+    return Measurements(scores, book.values[..., 0], book.tokens)

@@ -1,0 +1,179 @@
+"""Scores of a whole space: a first look by the lens, then exact scores, on as many traces as the choice needs.
+
+The lens leaves the few best expert sets of each layer and count; of those every one is scored exactly. Scored pairs of
+alternative and trace are kept in a file as they come, so an interrupted run, and another target, start from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from puzzle_jax.generate.batches import micro_batches
+from puzzle_jax.generate.traces import Trace
+from puzzle_jax.progress import progress
+from puzzle_jax.search.processes import Team
+from puzzle_jax.search.recipe import ScoreSettings
+from puzzle_jax.search.score.adaptive import RelaxedProgram, in_random_order, score_adaptively
+from puzzle_jax.search.score.alternatives import Numbered
+from puzzle_jax.search.score.lens import fit_lens
+from puzzle_jax.search.score.measurements import (
+    KeptBook,
+    Runner,
+    ScoreBook,
+    SharedFill,
+    fill,
+    longest_context,
+    work_left,
+)
+from puzzle_jax.search.score.replace_one import ReplaceOne
+from puzzle_jax.search.solve.problem import Problem, Scores
+from puzzle_jax.search.space import Space
+
+LENS_TRACES = 96
+"""That lenses are fitted on and look at, at most."""
+
+_LONG_TRACES = 4  # longer than a window, on which every window is scored at least
+
+
+@dataclass(frozen=True)
+class ScoredSpace:
+    """A space whose alternatives have scores; the lens may have dropped some.
+
+    Attributes:
+      numbered: the alternatives around the base.
+      book: what is known of them.
+      proposed: alternatives before the lens dropped any.
+    """
+
+    numbered: Numbered
+    book: ScoreBook
+    proposed: int
+
+    @property
+    def space(self) -> Space:
+        return self.numbered.space
+
+    @property
+    def scores(self) -> Scores:
+        return self.numbered.scores(self.book.estimates())
+
+
+@dataclass(frozen=True)
+class SpaceScorer:
+    """Scores spaces on traces.
+
+    Attributes:
+      run: replaces one sub-block at a time in the base.
+      traces: of the parent.
+      settings: how.
+      problem: makes the program that the scores are for, from a space and scores.
+      console: where progress goes.
+      seed: of the order of traces and of what adaptive scoring draws.
+      team: processes that share the work.
+    """
+
+    run: ReplaceOne
+    traces: Sequence[Trace]
+    settings: ScoreSettings
+    problem: Callable[[Space, Scores], Problem]
+    console: Console
+    seed: int = 0
+    team: Team = field(default_factory=Team)
+
+    def __call__(self, space: Space, book_path: Path, identity: str) -> ScoredSpace:
+        """Scores all alternatives of `space` that the lens leaves.
+
+        Args:
+          book_path: where scored pairs are kept.
+          identity: of everything else that the numbers depend on, the parent and the base.
+        """
+        numbered = Numbered.around(space, self.run.base)
+        proposed, lens = len(numbered.listed), None
+        if self.settings.method == "lens":
+            return ScoredSpace(numbered, self._looked(numbered), proposed)
+        if self.settings.keep_sets:
+            looked = self._looked(numbered)
+            kept = self._best_sets(numbered, looked.means())
+            numbered, lens = Numbered.around(numbered.keeping(kept), self.run.base), looked.values[sorted(kept), :, 0]
+        book = ScoreBook.empty(numbered.listed, self.traces)
+        if self.settings.method == "adaptive" and self.run.base is None:
+            book.lens = lens
+        kept = KeptBook(book, book_path, identity)
+
+        def score(alternatives: Sequence[int], traces: Sequence[int]) -> None:
+            self.fill(book, alternatives, traces, save=kept.save)
+            kept.save(now=True)
+
+        order = in_random_order(self.traces, self.seed)
+        if self.settings.method == "exact":
+            score(range(len(numbered.listed)), order)
+        else:
+            for number, traces in self._evidence(numbered, order).items():
+                score([number], traces)
+            nothing = self.problem(numbered.space, numbered.scores(np.zeros(len(numbered.listed))))
+            program = RelaxedProgram(nothing.program, numbered.owner)
+            first, draws = self.settings.first, self.settings.draws
+            score_adaptively(book, score, [program], first=first, draws=draws, seed=self.seed)
+        return ScoredSpace(numbered, book, proposed)
+
+    def _evidence(self, numbered: Numbered, order: Sequence[int]) -> dict[int, list[int]]:
+        """The first traces of an order, as many as hold a few that are longer than the window, by the number of each
+        window: on shorter ones alone it would seem to cost nothing."""
+        contexts = np.array([longest_context([self.traces[n]]) for n in order])
+        found = {}
+        for numbers, windows in zip(numbered.attention, numbered.space.windows, strict=True):
+            for number, window in zip(numbers, windows, strict=True):
+                if number is not None and window is not None:
+                    beyond = np.flatnonzero(contexts > window)[:_LONG_TRACES]
+                    found[number] = list(order[: int(beyond[-1]) + 1 if len(beyond) else 0])
+        return {number: traces for number, traces in found.items() if len(traces) > self.settings.first}
+
+    def fill(
+        self,
+        book: ScoreBook,
+        alternatives: Sequence[int],
+        traces: Sequence[int],
+        run: Runner | None = None,
+        save: Callable[[], None] | None = None,
+    ) -> None:
+        """Scores alternatives of a book on some of its traces, by `run` or else exactly."""
+        tokens, used = self.settings.tokens_per_batch, run or self.run
+        work = work_left(book, used, alternatives, traces, tokens_per_batch=tokens)
+        what = f"scoring {len(alternatives)} on {len(traces)}"
+        self.team.broadcast(SharedFill.of(book, used, alternatives, traces, tokens))
+        with progress(self.console, what, work) as advance:
+            fill(
+                book,
+                used,
+                alternatives,
+                traces,
+                tokens_per_batch=tokens,
+                on_batch=save,
+                on_done=advance,
+                team=self.team,
+            )
+
+    def _looked(self, numbered: Numbered) -> ScoreBook:
+        """Estimates by the lens, on the first traces."""
+        traces = in_random_order(self.traces, self.seed)[:LENS_TRACES]
+        run = replace(self.run, base=None)
+        lens = fit_lens(
+            run, micro_batches([self.traces[n] for n in traces], tokens_per_batch=self.settings.tokens_per_batch)
+        )
+        book = ScoreBook.empty(numbered.listed, self.traces)
+        self.fill(book, range(len(numbered.listed)), traces, lens)
+        return book
+
+    def _best_sets(self, numbered: Numbered, estimates: np.ndarray) -> set[int]:
+        """Numbers without those of expert sets that are worse than `keep_sets` others of their count."""
+        dropped = {
+            number
+            for same in numbered.sets_by_count()
+            for number in sorted(same, key=lambda n: estimates[n])[self.settings.keep_sets :]
+        }
+        return set(range(len(numbered.listed))) - dropped

@@ -1,0 +1,1 @@
+"""Which alternatives a child is made of."""

@@ -1,0 +1,351 @@
+"""The search as a program: which expert set and which window each layer gets, and back to an architecture.
+
+Every layer is two groups, one for its experts and one for its attention. Scores and costs add over groups, so
+the product of a layer's alternatives is never listed. What all architectures share (embedding, head,
+sampling) is a group with one alternative. Limits are the target's (`search.solve.constraints`) and are checked on exact
+sums.
+
+Numbers of a scenario are named "request_seconds.chat", or where its batch is open "request_seconds.chat.16" for each
+batch that it may choose. There the program chooses the batch too: the limits of one of them have to hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import isfinite
+from typing import Any
+
+from puzzle_jax.config import BlockConfig
+from puzzle_jax.costs.provider import Seconds
+from puzzle_jax.costs.scenario import Scenario, Target
+from puzzle_jax.costs.table import Architecture, Costs, seconds_key
+from puzzle_jax.errors import ConfigError, InfeasibleError
+from puzzle_jax.program.library import Number
+from puzzle_jax.program.solve import (
+    Clash,
+    InfeasibleProgram,
+    Library,
+    Limit,
+    OneOf,
+    Program,
+    Solution,
+    assess,
+    solve,
+)
+from puzzle_jax.search.solve.constraints import Goal, goals_by_batch, goals_of, request_seconds
+from puzzle_jax.search.space import ExpertChoice, Space
+
+SCORE, EXPERT_BYTES, PARAMETERS = "score", "expert_bytes", "parameters"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How much each alternative hurts when it alone replaces the parent's sub-block; 0 for the parent's own.
+
+    Attributes:
+      experts: per layer, one number per expert choice of the space.
+      attention: per layer, one number per window of the space.
+    """
+
+    experts: tuple[tuple[float, ...], ...]
+    attention: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An architecture with its predicted score and costs.
+
+    Attributes:
+      name: how it was found.
+      blocks: per layer, expert count and window.
+      choices: per layer, the experts that stay.
+      score: sum of its alternatives' scores.
+      costs: sums by key ("expert_bytes", "parameters", "kv_bytes.<scenario>", "memory_bytes.<scenario>",
+        "prefill_seconds.<scenario>", "decode_seconds.<scenario>", "request_seconds.<scenario>").
+      batches: requests that run together, by scenario.
+      missed: limits of the target that it breaks, in words.
+      status: of the program's solution; "given" where none was solved.
+      gap: of the program's solution.
+    """
+
+    name: str
+    blocks: Architecture
+    choices: tuple[ExpertChoice, ...]
+    score: float
+    costs: Mapping[str, Number]
+    batches: Mapping[str, int]
+    missed: tuple[str, ...]
+    status: str
+    gap: float | None
+
+    @property
+    def meets_target(self) -> bool:
+        return not self.missed
+
+    @property
+    def kept(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(choice.kept for choice in self.choices)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "score": self.score,
+            "costs": dict(self.costs),
+            "batches": dict(self.batches),
+            "missed": list(self.missed),
+            "status": self.status,
+            "gap": self.gap,
+            "layers": [
+                {
+                    "num_local_experts": b.num_experts,
+                    "sliding_window": b.window,
+                    "method": c.method,
+                    "kept": list(c.kept),
+                }
+                for b, c in zip(self.blocks, self.choices, strict=True)
+            ],
+        }
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> Candidate:
+        """The inverse of `to_json`."""
+        layers = value["layers"]
+        return Candidate(
+            name=value["name"],
+            blocks=tuple(BlockConfig(x["num_local_experts"], x["sliding_window"]) for x in layers),
+            choices=tuple(ExpertChoice(len(x["kept"]), tuple(x["kept"]), x["method"]) for x in layers),
+            score=value["score"],
+            costs=value["costs"],
+            batches=value["batches"],
+            missed=tuple(value["missed"]),
+            status=value["status"],
+            gap=value["gap"],
+        )
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A space with scores, costs and a target. Raises `ConfigError` where they do not fit together."""
+
+    space: Space
+    scores: Scores
+    costs: Costs
+    target: Target
+
+    def __post_init__(self) -> None:
+        self.target.check_scenarios([scenario.name for scenario in self.costs.scenarios])
+        for name, alternatives in (("experts", self.space.expert_choices), ("attention", self.space.windows)):
+            numbers = getattr(self.scores, name)
+            if [len(x) for x in numbers] != [len(x) for x in alternatives]:
+                raise ConfigError(
+                    f"scores.{name} has {[len(x) for x in numbers]} numbers per layer, "
+                    f"but the space has {[len(x) for x in alternatives]} alternatives"
+                )
+            for layer, row in enumerate(numbers):
+                if not all(isfinite(number) for number in row):
+                    raise ConfigError(f"scores.{name} of layer {layer} are {list(row)}, but must be finite")
+
+    @cached_property
+    def library(self) -> Library:
+        """The alternatives in the form that programs take."""
+        costs = self.costs
+        groups: dict[str, dict[str, dict[str, Any]]] = {
+            "shared": {
+                "": {
+                    SCORE: 0.0,
+                    EXPERT_BYTES: 0,
+                    PARAMETERS: costs.shared_parameters,
+                    "kv_bytes": {scenario.name: 0 for scenario in costs.scenarios},
+                    "memory_bytes": self._by_batch(lambda scenario, _: scenario.replicas * costs.shared_bytes),
+                    **self._seconds(costs.fixed),
+                }
+            }
+        }
+        for layer, (choices, windows) in enumerate(zip(self.space.expert_choices, self.space.windows, strict=True)):
+            groups[experts_group(layer)] = {
+                choice.name: self._expert_numbers(layer, index, choice) for index, choice in enumerate(choices)
+            }
+            groups[attention_group(layer)] = {
+                window_name(window): self._attention_numbers(layer, index, window)
+                for index, window in enumerate(windows)
+            }
+        return groups
+
+    def _expert_numbers(self, layer: int, index: int, choice: ExpertChoice) -> dict[str, Any]:
+        costs = self.costs.experts_of(layer, BlockConfig(choice.count))
+        return {
+            SCORE: self.scores.experts[layer][index],
+            EXPERT_BYTES: costs.weight_bytes,
+            PARAMETERS: costs.parameters,
+            "kv_bytes": {scenario.name: 0 for scenario in self.costs.scenarios},
+            "memory_bytes": self._by_batch(lambda scenario, _: scenario.expert_copies * costs.weight_bytes),
+            **self._seconds(costs.seconds),
+        }
+
+    def _attention_numbers(self, layer: int, index: int, window: int | None) -> dict[str, Any]:
+        costs = self.costs.attention_of(layer, BlockConfig(1, window))
+        return {
+            SCORE: self.scores.attention[layer][index],
+            EXPERT_BYTES: 0,
+            PARAMETERS: 0,
+            "kv_bytes": dict(costs.kv_bytes),
+            "memory_bytes": self._by_batch(lambda scenario, batch: batch * costs.kv_bytes[scenario.name]),
+            **self._seconds(costs.seconds),
+        }
+
+    def _by_batch(self, value: Callable[[Scenario, int], Number]) -> dict[str, Any]:
+        """Numbers by scenario, or where its batch is open by scenario and batch."""
+        return {
+            scenario.name: value(scenario, scenario.batch)
+            if scenario.batch is not None
+            else {str(batch): value(scenario, batch) for batch in self.costs.offered_batches(scenario.name)}
+            for scenario in self.costs.scenarios
+        }
+
+    def _seconds(self, seconds: Mapping[str, Seconds]) -> dict[str, Any]:
+        """Prefill, one decoding step, and a whole request."""
+
+        def of(scenario: Scenario, batch: int) -> Seconds:
+            return seconds[seconds_key(scenario, batch)]
+
+        return {
+            "prefill_seconds": self._by_batch(lambda scenario, batch: of(scenario, batch).prefill_seconds),
+            "decode_seconds": self._by_batch(lambda scenario, batch: of(scenario, batch).decode_seconds),
+            "request_seconds": self._by_batch(lambda scenario, batch: request_seconds(scenario, of(scenario, batch))),
+        }
+
+    @cached_property
+    def goals(self) -> tuple[Goal, ...]:
+        """The target as limits that must all hold."""
+        return goals_of(self.target, self.costs, self.space.parent.blocks)
+
+    @cached_property
+    def goals_by_batch(self) -> Mapping[str, Mapping[int, tuple[Goal, ...]]]:
+        """For each scenario that leaves its batch open: sets of limits, by batch, one of which must hold."""
+        return goals_by_batch(self.target, self.costs, self.space.parent.blocks)
+
+    @cached_property
+    def limits(self) -> tuple[Limit | OneOf, ...]:
+        """The limits of `goals`, and of `goals_by_batch` one of those sets for each open batch."""
+        batches = [
+            OneOf(scenario, {str(batch): tuple(goal.limit for goal in goals) for batch, goals in by_batch.items()})
+            for scenario, by_batch in self.goals_by_batch.items()
+        ]
+        return (*(goal.limit for goal in self.goals), *batches)
+
+    @cached_property
+    def program(self) -> Program:
+        return Program(self.library, SCORE, self.limits)
+
+    def solve(
+        self, *, num_solutions: int = 1, min_distance: int = 1, time_limit: Number = 30.0, gap: Number = 1e-4
+    ) -> list[Candidate]:
+        """The best architectures; see `program.solve`.
+
+        Raises `InfeasibleError` that speaks of the target: which parts of it clash and what could be reached.
+        """
+        options: dict[str, Any] = {"min_distance": min_distance, "time_limit": time_limit, "gap": gap}
+        try:
+            solutions = solve(self.program, num_solutions=num_solutions, **options)
+        except InfeasibleProgram as error:
+            raise self._explain(error.clashes) from error
+        return [self.candidate(f"solution {i + 1}", solution) for i, solution in enumerate(solutions)]
+
+    def candidate(self, name: str, solution: Solution) -> Candidate:
+        """A solution as an architecture."""
+        choices, windows = [], []
+        for layer in range(self.space.num_layers):
+            chosen = solution.choice[experts_group(layer)]
+            choices.append(next(c for c in self.space.expert_choices[layer] if c.name == chosen))
+            chosen = solution.choice[attention_group(layer)]
+            windows.append(next(w for w in self.space.windows[layer] if window_name(w) == chosen))
+        blocks = tuple(BlockConfig(c.count, w) for c, w in zip(choices, windows, strict=True))
+        return Candidate(
+            name=name,
+            blocks=blocks,
+            choices=tuple(choices),
+            score=solution.score,
+            costs={key: total for key, total in solution.costs.items() if key != SCORE},
+            batches={scenario.name: self._batch(scenario, solution.choice) for scenario in self.costs.scenarios},
+            missed=tuple(self._missed(limit, solution.costs[limit.key]) for limit in solution.missed),
+            status=solution.status,
+            gap=solution.gap,
+        )
+
+    def assess(self, name: str, choice: Mapping[str, str]) -> Candidate:
+        """A given choice of every group as an architecture."""
+        return self.candidate(name, assess(self.program, choice))
+
+    def parent(self) -> Candidate:
+        """The parent itself. Raises `ConfigError` where its expert counts are not in the space."""
+        choice = {"shared": ""}
+        for layer, block in enumerate(self.space.parent.blocks):
+            whole = [c.name for c in self.space.expert_choices[layer] if c.count == block.num_experts]
+            if not whole:
+                raise ConfigError(f"layer {layer} lacks the parent's {block.num_experts} experts")
+            choice[experts_group(layer)] = whole[0]
+            choice[attention_group(layer)] = window_name(block.window)
+        return self.assess("parent", choice)
+
+    def _batch(self, scenario: Scenario, choice: Mapping[str, str]) -> int:
+        """The batch of a choice with the most tokens per second among those that meet the target; else among those for
+        which there is memory, and where there is none for any, the smallest."""
+        if scenario.batch is not None:
+            return scenario.batch
+        met = {
+            batch: [goal.limit.is_met(self.program.totals(choice, goal.limit.key)) for goal in goals]
+            for batch, goals in self.goals_by_batch[scenario.name].items()
+        }
+        useful = [batch for batch, limits in met.items() if all(limits)]
+        useful = useful or [batch for batch, (fits, *_) in met.items() if fits]
+
+        def seconds_per_request(batch: int) -> float:
+            return float(self.program.totals(choice, f"request_seconds.{seconds_key(scenario, batch)}")) / batch
+
+        return min(useful, key=seconds_per_request) if useful else min(met)
+
+    @cached_property
+    def _goal_of(self) -> Mapping[Limit, Goal]:
+        by_batch = [goals for batches in self.goals_by_batch.values() for goals in batches.values()]
+        return {goal.limit: goal for goals in (self.goals, *by_batch) for goal in goals}
+
+    def _missed(self, limit: Limit, value: float) -> str:
+        goal = self._goal_of[limit]
+        return f"{goal.name} is {goal.reached(value)}, asked for {goal.asked}"
+
+    def _explain(self, clashes: Sequence[Clash]) -> InfeasibleError:
+        """Each goal once, at the batch that comes nearest to it."""
+        by_goal: dict[tuple[str, str], list[Clash]] = {}
+        for clash in clashes:
+            goal = self._goal_of[clash.limit]
+            by_goal.setdefault((goal.name, goal.asked), []).append(clash)
+
+        def nearest(found: list[Clash], value: Callable[[Clash], float | None]) -> str | None:
+            known = [(clash.limit, total) for clash in found if (total := value(clash)) is not None]
+            if not known:
+                return None
+            limit, total = min(known, key=lambda pair: pair[1] / float(pair[0].bound))
+            return f"{self._goal_of[limit].name} {self._goal_of[limit].reached(total)}"
+
+        asked = [f"{name} {value}" for name, value in by_goal]
+        alone = [nearest(found, lambda clash: clash.alone) for found in by_goal.values()]
+        together = [said for found in by_goal.values() if (said := nearest(found, lambda clash: clash.given_others))]
+        text = f"the target cannot be met: {' and '.join(asked)}"
+        text += f"; the best reachable by itself is {', '.join(map(str, alone))}"
+        if together and together != alone:
+            text += f"; with everything else asked for, it is {', or '.join(together)}"
+        return InfeasibleError(text)
+
+
+def experts_group(layer: int) -> str:
+    return f"layer {layer} experts"
+
+
+def attention_group(layer: int) -> str:
+    return f"layer {layer} attention"
+
+
+def window_name(window: int | None) -> str:
+    return "full" if window is None else str(window)

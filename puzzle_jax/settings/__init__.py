@@ -1,0 +1,1 @@
+"""Settings of every command: from files, names and the command line."""

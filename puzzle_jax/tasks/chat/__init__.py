@@ -1,0 +1,1 @@
+"""Chats: from prompts to tokens with a checkpoint's own template, and back."""

@@ -1,0 +1,1 @@
+"""Rewards of answers, given in processes of their own."""

@@ -1,0 +1,207 @@
+"""The process in which answers are judged, one after another; `judges` starts it and says what it does.
+
+It says "ready", or "refused" with a sentence, once its function is loaded; then for every answer "begun" when its task
+is there, and "done" with reward, kind and reason of a loss, and the task's own score where it was asked. The function
+runs in the main thread, so that it may set alarms.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import importlib
+import inspect
+import math
+import os
+import pickle
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from types import ModuleType
+from typing import Any
+
+from puzzle_jax.errors import ConfigError, shown
+from puzzle_jax.tasks import Task, get_task
+from puzzle_jax.tasks.rewards.channel import receive, receive_bytes, send
+from puzzle_jax.tasks.rewards.workers import LARGEST_REWARD, Answer, Setup
+
+Reward = Callable[[Answer, Callable[[], float]], Any]
+
+_LOOK_SECONDS = 0.5
+# So long after the limit a process ends by itself, if not before; a parent that is there ends it at the limit.
+_GRACE_SECONDS, _LONGEST_SECONDS = 3.0, 1e9
+_LONGEST_MESSAGE = 200
+_OWN_MEMORY_BYTES = 4 << 30
+
+
+def work(parent: int) -> None:
+    """Judges what comes in over stdin, a socket, until it is closed or its parent, the process `parent`, ends."""
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    signal.signal(signal.SIGINT, lambda *_: None)
+    # The function's own reads and prints, and those of programs that it starts, must not meet the channel.
+    channel = socket.socket(fileno=os.dup(0))
+    nothing = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nothing, 0)
+    try:
+        setup: Setup = receive(channel)
+        try:
+            if setup.function is None:
+                _limit_memory()
+            reward = _own_score if setup.function is None else load(setup.function, setup.source)
+        except ConfigError as error:
+            send(channel, ("refused", str(error)))
+            return
+        send(channel, ("ready", None))
+        tasks: dict[str, Task] = {}
+        while True:
+            message = receive_bytes(channel)
+            done = _judged(channel, nothing, reward, setup.time_limit, tasks, message)
+            send(channel, ("done", done))
+    except (EOFError, OSError):
+        os._exit(0)  # The parent is gone; threads of the function's might keep the process.
+
+
+def load(function: str, source: bytes | None) -> Reward:
+    """The user's function, from its file's source, or by import of its module.
+
+    Modules beside the file can be imported, where no other has their name.
+
+    Raises:
+      ConfigError: loading fails, or there is no function of two arguments by this name.
+    """
+    where, _, name = function.rpartition(":")
+    try:
+        module = importlib.import_module(where) if source is None else _run(where, source)
+    except BaseException as error:
+        raise ConfigError(f"reward is {function!r}, but loading {where} {_told(error)}") from None
+    reward = getattr(module, name, None)
+    if reward is None:
+        raise ConfigError(f"reward is {function!r}, but {where} has no function {name}")
+    if not callable(reward):
+        raise ConfigError(f"reward is {function!r}, but {name} of {where} is no function, but of type {_type(reward)}")
+    try:
+        taken = inspect.signature(reward)
+    except (TypeError, ValueError):  # Functions in C need not tell.
+        return reward
+    try:
+        taken.bind(None, None)
+    except TypeError:
+        raise ConfigError(
+            f"reward is {function!r}, but {name} of {where} takes {taken}, and must take (answer, score)"
+        ) from None
+    return reward
+
+
+def _run(path: str, source: bytes) -> ModuleType:
+    path = os.path.abspath(path)
+    module = ModuleType("puzzle_reward")
+    module.__file__ = path
+    sys.modules[module.__name__] = module  # Dataclasses and pickle look modules up by name.
+    sys.path.append(os.path.dirname(path))
+    exec(compile(source, path, "exec"), module.__dict__)
+    return module
+
+
+def _judged(
+    channel: socket.socket, nothing: int, reward: Reward, time_limit: float, tasks: dict[str, Task], message: bytes
+) -> tuple[float | None, str | None, str | None, float | None]:
+    """Reward, or kind and reason of its loss; and the task's own score, if it was asked."""
+    process = os.getpid()
+    score = None
+    try:
+        answer, own = pickle.loads(message)
+        score = _Score(answer, tasks)
+        # A thread in C, which also ends the process when no other thread gets to run any more.
+        faulthandler.dump_traceback_later(min(time_limit + _GRACE_SECONDS, _LONGEST_SECONDS), exit=True, file=nothing)
+        send(channel, ("begun", None))
+        value = (_own_score if own else reward)(answer, score)
+    except BaseException as error:
+        return None, "raised", _told(error), score and score.given
+    finally:
+        if os.getpid() != process:
+            os._exit(1)  # A copy that the function forked came back.
+        faulthandler.cancel_dump_traceback_later()
+    return *_number(value), score.given
+
+
+def _own_score(answer: Answer, score: Callable[[], float]) -> float:
+    return score()
+
+
+class _Score:
+    """The task's score of an answer, when called. A task that cannot be had raises only then.
+
+    Attributes:
+      given: what it was the last time; None before.
+    """
+
+    def __init__(self, answer: Answer, tasks: dict[str, Task]) -> None:
+        self.given: float | None = None
+        self._answer, self._tasks = answer, tasks
+        self._missing: Exception | None = None
+        name = answer.problem.task
+        if name not in tasks:
+            try:
+                tasks[name] = get_task(name)
+            except Exception as error:
+                self._missing = error
+
+    def __call__(self) -> float:
+        if self._missing is not None:
+            raise self._missing
+        answer = self._answer
+        task = self._tasks[answer.problem.task]
+        self.given = 0.0 if answer.truncated else task.score(answer.problem, answer.final)
+        return self.given
+
+
+def _limit_memory() -> None:
+    """Bounds what this process may allocate, where the system can (on Linux), so that a scorer is refused memory
+    before the machine runs out of it."""
+    with suppress(ImportError, ValueError, OSError):
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        most = _OWN_MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(_OWN_MEMORY_BYTES, hard)
+        resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
+
+
+def _number(value: Any) -> tuple[float | None, str | None, str | None]:
+    try:
+        # Everything that counts as a float, arrays of one element too; text does not, though float() reads it.
+        number = float(value) if hasattr(value, "__float__") or hasattr(value, "__index__") else math.nan
+    except Exception:
+        number = math.nan
+    if abs(number) <= LARGEST_REWARD:
+        return number, None, None
+    told = shown(value) if value is None or isinstance(value, str | int | float) else f"a {_type(value)}"
+    beyond = f", beyond {LARGEST_REWARD:g}" if math.isfinite(number) else ""
+    return None, "value", f"returned {told}{beyond}"
+
+
+def _told(error: BaseException) -> str:
+    """`raised ValueError: message` on one printable line."""
+    try:
+        message = " ".join(str(error).split())
+    except Exception:
+        message = ""
+    message = message if message.isprintable() else ascii(message)[1:-1]
+    if len(message) > _LONGEST_MESSAGE:
+        message = message[: _LONGEST_MESSAGE - 3] + "..."
+    return f"raised {_type(error)}{': ' if message else ''}{message}"
+
+
+def _type(value: object) -> str:
+    return type(value).__name__
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process, and its group, soon after the parent's end, where the system does not do so at once."""
+    while os.getppid() == parent:
+        time.sleep(_LOOK_SECONDS)
+    if os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)
+    os._exit(0)

@@ -1,0 +1,406 @@
+"""Judging of answers in processes of their own: whatever a reward function does costs its one sample, never the run.
+
+A reward is the score of the problem's own task, or a function of the user's, `path/to/file.py:name` or
+`package.module:name`, which is called for every answer, cut off or not:
+
+    def reward(answer: Answer, score: Callable[[], float]) -> float:
+        return score() - 0.0001 * answer.tokens
+
+`score()` is the task's own score, and 0 for an answer that was cut off. Any number up to `LARGEST_REWARD` is a reward.
+An answer is lost when the function raises, takes longer than the time limit, returns anything else, or ends its
+process. Where a task's own score is lost, the answer's text is to blame, and is worth 0; a user's function that fails
+says nothing of the answer, which then has no reward.
+
+The processes are fresh interpreters (`judge_worker`) with the parent's `sys.path`, started anew after every hang and
+death: they import no JAX and need no guard around the user's main program. Hash seed and JAX platform (cpu) are fixed
+in them; a user's function sees the rest of the environment as well, unless the names of what it may see are given, and
+a task's own scorer, which reads text from a model, sees `OWN_ENVIRONMENT` alone and is given 4 GiB of memory. What is
+printed goes to stderr. The processes end with the parent, however it ends, and with them everything that they started
+(`puzzle_jax.processes.supervise`). A file is read once, so that a run has one reward function though it is edited.
+Left out: limits on memory, files or network for a user's own code, rewards of a whole group.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import selectors
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import count
+
+from puzzle_jax.errors import ConfigError, PuzzleError
+from puzzle_jax.processes.supervise import kill_descendants
+from puzzle_jax.tasks.base import Problem
+from puzzle_jax.tasks.rewards.channel import receive, send
+from puzzle_jax.tasks.rewards.source import reward_source
+
+TIME_LIMIT = 10.0
+"""Seconds that scoring one answer may take, unless something else is asked for."""
+
+LARGEST_REWARD = 1e30
+"""Absolute value up to which a number is a reward: sums and differences of such rewards are finite in float32."""
+
+OWN_ENVIRONMENT = (
+    "PATH", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "TMP", "TEMP", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH",
+)  # fmt: skip
+"""Variables that processes see which run no function of the user's."""
+
+# Loading a user's function, or a task, may take this long; and so often in a row a new process may fail to start.
+_START_SECONDS, _STARTS = 300.0, 3
+_SEND_SECONDS, _REAP_SECONDS, _DEATH_SECONDS = 60.0, 10.0, 2.0
+_LONGEST_WAIT_SECONDS = 60.0  # that a selector is asked for at once
+# sys.path is given as text: PYTHONPATH would also reach programs, maybe of another Python, that a function starts.
+_PROGRAM = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from puzzle_jax.processes.supervise import supervise; supervisor = supervise(int(sys.argv[2])); "
+    "from puzzle_jax.tasks.rewards.worker_program import work; work(supervisor)"
+)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What is judged.
+
+    Attributes:
+      problem: what was asked.
+      effort: reasoning effort that was asked for.
+      analysis: text of the analysis channel.
+      final: text of the final channel.
+      tokens: number of the completion's.
+      truncated: whether the completion was cut off at its limit.
+    """
+
+    problem: Problem
+    effort: str
+    analysis: str
+    final: str
+    tokens: int
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What an answer is worth.
+
+    Attributes:
+      reward: the finite number; None where a user's function gave none, 0 where a task's own score could not be had.
+      reason: why it was lost, as one short clause ("raised ValueError: no number", "took longer than 10 s",
+        "returned nan", "ended its process with exit code 3"); None where it was not.
+      score: what the task's own scorer gave, where it was asked. Not compared.
+    """
+
+    reward: float | None
+    reason: str | None
+    score: float | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a worker is told first.
+
+    Attributes:
+      function: the user's, as it was given; None asks the problem's task.
+      source: of the function's file; None for a module.
+      time_limit: of one answer, in seconds.
+    """
+
+    function: str | None
+    source: bytes | None
+    time_limit: float
+
+
+class Judges:
+    """Processes that judge answers, until `close`, or the end of a `with` block.
+
+    Attributes:
+      lost: how many answers were lost since the start, by kind: "raised", "time", "value" or "died".
+    """
+
+    def __init__(
+        self,
+        *,
+        function: str | None = None,
+        time_limit: float = TIME_LIMIT,
+        processes: int = 1,
+        environment: Sequence[str] | None = None,
+    ) -> None:
+        """Loads the function, in a first process.
+
+        Args:
+          function: the user's; None: the problem's own task scores, and an answer that was cut off is worth 0.
+          time_limit: of one answer, in seconds, without what loading its task takes.
+          processes: at most that many judge at the same time; a function of the answer alone gives the same rewards
+            with any number.
+          environment: names of the variables that the processes see; None: all with a function, `OWN_ENVIRONMENT`
+            without.
+
+        Raises:
+          ConfigError: a number is out of range, or there is no such function; the message names the setting
+            `reward`, `time_limit` or `judges`.
+        """
+        if not math.isfinite(time_limit) or time_limit <= 0:
+            raise ConfigError(f"time_limit is {time_limit:g}, but must be a finite number of seconds above 0")
+        if processes < 1:
+            raise ConfigError(f"judges is {processes}, but must be at least 1")
+        self.lost: Counter[str] = Counter()
+        self._setup = Setup(function, reward_source(function), time_limit)
+        self._processes = processes
+        self._environment = _environment(function, environment)
+        self._workers: list[_Worker] = []
+        self._selector = selectors.DefaultSelector()
+        self._closed = False
+        self._starts_left = 1
+        self._tickets = count()
+        self._waiting: deque[_Asked] = deque()
+        self._found: dict[int, Judgement] = {}
+        try:
+            self._start()
+            while not self._workers[0].ready:
+                self._listen(_LONGEST_WAIT_SECONDS)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Judges:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def judge(self, answers: Sequence[Answer], *, own_score: bool = False) -> list[Judgement]:
+        """The judgement of every answer, in the same order.
+
+        Args:
+          answers: to judge.
+          own_score: asks the problems' own tasks in place of the function.
+
+        Raises:
+          PuzzleError: the function can no longer be loaded in a new process.
+        """
+        tickets = [self.begin(answer, own_score=own_score) for answer in answers]
+        self._work_until(lambda: all(ticket in self._found for ticket in tickets))
+        return [self._found.pop(ticket) for ticket in tickets]
+
+    def begin(self, answer: Answer, *, own_score: bool = False) -> int:
+        """Takes an answer, to be judged while the caller does something else; its number, which `finished` gives back.
+
+        `own_score` is as in `judge`.
+        """
+        if self._closed:
+            raise RuntimeError("the judges were closed")
+        ticket, own = next(self._tickets), own_score or self._setup.function is None
+        if own and answer.truncated:
+            self._found[ticket] = Judgement(0.0, None, 0.0)
+        else:
+            self._waiting.append(_Asked(ticket, answer, own))
+        return ticket
+
+    def finished(self, *, wait: bool) -> list[tuple[int, Judgement]]:
+        """Numbers and judgements of what was begun and is judged by now; `wait` waits for one, if any is due.
+
+        Also hands waiting answers to processes that have become idle, so it should be called now and then. Raises
+        `PuzzleError` as `judge` does.
+        """
+        if self._closed:
+            raise RuntimeError("the judges were closed")
+        if wait:
+            self._work_until(lambda: bool(self._found) or not self._due)
+        else:
+            self._work_until(None)
+        found, self._found = list(self._found.items()), {}
+        return found
+
+    @property
+    def _due(self) -> bool:
+        return bool(self._waiting) or any(worker.asked for worker in self._workers)
+
+    def close(self) -> None:
+        """Ends all processes; may be called again."""
+        self._closed = True
+        self._end(*self._workers)
+        self._selector.close()
+
+    def _work_until(self, done: Callable[[], bool] | None) -> None:
+        """Gives out answers and listens until `done` is so; with None, as long as there is something to hear."""
+        try:
+            self._employ()
+            while not (done() if done else not self._listen(0.0)):
+                if done:
+                    self._listen(_LONGEST_WAIT_SECONDS)
+                self._employ()
+        except BaseException:
+            # Nothing of these answers may be taken for a result of later ones.
+            self._waiting.clear()
+            self._found.clear()
+            self._end(*self._workers)
+            raise
+
+    def _employ(self) -> None:
+        """Gives the next waiting answers to idle workers; starts workers that are needed."""
+        for worker in list(self._workers):
+            if worker.idle and worker.process.poll() is not None:
+                self._end(worker)  # It died while idle, which is no answer's fault.
+            elif worker.idle and self._waiting:
+                try:
+                    send(worker.channel, (self._waiting[0].answer, self._waiting[0].own))
+                except OSError:
+                    self._end(worker)
+                else:
+                    worker.asked = self._waiting.popleft()
+                    worker.allow(_START_SECONDS)
+        starting = sum(not worker.ready for worker in self._workers)
+        for _ in range(min(len(self._waiting) - starting, self._processes - len(self._workers))):
+            self._start()
+
+    def _listen(self, patience: float) -> bool:
+        """Waits until a worker says something, has used up its time, or `patience` seconds are over; whether one had
+        something to say."""
+        if not self._workers:
+            return False
+        left = min(worker.deadline for worker in self._workers) - time.monotonic()
+        heard = self._selector.select(min(max(left, 0.0), patience))
+        for key, _ in heard:
+            self._hear(key.data)
+        late = [worker for worker in self._workers if worker.deadline < time.monotonic()]
+        # Who has spoken by now, perhaps in time, is heard in the next round.
+        speaking = [key.data for key, _ in self._selector.select(0)] if late else []
+        for worker in late:
+            if worker not in speaking:
+                self._give_up(worker, "time")
+        return bool(heard or late)
+
+    def _hear(self, worker: _Worker) -> None:
+        try:
+            said, what = receive(worker.channel)
+        except (EOFError, OSError):
+            self._give_up(worker, "time" if worker.deadline < time.monotonic() else "died")
+            return
+        if said == "ready":
+            self._starts_left = _STARTS
+            worker.ready = True
+            worker.rest()
+        elif said == "refused":
+            self._end(worker)
+            self._not_started(what)
+        elif said == "begun":
+            worker.allow(self._setup.time_limit)
+        else:
+            asked = worker.rest()
+            assert asked is not None
+            self._decide(asked, *what)
+
+    def _decide(
+        self, asked: _Asked, reward: float | None, kind: str | None, reason: str | None, score: float | None
+    ) -> None:
+        if kind is not None:
+            self.lost[kind] += 1
+        self._found[asked.ticket] = Judgement(0.0 if reward is None and asked.own else reward, reason, score)
+
+    def _give_up(self, worker: _Worker, kind: str) -> None:
+        """Ends a worker that hangs or died: its answer is lost, unless it had none."""
+        if kind == "died":
+            with suppress(subprocess.TimeoutExpired):
+                worker.process.wait(_DEATH_SECONDS)  # in which it tells its exit code
+        self._end(worker)
+        reason = f"took longer than {worker.allowed:g} s" if kind == "time" else _ended(worker.process.returncode)
+        if worker.asked is not None:
+            self._decide(worker.asked, None, kind, reason, None)
+        elif not worker.ready:
+            function = self._setup.function
+            if function is None:
+                self._not_started(f"a process that judges answers {reason} before it was ready")
+            else:
+                self._not_started(f"reward is {function!r}, but loading {function.rpartition(':')[0]} {reason}")
+
+    def _not_started(self, message: str) -> None:
+        self._starts_left -= 1
+        if self._starts_left <= 0:
+            raise PuzzleError(message) if self._setup.function is None else ConfigError(message)
+
+    def _start(self) -> None:
+        path = [os.path.abspath(entry) for entry in sys.path if isinstance(entry, str)]
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = subprocess.Popen(
+                # -P and -u: nothing is imported from the working directory; what is printed before a hang is seen.
+                [sys.executable, "-P", "-u", "-c", _PROGRAM, json.dumps(path), str(os.getpid())],
+                env={**self._environment, "PYTHONHASHSEED": "0", "JAX_PLATFORMS": "cpu"},
+                stdin=theirs.fileno(),
+                stdout=2,
+                start_new_session=True,  # An interrupt from the terminal is the parent's affair.
+            )
+        worker = _Worker(process, ours)
+        worker.allow(_START_SECONDS)
+        self._workers.append(worker)
+        self._selector.register(ours, selectors.EVENT_READ, worker)
+        ours.settimeout(_SEND_SECONDS)
+        with suppress(OSError):  # Where it is dead already, the next look at it says so.
+            send(ours, self._setup)
+
+    def _end(self, *workers: _Worker) -> None:
+        for worker in workers:
+            self._workers.remove(worker)
+            self._selector.unregister(worker.channel)
+            worker.channel.close()
+            worker.process.terminate()  # The supervisor kills what the function started, too.
+        for worker in workers:
+            try:
+                worker.process.wait(_REAP_SECONDS)
+            except subprocess.TimeoutExpired:
+                kill_descendants(worker.process.pid)
+                worker.process.kill()
+                worker.process.wait()
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """An answer by its number, and whether its task is asked rather than the function."""
+
+    ticket: int
+    answer: Answer
+    own: bool
+
+
+@dataclass(eq=False)
+class _Worker:
+    """A process, the answer it has, and until when it must say something."""
+
+    process: subprocess.Popen[bytes]
+    channel: socket.socket
+    ready: bool = False
+    asked: _Asked | None = None
+    allowed: float = math.inf
+    deadline: float = math.inf
+
+    @property
+    def idle(self) -> bool:
+        return self.ready and self.asked is None
+
+    def allow(self, seconds: float) -> None:
+        self.allowed, self.deadline = seconds, time.monotonic() + seconds
+
+    def rest(self) -> _Asked | None:
+        """Nothing is awaited any more; the answer it had."""
+        asked, self.asked, self.deadline = self.asked, None, math.inf
+        return asked
+
+
+def _environment(function: str | None, names: Sequence[str] | None) -> dict[str, str]:
+    """What the processes see."""
+    if names is None:
+        names = tuple(os.environ) if function is not None else OWN_ENVIRONMENT
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
+def _ended(code: int | None) -> str:
+    if code is None:
+        return "ended its process"
+    return f"ended its process {f'with exit code {code}' if code >= 0 else f'by signal {-code}'}"

@@ -1,0 +1,345 @@
+"""The average of two policies' weights: checkpoints A and B of one start become a checkpoint of (1 - w) A + w B.
+
+Weights that were trained from one start lie close enough together that points between them are models, too (model
+soups, arXiv 2203.05482); the paper averages a policy trained for accuracy with one trained for short answers (arXiv
+2602.11937).
+
+What is equal in both is copied as bytes. What differs must have been trained by one of them, by their records: else
+they do not come from one start. It is averaged in float32 and rounded once, to bf16, or to MXFP4's grid where trained
+experts are packed. A weight of 0 or 1 copies all tensors of A or B. One tensor, of experts one matrix, is in memory at
+a time.
+
+The scales of an FP8 cache are the larger ones of A and B: keys and values of the same inputs then lie between those of
+A and B, and a scale that is somewhat too large costs e4m3 next to nothing, while one that is too small cuts values off.
+
+Left out: more than two checkpoints, weights by layer, and recalibrated scales, which would need answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jaxtyping import Float, Float32
+
+from puzzle_jax.config import ModelConfig
+from puzzle_jax.convert_hf.describe import Description, describe_checkpoint
+from puzzle_jax.convert_hf.export import PROVENANCE, Origin, dotted, export_child, parameter_path
+from puzzle_jax.convert_hf.kv_scales import StoredScales
+from puzzle_jax.convert_hf.load import build_params
+from puzzle_jax.convert_hf.table import Path as ParamPath
+from puzzle_jax.convert_hf.table import TensorSpec, checkpoint_tensors
+from puzzle_jax.convert_hf.tensors import mxfp4
+from puzzle_jax.convert_hf.tensors.files import CHUNK_BYTES, StoredTensor, read_json
+from puzzle_jax.errors import ConfigError, PuzzleError, shown
+from puzzle_jax.files import read_object
+from puzzle_jax.kernels.mxfp4 import GROUP, MXFP4
+from puzzle_jax.model.cache_format import KVScales
+from puzzle_jax.model.child import with_delta
+from puzzle_jax.model.spec import Params
+from puzzle_jax.train.grpo.inputs import recorded_origin
+
+AVERAGED = "averaged"
+"""What provenance.json calls the record of an average."""
+
+_SAME_FILES = ("tokenizer.json", "chat_template.jinja")
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_SAME_FIELDS = {
+    "config.json": _TOKEN_IDS,
+    "generation_config.json": _TOKEN_IDS,
+    "tokenizer_config.json": ("chat_template",),
+}
+_HISTORY = ("grpo", AVERAGED)
+"""Records of what made A and B different, which are no record of their average's own."""
+
+
+def blend(
+    a: Float[np.ndarray, "*shape"], b: Float[np.ndarray, "*shape"], weight: float
+) -> Float32[np.ndarray, "*shape"]:
+    """(1 - weight) a + weight b in float32; exactly a or b at the ends, the sign of a zero included."""
+    a, b = (array.astype(np.float32, copy=False) for array in (a, b))
+    if weight in (0, 1):
+        return b if weight else a
+    return np.float32(1 - weight) * a + np.float32(weight) * b
+
+
+@dataclass(frozen=True)
+class AveragedParameter:
+    """A parameter of the average, as an array whose values are read and averaged when they are asked for.
+
+    Attributes:
+      specs: its tensor in the checkpoints, or its blocks and scales.
+      ours, theirs: the tensors of A and of B.
+      weight: of B.
+    """
+
+    specs: tuple[TensorSpec, ...]
+    ours: tuple[StoredTensor, ...]
+    theirs: tuple[StoredTensor, ...]
+    weight: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        if len(self.specs) == 2:
+            experts, outputs, groups = self.specs[1].shape
+            return experts, groups * GROUP, outputs
+        return self.specs[0].shape[::-1] if self.specs[0].transposed else self.specs[0].shape
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """All values in bf16; they are averaged so many rows at a time."""
+        shape = self.shape if len(self.specs) == 2 else self.specs[0].shape
+        values = np.empty(shape, ml_dtypes.bfloat16)
+        rows = max(1, CHUNK_BYTES // (4 * int(np.prod(shape[1:]))))
+        for start in range(0, len(values), rows):
+            values[start : start + rows] = self[start : start + rows]
+        values = values.T if self.specs[0].transposed else values
+        return values if dtype is None else values.astype(dtype)
+
+    def __getitem__(self, rows: slice) -> Float32[np.ndarray, "..."]:
+        """Rows of the tensor as it is stored (of packed experts: matrices), not rounded."""
+
+        def values(tensors: tuple[StoredTensor, ...]) -> np.ndarray:
+            first, *scales = (tensor.read((rows,)) for tensor in tensors)
+            return mxfp4.decode(first, scales[0]) if scales else first
+
+        return blend(values(self.ours), values(self.theirs), self.weight)
+
+    def on_device(self) -> jax.Array | MXFP4:
+        """The values as `load_checkpoint` gives them once they are written."""
+        if len(self.specs) == 1:
+            return jnp.asarray(np.asarray(self))
+        packed = [mxfp4.encode(self[expert : expert + 1]) for expert in range(self.shape[0])]
+        blocks, scales = (np.concatenate(halves) for halves in zip(*packed, strict=True))
+        return MXFP4(jnp.asarray(blocks.reshape(*blocks.shape[:2], -1)), jnp.asarray(scales))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two checkpoints that can be averaged.
+
+    Attributes:
+      ours, theirs: A and B.
+      records: their provenance.
+      origins: what the records tell of their first parent.
+    """
+
+    ours: Description
+    theirs: Description
+    records: tuple[Mapping[str, Any], Mapping[str, Any]]
+    origins: tuple[Origin, Origin]
+
+    @staticmethod
+    def open(a: Path, b: Path) -> Pair:
+        """Reads headers, records and chat files.
+
+        Raises PuzzleError for what is no checkpoint with a record, and where the two are not models of one kind.
+        """
+        if a.resolve() == b.resolve():
+            raise ConfigError(f"A and B are both {a}, but must be two checkpoints")
+        ours, theirs = describe_checkpoint(a), describe_checkpoint(b)
+        _check_configs(ours, theirs)
+        _check_files(a, b)
+        records = _record(a), _record(b)
+        for name in ("kept_experts", "windows"):
+            mine, other = (record.get(name) for record in records)
+            if mine != other:
+                raise PuzzleError(f"{b / PROVENANCE}: {name} is {shown(other)}, but {shown(mine)} in {a}")
+        origins = _origin(a, records[0], ours.config), _origin(b, records[1], theirs.config)
+        return Pair(ours, theirs, records, origins)
+
+    @property
+    def directories(self) -> tuple[Path, Path]:
+        return self.ours.directory, self.theirs.directory
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Parameters that are no longer the first parent's in A or in B."""
+        return tuple(sorted({*self.origins[0].trained, *self.origins[1].trained}))
+
+    @cached_property
+    def differing(self) -> dict[ParamPath, tuple[TensorSpec, ...]]:
+        """The tensors of parameters that are not the same bytes in both. Reads both checkpoints.
+
+        Raises PuzzleError for one that neither was trained on.
+        """
+        parameters: dict[ParamPath, tuple[TensorSpec, ...]] = {}
+        for spec in checkpoint_tensors(self.ours.config, self.ours.form):
+            path = parameter_path(spec)
+            parameters[path] = (*parameters.get(path, ()), spec)
+        differing, trained = {}, frozenset(self.trained)
+        for path, specs in parameters.items():
+            if all(_same(self.ours.tensors[spec.name], self.theirs.tensors[spec.name]) for spec in specs):
+                continue
+            if dotted(path) not in trained:
+                a, b = self.directories
+                raise PuzzleError(
+                    f"{a} and {b} differ in {specs[0].name}, which neither's {PROVENANCE} calls trained, so they do "
+                    "not come from one start"
+                )
+            differing[path] = specs
+        return differing
+
+    def delta(self, weight: float) -> Params:
+        """What differs as a delta on A; its leaves are `AveragedParameter`, None for all that is equal."""
+        table = checkpoint_tensors(self.ours.config, self.ours.form)
+        leaves: dict[ParamPath, Any] = {parameter_path(spec): None for spec in table}
+        for path, specs in self.differing.items():
+            ours, theirs = (
+                tuple(described.tensors[spec.name] for spec in specs) for described in (self.ours, self.theirs)
+            )
+            leaves[path] = AveragedParameter(specs, ours, theirs, weight)
+        return build_params(self.ours.config, leaves)
+
+    def params(self, loaded: Params, weight: float) -> Params:
+        """The average in memory: what `load_checkpoint` gives of the directory that `write_average` makes.
+
+        Args:
+          loaded: A's parameters in bf16, experts as they are stored.
+          weight: of B.
+        """
+        if weight == 0:
+            return loaded
+        return with_delta(loaded, jax.tree.map(AveragedParameter.on_device, self.delta(weight)))
+
+    def kv_scales(self, weight: float) -> StoredScales | None:
+        """Of an FP8 cache: those of A or of B at the ends, else the larger ones of what there is."""
+        found = [_scales(*one) for one in zip((self.ours, self.theirs), self.records, strict=True)]
+        if weight in (0, 1):
+            return found[int(weight)]
+        present = [scales for scales in found if scales is not None]
+        return np.maximum.reduce(present) if present else None
+
+
+def check_weight(name: str, weight: float) -> float:
+    """Raises ConfigError for what is no weight, NaN included."""
+    if not 0 <= weight <= 1:
+        raise ConfigError(f"{name} has {weight}, but must be from 0 (A alone) to 1 (B alone)")
+    return weight
+
+
+def check_out(out: Path, others: Mapping[str, Path]) -> None:
+    """Raises ConfigError where the average may not be written to `out`: only an earlier average may stand there.
+
+    Args:
+      others: checkpoints by what they are to the user.
+    """
+    for name, other in others.items():
+        if out.resolve() == other.resolve():
+            raise ConfigError(f"--out is {out}, which is {name}; name another directory")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())) and not _is_average(out):
+        raise ConfigError(f"--out is {out}, which exists and holds no average; name another directory or empty it")
+
+
+def write_average(pair: Pair, weight: float, out: Path, *, sweep: Mapping[str, Any] | None = None) -> None:
+    """Writes the average; a run that was killed goes on when it is called again with the same arguments.
+
+    Args:
+      pair: A and B.
+      weight: of B.
+      out: the directory to make; an earlier average there is replaced.
+      sweep: how the weight was chosen, for the record.
+
+    Raises PuzzleError where `out` holds something else, and where values of A or B are no finite numbers.
+    """
+    check_out(out, dict(zip("AB", pair.directories, strict=True)))
+    base = pair.theirs if weight == 1 else pair.ours  # at the ends, whose bytes are copied, nothing is averaged
+    config, scales = base.config, pair.kv_scales(weight)
+    first, _ = pair.records
+    averaged: dict[str, Any] = {"of": [str(directory) for directory in pair.directories], "weight": weight}
+    for name in _HISTORY:
+        if any(name in record for record in pair.records):
+            averaged[name] = [record.get(name) for record in pair.records]
+    if sweep is not None:
+        averaged["sweep"] = dict(sweep)
+    export_child(
+        base.directory,
+        out,
+        config,
+        [list(range(block.num_experts)) for block in config.blocks],
+        provenance={
+            **{name: value for name, value in first.items() if name not in (*_HISTORY, "kv_scales")},
+            AVERAGED: averaged,
+        },
+        dense_delta=None if weight in (0, 1) else pair.delta(weight),
+        kv_scales=None if scales is None else KVScales(*map(jnp.asarray, scales)),
+        origin=pair.origins[0]._replace(trained=pair.trained),
+        replace=out.exists() and _is_average(out),
+    )
+
+
+def _is_average(directory: Path) -> bool:
+    record = directory / PROVENANCE
+    try:
+        return AVERAGED in read_object(record)
+    except PuzzleError:
+        return False
+
+
+def _check_configs(ours: Description, theirs: Description) -> None:
+    for name in (field.name for field in fields(ModelConfig)):
+        mine, other = getattr(ours.config, name), getattr(theirs.config, name)
+        if mine == other:
+            continue
+        if name == "blocks" and len(mine) == len(other):
+            layer = next(index for index, pair in enumerate(zip(mine, other, strict=True)) if pair[0] != pair[1])
+            name, mine, other = f"layer {layer}", mine[layer], other[layer]
+        elif name == "blocks":
+            name, mine, other = "the number of layers", len(mine), len(other)
+        raise PuzzleError(f"{theirs.directory / 'config.json'}: {name} is {other}, but {mine} in {ours.directory}")
+    if ours.form != theirs.form:
+        raise PuzzleError(f"{theirs.directory} stores experts as {theirs.form}, but {ours.directory} as {ours.form}")
+
+
+def _check_files(a: Path, b: Path) -> None:
+    """Both must read and write the same tokens."""
+    for name in _SAME_FILES:
+        mine, other = (path.read_bytes() if path.is_file() else None for path in (a / name, b / name))
+        if mine != other:
+            raise PuzzleError(f"{b / name} is not the same as {a / name}, but both models must have the same")
+    for name, wanted in _SAME_FIELDS.items():
+        mine, other = (read_json(path) if path.is_file() else {} for path in (a / name, b / name))
+        for field in wanted:
+            if mine.get(field) != other.get(field):
+                found, known = shown(other.get(field)), shown(mine.get(field))
+                raise PuzzleError(f"{b / name}: {field} is {found}, but {known} in {a / name}")
+
+
+def _record(directory: Path) -> dict[str, Any]:
+    path = directory / PROVENANCE
+    if not path.is_file():
+        raise PuzzleError(f"{directory} has no {PROVENANCE}, so nobody knows what of it was trained")
+    return read_object(path)
+
+
+def _origin(directory: Path, record: Mapping[str, Any], config: ModelConfig) -> Origin:
+    origin = recorded_origin(directory, record, config)
+    if origin is None or not all(isinstance(name, str) for name in origin.trained):
+        raise PuzzleError(f"{directory / PROVENANCE} does not tell kept_experts and the names of what was trained")
+    return origin
+
+
+def _scales(described: Description, record: Mapping[str, Any]) -> StoredScales | None:
+    """Of a checkpoint, or of its record where it is plain `gpt_oss`, which carries none."""
+    if described.kv_scales is not None or record.get("kv_scales") is None:
+        return described.kv_scales
+    try:
+        recorded = np.asarray([record["kv_scales"][kind] for kind in "kv"], np.float32)
+    except (KeyError, TypeError, ValueError):
+        recorded = np.zeros(0, np.float32)
+    if recorded.shape != (2, described.config.num_layers) or not (np.isfinite(recorded) & (recorded > 0)).all():
+        raise PuzzleError(f"{described.directory / PROVENANCE}: kv_scales must hold one number per layer for k and v")
+    return recorded
+
+
+def _same(ours: StoredTensor, theirs: StoredTensor) -> bool:
+    """Whether type and bytes are equal."""
+    if ours.dtype != theirs.dtype:
+        return False
+    return all(np.array_equal(*pair) for pair in zip(ours.chunks(), theirs.chunks(), strict=True))

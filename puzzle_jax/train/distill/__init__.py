@@ -1,0 +1,1 @@
+"""Distillation of a child on its parent's answers."""

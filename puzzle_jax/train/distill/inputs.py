@@ -1,0 +1,242 @@
+"""What a distillation starts from: a child of this parent, the parent's answers, and its cached logits where asked for.
+
+Everything that a user can mend is refused here, before weights are read and anything is written: a child of another
+parent, one whose trained values would be lost, another tokenizer, traces of another model, a cache of something else.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from puzzle_jax.config import ModelConfig
+from puzzle_jax.convert_hf.child_of import OpenedChild, load_delta, open_child
+from puzzle_jax.convert_hf.describe import describe_checkpoint
+from puzzle_jax.convert_hf.export import PROVENANCE
+from puzzle_jax.convert_hf.token_ids import check_tokenizer
+from puzzle_jax.errors import PuzzleError, PuzzleWarning
+from puzzle_jax.evaluate.models import Model
+from puzzle_jax.files import read_object
+from puzzle_jax.model.spec import Params
+from puzzle_jax.processes.distributed import from_primary
+from puzzle_jax.runs import RUN_FILE
+from puzzle_jax.tasks import Chat
+from puzzle_jax.train.distill.recipe import DistillRecipe
+from puzzle_jax.train.distill.teacher_cache import CACHE_FILE, TeacherCache, open_cache
+from puzzle_jax.train.student import Student
+from puzzle_jax.train.traces.batches import TraceBatches
+from puzzle_jax.train.traces.examples import Counts, TraceExample, read_examples
+from puzzle_jax.train.traces.settings import TraceSettings
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a recipe names, read and checked; all but the parent's weights.
+
+    Attributes:
+      recipe: all settings.
+      blocks: whether every layer trains alone on the parent's activations (`train.distill.blocks`), not the whole.
+      opened: the child.
+      chat: of the parent; its template sees the date on which the run was begun.
+      training: examples to train on.
+      heldout: examples to evaluate on.
+      counts: what became of the traces.
+      teacher: fingerprint of the parent.
+    """
+
+    recipe: DistillRecipe
+    blocks: bool
+    opened: OpenedChild
+    chat: Chat
+    training: tuple[TraceExample, ...]
+    heldout: tuple[TraceExample, ...]
+    counts: Counts
+    teacher: str
+
+    @staticmethod
+    def open(recipe: DistillRecipe, *, blocks: bool, today: datetime.datetime | None = None) -> Inputs:
+        """Reads and checks them.
+
+        Args:
+          today: the date that the chat template sees; None is the day on which the run was begun.
+
+        Raises PuzzleError for whatever is wrong.
+        """
+        if blocks and recipe.teacher_cache is not None:
+            raise PuzzleError(f"teacher_cache is {recipe.teacher_cache}, but layers that train alone read no logits")
+        described = describe_checkpoint(recipe.parent)
+        chat = Chat.load(recipe.parent, today or begun_on(recipe.out))
+        opened = open_child(recipe.parent, recipe.child)
+        check_tokenizer(recipe.parent, chat.tokenizer, opened.child.parent.vocab_size)
+        settings = recipe.data.of(recipe.trace_paths)
+        found = read_examples(settings, opened.child.parent.vocab_size, chat)
+        training, heldout = apart(found.examples, recipe.data.heldout, settings)
+        teacher = Model("parent", described, chat).fingerprint
+        inputs = Inputs(recipe, blocks, opened, chat, training, heldout, found.counts, teacher)
+        inputs.student.check_own(opened.differing)
+        inputs.cache()
+        for warning in inputs.lost_evidence():
+            warnings.warn(warning, PuzzleWarning, stacklevel=2)
+        return inputs
+
+    def lost_evidence(self) -> list[str]:
+        """Warnings of what the examples cannot teach, though the user may expect it: answers that no row can hold, and
+        windows that no example is longer than."""
+        data, counts = self.recipe.data, self.counts
+        found = []
+        if counts.over_long or counts.cut:
+            what = f"{counts.cut} cut" if counts.cut else f"{counts.over_long} dropped (data.over_long)"
+            found.append(
+                f"of {counts.traces} traces {what}, since they are longer than data.row_length ({data.row_length}); "
+                f"the longest has {counts.longest} tokens"
+            )
+        longest = max(len(example.tokens) for example in (*self.training, *self.heldout))
+        child = self.opened.child
+        narrowed = {
+            block.window
+            for block, own in zip(child.blocks, child.parent.blocks, strict=True)
+            if block.window is not None and block.window != own.window and block.window >= longest
+        }
+        if narrowed:
+            windows = " and ".join(map(str, sorted(narrowed)))
+            found.append(
+                f"the child has windows of {windows} where its parent sees more, but the longest example has {longest} "
+                "tokens, so that training never sees what such a window cuts off; give longer traces, or raise "
+                "data.row_length"
+            )
+        return found
+
+    @property
+    def config(self) -> ModelConfig:
+        """The parent's."""
+        return self.opened.child.parent
+
+    @cached_property
+    def settings(self) -> TraceSettings:
+        return self.recipe.data.of(self.recipe.trace_paths)
+
+    @cached_property
+    def padded(self) -> bool:
+        """Whether the child's directory holds experts that only fill a shape; so will the trained one's."""
+        written = describe_checkpoint(self.recipe.child).config.blocks
+        return any(block.num_experts > len(ids) for block, ids in zip(written, self.opened.child.kept, strict=True))
+
+    @cached_property
+    def student(self) -> Student:
+        """The child as it was cut; `delta` is what it has learnt since."""
+        return Student(self.opened.child, self.recipe.train, self.recipe.remat, ends=not self.blocks)
+
+    def delta(self) -> Params | None:
+        """The child's own values, read onto the host; None where it was not trained before."""
+        if not self.opened.differing:
+            return None
+        return load_delta(self.recipe.parent, self.recipe.child, self.opened.differing)
+
+    def batches(self, cache: TeacherCache | None) -> TraceBatches:
+        extras = None if cache is None else cache.extras
+        return TraceBatches(self.training, self.settings, self.chat.pad_id, extras)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What the result depends on, as JSON values. Meshes, and how often something is saved, are left out."""
+        recipe, child = self.recipe, self.opened.child
+        return {
+            "kind": "distill-blocks" if self.blocks else "distill",
+            "parent": self.teacher,
+            "child": {
+                "kept": child.kept,
+                "windows": [block.window for block in child.blocks],
+                "rope": asdict(child.viewed.rope),
+                "own": self.opened.differing,
+                # It changes with whatever the child was trained on.
+                "record": hashlib.sha256((recipe.child / PROVENANCE).read_bytes()).hexdigest()[:16],
+            },
+            "data": self.batches(None).fingerprint(),
+            "heldout": len(self.heldout),
+            "train": sorted(set(recipe.train)),
+            "top_k": recipe.top_k if recipe.teacher_cache else None,
+            "loss": asdict(recipe.loss),
+            "optimizer": asdict(recipe.optimizer),
+            "steps": recipe.loop.steps,
+            "seed": recipe.seed,
+            "today": self.chat.today.date().isoformat(),
+        }
+
+    @property
+    def cache_identity(self) -> dict[str, Any]:
+        """What the teacher's cached logits depend on, beside the examples."""
+        recipe = self.recipe
+        return {"parent": self.teacher, "k": recipe.top_k, "temperature": recipe.loss.temperature}
+
+    def cache(self) -> TeacherCache | None:
+        """The teacher's cached logits; None where there shall be none, or they are still to be made.
+
+        Raises PuzzleError where `recipe.teacher_cache` holds something else.
+        """
+        directory = self.recipe.teacher_cache
+        if directory is None:
+            return None
+        if (directory / CACHE_FILE).exists():
+            return open_cache(directory, self.training, self.cache_identity)
+        if directory.exists() and not directory.is_dir():
+            raise PuzzleError(f"{directory} is a file, but must be a directory for the teacher's cache")
+        if directory.exists() and any(directory.iterdir()):
+            raise PuzzleError(f"{directory} holds files that are no teacher's cache; name an empty or new directory")
+        if self.recipe.mesh.processes > 1:
+            raise PuzzleError(f"teacher_cache is {directory}, which is not there; let one process make it first")
+        return None
+
+
+def apart(
+    examples: Sequence[TraceExample], heldout: int, settings: TraceSettings
+) -> tuple[tuple[TraceExample, ...], tuple[TraceExample, ...]]:
+    """Examples to train on, and about `heldout` to evaluate on: all answers to the prompts that come first by a hash.
+
+    Raises PuzzleError where there are too few prompts for both.
+    """
+
+    def place(example: TraceExample) -> str:
+        prompt = np.asarray(example.tokens[: example.prompt_length], "<i4").tobytes()
+        return hashlib.sha256(f"{settings.seed} ".encode() + prompt).hexdigest()
+
+    places = [place(example) for example in examples]
+    held: set[str] = set()
+    count = 0
+    for name in sorted(set(places)):
+        if count >= heldout:
+            break
+        held.add(name)
+        count += places.count(name)
+    training = tuple(e for e, name in zip(examples, places, strict=True) if name not in held)
+    if not training:
+        raise PuzzleError(
+            f"data.heldout is {heldout}, which leaves nothing to train on: {', '.join(map(str, settings.paths))} has "
+            f"{len(examples)} usable answers to {len(held)} prompts"
+        )
+    return training, tuple(e for e, name in zip(examples, places, strict=True) if name in held)
+
+
+def shared_day(out: Path) -> datetime.datetime:
+    """`begun_on`, now for a new run, as the primary process finds it: hosts may be in different time zones."""
+    found = from_primary("day", lambda: (begun_on(out) or datetime.datetime.now()).isoformat())
+    return datetime.datetime.fromisoformat(found)
+
+
+def begun_on(out: Path) -> datetime.datetime | None:
+    """The day on which the run in `out` was begun, which is what its chat template sees; None where there is none."""
+    marker = out / RUN_FILE
+    if not marker.is_file():
+        return None
+    identity = read_object(marker).get("identity")
+    try:
+        return datetime.datetime.fromisoformat(identity["today"])  # type: ignore[index]
+    except (KeyError, TypeError, ValueError):
+        return None  # another kind of run, which will be refused as such

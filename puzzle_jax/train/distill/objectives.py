@@ -1,0 +1,158 @@
+"""What distillation minimises: how far the student is from its parent, on what the assistant said.
+
+    loss = sum_t weights_t * sum_i share_i * loss_i(t) / sum_t weights_t
+
+over terms on next-token distributions (`head_losses`) and on hidden states after every layer, averaged over layers
+(`losses`). Puzzle's own is KL and cosine; its authors found the LM loss to hurt (arXiv 2411.19146, section 5).
+
+Left out: terms on attention or router probabilities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from math import isfinite
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from puzzle_jax.errors import MOST_TOKENS, ConfigError, check_range
+from puzzle_jax.model.spec import Params
+from puzzle_jax.temperature import GREATEST_TEMPERATURE, LEAST_LOSS_TEMPERATURE
+from puzzle_jax.train.losses import definitions as losses
+from puzzle_jax.train.losses.definitions import TopK
+from puzzle_jax.train.losses.head import head_losses
+from puzzle_jax.train.rows import Packed
+from puzzle_jax.train.student import Student, head_of
+
+DISTRIBUTION = ("forward_kl", "reverse_kl", "jsd", "top_k_kl", "next_token")
+HIDDEN = ("hidden_cosine", "hidden_mse")
+FROM_TEACHER = ("forward_kl", "reverse_kl", "jsd")
+"""Terms that need the teacher's final states."""
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """Shares of the terms; 0 leaves one out, and nothing is computed for it.
+
+    Attributes:
+      forward_kl, reverse_kl, jsd: between the teacher's and the student's distributions.
+      top_k_kl: to the teacher's most likely tokens, from a cache of them (`teacher_cache`), without a teacher.
+      next_token: the LM loss on the answer's own tokens.
+      hidden_cosine, hidden_mse: between hidden states after every layer.
+      temperature: divides logits in all terms but `next_token`.
+      token_chunk, vocab_chunk: tokens and vocabulary entries whose logits are there at a time.
+    """
+
+    forward_kl: float = 1.0
+    reverse_kl: float = 0.0
+    jsd: float = 0.0
+    top_k_kl: float = 0.0
+    next_token: float = 0.0
+    hidden_cosine: float = 0.0
+    hidden_mse: float = 0.0
+    temperature: float = 1.0
+    token_chunk: int = 2048
+    vocab_chunk: int = 4096
+
+    def __post_init__(self) -> None:
+        for name in (*DISTRIBUTION, *HIDDEN):
+            share = getattr(self, name)
+            if not (isfinite(share) and share >= 0):
+                raise ConfigError(f"loss.{name} is {share}, but must be a finite number of at least 0")
+        if not self.shares:
+            raise ConfigError("all terms of loss are 0, but at least one must be above")
+        if not LEAST_LOSS_TEMPERATURE <= self.temperature <= GREATEST_TEMPERATURE:
+            raise ConfigError(
+                f"loss.temperature is {self.temperature}, but must be a number from {LEAST_LOSS_TEMPERATURE:g} "
+                f"to {GREATEST_TEMPERATURE:g}"
+            )
+        for name in ("token_chunk", "vocab_chunk"):
+            check_range(f"loss.{name}", getattr(self, name), 1, MOST_TOKENS)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Terms that count."""
+        return {name: share for name in (*DISTRIBUTION, *HIDDEN) if (share := getattr(self, name))}
+
+
+class Fixed(NamedTuple):
+    """What a step reads and does not change."""
+
+    resident: Params
+
+
+class Loss(NamedTuple):
+    """Sums over a micro-batch, so that micro-batches add up.
+
+    Attributes:
+      total: of weights times losses; gradients are taken of it.
+      weight: sum of weights.
+      terms: sums of weights times each term, by name.
+    """
+
+    total: Float[Array, ""]
+    weight: Float[Array, ""]
+    terms: dict[str, Float[Array, ""]]
+
+
+@dataclass(frozen=True, eq=False)
+class Distillation:
+    """The objective of a student that follows its parent.
+
+    Attributes:
+      student: with its teacher.
+      settings: terms and their shares.
+    """
+
+    student: Student
+    settings: LossSettings
+
+    def __call__(self, trained: Params, fixed: Fixed, batch: Packed, key: Array | None = None) -> Loss:
+        """One micro-batch [rows, length]; `key` is not used."""
+        settings, student = self.settings, self.student
+        shares = settings.shares
+        states = any(name in HIDDEN for name in shares)
+        teacher = None
+        if states or any(name in FROM_TEACHER for name in shares):
+            teacher = student.teacher_hidden(fixed.resident, batch, keep_states=states)
+        own = student.hidden(fixed.resident, trained, batch, keep_states=states)
+        of_head = partial(
+            head_losses,
+            student=head_of(student.params(fixed.resident, trained)),
+            x=_flat(own.x),
+            eps=student.config.rms_norm_eps,
+            teacher=head_of(fixed.resident),
+            y=None if teacher is None else _flat(teacher.x),
+            targets=jnp.asarray(batch.targets).reshape(-1),
+            top_k=_top_k(batch.extras) if "top_k_kl" in shares else None,
+            token_chunk=settings.token_chunk,
+            vocab_chunk=settings.vocab_chunk,
+        )
+        weights = jnp.asarray(batch.weights).reshape(-1)
+        terms: dict[str, Array] = {}
+        for name in shares:
+            if name in DISTRIBUTION:
+                per_token = of_head(name, temperature=1.0 if name == "next_token" else settings.temperature)
+            else:
+                assert teacher is not None
+                with jax.named_scope(name):
+                    per_token = getattr(losses, name)(own.states, teacher.states).mean(0).reshape(-1)
+            terms[name] = jnp.sum(jnp.where(weights > 0, per_token * weights, 0.0))
+        total = sum((share * terms[name] for name, share in shares.items()), jnp.float32(0))
+        return Loss(total, jnp.sum(weights), terms)
+
+
+def _flat(x: Array) -> Array:
+    """[rows, length, size] as [tokens, size]."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _top_k(extras: Mapping[str, Any]) -> TopK:
+    """What `teacher_cache.TeacherCache.extras` gave to the batch."""
+    ids, logits, log_total = (jnp.asarray(extras[f"teacher_{name}"]) for name in ("ids", "logits", "log_total"))
+    return TopK(_flat(ids), _flat(logits).astype(jnp.float32), log_total.reshape(-1))

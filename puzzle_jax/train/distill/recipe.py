@@ -1,0 +1,151 @@
+"""The settings of a distillation, as recipes and the command line give them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from puzzle_jax.errors import MOST_SEED, MOST_TOGETHER, ConfigError, check_range
+from puzzle_jax.train.distill.objectives import LossSettings
+from puzzle_jax.train.loop import LoopSettings
+from puzzle_jax.train.optimizer import OptimizerSettings
+from puzzle_jax.train.student import FREED
+from puzzle_jax.train.traces.settings import TraceSettings
+
+
+@dataclass(frozen=True)
+class MeshSettings:
+    """Devices that training runs on, of all processes together.
+
+    Attributes:
+      data: shares of a batch's rows.
+      sequence: shares of every row's positions.
+      model: shares of heads, experts and vocabulary.
+      processes: of the run, as a rule one per host (`puzzle_jax.processes.distributed` says how they are started).
+    """
+
+    data: int = 1
+    sequence: int = 1
+    model: int = 1
+    processes: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("data", "sequence", "model", "processes"):
+            check_range(f"mesh.{name}", getattr(self, name), 1, MOST_TOGETHER)
+        if self.devices % self.processes:
+            raise ConfigError(
+                f"mesh has {self.devices} devices (data x sequence x model), but must have a multiple of "
+                f"mesh.processes ({self.processes})"
+            )
+
+    @property
+    def devices(self) -> int:
+        return self.data * self.sequence * self.model
+
+    def check_rows(self, section: str, rows: int, row_length: int) -> None:
+        """Raises ConfigError where rows of `section` cannot be cut evenly over these devices."""
+        for name, value, axis in (("rows", rows, "data"), ("row_length", row_length, "sequence")):
+            if value % getattr(self, axis):
+                raise ConfigError(
+                    f"{section}.{name} is {value}, but must be a multiple of mesh.{axis} ({getattr(self, axis)})"
+                )
+
+
+def check_run(train: Sequence[str], seed: int) -> None:
+    """Raises ConfigError for what no run can free, or begin from."""
+    for name in train:
+        if name not in FREED:
+            raise ConfigError(f"train has {name!r}, but must be of {', '.join(FREED)}")
+    check_range("seed", seed, 0, MOST_SEED)
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """What is trained on; `trace_settings.TraceSettings` with names for a command line.
+
+    Attributes:
+      row_length, rows, micro_batches, task_weights, effort_weights, seed, over_long, keep_truncated, min_completion:
+        as there.
+      heldout: answers, about, that evaluation keeps for itself; all answers to one prompt are on one side.
+    """
+
+    row_length: int = 512
+    rows: int = 4
+    micro_batches: int = 1
+    task_weights: Mapping[str, float] = field(default_factory=dict)
+    effort_weights: Mapping[str, float] = field(default_factory=dict)
+    seed: int = 0
+    over_long: Literal["drop", "cut", "refuse"] = "drop"
+    keep_truncated: bool = True
+    min_completion: int = 1
+    heldout: int = 64
+
+    def __post_init__(self) -> None:
+        check_range("data.heldout", self.heldout, 1, MOST_TOGETHER)
+        self.of((Path("-"),))
+
+    def of(self, paths: tuple[Path, ...]) -> TraceSettings:
+        """The settings of data from these files."""
+        own = {name: value for name, value in vars(self).items() if name != "heldout"}
+        try:
+            return TraceSettings(paths=paths, **own)
+        except ConfigError as error:
+            raise ConfigError(f"data.{error}") from None
+
+
+@dataclass(frozen=True)
+class DistillRecipe:
+    """One distillation.
+
+    Attributes:
+      parent: checkpoint directory of the teacher.
+      child: checkpoint directory that was cut from it, as the search writes; also one that was distilled before.
+      traces: file of the parent's answers, or directory of such files, or a list of both.
+      out: directory of the run: its checkpoints, metrics.jsonl, and the trained child in child/.
+      train: of "router" and "experts", what is freed besides attention, norms, embedding and head.
+      teacher_cache: directory of the teacher's top-k logits; made when it is not there. None asks the teacher itself.
+      top_k: tokens per position that the cache keeps.
+      remat: recomputes layers in the backward pass in place of keeping their insides.
+      packed: whether experts stay packed as checkpoints hold them; None: wherever they run on no CPU.
+      data, loss, optimizer, loop, mesh: see there.
+      seed: of the run.
+    """
+
+    parent: Path
+    child: Path
+    traces: Path | tuple[Path, ...]
+    out: Path
+    train: tuple[str, ...] = ()
+    teacher_cache: Path | None = None
+    top_k: int = 64
+    remat: bool = True
+    packed: bool | None = None
+    data: DataSettings = field(default_factory=DataSettings)
+    loss: LossSettings = field(default_factory=LossSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    loop: LoopSettings = field(default_factory=LoopSettings)
+    mesh: MeshSettings = field(default_factory=MeshSettings)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_run(self.train, self.seed)
+        check_range("top_k", self.top_k, 1, MOST_TOGETHER)
+        if not self.trace_paths:
+            raise ConfigError("traces is empty, but must name a file or directory")
+        if self.optimizer.warmup_steps > self.loop.steps:
+            raise ConfigError(
+                f"optimizer.warmup_steps is {self.optimizer.warmup_steps}, but must be at most loop.steps "
+                f"({self.loop.steps})"
+            )
+        self.mesh.check_rows("data", self.data.rows, self.data.row_length)
+        if (self.loss.top_k_kl > 0) != (self.teacher_cache is not None):
+            raise ConfigError(
+                f"loss.top_k_kl is {self.loss.top_k_kl} and teacher_cache is {self.teacher_cache}, "
+                "but the one needs the other"
+            )
+
+    @property
+    def trace_paths(self) -> tuple[Path, ...]:
+        return (self.traces,) if isinstance(self.traces, Path) else self.traces

@@ -1,0 +1,135 @@
+"""One update of a policy from as many micro-batches as its answers fill.
+
+How many rows answers fill is known when they are there. So micro-batches are a loop of the host here, not a scan: one
+program of one shape serves any number of them. Sums are accumulated in float32 on the devices; the host waits for none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from puzzle_jax.model.sharding import on_mesh
+from puzzle_jax.train.distill.objectives import Fixed
+from puzzle_jax.train.grpo.policy import MAXIMUM, Policy, Scores
+from puzzle_jax.train.rows import Packed
+from puzzle_jax.train.step import Metrics, Shardings, TrainState, compiler_options, update
+
+
+class Sums(NamedTuple):
+    """Over micro-batches: gradients, losses times coefficients, shares, and metrics times shares (largest ones where
+    their names end in `MAXIMUM`)."""
+
+    gradients: Any
+    total: Float[Array, ""]
+    weight: Float[Array, ""]
+    terms: dict[str, Float[Array, ""]]
+
+
+@dataclass(frozen=True, eq=False)
+class PolicyUpdate:
+    """The programs of an update.
+
+    Attributes:
+      policy: what is minimised.
+      optimizer: whose state `TrainState.optimizer` is.
+      shardings: of the state on a mesh.
+      mesh: where programs run.
+    """
+
+    policy: Policy
+    optimizer: optax.GradientTransformation
+    shardings: Shardings | None = None
+    mesh: Mesh | None = None
+
+    def __call__(self, state: TrainState, fixed: Fixed, batches: Iterable[Packed]) -> tuple[TrainState, Metrics]:
+        """The next state, and means over tokens; the state is donated. There must be a micro-batch."""
+        sums: Sums | None = None
+        with on_mesh(self.mesh):
+            for batch in batches:
+                sums = self._zeros(state.params, fixed, batch) if sums is None else sums
+                sums = self._accumulate(sums, state.params, fixed, batch)
+            assert sums is not None, "an update needs a micro-batch"
+            return self._apply(state, sums)
+
+    def score(self, params: Any, fixed: Fixed, batch: Packed, *, old: bool, reference: bool) -> Scores:
+        """See `Policy.score`."""
+        with on_mesh(self.mesh):
+            return self._score(params, fixed, batch, old=old, reference=reference)
+
+    def lowered(self, state: Any, fixed: Any, batch: Any) -> tuple[Any, Any, Any]:
+        """Sums, and the programs that add to them and apply them, of arrays without values: `jax.ShapeDtypeStruct`."""
+        with on_mesh(self.mesh):
+            sums = self._sums_in_place(state.params, fixed, batch)
+            return sums, self._accumulate.lower(sums, state.params, fixed, batch), self._apply.lower(state, sums)
+
+    def lowered_score(self, params: Any, fixed: Any, batch: Any, *, old: bool, reference: bool) -> Any:
+        """The program of `score`, likewise."""
+        with on_mesh(self.mesh):
+            return self._score.lower(params, fixed, batch, old=old, reference=reference)
+
+    def _sums(self, params: Any, fixed: Fixed, batch: Packed) -> Sums:
+        """Of one micro-batch."""
+
+        def numerator(params: Any) -> tuple[Array, Any]:
+            loss = self.policy(params, fixed, batch)
+            return loss.total.astype(jnp.float32), loss
+
+        gradients, loss = jax.grad(numerator, has_aux=True)(params)
+        return Sums(jax.tree.map(lambda x: x.astype(jnp.float32), gradients), *loss)
+
+    def _zeros(self, params: Any, fixed: Fixed, batch: Packed) -> Sums:
+        """Where sums begin."""
+        shapes = self._sums_in_place(params, fixed, batch)
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), shapes)
+
+    def _sums_in_place(self, params: Any, fixed: Any, batch: Any) -> Any:
+        """`Sums` without values; gradients lie as the parameters do."""
+        shapes = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), jax.eval_shape(self._sums, params, fixed, batch)
+        )
+        if self.shardings is None:
+            return shapes
+
+        def placed(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        return shapes._replace(gradients=jax.tree.map(placed, shapes.gradients, self.shardings.state.params))
+
+    @cached_property
+    def _accumulate(self) -> Any:
+        def accumulate(before: Sums, params: Any, fixed: Fixed, batch: Packed) -> Sums:
+            here = self._sums(params, fixed, batch)
+            sums = jax.tree.map(lambda x, y: x + jnp.asarray(y, jnp.float32), before, here)
+            for name in sums.terms:
+                if name.endswith(MAXIMUM):
+                    sums.terms[name] = jnp.maximum(before.terms[name], here.terms[name])
+            if self.shardings is None:
+                return sums
+            placed = jax.lax.with_sharding_constraint(sums.gradients, self.shardings.state.params)
+            return sums._replace(gradients=placed)
+
+        return jax.jit(accumulate, donate_argnums=0, compiler_options=compiler_options())
+
+    @cached_property
+    def _apply(self) -> Any:
+        def apply(state: TrainState, sums: Sums) -> tuple[TrainState, Metrics]:
+            largest = {name: value for name, value in sums.terms.items() if name.endswith(MAXIMUM)}
+            state, metrics = update(state, self.optimizer, *sums)
+            return state, metrics | largest
+
+        if self.shardings is None:
+            return jax.jit(apply, donate_argnums=0)
+        return jax.jit(apply, donate_argnums=0, out_shardings=(self.shardings.state, None))
+
+    @cached_property
+    def _score(self) -> Any:
+        return jax.jit(self.policy.score, static_argnames=("old", "reference"))

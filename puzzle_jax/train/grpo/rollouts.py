@@ -1,0 +1,147 @@
+"""Groups of answers to a step's prompts, sampled from the policy as it is, on the devices and parameters of training.
+
+The sampler runs on the arrays that training runs on. Stacked layers are laid apart for it within one program, so that
+nothing goes through files or the host; what that copies is freed before the update.
+
+Every answer comes with the log-probabilities that the sampler drew it by and, where experts are replayed, those that
+every layer chose. Left out: asynchronous sampling, by a policy older than the one that learns.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from puzzle_jax.generate import Generated, Request, generate
+from puzzle_jax.model.cache_format import CacheFormat
+from puzzle_jax.model.sharding import params_sharding
+from puzzle_jax.model.spec import Params
+from puzzle_jax.model.stacked import unstack_params
+from puzzle_jax.tasks import Chat
+from puzzle_jax.tasks.rewards.workers import Answer, Judgement
+from puzzle_jax.train.grpo.primary_rewards import FirstJudges
+from puzzle_jax.train.grpo.prompts import Prompt
+from puzzle_jax.train.student import Student
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One answer.
+
+    Attributes:
+      prompt: what was asked.
+      tokens: token ids of the prompt as it was rendered.
+      generated: the completion, with log-probabilities and, if asked for, experts.
+      answer: what the judge saw.
+      judgement: its reward, or why there is none.
+    """
+
+    prompt: Prompt
+    tokens: tuple[int, ...]
+    generated: Generated
+    answer: Answer
+    judgement: Judgement
+
+    @property
+    def length(self) -> int:
+        """Tokens of the completion."""
+        return len(self.generated.tokens)
+
+
+@dataclass(frozen=True, eq=False)
+class Sampler:
+    """Answers prompts.
+
+    Attributes:
+      student: the policy, a view on itself; its windows and caches are those of the model.
+      chat: renders prompts and reads answers.
+      judges: give rewards.
+      group: answers to each prompt.
+      max_tokens: limit of an answer by effort.
+      slots: answers that are generated together.
+      seed: of sampling.
+      experts: whether chosen experts are kept.
+      cache: how the sampler keeps keys and values.
+      mesh: of "data" and "model" (`model.sharding.generation_mesh`), over all devices of training.
+    """
+
+    student: Student
+    chat: Chat
+    judges: FirstJudges
+    group: int
+    max_tokens: dict[str, int]
+    slots: int = 64
+    seed: int = 0
+    experts: bool = True
+    cache: CacheFormat | None = None
+    mesh: Mesh | None = None
+
+    def params(self, resident: Params, trained: Params) -> Params:
+        """The policy's parameters, a layer at a time, as generation reads them."""
+        return self._laid_apart(resident, trained)
+
+    def tokens(self, prompt: Prompt) -> tuple[int, ...]:
+        """A prompt as it is rendered."""
+        return tuple(self.chat.prompt_tokens(prompt.problem.prompt, prompt.effort))
+
+    def sample(self, params: Params, prompts: Sequence[Prompt], draw: str) -> list[list[tuple[Request, Generated]]]:
+        """Groups of completions, in the order of the prompts; `draw` names the noise, once in a run."""
+        requests = [
+            Request(self.tokens(prompt), self.max_tokens[prompt.effort], self._noise(draw, index, member))
+            for index, prompt in enumerate(prompts)
+            for member in range(self.group)
+        ]
+        found = generate(
+            params,
+            self.student.config,
+            requests,
+            stop_ids=sorted(self.chat.stop_ids),
+            temperature=1.0,
+            slots=self.slots,
+            cache=self.cache,
+            mesh=self.mesh,
+            log_probs=True,
+            experts=self.experts,
+        )
+        pairs = list(zip(requests, found, strict=True))
+        return [pairs[start : start + self.group] for start in range(0, len(pairs), self.group)]
+
+    def judge(
+        self, prompts: Sequence[Prompt], groups: Sequence[Sequence[tuple[Request, Generated]]]
+    ) -> list[list[Rollout]]:
+        """The completions with their rewards."""
+        answers = [
+            self._answer(prompt, generated)
+            for prompt, members in zip(prompts, groups, strict=True)
+            for _, generated in members
+        ]
+        judgements = iter(zip(answers, self.judges.judge(answers), strict=True))
+        return [
+            [Rollout(prompt, request.prompt, generated, *next(judgements)) for request, generated in members]
+            for prompt, members in zip(prompts, groups, strict=True)
+        ]
+
+    def _answer(self, prompt: Prompt, generated: Generated) -> Answer:
+        parsed = self.chat.parse(generated.tokens)
+        return Answer(
+            prompt.problem, prompt.effort, parsed.analysis, parsed.final, len(generated.tokens), generated.truncated
+        )
+
+    def _noise(self, draw: str, index: int, member: int) -> int:
+        return zlib.crc32(f"{self.seed}:{draw}:{index}:{member}".encode()) & (2**31 - 1)
+
+    @cached_property
+    def _laid_apart(self) -> Any:
+        student = self.student
+        where = None if self.mesh is None else params_sharding(student.config, self.mesh)
+
+        def lay_apart(resident: Params, trained: Params) -> Params:
+            return unstack_params(student.params(resident, trained), student.runs)
+
+        return jax.jit(lay_apart, out_shardings=where)

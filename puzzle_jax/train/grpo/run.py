@@ -1,0 +1,419 @@
+"""Reinforcement learning with verifiable rewards: from a checkpoint to a policy's checkpoint.
+
+    OUT/run.json, checkpoints/, metrics.jsonl   the run (`train.loop`)
+    OUT/transcripts/                            sample answers with their rewards, every so many steps
+    OUT/child/                                  the trained policy, in Hugging Face form, with its provenance
+
+A step asks its prompts, each several times, judges the answers, and learns from how they compare within their group.
+The paper trains two policies from one start so, one for accuracy at high effort and one for short answers at mixed
+efforts, and averages their weights (`train.average.weights`).
+
+Left out: sampling that runs ahead of learning, and tools.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from rich.console import Console
+
+from puzzle_jax.convert_hf.export import export_child
+from puzzle_jax.errors import PuzzleError
+from puzzle_jax.evaluate.accuracy import answer_questions
+from puzzle_jax.generate.batches import micro_batches as trace_batches
+from puzzle_jax.generate.calibrate import calibrate_cache
+from puzzle_jax.generate.traces import Trace
+from puzzle_jax.model.cache_format import KVScales
+from puzzle_jax.model.sharding import generation_mesh, make_training_mesh, on_mesh
+from puzzle_jax.model.spec import Params
+from puzzle_jax.processes.distributed import agree, on_all, on_primary
+from puzzle_jax.runs import open_run
+from puzzle_jax.train.base_parameters import load_resident
+from puzzle_jax.train.checkpoints import Checkpoints, abstract_state
+from puzzle_jax.train.distill.inputs import shared_day
+from puzzle_jax.train.distill.objectives import Fixed
+from puzzle_jax.train.grpo.inputs import GrpoInputs
+from puzzle_jax.train.grpo.metrics import RunningReward, passes, rollout_metrics
+from puzzle_jax.train.grpo.notes import Notes
+from puzzle_jax.train.grpo.policy import MAXIMUM, Policy
+from puzzle_jax.train.grpo.policy_batches import (
+    Judged,
+    Learnable,
+    examples,
+    judge_groups,
+    learnable,
+    micro_batches,
+    with_scores,
+)
+from puzzle_jax.train.grpo.policy_update import PolicyUpdate
+from puzzle_jax.train.grpo.primary_rewards import FirstJudges
+from puzzle_jax.train.grpo.prompts import NothingToAsk, Prompt
+from puzzle_jax.train.grpo.recipe import GrpoRecipe
+from puzzle_jax.train.grpo.rollouts import Rollout, Sampler
+from puzzle_jax.train.grpo.transcripts import StepTranscripts
+from puzzle_jax.train.loop import CHECKPOINTS, EVALUATION, Job, Trained, train
+from puzzle_jax.train.optimizer import make_optimizer
+from puzzle_jax.train.placement import Placement, on_host
+from puzzle_jax.train.rows import Packed
+from puzzle_jax.train.step import Shardings, TrainState, init_state
+from puzzle_jax.train.student import Student
+
+CHILD, TRANSCRIPTS = "child", "transcripts"
+_CALIBRATION_ANSWERS = 256
+
+
+class RewardCollapse(PuzzleError):
+    """The running reward fell far below the best it had been."""
+
+
+def grpo(recipe: GrpoRecipe, console: Console) -> Trained:
+    """Trains a policy and writes it; on a signal it saves and returns early, without a checkpoint in Hugging Face form.
+
+    Raises PuzzleError, before weights are read and anything is written, for whatever is wrong with what the recipe
+    names, and where `recipe.out` holds something else. `RewardCollapse` comes after the best policy was written.
+    """
+    if jax.process_index():
+        console = Console(quiet=True)  # the primary process reports for all
+    day = shared_day(recipe.out)
+    inputs = on_all("open the inputs", lambda: GrpoInputs.open(recipe, day))
+    # Directories may lie elsewhere on each host; the identity tells what is in them.
+    settings = {name: value for name, value in asdict(recipe).items() if name not in ("model", "out")}
+    agree("the recipe", settings)
+    agree("the inputs", inputs.identity)
+    mesh = None
+    if recipe.mesh.devices > 1 or recipe.mesh.processes > 1:
+        mesh = make_training_mesh(recipe.mesh.data, recipe.mesh.sequence, recipe.mesh.model)
+    reward = recipe.reward
+    with FirstJudges(
+        function=reward.function,
+        time_limit=reward.time_limit,
+        processes=reward.judges,
+        environment=reward.environment,
+    ) as judges:
+        on_primary("open the run", lambda: open_run(recipe.out, inputs.identity))
+        trainer = Trainer(inputs, Placement(mesh), judges, console)
+        try:
+            trained = train(trainer.job(), recipe.loop, recipe.out, console)
+        except RewardCollapse:
+            trainer.export(trainer.best())
+            raise
+        if not trained.summary.preempted:
+            trainer.export(trainer.best() if recipe.export == "best" else trained.state)
+        return trained
+
+
+@dataclass
+class Trainer:
+    """A run.
+
+    Attributes:
+      inputs: what it starts from.
+      placement: of arrays.
+      judges: of answers.
+      console: is told of tasks without signal, of answers that could not be judged, and of problems too long to ask.
+    """
+
+    inputs: GrpoInputs
+    placement: Placement
+    judges: FirstJudges
+    console: Console
+    running: RunningReward = field(init=False)
+
+    def __post_init__(self) -> None:
+        watch = self.recipe.watch
+        self.running = RunningReward(watch.collapse, watch.collapse_steps)
+        self.shown = StepTranscripts(self.recipe.out / TRANSCRIPTS, watch.transcripts, watch.transcript_groups)
+        self.prompts = self.inputs.prompts()
+        self.notes = Notes(self.inputs, self.console)
+
+    @property
+    def recipe(self) -> GrpoRecipe:
+        return self.inputs.recipe
+
+    @property
+    def student(self) -> Student:
+        return self.inputs.student
+
+    # Parts of the job ----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def resident(self) -> Params:
+        """The weights that training begins with, stacked and in place."""
+        return load_resident(self.recipe.model, self.student, self.placement, packed=self.recipe.packed)
+
+    @cached_property
+    def sampler(self) -> Sampler:
+        inputs, rollout = self.inputs, self.recipe.rollout
+        return Sampler(
+            student=self.student,
+            chat=inputs.chat,
+            judges=self.judges,
+            group=rollout.group,
+            max_tokens=inputs.limits,
+            slots=rollout.slots,
+            seed=self.recipe.seed,
+            experts=rollout.replay,
+            cache=inputs.cache,
+            mesh=self.generation_mesh,
+        )
+
+    @cached_property
+    def generation_mesh(self) -> Mesh | None:
+        """Of the sampler."""
+        return None if self.placement.mesh is None else generation_mesh(self.placement.mesh)
+
+    @cached_property
+    def update(self) -> PolicyUpdate:
+        recipe = self.recipe
+        policy = Policy(self.student, self.inputs.loss, recipe.update.token_chunk, recipe.update.vocab_chunk)
+        optimizer = make_optimizer(recipe.optimizer, recipe.loop.steps * recipe.update.updates)
+        state = jax.eval_shape(self._fresh(optimizer), self.resident)
+        shardings = self.placement.masters(state)
+        return PolicyUpdate(policy, optimizer, shardings and Shardings(shardings), self.placement.mesh)
+
+    def job(self) -> Job:
+        """What the loop runs."""
+        return Job(
+            initial=self.initial,
+            step=self.step,
+            fixed=Fixed(self.resident),
+            batches=self,
+            identity=self.inputs.identity,
+            evaluate=lambda state: self.measure(state.params),
+            best="error",
+            name="reinforcement learning",
+            ahead=False,
+        )
+
+    def initial(self) -> TrainState:
+        fresh = self._fresh(self.update.optimizer)
+        shardings = self.update.shardings
+        with on_mesh(self.placement.mesh):
+            return jax.jit(fresh, out_shardings=shardings and shardings.state)(self.resident)
+
+    def _fresh(self, optimizer: Any) -> Any:
+        key = jax.random.key(self.recipe.seed)
+        return lambda resident: init_state(self.student.masters(resident), optimizer, key)
+
+    # The stream of prompts, whose state holds all that steps remember besides the parameters -------------------------
+
+    def __next__(self) -> list[Prompt]:
+        return self._draw(self.recipe.prompts.prompts)
+
+    def _draw(self, count: int) -> list[Prompt]:
+        try:
+            return self.prompts.draw(count)
+        except NothingToAsk as error:
+            raise NothingToAsk(f"{error}{self.notes.advice}") from None
+
+    def get_state(self) -> dict[str, Any]:
+        return {"prompts": self.prompts.get_state(), "rewards": self.running.get_state()}
+
+    def set_state(self, state: Any, /) -> None:
+        self.prompts.set_state(state["prompts"])
+        self.running.set_state(state["rewards"])
+
+    # A step --------------------------------------------------------------------------------------------------------
+
+    def step(self, state: TrainState, fixed: Fixed, prompts: list[Prompt]) -> tuple[TrainState, dict[str, Any]]:
+        """Asks, judges, and learns.
+
+        Raises RewardCollapse, and PuzzleError when there is nothing left to ask.
+        """
+        number = int(state.step) + 1
+        self.shown.begin(number)
+        judged, seconds = self._answers(state.params, fixed, prompts, number)
+        metrics = rollout_metrics(judged, self.recipe.reward.right) | seconds
+        metrics["passed_over"] = float(self.prompts.too_long)
+        self.notes.step(number, judged, self.prompts)
+        answers = learnable(judged, self.inputs.loss)
+        state, learnt = self._learn(state, fixed, answers)
+        self.shown.add(number, judged)
+        if message := self.running.add(metrics["reward"]):
+            raise RewardCollapse(f"step {number}: {message}; {self.recipe.out / CHILD} is the best policy before")
+        return state._replace(step=state.step * 0 + number), metrics | learnt
+
+    def _answers(
+        self, params: Params, fixed: Fixed, prompts: list[Prompt], number: int
+    ) -> tuple[Judged, dict[str, float]]:
+        """All groups of a step, judged, and what that took."""
+        recipe, started = self.recipe, time.perf_counter()
+        policy = self.sampler.params(fixed.resident, params)
+        sampling = judging = 0.0
+        groups: list[list[Rollout]] = []
+        for round_ in range(1 + recipe.rollout.resample):
+            pairs = self.sampler.sample(policy, prompts, f"{number}:{round_}")
+            sampled = time.perf_counter()
+            found = self.sampler.judge(prompts, pairs)
+            sampling, judging = sampling + sampled - started, judging + time.perf_counter() - sampled
+            started = time.perf_counter()
+            groups += found
+            for prompt, group in zip(prompts, found, strict=True):
+                known = [member.judgement for member in group if member.judgement.reward is not None]
+                right = sum(passes(judgement, recipe.reward.right) for judgement in known)
+                self.prompts.tell(prompt, len(known), right)
+            missing = recipe.prompts.prompts - int(self._judged(groups).signal.sum())
+            if missing <= 0 or round_ == recipe.rollout.resample:
+                break
+            prompts = self._draw(missing)
+        tokens = sum(member.length for group in groups for member in group)
+        return self._judged(groups), {
+            "rollout_seconds": sampling,
+            "reward_seconds": judging,
+            "rollout_tokens_per_second": tokens / sampling,
+        }
+
+    def _judged(self, groups: Sequence[Sequence[Rollout]]) -> Judged:
+        return judge_groups(groups, self.inputs.loss, self.inputs.limits)
+
+    def _learn(
+        self, state: TrainState, fixed: Fixed, groups: list[list[Learnable]]
+    ) -> tuple[TrainState, dict[str, float]]:
+        """The optimiser's steps; means of their metrics, and what they took."""
+        count = min(self.recipe.update.updates, len(groups))
+        if not count:
+            return state, {"skipped": 0.0, "updates": 0.0, "update_seconds": 0.0, "score_seconds": 0.0}
+        parts = [self._batches([answer for group in groups[part::count] for answer in group]) for part in range(count)]
+        started = time.perf_counter()
+        scored = [[self._scored(state.params, fixed, batch, count > 1) for batch in part] for part in parts]
+        learning = time.perf_counter()
+        found: list[Mapping[str, float]] = []
+        for part in scored:
+            state, metrics = self.update(state, fixed, map(self.placement.rows, part))
+            found.append({name: float(value) for name, value in jax.device_get(metrics).items()})
+        ended = time.perf_counter()
+        tokens = sum(int((batch.segment_ids > 0).sum()) for part in parts for batch in part)
+        return state, _combined(found) | {
+            "updates": float(count),
+            "score_seconds": learning - started,
+            "update_seconds": ended - learning,
+            "update_tokens_per_second": tokens / (ended - learning),
+        }
+
+    def _batches(self, answers: Sequence[Learnable]) -> list[Packed]:
+        update, inputs = self.recipe.update, self.inputs
+        found = examples(answers, inputs.loss, inputs.limits)
+        return list(micro_batches(found, rows=update.rows, length=update.row_length, pad_id=inputs.chat.pad_id))
+
+    def _scored(self, params: Params, fixed: Fixed, batch: Packed, old: bool) -> Packed:
+        """With log-probabilities before the step, where the loss or the metrics need them."""
+        reference = bool(self.inputs.loss.kl) or self.recipe.update.reference
+        if not old and not reference:
+            return batch
+        placed = self.placement.rows(batch)
+        return with_scores(batch, on_host(self.update.score(params, fixed, placed, old=old, reference=reference)))
+
+    # Evaluation ----------------------------------------------------------------------------------------------------
+
+    def measure(self, trained: Params) -> dict[str, float]:
+        """Of greedy answers: "accuracy", also by effort, "error", 1 - accuracy, and mean "tokens", also by effort."""
+        return self._measured(self._greedy(trained))
+
+    def _measured(self, found: Sequence[Trace]) -> dict[str, float]:
+        efforts = self.inputs.questions.efforts
+        by_effort = {effort: [trace for trace in found if trace.effort == effort] for effort in efforts}
+        values: dict[str, float] = {}
+        for effort, traces in by_effort.items():
+            values[f"accuracy/{effort}"] = float(np.mean([trace.correct for trace in traces]))
+            values[f"tokens/{effort}"] = float(np.mean([len(trace.completion) for trace in traces]))
+        for name in ("accuracy", "tokens"):
+            values[name] = float(np.mean([values[f"{name}/{effort}"] for effort in efforts]))
+        unscored = float(sum(trace.unscored is not None for trace in found))
+        return values | {"error": 1.0 - values["accuracy"], "unscored": unscored}
+
+    def _greedy(self, trained: Params) -> list[Trace]:
+        inputs = self.inputs
+        found = answer_questions(
+            self.sampler.params(self.resident, trained),
+            inputs.config,
+            inputs.chat,
+            inputs.questions,
+            max_tokens=inputs.limits,
+            slots=self.recipe.rollout.slots,
+            cache=inputs.cache,
+            mesh=self.generation_mesh,
+            skip=inputs.too_long,
+            judges=self.judges,
+        )
+        self.notes.evaluated(found)
+        return found
+
+    # Export --------------------------------------------------------------------------------------------------------
+
+    def best(self) -> TrainState:
+        """The policy that did best when it was evaluated; where none was kept, the newest one."""
+        loop = self.recipe.loop
+        keep = {"keep_last": loop.keep_last, "keep_best": loop.keep_best}
+        with Checkpoints(self.recipe.out / CHECKPOINTS, identity=self.inputs.identity, **keep) as checkpoints:
+            fresh = self.initial()
+            best = checkpoints.best
+            found = checkpoints.restore(abstract_state(fresh), None if best is None else best.step)
+        return fresh if found is None else found.state
+
+    def export(self, state: TrainState) -> None:
+        """Writes the policy, by the primary process."""
+        recipe, inputs = self.recipe, self.inputs
+        kept = [list(range(block.num_experts)) for block in inputs.config.blocks]
+        answers = self._greedy(state.params)
+        provenance = {
+            **(inputs.provenance or {"parent": str(recipe.model)}),
+            "grpo": [*inputs.provenance.get("grpo", []), self._record(int(state.step), self._measured(answers))],
+        }
+        scales = self._cache_scales(state.params, answers)
+        values = on_host(state.params)
+
+        def write() -> None:
+            export_child(
+                recipe.model,
+                recipe.out / CHILD,
+                inputs.config,
+                kept,
+                provenance=provenance,
+                dense_delta=self.student.delta(values),
+                kv_scales=scales,
+                origin=inputs.origin,
+                replace=True,
+            )
+
+        on_primary("export the policy", write)
+        self.console.print(f"policy of step {int(state.step)}: {recipe.out / CHILD}", highlight=False)
+
+    def _record(self, step: int, evaluated: Mapping[str, float]) -> dict[str, Any]:
+        """What provenance tells of this run."""
+        recipe = self.recipe
+        return {
+            "step": step,
+            "tasks": dict(recipe.prompts.task_weights),
+            "efforts": dict(recipe.prompts.efforts),
+            "answers_per_step": [recipe.prompts.prompts, recipe.rollout.group],
+            "reward": recipe.reward.function,
+            "loss": asdict(self.inputs.loss),
+            "optimizer": asdict(recipe.optimizer),
+            "seed": recipe.seed,
+            EVALUATION.rstrip("/"): dict(evaluated),
+        }
+
+    def _cache_scales(self, trained: Params, answers: Sequence[Trace]) -> KVScales:
+        """Of the policy's FP8 cache, on its own answers."""
+        batches = trace_batches(answers[:: max(1, len(answers) // _CALIBRATION_ANSWERS)])
+        with on_mesh(self.generation_mesh):
+            return calibrate_cache(self.sampler.params(self.resident, trained), self.inputs.config, batches)
+
+
+def _combined(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Means over a step's updates; largest values where names say so, and the last learning rate."""
+
+    def one(name: str) -> float:
+        values = [metrics[name] for metrics in updates]
+        if name.endswith(MAXIMUM) or name == "skipped":
+            return max(values)
+        return values[-1] if name == "learning_rate" else float(np.mean(values))
+
+    return {name: one(name) for name in updates[-1]}

@@ -1,0 +1,198 @@
+"""Batches of packed traces, without end, in an order that a few numbers describe.
+
+Grain gives the order: the examples of every (task, effort) are shuffled, anew whenever they are through, and mixed by
+weight, so that example number n is known without those before it. Rows are filled first-fit from that stream. The
+state is then the place in the stream and which examples lie in the open rows, so that a run goes on with the same bits
+after any step, whatever the size of the data.
+
+Every process makes the same batch of all rows, since packing costs little beside a step, and takes its own rows later:
+neither the number of processes nor of devices enters. Left out: streaming data larger than memory, making batches
+ahead of time, which is the training loop's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, TypeGuard
+
+import jax
+import numpy as np
+
+from puzzle_jax.errors import PuzzleError, shown
+from puzzle_jax.train.rows import Example, OpenRows, Packed, pack
+from puzzle_jax.train.traces.examples import TraceExample
+from puzzle_jax.train.traces.settings import TraceSettings
+
+Extras = Callable[[int], Mapping[str, np.ndarray]]
+"""From the index of an example to further arrays [tokens, ...] of it, read when it is packed."""
+
+_DECIDING = ("row_length", "rows", "micro_batches", "seed", "open_rows")
+"""Settings in the fingerprint beside the weights; the others choose examples, which are hashed themselves."""
+
+
+class TraceBatches:
+    """The batches of a run: `Packed` with arrays [micro_batches, rows, length].
+
+    Args:
+      examples: what to train on, none longer than `settings.row_length`.
+      settings: shape, weights and seed.
+      pad_id: token of padding.
+      extras: gives arrays to pack along, of the same names for every example.
+
+    Attributes:
+      order: index of the example at every place of the stream, which has no end.
+
+    Raises:
+      PuzzleError: grain is not installed, there is no example, weights name a task or effort that no example has, or
+        leave nothing.
+    """
+
+    def __init__(
+        self, examples: Sequence[TraceExample], settings: TraceSettings, pad_id: int, extras: Extras | None = None
+    ) -> None:
+        self.examples, self.settings, self.pad_id, self._extras = examples, settings, pad_id, extras
+        self.order = _order(examples, settings)
+        self._position = 0
+        self._open = self._open_rows([])
+
+    def __iter__(self) -> Iterator[Packed]:
+        return self
+
+    def __next__(self) -> Packed:
+        settings = self.settings
+        rows: list[list[int]] = []
+        while len(rows) < settings.micro_batches * settings.rows:
+            closed = self._open.place(int(self.order[self._position]))
+            self._position += 1
+            if closed is not None:
+                rows.append(closed)
+        packed = _pack(self.examples, rows, settings.row_length, self.pad_id, self._extras)
+
+        def split(values: np.ndarray) -> np.ndarray:
+            return values.reshape(settings.micro_batches, settings.rows, *values.shape[1:])
+
+        return jax.tree.map(split, packed)
+
+    def get_state(self) -> dict[str, Any]:
+        """Where the stream is after the last batch, as JSON: at most `open_rows` rows of indices and two values."""
+        rows = [list(row) for row in self._open.rows]
+        return {"fingerprint": self.fingerprint(), "position": self._position, "open": rows}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on after the batch whose `get_state` this was.
+
+        Raises PuzzleError for the state of other data or settings, or what is no state.
+        """
+        if state.get("fingerprint") != self.fingerprint():
+            raise PuzzleError(
+                "the state of the data belongs to other traces or settings "
+                f"(fingerprint {state.get('fingerprint')}, but here it is {self.fingerprint()}); "
+                "give those that the run began with, or begin a new run"
+            )
+        position, rows = state.get("position"), state.get("open")
+        if not isinstance(position, int) or position < 0 or not self._are_rows(rows):
+            raise PuzzleError(f"the state of the data is damaged: position is {shown(position)}, open is {shown(rows)}")
+        self._position, self._open = position, self._open_rows(rows)
+
+    def fingerprint(self) -> str:
+        """A hash of what decides the batches: all examples, settings, and the first indices of the order, in which a
+        change of grain's shuffling would show. Names of files do not count, nor do extras."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        settings = [getattr(self.settings, name) for name in _DECIDING]
+        by_kind = (self.settings.task_weights, self.settings.effort_weights)
+        weights = [sorted((kind, float(weight)) for kind, weight in of_kind.items()) for of_kind in by_kind]
+        first = [int(self.order[position]) for position in range(256)]
+        digest = hashlib.sha256(json.dumps([settings, weights, self.pad_id, first]).encode())
+        for example in self.examples:
+            digest.update(f"{example.task} {example.effort} {example.prompt_length} {len(example.tokens)}\n".encode())
+            digest.update(np.asarray(example.tokens, "<i4").tobytes())
+        return digest.hexdigest()[:16]
+
+    def _open_rows(self, rows: Sequence[Sequence[int]]) -> OpenRows[int]:
+        return OpenRows(self.settings.row_length, self.settings.open_rows, self._size, rows)
+
+    def _size(self, index: int) -> int:
+        return len(self.examples[index].tokens)
+
+    def _are_rows(self, rows: Any) -> TypeGuard[list[list[int]]]:
+        if not isinstance(rows, list) or len(rows) > self.settings.open_rows:
+            return False
+        known = range(len(self.examples))
+        indices = all(isinstance(row, list) and all(type(i) is int and i in known for i in row) for row in rows)
+        return indices and all(sum(map(self._size, row)) <= self.settings.row_length for row in rows)
+
+
+def evaluation_batches(
+    examples: Sequence[Example], *, rows: int, length: int, pad_id: int, extras: Extras | None = None
+) -> Iterator[Packed]:
+    """Every example once, in batches of `rows` rows [rows, length]; rows at the end are padding where some are missing.
+
+    Raises:
+      PuzzleError: there is no example, or one is longer than `length`.
+    """
+    if not examples:
+        raise PuzzleError("there is no trace to evaluate on")
+    opened = OpenRows[int](length, len(examples), lambda index: len(examples[index].tokens))
+    for index, example in enumerate(examples):
+        if len(example.tokens) > length:
+            raise PuzzleError(f"example {index} has {len(example.tokens)} tokens, but a row has {length}")
+        opened.place(index)
+    for start in range(0, len(opened), rows):
+        members = opened.rows[start : start + rows]
+        members += [[]] * (rows - len(members))
+        yield _pack(examples, members, length, pad_id, extras)
+
+
+def _pack(
+    examples: Sequence[Example], rows: Sequence[Sequence[int]], length: int, pad_id: int, extras: Extras | None
+) -> Packed:
+    def example(index: int) -> Example:
+        found = examples[index]
+        return found if extras is None else replace(found, extras=extras(index))
+
+    return pack([[example(index) for index in row] for row in rows], length, pad_id)
+
+
+def _order(examples: Sequence[TraceExample], settings: TraceSettings) -> Any:
+    """A grain MapDataset without end, of indices of examples.
+
+    Grain rounds shares to whole multiples of a hundredth of the smallest, so that a group may come up to 1% less often
+    than its weight says; within a group every example comes once before any comes again.
+    """
+    try:
+        import grain
+    except ImportError:
+        raise PuzzleError("training on traces needs grain: pip install grain") from None
+
+    groups: dict[tuple[str, str], list[int]] = {}
+    for index, example in enumerate(examples):
+        groups.setdefault((example.task, example.effort), []).append(index)
+    if not groups:
+        raise PuzzleError("there is no trace to train on")
+    _check_known("task_weights", settings.task_weights, sorted({task for task, _ in groups}))
+    _check_known("effort_weights", settings.effort_weights, sorted({effort for _, effort in groups}))
+    members, shares = [], []
+    for (task, effort), indices in sorted(groups.items()):
+        weight = settings.task_weights.get(task, 1.0) * settings.effort_weights.get(effort, 1.0)
+        if weight > 0:
+            # A seed of its own for every group, and others for the next seed: grain adds the epoch to it.
+            seed = zlib.crc32(json.dumps([settings.seed, task, effort]).encode())
+            members.append(grain.MapDataset.source(indices).shuffle(seed=seed).repeat())
+            shares.append(weight * len(indices))
+    if not members:
+        raise PuzzleError("task_weights and effort_weights leave no trace: every product of two of them is 0")
+    return grain.MapDataset.mix(members, shares)
+
+
+def _check_known(name: str, weights: Mapping[str, float], known: Sequence[str]) -> None:
+    for kind in weights:
+        if kind not in known:
+            raise PuzzleError(f"{name} names {kind!r}, but the traces have only {', '.join(known)}")

@@ -1,0 +1,328 @@
+"""What the plan says a device holds is what it holds; what it says of the rest is whole, and bad input one sentence."""
+
+import json
+import re
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from puzzle_jax.config import BlockConfig
+from puzzle_jax.convert_hf.configuration.config_json import QUANTIZATION, write_config
+from puzzle_jax.errors import ConfigError
+from puzzle_jax.kernels.expert_mlp import IMPLEMENTATIONS, Experts, expert_mlp
+from puzzle_jax.kernels.mxfp4 import MXFP4
+from puzzle_jax.kernels.route import Routing
+from puzzle_jax.model.sharding import make_training_mesh
+from puzzle_jax.plan import distill_command as plan_command
+from puzzle_jax.plan.distill import DeviceMemory, PlannedJob, abstract_step, placed_bytes, plan
+from puzzle_jax.plan.distill_arithmetic import by_arithmetic, changes, estimated, gathered_on_cpus
+from puzzle_jax.plan.programs import kernel_shapes
+from puzzle_jax.train.__main__ import main
+from puzzle_jax.train.distill.objectives import LossSettings
+from puzzle_jax.train.distill.recipe import MeshSettings
+from puzzle_jax.train.optimizer import OptimizerSettings, make_optimizer
+from puzzle_jax.train.placement import Placement
+from puzzle_jax.train.rows import Packed
+from puzzle_jax.train.step import init_state
+from tests.train.toy_student import CHILD, PARENT, packed_params
+
+MESH = MeshSettings(data=2, sequence=2, model=2)
+# A plan reads how many experts a child keeps, and takes the first.
+FIRST = replace(CHILD, blocks=tuple(replace(block, kept=tuple(range(len(block.kept)))) for block in CHILD.blocks))
+JOB = PlannedJob(FIRST, mesh=MESH, row_length=36, rows=4, micro_batches=3)
+EXPERTS = 3 * 8 * 3 * 32 * 64  # numbers in the matrices of three layers' 8 experts
+
+
+@pytest.fixture(scope="module")
+def memory():
+    return plan(JOB)
+
+
+# Exact parts ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_placed_is_what_real_arrays_take_on_a_device(memory):
+    mesh = make_training_mesh(2, 2, 2)
+    placement, student = Placement(mesh), JOB.student
+    stacked = jax.jit(lambda params: student.resident(jax.tree.map(_computed, params)))(packed_params())
+    resident = placement.resident(stacked, PARENT)
+    optimizer = make_optimizer(OptimizerSettings(), 10)
+    begin = jax.eval_shape(lambda tree: init_state(student.masters(tree), optimizer, jax.random.key(0)), resident)
+    state = jax.tree.map(_real, begin, placement.masters(begin))
+    whole = [np.zeros((3, 4, 36), dtype) for dtype in ("i4", "i4", "f4", "i4", "i4")]
+    batch = placement.micro_batches(Packed(*whole, {}))
+
+    experts = [layer["moe"].pop(name) for run in resident["runs"] for layer in run for name in ("gate_up", "down")]
+    assert memory.experts == _held(experts) == EXPERTS * 17 // 32 // 2  # half a byte and a scale for every 32, cut in 2
+    assert memory.resident == _held(resident)
+    assert memory.masters == _held(state.params)
+    assert memory.optimizer == _held(state._replace(params=None))
+    assert memory.batch == _held(batch) == 3 * 4 * 36 * 5 * 4 // 4
+
+
+def _computed(leaf):
+    return leaf.astype(jnp.bfloat16) if leaf.dtype == jnp.float32 else leaf
+
+
+def _real(leaf, sharding):
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.device_put(jax.random.key(0), sharding)
+    return jax.device_put(np.zeros(leaf.shape, leaf.dtype), sharding)
+
+
+def _held(tree):
+    """Bytes on the first device."""
+    leaves = jax.tree.leaves(tree)
+    leaves = [jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf for leaf in leaves]
+    return sum(part.data.nbytes for leaf in leaves for part in leaf.addressable_shards[:1])
+
+
+def test_the_total_is_all_of_it_and_temporaries_are_no_less_than_gradients(memory):
+    parts = (memory.experts, memory.resident, memory.masters, memory.optimizer, memory.batch)
+    assert memory.arguments == sum(parts)
+    assert memory.total == memory.arguments + memory.temporaries + memory.decoded > max(parts)
+    assert memory.temporaries > memory.masters
+    assert memory.decoded == EXPERTS // 3 // 2 * 2  # a layer's, half of them on each device
+
+
+@pytest.mark.parametrize(
+    ("change", "experts", "optimizer"),
+    [
+        ({"packed": False}, EXPERTS * 2 // 2, 2),
+        ({"optimizer": OptimizerSettings(name="lion")}, EXPERTS * 17 // 32 // 2, 1),
+        ({"mesh": MeshSettings(model=8)}, EXPERTS * 17 // 32 // 8, 2),
+    ],
+)
+def test_dense_experts_other_optimisers_and_other_meshes(change, experts, optimizer):
+    job = replace(JOB, **change)
+    mesh = make_training_mesh(job.mesh.data, job.mesh.sequence, job.mesh.model)
+    found = placed_bytes(abstract_step(job, mesh)[1])
+    assert found.experts == experts
+    assert 0 <= found.optimizer - optimizer * found.masters < 100  # counters, a rate and a key
+
+
+def test_one_device_holds_everything(memory):
+    found = placed_bytes(abstract_step(replace(JOB, mesh=MeshSettings()), None)[1])
+    assert found.experts == 2 * memory.experts
+    assert found.masters > 7 * memory.masters
+
+
+def test_a_teachers_cache_is_part_of_the_batch():
+    job = replace(JOB, loss=LossSettings(forward_kl=0.0, top_k_kl=1.0), top_k=7)
+    _, given = abstract_step(job, None)
+    extras = {name: (leaf.shape, leaf.dtype) for name, leaf in given.batch.extras.items()}
+    assert extras == {
+        "teacher_ids": ((3, 4, 36, 7), jnp.int32),
+        "teacher_logits": ((3, 4, 36, 7), jnp.float16),
+        "teacher_log_total": ((3, 4, 36), jnp.float32),
+    }
+    assert placed_bytes(given).batch == 3 * 4 * 36 * (5 * 4 + 7 * (4 + 2) + 4)
+    assert not job.asks_teacher
+    assert JOB.asks_teacher
+
+
+# Experts by their shapes ----------------------------------------------------------------------------------------------
+
+
+def test_experts_stand_in_by_shape_and_what_runs_later_is_untouched():
+    def mixture(x, gates, codes, scales, more):
+        experts = Experts(MXFP4(codes, scales), jnp.zeros((8, 128)), MXFP4(*more), jnp.zeros((8, 32)))
+        return expert_mlp(x, Routing(jnp.zeros((5, 2), jnp.int32), gates), experts, limit=1.5)
+
+    u8 = jnp.uint8
+    given = (
+        jax.ShapeDtypeStruct((5, 32), jnp.float16),
+        jax.ShapeDtypeStruct((5, 2), jnp.float32),
+        jax.ShapeDtypeStruct((8, 128, 16), u8),
+        jax.ShapeDtypeStruct((8, 128, 1), u8),
+        (jax.ShapeDtypeStruct((8, 32, 32), u8), jax.ShapeDtypeStruct((8, 32, 2), u8)),
+    )
+    known = list(IMPLEMENTATIONS)
+    with pytest.raises(RuntimeError, match="on the way"), kernel_shapes():
+        found = jax.eval_shape(mixture, *given)
+        slope = jax.eval_shape(jax.grad(lambda *given: mixture(*given).sum(), argnums=(0, 1)), *given)
+        text = str(jax.make_jaxpr(mixture)(*given))
+        assert "f32[1,128,32]" in text  # one expert is decoded
+        assert "f32[8,128,32]" not in text
+        raise RuntimeError("on the way")
+    assert list(IMPLEMENTATIONS) == known
+    assert (found.shape, found.dtype) == ((5, 32), jnp.float16)
+    assert [(leaf.shape, leaf.dtype) for leaf in slope] == [((5, 32), jnp.float16), ((5, 2), jnp.float32)]
+
+
+# Arithmetic -----------------------------------------------------------------------------------------------------------
+
+
+def test_large_parts_by_hand(memory):
+    tokens = 4 * 36 // 4
+    padded = (2 * tokens + 4 * 7) // 8 * 8
+    assert by_arithmetic(JOB, memory) == {
+        "sums of gradients, float32": memory.masters,
+        "student and gradients of a micro-batch, bfloat16": 2 * (8 * memory.masters // 4) * 2 // 2,
+        "output heads and a gradient, whole": 98 * 32 * (2 + 2 + 4),
+        "input of every layer": 3 * tokens * 32 * 2,
+        "attention of one layer": 2 * 3 * (36 * 7 - 7 * 6 // 2) * (4 + 2),  # 2 rows, 12 / 4 heads, windows of 7
+        "experts of one layer": padded * (32 * (2 + 8) + 64 * (8 + 2)),
+    }
+    assert gathered_on_cpus(JOB) == (2 * tokens + 4 * 15) // 16 * 3 * 32 * 64 * 2
+
+
+def test_losses_on_hidden_states_keep_those_of_both_models(memory):
+    job = replace(JOB, loss=LossSettings(forward_kl=0.0, hidden_cosine=1.0))
+    parts = by_arithmetic(job, memory)
+    assert parts["hidden states of both models"] == 2 * parts["input of every layer"]
+    assert parts["output heads and a gradient, whole"] == 98 * 32 * (2 + 4)
+
+
+FIGURES = DeviceMemory(
+    experts=400, resident=100, masters=80, optimizer=160, batch=10, temporaries=300_000, decoded=JOB.decoded
+)
+
+
+def test_an_estimate_of_the_job_itself_is_what_was_found():
+    assert estimated(JOB, FIGURES, JOB) == FIGURES
+
+
+def test_half_the_tokens_on_twice_the_devices():
+    job = replace(JOB, mesh=replace(MESH, data=4))
+    found = estimated(JOB, FIGURES, job)
+    parts, others = by_arithmetic(JOB, FIGURES), by_arithmetic(job, replace(FIGURES, masters=40))
+    grow = [name for name in parts if "layer" in name]
+    assert len(grow) == 3
+    ratio = sum(others[name] for name in grow) / sum(parts[name] for name in grow)
+    assert 0.5 < ratio < 0.7  # experts' rows are padded
+    beyond = FIGURES.temporaries - sum(parts.values())
+    assert found.temporaries == pytest.approx(sum(others.values()) + ratio * beyond, abs=1)
+    assert replace(found, temporaries=0) == replace(FIGURES, masters=40, optimizer=80, batch=5, temporaries=0)
+
+
+def test_changes_are_the_least_that_fit():
+    limit = FIGURES.total - 90_000  # more of the sequence axis would not do: 8 devices do not divide 12 heads
+    found = {change.what: change.job for change in changes(JOB, FIGURES, limit)}
+    assert found == {
+        "smaller micro-batches, more of them": replace(JOB, rows=2, micro_batches=6),
+        "shorter rows": replace(JOB, row_length=18),
+        "more devices, each with fewer rows": replace(JOB, mesh=replace(MESH, data=4)),
+        "more devices, each with fewer experts and heads": replace(JOB, mesh=replace(MESH, model=8)),
+    }
+    assert all(change.total <= limit for change in changes(JOB, FIGURES, limit))
+
+
+def test_nothing_is_found_where_nothing_does():
+    assert changes(JOB, FIGURES, 1000) == []
+
+
+# Input ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rows": 5}, "rows is 5, but must be a multiple of mesh.data (2)"),
+        ({"row_length": 35}, "row_length is 35, but must be a multiple of mesh.sequence (2)"),
+        ({"micro_batches": 0}, "micro_batches is 0, but must be at least 1"),
+        ({"top_k": 0}, "top_k is 0, but must be at least 1"),
+        ({"top_k": 4}, "loss.top_k_kl is 0.0 and a teacher's cache is used, but the one needs the other"),
+        (
+            {"child": replace(FIRST, parent=replace(PARENT, hidden_size=40))},
+            "hidden_size is 40, but packed experts need a multiple of 32",
+        ),
+    ],
+)
+def test_a_job_that_cannot_be_is_refused(change, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        replace(JOB, **change)
+
+
+def _config(model):
+    return json.dumps(write_config(model, {"quantization_config": QUANTIZATION}))
+
+
+@pytest.fixture
+def configs(tmp_path):
+    """Paths of a parent's and a child's config.json, the second in a directory."""
+    parent, child = tmp_path / "parent.json", tmp_path / "child"
+    child.mkdir()
+    parent.write_text(_config(PARENT))
+    (child / "config.json").write_text(_config(CHILD.config))
+    return parent, child
+
+
+def _main(parent, child, *more):
+    mesh = ["--mesh", "2,2,2"] if "--mesh" not in more else []
+    shape = ["--row-length", "36", "--rows", "4", "--micro-batches", "3"]
+    return main(["plan", "--parent", str(parent), "--child", str(child), *mesh, *shape, *more])
+
+
+@pytest.fixture
+def compiled(monkeypatch, memory):
+    """Compiles nothing again: the command's job must be the one that was."""
+
+    def found(job):
+        assert job == JOB
+        return memory
+
+    monkeypatch.setattr(plan_command, "plan", found)
+
+
+def test_the_command_prints_the_plan(configs, memory, compiled, capsys):
+    assert _main(*configs) == 0
+    out = capsys.readouterr().out
+    assert "parent.json -> child on 2 x 2 x 2 devices, 3 x 4 rows of 36 tokens a step" in out
+    assert re.search(rf"temporaries +│ +{memory.temporaries / 1e9:.3f}", out)
+    assert "experts, MXFP4" in out
+    assert f"fits: {80 - memory.total / 1e9:.1f} GB are left" in out
+
+
+def test_the_command_says_what_would_do(configs, memory, compiled, capsys):
+    limit = (memory.total - 100_000) / 1e9
+    assert _main(*configs, "--hbm-gb", str(limit)) == 0
+    out = capsys.readouterr().out
+    assert "0.0 GB too many" in out
+    assert "shorter rows: --mesh 2,2,2 --rows 4 --row-length 18 --micro-batches 3: " in out
+    assert "a teacher's cache would save its pass" in out
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--mesh", "2,2"), "--mesh is '2,2', but must be three numbers of devices, DATA,SEQUENCE,MODEL"),
+        (("--mesh", "3,1,1"), "rows is 4, but must be a multiple of mesh.data (3)"),
+        (("--mesh", "4,4,4"), "a mesh of 4 x 4 x 4 needs 64 devices, but 8 are present"),
+        (("--mesh", "0,1,1"), "mesh.data is 0, but must be at least 1"),
+        (("--hbm-gb", "nan"), "--hbm-gb is nan, but must be a finite number above 0"),
+        (("--loss", "kl=1"), "--loss has 'kl=1', but must be TERM=SHARE with a term of forward_kl, "),
+        (("--loss", "jsd=much"), "--loss has 'jsd=much', but a share must be a number"),
+        (("--teacher-cache", "--loss", "jsd=1"), "loss.top_k_kl is 0.0 and a teacher's cache is used"),
+    ],
+)
+def test_bad_options_are_one_sentence(configs, capsys, more, message):
+    assert _main(*configs, *more) == 2
+    error = capsys.readouterr().err
+    assert message in error.replace("\n", " ")
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("child", "message"),
+    [
+        (
+            replace(PARENT, blocks=(BlockConfig(8, 5), BlockConfig(9, None), BlockConfig(8, None))),
+            "layer 1 has 9 experts, but its parent",
+        ),
+        (replace(PARENT, vocab_size=99), "vocab_size is 99, but its parent"),
+        (replace(PARENT, blocks=PARENT.blocks[:2]), "num_layers is 2, but its parent"),
+        (None, "cannot be read: No such file or directory"),
+    ],
+)
+def test_a_child_of_another_parent_is_one_sentence(configs, tmp_path, capsys, child, message):
+    path = tmp_path / "other.json"
+    if child is not None:
+        path.write_text(_config(child))
+    assert _main(configs[0], path) == 2
+    error = capsys.readouterr().err
+    assert str(path) in error
+    assert message in error

@@ -1,0 +1,278 @@
+"""What the plan of a search says that a device holds is what it holds, and bad input is one sentence."""
+
+import json
+import re
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from puzzle_jax.convert_hf.configuration.config_json import QUANTIZATION, write_config
+from puzzle_jax.errors import ConfigError
+from puzzle_jax.generate import Engine
+from puzzle_jax.generate.batches import micro_batches
+from puzzle_jax.generate.engine import own_context
+from puzzle_jax.generate.traces import Trace
+from puzzle_jax.model.network import to_compute
+from puzzle_jax.model.sharding import params_sharding
+from puzzle_jax.plan import search_command as plan_command
+from puzzle_jax.plan.programs import GB, device_bytes
+from puzzle_jax.plan.search import STAGES, PlannedSearch, StageMemory, plan_search
+from puzzle_jax.search.__main__ import main
+from puzzle_jax.search.parent import dense_in_place
+from puzzle_jax.search.rank import ranking as rank
+from puzzle_jax.search.recipe import MeshSettings, ScoreSettings, TraceSettings
+from puzzle_jax.search.recipe_file import parse_recipe
+from puzzle_jax.search.score import lens as lens_module
+from puzzle_jax.search.score import replace_one as replace_module
+from puzzle_jax.search.score.lens import fit_lens
+from puzzle_jax.search.score.replace_one import Alternative, ReplaceOne
+from tests.support import ROOT, random_params
+from tests.train.toy_student import PARENT, packed_params
+
+_, TINY = parse_recipe([], "test")
+RECIPE = replace(
+    TINY,
+    traces=TraceSettings(max_tokens={"low": 20, "medium": 30, "high": 37}, batch_size=4),
+    score=ScoreSettings(per_call=3, keep_every=2, tokens_per_batch=200),
+    mesh=MeshSettings(data=2, model=2),
+)
+RUN = PlannedSearch(PARENT, RECIPE, prompt_tokens=26)  # traces of up to 63 tokens, in batches of 64
+STATE = 64 * 32 * 2  # bytes of a trace's hidden states
+
+
+@pytest.fixture(scope="module")
+def found():
+    return plan_search(RUN)
+
+
+def first_part(tree):
+    """Bytes on the first device, of real arrays."""
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def half(tree):
+    return jax.tree.map(lambda x: x if x.dtype == jnp.uint8 else x.astype(jnp.float16), tree)
+
+
+def trace(prompt, completion, number=0):
+    rng = np.random.default_rng(number)
+    draw = [tuple(rng.integers(0, 97, size).tolist()) for size in (prompt, completion)]
+    return Trace("t", "low", number, {}, *draw, 1.0, False)
+
+
+# What is held ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_stage_is_planned_and_totals_are_all_of_it(found):
+    assert tuple(found) == STAGES
+    parts = {stage: {name for name, size in vars(memory).items() if size} for stage, memory in found.items()}
+    assert parts == {
+        "load": {"loaded", "weights", "temporaries"},
+        "trace": {"weights", "caches", "slots", "group", "temporaries"},
+        "rank": {"weights", "batch", "states", "sums", "temporaries"},
+        "lens": {"weights", "batch", "states", "sums", "temporaries"},
+        "score": {"weights", "batch", "states", "temporaries"},
+    }
+    for memory in found.values():
+        assert memory.total == sum(vars(memory).values()) == memory.to_json()["total"]
+
+
+def test_parameters_are_as_loading_leaves_them(found):
+    loaded = jax.device_put(half(packed_params()), params_sharding(PARENT, RUN.mesh))
+    dense = dense_in_place(PARENT, RUN.mesh)(loaded, jnp.float16)
+    assert found["load"].loaded == first_part(loaded)
+    assert found["load"].weights == first_part(dense) == device_bytes(RUN.params)
+    expected = params_sharding(PARENT, RUN.mesh)
+    jax.tree.map(lambda leaf, place: (leaf.sharding.is_equivalent_to(place, leaf.ndim)) or 1 / 0, dense, expected)
+    for one, other in zip(
+        jax.tree.leaves(dense), jax.tree.leaves(to_compute(packed_params(), jnp.float16)), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_slots_are_the_engines(found):
+    engine = Engine({"embedding": jnp.zeros(1, jnp.float16)}, PARENT, stop_ids=[], context=256, slots=4, mesh=RUN.mesh)
+    planned = RUN.engine()
+    assert (planned.context, planned.rows) == (engine.context, engine.rows)
+    made = engine._new_slots(RUN.mesh)
+    assert found["trace"].caches == first_part(made.caches)
+    assert found["trace"].slots == first_part(made._replace(caches=[]))
+    assert found["trace"].group == first_part(engine._new_group())
+
+
+def test_batches_are_those_of_the_longest_traces():
+    """Three rows of 64; two devices of the data axis do not divide them, but two rows they do."""
+    batch = RUN.batch(tokens_per_batch=200)
+    (real,) = micro_batches([trace(26, 37)], tokens_per_batch=200)
+    for one, other in zip(batch, real, strict=True):
+        assert (one.shape, one.dtype) == (other.shape, other.dtype)
+    assert device_bytes(RUN.states(batch)) == 3 * STATE
+    assert device_bytes(RUN.states(RUN.batch(tokens_per_batch=128), 3)) == 2 * 3 * STATE // 2
+
+
+def test_sums_of_ranking_and_of_lenses_are_of_every_layer(found):
+    assert found["rank"].sums == 3 * sum(leaf.nbytes for leaf in jax.tree.leaves(rank.no_sums(PARENT)))
+    assert found["lens"].sums == 3 * 4 * (1 + 2 * 32 + 3 * 32 * 32)
+
+
+WIDE = replace(PARENT, hidden_size=40, blocks=PARENT.blocks[:1] * 5)
+"""A hidden size that nothing else here has."""
+
+
+@pytest.fixture
+def alone():
+    """Its plan on one device; programs are planned before they are watched."""
+    return plan_search(PlannedSearch(WIDE, replace(RECIPE, mesh=MeshSettings()), packed=False, prompt_tokens=26))
+
+
+@pytest.fixture
+def live(alone, monkeypatch):
+    """Bytes of hidden states of that size, two each number, when a program is called: the most, by program."""
+    most = {}
+
+    def watched(module, name):
+        program = getattr(module, name)
+
+        def called(*given):
+            states = [x for x in jax.live_arrays() if x.shape[:1] == (3,) and x.shape[-2:] == (64, 40)]
+            most[name] = max(most.get(name, 0), sum(x.size for x in states) * 2)
+            return jax.block_until_ready(program(*given))
+
+        monkeypatch.setattr(module, name, called)
+
+    for name in ("run_attention", "run_mixture", "enter_mixture", "compare_states"):
+        watched(replace_module, name)
+    for name in ("add_states", "through_lens"):
+        watched(lens_module, name)
+    return most
+
+
+def test_states_are_those_that_scoring_and_lenses_have(alone, live):
+    planned, run = alone, ReplaceOne(random_params(WIDE), WIDE, per_call=3, keep_every=2)
+    wanted = [(layer, Alternative(np.arange(8) < 5, 5)) for layer in (0, 1, 3, 4)]
+    (batch,) = micro_batches([trace(26, 37, n) for n in range(3)], tokens_per_batch=200)
+    one, wave = (3 * n * 64 * 40 * 2 for n in (1, 3))
+    run(batch, wanted)
+    # Beside those that are counted as states, programs are called with one or two of alternatives'.
+    assert live["run_mixture"] == planned["score"].states + 2 * wave
+    assert live["enter_mixture"] <= planned["score"].states + wave
+    live.clear()
+    fitted = fit_lens(run, [batch])
+    assert planned["lens"].states - one <= live["add_states"] <= planned["lens"].states
+    fitted(batch, wanted)
+    assert live["through_lens"] <= planned["lens"].states + 2 * wave
+
+
+# Contexts -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tokens", "context"),
+    [(1, 256), (257, 512), (8192, 8192), (8193, 10240), (10241, 12288), (16384, 16384), (66_560, 81_920)],
+)
+def test_long_requests_get_contexts_between_powers_of_two(tokens, context):
+    assert own_context(tokens, replace(PARENT, max_position=131_072)) == context
+    assert own_context(tokens, replace(PARENT, max_position=9000)) == min(context, 9000)
+
+
+# Refusals -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt_tokens": 0}, "prompt_tokens is 0, but must be at least 1"),
+        ({"prompt_tokens": 500}, "prompts of 500 tokens and answers of 37 are longer than the model's context of 512"),
+        ({"config": replace(PARENT, hidden_size=40)}, "hidden_size is 40, but packed experts need a multiple of 32"),
+    ],
+)
+def test_a_search_that_cannot_be_is_refused(change, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        replace(RUN, **change)
+
+
+# The command ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(write_config(PARENT, {"quantization_config": QUANTIZATION})))
+    return path
+
+
+@pytest.fixture
+def compiled(monkeypatch, found):
+    """Compiles nothing again; keeps the search that was asked for."""
+    asked = []
+
+    def plan(run):
+        asked.append(run)
+        return found
+
+    monkeypatch.setattr(plan_command, "plan_search", plan)
+    return asked
+
+
+SHORT = ("--traces.max_tokens", "{low: 20, medium: 30, high: 37}", "--prompt-tokens", "26", "--traces.batch_size", "4")
+
+
+def test_the_command_prints_the_plan(config, compiled, found, capsys):
+    assert main(["plan", "--parent", str(config), *SHORT, "--devices", "4", "--hardware", "h100"]) == 0
+    out = capsys.readouterr().out
+    (run,) = compiled
+    assert run.packed and run.config == PARENT and run.recipe.mesh == MeshSettings(data=1, model=4)
+    assert "config.json on 1 x 4 devices, traces of up to 63 tokens" in out
+    assert re.search(r"GB per device +┃ +load +┃ +trace +┃ +rank +┃ +lens +┃ +score", out)
+    assert "parameters as stored, MXFP4" in out and "caches of 4 slots of 256" in out
+    most = max(memory.total for memory in found.values())
+    assert f"fits: {81_559 * 2**20 / GB - most / GB:.1f} GB are left" in out
+    assert "key-value heads are whole on every device: 4 do not divide 6" in out
+
+
+def test_the_command_says_what_would_help(config, compiled, monkeypatch, capsys):
+    sizes = {"load": (0, 5), "trace": (1, 9), "rank": (1, 2), "lens": (1, 1), "score": (1, 20)}
+    memory = {
+        stage: StageMemory(weights=weights * 10**9, temporaries=beside * 10**9)
+        for stage, (weights, beside) in sizes.items()
+    }
+    monkeypatch.setattr(plan_command, "plan_search", lambda run: memory)
+    assert main(["plan", "--parent", str(config), *SHORT, "--hbm-gb", "8"]) == 0
+    out = capsys.readouterr().out
+    assert "trace does not fit: 2.0 GB too many; lower traces.batch_size or traces.max_tokens" in out
+    assert "score does not fit: 13.0 GB too many; lower score.per_call" in out
+    assert "rank does not fit" not in out and "fits: " not in out
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--devices", "0"), "--devices is 0, but must be at least 1"),
+        (("--devices", "99"), "a mesh of 1 x 99 needs 99 devices, but 8 are present"),
+        (("--hbm-gb", "-1"), "--hbm-gb is -1.0, but must be a finite number above 0"),
+        (("--score.per_call", "0"), "score.per_call is 0, but must be at least 1"),
+        (("--recipe", "nowhere"), "nowhere"),
+        (("--prompt-tokens", "501"), "prompts of 501 tokens and answers of 37 are longer"),
+    ],
+)
+def test_bad_options_are_one_sentence(config, capsys, more, message):
+    assert main(["plan", "--parent", str(config), *SHORT, *more]) == 2
+    error = capsys.readouterr().err
+    assert message in error.replace("\n", " ")
+    assert "Traceback" not in error
+
+
+def test_a_parent_that_is_not_there_is_one_sentence(tmp_path, capsys):
+    assert main(["plan", "--parent", str(tmp_path / "gone")]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt-oss-120b-8xh100", "gpt-oss-120b-1xh100"])
+def test_searches_of_the_published_size_fit_into_their_host(name, capsys):
+    config = ROOT / "benchmarks" / "published" / "gpt-oss-120b.json"
+    assert main(["plan", "--parent", str(config), "--recipe", name]) == 0
+    assert re.search(r"^fits: \d+\.\d GB are left", capsys.readouterr().out, re.MULTILINE)

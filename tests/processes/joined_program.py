@@ -1,0 +1,78 @@
+"""Several processes, for tests: `python -m tests.processes.joined_program COUNT WHAT_PROCESS_0_DOES ...`."""
+
+import os
+import sys
+import time
+
+import numpy as np
+from jax.experimental import multihost_utils
+
+from puzzle_jax.commands import guarded
+from puzzle_jax.errors import PuzzleError
+from puzzle_jax.processes import distributed as processes
+from puzzle_jax.processes.distributed import agree, from_primary, joined, kv_get, on_all, on_primary, process_index
+
+PROGRAM = "prog"
+
+
+def main(count: int, *actions: str) -> int:
+    """The exit code of this process, which does the actions at the place of its own number."""
+
+    processes.JOIN_SECONDS = int(os.environ.get("JOIN_SECONDS", processes.JOIN_SECONDS))
+
+    def run() -> None:
+        with joined(count, program=PROGRAM):
+            for action in actions[process_index()].split("+"):
+                ACTIONS[action]()
+
+    return guarded(PROGRAM, run)
+
+
+def ready() -> None:
+    print("ready", flush=True)
+
+
+def collect() -> None:
+    """Waits in a collective operation, from which no signal of Python's calls it back."""
+    multihost_utils.process_allgather(np.ones(1))
+
+
+def refuse() -> None:
+    raise PuzzleError("scissors are not paper")
+
+
+def crash() -> None:
+    raise ValueError("a bug")
+
+
+def open_missing() -> None:
+    on_all("open", refuse)
+
+
+def open_there() -> None:
+    on_all("open", lambda: None)
+
+
+def primary() -> None:
+    on_primary("write", lambda: None)
+    assert from_primary("where", lambda: f"in {process_index()}") == "in 0"
+
+
+ACTIONS = {
+    "ready": ready,
+    "collect": collect,
+    "refuse": refuse,
+    "crash": crash,
+    "open-missing": open_missing,
+    "open": open_there,
+    "primary": primary,
+    "sleep": lambda: time.sleep(600),
+    "rest": lambda: time.sleep(1),
+    "wait": lambda: kv_get("what nobody says"),
+    "agree": lambda: agree("the recipe", {"steps": [1, 2], "parent": {"content": "ab", "size": 9}}),
+    "agree-otherwise": lambda: agree("the recipe", {"steps": [1, 3], "parent": {"content": "cd", "size": 9}}),
+    "nothing": lambda: None,
+}
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), *sys.argv[2:]))

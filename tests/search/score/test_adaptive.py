@@ -1,0 +1,101 @@
+"""Adaptive scoring on made-up scores, where what must be contested is known."""
+
+import numpy as np
+import pytest
+
+from puzzle_jax.generate.traces import Trace
+from puzzle_jax.program.library import Limit, OneOf, Program
+from puzzle_jax.search.score.adaptive import RelaxedProgram, contested, in_random_order, score_adaptively
+from puzzle_jax.search.score.measurements import ScoreBook
+from puzzle_jax.search.score.replace_one import Alternative
+
+NOTHING = (0, Alternative(np.ones(3, bool), None))
+
+
+def traces(count):
+    kinds = [(task, effort) for task in ("a", "b") for effort in ("low", "high")]
+    return [Trace(*kinds[n % 4], n, {}, (1, 2), (3,), 1.0, False) for n in range(count)]
+
+
+def two_groups():
+    """Each group: the parent costs 4, alternatives 1; the sum must be at most 5, so one of them goes."""
+    library = {
+        group: {
+            "own": {"score": 0.0, "cost": 4},
+            "first": {"score": 0.0, "cost": 1},
+            "second": {"score": 0.0, "cost": 1},
+        }
+        for group in ("x", "y")
+    }
+    owner = {"x": {"own": None, "first": 0, "second": 1}, "y": {"own": None, "first": 2, "second": 3}}
+    return RelaxedProgram(Program(library, "score", (Limit("cost", at_most=5),)), owner)
+
+
+def filled(means, spread, count=40, seed=0):
+    source = np.random.default_rng(seed)
+    book = ScoreBook.empty([NOTHING] * len(means), traces(count))
+    noise = source.normal(0.0, 1.0, (len(means), count))
+    noise -= noise.mean(axis=1, keepdims=True)
+    book.values[..., 0] = np.asarray(means)[:, None] + noise * np.asarray(spread)[:, None]
+    return book
+
+
+def test_the_relaxed_choice_is_the_cheapest_by_score():
+    program = two_groups()
+    chosen = program.support(np.array([3.0, 2.0, 9.0, 8.0]))
+    assert chosen.tolist() == [False, False, True, True, False, False]  # second in x, own in y
+    assert (
+        not RelaxedProgram(Program({"x": {"own": {"score": 0.0, "cost": 4}}}, "score", (Limit("cost", at_most=3),)), {})
+        .support(np.zeros(0))
+        .any()
+    )
+
+
+def test_of_several_sets_of_limits_the_cheapest_counts():
+    library = {"x": {"own": {"score": 0.0, "cost": 4}, "first": {"score": 0.0, "cost": 1}}}
+    sets = OneOf("batch", {"8": (Limit("cost", at_most=0),), "4": (Limit("cost", at_most=1),)})
+    program = RelaxedProgram(Program(library, "score", (sets,)), {"x": {"own": None, "first": 0}})
+    assert program.support(np.array([3.0])).tolist() == [False, True]
+
+
+def test_only_what_could_change_the_choice_is_contested():
+    program = two_groups()
+    assert contested([program], filled([3.0, 2.0, 9.0, 8.0], [0.1] * 4)) == []
+    # 1 and 0 are close beside their spread; what lies far above is left alone, however uncertain.
+    assert contested([program], filled([2.05, 2.0, 90.0, 80.0], [1.0, 1.0, 5.0, 5.0])) == [0, 1]
+    # The groups' best are close: then both alternatives decide whether they are taken at all.
+    assert contested([program], filled([9.0, 2.0, 9.0, 2.02], [0.5] * 4)) == [1, 3]
+
+
+def test_rounds_double_and_stop_when_the_choice_is_settled():
+    truth = filled([2.3, 2.0, 9.0, 8.0], [1.0, 1.0, 0.1, 0.1], count=400)
+    book, asked = ScoreBook.empty([NOTHING] * 4, truth.traces), []
+
+    def score(alternatives, numbers):
+        asked.append((list(alternatives), len(numbers)))
+        book.values[np.ix_(alternatives, numbers)] = truth.values[np.ix_(alternatives, numbers)]
+
+    used = score_adaptively(book, score, [two_groups()], first=8)
+    assert asked[0] == ([0, 1, 2, 3], 8) and all(alternatives == [0, 1] for alternatives, _ in asked[1:])
+    assert [count for _, count in asked[:3]] == [8, 8, 16] and used < 400
+    assert book.scored[2].sum() == 8 and book.scored[1].sum() == used
+
+
+def test_scoring_ends_with_the_traces():
+    truth = filled([2.0, 2.0, 2.0, 2.0], [1.0] * 4, count=20)
+    book, asked = ScoreBook.empty([NOTHING] * 4, truth.traces), []
+
+    def score(alternatives, numbers):
+        asked.append(len(numbers))
+        book.values[np.ix_(alternatives, numbers)] = truth.values[np.ix_(alternatives, numbers)]
+
+    assert score_adaptively(book, score, [two_groups()], first=16) == 20 and asked == [16, 4]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_first_traces_hold_every_task_and_effort(seed):
+    order = in_random_order(traces(41), seed)
+    assert sorted(order) == list(range(41))
+    for stop in (4, 8, 24):
+        kinds = [n % 4 for n in order[:stop]]
+        assert np.bincount(kinds, minlength=4).tolist() == [stop // 4] * 4

@@ -1,0 +1,375 @@
+"""Ranking and scoring against direct computation: one removal, one replacement, one whole forward pass at a time."""
+
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from puzzle_jax.generate.batches import micro_batches
+from puzzle_jax.generate.traces import Trace
+from puzzle_jax.kernels.expert_mlp import expert_mlp
+from puzzle_jax.kernels.route import route
+from puzzle_jax.model.child import Child, ChildBlock, whole
+from puzzle_jax.model.network import attention_block, embed, forward, moe_block, rms_norm
+from puzzle_jax.model.rope import rope_table
+from puzzle_jax.model.sharding import make_mesh, shard_params
+from puzzle_jax.model.spec import layer_experts
+from puzzle_jax.search.processes import Team
+from puzzle_jax.search.rank.ranking import METHODS, KeptSums, rank_experts
+from puzzle_jax.search.score import replace_one as replace_module
+from puzzle_jax.search.score.lens import fit_lens
+from puzzle_jax.search.score.measurements import ScoreBook, SharedFill, fill, score_children, work_left
+from puzzle_jax.search.score.replace_one import Alternative, ReplaceOne, child_choices
+from tests.support import random_params, small_config
+
+
+@pytest.fixture(scope="module")
+def parent():
+    config = small_config()
+    params = random_params(config)
+    # Expert 6 of layer 1 is never chosen.
+    moe = params["layers"][1]["moe"]
+    moe["router_bias"] = moe["router_bias"].at[6].set(-1e4)
+    rng = np.random.default_rng(0)
+    sizes = [(9, 7), (14, 3), (40, 12), (25, 30)]
+    traces = [
+        Trace(
+            "t",
+            "low",
+            i,
+            {},
+            tuple(rng.integers(0, 97, p).tolist()),
+            tuple(rng.integers(0, 97, c).tolist()),
+            1.0,
+            False,
+        )
+        for i, (p, c) in enumerate(sizes)
+    ]
+    return config, params, traces
+
+
+def test_rankings_by_hand(parent, ranking):
+    config, params, traces = parent
+    sums = [removals_and_contributions(params, config, *padded(trace)) for trace in traces]
+    for layer in range(config.num_layers):
+        removal, gated, turned, gates, routed = np.sum([of_trace[layer] for of_trace in sums], axis=0)
+        with np.errstate(invalid="ignore"):
+            expected = {
+                "removal_error": removal / 4,
+                "reap": gated / routed,
+                "easy_ep": turned / 4,
+                "frequency": routed / 4,
+                "weighted_frequency": gates / 4,
+            }
+        never = routed == 0
+        assert layer != 1 or never[6]
+        for method in METHODS:
+            assert np.all(ranking.scores[method][layer][never] == -np.inf)
+        for method, values in expected.items():
+            tolerance = {"easy_ep": 2e-3}.get(method, 2e-4)  # one minus a cosine in float32
+            found = ranking.scores[method][layer]
+            np.testing.assert_allclose(found[~never], values[~never], rtol=tolerance, err_msg=method)
+
+
+@pytest.fixture(scope="module")
+def ranking(parent):
+    config, params, traces = parent
+    return rank_experts(params, config, micro_batches(traces, tokens_per_batch=128, smallest=64))
+
+
+def test_a_ranking_goes_on_from_the_sums_of_a_killed_run(parent, ranking, tmp_path, monkeypatch):
+    config, params, traces = parent
+    batches, path, ran = micro_batches(traces, tokens_per_batch=128, smallest=64), tmp_path / "deep/sums", []
+
+    def dies():
+        ran.append("first")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        rank_experts(params, config, batches, on_batch=dies, kept=KeptSums(path))
+    monkeypatch.setattr("puzzle_jax.search.rank.ranking.spread_rows", lambda x, mesh: ran.append("again") or x)
+    again = rank_experts(params, config, batches, kept=KeptSums(path))
+    assert ran.count("again") == len(batches) - 1 > 0
+    np.testing.assert_array_equal(again.routed, ranking.routed)
+    for method in METHODS:
+        np.testing.assert_array_equal(again.scores[method], ranking.scores[method], err_msg=method)
+    path.write_bytes(path.read_bytes()[:99])  # half a file is none
+    assert KeptSums(path).load(config)[0] == 0
+
+
+def padded(trace):
+    """A trace's tokens as one row of 64, one length for all traces, and how many there are."""
+    tokens = (*trace.prompt, *trace.completion)
+    return jnp.zeros((1, 64), jnp.int32).at[0, : len(tokens)].set(jnp.asarray(tokens)), len(tokens)
+
+
+@partial(jax.jit, static_argnums=1)
+def removals_and_contributions(params, config, tokens, count):
+    """Per layer and expert, means over one row's tokens: the error when it is removed, where it was chosen; the norm of
+    its gated output, alone and times how far the mixture turned the state; its gate; how often it was chosen."""
+    x, means = embed(params, tokens), []
+    table = rope_table(config.rope, config.head_dim, jnp.arange(tokens.shape[1])[None])
+    for layer, block in zip(params["layers"], config.blocks, strict=True):
+        x, _ = attention_block(layer["attention"], config, x, table, window=block.window)
+        moe, y = layer["moe"], rms_norm(x, layer["moe"]["norm"], config.rms_norm_eps)[0]
+        logits = y @ moe["router_weight"] + moe["router_bias"]
+
+        def mixture(routing, moe=moe, y=y):
+            return expert_mlp(y, routing, layer_experts(moe), limit=config.swiglu_limit, implementation="reference")
+
+        before, after = x[0], x[0] + mixture(route(logits, 2))
+        norms = jnp.linalg.norm(before, axis=-1) * jnp.linalg.norm(after, axis=-1)
+        turn = jnp.maximum(1 - jnp.sum(before * after, axis=-1) / norms, 0)
+
+        def of_expert(expert, logits=logits, mixture=mixture, turn=turn):
+            chosen = route(logits, 2)
+            used = (chosen.ids == expert).any(axis=1)
+            without = mixture(route(logits, 2, mask=jnp.arange(7)[None] != expert))
+            alone = mixture(chosen._replace(gates=jnp.where(chosen.ids == expert, chosen.gates, 0.0)))
+            error = used * jnp.mean((without - mixture(chosen)) ** 2, axis=-1)
+            gate = jnp.sum(jnp.where(chosen.ids == expert, chosen.gates, 0.0), axis=1)
+            norm = jnp.linalg.norm(alone, axis=-1)
+            by_token = jnp.stack([error, norm, norm * turn, gate, used])
+            return jnp.sum(by_token, axis=1, where=jnp.arange(64) < count) / count
+
+        means.append(jax.vmap(of_expert, out_axes=1)(jnp.arange(7)))
+        x = x + mixture(route(logits, 2))[None]
+    return jnp.stack(means)
+
+
+def test_experts_are_removed_one_by_one_as_a_direct_search_does(parent, ranking):
+    """All tokens are sampled here, and all ranks kept, so elimination is exact: every step is tried on the model."""
+    config, params, traces = parent
+    states = [layer_inputs(params, config, *padded(trace)) for trace in traces]
+    for layer in range(config.num_layers):
+        y = jnp.concatenate([of_trace[layer, : padded(t)[1]] for of_trace, t in zip(states, traces, strict=True)])
+        weight = np.concatenate([np.full(padded(t)[1], 1 / padded(t)[1]) for t in traces])
+        moe = params["layers"][layer]["moe"]
+        logits = np.asarray(y @ moe["router_weight"] + moe["router_bias"], np.float64)
+        alive, voters = np.ones(7, bool), np.ones(7, bool)
+        for step in range(5):
+            errors = np.asarray(removal_errors(moe, config, y, jnp.asarray(alive)), np.float64)
+            growth = (errors * weight).sum(axis=1)
+            growth[~alive] = np.inf
+            unused = ranking.routed[layer] == 0
+            if not (unused & alive).any():  # an expert that is never used goes first, by any order among such
+                victim = int(np.argmin(growth))
+                assert ranking.scores["joint_greedy"][layer][victim] == step, (layer, step)
+            else:
+                victim = int(np.flatnonzero(unused & alive)[0])
+            alive[victim] = False
+            votes = np.zeros(7)
+            for row, w in zip(np.where(voters, logits, -np.inf), weight, strict=True):
+                votes[np.argsort(-row)[:2]] += w
+            votes[~voters] = np.inf
+            loser = int(np.flatnonzero(unused & voters)[0]) if (unused & voters).any() else int(np.argmin(votes))
+            assert unused[loser] or ranking.scores["ranked_choice"][layer][loser] == step
+            voters[loser] = False
+
+
+@partial(jax.jit, static_argnums=1)
+def layer_inputs(params, config, tokens, count):
+    """Normalised states before every layer's mixture."""
+    x, out = embed(params, tokens), []
+    table = rope_table(config.rope, config.head_dim, jnp.arange(tokens.shape[1])[None])
+    for layer, block in zip(params["layers"], config.blocks, strict=True):
+        x, _ = attention_block(layer["attention"], config, x, table, window=block.window)
+        out.append(rms_norm(x, layer["moe"]["norm"], config.rms_norm_eps)[0])
+        x = moe_block(layer["moe"], config, x)[0]
+    return jnp.stack(out)
+
+
+@partial(jax.jit, static_argnums=1)
+def removal_errors(moe, config, y, alive):
+    """Per expert and token, the mean squared distance from the whole mixture without it and those gone before."""
+    logits = y @ moe["router_weight"] + moe["router_bias"]
+
+    def mixture(mask):
+        routing = route(logits, 2, mask=mask[None])
+        return expert_mlp(y, routing, layer_experts(moe), limit=config.swiglu_limit, implementation="reference")
+
+    whole = mixture(jnp.ones(7, bool))
+    return jax.vmap(lambda e: jnp.mean((mixture(alive & (jnp.arange(7) != e)) - whole) ** 2, axis=-1))(jnp.arange(7))
+
+
+def test_never_routed_experts_leave_first_and_kept_ids_ascend(ranking):
+    for method in METHODS:
+        kept = ranking.keep(method, 1, 6)
+        assert 6 not in kept and list(kept) == sorted(set(kept)) and len(kept) == 6
+        assert set(ranking.keep(method, 0, 3)) < set(ranking.keep(method, 0, 5))
+
+
+def test_rankings_on_a_mesh_are_those_of_one_device(parent):
+    config, params, traces = parent
+    batches = micro_batches([*traces, *traces[:2]], tokens_per_batch=128)
+    alone = rank_experts(params, config, batches)
+    mesh = make_mesh(1, 7)
+    spread = rank_experts(shard_params(params, config, mesh), config, batches, mesh=mesh)
+    np.testing.assert_array_equal(spread.routed, alone.routed)
+    for method in METHODS:
+        np.testing.assert_allclose(spread.scores[method], alone.scores[method], rtol=2e-4, err_msg=method)
+
+
+def test_logits_of_few_answers_at_a_time_give_the_same_scores(parent, monkeypatch):
+    config, params, traces = parent
+    alternatives = [(0, Alternative(np.arange(7) < 5, 6)), (3, Alternative(np.arange(7) > 3, None))]
+
+    def scored():
+        book = ScoreBook.empty(alternatives, traces)
+        fill(book, ReplaceOne(params, config, per_call=2), range(2), range(4), tokens_per_batch=128)
+        return book.values
+
+    whole_at_once = scored()
+    monkeypatch.setattr(replace_module, "MOST_ANSWERS", 13)
+    replace_module.compare_states.clear_cache()
+    np.testing.assert_allclose(scored(), whole_at_once, rtol=1e-5, atol=1e-7)
+    replace_module.compare_states.clear_cache()
+
+
+def test_scores_are_those_of_whole_passes_over_single_replacements(parent):
+    config, params, traces = parent
+    replaced = {(0, "experts"): ((1, 2, 4), 5), (1, "window"): (tuple(range(7)), 6), (3, "both"): ((0, 5), 9)}
+    alternatives = [
+        (layer, Alternative(np.isin(np.arange(7), kept), window)) for (layer, _), (kept, window) in replaced.items()
+    ]
+    book = ScoreBook.empty(alternatives, traces)
+    run = ReplaceOne(params, config, per_call=2, keep_every=3)
+    work = work_left(book, run, range(3), range(4), tokens_per_batch=128)
+    done = []
+    fill(book, run, range(3), range(4), tokens_per_batch=128, on_done=done.append)
+    assert sum(done) == work and work_left(book, run, range(3), range(4), tokens_per_batch=128) == 0
+    for number, ((layer, _), (kept, window)) in enumerate(replaced.items()):
+        blocks = list(whole(config).blocks)
+        blocks[layer] = ChildBlock(kept, window)
+        child = Child(config, tuple(blocks))
+        kls = [direct_kl(params, config, child, trace) for trace in traces]
+        score = book.score(number)
+        tokens = [len(trace.completion) for trace in traces]
+        np.testing.assert_allclose(score.kl, np.average(kls, weights=tokens), rtol=2e-3)
+        assert score.traces == 4
+        again = score_children(params, config, [child], traces, tokens_per_batch=128)
+        np.testing.assert_allclose(again.scores[0].kl, score.kl, rtol=1e-4)
+        np.testing.assert_allclose(again.kl[0], kls, rtol=2e-3)
+        assert again.tokens.tolist() == tokens
+
+
+class _Threads(Team):
+    """A team whose processes are threads."""
+
+    def meet(self, barrier: threading.Barrier, values: list) -> Self:
+        self.barrier, self.values = barrier, values
+        return self
+
+    def gathered(self, values: np.ndarray) -> np.ndarray:
+        self.values[self.index] = values
+        self.barrier.wait()
+        found = np.stack(self.values)
+        self.barrier.wait()
+        return found
+
+
+def test_a_team_shares_batches_and_everyone_gets_all_of_them(parent):
+    """Five traces of which each is a batch: two turns of three processes, the last one short."""
+    config, params, traces = parent
+    traces = [*traces, replace(traces[0], prompt=(3, 4, 5))]
+    alternatives = [(0, Alternative(np.arange(7) < 5, 6)), (3, Alternative(np.arange(7) > 3, None))]
+    run = ReplaceOne(params, config, per_call=2)
+    alone = ScoreBook.empty(alternatives, traces)
+    fill(alone, run, range(2), range(5), tokens_per_batch=1)
+    barrier, values = threading.Barrier(3, timeout=120), [None] * 3
+    teams = [_Threads(3, index).meet(barrier, values) for index in range(3)]
+    jobs = [SharedFill.of(ScoreBook.empty(alternatives, traces), run, range(2), range(5), 1) for _ in teams]
+    assert pickle.loads(pickle.dumps(jobs[0])).run.params == {}
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda job, team: job.join(team, params, None), jobs, teams))
+    for job in jobs:
+        np.testing.assert_array_equal(job.book.values, alone.values)
+    # What others did counts as done too.
+    again, done = ScoreBook.empty(alternatives, traces), []
+    work = work_left(again, run, range(2), range(5), tokens_per_batch=1)
+    fill(again, run, range(2), range(5), tokens_per_batch=1, on_done=done.append, team=_Pretender(2, 0))
+    assert sum(done) == work == 5 * (config.num_layers + config.num_layers - 3)
+
+
+class _Pretender(Team):
+    """A team whose other process is always done, with zeros."""
+
+    def gathered(self, values: np.ndarray) -> np.ndarray:
+        return np.stack([values, np.zeros_like(values)])
+
+
+def test_losses_by_context_and_beyond_the_window(parent):
+    config, params, traces = parent
+    book = ScoreBook.empty([(1, Alternative(np.ones(7, bool), 24))], traces)
+    fill(book, ReplaceOne(params, config), [0], range(4), tokens_per_batch=128)
+    score = book.score(0)
+    # Of 7, 3, 12 and 30 completion tokens those are late that are predicted from more than 24 tokens.
+    late = (12 + 30) / (7 + 3 + 12 + 30)
+    assert score.late_share == pytest.approx(late) and score.late_kl == pytest.approx(score.kl / late)
+    assert book.values[0, :2, 0].tolist() == [0.0, 0.0]  # a window as wide as the trace changes nothing
+    assert set(score.kl_by_context) == {"up to 64"}
+    assert score.kl_by_context["up to 64"] == pytest.approx(score.kl, rel=1e-5)
+
+
+def test_scores_around_a_child_are_differences_to_it(parent):
+    config, params, traces = parent
+    blocks = list(whole(config).blocks)
+    blocks[0] = ChildBlock((0, 2, 3, 5), blocks[0].window)
+    child = Child(config, tuple(blocks))
+    blocks[2] = ChildBlock((1, 4, 6), 3)
+    both = Child(config, tuple(blocks))
+    of_child, of_both = score_children(params, config, [child, both], traces, tokens_per_batch=128).kl
+    book = ScoreBook.empty([(2, Alternative(np.isin(np.arange(7), (1, 4, 6)), 3))], traces)
+    fill(book, ReplaceOne(params, config, child_choices(child)), [0], range(4), tokens_per_batch=128)
+    np.testing.assert_allclose(book.values[0, :, 0], of_both - of_child, rtol=1e-3, atol=1e-5)
+
+
+def test_a_book_is_kept_for_the_same_question_only(parent, tmp_path):
+    _, _, traces = parent
+    alternatives = [(0, Alternative(np.ones(7, bool), 3)), (2, Alternative(np.ones(7, bool), 4))]
+    book = ScoreBook.empty(alternatives, traces)
+    book.values[1, 2] = np.arange(book.values.shape[2])
+    book.save(tmp_path / "book", book.key("parent"))
+    again = ScoreBook.empty(alternatives, traces)
+    again.load(tmp_path / "book", again.key("another parent"))
+    assert not again.scored.any()
+    again.load(tmp_path / "book", again.key("parent"))
+    np.testing.assert_array_equal(again.values, book.values)
+    (tmp_path / "book").write_bytes(b"half a file")
+    damaged = ScoreBook.empty(alternatives, traces)
+    damaged.load(tmp_path / "book", damaged.key("parent"))
+    assert not damaged.scored.any()
+
+
+def test_a_lens_of_the_last_layer_is_exact_and_others_order_alternatives(parent):
+    config, params, traces = parent
+    masks = [np.isin(np.arange(7), kept) for kept in ((0, 1, 2, 3, 4, 5), (0, 3, 5), (1, 6))]
+    alternatives = [(layer, Alternative(mask, config.blocks[layer].window)) for layer in (0, 3) for mask in masks]
+    run = ReplaceOne(params, config, per_call=2)
+    batches = micro_batches(traces, tokens_per_batch=128, smallest=64)
+    exact, looked = (ScoreBook.empty(alternatives, traces) for _ in range(2))
+    fill(exact, run, range(6), range(4), tokens_per_batch=128)
+    fill(looked, fit_lens(run, batches), range(6), range(4), tokens_per_batch=128)
+    # After the last layer nothing follows: its map is the identity, but for the ridge.
+    np.testing.assert_allclose(looked.means()[3:], exact.means()[3:], rtol=0.05)
+    assert np.all(looked.means()[:3] > 0)
+
+
+def direct_kl(params, config, child, trace):
+    tokens, count = padded(trace)
+    ours, parents = (viewed(params, config, tokens, one.view) for one in (child, Child(config, whole(config).blocks)))
+    p, q = (np.asarray(jax.nn.log_softmax(x), np.float64)[0] for x in (parents, ours))
+    kl = (np.exp(p) * (p - q)).sum(-1)
+    return kl[len(trace.prompt) - 1 : count - 1].mean()
+
+
+@partial(jax.jit, static_argnums=1)
+def viewed(params, config, tokens, view):
+    return forward(params, config, tokens, windows=list(view.windows), expert_masks=list(view.expert_masks))

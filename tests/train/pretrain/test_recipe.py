@@ -1,0 +1,75 @@
+"""Recipes: the embedded one, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+import puzzle_jax
+from puzzle_jax.errors import ConfigError
+from puzzle_jax.train.pretrain.recipe import load_recipe, recipe_from
+
+EMBEDDED = Path(puzzle_jax.__file__).parent / "recipes" / "pretrain-tiny.yaml"
+
+
+def test_embedded_recipe_describes_a_model_that_stock_runtimes_load():
+    model = load_recipe(EMBEDDED).model
+    assert model.num_layers >= 6
+    assert [block.window for block in model.blocks] == [16, None] * (model.num_layers // 2)
+    assert {block.num_experts for block in model.blocks} == {16}
+    assert (model.experts_per_token, model.head_dim, model.rms_norm_eps, model.swiglu_limit) == (2, 32, 1e-5, 7.0)
+    assert model.hidden_size % 32 == model.intermediate_size % 32 == model.vocab_size % 32 == 0
+    assert model.hidden_size != model.intermediate_size
+
+
+def changed(**changes):
+    content = yaml.safe_load(EMBEDDED.read_text())
+    for name, value in changes.items():
+        node, *path = content, *name.split("__")
+        for key in path[:-1]:
+            node = node[key]
+        if value is None:
+            del node[path[-1]]
+        else:
+            node[path[-1]] = value
+    return content
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stepz": 3}, "recipe has the unknown field stepz; known: seed, model"),
+        ({"learning_rate": None}, "recipe lacks the field learning_rate"),
+        ({"steps": 0}, "steps is 0, but must be a whole number of at least 1"),
+        ({"warmup_steps": 10**9}, "warmup_steps and final_steps are 1000000000 and"),
+        ({"learning_rate": "fast"}, "recipe.learning_rate is 'fast', but must be a number"),
+        ({"steps": 2.5}, "recipe.steps is 2.5, but must be a whole number"),
+        ({"model__num_experts": None}, "model.num_experts is None, but must be a whole number"),
+        ({"learning_rate": -1.0}, "learning_rate is -1.0, but must be above 0"),
+        ({"adam_b2": 1.5}, r"adam_b2 is 1.5, but must be in \[0, 1\)"),
+        ({"tasks": {"sums": 1.0}}, "task is 'sums', but must be one of chain"),
+        ({"tasks": {"chain": 0.0}}, "tasks is {'chain': 0.0}, but needs weights above 0"),
+        ({"efforts": {"huge": 1.0}}, "effort is 'huge', but must be one of low, medium, high"),
+        ({"efforts": 3}, "efforts is 3, but must be a mapping"),
+        ({"buckets": 3}, "buckets is 3, but must be a list"),
+        ({"buckets": [{"length": 64, "rows": 0, "weight": 1}]}, "bucket of 0 rows of 64 tokens"),
+        ({"buckets": [{"length": 2048, "rows": 1, "weight": 1}]}, "2048 tokens long, but model max_position is"),
+        ({"model__windows": "all"}, "model.windows is 'all', but must list each layer's window"),
+        ({"model__num_kv_heads": 3}, "num_heads is 4, but must be a multiple of num_kv_heads"),
+        ({"model__rope__factor": 0.5}, "rope factor is 0.5, but must be at least 1"),
+    ],
+)
+def test_impossible_recipes_are_refused_in_one_sentence(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        recipe_from(changed(**changes))
+
+
+def test_files_are_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"recipe .*none.yaml does not exist"):
+        load_recipe(tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(ConfigError, match=r"recipe .*bad.yaml cannot be read as YAML"):
+        load_recipe(tmp_path / "bad.yaml")
+    (tmp_path / "list.yaml").write_text("[1]")
+    with pytest.raises(ConfigError, match=r"recipe .*list.yaml: recipe is \[1\], but must be a mapping"):
+        load_recipe(tmp_path / "list.yaml")
