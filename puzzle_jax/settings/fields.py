@@ -43,6 +43,16 @@ class Setting:
         return next((get_args(of) for of in hint_options(self.hint) if get_origin(of) in (dict, Mapping)), None)
 
     @property
+    def of_weights(self) -> bool:
+        """Whether it is a mapping of names to weights, and nothing else."""
+        return self.mapping is not None and float in hint_options(self.mapping[1]) and not self.is_scalar
+
+    @property
+    def is_scalar(self) -> bool:
+        """Whether a single number may be given."""
+        return any(of in (int, float) for of in hint_options(self.hint))
+
+    @property
     def element(self) -> Any:
         """The type of a list's elements; None for what is no list."""
         lists = [of for of in hint_options(self.hint) if get_origin(of) in (tuple, list, Sequence)]

@@ -61,7 +61,7 @@ def formed(value: Any, name: str, settings: Mapping[str, Setting], source: str) 
         return None
     if setting.section is not None:
         return _section(value, name, settings, source)
-    if setting.mapping is not None and isinstance(value, list) and float in hint_options(setting.mapping[1]):
+    if setting.of_weights and isinstance(value, list):
         return _weights(value, where)
     if setting.mapping is not None and isinstance(value, Mapping):
         return dict(value)
@@ -124,9 +124,9 @@ def _mapping(text: str, setting: Setting, where: str) -> Any:
     """A mapping, or a list of names that each weigh 1."""
     assert setting.mapping is not None
     of = setting.mapping[1]
-    if "=" not in text and setting.read is not None:
-        return text
-    if "=" not in text and float in hint_options(of):
+    if "=" not in text and (setting.read is not None or setting.is_scalar):
+        return _scalar(text, setting.hint)
+    if "=" not in text and setting.of_weights:
         return [part.strip() for part in text.split(",") if part.strip()]
     parts = [of for of in hint_options(of) if get_origin(of) in (tuple, Sequence)]
     found = dict(pairs_of(text, where, describe(setting.hint)))

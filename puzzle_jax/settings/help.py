@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 from puzzle_jax.settings.fields import Setting, hint_options
 
 _WIDTH, _COLUMN = 110, 34
-_FORMS = {bool: "", int: "N", float: "X", Path: "PATH", str: "TEXT"}
+_FORMS = {bool: "", float: "X", int: "N", Path: "PATH", str: "TEXT"}
 
 
 def help_text(
@@ -68,9 +68,9 @@ def _form(setting: Setting) -> str:
     if setting.mapping is not None:
         return "K=V,..."
     if setting.element is not None:
-        return "A,B,..."
+        return "PATH ..." if setting.element is Path else "A,B,..."
     choices = [str(value) for of in hint_options(setting.hint) if get_origin(of) is Literal for value in get_args(of)]
-    return "|".join(choices) or next((_FORMS[of] for of in hint_options(setting.hint) if of in _FORMS), "VALUE")
+    return "|".join(choices) or next((form for of, form in _FORMS.items() if of in hint_options(setting.hint)), "VALUE")
 
 
 def _written(value: Any) -> str:

@@ -45,8 +45,8 @@ class MeshSettings:
                     f"{section}.{name} is {value}, but must be a multiple of mesh.{axis} ({getattr(self, axis)})"
                 )
 
-    def check_without(self, *axes: str) -> None:
-        """Raises ConfigError for more than one on an axis, or of the processes, that the verb does not have."""
+    def check_without(self, what: str, *axes: str) -> None:
+        """Raises ConfigError for more than one on an axis, or of the processes, that something does not have."""
         for axis in axes:
             if getattr(self, axis) != 1:
-                raise ConfigError(f"mesh.{axis} is {getattr(self, axis)}, but must be 1 here")
+                raise ConfigError(f"mesh.{axis} is {getattr(self, axis)}, but {what} is not shared along it (1)")
