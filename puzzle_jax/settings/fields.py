@@ -45,7 +45,7 @@ class Setting:
     @property
     def of_weights(self) -> bool:
         """Whether it is a mapping of names to weights, and nothing else."""
-        return self.mapping is not None and float in hint_options(self.mapping[1]) and not self.is_scalar
+        return self.mapping is not None and self.mapping[1] is float and not self.is_scalar
 
     @property
     def is_scalar(self) -> bool:
