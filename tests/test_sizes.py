@@ -13,7 +13,7 @@ from puzzle_jax.evaluate.settings import Scenario as Lengths
 from puzzle_jax.evaluate.settings import Settings, SpeedSettings
 from puzzle_jax.search.recipe import Recipe
 from puzzle_jax.settings.fields import hint_options, setting_hints
-from puzzle_jax.settings.files import parse_settings
+from puzzle_jax.settings.verbs import Verb, parse
 from puzzle_jax.train.distill.recipe import DistillRecipe
 from puzzle_jax.train.grpo.recipe import GrpoRecipe
 
@@ -56,7 +56,8 @@ CASES = [
 
 @pytest.fixture(scope="module", params=GIVEN, ids=lambda kind: kind.__name__)
 def recipe(request):
-    return parse_settings(GIVEN[request.param], request.param, prog="x", description="", names=[])[1]
+    kind = request.param
+    return parse(Verb("x", "", f"{kind.__module__}:{kind.__name__}", "", (), ""), GIVEN[kind])
 
 
 def test_numbers_beyond_all_use_are_refused_by_name(recipe):

@@ -25,24 +25,18 @@ _WORDS: Mapping[Any, str] = {
 }
 _MAPPINGS, _LISTS = (dict, Mapping), (tuple, list, Sequence)
 _KEY = re.compile(r'Parser key "([^"]+)": ')
-_CHOICE = re.compile(r"invalid choice: '?([^' ]*)'?")
 _AFTER_VALUE = re.compile(" Subclass types expect| - Expected | - Not of type | Given value type")
 _LONGEST_VALUE = 120
 
 
-def plain_message(error: Exception, hints: Mapping[str, Any], choice: tuple[str, Sequence[str]] | None = None) -> str:
+def plain_message(error: Exception, hints: Mapping[str, Any]) -> str:
     """One sentence for what a parser refused.
 
     Args:
       error: of the parser.
       hints: types of the settings, by dotted name.
-      choice: name and values of the positional argument, where there is one.
     """
     text = " ".join(str(error).split())
-    found = _CHOICE.search(text)
-    if choice is not None and found is not None:
-        name, values = choice
-        return f"{name} is {found[1]!r}, but must be one of {', '.join(values)}{did_you_mean(found[1], values)}"
     if missing := re.search(r"the following arguments are required: (.*)", text):
         inside = [name for name in _KEY.findall(text) if name in hints]
         return f"{inside[-1]} lacks {missing[1]}" if inside else f"{missing[1]} must be given"
@@ -65,7 +59,7 @@ def plain_message(error: Exception, hints: Mapping[str, Any], choice: tuple[str,
         "holds"
         if value[:1] not in "[{"
         and _is_collection(hint)
-        and not re.search(r"Expected a <class '(tuple|list|dict)'>", text)
+        and not re.search(r"Expected a <class '(tuple|list|dict|collections.abc.Mapping)'>", text)
         else "is"
     )
     return f"{where} {verb} {value}, but must be {words}{did_you_mean(value, _choices(hint))}"

@@ -1,4 +1,4 @@
-"""`python -m puzzle_jax.train pretrain --recipe FILE --out DIR`: a small parent from nothing."""
+"""`puzzle train pretrain --recipe FILE --out DIR`: a small parent from nothing."""
 
 from __future__ import annotations
 
