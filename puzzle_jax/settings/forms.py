@@ -59,6 +59,8 @@ def formed(value: Any, name: str, settings: Mapping[str, Setting], source: str) 
         if not setting.may_be_null:
             raise ConfigError(f"{where} is None, but must have a value")
         return None
+    if setting.is_text and not isinstance(value, str):
+        raise ConfigError(f"{where} is {shown(value)}, but must be {describe(setting.hint)}")
     if setting.section is not None:
         return _section(value, name, settings, source)
     if setting.of_weights and isinstance(value, list):
