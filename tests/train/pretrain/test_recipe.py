@@ -47,7 +47,7 @@ def changed(**changes):
         ({"learning_rate": None}, "learning_rate must be given"),
         ({"steps": 0}, "steps is 0, but must be a whole number of at least 1"),
         ({"warmup_steps": 10**9}, "warmup_steps and final_steps are 1000000000 and"),
-        ({"learning_rate": "fast"}, "learning_rate is fast, but must be a number"),
+        ({"learning_rate": "fast"}, "learning_rate is 'fast', but must be a number"),
         ({"steps": 2.5}, "steps is 2.5, but must be a whole number"),
         ({"model__num_experts": None}, "model.num_experts is None, but must be a whole number"),
         ({"learning_rate": -1.0}, "learning_rate is -1.0, but must be above 0"),
