@@ -57,7 +57,7 @@ def read_arguments(
         setting = settings.get(name)
         texts = [text] if equals else []
         several = setting is not None and key is None and _takes_several(setting) and not positional
-        if setting is not None and setting.is_flag and not equals and (rest[:1] or [""])[0].lower() not in _TRUTH:
+        if setting is not None and setting.is_flag and not equals and not _is_truth(rest, bool(positional)):
             texts = ["true"]
         while not equals and rest and not rest[0].startswith("--") and (several or not texts):
             texts.append(rest.pop(0))
@@ -88,6 +88,11 @@ def _named(given: str, settings: Mapping[str, Setting]) -> tuple[str, str | None
     known = [*(f"--{name}" for name in settings), *OTHER_OPTIONS]
     hint = did_you_mean(f"--{name}" if given.startswith("--") else given, known) or "; --help lists those there are"
     raise ConfigError(f"there is no option {given}{hint}")
+
+
+def _is_truth(rest: Sequence[str], positional: bool) -> bool:
+    """Whether a flag's value follows: where words have places of their own, only a word that can be nothing else."""
+    return bool(rest) and not rest[0].startswith("--") and (not positional or rest[0].lower() in _TRUTH)
 
 
 def _takes_several(setting: Setting) -> bool:

@@ -56,6 +56,10 @@ class DataSettings:
         check_range("data.heldout", self.heldout, 1, MOST_TOGETHER)
         self.of((Path("-"),))
 
+    @property
+    def tokens_per_step(self) -> int:
+        return self.row_length * self.rows * self.micro_batches
+
     def of(self, paths: tuple[Path, ...]) -> TraceSettings:
         """The settings of data from these files."""
         own = {name: value for name, value in vars(self).items() if name != "heldout"}
