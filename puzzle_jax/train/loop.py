@@ -276,11 +276,11 @@ class _Run:
 
     def _note(self, number: int, values: Mapping[str, float]) -> str:
         """A step's loss, reward and KL, and tokens per second, as they stand beside the bar."""
-        shown = [f"{name} {value:.4g}" for name, value in values.items() if _is_headline(name)]
+        names = ["loss", "reward", *(name for name in values if name.split("_")[-1] == "kl")]
+        shown = [f"{name} {values[name]:.4g}" for name in names if name in values]
         steps, seconds = number - self._since[0], time.monotonic() - self._since[1]
-        rates = {
-            name.removesuffix("_per_second"): of for name, of in values.items() if name.endswith("tokens_per_second")
-        }
+        rated = (name for name in values if name.endswith("tokens_per_second"))
+        rates = {name.removesuffix("_per_second"): values[name] for name in rated}
         if self.job.tokens_per_step and steps > 0 and seconds > 0:
             rates["tokens"] = self.job.tokens_per_step * steps / seconds
         shown += [f"{rate:,.0f} {name.replace('_', ' ')}/s" for name, rate in rates.items()]
@@ -330,10 +330,6 @@ def stop_signals() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _is_headline(name: str) -> bool:
-    return name in ("loss", "reward") or name.split("_")[-1] == "kl"
 
 
 def _due(number: int, every: int, last: int) -> bool:

@@ -353,7 +353,7 @@ def test_restored_states_train_as_fresh_ones(tmp_path):
     assert not any(leaf.committed for leaf in jax.tree.leaves(restored.state))
 
 
-# What is told -----------------------------------------------------------------------------------------------------------
+# What is told
 
 
 @pytest.mark.parametrize("terminal", [False, True])
