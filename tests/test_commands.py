@@ -289,15 +289,21 @@ def test_a_terminal_that_has_not_all_characters_shows_escapes():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--target.min_speedup", "fast"], "target.min_speedup is fast, but must be a number"),
+        (["--target.min_speedup", "fast"], "target.min_speedup is 'fast', but must be a number"),
         (["--target.widths", "wide"], "target.widths is .*, but must be a list of whole numbers or null"),
         (["--target.tasks", "{a: b}"], "target.tasks is .*, but must be a list of texts"),
         (["--target", "7"], "--target is '7', but must be a mapping of tasks, widths, min_speedup, limits, method"),
-        (["--target.limits", "{low: few}"], "target.limits holds few, but must be a mapping of names to whole numbers"),
-        (["--target.method", "exat"], r"target.method is exat, but must be one of exact, lens; did you mean exact\?"),
+        (
+            ["--target.limits", "{low: few}"],
+            r"target.limits is {'low': 'few'}, but must be a mapping of names to whole numbers",
+        ),
+        (["--target.method", "exat"], r"target.method is 'exat', but must be one of exact, lens; did you mean exact\?"),
         (["--out", "a\0b"], r"--out is 'a\\x00b', but no setting holds a NUL"),
         (["--target.limits", "{class_path: os.path}"], "--target.limits names a class of Python"),
-        (["--target.limits", "low=x"], "target.limits holds x, but must be a mapping of names to whole numbers"),
+        (
+            ["--target.limits", "low=x"],
+            "target.limits is {'low': 'x'}, but must be a mapping of names to whole numbers",
+        ),
         (["--target.limits", "low"], "--target.limits has 'low', but must be .*, of the form NAME=VALUE,NAME=VALUE"),
         (["--target.limits", "low=1,low=2"], "--target.limits names 'low' twice"),
         (["--target", "min_speed=3"], r"--target has the field target.min_speed, .*; did you mean target.min_speedup"),

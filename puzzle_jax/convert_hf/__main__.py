@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from functools import partial
 
 from puzzle_jax.settings.verbs import Verb, run_table
 
@@ -55,10 +55,7 @@ VERBS = {
 }  # fmt: skip
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a verb; returns the exit code."""
-    return run_table("convert_hf", VERBS, sys.argv[1:] if arguments is None else arguments)
-
+main = partial(run_table, "convert_hf", VERBS)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,7 +1,7 @@
 """What models are asked, and what an evaluation is; checked on construction, and nothing here opens a file.
 
 `Asked` is what all verbs have that put problems to a model. `Settings` are an evaluation: what answers depend on is
-`Settings.asked`, what only tokens per second depend on is `Settings.speed`. Left out: meshes.
+`Settings.asked`, the rest is what tokens per second depend on. Left out: meshes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from puzzle_jax.model.cache_format import CacheFormat
 from puzzle_jax.tasks import EFFORTS, TASKS, check_effort
 from puzzle_jax.temperature import check_temperature
 
-_MOST = {"slots": 1 << 20, "max_batch": 1 << 20, "rounds": 10_000, "bootstrap": 1_000_000}
+_MOST = {"slots": 1 << 20, "max_batch": 1 << 20, "rounds": 10_000, "bootstrap": 1_000_000, "cache_memory": 1 << 50}
 _UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 MAX_TOKENS: Mapping[str, int] = {"low": 32, "medium": 64, "high": 128}
@@ -105,30 +105,6 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class SpeedSettings:
-    """How tokens per second are measured.
-
-    Attributes:
-      scenarios: of fixed lengths; one per effort, with every model's own lengths, comes on top.
-      cache_memory: bytes for the caches of all requests that run together.
-      max_batch: so many requests run together at most.
-      rounds: counted ones.
-    """
-
-    scenarios: tuple[Scenario, ...] = (Scenario("chat", 160, 128),)
-    cache_memory: int = 16 << 20
-    max_batch: int = 32
-    rounds: int = 5
-
-    def __post_init__(self) -> None:
-        names = [scenario.name for scenario in self.scenarios]
-        if len(set(names)) < len(names):
-            raise ConfigError(f"scenarios are named {', '.join(names)}, but every name may come once only")
-        for name in ("cache_memory", "max_batch", "rounds"):
-            _at_least_one(name, getattr(self, name))
-
-
-@dataclass(frozen=True)
 class Settings(Asked):
     """One evaluation.
 
@@ -173,12 +149,12 @@ class Settings(Asked):
             raise ConfigError(
                 f"problems is {self.problems}, but must be at least 1 for each of the {len(self.tasks)} tasks"
             )
-        for name in ("slots", "bootstrap"):
-            _at_least_one(name, getattr(self, name))
+        for name, most in _MOST.items():
+            check_range(name, getattr(self, name), 1, most)
         CacheFormat(self.cache_dtype)
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p is {self.top_p}, but must be above 0 and at most 1")
-        _ = self.speed
+        _ = self.lengths
 
     @property
     def reference(self) -> str:
@@ -186,12 +162,9 @@ class Settings(Asked):
         return next(iter(self.models))
 
     @property
-    def speed(self) -> SpeedSettings | None:
-        """How tokens per second are measured; None where they are not."""
-        if not self.throughput:
-            return None
-        scenarios = tuple(Scenario(name, *lengths) for name, lengths in self.scenarios.items())
-        return SpeedSettings(scenarios, self.cache_memory, self.max_batch, self.rounds)
+    def lengths(self) -> tuple[Scenario, ...]:
+        """The scenarios of fixed lengths."""
+        return tuple(Scenario(name, *lengths) for name, lengths in self.scenarios.items())
 
     def asked(self) -> dict[str, Any]:
         """What answers depend on, models apart, as JSON values."""
@@ -206,7 +179,3 @@ class Settings(Asked):
             "slots": self.slots,
             "cache_dtype": self.cache_dtype,
         }
-
-
-def _at_least_one(name: str, value: int) -> None:
-    check_range(name, value, 1, _MOST.get(name, 1 << 50))

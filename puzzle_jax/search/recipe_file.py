@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +33,13 @@ def starting_fields(given: Mapping[str, Any], recipe: str | None, runs: bool) ->
     """What a search takes for fields that are not given, by dotted name.
 
     Args:
-      given: fields of recipes and the command line, sections as dictionaries.
+      given: values of recipes and the command line, by dotted name.
       recipe: the last one that was named.
       runs: False where settings are only shown.
 
     Raises `ConfigError` where a parent of the user's own comes with too little to search by.
     """
-    flat = {name: value for name, value in _flat(given) if value is not None or name.startswith("target")}
-    parent = flat.get("parent", EMBEDDED_PARENT)
+    parent = given.get("parent", EMBEDDED_PARENT)
     if _is_embedded(parent):
         return read_recipe(RECIPES / f"{EMBEDDED_RECIPE}.yaml")
     if recipe == EMBEDDED_RECIPE:
@@ -49,7 +48,7 @@ def starting_fields(given: Mapping[str, Any], recipe: str | None, runs: bool) ->
             f"fit {parent}"
         )
         return {}
-    return _own_defaults(flat) if runs else {}
+    return _own_defaults(given) if runs else {}
 
 
 def without_deployment(given: Mapping[str, Any], recipe: str | None, runs: bool) -> dict[str, Any]:
@@ -81,7 +80,7 @@ def _own_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
             f"a search of {parent} needs {' and '.join(missing)}, since no default fits every model; "
             f"give them, or --recipe with one of {others}"
         )
-    defaults: dict[str, Any] = {} if "run" in given else {"run": Path("runs") / parent.resolve().name}
+    defaults: dict[str, Any] = {} if "run" in given else {"run": f"runs/{parent.resolve().name}"}
     if "scenario.name" not in given:
         defaults["scenario.name"] = "serving"
     if lengths:
@@ -106,15 +105,6 @@ def _mean_lengths(traces: Sequence[Trace]) -> tuple[int, int]:
     """Mean tokens of prompts and of answers, rounded up."""
     sums = (sum(len(trace.prompt) for trace in traces), sum(len(trace.completion) for trace in traces))
     return -(-sums[0] // len(traces)), -(-sums[1] // len(traces))
-
-
-def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of nested mappings, by dotted name."""
-    if isinstance(value, Mapping):
-        for name, inner in value.items():
-            yield from _flat(inner, f"{prefix}.{name}" if prefix else str(name))
-    elif prefix:
-        yield prefix, value
 
 
 def _is_embedded(parent: Any) -> bool:

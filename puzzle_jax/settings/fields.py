@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 _ENTRY = re.compile(r"^  (\w[\w, ]*):[ \n]*(.*(?:\n    .*)*)", re.MULTILINE)
 
@@ -65,6 +65,12 @@ class Setting:
     @property
     def is_flag(self) -> bool:
         return bool in hint_options(self.hint)
+
+    @property
+    def choices(self) -> list[str]:
+        """The words that may be given, where they are few."""
+        words = (get_args(of) for of in hint_options(self.hint) if get_origin(of) is Literal)
+        return [str(word) for of in words for word in of]
 
     @property
     def may_be_null(self) -> bool:

@@ -35,8 +35,8 @@ _NULL = ("null", "~")
 _WORDS = {"true": True, "false": False, "yes": True, "no": False}
 
 
-def formed(value: Any, name: str, settings: Mapping[str, Setting], source: str) -> Any:
-    """What was given for a setting, as the parser takes it: lists as lists, mappings and sections as dictionaries.
+def formed(value: Any, name: str, settings: Mapping[str, Setting], source: str) -> dict[str, Any]:
+    """What was given for a setting, as the parser takes it: the fields of a section by dotted name, or one value.
 
     Args:
       value: text of the command line, or a value of YAML.
@@ -47,31 +47,32 @@ def formed(value: Any, name: str, settings: Mapping[str, Setting], source: str) 
     Raises `ConfigError` for what has none of the setting's forms, names a field that does not exist, or is larger than
     any setting.
     """
+    if name not in settings:
+        raise _unknown_field(name, settings, source)
     setting, where = settings[name], f"{source}{name}"
     _check(value, where)
     if isinstance(value, str) and not setting.is_text:
         value = _of_text(value, setting, where)
     if setting.read is not None:
         value = setting.read(value, where)
-    if value is None:
-        if setting.section is not None:
-            raise ConfigError(f"{where} is None, but must be a mapping of its fields")
-        if not setting.may_be_null:
-            raise ConfigError(f"{where} is None, but must have a value")
-        return None
     if setting.section is not None:
-        return _section(value, name, settings, source)
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where} is {shown(value)}, but must be {describe(setting.hint)}")
+        inner = (formed(of, f"{name}.{key}", settings, source) for key, of in value.items())
+        return {field: of for fields in inner for field, of in fields.items()}
+    if value is None and not setting.may_be_null:
+        raise ConfigError(f"{where} is None, but must have a value")
+    if setting.is_text and not isinstance(value, str | None):
+        raise ConfigError(f"{where} is {shown(value)}, but must be {describe(setting.hint)}")
     if setting.of_weights and isinstance(value, list):
-        return _weights(value, where)
-    if setting.mapping is not None and isinstance(value, Mapping):
-        return dict(value)
-    if setting.element is None:
-        return value
-    _check_elements(value, setting.element, where)
-    return [value] if _is_single(value, setting) else value
+        value = _weights(value, where)
+    elif setting.element is not None:
+        _check_elements(value, setting.element, where)
+        value = [value] if _is_single(value, setting) else value
+    return {name: value}
 
 
-def unknown_field(name: str, settings: Mapping[str, Setting], source: str) -> ConfigError:
+def _unknown_field(name: str, settings: Mapping[str, Setting], source: str) -> ConfigError:
     """The error for a field that does not exist, with what was perhaps meant, or what there is."""
     section = name.rpartition(".")[0]
     beside = [known.rpartition(".")[2] for known in settings if known.rpartition(".")[0] == section]
@@ -80,7 +81,7 @@ def unknown_field(name: str, settings: Mapping[str, Setting], source: str) -> Co
     return ConfigError(f"{where} has the field {name}, which does not exist{did_you_mean(name, settings) or there}")
 
 
-def pairs_of(text: str, where: str, form: str) -> Iterator[tuple[str, str]]:
+def _pairs(text: str, where: str, form: str) -> Iterator[tuple[str, str]]:
     """Names and values of a text `name=value,name=value`; a comma stands before a name alone.
 
     Raises `ConfigError` for another form, and for a name that comes twice.
@@ -108,13 +109,13 @@ def _of_text(text: str, setting: Setting, where: str) -> Any:
         _check(parsed, where)
         return parsed
     if setting.section is not None:
-        return text if "=" not in text else dict(pairs_of(text, where, describe(setting.hint)))
+        return text if "=" not in text else dict(_pairs(text, where, describe(setting.hint)))
     if setting.mapping is not None:
         return _mapping(text, setting, where)
     if setting.element is None:
         return _scalar(text, setting.hint)
     if is_dataclass(setting.element):
-        return dict(pairs_of(text, where, describe(setting.hint))) if "=" in text else text
+        return dict(_pairs(text, where, describe(setting.hint))) if "=" in text else text
     if setting.element is Path or any(of in (str, Path) for of in hint_options(setting.hint)):
         return text
     return [_scalar(part.strip(), setting.element) for part in text.split(",") if part.strip()]
@@ -129,7 +130,7 @@ def _mapping(text: str, setting: Setting, where: str) -> Any:
     if "=" not in text and setting.of_weights:
         return [part.strip() for part in text.split(",") if part.strip()]
     parts = [of for of in hint_options(of) if get_origin(of) in (tuple, Sequence)]
-    found = dict(pairs_of(text, where, describe(setting.hint)))
+    found = dict(_pairs(text, where, describe(setting.hint)))
     if parts:
         element = get_args(parts[0])[0]
         return {key: [_scalar(part, element) for part in value.split(":")] for key, value in found.items()}
@@ -142,15 +143,6 @@ def _weights(names: list[Any], where: str) -> dict[Any, float]:
             problem = "twice" if isinstance(name, str) else "in a list of names"
             raise ConfigError(f"{where} has {shown(name)} {problem}, but must name each once")
     return dict.fromkeys(names, 1.0)
-
-
-def _section(value: Any, name: str, settings: Mapping[str, Setting], source: str) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{source}{name} is {shown(value)}, but must be {describe(settings[name].hint)}")
-    for key in value:
-        if f"{name}.{key}" not in settings:
-            raise unknown_field(f"{name}.{key}", settings, source)
-    return {str(key): formed(of, f"{name}.{key}", settings, source) for key, of in value.items()}
 
 
 def _is_single(value: Any, setting: Setting) -> bool:

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 from puzzle_jax.settings.fields import Setting, hint_options
 
@@ -69,8 +69,8 @@ def _form(setting: Setting) -> str:
         return "K=V,..."
     if setting.element is not None:
         return "PATH ..." if setting.element is Path else "A,B,..."
-    choices = [str(value) for of in hint_options(setting.hint) if get_origin(of) is Literal for value in get_args(of)]
-    return "|".join(choices) or next((form for of, form in _FORMS.items() if of in hint_options(setting.hint)), "VALUE")
+    kinds = list(hint_options(setting.hint))
+    return "|".join(setting.choices) or next((form for of, form in _FORMS.items() if of in kinds), "VALUE")
 
 
 def _written(value: Any) -> str:

@@ -9,6 +9,7 @@ matters, `--help-all` everything, `--print_config` a file to edit and give back 
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, is_dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from puzzle_jax.errors import ConfigError, shown
 from puzzle_jax.settings.arguments import read_arguments
 from puzzle_jax.settings.fields import Setting, settings_of
 from puzzle_jax.settings.files import read_recipe, recipe_names, recipe_path
-from puzzle_jax.settings.forms import formed, unknown_field
+from puzzle_jax.settings.forms import formed
 from puzzle_jax.settings.help import help_text
 from puzzle_jax.settings.messages import plain_message
 
@@ -39,7 +40,7 @@ class Verb:
       example: a command line that `--help` shows, without "puzzle" and the verb.
       recipes: of which verb `--recipe` takes names; None: it takes files alone.
       positional: fields that are given by place rather than by name.
-      base: called with the fields that were given, the last recipe's name, and whether the verb will run; returns
+      base: called with what was given, by dotted name, the last recipe's name, and whether the verb will run; returns
         fields that the given ones are laid over.
       computes: whether compiled programs are kept between runs.
       interrupted: what a user who stopped it should know.
@@ -86,8 +87,9 @@ def run_verb(verb: Verb, arguments: Sequence[str]) -> int:
     return guarded(verb.program, run, verb.interrupted) or code
 
 
-def run_table(program: str, verbs: Mapping[str, Verb], arguments: Sequence[str]) -> int:
-    """Runs the verb of a table that the first argument names, or the one named ""; returns the exit code."""
+def run_table(program: str, verbs: Mapping[str, Verb], arguments: Sequence[str] | None = None) -> int:
+    """Runs the verb that the first argument names, or the one named ""; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     name, *rest = arguments or [""]
     if name in verbs and name:
         return run_verb(verbs[name], rest)
@@ -111,12 +113,13 @@ def parse(verb: Verb, arguments: Sequence[str]) -> Any:
 
     kind = loaded(verb.settings)
     settings = settings_of(kind)
+    given = _given(verb, arguments, settings)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind)
     try:
-        values = parser.parse_object(_fields(verb, arguments, settings))
+        values = parser.parse_object(given)
     except ArgumentError as error:
-        raise ConfigError(plain_message(error, {name: of.hint for name, of in settings.items()})) from error
+        raise ConfigError(plain_message(error, settings, given)) from error
     return kind(**parser.instantiate(values))
 
 
@@ -126,66 +129,41 @@ def loaded(name: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
-def _fields(verb: Verb, arguments: Sequence[str], settings: Mapping[str, Setting], runs: bool = True) -> dict[str, Any]:
-    """What recipes and the command line give, by sections, over what the verb starts from."""
+def _given(verb: Verb, arguments: Sequence[str], settings: Mapping[str, Setting], runs: bool = True) -> dict[str, Any]:
+    """What recipes and the command line give, by dotted name, over what the verb starts from."""
     options, words = read_arguments(arguments, settings, verb.positional)
     given: dict[str, Any] = {}
     recipe, replaced = None, set()
     for recipe in (text for name, text in options if name == "--recipe"):
         path = recipe_path(recipe, recipe_names(verb.recipes))
         for name, value in read_recipe(path).items():
-            if name not in settings:
-                raise unknown_field(name, settings, f"recipe {path}: ")
-            _lay(given, name, formed(value, name, settings, f"recipe {path}: "), settings)
+            given |= formed(value, name, settings, f"recipe {path}: ")
     for name, value in (option for option in options if option[0] in settings):
-        form = formed(value, name, settings, "--")
-        if settings[name].mapping is not None and isinstance(form, dict):
+        for field, form in formed(value, name, settings, "--").items():
             # A mapping replaces a recipe's; what follows on the command line, or gives one key, adds to it.
-            form = {**(_get(given, name) if name in replaced or isinstance(value, dict) else {}), **form}
-            replaced.add(name)
-        _lay(given, name, form, settings)
+            adds = isinstance(form, dict) and (field in replaced or isinstance(value, dict))
+            given[field] = {**(given.get(field) or {}), **form} if adds else form
+            replaced.add(field)
     for name, word in zip(verb.positional, words, strict=False):
-        _lay(given, name, formed(word, name, settings, ""), settings)
-    if verb.base is None:
-        return given
+        given |= formed(word, name, settings, "")
     start: dict[str, Any] = {}
-    for fields in (loaded(verb.base)(given, recipe, runs), given):
-        for name, value in fields.items():
-            _lay(start, name, value, settings)
-    return start
+    for name, value in ({} if verb.base is None else loaded(verb.base)(given, recipe, runs)).items():
+        start |= formed(value, name, settings, "")
+    return start | given
 
 
 def _config(verb: Verb, arguments: Sequence[str]) -> str:
     """All settings as a recipe file; those that must be given and are not are left out."""
     settings = settings_of(loaded(verb.settings))
+    defaults = {name: of.default for name, of in settings.items() if of.section is None and of.default is not MISSING}
     whole: dict[str, Any] = {}
-    for name, setting in settings.items():
-        if setting.section is None and setting.default is not MISSING:
-            _lay(whole, name, setting.default, settings)
-    for name, value in _fields(verb, arguments, settings, runs=False).items():
-        _lay(whole, name, value, settings)
-    return yaml.safe_dump(_plain(whole), sort_keys=False, allow_unicode=True)
-
-
-def _lay(over: dict[str, Any], name: str, value: Any, settings: Mapping[str, Setting]) -> None:
-    """Puts the value of a setting among others; a section's fields are put there one by one."""
-    if settings[name].section is not None and isinstance(value, Mapping):
-        _section(over, f"{name}.")
-        for field, of in value.items():
-            _lay(over, f"{name}.{field}", of, settings)
-    else:
-        _section(over, name)[name.rpartition(".")[2]] = value
-
-
-def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
-    """The dictionary in which the setting's value is, made where it is not there."""
-    for section in name.split(".")[:-1]:
-        values = values.setdefault(section, {})
-    return values
-
-
-def _get(values: dict[str, Any], name: str) -> Mapping[str, Any]:
-    return _section(values, name).get(name.rpartition(".")[2]) or {}
+    for name, value in (defaults | _given(verb, arguments, settings, runs=False)).items():
+        *sections, field = name.split(".")
+        place = whole
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[field] = _plain(value)
+    return yaml.safe_dump(whole, sort_keys=False, allow_unicode=True)
 
 
 def _plain(value: Any) -> Any:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from puzzle_jax.settings.verbs import Verb, run_table
 
@@ -73,10 +73,7 @@ VERBS = {
 }  # fmt: skip
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a verb; returns the exit code."""
-    return run_table("train", VERBS, sys.argv[1:] if arguments is None else arguments)
-
+main = partial(run_table, "train", VERBS)
 
 if __name__ == "__main__":
     sys.exit(main())
