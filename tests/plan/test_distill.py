@@ -350,7 +350,7 @@ def test_the_command_prints_json(configs, usage, planned, capsys):
         (("--hbm-gb", "nan"), "hbm_gb is nan, but must be a finite number above 0"),
         (("--hardware", "h10"), "hardware is 'h10', but must be one of a100, h100"),
         (("--loss", "kl=1"), "--loss has the field loss.kl, which does not exist"),
-        (("--loss", "jsd=much"), "loss.jsd is much, but must be a number"),
+        (("--loss", "jsd=much"), "loss.jsd is 'much', but must be a number"),
         (("--teacher-cache", "cache", "--loss", "jsd=1"), "loss.top_k_kl is 0.0 and teacher_cache is cache"),
     ],
 )
