@@ -16,6 +16,7 @@ from puzzle_jax.errors import shown
 VERBS = {
     "search": "from a trained parent to the child that serves a deployment best; estimate: by arithmetic alone",
     "train": "traces, distill, distill-blocks, grpo, average, pretrain",
+    "plan": "what search, distill and grpo need on every device, before there are devices",
     "evaluate": "models side by side: accuracy, tokens and speed per effort; caches: what an FP8 cache costs",
     "generate": "a model's answer on the terminal",
     "convert_hf": "checkpoints: inspect, verify, import to Orbax, export to Hugging Face",

@@ -8,19 +8,14 @@ its figures are worth.
 from __future__ import annotations
 
 import json
-import re
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, get_type_hints
 
-from puzzle_jax.commands import did_you_mean, enable_compilation_cache, guarded
+from puzzle_jax.commands import did_you_mean
 from puzzle_jax.consoles import plain_console
 from puzzle_jax.costs.hardware import HARDWARE
-from puzzle_jax.costs.scenario import Scenario, Target
-from puzzle_jax.errors import MOST_TOGETHER, ConfigError, check_range, shown
+from puzzle_jax.errors import ConfigError, shown
 from puzzle_jax.model.child import whole
 from puzzle_jax.plan.abstract import read_model, virtual_devices
 from puzzle_jax.plan.distill import PlannedDistillation, first_experts
@@ -28,12 +23,8 @@ from puzzle_jax.plan.grpo import PlannedPolicy
 from puzzle_jax.plan.record import GB, Plan, compiled
 from puzzle_jax.plan.search import PlannedSearch
 from puzzle_jax.search.recipe import Recipe
-from puzzle_jax.search.recipe_file import EMBEDDED_RECIPE
-from puzzle_jax.settings.files import parse_settings, recipe_names
 from puzzle_jax.train.distill.recipe import DistillRecipe
 from puzzle_jax.train.grpo.recipe import GrpoRecipe
-
-Settings = TypeVar("Settings")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,38 +53,20 @@ class PlanSettings:
         return round(self.hbm_gb * GB) if self.hardware is None else int(HARDWARE[self.hardware].memory_bytes)
 
 
-def _inherited_types(kind: type[Settings]) -> type[Settings]:
-    """The dataclass, with types in the place of their names, which its bases know and the module of it does not."""
-    kind.__init__.__annotations__ = get_type_hints(kind)
-    return kind
-
-
-@_inherited_types
 @dataclass(frozen=True)
-class SearchPlan(PlanSettings, Recipe):
+class SearchPlan(Recipe, PlanSettings):
     """The plan of a search, by any field of its recipe and some more.
 
     Attributes:
       parent: config.json, or a directory that has one.
       prompt_tokens: length of the longest prompt.
-      devices: devices of one host, all on the model axis; None: the recipe's mesh.
     """
 
-    scenario: Scenario = field(default_factory=lambda: Scenario("unused", 1, 1))
-    target: Target = field(default_factory=lambda: Target(max_expert_bytes_ratio=1))
     prompt_tokens: int = 1024
-    devices: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.devices is not None:
-            check_range("devices", self.devices, 1, MOST_TOGETHER)
-            object.__setattr__(self, "mesh", replace(self.mesh, data=1, model=self.devices))
 
 
-@_inherited_types
 @dataclass(frozen=True)
-class DistillPlan(PlanSettings, DistillRecipe):
+class DistillPlan(DistillRecipe, PlanSettings):
     """The plan of a distillation, by any field of its recipe; no answers are read.
 
     Attributes:
@@ -104,9 +77,8 @@ class DistillPlan(PlanSettings, DistillRecipe):
     out: Path = Path("-")
 
 
-@_inherited_types
 @dataclass(frozen=True)
-class GrpoPlan(PlanSettings, GrpoRecipe):
+class GrpoPlan(GrpoRecipe, PlanSettings):
     """The plan of reinforcement learning, by any field of its recipe; no problems are read.
 
     Attributes:
@@ -151,69 +123,3 @@ def _show(run: PlannedSearch | PlannedDistillation | PlannedPolicy, settings: Pl
         return
     for line in (*plan.about, plan.table(), *plan.verdict(), *plan.notes):
         out.print(line, highlight=False, soft_wrap=isinstance(line, str))
-
-
-# The command line -----------------------------------------------------------------------------------------------------
-
-
-class Kind(NamedTuple):
-    """What is planned.
-
-    Attributes:
-      about: in words.
-      settings: dataclass of the options.
-      run: prints the plan.
-    """
-
-    about: str
-    settings: type
-    run: Callable[[Any], None]
-
-
-KINDS = {
-    "search": Kind("what a search needs on every device", SearchPlan, plan_search),
-    "distill": Kind("what a distillation needs on every device", DistillPlan, plan_distill),
-    "grpo": Kind("what reinforcement learning needs on every device", GrpoPlan, plan_grpo),
-}
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Parses the command line, compiles, and prints the plan; returns the exit code."""
-    name, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    if name in ("-h", "--help"):
-        print(
-            "usage: puzzle plan KIND [OPTIONS]\n",
-            *(f"  {name:<8} {kind.about}" for name, kind in KINDS.items()),
-            sep="\n",
-        )
-        return 0
-
-    def run() -> None:
-        if name not in KINDS:
-            raise ConfigError(
-                f"kind is {shown(name)}, but must be one of {', '.join(KINDS)}{did_you_mean(name, KINDS)}"
-            )
-        settings = _parse(name, rest)
-        enable_compilation_cache()
-        KINDS[name].run(settings)
-
-    return guarded(f"python -m puzzle_jax.plan {name}", run)
-
-
-def _parse(name: str, arguments: Sequence[str]) -> Any:
-    """The settings of a plan; "-" and "_" are alike in the names of options."""
-    options = [text if text[:2] != "--" else re.sub("^--[^=]*", _underscores, text) for text in arguments]
-    embedded = name == "search" and not any(text.startswith("--parent") for text in options)
-    _, settings = parse_settings(
-        options,
-        KINDS[name].settings,
-        prog=f"python -m puzzle_jax.plan {name}",
-        description=KINDS[name].about,
-        names=recipe_names(name),
-        default=EMBEDDED_RECIPE if embedded else None,
-    )
-    return settings
-
-
-def _underscores(option: re.Match[str]) -> str:
-    return "--" + option[0][2:].replace("-", "_")

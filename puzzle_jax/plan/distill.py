@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -30,15 +31,9 @@ from puzzle_jax.train.step import make_step
 STEP = "step"
 
 _SHARED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_heads",
-    "num_kv_heads",
-    "head_dim",
-    "experts_per_token",
+    "vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "experts_per_token",
     "num_layers",
-)
+)  # fmt: skip
 
 
 class PlannedDistillation(PlannedTraining[DistillRecipe]):
@@ -66,6 +61,11 @@ class PlannedDistillation(PlannedTraining[DistillRecipe]):
         where = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec(None, "data", "sequence"))
         return self.abstract_rows(self.rows, where, extras)
 
+    @cached_property
+    def held(self) -> dict[str, int]:
+        """Bytes on one device of what a step is given, and of a layer's decoded experts."""
+        return {**self.always_held, "batch": device_bytes(self.batch), "decoded": self.decoded}
+
     @property
     def asks_teacher(self) -> bool:
         """Whether a loss needs the teacher's pass."""
@@ -87,12 +87,11 @@ class PlannedDistillation(PlannedTraining[DistillRecipe]):
 
     def _step(self) -> Usage:
         """Compiling takes a minute for a model of 36 layers."""
-        (state, shardings), batch = self.state, self.batch
+        state, shardings = self.state
         step = make_step(Distillation(self.student, self.recipe.loss), self.optimizer, shardings=shardings)
-        held = {**self.held, "batch": device_bytes(batch), "decoded": self.decoded}
         with on_mesh(self.mesh), kernel_shapes():
-            temporaries = bytes_beside(step.lower(state, self.fixed, batch))  # type: ignore[attr-defined]
-        return Usage(held, temporaries, self.temporaries(held["masters"]))
+            temporaries = bytes_beside(step.lower(state, self.fixed, self.batch))  # type: ignore[attr-defined]
+        return Usage(self.held, temporaries, self.temporaries(self.held["masters"]))
 
     @property
     def labels(self) -> dict[str, str]:

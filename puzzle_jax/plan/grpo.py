@@ -243,7 +243,7 @@ class PlannedPolicy(PlannedTraining[GrpoRecipe]):
             return self.update.lowered(self.state[0], self.fixed, self.batch(scored=True))
 
     def _usage(self, temporaries: int, **held: int) -> Usage:
-        return Usage({**self.held, **held}, temporaries)
+        return Usage({**self.always_held, **held}, temporaries)
 
     @property
     def labels(self) -> dict[str, str]:

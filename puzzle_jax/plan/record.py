@@ -38,18 +38,18 @@ class Usage:
     seconds: float = field(default=0.0, compare=False)
 
     @property
-    def resident(self) -> int:
-        """Bytes that are there before the program runs."""
+    def held_bytes(self) -> int:
+        """Bytes of all arrays that are there."""
         return sum(self.held.values())
 
     @property
     def total(self) -> int:
-        return self.resident + self.temporaries
+        return self.held_bytes + self.temporaries
 
     @property
     def calculated(self) -> int:
         """The total with temporaries by arithmetic, where there are such figures."""
-        return self.resident + (sum(self.arithmetic.values()) if self.arithmetic else self.temporaries)
+        return self.held_bytes + (sum(self.arithmetic.values()) if self.arithmetic else self.temporaries)
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class Plan:
             if any(change.total is not None for change in changes):
                 line += "; each of these should be enough alone, by estimate:"
             else:
-                held = f"{usage.resident / GB:.1f} GB are held before it runs"
+                held = f"{usage.held_bytes / GB:.1f} GB are held beside temporaries"
                 line += f"; {held}, and no single change is known to be enough{', but these help:' if changes else ''}"
             lines += [line, *(f"  {change}" for change in changes)]
         return lines

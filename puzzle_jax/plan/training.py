@@ -120,8 +120,8 @@ class PlannedTraining(ABC, Generic[AnyRecipe]):
         return (state, None) if shardings is None else (in_place(state, shardings), Shardings(shardings))
 
     @cached_property
-    def held(self) -> dict[str, int]:
-        """Bytes on one device."""
+    def always_held(self) -> dict[str, int]:
+        """Bytes on one device of what is there at all times."""
         state, by_matrix = self.state[0], {True: 0, False: 0}
         for path, leaf in jax.tree_util.tree_leaves_with_path(self.fixed.resident):
             by_matrix[any(getattr(entry, "key", None) in EXPERT_MATRICES for entry in path)] += device_bytes(leaf)
