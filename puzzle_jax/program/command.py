@@ -20,7 +20,8 @@ from rich.text import Text
 from puzzle_jax.commands import Parser, guarded
 from puzzle_jax.consoles import plain_console
 from puzzle_jax.errors import PuzzleError, shown
-from puzzle_jax.program.library import Library, Number, is_number, short
+from puzzle_jax.numeric import Number, is_number, short
+from puzzle_jax.program.library import Library
 from puzzle_jax.program.solve import InfeasibleProgram, Limit, Program, Solution, solve
 
 _DEEPEST = 32

@@ -26,8 +26,9 @@ import numpy as np
 from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, milp
 
+from puzzle_jax.numeric import Number
 from puzzle_jax.program.enumeration import Case, Found, enumerate_least, relaxed_bound
-from puzzle_jax.program.library import Limit, Number, OneOf, Program, lookup
+from puzzle_jax.program.library import Limit, OneOf, Program, lookup
 
 # HiGHS accepts rows that are broken by 1e-6 and stops at an absolute gap of 1e-6: largest coefficients of
 # 1000 turn both into parts in a billion.

@@ -12,23 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from fractions import Fraction
 from functools import cached_property
 from itertools import product
 from typing import Any
 
-import numpy as np
-
 from puzzle_jax.errors import PuzzleError, shown
+from puzzle_jax.numeric import LARGEST, Number, exact, is_number, short
 
-# Sums, squares and quotients of numbers up to this stay finite.
-_LARGEST = 1e100
 _KEYS_SHOWN = 20
 
 # {group: {alternative: {nested numbers}}}; `Program` checks it.
 Library = Mapping[str, Any]
-Number = int | float
 
 
 @dataclass(frozen=True)
@@ -181,7 +176,7 @@ class Program:
         at = f"{shown(name)} in group {shown(group)}"
         if value is not None:
             largest = (
-                f" of at most {_LARGEST:g} in size"
+                f" of at most {LARGEST:g} in size"
                 if isinstance(value, int | float) and not isinstance(value, bool) and value == value
                 else ""
             )
@@ -237,13 +232,6 @@ def common_keys(library: Library) -> set[str]:
     return common or set()
 
 
-def is_number(value: object) -> bool:
-    """Whether a value is a number that sums can be formed of: finite, and not so large that they overflow."""
-    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
-        return False
-    return bool(-_LARGEST <= value <= _LARGEST)
-
-
 def _numeric_keys(numbers: Any, prefix: str = "") -> list[str]:
     if not isinstance(numbers, Mapping):
         return []
@@ -254,16 +242,3 @@ def _numeric_keys(numbers: Any, prefix: str = "") -> list[str]:
         elif is_number(value):
             keys.append(f"{prefix}{key}")
     return keys
-
-
-def exact(value: Any) -> Fraction:
-    """A number as it is written: 0.1 is a tenth, so that 0.1 + 0.2 is 0.3."""
-    return Fraction(int(value)) if isinstance(value, int | np.integer) else Fraction(repr(float(value)))
-
-
-def short(value: Number, direction: int) -> str:
-    """Six digits, rounded so that the number stays feasible; whole numbers in full."""
-    if float(value).is_integer() and abs(value) < 1e15:
-        return str(int(value))
-    rounding = {1: ROUND_CEILING, -1: ROUND_FLOOR}.get(direction)
-    return f"{Context(prec=6, rounding=rounding).create_decimal(Decimal(repr(float(value)))):g}"

@@ -27,8 +27,9 @@ from typing import Any
 import numpy as np
 
 from puzzle_jax.errors import InfeasibleError, PuzzleError
+from puzzle_jax.numeric import Number, exact, short
 from puzzle_jax.program.compile import Compiled, Point, compile_program, least_excess, lowest, minimise
-from puzzle_jax.program.library import Library, Limit, Number, OneOf, Program, Solution, exact, short
+from puzzle_jax.program.library import Library, Limit, OneOf, Program, Solution
 
 __all__ = [
     "Clash",

@@ -34,12 +34,13 @@ from safetensors.numpy import load_file, save_file
 from puzzle_jax.commands import mendable
 from puzzle_jax.consoles import plain_console
 from puzzle_jax.convert_hf.export import export_child
+from puzzle_jax.costs.compute import Offer, compute_costs
 from puzzle_jax.costs.external import read_external
 from puzzle_jax.costs.measured import Measured, device_identity
 from puzzle_jax.costs.provider import Provider
 from puzzle_jax.costs.roofline import Roofline
 from puzzle_jax.costs.routing import routing_profile
-from puzzle_jax.costs.table import Costs, compute_costs, read_costs
+from puzzle_jax.costs.table import Costs, read_costs
 from puzzle_jax.costs.xla import Xla
 from puzzle_jax.errors import ConfigError, PuzzleError, PuzzleWarning
 from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions, unscored_note
@@ -181,8 +182,7 @@ class Search:
 
         def produce(out: Path) -> None:
             if external:
-                space = self._nominal_space(self.windows)
-                costs = read_external(external, space, self.recipe.scenarios, self.parent.description.form)
+                costs = read_external(external, self._offer, self.recipe.scenarios, self.parent.description.form)
             else:
                 with progress(self.console, "timing blocks", None) as advance:
                     costs = self._computed(self._provider(lambda _, turns: advance(1, turns)))
@@ -552,8 +552,13 @@ class Search:
         return Xla(progress=progress) if self.recipe.costs == "xla" else Roofline()
 
     def _computed(self, provider: Provider) -> Costs:
-        space, form = self._nominal_space(self.windows), self.parent.description.form
-        return compute_costs(space, self.recipe.scenarios, form, provider, memory=Roofline())
+        return compute_costs(
+            self._offer, self.recipe.scenarios, self.parent.description.form, provider, memory=Roofline()
+        )
+
+    @property
+    def _offer(self) -> Offer:
+        return Offer(self.parent.config, self.counts, self.windows)
 
     def scored_layers(self) -> Any:
         """What scores.json holds of every layer."""

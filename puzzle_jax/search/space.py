@@ -19,6 +19,7 @@ from math import prod
 from typing import Any, Literal
 
 from puzzle_jax.config import BlockConfig, ModelConfig
+from puzzle_jax.costs.compute import Offer
 from puzzle_jax.errors import ConfigError
 
 DEFAULT_FRACTIONS = (1, 7 / 8, 3 / 4, 5 / 8, 1 / 2, 3 / 8, 1 / 4)
@@ -142,6 +143,11 @@ class Space:
     @property
     def num_layers(self) -> int:
         return self.parent.num_layers
+
+    @property
+    def offer(self) -> Offer:
+        """The distinct expert counts and windows, which are what costs depend on."""
+        return Offer(self.parent, [self.expert_counts(layer) for layer in range(self.num_layers)], self.windows)
 
     @property
     def num_alternatives(self) -> int:

@@ -17,7 +17,8 @@ from math import floor, inf, nextafter
 from puzzle_jax.costs.provider import Seconds
 from puzzle_jax.costs.scenario import Scenario, Target
 from puzzle_jax.costs.table import Architecture, Costs, seconds_key
-from puzzle_jax.program.library import Limit, exact, short
+from puzzle_jax.numeric import exact, short
+from puzzle_jax.program.library import Limit
 
 
 @dataclass(frozen=True)

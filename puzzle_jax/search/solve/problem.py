@@ -22,7 +22,7 @@ from puzzle_jax.costs.provider import Seconds
 from puzzle_jax.costs.scenario import Scenario, Target
 from puzzle_jax.costs.table import Architecture, Costs, seconds_key
 from puzzle_jax.errors import ConfigError, InfeasibleError
-from puzzle_jax.program.library import Number
+from puzzle_jax.numeric import Number
 from puzzle_jax.program.solve import (
     Clash,
     InfeasibleProgram,

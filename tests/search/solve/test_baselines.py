@@ -7,8 +7,9 @@ import random as random_numbers
 import pytest
 
 from puzzle_jax.config import BlockConfig
+from puzzle_jax.costs.compute import compute_costs
+from puzzle_jax.costs.provider import Seconds, Times
 from puzzle_jax.costs.scenario import Scenario, Target
-from puzzle_jax.costs.table import Seconds, Times, compute_costs
 from puzzle_jax.errors import ConfigError, InfeasibleError
 from puzzle_jax.search.solve.baselines import all_baselines, greedy, max_params, random, uniform
 from puzzle_jax.search.solve.frontier import frontier, speedup, uniform_frontier
@@ -43,7 +44,7 @@ class Provider:
         )
 
 
-COSTS = compute_costs(SPACE, [CHAT], "mxfp4", Provider())
+COSTS = compute_costs(SPACE.offer, [CHAT], "mxfp4", Provider())
 
 
 def problem_of(target, seed=0):
