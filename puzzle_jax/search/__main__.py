@@ -19,25 +19,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if tool := _tool(arguments):
         return importlib.import_module(tool).main(arguments[1:])
-    from puzzle_jax.search.pipeline import STAGES, Search
-    from puzzle_jax.search.processes import Team
+    from puzzle_jax.search.context import Search
+    from puzzle_jax.search.parent import open_parent
+    from puzzle_jax.search.pipeline import STAGE_NAMES, run_stages
     from puzzle_jax.search.recipe_file import parse_recipe
-    from puzzle_jax.search.worker import run_worker
+    from puzzle_jax.search.workers import Team, run_worker
 
     prog = "python -m puzzle_jax.search"
 
     def run() -> None:
-        stage, recipe = parse_recipe(arguments, prog, STAGES)
+        stage, recipe = parse_recipe(arguments, prog, STAGE_NAMES)
         enable_compilation_cache()
         with Team.join(recipe.mesh.processes, recipe.mesh.devices, program=prog) as team:
             if team.index:
-                run_worker(recipe, team)
-                return
-            search = Search(recipe, team=team)
-            if stage == "all":
-                search.execute_all()
+                run_worker(team, open_parent(recipe))
             else:
-                search.execute(stage)
+                run_stages(Search(recipe, team=team), stage)
 
     return guarded(prog, run)
 

@@ -216,7 +216,7 @@ class MeshSettings:
     Attributes:
       data: shares of a batch's rows.
       model: shares of heads, experts and vocabulary.
-      processes: that score together, each on a mesh of its own (`search.processes` says how they are started).
+      processes: processes that score together, each on a mesh of its own (`search.workers`).
     """
 
     data: int = 1

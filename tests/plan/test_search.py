@@ -11,6 +11,7 @@ import pytest
 
 from puzzle_jax.convert_hf.configuration.config_json import QUANTIZATION, write_config
 from puzzle_jax.errors import ConfigError
+from puzzle_jax.evaluate.models import dense_in_place
 from puzzle_jax.generate import Engine
 from puzzle_jax.generate.batches import micro_batches
 from puzzle_jax.generate.engine import own_context
@@ -21,7 +22,6 @@ from puzzle_jax.plan import search_command as plan_command
 from puzzle_jax.plan.programs import GB, device_bytes
 from puzzle_jax.plan.search import STAGES, PlannedSearch, StageMemory, plan_search
 from puzzle_jax.search.__main__ import main
-from puzzle_jax.search.parent import dense_in_place
 from puzzle_jax.search.rank import ranking as rank
 from puzzle_jax.search.recipe import MeshSettings, ScoreSettings, TraceSettings
 from puzzle_jax.search.recipe_file import parse_recipe

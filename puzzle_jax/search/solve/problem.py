@@ -65,7 +65,7 @@ class Candidate:
       costs: sums by key ("expert_bytes", "parameters", "kv_bytes.<scenario>", "memory_bytes.<scenario>",
         "prefill_seconds.<scenario>", "decode_seconds.<scenario>", "request_seconds.<scenario>").
       batches: requests that run together, by scenario.
-      missed: limits of the target that it breaks, in words.
+      violated: limits of the target that it violates, in words.
       status: of the program's solution; "given" where none was solved.
       gap: of the program's solution.
     """
@@ -76,13 +76,13 @@ class Candidate:
     score: float
     costs: Mapping[str, Number]
     batches: Mapping[str, int]
-    missed: tuple[str, ...]
+    violated: tuple[str, ...]
     status: str
     gap: float | None
 
     @property
     def meets_target(self) -> bool:
-        return not self.missed
+        return not self.violated
 
     @property
     def kept(self) -> tuple[tuple[int, ...], ...]:
@@ -94,7 +94,7 @@ class Candidate:
             "score": self.score,
             "costs": dict(self.costs),
             "batches": dict(self.batches),
-            "missed": list(self.missed),
+            "missed": list(self.violated),
             "status": self.status,
             "gap": self.gap,
             "layers": [
@@ -119,7 +119,7 @@ class Candidate:
             score=value["score"],
             costs=value["costs"],
             batches=value["batches"],
-            missed=tuple(value["missed"]),
+            violated=tuple(value["missed"]),
             status=value["status"],
             gap=value["gap"],
         )
@@ -269,7 +269,7 @@ class Problem:
             score=solution.score,
             costs={key: total for key, total in solution.costs.items() if key != SCORE},
             batches={scenario.name: self._batch(scenario, solution.choice) for scenario in self.costs.scenarios},
-            missed=tuple(self._missed(limit, solution.costs[limit.key]) for limit in solution.missed),
+            violated=tuple(self._violated(limit, solution.costs[limit.key]) for limit in solution.missed),
             status=solution.status,
             gap=solution.gap,
         )
@@ -311,7 +311,7 @@ class Problem:
         by_batch = [goals for batches in self.goals_by_batch.values() for goals in batches.values()]
         return {goal.limit: goal for goals in (self.goals, *by_batch) for goal in goals}
 
-    def _missed(self, limit: Limit, value: float) -> str:
+    def _violated(self, limit: Limit, value: float) -> str:
         goal = self._goal_of[limit]
         return f"{goal.name} is {goal.reached(value)}, asked for {goal.asked}"
 

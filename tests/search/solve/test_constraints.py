@@ -69,7 +69,7 @@ def test_absolute_limits_by_hand():
     assert parent.costs["prefill_seconds.chat"] == pytest.approx(PREFILL)
     assert parent.costs["request_seconds.chat"] == pytest.approx(PREFILL + 6 * DECODE)
     assert parent.costs["memory_bytes.chat"] == COSTS.weight_bytes(CONFIG.blocks) + 3 * 28 * 120
-    assert parent.missed == (
+    assert parent.violated == (
         "tokens per second in scenario 'chat' is 1.82002, asked for 2.5",
         "seconds to the first token in scenario 'chat' is 2.21, asked for 2.2",
         "seconds per token in scenario 'chat' is 1.28, asked for 1.25",
