@@ -48,7 +48,7 @@ class RelaxedProgram:
         self.number = np.array([-1 if number is None else number for number in numbers])
         columns = np.arange(len(pairs))
         self._one_each = sparse.csr_matrix((np.ones(len(pairs)), (self.group, columns)))
-        self._cases = [self._rows(program, pairs, program.limits_of(picked)) for picked in program.cases()]
+        self._cases = [self._rows(program, pairs, program.limits_of(selected)) for selected in program.combinations()]
 
     @staticmethod
     def _rows(program: Program, pairs: Sequence[tuple[str, str]], limits: Sequence[Limit]) -> tuple[Any, Any]:

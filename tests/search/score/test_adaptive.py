@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from puzzle_jax.generate.traces import Trace
-from puzzle_jax.program.library import Limit, OneOf, Program
+from puzzle_jax.program.library import Disjunction, Limit, Program
 from puzzle_jax.search.score.adaptive import RelaxedProgram, contested, in_random_order, score_adaptively
 from puzzle_jax.search.score.measurements import ScoreTable
 from puzzle_jax.search.score.replace_one import Alternative
@@ -53,7 +53,7 @@ def test_the_relaxed_choice_is_the_cheapest_by_score():
 
 def test_of_several_sets_of_limits_the_cheapest_counts():
     library = {"x": {"own": {"score": 0.0, "cost": 4}, "first": {"score": 0.0, "cost": 1}}}
-    sets = OneOf("batch", {"8": (Limit("cost", at_most=0),), "4": (Limit("cost", at_most=1),)})
+    sets = Disjunction("batch", {"8": (Limit("cost", at_most=0),), "4": (Limit("cost", at_most=1),)})
     program = RelaxedProgram(Program(library, "score", (sets,)), {"x": {"own": None, "first": 0}})
     assert program.support(np.array([3.0])).tolist() == [False, True]
 

@@ -261,6 +261,26 @@ def test_scores_are_those_of_whole_passes_over_single_replacements(parent):
         assert again.tokens.tolist() == tokens
 
 
+def test_children_share_what_they_have_in_common_and_get_the_same_bits(parent, monkeypatch):
+    """Layers of the parent are run once; of the children, those above the first that differs from all others."""
+    config, params, traces = parent
+    alike = list(whole(config).blocks)
+    alike[2] = ChildBlock((0, 2, 3, 5), alike[2].window)
+    other = [*alike[:3], ChildBlock((1, 4, 6), 3), *alike[4:]]
+    rope = replace(config.rope, factor=config.rope.factor * 2)
+    children = [Child(config, tuple(blocks)) for blocks in (alike, other, whole(config).blocks)]
+    children.append(Child(config, tuple(alike), rope=rope))
+    alone = [score_children(params, config, [child], traces, tokens_per_batch=128) for child in children]
+    ran, layer = [], ReplaceOne.layer
+    monkeypatch.setattr(ReplaceOne, "layer", lambda run, index, *rest: ran.append(index) or layer(run, index, *rest))
+    together = score_children(params, config, children, traces, tokens_per_batch=128)
+    np.testing.assert_array_equal(together.kl, np.concatenate([found.kl for found in alone]))
+    assert together.scores == [found.scores[0] for found in alone]
+    layers, batches = config.num_layers, len(micro_batches(traces, tokens_per_batch=128))
+    # The parent (which the third child is), two children from layer 2 and layer 3 on, and one with its own rotation.
+    assert len(ran) == batches * (layers + (layers - 2) + (layers - 3) + layers)
+
+
 class _Threads(Team):
     """A team whose processes are threads."""
 

@@ -98,14 +98,14 @@ def test_open_batches_give_one_set_of_limits_each():
         "request_seconds.chat",
         "decode_seconds.chat",
     ]
-    assert batches.name == "open" and [*batches.alternatives] == [str(b) for b in costs.offered_batches("open")]
-    assert list(found.goals_by_batch) == ["open"]
-    by_batch = found.goals_by_batch["open"]
+    assert batches.name == "open" and [*batches.sets] == [str(b) for b in costs.offered_batches("open")]
+    assert list(found.constraints_by_batch) == ["open"]
+    by_batch = found.constraints_by_batch["open"]
     assert tuple(by_batch) == costs.offered_batches("open")
     # The parent has room for 4 requests, and the more the faster.
     seconds = (4 / 3) * 2.21 + 30 * (1.0 + (4 / 3) * (0.21 + 0.0025 * 130))
     rate = 4 * 30 / seconds
-    memory, request, decode = (goal.limit for goal in by_batch[12])
+    memory, request, decode = (constraint.limit for constraint in by_batch[12])
     assert memory == Limit("memory_bytes.open.12", at_most=Room().room_bytes(OPEN))
     assert request.key == "request_seconds.open.12"
     assert request.at_most == pytest.approx(12 * 30 / (1.25 * rate))
