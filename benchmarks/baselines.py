@@ -23,7 +23,9 @@ from rich.table import Table
 from puzzle_jax.commands import enable_compilation_cache
 from puzzle_jax.costs.scenario import Target
 from puzzle_jax.search.__main__ import SEARCH
-from puzzle_jax.search.pipeline import Search
+from puzzle_jax.search.artifacts import final_candidates
+from puzzle_jax.search.context import Search
+from puzzle_jax.search.pipeline import run_stages
 from puzzle_jax.search.recipe import RefineSettings
 from puzzle_jax.search.solve.baselines import all_baselines
 from puzzle_jax.settings import verbs
@@ -31,7 +33,7 @@ from puzzle_jax.settings import verbs
 TARGETS = [(0.8, 1.2), (0.65, 1.3), (0.5, 1.2), (0.5, 1.4), (0.4, 1.3)]
 """Most expert bytes, least speed-up; relative to the parent."""
 
-STAGES = ("cost", "trace", "rank", "recost", "score", "solve", "refine")
+STAGES = ("cost", "trace", "rank", "refine_costs", "score", "solve", "refine")
 
 
 def main() -> None:
@@ -63,12 +65,12 @@ def measure(seed: int, target: tuple[float, float], options: argparse.Namespace,
     if not (search.run / "cost").exists():
         shutil.copytree(options.costs, search.run / "cost")
     for stage in STAGES:
-        search.execute(stage)
-    candidates = {"child": search.candidates()["child"], **all_baselines(search.problem(), seed=seed)}
+        run_stages(search, stage)
+    candidates = {"child": final_candidates(search.run)["child"], **all_baselines(search.problem(), seed=seed)}
     children = [search.child(candidate) for candidate in candidates.values()]
-    scores = search.judge.divergence(children, search.traces("heldout"), "heldout").scores
+    scores = search.evaluator(search.run / "kept").divergence(children, search.traces("heldout"), "heldout").scores
     return {
-        name: {"kl": score.kl, "kl_se": score.kl_se, "missed": list(candidate.missed), "choice": candidate.to_json()}
+        name: {"kl": score.kl, "kl_se": score.kl_se, "missed": list(candidate.violated), "choice": candidate.to_json()}
         for (name, candidate), score in zip(candidates.items(), scores, strict=True)
     }
 

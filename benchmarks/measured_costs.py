@@ -28,9 +28,9 @@ from scipy.stats import spearmanr
 
 from puzzle_jax.commands import enable_compilation_cache
 from puzzle_jax.config import BlockConfig, ModelConfig
+from puzzle_jax.costs.compute import compute_costs
 from puzzle_jax.costs.measured import Measured, device_identity
 from puzzle_jax.costs.scenario import Scenario
-from puzzle_jax.costs.table import compute_costs
 from puzzle_jax.evaluate.throughput import Spread, measure_throughput
 from puzzle_jax.generate.sampling import Sampling
 from puzzle_jax.model.child import Child, ChildBlock, cut_params
@@ -84,7 +84,7 @@ def main() -> None:
         provider = Measured(
             rounds=options.block_rounds, progress=lambda _, turns: advance(1, turns), clock=CLOCKS[options.clock]
         )
-        costs = compute_costs(space, [SCENARIO], "bf16", provider)
+        costs = compute_costs(space.offer, [SCENARIO], "bf16", provider)
     predicted = {name: costs.tokens_per_second(blocks) for name, blocks in ARCHITECTURES.items()}
     block_seconds = time.perf_counter() - start
     params = init_params(PARENT, jax.random.key(0))

@@ -44,7 +44,8 @@ from rich.console import Console
 from rich.table import Table
 
 from puzzle_jax.errors import PuzzleError
-from puzzle_jax.program.solve import Limit, Program, solve
+from puzzle_jax.program.library import Limit, Program
+from puzzle_jax.program.solve import solve
 
 try:
     import pulp

@@ -37,16 +37,17 @@ from puzzle_jax.generate.traces import Trace
 from puzzle_jax.model.child import Child, ChildBlock
 from puzzle_jax.model.network import embed
 from puzzle_jax.model.spec import init_params
-from puzzle_jax.search.parent import Parent
-from puzzle_jax.search.pipeline import Search
+from puzzle_jax.search.context import Search
+from puzzle_jax.search.parent import read_parent
 from puzzle_jax.search.recipe import EMBEDDED_PARENT, Recipe, ScoreSettings, SpaceSettings
 from puzzle_jax.search.refine.accept import Difference
 from puzzle_jax.search.score.adaptive import in_random_order
-from puzzle_jax.search.score.alternatives import Numbered
+from puzzle_jax.search.score.alternatives import IndexedAlternatives
 from puzzle_jax.search.score.lens import fit_lens
-from puzzle_jax.search.score.measurements import ScoreBook, fill, score_children
+from puzzle_jax.search.score.measurements import ScoreTable, fill
 from puzzle_jax.search.score.replace_one import METRICS, Alternative, Answers, ReplaceOne, compare_with_parent
 from puzzle_jax.search.score.space_scorer import LENS_TRACES
+from puzzle_jax.search.score.whole_children import score_children
 from puzzle_jax.settings.files import RECIPES
 
 CONSOLE = Console(width=120)
@@ -83,7 +84,7 @@ def cost() -> None:
         experts_per_token=2,
         blocks=tuple(BlockConfig(16, None if layer % 2 else 32) for layer in range(24)),
     )
-    tiny = Parent.open(EMBEDDED_PARENT)
+    tiny = read_parent(EMBEDDED_PARENT)
     for name, config, params in (
         ("embedded parent, 6 layers", tiny.config, tiny.params),
         ("random model, 24 layers", tall, init_params(tall, jax.random.key(0))),
@@ -185,38 +186,38 @@ class _Found:
         )
         self.search = Search(recipe, CONSOLE)
         self.space = self.search.ranked_space()
-        self.numbered = Numbered.around(self.space)
+        self.indexed = IndexedAlternatives.around(self.space)
         self.run = ReplaceOne(self.search.parent.params, self.search.parent.config)
         self.calibration, self.heldout = self.search.traces("calibration"), self.search.traces("heldout")
         self.gold_traces = in_random_order(self.heldout)[:gold]
-        self.gold = ScoreBook.empty(self.numbered.listed, self.heldout)
+        self.gold = ScoreTable.empty(self.indexed.listed, self.heldout)
         start = time.perf_counter()
-        fill(self.gold, self.run, range(len(self.numbered.listed)), self.gold_traces)
-        listed, seconds = len(self.numbered.listed), time.perf_counter() - start
+        fill(self.gold, self.run, range(len(self.indexed.listed)), self.gold_traces)
+        listed, seconds = len(self.indexed.listed), time.perf_counter() - start
         CONSOLE.print(f"gold: {listed} alternatives on {gold} held-out traces, {seconds:.0f} s")
 
 
 def ranks(found: _Found) -> None:
     gold, order = found.gold.means(), in_random_order(found.calibration)
-    everything = range(len(found.numbered.listed))
+    everything = range(len(found.indexed.listed))
     lens = fit_lens(
         found.run, micro_batches([found.calibration[n] for n in order[:LENS_TRACES]], tokens_per_batch=1024)
     )
-    looked = ScoreBook.empty(found.numbered.listed, found.calibration)
+    looked = ScoreTable.empty(found.indexed.listed, found.calibration)
     fill(looked, lens, everything, order)
-    first = ScoreBook.empty(found.numbered.listed, found.calibration)
+    first = ScoreTable.empty(found.indexed.listed, found.calibration)
     first.values[:, order[:LENS_TRACES]] = looked.values[:, order[:LENS_TRACES]]
     CONSOLE.print(f"lens on {LENS_TRACES} traces: Spearman with gold {float(spearmanr(first.means(), gold)[0]):.3f}")
     for traces in (8, 16, 32):
         correlations: dict[str, list[float]] = {"exact": [], "exact and lens together": []}
         for start in range(0, 8 * traces, traces):
-            book = ScoreBook.empty(found.numbered.listed, found.calibration)
-            fill(book, found.run, everything, order[start : start + traces])
+            table = ScoreTable.empty(found.indexed.listed, found.calibration)
+            fill(table, found.run, everything, order[start : start + traces])
             # As a search that draws these traces first would look: at them, and at others up to so many.
             seen = (order[start:] + order[:start])[:LENS_TRACES]
-            book.lens = np.full(looked.values.shape[:2], np.nan)
-            book.lens[:, seen] = looked.values[:, seen, 0]
-            for values, scores in zip(correlations.values(), (book.means(), book.estimates()), strict=True):
+            table.lens = np.full(looked.values.shape[:2], np.nan)
+            table.lens[:, seen] = looked.values[:, seen, 0]
+            for values, scores in zip(correlations.values(), (table.means(), table.estimates()), strict=True):
                 values.append(float(spearmanr(scores, gold)[0]))
         for what, values in correlations.items():
             shown = ", ".join(f"{value:.3f}" for value in sorted(values))
@@ -226,13 +227,13 @@ def ranks(found: _Found) -> None:
 
 def sets(found: _Found) -> None:
     """KL summed over layers, each layer alone at a count, on gold traces; sets chosen on calibration traces."""
-    book = ScoreBook.empty(found.numbered.listed, found.calibration)
-    numbers = [n for of_layer in found.numbered.experts for n in of_layer if n is not None]
-    fill(book, found.run, numbers, in_random_order(found.calibration)[:96])
-    chosen, gold = book.means(), found.gold.means()
+    table = ScoreTable.empty(found.indexed.listed, found.calibration)
+    numbers = [n for of_layer in found.indexed.experts for n in of_layer if n is not None]
+    fill(table, found.run, numbers, in_random_order(found.calibration)[:96])
+    chosen, gold = table.means(), found.gold.means()
     for count in sorted({choice.count for choices in found.space.expert_choices for choice in choices})[:-1]:
         best, alone = 0.0, 0.0
-        for choices, of_layer in zip(found.space.expert_choices, found.numbered.experts, strict=True):
+        for choices, of_layer in zip(found.space.expert_choices, found.indexed.experts, strict=True):
             same = [(n, c) for n, c in zip(of_layer, choices, strict=True) if c.count == count and n is not None]
             best += gold[min(same, key=lambda pair: chosen[pair[0]])[0]]
             alone += next(gold[n] for n, c in same if "removal_error" in c.method.split("+"))
@@ -243,7 +244,7 @@ def adaptive(found: _Found) -> None:
     results = {}
     for method in ("exact", "adaptive"):
         # So many that the lens drops none: the two score the same alternatives.
-        settings = ScoreSettings(method=method, keep_sets=0 if method == "exact" else len(found.numbered.listed))
+        settings = ScoreSettings(method=method, keep_sets=0 if method == "exact" else len(found.indexed.listed))
         search = Search(replace(found.search.recipe, score=settings), CONSOLE)
         scorer = search.scorer(None)
         path = search.run / f"benchmark-{method}-book.safetensors"
@@ -253,8 +254,8 @@ def adaptive(found: _Found) -> None:
         seconds = time.perf_counter() - start
         path.unlink()
         layers = found.search.parent.config.num_layers
-        pairs = scored.book.scored.sum(axis=1)
-        work = sum((layers - layer) * pairs[n] for n, (layer, _) in enumerate(scored.numbered.listed))
+        pairs = scored.table.scored.sum(axis=1)
+        work = sum((layers - layer) * pairs[n] for n, (layer, _) in enumerate(scored.indexed.listed))
         work += 0 if method == "exact" else LENS_TRACES * len(pairs)
         (child,) = search.problem_of(scored.space, scored.scores).solve()
         ((score,), kl, tokens) = score_children(
@@ -274,7 +275,7 @@ def adaptive(found: _Found) -> None:
 
 def additive(found: _Found, architectures: int = 60) -> None:
     source, config = np.random.default_rng(0), found.search.parent.config
-    gold = found.numbered.scores(found.gold.means())
+    gold = found.indexed.scores(found.gold.means())
     children, predicted = [], []
     for _ in range(architectures):
         # From nearly the parent to nearly nothing: each layer is changed with a probability of its architecture's own.

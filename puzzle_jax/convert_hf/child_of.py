@@ -21,8 +21,9 @@ import numpy as np
 
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.convert_hf.describe import Description, describe_checkpoint
-from puzzle_jax.convert_hf.export import NEVER, PROVENANCE, as_stored, dotted, parameter_path
+from puzzle_jax.convert_hf.export import NEVER, PROVENANCE
 from puzzle_jax.convert_hf.load import build_params
+from puzzle_jax.convert_hf.pieces import as_stored, dotted, parameter_path
 from puzzle_jax.convert_hf.table import Path as ParamPath
 from puzzle_jax.convert_hf.table import TensorSpec, checkpoint_tensors
 from puzzle_jax.convert_hf.tensors import mxfp4

@@ -23,7 +23,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
 import puzzle_jax
@@ -33,15 +32,14 @@ from puzzle_jax.convert_hf.describe import NOT_A_NUMBER, Description, describe_c
 from puzzle_jax.convert_hf.kv_scales import planned_kv_scales
 from puzzle_jax.convert_hf.model_card import FILE as CARD
 from puzzle_jax.convert_hf.model_card import model_card
+from puzzle_jax.convert_hf.pieces import Pieces, as_stored, dotted, expert_of, parameter_path
 from puzzle_jax.convert_hf.table import Form, TensorSpec, checkpoint_tensors
 from puzzle_jax.convert_hf.table import Path as ParamPath
-from puzzle_jax.convert_hf.tensors import mxfp4
-from puzzle_jax.convert_hf.tensors.files import CHUNK_BYTES, StoredTensor
+from puzzle_jax.convert_hf.tensors.files import StoredTensor
 from puzzle_jax.convert_hf.tensors.finite import all_finite
 from puzzle_jax.convert_hf.tensors.writer import SHARD_BYTES, Plan, PlannedTensor, told, write_checkpoint
 from puzzle_jax.errors import CheckpointError, ConfigError, PuzzleError
 from puzzle_jax.files import read_bytes
-from puzzle_jax.kernels.mxfp4 import MXFP4
 from puzzle_jax.model.cache_format import KVScales
 from puzzle_jax.model.child import delta_leaves
 from puzzle_jax.model.spec import EXPERT_MATRICES, Params
@@ -185,7 +183,7 @@ def save_checkpoint(
     """
     out = Path(out)
     refuse_overwriting(out, replace)
-    source = _Pieces()
+    source = Pieces()
 
     def pieces(spec: TensorSpec) -> Iterator[np.ndarray]:
         return source.of(spec, _at(params, parameter_path(spec)))
@@ -230,7 +228,7 @@ def _child_plan(
 ) -> list[PlannedTensor]:
     """The child's tensors, each read from the parent's file or from the trained values when its turn comes."""
     plan = []
-    trained = _Pieces()
+    trained = Pieces()
     for spec in checkpoint_tensors(config, parent.form):
         stored, path = parent.tensors[spec.name], parameter_path(spec)
         ids = tuple(kept[spec.layer]) if spec.by_expert and spec.layer is not None else None
@@ -253,7 +251,7 @@ def _digest(path: ParamPath, leaf: Any, kept: Sequence[Sequence[int]]) -> str:
     """
     digest = hashlib.sha256()
     rows = kept[int(path[1])] if path[-1] in EXPERT_MATRICES else None
-    for piece in [np.asarray(leaf)] if rows is None else (_row(leaf, expert) for expert in rows):
+    for piece in [np.asarray(leaf)] if rows is None else (expert_of(leaf, expert) for expert in rows):
         if not all_finite(piece):
             raise ConfigError(f"the trained values of {dotted(path)} are not all finite numbers")
         digest.update(f"{piece.dtype}".encode())
@@ -286,96 +284,11 @@ def _planned(spec: TensorSpec, pieces: Callable[[], Iterable[np.ndarray]]) -> Pl
     return PlannedTensor(spec.name, spec.dtype, spec.shape, pieces, with_previous=spec.path[-1] == "scales")
 
 
-def as_stored(spec: TensorSpec, array: np.ndarray) -> np.ndarray:
-    """An array in the table's type: bytes and BF16 as they are, wider floats rounded to BF16."""
-    return array if spec.dtype == "U8" else array.astype(ml_dtypes.bfloat16, copy=False)
-
-
-def parameter_path(spec: TensorSpec) -> ParamPath:
-    """The parameter that a tensor is, or is a half of."""
-    return spec.path[:-1] if spec.path[-1] in ("blocks", "scales") else spec.path
-
-
-class _Pieces:
-    """Parameters as pieces of their tensors; keeps the scales of the matrix packed last, which follow its blocks."""
-
-    def __init__(self) -> None:
-        self.scales: dict[ParamPath, list[np.ndarray]] = {}
-
-    def of(self, spec: TensorSpec, leaf: Any, experts: Sequence[int] | None = None) -> Iterator[np.ndarray]:
-        """A tensor's pieces: matrices of experts one by one; of `experts` alone, in that order, where given."""
-        path = parameter_path(spec)
-        half = spec.path[-1] if path != spec.path else None
-        if half == "scales" and path in self.scales:
-            yield from self.scales.pop(path)
-            return
-        if path[-1] not in EXPERT_MATRICES:
-            yield from _dense_pieces(spec, leaf, experts)
-            return
-        if half is None and experts is None:
-            _check_shape(spec, leaf.shape)
-        if half == "blocks":
-            self.scales[path] = []
-        for expert in range(leaf.shape[0]) if experts is None else experts:
-            if isinstance(leaf, MXFP4):
-                codes, scales = _row(leaf.codes, expert), _row(leaf.scales, expert)
-                blocks = codes.reshape(*scales.shape, -1)
-                if (scales == NOT_A_NUMBER).any():
-                    raise PuzzleError(f"{dotted(path)} holds the scale {NOT_A_NUMBER}, which is no number")
-                if half is None:
-                    yield mxfp4.decode(blocks, scales, ml_dtypes.bfloat16)
-                    continue
-            elif half is None:
-                yield as_stored(spec, _finite(spec, _row(leaf, expert)))
-                continue
-            else:
-                try:
-                    blocks, scales = mxfp4.encode(_finite(spec, _row(leaf, expert)))
-                except PuzzleError as error:
-                    raise PuzzleError(f"{spec.name.removesuffix('_blocks')}, expert {expert}: {error}") from None
-            if half == "blocks":
-                self.scales[path].append(scales)
-            yield blocks if half == "blocks" else scales
-
-
-def _dense_pieces(spec: TensorSpec, leaf: Any, experts: Sequence[int] | None) -> Iterator[np.ndarray]:
-    """A parameter in the orientation and type of its tensor, so many rows at a time."""
-    array = np.asarray(leaf)
-    array = array.T if spec.transposed else array
-    array = array if experts is None else array[list(experts)]
-    if experts is None:
-        _check_shape(spec, array.shape)
-    rows = max(1, CHUNK_BYTES * spec.shape[0] // spec.nbytes)
-    for start in range(0, len(array), rows):
-        yield as_stored(spec, _finite(spec, array[start : start + rows]))
-
-
-def _finite(spec: TensorSpec, values: np.ndarray) -> np.ndarray:
-    if not all_finite(values):
-        raise PuzzleError(f"{dotted(parameter_path(spec))} holds values that are not finite (NaN or infinity)")
-    return values
-
-
-def _check_shape(spec: TensorSpec, shape: Sequence[int]) -> None:
-    if tuple(shape) != spec.shape:
-        raise ConfigError(f"{spec.name} would have shape {list(shape)}, but the model needs {list(spec.shape)}")
-
-
-def _row(leaf: Any, expert: int) -> np.ndarray:
-    """One expert of a stack, which may lie on devices."""
-    return np.asarray(leaf[expert : expert + 1])
-
-
 def _at(tree: Any, path: ParamPath) -> Any:
     """A leaf of a parameter tree, made where it is a function that makes it."""
     for key in path:
         tree = tree[key]
     return tree() if callable(tree) else tree
-
-
-def dotted(path: ParamPath) -> str:
-    """A place in the parameter tree as records name it, such as `layers.3.moe.down`."""
-    return ".".join(map(str, path))
 
 
 def carried_files(directory: Path, names: Sequence[str] = CARRIED) -> dict[str, bytes]:

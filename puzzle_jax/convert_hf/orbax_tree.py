@@ -27,8 +27,9 @@ import numpy as np
 
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.convert_hf.configuration.config_json import parse_config, parse_form, write_config
-from puzzle_jax.convert_hf.export import CARRIED, OF_A_CHILD, config_bytes, dotted
+from puzzle_jax.convert_hf.export import CARRIED, OF_A_CHILD, config_bytes
 from puzzle_jax.convert_hf.other_forms import CONFIG, ORBAX_HF, ORBAX_PARAMS
+from puzzle_jax.convert_hf.pieces import dotted
 from puzzle_jax.convert_hf.table import Form
 from puzzle_jax.convert_hf.tensors.files import read_json
 from puzzle_jax.convert_hf.tensors.writer import told

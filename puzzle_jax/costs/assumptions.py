@@ -14,7 +14,7 @@ from typing import Any, get_type_hints
 
 from puzzle_jax.errors import ConfigError, PuzzleError
 from puzzle_jax.files import read_yaml
-from puzzle_jax.program.library import Number
+from puzzle_jax.numeric import Number
 
 DEFAULT = Path(__file__).parent / "assumptions.yaml"
 

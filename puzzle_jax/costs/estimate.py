@@ -15,9 +15,8 @@ from typing import Any
 
 from puzzle_jax.config import ModelConfig, cache_bytes
 from puzzle_jax.convert_hf.table import Form, bytes_by_part
-from puzzle_jax.costs.batches import candidate_batches, largest_batch, memory_bytes
 from puzzle_jax.costs.roofline import PARTS, PartSeconds, Roofline
-from puzzle_jax.costs.scenario import Scenario
+from puzzle_jax.costs.scenario import Scenario, candidate_batches
 from puzzle_jax.errors import ConfigError
 
 
@@ -91,9 +90,9 @@ def estimate(architecture: Architecture, scenario: Scenario, roofline: Roofline 
     sizes, roofline = _Sizes.of(architecture, scenario), roofline or Roofline()
     room = roofline.room_bytes(scenario)
     at_most = scenario.batch or roofline.max_batch(scenario)
-    largest = largest_batch(scenario, **asdict(sizes), room=room, at_most=at_most)
+    largest = scenario.largest_batch(**asdict(sizes), room=room, at_most=at_most)
     if largest < (scenario.batch or 1):
-        needed = memory_bytes(scenario, **asdict(sizes), batch=scenario.batch or 1)
+        needed = scenario.memory_bytes(**asdict(sizes), batch=scenario.batch or 1)
         raise ConfigError(
             f"scenario {scenario.name!r} with {scenario.batch or 1} request(s) needs {needed / 1e9:.1f} GB on "
             f"{scenario.devices} x {roofline.device(scenario)}, but there is room for {max(room, 0) / 1e9:.1f} GB"
@@ -109,7 +108,7 @@ def estimate(architecture: Architecture, scenario: Scenario, roofline: Roofline 
         largest_batch=largest,
         prefill_seconds=total.prefill_seconds,
         decode_seconds=total.decode_seconds,
-        memory_bytes=memory_bytes(scenario, **asdict(sizes), batch=best),
+        memory_bytes=scenario.memory_bytes(**asdict(sizes), batch=best),
         room_bytes=room,
         breakdown={"prefill": dict(seconds[best].prefill), "decode": dict(seconds[best].decode)},
     )
@@ -131,7 +130,7 @@ def model_seconds(architecture: Architecture, scenario: Scenario, roofline: Roof
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Bytes that memory is made of; see `batches.memory_bytes`."""
+    """Bytes that memory is made of; see `Scenario.memory_bytes`."""
 
     dense: int
     experts: int

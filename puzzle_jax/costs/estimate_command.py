@@ -23,7 +23,7 @@ from puzzle_jax.costs.estimate import Architecture, Comparison, Estimate, compar
 from puzzle_jax.costs.roofline import PARTS, Roofline
 from puzzle_jax.errors import ConfigError, PuzzleError, shown
 from puzzle_jax.files import parse_json, read_text
-from puzzle_jax.program.library import Number, is_number
+from puzzle_jax.numeric import Number, is_number
 
 
 @dataclass(frozen=True)

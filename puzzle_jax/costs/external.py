@@ -10,22 +10,22 @@ from dataclasses import replace
 from pathlib import Path
 
 from puzzle_jax.convert_hf.table import Form
+from puzzle_jax.costs.compute import Offer, kv_bytes, mixture_size, shared_size
 from puzzle_jax.costs.scenario import Scenario
-from puzzle_jax.costs.table import Costs, kv_bytes, mixture_size, read_costs, seconds_key, shared_size
+from puzzle_jax.costs.table import Costs, read_costs, seconds_key
 from puzzle_jax.errors import ConfigError, PuzzleError
-from puzzle_jax.search.space import Space
 
 _SHOWN = 4
 
 
-def read_external(path: Path, space: Space, scenarios: Sequence[Scenario], form: Form) -> Costs:
-    """Reads a costs.json for a space and scenarios; of further ones that it holds, nothing is taken.
+def read_external(path: Path, offer: Offer, scenarios: Sequence[Scenario], form: Form) -> Costs:
+    """Reads a costs.json; what it holds beyond the offer and the scenarios is ignored.
 
     Args:
-      path: of the file.
-      space: whose alternatives must all be there.
-      scenarios: that must be there, as they are.
-      form: of the parent's checkpoint, which decides the bytes of the experts.
+      path: the file.
+      offer: alternatives that it must have costs of.
+      scenarios: scenarios that it must hold, with equal fields.
+      form: form of the parent's checkpoint, which decides the bytes of the experts.
 
     Raises `PuzzleError` that names the file and what it lacks (layers, expert counts, windows, seconds, a scenario), a
     number that is none of its kind, bytes that are not the model's, and a model that would be served in no time.
@@ -34,8 +34,8 @@ def read_external(path: Path, space: Space, scenarios: Sequence[Scenario], form:
     try:
         for scenario in scenarios:
             _check_scenario(costs, scenario)
-        check_costs(costs, space)
-        _check_sizes(costs, space, scenarios, form)
+        check_costs(costs, offer)
+        _check_sizes(costs, offer, scenarios, form)
         _check_time(costs, scenarios)
     except ConfigError as error:
         raise PuzzleError(f"{path}: {error}") from error
@@ -49,9 +49,9 @@ def _check_scenario(costs: Costs, scenario: Scenario) -> None:
             raise ConfigError(f"{field} of scenario {scenario.name!r} is {held[field]!r}, but {value!r} is asked for")
 
 
-def _check_sizes(costs: Costs, space: Space, scenarios: Sequence[Scenario], form: Form) -> None:
+def _check_sizes(costs: Costs, offer: Offer, scenarios: Sequence[Scenario], form: Form) -> None:
     """Raises `ConfigError` where bytes or parameters are not those of the parent and its alternatives."""
-    config = space.parent
+    config = offer.config
     for name, value in zip(("shared_bytes", "shared_parameters"), shared_size(config, form), strict=True):
         if getattr(costs, name) != value:
             raise ConfigError(f"{name} is {getattr(costs, name)}, but the parent has {value}")
@@ -86,17 +86,14 @@ def _check_time(costs: Costs, scenarios: Sequence[Scenario]) -> None:
                 raise ConfigError(f"{field} of {key!r} is 0 in all parts of an architecture, but serving it takes time")
 
 
-def check_costs(costs: Costs, space: Space) -> None:
-    """Checks that costs, from elsewhere perhaps, hold all that a space asks for.
-
-    Raises `ConfigError` that names the layers' missing expert counts and windows.
-    """
-    if len(costs.layers) != space.num_layers:
-        raise ConfigError(f"the costs are of {len(costs.layers)} layers, but the parent has {space.num_layers}")
+def check_costs(costs: Costs, offer: Offer) -> None:
+    """Raises `ConfigError`, naming expert counts and windows by layer, where costs lack something of an offer."""
+    if len(costs.layers) != offer.config.num_layers:
+        raise ConfigError(f"the costs are of {len(costs.layers)} layers, but the parent has {offer.config.num_layers}")
     missing = []
-    for layer, (held, block) in enumerate(zip(costs.layers, space.parent.blocks, strict=True)):
-        counts = {block.num_experts, *space.expert_counts(layer)} - {*held.experts}
-        windows = [window for window in space.windows[layer] if window not in held.attention]
+    for layer, (held, block) in enumerate(zip(costs.layers, offer.config.blocks, strict=True)):
+        counts = {block.num_experts, *offer.counts[layer]} - {*held.experts}
+        windows = [window for window in offer.windows[layer] if window not in held.attention]
         if counts:
             missing.append(f"layer {layer}: expert counts {', '.join(map(str, sorted(counts, reverse=True)))}")
         if windows:

@@ -10,16 +10,20 @@ Cards without NVLink sum over PCIe, through the host where the driver allows no 
 
 Sources: NVIDIA data sheets of A100 80GB SXM, H100 SXM5, H200 SXM, HGX B200 and L4, and NVIDIA's description of the Ada
 architecture for the RTX 4090; Google Cloud TPU documentation (docs.cloud.google.com/tpu/docs/v5e, v5p, v6e); the memory
-of NVIDIA devices by nvidia-smi. No JAX here.
+of NVIDIA devices by nvidia-smi. JAX is imported only where the device present is measured.
 """
 
 from __future__ import annotations
 
+import os
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from math import isfinite
+from typing import Any
 
 from puzzle_jax.errors import ConfigError
-from puzzle_jax.program.library import Number
+from puzzle_jax.numeric import Number
 
 _MIB, _GIB = 2**20, 2**30
 
@@ -90,10 +94,51 @@ def hardware_named(name: str) -> Hardware:
     Raises `ConfigError` for another name.
     """
     if name == "local":
-        # JAX takes seconds to import, and only this needs it.
-        from puzzle_jax.costs.local_hardware import measure_local
-
         return measure_local()
     if name not in HARDWARE:
         raise ConfigError(f"hardware is {name!r}, but must be local or one of {', '.join(HARDWARE)}")
     return HARDWARE[name]
+
+
+def measure_local(size: int = 1024, copy_bytes: int = 1 << 27, rounds: int = 5) -> Hardware:
+    """The device present as a row of the table: its memory, and the rates of a large matrix product and a large copy.
+
+    Links are given the rate of the memory, since one device has nobody to talk to.
+    """
+    # JAX takes seconds to import, and only this function needs it.
+    import jax
+    import jax.numpy as jnp
+
+    device = jax.local_devices()[0]
+    dtype = jnp.float32 if device.platform == "cpu" else jnp.bfloat16
+    square = jnp.ones((size, size), dtype)
+    long = jnp.ones(copy_bytes // 4, jnp.float32)
+    product_seconds = _best_seconds(jax.jit(lambda x: x @ x), square, rounds)
+    copy_seconds = _best_seconds(jax.jit(lambda x: x + 1), long, rounds)
+    bytes_per_second, flops_per_second = 2 * copy_bytes / copy_seconds, 2 * size**3 / product_seconds
+    return Hardware(
+        name=device.device_kind,
+        memory_bytes=_memory_bytes(device),
+        bytes_per_second=bytes_per_second,
+        flops_per_second=flops_per_second,
+        fp8_flops_per_second=flops_per_second,
+        link_bytes_per_second=bytes_per_second,
+        link_latency_seconds=0.0,
+        launch_seconds=0.0,
+    )
+
+
+def _memory_bytes(device: Any) -> int:
+    """What the runtime may allocate, or on a CPU the machine's memory."""
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    return stats["bytes_limit"] if stats else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _best_seconds(function: Callable[[Any], Any], x: Any, rounds: int) -> float:
+    function(x).block_until_ready()
+    best = float("inf")
+    for _ in range(rounds):
+        start = time.perf_counter()
+        function(x).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return best

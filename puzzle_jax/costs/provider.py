@@ -10,7 +10,7 @@ from puzzle_jax.config import ModelConfig
 from puzzle_jax.convert_hf.table import Form
 from puzzle_jax.costs.scenario import Scenario
 from puzzle_jax.errors import ConfigError, shown
-from puzzle_jax.program.library import Number
+from puzzle_jax.numeric import Number
 
 LONGEST_SECONDS = 1e12
 """More than any part of a model takes; beyond it sums of costs are no longer told apart."""

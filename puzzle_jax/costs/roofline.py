@@ -32,7 +32,7 @@ from puzzle_jax.costs.provider import Seconds, Times
 from puzzle_jax.costs.routing import Profile, active_experts, probabilities, tiled_rows
 from puzzle_jax.costs.scenario import Scenario
 from puzzle_jax.errors import ConfigError
-from puzzle_jax.program.library import Number
+from puzzle_jax.numeric import Number
 
 BF16_BYTES, F32_BYTES = 2, 4
 

@@ -19,7 +19,7 @@ from math import isfinite, log, log1p
 import numpy as np
 
 from puzzle_jax.errors import ConfigError
-from puzzle_jax.program.library import Number
+from puzzle_jax.numeric import Number
 
 Profile = tuple[Number, ...]
 

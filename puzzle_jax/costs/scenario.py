@@ -115,12 +115,43 @@ class Scenario:
             self._refuse("batch", "given here")
         return self.batch
 
+    def memory_bytes(self, *, dense: int, experts: int, kv: int, batch: int) -> int:
+        """Bytes on all devices: dense x replicas + experts x copies + batch x KV bytes of a request at its end.
+
+        A cache that is shared or paged more finely than by request, so that requests which are not yet long leave room
+        for others, is left out.
+
+        Args:
+          dense: bytes of everything but experts and routers.
+          experts: bytes of experts and routers.
+          kv: cache bytes of one request at its end.
+          batch: requests on all devices.
+        """
+        return dense * self.replicas + experts * self.expert_copies + batch * kv
+
+    def largest_batch(self, *, dense: int, experts: int, kv: int, room: int, at_most: int) -> int:
+        """The most requests, up to `at_most`, whose caches fit into `room` bytes beside the weights; 0 if none fits."""
+        free = room - self.memory_bytes(dense=dense, experts=experts, kv=kv, batch=0)
+        return max(0, min(free // kv, at_most))
+
     def at(self, batch: int) -> Scenario:
         """The same deployment with that many requests together."""
         return replace(self, batch=batch)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def candidate_batches(largest: Sequence[int]) -> tuple[int, ...]:
+    """Batches worth trying: powers of two and the middles between them up to the largest of `largest`, and those.
+
+    Args:
+      largest: the largest batch that fits, for one or several architectures.
+    """
+    top = max(largest)
+    powers = [2**exponent for exponent in range(top.bit_length())]
+    middles = [3 * power // 2 for power in powers if power > 1]
+    return tuple(sorted({*largest, *(batch for batch in (*powers, *middles) if batch <= top)} - {0}))
 
 
 Amount = int | float | dict[str, int | float] | None

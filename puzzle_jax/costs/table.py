@@ -18,20 +18,17 @@ Left out: batches that change while they run, and what no sub-block owns (schedu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from puzzle_jax.config import BlockConfig, ModelConfig, cache_slots
-from puzzle_jax.convert_hf.table import Form, bytes_by_part, parameters
-from puzzle_jax.costs.batches import candidate_batches, largest_batch, memory_bytes
-from puzzle_jax.costs.provider import Memory, Provider, Seconds, Times
+from puzzle_jax.config import BlockConfig
+from puzzle_jax.costs.provider import Seconds
 from puzzle_jax.costs.scenario import Scenario
 from puzzle_jax.errors import ConfigError, PuzzleError, shown
 from puzzle_jax.files import read_json
-from puzzle_jax.search.space import Space
 
 Architecture = tuple[BlockConfig, ...]
 
@@ -142,8 +139,7 @@ class Costs:
     def memory_bytes(self, blocks: Architecture, scenario: str | None = None, batch: int | None = None) -> int:
         """Weights and caches of a batch at its end, on all devices."""
         chosen = self.scenario(scenario)
-        return memory_bytes(
-            chosen,
+        return chosen.memory_bytes(
             dense=self.shared_bytes,
             experts=self.expert_bytes(blocks),
             kv=self.kv_bytes(blocks, chosen.name),
@@ -304,103 +300,6 @@ def seconds_key(scenario: Scenario, batch: int) -> str:
     return scenario.name if scenario.batch is not None else f"{scenario.name}.{batch}"
 
 
-def compute_costs(
-    space: Space,
-    scenarios: Sequence[Scenario],
-    form: Form,
-    provider: Provider,
-    progress: Callable[[str], None] | None = None,
-    memory: Memory | None = None,
-) -> Costs:
-    """Costs of every alternative of a space.
-
-    Args:
-      space: the alternatives.
-      scenarios: deployments with distinct names.
-      form: of the checkpoint, which decides the bytes of the experts.
-      provider: gives the seconds.
-      progress: called with a scenario's name, and its batch where that is open, before its seconds are asked for.
-      memory: bounds the batches of scenarios that leave theirs open.
-
-    Raises `ConfigError` where a batch is open and there is no `memory`, or none for one request.
-    """
-    names = [scenario.name for scenario in scenarios]
-    if not names or len(set(names)) != len(names):
-        raise ConfigError(f"scenarios need distinct names and at least one, but are {names}")
-    config = space.parent
-    # The parent's own count has costs even where it is no alternative: targets are relative to it.
-    counts_of = [{b.num_experts, *space.expert_counts(layer)} for layer, b in enumerate(config.blocks)]
-    counts = sorted(set.union(*counts_of))
-    windows = sorted({w for layer in space.windows for w in layer}, key=lambda w: (w is None, w))
-    sizes = {count: mixture_size(config, count, form) for count in counts}
-    shared_bytes, shared_parameters = shared_size(config, form)
-
-    def fitting(scenario: Scenario) -> tuple[int, ...]:
-        """Batches up to those of the parent and of the smallest architecture."""
-        if memory is None:
-            raise ConfigError(f"scenario {scenario.name!r} leaves its batch open, but no memory is known to bound it")
-        slots = [[kv_bytes(config, window, scenario) for window in layer] for layer in space.windows]
-        largest = [
-            largest_batch(
-                scenario,
-                dense=shared_bytes,
-                experts=sum(sizes[which(counts)][0] for counts in counts_of),
-                kv=sum(map(which, slots)),
-                room=memory.room_bytes(scenario),
-                at_most=memory.max_batch(scenario),
-            )
-            for which in (max, min)
-        ]
-        if not max(largest):
-            raise ConfigError(
-                f"scenario {scenario.name!r} has room for {max(memory.room_bytes(scenario), 0) / 1e9:.1f} GB, "
-                "but not even the smallest architecture fits with one request"
-            )
-        return candidate_batches(largest)
-
-    batches = {scenario.name: fitting(scenario) for scenario in scenarios if scenario.batch is None}
-    times: dict[str, Times] = {}
-    for scenario in scenarios:
-        for batch in batches.get(scenario.name, (scenario.batch,)):
-            assert batch is not None
-            key = seconds_key(scenario, batch)
-            if progress:
-                progress(key)
-            times[key] = provider.times(config, scenario.at(batch), form, counts, windows)
-    return Costs(
-        provider=provider.name,
-        device=", ".join(dict.fromkeys(provider.device(scenario) for scenario in scenarios)),
-        scenarios=tuple(scenarios),
-        layers=tuple(
-            LayerCosts(
-                experts={
-                    count: ExpertCosts(*sizes[count], {key: found.experts[count] for key, found in times.items()})
-                    for count in sorted(counts_of[layer], reverse=True)
-                },
-                attention={
-                    window: AttentionCosts(
-                        {s.name: kv_bytes(config, window, s) for s in scenarios},
-                        {key: found.attention[window] for key, found in times.items()},
-                    )
-                    for window in space.windows[layer]
-                },
-            )
-            for layer in range(space.num_layers)
-        ),
-        fixed={key: found.fixed for key, found in times.items()},
-        shared_bytes=shared_bytes,
-        shared_parameters=shared_parameters,
-        batches=batches,
-        room_bytes={name: memory.room_bytes(s) for s in scenarios if (name := s.name) in batches and memory},
-    )
-
-
-def kv_bytes(config: ModelConfig, window: int | None, scenario: Scenario) -> int:
-    """KV-cache bytes of one layer for one request at its end."""
-    slots = cache_slots(window, scenario.context_tokens)
-    return slots * 2 * config.kv_width * scenario.kv_bytes_per_value
-
-
 def read_costs(path: Path) -> Costs:
     """Reads a costs.json, ours or one that was timed elsewhere; raises `PuzzleError` where it is none."""
     value = read_json(Path(path))
@@ -427,21 +326,6 @@ def _check_counts(**values: Any) -> None:
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
             raise ConfigError(f"{name} is {shown(value)}, but must be a whole number of at least 0, below 2^63")
-
-
-def shared_size(config: ModelConfig, form: Form) -> tuple[int, int]:
-    """Bytes and parameters of what all architectures share (attention, norms, embedding, head), exact."""
-    one = config.with_blocks(tuple(BlockConfig(config.experts_per_token) for _ in config.blocks))
-    layer_bytes, layer_parameters = mixture_size(config, config.experts_per_token, form)
-    layers = config.num_layers
-    return bytes_by_part(one, form).total - layers * layer_bytes, parameters(one) - layers * layer_parameters
-
-
-def mixture_size(config: ModelConfig, count: int, form: Form) -> tuple[int, int]:
-    """Bytes and parameters of one layer's experts and router, exact."""
-    one, two = (config.with_blocks((BlockConfig(c), *config.blocks[1:])) for c in (count, 2 * count))
-    layer = bytes_by_part(one, form).layers[0]
-    return layer.experts + layer.router, parameters(two) - parameters(one)
 
 
 def _seconds_to_json(seconds: Mapping[str, Seconds]) -> dict[str, dict[str, float]]:

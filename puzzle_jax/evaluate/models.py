@@ -1,6 +1,6 @@
 """The models that are compared: checkpoint directories, opened before any work and loaded when first needed.
 
-Left out: models on several devices, and several copies of weights that models share.
+Left out: several copies of weights that models share.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.convert_hf.describe import Description, describe_checkpoint
@@ -21,6 +23,7 @@ from puzzle_jax.convert_hf.token_ids import check_tokenizer
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.model.cache_format import FLOAT8, CacheFormat
 from puzzle_jax.model.network import compute_dtype, to_compute
+from puzzle_jax.model.sharding import params_sharding
 from puzzle_jax.model.spec import Params
 from puzzle_jax.tasks import Chat
 
@@ -41,11 +44,13 @@ class Model:
       name: what answers, tables and figures call it.
       description: configuration and checked headers.
       chat: the checkpoint's own tokenizer and template.
+      mesh: where the weights go; None is the first device.
     """
 
     name: str
     description: Description
     chat: Chat
+    mesh: Mesh | None = None
 
     @staticmethod
     def open(name: str, directory: Path, today: datetime.datetime) -> Model:
@@ -64,12 +69,15 @@ class Model:
     def config(self) -> ModelConfig:
         return self.description.config
 
+    @property
+    def directory(self) -> Path:
+        return self.description.directory
+
     @cached_property
     def params(self) -> Params:
-        """Dense weights in `compute_dtype`."""
-        return jax.jit(to_compute, static_argnums=1)(
-            load_checkpoint(self.description.directory).params, compute_dtype()
-        )
+        """Dense weights in `compute_dtype`, spread over the mesh where there is one."""
+        loaded = load_checkpoint(self.directory, mesh=self.mesh).params
+        return dense_in_place(self.config, self.mesh)(loaded, compute_dtype())
 
     def cache_format(self, dtype: str) -> CacheFormat:
         """How keys and values are kept in this dtype; float8 with the checkpoint's own scales where it has any."""
@@ -80,7 +88,13 @@ class Model:
         """A hash of what the model answers with: weights (`fingerprint_of`), configuration and chat files."""
         digest = hashlib.sha256(f"{fingerprint_of(self.description)}\n".encode())
         for file in CHAT_FILES:
-            path = self.description.directory / file
+            path = self.directory / file
             content = path.read_bytes() if path.is_file() else b""
             digest.update(f"{file} {len(content)}\n".encode() + content)
         return digest.hexdigest()[:16]
+
+
+def dense_in_place(config: ModelConfig, mesh: Mesh | None) -> Any:
+    """The program that turns loaded parameters into dense ones of a dtype, each on the devices where it belongs."""
+    where = None if mesh is None else params_sharding(config, mesh)
+    return jax.jit(to_compute, static_argnums=1, out_shardings=where)

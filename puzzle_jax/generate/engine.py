@@ -1,10 +1,8 @@
 """Batched generation by continuous batching: finished requests leave their slots, waiting ones take them.
 
-The host only decides who runs where; all work is in the three programs of `generate.slots`. On a mesh over several
-processes every host decides the same. Prompts are prefilled in
-chunks, a group of rows at a time, and running requests decode between the chunks of a long prompt. Requests with the
-same prompt share a row: it is run once, and the group keeps it until the last of them has a slot. A view runs a child
-on its parent's weights and programs.
+The host only decides who runs where, on a mesh over several processes every host the same; all work is in the three
+programs of `generate.slots`. Prompts are prefilled in chunks, a group of rows at a time, and running requests decode
+between the chunks of a long prompt. Requests with the same prompt share a row, which runs once.
 
 A request's tokens depend on the request and on the engine's shape (slots, context, chunk), never on its neighbours
 or on when it got its slot. `generate` picks the context by the request's own length, so there they depend on `slots`
@@ -46,8 +44,7 @@ from puzzle_jax.model.spec import Params
 CHUNKS = (512, 256, 128, 64)  # tokens of a prompt that are prefilled at once; contexts are multiples of the last
 PREFILL_TOKENS = 1024  # of a group's rows in one chunk, on one part of a mesh
 SMALLEST_CONTEXT, LONG_CONTEXT = 256, 8192
-BURST = 64  # decode steps between two looks at who has finished
-STEPS_BETWEEN_CHUNKS = 4
+BURST, STEPS_BETWEEN_CHUNKS = 64, 4  # decode steps until the host looks at who has finished; between chunks
 
 
 @dataclass(frozen=True)
@@ -73,8 +70,7 @@ class Generated:
       tokens: end in a stop id unless `truncated`.
       truncated: whether the token limit ended it.
       log_probs: of each token under the model at temperature 1, when asked for.
-      experts: [prompt + tokens - 1, layers, k], ids that each position chose, when asked for; uint8, or uint16 for
-        more than 256 experts. The last token is drawn but never run.
+      experts: [prompt + tokens - 1, layers, k] ids of each position that was run, when asked for; uint8 or uint16.
     """
 
     tokens: tuple[int, ...]
@@ -358,7 +354,7 @@ def generate(
 
 
 def first_alike(requests: Sequence[Request]) -> list[int]:
-    """For each request, the index of the first that has the same prompt."""
+    """The index of the first request that has the same prompt, for each request."""
     firsts: dict[tuple[int, ...], int] = {}
     return [firsts.setdefault(tuple(request.prompt), index) for index, request in enumerate(requests)]
 
@@ -392,10 +388,9 @@ def check_request(request: Request, index: int, context: int) -> None:
 
 
 def own_context(tokens: int, config: ModelConfig) -> int:
-    """The context that a request of so many tokens, prompt and answer, gets from `generate`.
+    """The context that `generate` gives a request of so many tokens, prompt and answer.
 
-    Few different ones, since each is a set of programs: powers of two, and for long requests, whose caches would be
-    much larger than they need, the quarters between them.
+    There are few, since each needs programs of its own: powers of two, and the quarters between long ones.
     """
     context = SMALLEST_CONTEXT
     while context < tokens:

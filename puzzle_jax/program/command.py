@@ -18,8 +18,10 @@ from rich.text import Text
 
 from puzzle_jax.consoles import plain_console
 from puzzle_jax.errors import ConfigError, PuzzleError, shown
-from puzzle_jax.program.library import Library, Number, is_number, short
-from puzzle_jax.program.solve import InfeasibleProgram, Limit, Program, Solution, solve
+from puzzle_jax.numeric import Number, is_number, short
+from puzzle_jax.program.explain import InfeasibleProgram
+from puzzle_jax.program.library import Library, Limit, Program, Solution
+from puzzle_jax.program.solve import solve
 
 _DEEPEST = 32
 _MOST_SWEPT = 1000

@@ -19,8 +19,9 @@ A pass extends partial choices group by group, many at once, depth first and tho
 those that no completion lets into the limits, and those whose bound reaches the ceiling under any of a set of
 multipliers: the duals of the same program with its limits moved at random, which each pass adds to.
 
-Works for a handful of limits; where groups are many, alike and bound by many limits, nothing but time ends it, and
-`puzzle_jax.program.compile` goes on with HiGHS. Bounds are lowered by more than the rounding of their sums.
+Works for a handful of limits. Where groups are many, alike and bound by many limits, or where the objective falls as
+the limited sums grow, so that near-optimal choices are too many to tell apart, only time ends it, and
+`puzzle_jax.program.minimise` goes on with HiGHS. Bounds are lowered by more than the rounding of their sums.
 Sources: reduced-cost fixing and Lagrangian bounds, Fisher, Management Science 27 (1981); the problem is the
 multi-dimensional multiple-choice knapsack.
 """
@@ -87,8 +88,9 @@ def enumerate_least(
       cases: of these one has to be met.
       accepts: whether a choice meets one of the cases exactly; asked for the cheapest choices first.
       ceiling_below: for the objective of a choice, below what another one has to be to be worth having.
-      patience: when to give up while nothing is found, on the clock of `time.monotonic`.
-      deadline: when to give up in any case.
+      patience: when to give up while nothing is found, on the clock of `time.thread_time`: CPU seconds, so that a
+        busy machine finds what a quiet one finds.
+      deadline: when to give up in any case, on the clock of `time.monotonic`.
     """
     search = _Search(accepts, ceiling_below, patience, deadline)
     waiting = sorted(cases, key=lambda case: case.floor, reverse=True)  # what has the least floor is taken first
@@ -97,7 +99,7 @@ def enumerate_least(
     def relax(below: float) -> None:
         """Takes up the cases whose floor is below a value."""
         while waiting and waiting[-1].floor < below:
-            case = _Relaxed(cost, owner, waiting.pop(), patience)
+            case = _Relaxed(cost, owner, waiting.pop(), deadline)
             relaxed.extend([case] if case.bound < inf else [])
 
     while waiting and not relaxed:
@@ -123,17 +125,17 @@ def enumerate_least(
     return Found(search.columns, max(proven, lowest), True)
 
 
-def relaxed_bound(cost: np.ndarray, owner: np.ndarray, case: Case, patience: float) -> float:
+def relaxed_bound(cost: np.ndarray, owner: np.ndarray, case: Case, deadline: float) -> float:
     """What every choice within the limits costs at least; infinite where there is none."""
-    return _Relaxed(cost, owner, case, patience).bound
+    return _Relaxed(cost, owner, case, deadline).bound
 
 
 class _Relaxed:
     """A case with its linear relaxation's multipliers, bound and reduced costs; bound inf where that has no point."""
 
-    def __init__(self, cost: np.ndarray, owner: np.ndarray, case: Case, patience: float):
-        self.cost, self.owner, self.case, self.patience = cost, owner, case, patience
-        duals = _duals(cost, case.rows, case.bounds, owner, patience)
+    def __init__(self, cost: np.ndarray, owner: np.ndarray, case: Case, deadline: float):
+        self.cost, self.owner, self.case, self.deadline = cost, owner, case, deadline
+        duals = _duals(cost, case.rows, case.bounds, owner, deadline)
         self.bound = inf
         self.multipliers = np.zeros((1, len(case.bounds)))
         if duals is None:
@@ -158,19 +160,19 @@ class _Relaxed:
         spread = np.sqrt(np.stack([np.bincount(owner, row**2) for row in (rows - means[:, owner])]) / counts)
         scale = np.sqrt((spread**2).sum(axis=1))
         moved = [self.case.bounds + random.normal(size=len(scale)) * scale for _ in range(_MULTIPLIERS_PER_PASS)]
-        found = [_duals(self.cost[kept], rows, bounds, owner, self.patience) for bounds in moved]
+        found = [_duals(self.cost[kept], rows, bounds, owner, self.deadline) for bounds in moved]
         self.multipliers = np.stack([*self.multipliers, *(duals for duals in found if duals is not None)])
 
 
 def _duals(
-    cost: np.ndarray, rows: np.ndarray, bounds: np.ndarray, owner: np.ndarray, patience: float
+    cost: np.ndarray, rows: np.ndarray, bounds: np.ndarray, owner: np.ndarray, deadline: float
 ) -> np.ndarray | None:
     """The linear relaxation's multipliers of the limits; zeros if it fails or has no time, None if it has no point."""
     if not len(bounds):
         return np.zeros(0)
     columns = len(owner)
     one_each = sparse.csr_matrix((np.ones(columns), (owner, np.arange(columns))))
-    seconds = min(1e9, max(0.01, patience - time.monotonic()))
+    seconds = min(1e9, max(0.01, deadline - time.monotonic()))
     ones = np.ones(int(owner[-1]) + 1)
     result: Any = linprog(cost, rows, bounds, one_each, ones, method="highs-ds", options={"time_limit": seconds})
     if result.status == 2:
@@ -231,7 +233,7 @@ class _Search:
         start = _States(0, np.zeros(1), np.zeros((len(bounds), 1)), np.full(1, case.bound))
         stack = [start]
         while stack:
-            if time.monotonic() > (self.patience if self.columns is None else self.deadline):
+            if time.monotonic() > self.deadline or (self.columns is None and time.thread_time() > self.patience):
                 return False
             states = stack.pop()
             states = states.select(np.flatnonzero(states.bounds < self.ceiling))

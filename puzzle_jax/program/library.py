@@ -1,5 +1,5 @@
-"""What a program chooses from: a library {group: {alternative: {nested numbers}}}, limits on sums, sets of limits of
-which one has to hold, and choices.
+"""What a program chooses from: a library {group: {alternative: {nested numbers}}}, limits on sums, disjunctions of
+limits, and choices.
 
 A group is whatever one thing must be chosen for: a layer, or one sub-block of a layer. Numbers are named by
 dotted keys ("stats.runtime_ms"), the form in which block libraries are published. Sums are exact: every
@@ -12,23 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from fractions import Fraction
 from functools import cached_property
 from itertools import product
 from typing import Any
 
-import numpy as np
-
 from puzzle_jax.errors import PuzzleError, shown
+from puzzle_jax.numeric import LARGEST, Number, exact, is_number, short
 
-# Sums, squares and quotients of numbers up to this stay finite.
-_LARGEST = 1e100
 _KEYS_SHOWN = 20
 
 # {group: {alternative: {nested numbers}}}; `Program` checks it.
 Library = Mapping[str, Any]
-Number = int | float
 
 
 @dataclass(frozen=True)
@@ -58,7 +53,7 @@ class Limit:
         return self.sign * total <= self.sign * exact(self.bound)
 
     def excess(self, total: Fraction) -> float:
-        """By how much a sum breaks the limit, relative to it; absolute for a limit of 0."""
+        """By how much a sum violates the limit, relative to it; absolute for a limit of 0."""
         bound = exact(self.bound)
         return float(max(Fraction(0), self.sign * (total - bound)) / (abs(bound) or 1))
 
@@ -67,17 +62,17 @@ class Limit:
 
 
 @dataclass(frozen=True)
-class OneOf:
-    """Sets of limits by name, of which all of one have to hold, whichever; the program chooses it with the rest.
+class Disjunction:
+    """Sets of limits by name: all limits of at least one set have to hold, and the program chooses which.
 
-    So a scenario's batch can be a choice: for each batch, how long a request may take and how much memory there is.
+    This makes a scenario's batch a choice: each batch has its own limits on seconds and memory.
     """
 
     name: str
-    alternatives: Mapping[str, tuple[Limit, ...]]
+    sets: Mapping[str, tuple[Limit, ...]]
 
     def __post_init__(self) -> None:
-        if not self.alternatives:
+        if not self.sets:
             raise PuzzleError(f"{self.name!r} has no sets of limits, but needs at least one")
 
 
@@ -92,8 +87,8 @@ class Solution:
       status: "optimal" (proven to the gap asked for), "time limit" (a feasible point, `gap` says how far from
         proven), or "given" (not solved for).
       gap: (score - proven lower bound) / |score|; None where nothing is proven.
-      missed: the limits that the choice breaks; none in what `solve` returns.
-      picked: for each `OneOf` by name, which of its sets of limits the choice meets (or comes nearest to).
+      violated: limits that the choice violates; none in what `solve` returns.
+      selected: for each disjunction by name, which of its sets the choice meets, or violates least.
     """
 
     choice: dict[str, str]
@@ -101,8 +96,8 @@ class Solution:
     costs: dict[str, float]
     status: str
     gap: float | None
-    missed: tuple[Limit, ...] = ()
-    picked: dict[str, str] = field(default_factory=dict)
+    violated: tuple[Limit, ...] = ()
+    selected: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -110,12 +105,12 @@ class Program:
     """What to choose from and under which limits.
 
     Raises `PuzzleError` when the library is empty, a key is unknown or missing in an alternative, a number that is
-    used is none (a string, NaN, infinity), or two `OneOf` have the same name.
+    used is none (a string, NaN, infinity), or two disjunctions have the same name.
     """
 
     library: Library
     minimize: str
-    limits: tuple[Limit | OneOf, ...] = ()
+    limits: tuple[Limit | Disjunction, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.library:
@@ -125,10 +120,10 @@ class Program:
                 raise PuzzleError(
                     f"group {shown(group)} of the library has no alternatives: it is {shown(alternatives)}"
                 )
-        names = [one.name for one in self.one_ofs]
+        names = [each.name for each in self.disjunctions]
         if len(set(names)) < len(names):
             raise PuzzleError(f"the names of the sets of limits are {names}, but must differ")
-        used = dict.fromkeys([self.minimize, *(limit.key for limit in self.every_limit)])
+        used = dict.fromkeys([self.minimize, *(limit.key for limit in self.all_limits)])
         for group, alternatives in self.library.items():
             for name, numbers in alternatives.items():
                 for key in used:
@@ -142,46 +137,46 @@ class Program:
         return tuple(limit for limit in self.limits if isinstance(limit, Limit))
 
     @property
-    def one_ofs(self) -> tuple[OneOf, ...]:
-        return tuple(limit for limit in self.limits if isinstance(limit, OneOf))
+    def disjunctions(self) -> tuple[Disjunction, ...]:
+        return tuple(limit for limit in self.limits if isinstance(limit, Disjunction))
 
     @cached_property
-    def every_limit(self) -> tuple[Limit, ...]:
-        """Plain limits and those of all alternatives, in order."""
+    def all_limits(self) -> tuple[Limit, ...]:
+        """Plain limits and those of all sets of the disjunctions, in order."""
         nested = [
-            [limit] if isinstance(limit, Limit) else [one for group in limit.alternatives.values() for one in group]
+            [limit] if isinstance(limit, Limit) else [one for limits in limit.sets.values() for one in limits]
             for limit in self.limits
         ]
         return tuple(limit for group in nested for limit in group)
 
-    def cases(self) -> list[dict[str, str]]:
-        """Every way to pick one alternative of each `OneOf`."""
-        names = [one.name for one in self.one_ofs]
-        picks = product(*(one.alternatives for one in self.one_ofs))
-        return [dict(zip(names, pick, strict=True)) for pick in picks]
+    def combinations(self) -> list[dict[str, str]]:
+        """Every way to select one set of each disjunction."""
+        names = [each.name for each in self.disjunctions]
+        selections = product(*(each.sets for each in self.disjunctions))
+        return [dict(zip(names, selected, strict=True)) for selected in selections]
 
-    def pick(self, choice: Mapping[str, str]) -> dict[str, str]:
-        """Of each `OneOf` the first alternative that a choice breaks least, by summed relative excess."""
-        picked = {}
-        for one in self.one_ofs:
-            excess = {name: self.excess(choice, limits) for name, limits in one.alternatives.items()}
-            picked[one.name] = min(excess, key=lambda name: excess[name])
-        return picked
+    def select(self, choice: Mapping[str, str]) -> dict[str, str]:
+        """The first set of each disjunction that a choice violates least, by summed relative excess."""
+        selected = {}
+        for each in self.disjunctions:
+            excess = {name: self.excess(choice, limits) for name, limits in each.sets.items()}
+            selected[each.name] = min(excess, key=lambda name: excess[name])
+        return selected
 
     def excess(self, choice: Mapping[str, str], limits: Sequence[Limit]) -> float:
         """Summed relative excess of a choice over limits."""
         return sum(limit.excess(self.totals(choice, limit.key)) for limit in limits)
 
-    def limits_of(self, picked: Mapping[str, str]) -> tuple[Limit, ...]:
-        """The limits that hold with an alternative of each `OneOf`."""
-        nested = [one.alternatives[picked[one.name]] for one in self.one_ofs]
+    def limits_of(self, selected: Mapping[str, str]) -> tuple[Limit, ...]:
+        """The limits that hold with a selected set of each disjunction."""
+        nested = [each.sets[selected[each.name]] for each in self.disjunctions]
         return self.plain_limits + tuple(limit for limits in nested for limit in limits)
 
     def _complaint(self, group: str, name: str, key: str, value: object) -> str:
         at = f"{shown(name)} in group {shown(group)}"
         if value is not None:
             largest = (
-                f" of at most {_LARGEST:g} in size"
+                f" of at most {LARGEST:g} in size"
                 if isinstance(value, int | float) and not isinstance(value, bool) and value == value
                 else ""
             )
@@ -237,13 +232,6 @@ def common_keys(library: Library) -> set[str]:
     return common or set()
 
 
-def is_number(value: object) -> bool:
-    """Whether a value is a number that sums can be formed of: finite, and not so large that they overflow."""
-    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
-        return False
-    return bool(-_LARGEST <= value <= _LARGEST)
-
-
 def _numeric_keys(numbers: Any, prefix: str = "") -> list[str]:
     if not isinstance(numbers, Mapping):
         return []
@@ -254,16 +242,3 @@ def _numeric_keys(numbers: Any, prefix: str = "") -> list[str]:
         elif is_number(value):
             keys.append(f"{prefix}{key}")
     return keys
-
-
-def exact(value: Any) -> Fraction:
-    """A number as it is written: 0.1 is a tenth, so that 0.1 + 0.2 is 0.3."""
-    return Fraction(int(value)) if isinstance(value, int | np.integer) else Fraction(repr(float(value)))
-
-
-def short(value: Number, direction: int) -> str:
-    """Six digits, rounded so that the number stays feasible; whole numbers in full."""
-    if float(value).is_integer() and abs(value) < 1e15:
-        return str(int(value))
-    rounding = {1: ROUND_CEILING, -1: ROUND_FLOOR}.get(direction)
-    return f"{Context(prec=6, rounding=rounding).create_decimal(Decimal(repr(float(value)))):g}"

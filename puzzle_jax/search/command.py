@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from puzzle_jax.commands import did_you_mean
 from puzzle_jax.errors import ConfigError, shown
-from puzzle_jax.search.pipeline import STAGES, Search
-from puzzle_jax.search.processes import Team
+from puzzle_jax.search.context import Search
+from puzzle_jax.search.parent import open_parent
+from puzzle_jax.search.pipeline import STAGE_NAMES, run_stages
 from puzzle_jax.search.recipe import Recipe
-from puzzle_jax.search.worker import run_worker
+from puzzle_jax.search.workers import Team, run_worker
 
 PROGRAM = "puzzle search"
 
@@ -26,7 +27,7 @@ class SearchSettings(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.stage not in (names := ("all", *STAGES)):
+        if self.stage not in (names := ("all", *STAGE_NAMES)):
             hint = did_you_mean(self.stage, names)
             raise ConfigError(f"stage is {shown(self.stage)}, but must be one of {', '.join(names)}{hint}")
 
@@ -35,10 +36,6 @@ def run(settings: SearchSettings) -> None:
     """Runs the stages that are not up to date, in the primary process; the others work for it."""
     with Team.join(settings.mesh.processes, settings.mesh.devices, program=PROGRAM) as team:
         if team.index:
-            run_worker(settings, team)
-            return
-        search = Search(settings, team=team)
-        if settings.stage == "all":
-            search.execute_all()
+            run_worker(team, open_parent(settings))
         else:
-            search.execute(settings.stage)
+            run_stages(Search(settings, team=team), settings.stage)

@@ -1,19 +1,19 @@
-"""Parent, child and baselines side by side on what chose nothing: KL on held-out traces, accuracy and tokens per
-effort on problems of their own, tokens per second.
+"""Parent, child and baselines side by side on data that had no part in the choice: KL on held-out traces, accuracy and
+tokens per effort on problems of their own, tokens per second.
 
-Quality is that of views on the parent; speed is that of cut models, the child's as it was exported.
+Quality is measured on views of the parent, speed on cut models; the child's speed is that of its exported checkpoint.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jax.sharding import Mesh
+import numpy as np
 from rich.console import Console
 
 from puzzle_jax.convert_hf.load import load_checkpoint
@@ -21,6 +21,7 @@ from puzzle_jax.convert_hf.table import tensor_bytes
 from puzzle_jax.costs.table import Costs
 from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions, unscored_note
 from puzzle_jax.evaluate.journal import journaled_answers
+from puzzle_jax.evaluate.models import Model
 from puzzle_jax.evaluate.summary import by_effort
 from puzzle_jax.evaluate.throughput import measure_throughput
 from puzzle_jax.files import read_object, write_beside
@@ -29,59 +30,73 @@ from puzzle_jax.model.child import Child, cut_params
 from puzzle_jax.model.network import to_compute
 from puzzle_jax.model.spec import count_params
 from puzzle_jax.progress import progress
-from puzzle_jax.search.parent import Parent
-from puzzle_jax.search.processes import Team
 from puzzle_jax.search.recipe import Recipe
-from puzzle_jax.search.score.measurements import Measurements, score_children
+from puzzle_jax.search.score.measurements import Score
+from puzzle_jax.search.score.whole_children import Measurements, score_children
 from puzzle_jax.search.solve.problem import Candidate
+from puzzle_jax.search.workers import Team
 
 
 @dataclass(frozen=True)
-class Judge:
+class Evaluator:
     """Measures children of one parent.
 
+    What it has measured it knows: a child that comes back on the same traces is not run again.
+
     Attributes:
-      parent: with its parameters.
+      parent: the parent, with its parameters.
       recipe: questions, limits of answers, scenarios, rounds.
-      mesh: where the parameters are.
-      console: where progress goes.
+      console: where progress is shown.
       team: processes that share the scoring of whole children.
-      kept: directory of what a killed run had measured, which is not measured again.
-      identity: of the parent and of all that its numbers depend on.
+      kept: directory of a killed run's results, which are not measured again.
+      identity: what results depend on besides children and traces.
     """
 
-    parent: Parent
+    parent: Model
     recipe: Recipe
-    mesh: Mesh | None
     console: Console
     team: Team
     kept: Path
     identity: str
+    _known: dict[tuple[Any, ...], tuple[Score, np.ndarray]] = field(default_factory=dict, repr=False)
 
-    def divergence(self, children: Sequence[Child], traces: Sequence[Trace], what: str) -> Measurements:
-        """KL of whole children on traces."""
-        with progress(self.console, f"KL, {what}", None) as advance:
-            return score_children(
-                self.parent.params,
-                self.parent.config,
-                children,
-                traces,
-                mesh=self.mesh,
-                on_done=advance,
-                team=self.team,
-                kept=self.kept,
-                identity=self.identity,
-            )
+    def divergence(self, children: Sequence[Child], traces: Sequence[Trace], name: str) -> Measurements:
+        """KL of whole children on a set of traces, which is always the same under one name."""
+        keys = [(name, child.blocks, child.rope) for child in children]
+        new = {key: child for key, child in zip(keys, children, strict=True) if key not in self._known}
+        if new:
+            with progress(self.console, f"KL, {name}", None) as advance:
+                found = score_children(
+                    self.parent.params,
+                    self.parent.config,
+                    list(new.values()),
+                    traces,
+                    mesh=self.parent.mesh,
+                    on_done=advance,
+                    team=self.team,
+                    kept=self.kept,
+                    identity=self.identity,
+                )
+            self._known.update(zip(new, zip(found.scores, found.kl, strict=True), strict=True))
+        scores, kl = zip(*(self._known[key] for key in keys), strict=True)
+        return Measurements(list(scores), np.stack(kl), np.array([len(trace.completion) for trace in traces]))
 
     def accuracy(self, children: Mapping[str, Child]) -> dict[str, dict[str, Any]]:
-        """Accuracy and tokens by model and effort, answers being greedy; nothing without tasks."""
+        """Accuracy and tokens of greedy answers, by model and effort; nothing where the recipe has no tasks.
+
+        Models that are the same child answer once.
+        """
         traces, settings = self.recipe.traces, self.recipe.evaluate
         if not traces.tasks:
             return {name: {} for name in children}
         questions = QuestionSet(traces.tasks, traces.efforts, settings.problems, "accuracy", settings.seed)
-        found = {}
-        with progress(self.console, "accuracy", len(children) * len(questions.questions())) as advance:
+        found: dict[str, dict[str, Any]] = {}
+        same = first_alike({name: (child.blocks, child.rope) for name, child in children.items()})
+        with progress(self.console, "accuracy", len(set(same.values())) * len(questions.questions())) as advance:
             for name, child in children.items():
+                if same[name] != name:
+                    found[name] = found[same[name]]
+                    continue
                 ask = partial(
                     answer_questions,
                     self.parent.params,
@@ -91,7 +106,7 @@ class Judge:
                     max_tokens=traces.max_tokens,
                     slots=traces.batch_size,
                     view=child.view,
-                    mesh=self.mesh,
+                    mesh=self.parent.mesh,
                 )
                 answers = journaled_answers(
                     self.kept / f"{name}.jsonl",
@@ -107,17 +122,22 @@ class Judge:
     def speeds(
         self, children: Mapping[str, Child], candidates: Mapping[str, Candidate], exported: Path
     ) -> dict[str, dict[str, Any]]:
-        """Measured tokens per second on the devices present, by scenario and model; nothing without rounds.
+        """Measured tokens per second on the devices present, by scenario and model; nothing where rounds are 0.
+
+        Models of the same architecture and batch are timed once: the experts that they keep make no difference.
 
         Args:
+          children: models by name.
+          candidates: the same with their batches.
           exported: the checkpoint of the model named "child".
         """
         rounds, dtype = self.recipe.evaluate.rounds, self.parent.params["embedding"].dtype
         if not rounds:
             return {scenario.name: {} for scenario in self.recipe.scenarios}
-        models = {name: (cut_params(self.parent.params, child), child.config) for name, child in children.items()}
         checkpoint = load_checkpoint(exported)
-        models["child"] = (to_compute(checkpoint.params, dtype), checkpoint.config)
+        models = {"child": (to_compute(checkpoint.params, dtype), checkpoint.config)}
+        for name, child in children.items():
+            models.setdefault(name, (cut_params(self.parent.params, child), child.config))
         found = {}
         with progress(self.console, "throughput", rounds * len(self.recipe.scenarios)) as advance:
             for scenario in self.recipe.scenarios:
@@ -125,9 +145,12 @@ class Judge:
                 if file.is_file():
                     found[scenario.name] = read_object(file)
                     continue
+                batch = {name: candidates[name].batches[scenario.name] for name in models}
+                same = first_alike({name: (config, batch[name]) for name, (_, config) in models.items()})
+                timed = {name: model for name, model in models.items() if same[name] == name}
                 speeds = measure_throughput(
-                    models,
-                    batch={name: candidate.batches[scenario.name] for name, candidate in candidates.items()},
+                    timed,
+                    batch={name: batch[name] for name in timed},
                     input_tokens=scenario.input_tokens,
                     output_tokens=scenario.output_tokens,
                     rounds=rounds,
@@ -135,7 +158,7 @@ class Judge:
                 )
                 found[scenario.name] = {
                     name: {"tokens_per_second": s.median, "low": s.low, "high": s.high, "rounds": s.rounds}
-                    for name, s in speeds.items()
+                    for name, s in ((name, speeds[same[name]]) for name in children)
                 }
                 self.kept.mkdir(exist_ok=True)
                 write_beside(file, json.dumps(found[scenario.name]).encode())
@@ -152,9 +175,9 @@ class Judge:
         """Everything that the table shows, by model.
 
         Args:
-          candidates, children: of every model; "child" is the chosen one.
-          heldout: traces that chose nothing.
-          costs: what was predicted.
+          candidates, children: all models by name; "child" is the chosen one.
+          heldout: traces that had no part in any choice.
+          costs: the costs by which the child was chosen.
           exported: the child's checkpoint.
         """
         scores = self.divergence(list(children.values()), heldout, "heldout").scores
@@ -180,8 +203,14 @@ class Judge:
                 "predicted_kl": candidates[name].score,
                 "heldout": asdict(score),
                 "efforts": accuracy[name],
-                "missed": list(candidates[name].missed),
+                "missed": list(candidates[name].violated),
                 "layers": candidates[name].to_json()["layers"],
             }
             for (name, child), score in zip(children.items(), scores, strict=True)
         }
+
+
+def first_alike(models: Mapping[str, Hashable]) -> dict[str, str]:
+    """For every name the first one whose value is equal."""
+    first: dict[Hashable, str] = {}
+    return {name: first.setdefault(value, name) for name, value in models.items()}

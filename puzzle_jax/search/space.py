@@ -19,7 +19,11 @@ from math import prod
 from typing import Any, Literal
 
 from puzzle_jax.config import BlockConfig, ModelConfig
+from puzzle_jax.costs.compute import Offer
 from puzzle_jax.errors import ConfigError
+
+Windows = tuple[tuple[int | None, ...], ...]
+"""Windows of every layer, the parent's own first; None is full attention."""
 
 DEFAULT_FRACTIONS = (1, 7 / 8, 3 / 4, 5 / 8, 1 / 2, 3 / 8, 1 / 4)
 
@@ -93,7 +97,7 @@ class Space:
 
     parent: ModelConfig
     expert_choices: tuple[tuple[ExpertChoice, ...], ...]
-    windows: tuple[tuple[int | None, ...], ...]
+    windows: Windows
 
     def __post_init__(self) -> None:
         layers = self.parent.num_layers
@@ -142,6 +146,11 @@ class Space:
     @property
     def num_layers(self) -> int:
         return self.parent.num_layers
+
+    @property
+    def offer(self) -> Offer:
+        """The distinct expert counts and windows, which are what costs depend on."""
+        return Offer(self.parent, [self.expert_counts(layer) for layer in range(self.num_layers)], self.windows)
 
     @property
     def num_alternatives(self) -> int:
@@ -228,7 +237,7 @@ def candidate_counts(
     return tuple(sorted(counts, reverse=True))
 
 
-def candidate_windows(config: ModelConfig, extra: Iterable[int]) -> tuple[tuple[int | None, ...], ...]:
+def candidate_windows(config: ModelConfig, extra: Iterable[int]) -> Windows:
     """Windows to offer per layer: the parent's own, and on its full layers the extra ones, widest first.
 
     A window that no context of the model exceeds is full attention and is left out.
@@ -241,9 +250,7 @@ def candidate_windows(config: ModelConfig, extra: Iterable[int]) -> tuple[tuple[
     return tuple((block.window, *(useful if block.window is None else ())) for block in config.blocks)
 
 
-def narrower_windows(
-    windows: Sequence[tuple[int | None, ...]], context: int
-) -> tuple[tuple[tuple[int | None, ...], ...], tuple[int, ...]]:
+def narrower_windows(windows: Sequence[tuple[int | None, ...]], context: int) -> tuple[Windows, tuple[int, ...]]:
     """Windows per layer without the alternatives that cover a whole context, and those, widest first."""
     kept = tuple((own, *(w for w in others if w is None or w < context)) for own, *others in windows)
     left_out = {w for layer in windows for w in layer[1:] if w is not None and w >= context}
@@ -254,7 +261,7 @@ def restrict(
     counts: Sequence[tuple[int, ...]],
     windows: Sequence[tuple[int | None, ...]],
     restrictions: Iterable[Restriction],
-) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int | None, ...], ...]]:
+) -> tuple[tuple[tuple[int, ...], ...], Windows]:
     """Expert counts and windows per layer that all restrictions allow.
 
     Raises `ConfigError`, naming the layer, where nothing is left, or where a layer could not keep the parent's window.

@@ -1,17 +1,18 @@
-"""Stages that read files and write files in one run directory, rerun only when something changed.
+"""Stages that read files and write files in one run directory, and that are rerun only when something changed.
 
-    RUN/run.json            marks the directory as a run, and of what
-    RUN/<stage>/...         what the stage wrote
-    RUN/<stage>/stage.json  hash of its inputs and settings, versions, seconds, and the list of what it wrote
+    RUN/run.json            marks the directory as a run, and says of what
+    RUN/<stage>/...         the stage's outputs
+    RUN/<stage>/stage.json  hash of its inputs and settings, versions, seconds, and the list of its outputs
 
-A stage writes into a directory beside its own, which is renamed when all is there: a stage that dies leaves
-the earlier state, never half a file. What it may go on from it keeps in a second directory beside, which outlives a
-killed process and is there again when the stage runs with the same key (inputs, settings and version). A stage whose
-inputs, settings and package version are unchanged is skipped. One process works in a run directory at a time. Files
-that a stage did not write, or that were edited since, are neither overwritten nor deleted: an edited output is taken
-as it is by the stages after, and refuses a rerun of its own stage.
+A `Stage` says what a stage needs and how its outputs are produced; a pipeline is a tuple of them. A stage writes into
+a temporary directory beside its own, which is renamed when everything is written: a stage that dies leaves the earlier
+state and never half a file. Intermediate results go into a second directory, which survives a killed process and is
+found again when the stage runs with the same key (inputs, settings and version). A stage whose inputs, settings and
+package version are unchanged is skipped. One process works in a run directory at a time. Files that a stage did not
+write, or that were edited since, are neither overwritten nor deleted: later stages use an edited output as it is, and
+its own stage refuses to run again.
 
-Left out: several hosts (`search.processes` lets one of them run the stages), and progress inside a stage.
+Left out: several hosts (`search.workers` lets one of them run the stages), and progress inside a stage.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.files import PARTIAL, naming
@@ -36,21 +38,53 @@ _REPLACED, _KEPT = ".replaced-", ".kept-"
 _WHOLE_HASH_BYTES = 64 << 20
 
 
-Produce = Callable[[Path, Path], None]
-"""Writes a stage's outputs into one directory, and what it may go on from into another."""
+Context = TypeVar("Context")
+"""What the stages of one pipeline share."""
 
 
 @dataclass(frozen=True)
-class Stage:
+class Stage(Generic[Context]):
+    """One stage of a pipeline.
+
+    Attributes:
+      name: name of the stage.
+      inputs: files and directories that the outputs depend on; their contents count, not their times.
+      settings: JSON values that the outputs depend on, including what is in no file (device kind, library versions).
+      produce: writes the outputs into its second argument, an empty directory. The third is the directory of
+        intermediate results, which exists where a killed run of the same stage with the same key made it, and which is
+        removed once the stage is done.
+      directory: directory of the outputs inside the run; the stage's name unless given.
+      finish: runs after the stage, also where the stage was skipped.
+    """
+
+    name: str
+    inputs: Callable[[Context], Iterable[Path]]
+    settings: Callable[[Context], Mapping[str, Any]]
+    produce: Callable[[Context, Path, Path], None]
+    directory: str = ""
+    finish: Callable[[Context], None] | None = None
+
+    def run(self, run_dir: Path, context: Context) -> StageResult:
+        """Runs the stage unless its outputs are up to date; raises as `run_stage` does."""
+        inputs, settings = list(self.inputs(context)), self.settings(context)
+        produce = partial(self.produce, context)
+        result = run_stage(run_dir, self.name, settings, inputs, produce, directory=self.directory)
+        if self.finish is not None:
+            self.finish(context)
+        return result
+
+
+@dataclass(frozen=True)
+class StageResult:
     """A stage that is done.
 
     Attributes:
-      name: of the stage.
-      directory: that holds its outputs.
+      name: name of the stage.
+      directory: directory of its outputs.
       key: hash of inputs, settings and package version.
-      seconds: that producing it took.
-      skipped: whether an earlier result was taken.
-      reason: why it ran, in a few words; empty when skipped.
+      seconds: time that it took to produce the outputs.
+      skipped: whether an earlier result was up to date.
+      reason: why it ran, in a few words; empty if skipped.
     """
 
     name: str
@@ -66,24 +100,20 @@ def run_stage(
     name: str,
     settings: Mapping[str, Any],
     inputs: Sequence[Path],
-    produce: Produce,
+    produce: Callable[[Path, Path], None],
     *,
-    directory: str | None = None,
-) -> Stage:
-    """Runs a stage unless its outputs are there and nothing that they came from changed.
+    directory: str = "",
+) -> StageResult:
+    """Runs a stage unless its outputs exist and nothing that they depend on has changed.
 
     Args:
-      run_dir: from `open_run`.
-      name: of the stage.
-      settings: JSON values that the outputs depend on (also what is no file: device kind, library versions).
-      inputs: files and directories that the outputs depend on; their contents count, not their times.
-      produce: writes the outputs into the first directory that it is given, which is empty. The second is there
-        where a killed run of the same stage with the same key made it, and is removed once the stage is done.
-      directory: of the outputs inside the run, where it is not the stage's name.
+      run_dir: a directory from `open_run`.
+      name, settings, inputs, directory: see `Stage`.
+      produce: called with the directory of outputs and that of intermediate results.
 
     Raises:
       PuzzleError: the directory is no run's, an input is missing, another process works here, or the stage's
-        directory holds what the stage did not write.
+        directory holds files that the stage did not write.
     """
     run_dir = Path(run_dir)
     if not (run_dir / RUN_FILE).is_file():
@@ -103,35 +133,35 @@ def run_stage(
         if not reason:
             assert record is not None
             _drop_kept(final)
-            return Stage(name, final, key, record.seconds, True, "")
+            return StageResult(name, final, key, record.seconds, True, "")
         _refuse_foreign(final, record, name)
-        partial = final.with_name(f".{final.name}{PARTIAL}{os.getpid()}")
+        unfinished = final.with_name(f".{final.name}{PARTIAL}{os.getpid()}")
         kept = final.with_name(f".{final.name}{_KEPT}{_short_hash(key, version('jax'))}")
         start = time.perf_counter()
         try:
             with naming(final):
-                partial.mkdir()
-                produce(partial, kept)
+                unfinished.mkdir()
+                produce(unfinished, kept)
             seconds = time.perf_counter() - start
-            outputs = {path: _file_digest(partial / path) for path in _files(partial)}
+            outputs = {path: _file_digest(unfinished / path) for path in _files(unfinished)}
             write_json(
-                partial / STAGE_FILE,
+                unfinished / STAGE_FILE,
                 {"key": key, **wanted, "jax": version("jax"), "seconds": seconds, "outputs": outputs},
             )
-            _publish(partial, final)
+            _publish(unfinished, final)
         except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
             raise
         _drop_kept(final)
-    return Stage(name, final, key, seconds, False, reason)
+    return StageResult(name, final, key, seconds, False, reason)
 
 
-def _publish(partial: Path, final: Path) -> None:
+def _publish(unfinished: Path, final: Path) -> None:
     replaced = final.with_name(f".{final.name}{_REPLACED}{os.getpid()}")
     if final.exists():
         final.rename(replaced)
     try:
-        partial.rename(final)
+        unfinished.rename(final)
     except BaseException:
         if replaced.exists():
             replaced.rename(final)
@@ -140,7 +170,7 @@ def _publish(partial: Path, final: Path) -> None:
 
 
 def _clear_leftovers(final: Path) -> None:
-    """Removes what a killed process left; an old result that was already moved aside moves back."""
+    """Removes what a killed process left; an old result that was already moved aside is moved back."""
     for path in final.parent.glob(f".{final.name}{_REPLACED}*"):
         if final.exists():
             _remove(path)
@@ -151,7 +181,7 @@ def _clear_leftovers(final: Path) -> None:
 
 
 def _drop_kept(final: Path) -> None:
-    """Removes what runs of a stage kept that is done now."""
+    """Removes the intermediate results of a stage that is done."""
     for path in final.parent.glob(f".{final.name}{_KEPT}*"):
         shutil.rmtree(path, ignore_errors=True)
 

@@ -12,7 +12,8 @@ import pytest
 
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.convert_hf.child_of import load_delta, open_child
-from puzzle_jax.convert_hf.export import dotted, export_child
+from puzzle_jax.convert_hf.export import export_child
+from puzzle_jax.convert_hf.pieces import dotted
 from puzzle_jax.convert_hf.tensors import mxfp4
 from puzzle_jax.convert_hf.tensors.files import open_tensors
 from puzzle_jax.errors import CheckpointError, ConfigError, PuzzleError

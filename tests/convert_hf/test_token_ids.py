@@ -9,7 +9,7 @@ import pytest
 from puzzle_jax.convert_hf.token_ids import check_ids, check_tokenizer
 from puzzle_jax.errors import CheckpointError
 from puzzle_jax.evaluate.models import Model
-from puzzle_jax.search.parent import Parent
+from puzzle_jax.search.parent import read_parent
 from puzzle_jax.tasks import Chat
 from tests.support import ROOT
 
@@ -52,7 +52,7 @@ def test_a_tokenizer_with_tokens_that_the_model_lacks(tiny):
         check_tokenizer(tiny, tokenizer, 128)
     check_tokenizer(tiny, tokenizer, 131)
     with pytest.raises(CheckpointError, match=message):
-        Parent.open(tiny)
+        read_parent(tiny)
     with pytest.raises(CheckpointError, match="model 'mine': .*" + message):
         Model.open("mine", tiny, Chat.load(tiny).today)
 
@@ -61,7 +61,7 @@ def test_stop_ids_for_generation_that_the_model_lacks(tiny):
     edit(tiny / "generation_config.json", lambda data: data.update(pad_token_id=128))
     message = r"generation_config\.json: pad_token_id is 128, but must be a token id from 0 to 127"
     with pytest.raises(CheckpointError, match=message):
-        Parent.open(tiny)
+        read_parent(tiny)
 
 
 def test_the_embedded_parent(tiny):

@@ -16,12 +16,11 @@ from puzzle_jax.costs.assumptions import (
     default_assumptions,
     read_assumptions,
 )
-from puzzle_jax.costs.batches import candidate_batches, largest_batch, memory_bytes
+from puzzle_jax.costs.compute import compute_costs
 from puzzle_jax.costs.hardware import HARDWARE, Hardware, hardware_named
 from puzzle_jax.costs.roofline import Roofline, cache_reads, visible_keys
 from puzzle_jax.costs.routing import active_experts, probabilities, routing_profile, tiled_rows
-from puzzle_jax.costs.scenario import Scenario
-from puzzle_jax.costs.table import compute_costs
+from puzzle_jax.costs.scenario import Scenario, candidate_batches
 from puzzle_jax.errors import ConfigError, PuzzleError
 from puzzle_jax.search.space import ExpertChoice, Space, candidate_windows
 from tests.support import small_config
@@ -212,7 +211,7 @@ def test_replicas_divide_the_batch_and_hardware_comes_from_the_scenario():
     space = Space(CONFIG, choices, candidate_windows(CONFIG, ()))
     one = Scenario("one", 64, 64, 8, hardware="h100")
     two = Scenario("two", 64, 64, 16, hardware="h100", devices=2, tensor_parallel=1)
-    costs = compute_costs(space, [one, two], "mxfp4", Roofline())
+    costs = compute_costs(space.offer, [one, two], "mxfp4", Roofline())
     assert costs.device == "h100"
     assert costs.request_seconds(CONFIG.blocks, "one") == pytest.approx(costs.request_seconds(CONFIG.blocks, "two"))
 
@@ -223,10 +222,10 @@ def test_replicas_divide_the_batch_and_hardware_comes_from_the_scenario():
 def test_memory_by_hand():
     scenario = Scenario("s", 8, 8, devices=12, tensor_parallel=3, expert_parallel=6)
     sizes = {"dense": 10, "experts": 100, "kv": 7}
-    assert memory_bytes(scenario, **sizes, batch=5) == 4 * 10 + 2 * 100 + 5 * 7
-    assert largest_batch(scenario, **sizes, room=268, at_most=9) == 4
-    assert largest_batch(scenario, **sizes, room=268, at_most=3) == 3
-    assert largest_batch(scenario, **sizes, room=100, at_most=3) == 0
+    assert scenario.memory_bytes(**sizes, batch=5) == 4 * 10 + 2 * 100 + 5 * 7
+    assert scenario.largest_batch(**sizes, room=268, at_most=9) == 4
+    assert scenario.largest_batch(**sizes, room=268, at_most=3) == 3
+    assert scenario.largest_batch(**sizes, room=100, at_most=3) == 0
     assert candidate_batches([5, 11]) == (1, 2, 3, 4, 5, 6, 8, 11)
     assert candidate_batches([0, 1]) == (1,)
 

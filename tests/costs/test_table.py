@@ -9,12 +9,14 @@ import pytest
 
 from puzzle_jax.config import BlockConfig, ModelConfig, cache_bytes
 from puzzle_jax.convert_hf.table import tensor_bytes
+from puzzle_jax.costs.compute import compute_costs
 from puzzle_jax.costs.external import read_external
 from puzzle_jax.costs.hardware import hardware_named
 from puzzle_jax.costs.measured import Measured
+from puzzle_jax.costs.provider import Seconds, Times
 from puzzle_jax.costs.roofline import Roofline
 from puzzle_jax.costs.scenario import Scenario
-from puzzle_jax.costs.table import Costs, Seconds, Times, compute_costs, read_costs
+from puzzle_jax.costs.table import Costs, read_costs
 from puzzle_jax.errors import ConfigError, PuzzleError
 from puzzle_jax.model.spec import count_params
 from puzzle_jax.search.space import ExpertChoice, Space, candidate_windows
@@ -54,7 +56,7 @@ class Fixed:
 
 @pytest.fixture(scope="module")
 def costs():
-    return compute_costs(SPACE, [CHAT, LONG], "mxfp4", Fixed())
+    return compute_costs(SPACE.offer, [CHAT, LONG], "mxfp4", Fixed())
 
 
 BLOCKS = (BlockConfig(5, 5), BlockConfig(3, 8), BlockConfig(7, 5))
@@ -63,7 +65,7 @@ BLOCKS = (BlockConfig(5, 5), BlockConfig(3, 8), BlockConfig(7, 5))
 @pytest.mark.parametrize("form", ["mxfp4", "bf16"])
 @pytest.mark.parametrize("blocks", [CONFIG.blocks, BLOCKS])
 def test_bytes_and_parameters_are_those_of_the_checkpoint(form, blocks):
-    costs = compute_costs(SPACE, [CHAT], form, Fixed())
+    costs = compute_costs(SPACE.offer, [CHAT], form, Fixed())
     assert costs.weight_bytes(blocks) == tensor_bytes(CONFIG.with_blocks(blocks), form)
     assert costs.parameters(blocks) == count_params(CONFIG.with_blocks(blocks))
 
@@ -85,7 +87,7 @@ def test_published_models():
     """gpt-oss-20b's checkpoint is 13,761,264,768 bytes, one of its experts 13,236,480."""
     layers = tuple(BlockConfig(32, None if layer % 2 else 128) for layer in range(24))
     config = ModelConfig(201088, 2880, 2880, 64, 8, 64, 4, layers)
-    costs = compute_costs(space_of(config, (32, 16), (1024,)), [CHAT], "mxfp4", Roofline(hardware_named("h100")))
+    costs = compute_costs(space_of(config, (32, 16), (1024,)).offer, [CHAT], "mxfp4", Roofline(hardware_named("h100")))
     assert costs.weight_bytes(layers) == 13_761_264_768
     assert costs.experts_of(0, BlockConfig(16)).weight_bytes == 16 * (13_236_480 + 2 * 2881)
 
@@ -151,11 +153,11 @@ def test_unknown_alternatives_are_named(costs):
     with pytest.raises(ConfigError, match="no scenario 'batch'; known: chat, long"):
         costs.kv_bytes(BLOCKS, "batch")
     with pytest.raises(ConfigError, match="distinct names"):
-        compute_costs(SPACE, [CHAT, CHAT], "mxfp4", Fixed())
+        compute_costs(SPACE.offer, [CHAT, CHAT], "mxfp4", Fixed())
 
 
 def test_parent_has_costs_even_where_its_count_is_no_alternative():
-    costs = compute_costs(space_of(CONFIG, (4,), ()), [CHAT], "mxfp4", Fixed())
+    costs = compute_costs(space_of(CONFIG, (4,), ()).offer, [CHAT], "mxfp4", Fixed())
     four = tuple(BlockConfig(4, block.window) for block in CONFIG.blocks)
     assert costs.expert_bytes(CONFIG.blocks) * 4 == costs.expert_bytes(four) * 7
 
@@ -188,7 +190,7 @@ class SlowerByBatch(Fixed):
 
 @pytest.fixture(scope="module")
 def opened():
-    return compute_costs(SPACE, [CHAT, OPEN], "mxfp4", SlowerByBatch(), memory=Room())
+    return compute_costs(SPACE.offer, [CHAT, OPEN], "mxfp4", SlowerByBatch(), memory=Room())
 
 
 def test_open_batches_reach_from_one_to_the_smallest_architecture_s(opened):
@@ -212,14 +214,14 @@ def test_each_architecture_takes_its_own_best_batch(opened):
 
 def test_open_batches_need_memory():
     with pytest.raises(ConfigError, match="scenario 'open' leaves its batch open, but no memory is known"):
-        compute_costs(SPACE, [OPEN], "mxfp4", Fixed())
+        compute_costs(SPACE.offer, [OPEN], "mxfp4", Fixed())
 
     class None_(Room):
         def room_bytes(self, scenario):
             return 1000
 
     with pytest.raises(ConfigError, match="not even the smallest architecture fits"):
-        compute_costs(SPACE, [OPEN], "mxfp4", Fixed(), memory=None_())
+        compute_costs(SPACE.offer, [OPEN], "mxfp4", Fixed(), memory=None_())
     with pytest.raises(ConfigError, match="batch of scenario 'open' is None, but must be given here"):
         Measured().times(CONFIG, OPEN, "bf16", [7], [None])
 
@@ -230,8 +232,8 @@ def test_open_batches_need_memory():
 def test_costs_from_elsewhere_are_taken_as_they_are(costs, tmp_path):
     path = tmp_path / "timed.json"
     path.write_text(json.dumps(costs.to_json()))
-    assert read_external(path, SPACE, [CHAT, LONG], "mxfp4") == costs
-    assert read_external(path, space_of(CONFIG, (7, 3), ()), [LONG], "mxfp4") == replace(costs, scenarios=(LONG,))
+    assert read_external(path, SPACE.offer, [CHAT, LONG], "mxfp4") == costs
+    assert read_external(path, space_of(CONFIG, (7, 3), ()).offer, [LONG], "mxfp4") == replace(costs, scenarios=(LONG,))
 
 
 def _experts(value):
@@ -292,7 +294,7 @@ def test_costs_from_elsewhere_that_lack_something_are_refused(costs, tmp_path, s
     path = tmp_path / "timed.json"
     path.write_text(edited(costs, change or (lambda value: None)))
     with pytest.raises(PuzzleError, match=words) as caught:
-        read_external(path, space, [scenario], "mxfp4")
+        read_external(path, space.offer, [scenario], "mxfp4")
     assert str(path) in str(caught.value)
 
 
@@ -302,7 +304,7 @@ def test_costs_from_elsewhere_that_lack_something_are_refused(costs, tmp_path, s
 def test_measured_times_every_part_and_reports_turns():
     turns = []
     provider = Measured(rounds=2, decode_steps=3, progress=lambda done, total: turns.append((done, total)))
-    costs = compute_costs(space_of(CONFIG, (7, 3), (8,)), [CHAT], "mxfp4", provider)
+    costs = compute_costs(space_of(CONFIG, (7, 3), (8,)).offer, [CHAT], "mxfp4", provider)
     assert costs.provider == "measured" and costs.device
     # Prefill and decoding of attention, experts and the rest alone, and of three trials beside the reference.
     parts = 2 * (3 + 3 * 2)

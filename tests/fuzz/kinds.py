@@ -237,7 +237,7 @@ def run_directories(rng: random.Random, work: Path, originals: Path) -> list[str
     shutil.copytree(originals / "run", run)
     files = sorted(path for path in run.rglob("*") if path.is_file())
     damage_file(rng.choice(files), rng, originals / "recipe.yaml")
-    stage = rng.choice(("cost", "trace", "recost", "solve"))
+    stage = rng.choice(("cost", "trace", "refine_costs", "solve"))
     changed = ["--scenario.batch", "4"] if rng.random() < 0.3 else []
     file = ["--traces.file", str(originals / "traces.jsonl")]
     return ["search", stage, "--recipe", str(originals / "recipe.yaml"), "--run", str(run), *file, *changed]

@@ -11,6 +11,7 @@ import pytest
 
 from puzzle_jax.convert_hf.configuration.config_json import QUANTIZATION, write_config
 from puzzle_jax.errors import ConfigError
+from puzzle_jax.evaluate.models import dense_in_place
 from puzzle_jax.generate import Engine
 from puzzle_jax.generate.batches import micro_batches
 from puzzle_jax.generate.engine import own_context
@@ -23,7 +24,6 @@ from puzzle_jax.plan.abstract import device_bytes
 from puzzle_jax.plan.record import GB, Plan, Usage, compiled
 from puzzle_jax.plan.search import STAGES, PlannedSearch
 from puzzle_jax.search.__main__ import SEARCH
-from puzzle_jax.search.parent import dense_in_place
 from puzzle_jax.search.rank import ranking as rank
 from puzzle_jax.search.recipe import ScoreSettings, TraceSettings
 from puzzle_jax.search.score import lens as lens_module

@@ -47,8 +47,8 @@ def run(cost, owner, cases, gap, seconds=60.0):
     def ceiling_below(value):
         return value - gap * abs(value)
 
-    now = time.monotonic()
-    return enumerate_least(cost, owner, cases, accepts, ceiling_below, now + seconds, now + seconds)
+    patience, deadline = time.thread_time() + seconds, time.monotonic() + seconds
+    return enumerate_least(cost, owner, cases, accepts, ceiling_below, patience, deadline)
 
 
 @pytest.mark.parametrize("gap", [0.0, 0.3])

@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from puzzle_jax.errors import InfeasibleError, PuzzleError
-from puzzle_jax.program.solve import InfeasibleProgram, Limit, Program, assess, nearest, solve
+from puzzle_jax.program.explain import InfeasibleProgram
+from puzzle_jax.program.library import Limit, Program
+from puzzle_jax.program.solve import assess, elastic_solve, solve
 
 NUMBERS = st.one_of(st.integers(0, 5), st.floats(0, 3, allow_nan=False).map(lambda x: round(x, 3)))
 ALTERNATIVE = st.fixed_dictionaries(
@@ -29,7 +31,7 @@ def choices(library):
 def enumerated(program):
     """All choices within the limits, best first."""
     met = [assess(program, choice) for choice in choices(program.library)]
-    return sorted((s for s in met if not s.missed), key=lambda s: s.score)
+    return sorted((s for s in met if not s.violated), key=lambda s: s.score)
 
 
 def distance(a, b):
@@ -55,7 +57,7 @@ def test_pool_is_what_enumeration_finds(library, at_most, at_least, min_distance
     assert pool[0].score == pytest.approx(feasible[0].score, abs=1e-9)
     for solution in pool:
         assert solution.costs["stats.mib"] <= at_most and solution.costs["stats.ms"] >= at_least
-        assert solution.status == "optimal" and solution.missed == () and solution.gap < 1e-6
+        assert solution.status == "optimal" and solution.violated == () and solution.gap < 1e-6
         assert solution.score == pytest.approx(assess(program, solution.choice).score)
     for a, b in itertools.combinations(pool, 2):
         assert distance(a, b) >= min_distance
@@ -68,7 +70,7 @@ def test_pool_is_what_enumeration_finds(library, at_most, at_least, min_distance
 
 @settings(max_examples=40, deadline=None)
 @given(library=LIBRARIES, at_most=st.integers(0, 3), at_least=st.integers(4, 12))
-def test_infeasible_names_the_clash_and_reachable_values(library, at_most, at_least):
+def test_infeasible_names_the_conflict_and_reachable_values(library, at_most, at_least):
     limits = (Limit("stats.mib", at_most=at_most), Limit("stats.ms", at_least=at_least))
     program = Program(library, "metrics.kl", limits)
     if enumerated(program):
@@ -77,23 +79,24 @@ def test_infeasible_names_the_clash_and_reachable_values(library, at_most, at_le
         solve(program)
     totals = [assess(program, choice).costs for choice in choices(library)]
     least, most = min(t["stats.mib"] for t in totals), max(t["stats.ms"] for t in totals)
-    for clash in caught.value.clashes:
-        assert repr(clash.limit.key) in str(caught.value)
-        assert clash.alone == pytest.approx({"stats.mib": least, "stats.ms": most}[clash.limit.key])
-        if clash.given_others is not None:  # that value, used as the limit, is feasible
-            side = "at_most" if clash.limit.at_most is not None else "at_least"
+    for conflict in caught.value.conflicts:
+        assert repr(conflict.limit.key) in str(caught.value)
+        assert conflict.alone == pytest.approx({"stats.mib": least, "stats.ms": most}[conflict.limit.key])
+        if conflict.given_others is not None:  # that value, used as the limit, is feasible
+            side = "at_most" if conflict.limit.at_most is not None else "at_least"
             moved = tuple(
-                Limit(limit.key, **{side: clash.given_others}) if limit is clash.limit else limit for limit in limits
+                Limit(limit.key, **{side: conflict.given_others}) if limit is conflict.limit else limit
+                for limit in limits
             )
             assert solve(Program(library, "metrics.kl", moved))
     together = least <= at_most and most >= at_least
-    assert len(caught.value.clashes) == 2 if together else True
+    assert len(caught.value.conflicts) == 2 if together else True
     assert isinstance(caught.value, InfeasibleError)
 
 
 @settings(max_examples=40, deadline=None)
 @given(library=LIBRARIES, at_most=st.integers(1, 6), at_least=st.integers(1, 8))
-def test_nearest_breaks_limits_least(library, at_most, at_least):
+def test_an_elastic_solve_violates_limits_least(library, at_most, at_least):
     limits = (Limit("stats.mib", at_most=at_most), Limit("stats.ms", at_least=at_least))
     program = Program(library, "metrics.kl", limits)
 
@@ -103,11 +106,11 @@ def test_nearest_breaks_limits_least(library, at_most, at_least):
 
     every = [assess(program, choice) for choice in choices(library)]
     least = min(map(excess, every))
-    found = nearest(program)
+    found = elastic_solve(program)
     assert excess(found) == pytest.approx(least, abs=1e-5)
     best = min(s.score for s in every if excess(s) <= least + 1e-9)
     assert found.score <= best * (1 + 1e-3) + 1e-9
-    assert bool(found.missed) == (least > 0)
+    assert bool(found.violated) == (least > 0)
 
 
 def test_limits_hold_to_the_last_digit():
@@ -167,7 +170,7 @@ def test_time_limit_accepts_a_feasible_point_or_says_so(time_limit):
     except PuzzleError as error:
         assert "raise the time limit" in str(error)
     else:
-        assert not solution.missed
+        assert not solution.violated
         assert solution.status in ("time limit", "optimal")
         assert solution.gap is not None and 0 <= solution.gap < (1e-6 if solution.status == "optimal" else math.inf)
 
@@ -226,13 +229,13 @@ def test_contradiction_on_one_key():
     limits = (Limit("ms", at_least=2), Limit("ms", at_most=2))
     with pytest.raises(InfeasibleProgram, match="'ms' at least 2 and 'ms' at most 2 cannot hold together") as caught:
         solve(Program(library, "kl", limits))
-    assert [c.given_others for c in caught.value.clashes] == [1.0, 3.0]
+    assert [c.given_others for c in caught.value.conflicts] == [1.0, 3.0]
 
 
-def test_a_limit_that_has_no_part_in_the_clash_is_not_named():
+def test_a_limit_that_has_no_part_in_the_conflict_is_not_named():
     library = {"a": {"x": {"kl": 0, "ms": 1, "b": 2, "c": 0}, "y": {"kl": 0, "ms": 3, "b": 0, "c": 0}}}
     limits = (Limit("ms", at_most=1), Limit("c", at_most=5), Limit("b", at_most=1))
     with pytest.raises(InfeasibleProgram) as caught:
         solve(Program(library, "kl", limits))
-    assert [clash.limit.key for clash in caught.value.clashes] == ["ms", "b"]
+    assert [conflict.limit.key for conflict in caught.value.conflicts] == ["ms", "b"]
     assert "'c'" not in str(caught.value)

@@ -22,7 +22,7 @@ from puzzle_jax.evaluate.accuracy import answer_questions
 from puzzle_jax.generate.traces import read_traces, write_traces
 from puzzle_jax.model.spec import init_params
 from puzzle_jax.search.__main__ import main
-from puzzle_jax.search.pipeline import STAGES
+from puzzle_jax.search.pipeline import STAGE_NAMES
 from puzzle_jax.tasks.chat.embedded import chat_files
 from tests.processes.start import ended, running
 from tests.support import chat_config
@@ -68,7 +68,7 @@ def parent(tmp_path_factory) -> Path:
 
 
 def search(parent: Path, run: Path, *arguments: str) -> int:
-    stage = [arguments[0]] if arguments and arguments[0] in STAGES else []
+    stage = [arguments[0]] if arguments and arguments[0] in STAGE_NAMES else []
     return main([*stage, "--parent", str(parent), "--run", str(run), *SETTINGS, *arguments[len(stage) :]])
 
 
@@ -157,7 +157,7 @@ def test_a_second_run_does_nothing(finished, parent, capsys):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
     assert search(parent, finished) == 0
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()} == before
-    assert capsys.readouterr().out.count("unchanged, skipped") == len(STAGES)
+    assert capsys.readouterr().out.count("unchanged, skipped") == len(STAGE_NAMES)
 
 
 def test_open_batches_several_scenarios_and_a_yarn_factor(finished, parent, tmp_path):
@@ -186,7 +186,7 @@ def test_open_batches_several_scenarios_and_a_yarn_factor(finished, parent, tmp_
 def test_loads_of_experts_enter_the_roofline(finished):
     loads = json.loads((finished / "rank/routing.json").read_text())
     assert len(loads) == 8 and loads == sorted(loads, reverse=True) and min(loads) > 0
-    even, uneven = (read_costs(finished / stage / "costs.json") for stage in ("cost", "recost"))
+    even, uneven = (read_costs(finished / stage / "costs.json") for stage in ("cost", "refine_costs"))
     roofline = Roofline(profile=tuple(loads))
     config, scenario = load_checkpoint(finished / "child").config, even.scenarios[0]
     seconds = roofline.times(config, scenario, "mxfp4", [6], []).experts[6]
@@ -194,7 +194,7 @@ def test_loads_of_experts_enter_the_roofline(finished):
     assert uneven.layers[1].attention == even.layers[1].attention
 
 
-SCORED = ("rank", "recost", "score", "solve", "refine")
+SCORED = ("rank", "refine_costs", "score", "solve", "refine")
 
 
 def test_eight_devices_choose_what_one_does(finished, parent, tmp_path):
@@ -260,7 +260,7 @@ MOMENTS = [(stage, share) for stage in KILLED for share in (0.0, 0.4, 0.8)]
 def test_a_search_that_is_killed_ends_with_the_same_files(timeless, parent, tmp_path, stage, share):
     """The process is killed a share of the stage's own seconds after the stage has begun."""
     run = tmp_path / "run"
-    directories = ("cost", "traces", "rank", "recost", "score", "solve", "refine", "child", "evaluate", "report")
+    directories = ("cost", "traces", "rank", "refine_costs", "score", "solve", "refine", "child", "evaluate", "report")
     ahead = directories[directories.index(stage) :]
     shutil.copytree(timeless, run, ignore=shutil.ignore_patterns(*ahead, "*-book.safetensors"))
     seconds = json.loads((timeless / stage / "stage.json").read_text())["seconds"]
@@ -275,7 +275,7 @@ def test_a_search_that_is_killed_ends_with_the_same_files(timeless, parent, tmp_
     assert search(parent, run, *TIMELESS) == 0
     for path in timeless.rglob("*"):
         name = path.relative_to(timeless)
-        # stage.json, and the page that shows it, have the seconds that stages took; books are where scores are kept.
+        # stage.json, and the page that shows it, have the seconds that stages took; tables are where scores are kept.
         passed = ("stage.json", "report.html", "run.json", "score-book.safetensors", "refine-book.safetensors")
         if path.is_file() and name.name not in passed:
             assert (run / name).read_bytes() == path.read_bytes(), name
@@ -299,12 +299,14 @@ def test_an_interrupted_stage_asks_no_answered_question_again(
         return answer_questions(*args, on_answer=counted, **options)
 
     for dies_after, code in ((5, 130), (None, 0)):
-        for module in ("pipeline", "compare"):
+        for module in ("traces", "evaluator"):
             asking = partial(counting, dies_after=dies_after)
             monkeypatch.setattr(f"puzzle_jax.search.{module}.answer_questions", asking)
         assert search(parent, run, stage, *TIMELESS) == code
-    # 9 problems (4 sets of 3, 2, 2 and 2) at 3 efforts; 2 problems at 3 efforts for each of five models.
-    assert len(asked) == {"trace": 9 * 3, "evaluate": 5 * 2 * 3}[stage]
+    # 9 problems (4 sets of 3, 2, 2 and 2) at 3 efforts; 2 problems at 3 efforts for each model that no other equals.
+    models = json.loads((timeless / "evaluate/evaluation.json").read_text()).values()
+    different = {json.dumps([(x["kept"], x["sliding_window"]) for x in model["layers"]]) for model in models}
+    assert len(models) == 5 and len(asked) == {"trace": 9 * 3, "evaluate": len(different) * 2 * 3}[stage]
     for path in (timeless / directory).iterdir():
         if path.name != "stage.json":
             assert (run / directory / path.name).read_bytes() == path.read_bytes()
@@ -323,7 +325,7 @@ def test_windows_without_evidence_or_use_are_left_out_and_told(finished, parent,
         PuzzleWarning, match=rf"windows: 600, {longest - 1} left out, since the longest .* only {longest} "
     ):
         assert search(parent, run, "trace", *options) == 0
-    for stage in ("recost", "score"):
+    for stage in ("refine_costs", "score"):
         assert search(parent, run, stage, *options) == 0
     layers = json.loads((run / "score/scores.json").read_text())["layers"]
     assert [layer["windows"] for layer in layers] == [[16], [None, longest - 2]]
@@ -358,7 +360,7 @@ def test_restrictions_and_refinement_from_the_shell(finished, parent, tmp_path):
     rules = '[{"layers": "0", "min_experts": 8}, {"layers": "1", "windows": ["full"]}]'
     options = ("--space.restrict", rules, "--refine.rounds", "2", "--refine.proposals", "2")
     shutil.copytree(finished, run, ignore=shutil.ignore_patterns("*-book.safetensors"))
-    for stage in ("cost", "recost", "score", "solve", "refine"):
+    for stage in ("cost", "refine_costs", "score", "solve", "refine"):
         assert search(parent, run, stage, *options) == 0
     layers = json.loads((run / "refine/refined.json").read_text())["child"]["layers"]
     assert (layers[0]["num_local_experts"], layers[1]["sliding_window"]) == (8, None)

@@ -11,7 +11,7 @@ import pytest
 
 from puzzle_jax.convert_hf.export import save_checkpoint
 from puzzle_jax.model.spec import init_params
-from puzzle_jax.search.processes import Team
+from puzzle_jax.search.workers import Team
 from puzzle_jax.tasks.chat.embedded import chat_files
 from tests.processes.start import ended, running
 from tests.search.test_pipeline import SETTINGS

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from puzzle_jax.convert_hf.describe import read_config
+from puzzle_jax.costs.compute import compute_costs
 from puzzle_jax.costs.roofline import Roofline
 from puzzle_jax.costs.scenario import Scenario, Target
-from puzzle_jax.costs.table import compute_costs
 from puzzle_jax.errors import ConfigError, PuzzleWarning
 from puzzle_jax.search.__main__ import SEARCH
 from puzzle_jax.search.recipe import EMBEDDED_PARENT, SpaceSettings, TraceSettings
@@ -60,7 +60,7 @@ def test_published_deployments(name, devices, lengths):
     # Answers to learn the price of every window from are longer than the window, and the scenario's requests are too.
     assert max(recipe.space.windows) < min(max(recipe.traces.max_tokens.values()), recipe.scenario.context_tokens)
     space = Space(config, (choices,) * layers, candidate_windows(config, recipe.space.windows))
-    costs = compute_costs(space, recipe.scenarios, "mxfp4", Roofline(), memory=Roofline())
+    costs = compute_costs(space.offer, recipe.scenarios, "mxfp4", Roofline(), memory=Roofline())
     # Made-up scores: each step down costs more than the one before it, and more in later layers.
     scores = Scores(
         experts=tuple(tuple((experts - c) ** 2 * (1 + layer / 36) for c in counts) for layer in range(layers)),

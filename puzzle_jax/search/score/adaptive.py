@@ -23,13 +23,13 @@ from scipy.optimize import linprog
 
 from puzzle_jax.generate.traces import Trace
 from puzzle_jax.program.library import Limit, Program, lookup
-from puzzle_jax.search.score.measurements import ScoreBook
+from puzzle_jax.search.score.measurements import ScoreTable
 
 CASES = 4
 """Combinations of batches that draws look at."""
 
 Scorer = Callable[[Sequence[int], Sequence[int]], None]
-"""Fills a book: numbers of alternatives, numbers of traces."""
+"""Fills a table: numbers of alternatives, numbers of traces."""
 
 
 class RelaxedProgram:
@@ -48,7 +48,7 @@ class RelaxedProgram:
         self.number = np.array([-1 if number is None else number for number in numbers])
         columns = np.arange(len(pairs))
         self._one_each = sparse.csr_matrix((np.ones(len(pairs)), (self.group, columns)))
-        self._cases = [self._rows(program, pairs, program.limits_of(picked)) for picked in program.cases()]
+        self._cases = [self._rows(program, pairs, program.limits_of(selected)) for selected in program.combinations()]
 
     @staticmethod
     def _rows(program: Program, pairs: Sequence[tuple[str, str]], limits: Sequence[Limit]) -> tuple[Any, Any]:
@@ -96,17 +96,17 @@ class RelaxedProgram:
         ).x
 
 
-def contested(programs: Iterable[RelaxedProgram], book: ScoreBook, *, draws: int = 32, seed: int = 0) -> list[int]:
+def contested(programs: Iterable[RelaxedProgram], table: ScoreTable, *, draws: int = 32, seed: int = 0) -> list[int]:
     """Numbers of the alternatives that some draws of the traces choose and others do not.
 
     Args:
       programs: one for each target that the scores are to serve.
-      book: scores so far; every alternative has some.
+      table: scores so far; every alternative has some.
       draws: of the traces, with replacement.
     """
     source, found = np.random.default_rng(seed), set()
-    used = np.flatnonzero(book.scored.any(axis=0))
-    samples = [book.estimates()] + [_redrawn(book, source.choice(used, len(used))) for _ in range(draws)]
+    used = np.flatnonzero(table.scored.any(axis=0))
+    samples = [table.estimates()] + [_redrawn(table, source.choice(used, len(used))) for _ in range(draws)]
     for program in programs:
         program = program.narrowed(samples[0], CASES)
         supports = np.stack([program.support(scores) for scores in samples])
@@ -115,10 +115,10 @@ def contested(programs: Iterable[RelaxedProgram], book: ScoreBook, *, draws: int
     return sorted(found)
 
 
-def _redrawn(book: ScoreBook, traces: np.ndarray) -> Float[np.ndarray, "alternatives"]:
+def _redrawn(table: ScoreTable, traces: np.ndarray) -> Float[np.ndarray, "alternatives"]:
     """Scores of drawn traces; where a draw holds none that an alternative was scored on, of those it was."""
-    scores = book.estimates(traces)
-    return np.where(np.isnan(scores), book.estimates(), scores)
+    scores = table.estimates(traces)
+    return np.where(np.isnan(scores), table.estimates(), scores)
 
 
 def in_random_order(traces: Sequence[Trace], seed: int = 0) -> list[int]:
@@ -135,7 +135,7 @@ def in_random_order(traces: Sequence[Trace], seed: int = 0) -> list[int]:
 
 
 def score_adaptively(
-    book: ScoreBook,
+    table: ScoreTable,
     score: Scorer,
     programs: Sequence[RelaxedProgram],
     *,
@@ -147,17 +147,17 @@ def score_adaptively(
     """Scores all alternatives on the `first` traces, then contested ones on more; returns the traces used.
 
     Args:
-      book: what was scored before is not scored again.
-      score: fills the book.
+      table: what was scored before is not scored again.
+      score: fills the table.
       programs: what the scores are for.
       on_round: called with alternatives and traces before each round.
     """
-    order = in_random_order(book.traces, seed)
-    wanted, start, stop = list(range(len(book.alternatives))), 0, min(first, len(order))
+    order = in_random_order(table.traces, seed)
+    wanted, start, stop = list(range(len(table.alternatives))), 0, min(first, len(order))
     while wanted and start < len(order):
         if on_round is not None:
             on_round(len(wanted), stop - start)
         score(wanted, order[start:stop])
-        wanted = contested(programs, book, draws=draws, seed=seed)
+        wanted = contested(programs, table, draws=draws, seed=seed)
         start, stop = stop, min(2 * stop, len(order))
     return start

@@ -20,7 +20,7 @@ Numbers = tuple[tuple[int | None, ...], ...]
 
 
 @dataclass(frozen=True)
-class Numbered:
+class IndexedAlternatives:
     """Alternatives of a space around a base.
 
     Attributes:
@@ -35,7 +35,7 @@ class Numbered:
     attention: Numbers
 
     @staticmethod
-    def around(space: Space, base: Sequence[Alternative] | None = None) -> Numbered:
+    def around(space: Space, base: Sequence[Alternative] | None = None) -> IndexedAlternatives:
         """Numbers the alternatives to `base`, by default the parent."""
         listed: list[tuple[int, Alternative]] = []
 
@@ -52,7 +52,7 @@ class Numbered:
             experts.append(tuple(number(layer, Alternative(mask, own.window), own) for mask in masks))
             windows = [Alternative(own.expert_mask, window) for window in space.windows[layer]]
             attention.append(tuple(number(layer, alternative, own) for alternative in windows))
-        return Numbered(space, tuple(listed), tuple(experts), tuple(attention))
+        return IndexedAlternatives(space, tuple(listed), tuple(experts), tuple(attention))
 
     def scores(self, values: Float[np.ndarray, "alternatives"]) -> Scores:
         """Values by number as scores of the space; 0 for the base's own."""

@@ -8,7 +8,7 @@ Alternatives of the attention and of the experts are scored apart; the program a
 token that sees no more keys than the window exactly as it was, so traces no longer than it count as zero without being
 run, and the loss per token beyond the window is reported beside the mean (`late_kl`), as is the loss by context.
 
-Results are kept trace by trace in a `ScoreBook`, which is saved as it grows: an interrupted run goes on where it was,
+Results are kept trace by trace in a `ScoreTable`, which is saved as it grows: an interrupted run goes on where it was,
 and what has been scored once is not run again for another target.
 """
 
@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jax.sharding import Mesh
@@ -28,16 +28,14 @@ from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from puzzle_jax.config import ModelConfig
 from puzzle_jax.evaluate.statistics import weighted_mean
 from puzzle_jax.files import write_beside
 from puzzle_jax.generate.batches import MicroBatch, micro_batches
 from puzzle_jax.generate.traces import Trace
-from puzzle_jax.model.child import Child
 from puzzle_jax.model.spec import Params
-from puzzle_jax.search.processes import Team
 from puzzle_jax.search.score.estimator import estimate, kinds_of
-from puzzle_jax.search.score.replace_one import CONTEXTS, METRICS, Alternative, ReplaceOne, child_choices
+from puzzle_jax.search.score.replace_one import CONTEXTS, METRICS, Alternative
+from puzzle_jax.search.workers import Team
 
 _SAVE_SECONDS = 10.0
 _UNCHANGED = np.array([0.0, 1.0, 1.0, *[0.0] * (len(METRICS) - 3)])
@@ -88,22 +86,8 @@ class Score:
     late_kl: float = 0.0
 
 
-class Measurements(NamedTuple):
-    """Children on the same traces.
-
-    Attributes:
-      scores: of each child.
-      kl: of each on every trace, per token there.
-      tokens: of every trace's completion.
-    """
-
-    scores: list[Score]
-    kl: Float[np.ndarray, "children traces"]
-    tokens: Int[np.ndarray, "traces"]
-
-
 @dataclass
-class ScoreBook:
+class ScoreTable:
     """METRICS of traces under alternatives.
 
     Attributes:
@@ -119,9 +103,9 @@ class ScoreBook:
     lens: Float[np.ndarray, "alternatives traces"] | None = None
 
     @staticmethod
-    def empty(alternatives: Sequence[tuple[int, Alternative]], traces: Sequence[Trace]) -> ScoreBook:
+    def empty(alternatives: Sequence[tuple[int, Alternative]], traces: Sequence[Trace]) -> ScoreTable:
         shape = (len(alternatives), len(traces), len(METRICS))
-        return ScoreBook(alternatives, traces, np.full(shape, np.nan))
+        return ScoreTable(alternatives, traces, np.full(shape, np.nan))
 
     @cached_property
     def tokens(self) -> Int[np.ndarray, "traces"]:
@@ -186,7 +170,7 @@ class ScoreBook:
     # On disk -------------------------------------------------------------------------------------------------------
 
     def key(self, parent: str) -> str:
-        """What the numbers depend on; `parent` names the model and everything else that is not in the book."""
+        """What the numbers depend on; `parent` names the model and everything else that is not in the table."""
         digest = hashlib.sha256(parent.encode())
         for layer, choice in self.alternatives:
             digest.update(f"{layer} {choice.window} {np.flatnonzero(choice.expert_mask).tolist()}\n".encode())
@@ -209,26 +193,26 @@ class ScoreBook:
             return
 
 
-class KeptBook:
-    """A book that is on disk from time to time, so that a killed run goes on from it.
+class SavedTable:
+    """A table that is on disk from time to time, so that a killed run goes on from it.
 
     Args:
-      book: filled with what the file holds of the same key.
+      table: filled with what the file holds of the same key.
       path: of the file; None keeps nothing.
-      identity: of everything that the numbers depend on and that is not in the book.
+      identity: of everything that the numbers depend on and that is not in the table.
     """
 
-    def __init__(self, book: ScoreBook, path: Path | None, identity: str) -> None:
-        self.book, self.path, self.key = book, path, book.key(identity)
+    def __init__(self, table: ScoreTable, path: Path | None, identity: str) -> None:
+        self.table, self.path, self.key = table, path, table.key(identity)
         self._saved = time.monotonic()
         if path is not None:
-            book.load(path, self.key)
+            table.load(path, self.key)
 
     def save(self, *, now: bool = False) -> None:
-        """Saves the book if that is some time ago, or `now`."""
+        """Saves the table if that is some time ago, or `now`."""
         if self.path is not None and (now or time.monotonic() - self._saved > _SAVE_SECONDS):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.book.save(self.path, self.key)
+            self.table.save(self.path, self.key)
             self._saved = time.monotonic()
 
 
@@ -250,7 +234,7 @@ def _tokens_by_context(trace: Trace) -> Int[np.ndarray, "buckets"]:
 
 
 def fill(
-    book: ScoreBook,
+    table: ScoreTable,
     run: Runner,
     alternatives: Sequence[int],
     traces: Sequence[int],
@@ -260,27 +244,27 @@ def fill(
     on_done: Callable[[int], None] | None = None,
     team: Team | None = None,
 ) -> None:
-    """Scores alternatives on traces (numbers of both in the book) that they were not scored on yet.
+    """Scores alternatives on traces (numbers of both in the table) that they were not scored on yet.
 
     Args:
-      on_batch: called after every turn of a batch per process, when the book may be saved.
+      on_batch: called after every turn of a batch per process, when the table may be saved.
       on_done: called with what was done of `work_left`.
-      team: processes that share the work; each calls this with the same book, which is the same in all afterwards.
+      team: processes that share the work; each calls this with the same table, which is the same in all afterwards.
     """
     team = team or Team()
-    to_do = [task for task in _to_do(book, run, alternatives, traces, tokens_per_batch) if task[1]]
+    to_do = [task for task in _to_do(table, run, alternatives, traces, tokens_per_batch) if task[1]]
     for first in range(0, len(to_do), team.count):
         turn = to_do[first : first + team.count]
         shape = (max(len(wanted) for _, wanted in turn), max(len(batch.ids) for batch, _ in turn), len(METRICS))
         values = np.zeros(shape)
         for batch, wanted in turn[team.index : team.index + 1]:
-            found = run(batch, [book.alternatives[number] for number in wanted], on_done)
+            found = run(batch, [table.alternatives[number] for number in wanted], on_done)
             values[: len(wanted), : len(batch.ids)] = found
         for number, ((batch, wanted), found) in enumerate(zip(turn, team.gathered(values), strict=False)):
             real = batch.ids >= 0
-            book.values[np.ix_(wanted, batch.ids[real])] = found[: len(wanted), : len(real)][:, real]
+            table.values[np.ix_(wanted, batch.ids[real])] = found[: len(wanted), : len(real)][:, real]
             if on_done is not None and number != team.index:
-                on_done(run.work([book.alternatives[n] for n in wanted]))
+                on_done(run.work([table.alternatives[n] for n in wanted]))
         if on_batch is not None:
             on_batch()
 
@@ -289,24 +273,26 @@ def fill(
 class SharedFill:
     """A call of `fill`, in a form that other processes can be told."""
 
-    book: ScoreBook
+    table: ScoreTable
     run: Runner
     alternatives: Sequence[int]
     traces: Sequence[int]
     tokens_per_batch: int
 
     @staticmethod
-    def of(book: ScoreBook, run: Runner, alternatives: Sequence[int], traces: Sequence[int], tokens: int) -> SharedFill:
-        return SharedFill(book, run.placed({}, None), alternatives, traces, tokens)
+    def of(
+        table: ScoreTable, run: Runner, alternatives: Sequence[int], traces: Sequence[int], tokens: int
+    ) -> SharedFill:
+        return SharedFill(table, run.placed({}, None), alternatives, traces, tokens)
 
     def join(self, team: Team, params: Params, mesh: Mesh | None) -> None:
         """Takes this process's part."""
         run = self.run.placed(params, mesh)
-        fill(self.book, run, self.alternatives, self.traces, tokens_per_batch=self.tokens_per_batch, team=team)
+        fill(self.table, run, self.alternatives, self.traces, tokens_per_batch=self.tokens_per_batch, team=team)
 
 
 def work_left(
-    book: ScoreBook,
+    table: ScoreTable,
     run: Runner,
     alternatives: Sequence[int],
     traces: Sequence[int],
@@ -315,25 +301,25 @@ def work_left(
 ) -> int:
     """Layers to be run for each of the alternatives and batches that `fill` has not done yet."""
     return sum(
-        run.work([book.alternatives[number] for number in wanted])
-        for _, wanted in _to_do(book, run, alternatives, traces, tokens_per_batch)
+        run.work([table.alternatives[number] for number in wanted])
+        for _, wanted in _to_do(table, run, alternatives, traces, tokens_per_batch)
     )
 
 
-def _to_do(book: ScoreBook, run: Runner, alternatives: Sequence[int], traces: Sequence[int], tokens: int):
+def _to_do(table: ScoreTable, run: Runner, alternatives: Sequence[int], traces: Sequence[int], tokens: int):
     """Batches of the traces, with the alternatives to run on each. What a window cannot change is filled in here."""
-    longest = max(len(trace.prompt) + len(trace.completion) for trace in book.traces)
-    batches = micro_batches([book.traces[number] for number in traces], tokens_per_batch=tokens, longest=longest)
+    longest = max(len(trace.prompt) + len(trace.completion) for trace in table.traces)
+    batches = micro_batches([table.traces[number] for number in traces], tokens_per_batch=tokens, longest=longest)
     for batch in batches:
         ids = np.where(batch.ids >= 0, np.asarray(traces)[batch.ids], -1)
         batch = batch._replace(ids=ids)
         rows = ids[ids >= 0]
         wanted = []
         for number in alternatives:
-            layer, choice = book.alternatives[number]
+            layer, choice = table.alternatives[number]
             if run.base is None and _changes_nothing(choice, run.choices[layer], batch):
-                book.values[number, rows] = _UNCHANGED
-            elif np.isnan(book.values[number, rows, 0]).any():
+                table.values[number, rows] = _UNCHANGED
+            elif np.isnan(table.values[number, rows, 0]).any():
                 wanted.append(number)
         yield batch, wanted
 
@@ -343,72 +329,3 @@ def _changes_nothing(choice: Alternative, base: Alternative, batch: MicroBatch) 
     if choice.window is None or not np.array_equal(choice.expert_mask, base.expert_mask):
         return False
     return choice.window >= int(np.max(np.asarray(batch.lengths)))
-
-
-@dataclass(frozen=True)
-class _Whole:
-    """Runs whole children; what is wanted names them by number, in the place of a layer."""
-
-    children: tuple[ReplaceOne, ...]
-
-    @property
-    def base(self) -> Sequence[Alternative]:
-        return self.choices
-
-    @property
-    def choices(self) -> Sequence[Alternative]:
-        return self.children[0].choices
-
-    def placed(self, params: Params, mesh: Mesh | None) -> _Whole:
-        return _Whole(tuple(child.placed(params, mesh) for child in self.children))
-
-    def __call__(
-        self, batch: MicroBatch, wanted: Sequence[tuple[int, Alternative]], on_done: Callable[[int], None] | None
-    ) -> Float[np.ndarray, "alternatives rows metrics"]:
-        values = []
-        for number, _ in wanted:
-            values.append(self.children[number].base_metrics(batch))
-            if on_done is not None:
-                on_done(1)
-        return np.stack(values)
-
-    def work(self, wanted: Sequence[tuple[int, Alternative]]) -> int:
-        return len(wanted)
-
-
-def score_children(
-    params: Params,
-    config: ModelConfig,
-    children: Sequence[Child],
-    traces: Sequence[Trace],
-    *,
-    mesh: Mesh | None = None,
-    tokens_per_batch: int = 4096,
-    on_done: Callable[[int], None] | None = None,
-    team: Team | None = None,
-    kept: Path | None = None,
-    identity: str = "",
-) -> Measurements:
-    """The same comparison for whole children, as views on the parent.
-
-    Args:
-      on_done: called with the children that were run on a batch.
-      team: processes that share the work.
-      kept: directory of what a killed run had scored, which is not run again; None keeps nothing.
-      identity: of the parent and of all that its numbers depend on.
-    """
-    nothing = Alternative(np.ones(config.blocks[0].num_experts, bool), config.blocks[0].window)
-    book = ScoreBook.empty([(number, nothing) for number in range(len(children))], traces)
-    runs = [ReplaceOne(params, config, child_choices(child), child.rope, mesh=mesh) for child in children]
-    run, team = _Whole(tuple(runs)), team or Team()
-    everything = range(len(children)), range(len(traces))
-    about = f"{identity} {[(child.blocks, child.rope) for child in children]}"
-    file = (
-        None if kept is None else kept / f"kl-{hashlib.sha256(book.key(about).encode()).hexdigest()[:16]}.safetensors"
-    )
-    keeper = KeptBook(book, file, about)
-    team.broadcast(SharedFill.of(book, run, *everything, tokens_per_batch))
-    fill(book, run, *everything, tokens_per_batch=tokens_per_batch, on_batch=keeper.save, on_done=on_done, team=team)
-    keeper.save(now=True)
-    scores = [book.score(number, config.blocks[0].window) for number in range(len(children))]
-    return Measurements(scores, book.values[..., 0], book.tokens)

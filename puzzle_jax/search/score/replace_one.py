@@ -151,7 +151,7 @@ class ReplaceOne:
         answers = Answers.of(batch)
         parent, own, kept = self._final_states(batch)
         values = np.zeros((len(wanted), batch.tokens.shape[0], len(METRICS)))
-        for group, x in self._waves(kept, wanted):
+        for group, x in self._suffixes(kept, wanted):
             values[group] = np.asarray(compare_with_parent(self.params, self.config, parent, x, answers))[: len(group)]
             del x  # its memory is for the next group
             if on_done is not None:
@@ -165,12 +165,11 @@ class ReplaceOne:
         """Alternatives times layers above them, what `on_done` counts up to."""
         return sum(self.config.num_layers - layer for layer, _ in wanted)
 
-    def base_metrics(self, batch: MicroBatch) -> Float[np.ndarray, "rows metrics"]:
-        """METRICS of every trace of a batch under the base itself."""
-        parent, base, _ = self._final_states(batch)
-        return np.asarray(compare_with_parent(self.params, self.config, parent, base[:, None], Answers.of(batch)))[0]
-
     # The base ------------------------------------------------------------------------------------------------------
+
+    def embedded(self, batch: MicroBatch) -> Float[Array, "rows seq hidden"]:
+        """What the first layer starts from."""
+        return _embed(self.params["embedding"], spread_rows(batch.tokens, self.mesh))
 
     def layer(self, index: int, x: Array, choice: Alternative, config: ModelConfig | None = None) -> Array:
         """One layer with a choice of its own, on rows or on rows of slots of states."""
@@ -184,7 +183,7 @@ class ReplaceOne:
 
     def _final_states(self, batch: MicroBatch) -> tuple[Array, Array, dict[int, Array]]:
         """The parent's and the base's states after the last layer, and the base's every so many layers."""
-        x = start = _embed(self.params["embedding"], spread_rows(batch.tokens, self.mesh))
+        x = start = self.embedded(batch)
         kept = {}
         for index, choice in enumerate(self.choices):
             if index % self.keep_every == 0:
@@ -218,7 +217,7 @@ class ReplaceOne:
                 yield layer, states[layer], after, parent
                 after = states.pop(layer).before
 
-    def _waves(
+    def _suffixes(
         self, kept: dict[int, Array], wanted: Sequence[tuple[int, Alternative]]
     ) -> Iterator[tuple[list[int], Array]]:
         """Numbers and final states [rows, per_call, seq, hidden], group by group."""
@@ -230,10 +229,10 @@ class ReplaceOne:
             states = self._states(first, kept.pop(first))
             for start in range(0, len(here), self.per_call):
                 group = here[start : start + self.per_call]
-                yield group, self._wave([wanted[n] for n in group], states)
+                yield group, self._suffix_batch([wanted[n] for n in group], states)
             del states  # before those of the part below are made
 
-    def _wave(self, group: Sequence[tuple[int, Alternative]], states: dict[int, States]) -> Array:
+    def _suffix_batch(self, group: Sequence[tuple[int, Alternative]], states: dict[int, States]) -> Array:
         """Final states of alternatives that are sorted by layer: each joins the others at its own layer."""
         x = jnp.repeat(states[group[0][0]].before[:, None], self.per_call, axis=1)
         for index in range(group[0][0], self.config.num_layers):

@@ -12,22 +12,22 @@ from puzzle_jax.search.solve.problem import Scores
 
 def scores_to_json(scored: ScoredSpace) -> list[dict[str, Any]]:
     """The space with the score of each alternative that is not the parent's own."""
-    numbered, book, layers = scored.numbered, scored.book, []
-    estimates = book.estimates()
+    indexed, table, layers = scored.indexed, scored.table, []
+    estimates = table.estimates()
     for layer, entry in enumerate(scored.space.to_json()):
         window = scored.space.parent.blocks[layer].window
 
         def score(number: int | None, window: int | None = window) -> dict[str, Any] | None:
             if number is None:
                 return None
-            return {**asdict(book.score(number, window)), "estimate": float(estimates[number])}
+            return {**asdict(table.score(number, window)), "estimate": float(estimates[number])}
 
-        experts = zip(entry["experts"], numbered.experts[layer], strict=True)
+        experts = zip(entry["experts"], indexed.experts[layer], strict=True)
         layers.append(
             {
                 **entry,
                 "experts": [{**choice, "score": score(number)} for choice, number in experts],
-                "window_scores": [score(number) for number in numbered.attention[layer]],
+                "window_scores": [score(number) for number in indexed.attention[layer]],
             }
         )
     return layers

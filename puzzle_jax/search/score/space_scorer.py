@@ -16,15 +16,14 @@ from rich.console import Console
 from puzzle_jax.generate.batches import micro_batches
 from puzzle_jax.generate.traces import Trace
 from puzzle_jax.progress import progress
-from puzzle_jax.search.processes import Team
 from puzzle_jax.search.recipe import ScoreSettings
 from puzzle_jax.search.score.adaptive import RelaxedProgram, in_random_order, score_adaptively
-from puzzle_jax.search.score.alternatives import Numbered
+from puzzle_jax.search.score.alternatives import IndexedAlternatives
 from puzzle_jax.search.score.lens import fit_lens
 from puzzle_jax.search.score.measurements import (
-    KeptBook,
     Runner,
-    ScoreBook,
+    SavedTable,
+    ScoreTable,
     SharedFill,
     fill,
     longest_context,
@@ -33,6 +32,7 @@ from puzzle_jax.search.score.measurements import (
 from puzzle_jax.search.score.replace_one import ReplaceOne
 from puzzle_jax.search.solve.problem import Problem, Scores
 from puzzle_jax.search.space import Space
+from puzzle_jax.search.workers import Team
 
 LENS_TRACES = 96
 """That lenses are fitted on and look at, at most."""
@@ -45,22 +45,22 @@ class ScoredSpace:
     """A space whose alternatives have scores; the lens may have dropped some.
 
     Attributes:
-      numbered: the alternatives around the base.
-      book: what is known of them.
+      indexed: the alternatives around the base.
+      table: what is known of them.
       proposed: alternatives before the lens dropped any.
     """
 
-    numbered: Numbered
-    book: ScoreBook
+    indexed: IndexedAlternatives
+    table: ScoreTable
     proposed: int
 
     @property
     def space(self) -> Space:
-        return self.numbered.space
+        return self.indexed.space
 
     @property
     def scores(self) -> Scores:
-        return self.numbered.scores(self.book.estimates())
+        return self.indexed.scores(self.table.estimates())
 
 
 @dataclass(frozen=True)
@@ -85,48 +85,51 @@ class SpaceScorer:
     seed: int = 0
     team: Team = field(default_factory=Team)
 
-    def __call__(self, space: Space, book_path: Path, identity: str) -> ScoredSpace:
+    def __call__(self, space: Space, table_path: Path, identity: str) -> ScoredSpace:
         """Scores all alternatives of `space` that the lens leaves.
 
         Args:
-          book_path: where scored pairs are kept.
+          table_path: where scored pairs are kept.
           identity: of everything else that the numbers depend on, the parent and the base.
         """
-        numbered = Numbered.around(space, self.run.base)
-        proposed, lens = len(numbered.listed), None
+        indexed = IndexedAlternatives.around(space, self.run.base)
+        proposed, lens = len(indexed.listed), None
         if self.settings.method == "lens":
-            return ScoredSpace(numbered, self._looked(numbered), proposed)
+            return ScoredSpace(indexed, self._looked(indexed), proposed)
         if self.settings.keep_sets:
-            looked = self._looked(numbered)
-            kept = self._best_sets(numbered, looked.means())
-            numbered, lens = Numbered.around(numbered.keeping(kept), self.run.base), looked.values[sorted(kept), :, 0]
-        book = ScoreBook.empty(numbered.listed, self.traces)
+            looked = self._looked(indexed)
+            kept = self._best_sets(indexed, looked.means())
+            indexed, lens = (
+                IndexedAlternatives.around(indexed.keeping(kept), self.run.base),
+                looked.values[sorted(kept), :, 0],
+            )
+        table = ScoreTable.empty(indexed.listed, self.traces)
         if self.settings.method == "adaptive" and self.run.base is None:
-            book.lens = lens
-        kept = KeptBook(book, book_path, identity)
+            table.lens = lens
+        kept = SavedTable(table, table_path, identity)
 
         def score(alternatives: Sequence[int], traces: Sequence[int]) -> None:
-            self.fill(book, alternatives, traces, save=kept.save)
+            self.fill(table, alternatives, traces, save=kept.save)
             kept.save(now=True)
 
         order = in_random_order(self.traces, self.seed)
         if self.settings.method == "exact":
-            score(range(len(numbered.listed)), order)
+            score(range(len(indexed.listed)), order)
         else:
-            for number, traces in self._evidence(numbered, order).items():
+            for number, traces in self._evidence(indexed, order).items():
                 score([number], traces)
-            nothing = self.problem(numbered.space, numbered.scores(np.zeros(len(numbered.listed))))
-            program = RelaxedProgram(nothing.program, numbered.owner)
+            nothing = self.problem(indexed.space, indexed.scores(np.zeros(len(indexed.listed))))
+            program = RelaxedProgram(nothing.program, indexed.owner)
             first, draws = self.settings.first, self.settings.draws
-            score_adaptively(book, score, [program], first=first, draws=draws, seed=self.seed)
-        return ScoredSpace(numbered, book, proposed)
+            score_adaptively(table, score, [program], first=first, draws=draws, seed=self.seed)
+        return ScoredSpace(indexed, table, proposed)
 
-    def _evidence(self, numbered: Numbered, order: Sequence[int]) -> dict[int, list[int]]:
+    def _evidence(self, indexed: IndexedAlternatives, order: Sequence[int]) -> dict[int, list[int]]:
         """The first traces of an order, as many as hold a few that are longer than the window, by the number of each
         window: on shorter ones alone it would seem to cost nothing."""
         contexts = np.array([longest_context([self.traces[n]]) for n in order])
         found = {}
-        for numbers, windows in zip(numbered.attention, numbered.space.windows, strict=True):
+        for numbers, windows in zip(indexed.attention, indexed.space.windows, strict=True):
             for number, window in zip(numbers, windows, strict=True):
                 if number is not None and window is not None:
                     beyond = np.flatnonzero(contexts > window)[:_LONG_TRACES]
@@ -135,20 +138,20 @@ class SpaceScorer:
 
     def fill(
         self,
-        book: ScoreBook,
+        table: ScoreTable,
         alternatives: Sequence[int],
         traces: Sequence[int],
         run: Runner | None = None,
         save: Callable[[], None] | None = None,
     ) -> None:
-        """Scores alternatives of a book on some of its traces, by `run` or else exactly."""
+        """Scores alternatives of a table on some of its traces, by `run` or else exactly."""
         tokens, used = self.settings.tokens_per_batch, run or self.run
-        work = work_left(book, used, alternatives, traces, tokens_per_batch=tokens)
+        work = work_left(table, used, alternatives, traces, tokens_per_batch=tokens)
         what = f"scoring {len(alternatives)} on {len(traces)}"
-        self.team.broadcast(SharedFill.of(book, used, alternatives, traces, tokens))
+        self.team.broadcast(SharedFill.of(table, used, alternatives, traces, tokens))
         with progress(self.console, what, work) as advance:
             fill(
-                book,
+                table,
                 used,
                 alternatives,
                 traces,
@@ -158,22 +161,22 @@ class SpaceScorer:
                 team=self.team,
             )
 
-    def _looked(self, numbered: Numbered) -> ScoreBook:
+    def _looked(self, indexed: IndexedAlternatives) -> ScoreTable:
         """Estimates by the lens, on the first traces."""
         traces = in_random_order(self.traces, self.seed)[:LENS_TRACES]
         run = replace(self.run, base=None)
         lens = fit_lens(
             run, micro_batches([self.traces[n] for n in traces], tokens_per_batch=self.settings.tokens_per_batch)
         )
-        book = ScoreBook.empty(numbered.listed, self.traces)
-        self.fill(book, range(len(numbered.listed)), traces, lens)
-        return book
+        table = ScoreTable.empty(indexed.listed, self.traces)
+        self.fill(table, range(len(indexed.listed)), traces, lens)
+        return table
 
-    def _best_sets(self, numbered: Numbered, estimates: np.ndarray) -> set[int]:
+    def _best_sets(self, indexed: IndexedAlternatives, estimates: np.ndarray) -> set[int]:
         """Numbers without those of expert sets that are worse than `keep_sets` others of their count."""
         dropped = {
             number
-            for same in numbered.sets_by_count()
+            for same in indexed.sets_by_count()
             for number in sorted(same, key=lambda n: estimates[n])[self.settings.keep_sets :]
         }
-        return set(range(len(numbered.listed))) - dropped
+        return set(range(len(indexed.listed))) - dropped

@@ -20,7 +20,7 @@ import numpy as np
 
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.program.library import Library, Limit, Program, lookup
-from puzzle_jax.program.solve import nearest
+from puzzle_jax.program.solve import elastic_solve
 from puzzle_jax.search.solve.problem import (
     PARAMETERS,
     SCORE,
@@ -156,7 +156,7 @@ def max_params(problem: Problem) -> Candidate:
         group: {name: {**numbers, "fewer": -numbers[PARAMETERS]} for name, numbers in alternatives.items()}
         for group, alternatives in problem.library.items()
     }
-    return problem.assess("max_params", nearest(Program(library, "fewer", problem.limits)).choice)
+    return problem.assess("max_params", elastic_solve(Program(library, "fewer", problem.limits)).choice)
 
 
 def _pinned(problem: Problem, name: str, groups: list[str]) -> Candidate:
@@ -166,7 +166,7 @@ def _pinned(problem: Problem, name: str, groups: list[str]) -> Candidate:
         group: {parent[group]: alternatives[parent[group]]} if group in groups else alternatives
         for group, alternatives in problem.library.items()
     }
-    return problem.candidate(name, nearest(Program(library, SCORE, problem.limits)))
+    return problem.candidate(name, elastic_solve(Program(library, SCORE, problem.limits)))
 
 
 def _parent_choice(problem: Problem) -> Choice:
@@ -183,7 +183,7 @@ class _Table:
 
     def __init__(self, problem: Problem):
         program = problem.program
-        keys = [SCORE, *(limit.key for limit in program.every_limit)]
+        keys = [SCORE, *(limit.key for limit in program.all_limits)]
         self.numbers = {
             (group, name): np.array([float(lookup(numbers, key)) for key in keys])
             for group, alternatives in problem.library.items()
@@ -191,13 +191,13 @@ class _Table:
         }
         # All limits of a target are upper ones. A hair above: a sum that rounding lifted over its limit meets
         # it.
-        self.bounds = np.array([limit.bound * (1 + 1e-12) for limit in program.every_limit])
+        self.bounds = np.array([limit.bound * (1 + 1e-12) for limit in program.all_limits])
         columns = iter(range(len(self.bounds)))
         always = [next(columns) for limit in program.limits if isinstance(limit, Limit)]
         # Columns of limits that hold together, by the things of which one has to hold.
         self.sets = [[always]]
-        for one in program.one_ofs:
-            self.sets.append([[next(columns) for _ in limits] for limits in one.alternatives.values()])
+        for disjunction in program.disjunctions:
+            self.sets.append([[next(columns) for _ in limits] for limits in disjunction.sets.values()])
 
     def score(self, choice: Choice) -> float:
         return float(sum(self.numbers[item][0] for item in choice.items()))

@@ -1,8 +1,8 @@
-"""A target as limits on sums of a program, each with the words in which people are told of it.
+"""A target as limits on sums of a program, each with the words in which messages speak of it.
 
-Relative goals are turned into numbers by the parent's own costs. In a scenario that leaves its batch open, the goals
-that depend on the batch come once for each, beside a limit on memory: a program must meet those of one batch, and which
-one is its choice. The parent runs at its own best batch there.
+Limits relative to the parent are turned into numbers by the parent's own costs. In a scenario that leaves its batch
+open, the constraints that depend on the batch exist once for each batch, beside a limit on memory: a program must meet
+those of one batch, which it chooses. The parent is given its own best batch there.
 
     request_seconds(batch) <= batch output_tokens / tokens per second asked for
 """
@@ -17,18 +17,19 @@ from math import floor, inf, nextafter
 from puzzle_jax.costs.provider import Seconds
 from puzzle_jax.costs.scenario import Scenario, Target
 from puzzle_jax.costs.table import Architecture, Costs, seconds_key
-from puzzle_jax.program.library import Limit, exact, short
+from puzzle_jax.numeric import exact, short
+from puzzle_jax.program.library import Limit
 
 
 @dataclass(frozen=True)
-class Goal:
+class Constraint:
     """One limit of a target.
 
     Attributes:
-      limit: on a sum of the program.
-      name: what people call it.
-      asked: what the target asks for, in its own unit.
-      reached: a value of the sum in that unit, rounded so that the goal is met where the limit is.
+      limit: the limit on a sum of the program.
+      name: its name in messages.
+      asked: the value that the target asks for, in its own unit.
+      reached: turns a value of the sum into that unit, rounded so that the constraint is met where the limit is.
     """
 
     limit: Limit
@@ -37,27 +38,29 @@ class Goal:
     reached: Callable[[float], str]
 
 
-def goals_of(target: Target, costs: Costs, parent: Architecture) -> tuple[Goal, ...]:
-    """Goals that no open batch is part of."""
-    goals = []
+def constraints_of(target: Target, costs: Costs, parent: Architecture) -> tuple[Constraint, ...]:
+    """Constraints that do not depend on an open batch."""
+    constraints = []
     if target.max_expert_bytes_ratio is not None:
-        goals.append(_bytes_ratio("expert_bytes", "", target.max_expert_bytes_ratio, costs.expert_bytes(parent)))
+        constraints.append(_bytes_ratio("expert_bytes", "", target.max_expert_bytes_ratio, costs.expert_bytes(parent)))
     for scenario in costs.scenarios:
         if (ratio := target.limit("max_kv_bytes_ratio", scenario.name)) is not None:
             of_parent = costs.kv_bytes(parent, scenario.name)
-            goals.append(_bytes_ratio("kv_bytes", f".{scenario.name}", ratio, of_parent, _within(scenario)))
+            constraints.append(_bytes_ratio("kv_bytes", f".{scenario.name}", ratio, of_parent, _within(scenario)))
         if scenario.batch is not None:
-            goals += _goals_at(target, costs, parent, scenario, scenario.batch)
-    return tuple(goals)
+            constraints += _constraints_at(target, costs, parent, scenario, scenario.batch)
+    return tuple(constraints)
 
 
-def goals_by_batch(target: Target, costs: Costs, parent: Architecture) -> Mapping[str, Mapping[int, tuple[Goal, ...]]]:
-    """By scenario that leaves its batch open, and by batch: goals that hold together at that batch."""
+def constraints_by_batch(
+    target: Target, costs: Costs, parent: Architecture
+) -> Mapping[str, Mapping[int, tuple[Constraint, ...]]]:
+    """The constraints that hold together at each batch, by scenario that leaves its batch open."""
     return {
         scenario.name: {
             batch: (
                 _at_most(f"memory_bytes.{seconds_key(scenario, batch)}", costs.room_bytes[scenario.name], scenario),
-                *_goals_at(target, costs, parent, scenario, batch),
+                *_constraints_at(target, costs, parent, scenario, batch),
             )
             for batch in costs.offered_batches(scenario.name)
         }
@@ -67,20 +70,22 @@ def goals_by_batch(target: Target, costs: Costs, parent: Architecture) -> Mappin
 
 
 def request_seconds(scenario: Scenario, seconds: Seconds) -> float:
-    """Of one part: prefill and all decoding steps."""
+    """Seconds of one part of the model: prefill and all decoding steps."""
     return seconds.prefill_seconds + scenario.output_tokens * seconds.decode_seconds
 
 
-def _goals_at(target: Target, costs: Costs, parent: Architecture, scenario: Scenario, batch: int) -> list[Goal]:
-    """Goals that depend on a batch."""
-    key, goals = seconds_key(scenario, batch), []
+def _constraints_at(
+    target: Target, costs: Costs, parent: Architecture, scenario: Scenario, batch: int
+) -> list[Constraint]:
+    """Constraints that depend on a batch."""
+    key, constraints = seconds_key(scenario, batch), []
     tokens = batch * scenario.output_tokens
     if (speedup := target.limit("min_speedup", scenario.name)) is not None:
         of_parent = costs.best_batch(parent, scenario.name)
         rate = of_parent * scenario.output_tokens / _parent_seconds(costs, parent, scenario, of_parent)
         least = tokens / (rate * exact(speedup))
-        goals.append(
-            Goal(
+        constraints.append(
+            Constraint(
                 Limit(f"request_seconds.{key}", at_most=_float_above(least)),
                 f"speed-up{_within(scenario)}",
                 f"{speedup:g}",
@@ -88,8 +93,8 @@ def _goals_at(target: Target, costs: Costs, parent: Architecture, scenario: Scen
             )
         )
     if (least_rate := target.limit("min_tokens_per_second", scenario.name)) is not None:
-        goals.append(
-            Goal(
+        constraints.append(
+            Constraint(
                 Limit(f"request_seconds.{key}", at_most=_float_above(tokens / exact(least_rate))),
                 f"tokens per second{_within(scenario)}",
                 f"{least_rate:g}",
@@ -102,8 +107,8 @@ def _goals_at(target: Target, costs: Costs, parent: Architecture, scenario: Scen
         ("memory_bytes", "max_memory_bytes"),
     ):
         if (value := target.limit(field, scenario.name)) is not None:
-            goals.append(_at_most(f"{of_sum}.{key}", value, scenario))
-    return goals
+            constraints.append(_at_most(f"{of_sum}.{key}", value, scenario))
+    return constraints
 
 
 _WORDS = {
@@ -113,15 +118,17 @@ _WORDS = {
 }
 
 
-def _at_most(key: str, value: int | float, scenario: Scenario) -> Goal:
+def _at_most(key: str, value: int | float, scenario: Scenario) -> Constraint:
     name = _WORDS[key.partition(".")[0]]
-    return Goal(Limit(key, at_most=value), f"{name}{_within(scenario)}", f"{value:g}", lambda total: short(total, 1))
+    return Constraint(
+        Limit(key, at_most=value), f"{name}{_within(scenario)}", f"{value:g}", lambda total: short(total, 1)
+    )
 
 
-def _bytes_ratio(key: str, suffix: str, ratio: int | float, of_parent: int, within: str = "") -> Goal:
+def _bytes_ratio(key: str, suffix: str, ratio: int | float, of_parent: int, within: str = "") -> Constraint:
     names = {"expert_bytes": "expert bytes ratio", "kv_bytes": "KV bytes ratio"}
     limit = Limit(key + suffix, at_most=floor(exact(ratio) * of_parent))
-    return Goal(limit, names[key] + within, f"{ratio:g}", lambda total: _ceil(total / of_parent))
+    return Constraint(limit, names[key] + within, f"{ratio:g}", lambda total: _ceil(total / of_parent))
 
 
 def _parent_seconds(costs: Costs, parent: Architecture, scenario: Scenario, batch: int) -> Fraction:

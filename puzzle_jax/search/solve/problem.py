@@ -22,19 +22,11 @@ from puzzle_jax.costs.provider import Seconds
 from puzzle_jax.costs.scenario import Scenario, Target
 from puzzle_jax.costs.table import Architecture, Costs, seconds_key
 from puzzle_jax.errors import ConfigError, InfeasibleError
-from puzzle_jax.program.library import Number
-from puzzle_jax.program.solve import (
-    Clash,
-    InfeasibleProgram,
-    Library,
-    Limit,
-    OneOf,
-    Program,
-    Solution,
-    assess,
-    solve,
-)
-from puzzle_jax.search.solve.constraints import Goal, goals_by_batch, goals_of, request_seconds
+from puzzle_jax.numeric import Number
+from puzzle_jax.program.explain import Conflict, InfeasibleProgram
+from puzzle_jax.program.library import Disjunction, Library, Limit, Program, Solution
+from puzzle_jax.program.solve import assess, solve
+from puzzle_jax.search.solve.constraints import Constraint, constraints_by_batch, constraints_of, request_seconds
 from puzzle_jax.search.space import ExpertChoice, Space
 
 SCORE, EXPERT_BYTES, PARAMETERS = "score", "expert_bytes", "parameters"
@@ -65,7 +57,7 @@ class Candidate:
       costs: sums by key ("expert_bytes", "parameters", "kv_bytes.<scenario>", "memory_bytes.<scenario>",
         "prefill_seconds.<scenario>", "decode_seconds.<scenario>", "request_seconds.<scenario>").
       batches: requests that run together, by scenario.
-      missed: limits of the target that it breaks, in words.
+      violated: limits of the target that it violates, in words.
       status: of the program's solution; "given" where none was solved.
       gap: of the program's solution.
     """
@@ -76,13 +68,13 @@ class Candidate:
     score: float
     costs: Mapping[str, Number]
     batches: Mapping[str, int]
-    missed: tuple[str, ...]
+    violated: tuple[str, ...]
     status: str
     gap: float | None
 
     @property
     def meets_target(self) -> bool:
-        return not self.missed
+        return not self.violated
 
     @property
     def kept(self) -> tuple[tuple[int, ...], ...]:
@@ -94,7 +86,7 @@ class Candidate:
             "score": self.score,
             "costs": dict(self.costs),
             "batches": dict(self.batches),
-            "missed": list(self.missed),
+            "missed": list(self.violated),
             "status": self.status,
             "gap": self.gap,
             "layers": [
@@ -119,7 +111,7 @@ class Candidate:
             score=value["score"],
             costs=value["costs"],
             batches=value["batches"],
-            missed=tuple(value["missed"]),
+            violated=tuple(value["missed"]),
             status=value["status"],
             gap=value["gap"],
         )
@@ -217,23 +209,23 @@ class Problem:
         }
 
     @cached_property
-    def goals(self) -> tuple[Goal, ...]:
-        """The target as limits that must all hold."""
-        return goals_of(self.target, self.costs, self.space.parent.blocks)
+    def constraints(self) -> tuple[Constraint, ...]:
+        """The part of the target that must hold in any case."""
+        return constraints_of(self.target, self.costs, self.space.parent.blocks)
 
     @cached_property
-    def goals_by_batch(self) -> Mapping[str, Mapping[int, tuple[Goal, ...]]]:
-        """For each scenario that leaves its batch open: sets of limits, by batch, one of which must hold."""
-        return goals_by_batch(self.target, self.costs, self.space.parent.blocks)
+    def constraints_by_batch(self) -> Mapping[str, Mapping[int, tuple[Constraint, ...]]]:
+        """The constraints of each batch, of which one batch's must hold, by scenario that leaves its batch open."""
+        return constraints_by_batch(self.target, self.costs, self.space.parent.blocks)
 
     @cached_property
-    def limits(self) -> tuple[Limit | OneOf, ...]:
-        """The limits of `goals`, and of `goals_by_batch` one of those sets for each open batch."""
+    def limits(self) -> tuple[Limit | Disjunction, ...]:
+        """The limits of `constraints`, and for each open batch the disjunction of `constraints_by_batch`."""
         batches = [
-            OneOf(scenario, {str(batch): tuple(goal.limit for goal in goals) for batch, goals in by_batch.items()})
-            for scenario, by_batch in self.goals_by_batch.items()
+            Disjunction(scenario, {str(batch): tuple(c.limit for c in at_batch) for batch, at_batch in batches.items()})
+            for scenario, batches in self.constraints_by_batch.items()
         ]
-        return (*(goal.limit for goal in self.goals), *batches)
+        return (*(constraint.limit for constraint in self.constraints), *batches)
 
     @cached_property
     def program(self) -> Program:
@@ -244,13 +236,13 @@ class Problem:
     ) -> list[Candidate]:
         """The best architectures; see `program.solve`.
 
-        Raises `InfeasibleError` that speaks of the target: which parts of it clash and what could be reached.
+        Raises `InfeasibleError` that speaks of the target: which parts of it conflict and what could be reached.
         """
         options: dict[str, Any] = {"min_distance": min_distance, "time_limit": time_limit, "gap": gap}
         try:
             solutions = solve(self.program, num_solutions=num_solutions, **options)
         except InfeasibleProgram as error:
-            raise self._explain(error.clashes) from error
+            raise self._explain(error.conflicts) from error
         return [self.candidate(f"solution {i + 1}", solution) for i, solution in enumerate(solutions)]
 
     def candidate(self, name: str, solution: Solution) -> Candidate:
@@ -269,7 +261,7 @@ class Problem:
             score=solution.score,
             costs={key: total for key, total in solution.costs.items() if key != SCORE},
             batches={scenario.name: self._batch(scenario, solution.choice) for scenario in self.costs.scenarios},
-            missed=tuple(self._missed(limit, solution.costs[limit.key]) for limit in solution.missed),
+            violated=tuple(self._violated(limit, solution.costs[limit.key]) for limit in solution.violated),
             status=solution.status,
             gap=solution.gap,
         )
@@ -295,8 +287,8 @@ class Problem:
         if scenario.batch is not None:
             return scenario.batch
         met = {
-            batch: [goal.limit.is_met(self.program.totals(choice, goal.limit.key)) for goal in goals]
-            for batch, goals in self.goals_by_batch[scenario.name].items()
+            batch: [c.limit.is_met(self.program.totals(choice, c.limit.key)) for c in constraints]
+            for batch, constraints in self.constraints_by_batch[scenario.name].items()
         }
         useful = [batch for batch, limits in met.items() if all(limits)]
         useful = useful or [batch for batch, (fits, *_) in met.items() if fits]
@@ -307,31 +299,31 @@ class Problem:
         return min(useful, key=seconds_per_request) if useful else min(met)
 
     @cached_property
-    def _goal_of(self) -> Mapping[Limit, Goal]:
-        by_batch = [goals for batches in self.goals_by_batch.values() for goals in batches.values()]
-        return {goal.limit: goal for goals in (self.goals, *by_batch) for goal in goals}
+    def _constraint_of(self) -> Mapping[Limit, Constraint]:
+        by_batch = [at_batch for batches in self.constraints_by_batch.values() for at_batch in batches.values()]
+        return {constraint.limit: constraint for group in (self.constraints, *by_batch) for constraint in group}
 
-    def _missed(self, limit: Limit, value: float) -> str:
-        goal = self._goal_of[limit]
-        return f"{goal.name} is {goal.reached(value)}, asked for {goal.asked}"
+    def _violated(self, limit: Limit, value: float) -> str:
+        constraint = self._constraint_of[limit]
+        return f"{constraint.name} is {constraint.reached(value)}, asked for {constraint.asked}"
 
-    def _explain(self, clashes: Sequence[Clash]) -> InfeasibleError:
-        """Each goal once, at the batch that comes nearest to it."""
-        by_goal: dict[tuple[str, str], list[Clash]] = {}
-        for clash in clashes:
-            goal = self._goal_of[clash.limit]
-            by_goal.setdefault((goal.name, goal.asked), []).append(clash)
+    def _explain(self, conflicts: Sequence[Conflict]) -> InfeasibleError:
+        """Each part of the target once, at the batch that comes nearest to it."""
+        by_name: dict[tuple[str, str], list[Conflict]] = {}
+        for conflict in conflicts:
+            constraint = self._constraint_of[conflict.limit]
+            by_name.setdefault((constraint.name, constraint.asked), []).append(conflict)
 
-        def nearest(found: list[Clash], value: Callable[[Clash], float | None]) -> str | None:
-            known = [(clash.limit, total) for clash in found if (total := value(clash)) is not None]
+        def nearest(found: list[Conflict], value: Callable[[Conflict], float | None]) -> str | None:
+            known = [(conflict.limit, total) for conflict in found if (total := value(conflict)) is not None]
             if not known:
                 return None
             limit, total = min(known, key=lambda pair: pair[1] / float(pair[0].bound))
-            return f"{self._goal_of[limit].name} {self._goal_of[limit].reached(total)}"
+            return f"{self._constraint_of[limit].name} {self._constraint_of[limit].reached(total)}"
 
-        asked = [f"{name} {value}" for name, value in by_goal]
-        alone = [nearest(found, lambda clash: clash.alone) for found in by_goal.values()]
-        together = [said for found in by_goal.values() if (said := nearest(found, lambda clash: clash.given_others))]
+        asked = [f"{name} {value}" for name, value in by_name]
+        alone = [nearest(found, lambda conflict: conflict.alone) for found in by_name.values()]
+        together = [said for found in by_name.values() if (said := nearest(found, lambda c: c.given_others))]
         text = f"the target cannot be met: {' and '.join(asked)}"
         text += f"; the best reachable by itself is {', '.join(map(str, alone))}"
         if together and together != alone:

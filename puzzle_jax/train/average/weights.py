@@ -31,9 +31,10 @@ from jaxtyping import Float, Float32
 
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.convert_hf.describe import Description, describe_checkpoint
-from puzzle_jax.convert_hf.export import PROVENANCE, Origin, dotted, export_child, parameter_path
+from puzzle_jax.convert_hf.export import PROVENANCE, Origin, export_child
 from puzzle_jax.convert_hf.kv_scales import StoredScales
 from puzzle_jax.convert_hf.load import build_params
+from puzzle_jax.convert_hf.pieces import dotted, parameter_path
 from puzzle_jax.convert_hf.table import Path as ParamPath
 from puzzle_jax.convert_hf.table import TensorSpec, checkpoint_tensors
 from puzzle_jax.convert_hf.tensors import mxfp4

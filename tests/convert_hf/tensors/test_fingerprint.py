@@ -15,7 +15,7 @@ from puzzle_jax.convert_hf.tensors.fingerprint import fingerprint_of, sampled, w
 from puzzle_jax.errors import CheckpointError
 from puzzle_jax.evaluate.models import Model
 from puzzle_jax.runs import open_run
-from puzzle_jax.search.parent import Parent
+from puzzle_jax.search.parent import read_parent, run_identity
 from puzzle_jax.tasks import Chat
 from tests.convert_hf.checkpoints import packable_config, write_random
 from tests.support import ROOT
@@ -172,11 +172,11 @@ def retrained(tmp_path) -> tuple[Path, Path]:
 
 
 def test_a_run_of_a_search_belongs_to_a_parents_content(retrained, tmp_path):
-    before, after = (Parent.open(path) for path in retrained)
-    run = open_run(tmp_path / "run", {"kind": "search", "parent": before.fingerprint})
-    open_run(run, {"kind": "search", "parent": Parent.open(TINY).fingerprint})  # a copy elsewhere
+    before, after = (read_parent(path) for path in retrained)
+    run = open_run(tmp_path / "run", run_identity(before))
+    open_run(run, run_identity(read_parent(TINY)))  # a copy elsewhere
     with pytest.raises(Exception, match="run holds another run"):
-        open_run(run, {"kind": "search", "parent": after.fingerprint})
+        open_run(run, run_identity(after))
 
 
 def test_evaluations_and_teachers_are_told_apart_by_content(retrained):

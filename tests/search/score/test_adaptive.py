@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from puzzle_jax.generate.traces import Trace
-from puzzle_jax.program.library import Limit, OneOf, Program
+from puzzle_jax.program.library import Disjunction, Limit, Program
 from puzzle_jax.search.score.adaptive import RelaxedProgram, contested, in_random_order, score_adaptively
-from puzzle_jax.search.score.measurements import ScoreBook
+from puzzle_jax.search.score.measurements import ScoreTable
 from puzzle_jax.search.score.replace_one import Alternative
 
 NOTHING = (0, Alternative(np.ones(3, bool), None))
@@ -33,11 +33,11 @@ def two_groups():
 
 def filled(means, spread, count=40, seed=0):
     source = np.random.default_rng(seed)
-    book = ScoreBook.empty([NOTHING] * len(means), traces(count))
+    table = ScoreTable.empty([NOTHING] * len(means), traces(count))
     noise = source.normal(0.0, 1.0, (len(means), count))
     noise -= noise.mean(axis=1, keepdims=True)
-    book.values[..., 0] = np.asarray(means)[:, None] + noise * np.asarray(spread)[:, None]
-    return book
+    table.values[..., 0] = np.asarray(means)[:, None] + noise * np.asarray(spread)[:, None]
+    return table
 
 
 def test_the_relaxed_choice_is_the_cheapest_by_score():
@@ -53,7 +53,7 @@ def test_the_relaxed_choice_is_the_cheapest_by_score():
 
 def test_of_several_sets_of_limits_the_cheapest_counts():
     library = {"x": {"own": {"score": 0.0, "cost": 4}, "first": {"score": 0.0, "cost": 1}}}
-    sets = OneOf("batch", {"8": (Limit("cost", at_most=0),), "4": (Limit("cost", at_most=1),)})
+    sets = Disjunction("batch", {"8": (Limit("cost", at_most=0),), "4": (Limit("cost", at_most=1),)})
     program = RelaxedProgram(Program(library, "score", (sets,)), {"x": {"own": None, "first": 0}})
     assert program.support(np.array([3.0])).tolist() == [False, True]
 
@@ -69,27 +69,27 @@ def test_only_what_could_change_the_choice_is_contested():
 
 def test_rounds_double_and_stop_when_the_choice_is_settled():
     truth = filled([2.3, 2.0, 9.0, 8.0], [1.0, 1.0, 0.1, 0.1], count=400)
-    book, asked = ScoreBook.empty([NOTHING] * 4, truth.traces), []
+    table, asked = ScoreTable.empty([NOTHING] * 4, truth.traces), []
 
     def score(alternatives, numbers):
         asked.append((list(alternatives), len(numbers)))
-        book.values[np.ix_(alternatives, numbers)] = truth.values[np.ix_(alternatives, numbers)]
+        table.values[np.ix_(alternatives, numbers)] = truth.values[np.ix_(alternatives, numbers)]
 
-    used = score_adaptively(book, score, [two_groups()], first=8)
+    used = score_adaptively(table, score, [two_groups()], first=8)
     assert asked[0] == ([0, 1, 2, 3], 8) and all(alternatives == [0, 1] for alternatives, _ in asked[1:])
     assert [count for _, count in asked[:3]] == [8, 8, 16] and used < 400
-    assert book.scored[2].sum() == 8 and book.scored[1].sum() == used
+    assert table.scored[2].sum() == 8 and table.scored[1].sum() == used
 
 
 def test_scoring_ends_with_the_traces():
     truth = filled([2.0, 2.0, 2.0, 2.0], [1.0] * 4, count=20)
-    book, asked = ScoreBook.empty([NOTHING] * 4, truth.traces), []
+    table, asked = ScoreTable.empty([NOTHING] * 4, truth.traces), []
 
     def score(alternatives, numbers):
         asked.append(len(numbers))
-        book.values[np.ix_(alternatives, numbers)] = truth.values[np.ix_(alternatives, numbers)]
+        table.values[np.ix_(alternatives, numbers)] = truth.values[np.ix_(alternatives, numbers)]
 
-    assert score_adaptively(book, score, [two_groups()], first=16) == 20 and asked == [16, 4]
+    assert score_adaptively(table, score, [two_groups()], first=16) == 20 and asked == [16, 4]
 
 
 @pytest.mark.parametrize("seed", [0, 1])

@@ -6,7 +6,7 @@ import pytest
 from puzzle_jax.evaluate.statistics import weighted_mean
 from puzzle_jax.generate.traces import Trace
 from puzzle_jax.search.score.estimator import estimate, kinds_of, post_stratified, shrunk
-from puzzle_jax.search.score.measurements import ScoreBook
+from puzzle_jax.search.score.measurements import ScoreTable
 from puzzle_jax.search.score.replace_one import Alternative
 
 ONE_LAYER = np.zeros(300, int)
@@ -135,37 +135,37 @@ def test_estimates_of_few_traces_rank_better_than_their_means():
     assert error(found, gold) < 0.5 * error(means, gold)
 
 
-# In a book ----------------------------------------------------------------------------------------------------------
+# In a table ----------------------------------------------------------------------------------------------------------
 
 
 def book_of(alternatives, count):
     kinds = [(task, effort) for task in ("a", "b") for effort in ("low", "high")]
     traces = [Trace(*kinds[n % 4], n, {}, (1, 2), (3,) * (1 + n % 3), 1.0, False) for n in range(count)]
-    return ScoreBook.empty([(n % 5, Alternative(np.ones(3, bool), None)) for n in range(alternatives)], traces)
+    return ScoreTable.empty([(n % 5, Alternative(np.ones(3, bool), None)) for n in range(alternatives)], traces)
 
 
 def test_a_book_without_a_lens_gives_its_means_and_one_with_it_its_estimates():
     truth, _, lens = made_up(alternatives=30)
     source = np.random.default_rng(1)
-    book = book_of(30, 8)
-    book.values[:, :5, 0] = truth[:, None] * np.exp(source.normal(0.0, 1.0, (30, 5)))
-    means = [weighted_mean(book.values[n, :5, 0], book.tokens[:5])[0] for n in range(30)]
-    np.testing.assert_allclose(book.means(), means)
-    np.testing.assert_array_equal(book.estimates(), book.means())
-    book.lens = lens[:, None] * np.exp(source.normal(0.0, 1.0, (30, 8)))
+    table = book_of(30, 8)
+    table.values[:, :5, 0] = truth[:, None] * np.exp(source.normal(0.0, 1.0, (30, 5)))
+    means = [weighted_mean(table.values[n, :5, 0], table.tokens[:5])[0] for n in range(30)]
+    np.testing.assert_allclose(table.means(), means)
+    np.testing.assert_array_equal(table.estimates(), table.means())
+    table.lens = lens[:, None] * np.exp(source.normal(0.0, 1.0, (30, 8)))
     known = {
         "tokens": np.array([1, 2, 3, 1, 2, 3, 1, 2]),
         "kinds": np.array([0, 1, 2, 3, 0, 1, 2, 3]),
         "layers": np.arange(30) % 5,
     }
     times = np.array([[1.0] * 5 + [0.0] * 3] * 30)
-    np.testing.assert_allclose(book.estimates(), estimate(book.values[..., 0], book.lens, times=times, **known))
+    np.testing.assert_allclose(table.estimates(), estimate(table.values[..., 0], table.lens, times=times, **known))
     # A draw that holds a trace twice counts it twice: the same as if it were two traces.
-    drawn, values = [0, 0, 1, 3, 4, 6], np.nan_to_num(book.values[..., 0])
+    drawn, values = [0, 0, 1, 3, 4, 6], np.nan_to_num(table.values[..., 0])
     times = np.array([[2.0, 1.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0]] * 30)
-    twice = estimate(values, book.lens, times=times, **known)
-    np.testing.assert_allclose(book.estimates(np.array(drawn)), twice)
-    assert np.isnan(book.estimates(np.array([6, 7]))).all()
+    twice = estimate(values, table.lens, times=times, **known)
+    np.testing.assert_allclose(table.estimates(np.array(drawn)), twice)
+    assert np.isnan(table.estimates(np.array([6, 7]))).all()
 
 
 def test_a_trace_drawn_twice_counts_as_two():

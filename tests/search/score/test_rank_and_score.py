@@ -21,12 +21,13 @@ from puzzle_jax.model.network import attention_block, embed, forward, moe_block,
 from puzzle_jax.model.rope import rope_table
 from puzzle_jax.model.sharding import make_mesh, shard_params
 from puzzle_jax.model.spec import layer_experts
-from puzzle_jax.search.processes import Team
 from puzzle_jax.search.rank.ranking import METHODS, KeptSums, rank_experts
 from puzzle_jax.search.score import replace_one as replace_module
 from puzzle_jax.search.score.lens import fit_lens
-from puzzle_jax.search.score.measurements import ScoreBook, SharedFill, fill, score_children, work_left
+from puzzle_jax.search.score.measurements import ScoreTable, SharedFill, fill, work_left
 from puzzle_jax.search.score.replace_one import Alternative, ReplaceOne, child_choices
+from puzzle_jax.search.score.whole_children import score_children
+from puzzle_jax.search.workers import Team
 from tests.support import random_params, small_config
 from tests.waiting import HANG
 
@@ -223,9 +224,9 @@ def test_logits_of_few_answers_at_a_time_give_the_same_scores(parent, monkeypatc
     alternatives = [(0, Alternative(np.arange(7) < 5, 6)), (3, Alternative(np.arange(7) > 3, None))]
 
     def scored():
-        book = ScoreBook.empty(alternatives, traces)
-        fill(book, ReplaceOne(params, config, per_call=2), range(2), range(4), tokens_per_batch=128)
-        return book.values
+        table = ScoreTable.empty(alternatives, traces)
+        fill(table, ReplaceOne(params, config, per_call=2), range(2), range(4), tokens_per_batch=128)
+        return table.values
 
     whole_at_once = scored()
     monkeypatch.setattr(replace_module, "MOST_ANSWERS", 13)
@@ -240,18 +241,18 @@ def test_scores_are_those_of_whole_passes_over_single_replacements(parent):
     alternatives = [
         (layer, Alternative(np.isin(np.arange(7), kept), window)) for (layer, _), (kept, window) in replaced.items()
     ]
-    book = ScoreBook.empty(alternatives, traces)
+    table = ScoreTable.empty(alternatives, traces)
     run = ReplaceOne(params, config, per_call=2, keep_every=3)
-    work = work_left(book, run, range(3), range(4), tokens_per_batch=128)
+    work = work_left(table, run, range(3), range(4), tokens_per_batch=128)
     done = []
-    fill(book, run, range(3), range(4), tokens_per_batch=128, on_done=done.append)
-    assert sum(done) == work and work_left(book, run, range(3), range(4), tokens_per_batch=128) == 0
+    fill(table, run, range(3), range(4), tokens_per_batch=128, on_done=done.append)
+    assert sum(done) == work and work_left(table, run, range(3), range(4), tokens_per_batch=128) == 0
     for number, ((layer, _), (kept, window)) in enumerate(replaced.items()):
         blocks = list(whole(config).blocks)
         blocks[layer] = ChildBlock(kept, window)
         child = Child(config, tuple(blocks))
         kls = [direct_kl(params, config, child, trace) for trace in traces]
-        score = book.score(number)
+        score = table.score(number)
         tokens = [len(trace.completion) for trace in traces]
         np.testing.assert_allclose(score.kl, np.average(kls, weights=tokens), rtol=2e-3)
         assert score.traces == 4
@@ -259,6 +260,26 @@ def test_scores_are_those_of_whole_passes_over_single_replacements(parent):
         np.testing.assert_allclose(again.scores[0].kl, score.kl, rtol=1e-4)
         np.testing.assert_allclose(again.kl[0], kls, rtol=2e-3)
         assert again.tokens.tolist() == tokens
+
+
+def test_children_share_what_they_have_in_common_and_get_the_same_bits(parent, monkeypatch):
+    """Layers of the parent are run once; of the children, those above the first that differs from all others."""
+    config, params, traces = parent
+    alike = list(whole(config).blocks)
+    alike[2] = ChildBlock((0, 2, 3, 5), alike[2].window)
+    other = [*alike[:3], ChildBlock((1, 4, 6), 3), *alike[4:]]
+    rope = replace(config.rope, factor=config.rope.factor * 2)
+    children = [Child(config, tuple(blocks)) for blocks in (alike, other, whole(config).blocks)]
+    children.append(Child(config, tuple(alike), rope=rope))
+    alone = [score_children(params, config, [child], traces, tokens_per_batch=128) for child in children]
+    ran, layer = [], ReplaceOne.layer
+    monkeypatch.setattr(ReplaceOne, "layer", lambda run, index, *rest: ran.append(index) or layer(run, index, *rest))
+    together = score_children(params, config, children, traces, tokens_per_batch=128)
+    np.testing.assert_array_equal(together.kl, np.concatenate([found.kl for found in alone]))
+    assert together.scores == [found.scores[0] for found in alone]
+    layers, batches = config.num_layers, len(micro_batches(traces, tokens_per_batch=128))
+    # The parent (which the third child is), two children from layer 2 and layer 3 on, and one with its own rotation.
+    assert len(ran) == batches * (layers + (layers - 2) + (layers - 3) + layers)
 
 
 class _Threads(Team):
@@ -282,18 +303,18 @@ def test_a_team_shares_batches_and_everyone_gets_all_of_them(parent):
     traces = [*traces, replace(traces[0], prompt=(3, 4, 5))]
     alternatives = [(0, Alternative(np.arange(7) < 5, 6)), (3, Alternative(np.arange(7) > 3, None))]
     run = ReplaceOne(params, config, per_call=2)
-    alone = ScoreBook.empty(alternatives, traces)
+    alone = ScoreTable.empty(alternatives, traces)
     fill(alone, run, range(2), range(5), tokens_per_batch=1)
     barrier, values = threading.Barrier(3, timeout=HANG), [None] * 3
     teams = [_Threads(3, index).meet(barrier, values) for index in range(3)]
-    jobs = [SharedFill.of(ScoreBook.empty(alternatives, traces), run, range(2), range(5), 1) for _ in teams]
+    jobs = [SharedFill.of(ScoreTable.empty(alternatives, traces), run, range(2), range(5), 1) for _ in teams]
     assert pickle.loads(pickle.dumps(jobs[0])).run.params == {}
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(lambda job, team: job.join(team, params, None), jobs, teams))
     for job in jobs:
-        np.testing.assert_array_equal(job.book.values, alone.values)
+        np.testing.assert_array_equal(job.table.values, alone.values)
     # What others did counts as done too.
-    again, done = ScoreBook.empty(alternatives, traces), []
+    again, done = ScoreTable.empty(alternatives, traces), []
     work = work_left(again, run, range(2), range(5), tokens_per_batch=1)
     fill(again, run, range(2), range(5), tokens_per_batch=1, on_done=done.append, team=_Pretender(2, 0))
     assert sum(done) == work == 5 * (config.num_layers + config.num_layers - 3)
@@ -308,13 +329,13 @@ class _Pretender(Team):
 
 def test_losses_by_context_and_beyond_the_window(parent):
     config, params, traces = parent
-    book = ScoreBook.empty([(1, Alternative(np.ones(7, bool), 24))], traces)
-    fill(book, ReplaceOne(params, config), [0], range(4), tokens_per_batch=128)
-    score = book.score(0)
+    table = ScoreTable.empty([(1, Alternative(np.ones(7, bool), 24))], traces)
+    fill(table, ReplaceOne(params, config), [0], range(4), tokens_per_batch=128)
+    score = table.score(0)
     # Of 7, 3, 12 and 30 completion tokens those are late that are predicted from more than 24 tokens.
     late = (12 + 30) / (7 + 3 + 12 + 30)
     assert score.late_share == pytest.approx(late) and score.late_kl == pytest.approx(score.kl / late)
-    assert book.values[0, :2, 0].tolist() == [0.0, 0.0]  # a window as wide as the trace changes nothing
+    assert table.values[0, :2, 0].tolist() == [0.0, 0.0]  # a window as wide as the trace changes nothing
     assert set(score.kl_by_context) == {"up to 64"}
     assert score.kl_by_context["up to 64"] == pytest.approx(score.kl, rel=1e-5)
 
@@ -327,25 +348,25 @@ def test_scores_around_a_child_are_differences_to_it(parent):
     blocks[2] = ChildBlock((1, 4, 6), 3)
     both = Child(config, tuple(blocks))
     of_child, of_both = score_children(params, config, [child, both], traces, tokens_per_batch=128).kl
-    book = ScoreBook.empty([(2, Alternative(np.isin(np.arange(7), (1, 4, 6)), 3))], traces)
-    fill(book, ReplaceOne(params, config, child_choices(child)), [0], range(4), tokens_per_batch=128)
-    np.testing.assert_allclose(book.values[0, :, 0], of_both - of_child, rtol=1e-3, atol=1e-5)
+    table = ScoreTable.empty([(2, Alternative(np.isin(np.arange(7), (1, 4, 6)), 3))], traces)
+    fill(table, ReplaceOne(params, config, child_choices(child)), [0], range(4), tokens_per_batch=128)
+    np.testing.assert_allclose(table.values[0, :, 0], of_both - of_child, rtol=1e-3, atol=1e-5)
 
 
 def test_a_book_is_kept_for_the_same_question_only(parent, tmp_path):
     _, _, traces = parent
     alternatives = [(0, Alternative(np.ones(7, bool), 3)), (2, Alternative(np.ones(7, bool), 4))]
-    book = ScoreBook.empty(alternatives, traces)
-    book.values[1, 2] = np.arange(book.values.shape[2])
-    book.save(tmp_path / "book", book.key("parent"))
-    again = ScoreBook.empty(alternatives, traces)
-    again.load(tmp_path / "book", again.key("another parent"))
+    table = ScoreTable.empty(alternatives, traces)
+    table.values[1, 2] = np.arange(table.values.shape[2])
+    table.save(tmp_path / "table", table.key("parent"))
+    again = ScoreTable.empty(alternatives, traces)
+    again.load(tmp_path / "table", again.key("another parent"))
     assert not again.scored.any()
-    again.load(tmp_path / "book", again.key("parent"))
-    np.testing.assert_array_equal(again.values, book.values)
-    (tmp_path / "book").write_bytes(b"half a file")
-    damaged = ScoreBook.empty(alternatives, traces)
-    damaged.load(tmp_path / "book", damaged.key("parent"))
+    again.load(tmp_path / "table", again.key("parent"))
+    np.testing.assert_array_equal(again.values, table.values)
+    (tmp_path / "table").write_bytes(b"half a file")
+    damaged = ScoreTable.empty(alternatives, traces)
+    damaged.load(tmp_path / "table", damaged.key("parent"))
     assert not damaged.scored.any()
 
 
@@ -355,7 +376,7 @@ def test_a_lens_of_the_last_layer_is_exact_and_others_order_alternatives(parent)
     alternatives = [(layer, Alternative(mask, config.blocks[layer].window)) for layer in (0, 3) for mask in masks]
     run = ReplaceOne(params, config, per_call=2)
     batches = micro_batches(traces, tokens_per_batch=128, smallest=64)
-    exact, looked = (ScoreBook.empty(alternatives, traces) for _ in range(2))
+    exact, looked = (ScoreTable.empty(alternatives, traces) for _ in range(2))
     fill(exact, run, range(6), range(4), tokens_per_batch=128)
     fill(looked, fit_lens(run, batches), range(6), range(4), tokens_per_batch=128)
     # After the last layer nothing follows: its map is the identity, but for the ridge.

@@ -7,8 +7,9 @@ import random as random_numbers
 import pytest
 
 from puzzle_jax.config import BlockConfig
+from puzzle_jax.costs.compute import compute_costs
+from puzzle_jax.costs.provider import Seconds, Times
 from puzzle_jax.costs.scenario import Scenario, Target
-from puzzle_jax.costs.table import Seconds, Times, compute_costs
 from puzzle_jax.errors import ConfigError, InfeasibleError
 from puzzle_jax.search.solve.baselines import all_baselines, greedy, max_params, random, uniform
 from puzzle_jax.search.solve.frontier import frontier, speedup, uniform_frontier
@@ -43,7 +44,7 @@ class Provider:
         )
 
 
-COSTS = compute_costs(SPACE, [CHAT], "mxfp4", Provider())
+COSTS = compute_costs(SPACE.offer, [CHAT], "mxfp4", Provider())
 
 
 def problem_of(target, seed=0):
@@ -130,10 +131,10 @@ def test_restricted_baselines_keep_the_rest_and_say_what_they_miss():
     baselines = all_baselines(problem_of(BOTH))
     experts, windows = baselines["experts_only"], baselines["windows_only"]
     assert [b.window for b in experts.blocks] == [5, None, 5]
-    assert not experts.meets_target and experts.missed[0].startswith("speed-up in scenario 'chat' is 1.1")
+    assert not experts.meets_target and experts.violated[0].startswith("speed-up in scenario 'chat' is 1.1")
     assert experts.blocks == tuple(BlockConfig(3, b.window) for b in CONFIG.blocks)  # the nearest to the speed
     assert windows.blocks == (BlockConfig(7, 5), BlockConfig(7, 8), BlockConfig(7, 5))
-    assert windows.missed == ("expert bytes ratio is 1, asked for 0.65",)
+    assert windows.violated == ("expert bytes ratio is 1, asked for 0.65",)
 
 
 def test_max_params_keeps_most_whatever_it_hurts():
@@ -195,7 +196,7 @@ def test_scores_must_fit_the_space(scores, words):
 def test_the_frontier_is_the_best_of_all_architectures_at_every_speed():
     problem = problem_of(Target(max_expert_bytes_ratio=0.9), seed=3)
     found = frontier(problem)
-    everything = [(speedup(problem, c), c.score) for c in every(problem) if not c.missed]
+    everything = [(speedup(problem, c), c.score) for c in every(problem) if not c.violated]
     fastest = max(speed for speed, _ in everything)
     assert [point.label for point in found] == [f"{1 + 0.1 * n:g}x asked for" for n in range(len(found))]
     assert 1 + 0.1 * (len(found) - 1) <= fastest < 1 + 0.1 * len(found) + 1e-9

@@ -7,8 +7,9 @@ from math import inf
 import pytest
 
 from puzzle_jax.config import BlockConfig
+from puzzle_jax.costs.compute import compute_costs
+from puzzle_jax.costs.provider import Seconds, Times
 from puzzle_jax.costs.scenario import Scenario, Target
-from puzzle_jax.costs.table import Seconds, Times, compute_costs
 from puzzle_jax.errors import ConfigError, InfeasibleError
 from puzzle_jax.program.library import Limit, lookup
 from puzzle_jax.search.solve.baselines import all_baselines
@@ -42,7 +43,7 @@ class Provider:
         )
 
 
-COSTS = compute_costs(SPACE, [CHAT], "mxfp4", Provider())
+COSTS = compute_costs(SPACE.offer, [CHAT], "mxfp4", Provider())
 # Of the parent in "chat": 21 experts; windows 5, 18, 5.
 PREFILL, DECODE = 2.0 + 0.21, 1.0 + 0.21 + 0.0025 * 28
 
@@ -68,7 +69,7 @@ def test_absolute_limits_by_hand():
     assert parent.costs["prefill_seconds.chat"] == pytest.approx(PREFILL)
     assert parent.costs["request_seconds.chat"] == pytest.approx(PREFILL + 6 * DECODE)
     assert parent.costs["memory_bytes.chat"] == COSTS.weight_bytes(CONFIG.blocks) + 3 * 28 * 120
-    assert parent.missed == (
+    assert parent.violated == (
         "tokens per second in scenario 'chat' is 1.82002, asked for 2.5",
         "seconds to the first token in scenario 'chat' is 2.21, asked for 2.2",
         "seconds per token in scenario 'chat' is 1.28, asked for 1.25",
@@ -87,7 +88,7 @@ def test_an_absolute_limit_decides_the_child():
 
 
 def test_open_batches_give_one_set_of_limits_each():
-    costs = compute_costs(SPACE, [OPEN, CHAT], "mxfp4", Provider(), memory=Room())
+    costs = compute_costs(SPACE.offer, [OPEN, CHAT], "mxfp4", Provider(), memory=Room())
     target = Target(min_speedup=1.25, max_seconds_per_token=4.0, max_kv_bytes_ratio=0.5)
     found = problem(target, costs)
     *limits, batches = found.limits
@@ -97,14 +98,14 @@ def test_open_batches_give_one_set_of_limits_each():
         "request_seconds.chat",
         "decode_seconds.chat",
     ]
-    assert batches.name == "open" and [*batches.alternatives] == [str(b) for b in costs.offered_batches("open")]
-    assert list(found.goals_by_batch) == ["open"]
-    by_batch = found.goals_by_batch["open"]
+    assert batches.name == "open" and [*batches.sets] == [str(b) for b in costs.offered_batches("open")]
+    assert list(found.constraints_by_batch) == ["open"]
+    by_batch = found.constraints_by_batch["open"]
     assert tuple(by_batch) == costs.offered_batches("open")
     # The parent has room for 4 requests, and the more the faster.
     seconds = (4 / 3) * 2.21 + 30 * (1.0 + (4 / 3) * (0.21 + 0.0025 * 130))
     rate = 4 * 30 / seconds
-    memory, request, decode = (goal.limit for goal in by_batch[12])
+    memory, request, decode = (constraint.limit for constraint in by_batch[12])
     assert memory == Limit("memory_bytes.open.12", at_most=Room().room_bytes(OPEN))
     assert request.key == "request_seconds.open.12"
     assert request.at_most == pytest.approx(12 * 30 / (1.25 * rate))
@@ -113,7 +114,7 @@ def test_open_batches_give_one_set_of_limits_each():
 
 
 def test_the_library_holds_every_batch():
-    costs = compute_costs(SPACE, [OPEN], "mxfp4", Provider(), memory=Room())
+    costs = compute_costs(SPACE.offer, [OPEN], "mxfp4", Provider(), memory=Room())
     library = problem(Target(min_speedup=1.1), costs).library
     for batch in costs.offered_batches("open"):
         key = f"request_seconds.open.{batch}"
@@ -147,7 +148,7 @@ def everything(found):
 
 @pytest.mark.parametrize(("speedup", "latency"), [(1.0, None), (1.1, 2.4), (1.3, None), (1.3, 1.9), (1.6, 1.9)])
 def test_the_program_chooses_the_batch(speedup, latency):
-    costs = compute_costs(SPACE, [OPEN], "mxfp4", Provider(), memory=Room())
+    costs = compute_costs(SPACE.offer, [OPEN], "mxfp4", Provider(), memory=Room())
     found = problem(Target(min_speedup=speedup, max_seconds_per_token=latency), costs)
     feasible = [(score, blocks, batches) for score, blocks, batches in everything(found) if batches]
     if not feasible:
@@ -164,7 +165,7 @@ def test_the_program_chooses_the_batch(speedup, latency):
 
 
 def test_what_no_batch_reaches_is_told_once():
-    costs = compute_costs(SPACE, [OPEN], "mxfp4", Provider(), memory=Room())
+    costs = compute_costs(SPACE.offer, [OPEN], "mxfp4", Provider(), memory=Room())
     with pytest.raises(InfeasibleError) as caught:
         problem(Target(min_speedup=9), costs).solve()
     assert str(caught.value).count("speed-up in scenario 'open'") == 2
@@ -178,7 +179,7 @@ def test_what_no_batch_reaches_is_told_once():
 
 def test_limits_by_scenario():
     other = Scenario("brief", input_tokens=6, output_tokens=11, batch=2)
-    costs = compute_costs(SPACE, [CHAT, other], "mxfp4", Provider())
+    costs = compute_costs(SPACE.offer, [CHAT, other], "mxfp4", Provider())
     found = problem(Target(min_speedup={"brief": 1.05}, max_seconds_per_token={"chat": 1.2}), costs)
     assert [limit.key for limit in found.limits] == ["decode_seconds.chat", "request_seconds.brief"]
     with pytest.raises(ConfigError, match=r"target.min_speedup.long is 2, but the scenarios are chat, brief"):
@@ -189,7 +190,7 @@ def test_limits_by_scenario():
 
 def test_several_open_scenarios_hold_together():
     other = replace(OPEN, name="wide", input_tokens=20, output_tokens=60)
-    costs = compute_costs(SPACE, [OPEN, other], "mxfp4", Provider(), memory=Room())
+    costs = compute_costs(SPACE.offer, [OPEN, other], "mxfp4", Provider(), memory=Room())
     found = problem(Target(min_speedup=1.2), costs)
     [child] = found.solve(gap=0.0)
     assert set(child.batches) == {"open", "wide"} and child.meets_target

@@ -1,11 +1,12 @@
-"""Processes that score together, as a rule one per host, over JAX's distributed runtime.
+"""Processes that score together, usually one per host, over JAX's distributed runtime.
 
 The primary process runs the search and writes its files. The others, its workers, hold the parent's weights on their
-own devices and wait: what the primary one broadcasts is run by all of them, each on its share, and every one gets all
-results. They read the parent and nothing else, so the run's directory may be on the primary one's own disk.
+own devices and wait for work: each broadcast of the primary process is executed by all of them, each on its share, and
+all of them get all results. Workers read nothing but the parent, so the run directory may be on the primary process's
+own disk.
 
-How they find each other, and that they end together, is said in `puzzle_jax.processes.distributed`; the search goes on
-from its files when it is started again.
+`puzzle_jax.processes.distributed` describes how processes find each other and end together. A search that is started
+again resumes from its files.
 
 Left out: a mesh over several hosts. The parent must fit into the memory of one process's devices.
 """
@@ -22,6 +23,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Shaped
 
+from puzzle_jax.evaluate.models import Model
 from puzzle_jax.processes.distributed import joined, kv_get, kv_set, process_index
 
 _DISMISSED = -1
@@ -29,11 +31,11 @@ _DISMISSED = -1
 
 @dataclass
 class Team:
-    """The processes of one search; one alone unless `join` made it.
+    """The processes of one search; a single one unless made by `join`.
 
     Attributes:
-      count: of processes.
-      index: of this one; 0 is the primary one.
+      count: number of processes.
+      index: number of this process; 0 is the primary one.
     """
 
     count: int = 1
@@ -43,7 +45,7 @@ class Team:
     @staticmethod
     @contextmanager
     def join(count: int, local_devices: int, *, program: str) -> Iterator[Team]:
-        """The time in which the processes work together (`joined`); its end dismisses the workers."""
+        """A context in which the processes work together (`joined`); leaving it dismisses the workers."""
         with joined(count, local_devices, program=program):
             team = Team(count, process_index()) if count > 1 else Team()
             yield team
@@ -51,7 +53,7 @@ class Team:
                 kv_set(team._key(), str(_DISMISSED))
 
     def broadcast(self, work: Any) -> None:
-        """Lets the workers begin some work, as the primary process is about to do."""
+        """Has the workers begin the work that the primary process is about to do itself."""
         if self.count > 1:
             message = np.frombuffer(pickle.dumps(work), np.uint8)
             kv_set(self._key(), str(len(message)))
@@ -59,7 +61,7 @@ class Team:
             multihost_utils.broadcast_one_to_all(message)
 
     def receive(self) -> Any:
-        """What the primary process broadcasts next, however long that takes; None when there is no more to do."""
+        """Waits, however long, for the next broadcast of the primary process; None when there is no more work."""
         size = int(kv_get(self._key()))
         if size == _DISMISSED:
             return None
@@ -68,7 +70,7 @@ class Team:
         return pickle.loads(np.asarray(message).tobytes())
 
     def gathered(self, values: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "processes ..."]:
-        """Every process's values, which have the same shape, in all of them."""
+        """The values of every process, which must have the same shape, in all of them."""
         if self.count == 1:
             return values[None]
         # As bytes: JAX would make 64-bit numbers 32-bit ones.
@@ -77,3 +79,9 @@ class Team:
 
     def _key(self) -> str:
         return f"puzzle_jax: {self._sent}"
+
+
+def run_worker(team: Team, parent: Model) -> None:
+    """Takes part in everything that the primary process broadcasts, until there is no more work."""
+    while (work := team.receive()) is not None:
+        work.join(team, parent.params, parent.mesh)

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from puzzle_jax.errors import PuzzleError
-from puzzle_jax.program import compile as solver
-from puzzle_jax.program.solve import InfeasibleProgram, Limit, OneOf, Program, assess, nearest, solve
+from puzzle_jax.program import minimise as solver
+from puzzle_jax.program.explain import InfeasibleProgram
+from puzzle_jax.program.library import Disjunction, Limit, Program
+from puzzle_jax.program.solve import assess, elastic_solve, solve
 
 KEYS = ("ms", "mib", "kv")
 
@@ -28,7 +30,7 @@ def drawn(seed):
 
     def one_of(name):
         sets = {str(b): tuple(limit() for _ in range(random.integers(1, 3))) for b in range(random.integers(1, 4))}
-        return OneOf(name, sets)
+        return Disjunction(name, sets)
 
     limits = [limit() for _ in range(random.integers(0, 2))]
     limits[:0] = [one_of(name) for name in ("batch", "length")[: random.integers(1, 3)]]
@@ -46,7 +48,7 @@ def feasible(program):
         choice = dict(zip(program.library, names, strict=True))
         costs = {key: sum(program.library[g][a][key] for g, a in choice.items()) for key in ("kl", *KEYS)}
         plain = meets(program, costs, program.plain_limits)
-        if plain and all(any(meets(program, costs, s) for s in one.alternatives.values()) for one in program.one_ofs):
+        if plain and all(any(meets(program, costs, s) for s in one.sets.values()) for one in program.disjunctions):
             found.append(costs["kl"])
     return sorted(found)
 
@@ -68,20 +70,20 @@ def test_as_good_as_trying_everything(by, monkeypatch):
         pool = solve(program, num_solutions=2, gap=0.0)
         assert [s.score for s in pool] == scores[:2]
         for solution in pool:
-            assert not solution.missed and set(solution.picked) == {one.name for one in program.one_ofs}
-            for one in program.one_ofs:
-                assert meets(program, solution.costs, one.alternatives[solution.picked[one.name]])
+            assert not solution.violated and set(solution.selected) == {one.name for one in program.disjunctions}
+            for one in program.disjunctions:
+                assert meets(program, solution.costs, one.sets[solution.selected[one.name]])
     assert programs / 4 < possible < programs
 
 
-def test_nearest_breaks_the_limits_of_one_set_least():
+def test_an_elastic_solve_violates_the_limits_of_one_set_least():
     """Sets are compared by summed relative excess: 6 over 4 is nearer than 6 over 3."""
     library = {"a": {"x": {"kl": 1, "ms": 6, "mib": 6}, "y": {"kl": 0, "ms": 7, "mib": 6}}}
-    one = OneOf("batch", {"1": (Limit("ms", at_most=3),), "2": (Limit("ms", at_most=4), Limit("mib", at_most=6))})
-    found = nearest(Program(library, "kl", (one,)))
-    assert found.picked == {"batch": "2"} and found.choice == {"a": "x"}
-    assert found.missed == (Limit("ms", at_most=4),)
-    assert assess(Program(library, "kl", (one,)), {"a": "x"}).picked == {"batch": "2"}
+    one = Disjunction("batch", {"1": (Limit("ms", at_most=3),), "2": (Limit("ms", at_most=4), Limit("mib", at_most=6))})
+    found = elastic_solve(Program(library, "kl", (one,)))
+    assert found.selected == {"batch": "2"} and found.choice == {"a": "x"}
+    assert found.violated == (Limit("ms", at_most=4),)
+    assert assess(Program(library, "kl", (one,)), {"a": "x"}).selected == {"batch": "2"}
 
 
 def test_the_batch_of_a_deployment():
@@ -97,25 +99,25 @@ def test_the_batch_of_a_deployment():
         batch: (Limit(f"seconds.{batch}", at_most=int(batch) / 5), Limit(f"memory.{batch}", at_most=50))
         for batch in ("8", "16")
     }
-    [solution] = solve(Program(library, "kl", (OneOf("batch", sets),)))
+    [solution] = solve(Program(library, "kl", (Disjunction("batch", sets),)))
     # Batch 8 has 1.6 s, which even three halves (2.1 s) miss; batch 16 has 3.2 s and 50: two halves are 3.5 s.
-    assert solution.picked == {"batch": "16"} and solution.score == 6.0
+    assert solution.selected == {"batch": "16"} and solution.score == 6.0
 
 
-def test_the_message_says_for_each_set_what_clashes():
+def test_the_message_says_for_each_set_what_conflicts():
     library = {"a": {"x": {"kl": 0, "ms": 5, "mib": 1}, "y": {"kl": 0, "ms": 1, "mib": 5}}}
     sets = {"8": (Limit("ms", at_most=0),), "16": (Limit("ms", at_most=2), Limit("mib", at_most=2))}
     with pytest.raises(InfeasibleProgram) as caught:
-        solve(Program(library, "kl", (OneOf("batch", sets),)))
+        solve(Program(library, "kl", (Disjunction("batch", sets),)))
     message = str(caught.value)
     assert "batch '8': 'ms' at most 0 cannot be met: the nearest possible is 1" in message
     assert "batch '16': 'ms' at most 2 and 'mib' at most 2 cannot hold together" in message
-    assert {clash.limit for clash in caught.value.clashes} == {*sets["8"], *sets["16"]}
+    assert {conflict.limit for conflict in caught.value.conflicts} == {*sets["8"], *sets["16"]}
 
 
 def test_limits_that_hold_in_any_case_are_explained_alone():
     library = {"a": {"x": {"kl": 0, "ms": 5}}}
-    one = OneOf("batch", {"8": (Limit("ms", at_most=9),), "16": (Limit("ms", at_most=1),)})
+    one = Disjunction("batch", {"8": (Limit("ms", at_most=9),), "16": (Limit("ms", at_most=1),)})
     with pytest.raises(InfeasibleProgram, match="'kl' at least 1 cannot be met") as caught:
         solve(Program(library, "kl", (one, Limit("kl", at_least=1))))
     assert "batch" not in str(caught.value)
@@ -124,9 +126,9 @@ def test_limits_that_hold_in_any_case_are_explained_alone():
 def test_bad_sets_are_refused():
     library = {"a": {"x": {"kl": 0}}}
     with pytest.raises(PuzzleError, match="'batch' has no sets of limits"):
-        OneOf("batch", {})
-    one = OneOf("batch", {"8": (Limit("kl", at_most=1),)})
+        Disjunction("batch", {})
+    one = Disjunction("batch", {"8": (Limit("kl", at_most=1),)})
     with pytest.raises(PuzzleError, match="must differ"):
         Program(library, "kl", (one, one))
     with pytest.raises(PuzzleError, match="has no 'ms'"):
-        Program(library, "kl", (OneOf("batch", {"8": (Limit("ms", at_most=1),)}),))
+        Program(library, "kl", (Disjunction("batch", {"8": (Limit("ms", at_most=1),)}),))

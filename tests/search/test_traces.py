@@ -4,7 +4,7 @@ import pytest
 
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.generate.traces import Trace
-from puzzle_jax.search.split import split_traces
+from puzzle_jax.search.traces import split_traces
 from tests.support import small_config
 
 CONFIG = small_config()

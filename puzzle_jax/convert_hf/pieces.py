@@ -1,0 +1,106 @@
+"""Parameters as the pieces of their checkpoint tensors: matrices of experts one by one, other arrays some rows at a
+time, each in the type and orientation of the table, and packed to MXFP4 where the table says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from puzzle_jax.convert_hf.describe import NOT_A_NUMBER
+from puzzle_jax.convert_hf.table import Path as ParamPath
+from puzzle_jax.convert_hf.table import TensorSpec
+from puzzle_jax.convert_hf.tensors import mxfp4
+from puzzle_jax.convert_hf.tensors.files import CHUNK_BYTES
+from puzzle_jax.convert_hf.tensors.finite import all_finite
+from puzzle_jax.errors import ConfigError, PuzzleError
+from puzzle_jax.kernels.mxfp4 import MXFP4
+from puzzle_jax.model.spec import EXPERT_MATRICES
+
+
+def as_stored(spec: TensorSpec, array: np.ndarray) -> np.ndarray:
+    """An array in the table's type: bytes and BF16 as they are, wider floats rounded to BF16."""
+    return array if spec.dtype == "U8" else array.astype(ml_dtypes.bfloat16, copy=False)
+
+
+def parameter_path(spec: TensorSpec) -> ParamPath:
+    """The parameter that a tensor is, or is a half of."""
+    return spec.path[:-1] if spec.path[-1] in ("blocks", "scales") else spec.path
+
+
+class Pieces:
+    """Parameters as pieces of their tensors; keeps the scales of the matrix packed last, which follow its blocks."""
+
+    def __init__(self) -> None:
+        self.scales: dict[ParamPath, list[np.ndarray]] = {}
+
+    def of(self, spec: TensorSpec, leaf: Any, experts: Sequence[int] | None = None) -> Iterator[np.ndarray]:
+        """A tensor's pieces: matrices of experts one by one; of `experts` alone, in that order, where given."""
+        path = parameter_path(spec)
+        half = spec.path[-1] if path != spec.path else None
+        if half == "scales" and path in self.scales:
+            yield from self.scales.pop(path)
+            return
+        if path[-1] not in EXPERT_MATRICES:
+            yield from _dense_pieces(spec, leaf, experts)
+            return
+        if half is None and experts is None:
+            _check_shape(spec, leaf.shape)
+        if half == "blocks":
+            self.scales[path] = []
+        for expert in range(leaf.shape[0]) if experts is None else experts:
+            if isinstance(leaf, MXFP4):
+                codes, scales = expert_of(leaf.codes, expert), expert_of(leaf.scales, expert)
+                blocks = codes.reshape(*scales.shape, -1)
+                if (scales == NOT_A_NUMBER).any():
+                    raise PuzzleError(f"{dotted(path)} holds the scale {NOT_A_NUMBER}, which is no number")
+                if half is None:
+                    yield mxfp4.decode(blocks, scales, ml_dtypes.bfloat16)
+                    continue
+            elif half is None:
+                yield as_stored(spec, _finite(spec, expert_of(leaf, expert)))
+                continue
+            else:
+                try:
+                    blocks, scales = mxfp4.encode(_finite(spec, expert_of(leaf, expert)))
+                except PuzzleError as error:
+                    raise PuzzleError(f"{spec.name.removesuffix('_blocks')}, expert {expert}: {error}") from None
+            if half == "blocks":
+                self.scales[path].append(scales)
+            yield blocks if half == "blocks" else scales
+
+
+def _dense_pieces(spec: TensorSpec, leaf: Any, experts: Sequence[int] | None) -> Iterator[np.ndarray]:
+    """A parameter in the orientation and type of its tensor, so many rows at a time."""
+    array = np.asarray(leaf)
+    array = array.T if spec.transposed else array
+    array = array if experts is None else array[list(experts)]
+    if experts is None:
+        _check_shape(spec, array.shape)
+    rows = max(1, CHUNK_BYTES * spec.shape[0] // spec.nbytes)
+    for start in range(0, len(array), rows):
+        yield as_stored(spec, _finite(spec, array[start : start + rows]))
+
+
+def _finite(spec: TensorSpec, values: np.ndarray) -> np.ndarray:
+    if not all_finite(values):
+        raise PuzzleError(f"{dotted(parameter_path(spec))} holds values that are not finite (NaN or infinity)")
+    return values
+
+
+def _check_shape(spec: TensorSpec, shape: Sequence[int]) -> None:
+    if tuple(shape) != spec.shape:
+        raise ConfigError(f"{spec.name} would have shape {list(shape)}, but the model needs {list(spec.shape)}")
+
+
+def expert_of(leaf: Any, expert: int) -> np.ndarray:
+    """One expert of a stack, which may lie on devices."""
+    return np.asarray(leaf[expert : expert + 1])
+
+
+def dotted(path: ParamPath) -> str:
+    """A place in the parameter tree as records name it, such as `layers.3.moe.down`."""
+    return ".".join(map(str, path))

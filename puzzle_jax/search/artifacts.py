@@ -1,0 +1,127 @@
+"""Every file of a run: where it lies, how it is written and how it is read.
+
+    cost/costs.json             bytes and seconds of every alternative
+    traces/<set>.parquet        the parent's own answers, in four sets that share no problem
+    rank/ranking.safetensors    every expert's score by every method
+    rank/agreement.json         how much the methods agree
+    rank/routing.json           how uneven the loads of experts are
+    refine_costs/costs.json     costs with those loads
+    score/scores.json           the space of alternatives and the KL of each
+    solve/solutions.json        the pool of solutions with their real KL, the chosen one, baselines, the frontier
+    refine/refined.json         the child in the end, and what was tried to improve it
+    child/                      the child's checkpoint
+    evaluate/evaluation.json    KL, accuracy, tokens and speed of parent, child and baselines
+    report/                     report.html, report.md, figures/*.png
+    score-book.safetensors, refine-book.safetensors   scores of single traces, which outlive their stages
+
+What an object looks like in JSON is said beside its class (`Costs`, `Candidate`, `scores_to_json`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from safetensors.numpy import load_file, save_file
+
+from puzzle_jax.costs.routing import Profile
+from puzzle_jax.costs.table import Costs, read_costs
+from puzzle_jax.errors import PuzzleError
+from puzzle_jax.files import read_json
+from puzzle_jax.generate.traces import Trace, read_traces, write_traces
+from puzzle_jax.search.rank.ranking import METHODS, Ranking
+from puzzle_jax.search.solve.problem import Candidate
+
+Value = TypeVar("Value")
+
+TRACE_SETS = ("calibration", "validation", "confirmation", "heldout")
+
+SCORE_TABLE, REFINED_SCORE_TABLE = "score-book.safetensors", "refine-book.safetensors"
+CHILD = "child"
+
+
+@dataclass(frozen=True)
+class Artifact(Generic[Value]):
+    """One file of a run.
+
+    Attributes:
+      path: path below the run directory.
+      save: writes a value to a path.
+      load: reads a value from a path; raises PuzzleError for a damaged file.
+    """
+
+    path: str
+    save: Callable[[Path, Value], None]
+    load: Callable[[Path], Value]
+
+    def write(self, out: Path, value: Value) -> None:
+        """Writes the file into the directory of outputs that a stage was given."""
+        self.save(out / Path(self.path).name, value)
+
+    def find(self, run: Path) -> Path:
+        """The file in a run; raises PuzzleError where it has not been written."""
+        return find(run, self.path)
+
+    def read(self, run: Path) -> Value:
+        """The value in a run; raises PuzzleError where the file is missing or damaged."""
+        return self.load(self.find(run))
+
+
+def find(run: Path, path: str) -> Path:
+    """A file or directory of a run; raises PuzzleError, saying what to do, where it is missing."""
+    found = run / path
+    if not found.exists():
+        raise PuzzleError(f"{found} is missing; run the stages before it first (or all: `puzzle search`)")
+    return found
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def _json(path: str) -> Artifact[Any]:
+    return Artifact(path, _write_json, read_json)
+
+
+def _costs(path: str) -> Artifact[Costs]:
+    return Artifact(path, lambda file, costs: _write_json(file, costs.to_json()), read_costs)
+
+
+def _traces(name: str) -> Artifact[Sequence[Trace]]:
+    return Artifact(f"traces/{name}.parquet", write_traces, read_traces)
+
+
+def _save_ranking(path: Path, ranking: Ranking) -> None:
+    save_file({**ranking.scores, "routed": ranking.routed}, path)
+
+
+def _load_ranking(path: Path) -> Ranking:
+    tensors = load_file(path)
+    return Ranking({method: tensors[method] for method in METHODS}, tensors["routed"])
+
+
+COSTS, REFINED_COSTS = _costs("cost/costs.json"), _costs("refine_costs/costs.json")
+TRACES = {name: _traces(name) for name in TRACE_SETS}
+RANKING = Artifact("rank/ranking.safetensors", _save_ranking, _load_ranking)
+AGREEMENT = _json("rank/agreement.json")
+ROUTING: Artifact[Profile] = Artifact("rank/routing.json", _write_json, lambda file: tuple(read_json(file)))
+SCORES = _json("score/scores.json")
+SOLUTIONS = _json("solve/solutions.json")
+REFINED = _json("refine/refined.json")
+EVALUATION = _json("evaluate/evaluation.json")
+
+
+def chosen_candidate(run: Path) -> Candidate:
+    """The candidate of the pool that `solve` chose."""
+    solutions = SOLUTIONS.read(run)
+    return Candidate.from_json(solutions["pool"][solutions["chosen"]])
+
+
+def final_candidates(run: Path) -> dict[str, Candidate]:
+    """Parent, refined child and baselines by name."""
+    solutions, refined = SOLUTIONS.read(run), REFINED.read(run)
+    found = {"parent": Candidate.from_json(solutions["parent"]), "child": Candidate.from_json(refined["child"])}
+    return found | {entry["name"]: Candidate.from_json(entry) for entry in solutions["baselines"]}

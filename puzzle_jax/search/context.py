@@ -1,0 +1,192 @@
+"""What the stages of one search share: recipe, parent, what layers may become, and what earlier stages have written."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from puzzle_jax.consoles import plain_console
+from puzzle_jax.costs.compute import Offer
+from puzzle_jax.costs.table import Costs
+from puzzle_jax.errors import ConfigError, PuzzleWarning
+from puzzle_jax.generate.batches import MicroBatch, micro_batches
+from puzzle_jax.generate.traces import Trace
+from puzzle_jax.model.child import Child, ChildBlock
+from puzzle_jax.runs import open_run
+from puzzle_jax.search.artifacts import RANKING, REFINED_COSTS, SCORES, TRACES
+from puzzle_jax.search.evaluator import Evaluator
+from puzzle_jax.search.parent import open_parent, run_identity
+from puzzle_jax.search.rank.keep_sets import ranked_space
+from puzzle_jax.search.recipe import Recipe
+from puzzle_jax.search.refine.accept import Pool
+from puzzle_jax.search.score.measurements import longest_context
+from puzzle_jax.search.score.replace_one import ReplaceOne, child_choices
+from puzzle_jax.search.score.scores_file import scores_from_json
+from puzzle_jax.search.score.space_scorer import SpaceScorer
+from puzzle_jax.search.score.whole_children import Measurements
+from puzzle_jax.search.solve.problem import Candidate, Problem, Scores
+from puzzle_jax.search.space import Space, Windows, candidate_counts, candidate_windows, narrower_windows, restrict
+from puzzle_jax.search.workers import Team
+from puzzle_jax.tasks import get_task
+
+
+class Search:
+    """One search in one run directory.
+
+    Args:
+      recipe: all settings.
+      console: where progress and tables are shown.
+      team: the processes of the search, of which this is the primary one.
+
+    Raises `PuzzleError` at once for a parent that cannot be used, tasks that do not exist, and a run directory that
+    holds something else.
+    """
+
+    def __init__(self, recipe: Recipe, console: Console | None = None, team: Team | None = None) -> None:
+        self.recipe, self.team = recipe, team or Team()
+        self.console = console or plain_console(width=150)
+        self.parent = open_parent(recipe)
+        self.counts, self.windows = self._offered()
+        self.run = open_run(recipe.run, run_identity(self.parent))
+
+    def _offered(self) -> tuple[tuple[tuple[int, ...], ...], Windows]:
+        """Expert counts and windows that each layer may have. Warns of windows that change nothing in any scenario."""
+        config, space = self.parent.config, self.recipe.space
+        counts = candidate_counts(
+            config.blocks[0].num_experts, config.experts_per_token, space.fractions, space.divisor
+        )
+        windows = candidate_windows(config, space.windows)
+        counts, windows = restrict([counts] * config.num_layers, windows, space.restrict)
+        self._check_tasks()
+        longest = max(self.recipe.scenarios, key=lambda scenario: scenario.context_tokens)
+        windows, left_out = narrower_windows(windows, longest.context_tokens)
+        too_wide = {*left_out, *(window for window in space.windows if window >= config.max_position)}
+        warn_of_windows(
+            too_wide,
+            f"scenario {longest.name!r} never has more than {longest.context_tokens} tokens in a request, which such a "
+            "window covers",
+        )
+        return counts, windows
+
+    def _check_tasks(self) -> None:
+        """Raises `ConfigError` for tasks that do not exist, and where there are neither tasks nor traces."""
+        for task in self.recipe.traces.tasks:
+            get_task(task)
+        if not self.recipe.traces.tasks and self.recipe.traces.file is None:
+            raise ConfigError(
+                "traces.tasks is empty and traces.file is null, but a search needs problems to ask the parent, or its "
+                "answers"
+            )
+
+    # Settings of stages ---------------------------------------------------------------------------------------------
+
+    @property
+    def task_identities(self) -> dict[str, str]:
+        """What problems and their scores depend on, by task."""
+        return {task: get_task(task).identity for task in self.recipe.traces.tasks}
+
+    @property
+    def scenarios(self) -> list[dict[str, Any]]:
+        return [scenario.to_json() for scenario in self.recipe.scenarios]
+
+    @property
+    def offer(self) -> Offer:
+        return Offer(self.parent.config, self.counts, self.windows)
+
+    @property
+    def identity(self) -> str:
+        """What scores depend on besides alternatives and traces."""
+        return json.dumps([run_identity(self.parent)["parent"], jax.__version__])
+
+    # What earlier stages have written -------------------------------------------------------------------------------
+
+    def traces(self, name: str) -> Sequence[Trace]:
+        return TRACES[name].read(self.run)
+
+    def batches(self, name: str) -> list[MicroBatch]:
+        return micro_batches(self.traces(name))
+
+    @property
+    def evidenced_windows(self) -> Windows:
+        """Windows that some calibration trace is longer than; all windows while there are no traces."""
+        if not (self.run / TRACES["calibration"].path).exists():
+            return self.windows
+        return narrower_windows(self.windows, longest_context(self.traces("calibration")))[0]
+
+    def ranked_space(self) -> Space:
+        """The keep-sets of every ranking method, with the windows that traces give evidence of."""
+        return ranked_space(self.parent.config, self.counts, self.evidenced_windows, RANKING.read(self.run))
+
+    @cached_property
+    def costs(self) -> Costs:
+        return REFINED_COSTS.read(self.run)
+
+    def scored_space(self) -> Space:
+        """The space whose alternatives have scores."""
+        return Space.from_json(self.parent.config, SCORES.read(self.run)["layers"])
+
+    def problem(self) -> Problem:
+        """The program of the recipe's target with the scores around the parent."""
+        return self.problem_of(self.scored_space(), scores_from_json(SCORES.read(self.run)["layers"]))
+
+    def problem_of(self, space: Space, scores: Scores) -> Problem:
+        return Problem(space, scores, self.costs, self.recipe.target)
+
+    # What stages compute with ---------------------------------------------------------------------------------------
+
+    def child(self, candidate: Candidate) -> Child:
+        """A candidate as a view on the parent."""
+        kept = zip(candidate.kept, candidate.blocks, strict=True)
+        blocks = tuple(ChildBlock(of_layer, block.window) for of_layer, block in kept)
+        factor, rope = self.recipe.child.yarn_factor, self.parent.config.rope
+        return Child(self.parent.config, blocks, rope=None if factor is None else replace(rope, factor=factor))
+
+    def scorer(self, base: Child | None) -> SpaceScorer:
+        """Scores alternatives around the parent, or around a child of it."""
+        settings = self.recipe.score
+        run = ReplaceOne(
+            self.parent.params,
+            self.parent.config,
+            None if base is None else child_choices(base),
+            None if base is None else base.rope,
+            per_call=settings.per_call,
+            keep_every=settings.keep_every,
+            mesh=self.parent.mesh,
+        )
+        traces, seed = self.traces("calibration"), self.recipe.traces.seed
+        return SpaceScorer(run, traces, settings, self.problem_of, self.console, seed, self.team)
+
+    def evaluator(self, kept: Path) -> Evaluator:
+        """Measures children, and keeps results in a directory for the case that the process is killed."""
+        return Evaluator(self.parent, self.recipe, self.console, self.team, kept, self.identity)
+
+    def measure(self, candidates: Sequence[Candidate], name: str, evaluator: Evaluator) -> Measurements:
+        """KL of whole candidates on a set of traces."""
+        return evaluator.divergence([self.child(candidate) for candidate in candidates], self.traces(name), name)
+
+    def pool(self, problem: Problem, evaluator: Evaluator, others: Sequence[Candidate] = ()) -> Pool:
+        """The program's solutions, and others that meet the target, run whole on the validation traces.
+
+        The program's are best by the sum of scores, which is not quite the KL of the whole model, so that of other
+        choices may be lower.
+        """
+        options = self.recipe.solve
+        found = problem.solve(num_solutions=options.solutions, time_limit=options.time_limit, gap=options.gap)
+        known = {(candidate.blocks, candidate.kept) for candidate in found}
+        found += [other for other in others if other.meets_target and (other.blocks, other.kept) not in known]
+        return Pool(found, *self.measure(found, "validation", evaluator))
+
+
+def warn_of_windows(left_out: Sequence[int] | set[int], reason: str) -> None:
+    """Warns, where there are any, of windows that are no alternatives, widest first."""
+    if left_out:
+        listed = ", ".join(map(str, sorted(left_out, reverse=True)))
+        warnings.warn(f"space.windows: {listed} left out, since {reason}", PuzzleWarning, stacklevel=2)

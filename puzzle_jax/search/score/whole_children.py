@@ -1,0 +1,155 @@
+"""Whole children of one parent, compared with it on traces.
+
+For every batch the parent and all children start from the same embedded tokens, and a layer whose choice several of
+them share, all layers below it included, is run once for all of them. So the parent is run once for all children, and
+the solutions of one program, which differ in few layers, cost little more than one of them. Every layer is the same
+compiled program on the same input as if the child were run alone: results are bit-identical to that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from puzzle_jax.config import ModelConfig
+from puzzle_jax.generate.batches import MicroBatch
+from puzzle_jax.generate.traces import Trace
+from puzzle_jax.model.child import Child
+from puzzle_jax.model.spec import Params
+from puzzle_jax.search.score.measurements import SavedTable, Score, ScoreTable, SharedFill, fill
+from puzzle_jax.search.score.replace_one import (
+    Alternative,
+    Answers,
+    ReplaceOne,
+    child_choices,
+    compare_with_parent,
+    parent_choices,
+)
+from puzzle_jax.search.workers import Team
+
+
+class Measurements(NamedTuple):
+    """Children on the same traces.
+
+    Attributes:
+      scores: means of each child.
+      kl: KL per token of each child on every trace.
+      tokens: completion tokens of every trace.
+    """
+
+    scores: list[Score]
+    kl: Float[np.ndarray, "children traces"]
+    tokens: Int[np.ndarray, "traces"]
+
+
+class Layers(NamedTuple):
+    """A model as the choices of its layers and the configuration they run with (its rotary settings may differ)."""
+
+    choices: Sequence[Alternative]
+    config: ModelConfig
+
+
+@dataclass(frozen=True)
+class WholeChildren:
+    """A `Runner` whose alternatives are whole children, named by number in the place of a layer."""
+
+    run: ReplaceOne
+    children: tuple[Layers, ...]
+
+    @property
+    def base(self) -> Sequence[Alternative]:
+        return self.choices
+
+    @property
+    def choices(self) -> Sequence[Alternative]:
+        return self.children[0].choices
+
+    def placed(self, params: Params, mesh: Mesh | None) -> WholeChildren:
+        """The same with another process's parameters, or with none for the way there."""
+        return WholeChildren(self.run.placed(params, mesh), self.children)
+
+    def __call__(
+        self, batch: MicroBatch, wanted: Sequence[tuple[int, Alternative]], on_done: Callable[[int], None] | None
+    ) -> Float[np.ndarray, "alternatives rows metrics"]:
+        run, answers = self.run, Answers.of(batch)
+        states = final_states(run, batch, [self.children[number] for number, _ in wanted])
+        parent = next(states)[1]
+        found = {}
+        for place, state in states:
+            found[place] = np.asarray(compare_with_parent(run.params, run.config, parent, state[:, None], answers))[0]
+            if on_done is not None:
+                on_done(1)
+        return np.stack([found[place] for place in range(len(wanted))])
+
+    def work(self, wanted: Sequence[tuple[int, Alternative]]) -> int:
+        return len(wanted)
+
+
+def final_states(run: ReplaceOne, batch: MicroBatch, children: Sequence[Layers]) -> Iterator[tuple[int, Array]]:
+    """The state [rows, seq, hidden] after the last layer, first of the parent (-1), then of every child by number.
+
+    Only states are kept from which a model still has to go on: at most one for each layer.
+    """
+    models = {-1: Layers(parent_choices(run.config), run.config), **dict(enumerate(children))}
+    waiting = [(0, run.embedded(batch), list(models))]
+    while waiting:
+        layer, state, members = waiting.pop()
+        while layer < run.config.num_layers:
+            members, *others = _alike(models, members, layer)
+            waiting += [(layer, state, other) for other in others]
+            choices, config = models[members[0]]
+            state = run.layer(layer, state, choices[layer], config)
+            layer += 1
+        yield from ((member, state) for member in members)
+
+
+def _alike(models: dict[int, Layers], members: Sequence[int], layer: int) -> list[list[int]]:
+    """Members by what this layer is in them, those like the first member first."""
+    groups: dict[tuple[ModelConfig, int | None, bytes], list[int]] = {}
+    for member in members:
+        choice, config = models[member].choices[layer], models[member].config
+        groups.setdefault((config, choice.window, choice.expert_mask.tobytes()), []).append(member)
+    return list(groups.values())
+
+
+def score_children(
+    params: Params,
+    config: ModelConfig,
+    children: Sequence[Child],
+    traces: Sequence[Trace],
+    *,
+    mesh: Mesh | None = None,
+    tokens_per_batch: int = 4096,
+    on_done: Callable[[int], None] | None = None,
+    team: Team | None = None,
+    kept: Path | None = None,
+    identity: str = "",
+) -> Measurements:
+    """Compares whole children, as views on the parent, with the parent.
+
+    Args:
+      on_done: called with the number of children that were run on a batch.
+      team: processes that share the work.
+      kept: directory of a killed run's results, which are not measured again; None keeps nothing.
+      identity: what the numbers depend on besides children and traces: the parent, versions.
+    """
+    nothing = Alternative(np.ones(config.blocks[0].num_experts, bool), config.blocks[0].window)
+    table = ScoreTable.empty([(number, nothing) for number in range(len(children))], traces)
+    layers = tuple(Layers(child_choices(child), child.viewed) for child in children)
+    run, team = WholeChildren(ReplaceOne(params, config, mesh=mesh), layers), team or Team()
+    everything = range(len(children)), range(len(traces))
+    about = f"{identity} {[(child.blocks, child.rope) for child in children]}"
+    name = f"kl-{hashlib.sha256(table.key(about).encode()).hexdigest()[:16]}.safetensors"
+    saved = SavedTable(table, None if kept is None else kept / name, about)
+    team.broadcast(SharedFill.of(table, run, *everything, tokens_per_batch))
+    fill(table, run, *everything, tokens_per_batch=tokens_per_batch, on_batch=saved.save, on_done=on_done, team=team)
+    saved.save(now=True)
+    scores = [table.score(number, config.blocks[0].window) for number in range(len(children))]
+    return Measurements(scores, table.values[..., 0], table.tokens)

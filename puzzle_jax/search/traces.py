@@ -1,0 +1,112 @@
+"""The traces of a search: the parent's own answers, in sets that share no prompt.
+
+The parent is asked the recipe's tasks; or traces that it wrote elsewhere are split into the sets.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from puzzle_jax.config import ModelConfig
+from puzzle_jax.errors import PuzzleError
+from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions, unscored_note
+from puzzle_jax.evaluate.journal import journaled_answers
+from puzzle_jax.evaluate.models import Model
+from puzzle_jax.generate.traces import Trace
+from puzzle_jax.progress import progress
+from puzzle_jax.search.artifacts import TRACE_SETS
+from puzzle_jax.search.recipe import Recipe
+
+
+def ask_parent(parent: Model, recipe: Recipe, kept: Path, console: Console) -> Iterator[tuple[str, Sequence[Trace]]]:
+    """The sets by name, from problems that the parent is asked.
+
+    Args:
+      kept: directory of the answers that a killed run had, which are not asked for again.
+      console: where progress and notes are shown.
+    """
+    settings = recipe.traces
+    sets = {
+        name: QuestionSet(settings.tasks, settings.efforts, getattr(settings, name), name, settings.seed)
+        for name in TRACE_SETS
+    }
+    with progress(console, "answering", sum(len(s.questions()) for s in sets.values())) as advance:
+        for name, questions in sets.items():
+            ask = partial(
+                answer_questions,
+                parent.params,
+                parent.config,
+                parent.chat,
+                questions,
+                max_tokens=settings.max_tokens,
+                temperature=settings.temperature,
+                slots=settings.batch_size,
+                mesh=parent.mesh,
+            )
+            answers = journaled_answers(
+                kept / f"{name}.jsonl",
+                questions.questions(),
+                lambda skip, on_answer, ask=ask: ask(skip=skip, on_answer=on_answer),
+                on_answers=advance,
+            )
+            if note := unscored_note(answers):
+                console.print(f"{name}: {note}", highlight=False, soft_wrap=True)
+            yield name, answers
+
+
+def split_traces(
+    traces: Sequence[Trace], shares: Mapping[str, int], config: ModelConfig, source: Path, seed: int = 0
+) -> dict[str, list[Trace]]:
+    """Sets of traces by name, each with its share of the prompts, in the order of a hash of the prompt.
+
+    Every set gets at least one prompt, so that a short file suffices for a search.
+
+    Args:
+      traces: traces that the parent wrote.
+      shares: size of each set, relative to their sum.
+      config: the parent's, whose tokens and positions the traces must fit.
+      source: the file that the traces are from, for messages.
+      seed: another one splits the traces differently.
+
+    Raises PuzzleError, naming file and trace, for a trace that the parent cannot have written, and where there are
+    fewer prompts than sets.
+    """
+    for number, trace in enumerate(traces):
+        _check(trace, config, f"{source}: trace {number}")
+    prompts = sorted({trace.prompt for trace in traces}, key=lambda prompt: (_hash(seed, prompt), prompt))
+    if len(prompts) < len(shares):
+        raise PuzzleError(
+            f"{source} holds {len(prompts)} different prompts, but a search splits them into {', '.join(shares)}, each "
+            f"with prompts of its own; give at least {len(shares)}"
+        )
+    # Every set is given one prompt, and its share of the others.
+    ends = np.array(list(accumulate(shares.values()))) / sum(shares.values())
+    counts = np.diff(np.rint(ends * (len(prompts) - len(shares))), prepend=0).astype(int) + 1
+    owners = [name for name, count in zip(shares, counts, strict=True) for _ in range(count)]
+    owner = dict(zip(prompts, owners, strict=True))
+    found: dict[str, list[Trace]] = {name: [] for name in shares}
+    for trace in traces:
+        found[owner[trace.prompt]].append(trace)
+    return found
+
+
+def _hash(seed: int, prompt: Sequence[int]) -> int:
+    return zlib.crc32(f"{seed} {tuple(prompt)}".encode())
+
+
+def _check(trace: Trace, config: ModelConfig, where: str) -> None:
+    if not trace.prompt or not trace.completion:
+        raise PuzzleError(f"{where} has no {'completion' if trace.prompt else 'prompt'}")
+    length = len(trace.prompt) + len(trace.completion)
+    if length > config.max_position:
+        raise PuzzleError(f"{where} has {length} tokens, but the parent's context is {config.max_position}")
+    most = max(*trace.prompt, *trace.completion)
+    if most >= config.vocab_size or min(*trace.prompt, *trace.completion) < 0:
+        raise PuzzleError(f"{where} holds token {most}, but the parent's tokens are 0 to {config.vocab_size - 1}")
