@@ -220,15 +220,16 @@ def test_the_samplers_log_probabilities_and_experts_are_the_trainers(model):
 
 
 def test_micro_batches_and_rows_of_other_answers_add_up(model):
-    """An update from five micro-batches of one row is that from one of five; so are its metrics."""
-    _, resident = model
+    """An update from five micro-batches of one row is that from one of five; so are its metrics. Every program is
+    compiled once, for all micro-batches and updates."""
+    resident = jax.device_put(model[1], jax.devices()[0])  # loaded weights are committed to a device
     rows = batch()
     single = [jax.tree.map(lambda x, i=i: x[i : i + 1], rows) for i in range(5)]
     results = []
     for batches in ([rows], single):
         update = PolicyUpdate(policy(), optax.sgd(0.5))
         state = init_state(random_masters(STUDENT, resident), update.optimizer, jax.random.key(0))
-        results.append(update(state, Fixed(resident), batches))
+        results.append(update(jax.device_put(state, jax.devices()[0]), Fixed(resident), batches))
     (one, of_one), (many, of_many) = results
     close(many.params, one.params, 1e-5)
     assert of_one.keys() == of_many.keys()
@@ -236,6 +237,13 @@ def test_micro_batches_and_rows_of_other_answers_add_up(model):
         np.testing.assert_allclose(of_many[name], of_one[name], rtol=1e-4, atol=1e-7, err_msg=name)
     assert int(many.step) == 1
     assert float(of_one["ratio_max"]) == 1.0
+    update(many, Fixed(resident), single)
+    compiled_once(update)
+
+
+def compiled_once(update):
+    programs = (update._zeros, update._accumulate, update._apply)
+    assert [program._cache_size() for program in programs] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 3), (2, 2, 1)])
@@ -257,6 +265,8 @@ def test_on_a_mesh_the_update_is_that_of_one_device(model, shape):
     close(found.params, expected.params, 2e-5)
     for name in metrics:
         np.testing.assert_allclose(on_mesh_metrics[name], metrics[name], rtol=2e-4, atol=1e-6, err_msg=name)
+    on_devices(found, Fixed(placed), [placement.rows(rows)] * 2)
+    compiled_once(on_devices)
 
 
 def test_answers_have_numbers_of_their_own():
