@@ -207,7 +207,7 @@ def abstract_step(job: PlannedJob, mesh: Mesh | None) -> tuple[Step, Arguments]:
 
 def placed_bytes(given: Arguments) -> DeviceMemory:
     """Bytes per device of a step's arguments, without what the step adds; of arrays or their shapes."""
-    state, (experts, others) = given.state, resident_bytes(given.fixed.resident)
+    state, (experts, others) = given.state, resident_bytes(given.fixed.base)
     return DeviceMemory(
         experts=experts,
         resident=others,
@@ -233,7 +233,7 @@ def resident_bytes(resident: Params) -> tuple[int, int]:
 def abstract_resident(student: Student, packed: bool, mesh: Mesh | None) -> Params:
     """The student's parent as training holds it, stacked, in place."""
     parent = student.child.parent
-    resident = jax.eval_shape(lambda: student.resident(zero_params(parent, packed)))
+    resident = jax.eval_shape(lambda: student.stacked(zero_params(parent, packed)))
     return resident if mesh is None else in_place(resident, stacked_sharding(resident, parent, mesh))
 
 
@@ -243,10 +243,10 @@ def abstract_train_state(
     """The state before the first step, in place, and where that is."""
 
     def fresh(resident: Params) -> TrainState:
-        return init_state(student.masters(resident), optimizer, jax.random.key(0))
+        return init_state(student.master_weights(resident), optimizer, jax.random.key(0))
 
     state = jax.eval_shape(fresh, resident)
-    shardings = Placement(mesh).masters(state)
+    shardings = Placement(mesh).master_weights(state)
     if shardings is None:
         return state, None
     return in_place(state, shardings), Shardings(shardings)

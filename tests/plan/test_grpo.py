@@ -202,8 +202,8 @@ def test_weights_are_laid_apart_as_the_sampler_does(found, mesh):
     held = abstract_policy(RUN, mesh)
     student, placement = RUN.student, Placement(mesh)
     params = jax.tree.map(lambda x: x if x.dtype == jnp.uint8 else x.astype(DTYPE), packed_params())
-    resident = placement.resident(jax.jit(student.resident)(params), PARENT)
-    trained = jax.device_put(student.masters(resident), placement.masters(held.state.params))
+    resident = placement.base(jax.jit(student.stacked)(params), PARENT)
+    trained = jax.device_put(student.master_weights(resident), placement.master_weights(held.state.params))
     assert held.memory.experts + held.memory.resident == first_part(resident)
     assert held.memory.masters == first_part(trained)
     assert found["update"].sums - held.memory.masters < 100  # scalars

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import jax
 from rich.console import Console
 
 from puzzle_jax.processes.distributed import joined
@@ -29,23 +28,6 @@ def run(arguments: Sequence[str], prog: str, console: Console) -> None:
     recipe = parse_recipe(arguments, prog)
     processes = recipe.mesh.processes
     with joined(processes, recipe.mesh.devices // processes, program=prog):
-        _run(recipe, console)
+        from puzzle_jax.train.grpo.run import grpo
 
-
-def _run(recipe: GrpoRecipe, console: Console) -> None:
-    from puzzle_jax.report.training import write_training_report
-    from puzzle_jax.train.grpo.run import RewardCollapse, grpo
-    from puzzle_jax.train.metrics import METRICS_FILE
-
-    def report() -> None:
-        if jax.process_index():
-            return  # the primary process reports for all
-        if (recipe.out / METRICS_FILE).stat().st_size:  # a signal may come before the first line
-            console.print(f"report: {write_training_report(recipe.out)}", highlight=False)
-
-    try:
         grpo(recipe, console)
-    except RewardCollapse:
-        report()
-        raise
-    report()
