@@ -151,13 +151,15 @@ class Run(Generic[Inputs]):
         masters = self.student.master_weights(base, delta)
         return init_state(masters, self.optimizer, jax.random.key(self.recipe.seed))
 
-    def write_child(self, trained: Params, kind: str, record: Mapping[str, Any], scales: Any, **options: Any) -> None:
+    def write_child(
+        self, trained: Params, kind: str, record: Callable[[], Mapping[str, Any]], scales: Any, **options: Any
+    ) -> None:
         """Writes the trained model, by the primary process.
 
         Args:
           trained: master weights.
           kind: of the run, under which provenance lists what such runs did.
-          record: what provenance tells of this run.
+          record: what provenance tells of this run; asked in the primary process, which has its metrics.
           scales: of the trained model's FP8 cache.
           options: of `export_child`.
         """
@@ -170,7 +172,7 @@ class Run(Generic[Inputs]):
                 self.recipe.out / CHILD,
                 self.student.child.config,
                 self.student.child.kept,
-                provenance={**own, kind: [*own.get(kind, []), dict(record)]},
+                provenance={**own, kind: [*own.get(kind, []), dict(record())]},
                 dense_delta=self.student.delta(values),
                 kv_scales=scales,
                 replace=True,

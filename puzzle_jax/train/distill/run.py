@@ -130,7 +130,7 @@ class Distiller(Run[DistillInputs]):
         """Writes the trained child, by the primary process."""
         values = trained.state.params
         scales = self._cache_scales(values)
-        self.write_child(values, "distilled", self._record(trained), scales, pad_experts=self.inputs.padded)
+        self.write_child(values, "distilled", lambda: self._record(trained), scales, pad_experts=self.inputs.padded)
         self.console.print(f"child: {self.recipe.out / CHILD}", highlight=False)
 
     def _record(self, trained: Trained) -> dict[str, Any]:

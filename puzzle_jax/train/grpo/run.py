@@ -310,9 +310,9 @@ class Trainer(Run[GrpoInputs]):
     def export(self, state: TrainState) -> None:
         """Writes the policy, by the primary process."""
         step, answers = int(state.step), self._greedy(state.params)
-        record = self._record(step, self._measured(answers))
+        evaluated = self._measured(answers)
         scales = self._cache_scales(state.params, answers)
-        self.write_child(state.params, "grpo", record, scales, origin=self.inputs.origin)
+        self.write_child(state.params, "grpo", lambda: self._record(step, evaluated), scales, origin=self.inputs.origin)
         self.console.print(f"policy of step {step}: {self.recipe.out / CHILD}", highlight=False)
 
     def _record(self, step: int, evaluated: Mapping[str, float]) -> dict[str, Any]:
