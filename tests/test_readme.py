@@ -64,7 +64,7 @@ SMALLER = {
         "--evaluate.rounds",
         "0",
     ),
-    "search plan": ("--traces.max_tokens", LIMITS, "--prompt-tokens", "26", "--traces.batch_size", "4"),
+    "plan search": ("--traces.max_tokens", LIMITS, "--prompt-tokens", "26", "--traces.batch_size", "4"),
     "train traces": ("--problems", "3", "--max-tokens", "7", "--batch-size", "9"),
     "train distill": DISTILL,
     "evaluate --models": (
