@@ -219,14 +219,14 @@ def ours(settings: argparse.Namespace) -> dict[str, Any]:
     parent, child = architecture(settings)
     student, placement = Student(child), Placement()
     loaded = load_checkpoint(settings.directory / "parent", dtype=jnp.float32)
-    stacked = jax.jit(student.resident, donate_argnums=0)(loaded.params)
-    fixed = Fixed(jax.block_until_ready(placement.resident(stacked, parent)))
+    stacked = jax.jit(student.stacked, donate_argnums=0)(loaded.params)
+    fixed = Fixed(jax.block_until_ready(placement.base(stacked, parent)))
     del loaded
     before = resident_memory()
 
     adamw = OptimizerSettings("adamw", LEARNING_RATE, "constant", b1=B1, b2=B2, eps=EPS, clip_norm=None)
     optimizer = make_optimizer(adamw, settings.steps + 1)
-    state = jax.jit(lambda params: init_state(student.masters(params), optimizer, jax.random.key(0)))(fixed.resident)
+    state = jax.jit(lambda params: init_state(student.master_weights(params), optimizer, jax.random.key(0)))(fixed.base)
     step = make_step(Distillation(student, LossSettings()), optimizer)
 
     def run(tokens: np.ndarray) -> float:

@@ -9,6 +9,7 @@ anything else, or another run, is refused before a byte is written.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import fcntl
 import json
 from collections.abc import Iterator, Mapping
@@ -19,7 +20,7 @@ from typing import Any
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.files import PARTIAL, read_object, write_beside
 
-RUN_FILE = "run.json"
+RUN_FILE, METRICS_FILE, REPORT_FILE = "run.json", "metrics.jsonl", "report.html"
 
 
 def open_run(run_dir: Path, identity: Mapping[str, Any]) -> Path:
@@ -55,6 +56,18 @@ def open_run(run_dir: Path, identity: Mapping[str, Any]) -> Path:
     except OSError as error:
         raise PuzzleError(f"{run_dir} cannot be written: {error.strerror}") from error
     return run_dir
+
+
+def begun_on(out: Path) -> datetime.datetime | None:
+    """The day on which the run in `out` was begun, which is what its chat templates see; None where there is none."""
+    marker = out / RUN_FILE
+    if not marker.is_file():
+        return None
+    identity = read_object(marker).get("identity")
+    try:
+        return datetime.datetime.fromisoformat(identity["today"])  # type: ignore[index]
+    except (KeyError, TypeError, ValueError):
+        return None  # another kind of run, which will be refused as such
 
 
 @contextlib.contextmanager

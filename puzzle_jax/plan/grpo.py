@@ -156,7 +156,7 @@ class PlannedPolicy(PlannedTraining[GrpoRecipe]):
             return unstack_params(self.student.params(resident, trained), self.student.runs)
 
         mesh = self.mesh and generation_mesh(self.mesh)
-        return layer_params(self.parent, mesh, unstacked, self.fixed.resident, self.state[0].params)
+        return layer_params(self.parent, mesh, unstacked, self.fixed.base, self.state[0].params)
 
     @property
     def slot_cache_bytes(self) -> int:

@@ -103,7 +103,7 @@ class PlannedTraining(ABC, Generic[AnyRecipe]):
     @cached_property
     def fixed(self) -> Fixed:
         """The student's parent as training holds it, stacked, in place."""
-        resident = jax.eval_shape(lambda: self.student.resident(zero_params(self.parent, self.packed)))
+        resident = jax.eval_shape(lambda: self.student.stacked(zero_params(self.parent, self.packed)))
         if self.mesh is not None:
             resident = in_place(resident, stacked_sharding(resident, self.parent, self.mesh))
         return Fixed(resident)
@@ -113,17 +113,17 @@ class PlannedTraining(ABC, Generic[AnyRecipe]):
         """The state before the first step, in place, and where that is."""
 
         def fresh(resident: Params) -> TrainState:
-            return init_state(self.student.masters(resident), self.optimizer, jax.random.key(0))
+            return init_state(self.student.master_weights(resident), self.optimizer, jax.random.key(0))
 
-        state = jax.eval_shape(fresh, self.fixed.resident)
-        shardings = Placement(self.mesh).masters(state)
+        state = jax.eval_shape(fresh, self.fixed.base)
+        shardings = Placement(self.mesh).master_weights(state)
         return (state, None) if shardings is None else (in_place(state, shardings), Shardings(shardings))
 
     @cached_property
     def always_held(self) -> dict[str, int]:
         """Bytes on one device of what is there at all times."""
         state, by_matrix = self.state[0], {True: 0, False: 0}
-        for path, leaf in jax.tree_util.tree_leaves_with_path(self.fixed.resident):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(self.fixed.base):
             by_matrix[any(getattr(entry, "key", None) in EXPERT_MATRICES for entry in path)] += device_bytes(leaf)
         return {
             "experts": by_matrix[True],

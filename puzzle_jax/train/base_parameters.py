@@ -15,7 +15,7 @@ from puzzle_jax.train.placement import Placement
 from puzzle_jax.train.student import Student
 
 
-def load_resident(directory: Path, student: Student, placement: Placement, *, packed: bool | None) -> Params:
+def load_base(directory: Path, student: Student, placement: Placement, *, packed: bool | None) -> Params:
     """The weights of `student`'s parent, stacked.
 
     Args:
@@ -26,6 +26,6 @@ def load_resident(directory: Path, student: Student, placement: Placement, *, pa
         directory, dtype=compute_dtype(), mesh=placement.mesh, experts="stored" if packed else "dense"
     )
     with on_mesh(placement.mesh), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Some donated buffers were not usable")  # but they are freed
-        stacked = jax.jit(student.resident, donate_argnums=0)(loaded.params)
-    return placement.resident(stacked, student.child.parent)
+        warnings.filterwarnings("ignore", "Some donated buffers were not usable")  # but their memory is released
+        stacked = jax.jit(student.stacked, donate_argnums=0)(loaded.params)
+    return placement.base(stacked, student.child.parent)

@@ -19,8 +19,9 @@ from rich.console import Console
 
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.files import write_beside
+from puzzle_jax.runs import METRICS_FILE
 
-METRICS_FILE, TENSORBOARD = "metrics.jsonl", "tensorboard"
+TENSORBOARD = "tensorboard"
 
 
 class MetricsLog:

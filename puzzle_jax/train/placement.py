@@ -1,8 +1,9 @@
-"""Where training's arrays live, on a mesh or without one: the resident parent, masters with their state, and batches.
+"""Where training's arrays live, on a mesh or without one: the base parameters, master weights with their state, and
+batches.
 
-    resident   cut along "model" (heads, experts, vocabulary), as computing wants it
-    masters    fully sharded over all axes, and so is what the optimiser keeps of them; gathered where they are used
-    batches    rows over "data", positions over "sequence"
+    base parameters       sharded over "model" (heads, experts, vocabulary), as computing wants them
+    fp32 master weights   fully sharded over all axes, like the optimiser's moments; gathered where they are used
+    batches               rows over "data", positions over "sequence"
 
 Every process holds the whole batch of a step (`trace_batches`) and gives its devices their part.
 """
@@ -32,19 +33,19 @@ class Placement:
 
     mesh: Mesh | None = None
 
-    def resident(self, params: Params, config: ModelConfig) -> Params:
+    def base(self, params: Params, config: ModelConfig) -> Params:
         """The stacked parameters of a model, in place; as they are without a mesh."""
         return params if self.mesh is None else jax.device_put(params, stacked_sharding(params, config, self.mesh))
 
-    def masters(self, tree: Any) -> Any:
-        """Shardings of masters, or of a state that holds some; None without a mesh."""
+    def master_weights(self, tree: Any) -> Any:
+        """Shardings of master weights, or of a state that holds some; None without a mesh."""
         return None if self.mesh is None else fully_sharded(tree, self.mesh)
 
     def parts(self, tree: Any) -> Any:
-        """Arrays that every process holds whole on its host, where masters of their shapes would be."""
+        """Arrays that every process holds whole on its host, where master weights of their shapes would be."""
         if self.mesh is None:
             return tree
-        return jax.tree.map(_part, tree, self.masters(tree))
+        return jax.tree.map(_part, tree, self.master_weights(tree))
 
     def rows(self, batch: Any) -> Any:
         """A batch of arrays [rows, length, ...]."""

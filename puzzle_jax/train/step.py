@@ -8,7 +8,7 @@ divided once, at the end. So a batch cut into micro-batches is the batch, whatev
 A loss or gradient that is not finite changes neither parameters nor optimiser, and is counted; a batch without weight
 has none. Random bits depend on the state's key, the step and the micro-batch alone.
 
-Left out: mixed precision, which belongs to the loss (parameters come as float32 masters), and rematerialisation.
+Left out: mixed precision, which belongs to the loss (parameters come as fp32 master weights), and rematerialisation.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class TrainState(NamedTuple):
 
     Attributes:
       step: steps made, skipped ones included.
-      params: float32 masters of what learns; None in the place of all that is frozen.
+      params: fp32 master weights of what learns; None in the place of all that is frozen.
       optimizer: state of the optimiser.
       key: from which a step's random bits are drawn.
       skipped: steps in a row, up to now, whose loss or gradient was not finite.

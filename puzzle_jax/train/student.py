@@ -1,14 +1,14 @@
-"""A child that learns as a view on its resident parent: one copy of the experts serves teacher and student.
+"""A child that learns as a view on its parent: one copy of the experts serves teacher and student.
 
-    resident   the parent's parameters, stacked by runs of equal layers: the teacher, and the student's frozen part
-    trained    float32 masters of what the student has of its own, in the same structure, None for all that is frozen
+    base       the parent's parameters, stacked by runs of equal layers: the teacher, and the student's frozen part
+    trained    fp32 master weights of what the student has of its own, in the same structure, None for what is frozen
 
-By default experts and routers are frozen: they have no masters, no gradients and no optimiser state, and the child's
-are the parent's to the byte. Freed experts pass through MXFP4 rounding in every forward pass (`fake_quant`), so that
-packing them for export loses nothing.
+By default experts and routers are frozen: they have no master weights, gradients or optimiser state, and the child's
+are the parent's to the byte. Trainable experts pass through MXFP4 rounding in every forward pass (`fake_quant`), so
+that packing them for export loses nothing.
 
-Left out: values of a child's own that are frozen, since its frozen part is the parent's; and masters of kept experts
-alone, so that freed ones have masters for those that the child lost, too.
+Left out: values of a child's own that are frozen, since its frozen part is the parent's; and master weights of the kept
+experts alone: trainable experts have them for those that the child lost, too.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from puzzle_jax.train.fake_quant import fake_quantize, round_to_mxfp4
 from puzzle_jax.train.losses.head import Head
 from puzzle_jax.train.rows import Packed
 
-FREED = ("router", "experts")
+TRAINABLE = ("router", "experts")
 """What is frozen unless it is asked for."""
 
 _ENDS = ("embedding", "final_norm", "head")
@@ -59,24 +59,24 @@ class Student:
     """A child, its parent as its teacher, and what of the child learns.
 
     Attributes:
-      child: a view; values of its own, where it has any, are where the masters begin.
-      freed: of `FREED`.
+      child: a view; values of its own, where it has any, are where the master weights begin.
+      trainable: of `TRAINABLE`.
       remat: backward passes compute every layer once more from its input.
       ends: whether embedding, final norm and head learn, too.
 
-    Raises ConfigError for names in `freed` that are none of `FREED`, and for a child with values of its own for what is
-    frozen.
+    Raises ConfigError for names in `trainable` that are none of `TRAINABLE`, and for a child with values of its own for
+    what is frozen.
     """
 
     child: Child
-    freed: tuple[str, ...] = ()
+    trainable: tuple[str, ...] = ()
     remat: bool = True
     ends: bool = True
 
     def __post_init__(self) -> None:
-        for name in self.freed:
-            if name not in FREED:
-                raise ConfigError(f"train has {name!r}, but must be of {', '.join(FREED)}")
+        for name in self.trainable:
+            if name not in TRAINABLE:
+                raise ConfigError(f"train has {name!r}, but must be of {', '.join(TRAINABLE)}")
         self.check_own(".".join(map(str, path)) for path in delta_leaves(self.child.parent, self.child.dense_delta))
 
     def check_own(self, names: Iterable[str]) -> None:
@@ -109,26 +109,26 @@ class Student:
 
     # Parameters ----------------------------------------------------------------------------------------------------
 
-    def resident(self, parent: Params) -> Params:
+    def stacked(self, parent: Params) -> Params:
         """The parent's parameters, stacked."""
         return stack_params(parent, self.runs)
 
-    def masters(self, resident: Params, delta: Params | None = None) -> Params:
+    def master_weights(self, base: Params, delta: Params | None = None) -> Params:
         """Where training begins: float32 copies of what learns.
 
         Args:
           delta: the child's own values, as `Child.dense_delta` and in its place, so that a compiled program can take
             them as an argument: held as constants, gigabytes would fit into none.
         """
-        begin, delta = self._learning(resident), self.child.dense_delta if delta is None else delta
+        begin, delta = self._learning(base), self.child.dense_delta if delta is None else delta
         if delta is None:
             return _float32(begin)
         # Layer by layer, since a run may hold both layers with values of their own and layers with the parent's.
         return stack_params(_float32(with_delta(unstack_params(begin, self.runs), delta)), self.runs)
 
-    def params(self, resident: Params, trained: Params) -> Params:
-        """The student's parameters, stacked, in the resident's dtype; differentiable in `trained`."""
-        dtype = resident["embedding"].dtype
+    def params(self, base: Params, trained: Params) -> Params:
+        """The student's parameters, stacked, in the dtype of `base`; differentiable in `trained`."""
+        dtype = base["embedding"].dtype
 
         def used(path: tuple[Any, ...], master: Array) -> Array:
             return (jax.vmap(fake_quantize)(master) if _is_expert_matrix(path) else master).astype(dtype)
@@ -137,7 +137,7 @@ class Student:
         if (mesh := traced_mesh()) is not None:
             # Masters are gathered here, all layers' together; else XLA cuts activations as they are cut.
             own = jax.lax.with_sharding_constraint(own, stacked_sharding(own, self.config, mesh))
-        return with_delta(resident, own)
+        return with_delta(base, own)
 
     def delta(self, trained: Params) -> Params:
         """Trained values by layer, for `Child.dense_delta` and export; expert matrices lie on MXFP4's grid."""
@@ -158,18 +158,18 @@ class Student:
         return tree if self.learns(name) else None
 
     def learns(self, name: str) -> bool:
-        """Whether parameters of this name have masters; all others stay the parent's."""
+        """Whether parameters of this name have master weights; all others stay the parent's."""
         if name in _ENDS:
             return self.ends
         if name in _ROUTER:
-            return "router" in self.freed
-        return "experts" in self.freed if name in _EXPERTS else True
+            return "router" in self.trainable
+        return "experts" in self.trainable if name in _EXPERTS else True
 
     # Passes --------------------------------------------------------------------------------------------------------
 
     def hidden(
         self,
-        resident: Params,
+        base: Params,
         trained: Params,
         batch: Packed,
         *,
@@ -181,12 +181,12 @@ class Student:
         `replay` are experts to use in place of the routers' choice; tokens are rows * length.
         """
         with jax.named_scope("student"):
-            params = self.params(resident, trained)
+            params = self.params(base, trained)
             return self._pass(params, self.config, self.windows, batch, keep_states, self.masks, self.remat, replay)
 
     def teacher_hidden(
         self,
-        resident: Params,
+        base: Params,
         batch: Packed,
         *,
         keep_states: bool = False,
@@ -196,7 +196,7 @@ class Student:
         with jax.named_scope("teacher"):
             windows, masks, remat = self.teacher_windows, None, False
             return jax.lax.stop_gradient(
-                self._pass(resident, self.child.parent, windows, batch, keep_states, masks, remat, replay)
+                self._pass(base, self.child.parent, windows, batch, keep_states, masks, remat, replay)
             )
 
     @property
@@ -236,7 +236,7 @@ def head_of(params: Params) -> Head:
 
 
 def _float32(tree: Params) -> Params:
-    """Dense float32 copies of all arrays: masters are donated to every step, and the resident must outlive them."""
+    """Dense float32 copies of all arrays: they are donated to every step, and the base parameters must outlive them."""
 
     def copy(node: Any) -> Array:
         if isinstance(node, StackedMXFP4):

@@ -67,11 +67,13 @@ def memory(usage):
 def test_what_is_placed_is_what_real_arrays_take_on_a_device(memory):
     mesh = make_training_mesh(2, 2, 2)
     placement, student = Placement(mesh), JOB.student
-    stacked = jax.jit(lambda params: student.resident(jax.tree.map(_computed, params)))(packed_params())
-    resident = placement.resident(stacked, PARENT)
+    stacked = jax.jit(lambda params: student.stacked(jax.tree.map(_computed, params)))(packed_params())
+    resident = placement.base(stacked, PARENT)
     optimizer = make_optimizer(OptimizerSettings(), 10)
-    begin = jax.eval_shape(lambda tree: init_state(student.masters(tree), optimizer, jax.random.key(0)), resident)
-    state = jax.tree.map(_real, begin, placement.masters(begin))
+    begin = jax.eval_shape(
+        lambda tree: init_state(student.master_weights(tree), optimizer, jax.random.key(0)), resident
+    )
+    state = jax.tree.map(_real, begin, placement.master_weights(begin))
     whole = [np.zeros((3, 4, 36), dtype) for dtype in ("i4", "i4", "f4", "i4", "i4")]
     batch = placement.micro_batches(Packed(*whole, {}))
 

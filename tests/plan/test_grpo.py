@@ -186,8 +186,8 @@ def test_weights_are_laid_apart_as_the_sampler_does(found, mesh):
     held = RUN.always_held
     student, placement = RUN.student, Placement(mesh)
     params = jax.tree.map(lambda x: x if x.dtype == jnp.uint8 else x.astype(DTYPE), packed_params())
-    resident = placement.resident(jax.jit(student.resident)(params), PARENT)
-    trained = jax.device_put(student.masters(resident), placement.masters(RUN.state[0].params))
+    resident = placement.base(jax.jit(student.stacked)(params), PARENT)
+    trained = jax.device_put(student.master_weights(resident), placement.master_weights(RUN.state[0].params))
     assert held["experts"] + held["resident"] == first_part(resident)
     assert held["masters"] == first_part(trained)
     assert found["update"].held["sums"] - held["masters"] < 100  # scalars

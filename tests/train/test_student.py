@@ -11,9 +11,9 @@ from puzzle_jax.model.spec import EXPERT_MATRICES
 from puzzle_jax.model.stacked import LayerRun, stack_params, unstack_params
 from puzzle_jax.train.fake_quant import round_to_mxfp4
 from puzzle_jax.train.losses.head import Head
-from puzzle_jax.train.student import FREED, Student, head_of
+from puzzle_jax.train.student import TRAINABLE, Student, head_of
 from tests.train import toy_student as toy
-from tests.train.toy_student import CHILD, close, jit, random_masters
+from tests.train.toy_student import CHILD, close, jit, random_master_weights
 
 ROUTER = {"router_weight", "router_bias"}
 EXPERTS = {"gate_up", "gate_up_bias", "down", "down_bias"}
@@ -31,21 +31,21 @@ def parent():
     return packed, toy.dense(packed)
 
 
-def owning(delta, freed=FREED, **options):
-    return Student(toy.replace_delta(delta), freed, **options)
+def owning(delta, trainable=TRAINABLE, **options):
+    return Student(toy.replace_delta(delta), trainable, **options)
 
 
 # Passes
 
 
 def test_it_computes_what_the_parent_s_blocks_and_the_cut_child_do(parent):
-    """With values of its own for all that can be freed, experts off MXFP4's grid among them."""
+    """With values of its own for all that can be trainable, experts off MXFP4's grid among them."""
     _, params = parent
-    student, batch = Student(CHILD, FREED), toy.batch()
+    student, batch = Student(CHILD, TRAINABLE), toy.batch()
     assert student.runs == (LayerRun(0, 1, 1), LayerRun(1, 1, 2))
-    resident = student.resident(params)
-    trained = random_masters(student, resident)
-    found = jit(lambda r, t, b: student.hidden(r, t, b, keep_states=True))(resident, trained, batch)
+    base = student.stacked(params)
+    trained = random_master_weights(student, base)
+    found = jit(lambda r, t, b: student.hidden(r, t, b, keep_states=True))(base, trained, batch)
     delta = student.delta(trained)
     as_view = STUDENT_STATES(with_delta(params, delta), batch)
     np.testing.assert_allclose(found.states, as_view[1:], atol=1e-4)
@@ -63,11 +63,11 @@ def test_packed_parents_give_what_dense_ones_give(parent):
     """As teacher, and under a student with a router of its own."""
     packed, params = parent
     student, batch = Student(CHILD, ("router",)), toy.batch()
-    resident = student.resident(packed)
-    teacher = jit(lambda r, b: student.teacher_hidden(r, b, keep_states=True))(resident, batch)
+    base = student.stacked(packed)
+    teacher = jit(lambda r, b: student.teacher_hidden(r, b, keep_states=True))(base, batch)
     np.testing.assert_allclose(teacher.states, toy.TEACHER_STATES(params, batch)[1:], atol=1e-4)
-    trained = random_masters(student, resident)
-    own = jit(student.hidden)(resident, trained, batch)
+    trained = random_master_weights(student, base)
+    own = jit(student.hidden)(base, trained, batch)
     expected = STUDENT_STATES(with_delta(params, student.delta(trained)), batch)
     np.testing.assert_allclose(own.x, expected[-1], atol=1e-4)
     assert own.states is None
@@ -76,19 +76,19 @@ def test_packed_parents_give_what_dense_ones_give(parent):
 # Masters
 
 
-@pytest.mark.parametrize("freed", [(), ("router",), ("experts",), ("router", "experts")])
+@pytest.mark.parametrize("trainable", [(), ("router",), ("experts",), ("router", "experts")])
 @pytest.mark.parametrize("ends", [True, False])
-def test_masters_are_there_for_what_learns_alone(parent, freed, ends):
-    student = Student(CHILD, freed, ends=ends)
+def test_masters_are_there_for_what_learns_alone(parent, trainable, ends):
+    student = Student(CHILD, trainable, ends=ends)
     learns = ATTENTION | (ENDS if ends else set())
-    learns |= (ROUTER if "router" in freed else set()) | (EXPERTS if "experts" in freed else set())
+    learns |= (ROUTER if "router" in trainable else set()) | (EXPERTS if "experts" in trainable else set())
     for weights in parent:
-        resident = jax.eval_shape(student.resident, weights)
-        masters = jax.eval_shape(student.masters, resident)
-        assert set(masters) == set(resident)
+        base = jax.eval_shape(student.stacked, weights)
+        masters = jax.eval_shape(student.master_weights, base)
+        assert set(masters) == set(base)
         assert {name for name in ENDS if masters[name] is not None} == ENDS & learns
-        for masters_of, resident_of in zip(masters["runs"], resident["runs"], strict=True):
-            (layer,), (of_parent,) = masters_of, resident_of
+        for masters_of, base_of in zip(masters["runs"], base["runs"], strict=True):
+            (layer,), (of_parent,) = masters_of, base_of
             for block in ("attention", "moe"):
                 assert set(layer[block]) == set(of_parent[block])
                 there = {name for name, master in layer[block].items() if master is not None}
@@ -98,12 +98,12 @@ def test_masters_are_there_for_what_learns_alone(parent, freed, ends):
 
 @pytest.mark.parametrize("form", ["packed", "dense"])
 def test_masters_begin_as_copies_of_the_parent_s(parent, form):
-    student = Student(CHILD, FREED)
-    resident = student.resident(parent[form == "dense"])
-    begin = jit(student.masters)(resident)
+    student = Student(CHILD, TRAINABLE)
+    base = student.stacked(parent[form == "dense"])
+    begin = jit(student.master_weights)(base)
     close(unstack_params(begin, student.runs), parent[1], 0)
-    assert begin["head"].unsafe_buffer_pointer() != resident["head"].unsafe_buffer_pointer()
-    close(jit(student.params)(resident, begin), stack_params(parent[1], student.runs), 0)  # rounding leaves its experts
+    assert begin["head"].unsafe_buffer_pointer() != base["head"].unsafe_buffer_pointer()
+    close(jit(student.params)(base, begin), stack_params(parent[1], student.runs), 0)  # rounding leaves its experts
 
 
 @pytest.mark.parametrize("form", ["packed", "dense"])
@@ -112,7 +112,7 @@ def test_masters_begin_at_what_a_child_was_trained_to(parent, form):
     delta = toy.own_delta(parent[1])
     delta["layers"][1]["moe"]["down"] = None
     student = owning(delta)
-    begin = unstack_params(jit(student.masters)(student.resident(parent[form == "dense"])), student.runs)
+    begin = unstack_params(jit(student.master_weights)(student.stacked(parent[form == "dense"])), student.runs)
     close(begin, with_delta(parent[1], delta), 0)
     np.testing.assert_array_equal(begin["layers"][1]["moe"]["down"], parent[1]["layers"][1]["moe"]["down"])
     np.testing.assert_array_equal(begin["layers"][2]["moe"]["down"], delta["layers"][2]["moe"]["down"])
@@ -122,7 +122,7 @@ def test_a_delta_may_hold_few_names(parent):
     norm = np.full(32, 2.0, np.float32)
     delta = {"layers": [None, {"attention": {"norm": norm}}, None]}
     student = owning(delta, ())
-    begin = unstack_params(jit(student.masters)(student.resident(parent[1])), student.runs)
+    begin = unstack_params(jit(student.master_weights)(student.stacked(parent[1])), student.runs)
     np.testing.assert_array_equal(begin["layers"][1]["attention"]["norm"], norm)
     np.testing.assert_array_equal(begin["layers"][2]["attention"]["norm"], parent[1]["layers"][2]["attention"]["norm"])
     assert begin["layers"][1]["moe"]["router_weight"] is None
@@ -132,14 +132,14 @@ def test_a_delta_may_hold_few_names(parent):
 
 
 def test_the_delta_is_the_parent_s_structure_with_experts_on_the_grid(parent):
-    student = Student(CHILD, FREED)
-    resident = student.resident(parent[0])
-    trained = random_masters(student, resident)
+    student = Student(CHILD, TRAINABLE)
+    base = student.stacked(parent[0])
+    trained = random_master_weights(student, base)
     delta = student.delta(trained)
     assert jax.tree.structure(delta) == jax.tree.structure(parent[1])
     assert len(delta_leaves(CHILD.parent, delta)) == len(jax.tree.leaves(parent[1]))
     masters = unstack_params(trained, student.runs)
-    used = unstack_params(jit(student.params)(resident, trained), student.runs)
+    used = unstack_params(jit(student.params)(base, trained), student.runs)
     close(delta, used, 0)
     for layer, of_masters in zip(delta["layers"], masters["layers"], strict=True):
         for name in EXPERT_MATRICES:
@@ -151,25 +151,25 @@ def test_the_delta_is_the_parent_s_structure_with_experts_on_the_grid(parent):
 
 def test_what_is_frozen_goes_out_as_none_and_keeps_its_arrays(parent):
     student = Student(CHILD, ends=False)
-    resident = student.resident(parent[0])
-    trained = student.masters(resident)
+    base = student.stacked(parent[0])
+    trained = student.master_weights(base)
     delta = student.delta(trained)
     assert delta["head"] is None and delta["layers"][2]["moe"]["gate_up"] is None
     assert delta["layers"][2]["moe"]["norm"].shape == (32,)
-    params = student.params(resident, trained)
-    assert params["head"] is resident["head"]
-    for positions, of_resident in zip(params["runs"], resident["runs"], strict=True):
+    params = student.params(base, trained)
+    assert params["head"] is base["head"]
+    for positions, of_base in zip(params["runs"], base["runs"], strict=True):
         for name in EXPERT_MATRICES:
-            assert positions[0]["moe"][name].codes is of_resident[0]["moe"][name].codes
+            assert positions[0]["moe"][name].codes is of_base[0]["moe"][name].codes
 
 
 def test_parameters_are_used_in_the_resident_s_dtype(parent):
-    student = Student(CHILD, FREED)
+    student = Student(CHILD, TRAINABLE)
 
     def in_half(weights):
         half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), weights)
-        resident = student.resident(half)
-        return student.params(resident, student.masters(resident))
+        base = student.stacked(half)
+        return student.params(base, student.master_weights(base))
 
     assert {leaf.dtype for leaf in jax.tree.leaves(jax.eval_shape(in_half, parent[1]))} == {np.dtype(jnp.bfloat16)}
 
@@ -183,13 +183,13 @@ def test_unknown_names_are_refused():
 
 
 @pytest.mark.parametrize(
-    "freed,ends,message",
+    "trainable,ends,message",
     [
         (("router",), True, r"its own for layers\.0\.moe\.gate_up, .*; name experts in train"),
         (("experts",), True, r"its own for layers\.0\.moe\.router_weight, .*; name router in train"),
-        (FREED, False, "its own for embedding, .*; train it as a whole, not its blocks"),
+        (TRAINABLE, False, "its own for embedding, .*; train it as a whole, not its blocks"),
     ],
 )
-def test_a_child_s_own_values_are_not_lost_by_freezing_them(parent, freed, ends, message):
+def test_a_child_s_own_values_are_not_lost_by_freezing_them(parent, trainable, ends, message):
     with pytest.raises(ConfigError, match=message):
-        owning(toy.own_delta(parent[1]), freed, ends=ends)
+        owning(toy.own_delta(parent[1]), trainable, ends=ends)

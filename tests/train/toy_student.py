@@ -123,14 +123,14 @@ def logits(params, x):
     return head_logits(params, PARENT, x)
 
 
-def random_masters(student, resident, seed=3):
+def random_master_weights(student, base, seed=3):
     """Masters some way off where they begin."""
     rng = np.random.default_rng(seed)
 
     def moved(master):
         return jnp.asarray(np.asarray(master) + 0.1 * rng.standard_normal(master.shape), jnp.float32)
 
-    return jax.tree.map(moved, student.masters(resident))
+    return jax.tree.map(moved, student.master_weights(base))
 
 
 def close(found, expected, tolerance=2e-5):

@@ -47,12 +47,12 @@ class Blocks:
     def __call__(self, trained: Params, fixed: Fixed, batch: Packed, key: Array | None = None) -> Loss:
         """One micro-batch [rows, length]; its terms are the mean over layers and the worst layer. `key` is not used."""
         student = self.student
-        teacher = student.teacher_hidden(fixed.resident, batch, keep_states=True)
+        teacher = student.teacher_hidden(fixed.base, batch, keep_states=True)
         assert teacher.states is not None
-        start = embed(fixed.resident, jnp.asarray(batch.tokens)).astype(teacher.states.dtype)
+        start = embed(fixed.base, jnp.asarray(batch.tokens)).astype(teacher.states.dtype)
         before = jnp.concatenate([start[None], teacher.states[:-1]])
         after = stacked_layers(
-            student.params(fixed.resident, trained),
+            student.params(fixed.base, trained),
             student.config,
             student.runs,
             jax.lax.stop_gradient(before),

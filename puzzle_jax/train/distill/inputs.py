@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,13 +24,12 @@ from puzzle_jax.convert_hf.export import PROVENANCE
 from puzzle_jax.convert_hf.token_ids import check_tokenizer
 from puzzle_jax.errors import PuzzleError, PuzzleWarning
 from puzzle_jax.evaluate.models import Model
-from puzzle_jax.files import read_object
 from puzzle_jax.model.spec import Params
-from puzzle_jax.processes.distributed import from_primary
-from puzzle_jax.runs import RUN_FILE
+from puzzle_jax.runs import begun_on
 from puzzle_jax.tasks import Chat
 from puzzle_jax.train.distill.recipe import DistillRecipe
 from puzzle_jax.train.distill.teacher_cache import CACHE_FILE, TeacherCache, open_cache
+from puzzle_jax.train.run import RunInputs
 from puzzle_jax.train.student import Student
 from puzzle_jax.train.traces.batches import TraceBatches
 from puzzle_jax.train.traces.examples import Counts, TraceExample, read_examples
@@ -38,7 +37,7 @@ from puzzle_jax.train.traces.settings import TraceSettings
 
 
 @dataclass(frozen=True)
-class Inputs:
+class DistillInputs(RunInputs):
     """What a recipe names, read and checked; all but the parent's weights.
 
     Attributes:
@@ -62,7 +61,7 @@ class Inputs:
     teacher: str
 
     @staticmethod
-    def open(recipe: DistillRecipe, *, blocks: bool, today: datetime.datetime | None = None) -> Inputs:
+    def open(recipe: DistillRecipe, today: datetime.datetime | None = None, *, blocks: bool) -> DistillInputs:
         """Reads and checks them.
 
         Args:
@@ -80,7 +79,7 @@ class Inputs:
         found = read_examples(settings, opened.child.parent.vocab_size, chat)
         training, heldout = apart(found.examples, recipe.data.heldout, settings)
         teacher = Model("parent", described, chat).fingerprint
-        inputs = Inputs(recipe, blocks, opened, chat, training, heldout, found.counts, teacher)
+        inputs = DistillInputs(recipe, blocks, opened, chat, training, heldout, found.counts, teacher)
         inputs.student.check_own(opened.differing)
         inputs.cache()
         for warning in inputs.lost_evidence():
@@ -113,6 +112,18 @@ class Inputs:
                 "data.row_length"
             )
         return found
+
+    @cached_property
+    def base(self) -> Path:
+        return self.recipe.parent
+
+    @cached_property
+    def earlier(self) -> Mapping[str, Any]:
+        return self.opened.provenance
+
+    @cached_property
+    def updates(self) -> int:
+        return self.recipe.loop.steps
 
     @property
     def config(self) -> ModelConfig:
@@ -222,21 +233,3 @@ def apart(
             f"{len(examples)} usable answers to {len(held)} prompts"
         )
     return training, tuple(e for e, name in zip(examples, places, strict=True) if name in held)
-
-
-def shared_day(out: Path) -> datetime.datetime:
-    """`begun_on`, now for a new run, as the primary process finds it: hosts may be in different time zones."""
-    found = from_primary("day", lambda: (begun_on(out) or datetime.datetime.now()).isoformat())
-    return datetime.datetime.fromisoformat(found)
-
-
-def begun_on(out: Path) -> datetime.datetime | None:
-    """The day on which the run in `out` was begun, which is what its chat template sees; None where there is none."""
-    marker = out / RUN_FILE
-    if not marker.is_file():
-        return None
-    identity = read_object(marker).get("identity")
-    try:
-        return datetime.datetime.fromisoformat(identity["today"])  # type: ignore[index]
-    except (KeyError, TypeError, ValueError):
-        return None  # another kind of run, which will be refused as such

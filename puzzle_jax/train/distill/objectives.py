@@ -83,7 +83,7 @@ class LossSettings:
 class Fixed(NamedTuple):
     """What a step reads and does not change."""
 
-    resident: Params
+    base: Params
 
 
 class Loss(NamedTuple):
@@ -119,14 +119,14 @@ class Distillation:
         states = any(name in HIDDEN for name in shares)
         teacher = None
         if states or any(name in FROM_TEACHER for name in shares):
-            teacher = student.teacher_hidden(fixed.resident, batch, keep_states=states)
-        own = student.hidden(fixed.resident, trained, batch, keep_states=states)
+            teacher = student.teacher_hidden(fixed.base, batch, keep_states=states)
+        own = student.hidden(fixed.base, trained, batch, keep_states=states)
         of_head = partial(
             head_losses,
-            student=head_of(student.params(fixed.resident, trained)),
+            student=head_of(student.params(fixed.base, trained)),
             x=_flat(own.x),
             eps=student.config.rms_norm_eps,
-            teacher=head_of(fixed.resident),
+            teacher=head_of(fixed.base),
             y=None if teacher is None else _flat(teacher.x),
             targets=jnp.asarray(batch.targets).reshape(-1),
             top_k=_top_k(batch.extras) if "top_k_kl" in shares else None,

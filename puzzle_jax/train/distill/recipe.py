@@ -12,15 +12,15 @@ from puzzle_jax.settings.mesh import MeshSettings
 from puzzle_jax.train.distill.objectives import LossSettings
 from puzzle_jax.train.loop import LoopSettings
 from puzzle_jax.train.optimizer import OptimizerSettings
-from puzzle_jax.train.student import FREED
+from puzzle_jax.train.student import TRAINABLE
 from puzzle_jax.train.traces.settings import TraceSettings
 
 
 def check_run(train: Sequence[str], seed: int) -> None:
     """Raises ConfigError for what no run can free, or begin from."""
     for name in train:
-        if name not in FREED:
-            raise ConfigError(f"train has {name!r}, but must be of {', '.join(FREED)}")
+        if name not in TRAINABLE:
+            raise ConfigError(f"train has {name!r}, but must be of {', '.join(TRAINABLE)}")
     check_range("seed", seed, 0, MOST_SEED)
 
 
@@ -78,7 +78,7 @@ class DistillRecipe:
       child: checkpoint directory that was cut from it, as the search writes; also one that was distilled before.
       traces: file of the parent's answers, or directory of such files, or a list of both.
       out: directory of the run: its checkpoints, metrics.jsonl, and the trained child in child/.
-      train: of "router" and "experts", what is freed besides attention, norms, embedding and head.
+      train: of "router" and "experts", what is trained besides attention, norms, embedding and head.
       teacher_cache: directory of the teacher's top-k logits; made when it is not there. None asks the teacher itself.
       top_k: tokens per position that the cache keeps.
       remat: recomputes layers in the backward pass in place of keeping their insides.

@@ -119,7 +119,7 @@ def make_cache(
     directory: Path,
     examples: Sequence[Example],
     student: Student,
-    resident: Params,
+    base: Params,
     placement: Placement,
     console: Console,
     *,
@@ -135,7 +135,7 @@ def make_cache(
     Args:
       directory: not there yet, or empty.
       student: whose teacher is asked.
-      resident: its weights, in their place.
+      base: its weights, in their place.
       k: tokens per position, at most the vocabulary.
       temperature: of the loss that will read the cache.
       rows, length: of the batches that the teacher is asked with.
@@ -162,7 +162,7 @@ def make_cache(
         ask = jax.jit(partial(top_k, student, k=k, temperature=temperature))
         with progress(console, "asking the teacher", len(examples)) as advance, on_mesh(placement.mesh):
             for batch in numbered:
-                found = ask(resident, placement.rows(batch._replace(extras={})))
+                found = ask(base, placement.rows(batch._replace(extras={})))
                 live = batch.weights > 0
                 example, position = batch.extras["example"][live], batch.positions[live]
                 place = starts[example] + position - (prompts[example] - 1)
@@ -179,15 +179,13 @@ def make_cache(
     return open_cache(directory, examples, identity)
 
 
-def top_k(
-    student: Student, resident: Params, batch: Packed, *, k: int, temperature: float
-) -> tuple[Array, Array, Array]:
+def top_k(student: Student, base: Params, batch: Packed, *, k: int, temperature: float) -> tuple[Array, Array, Array]:
     """What the files hold of every position [rows, length]: ids, logits and log total."""
-    x = student.teacher_hidden(resident, batch).x
+    x = student.teacher_hidden(base, batch).x
     flat = x.reshape(-1, x.shape[-1])
 
     def of_group(x: Array) -> tuple[Array, Array, Array]:
-        logits = head_logits(resident, student.child.parent, x)
+        logits = head_logits(base, student.child.parent, x)
         largest, ids = jax.lax.top_k(logits, k)
         top = largest[:, :1]
         return ids, (largest - top).astype(jnp.float16), jax.nn.logsumexp((logits - top) / temperature, axis=-1)

@@ -24,33 +24,34 @@ from puzzle_jax.evaluate.models import Model
 from puzzle_jax.files import read_bytes, read_object
 from puzzle_jax.model.cache_format import FLOAT8, CacheFormat
 from puzzle_jax.model.child import whole
+from puzzle_jax.runs import begun_on
 from puzzle_jax.tasks import Chat, get_task
 from puzzle_jax.tasks.rewards.source import reward_file
-from puzzle_jax.train.distill.inputs import begun_on
 from puzzle_jax.train.grpo.prompts import Prompt, Prompts
 from puzzle_jax.train.grpo.recipe import GrpoRecipe
 from puzzle_jax.train.losses.policy_settings import ResolvedPolicy
+from puzzle_jax.train.run import RunInputs
 from puzzle_jax.train.student import Student
 
 EVALUATED_SPLIT = "validation"
 
 
 @dataclass(frozen=True)
-class GrpoInputs:
+class GrpoInputs(RunInputs):
     """What a recipe names, read and checked; all but the weights.
 
     Attributes:
       recipe: all settings.
       description: of the checkpoint.
       chat: of the model; its template sees the date on which the run was begun.
-      provenance: the checkpoint's record; empty where it has none.
+      earlier: the checkpoint's record; empty where it has none.
       fingerprint: of the checkpoint.
     """
 
     recipe: GrpoRecipe
     description: Description
     chat: Chat
-    provenance: Mapping[str, Any]
+    earlier: Mapping[str, Any]
     fingerprint: str
 
     @staticmethod
@@ -81,6 +82,14 @@ class GrpoInputs:
         next(inputs.prompts())
         inputs.check_questions()
         return inputs
+
+    @cached_property
+    def base(self) -> Path:
+        return self.recipe.model
+
+    @cached_property
+    def updates(self) -> int:
+        return self.recipe.loop.steps * self.recipe.update.updates
 
     @property
     def config(self) -> ModelConfig:
@@ -189,7 +198,7 @@ class GrpoInputs:
 
         Raises PuzzleError where the record is damaged.
         """
-        return recorded_origin(self.recipe.model, self.provenance, self.config)
+        return recorded_origin(self.recipe.model, self.earlier, self.config)
 
 
 def recorded_origin(directory: Path, provenance: Mapping[str, Any], config: ModelConfig) -> Origin | None:

@@ -71,8 +71,8 @@ class Policy:
         shares times means, but for names that end in `MAXIMUM`.
         """
         replay = _replay(batch)
-        hidden = self.student.hidden(fixed.resident, trained, batch, replay=replay)
-        head = head_of(self.student.params(fixed.resident, trained))
+        hidden = self.student.hidden(fixed.base, trained, batch, replay=replay)
+        head = head_of(self.student.params(fixed.base, trained))
         mask = (jnp.asarray(batch.weights) > 0).reshape(-1)
         log_probs = jnp.where(mask, self._log_probs(head, hidden, batch), 0.0)
         given = {name: jnp.asarray(values).reshape(-1) for name, values in batch.extras.items() if name != "experts"}
@@ -112,11 +112,11 @@ class Policy:
 
         of_old = of_reference = None
         if old:
-            head = head_of(self.student.params(fixed.resident, trained))
-            of_old = of(head, self.student.hidden(fixed.resident, trained, batch, replay=replay))
+            head = head_of(self.student.params(fixed.base, trained))
+            of_old = of(head, self.student.hidden(fixed.base, trained, batch, replay=replay))
         if reference:
-            first = self.student.teacher_hidden(fixed.resident, batch, replay=replay)
-            of_reference = of(head_of(fixed.resident), first)
+            first = self.student.teacher_hidden(fixed.base, batch, replay=replay)
+            of_reference = of(head_of(fixed.base), first)
         return Scores(of_old, of_reference)
 
     def _log_probs(self, head: Head, hidden: Hidden, batch: Packed) -> Float[Array, "tokens"]:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from puzzle_jax.model.sharding import on_mesh
@@ -86,13 +86,8 @@ class PolicyUpdate:
         gradients, loss = jax.grad(numerator, has_aux=True)(params)
         return Sums(jax.tree.map(lambda x: x.astype(jnp.float32), gradients), *loss)
 
-    def _zeros(self, params: Any, fixed: Fixed, batch: Packed) -> Sums:
-        """Where sums begin."""
-        shapes = self._sums_in_place(params, fixed, batch)
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), shapes)
-
     def _sums_in_place(self, params: Any, fixed: Any, batch: Any) -> Any:
-        """`Sums` without values; gradients lie as the parameters do."""
+        """`Sums` without values, in float32; gradients lie as the parameters do."""
         shapes = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), jax.eval_shape(self._sums, params, fixed, batch)
         )
@@ -104,6 +99,27 @@ class PolicyUpdate:
 
         return shapes._replace(gradients=jax.tree.map(placed, shapes.gradients, self.shardings.state.params))
 
+    @property
+    def _sums_shardings(self) -> Sums | None:
+        """Where sums lie on a mesh; None without one."""
+        if self.shardings is None or self.mesh is None:
+            return None
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        return Sums(self.shardings.state.params, everywhere, everywhere, everywhere)  # type: ignore[arg-type]
+
+    @cached_property
+    def _zeros(self) -> Any:
+        """Where sums begin. They lie where `_accumulate` leaves sums, which is compiled anew for any other place.
+
+        Without a mesh, jit's results are committed to a device where an argument is, so that arguments must be kept.
+        """
+
+        def zeros(params: Any, fixed: Fixed, batch: Packed) -> Sums:
+            shapes = jax.eval_shape(self._sums, params, fixed, batch)
+            return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes)
+
+        return jax.jit(zeros, keep_unused=True, out_shardings=self._sums_shardings)
+
     @cached_property
     def _accumulate(self) -> Any:
         def accumulate(before: Sums, params: Any, fixed: Fixed, batch: Packed) -> Sums:
@@ -112,12 +128,10 @@ class PolicyUpdate:
             for name in sums.terms:
                 if name.endswith(MAXIMUM):
                     sums.terms[name] = jnp.maximum(before.terms[name], here.terms[name])
-            if self.shardings is None:
-                return sums
-            placed = jax.lax.with_sharding_constraint(sums.gradients, self.shardings.state.params)
-            return sums._replace(gradients=placed)
+            return sums
 
-        return jax.jit(accumulate, donate_argnums=0, compiler_options=compiler_options())
+        options = compiler_options()
+        return jax.jit(accumulate, donate_argnums=0, compiler_options=options, out_shardings=self._sums_shardings)
 
     @cached_property
     def _apply(self) -> Any:

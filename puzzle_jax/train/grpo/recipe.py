@@ -156,7 +156,7 @@ class GrpoRecipe:
     Attributes:
       model: checkpoint directory of the policy to begin with, as `distill` writes one.
       out: directory of the run: its checkpoints, metrics.jsonl, report.html, transcripts, and the policy in child/.
-      train: of "router" and "experts", what is freed besides attention, norms, embedding and head.
+      train: of "router" and "experts", what is trained besides attention, norms, embedding and head.
       export: which policy is written at the end: after the last step, or the one that did best when it was evaluated.
       remat: recomputes layers in the backward pass in place of keeping their insides.
       packed: whether experts stay packed as checkpoints hold them; None: wherever they run on no CPU.

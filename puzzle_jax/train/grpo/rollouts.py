@@ -82,9 +82,9 @@ class Sampler:
     cache: CacheFormat | None = None
     mesh: Mesh | None = None
 
-    def params(self, resident: Params, trained: Params) -> Params:
+    def params(self, base: Params, trained: Params) -> Params:
         """The policy's parameters, a layer at a time, as generation reads them."""
-        return self._laid_apart(resident, trained)
+        return self._unstacked(base, trained)
 
     def tokens(self, prompt: Prompt) -> tuple[int, ...]:
         """A prompt as it is rendered."""
@@ -137,11 +137,11 @@ class Sampler:
         return zlib.crc32(f"{self.seed}:{draw}:{index}:{member}".encode()) & (2**31 - 1)
 
     @cached_property
-    def _laid_apart(self) -> Any:
+    def _unstacked(self) -> Any:
         student = self.student
         where = None if self.mesh is None else params_sharding(student.config, self.mesh)
 
-        def lay_apart(resident: Params, trained: Params) -> Params:
-            return unstack_params(student.params(resident, trained), student.runs)
+        def unstack(base: Params, trained: Params) -> Params:
+            return unstack_params(student.params(base, trained), student.runs)
 
-        return jax.jit(lay_apart, out_shardings=where)
+        return jax.jit(unstack, out_shardings=where)

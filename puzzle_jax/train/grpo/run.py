@@ -1,10 +1,8 @@
-"""Reinforcement learning with verifiable rewards: from a checkpoint to a policy's checkpoint.
+"""Reinforcement learning with verifiable rewards: from a checkpoint to a policy's checkpoint (`train.run`).
 
-    OUT/run.json, checkpoints/, metrics.jsonl   the run (`train.loop`)
-    OUT/transcripts/                            sample answers with their rewards, every so many steps
-    OUT/child/                                  the trained policy, in Hugging Face form, with its provenance
+    OUT/transcripts/    sample answers with their rewards, every so many steps
 
-A step asks its prompts, each several times, judges the answers, and learns from how they compare within their group.
+A step asks its prompts, each several times, rewards the answers, and learns from how they compare within their group.
 The paper trains two policies from one start so, one for accuracy at high effort and one for short answers at mixed
 efforts, and averages their weights (`train.average.weights`).
 
@@ -15,8 +13,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -24,20 +22,15 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
-from puzzle_jax.convert_hf.export import export_child
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.evaluate.accuracy import answer_questions
 from puzzle_jax.generate.batches import micro_batches as trace_batches
 from puzzle_jax.generate.calibrate import calibrate_cache
 from puzzle_jax.generate.traces import Trace
 from puzzle_jax.model.cache_format import KVScales
-from puzzle_jax.model.sharding import generation_mesh, make_training_mesh, on_mesh
+from puzzle_jax.model.sharding import generation_mesh, on_mesh
 from puzzle_jax.model.spec import Params
-from puzzle_jax.processes.distributed import agree, on_all, on_primary
-from puzzle_jax.runs import open_run
-from puzzle_jax.train.base_parameters import load_resident
 from puzzle_jax.train.checkpoints import Checkpoints, abstract_state
-from puzzle_jax.train.distill.inputs import shared_day
 from puzzle_jax.train.distill.objectives import Fixed
 from puzzle_jax.train.grpo.inputs import GrpoInputs
 from puzzle_jax.train.grpo.metrics import RunningReward, passes, rollout_metrics
@@ -59,14 +52,12 @@ from puzzle_jax.train.grpo.recipe import GrpoRecipe
 from puzzle_jax.train.grpo.rollouts import Rollout, Sampler
 from puzzle_jax.train.grpo.transcripts import StepTranscripts
 from puzzle_jax.train.loop import CHECKPOINTS, EVALUATION, Job, Trained, train
-from puzzle_jax.train.optimizer import make_optimizer
-from puzzle_jax.train.placement import Placement, on_host
+from puzzle_jax.train.placement import on_host
 from puzzle_jax.train.rows import Packed
-from puzzle_jax.train.step import Shardings, TrainState, init_state
-from puzzle_jax.train.student import Student
+from puzzle_jax.train.run import CALIBRATION_ANSWERS, CHILD, Run, agreed_inputs, open_placement, primary_console, report
+from puzzle_jax.train.step import TrainState
 
-CHILD, TRANSCRIPTS = "child", "transcripts"
-_CALIBRATION_ANSWERS = 256
+TRANSCRIPTS = "transcripts"
 
 
 class RewardCollapse(PuzzleError):
@@ -79,17 +70,8 @@ def grpo(recipe: GrpoRecipe, console: Console) -> Trained:
     Raises PuzzleError, before weights are read and anything is written, for whatever is wrong with what the recipe
     names, and where `recipe.out` holds something else. `RewardCollapse` comes after the best policy was written.
     """
-    if jax.process_index():
-        console = Console(quiet=True)  # the primary process reports for all
-    day = shared_day(recipe.out)
-    inputs = on_all("open the inputs", lambda: GrpoInputs.open(recipe, day))
-    # Directories may lie elsewhere on each host; the identity tells what is in them.
-    settings = {name: value for name, value in asdict(recipe).items() if name not in ("model", "out")}
-    agree("the recipe", settings)
-    agree("the inputs", inputs.identity)
-    mesh = None
-    if recipe.mesh.devices > 1 or recipe.mesh.processes > 1:
-        mesh = make_training_mesh(recipe.mesh.data, recipe.mesh.sequence, recipe.mesh.model)
+    console = primary_console(console)
+    inputs = agreed_inputs(recipe, partial(GrpoInputs.open, recipe))
     reward = recipe.reward
     with FirstJudges(
         function=reward.function,
@@ -97,34 +79,28 @@ def grpo(recipe: GrpoRecipe, console: Console) -> Trained:
         processes=reward.judges,
         environment=reward.environment,
     ) as judges:
-        on_primary("open the run", lambda: open_run(recipe.out, inputs.identity))
-        trainer = Trainer(inputs, Placement(mesh), judges, console)
+        trainer = Trainer(inputs, open_placement(inputs), console, judges)
         try:
             trained = train(trainer.job(), recipe.loop, recipe.out, console)
         except RewardCollapse:
             trainer.export(trainer.best())
+            report(recipe.out, console)
             raise
         if not trained.summary.preempted:
             trainer.export(trainer.best() if recipe.export == "best" else trained.state)
-        return trained
+    report(recipe.out, console)
+    return trained
 
 
 @dataclass
-class Trainer:
-    """A run.
+class Trainer(Run[GrpoInputs]):
+    """A run of reinforcement learning.
 
     Attributes:
-      inputs: what it starts from.
-      placement: of arrays.
       judges: of answers.
-      console: is told of tasks without signal, of answers that could not be judged, and of problems too long to ask.
     """
 
-    inputs: GrpoInputs
-    placement: Placement
     judges: FirstJudges
-    console: Console
-    running: RunningReward = field(init=False)
 
     def __post_init__(self) -> None:
         watch = self.recipe.watch
@@ -133,20 +109,7 @@ class Trainer:
         self.prompts = self.inputs.prompts()
         self.notes = Notes(self.inputs, self.console)
 
-    @property
-    def recipe(self) -> GrpoRecipe:
-        return self.inputs.recipe
-
-    @property
-    def student(self) -> Student:
-        return self.inputs.student
-
     # Parts of the job ----------------------------------------------------------------------------------------------
-
-    @cached_property
-    def resident(self) -> Params:
-        """The weights that training begins with, stacked and in place."""
-        return load_resident(self.recipe.model, self.student, self.placement, packed=self.recipe.packed)
 
     @cached_property
     def sampler(self) -> Sampler:
@@ -171,19 +134,16 @@ class Trainer:
 
     @cached_property
     def update(self) -> PolicyUpdate:
-        recipe = self.recipe
-        policy = Policy(self.student, self.inputs.loss, recipe.update.token_chunk, recipe.update.vocab_chunk)
-        optimizer = make_optimizer(recipe.optimizer, recipe.loop.steps * recipe.update.updates)
-        state = jax.eval_shape(self._fresh(optimizer), self.resident)
-        shardings = self.placement.masters(state)
-        return PolicyUpdate(policy, optimizer, shardings and Shardings(shardings), self.placement.mesh)
+        chunks = self.recipe.update.token_chunk, self.recipe.update.vocab_chunk
+        policy = Policy(self.student, self.inputs.loss, *chunks)
+        return PolicyUpdate(policy, self.optimizer, self.shardings, self.placement.mesh)
 
     def job(self) -> Job:
         """What the loop runs."""
         return Job(
             initial=self.initial,
             step=self.step,
-            fixed=Fixed(self.resident),
+            fixed=Fixed(self.base),
             batches=self,
             identity=self.inputs.identity,
             evaluate=lambda state: self.measure(state.params),
@@ -191,16 +151,6 @@ class Trainer:
             name="reinforcement learning",
             ahead=False,
         )
-
-    def initial(self) -> TrainState:
-        fresh = self._fresh(self.update.optimizer)
-        shardings = self.update.shardings
-        with on_mesh(self.placement.mesh):
-            return jax.jit(fresh, out_shardings=shardings and shardings.state)(self.resident)
-
-    def _fresh(self, optimizer: Any) -> Any:
-        key = jax.random.key(self.recipe.seed)
-        return lambda resident: init_state(self.student.masters(resident), optimizer, key)
 
     # The stream of prompts, whose state holds all that steps remember besides the parameters -------------------------
 
@@ -245,7 +195,7 @@ class Trainer:
     ) -> tuple[Judged, dict[str, float]]:
         """All groups of a step, judged, and what that took."""
         recipe, started = self.recipe, time.perf_counter()
-        policy = self.sampler.params(fixed.resident, params)
+        policy = self.sampler.params(fixed.base, params)
         sampling = judging = 0.0
         groups: list[list[Rollout]] = []
         for round_ in range(1 + recipe.rollout.resample):
@@ -331,7 +281,7 @@ class Trainer:
     def _greedy(self, trained: Params) -> list[Trace]:
         inputs = self.inputs
         found = answer_questions(
-            self.sampler.params(self.resident, trained),
+            self.sampler.params(self.base, trained),
             inputs.config,
             inputs.chat,
             inputs.questions,
@@ -359,31 +309,11 @@ class Trainer:
 
     def export(self, state: TrainState) -> None:
         """Writes the policy, by the primary process."""
-        recipe, inputs = self.recipe, self.inputs
-        kept = [list(range(block.num_experts)) for block in inputs.config.blocks]
-        answers = self._greedy(state.params)
-        provenance = {
-            **(inputs.provenance or {"parent": str(recipe.model)}),
-            "grpo": [*inputs.provenance.get("grpo", []), self._record(int(state.step), self._measured(answers))],
-        }
+        step, answers = int(state.step), self._greedy(state.params)
+        evaluated = self._measured(answers)
         scales = self._cache_scales(state.params, answers)
-        values = on_host(state.params)
-
-        def write() -> None:
-            export_child(
-                recipe.model,
-                recipe.out / CHILD,
-                inputs.config,
-                kept,
-                provenance=provenance,
-                dense_delta=self.student.delta(values),
-                kv_scales=scales,
-                origin=inputs.origin,
-                replace=True,
-            )
-
-        on_primary("export the policy", write)
-        self.console.print(f"policy of step {int(state.step)}: {recipe.out / CHILD}", highlight=False)
+        self.write_child(state.params, "grpo", lambda: self._record(step, evaluated), scales, origin=self.inputs.origin)
+        self.console.print(f"policy of step {step}: {self.recipe.out / CHILD}", highlight=False)
 
     def _record(self, step: int, evaluated: Mapping[str, float]) -> dict[str, Any]:
         """What provenance tells of this run."""
@@ -402,9 +332,9 @@ class Trainer:
 
     def _cache_scales(self, trained: Params, answers: Sequence[Trace]) -> KVScales:
         """Of the policy's FP8 cache, on its own answers."""
-        batches = trace_batches(answers[:: max(1, len(answers) // _CALIBRATION_ANSWERS)])
+        batches = trace_batches(answers[:: max(1, len(answers) // CALIBRATION_ANSWERS)])
         with on_mesh(self.generation_mesh):
-            return calibrate_cache(self.sampler.params(self.resident, trained), self.inputs.config, batches)
+            return calibrate_cache(self.sampler.params(self.base, trained), self.inputs.config, batches)
 
 
 def _combined(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -18,9 +18,9 @@ from puzzle_jax.train.fake_quant import fake_quantize
 from puzzle_jax.train.losses import definitions as losses
 from puzzle_jax.train.placement import Placement
 from puzzle_jax.train.rows import pack
-from puzzle_jax.train.student import FREED, Student
+from puzzle_jax.train.student import TRAINABLE, Student
 from tests.train import toy_student as toy
-from tests.train.toy_student import LENGTH, ROWS, SHORT, close, jit, random_masters
+from tests.train.toy_student import LENGTH, ROWS, SHORT, close, jit, random_master_weights
 
 K, TEMPERATURE = 6, 2.0
 SETTINGS = LossSettings(
@@ -35,7 +35,7 @@ SETTINGS = LossSettings(
     token_chunk=32,  # 3 groups of the 96 tokens
     vocab_chunk=40,  # 3 slices of the 98 words
 )
-STUDENT = Student(SHORT, FREED)
+STUDENT = Student(SHORT, TRAINABLE)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def setting():
     """The parent's weights packed and dense, masters of all of them, and rows with a teacher's top k."""
     packed = toy.packed_params(SHORT)
     params = toy.dense(packed)
-    return packed, params, random_masters(STUDENT, STUDENT.resident(params)), toy.batch(random_top_k())
+    return packed, params, random_master_weights(STUDENT, STUDENT.stacked(params)), toy.batch(random_top_k())
 
 
 def random_top_k():
@@ -56,8 +56,8 @@ def random_top_k():
 
 
 def with_gradient(objective):
-    def run(trained, resident, batch):
-        loss = objective(trained, Fixed(resident), batch)
+    def run(trained, base, batch):
+        loss = objective(trained, Fixed(base), batch)
         return loss.total, loss
 
     return jax.value_and_grad(run, has_aux=True)
@@ -69,7 +69,7 @@ DISTIL = jit(with_gradient(Distillation(STUDENT, SETTINGS)))
 @pytest.fixture(scope="module")
 def found(setting):
     _, params, trained, batch = setting
-    (_, loss), gradient = DISTIL(trained, STUDENT.resident(params), batch)
+    (_, loss), gradient = DISTIL(trained, STUDENT.stacked(params), batch)
     return loss, gradient
 
 
@@ -119,7 +119,7 @@ def test_values_and_gradients_are_those_of_whole_logits(setting, found):
     close(unstack_params(gradient, STUDENT.runs), expected, 1e-4)
 
 
-def test_freed_routers_and_kept_experts_have_gradients_and_lost_ones_none(setting, found):
+def test_trainable_routers_and_kept_experts_have_gradients_and_lost_ones_none(setting, found):
     _, gradient = found
     for layer, block in zip(unstack_params(gradient, STUDENT.runs)["layers"], SHORT.blocks, strict=True):
         kept = np.isin(np.arange(8), block.kept)
@@ -130,25 +130,25 @@ def test_freed_routers_and_kept_experts_have_gradients_and_lost_ones_none(settin
         assert not learning[~kept].any() and learning[kept].sum() >= 3
 
 
-@pytest.mark.parametrize("freed", [(), ("router",), ("experts",)])
-def test_what_is_frozen_has_no_gradient(setting, freed):
+@pytest.mark.parametrize("trainable", [(), ("router",), ("experts",)])
+def test_what_is_frozen_has_no_gradient(setting, trainable):
     packed, _, _, batch = setting
-    student = Student(SHORT, freed)
-    resident = jax.eval_shape(student.resident, packed)
-    trained = jax.eval_shape(student.masters, resident)
+    student = Student(SHORT, trainable)
+    base = jax.eval_shape(student.stacked, packed)
+    trained = jax.eval_shape(student.master_weights, base)
     objective = with_gradient(Distillation(student, LossSettings()))
-    _, gradient = jax.eval_shape(objective, trained, resident, batch)
+    _, gradient = jax.eval_shape(objective, trained, base, batch)
     for run in gradient["runs"]:
         moe = run[0]["moe"]
-        assert (moe["router_weight"] is None) == ("router" not in freed)
-        assert (moe["down"] is None) == (moe["gate_up_bias"] is None) == ("experts" not in freed)
+        assert (moe["router_weight"] is None) == ("router" not in trainable)
+        assert (moe["down"] is None) == (moe["gate_up_bias"] is None) == ("experts" not in trainable)
         assert moe["norm"] is not None
 
 
 def test_micro_batches_add_up(setting, found):
     """The first row alone, and the other three: together they are the batch."""
     _, params, trained, batch = setting
-    resident = STUDENT.resident(params)
+    base = STUDENT.stacked(params)
     nothing = pack([[]] * ROWS, LENGTH, toy.PAD)
     parts = []
     for rows in ([0], [1, 2, 3]):
@@ -156,7 +156,7 @@ def test_micro_batches_add_up(setting, found):
         part = jax.tree.map(
             lambda values, empty, here=here: np.where(here, values, empty), batch._replace(extras={}), nothing
         )
-        (_, loss), gradient = DISTIL(trained, resident, part._replace(extras=batch.extras))
+        (_, loss), gradient = DISTIL(trained, base, part._replace(extras=batch.extras))
         parts.append((loss, gradient))
     assert all(float(loss.weight) > 0 for loss, _ in parts)
     close(jax.tree.map(np.add, *parts), found, 1e-5)
@@ -165,14 +165,14 @@ def test_micro_batches_add_up(setting, found):
 def test_positions_of_weight_zero_do_not_count(setting, found):
     """Whatever the targets and top k there are; and without any weight, everything is 0."""
     _, params, trained, batch = setting
-    resident, dead = STUDENT.resident(params), batch.weights == 0
+    base, dead = STUDENT.stacked(params), batch.weights == 0
     extras = dict(batch.extras)
     for name in ("teacher_logits", "teacher_log_total"):
         extras[name] = extras[name].copy()
         extras[name][dead] = np.nan
-    (_, loss), gradient = DISTIL(trained, resident, batch._replace(targets=batch.targets * ~dead, extras=extras))
+    (_, loss), gradient = DISTIL(trained, base, batch._replace(targets=batch.targets * ~dead, extras=extras))
     jax.tree.map(np.testing.assert_array_equal, (loss, gradient), found)
-    (_, loss), gradient = DISTIL(trained, resident, batch._replace(weights=np.zeros_like(batch.weights)))
+    (_, loss), gradient = DISTIL(trained, base, batch._replace(weights=np.zeros_like(batch.weights)))
     assert all(not np.asarray(leaf).any() for leaf in jax.tree.leaves((loss, gradient)))
 
 
@@ -181,19 +181,19 @@ def test_a_mesh_computes_what_one_device_does(setting, found, sizes, form):
     packed, params, trained, batch = setting
     placement = Placement(make_training_mesh(*sizes))
     # From the host: between devices, every shape is cut by a program of its own.
-    resident, trained = jax.device_get((STUDENT.resident(packed if form == "packed" else params), trained))
-    resident = placement.resident(resident, SHORT.parent)
-    experts = resident["runs"][0][0]["moe"]["down"]
+    base, trained = jax.device_get((STUDENT.stacked(packed if form == "packed" else params), trained))
+    base = placement.base(base, SHORT.parent)
+    experts = base["runs"][0][0]["moe"]["down"]
     stored = experts.codes if form == "packed" else experts
     assert stored.sharding.shard_shape(stored.shape)[:2] == (2, 4)  # 2 layers, half of the 8 experts
-    shardings = placement.masters(trained)
+    shardings = placement.master_weights(trained)
     masters = jax.device_put(trained, shardings)
     for leaf in jax.tree.leaves(masters):
         if any(size % 8 == 0 for size in leaf.shape):
             assert leaf.addressable_shards[0].data.size * 8 == leaf.size
     run = jit(with_gradient(Distillation(STUDENT, SETTINGS)), out_shardings=(None, shardings))
     with on_mesh(placement.mesh):
-        (_, loss), gradient = run(masters, resident, placement.rows(batch))
+        (_, loss), gradient = run(masters, base, placement.rows(batch))
     assert jax.tree.map(lambda leaf: leaf.sharding, gradient) == shardings
     close((loss, gradient), found, 1e-4)
 
@@ -202,19 +202,19 @@ def test_a_student_with_values_of_its_own_compiles(setting):
     """`jax.jit` hashes what it compiles."""
     _, params, _, batch = setting
     student = Student(replace(SHORT, dense_delta={"final_norm": np.ones(32, np.float32)}))
-    resident = jax.eval_shape(student.resident, params)
+    base = jax.eval_shape(student.stacked, params)
     objective = jax.jit(Distillation(student, LossSettings(next_token=1.0)))
-    loss = objective.eval_shape(jax.eval_shape(student.masters, resident), Fixed(resident), batch)
+    loss = objective.eval_shape(jax.eval_shape(student.master_weights, base), Fixed(base), batch)
     assert loss.total.shape == () and list(loss.terms) == ["forward_kl", "next_token"]
 
 
 def test_without_terms_of_a_teacher_none_is_asked(setting):
     _, params, trained, batch = setting
-    resident = jax.eval_shape(STUDENT.resident, params)
+    base = jax.eval_shape(STUDENT.stacked, params)
 
     def program(**terms):
         settings = LossSettings(**{"forward_kl": 0.0, **terms})
-        return jax.jit(Distillation(STUDENT, settings)).lower(trained, Fixed(resident), batch).as_text(debug_info=True)
+        return jax.jit(Distillation(STUDENT, settings)).lower(trained, Fixed(base), batch).as_text(debug_info=True)
 
     assert "teacher/" not in program(top_k_kl=1.0, next_token=1.0)
     assert "teacher/" in program(hidden_mse=1.0)
@@ -272,9 +272,9 @@ def naive_blocks(own, params, batch):
 
 def test_blocks_are_compared_layer_by_layer_and_learn_alone(setting):
     packed, params, _, batch = setting
-    resident = LOCAL.resident(packed)
-    trained = random_masters(LOCAL, resident)
-    (total, loss), gradient = BLOCKS(trained, resident, batch)
+    base = LOCAL.base(packed)
+    trained = random_master_weights(LOCAL, base)
+    (total, loss), gradient = BLOCKS(trained, base, batch)
     (expected, errors), expected_gradient = naive_blocks(unstack_params(trained, LOCAL.runs), params, batch)
     close(total, expected, 1e-4)
     tokens = 9 + 11 + 24 + 13 + 6
@@ -287,7 +287,7 @@ def test_blocks_are_compared_layer_by_layer_and_learn_alone(setting):
     # Another first layer, of the same run: its own gradient alone changes.
     other = unstack_params(trained, LOCAL.runs)
     other["layers"][0] = jax.tree.map(lambda leaf: np.asarray(leaf) + 0.1, other["layers"][0])
-    _, gradient = BLOCKS(stack_params(other, LOCAL.runs), resident, batch)
+    _, gradient = BLOCKS(stack_params(other, LOCAL.runs), base, batch)
     changed = unstack_params(gradient, LOCAL.runs)["layers"]
     jax.tree.map(np.testing.assert_array_equal, changed[1], by_layer["layers"][1])
     for one, before in zip(jax.tree.leaves(changed[0]), jax.tree.leaves(by_layer["layers"][0]), strict=True):

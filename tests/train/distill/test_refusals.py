@@ -13,7 +13,7 @@ from puzzle_jax.generate.traces import write_traces
 from puzzle_jax.runs import open_run
 from puzzle_jax.settings.verbs import parse
 from puzzle_jax.train.__main__ import VERBS, main
-from puzzle_jax.train.distill.inputs import Inputs, apart
+from puzzle_jax.train.distill.inputs import DistillInputs, apart
 from puzzle_jax.train.traces.examples import examples_of
 from tests.train.distill.toy_distill import CONFIG, arguments, cut, distiller, make, random_trace, refusal, save_parent
 
@@ -28,7 +28,7 @@ def directory(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def origin(directory) -> Inputs:
+def origin(directory) -> DistillInputs:
     return distiller(directory).inputs
 
 
@@ -170,7 +170,9 @@ def test_what_the_examples_cannot_teach_is_told_with_counts(directory, tmp_path)
     def told(**changes):
         with warnings.catch_warnings(record=True) as found:
             warnings.simplefilter("always")
-            Inputs.open(parse(VERBS["distill"], arguments(directory, tmp_path / "nowhere", **changes)), blocks=False)
+            DistillInputs.open(
+                parse(VERBS["distill"], arguments(directory, tmp_path / "nowhere", **changes)), blocks=False
+            )
         return [str(warning.message) for warning in found if warning.category is PuzzleWarning]
 
     sizes = [len(t.prompt) + len(t.completion) for t in map(random_trace, range(240))]
@@ -194,7 +196,7 @@ def test_templates_see_the_day_on_which_the_run_was_begun(directory, origin, tmp
     """Or traces of text would be others tomorrow, and the run would not go on."""
     identity = {**origin.identity, "today": "2024-02-29"}
     open_run(tmp_path / "run", identity)
-    again = Inputs.open(replace(origin.recipe, out=tmp_path / "run"), blocks=False)
+    again = DistillInputs.open(replace(origin.recipe, out=tmp_path / "run"), blocks=False)
     assert again.identity["today"] == "2024-02-29" and again.chat.today.year == 2024
     open_run(tmp_path / "run", again.identity)
 

@@ -26,7 +26,7 @@ from puzzle_jax.model.stacked import unstack_params
 from puzzle_jax.settings.verbs import parse
 from puzzle_jax.train.__main__ import VERBS, main
 from puzzle_jax.train.distill import run as distilling
-from puzzle_jax.train.distill.inputs import Inputs
+from puzzle_jax.train.distill.inputs import DistillInputs
 from puzzle_jax.train.distill.objectives import Fixed
 from puzzle_jax.train.distill.run import Distiller
 from puzzle_jax.train.fake_quant import round_to_mxfp4
@@ -76,11 +76,11 @@ def origin(directory) -> Distiller:
 @pytest.fixture(scope="module")
 def start_of(origin):
     """From a child's directory to the values that its training begins with, and their metrics."""
-    masters = jax.jit(origin.student.masters)
+    masters = jax.jit(origin.student.master_weights)
 
     def start(child: Path):
         differing = open_child(origin.recipe.parent, child).differing
-        values = masters(origin.resident, load_delta(origin.recipe.parent, child, differing))
+        values = masters(origin.base, load_delta(origin.recipe.parent, child, differing))
         return values, origin.measure(values)
 
     return start
@@ -219,15 +219,17 @@ ALL = {"train": "[router,experts]", "loss__forward_kl": 0, "loss__top_k_kl": 1, 
 
 
 @pytest.fixture(scope="module")
-def freed(directory, blocks):
+def trainable(directory, blocks):
     """Routers and experts learn, too, from cached logits; on from the child of `blocks`."""
     options = {**ALL, "child": blocks / "child", "teacher_cache": directory / "cache"}
-    trained = distilling.distill(parse(VERBS["distill"], arguments(directory, directory / "freed", **options)), QUIET)
-    return directory / "freed", trained.state.params, options
+    trained = distilling.distill(
+        parse(VERBS["distill"], arguments(directory, directory / "trainable", **options)), QUIET
+    )
+    return directory / "trainable", trained.state.params, options
 
 
-def test_freed_experts_and_routers_go_out_as_they_were_trained(directory, origin, freed, blocks, start_of):
-    out, values, _ = freed
+def test_trainable_experts_and_routers_go_out_as_they_were_trained(directory, origin, trainable, blocks, start_of):
+    out, values, _ = trainable
     layers = unstack_params(values, origin.student.runs)["layers"]
     child = load_checkpoint(out / "child", dtype=jnp.float32, experts="dense")
     parent = load_checkpoint(directory / "parent", dtype=jnp.float32, experts="dense")
@@ -248,7 +250,7 @@ def test_freed_experts_and_routers_go_out_as_they_were_trained(directory, origin
     assert metrics(out)[-1]["evaluation/kl"] < start_of(blocks / "child")[1]["kl"]
     # What was trained must go on being trained: frozen, it would be the parent's again.
     with pytest.raises(PuzzleError, match=r"values of its own for layers\.0\.moe\.\S+, .*name \S+ in train"):
-        Inputs.open(replace(origin.recipe, child=out / "child"), blocks=False)
+        DistillInputs.open(replace(origin.recipe, child=out / "child"), blocks=False)
     again = distiller(directory, child=out / "child", train="[experts,router]").inputs.delta()
     assert again is not None
     begin, kept, exported = again["layers"][1]["moe"], list(KEPT[1]), child.params["layers"][1]["moe"]
@@ -256,22 +258,22 @@ def test_freed_experts_and_routers_go_out_as_they_were_trained(directory, origin
     np.testing.assert_array_equal(begin["router_weight"][:, kept], exported["router_weight"])
 
 
-def test_a_cache_serves_the_next_run_without_asking_the_teacher(directory, origin, freed, monkeypatch):
+def test_a_cache_serves_the_next_run_without_asking_the_teacher(directory, origin, trainable, monkeypatch):
     def asked(*arguments, **options):
         raise AssertionError("the teacher was asked")
 
-    again = distiller(directory, **freed[2])
-    again.__dict__["resident"] = origin.resident  # which is the same, and there already
+    again = distiller(directory, **trainable[2])
+    again.__dict__["base"] = origin.base  # which is the same, and there already
     monkeypatch.setattr(distilling, "make_cache", asked)
     monkeypatch.setattr(Student, "teacher_hidden", asked)
-    job = again.job(QUIET)
+    job = again.job()
     batch = next(job.batches)
     assert batch.extras["teacher_ids"].shape == (1, 2, LENGTH, 20)
     counted = batch.weights > 0
     assert (batch.extras["teacher_log_total"][counted] > 0).all()
     first = jax.tree.map(lambda leaf: leaf[0], batch)
-    masters = jax.eval_shape(again.student.masters, origin.resident)
-    loss = jax.eval_shape(again.objective(), masters, Fixed(origin.resident), first)
+    masters = jax.eval_shape(again.student.master_weights, origin.base)
+    loss = jax.eval_shape(again.objective(), masters, Fixed(origin.base), first)
     assert set(loss.terms) == {"top_k_kl"}
 
 
@@ -284,8 +286,8 @@ def test_a_cache_serves_the_next_run_without_asking_the_teacher(directory, origi
         ({"parent": "other", "child": "other-child"}, "parent is"),
     ],
 )
-def test_a_cache_of_something_else_is_refused(directory, freed, tmp_path, capsys, changes, field):
-    options = {**freed[2], **changes}
+def test_a_cache_of_something_else_is_refused(directory, trainable, tmp_path, capsys, changes, field):
+    options = {**trainable[2], **changes}
     if "parent" in changes:
         save_parent(tmp_path / "other", seed=1)
         cut(tmp_path / "other", tmp_path / "other-child")
@@ -301,12 +303,12 @@ def test_a_padded_child_stays_padded(directory, origin, tmp_path, monkeypatch):
         directory / "parent", tmp_path / "child", CONFIG.with_blocks(windows), KEPT, provenance={}, pad_experts=True
     )
     padded = distiller(directory, "padded", child=tmp_path / "child")
-    padded.__dict__["resident"] = origin.resident
+    padded.__dict__["base"] = origin.base
     monkeypatch.setattr(Distiller, "_cache_scales", lambda self, trained: None)
-    values = jax.tree.map(lambda leaf: leaf + 0.125, padded.student.masters(origin.resident))
+    values = jax.tree.map(lambda leaf: leaf + 0.125, padded.student.master_weights(origin.base))
     evaluation = {"evaluation/kl": 0.5, "evaluation/next_token": 2.0}
     summary = Summary(6, 0, False, 1.0, evaluation, None, None)
-    padded.export(Trained(TrainState(jnp.int32(6), values, (), jax.random.key(0), jnp.int32(0)), summary), QUIET)
+    padded.export(Trained(TrainState(jnp.int32(6), values, (), jax.random.key(0), jnp.int32(0)), summary))
     written = describe_checkpoint(directory / "padded" / "child")
     assert [block.num_experts for block in written.config.blocks] == [5, 5]
     assert open_child(directory / "parent", written.directory).child.kept == KEPT

@@ -18,7 +18,7 @@ from puzzle_jax.train.rows import Example
 from puzzle_jax.train.student import Student
 from puzzle_jax.train.traces.batches import evaluation_batches
 from tests.train import toy_student as toy
-from tests.train.toy_student import CHILD, LENGTH, PAD, close, jit, random_masters
+from tests.train.toy_student import CHILD, LENGTH, PAD, close, jit, random_master_weights
 
 VOCAB, TEMPERATURE = 98, 2.0
 IDENTITY = {"parent": {"model.safetensors": 1234}, "k": VOCAB, "temperature": TEMPERATURE}
@@ -26,13 +26,13 @@ STUDENT = Student(CHILD)
 COUNTED = 5 + 8 + 14 + 1 + 0  # tokens of the examples' answers
 
 
-def make(directory, examples=None, resident=None, **changes):
+def make(directory, examples=None, base=None, **changes):
     settings = {"k": VOCAB, "temperature": TEMPERATURE, "rows": 2, "length": LENGTH, "pad_id": PAD}
     return make_cache(
         directory,
         toy.examples() if examples is None else examples,
         STUDENT,
-        resident or {},
+        base or {},
         Placement(),
         Console(file=io.StringIO()),
         **{**settings, "identity": IDENTITY, **changes},
@@ -42,13 +42,13 @@ def make(directory, examples=None, resident=None, **changes):
 @pytest.fixture(scope="module")
 def parent():
     params = toy.dense(toy.packed_params())
-    return params, STUDENT.resident(params)
+    return params, STUDENT.stacked(params)
 
 
 @pytest.fixture(scope="module")
 def made(parent, tmp_path_factory):
     directory = tmp_path_factory.mktemp("teacher") / "cache"
-    return directory, make(directory, resident=parent[1])
+    return directory, make(directory, base=parent[1])
 
 
 @pytest.fixture
@@ -79,10 +79,10 @@ def test_it_holds_what_the_teacher_says(parent, made):
 
 
 def test_with_the_whole_vocabulary_it_is_the_forward_kl(parent, made):
-    _, resident = parent
+    _, base = parent
     (batch,) = evaluation_batches(toy.examples(), rows=4, length=LENGTH, pad_id=PAD, extras=made[1].extras)
     settings = LossSettings(forward_kl=1.0, top_k_kl=1.0, temperature=TEMPERATURE)
-    loss = jit(Distillation(STUDENT, settings))(random_masters(STUDENT, resident), Fixed(resident), batch)
+    loss = jit(Distillation(STUDENT, settings))(random_master_weights(STUDENT, base), Fixed(base), batch)
     assert float(loss.terms["forward_kl"]) > 1.0
     close(loss.terms["top_k_kl"], loss.terms["forward_kl"], 2e-3)  # logits were rounded to 11 bits
 
@@ -149,7 +149,7 @@ def test_damaged_files_are_refused(copy, name):
         open_cache(copy, toy.examples(), IDENTITY)
 
 
-def nothing_known(student, resident, batch, *, k, temperature):
+def nothing_known(student, base, batch, *, k, temperature):
     """In place of a teacher."""
     shape = batch.tokens.shape
     return jax.numpy.zeros((*shape, k), int), jax.numpy.zeros((*shape, k)), jax.numpy.ones(shape)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from puzzle_jax.config import BlockConfig
 from puzzle_jax.convert_hf.describe import describe_checkpoint
@@ -12,9 +13,9 @@ from puzzle_jax.convert_hf.export import export_child, save_checkpoint
 from puzzle_jax.generate.traces import Trace, write_traces
 from puzzle_jax.settings.verbs import parse
 from puzzle_jax.tasks.chat.embedded import chat_files
-from puzzle_jax.train import base_parameters as resident
+from puzzle_jax.train import base_parameters
 from puzzle_jax.train.__main__ import VERBS, main
-from puzzle_jax.train.distill.inputs import Inputs
+from puzzle_jax.train.distill.inputs import DistillInputs
 from puzzle_jax.train.distill.run import Distiller
 from puzzle_jax.train.placement import Placement
 from tests.support import chat_config, random_params
@@ -78,7 +79,7 @@ def arguments(directory: Path, out: Path, **changes) -> list[str]:
 
 def distiller(directory: Path, run: str = "nowhere", **changes) -> Distiller:
     recipe = parse(VERBS["distill"], arguments(directory, directory / run, **changes))
-    return Distiller(Inputs.open(recipe, blocks=False), Placement())
+    return Distiller(DistillInputs.open(recipe, blocks=False), Placement(), Console(quiet=True))
 
 
 def metrics(out: Path) -> list[dict]:
@@ -99,7 +100,7 @@ def refusal(capsys, directory: Path, out: Path, verb: str = "distill", **changes
     """The sentence with which a command is refused, after which nothing new stands at `out`."""
     before = sorted(out.rglob("*")) if out.exists() else None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resident, "load_checkpoint", None)  # weights are not read
+        patch.setattr(base_parameters, "load_checkpoint", None)  # weights are not read
         assert main([verb, *arguments(directory, out, **changes)]) == 2
     assert (sorted(out.rglob("*")) if out.exists() else None) == before
     said = capsys.readouterr().err

@@ -24,7 +24,7 @@ from puzzle_jax.train.rows import Example, pack
 from puzzle_jax.train.step import Shardings, init_state
 from puzzle_jax.train.student import Student
 from tests.support import random_params, small_config
-from tests.train.toy_student import close, jit, random_masters
+from tests.train.toy_student import close, jit, random_master_weights
 
 CONFIG = small_config((BlockConfig(7, 5), BlockConfig(5, None), BlockConfig(5, None)))
 STUDENT = Student(whole(CONFIG))
@@ -37,7 +37,7 @@ CHUNKS = {"token_chunk": 16, "vocab_chunk": 40}
 @pytest.fixture(scope="module")
 def model():
     params = random_params(CONFIG)
-    return params, jax.jit(STUDENT.resident)(params)
+    return params, jax.jit(STUDENT.stacked)(params)
 
 
 def example(number, **extras):
@@ -87,13 +87,13 @@ def policy(name="dapo", **settings):
 @pytest.mark.parametrize("name", ["grpo", "dapo", "dr_grpo", "gspo", "cispo"])
 def test_on_policy_the_gradient_is_the_plain_policy_gradient(model, name):
     """And every ratio is exactly 1."""
-    _, resident = model
-    masters, rows = random_masters(STUDENT, resident), batch()
+    _, base = model
+    masters, rows = random_master_weights(STUDENT, base), batch()
     objective = policy(name, kl=0.0)
 
     def plain(trained):
         """-sum of coefficient * advantage * log pi, by whole logits of the packed rows."""
-        params = unstack_params(STUDENT.params(resident, trained), STUDENT.runs)
+        params = unstack_params(STUDENT.params(base, trained), STUDENT.runs)
         x, _ = hidden_states(
             params,
             CONFIG,
@@ -107,7 +107,7 @@ def test_on_policy_the_gradient_is_the_plain_policy_gradient(model, name):
         factors = rows.extras["coefficients"] * rows.extras["advantages"]
         return -jnp.sum(jnp.where(rows.weights > 0, factors * chosen, 0))
 
-    run = jit(jax.value_and_grad(lambda trained: objective(trained, Fixed(resident), rows)[::2], has_aux=True))
+    run = jit(jax.value_and_grad(lambda trained: objective(trained, Fixed(base), rows)[::2], has_aux=True))
     (_, terms), gradient = run(masters)
     assert float(terms["ratio_max"]) == 1.0
     assert float(terms["ratio_abs_log"]) == 0.0
@@ -117,26 +117,26 @@ def test_on_policy_the_gradient_is_the_plain_policy_gradient(model, name):
 
 
 def test_scores_are_log_probabilities_of_the_policy_and_of_the_first_one(model):
-    params, resident = model
-    masters, rows = random_masters(STUDENT, resident), batch()
-    scored = jit(lambda m: policy().score(m, Fixed(resident), rows, old=True, reference=True))(masters)
-    moved = unstack_params(STUDENT.params(resident, masters), STUDENT.runs)
+    params, base = model
+    masters, rows = random_master_weights(STUDENT, base), batch()
+    scored = jit(lambda m: policy().score(m, Fixed(base), rows, old=True, reference=True))(masters)
+    moved = unstack_params(STUDENT.params(base, masters), STUDENT.runs)
     np.testing.assert_allclose(scored.old, plain_log_probs(moved, rows), atol=2e-5)
     np.testing.assert_allclose(scored.reference, plain_log_probs(params, rows), atol=2e-5)
     assert np.abs(scored.old - scored.reference).max() > 0.1
-    none = policy().score(masters, Fixed(resident), rows, old=False, reference=False)
+    none = policy().score(masters, Fixed(base), rows, old=False, reference=False)
     assert none.old is None and none.reference is None
 
 
 def test_off_policy_ratio_kl_and_entropy(model):
     """Their means over the batch's tokens, by hand from whole logits."""
-    params, resident = model
-    masters, rows = random_masters(STUDENT, resident, seed=5), batch()
+    params, base = model
+    masters, rows = random_master_weights(STUDENT, base, seed=5), batch()
     objective = policy("grpo", kl=0.3, entropy=0.2)
-    start = STUDENT.masters(resident)
-    scored = objective.score(start, Fixed(resident), rows, old=True, reference=True)
-    loss = jit(lambda m: objective(m, Fixed(resident), with_scores(rows, scored)))(masters)
-    moved = unstack_params(STUDENT.params(resident, masters), STUDENT.runs)
+    start = STUDENT.master_weights(base)
+    scored = objective.score(start, Fixed(base), rows, old=True, reference=True)
+    loss = jit(lambda m: objective(m, Fixed(base), with_scores(rows, scored)))(masters)
+    moved = unstack_params(STUDENT.params(base, masters), STUDENT.runs)
     counts = rows.weights > 0
     own, old = plain_log_probs(moved, rows)[counts], plain_log_probs(params, rows)[counts]
     ratio, difference = np.exp(own - old), old - own
@@ -163,14 +163,14 @@ def entropies(params, rows, row):
 
 
 def test_replay_decides_the_experts_and_tells_how_many_would_differ(model):
-    params, resident = model
-    masters, rng = STUDENT.masters(resident), np.random.default_rng(3)
+    params, base = model
+    masters, rng = STUDENT.master_weights(base), np.random.default_rng(3)
 
     def drawn(size):
         return rng.permuted(np.tile(np.arange(5, dtype=np.uint8), (size, 3, 1)), axis=-1)[..., :K]
 
     rows = batch(experts=drawn)
-    found = jit(lambda m: policy().score(m, Fixed(resident), rows, old=True, reference=False))(masters)
+    found = jit(lambda m: policy().score(m, Fixed(base), rows, old=True, reference=False))(masters)
     whole_rows = np.moveaxis(rows.extras["experts"].astype(np.int32).reshape(-1, 3, K), 1, 0)
     padding = np.broadcast_to((rows.segment_ids == 0).reshape(1, -1, 1), whole_rows.shape)
     chosen = np.where(padding, np.arange(K, dtype=np.int32), whole_rows)
@@ -186,21 +186,21 @@ def test_replay_decides_the_experts_and_tells_how_many_would_differ(model):
     logs = jax.nn.log_softmax(x @ params["head"])
     expected = jnp.take_along_axis(logs, jnp.asarray(rows.targets)[..., None], -1)[..., 0]
     np.testing.assert_allclose(found.old, np.where(rows.weights > 0, expected, 0), atol=2e-5)
-    without = policy().score(masters, Fixed(resident), batch(), old=True, reference=False)
+    without = policy().score(masters, Fixed(base), batch(), old=True, reference=False)
     assert np.abs(found.old - without.old).max() > 0.05
 
     routers = [aux.router_logits.reshape(rows.tokens.size, -1) for aux in auxes]
     own = np.stack([np.sort(np.argsort(-logits)[:, :K]) for logits in routers])
     differ = np.any(own != np.sort(chosen, -1), -1).mean(0)[(rows.weights > 0).reshape(-1)].mean()
-    loss = policy()(masters, Fixed(resident), rows)
+    loss = policy()(masters, Fixed(base), rows)
     np.testing.assert_allclose(loss.terms["experts_differ"], differ, rtol=1e-5)
     assert 0.3 < differ < 1
-    assert "experts_differ" not in policy()(masters, Fixed(resident), batch()).terms
+    assert "experts_differ" not in policy()(masters, Fixed(base), batch()).terms
 
 
 def test_the_samplers_log_probabilities_and_experts_are_the_trainers(model):
     """On the same weights, within float32 rounding; so none would differ without replay."""
-    params, resident = model
+    params, base = model
     rng = np.random.default_rng(4)
     requests = [Request(tuple(rng.integers(0, PAD, n).tolist()), limit, n) for n, limit in ((9, 13), (5, 8), (14, 11))]
     found = generate(params, CONFIG, requests, stop_ids=[], temperature=1.0, slots=2, log_probs=True, experts=True)
@@ -213,22 +213,23 @@ def test_the_samplers_log_probabilities_and_experts_are_the_trainers(model):
         extras = dict.fromkeys(("coefficients", "shares", "advantages"), share) | {"sampler": sampler}
         extras["experts"] = replayed(generated.experts, len(tokens))
         rows.append([Example(tokens, start, extras)])
-    loss = policy()(STUDENT.masters(resident), Fixed(resident), pack(rows, LENGTH, PAD))
+    loss = policy()(STUDENT.master_weights(base), Fixed(base), pack(rows, LENGTH, PAD))
     assert float(loss.terms["experts_differ"]) == 0.0
     assert float(loss.terms["sampler_gap_max"]) < 1e-4
     assert float(loss.terms["sampler_gap"]) < 1e-5
 
 
 def test_micro_batches_and_rows_of_other_answers_add_up(model):
-    """An update from five micro-batches of one row is that from one of five; so are its metrics."""
-    _, resident = model
+    """An update from five micro-batches of one row is that from one of five; so are its metrics. Every program is
+    compiled once, for all micro-batches and updates."""
+    base = jax.device_put(model[1], jax.devices()[0])  # loaded weights are committed to a device
     rows = batch()
     single = [jax.tree.map(lambda x, i=i: x[i : i + 1], rows) for i in range(5)]
     results = []
     for batches in ([rows], single):
         update = PolicyUpdate(policy(), optax.sgd(0.5))
-        state = init_state(random_masters(STUDENT, resident), update.optimizer, jax.random.key(0))
-        results.append(update(state, Fixed(resident), batches))
+        state = init_state(random_master_weights(STUDENT, base), update.optimizer, jax.random.key(0))
+        results.append(update(jax.device_put(state, jax.devices()[0]), Fixed(base), batches))
     (one, of_one), (many, of_many) = results
     close(many.params, one.params, 1e-5)
     assert of_one.keys() == of_many.keys()
@@ -236,27 +237,36 @@ def test_micro_batches_and_rows_of_other_answers_add_up(model):
         np.testing.assert_allclose(of_many[name], of_one[name], rtol=1e-4, atol=1e-7, err_msg=name)
     assert int(many.step) == 1
     assert float(of_one["ratio_max"]) == 1.0
+    update(many, Fixed(base), single)
+    compiled_once(update)
+
+
+def compiled_once(update):
+    programs = (update._zeros, update._accumulate, update._apply)
+    assert [program._cache_size() for program in programs] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 3), (2, 2, 1)])
 def test_on_a_mesh_the_update_is_that_of_one_device(model, shape):
-    _, resident = model
+    _, base = model
     rows = pack([[example(0), example(1)], [example(2)], [example(3)], [example(4)]], LENGTH, PAD)
     update = PolicyUpdate(policy(), optax.sgd(0.5))
-    state = init_state(random_masters(STUDENT, resident), update.optimizer, jax.random.key(0))
-    expected, metrics = update(state, Fixed(resident), [rows])
+    state = init_state(random_master_weights(STUDENT, base), update.optimizer, jax.random.key(0))
+    expected, metrics = update(state, Fixed(base), [rows])
 
     mesh = make_training_mesh(*shape)
     placement = Placement(mesh)
-    placed = placement.resident(resident, CONFIG)
-    state = init_state(random_masters(STUDENT, resident), update.optimizer, jax.random.key(0))
-    shardings = placement.masters(state)
+    placed = placement.base(base, CONFIG)
+    state = init_state(random_master_weights(STUDENT, base), update.optimizer, jax.random.key(0))
+    shardings = placement.master_weights(state)
     on_devices = PolicyUpdate(policy(), optax.sgd(0.5), Shardings(shardings), mesh)
     state = jax.device_put(state, shardings)
     found, on_mesh_metrics = on_devices(state, Fixed(placed), [placement.rows(rows)])
     close(found.params, expected.params, 2e-5)
     for name in metrics:
         np.testing.assert_allclose(on_mesh_metrics[name], metrics[name], rtol=2e-4, atol=1e-6, err_msg=name)
+    on_devices(found, Fixed(placed), [placement.rows(rows)] * 2)
+    compiled_once(on_devices)
 
 
 def test_answers_have_numbers_of_their_own():
@@ -281,8 +291,8 @@ def test_the_last_token_goes_where_the_one_before_went():
 
 
 def test_frozen_parameters_have_no_gradients(model):
-    _, resident = model
-    freed = replace(STUDENT, freed=("router",))
-    assert all(moe["router_weight"] is None for run in STUDENT.masters(resident)["runs"] for moe in [run[0]["moe"]])
-    assert all(run[0]["moe"]["router_weight"] is not None for run in freed.masters(resident)["runs"])
-    assert all(run[0]["moe"]["down"] is None for run in freed.masters(resident)["runs"])
+    _, base = model
+    trainable = replace(STUDENT, trainable=("router",))
+    assert all(moe["router_weight"] is None for run in STUDENT.master_weights(base)["runs"] for moe in [run[0]["moe"]])
+    assert all(run[0]["moe"]["router_weight"] is not None for run in trainable.master_weights(base)["runs"])
+    assert all(run[0]["moe"]["down"] is None for run in trainable.master_weights(base)["runs"])

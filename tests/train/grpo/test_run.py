@@ -30,6 +30,7 @@ from puzzle_jax.train.grpo.primary_rewards import FirstJudges
 from puzzle_jax.train.grpo.run import Trainer, grpo
 from puzzle_jax.train.grpo.transcript_files import Transcript
 from puzzle_jax.train.placement import Placement
+from puzzle_jax.train.run import report
 from puzzle_jax.train.step import TrainState
 from tests.train.grpo.toy_grpo import BLOCKS, KEPT, RIGHT, arguments, make, metrics, record, stored, write_prompts
 from tests.train.in_processes import QUICK, in_processes
@@ -171,7 +172,7 @@ def test_models_without_a_record_or_a_parent_in_it(directory, tmp_path, monkeypa
         for name, model in (("parent", directory / "parent"), ("orphan", tmp_path / "orphan")):
             recipe = parse(VERBS["grpo"], arguments(directory, tmp_path / f"of-{name}", model=model))
             trainer = Trainer(GrpoInputs.open(recipe), Placement(), judges, Console(quiet=True))
-            values = jax.jit(trainer.student.masters)(trainer.resident)
+            values = jax.jit(trainer.student.master_weights)(trainer.base)
             trainer.export(TrainState(jnp.int32(3), values, (), jax.random.key(0), jnp.int32(0)))
             found.append(record(tmp_path / f"of-{name}"))
     of_parent, of_orphan = found
@@ -242,14 +243,10 @@ def test_a_run_that_is_stopped_and_killed_ends_with_the_same_bits(directory, fin
     same(out, finished)
 
 
-def test_a_signal_before_the_first_line_of_metrics_is_no_error(directory, tmp_path, monkeypatch):
-    def stopped(recipe, console):
-        recipe.out.mkdir()
-        (recipe.out / "metrics.jsonl").touch()
-
-    monkeypatch.setattr("puzzle_jax.train.grpo.run.grpo", stopped)
-    assert main(["grpo", *arguments(directory, tmp_path / "run")]) == 0
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
+def test_a_signal_before_the_first_line_of_metrics_is_no_error(tmp_path):
+    (tmp_path / "metrics.jsonl").touch()
+    report(tmp_path, Console(quiet=True))
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 # Rewards of the user's own
