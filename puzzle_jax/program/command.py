@@ -97,7 +97,7 @@ def run(settings: LibrarySettings) -> None:
     limits = [Limit(key, at_most=value) for key, value in settings.at_most.items()]
     limits += [Limit(key, at_least=value) for key, value in settings.at_least.items()]
     sweep = None if settings.sweep is None else _sweep(settings.sweep)
-    options = {"time_limit": settings.time_limit, "gap": settings.gap}
+    options: dict[str, Any] = {"time_limit": settings.time_limit, "gap": settings.gap}
     try:
         program = Program(read_library(settings.library), settings.minimize, tuple(limits))
         if settings.min_distance > len(program.library):
