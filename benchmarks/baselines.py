@@ -22,12 +22,13 @@ from rich.table import Table
 
 from puzzle_jax.commands import enable_compilation_cache
 from puzzle_jax.costs.scenario import Target
+from puzzle_jax.search.__main__ import SEARCH
 from puzzle_jax.search.artifacts import final_candidates
 from puzzle_jax.search.context import Search
 from puzzle_jax.search.pipeline import run_stages
 from puzzle_jax.search.recipe import RefineSettings
-from puzzle_jax.search.recipe_file import parse_recipe
 from puzzle_jax.search.solve.baselines import all_baselines
+from puzzle_jax.settings import verbs
 
 TARGETS = [(0.8, 1.2), (0.65, 1.3), (0.5, 1.2), (0.5, 1.4), (0.4, 1.3)]
 """Most expert bytes, least speed-up; relative to the parent."""
@@ -53,7 +54,7 @@ def main() -> None:
 
 def measure(seed: int, target: tuple[float, float], options: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Held-out KL of child and baselines, and which of them miss the target."""
-    _, recipe = parse_recipe(["--run", str(options.out / f"seed-{seed}")], "baselines")
+    recipe = verbs.parse(SEARCH, ["--run", str(options.out / f"seed-{seed}")])
     recipe = replace(
         recipe,
         traces=replace(recipe.traces, seed=seed, calibration=options.calibration, validation=options.validation),

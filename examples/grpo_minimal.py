@@ -13,7 +13,7 @@ scores them, and makes those that beat the rest of their group likelier, the oth
 A sample serves one update, so that ratios are 1 up to rounding, and only their gradients matter. Routers and experts
 are frozen, and the update sends each token through the experts that the sampler chose (replay, arXiv 2510.11370).
 
-Left out, and found in the full trainer, `python -m puzzle_jax.train grpo`: checkpoints and resuming, meshes, bfloat16,
+Left out, and found in the full trainer, `puzzle train grpo`: checkpoints and resuming, meshes, bfloat16,
 packed rows and micro-batches, mixtures of tasks and efforts, judges, filters of prompts, rewards for length, other
 losses, several updates per sample, a pull towards the first policy, and metrics on disk.
 

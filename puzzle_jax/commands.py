@@ -1,4 +1,4 @@
-"""What every command does at its edge: options, warnings, errors, the cache of compiled programs.
+"""What every command does at its edge: warnings, errors, the cache of compiled programs.
 
 Whatever a user can mend ends as one sentence on stderr and exit code 2: a `PuzzleError`, a disk that is full or
 read-only, memory that does not suffice. All else is a bug and keeps its traceback. `guarded` is the one place for this,
@@ -7,7 +7,6 @@ so that a kind of error is dealt with once for all verbs.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import difflib
 import errno
@@ -16,9 +15,9 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, TextIO
 
 from puzzle_jax.errors import ConfigError, PuzzleError, PuzzleWarning, shown
 from puzzle_jax.files import system_error
@@ -39,74 +38,7 @@ _WRAPPED = re.compile(
     r"(No space left on device|Disk quota exceeded|Read-only file system|Permission denied|File name too long|"
     r"Too many open files|Input/output error)"
 )
-_LARGEST = 2**63 - 1  # that an option takes at all; most take less
 _DEVICE_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|[Oo]ut of memory")
-
-
-class Parser(argparse.ArgumentParser):
-    """Options of a verb: no abbreviations, and one sentence for what is wrong, with what was perhaps meant."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **{"allow_abbrev": False, **options})
-
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """As argparse does; raises `ConfigError` for an option that does not exist."""
-        arguments = list(sys.argv[1:] if args is None else args)
-        known = self.options(arguments)
-        for text in arguments[: arguments.index("--") if "--" in arguments else None]:
-            name = text.partition("=")[0]
-            if name.startswith("--") and name not in known:
-                refuse_option(name, known)
-        found, others = self.parse_known_args(arguments, namespace)
-        if others:
-            refuse_option(others[0], known)
-        return found
-
-    def options(self, arguments: Sequence[str]) -> list[str]:
-        """Names of all options, and of those of the verb that the arguments choose."""
-        names = list(self._option_string_actions)
-        for action in self._actions:
-            if isinstance(action, argparse._SubParsersAction):
-                for verb, parser in action.choices.items():
-                    names += parser.options(arguments) if verb in arguments[:1] and isinstance(parser, Parser) else []
-        return names
-
-    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
-        """As argparse does, with its messages for numbers in words."""
-        try:
-            value = super()._get_value(action, arg_string)
-        except argparse.ArgumentError:
-            kind = {int: "a whole number", float: "a number"}.get(action.type)  # type: ignore[call-overload]
-            if kind is None:
-                raise
-            raise ConfigError(f"{_name(action)} is {shown(arg_string)}, but must be {kind}") from None
-        if isinstance(value, int) and abs(value) > _LARGEST:
-            raise ConfigError(f"{_name(action)} is {shown(value)}, but must be at most {_LARGEST}")
-        return checked_path(value, _name(action)) if isinstance(value, Path) else value
-
-    def error(self, message: str) -> NoReturn:
-        """Raises `ConfigError` in place of printing the usage."""
-        choice = re.fullmatch(r"argument (.+): invalid choice: '(.*)' \(choose from (.*)\)", message, re.DOTALL)
-        if choice is not None:
-            names = [name.strip().strip("'") for name in choice[3].split(",")]
-            hint = did_you_mean(choice[2], names)
-            raise ConfigError(f"{choice[1]} is {shown(choice[2])}, but must be one of {', '.join(names)}{hint}")
-        value = re.fullmatch(r"argument (.+): expected (?:one|at least one) argument", message)
-        if value is not None:
-            raise ConfigError(f"{value[1]} needs a value")
-        raise ConfigError(" ".join(message.split()))
-
-
-def _name(action: argparse.Action) -> str:
-    """How messages call an option or a positional argument."""
-    return action.option_strings[-1] if action.option_strings else str(action.metavar or action.dest)
-
-
-def refuse_option(name: str, known: Iterable[str]) -> NoReturn:
-    """Raises `ConfigError` for an option that does not exist, with the closest that do."""
-    if not name.startswith("-"):
-        raise ConfigError(f"{shown(name)} is one argument too many")
-    raise ConfigError(f"there is no option {name}{did_you_mean(name, known) or '; --help lists those there are'}")
 
 
 def did_you_mean(text: str, known: Iterable[str]) -> str:

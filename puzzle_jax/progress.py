@@ -13,9 +13,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 @runtime_checkable
 class Advance(Protocol):
-    """Says that so much more is done, and how much there is in all if that was not known."""
+    """Says that so much more is done, how much there is in all if that was not known, and what to show beside it."""
 
-    def __call__(self, amount: int, total: int | None = None, /) -> None: ...
+    def __call__(self, amount: int, total: int | None = None, /, *, note: str = "") -> None: ...
 
 
 @contextmanager
@@ -25,13 +25,11 @@ def progress(console: Console, what: str, total: int | None) -> Iterator[Advance
         yield _Lines(console, what, total)
         return
     columns = (TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(what, total=total)
+    with Progress(*columns, TextColumn("{task.fields[note]}"), console=console, transient=True) as bar:
+        task = bar.add_task(what, total=total, note="")
 
-        def advance(amount: int, total: int | None = None) -> None:
-            if total is not None:
-                bar.update(task, total=total)
-            bar.advance(task, amount)
+        def advance(amount: int, total: int | None = None, /, *, note: str = "") -> None:
+            bar.update(task, advance=amount, total=total, note=note)
 
         yield advance
 
@@ -47,12 +45,14 @@ class _Lines:
         self.done, self.first = 0, 0
         self.start = self.last = time.monotonic()
 
-    def __call__(self, amount: int, total: int | None = None, /) -> None:
+    def __call__(self, amount: int, total: int | None = None, /, *, note: str = "") -> None:
         self.done, self.total = self.done + amount, total or self.total
         now = time.monotonic()
         if not self.first:
             self.first, self.start = self.done, now
         elif self.total and self.done > self.first and now - self.last >= self.SECONDS:
             left = (now - self.start) * (self.total - self.done) / (self.done - self.first)
-            self.console.print(f"  {self.what}: {self.done} of {self.total}, {left:.0f} s left", highlight=False)
+            beside = f", {note}" if note else ""
+            line = f"  {self.what}: {self.done} of {self.total}, {left:.0f} s left{beside}"
+            self.console.print(line, highlight=False)
             self.last = now

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import importlib
 import io
 import re
 import shlex
@@ -10,19 +11,23 @@ import tomllib
 import pytest
 
 from puzzle_jax.cli import VERBS, main
-from puzzle_jax.evaluate.caches import main as caches
-from puzzle_jax.search.recipe import Recipe
+from puzzle_jax.search.__main__ import SOLVE
+from puzzle_jax.settings.arguments import OTHER_OPTIONS
 from puzzle_jax.settings.fields import setting_hints
-from puzzle_jax.settings.files import OTHER_OPTIONS, RECIPES
-from puzzle_jax.train.distill.recipe import DistillRecipe
-from puzzle_jax.train.grpo.recipe import GrpoRecipe
+from puzzle_jax.settings.files import RECIPES
+from puzzle_jax.settings.verbs import loaded
 from tests.support import ROOT
 
 SOURCES = sorted((ROOT / "puzzle_jax").rglob("*.py"))
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-FIELDS = {f"--{name}" for kind in (Recipe, DistillRecipe, GrpoRecipe) for name in setting_hints(kind)}
-ELSEWHERE = {"--exclude", "--local-dir", "--kv-cache-dtype", "--tune"}  # of hf, vllm, and benchmarks/kernels.py
-READ = {"--recipe", "--parent", "--help"}  # before other options are looked at
+TABLES = [importlib.import_module(f"puzzle_jax.{name}.__main__").VERBS for name in VERBS]
+FIELDS = {
+    f"--{name}"
+    for verb in (SOLVE, *(verb for table in TABLES for verb in table.values()))
+    for name in setting_hints(loaded(verb.settings))
+}
+ELSEWHERE = {"--exclude", "--local-dir", "--kv-cache-dtype", "--tune", "--version"}  # of hf, vllm, benchmarks, puzzle
+READ = {"--recipe", "--help", "--help-all", "--print_config"}  # before other options are looked at
 
 
 def strings(path):
@@ -36,20 +41,13 @@ def strings(path):
             yield node.value
 
 
-def declared():
-    """Options that some parser has, from the calls that declare them."""
-    for path in SOURCES:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
-                text = node.args[0].value
-                name = getattr(node.func, "attr", getattr(node.func, "id", ""))
-                if name in ("add_argument", "add") and isinstance(text, str) and text.startswith("--"):
-                    yield text
-            elif isinstance(node, ast.For) and "add_argument" in ast.unparse(node):
-                yield from re.findall(r"'(--[a-z][a-z-]+)'", ast.unparse(node.iter))
+def spelled(option):
+    """An option as its field is named: "-" and "_" are alike, and a flag may be turned off."""
+    name = "--" + option.removeprefix("--").replace("-", "_")
+    return name if name in FIELDS else name.replace("--no_", "--")
 
 
-OPTIONS = {*declared(), *FIELDS, *OTHER_OPTIONS, *ELSEWHERE}
+OPTIONS = {spelled(option) for option in (*FIELDS, *OTHER_OPTIONS, *ELSEWHERE)}
 
 
 def test_options_in_messages_exist():
@@ -57,7 +55,7 @@ def test_options_in_messages_exist():
     for path in SOURCES:
         for text in strings(path):
             for option in re.findall(r"(?<![\w-])--[a-z][a-z_.-]*[a-z]", text):
-                assert option in OPTIONS, f"{path}: {option} in {text!r}"
+                assert spelled(option) in OPTIONS, f"{path}: {option} in {text!r}"
 
 
 def test_settings_in_messages_exist():
@@ -105,7 +103,7 @@ def commands():
     return list(found.values())
 
 
-SUBS = (["distill-blocks"], ["plan-grpo"])
+SUBS = (["distill-blocks"],)
 COMMANDS = commands()
 
 
@@ -115,16 +113,9 @@ def test_docs_have_commands():
 
 @pytest.mark.parametrize(("page", "verbs", "options"), COMMANDS, ids=lambda value: " ".join(value)[:60])
 def test_commands_in_docs_have_only_options_that_exist(page, verbs, options):
-    _, dot, module = verbs[0].partition(".")
-    assert not dot or module == "caches", verbs
-    # Options are looked for in order, so that the one at the end is named where all others exist; these two are read.
-    named = [f"{option}=1" if option in FIELDS else option for option in options if option not in READ]
-    required = ["--parent", str(RECIPES)] if verbs == ["search", "plan"] else []
-    required += ["--library=x"] if "--library" in options else []
+    # Options are looked for in order, so that the one at the end is named where all others exist.
+    named = [f"{option}=1" for option in options if option not in READ]
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
-        if module:
-            assert caches([*named, "--zzzz"]) == 2
-        else:
-            assert main([*verbs, *required, *named, "--zzzz=1"]) == 2
+        assert main([*verbs, *named, "--zzzz=1"]) == 2
     assert "there is no option --zzzz" in said.getvalue(), (page, verbs, options, said.getvalue())

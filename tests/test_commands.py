@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -12,10 +13,9 @@ from typing import Literal
 import pytest
 
 from puzzle_jax.cli import main
-from puzzle_jax.commands import BROKEN_PIPE, Parser, did_you_mean, guarded, mendable
+from puzzle_jax.commands import BROKEN_PIPE, did_you_mean, guarded, mendable
 from puzzle_jax.errors import ConfigError, PuzzleError, PuzzleWarning
-from puzzle_jax.settings.fields import checked_arguments, checked_fields
-from puzzle_jax.settings.files import parse_settings
+from puzzle_jax.settings.verbs import Verb, parse, run_table, run_verb
 
 
 def raising(error):
@@ -87,6 +87,12 @@ def test_a_warning_is_one_line_each_once_and_recorded_where_somebody_records():
 
 @dataclass(frozen=True)
 class Section:
+    """A section.
+
+    Attributes:
+      tasks: Tasks to ask.
+    """
+
     tasks: tuple[str, ...] = ()
     widths: tuple[int, ...] | None = None
     min_speedup: float = 1.0
@@ -100,10 +106,23 @@ class Settings:
     files: tuple[Path, ...] | Path = ()
     out: Path | None = None
     paths: tuple[Path, ...] = ()
+    weights: Mapping[str, float] = field(default_factory=dict)
+    named: Mapping[str, Path] = field(default_factory=dict)
+    lengths: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    loud: bool = False
+
+
+VERB = Verb("x", "What it does.", f"{__name__}:Settings", f"{__name__}:run", ("target.tasks", "out"), "--out DIR")
+ran: list[Settings] = []
+
+
+def run(settings):
+    ran.append(settings)
+    return 3
 
 
 def parsed(*arguments):
-    return parse_settings(arguments, Settings, prog="x", description="", names=[])[1]
+    return parse(VERB, arguments)
 
 
 def test_one_value_is_enough_where_a_list_is_asked_for(tmp_path):
@@ -121,6 +140,73 @@ def test_one_value_is_enough_where_a_list_is_asked_for(tmp_path):
     recipe.write_text("target: {tasks: chain, widths: 8}\npaths: a\n")
     found = parsed("--recipe", str(recipe))
     assert (found.target.tasks, found.target.widths, found.paths) == (("chain",), (8,), (Path("a"),))
+
+
+def test_the_short_forms_and_yaml_say_the_same(tmp_path):
+    section = Section(("chain", "reasoning-gym:sum"), (8,), 2.0, {"low": 3}, "lens")
+    short = "min_speedup=2,limits={low: 3},method=lens"
+    for arguments in (
+        ["--target", short, "--target.tasks", "chain,reasoning-gym:sum", "--target.widths", "8"],
+        ["--target.tasks", "chain", "reasoning-gym:sum", "--target.widths=8", "--target", short],
+        ["--target", "{tasks: [chain, 'reasoning-gym:sum'], widths: 8, min_speedup: 2, limits: low=3, method: lens}"],
+        [
+            *("--target.min-speedup", "2", "--target", "tasks=chain", "--target.tasks=chain,reasoning-gym:sum"),
+            *("--target.limits", "low=3", "--target.widths", "[8]", "--target.method", "lens"),
+        ],
+    ):
+        assert parsed(*arguments).target == section, arguments
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("target: {tasks: 'chain,reasoning-gym:sum', widths: 8}\nweights: [b, 'c:d/e.f']\n")
+    found = parsed("--recipe", str(recipe), "--target", short)
+    assert found.target == section and found.weights == {"b": 1.0, "c:d/e.f": 1.0}
+
+
+def test_mappings_hold_names_with_colons_and_values_with_equals_signs():
+    assert parsed("--named", "a=x=y/z,b=c,d").named == {"a": Path("x=y/z"), "b": Path("c,d")}
+    assert parsed("--named", "a=x", "b=y").named == {"a": Path("x"), "b": Path("y")}
+    assert parsed("--weights", "x:y/z.jsonl=2,b=1").weights == {"x:y/z.jsonl": 2.0, "b": 1.0}
+    assert parsed("--weights", "x:y/z.jsonl,b").weights == {"x:y/z.jsonl": 1.0, "b": 1.0}
+    assert parsed("--lengths", "a=3:4,b=5:6").lengths == {"a": (3, 4), "b": (5, 6)}
+    with pytest.raises(ConfigError, match="--weights has 'b' twice, but must name each once"):
+        parsed("--weights", "b,b")
+
+
+def test_flags_need_no_value():
+    assert [parsed(*given).loud for given in ([], ["--loud"], ["--no-loud"], ["--loud", "false"], ["--loud=true"])] == [
+        False, True, False, False, True,
+    ]  # fmt: skip
+
+
+def test_a_mapping_replaces_a_recipe_and_its_keys_add_to_it(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("target: {limits: {low: 1, high: 2}}\n")
+    given = ["--recipe", str(recipe)]
+    assert parsed(*given, "--target.limits", "low=3").target.limits == {"low": 3}
+    assert parsed(*given, "--target.limits.low", "3").target.limits == {"low": 3, "high": 2}
+    assert parsed("--target.limits=low=3", "--target.limits=high=4").target.limits == {"low": 3, "high": 4}
+
+
+def test_help_shows_what_matters_and_help_all_the_rest(capsys):
+    assert run_verb(VERB, ["--help"]) == run_verb(VERB, ["-h"]) == 0
+    few = capsys.readouterr().out
+    assert run_verb(VERB, ["--help-all"]) == 0
+    everything = capsys.readouterr().out
+    assert "--target.tasks A,B,..." in few and "Tasks to ask" in few and "puzzle x --out DIR" in few
+    assert "--target.method" not in few and "--target.method exact|lens" in everything
+    assert "(default: exact)" in everything and "--weights K=V,..." in everything
+
+
+def test_a_printed_configuration_is_a_recipe(tmp_path, capsys):
+    given = ["--target", "tasks=chain,min_speedup=2", "--out", "here", "--weights", "a=2", "--loud"]
+    assert run_verb(VERB, [*given, "--print_config"]) == 0
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(capsys.readouterr().out)
+    assert parsed("--recipe", str(recipe)) == parsed(*given)
+
+
+def test_a_verb_runs_with_its_settings_and_ends_with_what_it_returns():
+    assert run_verb(VERB, ["--loud"]) == 3
+    assert ran.pop() == Settings(loud=True) and not ran
 
 
 def test_the_command_line_overrides_a_recipe_wherever_it_stands(tmp_path):
@@ -151,31 +237,34 @@ def test_options_that_do_not_exist_say_what_was_perhaps_meant(arguments, message
 
 
 def test_keys_of_a_mapping_are_options_too():
-    assert checked_arguments(["--target.limits.low", "3"], Settings, []) == ["--target.limits.low", "3"]
+    assert parsed("--target.limits.low", "3").target.limits == {"low": 3}
+    assert parsed("--target.limits.a/b-c.d", "3").target.limits == {"a/b-c.d": 3}
+    assert parsed("--target.limits", "low=3,high=4", "--target.limits.low=5").target.limits == {"low": 5, "high": 4}
 
 
-def test_fields_that_do_not_exist_are_refused_by_file_with_what_there_is():
+def test_fields_that_do_not_exist_are_refused_by_file_with_what_there_is(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("target: {task: a}\n")
     with pytest.raises(ConfigError, match=r"r.yaml has the field target.task, which .* did you mean target.tasks\?"):
-        checked_fields({"target": {"task": "a"}}, Settings, "r.yaml")
+        parsed("--recipe", str(recipe))
+    recipe.write_text("zebra: 1\n")
     with pytest.raises(ConfigError, match=r"has the field zebra, .*; a recipe has target, files, out, paths"):
-        checked_fields({"zebra": 1}, Settings, "r.yaml")
+        parsed("--recipe", str(recipe))
 
 
-def test_a_parser_of_options_neither_abbreviates_nor_dumps_its_usage():
-    parser = Parser(prog="x")
-    parser.add_argument("--models", required=True)
-    verb = parser.add_subparsers(dest="verb", required=True).add_parser("inspect")
-    verb.add_argument("--json", action="store_true")
+def test_options_are_neither_abbreviated_nor_gathered_silently(capsys):
     for arguments, message in (
-        (["--model", "a", "inspect"], r"there is no option --model; did you mean --models\?"),
-        (["inspect", "--jsn"], r"there is no option --jsn; did you mean --json\?"),
-        (["--models", "a", "inspct"], r"verb is 'inspct', but must be one of inspect; did you mean inspect\?"),
-        (["--models", "a", "inspect", "more"], r"'more' is one argument too many"),
-        (["inspect"], r"the following arguments are required: --models"),
+        (["--ou", "a"], r"there is no option --ou; did you mean --out\?"),
+        (["a"], r"'a' is one argument too many"),
+        (["-x"], r"there is no option -x"),
     ):
         with pytest.raises(ConfigError, match=message):
-            parser.parse_args(arguments)
-    assert parser.parse_args(["--models", "a", "inspect"]).verb == "inspect"
+            parsed(*arguments)
+    table = {"inspect": VERB, "export": VERB}
+    assert run_table("convert", table, ["inspct"]) == run_table("convert", table, ["--inspect"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "puzzle convert: verb is 'inspct', but must be one of inspect, export; did you mean inspect?"
+    assert said[1].startswith("puzzle convert: there is no option --inspect, but must be one of inspect, export")
 
 
 def test_the_closest_name_is_the_one_that_is_offered():
@@ -200,35 +289,27 @@ def test_a_terminal_that_has_not_all_characters_shows_escapes():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--rows", "x"], r"^--rows is 'x', but must be a whole number$"),
-        (["--share", "much"], r"^--share is 'much', but must be a number$"),
-        (["--rows", "1" + "0" * 30], r"^--rows is 1000000000000000000000000000000, but must be at most \d+$"),
-        (["--rows"], r"^--rows needs a value$"),
-        (["--path", "a\0b"], r"^--path is 'a\\x00b', but a path holds no NUL$"),
-        (["--kind", "fst"], r"^--kind is 'fst', but must be one of fast, slow; did you mean fast\?$"),
-    ],
-)
-def test_values_of_options_are_refused_in_words(arguments, message):
-    parser = Parser(prog="x")
-    parser.add_argument("--rows", type=int)
-    parser.add_argument("--share", type=float)
-    parser.add_argument("--path", type=Path)
-    parser.add_argument("--kind", choices=("fast", "slow"))
-    with pytest.raises(ConfigError, match=message):
-        parser.parse_args(arguments)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--target.min_speedup", "fast"], "target.min_speedup is fast, but must be a number"),
+        (["--target.min_speedup", "fast"], "target.min_speedup is 'fast', but must be a number"),
         (["--target.widths", "wide"], "target.widths is .*, but must be a list of whole numbers or null"),
         (["--target.tasks", "{a: b}"], "target.tasks is .*, but must be a list of texts"),
-        (["--target", "7"], "target is '7', but must be a mapping of tasks, widths, min_speedup, limits, method"),
-        (["--target.limits", "{low: few}"], "target.limits holds few, but must be a mapping of names to whole numbers"),
-        (["--target.method", "exat"], r"target.method is exat, but must be one of exact, lens; did you mean exact\?"),
+        (["--target", "7"], "--target is '7', but must be a mapping of tasks, widths, min_speedup, limits, method"),
+        (
+            ["--target.limits", "{low: few}"],
+            r"target.limits is {'low': 'few'}, but must be a mapping of names to whole numbers",
+        ),
+        (["--target.method", "exat"], r"target.method is 'exat', but must be one of exact, lens; did you mean exact\?"),
         (["--out", "a\0b"], r"--out is 'a\\x00b', but no setting holds a NUL"),
         (["--target.limits", "{class_path: os.path}"], "--target.limits names a class of Python"),
+        (
+            ["--target.limits", "low=x"],
+            "target.limits is {'low': 'x'}, but must be a mapping of names to whole numbers",
+        ),
+        (["--target.limits", "low"], "--target.limits has 'low', but must be .*, of the form NAME=VALUE,NAME=VALUE"),
+        (["--target.limits", "low=1,low=2"], "--target.limits names 'low' twice"),
+        (["--target", "min_speed=3"], r"--target has the field target.min_speed, .*; did you mean target.min_speedup"),
+        (["--target.widths", "1" + "0" * 31], r"--target.widths is '10+', but no setting is as large as that"),
+        (["--target.min_speedup"], "--target.min_speedup needs a value"),
+        (["--target.min_speedup", "null"], "--target.min_speedup is None, but must have a value"),
     ],
 )
 def test_values_of_settings_are_refused_in_words(arguments, message):

@@ -10,10 +10,10 @@ import pytest
 from puzzle_jax.commands import mendable
 from puzzle_jax.errors import ConfigError, check_range
 from puzzle_jax.evaluate.settings import Scenario as Lengths
-from puzzle_jax.evaluate.settings import Settings, SpeedSettings
+from puzzle_jax.evaluate.settings import Settings
 from puzzle_jax.search.recipe import Recipe
 from puzzle_jax.settings.fields import hint_options, setting_hints
-from puzzle_jax.settings.files import parse_settings
+from puzzle_jax.settings.verbs import Verb, parse
 from puzzle_jax.train.distill.recipe import DistillRecipe
 from puzzle_jax.train.grpo.recipe import GrpoRecipe
 
@@ -56,7 +56,8 @@ CASES = [
 
 @pytest.fixture(scope="module", params=GIVEN, ids=lambda kind: kind.__name__)
 def recipe(request):
-    return parse_settings(GIVEN[request.param], request.param, prog="x", description="", names=[])[1]
+    kind = request.param
+    return parse(Verb("x", "", f"{kind.__module__}:{kind.__name__}", "", (), ""), GIVEN[kind])
 
 
 def test_numbers_beyond_all_use_are_refused_by_name(recipe):
@@ -72,16 +73,13 @@ def test_numbers_beyond_all_use_are_refused_by_name(recipe):
         assert field in said and "\n" not in said and len(said) < 300, said
 
 
-@pytest.mark.parametrize("name", ["slots", "bootstrap"])
+@pytest.mark.parametrize("name", ["slots", "bootstrap", "max_batch", "rounds", "cache_memory"])
 def test_sizes_of_an_evaluation(name, tmp_path):
     with pytest.raises(ConfigError, match=f"{name} is 1000000000000000000, but must be"):
         Settings({"a": tmp_path}, tmp_path, **{name: 10**18})
 
 
 def test_sizes_of_a_measurement_of_speed():
-    for name in ("max_batch", "rounds", "cache_memory"):
-        with pytest.raises(ConfigError, match=f"{name} is 1000000000000000000, but must be"):
-            SpeedSettings(**{name: 10**18})
     with pytest.raises(ConfigError, match="1000000000000000000"):
         Lengths("chat", 10**18, 4)
 

@@ -75,7 +75,7 @@ def model_card(
         for key, title in (("measured", "Measured"), ("predicted", "Predicted by the search, not measured"))
         if record.get(key)
     ]
-    parts += scored or ["Nothing was recorded. `python -m puzzle_jax.evaluate` compares it with its parent."]
+    parts += scored or ["Nothing was recorded. `puzzle evaluate` compares it with its parent."]
     parts += ["## How to serve it", _PADDED if padded else _PLAIN if plain else _PUZZLE]
     if kv_scales:
         parts.append(_SCALES)

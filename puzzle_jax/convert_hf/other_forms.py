@@ -79,7 +79,7 @@ def _of_directory(path: Path, weights: bool) -> str:
             "peft), save that, and give the directory of the merged model"
         )
     if CONFIG not in names and ORBAX_HF in names and os.path.isdir(path / ORBAX_HF):
-        command = f"python -m puzzle_jax.convert_hf export --checkpoint {path} --out DIR"
+        command = f"puzzle convert_hf export --checkpoint {path} --out DIR"
         return f"is an Orbax checkpoint; run `{command}` and give DIR"
     if CONFIG not in names and (names & _ORBAX_TREE or names == {ORBAX_PARAMS}):
         return "is an Orbax tree without a config.json; give the directory that `puzzle_jax.convert_hf import` made"

@@ -1,20 +1,18 @@
-"""`python -m puzzle_jax.search estimate --model A --baseline B --scenario NAME|FILE ... [--json]`.
+"""`puzzle search estimate --model A --baseline B --scenario NAME|FILE,... [--json]`.
 
 A and B are checkpoint directories or config.json files; weights need not be there, and JAX is not imported.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from puzzle_jax.commands import Parser, guarded
 from puzzle_jax.consoles import plain_console
 from puzzle_jax.convert_hf.configuration.config_json import parse_config, parse_form
 from puzzle_jax.convert_hf.describe import config_path
@@ -23,33 +21,45 @@ from puzzle_jax.costs.assumptions import DEFAULT, read_assumptions
 from puzzle_jax.costs.deployments import get_scenario, scenario_names
 from puzzle_jax.costs.estimate import Architecture, Comparison, Estimate, compare
 from puzzle_jax.costs.roofline import PARTS, Roofline
-from puzzle_jax.errors import PuzzleError, shown
+from puzzle_jax.errors import ConfigError, PuzzleError, shown
 from puzzle_jax.files import parse_json, read_text
 from puzzle_jax.numeric import Number, is_number
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Parses the command line and prints the estimates; returns the exit code."""
-    parser = Parser(
-        prog="python -m puzzle_jax.search estimate", description="How fast a model would serve, beside another."
-    )
-    parser.add_argument("--model", type=Path, help="a checkpoint directory or a config.json")
-    parser.add_argument("--baseline", type=Path, help="likewise: what it is compared with, its parent perhaps")
-    parser.add_argument("--scenario", nargs="+", default=[], metavar="NAME|FILE", help="such as h100x8-64k, or a YAML")
-    parser.add_argument("--assumptions", type=Path, default=DEFAULT, help="a YAML file in place of the package's own")
-    parser.add_argument("--routing", type=Path, help="a JSON list: relative loads of a layer's experts, largest first")
-    parser.add_argument("--json", action="store_true", help="for programs")
-    parser.add_argument("--list", action="store_true", help="names of usual scenarios")
-    return guarded(parser.prog, lambda: _run(parser.parse_args(arguments)))
+@dataclass(frozen=True)
+class EstimateSettings:
+    """One comparison by arithmetic.
+
+    Attributes:
+      model: a checkpoint directory or a config.json.
+      baseline: likewise: what it is compared with, its parent perhaps.
+      scenario: names such as h100x8-64k, or YAML files.
+      assumptions: a YAML file in place of the package's own.
+      routing: a JSON list of the relative loads of a layer's experts, largest first.
+      json: prints for programs.
+      list: prints the names of usual scenarios, and nothing else.
+    """
+
+    model: Path | None = None
+    baseline: Path | None = None
+    scenario: tuple[str, ...] = ()
+    assumptions: Path = DEFAULT
+    routing: Path | None = None
+    json: bool = False
+    list: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("model", "baseline", "scenario"):
+            if not (getattr(self, name) or self.list):
+                raise ConfigError(f"{name} must be given")
 
 
-def _run(settings: argparse.Namespace) -> None:
+def run(settings: EstimateSettings) -> None:
+    """Prints the estimates, or the names of scenarios."""
     if settings.list:
         print("\n".join(scenario_names()))
         return
-    for name in ("model", "baseline", "scenario"):
-        if not getattr(settings, name):
-            raise PuzzleError(f"--{name} is missing")
+    assert settings.model is not None and settings.baseline is not None
     roofline = Roofline(assumptions=read_assumptions(settings.assumptions), profile=_read_profile(settings.routing))
     model, baseline = read_architecture(settings.model), read_architecture(settings.baseline)
     found = [compare(model, baseline, get_scenario(text), roofline) for text in settings.scenario]

@@ -1,6 +1,6 @@
 """What an FP8 key-value cache costs a model: bfloat16, calibrated and uncalibrated e4m3 caches side by side.
 
-    python -m puzzle_jax.evaluate.caches --model DIR --out DIR
+    puzzle evaluate caches --model DIR --out DIR
 
 Scales are calibrated on the model's own answers to one set of problems. On another set all three caches are compared:
 KL of next-token distributions from the bfloat16 cache's, over the answers that this one gave, and accuracy on the
@@ -11,9 +11,7 @@ Writes caches.json; scales go into a checkpoint when it is exported (`convert_hf
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -25,12 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from puzzle_jax.commands import Parser, enable_compilation_cache, guarded
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.errors import ConfigError, check_range
 from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions, check_context, unscored_note
 from puzzle_jax.evaluate.divergence import divergence
-from puzzle_jax.evaluate.settings import MAX_TOKENS, limits_by_effort
+from puzzle_jax.evaluate.settings import Asked
 from puzzle_jax.evaluate.statistics import Paired, paired, resample
 from puzzle_jax.files import write_beside
 from puzzle_jax.generate.batches import MicroBatch, micro_batches
@@ -39,7 +36,7 @@ from puzzle_jax.generate.traces import Trace
 from puzzle_jax.model.cache_format import FLOAT8, CacheFormat, KVScales
 from puzzle_jax.model.network import hidden_states
 from puzzle_jax.model.spec import Params
-from puzzle_jax.tasks import EFFORTS, TASKS, Chat
+from puzzle_jax.tasks import Chat
 
 _DRAWS = 2000  # of the bootstrap
 _MOST_AMPLIFIED = 60  # so that keys, values and what undoes them stay within float32
@@ -65,6 +62,28 @@ class CacheResult:
     unscored: str | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class CachesSettings(Asked):
+    """One comparison of caches.
+
+    Attributes:
+      model: a checkpoint directory.
+      out: directory for caches.json.
+      problems: per effort, split evenly over the tasks.
+      amplify: power of two by which keys and values are enlarged.
+    """
+
+    model: Path
+    out: Path
+    problems: int = 500
+    temperature: float = 0.0
+    amplify: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("amplify", self.amplify, -_MOST_AMPLIFIED, _MOST_AMPLIFIED)
+
+
 def compare_caches(
     params: Params,
     config: ModelConfig,
@@ -74,6 +93,7 @@ def compare_caches(
     questions: QuestionSet,
     max_tokens: Mapping[str, int],
     slots: int = 64,
+    temperature: float = 0.0,
 ) -> tuple[dict[str, CacheResult], KVScales]:
     """Results by name of the cache, the reference first, and the calibrated scales.
 
@@ -83,9 +103,10 @@ def compare_caches(
       questions: problems to compare on; both should be of different splits.
       max_tokens: limit per effort.
       slots: requests that run together.
+      temperature: of sampling.
     """
     reference = CacheFormat("bfloat16")
-    ask = partial(answer_questions, params, config, chat, max_tokens=max_tokens, slots=slots)
+    ask = partial(answer_questions, params, config, chat, max_tokens=max_tokens, slots=slots, temperature=temperature)
     scales = calibrate_cache(params, config, micro_batches(ask(calibration, cache=reference)))
     formats = {REFERENCE: reference, CALIBRATED: CacheFormat(FLOAT8, scales), UNCALIBRATED: CacheFormat(FLOAT8)}
     answers = {name: ask(questions, cache=form) for name, form in formats.items()}
@@ -151,30 +172,14 @@ def _compare(
     return jnp.stack([jnp.sum(part * batch.loss_weight, axis=-1) for part in (apart.kl, apart.agreement)])
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Parses the command line, compares, prints a table and writes caches.json; returns the exit code."""
-    parser = Parser(prog="python -m puzzle_jax.evaluate.caches", description="What an FP8 cache costs.")
-    parser.add_argument("--model", type=Path, required=True, help="a checkpoint directory")
-    parser.add_argument("--out", type=Path, required=True, help="directory for caches.json")
-    parser.add_argument("--tasks", default=",".join(TASKS), help="task names, with commas")
-    parser.add_argument("--efforts", default=",".join(EFFORTS), help="reasoning efforts, with commas")
-    parser.add_argument("--problems", type=int, default=500, help="per effort, split evenly over tasks")
-    parser.add_argument(
-        "--max-tokens", metavar="EFFORT=N,...", help="limit of an answer; the defaults suit the embedded parent"
-    )
-    parser.add_argument("--amplify", type=int, default=0, help="power of two by which keys and values are enlarged")
-    parser.add_argument("--seed", type=int, default=0)
-    return guarded(parser.prog, lambda: _run(parser.parse_args(arguments)))
-
-
-def _run(settings: argparse.Namespace) -> None:
+def run(settings: CachesSettings) -> None:
+    """Compares, prints a table and writes caches.json."""
     from puzzle_jax.convert_hf.describe import describe_checkpoint
     from puzzle_jax.convert_hf.load import load_checkpoint
     from puzzle_jax.convert_hf.token_ids import check_tokenizer
     from puzzle_jax.model.network import compute_dtype, to_compute
 
-    check_range("--amplify", settings.amplify, -_MOST_AMPLIFIED, _MOST_AMPLIFIED)
-    tasks, efforts = tuple(settings.tasks.split(",")), tuple(settings.efforts.split(","))
+    tasks, efforts = settings.tasks, settings.efforts
     each = -(-settings.problems // len(tasks))
     questions = QuestionSet(tasks, efforts, each, "evaluation", settings.seed)
     calibration = QuestionSet(tasks, efforts, max(1, each // 4), "calibration", settings.seed)
@@ -182,18 +187,22 @@ def _run(settings: argparse.Namespace) -> None:
         raise ConfigError(f"out is {settings.out}, which is a file, but must be a directory")
     config = describe_checkpoint(settings.model).config
     chat = Chat.load(settings.model)
-    given = {} if settings.max_tokens is None else limits_by_effort(settings.max_tokens)
-    limits = {effort: {**MAX_TOKENS, **given}[effort] for effort in efforts}
+    limits = {effort: settings.max_tokens[effort] for effort in efforts}
     check_tokenizer(settings.model, chat.tokenizer, config.vocab_size)
     for asked in (questions, calibration):
         check_context(asked.questions(), chat, config, limits, f"the model {settings.model}")
     checkpoint = load_checkpoint(settings.model)
-    enable_compilation_cache()
     params = to_compute(checkpoint.params, compute_dtype())
     if settings.amplify:
         params = amplify(params, checkpoint.config, settings.amplify)
     results, scales = compare_caches(
-        params, checkpoint.config, chat, calibration=calibration, questions=questions, max_tokens=limits
+        params,
+        checkpoint.config,
+        chat,
+        calibration=calibration,
+        questions=questions,
+        max_tokens=limits,
+        temperature=settings.temperature,
     )
     settings.out.mkdir(parents=True, exist_ok=True)
     record = {
@@ -225,7 +234,3 @@ def _print(results: Mapping[str, CacheResult], efforts: Sequence[str]) -> None:
     for name, result in results.items():
         if result.unscored:
             console.print(f"{name}: {result.unscored}", highlight=False, soft_wrap=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -57,12 +57,8 @@ class Evaluation:
         self.all = self.questions.questions()
         self.asked = _share(self.all, settings)
         self.longest = {name: self._longest_request(model) for name, model in self.models.items()}
-        speed = settings.speed
-        self.slots = (
-            {name: plan_slots(model, settings, speed, self.longest[name]) for name, model in self.models.items()}
-            if speed
-            else {}
-        )
+        timed = self.models if settings.throughput else {}
+        self.slots = {name: plan_slots(model, settings, self.longest[name]) for name, model in timed.items()}
 
     def run(self) -> dict[str, Any]:
         """Does what is missing, and returns the content of evaluation.json."""
@@ -118,14 +114,13 @@ class Evaluation:
         return found
 
     def _measure(self, answers: Mapping[str, Sequence[Trace]]) -> Speeds | None:
-        speed = self.settings.speed
-        if speed is None:
+        if not self.settings.throughput:
             return None
-        workloads = plan_workloads(self.models, self.slots, self.settings, speed, answers)
+        workloads = plan_workloads(self.models, self.slots, self.settings, answers)
         path = self.settings.out / "throughput.jsonl"
-        runs = len(workloads) * len(self.models) * (speed.rounds + 1)
+        runs = len(workloads) * len(self.models) * (self.settings.rounds + 1)
         with progress(self.console, "throughput", runs) as advance:
-            return measure_speeds(self.models, workloads, self.settings, speed.rounds, path, advance)
+            return measure_speeds(self.models, workloads, self.settings, self.settings.rounds, path, advance)
 
     def _results(self, answers: Mapping[str, Sequence[Trace]], speeds: Speeds | None) -> dict[str, Any]:
         settings = self.settings
@@ -143,9 +138,6 @@ class Evaluation:
         }
 
     def _throughput(self, speeds: Speeds) -> dict[str, Any]:
-        speed = self.settings.speed
-        assert speed is not None
-
         def entry(workload: str, model: str) -> ModelSpeed:
             rates, reference = speeds[workload][model], speeds[workload][self.settings.reference]
             relative = [rate / other for rate, other in zip(rates, reference, strict=True)]
@@ -153,8 +145,8 @@ class Evaluation:
 
         return {
             "device": device(),
-            "cache_memory": speed.cache_memory,
-            "scenarios": {s.name: [s.input_tokens, s.output_tokens] for s in speed.scenarios},
+            "cache_memory": self.settings.cache_memory,
+            "scenarios": {s.name: [s.input_tokens, s.output_tokens] for s in self.settings.lengths},
             "workloads": {name: {model: asdict(entry(name, model)) for model in self.models} for name in speeds},
         }
 

@@ -19,7 +19,7 @@ import jax
 
 from puzzle_jax.errors import ConfigError, PuzzleError
 from puzzle_jax.evaluate.models import Model
-from puzzle_jax.evaluate.settings import Settings, SpeedSettings
+from puzzle_jax.evaluate.settings import Settings
 from puzzle_jax.evaluate.throughput import (
     Spread,
     Workload,
@@ -57,16 +57,16 @@ class ModelSpeed:
     relative: Spread
 
 
-def plan_slots(model: Model, settings: Settings, speed: SpeedSettings, longest: int) -> Slots:
+def plan_slots(model: Model, settings: Settings, longest: int) -> Slots:
     """The batches of a model.
 
     Args:
-      model, settings, speed: what is to be measured.
+      model, settings: what is to be measured.
       longest: positions that a request of any effort may need.
 
     Raises ConfigError for a scenario beyond the model's context, and a memory that holds not one request.
     """
-    wanted = {scenario.name: (f"scenario {scenario.name!r}", scenario.context) for scenario in speed.scenarios}
+    wanted = {scenario.name: (f"scenario {scenario.name!r}", scenario.context) for scenario in settings.lengths}
     wanted |= {effort: (f"effort {effort!r}", longest) for effort in settings.efforts}
     found: Slots = {}
     for name, (what, context) in wanted.items():
@@ -78,9 +78,9 @@ def plan_slots(model: Model, settings: Settings, speed: SpeedSettings, longest: 
         batch = largest_batch(
             model.config,
             context,
-            cache_memory=speed.cache_memory,
+            cache_memory=settings.cache_memory,
             bytes_per_value=model.cache_format(settings.cache_dtype).stored_dtype(compute_dtype()).itemsize,
-            at_most=speed.max_batch,
+            at_most=settings.max_batch,
             what=f"model {model.name!r}, {what}",
         )
         found[name] = (batch, context)
@@ -91,7 +91,6 @@ def plan_workloads(
     models: Mapping[str, Model],
     slots: Mapping[str, Slots],
     settings: Settings,
-    speed: SpeedSettings,
     answers: Mapping[str, Sequence[Trace]],
 ) -> dict[str, dict[str, Workload]]:
     """What is run, by scenario or effort, and by model."""
@@ -111,7 +110,7 @@ def plan_workloads(
 
     found = {
         s.name: {name: fixed(s.name, model, s.input_tokens, s.output_tokens) for name, model in models.items()}
-        for s in speed.scenarios
+        for s in settings.lengths
     }
     return found | {effort: {name: own(effort, model) for name, model in models.items()} for effort in settings.efforts}
 

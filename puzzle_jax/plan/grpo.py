@@ -2,126 +2,107 @@
 
 The ways and limits are those of `plan.distill`.
 
-A step has phases, and each holds other arrays beside the policy, its masters and the optimiser's state:
+A step has phases, and each holds other arrays beside the policy, its master weights and the optimizer's state:
 
-    rollout   the policy's weights once more, laid apart by layer, all slots with their caches, and the rows whose
+    rollout   the policy's weights once more, unstacked by layer, all slots with their caches, and the rows whose
               prompts are run; while slots decode
     score     a micro-batch; where old or reference log-probabilities are needed
     update    a micro-batch and sums of gradients; while they are added to
     apply     sums of gradients; while they become the next policy
 
-All programs are compiled: the one that lays weights apart, decoding, scoring, accumulating and applying. What XLA lays
-elsewhere than where it found it, as decoding may do with caches, is among temporaries.
+All programs are compiled: those of generation, scoring, accumulating and applying. What XLA lays elsewhere than where
+it found it, as decoding may do with caches, is among temporaries.
 
-Left out: prefill, whose chunks have fewer tokens than steps of many slots, and admission; micro-batches that the host
-places ahead; what grows with masters of experts, which are taken to be frozen; and all that `plan.distill` leaves out.
+Left out: micro-batches that the host places ahead; what grows with master weights of experts, which are taken to be
+frozen; and all that `plan.distill` leaves out.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
-from puzzle_jax.config import ModelConfig
+from puzzle_jax.config import cache_bytes
 from puzzle_jax.errors import ConfigError
-from puzzle_jax.generate.abstract import AbstractEngine, without_values
 from puzzle_jax.generate.engine import chunk_tokens, group_rows, own_context, slot_context
 from puzzle_jax.generate.slots import expert_id_dtype
-from puzzle_jax.kernels.mxfp4 import MXFP4
 from puzzle_jax.model.cache_format import CacheFormat
-from puzzle_jax.model.child import whole
-from puzzle_jax.model.sharding import generation_mesh, make_training_mesh, params_sharding, rows_sharding
+from puzzle_jax.model.sharding import generation_mesh, rows_sharding
 from puzzle_jax.model.spec import Params
 from puzzle_jax.model.stacked import unstack_params
-from puzzle_jax.plan.distill import (
-    STEPS,
-    Extra,
-    abstract_resident,
-    abstract_rows,
-    abstract_train_state,
-    decoded_bytes,
-    resident_bytes,
+from puzzle_jax.plan.abstract import (
+    COMPILED_BY,
+    DTYPE,
+    FLOAT32,
+    bytes_beside,
+    device_bytes,
+    kernel_shapes,
+    layer_params,
 )
-from puzzle_jax.plan.programs import bytes_beside, check_packed, device_bytes, in_place, kernel_shapes
-from puzzle_jax.train.distill.objectives import Fixed
+from puzzle_jax.plan.engine import AbstractEngine
+from puzzle_jax.plan.record import GB, Change, Usage, least_changes, scaled
+from puzzle_jax.plan.training import Extra, PlannedTraining
 from puzzle_jax.train.grpo.policy import Policy
 from puzzle_jax.train.grpo.policy_update import PolicyUpdate
 from puzzle_jax.train.grpo.recipe import GrpoRecipe
-from puzzle_jax.train.optimizer import make_optimizer
 from puzzle_jax.train.rows import Packed
-from puzzle_jax.train.step import TrainState
-from puzzle_jax.train.student import Student
 
 ROLLOUT, SCORE, UPDATE, APPLY = PHASES = ("rollout", "score", "update", "apply")
 
+INT32 = 4
+"""Bytes of a token."""
 
-@dataclass(frozen=True)
-class PlannedPolicy:
-    """A run of reinforcement learning, as far as memory depends on it.
+
+class StepNeeds(NamedTuple):
+    """What one step has at most.
 
     Attributes:
-      config: of the policy.
-      recipe: its settings; files that it names are not read.
-      packed: whether the policy's checkpoint has packed experts; they stay so unless the recipe wants them dense.
-
-    Raises ConfigError for rows beyond the model's context, experts that cannot be packed, and freed experts.
+      answers: answers that are sampled, with those in the place of prompts without signal.
+      tokens: tokens of all these answers.
+      rows, micro_batches: those of all updates together, if no two answers fit into a row.
+      expert_bytes: the experts that answers went through, which the host holds; up to three times as many bytes while
+        rows are packed.
     """
 
-    config: ModelConfig
-    recipe: GrpoRecipe
-    packed: bool = True
+    answers: int
+    tokens: int
+    rows: int
+    micro_batches: int
+    expert_bytes: int
+
+
+@dataclass(frozen=True)
+class PlannedPolicy(PlannedTraining[GrpoRecipe]):
+    """A run of reinforcement learning, as far as memory depends on it; its child is the whole policy.
+
+    Raises ConfigError for rows beyond the model's context, experts that are to be trained, or cannot be packed.
+    """
 
     def __post_init__(self) -> None:
-        if self.recipe.packed is False:
-            object.__setattr__(self, "packed", False)
         length = self.recipe.update.row_length
-        if length > self.config.max_position:
-            raise ConfigError(f"update.row_length is {length}, but the model's context is {self.config.max_position}")
-        if self.packed:
-            check_packed(self.config)
-        if "experts" in self.recipe.train:
-            raise ConfigError("train has 'experts', but a plan is for experts that are frozen")
+        if length > self.parent.max_position:
+            raise ConfigError(f"update.row_length is {length}, but the model's context is {self.parent.max_position}")
+        super().__post_init__()
+
+    @property
+    def rows(self) -> tuple[int, int, int]:
+        return 1, self.recipe.update.rows, self.recipe.update.row_length
+
+    @property
+    def losses(self) -> Iterable[str]:
+        return ("next_token",)  # which asks for as much as that of a policy
 
     @cached_property
-    def student(self) -> Student:
-        return Student(whole(self.config), self.recipe.train, self.recipe.remat)
-
-    @property
-    def context(self) -> int:
-        """Positions of a slot for the longest prompt and answer."""
-        return slot_context(own_context(self.recipe.update.row_length, self.config))
-
-    def engine(self, mesh: Mesh | None) -> AbstractEngine:
-        """The sampler, on a mesh of training."""
-        rollout = self.recipe.rollout
-        return AbstractEngine(
-            self.config,
-            rollout.slots,
-            self.context,
-            self.cache,
-            mesh and generation_mesh(mesh),
-            log_probs=True,
-            experts=rollout.replay,
-        )
-
-    @property
-    def group_rows(self) -> int:
-        """Rows whose prompts are run together."""
-        return group_rows(chunk_tokens(self.context), self.recipe.rollout.slots, self.row_parts)
-
-    @property
-    def row_parts(self) -> int:
-        """Parts of the mesh that slots are dealt to."""
-        return self.recipe.mesh.data * self.recipe.mesh.sequence
-
-    @property
-    def cache(self) -> CacheFormat:
-        return CacheFormat(self.recipe.rollout.cache)
+    def update(self) -> PolicyUpdate:
+        """The programs that learn."""
+        update = self.recipe.update
+        policy = Policy(self.student, self.recipe.loss.resolved, update.token_chunk, update.vocab_chunk)
+        return PolicyUpdate(policy, self.optimizer, self.state[1], self.mesh)
 
     @property
     def scores(self) -> dict[str, bool]:
@@ -129,155 +110,221 @@ class PlannedPolicy:
         update = self.recipe.update
         return {"old": update.updates > 1, "reference": bool(self.recipe.loss.resolved.kl) or update.reference}
 
-    def make_mesh(self) -> Mesh | None:
-        """Raises ConfigError where JAX has fewer devices."""
-        mesh = self.recipe.mesh
-        return make_training_mesh(mesh.data, mesh.sequence, mesh.model) if mesh.devices > 1 else None
+    def batch(self, *, scored: bool) -> Packed:
+        """A micro-batch as `policy_batches` packs it, without values; with the scores that an update reads, or not."""
+        config = self.parent
+        extras: dict[str, Extra] = dict.fromkeys(("advantages", "coefficients", "sampler", "shares"), (jnp.float32,))
+        if self.recipe.rollout.replay:
+            extras["experts"] = (expert_id_dtype(config), config.num_layers, config.experts_per_token)
+        if scored:
+            extras |= {name: (jnp.float32,) for name, needed in self.scores.items() if needed}
+        return self.abstract_rows(self.rows[1:], None if self.mesh is None else rows_sharding(self.mesh), extras)
 
-
-@dataclass(frozen=True)
-class PhaseMemory:
-    """Bytes on one device in a phase; 0 for what it does not hold.
-
-    Attributes:
-      experts, resident: of the policy that training began with, the matrices of its experts and all else.
-      masters, optimizer: float32 masters of what learns, and the optimiser's state with all counters.
-      copy: the policy's weights as the sampler reads them.
-      caches: of all slots.
-      slots: logits, tokens, log-probabilities, chosen experts and counters of all slots.
-      group: rows whose prompts are run together, with caches of their own.
-      batch: a micro-batch.
-      sums: of gradients, over micro-batches.
-      temporaries: what XLA allots beside.
-      decoded: one layer's packed experts in bfloat16, as in `plan.DeviceMemory`.
-    """
-
-    experts: int = 0
-    resident: int = 0
-    masters: int = 0
-    optimizer: int = 0
-    copy: int = 0
-    caches: int = 0
-    slots: int = 0
-    group: int = 0
-    batch: int = 0
-    sums: int = 0
-    temporaries: int = 0
-    decoded: int = 0
+    # The sampler ------------------------------------------------------------------------------------------------------
 
     @property
-    def total(self) -> int:
-        return sum(getattr(self, each.name) for each in fields(self))
+    def context(self) -> int:
+        """Positions of a slot for the longest prompt and answer."""
+        return slot_context(own_context(self.recipe.update.row_length, self.parent))
 
+    @property
+    def row_parts(self) -> int:
+        """Parts of the mesh that slots are split over."""
+        return self.recipe.mesh.data * self.recipe.mesh.sequence
 
-class Held(NamedTuple):
-    """What is there in all phases, without values.
+    @property
+    def group_rows(self) -> int:
+        """Rows whose prompts are run together."""
+        return group_rows(chunk_tokens(self.context), self.recipe.rollout.slots, self.row_parts)
 
-    Attributes:
-      update: the programs that learn.
-      state: masters and the optimiser's state.
-      resident: the policy that training began with.
-      memory: bytes of all that on a device.
-    """
+    @property
+    def cache(self) -> CacheFormat:
+        return CacheFormat(self.recipe.rollout.cache)
 
-    update: PolicyUpdate
-    state: TrainState
-    resident: Params
-    memory: PhaseMemory
+    @cached_property
+    def engine(self) -> AbstractEngine:
+        """The engine that answers."""
+        slots, replay = self.recipe.rollout.slots, self.recipe.rollout.replay
+        mesh = self.mesh and generation_mesh(self.mesh)
+        return AbstractEngine(self.parent, slots, self.context, self.cache, mesh, log_probs=True, experts=replay)
 
+    @property
+    def sampler_params(self) -> Params:
+        """The policy's weights as `rollouts.Sampler` unstacks them, without values."""
 
-def plan_policy(run: PlannedPolicy) -> dict[str, PhaseMemory]:
-    """Compiles a step's programs for virtual devices; phases in order. Takes a minute for a model of 36 layers.
+        def unstacked(resident: Params, trained: Params) -> Params:
+            return unstack_params(self.student.params(resident, trained), self.student.runs)
 
-    Raises ConfigError where JAX has fewer devices than the mesh.
-    """
-    mesh = run.make_mesh()
-    held = abstract_policy(run, mesh)
-    found = {ROLLOUT: _rollout(run, held, mesh)}
-    if any(run.scores.values()):
-        found[SCORE] = _score(run, held, mesh)
-    return found | _learning(run, held, mesh)
+        mesh = self.mesh and generation_mesh(self.mesh)
+        return layer_params(self.parent, mesh, unstacked, self.fixed.resident, self.state[0].params)
 
+    @property
+    def slot_cache_bytes(self) -> int:
+        """Bytes of one slot's caches, on all devices together."""
+        return cache_bytes(self.parent, self.context, self.cache.stored_dtype(DTYPE).itemsize)
 
-def abstract_policy(run: PlannedPolicy, mesh: Mesh | None) -> Held:
-    """What is there in all phases."""
-    student, recipe = run.student, run.recipe
-    resident = abstract_resident(student, run.packed, mesh)
-    optimizer = make_optimizer(recipe.optimizer, STEPS)
-    state, shardings = abstract_train_state(student, resident, optimizer, mesh)
-    policy = Policy(student, recipe.loss.resolved, recipe.update.token_chunk, recipe.update.vocab_chunk)
-    experts, others = resident_bytes(resident)
-    memory = PhaseMemory(
-        experts=experts,
-        resident=others,
-        masters=device_bytes(state.params),
-        optimizer=device_bytes(state._replace(params=None)),
-    )
-    return Held(PolicyUpdate(policy, optimizer, shardings, mesh), state, resident, memory)
+    def caches_on_device(self, rows: int) -> int:
+        """Bytes of the caches of so many rows, but for scales: rows are split over "data" and "sequence", heads over
+        "model", where these divide them."""
+        model, heads = self.recipe.mesh.model, self.parent.num_kv_heads
+        return self._rows_on_device(rows) * self.slot_cache_bytes // (model if heads % model == 0 else 1)
 
+    @property
+    def slots_on_device(self) -> int:
+        """Bytes that slots hold besides caches, but for counters."""
+        by_position = INT32 + FLOAT32 + self._expert_bytes
+        slots = self._rows_on_device(self.recipe.rollout.slots)
+        return slots * (self.parent.vocab_size * FLOAT32 + self.context * by_position)
 
-def abstract_micro_batch(run: PlannedPolicy, mesh: Mesh | None, *, scored: bool) -> Packed:
-    """A micro-batch as `policy_batches` packs it, in place; with the scores that an update reads, or before them."""
-    update = run.recipe.update
-    extras: dict[str, Extra] = {name: (jnp.float32,) for name in ("advantages", "coefficients", "sampler", "shares")}
-    if run.recipe.rollout.replay:
-        extras["experts"] = (expert_id_dtype(run.config), run.config.num_layers, run.config.experts_per_token)
-    if scored:
-        extras |= {name: (jnp.float32,) for name, needed in run.scores.items() if needed}
-    sharding = None if mesh is None else rows_sharding(mesh)
-    return abstract_rows((update.rows, update.row_length), sharding, extras)
+    def _rows_on_device(self, rows: int) -> int:
+        return rows // self.row_parts if rows % self.row_parts == 0 else rows
 
+    @property
+    def _expert_bytes(self) -> int:
+        """Bytes of the experts that one token went through, where they are replayed."""
+        if not self.recipe.rollout.replay:
+            return 0
+        return self.parent.num_layers * self.parent.experts_per_token * expert_id_dtype(self.parent).itemsize
 
-# Phases ---------------------------------------------------------------------------------------------------------------
+    @property
+    def needs(self) -> StepNeeds:
+        """What a step asks for where all answers reach their limit and all teach something."""
+        prompts, rollout, update = self.recipe.prompts, self.recipe.rollout, self.recipe.update
+        learnt = prompts.prompts * rollout.group
+        answers = learnt * (1 + rollout.resample)
+        groups = [len(range(part, prompts.prompts, update.updates)) for part in range(update.updates)]
+        return StepNeeds(
+            answers=answers,
+            tokens=answers * max(map(rollout.limit, prompts.efforts)),
+            rows=learnt,
+            micro_batches=sum(math.ceil(count * rollout.group / update.rows) for count in groups),
+            expert_bytes=answers * update.row_length * self._expert_bytes,
+        )
 
+    # What a plan is made of -------------------------------------------------------------------------------------------
 
-def _score(run: PlannedPolicy, held: Held, mesh: Mesh | None) -> PhaseMemory:
-    batch = abstract_micro_batch(run, mesh, scored=False)
-    with kernel_shapes():
-        lowered = held.update.lowered_score(held.state.params, Fixed(held.resident), batch, **run.scores)
-    return replace(held.memory, batch=device_bytes(batch), temporaries=bytes_beside(lowered), decoded=_decoded(run))
+    @property
+    def about(self) -> list[str]:
+        prompts, rollout = self.recipe.prompts, self.recipe.rollout
+        answers = ", ".join(f"{rollout.limit(effort):,} at {effort} effort" for effort in prompts.efforts)
+        return [
+            f"{self.recipe.model.name} on {self.devices}",
+            f"{prompts.prompts} prompts x {rollout.group} answers a step, tokens up to {answers}",
+        ]
 
+    @property
+    def programs(self) -> dict[str, Callable[[], Usage]]:
+        score = {SCORE: self._score} if any(self.scores.values()) else {}
+        return {ROLLOUT: self._rollout, **score, UPDATE: self._accumulate, APPLY: self._apply}
 
-def _learning(run: PlannedPolicy, held: Held, mesh: Mesh | None) -> dict[str, PhaseMemory]:
-    batch = abstract_micro_batch(run, mesh, scored=True)
-    with kernel_shapes():
-        sums, accumulate, apply = held.update.lowered(held.state, Fixed(held.resident), batch)
-    memory = replace(held.memory, sums=device_bytes(sums))
-    return {
-        UPDATE: replace(memory, batch=device_bytes(batch), temporaries=bytes_beside(accumulate), decoded=_decoded(run)),
-        APPLY: replace(memory, temporaries=bytes_beside(apply)),
-    }
+    def _rollout(self) -> Usage:
+        params = self.sampler_params
+        usage = self.engine.usage(params)
+        return self._usage(usage.temporaries, copy=device_bytes(params), **usage.held, decoded=self.decoded)
 
+    def _score(self) -> Usage:
+        batch = self.batch(scored=False)
+        with kernel_shapes():
+            lowered = self.update.lowered_score(self.state[0].params, self.fixed, batch, **self.scores)
+        return self._usage(bytes_beside(lowered), batch=device_bytes(batch), decoded=self.decoded)
 
-def _rollout(run: PlannedPolicy, held: Held, mesh: Mesh | None) -> PhaseMemory:
-    params, engine = abstract_sampler(run, held, mesh), run.engine(mesh)
-    state = engine.state()
-    return replace(
-        held.memory,
-        copy=device_bytes(params),
-        caches=device_bytes(state.caches),
-        slots=device_bytes(state._replace(caches=[])),
-        group=device_bytes(engine.group()),
-        temporaries=max(map(bytes_beside, engine.lowered(params))),
-        decoded=_decoded(run),
-    )
+    def _accumulate(self) -> Usage:
+        sums, accumulate, _ = self._learning
+        batch = device_bytes(self.batch(scored=True))
+        return self._usage(bytes_beside(accumulate), batch=batch, sums=device_bytes(sums), decoded=self.decoded)
 
+    def _apply(self) -> Usage:
+        sums, _, apply = self._learning
+        return self._usage(bytes_beside(apply), sums=device_bytes(sums))
 
-def abstract_sampler(run: PlannedPolicy, held: Held, mesh: Mesh | None) -> Params:
-    """The policy's weights as `rollouts.Sampler` lays them apart, in place; packed experts as `StackedMXFP4`, which
-    takes what has no values."""
-    student = run.student
+    @cached_property
+    def _learning(self) -> tuple[Any, Any, Any]:
+        with kernel_shapes():
+            return self.update.lowered(self.state[0], self.fixed, self.batch(scored=True))
 
-    def apart(resident: Params, trained: Params) -> Params:
-        params = unstack_params(student.params(resident, trained), student.runs)
-        return jax.tree.map(without_values, params, is_leaf=lambda node: isinstance(node, MXFP4))
+    def _usage(self, temporaries: int, **held: int) -> Usage:
+        return Usage({**self.always_held, **held}, temporaries)
 
-    shapes = jax.eval_shape(apart, held.resident, held.state.params)
-    if mesh is None:
-        return shapes
-    where = params_sharding(run.config, generation_mesh(mesh))
-    return jax.tree.map(lambda sharding, part: in_place(part, jax.tree.map(lambda _: sharding, part)), where, shapes)
+    @property
+    def labels(self) -> dict[str, str]:
+        return {
+            **super().labels,
+            "copy": "weights unstacked for the sampler",
+            **self.engine.labels,
+            "batch": "micro-batch",
+            "sums": "sums of gradients, float32",
+        }
 
+    def changes(self, found: Mapping[str, Usage], program: str, limit: int) -> list[Change]:
+        """What would make a phase fit."""
+        (_, rows, _), slots = self.rows, self.recipe.rollout.slots
+        parts, data = self.row_parts, self.recipe.mesh.data
+        ways = {
+            "fewer slots": ({"rollout.slots": fewer} for fewer in range((slots - 1) // parts * parts, 0, -parts)),
+            "smaller micro-batches, more of them": ({"update.rows": fewer} for fewer in range(rows - data, 0, -data)),
+            "shorter rows and answers": self._shorter(),
+            **self.device_ways("update.rows"),
+        }
 
-def _decoded(run: PlannedPolicy) -> int:
-    return decoded_bytes(run.config, run.recipe.mesh) if run.packed else 0
+        def total(recipe: GrpoRecipe) -> int:
+            return self.estimated_phases(found, replace(self, recipe=recipe))[program].total
+
+        return least_changes(self.recipe, ways, total, limit)
+
+    def _shorter(self) -> Iterator[dict[str, Any]]:
+        """Half, a quarter and so on of a row, and as much less of every answer."""
+        rollout, length = self.recipe.rollout, self.recipe.update.row_length
+        for shorter in scaled(self.recipe, ("update.row_length",)):
+            factor = length // shorter["update.row_length"]
+            limits = {effort: max(rollout.limit(effort) // factor, 1) for effort in self.recipe.prompts.efforts}
+            yield {"rollout.max_tokens": limits, **shorter}
+
+    def estimated_phases(self, found: Mapping[str, Usage], other: PlannedPolicy) -> dict[str, Usage]:
+        """About what another run needs in its phases, by what this one does."""
+        one = found[UPDATE]
+        update = self.estimated(replace(one, temporaries=one.held["sums"] + one.temporaries), other)
+        devices = self.recipe.mesh.devices / other.recipe.mesh.devices
+        caches = other.caches_on_device(other.recipe.rollout.slots) / self.caches_on_device(self.recipe.rollout.slots)
+        passes = max(update.temporaries - math.ceil(one.held["sums"] * devices), 0) / one.temporaries
+        temporaries = {ROLLOUT: caches, SCORE: passes, UPDATE: passes, APPLY: devices}
+        scales = {
+            "copy": self.recipe.mesh.model / other.recipe.mesh.model,
+            "caches": caches,
+            "slots": other.slots_on_device / self.slots_on_device,
+            "group": other.caches_on_device(other.group_rows) / self.caches_on_device(self.group_rows),
+            "sums": devices,
+        }
+
+        def size(name: str, before: int) -> int:
+            return math.ceil(before * scales[name]) if name in scales else update.held[name]
+
+        return {
+            phase: Usage(
+                {name: size(name, before) for name, before in usage.held.items()},
+                math.ceil(usage.temporaries * temporaries[phase]),
+            )
+            for phase, usage in found.items()
+        }
+
+    @property
+    def notes(self) -> list[str]:
+        needs, recipe, mesh, heads = self.needs, self.recipe, self.recipe.mesh, self.parent.num_kv_heads
+        lines = [
+            f"a step at most: {needs.answers:,} answers of {needs.tokens / 1e6:,.1f} million tokens, "
+            f"{needs.rows:,} rows of {recipe.update.row_length:,}, {needs.micro_batches:,} micro-batches",
+            f"a slot: {self.context:,} positions, {self.slot_cache_bytes / GB:.2f} GB of caches on all devices",
+        ]
+        if needs.expert_bytes:
+            size = needs.expert_bytes / GB
+            lines.append(
+                f"on the host: experts of all answers, {size:,.1f} GB at most, and {3 * size:,.1f} GB while rows are "
+                "packed"
+            )
+        lines.append(COMPILED_BY)
+        if not any(self.scores.values()):
+            lines.append("nothing is scored: one update per step, and no reference")
+        if recipe.rollout.slots % self.row_parts:
+            lines.append(f"slots are whole on every part of the mesh: {mesh.data} x {mesh.sequence} do not divide them")
+        if heads % mesh.model:
+            lines.append(f"caches are whole on every model device: {mesh.model} do not divide {heads} key-value heads")
+        return [*lines, *super().notes]

@@ -1,4 +1,4 @@
-"""`python -m puzzle_jax.search solve --library FILE.json --minimize KEY [--at-most KEY=VALUE ...]`.
+"""`puzzle search solve --library FILE.json --minimize KEY [--at-most KEY=VALUE,...]`.
 
 The program by itself, for any library {layer: {alternative: {nested numbers}}} in a JSON file, whoever measured it;
 keys of nested numbers are joined by dots ("metrics.kl_div", "stats.runtime_ms"). No model is needed, and no JAX.
@@ -6,10 +6,9 @@ keys of nested numbers are joined by dots ("metrics.kl_div", "stats.runtime_ms")
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,8 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from puzzle_jax.commands import Parser, guarded
 from puzzle_jax.consoles import plain_console
-from puzzle_jax.errors import PuzzleError, shown
+from puzzle_jax.errors import ConfigError, PuzzleError, shown
 from puzzle_jax.numeric import Number, is_number, short
 from puzzle_jax.program.explain import InfeasibleProgram
 from puzzle_jax.program.library import Library, Limit, Program, Solution
@@ -29,22 +27,41 @@ _DEEPEST = 32
 _MOST_SWEPT = 1000
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Runs the tool on what follows `solve`; returns the exit code."""
-    parser = Parser(prog="python -m puzzle_jax.search solve", description="The best choice from a block library.")
-    parser.add_argument("--library", type=Path, required=True, help="JSON: {layer: {alternative: {nested numbers}}}")
-    parser.add_argument("--minimize", required=True, metavar="KEY", help="dotted key of the number to sum and minimise")
-    for name, what in (("--at-most", "upper"), ("--at-least", "lower")):
-        parser.add_argument(
-            name, action="append", default=[], metavar="KEY=VALUE", help=f"{what} limit on a sum; repeatable"
-        )
-    parser.add_argument("--sweep", metavar="KEY=V1,V2,...", help="solve for each upper limit; or KEY=LOW:HIGH:N")
-    parser.add_argument("--solutions", type=int, default=1, help="how many different ones")
-    parser.add_argument("--min-distance", type=int, default=1, help="layers in which any two differ at least")
-    parser.add_argument("--time-limit", type=float, default=30.0, help="seconds for each solution")
-    parser.add_argument("--gap", type=float, default=1e-4, help="relative gap that counts as optimal")
-    parser.add_argument("--json", action="store_true", help="for programs")
-    return guarded(parser.prog, lambda: _run(parser.parse_args(arguments)), "nothing was written")
+@dataclass(frozen=True)
+class LibrarySettings:
+    """One program over a library.
+
+    Attributes:
+      library: JSON file, {layer: {alternative: {nested numbers}}}.
+      minimize: dotted key of the number to sum and minimise.
+      at_most: upper limits on sums, by key.
+      at_least: lower limits on sums, by key.
+      sweep: solve for each of several upper limits on a key: KEY=V1,V2,... or KEY=LOW:HIGH:N.
+      solutions: how many different ones.
+      min_distance: layers in which any two differ at least.
+      time_limit: seconds for each solution.
+      gap: relative gap that counts as optimal.
+      json: prints for programs.
+    """
+
+    library: Path
+    minimize: str
+    at_most: Mapping[str, int | float] = field(default_factory=dict)
+    at_least: Mapping[str, int | float] = field(default_factory=dict)
+    sweep: str | None = None
+    solutions: int = 1
+    min_distance: int = 1
+    time_limit: float = 30.0
+    gap: float = 1e-4
+    json: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("at_most", "at_least"):
+            for key, value in getattr(self, name).items():
+                if not is_number(value):
+                    raise ConfigError(f"{name} has {shown(value)} for {shown(key)}, but must have finite numbers")
+        if self.sweep is not None and self.solutions != 1:
+            raise ConfigError(f"solutions is {self.solutions}, but must be 1 with sweep")
 
 
 def read_library(path: Path) -> Library:
@@ -75,18 +92,17 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _run(settings: argparse.Namespace) -> None:
-    limits = [Limit(key, at_most=value) for key, value in _bounds("--at-most", settings.at_most)]
-    limits += [Limit(key, at_least=value) for key, value in _bounds("--at-least", settings.at_least)]
+def run(settings: LibrarySettings) -> None:
+    """Solves, and prints solutions or the frontier. Raises `PuzzleError`, which names the file, where it cannot."""
+    limits = [Limit(key, at_most=value) for key, value in settings.at_most.items()]
+    limits += [Limit(key, at_least=value) for key, value in settings.at_least.items()]
     sweep = None if settings.sweep is None else _sweep(settings.sweep)
-    if sweep is not None and settings.solutions != 1:
-        raise PuzzleError(f"--solutions is {settings.solutions}, but must be 1 with --sweep")
-    options = {"time_limit": settings.time_limit, "gap": settings.gap}
+    options: dict[str, Any] = {"time_limit": settings.time_limit, "gap": settings.gap}
     try:
         program = Program(read_library(settings.library), settings.minimize, tuple(limits))
         if settings.min_distance > len(program.library):
             groups = len(program.library)
-            raise PuzzleError(f"--min-distance is {settings.min_distance}, but there are only {groups} layers")
+            raise PuzzleError(f"min_distance is {settings.min_distance}, but there are only {groups} layers")
         if sweep is None:
             pool = {"num_solutions": settings.solutions, "min_distance": settings.min_distance}
             solutions = solve(program, **pool, **options)
@@ -106,29 +122,21 @@ def _run(settings: argparse.Namespace) -> None:
         _show_frontier(points, sweep[0], program)
 
 
-def _bounds(option: str, texts: Sequence[str]) -> list[tuple[str, Number]]:
-    found = []
-    for text in texts:
-        key, _, value = text.rpartition("=")
-        found.append((key, _number(option, text, value, bool(key))))
-    return found
-
-
 def _sweep(text: str) -> tuple[str, list[Number]]:
     """The key and the upper limits to try, largest first."""
     key, _, values = text.rpartition("=")
     parts = values.split(":")
     if len(parts) == 3:
-        low, high = (_number("--sweep", text, part, bool(key)) for part in parts[:2])
+        low, high = (_number(text, part, bool(key)) for part in parts[:2])
         if not parts[2].isdecimal() or not 2 <= int(parts[2][:6]) <= _MOST_SWEPT or low >= high:
-            raise PuzzleError(f"--sweep is {shown(text)}, but must be KEY=LOW:HIGH:N with LOW < HIGH, 2 <= N <= 1000")
+            raise PuzzleError(f"sweep is {shown(text)}, but must be KEY=LOW:HIGH:N with LOW < HIGH, 2 <= N <= 1000")
         bounds: list[Number] = [float(bound) for bound in np.linspace(low, high, int(parts[2]))]
     else:
-        bounds = [_number("--sweep", text, part, bool(key)) for part in values.split(",")]
+        bounds = [_number(text, part, bool(key)) for part in values.split(",")]
     return key, sorted(bounds, reverse=True)
 
 
-def _number(option: str, text: str, value: str, has_key: bool) -> Number:
+def _number(text: str, value: str, has_key: bool) -> Number:
     for kind in (int, float):
         try:
             number = kind(value)
@@ -136,7 +144,7 @@ def _number(option: str, text: str, value: str, has_key: bool) -> Number:
             continue
         if has_key and is_number(number):
             return number
-    raise PuzzleError(f"{option} is {shown(text)}, but must be a key, '=' and finite numbers")
+    raise PuzzleError(f"sweep is {shown(text)}, but must be a key, '=' and finite numbers")
 
 
 def _frontier(

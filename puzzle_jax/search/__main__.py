@@ -1,53 +1,58 @@
-"""`python -m puzzle_jax.search [STAGE] [--recipe NAME|FILE] [--FIELD VALUE ...]`.
+"""`puzzle search`, which is `python -m puzzle_jax.search`: the search, and what needs no run.
 
-Without a stage, everything that is not up to date is run, and the table is printed. Some commands work without a run:
-`solve --library FILE.json` solves any block library, `estimate` compares two architectures, `plan` says what memory
-every stage needs.
+`solve --library FILE.json` solves any block library, where `solve` alone is a stage.
 """
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Sequence
 
-from puzzle_jax.commands import enable_compilation_cache, guarded
+from puzzle_jax.settings.verbs import Verb, run_table, run_verb
+
+SEARCH = Verb(
+    name="search",
+    summary="From a trained parent to the child that serves a deployment best.",
+    settings="puzzle_jax.search.command:SearchSettings",
+    run="puzzle_jax.search.command:run",
+    shown=(
+        "parent", "run", "traces.tasks", "traces.max_tokens", "traces.file", "scenario.input_tokens",
+        "scenario.output_tokens", "scenario.batch", "target.max_expert_bytes_ratio", "target.min_speedup",
+        "space.windows", "costs",
+    ),
+    example="--parent DIR --traces.file answers.jsonl --target max_expert_bytes_ratio=0.75,min_speedup=1.3",
+    recipes="search",
+    positional=("stage",),
+    base="puzzle_jax.search.recipe_file:starting_fields",
+    interrupted="finished stages are kept",
+)  # fmt: skip
+ESTIMATE = Verb(
+    name="search estimate",
+    summary="How fast a model would serve, beside another, by arithmetic alone.",
+    settings="puzzle_jax.costs.estimate_command:EstimateSettings",
+    run="puzzle_jax.costs.estimate_command:run",
+    shown=("model", "baseline", "scenario", "assumptions", "routing", "json", "list"),
+    example="--model CHILD/config.json --baseline PARENT/config.json --scenario h100x8-64k",
+    computes=False,
+)
+SOLVE = Verb(
+    name="search solve",
+    summary="The best choice from a block library, in a file, whoever measured it.",
+    settings="puzzle_jax.program.command:LibrarySettings",
+    run="puzzle_jax.program.command:run",
+    shown=("library", "minimize", "at_most", "at_least", "sweep", "solutions", "time_limit", "gap", "json"),
+    example="--library FILE.json --minimize metrics.kl_div --at-most stats.runtime_ms=17",
+    computes=False,
+)
+VERBS = {"": SEARCH, "estimate": ESTIMATE}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parses the command line and runs the search; returns the exit code."""
+    """Runs a verb; returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if tool := _tool(arguments):
-        return importlib.import_module(tool).main(arguments[1:])
-    from puzzle_jax.search.context import Search
-    from puzzle_jax.search.parent import open_parent
-    from puzzle_jax.search.pipeline import STAGE_NAMES, run_stages
-    from puzzle_jax.search.recipe_file import parse_recipe
-    from puzzle_jax.search.workers import Team, run_worker
-
-    prog = "python -m puzzle_jax.search"
-
-    def run() -> None:
-        stage, recipe = parse_recipe(arguments, prog, STAGE_NAMES)
-        enable_compilation_cache()
-        with Team.join(recipe.mesh.processes, recipe.mesh.devices, program=prog) as team:
-            if team.index:
-                run_worker(team, open_parent(recipe))
-            else:
-                run_stages(Search(recipe, team=team), stage)
-
-    return guarded(prog, run)
-
-
-def _tool(arguments: Sequence[str]) -> str | None:
-    """The module of a command that needs no run, if the arguments name one."""
-    if arguments[:1] == ["solve"] and any(argument.split("=")[0] == "--library" for argument in arguments):
-        return "puzzle_jax.program.command"
-    if arguments[:1] == ["estimate"]:
-        return "puzzle_jax.costs.estimate_command"
-    if arguments[:1] == ["plan"]:
-        return "puzzle_jax.plan.search_command"
-    return None
+    if arguments[:1] == ["solve"] and any(argument.partition("=")[0] == "--library" for argument in arguments):
+        return run_verb(SOLVE, arguments[1:])
+    return run_table("search", VERBS, arguments)
 
 
 if __name__ == "__main__":

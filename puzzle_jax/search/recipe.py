@@ -13,8 +13,10 @@ from typing import Any, Literal
 
 from puzzle_jax.costs.scenario import Scenario, Target
 from puzzle_jax.errors import MOST_SEED, MOST_TOGETHER, MOST_TOKENS, ConfigError, check_range
+from puzzle_jax.evaluate.settings import BY_EFFORT
 from puzzle_jax.search.solve.baselines import BASELINES
 from puzzle_jax.search.space import DEFAULT_FRACTIONS, Restriction
+from puzzle_jax.settings.mesh import MeshSettings
 from puzzle_jax.tasks import EFFORTS, check_effort
 from puzzle_jax.temperature import check_temperature
 
@@ -37,7 +39,7 @@ class TraceSettings:
       heldout: problems per task for the reported KL; they choose nothing.
       temperature: of sampling; 0 is greedy.
       seed: draws other problems and other answers.
-      max_tokens: limit of an answer per effort; every effort needs one where there are tasks.
+      max_tokens: limit of an answer by effort, or one number for all; every effort needs one where there are tasks.
       batch_size: answers generated together.
       file: traces of the parent made elsewhere (`generate.traces.read_traces`), in place of asking it; its prompts are
         split into the sets in the proportions of the numbers above.
@@ -51,7 +53,7 @@ class TraceSettings:
     heldout: int = 64
     temperature: float = 1.0
     seed: int = 0
-    max_tokens: dict[str, int] = field(default_factory=dict)
+    max_tokens: dict[str, int] = field(default_factory=dict, metadata=BY_EFFORT)
     batch_size: int = 64
     file: Path | None = None
 
@@ -210,30 +212,6 @@ class ChildSettings:
 
 
 @dataclass(frozen=True)
-class MeshSettings:
-    """Devices that the search itself runs on.
-
-    Attributes:
-      data: shares of a batch's rows.
-      model: shares of heads, experts and vocabulary.
-      processes: processes that score together, each on a mesh of its own (`search.workers`).
-    """
-
-    data: int = 1
-    model: int = 1
-    processes: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("data", "model", "processes"):
-            check_range(f"mesh.{name}", getattr(self, name), 1, MOST_TOGETHER)
-
-    @property
-    def devices(self) -> int:
-        """Of one process."""
-        return self.data * self.model
-
-
-@dataclass(frozen=True)
 class Recipe:
     """One search.
 
@@ -275,6 +253,7 @@ class Recipe:
         if len(set(names)) != len(names):
             raise ConfigError(f"the scenarios are named {', '.join(names)}, but every name may come once only")
         self.target.check_scenarios(names)
+        self.mesh.check_without("a search", "sequence")
 
     @property
     def scenarios(self) -> tuple[Scenario, ...]:

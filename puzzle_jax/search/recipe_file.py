@@ -1,4 +1,4 @@
-"""Recipes of searches, from files, names and the command line, and what a search of the user's own model starts from.
+"""What a search starts from, where recipes and the command line leave something open.
 
 The recipe `tiny` is the default for the embedded parent alone: its tasks, its answers of at most 128 tokens and its
 scenario fit no other model. For any other parent the user says what it is asked (`traces.tasks` with
@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from puzzle_jax.errors import ConfigError, PuzzleError, PuzzleWarning
-from puzzle_jax.files import parse_yaml
+from puzzle_jax.errors import ConfigError, PuzzleWarning
 from puzzle_jax.generate.traces import Trace, read_traces
-from puzzle_jax.search.recipe import EMBEDDED_PARENT, Recipe
-from puzzle_jax.settings.files import check_file, parse_settings, recipe_names, recipe_path
+from puzzle_jax.search.recipe import EMBEDDED_PARENT
+from puzzle_jax.settings.files import RECIPES, read_recipe, recipe_names
 from puzzle_jax.tasks import Chat
 
 EMBEDDED_RECIPE = "tiny"
@@ -30,43 +29,34 @@ _BATCH, _EXPERT_BYTES_RATIO = 8, 0.75
 """Requests of a scenario that is taken from traces, and the target of a search that was given none."""
 
 
-def parse_recipe(
-    arguments: Sequence[str], prog: str, stages: Sequence[str] = (), *, deployment: bool = True
-) -> tuple[str, Recipe]:
-    """The stage ("all" by default) and the recipe that a command line asks for.
+def starting_fields(given: Mapping[str, Any], recipe: str | None, runs: bool) -> dict[str, Any]:
+    """What a search takes for fields that are not given, by dotted name.
 
     Args:
-      deployment: False where scenario and target will not be looked at, nor what the parent is asked.
+      given: values of recipes and the command line, by dotted name.
+      recipe: the last one that was named.
+      runs: False where settings are only shown.
 
-    Raises `ConfigError` for whatever is wrong with either, and where a parent of the user's own comes with too little
-    to search by. `--help` and `--print_config` print and exit.
+    Raises `ConfigError` where a parent of the user's own comes with too little to search by.
     """
-    names = recipe_names("search")
-    given = _given_fields(arguments, names)
     parent = given.get("parent", EMBEDDED_PARENT)
-    embedded = _is_embedded(parent)
-    shows = any(argument.startswith(("-h", "--help", "--print_config")) for argument in arguments)
-    if not embedded and given["recipe"] == EMBEDDED_RECIPE:
+    if _is_embedded(parent):
+        return read_recipe(RECIPES / f"{EMBEDDED_RECIPE}.yaml")
+    if recipe == EMBEDDED_RECIPE:
         _tell(
             f"recipe {EMBEDDED_RECIPE} is made for the embedded parent, and its tasks, limits and scenario need not "
             f"fit {parent}"
         )
-    elif not embedded and not deployment:
-        unused = {"scenario.name": "unused", **dict.fromkeys(_LENGTHS, 1), "target.max_expert_bytes_ratio": 1}
-        arguments = [*(f"--{name}={value}" for name, value in unused.items() if name not in given), *arguments]
-    elif not embedded and not shows:
-        arguments = [*(f"--{name}={value}" for name, value in _own_defaults(given).items()), *arguments]
-    stage, recipe = parse_settings(
-        arguments,
-        Recipe,
-        prog=prog,
-        description="From a trained parent to the child that serves a deployment best.",
-        names=names,
-        default=EMBEDDED_RECIPE if embedded else None,
-        choice=("stage", ("all", *stages), "one stage, or all"),
-    )
-    assert stage is not None
-    return stage, recipe
+        return {}
+    return _own_defaults(given) if runs else {}
+
+
+def without_deployment(given: Mapping[str, Any], recipe: str | None, runs: bool) -> dict[str, Any]:
+    """The same where scenario and target will not be looked at, nor what the parent is asked."""
+    parent = given.get("parent", EMBEDDED_PARENT)
+    if _is_embedded(parent) or recipe == EMBEDDED_RECIPE:
+        return starting_fields(given, recipe, runs)
+    return {"scenario.name": "unused", **dict.fromkeys(_LENGTHS, 1), "target.max_expert_bytes_ratio": 1.0}
 
 
 def _own_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,10 +66,10 @@ def _own_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     can know.
     """
     parent, file = Path(str(given["parent"])), given.get("traces.file")
-    lengths = [] if "scenario" in given else [name for name in _LENGTHS if name not in given]
+    lengths = [name for name in _LENGTHS if name not in given]
     missing = (
         []
-        if file or given.get("traces.tasks") or "traces" in given
+        if file or given.get("traces.tasks")
         else ["traces.file (answers of the parent) or traces.tasks with traces.max_tokens (problems to ask it)"]
     )
     if len(lengths) == 1 or not file:
@@ -90,8 +80,8 @@ def _own_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
             f"a search of {parent} needs {' and '.join(missing)}, since no default fits every model; "
             f"give them, or --recipe with one of {others}"
         )
-    defaults: dict[str, Any] = {} if "run" in given else {"run": Path("runs") / parent.resolve().name}
-    if not {"scenario", "scenario.name"} & set(given):
+    defaults: dict[str, Any] = {} if "run" in given else {"run": f"runs/{parent.resolve().name}"}
+    if "scenario.name" not in given:
         defaults["scenario.name"] = "serving"
     if lengths:
         found = _mean_lengths(read_traces(Path(str(file)), Chat.load(parent if parent.is_dir() else parent.parent)))
@@ -115,49 +105,6 @@ def _mean_lengths(traces: Sequence[Trace]) -> tuple[int, int]:
     """Mean tokens of prompts and of answers, rounded up."""
     sums = (sum(len(trace.prompt) for trace in traces), sum(len(trace.completion) for trace in traces))
     return -(-sums[0] // len(traces)), -(-sums[1] // len(traces))
-
-
-def _given_fields(arguments: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
-    """Fields that recipe files and the command line set, by dotted name; and the last "recipe" that was named, or None.
-
-    Raises `ConfigError` for a recipe that is missing or cannot be read.
-    """
-    given: dict[str, Any] = {"recipe": None}
-    for name, value in _options(arguments):
-        if name == "recipe":
-            given["recipe"] = value
-            given |= dict(_flat(check_file(recipe_path(value, names))))
-        else:
-            given |= dict(_flat(_parsed(value), name))
-    return {name: value for name, value in given.items() if value is not None or name.startswith(("recipe", "target"))}
-
-
-def _parsed(value: str) -> Any:
-    """A mapping or null that an option's value writes in YAML; any other value as it is."""
-    if not value.lstrip().startswith("{") and value != "null":
-        return value
-    try:
-        return parse_yaml(value, "the option")
-    except PuzzleError:
-        return value
-
-
-def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Names and values of all options."""
-    for index, argument in enumerate(arguments):
-        name, equals, value = argument.partition("=")
-        if name.startswith("--"):
-            following = arguments[index + 1] if index + 1 < len(arguments) else ""
-            yield name.removeprefix("--"), value if equals else following
-
-
-def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of nested mappings, by dotted name."""
-    if isinstance(value, Mapping):
-        for name, inner in value.items():
-            yield from _flat(inner, f"{prefix}.{name}" if prefix else str(name))
-    elif prefix:
-        yield prefix, value
 
 
 def _is_embedded(parent: Any) -> bool:

@@ -13,7 +13,8 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from puzzle_jax.commands import did_you_mean
-from puzzle_jax.settings.fields import hint_options
+from puzzle_jax.errors import shown
+from puzzle_jax.settings.fields import Setting, hint_options
 
 _WORDS: Mapping[Any, str] = {
     int: "a whole number",
@@ -25,50 +26,29 @@ _WORDS: Mapping[Any, str] = {
 }
 _MAPPINGS, _LISTS = (dict, Mapping), (tuple, list, Sequence)
 _KEY = re.compile(r'Parser key "([^"]+)": ')
-_CHOICE = re.compile(r"invalid choice: '?([^' ]*)'?")
-_AFTER_VALUE = re.compile(" Subclass types expect| - Expected | - Not of type | Given value type")
-_LONGEST_VALUE = 120
 
 
-def plain_message(error: Exception, hints: Mapping[str, Any], choice: tuple[str, Sequence[str]] | None = None) -> str:
+def plain_message(error: Exception, settings: Mapping[str, Setting], values: Mapping[str, Any]) -> str:
     """One sentence for what a parser refused.
 
     Args:
       error: of the parser.
-      hints: types of the settings, by dotted name.
-      choice: name and values of the positional argument, where there is one.
+      settings: all there are, by dotted name.
+      values: that the parser was given, likewise.
     """
     text = " ".join(str(error).split())
-    found = _CHOICE.search(text)
-    if choice is not None and found is not None:
-        name, values = choice
-        return f"{name} is {found[1]!r}, but must be one of {', '.join(values)}{did_you_mean(found[1], values)}"
+    keys = _KEY.findall(text)
+    names = [name for name in keys if name in settings]
     if missing := re.search(r"the following arguments are required: (.*)", text):
-        inside = [name for name in _KEY.findall(text) if name in hints]
-        return f"{inside[-1]} lacks {missing[1]}" if inside else f"{missing[1]} must be given"
-    names = _KEY.findall(text)
-    named = [name for name in names if name in hints]
-    if not named:
+        return f"{names[-1]} lacks {missing[1]}" if names else f"{missing[1]} must be given"
+    if not names:
         return text
-    where = named[-1]
-    hint, inner = hints[where], [name for name in names[names.index(where) + 1 :] if name not in hints]
-    if inner:  # a field of a list's element
-        element = _element_field(hint, inner[-1])
-        where, hint = f"{where}: {inner[-1]}", hint if element is None else element
-    value, words = _value(text), describe(hint)
-    if value is None:
-        kind = re.search(r"PathLike object, not (\w+)$", text)
-        if kind is not None:
-            return f"{where} is of type {kind[1]}, but must be {words}"
-        return f"{where}: {text[list(_KEY.finditer(text))[-1].end() :]}"
-    verb = (
-        "holds"
-        if value[:1] not in "[{"
-        and _is_collection(hint)
-        and not re.search(r"Expected a <class '(tuple|list|dict)'>", text)
-        else "is"
-    )
-    return f"{where} {verb} {value}, but must be {words}{did_you_mean(value, _choices(hint))}"
+    name, inner = names[-1], next((key for key in reversed(keys) if key not in settings), None)
+    setting, value = settings[name], values.get(name)
+    if inner is not None and is_dataclass(setting.element):
+        hint = get_type_hints(setting.element).get(inner)
+        return f"{name}: {inner} must be {describe(hint)}, but {name} is {shown(value)}"
+    return f"{name} is {shown(value)}, but must be {describe(setting.hint)}{did_you_mean(str(value), setting.choices)}"
 
 
 def describe(hint: Any) -> str:
@@ -100,33 +80,3 @@ def _plural(hint: Any) -> str:
         return words[hint]
     described = describe(hint)
     return "numbers" if described == _WORDS[float] else f"values, each {described}"
-
-
-def _element_field(hint: Any, name: str) -> Any:
-    """The type of a field of the dataclass that a list holds."""
-    for option in hint_options(hint):
-        for element in get_args(option):
-            if is_dataclass(element):
-                return get_type_hints(element).get(name)
-    return None
-
-
-def _value(text: str) -> str | None:
-    """The value that the parser names last."""
-    found = list(re.finditer(r"(?:Got value|Given value): ", text))
-    if found:
-        return _short(_AFTER_VALUE.split(text[found[-1].end() :])[0])
-    config = re.search(r"Unable to load config '(.*?)' - ", text)
-    return None if config is None else _short(repr(config[1]))
-
-
-def _is_collection(hint: Any) -> bool:
-    return all(get_origin(of) in (*_MAPPINGS, *_LISTS) for of in hint_options(hint) if of is not NoneType)
-
-
-def _short(value: str) -> str:
-    return value if len(value) <= _LONGEST_VALUE else f"{value[: _LONGEST_VALUE - 3]}..."
-
-
-def _choices(hint: Any) -> list[str]:
-    return [str(value) for of in hint_options(hint) if get_origin(of) is Literal for value in get_args(of)]

@@ -1,80 +1,79 @@
-"""Command line of training: `python -m puzzle_jax.train VERB ...`.
-
-traces          the parent answers problems to learn from
-distill         a child learns from its parent on such answers
-distill-blocks  every layer of a child learns alone, a cheap start for distill
-grpo            a model learns from its own answers to problems whose answers can be checked
-average         the weights of two such models become one model
-plan            what a distillation needs on every device, before there are devices
-plan-grpo       what grpo needs, likewise
-pretrain        a small parent from nothing
-"""
+"""`puzzle train VERB`, which is `python -m puzzle_jax.train VERB`."""
 
 from __future__ import annotations
 
-import argparse
-import importlib
 import sys
-from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from functools import partial
 
-from puzzle_jax.commands import Parser, enable_compilation_cache, guarded
-from puzzle_jax.consoles import plain_console
+from puzzle_jax.settings.verbs import Verb, run_table
 
-PROGRAM = "python -m puzzle_jax.train"
-RECIPE_VERBS = {"distill": False, "distill-blocks": True}
-"""Verbs whose options are a recipe's fields, and whether blocks are trained alone."""
-
-GRPO = "grpo"
+_KEPT = "the same command goes on from the last checkpoint"
+_DISTILL = Verb(
+    name="train distill",
+    summary="Trains a child on its parent's own answers until it answers as well.",
+    settings="puzzle_jax.train.distill.recipe:DistillRecipe",
+    run="puzzle_jax.train.distill.command:run",
+    shown=(
+        "parent", "child", "traces", "out", "train", "data.row_length", "data.rows", "data.tasks",
+        "optimizer.learning_rate", "loop.steps", "mesh.data", "mesh.model",
+    ),
+    example="--parent DIR --child DIR --traces answers.parquet --out DIR --loop steps=800 --mesh data=2,model=4",
+    recipes="distill",
+    interrupted=_KEPT,
+)  # fmt: skip
 VERBS = {
-    "traces": "the parent answers problems to learn from",
-    "average": "the weights of two policies from one start become one model",
-    "plan": "what a distillation needs on every device, before there are devices",
-    "plan-grpo": "what reinforcement learning needs on every device, before there are devices",
-    "pretrain": "train a small parent on the embedded tasks",
-}
-"""Verbs with options of their own, in a module `VERB_command`, with "_" for "-"."""
+    "traces": Verb(
+        name="train traces",
+        summary="The parent answers problems, for its children to learn from.",
+        settings="puzzle_jax.train.traces.command:AnswersSettings",
+        run="puzzle_jax.train.traces.command:run",
+        shown=("parent", "out", "problems", "tasks", "efforts", "max_tokens", "temperature", "batch_size", "seed"),
+        example="--parent DIR --tasks my.jsonl,chain --problems 2000 --max-tokens 4096 --out answers.parquet",
+    ),
+    "distill": _DISTILL,
+    "distill-blocks": replace(
+        _DISTILL,
+        name="train distill-blocks",
+        summary="Trains every layer of a child alone on its parent's activations, a cheap start for distill.",
+        run="puzzle_jax.train.distill.command:run_blocks",
+    ),
+    "grpo": Verb(
+        name="train grpo",
+        summary="A model learns from its own answers to problems whose answers can be checked.",
+        settings="puzzle_jax.train.grpo.recipe:GrpoRecipe",
+        run="puzzle_jax.train.grpo.command:run",
+        shown=(
+            "model", "out", "prompts.tasks", "prompts.efforts", "prompts.prompts", "rollout.group",
+            "rollout.max_tokens", "reward.function", "loss.name", "optimizer.learning_rate", "loop.steps",
+        ),
+        example="--recipe grpo-accuracy --model DIR --out DIR --prompts.tasks my.jsonl=2,chain=1",
+        recipes="grpo",
+        interrupted=_KEPT,
+    ),
+    "average": Verb(
+        name="train average",
+        summary="The weights of two policies from one start become one model.",
+        settings="puzzle_jax.train.average.command:AverageSettings",
+        run="puzzle_jax.train.average.command:run",
+        shown=("out", "weight", "weights", "problems", "tasks", "efforts", "max_tokens", "reference", "temperature"),
+        example="DIR_A DIR_B --weights 0,0.25,0.5,0.75,1 --problems 200 --reference DIR --out DIR",
+        positional=("a", "b"),
+    ),
+    "pretrain": Verb(
+        name="train pretrain",
+        summary="Trains a small parent from nothing on the embedded tasks.",
+        settings="puzzle_jax.train.pretrain.command:PretrainSettings",
+        run="puzzle_jax.train.pretrain.command:run",
+        shown=("out", "tasks", "efforts", "steps", "learning_rate", "seed"),
+        example="--recipe pretrain-tiny --out DIR",
+        recipes="pretrain",
+        interrupted=_KEPT,
+    ),
+}  # fmt: skip
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a verb; returns the exit code (2 for what the user can mend)."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    console = plain_console(stderr=True)
-    verb = arguments[0] if arguments else None
-    prog = PROGRAM if verb is None else f"{PROGRAM} {verb}"
-    kept = "the same command goes on from the last checkpoint"
-    if verb == GRPO:
-        grpo = importlib.import_module("puzzle_jax.train.grpo.command")
-        return guarded(prog, lambda: _cached(grpo, arguments[1:], prog, console), interrupted=kept)
-    if verb in RECIPE_VERBS:
-        distill = importlib.import_module("puzzle_jax.train.distill.command")
-        blocks = RECIPE_VERBS[verb]
-        return guarded(prog, lambda: _cached(distill, arguments[1:], prog, console, blocks=blocks), interrupted=kept)
-    parser = Parser(prog=PROGRAM, description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    for name, what in VERBS.items():
-        _command(name).add_arguments(verbs.add_parser(name, help=what))
-    for name in (*RECIPE_VERBS, GRPO):
-        verbs.add_parser(name, help=f"see {PROGRAM} {name} --help")
-
-    def run() -> None:
-        options = parser.parse_args(arguments)
-        _cached(_command(options.verb), options, console)
-
-    return guarded(prog, run, interrupted=kept)
-
-
-def _cached(command: Any, *arguments: Any, **options: Any) -> None:
-    """Runs a command, with the cache of compiled programs."""
-    enable_compilation_cache()
-    command.run(*arguments, **options)
-
-
-def _command(verb: str) -> Any:
-    """The module of a verb."""
-    return importlib.import_module(f"puzzle_jax.train.{verb.replace('-', '_')}_command")
-
+main = partial(run_table, "train", VERBS)
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -32,7 +32,7 @@ from jax.experimental import multihost_utils
 from rich.console import Console
 
 from puzzle_jax.errors import MOST_TIMES, ConfigError, PuzzleError, check_range
-from puzzle_jax.progress import progress
+from puzzle_jax.progress import Advance, progress
 from puzzle_jax.runs import locked, open_run
 from puzzle_jax.train.checkpoints import Checkpoints, abstract_state
 from puzzle_jax.train.metrics import MetricsLog
@@ -89,6 +89,7 @@ class Job:
       evaluate: named values of a state, the same whenever it is called.
       best: of these the one whose lowest value is best; it also decides which checkpoints stay.
       name: of the work, for progress.
+      tokens_per_step: positions that a step runs over, for the rate beside the bar; 0 where a step tells rates itself.
       ahead: whether batches are made ahead, in a thread; not where a step decides what comes next, as in reinforcement
         learning: the data's state is then saved as it is after the step.
     """
@@ -102,6 +103,7 @@ class Job:
     evaluate: Callable[[TrainState], Mapping[str, float]] | None = None
     best: str | None = None
     name: str = "training"
+    tokens_per_step: int = 0
     ahead: bool = True
 
 
@@ -212,7 +214,7 @@ class _Run:
     log: MetricsLog | None
     stop: threading.Event
     skipped: int
-    advance: Callable[[int], None] = lambda amount: None
+    advance: Advance = lambda amount, total=None, /, *, note="": None
     preempted: bool = False
     _reported: int = 0
     _since: tuple[int, float] = field(default_factory=lambda: (0, time.monotonic()))
@@ -252,7 +254,7 @@ class _Run:
         Raises PuzzleError when too many in a row were skipped.
         """
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        self.advance(number - self._reported)
+        self.advance(number - self._reported, note=self._note(number, values))
         self._reported = number
         self.skipped = self.skipped + 1 if values["skipped"] else 0
         evaluation = evaluation or {}
@@ -271,6 +273,18 @@ class _Run:
             )
         metric = None if self.job.best is None else evaluation.get(self.job.best)
         return float(metric) if metric is not None and math.isfinite(metric) else None
+
+    def _note(self, number: int, values: Mapping[str, float]) -> str:
+        """A step's loss, reward and KL, and tokens per second, as they stand beside the bar."""
+        names = ["loss", "reward", *(name for name in values if name.split("_")[-1] == "kl")]
+        shown = [f"{name} {values[name]:.4g}" for name in names if name in values]
+        steps, seconds = number - self._since[0], time.monotonic() - self._since[1]
+        rated = (name for name in values if name.endswith("tokens_per_second"))
+        rates = {name.removesuffix("_per_second"): values[name] for name in rated}
+        if self.job.tokens_per_step and steps > 0 and seconds > 0:
+            rates["tokens"] = self.job.tokens_per_step * steps / seconds
+        shown += [f"{rate:,.0f} {name.replace('_', ' ')}/s" for name, rate in rates.items()]
+        return ", ".join(shown)
 
     def _evaluate(self, state: TrainState) -> Mapping[str, float]:
         assert self.job.evaluate is not None

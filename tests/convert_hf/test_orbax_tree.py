@@ -192,7 +192,7 @@ def test_trees_that_are_not_the_models(models, tmp_path):
 
 def test_an_orbax_checkpoint_in_place_of_a_directory(models, capsys):
     assert main(["inspect", str(models / "orbax")]) == 2
-    assert "is an Orbax checkpoint; run `python -m puzzle_jax.convert_hf export" in capsys.readouterr().err
+    assert "is an Orbax checkpoint; run `puzzle convert_hf export" in capsys.readouterr().err
     assert main(["export", "--checkpoint", str(models / "orbax" / "params"), "--out", str(models / "no")]) == 2
     assert "is an Orbax tree without a config.json" in capsys.readouterr().err
 

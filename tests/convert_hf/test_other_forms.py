@@ -70,7 +70,7 @@ HELD = {
     "pth": (("config.json", "consolidated.00.pth"), "pickled weights (consolidated.00.pth)"),
     "only original": (("original/config.json", "original/model.safetensors"), "holds OpenAI's own form"),
     "metal": (("metal/model.bin",), "holds OpenAI's own form"),
-    "orbax": (("hf/config.json", "params/_METADATA"), "is an Orbax checkpoint; run `python -m puzzle_jax.convert_hf"),
+    "orbax": (("hf/config.json", "params/_METADATA"), "is an Orbax checkpoint; run `puzzle convert_hf"),
     "bare orbax": (("_METADATA", "d/x", "manifest.ocdbt"), "is an Orbax tree without a config.json"),
     "cache of the hub": (("snapshots/abc/config.json", "blobs/x", "refs/main"), "/snapshots/abc"),
     "directory of models": (("child/config.json", "notes.txt"), "is no checkpoint; give "),

@@ -91,7 +91,7 @@ def test_inspection_never_imports_jax(tmp_path):
             (directory / SINGLE).write_bytes(b"")
         done = subprocess.run([sys.executable, "-c", program, str(directory)], capture_output=True, text=True)
         assert done.returncode == code, done.stderr
-    assert done.stderr.startswith("puzzle_jax.convert_hf inspect: ") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("puzzle convert_hf inspect: ") and done.stderr.count("\n") == 1
 
 
 def test_the_same_model_in_other_files_is_the_same_function(tmp_path, capsys):

@@ -170,7 +170,7 @@ def test_other_assumptions_and_routing(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (PAIR, "--scenario is missing"),
+        (PAIR, "scenario must be given"),
         ((*PAIR, "--scenario", "h900x8-4k"), "scenario is 'h900x8-4k'"),
         (("--model", "nowhere", "--baseline", str(PARENT), "--scenario", "h100x8-4k"), "nowhere is not a directory"),
         ((*PAIR, "--scenario", "h100x8-4k", "--routing", "nowhere.json"), "nowhere.json cannot be read"),

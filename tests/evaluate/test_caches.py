@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from puzzle_jax.config import BlockConfig
+from puzzle_jax.evaluate.__main__ import main
 from puzzle_jax.evaluate.accuracy import QuestionSet
-from puzzle_jax.evaluate.caches import CALIBRATED, REFERENCE, UNCALIBRATED, amplify, compare_caches, main
+from puzzle_jax.evaluate.caches import CALIBRATED, REFERENCE, UNCALIBRATED, amplify, compare_caches
 from puzzle_jax.tasks.chat.embedded import embedded_chat, write_chat_files
 from tests.convert_hf.checkpoints import write_random
 from tests.support import model_logits, random_params, random_tokens, small_config
@@ -56,10 +57,10 @@ def test_what_cannot_be_asked_is_one_sentence_and_writes_nothing(tmp_path, capsy
         (["--efforts", "none"], "effort is 'none'"),
         (["--model", str(tmp_path / "no")], "is not a directory"),
     ):
-        assert main(["--model", str(directory), "--out", str(out), *arguments]) == 2
+        assert main(["caches", "--model", str(directory), "--out", str(out), *arguments]) == 2
         said = capsys.readouterr().err
         assert message in said and said.count("\n") == 1
     assert not out.exists()
     out.write_text(json.dumps({}))
-    assert main(["--model", str(directory), "--out", str(out)]) == 2
+    assert main(["caches", "--model", str(directory), "--out", str(out)]) == 2
     assert "which is a file" in capsys.readouterr().err

@@ -8,12 +8,14 @@ import pytest
 import tokenizers
 
 from puzzle_jax.errors import ConfigError, PuzzleError, PuzzleWarning
+from puzzle_jax.evaluate.__main__ import VERBS
 from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions, check_context, unscored_note
-from puzzle_jax.evaluate.settings import MAX_TOKENS, limits_by_effort
+from puzzle_jax.evaluate.settings import MAX_TOKENS
 from puzzle_jax.evaluate.summary import by_effort, by_task, summarise
 from puzzle_jax.generate.traces import Trace
 from puzzle_jax.model.spec import init_params
-from puzzle_jax.tasks import is_held_out
+from puzzle_jax.settings.verbs import parse
+from puzzle_jax.tasks import EFFORTS, is_held_out
 from puzzle_jax.tasks.arithmetic import Chain
 from puzzle_jax.tasks.chat.embedded import embedded_chat
 from puzzle_jax.tasks.rewards.workers import Answer, Judgement
@@ -199,11 +201,21 @@ def test_limits_of_the_embedded_parent_are_told_of_for_another_model():
         check_context(asked, embedded, config, MAX_TOKENS, "model 'a'")
 
 
-def test_limits_on_a_command_line():
-    assert limits_by_effort("low=3, high=400") == {"low": 3, "high": 400}
-    for text in (" ", "low", "low=-1", "low=3,high=x", "hgh=3"):
-        with pytest.raises(ConfigError, match=r"--max-tokens has|effort is 'hgh'"):
-            limits_by_effort(text)
+@pytest.mark.parametrize("text", ["low=3, high=400", "{low: 3, high: 400}"])
+def test_limits_on_a_command_line(text):
+    asked = parse(VERBS[""], ["--models", "a=b", "--out", "c", "--max-tokens", text])
+    assert asked.max_tokens == {**MAX_TOKENS, "low": 3, "high": 400}
+
+
+def test_one_limit_is_for_every_effort():
+    asked = parse(VERBS[""], ["--models", "a=b", "--out", "c", "--max_tokens=9"])
+    assert asked.max_tokens == dict.fromkeys(EFFORTS, 9)
+
+
+@pytest.mark.parametrize("text", [" ", "low", "low=-1", "low=3,high=x", "hgh=3"])
+def test_limits_that_are_none(text):
+    with pytest.raises(ConfigError, match=r"max_tokens|effort is 'hgh'"):
+        parse(VERBS[""], ["--models", "a=b", "--out", "c", "--max-tokens", text])
 
 
 def test_more_problems_than_a_seed_has_are_refused():

@@ -202,9 +202,9 @@ def test_other_settings_and_other_weights_are_refused(finished, models, capsys, 
         ({"efforts": "extreme"}, "effort is 'extreme'"),
         ({"efforts": ","}, "efforts is ''"),
         ({"problems": "1"}, "problems is 1, but must be at least 1 for each of the 2 tasks"),
-        ({"problems": "many"}, "invalid int value: 'many'"),
-        ({"max_tokens": "low"}, "--max-tokens has 'low'"),
-        ({"max_tokens": "low=0"}, "no limit of at least 1 for effort 'low'"),
+        ({"problems": "many"}, "problems is 'many', but must be a whole number"),
+        ({"max_tokens": "low"}, "max_tokens is 'low', but must be a mapping of names to whole numbers"),
+        ({"max_tokens": "low=0"}, "max_tokens.low is 0, but must be at least 1"),
         ({"max_tokens": "wild=3"}, "effort is 'wild'"),
         ({"max_tokens": "low=760"}, "but the context of model 'parent' is 768"),
         ({"temperature": "-1"}, "temperature is -1"),
@@ -215,11 +215,11 @@ def test_other_settings_and_other_weights_are_refused(finished, models, capsys, 
         ({"seed": "-1"}, "seed is -1"),
         ({"rounds": "0"}, "rounds is 0"),
         ({"cache_dtype": "int3"}, "cache dtype is 'int3'"),
-        ({"cache_memory": "much"}, "--cache-memory is 'much'"),
+        ({"cache_memory": "much"}, "--cache_memory is 'much'"),
         ({"cache_memory": "10KiB"}, "one request of 12 tokens needs 19,200 bytes of cache"),
         ({"scenarios": "a"}, "--scenarios has 'a'"),
         ({"scenarios": "a=0:4"}, "scenario 'a' has 0 input"),
-        ({"scenarios": "a=1:4,a=2:4"}, "scenarios are named a, a"),
+        ({"scenarios": "a=1:4,a=2:4"}, "--scenarios names 'a' twice"),
         ({"scenarios": "low=1:4"}, "scenario name is 'low'"),
         ({"scenarios": "a=700:69"}, "scenario 'a' needs a context of 769 tokens"),
         ({"names": ("parent",)}, "--models has 'parent'"),
@@ -325,7 +325,7 @@ def test_what_rows_are_judged_by_is_part_of_an_evaluation(models, tmp_path):
     def identity(**changes) -> dict:
         rows.write_text(json.dumps({"prompt": "1+1=", "answer": "2", **changes}) + "\n")
         settings = Settings(
-            models={"a": models / "parent"}, out=tmp_path / "out", tasks=(str(rows),), problems=1, speed=None
+            models={"a": models / "parent"}, out=tmp_path / "out", tasks=(str(rows),), problems=1, throughput=False
         )
         return Evaluation(settings, Console(quiet=True))._identity()
 

@@ -55,7 +55,7 @@ DISTILL = {
     "train": ["router"],
     "teacher_cache": None,
     "top_k": 8,
-    "data": {"row_length": 64, "rows": 2, "task_weights": {"add": 2.0}, "over_long": "drop", "heldout": 2, "seed": 1},
+    "data": {"row_length": 64, "rows": 2, "tasks": {"add": 2.0}, "over_long": "drop", "heldout": 2, "seed": 1},
     "loss": {"forward_kl": 1.0, "hidden_mse": 0.5, "temperature": 1.0, "token_chunk": 64},
     "optimizer": {"name": "adamw", "learning_rate": 0.001, "warmup_steps": 1, "schedule": "wsd", "clip_norm": 1.0},
     "loop": {"steps": 2, "evaluate_every": 1, "save_every": 1, "keep_best": 1},

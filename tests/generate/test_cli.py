@@ -6,7 +6,8 @@ import shutil
 
 import pytest
 
-from puzzle_jax.generate.__main__ import _Printer, _prompt, main
+from puzzle_jax.generate.__main__ import main
+from puzzle_jax.generate.command import _Printer, _prompt
 from puzzle_jax.tasks.chat.embedded import write_chat_files
 from tests.convert_hf.checkpoints import write_random
 from tests.support import small_config
@@ -51,8 +52,8 @@ def test_on_a_terminal_the_analysis_is_dimmed(capsys):
         (["--max-tokens", "-5"], "request 0 has max_tokens -5"),
         (["--max-tokens", "600"], "but the model's context is 512"),
         (["--temperature", "-1"], "temperature is -1.0"),
-        (["--kv-cache", "int4"], "cache dtype is 'int4'"),
-        (["--kv-cache", "float8_e4m3fn"], "carries no k_scale and v_scale"),
+        (["--cache-dtype", "int4"], "cache dtype is 'int4'"),
+        (["--cache-dtype", "float8_e4m3fn"], "carries no k_scale and v_scale"),
     ],
 )
 def test_bad_settings_are_one_sentence(model, capsys, arguments, message):
@@ -87,7 +88,7 @@ def test_standard_input_that_is_no_prompt_is_one_sentence(model, capsys, monkeyp
 
 def test_a_prompt_comes_from_standard_input(monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(" 1+1 = ü?\n".encode()), encoding="ascii"))
-    assert _prompt(None) == "1+1 = ü?"
+    assert _prompt("-") == "1+1 = ü?"
     assert _prompt(" as it is ") == " as it is "
 
 

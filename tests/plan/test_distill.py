@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +17,14 @@ from puzzle_jax.kernels.expert_mlp import IMPLEMENTATIONS, Experts, expert_mlp
 from puzzle_jax.kernels.mxfp4 import MXFP4
 from puzzle_jax.kernels.route import Routing
 from puzzle_jax.model.sharding import make_training_mesh
-from puzzle_jax.plan import distill_command as plan_command
-from puzzle_jax.plan.distill import DeviceMemory, PlannedJob, abstract_step, placed_bytes, plan
-from puzzle_jax.plan.distill_arithmetic import by_arithmetic, changes, estimated, gathered_on_cpus
-from puzzle_jax.plan.programs import kernel_shapes
-from puzzle_jax.train.__main__ import main
+from puzzle_jax.plan import command
+from puzzle_jax.plan.__main__ import main
+from puzzle_jax.plan.abstract import device_bytes, kernel_shapes
+from puzzle_jax.plan.distill import PlannedDistillation
+from puzzle_jax.plan.record import Usage, compiled, with_settings
+from puzzle_jax.settings.mesh import MeshSettings
 from puzzle_jax.train.distill.objectives import LossSettings
-from puzzle_jax.train.distill.recipe import MeshSettings
+from puzzle_jax.train.distill.recipe import DataSettings, DistillRecipe
 from puzzle_jax.train.optimizer import OptimizerSettings, make_optimizer
 from puzzle_jax.train.placement import Placement
 from puzzle_jax.train.rows import Packed
@@ -32,13 +34,31 @@ from tests.train.toy_student import CHILD, PARENT, packed_params
 MESH = MeshSettings(data=2, sequence=2, model=2)
 # A plan reads how many experts a child keeps, and takes the first.
 FIRST = replace(CHILD, blocks=tuple(replace(block, kept=tuple(range(len(block.kept)))) for block in CHILD.blocks))
-JOB = PlannedJob(FIRST, mesh=MESH, row_length=36, rows=4, micro_batches=3)
+RECIPE = DistillRecipe(
+    Path("parent"),
+    Path("child"),
+    traces=Path("-"),
+    out=Path("-"),
+    data=DataSettings(row_length=36, rows=4, micro_batches=3),
+    mesh=MESH,
+)
+JOB = PlannedDistillation(FIRST, RECIPE)
 EXPERTS = 3 * 8 * 3 * 32 * 64  # numbers in the matrices of three layers' 8 experts
 
 
+def with_fields(**settings):
+    """The job with other settings, or other sections of settings."""
+    return replace(JOB, recipe=replace(RECIPE, **settings))
+
+
 @pytest.fixture(scope="module")
-def memory():
-    return plan(JOB)
+def usage():
+    return compiled(JOB.programs)["step"]
+
+
+@pytest.fixture(scope="module")
+def memory(usage):
+    return usage.held
 
 
 # Exact parts ----------------------------------------------------------------------------------------------------------
@@ -56,11 +76,13 @@ def test_what_is_placed_is_what_real_arrays_take_on_a_device(memory):
     batch = placement.micro_batches(Packed(*whole, {}))
 
     experts = [layer["moe"].pop(name) for run in resident["runs"] for layer in run for name in ("gate_up", "down")]
-    assert memory.experts == _held(experts) == EXPERTS * 17 // 32 // 2  # half a byte and a scale for every 32, cut in 2
-    assert memory.resident == _held(resident)
-    assert memory.masters == _held(state.params)
-    assert memory.optimizer == _held(state._replace(params=None))
-    assert memory.batch == _held(batch) == 3 * 4 * 36 * 5 * 4 // 4
+    assert (
+        memory["experts"] == _held(experts) == EXPERTS * 17 // 32 // 2
+    )  # half a byte and a scale for every 32, cut in 2
+    assert memory["resident"] == _held(resident)
+    assert memory["masters"] == _held(state.params)
+    assert memory["optimizer"] == _held(state._replace(params=None))
+    assert memory["batch"] == _held(batch) == 3 * 4 * 36 * 5 * 4 // 4
 
 
 def _computed(leaf):
@@ -80,12 +102,12 @@ def _held(tree):
     return sum(part.data.nbytes for leaf in leaves for part in leaf.addressable_shards[:1])
 
 
-def test_the_total_is_all_of_it_and_temporaries_are_no_less_than_gradients(memory):
-    parts = (memory.experts, memory.resident, memory.masters, memory.optimizer, memory.batch)
-    assert memory.arguments == sum(parts)
-    assert memory.total == memory.arguments + memory.temporaries + memory.decoded > max(parts)
-    assert memory.temporaries > memory.masters
-    assert memory.decoded == EXPERTS // 3 // 2 * 2  # a layer's, half of them on each device
+def test_the_total_is_all_of_it_and_temporaries_are_no_less_than_gradients(usage, memory):
+    assert set(memory) == {"experts", "resident", "masters", "optimizer", "batch", "decoded"}
+    assert usage.held_bytes == sum(memory.values())
+    assert usage.total == usage.held_bytes + usage.temporaries > max(memory.values())
+    assert usage.temporaries > memory["masters"]
+    assert memory["decoded"] == EXPERTS // 3 // 2 * 2  # a layer's, half of them on each device
 
 
 @pytest.mark.parametrize(
@@ -97,29 +119,27 @@ def test_the_total_is_all_of_it_and_temporaries_are_no_less_than_gradients(memor
     ],
 )
 def test_dense_experts_other_optimisers_and_other_meshes(change, experts, optimizer):
-    job = replace(JOB, **change)
-    mesh = make_training_mesh(job.mesh.data, job.mesh.sequence, job.mesh.model)
-    found = placed_bytes(abstract_step(job, mesh)[1])
-    assert found.experts == experts
-    assert 0 <= found.optimizer - optimizer * found.masters < 100  # counters, a rate and a key
+    found = with_fields(**change).held
+    assert found["experts"] == experts
+    assert 0 <= found["optimizer"] - optimizer * found["masters"] < 100  # counters, a rate and a key
 
 
 def test_one_device_holds_everything(memory):
-    found = placed_bytes(abstract_step(replace(JOB, mesh=MeshSettings()), None)[1])
-    assert found.experts == 2 * memory.experts
-    assert found.masters > 7 * memory.masters
+    found = with_fields(mesh=MeshSettings()).held
+    assert found["experts"] == 2 * memory["experts"]
+    assert found["masters"] > 7 * memory["masters"]
 
 
 def test_a_teachers_cache_is_part_of_the_batch():
-    job = replace(JOB, loss=LossSettings(forward_kl=0.0, top_k_kl=1.0), top_k=7)
-    _, given = abstract_step(job, None)
-    extras = {name: (leaf.shape, leaf.dtype) for name, leaf in given.batch.extras.items()}
+    loss = LossSettings(forward_kl=0.0, top_k_kl=1.0)
+    job = with_fields(loss=loss, teacher_cache=Path("cache"), top_k=7, mesh=MeshSettings())
+    extras = {name: (leaf.shape, leaf.dtype) for name, leaf in job.batch.extras.items()}
     assert extras == {
         "teacher_ids": ((3, 4, 36, 7), jnp.int32),
         "teacher_logits": ((3, 4, 36, 7), jnp.float16),
         "teacher_log_total": ((3, 4, 36), jnp.float32),
     }
-    assert placed_bytes(given).batch == 3 * 4 * 36 * (5 * 4 + 7 * (4 + 2) + 4)
+    assert device_bytes(job.batch) == 3 * 4 * 36 * (5 * 4 + 7 * (4 + 2) + 4)
     assert not job.asks_teacher
     assert JOB.asks_teacher
 
@@ -159,60 +179,65 @@ def test_experts_stand_in_by_shape_and_what_runs_later_is_untouched():
 def test_large_parts_by_hand(memory):
     tokens = 4 * 36 // 4
     padded = (2 * tokens + 4 * 7) // 8 * 8
-    assert by_arithmetic(JOB, memory) == {
-        "sums of gradients, float32": memory.masters,
-        "student and gradients of a micro-batch, bfloat16": 2 * (8 * memory.masters // 4) * 2 // 2,
+    masters = memory["masters"]
+    assert JOB.temporaries(masters) == {
+        "sums of gradients, float32": masters,
+        "student and gradients of a micro-batch, bfloat16": 2 * (8 * masters // 4) * 2 // 2,
         "output heads and a gradient, whole": 98 * 32 * (2 + 2 + 4),
         "input of every layer": 3 * tokens * 32 * 2,
         "attention of one layer": 2 * 3 * (36 * 7 - 7 * 6 // 2) * (4 + 2),  # 2 rows, 12 / 4 heads, windows of 7
         "experts of one layer": padded * (32 * (2 + 8) + 64 * (8 + 2)),
     }
-    assert gathered_on_cpus(JOB) == (2 * tokens + 4 * 15) // 16 * 3 * 32 * 64 * 2
+    assert JOB.gathered_on_cpus == (2 * tokens + 4 * 15) // 16 * 3 * 32 * 64 * 2
 
 
 def test_losses_on_hidden_states_keep_those_of_both_models(memory):
-    job = replace(JOB, loss=LossSettings(forward_kl=0.0, hidden_cosine=1.0))
-    parts = by_arithmetic(job, memory)
+    parts = with_fields(loss=LossSettings(forward_kl=0.0, hidden_cosine=1.0)).temporaries(memory["masters"])
     assert parts["hidden states of both models"] == 2 * parts["input of every layer"]
     assert parts["output heads and a gradient, whole"] == 98 * 32 * (2 + 4)
 
 
-FIGURES = DeviceMemory(
-    experts=400, resident=100, masters=80, optimizer=160, batch=10, temporaries=300_000, decoded=JOB.decoded
-)
+HELD = {"experts": 400, "resident": 100, "masters": 80, "optimizer": 160, "batch": 10, "decoded": JOB.decoded}
+FIGURES = Usage(HELD, temporaries=300_000)
+
+
+def changes(limit):
+    return {change.what: change for change in JOB.changes({"step": FIGURES}, "step", limit)}
 
 
 def test_an_estimate_of_the_job_itself_is_what_was_found():
-    assert estimated(JOB, FIGURES, JOB) == FIGURES
+    assert JOB.estimated(FIGURES, JOB) == FIGURES
 
 
 def test_half_the_tokens_on_twice_the_devices():
-    job = replace(JOB, mesh=replace(MESH, data=4))
-    found = estimated(JOB, FIGURES, job)
-    parts, others = by_arithmetic(JOB, FIGURES), by_arithmetic(job, replace(FIGURES, masters=40))
+    job = with_fields(mesh=replace(MESH, data=4))
+    found = JOB.estimated(FIGURES, job)
+    parts, others = JOB.temporaries(80), job.temporaries(40)
     grow = [name for name in parts if "layer" in name]
     assert len(grow) == 3
     ratio = sum(others[name] for name in grow) / sum(parts[name] for name in grow)
     assert 0.5 < ratio < 0.7  # experts' rows are padded
     beyond = FIGURES.temporaries - sum(parts.values())
     assert found.temporaries == pytest.approx(sum(others.values()) + ratio * beyond, abs=1)
-    assert replace(found, temporaries=0) == replace(FIGURES, masters=40, optimizer=80, batch=5, temporaries=0)
+    assert found.held == {**HELD, "masters": 40, "optimizer": 80, "batch": 5}
 
 
 def test_changes_are_the_least_that_fit():
     limit = FIGURES.total - 90_000  # more of the sequence axis would not do: 8 devices do not divide 12 heads
-    found = {change.what: change.job for change in changes(JOB, FIGURES, limit)}
-    assert found == {
-        "smaller micro-batches, more of them": replace(JOB, rows=2, micro_batches=6),
-        "shorter rows": replace(JOB, row_length=18),
-        "more devices, each with fewer rows": replace(JOB, mesh=replace(MESH, data=4)),
-        "more devices, each with fewer experts and heads": replace(JOB, mesh=replace(MESH, model=8)),
+    found = {what: change for what, change in changes(limit).items() if change.total is not None}
+    assert {what: change.settings for what, change in found.items()} == {
+        "smaller micro-batches, more of them": {"data.rows": 2, "data.micro_batches": 6},
+        "shorter rows": {"data.row_length": 18},
+        "more devices, each with fewer rows": {"mesh.data": 4},
+        "more devices, each with fewer experts and heads": {"mesh.model": 8},
     }
-    assert all(change.total <= limit for change in changes(JOB, FIGURES, limit))
+    for change in found.values():
+        other = replace(JOB, recipe=with_settings(RECIPE, change.settings))
+        assert change.total == JOB.estimated(FIGURES, other).total <= limit
 
 
 def test_nothing_is_found_where_nothing_does():
-    assert changes(JOB, FIGURES, 1000) == []
+    assert all(change.total is None for change in changes(1000).values())
 
 
 # Input ----------------------------------------------------------------------------------------------------------------
@@ -221,20 +246,37 @@ def test_nothing_is_found_where_nothing_does():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rows": 5}, "rows is 5, but must be a multiple of mesh.data (2)"),
-        ({"row_length": 35}, "row_length is 35, but must be a multiple of mesh.sequence (2)"),
-        ({"micro_batches": 0}, "micro_batches is 0, but must be at least 1"),
+        ({"data.rows": 5}, "data.rows is 5, but must be a multiple of mesh.data (2)"),
+        ({"data.row_length": 35}, "data.row_length is 35, but must be a multiple of mesh.sequence (2)"),
+        ({"data.micro_batches": 0}, "micro_batches is 0, but must be at least 1"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(change, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        with_settings(RECIPE, change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
         ({"top_k": 0}, "top_k is 0, but must be at least 1"),
-        ({"top_k": 4}, "loss.top_k_kl is 0.0 and a teacher's cache is used, but the one needs the other"),
         (
-            {"child": replace(FIRST, parent=replace(PARENT, hidden_size=40))},
-            "hidden_size is 40, but packed experts need a multiple of 32",
+            {"teacher_cache": Path("cache")},
+            "loss.top_k_kl is 0.0 and teacher_cache is cache, but the one needs the other",
         ),
+        ({"train": ("experts",)}, "train has 'experts', but a plan is for experts that are frozen"),
     ],
 )
 def test_a_job_that_cannot_be_is_refused(change, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
-        replace(JOB, **change)
+        with_fields(**change)
+
+
+def test_experts_that_cannot_be_packed_are_refused():
+    child = replace(FIRST, parent=replace(PARENT, hidden_size=40))
+    with pytest.raises(ConfigError, match="hidden_size is 40, but packed experts need a multiple of 32"):
+        PlannedDistillation(child, RECIPE)
+    assert not PlannedDistillation(child, RECIPE, packed=False).packed
 
 
 def _config(model):
@@ -252,51 +294,64 @@ def configs(tmp_path):
 
 
 def _main(parent, child, *more):
-    mesh = ["--mesh", "2,2,2"] if "--mesh" not in more else []
-    shape = ["--row-length", "36", "--rows", "4", "--micro-batches", "3"]
-    return main(["plan", "--parent", str(parent), "--child", str(child), *mesh, *shape, *more])
+    shape = ["--mesh", "data=2,sequence=2,model=2", "--data", "row_length=36,rows=4,micro_batches=3"]
+    return main(["distill", "--parent", str(parent), "--child", str(child), *shape, *more])
 
 
 @pytest.fixture
-def compiled(monkeypatch, memory):
+def planned(monkeypatch, usage):
     """Compiles nothing again: the command's job must be the one that was."""
 
-    def found(job):
-        assert job == JOB
-        return memory
+    def found(programs):
+        job = programs["step"].__self__
+        assert (job.child, job.packed) == (JOB.child, True)
+        assert all(getattr(job.recipe, name) == getattr(RECIPE, name) for name in ("data", "loss", "mesh", "optimizer"))
+        return {"step": usage}
 
-    monkeypatch.setattr(plan_command, "plan", found)
+    monkeypatch.setattr(command, "compiled", found)
 
 
-def test_the_command_prints_the_plan(configs, memory, compiled, capsys):
+def test_the_command_prints_the_plan(configs, usage, planned, capsys):
     assert _main(*configs) == 0
     out = capsys.readouterr().out
     assert "parent.json -> child on 2 x 2 x 2 devices, 3 x 4 rows of 36 tokens a step" in out
-    assert re.search(rf"temporaries +│ +{memory.temporaries / 1e9:.3f}", out)
+    assert re.search(r"GB per device +┃ +step +┃ +step by arithmetic", out)
+    by_arithmetic = sum(JOB.temporaries(usage.held["masters"]).values())
+    assert re.search(rf"temporaries +│ +{usage.temporaries / 1e9:.3f} +│ +{by_arithmetic / 1e9:.3f}", out)
     assert "experts, MXFP4" in out
-    assert f"fits: {80 - memory.total / 1e9:.1f} GB are left" in out
+    assert f"fits: {80 - usage.total / 1e9:.1f} GB are left" in out
 
 
-def test_the_command_says_what_would_do(configs, memory, compiled, capsys):
-    limit = (memory.total - 100_000) / 1e9
+def test_the_command_says_what_would_do(configs, usage, planned, capsys):
+    limit = (usage.total - 100_000) / 1e9
     assert _main(*configs, "--hbm-gb", str(limit)) == 0
     out = capsys.readouterr().out
     assert "0.0 GB too many" in out
-    assert "shorter rows: --mesh 2,2,2 --rows 4 --row-length 18 --micro-batches 3: " in out
+    assert "shorter rows: --data.row_length 18: " in out
     assert "a teacher's cache would save its pass" in out
+
+
+def test_the_command_prints_json(configs, usage, planned, capsys):
+    limit = (usage.total - 100_000) / 1e9
+    assert _main(*configs, "--hbm-gb", str(limit), "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["programs"]["step"]["held"] == usage.held
+    assert (found["fits"], found["device_bytes"]) == (False, usage.total - 100_000)
+    assert {"data.row_length": 18} in [change["settings"] for change in found["changes"]["step"]]
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--mesh", "2,2"), "--mesh is '2,2', but must be three numbers of devices, DATA,SEQUENCE,MODEL"),
-        (("--mesh", "3,1,1"), "rows is 4, but must be a multiple of mesh.data (3)"),
-        (("--mesh", "4,4,4"), "a mesh of 4 x 4 x 4 needs 64 devices, but 8 are present"),
-        (("--mesh", "0,1,1"), "mesh.data is 0, but must be at least 1"),
-        (("--hbm-gb", "nan"), "--hbm-gb is nan, but must be a finite number above 0"),
-        (("--loss", "kl=1"), "--loss has 'kl=1', but must be TERM=SHARE with a term of forward_kl, "),
-        (("--loss", "jsd=much"), "--loss has 'jsd=much', but a share must be a number"),
-        (("--teacher-cache", "--loss", "jsd=1"), "loss.top_k_kl is 0.0 and a teacher's cache is used"),
+        (("--mesh", "2,2"), "--mesh is '2,2', but must be a mapping of data, sequence, model, processes"),
+        (("--mesh", "data=3,sequence=1,model=1"), "data.rows is 4, but must be a multiple of mesh.data (3)"),
+        (("--mesh", "data=4,sequence=4,model=4"), "a mesh of 4 x 4 x 4 needs 64 devices, but 8 are present"),
+        (("--mesh", "data=0,sequence=1,model=1"), "mesh.data is 0, but must be at least 1"),
+        (("--hbm-gb", "nan"), "hbm_gb is nan, but must be a finite number above 0"),
+        (("--hardware", "h10"), "hardware is 'h10', but must be one of a100, h100"),
+        (("--loss", "kl=1"), "--loss has the field loss.kl, which does not exist"),
+        (("--loss", "jsd=much"), "loss.jsd is 'much', but must be a number"),
+        (("--teacher-cache", "cache", "--loss", "jsd=1"), "loss.top_k_kl is 0.0 and teacher_cache is cache"),
     ],
 )
 def test_bad_options_are_one_sentence(configs, capsys, more, message):

@@ -17,30 +17,17 @@ from puzzle_jax.errors import ConfigError
 from puzzle_jax.generate import Generated, Request, engine
 from puzzle_jax.generate.slots import empty_group, empty_slots
 from puzzle_jax.model.cache_format import FLOAT8, CacheFormat
+from puzzle_jax.model.child import whole
 from puzzle_jax.model.sharding import generation_mesh
-from puzzle_jax.plan import grpo_command as plan_grpo_command
-from puzzle_jax.plan.grpo import (
-    PHASES,
-    PhaseMemory,
-    PlannedPolicy,
-    abstract_micro_batch,
-    abstract_policy,
-    abstract_sampler,
-    plan_policy,
-)
-from puzzle_jax.plan.grpo_arithmetic import (
-    caches_on_device,
-    changes,
-    estimated,
-    slot_cache_bytes,
-    slots_on_device,
-    step_needs,
-)
-from puzzle_jax.plan.programs import DTYPE, device_bytes
+from puzzle_jax.plan import command
+from puzzle_jax.plan.__main__ import main
+from puzzle_jax.plan.abstract import DTYPE, device_bytes
+from puzzle_jax.plan.grpo import PHASES, PlannedPolicy
+from puzzle_jax.plan.record import Usage, compiled
+from puzzle_jax.settings.mesh import MeshSettings
+from puzzle_jax.settings.verbs import parse
 from puzzle_jax.tasks import Chat
-from puzzle_jax.train.__main__ import main
-from puzzle_jax.train.distill.recipe import MeshSettings
-from puzzle_jax.train.grpo.command import parse_recipe
+from puzzle_jax.train.__main__ import VERBS
 from puzzle_jax.train.grpo.policy import Scores
 from puzzle_jax.train.grpo.policy_batches import Learnable, examples, micro_batches, with_scores
 from puzzle_jax.train.grpo.primary_rewards import FirstJudges
@@ -61,7 +48,7 @@ RECIPE = GrpoRecipe(
     optimizer=OptimizerSettings(name="adam"),
     mesh=MeshSettings(data=2, sequence=2, model=2),
 )
-RUN = PlannedPolicy(PARENT, RECIPE)
+RUN = PlannedPolicy(whole(PARENT), RECIPE)
 CACHED = 5 + 256 + 256  # positions of a slot in the three layers: one window, and the whole context
 
 
@@ -81,18 +68,18 @@ def with_fields(run=RUN, **sections):
 
 
 ALONE = with_fields(
-    PlannedPolicy(SHORT.parent, RECIPE), mesh=MeshSettings(), update={"updates": 1, "reference": False}
+    PlannedPolicy(whole(SHORT.parent), RECIPE), mesh=MeshSettings(), update={"updates": 1, "reference": False}
 )  # of two layers that are compiled as one
 
 
 @pytest.fixture(scope="module")
 def mesh():
-    return RUN.make_mesh()
+    return RUN.mesh
 
 
 @pytest.fixture(scope="module")
 def found():
-    return plan_policy(RUN)
+    return compiled(RUN.programs)
 
 
 def first_part(tree):
@@ -115,18 +102,18 @@ def test_micro_batches_are_those_that_are_packed(found, mesh):
     assert not more
     scores = np.zeros((4, 36), np.float32)
     for scored, real in ((False, batch), (True, with_scores(batch, Scores(jnp.asarray(scores), jnp.asarray(scores))))):
-        planned = abstract_micro_batch(RUN, mesh, scored=scored)
+        planned = RUN.batch(scored=scored)
         assert jax.tree.structure(planned) == jax.tree.structure(real)
         for one, other in zip(jax.tree.leaves(planned), jax.tree.leaves(real), strict=True):
             assert (one.shape, one.dtype) == (other.shape, other.dtype)
-        phase = found["update" if scored else "score"]
-        assert phase.batch == device_bytes(planned) == first_part(Placement(mesh).rows(real))
-    assert found["score"].batch == 4 * 36 // 4 * (5 * 4 + 4 * 4 + 3 * 2)
+        phase = found["update" if scored else "score"].held
+        assert phase["batch"] == device_bytes(planned) == first_part(Placement(mesh).rows(real))
+    assert found["score"].held["batch"] == 4 * 36 // 4 * (5 * 4 + 4 * 4 + 3 * 2)
 
 
 def test_extras_follow_the_recipe():
     def names(run):
-        return set(abstract_micro_batch(run, None, scored=True).extras)
+        return set(run.batch(scored=True).extras)
 
     always = {"advantages", "coefficients", "sampler", "shares"}
     assert names(ALONE) == always | {"experts"}
@@ -139,25 +126,26 @@ def test_extras_follow_the_recipe():
 def test_slots_are_where_generation_makes_them(found, mesh):
     made, dtype = generation_mesh(mesh), jnp.dtype(DTYPE)
     real = empty_slots(PARENT, 4, 256, dtype, CacheFormat(), log_probs=True, experts=True, mesh=made)
-    planned = RUN.engine(mesh).state()
+    planned = RUN.engine.state()
     for one, other in zip(jax.tree.leaves(planned), jax.tree.leaves(real), strict=True):
         assert (one.shape, one.dtype, one.sharding) == (other.shape, other.dtype, other.sharding)
-    assert found["rollout"].caches == first_part(real.caches)
-    assert found["rollout"].slots == first_part(real._replace(caches=[]))
+    assert found["rollout"].held["caches"] == first_part(real.caches)
+    assert found["rollout"].held["slots"] == first_part(real._replace(caches=[]))
     # One row on each of 2 x 2 parts, three of six heads on each model device.
-    assert found["rollout"].caches == caches_on_device(RUN, 4) == 1 * CACHED * 2 * 3 * 6 * 2
-    assert 0 < found["rollout"].slots - slots_on_device(RUN) < 100  # counters and limits
+    assert found["rollout"].held["caches"] == RUN.caches_on_device(4) == 1 * CACHED * 2 * 3 * 6 * 2
+    assert 0 < found["rollout"].held["slots"] - RUN.slots_on_device < 100  # counters and limits
     assert RUN.group_rows == 4
     group = empty_group(PARENT, 4, 256, dtype, CacheFormat(), experts=True, mesh=made)
-    assert found["rollout"].group == first_part(group)
+    assert found["rollout"].held["group"] == first_part(group)
 
 
 def test_caches_are_the_engines():
+    alone = with_fields(mesh=MeshSettings())
     sampler = engine.Engine(
         {"embedding": jnp.zeros((1,), DTYPE)}, PARENT, stop_ids=[0], context=RUN.context, slots=4, experts=True
     )
     assert (sampler.context, sampler.rows) == (RUN.context, RUN.group_rows) == (256, 4)
-    assert sampler.cache_bytes() == 4 * slot_cache_bytes(RUN) == device_bytes(RUN.engine(None).state().caches)
+    assert sampler.cache_bytes() == 4 * RUN.slot_cache_bytes == device_bytes(alone.engine.state().caches)
 
 
 @pytest.mark.parametrize(("length", "context"), [(36, 256), (256, 256), (260, 512), (500, 512)])
@@ -182,38 +170,34 @@ def test_contexts_are_those_that_generation_picks(monkeypatch, length, context):
         ({"cache": FLOAT8}, 1 * CACHED * 2 * 3 * 6),
     ],
 )
-def test_more_slots_have_more_caches_and_bytes_half_of_them(mesh, rollout, caches):
+def test_more_slots_have_more_caches_and_bytes_half_of_them(rollout, caches):
     run = with_fields(rollout=rollout)
     scales = 3 * 2 * 4 if "cache" in rollout else 0
-    assert device_bytes(run.engine(mesh).state().caches) == caches + scales
-    assert caches_on_device(run, run.recipe.rollout.slots) == caches
+    assert device_bytes(run.engine.state().caches) == caches + scales
+    assert run.caches_on_device(run.recipe.rollout.slots) == caches
 
 
 def test_heads_that_do_not_divide_are_whole():
     run = with_fields(mesh=MeshSettings(model=4))
-    assert (
-        device_bytes(run.engine(run.make_mesh()).state().caches)
-        == caches_on_device(run, 4)
-        == 4 * slot_cache_bytes(run)
-    )
+    assert device_bytes(run.engine.state().caches) == run.caches_on_device(4) == 4 * run.slot_cache_bytes
 
 
 def test_weights_are_laid_apart_as_the_sampler_does(found, mesh):
-    held = abstract_policy(RUN, mesh)
+    held = RUN.always_held
     student, placement = RUN.student, Placement(mesh)
     params = jax.tree.map(lambda x: x if x.dtype == jnp.uint8 else x.astype(DTYPE), packed_params())
     resident = placement.resident(jax.jit(student.resident)(params), PARENT)
-    trained = jax.device_put(student.masters(resident), placement.masters(held.state.params))
-    assert held.memory.experts + held.memory.resident == first_part(resident)
-    assert held.memory.masters == first_part(trained)
-    assert found["update"].sums - held.memory.masters < 100  # scalars
+    trained = jax.device_put(student.masters(resident), placement.masters(RUN.state[0].params))
+    assert held["experts"] + held["resident"] == first_part(resident)
+    assert held["masters"] == first_part(trained)
+    assert found["update"].held["sums"] - held["masters"] < 100  # scalars
     sampler = Sampler(
         student, Mock(spec=Chat), Mock(spec=FirstJudges), group=4, max_tokens={"high": 24}, mesh=generation_mesh(mesh)
     )
     real = sampler.params(resident, trained)
-    planned = abstract_sampler(RUN, held, mesh)
+    planned = RUN.sampler_params
     assert [leaf.shape for leaf in jax.tree.leaves(planned)] == [leaf.shape for leaf in jax.tree.leaves(real)]
-    assert found["rollout"].copy == device_bytes(planned) == first_part(real)
+    assert found["rollout"].held["copy"] == device_bytes(planned) == first_part(real)
 
 
 # Phases ---------------------------------------------------------------------------------------------------------------
@@ -221,38 +205,36 @@ def test_weights_are_laid_apart_as_the_sampler_does(found, mesh):
 
 def test_phases_hold_what_they_need_and_totals_are_all_of_it(found):
     assert tuple(found) == PHASES
-    always = {"experts", "resident", "masters", "optimizer", "temporaries"}
-    assert {
-        phase: {name for name, size in vars(memory).items() if size} - always for phase, memory in found.items()
-    } == {
+    always = {"experts", "resident", "masters", "optimizer"}
+    assert {phase: {name for name, size in usage.held.items() if size} - always for phase, usage in found.items()} == {
         "rollout": {"copy", "caches", "slots", "group", "decoded"},
         "score": {"batch", "decoded"},
         "update": {"batch", "sums", "decoded"},
         "apply": {"sums"},
     }
-    for memory in found.values():
-        assert all(getattr(memory, name) for name in always)
-        assert memory.total == sum(vars(memory).values())
-        assert memory.decoded in (0, 8 // 2 * 3 * 32 * 64 * 2)  # half of a layer's experts
+    for usage in found.values():
+        assert all(usage.held[name] for name in always) and usage.temporaries
+        assert usage.total == sum(usage.held.values()) + usage.temporaries
+        assert usage.held.get("decoded", 0) in (0, 8 // 2 * 3 * 32 * 64 * 2)  # half of a layer's experts
     assert found["update"].temporaries > found["score"].temporaries > 0
 
 
 def test_one_device_and_one_update_without_a_reference():
-    alone = plan_policy(ALONE)
+    alone = compiled(ALONE.programs)
     assert tuple(alone) == ("rollout", "update", "apply")
-    rollout, update = alone["rollout"], alone["update"]
-    assert rollout.experts == 2 * 8 * 3 * 32 * 64 * 17 // 32
-    assert rollout.caches == 4 * 2 * 256 * 2 * 6 * 6 * 2
-    assert rollout.copy == update.experts + update.resident
-    assert update.batch == 4 * 36 * (5 * 4 + 4 * 4 + 2 * 2)
-    assert 0 < update.sums - update.masters < 100
+    rollout, update = alone["rollout"].held, alone["update"].held
+    assert rollout["experts"] == 2 * 8 * 3 * 32 * 64 * 17 // 32
+    assert rollout["caches"] == 4 * 2 * 256 * 2 * 6 * 6 * 2
+    assert rollout["copy"] == update["experts"] + update["resident"]
+    assert update["batch"] == 4 * 36 * (5 * 4 + 4 * 4 + 2 * 2)
+    assert 0 < update["sums"] - update["masters"] < 100
 
 
-def test_dense_experts_where_recipe_or_checkpoint_have_them(mesh):
-    packed = abstract_policy(RUN, mesh).memory
+def test_dense_experts_where_recipe_or_checkpoint_have_them():
+    packed = RUN.always_held["experts"]
     for run in (with_fields(packed=False), replace(RUN, packed=False)):
         assert not run.packed
-        assert abstract_policy(run, mesh).memory.experts * 17 == packed.experts * 64
+        assert run.always_held["experts"] * 17 == packed * 64
     assert with_fields(packed=True).packed
 
 
@@ -260,41 +242,50 @@ def test_dense_experts_where_recipe_or_checkpoint_have_them(mesh):
 
 
 def test_a_step_at_most():
-    assert step_needs(RUN) == (24, 24 * 24, 24, 6, 24 * 36 * 3 * 2)
+    assert RUN.needs == (24, 24 * 24, 24, 6, 24 * 36 * 3 * 2)
     more = with_fields(rollout={"resample": 2}, prompts={"prompts": 5}, update={"rows": 6})
     # Updates of three and of two prompts: 12 and 8 answers in rows of six.
-    assert step_needs(more) == (60, 60 * 24, 20, 4, 60 * 36 * 3 * 2)
-    assert step_needs(with_fields(rollout={"replay": False})).expert_bytes == 0
+    assert more.needs == (60, 60 * 24, 20, 4, 60 * 36 * 3 * 2)
+    assert with_fields(rollout={"replay": False}).needs.expert_bytes == 0
 
 
 def sizes(scale=1):
-    held = {"experts": 400, "resident": 100, "masters": 80, "optimizer": 160}
+    always = {"experts": 400, "resident": 100, "masters": 80, "optimizer": 160}
+    slots = {"copy": 500, "caches": 2000 * scale, "slots": 40, "group": 20}
     return {
-        "rollout": PhaseMemory(**held, copy=500, caches=2000 * scale, slots=40, group=20, temporaries=1000 * scale),
-        "score": PhaseMemory(**held, batch=10, temporaries=200_000),
-        "update": PhaseMemory(**held, batch=12, sums=84, temporaries=300_000, decoded=7),
-        "apply": PhaseMemory(**held, sums=84, temporaries=60),
+        "rollout": Usage({**always, **slots}, temporaries=1000 * scale),
+        "score": Usage({**always, "batch": 10}, temporaries=200_000),
+        "update": Usage({**always, "batch": 12, "sums": 84, "decoded": 7}, temporaries=300_000),
+        "apply": Usage({**always, "sums": 84}, temporaries=60),
     }
 
 
 def test_an_estimate_of_the_run_itself_is_what_was_found():
-    given = {phase: replace(memory, decoded=0, batch=min(memory.batch, 1)) for phase, memory in sizes().items()}
-    same = {**given, "update": replace(given["update"], decoded=49152)}
-    assert estimated(RUN, same, RUN) == same
+    given = sizes()
+    for phase, held in (("score", {"batch": 12}), ("update", {"decoded": 49152})):
+        given[phase] = replace(given[phase], held={**given[phase].held, **held})
+    assert RUN.estimated_phases(given, RUN) == given
 
 
 def test_estimates_scale_what_each_axis_cuts():
     before = sizes()
-    twice = estimated(RUN, before, with_fields(mesh={"model": 4}))
+
+    def estimated(run, other):
+        return run.estimated_phases(before, other)
+
+    def rollout(usage):
+        return usage["rollout"].held["caches"], usage["rollout"].temporaries, usage["rollout"].held["copy"]
+
+    twice = estimated(RUN, with_fields(mesh={"model": 4}))["rollout"].held
     # Four devices do not divide six heads, so that caches get larger.
-    assert (twice["rollout"].copy, twice["rollout"].caches, twice["rollout"].experts) == (250, 4000, 200)
+    assert (twice["copy"], twice["caches"], twice["experts"]) == (250, 4000, 200)
     run = with_fields(rollout={"slots": 8})
     for axis in ("data", "sequence"):
-        more = estimated(run, before, with_fields(run, mesh={axis: 4}))
-        assert (more["rollout"].caches, more["rollout"].temporaries, more["rollout"].copy) == (1000, 500, 500)
-    more = estimated(run, before, with_fields(run, mesh={"data": 4}))
-    assert (more["rollout"].caches, more["rollout"].temporaries, more["rollout"].copy) == (1000, 500, 500)
-    assert (more["apply"].sums, more["apply"].masters, more["apply"].temporaries) == (42, 40, 30)
+        assert rollout(estimated(run, with_fields(run, mesh={axis: 4}))) == (1000, 500, 500)
+    more = estimated(run, with_fields(run, mesh={"data": 4}))
+    assert rollout(more) == (1000, 500, 500)
+    apply = more["apply"]
+    assert (apply.held["sums"], apply.held["masters"], apply.temporaries) == (42, 40, 30)
     assert more["update"].temporaries < 200_000 < before["update"].temporaries
     assert more["score"].temporaries == pytest.approx(more["update"].temporaries * 2 / 3, abs=1)
 
@@ -302,28 +293,31 @@ def test_estimates_scale_what_each_axis_cuts():
 def test_changes_are_the_least_with_which_a_phase_fits():
     run = with_fields(rollout={"slots": 16})
     given = sizes(scale=100)
-    would = {change.what: change.run for change in changes(run, given, "rollout", 270_000)}
-    assert would == {
-        "fewer slots": with_fields(run, rollout={"slots": 12}),
-        "more devices, each with fewer rows and slots": with_fields(run, mesh={"data": 4}),
-        "more devices, each with a part of every row and fewer slots": with_fields(run, mesh={"sequence": 4}),
+
+    def would(phase, limit):
+        return {change.what: change.settings for change in run.changes(given, phase, limit)}
+
+    assert would("rollout", 270_000) == {
+        "fewer slots": {"rollout.slots": 12},
+        "more devices, each with fewer rows": {"mesh.data": 4},
+        "more devices, each with a part of every row": {"mesh.sequence": 4},
     }
-    would = {change.what: change.run for change in changes(run, given, "update", 250_000)}
-    half = {"update": {"row_length": 18}, "rollout": {"max_tokens": {"high": 12}}}
-    assert would == {
-        "smaller micro-batches, more of them": with_fields(run, update={"rows": 2}),
-        "shorter rows and answers": with_fields(run, **half),
-        "more devices, each with fewer rows and slots": with_fields(run, mesh={"data": 4}),
-        "more devices, each with fewer experts and heads": with_fields(run, mesh={"model": 8}),
+    assert would("update", 250_000) == {
+        "smaller micro-batches, more of them": {"update.rows": 2},
+        "shorter rows and answers": {"update.row_length": 18, "rollout.max_tokens": {"high": 12}},
+        "more devices, each with fewer rows": {"mesh.data": 4},
+        "more devices, each with fewer experts and heads": {"mesh.model": 8},
     }
-    assert changes(run, given, "update", 500) == []
+    assert would("update", 500) == {}
+    ways = with_fields(update={"rows": 2}).device_ways("update.rows")
+    assert next(iter(ways["more devices, each with fewer rows"])) == {"mesh.data": 4, "update.rows": 4}
 
 
 # The recipe of the published size -------------------------------------------------------------------------------------
 
 
 def test_the_recipe_says_what_was_published():
-    recipe = parse_recipe(["--recipe", "grpo-gpt-oss-puzzle-88b", "--model", "m", "--out", "o"], "test")
+    recipe = parse(VERBS["grpo"], ["--recipe", "grpo-gpt-oss-puzzle-88b", "--model", "m", "--out", "o"])
     assert (recipe.prompts.prompts, recipe.rollout.group, recipe.update.updates) == (128, 16, 1)
     assert (recipe.prompts.efforts, recipe.rollout.limit("high")) == ({"high": 1.0}, 49_152)
     optimizer = recipe.optimizer
@@ -350,17 +344,15 @@ def test_the_recipe_says_what_was_published():
     assert (recipe.mesh.devices, recipe.mesh.processes) == (64, 8)
     assert recipe.rollout.slots == recipe.prompts.prompts * recipe.rollout.group
     assert recipe.rollout.slots % (recipe.mesh.data * recipe.mesh.sequence) == 0
-    needs = step_needs(
-        PlannedPolicy(
-            PARENT,
-            replace(
-                recipe,
-                update=replace(recipe.update, row_length=512),
-                mesh=RECIPE.mesh,
-                rollout=replace(recipe.rollout, max_tokens={"high": 400}),
-            ),
-        )
-    )
+    needs = PlannedPolicy(
+        whole(PARENT),
+        replace(
+            recipe,
+            update=replace(recipe.update, row_length=512),
+            mesh=RECIPE.mesh,
+            rollout=replace(recipe.rollout, max_tokens={"high": 400}),
+        ),
+    ).needs
     assert (needs.answers, needs.rows, needs.micro_batches) == (2048, 2048, 1024)
 
 
@@ -386,26 +378,28 @@ def files(tmp_path):
 
 def plan_of(files, *more):
     model, recipe = files
-    return main(["plan-grpo", "--model", str(model), "--recipe", str(recipe), *more])
+    return main(["grpo", "--model", str(model), "--recipe", str(recipe), *more])
 
 
 @pytest.fixture
-def compiled(monkeypatch):
+def planned(monkeypatch):
     """Compiles nothing: the command's run must be the one of these tests."""
     given = sizes()
 
-    def found(run):
-        assert run == replace(RUN, recipe=replace(RECIPE, model=run.recipe.model, out=Path("-")))
+    def found(programs):
+        run = programs["rollout"].__self__
+        own = {name: getattr(run.recipe, name) for name in vars(RECIPE)}
+        assert (run.child, run.packed) == (RUN.child, True)
+        assert own == {**vars(RECIPE), "model": run.recipe.model, "out": Path("-")}
         return given
 
-    monkeypatch.setattr(plan_grpo_command, "plan_policy", found)
-    return given
+    monkeypatch.setattr(command, "compiled", found)
 
 
-def test_the_command_prints_the_plan(files, compiled, capsys):
+def test_the_command_prints_the_plan(files, planned, capsys):
     assert plan_of(files) == 0
     out = capsys.readouterr().out
-    assert "model by" in out and "on 2 x 2 x 2 devices" in out
+    assert "model on 2 x 2 x 2 devices" in out
     assert "6 prompts x 4 answers a step, tokens up to 24 at high effort" in out
     assert re.search(r"GB per device +┃ +rollout +┃ +score +┃ +update +┃ +apply", out)
     assert "fits: 80.0 GB are left" in out
@@ -414,26 +408,26 @@ def test_the_command_prints_the_plan(files, compiled, capsys):
     assert "slots are whole" not in out
 
 
-def test_the_command_says_what_would_do(files, compiled, capsys):
+def test_the_command_says_what_would_do(files, planned, capsys):
     assert plan_of(files, "--hbm-gb", "0.000250") == 0
     out = capsys.readouterr().out
-    assert "update does not fit: 0.0 GB too many; for it, each of these alone should do" in out
-    assert "smaller micro-batches, more of them: --set update.rows=2: 0.0 GB" in out
-    assert "shorter rows and answers: --set rollout.max_tokens.high=12 update.row_length=18: 0.0 GB" in out
+    assert "update does not fit: 0.0 GB too many; each of these should be enough alone" in out
+    assert "smaller micro-batches, more of them: --update.rows 2: 0.0 GB" in out
+    assert "shorter rows and answers: --rollout.max_tokens high=12 --update.row_length 18: 0.0 GB" in out
     assert "rollout does not fit" not in out
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--hbm-gb", "nan"), "--hbm-gb is nan, but must be a finite number above 0"),
-        (("--set", "mesh.data=16", "update.rows=16"), "a mesh of 16 x 2 x 2 needs 64 devices, but 8 are present"),
-        (("--set", "mesh.data=3"), "update.rows is 4, but must be a multiple of mesh.data (3)"),
-        (("--set", "update.row_length=600"), "update.row_length is 600, but the model's context is 512"),
-        (("--set", "train=[experts]"), "train has 'experts', but a plan is for experts that are frozen"),
-        (("--set", "slots"), "--set has 'slots', but must be FIELD=VALUE with a field of the recipe"),
-        (("--set", "rollout.slots=0"), "rollout.slots is 0, but must be at least 1"),
-        (("--set", "rollout.nothing=4"), "rollout.nothing"),
+        (("--hbm-gb", "nan"), "hbm_gb is nan, but must be a finite number above 0"),
+        (("--mesh.data", "16", "--update.rows", "16"), "a mesh of 16 x 2 x 2 needs 64 devices, but 8 are present"),
+        (("--mesh.data", "3"), "update.rows is 4, but must be a multiple of mesh.data (3)"),
+        (("--update.row_length", "600"), "update.row_length is 600, but the model's context is 512"),
+        (("--train", "experts"), "train has 'experts', but a plan is for experts that are frozen"),
+        (("--slots", "4"), "there is no option --slots"),
+        (("--rollout.slots", "0"), "rollout.slots is 0, but must be at least 1"),
+        (("--rollout.nothing", "4"), "there is no option --rollout.nothing"),
         (("--recipe", "no-such"), "recipe is 'no-such', but there is no such file, and the names are grpo-accuracy"),
         (("--model", "no-such.json"), "no-such.json cannot be read: No such file or directory"),
     ],
@@ -448,5 +442,5 @@ def test_bad_options_are_one_sentence(files, capsys, more, message):
 def test_experts_that_cannot_be_packed_are_refused():
     config = replace(PARENT, hidden_size=40)
     with pytest.raises(ConfigError, match="hidden_size is 40, but packed experts need a multiple of 32"):
-        PlannedPolicy(config, RECIPE)
-    assert not PlannedPolicy(config, RECIPE, packed=False).packed
+        PlannedPolicy(whole(config), RECIPE)
+    assert not PlannedPolicy(whole(config), RECIPE, packed=False).packed

@@ -18,21 +18,24 @@ from puzzle_jax.generate.engine import own_context
 from puzzle_jax.generate.traces import Trace
 from puzzle_jax.model.network import to_compute
 from puzzle_jax.model.sharding import params_sharding
-from puzzle_jax.plan import search_command as plan_command
-from puzzle_jax.plan.programs import GB, device_bytes
-from puzzle_jax.plan.search import STAGES, PlannedSearch, StageMemory, plan_search
-from puzzle_jax.search.__main__ import main
+from puzzle_jax.plan import command
+from puzzle_jax.plan.__main__ import main
+from puzzle_jax.plan.abstract import device_bytes
+from puzzle_jax.plan.record import GB, Plan, Usage, compiled
+from puzzle_jax.plan.search import STAGES, PlannedSearch
+from puzzle_jax.search.__main__ import SEARCH
 from puzzle_jax.search.rank import ranking as rank
-from puzzle_jax.search.recipe import MeshSettings, ScoreSettings, TraceSettings
-from puzzle_jax.search.recipe_file import parse_recipe
+from puzzle_jax.search.recipe import ScoreSettings, TraceSettings
 from puzzle_jax.search.score import lens as lens_module
 from puzzle_jax.search.score import replace_one as replace_module
 from puzzle_jax.search.score.lens import fit_lens
 from puzzle_jax.search.score.replace_one import Alternative, ReplaceOne
+from puzzle_jax.settings.mesh import MeshSettings
+from puzzle_jax.settings.verbs import parse
 from tests.support import ROOT, random_params
 from tests.train.toy_student import PARENT, packed_params
 
-_, TINY = parse_recipe([], "test")
+TINY = parse(SEARCH, [])
 RECIPE = replace(
     TINY,
     traces=TraceSettings(max_tokens={"low": 20, "medium": 30, "high": 37}, batch_size=4),
@@ -45,7 +48,7 @@ STATE = 64 * 32 * 2  # bytes of a trace's hidden states
 
 @pytest.fixture(scope="module")
 def found():
-    return plan_search(RUN)
+    return compiled(RUN.programs)
 
 
 def first_part(tree):
@@ -68,23 +71,26 @@ def trace(prompt, completion, number=0):
 
 def test_every_stage_is_planned_and_totals_are_all_of_it(found):
     assert tuple(found) == STAGES
-    parts = {stage: {name for name, size in vars(memory).items() if size} for stage, memory in found.items()}
+    parts = {stage: {name for name, size in usage.held.items() if size} for stage, usage in found.items()}
     assert parts == {
-        "load": {"loaded", "weights", "temporaries"},
-        "trace": {"weights", "caches", "slots", "group", "temporaries"},
-        "rank": {"weights", "batch", "states", "sums", "temporaries"},
-        "lens": {"weights", "batch", "states", "sums", "temporaries"},
-        "score": {"weights", "batch", "states", "temporaries"},
+        "load": {"loaded", "weights"},
+        "trace": {"weights", "caches", "slots", "group"},
+        "rank": {"weights", "batch", "states", "sums"},
+        "lens": {"weights", "batch", "states", "sums"},
+        "score": {"weights", "batch", "states"},
     }
-    for memory in found.values():
-        assert memory.total == sum(vars(memory).values()) == memory.to_json()["total"]
+    shown = json.loads(json.dumps(Plan([], found, 1, {}, {}, []).to_json()))
+    assert not shown["fits"]
+    for stage, usage in found.items():
+        assert usage.temporaries > 0 and usage.seconds > 0
+        assert usage.total == sum(usage.held.values()) + usage.temporaries == shown["programs"][stage]["total"]
 
 
 def test_parameters_are_as_loading_leaves_them(found):
     loaded = jax.device_put(half(packed_params()), params_sharding(PARENT, RUN.mesh))
     dense = dense_in_place(PARENT, RUN.mesh)(loaded, jnp.float16)
-    assert found["load"].loaded == first_part(loaded)
-    assert found["load"].weights == first_part(dense) == device_bytes(RUN.params)
+    assert found["load"].held["loaded"] == first_part(loaded)
+    assert found["load"].held["weights"] == first_part(dense) == device_bytes(RUN.params)
     expected = params_sharding(PARENT, RUN.mesh)
     jax.tree.map(lambda leaf, place: (leaf.sharding.is_equivalent_to(place, leaf.ndim)) or 1 / 0, dense, expected)
     for one, other in zip(
@@ -95,12 +101,12 @@ def test_parameters_are_as_loading_leaves_them(found):
 
 def test_slots_are_the_engines(found):
     engine = Engine({"embedding": jnp.zeros(1, jnp.float16)}, PARENT, stop_ids=[], context=256, slots=4, mesh=RUN.mesh)
-    planned = RUN.engine()
+    planned = RUN.engine
     assert (planned.context, planned.rows) == (engine.context, engine.rows)
     made = engine._new_slots(RUN.mesh)
-    assert found["trace"].caches == first_part(made.caches)
-    assert found["trace"].slots == first_part(made._replace(caches=[]))
-    assert found["trace"].group == first_part(engine._new_group())
+    assert found["trace"].held["caches"] == first_part(made.caches)
+    assert found["trace"].held["slots"] == first_part(made._replace(caches=[]))
+    assert found["trace"].held["group"] == first_part(engine._new_group())
 
 
 def test_batches_are_those_of_the_longest_traces():
@@ -114,8 +120,8 @@ def test_batches_are_those_of_the_longest_traces():
 
 
 def test_sums_of_ranking_and_of_lenses_are_of_every_layer(found):
-    assert found["rank"].sums == 3 * sum(leaf.nbytes for leaf in jax.tree.leaves(rank.no_sums(PARENT)))
-    assert found["lens"].sums == 3 * 4 * (1 + 2 * 32 + 3 * 32 * 32)
+    assert found["rank"].held["sums"] == 3 * sum(leaf.nbytes for leaf in jax.tree.leaves(rank.no_sums(PARENT)))
+    assert found["lens"].held["sums"] == 3 * 4 * (1 + 2 * 32 + 3 * 32 * 32)
 
 
 WIDE = replace(PARENT, hidden_size=40, blocks=PARENT.blocks[:1] * 5)
@@ -125,7 +131,8 @@ WIDE = replace(PARENT, hidden_size=40, blocks=PARENT.blocks[:1] * 5)
 @pytest.fixture
 def alone():
     """Its plan on one device; programs are planned before they are watched."""
-    return plan_search(PlannedSearch(WIDE, replace(RECIPE, mesh=MeshSettings()), packed=False, prompt_tokens=26))
+    run = PlannedSearch(WIDE, replace(RECIPE, mesh=MeshSettings()), packed=False, prompt_tokens=26)
+    return compiled({stage: run.programs[stage] for stage in ("lens", "score")})
 
 
 @pytest.fixture
@@ -157,13 +164,13 @@ def test_states_are_those_that_scoring_and_lenses_have(alone, live):
     one, wave = (3 * n * 64 * 40 * 2 for n in (1, 3))
     run(batch, wanted)
     # Beside those that are counted as states, programs are called with one or two of alternatives'.
-    assert live["run_mixture"] == planned["score"].states + 2 * wave
-    assert live["enter_mixture"] <= planned["score"].states + wave
+    assert live["run_mixture"] == planned["score"].held["states"] + 2 * wave
+    assert live["enter_mixture"] <= planned["score"].held["states"] + wave
     live.clear()
     fitted = fit_lens(run, [batch])
-    assert planned["lens"].states - one <= live["add_states"] <= planned["lens"].states
+    assert planned["lens"].held["states"] - one <= live["add_states"] <= planned["lens"].held["states"]
     fitted(batch, wanted)
-    assert live["through_lens"] <= planned["lens"].states + 2 * wave
+    assert live["through_lens"] <= planned["lens"].held["states"] + 2 * wave
 
 
 # Contexts -------------------------------------------------------------------------------------------------------------
@@ -205,25 +212,20 @@ def config(tmp_path):
 
 
 @pytest.fixture
-def compiled(monkeypatch, found):
+def planned(monkeypatch, found):
     """Compiles nothing again; keeps the search that was asked for."""
     asked = []
-
-    def plan(run):
-        asked.append(run)
-        return found
-
-    monkeypatch.setattr(plan_command, "plan_search", plan)
+    monkeypatch.setattr(command, "compiled", lambda programs: asked.append(programs["load"].args[0]) or found)
     return asked
 
 
-SHORT = ("--traces.max_tokens", "{low: 20, medium: 30, high: 37}", "--prompt-tokens", "26", "--traces.batch_size", "4")
+SHORT = ("--traces.max_tokens", "low=20,medium=30,high=37", "--prompt-tokens", "26", "--traces.batch_size", "4")
 
 
-def test_the_command_prints_the_plan(config, compiled, found, capsys):
-    assert main(["plan", "--parent", str(config), *SHORT, "--devices", "4", "--hardware", "h100"]) == 0
+def test_the_command_prints_the_plan(config, planned, found, capsys):
+    assert main(["search", "--parent", str(config), *SHORT, "--mesh", "model=4", "--hardware", "h100"]) == 0
     out = capsys.readouterr().out
-    (run,) = compiled
+    (run,) = planned
     assert run.packed and run.config == PARENT and run.recipe.mesh == MeshSettings(data=1, model=4)
     assert "config.json on 1 x 4 devices, traces of up to 63 tokens" in out
     assert re.search(r"GB per device +┃ +load +┃ +trace +┃ +rank +┃ +lens +┃ +score", out)
@@ -233,40 +235,37 @@ def test_the_command_prints_the_plan(config, compiled, found, capsys):
     assert "key-value heads are whole on every device: 4 do not divide 6" in out
 
 
-def test_the_command_says_what_would_help(config, compiled, monkeypatch, capsys):
+def test_the_command_says_what_would_help(config, monkeypatch, capsys):
     sizes = {"load": (0, 5), "trace": (1, 9), "rank": (1, 2), "lens": (1, 1), "score": (1, 20)}
-    memory = {
-        stage: StageMemory(weights=weights * 10**9, temporaries=beside * 10**9)
-        for stage, (weights, beside) in sizes.items()
-    }
-    monkeypatch.setattr(plan_command, "plan_search", lambda run: memory)
-    assert main(["plan", "--parent", str(config), *SHORT, "--hbm-gb", "8"]) == 0
+    memory = {stage: Usage({"weights": weights * 10**9}, beside * 10**9) for stage, (weights, beside) in sizes.items()}
+    monkeypatch.setattr(command, "compiled", lambda programs: memory)
+    assert main(["search", "--parent", str(config), *SHORT, "--hbm-gb", "8"]) == 0
     out = capsys.readouterr().out
-    assert "trace does not fit: 2.0 GB too many; lower traces.batch_size or traces.max_tokens" in out
-    assert "score does not fit: 13.0 GB too many; lower score.per_call" in out
+    assert re.search(r"trace does not fit: 2.0 GB too many; .*:\n  lower traces.batch_size or traces.max_tokens\n", out)
+    assert re.search(r"score does not fit: 13.0 GB too many; .*:\n  lower score.per_call", out)
     assert "rank does not fit" not in out and "fits: " not in out
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--devices", "0"), "--devices is 0, but must be at least 1"),
-        (("--devices", "99"), "a mesh of 1 x 99 needs 99 devices, but 8 are present"),
-        (("--hbm-gb", "-1"), "--hbm-gb is -1.0, but must be a finite number above 0"),
+        (("--mesh", "model=0"), "mesh.model is 0, but must be at least 1"),
+        (("--mesh", "model=99"), "a mesh of 1 x 99 needs 99 devices, but 8 are present"),
+        (("--hbm-gb", "-1"), "hbm_gb is -1.0, but must be a finite number above 0"),
         (("--score.per_call", "0"), "score.per_call is 0, but must be at least 1"),
         (("--recipe", "nowhere"), "nowhere"),
         (("--prompt-tokens", "501"), "prompts of 501 tokens and answers of 37 are longer"),
     ],
 )
 def test_bad_options_are_one_sentence(config, capsys, more, message):
-    assert main(["plan", "--parent", str(config), *SHORT, *more]) == 2
+    assert main(["search", "--parent", str(config), *SHORT, *more]) == 2
     error = capsys.readouterr().err
     assert message in error.replace("\n", " ")
     assert "Traceback" not in error
 
 
 def test_a_parent_that_is_not_there_is_one_sentence(tmp_path, capsys):
-    assert main(["plan", "--parent", str(tmp_path / "gone")]) == 2
+    assert main(["search", "--parent", str(tmp_path / "gone")]) == 2
     assert "cannot be read" in capsys.readouterr().err
 
 
@@ -274,5 +273,5 @@ def test_a_parent_that_is_not_there_is_one_sentence(tmp_path, capsys):
 @pytest.mark.parametrize("name", ["gpt-oss-120b-8xh100", "gpt-oss-120b-1xh100"])
 def test_searches_of_the_published_size_fit_into_their_host(name, capsys):
     config = ROOT / "benchmarks" / "published" / "gpt-oss-120b.json"
-    assert main(["plan", "--parent", str(config), "--recipe", name]) == 0
+    assert main(["search", "--parent", str(config), "--recipe", name]) == 0
     assert re.search(r"^fits: \d+\.\d GB are left", capsys.readouterr().out, re.MULTILINE)

@@ -36,7 +36,7 @@ BAD_FIELDS = [
     ("traces.heldout", None, "traces.heldout", "None"),
     ("traces.temperature", "warm", "traces.temperature", "warm"),
     ("traces.seed", "dice", "traces.seed", "dice"),
-    ("traces.max_tokens", 7, "traces.max_tokens", "7"),
+    ("traces.max_tokens", "many", "traces.max_tokens", "many"),
     ("traces.max_tokens", {"low": "few", "medium": 2, "high": 3}, "traces.max_tokens", "few"),
     ("traces.file", 3, "traces.file", "3"),
     ("space.fractions", ["half"], "space.fractions", "half"),
@@ -57,7 +57,7 @@ BAD_FIELDS = [
     ("mesh.data", "all", "mesh.data", "all"),
     ("costs", 3, "costs", "3"),
     ("costs", None, "costs", "None"),
-    ("parent", ["a", "b"], "parent", "list"),
+    ("parent", ["a", "b"], "parent", "['a', 'b']"),
     # No numbers to work with.
     ("traces.temperature", NAN, "traces.temperature", "nan"),
     ("traces.temperature", INF, "traces.temperature", "inf"),

@@ -17,7 +17,7 @@ from tests.processes.start import ended, running
 from tests.search.test_pipeline import SETTINGS
 from tests.support import chat_config
 
-PROGRAM = "python -m puzzle_jax.search"
+PROGRAM = "puzzle search"
 WHERE = f"process 1 (host {socket.gethostname()})"
 
 

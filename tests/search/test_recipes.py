@@ -11,12 +11,13 @@ from puzzle_jax.costs.compute import compute_costs
 from puzzle_jax.costs.roofline import Roofline
 from puzzle_jax.costs.scenario import Scenario, Target
 from puzzle_jax.errors import ConfigError, PuzzleWarning
+from puzzle_jax.search.__main__ import SEARCH
 from puzzle_jax.search.recipe import EMBEDDED_PARENT, SpaceSettings, TraceSettings
-from puzzle_jax.search.recipe_file import parse_recipe
 from puzzle_jax.search.solve.frontier import speedup
 from puzzle_jax.search.solve.problem import Problem, Scores
 from puzzle_jax.search.space import ExpertChoice, Space, candidate_counts, candidate_windows
 from puzzle_jax.settings.files import recipe_names
+from puzzle_jax.settings.verbs import parse
 from puzzle_jax.tasks.chat.embedded import chat_files
 from tests.support import ROOT
 
@@ -33,7 +34,7 @@ def test_names():
         "tiny",
     ]
     for name in recipe_names("search"):
-        assert str(parse_recipe(["--recipe", name], "test")[1].run) == f"runs/{name}"
+        assert str(parse(SEARCH, ["--recipe", name]).run) == f"runs/{name}"
 
 
 @pytest.mark.parametrize(
@@ -46,8 +47,8 @@ def test_names():
     ],
 )
 def test_published_deployments(name, devices, lengths):
-    stage, recipe = parse_recipe(["solve", "--recipe", name, "--solve.gap", "0.02"], "test", ["solve"])
-    assert stage == "solve" and recipe.solve.gap == 0.02
+    recipe = parse(SEARCH, ["solve", "--recipe", name, "--solve.gap", "0.02"])
+    assert recipe.stage == "solve" and recipe.solve.gap == 0.02
     assert [(s.devices, s.input_tokens, s.output_tokens) for s in recipe.scenarios] == [
         (devices, length, length) for length in lengths
     ]
@@ -103,11 +104,11 @@ def answers(tmp_path):
 
 
 def test_the_embedded_parent_alone_has_the_embedded_recipe(own):
-    assert parse_recipe([], "test")[1].traces.tasks == ("chain", "add", "recall")
-    assert parse_recipe(["--parent", str(EMBEDDED_PARENT)], "test") == parse_recipe([], "test")
+    assert parse(SEARCH, []).traces.tasks == ("chain", "add", "recall")
+    assert parse(SEARCH, ["--parent", str(EMBEDDED_PARENT)]) == parse(SEARCH, [])
     given = ["--parent", str(own), "--traces.tasks", "[chain]", "--traces.max_tokens", "{low: 9, medium: 9, high: 9}"]
     scenario = ["--scenario.input_tokens", "40", "--scenario.output_tokens", "8", "--target.min_speedup", "1.2"]
-    recipe = parse_recipe([*given, *scenario], "test")[1]
+    recipe = parse(SEARCH, [*given, *scenario])
     # KV bytes are those of a bfloat16 cache, where the embedded recipe has float32; nothing else is the embedded one's.
     assert recipe.scenario == Scenario("serving", 40, 8) and recipe.scenario.kv_bytes_per_value == 2
     assert recipe.traces == TraceSettings(("chain",), max_tokens={"low": 9, "medium": 9, "high": 9})
@@ -133,7 +134,7 @@ def test_the_embedded_parent_alone_has_the_embedded_recipe(own):
 )
 def test_what_only_the_user_can_know_is_asked_for(own, given, missing):
     with pytest.raises(ConfigError, match=missing):
-        parse_recipe(["--parent", str(own), *given], "test")
+        parse(SEARCH, ["--parent", str(own), *given])
 
 
 def test_a_recipe_file_says_what_is_given_too(own, tmp_path):
@@ -142,15 +143,15 @@ def test_a_recipe_file_says_what_is_given_too(own, tmp_path):
     with pytest.raises(
         ConfigError, match=r"needs scenario.input_tokens and scenario.output_tokens, since .* gpt-oss-20b"
     ):
-        parse_recipe(["--recipe", str(path)], "test")
+        parse(SEARCH, ["--recipe", str(path)])
     path.write_text("solve: {solutions: 3}\n")  # names no parent, so it is about the embedded one
-    assert parse_recipe(["--recipe", str(path)], "test")[1].traces.tasks == ("chain", "add", "recall")
+    assert parse(SEARCH, ["--recipe", str(path)]).traces.tasks == ("chain", "add", "recall")
 
 
 def test_answers_tell_the_scenario_and_it_is_told(own, answers):
     given = ["--parent", str(own), "--traces.file", str(answers)]
     with pytest.warns(PuzzleWarning) as told:
-        recipe = parse_recipe(given, "test")[1]
+        recipe = parse(SEARCH, given)
     # (20 + 23) / 2 and (5 + 8) / 2, rounded up.
     assert recipe.scenario == Scenario("serving", 22, 7, 8) and recipe.target == Target(max_expert_bytes_ratio=0.75)
     said = " ".join(str(warning.message) for warning in told)
@@ -158,9 +159,9 @@ def test_answers_tell_the_scenario_and_it_is_told(own, answers):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         full = ["--scenario.input_tokens", "40", "--scenario.output_tokens", "8", "--target.min_speedup", "1.2"]
-        assert parse_recipe([*given, *full], "test")[1].scenario == Scenario("serving", 40, 8)
+        assert parse(SEARCH, [*given, *full]).scenario == Scenario("serving", 40, 8)
 
 
 def test_the_embedded_recipe_for_another_parent_is_pointed_out(own):
     with pytest.warns(PuzzleWarning, match="recipe tiny is made for the embedded parent, .* fit .*mine"):
-        parse_recipe(["--recipe", "tiny", "--parent", str(own)], "test")
+        parse(SEARCH, ["--recipe", "tiny", "--parent", str(own)])

@@ -11,9 +11,10 @@ from puzzle_jax.convert_hf.load import load_checkpoint
 from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions
 from puzzle_jax.kernels.mxfp4 import MXFP4
 from puzzle_jax.model.network import to_compute
+from puzzle_jax.settings.verbs import parse
 from puzzle_jax.tasks import EFFORTS, TASKS, Chat
+from puzzle_jax.train.__main__ import VERBS
 from puzzle_jax.train.pretrain.measure import MAX_TOKENS
-from puzzle_jax.train.pretrain.recipe import load_recipe
 
 PACKAGE = Path(puzzle_jax.__file__).parent
 PARENT = PACKAGE / "assets" / "tiny"
@@ -31,12 +32,12 @@ def test_it_is_small_and_in_the_format_of_gpt_oss():
     assert config["quantization_config"]["quant_method"] == "mxfp4"
     assert config["layer_types"] == ["sliding_attention", "full_attention"] * 3
     checkpoint = load_checkpoint(PARENT)
-    assert checkpoint.config == load_recipe(PACKAGE / "recipes" / "pretrain-tiny.yaml").model
+    assert checkpoint.config == parse(VERBS["pretrain"], ["--recipe", "pretrain-tiny", "--out", "nowhere"]).model
     assert isinstance(checkpoint.params["layers"][0]["moe"]["gate_up"], MXFP4)
 
 
 def test_the_recipe_on_record_is_the_one_in_the_package(report):
-    recipe = load_recipe(PACKAGE / "recipes" / "pretrain-tiny.yaml")
+    recipe = parse(VERBS["pretrain"], ["--recipe", "pretrain-tiny", "--out", "nowhere"])
     recorded = report["recipe"]
     assert recorded["seed"] == recipe.seed and recorded["steps"] == recipe.steps
     assert recorded["tasks"] == recipe.tasks and recorded["efforts"] == recipe.efforts

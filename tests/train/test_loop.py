@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
+from puzzle_jax import progress
 from puzzle_jax.errors import CheckpointError, ConfigError, PuzzleError
 from puzzle_jax.model.sharding import make_training_mesh
 from puzzle_jax.runs import locked
@@ -349,3 +351,24 @@ def test_restored_states_train_as_fresh_ones(tmp_path):
         restored = checkpoints.restore(abstract_state(state))
     assert restored is not None and bits(restored.state) == bits(state)
     assert not any(leaf.committed for leaf in jax.tree.leaves(restored.state))
+
+
+# What is told
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_loss_reward_kl_and_tokens_per_second_stand_beside_the_progress(tmp_path, monkeypatch, terminal):
+    monkeypatch.setattr(progress._Lines, "SECONDS", 0.0)
+    job = toy_job(tokens_per_step=70)
+    rewarded = replace(job, step=lambda *given: _rewarded(*job.step(*given)))
+    console = Console(file=io.StringIO(), width=200, force_terminal=terminal, _environ={})
+    train(rewarded, replace(LOOP, steps=6), tmp_path / "run", console)
+    said = console.file.getvalue()
+    beside = r"loss \d[\d.e-]*, reward 0.25, forward_kl 0.125, 9 rollout tokens/s, [\d,]+ tokens/s"
+    assert re.search(beside if terminal else rf"training: \d of 6, \d+ s left, {beside}\n", said), said
+    assert "absolute" not in said
+
+
+def _rewarded(state, metrics):
+    more = {"reward": 0.25, "forward_kl": 0.125, "rollout_tokens_per_second": 9.0}
+    return state, metrics | {name: jnp.float32(value) for name, value in more.items()}

@@ -156,9 +156,9 @@ class Sweep:
     ) -> Sweep:
         """Reads chat files and the reference's headers, and checks everything against everything."""
         for weight in weights:
-            check_weight("--weights", weight)
+            check_weight("weights", weight)
         if len(set(weights)) < len(weights):
-            raise ConfigError(f"--weights is {' '.join(map('{:g}'.format, weights))}, but must name each once")
+            raise ConfigError(f"weights is {','.join(map('{:g}'.format, weights))}, but must name each once")
         chat = Chat.load(pair.ours.directory)
         model = None if reference is None else Model.open(REFERENCE, reference, chat.today)
         sweep = Sweep(tuple(sorted(weights)), questions, limits, slots, chat, model, temperature)

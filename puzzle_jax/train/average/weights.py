@@ -233,9 +233,9 @@ def check_out(out: Path, others: Mapping[str, Path]) -> None:
     """
     for name, other in others.items():
         if out.resolve() == other.resolve():
-            raise ConfigError(f"--out is {out}, which is {name}; name another directory")
+            raise ConfigError(f"out is {out}, which is {name}; name another directory")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())) and not _is_average(out):
-        raise ConfigError(f"--out is {out}, which exists and holds no average; name another directory or empty it")
+        raise ConfigError(f"out is {out}, which exists and holds no average; name another directory or empty it")
 
 
 def write_average(pair: Pair, weight: float, out: Path, *, sweep: Mapping[str, Any] | None = None) -> None:

@@ -8,49 +8,12 @@ from pathlib import Path
 from typing import Literal
 
 from puzzle_jax.errors import MOST_SEED, MOST_TOGETHER, ConfigError, check_range
+from puzzle_jax.settings.mesh import MeshSettings
 from puzzle_jax.train.distill.objectives import LossSettings
 from puzzle_jax.train.loop import LoopSettings
 from puzzle_jax.train.optimizer import OptimizerSettings
 from puzzle_jax.train.student import FREED
 from puzzle_jax.train.traces.settings import TraceSettings
-
-
-@dataclass(frozen=True)
-class MeshSettings:
-    """Devices that training runs on, of all processes together.
-
-    Attributes:
-      data: shares of a batch's rows.
-      sequence: shares of every row's positions.
-      model: shares of heads, experts and vocabulary.
-      processes: of the run, as a rule one per host (`puzzle_jax.processes.distributed` says how they are started).
-    """
-
-    data: int = 1
-    sequence: int = 1
-    model: int = 1
-    processes: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("data", "sequence", "model", "processes"):
-            check_range(f"mesh.{name}", getattr(self, name), 1, MOST_TOGETHER)
-        if self.devices % self.processes:
-            raise ConfigError(
-                f"mesh has {self.devices} devices (data x sequence x model), but must have a multiple of "
-                f"mesh.processes ({self.processes})"
-            )
-
-    @property
-    def devices(self) -> int:
-        return self.data * self.sequence * self.model
-
-    def check_rows(self, section: str, rows: int, row_length: int) -> None:
-        """Raises ConfigError where rows of `section` cannot be cut evenly over these devices."""
-        for name, value, axis in (("rows", rows, "data"), ("row_length", row_length, "sequence")):
-            if value % getattr(self, axis):
-                raise ConfigError(
-                    f"{section}.{name} is {value}, but must be a multiple of mesh.{axis} ({getattr(self, axis)})"
-                )
 
 
 def check_run(train: Sequence[str], seed: int) -> None:
@@ -63,19 +26,26 @@ def check_run(train: Sequence[str], seed: int) -> None:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """What is trained on; `trace_settings.TraceSettings` with names for a command line.
+    """What is trained on; `train.traces.settings.TraceSettings` says more.
 
     Attributes:
-      row_length, rows, micro_batches, task_weights, effort_weights, seed, over_long, keep_truncated, min_completion:
-        as there.
+      row_length: tokens of a row.
+      rows: rows of a micro-batch, over all devices.
+      micro_batches: micro-batches of a step.
+      tasks: weight of each task that is used, or a list of them; empty: all, equally.
+      efforts: weight of each effort that is used, likewise.
+      seed: shuffles otherwise.
+      over_long: what becomes of an example longer than a row: it is dropped, its end is cut, or it is refused.
+      keep_truncated: whether answers count that a limit of tokens ended.
+      min_completion: answers of fewer tokens are dropped.
       heldout: answers, about, that evaluation keeps for itself; all answers to one prompt are on one side.
     """
 
     row_length: int = 512
     rows: int = 4
     micro_batches: int = 1
-    task_weights: Mapping[str, float] = field(default_factory=dict)
-    effort_weights: Mapping[str, float] = field(default_factory=dict)
+    tasks: Mapping[str, float] = field(default_factory=dict)
+    efforts: Mapping[str, float] = field(default_factory=dict)
     seed: int = 0
     over_long: Literal["drop", "cut", "refuse"] = "drop"
     keep_truncated: bool = True
@@ -85,6 +55,10 @@ class DataSettings:
     def __post_init__(self) -> None:
         check_range("data.heldout", self.heldout, 1, MOST_TOGETHER)
         self.of((Path("-"),))
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.row_length * self.rows * self.micro_batches
 
     def of(self, paths: tuple[Path, ...]) -> TraceSettings:
         """The settings of data from these files."""
@@ -139,7 +113,7 @@ class DistillRecipe:
                 f"optimizer.warmup_steps is {self.optimizer.warmup_steps}, but must be at most loop.steps "
                 f"({self.loop.steps})"
             )
-        self.mesh.check_rows("data", self.data.rows, self.data.row_length)
+        self.mesh.check_spanned("data", self.data.rows, self.data.row_length)
         if (self.loss.top_k_kl > 0) != (self.teacher_cache is not None):
             raise ConfigError(
                 f"loss.top_k_kl is {self.loss.top_k_kl} and teacher_cache is {self.teacher_cache}, "

@@ -143,6 +143,7 @@ class Distiller:
             evaluate=lambda state: self.measure(state.params),
             best="kl",
             name="distilling blocks" if self.inputs.blocks else "distilling",
+            tokens_per_step=recipe.data.tokens_per_step,
         )
 
     def _cache(self, console: Console) -> TeacherCache | None:
@@ -222,7 +223,7 @@ class Distiller:
         return {
             "traces": [str(path) for path in recipe.trace_paths],
             "steps": trained.summary.step,
-            "tokens_per_step": data.row_length * data.rows * data.micro_batches,
+            "tokens_per_step": data.tokens_per_step,
             "blocks": self.inputs.blocks,
             "loss": {} if self.inputs.blocks else recipe.loss.shares,
             "optimizer": asdict(recipe.optimizer),

@@ -16,11 +16,12 @@ from puzzle_jax.errors import (
     ConfigError,
     check_range,
 )
-from puzzle_jax.evaluate.settings import MAX_TOKENS
+from puzzle_jax.evaluate.settings import BY_EFFORT, MAX_TOKENS
 from puzzle_jax.model.cache_format import CACHE_DTYPES
+from puzzle_jax.settings.mesh import MeshSettings
 from puzzle_jax.tasks import check_effort
 from puzzle_jax.tasks.rewards.workers import TIME_LIMIT
-from puzzle_jax.train.distill.recipe import MeshSettings, check_run
+from puzzle_jax.train.distill.recipe import check_run
 from puzzle_jax.train.grpo.prompts import PromptSettings
 from puzzle_jax.train.loop import LoopSettings
 from puzzle_jax.train.losses.policy_settings import PolicySettings
@@ -33,7 +34,7 @@ class RolloutSettings:
 
     Attributes:
       group: answers to each prompt.
-      max_tokens: limit of an answer, by effort; the defaults suit the embedded parent.
+      max_tokens: limit of an answer by effort, or one number for all; the defaults suit the embedded parent.
       slots: answers that are generated together.
       resample: times that further prompts are asked in place of those whose answers all earn the same, at most.
       replay: whether training goes through the experts that the sampler chose.
@@ -42,7 +43,7 @@ class RolloutSettings:
     """
 
     group: int = 8
-    max_tokens: Mapping[str, int] = field(default_factory=lambda: dict(MAX_TOKENS))
+    max_tokens: Mapping[str, int] = field(default_factory=lambda: dict(MAX_TOKENS), metadata=BY_EFFORT)
     slots: int = 64
     resample: int = 0
     replay: bool = True
@@ -191,7 +192,7 @@ class GrpoRecipe:
             raise ConfigError(
                 f"update.updates is {self.update.updates}, but must be at most prompts.prompts ({self.prompts.prompts})"
             )
-        self.mesh.check_rows("update", self.update.rows, self.update.row_length)
+        self.mesh.check_spanned("update", self.update.rows, self.update.row_length)
         for effort in self.prompts.efforts:
             if self.rollout.limit(effort) >= self.update.row_length:
                 raise ConfigError(

@@ -1,10 +1,10 @@
-"""`python -m puzzle_jax.train pretrain --recipe FILE --out DIR`: a small parent from nothing."""
+"""`puzzle train pretrain --recipe FILE --out DIR`: a small parent from nothing."""
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +12,31 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from puzzle_jax.consoles import plain_console
 from puzzle_jax.tasks import EFFORTS
-from puzzle_jax.train.pretrain.recipe import PretrainRecipe, load_recipe
+from puzzle_jax.train.pretrain.recipe import PretrainRecipe
 from puzzle_jax.train.pretrain.run import pretrain
 
 _LINE_SECONDS = 30.0
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the verb."""
-    parser.add_argument("--recipe", type=Path, required=True, help="YAML file with every setting and the seed")
-    parser.add_argument("--out", type=Path, required=True, help="checkpoint directory to make")
+@dataclass(frozen=True, kw_only=True)
+class PretrainSettings(PretrainRecipe):
+    """One run of pretraining.
+
+    Attributes:
+      out: checkpoint directory to make.
+    """
+
+    out: Path
 
 
-def run(options: argparse.Namespace, console: Console) -> None:
+def run(settings: PretrainSettings) -> None:
     """Trains, and shows what the parent can do."""
-    recipe = load_recipe(options.recipe)
-    console.print(_table(_run(recipe, options.out, console)))
-    console.print(f"checkpoint: {options.out}")
+    console = plain_console(stderr=True)
+    recipe = PretrainRecipe(**{of.name: getattr(settings, of.name) for of in fields(PretrainRecipe)})
+    console.print(_table(_run(recipe, settings.out, console)))
+    console.print(f"checkpoint: {settings.out}", highlight=False, soft_wrap=True)
 
 
 def _run(recipe: PretrainRecipe, out: Path, console: Console) -> dict[str, Any]:

@@ -1,23 +1,35 @@
 """The settings of a pretraining run, from a YAML file: model, data, optimiser, seed.
 
-Every field of the file is a field of `PretrainRecipe`; unknown, missing and impossible values are refused in one
-sentence before any work starts. Left out: task difficulty, which belongs to `puzzle_jax.tasks`.
+Left out: task difficulty, which belongs to `puzzle_jax.tasks`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
-from puzzle_jax.config import BlockConfig, ModelConfig, RopeConfig
+from puzzle_jax.config import ModelConfig
 from puzzle_jax.errors import MOST_SEED, MOST_TIMES, ConfigError, check_range, shown
-from puzzle_jax.files import parse_yaml, read_text
 from puzzle_jax.tasks import PRETRAINING_TASKS, check_effort
 from puzzle_jax.train.pretrain.data import Bucket
+
+
+def read_model(value: Any, where: str) -> Any:
+    """A model whose layers all have as many experts: `num_experts`, and `windows`, one per layer, null being full.
+
+    Raises `ConfigError` where one of them is missing or something else.
+    """
+    if not isinstance(value, Mapping) or "blocks" in value:
+        return value
+    model = dict(value)
+    windows, num_experts = model.pop("windows", None), model.pop("num_experts", None)
+    if not isinstance(windows, list):
+        raise ConfigError(f"{where}.windows is {shown(windows)}, but must list each layer's window (null is full)")
+    if not isinstance(num_experts, int):
+        raise ConfigError(f"{where}.num_experts is {shown(num_experts)}, but must be a whole number")
+    return {**model, "blocks": [{"num_experts": num_experts, "window": window} for window in windows]}
 
 
 @dataclass(frozen=True)
@@ -26,9 +38,9 @@ class PretrainRecipe:
 
     Attributes:
       seed: of weights and data.
-      model: the network to train.
-      tasks: task -> relative weight in the data.
-      efforts: effort -> relative weight in the data.
+      model: the network to train; `num_experts` and a list `windows` stand for its blocks.
+      tasks: weight of each task in the data.
+      efforts: weight of each effort in the data.
       buckets: shapes of batches.
       steps: optimiser steps.
       learning_rate: reached after `warmup_steps` and kept until `final_steps` before the end, then falling evenly
@@ -44,7 +56,7 @@ class PretrainRecipe:
     """
 
     seed: int
-    model: ModelConfig
+    model: ModelConfig = field(metadata={"read": read_model})
     tasks: Mapping[str, float]
     efforts: Mapping[str, float]
     buckets: tuple[Bucket, ...]
@@ -94,78 +106,3 @@ class PretrainRecipe:
         longest = max((bucket.length for bucket in self.buckets), default=0)
         if longest > self.model.max_position:
             raise ConfigError(f"a bucket is {longest} tokens long, but model max_position is {self.model.max_position}")
-
-
-def load_recipe(path: str | Path) -> PretrainRecipe:
-    """Reads a recipe.
-
-    Raises:
-      ConfigError: the file is missing, is no YAML, or a field is unknown, missing or impossible.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"recipe {path} does not exist")
-    content = parse_yaml(read_text(path, ConfigError), f"recipe {path}", ConfigError)
-    try:
-        return recipe_from(content)
-    except ConfigError as error:
-        raise ConfigError(f"recipe {path}: {error}") from None
-
-
-def recipe_from(content: Any) -> PretrainRecipe:
-    """The recipe that a file's content describes; raises `ConfigError`."""
-    content = dict(_mapping("recipe", content))
-    if "model" in content:
-        model = dict(_mapping("model", content["model"]))
-        if "rope" in model:
-            model["rope"] = _build(RopeConfig, "model.rope", model["rope"])
-        windows = model.pop("windows", None)
-        num_experts = model.pop("num_experts", None)
-        if not isinstance(windows, list):
-            raise ConfigError(f"model.windows is {windows!r}, but must list each layer's window (null is full)")
-        num_experts = _number("model.num_experts", "int", num_experts)
-        model["blocks"] = tuple(BlockConfig(num_experts, window) for window in windows)
-        content["model"] = _build(ModelConfig, "model", model)
-    if "buckets" in content:
-        if not isinstance(content["buckets"], list):
-            raise ConfigError(f"buckets is {content['buckets']!r}, but must be a list")
-        content["buckets"] = tuple(_build(Bucket, "buckets", bucket) for bucket in content["buckets"])
-    for name in ("tasks", "efforts"):
-        if name in content:
-            weights = _mapping(name, content[name])
-            content[name] = {key: _number(f"{name}.{key}", "float", value) for key, value in weights.items()}
-    return _build(PretrainRecipe, "recipe", content)
-
-
-def _mapping(name: str, value: Any) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{name} is {value!r}, but must be a mapping of names to values")
-    return value
-
-
-def _build(kind: type, name: str, content: Any) -> Any:
-    """`kind(**content)` with unknown and missing fields named; numbers may be written without a point."""
-    content = _mapping(name, content)
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    unknown = sorted(set(content) - set(fields))
-    if unknown:
-        raise ConfigError(f"{name} has the unknown field {unknown[0]}; known: {', '.join(fields)}")
-    missing = [
-        field.name
-        for field in fields.values()
-        if field.name not in content
-        and field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise ConfigError(f"{name} lacks the field {missing[0]}")
-    return kind(**{key: _number(f"{name}.{key}", fields[key].type, value) for key, value in content.items()})
-
-
-def _number(name: str, kind: Any, value: Any) -> Any:
-    """`value`, as a float where one is declared; raises `ConfigError` when a declared number is none."""
-    if kind not in ("int", "float"):
-        return value
-    if isinstance(value, bool) or not isinstance(value, int if kind == "int" else int | float):
-        raise ConfigError(f"{name} is {value!r}, but must be a {'whole ' if kind == 'int' else ''}number")
-    return float(value) if kind == "float" else value

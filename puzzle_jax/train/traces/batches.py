@@ -107,7 +107,7 @@ class TraceBatches:
     @cached_property
     def _fingerprint(self) -> str:
         settings = [getattr(self.settings, name) for name in _DECIDING]
-        by_kind = (self.settings.task_weights, self.settings.effort_weights)
+        by_kind = (self.settings.tasks, self.settings.efforts)
         weights = [sorted((kind, float(weight)) for kind, weight in of_kind.items()) for of_kind in by_kind]
         first = [int(self.order[position]) for position in range(256)]
         digest = hashlib.sha256(json.dumps([settings, weights, self.pad_id, first]).encode())
@@ -177,19 +177,24 @@ def _order(examples: Sequence[TraceExample], settings: TraceSettings) -> Any:
         groups.setdefault((example.task, example.effort), []).append(index)
     if not groups:
         raise PuzzleError("there is no trace to train on")
-    _check_known("task_weights", settings.task_weights, sorted({task for task, _ in groups}))
-    _check_known("effort_weights", settings.effort_weights, sorted({effort for _, effort in groups}))
+    _check_known("tasks", settings.tasks, sorted({task for task, _ in groups}))
+    _check_known("efforts", settings.efforts, sorted({effort for _, effort in groups}))
     members, shares = [], []
     for (task, effort), indices in sorted(groups.items()):
-        weight = settings.task_weights.get(task, 1.0) * settings.effort_weights.get(effort, 1.0)
+        weight = _weight(settings.tasks, task) * _weight(settings.efforts, effort)
         if weight > 0:
             # A seed of its own for every group, and others for the next seed: grain adds the epoch to it.
             seed = zlib.crc32(json.dumps([settings.seed, task, effort]).encode())
             members.append(grain.MapDataset.source(indices).shuffle(seed=seed).repeat())
             shares.append(weight * len(indices))
     if not members:
-        raise PuzzleError("task_weights and effort_weights leave no trace: every product of two of them is 0")
+        raise PuzzleError("the weights of tasks and efforts leave no trace: every product of two of them is 0")
     return grain.MapDataset.mix(members, shares)
+
+
+def _weight(weights: Mapping[str, float], kind: str) -> float:
+    """Of a task or an effort; where some are named, the others do not come."""
+    return weights.get(kind, 0.0) if weights else 1.0
 
 
 def _check_known(name: str, weights: Mapping[str, float], known: Sequence[str]) -> None:

@@ -17,16 +17,16 @@ OVER_LONG = ("drop", "cut", "refuse")
 class TraceSettings:
     """What is trained on.
 
-    Weights say how often an example of a kind comes relative to the others: 2 is twice as often as 1, the weight of
-    whatever is not named, and 0 is never. A task's weight and an effort's multiply.
+    Weights say how often an example of a kind comes relative to the others: 2 is twice as often as 1, and 0, the weight
+    of whatever is not named where something is, is never. A task's weight and an effort's multiply.
 
     Attributes:
       paths: files of traces, .parquet or .jsonl, or directories whose files of these names are read in order of name.
       row_length: tokens of a row.
       rows: rows of a micro-batch, over all devices.
       micro_batches: micro-batches of a step.
-      task_weights: by task, as traces name them.
-      effort_weights: by effort.
+      tasks: weights by task, as traces name them; empty: all equally.
+      efforts: weights by effort; empty: all equally.
       seed: shuffles otherwise.
       over_long: what becomes of an example longer than a row: "drop", "cut" (its end), or "refuse" (an error).
       keep_truncated: whether answers count that a limit of tokens ended; a teacher can be followed at every token, but
@@ -39,8 +39,8 @@ class TraceSettings:
     row_length: int
     rows: int = 1
     micro_batches: int = 1
-    task_weights: Mapping[str, float] = field(default_factory=dict)
-    effort_weights: Mapping[str, float] = field(default_factory=dict)
+    tasks: Mapping[str, float] = field(default_factory=dict)
+    efforts: Mapping[str, float] = field(default_factory=dict)
     seed: int = 0
     over_long: str = "drop"
     keep_truncated: bool = True
@@ -57,9 +57,9 @@ class TraceSettings:
         check_range("seed", self.seed, 0, MOST_SEED)
         if self.over_long not in OVER_LONG:
             raise ConfigError(f"over_long is {self.over_long!r}, but must be one of {', '.join(OVER_LONG)}")
-        for effort in self.effort_weights:
+        for effort in self.efforts:
             check_effort(effort)
-        for name in ("task_weights", "effort_weights"):
+        for name in ("tasks", "efforts"):
             for kind, weight in getattr(self, name).items():
                 if not (isfinite(weight) and weight >= 0):
                     raise ConfigError(f"{name} gives {kind!r} {weight}, but must give a finite number of at least 0")

@@ -98,11 +98,11 @@ def record(directory: Path) -> dict:
 
 
 def command(a: Path, b: Path, out: Path, **settings) -> list[str]:
-    """Of the command line; values that are lists become several arguments, None leaves an option out."""
+    """Of the command line; None leaves an option out."""
     given = ["average", str(a), str(b), "--out", str(out)]
     for name, value in settings.items():
         if value is not None:
-            given += [f"--{name}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
+            given += [f"--{name}", ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)]
     return given
 
 
@@ -256,32 +256,35 @@ def refusal(capsys, given: list[str]) -> str:
         patch.setattr(averaging, "export_child", None)
         assert main(given) == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith("python -m puzzle_jax.train average: "), said
+    assert said.startswith("puzzle train average: "), said
     return said
 
 
 @pytest.mark.parametrize(
     "settings,message",
     [
-        ({}, "one of --weight and --weights must be given, but neither is"),
-        ({"weight": 0.5, "weights": [0, 1]}, "one of --weight and --weights must be given, but both are"),
-        ({"weight": 1.5}, "--weight has 1.5, but must be from 0 (A alone) to 1 (B alone)"),
-        ({"weight": -0.1}, "--weight has -0.1"),
-        ({"weight": "nan"}, "--weight has nan"),
-        ({"weight": 0.5, "problems": 3}, "--problems is given with --weight, but only --weights asks problems"),
-        ({"weight": 0.5, "max-tokens": 3}, "--max-tokens is given with --weight"),
-        ({"weight": 0.5, "reference": "parent"}, "--reference is given with --weight"),
-        ({"weights": [0, 1]}, "--weights is given without --problems"),
-        ({"weights": [0, 2], "problems": 1}, "--weights has 2.0"),
-        ({"weights": [0, 0.5, 0.0], "problems": 1}, "--weights is 0 0.5 0, but must name each once"),
+        ({}, "one of weight and weights must be given, but neither is"),
+        ({"weight": 0.5, "weights": [0, 1]}, "one of weight and weights must be given, but both are"),
+        ({"weight": 1.5}, "weight has 1.5, but must be from 0 (A alone) to 1 (B alone)"),
+        ({"weight": -0.1}, "weight has -0.1"),
+        ({"weight": "nan"}, "weight has nan"),
+        ({"weight": 0.5, "problems": 3}, "problems is given with weight, but only weights asks problems"),
+        ({"weight": 0.5, "max-tokens": 3}, "max_tokens is given with weight"),
+        ({"weight": 0.5, "reference": "parent"}, "reference is given with weight"),
+        ({"weights": [0, 1]}, "weights is given without problems"),
+        ({"weights": [0, 2], "problems": 1}, "weights has 2.0"),
+        ({"weights": [0, 0.5, 0.0], "problems": 1}, "weights is 0,0.5,0, but must name each once"),
         ({"weights": [0], "problems": 0}, "per_task 0 ask no question"),
-        ({"weights": [0], "problems": 1, "tasks": ["add", "add"]}, "--tasks is add add, but must name each once"),
+        (
+            {"weights": [0], "problems": 1, "tasks": ["add", "add"]},
+            "tasks is 'add,add', but must name",
+        ),
         ({"weights": [0], "problems": 1, "tasks": "poetry"}, "task is 'poetry'"),
         ({"weights": [0], "problems": 1, "efforts": "extreme"}, "extreme"),
         ({"weights": [0], "problems": 1, "seed": 100}, "seed is 100"),
-        ({"weights": [0], "problems": 1, "batch-size": 0}, "--batch-size is 0"),
-        ({"weights": [0], "problems": 1, "temperature": -1}, "--temperature is -1.0"),
-        ({"weights": [0], "problems": 1, "max-tokens": '{"low": 0}'}, '--max-tokens is {"low": 0}, but must be'),
+        ({"weights": [0], "problems": 1, "batch-size": 0}, "batch_size is 0"),
+        ({"weights": [0], "problems": 1, "temperature": -1}, "temperature is -1.0"),
+        ({"weights": [0], "problems": 1, "max-tokens": '{"low": 0}'}, "max_tokens.low is 0, but must be at least 1"),
         ({"weights": [0], "problems": 1, "max-tokens": 1000}, "but the context of A and B is 768"),
         ({"weights": [0], "problems": 1, "reference": "nowhere"}, "model 'reference': nowhere is not a directory"),
     ],
@@ -347,7 +350,7 @@ def test_directories_that_hold_something_else_are_refused_and_kept(root, tmp_pat
         (tmp_path / "child", {"weight": 0.5}, "child, which exists and holds no average"),
         (root / "a", {"weight": 0.5}, "which is A; name another directory"),
         (root / "a" / ".." / "b", {"weight": 1}, "which is B; name another directory"),
-        (root / "parent", reference, "which is --reference; name another directory"),
+        (root / "parent", reference, "which is reference; name another directory"),
     ):
         assert message in refusal(capsys, command(root / "a", root / "b", out, **settings))
     assert "A and B are both" in refusal(capsys, command(root / "a", root / "a", tmp_path / "out", weight=0.5))

@@ -11,8 +11,8 @@ import pytest
 from puzzle_jax.errors import PuzzleWarning
 from puzzle_jax.generate.traces import write_traces
 from puzzle_jax.runs import open_run
-from puzzle_jax.train.__main__ import RECIPE_VERBS, VERBS, main
-from puzzle_jax.train.distill.command import parse_recipe
+from puzzle_jax.settings.verbs import parse
+from puzzle_jax.train.__main__ import VERBS, main
 from puzzle_jax.train.distill.inputs import Inputs, apart
 from puzzle_jax.train.traces.examples import examples_of
 from tests.train.distill.toy_distill import CONFIG, arguments, cut, distiller, make, random_trace, refusal, save_parent
@@ -57,10 +57,10 @@ def origin(directory) -> Inputs:
         ({"data__over_long": "shrink"}, "data.over_long"),
         ({"data__over_long": "refuse", "data__row_length": 19}, "tokens, but row_length is 19"),
         ({"data__row_length": 9}, "row_length is 9, but the shortest example"),
-        ({"data__task_weights": "{poetry: 2}"}, "task_weights names 'poetry', but the traces have only add, chain"),
-        ({"data__task_weights": "{add: -1}"}, "data.task_weights gives 'add' -1"),
-        ({"data__effort_weights": "{low: .nan}"}, "data.effort_weights gives 'low' nan"),
-        ({"data__effort_weights": "{extreme: 1}"}, "extreme"),
+        ({"data__tasks": "{poetry: 2}"}, "tasks names 'poetry', but the traces have only add, chain"),
+        ({"data__tasks": "{add: -1}"}, "data.tasks gives 'add' -1"),
+        ({"data__efforts": "{low: .nan}"}, "data.efforts gives 'low' nan"),
+        ({"data__efforts": "{extreme: 1}"}, "extreme"),
         ({"loss__forward_kl": -1}, "loss.forward_kl is -1"),
         ({"loss__forward_kl": ".nan"}, "loss.forward_kl is nan"),
         ({"loss__forward_kl": 0}, "all terms of loss are 0"),
@@ -170,7 +170,7 @@ def test_what_the_examples_cannot_teach_is_told_with_counts(directory, tmp_path)
     def told(**changes):
         with warnings.catch_warnings(record=True) as found:
             warnings.simplefilter("always")
-            Inputs.open(parse_recipe(arguments(directory, tmp_path / "nowhere", **changes), "test"), blocks=False)
+            Inputs.open(parse(VERBS["distill"], arguments(directory, tmp_path / "nowhere", **changes)), blocks=False)
         return [str(warning.message) for warning in found if warning.category is PuzzleWarning]
 
     sizes = [len(t.prompt) + len(t.completion) for t in map(random_trace, range(240))]
@@ -201,16 +201,16 @@ def test_templates_see_the_day_on_which_the_run_was_begun(directory, origin, tmp
 
 def test_the_tiny_recipe_and_single_or_several_files_of_traces():
     given = ["--parent", "p", "--child", "c", "--out", "o", "--recipe", "distill-tiny"]
-    recipe = parse_recipe([*given, "--traces", "a.parquet", "--loop.steps", "900"], "test")
+    recipe = parse(VERBS["distill"], [*given, "--traces", "a.parquet", "--loop.steps", "900"])
     assert recipe.trace_paths == (Path("a.parquet"),)
     assert (recipe.loop.steps, recipe.loop.save_every, recipe.optimizer.warmup_steps) == (900, 200, 30)
-    assert parse_recipe([*given, "--traces", "[a, b.jsonl]"], "test").trace_paths == (Path("a"), Path("b.jsonl"))
+    assert parse(VERBS["distill"], [*given, "--traces", "[a, b.jsonl]"]).trace_paths == (Path("a"), Path("b.jsonl"))
 
 
-@pytest.mark.parametrize("arguments", [["--help"], *([verb, "--help"] for verb in (*RECIPE_VERBS, *VERBS))])
+@pytest.mark.parametrize("arguments", [["--help"], *([verb, "--help"] for verb in VERBS)])
 def test_help_says_what_there_is(capsys, arguments):
     assert main(arguments) == 0
     said = capsys.readouterr().out
-    assert "usage: python -m puzzle_jax.train" in said
-    for name in [*RECIPE_VERBS, *VERBS] if len(arguments) == 1 else {"distill": ["--loop.steps"]}.get(arguments[0], []):
+    assert "usage: puzzle train" in said
+    for name in VERBS if len(arguments) == 1 else {"distill": ["--loop.steps"]}.get(arguments[0], []):
         assert name in said

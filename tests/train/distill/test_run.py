@@ -23,9 +23,9 @@ from puzzle_jax.convert_hf.load import load_checkpoint
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.generate.traces import read_traces, write_traces
 from puzzle_jax.model.stacked import unstack_params
-from puzzle_jax.train.__main__ import main
+from puzzle_jax.settings.verbs import parse
+from puzzle_jax.train.__main__ import VERBS, main
 from puzzle_jax.train.distill import run as distilling
-from puzzle_jax.train.distill.command import parse_recipe
 from puzzle_jax.train.distill.inputs import Inputs
 from puzzle_jax.train.distill.objectives import Fixed
 from puzzle_jax.train.distill.run import Distiller
@@ -222,7 +222,7 @@ ALL = {"train": "[router,experts]", "loss__forward_kl": 0, "loss__top_k_kl": 1, 
 def freed(directory, blocks):
     """Routers and experts learn, too, from cached logits; on from the child of `blocks`."""
     options = {**ALL, "child": blocks / "child", "teacher_cache": directory / "cache"}
-    trained = distilling.distill(parse_recipe(arguments(directory, directory / "freed", **options), "test"), QUIET)
+    trained = distilling.distill(parse(VERBS["distill"], arguments(directory, directory / "freed", **options)), QUIET)
     return directory / "freed", trained.state.params, options
 
 
@@ -356,7 +356,7 @@ def test_a_process_that_is_killed_ends_the_other_in_a_sentence(directory, tmp_pa
         left = ended(processes)[1 - lost]
     assert left.returncode == 1, left.stderr
     last = left.stderr.splitlines()[-1]
-    assert last.startswith(f"python -m puzzle_jax.train distill: process {lost} (host "), left.stderr
+    assert last.startswith(f"puzzle train distill: process {lost} (host "), left.stderr
     assert " was lost: " in last and "Traceback" not in left.stderr and "Check failure" not in left.stderr
 
 

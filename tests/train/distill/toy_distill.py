@@ -10,10 +10,10 @@ from puzzle_jax.config import BlockConfig
 from puzzle_jax.convert_hf.describe import describe_checkpoint
 from puzzle_jax.convert_hf.export import export_child, save_checkpoint
 from puzzle_jax.generate.traces import Trace, write_traces
+from puzzle_jax.settings.verbs import parse
 from puzzle_jax.tasks.chat.embedded import chat_files
 from puzzle_jax.train import base_parameters as resident
-from puzzle_jax.train.__main__ import main
-from puzzle_jax.train.distill.command import parse_recipe
+from puzzle_jax.train.__main__ import VERBS, main
 from puzzle_jax.train.distill.inputs import Inputs
 from puzzle_jax.train.distill.run import Distiller
 from puzzle_jax.train.placement import Placement
@@ -77,7 +77,7 @@ def arguments(directory: Path, out: Path, **changes) -> list[str]:
 
 
 def distiller(directory: Path, run: str = "nowhere", **changes) -> Distiller:
-    recipe = parse_recipe(arguments(directory, directory / run, **changes), "test")
+    recipe = parse(VERBS["distill"], arguments(directory, directory / run, **changes))
     return Distiller(Inputs.open(recipe, blocks=False), Placement())
 
 
@@ -103,5 +103,5 @@ def refusal(capsys, directory: Path, out: Path, verb: str = "distill", **changes
         assert main([verb, *arguments(directory, out, **changes)]) == 2
     assert (sorted(out.rglob("*")) if out.exists() else None) == before
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and said.startswith(f"python -m puzzle_jax.train {verb}: "), said
-    return said.removeprefix(f"python -m puzzle_jax.train {verb}: ")
+    assert said.count("\n") == 1 and said.startswith(f"puzzle train {verb}: "), said
+    return said.removeprefix(f"puzzle train {verb}: ")

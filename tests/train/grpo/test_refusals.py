@@ -10,9 +10,9 @@ from puzzle_jax.convert_hf.export import save_checkpoint
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.runs import open_run
 from puzzle_jax.settings.files import recipe_names
+from puzzle_jax.settings.verbs import parse
 from puzzle_jax.tasks.chat.embedded import chat_files
-from puzzle_jax.train.__main__ import main
-from puzzle_jax.train.grpo.command import parse_recipe
+from puzzle_jax.train.__main__ import VERBS, main
 from puzzle_jax.train.grpo.inputs import GrpoInputs
 from tests.support import random_params
 from tests.train.grpo.toy_grpo import BLOCKS, CONFIG, KEPT, arguments, make, refusal
@@ -24,7 +24,7 @@ def directory(tmp_path_factory) -> Path:
 
 
 def inputs(directory: Path, **changes) -> GrpoInputs:
-    return GrpoInputs.open(parse_recipe(arguments(directory, directory / "nowhere", **changes), "test"))
+    return GrpoInputs.open(parse(VERBS["grpo"], arguments(directory, directory / "nowhere", **changes)))
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_a_record_tells_where_a_model_comes_from(directory, tmp_path):
 def test_the_recipes_parse():
     assert {"grpo-accuracy", "grpo-length"} <= set(recipe_names("grpo"))
     given = ["--model", "m", "--out", "o"]
-    accuracy, length = (parse_recipe(["--recipe", name, *given], "test") for name in ("grpo-accuracy", "grpo-length"))
+    accuracy, length = (parse(VERBS["grpo"], ["--recipe", name, *given]) for name in ("grpo-accuracy", "grpo-length"))
     assert accuracy.model == Path("m") and accuracy.out == Path("o")
     for recipe in (accuracy, length):
         assert recipe.loss.resolved.baseline == "leave_one_out" and recipe.loss.resolved.overlong_filter
@@ -225,17 +225,17 @@ def test_the_recipes_parse():
     assert accuracy.prompts.efforts["low"] < accuracy.prompts.efforts["high"] and not accuracy.loss.length_budgets
     assert len(set(length.prompts.efforts.values())) == 1 and length.prompts.max_pass_rate == 1
     assert dict(length.loss.length_budgets) == {"low": 6, "medium": 20, "high": 32}
-    changed = parse_recipe(
-        ["--recipe", "grpo-length", *given, "--loop.steps", "7", "--optimizer.warmup_steps", "3"], ""
+    changed = parse(
+        VERBS["grpo"], ["--recipe", "grpo-length", *given, "--loop.steps", "7", "--optimizer.warmup_steps", "3"]
     )
     assert (changed.loop.steps, changed.optimizer.warmup_steps, changed.rollout.slots) == (7, 3, 128)
     with pytest.raises(ConfigError, match="model"):
-        parse_recipe(["--recipe", "grpo-length", "--out", "o"], "test")
+        parse(VERBS["grpo"], ["--recipe", "grpo-length", "--out", "o"])
 
 
 def test_help_says_what_there_is(capsys):
-    assert main(["grpo", "--help"]) == 0
+    assert main(["grpo", "--help-all"]) == 0
     said = capsys.readouterr().out
-    assert "usage: python -m puzzle_jax.train grpo" in said
+    assert "usage: puzzle train grpo" in said
     for name in ("--rollout.group", "--reward.function", "--watch.collapse", "grpo-accuracy"):
         assert name in said

@@ -21,9 +21,9 @@ from puzzle_jax.convert_hf.child_of import open_child
 from puzzle_jax.convert_hf.load import load_checkpoint
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.report.training import SECTIONS
-from puzzle_jax.train.__main__ import main
+from puzzle_jax.settings.verbs import parse
+from puzzle_jax.train.__main__ import VERBS, main
 from puzzle_jax.train.checkpoints import Checkpoints, Record, ocp
-from puzzle_jax.train.grpo.command import parse_recipe
 from puzzle_jax.train.grpo.inputs import GrpoInputs
 from puzzle_jax.train.grpo.policy_update import PolicyUpdate
 from puzzle_jax.train.grpo.primary_rewards import FirstJudges
@@ -169,7 +169,7 @@ def test_models_without_a_record_or_a_parent_in_it(directory, tmp_path, monkeypa
     found = []
     with FirstJudges() as judges:
         for name, model in (("parent", directory / "parent"), ("orphan", tmp_path / "orphan")):
-            recipe = parse_recipe(arguments(directory, tmp_path / f"of-{name}", model=model), "test")
+            recipe = parse(VERBS["grpo"], arguments(directory, tmp_path / f"of-{name}", model=model))
             trainer = Trainer(GrpoInputs.open(recipe), Placement(), judges, Console(quiet=True))
             values = jax.jit(trainer.student.masters)(trainer.resident)
             trainer.export(TrainState(jnp.int32(3), values, (), jax.random.key(0), jnp.int32(0)))
@@ -186,7 +186,7 @@ def test_a_finished_run_writes_its_child_again_and_nothing_else(directory, finis
     shutil.copytree(finished, out)
     shutil.rmtree(out / "child")
     console = Console(file=io.StringIO(), width=400)
-    trained = grpo(parse_recipe(arguments(directory, out), "test"), console)
+    trained = grpo(parse(VERBS["grpo"], arguments(directory, out)), console)
     same(out, finished)
     assert trained.summary.resumed_from == STEPS and f"policy of step {STEPS}: " in console.file.getvalue()
     head = np.asarray(trained.state.params["head"].T.astype(jnp.bfloat16))
@@ -299,7 +299,7 @@ def misjudged(directory):
     update = PolicyUpdate.__call__
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PolicyUpdate, "__call__", spied)
-        grpo(parse_recipe(arguments(directory, out, **options), "test"), Console(quiet=True))
+        grpo(parse(VERBS["grpo"], arguments(directory, out, **options)), Console(quiet=True))
     return out, told
 
 
@@ -390,7 +390,7 @@ def test_a_task_without_signal_is_told_once_and_not_trained_on(directory, tmp_pa
     with pytest.raises(
         PuzzleError, match=r"from 0\.1 to 0\.9: there is nothing to learn from .*never\.jsonl; name other"
     ):
-        grpo(parse_recipe(arguments(directory, out, **options), "test"), console)
+        grpo(parse(VERBS["grpo"], arguments(directory, out, **options)), console)
     said = f"task {tmp_path / 'never.jsonl'} at effort high gives no signal: 0.0% of its answers are right"
     assert console.file.getvalue().count(said) == 1
     assert [line["step"] for line in metrics(out)] == [1, 2, 3]
@@ -427,7 +427,7 @@ def test_a_reward_that_collapses_ends_the_run_with_the_best_policy_before(direct
     best = max(line["reward"] for line in lines)
     assert 1 < best < 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "python -m puzzle_jax.train grpo: step 3: the reward has collapsed: its mean over 1 steps is 0.000, below 0.25 "
+        "puzzle train grpo: step 3: the reward has collapsed: its mean over 1 steps is 0.000, below 0.25 "
         f"of the best, {best:.3f}; {out / 'child'} is the best policy before"
     )
     is_best(out)

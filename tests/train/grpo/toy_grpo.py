@@ -117,5 +117,5 @@ def refusal(capsys, directory: Path, out: Path, **changes) -> str:
         assert main(["grpo", *arguments(directory, out, **changes)]) == 2
     assert (sorted(out.rglob("*")) if out.exists() else None) == before
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and said.startswith("python -m puzzle_jax.train grpo: "), said
-    return said.removeprefix("python -m puzzle_jax.train grpo: ")
+    assert said.count("\n") == 1 and said.startswith("puzzle train grpo: "), said
+    return said.removeprefix("puzzle train grpo: ")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields, replace
 import pytest
 
 from puzzle_jax.errors import ConfigError
-from puzzle_jax.settings.files import parse_settings
+from puzzle_jax.settings.verbs import Verb, parse
 from puzzle_jax.train.losses.policy_settings import NAMED, NAMES, PolicySettings
 
 
@@ -93,9 +93,10 @@ def test_settings_come_from_a_command_line(tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text("loss: {name: gspo, scale_by_std: false, length_budgets: {low: 300, high: 7000}, clip_high: 0.5}\n")
     arguments = ["--recipe", str(file), "--loss.kl", "0.5", "--loss.clip_high", "null"]
-    _, found = parse_settings(arguments, Recipe, prog="test", description="", names=[])
+    verb = Verb("test", "", f"{__name__}:Recipe", "", (), "")
+    found = parse(verb, arguments)
     budgets = {"low": 300, "high": 7000}
     assert found.loss == PolicySettings("gspo", scale_by_std=False, length_budgets=budgets, kl=0.5)
     assert found.loss.resolved.clip_high == 4e-4
     with pytest.raises(ConfigError, match=r"loss\.ratio is 'word'"):
-        parse_settings(["--loss.ratio", "word"], Recipe, prog="test", description="", names=[])
+        parse(verb, ["--loss.ratio", "word"])

@@ -7,9 +7,14 @@ import yaml
 
 import puzzle_jax
 from puzzle_jax.errors import ConfigError
-from puzzle_jax.train.pretrain.recipe import load_recipe, recipe_from
+from puzzle_jax.settings.verbs import parse
+from puzzle_jax.train.__main__ import VERBS
 
 EMBEDDED = Path(puzzle_jax.__file__).parent / "recipes" / "pretrain-tiny.yaml"
+
+
+def load_recipe(path):
+    return parse(VERBS["pretrain"], ["--recipe", str(path), "--out", "nowhere"])
 
 
 def test_embedded_recipe_describes_a_model_that_stock_runtimes_load():
@@ -38,12 +43,12 @@ def changed(**changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"stepz": 3}, "recipe has the unknown field stepz; known: seed, model"),
-        ({"learning_rate": None}, "recipe lacks the field learning_rate"),
+        ({"stepz": 3}, "has the field stepz, which does not exist; did you mean steps"),
+        ({"learning_rate": None}, "learning_rate must be given"),
         ({"steps": 0}, "steps is 0, but must be a whole number of at least 1"),
         ({"warmup_steps": 10**9}, "warmup_steps and final_steps are 1000000000 and"),
-        ({"learning_rate": "fast"}, "recipe.learning_rate is 'fast', but must be a number"),
-        ({"steps": 2.5}, "recipe.steps is 2.5, but must be a whole number"),
+        ({"learning_rate": "fast"}, "learning_rate is 'fast', but must be a number"),
+        ({"steps": 2.5}, "steps is 2.5, but must be a whole number"),
         ({"model__num_experts": None}, "model.num_experts is None, but must be a whole number"),
         ({"learning_rate": -1.0}, "learning_rate is -1.0, but must be above 0"),
         ({"adam_b2": 1.5}, r"adam_b2 is 1.5, but must be in \[0, 1\)"),
@@ -59,17 +64,18 @@ def changed(**changes):
         ({"model__rope__factor": 0.5}, "rope factor is 0.5, but must be at least 1"),
     ],
 )
-def test_impossible_recipes_are_refused_in_one_sentence(changes, message):
+def test_impossible_recipes_are_refused_in_one_sentence(tmp_path, changes, message):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(changed(**changes)))
     with pytest.raises(ConfigError, match=message):
-        recipe_from(changed(**changes))
+        load_recipe(tmp_path / "recipe.yaml")
 
 
 def test_files_are_named(tmp_path):
-    with pytest.raises(ConfigError, match=r"recipe .*none.yaml does not exist"):
+    with pytest.raises(ConfigError, match=r"recipe is '.*none.yaml', but there is no such file"):
         load_recipe(tmp_path / "none.yaml")
     (tmp_path / "bad.yaml").write_text("a: [")
     with pytest.raises(ConfigError, match=r"recipe .*bad.yaml cannot be read as YAML"):
         load_recipe(tmp_path / "bad.yaml")
     (tmp_path / "list.yaml").write_text("[1]")
-    with pytest.raises(ConfigError, match=r"recipe .*list.yaml: recipe is \[1\], but must be a mapping"):
+    with pytest.raises(ConfigError, match=r"recipe .*list.yaml holds \[1\], but must hold the fields of a recipe"):
         load_recipe(tmp_path / "list.yaml")

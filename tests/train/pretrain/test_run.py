@@ -129,5 +129,5 @@ def test_a_diverged_run_says_so(tmp_path):
 def test_command_line_refuses_in_one_sentence(tmp_path, capsys):
     assert main(["pretrain", "--recipe", str(tmp_path / "none.yaml"), "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("python -m puzzle_jax.train pretrain: recipe ") and error.count("\n") == 1
+    assert error.startswith("puzzle train pretrain: recipe ") and error.count("\n") == 1
     assert not (tmp_path / "out").exists()

@@ -1,6 +1,5 @@
 """Traces as batches: what is kept and refused, exact resume, mixture, epochs, evaluation, and the verb that asks."""
 
-import argparse
 import dataclasses
 import io
 import json
@@ -17,8 +16,10 @@ from puzzle_jax.convert_hf.export import save_checkpoint
 from puzzle_jax.errors import ConfigError, PuzzleError
 from puzzle_jax.evaluate.accuracy import SPLITS, QuestionSet
 from puzzle_jax.generate.traces import Trace, read_traces, write_traces
+from puzzle_jax.settings.verbs import parse
 from puzzle_jax.tasks import Chat
 from puzzle_jax.tasks.chat.embedded import chat_files, embedded_chat
+from puzzle_jax.train.__main__ import VERBS
 from puzzle_jax.train.rows import Packed
 from puzzle_jax.train.traces import command as traces_command
 from puzzle_jax.train.traces.batches import TraceBatches, evaluation_batches
@@ -154,9 +155,9 @@ def test_useless_traces_are_refused(tmp_path):
         ({"open_rows": 0}, "open_rows is 0"),
         ({"seed": -1}, "seed is -1, but must be at least 0"),
         ({"over_long": "split"}, "over_long is 'split', but must be one of drop, cut, refuse"),
-        ({"effort_weights": {"none": 1.0}}, "effort is 'none'"),
-        ({"task_weights": {"add": -1.0}}, "task_weights gives 'add' -1.0"),
-        ({"effort_weights": {"low": float("nan")}}, "effort_weights gives 'low' nan"),
+        ({"efforts": {"none": 1.0}}, "effort is 'none'"),
+        ({"tasks": {"add": -1.0}}, "tasks gives 'add' -1.0"),
+        ({"efforts": {"low": float("nan")}}, "efforts gives 'low' nan"),
     ],
 )
 def test_bad_settings_are_refused(changes, message):
@@ -184,7 +185,7 @@ def test_rows_hold_whole_examples_as_they_are():
 
 
 def test_a_run_goes_on_with_the_same_bits_after_any_step():
-    shape = settings(micro_batches=2, seed=5, task_weights={"chain": 2.5})
+    shape = settings(micro_batches=2, seed=5, tasks={"add": 1.0, "chain": 2.5})
     whole = TraceBatches(EXAMPLES, shape, 0)
     states, batches = [], []
     for _ in range(8):
@@ -208,7 +209,7 @@ def test_state_of_other_data_or_damaged_is_refused():
     others = {
         "seed": (EXAMPLES, settings(seed=1), 0),
         "rows": (EXAMPLES, settings(rows=4), 0),
-        "weights": (EXAMPLES, settings(task_weights={"add": 2.0}), 0),
+        "weights": (EXAMPLES, settings(tasks={"add": 2.0, "chain": 1.0}), 0),
         "padding": (EXAMPLES, settings(), 1),
         "fewer": (EXAMPLES[:-1], settings(), 0),
         "prompt": ([*EXAMPLES[:-1], dataclasses.replace(EXAMPLES[-1], prompt_length=1)], settings(), 0),
@@ -242,24 +243,24 @@ def test_every_example_comes_once_in_an_epoch_and_seeds_differ():
 
 
 def test_weights_multiply_what_there_is():
-    mixed = settings(task_weights={"chain": 3.0}, effort_weights={"high": 0.5})
+    mixed = settings(tasks={"add": 1.0, "chain": 3.0}, efforts={"low": 1.0, "high": 0.5})
     batches = TraceBatches(EXAMPLES, mixed, 0)
     first = [EXAMPLES[batches.order[position]] for position in range(1550)]
     kinds = Counter((example.task, example.effort) for example in first)
     expected = {("add", "low"): 40, ("add", "high"): 10, ("chain", "low"): 90, ("chain", "high"): 15}
     for kind, share in expected.items():
         assert kinds[kind] / 1550 == pytest.approx(share / 155, rel=0.01)
-    never = TraceBatches(EXAMPLES, settings(task_weights={"chain": 0.0}), 0)
+    never = TraceBatches(EXAMPLES, settings(tasks={"add": 1.0}), 0)
     assert {EXAMPLES[index].task for index in drawn(take(never, 9))} == {"add"}
 
 
 def test_weights_that_fit_no_trace_are_refused(monkeypatch):
-    with pytest.raises(PuzzleError, match="task_weights names 'recall', but the traces have only add, chain"):
-        TraceBatches(EXAMPLES, settings(task_weights={"recall": 1.0}), 0)
-    with pytest.raises(PuzzleError, match="effort_weights names 'medium', but the traces have only high, low"):
-        TraceBatches(EXAMPLES, settings(effort_weights={"medium": 1.0}), 0)
+    with pytest.raises(PuzzleError, match="tasks names 'recall', but the traces have only add, chain"):
+        TraceBatches(EXAMPLES, settings(tasks={"recall": 1.0}), 0)
+    with pytest.raises(PuzzleError, match="efforts names 'medium', but the traces have only high, low"):
+        TraceBatches(EXAMPLES, settings(efforts={"medium": 1.0}), 0)
     with pytest.raises(PuzzleError, match="leave no trace"):
-        TraceBatches(EXAMPLES, settings(task_weights={"add": 0.0, "chain": 0.0}), 0)
+        TraceBatches(EXAMPLES, settings(tasks={"add": 0.0, "chain": 0.0}), 0)
     with pytest.raises(PuzzleError, match="there is no trace to train on"):
         TraceBatches([], settings(), 0)
     monkeypatch.setitem(sys.modules, "grain", None)
@@ -322,11 +323,9 @@ def parent(tmp_path_factory) -> Path:
 
 
 def ask(parent, out, *flags):
-    parser = argparse.ArgumentParser()
-    traces_command.add_arguments(parser)
     given = ["--parent", str(parent), "--out", str(out), "--problems", "2", *flags]
     console = Console(width=150, file=io.StringIO())
-    traces_command.run(parser.parse_args(given), console)
+    traces_command.run(parse(VERBS["traces"], given), console)
     return console.file.getvalue()
 
 
@@ -360,17 +359,18 @@ def test_bad_options_are_one_sentence_before_any_work(parent, tmp_path):
         (file / "out.jsonl", (), "whose directory cannot be made"),
         (out, ("--problems", "0"), "per_task 0 ask no question"),
         (out, ("--tasks", "none"), "task is 'none'"),
-        (out, ("--tasks", "add", "add"), "--tasks is add add, but must name each once"),
+        (out, ("--tasks", "add", "add"), "tasks is 'add,add', but must name at least one, and each once"),
         (out, ("--efforts", "none"), "effort is 'none'"),
         (out, ("--seed", "100"), "seed is 100"),
-        (out, ("--temperature", "nan"), "--temperature is nan"),
-        (out, ("--batch-size", "0"), "--batch-size is 0"),
-        (out, ("--max-tokens", "{"), "which is no valid JSON"),
-        (out, ("--max-tokens", "0"), "--max-tokens is 0, but must be a whole number"),
+        (out, ("--temperature", "nan"), "temperature is nan"),
+        (out, ("--batch-size", "0"), "batch_size is 0"),
+        (out, ("--max-tokens", "{"), "cannot be read as YAML"),
+        (out, ("--max-tokens", "0"), "max_tokens.low is 0, but must be at least 1"),
         (out, ("--max-tokens", '{"some": 3}'), "effort is 'some'"),
         (out, ("--max-tokens", "700"), "but the context of the parent is 768"),
-        (out, ("--mesh", "2"), "--mesh is '2', but must be two numbers"),
-        (out, ("--mesh", "64,64"), "a mesh of 64 x 64 needs 4096 devices"),
+        (out, ("--mesh", "2"), "mesh is '2', but must be a mapping of data, sequence, model, processes"),
+        (out, ("--mesh", "data=64,model=64"), "a mesh of 64 x 64 needs 4096 devices"),
+        (out, ("--mesh.sequence", "2"), "mesh.sequence is 2, but train traces is not shared along it"),
         (out, ("--parent", str(tmp_path / "nowhere")), "nowhere"),
     ]:
         with pytest.raises(PuzzleError, match=message):

@@ -1,8 +1,8 @@
-"""What programs need on every device, found without weights and without accelerators.
+"""Programs for devices that are not there: arrays without values, virtual devices, and compiling for them.
 
 A program is traced with arrays that have shapes, dtypes and places on a mesh, but no values, and compiled for virtual
-devices. What it is given is exact. Temporaries are what XLA's compiler for CPUs allots, of a program that is kept like
-an accelerator's in three ways:
+devices. What it is given is exact. Temporaries are what XLA's compiler for CPUs allocates, of a program that is kept
+like an accelerator's in three ways:
 
     experts    grouped matmuls stand in it by their operands and results alone (`kernel_shapes`); the way for CPUs would
                lay one expert's matrices beside every block of rows
@@ -11,24 +11,22 @@ an accelerator's in three ways:
 
 An accelerator's compiler orders operations and reuses memory in its own way.
 
-Left out: what a runtime takes for itself, fragmentation and collectives' buffers; what `ragged_dot` allots on GPUs for
-which XLA has no grouped matmul.
+Left out: what a runtime takes for itself, fragmentation and collectives' buffers; what `ragged_dot` allocates on GPUs
+for which XLA has no grouped matmul.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
 from puzzle_jax.config import ModelConfig
@@ -38,15 +36,15 @@ from puzzle_jax.errors import ConfigError
 from puzzle_jax.kernels.expert_mlp import IMPLEMENTATIONS, grouped
 from puzzle_jax.kernels.grouped_matmul import BLOCK_ROWS
 from puzzle_jax.kernels.mxfp4 import GROUP, MXFP4, decode
+from puzzle_jax.model.sharding import on_mesh, params_sharding
 from puzzle_jax.model.spec import EXPERT_MATRICES, Params, ParamSpec, is_spec, param_specs
-
-GB = 1e9
+from puzzle_jax.model.stacked import StackedMXFP4
 
 DTYPE = jnp.float16
 """In place of bfloat16, which accelerators compute in."""
 
 WIDTH, FLOAT32 = 2, 4
-"""Bytes of a number in what is computed in, and in masters."""
+"""Bytes of a number in what is computed in, and in master weights."""
 
 COMPILER = {
     "xla_backend_optimization_level": 0,
@@ -56,12 +54,70 @@ COMPILER = {
 """Options for a program that never runs: nothing of the machine code that a CPU would be given matters, and making it
 takes longest."""
 
+COMPILED_BY = "compiled by XLA for CPUs, in float16 for bfloat16"
+
+
+def read_model(path: Path) -> tuple[ModelConfig, bool]:
+    """A model by its config.json or the directory of it, and whether its experts are packed."""
+    source = path / "config.json" if path.is_dir() else path
+    data = read_json(source)
+    return parse_config(data, source), parse_form(data, source) == "mxfp4"
+
+
+def check_packed(config: ModelConfig) -> None:
+    """Raises ConfigError where experts of these sizes cannot be packed."""
+    for name in ("hidden_size", "intermediate_size"):
+        size = getattr(config, name)
+        if size % GROUP:
+            raise ConfigError(f"{name} is {size}, but packed experts need a multiple of {GROUP}")
+
+
+def virtual_devices(count: int) -> None:
+    """Makes JAX a CPU of so many devices, unless it has begun already."""
+    try:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:  # it has begun; whoever makes the mesh says whether there are enough
+        pass
+
+
+# Compiling ------------------------------------------------------------------------------------------------------------
+
 
 def bytes_beside(lowered: Any) -> int:
-    """What a program of `jax.jit` allots on a device beside its arguments: temporaries, and results that do not take
-    the place of an argument."""
+    """Bytes that a lowered program allocates on a device beside its arguments: temporaries, and results that do not
+    take the place of an argument."""
     found = lowered.compile(compiler_options=COMPILER).memory_analysis()
     return found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+
+
+def program_bytes(
+    program: Callable[..., Any], *given: Any, mesh: Mesh | None = None, donate: int | None = None, **options: Any
+) -> int:
+    """`bytes_beside` of a function.
+
+    Args:
+      program: a function, also one of `jax.jit`; it is jitted anew, so that no program that was traced elsewhere is
+        taken for this one.
+      given: its arguments; those that hold arrays without values are arguments of the program, others are constants.
+      mesh: where the program runs.
+      donate: the argument whose memory results may take.
+      options: of `jax.jit`.
+    """
+    inner = getattr(program, "__wrapped__", program)
+    arrays = [index for index, value in enumerate(given) if any(map(_is_abstract, jax.tree.leaves(value)))]
+
+    def own(*values: Any) -> Any:
+        return inner(*(values[arrays.index(index)] if index in arrays else each for index, each in enumerate(given)))
+
+    if donate is not None:
+        options["donate_argnums"] = arrays.index(donate)
+    with on_mesh(mesh), kernel_shapes():
+        return bytes_beside(jax.jit(own, **options).lower(*(given[index] for index in arrays)))
+
+
+def _is_abstract(leaf: Any) -> bool:
+    return isinstance(leaf, jax.ShapeDtypeStruct)
 
 
 # Arrays without values ------------------------------------------------------------------------------------------------
@@ -73,7 +129,7 @@ def in_place(tree: Any, shardings: Any) -> Any:
 
 
 def device_bytes(tree: Any) -> int:
-    """Of one device's part of all arrays in a tree, or of their shapes."""
+    """Bytes that one device holds of all arrays in a tree, or of their shapes."""
     return sum(map(_bytes, jax.tree.leaves(tree)))
 
 
@@ -90,12 +146,32 @@ def zero_params(config: ModelConfig, packed: bool) -> Params:
     return jax.tree_util.tree_map_with_path(zeros, param_specs(config), is_leaf=is_spec)
 
 
+def layer_params(config: ModelConfig, mesh: Mesh | None, params: Callable[..., Params], *given: Any) -> Params:
+    """The parameters that a function makes, without values, layer by layer and where computation wants them; packed
+    experts are `StackedMXFP4`, which takes what has no values."""
+
+    def make(*given: Any) -> Params:
+        return jax.tree.map(_stacked, params(*given), is_leaf=lambda node: isinstance(node, MXFP4))
+
+    shapes = jax.eval_shape(make, *given)
+    if mesh is None:
+        return shapes
+
+    def place(sharding: NamedSharding, part: Any) -> Any:
+        return jax.tree.map(partial(_put, sharding=sharding), part)
+
+    return jax.tree.map(place, params_sharding(config, mesh), shapes)
+
+
+def _stacked(node: Any) -> Any:
+    return StackedMXFP4(node.codes, node.scales) if isinstance(node, MXFP4) else node
+
+
 def _put(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _bytes(leaf: Any) -> int:
-    """Of one device's part."""
     sharding = getattr(leaf, "sharding", None)
     shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
     return math.prod(shape) * leaf.dtype.itemsize
@@ -150,37 +226,3 @@ def _backward(transposed: bool, parts: tuple[Array, ...], d_out: Array) -> tuple
 
 
 _stand_in.defvjp(_save, _backward)
-
-
-# What a command is told -----------------------------------------------------------------------------------------------
-
-
-def check_packed(config: ModelConfig) -> None:
-    """Raises ConfigError where experts of these sizes cannot be packed."""
-    for name in ("hidden_size", "intermediate_size"):
-        size = getattr(config, name)
-        if size % GROUP:
-            raise ConfigError(f"{name} is {size}, but packed experts need a multiple of {GROUP}")
-
-
-def device_limit(options: argparse.Namespace) -> float:
-    """Bytes of a device. Raises ConfigError where there are none."""
-    if not (isfinite(options.hbm_gb) and options.hbm_gb > 0):
-        raise ConfigError(f"--hbm-gb is {options.hbm_gb}, but must be a finite number above 0")
-    return options.hbm_gb * GB
-
-
-def read_model(path: Path) -> tuple[ModelConfig, bool]:
-    """A model by its config.json or the directory of it, and whether its experts are packed."""
-    source = path / "config.json" if path.is_dir() else path
-    data = read_json(source)
-    return parse_config(data, source), parse_form(data, source) == "mxfp4"
-
-
-def virtual_devices(count: int) -> None:
-    """Makes JAX a CPU of so many devices, where it has not begun yet."""
-    try:
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", count)
-    except RuntimeError:  # it has begun; `make_training_mesh` says whether there are enough
-        pass

@@ -1,0 +1,27 @@
+"""`puzzle evaluate`: an evaluation, then its table, report and frontier."""
+
+from __future__ import annotations
+
+from rich.text import Text
+
+from puzzle_jax.consoles import plain_console
+from puzzle_jax.evaluate.run import Evaluation
+from puzzle_jax.evaluate.settings import Settings
+from puzzle_jax.files import write_beside
+from puzzle_jax.report.evaluation import EvaluationReport
+from puzzle_jax.report.figures import frontier_figure
+
+_TABLE_WIDTH = 150  # about what the tables need
+
+
+def run(settings: Settings) -> None:
+    """Evaluates; answers are kept as they come, so that after an interrupt the same command goes on from them."""
+    console = plain_console(width=_TABLE_WIDTH)
+    evaluation = Evaluation(settings, console).run()
+    report = EvaluationReport(evaluation)
+    write_beside(settings.out / "report.md", report.markdown().encode())
+    if evaluation["points"]:
+        write_beside(settings.out / "frontier.png", frontier_figure(evaluation["points"], evaluation["reference"]))
+    report.show(console)
+    where = Text.assemble("Everything is in ", (str(settings.out), "bold"))
+    console.print(where, highlight=False, soft_wrap=True)

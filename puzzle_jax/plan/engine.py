@@ -1,0 +1,124 @@
+"""A generation engine without values: what its slots hold, and what its programs need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from puzzle_jax.config import ModelConfig
+from puzzle_jax.generate.engine import chunk_tokens, group_rows
+from puzzle_jax.generate.sampling import Sampling
+from puzzle_jax.generate.slots import (
+    Admission,
+    Group,
+    Places,
+    Slots,
+    State,
+    admit,
+    decode,
+    empty_group,
+    empty_slots,
+    prefill,
+)
+from puzzle_jax.model.cache_format import CacheFormat
+from puzzle_jax.model.spec import Params
+from puzzle_jax.model.stacked import one_layer
+from puzzle_jax.plan.abstract import DTYPE, device_bytes, in_place, program_bytes
+from puzzle_jax.plan.record import Usage
+
+
+@dataclass(frozen=True)
+class AbstractEngine:
+    """An `Engine` as far as memory depends on it.
+
+    Attributes:
+      config: the model's.
+      slots: requests that run together.
+      context: positions of a slot, as `engine.slot_context` rounds them.
+      cache: how keys and values are kept.
+      mesh: devices, with axes "data" and "model".
+      log_probs, experts: whether they are kept.
+    """
+
+    config: ModelConfig
+    slots: int
+    context: int
+    cache: CacheFormat
+    mesh: Mesh | None = None
+    log_probs: bool = False
+    experts: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Rows whose prompts are run together."""
+        parts = 1 if self.mesh is None else self.mesh.shape["data"]
+        return group_rows(chunk_tokens(self.context), self.slots, parts)
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """What the arrays of `usage` are called."""
+        return {
+            "caches": f"caches of {self.slots} slots of {self.context:,}",
+            "slots": "their logits and tokens",
+            "group": f"{self.rows} rows whose prompts are run",
+        }
+
+    def state(self) -> Slots:
+        """All slots, where `slots.empty_slots` makes them."""
+        more = {"log_probs": self.log_probs, "experts": self.experts}
+        return self._placed(self.slots, partial(empty_slots, **more))
+
+    def group(self) -> Group:
+        """Rows whose prompts are run together, likewise."""
+        return self._placed(self.rows, partial(empty_group, experts=self.experts))
+
+    def usage(self, params: Params) -> Usage:
+        """What generation holds beside parameters, and what the program that needs most needs.
+
+        Args:
+          params: of `abstract.layer_params`.
+        """
+        state, group, rows, context = self.state(), self.group(), self.rows, self.context
+        entries = (_numbers(), *[_numbers(self.slots)] * (len(Admission._fields) - 1))
+
+        # Prompts are run, slots are given to them, and answers are decoded.
+        def prompts(params: Params, *given: Any) -> Group:
+            return prefill.__wrapped__(one_layer(params), self.config, *given, context, None)  # type: ignore[attr-defined]
+
+        def admission(params: Params, state: Slots, group: Group, entries: Any) -> Slots:
+            return admit.__wrapped__(one_layer(params), self.config, state, group, Admission(*entries))  # type: ignore[attr-defined]
+
+        def steps(params: Params, state: Slots, stops: Any, *given: Any) -> Slots:
+            return decode.__wrapped__(one_layer(params), self.config, state, stops, Sampling(1.0), *given, None)  # type: ignore[attr-defined]
+
+        chunk = (_numbers(rows, chunk_tokens(context)), _numbers(), _numbers(rows))
+        programs = {
+            prompts: (group, *chunk),
+            admission: (state, group, entries),
+            steps: (state, _numbers(2), _numbers(), _numbers()),
+        }
+        held = {
+            "caches": device_bytes(state.caches),
+            "slots": device_bytes(state._replace(caches=[])),
+            "group": device_bytes(group),
+        }
+        return Usage(
+            held, max(program_bytes(run, params, *given, mesh=self.mesh, donate=1) for run, given in programs.items())
+        )
+
+    def _placed(self, rows: int, empty: Callable[..., State]) -> State:
+        """What `empty` makes of so many rows, without values, in place."""
+        shapes = jax.eval_shape(lambda: empty(self.config, rows, self.context, jnp.dtype(DTYPE), self.cache))
+        if self.mesh is None:
+            return shapes
+        return in_place(shapes, Places.on(self.mesh, rows, self.config).of(shapes))
+
+
+def _numbers(*shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)

@@ -1,0 +1,208 @@
+"""What the programs of a run need on a device: one record for searches, distillation and reinforcement learning.
+
+A planner (`plan.search`, `plan.distill`, `plan.grpo`) says which programs there are and which arrays each one holds.
+Timing, the table, JSON, and what would have to change for a program to fit are here. No JAX.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from operator import attrgetter
+from typing import Any, TypeVar
+
+from rich.table import Table
+
+from puzzle_jax.errors import ConfigError
+
+GB = 1e9
+
+Recipe = TypeVar("Recipe")
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Bytes on one device while a program runs.
+
+    Attributes:
+      held: bytes of the arrays that are there, by name.
+      temporaries: bytes that XLA allocates beside them.
+      arithmetic: the large parts of the temporaries by arithmetic; empty where nobody has calculated them.
+      seconds: how long tracing and compiling took.
+    """
+
+    held: Mapping[str, int]
+    temporaries: int
+    arithmetic: Mapping[str, int] = field(default_factory=dict)
+    seconds: float = field(default=0.0, compare=False)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of all arrays that are there."""
+        return sum(self.held.values())
+
+    @property
+    def total(self) -> int:
+        return self.held_bytes + self.temporaries
+
+    @property
+    def calculated(self) -> int:
+        """The total with temporaries by arithmetic, where there are such figures."""
+        return self.held_bytes + (sum(self.arithmetic.values()) if self.arithmetic else self.temporaries)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A way to need less memory.
+
+    Attributes:
+      what: the way, in words.
+      settings: fields of the recipe by dotted name; empty where only the direction is known.
+      total: bytes that one device should then need, estimated; None where there is no estimate.
+    """
+
+    what: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    total: int | None = None
+
+    def __str__(self) -> str:
+        if self.total is None:
+            return self.what
+        options = " ".join(f"--{name} {_option(value)}" for name, value in self.settings.items())
+        return f"{self.what}: {options}: {self.total / GB:.1f} GB"
+
+
+def compiled(programs: Mapping[str, Callable[[], Usage]]) -> dict[str, Usage]:
+    """What every program needs, found by functions that compile them, with the seconds that this took."""
+    found = {}
+    for name, program in programs.items():
+        began = time.monotonic()
+        usage = program()
+        found[name] = replace(usage, seconds=time.monotonic() - began)
+    return found
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The programs of a run on devices of some memory.
+
+    Attributes:
+      about: what is planned, in lines.
+      programs: what each program needs on a device, in order.
+      device_bytes: memory of a device.
+      labels: what the arrays of `Usage.held` are called, in order.
+      changes: what would help, by program, for those that do not fit.
+      notes: what a reader of the figures should know, in lines.
+    """
+
+    about: Sequence[str]
+    programs: Mapping[str, Usage]
+    device_bytes: int
+    labels: Mapping[str, str]
+    changes: Mapping[str, Sequence[Change]]
+    notes: Sequence[str]
+
+    def to_json(self) -> dict[str, Any]:
+        programs = {
+            name: {**asdict(usage), "total": usage.total, "fits": usage.total <= self.device_bytes}
+            for name, usage in self.programs.items()
+        }
+        fits = all(program["fits"] for program in programs.values())
+        return {**asdict(self), "programs": programs, "fits": fits}
+
+    def table(self) -> Table:
+        """GB per device, arrays by program; beside compiled temporaries those by arithmetic."""
+        columns: dict[str, dict[str, int]] = {}
+        for name, usage in self.programs.items():
+            columns[name] = {**usage.held, "temporaries": usage.temporaries, "total": usage.total}
+            if usage.arithmetic:
+                parts = {f"  {part}": size for part, size in usage.arithmetic.items()}
+                sums = {"temporaries": sum(parts.values()), "total": usage.calculated}
+                columns[f"{name} by arithmetic"] = {**usage.held, **parts, **sums}
+        parts = [row for column in columns.values() for row in column if row.startswith("  ")]
+        memory = "memory of a device"
+        table = Table("GB per device", *columns)
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for rows in (list(self.labels), ["temporaries", *parts], ["total", memory]):
+            for row in rows:
+                sizes = [{**column, memory: self.device_bytes}.get(row, 0) for column in columns.values()]
+                if any(sizes):
+                    shown = (f"{size / GB:,.3f}" if size else "" for size in sizes)
+                    table.add_row(self.labels.get(row, row), *shown)
+            table.add_section()
+        return table
+
+    def verdict(self) -> list[str]:
+        """Whether all programs fit, and for those that do not, what would help, in lines."""
+        most = max(usage.total for usage in self.programs.values())
+        if most <= self.device_bytes:
+            return [f"fits: {(self.device_bytes - most) / GB:.1f} GB are left"]
+        lines = []
+        for name, usage in self.programs.items():
+            excess = usage.total - self.device_bytes
+            if excess <= 0:
+                continue
+            line = f"{name} does not fit: {excess / GB:.1f} GB too many"
+            if usage.calculated <= self.device_bytes:
+                line = f"{name} may fit: {excess / GB:.1f} GB too many as compiled here, but not by arithmetic"
+            changes = self.changes.get(name, ())
+            if any(change.total is not None for change in changes):
+                line += "; each of these should be enough alone, by estimate:"
+            else:
+                held = f"{usage.held_bytes / GB:.1f} GB are held beside temporaries"
+                line += f"; {held}, and no single change is known to be enough{', but these help:' if changes else ''}"
+            lines += [line, *(f"  {change}" for change in changes)]
+        return lines
+
+
+# What would have to change --------------------------------------------------------------------------------------------
+
+
+def least_changes(
+    recipe: Recipe, ways: Mapping[str, Iterable[Mapping[str, Any]]], total: Callable[[Recipe], int], limit: int
+) -> list[Change]:
+    """For each way to need less, the least change that should be enough; ways that cannot do it alone are left out.
+
+    Args:
+      recipe: the settings now.
+      ways: changed fields by dotted name, the least change of each way first.
+      total: bytes that one device needs by other settings; raises ConfigError for those that cannot be.
+      limit: bytes of a device.
+    """
+    found = []
+    for what, candidates in ways.items():
+        for settings in candidates:
+            try:
+                needed = total(with_settings(recipe, settings))
+            except ConfigError:
+                break
+            if needed <= limit:
+                found.append(Change(what, settings, needed))
+                break
+    return found
+
+
+def scaled(recipe: Any, halved: Sequence[str] = (), doubled: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+    """Settings by dotted name, some of them 2, 4, 8 and more times smaller, as long as that is whole, and others as
+    many times larger."""
+    for factor in (2**power for power in range(1, 11)):
+        values = {name: attrgetter(name)(recipe) for name in (*halved, *doubled)}
+        if any(values[name] % factor for name in halved):
+            return
+        yield {name: value // factor if name in halved else value * factor for name, value in values.items()}
+
+
+def with_settings(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
+    """The recipe with other fields in its sections, which are given by dotted name ("data.rows")."""
+    sections: dict[str, dict[str, Any]] = {}
+    for name, value in settings.items():
+        section, _, inner = name.partition(".")
+        sections.setdefault(section, {})[inner] = value
+    changed = {name: replace(getattr(recipe, name), **values) for name, values in sections.items()}
+    return replace(recipe, **changed)  # type: ignore[type-var]
+
+
+def _option(value: Any) -> str:
+    return ",".join(f"{key}={each}" for key, each in value.items()) if isinstance(value, Mapping) else str(value)
