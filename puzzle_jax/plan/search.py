@@ -210,12 +210,15 @@ def _rank(run: PlannedSearch) -> Usage:
     x, sums = run.states(batch), jax.eval_shape(lambda: rank.no_sums(config))
     key = jax.eval_shape(lambda: jax.random.key(0))
 
-    def program(window: int | None) -> int:
-        given = (run.params["layers"][0], config, window, x, batch, sums, key)
-        return program_bytes(rank.rank_layer, *given, mesh=run.mesh, donate=5)
+    layer = run.params["layers"][0]
 
+    def attention(window: int | None) -> int:
+        return program_bytes(score.run_attention, layer["attention"], config, window, x, mesh=run.mesh)
+
+    given = (layer["moe"], config, x, batch, sums, key)
+    mixture = program_bytes(rank.rank_mixture, *given, mesh=run.mesh, donate=4)
     held = _held(run, batch, states=device_bytes(x), sums=config.num_layers * device_bytes(sums))
-    return Usage(held, max(map(program, run.windows)))
+    return Usage(held, max(mixture, *map(attention, run.windows)))
 
 
 def _lens(run: PlannedSearch) -> Usage:

@@ -25,14 +25,14 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Generic, TypeVar
 
-from puzzle_jax.errors import PuzzleError
-from puzzle_jax.files import PARTIAL, naming
+from puzzle_jax.errors import PuzzleError, shown
+from puzzle_jax.files import PARTIAL, naming, read_object
 from puzzle_jax.runs import RUN_FILE, canonical, difference, locked, version, write_json
-from puzzle_jax.search.stage_record import STAGE_FILE, StageRecord, read_stage_record
 
+STAGE_FILE = "stage.json"
 _REPLACED, _KEPT = ".replaced-", ".kept-"
 # Files above this size are known by size, time of change, and their first and last megabyte.
 _WHOLE_HASH_BYTES = 64 << 20
@@ -277,3 +277,56 @@ def _shown(path: Path, run_dir: Path) -> str:
     moved."""
     path, run_dir = path.resolve(), run_dir.resolve()
     return path.relative_to(run_dir).as_posix() if path.is_relative_to(run_dir) else str(path)
+
+
+# The record that a stage leaves beside its outputs, read with suspicion: people copy, edit and cut run directories.
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """What stage.json says.
+
+    Attributes:
+      key: hash of inputs, settings and package version.
+      seconds: that producing the outputs took.
+      jax: version of JAX.
+      outputs: digest of every file, by its path below the stage's directory.
+      content: the whole object.
+    """
+
+    key: str
+    seconds: float
+    jax: str
+    outputs: Mapping[str, str]
+    content: Mapping[str, Any]
+
+
+def read_stage_record(directory: Path) -> StageRecord | None:
+    """The record in a stage's directory; None where there is none.
+
+    Raises `PuzzleError`, naming file and field, for a record that no stage can have written.
+    """
+    path = directory / STAGE_FILE
+    if not path.is_file():
+        return None
+    content = read_object(path)
+
+    def refuse(field: str, rule: str) -> PuzzleError:
+        return PuzzleError(
+            f"{path}: {field} is {shown(content.get(field))}, but must be {rule}; "
+            f"move {directory} away to run the stage again"
+        )
+
+    key, seconds, outputs = (content.get(field) for field in ("key", "seconds", "outputs"))
+    if not isinstance(key, str):
+        raise refuse("key", "a hash")
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds < 1e12:
+        raise refuse("seconds", "a number of at least 0")
+    if not isinstance(outputs, dict) or not all(isinstance(d, str) and _inside(p) for p, d in outputs.items()):
+        raise refuse("outputs", "digests by paths below the directory")
+    return StageRecord(key, float(seconds), str(content.get("jax", "unknown")), outputs, content)
+
+
+def _inside(path: str) -> bool:
+    parts = PurePosixPath(path)
+    return bool(path) and "\0" not in path and not parts.is_absolute() and ".." not in parts.parts

@@ -39,8 +39,7 @@ from puzzle_jax.files import write_beside
 from puzzle_jax.generate.batches import MicroBatch
 from puzzle_jax.kernels.expert_mlp import expert_outputs
 from puzzle_jax.kernels.route import top_k_ids
-from puzzle_jax.model.network import attention_block, embed, rms_norm, traced_mesh
-from puzzle_jax.model.rope import rope_table
+from puzzle_jax.model.network import embed, rms_norm, traced_mesh
 from puzzle_jax.model.sharding import on_mesh, spread_rows
 from puzzle_jax.model.spec import Params, layer_experts
 from puzzle_jax.search.rank.elimination import (
@@ -53,6 +52,7 @@ from puzzle_jax.search.rank.elimination import (
     num_ranks,
     ranked_choice,
 )
+from puzzle_jax.search.score.replace_one import run_attention
 
 METHODS = ("removal_error", "joint_greedy", "reap", "easy_ep", "frequency", "weighted_frequency", "ranked_choice")
 
@@ -162,7 +162,9 @@ def rank_experts(
         random = jax.random.fold_in(jax.random.key(seed), number)
         with on_mesh(mesh):
             for index, layer in enumerate(params["layers"]):
-                x, sums[index] = rank_layer(layer, config, config.blocks[index].window, x, batch, sums[index], random)
+                # Attention apart, so that the larger program is compiled once for all windows.
+                x = run_attention(layer["attention"], config, config.blocks[index].window, x)
+                x, sums[index] = rank_mixture(layer["moe"], config, x, batch, sums[index], random)
         if kept is not None:
             kept.save(number + 1, sums)
         if on_batch is not None:
@@ -202,20 +204,17 @@ def _ranking(sums: Sequence[RankSums], k: int) -> Ranking:
 _embed = jax.jit(embed)
 
 
-@partial(jax.jit, static_argnames=("config", "window"), donate_argnames="sums")
-def rank_layer(
-    layer: Params,
+@partial(jax.jit, static_argnames="config", donate_argnames="sums")
+def rank_mixture(
+    moe: Params,
     config: ModelConfig,
-    window: int | None,
     x: Float[Array, "rows seq hidden"],
     batch: MicroBatch,
     sums: RankSums,
     random: PRNGKeyArray,
 ) -> tuple[Float[Array, "rows seq hidden"], RankSums]:
-    """One layer of the parent, and its sums with the batch added."""
-    table = rope_table(config.rope, config.head_dim, jnp.arange(x.shape[1])[None])
-    x, _ = attention_block(layer["attention"], config, x, table, window=window)
-    moe, k, experts = layer["moe"], config.experts_per_token, config.blocks[0].num_experts
+    """One layer's mixture in the parent, after its attention, and the layer's sums with the batch added."""
+    k, experts = config.experts_per_token, config.blocks[0].num_experts
     before = x.reshape(-1, x.shape[-1])
     y = rms_norm(before, moe["norm"], config.rms_norm_eps)
     logits = (y @ moe["router_weight"] + moe["router_bias"]).astype(jnp.float32)
