@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,9 +9,6 @@ import numpy as np
 from puzzle_jax.config import BlockConfig, ModelConfig, RopeConfig
 from puzzle_jax.model.network import forward
 from puzzle_jax.model.spec import Params, ParamSpec, is_spec, param_specs
-
-ROOT = Path(__file__).parents[1]
-"""The checkout."""
 
 BLOCKS = (BlockConfig(7, 5), BlockConfig(7, None), BlockConfig(7, 5), BlockConfig(7, None))
 

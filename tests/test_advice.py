@@ -16,7 +16,7 @@ from puzzle_jax.settings.arguments import OTHER_OPTIONS
 from puzzle_jax.settings.fields import setting_hints
 from puzzle_jax.settings.files import RECIPES
 from puzzle_jax.settings.verbs import loaded
-from tests.support import ROOT
+from tests.paths import ROOT
 
 SOURCES = sorted((ROOT / "puzzle_jax").rglob("*.py"))
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

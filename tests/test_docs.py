@@ -9,7 +9,7 @@ from puzzle_jax.tasks.chat.embedded import embedded_chat
 from puzzle_jax.tasks.matches import MATCHES
 from puzzle_jax.tasks.rewards.worker_program import load
 from puzzle_jax.tasks.rewards.workers import Answer
-from tests.support import ROOT
+from tests.paths import ROOT
 
 TEXT = (ROOT / "docs" / "files.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, re.DOTALL)

@@ -13,7 +13,8 @@ from puzzle_jax.model.network import forward
 from puzzle_jax.search.recipe import EMBEDDED_PARENT
 from puzzle_jax.tasks import TASKS, Chat, problems
 from puzzle_jax.train.losses.policy import group_advantages
-from tests.support import ROOT, chat_config, random_params
+from tests.paths import ROOT
+from tests.support import chat_config, random_params
 
 FILE = ROOT / "examples" / "grpo_minimal.py"
 

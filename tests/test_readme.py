@@ -16,7 +16,8 @@ from puzzle_jax.cli import main
 from puzzle_jax.convert_hf.export import save_checkpoint
 from puzzle_jax.model.spec import init_params
 from puzzle_jax.tasks.chat.embedded import chat_files
-from tests.support import ROOT, chat_config
+from tests.paths import ROOT
+from tests.support import chat_config
 
 README = ROOT / "README.md"
 PARENT = "path/to/gpt-oss-20b"

@@ -24,7 +24,7 @@ import pytest
 from puzzle_jax.convert_hf.describe import describe_checkpoint
 from puzzle_jax.convert_hf.tensors.files import INDEX, SINGLE, open_tensors
 from puzzle_jax.errors import CheckpointError
-from tests.support import ROOT
+from tests.paths import ROOT
 
 Damage = Callable[[Path], None]
 

@@ -27,7 +27,7 @@ from puzzle_jax.convert_hf.export import export_child
 from puzzle_jax.convert_hf.tensors import writer as tensor_writer
 from puzzle_jax.convert_hf.tensors.files import SINGLE
 from puzzle_jax.errors import CheckpointError, PuzzleError
-from tests.support import ROOT
+from tests.paths import ROOT
 
 KEPT = ((0, 2, 3), (1, 4, 5, 6))
 CHANGING = [(os, name) for name in ("mkdir", "rename", "replace", "unlink", "rmdir", "fsync")]

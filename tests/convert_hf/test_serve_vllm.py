@@ -9,7 +9,7 @@ import pytest
 
 from puzzle_jax.convert_hf.configuration.config_json import AUTO_MAP, PUZZLE
 from puzzle_jax.serve_vllm import ARCHITECTURE, MODEL_TYPE, VLLM_RELEASE, release_problem
-from tests.support import ROOT
+from tests.paths import ROOT
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 

@@ -11,7 +11,7 @@ from puzzle_jax.errors import CheckpointError
 from puzzle_jax.evaluate.models import Model
 from puzzle_jax.search.parent import read_parent
 from puzzle_jax.tasks import Chat
-from tests.support import ROOT
+from tests.paths import ROOT
 
 TINY = ROOT / "puzzle_jax" / "assets" / "tiny"
 

@@ -15,7 +15,7 @@ from puzzle_jax.costs.roofline import PARTS, Roofline
 from puzzle_jax.costs.scenario import Scenario
 from puzzle_jax.errors import ConfigError, PuzzleError
 from puzzle_jax.search.__main__ import main
-from tests.support import ROOT
+from tests.paths import ROOT
 
 PUBLISHED = ROOT / "benchmarks" / "published"
 CHILD, PARENT = PUBLISHED / "gpt-oss-puzzle-88B.json", PUBLISHED / "gpt-oss-120b.json"

@@ -22,7 +22,7 @@ import yaml
 from puzzle_jax.cli import main
 from puzzle_jax.generate.traces import Trace, write_traces
 from tests.fuzz.kinds import KINDS, OUTPUTS, RECIPE
-from tests.support import ROOT
+from tests.paths import ROOT
 from tests.waiting import HANG
 
 SECONDS, MEMORY_BYTES, LONGEST_MESSAGE = 60, 4 << 30, 6000

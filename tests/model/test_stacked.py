@@ -22,7 +22,8 @@ from puzzle_jax.model.stacked import (
     stacked_layers,
     unstack_params,
 )
-from tests.support import ROOT, random_params, random_tokens, small_config
+from tests.paths import ROOT
+from tests.support import random_params, random_tokens, small_config
 
 PUBLISHED = ROOT / "benchmarks/published/gpt-oss-puzzle-88B.json"
 # A pattern of two layers, repeated, whose experts differ in number too, and a layer of its own.

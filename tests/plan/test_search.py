@@ -32,7 +32,8 @@ from puzzle_jax.search.score.lens import fit_lens
 from puzzle_jax.search.score.replace_one import Alternative, ReplaceOne
 from puzzle_jax.settings.mesh import MeshSettings
 from puzzle_jax.settings.verbs import parse
-from tests.support import ROOT, random_params
+from tests.paths import ROOT
+from tests.support import random_params
 from tests.train.toy_student import PARENT, packed_params
 
 TINY = parse(SEARCH, [])

@@ -19,7 +19,7 @@ from puzzle_jax.search.space import ExpertChoice, Space, candidate_counts, candi
 from puzzle_jax.settings.files import recipe_names
 from puzzle_jax.settings.verbs import parse
 from puzzle_jax.tasks.chat.embedded import chat_files
-from tests.support import ROOT
+from tests.paths import ROOT
 
 PUBLISHED = ROOT / "benchmarks" / "published"
 LONG, SHORT = 65536, 4096

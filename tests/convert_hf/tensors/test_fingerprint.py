@@ -18,7 +18,7 @@ from puzzle_jax.runs import open_run
 from puzzle_jax.search.parent import read_parent, run_identity
 from puzzle_jax.tasks import Chat
 from tests.convert_hf.checkpoints import packable_config, write_random
-from tests.support import ROOT
+from tests.paths import ROOT
 
 TINY = ROOT / "puzzle_jax" / "assets" / "tiny"
 HOURS = 3_600 * 10**9
