@@ -1,14 +1,36 @@
-"""Shapes and types of every public function are checked, and compiled programs are kept between runs."""
+"""Shapes and types of every public function are checked, and compiled programs are kept between runs.
 
+Programs are compiled with fewer optimisations than users get: compiling takes most of the tests' time, and what they
+assert holds for any correct program.
+"""
+
+import gc
 import os
+import resource
+import signal
+import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
-os.environ.setdefault("PUZZLE_JAX_CACHE", tempfile.mkdtemp(prefix="puzzle_jax_cache_"))
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
-
 import jax
+import pytest
 from jaxtyping import install_import_hook
+
+_JAXLIB = tuple(int(part) for part in version("jaxlib").split(".")[:2])
+FLAGS = " ".join(
+    [
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",
+        *(["--xla_cpu_use_fusion_emitters=false"] if _JAXLIB < (0, 11) else []),  # unknown to later ones
+    ]
+)
+LARGE_BYTES = 3 << 30  # of a process; programs that are no longer used are dropped beyond it
+
+os.environ.setdefault("PUZZLE_JAX_CACHE", tempfile.mkdtemp(prefix="puzzle_jax_cache_"))
+os.environ.setdefault("XLA_FLAGS", FLAGS)
+# Programs that are started in the background inherit that interrupts are ignored; those that tests start shall not.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CACHE = Path(__file__).parent.parent / ".cache" / "jax"
 jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(CACHE)))
@@ -16,3 +38,17 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 jax.config.update("jax_platforms", "cpu")
 
 install_import_hook("puzzle_jax", "beartype.beartype")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def memory_is_bounded():
+    yield
+    if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 > LARGE_BYTES and _resident_bytes() > LARGE_BYTES:
+        jax.clear_caches()
+        gc.collect()
+
+
+def _resident_bytes() -> int:
+    if sys.platform != "linux":
+        return LARGE_BYTES + 1
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

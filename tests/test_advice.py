@@ -26,7 +26,14 @@ FIELDS = {
     for verb in (SOLVE, *(verb for table in TABLES for verb in table.values()))
     for name in setting_hints(loaded(verb.settings))
 }
-ELSEWHERE = {"--exclude", "--local-dir", "--kv-cache-dtype", "--tune", "--version"}  # of hf, vllm, benchmarks, puzzle
+ELSEWHERE = {
+    "--exclude",
+    "--local-dir",
+    "--kv-cache-dtype",
+    "--tune",
+    "--version",
+    "--no",
+}  # of hf, vllm, ..., `--no-NAME`
 READ = {"--recipe", "--help", "--help-all", "--print_config"}  # before other options are looked at
 
 

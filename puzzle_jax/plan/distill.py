@@ -77,7 +77,7 @@ class PlannedDistillation(PlannedTraining[DistillRecipe]):
     def about(self) -> list[str]:
         recipe, (micro_batches, rows, length) = self.recipe, self.rows
         return [
-            f"{recipe.parent.name} -> {recipe.child.name} on {self.devices}, "
+            f"{recipe.parent.name} -> {recipe.child.name} on {self.on_devices}, "
             f"{micro_batches} x {rows} rows of {length:,} tokens a step"
         ]
 

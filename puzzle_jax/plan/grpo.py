@@ -208,7 +208,7 @@ class PlannedPolicy(PlannedTraining[GrpoRecipe]):
         prompts, rollout = self.recipe.prompts, self.recipe.rollout
         answers = ", ".join(f"{rollout.limit(effort):,} at {effort} effort" for effort in prompts.efforts)
         return [
-            f"{self.recipe.model.name} on {self.devices}",
+            f"{self.recipe.model.name} on {self.on_devices}",
             f"{prompts.prompts} prompts x {rollout.group} answers a step, tokens up to {answers}",
         ]
 

@@ -144,7 +144,7 @@ class PlannedTraining(ABC, Generic[AnyRecipe]):
     # What a plan is made of -------------------------------------------------------------------------------------------
 
     @property
-    def devices(self) -> str:
+    def on_devices(self) -> str:
         mesh = self.recipe.mesh
         return f"{mesh.data} x {mesh.sequence} x {mesh.model} devices"
 

@@ -33,8 +33,8 @@ def read_arguments(
       positional: names of those that words are for.
 
     Returns:
-      Pairs of a setting's name, or "--recipe", and its text; a list for several paths, a dictionary for one key of a
-      mapping (`--traces.max_tokens.low 3`). And the positional words.
+      Pairs of a setting's name, or "--recipe", and its text; a list for several paths, a dictionary where the name is
+      followed by a key of a mapping. And the positional words.
 
     Raises `ConfigError` for an option that does not exist or lacks its value, and for a word too many.
     """

@@ -1,7 +1,8 @@
 """A process that calls verbs one after the other, as a shell would: without the checks of types that tests have.
 
-Reads {"directory", "command"} as lines of JSON, and answers {"code", "out", "err", "bug", "memory"}: the exit code,
-what was printed, the traceback of what escaped, and the most memory so far, in bytes.
+Reads {"directory", "command"} as lines of JSON, and answers {"code", "out", "err", "bug", "memory", "seconds"}: the
+exit code, what was printed, the traceback of what escaped, the most memory so far in bytes, and seconds of processor
+time, those of ended children included.
 """
 
 from __future__ import annotations
@@ -23,13 +24,26 @@ def answer(directory: str, command: list[str]) -> dict[str, object]:
     out, err = io.StringIO(), io.StringIO()
     code: object = None
     bug = ""
+    before = processor_seconds()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             code = main(command)
         except BaseException:
             bug = traceback.format_exc()
+    seconds = processor_seconds() - before
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"code": code, "out": out.getvalue(), "err": err.getvalue(), "bug": bug, "memory": memory}
+    return {
+        "code": code,
+        "out": out.getvalue(),
+        "err": err.getvalue(),
+        "bug": bug,
+        "memory": memory,
+        "seconds": seconds,
+    }
+
+
+def processor_seconds() -> float:
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
 def serve() -> None:

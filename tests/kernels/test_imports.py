@@ -27,7 +27,7 @@ kernels.main()
 
 
 def test_kernels_and_their_benchmark_run_with_jax_and_numpy_alone():
-    run = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=300)
+    run = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     first, *rest = run.stdout.splitlines()
     assert first == "72.0 False"  # three rows of eight ones, three outputs each

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from tests.waiting import HANG
+
 
 @contextmanager
 def running(*commands: Sequence[str], **environment: str) -> Iterator[list[subprocess.Popen[str]]]:
@@ -35,7 +37,7 @@ def running(*commands: Sequence[str], **environment: str) -> Iterator[list[subpr
             process.communicate()
 
 
-def ended(processes: Sequence[subprocess.Popen[str]], timeout: float = 300) -> list[subprocess.CompletedProcess[str]]:
+def ended(processes: Sequence[subprocess.Popen[str]], timeout: float = HANG) -> list[subprocess.CompletedProcess[str]]:
     """How each of them ended, and what it printed."""
     printed = [process.communicate(timeout=timeout) for process in processes]
     return [

@@ -4,12 +4,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from puzzle_jax.processes.supervise import descendants, kill_descendants
+from tests.waiting import wait_until
 
 WORKER = """
 import os, sys, time
@@ -52,13 +52,6 @@ def daemons(directory: Path) -> list[int]:
     files = [directory / f"daemon-{number}" for number in range(2)]
     wait_until(lambda: all(file.exists() for file in files))
     return [int(file.read_text()) for file in files]
-
-
-def wait_until(true) -> None:
-    end = time.monotonic() + 60
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("how", ENDS)

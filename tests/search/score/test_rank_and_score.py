@@ -29,6 +29,7 @@ from puzzle_jax.search.score.replace_one import Alternative, ReplaceOne, child_c
 from puzzle_jax.search.score.whole_children import score_children
 from puzzle_jax.search.workers import Team
 from tests.support import random_params, small_config
+from tests.waiting import HANG
 
 
 @pytest.fixture(scope="module")
@@ -304,7 +305,7 @@ def test_a_team_shares_batches_and_everyone_gets_all_of_them(parent):
     run = ReplaceOne(params, config, per_call=2)
     alone = ScoreTable.empty(alternatives, traces)
     fill(alone, run, range(2), range(5), tokens_per_batch=1)
-    barrier, values = threading.Barrier(3, timeout=120), [None] * 3
+    barrier, values = threading.Barrier(3, timeout=HANG), [None] * 3
     teams = [_Threads(3, index).meet(barrier, values) for index in range(3)]
     jobs = [SharedFill.of(ScoreTable.empty(alternatives, traces), run, range(2), range(5), 1) for _ in teams]
     assert pickle.loads(pickle.dumps(jobs[0])).run.params == {}

@@ -1,6 +1,6 @@
 """Judging in processes: scores as without them, and a function that goes wrong costs its own sample and no other.
 
-The clocks are generous: a hang sleeps for an hour, and what ends by itself is waited for up to a minute.
+The clocks are generous: a hang sleeps for an hour, and what ends by itself is waited for as long as it takes.
 """
 
 import itertools
@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
@@ -19,9 +18,10 @@ from puzzle_jax.errors import ConfigError
 from puzzle_jax.tasks import TASKS, Problem, get_task, problems
 from puzzle_jax.tasks.rewards.source import reward_file
 from puzzle_jax.tasks.rewards.workers import Answer, Judgement, Judges
+from tests.waiting import HANG, wait_until
 
-LIMIT = 1.0
-TOO_LONG = Judgement(None, "took longer than 1 s")
+LIMIT = 3.0
+TOO_LONG = Judgement(None, "took longer than 3 s")
 
 BEHAVIOURS = """
 from __future__ import annotations
@@ -161,13 +161,6 @@ def alive(pid: int) -> bool:
     return state.strip()[:1] not in ("", "Z")
 
 
-def wait_until(true) -> None:
-    end = time.monotonic() + 60
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
 def child_started() -> int:
     """The process that "starts another" has started."""
     file = Path(os.environ["CHILD"])
@@ -275,7 +268,7 @@ def test_every_misbehaviour_costs_its_own_sample(behaviours, processes, capfd):
         for tokens, way in enumerate(ways)
         for judgement in (EXPECTED[way], Judgement(tokens + 1.0, None), Judgement(tokens + 0.0, None))
     ]
-    with Judges(function=behaviours, time_limit=30.0, processes=processes) as judges:
+    with Judges(function=behaviours, time_limit=HANG, processes=processes) as judges:
         assert dict(enumerate(judges.judge(answers))) == dict(enumerate(expected))
         assert judges.lost == {"raised": 7, "died": 2, "value": 8}
         (huge,) = judges.judge([answer("huge")])
@@ -297,7 +290,7 @@ def test_a_hang_costs_its_own_sample_and_what_it_started_ends(behaviours, proces
 
 
 def test_a_function_that_dies_takes_its_daemons_along(behaviours):
-    with Judges(function=behaviours, time_limit=30.0) as judges:
+    with Judges(function=behaviours, time_limit=HANG) as judges:
         judged = judges.judge([answer("leaves a daemon"), answer("1")])
         assert judged == [Judgement(None, "ended its process with exit code 3"), Judgement(11.0, None)]
         assert not Path(f"/proc/{child_started()}").exists()
@@ -392,7 +385,7 @@ def test_order_is_kept_whatever_takes_longer_and_answers_may_be_long(tmp_path):
 
 
 def test_processes_end_with_close_and_one_that_dies_idle_costs_nothing(behaviours):
-    judges = Judges(function=behaviours, time_limit=30.0, processes=2)
+    judges = Judges(function=behaviours, time_limit=HANG, processes=2)
     answers = [answer("1", n) for n in range(4)]
     expected = [Judgement(n + 1.0, None) for n in range(4)]
     assert judges.judge(answers) == expected
@@ -419,7 +412,7 @@ def test_a_parent_that_is_killed_leaves_no_process(behaviours, tmp_path):
         def judged(*finals):
             return judges.judge([Answer(TASKS["chain"].sample(0), "low", "", final, 1, False) for final in finals])
 
-        judges = Judges(function={behaviours!r}, time_limit=1.5, processes=3)
+        judges = Judges(function={behaviours!r}, time_limit={HANG}, processes=3)
         while not all(worker.ready for worker in judges._workers) or len(judges._workers) < 3:
             judged("1", "1", "1")
         print(*(worker.process.pid for worker in judges._workers), flush=True)
@@ -437,7 +430,20 @@ def test_a_parent_that_is_killed_leaves_no_process(behaviours, tmp_path):
     wait_until(lambda: not any(alive(pid) for pid in pids))
 
 
-def test_an_interrupt_stops_the_call_alone(behaviours, tmp_path):
+def test_an_interrupt_stops_the_call_alone(tmp_path):
+    begun = tmp_path / "begun"
+    reward = written(
+        tmp_path / "hanging.py",
+        f"""
+        import pathlib, time
+
+        def reward(answer, score):
+            if answer.final == "hangs":
+                pathlib.Path({str(begun)!r}).touch()
+                time.sleep(10_000)
+            return 2.0
+        """,
+    )
     script = written(
         tmp_path / "script.py",
         f"""
@@ -447,9 +453,7 @@ def test_an_interrupt_stops_the_call_alone(behaviours, tmp_path):
         def judged(final):
             return judges.judge([Answer(TASKS["chain"].sample(0), "low", "", final, 1, False)] * 2)
 
-        with Judges(function={behaviours!r}, time_limit=100.0, processes=2) as judges:
-            judged("1")
-            print("started", flush=True)
+        with Judges(function="{reward}:reward", time_limit={HANG}, processes=2) as judges:
             try:
                 judged("hangs")
             except KeyboardInterrupt:
@@ -459,10 +463,12 @@ def test_an_interrupt_stops_the_call_alone(behaviours, tmp_path):
     parent = subprocess.Popen(
         [sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    assert parent.stdout is not None and parent.stdout.readline() == "started\n"
-    time.sleep(0.5)
-    os.killpg(parent.pid, signal.SIGINT)
-    assert parent.communicate(timeout=60) == ("[2.0, 2.0] {}\n", "")
+    try:
+        wait_until(begun.exists)
+        os.killpg(parent.pid, signal.SIGINT)
+        assert parent.communicate(timeout=HANG) == ("[2.0, 2.0] {}\n", "")
+    finally:
+        parent.kill()
 
 
 def test_a_file_is_read_once_and_a_module_that_vanishes_is_told(tmp_path, monkeypatch):

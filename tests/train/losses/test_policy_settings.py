@@ -69,7 +69,7 @@ def test_what_is_given_comes_before_the_name():
         ({"importance_cap": -2.0}, "loss.importance_cap is -2.0, but must be a finite number of at least 0"),
         ({"mask_low": 1.0}, "loss.mask_low is 1.0, but must be at least 0 and below 1"),
         ({"mask_high": 0.5}, "loss.mask_high is 0.5, but must be 0 or a finite number above 1"),
-        ({"overlong_cache": -1}, "loss.overlong_cache is -1, but must be at least 0"),
+        ({"overlong_cache": -1}, "loss.overlong_cache is -1, but must be from 0 to 2147483647"),
         ({"length_budgets": {"huge": 9}}, "loss.length_budgets has 'huge', but must be of low, medium, high"),
         ({"length_budgets": {"low": 0}}, "loss.length_budgets.low is 0, but must be at least 1"),
         ({"length_weight": 0.0}, "loss.length_weight is 0.0, but must be a finite number above 0"),
