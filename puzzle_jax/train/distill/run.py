@@ -143,7 +143,7 @@ class Distiller:
             evaluate=lambda state: self.measure(state.params),
             best="kl",
             name="distilling blocks" if self.inputs.blocks else "distilling",
-            tokens_per_step=recipe.data.tokens_per_step,
+            tokens_per_step=self.recipe.data.tokens_per_step,
         )
 
     def _cache(self, console: Console) -> TeacherCache | None:
