@@ -77,7 +77,7 @@ class Distiller(Run[DistillInputs]):
             evaluate=lambda state: self.measure(state.params),
             best="kl",
             name="distilling blocks" if self.inputs.blocks else "distilling",
-            tokens_per_step=recipe.data.tokens_per_step,
+            tokens_per_step=self.recipe.data.tokens_per_step,
         )
 
     def _cache(self) -> TeacherCache | None:
