@@ -15,6 +15,9 @@ from dataclasses import dataclass, field, replace
 
 from puzzle_jax.errors import ConfigError
 
+EFFORTS: tuple[str, ...] = ("low", "medium", "high")
+"""Reasoning efforts in rising order: the values of the chat template's `reasoning_effort`."""
+
 
 @dataclass(frozen=True)
 class BlockConfig:

@@ -4,7 +4,9 @@ Every command line turns a `PuzzleError` into one sentence on stderr and exit co
 and keeps its traceback.
 """
 
+import math
 import reprlib
+from collections.abc import Iterable
 from typing import Any
 
 _SHORT = reprlib.Repr()
@@ -38,11 +40,37 @@ that something is done, tokens, processes."""
 MOST_SEED = (1 << 32) - 1
 
 
-def check_range(name: str, value: int | float, least: int | float, most: int | float) -> None:
-    """Raises `ConfigError`, naming a setting, for a number that is not from `least` to `most`."""
-    if not least <= value <= most:  # NaN is in no range
+def check_range(
+    name: str,
+    value: int | float,
+    least: int | float,
+    most: int | float = math.inf,
+    *,
+    above: bool = False,
+    below: bool = False,
+) -> None:
+    """Raises `ConfigError`, naming a setting, for a number that is not from `least` to `most`, or is infinite.
+
+    `above` and `below` leave the ends themselves out.
+    """
+    high_enough = value > least if above else value >= least
+    low_enough = value < most if below or most == math.inf else value <= most
+    if high_enough and low_enough:  # NaN is in no range
+        return
+    if most == math.inf:
+        rule = f"{'' if value < math.inf else 'a finite number '}{'above' if above else 'at least'} {least}"
+    elif above or below:
+        rule = f"{'above' if above else 'at least'} {least} and {'below' if below else 'at most'} {most}"
+    else:
         rule = f"at least {least}" if value < least else f"from {least} to {most}"
-        raise ConfigError(f"{name} is {shown(value)}, but must be {rule}")
+    raise ConfigError(f"{name} is {shown(value)}, but must be {rule}")
+
+
+def check_choice(name: str, value: object, known: Iterable[str]) -> None:
+    """Raises `ConfigError`, naming a setting, for a value that is none of the known ones."""
+    known = tuple(known)
+    if value not in known:
+        raise ConfigError(f"{name} is {shown(value)}, but must be one of {', '.join(known)}")
 
 
 def shown(value: Any) -> str:

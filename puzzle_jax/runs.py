@@ -17,8 +17,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from puzzle_jax.errors import PuzzleError
-from puzzle_jax.files import PARTIAL, read_object, write_beside
+from puzzle_jax.errors import PuzzleError, shown
+from puzzle_jax.files import PARTIAL, read_bytes, read_object, write_beside
 
 RUN_FILE, METRICS_FILE, REPORT_FILE = "run.json", "metrics.jsonl", "report.html"
 
@@ -68,6 +68,31 @@ def begun_on(out: Path) -> datetime.datetime | None:
         return datetime.datetime.fromisoformat(identity["today"])  # type: ignore[index]
     except (KeyError, TypeError, ValueError):
         return None  # another kind of run, which will be refused as such
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, {"step": number, NAME: number or null}, without a last one that a kill tore.
+
+    Raises PuzzleError, naming file and line, for a file that cannot be read and a line that is something else.
+    """
+    lines = read_bytes(path).splitlines(keepends=True)
+    if lines and not lines[-1].endswith(b"\n"):
+        del lines[-1]
+    return [_metrics_line(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+
+
+def _metrics_line(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        values = None
+    step = values.get("step") if isinstance(values, dict) else None
+    if not isinstance(values, dict) or type(step) is not int or not 0 <= step < 2**53:
+        raise PuzzleError(f"{where} is no object with a step; repair it or move the file away")
+    for name, value in values.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise PuzzleError(f"{where}: {shown(name)} is {shown(value)}, but must be a number or null")
+    return values
 
 
 @contextlib.contextmanager

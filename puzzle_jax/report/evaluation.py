@@ -5,22 +5,13 @@ The same tables are printed in the terminal (rich) and written as markdown, from
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
-
-@dataclass(frozen=True)
-class Section:
-    """A table with a title, and remarks below it."""
-
-    title: str
-    heading: list[str]
-    rows: list[list[str]]
-    remarks: tuple[str, ...] = ()
+from puzzle_jax.report.tables import Section
 
 
 @dataclass(frozen=True)
@@ -56,24 +47,13 @@ class EvaluationReport:
     def show(self, console: Console) -> None:
         """Prints the tables and the verdicts."""
         for section in self.sections():
-            table = Table(title=section.title, title_justify="left", caption=" ".join(section.remarks) or None)
-            table.caption_justify = "left"
-            for position, name in enumerate(section.heading):
-                table.add_column(name, justify="left" if position == 0 else "right", overflow="fold")
-            for row in section.rows:
-                table.add_row(*row)
-            console.print(table)
+            console.print(section.table())
         for sentence in self.verdicts():
             console.print(sentence, highlight=False)
 
     def markdown(self) -> str:
         """The same as text for a file."""
-        parts = ["# Evaluation"]
-        for section in self.sections():
-            parts.append(f"## {section.title}")
-            lines = [_row(section.heading), f"|---|{'---:|' * (len(section.heading) - 1)}", *map(_row, section.rows)]
-            parts += ["\n".join(lines), *section.remarks]
-        parts += self.verdicts()
+        parts = ["# Evaluation", *(section.markdown() for section in self.sections()), *self.verdicts()]
         if self.evaluation["points"]:
             parts.append("![accuracy against request rate](frontier.png)")
         return "\n\n".join(parts) + "\n"
@@ -245,8 +225,3 @@ def _range(estimate: Mapping[str, Any], form: str) -> str:
         return "-"
     low, high = (form.format(x) if x is not None else "?" for x in (estimate["low"], estimate["high"]))
     return f"{form.format(estimate['value'])} ({low} to {high})"
-
-
-def _row(cells: Sequence[str]) -> str:
-    """Of a Markdown table."""
-    return f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |"

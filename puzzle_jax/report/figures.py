@@ -6,6 +6,10 @@ import io
 from collections.abc import Mapping
 from typing import Any
 
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
 # Distinct in colour and in grey (Okabe and Ito's palette), the reference first.
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
@@ -17,12 +21,7 @@ def frontier_figure(points: Mapping[str, Mapping[str, Any]], reference: str) -> 
       points: of evaluation.json: by model and effort, rate and accuracy with their intervals.
       reference: the model whose highest effort is the unit of rate.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = canvas(7.0, 4.5)
     for position, (name, efforts) in enumerate(points.items()):
         ordered = sorted(efforts.items(), key=lambda item: item[1]["rate"]["value"])
         rates, accuracies = ([point[key]["value"] for _, point in ordered] for key in ("rate", "accuracy"))
@@ -53,11 +52,9 @@ def frontier_figure(points: Mapping[str, Mapping[str, Any]], reference: str) -> 
     axes.set_ylabel("accuracy")
     axes.set_ylim(0, 1)
     axes.set_xlim(left=0)
-    axes.grid(alpha=0.25, linewidth=0.5)
+    grid(axes)
     axes.legend(frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
-    return buffer.getvalue()
+    return png(figure, dpi=150)
 
 
 def _bars(estimates: list[Any]) -> list[list[float]]:
@@ -65,3 +62,28 @@ def _bars(estimates: list[Any]) -> list[list[float]]:
     below = [max(0.0, e["value"] - e["low"]) if e["low"] is not None else 0.0 for e in estimates]
     above = [max(0.0, e["high"] - e["value"]) if e["high"] is not None else 0.0 for e in estimates]
     return [below, above]
+
+
+# Drawing -------------------------------------------------------------------------------------------------------------
+
+
+def canvas(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure of this size, in inches, and its one plot."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
+def grid(axes: Axes) -> None:
+    axes.grid(alpha=0.25, linewidth=0.5)
+
+
+def legend(axes: Axes) -> None:
+    axes.legend(frameon=False, fontsize=9)
+
+
+def png(figure: Figure, dpi: int = 130) -> bytes:
+    """The same bytes for the same figure."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    return buffer.getvalue()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +10,8 @@ from typing import Any
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.files import read_object
 from puzzle_jax.report import search_figures as figures
+from puzzle_jax.report.html import render
 from puzzle_jax.report.table import SearchReport
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-table { border-collapse: collapse; margin: 0.8rem 0; } td, th { padding: 0.2rem 0.7rem; text-align: right; }
-td:first-child, th:first-child { text-align: left; } tr:nth-child(even) td { background: #f6f6f6; }
-th { border-bottom: 1px solid #999; } img { max-width: 100%; } p.note { color: #555; max-width: 46rem; }
-"""
 
 
 @dataclass(frozen=True)
@@ -60,46 +51,28 @@ class SearchPage:
     def html(self, images: Mapping[str, bytes]) -> str:
         """The page with the images inside."""
         heading, rows = self.report.rows()
-        pool = self.solutions["pool"]
         correlation = self.solutions["rank_correlation"]
         agree = "" if correlation is None else f" Spearman's rank correlation is {correlation:.2f}."
-        chosen = pool[self.solutions["chosen"]]["name"].replace("_", " ")
-        parts = [
-            "<h1>From parent to child</h1>",
-            _table(heading, rows),
-            _note(self.report.caption(), *self.report.misses()),
-            "<h2>The child</h2>",
-            _image(images["architecture.png"], "experts and window of every layer"),
-            "<h2>Speed against quality</h2>",
-            _image(images["frontier.png"], "predicted KL against predicted speed-up"),
-            "<h2>What each alternative costs in quality</h2>",
-            _image(images["scores.png"], "KL of every alternative alone in its layer"),
-            _note("Of every expert count the best set is shown. Empty fields are not offered in that layer."),
-            "<h2>Predicted and real</h2>",
-            _image(images["predicted.png"], "predicted against real KL of the pool"),
-            _table(
-                ["candidate", "predicted KL", "KL on validation traces", "above the best"],
-                [
-                    [
-                        entry["name"].replace("_", " "),
-                        f"{entry['score']:.4f}",
-                        f"{entry['validation']['kl']:.4f} ±{entry['validation']['kl_se']:.4f}",
-                        f"{entry['above_best']['mean']:.4f} ±{entry['above_best']['se']:.4f}",
-                    ]
-                    for entry in pool
-                ],
-            ),
-            _note(f"Taken was: {chosen}.{agree}", *map(_told, self.refined["tried"])),
-            "<h2>Where the time goes</h2>",
+        pool = [
+            [
+                entry["name"].replace("_", " "),
+                f"{entry['score']:.4f}",
+                f"{entry['validation']['kl']:.4f} ±{entry['validation']['kl_se']:.4f}",
+                f"{entry['above_best']['mean']:.4f} ±{entry['above_best']['se']:.4f}",
+            ]
+            for entry in self.solutions["pool"]
         ]
-        for scenario in self.seconds:
-            parts += [f"<h3>{html.escape(scenario)}</h3>", _image(images[f"costs-{scenario}.png"], "seconds by part")]
-        stages = [[name, f"{record['seconds']:.1f}", str(record["jax"])] for name, record in self.stages.items()]
-        parts += ["<h2>Stages</h2>", _table(["stage", "seconds", "JAX"], stages)]
-        body = "\n".join(parts)
-        return (
-            '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>puzzle_jax search</title>'
-            f"<style>{_STYLE}</style></head><body>\n{body}\n</body></html>\n"
+        chosen = pool[self.solutions["chosen"]][0]
+        return render(
+            "search",
+            heading=heading,
+            rows=rows,
+            remarks=[self.report.caption(), *self.report.misses()],
+            images=images,
+            pool=pool,
+            choices=[f"Taken was: {chosen}.{agree}", *map(_told, self.refined["tried"])],
+            scenarios=list(self.seconds),
+            stages=[[name, f"{record['seconds']:.1f}", record["jax"]] for name, record in self.stages.items()],
         )
 
     def write(self, out: Path) -> None:
@@ -128,18 +101,3 @@ def _told(step: Mapping[str, Any]) -> str:
     found = step["confirmation"]
     verdict = "accepted" if step["accepted"] else "refused"
     return f"{step['step']}: KL {found['mean']:+.4f} ±{found['se']:.4f} on confirmation traces, {verdict}."
-
-
-def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["".join(f"<th>{html.escape(cell)}</th>" for cell in heading)]
-    lines += ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
-    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
-
-
-def _note(*sentences: str) -> str:
-    return "".join(f'<p class="note">{html.escape(sentence)}</p>' for sentence in sentences)
-
-
-def _image(png: bytes, description: str) -> str:
-    data = base64.b64encode(png).decode()
-    return f'<img alt="{html.escape(description)}" src="data:image/png;base64,{data}">'

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
-from puzzle_jax.report.figures import COLOURS
+from puzzle_jax.report.figures import COLOURS, canvas, grid, legend, png
 
 
 def score_map(layers: Sequence[Mapping[str, Any]]) -> bytes:
@@ -22,32 +18,32 @@ def score_map(layers: Sequence[Mapping[str, Any]]) -> bytes:
     """
     counts = sorted({choice["count"] for layer in layers for choice in layer["experts"]}, reverse=True)
     windows = sorted({w for layer in layers for w in layer["windows"][1:]}, reverse=True)
-    grid = np.full((len(counts) + len(windows), len(layers)), np.nan)
+    values = np.full((len(counts) + len(windows), len(layers)), np.nan)
     for column, layer in enumerate(layers):
         for choice in layer["experts"]:
             row, kl = counts.index(choice["count"]), choice["score"]["kl"] if choice["score"] else 0.0
-            grid[row, column] = np.nanmin([grid[row, column], kl])
+            values[row, column] = np.nanmin([values[row, column], kl])
         for window, score in zip(layer["windows"][1:], layer["window_scores"][1:], strict=True):
-            grid[len(counts) + windows.index(window), column] = score["kl"]
-    figure, axes = _canvas(max(6.0, 1.5 + 0.35 * len(layers)), 1.2 + 0.35 * len(grid))
-    shown = axes.imshow(np.log10(np.maximum(grid, 1e-6)), aspect="auto", cmap="viridis_r", vmin=-4, vmax=1)
-    axes.set_yticks(range(len(grid)), [*(f"{count} experts" for count in counts), *(f"window {w}" for w in windows)])
+            values[len(counts) + windows.index(window), column] = score["kl"]
+    figure, axes = canvas(max(6.0, 1.5 + 0.35 * len(layers)), 1.2 + 0.35 * len(values))
+    shown = axes.imshow(np.log10(np.maximum(values, 1e-6)), aspect="auto", cmap="viridis_r", vmin=-4, vmax=1)
+    axes.set_yticks(range(len(values)), [*(f"{count} experts" for count in counts), *(f"window {w}" for w in windows)])
     axes.set_xticks(range(len(layers)))
     axes.set_xlabel("layer")
     if len(layers) <= 12:
-        for (row, column), value in np.ndenumerate(grid):
+        for (row, column), value in np.ndenumerate(values):
             if not np.isnan(value):
                 colour = "white" if value > 0.05 else "black"
                 axes.text(column, row, f"{value:.2g}", ha="center", va="center", fontsize=8, color=colour)
     bar = figure.colorbar(shown, ax=axes)
     bar.set_label("KL alone in its layer, nats per token (log10)")
-    return _png(figure)
+    return png(figure)
 
 
 def architecture(parent: Sequence[Mapping[str, Any]], child: Sequence[Mapping[str, Any]]) -> bytes:
     """Experts kept per layer beside the parent's, and the attention window of each layer above."""
     layers = range(len(child))
-    figure, axes = _canvas(max(6.0, 1.5 + 0.35 * len(child)), 3.4)
+    figure, axes = canvas(max(6.0, 1.5 + 0.35 * len(child)), 3.4)
     axes.bar(layers, [layer["num_local_experts"] for layer in parent], color="0.88", label="parent")
     axes.bar(layers, [layer["num_local_experts"] for layer in child], color=COLOURS[2], label="child")
     for index, (old, new) in enumerate(zip(parent, child, strict=True)):
@@ -67,8 +63,8 @@ def architecture(parent: Sequence[Mapping[str, Any]], child: Sequence[Mapping[st
     axes.set_xlabel("layer (above: its window, coloured where narrowed)")
     axes.set_ylabel("experts")
     axes.margins(y=0.12)
-    _legend(axes)
-    return _png(figure)
+    legend(axes)
+    return png(figure)
 
 
 def frontier(solutions: Mapping[str, Any], child: Mapping[str, float]) -> bytes:
@@ -78,7 +74,7 @@ def frontier(solutions: Mapping[str, Any], child: Mapping[str, float]) -> bytes:
       solutions: content of solutions.json.
       child: "speedup" and "score".
     """
-    figure, axes = _canvas(6.5, 4.0)
+    figure, axes = canvas(6.5, 4.0)
     points = solutions["frontier"]
     axes.plot(
         [p["speedup"] for p in points],
@@ -93,14 +89,14 @@ def frontier(solutions: Mapping[str, Any], child: Mapping[str, float]) -> bytes:
     axes.plot(child["speedup"], child["score"], "*", color=COLOURS[0], markersize=13, label="child")
     axes.set_xlabel("predicted tokens per second over the parent's")
     axes.set_ylabel("predicted KL, nats per token")
-    _grid(axes)
-    _legend(axes)
-    return _png(figure)
+    grid(axes)
+    legend(axes)
+    return png(figure)
 
 
 def predicted_and_real(pool: Sequence[Mapping[str, Any]]) -> bytes:
     """The pool's predicted KL against that of the whole model on fresh traces, with standard errors."""
-    figure, axes = _canvas(4.6, 4.2)
+    figure, axes = canvas(4.6, 4.2)
     predicted, real = [entry["score"] for entry in pool], [entry["validation"]["kl"] for entry in pool]
     errors = [entry["validation"]["kl_se"] for entry in pool]
     axes.errorbar(predicted, real, yerr=errors, fmt="o", color=COLOURS[2], capsize=2, elinewidth=0.8)
@@ -108,9 +104,9 @@ def predicted_and_real(pool: Sequence[Mapping[str, Any]]) -> bytes:
     axes.plot([low, high], [low, high], "--", color="0.5", linewidth=1, label="as predicted")
     axes.set_xlabel("predicted KL")
     axes.set_ylabel("KL of the whole model, validation traces")
-    _grid(axes)
-    _legend(axes)
-    return _png(figure)
+    grid(axes)
+    legend(axes)
+    return png(figure)
 
 
 def costs_by_part(seconds: Mapping[str, Mapping[str, float]]) -> bytes:
@@ -120,7 +116,7 @@ def costs_by_part(seconds: Mapping[str, Mapping[str, float]]) -> bytes:
       seconds: by model, by part.
     """
     parts = list(dict.fromkeys(part for of_model in seconds.values() for part in of_model))
-    figure, axes = _canvas(6.5, 1.5 + 0.5 * len(seconds))
+    figure, axes = canvas(6.5, 1.5 + 0.5 * len(seconds))
     left = np.zeros(len(seconds))
     for position, part in enumerate(parts):
         values = np.array([of_model.get(part, 0.0) for of_model in seconds.values()])
@@ -130,24 +126,4 @@ def costs_by_part(seconds: Mapping[str, Mapping[str, float]]) -> bytes:
     axes.invert_yaxis()
     axes.set_xlabel("predicted seconds per request")
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    return _png(figure)
-
-
-def _canvas(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.add_subplot()
-
-
-def _grid(axes: Axes) -> None:
-    axes.grid(alpha=0.25, linewidth=0.5)
-
-
-def _legend(axes: Axes) -> None:
-    axes.legend(frameon=False, fontsize=9)
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
-    return buffer.getvalue()
+    return png(figure)

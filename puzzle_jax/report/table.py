@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
+
+from puzzle_jax.report.tables import Section
 
 BAR = 32  # characters of a layer's bar, at most
 
@@ -107,14 +108,7 @@ class SearchReport:
 
     def show(self, console: Console) -> None:
         """Prints the table, the layers, and where the child is."""
-        heading, rows = self.rows()
-        table = Table(caption=self.caption(), caption_justify="left")
-        for position, name in enumerate(heading):
-            style = "bold" if name == "child" else None
-            table.add_column(name, justify="left" if position == 0 else "right", style=style, overflow="fold")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
+        console.print(self._section().table())
         for line in self.misses():
             console.print(line, highlight=False)
         for line in self.layers():
@@ -124,16 +118,11 @@ class SearchReport:
 
     def markdown(self) -> str:
         """The same as text for a file."""
-        heading, rows = self.rows()
-        lines = [f"| {' | '.join(heading)} |", f"|---|{'---:|' * (len(heading) - 1)}"]
-        lines += [f"| {' | '.join(cell.strip() for cell in row)} |" for row in rows]
-        parts = [
-            "\n".join(lines),
-            self.caption(),
-            *self.misses(),
-            "```\n" + "\n".join(self.layers()) + "\n```",
-        ]
-        return "\n\n".join(parts) + "\n"
+        layers = "```\n" + "\n".join(self.layers()) + "\n```"
+        return "\n\n".join([self._section().markdown(), *self.misses(), layers]) + "\n"
+
+    def _section(self) -> Section:
+        return Section("", *self.rows(), (self.caption(),), emphasised="child")
 
 
 def _window(window: int | None) -> str:

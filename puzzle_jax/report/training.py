@@ -12,7 +12,6 @@ Left out: smoothing, several runs in one figure (TensorBoard has both), and samp
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -26,15 +25,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from puzzle_jax.errors import PuzzleError, shown
+from puzzle_jax.config import EFFORTS
+from puzzle_jax.errors import PuzzleError
 from puzzle_jax.files import write_beside
-from puzzle_jax.report.figures import COLOURS
-from puzzle_jax.report.page import _STYLE, _image, _note, _table
-from puzzle_jax.report.search_figures import _grid, _png
-from puzzle_jax.tasks.base import EFFORTS
-from puzzle_jax.train.metrics import METRICS_FILE
-
-REPORT_FILE = "report.html"
+from puzzle_jax.report.figures import COLOURS, grid, png
+from puzzle_jax.report.html import render
+from puzzle_jax.runs import METRICS_FILE, REPORT_FILE, read_metrics
 
 
 @dataclass(frozen=True)
@@ -143,21 +139,16 @@ def write_training_report(run_dir: Path) -> Path:
     that is no object with a step.
     """
     source = run_dir / METRICS_FILE
-    lines = _lines(source)
+    lines = read_metrics(source)
+    if not lines:
+        raise PuzzleError(f"{source} has no line yet, so that there is nothing to show")
     metrics = _series(lines)
-    steps = [line["step"] for line in lines]
-    parts = [
-        "<h1>Training</h1>",
-        _note(f"From {_text(str(source))}: {len(lines)} logged steps, {min(steps)} to {max(steps)}."),
-        _table(["", "first", "last", "best", "at step"], list(_rows(metrics))),
-        _note("Values that are not finite are passed over here, and are gaps below."),
-    ]
-    for title, png in training_figures(metrics).items():
-        parts += [f"<h2>{title}</h2>", _image(png, f"{title}, by step")]
-    body = "\n".join(parts)
-    page = (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>puzzle_jax training</title>'
-        f"<style>{_STYLE}</style></head><body>\n{body}\n</body></html>\n"
+    page = render(
+        "training",
+        source=_text(str(source)),
+        steps=[line["step"] for line in lines],
+        rows=list(_rows(metrics)),
+        figures=training_figures(metrics),
     )
     write_beside(run_dir / REPORT_FILE, page.encode())
     return run_dir / REPORT_FILE
@@ -179,35 +170,6 @@ def training_figures(metrics: Mapping[str, Series]) -> dict[str, bytes]:
         title = OTHER if len(others) <= _SMALL else f"{OTHER} {start // _SMALL + 1}"
         found[title] = _small_plots({name: metrics[name] for name in others[start : start + _SMALL]}, span)
     return found
-
-
-# The file ------------------------------------------------------------------------------------------------------------
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    try:
-        lines = path.read_bytes().splitlines(keepends=True)
-    except OSError as error:
-        raise PuzzleError(f"{path} cannot be read: {error.strerror}") from error
-    if lines and not lines[-1].endswith(b"\n"):
-        del lines[-1]  # torn by a kill
-    if not lines:
-        raise PuzzleError(f"{path} has no line yet, so that there is nothing to show")
-    return [_parsed(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
-
-
-def _parsed(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        values = json.loads(line)
-    except (ValueError, RecursionError):
-        values = None
-    step = values.get("step") if isinstance(values, dict) else None
-    if not isinstance(values, dict) or type(step) is not int or not 0 <= step < 2**53:
-        raise PuzzleError(f"{where} is no object with a step; repair it or move the file away")
-    for name, value in values.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise PuzzleError(f"{where}: {shown(name)} is {shown(value)}, but must be a number or null")
-    return values
 
 
 def _series(lines: list[dict[str, Any]]) -> dict[str, Series]:
@@ -289,7 +251,7 @@ def _section(panels: Mapping[Panel, list[str]], metrics: Mapping[str, Series], s
         axes.set_ylabel(panel.label)
         if len(drawn) > 1:
             axes.legend(frameon=panel.stacked, fontsize=8, markerscale=0, ncols=1 + len(drawn) // 8)
-    return _png(figure)
+    return png(figure)
 
 
 def _small_plots(metrics: Mapping[str, Series], span: tuple[float, float]) -> bytes:
@@ -297,7 +259,7 @@ def _small_plots(metrics: Mapping[str, Series], span: tuple[float, float]) -> by
     for axes, (name, series) in zip(places, metrics.items(), strict=True):
         _line(axes, series, name, position=2)
         axes.set_title(_label(name), fontsize=9)
-    return _png(figure)
+    return png(figure)
 
 
 def _places(
@@ -310,7 +272,7 @@ def _places(
     FigureCanvasAgg(figure)
     places = [figure.add_subplot(rows, columns, position + 1) for position in range(count)]
     for axes in places:
-        _grid(axes)
+        grid(axes)
         axes.set_xlabel("step")
         margin = 0.03 * (span[1] - span[0]) or 0.7
         axes.set_xlim(span[0] - margin, span[1] + margin)

@@ -17,10 +17,8 @@ from itertools import count
 from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
+from puzzle_jax.config import EFFORTS
 from puzzle_jax.errors import ConfigError, shown
-
-EFFORTS: tuple[str, ...] = ("low", "medium", "high")
-"""Reasoning efforts in rising order: the values of the chat template's `reasoning_effort`."""
 
 _HELD_OUT_ONE_IN = 8
 

@@ -63,9 +63,9 @@ VERBS = {
     "pretrain": Verb(
         name="train pretrain",
         summary="Trains a small parent from nothing on the embedded tasks.",
-        settings="puzzle_jax.train.pretrain.command:PretrainSettings",
+        settings="puzzle_jax.train.pretrain.recipe:PretrainRecipe",
         run="puzzle_jax.train.pretrain.command:run",
-        shown=("out", "tasks", "efforts", "steps", "learning_rate", "seed"),
+        shown=("out", "tasks", "efforts", "balance", "optimizer.learning_rate", "loop.steps", "seed"),
         example="--recipe pretrain-tiny --out DIR",
         recipes="pretrain",
         interrupted=_KEPT,

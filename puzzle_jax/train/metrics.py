@@ -17,9 +17,8 @@ from typing import Any
 
 from rich.console import Console
 
-from puzzle_jax.errors import PuzzleError
 from puzzle_jax.files import write_beside
-from puzzle_jax.runs import METRICS_FILE
+from puzzle_jax.runs import METRICS_FILE, read_metrics
 
 TENSORBOARD = "tensorboard"
 
@@ -35,14 +34,14 @@ class MetricsLog:
     Attributes:
       last: the values of the last line.
 
-    Raises PuzzleError where metrics.jsonl holds a line, other than a torn last one, that is no object with a step.
+    Raises PuzzleError as `read_metrics` does.
     """
 
     def __init__(self, directory: Path, after: int, console: Console) -> None:
         path = directory / METRICS_FILE
-        kept = [(line, values) for line, values in _lines(path) if values["step"] <= after]
-        self.last: dict[str, Any] = kept[-1][1] if kept else {}
-        write_beside(path, b"".join(line for line, _ in kept))
+        kept = [line for line in (read_metrics(path) if path.exists() else []) if line["step"] <= after]
+        self.last: dict[str, Any] = kept[-1] if kept else {}
+        write_beside(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self._file = open(path, "ab")  # noqa: SIM115 (closed on exit)
         self._board = _tensorboard(directory / TENSORBOARD, after, console)
 
@@ -68,24 +67,6 @@ class MetricsLog:
     def sync(self) -> None:
         """Returns when the file is on the disk: before a checkpoint that relies on it."""
         os.fsync(self._file.fileno())
-
-
-def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """Lines and what they hold."""
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    if lines and not lines[-1].endswith(b"\n"):
-        del lines[-1]  # torn by a kill
-    return [(line, _parsed(line, f"{path}, line {number}")) for number, line in enumerate(lines, 1)]
-
-
-def _parsed(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        values = json.loads(line)
-    except (ValueError, RecursionError):
-        values = None
-    if not isinstance(values, dict) or not isinstance(values.get("step"), int):
-        raise PuzzleError(f"{where} is no object with a step; repair it or move the file away")
-    return values
 
 
 def _tensorboard(directory: Path, after: int, console: Console) -> Any:

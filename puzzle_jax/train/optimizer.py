@@ -94,8 +94,7 @@ def make_schedule(settings: OptimizerSettings, steps: int) -> Schedule:
     warmup = settings.warmup_steps
     if warmup > steps:
         raise ConfigError(f"optimizer.warmup_steps is {warmup}, but must be at most steps ({steps})")
-    falling = max(round(steps * settings.decay_fraction), 1) if settings.schedule == "wsd" else steps - warmup
-    start = max(steps - falling, warmup)
+    start = steps - decay_steps(settings, steps)
 
     def rate(count: Any) -> Float[Array, ""]:
         count = jnp.asarray(count, jnp.float32)
@@ -108,6 +107,14 @@ def make_schedule(settings: OptimizerSettings, steps: int) -> Schedule:
         return settings.learning_rate * rise * (1 - (1 - settings.final_fraction) * fallen)
 
     return rate
+
+
+def decay_steps(settings: OptimizerSettings, steps: int) -> int:
+    """The last steps of a run, in which a schedule that falls does so."""
+    after_warmup = steps - settings.warmup_steps
+    if settings.schedule != "wsd":
+        return after_warmup
+    return min(max(round(steps * settings.decay_fraction), 1), after_warmup)
 
 
 def make_optimizer(settings: OptimizerSettings, steps: int) -> optax.GradientTransformation:

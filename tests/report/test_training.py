@@ -13,6 +13,7 @@ from matplotlib.image import imread
 
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.report import training
+from puzzle_jax.runs import read_metrics
 
 EFFORTS = ("high", "low", "medium")
 
@@ -92,7 +93,7 @@ def drawn(monkeypatch):
 
     def of(metrics):
         figures = []
-        monkeypatch.setattr(training, "_png", lambda figure: figures.append(figure) or b"")
+        monkeypatch.setattr(training, "png", lambda figure: figures.append(figure) or b"")
         titles = training.training_figures(metrics)
         return dict(zip(titles, figures, strict=True))
 
@@ -100,7 +101,7 @@ def drawn(monkeypatch):
 
 
 def read(run: Path):
-    return training._series(training._lines(run / "metrics.jsonl"))
+    return training._series(read_metrics(run / "metrics.jsonl"))
 
 
 def lines_of(axes):

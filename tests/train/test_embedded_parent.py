@@ -39,7 +39,7 @@ def test_it_is_small_and_in_the_format_of_gpt_oss():
 def test_the_recipe_on_record_is_the_one_in_the_package(report):
     recipe = parse(VERBS["pretrain"], ["--recipe", "pretrain-tiny", "--out", "nowhere"])
     recorded = report["recipe"]
-    assert recorded["seed"] == recipe.seed and recorded["steps"] == recipe.steps
+    assert recorded["seed"] == recipe.seed and recorded["steps"] == recipe.loop.steps
     assert recorded["tasks"] == recipe.tasks and recorded["efforts"] == recipe.efforts
     assert [bucket["length"] for bucket in recorded["buckets"]] == [bucket.length for bucket in recipe.buckets]
     assert max(bucket.length for bucket in recipe.buckets) >= 512

@@ -1,14 +1,36 @@
-"""Which answers of a reinforcement learning run become transcripts, and when; `transcript_files` writes them."""
+"""Answers of reinforcement learning as files: JSONL for programs, a page for people.
+
+    DIRECTORY/step-000120.jsonl   an object per answer, in the order given; null stands for what is no finite number
+    DIRECTORY/step-000120.html    the same by prompt; opens offline
+
+Rewards are read before they are trusted: a page shows what a reward was given for. Texts are a model's and may hold
+anything. The JSONL has them as they are (in ASCII, with escapes); the page runs and fetches nothing, and shows
+characters that cannot be seen, or that change the order of others, by their numbers.
+
+The same answers give the same bytes, and a step that is written again replaces its files. Left out: links between
+pages, which would depend on what else there is.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import jax
 
-from puzzle_jax.train.grpo import transcript_files as transcripts
+from puzzle_jax.files import PARTIAL, write_beside
+from puzzle_jax.report.html import render
 from puzzle_jax.train.grpo.policy_batches import Judged
+
+_UNFOLDED = 600
+"""Texts of up to so many characters are unfolded."""
+
+_FILE = re.compile(rf"\.?step-(\d{{6,}})\.(?:jsonl|html)(?:{re.escape(PARTIAL)}\d+)?")
 
 
 @dataclass
@@ -29,20 +51,20 @@ class StepTranscripts:
     def begin(self, step: int) -> None:
         """Called before each step is made; deletes what an earlier process showed of steps that are made again."""
         if not self._begun and jax.process_index() == 0:
-            transcripts.drop_after(self.directory, step - 1)
+            drop_after(self.directory, step - 1)
         self._begun = True
 
     def add(self, step: int, judged: Judged) -> None:
         """Writes the step's answers, if it is one that is shown."""
         if jax.process_index() or not self.every or (step != 1 and step % self.every):
             return
-        transcripts.write_transcripts(self.directory, step, shown(judged, self.groups))
+        write_transcripts(self.directory, step, shown(judged, self.groups))
 
 
-def shown(judged: Judged, groups: int) -> list[transcripts.Transcript]:
+def shown(judged: Judged, groups: int) -> list[Transcript]:
     """Transcripts of all answers of the first `groups` groups."""
     return [
-        transcripts.Transcript(
+        Transcript(
             task=rollout.prompt.problem.task,
             effort=rollout.prompt.effort,
             prompt=rollout.prompt.problem.prompt,
@@ -59,3 +81,82 @@ def shown(judged: Judged, groups: int) -> list[transcripts.Transcript]:
         for group, (rollouts, advantages) in enumerate(zip(judged.groups[:groups], judged.advantages, strict=False))
         for rollout, advantage in zip(rollouts, advantages, strict=True)
     ]
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """An answer and what it was worth.
+
+    Attributes:
+      task, effort: of the problem, and the reasoning effort that was asked for.
+      prompt: the user's message.
+      answer: the right one; "" where none is known.
+      analysis, final: what the model wrote.
+      reward: None where the reward function failed.
+      reason: why it failed.
+      advantage: what the answer counted in the update.
+      tokens: that were generated.
+      truncated: whether the limit of tokens ended it.
+      group: answers to one prompt share a number.
+    """
+
+    task: str
+    effort: str
+    prompt: str
+    answer: str
+    analysis: str
+    final: str
+    reward: float | None
+    reason: str | None
+    advantage: float
+    tokens: int
+    truncated: bool
+    group: int
+
+
+def write_transcripts(directory: Path, step: int, transcripts: Sequence[Transcript]) -> None:
+    """Writes the two files of a step, each whole or not at all; makes the directory when it is not there."""
+    directory.mkdir(parents=True, exist_ok=True)
+    rows = [asdict(t) | {"reward": _finite(t.reward), "advantage": _finite(t.advantage)} for t in transcripts]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    write_beside(directory / f"step-{step:06d}.jsonl", lines.encode())
+    write_beside(directory / f"step-{step:06d}.html", _page(step, transcripts).encode())
+
+
+def drop_after(directory: Path, step: int) -> None:
+    """Deletes the files of later steps, for a run that goes on from `step`; other files stay."""
+    for path in sorted(directory.iterdir()) if directory.is_dir() else []:
+        found = _FILE.fullmatch(path.name)
+        if found and int(found[1]) > step:
+            path.unlink()
+
+
+def _page(step: int, transcripts: Sequence[Transcript]) -> str:
+    groups: dict[tuple[Any, ...], list[Transcript]] = {}
+    for one in transcripts:
+        groups.setdefault((one.group, one.task, one.effort, one.prompt, one.answer), []).append(one)
+    keys = ("number", "task", "effort", "prompt", "answer")
+    shown = [
+        dict(zip(keys, of, strict=True)) | {"means": _means(members), "members": members}
+        for of, members in groups.items()
+    ]
+    return render("transcripts", step=step, means=_means(transcripts), groups=shown, unfolded=_UNFOLDED)
+
+
+def _means(transcripts: Sequence[Transcript]) -> str:
+    """Means over answers; that of rewards over those that have one."""
+    if not transcripts:
+        return "no answers"
+    count = len(transcripts)
+    rewards = [one.reward for one in transcripts if one.reward is not None]
+    reward = f"{sum(rewards) / len(rewards):.4g}" if rewards else "-"
+    tokens = sum(one.tokens for one in transcripts) / count
+    truncated = sum(one.truncated for one in transcripts) / count
+    return (
+        f"{count} answers; means: reward {reward} ({count - len(rewards)} lost), {tokens:.1f} tokens, "
+        f"{truncated:.1%} truncated"
+    )
+
+
+def _finite(value: float | None) -> float | None:
+    return float(value) if value is not None and math.isfinite(value) else None

@@ -5,20 +5,19 @@ id per example keeps attention inside it, and only the completion is learned. Ro
 (`Bucket`): full attention costs length squared, so short examples must not pay for long ones, and a model learns
 its first steps sooner on short examples, so that buckets may join late.
 
-A batch is a pure function of (seed, step): training resumes exactly, and no state of the data is saved.
+A batch is a pure function of (seed, step): the state of the data is a number.
 Problems of the held-out split never appear. Left out: splitting an example over rows, streaming from disk.
 """
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from puzzle_jax.errors import MOST_TIMES, MOST_TOGETHER, MOST_TOKENS, ConfigError, check_range
 from puzzle_jax.tasks import Chat, WorkedTask, is_held_out
@@ -45,19 +44,12 @@ class Bucket:
     start: int = 0
 
     def __post_init__(self) -> None:
-        if self.length < 1 or self.rows < 1:
-            raise ConfigError(f"bucket of {self.rows} rows of {self.length} tokens: both must be at least 1")
         check_range("bucket length", self.length, 1, MOST_TOKENS)
         check_range("bucket rows", self.rows, 1, MOST_TOGETHER)
-        check_range(f"bucket of length {self.length}: start", self.start, 0, MOST_TIMES)
-        if not 0 < self.weight < math.inf:
-            raise ConfigError(f"bucket of length {self.length}: weight is {self.weight}, but must be above 0")
-        if not 1 <= self.shortest <= self.length:
-            raise ConfigError(
-                f"bucket of length {self.length}: shortest is {self.shortest}, but must be 1 to {self.length}"
-            )
-        if self.start < 0:
-            raise ConfigError(f"bucket of length {self.length}: start is {self.start}, but must be at least 0")
+        where = f"bucket of length {self.length}:"
+        check_range(f"{where} start", self.start, 0, MOST_TIMES)
+        check_range(f"{where} weight", self.weight, 0, above=True)
+        check_range(f"{where} shortest", self.shortest, 1, self.length)
 
 
 @dataclass(frozen=True)
@@ -69,15 +61,21 @@ class Mixture:
 
 
 class Batch(NamedTuple):
-    """Packed rows. `targets[i]` is the token after `tokens[i]`, learned where `weights[i]` is 1.
+    """Packed rows; a step's batch is one micro-batch, with an axis for it before all others.
 
-    Segment ids count from 1 in each row; 0 marks padding.
+    Attributes:
+      tokens: ids.
+      targets: `targets[i]` is the token after `tokens[i]`.
+      weights: 1 where the target is learned, else 0.
+      segment_ids: of the examples, from 1 in each row; 0 marks padding.
+      rounded: whether the experts are rounded to MXFP4 in this step.
     """
 
-    tokens: Int[np.ndarray, "rows length"]
-    targets: Int[np.ndarray, "rows length"]
-    weights: Float[np.ndarray, "rows length"]
-    segment_ids: Int[np.ndarray, "rows length"]
+    tokens: Int[np.ndarray, "*micro rows length"]
+    targets: Int[np.ndarray, "*micro rows length"]
+    weights: Float[np.ndarray, "*micro rows length"]
+    segment_ids: Int[np.ndarray, "*micro rows length"]
+    rounded: Bool[np.ndarray, "*micro"]
 
 
 def make_example(chat: Chat, task: WorkedTask, seed: int, effort: str) -> Example | None:
@@ -94,19 +92,39 @@ _OPEN_ROWS = 8
 _MOST_REFUSALS = 10_000
 
 
-@dataclass(frozen=True)
+@dataclass
 class BatchSource:
-    """Every batch of a training run, by step."""
+    """Every batch of a training run, by step, and a stream of them.
+
+    Attributes:
+      steps: of the run.
+      rounded_steps: last ones, in which the experts are rounded to MXFP4.
+      next_step: the step whose batch comes next, from 0.
+    """
 
     chat: Chat
     mixture: Mixture
     buckets: tuple[Bucket, ...]
     seed: int
     steps: int
+    rounded_steps: int = 0
+    next_step: int = 0
 
     def __post_init__(self) -> None:
         if not any(bucket.start == 0 for bucket in self.buckets):
             raise ConfigError("buckets: none has start 0, but the first batch needs one")
+
+    def __next__(self) -> Batch:
+        if self.next_step >= self.steps:
+            raise StopIteration
+        self.next_step += 1
+        return Batch(*(np.asarray(part)[None] for part in self.batch(self.next_step - 1)))
+
+    def get_state(self) -> int:
+        return self.next_step
+
+    def set_state(self, state: int, /) -> None:
+        self.next_step = state
 
     def bucket(self, step: int) -> Bucket:
         """The shape of a step's batch."""
@@ -132,7 +150,8 @@ class BatchSource:
             if closed is not None:
                 rows.append(closed)
         rows += opened.fullest_first()
-        return pack(rows[: bucket.rows], bucket.length, self.chat.pad_id)
+        rounded = step >= self.steps - self.rounded_steps
+        return pack(rows[: bucket.rows], bucket.length, self.chat.pad_id)._replace(rounded=np.asarray(rounded))
 
     def _draw(self, rng: random.Random, bucket: Bucket) -> Example:
         tasks, task_weights = zip(*self.mixture.tasks, strict=True)
@@ -157,4 +176,4 @@ def pack(rows: Sequence[Sequence[Example]], length: int, pad_id: int) -> Batch:
       ValueError: when a row's examples are longer than `length`.
     """
     packed = pack_rows(rows, length, pad_id)
-    return Batch(packed.tokens, packed.targets, packed.weights, packed.segment_ids)
+    return Batch(packed.tokens, packed.targets, packed.weights, packed.segment_ids, np.asarray(False))

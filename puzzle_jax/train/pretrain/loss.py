@@ -8,8 +8,6 @@ arXiv 2101.03961, equations 4 to 6). Padding counts in neither.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -17,34 +15,33 @@ from jaxtyping import Array, Bool, Float, Int
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.model.network import LayerAux, head_logits, hidden_states
 from puzzle_jax.model.spec import Params
+from puzzle_jax.train.fake_quant import fake_quantize_experts
 from puzzle_jax.train.pretrain.data import Batch
 
-
-class Metrics(NamedTuple):
-    """What a step reports.
-
-    Attributes:
-      next_token: mean negative log-likelihood of the learned tokens, in nats.
-      load: share of each layer's choices that fell on each expert.
-    """
-
-    next_token: Float[Array, ""]
-    load: Float[Array, "layers experts"]
+EFFECTIVE_EXPERTS = "effective_experts/"
+"""Before the number of a layer in the metrics."""
 
 
 def pretraining_loss(
-    params: Params, config: ModelConfig, batch: Batch, balance: float
-) -> tuple[Float[Array, ""], Metrics]:
-    """The whole loss and its parts. All layers must have equally many experts."""
-    tokens, targets, weights, segment_ids = (jnp.asarray(part) for part in batch)
+    config: ModelConfig, balance: float, params: Params, fixed: None, batch: Batch, key: Array
+) -> tuple[Array, Array, dict[str, Array]]:
+    """The whole loss of a micro-batch times its weight, that weight, and metrics times it (`train.step`).
+
+    Metrics are "next_token", in nats, and how many experts each layer uses (`effective_experts`). All layers must have
+    equally many experts.
+    """
+    tokens, targets, weights, segment_ids, rounded = map(jnp.asarray, batch)
+    params = jax.lax.cond(rounded, fake_quantize_experts, lambda params: params, params)
     x, auxes = hidden_states(params, config, tokens, segment_ids=segment_ids)
     logits = head_logits(params, config, x)
+    weight = jnp.sum(weights)
     next_token = next_token_loss(logits, targets, weights)
     real = (segment_ids > 0).reshape(-1)
     with jax.named_scope("balance"):
-        parts = [balance_loss(aux, real) for aux in auxes]
-    penalty = sum(loss for loss, _ in parts) / len(parts)
-    return next_token + balance * penalty, Metrics(next_token, jnp.stack([load for _, load in parts]))
+        losses, loads = zip(*(balance_loss(aux, real) for aux in auxes), strict=True)
+    total = next_token + balance * sum(losses) / len(losses)
+    used = {f"{EFFECTIVE_EXPERTS}{layer}": effective_experts(load) for layer, load in enumerate(loads)}
+    return total * weight, weight, {name: value * weight for name, value in {"next_token": next_token, **used}.items()}
 
 
 def next_token_loss(
@@ -66,3 +63,9 @@ def balance_loss(aux: LayerAux, real: Bool[Array, "tokens"]) -> tuple[Float[Arra
     chosen = jnp.sum(jax.nn.one_hot(aux.routing.ids, experts), axis=1)
     load = weights @ chosen / aux.routing.ids.shape[-1]
     return experts * jnp.sum(load * probability), load
+
+
+def effective_experts(load: Float[Array, "*layers experts"]) -> Float[Array, "*layers"]:
+    """exp of the load's entropy: how many experts would carry it if they carried it evenly."""
+    share = load / jnp.sum(load, axis=-1, keepdims=True)
+    return jnp.exp(-jnp.sum(share * jnp.log(jnp.maximum(share, 1e-30)), axis=-1))

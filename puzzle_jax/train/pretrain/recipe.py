@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.errors import MOST_SEED, MOST_TIMES, ConfigError, check_range, shown
 from puzzle_jax.tasks import PRETRAINING_TASKS, check_effort
+from puzzle_jax.train.loop import LoopSettings
+from puzzle_jax.train.optimizer import OptimizerSettings, decay_steps, make_schedule
 from puzzle_jax.train.pretrain.data import Bucket
 
 
@@ -37,41 +40,33 @@ class PretrainRecipe:
     """Everything that decides a pretraining run.
 
     Attributes:
-      seed: of weights and data.
       model: the network to train; `num_experts` and a list `windows` stand for its blocks.
       tasks: weight of each task in the data.
       efforts: weight of each effort in the data.
       buckets: shapes of batches.
-      steps: optimiser steps.
-      learning_rate: reached after `warmup_steps` and kept until `final_steps` before the end, then falling evenly
-        to a twentieth: what comes before the final phase does not depend on how long the run is.
-      final_steps: length of the final phase, in which experts are rounded to MXFP4 in every forward pass.
-      adam_b2, weight_decay, clip_norm: of AdamW.
+      out: directory of the run: its checkpoints, metrics.jsonl, report.html, and the parent in parent/.
       balance: weight of the load-balancing loss; too much of it makes all experts equally used, which leaves a
         search nothing to choose.
       embedding_scale: standard deviation of the embedding at the start.
       residual_scale: factor on the projections that write to the residual stream at the start.
-      save_every: steps between saves of the resumable state.
       held_out: problems per task and effort that accuracy is measured on at the end.
+      optimizer, loop: see there. With the schedule "wsd", what comes before the rate falls does not depend on how long
+        the run is; while it falls, the experts are rounded to MXFP4 in every forward pass.
+      seed: of weights and data.
     """
 
-    seed: int
     model: ModelConfig = field(metadata={"read": read_model})
     tasks: Mapping[str, float]
     efforts: Mapping[str, float]
     buckets: tuple[Bucket, ...]
-    steps: int
-    learning_rate: float
-    final_steps: int
-    warmup_steps: int = 100
-    adam_b2: float = 0.98
-    weight_decay: float = 0.01
-    clip_norm: float = 1.0
+    out: Path
     balance: float = 0.002
     embedding_scale: float = 0.7
     residual_scale: float = 0.3
-    save_every: int = 250
     held_out: int = 128
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    loop: LoopSettings = field(default_factory=LoopSettings)
+    seed: int = 0
 
     def __post_init__(self) -> None:
         for task in self.tasks:
@@ -84,25 +79,23 @@ class PretrainRecipe:
             weights = getattr(self, name)
             if not weights or not all(0 < weight < math.inf for weight in weights.values()):
                 raise ConfigError(f"{name} is {dict(weights)}, but needs weights above 0")
-        for name in ("steps", "final_steps", "warmup_steps", "save_every", "held_out"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} is {shown(value)}, but must be a whole number of at least 1")
-            check_range(name, value, 1, MOST_TIMES)
+        check_range("held_out", self.held_out, 1, MOST_TIMES)
         check_range("seed", self.seed, 0, MOST_SEED)
-        if self.warmup_steps + self.final_steps > self.steps:
-            raise ConfigError(
-                f"warmup_steps and final_steps are {self.warmup_steps} and {self.final_steps}, "
-                f"but must fit into steps ({self.steps})"
-            )
-        for name in ("learning_rate", "clip_norm", "embedding_scale", "residual_scale"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"{name} is {getattr(self, name)}, but must be above 0")
-        if not 0 <= self.adam_b2 < 1:
-            raise ConfigError(f"adam_b2 is {self.adam_b2}, but must be in [0, 1)")
-        for name in ("weight_decay", "balance"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"{name} is {getattr(self, name)}, but must be at least 0")
+        check_range("balance", self.balance, 0)
+        for name in ("embedding_scale", "residual_scale"):
+            check_range(name, getattr(self, name), 0, above=True)
+        make_schedule(self.optimizer, self.loop.steps)  # checks the warmup
         longest = max((bucket.length for bucket in self.buckets), default=0)
         if longest > self.model.max_position:
             raise ConfigError(f"a bucket is {longest} tokens long, but model max_position is {self.model.max_position}")
+
+    @property
+    def rounded_steps(self) -> int:
+        """The last steps, in which the experts are rounded."""
+        return decay_steps(self.optimizer, self.loop.steps)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the result depends on, as JSON values."""
+        own = {name: value for name, value in asdict(self).items() if name not in ("out", "loop")}
+        return {"kind": "pretrain", "recipe": own | {"steps": self.loop.steps}}

@@ -28,7 +28,7 @@ from puzzle_jax.train.grpo.inputs import GrpoInputs
 from puzzle_jax.train.grpo.policy_update import PolicyUpdate
 from puzzle_jax.train.grpo.primary_rewards import FirstJudges
 from puzzle_jax.train.grpo.run import Trainer, grpo
-from puzzle_jax.train.grpo.transcript_files import Transcript
+from puzzle_jax.train.grpo.transcripts import Transcript
 from puzzle_jax.train.placement import Placement
 from puzzle_jax.train.run import report
 from puzzle_jax.train.step import TrainState

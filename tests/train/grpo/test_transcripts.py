@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from puzzle_jax.train.grpo.transcript_files import Transcript, drop_after, write_transcripts
+from puzzle_jax.train.grpo.transcripts import Transcript, drop_after, write_transcripts
 
 GOOD = Transcript(
     task="add",

@@ -76,7 +76,7 @@ def test_buckets_join_late_and_take_their_lengths(chat):
 def test_impossible_buckets_are_refused(chat):
     with pytest.raises(ConfigError, match=r"bucket of length 64: weight is 0\.0, but must be above 0"):
         Bucket(64, 2, 0.0)
-    with pytest.raises(ConfigError, match="shortest is 65, but must be 1 to 64"):
+    with pytest.raises(ConfigError, match="shortest is 65, but must be from 1 to 64"):
         Bucket(64, 2, 1.0, shortest=65)
     with pytest.raises(ConfigError, match="start is -1, but must be at least 0"):
         Bucket(64, 2, 1.0, start=-1)

@@ -7,8 +7,7 @@ import pytest
 
 from puzzle_jax.kernels.route import Routing
 from puzzle_jax.model.network import LayerAux
-from puzzle_jax.train.pretrain.loss import balance_loss, next_token_loss
-from puzzle_jax.train.pretrain.run import effective_experts
+from puzzle_jax.train.pretrain.loss import balance_loss, effective_experts, next_token_loss
 
 
 def test_next_token_loss_counts_weighted_tokens_only():
@@ -39,4 +38,4 @@ def test_balance_loss_by_hand():
 
 def test_effective_experts():
     load = np.asarray([[0.25, 0.25, 0.25, 0.25], [1.0, 0.0, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0]])
-    np.testing.assert_allclose(effective_experts(load), [4.0, 1.0, 2.0])
+    np.testing.assert_allclose(effective_experts(jnp.asarray(load)), [4.0, 1.0, 2.0], rtol=1e-6)

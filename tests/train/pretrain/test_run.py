@@ -1,23 +1,33 @@
 """Pretraining from recipe to checkpoint, at the smallest size: exact resume, exact export, refusals."""
 
 import dataclasses
+import io
 import json
+from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 from puzzle_jax.config import BlockConfig, ModelConfig, RopeConfig
 from puzzle_jax.convert_hf.load import load_checkpoint
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.model.network import to_compute
+from puzzle_jax.runs import read_metrics
 from puzzle_jax.tasks import EFFORTS, Chat
+from puzzle_jax.tasks.chat.embedded import embedded_chat
 from puzzle_jax.train.__main__ import main
+from puzzle_jax.train.fake_quant import fake_quantize_experts
+from puzzle_jax.train.loop import LoopSettings
+from puzzle_jax.train.optimizer import OptimizerSettings
 from puzzle_jax.train.pretrain import run as pretraining
-from puzzle_jax.train.pretrain.data import Bucket
+from puzzle_jax.train.pretrain.data import BatchSource, Bucket
+from puzzle_jax.train.pretrain.loss import pretraining_loss
 from puzzle_jax.train.pretrain.recipe import PretrainRecipe
-from puzzle_jax.train.pretrain.run import pretrain, round_for_export
+from puzzle_jax.train.pretrain.run import pretrain, pretraining_job, round_for_export
 
 MODEL = ModelConfig(
     vocab_size=128,
@@ -37,13 +47,14 @@ RECIPE = PretrainRecipe(
     tasks={"chain": 1.0, "add": 0.5},
     efforts={"low": 1.0, "high": 1.0},
     buckets=(Bucket(96, 4, 1.0), Bucket(128, 3, 1.0)),
-    steps=6,
-    learning_rate=3e-3,
-    final_steps=3,
-    warmup_steps=2,
-    save_every=2,
+    out=Path("nowhere"),
+    optimizer=OptimizerSettings(
+        learning_rate=3e-3, schedule="wsd", decay_fraction=0.5, final_fraction=0.05, warmup_steps=2, b2=0.98
+    ),
+    loop=LoopSettings(steps=6, save_every=2, log_every=1, max_skipped=2),
     held_out=2,
 )
+QUIET = Console(quiet=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -54,21 +65,23 @@ def short_answers():
         yield
 
 
+def losses(out):
+    return [line["next_token"] for line in read_metrics(out / "metrics.jsonl")]
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """An uninterrupted run: its directory, report and losses."""
-    out = tmp_path_factory.mktemp("run") / "parent"
-    losses = []
-    report = pretrain(RECIPE, out, on_step=lambda step, loss: losses.append(loss))
-    return out, report, losses
+    """The directory of an uninterrupted run."""
+    out = tmp_path_factory.mktemp("run") / "pretrained"
+    pretrain(dataclasses.replace(RECIPE, out=out), QUIET)
+    return out
 
 
 def test_the_loss_falls_and_the_report_is_written(run):
-    out, report, losses = run
-    assert len(losses) == RECIPE.steps
-    assert losses[-1] < losses[0] and losses[0] > 4
-    written = json.loads((out / "pretraining.json").read_text())
-    assert written == json.loads(json.dumps(report))
+    found = losses(run)
+    assert len(found) == RECIPE.loop.steps
+    assert found[-1] < found[0] and found[0] > 4
+    written = json.loads((run / "parent" / "pretraining.json").read_text())
     assert written["recipe"]["steps"] == 6 and written["seed"] == 3
     assert set(written["sampled"]) == set(written["greedy"]) == set(EFFORTS)
     assert set(written["greedy"]["low"]) == {"mean", "chain", "add"}
@@ -76,11 +89,37 @@ def test_the_loss_falls_and_the_report_is_written(run):
     assert len(written["effective_experts"]) == 2
     assert all(1 <= count <= 5 for count in written["effective_experts"])
     assert "recall_by_distance" not in written
-    assert sorted(path.name for path in out.parent.iterdir()) == ["parent"]
+    names = {path.name for path in run.iterdir()} - {"tensorboard"}
+    assert names == {"run.json", "checkpoints", "metrics.jsonl", "report.html", "parent"}
 
 
-def test_the_checkpoint_holds_exactly_what_was_measured(run, tmp_path):
-    out, *_ = run
+def test_the_rate_falls_to_its_end_while_experts_are_rounded(run):
+    rates = [line["learning_rate"] for line in read_metrics(run / "metrics.jsonl")]
+    assert rates == pytest.approx([0.0015, 0.003, 0.003, 0.003, 0.00205, 0.0011])
+    assert RECIPE.rounded_steps == 3
+    job = pretraining_job(RECIPE, embedded_chat())
+    assert [bool(next(job.batches).rounded[0]) for _ in range(6)] == [False] * 3 + [True] * 3
+    with pytest.raises(StopIteration):
+        next(job.batches)
+
+
+def test_rounding_is_what_the_loss_sees():
+    """Parameters on the grid have the same loss in both phases, others have not."""
+    batch = pretraining_job(RECIPE, embedded_chat()).batches.batch(0)
+    params, key = pretraining.initial_params(RECIPE), jax.random.key(0)
+    loss = jax.jit(partial(pretraining_loss, MODEL, 0.0))
+
+    def nll(params, rounded):
+        total, weight, _ = loss(params, None, batch._replace(rounded=np.asarray(rounded)), key)
+        return float(total / weight)
+
+    grid = fake_quantize_experts(params)
+    assert nll(params, True) == pytest.approx(nll(grid, False), rel=1e-6) == pytest.approx(nll(grid, True), rel=1e-6)
+    assert abs(nll(params, True) - nll(params, False)) > 1e-6
+
+
+def test_the_checkpoint_holds_exactly_what_was_measured(run):
+    out = run / "parent"
     checkpoint = load_checkpoint(out)
     assert checkpoint.config == MODEL
     params = to_compute(checkpoint.params, jnp.float32)
@@ -90,40 +129,40 @@ def test_the_checkpoint_holds_exactly_what_was_measured(run, tmp_path):
     assert chat.decode(chat.prompt_tokens("mod 1+2", "low")).endswith("mod 1+2<|end|><|start|>assistant")
 
 
-def test_a_run_that_died_goes_on_exactly(run, tmp_path):
-    out, _, losses = run
-    seen, said = [], []
+def test_a_run_that_died_goes_on_exactly(run, tmp_path, monkeypatch):
+    recipe, batch = dataclasses.replace(RECIPE, out=tmp_path / "run"), BatchSource.batch
 
-    def dies(step, loss):
-        seen.append(loss)
+    def dies(self, step):
         if step == 3:
             raise KeyboardInterrupt
+        return batch(self, step)
 
+    monkeypatch.setattr(BatchSource, "batch", dies)
     with pytest.raises(KeyboardInterrupt):
-        pretrain(RECIPE, tmp_path / "parent", on_step=dies)
-    assert not (tmp_path / "parent").exists()
-    rest = []
-    pretrain(RECIPE, tmp_path / "parent", on_step=lambda step, loss: rest.append(loss), on_stage=said.append)
-    assert said[0] == "going on from step 2"
-    assert seen == losses[:3] and rest == losses[2:]
-    assert (tmp_path / "parent" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+        pretrain(recipe, QUIET)
+    assert not (tmp_path / "run" / "parent").exists()
+    monkeypatch.setattr(BatchSource, "batch", batch)
+    console = Console(file=io.StringIO())
+    assert pretrain(recipe, console).summary.resumed_from == 2
+    assert "going on from step 2" in console.file.getvalue()
+    assert losses(tmp_path / "run") == losses(run)
+    model = ("parent", "model.safetensors")
+    assert tmp_path.joinpath("run", *model).read_bytes() == run.joinpath(*model).read_bytes()
 
 
-def test_states_of_other_recipes_and_full_directories_are_refused(run, tmp_path):
-    out, *_ = run
-    with pytest.raises(PuzzleError, match=r"parent exists and is not empty"):
-        pretrain(RECIPE, out)
-    state = pretraining.State(0, {}, ())
-    pretraining.save_state(tmp_path / "x.state", RECIPE, state)
-    other = dataclasses.replace(RECIPE, seed=4)
-    with pytest.raises(PuzzleError, match=r"x.state.npz holds the state of another recipe"):
-        pretraining.load_state(tmp_path / "x.state", other, state)
+def test_runs_of_other_recipes_and_full_directories_are_refused(run, tmp_path):
+    with pytest.raises(PuzzleError, match=r"holds another run \(recipe\.seed 3 -> 4\)"):
+        pretrain(dataclasses.replace(RECIPE, out=run, seed=4), QUIET)
+    (tmp_path / "mine.txt").touch()
+    with pytest.raises(PuzzleError, match=r"holds files that are no run's \(mine.txt\)"):
+        pretrain(dataclasses.replace(RECIPE, out=tmp_path), QUIET)
 
 
 def test_a_diverged_run_says_so(tmp_path):
-    recipe = dataclasses.replace(RECIPE, learning_rate=1e30, clip_norm=1e30, buckets=(Bucket(96, 4, 1.0),))
-    with pytest.raises(PuzzleError, match=r"the loss is .* at step \d; a lower learning_rate would help"):
-        pretrain(recipe, tmp_path / "parent")
+    wild = dataclasses.replace(RECIPE.optimizer, learning_rate=1e30, clip_norm=1e30)
+    recipe = dataclasses.replace(RECIPE, out=tmp_path / "run", optimizer=wild, buckets=(Bucket(96, 4, 1.0),))
+    with pytest.raises(PuzzleError, match=r"not finite in 2 steps in a row, up to step \d; .* a lower learning_rate"):
+        pretrain(recipe, QUIET)
 
 
 def test_command_line_refuses_in_one_sentence(tmp_path, capsys):

@@ -1,0 +1,35 @@
+"""Pages from templates: HTML in one file that opens offline, in which every text is escaped."""
+
+from __future__ import annotations
+
+import base64
+import re
+from functools import cache
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+_UNSEEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    "\ud800-\udfff\U000e0000-\U000e007f]"
+)
+"""Controls, half surrogate pairs, marks of direction and joining: all but tab and newline."""
+
+
+def render(template: str, **values: Any) -> str:
+    """The page of `templates/TEMPLATE.html.jinja` with these values."""
+    return _environment().get_template(f"{template}.html.jinja").render(values)
+
+
+def visible(text: str) -> Markup:
+    """Text for HTML, with the numbers of characters that are not seen."""
+    return Markup(_UNSEEN.sub(lambda found: f"<i>U+{ord(found[0]):04X}</i>", escape(text)))
+
+
+@cache
+def _environment() -> Environment:
+    loader = PackageLoader("puzzle_jax.report")
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True)
+    environment.filters |= {"base64": lambda png: base64.b64encode(png).decode(), "visible": visible}
+    return environment

@@ -1,0 +1,51 @@
+"""A table that is shown in the terminal (rich) and written as markdown, with the same cells."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table with a title, and remarks below it.
+
+    Attributes:
+      title: above it; "" for none.
+      heading: names of the columns.
+      rows: cells, the first of each row being its name.
+      remarks: sentences below it.
+      emphasised: the column that the terminal shows bold.
+    """
+
+    title: str
+    heading: list[str]
+    rows: list[list[str]]
+    remarks: tuple[str, ...] = ()
+    emphasised: str | None = None
+
+    def table(self) -> Table:
+        """For the terminal."""
+        table = Table(
+            title=self.title or None,
+            title_justify="left",
+            caption=" ".join(self.remarks) or None,
+            caption_justify="left",
+        )
+        for position, name in enumerate(self.heading):
+            style = "bold" if name == self.emphasised else None
+            table.add_column(name, justify="right" if position else "left", style=style, overflow="fold")
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+    def markdown(self) -> str:
+        """For a file, with paragraphs apart by an empty line."""
+        rows = [_row(self.heading), f"|---|{'---:|' * (len(self.heading) - 1)}", *map(_row, self.rows)]
+        return "\n\n".join([*([f"## {self.title}"] if self.title else []), "\n".join(rows), *self.remarks])
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cell.strip().replace('|', '&#124;') for cell in cells)} |"
