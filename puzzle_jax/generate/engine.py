@@ -29,6 +29,7 @@ from puzzle_jax.generate.slots import (
     Group,
     Slots,
     admit,
+    beside,
     decode,
     empty_group,
     empty_slots,
@@ -199,7 +200,7 @@ class Engine:
     def _stream(self, requests: Sequence[Request], burst: int, partial: bool) -> Iterator[Event]:
         alike = first_alike(requests)
         waiting = deque(self._order(requests, alike))
-        state, group = self._new_slots(self._mesh), self._new_group()
+        state, group = beside(self.params, (self._new_slots(self._mesh), self._new_group()), self._mesh)
         held: dict[int, int] = {}  # first request with a prompt -> row of the group that holds it
         owners: dict[int, int] = {}  # slot -> request
         told: dict[int, int] = {}  # slot -> tokens reported
@@ -224,8 +225,7 @@ class Engine:
                 state = self._admit(state, group, [requests[i] for i in members], rows, slots)
                 owners.update(zip(slots, members, strict=True))
                 told.update(dict.fromkeys(slots, 0))
-            target = enough() if waiting else self.slots
-            state = self._decode(state, burst, target)
+            state = self._decode(state, burst, enough() if waiting else self.slots)
             idle, counts = read((state.idle, state.counts), self._mesh)
             for slot, index in list(owners.items()):
                 if not idle[slot] and not partial:
@@ -244,7 +244,7 @@ class Engine:
     def _prefill(self, state: Slots, group: Group, members: Sequence[Request], *, busy: bool) -> tuple[Slots, Group]:
         """Runs the prompts of at most `rows` requests; rows beyond them repeat the first."""
         members = [*members, *[members[0]] * (self.rows - len(members))]
-        chunks = max(self._chunks(request) for request in members)
+        chunks = max(map(self._chunks, members))
         tokens = np.zeros((self.rows, chunks * self.chunk), np.int32)
         for row, request in enumerate(members):
             tokens[row, : len(request.prompt)] = request.prompt

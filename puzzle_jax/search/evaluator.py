@@ -21,13 +21,12 @@ from puzzle_jax.convert_hf.table import tensor_bytes
 from puzzle_jax.costs.table import Costs
 from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions, unscored_note
 from puzzle_jax.evaluate.journal import journaled_answers
-from puzzle_jax.evaluate.models import Model
+from puzzle_jax.evaluate.models import Model, dense_in_place
 from puzzle_jax.evaluate.summary import by_effort
 from puzzle_jax.evaluate.throughput import measure_throughput
 from puzzle_jax.files import read_object, write_beside
 from puzzle_jax.generate.traces import Trace
 from puzzle_jax.model.child import Child, cut_params
-from puzzle_jax.model.network import to_compute
 from puzzle_jax.model.spec import count_params
 from puzzle_jax.progress import progress
 from puzzle_jax.search.recipe import Recipe
@@ -135,7 +134,8 @@ class Evaluator:
         if not rounds:
             return {scenario.name: {} for scenario in self.recipe.scenarios}
         checkpoint = load_checkpoint(exported)
-        models = {"child": (to_compute(checkpoint.params, dtype), checkpoint.config)}
+        dense = dense_in_place(checkpoint.config, None)(checkpoint.params, dtype)
+        models = {"child": (dense, checkpoint.config)}
         for name, child in children.items():
             models.setdefault(name, (cut_params(self.parent.params, child), child.config))
         found = {}

@@ -142,8 +142,8 @@ def _given(verb: Verb, arguments: Sequence[str], settings: Mapping[str, Setting]
         for field, form in formed(value, name, settings, "--").items():
             # A mapping replaces a recipe's; what follows on the command line, or gives one key, adds to it.
             adds = isinstance(form, dict) and (field in replaced or isinstance(value, dict))
-            known = given.get(field)
-            given[field] = {**known, **form} if adds and isinstance(known, dict) else form
+            before = given.get(field)
+            given[field] = {**before, **form} if adds and isinstance(before, dict) else form
             replaced.add(field)
     for name, word in zip(verb.positional, words, strict=False):
         given |= formed(word, name, settings, "")

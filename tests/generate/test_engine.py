@@ -7,7 +7,7 @@ import pytest
 
 from puzzle_jax.config import BlockConfig, cache_bytes
 from puzzle_jax.errors import ConfigError, PuzzleError
-from puzzle_jax.generate import Engine, Request, Sampling, generate
+from puzzle_jax.generate import Engine, Request, Sampling, generate, slots
 from puzzle_jax.generate.sampling import sample
 from puzzle_jax.model.cache_format import FLOAT8, CacheFormat, KVScales
 from puzzle_jax.model.child import Child, ChildBlock, cut_params
@@ -67,6 +67,15 @@ def test_bfloat16_tokens_are_the_likeliest_of_the_uncached_pass_up_to_rounding()
             behind.append(float(logits[index].max() - logits[index, token]))
     assert len(behind) == sum(request.max_tokens for request in requests())
     assert np.mean(np.asarray(behind) == 0) > 0.9 and np.quantile(behind, 0.97) < 0.15
+
+
+def test_every_program_is_compiled_once():
+    """Of parameters that were loaded onto a device, as a checkpoint's are: states are there from the start."""
+    loaded, programs = jax.device_put(PARAMS, jax.devices()[0]), (slots.prefill, slots.admit, slots.decode)
+    for program in programs:
+        program.clear_cache()
+    generate(loaded, CONFIG, requests(), stop_ids=(), slots=2)
+    assert [program._cache_size() for program in programs] == [1, 1, 1]
 
 
 def test_a_view_generates_what_its_cut_child_does():

@@ -272,7 +272,7 @@ def naive_blocks(own, params, batch):
 
 def test_blocks_are_compared_layer_by_layer_and_learn_alone(setting):
     packed, params, _, batch = setting
-    base = LOCAL.base(packed)
+    base = LOCAL.stacked(packed)
     trained = random_master_weights(LOCAL, base)
     (total, loss), gradient = BLOCKS(trained, base, batch)
     (expected, errors), expected_gradient = naive_blocks(unstack_params(trained, LOCAL.runs), params, batch)

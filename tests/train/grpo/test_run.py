@@ -171,7 +171,7 @@ def test_models_without_a_record_or_a_parent_in_it(directory, tmp_path, monkeypa
     with FirstJudges() as judges:
         for name, model in (("parent", directory / "parent"), ("orphan", tmp_path / "orphan")):
             recipe = parse(VERBS["grpo"], arguments(directory, tmp_path / f"of-{name}", model=model))
-            trainer = Trainer(GrpoInputs.open(recipe), Placement(), judges, Console(quiet=True))
+            trainer = Trainer(GrpoInputs.open(recipe), Placement(), Console(quiet=True), judges)
             values = jax.jit(trainer.student.master_weights)(trainer.base)
             trainer.export(TrainState(jnp.int32(3), values, (), jax.random.key(0), jnp.int32(0)))
             found.append(record(tmp_path / f"of-{name}"))
