@@ -7,8 +7,8 @@ from puzzle_jax.generate.traces import COLUMNS, read_traces
 from puzzle_jax.tasks import get_task, problems
 from puzzle_jax.tasks.chat.embedded import embedded_chat
 from puzzle_jax.tasks.matches import MATCHES
+from puzzle_jax.tasks.rewards.answers import Answer
 from puzzle_jax.tasks.rewards.worker_program import load
-from puzzle_jax.tasks.rewards.workers import Answer
 from tests.paths import ROOT
 
 TEXT = (ROOT / "docs" / "files.md").read_text()

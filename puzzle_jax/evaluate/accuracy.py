@@ -32,7 +32,8 @@ from puzzle_jax.model.child import View
 from puzzle_jax.model.spec import Params
 from puzzle_jax.tasks import Chat, FiniteTask, Problem, check_effort, get_task, problems
 from puzzle_jax.tasks.chat.embedded import is_embedded
-from puzzle_jax.tasks.rewards.workers import Answer, Judgement, Judges
+from puzzle_jax.tasks.rewards.answers import Answer, Reward
+from puzzle_jax.tasks.rewards.workers import RewardWorkers
 
 SPLIT_STRIDE, SEED_STRIDE = 10_000_000, 100_000
 SPLITS = ("calibration", "validation", "heldout", "accuracy", "evaluation", "confirmation", "training")
@@ -44,11 +45,11 @@ _MOST_JUDGES, _MOST_REASONS = 4, 3
 
 @runtime_checkable
 class Scoring(Protocol):
-    """Scores answers while the caller does something else; see `tasks.rewards.workers.Judges`, which is one."""
+    """Scores answers while the caller does something else; see `tasks.rewards.workers.RewardWorkers`, which is one."""
 
     def begin(self, answer: Answer, *, own_score: bool = False) -> int: ...
 
-    def finished(self, *, wait: bool) -> list[tuple[int, Judgement]]: ...
+    def finished(self, *, wait: bool) -> list[tuple[int, Reward]]: ...
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ def answer_questions(
         task, tokens = tasks[problem.task], len(completion.tokens)
         if task.bounded:
             score = 0.0 if completion.truncated else task.score(problem, parsed.final)
-            deliver(position, completion, Judgement(score, None))
+            deliver(position, completion, Reward(score, None))
             return
         assert judges is not None
         answer = Answer(problem, effort, parsed.analysis, parsed.final, tokens, completion.truncated)
@@ -185,7 +186,7 @@ def answer_questions(
         for ticket, judgement in judges.finished(wait=wait):
             deliver(*scored_elsewhere.pop(ticket), judgement)
 
-    def deliver(position: int, completion: Generated, judgement: Judgement) -> None:
+    def deliver(position: int, completion: Generated, judgement: Reward) -> None:
         index, (problem, effort) = asked[position]
         answers[index] = Trace(
             problem.task,
@@ -204,7 +205,7 @@ def answer_questions(
     stop_ids = sorted(chat.stop_ids)
     with ExitStack() as stack:
         if judges is None and not all(tasks[problem.task].bounded for _, (problem, _) in asked):
-            judges = stack.enter_context(Judges(processes=min(_MOST_JUDGES, os.cpu_count() or 1)))
+            judges = stack.enter_context(RewardWorkers(processes=min(_MOST_JUDGES, os.cpu_count() or 1)))
         if context is None:
             generate(
                 params,

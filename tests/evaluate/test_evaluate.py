@@ -18,7 +18,7 @@ from puzzle_jax.settings.verbs import parse
 from puzzle_jax.tasks import EFFORTS, is_held_out
 from puzzle_jax.tasks.arithmetic import Chain
 from puzzle_jax.tasks.chat.embedded import embedded_chat
-from puzzle_jax.tasks.rewards.workers import Answer, Judgement
+from puzzle_jax.tasks.rewards.answers import Answer, Reward
 from tests.support import small_config
 
 
@@ -125,7 +125,7 @@ def test_one_context_for_all_questions_gives_the_same_answers(ask, answers):
 
 
 class Late:
-    """Judges that give one judgement each time they are waited for, the last one first."""
+    """RewardWorkers that give one judgement each time they are waited for, the last one first."""
 
     def __init__(self):
         self.begun: list[Answer] = []
@@ -137,11 +137,11 @@ class Late:
         self.left.append(len(self.begun) - 1)
         return self.left[-1]
 
-    def finished(self, *, wait: bool) -> list[tuple[int, Judgement]]:
+    def finished(self, *, wait: bool) -> list[tuple[int, Reward]]:
         if not wait or not self.left:
             return []
         ticket = self.left.pop()
-        return [(ticket, Judgement(0.0, "took longer than 10 s") if ticket % 2 else Judgement(0.5, None))]
+        return [(ticket, Reward(0.0, "took longer than 10 s") if ticket % 2 else Reward(0.5, None))]
 
 
 def test_unbounded_scorers_judge_elsewhere_and_a_lost_answer_is_0_with_its_reason(ask, answers, monkeypatch):

@@ -30,7 +30,7 @@ from puzzle_jax.tasks import Chat
 from puzzle_jax.train.__main__ import VERBS
 from puzzle_jax.train.grpo.policy import Scores
 from puzzle_jax.train.grpo.policy_batches import Learnable, examples, micro_batches, with_scores
-from puzzle_jax.train.grpo.primary_rewards import FirstJudges
+from puzzle_jax.train.grpo.primary_rewards import PrimaryRewards
 from puzzle_jax.train.grpo.prompts import PromptSettings
 from puzzle_jax.train.grpo.recipe import GrpoRecipe, RolloutSettings, UpdateSettings
 from puzzle_jax.train.grpo.rollouts import Rollout, Sampler
@@ -192,7 +192,12 @@ def test_weights_are_laid_apart_as_the_sampler_does(found, mesh):
     assert held["masters"] == first_part(trained)
     assert found["update"].held["sums"] - held["masters"] < 100  # scalars
     sampler = Sampler(
-        student, Mock(spec=Chat), Mock(spec=FirstJudges), group=4, max_tokens={"high": 24}, mesh=generation_mesh(mesh)
+        student,
+        Mock(spec=Chat),
+        Mock(spec=PrimaryRewards),
+        group=4,
+        max_tokens={"high": 24},
+        mesh=generation_mesh(mesh),
     )
     real = sampler.params(resident, trained)
     planned = RUN.sampler_params

@@ -25,10 +25,11 @@ from typing import Any
 
 from puzzle_jax.errors import ConfigError, shown
 from puzzle_jax.tasks import Task, get_task
+from puzzle_jax.tasks.rewards.answers import LARGEST_REWARD, Answer
 from puzzle_jax.tasks.rewards.channel import receive, receive_bytes, send
-from puzzle_jax.tasks.rewards.workers import LARGEST_REWARD, Answer, Setup
+from puzzle_jax.tasks.rewards.workers import Setup
 
-Reward = Callable[[Answer, Callable[[], float]], Any]
+RewardFunction = Callable[[Answer, Callable[[], float]], Any]
 
 _LOOK_SECONDS = 0.5
 # So long after the limit a process ends by itself, if not before; a parent that is there ends it at the limit.
@@ -38,7 +39,7 @@ _OWN_MEMORY_BYTES = 4 << 30
 
 
 def work(parent: int) -> None:
-    """Judges what comes in over stdin, a socket, until it is closed or its parent, the process `parent`, ends."""
+    """Rewards what comes in over stdin, a socket, until it is closed or its parent, the process `parent`, ends."""
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     signal.signal(signal.SIGINT, lambda *_: None)
     # The function's own reads and prints, and those of programs that it starts, must not meet the channel.
@@ -64,7 +65,7 @@ def work(parent: int) -> None:
         os._exit(0)  # The parent is gone; threads of the function's might keep the process.
 
 
-def load(function: str, source: bytes | None) -> Reward:
+def load(function: str, source: bytes | None) -> RewardFunction:
     """The user's function, from its file's source, or by import of its module.
 
     Modules beside the file can be imported, where no other has their name.
@@ -106,7 +107,7 @@ def _run(path: str, source: bytes) -> ModuleType:
 
 
 def _judged(
-    channel: socket.socket, nothing: int, reward: Reward, time_limit: float, tasks: dict[str, Task], message: bytes
+    channel: socket.socket, nothing: int, reward: RewardFunction, time_limit: float, tasks: dict[str, Task], message: bytes
 ) -> tuple[float | None, str | None, str | None, float | None]:
     """Reward, or kind and reason of its loss; and the task's own score, if it was asked."""
     process = os.getpid()

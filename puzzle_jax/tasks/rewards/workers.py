@@ -11,7 +11,7 @@ An answer is lost when the function raises, takes longer than the time limit, re
 process. Where a task's own score is lost, the answer's text is to blame, and is worth 0; a user's function that fails
 says nothing of the answer, which then has no reward.
 
-The processes are fresh interpreters (`judge_worker`) with the parent's `sys.path`, started anew after every hang and
+The processes are fresh interpreters (`worker_program`) with the parent's `sys.path`, started anew after every hang and
 death: they import no JAX and need no guard around the user's main program. Hash seed and JAX platform (cpu) are fixed
 in them; a user's function sees the rest of the environment as well, unless the names of what it may see are given, and
 a task's own scorer, which reads text from a model, sees `OWN_ENVIRONMENT` alone and is given 4 GiB of memory. What is
@@ -33,20 +33,17 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 
 from puzzle_jax.errors import ConfigError, PuzzleError
 from puzzle_jax.processes.supervise import kill_descendants
-from puzzle_jax.tasks.base import Problem
+from puzzle_jax.tasks.rewards.answers import Answer, Reward
 from puzzle_jax.tasks.rewards.channel import receive, send
 from puzzle_jax.tasks.rewards.source import reward_source
 
 TIME_LIMIT = 10.0
 """Seconds that scoring one answer may take, unless something else is asked for."""
-
-LARGEST_REWARD = 1e30
-"""Absolute value up to which a number is a reward: sums and differences of such rewards are finite in float32."""
 
 OWN_ENVIRONMENT = (
     "PATH", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "TMP", "TEMP", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH",
@@ -66,43 +63,6 @@ _PROGRAM = (
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What is judged.
-
-    Attributes:
-      problem: what was asked.
-      effort: reasoning effort that was asked for.
-      analysis: text of the analysis channel.
-      final: text of the final channel.
-      tokens: number of the completion's.
-      truncated: whether the completion was cut off at its limit.
-    """
-
-    problem: Problem
-    effort: str
-    analysis: str
-    final: str
-    tokens: int
-    truncated: bool
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """What an answer is worth.
-
-    Attributes:
-      reward: the finite number; None where a user's function gave none, 0 where a task's own score could not be had.
-      reason: why it was lost, as one short clause ("raised ValueError: no number", "took longer than 10 s",
-        "returned nan", "ended its process with exit code 3"); None where it was not.
-      score: what the task's own scorer gave, where it was asked. Not compared.
-    """
-
-    reward: float | None
-    reason: str | None
-    score: float | None = field(default=None, compare=False)
-
-
-@dataclass(frozen=True)
 class Setup:
     """What a worker is told first.
 
@@ -117,7 +77,7 @@ class Setup:
     time_limit: float
 
 
-class Judges:
+class RewardWorkers:
     """Processes that judge answers, until `close`, or the end of a `with` block.
 
     Attributes:
@@ -160,7 +120,7 @@ class Judges:
         self._starts_left = 1
         self._tickets = count()
         self._waiting: deque[_Asked] = deque()
-        self._found: dict[int, Judgement] = {}
+        self._found: dict[int, Reward] = {}
         try:
             self._start()
             while not self._workers[0].ready:
@@ -169,13 +129,13 @@ class Judges:
             self.close()
             raise
 
-    def __enter__(self) -> Judges:
+    def __enter__(self) -> RewardWorkers:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def judge(self, answers: Sequence[Answer], *, own_score: bool = False) -> list[Judgement]:
+    def judge(self, answers: Sequence[Answer], *, own_score: bool = False) -> list[Reward]:
         """The judgement of every answer, in the same order.
 
         Args:
@@ -198,12 +158,12 @@ class Judges:
             raise RuntimeError("the judges were closed")
         ticket, own = next(self._tickets), own_score or self._setup.function is None
         if own and answer.truncated:
-            self._found[ticket] = Judgement(0.0, None, 0.0)
+            self._found[ticket] = Reward(0.0, None, 0.0)
         else:
             self._waiting.append(_Asked(ticket, answer, own))
         return ticket
 
-    def finished(self, *, wait: bool) -> list[tuple[int, Judgement]]:
+    def finished(self, *, wait: bool) -> list[tuple[int, Reward]]:
         """Numbers and judgements of what was begun and is judged by now; `wait` waits for one, if any is due.
 
         Also hands waiting answers to processes that have become idle, so it should be called now and then. Raises
@@ -302,7 +262,7 @@ class Judges:
     ) -> None:
         if kind is not None:
             self.lost[kind] += 1
-        self._found[asked.ticket] = Judgement(0.0 if reward is None and asked.own else reward, reason, score)
+        self._found[asked.ticket] = Reward(0.0 if reward is None and asked.own else reward, reason, score)
 
     def _give_up(self, worker: _Worker, kind: str) -> None:
         """Ends a worker that hangs or died: its answer is lost, unless it had none."""

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from puzzle_jax.tasks.rewards.workers import Judgement
+from puzzle_jax.tasks.rewards.answers import Reward
 from puzzle_jax.train.grpo.policy_batches import Judged
 from puzzle_jax.train.grpo.rollouts import Rollout
 
 
-def passes(judgement: Judgement, right: float | None) -> bool:
+def passes(judgement: Reward, right: float | None) -> bool:
     """Whether an answer that has a reward counts as right.
 
     `right` is the reward from which it does. Where it is None, the task's own score must be full or, if that is not

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float
 
-from puzzle_jax.tasks.rewards.workers import LARGEST_REWARD
+from puzzle_jax.tasks.rewards.answers import LARGEST_REWARD
 from puzzle_jax.train.grpo.policy import Scores, replayed
 from puzzle_jax.train.grpo.rollouts import Rollout
 from puzzle_jax.train.losses.policy import (

@@ -24,8 +24,8 @@ from puzzle_jax.model.sharding import params_sharding
 from puzzle_jax.model.spec import Params
 from puzzle_jax.model.stacked import unstack_params
 from puzzle_jax.tasks import Chat
-from puzzle_jax.tasks.rewards.workers import Answer, Judgement
-from puzzle_jax.train.grpo.primary_rewards import FirstJudges
+from puzzle_jax.tasks.rewards.answers import Answer, Reward
+from puzzle_jax.train.grpo.primary_rewards import PrimaryRewards
 from puzzle_jax.train.grpo.prompts import Prompt
 from puzzle_jax.train.student import Student
 
@@ -46,7 +46,7 @@ class Rollout:
     tokens: tuple[int, ...]
     generated: Generated
     answer: Answer
-    judgement: Judgement
+    judgement: Reward
 
     @property
     def length(self) -> int:
@@ -73,7 +73,7 @@ class Sampler:
 
     student: Student
     chat: Chat
-    judges: FirstJudges
+    judges: PrimaryRewards
     group: int
     max_tokens: dict[str, int]
     slots: int = 64

@@ -46,7 +46,7 @@ from puzzle_jax.train.grpo.policy_batches import (
     with_scores,
 )
 from puzzle_jax.train.grpo.policy_update import PolicyUpdate
-from puzzle_jax.train.grpo.primary_rewards import FirstJudges
+from puzzle_jax.train.grpo.primary_rewards import PrimaryRewards
 from puzzle_jax.train.grpo.prompts import NothingToAsk, Prompt
 from puzzle_jax.train.grpo.recipe import GrpoRecipe
 from puzzle_jax.train.grpo.rollouts import Rollout, Sampler
@@ -73,7 +73,7 @@ def grpo(recipe: GrpoRecipe, console: Console) -> Trained:
     console = primary_console(console)
     inputs = agreed_inputs(recipe, partial(GrpoInputs.open, recipe))
     reward = recipe.reward
-    with FirstJudges(
+    with PrimaryRewards(
         function=reward.function,
         time_limit=reward.time_limit,
         processes=reward.judges,
@@ -100,7 +100,7 @@ class Trainer(Run[GrpoInputs]):
       judges: of answers.
     """
 
-    judges: FirstJudges
+    judges: PrimaryRewards
 
     def __post_init__(self) -> None:
         watch = self.recipe.watch

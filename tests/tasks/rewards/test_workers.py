@@ -16,12 +16,13 @@ import pytest
 
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.tasks import TASKS, Problem, get_task, problems
+from puzzle_jax.tasks.rewards.answers import Answer, Reward
 from puzzle_jax.tasks.rewards.source import reward_file
-from puzzle_jax.tasks.rewards.workers import Answer, Judgement, Judges
+from puzzle_jax.tasks.rewards.workers import RewardWorkers
 from tests.waiting import HANG, wait_until
 
 LIMIT = 3.0
-TOO_LONG = Judgement(None, "took longer than 3 s")
+TOO_LONG = Reward(None, "took longer than 3 s")
 
 BEHAVIOURS = """
 from __future__ import annotations
@@ -113,33 +114,33 @@ def reward(answer, score):
 """
 
 EXPECTED = {
-    "raises": Judgement(None, r"raised ValueError: no number \x1b[2J"),
-    "silent": Judgement(None, "raised Silent"),
-    "wordy": Judgement(None, f"raised ValueError: {'a' * 197}..."),
-    "interrupts": Judgement(None, "raised KeyboardInterrupt"),
-    "recurses": Judgement(None, "raised RecursionError: maximum recursion depth exceeded"),
-    "leaves": Judgement(None, "raised SystemExit: 4"),
-    "exits": Judgement(None, "ended its process with exit code 3"),
-    "killed": Judgement(None, "ended its process by signal 9"),
-    "prints": Judgement(0.25, None),
-    "reads": Judgement(0.5, None),
-    "forks": Judgement(0.75, None),
-    "alarms": Judgement(None, "raised TimeoutError: own alarm"),
-    "nan": Judgement(None, "returned nan"),
-    "inf": Judgement(None, "returned -inf"),
-    "none": Judgement(None, "returned None"),
-    "text": Judgement(None, "returned '1'"),
-    "beyond": Judgement(None, "returned -1e+39, beyond 1e+30"),
-    "large": Judgement(1e30, None),
-    "list": Judgement(None, "returned a list"),
-    "array": Judgement(None, "returned a ndarray"),
-    "complex": Judgement(None, "returned a complex"),
-    "true": Judgement(1.0, None),
-    "whole": Judgement(-7.0, None),
-    "fraction": Judgement(0.25, None),
-    "numpy": Judgement(2.5, None),
-    "one": Judgement(1.5, None),
-    "jax": Judgement(0.0, None),
+    "raises": Reward(None, r"raised ValueError: no number \x1b[2J"),
+    "silent": Reward(None, "raised Silent"),
+    "wordy": Reward(None, f"raised ValueError: {'a' * 197}..."),
+    "interrupts": Reward(None, "raised KeyboardInterrupt"),
+    "recurses": Reward(None, "raised RecursionError: maximum recursion depth exceeded"),
+    "leaves": Reward(None, "raised SystemExit: 4"),
+    "exits": Reward(None, "ended its process with exit code 3"),
+    "killed": Reward(None, "ended its process by signal 9"),
+    "prints": Reward(0.25, None),
+    "reads": Reward(0.5, None),
+    "forks": Reward(0.75, None),
+    "alarms": Reward(None, "raised TimeoutError: own alarm"),
+    "nan": Reward(None, "returned nan"),
+    "inf": Reward(None, "returned -inf"),
+    "none": Reward(None, "returned None"),
+    "text": Reward(None, "returned '1'"),
+    "beyond": Reward(None, "returned -1e+39, beyond 1e+30"),
+    "large": Reward(1e30, None),
+    "list": Reward(None, "returned a list"),
+    "array": Reward(None, "returned a ndarray"),
+    "complex": Reward(None, "returned a complex"),
+    "true": Reward(1.0, None),
+    "whole": Reward(-7.0, None),
+    "fraction": Reward(0.25, None),
+    "numpy": Reward(2.5, None),
+    "one": Reward(1.5, None),
+    "jax": Reward(0.0, None),
 }
 
 
@@ -152,7 +153,7 @@ def written(path, program: str) -> str:
     return str(path)
 
 
-def workers(judges: Judges) -> list[int]:
+def workers(judges: RewardWorkers) -> list[int]:
     return [worker.process.pid for worker in judges._workers]
 
 
@@ -190,10 +191,10 @@ def test_scores_are_those_of_the_tasks_with_any_number_of_processes(tmp_path):
         for problem in itertools.islice(problems(task), 6):
             for final in (problem.answer, f" {problem.answer}\n", problem.answer[:-1], "1000", "It is 1,000", ""):
                 answers.append(answer(final, problem=problem))
-                direct.append(Judgement(task.score(problem, final), None))
+                direct.append(Reward(task.score(problem, final), None))
     assert {0.0, 1.0} <= {judgement.reward for judgement in direct}
     for processes in (1, 2):
-        with Judges(processes=processes) as judges:
+        with RewardWorkers(processes=processes) as judges:
             assert judges.judge(answers) == direct
             assert len(workers(judges)) == processes
             assert judges.judge([]) == []
@@ -209,16 +210,16 @@ def test_an_answer_cut_off_is_worth_nothing_and_a_task_that_cannot_be_had_costs_
     right = answer("1")
     nowhere = Problem("nowhere", 0, "?", "1")
     asked = [answer("1", truncated=True), right, answer(problem=nowhere), answer(truncated=True, problem=nowhere)]
-    with Judges() as judges:
+    with RewardWorkers() as judges:
         judged = judges.judge([*asked, answer(problem=Problem("chain", 0, "?", "1", entry=Odd())), right])
-        assert judged[:2] == [Judgement(0.0, None), Judgement(1.0, None)]
+        assert judged[:2] == [Reward(0.0, None), Reward(1.0, None)]
         assert judged[2].reason is not None and judged[2].reason.startswith(
             "raised ConfigError: task is 'nowhere', but must be one of chain, add, recall, "
         )
-        assert judged[3] == Judgement(0.0, None)
+        assert judged[3] == Reward(0.0, None)
         assert judged[4:] == [
-            Judgement(0.0, "raised ValueError: invalid literal for int() with base 10: 'x'"),
-            Judgement(1.0, None),
+            Reward(0.0, "raised ValueError: invalid literal for int() with base 10: 'x'"),
+            Reward(1.0, None),
         ]
         assert judges.lost == {"raised": 2}
 
@@ -229,7 +230,7 @@ def test_a_function_from_a_file_sees_everything_and_uses_the_tasks_score(tmp_pat
         tmp_path / "own.py",
         """
         from beside import PENALTY
-        from puzzle_jax.tasks.rewards.workers import Answer
+        from puzzle_jax.tasks.rewards.answers import Answer
 
         def reward(answer: Answer, score, weight=10):
             assert (answer.problem.task, answer.problem.details["steps"]) == ("chain", 1)
@@ -238,25 +239,25 @@ def test_a_function_from_a_file_sees_everything_and_uses_the_tasks_score(tmp_pat
         """,
     )
     monkeypatch.chdir(tmp_path)
-    with Judges(function="own.py:reward") as judges:
+    with RewardWorkers(function="own.py:reward") as judges:
         judged = judges.judge([answer("1"), answer("2", tokens=4), answer("1", truncated=True)])
-        assert judged == [Judgement(5.0, None), Judgement(-2.0, None), Judgement(-105.0, None)]
+        assert judged == [Reward(5.0, None), Reward(-2.0, None), Reward(-105.0, None)]
 
 
 def test_a_function_from_a_module_of_the_path(tmp_path, monkeypatch):
     (tmp_path / "own_package").mkdir()
     written(tmp_path / "own_package" / "rewards.py", "def short(answer, score):\n    return 1 / answer.tokens")
     monkeypatch.syspath_prepend(tmp_path)
-    with Judges(function="own_package.rewards:short") as judges:
-        assert judges.judge([answer(tokens=8)]) == [Judgement(0.125, None)]
+    with RewardWorkers(function="own_package.rewards:short") as judges:
+        assert judges.judge([answer(tokens=8)]) == [Reward(0.125, None)]
     # The working directory counts where it is on the path, and only there.
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry != str(tmp_path)])
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="No module named 'own_package'"):
-        Judges(function="own_package.rewards:short")
+        RewardWorkers(function="own_package.rewards:short")
     monkeypatch.setattr(sys, "path", ["", *sys.path])
-    with Judges(function="own_package.rewards:short") as judges:
-        assert judges.judge([answer(tokens=8)]) == [Judgement(0.125, None)]
+    with RewardWorkers(function="own_package.rewards:short") as judges:
+        assert judges.judge([answer(tokens=8)]) == [Reward(0.125, None)]
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -266,9 +267,9 @@ def test_every_misbehaviour_costs_its_own_sample(behaviours, processes, capfd):
     expected = [
         judgement
         for tokens, way in enumerate(ways)
-        for judgement in (EXPECTED[way], Judgement(tokens + 1.0, None), Judgement(tokens + 0.0, None))
+        for judgement in (EXPECTED[way], Reward(tokens + 1.0, None), Reward(tokens + 0.0, None))
     ]
-    with Judges(function=behaviours, time_limit=HANG, processes=processes) as judges:
+    with RewardWorkers(function=behaviours, time_limit=HANG, processes=processes) as judges:
         assert dict(enumerate(judges.judge(answers))) == dict(enumerate(expected))
         assert judges.lost == {"raised": 7, "died": 2, "value": 8}
         (huge,) = judges.judge([answer("huge")])
@@ -280,9 +281,9 @@ def test_every_misbehaviour_costs_its_own_sample(behaviours, processes, capfd):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_hang_costs_its_own_sample_and_what_it_started_ends(behaviours, processes):
-    with Judges(function=behaviours, time_limit=LIMIT, processes=processes) as judges:
+    with RewardWorkers(function=behaviours, time_limit=LIMIT, processes=processes) as judges:
         judged = judges.judge([answer(f) for f in ("1", "hangs", "2", "hangs in C", "1", "starts another", "1")])
-        right, wrong = Judgement(11.0, None), Judgement(10.0, None)
+        right, wrong = Reward(11.0, None), Reward(10.0, None)
         assert judged == [right, TOO_LONG, wrong, TOO_LONG, right, TOO_LONG, right]
         assert judges.lost == {"time": 3}
         child = child_started()
@@ -290,30 +291,30 @@ def test_a_hang_costs_its_own_sample_and_what_it_started_ends(behaviours, proces
 
 
 def test_a_function_that_dies_takes_its_daemons_along(behaviours):
-    with Judges(function=behaviours, time_limit=HANG) as judges:
+    with RewardWorkers(function=behaviours, time_limit=HANG) as judges:
         judged = judges.judge([answer("leaves a daemon"), answer("1")])
-        assert judged == [Judgement(None, "ended its process with exit code 3"), Judgement(11.0, None)]
+        assert judged == [Reward(None, "ended its process with exit code 3"), Reward(11.0, None)]
         assert not Path(f"/proc/{child_started()}").exists()
 
 
 def test_answers_are_judged_while_the_caller_does_something_else(behaviours):
-    with Judges(function=behaviours, time_limit=LIMIT, processes=2) as judges:
+    with RewardWorkers(function=behaviours, time_limit=LIMIT, processes=2) as judges:
         assert judges.finished(wait=True) == judges.finished(wait=False) == []
         asked = {judges.begin(answer(final)): final for final in ("1", "hangs", "2", "raises")}
         own = judges.begin(answer("1"), own_score=True)
-        assert judges.judge([answer("2")]) == [Judgement(10.0, None)]  # which takes nothing of theirs
+        assert judges.judge([answer("2")]) == [Reward(10.0, None)]  # which takes nothing of theirs
         found = {}
         while len(found) < 5:
             news = judges.finished(wait=True)
             assert news
             found |= dict(news)
         assert {final: found[ticket] for ticket, final in asked.items()} == {
-            "1": Judgement(11.0, None),
+            "1": Reward(11.0, None),
             "hangs": TOO_LONG,
-            "2": Judgement(10.0, None),
+            "2": Reward(10.0, None),
             "raises": EXPECTED["raises"],
         }
-        assert found[own] == Judgement(1.0, None) and found[own].score == 1.0
+        assert found[own] == Reward(1.0, None) and found[own].score == 1.0
         begun = [judges.begin(answer(str(n))) for n in range(9)]
         found = {}
         wait_until(lambda: found.update(judges.finished(wait=False)) or len(found) == 9)
@@ -328,7 +329,7 @@ def test_a_task_s_own_score_that_is_lost_is_0_and_what_it_gave_is_known(tmp_path
             return 0.5 * score() if answer.tokens > 1 else 0.25
         """,
     )
-    with Judges(function=f"{function}:reward") as judges:
+    with RewardWorkers(function=f"{function}:reward") as judges:
         judged = judges.judge([answer("1"), answer("2"), answer("1", tokens=1), answer("1", truncated=True)])
         assert [(one.reward, one.score) for one in judged] == [(0.5, 1.0), (0.0, 0.0), (0.25, None), (0.0, 0.0)]
         missing = answer("1", problem=Problem("nowhere", 0, "?", "1"))
@@ -346,14 +347,14 @@ def test_what_user_code_sees_of_the_environment(tmp_path, monkeypatch, function,
     function = function and written(
         tmp_path / "see.py", "import os\n\ndef reward(answer, score):\n    return os.environ.get('MINE') == 'secret'"
     )
-    with Judges(function=f"{function}:reward" if function else None, environment=names) as judges:
+    with RewardWorkers(function=f"{function}:reward" if function else None, environment=names) as judges:
         (pid,) = workers(judges)
         variables = set(Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
         assert (b"MINE=secret" in variables) == seen
         assert {b"PYTHONHASHSEED=0", b"JAX_PLATFORMS=cpu"} <= variables
         assert (f"PATH={os.environ['PATH']}".encode() in variables) == (names is None)
         if function:
-            assert judges.judge([answer()]) == [Judgement(float(seen), None)]
+            assert judges.judge([answer()]) == [Reward(float(seen), None)]
 
 
 def test_a_function_s_file_is_found_without_importing(tmp_path, monkeypatch):
@@ -380,14 +381,14 @@ def test_order_is_kept_whatever_takes_longer_and_answers_may_be_long(tmp_path):
         """,
     )
     answers = [Answer(TASKS["chain"].sample(0), "low", "a" * (n * 200_000), "1", n, False) for n in range(20)]
-    with Judges(function=f"{function}:reward", processes=2) as judges:
+    with RewardWorkers(function=f"{function}:reward", processes=2) as judges:
         assert [judgement.reward for judgement in judges.judge(answers)] == [n * 200_001 for n in range(20)]
 
 
 def test_processes_end_with_close_and_one_that_dies_idle_costs_nothing(behaviours):
-    judges = Judges(function=behaviours, time_limit=HANG, processes=2)
+    judges = RewardWorkers(function=behaviours, time_limit=HANG, processes=2)
     answers = [answer("1", n) for n in range(4)]
-    expected = [Judgement(n + 1.0, None) for n in range(4)]
+    expected = [Reward(n + 1.0, None) for n in range(4)]
     assert judges.judge(answers) == expected
     before = workers(judges)
     os.kill(before[0], signal.SIGKILL)
@@ -407,12 +408,13 @@ def test_a_parent_that_is_killed_leaves_no_process(behaviours, tmp_path):
         tmp_path / "script.py",
         f"""
         from puzzle_jax.tasks import TASKS
-        from puzzle_jax.tasks.rewards.workers import Answer, Judges
+        from puzzle_jax.tasks.rewards.answers import Answer
+        from puzzle_jax.tasks.rewards.workers import RewardWorkers
 
         def judged(*finals):
             return judges.judge([Answer(TASKS["chain"].sample(0), "low", "", final, 1, False) for final in finals])
 
-        judges = Judges(function={behaviours!r}, time_limit={HANG}, processes=3)
+        judges = RewardWorkers(function={behaviours!r}, time_limit={HANG}, processes=3)
         while not all(worker.ready for worker in judges._workers) or len(judges._workers) < 3:
             judged("1", "1", "1")
         print(*(worker.process.pid for worker in judges._workers), flush=True)
@@ -448,12 +450,13 @@ def test_an_interrupt_stops_the_call_alone(tmp_path):
         tmp_path / "script.py",
         f"""
         from puzzle_jax.tasks import TASKS
-        from puzzle_jax.tasks.rewards.workers import Answer, Judges
+        from puzzle_jax.tasks.rewards.answers import Answer
+        from puzzle_jax.tasks.rewards.workers import RewardWorkers
 
         def judged(final):
             return judges.judge([Answer(TASKS["chain"].sample(0), "low", "", final, 1, False)] * 2)
 
-        with Judges(function="{reward}:reward", time_limit={HANG}, processes=2) as judges:
+        with RewardWorkers(function="{reward}:reward", time_limit={HANG}, processes=2) as judges:
             try:
                 judged("hangs")
             except KeyboardInterrupt:
@@ -477,11 +480,11 @@ def test_a_file_is_read_once_and_a_module_that_vanishes_is_told(tmp_path, monkey
     written(tmp_path / "vanishing.py", program)
     monkeypatch.syspath_prepend(tmp_path)
     given = [answer("exits"), answer()]
-    expected = [Judgement(None, "ended its process with exit code 0"), Judgement(1.0, None)]
-    with Judges(function=f"{file}:reward") as judges:
+    expected = [Reward(None, "ended its process with exit code 0"), Reward(1.0, None)]
+    with RewardWorkers(function=f"{file}:reward") as judges:
         written(tmp_path / "edited.py", "reward = lambda answer, score: 2.0")
         assert judges.judge(given) == expected
-    with Judges(function="vanishing:reward") as judges:
+    with RewardWorkers(function="vanishing:reward") as judges:
         (tmp_path / "vanishing.py").unlink()
         with pytest.raises(ConfigError) as caught:
             judges.judge(given)
@@ -536,7 +539,7 @@ def test_what_cannot_be_used_is_refused_at_once(tmp_path, monkeypatch, settings,
     (tmp_path / "dir.py").mkdir()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError) as caught:
-        Judges(**settings)
+        RewardWorkers(**settings)
     assert str(caught.value) == message
 
 
@@ -544,5 +547,5 @@ def test_a_function_that_takes_too_long_to_load_is_refused(tmp_path, monkeypatch
     file = written(tmp_path / "slow.py", "import time\ntime.sleep(3600)")
     monkeypatch.setattr("puzzle_jax.tasks.rewards.workers._START_SECONDS", 0.5)
     with pytest.raises(ConfigError) as caught:
-        Judges(function=f"{file}:f")
+        RewardWorkers(function=f"{file}:f")
     assert str(caught.value) == f"reward is '{file}:f', but loading {file} took longer than 0.5 s"

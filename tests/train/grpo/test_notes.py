@@ -12,7 +12,7 @@ from puzzle_jax.evaluate.accuracy import QuestionSet
 from puzzle_jax.generate import Generated
 from puzzle_jax.generate.traces import Trace
 from puzzle_jax.tasks import Problem
-from puzzle_jax.tasks.rewards.workers import Answer, Judgement
+from puzzle_jax.tasks.rewards.answers import Answer, Reward
 from puzzle_jax.train.grpo.inputs import GrpoInputs
 from puzzle_jax.train.grpo.metrics import passes, rollout_metrics
 from puzzle_jax.train.grpo.notes import NeverRight, Notes
@@ -25,7 +25,7 @@ PROMPT = Prompt(Problem("a[/b].jsonl", 7, "?", "5", where="a[/b].jsonl, line 8")
 
 def rollout(reward, score=None, reason=None) -> Rollout:
     answer = Answer(PROMPT.problem, "low", "", "5", 1, False)
-    return Rollout(PROMPT, (1,), Generated((1,), False, (0.0,), None), answer, Judgement(reward, reason, score))
+    return Rollout(PROMPT, (1,), Generated((1,), False, (0.0,), None), answer, Reward(reward, reason, score))
 
 
 def judged(*rollouts) -> Judged:
@@ -47,12 +47,12 @@ def notes(right=None) -> tuple[Notes, io.StringIO]:
 @pytest.mark.parametrize(
     ("judgement", "right", "passed"),
     [
-        (Judgement(0.9, None, 1.0), None, True),
-        (Judgement(0.9, None, 1.0), 1.0, False),
-        (Judgement(0.9, None, 1.0), 0.9, True),
-        (Judgement(5.0, None, 0.5), None, False),
-        (Judgement(1.0, None), None, True),
-        (Judgement(0.9, None), None, False),
+        (Reward(0.9, None, 1.0), None, True),
+        (Reward(0.9, None, 1.0), 1.0, False),
+        (Reward(0.9, None, 1.0), 0.9, True),
+        (Reward(5.0, None, 0.5), None, False),
+        (Reward(1.0, None), None, True),
+        (Reward(0.9, None), None, False),
     ],
 )
 def test_which_answers_count_as_right(judgement, right, passed):

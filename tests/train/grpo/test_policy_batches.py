@@ -6,7 +6,7 @@ import pytest
 
 from puzzle_jax.generate import Generated
 from puzzle_jax.tasks import Problem
-from puzzle_jax.tasks.rewards.workers import LARGEST_REWARD, Answer, Judgement
+from puzzle_jax.tasks.rewards.answers import LARGEST_REWARD, Answer, Reward
 from puzzle_jax.train.grpo.policy import Scores
 from puzzle_jax.train.grpo.policy_batches import (
     Learnable,
@@ -32,7 +32,7 @@ def answered(reward, length=5, effort="low", prompt=3, truncated=False, experts=
     tokens = tuple(range(1, length + 1))
     chosen = np.arange((prompt + length - 1) * LAYERS * K, dtype=np.uint8).reshape(-1, LAYERS, K) if experts else None
     generated = Generated(tokens, truncated, tuple(-token / 8 for token in tokens), chosen)
-    judgement = Judgement(reward, None if reward is not None else "raised ValueError")
+    judgement = Reward(reward, None if reward is not None else "raised ValueError")
     answer = Answer(problem, effort, "", "5", length, truncated)
     return Rollout(Prompt(problem, effort), tuple(range(FIRST, FIRST + prompt)), generated, answer, judgement)
 

@@ -26,7 +26,7 @@ from puzzle_jax.train.__main__ import VERBS, main
 from puzzle_jax.train.checkpoints import Checkpoints, Record, ocp
 from puzzle_jax.train.grpo.inputs import GrpoInputs
 from puzzle_jax.train.grpo.policy_update import PolicyUpdate
-from puzzle_jax.train.grpo.primary_rewards import FirstJudges
+from puzzle_jax.train.grpo.primary_rewards import PrimaryRewards
 from puzzle_jax.train.grpo.run import Trainer, grpo
 from puzzle_jax.train.grpo.transcripts import Transcript
 from puzzle_jax.train.placement import Placement
@@ -168,7 +168,7 @@ def test_models_without_a_record_or_a_parent_in_it(directory, tmp_path, monkeypa
     monkeypatch.setattr(Trainer, "_measured", lambda self, answers: {"accuracy": 0.25})
     monkeypatch.setattr(Trainer, "_cache_scales", lambda self, trained, answers: None)
     found = []
-    with FirstJudges() as judges:
+    with PrimaryRewards() as judges:
         for name, model in (("parent", directory / "parent"), ("orphan", tmp_path / "orphan")):
             recipe = parse(VERBS["grpo"], arguments(directory, tmp_path / f"of-{name}", model=model))
             trainer = Trainer(GrpoInputs.open(recipe), Placement(), Console(quiet=True), judges)
