@@ -224,11 +224,11 @@ def test_without_terms_of_a_teacher_none_is_asked(setting):
     "changes,message",
     [
         ({"forward_kl": 0.0}, "all terms of loss are 0, but at least one must be above"),
-        ({"jsd": -0.5}, "loss.jsd is -0.5, but must be a finite number of at least 0"),
+        ({"jsd": -0.5}, "loss.jsd is -0.5, but must be at least 0"),
         ({"hidden_cosine": float("nan")}, "loss.hidden_cosine is nan, but must be a finite number"),
         ({"next_token": float("inf")}, "loss.next_token is inf, but must be a finite number"),
-        ({"temperature": 0.0}, "loss.temperature is 0.0, but must be a number from 0.001 to 1e"),
-        ({"temperature": float("nan")}, "loss.temperature is nan, but must be a number from 0.001 to 1e"),
+        ({"temperature": 0.0}, "loss.temperature is 0.0, but must be at least 0.001"),
+        ({"temperature": float("nan")}, "loss.temperature is nan, but must be from 0.001 to 1e"),
         ({"token_chunk": 0}, "loss.token_chunk is 0, but must be at least 1"),
         ({"vocab_chunk": -1}, "loss.vocab_chunk is -1, but must be at least 1"),
     ],
@@ -272,7 +272,7 @@ def naive_blocks(own, params, batch):
 
 def test_blocks_are_compared_layer_by_layer_and_learn_alone(setting):
     packed, params, _, batch = setting
-    base = LOCAL.base(packed)
+    base = LOCAL.stacked(packed)
     trained = random_master_weights(LOCAL, base)
     (total, loss), gradient = BLOCKS(trained, base, batch)
     (expected, errors), expected_gradient = naive_blocks(unstack_params(trained, LOCAL.runs), params, batch)
