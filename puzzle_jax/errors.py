@@ -57,12 +57,13 @@ def check_range(
     low_enough = value < most if below or most == math.inf else value <= most
     if high_enough and low_enough:  # NaN is in no range
         return
+    low, high = (f"{end:g}" if isinstance(end, float) else f"{end}" for end in (least, most))
     if most == math.inf:
-        rule = f"{'' if value < math.inf else 'a finite number '}{'above' if above else 'at least'} {least}"
+        rule = f"{'' if value < math.inf else 'a finite number '}{'above' if above else 'at least'} {low}"
     elif above or below:
-        rule = f"{'above' if above else 'at least'} {least} and {'below' if below else 'at most'} {most}"
-    else:
-        rule = f"at least {least}" if value < least else f"from {least} to {most}"
+        rule = f"{'above' if above else 'at least'} {low} and {'below' if below else 'at most'} {high}"
+    else:  # the upper end is of no interest where it is only there against slips of the finger
+        rule = f"at least {low}" if value < least and most >= MOST_PROCESSES else f"from {low} to {high}"
     raise ConfigError(f"{name} is {shown(value)}, but must be {rule}")
 
 

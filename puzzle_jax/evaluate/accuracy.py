@@ -23,7 +23,7 @@ from typing import Protocol, runtime_checkable
 from jax.sharding import Mesh
 
 from puzzle_jax.config import ModelConfig
-from puzzle_jax.errors import ConfigError, PuzzleWarning, check_range
+from puzzle_jax.errors import ConfigError, PuzzleWarning, check_choice, check_range
 from puzzle_jax.evaluate.settings import MAX_TOKENS
 from puzzle_jax.generate import Engine, Generated, Request, Sampling, generate
 from puzzle_jax.generate.traces import Trace
@@ -85,10 +85,8 @@ class QuestionSet:
             raise ConfigError(
                 f"tasks {self.tasks}, efforts {self.efforts} and per_task {self.per_task} ask no question"
             )
-        if self.split not in SPLITS:
-            raise ConfigError(f"split is {self.split!r}, but must be one of {', '.join(SPLITS)}")
-        if not 0 <= self.seed < SPLIT_STRIDE // SEED_STRIDE:
-            raise ConfigError(f"seed is {self.seed}, but must be from 0 to {SPLIT_STRIDE // SEED_STRIDE - 1}")
+        check_choice("split", self.split, SPLITS)
+        check_range("seed", self.seed, 0, SPLIT_STRIDE // SEED_STRIDE - 1)
 
     @property
     def judged_by(self) -> dict[str, str]:

@@ -12,9 +12,8 @@ Left out: learning rates by parameter, and moments in less than float32.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +21,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from puzzle_jax.errors import MOST_TIMES, ConfigError, check_range
+from puzzle_jax.errors import MOST_TIMES, ConfigError, check_choice, check_range
 
 OPTIMIZERS = ("adamw", "adam", "sgd", "lion", "muon")
 SCHEDULES = ("constant", "cosine", "linear", "wsd")
@@ -60,28 +59,17 @@ class OptimizerSettings:
     clip_norm: float | None = 1.0
 
     def __post_init__(self) -> None:
-        for field, known in (("name", OPTIMIZERS), ("schedule", SCHEDULES)):
-            if getattr(self, field) not in known:
-                raise ConfigError(
-                    f"optimizer.{field} is {getattr(self, field)!r}, but must be one of {', '.join(known)}"
-                )
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ConfigError(f"optimizer.{field.name} is {value}, but must be a finite number")
+        check_choice("optimizer.name", self.name, OPTIMIZERS)
+        check_choice("optimizer.schedule", self.schedule, SCHEDULES)
         for name in ("learning_rate", "eps", "clip_norm"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ConfigError(f"optimizer.{name} is {getattr(self, name)}, but must be above 0")
-        for name in ("warmup_steps", "weight_decay"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"optimizer.{name} is {getattr(self, name)}, but must be at least 0")
+            if (value := getattr(self, name)) is not None:
+                check_range(f"optimizer.{name}", value, 0, above=True)
         check_range("optimizer.warmup_steps", self.warmup_steps, 0, MOST_TIMES)
+        check_range("optimizer.weight_decay", self.weight_decay, 0)
         for name in ("b1", "b2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"optimizer.{name} is {getattr(self, name)}, but must be in [0, 1)")
+            check_range(f"optimizer.{name}", getattr(self, name), 0, 1, below=True)
         for name in ("final_fraction", "decay_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"optimizer.{name} is {getattr(self, name)}, but must be in [0, 1]")
+            check_range(f"optimizer.{name}", getattr(self, name), 0, 1)
         if self.name == "adam" and self.weight_decay:
             raise ConfigError(f"optimizer.weight_decay is {self.weight_decay}, but adam has none; adamw does")
 

@@ -120,8 +120,8 @@ def test_muon_takes_each_layer_of_a_stack_by_itself_and_adam_the_rest():
         ({"eps": 0.0}, "optimizer.eps is 0.0, but must be above 0"),
         ({"warmup_steps": -1}, "optimizer.warmup_steps is -1, but must be at least 0"),
         ({"weight_decay": -0.1}, "optimizer.weight_decay is -0.1, but must be at least 0"),
-        ({"b2": 1.0}, r"optimizer.b2 is 1.0, but must be in \[0, 1\)"),
-        ({"final_fraction": 1.5}, r"optimizer.final_fraction is 1.5, but must be in \[0, 1\]"),
+        ({"b2": 1.0}, "optimizer.b2 is 1.0, but must be at least 0 and below 1"),
+        ({"final_fraction": 1.5}, "optimizer.final_fraction is 1.5, but must be from 0 to 1"),
         ({"name": "adam", "weight_decay": 0.1}, "optimizer.weight_decay is 0.1, but adam has none; adamw does"),
     ],
 )

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from math import isfinite
 from typing import Any, NamedTuple
 
 import jax
@@ -61,16 +60,10 @@ class LossSettings:
 
     def __post_init__(self) -> None:
         for name in (*DISTRIBUTION, *HIDDEN):
-            share = getattr(self, name)
-            if not (isfinite(share) and share >= 0):
-                raise ConfigError(f"loss.{name} is {share}, but must be a finite number of at least 0")
+            check_range(f"loss.{name}", getattr(self, name), 0)
         if not self.shares:
             raise ConfigError("all terms of loss are 0, but at least one must be above")
-        if not LEAST_LOSS_TEMPERATURE <= self.temperature <= GREATEST_TEMPERATURE:
-            raise ConfigError(
-                f"loss.temperature is {self.temperature}, but must be a number from {LEAST_LOSS_TEMPERATURE:g} "
-                f"to {GREATEST_TEMPERATURE:g}"
-            )
+        check_range("loss.temperature", self.temperature, LEAST_LOSS_TEMPERATURE, GREATEST_TEMPERATURE)
         for name in ("token_chunk", "vocab_chunk"):
             check_range(f"loss.{name}", getattr(self, name), 1, MOST_TOKENS)
 

@@ -57,8 +57,7 @@ class PromptSettings:
             check_effort(effort)
         for name in ("tasks", "efforts"):
             for key, weight in getattr(self, name).items():
-                if not (0 < weight < float("inf")):
-                    raise ConfigError(f"prompts.{name}.{key} is {weight}, but must be a finite number above 0")
+                check_range(f"prompts.{name}.{key}", weight, 0, above=True)
         if not self.efforts:
             raise ConfigError(f"prompts.efforts is empty, but must hold at least one of {', '.join(EFFORTS)}")
         for name in ("prompts", "min_answers"):
@@ -68,10 +67,8 @@ class PromptSettings:
                 f"prompts.min_pass_rate is {self.min_pass_rate} and prompts.max_pass_rate {self.max_pass_rate}, but "
                 "must be from 0 to 1, the first below the second"
             )
-        if not 0 <= self.explore <= 1:
-            raise ConfigError(f"prompts.explore is {self.explore}, but must be from 0 to 1")
-        if not 0 <= self.seed < SPLIT_STRIDE // SEED_STRIDE:
-            raise ConfigError(f"prompts.seed is {self.seed}, but must be from 0 to {SPLIT_STRIDE // SEED_STRIDE - 1}")
+        check_range("prompts.explore", self.explore, 0, 1)
+        check_range("prompts.seed", self.seed, 0, SPLIT_STRIDE // SEED_STRIDE - 1)
 
     @property
     def task_weights(self) -> Mapping[str, float]:

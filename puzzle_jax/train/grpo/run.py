@@ -24,6 +24,7 @@ from rich.console import Console
 
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.evaluate.accuracy import answer_questions
+from puzzle_jax.evaluate.summary import by_effort
 from puzzle_jax.generate.batches import micro_batches as trace_batches
 from puzzle_jax.generate.calibrate import calibrate_cache
 from puzzle_jax.generate.traces import Trace
@@ -268,11 +269,9 @@ class Trainer(Run[GrpoInputs]):
 
     def _measured(self, found: Sequence[Trace]) -> dict[str, float]:
         efforts = self.inputs.questions.efforts
-        by_effort = {effort: [trace for trace in found if trace.effort == effort] for effort in efforts}
         values: dict[str, float] = {}
-        for effort, traces in by_effort.items():
-            values[f"accuracy/{effort}"] = float(np.mean([trace.correct for trace in traces]))
-            values[f"tokens/{effort}"] = float(np.mean([len(trace.completion) for trace in traces]))
+        for effort, summary in by_effort(found, efforts).items():
+            values |= {f"accuracy/{effort}": summary.accuracy, f"tokens/{effort}": summary.mean_tokens}
         for name in ("accuracy", "tokens"):
             values[name] = float(np.mean([values[f"{name}/{effort}"] for effort in efforts]))
         unscored = float(sum(trace.unscored is not None for trace in found))

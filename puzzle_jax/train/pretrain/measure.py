@@ -11,11 +11,12 @@ from typing import Any
 
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions
+from puzzle_jax.evaluate.settings import MAX_TOKENS
+from puzzle_jax.evaluate.summary import by_task, summarise
 from puzzle_jax.generate.traces import Trace
 from puzzle_jax.model.spec import Params
 from puzzle_jax.tasks import DISTANCE_BUCKETS, EFFORTS, Chat
 
-MAX_TOKENS = {"low": 32, "medium": 64, "high": 128}
 _TEMPERATURES = {"greedy": 0.0, "sampled": 1.0}
 
 
@@ -48,21 +49,12 @@ def by_distance(answers: Sequence[Trace]) -> dict[str, dict[str, float]]:
     for label, least, greatest in DISTANCE_BUCKETS:
         near = [a for a in answers if least <= a.details["distance"] <= greatest]
         if near:
-            report[label] = {"accuracy": round(_accuracy(near), 4), "problems": len(near)}
+            report[label] = {"accuracy": round(summarise(near).accuracy, 4), "problems": len(near)}
     return report
 
 
 def _by_task(answers: Sequence[Trace]) -> dict[str, dict[str, float]]:
-    report = {}
-    for task in dict.fromkeys(answer.task for answer in answers):
-        members = [answer for answer in answers if answer.task == task]
-        tokens = sum(len(answer.completion) for answer in members) / len(members)
-        report[task] = {"accuracy": _accuracy(members), "tokens": tokens}
-    mean = {key: sum(row[key] for row in report.values()) / len(report) for key in ("accuracy", "tokens")}
-    return {
-        name: {key: round(value, 4) for key, value in row.items()} for name, row in {"mean": mean, **report}.items()
-    }
-
-
-def _accuracy(answers: Sequence[Trace]) -> float:
-    return sum(answer.correct for answer in answers) / len(answers)
+    found = by_task(answers)
+    rows = {task: {"accuracy": of.accuracy, "tokens": of.mean_tokens} for task, of in found.items()}
+    mean = {key: sum(row[key] for row in rows.values()) / len(rows) for key in ("accuracy", "tokens")}
+    return {name: {key: round(value, 4) for key, value in row.items()} for name, row in {"mean": mean, **rows}.items()}

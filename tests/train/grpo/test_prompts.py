@@ -148,7 +148,7 @@ def test_a_stream_goes_on_where_another_was():
     [
         ({"efforts": {}}, "prompts.efforts is empty, but must hold at least one of low, medium, high"),
         ({"efforts": {"huge": 1.0}}, "effort is 'huge'"),
-        ({"tasks": {"chain": 0.0}}, "prompts.tasks.chain is 0.0, but must be a finite number above 0"),
+        ({"tasks": {"chain": 0.0}}, "prompts.tasks.chain is 0.0, but must be above 0"),
         ({"efforts": {"low": float("nan")}}, "prompts.efforts.low is nan"),
         ({"prompts": 0}, "prompts.prompts is 0, but must be at least 1"),
         ({"min_answers": 0}, "prompts.min_answers is 0"),

@@ -42,7 +42,7 @@ def inputs(directory: Path, **changes) -> GrpoInputs:
         ({"seed": 2**40}, "seed is 1099511627776, but must be from 0"),
         ({"prompts__tasks": "{chess: 1}"}, "task is 'chess', but must be one of"),
         ({"prompts__tasks": "{none.jsonl: 1}"}, "none.jsonl cannot be read"),
-        ({"prompts__tasks": "{chain: 0}"}, "prompts.tasks.chain is 0.0, but must be a finite number above 0"),
+        ({"prompts__tasks": "{chain: 0}"}, "prompts.tasks.chain is 0.0, but must be above 0"),
         ({"prompts__efforts": "{huge: 1}"}, "effort is 'huge', but must be one of low, medium, high"),
         ({"prompts__efforts": "{}"}, "prompts.efforts is empty"),
         ({"prompts__prompts": 0}, "prompts.prompts is 0, but must be at least 1"),

@@ -51,7 +51,7 @@ def changed(**changes):
         ({"loop__steps": 2.5}, "steps is 2.5, but must be a whole number"),
         ({"model__num_experts": None}, "model.num_experts is None, but must be a whole number"),
         ({"optimizer__learning_rate": -1.0}, "learning_rate is -1.0, but must be above 0"),
-        ({"optimizer__b2": 1.5}, r"b2 is 1.5, but must be in \[0, 1\)"),
+        ({"optimizer__b2": 1.5}, "b2 is 1.5, but must be at least 0 and below 1"),
         ({"tasks": {"sums": 1.0}}, "task is 'sums', but must be one of chain"),
         ({"tasks": {"chain": 0.0}}, "tasks is {'chain': 0.0}, but needs weights above 0"),
         ({"efforts": {"huge": 1.0}}, "effort is 'huge', but must be one of low, medium, high"),
