@@ -22,13 +22,15 @@ from puzzle_jax.evaluate.frontier import Above, Curve, above_everywhere, common_
 from puzzle_jax.evaluate.statistics import (
     Interval,
     Paired,
+    Summary,
+    by_task,
     means,
     paired,
     percentile_interval,
     ratio,
     resample,
+    summarise,
 )
-from puzzle_jax.evaluate.summary import Summary, by_task, summarise
 from puzzle_jax.generate.traces import Trace
 
 Rates = Mapping[str, Mapping[str, Sequence[float]]]

@@ -22,7 +22,7 @@ import numpy as np
 
 from puzzle_jax.config import ModelConfig, cache_bytes
 from puzzle_jax.errors import ConfigError
-from puzzle_jax.generate.engine import CHUNKS, Engine, Request
+from puzzle_jax.generate.engine import Engine, Request, slot_context
 from puzzle_jax.generate.sampling import Sampling
 from puzzle_jax.generate.traces import Trace
 from puzzle_jax.model.cache_format import CacheFormat
@@ -69,11 +69,6 @@ def largest_batch(
             f"but the cache memory is {cache_memory:,}"
         )
     return min(at_most, cache_memory // needed)
-
-
-def slot_context(context: int) -> int:
-    """Positions that the engine gives to a slot which must hold `context`."""
-    return -(-context // CHUNKS[-1]) * CHUNKS[-1]
 
 
 def fixed_lengths(vocab_size: int, slots: int, input_tokens: int, output_tokens: int, seed: int = 0) -> Workload:

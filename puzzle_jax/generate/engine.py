@@ -29,7 +29,6 @@ from puzzle_jax.generate.slots import (
     Group,
     Slots,
     admit,
-    beside,
     decode,
     empty_group,
     empty_slots,
@@ -39,7 +38,7 @@ from puzzle_jax.generate.slots import (
 )
 from puzzle_jax.model.cache_format import CacheFormat
 from puzzle_jax.model.child import View
-from puzzle_jax.model.sharding import generation_mesh, on_mesh
+from puzzle_jax.model.sharding import beside, generation_mesh, on_mesh
 from puzzle_jax.model.spec import Params
 
 CHUNKS = (512, 256, 128, 64)  # tokens of a prompt that are prefilled at once; contexts are multiples of the last

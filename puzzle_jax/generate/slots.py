@@ -132,15 +132,6 @@ def expert_id_dtype(config: ModelConfig) -> np.dtype:
     return np.dtype(np.uint8 if max(block.num_experts for block in config.blocks) <= 256 else np.uint16)
 
 
-def beside(params: Params, state: Any, mesh: Mesh | None) -> Any:
-    """A new state, without a mesh committed to the parameters' device, as the results of programs are.
-
-    Each program would be compiled once for a state that is not committed, and once more for its own result.
-    """
-    (device, *_) = jax.tree.leaves(params)[0].devices()
-    return state if mesh is not None else jax.device_put(state, device)
-
-
 def _empty(
     config: ModelConfig, rows: int, context: int, dtype: jnp.dtype, form: CacheFormat, experts: bool, places: Places
 ) -> tuple[list[LayerCache], Array | None]:

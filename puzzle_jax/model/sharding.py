@@ -197,6 +197,15 @@ def spread_rows(batch: jax.Array, mesh: Mesh | None) -> jax.Array:
     return jax.device_put(batch, batch_sharding(mesh))
 
 
+def beside(params: Params, state: Any, mesh: Mesh | None) -> Any:
+    """A new state, without a mesh committed to the parameters' device, as the results of programs are.
+
+    Each program would be compiled once for a state that is not committed, and once more for its own result.
+    """
+    devices = [] if mesh is not None else list(jax.tree.leaves(params)[0].devices())
+    return jax.device_put(state, devices[0]) if len(devices) == 1 else state
+
+
 def rows_sharding(mesh: Mesh) -> NamedSharding:
     """Of [rows, positions] on a training mesh: rows over the data axis, positions over the sequence axis."""
     return NamedSharding(mesh, PartitionSpec("data", "sequence"))

@@ -22,7 +22,7 @@ from puzzle_jax.costs.table import Costs
 from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions, unscored_note
 from puzzle_jax.evaluate.journal import journaled_answers
 from puzzle_jax.evaluate.models import Model, dense_in_place
-from puzzle_jax.evaluate.summary import by_effort
+from puzzle_jax.evaluate.statistics import by_effort
 from puzzle_jax.evaluate.throughput import measure_throughput
 from puzzle_jax.files import read_object, write_beside
 from puzzle_jax.generate.traces import Trace

@@ -11,7 +11,7 @@ from puzzle_jax.errors import ConfigError, PuzzleError, PuzzleWarning
 from puzzle_jax.evaluate.__main__ import VERBS
 from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions, check_context, unscored_note
 from puzzle_jax.evaluate.settings import MAX_TOKENS
-from puzzle_jax.evaluate.summary import by_effort, by_task, summarise
+from puzzle_jax.evaluate.statistics import by_effort, by_task, summarise
 from puzzle_jax.generate.traces import Trace
 from puzzle_jax.model.spec import init_params
 from puzzle_jax.settings.verbs import parse

@@ -40,7 +40,7 @@ from puzzle_jax.generate.batches import MicroBatch
 from puzzle_jax.kernels.expert_mlp import expert_outputs
 from puzzle_jax.kernels.route import top_k_ids
 from puzzle_jax.model.network import embed, rms_norm, traced_mesh
-from puzzle_jax.model.sharding import on_mesh, spread_rows
+from puzzle_jax.model.sharding import beside, on_mesh, spread_rows
 from puzzle_jax.model.spec import Params, layer_experts
 from puzzle_jax.search.rank.elimination import (
     Sample,
@@ -153,6 +153,7 @@ def rank_experts(
       kept: sums of a killed run, whose batches are not run again, and where to keep those of this one.
     """
     done, sums = kept.load(config) if kept is not None else (0, [no_sums(config) for _ in config.blocks])
+    sums = beside(params, sums, mesh)
     for number, batch in enumerate(batches):
         if number < done:
             if on_batch is not None:

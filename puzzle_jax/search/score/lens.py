@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from puzzle_jax.generate.batches import MicroBatch
+from puzzle_jax.model.sharding import beside
 from puzzle_jax.model.spec import Params
 from puzzle_jax.search.score.replace_one import METRICS, Alternative, Answers, ReplaceOne, compare_with_parent
 
@@ -75,7 +76,7 @@ class Lens:
 def fit_lens(run: ReplaceOne, batches: Sequence[MicroBatch], on_batch: Callable[[], None] | None = None) -> Lens:
     """Fits one map per layer of the parent; memory is that of two [hidden, hidden] arrays per layer."""
     layers, hidden = run.config.num_layers, run.config.hidden_size
-    sums = [LensSums.zeros(hidden) for _ in range(layers)]
+    sums = beside(run.params, [LensSums.zeros(hidden) for _ in range(layers)], run.mesh)
     for batch in batches:
         answers = Answers.of(batch)
         for layer, _, after, parent in run.layers(batch):

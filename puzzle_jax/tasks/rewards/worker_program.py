@@ -107,7 +107,12 @@ def _run(path: str, source: bytes) -> ModuleType:
 
 
 def _judged(
-    channel: socket.socket, nothing: int, reward: RewardFunction, time_limit: float, tasks: dict[str, Task], message: bytes
+    channel: socket.socket,
+    nothing: int,
+    reward: RewardFunction,
+    time_limit: float,
+    tasks: dict[str, Task],
+    message: bytes,
 ) -> tuple[float | None, str | None, str | None, float | None]:
     """Reward, or kind and reason of its loss; and the task's own score, if it was asked."""
     process = os.getpid()
