@@ -59,7 +59,8 @@ def check_range(
         return
     low, high = (f"{end:g}" if isinstance(end, float) else f"{end}" for end in (least, most))
     if most == math.inf:
-        rule = f"{'' if value < math.inf else 'a finite number '}{'above' if above else 'at least'} {low}"
+        finite = "" if value < math.inf else "a finite number " if above else "a finite number of "
+        rule = f"{finite}{'above' if above else 'at least'} {low}"
     elif above or below:
         rule = f"{'above' if above else 'at least'} {low} and {'below' if below else 'at most'} {high}"
     else:  # the upper end is of no interest where it is only there against slips of the finger

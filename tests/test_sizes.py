@@ -8,7 +8,7 @@ from typing import get_args, get_origin
 import pytest
 
 from puzzle_jax.commands import mendable
-from puzzle_jax.errors import ConfigError, check_range
+from puzzle_jax.errors import MOST_TOKENS, ConfigError, check_range
 from puzzle_jax.evaluate.settings import Scenario as Lengths
 from puzzle_jax.evaluate.settings import Settings
 from puzzle_jax.search.recipe import Recipe
@@ -86,9 +86,15 @@ def test_sizes_of_a_measurement_of_speed():
 
 def test_a_range_names_both_of_its_ends_only_where_both_help():
     check_range("x", 3, 1, 3)
-    for value, rule in ((0, "at least 1"), (4, "from 1 to 3"), (nan, "from 1 to 3"), (inf, "from 1 to 3")):
-        with pytest.raises(ConfigError, match=f"^x is {value}, but must be {rule}$"):
-            check_range("x", value, 1, 3)
+    ranges = {
+        3: ((0, "from 1 to 3"), (4, "from 1 to 3"), (nan, "from 1 to 3"), (inf, "from 1 to 3")),
+        MOST_TOKENS: ((0, "at least 1"), (MOST_TOKENS + 1, f"from 1 to {MOST_TOKENS}")),
+        inf: ((0, "at least 1"), (inf, "a finite number of at least 1")),
+    }
+    for most, cases in ranges.items():
+        for value, rule in cases:
+            with pytest.raises(ConfigError, match=f"^x is {value}, but must be {rule}$"):
+                check_range("x", value, 1, most)
 
 
 def test_a_size_that_memory_has_not_is_one_sentence():

@@ -24,7 +24,7 @@ from rich.console import Console
 
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.evaluate.accuracy import answer_questions
-from puzzle_jax.evaluate.summary import by_effort
+from puzzle_jax.evaluate.statistics import by_effort
 from puzzle_jax.generate.batches import micro_batches as trace_batches
 from puzzle_jax.generate.calibrate import calibrate_cache
 from puzzle_jax.generate.traces import Trace

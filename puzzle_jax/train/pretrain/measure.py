@@ -12,7 +12,7 @@ from typing import Any
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions
 from puzzle_jax.evaluate.settings import MAX_TOKENS
-from puzzle_jax.evaluate.summary import by_task, summarise
+from puzzle_jax.evaluate.statistics import by_task, summarise
 from puzzle_jax.generate.traces import Trace
 from puzzle_jax.model.spec import Params
 from puzzle_jax.tasks import DISTANCE_BUCKETS, EFFORTS, Chat
