@@ -3,10 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: search test parity slow runtimes tpu-aot lint benchmarks clean
+.PHONY: search quick test parity slow runtimes tpu-aot lint benchmarks clean
 
 search: $(VENV)/.core
 	$(BIN)/python -m puzzle_jax.search
+
+quick: $(VENV)/.test
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile $$(grep -v '^#' tests/quick.txt)
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile

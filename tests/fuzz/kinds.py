@@ -345,7 +345,7 @@ def run_places(rng: random.Random, work: Path, originals: Path) -> list[str]:
         shutil.copytree(originals / "run/traces", place)
     changed = ["--scenario.batch", "4"] if rng.random() < 0.5 else []
     file = ["--traces.file", str(originals / "traces.jsonl")]
-    stage = rng.choice(("cost", "trace", "all" if action == "loop" else "cost"))
+    stage = rng.choice(("cost", "trace"))
     return ["search", stage, "--recipe", str(originals / "recipe.yaml"), "--run", str(run), *file, *changed]
 
 

@@ -68,6 +68,17 @@ def test_damaged_input(kind, seed, originals, worker, tmp_path):
     assert found["memory"] < MEMORY_BYTES and found["seconds"] < SECONDS
 
 
+def test_kinds_are_those_of_a_seed(tmp_path):
+    """A case that failed once fails again: its damage follows from its name alone."""
+    made = []
+    for place in (tmp_path / "one", tmp_path / "two"):
+        place.mkdir()
+        command = KINDS["scenarios"](random.Random("scenarios 7"), place, tmp_path)
+        made.append(([word.replace(str(place), "") for word in command], (place / "scenario.yaml").read_bytes()))
+    assert made[0] == made[1]
+    assert made[0][0][:2] == ["search", "estimate"]
+
+
 class Worker:
     """A process that runs commands, made anew when it had to be ended."""
 
