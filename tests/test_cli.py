@@ -17,6 +17,13 @@ def test_an_unknown_verb_is_one_sentence(capsys):
     assert capsys.readouterr().err == f"puzzle: verb is 'bake', but must be one of {', '.join(VERBS)}\n"
 
 
+def test_an_empty_verb_is_one_sentence_too(capsys):
+    assert main(["train", ""]) == 2
+    assert capsys.readouterr().err.startswith("puzzle train: verb is '', but must be one of traces, ")
+    assert main(["train"]) == 2
+    assert capsys.readouterr().out.startswith("usage: puzzle train VERB")
+
+
 def test_user_errors_end_with_two_interrupts_with_130_and_bugs_with_a_traceback(capsys):
     def fail(error):
         def run():

@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
-from math import isfinite
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from puzzle_jax.errors import ConfigError, PuzzleError
+from puzzle_jax.errors import ConfigError, PuzzleError, shown
 from puzzle_jax.files import read_yaml
-from puzzle_jax.numeric import Number
+from puzzle_jax.numeric import Number, is_number
 
 DEFAULT = Path(__file__).parent / "assumptions.yaml"
 
@@ -134,7 +133,7 @@ def _check(value: Any) -> None:
         number = getattr(value, field.name)
         if is_dataclass(number):
             continue
-        finite = isinstance(number, int | float) and not isinstance(number, bool) and isfinite(number)
+        finite = is_number(number)
         if field.name in _SHARES:
             holds, rule = finite and 0 < number <= 1, "above 0 and at most 1"
         elif field.name in _COUNTS:
@@ -142,4 +141,4 @@ def _check(value: Any) -> None:
         else:
             holds, rule = finite and number >= 0, "a number of at least 0"
         if not holds:
-            raise ConfigError(f"{field.name} is {number!r}, but must be {rule}")
+            raise ConfigError(f"{field.name} is {shown(number)}, but must be {rule}")

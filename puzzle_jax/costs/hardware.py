@@ -19,11 +19,10 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from math import isfinite
 from typing import Any
 
-from puzzle_jax.errors import ConfigError
-from puzzle_jax.numeric import Number
+from puzzle_jax.errors import ConfigError, shown
+from puzzle_jax.numeric import Number, is_number
 
 _MIB, _GIB = 2**20, 2**30
 
@@ -58,9 +57,9 @@ class Hardware:
         for field in fields(self)[1:]:
             value = getattr(self, field.name)
             may_be_zero = field.name in ("link_latency_seconds", "launch_seconds")
-            if not isinstance(value, int | float) or not isfinite(value) or value < 0 or not (value or may_be_zero):
+            if not is_number(value) or value < 0 or not (value or may_be_zero):
                 rule = "at least 0" if may_be_zero else "above 0"
-                raise ConfigError(f"{field.name} of hardware {self.name!r} is {value!r}, but must be {rule}")
+                raise ConfigError(f"{field.name} of hardware {self.name!r} is {shown(value)}, but must be {rule}")
 
 
 HARDWARE = {

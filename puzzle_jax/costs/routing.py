@@ -14,12 +14,12 @@ requests choose alike.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import isfinite, log, log1p
+from math import log, log1p
 
 import numpy as np
 
 from puzzle_jax.errors import ConfigError
-from puzzle_jax.numeric import Number
+from puzzle_jax.numeric import Number, is_number
 
 Profile = tuple[Number, ...]
 
@@ -92,5 +92,5 @@ def tiled_rows(chosen: np.ndarray, tokens: int, tile: int) -> float:
 def _check(profile: Sequence[Number], num_experts: int) -> None:
     if len(profile) < num_experts:
         raise ConfigError(f"the routing profile has {len(profile)} loads, but a mixture has {num_experts} experts")
-    if not all(isfinite(load) and load > 0 for load in profile) or list(profile) != sorted(profile, reverse=True):
+    if not all(is_number(load) and load > 0 for load in profile) or list(profile) != sorted(profile, reverse=True):
         raise ConfigError("the loads of a routing profile must be above 0 and descend")

@@ -90,15 +90,15 @@ def run_verb(verb: Verb, arguments: Sequence[str]) -> int:
 def run_table(program: str, verbs: Mapping[str, Verb], arguments: Sequence[str] | None = None) -> int:
     """Runs the verb that the first argument names, or the one named ""; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    name, *rest = arguments or [""]
+    name, *rest = arguments or ["-h"]
     if name in verbs and name:
         return run_verb(verbs[name], rest)
     if "" in verbs:
         return run_verb(verbs[""], arguments)
-    if name in ("-h", "--help", ""):
+    if name in ("-h", "--help"):
         print(f"usage: puzzle {program} VERB [OPTIONS]\n")
         print("\n".join(f"  {name:<15} {verb.summary}" for name, verb in verbs.items()))
-        return 0 if name else 2
+        return 0 if arguments else 2
     problem = f"there is no option {name}" if name.startswith("-") else f"verb is {shown(name)}"
     say(f"puzzle {program}: {problem}, but must be one of {', '.join(verbs)}{did_you_mean(name, verbs)}")
     return 2

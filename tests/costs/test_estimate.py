@@ -167,6 +167,17 @@ def test_other_assumptions_and_routing(capsys, tmp_path):
     assert json.loads(capsys.readouterr().out)["batch"] == 2
 
 
+def test_numbers_beyond_floats_are_refused(capsys, tmp_path):
+    text = (ROOT / "puzzle_jax/costs/assumptions.yaml").read_text()
+    (tmp_path / "mine.yaml").write_text(text.replace("max_batch: 256", f"max_batch: {'9' * 400}"))
+    (tmp_path / "loads.json").write_text(f"[{'9' * 400}, 1]")
+    estimate = ["estimate", *PAIR, "--scenario", "h100x1-4k"]
+    assert main([*estimate, "--assumptions", str(tmp_path / "mine.yaml")]) == 2
+    assert "max_batch is 999" in capsys.readouterr().err
+    assert main([*estimate, "--routing", str(tmp_path / "loads.json")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

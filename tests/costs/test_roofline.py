@@ -250,6 +250,8 @@ def test_hardware_table():
         device("x", rate=0.0)
     with pytest.raises(ConfigError, match="launch_seconds of hardware 'x' is -1, but must be at least 0"):
         device("x", launch_seconds=-1)
+    with pytest.raises(ConfigError, match=r"launch_seconds of hardware 'x' is 1000.*, but must be at least 0"):
+        device("x", launch_seconds=10**400)  # more than a float holds
 
 
 def test_local_hardware_is_measured():
