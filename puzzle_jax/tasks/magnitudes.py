@@ -15,7 +15,7 @@ from fractions import Fraction
 _MOST_BITS = 20_000  # of an exact number, and of any other
 _ROUNDING = 1e-6  # of logarithms
 _GREATEST_ARGUMENT_BITS = math.log2(1000) + _ROUNDING
-_LEAST_LOGARITHM = 10.0
+_LEAST_LOGARITHM = 1000.0  # also next to poles: atan of what floats cannot tell from i is 19
 _MOST_UNBOUNDED = 10  # power of what has no bound, as tan(x)**3
 _NO_LIMIT = math.inf
 

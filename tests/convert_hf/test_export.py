@@ -98,7 +98,7 @@ def test_no_file_is_written_over_weights_or_elsewhere(tmp_path, name):
 
 def test_a_key_that_is_nested_too_deeply_to_be_written_again(tmp_path):
     deep: list = []
-    for _ in range(5_000):
+    for _ in range(20_000):  # Python 3.13 writes twice what 3.11 does, and more
         deep = [deep]
     with pytest.raises(CheckpointError, match=r"config\.json holds a value that is nested too deeply"):
         save_checkpoint(tmp_path / "out", packable_config(), {}, config_base={"note": deep})
