@@ -1,0 +1,81 @@
+"""Dataclasses as JSON values and back, checked against their annotations.
+
+The conversion is msgspec's; this module gives its errors the form of the package's own: one sentence that names file
+and field. Fields that a dataclass does not have are ignored, so that later versions may add some.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from puzzle_jax.errors import PuzzleError
+from puzzle_jax.files import read_json
+
+T = TypeVar("T")
+
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "a text",
+    "bool": "true or false",
+    "null": "null",
+    "object": "an object",
+    "array": "a list",
+}
+
+
+def to_plain(value: Any) -> Any:
+    """The JSON value of dataclasses, mappings, sequences, paths and NumPy scalars, nested as they like."""
+    return msgspec.to_builtins(value, str_keys=True, enc_hook=_encode)
+
+
+def from_plain(kind: type[T], value: Any, where: str, error: type[PuzzleError] = PuzzleError) -> T:
+    """The inverse of `to_plain`.
+
+    Args:
+      kind: a dataclass, or any other type that annotations can name ("tuple[Trace, ...]").
+      value: a JSON value.
+      where: the value comes from, with which a message begins ("costs.json").
+      error: raised where the value does not fit the annotations, or a dataclass refuses it itself.
+    """
+    try:
+        return msgspec.convert(value, kind, str_keys=True, dec_hook=_decode)
+    except msgspec.ValidationError as problem:
+        raise error(f"{where}: {_sentence(str(problem))}") from None
+    except PuzzleError as problem:  # from the `__post_init__` of a dataclass
+        raise error(f"{where}: {problem}") from None
+
+
+def read(kind: type[T], path: Path, error: type[PuzzleError] = PuzzleError) -> T:
+    """The value of a JSON file; raises `error`, naming the file, where it cannot be read or does not fit."""
+    return from_plain(kind, read_json(path, error), str(path), error)
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):  # NumPy's scalars and arrays
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def _decode(kind: type, value: Any) -> Any:
+    return kind(value)
+
+
+def _sentence(problem: str) -> str:
+    """A message of msgspec's ("Expected `int`, got `str` - at `$.layers[0].count`") in this package's words."""
+    message, _, place = problem.partition(" - at ")
+    field = re.sub(r"`|\$\.?", "", place) or "the value"
+    if missing := re.fullmatch(r"Object missing required field `(.*)`", message):
+        return f"{field} has no field {missing[1]!r}"
+    if expected := re.fullmatch(r"Expected `(.*)`, got `(.*)`", message):
+        wanted, found = (
+            " or ".join(_KINDS.get(kind, kind) for kind in kinds.split(" | ")) for kinds in expected.groups()
+        )
+        return f"{field} is {found}, but must be {wanted}"
+    return f"{field}: {message}" if place else message
