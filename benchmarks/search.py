@@ -246,7 +246,7 @@ def adaptive(found: _Found) -> None:
         # So many that the lens drops none: the two score the same alternatives.
         settings = ScoreSettings(method=method, keep_sets=0 if method == "exact" else len(found.indexed.listed))
         search = Search(replace(found.search.recipe, score=settings), CONSOLE)
-        scorer = search.scorer(None)
+        scorer = search.scorer()
         path = search.run / f"benchmark-{method}-book.safetensors"
         path.unlink(missing_ok=True)
         start = time.perf_counter()

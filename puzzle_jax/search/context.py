@@ -149,8 +149,9 @@ class Search:
         factor, rope = self.recipe.child.yarn_factor, self.parent.config.rope
         return Child(self.parent.config, blocks, rope=None if factor is None else replace(rope, factor=factor))
 
-    def scorer(self, base: Child | None) -> SpaceScorer:
+    def scorer(self, around: Candidate | None = None) -> SpaceScorer:
         """Scores alternatives around the parent, or around a child of it."""
+        base = None if around is None else self.child(around)
         settings = self.recipe.score
         run = ReplaceOne(
             self.parent.params,
@@ -162,7 +163,8 @@ class Search:
             mesh=self.parent.mesh,
         )
         traces, seed = self.traces("calibration"), self.recipe.traces.seed
-        return SpaceScorer(run, traces, settings, self.problem_of, self.console, seed, self.team)
+        base_kl = 0.0 if around is None else around.score
+        return SpaceScorer(run, traces, settings, self.problem_of, self.console, seed, base_kl, self.team)
 
     def evaluator(self, kept: Path) -> Evaluator:
         """Measures children, and keeps results in a directory for the case that the process is killed."""

@@ -180,7 +180,7 @@ def score_settings(search: Search) -> dict[str, Any]:
 def score(search: Search, out: Path, kept: Path) -> None:
     space = search.ranked_space()
     search.console.print(space.describe())
-    scored = search.scorer(None)(space, search.run / SCORE_TABLE, search.identity)
+    scored = search.scorer()(space, search.run / SCORE_TABLE, search.identity)
     pairs, listed, traces = int(scored.table.scored.sum()), len(scored.indexed.listed), len(scored.table.traces)
     search.console.print(
         f"{listed} of {scored.proposed} alternatives scored, on {pairs / max(listed, 1):.0f} of {traces} traces in the "
@@ -213,7 +213,7 @@ def refine_child(search: Search, out: Path, kept: Path) -> None:
         space=search.scored_space(),
         removal_error=RANKING.read(search.run).scores["removal_error"],
         swaps=options.swaps,
-        scorer=lambda child: search.scorer(search.child(child)),
+        scorer=search.scorer,
         pool=lambda space, scores: search.pool(search.problem_of(space, scores), evaluator),
         measure=lambda candidates, name: search.measure(candidates, name, evaluator),
         table=search.run / REFINED_SCORE_TABLE,

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Float
 
 from puzzle_jax.search.refine.accept import Difference, Pool, Swap, swapped, together
+from puzzle_jax.search.score.adaptive import in_random_order
 from puzzle_jax.search.score.alternatives import expert_mask
 from puzzle_jax.search.score.measurements import SavedTable, ScoreTable
 from puzzle_jax.search.score.replace_one import Alternative
@@ -84,28 +85,50 @@ class Refinement:
             for option in swapped(choice, self.removal_error[layer], self.swaps)
         ]
         best: dict[int, Swap] = {}
-        for (layer, option), gain in zip(options, self._gains(child, options), strict=True):
+        for number, gain in self._gains(child, options).items():
+            layer, option = options[number]
             if gain < min(0.0, best[layer].gain if layer in best else 0.0):
                 best[layer] = Swap(layer, option, gain)
         return sorted(best.values(), key=lambda swap: swap.gain)
 
-    def _gains(self, child: Candidate, options: Sequence[tuple[int, ExpertChoice]]) -> list[float]:
-        """By how much each swap alone changes the child's KL on the calibration traces."""
+    def _gains(self, child: Candidate, options: Sequence[tuple[int, ExpertChoice]]) -> dict[int, float]:
+        """By how much swaps alone change the child's KL on calibration traces, by their numbers.
+
+        By successive elimination: all are scored on a few traces, then the best quarter of every layer's on twice as
+        many, until one of each is left; what they are worth together is measured anyway. The exact method scores all
+        on all.
+        """
         if not options:
-            return []
+            return {}
         experts = self.removal_error.shape[1]
         alternatives = [
             (layer, Alternative(expert_mask(option, experts), child.blocks[layer].window)) for layer, option in options
         ]
-        scorer = self.scorer(child)
+        scorer, identity = self.scorer(child), self._around(child)
         table = ScoreTable.empty(alternatives, scorer.traces)
-        identity = self._around(child)
         name = hashlib.sha256(table.key(identity).encode()).hexdigest()[:16]
         saved = SavedTable(table, self.kept / f"swaps-{name}.safetensors", identity)
-        scorer.fill(table, range(len(options)), range(len(scorer.traces)), save=saved.save)
-        saved.save(now=True)
-        return [float(mean) for mean in np.asarray(table.means())]
+        order, left = in_random_order(scorer.traces, scorer.seed), list(range(len(options)))
+        start, stop = 0, len(order) if scorer.settings.method == "exact" else min(scorer.settings.first, len(order))
+        while True:
+            scorer.fill(table, left, order[start:stop], save=saved.save)
+            saved.save(now=True)
+            gains = np.asarray(table.means())
+            best = _best_quarter(left, gains, [layer for layer, _ in options])
+            if stop == len(order) or len(best) == len(left):
+                return {number: float(gains[number]) for number in left}
+            left = best
+            start, stop = stop, min(2 * stop, len(order))
 
     def _around(self, child: Candidate) -> str:
         """What scores around a child depend on besides alternatives and traces."""
         return f"{self.identity} {json.dumps(child.to_json()['layers'])}"
+
+
+def _best_quarter(numbers: Sequence[int], gains: Float[np.ndarray, "options"], layer: Sequence[int]) -> list[int]:
+    """Of every layer's options the quarter that gain most, but at least one."""
+    left = []
+    for each in sorted({layer[number] for number in numbers}):
+        own = sorted((number for number in numbers if layer[number] == each), key=lambda number: gains[number])
+        left += own[: max(1, len(own) // 4)]
+    return sorted(left)

@@ -3,7 +3,10 @@
 All alternatives are scored on a few traces first. Then, round by round: the traces are drawn anew with replacement
 many times (a bootstrap by sequence), the relaxed program is solved with each draw's mean scores, and alternatives of
 groups in which the draws disagree are contested. Only those are scored on further traces, twice as many each round,
-until every draw gives the same choice or the traces are used up (successive halving, led by the program itself).
+until what the draws disagree about is worth little, or the traces are used up (successive halving, led by the program
+itself). Its worth is the regret: how much less the score of each draw's own choice is than that of the choice by the
+mean scores, averaged over the draws. Where alternatives are nearly as good as each other, draws would disagree for
+ever; which of them is taken then matters as little.
 
 The relaxation is the linear program of the same limits without integrality; it breaks few ties that the whole program
 would not, and is solved in milliseconds. Where batches are the program's choice too, draws look at the few
@@ -17,7 +20,7 @@ from copy import copy
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from scipy import sparse
 from scipy.optimize import linprog
 
@@ -27,6 +30,12 @@ from puzzle_jax.search.score.measurements import ScoreTable
 
 CASES = 4
 """Combinations of batches that draws look at."""
+
+REGRET = 0.05
+"""Share of the choice's KL that further traces are no longer worth."""
+
+RARE = 0.05
+"""Share of the draws up to which what they choose, or leave, is taken for chance."""
 
 Scorer = Callable[[Sequence[int], Sequence[int]], None]
 """Fills a table: numbers of alternatives, numbers of traces."""
@@ -71,12 +80,16 @@ class RelaxedProgram:
         program._cases = [self._cases[number] for number in np.argsort(values, kind="stable")[:most]]
         return program
 
-    def support(self, scores: Float[np.ndarray, "alternatives"]) -> Bool[np.ndarray, "columns"]:
-        """Alternatives that the best relaxed choice uses; none where no choice meets the limits."""
+    def choice(self, scores: Float[np.ndarray, "alternatives"]) -> Float[np.ndarray, "columns"]:
+        """The share of each alternative in the best relaxed choice; zeros where no choice meets the limits."""
         cost = self._cost(scores)
         found = [self._least(cost, *case) for case in self._cases]
         best = min((x for x in found if x is not None), key=lambda x: float(cost @ x), default=None)
-        return np.zeros(len(cost), bool) if best is None else best > 1e-6
+        return np.zeros(len(cost)) if best is None else best
+
+    def total(self, scores: Float[np.ndarray, "alternatives"], choice: Float[np.ndarray, "columns"]) -> float:
+        """The sum of the scores of a relaxed choice."""
+        return float(np.append(scores, 0.0)[self.number] @ choice)
 
     def _cost(self, scores: np.ndarray) -> np.ndarray:
         """Scores by column, the largest 1."""
@@ -96,21 +109,31 @@ class RelaxedProgram:
         ).x
 
 
-def contested(programs: Iterable[RelaxedProgram], table: ScoreTable, *, draws: int = 32, seed: int = 0) -> list[int]:
-    """Numbers of the alternatives that some draws of the traces choose and others do not.
+def contested(
+    programs: Iterable[RelaxedProgram], table: ScoreTable, *, draws: int = 32, seed: int = 0, base_kl: float = 0.0
+) -> list[int]:
+    """Numbers of the alternatives that some draws of the traces choose and others do not, where that is worth a look.
 
     Args:
       programs: one for each target that the scores are to serve.
       table: scores so far; every alternative has some.
       draws: of the traces, with replacement.
+      base_kl: KL of the model to which scores are differences; 0 for the parent.
     """
     source, found = np.random.default_rng(seed), set()
     used = np.flatnonzero(table.scored.any(axis=0))
     samples = [table.estimates()] + [_redrawn(table, source.choice(used, len(used))) for _ in range(draws)]
     for program in programs:
         program = program.narrowed(samples[0], CASES)
-        supports = np.stack([program.support(scores) for scores in samples])
-        torn = supports.any(axis=0) & ~supports.all(axis=0)
+        choices = np.stack([program.choice(scores) for scores in samples])
+        regret = [
+            program.total(scores, choices[0]) - program.total(scores, choice)
+            for scores, choice in zip(samples[1:], choices[1:], strict=True)
+        ]
+        if np.mean(regret) <= REGRET * (base_kl + program.total(samples[0], choices[0])):
+            continue
+        share = (choices > 1e-6).mean(axis=0)
+        torn = (share > RARE) & (share < 1 - RARE)
         found |= {int(number) for number in program.number[torn] if number >= 0}
     return sorted(found)
 
@@ -142,6 +165,7 @@ def score_adaptively(
     first: int = 16,
     draws: int = 32,
     seed: int = 0,
+    base_kl: float = 0.0,
     on_round: Callable[[int, int], None] | None = None,
 ) -> int:
     """Scores all alternatives on the `first` traces, then contested ones on more; returns the traces used.
@@ -150,6 +174,7 @@ def score_adaptively(
       table: what was scored before is not scored again.
       score: fills the table.
       programs: what the scores are for.
+      base_kl: as in `contested`.
       on_round: called with alternatives and traces before each round.
     """
     order = in_random_order(table.traces, seed)
@@ -158,6 +183,6 @@ def score_adaptively(
         if on_round is not None:
             on_round(len(wanted), stop - start)
         score(wanted, order[start:stop])
-        wanted = contested(programs, table, draws=draws, seed=seed)
+        wanted = contested(programs, table, draws=draws, seed=seed, base_kl=base_kl)
         start, stop = stop, min(2 * stop, len(order))
     return start

@@ -95,12 +95,15 @@ class ScoreTable:
       traces: of which each alternative is scored on some.
       values: NaN where an alternative was not scored on a trace.
       lens: KL as the lens sees it, where it was asked; NaN on traces that it did not look at. Not kept on disk.
+      known: values of an earlier run. Each is taken over when it is asked for, and not before, so that a run that goes
+        on chooses by the same numbers as one that was never interrupted.
     """
 
     alternatives: Sequence[tuple[int, Alternative]]
     traces: Sequence[Trace]
     values: Float[np.ndarray, "alternatives traces metrics"]
     lens: Float[np.ndarray, "alternatives traces"] | None = None
+    known: Float[np.ndarray, "alternatives traces metrics"] | None = None
 
     @staticmethod
     def empty(alternatives: Sequence[tuple[int, Alternative]], traces: Sequence[Trace]) -> ScoreTable:
@@ -179,16 +182,23 @@ class ScoreTable:
         return digest.hexdigest()
 
     def save(self, path: Path, key: str) -> None:
-        write_beside(path, save({"values": self.values}, metadata={"key": key}))
+        values = self.values if self.known is None else np.where(np.isnan(self.values), self.known, self.values)
+        write_beside(path, save({"values": values}, metadata={"key": key}))
+
+    def recall(self, alternatives: Sequence[int], traces: Sequence[int]) -> None:
+        """Takes over what is known of these alternatives on these traces."""
+        if self.known is not None:
+            asked = np.ix_(alternatives, traces)
+            self.values[asked] = np.where(np.isnan(self.values[asked]), self.known[asked], self.values[asked])
 
     def load(self, path: Path, key: str) -> None:
-        """Takes over the numbers of an earlier run of the same key; a file of another key or a damaged one is left."""
+        """Reads the numbers of an earlier run of the same key; a file of another key or a damaged one is left."""
         if not path.is_file():
             return
         try:
             with safe_open(path, framework="numpy") as found:
                 if (found.metadata() or {}).get("key") == key:
-                    self.values[:] = found.get_tensor("values")
+                    self.known = found.get_tensor("values").reshape(self.values.shape)
         except (SafetensorError, ValueError):
             return
 
@@ -197,7 +207,7 @@ class SavedTable:
     """A table that is on disk from time to time, so that a killed run goes on from it.
 
     Args:
-      table: filled with what the file holds of the same key.
+      table: knows then what the file holds of the same key.
       path: of the file; None keeps nothing.
       identity: of everything that the numbers depend on and that is not in the table.
     """
@@ -308,6 +318,7 @@ def work_left(
 
 def _to_do(table: ScoreTable, run: Runner, alternatives: Sequence[int], traces: Sequence[int], tokens: int):
     """Batches of the traces, with the alternatives to run on each. What a window cannot change is filled in here."""
+    table.recall(alternatives, traces)
     longest = max(len(trace.prompt) + len(trace.completion) for trace in table.traces)
     batches = micro_batches([table.traces[number] for number in traces], tokens_per_batch=tokens, longest=longest)
     for batch in batches:

@@ -74,6 +74,7 @@ class SpaceScorer:
       problem: makes the program that the scores are for, from a space and scores.
       console: where progress goes.
       seed: of the order of traces and of what adaptive scoring draws.
+      base_kl: predicted KL of the base; 0 for the parent.
       team: processes that share the work.
     """
 
@@ -83,6 +84,7 @@ class SpaceScorer:
     problem: Callable[[Space, Scores], Problem]
     console: Console
     seed: int = 0
+    base_kl: float = 0.0
     team: Team = field(default_factory=Team)
 
     def __call__(self, space: Space, table_path: Path, identity: str) -> ScoredSpace:
@@ -121,7 +123,7 @@ class SpaceScorer:
             nothing = self.problem(indexed.space, indexed.scores(np.zeros(len(indexed.listed))))
             program = RelaxedProgram(nothing.program, indexed.owner)
             first, draws = self.settings.first, self.settings.draws
-            score_adaptively(table, score, [program], first=first, draws=draws, seed=self.seed)
+            score_adaptively(table, score, [program], first=first, draws=draws, seed=self.seed, base_kl=self.base_kl)
         return ScoredSpace(indexed, table, proposed)
 
     def _evidence(self, indexed: IndexedAlternatives, order: Sequence[int]) -> dict[int, list[int]]:

@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 
 from puzzle_jax.config import BlockConfig
+from puzzle_jax.generate.traces import Trace
+from puzzle_jax.search.recipe import ScoreSettings
 from puzzle_jax.search.refine.accept import Difference, Pool, Swap, refine, swapped, together, with_choice
+from puzzle_jax.search.refine.proposals import Refinement
 from puzzle_jax.search.score.measurements import Score
 from puzzle_jax.search.solve.problem import Candidate
-from puzzle_jax.search.space import ExpertChoice
+from puzzle_jax.search.space import ExpertChoice, Space
 
 CHILD = Candidate(
     "child",
@@ -126,3 +129,56 @@ def test_swaps_exchange_the_least_kept_for_the_best_lost():
     assert options[0].method == "reap, 2 for 3"
     assert swapped(ExpertChoice(6, (0, 1, 2, 3, 4, 5), "parent"), scores, 2) == []
     assert with_choice(CHILD, 0, options[1], 0.25).kept == ((0, 4, 5), (1, 4))
+
+
+class MadeUpScorer:
+    """Gives alternatives of a layer the gains that a test says, whatever the trace."""
+
+    seed = 0
+
+    def __init__(self, method, gain):
+        self.settings, self.gain, self.asked = ScoreSettings(method=method, first=3), gain, []
+        self.traces = [Trace("a", "low", number, {}, (1, 2), (3,), 1.0, False) for number in range(20)]
+
+    def __call__(self, child):
+        return self
+
+    def fill(self, table, alternatives, traces, save):
+        self.asked.append((len(alternatives), len(traces)))
+        for number in alternatives:
+            layer, choice = table.alternatives[number]
+            kept = tuple(np.flatnonzero(choice.expert_mask).tolist())
+            table.values[number, list(traces)] = self.gain.get((layer, kept), 0.1)
+
+
+@pytest.mark.parametrize(("method", "asked"), [("adaptive", [(15, 3), (3, 3), (2, 6)]), ("exact", [(15, 20)])])
+def test_swaps_are_tried_on_few_traces_and_the_best_of_every_layer_on_more(tmp_path, method, asked):
+    gain = {(0, (0, 2, 3)): -0.2, (0, (0, 2, 4)): -0.3, (1, (1, 5)): -0.4}
+    scorer = MadeUpScorer(method, gain)
+    removal_error = np.array([[9.0, 1.0, 8.0, 3.0, 2.0, 7.0], [1.0, 9.0, 2.0, 3.0, 8.0, 4.0]])
+    measured = []
+
+    def measure(candidates, name):
+        measured.append((name, [candidate.kept for candidate in candidates]))
+        count = len(candidates)
+        return [score(0.1 * n) for n in range(count)], np.zeros((count, 2)), np.array([5, 7])
+
+    refinement = Refinement(
+        space=Space.__new__(Space),  # which swaps do not look at
+        removal_error=removal_error,
+        swaps=3,
+        scorer=scorer,
+        pool=unasked,
+        measure=measure,
+        table=tmp_path / "table",
+        kept=tmp_path,
+        identity="parent",
+    )
+    pool = refinement.swapped(CHILD)
+    assert scorer.asked == asked
+    # The layer that gains most first, then both.
+    assert measured == [("validation", [((0, 2, 5), (1, 5)), ((0, 2, 4), (1, 5))])]
+    assert [candidate.score for candidate in pool.candidates] == pytest.approx([0.1, -0.2])
+    # With everything known, nothing is asked again but what was asked before.
+    refinement.swapped(CHILD)
+    assert scorer.asked == 2 * asked

@@ -42,11 +42,13 @@ def filled(means, spread, count=40, seed=0):
 
 def test_the_relaxed_choice_is_the_cheapest_by_score():
     program = two_groups()
-    chosen = program.support(np.array([3.0, 2.0, 9.0, 8.0]))
-    assert chosen.tolist() == [False, False, True, True, False, False]  # second in x, own in y
+    scores = np.array([3.0, 2.0, 9.0, 8.0])
+    chosen = program.choice(scores)
+    assert chosen.tolist() == [0.0, 0.0, 1.0, 1.0, 0.0, 0.0]  # second in x, own in y
+    assert program.total(scores, chosen) == 2.0 and program.total(2 * scores, chosen) == 4.0
     assert (
         not RelaxedProgram(Program({"x": {"own": {"score": 0.0, "cost": 4}}}, "score", (Limit("cost", at_most=3),)), {})
-        .support(np.zeros(0))
+        .choice(np.zeros(0))
         .any()
     )
 
@@ -55,20 +57,24 @@ def test_of_several_sets_of_limits_the_cheapest_counts():
     library = {"x": {"own": {"score": 0.0, "cost": 4}, "first": {"score": 0.0, "cost": 1}}}
     sets = Disjunction("batch", {"8": (Limit("cost", at_most=0),), "4": (Limit("cost", at_most=1),)})
     program = RelaxedProgram(Program(library, "score", (sets,)), {"x": {"own": None, "first": 0}})
-    assert program.support(np.array([3.0])).tolist() == [False, True]
+    assert program.choice(np.array([3.0])).tolist() == [0.0, 1.0]
 
 
 def test_only_what_could_change_the_choice_is_contested():
     program = two_groups()
     assert contested([program], filled([3.0, 2.0, 9.0, 8.0], [0.1] * 4)) == []
     # 1 and 0 are close beside their spread; what lies far above is left alone, however uncertain.
-    assert contested([program], filled([2.05, 2.0, 90.0, 80.0], [1.0, 1.0, 5.0, 5.0])) == [0, 1]
+    assert contested([program], filled([2.05, 2.0, 90.0, 80.0], [3.0, 3.0, 5.0, 5.0])) == [0, 1]
     # The groups' best are close: then both alternatives decide whether they are taken at all.
-    assert contested([program], filled([9.0, 2.0, 9.0, 2.02], [0.5] * 4)) == [1, 3]
+    assert contested([program], filled([9.0, 2.0, 9.0, 2.02], [3.0] * 4)) == [1, 3]
+    # As near to each other, but known so well that it does not matter which is taken; beside a KL of 60, neither does
+    # the wider spread.
+    assert contested([program], filled([2.05, 2.0, 90.0, 80.0], [0.5, 0.5, 5.0, 5.0])) == []
+    assert contested([program], filled([2.05, 2.0, 90.0, 80.0], [3.0, 3.0, 5.0, 5.0]), base_kl=60.0) == []
 
 
 def test_rounds_double_and_stop_when_the_choice_is_settled():
-    truth = filled([2.3, 2.0, 9.0, 8.0], [1.0, 1.0, 0.1, 0.1], count=400)
+    truth = filled([2.3, 2.0, 90.0, 80.0], [3.0, 3.0, 0.1, 0.1], count=400)
     table, asked = ScoreTable.empty([NOTHING] * 4, truth.traces), []
 
     def score(alternatives, numbers):

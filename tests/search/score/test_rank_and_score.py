@@ -361,12 +361,17 @@ def test_a_book_is_kept_for_the_same_question_only(parent, tmp_path):
     table.save(tmp_path / "table", table.key("parent"))
     again = ScoreTable.empty(alternatives, traces)
     again.load(tmp_path / "table", again.key("another parent"))
+    again.recall(range(2), range(len(traces)))
     assert not again.scored.any()
     again.load(tmp_path / "table", again.key("parent"))
+    again.recall([0], range(len(traces)))
+    assert not again.scored.any()  # nothing but what is asked for counts
+    again.recall([0, 1], [1, 2])
     np.testing.assert_array_equal(again.values, table.values)
     (tmp_path / "table").write_bytes(b"half a file")
     damaged = ScoreTable.empty(alternatives, traces)
     damaged.load(tmp_path / "table", damaged.key("parent"))
+    damaged.recall(range(2), range(len(traces)))
     assert not damaged.scored.any()
 
 
