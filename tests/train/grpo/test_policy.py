@@ -67,17 +67,33 @@ def batch(**extras):
     return pack(rows, LENGTH, PAD)
 
 
-def plain_log_probs(params, rows):
-    """Log-probabilities of targets by whole logits, row by row of examples alone."""
-    found = np.zeros(rows.tokens.shape, np.float32)
+@jit
+def plain_logs(params, tokens):
+    """Log-probabilities of all tokens, by whole logits."""
+    return jax.nn.log_softmax(forward(params, CONFIG, tokens))
+
+
+def each_example(params, rows):
+    """Row, positions and log-probabilities of every example, run alone; padding after it is not seen."""
     for row in range(len(rows.tokens)):
         for segment in range(1, rows.segment_ids[row].max() + 1):
             here = np.flatnonzero(rows.segment_ids[row] == segment)
-            logits = forward(params, CONFIG, jnp.asarray(rows.tokens[row, here])[None])
-            targets = jnp.asarray(rows.targets[row, here])[:, None]
-            picked = jnp.take_along_axis(jax.nn.log_softmax(logits)[0], targets, 1)
-            found[row, here] = np.asarray(picked)[:, 0]
+            alone = np.zeros((1, LENGTH), np.int32)
+            alone[0, : len(here)] = rows.tokens[row, here]
+            yield row, here, np.asarray(plain_logs(params, alone))[0, : len(here)]
+
+
+def plain_log_probs(params, rows):
+    """Log-probabilities of targets."""
+    found = np.zeros(rows.tokens.shape, np.float32)
+    for row, here, logs in each_example(params, rows):
+        found[row, here] = np.take_along_axis(logs, rows.targets[row, here][:, None], 1)[:, 0]
     return np.where(rows.weights > 0, found, 0.0)
+
+
+@jit
+def as_layers(base, masters):
+    return unstack_params(STUDENT.params(base, masters), STUDENT.runs)
 
 
 def policy(name="dapo", **settings):
@@ -120,11 +136,11 @@ def test_scores_are_log_probabilities_of_the_policy_and_of_the_first_one(model):
     params, base = model
     masters, rows = random_master_weights(STUDENT, base), batch()
     scored = jit(lambda m: policy().score(m, Fixed(base), rows, old=True, reference=True))(masters)
-    moved = unstack_params(STUDENT.params(base, masters), STUDENT.runs)
+    moved = as_layers(base, masters)
     np.testing.assert_allclose(scored.old, plain_log_probs(moved, rows), atol=2e-5)
     np.testing.assert_allclose(scored.reference, plain_log_probs(params, rows), atol=2e-5)
     assert np.abs(scored.old - scored.reference).max() > 0.1
-    none = policy().score(masters, Fixed(base), rows, old=False, reference=False)
+    none = jax.eval_shape(lambda m: policy().score(m, Fixed(base), rows, old=False, reference=False), masters)
     assert none.old is None and none.reference is None
 
 
@@ -134,16 +150,16 @@ def test_off_policy_ratio_kl_and_entropy(model):
     masters, rows = random_master_weights(STUDENT, base, seed=5), batch()
     objective = policy("grpo", kl=0.3, entropy=0.2)
     start = STUDENT.master_weights(base)
-    scored = objective.score(start, Fixed(base), rows, old=True, reference=True)
+    scored = jit(lambda m: objective.score(m, Fixed(base), rows, old=True, reference=True))(start)
     loss = jit(lambda m: objective(m, Fixed(base), with_scores(rows, scored)))(masters)
-    moved = unstack_params(STUDENT.params(base, masters), STUDENT.runs)
+    moved = as_layers(base, masters)
     counts = rows.weights > 0
     own, old = plain_log_probs(moved, rows)[counts], plain_log_probs(params, rows)[counts]
     ratio, difference = np.exp(own - old), old - own
     k3 = np.exp(difference) - difference - 1
     advantages, factors = rows.extras["advantages"][counts], rows.extras["coefficients"][counts]
     surrogate = -np.minimum(ratio * advantages, np.clip(ratio, 0.8, 1.2) * advantages)
-    entropy = np.concatenate([entropies(moved, rows, row) for row in range(len(rows.tokens))])
+    entropy = entropies(moved, rows)
     np.testing.assert_allclose(loss.terms["ratio_mean"], ratio.mean(), rtol=1e-5)
     np.testing.assert_allclose(loss.terms["ratio_max"], ratio.max(), rtol=1e-5)
     np.testing.assert_allclose(loss.terms["kl"], k3.mean(), rtol=1e-4)
@@ -153,13 +169,11 @@ def test_off_policy_ratio_kl_and_entropy(model):
     np.testing.assert_allclose(loss.total, expected, rtol=1e-4, atol=1e-6)
 
 
-def entropies(params, rows, row):
-    found = []
-    for segment in range(1, rows.segment_ids[row].max() + 1):
-        here = np.flatnonzero(rows.segment_ids[row] == segment)
-        logs = jax.nn.log_softmax(forward(params, CONFIG, jnp.asarray(rows.tokens[row, here])[None]))[0]
-        found += np.asarray(-jnp.sum(jnp.exp(logs) * logs, -1))[rows.weights[row, here] > 0].tolist()
-    return found
+def entropies(params, rows):
+    found = [
+        (-np.sum(np.exp(logs) * logs, -1), rows.weights[row, here]) for row, here, logs in each_example(params, rows)
+    ]
+    return np.concatenate([entropy[weights > 0] for entropy, weights in found])
 
 
 def test_replay_decides_the_experts_and_tells_how_many_would_differ(model):
@@ -174,28 +188,29 @@ def test_replay_decides_the_experts_and_tells_how_many_would_differ(model):
     whole_rows = np.moveaxis(rows.extras["experts"].astype(np.int32).reshape(-1, 3, K), 1, 0)
     padding = np.broadcast_to((rows.segment_ids == 0).reshape(1, -1, 1), whole_rows.shape)
     chosen = np.where(padding, np.arange(K, dtype=np.int32), whole_rows)
-    x, auxes = hidden_states(
-        params,
-        CONFIG,
-        jnp.asarray(rows.tokens),
-        positions=jnp.asarray(rows.positions),
-        segment_ids=jnp.asarray(rows.segment_ids),
-        replay=list(jnp.asarray(chosen)),
-    )
-    x = x * jax.lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + CONFIG.rms_norm_eps) * params["final_norm"]
-    logs = jax.nn.log_softmax(x @ params["head"])
-    expected = jnp.take_along_axis(logs, jnp.asarray(rows.targets)[..., None], -1)[..., 0]
+
+    @jit
+    def plain(params, chosen):
+        tokens, positions, segment_ids = (jnp.asarray(each) for each in (rows.tokens, rows.positions, rows.segment_ids))
+        x, auxes = hidden_states(
+            params, CONFIG, tokens, positions=positions, segment_ids=segment_ids, replay=list(chosen)
+        )
+        x = x * jax.lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + CONFIG.rms_norm_eps) * params["final_norm"]
+        return jax.nn.log_softmax(x @ params["head"]), [aux.router_logits for aux in auxes]
+
+    logs, router_logits = plain(params, chosen)
+    expected = np.take_along_axis(np.asarray(logs), rows.targets[..., None], -1)[..., 0]
     np.testing.assert_allclose(found.old, np.where(rows.weights > 0, expected, 0), atol=2e-5)
-    without = policy().score(masters, Fixed(base), batch(), old=True, reference=False)
+    without = jit(lambda m: policy().score(m, Fixed(base), batch(), old=True, reference=False))(masters)
     assert np.abs(found.old - without.old).max() > 0.05
 
-    routers = [aux.router_logits.reshape(rows.tokens.size, -1) for aux in auxes]
+    routers = [np.asarray(logits).reshape(rows.tokens.size, -1) for logits in router_logits]
     own = np.stack([np.sort(np.argsort(-logits)[:, :K]) for logits in routers])
     differ = np.any(own != np.sort(chosen, -1), -1).mean(0)[(rows.weights > 0).reshape(-1)].mean()
-    loss = policy()(masters, Fixed(base), rows)
+    loss = jit(lambda m: policy()(m, Fixed(base), rows))(masters)
     np.testing.assert_allclose(loss.terms["experts_differ"], differ, rtol=1e-5)
     assert 0.3 < differ < 1
-    assert "experts_differ" not in policy()(masters, Fixed(base), batch()).terms
+    assert "experts_differ" not in jax.eval_shape(lambda m: policy()(m, Fixed(base), batch()), masters).terms
 
 
 def test_the_samplers_log_probabilities_and_experts_are_the_trainers(model):
@@ -213,7 +228,8 @@ def test_the_samplers_log_probabilities_and_experts_are_the_trainers(model):
         extras = dict.fromkeys(("coefficients", "shares", "advantages"), share) | {"sampler": sampler}
         extras["experts"] = replayed(generated.experts, len(tokens))
         rows.append([Example(tokens, start, extras)])
-    loss = policy()(STUDENT.master_weights(base), Fixed(base), pack(rows, LENGTH, PAD))
+    packed = pack(rows, LENGTH, PAD)
+    loss = jit(lambda m: policy()(m, Fixed(base), packed))(STUDENT.master_weights(base))
     assert float(loss.terms["experts_differ"]) == 0.0
     assert float(loss.terms["sampler_gap_max"]) < 1e-4
     assert float(loss.terms["sampler_gap"]) < 1e-5
