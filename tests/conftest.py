@@ -1,7 +1,6 @@
 """Shapes and types of every public function are checked, and compiled programs are kept between runs.
 
-Programs are compiled with fewer optimisations than users get: compiling takes most of the tests' time, and what they
-assert holds for any correct program.
+Programs are compiled with fewer optimisations than users get (`tests.compiler_flags`).
 """
 
 import gc
@@ -10,7 +9,6 @@ import resource
 import signal
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 
 import hypothesis
@@ -18,18 +16,12 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
-_JAXLIB = tuple(int(part) for part in version("jaxlib").split(".")[:2])
-FLAGS = " ".join(
-    [
-        "--xla_force_host_platform_device_count=8",
-        "--xla_backend_optimization_level=0",
-        *(["--xla_cpu_use_fusion_emitters=false"] if _JAXLIB < (0, 11) else []),  # unknown to later ones
-    ]
-)
+from tests.compiler_flags import EIGHT_DEVICES, QUICK
+
 LARGE_BYTES = 3 << 30  # of a process; programs that are no longer used are dropped beyond it
 
 os.environ.setdefault("PUZZLE_JAX_CACHE", tempfile.mkdtemp(prefix="puzzle_jax_cache_"))
-os.environ.setdefault("XLA_FLAGS", FLAGS)
+os.environ.setdefault("XLA_FLAGS", f"{EIGHT_DEVICES} {QUICK}")
 # Programs that are started in the background inherit that interrupts are ignored; those that tests start shall not.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -33,6 +33,7 @@ from puzzle_jax.train.fake_quant import round_to_mxfp4
 from puzzle_jax.train.loop import Summary, Trained
 from puzzle_jax.train.step import TrainState
 from puzzle_jax.train.student import Student
+from tests.compiler_flags import EIGHT_DEVICES, QUICK
 from tests.processes.start import ended, running
 from tests.support import model_logits
 from tests.train.distill.toy_distill import (
@@ -50,7 +51,7 @@ from tests.train.distill.toy_distill import (
     save_parent,
     stored,
 )
-from tests.train.in_processes import QUICK, in_processes
+from tests.train.in_processes import in_processes
 
 QUIET = Console(quiet=True)
 
@@ -324,7 +325,7 @@ SIMPLE = {"remat": "false", "loss__token_chunk": 2 * LENGTH, "loss__vocab_chunk"
 
 def test_two_processes_train_what_one_does(directory, finished, tmp_path):
     out = tmp_path / "run"
-    ended = in_processes(2, "distill", *arguments(directory, out, mesh__data=2, **SIMPLE), flags=QUICK)
+    ended = in_processes(2, "distill", *arguments(directory, out, mesh__data=2, **SIMPLE))
     assert [process.returncode for process in ended] == [0, 0], [process.stderr for process in ended]
     assert ["child: " in process.stderr for process in ended] == [True, False]  # one tells of both
     for line, of_one in zip(metrics(out), metrics(finished), strict=True):
@@ -377,7 +378,7 @@ def test_other_settings_and_other_traces_in_one_process_are_refused_by_both(dire
         (["--optimizer.learning_rate", "0.5"], " in the recipe: optimizer.learning_rate is "),
         (["--traces", str(others)], " in the inputs: data is "),
     ):
-        with running(one, [*one, *changed], XLA_FLAGS="") as processes:
+        with running(one, [*one, *changed], XLA_FLAGS=QUICK) as processes:
             found = ended(processes)
         assert [process.returncode for process in found] == [2, 2], [process.stderr for process in found]
         assert found[0].stderr.splitlines()[-1] == found[1].stderr.splitlines()[-1]
@@ -389,8 +390,9 @@ def test_other_settings_and_other_traces_in_one_process_are_refused_by_both(dire
 def test_a_mesh_of_eight_devices_and_packed_experts_train_what_one_does(directory, finished, tmp_path):
     """In a process of its own, where shapes are not checked: JAX puts other things in the place of packed arrays."""
     options = {"mesh__data": 2, "mesh__sequence": 2, "mesh__model": 2, "packed": "true"}
-    flags = f"{QUICK} --xla_force_host_platform_device_count=8"
-    (ended,) = in_processes(1, "distill", *arguments(directory, tmp_path / "run", **options), flags=flags)
+    (ended,) = in_processes(
+        1, "distill", *arguments(directory, tmp_path / "run", **options), flags=f"{QUICK} {EIGHT_DEVICES}"
+    )
     assert ended.returncode == 0, ended.stderr
     for line, of_one in zip(metrics(tmp_path / "run"), metrics(finished), strict=True):
         assert line == pytest.approx(of_one, rel=1e-4)

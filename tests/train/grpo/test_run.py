@@ -33,7 +33,7 @@ from puzzle_jax.train.placement import Placement
 from puzzle_jax.train.run import report
 from puzzle_jax.train.step import TrainState
 from tests.train.grpo.toy_grpo import BLOCKS, KEPT, RIGHT, arguments, make, metrics, record, stored, write_prompts
-from tests.train.in_processes import QUICK, in_processes
+from tests.train.in_processes import in_processes
 
 GROUP, PROMPTS, STEPS = 6, 4, 5
 
@@ -452,7 +452,7 @@ def test_two_processes_train_what_one_does(directory, finished, tmp_path):
     )
     out = tmp_path / "run"
     command = arguments(directory, out, mesh__data=2, reward__function=f"{reward}:judge")
-    ended = in_processes(2, "grpo", *command, flags=QUICK)
+    ended = in_processes(2, "grpo", *command)
     assert [process.returncode for process in ended] == [0, 0], [process.stderr for process in ended]
     assert ["policy of step" in process.stderr for process in ended] == [True, False]  # one tells of both
     assert len(list(tmp_path.glob("judged-for-*"))) == 1

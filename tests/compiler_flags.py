@@ -1,0 +1,10 @@
+"""XLA's flags in tests: compiling takes most of their time, and what they assert holds for any correct program."""
+
+from importlib.metadata import version
+
+_JAXLIB = tuple(int(part) for part in version("jaxlib").split(".")[:2])
+
+QUICK = "--xla_backend_optimization_level=0"
+if _JAXLIB < (0, 11):  # unknown to later ones
+    QUICK += " --xla_cpu_use_fusion_emitters=false"
+EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
