@@ -36,15 +36,14 @@ def random_params(config: ModelConfig, seed: int = 0) -> Params:
 
     def draw(spec: ParamSpec) -> jax.Array:
         values = rng.standard_normal(spec.shape)
-        if spec.init == "normal":
-            return jnp.asarray(values * spec.fan_in**-0.5, jnp.float32)
-        return jnp.asarray(0.5 * values + (spec.init == "ones"), jnp.float32)
+        values = values * spec.fan_in**-0.5 if spec.init == "normal" else 0.5 * values + (spec.init == "ones")
+        return jnp.asarray(values.astype(np.float32))
 
     return jax.tree.map(draw, param_specs(config), is_leaf=is_spec)
 
 
 def random_tokens(config: ModelConfig, batch: int, seq: int, seed: int = 2) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).integers(0, config.vocab_size, (batch, seq)), jnp.int32)
+    return jnp.asarray(np.random.default_rng(seed).integers(0, config.vocab_size, (batch, seq), np.int32))
 
 
 def model_logits(params: Params, config: ModelConfig, tokens: jax.Array, **options: object) -> jax.Array:

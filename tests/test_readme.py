@@ -9,15 +9,13 @@ import shlex
 from dataclasses import replace
 from pathlib import Path
 
-import jax
 import pytest
 
 from puzzle_jax.cli import main
 from puzzle_jax.convert_hf.export import save_checkpoint
-from puzzle_jax.model.spec import init_params
 from puzzle_jax.tasks.chat.embedded import chat_files
 from tests.paths import ROOT
-from tests.support import chat_config
+from tests.support import chat_config, random_params
 
 README = ROOT / "README.md"
 PARENT = "path/to/gpt-oss-20b"
@@ -107,9 +105,7 @@ def test_the_commands_run(tmp_path, monkeypatch, capsys, slow):
     monkeypatch.chdir(tmp_path)
     # Contexts of 128K tokens, which the recipe's scenario has.
     config = replace(chat_config(), max_position=1 << 18)
-    save_checkpoint(
-        tmp_path / PARENT, config, init_params(config, jax.random.key(0)), config_base={}, extra_files=chat_files()
-    )
+    save_checkpoint(tmp_path / PARENT, config, random_params(config, 0), config_base={}, extra_files=chat_files())
     rows = [{"prompt": f"{n}+{n + 3}=", "reasoning": f"{n},{n + 3}", "completion": f"{2 * n + 3}"} for n in range(9)]
     Path("answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     problems = [{"prompt": row["prompt"], "answer": row["completion"]} for row in rows * 2]

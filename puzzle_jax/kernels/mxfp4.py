@@ -12,6 +12,7 @@ Left out: encoding, which is a matter of checkpoints (`puzzle_jax.convert_hf.ten
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,7 @@ class MXFP4:
         return self.codes.nbytes + self.scales.nbytes
 
 
+@partial(jax.jit, static_argnames="dtype", inline=True)
 def decode(weight: MXFP4, dtype: jnp.dtype | type = jnp.float32) -> Float[Array, "experts inputs outputs"]:
     """The values of `weight`, inputs before outputs, ready for `x @ w`."""
     experts, inputs, outputs = weight.shape

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
@@ -19,7 +20,7 @@ from jaxtyping import Array, Bool, Int
 from puzzle_jax.config import BlockConfig, ModelConfig, RopeConfig
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.kernels.mxfp4 import MXFP4
-from puzzle_jax.model.spec import EXPERT_MATRICES, Params, ParamSpec, param_specs
+from puzzle_jax.model.spec import Params, ParamSpec, param_specs
 
 NO_WINDOW = 2**30  # full attention, where windows are data
 
@@ -190,12 +191,15 @@ def cut_params(params: Params, child: Child) -> Params:
 
 def cut_experts(moe: Params, kept: tuple[int, ...]) -> Params:
     """One layer's mixture with only the experts `kept`."""
-    ids = np.asarray(kept)
-    cut = {**moe, "router_weight": moe["router_weight"][:, ids], "router_bias": moe["router_bias"][ids]}
-    for name in (*EXPERT_MATRICES, "gate_up_bias", "down_bias"):
-        weight = moe[name]
-        if isinstance(weight, MXFP4):
-            cut[name] = MXFP4(weight.codes[ids], weight.scales[ids])
-        else:
-            cut[name] = weight[ids]
-    return cut
+    return {
+        "norm": moe["norm"],
+        **_taken({name: moe[name] for name in moe if name != "norm"}, jnp.asarray(np.asarray(kept, np.int32))),
+    }
+
+
+@jax.jit
+def _taken(moe: Params, ids: Int[Array, "kept"]) -> Params:
+    """One program for all arrays of a mixture; they count experts first, only the router's weight last."""
+    router = moe["router_weight"][:, ids]
+    others = {name: array for name, array in moe.items() if name != "router_weight"}
+    return {"router_weight": router, **jax.tree.map(lambda array: array[ids], others)}

@@ -3,7 +3,6 @@ import warnings
 from dataclasses import replace
 from functools import partial
 
-import jax
 import pytest
 import tokenizers
 
@@ -13,13 +12,12 @@ from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions, check_co
 from puzzle_jax.evaluate.settings import MAX_TOKENS
 from puzzle_jax.evaluate.statistics import by_effort, by_task, summarise
 from puzzle_jax.generate.traces import Trace
-from puzzle_jax.model.spec import init_params
 from puzzle_jax.settings.verbs import parse
 from puzzle_jax.tasks import EFFORTS, is_held_out
 from puzzle_jax.tasks.arithmetic import Chain
 from puzzle_jax.tasks.chat.embedded import embedded_chat
 from puzzle_jax.tasks.rewards.answers import Answer, Reward
-from tests.support import small_config
+from tests.support import random_params, small_config
 
 
 def questions(**changes) -> QuestionSet:
@@ -68,7 +66,7 @@ LIMITS = {"low": 5, "high": 7}
 @pytest.fixture(scope="module")
 def ask():
     config = small_config(vocab_size=128)
-    params = init_params(config, jax.random.key(0))
+    params = random_params(config, 0)
     return partial(
         answer_questions, params, config, embedded_chat(), questions(), max_tokens=LIMITS, slots=6, temperature=1.0
     )

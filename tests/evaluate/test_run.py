@@ -5,7 +5,6 @@ import os
 import shutil
 from pathlib import Path
 
-import jax
 import pytest
 from rich.console import Console
 
@@ -16,9 +15,8 @@ from puzzle_jax.evaluate.__main__ import main
 from puzzle_jax.evaluate.run import Evaluation
 from puzzle_jax.evaluate.settings import Settings
 from puzzle_jax.generate.traces import append_trace, read_traces
-from puzzle_jax.model.spec import init_params
 from puzzle_jax.tasks.chat.embedded import chat_files
-from tests.support import chat_config
+from tests.support import chat_config, random_params
 
 CONFIG = chat_config()
 SETTINGS = {
@@ -40,7 +38,7 @@ def models(tmp_path_factory) -> Path:
     """Two checkpoints of one shape, so that they share compiled programs."""
     out = tmp_path_factory.mktemp("models")
     for seed, name in enumerate(("parent", "child")):
-        params = init_params(CONFIG, jax.random.key(seed))
+        params = random_params(CONFIG, seed)
         save_checkpoint(out / name, CONFIG, params, config_base={}, extra_files=chat_files())
     return out
 

@@ -1,6 +1,5 @@
 """Workloads, batches and turns; the engine is replaced where only the order of runs matters."""
 
-import jax
 import pytest
 
 from puzzle_jax.config import BlockConfig
@@ -17,8 +16,7 @@ from puzzle_jax.evaluate.throughput import (
 )
 from puzzle_jax.generate.engine import Engine, Request
 from puzzle_jax.generate.traces import Trace
-from puzzle_jax.model.spec import init_params
-from tests.support import small_config
+from tests.support import random_params, small_config
 
 CONFIG = small_config((BlockConfig(7, 5), BlockConfig(3, None)))
 
@@ -36,7 +34,7 @@ def test_the_batch_is_the_largest_whose_caches_fit():
 
 @pytest.mark.parametrize("context", [64, 100, 320])
 def test_the_engine_stays_within_the_memory_that_its_batch_was_chosen_for(context):
-    params = init_params(CONFIG, jax.random.key(0))
+    params = random_params(CONFIG, 0)
     memory = 400_000
     slots = largest_batch(CONFIG, context, cache_memory=memory, bytes_per_value=4, at_most=64, what="")
     engine = Engine(params, CONFIG, stop_ids=(), context=context, slots=slots)
@@ -94,7 +92,7 @@ def test_models_take_turns_and_the_order_moves_on(monkeypatch):
 
 
 def test_every_round_of_every_model_is_measured():
-    params = init_params(CONFIG, jax.random.key(0))
+    params = random_params(CONFIG, 0)
     rounds = []
     results = measure_throughput(
         {"a": (params, CONFIG), "b": (params, CONFIG)},

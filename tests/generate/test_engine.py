@@ -37,8 +37,10 @@ def greedy(params, config, request, cache=None):
     """One token at a time, without a cache."""
     tokens, out = list(request.prompt), []
     while len(out) < request.max_tokens and STOP not in out:
-        padded = jnp.zeros((1, 128), jnp.int32).at[0, : len(tokens)].set(jnp.asarray(tokens))
-        out.append(int(_uncached(params, config=config, tokens=padded, cache=cache)[0, len(tokens) - 1].argmax()))
+        padded = np.zeros((1, 128), np.int32)
+        padded[0, : len(tokens)] = tokens
+        logits = np.asarray(_uncached(params, config=config, tokens=jnp.asarray(padded), cache=cache))
+        out.append(int(logits[0, len(tokens) - 1].argmax()))
         tokens.append(out[-1])
     return tuple(out)
 
@@ -60,9 +62,10 @@ def test_bfloat16_tokens_are_the_likeliest_of_the_uncached_pass_up_to_rounding()
     answers = generate(params, config, requests(), stop_ids=(), slots=3)
     behind = []
     for request, answer in zip(requests(), answers, strict=True):
-        row = jnp.zeros((1, 128), jnp.int32)
         ids = request.prompt + answer.tokens
-        logits = np.asarray(_uncached(params, config=config, tokens=row.at[0, : len(ids)].set(jnp.asarray(ids)))[0])
+        row = np.zeros((1, 128), np.int32)
+        row[0, : len(ids)] = ids
+        logits = np.asarray(_uncached(params, config=config, tokens=jnp.asarray(row)))[0]
         for index, token in enumerate(answer.tokens, start=len(request.prompt) - 1):
             behind.append(float(logits[index].max() - logits[index, token]))
     assert len(behind) == sum(request.max_tokens for request in requests())

@@ -2,15 +2,13 @@
 
 import copy
 
-import jax
 import pytest
 import yaml
 
 from puzzle_jax.convert_hf.export import save_checkpoint
-from puzzle_jax.model.spec import init_params
 from puzzle_jax.search.__main__ import main
 from puzzle_jax.tasks.chat.embedded import chat_files
-from tests.support import chat_config
+from tests.support import chat_config, random_params
 
 GOOD = {
     "traces": {"tasks": ["chain"], "calibration": 3, "max_tokens": {"low": 5, "medium": 6, "high": 7}},
@@ -136,7 +134,7 @@ BAD_FIELDS = [
 def parent(tmp_path_factory):
     config = chat_config()
     out = tmp_path_factory.mktemp("parent") / "checkpoint"
-    save_checkpoint(out, config, init_params(config, jax.random.key(0)), config_base={}, extra_files=chat_files())
+    save_checkpoint(out, config, random_params(config, 0), config_base={}, extra_files=chat_files())
     return out
 
 

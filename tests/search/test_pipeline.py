@@ -8,7 +8,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -20,12 +19,11 @@ from puzzle_jax.costs.table import read_costs
 from puzzle_jax.errors import PuzzleWarning
 from puzzle_jax.evaluate.accuracy import answer_questions
 from puzzle_jax.generate.traces import read_traces, write_traces
-from puzzle_jax.model.spec import init_params
 from puzzle_jax.search.__main__ import main
 from puzzle_jax.search.pipeline import STAGE_NAMES
 from puzzle_jax.tasks.chat.embedded import chat_files
 from tests.processes.start import ended, running
-from tests.support import chat_config
+from tests.support import chat_config, random_params
 
 SLOW = pytest.mark.slow
 SETTINGS = [
@@ -63,7 +61,7 @@ SETTINGS = [
 def parent(tmp_path_factory) -> Path:
     config = chat_config()
     out = tmp_path_factory.mktemp("parent") / "checkpoint"
-    save_checkpoint(out, config, init_params(config, jax.random.key(0)), config_base={}, extra_files=chat_files())
+    save_checkpoint(out, config, random_params(config, 0), config_base={}, extra_files=chat_files())
     return out
 
 
@@ -501,7 +499,7 @@ def test_a_damaged_parent_is_refused_before_anything_is_written(parent, tmp_path
 def test_a_directory_of_another_run_is_refused_and_kept(finished, parent, tmp_path, capsys):
     other = tmp_path / "other"
     config = chat_config()
-    save_checkpoint(other, config, init_params(config, jax.random.key(1)), config_base={}, extra_files=chat_files())
+    save_checkpoint(other, config, random_params(config, 1), config_base={}, extra_files=chat_files())
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}

@@ -6,16 +6,14 @@ import socket
 import time
 from pathlib import Path
 
-import jax
 import pytest
 
 from puzzle_jax.convert_hf.export import save_checkpoint
-from puzzle_jax.model.spec import init_params
 from puzzle_jax.search.workers import Team
 from puzzle_jax.tasks.chat.embedded import chat_files
 from tests.processes.start import ended, running
 from tests.search.test_pipeline import SETTINGS
-from tests.support import chat_config
+from tests.support import chat_config, random_params
 
 PROGRAM = "puzzle search"
 WHERE = f"process 1 (host {socket.gethostname()})"
@@ -26,7 +24,7 @@ def parents(tmp_path_factory) -> list[Path]:
     """Two parents whose files have the same sizes."""
     config, root = chat_config(), tmp_path_factory.mktemp("parents")
     for seed in range(2):
-        params = init_params(config, jax.random.key(seed))
+        params = random_params(config, seed)
         save_checkpoint(root / f"of-{seed}", config, params, config_base={}, extra_files=chat_files())
     sizes = [{file.name: file.stat().st_size for file in (root / f"of-{seed}").iterdir()} for seed in range(2)]
     assert sizes[0] == sizes[1]
