@@ -20,6 +20,17 @@ def arrays(seq, seed=0, dtype=jnp.float32):
     return tuple(x.astype(dtype) for x in (q, k, v, jax.random.normal(keys[3], (HEADS,))))
 
 
+def attend(*arrays, window, segment_ids=None, implementation=None):
+    """`window_attention` as one program, which is there sooner than its operations one by one."""
+    as_data = isinstance(window, jax.Array)
+
+    def run(arrays, segment_ids, given):
+        width = given if as_data else window
+        return window_attention(*arrays, window=width, segment_ids=segment_ids, implementation=implementation)
+
+    return jax.jit(run)(arrays, segment_ids, window if as_data else None)
+
+
 def by_hand(q, k, v, sinks, window, segments=None) -> np.ndarray:
     """One query at a time, in float64, with windows as lists of visible positions."""
     q, k, v, sinks = (np.asarray(x, np.float64) for x in (q, k, v, sinks))
@@ -46,7 +57,7 @@ SEGMENTS = np.asarray([[0] * 17 + [1] * 20 + [2] * 4, [0] * 2 + [1] * 39])
 def test_attention_by_hand(implementation, window, segments):
     data = arrays(41)
     ids = None if segments is None else jnp.asarray(segments)
-    out = window_attention(*data, window=window, segment_ids=ids, implementation=implementation)
+    out = attend(*data, window=window, segment_ids=ids, implementation=implementation)
     np.testing.assert_allclose(out, by_hand(*data, window, segments), atol=2e-6)
 
 
@@ -55,14 +66,14 @@ def test_attention_by_hand(implementation, window, segments):
 def test_a_band_of_keys_by_hand(window, segments):
     data = arrays(41)
     ids = None if segments is None else jnp.asarray(segments)
-    out = window_attention(*data, window=window, segment_ids=ids, implementation="banded")
+    out = attend(*data, window=window, segment_ids=ids, implementation="banded")
     np.testing.assert_allclose(out, by_hand(*data, window, segments), atol=2e-6)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "square"])
 def test_one_window_per_row_as_data(implementation):
     data, windows = arrays(23), jnp.asarray([3, 2**30])
-    out = window_attention(*data, window=windows, implementation=implementation)
+    out = attend(*data, window=windows, implementation=implementation)
     np.testing.assert_allclose(out[0], by_hand(*data, 3)[0], atol=2e-6)
     np.testing.assert_allclose(out[1], by_hand(*data, None)[1], atol=2e-6)
 
@@ -72,17 +83,17 @@ def test_one_window_per_row_as_data(implementation):
 def test_blocks_of_visible_keys_by_hand(window, segments):
     data = arrays(41)
     ids = None if segments is None else jnp.asarray(segments)
-    out = window_attention(*data, window=window, segment_ids=ids, implementation="causal_blocks")
+    out = attend(*data, window=window, segment_ids=ids, implementation="causal_blocks")
     np.testing.assert_allclose(out, by_hand(*data, window, segments), atol=2e-6)
 
 
 def test_blocks_leave_narrow_windows_and_windows_as_data_to_others():
     with pytest.raises(NotImplementedError, match="narrower than a block of 32"):
-        window_attention(*arrays(41), window=8, implementation="causal_blocks")
+        attend(*arrays(41), window=8, implementation="causal_blocks")
     with pytest.raises(NotImplementedError, match="not a static number"):
-        window_attention(*arrays(41), window=jnp.asarray([4, 5]), implementation="causal_blocks")
+        attend(*arrays(41), window=jnp.asarray([4, 5]), implementation="causal_blocks")
     with pytest.raises(NotImplementedError, match="single block"):
-        window_attention(*arrays(32), window=None, implementation="causal_blocks")
+        attend(*arrays(32), window=None, implementation="causal_blocks")
 
 
 @pytest.mark.parametrize(
@@ -93,7 +104,7 @@ def test_gradients_sinks_included_agree_with_the_reference(implementation, windo
 
     def gradients(implementation):
         def f(*arrays):
-            out = window_attention(*arrays, window=window, segment_ids=segments, implementation=implementation)
+            out = attend(*arrays, window=window, segment_ids=segments, implementation=implementation)
             return jnp.sum(jnp.sin(out))
 
         return jax.grad(f, argnums=(0, 1, 2, 3))(*data)
@@ -133,7 +144,7 @@ def test_gradients_over_pairs_of_blocks_agree_with_the_reference(window):
         return jax.grad(f, argnums=(0, 1, 2, 3))(*data)
 
     found = gradients(online_blocks.window_attention, block=8)
-    for fast, slow in zip(found, gradients(window_attention, implementation="reference"), strict=True):
+    for fast, slow in zip(found, gradients(attend, implementation="reference"), strict=True):
         assert float(jnp.abs(slow).max()) > 1e-2
         np.testing.assert_allclose(fast, slow, atol=3e-6)
 
@@ -157,27 +168,27 @@ def test_pairs_of_blocks_in_bfloat16_keep_the_dtype_and_float32_sums():
 def test_too_many_logits_are_left_to_pairs_of_blocks(monkeypatch, implementation, window, logits):
     data = arrays(41)
     monkeypatch.setattr(limits, "LARGEST", logits)
-    window_attention(*data, window=window, implementation=implementation)
+    attend(*data, window=window, implementation=implementation)
     monkeypatch.setattr(limits, "LARGEST", logits - 1)
     with pytest.raises(NotImplementedError, match="too many at a time"):
-        window_attention(*data, window=window, implementation=implementation)
+        attend(*data, window=window, implementation=implementation)
     monkeypatch.setattr(limits, "LARGEST", 0)
-    out = window_attention(*data, window=window)
+    out = attend(*data, window=window)
     np.testing.assert_array_equal(out, online_blocks.window_attention(*data, window=window))
 
 
 def test_a_band_as_wide_as_the_square_is_left_to_others():
     with pytest.raises(NotImplementedError, match="two blocks of 21"):
-        window_attention(*arrays(41), window=21, implementation="banded")
+        attend(*arrays(41), window=21, implementation="banded")
     with pytest.raises(NotImplementedError, match="not a static number"):
-        window_attention(*arrays(41), window=None, implementation="banded")
-    out = window_attention(*arrays(41), window=21)
+        attend(*arrays(41), window=None, implementation="banded")
+    out = attend(*arrays(41), window=21)
     np.testing.assert_allclose(out, by_hand(*arrays(41), 21), atol=2e-6)
 
 
 def test_bfloat16_stays_near_float32():
-    exact = window_attention(*arrays(41), window=5)
-    rough = window_attention(*arrays(41, dtype=jnp.bfloat16), window=5)
+    exact = attend(*arrays(41), window=5)
+    rough = attend(*arrays(41, dtype=jnp.bfloat16), window=5)
     assert rough.dtype == jnp.bfloat16
     assert float(jnp.abs(rough.astype(jnp.float32) - exact).max()) < 0.05
 
