@@ -28,16 +28,8 @@ from puzzle_jax.generate.traces import Trace
 LEVEL = 0.95
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A range of values; None is a side without limit."""
-
-    low: float | None
-    high: float | None
-
-
-def wilson(successes: int, trials: int, level: float = LEVEL) -> Interval:
-    """Wilson's score interval of a share; raises ConfigError where there is no trial."""
+def wilson(successes: int, trials: int, level: float = LEVEL) -> tuple[float, float]:
+    """The ends of Wilson's score interval of a share; raises ConfigError where there is no trial."""
     if not 0 <= successes <= trials or not trials:
         raise ConfigError(f"{successes} successes of {trials} trials are no share")
     z = float(norm.ppf((1 + level) / 2))
@@ -45,7 +37,7 @@ def wilson(successes: int, trials: int, level: float = LEVEL) -> Interval:
     centre = (share + z * z / (2 * trials)) / shrink
     spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials)) / shrink
     # Without any success (or failure) one end is exactly 0 (or 1), which rounding would miss.
-    return Interval(
+    return (
         0.0 if not successes else max(0.0, centre - spread),
         1.0 if successes == trials else min(1.0, centre + spread),
     )
@@ -90,10 +82,11 @@ def means(
     return counts @ values.astype(np.float64) / counts.sum(1)
 
 
-def percentile_interval(values: Float[np.ndarray, "draws"], level: float = LEVEL) -> Interval:
-    """The middle `level` of bootstrap values; infinite ones (a ratio to nothing) leave a side without limit."""
+def percentile_interval(values: Float[np.ndarray, "draws"], level: float = LEVEL) -> tuple[float | None, float | None]:
+    """The ends of the middle `level` of bootstrap values; None where infinite ones leave no limit."""
     tail = (1 - level) / 2
-    return Interval(lower_bound(values, tail), -b if (b := lower_bound(-values, tail)) is not None else None)
+    below, above = lower_bound(values, tail), lower_bound(-values, tail)
+    return below, None if above is None else -above
 
 
 def lower_bound(values: Float[np.ndarray, "draws"], tail: float = 1 - LEVEL) -> float | None:
@@ -134,9 +127,9 @@ def paired(
 ) -> Paired:
     """Compares right answers of two models, problem by problem."""
     won, lost = int((model & ~reference).sum()), int((reference & ~model).sum())
-    interval = percentile_interval(means(counts, model) - means(counts, reference))
+    low, high = percentile_interval(means(counts, model) - means(counts, reference))
     p_value = float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
-    return Paired((won - lost) / len(model), interval.low, interval.high, won, lost, p_value)
+    return Paired((won - lost) / len(model), low, high, won, lost, p_value)
 
 
 # Answers in a few numbers -------------------------------------------------------------------------------------------
@@ -177,16 +170,15 @@ def summarise(answers: Sequence[Trace]) -> Summary:
     if not answers:
         raise ConfigError("there are no answers to summarise")
     count, right = len(answers), sum(answer.correct for answer in answers)
-    interval = wilson(right, count)
+    low, high = wilson(right, count)
     accuracy = right / count
     lengths = [len(answer.completion) for answer in answers]
-    assert interval.low is not None and interval.high is not None
     return Summary(
         accuracy=accuracy,
         accuracy_se=math.sqrt(accuracy * (1 - accuracy) / count),
-        low=interval.low,
-        high=interval.high,
-        mean_reward=sum(answer.judged_reward for answer in answers) / count,
+        low=low,
+        high=high,
+        mean_reward=sum(answer.known_reward for answer in answers) / count,
         mean_tokens=sum(lengths) / count,
         token_quantiles={str(q): float(np.percentile(lengths, q)) for q in QUANTILES},
         truncated=sum(answer.truncated for answer in answers) / count,

@@ -148,8 +148,8 @@ class Chat:
         end = "" if cut else "<|return|>"
         return self._control.encode(f"{thought}{between}<|channel|>final<|message|>{final}{end}", tokens)
 
-    def speaks_of_control_tokens(self, *texts: str) -> bool:
-        """Whether control tokens are written out in a text; they stay text."""
+    def has_control_tokens(self, *texts: str) -> bool:
+        """Whether control tokens are written out in a text, where they stay text."""
         return bool(self._control.mark(texts, "").tokens)
 
     def parse(self, tokens: Sequence[int]) -> Completion:
