@@ -11,7 +11,6 @@ Writes caches.json; scales go into a checkpoint when it is exported (`convert_hf
 
 from __future__ import annotations
 
-import datetime
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -178,7 +177,7 @@ def run(settings: CachesSettings) -> None:
     calibration = QuestionSet(tasks, efforts, max(1, each // 4), "calibration", settings.seed)
     if settings.out.exists() and not settings.out.is_dir():
         raise ConfigError(f"out is {settings.out}, which is a file, but must be a directory")
-    model = Model.open(str(settings.model), settings.model, datetime.datetime.now())
+    model = Model.open(str(settings.model), settings.model)
     for asked in (questions, calibration):
         check_context(asked.questions(), model.chat, model.config, settings.max_tokens, f"model {model.name!r}")
     results, scales = compare_caches(

@@ -53,8 +53,8 @@ class Model:
     mesh: Mesh | None = None
 
     @staticmethod
-    def open(name: str, directory: Path, today: datetime.datetime) -> Model:
-        """Reads configuration, headers and chat files; the template sees the date `today`.
+    def open(name: str, directory: Path, today: datetime.datetime | None = None) -> Model:
+        """Reads configuration, headers and chat files; the template sees the date `today`, by default now.
 
         Raises CheckpointError, naming the model and what is missing or damaged.
         """

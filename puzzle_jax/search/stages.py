@@ -1,10 +1,10 @@
 """Stages that read files and write files in one run directory, and that are rerun only when something changed.
 
-    RUN/run.json            marks the directory as a run, and says of what
+    RUN/run.json            marks the directory as a run, with its identity
     RUN/<stage>/...         the stage's outputs
     RUN/<stage>/stage.json  hash of its inputs and settings, versions, seconds, and the list of its outputs
 
-A `Stage` says what a stage needs and how its outputs are produced; a pipeline is a tuple of them. A stage writes into
+A `Stage` names the inputs of a stage and produces its outputs; a pipeline is a tuple of them. A stage writes into
 a temporary directory beside its own, which is renamed when everything is written: a stage that dies leaves the earlier
 state and never half a file. Intermediate results go into a second directory, which survives a killed process and is
 found again when the stage runs with the same key (inputs, settings and version). A stage whose inputs, settings and
@@ -23,12 +23,13 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Generic, TypeVar
 
-from puzzle_jax.errors import PuzzleError, shown
+from puzzle_jax.codec import from_plain
+from puzzle_jax.errors import PuzzleError, check_range, shown
 from puzzle_jax.files import PARTIAL, naming, read_object
 from puzzle_jax.runs import RUN_FILE, canonical, difference, locked, version, write_json
 
@@ -39,7 +40,7 @@ _WHOLE_HASH_BYTES = 64 << 20
 
 
 Context = TypeVar("Context")
-"""What the stages of one pipeline share."""
+"""The context that the stages of one pipeline share."""
 
 
 @dataclass(frozen=True)
@@ -279,26 +280,33 @@ def _shown(path: Path, run_dir: Path) -> str:
     return path.relative_to(run_dir).as_posix() if path.is_relative_to(run_dir) else str(path)
 
 
-# The record that a stage leaves beside its outputs, read with suspicion: people copy, edit and cut run directories.
+# The record that a stage leaves beside its outputs is checked in full: people copy, edit and cut run directories.
 
 
 @dataclass(frozen=True)
 class StageRecord:
-    """What stage.json says.
+    """The content of stage.json.
 
     Attributes:
       key: hash of inputs, settings and package version.
-      seconds: that producing the outputs took.
-      jax: version of JAX.
+      seconds: time that producing the outputs took.
       outputs: digest of every file, by its path below the stage's directory.
+      jax: version of JAX.
       content: the whole object.
     """
 
     key: str
     seconds: float
-    jax: str
-    outputs: Mapping[str, str]
-    content: Mapping[str, Any]
+    outputs: dict[str, str]
+    jax: str = "unknown"
+    content: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_range("seconds", self.seconds, 0, 1e12)
+        for name in self.outputs:
+            path = PurePosixPath(name)
+            if not name or "\0" in name or path.is_absolute() or ".." in path.parts:
+                raise PuzzleError(f"outputs has {shown(name)}, but must be digests by paths below the directory")
 
 
 def read_stage_record(directory: Path) -> StageRecord | None:
@@ -310,23 +318,7 @@ def read_stage_record(directory: Path) -> StageRecord | None:
     if not path.is_file():
         return None
     content = read_object(path)
-
-    def refuse(field: str, rule: str) -> PuzzleError:
-        return PuzzleError(
-            f"{path}: {field} is {shown(content.get(field))}, but must be {rule}; "
-            f"move {directory} away to run the stage again"
-        )
-
-    key, seconds, outputs = (content.get(field) for field in ("key", "seconds", "outputs"))
-    if not isinstance(key, str):
-        raise refuse("key", "a hash")
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds < 1e12:
-        raise refuse("seconds", "a number of at least 0")
-    if not isinstance(outputs, dict) or not all(isinstance(d, str) and _inside(p) for p, d in outputs.items()):
-        raise refuse("outputs", "digests by paths below the directory")
-    return StageRecord(key, float(seconds), str(content.get("jax", "unknown")), outputs, content)
-
-
-def _inside(path: str) -> bool:
-    parts = PurePosixPath(path)
-    return bool(path) and "\0" not in path and not parts.is_absolute() and ".." not in parts.parts
+    try:
+        return from_plain(StageRecord, {**content, "content": content}, str(path))
+    except PuzzleError as error:
+        raise PuzzleError(f"{error}; move {directory} away to run the stage again") from None

@@ -53,7 +53,7 @@ def ask_parent(parent: Model, recipe: Recipe, kept: Path, console: Console) -> I
             answers = journaled_answers(
                 kept / f"{name}.jsonl",
                 questions.questions(),
-                lambda skip, on_answer, ask=ask: ask(skip=skip, on_answer=on_answer),
+                ask,
                 on_answers=advance,
             )
             if note := unscored_note(answers):

@@ -237,15 +237,15 @@ def test_a_skip_is_quick_enough_to_be_unseen(run):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda r: r.pop("key"), "key is None, but must be a hash"),
-        (lambda r: r.pop("seconds"), "seconds is None"),
-        (lambda r: r.update(seconds="long"), "seconds is 'long'"),
-        (lambda r: r.update(seconds=True), "seconds is True"),
-        (lambda r: r.pop("outputs"), "outputs is None"),
-        (lambda r: r.update(outputs=5), "outputs is 5"),
-        (lambda r: r.update(outputs={"../../x": "ab"}), "outputs is .* but must be digests by paths below"),
-        (lambda r: r.update(outputs={"/etc/passwd": "ab"}), "outputs is"),
-        (lambda r: r.update(outputs={"out.txt": 5}), "outputs is"),
+        (lambda r: r.pop("key"), "the value has no field 'key'"),
+        (lambda r: r.pop("seconds"), "the value has no field 'seconds'"),
+        (lambda r: r.update(seconds="long"), "seconds is a text, but must be a number"),
+        (lambda r: r.update(seconds=True), "seconds is true or false, but must be a number"),
+        (lambda r: r.pop("outputs"), "the value has no field 'outputs'"),
+        (lambda r: r.update(outputs=5), "outputs is a whole number, but must be an object"),
+        (lambda r: r.update(outputs={"../../x": "ab"}), "outputs has .* but must be digests by paths below"),
+        (lambda r: r.update(outputs={"/etc/passwd": "ab"}), "outputs has"),
+        (lambda r: r.update(outputs={"out.txt": 5}), "outputs.* is a whole number, but must be a text"),
     ],
 )
 def test_a_record_that_no_stage_wrote_is_refused_by_field(run, change, words):

@@ -153,7 +153,7 @@ def written(path, program: str) -> str:
     return str(path)
 
 
-def workers(workers: RewardWorkers) -> list[int]:
+def process_ids(workers: RewardWorkers) -> list[int]:
     return [worker.process.pid for worker in workers._workers]
 
 
@@ -196,7 +196,7 @@ def test_scores_are_those_of_the_tasks_with_any_number_of_processes(tmp_path):
     for processes in (1, 2):
         with RewardWorkers(processes=processes) as workers:
             assert workers.rewards(answers) == direct
-            assert len(workers(workers)) == processes
+            assert len(process_ids(workers)) == processes
             assert workers.rewards([]) == []
             assert workers.rewards(answers[:3]) == direct[:3]
             assert not workers.lost
@@ -348,7 +348,7 @@ def test_what_user_code_sees_of_the_environment(tmp_path, monkeypatch, function,
         tmp_path / "see.py", "import os\n\ndef reward(answer, score):\n    return os.environ.get('MINE') == 'secret'"
     )
     with RewardWorkers(function=f"{function}:reward" if function else None, environment=names) as workers:
-        (pid,) = workers(workers)
+        (pid,) = process_ids(workers)
         variables = set(Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
         assert (b"MINE=secret" in variables) == seen
         assert {b"PYTHONHASHSEED=0", b"JAX_PLATFORMS=cpu"} <= variables
@@ -390,11 +390,11 @@ def test_processes_end_with_close_and_one_that_dies_idle_costs_nothing(behaviour
     answers = [answer("1", n) for n in range(4)]
     expected = [Reward(n + 1.0, None) for n in range(4)]
     assert workers.rewards(answers) == expected
-    before = workers(workers)
+    before = process_ids(workers)
     os.kill(before[0], signal.SIGKILL)
     wait_until(lambda: not alive(before[0]))
     assert workers.rewards(answers) == expected and not workers.lost
-    pids = {*before, *workers(workers)}
+    pids = {*before, *process_ids(workers)}
     workers.close()
     workers.close()
     assert len(pids) >= 2 and not any(alive(pid) for pid in pids)
