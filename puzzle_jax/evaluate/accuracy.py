@@ -50,7 +50,7 @@ class Scorers(Protocol):
 
 @dataclass(frozen=True)
 class QuestionSet:
-    """Which problems are asked, at which efforts.
+    """Problems and the efforts at which they are asked.
 
     Of an endless family, splits and seeds share no problem's seed; of an embedded family, "training" draws on the side
     of `is_held_out` that pretraining saw and the other splits on the other, so that it shares no prompt with them. The
@@ -60,10 +60,9 @@ class QuestionSet:
     there are fewer problems than asked for, all of them are asked.
 
     Attributes:
-      tasks: names as of `get_task`.
-      per_task: problems of each task, at most; every one is asked at every effort.
-      split: one of `SPLITS`.
-      seed: draws other problems of the same split.
+      tasks, efforts: names as of `get_task`; every problem is asked at every effort.
+      per_task: the most problems of each task.
+      split, seed: one of `SPLITS`; the seed draws other problems of it.
     """
 
     tasks: tuple[str, ...]
@@ -205,13 +204,7 @@ def check_context(
     max_tokens: Mapping[str, int],
     whose: str,
 ) -> int:
-    """The most positions that a question with its longest answer takes.
-
-    Args:
-      questions: problems with their efforts.
-      chat, config: of the model.
-      max_tokens: limit of an answer per effort.
-      whose: the model as messages call it.
+    """The most positions that a question with its longest answer takes; messages call the model `whose`.
 
     Warns with PuzzleWarning where the limits are those that suit the embedded parent and the model is another one, most
     of whose answers would be cut. Raises ConfigError, which names the problem's file and line, or its task and number,

@@ -53,9 +53,8 @@ class CacheResult:
     Attributes:
       kl: mean over answers of the mean KL per token, in nats; 0 for the reference itself.
       agreement: share of tokens for which both rank the same one first.
-      accuracy: per effort.
-      change: per effort, accuracy minus the reference's on the same problems, with its interval.
-      unscored: how many answers could not be scored and why, as a sentence; None where all were.
+      accuracy, change: by effort, accuracy and its difference from the reference's on the same problems.
+      unscored: a sentence on the answers that could not be scored; None where all were.
     """
 
     kl: float
@@ -100,13 +99,8 @@ def compare_caches(
 ) -> tuple[dict[str, CacheResult], KVScales]:
     """Results by name of the cache, the reference first, and the calibrated scales.
 
-    Args:
-      params: dense weights in the dtype to compute with.
-      calibration: problems whose answers give the scales.
-      questions: problems to compare on; both should be of different splits.
-      max_tokens: limit per effort.
-      slots: requests that run together.
-      temperature: of sampling.
+    `params` are dense, in the dtype to compute with. The scales come from answers to the problems of `calibration`,
+    which should be of another split than `questions`.
     """
     reference = CacheFormat("bfloat16")
     ask = partial(answer_questions, params, config, chat, max_tokens=max_tokens, slots=slots, temperature=temperature)

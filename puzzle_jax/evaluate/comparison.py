@@ -53,8 +53,7 @@ class EffortComparison:
       all, tasks: difference of accuracies, over all tasks and by task.
       retention: accuracy over the reference's.
       relative_tokens: mean generated tokens over the reference's.
-      relative_tokens_per_second: over the reference's; None where speed was not measured, as is
-      relative_request_rate: the former over the one before.
+      relative_tokens_per_second, relative_request_rate: over the reference's; None where speed was not measured.
     """
 
     all: Paired
@@ -67,12 +66,8 @@ class EffortComparison:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A model against the reference.
-
-    Attributes:
-      overall: difference of the accuracies over all tasks and efforts.
-      efforts: by effort.
-      common, reachable: the two questions of `evaluate.frontier`; None where speed was not measured.
+    """A model against the reference: accuracy over all tasks and efforts, every effort, and the two questions of
+    `evaluate.frontier`, which are None where speed was not measured.
     """
 
     overall: Estimate
@@ -95,9 +90,9 @@ class Analysis:
 
     Attributes:
       overall: accuracy over all tasks and efforts.
-      summaries: by effort.
-      comparisons: of all models but the reference.
-      points: of the frontier, by effort; None where speed was not measured.
+      summaries: summaries by effort.
+      comparisons: all models but the reference.
+      points: points of the frontier, by effort; None where speed was not measured.
     """
 
     overall: dict[str, Estimate]
@@ -109,16 +104,10 @@ class Analysis:
 def analyse(
     answers: Mapping[str, Sequence[Trace]], efforts: Sequence[str], rates: Rates | None, *, draws: int, seed: int
 ) -> Analysis:
-    """Compares models.
+    """Compares models by their answers to the same questions in the same order; the first model is the reference.
 
-    Args:
-      answers: of every model to the same questions in the same order; the first model is the reference.
-      efforts: in rising order.
-      rates: tokens per second.
-      draws: of the bootstrap.
-      seed: of the draws.
-
-    Raises PuzzleError when the models did not answer the same questions.
+    Efforts are in rising order; `draws` and `seed` are those of the bootstrap. Raises PuzzleError when the models did
+    not answer the same questions.
     """
     found = _Results(answers, efforts, rates, draws, seed)
     summaries = {

@@ -38,11 +38,10 @@ def journaled_answers(
 
     Args:
       path: the journal; made, with its directory, when it is missing.
-      questions: of which some are asked.
+      questions: of which those with the keys `wanted` are asked, by default all.
       ask: `answer_questions` with its model and questions: called with `skip`, the numbers of the questions that are
         not to be asked, and `on_answer`; not called where all answers are there.
-      wanted: keys of the questions to ask; None is all.
-      on_answers: called with how many more answers there are, those of an earlier run included.
+      on_answers: called with the number of further answers, those of an earlier run included.
 
     Raises PuzzleError where the journal cannot be read or holds an answer to another question.
     """

@@ -10,7 +10,6 @@ import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -38,13 +37,8 @@ CHAT_FILES = (
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint to evaluate.
-
-    Attributes:
-      name: what answers, tables and figures call it.
-      description: configuration and checked headers.
-      chat: the checkpoint's own tokenizer and template.
-      mesh: where the weights go; None is the first device.
+    """A checkpoint to evaluate: its name in tables and messages, its configuration and checked headers, its own
+    tokenizer and template, and the mesh of its weights (None is the first device).
     """
 
     name: str
@@ -94,7 +88,7 @@ class Model:
         return digest.hexdigest()[:16]
 
 
-def dense_in_place(config: ModelConfig, mesh: Mesh | None) -> Any:
+def dense_in_place(config: ModelConfig, mesh: Mesh | None) -> jax.stages.Wrapped:
     """The program that turns loaded parameters into dense ones of a dtype, each on the devices where it belongs."""
     where = None if mesh is None else params_sharding(config, mesh)
     return jax.jit(to_compute, static_argnums=1, out_shardings=where)

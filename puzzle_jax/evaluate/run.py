@@ -46,11 +46,7 @@ SPLIT = "evaluation"
 
 
 class Evaluation:
-    """Opens and checks everything, and writes nothing before `run`.
-
-    Args:
-      settings: all settings.
-      console: where progress goes.
+    """Opens and checks everything, and writes nothing before `run`; progress goes to the console.
 
     Raises PuzzleError for whatever cannot be used: models, tasks, prompts that exceed a model's context, a cache memory
     that holds no request. `run` refuses an output directory that holds something else before it writes anything.
@@ -83,7 +79,7 @@ class Evaluation:
         limits = self.settings.max_tokens
         return check_context(self.asked.values(), model.chat, model.config, limits, f"model {model.name!r}")
 
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self) -> dict[str, object]:
         """What answers depend on."""
         questions = [[p.task, p.seed, p.prompt, p.answer, effort] for p, effort in self.asked.values()]
         return {
@@ -147,8 +143,8 @@ class Evaluation:
             "throughput": self._throughput(speeds) if speeds else None,
         }
 
-    def _throughput(self, speeds: Speeds) -> dict[str, Any]:
-        def entry(workload: str, model: str) -> dict[str, Any]:
+    def _throughput(self, speeds: Speeds) -> dict[str, object]:
+        def entry(workload: str, model: str) -> dict[str, object]:
             rates, reference = speeds[workload][model], speeds[workload][self.settings.reference]
             return {
                 "batch": self.slots[model][workload][0],

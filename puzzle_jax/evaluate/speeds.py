@@ -37,12 +37,9 @@ Speeds = Mapping[str, Mapping[str, Sequence[float]]]
 
 @dataclass(frozen=True)
 class Round:
-    """A line of throughput.jsonl.
+    """A line of throughput.jsonl: generated tokens per second by model, in a scenario or at an effort.
 
-    Attributes:
-      key: hash of everything that the speeds depend on, the models apart.
-      workload: scenario or effort.
-      tokens_per_second: generated, by model.
+    The key is a hash of everything that they depend on except the models.
     """
 
     key: str
@@ -55,11 +52,7 @@ class Round:
 
 
 def plan_slots(model: Model, settings: Settings, longest: int) -> Slots:
-    """The batches of a model.
-
-    Args:
-      model, settings: what is to be measured.
-      longest: positions that a request of any effort may need.
+    """The batches of a model; a request of any effort may need `longest` positions.
 
     Raises ConfigError for a scenario beyond the model's context, and a memory that holds not one request.
     """

@@ -61,10 +61,7 @@ def weighted_mean(
 def resample(strata: Sequence[Hashable], draws: int, seed: int) -> Int[np.ndarray, "draws problems"]:
     """How often each bootstrap draw holds each problem.
 
-    Args:
-      strata: of every problem (its task); a draw holds as many problems of a stratum as there are.
-      draws: rows of the result.
-      seed: of the draws.
+    `strata` are the problems' tasks: a draw holds as many problems of a stratum as there are.
     """
     generator = np.random.default_rng(seed)
     counts = np.zeros((draws, len(strata)), np.int64)
@@ -106,10 +103,9 @@ class Paired:
     """Accuracy of a model minus the reference's on the same problems.
 
     Attributes:
-      difference: of the two accuracies.
-      low, high: its bootstrap interval.
+      difference, low, high: the difference of the two accuracies, and its bootstrap interval.
       won, lost: problems that only the model, or only the reference, answers right.
-      p_value: of McNemar's exact test, two-sided: how often equal models would be as uneven.
+      p_value: McNemar's exact test, two-sided: how often equal models would be as uneven.
     """
 
     difference: float
@@ -142,15 +138,13 @@ class Summary:
     """Answers in a few numbers.
 
     Attributes:
-      accuracy: share of right answers.
-      accuracy_se: its standard error.
-      low, high: its 95% interval (Wilson).
+      accuracy, accuracy_se, low, high: share of right answers, its standard error and 95% interval (Wilson).
       mean_reward: differs from the accuracy only where a task gives partial credit.
-      mean_tokens: generated, truncated answers included with what they have.
-      token_quantiles: percent -> generated tokens.
+      mean_tokens: generated tokens; a truncated answer counts with those it has.
+      token_quantiles: generated tokens by per cent.
       truncated: share of answers that the token limit cut.
-      answers: how many there are.
-      unscored: how many of them could not be scored, and count as wrong.
+      answers: number of answers.
+      unscored: number of answers that could not be scored, which count as wrong.
     """
 
     accuracy: float

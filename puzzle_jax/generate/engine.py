@@ -39,13 +39,7 @@ BURST, STEPS_BETWEEN_CHUNKS = 64, 4  # decode steps until the host looks at who 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt to complete.
-
-    Attributes:
-      prompt: token ids, at least one.
-      max_tokens: tokens to generate at most, at least one.
-      seed: of the sampling noise; ignored at temperature 0.
-    """
+    """A prompt to complete, with at least one token and a limit of at least one; the seed draws the sampling noise."""
 
     prompt: tuple[int, ...]
     max_tokens: int

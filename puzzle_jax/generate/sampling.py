@@ -24,8 +24,8 @@ class Sampling:
     """How tokens are drawn.
 
     Attributes:
-      temperature: divides the logits; 0 is greedy, and so is what float32 could not divide by: below
-        `LEAST_TEMPERATURE`, it is taken to be 0.
+      temperature: divides the logits; 0 is greedy. Below `LEAST_TEMPERATURE`, where float32 cannot divide by it, it is
+        taken to be 0.
       top_p: share of the probability that is drawn from, above 0; 1 is all of it.
     """
 
@@ -44,14 +44,7 @@ class Sampling:
 def sample(
     logits: Float[Array, "batch vocab"], seeds: Int[Array, "batch"], drawn: Int[Array, "batch"], sampling: Sampling
 ) -> Int[Array, "batch"]:
-    """One token per row.
-
-    Args:
-      logits: of the model.
-      seeds: of each row's noise.
-      drawn: tokens that the row has drawn before.
-      sampling: static settings.
-    """
+    """One token per row; the noise of a row follows from its seed and the tokens that it has drawn before."""
     if sampling.temperature == 0.0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     scaled = logits / sampling.temperature

@@ -75,9 +75,8 @@ class Trace:
     """One answered question.
 
     Attributes:
-      task, effort: what was asked and how hard the model should think.
-      problem_seed: draws the problem again from its task.
-      details: what makes the problem hard, as whole numbers.
+      task, effort, problem_seed: the question's task and effort, and the seed that draws it again.
+      details: measures of the problem's difficulty.
       prompt, completion: token ids; the completion ends in a stop id unless it is truncated.
       reward: from 0 to 1, which is right; None when the answer was never scored.
       truncated: whether the token limit ended the completion.

@@ -218,11 +218,8 @@ def candidate_counts(
 ) -> tuple[int, ...]:
     """Expert counts to offer, largest first: fractions of the parent's, rounded to multiples of the divisor.
 
-    Args:
-      num_experts: the parent's count.
-      experts_per_token: no count is below it.
-      fractions: of the parent's count, in (0, 1].
-      divisor: degree of expert parallelism, which must divide the count.
+    The fractions are in (0, 1], no count is below `experts_per_token`, and the divisor is the degree of expert
+    parallelism.
     """
     check_range("divisor", divisor, 1)
     counts = set()

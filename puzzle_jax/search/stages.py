@@ -22,9 +22,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Generic, TypeVar
 
@@ -66,13 +65,56 @@ class Stage(Generic[Context]):
     finish: Callable[[Context], None] | None = None
 
     def run(self, run_dir: Path, context: Context) -> StageResult:
-        """Runs the stage unless its outputs are up to date; raises as `run_stage` does."""
-        inputs, settings = list(self.inputs(context)), self.settings(context)
-        produce = partial(self.produce, context)
-        result = run_stage(run_dir, self.name, settings, inputs, produce, directory=self.directory)
+        """Runs the stage unless its outputs exist and nothing that they depend on has changed.
+
+        Raises:
+          PuzzleError: the directory is no run's, an input is missing, another process works here, or the stage's
+            directory holds files that the stage did not write.
+        """
+        result = self._run(run_dir, context)
         if self.finish is not None:
             self.finish(context)
         return result
+
+    def _run(self, run_dir: Path, context: Context) -> StageResult:
+        if not (run_dir / RUN_FILE).is_file():
+            raise PuzzleError(f"{run_dir} is no run directory: it holds no {RUN_FILE}")
+        final = run_dir / (self.directory or self.name)
+        with locked(run_dir):
+            _clear_leftovers(final)
+            wanted = {
+                "name": self.name,
+                "settings": json.loads(canonical(self.settings(context))),
+                "inputs": {_shown(path, run_dir): _digest(path, self.name) for path in self.inputs(context)},
+                "puzzle_jax": version("puzzle_jax"),
+            }
+            key = hashlib.sha256(canonical(wanted).encode()).hexdigest()
+            record = read_stage_record(final)
+            reason = _reason_to_run(final, record, wanted, key)
+            if not reason:
+                assert record is not None
+                _drop_kept(final)
+                return StageResult(self.name, final, key, record.seconds, True, "")
+            _refuse_foreign(final, record, self.name)
+            unfinished = final.with_name(f".{final.name}{PARTIAL}{os.getpid()}")
+            kept = final.with_name(f".{final.name}{_KEPT}{_short_hash(key, version('jax'))}")
+            start = time.perf_counter()
+            try:
+                with naming(final):
+                    unfinished.mkdir()
+                    self.produce(context, unfinished, kept)
+                seconds = time.perf_counter() - start
+                outputs = {path: _file_digest(unfinished / path) for path in _files(unfinished)}
+                write_json(
+                    unfinished / STAGE_FILE,
+                    {"key": key, **wanted, "jax": version("jax"), "seconds": seconds, "outputs": outputs},
+                )
+                _publish(unfinished, final)
+            except BaseException:
+                shutil.rmtree(unfinished, ignore_errors=True)
+                raise
+            _drop_kept(final)
+        return StageResult(self.name, final, key, seconds, False, reason)
 
 
 @dataclass(frozen=True)
@@ -94,67 +136,6 @@ class StageResult:
     seconds: float
     skipped: bool
     reason: str
-
-
-def run_stage(
-    run_dir: Path,
-    name: str,
-    settings: Mapping[str, Any],
-    inputs: Sequence[Path],
-    produce: Callable[[Path, Path], None],
-    *,
-    directory: str = "",
-) -> StageResult:
-    """Runs a stage unless its outputs exist and nothing that they depend on has changed.
-
-    Args:
-      run_dir: a directory from `open_run`.
-      name, settings, inputs, directory: see `Stage`.
-      produce: called with the directory of outputs and that of intermediate results.
-
-    Raises:
-      PuzzleError: the directory is no run's, an input is missing, another process works here, or the stage's
-        directory holds files that the stage did not write.
-    """
-    run_dir = Path(run_dir)
-    if not (run_dir / RUN_FILE).is_file():
-        raise PuzzleError(f"{run_dir} is no run directory: it holds no {RUN_FILE}")
-    final = run_dir / (directory or name)
-    with locked(run_dir):
-        _clear_leftovers(final)
-        wanted = {
-            "name": name,
-            "settings": json.loads(canonical(settings)),
-            "inputs": {_shown(path, run_dir): _digest(path, name) for path in map(Path, inputs)},
-            "puzzle_jax": version("puzzle_jax"),
-        }
-        key = hashlib.sha256(canonical(wanted).encode()).hexdigest()
-        record = read_stage_record(final)
-        reason = _reason_to_run(final, record, wanted, key)
-        if not reason:
-            assert record is not None
-            _drop_kept(final)
-            return StageResult(name, final, key, record.seconds, True, "")
-        _refuse_foreign(final, record, name)
-        unfinished = final.with_name(f".{final.name}{PARTIAL}{os.getpid()}")
-        kept = final.with_name(f".{final.name}{_KEPT}{_short_hash(key, version('jax'))}")
-        start = time.perf_counter()
-        try:
-            with naming(final):
-                unfinished.mkdir()
-                produce(unfinished, kept)
-            seconds = time.perf_counter() - start
-            outputs = {path: _file_digest(unfinished / path) for path in _files(unfinished)}
-            write_json(
-                unfinished / STAGE_FILE,
-                {"key": key, **wanted, "jax": version("jax"), "seconds": seconds, "outputs": outputs},
-            )
-            _publish(unfinished, final)
-        except BaseException:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise
-        _drop_kept(final)
-    return StageResult(name, final, key, seconds, False, reason)
 
 
 def _publish(unfinished: Path, final: Path) -> None:

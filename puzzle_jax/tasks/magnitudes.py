@@ -41,8 +41,8 @@ class Magnitude:
     """The size of a number.
 
     Attributes:
-      most, least: logarithms to base 2 of bounds of the absolute value; infinite where there is none. Both are of the
-        value with 1 in the place of every symbol.
+      most, least: logarithms to base 2 of bounds of the absolute value, infinite where there is none, with 1 in the
+        place of every symbol.
       value: the number itself, if it is a fraction that is known.
     """
 

@@ -13,9 +13,14 @@ import pytest
 
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.runs import open_run
-from puzzle_jax.search.stages import edited_output, run_stage
+from puzzle_jax.search.stages import Stage, StageResult, edited_output
 
 PARENT = {"parent": "tiny", "sha256": "ab"}
+
+
+def run_stage(run_dir, name, settings, inputs, produce, directory="") -> StageResult:
+    stage = Stage(name, lambda _: inputs, lambda _: settings, lambda _, out, kept: produce(out, kept), directory)
+    return stage.run(run_dir, None)
 
 
 @pytest.fixture
@@ -106,14 +111,14 @@ def test_a_stage_that_fails_leaves_the_earlier_state(run, error):
 KILLED = """
     import sys, time
     from pathlib import Path
-    from puzzle_jax.search.stages import run_stage
+    from puzzle_jax.search.stages import Stage
 
-    def produce(directory, kept):
+    def produce(context, directory, kept):
         (directory / "out.txt").write_text("half")
         print("writing", flush=True)
         time.sleep(60)
 
-    run_stage(Path(sys.argv[1]), "score", {"tokens": 9}, [], produce)
+    Stage("score", lambda _: [], lambda _: {"tokens": 9}, produce).run(Path(sys.argv[1]), None)
 """
 
 

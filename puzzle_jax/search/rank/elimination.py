@@ -85,12 +85,9 @@ def gram_matrices(outputs: Float[Array, "tokens ranks hidden"]) -> Float[Array, 
 
 @partial(jax.jit, static_argnames="k")
 def joint_greedy(sample: Sample, routed: Float[Array, "experts"], k: int) -> Int[Array, "experts"]:
-    """The step at which each expert is removed; those that stay to the end have the number of steps.
+    """The step at which each expert is removed; the k that stay to the end have the number of steps.
 
-    Args:
-      sample: of one layer.
-      routed: of equal experts the one routed to least goes first.
-      k: experts per token, and how many stay.
+    Among equal experts the one routed to least is removed first.
     """
     ids = sample.order[:, : sample.logits.shape[1]]
     whole = _gates(sample.logits, jnp.ones(ids.shape, bool), k)

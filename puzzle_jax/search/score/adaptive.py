@@ -35,9 +35,7 @@ Scorer = Callable[[Sequence[int], Sequence[int]], None]
 class RelaxedProgram:
     """A program's linear relaxation, for many objectives under the same limits.
 
-    Args:
-      program: library and limits.
-      owner: per group, the number of the score of each alternative; None stands for a score that is known to be 0.
+    `owner` gives, per group, the number of the score of each alternative; None stands for a score known to be 0.
     """
 
     def __init__(self, program: Program, owner: Mapping[str, Mapping[str, int | None]]) -> None:
@@ -97,12 +95,9 @@ class RelaxedProgram:
 
 
 def contested(programs: Iterable[RelaxedProgram], table: ScoreTable, *, draws: int = 32, seed: int = 0) -> list[int]:
-    """Numbers of the alternatives that some draws of the traces choose and others do not.
+    """Numbers of the alternatives that some draws of the traces, with replacement, choose and others do not.
 
-    Args:
-      programs: one for each target that the scores are to serve.
-      table: scores so far; every alternative has some.
-      draws: of the traces, with replacement.
+    There is one program for each target that the scores are to serve; the table has some scores of every alternative.
     """
     source, found = np.random.default_rng(seed), set()
     used = np.flatnonzero(table.scored.any(axis=0))
@@ -146,11 +141,8 @@ def score_adaptively(
 ) -> int:
     """Scores all alternatives on the `first` traces, then contested ones on more; returns the traces used.
 
-    Args:
-      table: what was scored before is not scored again.
-      score: fills the table.
-      programs: what the scores are for.
-      on_round: called with alternatives and traces before each round.
+    Scores that the table has already are not computed again. `on_round` is called with the numbers of alternatives and
+    traces before each round.
     """
     order = in_random_order(table.traces, seed)
     wanted, start, stop = list(range(len(table.alternatives))), 0, min(first, len(order))

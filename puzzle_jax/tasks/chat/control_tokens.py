@@ -27,12 +27,7 @@ _FIRST, _LAST = 0xF0000, 0x10FFFD
 
 
 class Marked(NamedTuple):
-    """Texts in which control tokens are private characters.
-
-    Attributes:
-      texts: in the order in which they were given.
-      tokens: the control token that each private character stands for.
-    """
+    """Texts in which control tokens are private characters, and the control token that each of these stands for."""
 
     texts: list[str]
     tokens: Mapping[str, str]

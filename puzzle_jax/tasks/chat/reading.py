@@ -67,13 +67,7 @@ def read_tokenizer(directory: Path) -> tuple[tokenizers.Tokenizer, dict[str, str
 def read_template(
     directory: Path, tokenizer: tokenizers.Tokenizer, tokens: Mapping[str, str], today: datetime.datetime
 ) -> Template:
-    """The chat template of a checkpoint that is rendered where there are no tools.
-
-    Args:
-      directory: the checkpoint.
-      tokenizer: its tokenizer.
-      tokens: its special tokens by name.
-      today: what `strftime_now` says.
+    """The chat template that is rendered where there are no tools, with special tokens by name and the date it sees.
 
     Raises:
       CheckpointError: there is none, a file is damaged, several named ones have no default, or the template may write

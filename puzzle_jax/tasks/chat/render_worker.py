@@ -24,6 +24,7 @@ from typing import Any
 import jinja2
 import jinja2.exceptions
 import jinja2.ext
+import jinja2.parser
 import jinja2.sandbox
 import jinja2.utils
 from jinja2 import nodes
@@ -45,7 +46,7 @@ class GenerationTag(jinja2.ext.Extension):
 
     tags = {"generation"}  # noqa: RUF012 - the form that jinja2 reads
 
-    def parse(self, parser: Any) -> nodes.Node:
+    def parse(self, parser: jinja2.parser.Parser) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
@@ -57,23 +58,23 @@ class GenerationTag(jinja2.ext.Extension):
 class MakeDict:
     """`dict` within a template: the function alone, not the type."""
 
-    def __call__(self, *pairs: Any, **named: Any) -> dict[Any, Any]:
+    def __call__(self, *pairs: Any, **named: object) -> dict[object, object]:
         return dict(*pairs, **named)
 
-    def fromkeys(self, *arguments: Any) -> dict[Any, Any]:
+    def fromkeys(self, *arguments: Any) -> dict[object, object]:
         return dict.fromkeys(*arguments)
 
 
 class Namespace(jinja2.utils.Namespace):
     """`namespace` within a template, without names that begin with an underscore."""
 
-    def __init__(self, /, *pairs: Any, **named: Any) -> None:
+    def __init__(self, /, *pairs: Any, **named: object) -> None:
         attributes = dict(*pairs, **named)
         for name in attributes:
             _check_name(name)
         super().__init__(attributes)
 
-    def __setitem__(self, name: str, value: Any) -> None:
+    def __setitem__(self, name: str, value: object) -> None:
         _check_name(name)
         super().__setitem__(name, value)
 
@@ -118,10 +119,10 @@ def reason(error: BaseException) -> str:
 
 
 def work(parent: int, seconds: float, memory: int, longest: int) -> None:
-    """Renders what comes in over descriptor 0 until it is closed or the process `parent` ends.
+    """Renders the requests on descriptor 0 until it is closed or the process `parent` ends.
 
     Args:
-      parent: process id of who started this one.
+      parent: id of the process that started this one.
       seconds: processor time that a rendering may take.
       memory: bytes of address space that this process may have.
       longest: bytes of a rendered text.
@@ -158,7 +159,7 @@ def _rendered(request: dict[str, Any], templates: dict[str, jinja2.Template]) ->
 
 
 def _tojson(
-    value: Any,
+    value: object,
     ensure_ascii: bool = False,
     indent: int | str | None = None,
     separators: tuple[str, str] | None = None,
@@ -167,11 +168,11 @@ def _tojson(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _raise_exception(message: Any) -> None:
+def _raise_exception(message: str) -> None:
     raise Refusal(message)
 
 
-def _check_name(name: Any) -> None:
+def _check_name(name: object) -> None:
     if isinstance(name, str) and name.startswith("_"):
         raise jinja2.exceptions.SecurityError(
             f"a namespace may have no attribute {name!r} with an underscore before it"

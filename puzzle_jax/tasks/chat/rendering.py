@@ -24,7 +24,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from puzzle_jax.errors import CheckpointError
 from puzzle_jax.tasks.channel import receive_bytes, send_bytes, start
@@ -53,9 +52,8 @@ class Template:
     """A checkpoint's chat template.
 
     Attributes:
-      source: its Jinja text.
-      where: the file that it stands in, for messages.
-      today: what `strftime_now` says.
+      source, where: its Jinja text, and the file that messages name.
+      today: the date of `strftime_now`.
       tokens: special tokens by the names that templates know them by (`bos_token`).
     """
 
@@ -64,7 +62,7 @@ class Template:
     today: datetime.datetime
     tokens: Mapping[str, str] = field(default_factory=dict, hash=False)
 
-    def render(self, **variables: Any) -> str:
+    def render(self, **variables: object) -> str:
         """The text for these variables, which must be what JSON can say; they go before tokens of the same name.
 
         Raises:
@@ -91,7 +89,7 @@ class _Service:
         self._known: set[str] = set()
         self._owner = 0
 
-    def ask(self, key: str, source: str, today: str, variables: Mapping[str, Any]) -> tuple[bytes, str]:
+    def ask(self, key: str, source: str, today: str, variables: Mapping[str, object]) -> tuple[bytes, str]:
         """The kind of answer, and the text or the reason why there is none."""
         with self._lock:
             if self._owner != os.getpid():  # A fork has its parent's process, which is not its own to use.
@@ -100,7 +98,7 @@ class _Service:
                 fresh = self._process is None
                 if fresh:
                     self._start()
-                request: dict[str, Any] = {"key": key, "variables": variables}
+                request: dict[str, object] = {"key": key, "variables": variables}
                 if key not in self._known:
                     request |= {"source": source, "today": today}
                 try:

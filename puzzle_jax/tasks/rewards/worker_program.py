@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import SupportsFloat, SupportsIndex
 
 from puzzle_jax.errors import ConfigError, shown
 from puzzle_jax.tasks import Task, get_task
@@ -29,7 +29,7 @@ from puzzle_jax.tasks.chat.render_worker import limit_memory, one_line
 from puzzle_jax.tasks.rewards.answers import LARGEST_REWARD, Answer
 from puzzle_jax.tasks.rewards.workers import Setup
 
-RewardFunction = Callable[[Answer, Callable[[], float]], Any]
+RewardFunction = Callable[[Answer, Callable[[], float]], object]
 
 _LOOK_SECONDS = 0.5
 # So long after the limit a process ends by itself, if not before; a parent that is there ends it at the limit.
@@ -163,10 +163,10 @@ class _Score:
         return self.given
 
 
-def _number(value: Any) -> tuple[float | None, str | None, str | None]:
+def _number(value: object) -> tuple[float | None, str | None, str | None]:
     try:
         # Everything that counts as a float, arrays of one element too; text does not, though float() reads it.
-        number = float(value) if hasattr(value, "__float__") or hasattr(value, "__index__") else math.nan
+        number = float(value) if isinstance(value, SupportsFloat | SupportsIndex) else math.nan
     except Exception:
         number = math.nan
     if abs(number) <= LARGEST_REWARD:

@@ -64,9 +64,9 @@ class Setup:
     """The first message to a worker.
 
     Attributes:
-      function: the user's, as it was given; None asks the problem's task.
-      source: of the function's file; None for a module.
-      time_limit: of one answer, in seconds.
+      function, source: the user's function by its name, and its file's content (None for a module); None asks the
+        problem's task.
+      time_limit: seconds for one answer.
     """
 
     function: str | None
@@ -93,15 +93,13 @@ class RewardWorkers:
 
         Args:
           function: the user's; None: the problem's own task scores, and an answer that was cut off is worth 0.
-          time_limit: of one answer, in seconds, without what loading its task takes.
+          time_limit: seconds for one answer, without the loading of its task.
           processes: the most that run at the same time; a function of the answer alone gives the same rewards with any
             number.
-          environment: names of the variables that the processes see; None: all with a function, `OWN_ENVIRONMENT`
-            without.
+          environment: variables that the processes see; None: all with a function, `OWN_ENVIRONMENT` without.
 
-        Raises:
-          ConfigError: a number is out of range, or there is no such function; the message names the setting
-            `reward`, `time_limit` or `judges`.
+        Raises `ConfigError`, naming the setting `reward`, `time_limit` or `judges`, for a number out of range or a
+        function that does not exist.
         """
         check_range("time_limit", time_limit, 0, above=True)
         check_range("judges", processes, 1)
