@@ -78,7 +78,7 @@ def find(run: Path, path: str) -> Path:
     return found
 
 
-def _write_json(path: Path, value: Any) -> None:
+def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=1) + "\n")
 
 

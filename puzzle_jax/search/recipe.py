@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from puzzle_jax.codec import to_plain
 from puzzle_jax.costs.scenario import Scenario, Target
@@ -260,7 +260,7 @@ class Recipe:
         """The file of costs that were timed elsewhere, where there is one."""
         return Path(self.costs) if self.costs.endswith(".json") else None
 
-    def section(self, name: str) -> dict[str, Any]:
+    def section(self, name: str) -> dict[str, object]:
         """One part as JSON values, to tell whether a stage's settings changed."""
         return to_plain(getattr(self, name))
 

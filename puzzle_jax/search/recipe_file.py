@@ -13,7 +13,6 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from puzzle_jax.errors import ConfigError, PuzzleWarning
 from puzzle_jax.generate.traces import Trace, read_traces
@@ -29,7 +28,7 @@ _BATCH, _EXPERT_BYTES_RATIO = 8, 0.75
 """Requests of a scenario that is taken from traces, and the target of a search that was given none."""
 
 
-def starting_fields(given: Mapping[str, Any], recipe: str | None, runs: bool) -> dict[str, Any]:
+def starting_fields(given: Mapping[str, object], recipe: str | None, runs: bool) -> dict[str, object]:
     """Values of fields that are not given, by dotted name.
 
     Args:
@@ -51,7 +50,7 @@ def starting_fields(given: Mapping[str, Any], recipe: str | None, runs: bool) ->
     return _own_defaults(given) if runs else {}
 
 
-def without_deployment(given: Mapping[str, Any], recipe: str | None, runs: bool) -> dict[str, Any]:
+def without_deployment(given: Mapping[str, object], recipe: str | None, runs: bool) -> dict[str, object]:
     """The same where scenario, target and tasks are not used."""
     parent = given.get("parent", EMBEDDED_PARENT)
     if _is_embedded(parent) or recipe == EMBEDDED_RECIPE:
@@ -59,7 +58,7 @@ def without_deployment(given: Mapping[str, Any], recipe: str | None, runs: bool)
     return {"scenario.name": "unused", **dict.fromkeys(_LENGTHS, 1), "target.max_expert_bytes_ratio": 1.0}
 
 
-def _own_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
+def _own_defaults(given: Mapping[str, object]) -> dict[str, object]:
     """Values of fields that were not given in a search of the user's own model, by dotted name.
 
     Raises `ConfigError`, naming the fields and the recipes there are, where something is missing that only the user
@@ -80,7 +79,7 @@ def _own_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
             f"a search of {parent} needs {' and '.join(missing)}, since no default fits every model; "
             f"give them, or --recipe with one of {others}"
         )
-    defaults: dict[str, Any] = {} if "run" in given else {"run": f"runs/{parent.resolve().name}"}
+    defaults: dict[str, object] = {} if "run" in given else {"run": f"runs/{parent.resolve().name}"}
     if "scenario.name" not in given:
         defaults["scenario.name"] = "serving"
     if lengths:

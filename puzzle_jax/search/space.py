@@ -12,9 +12,10 @@ heads).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import groupby
 from math import prod
 from typing import Any, Literal
 
@@ -196,7 +197,7 @@ class Space:
         ]
 
     @staticmethod
-    def from_json(parent: ModelConfig, layers: Sequence[dict[str, Any]]) -> Space:
+    def from_json(parent: ModelConfig, layers: Sequence[Mapping[str, object]]) -> Space:
         """The inverse of `to_json`."""
         read = [from_plain(_Layer, layer, f"layer {number} of the space") for number, layer in enumerate(layers)]
         return Space(parent, tuple(layer.experts for layer in read), tuple(layer.windows for layer in read))
@@ -303,13 +304,8 @@ def _window(window: int | None) -> str:
 
 def _ranges(numbers: Sequence[int]) -> str:
     """0, 1, 2, 5 as "0-2, 5"."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+    runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
+    return ", ".join(f"{first}-{more[-1]}" if more else f"{first}" for first, *more in runs)
 
 
 def _magnitude(count: int) -> str:

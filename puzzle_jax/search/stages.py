@@ -59,7 +59,7 @@ class Stage(Generic[Context]):
 
     name: str
     inputs: Callable[[Context], Iterable[Path]]
-    settings: Callable[[Context], Mapping[str, Any]]
+    settings: Callable[[Context], Mapping[str, object]]
     produce: Callable[[Context, Path, Path], None]
     directory: str = ""
     finish: Callable[[Context], None] | None = None
@@ -180,7 +180,7 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
-def _reason_to_run(final: Path, record: StageRecord | None, wanted: dict[str, Any], key: str) -> str:
+def _reason_to_run(final: Path, record: StageRecord | None, wanted: Mapping[str, object], key: str) -> str:
     if record is None:
         return "not run yet"
     missing = [path for path in record.outputs if not (final / path).is_file()]
@@ -225,7 +225,7 @@ def _refuse_foreign(final: Path, record: StageRecord | None, name: str) -> None:
             )
 
 
-def _digest(path: Path, stage: str) -> Any:
+def _digest(path: Path, stage: str) -> str | dict[str, str]:
     """Content of an input: a hash, or for a directory one per file; records of stages do not count."""
     if path.is_file():
         return _file_digest(path)
@@ -236,16 +236,13 @@ def _digest(path: Path, stage: str) -> Any:
 
 def _file_digest(path: Path) -> str:
     size = path.stat().st_size
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
         if size <= _WHOLE_HASH_BYTES:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        else:
-            digest.update(f"{size} {path.stat().st_mtime_ns}".encode())
-            digest.update(file.read(1 << 20))
-            file.seek(-(1 << 20), os.SEEK_END)
-            digest.update(file.read())
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256(f"{size} {path.stat().st_mtime_ns}".encode())
+        digest.update(file.read(1 << 20))
+        file.seek(-(1 << 20), os.SEEK_END)
+        digest.update(file.read())
     return digest.hexdigest()
 
 

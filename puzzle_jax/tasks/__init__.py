@@ -62,20 +62,6 @@ def get_task(name: str) -> Task:
 
 
 __all__ = [
-    "DISTANCE_BUCKETS",
-    "EFFORTS",
-    "PRETRAINING_TASKS",
-    "TASKS",
-    "Chat",
-    "Completion",
-    "FiniteTask",
-    "JsonlTask",
-    "Problem",
-    "Task",
-    "WorkedTask",
-    "check_effort",
-    "get_task",
-    "gym_families",
-    "is_held_out",
-    "problems",
-]
+    "DISTANCE_BUCKETS", "EFFORTS", "PRETRAINING_TASKS", "TASKS", "Chat", "Completion", "FiniteTask", "JsonlTask",
+    "Problem", "Task", "WorkedTask", "check_effort", "get_task", "gym_families", "is_held_out", "problems",
+]  # fmt: skip

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -30,6 +29,9 @@ CASES = 4
 
 Scorer = Callable[[Sequence[int], Sequence[int]], None]
 """Fills a table: numbers of alternatives, numbers of traces."""
+
+
+_Rows = tuple[np.ndarray, np.ndarray] | tuple[None, None]
 
 
 class RelaxedProgram:
@@ -49,7 +51,7 @@ class RelaxedProgram:
         self._cases = [self._rows(program, pairs, program.limits_of(selected)) for selected in program.combinations()]
 
     @staticmethod
-    def _rows(program: Program, pairs: Sequence[tuple[str, str]], limits: Sequence[Limit]) -> tuple[Any, Any]:
+    def _rows(program: Program, pairs: Sequence[tuple[str, str]], limits: Sequence[Limit]) -> _Rows:
         """Limits as rows of largest coefficient 1, and their bounds; None without limits."""
         rows, bounds = [], []
         for limit in limits:
@@ -81,7 +83,7 @@ class RelaxedProgram:
         cost = np.append(scores, 0.0)[self.number]
         return cost / max(float(np.abs(cost).max()), 1e-300)
 
-    def _least(self, cost: np.ndarray, rows: Any, bounds: Any) -> np.ndarray | None:
+    def _least(self, cost: np.ndarray, rows: np.ndarray | None, bounds: np.ndarray | None) -> np.ndarray | None:
         """The relaxed choice of least cost under some limits."""
         return linprog(
             cost,
