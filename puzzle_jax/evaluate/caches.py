@@ -1,4 +1,4 @@
-"""What an FP8 key-value cache costs a model: bfloat16, calibrated and uncalibrated e4m3 caches side by side.
+"""The price of an FP8 key-value cache: bfloat16, calibrated and uncalibrated e4m3 caches side by side.
 
     puzzle evaluate caches --model DIR --out DIR
 

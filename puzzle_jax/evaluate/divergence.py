@@ -1,4 +1,4 @@
-"""How far a child's next-token distribution is from its parent's.
+"""The distance of a child's next-token distribution from its parent's.
 
 KL(parent || child) per position, from final hidden states: the output head is applied in chunks of the vocabulary
 with running maxima, so that no [tokens, vocabulary] array exists.

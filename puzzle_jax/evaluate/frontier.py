@@ -109,7 +109,7 @@ def _smallest(model: Curve, reference: Curve, low: float, high: float) -> Gap:
 
 @dataclass(frozen=True)
 class Above:
-    """How surely a curve lies above another everywhere.
+    """The evidence that a curve lies above another everywhere.
 
     Attributes:
       gap: the smallest gap of the measured curves; None where the question has no answer.

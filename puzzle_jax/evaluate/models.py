@@ -74,7 +74,7 @@ class Model:
         return dense_in_place(self.config, self.mesh)(loaded, compute_dtype())
 
     def cache_format(self, dtype: str) -> CacheFormat:
-        """How keys and values are kept in this dtype; float8 with the checkpoint's own scales where it has any."""
+        """The cache of keys and values in this dtype; float8 has the checkpoint's own scales where there are any."""
         return CacheFormat(dtype, cache_scales(self.description) if dtype == FLOAT8 else None)
 
     @cached_property

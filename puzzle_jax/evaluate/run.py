@@ -80,7 +80,7 @@ class Evaluation:
         return check_context(self.asked.values(), model.chat, model.config, limits, f"model {model.name!r}")
 
     def _identity(self) -> dict[str, object]:
-        """What answers depend on."""
+        """Everything that answers depend on."""
         questions = [[p.task, p.seed, p.prompt, p.answer, effort] for p, effort in self.asked.values()]
         return {
             **self.settings.asked(),

@@ -83,7 +83,7 @@ def plan_workloads(
     settings: Settings,
     answers: Mapping[str, Sequence[Trace]],
 ) -> dict[str, dict[str, Workload]]:
-    """What is run, by scenario or effort, and by model."""
+    """The workloads, by scenario or effort, and by model."""
 
     sampling = Sampling(settings.temperature, settings.top_p)
     lengths = {scenario.name: scenario for scenario in settings.lengths}

@@ -59,7 +59,7 @@ def weighted_mean(
 
 
 def resample(strata: Sequence[Hashable], draws: int, seed: int) -> Int[np.ndarray, "draws problems"]:
-    """How often each bootstrap draw holds each problem.
+    """Counts of each problem in each bootstrap draw.
 
     `strata` are the problems' tasks: a draw holds as many problems of a stratum as there are.
     """
@@ -87,7 +87,7 @@ def percentile_interval(values: Float[np.ndarray, "draws"], level: float = LEVEL
 
 
 def lower_bound(values: Float[np.ndarray, "draws"], tail: float = 1 - LEVEL) -> float | None:
-    """What all but the share `tail` of bootstrap values reach; None where that is not finite."""
+    """The value that all but the share `tail` of bootstrap values reach; None where it is not finite."""
     # A value that was drawn, and never one between a number and infinity.
     found = float(np.sort(values)[int(tail * (len(values) - 1))])
     return found if math.isfinite(found) else None

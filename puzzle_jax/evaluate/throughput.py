@@ -33,7 +33,7 @@ Weights = tuple[Params, ModelConfig]
 
 @dataclass(frozen=True)
 class Workload:
-    """What one model runs in a round.
+    """The requests that one model runs in a round.
 
     Attributes:
       requests: each generates exactly its limit of tokens.

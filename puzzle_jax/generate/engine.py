@@ -283,7 +283,7 @@ class Engine:
             return programs.decode(self.params, self.config, state, self._stops, self.sampling, *limits, self.view)
 
     def _completion(self, state: Slots, slot: int, request: Request, count: int) -> Generated:
-        """What a slot holds of a request that has ended after `count` tokens."""
+        """The completion in a slot whose request has ended after `count` tokens."""
         row, log_probs, experts = programs.read_row((state.tokens, state.log_probs, state.experts), slot, self._mesh)
         tokens = tuple(row[:count].tolist())
         if log_probs is not None:

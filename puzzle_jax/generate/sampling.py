@@ -21,7 +21,7 @@ _LEAST_SHARE = 1e-30  # which float32 does not take for 0; the likeliest token a
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn.
+    """Settings of the draw of tokens.
 
     Attributes:
       temperature: divides the logits; 0 is greedy. Below `LEAST_TEMPERATURE`, where float32 cannot divide by it, it is
@@ -58,7 +58,7 @@ def sample(
 
 
 def in_nucleus(logits: Float[Array, "batch vocab"], top_p: float) -> Array:
-    """Which tokens are drawn from: the likeliest whose likelier ones hold less than `top_p`, and all as likely."""
+    """True for tokens that are drawn from: the likeliest whose likelier ones hold less than `top_p`, with ties."""
     probabilities = jax.nn.softmax(logits, axis=-1)
     falling = -jnp.sort(-probabilities, axis=-1)
     before = jnp.cumsum(falling, axis=-1) - falling

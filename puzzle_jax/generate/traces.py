@@ -120,7 +120,7 @@ class Trace:
 
     @property
     def correct(self) -> bool:
-        """Whether the answer earns full reward; raises PuzzleError for an answer that was never scored."""
+        """Returns whether the answer earns full reward; raises PuzzleError for an answer that was never scored."""
         return self.known_reward >= 1.0
 
 
@@ -370,5 +370,5 @@ def _is_share(value: int | float) -> bool:
 
 
 def _fits(number: int) -> bool:
-    """Whether parquet's whole numbers can hold it."""
+    """Returns whether parquet's whole numbers can hold it."""
     return -(2**63) <= number < 2**63

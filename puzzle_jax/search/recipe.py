@@ -21,7 +21,7 @@ from puzzle_jax.tasks import EFFORTS, check_effort
 from puzzle_jax.temperature import check_temperature
 
 MOST_PROBLEMS = 100_000
-"""Of a task; more have no seeds of their own."""
+"""The most problems of a task; more have no seeds of their own."""
 
 EMBEDDED_PARENT = Path(__file__).parent.parent / "assets" / "tiny"
 
@@ -99,7 +99,7 @@ class SpaceSettings:
 
 @dataclass(frozen=True)
 class ScoreSettings:
-    """How alternatives are scored.
+    """Scoring of alternatives.
 
     Attributes:
       method: "exact" scores all on every calibration trace; "adaptive" all on a few, and more only those whose
@@ -261,7 +261,7 @@ class Recipe:
         return Path(self.costs) if self.costs.endswith(".json") else None
 
     def section(self, name: str) -> dict[str, object]:
-        """One part as JSON values, to tell whether a stage's settings changed."""
+        """One part as JSON values, from which changes of a stage's settings are found."""
         return to_plain(getattr(self, name))
 
 

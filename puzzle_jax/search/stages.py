@@ -252,8 +252,7 @@ def _files(directory: Path) -> list[str]:
 
 
 def _shown(path: Path, run_dir: Path) -> str:
-    """How an input is named in a record: relative to the run where it lies inside, so that a run can be
-    moved."""
+    """The name of an input in a record: relative to the run where it lies inside, so that a run can be moved."""
     path, run_dir = path.resolve(), run_dir.resolve()
     return path.relative_to(run_dir).as_posix() if path.is_relative_to(run_dir) else str(path)
 

@@ -1,4 +1,4 @@
-"""What a task is: problems drawn by seed, and a score from 0 to 1 for an answer.
+"""Tasks: problems drawn by seed, and a score from 0 to 1 for an answer.
 
 A task is everything that reasoning needs and nothing of how a model is asked: `puzzle_jax.tasks.chat.chat` turns a
 problem's prompt into tokens. Two kinds of task know more: a `WorkedTask` writes worked traces, texts to pretrain the
@@ -70,8 +70,8 @@ class Task(Protocol):
 
     @property
     def bounded(self) -> bool:
-        """Whether scoring takes time in proportion to the texts, and no more. Other scorers run in processes of their
-        own, with a time limit (`tasks.rewards.workers`)."""
+        """Returns whether scoring takes no more than time in proportion to the texts. Other scorers run in processes of
+        their own, with a time limit (`tasks.rewards.workers`)."""
         ...
 
     def sample(self, seed: int) -> Problem:
@@ -119,7 +119,7 @@ def draw_level(rng: random.Random, least: int, most: int, skew: float) -> int:
 
 
 def is_held_out(problem: Problem) -> bool:
-    """Whether the problem belongs to the eighth of all prompts that pretraining never sees.
+    """Returns whether the problem belongs to the eighth of all prompts that pretraining never sees.
 
     The split hashes the prompt, not the seed, so that a small family cannot leak by drawing one prompt twice.
     """

@@ -4,10 +4,10 @@
     {"question": "Name a prime below 10.", "answer": "7", "match": "contains"}
     {"question": "3 pens at 4 coins?", "answer": "3 pens cost 3 * 4 coins.\\n#### 12"}
 
-`match` says when a final text is right, by one of the rules in `tasks.matches`. Without it, a solution that ends in
+`match` names the rule by which a final text is right, one of those in `tasks.matches`. Without it, a solution that ends in
 `#### NUMBER` stands for that number and `last_number`, one with `\\boxed{...}` for what is in the box and `math`, and
 any other answer for itself and `exact`. The file is read and checked as a whole before anything is asked.
-Left out: other formats, scripts that judge.
+Left out: other formats, scripts that score.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from puzzle_jax.tasks.base import Problem
 from puzzle_jax.tasks.matches import MATCHES, is_right, number, only_boxed, worked_answer
 
 _RULES = 2
-"""Rises when a rule of `tasks.matches` judges a text otherwise than before."""
+"""Rises when a rule of `tasks.matches` changes its result for some text."""
 
 
 @dataclass(frozen=True)

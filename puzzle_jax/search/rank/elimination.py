@@ -97,7 +97,7 @@ def joint_greedy(sample: Sample, routed: Float[Array, "experts"], k: int) -> Int
         return jnp.einsum("...r,...rs,...s->...", change, gram, change)
 
     def growth(alive_experts: Bool[Array, "experts"]) -> Float[Array, "experts"]:
-        """How much the removal of each expert adds to the summed error."""
+        """The amount that the removal of each expert adds to the summed error."""
         alive = alive_experts[ids]
         now = error(alive, _gates(sample.logits, alive, k), sample.gram)
         ranks = alive.shape[1]

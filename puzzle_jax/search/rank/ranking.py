@@ -76,7 +76,7 @@ class Ranking(NamedTuple):
         return tuple(sorted(int(i) for i in order[:count]))
 
     def agreement(self, counts: Sequence[int]) -> dict[tuple[str, str], float]:
-        """For each pair of methods the share of kept experts that both keep, the mean over layers and counts."""
+        """The share of kept experts that both methods of a pair keep, as the mean over layers and counts."""
 
         def shares(one: str, other: str) -> Iterator[float]:
             for layer in range(len(self.routed)):

@@ -1,4 +1,4 @@
-"""Which scores are worth more traces: those whose uncertainty could change what the program chooses.
+"""Adaptive scoring: more traces for the scores whose uncertainty could change the program's choice.
 
 All alternatives are scored on a few traces first. Then, round by round: the traces are drawn anew with replacement
 many times (a bootstrap by sequence), the relaxed program is solved with each draw's mean scores, and alternatives of

@@ -31,7 +31,7 @@ _ROUNDS = 3
 _STEEPEST = 3.0
 """Slope that is believed."""
 _LEAST = 0.3
-"""Of a score, that a correction leaves."""
+"""Least share of a score that a correction leaves."""
 
 Values = Float[np.ndarray, "alternatives"]
 ByTrace = Float[np.ndarray, "alternatives traces"]
@@ -92,7 +92,7 @@ def kinds_of(kinds: Sequence[Hashable]) -> Int[np.ndarray, "traces"]:
 
 
 def _correction(rest: ByTrace, lens: ByTrace, weights: ByTrace, overall: Values) -> Values:
-    """What to add to the means of alternatives whose scored traces the lens all looked at; 0 for others."""
+    """The correction of the means of alternatives whose scored traces the lens all looked at; 0 for others."""
     looked = ~np.any(np.isnan(lens) & (weights > 0), axis=1)
     seen = np.where(weights > 0, np.nan_to_num(lens), 0.0)
     mean = np.sum(weights * seen, axis=1)

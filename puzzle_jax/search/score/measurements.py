@@ -1,4 +1,4 @@
-"""How much each alternative hurts: KL(parent || child) per completion token.
+"""The loss that each alternative costs: KL(parent || child) per completion token.
 
 The mean is over all tokens, whichever trace they are of: a wrong turn anywhere in an answer spoils it, so long answers
 have more to lose. With one share for every trace, however short, short answers decide: on the embedded parent that
@@ -169,7 +169,7 @@ class ScoreTable:
     # On disk -------------------------------------------------------------------------------------------------------
 
     def key(self, parent: str) -> str:
-        """What the numbers depend on; `parent` names the model and everything else that is not in the table."""
+        """A hash of everything that the numbers depend on; `parent` names the model and all else that is not in the table."""
         digest = hashlib.sha256(parent.encode())
         for layer, choice in self.alternatives:
             digest.update(f"{layer} {choice.window} {np.flatnonzero(choice.expert_mask).tolist()}\n".encode())
@@ -310,7 +310,7 @@ class Fill:
 
 
 def _changes_nothing(choice: Alternative, base: Alternative, batch: MicroBatch) -> bool:
-    """Whether a narrower window is as wide as all traces of a batch."""
+    """Returns whether a narrower window is as wide as all traces of a batch."""
     if choice.window is None or not np.array_equal(choice.expert_mask, base.expert_mask):
         return False
     return choice.window >= int(np.max(np.asarray(batch.lengths)))

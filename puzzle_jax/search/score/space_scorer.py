@@ -27,7 +27,7 @@ from puzzle_jax.search.space import Space
 from puzzle_jax.search.workers import Team
 
 LENS_TRACES = 96
-"""That lenses are fitted on and look at, at most."""
+"""The most traces that lenses are fitted on and look at."""
 
 _LONG_TRACES = 4  # longer than a window, on which every window is scored at least
 

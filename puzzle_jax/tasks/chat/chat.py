@@ -1,4 +1,4 @@
-"""From a prompt and an effort to tokens, and from tokens back to analysis and final text.
+"""Tokens of a prompt at an effort, and analysis and final text of tokens.
 
 Works on the files that a checkpoint carries: tokenizer.json, the chat template and what configures both
 (`chat_reading`). The template is rendered with the sandbox, options and variables of transformers'
@@ -137,7 +137,7 @@ class Chat:
         return self._control.encode(f"{thought}{between}<|channel|>final<|message|>{final}{end}", tokens)
 
     def has_control_tokens(self, *texts: str) -> bool:
-        """Whether control tokens are written out in a text, where they stay text."""
+        """Returns whether control tokens are written out in a text, where they stay text."""
         return bool(self._control.mark(texts, "").tokens)
 
     def parse(self, tokens: Sequence[int]) -> Completion:
@@ -145,7 +145,7 @@ class Chat:
 
         Everything after the first stop id is ignored. A message is skipped when its header is broken, its channel is
         another one (commentary), or it goes to a tool (`to=...`); several messages on one channel are joined by new
-        lines. A constraint in the header (`<|constrain|>json`) says nothing about the channel.
+        lines. A constraint in the header (`<|constrain|>json`) does not change the channel.
         """
         tokens = [int(token) for token in tokens]
         stop = next((i for i, token in enumerate(tokens) if token in self.stop_ids), None)

@@ -95,7 +95,7 @@ class ControlTokens:
         return ids + self._encode(text[whole_from:])
 
     def _is_text(self, token: str) -> bool:
-        """Whether a special token is an ordinary one as well: some checkpoints pad with the token "!"."""
+        """Returns whether a special token is an ordinary one as well: some checkpoints pad with the token "!"."""
         ordinary = self._tokenizer.token_to_id(token) in self._encode_ordinary(token)
         if ordinary and token in FORMAT:
             raise CheckpointError(f"tokenizer.json makes the control token {token} of ordinary text")

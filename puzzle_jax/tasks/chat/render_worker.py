@@ -80,7 +80,7 @@ class Namespace(jinja2.utils.Namespace):
 
 
 def environment(today: datetime.datetime) -> jinja2.Environment:
-    """What templates are compiled in: the options, functions and filters that transformers gives them."""
+    """The environment of templates: the options, functions and filters that transformers gives them."""
     made = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, jinja2.ext.loopcontrols]
     )
