@@ -4,7 +4,7 @@
     {"question": "Name a prime below 10.", "answer": "7", "match": "contains"}
     {"question": "3 pens at 4 coins?", "answer": "3 pens cost 3 * 4 coins.\\n#### 12"}
 
-`match` names the rule by which a final text is right, one of those in `tasks.matches`. Without it, a solution that ends in
+`match` names the rule of `tasks.matches` by which a final text is right. Without it, a solution that ends in
 `#### NUMBER` stands for that number and `last_number`, one with `\\boxed{...}` for what is in the box and `math`, and
 any other answer for itself and `exact`. The file is read and checked as a whole before anything is asked.
 Left out: other formats, scripts that score.

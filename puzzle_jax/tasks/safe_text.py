@@ -67,7 +67,7 @@ def is_expression(text: str) -> bool:
 
 
 def is_brief(text: str) -> bool:
-    """Returns whether the text has no exponent or count of four digits (`1e9999`, `U9999`, `A+9999`), which would take a
+    """Returns whether the text has no exponent or count of four digits (`1e9999`, `U9999`, `A+9999`), which takes a
     scorer long, and no `nan`, which compares with nothing."""
     return len(text) <= LONGEST and not _LONG_COUNT.search(text)
 

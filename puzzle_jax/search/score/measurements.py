@@ -169,7 +169,7 @@ class ScoreTable:
     # On disk -------------------------------------------------------------------------------------------------------
 
     def key(self, parent: str) -> str:
-        """A hash of everything that the numbers depend on; `parent` names the model and all else that is not in the table."""
+        """A hash of everything that the numbers depend on; `parent` names all of it that is not in the table."""
         digest = hashlib.sha256(parent.encode())
         for layer, choice in self.alternatives:
             digest.update(f"{layer} {choice.window} {np.flatnonzero(choice.expert_mask).tolist()}\n".encode())
