@@ -208,7 +208,7 @@ class ReplaceOne:
     # Alternatives --------------------------------------------------------------------------------------------------
 
     def layers(self, batch: MicroBatch) -> Iterator[tuple[int, States, Array, Array]]:
-        """Layers from the top down, with their states in the base, the base's state after them, the parent's final one."""
+        """Layers from the top down, their states in the base, the base's state after them, the parent's final one."""
         parent, after, kept = self._final_states(batch)
         for first in sorted(kept, reverse=True):
             states = self._states(first, kept.pop(first))
