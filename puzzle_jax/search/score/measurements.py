@@ -272,7 +272,7 @@ class Fill:
                 values[: len(wanted), : len(batch.ids)] = found
             for number, ((batch, wanted), found) in enumerate(zip(turn, team.gathered(values), strict=False)):
                 real = batch.ids >= 0
-                self.table.values[np.ix_(wanted, batch.ids[real])] = found[: len(wanted), : len(real)][:, real]
+                self.table.values[np.ix_(wanted, batch.ids[real].tolist())] = found[: len(wanted), : len(real)][:, real]
                 if on_done is not None and number != team.index:
                     on_done(self._work(wanted))
             if on_batch is not None:

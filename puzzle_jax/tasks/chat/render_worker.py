@@ -58,10 +58,10 @@ class GenerationTag(jinja2.ext.Extension):
 class MakeDict:
     """`dict` within a template: the function alone, not the type."""
 
-    def __call__(self, *pairs: Any, **named: object) -> dict[object, object]:
+    def __call__(self, *pairs: Any, **named: object) -> dict[Any, Any]:
         return dict(*pairs, **named)
 
-    def fromkeys(self, *arguments: Any) -> dict[object, object]:
+    def fromkeys(self, *arguments: Any) -> dict[Any, Any]:
         return dict.fromkeys(*arguments)
 
 
