@@ -44,7 +44,7 @@ from puzzle_jax.search.refine.accept import Difference
 from puzzle_jax.search.score.adaptive import in_random_order
 from puzzle_jax.search.score.alternatives import IndexedAlternatives
 from puzzle_jax.search.score.lens import fit_lens
-from puzzle_jax.search.score.measurements import ScoreTable, fill
+from puzzle_jax.search.score.measurements import Fill, ScoreTable
 from puzzle_jax.search.score.replace_one import METRICS, Alternative, Answers, ReplaceOne, compare_with_parent
 from puzzle_jax.search.score.space_scorer import LENS_TRACES
 from puzzle_jax.search.score.whole_children import score_children
@@ -192,7 +192,7 @@ class _Found:
         self.gold_traces = in_random_order(self.heldout)[:gold]
         self.gold = ScoreTable.empty(self.indexed.listed, self.heldout)
         start = time.perf_counter()
-        fill(self.gold, self.run, range(len(self.indexed.listed)), self.gold_traces)
+        Fill(self.gold, self.run, range(len(self.indexed.listed)), self.gold_traces)()
         listed, seconds = len(self.indexed.listed), time.perf_counter() - start
         CONSOLE.print(f"gold: {listed} alternatives on {gold} held-out traces, {seconds:.0f} s")
 
@@ -204,7 +204,7 @@ def ranks(found: _Found) -> None:
         found.run, micro_batches([found.calibration[n] for n in order[:LENS_TRACES]], tokens_per_batch=1024)
     )
     looked = ScoreTable.empty(found.indexed.listed, found.calibration)
-    fill(looked, lens, everything, order)
+    Fill(looked, lens, everything, order)()
     first = ScoreTable.empty(found.indexed.listed, found.calibration)
     first.values[:, order[:LENS_TRACES]] = looked.values[:, order[:LENS_TRACES]]
     CONSOLE.print(f"lens on {LENS_TRACES} traces: Spearman with gold {float(spearmanr(first.means(), gold)[0]):.3f}")
@@ -212,7 +212,7 @@ def ranks(found: _Found) -> None:
         correlations: dict[str, list[float]] = {"exact": [], "exact and lens together": []}
         for start in range(0, 8 * traces, traces):
             table = ScoreTable.empty(found.indexed.listed, found.calibration)
-            fill(table, found.run, everything, order[start : start + traces])
+            Fill(table, found.run, everything, order[start : start + traces])()
             # As a search that draws these traces first would look: at them, and at others up to so many.
             seen = (order[start:] + order[:start])[:LENS_TRACES]
             table.lens = np.full(looked.values.shape[:2], np.nan)
@@ -229,7 +229,7 @@ def sets(found: _Found) -> None:
     """KL summed over layers, each layer alone at a count, on gold traces; sets chosen on calibration traces."""
     table = ScoreTable.empty(found.indexed.listed, found.calibration)
     numbers = [n for of_layer in found.indexed.experts for n in of_layer if n is not None]
-    fill(table, found.run, numbers, in_random_order(found.calibration)[:96])
+    Fill(table, found.run, numbers, in_random_order(found.calibration)[:96])()
     chosen, gold = table.means(), found.gold.means()
     for count in sorted({choice.count for choices in found.space.expert_choices for choice in choices})[:-1]:
         best, alone = 0.0, 0.0

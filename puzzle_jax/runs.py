@@ -23,21 +23,23 @@ from puzzle_jax.files import PARTIAL, read_bytes, read_object, write_beside
 RUN_FILE, METRICS_FILE, REPORT_FILE = "run.json", "metrics.jsonl", "report.html"
 
 
-def open_run(run_dir: Path, identity: Mapping[str, Any]) -> Path:
+def open_run(run_dir: Path, identity: Mapping[str, Any], marker: str = RUN_FILE, **more: object) -> Path:
     """Makes a run directory, or enters one that belongs to the same run.
 
     Args:
       run_dir: the directory; created with its parents.
       identity: JSON values that make the run what it is, such as the parent's path and fingerprint.
+      marker: name of the file that marks the directory.
+      more: JSON values that a new marker records as well.
 
     Raises `PuzzleError`, before anything is written, if the directory holds something else.
     """
     run_dir, identity = Path(run_dir), json.loads(canonical(identity))
     if run_dir.exists() and not run_dir.is_dir():
         raise PuzzleError(f"{run_dir} is a file, but must be a directory for the run")
-    marker = run_dir / RUN_FILE
-    if marker.exists():
-        held = read_object(marker).get("identity")
+    record = run_dir / marker
+    if record.exists():
+        held = read_object(record).get("identity")
         if held != identity:
             raise PuzzleError(
                 f"{run_dir} holds another run ({difference(held, identity)}); "
@@ -45,14 +47,14 @@ def open_run(run_dir: Path, identity: Mapping[str, Any]) -> Path:
             )
         return run_dir
     if run_dir.exists():
-        ours = f".{RUN_FILE}{PARTIAL}"  # left by a process that was killed here
+        ours = f".{marker}{PARTIAL}"  # left by a process that was killed here
         names = sorted(entry.name for entry in run_dir.iterdir() if not entry.name.startswith(ours))
         if names:
             shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
             raise PuzzleError(f"{run_dir} holds files that are no run's ({shown}); name an empty or new directory")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_json(marker, {"identity": identity, "puzzle_jax": version("puzzle_jax")})
+        write_json(record, {"identity": identity, "puzzle_jax": version("puzzle_jax"), **more})
     except OSError as error:
         raise PuzzleError(f"{run_dir} cannot be written: {error.strerror}") from error
     return run_dir
@@ -96,9 +98,9 @@ def _metrics_line(line: bytes, where: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def locked(run_dir: Path) -> Iterator[None]:
+def locked(run_dir: Path, marker: str = RUN_FILE) -> Iterator[None]:
     """Holds the run directory; the system frees it when the process ends, however it ends."""
-    with open(run_dir / RUN_FILE) as file:
+    with open(run_dir / marker) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

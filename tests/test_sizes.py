@@ -8,8 +8,8 @@ from typing import get_args, get_origin
 import pytest
 
 from puzzle_jax.commands import mendable
+from puzzle_jax.costs.scenario import Scenario
 from puzzle_jax.errors import MOST_TOKENS, ConfigError, check_range
-from puzzle_jax.evaluate.settings import Scenario as Lengths
 from puzzle_jax.evaluate.settings import Settings
 from puzzle_jax.search.recipe import Recipe
 from puzzle_jax.settings.fields import hint_options, setting_hints
@@ -81,7 +81,7 @@ def test_sizes_of_an_evaluation(name, tmp_path):
 
 def test_sizes_of_a_measurement_of_speed():
     with pytest.raises(ConfigError, match="1000000000000000000"):
-        Lengths("chat", 10**18, 4)
+        Scenario("chat", 10**18, 4)
 
 
 def test_a_range_names_both_of_its_ends_only_where_both_help():

@@ -17,7 +17,7 @@ VERBS = {
             "models", "out", "tasks", "efforts", "problems", "max_tokens", "temperature", "throughput", "scenarios",
             "cache_memory",
         ),
-        example="--models parent=DIR,child=DIR --tasks chain,my.jsonl --max-tokens low=32,high=128 --out judged",
+        example="--models parent=DIR,child=DIR --tasks chain,my.jsonl --max-tokens low=32,high=128 --out compared",
         interrupted="answers are kept, and the same command goes on from them",
     ),
     "caches": Verb(

@@ -18,17 +18,13 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
-
-from jax.sharding import Mesh
+from typing import Protocol, Unpack, runtime_checkable
 
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.errors import ConfigError, PuzzleWarning, check_choice, check_range
 from puzzle_jax.evaluate.settings import MAX_TOKENS
-from puzzle_jax.generate import Engine, Generated, Request, Sampling, generate
+from puzzle_jax.generate import Generated, GenerateOptions, Request, generate
 from puzzle_jax.generate.traces import Trace
-from puzzle_jax.model.cache_format import CacheFormat
-from puzzle_jax.model.child import View
 from puzzle_jax.model.spec import Params
 from puzzle_jax.tasks import Chat, FiniteTask, Problem, check_effort, get_task, problems
 from puzzle_jax.tasks.chat.embedded import is_embedded
@@ -37,15 +33,15 @@ from puzzle_jax.tasks.rewards.workers import RewardWorkers
 
 SPLIT_STRIDE, SEED_STRIDE = 10_000_000, 100_000
 SPLITS = ("calibration", "validation", "heldout", "accuracy", "evaluation", "confirmation", "training")
-DEALT_SPLITS = tuple(split for split in SPLITS if split != "evaluation")
-"""The splits of a search and of training, which share nothing; "evaluation" is for judging a model by itself."""
+DISJOINT_SPLITS = tuple(split for split in SPLITS if split != "evaluation")
+"""The splits of a search and of training, which share nothing; "evaluation" is for measuring a model by itself."""
 
-_MOST_JUDGES, _MOST_REASONS = 4, 3
+_MOST_SCORERS, _MOST_REASONS = 4, 3
 
 
 @runtime_checkable
-class Scoring(Protocol):
-    """Scores answers while the caller does something else; see `tasks.rewards.workers.RewardWorkers`, which is one."""
+class Scorers(Protocol):
+    """Score answers while the caller does something else, as `tasks.rewards.workers.RewardWorkers` do."""
 
     def begin(self, answer: Answer, *, own_score: bool = False) -> int: ...
 
@@ -54,20 +50,19 @@ class Scoring(Protocol):
 
 @dataclass(frozen=True)
 class QuestionSet:
-    """Which problems are asked, at which efforts.
+    """Problems and the efforts at which they are asked.
 
     Of an endless family, splits and seeds share no problem's seed; of an embedded family, "training" draws on the side
     of `is_held_out` that pretraining saw and the other splits on the other, so that it shares no prompt with them. The
-    rows of a finite task are dealt to `DEALT_SPLITS` by a hash of the prompt, about a sixth to each, so that those
-    never share a row nor a prompt, whatever the seeds; "evaluation" draws on all rows, also on those that a search or
-    training has seen, so that a model that was trained on a file's prompts is judged on those of another file. Where
-    there are fewer than asked for, all there are come.
+    rows of a finite task are divided among `DISJOINT_SPLITS` by a hash of the prompt, about a sixth to each, which
+    never share a row or a prompt, whatever the seeds; "evaluation" draws on all rows, also on those that a search or
+    training has seen, so that a model that was trained on a file's prompts should be evaluated on another file. Where
+    there are fewer problems than asked for, all of them are asked.
 
     Attributes:
-      tasks: names as of `get_task`.
-      per_task: problems of each task, at most; every one is asked at every effort.
-      split: one of `SPLITS`.
-      seed: draws other problems of the same split.
+      tasks, efforts: names as of `get_task`; every problem is asked at every effort.
+      per_task: the most problems of each task.
+      split, seed: one of `SPLITS`; the seed draws other problems of it.
     """
 
     tasks: tuple[str, ...]
@@ -89,8 +84,8 @@ class QuestionSet:
         check_range("seed", self.seed, 0, SPLIT_STRIDE // SEED_STRIDE - 1)
 
     @property
-    def judged_by(self) -> dict[str, str]:
-        """What problems and scores depend on, by task: part of the identity of whatever is made of the answers."""
+    def task_identities(self) -> dict[str, str]:
+        """The identity of every task, part of the identity of whatever is made of the answers."""
         return {name: get_task(name).identity for name in self.tasks}
 
     def questions(self) -> list[tuple[Problem, str]]:
@@ -110,12 +105,12 @@ class QuestionSet:
         """The split's rows that the seed puts first, in the order of the file."""
         rows = list(problems(task))
         if self.split != "evaluation":
-            dealt = DEALT_SPLITS.index(self.split)
-            rows = [row for row in rows if zlib.crc32(row.prompt.encode()) % len(DEALT_SPLITS) == dealt]
+            part, parts = DISJOINT_SPLITS.index(self.split), len(DISJOINT_SPLITS)
+            rows = [row for row in rows if zlib.crc32(row.prompt.encode()) % parts == part]
         if not rows:
             raise ConfigError(
                 f"split {self.split!r} gets none of the {task.size} problems of {task.name}, "
-                "which are dealt to six splits; give it more problems"
+                "which are divided among six splits; give it more problems"
             )
         random.Random(f"rows:{self.seed}").shuffle(rows)
         return sorted(rows[: self.per_task], key=lambda row: row.seed)
@@ -128,16 +123,10 @@ def answer_questions(
     questions: QuestionSet,
     *,
     max_tokens: Mapping[str, int],
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    slots: int = 64,
-    context: int | None = None,
-    cache: CacheFormat | None = None,
-    view: View | None = None,
-    mesh: Mesh | None = None,
     skip: Collection[int] = (),
-    judges: Scoring | None = None,
+    scorers: Scorers | None = None,
     on_answer: Callable[[int, Trace], None] | None = None,
+    **options: Unpack[GenerateOptions],
 ) -> list[Trace]:
     """Asks the questions.
 
@@ -145,12 +134,11 @@ def answer_questions(
       params, config, chat: the model, with weights in the dtype to compute with.
       questions: what to ask.
       max_tokens: limit per effort.
-      temperature, top_p, slots, cache, view, mesh: as in `generate`.
-      context: positions of every slot; by default those that a question's own length needs, as in `generate`. One
-        number for all compiles one set of programs; rounding, and so an answer now and then, depends on it.
       skip: indices into `questions.questions()` that are not asked.
-      judges: score answers to tasks whose scorers are not bounded; by default processes of this call's own.
+      scorers: score answers to tasks whose scorers are not bounded; by default processes of this call's own.
       on_answer: called with a question's index and its answer as soon as it is scored, in any order.
+      options: of `generate`. One context for all questions compiles one set of programs; rounding, and so an answer
+        now and then, depends on it.
 
     Returns:
       The answers to what was asked, in the order of the questions.
@@ -172,19 +160,19 @@ def answer_questions(
         task, tokens = tasks[problem.task], len(completion.tokens)
         if task.bounded:
             score = 0.0 if completion.truncated else task.score(problem, parsed.final)
-            deliver(position, completion, Reward(score, None))
+            keep(position, completion, Reward(score, None))
             return
-        assert judges is not None
+        assert scorers is not None
         answer = Answer(problem, effort, parsed.analysis, parsed.final, tokens, completion.truncated)
-        scored_elsewhere[judges.begin(answer, own_score=True)] = position, completion
+        scored_elsewhere[scorers.begin(answer, own_score=True)] = position, completion
         collect(wait=False)
 
     def collect(wait: bool) -> None:
-        assert judges is not None
-        for ticket, judgement in judges.finished(wait=wait):
-            deliver(*scored_elsewhere.pop(ticket), judgement)
+        assert scorers is not None
+        for ticket, reward in scorers.finished(wait=wait):
+            keep(*scored_elsewhere.pop(ticket), reward)
 
-    def deliver(position: int, completion: Generated, judgement: Reward) -> None:
+    def keep(position: int, completion: Generated, reward: Reward) -> None:
         index, (problem, effort) = asked[position]
         answers[index] = Trace(
             problem.task,
@@ -193,45 +181,17 @@ def answer_questions(
             dict(problem.details),
             requests[position].prompt,
             completion.tokens,
-            judgement.reward or 0.0,
+            reward.reward or 0.0,
             completion.truncated,
-            unscored=judgement.reason,
+            unscored=reward.reason,
         )
         if on_answer is not None:
             on_answer(index, answers[index])
 
-    stop_ids = sorted(chat.stop_ids)
     with ExitStack() as stack:
-        if judges is None and not all(tasks[problem.task].bounded for _, (problem, _) in asked):
-            judges = stack.enter_context(RewardWorkers(processes=min(_MOST_JUDGES, os.cpu_count() or 1)))
-        if context is None:
-            generate(
-                params,
-                config,
-                requests,
-                stop_ids=stop_ids,
-                temperature=temperature,
-                top_p=top_p,
-                slots=slots,
-                cache=cache,
-                view=view,
-                mesh=mesh,
-                on_finish=finish,
-            )
-        else:
-            sampling = Sampling(temperature, top_p)
-            engine = Engine(
-                params,
-                config,
-                stop_ids=stop_ids,
-                context=context,
-                slots=slots,
-                sampling=sampling,
-                cache=cache,
-                view=view,
-                mesh=mesh,
-            )
-            engine.generate(requests, finish)
+        if scorers is None and not all(tasks[problem.task].bounded for _, (problem, _) in asked):
+            scorers = stack.enter_context(RewardWorkers(processes=min(_MOST_SCORERS, os.cpu_count() or 1)))
+        generate(params, config, requests, stop_ids=sorted(chat.stop_ids), on_finish=finish, **options)
         while scored_elsewhere:
             collect(wait=True)
     return [answers[index] for index, _ in asked]
@@ -244,19 +204,11 @@ def check_context(
     max_tokens: Mapping[str, int],
     whose: str,
 ) -> int:
-    """The most positions that a question with its longest answer takes.
+    """The most positions that a question with its longest answer takes; messages call the model `whose`.
 
-    Args:
-      questions: problems with their efforts.
-      chat, config: of the model.
-      max_tokens: limit of an answer per effort.
-      whose: context it is, for the message.
-
-    Warns with PuzzleWarning where the limits are those that suit the embedded parent, and the model is another: most of
-    its answers would be cut.
-
-    Raises ConfigError where that is more than the model's context holds; it names the problem's file and line, or its
-    task and number.
+    Warns with PuzzleWarning where the limits are those that suit the embedded parent and the model is another one, most
+    of whose answers would be cut. Raises ConfigError, which names the problem's file and line, or its task and number,
+    where a question with its answer is longer than the model's context.
     """
     longest, questions = 0, list(questions)
     asked = {effort: max_tokens[effort] for _, effort in questions}
@@ -280,12 +232,10 @@ def check_context(
 
 
 def unscored_note(answers: Sequence[Trace]) -> str | None:
-    """How many answers could not be scored, and why, as a sentence; None where all were."""
+    """A sentence that says how many answers could not be scored, and why; None where all were."""
     reasons = Counter(answer.unscored for answer in answers if answer.unscored is not None)
     if not reasons:
         return None
-    told = [f"{count}: the scorer {reason}" for reason, count in reasons.most_common(_MOST_REASONS)]
+    listed = "; ".join(f"{count}: the scorer {reason}" for reason, count in reasons.most_common(_MOST_REASONS))
     more = "; ..." if len(reasons) > _MOST_REASONS else ""
-    return (
-        f"{reasons.total()} of {len(answers)} answers could not be scored and count as wrong ({'; '.join(told)}{more})"
-    )
+    return f"{reasons.total()} of {len(answers)} answers could not be scored and count as wrong ({listed}{more})"

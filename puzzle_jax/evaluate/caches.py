@@ -1,11 +1,11 @@
-"""What an FP8 key-value cache costs a model: bfloat16, calibrated and uncalibrated e4m3 caches side by side.
+"""The price of an FP8 key-value cache: bfloat16, calibrated and uncalibrated e4m3 caches side by side.
 
     puzzle evaluate caches --model DIR --out DIR
 
 Scales are calibrated on the model's own answers to one set of problems. On another set all three caches are compared:
 KL of next-token distributions from the bfloat16 cache's, over the answers that this one gave, and accuracy on the
 same problems with the same seeds. `--amplify n` does the same to a copy whose keys and values are 2^n times as large
-and whose function is the same, which is what tells a calibrated cache from one without scales.
+and whose function is the same, where a calibrated cache differs most from one without scales.
 Writes caches.json; scales go into a checkpoint when it is exported (`convert_hf.export`).
 """
 
@@ -13,22 +13,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+from rich.table import Table
 
+from puzzle_jax.codec import to_plain
 from puzzle_jax.config import ModelConfig
+from puzzle_jax.consoles import plain_console
 from puzzle_jax.errors import ConfigError, check_range
 from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions, check_context, unscored_note
 from puzzle_jax.evaluate.divergence import divergence
+from puzzle_jax.evaluate.models import Model
 from puzzle_jax.evaluate.settings import Asked
-from puzzle_jax.evaluate.statistics import Paired, paired, resample
+from puzzle_jax.evaluate.statistics import Paired, by_effort, paired, resample
 from puzzle_jax.files import write_beside
 from puzzle_jax.generate.batches import MicroBatch, micro_batches
 from puzzle_jax.generate.calibrate import calibrate_cache
@@ -50,9 +53,8 @@ class CacheResult:
     Attributes:
       kl: mean over answers of the mean KL per token, in nats; 0 for the reference itself.
       agreement: share of tokens for which both rank the same one first.
-      accuracy: per effort.
-      change: per effort, accuracy minus the reference's on the same problems, with its interval.
-      unscored: how many answers could not be scored and why, as a sentence; None where all were.
+      accuracy, change: by effort, accuracy and its difference from the reference's on the same problems.
+      unscored: a sentence on the answers that could not be scored; None where all were.
     """
 
     kl: float
@@ -97,13 +99,8 @@ def compare_caches(
 ) -> tuple[dict[str, CacheResult], KVScales]:
     """Results by name of the cache, the reference first, and the calibrated scales.
 
-    Args:
-      params: dense weights in the dtype to compute with.
-      calibration: problems whose answers give the scales.
-      questions: problems to compare on; both should be of different splits.
-      max_tokens: limit per effort.
-      slots: requests that run together.
-      temperature: of sampling.
+    `params` are dense, in the dtype to compute with. The scales come from answers to the problems of `calibration`,
+    which should be of another split than `questions`.
     """
     reference = CacheFormat("bfloat16")
     ask = partial(answer_questions, params, config, chat, max_tokens=max_tokens, slots=slots, temperature=temperature)
@@ -113,8 +110,8 @@ def compare_caches(
     batches = micro_batches(answers[REFERENCE])
     return {
         name: CacheResult(
-            **_distance(params, config, batches, reference, form),
-            accuracy={effort: _accuracy(answers[name], effort) for effort in questions.efforts},
+            *_distance(params, config, batches, reference, form),
+            accuracy={effort: found.accuracy for effort, found in by_effort(answers[name], questions.efforts).items()},
             change={effort: _change(answers, name, effort) for effort in questions.efforts},
             unscored=unscored_note(answers[name]),
         )
@@ -122,7 +119,7 @@ def compare_caches(
     }, scales
 
 
-def amplify(params: Params, config: ModelConfig, power: int) -> Params:
+def amplify(params: Params, power: int) -> Params:
     """A copy whose keys and values are 2^power times as large, and which computes the same function.
 
     Queries and the output projection are smaller by as much; powers of two round nothing.
@@ -139,27 +136,21 @@ def amplify(params: Params, config: ModelConfig, power: int) -> Params:
     return {**params, "layers": layers}
 
 
-def _accuracy(answers: Sequence[Trace], effort: str) -> float:
-    return float(np.mean([answer.correct for answer in answers if answer.effort == effort]))
-
-
 def _change(answers: Mapping[str, Sequence[Trace]], name: str, effort: str) -> Paired:
-    right, tasks = {}, []
-    for key in (REFERENCE, name):
-        of_effort = [answer for answer in answers[key] if answer.effort == effort]
-        right[key] = np.asarray([answer.correct for answer in of_effort])
-        tasks = [answer.task for answer in of_effort]
-    return paired(right[name], right[REFERENCE], resample(tasks, _DRAWS, seed=0))
+    ours, others = ([answer for answer in answers[key] if answer.effort == effort] for key in (name, REFERENCE))
+    model, reference = (np.asarray([answer.correct for answer in found]) for found in (ours, others))
+    return paired(model, reference, resample([answer.task for answer in ours], _DRAWS, seed=0))
 
 
 def _distance(
     params: Params, config: ModelConfig, batches: Sequence[MicroBatch], reference: CacheFormat, form: CacheFormat
-) -> dict[str, float]:
+) -> tuple[float, float]:
+    """KL and agreement, as means over all answers."""
     totals, count = np.zeros(2), 0
     for batch in batches:
         totals += np.asarray(_compare(params, config, batch, reference, form)).sum(axis=1)
         count += int((np.asarray(batch.lengths) > 0).sum())
-    return {"kl": float(totals[0] / count), "agreement": float(totals[1] / count)}
+    return float(totals[0] / count), float(totals[1] / count)
 
 
 @partial(jax.jit, static_argnames="config")
@@ -174,34 +165,22 @@ def _compare(
 
 def run(settings: CachesSettings) -> None:
     """Compares, prints a table and writes caches.json."""
-    from puzzle_jax.convert_hf.describe import describe_checkpoint
-    from puzzle_jax.convert_hf.load import load_checkpoint
-    from puzzle_jax.convert_hf.token_ids import check_tokenizer
-    from puzzle_jax.model.network import compute_dtype, to_compute
-
     tasks, efforts = settings.tasks, settings.efforts
     each = -(-settings.problems // len(tasks))
     questions = QuestionSet(tasks, efforts, each, "evaluation", settings.seed)
     calibration = QuestionSet(tasks, efforts, max(1, each // 4), "calibration", settings.seed)
     if settings.out.exists() and not settings.out.is_dir():
         raise ConfigError(f"out is {settings.out}, which is a file, but must be a directory")
-    config = describe_checkpoint(settings.model).config
-    chat = Chat.load(settings.model)
-    limits = {effort: settings.max_tokens[effort] for effort in efforts}
-    check_tokenizer(settings.model, chat.tokenizer, config.vocab_size)
+    model = Model.open(str(settings.model), settings.model)
     for asked in (questions, calibration):
-        check_context(asked.questions(), chat, config, limits, f"the model {settings.model}")
-    checkpoint = load_checkpoint(settings.model)
-    params = to_compute(checkpoint.params, compute_dtype())
-    if settings.amplify:
-        params = amplify(params, checkpoint.config, settings.amplify)
+        check_context(asked.questions(), model.chat, model.config, settings.max_tokens, f"model {model.name!r}")
     results, scales = compare_caches(
-        params,
-        checkpoint.config,
-        chat,
+        amplify(model.params, settings.amplify) if settings.amplify else model.params,
+        model.config,
+        model.chat,
         calibration=calibration,
         questions=questions,
-        max_tokens=limits,
+        max_tokens=settings.max_tokens,
         temperature=settings.temperature,
     )
     settings.out.mkdir(parents=True, exist_ok=True)
@@ -209,25 +188,21 @@ def run(settings: CachesSettings) -> None:
         "model": str(settings.model),
         "amplify": settings.amplify,
         "problems_per_effort": each * len(tasks),
-        "caches": {name: asdict(result) for name, result in results.items()},
-        "scales": {"k": np.asarray(scales.k).tolist(), "v": np.asarray(scales.v).tolist()},
+        "caches": results,
+        "scales": {"k": np.asarray(scales.k), "v": np.asarray(scales.v)},
     }
-    write_beside(settings.out / "caches.json", (json.dumps(record, indent=1) + "\n").encode())
+    write_beside(settings.out / "caches.json", (json.dumps(to_plain(record), indent=1) + "\n").encode())
     _print(results, efforts)
 
 
 def _print(results: Mapping[str, CacheResult], efforts: Sequence[str]) -> None:
-    from rich.table import Table
-
-    from puzzle_jax.consoles import plain_console
-
     table = Table("cache", "KL, nats per token", "same first token", *(f"accuracy, {effort}" for effort in efforts))
     for name, result in results.items():
-        cells: list[Any] = [name, f"{result.kl:.2e}", f"{result.agreement:.1%}"]
+        cells = [name, f"{result.kl:.2e}", f"{result.agreement:.1%}"]
         for effort in efforts:
             change = result.change[effort]
-            said = "" if name == REFERENCE else f" ({change.difference:+.1%}, {change.won} won, {change.lost} lost)"
-            cells.append(f"{result.accuracy[effort]:.1%}{said}")
+            paired = "" if name == REFERENCE else f" ({change.difference:+.1%}, {change.won} won, {change.lost} lost)"
+            cells.append(f"{result.accuracy[effort]:.1%}{paired}")
         table.add_row(*cells)
     console = plain_console(width=170)
     console.print(table)

@@ -10,7 +10,8 @@ Left out: the error that comes from drawing few requests for the speed at an eff
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,19 +19,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from puzzle_jax.errors import PuzzleError
+from puzzle_jax.evaluate import statistics
 from puzzle_jax.evaluate.frontier import Above, Curve, above_everywhere, common_gap, reachable_gap
-from puzzle_jax.evaluate.statistics import (
-    Interval,
-    Paired,
-    Summary,
-    by_task,
-    means,
-    paired,
-    percentile_interval,
-    ratio,
-    resample,
-    summarise,
-)
+from puzzle_jax.evaluate.statistics import Paired, Summary, by_task, paired, summarise
 from puzzle_jax.generate.traces import Trace
 
 Rates = Mapping[str, Mapping[str, Sequence[float]]]
@@ -62,8 +53,7 @@ class EffortComparison:
       all, tasks: difference of accuracies, over all tasks and by task.
       retention: accuracy over the reference's.
       relative_tokens: mean generated tokens over the reference's.
-      relative_tokens_per_second: over the reference's; None where speed was not measured, as is
-      relative_request_rate: the former over the one before.
+      relative_tokens_per_second, relative_request_rate: over the reference's; None where speed was not measured.
     """
 
     all: Paired
@@ -76,12 +66,8 @@ class EffortComparison:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A model against the reference.
-
-    Attributes:
-      overall: difference of the accuracies over all tasks and efforts.
-      efforts: by effort.
-      common, reachable: the two questions of `evaluate.frontier`; None where speed was not measured.
+    """A model against the reference: accuracy over all tasks and efforts, every effort, and the two questions of
+    `evaluate.frontier`, which are None where speed was not measured.
     """
 
     overall: Estimate
@@ -104,9 +90,9 @@ class Analysis:
 
     Attributes:
       overall: accuracy over all tasks and efforts.
-      summaries: by effort.
-      comparisons: of all models but the reference.
-      points: of the frontier, by effort; None where speed was not measured.
+      summaries: summaries by effort.
+      comparisons: all models but the reference.
+      points: points of the frontier, by effort; None where speed was not measured.
     """
 
     overall: dict[str, Estimate]
@@ -118,173 +104,154 @@ class Analysis:
 def analyse(
     answers: Mapping[str, Sequence[Trace]], efforts: Sequence[str], rates: Rates | None, *, draws: int, seed: int
 ) -> Analysis:
-    """Compares models.
+    """Compares models by their answers to the same questions in the same order; the first model is the reference.
 
-    Args:
-      answers: of every model to the same questions in the same order; the first model is the reference.
-      efforts: in rising order.
-      rates: tokens per second.
-      draws: of the bootstrap.
-      seed: of the draws.
-
-    Raises PuzzleError when the models did not answer the same questions.
+    Efforts are in rising order; `draws` and `seed` are those of the bootstrap. Raises PuzzleError when the models did
+    not answer the same questions.
     """
-    table = _Table(answers, efforts)
-    boot = _Bootstrap(table, rates, draws, seed)
-    reference, *others = answers
+    found = _Results(answers, efforts, rates, draws, seed)
     summaries = {
-        name: {
-            effort: EffortSummary(summarise(chosen), by_task(chosen))
-            for effort in efforts
-            for chosen in [[a for a in found if a.effort == effort]]
-        }
-        for name, found in answers.items()
+        name: {e: EffortSummary(summarise(chosen), by_task(chosen)) for e, chosen in found.answers[name].items()}
+        for name in answers
     }
     comparisons = {
         name: Comparison(
-            _estimate(table.overall(name) - table.overall(reference), boot.overall(name) - boot.overall(reference)),
-            {effort: _compare(table, boot, name, reference, effort) for effort in efforts},
-            *(_above(boot, name, reference) if rates else (None, None)),
+            (found.overall(name) - found.overall(found.reference)).estimate,
+            {effort: found.compare(name, effort) for effort in efforts},
+            *(found.above(name) if rates else (None, None)),
         )
-        for name in others
+        for name in found.others
     }
-    overall = {name: _estimate(table.overall(name), boot.overall(name)) for name in answers}
-    return Analysis(overall, summaries, comparisons, _points(boot, summaries) if rates else None)
+    overall = {name: found.overall(name).estimate for name in answers}
+    points = (
+        {name: {e: found.point(name, e, summaries[name][e].all) for e in efforts} for name in answers}
+        if rates
+        else None
+    )
+    return Analysis(overall, summaries, comparisons, points)
 
 
-class _Table:
-    """Right answers and tokens as arrays over problems, which are the same for every model and effort."""
+@dataclass(frozen=True, eq=False)
+class _Quantity:
+    """A number as it was measured, and in every bootstrap draw; quotients by zero are infinite."""
 
-    def __init__(self, answers: Mapping[str, Sequence[Trace]], efforts: Sequence[str]) -> None:
-        self.efforts, self.names = tuple(efforts), tuple(answers)
-        self.correct: dict[tuple[str, str], Bool[np.ndarray, "problems"]] = {}
-        self.tokens: dict[tuple[str, str], Float[np.ndarray, "problems"]] = {}
-        asked: list[tuple[str, int]] | None = None
-        for name, found in answers.items():
-            for effort in efforts:
-                chosen = [a for a in found if a.effort == effort]
-                problems = [(a.task, a.problem_seed) for a in chosen]
-                if asked is not None and problems != asked:
-                    raise PuzzleError(f"model {name!r} answered other problems at effort {effort!r} than the rest")
-                asked = problems
-                self.correct[name, effort] = np.array([a.correct for a in chosen], bool)
-                self.tokens[name, effort] = np.array([len(a.completion) for a in chosen], float)
-        self.tasks = [task for task, _ in asked or []]
+    value: float
+    draws: Float[np.ndarray, "draws"]
 
-    def overall(self, name: str) -> float:
-        """Accuracy over all efforts."""
-        return float(np.mean([self.correct[name, effort].mean() for effort in self.efforts]))
+    def __sub__(self, other: _Quantity) -> _Quantity:
+        return _Quantity(self.value - other.value, self.draws - other.draws)
+
+    def __truediv__(self, other: _Quantity) -> _Quantity:
+        value = self.value / other.value if other.value else math.inf
+        return _Quantity(value, statistics.ratio(self.draws, other.draws))
+
+    @property
+    def estimate(self) -> Estimate:
+        if not math.isfinite(self.value):
+            return Estimate(None, None, None)
+        return Estimate(self.value, *statistics.percentile_interval(self.draws))
 
 
-class _Bootstrap:
-    """Accuracies, mean tokens and request rates, measured and in every draw.
+class _Results:
+    """Accuracies, tokens and request rates of all models on the same problems.
 
     Request rates are in units of the reference's at its highest effort, as measured.
     """
 
-    def __init__(self, table: _Table, rates: Rates | None, draws: int, seed: int) -> None:
-        self.table, self.rates, self.draws, self.seed = table, rates, draws, seed
-        self.counts = resample(table.tasks, draws, seed)
+    def __init__(
+        self, answers: Mapping[str, Sequence[Trace]], efforts: Sequence[str], rates: Rates | None, draws: int, seed: int
+    ) -> None:
+        self.reference, *self.others = answers
+        self.efforts, self.rates = tuple(efforts), rates
+        self.answers = {
+            name: {effort: [answer for answer in found if answer.effort == effort] for effort in efforts}
+            for name, found in answers.items()
+        }
+        problems = {
+            (name, effort): [(answer.task, answer.problem_seed) for answer in chosen]
+            for name, by_effort in self.answers.items()
+            for effort, chosen in by_effort.items()
+        }
+        asked = problems[self.reference, efforts[0]]
+        for (name, effort), found in problems.items():
+            if found != asked:
+                raise PuzzleError(f"model {name!r} answered other problems at effort {effort!r} than the rest")
+        self.tasks = np.array([task for task, _ in asked])
+        self.counts = statistics.resample([task for task, _ in asked], draws, seed)
+        # Each draw takes the median of rounds that are the same for every model.
+        generator = np.random.default_rng([seed, 1])
+        self.rounds: dict[str, Int[np.ndarray, "draws rounds"]] = {}
+        for effort, by_model in (rates or {}).items():
+            count = len(next(iter(by_model.values())))
+            self.rounds[effort] = generator.integers(0, count, (draws, count))
 
-    def accuracy(self, name: str, effort: str) -> Float[np.ndarray, "draws"]:
-        return means(self.counts, self.table.correct[name, effort])
+    def correct(self, name: str, effort: str) -> Bool[np.ndarray, "problems"]:
+        return np.array([answer.correct for answer in self.answers[name][effort]], bool)
 
-    def overall(self, name: str) -> Float[np.ndarray, "draws"]:
-        return np.mean([self.accuracy(name, effort) for effort in self.table.efforts], axis=0)
+    def accuracy(self, name: str, effort: str) -> _Quantity:
+        return self._mean(self.correct(name, effort))
 
-    def tokens(self, name: str, effort: str) -> Float[np.ndarray, "draws"]:
-        return means(self.counts, self.table.tokens[name, effort])
+    def tokens(self, name: str, effort: str) -> _Quantity:
+        return self._mean(np.array([len(answer.completion) for answer in self.answers[name][effort]], float))
+
+    def overall(self, name: str) -> _Quantity:
+        """Accuracy over all efforts."""
+        found = [self.accuracy(name, effort) for effort in self.efforts]
+        return _Quantity(
+            float(np.mean([each.value for each in found])), np.mean([each.draws for each in found], axis=0)
+        )
+
+    def speed(self, name: str, effort: str) -> _Quantity:
+        """Tokens per second."""
+        assert self.rates is not None
+        rates = np.asarray(self.rates[effort][name], float)
+        return _Quantity(float(np.median(rates)), np.median(rates[self.rounds[effort]], axis=1))
+
+    def request_rate(self, name: str, effort: str) -> _Quantity:
+        rate = self.speed(name, effort) / self.tokens(name, effort)
+        return _Quantity(rate.value / self._unit, rate.draws / self._unit)
+
+    def compare(self, name: str, effort: str) -> EffortComparison:
+        model, other = self.correct(name, effort), self.correct(self.reference, effort)
+
+        def relative(quantity: Callable[[str, str], _Quantity]) -> Estimate:
+            return (quantity(name, effort) / quantity(self.reference, effort)).estimate
+
+        def of_task(task: str) -> Paired:
+            chosen = self.tasks == task
+            return paired(model[chosen], other[chosen], self.counts[:, chosen])
+
+        return EffortComparison(
+            all=paired(model, other, self.counts),
+            tasks={task: of_task(task) for task in dict.fromkeys(self.tasks.tolist())},
+            retention=relative(self.accuracy),
+            relative_tokens=relative(self.tokens),
+            relative_tokens_per_second=relative(self.speed) if self.rates else None,
+            relative_request_rate=relative(self.request_rate) if self.rates else None,
+        )
+
+    def above(self, name: str) -> tuple[Above, Above]:
+        """The two questions of `evaluate.frontier`."""
+        (model, *models), (other, *others) = self._curves(name), self._curves(self.reference)
+        draws = list(zip(models, others, strict=True))
+        return above_everywhere(common_gap, model, other, draws), above_everywhere(reachable_gap, model, other, draws)
+
+    def point(self, name: str, effort: str, summary: Summary) -> Point:
+        accuracy = Estimate(summary.accuracy, summary.low, summary.high)
+        return Point(self.request_rate(name, effort).estimate, accuracy)
+
+    def _mean(self, values: Float[np.ndarray, "problems"] | Bool[np.ndarray, "problems"]) -> _Quantity:
+        return _Quantity(float(values.mean()), statistics.means(self.counts, values))
 
     @cached_property
-    def rounds(self) -> dict[str, Int[np.ndarray, "draws rounds"]]:
-        """Rounds that each draw takes the median of, by effort; the same of every model."""
-        assert self.rates is not None
-        generator = np.random.default_rng([self.seed, 1])
-        counts = {effort: len(next(iter(by_model.values()))) for effort, by_model in self.rates.items()}
-        return {effort: generator.integers(0, count, (self.draws, count)) for effort, count in counts.items()}
+    def _unit(self) -> float:
+        """Requests per second of the reference at its highest effort."""
+        rate = self.speed(self.reference, self.efforts[-1]) / self.tokens(self.reference, self.efforts[-1])
+        return rate.value
 
-    def measured_speed(self, name: str, effort: str) -> float:
-        assert self.rates is not None
-        return float(np.median(self.rates[effort][name]))
-
-    def speed(self, name: str, effort: str) -> Float[np.ndarray, "draws"]:
-        assert self.rates is not None
-        return np.median(np.asarray(self.rates[effort][name], float)[self.rounds[effort]], axis=1)
-
-    @cached_property
-    def unit(self) -> float:
-        """Requests per second."""
-        reference, highest = self.table.names[0], self.table.efforts[-1]
-        return self.measured_speed(reference, highest) / float(self.table.tokens[reference, highest].mean())
-
-    def measured_request_rate(self, name: str, effort: str) -> float:
-        return self.measured_speed(name, effort) / float(self.table.tokens[name, effort].mean()) / self.unit
-
-    def request_rate(self, name: str, effort: str) -> Float[np.ndarray, "draws"]:
-        return self.speed(name, effort) / self.tokens(name, effort) / self.unit
-
-    def measured_curve(self, name: str) -> Curve:
-        efforts, correct = self.table.efforts, self.table.correct
-        return Curve.of([(self.measured_request_rate(name, e), float(correct[name, e].mean())) for e in efforts])
-
-    def curves(self, name: str) -> list[Curve]:
-        """The curve in every draw."""
-        rates = np.stack([self.request_rate(name, e) for e in self.table.efforts], axis=1)
-        accuracies = np.stack([self.accuracy(name, e) for e in self.table.efforts], axis=1)
-        return [
-            Curve.of(list(zip(*draw, strict=True))) for draw in zip(rates.tolist(), accuracies.tolist(), strict=True)
-        ]
-
-
-def _estimate(value: float | None, draws: Float[np.ndarray, "draws"]) -> Estimate:
-    interval = Interval(None, None) if value is None else percentile_interval(draws)
-    return Estimate(value, interval.low, interval.high)
-
-
-def _compare(table: _Table, boot: _Bootstrap, name: str, reference: str, effort: str) -> EffortComparison:
-    model, other = table.correct[name, effort], table.correct[reference, effort]
-    tasks = np.array(table.tasks)
-    tokens = ratio(boot.tokens(name, effort), boot.tokens(reference, effort))
-    speed = rate = None
-    if boot.rates:
-        speed = _estimate(
-            boot.measured_speed(name, effort) / boot.measured_speed(reference, effort),
-            ratio(boot.speed(name, effort), boot.speed(reference, effort)),
-        )
-        rate = _estimate(
-            boot.measured_request_rate(name, effort) / boot.measured_request_rate(reference, effort),
-            ratio(boot.request_rate(name, effort), boot.request_rate(reference, effort)),
-        )
-    return EffortComparison(
-        all=paired(model, other, boot.counts),
-        tasks={
-            task: paired(model[tasks == task], other[tasks == task], boot.counts[:, tasks == task])
-            for task in dict.fromkeys(table.tasks)
-        },
-        retention=_estimate(
-            float(model.mean() / other.mean()) if other.any() else None,
-            ratio(boot.accuracy(name, effort), boot.accuracy(reference, effort)),
-        ),
-        relative_tokens=_estimate(
-            float(table.tokens[name, effort].mean() / table.tokens[reference, effort].mean()), tokens
-        ),
-        relative_tokens_per_second=speed,
-        relative_request_rate=rate,
-    )
-
-
-def _above(boot: _Bootstrap, name: str, reference: str) -> tuple[Above, Above]:
-    draws = list(zip(boot.curves(name), boot.curves(reference), strict=True))
-    model, other = boot.measured_curve(name), boot.measured_curve(reference)
-    return above_everywhere(common_gap, model, other, draws), above_everywhere(reachable_gap, model, other, draws)
-
-
-def _points(boot: _Bootstrap, summaries: Mapping[str, Mapping[str, EffortSummary]]) -> dict[str, dict[str, Point]]:
-    def point(name: str, effort: str) -> Point:
-        summary = summaries[name][effort].all
-        return Point(
-            _estimate(boot.measured_request_rate(name, effort), boot.request_rate(name, effort)),
-            Estimate(summary.accuracy, summary.low, summary.high),
-        )
-
-    return {name: {effort: point(name, effort) for effort in boot.table.efforts} for name in boot.table.names}
+    def _curves(self, name: str) -> list[Curve]:
+        """The measured curve, then that of every draw."""
+        knots = [(self.request_rate(name, effort), self.accuracy(name, effort)) for effort in self.efforts]
+        measured = Curve.of([(rate.value, accuracy.value) for rate, accuracy in knots])
+        drawn = np.stack([[rate.draws, accuracy.draws] for rate, accuracy in knots]).transpose(2, 0, 1)
+        return [measured, *(Curve.of([(rate, accuracy) for rate, accuracy in draw]) for draw in drawn.tolist())]

@@ -1,4 +1,4 @@
-"""How far a child's next-token distribution is from its parent's.
+"""The distance of a child's next-token distribution from its parent's.
 
 KL(parent || child) per position, from final hidden states: the output head is applied in chunks of the vocabulary
 with running maxima, so that no [tokens, vocabulary] array exists.
@@ -53,8 +53,8 @@ def divergence(
 
     Args:
       params: only the final norm and the head are used, the same for all.
-      parent: of one model, whose logits are computed once.
-      child: of the same positions, with further axes in front for several children.
+      parent: states of one model, whose logits are computed once.
+      child: states at the same positions, with further axes in front for several children.
       chunk: vocabulary entries at a time.
     """
     parent_normed, child_normed = (rms_norm(x, params["final_norm"], config.rms_norm_eps) for x in (parent, child))
@@ -89,10 +89,10 @@ def divergence(
     log_totals = [seen.largest + jnp.log(seen.total) for seen in (of_parent, of_child)]
     kl = cross / of_parent.total - log_totals[0] + log_totals[1]
     agreement = (of_parent.best == of_child.best).astype(jnp.float32)
-    return Divergence(jnp.maximum(kl, 0.0), agreement, _cosine(parent, child))
+    return Divergence(jnp.maximum(kl, 0.0), agreement, cosine(parent, child))
 
 
-def _cosine(a: Float[Array, "*batch hidden"], b: Float[Array, "*children_and_batch hidden"]) -> Array:
+def cosine(a: Float[Array, "*batch hidden"], b: Float[Array, "*children_and_batch hidden"]) -> Array:
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     norms = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
     return jnp.sum(a * b, axis=-1) / jnp.maximum(norms, 1e-20)

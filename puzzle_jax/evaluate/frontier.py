@@ -33,12 +33,7 @@ from puzzle_jax.evaluate.statistics import lower_bound
 
 @dataclass(frozen=True)
 class Curve:
-    """Points in rising order of rate, joined by straight lines.
-
-    Attributes:
-      rates: strictly ascending.
-      accuracies: at the rates.
-    """
+    """Points in strictly rising order of rate, joined by straight lines."""
 
     rates: Float[np.ndarray, "knots"]
     accuracies: Float[np.ndarray, "knots"]
@@ -73,11 +68,10 @@ class Curve:
 
 @dataclass(frozen=True)
 class Gap:
-    """Where a curve is least above another.
+    """The place where a curve is least above another.
 
     Attributes:
-      accuracy: of the one minus the other there; negative where it lies below.
-      rate: where that is.
+      accuracy, rate: difference of accuracies there, negative where the curve lies below; and the place.
       low, high: range of rates that was compared.
     """
 
@@ -115,12 +109,12 @@ def _smallest(model: Curve, reference: Curve, low: float, high: float) -> Gap:
 
 @dataclass(frozen=True)
 class Above:
-    """Whether a curve lies above another everywhere, as far as the answers can tell.
+    """The evidence that a curve lies above another everywhere.
 
     Attributes:
       gap: the smallest gap of the measured curves; None where the question has no answer.
-      lower_bound: what 95% of the draws' smallest gaps reach, a one-sided bound. Noise can only lower a minimum, so
-        it errs on the safe side. None where more than 5% of the draws have no answer.
+      lower_bound: one-sided bound that 95% of the draws' smallest gaps reach. Noise can only lower a minimum, so it
+        errs on the safe side. None where more than 5% of the draws have no answer.
       probability: share of draws in which the smallest gap is above zero; one without an answer counts as not above.
       answered: share of draws with an answer.
     """
@@ -137,11 +131,9 @@ def above_everywhere(
     reference: Curve,
     draws: Sequence[tuple[Curve, Curve]],
 ) -> Above:
-    """Answers one of the two questions (`common_gap` or `reachable_gap`).
+    """Answers one of the two questions (`common_gap` or `reachable_gap`) for measured curves.
 
-    Args:
-      model, reference: the measured curves.
-      draws: pairs of curves (model, reference), each pair from one bootstrap draw of problems.
+    Each of `draws` is a pair of curves (model, reference) from one bootstrap draw of problems.
     """
     found = [smallest_gap(*pair) for pair in draws]
     gaps = np.array([-np.inf if gap is None else gap.accuracy for gap in found], float)

@@ -1,7 +1,7 @@
-"""A journal of answers: what a killed run had been told by a model is not asked again.
+"""A journal of answers, so that a run that goes on after a kill asks only the questions without an answer.
 
-Answers are appended to a JSONL file of traces as they come, in any order; a half-written last line is what a kill left,
-and is cut off. They do not depend on what is generated beside them, so a run that goes on from its journal ends with
+Answers are appended to a JSONL file of traces as they come, in any order; the half-written last line that a kill leaves
+is cut off. They do not depend on what is generated beside them, so a run that goes on from its journal ends with
 the answers of a run that was never interrupted.
 """
 
@@ -18,7 +18,7 @@ Question = tuple[Problem, str]
 """A problem and the effort it is asked at."""
 
 Key = tuple[str, int, str]
-"""Task, seed of the problem, and effort, which tell questions apart."""
+"""Task, seed of the problem, and effort: every question has a key of its own."""
 
 
 def question_key(question: Question) -> Key:
@@ -29,7 +29,7 @@ def question_key(question: Question) -> Key:
 def journaled_answers(
     path: Path,
     questions: Sequence[Question],
-    ask: Callable[[Collection[int], Callable[[int, Trace], None]], object],
+    ask: Callable[..., object],
     *,
     wanted: Collection[Key] | None = None,
     on_answers: Callable[[int], None] | None = None,
@@ -38,11 +38,10 @@ def journaled_answers(
 
     Args:
       path: the journal; made, with its directory, when it is missing.
-      questions: of which some are asked.
-      ask: called with the numbers of the questions that are not to be asked and a function that takes the number and
-        the answer of each other one as it comes; not called where all answers are there.
-      wanted: keys of the questions to ask; None is all.
-      on_answers: called with how many more answers there are, those of an earlier run included.
+      questions: of which those with the keys `wanted` are asked, by default all.
+      ask: `answer_questions` with its model and questions: called with `skip`, the numbers of the questions that are
+        not to be asked, and `on_answer`; not called where all answers are there.
+      on_answers: called with the number of further answers, those of an earlier run included.
 
     Raises PuzzleError where the journal cannot be read or holds an answer to another question.
     """
@@ -65,5 +64,6 @@ def journaled_answers(
                 if on_answers is not None:
                     on_answers(1)
 
-            ask({number for number, key in enumerate(keys) if key in answers or key not in wanted}, keep)
+            skip = {number for number, key in enumerate(keys) if key in answers or key not in wanted}
+            ask(skip=skip, on_answer=keep)
     return [answers[key] for key in keys if key in wanted]

@@ -10,7 +10,6 @@ import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -38,13 +37,8 @@ CHAT_FILES = (
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint to evaluate.
-
-    Attributes:
-      name: what answers, tables and figures call it.
-      description: configuration and checked headers.
-      chat: the checkpoint's own tokenizer and template.
-      mesh: where the weights go; None is the first device.
+    """A checkpoint to evaluate: its name in tables and messages, its configuration and checked headers, its own
+    tokenizer and template, and the mesh of its weights (None is the first device).
     """
 
     name: str
@@ -53,8 +47,8 @@ class Model:
     mesh: Mesh | None = None
 
     @staticmethod
-    def open(name: str, directory: Path, today: datetime.datetime) -> Model:
-        """Reads configuration, headers and chat files; the template sees the date `today`.
+    def open(name: str, directory: Path, today: datetime.datetime | None = None) -> Model:
+        """Reads configuration, headers and chat files; the template sees the date `today`, by default now.
 
         Raises CheckpointError, naming the model and what is missing or damaged.
         """
@@ -80,7 +74,7 @@ class Model:
         return dense_in_place(self.config, self.mesh)(loaded, compute_dtype())
 
     def cache_format(self, dtype: str) -> CacheFormat:
-        """How keys and values are kept in this dtype; float8 with the checkpoint's own scales where it has any."""
+        """The cache of keys and values in this dtype; float8 has the checkpoint's own scales where there are any."""
         return CacheFormat(dtype, cache_scales(self.description) if dtype == FLOAT8 else None)
 
     @cached_property
@@ -94,7 +88,7 @@ class Model:
         return digest.hexdigest()[:16]
 
 
-def dense_in_place(config: ModelConfig, mesh: Mesh | None) -> Any:
+def dense_in_place(config: ModelConfig, mesh: Mesh | None) -> jax.stages.Wrapped:
     """The program that turns loaded parameters into dense ones of a dtype, each on the devices where it belongs."""
     where = None if mesh is None else params_sharding(config, mesh)
     return jax.jit(to_compute, static_argnums=1, out_shardings=where)

@@ -1,8 +1,13 @@
 """An evaluation from settings to evaluation.json: check everything, answer, measure speed, compare.
 
-Answers and rounds are kept as they come (`evaluate.record`); a run in a directory that already holds some asks and
-measures only what is missing. Answers do not depend on what is generated beside them, so they are the same as those of
-a run that was never interrupted.
+    OUT/settings.json          what answers depend on: settings, models' fingerprints, the date that templates see
+    OUT/answers/<model>.jsonl  one answer per line, as they come
+    OUT/throughput.jsonl       one round of one workload per line
+    OUT/evaluation.json, report.md, frontier.png
+
+Answers and rounds are kept as they come; a run in a directory that already holds some asks and measures only what is
+missing. A directory belongs to one set of settings and models, since old and new answers would mix. Answers do not
+depend on what is generated beside them, so they are the same as those of a run that was never interrupted.
 
 `problems` counts per effort and model over all tasks, split evenly; where it does not divide, the first tasks get
 one more.
@@ -13,44 +18,43 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import jax
 from rich.console import Console
 
+from puzzle_jax.errors import PuzzleError
 from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions, check_context, unscored_note
 from puzzle_jax.evaluate.comparison import analyse
 from puzzle_jax.evaluate.journal import Key, journaled_answers, question_key
 from puzzle_jax.evaluate.models import Model
-from puzzle_jax.evaluate.record import opened, recorded_date
 from puzzle_jax.evaluate.settings import Settings
-from puzzle_jax.evaluate.speeds import ModelSpeed, Speeds, device, measure_speeds, plan_slots, plan_workloads
+from puzzle_jax.evaluate.speeds import Speeds, device, measure_speeds, plan_slots, plan_workloads
 from puzzle_jax.evaluate.throughput import Spread
-from puzzle_jax.files import write_beside
+from puzzle_jax.files import read_object, write_beside
 from puzzle_jax.generate.traces import Trace
 from puzzle_jax.progress import progress
+from puzzle_jax.runs import locked, open_run
 from puzzle_jax.tasks import Problem
 
+SETTINGS_FILE = "settings.json"
 SPLIT = "evaluation"
 
 
 class Evaluation:
-    """Opens and checks everything, and writes nothing before `run`.
-
-    Args:
-      settings: all settings.
-      console: where progress goes.
+    """Opens and checks everything, and writes nothing before `run`; progress goes to the console.
 
     Raises PuzzleError for whatever cannot be used: models, tasks, prompts that exceed a model's context, a cache memory
-    that holds no request, an output directory of something else.
+    that holds no request. `run` refuses an output directory that holds something else before it writes anything.
     """
 
     def __init__(self, settings: Settings, console: Console) -> None:
         self.settings, self.console = settings, console
-        self.date = recorded_date(settings.out) or datetime.datetime.now().replace(microsecond=0)
+        self.date = _recorded_date(settings.out) or datetime.datetime.now().replace(microsecond=0)
         self.models = {name: Model.open(name, path, self.date) for name, path in settings.models.items()}
         per_task = -(-settings.problems // len(settings.tasks))
         self.questions = QuestionSet(settings.tasks, settings.efforts, per_task, SPLIT, settings.seed)
@@ -62,11 +66,12 @@ class Evaluation:
 
     def run(self) -> dict[str, Any]:
         """Does what is missing, and returns the content of evaluation.json."""
-        with opened(self.settings.out, self._identity(), self.date):
+        out = open_run(self.settings.out, self._identity(), SETTINGS_FILE, date=self.date.isoformat())
+        with locked(out, SETTINGS_FILE):
             answers = {name: self._answer(model) for name, model in self.models.items()}
             content = self._results(answers, self._measure(answers))
             text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-            write_beside(self.settings.out / "evaluation.json", text.encode())
+            write_beside(out / "evaluation.json", text.encode())
         return content
 
     def _longest_request(self, model: Model) -> int:
@@ -74,14 +79,14 @@ class Evaluation:
         limits = self.settings.max_tokens
         return check_context(self.asked.values(), model.chat, model.config, limits, f"model {model.name!r}")
 
-    def _identity(self) -> dict[str, Any]:
-        """What answers depend on."""
+    def _identity(self) -> dict[str, object]:
+        """Everything that answers depend on."""
         questions = [[p.task, p.seed, p.prompt, p.answer, effort] for p, effort in self.asked.values()]
         return {
             **self.settings.asked(),
             "split": SPLIT,
             "questions": hashlib.sha256(json.dumps(questions).encode()).hexdigest()[:16],
-            "judged_by": self.questions.judged_by,
+            "judged_by": self.questions.task_identities,
             "models": {name: model.fingerprint for name, model in self.models.items()},
             "platform": jax.default_backend(),
             "puzzle_jax": metadata.version("puzzle-jax"),
@@ -91,20 +96,21 @@ class Evaluation:
         """Answers to all questions, in their order."""
         path = self.settings.out / "answers" / f"{model.name}.jsonl"
 
-        def ask(skip: Collection[int], on_answer: Callable[[int, Trace], None]) -> None:
+        settings = self.settings
+
+        def ask(**changes: Any) -> None:
             answer_questions(
                 model.params,
                 model.config,
                 model.chat,
                 self.questions,
-                max_tokens=self.settings.max_tokens,
-                temperature=self.settings.temperature,
-                top_p=self.settings.top_p,
-                slots=self.settings.slots,
+                max_tokens=settings.max_tokens,
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                slots=settings.slots,
                 context=self.longest[model.name],
-                cache=model.cache_format(self.settings.cache_dtype),
-                skip=skip,
-                on_answer=on_answer,
+                cache=model.cache_format(settings.cache_dtype),
+                **changes,
             )
 
         with progress(self.console, f"{model.name} answers", len(self.asked)) as advance:
@@ -137,18 +143,32 @@ class Evaluation:
             "throughput": self._throughput(speeds) if speeds else None,
         }
 
-    def _throughput(self, speeds: Speeds) -> dict[str, Any]:
-        def entry(workload: str, model: str) -> ModelSpeed:
+    def _throughput(self, speeds: Speeds) -> dict[str, object]:
+        def entry(workload: str, model: str) -> dict[str, object]:
             rates, reference = speeds[workload][model], speeds[workload][self.settings.reference]
-            relative = [rate / other for rate, other in zip(rates, reference, strict=True)]
-            return ModelSpeed(self.slots[model][workload][0], Spread.of(rates), Spread.of(relative))
+            return {
+                "batch": self.slots[model][workload][0],
+                "tokens_per_second": asdict(Spread.of(rates)),
+                "relative": asdict(Spread.of([rate / other for rate, other in zip(rates, reference, strict=True)])),
+            }
 
         return {
             "device": device(),
             "cache_memory": self.settings.cache_memory,
-            "scenarios": {s.name: [s.input_tokens, s.output_tokens] for s in self.settings.lengths},
-            "workloads": {name: {model: asdict(entry(name, model)) for model in self.models} for name in speeds},
+            "scenarios": {name: list(lengths) for name, lengths in self.settings.scenarios.items()},
+            "workloads": {name: {model: entry(name, model) for model in self.models} for name in speeds},
         }
+
+
+def _recorded_date(out: Path) -> datetime.datetime | None:
+    """The date of an evaluation that was begun in `out`; None where there is none."""
+    path = out / SETTINGS_FILE
+    if not path.exists():
+        return None
+    try:
+        return datetime.datetime.fromisoformat(read_object(path)["date"])
+    except (KeyError, TypeError, ValueError):
+        raise PuzzleError(f"{path} is damaged: it holds no date") from None
 
 
 def _share(questions: Sequence[tuple[Problem, str]], settings: Settings) -> dict[Key, tuple[Problem, str]]:

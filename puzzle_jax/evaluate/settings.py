@@ -1,7 +1,7 @@
-"""What models are asked, and what an evaluation is; checked on construction, and nothing here opens a file.
+"""Settings of evaluations, and of all verbs that ask a model problems; checked on construction without opening a file.
 
-`Asked` is what all verbs have that put problems to a model. `Settings` are an evaluation: what answers depend on is
-`Settings.asked`, the rest is what tokens per second depend on. Left out: meshes.
+Every verb that asks a model problems has the settings of `Asked`. `Settings` are those of an evaluation: answers depend
+on `Settings.asked`, tokens per second on the rest as well. Left out: meshes.
 """
 
 from __future__ import annotations
@@ -10,55 +10,34 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from puzzle_jax.codec import to_plain
+from puzzle_jax.costs.scenario import Scenario
 from puzzle_jax.errors import MOST_TOKENS, ConfigError, check_range, shown
 from puzzle_jax.model.cache_format import CacheFormat
 from puzzle_jax.tasks import EFFORTS, TASKS, check_effort
 from puzzle_jax.temperature import check_temperature
 
 _MOST = {"slots": 1 << 20, "max_batch": 1 << 20, "rounds": 10_000, "bootstrap": 1_000_000, "cache_memory": 1 << 50}
+_ASKED = ("tasks", "efforts", "problems", "seed", "temperature", "top_p", "max_tokens", "slots", "cache_dtype")
 _UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 MAX_TOKENS: Mapping[str, int] = {"low": 32, "medium": 64, "high": 128}
 """Limits that suit the embedded parent on the embedded tasks."""
 
 
-@dataclass(frozen=True)
-class Scenario:
-    """Requests of one length: so many prompt tokens, so many generated ones."""
-
-    name: str
-    input_tokens: int
-    output_tokens: int
-
-    def __post_init__(self) -> None:
-        if not NAME.fullmatch(self.name) or self.name in EFFORTS:
-            raise ConfigError(
-                f"scenario name is {self.name!r}, but must be of letters, digits, '.', '-' and '_', and no effort"
-            )
-        if self.input_tokens < 1 or self.output_tokens < 1:
-            raise ConfigError(
-                f"scenario {self.name!r} has {self.input_tokens} input and {self.output_tokens} output tokens, "
-                "but needs at least 1 of each"
-            )
-        for name in ("input_tokens", "output_tokens"):
-            check_range(f"{name} of scenario {self.name!r}", getattr(self, name), 1, MOST_TOKENS)
-
-    @property
-    def context(self) -> int:
-        """Positions of a request at its end."""
-        return self.input_tokens + self.output_tokens
+def every_effort(value: object, where: str) -> object:
+    """Limits by effort where a single number is given for all; anything else unchanged."""
+    if isinstance(value, str) and value.strip().isdecimal():
+        value = int(value)
+    return dict.fromkeys(EFFORTS, value) if isinstance(value, int) else value
 
 
-def every_effort(value: Any, where: str) -> Any:
-    """Limits by effort where a single number is given for all; anything else as it is."""
-    number = value if isinstance(value, int) else int(value) if str(value).strip().isdecimal() else None
-    return value if number is None else dict.fromkeys(EFFORTS, number)
+def byte_count(value: object, where: str) -> object:
+    """The bytes of a text that may end in KiB, MiB or GiB, and values of other types unchanged.
 
-
-def byte_count(value: Any, where: str) -> Any:
-    """A number of bytes that may be written with KiB, MiB or GiB; raises `ConfigError` for other texts."""
+    Raises `ConfigError` for other texts.
+    """
     if not isinstance(value, str):
         return value
     found = re.fullmatch(r"(\d+)\s*([KMG]iB|)", value)
@@ -67,7 +46,7 @@ def byte_count(value: Any, where: str) -> Any:
     return int(found[1]) * _UNITS[found[2]]
 
 
-BY_EFFORT: Mapping[str, Any] = {"read": every_effort}
+BY_EFFORT: Mapping[str, object] = {"read": every_effort}
 """Metadata of a field of limits by effort."""
 
 
@@ -152,9 +131,10 @@ class Settings(Asked):
         for name, most in _MOST.items():
             check_range(name, getattr(self, name), 1, most)
         CacheFormat(self.cache_dtype)
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p is {self.top_p}, but must be above 0 and at most 1")
-        _ = self.lengths
+        check_range("top_p", self.top_p, 0, 1, above=True)
+        for scenario in self.lengths:
+            if scenario.name in EFFORTS:
+                raise ConfigError(f"scenario name is {scenario.name!r}, but must not be that of an effort")
 
     @property
     def reference(self) -> str:
@@ -166,16 +146,7 @@ class Settings(Asked):
         """The scenarios of fixed lengths."""
         return tuple(Scenario(name, *lengths) for name, lengths in self.scenarios.items())
 
-    def asked(self) -> dict[str, Any]:
-        """What answers depend on, models apart, as JSON values."""
-        return {
-            "tasks": list(self.tasks),
-            "efforts": list(self.efforts),
-            "problems": self.problems,
-            "seed": self.seed,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "max_tokens": {effort: self.max_tokens[effort] for effort in self.efforts},
-            "slots": self.slots,
-            "cache_dtype": self.cache_dtype,
-        }
+    def asked(self) -> dict[str, object]:
+        """Everything that answers depend on except the models, as JSON values."""
+        values: dict[str, object] = {name: to_plain(getattr(self, name)) for name in _ASKED}
+        return values | {"max_tokens": {effort: self.max_tokens[effort] for effort in self.efforts}}

@@ -9,31 +9,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import jax
 
-from puzzle_jax.errors import ConfigError, PuzzleError
+from puzzle_jax.codec import from_plain, to_plain
+from puzzle_jax.errors import ConfigError, PuzzleError, check_range
 from puzzle_jax.evaluate.models import Model
 from puzzle_jax.evaluate.settings import Settings
-from puzzle_jax.evaluate.throughput import (
-    Spread,
-    Workload,
-    fixed_lengths,
-    largest_batch,
-    own_lengths,
-    timed_rounds,
-)
+from puzzle_jax.evaluate.throughput import Workload, fixed_lengths, largest_batch, own_lengths, timed_rounds
 from puzzle_jax.files import parse_json, read_bytes
 from puzzle_jax.generate.sampling import Sampling
 from puzzle_jax.generate.traces import Trace, open_to_append
 from puzzle_jax.model.network import compute_dtype
 
-REQUESTS, WAVES = 96, 3  # of an effort: so many requests, or so many times those that run together if that is more
+REQUESTS, BATCHES = 96, 3
+"""Requests that are timed for an effort, or batches of those that run together where these hold more."""
 
 Slots = dict[str, tuple[int, int]]
 """Requests that run together and positions of each, by scenario or effort."""
@@ -43,30 +36,27 @@ Speeds = Mapping[str, Mapping[str, Sequence[float]]]
 
 
 @dataclass(frozen=True)
-class ModelSpeed:
-    """A model in one workload.
+class Round:
+    """A line of throughput.jsonl: generated tokens per second by model, in a scenario or at an effort.
 
-    Attributes:
-      batch: requests that ran together.
-      tokens_per_second: generated.
-      relative: tokens per second over the reference's, round by round.
+    The key is a hash of everything that they depend on except the models.
     """
 
-    batch: int
-    tokens_per_second: Spread
-    relative: Spread
+    key: str
+    workload: str
+    tokens_per_second: dict[str, float]
+
+    def __post_init__(self) -> None:
+        for model, rate in self.tokens_per_second.items():
+            check_range(f"tokens_per_second.{model}", rate, 0, above=True)
 
 
 def plan_slots(model: Model, settings: Settings, longest: int) -> Slots:
-    """The batches of a model.
-
-    Args:
-      model, settings: what is to be measured.
-      longest: positions that a request of any effort may need.
+    """The batches of a model; a request of any effort may need `longest` positions.
 
     Raises ConfigError for a scenario beyond the model's context, and a memory that holds not one request.
     """
-    wanted = {scenario.name: (f"scenario {scenario.name!r}", scenario.context) for scenario in settings.lengths}
+    wanted = {scenario.name: (f"scenario {scenario.name!r}", scenario.context_tokens) for scenario in settings.lengths}
     wanted |= {effort: (f"effort {effort!r}", longest) for effort in settings.efforts}
     found: Slots = {}
     for name, (what, context) in wanted.items():
@@ -93,26 +83,25 @@ def plan_workloads(
     settings: Settings,
     answers: Mapping[str, Sequence[Trace]],
 ) -> dict[str, dict[str, Workload]]:
-    """What is run, by scenario or effort, and by model."""
+    """The workloads, by scenario or effort, and by model."""
 
-    def ours(model: Model, workload: Workload) -> Workload:
-        sampling = Sampling(settings.temperature, settings.top_p)
-        return replace(workload, sampling=sampling, cache=model.cache_format(settings.cache_dtype))
+    sampling = Sampling(settings.temperature, settings.top_p)
+    lengths = {scenario.name: scenario for scenario in settings.lengths}
 
-    def fixed(name: str, model: Model, input_tokens: int, output_tokens: int) -> Workload:
-        batch, _ = slots[model.name][name]
-        return ours(model, fixed_lengths(model.config.vocab_size, batch, input_tokens, output_tokens))
+    def workload(name: str, model: Model) -> Workload:
+        batch, context = slots[model.name][name]
+        if name in lengths:
+            inputs, outputs = lengths[name].input_tokens, lengths[name].output_tokens
+            found = fixed_lengths(model.config.vocab_size, batch, inputs, outputs)
+        else:
+            own_answers = [answer for answer in answers[model.name] if answer.effort == name]
+            found = own_lengths(own_answers, batch, max(REQUESTS, BATCHES * batch), context)
+        return replace(found, sampling=sampling, cache=model.cache_format(settings.cache_dtype))
 
-    def own(effort: str, model: Model) -> Workload:
-        batch, context = slots[model.name][effort]
-        own_answers = [answer for answer in answers[model.name] if answer.effort == effort]
-        return ours(model, own_lengths(own_answers, batch, max(REQUESTS, WAVES * batch), context))
-
-    found = {
-        s.name: {name: fixed(s.name, model, s.input_tokens, s.output_tokens) for name, model in models.items()}
-        for s in settings.lengths
+    return {
+        name: {model: workload(name, opened) for model, opened in models.items()}
+        for name in (*lengths, *settings.efforts)
     }
-    return found | {effort: {name: own(effort, model) for name, model in models.items()} for effort in settings.efforts}
 
 
 def measure_speeds(
@@ -132,21 +121,16 @@ def measure_speeds(
     with open_to_append(path) as file:
         for name, by_model in workloads.items():
             key = _key(name, by_model, settings)
-            done = [row["tokens_per_second"] for row in kept if row["key"] == key][:rounds]
+            done = [row.tokens_per_second for row in kept if row.key == key][:rounds]
             if any(set(row) != set(by_model) for row in done):
                 raise PuzzleError(f"{path} holds rounds of {name!r} without all models; remove the file")
             advance(len(models) * (len(done) + (len(done) == rounds)))
             # Weights are read only where there is something to run.
             weights = {m: (models[m].params, models[m].config) for m in by_model} if len(done) < rounds else {}
-            for row in timed_rounds(
-                weights,
-                by_model,
-                range(len(done), rounds),
-                on_run=lambda: advance(1),
-            ):
-                file.write(json.dumps({"key": key, "workload": name, "tokens_per_second": row}) + "\n")
+            for rates in timed_rounds(weights, by_model, range(len(done), rounds), on_run=lambda: advance(1)):
+                file.write(json.dumps(to_plain(Round(key, name, rates))) + "\n")
                 file.flush()
-                done.append(row)
+                done.append(rates)
             speeds[name] = {model: [row[model] for row in done] for model in by_model}
     return speeds
 
@@ -159,7 +143,7 @@ def device() -> str:
 
 def _key(name: str, workloads: Mapping[str, Workload], settings: Settings) -> str:
     """A hash of what a speed depends on; models are known by the directory of the evaluation."""
-    content: dict[str, Any] = {"name": name, "device": device(), "jax": jax.__version__}
+    content: dict[str, object] = {"name": name, "device": device(), "jax": jax.__version__}
     content |= {key: settings.asked()[key] for key in ("temperature", "top_p", "cache_dtype")}
     for model, workload in workloads.items():
         requests = [[request.prompt, request.max_tokens, request.seed] for request in workload.requests]
@@ -167,18 +151,8 @@ def _key(name: str, workloads: Mapping[str, Workload], settings: Settings) -> st
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
-def _kept(path: Path) -> list[dict[str, Any]]:
-    """Rounds of earlier runs; a last line that was not finished does not count."""
-    rows = []
-    for number, line in enumerate(read_bytes(path).split(b"\n")[:-1] if path.exists() else [], 1):
-        row = parse_json(line, f"{path}, line {number}")
-        rates = row.get("tokens_per_second") if isinstance(row, dict) else None
-        # Rounds of other models are other keys, so that these need not be known here.
-        if not isinstance(rates, dict) or "key" not in row or not all(map(_is_rate, rates.values())):
-            raise PuzzleError(f"{path}, line {number} is no measured round; repair or remove the file")
-        rows.append({"key": row["key"], "tokens_per_second": rates})
-    return rows
-
-
-def _is_rate(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value < math.inf
+def _kept(path: Path) -> list[Round]:
+    """The rounds of earlier runs; a last line that was not finished does not count."""
+    lines = read_bytes(path).split(b"\n")[:-1] if path.exists() else []
+    places = [f"{path}, line {number}" for number in range(1, len(lines) + 1)]
+    return [from_plain(Round, parse_json(line, where), where) for line, where in zip(lines, places, strict=True)]

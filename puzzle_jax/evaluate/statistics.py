@@ -28,16 +28,8 @@ from puzzle_jax.generate.traces import Trace
 LEVEL = 0.95
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A range of values; None is a side without limit."""
-
-    low: float | None
-    high: float | None
-
-
-def wilson(successes: int, trials: int, level: float = LEVEL) -> Interval:
-    """Wilson's score interval of a share; raises ConfigError where there is no trial."""
+def wilson(successes: int, trials: int, level: float = LEVEL) -> tuple[float, float]:
+    """The ends of Wilson's score interval of a share; raises ConfigError where there is no trial."""
     if not 0 <= successes <= trials or not trials:
         raise ConfigError(f"{successes} successes of {trials} trials are no share")
     z = float(norm.ppf((1 + level) / 2))
@@ -45,7 +37,7 @@ def wilson(successes: int, trials: int, level: float = LEVEL) -> Interval:
     centre = (share + z * z / (2 * trials)) / shrink
     spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials)) / shrink
     # Without any success (or failure) one end is exactly 0 (or 1), which rounding would miss.
-    return Interval(
+    return (
         0.0 if not successes else max(0.0, centre - spread),
         1.0 if successes == trials else min(1.0, centre + spread),
     )
@@ -67,12 +59,9 @@ def weighted_mean(
 
 
 def resample(strata: Sequence[Hashable], draws: int, seed: int) -> Int[np.ndarray, "draws problems"]:
-    """How often each bootstrap draw holds each problem.
+    """Counts of each problem in each bootstrap draw.
 
-    Args:
-      strata: of every problem (its task); a draw holds as many problems of a stratum as there are.
-      draws: rows of the result.
-      seed: of the draws.
+    `strata` are the problems' tasks: a draw holds as many problems of a stratum as there are.
     """
     generator = np.random.default_rng(seed)
     counts = np.zeros((draws, len(strata)), np.int64)
@@ -90,14 +79,15 @@ def means(
     return counts @ values.astype(np.float64) / counts.sum(1)
 
 
-def percentile_interval(values: Float[np.ndarray, "draws"], level: float = LEVEL) -> Interval:
-    """The middle `level` of bootstrap values; infinite ones (a ratio to nothing) leave a side without limit."""
+def percentile_interval(values: Float[np.ndarray, "draws"], level: float = LEVEL) -> tuple[float | None, float | None]:
+    """The ends of the middle `level` of bootstrap values; None where infinite ones leave no limit."""
     tail = (1 - level) / 2
-    return Interval(lower_bound(values, tail), -b if (b := lower_bound(-values, tail)) is not None else None)
+    below, above = lower_bound(values, tail), lower_bound(-values, tail)
+    return below, None if above is None else -above
 
 
 def lower_bound(values: Float[np.ndarray, "draws"], tail: float = 1 - LEVEL) -> float | None:
-    """What all but the share `tail` of bootstrap values reach; None where that is not finite."""
+    """The value that all but the share `tail` of bootstrap values reach; None where it is not finite."""
     # A value that was drawn, and never one between a number and infinity.
     found = float(np.sort(values)[int(tail * (len(values) - 1))])
     return found if math.isfinite(found) else None
@@ -113,10 +103,9 @@ class Paired:
     """Accuracy of a model minus the reference's on the same problems.
 
     Attributes:
-      difference: of the two accuracies.
-      low, high: its bootstrap interval.
+      difference, low, high: the difference of the two accuracies, and its bootstrap interval.
       won, lost: problems that only the model, or only the reference, answers right.
-      p_value: of McNemar's exact test, two-sided: how often equal models would be as uneven.
+      p_value: McNemar's exact test, two-sided: how often equal models would be as uneven.
     """
 
     difference: float
@@ -134,9 +123,9 @@ def paired(
 ) -> Paired:
     """Compares right answers of two models, problem by problem."""
     won, lost = int((model & ~reference).sum()), int((reference & ~model).sum())
-    interval = percentile_interval(means(counts, model) - means(counts, reference))
+    low, high = percentile_interval(means(counts, model) - means(counts, reference))
     p_value = float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
-    return Paired((won - lost) / len(model), interval.low, interval.high, won, lost, p_value)
+    return Paired((won - lost) / len(model), low, high, won, lost, p_value)
 
 
 # Answers in a few numbers -------------------------------------------------------------------------------------------
@@ -149,15 +138,13 @@ class Summary:
     """Answers in a few numbers.
 
     Attributes:
-      accuracy: share of right answers.
-      accuracy_se: its standard error.
-      low, high: its 95% interval (Wilson).
+      accuracy, accuracy_se, low, high: share of right answers, its standard error and 95% interval (Wilson).
       mean_reward: differs from the accuracy only where a task gives partial credit.
-      mean_tokens: generated, truncated answers included with what they have.
-      token_quantiles: percent -> generated tokens.
+      mean_tokens: generated tokens; a truncated answer counts with those it has.
+      token_quantiles: generated tokens by per cent.
       truncated: share of answers that the token limit cut.
-      answers: how many there are.
-      unscored: how many of them could not be scored, and count as wrong.
+      answers: number of answers.
+      unscored: number of answers that could not be scored, which count as wrong.
     """
 
     accuracy: float
@@ -177,16 +164,15 @@ def summarise(answers: Sequence[Trace]) -> Summary:
     if not answers:
         raise ConfigError("there are no answers to summarise")
     count, right = len(answers), sum(answer.correct for answer in answers)
-    interval = wilson(right, count)
+    low, high = wilson(right, count)
     accuracy = right / count
     lengths = [len(answer.completion) for answer in answers]
-    assert interval.low is not None and interval.high is not None
     return Summary(
         accuracy=accuracy,
         accuracy_se=math.sqrt(accuracy * (1 - accuracy) / count),
-        low=interval.low,
-        high=interval.high,
-        mean_reward=sum(answer.judged_reward for answer in answers) / count,
+        low=low,
+        high=high,
+        mean_reward=sum(answer.known_reward for answer in answers) / count,
         mean_tokens=sum(lengths) / count,
         token_quantiles={str(q): float(np.percentile(lengths, q)) for q in QUANTILES},
         truncated=sum(answer.truncated for answer in answers) / count,

@@ -33,7 +33,7 @@ Weights = tuple[Params, ModelConfig]
 
 @dataclass(frozen=True)
 class Workload:
-    """What one model runs in a round.
+    """The requests that one model runs in a round.
 
     Attributes:
       requests: each generates exactly its limit of tokens.
@@ -98,14 +98,14 @@ def timed_rounds(
     on_run: Callable[[], None] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Iterator[dict[str, float]]:
-    """Tokens per second of every model, round after round.
+    """Tokens per second of every model, round after round; before the first, every model runs its first requests once,
+    which compiles.
 
     Args:
-      models: dense parameters and configuration by name.
-      workloads: by the same names.
-      rounds: numbers of the rounds to run. Before them every model runs its first requests once, which compiles.
+      models, workloads: dense parameters with configuration, and requests, by the same names.
+      rounds: numbers of the rounds to run.
       on_run: called after every run of a model, the first ones included.
-      clock: gives seconds; of the process' own work (`time.process_time`) where others use the machine too.
+      clock: gives seconds, such as those of the process's own work (`time.process_time`) on a shared machine.
     """
     names = list(models)
     for name in names if len(rounds) else ():
@@ -171,9 +171,8 @@ def measure_throughput(
       models: dense parameters and configuration by name.
       batch: requests that run together, the same for all or by model.
       input_tokens, output_tokens: length of every prompt and of every answer.
-      rounds: counted rounds.
-      sampling: of tokens; None is greedy. A random model that is greedy soon repeats one token.
-      on_round: called after every counted round.
+      rounds, on_round: counted rounds, and a function that is called after each.
+      sampling: None is greedy. A random model that is greedy soon repeats one token.
       clock: see `timed_rounds`.
     """
     workloads = {

@@ -35,16 +35,10 @@ def calibrate_cache(
     view: View | None = None,
     on_batch: Callable[[], None] | None = None,
 ) -> KVScales:
-    """Scales with which no key and no value of the batches saturates.
+    """Scales with which no key and no value of the batches saturates; padding does not count.
 
-    Args:
-      params: parameters in the dtype to compute with.
-      config: their model.
-      batches: traces (`generate.batches.micro_batches`); padding does not count.
-      view: a child of the model.
-      on_batch: called after each batch.
-
-    Raises PuzzleError when there are no batches, and when a layer's keys or values are all zero or not finite.
+    `params` are in the dtype to compute with; `on_batch` is called after each batch. Raises PuzzleError when there are
+    no batches, and when a layer's keys or values are all zero or not finite.
     """
     largest = None
     for batch in batches:

@@ -15,7 +15,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, islice
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict, Unpack
 
 import jax
 import numpy as np
@@ -23,19 +23,9 @@ from jax.sharding import Mesh
 
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.errors import PuzzleError
+from puzzle_jax.generate import slots as programs
 from puzzle_jax.generate.sampling import Sampling
-from puzzle_jax.generate.slots import (
-    Admission,
-    Group,
-    Slots,
-    admit,
-    decode,
-    empty_group,
-    empty_slots,
-    prefill,
-    read,
-    read_row,
-)
+from puzzle_jax.generate.slots import Admission, Group, Slots
 from puzzle_jax.model.cache_format import CacheFormat
 from puzzle_jax.model.child import View
 from puzzle_jax.model.sharding import beside, generation_mesh, on_mesh
@@ -49,13 +39,7 @@ BURST, STEPS_BETWEEN_CHUNKS = 64, 4  # decode steps until the host looks at who 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt to complete.
-
-    Attributes:
-      prompt: token ids, at least one.
-      max_tokens: tokens to generate at most, at least one.
-      seed: of the sampling noise; ignored at temperature 0.
-    """
+    """A prompt to complete, with at least one token and a limit of at least one; the seed draws the sampling noise."""
 
     prompt: tuple[int, ...]
     max_tokens: int
@@ -85,6 +69,25 @@ class Event(NamedTuple):
     index: int
     tokens: tuple[int, ...]
     finished: Generated | None
+
+
+class EngineOptions(TypedDict, total=False):
+    """Options of an `Engine` that `generate` passes on."""
+
+    slots: int
+    cache: CacheFormat | None
+    view: View | None
+    mesh: Mesh | None
+    log_probs: bool
+    experts: bool
+
+
+class GenerateOptions(EngineOptions, total=False):
+    """Options of `generate`."""
+
+    temperature: float
+    top_p: float
+    context: int | None
 
 
 class Engine:
@@ -165,7 +168,7 @@ class Engine:
         return sum(x.size * x.dtype.itemsize for c in caches for x in (c.k, c.v))
 
     def _new_slots(self, mesh: Mesh | None) -> Slots:
-        return empty_slots(
+        return programs.empty_slots(
             self.config,
             self.slots,
             self.context,
@@ -177,7 +180,7 @@ class Engine:
         )
 
     def _new_group(self) -> Group:
-        return empty_group(
+        return programs.empty_group(
             self.config, self.rows, self.context, self._dtype, self.cache, experts=self._experts, mesh=self._mesh
         )
 
@@ -202,7 +205,7 @@ class Engine:
         state, group = beside(self.params, (self._new_slots(self._mesh), self._new_group()), self._mesh)
         held: dict[int, int] = {}  # first request with a prompt -> row of the group that holds it
         owners: dict[int, int] = {}  # slot -> request
-        told: dict[int, int] = {}  # slot -> tokens reported
+        reported: dict[int, int] = {}  # slot -> tokens reported
 
         def enough() -> int:
             """Free slots that the next request waits for: one if its prompt has been run, else a group's."""
@@ -223,9 +226,9 @@ class Engine:
                 rows = [held[alike[i]] for i in members]
                 state = self._admit(state, group, [requests[i] for i in members], rows, slots)
                 owners.update(zip(slots, members, strict=True))
-                told.update(dict.fromkeys(slots, 0))
+                reported.update(dict.fromkeys(slots, 0))
             state = self._decode(state, burst, enough() if waiting else self.slots)
-            idle, counts = read((state.idle, state.counts), self._mesh)
+            idle, counts = programs.read((state.idle, state.counts), self._mesh)
             for slot, index in list(owners.items()):
                 if not idle[slot] and not partial:
                     continue
@@ -234,9 +237,9 @@ class Engine:
                     finished = self._completion(state, slot, requests[index], count)
                     tokens = finished.tokens
                 else:
-                    tokens = tuple(read_row(state.tokens, slot, self._mesh)[:count].tolist())
-                yield Event(index, tokens[told[slot] :], finished)
-                told[slot] = count
+                    tokens = tuple(programs.read_row(state.tokens, slot, self._mesh)[:count].tolist())
+                yield Event(index, tokens[reported[slot] :], finished)
+                reported[slot] = count
                 if finished is not None:
                     del owners[slot]
 
@@ -252,7 +255,7 @@ class Engine:
             start = index * self.chunk
             part = tokens[:, start : start + self.chunk]
             with on_mesh(self._mesh):
-                group = prefill(
+                group = programs.prefill(
                     self.params, self.config, group, part, np.int32(start), lengths, self.context, self.view
                 )
             if busy and index + 1 < chunks:
@@ -272,24 +275,16 @@ class Engine:
             [request.seed % 2**31 for request in members],
         ]
         admission = Admission(np.asarray(len(members), np.int32), *numbers)
-        return admit(self.params, self.config, state, group, admission)
+        return programs.admit(self.params, self.config, state, group, admission)
 
     def _decode(self, state: Slots, steps: int, idle_target: int) -> Slots:
+        limits = np.int32(steps), np.int32(idle_target)
         with on_mesh(self._mesh):
-            return decode(
-                self.params,
-                self.config,
-                state,
-                self._stops,
-                self.sampling,
-                np.int32(steps),
-                np.int32(idle_target),
-                self.view,
-            )
+            return programs.decode(self.params, self.config, state, self._stops, self.sampling, *limits, self.view)
 
     def _completion(self, state: Slots, slot: int, request: Request, count: int) -> Generated:
-        """What a slot holds of a request that has ended after `count` tokens."""
-        row, log_probs, experts = read_row((state.tokens, state.log_probs, state.experts), slot, self._mesh)
+        """The completion in a slot whose request has ended after `count` tokens."""
+        row, log_probs, experts = programs.read_row((state.tokens, state.log_probs, state.experts), slot, self._mesh)
         tokens = tuple(row[:count].tolist())
         if log_probs is not None:
             log_probs = tuple(log_probs[:count].tolist())
@@ -306,42 +301,27 @@ def generate(
     stop_ids: Sequence[int],
     temperature: float = 0.0,
     top_p: float = 1.0,
-    slots: int = 64,
-    cache: CacheFormat | None = None,
-    view: View | None = None,
-    mesh: Mesh | None = None,
-    log_probs: bool = False,
-    experts: bool = False,
+    context: int | None = None,
     on_finish: Callable[[int, Generated], None] | None = None,
+    **options: Unpack[EngineOptions],
 ) -> list[Generated]:
     """Completes every request, each in an engine of the context that its own length needs (`own_context`).
 
-    Args are those of `Engine`; requests may come in any order and answers come back in the same, while
-    `on_finish(index, completion)` is called as each ends.
+    Args are those of `Engine`; one `context` may be given for all requests. They may come in any order, and answers
+    come back in the same, while `on_finish(index, completion)` is called as each ends.
 
     Raises:
-      PuzzleError: an empty prompt, a limit below 1, or a prompt that with its limit exceeds the model's context.
+      PuzzleError: an empty prompt, a limit below 1, or a prompt that with its limit exceeds the context.
     """
     sampling = Sampling(temperature, top_p)
     by_context: dict[int, list[int]] = defaultdict(list)
     for index, request in enumerate(requests):
         check_request(request, index, config.max_position)
-        by_context[own_context(len(request.prompt) + request.max_tokens, config)].append(index)
+        tokens = len(request.prompt) + request.max_tokens
+        by_context[own_context(tokens, config) if context is None else context].append(index)
     results: dict[int, Generated] = {}
-    for context, members in sorted(by_context.items()):
-        engine = Engine(
-            params,
-            config,
-            stop_ids=stop_ids,
-            context=context,
-            slots=slots,
-            sampling=sampling,
-            cache=cache,
-            view=view,
-            mesh=mesh,
-            log_probs=log_probs,
-            experts=experts,
-        )
+    for positions, members in sorted(by_context.items()):
+        engine = Engine(params, config, stop_ids=stop_ids, context=positions, sampling=sampling, **options)
 
         def finish(member: int, completion: Generated, members: list[int] = members) -> None:
             results[members[member]] = completion

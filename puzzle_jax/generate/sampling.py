@@ -21,11 +21,11 @@ _LEAST_SHARE = 1e-30  # which float32 does not take for 0; the likeliest token a
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn.
+    """Settings of the draw of tokens.
 
     Attributes:
-      temperature: divides the logits; 0 is greedy, and so is what float32 could not divide by: below
-        `LEAST_TEMPERATURE`, it is taken to be 0.
+      temperature: divides the logits; 0 is greedy. Below `LEAST_TEMPERATURE`, where float32 cannot divide by it, it is
+        taken to be 0.
       top_p: share of the probability that is drawn from, above 0; 1 is all of it.
     """
 
@@ -44,14 +44,7 @@ class Sampling:
 def sample(
     logits: Float[Array, "batch vocab"], seeds: Int[Array, "batch"], drawn: Int[Array, "batch"], sampling: Sampling
 ) -> Int[Array, "batch"]:
-    """One token per row.
-
-    Args:
-      logits: of the model.
-      seeds: of each row's noise.
-      drawn: tokens that the row has drawn before.
-      sampling: static settings.
-    """
+    """One token per row; the noise of a row follows from its seed and the tokens that it has drawn before."""
     if sampling.temperature == 0.0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     scaled = logits / sampling.temperature
@@ -65,7 +58,7 @@ def sample(
 
 
 def in_nucleus(logits: Float[Array, "batch vocab"], top_p: float) -> Array:
-    """Which tokens are drawn from: the likeliest whose likelier ones hold less than `top_p`, and all as likely."""
+    """True for tokens that are drawn from: the likeliest whose likelier ones hold less than `top_p`, with ties."""
     probabilities = jax.nn.softmax(logits, axis=-1)
     falling = -jnp.sort(-probabilities, axis=-1)
     before = jnp.cumsum(falling, axis=-1) - falling

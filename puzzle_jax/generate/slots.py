@@ -10,15 +10,16 @@ others run beside it: bit for bit on CPU in float32, where a matmul of fixed sha
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int, UInt
+from jaxtyping import Array, Bool, Float, Int, PyTree, UInt
 
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.generate.sampling import Sampling, sample
@@ -33,7 +34,7 @@ class Group(NamedTuple):
     """Rows that are being prefilled.
 
     Attributes:
-      caches: of every layer.
+      caches: caches of every layer.
       hidden: the last layer's output at the prompt's last token, once that was reached.
       experts: chosen ids by position, when they are asked for.
     """
@@ -47,11 +48,11 @@ class Slots(NamedTuple):
     """All slots.
 
     Attributes:
-      caches: of every layer.
-      logits: from which the next token is drawn.
-      positions: where the next token will stand; that of the last one in an idle slot.
-      counts, limits: tokens drawn, and how many may be.
-      seeds: of the sampling noise.
+      caches: caches of every layer.
+      logits: those that the next token is drawn from.
+      positions: position of the next token; in an idle slot that of the last one.
+      counts, limits: tokens drawn, and the most that may be.
+      seeds: seeds of the sampling noise.
       idle: slots without a request, or with a finished one.
       tokens, log_probs: drawn so far; log-probabilities under the model itself, at temperature 1.
       experts: chosen ids by position, the prompt's too.
@@ -73,13 +74,7 @@ State = TypeVar("State", Group, Slots)
 
 
 class Places(NamedTuple):
-    """Where a state's arrays live; all None without a mesh.
-
-    Attributes:
-      rows: of arrays with a row per slot, or per row of a group.
-      caches: of keys and values.
-      everywhere: of scales.
-    """
+    """Shardings of arrays with a row per slot or row of a group, of caches, and of scales; None without a mesh."""
 
     rows: NamedSharding | None = None
     caches: NamedSharding | None = None
@@ -98,10 +93,10 @@ class Places(NamedTuple):
     def of(self, state: State) -> State:
         """A tree of shardings in the structure of a state, or of its shapes."""
 
-        def over(x: Any, sharding: NamedSharding | None) -> Any:
+        def over(x: PyTree, sharding: NamedSharding | None) -> PyTree:
             return jax.tree.map(lambda _: sharding, x)
 
-        caches: Any = [
+        caches: PyTree = [
             LayerCache(self.caches, self.caches, *over((c.k_scale, c.v_scale), self.everywhere))  # type: ignore[arg-type]
             for c in state.caches
         ]
@@ -109,14 +104,8 @@ class Places(NamedTuple):
 
 
 class Admission(NamedTuple):
-    """Which slot takes which row of a group; entry by entry.
-
-    Attributes:
-      count: entries that are meant; the others fill the arrays up to a fixed length and do nothing.
-      slots: all different.
-      rows: may repeat.
-      lengths: tokens of the prompt in that row.
-      limits, seeds: of the slot's own request.
+    """Slots, all different, and the row of a group that each takes, with the row's prompt length and the slot's own
+    limit and seed. Entries from `count` on fill the arrays up to a fixed length and do nothing.
     """
 
     count: Int[Array | np.ndarray, ""]
@@ -145,7 +134,7 @@ def _empty(
     return caches, jnp.zeros(shape, expert_id_dtype(config), device=places.rows) if experts else None
 
 
-def _replicated(tree: Any, everywhere: NamedSharding | None) -> Any:
+def _replicated(tree: PyTree, everywhere: NamedSharding | None) -> PyTree:
     """Arrays that every process has, on all devices of all processes."""
     if everywhere is None:
         return tree
@@ -197,23 +186,23 @@ def empty_slots(
     )
 
 
-def read(arrays: Any, mesh: Mesh | None) -> Any:
+def read(arrays: PyTree, mesh: Mesh | None) -> PyTree:
     """A tree of arrays that live on a mesh, whole and on the host; in all processes, which must all ask."""
     return jax.device_get(arrays if mesh is None else _reader(mesh)(arrays))
 
 
-def read_row(arrays: Any, row: int, mesh: Mesh | None) -> Any:
+def read_row(arrays: PyTree, row: int, mesh: Mesh | None) -> PyTree:
     """One row of each array, likewise."""
     return jax.device_get(_row_reader(mesh)(arrays, np.int32(row)))
 
 
 @lru_cache(maxsize=8)
-def _reader(mesh: Mesh) -> Any:
+def _reader(mesh: Mesh) -> Callable[[PyTree], PyTree]:
     return jax.jit(lambda arrays: arrays, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 @lru_cache(maxsize=8)
-def _row_reader(mesh: Mesh | None) -> Any:
+def _row_reader(mesh: Mesh | None) -> Callable[[PyTree, np.int32], PyTree]:
     everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     return jax.jit(lambda arrays, row: jax.tree.map(lambda x: x[row], arrays), out_shardings=everywhere)
 

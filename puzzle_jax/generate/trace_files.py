@@ -28,14 +28,10 @@ _VALUES, _BYTES = (100, 1 << 24), (1000, 1 << 28)
 
 
 def jsonl_rows(path: Path, torn_tail: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where it stands and what it holds, for every line of a JSONL file that is not blank.
+    """The place and the object of every line of a JSONL file that is not blank.
 
-    Args:
-      path: the file.
-      torn_tail: whether a last line without its new line is what a killed run left, and ignored.
-
-    Raises:
-      PuzzleError: the file cannot be read, or a line holds no JSON object of valid Unicode.
+    With `torn_tail`, a last line without its new line, which a killed run leaves, is ignored. Raises `PuzzleError`
+    where the file cannot be read, or a line holds no JSON object of valid Unicode.
     """
     try:
         with open(path, "rb") as file:
@@ -57,11 +53,7 @@ def jsonl_rows(path: Path, torn_tail: bool) -> Iterator[tuple[str, dict[str, Any
 
 
 def parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where it stands and what it holds of some columns, for every row of a parquet file.
-
-    Args:
-      path: the file.
-      columns: names of those to read; a file need not have all.
+    """The place of every row of a parquet file, and its values of those columns that there are.
 
     Raises:
       PuzzleError: the file cannot be read, has none of the columns, or one twice, or holds absurdly much.

@@ -1,9 +1,9 @@
-"""Traces: prompts with what a model answered, the one form in which answers are kept, judged and learnt from.
+"""Traces: prompts with a model's answers, the one form in which answers are kept, scored and learnt from.
 
 A trace file is parquet or, when its path ends in .jsonl, JSON objects one per line. Both have the columns `COLUMNS`
 (token ids), of which a file from elsewhere needs only prompt and completion, and may carry `log_probs`, `experts` and
 `unscored`.
-What a server answered can be read too, as text: rows of one of the forms
+Answers of a server can be read too, as text: rows of one of the forms
 
     {"messages": [..., {"role": "assistant", "content": "4", "thinking": "2 + 2"}]}
     {"prompt": "2 + 2?", "completion": "4", "reasoning": "2 + 2"}
@@ -22,9 +22,10 @@ import base64
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import UnionType
 from typing import Any, TextIO, TypeGuard
 
 import numpy as np
@@ -35,8 +36,6 @@ from puzzle_jax.errors import PuzzleError, PuzzleWarning, shown
 from puzzle_jax.files import naming, parse_json
 from puzzle_jax.generate.trace_files import array_bytes, jsonl_rows, parquet_rows, read_array
 from puzzle_jax.tasks import Chat, check_effort
-
-COLUMNS = ("task", "effort", "seed", "details", "prompt", "completion", "reward", "truncated", "length")
 
 EXTERNAL = "external"
 """Task of a trace whose row names none."""
@@ -66,6 +65,9 @@ _SCHEMA = pa.schema([
     ("experts", pa.binary()),
     ("unscored", pa.string()),
 ])  # fmt: skip
+_OPTIONAL = ("log_probs", "experts", "unscored")
+COLUMNS = tuple(name for name in _SCHEMA.names if name not in _OPTIONAL)
+"""Columns of every file of traces that this package writes."""
 
 
 @dataclass(frozen=True)
@@ -73,16 +75,15 @@ class Trace:
     """One answered question.
 
     Attributes:
-      task, effort: what was asked and how hard the model should think.
-      problem_seed: draws the problem again from its task.
-      details: what makes the problem hard, as whole numbers.
+      task, effort, problem_seed: the question's task and effort, and the seed that draws it again.
+      details: measures of the problem's difficulty.
       prompt, completion: token ids; the completion ends in a stop id unless it is truncated.
-      reward: from 0 to 1, which is right; None when nobody judged the answer.
+      reward: from 0 to 1, which is right; None when the answer was never scored.
       truncated: whether the token limit ended the completion.
       log_probs: natural logarithm of the probability with which each completion token was drawn, or None.
       experts: ids [prompt + completion - 1 tokens, layers, experts per token] (uint8 or uint16) of the experts that
         each token but the last went through, or None. Not compared.
-      unscored: why the answer could not be scored, where its reward of 0 says no more than that.
+      unscored: why the answer could not be scored, in which case its reward is 0; None where it was scored.
     """
 
     task: str
@@ -111,16 +112,16 @@ class Trace:
             raise PuzzleError(f"experts has type {self.experts.dtype}, but must have type uint8 or uint16")
 
     @property
-    def judged_reward(self) -> float:
-        """The reward; raises PuzzleError when nobody judged the answer, which is not the same as a wrong one."""
+    def known_reward(self) -> float:
+        """The reward; raises PuzzleError for an answer that was never scored, which is not the same as a wrong one."""
         if self.reward is None:
             raise PuzzleError(f"a trace of task {self.task!r} has no reward, so that it is neither right nor wrong")
         return self.reward
 
     @property
     def correct(self) -> bool:
-        """Whether the answer earns full reward; raises PuzzleError when nobody judged it."""
-        return self.judged_reward >= 1.0
+        """Returns whether the answer earns full reward; raises PuzzleError for an answer that was never scored."""
+        return self.known_reward >= 1.0
 
 
 def write_traces(path: str | Path, traces: Sequence[Trace]) -> None:
@@ -133,7 +134,7 @@ def write_traces(path: str | Path, traces: Sequence[Trace]) -> None:
             file.writelines(_line(trace) for trace in traces)
         return
     rows = [{**_row(trace), "details": json.dumps(dict(trace.details))} for trace in traces]
-    absent = [name for name in ("log_probs", "experts", "unscored") if not any(name in row for row in rows)]
+    absent = [name for name in _OPTIONAL if not any(name in row for row in rows)]
     schema = pa.schema([column for column in _SCHEMA if column.name not in absent])
     with naming(Path(path)):
         pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
@@ -180,19 +181,19 @@ def read_traces(path: str | Path, chat: Chat | None = None, *, torn_tail: bool =
     columns = (*_SCHEMA.names, *_TEXT_COLUMNS)
     rows = jsonl_rows(path, torn_tail) if path.suffix == ".jsonl" else parquet_rows(path, columns)
     traces: list[Trace] = []
-    speaking: list[str] = []
+    with_tokens: list[str] = []
     for where, row in rows:
         try:
-            for trace, speaks in _traces(row, chat):
+            for trace, has_tokens in _traces(row, chat):
                 traces.append(trace)
-                if speaks:
-                    speaking.append(where)
+                if has_tokens:
+                    with_tokens.append(where)
         except PuzzleError as error:
             raise PuzzleError(f"{where}: {error}") from None
-    if speaking:
+    if with_tokens:
         warnings.warn(
-            f"{speaking[0]}: a control token such as <|return|> is written out in a text, and stays text "
-            f"({len(speaking)} of the file's {len(traces)} traces have some)",
+            f"{with_tokens[0]}: a control token such as <|return|> is written out in a text, and stays text "
+            f"({len(with_tokens)} of the file's {len(traces)} traces have some)",
             PuzzleWarning,
             stacklevel=2,
         )
@@ -236,9 +237,11 @@ def _traces(row: dict[str, Any], chat: Chat | None) -> Iterator[tuple[Trace, boo
     about = {
         "task": _get(row, "task", str, "a text", EXTERNAL),
         "effort": effort,
-        "problem_seed": _seed(row),
+        "problem_seed": _get(row, "seed", int, "a whole number of at most 64 bits", 0, _fits),
         "details": _details(row),
-        "reward": _reward(row),
+        "reward": float(_get(row, "reward", int | float, "a number from 0 to 1", None, _is_share))
+        if "reward" in row
+        else None,
         "unscored": _get(row, "unscored", str, "a text", "") or None,
     }
     answer = row.get("response", row.get("completion"))
@@ -252,16 +255,20 @@ def _traces(row: dict[str, Any], chat: Chat | None) -> Iterator[tuple[Trace, boo
 
 
 def _token_trace(row: dict[str, Any], chat: Chat | None, about: dict[str, Any]) -> Trace:
-    prompt, completion = _tokens(row, "prompt"), _tokens(row, "completion")
+    tokens = "a list of at least one token id"
+    prompt, completion = (_list(row, name, tokens, _is_token) for name in ("prompt", "completion"))
     cut = chat is not None and not chat.stop_ids.intersection(completion)
-    experts = row.get("experts")
+    log_probs = None
+    if "log_probs" in row:
+        what = "a list of numbers, logarithms of probabilities and so at most 0"
+        log_probs = tuple(map(float, _list(row, "log_probs", what, _is_log_prob)))
     return Trace(
         **about,
-        prompt=prompt,
-        completion=completion,
+        prompt=tuple(prompt),
+        completion=tuple(completion),
         truncated=_get(row, "truncated", bool, "true or false", cut),
-        log_probs=_log_probs(row.get("log_probs")),
-        experts=None if experts is None else read_array(experts, "experts"),
+        log_probs=log_probs,
+        experts=read_array(row["experts"], "experts") if "experts" in row else None,
     )
 
 
@@ -281,7 +288,7 @@ def _text_trace(
     prompt = chat.prompt_tokens(messages, about["effort"])
     asked = [messages] if isinstance(messages, str) else [message["content"] for message in messages]
     trace = Trace(**about, prompt=tuple(prompt), completion=tuple(completion), truncated=cut)
-    return trace, chat.speaks_of_control_tokens(*asked, thought, final or "")
+    return trace, chat.has_control_tokens(*asked, thought, final or "")
 
 
 def _answers(row: dict[str, Any]) -> Iterator[tuple[str | list[Any], Mapping[str, Any], bool]]:
@@ -314,45 +321,30 @@ def _are_messages(value: Any) -> TypeGuard[list[Any]]:
     return isinstance(value, list) and bool(value) and all(isinstance(message, Mapping) for message in value)
 
 
-def _get(row: dict[str, Any], name: str, kind: type, what: str, default: Any) -> Any:
+def _get(
+    row: dict[str, Any],
+    name: str,
+    kind: type | UnionType,
+    what: str,
+    default: object,
+    good: Callable[[Any], bool] = lambda value: True,
+) -> Any:
     value = row.get(name, default)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool) or not good(value):
         raise PuzzleError(f"{name} is {shown(value)}, but must be {what}")
     return value
 
 
-def _seed(row: dict[str, Any]) -> int:
-    value = _get(row, "seed", int, "a whole number", 0)
-    if not _fits(value):
-        raise PuzzleError(f"seed is {shown(value)}, but must be a whole number of at most 64 bits")
-    return value
-
-
-def _tokens(row: dict[str, Any], name: str) -> tuple[int, ...]:
+def _list(row: dict[str, Any], name: str, what: str, good: Callable[[object], bool]) -> list[Any]:
     if name not in row:
         raise PuzzleError(f"the row has no field {name}, which every trace must have")
-    tokens = row[name]
-    if not isinstance(tokens, list) or not tokens:
-        raise PuzzleError(f"{name} must be a list of at least one token id, but is {shown(tokens)}")
-    for place, token in enumerate(tokens, 1):
-        if type(token) is not int or not 0 <= token <= LARGEST_TOKEN:
-            raise PuzzleError(f"{name} must be a list of at least one token id, but number {place} is {shown(token)}")
-    return tuple(tokens)
-
-
-def _log_probs(value: Any) -> tuple[float, ...] | None:
-    if value is None:
-        return None
-    if not isinstance(value, list):
-        raise PuzzleError(f"log_probs must be a list of numbers, but is {shown(value)}")
-    for place, number in enumerate(value, 1):
-        # NaN is not at most anything, and whole numbers may be larger than any float.
-        if not (type(number) is float or (type(number) is int and _fits(number))) or not number <= _ROUNDING:
-            raise PuzzleError(
-                f"log_probs must be a list of numbers, logarithms of probabilities and so at most 0, "
-                f"but number {place} is {shown(number)}"
-            )
-    return tuple(map(float, value))
+    values = row[name]
+    if not isinstance(values, list) or not (values or name == "log_probs"):
+        raise PuzzleError(f"{name} must be {what}, but is {shown(values)}")
+    for place, value in enumerate(values, 1):
+        if not good(value):
+            raise PuzzleError(f"{name} must be {what}, but number {place} is {shown(value)}")
+    return values
 
 
 def _details(row: dict[str, Any]) -> dict[str, int]:
@@ -364,15 +356,19 @@ def _details(row: dict[str, Any]) -> dict[str, int]:
     return value
 
 
-def _reward(row: dict[str, Any]) -> float | None:
-    value = row.get("reward")
-    if value is None:
-        return None
-    if type(value) not in (int, float) or not 0 <= value <= 1:
-        raise PuzzleError(f"reward is {shown(value)}, but must be a number from 0 to 1")
-    return float(value)
+def _is_token(value: object) -> bool:
+    return type(value) is int and 0 <= value <= LARGEST_TOKEN
+
+
+def _is_log_prob(value: object) -> bool:
+    # NaN is not at most anything, and whole numbers may be larger than any float.
+    return (type(value) is float or (type(value) is int and _fits(value))) and value <= _ROUNDING
+
+
+def _is_share(value: int | float) -> bool:
+    return 0 <= value <= 1
 
 
 def _fits(number: int) -> bool:
-    """Whether parquet's whole numbers can hold it."""
+    """Returns whether parquet's whole numbers can hold it."""
     return -(2**63) <= number < 2**63

@@ -1,4 +1,4 @@
-"""Every file of a run: where it lies, how it is written and how it is read.
+"""Every file of a run: its place, how it is written and how it is read.
 
     cost/costs.json             bytes and seconds of every alternative
     traces/<set>.parquet        the parent's own answers, in four sets that share no problem
@@ -14,7 +14,7 @@
     report/                     report.html, report.md, figures/*.png
     score-book.safetensors, refine-book.safetensors   scores of single traces, which outlive their stages
 
-What an object looks like in JSON is said beside its class (`Costs`, `Candidate`, `scores_to_json`).
+The JSON form of an object is described beside its class (`Costs`, `Candidate`, `scores_to_json`).
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def find(run: Path, path: str) -> Path:
     return found
 
 
-def _write_json(path: Path, value: Any) -> None:
+def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=1) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""What the stages of one search share: recipe, parent, what layers may become, and what earlier stages have written."""
+"""The context that the stages of a search share: recipe, parent, alternatives, and the files of earlier stages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import jax
 from rich.console import Console
@@ -24,7 +23,7 @@ from puzzle_jax.runs import open_run
 from puzzle_jax.search.artifacts import RANKING, REFINED_COSTS, SCORES, TRACES
 from puzzle_jax.search.evaluator import Evaluator
 from puzzle_jax.search.parent import open_parent, run_identity
-from puzzle_jax.search.rank.keep_sets import ranked_space
+from puzzle_jax.search.rank.ranking import ranked_space
 from puzzle_jax.search.recipe import Recipe
 from puzzle_jax.search.refine.accept import Pool
 from puzzle_jax.search.score.measurements import longest_context
@@ -39,12 +38,7 @@ from puzzle_jax.tasks import get_task
 
 
 class Search:
-    """One search in one run directory.
-
-    Args:
-      recipe: all settings.
-      console: where progress and tables are shown.
-      team: the processes of the search, of which this is the primary one.
+    """One search in one run directory, in the primary process of its team; console shows progress and tables.
 
     Raises `PuzzleError` at once for a parent that cannot be used, tasks that do not exist, and a run directory that
     holds something else.
@@ -58,7 +52,7 @@ class Search:
         self.run = open_run(recipe.run, run_identity(self.parent))
 
     def _offered(self) -> tuple[tuple[tuple[int, ...], ...], Windows]:
-        """Expert counts and windows that each layer may have. Warns of windows that change nothing in any scenario."""
+        """Expert counts and windows that each layer may have; warns of windows that change nothing in any scenario."""
         config, space = self.parent.config, self.recipe.space
         counts = candidate_counts(
             config.blocks[0].num_experts, config.experts_per_token, space.fractions, space.divisor
@@ -90,11 +84,11 @@ class Search:
 
     @property
     def task_identities(self) -> dict[str, str]:
-        """What problems and their scores depend on, by task."""
+        """The identity of every task."""
         return {task: get_task(task).identity for task in self.recipe.traces.tasks}
 
     @property
-    def scenarios(self) -> list[dict[str, Any]]:
+    def scenarios(self) -> list[dict[str, object]]:
         return [scenario.to_json() for scenario in self.recipe.scenarios]
 
     @property
@@ -103,7 +97,7 @@ class Search:
 
     @property
     def identity(self) -> str:
-        """What scores depend on besides alternatives and traces."""
+        """Everything that scores depend on besides alternatives and traces."""
         return json.dumps([run_identity(self.parent)["parent"], jax.__version__])
 
     # What earlier stages have written -------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from puzzle_jax.costs.compute import compute_costs
 from puzzle_jax.costs.external import read_external
@@ -29,7 +28,7 @@ def cost_inputs(search: Search) -> list[Path]:
     return [search.parent.directory / "config.json", *([external] if external else [])]
 
 
-def cost_settings(search: Search) -> dict[str, Any]:
+def cost_settings(search: Search) -> dict[str, object]:
     source = search.recipe.costs
     return {
         "provider": "external" if search.recipe.external_costs else source,
@@ -73,7 +72,7 @@ def check_target(search: Search) -> None:
 
 
 def _provider(source: str, advance: Callable[[int, int], None]) -> Provider:
-    """Where seconds come from; `advance` is called with the finished turns and all turns."""
+    """The provider of seconds; `advance` is called with the finished turns and all turns."""
     if source == "measured":
         return Measured(progress=advance)
     return Xla(progress=advance) if source == "xla" else Roofline()

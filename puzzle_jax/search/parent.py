@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
-from puzzle_jax.convert_hf.describe import describe_checkpoint
 from puzzle_jax.convert_hf.tensors.fingerprint import fingerprint_of
-from puzzle_jax.convert_hf.token_ids import check_tokenizer
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.evaluate.models import Model
 from puzzle_jax.model.sharding import make_mesh
 from puzzle_jax.processes.distributed import agree, on_all
 from puzzle_jax.search.recipe import Recipe
-from puzzle_jax.tasks import Chat
 
 
 def read_parent(directory: Path) -> Model:
@@ -23,12 +19,10 @@ def read_parent(directory: Path) -> Model:
     Raises CheckpointError for a damaged checkpoint and ConfigError for a parent whose layers differ in their number of
     experts.
     """
-    description = describe_checkpoint(directory)
-    counts = {block.num_experts for block in description.config.blocks}
+    parent = Model.open("parent", directory)
+    counts = {block.num_experts for block in parent.config.blocks}
     if len(counts) > 1:
         raise ConfigError(f"{directory} has layers of {sorted(counts)} experts, but a parent needs equal ones")
-    parent = Model("parent", description, Chat.load(directory))
-    check_tokenizer(directory, parent.chat.tokenizer, parent.config.vocab_size)
     return parent
 
 
@@ -39,7 +33,7 @@ def open_parent(recipe: Recipe) -> Model:
     recipe that differs from the primary one's.
     """
 
-    def opened() -> tuple[Model, dict[str, Any]]:
+    def opened() -> tuple[Model, dict[str, object]]:
         parent = read_parent(recipe.parent)
         return parent, search_identity(recipe, parent) if recipe.mesh.processes > 1 else {}
 
@@ -49,13 +43,13 @@ def open_parent(recipe: Recipe) -> Model:
     return parent if mesh is None else replace(parent, mesh=mesh)
 
 
-def search_identity(recipe: Recipe, parent: Model) -> dict[str, Any]:
-    """What all processes of a search must have in common, by name; the parent's directory may differ between hosts."""
+def search_identity(recipe: Recipe, parent: Model) -> dict[str, object]:
+    """Values that all processes of a search must share, by name; the parent's directory may differ between hosts."""
     settings = asdict(recipe)
     del settings["run"], settings["parent"]  # only the primary process has a run; parents are compared by content
     return {"recipe": settings, "parent": {"content": parent.fingerprint}}
 
 
-def run_identity(parent: Model) -> dict[str, Any]:
-    """What a run directory of a search belongs to: the content of the parent's weights."""
+def run_identity(parent: Model) -> dict[str, str]:
+    """The identity of a search's run directory: the content of the parent's weights."""
     return {"kind": "search", "parent": fingerprint_of(parent.description)}

@@ -6,13 +6,13 @@ A recipe is a YAML file of these fields; the command line overrides any of them 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from math import inf, isfinite
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from puzzle_jax.codec import to_plain
 from puzzle_jax.costs.scenario import Scenario, Target
-from puzzle_jax.errors import MOST_SEED, MOST_TOGETHER, MOST_TOKENS, ConfigError, check_range
+from puzzle_jax.errors import MOST_SEED, MOST_TOGETHER, MOST_TOKENS, ConfigError, check_choice, check_range
 from puzzle_jax.evaluate.settings import BY_EFFORT
 from puzzle_jax.search.solve.baselines import BASELINES
 from puzzle_jax.search.space import DEFAULT_FRACTIONS, Restriction
@@ -21,7 +21,7 @@ from puzzle_jax.tasks import EFFORTS, check_effort
 from puzzle_jax.temperature import check_temperature
 
 MOST_PROBLEMS = 100_000
-"""Of a task; more have no seeds of their own."""
+"""The most problems of a task; more have no seeds of their own."""
 
 EMBEDDED_PARENT = Path(__file__).parent.parent / "assets" / "tiny"
 
@@ -78,10 +78,10 @@ class SpaceSettings:
     """Alternatives of every layer.
 
     Attributes:
-      fractions: of the parent's experts that a layer may keep.
+      fractions: shares of the parent's experts that a layer may keep.
       divisor: degree of expert parallelism, which every count must be a multiple of.
-      windows: offered on full-attention layers.
-      restrict: what some layers may become.
+      windows: windows that are offered on full-attention layers.
+      restrict: limits on the alternatives of some layers.
     """
 
     fractions: tuple[float, ...] = DEFAULT_FRACTIONS
@@ -99,15 +99,15 @@ class SpaceSettings:
 
 @dataclass(frozen=True)
 class ScoreSettings:
-    """How alternatives are scored.
+    """Scoring of alternatives.
 
     Attributes:
       method: "exact" scores all on every calibration trace; "adaptive" all on a few, and more only those whose
         uncertainty could change what the program chooses; "lens" estimates.
       first: traces that adaptive scoring begins with.
-      draws: of the traces, by which adaptive scoring judges uncertainty.
+      draws: bootstrap draws of the traces, by which adaptive scoring estimates uncertainty.
       keep_sets: expert sets per layer and count that are scored exactly, the best by the lens; 0 is all.
-      tokens_per_batch: of a micro-batch.
+      tokens_per_batch: tokens of a micro-batch.
       per_call: alternatives that run together on it.
       keep_every: layers from one kept hidden state of the parent to the next.
     """
@@ -128,12 +128,12 @@ class ScoreSettings:
 
 @dataclass(frozen=True)
 class RefineSettings:
-    """What follows the program; each step is taken only if the KL on confirmation traces falls by two standard errors.
+    """Steps after the program; each is taken only if the KL on confirmation traces falls by two standard errors.
 
     Attributes:
-      rounds: of scoring all alternatives anew around the child; at most 2.
+      rounds: rounds in which all alternatives are scored anew around the child; at most 2.
       swaps: experts tried on either side of a swap, in every layer; 0 is none.
-      proposals: of swaps that are put to the test, one after the other as long as they are accepted; at most.
+      proposals: the most swaps that are tested, one after the other as long as they are accepted.
     """
 
     rounds: int = 1
@@ -141,15 +141,14 @@ class RefineSettings:
     proposals: int = 16
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rounds <= 2:
-            raise ConfigError(f"refine.rounds is {self.rounds}, but must be 0, 1 or 2")
+        check_range("refine.rounds", self.rounds, 0, 2)
         check_range("refine.swaps", self.swaps, 0, MOST_TOGETHER)
         check_range("refine.proposals", self.proposals, 0, MOST_TOGETHER)
 
 
 @dataclass(frozen=True)
 class SolveSettings:
-    """The program.
+    """The integer program.
 
     Attributes:
       solutions: size of the pool whose real KL is measured; the best by it becomes the child.
@@ -163,19 +162,17 @@ class SolveSettings:
 
     def __post_init__(self) -> None:
         check_range("solve.solutions", self.solutions, 1, 10_000)
-        if not (isfinite(self.time_limit) and self.time_limit > 0):
-            raise ConfigError(f"solve.time_limit is {self.time_limit}, but must be a finite number above 0")
-        if not (isfinite(self.gap) and self.gap >= 0):
-            raise ConfigError(f"solve.gap is {self.gap}, but must be a finite number of at least 0")
+        check_range("solve.time_limit", self.time_limit, 0, above=True)
+        check_range("solve.gap", self.gap, 0)
 
 
 @dataclass(frozen=True)
 class EvaluateSettings:
-    """What the table shows.
+    """Measurements for the table.
 
     Attributes:
-      problems: per task, each asked at every effort, greedily.
-      baselines: of `search.solve.baselines` that are measured beside the child.
+      problems: problems per task, each asked at every effort, greedily.
+      baselines: names of `search.solve.baselines` that are measured beside the child.
       rounds: interleaved rounds of measured throughput, on the devices present; 0 leaves it out.
       seed: draws other problems.
     """
@@ -191,24 +188,23 @@ class EvaluateSettings:
         check_range("evaluate.seed", self.seed, 0, MOST_SEED)
         _check_distinct("evaluate.baselines", self.baselines, may_be_empty=True)
         for name in self.baselines:
-            if name not in BASELINES:
-                raise ConfigError(f"evaluate.baselines has {name!r}, but must be of {', '.join(BASELINES)}")
+            check_choice("evaluate.baselines", name, BASELINES)
 
 
 @dataclass(frozen=True)
 class ChildSettings:
-    """What the child has of its own beside its blocks.
+    """Settings of the child beside its blocks.
 
     Attributes:
-      yarn_factor: of its rotary embedding; None is the parent's. A larger one steadies contexts near the end of the
-        parent's range, and wants distillation: the child's quality is measured with it.
+      yarn_factor: factor of its rotary embedding; None is the parent's. A larger one steadies contexts near the end of
+        the parent's range, and needs distillation: the child's quality is measured with it.
     """
 
     yarn_factor: float | None = None
 
     def __post_init__(self) -> None:
-        if self.yarn_factor is not None and not 1 <= self.yarn_factor < inf:
-            raise ConfigError(f"child.yarn_factor is {self.yarn_factor}, but must be at least 1")
+        if self.yarn_factor is not None:
+            check_range("child.yarn_factor", self.yarn_factor, 1)
 
 
 @dataclass(frozen=True)
@@ -222,7 +218,7 @@ class Recipe:
       scenario: the deployment.
       more_scenarios: further ones that the same child must serve.
       target: what the child must reach there, by itself or relative to its parent.
-      child: what it has of its own beside its blocks.
+      child: settings of the child beside its blocks.
       mesh: devices that the search itself runs on.
       costs: "measured" times our own sub-blocks on the devices present, "xla" compiles them for the TPU that the
         scenario names, "roofline" models the scenario's hardware, and a path ending in .json is a costs.json that was
@@ -264,13 +260,12 @@ class Recipe:
         """The file of costs that were timed elsewhere, where there is one."""
         return Path(self.costs) if self.costs.endswith(".json") else None
 
-    def section(self, name: str) -> dict[str, Any]:
-        """One part as JSON values, to tell whether a stage's settings changed."""
-        values = asdict(getattr(self, name))
-        return {field: str(value) if isinstance(value, Path) else value for field, value in values.items()}
+    def section(self, name: str) -> dict[str, object]:
+        """One part as JSON values, from which changes of a stage's settings are found."""
+        return to_plain(getattr(self, name))
 
 
-def _check_distinct(name: str, values: Sequence[Any], may_be_empty: bool = False) -> None:
+def _check_distinct(name: str, values: Sequence[object], may_be_empty: bool = False) -> None:
     """Raises `ConfigError` for values of which one is there twice, or none at all."""
     if not values and not may_be_empty:
         raise ConfigError(f"{name} is empty, but must have at least one value")

@@ -1,10 +1,10 @@
-"""What a search starts from, where recipes and the command line leave something open.
+"""Settings of a search that recipes and the command line leave open.
 
 The recipe `tiny` is the default for the embedded parent alone: its tasks, its answers of at most 128 tokens and its
 scenario fit no other model. For any other parent the user says what it is asked (`traces.tasks` with
 `traces.max_tokens`) or gives what it answered (`traces.file`), and what the deployment is, or names a recipe for a
 model of its size. Where answers are given and no scenario is, the scenario is taken from their lengths, since they show
-what the parent is used for. Whatever is filled in is told in a warning.
+what the parent is used for. A warning names everything that is filled in.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from puzzle_jax.errors import ConfigError, PuzzleWarning
 from puzzle_jax.generate.traces import Trace, read_traces
@@ -29,8 +28,8 @@ _BATCH, _EXPERT_BYTES_RATIO = 8, 0.75
 """Requests of a scenario that is taken from traces, and the target of a search that was given none."""
 
 
-def starting_fields(given: Mapping[str, Any], recipe: str | None, runs: bool) -> dict[str, Any]:
-    """What a search takes for fields that are not given, by dotted name.
+def starting_fields(given: Mapping[str, object], recipe: str | None, runs: bool) -> dict[str, object]:
+    """Values of fields that are not given, by dotted name.
 
     Args:
       given: values of recipes and the command line, by dotted name.
@@ -43,7 +42,7 @@ def starting_fields(given: Mapping[str, Any], recipe: str | None, runs: bool) ->
     if _is_embedded(parent):
         return read_recipe(RECIPES / f"{EMBEDDED_RECIPE}.yaml")
     if recipe == EMBEDDED_RECIPE:
-        _tell(
+        _warn(
             f"recipe {EMBEDDED_RECIPE} is made for the embedded parent, and its tasks, limits and scenario need not "
             f"fit {parent}"
         )
@@ -51,16 +50,16 @@ def starting_fields(given: Mapping[str, Any], recipe: str | None, runs: bool) ->
     return _own_defaults(given) if runs else {}
 
 
-def without_deployment(given: Mapping[str, Any], recipe: str | None, runs: bool) -> dict[str, Any]:
-    """The same where scenario and target will not be looked at, nor what the parent is asked."""
+def without_deployment(given: Mapping[str, object], recipe: str | None, runs: bool) -> dict[str, object]:
+    """The same where scenario, target and tasks are not used."""
     parent = given.get("parent", EMBEDDED_PARENT)
     if _is_embedded(parent) or recipe == EMBEDDED_RECIPE:
         return starting_fields(given, recipe, runs)
     return {"scenario.name": "unused", **dict.fromkeys(_LENGTHS, 1), "target.max_expert_bytes_ratio": 1.0}
 
 
-def _own_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What a search of the user's own model takes for fields that were not given, by dotted name.
+def _own_defaults(given: Mapping[str, object]) -> dict[str, object]:
+    """Values of fields that were not given in a search of the user's own model, by dotted name.
 
     Raises `ConfigError`, naming the fields and the recipes there are, where something is missing that only the user
     can know.
@@ -80,7 +79,7 @@ def _own_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
             f"a search of {parent} needs {' and '.join(missing)}, since no default fits every model; "
             f"give them, or --recipe with one of {others}"
         )
-    defaults: dict[str, Any] = {} if "run" in given else {"run": f"runs/{parent.resolve().name}"}
+    defaults: dict[str, object] = {} if "run" in given else {"run": f"runs/{parent.resolve().name}"}
     if "scenario.name" not in given:
         defaults["scenario.name"] = "serving"
     if lengths:
@@ -88,13 +87,13 @@ def _own_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
         defaults |= dict(zip(lengths, found, strict=True))
         if "scenario.batch" not in given:
             defaults["scenario.batch"] = _BATCH
-        _tell(
+        _warn(
             f"no scenario was given, so it is taken from {file}: prompts of {found[0]} and answers of {found[1]} tokens"
             f", the means there, {given.get('scenario.batch', _BATCH)} requests together (scenario.* says otherwise)"
         )
     if not any(name.partition(".")[0] == "target" for name in given):
         defaults["target.max_expert_bytes_ratio"] = _EXPERT_BYTES_RATIO
-        _tell(
+        _warn(
             f"no target was given, so it is at most {_EXPERT_BYTES_RATIO:.0%} of the parent's expert bytes "
             "(target.max_expert_bytes_ratio, target.min_speedup and others say otherwise)"
         )
@@ -107,12 +106,12 @@ def _mean_lengths(traces: Sequence[Trace]) -> tuple[int, int]:
     return -(-sums[0] // len(traces)), -(-sums[1] // len(traces))
 
 
-def _is_embedded(parent: Any) -> bool:
+def _is_embedded(parent: object) -> bool:
     try:
         return os.path.samefile(str(parent), EMBEDDED_PARENT)
     except (OSError, ValueError):
         return False
 
 
-def _tell(message: str) -> None:
+def _warn(message: str) -> None:
     warnings.warn(message, PuzzleWarning, stacklevel=3)

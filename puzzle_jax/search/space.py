@@ -12,15 +12,17 @@ heads).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import groupby
 from math import prod
 from typing import Any, Literal
 
+from puzzle_jax.codec import from_plain, to_plain
 from puzzle_jax.config import BlockConfig, ModelConfig
 from puzzle_jax.costs.compute import Offer
-from puzzle_jax.errors import ConfigError
+from puzzle_jax.errors import ConfigError, check_range
 
 Windows = tuple[tuple[int | None, ...], ...]
 """Windows of every layer, the parent's own first; None is full attention."""
@@ -30,12 +32,12 @@ DEFAULT_FRACTIONS = (1, 7 / 8, 3 / 4, 5 / 8, 1 / 2, 3 / 8, 1 / 4)
 
 @dataclass(frozen=True)
 class Restriction:
-    """What some layers may become; None leaves a side open.
+    """Limits on the alternatives of some layers; None leaves a side open.
 
     Attributes:
       layers: numbers and ranges, such as "0-3, 7".
-      min_experts, max_experts: of the experts kept; equal ones pin the count.
-      windows: allowed ones, "full" for full attention; the parent's own must be among them.
+      min_experts, max_experts: bounds of the number of experts kept; equal ones pin it.
+      windows: allowed windows, "full" for full attention; the parent's own must be among them.
     """
 
     layers: str
@@ -44,7 +46,7 @@ class Restriction:
     windows: tuple[int | Literal["full"], ...] | None = None
 
     def numbers(self, num_layers: int) -> list[int]:
-        """The layers meant; raises `ConfigError` for what is no list of layers below `num_layers`."""
+        """The numbers of the layers; raises `ConfigError` for a text that is no list of layers below `num_layers`."""
         found: list[int] = []
         for part in str(self.layers).split(","):
             match = re.fullmatch(r"\s*(\d{1,6})\s*(?:-\s*(\d{1,6})\s*)?", part)
@@ -60,7 +62,7 @@ class Restriction:
 
 @dataclass(frozen=True)
 class ExpertChoice:
-    """Which experts of a layer stay.
+    """Experts of a layer that stay.
 
     Attributes:
       count: number of experts kept.
@@ -190,20 +192,23 @@ class Space:
     def to_json(self) -> list[dict[str, Any]]:
         """One object per layer; the parent is not part of it."""
         return [
-            {
-                "experts": [{"count": c.count, "method": c.method, "kept": list(c.kept)} for c in choices],
-                "windows": list(windows),
-            }
+            to_plain(_Layer(choices, windows))
             for choices, windows in zip(self.expert_choices, self.windows, strict=True)
         ]
 
     @staticmethod
-    def from_json(parent: ModelConfig, layers: Sequence[dict[str, Any]]) -> Space:
+    def from_json(parent: ModelConfig, layers: Sequence[Mapping[str, object]]) -> Space:
         """The inverse of `to_json`."""
-        choices = tuple(
-            tuple(ExpertChoice(c["count"], tuple(c["kept"]), c["method"]) for c in layer["experts"]) for layer in layers
-        )
-        return Space(parent, choices, tuple(tuple(layer["windows"]) for layer in layers))
+        read = [from_plain(_Layer, layer, f"layer {number} of the space") for number, layer in enumerate(layers)]
+        return Space(parent, tuple(layer.experts for layer in read), tuple(layer.windows for layer in read))
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer of a space in JSON."""
+
+    experts: tuple[ExpertChoice, ...]
+    windows: tuple[int | None, ...]
 
 
 def candidate_counts(
@@ -214,18 +219,13 @@ def candidate_counts(
 ) -> tuple[int, ...]:
     """Expert counts to offer, largest first: fractions of the parent's, rounded to multiples of the divisor.
 
-    Args:
-      num_experts: the parent's count.
-      experts_per_token: no count is below it.
-      fractions: of the parent's count, in (0, 1].
-      divisor: degree of expert parallelism, which must divide the count.
+    The fractions are in (0, 1], no count is below `experts_per_token`, and the divisor is the degree of expert
+    parallelism.
     """
-    if isinstance(divisor, bool) or not isinstance(divisor, int) or divisor < 1:
-        raise ConfigError(f"divisor is {divisor!r}, but must be a whole number of at least 1")
+    check_range("divisor", divisor, 1)
     counts = set()
     for fraction in fractions:
-        if not 0 < fraction <= 1:
-            raise ConfigError(f"a fraction of experts is {fraction!r}, but must be above 0 and at most 1")
+        check_range("a fraction of experts", fraction, 0, 1, above=True)
         count = round(Fraction(fraction).limit_denominator(1024) * num_experts / divisor) * divisor
         if experts_per_token <= count <= num_experts:
             counts.add(count)
@@ -244,8 +244,7 @@ def candidate_windows(config: ModelConfig, extra: Iterable[int]) -> Windows:
     """
     widths = sorted(set(extra), reverse=True)
     for width in widths:
-        if isinstance(width, bool) or not isinstance(width, int) or width < 1:
-            raise ConfigError(f"a window is {width!r}, but must be a whole number of at least 1")
+        check_range("a window", width, 1)
     useful = tuple(width for width in widths if width < config.max_position)
     return tuple((block.window, *(useful if block.window is None else ())) for block in config.blocks)
 
@@ -305,13 +304,8 @@ def _window(window: int | None) -> str:
 
 def _ranges(numbers: Sequence[int]) -> str:
     """0, 1, 2, 5 as "0-2, 5"."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+    runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
+    return ", ".join(f"{first}-{more[-1]}" if more else f"{first}" for first, *more in runs)
 
 
 def _magnitude(count: int) -> str:

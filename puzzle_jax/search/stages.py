@@ -1,10 +1,10 @@
 """Stages that read files and write files in one run directory, and that are rerun only when something changed.
 
-    RUN/run.json            marks the directory as a run, and says of what
+    RUN/run.json            marks the directory as a run, with its identity
     RUN/<stage>/...         the stage's outputs
     RUN/<stage>/stage.json  hash of its inputs and settings, versions, seconds, and the list of its outputs
 
-A `Stage` says what a stage needs and how its outputs are produced; a pipeline is a tuple of them. A stage writes into
+A `Stage` names the inputs of a stage and produces its outputs; a pipeline is a tuple of them. A stage writes into
 a temporary directory beside its own, which is renamed when everything is written: a stage that dies leaves the earlier
 state and never half a file. Intermediate results go into a second directory, which survives a killed process and is
 found again when the stage runs with the same key (inputs, settings and version). A stage whose inputs, settings and
@@ -22,13 +22,13 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Generic, TypeVar
 
-from puzzle_jax.errors import PuzzleError, shown
+from puzzle_jax.codec import from_plain
+from puzzle_jax.errors import PuzzleError, check_range, shown
 from puzzle_jax.files import PARTIAL, naming, read_object
 from puzzle_jax.runs import RUN_FILE, canonical, difference, locked, version, write_json
 
@@ -39,7 +39,7 @@ _WHOLE_HASH_BYTES = 64 << 20
 
 
 Context = TypeVar("Context")
-"""What the stages of one pipeline share."""
+"""The context that the stages of one pipeline share."""
 
 
 @dataclass(frozen=True)
@@ -59,19 +59,62 @@ class Stage(Generic[Context]):
 
     name: str
     inputs: Callable[[Context], Iterable[Path]]
-    settings: Callable[[Context], Mapping[str, Any]]
+    settings: Callable[[Context], Mapping[str, object]]
     produce: Callable[[Context, Path, Path], None]
     directory: str = ""
     finish: Callable[[Context], None] | None = None
 
     def run(self, run_dir: Path, context: Context) -> StageResult:
-        """Runs the stage unless its outputs are up to date; raises as `run_stage` does."""
-        inputs, settings = list(self.inputs(context)), self.settings(context)
-        produce = partial(self.produce, context)
-        result = run_stage(run_dir, self.name, settings, inputs, produce, directory=self.directory)
+        """Runs the stage unless its outputs exist and nothing that they depend on has changed.
+
+        Raises:
+          PuzzleError: the directory is no run's, an input is missing, another process works here, or the stage's
+            directory holds files that the stage did not write.
+        """
+        result = self._run(run_dir, context)
         if self.finish is not None:
             self.finish(context)
         return result
+
+    def _run(self, run_dir: Path, context: Context) -> StageResult:
+        if not (run_dir / RUN_FILE).is_file():
+            raise PuzzleError(f"{run_dir} is no run directory: it holds no {RUN_FILE}")
+        final = run_dir / (self.directory or self.name)
+        with locked(run_dir):
+            _clear_leftovers(final)
+            wanted = {
+                "name": self.name,
+                "settings": json.loads(canonical(self.settings(context))),
+                "inputs": {_shown(path, run_dir): _digest(path, self.name) for path in self.inputs(context)},
+                "puzzle_jax": version("puzzle_jax"),
+            }
+            key = hashlib.sha256(canonical(wanted).encode()).hexdigest()
+            record = read_stage_record(final)
+            reason = _reason_to_run(final, record, wanted, key)
+            if not reason:
+                assert record is not None
+                _drop_kept(final)
+                return StageResult(self.name, final, key, record.seconds, True, "")
+            _refuse_foreign(final, record, self.name)
+            unfinished = final.with_name(f".{final.name}{PARTIAL}{os.getpid()}")
+            kept = final.with_name(f".{final.name}{_KEPT}{_short_hash(key, version('jax'))}")
+            start = time.perf_counter()
+            try:
+                with naming(final):
+                    unfinished.mkdir()
+                    self.produce(context, unfinished, kept)
+                seconds = time.perf_counter() - start
+                outputs = {path: _file_digest(unfinished / path) for path in _files(unfinished)}
+                write_json(
+                    unfinished / STAGE_FILE,
+                    {"key": key, **wanted, "jax": version("jax"), "seconds": seconds, "outputs": outputs},
+                )
+                _publish(unfinished, final)
+            except BaseException:
+                shutil.rmtree(unfinished, ignore_errors=True)
+                raise
+            _drop_kept(final)
+        return StageResult(self.name, final, key, seconds, False, reason)
 
 
 @dataclass(frozen=True)
@@ -93,67 +136,6 @@ class StageResult:
     seconds: float
     skipped: bool
     reason: str
-
-
-def run_stage(
-    run_dir: Path,
-    name: str,
-    settings: Mapping[str, Any],
-    inputs: Sequence[Path],
-    produce: Callable[[Path, Path], None],
-    *,
-    directory: str = "",
-) -> StageResult:
-    """Runs a stage unless its outputs exist and nothing that they depend on has changed.
-
-    Args:
-      run_dir: a directory from `open_run`.
-      name, settings, inputs, directory: see `Stage`.
-      produce: called with the directory of outputs and that of intermediate results.
-
-    Raises:
-      PuzzleError: the directory is no run's, an input is missing, another process works here, or the stage's
-        directory holds files that the stage did not write.
-    """
-    run_dir = Path(run_dir)
-    if not (run_dir / RUN_FILE).is_file():
-        raise PuzzleError(f"{run_dir} is no run directory: it holds no {RUN_FILE}")
-    final = run_dir / (directory or name)
-    with locked(run_dir):
-        _clear_leftovers(final)
-        wanted = {
-            "name": name,
-            "settings": json.loads(canonical(settings)),
-            "inputs": {_shown(path, run_dir): _digest(path, name) for path in map(Path, inputs)},
-            "puzzle_jax": version("puzzle_jax"),
-        }
-        key = hashlib.sha256(canonical(wanted).encode()).hexdigest()
-        record = read_stage_record(final)
-        reason = _reason_to_run(final, record, wanted, key)
-        if not reason:
-            assert record is not None
-            _drop_kept(final)
-            return StageResult(name, final, key, record.seconds, True, "")
-        _refuse_foreign(final, record, name)
-        unfinished = final.with_name(f".{final.name}{PARTIAL}{os.getpid()}")
-        kept = final.with_name(f".{final.name}{_KEPT}{_short_hash(key, version('jax'))}")
-        start = time.perf_counter()
-        try:
-            with naming(final):
-                unfinished.mkdir()
-                produce(unfinished, kept)
-            seconds = time.perf_counter() - start
-            outputs = {path: _file_digest(unfinished / path) for path in _files(unfinished)}
-            write_json(
-                unfinished / STAGE_FILE,
-                {"key": key, **wanted, "jax": version("jax"), "seconds": seconds, "outputs": outputs},
-            )
-            _publish(unfinished, final)
-        except BaseException:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise
-        _drop_kept(final)
-    return StageResult(name, final, key, seconds, False, reason)
 
 
 def _publish(unfinished: Path, final: Path) -> None:
@@ -198,7 +180,7 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
-def _reason_to_run(final: Path, record: StageRecord | None, wanted: dict[str, Any], key: str) -> str:
+def _reason_to_run(final: Path, record: StageRecord | None, wanted: Mapping[str, object], key: str) -> str:
     if record is None:
         return "not run yet"
     missing = [path for path in record.outputs if not (final / path).is_file()]
@@ -243,7 +225,7 @@ def _refuse_foreign(final: Path, record: StageRecord | None, name: str) -> None:
             )
 
 
-def _digest(path: Path, stage: str) -> Any:
+def _digest(path: Path, stage: str) -> str | dict[str, str]:
     """Content of an input: a hash, or for a directory one per file; records of stages do not count."""
     if path.is_file():
         return _file_digest(path)
@@ -254,16 +236,13 @@ def _digest(path: Path, stage: str) -> Any:
 
 def _file_digest(path: Path) -> str:
     size = path.stat().st_size
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
         if size <= _WHOLE_HASH_BYTES:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        else:
-            digest.update(f"{size} {path.stat().st_mtime_ns}".encode())
-            digest.update(file.read(1 << 20))
-            file.seek(-(1 << 20), os.SEEK_END)
-            digest.update(file.read())
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256(f"{size} {path.stat().st_mtime_ns}".encode())
+        digest.update(file.read(1 << 20))
+        file.seek(-(1 << 20), os.SEEK_END)
+        digest.update(file.read())
     return digest.hexdigest()
 
 
@@ -273,32 +252,38 @@ def _files(directory: Path) -> list[str]:
 
 
 def _shown(path: Path, run_dir: Path) -> str:
-    """How an input is named in a record: relative to the run where it lies inside, so that a run can be
-    moved."""
+    """The name of an input in a record: relative to the run where it lies inside, so that a run can be moved."""
     path, run_dir = path.resolve(), run_dir.resolve()
     return path.relative_to(run_dir).as_posix() if path.is_relative_to(run_dir) else str(path)
 
 
-# The record that a stage leaves beside its outputs, read with suspicion: people copy, edit and cut run directories.
+# The record that a stage leaves beside its outputs is checked in full: people copy, edit and cut run directories.
 
 
 @dataclass(frozen=True)
 class StageRecord:
-    """What stage.json says.
+    """The content of stage.json.
 
     Attributes:
       key: hash of inputs, settings and package version.
-      seconds: that producing the outputs took.
-      jax: version of JAX.
+      seconds: time that producing the outputs took.
       outputs: digest of every file, by its path below the stage's directory.
+      jax: version of JAX.
       content: the whole object.
     """
 
     key: str
     seconds: float
-    jax: str
-    outputs: Mapping[str, str]
-    content: Mapping[str, Any]
+    outputs: dict[str, str]
+    jax: str = "unknown"
+    content: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_range("seconds", self.seconds, 0, 1e12)
+        for name in self.outputs:
+            path = PurePosixPath(name)
+            if not name or "\0" in name or path.is_absolute() or ".." in path.parts:
+                raise PuzzleError(f"outputs has {shown(name)}, but must be digests by paths below the directory")
 
 
 def read_stage_record(directory: Path) -> StageRecord | None:
@@ -310,23 +295,7 @@ def read_stage_record(directory: Path) -> StageRecord | None:
     if not path.is_file():
         return None
     content = read_object(path)
-
-    def refuse(field: str, rule: str) -> PuzzleError:
-        return PuzzleError(
-            f"{path}: {field} is {shown(content.get(field))}, but must be {rule}; "
-            f"move {directory} away to run the stage again"
-        )
-
-    key, seconds, outputs = (content.get(field) for field in ("key", "seconds", "outputs"))
-    if not isinstance(key, str):
-        raise refuse("key", "a hash")
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds < 1e12:
-        raise refuse("seconds", "a number of at least 0")
-    if not isinstance(outputs, dict) or not all(isinstance(d, str) and _inside(p) for p, d in outputs.items()):
-        raise refuse("outputs", "digests by paths below the directory")
-    return StageRecord(key, float(seconds), str(content.get("jax", "unknown")), outputs, content)
-
-
-def _inside(path: str) -> bool:
-    parts = PurePosixPath(path)
-    return bool(path) and "\0" not in path and not parts.is_absolute() and ".." not in parts.parts
+    try:
+        return from_plain(StageRecord, {**content, "content": content}, str(path))
+    except PuzzleError as error:
+        raise PuzzleError(f"{error}; move {directory} away to run the stage again") from None

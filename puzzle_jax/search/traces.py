@@ -26,11 +26,8 @@ from puzzle_jax.search.recipe import Recipe
 
 
 def ask_parent(parent: Model, recipe: Recipe, kept: Path, console: Console) -> Iterator[tuple[str, Sequence[Trace]]]:
-    """The sets by name, from problems that the parent is asked.
-
-    Args:
-      kept: directory of the answers that a killed run had, which are not asked for again.
-      console: where progress and notes are shown.
+    """The sets by name, from problems that the parent is asked; answers that a killed run left in `kept` are not asked
+    for again.
     """
     settings = recipe.traces
     sets = {
@@ -53,7 +50,7 @@ def ask_parent(parent: Model, recipe: Recipe, kept: Path, console: Console) -> I
             answers = journaled_answers(
                 kept / f"{name}.jsonl",
                 questions.questions(),
-                lambda skip, on_answer, ask=ask: ask(skip=skip, on_answer=on_answer),
+                ask,
                 on_answers=advance,
             )
             if note := unscored_note(answers):
@@ -64,19 +61,11 @@ def ask_parent(parent: Model, recipe: Recipe, kept: Path, console: Console) -> I
 def split_traces(
     traces: Sequence[Trace], shares: Mapping[str, int], config: ModelConfig, source: Path, seed: int = 0
 ) -> dict[str, list[Trace]]:
-    """Sets of traces by name, each with its share of the prompts, in the order of a hash of the prompt.
+    """Sets of traces by name, each with its share of the prompts, in the order of a hash of the prompt and the seed.
 
-    Every set gets at least one prompt, so that a short file suffices for a search.
-
-    Args:
-      traces: traces that the parent wrote.
-      shares: size of each set, relative to their sum.
-      config: the parent's, whose tokens and positions the traces must fit.
-      source: the file that the traces are from, for messages.
-      seed: another one splits the traces differently.
-
-    Raises PuzzleError, naming file and trace, for a trace that the parent cannot have written, and where there are
-    fewer prompts than sets.
+    Every set gets at least one prompt, so that a short file suffices for a search; `shares` are relative to their sum.
+    Raises PuzzleError, naming the file `source` and the trace, for a trace that the parent cannot have written, and
+    where there are fewer prompts than sets.
     """
     for number, trace in enumerate(traces):
         _check(trace, config, f"{source}: trace {number}")

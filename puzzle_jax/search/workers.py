@@ -52,7 +52,7 @@ class Team:
             if team.count > 1 and team.index == 0:
                 kv_set(team._key(), str(_DISMISSED))
 
-    def broadcast(self, work: Any) -> None:
+    def broadcast(self, work: object) -> None:
         """Has the workers begin the work that the primary process is about to do itself."""
         if self.count > 1:
             message = np.frombuffer(pickle.dumps(work), np.uint8)

@@ -26,21 +26,17 @@ from puzzle_jax.tasks.gym import PREFIX, gym_families, gym_task
 from puzzle_jax.tasks.jsonl import JsonlTask
 from puzzle_jax.tasks.recall import DISTANCE_BUCKETS, Recall
 
-PRETRAINING_TASKS: Mapping[str, WorkedTask] = MappingProxyType({task.name: task for task in (Chain(), Add(), Recall())})
+
+def _by_name(*tasks: WorkedTask) -> Mapping[str, WorkedTask]:
+    return MappingProxyType({task.name: task for task in tasks})
+
+
+PRETRAINING_TASKS = _by_name(Chain(), Add(), Recall())
 """The families at the difficulty that the embedded parent was trained on."""
 
-TASKS: Mapping[str, WorkedTask] = MappingProxyType(
-    {
-        task.name: task
-        for task in (
-            Chain(max_steps=14, skew=2.0),
-            Add(max_digits=8, skew=2.0),
-            Recall(max_asked=8, skew=2.0),
-        )
-    }
-)
-"""The embedded families by name, at the difficulty that models are judged by: longer than what the parent saw in
-training, so that even high effort has room above it."""
+TASKS = _by_name(Chain(max_steps=14, skew=2.0), Add(max_digits=8, skew=2.0), Recall(max_asked=8, skew=2.0))
+"""The embedded families by name, at the difficulty of evaluations: longer than the problems that the parent was trained
+on, so that even high effort can still improve."""
 
 
 def get_task(name: str) -> Task:
@@ -66,20 +62,6 @@ def get_task(name: str) -> Task:
 
 
 __all__ = [
-    "DISTANCE_BUCKETS",
-    "EFFORTS",
-    "PRETRAINING_TASKS",
-    "TASKS",
-    "Chat",
-    "Completion",
-    "FiniteTask",
-    "JsonlTask",
-    "Problem",
-    "Task",
-    "WorkedTask",
-    "check_effort",
-    "get_task",
-    "gym_families",
-    "is_held_out",
-    "problems",
-]
+    "DISTANCE_BUCKETS", "EFFORTS", "PRETRAINING_TASKS", "TASKS", "Chat", "Completion", "FiniteTask", "JsonlTask",
+    "Problem", "Task", "WorkedTask", "check_effort", "get_task", "gym_families", "is_held_out", "problems",
+]  # fmt: skip

@@ -11,26 +11,9 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from puzzle_jax.errors import ConfigError
-from puzzle_jax.tasks.base import Embedded, Problem, check_effort, check_skew, draw_level
-
-SEPARATORS = ",;"
-"""A trace's step ends in one of these, drawn by the problem's seed: text with some entropy, as real text has."""
+from puzzle_jax.tasks.base import Embedded, Problem, check_effort, draw_level
 
 _OPERATORS = {"+": lambda a, b: (a + b) % 10, "-": lambda a, b: (a - b) % 10, "*": lambda a, b: (a * b) % 10}
-
-
-def _check_range(task: str, field: str, low: int, high: int) -> None:
-    if not 1 <= low <= high:
-        raise ConfigError(f"{task}: {field} range is {low} to {high}, but must satisfy 1 <= lowest <= highest")
-
-
-def _join(parts: list[str], rng: random.Random) -> str:
-    """The parts with a drawn separator between each two."""
-    text = parts[0]
-    for part in parts[1:]:
-        text += rng.choice(SEPARATORS) + part
-    return text
 
 
 @dataclass(frozen=True)
@@ -46,8 +29,7 @@ class Chain(Embedded):
     name: str = "chain"
 
     def __post_init__(self) -> None:
-        _check_range(self.name, "steps", self.min_steps, self.max_steps)
-        check_skew(self.name, self.skew)
+        self.check("steps", self.min_steps, self.max_steps)
 
     def sample(self, seed: int) -> Problem:
         rng = random.Random(f"{self.name}:{seed}")
@@ -67,11 +49,11 @@ class Chain(Embedded):
             return "".join(f"{text[2 * i + 1]}{value}" for i, value in enumerate(values))
         steps = [f"{text[2 * i + 1 : 2 * i + 3]}={value}" for i, value in enumerate(values)]
         steps[0] = text[0] + steps[0]
-        return _join(steps, random.Random(f"{self.name}:trace:{problem.seed}"))
+        return self.joined(steps, problem.seed)
 
 
 def _running_values(text: str) -> list[int]:
-    """Value after each operation of `7+5*3-2`."""
+    """The value after each operation of `7+5*3-2`."""
     value, values = int(text[0]), []
     for position in range(1, len(text), 2):
         value = _OPERATORS[text[position]](value, int(text[position + 1]))
@@ -93,8 +75,7 @@ class Add(Embedded):
     name: str = "add"
 
     def __post_init__(self) -> None:
-        _check_range(self.name, "digits", self.min_digits, self.max_digits)
-        check_skew(self.name, self.skew)
+        self.check("digits", self.min_digits, self.max_digits)
 
     def sample(self, seed: int) -> Problem:
         rng = random.Random(f"{self.name}:{seed}")
@@ -112,7 +93,7 @@ class Add(Embedded):
             steps = [f"{total % 10}{total // 10}" for *_, total in columns]
         else:
             steps = [f"{a}+{b}+{carry}={total}" for a, b, carry, total in columns]
-        return _join(steps, random.Random(f"{self.name}:trace:{problem.seed}"))
+        return self.joined(steps, problem.seed)
 
 
 def _columns(first: str, second: str) -> list[tuple[int, int, int, int]]:

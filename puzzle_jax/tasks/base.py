@@ -1,4 +1,4 @@
-"""What a task is: problems drawn by seed, and a score from 0 to 1 for an answer.
+"""Tasks: problems drawn by seed, and a score from 0 to 1 for an answer.
 
 A task is everything that reasoning needs and nothing of how a model is asked: `puzzle_jax.tasks.chat.chat` turns a
 problem's prompt into tokens. Two kinds of task know more: a `WorkedTask` writes worked traces, texts to pretrain the
@@ -18,23 +18,23 @@ from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
 from puzzle_jax.config import EFFORTS
-from puzzle_jax.errors import ConfigError, shown
+from puzzle_jax.errors import ConfigError, check_choice, check_range
 
 _HELD_OUT_ONE_IN = 8
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One question with a right answer.
+    """One question and its answer.
 
     Attributes:
       task: name of the task it was drawn from.
       seed: the seed that draws it again.
       prompt: the user's message.
       answer: a text of the final channel that is right; "" where the task knows none and checks answers by rule.
-      details: what makes it hard, as whole numbers (steps, digits, distance in tokens), to report accuracy by.
-      entry: what else the task needs to score an answer; follows from task and seed, so that it is not compared.
-      where: it stands, for messages ("my.jsonl, line 3"); its task and seed where nothing else is said. Not compared.
+      details: measures of its difficulty (steps, digits, distance in tokens), to report accuracy by.
+      entry: anything else that the task needs to score an answer. It follows from task and seed, so it is not compared.
+      where: the place that messages name ("my.jsonl, line 3"); by default task and seed. Not compared.
     """
 
     task: str
@@ -60,18 +60,18 @@ class Task(Protocol):
 
     @property
     def name(self) -> str:
-        """What the family is asked for by."""
+        """The name that `get_task` knows the family by."""
         ...
 
     @property
     def identity(self) -> str:
-        """What problems and scores depend on besides the seed: equal where they are equal, whatever the name."""
+        """A text that is equal for two tasks if all their problems and scores are, whatever their names."""
         ...
 
     @property
     def bounded(self) -> bool:
-        """Whether scoring takes time in proportion to the texts, and no more. Other scorers run in processes of their
-        own, with a time limit (`tasks.rewards.workers`)."""
+        """Returns whether scoring takes no more than time in proportion to the texts. Other scorers run in processes of
+        their own, with a time limit (`tasks.rewards.workers`)."""
         ...
 
     def sample(self, seed: int) -> Problem:
@@ -79,7 +79,7 @@ class Task(Protocol):
         ...
 
     def score(self, problem: Problem, final_text: str) -> float:
-        """From 0 to 1 for the text of the final channel; 1 is right, anything between is partial credit."""
+        """The score of the text of the final channel: 1 is right, anything between 0 and 1 is partial credit."""
         ...
 
 
@@ -104,8 +104,7 @@ class FiniteTask(Task, Protocol):
 
 def check_effort(effort: str) -> str:
     """`effort` itself; raises `ConfigError` unless it is one of `EFFORTS`."""
-    if effort not in EFFORTS:
-        raise ConfigError(f"effort is {shown(effort)}, but must be one of {', '.join(EFFORTS)}")
+    check_choice("effort", effort, EFFORTS)
     return effort
 
 
@@ -119,14 +118,8 @@ def draw_level(rng: random.Random, least: int, most: int, skew: float) -> int:
     return least + int((most - least + 1) * (u * math.sqrt(u) if skew == 1.5 else u * u))
 
 
-def check_skew(task: str, skew: float) -> None:
-    """Raises `ConfigError` unless `draw_level` knows the skew."""
-    if skew not in (1.5, 2.0):
-        raise ConfigError(f"{task}: skew is {skew}, but must be 1.5 or 2")
-
-
 def is_held_out(problem: Problem) -> bool:
-    """Whether the problem belongs to the eighth of all prompts that pretraining never sees.
+    """Returns whether the problem belongs to the eighth of all prompts that pretraining never sees.
 
     The split hashes the prompt, not the seed, so that a small family cannot leak by drawing one prompt twice.
     """
@@ -136,21 +129,27 @@ def is_held_out(problem: Problem) -> bool:
 def problems(task: Task, first_seed: int = 0, held_out: bool = True) -> Iterator[Problem]:
     """The task's problems from `first_seed` upwards: endless, or up to the last one of a finite task.
 
-    Of a worked task only one side of `is_held_out`; other tasks were never pretrained on, and give every problem.
+    A worked task gives only those on one side of `is_held_out`; other tasks, which were never pretrained on, give all.
 
     Raises:
       ConfigError: when `first_seed` is negative.
     """
-    if first_seed < 0:
-        raise ConfigError(f"first_seed is {first_seed}, but must be at least 0")
+    check_range("first_seed", first_seed, 0)
     for seed in range(first_seed, task.size) if isinstance(task, FiniteTask) else count(first_seed):
         problem = task.sample(seed)
         if not isinstance(task, WorkedTask) or is_held_out(problem) == held_out:
             yield problem
 
 
+SEPARATORS = ",;"
+"""A trace's step ends in one of these, drawn by the problem's seed: text with some entropy, as real text has."""
+
+
 class Embedded:
-    """What the embedded families have in common: dataclasses of their settings, whose answers are compared as text."""
+    """Base of the embedded families: dataclasses of their settings, whose answers are compared as text."""
+
+    name: str
+    skew: float
 
     @property
     def identity(self) -> str:
@@ -162,9 +161,18 @@ class Embedded:
 
     def score(self, problem: Problem, final_text: str) -> float:
         """1 for exactly the answer, surrounding white space aside; else 0."""
-        return score_equal_text(problem, final_text)
+        return float(final_text.strip() == problem.answer)
 
+    def check(self, field: str, least: int, most: int) -> None:
+        """Raises `ConfigError` for a range of levels that is empty, and for a skew that `draw_level` does not know."""
+        if not 1 <= least <= most:
+            raise ConfigError(
+                f"{self.name}: {field} range is {least} to {most}, but must satisfy 1 <= lowest <= highest"
+            )
+        if self.skew not in (1.5, 2.0):
+            raise ConfigError(f"{self.name}: skew is {self.skew}, but must be 1.5 or 2")
 
-def score_equal_text(problem: Problem, final_text: str) -> float:
-    """1 for exactly the answer, surrounding white space aside; else 0."""
-    return float(final_text.strip() == problem.answer)
+    def joined(self, steps: list[str], seed: int) -> str:
+        """The steps of a trace with a drawn separator between each two."""
+        rng = random.Random(f"{self.name}:trace:{seed}")
+        return steps[0] + "".join(rng.choice(SEPARATORS) + step for step in steps[1:])

@@ -34,6 +34,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from importlib import metadata
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -224,7 +225,7 @@ def _families() -> tuple[str, ...]:
     return tuple(sorted(_library().factory.DATASETS))
 
 
-def _library() -> Any:
+def _library() -> ModuleType:
     if importlib.util.find_spec("reasoning_gym") is None:
         raise ConfigError(
             f"tasks named {PREFIX}<family> need the package reasoning-gym, which is not installed; "

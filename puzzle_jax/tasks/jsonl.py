@@ -4,27 +4,27 @@
     {"question": "Name a prime below 10.", "answer": "7", "match": "contains"}
     {"question": "3 pens at 4 coins?", "answer": "3 pens cost 3 * 4 coins.\\n#### 12"}
 
-`match` says when a final text is right, by one of the rules in `tasks.matches`. Without it, a solution that ends in
+`match` names the rule of `tasks.matches` by which a final text is right. Without it, a solution that ends in
 `#### NUMBER` stands for that number and `last_number`, one with `\\boxed{...}` for what is in the box and `math`, and
 any other answer for itself and `exact`. The file is read and checked as a whole before anything is asked.
-Left out: other formats, scripts that judge.
+Left out: other formats, scripts that score.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
 
-from puzzle_jax.errors import ConfigError, shown
+from puzzle_jax.errors import ConfigError, check_choice, shown
 from puzzle_jax.files import parse_json, read_text
 from puzzle_jax.tasks.base import Problem
 from puzzle_jax.tasks.matches import MATCHES, is_right, number, only_boxed, worked_answer
 
 _RULES = 2
-"""Rises when a rule of `tasks.matches` judges a text otherwise than before."""
+"""Rises when a rule of `tasks.matches` changes its result for some text."""
 
 
 @dataclass(frozen=True)
@@ -96,11 +96,11 @@ def _row(where: str, line: str, number_of_line: int) -> Row:
     return Row(prompt, answer, match, number_of_line)
 
 
-def _compared(where: str, answer: str, value: dict[str, Any]) -> tuple[str, str]:
+def _compared(where: str, answer: str, value: Mapping[str, object]) -> tuple[str, str]:
     """The answer that final texts are compared with, and how."""
     match, worked = value.get("match", "exact"), worked_answer(answer)
-    if match not in MATCHES:
-        raise ConfigError(f"{where}: match is {shown(match)}, but must be one of {', '.join(MATCHES)}")
+    check_choice(f"{where}: match", match, MATCHES)
+    assert isinstance(match, str)
     if worked is not None and "match" not in value:
         return worked
     if worked is not None and match in ("number", "last_number", "math"):
@@ -119,7 +119,7 @@ def _ending(answer: str) -> str:
     return answer.strip().rpartition("\n")[2][-60:]
 
 
-def _text(where: str, value: dict[str, Any], field: str) -> str:
+def _text(where: str, value: Mapping[str, object], field: str) -> str:
     if field not in value:
         raise ConfigError(f"{where} has no field {field}, which every row must have")
     text = value[field]

@@ -1,14 +1,16 @@
-"""How large, and how small, the value of a formula can be, found without computing what may be too large to compute.
+"""Bounds of a formula's value, from above and below, found without computing what may be too large to compute.
 
 A `Magnitude` holds |value| between 2^least and 2^most, and the value itself where it is a modest fraction. Sums can
-cancel, so that nothing is known of how small they are; what is divided by them is unbounded, and no function takes it
-that grows. Symbols count as 1.
+cancel, so that they have no lower bound; a quotient by one is unbounded, and no growing function takes it. Symbols
+count as 1.
 """
 
 from __future__ import annotations
 
 import ast
 import math
+import operator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -24,13 +26,23 @@ _WITH_POLES = frozenset({"tan", "sec", "csc", "cot", "tanh"})
 _LOGARITHMIC = frozenset({"log", "ln", "asin", "acos", "atan", "asinh", "acosh", "atanh"})
 
 
+_OPERATORS: Mapping[type[ast.operator], Callable[[Fraction, Fraction], Fraction | int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+}
+
+
 @dataclass(frozen=True)
 class Magnitude:
     """The size of a number.
 
     Attributes:
-      most, least: logarithms to base 2 of bounds of the absolute value; infinite where there is none. Both are of the
-        value with 1 in the place of every symbol.
+      most, least: logarithms to base 2 of bounds of the absolute value, infinite where there is none, with 1 in the
+        place of every symbol.
       value: the number itself, if it is a fraction that is known.
     """
 
@@ -40,7 +52,7 @@ class Magnitude:
 
     @staticmethod
     def of(value: int | float | Fraction) -> Magnitude | None:
-        """Of a number; None where it has too many digits."""
+        """The magnitude of a number; None where it has too many digits."""
         exact = Fraction(value)
         if exact.numerator.bit_length() + exact.denominator.bit_length() > _MOST_BITS:
             return None
@@ -50,20 +62,20 @@ class Magnitude:
         return Magnitude(about + _ROUNDING, about - _ROUNDING, exact)
 
     def without_value(self) -> Magnitude:
-        """Of the same size, but not this number."""
+        """The same bounds without the value."""
         return Magnitude(self.most, self.least)
 
     def __neg__(self) -> Magnitude:
         return Magnitude(self.most, self.least, None if self.value is None else -self.value)
 
-    def combined(self, operator: ast.operator, other: Magnitude) -> Magnitude | None:
-        """Of self + other, or as the operator says; None for other operators, and where there is no modest value."""
-        divides = isinstance(operator, ast.Div | ast.FloorDiv | ast.Mod)
+    def combined(self, by: ast.operator, other: Magnitude) -> Magnitude | None:
+        """The magnitude of self + other, or of another operator's result; None where it is not modest."""
+        divides = isinstance(by, ast.Div | ast.FloorDiv | ast.Mod)
         if divides and other.value == 0:
             return None
         if self.value is not None and other.value is not None:
-            return _exact(self.value, operator, other.value)
-        match operator:
+            return _exact(self.value, by, other.value)
+        match by:
             case ast.Add() | ast.Sub():
                 found = Magnitude(max(self.most, other.most) + 1, -_NO_LIMIT)
             case ast.Mult():
@@ -79,7 +91,7 @@ class Magnitude:
         return found if found.most == _NO_LIMIT else found._modest()
 
     def power(self, exponent: Magnitude, size: float) -> Magnitude | None:
-        """Of the power, `size` being a bound of the absolute exponent; None where there is no modest value."""
+        """The magnitude of the power, `size` being a bound of the absolute exponent; None where it is not modest."""
         by = exponent.value
         if by is None or (self.value == 0 and by < 0):
             return None
@@ -99,7 +111,7 @@ class Magnitude:
 
 
 def magnitude_of_call(function: str, argument: Magnitude) -> Magnitude | None:
-    """Of a function's value; None where computing it could take long.
+    """The magnitude of a function's value; None where computing it could take long.
 
     The function is exp, sqrt, Abs, a logarithm, or one of the trigonometric and hyperbolic ones and their inverses.
     """
@@ -120,21 +132,9 @@ def magnitude_of_call(function: str, argument: Magnitude) -> Magnitude | None:
     return Magnitude(bits, -bits if function == "exp" else -_NO_LIMIT)
 
 
-def _exact(one: Fraction, operator: ast.operator, other: Fraction) -> Magnitude | None:
-    match operator:
-        case ast.Add():
-            return Magnitude.of(one + other)
-        case ast.Sub():
-            return Magnitude.of(one - other)
-        case ast.Mult():
-            return Magnitude.of(one * other)
-        case ast.Div():
-            return Magnitude.of(one / other)
-        case ast.FloorDiv():
-            return Magnitude.of(one // other)
-        case ast.Mod():
-            return Magnitude.of(one % other)
-    return None
+def _exact(one: Fraction, by: ast.operator, other: Fraction) -> Magnitude | None:
+    compute = _OPERATORS.get(type(by))
+    return None if compute is None else Magnitude.of(compute(one, other))
 
 
 def _sum(one: float, other: float, unknown: float = _NO_LIMIT) -> float:

@@ -60,7 +60,7 @@ _OPENING, _CLOSING = "([{", ")]}"
 
 
 def is_right(match: str, answer: str, text: str) -> bool:
-    """Whether a final text is right, by one of `MATCHES`."""
+    """Returns whether a final text is right, by one of `MATCHES`."""
     text, answer = text.strip(), answer.strip()
     if match == "contains":
         return answer in text
@@ -96,7 +96,7 @@ def last_number(text: str) -> Decimal | None:
 
 
 def same_value(text: str, answer: str) -> bool:
-    """Whether two texts write the same value, as `math` has it."""
+    """Returns whether two texts write the same value, as `math` has it."""
     if text == answer:
         return True
     if max(len(text), len(answer)) > _LONGEST_VALUE:
@@ -117,7 +117,7 @@ def worked_answer(text: str) -> tuple[str, str] | None:
 
 
 def only_boxed(text: str) -> bool:
-    """Whether the text is a box and nothing else."""
+    """Returns whether the text is a box and nothing else."""
     boxed = _boxed(text)
     return boxed is not None and text.strip() == f"{_BOX}{{{boxed}}}"
 
@@ -127,7 +127,7 @@ def _equal(one: Decimal | None, other: Decimal | None) -> bool:
 
 
 def _number(text: str) -> Decimal | None:
-    """Of digits with their signs and separators, and nothing else."""
+    """The number that a text of digits, signs and separators writes; None for other texts."""
     text = text.translate(_ALIKE)
     if not _NUMBER.fullmatch(text):
         return None
@@ -138,7 +138,7 @@ def _number(text: str) -> Decimal | None:
 
 
 def _marked(text: str) -> str | None:
-    """What the text gives as its answer by a box or by `####`."""
+    """The answer that a box or `####` marks in the text; None without one."""
     boxed = _boxed(text)
     if boxed is not None:
         return boxed
@@ -147,7 +147,7 @@ def _marked(text: str) -> str | None:
 
 
 def _boxed(text: str) -> str | None:
-    """What is in the last box that is closed."""
+    """The content of the last box that is closed."""
     start = text.rfind(_BOX)
     if start < 0:
         return None
@@ -165,7 +165,7 @@ def _boxed(text: str) -> str | None:
 
 
 def _stated(text: str) -> str:
-    """What the text gives as its answer."""
+    """The part of the text that it presents as its answer."""
     marked = _marked(text)
     if marked is not None:
         return marked
@@ -184,7 +184,7 @@ def _stated(text: str) -> str:
 
 
 def _tidy(text: str) -> str:
-    """Without what is there for looks."""
+    """The text without LaTeX that only changes its looks."""
     text = text.translate(_ALIKE).replace("\\!", "").replace("{,}", ",").replace("\\%", "%")
     text = _LOOKS.sub(" ", text)
     text = _DEGREES.sub("", _FRACTION_LIKE.sub(r"\\frac", text))
@@ -233,7 +233,7 @@ def _value(text: str) -> tuple[Fraction, bool] | None:
 
 
 def _bare(text: str) -> str:
-    """For comparison as text."""
+    """The text in a form for comparison as text."""
     return _SINGLE.sub(r"\1", re.sub(r"\s+", "", text))
 
 

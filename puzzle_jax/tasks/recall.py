@@ -14,9 +14,8 @@ import re
 import string
 from dataclasses import dataclass
 
-from puzzle_jax.errors import ConfigError
-from puzzle_jax.tasks.arithmetic import SEPARATORS
-from puzzle_jax.tasks.base import Embedded, Problem, check_effort, check_skew, draw_level
+from puzzle_jax.errors import check_range
+from puzzle_jax.tasks.base import Embedded, Problem, check_effort, draw_level
 
 _KEYS = string.ascii_uppercase
 # Two-letter syllables: no word that the embedded tokenizer holds as one token can come out of them,
@@ -46,11 +45,9 @@ class Recall(Embedded):
     name: str = "recall"
 
     def __post_init__(self) -> None:
-        if not 1 <= self.max_asked <= len(_KEYS):
-            raise ConfigError(f"{self.name}: max_asked is {self.max_asked}, but must be 1 to {len(_KEYS)}")
-        check_skew(self.name, self.skew)
-        if self.max_length < 32:
-            raise ConfigError(f"{self.name}: max_length is {self.max_length}, but must be at least 32")
+        self.check("asked", 1, self.max_asked)
+        check_range(f"{self.name}: max_asked", self.max_asked, 1, len(_KEYS))
+        check_range(f"{self.name}: max_length", self.max_length, 32)
 
     def sample(self, seed: int) -> Problem:
         rng = random.Random(f"{self.name}:{seed}")
@@ -77,10 +74,7 @@ class Recall(Embedded):
             total = (total + values[key]) % 10
             entry = f"{key}{values[key]}"
             steps.append(f"{entry}={total}" if effort == "high" else entry)
-        if effort == "medium":
-            return "".join(steps)
-        rng = random.Random(f"{self.name}:trace:{problem.seed}")
-        return steps[0] + "".join(rng.choice(SEPARATORS) + step for step in steps[1:])
+        return "".join(steps) if effort == "medium" else self.joined(steps, problem.seed)
 
 
 def _scatter(entries: list[str], length: int, rng: random.Random) -> str:

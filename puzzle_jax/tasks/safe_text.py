@@ -1,4 +1,4 @@
-"""Whether a model's text may be handed to code that would run it: a plain value, or a formula of modest size.
+"""Returns whether a model's text may be handed to code that would run it: a plain value, or a formula of modest size.
 
 Some scorers from outside call `eval`, or sympy's parser, which does, on what a model wrote. Here the text is only
 parsed, never run; a scorer sees it when nothing in it can do more than compute a value, and that soon. The price:
@@ -39,7 +39,7 @@ _LONG_COUNT = re.compile(r"[A-Za-z]'?[+-]?\d[\d_]{3}|(?<![a-z])nan(?![a-ik-z])",
 
 
 def is_literal(text: str) -> bool:
-    """Whether the text is a Python value: numbers, strings, lists, tuples and the like, nothing computed."""
+    """Returns whether the text is a Python value: numbers, strings, lists, tuples and the like, nothing computed."""
     if len(text) > LONGEST:
         return False
     try:
@@ -50,7 +50,7 @@ def is_literal(text: str) -> bool:
 
 
 def is_expression(text: str) -> bool:
-    """Whether the text is a formula of numbers, one-letter symbols, well-known functions and + - * / // % **.
+    """Returns whether the text is a formula of numbers, one-letter symbols, well-known functions and + - * / // % **.
 
     Powers of a symbol, of a number up to 100 or of a fraction of such; powers in one another multiply their
     exponents, and the product must not exceed 100 either. Arguments of functions must not exceed 1000, nor whole
@@ -67,8 +67,8 @@ def is_expression(text: str) -> bool:
 
 
 def is_brief(text: str) -> bool:
-    """Whether the text has no exponent or count of four digits (`1e9999`, `U9999`, `A+9999`) that would take a scorer
-    long, and no `nan`, which compares with nothing."""
+    """Returns whether the text has no exponent or count of four digits (`1e9999`, `U9999`, `A+9999`), which takes a
+    scorer long, and no `nan`, which compares with nothing."""
     return len(text) <= LONGEST and not _LONG_COUNT.search(text)
 
 

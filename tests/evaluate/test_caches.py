@@ -20,7 +20,7 @@ CONFIG = small_config((BlockConfig(7, 5), BlockConfig(7, None)), vocab_size=128)
 
 def test_amplified_keys_and_values_leave_the_function_alone():
     params = random_params(CONFIG)
-    large = amplify(params, CONFIG, 9)
+    large = amplify(params, 9)
     np.testing.assert_array_equal(
         large["layers"][1]["attention"]["k_bias"], params["layers"][1]["attention"]["k_bias"] * 512
     )
@@ -30,7 +30,7 @@ def test_amplified_keys_and_values_leave_the_function_alone():
 
 @pytest.mark.slow
 def test_calibrated_scales_keep_what_an_overflowing_cache_loses():
-    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), amplify(random_params(CONFIG), CONFIG, 12))
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), amplify(random_params(CONFIG), 12))
     results, scales = compare_caches(
         params,
         CONFIG,

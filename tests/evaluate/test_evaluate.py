@@ -77,7 +77,7 @@ def answers(ask):
     return ask()
 
 
-def test_answers_are_judged_by_their_final_channel(answers):
+def test_answers_are_scored_by_their_final_channel(answers):
     """A model cannot answer at random: every answer of an untrained one is wrong, and cut at its limit."""
     assert [a.effort for a in answers] == ["low", "high"] * 6
     assert not any(a.correct for a in answers)
@@ -88,11 +88,11 @@ def test_answers_are_judged_by_their_final_channel(answers):
 
 
 def test_skipped_questions_are_not_asked_and_change_no_other_answer(ask, answers):
-    told = {}
-    some = ask(skip={0, 3, 4, 11}, on_answer=told.__setitem__)
+    seen = {}
+    some = ask(skip={0, 3, 4, 11}, on_answer=seen.__setitem__)
     left = [1, 2, 5, 6, 7, 8, 9, 10]
-    assert sorted(told) == left
-    assert some == [answers[index] for index in left] == [told[index] for index in left]
+    assert sorted(seen) == left
+    assert some == [answers[index] for index in left] == [seen[index] for index in left]
 
 
 def test_summaries_by_hand():
@@ -123,7 +123,7 @@ def test_one_context_for_all_questions_gives_the_same_answers(ask, answers):
 
 
 class Late:
-    """RewardWorkers that give one judgement each time they are waited for, the last one first."""
+    """RewardWorkers that give one reward each time they are waited for, the last one first."""
 
     def __init__(self):
         self.begun: list[Answer] = []
@@ -142,17 +142,15 @@ class Late:
         return [(ticket, Reward(0.0, "took longer than 10 s") if ticket % 2 else Reward(0.5, None))]
 
 
-def test_unbounded_scorers_judge_elsewhere_and_a_lost_answer_is_0_with_its_reason(ask, answers, monkeypatch):
+def test_unbounded_scorers_run_elsewhere_and_a_lost_answer_is_0_with_its_reason(ask, answers, monkeypatch):
     monkeypatch.setattr(Chain, "bounded", False)
-    late, told = Late(), []
-    found = ask(judges=late, on_answer=lambda index, answer: told.append((index, answer)))
+    late, seen = Late(), []
+    found = ask(scorers=late, on_answer=lambda index, answer: seen.append((index, answer)))
     chain, add = slice(0, 6), slice(6, 12)
     assert found[add] == answers[add] and len(late.begun) == 6
-    assert sorted(index for index, _ in told) == list(range(12)) and all(found[index] == one for index, one in told)
+    assert sorted(index for index, _ in seen) == list(range(12)) and all(found[index] == one for index, one in seen)
     for answer, one in zip(found[chain], answers[chain], strict=True):
-        asked = [
-            judged for judged in late.begun if judged.problem.seed == one.problem_seed and judged.effort == one.effort
-        ]
+        asked = [begun for begun in late.begun if begun.problem.seed == one.problem_seed and begun.effort == one.effort]
         lost = late.begun.index(asked[0]) % 2
         assert (answer.completion, answer.truncated) == (one.completion, one.truncated)
         assert (answer.reward, answer.unscored) == ((0.0, "took longer than 10 s") if lost else (0.5, None))
@@ -184,7 +182,7 @@ def test_what_exceeds_the_context_is_named_by_file_and_line(tmp_path):
     )
 
 
-def test_limits_of_the_embedded_parent_are_told_of_for_another_model():
+def test_limits_of_the_embedded_parent_give_a_warning_for_another_model():
     asked, config, embedded = questions().questions(), small_config(max_position=2048), embedded_chat()
     tokenizer = tokenizers.Tokenizer.from_str(embedded.tokenizer.to_str())
     tokenizer.add_tokens(["arithmetic"])

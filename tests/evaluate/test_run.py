@@ -175,11 +175,11 @@ def test_an_interrupted_measurement_keeps_its_rounds(finished, models, tmp_path,
 @pytest.mark.parametrize(
     "changes,message",
     [
-        ({"seed": "1"}, "seed was 0, now 1"),
-        ({"temperature": "0.5"}, "temperature was 1.0, now 0.5"),
-        ({"max_tokens": "low=4,high=7"}, "max_tokens.high was 6, now 7"),
-        ({"names": ("parent={0}/parent",)}, "models.child was"),
-        ({"names": ("parent={0}/parent", "child={0}/parent")}, "models.child was"),
+        ({"seed": "1"}, "seed 0 -> 1"),
+        ({"temperature": "0.5"}, "temperature 1.0 -> 0.5"),
+        ({"max_tokens": "low=4,high=7"}, "max_tokens.high 6 -> 7"),
+        ({"names": ("parent={0}/parent",)}, "models.child "),
+        ({"names": ("parent={0}/parent", "child={0}/parent")}, "models.child "),
     ],
 )
 def test_other_settings_and_other_weights_are_refused(finished, models, capsys, changes, message):
@@ -188,7 +188,7 @@ def test_other_settings_and_other_weights_are_refused(finished, models, capsys, 
         changes = {"names": tuple(name.format(models) for name in changes["names"])}
     assert evaluate(models, finished, **changes) == 2
     said = capsys.readouterr().err
-    assert message in said and said.count("\n") == 1 and "holds an evaluation of another kind" in said
+    assert message in said and said.count("\n") == 1 and "holds another run" in said
     assert snapshot(finished) == before
 
 
@@ -216,7 +216,7 @@ def test_other_settings_and_other_weights_are_refused(finished, models, capsys, 
         ({"cache_memory": "much"}, "--cache_memory is 'much'"),
         ({"cache_memory": "10KiB"}, "one request of 12 tokens needs 19,200 bytes of cache"),
         ({"scenarios": "a"}, "--scenarios has 'a'"),
-        ({"scenarios": "a=0:4"}, "scenario 'a' has 0 input"),
+        ({"scenarios": "a=0:4"}, "input_tokens of scenario 'a' is 0"),
         ({"scenarios": "a=1:4,a=2:4"}, "--scenarios names 'a' twice"),
         ({"scenarios": "low=1:4"}, "scenario name is 'low'"),
         ({"scenarios": "a=700:69"}, "scenario 'a' needs a context of 769 tokens"),
@@ -271,7 +271,7 @@ def test_an_output_that_is_something_else_is_refused_and_kept(models, finished, 
     shutil.copytree(finished, spoiled)
     (spoiled / "throughput.jsonl").write_text("[1]\n")
     assert evaluate(models, spoiled) == 2
-    assert "throughput.jsonl, line 1 is no measured round" in capsys.readouterr().err
+    assert "throughput.jsonl, line 1: the value is a list, but must be an object" in capsys.readouterr().err
     assert file.read_text() == "a letter" and os.listdir(foreign) == ["thesis.txt"]
 
 
@@ -284,17 +284,21 @@ def put(path: Path, content: str | None) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("settings.json", None, "holds files that are no evaluation's (answers)"),
+        ("settings.json", None, "holds files that are no run's (answers"),
         ("settings.json", "[" * 100_000, "settings.json is nested too deeply"),
-        ("settings.json", '{"date": "2026-01-01"}', "holds an evaluation of another kind"),
+        ("settings.json", '{"date": "2026-01-01"}', "holds another run"),
         ("settings.json", '{"date": 3}', "settings.json is damaged: it holds no date"),
-        ("answers", "", "answers cannot be used: File exists"),
-        ("answers", None, "answers cannot be used: File exists"),
+        ("answers", "", "answers: File exists"),
+        ("answers", None, "answers: File exists"),
         ("answers/child.jsonl", '{"task": 1}\n', "child.jsonl, line 1"),
         ("answers/child.jsonl", "[" * 100_000 + "\n", "child.jsonl, line 1"),
-        ("throughput.jsonl", "[1]\n", "throughput.jsonl, line 1 is no measured round"),
-        ("throughput.jsonl", '{"key": "a", "tokens_per_second": {"parent": 0}}\n', "line 1 is no measured round"),
-        ("throughput.jsonl", '{"key": "a", "tokens_per_second": {"parent": true}}\n', "line 1 is no measured round"),
+        ("throughput.jsonl", "[1]\n", "throughput.jsonl, line 1: the value is a list"),
+        ("throughput.jsonl", '{"key": "a", "workload": "b", "tokens_per_second": {"parent": 0}}\n', "parent is 0"),
+        (
+            "throughput.jsonl",
+            '{"key": "a", "workload": "b", "tokens_per_second": {"parent": true}}\n',
+            "is true or false",
+        ),
         ("throughput.jsonl", "1" + "0" * 5000 + "\n", "throughput.jsonl, line 1 holds a whole number of thousands"),
     ],
 )
@@ -317,7 +321,7 @@ def test_a_round_without_one_of_the_models_is_refused(models, finished, tmp_path
     assert "holds rounds of 'tiny' without all models; remove the file" in capsys.readouterr().err
 
 
-def test_what_rows_are_judged_by_is_part_of_an_evaluation(models, tmp_path):
+def test_how_rows_are_scored_is_part_of_an_evaluation(models, tmp_path):
     rows = tmp_path / "rows.jsonl"
 
     def identity(**changes) -> dict:

@@ -74,20 +74,20 @@ def test_models_take_turns_and_the_order_moves_on(monkeypatch):
     monkeypatch.setattr(throughput, "_seconds", seconds)
     work = Workload((Request((1,), 6), Request((1,), 2)), slots=1, context=9)
     names = ("a", "b", "c")
-    told = []
+    seen = []
     rows = list(
         timed_rounds(
             {n: ({"name": n}, CONFIG) for n in names},
             dict.fromkeys(names, work),
             range(1, 4),
-            on_run=lambda: told.append(1),
+            on_run=lambda: seen.append(1),
         )
     )
     assert rows == [{"a": 4.0, "b": 8.0, "c": 16.0}] * 3
-    # The first runs, uncounted, are of one wave; a resumed measurement goes on with the order of its rounds.
+    # The first runs, uncounted, are of one batch; a resumed measurement goes on with the order of its rounds.
     assert ran[:3] == [("a", 1), ("b", 1), ("c", 1)]
     assert "".join(name for name, _ in ran[3:]) == "bcacababc"
-    assert len(told) == 12
+    assert len(seen) == 12
     assert list(timed_rounds({}, {}, range(3, 3))) == []
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from puzzle_jax.config import BlockConfig
-from puzzle_jax.generate import Engine, Request, Sampling
+from puzzle_jax.generate import Engine, Request, Sampling, slots
 from puzzle_jax.generate import engine as host
 from tests.support import random_params, small_config
 
@@ -45,8 +45,8 @@ def prefills(monkeypatch):
         seen.append(np.asarray(tokens))
         return prefill(params, config, group, tokens, *rest)
 
-    prefill = host.prefill
-    monkeypatch.setattr(host, "prefill", counted)
+    prefill = slots.prefill
+    monkeypatch.setattr(slots, "prefill", counted)
     return seen
 
 

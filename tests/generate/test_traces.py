@@ -99,7 +99,7 @@ def test_any_trace_survives_both_forms(tmp_path_factory, prompt, drawn, reward, 
 
 def test_an_answer_that_nobody_judged_is_neither_right_nor_wrong():
     right, part, unknown = made(LENGTHS[:3])
-    assert (right.correct, part.correct, part.judged_reward) == (True, False, 0.25)
+    assert (right.correct, part.correct, part.known_reward) == (True, False, 0.25)
     with pytest.raises(
         PuzzleError, match="a trace of task 'chain' has no reward, so that it is neither right nor wrong"
     ):

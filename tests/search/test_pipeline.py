@@ -440,7 +440,7 @@ def test_a_stage_without_its_inputs_says_what_to_do(parent, tmp_path, capsys):
         (("--space.restrict", '[{"layers": "0-7"}]'), "space.restrict has layers '0-7', but must list"),
         (("--space.restrict", '[{"layers": "1", "max_experts": 3}]'), "leaves layer 1 no expert count of 0 to 3"),
         (("--space.restrict", '[{"layers": "0", "windows": [7]}]'), "but must allow the parent's own (16)"),
-        (("--refine.rounds", "3"), "refine.rounds is 3, but must be 0, 1 or 2"),
+        (("--refine.rounds", "3"), "refine.rounds is 3, but must be from 0 to 2"),
         (("--score.first", "0"), "score.first is 0"),
         (("--mesh.model", "99"), "needs 99 devices"),
         (

@@ -13,9 +13,14 @@ import pytest
 
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.runs import open_run
-from puzzle_jax.search.stages import edited_output, run_stage
+from puzzle_jax.search.stages import Stage, StageResult, edited_output
 
 PARENT = {"parent": "tiny", "sha256": "ab"}
+
+
+def run_stage(run_dir, name, settings, inputs, produce, directory="") -> StageResult:
+    stage = Stage(name, lambda _: inputs, lambda _: settings, lambda _, out, kept: produce(out, kept), directory)
+    return stage.run(run_dir, None)
 
 
 @pytest.fixture
@@ -106,14 +111,14 @@ def test_a_stage_that_fails_leaves_the_earlier_state(run, error):
 KILLED = """
     import sys, time
     from pathlib import Path
-    from puzzle_jax.search.stages import run_stage
+    from puzzle_jax.search.stages import Stage
 
-    def produce(directory, kept):
+    def produce(context, directory, kept):
         (directory / "out.txt").write_text("half")
         print("writing", flush=True)
         time.sleep(60)
 
-    run_stage(Path(sys.argv[1]), "score", {"tokens": 9}, [], produce)
+    Stage("score", lambda _: [], lambda _: {"tokens": 9}, produce).run(Path(sys.argv[1]), None)
 """
 
 
@@ -237,15 +242,15 @@ def test_a_skip_is_quick_enough_to_be_unseen(run):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda r: r.pop("key"), "key is None, but must be a hash"),
-        (lambda r: r.pop("seconds"), "seconds is None"),
-        (lambda r: r.update(seconds="long"), "seconds is 'long'"),
-        (lambda r: r.update(seconds=True), "seconds is True"),
-        (lambda r: r.pop("outputs"), "outputs is None"),
-        (lambda r: r.update(outputs=5), "outputs is 5"),
-        (lambda r: r.update(outputs={"../../x": "ab"}), "outputs is .* but must be digests by paths below"),
-        (lambda r: r.update(outputs={"/etc/passwd": "ab"}), "outputs is"),
-        (lambda r: r.update(outputs={"out.txt": 5}), "outputs is"),
+        (lambda r: r.pop("key"), "the value has no field 'key'"),
+        (lambda r: r.pop("seconds"), "the value has no field 'seconds'"),
+        (lambda r: r.update(seconds="long"), "seconds is a text, but must be a number"),
+        (lambda r: r.update(seconds=True), "seconds is true or false, but must be a number"),
+        (lambda r: r.pop("outputs"), "the value has no field 'outputs'"),
+        (lambda r: r.update(outputs=5), "outputs is a whole number, but must be an object"),
+        (lambda r: r.update(outputs={"../../x": "ab"}), "outputs has .* but must be digests by paths below"),
+        (lambda r: r.update(outputs={"/etc/passwd": "ab"}), "outputs has"),
+        (lambda r: r.update(outputs={"out.txt": 5}), "outputs.* is a whole number, but must be a text"),
     ],
 )
 def test_a_record_that_no_stage_wrote_is_refused_by_field(run, change, words):

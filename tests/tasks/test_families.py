@@ -153,7 +153,7 @@ def test_impossible_difficulties_are_refused():
         Chain(min_steps=4, max_steps=3)
     with pytest.raises(ConfigError, match="add: digits range is 0 to 3"):
         Add(min_digits=0, max_digits=3)
-    with pytest.raises(ConfigError, match="recall: max_asked is 27, but must be 1 to 26"):
+    with pytest.raises(ConfigError, match="recall: max_asked is 27, but must be from 1 to 26"):
         Recall(max_asked=27)
     with pytest.raises(ConfigError, match="recall: max_length is 8, but must be at least 32"):
         Recall(max_length=8)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from puzzle_jax.errors import ConfigError
-from puzzle_jax.evaluate.accuracy import DEALT_SPLITS, QuestionSet
+from puzzle_jax.evaluate.accuracy import DISJOINT_SPLITS, QuestionSet
 from puzzle_jax.tasks import FiniteTask, JsonlTask, Problem, WorkedTask, get_task, problems
 from puzzle_jax.tasks.matches import MATCHES
 
@@ -187,17 +187,17 @@ def test_evaluation_asks_all_rows_there_are(file):
 
 
 def test_splits_of_search_and_training_share_no_row_whatever_the_seeds(file):
-    whole = [asked(file, split, seed=index) for index, split in enumerate(DEALT_SPLITS)]
+    whole = [asked(file, split, seed=index) for index, split in enumerate(DISJOINT_SPLITS)]
     assert sorted(row for rows in whole for row in rows) == list(range(40))
     assert all(rows for rows in whole)
-    for rows, split in zip(whole, DEALT_SPLITS, strict=True):
+    for rows, split in zip(whole, DISJOINT_SPLITS, strict=True):
         assert set(asked(file, split, per_task=2, seed=5)) <= set(rows)
 
 
 def test_equal_prompts_are_dealt_to_one_split(tmp_path):
     file = written(tmp_path / "twice.jsonl", [{"prompt": "1?", "answer": "1"}] * 6)
     taken = []
-    for split in DEALT_SPLITS:
+    for split in DISJOINT_SPLITS:
         try:
             taken.append(asked(file, split))
         except ConfigError as error:

@@ -1,1 +1,1 @@
-"""Which experts of a layer matter."""
+"""Rankings of the experts of a layer."""

@@ -85,12 +85,9 @@ def gram_matrices(outputs: Float[Array, "tokens ranks hidden"]) -> Float[Array, 
 
 @partial(jax.jit, static_argnames="k")
 def joint_greedy(sample: Sample, routed: Float[Array, "experts"], k: int) -> Int[Array, "experts"]:
-    """The step at which each expert is removed; those that stay to the end have the number of steps.
+    """The step at which each expert is removed; the k that stay to the end have the number of steps.
 
-    Args:
-      sample: of one layer.
-      routed: of equal experts the one routed to least goes first.
-      k: experts per token, and how many stay.
+    Among equal experts the one routed to least is removed first.
     """
     ids = sample.order[:, : sample.logits.shape[1]]
     whole = _gates(sample.logits, jnp.ones(ids.shape, bool), k)
@@ -100,7 +97,7 @@ def joint_greedy(sample: Sample, routed: Float[Array, "experts"], k: int) -> Int
         return jnp.einsum("...r,...rs,...s->...", change, gram, change)
 
     def growth(alive_experts: Bool[Array, "experts"]) -> Float[Array, "experts"]:
-        """How much the removal of each expert adds to the summed error."""
+        """The amount that the removal of each expert adds to the summed error."""
         alive = alive_experts[ids]
         now = error(alive, _gates(sample.logits, alive, k), sample.gram)
         ranks = alive.shape[1]

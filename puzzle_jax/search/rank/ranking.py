@@ -20,7 +20,7 @@ the number of traces.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -35,6 +35,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from puzzle_jax.config import ModelConfig
+from puzzle_jax.evaluate.divergence import cosine
 from puzzle_jax.files import write_beside
 from puzzle_jax.generate.batches import MicroBatch
 from puzzle_jax.kernels.expert_mlp import expert_outputs
@@ -53,6 +54,7 @@ from puzzle_jax.search.rank.elimination import (
     ranked_choice,
 )
 from puzzle_jax.search.score.replace_one import run_attention
+from puzzle_jax.search.space import ExpertChoice, Space, Windows, distinct_choices
 
 METHODS = ("removal_error", "joint_greedy", "reap", "easy_ep", "frequency", "weighted_frequency", "ranked_choice")
 
@@ -74,19 +76,35 @@ class Ranking(NamedTuple):
         return tuple(sorted(int(i) for i in order[:count]))
 
     def agreement(self, counts: Sequence[int]) -> dict[tuple[str, str], float]:
-        """For each pair of methods the share of kept experts that both keep, the mean over layers and counts."""
-        return {
-            (one, other): float(
-                np.mean(
-                    [
-                        len({*self.keep(one, layer, count)} & {*self.keep(other, layer, count)}) / count
-                        for layer in range(len(self.routed))
-                        for count in counts
-                    ]
-                )
-            )
-            for one, other in combinations(self.scores, 2)
-        }
+        """The share of kept experts that both methods of a pair keep, as the mean over layers and counts."""
+
+        def shares(one: str, other: str) -> Iterator[float]:
+            for layer in range(len(self.routed)):
+                for count in counts:
+                    yield len({*self.keep(one, layer, count)} & {*self.keep(other, layer, count)}) / count
+
+        return {pair: float(np.mean(list(shares(*pair)))) for pair in combinations(self.scores, 2)}
+
+
+def ranked_space(
+    parent: ModelConfig,
+    counts: Sequence[Sequence[int]],
+    windows: Windows,
+    ranking: Ranking,
+) -> Space:
+    """The keep-set of every method for every layer and count, equal ones merged; the parent's own set comes first where
+    its count is offered."""
+    layers = []
+    for layer, (block, offered) in enumerate(zip(parent.blocks, counts, strict=True)):
+        everything = ExpertChoice(block.num_experts, tuple(range(block.num_experts)), "parent")
+        kept = [
+            ExpertChoice(count, ranking.keep(method, layer, count), method)
+            for count in offered
+            if count < block.num_experts
+            for method in METHODS
+        ]
+        layers.append((*([everything] if block.num_experts in offered else []), *distinct_choices(kept)))
+    return Space(parent, tuple(layers), windows)
 
 
 class RankSums(NamedTuple):
@@ -102,10 +120,8 @@ class RankSums(NamedTuple):
 
 
 class KeptSums:
-    """Sums of the batches so far in a file, saved as often as costs little.
-
-    Args:
-      path: of the file, whose directory is made when it is missing; one that was not written whole is passed over.
+    """Sums of the batches so far in a file, saved as often as costs little; a file that was not written whole is
+    ignored.
     """
 
     def __init__(self, path: Path) -> None:
@@ -174,11 +190,10 @@ def rank_experts(
 
 
 def no_sums(config: ModelConfig) -> RankSums:
-    """Of a layer, before the first batch."""
+    """The sums of a layer before the first batch."""
     experts = config.blocks[0].num_experts
     sample = empty_sample(SAMPLED_PER_LAYER, experts, num_ranks(experts, config.experts_per_token))
-    sums = [jnp.zeros(experts) for _ in range(5)]
-    return RankSums(sums[0], sums[1], sums[2], sums[3], sums[4], jnp.zeros(()), sample)
+    return RankSums(*(jnp.zeros(experts) for _ in range(5)), tokens=jnp.zeros(()), sample=sample)
 
 
 def _ranking(sums: Sequence[RankSums], k: int) -> Ranking:
@@ -226,7 +241,7 @@ def rank_mixture(
     out = jnp.einsum("tk,tkh->th", gates, outputs[:, :k])
     after = before + out.astype(x.dtype)
     norms = gates * jnp.linalg.norm(outputs[:, :k], axis=-1)
-    turned = jnp.maximum(1.0 - _cosine(before, after), 0.0)[:, None]
+    turned = jnp.maximum(1.0 - cosine(before, after), 0.0)[:, None]
     removal = _removal_errors(chosen, outputs, out, k) if experts > k else jnp.zeros_like(gates)
     of_trace = batch.task_weight / jnp.maximum(batch.lengths, 1)
     weight = (batch.valid * of_trace[:, None]).reshape(-1)
@@ -250,7 +265,7 @@ def _sample(moe: Params, config: ModelConfig, y: Array, logits: Array, weight: A
 
 
 def _outputs(moe: Params, config: ModelConfig, y: Array, ids: Array) -> Float[Array, "tokens ranks hidden"]:
-    """What every one of those experts gives."""
+    """The outputs of all of those experts."""
     found = expert_outputs(y, ids, layer_experts(moe), limit=config.swiglu_limit, mesh=traced_mesh())
     return found.astype(jnp.float32)
 
@@ -269,9 +284,3 @@ def _removal_errors(
         changed = jnp.einsum("tk,tkh->th", gates, outputs)
         errors.append(jnp.mean((changed - out) ** 2, axis=-1))
     return jnp.stack(errors, axis=-1)
-
-
-def _cosine(a: Float[Array, "tokens hidden"], b: Float[Array, "tokens hidden"]) -> Float[Array, "tokens"]:
-    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    norms = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
-    return jnp.sum(a * b, axis=-1) / jnp.maximum(norms, 1e-20)

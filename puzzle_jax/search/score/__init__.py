@@ -1,1 +1,1 @@
-"""How much each alternative hurts."""
+"""Scores of alternatives: the loss that each one costs."""

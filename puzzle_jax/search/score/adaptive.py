@@ -1,4 +1,4 @@
-"""Which scores are worth more traces: those whose uncertainty could change what the program chooses.
+"""Adaptive scoring: more traces for the scores whose uncertainty could change the program's choice.
 
 All alternatives are scored on a few traces first. Then, round by round: the traces are drawn anew with replacement
 many times (a bootstrap by sequence), the relaxed program is solved with each draw's mean scores, and alternatives of
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -41,12 +40,13 @@ Scorer = Callable[[Sequence[int], Sequence[int]], None]
 """Fills a table: numbers of alternatives, numbers of traces."""
 
 
+_Rows = tuple[np.ndarray, np.ndarray] | tuple[None, None]
+
+
 class RelaxedProgram:
     """A program's linear relaxation, for many objectives under the same limits.
 
-    Args:
-      program: library and limits.
-      owner: per group, the number of the score of each alternative; None stands for a score that is known to be 0.
+    `owner` gives, per group, the number of the score of each alternative; None stands for a score known to be 0.
     """
 
     def __init__(self, program: Program, owner: Mapping[str, Mapping[str, int | None]]) -> None:
@@ -60,7 +60,7 @@ class RelaxedProgram:
         self._cases = [self._rows(program, pairs, program.limits_of(selected)) for selected in program.combinations()]
 
     @staticmethod
-    def _rows(program: Program, pairs: Sequence[tuple[str, str]], limits: Sequence[Limit]) -> tuple[Any, Any]:
+    def _rows(program: Program, pairs: Sequence[tuple[str, str]], limits: Sequence[Limit]) -> _Rows:
         """Limits as rows of largest coefficient 1, and their bounds; None without limits."""
         rows, bounds = [], []
         for limit in limits:
@@ -96,7 +96,7 @@ class RelaxedProgram:
         cost = np.append(scores, 0.0)[self.number]
         return cost / max(float(np.abs(cost).max()), 1e-300)
 
-    def _least(self, cost: np.ndarray, rows: Any, bounds: Any) -> np.ndarray | None:
+    def _least(self, cost: np.ndarray, rows: np.ndarray | None, bounds: np.ndarray | None) -> np.ndarray | None:
         """The relaxed choice of least cost under some limits."""
         return linprog(
             cost,
@@ -112,13 +112,11 @@ class RelaxedProgram:
 def contested(
     programs: Iterable[RelaxedProgram], table: ScoreTable, *, draws: int = 32, seed: int = 0, base_kl: float = 0.0
 ) -> list[int]:
-    """Numbers of the alternatives that some draws of the traces choose and others do not, where that is worth a look.
+    """Numbers of the alternatives that some draws of the traces, with replacement, choose and others do not, where that
+    is worth a look.
 
-    Args:
-      programs: one for each target that the scores are to serve.
-      table: scores so far; every alternative has some.
-      draws: of the traces, with replacement.
-      base_kl: KL of the model to which scores are differences; 0 for the parent.
+    There is one program for each target that the scores are to serve; the table has some scores of every alternative.
+    `base_kl` is the KL of the model to which scores are differences; 0 for the parent.
     """
     source, found = np.random.default_rng(seed), set()
     used = np.flatnonzero(table.scored.any(axis=0))
@@ -170,12 +168,8 @@ def score_adaptively(
 ) -> int:
     """Scores all alternatives on the `first` traces, then contested ones on more; returns the traces used.
 
-    Args:
-      table: what was scored before is not scored again.
-      score: fills the table.
-      programs: what the scores are for.
-      base_kl: as in `contested`.
-      on_round: called with alternatives and traces before each round.
+    Scores that the table has already are not computed again. `on_round` is called with the numbers of alternatives and
+    traces before each round.
     """
     order = in_random_order(table.traces, seed)
     wanted, start, stop = list(range(len(table.alternatives))), 0, min(first, len(order))

@@ -1,7 +1,7 @@
-"""The alternatives of a space in one row, each with a number: what is scored, and what the program's groups refer to.
+"""The alternatives of a space, each with a number by which scores and the program's groups refer to it.
 
 Around a base model, an expert set replaces a layer's experts and leaves the base's window; a window leaves its
-experts. What the base has already needs no score.
+experts. The base's own choices need no score.
 """
 
 from __future__ import annotations

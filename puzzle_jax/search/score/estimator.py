@@ -31,7 +31,7 @@ _ROUNDS = 3
 _STEEPEST = 3.0
 """Slope that is believed."""
 _LEAST = 0.3
-"""Of a score, that a correction leaves."""
+"""Least share of a score that a correction leaves."""
 
 Values = Float[np.ndarray, "alternatives"]
 ByTrace = Float[np.ndarray, "alternatives traces"]
@@ -92,7 +92,7 @@ def kinds_of(kinds: Sequence[Hashable]) -> Int[np.ndarray, "traces"]:
 
 
 def _correction(rest: ByTrace, lens: ByTrace, weights: ByTrace, overall: Values) -> Values:
-    """What to add to the means of alternatives whose scored traces the lens all looked at; 0 for others."""
+    """The correction of the means of alternatives whose scored traces the lens all looked at; 0 for others."""
     looked = ~np.any(np.isnan(lens) & (weights > 0), axis=1)
     seen = np.where(weights > 0, np.nan_to_num(lens), 0.0)
     mean = np.sum(weights * seen, axis=1)
@@ -104,15 +104,11 @@ def _correction(rest: ByTrace, lens: ByTrace, weights: ByTrace, overall: Values)
 
 
 def shrunk(measured: Values, errors: Values, lens: Values, layers: Int[np.ndarray, "alternatives"]) -> Values:
-    """Scores drawn towards what the lens lets expect, as far as they are uncertain.
+    """Scores drawn towards those that the lens predicts, as far as they are uncertain.
 
-    Args:
-      measured: means, nats per token.
-      errors: their standard errors.
-      lens: estimates of the same.
-      layers: of the alternatives; each layer's offset is fitted as if one more alternative of it had none.
-
-    What is not above zero in all three stays as it was measured, and so does everything where that leaves few.
+    All values are means in nats per token, with the standard errors of the measured ones. Each layer's offset is
+    fitted as if one more alternative of it had none. Scores that are not above zero in all three stay as they were
+    measured, and so do all where that leaves few.
     """
     known = (measured > 0) & (lens > 0) & (errors > 0) & np.isfinite(errors)
     if known.sum() < _FEWEST:

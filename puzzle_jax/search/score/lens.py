@@ -27,7 +27,7 @@ from puzzle_jax.model.spec import Params
 from puzzle_jax.search.score.replace_one import METRICS, Alternative, Answers, ReplaceOne, compare_with_parent
 
 RIDGE = 1e-3
-"""Of the mean square of the inputs."""
+"""Share of the mean square of the inputs."""
 
 
 @dataclass(frozen=True)

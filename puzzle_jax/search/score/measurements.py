@@ -1,4 +1,4 @@
-"""How much each alternative hurts: KL(parent || child) per completion token.
+"""The loss that each alternative costs: KL(parent || child) per completion token.
 
 The mean is over all tokens, whichever trace they are of: a wrong turn anywhere in an answer spoils it, so long answers
 have more to lose. With one share for every trace, however short, short answers decide: on the embedded parent that
@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -43,7 +43,7 @@ _UNCHANGED = np.array([0.0, 1.0, 1.0, *[0.0] * (len(METRICS) - 3)])
 
 @runtime_checkable
 class Runner(Protocol):
-    """What gives METRICS of traces under alternatives: `ReplaceOne` or a `Lens`."""
+    """Finds METRICS of traces under alternatives: `ReplaceOne`, a `Lens` or `WholeChildren`."""
 
     @property
     def base(self) -> Sequence[Alternative] | None: ...
@@ -124,10 +124,9 @@ class ScoreTable:
         return self._means(self.scored)
 
     def estimates(self, traces: Int[np.ndarray, "drawn"] | None = None) -> Float[np.ndarray, "alternatives"]:
-        """The best guess of every KL: the means, or with a lens what `estimator` makes of both.
+        """The best estimate of every KL: the means, or with a lens those of `estimator`.
 
-        Args:
-          traces: draws of them to count, each as often as it was drawn, instead of each once. NaN without any.
+        `traces` are draws, each counted as often as it was drawn, instead of each once; NaN where there are none.
         """
         times = np.ones(len(self.traces)) if traces is None else np.bincount(traces, minlength=len(self.traces))
         times = (self.scored * times).astype(float)
@@ -173,7 +172,7 @@ class ScoreTable:
     # On disk -------------------------------------------------------------------------------------------------------
 
     def key(self, parent: str) -> str:
-        """What the numbers depend on; `parent` names the model and everything else that is not in the table."""
+        """A hash of everything that the numbers depend on; `parent` names all of it that is not in the table."""
         digest = hashlib.sha256(parent.encode())
         for layer, choice in self.alternatives:
             digest.update(f"{layer} {choice.window} {np.flatnonzero(choice.expert_mask).tolist()}\n".encode())
@@ -204,12 +203,10 @@ class ScoreTable:
 
 
 class SavedTable:
-    """A table that is on disk from time to time, so that a killed run goes on from it.
+    """A table that is on disk from time to time, so that a killed run goes on from it; a path of None keeps nothing.
 
-    Args:
-      table: knows then what the file holds of the same key.
-      path: of the file; None keeps nothing.
-      identity: of everything that the numbers depend on and that is not in the table.
+    The identity names everything that the numbers depend on and that is not in the table: a file of another one is not
+    read.
     """
 
     def __init__(self, table: ScoreTable, path: Path | None, identity: str) -> None:
@@ -243,100 +240,88 @@ def _tokens_by_context(trace: Trace) -> Int[np.ndarray, "buckets"]:
     return np.bincount(np.searchsorted(CONTEXTS, _contexts(trace)), minlength=len(CONTEXTS) + 1)
 
 
-def fill(
-    table: ScoreTable,
-    run: Runner,
-    alternatives: Sequence[int],
-    traces: Sequence[int],
-    *,
-    tokens_per_batch: int = 1024,
-    on_batch: Callable[[], None] | None = None,
-    on_done: Callable[[int], None] | None = None,
-    team: Team | None = None,
-) -> None:
-    """Scores alternatives on traces (numbers of both in the table) that they were not scored on yet.
-
-    Args:
-      on_batch: called after every turn of a batch per process, when the table may be saved.
-      on_done: called with what was done of `work_left`.
-      team: processes that share the work; each calls this with the same table, which is the same in all afterwards.
-    """
-    team = team or Team()
-    to_do = [task for task in _to_do(table, run, alternatives, traces, tokens_per_batch) if task[1]]
-    for first in range(0, len(to_do), team.count):
-        turn = to_do[first : first + team.count]
-        shape = (max(len(wanted) for _, wanted in turn), max(len(batch.ids) for batch, _ in turn), len(METRICS))
-        values = np.zeros(shape)
-        for batch, wanted in turn[team.index : team.index + 1]:
-            found = run(batch, [table.alternatives[number] for number in wanted], on_done)
-            values[: len(wanted), : len(batch.ids)] = found
-        for number, ((batch, wanted), found) in enumerate(zip(turn, team.gathered(values), strict=False)):
-            real = batch.ids >= 0
-            table.values[np.ix_(wanted, batch.ids[real])] = found[: len(wanted), : len(real)][:, real]
-            if on_done is not None and number != team.index:
-                on_done(run.work([table.alternatives[n] for n in wanted]))
-        if on_batch is not None:
-            on_batch()
-
-
 @dataclass(frozen=True)
-class SharedFill:
-    """A call of `fill`, in a form that other processes can be told."""
+class Fill:
+    """Alternatives to be scored on traces (numbers of both in the table) that they were not scored on yet.
+
+    `placed` makes it a message to other processes, which `join` in.
+    """
 
     table: ScoreTable
     run: Runner
     alternatives: Sequence[int]
     traces: Sequence[int]
-    tokens_per_batch: int
+    tokens_per_batch: int = 1024
 
-    @staticmethod
-    def of(
-        table: ScoreTable, run: Runner, alternatives: Sequence[int], traces: Sequence[int], tokens: int
-    ) -> SharedFill:
-        return SharedFill(table, run.placed({}, None), alternatives, traces, tokens)
+    @property
+    def work(self) -> int:
+        """Layers to be run for each of the alternatives and batches that are left."""
+        return sum(self._work(wanted) for _, wanted in self._to_do())
+
+    def __call__(
+        self,
+        on_batch: Callable[[], None] | None = None,
+        on_done: Callable[[int], None] | None = None,
+        team: Team | None = None,
+    ) -> None:
+        """Fills the table.
+
+        Args:
+          on_batch: called after every turn of a batch per process, when the table may be saved.
+          on_done: called with the part of `work` that was done.
+          team: processes that share the work; each calls this with the same table, which is the same in all afterwards.
+        """
+        team = team or Team()
+        to_do = [task for task in self._to_do() if task[1]]
+        for first in range(0, len(to_do), team.count):
+            turn = to_do[first : first + team.count]
+            shape = (max(len(wanted) for _, wanted in turn), max(len(batch.ids) for batch, _ in turn), len(METRICS))
+            values = np.zeros(shape)
+            for batch, wanted in turn[team.index : team.index + 1]:
+                found = self.run(batch, [self.table.alternatives[number] for number in wanted], on_done)
+                values[: len(wanted), : len(batch.ids)] = found
+            for number, ((batch, wanted), found) in enumerate(zip(turn, team.gathered(values), strict=False)):
+                real = batch.ids >= 0
+                self.table.values[np.ix_(wanted, batch.ids[real].tolist())] = found[: len(wanted), : len(real)][:, real]
+                if on_done is not None and number != team.index:
+                    on_done(self._work(wanted))
+            if on_batch is not None:
+                on_batch()
+
+    def placed(self, params: Params, mesh: Mesh | None) -> Fill:
+        """The same with parameters of another process, or with none on the way to it."""
+        return replace(self, run=self.run.placed(params, mesh))
 
     def join(self, team: Team, params: Params, mesh: Mesh | None) -> None:
         """Takes this process's part."""
-        run = self.run.placed(params, mesh)
-        fill(self.table, run, self.alternatives, self.traces, tokens_per_batch=self.tokens_per_batch, team=team)
+        self.placed(params, mesh)(team=team)
 
+    def _work(self, wanted: Sequence[int]) -> int:
+        return self.run.work([self.table.alternatives[number] for number in wanted])
 
-def work_left(
-    table: ScoreTable,
-    run: Runner,
-    alternatives: Sequence[int],
-    traces: Sequence[int],
-    *,
-    tokens_per_batch: int = 1024,
-) -> int:
-    """Layers to be run for each of the alternatives and batches that `fill` has not done yet."""
-    return sum(
-        run.work([table.alternatives[number] for number in wanted])
-        for _, wanted in _to_do(table, run, alternatives, traces, tokens_per_batch)
-    )
-
-
-def _to_do(table: ScoreTable, run: Runner, alternatives: Sequence[int], traces: Sequence[int], tokens: int):
-    """Batches of the traces, with the alternatives to run on each. What a window cannot change is filled in here."""
-    table.recall(alternatives, traces)
-    longest = max(len(trace.prompt) + len(trace.completion) for trace in table.traces)
-    batches = micro_batches([table.traces[number] for number in traces], tokens_per_batch=tokens, longest=longest)
-    for batch in batches:
-        ids = np.where(batch.ids >= 0, np.asarray(traces)[batch.ids], -1)
-        batch = batch._replace(ids=ids)
-        rows = ids[ids >= 0]
-        wanted = []
-        for number in alternatives:
-            layer, choice = table.alternatives[number]
-            if run.base is None and _changes_nothing(choice, run.choices[layer], batch):
-                table.values[number, rows] = _UNCHANGED
-            elif np.isnan(table.values[number, rows, 0]).any():
-                wanted.append(number)
-        yield batch, wanted
+    def _to_do(self) -> Iterator[tuple[MicroBatch, list[int]]]:
+        """Batches of the traces, with the alternatives to run on each; values that a window cannot change are filled in
+        here."""
+        table, run = self.table, self.run
+        table.recall(self.alternatives, self.traces)
+        longest = max(len(trace.prompt) + len(trace.completion) for trace in table.traces)
+        traces = [table.traces[number] for number in self.traces]
+        for batch in micro_batches(traces, tokens_per_batch=self.tokens_per_batch, longest=longest):
+            ids = np.where(batch.ids >= 0, np.asarray(self.traces)[batch.ids], -1)
+            batch = batch._replace(ids=ids)
+            rows = ids[ids >= 0]
+            wanted = []
+            for number in self.alternatives:
+                layer, choice = table.alternatives[number]
+                if run.base is None and _changes_nothing(choice, run.choices[layer], batch):
+                    table.values[number, rows] = _UNCHANGED
+                elif np.isnan(table.values[number, rows, 0]).any():
+                    wanted.append(number)
+            yield batch, wanted
 
 
 def _changes_nothing(choice: Alternative, base: Alternative, batch: MicroBatch) -> bool:
-    """Whether a narrower window is as wide as all traces of a batch."""
+    """Returns whether a narrower window is as wide as all traces of a batch."""
     if choice.window is None or not np.array_equal(choice.expert_mask, base.expert_mask):
         return False
     return choice.window >= int(np.max(np.asarray(batch.lengths)))

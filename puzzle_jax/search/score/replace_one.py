@@ -42,14 +42,13 @@ MOST_ANSWERS = 8192
 """Positions whose logits are there at the same time."""
 
 METRICS = ("kl", "agreement", "cosine", *(f"kl up to {end}" for end in CONTEXTS), f"kl beyond {CONTEXTS[-1]}")
-"""What is measured of a trace: weighted sums over its completion; the KL also by context length."""
-
+"""Measurements of a trace: weighted sums over its completion; the KL also by context length."""
 
 KL_METRICS = [index for index, name in enumerate(METRICS) if name.startswith("kl")]
 
 
 class Alternative(NamedTuple):
-    """What replaces one layer's own choice: experts that stay, or a window."""
+    """A choice in the place of one layer's own: experts that stay, or a window."""
 
     expert_mask: np.ndarray
     window: int | None
@@ -168,7 +167,7 @@ class ReplaceOne:
     # The base ------------------------------------------------------------------------------------------------------
 
     def embedded(self, batch: MicroBatch) -> Float[Array, "rows seq hidden"]:
-        """What the first layer starts from."""
+        """The input of the first layer."""
         return _embed(self.params["embedding"], spread_rows(batch.tokens, self.mesh))
 
     def layer(self, index: int, x: Array, choice: Alternative, config: ModelConfig | None = None) -> Array:
@@ -209,7 +208,7 @@ class ReplaceOne:
     # Alternatives --------------------------------------------------------------------------------------------------
 
     def layers(self, batch: MicroBatch) -> Iterator[tuple[int, States, Array, Array]]:
-        """From the top down: layer, its states in the base, the base's state after it, the parent's final state."""
+        """Layers from the top down, their states in the base, the base's state after them, the parent's final one."""
         parent, after, kept = self._final_states(batch)
         for first in sorted(kept, reverse=True):
             states = self._states(first, kept.pop(first))

@@ -10,14 +10,14 @@ from puzzle_jax.search.score.space_scorer import ScoredSpace
 from puzzle_jax.search.solve.problem import Scores
 
 
-def scores_to_json(scored: ScoredSpace) -> list[dict[str, Any]]:
+def scores_to_json(scored: ScoredSpace) -> list[dict[str, object]]:
     """The space with the score of each alternative that is not the parent's own."""
     indexed, table, layers = scored.indexed, scored.table, []
     estimates = table.estimates()
     for layer, entry in enumerate(scored.space.to_json()):
         window = scored.space.parent.blocks[layer].window
 
-        def score(number: int | None, window: int | None = window) -> dict[str, Any] | None:
+        def score(number: int | None, window: int | None = window) -> dict[str, object] | None:
             if number is None:
                 return None
             return {**asdict(table.score(number, window)), "estimate": float(estimates[number])}
@@ -34,7 +34,7 @@ def scores_to_json(scored: ScoredSpace) -> list[dict[str, Any]]:
 
 
 def scores_from_json(layers: Sequence[Mapping[str, Any]]) -> Scores:
-    """What the program minimises."""
+    """The scores, which the program minimises."""
     return Scores(
         experts=tuple(tuple(_estimate(choice.get("score")) for choice in layer["experts"]) for layer in layers),
         attention=tuple(tuple(_estimate(score) for score in layer["window_scores"]) for layer in layers),

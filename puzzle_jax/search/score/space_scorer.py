@@ -20,22 +20,14 @@ from puzzle_jax.search.recipe import ScoreSettings
 from puzzle_jax.search.score.adaptive import RelaxedProgram, in_random_order, score_adaptively
 from puzzle_jax.search.score.alternatives import IndexedAlternatives
 from puzzle_jax.search.score.lens import fit_lens
-from puzzle_jax.search.score.measurements import (
-    Runner,
-    SavedTable,
-    ScoreTable,
-    SharedFill,
-    fill,
-    longest_context,
-    work_left,
-)
+from puzzle_jax.search.score.measurements import Fill, Runner, SavedTable, ScoreTable, longest_context
 from puzzle_jax.search.score.replace_one import ReplaceOne
 from puzzle_jax.search.solve.problem import Problem, Scores
 from puzzle_jax.search.space import Space
 from puzzle_jax.search.workers import Team
 
 LENS_TRACES = 96
-"""That lenses are fitted on and look at, at most."""
+"""The most traces that lenses are fitted on and look at."""
 
 _LONG_TRACES = 4  # longer than a window, on which every window is scored at least
 
@@ -88,11 +80,9 @@ class SpaceScorer:
     team: Team = field(default_factory=Team)
 
     def __call__(self, space: Space, table_path: Path, identity: str) -> ScoredSpace:
-        """Scores all alternatives of `space` that the lens leaves.
+        """Scores all alternatives of `space` that the lens leaves, and keeps scored pairs in a file.
 
-        Args:
-          table_path: where scored pairs are kept.
-          identity: of everything else that the numbers depend on, the parent and the base.
+        `identity` names everything else that the numbers depend on, the parent and the base.
         """
         indexed = IndexedAlternatives.around(space, self.run.base)
         proposed, lens = len(indexed.listed), None
@@ -147,21 +137,11 @@ class SpaceScorer:
         save: Callable[[], None] | None = None,
     ) -> None:
         """Scores alternatives of a table on some of its traces, by `run` or else exactly."""
-        tokens, used = self.settings.tokens_per_batch, run or self.run
-        work = work_left(table, used, alternatives, traces, tokens_per_batch=tokens)
-        what = f"scoring {len(alternatives)} on {len(traces)}"
-        self.team.broadcast(SharedFill.of(table, used, alternatives, traces, tokens))
+        fill = Fill(table, run or self.run, alternatives, traces, self.settings.tokens_per_batch)
+        what, work = f"scoring {len(alternatives)} on {len(traces)}", fill.work
+        self.team.broadcast(fill.placed({}, None))
         with progress(self.console, what, work) as advance:
-            fill(
-                table,
-                used,
-                alternatives,
-                traces,
-                tokens_per_batch=tokens,
-                on_batch=save,
-                on_done=advance,
-                team=self.team,
-            )
+            fill(save, advance, self.team)
 
     def _looked(self, indexed: IndexedAlternatives) -> ScoreTable:
         """Estimates by the lens, on the first traces."""

@@ -23,7 +23,7 @@ from puzzle_jax.generate.batches import MicroBatch
 from puzzle_jax.generate.traces import Trace
 from puzzle_jax.model.child import Child
 from puzzle_jax.model.spec import Params
-from puzzle_jax.search.score.measurements import SavedTable, Score, ScoreTable, SharedFill, fill
+from puzzle_jax.search.score.measurements import Fill, SavedTable, Score, ScoreTable
 from puzzle_jax.search.score.replace_one import (
     Alternative,
     Answers,
@@ -136,20 +136,19 @@ def score_children(
 
     Args:
       on_done: called with the number of children that were run on a batch.
-      team: processes that share the work.
       kept: directory of a killed run's results, which are not measured again; None keeps nothing.
-      identity: what the numbers depend on besides children and traces: the parent, versions.
+      identity: everything that the numbers depend on besides children and traces: the parent, versions.
     """
     nothing = Alternative(np.ones(config.blocks[0].num_experts, bool), config.blocks[0].window)
     table = ScoreTable.empty([(number, nothing) for number in range(len(children))], traces)
     layers = tuple(Layers(child_choices(child), child.viewed) for child in children)
     run, team = WholeChildren(ReplaceOne(params, config, mesh=mesh), layers), team or Team()
-    everything = range(len(children)), range(len(traces))
+    fill = Fill(table, run, range(len(children)), range(len(traces)), tokens_per_batch)
     about = f"{identity} {[(child.blocks, child.rope) for child in children]}"
     name = f"kl-{hashlib.sha256(table.key(about).encode()).hexdigest()[:16]}.safetensors"
     saved = SavedTable(table, None if kept is None else kept / name, about)
-    team.broadcast(SharedFill.of(table, run, *everything, tokens_per_batch))
-    fill(table, run, *everything, tokens_per_batch=tokens_per_batch, on_batch=saved.save, on_done=on_done, team=team)
+    team.broadcast(fill.placed({}, None))
+    fill(saved.save, on_done, team)
     saved.save(now=True)
     scores = [table.score(number, config.blocks[0].window) for number in range(len(children))]
     return Measurements(scores, table.values[..., 0], table.tokens)

@@ -1,4 +1,4 @@
-"""From a prompt and an effort to tokens, and from tokens back to analysis and final text.
+"""Tokens of a prompt at an effort, and analysis and final text of tokens.
 
 Works on the files that a checkpoint carries: tokenizer.json, the chat template and what configures both
 (`chat_reading`). The template is rendered with the sandbox, options and variables of transformers'
@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 
@@ -35,7 +34,7 @@ _RECIPIENT = re.compile(r"(^|[\s>])to=")
 
 @dataclass(frozen=True)
 class Completion:
-    """What a model answered.
+    """A model's answer, as texts.
 
     Attributes:
       analysis: text of the analysis channel, "" when it wrote none.
@@ -67,17 +66,11 @@ class Chat:
 
     @classmethod
     def load(cls, directory: str | Path, today: datetime.datetime | None = None) -> Chat:
-        """Reads the chat files of a checkpoint directory.
+        """Reads the chat files of a checkpoint directory; the template sees the date `today`, by default now.
 
         Warns with `PuzzleWarning` where the checkpoint does not name the tokens that end a turn in the harmony format,
-        which then end an answer all the same.
-
-        Args:
-          directory: the checkpoint.
-          today: what `strftime_now` says inside the template, now by default; fixed, so that one run sees one date.
-
-        Raises:
-          CheckpointError: a file or field is missing or damaged, or the template knows no effort.
+        which then end an answer all the same. Raises `CheckpointError` where a file or field is missing or damaged, or
+        the template knows no effort.
         """
         directory = Path(directory)
         tokenizer, special = read_tokenizer(directory)
@@ -97,7 +90,7 @@ class Chat:
         """The date that the template sees."""
         return self.template.today
 
-    def prompt_tokens(self, prompt: str | Sequence[Mapping[str, Any]], effort: str = "medium") -> list[int]:
+    def prompt_tokens(self, prompt: str | Sequence[Mapping[str, object]], effort: str = "medium") -> list[int]:
         """Tokens of a conversation up to where the assistant begins.
 
         Args:
@@ -127,13 +120,8 @@ class Chat:
     def completion_tokens(self, analysis: str, final: str, *, cut: bool = False) -> list[int]:
         """Tokens that the assistant should write after `prompt_tokens`; no analysis message when it is "".
 
-        Args:
-          analysis: text of the analysis channel.
-          final: text of the final channel.
-          cut: whether a limit ended the answer: it has no stop id, and without a final text ends in its analysis.
-
-        Raises:
-          ConfigError: a text is no valid Unicode.
+        `cut` is for answers that a limit ended: they have no stop id, and without a final text end in their analysis.
+        Raises `ConfigError` for a text that is no valid Unicode.
         """
         for name, text in (("analysis", analysis), ("final", final)):
             if not is_unicode(text):
@@ -148,8 +136,8 @@ class Chat:
         end = "" if cut else "<|return|>"
         return self._control.encode(f"{thought}{between}<|channel|>final<|message|>{final}{end}", tokens)
 
-    def speaks_of_control_tokens(self, *texts: str) -> bool:
-        """Whether control tokens are written out in a text; they stay text."""
+    def has_control_tokens(self, *texts: str) -> bool:
+        """Returns whether control tokens are written out in a text, where they stay text."""
         return bool(self._control.mark(texts, "").tokens)
 
     def parse(self, tokens: Sequence[int]) -> Completion:
@@ -157,7 +145,7 @@ class Chat:
 
         Everything after the first stop id is ignored. A message is skipped when its header is broken, its channel is
         another one (commentary), or it goes to a tool (`to=...`); several messages on one channel are joined by new
-        lines. A constraint in the header (`<|constrain|>json`) says nothing about the channel.
+        lines. A constraint in the header (`<|constrain|>json`) does not change the channel.
         """
         tokens = [int(token) for token in tokens]
         stop = next((i for i, token in enumerate(tokens) if token in self.stop_ids), None)
@@ -190,20 +178,20 @@ class Chat:
         return ControlTokens(self.tokenizer)
 
 
-def _history(messages: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+def _history(messages: Sequence[Mapping[str, object]]) -> list[tuple[str, str]]:
     """Role and content of every message."""
     if not messages:
         raise ConfigError("the conversation has no message, but must have at least one")
-    history = []
-    for number, message in enumerate(messages, 1):
-        for field in ("role", "content"):
-            value = message.get(field)
-            if not isinstance(value, str):
-                raise ConfigError(f"message {number}: {field} is {shown(value)}, but must be a text")
-            if not is_unicode(value):
-                raise ConfigError(f"message {number}: {field} holds half a surrogate pair, but must be valid Unicode")
-        history.append((message["role"], message["content"]))
-    return history
+
+    def text(number: int, field: str) -> str:
+        value = messages[number].get(field)
+        if not isinstance(value, str):
+            raise ConfigError(f"message {number + 1}: {field} is {shown(value)}, but must be a text")
+        if not is_unicode(value):
+            raise ConfigError(f"message {number + 1}: {field} holds half a surrogate pair, but must be valid Unicode")
+        return value
+
+    return [(text(number, "role"), text(number, "content")) for number in range(len(messages))]
 
 
 def _special(tokenizer: tokenizers.Tokenizer, token: str) -> int:

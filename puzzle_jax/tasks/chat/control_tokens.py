@@ -27,12 +27,7 @@ _FIRST, _LAST = 0xF0000, 0x10FFFD
 
 
 class Marked(NamedTuple):
-    """Texts in which control tokens are private characters.
-
-    Attributes:
-      texts: in the order in which they were given.
-      tokens: the control token that each private character stands for.
-    """
+    """Texts in which control tokens are private characters, and the control token that each of these stands for."""
 
     texts: list[str]
     tokens: Mapping[str, str]
@@ -100,7 +95,7 @@ class ControlTokens:
         return ids + self._encode(text[whole_from:])
 
     def _is_text(self, token: str) -> bool:
-        """Whether a special token is an ordinary one as well: some checkpoints pad with the token "!"."""
+        """Returns whether a special token is an ordinary one as well: some checkpoints pad with the token "!"."""
         ordinary = self._tokenizer.token_to_id(token) in self._encode_ordinary(token)
         if ordinary and token in FORMAT:
             raise CheckpointError(f"tokenizer.json makes the control token {token} of ordinary text")

@@ -106,7 +106,7 @@ def embedded_chat() -> Chat:
 
 
 def is_embedded(chat: Chat) -> bool:
-    """Whether a chat has the embedded parent's tokenizer, as its children have."""
+    """Returns whether a chat has the embedded parent's tokenizer, as its children have."""
     sizes = chat.tokenizer.get_vocab_size(), len((*SPECIAL_TOKENS, *WORDS, *CHARACTERS))
     return sizes[0] == sizes[1] and chat.tokenizer.get_vocab() == build_tokenizer().get_vocab()
 

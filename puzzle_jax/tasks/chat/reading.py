@@ -1,4 +1,4 @@
-"""Reads what a checkpoint says about its chat: tokenizer, template, special tokens, where answers end.
+"""Reads the chat files of a checkpoint: tokenizer, template, special tokens, the ids that end answers.
 
 It follows transformers in what goes before what: chat_template.jinja and additional_chat_templates/ before
 `chat_template` in tokenizer_config.json, of several named templates the one called "default";
@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import datetime
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
+from puzzle_jax.codec import from_plain
 from puzzle_jax.errors import CheckpointError, PuzzleWarning, shown
 from puzzle_jax.files import read_object, read_text
 from puzzle_jax.tasks.chat.rendering import Template
@@ -47,7 +49,9 @@ def read_tokenizer(directory: Path) -> tuple[tokenizers.Tokenizer, dict[str, str
     except BaseException as error:  # the library raises bare Exception for any damage, or panics
         raise CheckpointError(f"{path} is no valid tokenizer: {' '.join(str(error).split())}") from None
     known = {_form(token) for token in tokenizer.get_added_tokens_decoder().values()}
-    tokenizer.add_tokens([token for token in _configured_tokens(directory) if _form(token) not in known])
+    tokenizer.add_tokens(
+        [token for token in _configured_tokens(directory / "tokenizer_config.json") if _form(token) not in known]
+    )
     named = _special_tokens(directory, tokenizer)
     contents = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     tokenizer.add_tokens([
@@ -63,13 +67,7 @@ def read_tokenizer(directory: Path) -> tuple[tokenizers.Tokenizer, dict[str, str
 def read_template(
     directory: Path, tokenizer: tokenizers.Tokenizer, tokens: Mapping[str, str], today: datetime.datetime
 ) -> Template:
-    """The chat template of a checkpoint that is rendered where there are no tools.
-
-    Args:
-      directory: the checkpoint.
-      tokenizer: its tokenizer.
-      tokens: its special tokens by name.
-      today: what `strftime_now` says.
+    """The chat template that is rendered where there are no tools, with special tokens by name and the date it sees.
 
     Raises:
       CheckpointError: there is none, a file is damaged, several named ones have no default, or the template may write
@@ -171,48 +169,53 @@ def _template_files(directory: Path) -> dict[str, tuple[str, str]]:
     return {name: (read_text(path, CheckpointError), str(path)) for name, path in files.items() if path.is_file()}
 
 
+@dataclass(frozen=True)
+class _NamedTemplate:
+    name: str
+    template: str
+
+
+@dataclass(frozen=True)
+class _AddedToken:
+    content: str
+    single_word: bool | None = None
+    lstrip: bool | None = None
+    rstrip: bool | None = None
+    normalized: bool | None = None
+    special: bool | None = None
+
+
+@dataclass(frozen=True)
+class _Templates:
+    """Field of tokenizer_config.json: one template, or several by name."""
+
+    chat_template: str | list[_NamedTemplate] | dict[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class _AddedTokens:
+    """Field of tokenizer_config.json: tokens by id."""
+
+    added_tokens_decoder: dict[int, _AddedToken] = field(default_factory=dict)
+
+
 def _configured_templates(path: Path) -> dict[str, tuple[str, str]]:
-    value = _object(path).get("chat_template")
-    if value is None:
-        return {}
-    where = f"of {path}"
-    if isinstance(value, str):
-        return {"default": (value, where)}
-    items = value.items() if isinstance(value, dict) else _pairs(value, path)
-    named = dict(items)
-    if not all(isinstance(source, str) for source in named.values()):
-        raise CheckpointError(f"{path}: chat_template is {shown(value)}, but every named template must be a text")
-    return {name: (source, where) for name, source in named.items()}
+    """Source and place of every template in tokenizer_config.json, by name."""
+    found = from_plain(_Templates, _object(path), str(path), CheckpointError).chat_template
+    if isinstance(found, str):
+        found = {"default": found}
+    named = {each.name: each.template for each in found} if isinstance(found, list) else found or {}
+    return {name: (source, f"of {path}") for name, source in named.items()}
 
 
-def _pairs(value: Any, path: Path) -> Iterator[tuple[str, Any]]:
-    for item in value if isinstance(value, list) else [value]:
-        if not isinstance(item, dict) or not isinstance(item.get("name"), str) or "template" not in item:
-            raise CheckpointError(
-                f"{path}: chat_template holds {shown(item)}, but must be a text, or a list of names with templates"
-            )
-        yield item["name"], item["template"]
-
-
-def _configured_tokens(directory: Path) -> list[tokenizers.AddedToken]:
+def _configured_tokens(path: Path) -> list[tokenizers.AddedToken]:
     """Tokens that tokenizer_config.json describes, by id."""
-    path = directory / "tokenizer_config.json"
-    decoder = _object(path).get("added_tokens_decoder", {})
-    try:
-        return [_token(value) for _, value in sorted(decoder.items(), key=lambda item: int(item[0]))]
-    except (AttributeError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: added_tokens_decoder must hold an object with the token's content for every token id: {error}"
-        ) from None
+    found = from_plain(_AddedTokens, _object(path), str(path), CheckpointError).added_tokens_decoder
+    tokens = [asdict(token) for _, token in sorted(found.items())]
+    return [tokenizers.AddedToken(**{key: value for key, value in t.items() if value is not None}) for t in tokens]
 
 
-def _token(value: Any) -> tokenizers.AddedToken:
-    if not isinstance(value, Mapping) or not isinstance(value.get("content"), str):
-        raise ValueError(f"{shown(value)} is no such object")
-    return tokenizers.AddedToken(value["content"], **{flag: bool(value[flag]) for flag in _FLAGS if flag in value})
-
-
-def _form(token: tokenizers.AddedToken) -> tuple[Any, ...]:
+def _form(token: tokenizers.AddedToken) -> tuple[object, ...]:
     return (token.content, *(getattr(token, flag) for flag in _FLAGS))
 
 

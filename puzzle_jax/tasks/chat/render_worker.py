@@ -1,4 +1,4 @@
-"""The process in which chat templates are rendered; `rendering` starts it and says why.
+"""The process in which chat templates are rendered; `rendering` starts it and gives the reasons.
 
 It is run as a file of its own, so that it imports jinja2 and nothing of this package. Frames come over descriptor 0, a
 socket, and answers go back over it: a length of 8 bytes, then JSON one way, and one letter with text the other way.
@@ -9,10 +9,12 @@ system does so. The process ends with the one that started it.
 from __future__ import annotations
 
 import datetime
+import io
 import json
 import os
 import select
 import signal
+import socket
 import struct
 import sys
 from collections.abc import Callable
@@ -22,6 +24,7 @@ from typing import Any
 import jinja2
 import jinja2.exceptions
 import jinja2.ext
+import jinja2.parser
 import jinja2.sandbox
 import jinja2.utils
 from jinja2 import nodes
@@ -43,7 +46,7 @@ class GenerationTag(jinja2.ext.Extension):
 
     tags = {"generation"}  # noqa: RUF012 - the form that jinja2 reads
 
-    def parse(self, parser: Any) -> nodes.Node:
+    def parse(self, parser: jinja2.parser.Parser) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
@@ -55,7 +58,7 @@ class GenerationTag(jinja2.ext.Extension):
 class MakeDict:
     """`dict` within a template: the function alone, not the type."""
 
-    def __call__(self, *pairs: Any, **named: Any) -> dict[Any, Any]:
+    def __call__(self, *pairs: Any, **named: object) -> dict[Any, Any]:
         return dict(*pairs, **named)
 
     def fromkeys(self, *arguments: Any) -> dict[Any, Any]:
@@ -65,19 +68,19 @@ class MakeDict:
 class Namespace(jinja2.utils.Namespace):
     """`namespace` within a template, without names that begin with an underscore."""
 
-    def __init__(self, /, *pairs: Any, **named: Any) -> None:
+    def __init__(self, /, *pairs: Any, **named: object) -> None:
         attributes = dict(*pairs, **named)
         for name in attributes:
             _check_name(name)
         super().__init__(attributes)
 
-    def __setitem__(self, name: str, value: Any) -> None:
+    def __setitem__(self, name: str, value: object) -> None:
         _check_name(name)
         super().__setitem__(name, value)
 
 
 def environment(today: datetime.datetime) -> jinja2.Environment:
-    """What templates are compiled in: the options, functions and filters that transformers gives them."""
+    """The environment of templates: the options, functions and filters that transformers gives them."""
     made = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, jinja2.ext.loopcontrols]
     )
@@ -89,15 +92,19 @@ def environment(today: datetime.datetime) -> jinja2.Environment:
     return made
 
 
-def told(error: BaseException) -> str:
-    """Why a template gave no text, on one short and printable line."""
+def one_line(error: BaseException, longest: int) -> str:
+    """The message of an exception as one printable line of at most so many characters."""
     try:
         message = " ".join(str(error).split())
     except Exception:
         message = ""
     message = message if message.isprintable() else ascii(message)[1:-1]
-    if len(message) > LONGEST_MESSAGE:
-        message = message[: LONGEST_MESSAGE - 3] + "..."
+    return message if len(message) <= longest else message[: longest - 3] + "..."
+
+
+def reason(error: BaseException) -> str:
+    """The reason why a template gave no text, on one short and printable line."""
+    message = one_line(error, LONGEST_MESSAGE)
     if isinstance(error, Refusal):
         return f"refused the conversation: {message}"
     if isinstance(error, jinja2.TemplateSyntaxError):
@@ -112,30 +119,33 @@ def told(error: BaseException) -> str:
 
 
 def work(parent: int, seconds: float, memory: int, longest: int) -> None:
-    """Renders what comes in over descriptor 0 until it is closed or the process `parent` ends.
+    """Renders the requests on descriptor 0 until it is closed or the process `parent` ends.
 
     Args:
-      parent: process id of who started this one.
+      parent: id of the process that started this one.
       seconds: processor time that a rendering may take.
       memory: bytes of address space that this process may have.
       longest: bytes of a rendered text.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # An interrupt from the terminal is the parent's affair.
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    _limit_memory(memory)
+    limit_memory("RLIMIT_CORE", 0)
+    limit_memory("RLIMIT_AS", memory)
+    channel = socket.socket(fileno=0).makefile("rwb")
     templates: dict[str, jinja2.Template] = {}
-    while (request := _received(parent)) is not None:
+    while (request := _received(channel, parent)) is not None:
         signal.setitimer(signal.ITIMER_PROF, seconds)
         try:
             kind, text = DONE, _rendered(json.loads(request), templates)
             if len(text) > longest:
                 kind, text = REFUSED, f"renders more than {longest} bytes of text".encode()
         except MemoryError as error:
-            kind, text = BROKEN, told(error).encode()
+            kind, text = BROKEN, reason(error).encode()
         except Exception as error:
-            kind, text = REFUSED, told(error).encode()
+            kind, text = REFUSED, reason(error).encode()
         signal.setitimer(signal.ITIMER_PROF, 0)
-        _send(SIZE.pack(1 + len(text)) + kind + text)
+        channel.write(SIZE.pack(1 + len(text)) + kind + text)
+        channel.flush()
         if kind == BROKEN:
             break
 
@@ -149,7 +159,7 @@ def _rendered(request: dict[str, Any], templates: dict[str, jinja2.Template]) ->
 
 
 def _tojson(
-    value: Any,
+    value: object,
     ensure_ascii: bool = False,
     indent: int | str | None = None,
     separators: tuple[str, str] | None = None,
@@ -158,50 +168,34 @@ def _tojson(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _raise_exception(message: Any) -> None:
+def _raise_exception(message: str) -> None:
     raise Refusal(message)
 
 
-def _check_name(name: Any) -> None:
+def _check_name(name: object) -> None:
     if isinstance(name, str) and name.startswith("_"):
         raise jinja2.exceptions.SecurityError(
             f"a namespace may have no attribute {name!r} with an underscore before it"
         )
 
 
-def _limit_memory(limit: int) -> None:
-    with suppress(ImportError, ValueError, OSError):  # Not every system has, or lets one set, these limits.
+def limit_memory(kind: str, most: int) -> None:
+    """Bounds the memory of this process (RLIMIT_AS, RLIMIT_DATA) where the system can."""
+    with suppress(ImportError, AttributeError, ValueError, OSError):
         import resource
 
-        _, hardest = resource.getrlimit(resource.RLIMIT_AS)
-        allowed = limit if hardest == resource.RLIM_INFINITY else min(limit, hardest)
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_AS, (allowed, hardest))
+        limited = getattr(resource, kind)
+        _, hardest = resource.getrlimit(limited)
+        resource.setrlimit(limited, (most if hardest == resource.RLIM_INFINITY else min(most, hardest), hardest))
 
 
-def _received(parent: int) -> bytes | None:
+def _received(channel: io.BufferedRWPair, parent: int) -> bytes | None:
     """The next frame; None when there will be none."""
     while not select.select([0], [], [], _LOOK_SECONDS)[0]:
         if os.getppid() != parent:
             return None
-    head = _exactly(SIZE.size)
-    return None if head is None else _exactly(SIZE.unpack(head)[0])
-
-
-def _exactly(size: int) -> bytes | None:
-    data = bytearray()
-    while len(data) < size:
-        piece = os.read(0, min(size - len(data), 1 << 20))
-        if not piece:
-            return None
-        data += piece
-    return bytes(data)
-
-
-def _send(data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(0, view) :]
+    head = channel.read(SIZE.size)
+    return channel.read(SIZE.unpack(head)[0]) if len(head) == SIZE.size else None
 
 
 if __name__ == "__main__":

@@ -19,17 +19,14 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
-import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from puzzle_jax.errors import CheckpointError
+from puzzle_jax.tasks.channel import receive_bytes, send_bytes, start
 from puzzle_jax.tasks.chat import render_worker
 
 RENDER_SECONDS = 5.0
@@ -44,9 +41,9 @@ encodes in 2 GB."""
 
 # On a machine where everything waits, processor time may come late; but not by this much.
 _WAIT_SECONDS = 120.0
-# sys.path is given as text: the process must find the same jinja2, and nothing else depends on its environment.
+# The process must find the same jinja2; nothing else depends on its environment.
 _PROGRAM = (
-    "import runpy, sys, json; sys.path[:] = json.loads(sys.argv.pop()); runpy.run_path({!r}, run_name='__main__')"
+    "import runpy, sys, json; sys.path[:] = json.loads(sys.argv.pop(1)); runpy.run_path({!r}, run_name='__main__')"
 )
 
 
@@ -55,9 +52,8 @@ class Template:
     """A checkpoint's chat template.
 
     Attributes:
-      source: its Jinja text.
-      where: the file that it stands in, for messages.
-      today: what `strftime_now` says.
+      source, where: its Jinja text, and the file that messages name.
+      today: the date of `strftime_now`.
       tokens: special tokens by the names that templates know them by (`bos_token`).
     """
 
@@ -66,7 +62,7 @@ class Template:
     today: datetime.datetime
     tokens: Mapping[str, str] = field(default_factory=dict, hash=False)
 
-    def render(self, **variables: Any) -> str:
+    def render(self, **variables: object) -> str:
         """The text for these variables, which must be what JSON can say; they go before tokens of the same name.
 
         Raises:
@@ -84,7 +80,7 @@ class Template:
 
 
 class _Service:
-    """The process that renders, and what it knows. Threads take turns."""
+    """The process that renders, and the templates that it has. Threads take turns."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -93,8 +89,8 @@ class _Service:
         self._known: set[str] = set()
         self._owner = 0
 
-    def ask(self, key: str, source: str, today: str, variables: Mapping[str, Any]) -> tuple[bytes, str]:
-        """Kind of answer, and the text or why there is none."""
+    def ask(self, key: str, source: str, today: str, variables: Mapping[str, object]) -> tuple[bytes, str]:
+        """The kind of answer, and the text or the reason why there is none."""
         with self._lock:
             if self._owner != os.getpid():  # A fork has its parent's process, which is not its own to use.
                 self._process = self._channel = None
@@ -102,7 +98,7 @@ class _Service:
                 fresh = self._process is None
                 if fresh:
                     self._start()
-                request: dict[str, Any] = {"key": key, "variables": variables}
+                request: dict[str, object] = {"key": key, "variables": variables}
                 if key not in self._known:
                     request |= {"source": source, "today": today}
                 try:
@@ -111,10 +107,10 @@ class _Service:
                     self._end()
                     return render_worker.REFUSED, f"cannot be rendered: no answer came in {_WAIT_SECONDS:g} s"
                 except (OSError, EOFError):
-                    reason = self._end()
+                    reason, by_time = self._end()
                     # An idle process may have been ended by anybody, which is not this template's fault.
-                    if fresh or attempt == 2 or reason.by_time:
-                        return render_worker.REFUSED, reason.text
+                    if fresh or attempt == 2 or by_time:
+                        return render_worker.REFUSED, reason
                 except BaseException:  # An interrupt: the answer that is still to come must not be taken for the next.
                     self._end()
                     raise
@@ -133,73 +129,42 @@ class _Service:
             self._end()
 
     def _exchange(self, request: bytes) -> tuple[bytes, str]:
-        channel = self._channel
-        assert channel is not None
-        deadline = time.monotonic() + _WAIT_SECONDS
-        channel.settimeout(_WAIT_SECONDS)
-        channel.sendall(render_worker.SIZE.pack(len(request)) + request)
-        (size,) = render_worker.SIZE.unpack(_exactly(channel, render_worker.SIZE.size, deadline))
-        answer = _exactly(channel, size, deadline)
+        assert self._channel is not None
+        self._channel.settimeout(_WAIT_SECONDS)
+        send_bytes(self._channel, request)
+        answer = receive_bytes(self._channel, _WAIT_SECONDS)
         return answer[:1], answer[1:].decode()
 
     def _start(self) -> None:
-        ours, theirs = socket.socketpair()
-        path = [os.path.abspath(entry) for entry in sys.path if isinstance(entry, str)]
-        settings = [str(os.getpid()), str(RENDER_SECONDS), str(RENDER_BYTES), str(LONGEST_TEXT), json.dumps(path)]
-        with theirs:
-            try:
-                self._process = subprocess.Popen(
-                    # -I and -S: neither the working directory nor site packages' hooks have a say; the path is given.
-                    [sys.executable, "-I", "-S", "-c", _PROGRAM.format(str(Path(render_worker.__file__))), *settings],
-                    stdin=theirs.fileno(),
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                    start_new_session=True,  # An interrupt from the terminal is the parent's affair.
-                )
-            except OSError as error:
-                ours.close()
-                raise CheckpointError(
-                    f"the process that renders chat templates cannot be started: {error.strerror or error}"
-                ) from None
-        self._channel, self._known, self._owner = ours, set(), os.getpid()
+        program = _PROGRAM.format(str(Path(render_worker.__file__)))
+        # -I and -S: neither the working directory nor hooks of site-packages are used; the path is given.
+        flags = ("-I", "-S")
+        settings = [str(os.getpid()), str(RENDER_SECONDS), str(RENDER_BYTES), str(LONGEST_TEXT)]
+        try:
+            self._process, self._channel = start(
+                program, flags, settings, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
+        except OSError as error:
+            raise CheckpointError(
+                f"the process that renders chat templates cannot be started: {error.strerror or error}"
+            ) from None
+        self._known, self._owner = set(), os.getpid()
 
-    def _end(self) -> _End:
+    def _end(self) -> tuple[str, bool]:
+        """Ends the process; returns how it ended, as a reason, and whether its processor time was used up."""
         process, channel = self._process, self._channel
         self._process = self._channel = None
         assert process is not None and channel is not None
         channel.close()
-        code = None
-        with suppress(subprocess.TimeoutExpired):
+        try:
             code = process.wait(1.0)  # It ends by itself where the channel is closed.
-        if code is None:
+        except subprocess.TimeoutExpired:
             process.kill()
             code = process.wait()
         if code == -signal.SIGPROF:
-            return _End(f"cannot be rendered: it takes more than {RENDER_SECONDS:g} s of processor time", True)
+            return f"cannot be rendered: it takes more than {RENDER_SECONDS:g} s of processor time", True
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        return _End(f"cannot be rendered: the process that renders it ended with {how}", False)
-
-
-@dataclass(frozen=True)
-class _End:
-    """How the process ended."""
-
-    text: str
-    by_time: bool
-
-
-def _exactly(channel: socket.socket, size: int, deadline: float) -> bytes:
-    data = bytearray()
-    while len(data) < size:
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        channel.settimeout(left)
-        piece = channel.recv(min(size - len(data), 1 << 20))
-        if not piece:
-            raise EOFError
-        data += piece
-    return bytes(data)
+        return f"cannot be rendered: the process that renders it ended with {how}", False
 
 
 _SERVICE = _Service()

@@ -1,4 +1,4 @@
-"""An answer that is to be rewarded, and the reward that it got or the reason why it got none."""
+"""An answer, and its reward or the reason why it got none."""
 
 from __future__ import annotations
 
@@ -12,14 +12,12 @@ LARGEST_REWARD = 1e30
 
 @dataclass(frozen=True)
 class Answer:
-    """What is judged.
+    """An answer as a reward function gets it.
 
     Attributes:
-      problem: what was asked.
-      effort: reasoning effort that was asked for.
-      analysis: text of the analysis channel.
-      final: text of the final channel.
-      tokens: number of the completion's.
+      problem, effort: the question, and the reasoning effort it was asked at.
+      analysis, final: texts of the two channels.
+      tokens: number of tokens of the completion.
       truncated: whether the completion was cut off at its limit.
     """
 
@@ -33,13 +31,13 @@ class Answer:
 
 @dataclass(frozen=True)
 class Reward:
-    """What an answer is worth.
+    """The reward of an answer.
 
     Attributes:
-      reward: the finite number; None where a user's function gave none, 0 where a task's own score could not be had.
+      reward: a finite number; None where a user's function gave none, 0 where a task's own scorer failed.
       reason: why it was lost, as one short clause ("raised ValueError: no number", "took longer than 10 s",
         "returned nan", "ended its process with exit code 3"); None where it was not.
-      score: what the task's own scorer gave, where it was asked. Not compared.
+      score: the task's own score, where it was asked. Not compared.
     """
 
     reward: float | None

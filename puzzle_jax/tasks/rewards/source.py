@@ -31,7 +31,7 @@ def reward_file(function: str) -> Path | None:
 
 
 def reward_source(function: str | None) -> bytes | None:
-    """Of the function's file; None for a module."""
+    """The content of the function's file; None for a module."""
     if function is None:
         return None
     where, _, name = function.rpartition(":")

@@ -1,7 +1,7 @@
-"""The process in which answers are judged, one after another; `judges` starts it and says what it does.
+"""The process that gives rewards, to one answer after another; `workers` starts it and describes what it does.
 
-It says "ready", or "refused" with a sentence, once its function is loaded; then for every answer "begun" when its task
-is there, and "done" with reward, kind and reason of a loss, and the task's own score where it was asked. The function
+It sends "ready", or "refused" with a sentence, once its function is loaded; then for every answer "begun" when its task
+is loaded, and "done" with reward, kind and reason of a loss, and the task's own score where it was asked. The function
 runs in the main thread, so that it may set alarms.
 """
 
@@ -19,17 +19,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from types import ModuleType
-from typing import Any
+from typing import SupportsFloat, SupportsIndex
 
 from puzzle_jax.errors import ConfigError, shown
 from puzzle_jax.tasks import Task, get_task
+from puzzle_jax.tasks.channel import receive, receive_bytes, send
+from puzzle_jax.tasks.chat.render_worker import limit_memory, one_line
 from puzzle_jax.tasks.rewards.answers import LARGEST_REWARD, Answer
-from puzzle_jax.tasks.rewards.channel import receive, receive_bytes, send
 from puzzle_jax.tasks.rewards.workers import Setup
 
-RewardFunction = Callable[[Answer, Callable[[], float]], Any]
+RewardFunction = Callable[[Answer, Callable[[], float]], object]
 
 _LOOK_SECONDS = 0.5
 # So long after the limit a process ends by itself, if not before; a parent that is there ends it at the limit.
@@ -50,7 +50,7 @@ def work(parent: int) -> None:
         setup: Setup = receive(channel)
         try:
             if setup.function is None:
-                _limit_memory()
+                limit_memory("RLIMIT_DATA", _OWN_MEMORY_BYTES)  # a scorer is refused memory before the machine runs out
             reward = _own_score if setup.function is None else load(setup.function, setup.source)
         except ConfigError as error:
             send(channel, ("refused", str(error)))
@@ -59,8 +59,7 @@ def work(parent: int) -> None:
         tasks: dict[str, Task] = {}
         while True:
             message = receive_bytes(channel)
-            done = _judged(channel, nothing, reward, setup.time_limit, tasks, message)
-            send(channel, ("done", done))
+            send(channel, ("done", _rewarded(channel, nothing, reward, setup.time_limit, tasks, message)))
     except (EOFError, OSError):
         os._exit(0)  # The parent is gone; threads of the function's might keep the process.
 
@@ -77,7 +76,7 @@ def load(function: str, source: bytes | None) -> RewardFunction:
     try:
         module = importlib.import_module(where) if source is None else _run(where, source)
     except BaseException as error:
-        raise ConfigError(f"reward is {function!r}, but loading {where} {_told(error)}") from None
+        raise ConfigError(f"reward is {function!r}, but loading {where} {_raised(error)}") from None
     reward = getattr(module, name, None)
     if reward is None:
         raise ConfigError(f"reward is {function!r}, but {where} has no function {name}")
@@ -85,7 +84,7 @@ def load(function: str, source: bytes | None) -> RewardFunction:
         raise ConfigError(f"reward is {function!r}, but {name} of {where} is no function, but of type {_type(reward)}")
     try:
         taken = inspect.signature(reward)
-    except (TypeError, ValueError):  # Functions in C need not tell.
+    except (TypeError, ValueError):  # Functions in C need not have a signature.
         return reward
     try:
         taken.bind(None, None)
@@ -106,7 +105,7 @@ def _run(path: str, source: bytes) -> ModuleType:
     return module
 
 
-def _judged(
+def _rewarded(
     channel: socket.socket,
     nothing: int,
     reward: RewardFunction,
@@ -114,7 +113,7 @@ def _judged(
     tasks: dict[str, Task],
     message: bytes,
 ) -> tuple[float | None, str | None, str | None, float | None]:
-    """Reward, or kind and reason of its loss; and the task's own score, if it was asked."""
+    """The reward, or kind and reason of its loss; and the task's own score, if it was asked."""
     process = os.getpid()
     score = None
     try:
@@ -125,7 +124,7 @@ def _judged(
         send(channel, ("begun", None))
         value = (_own_score if own else reward)(answer, score)
     except BaseException as error:
-        return None, "raised", _told(error), score and score.given
+        return None, "raised", _raised(error), score and score.given
     finally:
         if os.getpid() != process:
             os._exit(1)  # A copy that the function forked came back.
@@ -138,10 +137,10 @@ def _own_score(answer: Answer, score: Callable[[], float]) -> float:
 
 
 class _Score:
-    """The task's score of an answer, when called. A task that cannot be had raises only then.
+    """The task's score of an answer, when called; a task that cannot be loaded raises only then.
 
     Attributes:
-      given: what it was the last time; None before.
+      given: the score of the last call; None before.
     """
 
     def __init__(self, answer: Answer, tasks: dict[str, Task]) -> None:
@@ -164,39 +163,22 @@ class _Score:
         return self.given
 
 
-def _limit_memory() -> None:
-    """Bounds what this process may allocate, where the system can (on Linux), so that a scorer is refused memory
-    before the machine runs out of it."""
-    with suppress(ImportError, ValueError, OSError):
-        import resource
-
-        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        most = _OWN_MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(_OWN_MEMORY_BYTES, hard)
-        resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
-
-
-def _number(value: Any) -> tuple[float | None, str | None, str | None]:
+def _number(value: object) -> tuple[float | None, str | None, str | None]:
     try:
         # Everything that counts as a float, arrays of one element too; text does not, though float() reads it.
-        number = float(value) if hasattr(value, "__float__") or hasattr(value, "__index__") else math.nan
+        number = float(value) if isinstance(value, SupportsFloat | SupportsIndex) else math.nan
     except Exception:
         number = math.nan
     if abs(number) <= LARGEST_REWARD:
         return number, None, None
-    told = shown(value) if value is None or isinstance(value, str | int | float) else f"a {_type(value)}"
+    returned = shown(value) if value is None or isinstance(value, str | int | float) else f"a {_type(value)}"
     beyond = f", beyond {LARGEST_REWARD:g}" if math.isfinite(number) else ""
-    return None, "value", f"returned {told}{beyond}"
+    return None, "value", f"returned {returned}{beyond}"
 
 
-def _told(error: BaseException) -> str:
+def _raised(error: BaseException) -> str:
     """`raised ValueError: message` on one printable line."""
-    try:
-        message = " ".join(str(error).split())
-    except Exception:
-        message = ""
-    message = message if message.isprintable() else ascii(message)[1:-1]
-    if len(message) > _LONGEST_MESSAGE:
-        message = message[: _LONGEST_MESSAGE - 3] + "..."
+    message = one_line(error, _LONGEST_MESSAGE)
     return f"raised {_type(error)}{': ' if message else ''}{message}"
 
 

@@ -1,4 +1,4 @@
-"""Judging of answers in processes of their own: whatever a reward function does costs its one sample, never the run.
+"""Rewards from processes of their own: whatever a reward function does costs its one sample, never the run.
 
 A reward is the score of the problem's own task, or a function of the user's, `path/to/file.py:name` or
 `package.module:name`, which is called for every answer, cut off or not:
@@ -7,9 +7,9 @@ A reward is the score of the problem's own task, or a function of the user's, `p
         return score() - 0.0001 * answer.tokens
 
 `score()` is the task's own score, and 0 for an answer that was cut off. Any number up to `LARGEST_REWARD` is a reward.
-An answer is lost when the function raises, takes longer than the time limit, returns anything else, or ends its
-process. Where a task's own score is lost, the answer's text is to blame, and is worth 0; a user's function that fails
-says nothing of the answer, which then has no reward.
+A reward is lost when the function raises, takes longer than the time limit, returns anything else, or ends its
+process. Where a task's own score is lost, the answer's text is to blame, and is worth 0; where a user's function fails,
+the answer has no reward.
 
 The processes are fresh interpreters (`worker_program`) with the parent's `sys.path`, started anew after every hang and
 death: they import no JAX and need no guard around the user's main program. Hash seed and JAX platform (cpu) are fixed
@@ -22,13 +22,11 @@ Left out: limits on memory, files or network for a user's own code, rewards of a
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import selectors
 import socket
 import subprocess
-import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -36,10 +34,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 
-from puzzle_jax.errors import ConfigError, PuzzleError
+from puzzle_jax.errors import ConfigError, PuzzleError, check_range
 from puzzle_jax.processes.supervise import kill_descendants
+from puzzle_jax.tasks.channel import receive, send, start
 from puzzle_jax.tasks.rewards.answers import Answer, Reward
-from puzzle_jax.tasks.rewards.channel import receive, send
 from puzzle_jax.tasks.rewards.source import reward_source
 
 TIME_LIMIT = 10.0
@@ -54,7 +52,6 @@ OWN_ENVIRONMENT = (
 _START_SECONDS, _STARTS = 300.0, 3
 _SEND_SECONDS, _REAP_SECONDS, _DEATH_SECONDS = 60.0, 10.0, 2.0
 _LONGEST_WAIT_SECONDS = 60.0  # that a selector is asked for at once
-# sys.path is given as text: PYTHONPATH would also reach programs, maybe of another Python, that a function starts.
 _PROGRAM = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from puzzle_jax.processes.supervise import supervise; supervisor = supervise(int(sys.argv[2])); "
@@ -64,12 +61,12 @@ _PROGRAM = (
 
 @dataclass(frozen=True)
 class Setup:
-    """What a worker is told first.
+    """The first message to a worker.
 
     Attributes:
-      function: the user's, as it was given; None asks the problem's task.
-      source: of the function's file; None for a module.
-      time_limit: of one answer, in seconds.
+      function, source: the user's function by its name, and its file's content (None for a module); None asks the
+        problem's task.
+      time_limit: seconds for one answer.
     """
 
     function: str | None
@@ -78,10 +75,10 @@ class Setup:
 
 
 class RewardWorkers:
-    """Processes that judge answers, until `close`, or the end of a `with` block.
+    """Processes that give rewards, until `close`, or the end of a `with` block.
 
     Attributes:
-      lost: how many answers were lost since the start, by kind: "raised", "time", "value" or "died".
+      lost: numbers of rewards that were lost since the start, by kind: "raised", "time", "value" or "died".
     """
 
     def __init__(
@@ -96,20 +93,16 @@ class RewardWorkers:
 
         Args:
           function: the user's; None: the problem's own task scores, and an answer that was cut off is worth 0.
-          time_limit: of one answer, in seconds, without what loading its task takes.
-          processes: at most that many judge at the same time; a function of the answer alone gives the same rewards
-            with any number.
-          environment: names of the variables that the processes see; None: all with a function, `OWN_ENVIRONMENT`
-            without.
+          time_limit: seconds for one answer, without the loading of its task.
+          processes: the most that run at the same time; a function of the answer alone gives the same rewards with any
+            number.
+          environment: variables that the processes see; None: all with a function, `OWN_ENVIRONMENT` without.
 
-        Raises:
-          ConfigError: a number is out of range, or there is no such function; the message names the setting
-            `reward`, `time_limit` or `judges`.
+        Raises `ConfigError`, naming the setting `reward`, `time_limit` or `judges`, for a number out of range or a
+        function that does not exist.
         """
-        if not math.isfinite(time_limit) or time_limit <= 0:
-            raise ConfigError(f"time_limit is {time_limit:g}, but must be a finite number of seconds above 0")
-        if processes < 1:
-            raise ConfigError(f"judges is {processes}, but must be at least 1")
+        check_range("time_limit", time_limit, 0, above=True)
+        check_range("judges", processes, 1)
         self.lost: Counter[str] = Counter()
         self._setup = Setup(function, reward_source(function), time_limit)
         self._processes = processes
@@ -135,27 +128,19 @@ class RewardWorkers:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def judge(self, answers: Sequence[Answer], *, own_score: bool = False) -> list[Reward]:
-        """The judgement of every answer, in the same order.
+    def rewards(self, answers: Sequence[Answer], *, own_score: bool = False) -> list[Reward]:
+        """The reward of every answer, in the same order; `own_score` asks the tasks in place of the function.
 
-        Args:
-          answers: to judge.
-          own_score: asks the problems' own tasks in place of the function.
-
-        Raises:
-          PuzzleError: the function can no longer be loaded in a new process.
+        Raises `PuzzleError` when the function can no longer be loaded in a new process.
         """
         tickets = [self.begin(answer, own_score=own_score) for answer in answers]
         self._work_until(lambda: all(ticket in self._found for ticket in tickets))
         return [self._found.pop(ticket) for ticket in tickets]
 
     def begin(self, answer: Answer, *, own_score: bool = False) -> int:
-        """Takes an answer, to be judged while the caller does something else; its number, which `finished` gives back.
-
-        `own_score` is as in `judge`.
-        """
-        if self._closed:
-            raise RuntimeError("the judges were closed")
+        """Takes an answer whose reward is found while the caller does something else; returns the number that
+        `finished` gives back with it."""
+        self._check_open()
         ticket, own = next(self._tickets), own_score or self._setup.function is None
         if own and answer.truncated:
             self._found[ticket] = Reward(0.0, None, 0.0)
@@ -164,23 +149,23 @@ class RewardWorkers:
         return ticket
 
     def finished(self, *, wait: bool) -> list[tuple[int, Reward]]:
-        """Numbers and judgements of what was begun and is judged by now; `wait` waits for one, if any is due.
+        """Numbers and rewards that have been found by now; `wait` waits for one, if any is due.
 
         Also hands waiting answers to processes that have become idle, so it should be called now and then. Raises
-        `PuzzleError` as `judge` does.
+        `PuzzleError` as `rewards` does.
         """
-        if self._closed:
-            raise RuntimeError("the judges were closed")
-        if wait:
-            self._work_until(lambda: bool(self._found) or not self._due)
-        else:
-            self._work_until(None)
+        self._check_open()
+
+        def any_or_none_due() -> bool:
+            return bool(self._found) or not (self._waiting or any(worker.asked for worker in self._workers))
+
+        self._work_until(any_or_none_due if wait else None)
         found, self._found = list(self._found.items()), {}
         return found
 
-    @property
-    def _due(self) -> bool:
-        return bool(self._waiting) or any(worker.asked for worker in self._workers)
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("the reward workers were closed")
 
     def close(self) -> None:
         """Ends all processes; may be called again."""
@@ -189,7 +174,7 @@ class RewardWorkers:
         self._selector.close()
 
     def _work_until(self, done: Callable[[], bool] | None) -> None:
-        """Gives out answers and listens until `done` is so; with None, as long as there is something to hear."""
+        """Hands out answers and reads messages until `done` is true; with None, as long as there are messages."""
         try:
             self._employ()
             while not (done() if done else not self._listen(0.0)):
@@ -204,7 +189,7 @@ class RewardWorkers:
             raise
 
     def _employ(self) -> None:
-        """Gives the next waiting answers to idle workers; starts workers that are needed."""
+        """Sends the next waiting answers to idle workers; starts workers that are needed."""
         for worker in list(self._workers):
             if worker.idle and worker.process.poll() is not None:
                 self._end(worker)  # It died while idle, which is no answer's fault.
@@ -221,41 +206,41 @@ class RewardWorkers:
             self._start()
 
     def _listen(self, patience: float) -> bool:
-        """Waits until a worker says something, has used up its time, or `patience` seconds are over; whether one had
-        something to say."""
+        """Waits until a worker sends a message, has used up its time, or `patience` seconds are over; returns whether
+        one of the first two happened."""
         if not self._workers:
             return False
         left = min(worker.deadline for worker in self._workers) - time.monotonic()
-        heard = self._selector.select(min(max(left, 0.0), patience))
-        for key, _ in heard:
-            self._hear(key.data)
+        arrived = self._selector.select(min(max(left, 0.0), patience))
+        for key, _ in arrived:
+            self._read(key.data)
         late = [worker for worker in self._workers if worker.deadline < time.monotonic()]
-        # Who has spoken by now, perhaps in time, is heard in the next round.
-        speaking = [key.data for key, _ in self._selector.select(0)] if late else []
+        # A message that has come by now, perhaps in time, is read in the next round.
+        ready = [key.data for key, _ in self._selector.select(0)] if late else []
         for worker in late:
-            if worker not in speaking:
+            if worker not in ready:
                 self._give_up(worker, "time")
-        return bool(heard or late)
+        return bool(arrived or late)
 
-    def _hear(self, worker: _Worker) -> None:
+    def _read(self, worker: _Worker) -> None:
         try:
-            said, what = receive(worker.channel)
+            kind, content = receive(worker.channel)
         except (EOFError, OSError):
             self._give_up(worker, "time" if worker.deadline < time.monotonic() else "died")
             return
-        if said == "ready":
+        if kind == "ready":
             self._starts_left = _STARTS
             worker.ready = True
             worker.rest()
-        elif said == "refused":
+        elif kind == "refused":
             self._end(worker)
-            self._not_started(what)
-        elif said == "begun":
+            self._not_started(content)
+        elif kind == "begun":
             worker.allow(self._setup.time_limit)
         else:
             asked = worker.rest()
             assert asked is not None
-            self._decide(asked, *what)
+            self._decide(asked, *content)
 
     def _decide(
         self, asked: _Asked, reward: float | None, kind: str | None, reason: str | None, score: float | None
@@ -268,7 +253,7 @@ class RewardWorkers:
         """Ends a worker that hangs or died: its answer is lost, unless it had none."""
         if kind == "died":
             with suppress(subprocess.TimeoutExpired):
-                worker.process.wait(_DEATH_SECONDS)  # in which it tells its exit code
+                worker.process.wait(_DEATH_SECONDS)  # so that its exit code is known
         self._end(worker)
         reason = f"took longer than {worker.allowed:g} s" if kind == "time" else _ended(worker.process.returncode)
         if worker.asked is not None:
@@ -276,7 +261,7 @@ class RewardWorkers:
         elif not worker.ready:
             function = self._setup.function
             if function is None:
-                self._not_started(f"a process that judges answers {reason} before it was ready")
+                self._not_started(f"a process that gives rewards {reason} before it was ready")
             else:
                 self._not_started(f"reward is {function!r}, but loading {function.rpartition(':')[0]} {reason}")
 
@@ -286,24 +271,16 @@ class RewardWorkers:
             raise PuzzleError(message) if self._setup.function is None else ConfigError(message)
 
     def _start(self) -> None:
-        path = [os.path.abspath(entry) for entry in sys.path if isinstance(entry, str)]
-        ours, theirs = socket.socketpair()
-        with theirs:
-            process = subprocess.Popen(
-                # -P and -u: nothing is imported from the working directory; what is printed before a hang is seen.
-                [sys.executable, "-P", "-u", "-c", _PROGRAM, json.dumps(path), str(os.getpid())],
-                env={**self._environment, "PYTHONHASHSEED": "0", "JAX_PLATFORMS": "cpu"},
-                stdin=theirs.fileno(),
-                stdout=2,
-                start_new_session=True,  # An interrupt from the terminal is the parent's affair.
-            )
-        worker = _Worker(process, ours)
+        environment = {**self._environment, "PYTHONHASHSEED": "0", "JAX_PLATFORMS": "cpu"}
+        # -P and -u: nothing is imported from the working directory; text that is printed before a hang is seen.
+        process, channel = start(_PROGRAM, ("-P", "-u"), [str(os.getpid())], env=environment, stdout=2)
+        worker = _Worker(process, channel)
         worker.allow(_START_SECONDS)
         self._workers.append(worker)
-        self._selector.register(ours, selectors.EVENT_READ, worker)
-        ours.settimeout(_SEND_SECONDS)
-        with suppress(OSError):  # Where it is dead already, the next look at it says so.
-            send(ours, self._setup)
+        self._selector.register(channel, selectors.EVENT_READ, worker)
+        channel.settimeout(_SEND_SECONDS)
+        with suppress(OSError):  # A process that is dead already is found when its channel is read.
+            send(channel, self._setup)
 
     def _end(self, *workers: _Worker) -> None:
         for worker in workers:
@@ -322,7 +299,7 @@ class RewardWorkers:
 
 @dataclass(frozen=True)
 class _Asked:
-    """An answer by its number, and whether its task is asked rather than the function."""
+    """An answer with its number; `own` asks its task rather than the function."""
 
     ticket: int
     answer: Answer
@@ -331,7 +308,7 @@ class _Asked:
 
 @dataclass(eq=False)
 class _Worker:
-    """A process, the answer it has, and until when it must say something."""
+    """A process, the answer it has, and the time by which it must send a message."""
 
     process: subprocess.Popen[bytes]
     channel: socket.socket
@@ -348,19 +325,18 @@ class _Worker:
         self.allowed, self.deadline = seconds, time.monotonic() + seconds
 
     def rest(self) -> _Asked | None:
-        """Nothing is awaited any more; the answer it had."""
+        """Waits for nothing any more; returns the answer that the worker had."""
         asked, self.asked, self.deadline = self.asked, None, math.inf
         return asked
 
 
 def _environment(function: str | None, names: Sequence[str] | None) -> dict[str, str]:
-    """What the processes see."""
+    """The environment of the processes."""
     if names is None:
         names = tuple(os.environ) if function is not None else OWN_ENVIRONMENT
     return {name: os.environ[name] for name in names if name in os.environ}
 
 
 def _ended(code: int | None) -> str:
-    if code is None:
-        return "ended its process"
-    return f"ended its process {f'with exit code {code}' if code >= 0 else f'by signal {-code}'}"
+    how = "" if code is None else f" with exit code {code}" if code >= 0 else f" by signal {-code}"
+    return f"ended its process{how}"

@@ -212,7 +212,7 @@ class Swept:
         record: dict[str, Any] = {
             "split": questions.split,
             "tasks": list(questions.tasks),
-            "judged_by": questions.judged_by,
+            "judged_by": questions.task_identities,
             "problems": questions.per_task,
             "seed": questions.seed,
             "temperature": self.sweep.temperature,

@@ -80,7 +80,7 @@ class PrimaryRewards:
         found = {}
         for own in (False, True):
             chosen = [index for index, (_, asks_own) in enumerate(asked) if asks_own == own]
-            judged = self._first.judge([asked[index][0] for index in chosen], own_score=own) if chosen else []
+            judged = self._first.rewards([asked[index][0] for index in chosen], own_score=own) if chosen else []
             found |= dict(zip(chosen, judged, strict=True))
         return [(found[i].reward, found[i].reason, found[i].score) for i in range(len(asked))]
 

@@ -289,7 +289,7 @@ class Trainer(Run[GrpoInputs]):
             cache=inputs.cache,
             mesh=self.generation_mesh,
             skip=inputs.too_long,
-            judges=self.judges,
+            scorers=self.judges,
         )
         self.notes.evaluated(found)
         return found

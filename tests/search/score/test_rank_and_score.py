@@ -24,7 +24,7 @@ from puzzle_jax.model.spec import layer_experts
 from puzzle_jax.search.rank.ranking import METHODS, KeptSums, rank_experts
 from puzzle_jax.search.score import replace_one as replace_module
 from puzzle_jax.search.score.lens import fit_lens
-from puzzle_jax.search.score.measurements import ScoreTable, SharedFill, fill, work_left
+from puzzle_jax.search.score.measurements import Fill, ScoreTable
 from puzzle_jax.search.score.replace_one import Alternative, ReplaceOne, child_choices
 from puzzle_jax.search.score.whole_children import score_children
 from puzzle_jax.search.workers import Team
@@ -225,7 +225,7 @@ def test_logits_of_few_answers_at_a_time_give_the_same_scores(parent, monkeypatc
 
     def scored():
         table = ScoreTable.empty(alternatives, traces)
-        fill(table, ReplaceOne(params, config, per_call=2), range(2), range(4), tokens_per_batch=128)
+        Fill(table, ReplaceOne(params, config, per_call=2), range(2), range(4), tokens_per_batch=128)()
         return table.values
 
     whole_at_once = scored()
@@ -243,10 +243,10 @@ def test_scores_are_those_of_whole_passes_over_single_replacements(parent):
     ]
     table = ScoreTable.empty(alternatives, traces)
     run = ReplaceOne(params, config, per_call=2, keep_every=3)
-    work = work_left(table, run, range(3), range(4), tokens_per_batch=128)
+    work = Fill(table, run, range(3), range(4), tokens_per_batch=128).work
     done = []
-    fill(table, run, range(3), range(4), tokens_per_batch=128, on_done=done.append)
-    assert sum(done) == work and work_left(table, run, range(3), range(4), tokens_per_batch=128) == 0
+    Fill(table, run, range(3), range(4), tokens_per_batch=128)(on_done=done.append)
+    assert sum(done) == work and Fill(table, run, range(3), range(4), tokens_per_batch=128).work == 0
     for number, ((layer, _), (kept, window)) in enumerate(replaced.items()):
         blocks = list(whole(config).blocks)
         blocks[layer] = ChildBlock(kept, window)
@@ -304,10 +304,10 @@ def test_a_team_shares_batches_and_everyone_gets_all_of_them(parent):
     alternatives = [(0, Alternative(np.arange(7) < 5, 6)), (3, Alternative(np.arange(7) > 3, None))]
     run = ReplaceOne(params, config, per_call=2)
     alone = ScoreTable.empty(alternatives, traces)
-    fill(alone, run, range(2), range(5), tokens_per_batch=1)
+    Fill(alone, run, range(2), range(5), tokens_per_batch=1)()
     barrier, values = threading.Barrier(3, timeout=HANG), [None] * 3
     teams = [_Threads(3, index).meet(barrier, values) for index in range(3)]
-    jobs = [SharedFill.of(ScoreTable.empty(alternatives, traces), run, range(2), range(5), 1) for _ in teams]
+    jobs = [Fill(ScoreTable.empty(alternatives, traces), run, range(2), range(5), 1).placed({}, None) for _ in teams]
     assert pickle.loads(pickle.dumps(jobs[0])).run.params == {}
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(lambda job, team: job.join(team, params, None), jobs, teams))
@@ -315,8 +315,8 @@ def test_a_team_shares_batches_and_everyone_gets_all_of_them(parent):
         np.testing.assert_array_equal(job.table.values, alone.values)
     # What others did counts as done too.
     again, done = ScoreTable.empty(alternatives, traces), []
-    work = work_left(again, run, range(2), range(5), tokens_per_batch=1)
-    fill(again, run, range(2), range(5), tokens_per_batch=1, on_done=done.append, team=_Pretender(2, 0))
+    work = Fill(again, run, range(2), range(5), tokens_per_batch=1).work
+    Fill(again, run, range(2), range(5), tokens_per_batch=1)(on_done=done.append, team=_Pretender(2, 0))
     assert sum(done) == work == 5 * (config.num_layers + config.num_layers - 3)
 
 
@@ -330,7 +330,7 @@ class _Pretender(Team):
 def test_losses_by_context_and_beyond_the_window(parent):
     config, params, traces = parent
     table = ScoreTable.empty([(1, Alternative(np.ones(7, bool), 24))], traces)
-    fill(table, ReplaceOne(params, config), [0], range(4), tokens_per_batch=128)
+    Fill(table, ReplaceOne(params, config), [0], range(4), tokens_per_batch=128)()
     score = table.score(0)
     # Of 7, 3, 12 and 30 completion tokens those are late that are predicted from more than 24 tokens.
     late = (12 + 30) / (7 + 3 + 12 + 30)
@@ -349,7 +349,7 @@ def test_scores_around_a_child_are_differences_to_it(parent):
     both = Child(config, tuple(blocks))
     of_child, of_both = score_children(params, config, [child, both], traces, tokens_per_batch=128).kl
     table = ScoreTable.empty([(2, Alternative(np.isin(np.arange(7), (1, 4, 6)), 3))], traces)
-    fill(table, ReplaceOne(params, config, child_choices(child)), [0], range(4), tokens_per_batch=128)
+    Fill(table, ReplaceOne(params, config, child_choices(child)), [0], range(4), tokens_per_batch=128)()
     np.testing.assert_allclose(table.values[0, :, 0], of_both - of_child, rtol=1e-3, atol=1e-5)
 
 
@@ -382,8 +382,8 @@ def test_a_lens_of_the_last_layer_is_exact_and_others_order_alternatives(parent)
     run = ReplaceOne(params, config, per_call=2)
     batches = micro_batches(traces, tokens_per_batch=128, smallest=64)
     exact, looked = (ScoreTable.empty(alternatives, traces) for _ in range(2))
-    fill(exact, run, range(6), range(4), tokens_per_batch=128)
-    fill(looked, fit_lens(run, batches), range(6), range(4), tokens_per_batch=128)
+    Fill(exact, run, range(6), range(4), tokens_per_batch=128)()
+    Fill(looked, fit_lens(run, batches), range(6), range(4), tokens_per_batch=128)()
     # After the last layer nothing follows: its map is the identity, but for the ridge.
     np.testing.assert_allclose(looked.means()[3:], exact.means()[3:], rtol=0.05)
     assert np.all(looked.means()[:3] > 0)

@@ -210,7 +210,7 @@ def damaged(directory, tmp_path, name, change):
         (
             "tokenizer_config.json",
             lambda _: '{"added_tokens_decoder": {"0": "a"}}',
-            "added_tokens_decoder must hold an object with the token's content for every token id: 'a' is no such",
+            r"tokenizer_config\.json: added_tokens_decoder.* is a text, but must be an object",
         ),
     ],
 )

@@ -153,8 +153,8 @@ def written(path, program: str) -> str:
     return str(path)
 
 
-def workers(judges: RewardWorkers) -> list[int]:
-    return [worker.process.pid for worker in judges._workers]
+def process_ids(workers: RewardWorkers) -> list[int]:
+    return [worker.process.pid for worker in workers._workers]
 
 
 def alive(pid: int) -> bool:
@@ -192,14 +192,14 @@ def test_scores_are_those_of_the_tasks_with_any_number_of_processes(tmp_path):
             for final in (problem.answer, f" {problem.answer}\n", problem.answer[:-1], "1000", "It is 1,000", ""):
                 answers.append(answer(final, problem=problem))
                 direct.append(Reward(task.score(problem, final), None))
-    assert {0.0, 1.0} <= {judgement.reward for judgement in direct}
+    assert {0.0, 1.0} <= {reward.reward for reward in direct}
     for processes in (1, 2):
-        with RewardWorkers(processes=processes) as judges:
-            assert judges.judge(answers) == direct
-            assert len(workers(judges)) == processes
-            assert judges.judge([]) == []
-            assert judges.judge(answers[:3]) == direct[:3]
-            assert not judges.lost
+        with RewardWorkers(processes=processes) as workers:
+            assert workers.rewards(answers) == direct
+            assert len(process_ids(workers)) == processes
+            assert workers.rewards([]) == []
+            assert workers.rewards(answers[:3]) == direct[:3]
+            assert not workers.lost
 
 
 def test_an_answer_cut_off_is_worth_nothing_and_a_task_that_cannot_be_had_costs_the_sample():
@@ -210,18 +210,18 @@ def test_an_answer_cut_off_is_worth_nothing_and_a_task_that_cannot_be_had_costs_
     right = answer("1")
     nowhere = Problem("nowhere", 0, "?", "1")
     asked = [answer("1", truncated=True), right, answer(problem=nowhere), answer(truncated=True, problem=nowhere)]
-    with RewardWorkers() as judges:
-        judged = judges.judge([*asked, answer(problem=Problem("chain", 0, "?", "1", entry=Odd())), right])
-        assert judged[:2] == [Reward(0.0, None), Reward(1.0, None)]
-        assert judged[2].reason is not None and judged[2].reason.startswith(
+    with RewardWorkers() as workers:
+        rewards = workers.rewards([*asked, answer(problem=Problem("chain", 0, "?", "1", entry=Odd())), right])
+        assert rewards[:2] == [Reward(0.0, None), Reward(1.0, None)]
+        assert rewards[2].reason is not None and rewards[2].reason.startswith(
             "raised ConfigError: task is 'nowhere', but must be one of chain, add, recall, "
         )
-        assert judged[3] == Reward(0.0, None)
-        assert judged[4:] == [
+        assert rewards[3] == Reward(0.0, None)
+        assert rewards[4:] == [
             Reward(0.0, "raised ValueError: invalid literal for int() with base 10: 'x'"),
             Reward(1.0, None),
         ]
-        assert judges.lost == {"raised": 2}
+        assert workers.lost == {"raised": 2}
 
 
 def test_a_function_from_a_file_sees_everything_and_uses_the_tasks_score(tmp_path, monkeypatch):
@@ -239,25 +239,25 @@ def test_a_function_from_a_file_sees_everything_and_uses_the_tasks_score(tmp_pat
         """,
     )
     monkeypatch.chdir(tmp_path)
-    with RewardWorkers(function="own.py:reward") as judges:
-        judged = judges.judge([answer("1"), answer("2", tokens=4), answer("1", truncated=True)])
-        assert judged == [Reward(5.0, None), Reward(-2.0, None), Reward(-105.0, None)]
+    with RewardWorkers(function="own.py:reward") as workers:
+        rewards = workers.rewards([answer("1"), answer("2", tokens=4), answer("1", truncated=True)])
+        assert rewards == [Reward(5.0, None), Reward(-2.0, None), Reward(-105.0, None)]
 
 
 def test_a_function_from_a_module_of_the_path(tmp_path, monkeypatch):
     (tmp_path / "own_package").mkdir()
     written(tmp_path / "own_package" / "rewards.py", "def short(answer, score):\n    return 1 / answer.tokens")
     monkeypatch.syspath_prepend(tmp_path)
-    with RewardWorkers(function="own_package.rewards:short") as judges:
-        assert judges.judge([answer(tokens=8)]) == [Reward(0.125, None)]
+    with RewardWorkers(function="own_package.rewards:short") as workers:
+        assert workers.rewards([answer(tokens=8)]) == [Reward(0.125, None)]
     # The working directory counts where it is on the path, and only there.
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry != str(tmp_path)])
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="No module named 'own_package'"):
         RewardWorkers(function="own_package.rewards:short")
     monkeypatch.setattr(sys, "path", ["", *sys.path])
-    with RewardWorkers(function="own_package.rewards:short") as judges:
-        assert judges.judge([answer(tokens=8)]) == [Reward(0.125, None)]
+    with RewardWorkers(function="own_package.rewards:short") as workers:
+        assert workers.rewards([answer(tokens=8)]) == [Reward(0.125, None)]
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -265,14 +265,14 @@ def test_every_misbehaviour_costs_its_own_sample(behaviours, processes, capfd):
     ways = list(EXPECTED)
     answers = [answer(final, tokens) for tokens, way in enumerate(ways) for final in (way, "1", "2")]
     expected = [
-        judgement
+        reward
         for tokens, way in enumerate(ways)
-        for judgement in (EXPECTED[way], Reward(tokens + 1.0, None), Reward(tokens + 0.0, None))
+        for reward in (EXPECTED[way], Reward(tokens + 1.0, None), Reward(tokens + 0.0, None))
     ]
-    with RewardWorkers(function=behaviours, time_limit=HANG, processes=processes) as judges:
-        assert dict(enumerate(judges.judge(answers))) == dict(enumerate(expected))
-        assert judges.lost == {"raised": 7, "died": 2, "value": 8}
-        (huge,) = judges.judge([answer("huge")])
+    with RewardWorkers(function=behaviours, time_limit=HANG, processes=processes) as workers:
+        assert dict(enumerate(workers.rewards(answers))) == dict(enumerate(expected))
+        assert workers.lost == {"raised": 7, "died": 2, "value": 8}
+        (huge,) = workers.rewards([answer("huge")])
         assert huge.reward is None and huge.reason is not None and huge.reason.startswith("returned 1000")
     printed = capfd.readouterr()
     assert printed.out == "" and "a line\n" in printed.err and "from a child\n" in printed.err
@@ -281,31 +281,31 @@ def test_every_misbehaviour_costs_its_own_sample(behaviours, processes, capfd):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_hang_costs_its_own_sample_and_what_it_started_ends(behaviours, processes):
-    with RewardWorkers(function=behaviours, time_limit=LIMIT, processes=processes) as judges:
-        judged = judges.judge([answer(f) for f in ("1", "hangs", "2", "hangs in C", "1", "starts another", "1")])
+    with RewardWorkers(function=behaviours, time_limit=LIMIT, processes=processes) as workers:
+        rewards = workers.rewards([answer(f) for f in ("1", "hangs", "2", "hangs in C", "1", "starts another", "1")])
         right, wrong = Reward(11.0, None), Reward(10.0, None)
-        assert judged == [right, TOO_LONG, wrong, TOO_LONG, right, TOO_LONG, right]
-        assert judges.lost == {"time": 3}
+        assert rewards == [right, TOO_LONG, wrong, TOO_LONG, right, TOO_LONG, right]
+        assert workers.lost == {"time": 3}
         child = child_started()
         wait_until(lambda: not alive(child))
 
 
 def test_a_function_that_dies_takes_its_daemons_along(behaviours):
-    with RewardWorkers(function=behaviours, time_limit=HANG) as judges:
-        judged = judges.judge([answer("leaves a daemon"), answer("1")])
-        assert judged == [Reward(None, "ended its process with exit code 3"), Reward(11.0, None)]
+    with RewardWorkers(function=behaviours, time_limit=HANG) as workers:
+        rewards = workers.rewards([answer("leaves a daemon"), answer("1")])
+        assert rewards == [Reward(None, "ended its process with exit code 3"), Reward(11.0, None)]
         assert not Path(f"/proc/{child_started()}").exists()
 
 
 def test_answers_are_judged_while_the_caller_does_something_else(behaviours):
-    with RewardWorkers(function=behaviours, time_limit=LIMIT, processes=2) as judges:
-        assert judges.finished(wait=True) == judges.finished(wait=False) == []
-        asked = {judges.begin(answer(final)): final for final in ("1", "hangs", "2", "raises")}
-        own = judges.begin(answer("1"), own_score=True)
-        assert judges.judge([answer("2")]) == [Reward(10.0, None)]  # which takes nothing of theirs
+    with RewardWorkers(function=behaviours, time_limit=LIMIT, processes=2) as workers:
+        assert workers.finished(wait=True) == workers.finished(wait=False) == []
+        asked = {workers.begin(answer(final)): final for final in ("1", "hangs", "2", "raises")}
+        own = workers.begin(answer("1"), own_score=True)
+        assert workers.rewards([answer("2")]) == [Reward(10.0, None)]  # which takes nothing of theirs
         found = {}
         while len(found) < 5:
-            news = judges.finished(wait=True)
+            news = workers.finished(wait=True)
             assert news
             found |= dict(news)
         assert {final: found[ticket] for ticket, final in asked.items()} == {
@@ -315,9 +315,9 @@ def test_answers_are_judged_while_the_caller_does_something_else(behaviours):
             "raises": EXPECTED["raises"],
         }
         assert found[own] == Reward(1.0, None) and found[own].score == 1.0
-        begun = [judges.begin(answer(str(n))) for n in range(9)]
+        begun = [workers.begin(answer(str(n))) for n in range(9)]
         found = {}
-        wait_until(lambda: found.update(judges.finished(wait=False)) or len(found) == 9)
+        wait_until(lambda: found.update(workers.finished(wait=False)) or len(found) == 9)
         assert sorted(found) == begun
 
 
@@ -329,11 +329,11 @@ def test_a_task_s_own_score_that_is_lost_is_0_and_what_it_gave_is_known(tmp_path
             return 0.5 * score() if answer.tokens > 1 else 0.25
         """,
     )
-    with RewardWorkers(function=f"{function}:reward") as judges:
-        judged = judges.judge([answer("1"), answer("2"), answer("1", tokens=1), answer("1", truncated=True)])
-        assert [(one.reward, one.score) for one in judged] == [(0.5, 1.0), (0.0, 0.0), (0.25, None), (0.0, 0.0)]
+    with RewardWorkers(function=f"{function}:reward") as workers:
+        rewards = workers.rewards([answer("1"), answer("2"), answer("1", tokens=1), answer("1", truncated=True)])
+        assert [(one.reward, one.score) for one in rewards] == [(0.5, 1.0), (0.0, 0.0), (0.25, None), (0.0, 0.0)]
         missing = answer("1", problem=Problem("nowhere", 0, "?", "1"))
-        (function_lost,), (own_lost,) = judges.judge([missing]), judges.judge([missing], own_score=True)
+        (function_lost,), (own_lost,) = workers.rewards([missing]), workers.rewards([missing], own_score=True)
         assert (function_lost.reward, own_lost.reward) == (None, 0.0)
         assert function_lost.reason == own_lost.reason != None  # noqa: E711
 
@@ -347,14 +347,14 @@ def test_what_user_code_sees_of_the_environment(tmp_path, monkeypatch, function,
     function = function and written(
         tmp_path / "see.py", "import os\n\ndef reward(answer, score):\n    return os.environ.get('MINE') == 'secret'"
     )
-    with RewardWorkers(function=f"{function}:reward" if function else None, environment=names) as judges:
-        (pid,) = workers(judges)
+    with RewardWorkers(function=f"{function}:reward" if function else None, environment=names) as workers:
+        (pid,) = process_ids(workers)
         variables = set(Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
         assert (b"MINE=secret" in variables) == seen
         assert {b"PYTHONHASHSEED=0", b"JAX_PLATFORMS=cpu"} <= variables
         assert (f"PATH={os.environ['PATH']}".encode() in variables) == (names is None)
         if function:
-            assert judges.judge([answer()]) == [Reward(float(seen), None)]
+            assert workers.rewards([answer()]) == [Reward(float(seen), None)]
 
 
 def test_a_function_s_file_is_found_without_importing(tmp_path, monkeypatch):
@@ -381,25 +381,25 @@ def test_order_is_kept_whatever_takes_longer_and_answers_may_be_long(tmp_path):
         """,
     )
     answers = [Answer(TASKS["chain"].sample(0), "low", "a" * (n * 200_000), "1", n, False) for n in range(20)]
-    with RewardWorkers(function=f"{function}:reward", processes=2) as judges:
-        assert [judgement.reward for judgement in judges.judge(answers)] == [n * 200_001 for n in range(20)]
+    with RewardWorkers(function=f"{function}:reward", processes=2) as workers:
+        assert [reward.reward for reward in workers.rewards(answers)] == [n * 200_001 for n in range(20)]
 
 
 def test_processes_end_with_close_and_one_that_dies_idle_costs_nothing(behaviours):
-    judges = RewardWorkers(function=behaviours, time_limit=HANG, processes=2)
+    workers = RewardWorkers(function=behaviours, time_limit=HANG, processes=2)
     answers = [answer("1", n) for n in range(4)]
     expected = [Reward(n + 1.0, None) for n in range(4)]
-    assert judges.judge(answers) == expected
-    before = workers(judges)
+    assert workers.rewards(answers) == expected
+    before = process_ids(workers)
     os.kill(before[0], signal.SIGKILL)
     wait_until(lambda: not alive(before[0]))
-    assert judges.judge(answers) == expected and not judges.lost
-    pids = {*before, *workers(judges)}
-    judges.close()
-    judges.close()
+    assert workers.rewards(answers) == expected and not workers.lost
+    pids = {*before, *process_ids(workers)}
+    workers.close()
+    workers.close()
     assert len(pids) >= 2 and not any(alive(pid) for pid in pids)
-    with pytest.raises(RuntimeError, match="the judges were closed"):
-        judges.judge(answers)
+    with pytest.raises(RuntimeError, match="the reward workers were closed"):
+        workers.rewards(answers)
 
 
 def test_a_parent_that_is_killed_leaves_no_process(behaviours, tmp_path):
@@ -411,14 +411,14 @@ def test_a_parent_that_is_killed_leaves_no_process(behaviours, tmp_path):
         from puzzle_jax.tasks.rewards.answers import Answer
         from puzzle_jax.tasks.rewards.workers import RewardWorkers
 
-        def judged(*finals):
-            return judges.judge([Answer(TASKS["chain"].sample(0), "low", "", final, 1, False) for final in finals])
+        def rewards(*finals):
+            return workers.rewards([Answer(TASKS["chain"].sample(0), "low", "", final, 1, False) for final in finals])
 
-        judges = RewardWorkers(function={behaviours!r}, time_limit={HANG}, processes=3)
-        while not all(worker.ready for worker in judges._workers) or len(judges._workers) < 3:
-            judged("1", "1", "1")
-        print(*(worker.process.pid for worker in judges._workers), flush=True)
-        judged("hangs", "hangs in C", "starts another")
+        workers = RewardWorkers(function={behaviours!r}, time_limit={HANG}, processes=3)
+        while not all(worker.ready for worker in workers._workers) or len(workers._workers) < 3:
+            rewards("1", "1", "1")
+        print(*(worker.process.pid for worker in workers._workers), flush=True)
+        rewards("hangs", "hangs in C", "starts another")
         """,
     )
     parent = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
@@ -453,14 +453,14 @@ def test_an_interrupt_stops_the_call_alone(tmp_path):
         from puzzle_jax.tasks.rewards.answers import Answer
         from puzzle_jax.tasks.rewards.workers import RewardWorkers
 
-        def judged(final):
-            return judges.judge([Answer(TASKS["chain"].sample(0), "low", "", final, 1, False)] * 2)
+        def rewards(final):
+            return workers.rewards([Answer(TASKS["chain"].sample(0), "low", "", final, 1, False)] * 2)
 
-        with RewardWorkers(function="{reward}:reward", time_limit={HANG}, processes=2) as judges:
+        with RewardWorkers(function="{reward}:reward", time_limit={HANG}, processes=2) as workers:
             try:
-                judged("hangs")
+                rewards("hangs")
             except KeyboardInterrupt:
-                print([judgement.reward for judgement in judged("1")], dict(judges.lost))
+                print([reward.reward for reward in rewards("1")], dict(workers.lost))
         """,
     )
     parent = subprocess.Popen(
@@ -481,13 +481,13 @@ def test_a_file_is_read_once_and_a_module_that_vanishes_is_told(tmp_path, monkey
     monkeypatch.syspath_prepend(tmp_path)
     given = [answer("exits"), answer()]
     expected = [Reward(None, "ended its process with exit code 0"), Reward(1.0, None)]
-    with RewardWorkers(function=f"{file}:reward") as judges:
+    with RewardWorkers(function=f"{file}:reward") as workers:
         written(tmp_path / "edited.py", "reward = lambda answer, score: 2.0")
-        assert judges.judge(given) == expected
-    with RewardWorkers(function="vanishing:reward") as judges:
+        assert workers.rewards(given) == expected
+    with RewardWorkers(function="vanishing:reward") as workers:
         (tmp_path / "vanishing.py").unlink()
         with pytest.raises(ConfigError) as caught:
-            judges.judge(given)
+            workers.rewards(given)
     message = "reward is 'vanishing:reward', but loading vanishing raised ModuleNotFoundError: "
     assert str(caught.value) == message + "No module named 'vanishing'"
 
@@ -495,10 +495,10 @@ def test_a_file_is_read_once_and_a_module_that_vanishes_is_told(tmp_path, monkey
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"time_limit": 0.0}, "time_limit is 0, but must be a finite number of seconds above 0"),
-        ({"time_limit": -1.5}, "time_limit is -1.5, but must be a finite number of seconds above 0"),
-        ({"time_limit": float("nan")}, "time_limit is nan, but must be a finite number of seconds above 0"),
-        ({"time_limit": float("inf")}, "time_limit is inf, but must be a finite number of seconds above 0"),
+        ({"time_limit": 0.0}, "time_limit is 0.0, but must be above 0"),
+        ({"time_limit": -1.5}, "time_limit is -1.5, but must be above 0"),
+        ({"time_limit": float("nan")}, "time_limit is nan, but must be a finite number above 0"),
+        ({"time_limit": float("inf")}, "time_limit is inf, but must be a finite number above 0"),
         ({"processes": 0}, "judges is 0, but must be at least 1"),
         ({"function": "f"}, "reward is 'f', but must be path/to/file.py:name or package.module:name"),
         ({"function": "bad.py"}, "reward is 'bad.py', but must be path/to/file.py:name or package.module:name"),
