@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import jax.numpy as jnp
 
-from puzzle_jax.kernels.shapes import Array, Int
+from puzzle_jax.kernels.shapes import Array, Window
 
 
 def shapes(needed_by: str, expected: Mapping[str, tuple[Array, tuple[int, ...]]]) -> None:
@@ -42,7 +42,7 @@ def heads(q: Array, q_heads: int, k_name: str, k: Array, kv_heads: int) -> None:
         )
 
 
-def window(window: int | Int[Array, "#batch"] | None, batch: int) -> None:
+def window(window: Window, batch: int) -> None:
     """A window is all keys, a number from 1, or whole numbers for each row."""
     if window is None:
         return

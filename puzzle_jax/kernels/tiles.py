@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -55,5 +54,5 @@ def using(settings: Mapping[str, Mapping[str, int]]) -> Iterator[None]:
 
 
 @cache
-def _table() -> dict[str, dict[str, list[dict[str, Any]]]]:
+def _table() -> dict[str, dict[str, list[dict[str, int | float]]]]:
     return json.loads(TABLE.read_text())

@@ -10,7 +10,7 @@ from __future__ import annotations
 from puzzle_jax.kernels import checks
 from puzzle_jax.kernels.chunk_attention import blocks, reference
 from puzzle_jax.kernels.dispatch import dispatch
-from puzzle_jax.kernels.shapes import Array, Float, Int, Num
+from puzzle_jax.kernels.shapes import Array, Float, IntScalar, KeyRing, Num, Scale, Sinks, ValueRing, Window
 
 IMPLEMENTATIONS = {"blocks": blocks.chunk_attention, "reference": reference.chunk_attention}
 
@@ -19,14 +19,14 @@ def chunk_attention(
     q: Float[Array, "batch chunk heads dim"],
     k: Num[Array, "batch kv_heads dim chunk"],
     v: Num[Array, "batch kv_heads chunk dim"],
-    k_cache: Num[Array, "batch kv_heads dim slots"],
-    v_cache: Num[Array, "batch kv_heads slots dim"],
-    sinks: Float[Array, "heads"],
-    start: Int[Array, ""],
+    k_cache: KeyRing,
+    v_cache: ValueRing,
+    sinks: Sinks,
+    start: IntScalar,
     *,
-    window: int | Int[Array, "#batch"] | None,
-    k_scale: Float[Array, ""] | None = None,
-    v_scale: Float[Array, ""] | None = None,
+    window: Window,
+    k_scale: Scale = None,
+    v_scale: Scale = None,
     implementation: str | None = None,
 ) -> Float[Array, "batch chunk heads dim"]:
     """Attends causally from positions start, start + 1, ... of every row.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from puzzle_jax.kernels.decode_attention.reference import load, slot_positions
-from puzzle_jax.kernels.shapes import Array, Float, Int, Num
+from puzzle_jax.kernels.shapes import Array, Float, IntScalar, KeyRing, Num, Scale, Sinks, ValueRing, Window
 from puzzle_jax.kernels.window_attention.reference import softmax_with_sink
 
 
@@ -13,14 +13,14 @@ def chunk_attention(
     q: Float[Array, "batch chunk heads dim"],
     k: Num[Array, "batch kv_heads dim chunk"],
     v: Num[Array, "batch kv_heads chunk dim"],
-    k_cache: Num[Array, "batch kv_heads dim slots"],
-    v_cache: Num[Array, "batch kv_heads slots dim"],
-    sinks: Float[Array, "heads"],
-    start: Int[Array, ""],
+    k_cache: KeyRing,
+    v_cache: ValueRing,
+    sinks: Sinks,
+    start: IntScalar,
     *,
-    window: int | Int[Array, "#batch"] | None,
-    k_scale: Float[Array, ""] | None = None,
-    v_scale: Float[Array, ""] | None = None,
+    window: Window,
+    k_scale: Scale = None,
+    v_scale: Scale = None,
 ) -> Float[Array, "batch chunk heads dim"]:
     """See the api."""
     batch, chunk, heads, dim = q.shape

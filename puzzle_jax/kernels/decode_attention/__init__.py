@@ -13,7 +13,7 @@ from __future__ import annotations
 from puzzle_jax.kernels import checks
 from puzzle_jax.kernels.decode_attention import mosaic_gpu, mosaic_tpu, reference
 from puzzle_jax.kernels.dispatch import dispatch
-from puzzle_jax.kernels.shapes import Array, Float, Int, Num
+from puzzle_jax.kernels.shapes import Array, Float, Int, KeyRing, Scale, Sinks, ValueRing, Window
 
 IMPLEMENTATIONS = {
     "reference": reference.decode_attention,
@@ -24,14 +24,14 @@ IMPLEMENTATIONS = {
 
 def decode_attention(
     q: Float[Array, "batch heads dim"],
-    k_cache: Num[Array, "batch kv_heads dim slots"],
-    v_cache: Num[Array, "batch kv_heads slots dim"],
-    sinks: Float[Array, "heads"],
+    k_cache: KeyRing,
+    v_cache: ValueRing,
+    sinks: Sinks,
     positions: Int[Array, "batch"],
     *,
-    window: int | Int[Array, "#batch"] | None,
-    k_scale: Float[Array, ""] | None = None,
-    v_scale: Float[Array, ""] | None = None,
+    window: Window,
+    k_scale: Scale = None,
+    v_scale: Scale = None,
     implementation: str | None = None,
 ) -> Float[Array, "batch heads dim"]:
     """Attends from position `positions` of each row, whose key and value are already in the cache.

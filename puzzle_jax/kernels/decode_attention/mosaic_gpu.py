@@ -12,16 +12,14 @@ Left out: several query tokens, and a number of parts that follows from how many
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
 from puzzle_jax.kernels.decode_attention.reference import seen_slots
-from puzzle_jax.kernels.mosaic import hopper_only, plgpu, swizzled
-from puzzle_jax.kernels.shapes import Array, Float, Int, Num
+from puzzle_jax.kernels.mosaic import hopper_only, launched, plgpu, product, swizzled
+from puzzle_jax.kernels.shapes import Array, Float, Index, Int, KeyRing, Ref, Scale, Sinks, ValueRing, Window
 from puzzle_jax.kernels.window_attention.reference import MASKED
 
 ROWS = 64
@@ -33,14 +31,14 @@ _E4M3_AS_HALF = 256.0
 
 def decode_attention(
     q: Float[Array, "batch heads dim"],
-    k_cache: Num[Array, "batch kv_heads dim slots"],
-    v_cache: Num[Array, "batch kv_heads slots dim"],
-    sinks: Float[Array, "heads"],
+    k_cache: KeyRing,
+    v_cache: ValueRing,
+    sinks: Sinks,
     positions: Int[Array, "batch"],
     *,
-    window: int | Int[Array, "#batch"] | None,
-    k_scale: Float[Array, ""] | None = None,
-    v_scale: Float[Array, ""] | None = None,
+    window: Window,
+    k_scale: Scale = None,
+    v_scale: Scale = None,
     interpret: bool = False,
 ) -> Float[Array, "batch heads dim"]:
     """See the api. Raises NotImplementedError where this is no Hopper GPU (unless interpreted), below JAX 0.11.2, for
@@ -82,8 +80,8 @@ def decode_attention(
 
 def _parts(
     rows: Float[Array, "batch kv_heads rows dim"],
-    k_cache: Num[Array, "batch kv_heads dim slots"],
-    v_cache: Num[Array, "batch kv_heads slots dim"],
+    k_cache: KeyRing,
+    v_cache: ValueRing,
     positions: Int[Array, "batch"],
     widths: Int[Array, "batch"],
     group: int,
@@ -102,32 +100,25 @@ def _parts(
     mosaic = plgpu()
     matrix, vector = mosaic.Layout.WGMMA, mosaic.Layout.WGMMA.reduce(1)
 
-    def kernel(position_of: Any, width_of: Any, q: Any, k: Any, v: Any, *refs: Any) -> None:
+    def kernel(position_of: Ref, width_of: Ref, q: Ref, k: Ref, v: Ref, *refs: Ref) -> None:
         out, largest_out, total_out, q_tile, p_tile, out_tile, largest_tile, total_tile, arrived, *halves = refs
         b, h, s = lax.axis_index("row"), lax.axis_index("head"), lax.axis_index("part")
         position, width = position_of[b], width_of[b]
 
-        def as_half(stored: Any, half: Any) -> Any:
+        def as_half(stored: Ref, half: Ref) -> Ref:
             code = stored[...].astype(jnp.int16)
             half[...] = lax.bitcast_convert_type(((code & 0x80) << 8) | ((code & 0x7F) << 7), jnp.float16)
             return half
 
-        def product(left: Any, right: Any, columns: int) -> Float[Array, "rows columns"]:
-            def run(total: Any) -> Float[Array, "rows columns"]:
-                mosaic.wgmma(total, left, right)
-                return total[...]
-
-            return pl.run_scoped(run, mosaic.ACC((ROWS, columns), jnp.float32))
-
         def wide(values: Float[Array, "rows"], columns: int) -> Float[Array, "rows columns"]:
             return lax.broadcast_in_dim(values, (ROWS, columns), (0,))
 
-        def step(index: Any, k_tile: Any, v_tile: Any, carry: Any) -> Any:
+        def step(index: tuple[Index], k_tile: Ref, v_tile: Ref, carry: tuple[Array, ...]) -> tuple[Array, ...]:
             largest, total, out = carry
             if packed:
                 k_tile, v_tile = as_half(k_tile, halves[0]), as_half(v_tile, halves[1])
                 mosaic.commit_smem()
-            logits = product(q_tile, k_tile, tile)
+            logits = product(q_tile, k_tile, ROWS, tile)
             slot = mosaic.broadcasted_iota(jnp.int32, (ROWS, tile), 1, layout=matrix) + (s * part + index[0] * tile)
             # A slot holds the last position of its number; how far behind the query's that is says what is seen.
             behind = lax.rem(position, slots) - slot
@@ -139,7 +130,7 @@ def _parts(
             shrink = jnp.exp(largest - new)
             p_tile[...] = weights.astype(dtype)
             mosaic.commit_smem()
-            out = out * wide(shrink, dim) + product(p_tile, v_tile, dim)
+            out = out * wide(shrink, dim) + product(p_tile, v_tile, ROWS, dim)
             return new, total * shrink + jnp.sum(weights, axis=1), out
 
         start, stop = seen_slots(position, width, slots)
@@ -170,7 +161,7 @@ def _parts(
             mosaic.copy_smem_to_gmem(total_tile, total_out.at[b, h, s])
             mosaic.wait_smem_to_gmem(0)
 
-    def shared(shape: tuple[int, ...], swizzle: bool = True) -> Any:
+    def shared(shape: tuple[int, ...], swizzle: bool = True) -> object:
         kind = dtype if swizzle else jnp.float32
         return mosaic.SMEM(shape, kind, transforms=swizzled(shape[1]) if swizzle else ())
 
@@ -178,14 +169,8 @@ def _parts(
     per_row = jax.ShapeDtypeStruct((*grid, ROWS), jnp.float32)
     halves = [shared((dim, tile)), shared((tile, dim))] if packed else []
     vectors = [shared((ROWS, dim), False), shared((ROWS,), False), shared((ROWS,), False)]
-    call = mosaic.kernel(
-        kernel,
-        out_type=[jax.ShapeDtypeStruct((*grid, some, dim), jnp.float32), per_row, per_row],
-        grid=grid,
-        grid_names=("row", "head", "part"),
-        scratch_types=[shared((ROWS, dim)), shared((ROWS, tile)), *vectors, mosaic.Barrier(), *halves],
-        compiler_params=mosaic.CompilerParams(lowering_semantics=mosaic.LoweringSemantics.Warpgroup),
-        interpret=mosaic.InterpretGPUParams() if interpret else None,
-    )
+    outputs = [jax.ShapeDtypeStruct((*grid, some, dim), jnp.float32), per_row, per_row]
+    scratch = [shared((ROWS, dim)), shared((ROWS, tile)), *vectors, mosaic.Barrier(), *halves]
+    call = launched(kernel, outputs, dict(zip(("row", "head", "part"), grid, strict=True)), scratch, interpret)
     out, largest, total = call(positions, widths, rows, k_cache, v_cache)
     return out, largest, total

@@ -10,8 +10,6 @@ Left out: several query tokens, and several rows per program.
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -21,7 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 from puzzle_jax.kernels.decode_attention.reference import seen_slots
 from puzzle_jax.kernels.float8 import e4m3_values
 from puzzle_jax.kernels.platform import target_platform
-from puzzle_jax.kernels.shapes import Array, Float, Int, Num
+from puzzle_jax.kernels.shapes import Array, Float, Index, Int, KeyRing, Num, Ref, Scale, Sinks, ValueRing, Window
 from puzzle_jax.kernels.window_attention.reference import MASKED
 
 LANES = 128
@@ -32,14 +30,14 @@ MIN_ROWS = 16
 
 def decode_attention(
     q: Float[Array, "batch heads dim"],
-    k_cache: Num[Array, "batch kv_heads dim slots"],
-    v_cache: Num[Array, "batch kv_heads slots dim"],
-    sinks: Float[Array, "heads"],
+    k_cache: KeyRing,
+    v_cache: ValueRing,
+    sinks: Sinks,
     positions: Int[Array, "batch"],
     *,
-    window: int | Int[Array, "#batch"] | None,
-    k_scale: Float[Array, ""] | None = None,
-    v_scale: Float[Array, ""] | None = None,
+    window: Window,
+    k_scale: Scale = None,
+    v_scale: Scale = None,
     interpret: bool = False,
 ) -> Float[Array, "batch heads dim"]:
     """See the api. Raises NotImplementedError off TPUs unless interpreted, and for slots that no tile divides."""
@@ -59,12 +57,12 @@ def decode_attention(
     # Two numbers that every program reads: what logits and output are multiplied by.
     scales = jnp.stack([dim**-0.5 * _or_one(k_scale), _or_one(v_scale)])
 
-    def tiles_of(b: Any, position: Any, width: Any) -> tuple[Any, Any]:
+    def tiles_of(b: Index, position: Ref, width: Ref) -> tuple[Array, Array]:
         """The first and the last tile that row `b` sees something of."""
         first, last = seen_slots(position[b], width[b], slots)
         return lax.div(first, tile), lax.div(last, tile)  # `//` of what may be negative is more than TPUs have here
 
-    def kernel(position: Any, width: Any, scale: Any, q: Any, sink: Any, k: Any, v: Any, out: Any, *carry: Any) -> None:
+    def kernel(position: Ref, width: Ref, scale: Ref, q: Ref, sink: Ref, k: Ref, v: Ref, out: Ref, *carry: Ref) -> None:
         largest, total, mixed = carry
         b, t = pl.program_id(0), pl.program_id(2)
         first, last = tiles_of(b, position, width)
@@ -99,7 +97,7 @@ def decode_attention(
         def _() -> None:
             out[0, 0] = (mixed[...] / total[:, :1] * scale[1]).astype(out.dtype)
 
-    def cache_tile(b: Any, t: Any, position: Any, width: Any) -> Any:
+    def cache_tile(b: Index, t: Index, position: Ref, width: Ref) -> Array:
         first, last = tiles_of(b, position, width)
         return jnp.clip(t, first, last)
 
@@ -136,11 +134,11 @@ def decode_attention(
     return out[:, :, :group].reshape(batch, heads, dim)
 
 
-def _or_one(scale: Float[Array, ""] | None) -> Float[Array, ""]:
+def _or_one(scale: Scale) -> Float[Array, ""]:
     return jnp.float32(1.0) if scale is None else scale.astype(jnp.float32)
 
 
-def _loaded(stored: Num[Array, "some others"], dtype: Any) -> Float[Array, "some others"]:
+def _loaded(stored: Num[Array, "some others"], dtype: jnp.dtype | type) -> Float[Array, "some others"]:
     """Cached numbers in the dtype to compute with, their scale left out."""
     if stored.dtype != jnp.uint8:
         return stored.astype(dtype)

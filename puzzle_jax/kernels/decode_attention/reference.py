@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from puzzle_jax.kernels.float8 import decode_e4m3
-from puzzle_jax.kernels.shapes import Array, Float, Int, Num
+from puzzle_jax.kernels.shapes import Array, Float, Int, KeyRing, Num, Scale, Sinks, ValueRing, Window
 from puzzle_jax.kernels.window_attention.reference import softmax_with_sink
 
 
@@ -34,14 +34,14 @@ def load(stored: Num[Array, "*shape"], dtype: jnp.dtype | type) -> Float[Array, 
 
 def decode_attention(
     q: Float[Array, "batch heads dim"],
-    k_cache: Num[Array, "batch kv_heads dim slots"],
-    v_cache: Num[Array, "batch kv_heads slots dim"],
-    sinks: Float[Array, "heads"],
+    k_cache: KeyRing,
+    v_cache: ValueRing,
+    sinks: Sinks,
     positions: Int[Array, "batch"],
     *,
-    window: int | Int[Array, "#batch"] | None,
-    k_scale: Float[Array, ""] | None = None,
-    v_scale: Float[Array, ""] | None = None,
+    window: Window,
+    k_scale: Scale = None,
+    v_scale: Scale = None,
 ) -> Float[Array, "batch heads dim"]:
     """See the api."""
     batch, heads, dim = q.shape

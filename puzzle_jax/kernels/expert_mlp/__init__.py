@@ -24,7 +24,7 @@ from puzzle_jax.kernels.dispatch import dispatch
 from puzzle_jax.kernels.expert_mlp import capacity, expert_loop, grouped, parallel, reference, sorted_blocks
 from puzzle_jax.kernels.expert_mlp.weights import Experts
 from puzzle_jax.kernels.route import Routing
-from puzzle_jax.kernels.shapes import Array, Float, Int
+from puzzle_jax.kernels.shapes import Array, ExpertOutputs, Float, Ids, Tokens
 
 __all__ = ["IMPLEMENTATIONS", "Experts", "combine", "expert_mlp", "expert_outputs"]
 
@@ -40,15 +40,15 @@ IMPLEMENTATIONS = {
 
 
 def expert_outputs(
-    x: Float[Array, "tokens hidden"],
-    ids: Int[Array, "tokens k"],
+    x: Tokens,
+    ids: Ids,
     experts: Experts,
     *,
     limit: float,
     spread: int | None = None,
     implementation: str | None = None,
     mesh: Mesh | AbstractMesh | None = None,
-) -> Float[Array, "tokens k hidden"]:
+) -> ExpertOutputs:
     """Output of each token's chosen experts, before the gates.
 
     Args:
@@ -120,7 +120,7 @@ def _data_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
     return tuple(axis for axis in mesh.axis_names if axis != "model")
 
 
-def combine(outputs: Float[Array, "tokens k hidden"], gates: Float[Array, "tokens k"]) -> Float[Array, "tokens hidden"]:
+def combine(outputs: ExpertOutputs, gates: Float[Array, "tokens k"]) -> Tokens:
     """Chosen experts' outputs summed with their gates, in float32, then the dtype of the outputs."""
     mixed = jnp.einsum("tkh,tk->th", outputs.astype(jnp.float32), gates.astype(jnp.float32))
     return mixed.astype(outputs.dtype)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 
@@ -12,6 +11,7 @@ from puzzle_jax.kernels.expert_mlp.weights import Experts
 from puzzle_jax.kernels.shapes import Array
 
 Settings = tuple[float, int]
+Backward = Callable[[Array], tuple[Array, Experts]]
 Forward = Callable[[Settings, Array, Array, Experts], Array]
 
 
@@ -19,7 +19,7 @@ def with_gradients_of_sorted_blocks(forward: Forward) -> Forward:
     """`forward((limit, spread), x, ids, experts)`; where it is differentiated, in `x` and `experts`, `sorted_blocks`
     runs in its place, forwards and backwards."""
 
-    def save(settings: Settings, x: Array, ids: Array, experts: Experts) -> tuple[Array, Any]:
+    def save(settings: Settings, x: Array, ids: Array, experts: Experts) -> tuple[Array, Backward]:
         limit, spread = settings
 
         def run(x: Array, experts: Experts) -> Array:
@@ -27,7 +27,7 @@ def with_gradients_of_sorted_blocks(forward: Forward) -> Forward:
 
         return jax.vjp(run, x, experts)
 
-    def backward(settings: Settings, vjp: Any, d_out: Array) -> tuple[Array, None, Experts]:
+    def backward(settings: Settings, vjp: Backward, d_out: Array) -> tuple[Array, None, Experts]:
         d_x, d_experts = vjp(d_out)
         return d_x, None, d_experts
 

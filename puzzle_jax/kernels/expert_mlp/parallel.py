@@ -38,7 +38,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from puzzle_jax.kernels.expert_mlp.weights import Experts
 from puzzle_jax.kernels.platform import target_platform
 from puzzle_jax.kernels.route import Routing
-from puzzle_jax.kernels.shapes import Array, Float, Int, Shaped
+from puzzle_jax.kernels.shapes import Array, ExpertOutputs, Float, Ids, Int, Shaped, Tokens
 
 WAYS = ("replicate", "all_to_all")
 MANY_PAIRS = 1024
@@ -117,15 +117,15 @@ def mixture(
 
 
 def separate(
-    x: Float[Array, "tokens hidden"],
-    ids: Int[Array, "tokens k"],
+    x: Tokens,
+    ids: Ids,
     experts: Experts,
     outputs: Outputs,
     *,
     mesh: Mesh | AbstractMesh,
     data: tuple[str, ...] = ("data",),
     model: str = "model",
-) -> Float[Array, "tokens k hidden"]:
+) -> ExpertOutputs:
     """Every chosen expert's own output, on all devices of the model axis: as `replicate`, without the sum over k."""
     (tokens, _), num_experts = ids.shape, experts.down_bias.shape[0]
     own = num_experts // mesh.shape[model]
@@ -150,28 +150,21 @@ def _divide(sizes: tuple[int, ...], cuts: Sequence[tuple[str, ...]], mesh: Mesh 
 
 
 def _replicate(
-    x: Float[Array, "tokens hidden"],
-    ids: Int[Array, "tokens k"],
+    x: Tokens,
+    ids: Ids,
     gates: Float[Array, "tokens k"],
     experts: Experts,
     outputs: Outputs,
     combine: Callable[[Array, Array], Array],
     own: int,
     axis: str,
-) -> Float[Array, "tokens hidden"]:
+) -> Tokens:
     """The sum over devices of what each one's experts add, in float32."""
     found = _own_outputs(x, ids, experts, outputs, own, axis)
     return lax.psum(combine(found.astype(jnp.float32), gates), axis).astype(x.dtype)
 
 
-def _own_outputs(
-    x: Float[Array, "tokens hidden"],
-    ids: Int[Array, "tokens k"],
-    experts: Experts,
-    outputs: Outputs,
-    own: int,
-    axis: str,
-) -> Float[Array, "tokens k hidden"]:
+def _own_outputs(x: Tokens, ids: Ids, experts: Experts, outputs: Outputs, own: int, axis: str) -> ExpertOutputs:
     """Outputs of this device's experts, and 0 for pairs that are others'."""
     ids = ids - lax.axis_index(axis) * own
     here = (ids >= 0) & (ids < own)
@@ -181,14 +174,8 @@ def _own_outputs(
 
 
 def _exchange(
-    x: Float[Array, "tokens hidden"],
-    ids: Int[Array, "tokens k"],
-    experts: Experts,
-    outputs: Outputs,
-    own: int,
-    devices: int,
-    axis: str,
-) -> Float[Array, "tokens k hidden"]:
+    x: Tokens, ids: Ids, experts: Experts, outputs: Outputs, own: int, devices: int, axis: str
+) -> ExpertOutputs:
     """Outputs of this device's tokens' experts, wherever those are."""
     tokens, k = ids.shape
     pairs, flat = tokens * k, ids.reshape(-1)

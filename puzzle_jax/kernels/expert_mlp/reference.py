@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from puzzle_jax.kernels.expert_mlp.weights import Experts
 from puzzle_jax.kernels.mxfp4 import as_dense
-from puzzle_jax.kernels.shapes import Array, Float, Int
+from puzzle_jax.kernels.shapes import Array, ExpertOutputs, Float, Ids, Tokens
 
 SWIGLU_ALPHA = 1.702
 
@@ -23,14 +23,7 @@ def clamped_swiglu(h: Float[Array, "... two_inter"], limit: float) -> Float[Arra
     return ((up + 1.0) * gate * jax.nn.sigmoid(SWIGLU_ALPHA * gate)).astype(h.dtype)
 
 
-def expert_outputs(
-    x: Float[Array, "tokens hidden"],
-    ids: Int[Array, "tokens k"],
-    experts: Experts,
-    *,
-    limit: float,
-    spread: int | None = None,
-) -> Float[Array, "tokens k hidden"]:
+def expert_outputs(x: Tokens, ids: Ids, experts: Experts, *, limit: float, spread: int | None = None) -> ExpertOutputs:
     """See the api. Accumulates in float32."""
     gate_up, down = as_dense(experts.gate_up, x.dtype), as_dense(experts.down, x.dtype)
     h = jnp.einsum("th,ehf->tef", x, gate_up, preferred_element_type=jnp.float32)

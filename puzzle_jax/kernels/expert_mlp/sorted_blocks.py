@@ -16,17 +16,10 @@ from puzzle_jax.kernels.expert_mlp.weights import Experts
 from puzzle_jax.kernels.grouped_matmul.blocked import block_rows
 from puzzle_jax.kernels.mxfp4 import as_dense
 from puzzle_jax.kernels.route import expert_order
-from puzzle_jax.kernels.shapes import Array, Float, Int
+from puzzle_jax.kernels.shapes import ExpertOutputs, Ids, Tokens
 
 
-def expert_outputs(
-    x: Float[Array, "tokens hidden"],
-    ids: Int[Array, "tokens k"],
-    experts: Experts,
-    *,
-    limit: float,
-    spread: int | None = None,
-) -> Float[Array, "tokens k hidden"]:
+def expert_outputs(x: Tokens, ids: Ids, experts: Experts, *, limit: float, spread: int | None = None) -> ExpertOutputs:
     """See the api. Accumulates in float32."""
     tokens, k = ids.shape
     num_experts = experts.down_bias.shape[0]

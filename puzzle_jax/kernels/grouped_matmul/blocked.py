@@ -8,29 +8,25 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
+from puzzle_jax.kernels.grouped_matmul.layout import half_share
 from puzzle_jax.kernels.mxfp4 import MXFP4, as_dense
-from puzzle_jax.kernels.shapes import Array, Float, Int
+from puzzle_jax.kernels.shapes import Array, BlockExperts, Float, IntScalar, Matrices
 from puzzle_jax.kernels.tiles import tiles
 
 MIN_BLOCK, MAX_BLOCK = 4, 128
 
 
 def block_rows(rows: int, num_experts: int, packed: bool = False) -> int:
-    """Rows per block: the power of two nearest above half the mean rows per expert, within limits.
-
-    Half, because a block that is half an expert's share wastes a quarter of its padding while its weights are read
-    only twice.
-    """
-    target = max(1, rows // (2 * num_experts))
-    reckoned = min(MAX_BLOCK, max(MIN_BLOCK, 1 << (target - 1).bit_length()))
+    """Rows per block."""
+    reckoned = half_share(rows, num_experts, MIN_BLOCK, MAX_BLOCK)
     return tiles("grouped_matmul.blocked", rows / num_experts, block=reckoned)["block"]
 
 
 def block_matmul(
     rows: Float[Array, "padded inputs"],
-    weights: Float[Array, "experts first second"] | MXFP4,
-    expert: Int[Array, "blocks"],
-    used: Int[Array, ""],
+    weights: Matrices | MXFP4,
+    expert: BlockExperts,
+    used: IntScalar,
     *,
     transposed: bool = False,
 ) -> Float[Array, "padded outputs"]:

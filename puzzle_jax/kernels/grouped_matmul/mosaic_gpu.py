@@ -15,17 +15,15 @@ straight into the registers that wgmma reads, which the interpreter of this back
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from puzzle_jax.kernels.mosaic import hopper_only, plgpu, swizzled
+from puzzle_jax.kernels.grouped_matmul.layout import mean_share
+from puzzle_jax.kernels.mosaic import hopper_only, launched, plgpu, swizzled
 from puzzle_jax.kernels.mxfp4 import GROUP, MXFP4, code_values, scale_values
-from puzzle_jax.kernels.shapes import Array, Float, Int
+from puzzle_jax.kernels.shapes import Array, BlockExperts, Float, Index, IntScalar, Matrices, Ref
 from puzzle_jax.kernels.tiles import tiles
 
 DENSE_TILE_IN, DENSE_TILE_OUT, DENSE_STEPS = 64, (192, 128, 64), 4
@@ -35,21 +33,19 @@ MIN_DENSE_ROWS, MIN_PACKED_ROWS = 64, 8
 
 
 def block_rows(rows: int, num_experts: int, packed: bool) -> int:
-    """Rows per block: the power of two nearest to the mean rows per expert, from the least that wgmma takes to 128.
+    """Rows per block, from the least that wgmma takes to 128.
 
     Packed weights are decoded once per block, so few blocks are worth more than little padding.
     """
-    nearest = 1 << max(0, round(math.log2(max(1, rows / num_experts))))
-    reckoned = min(128, max(MIN_PACKED_ROWS if packed else MIN_DENSE_ROWS, nearest))
-    operation = f"grouped_matmul.mosaic_gpu.{'packed' if packed else 'dense'}_block"
-    return tiles(operation, rows / num_experts, block=reckoned)["block"]
+    least = MIN_PACKED_ROWS if packed else MIN_DENSE_ROWS
+    return mean_share("mosaic_gpu", rows, num_experts, packed, least=least, most=128)
 
 
 def block_matmul(
     rows: Float[Array, "padded inputs"],
-    weights: Float[Array, "experts first second"] | MXFP4,
-    expert: Int[Array, "blocks"],
-    used: Int[Array, ""],
+    weights: Matrices | MXFP4,
+    expert: BlockExperts,
+    used: IntScalar,
     *,
     transposed: bool = False,
     interpret: bool = False,
@@ -74,9 +70,9 @@ def _dividing(size: int, tiles: tuple[int, ...], what: str) -> int:
 
 def _dense(
     rows: Float[Array, "padded inputs"],
-    weights: Float[Array, "experts first second"],
-    expert: Int[Array, "blocks"],
-    used: Int[Array, ""],
+    weights: Matrices,
+    expert: BlockExperts,
+    used: IntScalar,
     transposed: bool,
     interpret: bool,
 ) -> Float[Array, "padded outputs"]:
@@ -91,13 +87,13 @@ def _dense(
     tile_out = reckoned if outputs % chosen["tile_out"] else chosen["tile_out"]
     mosaic = plgpu()
 
-    def kernel(experts_of: Any, num_used: Any, x: Any, w: Any, out: Any, tile: Any) -> None:
+    def kernel(experts_of: Ref, num_used: Ref, x: Ref, w: Ref, out: Ref, tile: Ref) -> None:
         b, n = lax.axis_index("block"), lax.axis_index("tile")
 
         @pl.when(b < num_used[0])
         def _() -> None:
-            def product(total: Any) -> Float[Array, "block tile_out"]:
-                def step(_: Any, x_tile: Any, w_tile: Any) -> None:
+            def product(total: Ref) -> Float[Array, "block tile_out"]:
+                def step(_: tuple[Index], x_tile: Ref, w_tile: Ref) -> None:
                     mosaic.wgmma(total, x_tile, w_tile.T if transposed else w_tile)
 
                 weight_tile = (tile_out, tile_in) if transposed else (tile_in, tile_out)
@@ -126,24 +122,14 @@ def _dense(
             mosaic.copy_smem_to_gmem(tile, out.at[pl.ds(b * block, block), pl.ds(n * tile_out, tile_out)])
             mosaic.wait_smem_to_gmem(0)
 
-    call = mosaic.kernel(
-        kernel,
-        out_type=jax.ShapeDtypeStruct((len(rows), outputs), rows.dtype),
-        grid=(count, outputs // tile_out),
-        grid_names=("block", "tile"),
-        scratch_types=[mosaic.SMEM((block, tile_out), rows.dtype, transforms=swizzled(tile_out))],
-        compiler_params=mosaic.CompilerParams(lowering_semantics=mosaic.LoweringSemantics.Warpgroup),
-        interpret=mosaic.InterpretGPUParams() if interpret else None,
-    )
+    result = mosaic.SMEM((block, tile_out), rows.dtype, transforms=swizzled(tile_out))
+    whole = jax.ShapeDtypeStruct((len(rows), outputs), rows.dtype)
+    call = launched(kernel, whole, {"block": count, "tile": outputs // tile_out}, [result], interpret)
     return call(expert, used[None], rows, weights)
 
 
 def _packed(
-    rows: Float[Array, "padded inputs"],
-    weights: MXFP4,
-    expert: Int[Array, "blocks"],
-    used: Int[Array, ""],
-    interpret: bool,
+    rows: Float[Array, "padded inputs"], weights: MXFP4, expert: BlockExperts, used: IntScalar, interpret: bool
 ) -> Float[Array, "padded outputs"]:
     _, inputs, outputs = weights.shape
     count = len(expert)
@@ -159,14 +145,14 @@ def _packed(
     mosaic = plgpu()
 
     def kernel(
-        experts_of: Any, num_used: Any, x: Any, codes: Any, scales: Any, out: Any, tile: Any, low: Any, high: Any
+        experts_of: Ref, num_used: Ref, x: Ref, codes: Ref, scales: Ref, out: Ref, tile: Ref, low: Ref, high: Ref
     ) -> None:
         b, n = lax.axis_index("block"), lax.axis_index("tile")
 
         @pl.when(b < num_used[0])
         def _() -> None:
-            def product(total: Any) -> Float[Array, "tile_out block"]:
-                def step(_: Any, code_tile: Any, scale_tile: Any, even: Any, odd: Any) -> None:
+            def product(total: Ref) -> Float[Array, "tile_out block"]:
+                def step(_: tuple[Index], code_tile: Ref, scale_tile: Ref, even: Ref, odd: Ref) -> None:
                     pairs = code_tile[...].astype(jnp.int32)
                     for g in range(groups):
                         pair = pairs[:, g * per_group : (g + 1) * per_group]
@@ -202,30 +188,17 @@ def _packed(
             mosaic.wait_smem_to_gmem(0)
 
     decoded = mosaic.SMEM((groups, tile_out, per_group), rows.dtype, transforms=swizzled(per_group))
-    call = mosaic.kernel(
-        kernel,
-        out_type=jax.ShapeDtypeStruct((len(rows), outputs), rows.dtype),
-        grid=(count, outputs // tile_out),
-        grid_names=("block", "tile"),
-        scratch_types=[
-            mosaic.SMEM((block, tile_out), rows.dtype, transforms=swizzled(tile_out)),
-            decoded,
-            decoded,
-        ],
-        compiler_params=mosaic.CompilerParams(lowering_semantics=mosaic.LoweringSemantics.Warpgroup),
-        interpret=mosaic.InterpretGPUParams() if interpret else None,
-    )
+    result = mosaic.SMEM((block, tile_out), rows.dtype, transforms=swizzled(tile_out))
+    whole = jax.ShapeDtypeStruct((len(rows), outputs), rows.dtype)
+    grid = {"block": count, "tile": outputs // tile_out}
+    call = launched(kernel, whole, grid, [result, decoded, decoded], interpret)
     # [even or odd, groups, rows, 16], and scales with outputs last, which is what a row of a tile can be read from.
     split = rows.reshape(len(rows), inputs // GROUP, per_group, 2).transpose(3, 1, 0, 2)
     return call(expert, used[None], split, weights.codes, weights.scales.swapaxes(1, 2))
 
 
 def _packed_transposed(
-    rows: Float[Array, "padded outputs"],
-    weights: MXFP4,
-    expert: Int[Array, "blocks"],
-    used: Int[Array, ""],
-    interpret: bool,
+    rows: Float[Array, "padded outputs"], weights: MXFP4, expert: BlockExperts, used: IntScalar, interpret: bool
 ) -> Float[Array, "padded inputs"]:
     _, inputs, outputs = weights.shape
     count = len(expert)
@@ -238,14 +211,14 @@ def _packed_transposed(
     tile_half, step_out = groups * per_group, _dividing(outputs, (BACK_STEP,), "outputs")
     mosaic = plgpu()
 
-    def kernel(experts_of: Any, num_used: Any, x: Any, codes: Any, scales: Any, out: Any, *scratch: Any) -> None:
+    def kernel(experts_of: Ref, num_used: Ref, x: Ref, codes: Ref, scales: Ref, out: Ref, *scratch: Ref) -> None:
         even_tile, odd_tile, low, high = scratch
         b, n = lax.axis_index("block"), lax.axis_index("tile")
 
         @pl.when(b < num_used[0])
         def _() -> None:
-            def product(even: Any, odd: Any) -> tuple[Any, Any]:
-                def step(_: Any, x_tile: Any, code_tile: Any, scale_tile: Any) -> None:
+            def product(even: Ref, odd: Ref) -> tuple[Array, Array]:
+                def step(_: tuple[Index], x_tile: Ref, code_tile: Ref, scale_tile: Ref) -> None:
                     pairs = code_tile[...].astype(jnp.int32)
                     for g in range(groups):
                         pair = pairs[:, g * per_group : (g + 1) * per_group]
@@ -282,14 +255,8 @@ def _packed_transposed(
 
     decoded = mosaic.SMEM((tile_half, step_out), rows.dtype, transforms=swizzled(step_out))
     result = mosaic.SMEM((block, tile_half), rows.dtype, transforms=swizzled(tile_half))
-    call = mosaic.kernel(
-        kernel,
-        out_type=jax.ShapeDtypeStruct((2, len(rows), half), rows.dtype),
-        grid=(count, half // tile_half),
-        grid_names=("block", "tile"),
-        scratch_types=[result, result, decoded, decoded],
-        compiler_params=mosaic.CompilerParams(lowering_semantics=mosaic.LoweringSemantics.Warpgroup),
-        interpret=mosaic.InterpretGPUParams() if interpret else None,
-    )
+    whole = jax.ShapeDtypeStruct((2, len(rows), half), rows.dtype)
+    grid = {"block": count, "tile": half // tile_half}
+    call = launched(kernel, whole, grid, [result, result, decoded, decoded], interpret)
     out = call(expert, used[None], rows, weights.codes, weights.scales.swapaxes(1, 2))
     return out.transpose(1, 2, 0).reshape(len(rows), inputs)

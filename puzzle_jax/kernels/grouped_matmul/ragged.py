@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from puzzle_jax.kernels.mxfp4 import MXFP4, as_dense
 from puzzle_jax.kernels.platform import target_platform
-from puzzle_jax.kernels.shapes import Array, Float, Int
+from puzzle_jax.kernels.shapes import Array, BlockExperts, Float, Int, IntScalar, Matrices
 
 BLOCK = 8
 
@@ -23,9 +23,9 @@ def block_rows(rows: int, num_experts: int, packed: bool = False) -> int:
 
 def block_matmul(
     rows: Float[Array, "padded inputs"],
-    weights: Float[Array, "experts first second"] | MXFP4,
-    expert: Int[Array, "blocks"],
-    used: Int[Array, ""],
+    weights: Matrices | MXFP4,
+    expert: BlockExperts,
+    used: IntScalar,
     *,
     transposed: bool = False,
 ) -> Float[Array, "padded outputs"]:
@@ -34,16 +34,14 @@ def block_matmul(
     return grouped_matmul(rows, weights, sizes, transposed=transposed)
 
 
-def rows_per_expert(
-    expert: Int[Array, "blocks"], used: Int[Array, ""], block: int, num_experts: int
-) -> Int[Array, "experts"]:
+def rows_per_expert(expert: BlockExperts, used: IntScalar, block: int, num_experts: int) -> Int[Array, "experts"]:
     """Rows of each expert's blocks, padding included."""
     return jnp.zeros(num_experts, jnp.int32).at[expert].add(jnp.where(jnp.arange(len(expert)) < used, block, 0))
 
 
 def grouped_matmul(
     rows: Float[Array, "rows inputs"],
-    weights: Float[Array, "experts first second"] | MXFP4,
+    weights: Matrices | MXFP4,
     group_sizes: Int[Array, "experts"],
     *,
     transposed: bool = False,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from puzzle_jax.kernels.mxfp4 import MXFP4, as_dense
-from puzzle_jax.kernels.shapes import Array, Float, Int
+from puzzle_jax.kernels.shapes import Array, Float, Int, Matrices
 
 
 def grouped_matmul(
     rows: Float[Array, "rows inputs"],
-    weights: Float[Array, "experts first second"] | MXFP4,
+    weights: Matrices | MXFP4,
     group_sizes: Int[Array, "experts"],
     *,
     transposed: bool = False,

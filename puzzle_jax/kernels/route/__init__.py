@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from puzzle_jax.kernels.grouped_matmul.layout import blocks_of
-from puzzle_jax.kernels.shapes import Array, Bool, Float, Int
+from puzzle_jax.kernels.shapes import Array, BlockExperts, Bool, Float, Ids, Int, IntScalar
 
 _ITERATED_ARGMAX_LIMIT = 8  # up to here k passes of argmax beat a sort on CPU
 
@@ -21,7 +21,7 @@ _ITERATED_ARGMAX_LIMIT = 8  # up to here k passes of argmax beat a sort on CPU
 class Routing(NamedTuple):
     """The experts of each token, best first, and their gates, which sum to one."""
 
-    ids: Int[Array, "tokens k"]
+    ids: Ids
     gates: Float[Array, "tokens k"]
 
 
@@ -30,7 +30,7 @@ def route(
     k: int,
     *,
     mask: Bool[Array, "tokens experts"] | Bool[Array, "#tokens experts"] | None = None,
-    ids: Int[Array, "tokens k"] | None = None,
+    ids: Ids | None = None,
 ) -> Routing:
     """Chooses `k` experts per token.
 
@@ -53,7 +53,7 @@ def route(
     return Routing(ids, gates)
 
 
-def top_k_ids(logits: Float[Array, "tokens experts"], k: int) -> Int[Array, "tokens k"]:
+def top_k_ids(logits: Float[Array, "tokens experts"], k: int) -> Ids:
     """Indices of the k largest logits, largest first, lower index first among equals."""
     logits = jax.lax.stop_gradient(logits)
     if k > _ITERATED_ARGMAX_LIMIT:
@@ -82,12 +82,12 @@ class ExpertOrder(NamedTuple):
 
     source: Int[Array, "rows"]
     slot: Int[Array, "pairs"]
-    block_expert: Int[Array, "blocks"]
+    block_expert: BlockExperts
     group_sizes: Int[Array, "experts"]
-    used: Int[Array, ""]
+    used: IntScalar
 
 
-def expert_order(ids: Int[Array, "tokens k"], num_experts: int, block: int) -> ExpertOrder:
+def expert_order(ids: Ids, num_experts: int, block: int) -> ExpertOrder:
     """Sorts pairs by expert and pads every expert's rows to whole blocks; nothing is dropped.
 
     Blocks beyond the last used one repeat its expert and hold no pair.

@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from puzzle_jax.kernels import checks
 from puzzle_jax.kernels.dispatch import dispatch
-from puzzle_jax.kernels.shapes import Array, Float, Int
+from puzzle_jax.kernels.shapes import Array, Keys, Queries, Segments, Sinks, Window
 from puzzle_jax.kernels.window_attention import (
     banded,
     causal_blocks,
@@ -39,16 +39,16 @@ IMPLEMENTATIONS = {
 
 
 def window_attention(
-    q: Float[Array, "batch seq heads dim"],
-    k: Float[Array, "batch seq kv_heads dim"],
-    v: Float[Array, "batch seq kv_heads dim"],
-    sinks: Float[Array, "heads"],
+    q: Queries,
+    k: Keys,
+    v: Keys,
+    sinks: Sinks,
     *,
-    window: int | Int[Array, "#batch"] | None,
-    segment_ids: Int[Array, "batch seq"] | None = None,
+    window: Window,
+    segment_ids: Segments = None,
     implementation: str | None = None,
     mesh: Mesh | AbstractMesh | None = None,
-) -> Float[Array, "batch seq heads dim"]:
+) -> Queries:
     """Attention of every position to itself and its past.
 
     Args:

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from puzzle_jax.kernels.shapes import Array, Float, Int
+from puzzle_jax.kernels.shapes import Array, Keys, Queries, Segments, Sinks, Window
 
 DATA, SEQUENCE, MODEL = "data", "sequence", "model"
 
@@ -36,7 +36,7 @@ Attention = Callable[..., Array]
 """(q, k, v, sinks, window=, segment_ids=) to the output, of all positions of some rows and heads."""
 
 
-def cuts(q: Float[Array, "batch seq heads dim"], mesh: Mesh | AbstractMesh | None) -> bool:
+def cuts(q: Queries, mesh: Mesh | AbstractMesh | None) -> bool:
     """Whether `mesh` cuts positions, and its axes divide the positions and the heads of `q`."""
     if mesh is None or mesh.shape.get(SEQUENCE, 1) == 1:
         return False
@@ -45,16 +45,16 @@ def cuts(q: Float[Array, "batch seq heads dim"], mesh: Mesh | AbstractMesh | Non
 
 
 def attention(
-    q: Float[Array, "batch seq heads dim"],
-    k: Float[Array, "batch seq kv_heads dim"],
-    v: Float[Array, "batch seq kv_heads dim"],
-    sinks: Float[Array, "heads"],
+    q: Queries,
+    k: Keys,
+    v: Keys,
+    sinks: Sinks,
     attend: Attention,
     *,
-    window: int | Int[Array, "#batch"] | None,
-    segment_ids: Int[Array, "batch seq"] | None,
+    window: Window,
+    segment_ids: Segments,
     mesh: Mesh | AbstractMesh,
-) -> Float[Array, "batch seq heads dim"]:
+) -> Queries:
     """What `attend` gives on one device, for arrays that `mesh` `cuts`.
 
     Rows are cut over the axis "data" where it divides them, and are the same on all of its devices where it does not.
