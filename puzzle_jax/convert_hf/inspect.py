@@ -1,4 +1,4 @@
-"""What a checkpoint is, told from config.json alone: layers, experts, windows, parameters, bytes.
+"""Summaries of models from config.json alone: layers, experts, windows, parameters, bytes.
 
 Weights need not be there; where they are, their headers are checked against the configuration. Nothing here imports
 JAX.
@@ -6,9 +6,8 @@ JAX.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -28,17 +27,13 @@ class Inspection:
     """A model in numbers.
 
     Attributes:
-      model_type: gpt_oss or gpt_oss_puzzle.
-      form: how the experts are stored.
-      parameters: all of them.
-      active_parameters: those that one token meets, embedding left out.
-      checkpoint_bytes: of all tensors, scales of an FP8 cache left out.
+      active_parameters: parameters that one token meets, embedding left out.
+      checkpoint_bytes: bytes of all tensors, scales of an FP8 cache left out.
       bytes_by_part: the same by embedding, attention, router, experts, norm and head.
-      expert_bytes: one expert.
-      kv_bytes_per_1000_tokens: one request's cache for a context of 1,000 tokens, by bytes per value (2: bfloat16).
+      kv_bytes_per_1000_tokens: one request's cache for a context of 1,000 tokens, by type of its values.
       layers: per layer the number of experts, the window (None: full attention) and the bytes.
       dimensions: the sizes that all layers share.
-      weights: what was found of the weights.
+      weights: a summary of the files with weights.
     """
 
     model_type: str
@@ -52,9 +47,6 @@ class Inspection:
     layers: list[dict[str, int | None]]
     dimensions: dict[str, int]
     weights: str
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def inspect(path: Path) -> Inspection:

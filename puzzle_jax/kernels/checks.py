@@ -1,6 +1,6 @@
-"""What every operation asks of its arguments, before anything is traced further or launched.
+"""Checks of arguments that all operations share, before anything is traced further or launched.
 
-Raises ValueError that names the argument, its shape, and what it had to fit.
+They raise ValueError that names the argument, its shape, and the shape that it had to fit.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from puzzle_jax.kernels.shapes import Array, Window
 
 
 def shapes(needed_by: str, expected: Mapping[str, tuple[Array, tuple[int, ...]]]) -> None:
-    """Each named array has the shape that what is `needed_by` asks for."""
+    """Each named array has the shape that `needed_by`, as messages put it, asks for."""
     for name, (array, shape) in expected.items():
         if array.shape != shape:
             raise ValueError(f"{name} has shape {array.shape}, but {needed_by} needs {shape}")
 
 
 def floating(**arrays: Array) -> None:
+    """Arrays hold floating point numbers."""
     for name, array in arrays.items():
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(f"{name} has dtype {array.dtype}, but must be floating point")

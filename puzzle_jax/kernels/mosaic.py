@@ -1,4 +1,4 @@
-"""What the Mosaic GPU kernels share: where they run, how they are launched, and how tiles lie in shared memory."""
+"""Common parts of the Mosaic GPU kernels: where they run, how they are launched, and how tiles lie in shared memory."""
 
 from __future__ import annotations
 

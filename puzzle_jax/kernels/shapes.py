@@ -46,6 +46,8 @@ else:
 __all__ = ["Array", "Bool", "Float", "Index", "Int", "Num", "Ref", "Shaped", "UInt8"]
 
 # Attention.
+Heads = Float[Array, "batch heads dim"]  # of one position per row
+Rows = Int[Array, "batch"]
 Queries = Float[Array, "batch seq heads dim"]
 Keys = Float[Array, "batch seq kv_heads dim"]  # and values
 KeyRing = Num[Array, "batch kv_heads dim slots"]
@@ -60,5 +62,7 @@ Tokens = Float[Array, "tokens hidden"]
 Ids = Int[Array, "tokens k"]
 ExpertOutputs = Float[Array, "tokens k hidden"]
 Matrices = Float[Array, "experts first second"]
+Sorted = Float[Array, "_ _"]  # rows sorted by expert
+GroupSizes = Int[Array, "groups"]
 BlockExperts = Int[Array, "blocks"]
 IntScalar = Int[Array, ""]

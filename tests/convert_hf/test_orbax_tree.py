@@ -135,7 +135,7 @@ def test_damaged_small_files(orbax, capsys, name, content):
     assert name in refused(orbax, capsys)
 
 
-def test_whatever_is_missing_or_cut_is_told_in_one_sentence(tmp_path, capsys, monkeypatch):
+def test_whatever_is_missing_or_cut_is_refused_in_one_sentence(tmp_path, capsys, monkeypatch):
     """Every file below the parameters gone, empty, cut, or with noise in its middle, in turn.
 
     Noise among values is not noticed, since Orbax keeps no sums of them.
@@ -201,7 +201,7 @@ def no_space(*_: object, **__: object) -> None:
     raise OSError(28, "No space left on device")
 
 
-def test_what_cannot_be_written_is_told_before_and_after_the_work(models, tmp_path, monkeypatch, capsys):
+def test_what_cannot_be_written_is_refused_before_and_after_the_work(models, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
     for verb in (["import", str(models / "parent")], ["export", "--checkpoint", str(models / "parent")]):
         assert main([*verb, "--out", str(tmp_path / "file" / "out")]) == 2

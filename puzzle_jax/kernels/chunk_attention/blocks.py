@@ -12,8 +12,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from puzzle_jax.kernels.decode_attention.reference import load, slot_positions
-from puzzle_jax.kernels.shapes import Array, Float, IntScalar, KeyRing, Num, Scale, Sinks, ValueRing, Window
+from puzzle_jax.kernels.decode_attention.reference import LayerCache, load, slot_positions
+from puzzle_jax.kernels.shapes import Array, IntScalar, KeyRing, Queries, Sinks, ValueRing, Window
 from puzzle_jax.kernels.window_attention.reference import MASKED, OnlineSoftmax, start_online
 
 QUERY_BLOCK, KEY_BLOCK = 128, 512
@@ -25,26 +25,16 @@ def key_block(slots: int) -> int:
 
 
 def chunk_attention(
-    q: Float[Array, "batch chunk heads dim"],
-    k: Num[Array, "batch kv_heads dim chunk"],
-    v: Num[Array, "batch kv_heads chunk dim"],
-    k_cache: KeyRing,
-    v_cache: ValueRing,
-    sinks: Sinks,
-    start: IntScalar,
-    *,
-    window: Window,
-    k_scale: Scale = None,
-    v_scale: Scale = None,
-) -> Float[Array, "batch chunk heads dim"]:
+    q: Queries, k: KeyRing, v: ValueRing, cache: LayerCache, sinks: Sinks, start: IntScalar, *, window: Window
+) -> Queries:
     """See the api."""
     batch, chunk, heads, dim = q.shape
-    kv_heads, slots = k_cache.shape[1], k_cache.shape[3]
+    kv_heads, slots = cache.k.shape[1], cache.slots
     group = heads // kv_heads
     # Rows of one key-value head are (position, head in group).
     queries = q.reshape(batch, chunk, kv_heads, group, dim).transpose(0, 2, 1, 3, 4)
     own_k, own_v = load(k, q.dtype), load(v, q.dtype)
-    factor = dim**-0.5 if k_scale is None else k_scale * dim**-0.5
+    factor = dim**-0.5 if cache.k_scale is None else cache.k_scale * dim**-0.5
     reach = None if window is None else jnp.asarray(window).reshape(-1, 1, 1)
     sink = sinks.astype(jnp.float32).reshape(1, kv_heads, 1, group)
     block = key_block(slots)
@@ -71,8 +61,8 @@ def chunk_attention(
             return running.after(logits + mask.reshape(mask.shape[0], 1, -1, mask.shape[-1]), values)
 
         def cached(index: Array, running: OnlineSoftmax, attend=attend) -> OnlineSoftmax:
-            keys = load(jax.lax.dynamic_slice_in_dim(k_cache, index * block, block, 3), q.dtype)
-            values = load(jax.lax.dynamic_slice_in_dim(v_cache, index * block, block, 2), q.dtype)
+            keys = load(jax.lax.dynamic_slice_in_dim(cache.k, index * block, block, 3), q.dtype)
+            values = load(jax.lax.dynamic_slice_in_dim(cache.v, index * block, block, 2), q.dtype)
             key = jax.lax.dynamic_slice_in_dim(held, index * block, block)
             return attend(running, keys, values, key)
 
@@ -84,5 +74,5 @@ def chunk_attention(
         out = running.out / running.total[..., None]
         outputs.append(out.reshape(batch, kv_heads, last - first, group, dim))
     out = jnp.concatenate(outputs, axis=2).transpose(0, 2, 1, 3, 4)
-    out = out if v_scale is None else out * v_scale
+    out = out if cache.v_scale is None else out * cache.v_scale
     return out.reshape(batch, chunk, heads, dim).astype(q.dtype)

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from puzzle_jax.kernels.decode_attention.reference import seen_slots
+from puzzle_jax.kernels.decode_attention.reference import LayerCache, seen_slots
 from puzzle_jax.kernels.mosaic import hopper_only, launched, plgpu, product, swizzled
-from puzzle_jax.kernels.shapes import Array, Float, Index, Int, KeyRing, Ref, Scale, Sinks, ValueRing, Window
+from puzzle_jax.kernels.shapes import Array, Float, Heads, Index, KeyRing, Ref, Rows, Sinks, ValueRing, Window
 from puzzle_jax.kernels.window_attention.reference import MASKED
 
 ROWS = 64
@@ -30,25 +30,16 @@ _E4M3_AS_HALF = 256.0
 
 
 def decode_attention(
-    q: Float[Array, "batch heads dim"],
-    k_cache: KeyRing,
-    v_cache: ValueRing,
-    sinks: Sinks,
-    positions: Int[Array, "batch"],
-    *,
-    window: Window,
-    k_scale: Scale = None,
-    v_scale: Scale = None,
-    interpret: bool = False,
-) -> Float[Array, "batch heads dim"]:
+    q: Heads, cache: LayerCache, sinks: Sinks, positions: Rows, *, window: Window, interpret: bool = False
+) -> Heads:
     """See the api. Raises NotImplementedError where this is no Hopper GPU (unless interpreted), below JAX 0.11.2, for
     other caches than bfloat16 and e4m3, and for sizes that no tile divides."""
     hopper_only(interpret)
     batch, heads, dim = q.shape
-    kv_heads, slots = k_cache.shape[1], k_cache.shape[3]
-    group, packed = heads // kv_heads, k_cache.dtype == jnp.uint8
-    if not packed and k_cache.dtype != jnp.bfloat16:
-        raise NotImplementedError(f"for caches of bfloat16 or e4m3, but this one is {k_cache.dtype}")
+    kv_heads, slots = cache.k.shape[1], cache.slots
+    group, packed = heads // kv_heads, cache.k.dtype == jnp.uint8
+    if not packed and cache.k.dtype != jnp.bfloat16:
+        raise NotImplementedError(f"for caches of bfloat16 or e4m3, but this one is {cache.k.dtype}")
     if dim % 64 or dim > 256 or group > ROWS:
         raise NotImplementedError(f"heads of {dim} are no multiple of 64 up to 256, or {group} share one key")
     tile = next((tile for tile in TILES if slots % tile == 0), None)
@@ -56,12 +47,12 @@ def decode_attention(
         raise NotImplementedError(f"{slots} slots are no multiple of {TILES[-1]}")
     tiles = next(count for count in range(TILES_PER_PART, 0, -1) if (slots // tile) % count == 0)
     of_bytes = _E4M3_AS_HALF if packed else 1.0
-    factor = dim**-0.5 * of_bytes * (1.0 if k_scale is None else k_scale)
-    dtype = jnp.float16 if packed else k_cache.dtype
+    factor = dim**-0.5 * of_bytes * (1.0 if cache.k_scale is None else cache.k_scale)
+    dtype = jnp.float16 if packed else cache.k.dtype
     rows = (q.astype(jnp.float32) * factor).astype(dtype).reshape(batch, kv_heads, group, dim)
     rows = jnp.pad(rows, ((0, 0), (0, 0), (0, ROWS - group), (0, 0)))
     widths = jnp.broadcast_to(jnp.asarray(slots if window is None else window, jnp.int32), (batch,))
-    out, largest, total = _parts(rows, k_cache, v_cache, positions, widths, group, tile, tiles, interpret)
+    out, largest, total = _parts(rows, cache.k, cache.v, positions, widths, group, tile, tiles, interpret)
     out, largest, total = out[..., :group, :], largest[..., :group], total[..., :group]
 
     # What a part that was skipped holds is nobody's.
@@ -74,7 +65,7 @@ def decode_attention(
     weight = jnp.exp(largest - top[:, :, None])
     whole = jnp.sum(jnp.where(there, weight * total, 0.0), axis=2) + jnp.exp(sink - top)
     out = jnp.sum(jnp.where(there[..., None], weight[..., None] * out, 0.0), axis=2) / whole[..., None]
-    out = out * (of_bytes * (1.0 if v_scale is None else v_scale))
+    out = out * (of_bytes * (1.0 if cache.v_scale is None else cache.v_scale))
     return out.reshape(batch, heads, dim).astype(q.dtype)
 
 
@@ -82,8 +73,8 @@ def _parts(
     rows: Float[Array, "batch kv_heads rows dim"],
     k_cache: KeyRing,
     v_cache: ValueRing,
-    positions: Int[Array, "batch"],
-    widths: Int[Array, "batch"],
+    positions: Rows,
+    widths: Rows,
     group: int,
     tile: int,
     tiles: int,
@@ -120,7 +111,7 @@ def _parts(
                 mosaic.commit_smem()
             logits = product(q_tile, k_tile, ROWS, tile)
             slot = mosaic.broadcasted_iota(jnp.int32, (ROWS, tile), 1, layout=matrix) + (s * part + index[0] * tile)
-            # A slot holds the last position of its number; how far behind the query's that is says what is seen.
+            # A slot holds the last position of its number; its distance from the query's decides whether it is seen.
             behind = lax.rem(position, slots) - slot
             behind = jnp.where(behind < 0, behind + slots, behind)
             seen = (behind <= position) & (behind < width)

@@ -3,7 +3,7 @@
 The weights are read where they lie, once per round, and never gathered into blocks; for the few tokens of decoding
 that is what time goes into. A round is one batched matmul over all experts, of one shape whatever was routed, so a
 token's result does not depend on which others are in the batch. No token is dropped.
-Gradients are those of `sorted_blocks`, which is right for the many tokens of training.
+Gradients are those of `sorted_blocks`, which suits the many tokens of training.
 Left out: skipping experts that nobody chose (their weights are read all the same).
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from puzzle_jax.kernels.expert_mlp.gradients import with_gradients_of_sorted_blocks
+from puzzle_jax.kernels.expert_mlp.sorted_blocks import with_gradients_of_sorted_blocks
 from puzzle_jax.kernels.expert_mlp.swiglu import clamped_swiglu
 from puzzle_jax.kernels.expert_mlp.weights import Experts
 from puzzle_jax.kernels.mxfp4 import as_dense

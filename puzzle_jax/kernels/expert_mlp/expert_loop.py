@@ -12,7 +12,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from puzzle_jax.kernels.expert_mlp.gradients import with_gradients_of_sorted_blocks
+from puzzle_jax.kernels.expert_mlp.sorted_blocks import with_gradients_of_sorted_blocks
 from puzzle_jax.kernels.expert_mlp.swiglu import clamped_swiglu
 from puzzle_jax.kernels.expert_mlp.weights import Experts
 from puzzle_jax.kernels.grouped_matmul.layout import half_share

@@ -43,7 +43,7 @@ def expert_outputs(
     num_experts = experts.down_bias.shape[0]
     block = block_rows(ids.size, spread or num_experts, isinstance(experts.gate_up, MXFP4))
     order = expert_order(ids, num_experts, block)
-    expert, used = order.block_expert, order.used
+    expert, used = order.expert, order.used
     with jax.named_scope("gather"):
         rows = jnp.take(x, order.source // k, axis=0, mode="fill", fill_value=0)
     with jax.named_scope("gate_up"):

@@ -13,7 +13,7 @@ Tokens lie on the data axes and are the same on all devices of the model axis, a
     all_to_all   device 0: tokens 0-3 -> a b | c d   device 1: tokens 4-7 -> a b | c d   rows there, outputs back
 
 With replicate a device sends about 2 x tokens x hidden numbers, with all_to_all 2 x tokens x k / devices x hidden, and
-tokens x hidden more to be whole again. So all_to_all is for many devices and few experts per token, and for so many
+tokens x hidden more to be complete again. So all_to_all is for many devices and few experts per token, and for so many
 tokens that bytes and not the number of collectives take the time. No pair is dropped in either: buffers hold the worst
 case, only rows that are there travel, and kernels do the work of those.
 
@@ -66,14 +66,14 @@ def mixture(
     model: str = "model",
     way: str | None = None,
 ) -> Float[Array, "*positions hidden"]:
-    """What `expert_mlp` gives on one device, in the dtype of `x`.
+    """The result of `expert_mlp` on one device, in the dtype of `x`.
 
     Args:
       outputs: of experts that one device holds, whose ids start at 0 for it.
       combine: outputs and gates to their sum.
       mesh: whose axes `data` and `model` cut tokens and experts.
       data: one axis, or several.
-      way: one of `WAYS`; by default what `way_for` says.
+      way: one of `WAYS`; by default that of `way_for`.
 
     Raises ValueError where the model axis does not divide the experts, and for an unknown way.
     """
@@ -94,7 +94,8 @@ def mixture(
         if exchanged:
             out = combine(_exchange(x, ids, experts, outputs, own, devices, model), gates)
         else:
-            out = _replicate(x, ids, gates, experts, outputs, combine, own, model)
+            found = _own_outputs(x, ids, experts, outputs, own, model)
+            out = lax.psum(combine(found.astype(jnp.float32), gates), model).astype(x.dtype)
         return out.reshape(held)
 
     # A device that exchanges takes its share of what its model axis holds, along the last dimension of positions.
@@ -149,21 +150,6 @@ def _divide(sizes: tuple[int, ...], cuts: Sequence[tuple[str, ...]], mesh: Mesh 
     )
 
 
-def _replicate(
-    x: Tokens,
-    ids: Ids,
-    gates: Float[Array, "tokens k"],
-    experts: Experts,
-    outputs: Outputs,
-    combine: Callable[[Array, Array], Array],
-    own: int,
-    axis: str,
-) -> Tokens:
-    """The sum over devices of what each one's experts add, in float32."""
-    found = _own_outputs(x, ids, experts, outputs, own, axis)
-    return lax.psum(combine(found.astype(jnp.float32), gates), axis).astype(x.dtype)
-
-
 def _own_outputs(x: Tokens, ids: Ids, experts: Experts, outputs: Outputs, own: int, axis: str) -> ExpertOutputs:
     """Outputs of this device's experts, and 0 for pairs that are others'."""
     ids = ids - lax.axis_index(axis) * own
@@ -204,18 +190,18 @@ def _before(table: Int[Array, "senders receivers"], dimension: int) -> Int[Array
 
 
 class Parts(NamedTuple):
-    """What a device sends to every other, and gets from it.
+    """The rows that a device sends to every other, and gets from it.
 
     Attributes:
       starts: where the rows for each lie among its own.
       sizes: how many there are.
-      goals: where they go among the receiver's.
+      targets: where they go among the receiver's.
       coming: how many come from each.
     """
 
     starts: Int[Array, "devices"]
     sizes: Int[Array, "devices"]
-    goals: Int[Array, "devices"]
+    targets: Int[Array, "devices"]
     coming: Int[Array, "devices"]
 
 
@@ -225,11 +211,11 @@ def send(rows: Shaped[Array, "rows *columns"], into: Shaped[Array, "room *column
     There everything goes everywhere, and each device takes what is for it.
     """
     if target_platform() != "cpu":
-        return lax.ragged_all_to_all(rows, into, parts.starts, parts.sizes, parts.goals, parts.coming, axis_name=axis)
-    everyones, starts, sizes, goals = (lax.all_gather(part, axis) for part in (rows, *parts[:3]))
+        return lax.ragged_all_to_all(rows, into, parts.starts, parts.sizes, parts.targets, parts.coming, axis_name=axis)
+    everyones, starts, sizes, targets = (lax.all_gather(part, axis) for part in (rows, *parts[:3]))
     me, place = lax.axis_index(axis), jnp.arange(len(into))
     for sender in range(len(sizes)):
-        turn = place - goals[sender, me]
+        turn = place - targets[sender, me]
         taken = (turn >= 0) & (turn < sizes[sender, me])
         found = everyones[sender].at[turn + starts[sender, me]].get(mode="clip")
         into = jnp.where(taken.reshape(-1, *[1] * (rows.ndim - 1)), found, into)

@@ -1,4 +1,4 @@
-"""Reference for `expert_mlp`: every expert on every token, then a pick. Right by inspection, E / k times the work."""
+"""Reference for `expert_mlp`: every expert on every token, then a pick. Plainly correct, at E / k times the work."""
 
 from __future__ import annotations
 

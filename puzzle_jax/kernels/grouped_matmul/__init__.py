@@ -22,8 +22,8 @@ from puzzle_jax.kernels import checks
 from puzzle_jax.kernels.dispatch import dispatch
 from puzzle_jax.kernels.grouped_matmul import blocked, mosaic_gpu, mosaic_tpu, ragged, reference
 from puzzle_jax.kernels.grouped_matmul.layout import Blocks, blocks_of
-from puzzle_jax.kernels.mxfp4 import GROUP, MXFP4, decode
-from puzzle_jax.kernels.shapes import Array, BlockExperts, Bool, Float, Int, IntScalar, Matrices
+from puzzle_jax.kernels.mxfp4 import GROUP, MXFP4, Weights, decode
+from puzzle_jax.kernels.shapes import Array, BlockExperts, Bool, Float, GroupSizes, IntScalar, Matrices, Sorted
 
 __all__ = [
     "BLOCK_IMPLEMENTATIONS",
@@ -36,7 +36,6 @@ __all__ = [
     "in_use_rows",
 ]
 
-Weights = Matrices | MXFP4
 Saved = tuple[Array, tuple[Array, ...], Array, Array]
 
 
@@ -46,7 +45,7 @@ def _differentiable(kernel: Callable[..., Array]) -> Callable[..., Array]:
     # Packed weights come as their two arrays: JAX makes trees of other things than arrays while it differentiates.
     def call(
         rows: Array, parts: tuple[Array, ...], expert: Array, used: Array, transposed: bool, interpret: bool
-    ) -> Float[Array, "padded outputs"]:
+    ) -> Sorted:
         weights = parts[0] if len(parts) == 1 else MXFP4(*parts)
         return kernel(rows, weights, expert, used, transposed=transposed, interpret=interpret)
 
@@ -82,7 +81,7 @@ def _differentiable(kernel: Callable[..., Array]) -> Callable[..., Array]:
 
     def with_gradients(
         rows: Array, weights: Weights, expert: Array, used: Array, *, transposed: bool = False, interpret: bool = False
-    ) -> Float[Array, "padded outputs"]:
+    ) -> Sorted:
         parts = (weights.codes, weights.scales) if isinstance(weights, MXFP4) else (weights,)
         return run(rows, parts, expert, used, transposed, interpret)
 
@@ -180,7 +179,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
 def grouped_matmul(
     rows: Float[Array, "rows columns"],
     weights: Weights,
-    group_sizes: Int[Array, "groups"],
+    group_sizes: GroupSizes,
     *,
     transposed: bool = False,
     implementation: str | None = None,

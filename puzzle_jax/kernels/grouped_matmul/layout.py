@@ -18,13 +18,15 @@ class Blocks(NamedTuple):
       source: the row that fills each padded row; out of range where none does.
       slot: the padded row of each row; rows past the last group share one beyond the end.
       expert: of each block; blocks past the last used one repeat its expert.
-      used: number of blocks that hold rows.
+      used: number of blocks that hold rows, which come first.
+      group_sizes: rows per expert.
     """
 
     source: Int[Array, "padded"]
     slot: Int[Array, "rows"]
     expert: BlockExperts
     used: IntScalar
+    group_sizes: Int[Array, "experts"]
 
 
 def half_share(rows: int, num_experts: int, least: int, most: int) -> int:
@@ -68,4 +70,6 @@ def blocks_of(
     source = jnp.full(blocks * block, rows, jnp.int32).at[slot].set(row, mode="drop")
     used = last_block[-1]
     of_block = jnp.searchsorted(last_block, jnp.minimum(jnp.arange(blocks), jnp.maximum(used - 1, 0)), side="right")
-    return Blocks(source, slot, jnp.minimum(of_block, experts - 1).astype(jnp.int32), used.astype(jnp.int32))
+    return Blocks(
+        source, slot, jnp.minimum(of_block, experts - 1).astype(jnp.int32), used.astype(jnp.int32), group_sizes
+    )

@@ -22,8 +22,8 @@ from jax.experimental import pallas as pl
 
 from puzzle_jax.kernels.grouped_matmul.layout import mean_share
 from puzzle_jax.kernels.mosaic import hopper_only, launched, plgpu, swizzled
-from puzzle_jax.kernels.mxfp4 import GROUP, MXFP4, code_values, scale_values
-from puzzle_jax.kernels.shapes import Array, BlockExperts, Float, Index, IntScalar, Matrices, Ref
+from puzzle_jax.kernels.mxfp4 import GROUP, MXFP4, Weights, code_values, scale_values
+from puzzle_jax.kernels.shapes import Array, BlockExperts, Float, Index, IntScalar, Matrices, Ref, Sorted
 from puzzle_jax.kernels.tiles import tiles
 
 DENSE_TILE_IN, DENSE_TILE_OUT, DENSE_STEPS = 64, (192, 128, 64), 4
@@ -42,14 +42,14 @@ def block_rows(rows: int, num_experts: int, packed: bool) -> int:
 
 
 def block_matmul(
-    rows: Float[Array, "padded inputs"],
-    weights: Matrices | MXFP4,
+    rows: Sorted,
+    weights: Weights,
     expert: BlockExperts,
     used: IntScalar,
     *,
     transposed: bool = False,
     interpret: bool = False,
-) -> Float[Array, "padded outputs"]:
+) -> Sorted:
     """See the api. Raises NotImplementedError where this is no Hopper GPU (unless interpreted), below JAX 0.11.2, for
     other types than bfloat16, and for sizes that no tile divides."""
     hopper_only(interpret)
@@ -69,22 +69,17 @@ def _dividing(size: int, tiles: tuple[int, ...], what: str) -> int:
 
 
 def _dense(
-    rows: Float[Array, "padded inputs"],
-    weights: Matrices,
-    expert: BlockExperts,
-    used: IntScalar,
-    transposed: bool,
-    interpret: bool,
-) -> Float[Array, "padded outputs"]:
+    rows: Sorted, weights: Matrices, expert: BlockExperts, used: IntScalar, transposed: bool, interpret: bool
+) -> Sorted:
     inputs, outputs = weights.shape[:0:-1] if transposed else weights.shape[1:]
     count = len(expert)
     block = len(rows) // count
     if block % MIN_DENSE_ROWS:
         raise NotImplementedError(f"blocks of {block} rows are no multiple of {MIN_DENSE_ROWS}")
     tile_in = _dividing(inputs, (DENSE_TILE_IN,), "inputs")
-    reckoned = _dividing(outputs, DENSE_TILE_OUT, "outputs")
-    chosen = tiles("grouped_matmul.mosaic_gpu.dense", block, tile_out=reckoned, steps=DENSE_STEPS)
-    tile_out = reckoned if outputs % chosen["tile_out"] else chosen["tile_out"]
+    default = _dividing(outputs, DENSE_TILE_OUT, "outputs")
+    chosen = tiles("grouped_matmul.mosaic_gpu.dense", block, tile_out=default, steps=DENSE_STEPS)
+    tile_out = default if outputs % chosen["tile_out"] else chosen["tile_out"]
     mosaic = plgpu()
 
     def kernel(experts_of: Ref, num_used: Ref, x: Ref, w: Ref, out: Ref, tile: Ref) -> None:
@@ -128,17 +123,15 @@ def _dense(
     return call(expert, used[None], rows, weights)
 
 
-def _packed(
-    rows: Float[Array, "padded inputs"], weights: MXFP4, expert: BlockExperts, used: IntScalar, interpret: bool
-) -> Float[Array, "padded outputs"]:
+def _packed(rows: Sorted, weights: MXFP4, expert: BlockExperts, used: IntScalar, interpret: bool) -> Sorted:
     _, inputs, outputs = weights.shape
     count = len(expert)
     block, half, per_group = len(rows) // count, inputs // 2, GROUP // 2
     if block % MIN_PACKED_ROWS or block > 256:
         raise NotImplementedError(f"blocks of {block} rows are no multiple of {MIN_PACKED_ROWS} up to 256")
-    reckoned = next(g for g in PACKED_GROUPS if (inputs // GROUP) % g == 0)
-    chosen = tiles("grouped_matmul.mosaic_gpu.packed", block, groups=reckoned, steps=PACKED_STEPS)
-    groups = reckoned if (inputs // GROUP) % chosen["groups"] else chosen["groups"]
+    default = next(g for g in PACKED_GROUPS if (inputs // GROUP) % g == 0)
+    chosen = tiles("grouped_matmul.mosaic_gpu.packed", block, groups=default, steps=PACKED_STEPS)
+    groups = default if (inputs // GROUP) % chosen["groups"] else chosen["groups"]
     tile_out, tile_in = _dividing(outputs, (PACKED_TILE_OUT,), "outputs"), groups * per_group
     if tile_in < 32:
         raise NotImplementedError(f"{inputs} inputs are no multiple of 64")
@@ -197,9 +190,7 @@ def _packed(
     return call(expert, used[None], split, weights.codes, weights.scales.swapaxes(1, 2))
 
 
-def _packed_transposed(
-    rows: Float[Array, "padded outputs"], weights: MXFP4, expert: BlockExperts, used: IntScalar, interpret: bool
-) -> Float[Array, "padded inputs"]:
+def _packed_transposed(rows: Sorted, weights: MXFP4, expert: BlockExperts, used: IntScalar, interpret: bool) -> Sorted:
     _, inputs, outputs = weights.shape
     count = len(expert)
     block, half, per_group = len(rows) // count, inputs // 2, GROUP // 2

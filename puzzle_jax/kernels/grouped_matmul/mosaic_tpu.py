@@ -20,9 +20,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from puzzle_jax.kernels.grouped_matmul.layout import mean_share
-from puzzle_jax.kernels.mxfp4 import GROUP, MXFP4, code_values, scale_values
+from puzzle_jax.kernels.mxfp4 import GROUP, MXFP4, Weights, code_values, scale_values
 from puzzle_jax.kernels.platform import target_platform
-from puzzle_jax.kernels.shapes import Array, BlockExperts, Float, Index, IntScalar, Matrices, Ref
+from puzzle_jax.kernels.shapes import Array, BlockExperts, Float, Index, IntScalar, Matrices, Ref, Sorted
 from puzzle_jax.kernels.tiles import tiles
 
 LANES = 128
@@ -59,14 +59,14 @@ def block_rows(rows: int, num_experts: int, packed: bool) -> int:
 
 
 def block_matmul(
-    rows: Float[Array, "padded inputs"],
-    weights: Matrices | MXFP4,
+    rows: Sorted,
+    weights: Weights,
     expert: BlockExperts,
     used: IntScalar,
     *,
     transposed: bool = False,
     interpret: bool = False,
-) -> Float[Array, "padded outputs"]:
+) -> Sorted:
     """See the api. Raises NotImplementedError off TPUs unless interpreted, and for inputs that fit into no tile."""
     if not interpret and target_platform() != "tpu":
         raise NotImplementedError(f"for TPUs, but this is {target_platform()}")
@@ -77,13 +77,8 @@ def block_matmul(
 
 
 def _dense(
-    rows: Float[Array, "padded inputs"],
-    weights: Matrices,
-    expert: BlockExperts,
-    used: IntScalar,
-    transposed: bool,
-    interpret: bool,
-) -> Float[Array, "padded outputs"]:
+    rows: Sorted, weights: Matrices, expert: BlockExperts, used: IntScalar, transposed: bool, interpret: bool
+) -> Sorted:
     inputs, outputs = weights.shape[:0:-1] if transposed else weights.shape[1:]
     most_in, most_out = _tiles("dense", len(rows) // len(expert))
     tile_in, tile_out = inputs_tile(inputs, LANES, most_in), outputs_tile(outputs, most_out)
@@ -107,9 +102,7 @@ def _dense(
     )
 
 
-def _packed(
-    rows: Float[Array, "padded inputs"], weights: MXFP4, expert: BlockExperts, used: IntScalar, interpret: bool
-) -> Float[Array, "padded outputs"]:
+def _packed(rows: Sorted, weights: MXFP4, expert: BlockExperts, used: IntScalar, interpret: bool) -> Sorted:
     _, inputs, outputs = weights.shape
     most_in, most_out = _tiles("packed", len(rows) // len(expert))
     tile_in, tile_out = inputs_tile(inputs, 2 * LANES, most_in), outputs_tile(outputs, most_out)
@@ -134,9 +127,7 @@ def _packed(
     return _call(product, [even, odd], half, tiles, (expert, used), inputs // tile_in, tile_out, outputs, interpret)
 
 
-def _packed_transposed(
-    rows: Float[Array, "padded outputs"], weights: MXFP4, expert: BlockExperts, used: IntScalar, interpret: bool
-) -> Float[Array, "padded inputs"]:
+def _packed_transposed(rows: Sorted, weights: MXFP4, expert: BlockExperts, used: IntScalar, interpret: bool) -> Sorted:
     """Even and odd inputs are sums of their own, over steps of outputs."""
     _, inputs, outputs = weights.shape
     half, groups = inputs // 2, inputs // GROUP

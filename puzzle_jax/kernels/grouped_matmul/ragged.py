@@ -9,9 +9,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from puzzle_jax.kernels.mxfp4 import MXFP4, as_dense
+from puzzle_jax.kernels.mxfp4 import Weights, as_dense
 from puzzle_jax.kernels.platform import target_platform
-from puzzle_jax.kernels.shapes import Array, BlockExperts, Float, Int, IntScalar, Matrices
+from puzzle_jax.kernels.shapes import Array, BlockExperts, GroupSizes, Int, IntScalar, Sorted
 
 BLOCK = 8
 
@@ -22,13 +22,8 @@ def block_rows(rows: int, num_experts: int, packed: bool = False) -> int:
 
 
 def block_matmul(
-    rows: Float[Array, "padded inputs"],
-    weights: Matrices | MXFP4,
-    expert: BlockExperts,
-    used: IntScalar,
-    *,
-    transposed: bool = False,
-) -> Float[Array, "padded outputs"]:
+    rows: Sorted, weights: Weights, expert: BlockExperts, used: IntScalar, *, transposed: bool = False
+) -> Sorted:
     """See the api. Raises NotImplementedError on CPUs."""
     sizes = rows_per_expert(expert, used, len(rows) // len(expert), weights.shape[0])
     return grouped_matmul(rows, weights, sizes, transposed=transposed)
@@ -39,13 +34,7 @@ def rows_per_expert(expert: BlockExperts, used: IntScalar, block: int, num_exper
     return jnp.zeros(num_experts, jnp.int32).at[expert].add(jnp.where(jnp.arange(len(expert)) < used, block, 0))
 
 
-def grouped_matmul(
-    rows: Float[Array, "rows inputs"],
-    weights: Matrices | MXFP4,
-    group_sizes: Int[Array, "experts"],
-    *,
-    transposed: bool = False,
-) -> Float[Array, "rows outputs"]:
+def grouped_matmul(rows: Sorted, weights: Weights, group_sizes: GroupSizes, *, transposed: bool = False) -> Sorted:
     """See the api. Raises NotImplementedError on CPUs."""
     if target_platform() == "cpu":
         raise NotImplementedError("it is dense over all experts on CPUs")

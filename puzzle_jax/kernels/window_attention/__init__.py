@@ -5,7 +5,7 @@ less than one. A window of W lets query i see the keys j with i - W < j <= i. Im
 attention and static windows), `banded` (static windows far narrower than the sequence), both of a cost that grows
 with what is visible; `square`, which takes any window, one per row of the batch as data included; `online_blocks`, any
 window likewise, for sequences so long that the others would hold too many logits; `reference`; and `mosaic_gpu` for
-Hopper and `splash` for TPUs, which must be asked for by name. On a mesh that cuts positions, devices trade them for
+Hopper and `splash` for TPUs, which must be asked for by name. On a mesh that cuts positions, devices exchange them for
 heads around any of these; see `parallel`.
 """
 

@@ -1,7 +1,7 @@
 """`window_attention` for static windows: queries in blocks, each against its own and the previous block of keys.
 
 Blocks are as wide as the window, so two of them hold every visible key, and time and memory grow with
-sequence * window in place of sequence ** 2. Plain XLA, differentiable, right on every platform.
+sequence * window in place of sequence ** 2. Plain XLA, differentiable, for every platform.
 """
 
 from __future__ import annotations

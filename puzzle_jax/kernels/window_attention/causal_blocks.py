@@ -2,7 +2,7 @@
 that it can see.
 
 Skips what lies outside and keeps each block of logits small enough for caches; on CPU that is about three times as
-fast as the whole square, forwards and backwards. Plain XLA, differentiable, right on every platform.
+fast as the whole square, forwards and backwards. Plain XLA, differentiable, for every platform.
 Left out: windows far narrower than a block (see `banded`), and more than about eight blocks (each is its own piece of
 program).
 """

@@ -38,7 +38,7 @@ Carry = TypeVar("Carry")
 
 
 class _Shape(NamedTuple):
-    """What a kernel is made for."""
+    """Sizes and options that a kernel is made for."""
 
     batch: int
     seq: int
@@ -139,13 +139,18 @@ class _Tools:
     def numbers(self, axis: int) -> Array:
         return self.mosaic.broadcasted_iota(jnp.int32, (TILE, TILE), axis, layout=self.matrix)
 
-    def seen(self, query: Array, key: Array, query_segment: Array | None, key_segment: Array | None) -> Array:
+    def seen(self, query_axis: int, queries: Index, keys: Index, query_segment: Ref, key_segment: Ref) -> Array:
+        """Which keys of a tile are seen by which queries of a block, which lie along `query_axis`."""
+        query = self.numbers(query_axis) + queries * TILE
+        key = self.numbers(1 - query_axis) + keys * TILE
         mask = key <= query
         if self.shape.window is not None:
             mask = mask & (key > query - self.shape.window)
-        if query_segment is not None:
-            mask = mask & (query_segment == key_segment)
-        return mask
+        if self.shape.segments:
+            spread = (self.rows, self.columns)
+            same = spread[query_axis](query_segment[...]) == spread[1 - query_axis](key_segment[...])
+            mask = mask & same
+        return mask & (query < self.shape.seq) if query_axis else mask  # past the end, the last tile is there once more
 
     def fetched(self, copies: Sequence[tuple[Ref, Ref]], arrived: Ref) -> None:
         for source, target in copies:
@@ -188,6 +193,20 @@ class _Tools:
             step, grid=grid, in_specs=list(specs), max_concurrent_steps=STEPS, init_carry=carry
         )
 
+    def segment_tiles(self, place: Place) -> object:
+        return self.mosaic.BlockSpec((TILE,), lambda *i: place(*i)[:1])
+
+    def over_keys(self, step: Callable[..., Carry], queries: Array, head: Array, carry: Carry) -> Callable[..., Carry]:
+        """A pipeline over the tiles of keys, values and segments that a block of queries sees."""
+        first = self.shape.first_key(queries)
+
+        def place(n: Index) -> tuple[Array, Array]:
+            return jnp.minimum(first + n, self.shape.tiles - 1), lax.div(head, self.shape.heads // self.shape.kv_heads)
+
+        steps = self.shape.reach if self.shape.interpret else queries - first + 1
+        specs = [self.vector_tiles(place), self.vector_tiles(place), self.segment_tiles(place)]
+        return self.pipeline(step, (steps,), specs, carry)
+
     def call(
         self, kernel: Callable[..., None], outputs: Sequence[object], heads: int, scratch: Sequence[object]
     ) -> Callable[..., Array]:
@@ -211,28 +230,22 @@ def _forward(
     shape: _Shape, q: Array, k: Array, v: Array, sinks: Array, segments: Array
 ) -> tuple[Queries, Float[Array, "batch heads seq"]]:
     """Output and lse'."""
-    tools, dim, group = _Tools(shape), shape.dim, shape.heads // shape.kv_heads
+    tools, dim = _Tools(shape), shape.dim
 
     def kernel(
         sink_of: Ref, q_all: Ref, k_all: Ref, v_all: Ref, segment_of: Ref, out: Ref, lse: Ref, *tiles: Ref
     ) -> None:
         q_tile, p_tile, out_tile, lse_tile, own_segment, arrived = tiles
         b, h, i = _here()
-        first, kv_head = shape.first_key(i), lax.div(h, group)
-        here = pl.ds(i * TILE, TILE)
+        first, here = shape.first_key(i), pl.ds(i * TILE, TILE)
         tools.fetched([(q_all.at[b, here, h], q_tile), (segment_of.at[b, here], own_segment)], arrived)
-
-        def place(n: Index) -> tuple[Array, Array]:
-            return jnp.minimum(first + n, shape.tiles - 1), kv_head
 
         def step(
             index: tuple[Index, ...], k_tile: Ref, v_tile: Ref, segment: Ref, carry: tuple[Array, ...]
         ) -> tuple[Array, ...]:
             largest, total, vectors = carry
             logits = _product(q_tile, k_tile.T, TILE) * dim**-0.5
-            query, key = tools.numbers(0) + i * TILE, tools.numbers(1) + (first + index[0]) * TILE
-            of_both = (tools.rows(own_segment[...]), tools.columns(segment[...])) if shape.segments else (None, None)
-            seen = tools.seen(query, key, *of_both)
+            seen = tools.seen(0, i, first + index[0], own_segment, segment)
             logits = jnp.where(seen, logits, MASKED)
             new = jnp.maximum(largest, jnp.max(logits, axis=1))
             weights = jnp.where(seen, jnp.exp(logits - tools.rows(new)), 0.0)
@@ -248,9 +261,7 @@ def _forward(
             tools.mosaic.layout_cast(jnp.ones((TILE,), jnp.float32), tools.by_row),
             tools.zeros(),
         )
-        steps = shape.reach if shape.interpret else i - first + 1
-        segment_tiles = tools.mosaic.BlockSpec((TILE,), lambda n: place(n)[:1])
-        run = tools.pipeline(step, (steps,), [tools.vector_tiles(place)] * 2 + [segment_tiles], carry)
+        run = tools.over_keys(step, i, h, carry)
         largest, total, vectors = run(k_all.at[b], v_all.at[b], segment_of.at[b])
         out_tile[...] = (vectors / tools.rows(total, dim)).astype(out_tile.dtype)
         lse_tile[...] = largest + jnp.log(total)
@@ -271,14 +282,13 @@ def _forward(
 def _d_queries(
     shape: _Shape, q: Array, k: Array, v: Array, segments: Array, d_out: Array, lse: Array, delta: Array
 ) -> Queries:
-    tools, dim, group = _Tools(shape), shape.dim, shape.heads // shape.kv_heads
+    tools, dim = _Tools(shape), shape.dim
 
     def kernel(*refs: Ref) -> None:
         q_all, k_all, v_all, segment_of, d_out_all, lse_of, delta_of, d_q, *tiles = refs
         q_tile, d_out_tile, lse_tile, delta_tile, own_segment, d_tile, d_q_tile, arrived = tiles
         b, h, i = _here()
-        first, kv_head = shape.first_key(i), lax.div(h, group)
-        here = pl.ds(i * TILE, TILE)
+        first, here = shape.first_key(i), pl.ds(i * TILE, TILE)
         tools.fetched(
             [
                 (q_all.at[b, here, h], q_tile),
@@ -290,14 +300,9 @@ def _d_queries(
             arrived,
         )
 
-        def place(n: Index) -> tuple[Array, Array]:
-            return jnp.minimum(first + n, shape.tiles - 1), kv_head
-
         def step(index: tuple[Index, ...], k_tile: Ref, v_tile: Ref, segment: Ref, total: Array) -> Array:
             logits = _product(q_tile, k_tile.T, TILE) * dim**-0.5
-            query, key = tools.numbers(0) + i * TILE, tools.numbers(1) + (first + index[0]) * TILE
-            of_both = (tools.rows(own_segment[...]), tools.columns(segment[...])) if shape.segments else (None, None)
-            seen = tools.seen(query, key, *of_both)
+            seen = tools.seen(0, i, first + index[0], own_segment, segment)
             weights = jnp.where(seen, jnp.exp(logits - tools.rows(lse_tile[...])), 0.0)
             d_weights = _product(d_out_tile, v_tile.T, TILE)
             d_logits = weights * (d_weights - tools.rows(delta_tile[...])) * dim**-0.5
@@ -305,19 +310,13 @@ def _d_queries(
             tools.mosaic.commit_smem()
             return total + _product(d_tile, k_tile, dim)
 
-        steps = shape.reach if shape.interpret else i - first + 1
-        segment_tiles = tools.mosaic.BlockSpec((TILE,), lambda n: place(n)[:1])
-        run = tools.pipeline(step, (steps,), [tools.vector_tiles(place)] * 2 + [segment_tiles], tools.zeros())
+        run = tools.over_keys(step, i, h, tools.zeros())
         d_q_tile[...] = run(k_all.at[b], v_all.at[b], segment_of.at[b]).astype(d_q_tile.dtype)
         tools.stored([(d_q_tile, d_q.at[b, here, h])])
 
     scratch = [tools.vectors(), tools.vectors(), tools.scalars(), tools.scalars(), tools.scalars(jnp.int32)]
-    call = tools.call(
-        kernel,
-        [jax.ShapeDtypeStruct(q.shape, q.dtype)],
-        shape.heads,
-        [*scratch, tools.logits(), tools.vectors(), tools.mosaic.Barrier()],
-    )
+    scratch += [tools.logits(), tools.vectors(), tools.mosaic.Barrier()]
+    call = tools.call(kernel, [jax.ShapeDtypeStruct(q.shape, q.dtype)], shape.heads, scratch)
     return call(q, k, v, segments, d_out, lse, delta)[0]
 
 
@@ -332,14 +331,8 @@ def _d_keys(
         k_tile, v_tile, own_segment, p_tile, d_tile, d_k_tile, d_v_tile, arrived = tiles
         b, kv_head, j = _here()
         here = pl.ds(j * TILE, TILE)
-        tools.fetched(
-            [
-                (k_all.at[b, here, kv_head], k_tile),
-                (v_all.at[b, here, kv_head], v_tile),
-                (segment_of.at[b, here], own_segment),
-            ],
-            arrived,
-        )
+        own = [(k_all.at[b, here, kv_head], k_tile), (v_all.at[b, here, kv_head], v_tile)]
+        tools.fetched([*own, (segment_of.at[b, here], own_segment)], arrived)
 
         def place(member: Index, n: Index) -> tuple[Array, Array]:
             return jnp.minimum(j + n, shape.tiles - 1), kv_head * group + member
@@ -355,11 +348,7 @@ def _d_keys(
         ) -> tuple[Array, Array]:
             of_k, of_v = carry
             logits = _product(k_tile, q_tile.T, TILE) * dim**-0.5
-            at = j + index[1]
-            query, key = tools.numbers(1) + at * TILE, tools.numbers(0) + j * TILE
-            of_both = (tools.columns(segment[...]), tools.rows(own_segment[...])) if shape.segments else (None, None)
-            # Past the end, the last tile is there once more.
-            seen = tools.seen(query, key, *of_both) & (query < shape.seq)
+            seen = tools.seen(1, j + index[1], j, segment, own_segment)
             weights = jnp.where(seen, jnp.exp(logits - tools.columns(lse_tile[...])), 0.0)
             d_weights = _product(v_tile, d_out_tile.T, TILE)
             d_logits = weights * (d_weights - tools.columns(delta_tile[...])) * dim**-0.5
@@ -369,19 +358,14 @@ def _d_keys(
             return of_k + _product(d_tile, q_tile, dim), of_v + _product(p_tile, d_out_tile, dim)
 
         steps = shape.reach if shape.interpret else shape.last_query(j) - j + 1
-        segment_tiles = tools.mosaic.BlockSpec((TILE,), lambda member, n: place(member, n)[:1])
-        tiles_of = [*[tools.vector_tiles(place)] * 2, *[tools.scalar_tiles(place)] * 2, segment_tiles]
+        tiles_of = [*[tools.vector_tiles(place)] * 2, *[tools.scalar_tiles(place)] * 2, tools.segment_tiles(place)]
         run = tools.pipeline(step, (group, steps), tiles_of, (tools.zeros(), tools.zeros()))
         of_k, of_v = run(q_all.at[b], d_out_all.at[b], lse_of.at[b], delta_of.at[b], segment_of.at[b])
         d_k_tile[...], d_v_tile[...] = of_k.astype(jnp.bfloat16), of_v.astype(jnp.bfloat16)
         tools.stored([(d_k_tile, d_k.at[b, here, kv_head]), (d_v_tile, d_v.at[b, here, kv_head])])
 
     scratch = [tools.vectors(), tools.vectors(), tools.scalars(jnp.int32), tools.logits(), tools.logits()]
-    call = tools.call(
-        kernel,
-        [jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
-        shape.kv_heads,
-        [*scratch, tools.vectors(), tools.vectors(), tools.mosaic.Barrier()],
-    )
+    scratch += [tools.vectors(), tools.vectors(), tools.mosaic.Barrier()]
+    call = tools.call(kernel, [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)], shape.kv_heads, scratch)
     d_k, d_v = call(q, k, v, segments, d_out, lse, delta)
     return d_k, d_v

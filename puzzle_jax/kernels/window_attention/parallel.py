@@ -1,7 +1,7 @@
 """Sequence parallelism: `window_attention` on a mesh, each device holding some positions of a row.
 
-A query needs the keys of positions that other devices hold, but no other head. So devices trade positions for heads
-(Ulysses, arXiv 2309.14509), attend, and trade back:
+A query needs the keys of positions that other devices hold, but no other head. So devices exchange positions for heads
+(Ulysses, arXiv 2309.14509), attend, and exchange back:
 
     of 8 positions and 4 heads on 2 devices of the axis "sequence":
 
@@ -11,7 +11,7 @@ A query needs the keys of positions that other devices hold, but no other head. 
 
 Between the two a device runs an ordinary implementation, which knows nothing of the mesh. It sends and gets
 (2 heads + 2 key-value heads) x positions x dim / devices numbers, whatever the window. Where an axis "model" cuts heads
-too, each of its devices trades its own share.
+too, each of its devices exchanges its own share.
 
 Key-value heads that do not divide are repeated until they do, no more often than they have query heads: with as many
 copies as one device's query heads ask for, a device gets the keys that it needs and none twice.
@@ -55,7 +55,7 @@ def attention(
     segment_ids: Segments,
     mesh: Mesh | AbstractMesh,
 ) -> Queries:
-    """What `attend` gives on one device, for arrays that `mesh` `cuts`.
+    """The result of `attend` on one device, for arrays that `mesh` `cuts`.
 
     Rows are cut over the axis "data" where it divides them, and are the same on all of its devices where it does not.
     """
@@ -65,7 +65,7 @@ def attention(
     copies = kv_copies(q.shape[2], kv_heads, mesh.shape[SEQUENCE] * mesh.shape.get(MODEL, 1))
     k, v = (jnp.repeat(x, copies, axis=2) if copies > 1 else x for x in (k, v))
 
-    # Heads lie on the model axis first, so an exchange along the sequence axis deals each device's heads in order.
+    # Heads lie on the model axis first, so an exchange along the sequence axis splits each device's heads in order.
     cut = PartitionSpec(rows, SEQUENCE, model)
     given: dict[str, Array] = {}
     specs: dict[str, PartitionSpec] = {}
