@@ -130,14 +130,7 @@ def run_import(settings: ImportSettings) -> None:
 
     with progress(plain_console(stderr=True), "reading tensors", len(described.tensors)) as advance:
         checkpoint = load_checkpoint(settings.path, experts=settings.experts, on_tensor=lambda *_: advance(1))
-    save_params(
-        settings.out,
-        checkpoint.config,
-        checkpoint.params,
-        config_json=checkpoint.config_json,
-        files=carried_files(settings.path, (*CARRIED, *OF_A_CHILD)),
-        kv_scales=checkpoint.kv_scales,
-    )
+    save_params(settings.out, checkpoint, carried_files(settings.path, (*CARRIED, *OF_A_CHILD)))
 
 
 def run_export(settings: ExportSettings) -> None:

@@ -20,9 +20,6 @@ from puzzle_jax.convert_hf.token_ids import check_ids
 from puzzle_jax.errors import CheckpointError, ConfigError
 from puzzle_jax.files import Json
 
-NOT_A_NUMBER = 255
-"""The one scale byte without a value: infinity in some decoders, NaN in others; refused wherever scales are read."""
-
 _FLOATS = ("BF16", "F16", "F32")
 _SHOWN = 6
 

@@ -29,7 +29,7 @@ from jaxtyping import PyTree
 import puzzle_jax
 from puzzle_jax.config import BlockConfig, ModelConfig
 from puzzle_jax.convert_hf.configuration.config_json import MODEL_FILE, is_plain, write_config
-from puzzle_jax.convert_hf.describe import NOT_A_NUMBER, Description, describe_checkpoint
+from puzzle_jax.convert_hf.describe import Description, describe_checkpoint
 from puzzle_jax.convert_hf.kv_scales import planned_kv_scales
 from puzzle_jax.convert_hf.model_card import FILE as CARD
 from puzzle_jax.convert_hf.model_card import model_card
@@ -117,7 +117,7 @@ def export_child(
     _check_fit(description.config, config, kept)
     written = _padded(config) if pad_experts else config
     plain = is_plain(written)
-    scales = description.kv_scales if kv_scales is None else np.stack([kv_scales.k, kv_scales.v]).astype(np.float32)
+    scales = description.kv_scales if kv_scales is None else np.asarray(kv_scales, np.float32)
     delta = delta_leaves(description.config, dense_delta)
     record = {
         **provenance,
@@ -187,9 +187,8 @@ def save_checkpoint(
         return source.of(spec, made)
 
     plan = [_planned(spec, partial(pieces, spec)) for spec in checkpoint_tensors(config, form)]
-    scales = None if kv_scales is None else np.stack([kv_scales.k, kv_scales.v]).astype(np.float32)
     files = dict(extra_files or {}) | _config_files(config, config_base, form)
-    plan += planned_kv_scales(scales)
+    plan += planned_kv_scales(None if kv_scales is None else np.asarray(kv_scales, np.float32))
     write_checkpoint(out, Plan(plan, files, None, shard_bytes), replace=lambda: _may_replace(out, replace))
 
 
@@ -263,10 +262,7 @@ def _digest(path: ParamPath, leaf: Rows, kept: Sequence[Sequence[int]]) -> str:
 def _expert_rows(spec: TensorSpec, stored: StoredTensor, ids: Sequence[int]) -> Iterator[np.ndarray]:
     """A tensor's rows of the kept experts, one after the other."""
     for expert in ids:
-        row = stored.read((slice(expert, expert + 1),), weights=True)
-        if spec.path[-1] == "scales" and (row == NOT_A_NUMBER).any():
-            raise CheckpointError(f"{stored.file}: {stored.name} holds the scale {NOT_A_NUMBER}, which is no number")
-        yield as_stored(spec, row)
+        yield as_stored(spec, stored.read((slice(expert, expert + 1),), weights=True))
 
 
 def _rounded(spec: TensorSpec, stored: StoredTensor) -> Iterator[np.ndarray]:

@@ -7,6 +7,7 @@ JAX.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from rich.console import Console
@@ -112,9 +113,10 @@ def show(found: Inspection, console: Console) -> None:
     table = Table("layers", "experts", "window", "bytes per layer")
     for column in table.columns[1:]:
         column.justify = "right"
-    for first, last, layer in _runs(found.layers):
+    for layer, run in groupby(range(len(found.layers)), key=found.layers.__getitem__):
+        indices = list(run)
         window = layer["sliding_window"]
-        layers = str(first) if first == last else f"{first} to {last}"
+        layers = f"{indices[0]}" if len(indices) == 1 else f"{indices[0]} to {indices[-1]}"
         shown = "full" if window is None else f"{window:,}"
         table.add_row(layers, str(layer["num_local_experts"]), shown, f"{layer['bytes']:,}")
     console.print(table)
@@ -128,14 +130,3 @@ def show(found: Inspection, console: Console) -> None:
     kv = ", ".join(f"{size:,} in {name}" for name, size in found.kv_bytes_per_1000_tokens.items())
     console.print(f"KV bytes of one request of {KV_TOKENS:,} tokens: {kv}; one expert: {found.expert_bytes:,} bytes")
     console.print(f"weights: {found.weights}")
-
-
-def _runs(layers: list[dict[str, int | None]]) -> list[tuple[int, int, dict[str, int | None]]]:
-    """First and last index of each run of equal layers."""
-    runs: list[tuple[int, int, dict[str, int | None]]] = []
-    for index, layer in enumerate(layers):
-        if runs and runs[-1][2] == layer:
-            runs[-1] = (runs[-1][0], index, layer)
-        else:
-            runs.append((index, index, layer))
-    return runs

@@ -25,10 +25,9 @@ from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from puzzle_jax.config import ModelConfig
-from puzzle_jax.convert_hf.describe import NOT_A_NUMBER, Description, describe_checkpoint
+from puzzle_jax.convert_hf.describe import Description, describe_checkpoint
 from puzzle_jax.convert_hf.table import Form, ParamPath, TensorSpec, checkpoint_tensors
 from puzzle_jax.convert_hf.tensors.files import StoredTensor
-from puzzle_jax.errors import CheckpointError
 from puzzle_jax.files import Json
 from puzzle_jax.kernels.mxfp4 import MXFP4, decode
 from puzzle_jax.model.cache_format import KVScales
@@ -138,10 +137,7 @@ def _placed(
         if codes:
             block = stored.read((index or ())[:2])
             return block.reshape(*block.shape[:2], -1)
-        block = stored.read(index or (), weights=True)
-        if spec.path[-1] == "scales" and (block == NOT_A_NUMBER).any():
-            raise CheckpointError(f"{stored.file}: {spec.name} holds the scale {NOT_A_NUMBER}, which is no number")
-        return block
+        return stored.read(index or (), weights=True)
 
     array = jax.make_array_from_callback(shape, at_rest, read)
     if packed or (not spec.transposed and array.dtype == dtype):

@@ -71,16 +71,8 @@ def refuse_existing(out: Path) -> None:
             raise PuzzleError(f"{out} exists and is not empty; choose another directory")
 
 
-def save_params(
-    out: Path,
-    config: ModelConfig,
-    params: Params,
-    *,
-    config_json: Mapping[str, Json],
-    files: Mapping[str, bytes],
-    kv_scales: KVScales | None = None,
-) -> None:
-    """Writes parameters, from every process of a mesh.
+def save_params(out: Path, checkpoint: Checkpoint, files: Mapping[str, bytes]) -> None:
+    """Writes a checkpoint's parameters, from every process of a mesh, and the files beside them.
 
     Raises `PuzzleError` where `out` holds something or cannot be written.
     """
@@ -91,12 +83,13 @@ def save_params(
         shutil.rmtree(work, ignore_errors=True)
         try:
             (work / ORBAX_HF).mkdir(parents=True)
-            _save(work / PARAMS, _plain(params))
+            _save(work / PARAMS, _plain(checkpoint.params))
             for name, content in files.items():
                 (work / ORBAX_HF / name).write_bytes(content)
-            (work / ORBAX_HF / CONFIG).write_bytes(config_bytes(write_config(config, dict(config_json))))
-            if kv_scales is not None:
-                record = {kind: np.asarray(values).tolist() for kind, values in zip("kv", kv_scales, strict=True)}
+            data = write_config(checkpoint.config, checkpoint.config_json)
+            (work / ORBAX_HF / CONFIG).write_bytes(config_bytes(data))
+            if checkpoint.kv_scales is not None:
+                record = {kind: np.asarray(values).tolist() for kind, values in checkpoint.kv_scales._asdict().items()}
                 (work / ORBAX_HF / KV_SCALES).write_text(json.dumps(record))
             if out.exists():
                 out.rmdir()

@@ -10,10 +10,9 @@ from typing import Protocol, runtime_checkable
 import ml_dtypes
 import numpy as np
 
-from puzzle_jax.convert_hf.describe import NOT_A_NUMBER
 from puzzle_jax.convert_hf.table import ParamPath, TensorSpec
 from puzzle_jax.convert_hf.tensors import mxfp4
-from puzzle_jax.convert_hf.tensors.files import CHUNK_BYTES
+from puzzle_jax.convert_hf.tensors.files import CHUNK_BYTES, NOT_A_NUMBER
 from puzzle_jax.convert_hf.tensors.finite import all_finite
 from puzzle_jax.errors import ConfigError, PuzzleError
 from puzzle_jax.kernels.mxfp4 import MXFP4

@@ -48,6 +48,15 @@ def product(left: Ref, right: Ref, rows: int, columns: int) -> Float[Array, "row
     return pl.run_scoped(run, mosaic.ACC((rows, columns), jnp.float32))
 
 
+def stored(*copies: tuple[Ref, Ref]) -> None:
+    """Writes tiles of shared memory to global memory, and waits for it."""
+    mosaic = plgpu()
+    mosaic.commit_smem()
+    for source, target in copies:
+        mosaic.copy_smem_to_gmem(source, target)
+    mosaic.wait_smem_to_gmem(0)
+
+
 def launched(
     kernel: Callable[..., None], outputs: object, grid: Mapping[str, int], scratch: Sequence[object], interpret: bool
 ) -> Callable[..., Array]:

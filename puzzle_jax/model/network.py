@@ -133,26 +133,13 @@ def route_tokens(
 
 
 def moe_block(
-    moe: Params,
-    config: ModelConfig,
-    x: States,
-    *,
-    expert_mask: ExpertMask = None,
-    replay: Ids | None = None,
-    implementation: str | None = None,
+    moe: Params, config: ModelConfig, x: States, *, expert_mask: ExpertMask = None, replay: Ids | None = None
 ) -> tuple[States, LayerAux]:
     """x + mixture(rms_norm(x)), and what the router decided; by expert parallelism where it is traced on a mesh."""
     y = rms_norm(x, moe["norm"], config.rms_norm_eps)
     aux = route_tokens(moe, config, y, expert_mask=expert_mask, replay=replay)
     with jax.named_scope("experts"):
-        out = expert_mlp(
-            y,
-            aux.routing,
-            layer_experts(moe),
-            limit=config.swiglu_limit,
-            implementation=implementation,
-            mesh=traced_mesh(),
-        )
+        out = expert_mlp(y, aux.routing, layer_experts(moe), limit=config.swiglu_limit, mesh=traced_mesh())
     return x + out, aux
 
 

@@ -13,6 +13,7 @@ from puzzle_jax.convert_hf import orbax_tree
 from puzzle_jax.convert_hf.__main__ import main
 from puzzle_jax.convert_hf.child_of import open_child
 from puzzle_jax.convert_hf.export import export_child, save_checkpoint
+from puzzle_jax.convert_hf.load import Checkpoint
 from puzzle_jax.convert_hf.orbax_tree import open_params, save_params
 from puzzle_jax.convert_hf.tensors.files import SINGLE
 from puzzle_jax.errors import CheckpointError, PuzzleError
@@ -173,7 +174,8 @@ def test_trees_that_are_not_the_models(models, tmp_path):
     def message(change) -> str:
         spoiled = random_params(packable_config())
         change(spoiled)
-        save_params(tmp_path / "orbax", packable_config(), spoiled, config_json=config, files={})
+        checkpoint = Checkpoint(packable_config(), spoiled, "mxfp4", models / "parent", config)
+        save_params(tmp_path / "orbax", checkpoint, {})
         with pytest.raises(CheckpointError) as caught:
             open_params(tmp_path / "orbax")
         shutil.rmtree(tmp_path / "orbax")

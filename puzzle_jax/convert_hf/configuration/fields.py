@@ -57,8 +57,8 @@ class Fields:
     def boolean(self, name: str, default: bool) -> bool:
         return self._take(name, default, lambda value: isinstance(value, bool), "must be true or false")
 
-    def string(self, name: str, default: str | None = None) -> str:
-        return self._take(name, default, lambda value: isinstance(value, str), "must be a string")
+    def string(self, name: str) -> str:
+        return self._take(name, None, lambda value: isinstance(value, str), "must be a string")
 
     def list_of(self, name: str, length: int) -> list[Json]:
         rule = f"must be a list with one entry for each of the {length} layers"

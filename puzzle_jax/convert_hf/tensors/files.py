@@ -43,6 +43,8 @@ DTYPES: dict[str, np.dtype] = {
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
+NOT_A_NUMBER = 255
+"""The one scale byte without a value: infinity in some decoders, NaN in others; refused wherever scales are read."""
 CHUNK_BYTES = 16 << 20
 """How much is read or written at a time."""
 _CHECKED_BYTES = 512 << 10
@@ -71,7 +73,7 @@ class StoredTensor:
 
         Args:
           index: a slice of step 1 for each of the first axes.
-          weights: raises `CheckpointError` also where a value is not finite.
+          weights: raises `CheckpointError` also where a value, or the scale of packed ones, is not finite.
 
         Raises `CheckpointError` where the file can no longer be read.
         """
@@ -115,8 +117,11 @@ class StoredTensor:
             there += more
             if there - seen < _CHECKED_BYTES and there < array.nbytes:
                 return
-            if not all_finite(values[seen // size : there // size]):
+            fresh = values[seen // size : there // size]
+            if not all_finite(fresh):
                 raise CheckpointError(f"{self.file}: {self.name} holds values that are not finite (NaN or infinity)")
+            if self.name.endswith("_scales") and (fresh == NOT_A_NUMBER).any():
+                raise CheckpointError(f"{self.file}: {self.name} holds the scale {NOT_A_NUMBER}, which is no number")
             seen = there - there % size
 
         return check

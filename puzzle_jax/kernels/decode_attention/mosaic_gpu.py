@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from puzzle_jax.kernels.decode_attention.reference import LayerCache, seen_slots
-from puzzle_jax.kernels.mosaic import hopper_only, launched, plgpu, product, swizzled
+from puzzle_jax.kernels.mosaic import hopper_only, launched, plgpu, product, stored, swizzled
 from puzzle_jax.kernels.shapes import Array, Float, Heads, Index, KeyRing, Ref, Rows, Sinks, ValueRing, Window
 from puzzle_jax.kernels.window_attention.reference import MASKED
 
@@ -146,11 +146,8 @@ def _parts(
                 ),
             )
             largest_tile[...], total_tile[...], out_tile[...] = pipeline(k.at[b, h], v.at[b, h])
-            mosaic.commit_smem()
-            mosaic.copy_smem_to_gmem(out_tile.at[pl.ds(0, some)], out.at[b, h, s])
-            mosaic.copy_smem_to_gmem(largest_tile, largest_out.at[b, h, s])
-            mosaic.copy_smem_to_gmem(total_tile, total_out.at[b, h, s])
-            mosaic.wait_smem_to_gmem(0)
+            parts = (out_tile.at[pl.ds(0, some)], out), (largest_tile, largest_out), (total_tile, total_out)
+            stored(*((tile, target.at[b, h, s]) for tile, target in parts))
 
     def shared(shape: tuple[int, ...], swizzle: bool = True) -> object:
         kind = dtype if swizzle else jnp.float32

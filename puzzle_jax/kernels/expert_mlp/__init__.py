@@ -22,7 +22,7 @@ from jax.sharding import AbstractMesh, Mesh
 from puzzle_jax.kernels import checks
 from puzzle_jax.kernels.dispatch import dispatch
 from puzzle_jax.kernels.expert_mlp import capacity, expert_loop, grouped, parallel, reference, sorted_blocks
-from puzzle_jax.kernels.expert_mlp.weights import Experts
+from puzzle_jax.kernels.expert_mlp.reference import Experts
 from puzzle_jax.kernels.route import Routing
 from puzzle_jax.kernels.shapes import Array, ExpertOutputs, Float, Ids, Tokens
 
@@ -68,7 +68,7 @@ def expert_outputs(
         return jnp.zeros((*ids.shape, x.shape[1]), x.dtype)
     if _spreads(mesh, len(experts.down_bias)):
         outputs = partial(expert_outputs, limit=limit, spread=len(experts.down_bias), implementation=implementation)
-        return parallel.separate(x, ids, experts, outputs, mesh=mesh, data=_data_axes(mesh))
+        return parallel.separate(x, ids, experts, outputs, mesh=mesh)
     return dispatch("expert_mlp", IMPLEMENTATIONS, implementation, x, ids, experts, limit=limit, spread=spread)
 
 
@@ -106,7 +106,7 @@ def expert_mlp(
     spread = experts.down_bias.shape[0]
     outputs = partial(expert_outputs, limit=limit, spread=spread, implementation=implementation)
     if _spreads(mesh, spread):
-        return parallel.mixture(x, routing, experts, outputs, combine, mesh=mesh, data=_data_axes(mesh), way=way)
+        return parallel.mixture(x, routing, experts, outputs, combine, mesh=mesh, way=way)
     tokens = x.reshape(-1, x.shape[-1])
     return combine(outputs(tokens, routing.ids, experts), routing.gates).reshape(x.shape)
 
@@ -114,10 +114,6 @@ def expert_mlp(
 def _spreads(mesh: Mesh | AbstractMesh | None, experts: int) -> TypeGuard[Mesh | AbstractMesh]:
     """Whether a mesh's devices each have experts of their own."""
     return mesh is not None and mesh.size > 1 and experts % mesh.shape["model"] == 0
-
-
-def _data_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
-    return tuple(axis for axis in mesh.axis_names if axis != "model")
 
 
 def combine(outputs: ExpertOutputs, gates: Float[Array, "tokens k"]) -> Tokens:

@@ -12,9 +12,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from puzzle_jax.kernels.expert_mlp.reference import Experts
 from puzzle_jax.kernels.expert_mlp.sorted_blocks import with_gradients_of_sorted_blocks
 from puzzle_jax.kernels.expert_mlp.swiglu import clamped_swiglu
-from puzzle_jax.kernels.expert_mlp.weights import Experts
 from puzzle_jax.kernels.mxfp4 import as_dense
 from puzzle_jax.kernels.shapes import Array, ExpertOutputs, Ids, IntScalar, Tokens
 

@@ -15,8 +15,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from puzzle_jax.kernels.expert_mlp.reference import Experts
 from puzzle_jax.kernels.expert_mlp.swiglu import clamped_swiglu
-from puzzle_jax.kernels.expert_mlp.weights import Experts
 from puzzle_jax.kernels.grouped_matmul import BLOCK_IMPLEMENTATIONS, BLOCK_ROWS, in_use_rows
 from puzzle_jax.kernels.mxfp4 import MXFP4
 from puzzle_jax.kernels.route import expert_order

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
-from puzzle_jax.kernels.expert_mlp.weights import Experts
-from puzzle_jax.kernels.mxfp4 import as_dense
+from puzzle_jax.kernels.mxfp4 import MXFP4, as_dense
 from puzzle_jax.kernels.shapes import Array, ExpertOutputs, Float, Ids, Tokens
 
 SWIGLU_ALPHA = 1.702
+
+
+class Experts(NamedTuple):
+    """One layer's experts.
+
+    Attributes:
+      gate_up: [experts, hidden, 2 * intermediate], gate and linear columns interleaved; dense or packed.
+      gate_up_bias: [experts, 2 * intermediate].
+      down: [experts, intermediate, hidden]; dense or packed.
+      down_bias: [experts, hidden].
+    """
+
+    gate_up: Float[Array, "experts hidden two_inter"] | MXFP4
+    gate_up_bias: Float[Array, "experts two_inter"]
+    down: Float[Array, "experts inter hidden"] | MXFP4
+    down_bias: Float[Array, "experts hidden"]
 
 
 def clamped_swiglu(h: Float[Array, "... two_inter"], limit: float) -> Float[Array, "... inter"]:

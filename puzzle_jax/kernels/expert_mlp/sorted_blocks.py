@@ -15,8 +15,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from puzzle_jax.kernels.expert_mlp.reference import Experts
 from puzzle_jax.kernels.expert_mlp.swiglu import clamped_swiglu
-from puzzle_jax.kernels.expert_mlp.weights import Experts
 from puzzle_jax.kernels.grouped_matmul.blocked import block_rows
 from puzzle_jax.kernels.mxfp4 import as_dense
 from puzzle_jax.kernels.route import expert_order

@@ -15,13 +15,15 @@ straight into the registers that wgmma reads, which the interpreter of this back
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
 from puzzle_jax.kernels.grouped_matmul.layout import mean_share
-from puzzle_jax.kernels.mosaic import hopper_only, launched, plgpu, swizzled
+from puzzle_jax.kernels.mosaic import hopper_only, launched, plgpu, stored, swizzled
 from puzzle_jax.kernels.mxfp4 import GROUP, MXFP4, Weights, code_values, scale_values
 from puzzle_jax.kernels.shapes import Array, BlockExperts, Float, Index, IntScalar, Matrices, Ref, Sorted
 from puzzle_jax.kernels.tiles import tiles
@@ -66,6 +68,15 @@ def _dividing(size: int, tiles: tuple[int, ...], what: str) -> int:
         if size % tile == 0:
             return tile
     raise NotImplementedError(f"{size} {what} are no multiple of {tiles[-1]}")
+
+
+def _decoded(codes: Ref, scales: Ref, groups: int, dtype: jnp.dtype) -> Iterator[tuple[Array, Array]]:
+    """The even and the odd inputs of each group of a tile."""
+    pairs = codes[...].astype(jnp.int32)
+    for g in range(groups):
+        pair = pairs[:, g * GROUP // 2 : (g + 1) * GROUP // 2]
+        scale = lax.broadcast_in_dim(scale_values(scales[g]), pair.shape, (0,))
+        yield (code_values(pair & 0xF) * scale).astype(dtype), (code_values(pair >> 4) * scale).astype(dtype)
 
 
 def _dense(
@@ -113,9 +124,7 @@ def _dense(
                 return total[...]
 
             tile[...] = pl.run_scoped(product, mosaic.ACC((block, tile_out))).astype(tile.dtype)
-            mosaic.commit_smem()
-            mosaic.copy_smem_to_gmem(tile, out.at[pl.ds(b * block, block), pl.ds(n * tile_out, tile_out)])
-            mosaic.wait_smem_to_gmem(0)
+            stored((tile, out.at[pl.ds(b * block, block), pl.ds(n * tile_out, tile_out)]))
 
     result = mosaic.SMEM((block, tile_out), rows.dtype, transforms=swizzled(tile_out))
     whole = jax.ShapeDtypeStruct((len(rows), outputs), rows.dtype)
@@ -146,12 +155,8 @@ def _packed(rows: Sorted, weights: MXFP4, expert: BlockExperts, used: IntScalar,
         def _() -> None:
             def product(total: Ref) -> Float[Array, "tile_out block"]:
                 def step(_: tuple[Index], code_tile: Ref, scale_tile: Ref, even: Ref, odd: Ref) -> None:
-                    pairs = code_tile[...].astype(jnp.int32)
-                    for g in range(groups):
-                        pair = pairs[:, g * per_group : (g + 1) * per_group]
-                        scale = lax.broadcast_in_dim(scale_values(scale_tile[g]), pair.shape, (0,))
-                        low[g] = (code_values(pair & 0xF) * scale).astype(rows.dtype)
-                        high[g] = (code_values(pair >> 4) * scale).astype(rows.dtype)
+                    for g, halves in enumerate(_decoded(code_tile, scale_tile, groups, rows.dtype)):
+                        low[g], high[g] = halves
                     mosaic.commit_smem()
                     for g in range(groups):
                         mosaic.wgmma(total, low.at[g], even.at[g].T)
@@ -176,9 +181,7 @@ def _packed(rows: Sorted, weights: MXFP4, expert: BlockExperts, used: IntScalar,
                 return total[...]
 
             tile.T[...] = pl.run_scoped(product, mosaic.ACC((tile_out, block))).astype(tile.dtype)
-            mosaic.commit_smem()
-            mosaic.copy_smem_to_gmem(tile, out.at[pl.ds(b * block, block), pl.ds(n * tile_out, tile_out)])
-            mosaic.wait_smem_to_gmem(0)
+            stored((tile, out.at[pl.ds(b * block, block), pl.ds(n * tile_out, tile_out)]))
 
     decoded = mosaic.SMEM((groups, tile_out, per_group), rows.dtype, transforms=swizzled(per_group))
     result = mosaic.SMEM((block, tile_out), rows.dtype, transforms=swizzled(tile_out))
@@ -210,13 +213,9 @@ def _packed_transposed(rows: Sorted, weights: MXFP4, expert: BlockExperts, used:
         def _() -> None:
             def product(even: Ref, odd: Ref) -> tuple[Array, Array]:
                 def step(_: tuple[Index], x_tile: Ref, code_tile: Ref, scale_tile: Ref) -> None:
-                    pairs = code_tile[...].astype(jnp.int32)
-                    for g in range(groups):
-                        pair = pairs[:, g * per_group : (g + 1) * per_group]
-                        scale = lax.broadcast_in_dim(scale_values(scale_tile[g]), pair.shape, (0,))
+                    for g, halves in enumerate(_decoded(code_tile, scale_tile, groups, rows.dtype)):
                         here = pl.ds(g * per_group, per_group)
-                        low.at[here].T[...] = (code_values(pair & 0xF) * scale).astype(rows.dtype)
-                        high.at[here].T[...] = (code_values(pair >> 4) * scale).astype(rows.dtype)
+                        low.at[here].T[...], high.at[here].T[...] = halves
                     mosaic.commit_smem()
                     mosaic.wgmma(even, x_tile, low.T)
                     mosaic.wgmma(odd, x_tile, high.T)
@@ -238,11 +237,8 @@ def _packed_transposed(rows: Sorted, weights: MXFP4, expert: BlockExperts, used:
             total = mosaic.ACC((block, tile_half))
             even, odd = pl.run_scoped(product, total, total)
             even_tile[...], odd_tile[...] = even.astype(rows.dtype), odd.astype(rows.dtype)
-            mosaic.commit_smem()
             here = pl.ds(b * block, block), pl.ds(n * tile_half, tile_half)
-            mosaic.copy_smem_to_gmem(even_tile, out.at[0].at[here])
-            mosaic.copy_smem_to_gmem(odd_tile, out.at[1].at[here])
-            mosaic.wait_smem_to_gmem(0)
+            stored((even_tile, out.at[0].at[here]), (odd_tile, out.at[1].at[here]))
 
     decoded = mosaic.SMEM((tile_half, step_out), rows.dtype, transforms=swizzled(step_out))
     result = mosaic.SMEM((block, tile_half), rows.dtype, transforms=swizzled(tile_half))

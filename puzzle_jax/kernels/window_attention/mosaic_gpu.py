@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from puzzle_jax.kernels.mosaic import hopper_only, launched, plgpu, product, swizzled
+from puzzle_jax.kernels.mosaic import hopper_only, launched, plgpu, product, stored, swizzled
 from puzzle_jax.kernels.shapes import Array, Float, Index, Keys, Queries, Ref, Segments, Sinks, Window
 from puzzle_jax.kernels.window_attention.reference import MASKED
 
@@ -157,15 +157,9 @@ class _Tools:
             self.mosaic.copy_gmem_to_smem(source, target, arrived)
             self.mosaic.barrier_wait(arrived)
 
-    def stored(self, copies: Sequence[tuple[Ref, Ref]]) -> None:
-        self.mosaic.commit_smem()
-        for source, target in copies:
-            self.mosaic.copy_smem_to_gmem(source, target)
-        self.mosaic.wait_smem_to_gmem(0)
-
-    def vectors(self, dtype: type = jnp.bfloat16) -> object:
+    def vectors(self) -> object:
         """A tile [TILE, dim] of shared memory."""
-        return self.mosaic.SMEM((TILE, self.shape.dim), dtype, transforms=swizzled(self.shape.dim))
+        return self.mosaic.SMEM((TILE, self.shape.dim), jnp.bfloat16, transforms=swizzled(self.shape.dim))
 
     def logits(self) -> object:
         """A tile [TILE, TILE] of shared memory, from which a matmul reads."""
@@ -265,7 +259,7 @@ def _forward(
         largest, total, vectors = run(k_all.at[b], v_all.at[b], segment_of.at[b])
         out_tile[...] = (vectors / tools.rows(total, dim)).astype(out_tile.dtype)
         lse_tile[...] = largest + jnp.log(total)
-        tools.stored([(out_tile, out.at[b, here, h]), (lse_tile, lse.at[b, h, here])])
+        stored((out_tile, out.at[b, here, h]), (lse_tile, lse.at[b, h, here]))
 
     per_query = jax.ShapeDtypeStruct((shape.batch, shape.heads, shape.seq), jnp.float32)
     scratch = [tools.vectors(), tools.logits(), tools.vectors(), tools.scalars(), tools.scalars(jnp.int32)]
@@ -312,7 +306,7 @@ def _d_queries(
 
         run = tools.over_keys(step, i, h, tools.zeros())
         d_q_tile[...] = run(k_all.at[b], v_all.at[b], segment_of.at[b]).astype(d_q_tile.dtype)
-        tools.stored([(d_q_tile, d_q.at[b, here, h])])
+        stored((d_q_tile, d_q.at[b, here, h]))
 
     scratch = [tools.vectors(), tools.vectors(), tools.scalars(), tools.scalars(), tools.scalars(jnp.int32)]
     scratch += [tools.logits(), tools.vectors(), tools.mosaic.Barrier()]
@@ -362,7 +356,7 @@ def _d_keys(
         run = tools.pipeline(step, (group, steps), tiles_of, (tools.zeros(), tools.zeros()))
         of_k, of_v = run(q_all.at[b], d_out_all.at[b], lse_of.at[b], delta_of.at[b], segment_of.at[b])
         d_k_tile[...], d_v_tile[...] = of_k.astype(jnp.bfloat16), of_v.astype(jnp.bfloat16)
-        tools.stored([(d_k_tile, d_k.at[b, here, kv_head]), (d_v_tile, d_v.at[b, here, kv_head])])
+        stored((d_k_tile, d_k.at[b, here, kv_head]), (d_v_tile, d_v.at[b, here, kv_head]))
 
     scratch = [tools.vectors(), tools.vectors(), tools.scalars(jnp.int32), tools.logits(), tools.logits()]
     scratch += [tools.vectors(), tools.vectors(), tools.mosaic.Barrier()]
