@@ -12,14 +12,18 @@ import errno
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import yaml
 
-from puzzle_jax.errors import PuzzleError
+from puzzle_jax.errors import PuzzleError, shown
+
+Json: TypeAlias = Any
+"""A value of JSON or YAML: a text, a number, a truth value, None, or a list or dictionary of such values."""
 
 PARTIAL = ".partial-"
 """In the name of a file or directory that is still being written."""
@@ -68,29 +72,43 @@ def system_error(error: BaseException) -> OSError | None:
     return OSError(int(found[1]), os.strerror(int(found[1]))) if found is not None else None
 
 
-def parse_json(text: str | bytes, where: str, error: type[PuzzleError] = PuzzleError) -> Any:
+def parse_json(text: str | bytes, where: str, error: type[PuzzleError] = PuzzleError, *, unique: bool = False) -> Any:
     """The value of a JSON text.
 
     Args:
       text: UTF-8 where it is bytes.
       where: the text comes from, with which a message begins ("answers.jsonl, line 3").
       error: raised, with one sentence, for whatever makes the text no JSON value of valid Unicode.
+      unique: refuses an object that has a name twice, of which Python would keep the last.
     """
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_unique if unique else None)
     except RecursionError:
         raise error(f"{where} is nested too deeply to be read as JSON") from None
     except UnicodeDecodeError as problem:
         raise error(f"{where} is not valid UTF-8: {problem.reason} at byte {problem.start}") from None
     except json.JSONDecodeError as problem:
         raise error(f"{where} cannot be read as JSON: {problem}") from None
+    except _GivenTwice as problem:
+        raise error(f"{where} gives {shown(problem.args[0])} twice") from None
     except ValueError:  # Python's limit on the digits of a whole number
         raise error(f"{where} holds a whole number of thousands of digits, which cannot be read") from None
     if _SURROGATE.search(text) and not is_unicode(value):
         raise error(f"{where} holds half a surrogate pair, but its texts must be valid Unicode")
     return value
+
+
+class _GivenTwice(ValueError):
+    pass
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _GivenTwice(Counter(name for name, _ in pairs).most_common(1)[0][0])
+    return found
 
 
 def read_json(path: Path, error: type[PuzzleError] = PuzzleError) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +18,7 @@ from puzzle_jax.progress import progress
 
 @dataclass(frozen=True)
 class InspectSettings:
-    """What is inspected.
+    """The model to inspect.
 
     Attributes:
       path: a checkpoint directory or a config.json.
@@ -37,7 +37,7 @@ class VerifySettings:
       first, second: checkpoint directories.
       rows: sequences of random tokens.
       length: tokens in each.
-      seed: of the tokens.
+      seed: seed of the tokens.
       json: prints for programs.
     """
 
@@ -76,7 +76,7 @@ class ExportSettings:
     Attributes:
       checkpoint: an Orbax checkpoint, or a directory to repack.
       out: directory to make; a killed export goes on.
-      form: of the experts; by default as the checkpoint says.
+      form: form of the experts; by default that of the checkpoint.
       pad_experts: makes equal layers, filled with zeros, for any loader of gpt_oss.
     """
 
@@ -92,7 +92,7 @@ def run_inspect(settings: InspectSettings) -> None:
 
     found = inspect(settings.path)
     if settings.json:
-        print(json.dumps(found.as_json(), indent=2))
+        print(json.dumps(asdict(found), indent=2))
     else:
         show(found, plain_console())
 
@@ -113,7 +113,7 @@ def run_verify(settings: VerifySettings) -> int:
             on_layer=lambda: advance(1),
         )
     if settings.json:
-        print(json.dumps(found.as_json(), indent=2))
+        print(json.dumps({"same_function": found.same_function, **asdict(found)}, indent=2))
     else:
         show(found, (str(settings.first), str(settings.second)), plain_console())
     return 0 if found.same_function else 1
@@ -130,14 +130,7 @@ def run_import(settings: ImportSettings) -> None:
 
     with progress(plain_console(stderr=True), "reading tensors", len(described.tensors)) as advance:
         checkpoint = load_checkpoint(settings.path, experts=settings.experts, on_tensor=lambda *_: advance(1))
-    save_params(
-        settings.out,
-        checkpoint.config,
-        checkpoint.params,
-        config_json=checkpoint.config_json,
-        files=carried_files(settings.path, (*CARRIED, *OF_A_CHILD)),
-        kv_scales=checkpoint.kv_scales,
-    )
+    save_params(settings.out, checkpoint, carried_files(settings.path, (*CARRIED, *OF_A_CHILD)))
 
 
 def run_export(settings: ExportSettings) -> None:
@@ -153,14 +146,15 @@ def run_export(settings: ExportSettings) -> None:
             print(f"left out of {settings.out}, being no file of a checkpoint: {names}", file=sys.stderr)
         if settings.pad_experts:
             raise PuzzleError("pad-experts works on Hugging Face directories: export without it, then again with it")
+        checkpoint = opened.checkpoint
         save_checkpoint(
             settings.out,
-            opened.config,
-            opened.params,
-            config_base=opened.config_json,
+            checkpoint.config,
+            checkpoint.params,
+            config_base=checkpoint.config_json,
             extra_files=opened.files,
-            form=settings.form or opened.form,
-            kv_scales=opened.kv_scales,
+            form=settings.form or checkpoint.form,
+            kv_scales=checkpoint.kv_scales,
         )
         return
     described = describe_checkpoint(settings.checkpoint)

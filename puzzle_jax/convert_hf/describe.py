@@ -1,4 +1,4 @@
-"""What a checkpoint is, without its weights: config.json and the headers of the files, checked against each other.
+"""Checkpoints without their weights: config.json and the headers of the files, checked against each other.
 
 Everything is compared with the table of tensors before a byte of weights is read, and all problems are reported
 together. Nothing here imports JAX, so that a damaged checkpoint is refused at once.
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.convert_hf.configuration.config_json import parse_config, parse_form
@@ -19,9 +18,7 @@ from puzzle_jax.convert_hf.table import Form, TensorSpec, checkpoint_tensors
 from puzzle_jax.convert_hf.tensors.files import StoredTensor, open_tensors, read_json
 from puzzle_jax.convert_hf.token_ids import check_ids
 from puzzle_jax.errors import CheckpointError, ConfigError
-
-NOT_A_NUMBER = 255
-"""The one scale byte without a value: infinity in some decoders, NaN in others; refused wherever scales are read."""
+from puzzle_jax.files import Json
 
 _FLOATS = ("BF16", "F16", "F32")
 _SHOWN = 6
@@ -32,18 +29,16 @@ class Description:
     """A checkpoint without its weights.
 
     Attributes:
-      config: what the model is.
-      form: how the experts are stored, "mxfp4" or "bf16".
-      directory: where it was read.
+      form: how the experts are stored.
       config_json: the whole content of config.json.
       tensors: its checked tensors by name.
-      kv_scales: of an FP8 key-value cache, where the checkpoint carries them.
+      kv_scales: scales of an FP8 key-value cache, where the checkpoint carries them.
     """
 
     config: ModelConfig
     form: Form
     directory: Path
-    config_json: dict[str, Any]
+    config_json: dict[str, Json]
     tensors: Mapping[str, StoredTensor]
     kv_scales: StoredScales | None = None
 
@@ -89,8 +84,8 @@ def describe_checkpoint(directory: Path | str) -> Description:
     strange = sorted(name for name in opened.tensors if name not in known and not is_kv_scale(name))
     other = "_blocks" if form == "bf16" else "_proj"
     if any(".mlp.experts." in name and name.endswith(other) for name in strange):
-        said = "has no quantization_config" if form == "bf16" else "says quant_method mxfp4"
-        problems.append(f"config.json {said}, but the experts are stored in the other form")
+        found = "no quantization_config" if form == "bf16" else "quant_method mxfp4"
+        problems.append(f"config.json has {found}, but the experts are stored in the other form")
     elif opened.lost is not None:
         found = (_mismatch(spec, opened.tensors.get(spec.name)) for spec in table if spec.name not in opened.lost)
         problems += [problem for problem in found if problem]

@@ -7,7 +7,7 @@ from arrays; trained experts are packed one by one as `mxfp4` packs, which loses
 through `tensor_writer`, so that a run that dies leaves nothing that loads and goes on where it was, and touch no
 directory that they did not make.
 
-A child that plain `gpt_oss` cannot say carries its code: two files with which
+A child that plain `gpt_oss` cannot describe carries its code: two files with which
 `AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)` loads it, and one for mlx-lm. Or it is padded
 to its largest layer's number of experts, which every loader of gpt-oss reads and which saves no memory.
 Left out: uploads.
@@ -21,28 +21,28 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import PyTree
 
 import puzzle_jax
 from puzzle_jax.config import BlockConfig, ModelConfig
 from puzzle_jax.convert_hf.configuration.config_json import MODEL_FILE, is_plain, write_config
-from puzzle_jax.convert_hf.describe import NOT_A_NUMBER, Description, describe_checkpoint
+from puzzle_jax.convert_hf.describe import Description, describe_checkpoint
 from puzzle_jax.convert_hf.kv_scales import planned_kv_scales
 from puzzle_jax.convert_hf.model_card import FILE as CARD
 from puzzle_jax.convert_hf.model_card import model_card
-from puzzle_jax.convert_hf.pieces import Pieces, as_stored, dotted, expert_of, parameter_path
-from puzzle_jax.convert_hf.table import Form, TensorSpec, checkpoint_tensors
-from puzzle_jax.convert_hf.table import Path as ParamPath
+from puzzle_jax.convert_hf.pieces import Pieces, Rows, as_stored, expert_of
+from puzzle_jax.convert_hf.table import Form, ParamPath, TensorSpec, checkpoint_tensors, dotted
 from puzzle_jax.convert_hf.tensors.files import StoredTensor
 from puzzle_jax.convert_hf.tensors.finite import all_finite
-from puzzle_jax.convert_hf.tensors.writer import SHARD_BYTES, Plan, PlannedTensor, told, write_checkpoint
+from puzzle_jax.convert_hf.tensors.writer import SHARD_BYTES, Plan, PlannedTensor, naming_target, write_checkpoint
 from puzzle_jax.errors import CheckpointError, ConfigError, PuzzleError
-from puzzle_jax.files import read_bytes
+from puzzle_jax.files import Json, read_bytes
 from puzzle_jax.model.cache_format import KVScales
 from puzzle_jax.model.child import delta_leaves
-from puzzle_jax.model.spec import EXPERT_MATRICES, Params
+from puzzle_jax.model.spec import EXPERT_MATRICES, Params, subtree
 
 PROVENANCE = "provenance.json"
 CARRIED = (
@@ -56,16 +56,15 @@ CARRIED = (
 )
 """Files of a parent that its children carry."""
 OF_A_CHILD = (CARD, PROVENANCE)
-"""Files that tell where a child comes from, which it keeps on its way through an Orbax checkpoint."""
+"""Records of a child's origin, which it keeps on its way through an Orbax checkpoint."""
 NEVER = -1e30  # the router bias of an expert that is only there to fill a shape
 REMOTE_CODE = ("configuration_gpt_oss_puzzle.py", "modeling_gpt_oss_puzzle.py", MODEL_FILE)
 
 
 class Origin(NamedTuple):
-    """Where a child comes from that is trained further as a model of its own.
+    """The first parent of a child that is trained further as a model of its own.
 
     Attributes:
-      config: of the first parent.
       kept: per layer, ids of the first parent's experts.
       trained: parameters that were no longer the first parent's, by their places in the tree.
     """
@@ -81,7 +80,7 @@ def export_child(
     config: ModelConfig,
     kept: Sequence[Sequence[int]],
     *,
-    provenance: Mapping[str, Any],
+    provenance: Mapping[str, Json],
     dense_delta: Params | None = None,
     kv_scales: KVScales | None = None,
     pad_experts: bool = False,
@@ -96,7 +95,6 @@ def export_child(
     Args:
       parent: the parent's checkpoint directory.
       out: the directory to make.
-      config: the child.
       kept: per layer, ids of the parent's experts in the child's order.
       provenance: what to record in provenance.json beside the ids.
       dense_delta: trained values in place of the parent's (see `model.child.Child`): a tree in the parent's shapes, of
@@ -106,7 +104,7 @@ def export_child(
       pad_experts: writes every layer with as many experts as the largest has, the added ones zeros that are never
         chosen, so that the child is plain `gpt_oss`.
       replace: an earlier child at `out` may be replaced.
-      origin: what `parent` comes from where it is a child itself; record and card then tell of that.
+      origin: the first parent, where `parent` is a child itself; record and card then compare with that.
       shard_bytes: largest size of one safetensors file.
 
     Raises `PuzzleError` where `out` holds something else, `CheckpointError` for a damaged parent and
@@ -119,7 +117,7 @@ def export_child(
     _check_fit(description.config, config, kept)
     written = _padded(config) if pad_experts else config
     plain = is_plain(written)
-    scales = description.kv_scales if kv_scales is None else np.stack([kv_scales.k, kv_scales.v]).astype(np.float32)
+    scales = description.kv_scales if kv_scales is None else np.asarray(kv_scales, np.float32)
     delta = delta_leaves(description.config, dense_delta)
     record = {
         **provenance,
@@ -159,7 +157,7 @@ def save_checkpoint(
     config: ModelConfig,
     params: Params,
     *,
-    config_base: Mapping[str, Any],
+    config_base: Mapping[str, Json],
     extra_files: Mapping[str, bytes] | None = None,
     form: Form = "mxfp4",
     kv_scales: KVScales | None = None,
@@ -169,15 +167,13 @@ def save_checkpoint(
     """Writes a parameter tree as a checkpoint.
 
     Args:
-      out: the directory to make.
-      config: the model.
-      params: its weights, in the structure of `model.spec`; leaves may be functions of no arguments that give them.
+      params: weights in the structure of `model.spec`; leaves may be functions of no arguments that give them.
       config_base: a config.json whose other keys (token ids and the like) are kept; may be empty.
       extra_files: further files by name: tokenizer, chat template, provenance.
       form: "mxfp4" packs dense experts and writes packed ones as they are; "bf16" unpacks and rounds.
-      kv_scales: of an FP8 cache (`generate.calibrate`).
       replace: an earlier checkpoint of ours (one with a provenance.json) at `out` may be replaced.
-      shard_bytes: largest size of one safetensors file.
+
+    The others are as in `export_child`.
 
     Raises `PuzzleError` where `out` holds something else, or where values are not finite.
     """
@@ -186,12 +182,13 @@ def save_checkpoint(
     source = Pieces()
 
     def pieces(spec: TensorSpec) -> Iterator[np.ndarray]:
-        return source.of(spec, _at(params, parameter_path(spec)))
+        leaf = subtree(params, spec.parameter)
+        made: PyTree = leaf() if callable(leaf) else leaf
+        return source.of(spec, made)
 
     plan = [_planned(spec, partial(pieces, spec)) for spec in checkpoint_tensors(config, form)]
-    scales = None if kv_scales is None else np.stack([kv_scales.k, kv_scales.v]).astype(np.float32)
     files = dict(extra_files or {}) | _config_files(config, config_base, form)
-    plan += planned_kv_scales(scales)
+    plan += planned_kv_scales(None if kv_scales is None else np.asarray(kv_scales, np.float32))
     write_checkpoint(out, Plan(plan, files, None, shard_bytes), replace=lambda: _may_replace(out, replace))
 
 
@@ -224,13 +221,16 @@ def _padded(config: ModelConfig) -> ModelConfig:
 
 
 def _child_plan(
-    parent: Description, config: ModelConfig, kept: Sequence[Sequence[int]], delta: Mapping[ParamPath, Any]
+    parent: Description,
+    config: ModelConfig,
+    kept: Sequence[Sequence[int]],
+    delta: Mapping[ParamPath, Rows],
 ) -> list[PlannedTensor]:
     """The child's tensors, each read from the parent's file or from the trained values when its turn comes."""
     plan = []
     trained = Pieces()
     for spec in checkpoint_tensors(config, parent.form):
-        stored, path = parent.tensors[spec.name], parameter_path(spec)
+        stored, path = parent.tensors[spec.name], spec.parameter
         ids = tuple(kept[spec.layer]) if spec.by_expert and spec.layer is not None else None
         if path in delta:
             pieces = partial(trained.of, spec, delta[path], ids)
@@ -244,7 +244,7 @@ def _child_plan(
     return plan
 
 
-def _digest(path: ParamPath, leaf: Any, kept: Sequence[Sequence[int]]) -> str:
+def _digest(path: ParamPath, leaf: Rows, kept: Sequence[Sequence[int]]) -> str:
     """Hash of a trained array, of the kept rows alone where it is a stack of matrices.
 
     Raises `ConfigError` where it holds what is no finite number.
@@ -262,14 +262,11 @@ def _digest(path: ParamPath, leaf: Any, kept: Sequence[Sequence[int]]) -> str:
 def _expert_rows(spec: TensorSpec, stored: StoredTensor, ids: Sequence[int]) -> Iterator[np.ndarray]:
     """A tensor's rows of the kept experts, one after the other."""
     for expert in ids:
-        row = stored.values((slice(expert, expert + 1),))
-        if spec.path[-1] == "scales" and (row == NOT_A_NUMBER).any():
-            raise CheckpointError(f"{stored.file}: {stored.name} holds the scale {NOT_A_NUMBER}, which is no number")
-        yield as_stored(spec, row)
+        yield as_stored(spec, stored.read((slice(expert, expert + 1),), weights=True))
 
 
 def _rounded(spec: TensorSpec, stored: StoredTensor) -> Iterator[np.ndarray]:
-    yield as_stored(spec, stored.values())
+    yield as_stored(spec, stored.read(weights=True))
 
 
 def _filled(spec: TensorSpec, pieces: Callable[[], Iterable[np.ndarray]], rows: int) -> Iterator[np.ndarray]:
@@ -284,23 +281,16 @@ def _planned(spec: TensorSpec, pieces: Callable[[], Iterable[np.ndarray]]) -> Pl
     return PlannedTensor(spec.name, spec.dtype, spec.shape, pieces, with_previous=spec.path[-1] == "scales")
 
 
-def _at(tree: Any, path: ParamPath) -> Any:
-    """A leaf of a parameter tree, made where it is a function that makes it."""
-    for key in path:
-        tree = tree[key]
-    return tree() if callable(tree) else tree
-
-
 def carried_files(directory: Path, names: Sequence[str] = CARRIED) -> dict[str, bytes]:
     """Those of the named files that a checkpoint has, with their content."""
     return {name: read_bytes(directory / name, CheckpointError) for name in names if (directory / name).is_file()}
 
 
-def _json_bytes(value: Any) -> bytes:
+def _json_bytes(value: Json) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
-def config_bytes(data: Mapping[str, Any]) -> bytes:
+def config_bytes(data: Mapping[str, Json]) -> bytes:
     """A config.json's text; raises `CheckpointError` where a key that was kept is nested too deeply."""
     try:
         return _json_bytes(data)
@@ -308,8 +298,8 @@ def config_bytes(data: Mapping[str, Any]) -> bytes:
         raise CheckpointError("config.json holds a value that is nested too deeply to be written again") from None
 
 
-def _config_files(config: ModelConfig, base: Mapping[str, Any], form: Form) -> dict[str, bytes]:
-    """config.json, and the code that a model needs which plain `gpt_oss` cannot say."""
+def _config_files(config: ModelConfig, base: Mapping[str, Json], form: Form) -> dict[str, bytes]:
+    """config.json, and the code of a model that plain `gpt_oss` cannot describe."""
     files = {"config.json": config_bytes(write_config(config, dict(base), form=form))}
     if not is_plain(config):
         remote = resources.files("puzzle_jax.convert_hf") / "remote"
@@ -319,7 +309,7 @@ def _config_files(config: ModelConfig, base: Mapping[str, Any], form: Form) -> d
 
 def refuse_overwriting(out: Path, replace: bool = False, parent: Path | None = None) -> None:
     """Raises `PuzzleError` where something stands at `out` that may not be replaced."""
-    with told(out):
+    with naming_target(out):
         if parent is not None and out.resolve() == parent.resolve():
             raise PuzzleError(f"{out} is the parent itself; choose another directory")
         if out.exists() and not (out.is_dir() and not any(out.iterdir())):

@@ -1,4 +1,4 @@
-"""What a checkpoint is, told from config.json alone: layers, experts, windows, parameters, bytes.
+"""Summaries of models from config.json alone: layers, experts, windows, parameters, bytes.
 
 Weights need not be there; where they are, their headers are checked against the configuration. Nothing here imports
 JAX.
@@ -6,9 +6,9 @@ JAX.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -28,17 +28,13 @@ class Inspection:
     """A model in numbers.
 
     Attributes:
-      model_type: gpt_oss or gpt_oss_puzzle.
-      form: how the experts are stored.
-      parameters: all of them.
-      active_parameters: those that one token meets, embedding left out.
-      checkpoint_bytes: of all tensors, scales of an FP8 cache left out.
+      active_parameters: parameters that one token meets, embedding left out.
+      checkpoint_bytes: bytes of all tensors, scales of an FP8 cache left out.
       bytes_by_part: the same by embedding, attention, router, experts, norm and head.
-      expert_bytes: one expert.
-      kv_bytes_per_1000_tokens: one request's cache for a context of 1,000 tokens, by bytes per value (2: bfloat16).
+      kv_bytes_per_1000_tokens: one request's cache for a context of 1,000 tokens, by type of its values.
       layers: per layer the number of experts, the window (None: full attention) and the bytes.
       dimensions: the sizes that all layers share.
-      weights: what was found of the weights.
+      weights: a summary of the files with weights.
     """
 
     model_type: str
@@ -52,9 +48,6 @@ class Inspection:
     layers: list[dict[str, int | None]]
     dimensions: dict[str, int]
     weights: str
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def inspect(path: Path) -> Inspection:
@@ -120,9 +113,10 @@ def show(found: Inspection, console: Console) -> None:
     table = Table("layers", "experts", "window", "bytes per layer")
     for column in table.columns[1:]:
         column.justify = "right"
-    for first, last, layer in _runs(found.layers):
+    for layer, run in groupby(range(len(found.layers)), key=found.layers.__getitem__):
+        indices = list(run)
         window = layer["sliding_window"]
-        layers = str(first) if first == last else f"{first} to {last}"
+        layers = f"{indices[0]}" if len(indices) == 1 else f"{indices[0]} to {indices[-1]}"
         shown = "full" if window is None else f"{window:,}"
         table.add_row(layers, str(layer["num_local_experts"]), shown, f"{layer['bytes']:,}")
     console.print(table)
@@ -136,14 +130,3 @@ def show(found: Inspection, console: Console) -> None:
     kv = ", ".join(f"{size:,} in {name}" for name, size in found.kv_bytes_per_1000_tokens.items())
     console.print(f"KV bytes of one request of {KV_TOKENS:,} tokens: {kv}; one expert: {found.expert_bytes:,} bytes")
     console.print(f"weights: {found.weights}")
-
-
-def _runs(layers: list[dict[str, int | None]]) -> list[tuple[int, int, dict[str, int | None]]]:
-    """First and last index of each run of equal layers."""
-    runs: list[tuple[int, int, dict[str, int | None]]] = []
-    for index, layer in enumerate(layers):
-        if runs and runs[-1][2] == layer:
-            runs[-1] = (runs[-1][0], index, layer)
-        else:
-            runs.append((index, index, layer))
-    return runs

@@ -13,52 +13,44 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from puzzle_jax.config import ModelConfig
-from puzzle_jax.convert_hf.describe import NOT_A_NUMBER, Description, describe_checkpoint
-from puzzle_jax.convert_hf.table import Form, TensorSpec, checkpoint_tensors
-from puzzle_jax.convert_hf.table import Path as ParamPath
+from puzzle_jax.convert_hf.describe import Description, describe_checkpoint
+from puzzle_jax.convert_hf.table import Form, ParamPath, TensorSpec, checkpoint_tensors
 from puzzle_jax.convert_hf.tensors.files import StoredTensor
-from puzzle_jax.errors import CheckpointError
+from puzzle_jax.files import Json
 from puzzle_jax.kernels.mxfp4 import MXFP4, decode
 from puzzle_jax.model.cache_format import KVScales
 from puzzle_jax.model.sharding import partition
-from puzzle_jax.model.spec import Params, ParamSpec, param_specs
+from puzzle_jax.model.spec import Params, ParamSpec, param_specs, subtree
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model read from a directory.
-
-    Attributes:
-      config: what the model is.
-      params: its weights, in the structure of `model.spec`.
-      form: how the experts are stored, "mxfp4" or "bf16".
-      directory: where it was read.
-      config_json: the whole content of config.json.
-      kv_scales: of an FP8 key-value cache, where the checkpoint carries them.
-    """
+    """A model read from a directory; `params` are in the structure of `model.spec`, the rest is its `Description`'s."""
 
     config: ModelConfig
     params: Params
     form: Form
     directory: Path
-    config_json: dict[str, Any]
+    config_json: dict[str, Json]
     kv_scales: KVScales | None = None
 
 
 def load_checkpoint(
     directory: Path | str,
     *,
-    dtype: Any = jnp.bfloat16,
+    dtype: DTypeLike = jnp.bfloat16,
     mesh: Mesh | None = None,
     experts: Literal["stored", "dense"] = "stored",
     on_tensor: Callable[[str, int], None] | None = None,
@@ -67,10 +59,10 @@ def load_checkpoint(
 
     Args:
       directory: holds config.json and model.safetensors, or shards with an index.
-      dtype: of every array but packed experts.
+      dtype: type of every array but packed experts.
       mesh: where parameters go, by `model.sharding`; by default all to the first device.
       experts: "dense" decodes packed experts to `dtype`, layer by layer.
-      on_tensor: told the name and stored bytes of every tensor that is in place.
+      on_tensor: called with the name and stored bytes of every tensor that is in place.
 
     Raises `CheckpointError` with everything that is wrong in one message.
     """
@@ -90,7 +82,7 @@ def load_tensors(
     description: Description,
     table: Sequence[TensorSpec],
     *,
-    dtype: Any = jnp.bfloat16,
+    dtype: DTypeLike = jnp.bfloat16,
     mesh: Mesh | None = None,
     experts: Literal["stored", "dense"] = "stored",
     on_tensor: Callable[[str, int], None] | None = None,
@@ -98,10 +90,11 @@ def load_tensors(
     """The parameter tree with the tensors of `table` alone, a part of the checkpoint's; options as above."""
     config = description.config
     specs = param_specs(config)
-    leaves: dict[ParamPath, Any] = {}
+    leaves: dict[ParamPath, PyTree] = {}
     for spec in table:
         stored = description.tensors[spec.name]
-        leaves[spec.path] = _placed(stored, spec, _param_spec(specs, spec.path), config, mesh, jnp.dtype(dtype))
+        param = subtree(specs, spec.parameter)
+        leaves[spec.path] = _placed(stored, spec, param, config, mesh, jnp.dtype(dtype))
         if spec.path[-1] == "scales":
             stem = spec.path[:-1]
             packed = MXFP4(leaves.pop((*stem, "blocks")), leaves.pop(spec.path))
@@ -116,14 +109,11 @@ def cache_scales(description: Description) -> KVScales | None:
     return None if description.kv_scales is None else KVScales(*map(jnp.asarray, description.kv_scales))
 
 
-def build_params(config: ModelConfig, leaves: Mapping[ParamPath, Any]) -> Params:
+def build_params(config: ModelConfig, leaves: Mapping[ParamPath, PyTree]) -> Params:
     """The parameter tree of leaves by path."""
     params: Params = {"layers": [{"attention": {}, "moe": {}} for _ in config.blocks]}
     for path, leaf in leaves.items():
-        node: Any = params
-        for key in path[:-1]:
-            node = node[key]
-        node[path[-1]] = leaf
+        subtree(params, path[:-1])[path[-1]] = leaf
     return params
 
 
@@ -147,15 +137,12 @@ def _placed(
         if codes:
             block = stored.read((index or ())[:2])
             return block.reshape(*block.shape[:2], -1)
-        block = stored.values(index or ())
-        if spec.path[-1] == "scales" and (block == NOT_A_NUMBER).any():
-            raise CheckpointError(f"{stored.file}: {spec.name} holds the scale {NOT_A_NUMBER}, which is no number")
-        return block
+        return stored.read(index or (), weights=True)
 
     array = jax.make_array_from_callback(shape, at_rest, read)
     if packed or (not spec.transposed and array.dtype == dtype):
         return array
-    with warnings.catch_warnings():  # only arrays of the same size can be reused in place; the others are just freed
+    with warnings.catch_warnings():  # only arrays of the same size can be reused in place; the others are just released
         warnings.filterwarnings("ignore", "Some donated buffers were not usable")
         return jax.block_until_ready(_converter(spec.transposed, dtype, final)(array))
 
@@ -172,16 +159,4 @@ def _converter(transposed: bool, dtype: jnp.dtype, sharding: Sharding) -> Callab
     return jax.jit(convert, donate_argnums=donated, out_shardings=sharding)
 
 
-@partial(jax.jit, static_argnames="dtype")
-def _decode(packed: MXFP4, dtype: Any) -> jax.Array:
-    return decode(packed, dtype)
-
-
-def _param_spec(specs: Params, path: ParamPath) -> ParamSpec:
-    """The parameter that a tensor is, or is a half of."""
-    node: Any = specs
-    for key in path:
-        node = node[key]
-        if isinstance(node, ParamSpec):
-            return node
-    raise AssertionError(path)
+_decode = jax.jit(decode, static_argnames="dtype")

@@ -17,24 +17,25 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.convert_hf.configuration.config_json import parse_config, parse_form, write_config
 from puzzle_jax.convert_hf.export import CARRIED, OF_A_CHILD, config_bytes
+from puzzle_jax.convert_hf.load import Checkpoint
 from puzzle_jax.convert_hf.other_forms import CONFIG, ORBAX_HF, ORBAX_PARAMS
-from puzzle_jax.convert_hf.pieces import dotted
-from puzzle_jax.convert_hf.table import Form
+from puzzle_jax.convert_hf.table import ParamPath, dotted
 from puzzle_jax.convert_hf.tensors.files import read_json
-from puzzle_jax.convert_hf.tensors.writer import told
+from puzzle_jax.convert_hf.tensors.writer import naming_target
 from puzzle_jax.errors import CheckpointError, PuzzleError, shown
-from puzzle_jax.files import read_bytes
+from puzzle_jax.files import Json, read_bytes
 from puzzle_jax.kernels.mxfp4 import GROUP, MXFP4
 from puzzle_jax.model.cache_format import KVScales
 from puzzle_jax.model.spec import EXPERT_MATRICES, Params, is_spec, param_specs
@@ -49,62 +50,46 @@ _LATE_SECONDS = 0.5
 _LARGEST = float(np.finfo(np.float32).max)
 
 
-@dataclass(frozen=True)
-class Opened:
+class Opened(NamedTuple):
     """A checkpoint whose weights come later.
 
     Attributes:
-      config: the model.
-      form: how its experts are to be stored.
-      config_json: the whole content of config.json.
+      checkpoint: its `params` have functions for leaves, which read a parameter from the disk.
       files: the other files by name, of those alone that a checkpoint carries.
-      params: the tree of `model.spec`; leaves are functions that read a parameter from the disk.
-      kv_scales: of an FP8 key-value cache.
       left_out: names beside them that are no file of a checkpoint.
     """
 
-    config: ModelConfig
-    form: Form
-    config_json: dict[str, Any]
+    checkpoint: Checkpoint
     files: dict[str, bytes]
-    params: Params
-    kv_scales: KVScales | None = None
-    left_out: tuple[str, ...] = ()
+    left_out: tuple[str, ...]
 
 
 def refuse_existing(out: Path) -> None:
     """Raises `PuzzleError` where `out` holds something."""
-    with told(out):
+    with naming_target(out):
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise PuzzleError(f"{out} exists and is not empty; choose another directory")
 
 
-def save_params(
-    out: Path,
-    config: ModelConfig,
-    params: Params,
-    *,
-    config_json: Mapping[str, Any],
-    files: Mapping[str, bytes],
-    kv_scales: KVScales | None = None,
-) -> None:
-    """Writes parameters, from every process of a mesh.
+def save_params(out: Path, checkpoint: Checkpoint, files: Mapping[str, bytes]) -> None:
+    """Writes a checkpoint's parameters, from every process of a mesh, and the files beside them.
 
     Raises `PuzzleError` where `out` holds something or cannot be written.
     """
     out = Path(out).absolute()
     refuse_existing(out)
-    with told(out):
+    with naming_target(out):
         work = out.with_name(f".{out.name}.partial")
         shutil.rmtree(work, ignore_errors=True)
         try:
             (work / ORBAX_HF).mkdir(parents=True)
-            _save(work / PARAMS, _plain(params))
+            _save(work / PARAMS, _plain(checkpoint.params))
             for name, content in files.items():
                 (work / ORBAX_HF / name).write_bytes(content)
-            (work / ORBAX_HF / CONFIG).write_bytes(config_bytes(write_config(config, dict(config_json))))
-            if kv_scales is not None:
-                record = {kind: np.asarray(values).tolist() for kind, values in zip("kv", kv_scales, strict=True)}
+            data = write_config(checkpoint.config, checkpoint.config_json)
+            (work / ORBAX_HF / CONFIG).write_bytes(config_bytes(data))
+            if checkpoint.kv_scales is not None:
+                record = {kind: np.asarray(values).tolist() for kind, values in checkpoint.kv_scales._asdict().items()}
                 (work / ORBAX_HF / KV_SCALES).write_text(json.dumps(record))
             if out.exists():
                 out.rmdir()
@@ -114,7 +99,7 @@ def save_params(
             raise
 
 
-def _save(path: Path, tree: Any) -> None:
+def _save(path: Path, tree: PyTree) -> None:
     try:
         ocp.save(str(path), tree)
     except Exception as error:  # Orbax raises whatever its storage raised
@@ -122,7 +107,7 @@ def _save(path: Path, tree: Any) -> None:
 
 
 def open_params(directory: Path) -> Opened:
-    """Reads what a checkpoint is.
+    """Opens a checkpoint; its parameters are read when they are asked for.
 
     Raises `CheckpointError` where it is none of ours, holds something else than files beside the parameters, or its
     parameters are not those of its config.json.
@@ -140,7 +125,7 @@ def open_params(directory: Path) -> Opened:
 
     def reader(index: int) -> Callable[[], np.ndarray]:
         def read() -> np.ndarray:
-            wanted: list[Any] = [ocp.PLACEHOLDER] * len(leaves)
+            wanted: list[Json] = [ocp.PLACEHOLDER] * len(leaves)
             wanted[index] = np.empty(leaves[index].shape, leaves[index].dtype)
             found = _guarded(path, lambda: ocp.load(path, jax.tree.unflatten(tree, wanted)))
             return jax.tree.leaves(found)[index]
@@ -149,7 +134,7 @@ def open_params(directory: Path) -> Opened:
 
     readers = jax.tree.unflatten(tree, [reader(index) for index in range(len(leaves))])
     kv_scales = _scales(hf / KV_SCALES, config.num_layers) if (hf / KV_SCALES).is_file() else None
-    return Opened(config, form, data, files, _packed(readers), kv_scales, left_out)
+    return Opened(Checkpoint(config, _packed(readers), form, directory, data, kv_scales), files, left_out)
 
 
 def _files(hf: Path) -> tuple[dict[str, bytes], tuple[str, ...]]:
@@ -176,12 +161,10 @@ def _files(hf: Path) -> tuple[dict[str, bytes], tuple[str, ...]]:
     return files, tuple(left_out)
 
 
-def _misfit(abstract: Any, config: ModelConfig) -> str:
+def _misfit(abstract: PyTree, config: ModelConfig) -> str:
     """Where the stored tree is not that of a model's parameters; empty where it is."""
-    expected = jax.tree.leaves_with_path(param_specs(config), is_leaf=is_spec)
-    stored = _shapes(abstract)
-    for keys, spec in expected:
-        path = tuple(key.idx if isinstance(key, jax.tree_util.SequenceKey) else str(key.key) for key in keys)
+    stored = {path: tuple(leaf.shape) for path, leaf in _leaves(abstract).items() if hasattr(leaf, "shape")}
+    for path, spec in _leaves(param_specs(config)).items():
         name, found = dotted(path), stored.pop(path, None)
         if found is None and path[-1] in EXPERT_MATRICES:
             blocks, scales = (stored.pop((*path, half), None) for half in ("blocks", "scales"))
@@ -197,16 +180,11 @@ def _misfit(abstract: Any, config: ModelConfig) -> str:
     return f"{dotted(min(stored, key=str))} is no parameter of this model" if stored else ""
 
 
-def _shapes(tree: Any) -> dict[tuple[Any, ...], tuple[int, ...]]:
-    """Shapes by path, of the leaves that have one."""
-    if isinstance(tree, Mapping):
-        children = list(tree.items())
-    elif isinstance(tree, list | tuple):
-        children = list(enumerate(tree))
-    else:
-        shape = getattr(tree, "shape", None)
-        return {} if shape is None else {(): tuple(shape)}
-    return {(key, *path): shape for key, child in children for path, shape in _shapes(child).items()}
+def _leaves(tree: PyTree) -> dict[ParamPath, PyTree]:
+    return {
+        tuple(key.idx if isinstance(key, jax.tree_util.SequenceKey) else str(key.key) for key in keys): leaf
+        for keys, leaf in jax.tree.leaves_with_path(tree, is_leaf=is_spec)
+    }
 
 
 def _scales(path: Path, layers: int) -> KVScales:
@@ -220,13 +198,13 @@ def _scales(path: Path, layers: int) -> KVScales:
     return KVScales(*(jnp.asarray(data[kind], jnp.float32) for kind in "kv"))
 
 
-def _is_scale(value: Any) -> bool:
+def _is_scale(value: Json) -> bool:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return number and value <= _LARGEST and bool(np.float32(max(value, 0)) > 0)
 
 
-def _guarded(path: str, read: Callable[[], Any]) -> Any:
-    """What `read` gives; raises `CheckpointError` where Orbax cannot read, and keeps its own reports to itself."""
+def _guarded(path: str, read: Callable[[], PyTree]) -> PyTree:
+    """Calls `read`; raises `CheckpointError` where Orbax cannot read, and suppresses its own reports."""
     found, reason = None, "its tree is damaged or missing"
     with _quiet():
         try:
@@ -258,29 +236,33 @@ def _quiet() -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    """What an error says, on one line of moderate length."""
+    """The first line of an error's message, printable and of moderate length."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     return "".join(c if c.isprintable() else "?" for c in line[:300])
 
 
-def _plain(node: Any) -> Any:
+def _plain(params: Params) -> Params:
     """The tree with packed matrices as dictionaries, which every version of Orbax stores alike."""
-    if isinstance(node, MXFP4):
-        return {"blocks": node.codes, "scales": node.scales}
-    if isinstance(node, Mapping):
-        return {name: _plain(child) for name, child in node.items()}
-    return [_plain(child) for child in node] if isinstance(node, list) else node
+    return jax.tree.map(
+        lambda leaf: {"blocks": leaf.codes, "scales": leaf.scales} if isinstance(leaf, MXFP4) else leaf,
+        params,
+        is_leaf=lambda leaf: isinstance(leaf, MXFP4),
+    )
 
 
-def _packed(node: Any) -> Any:
+def _packed(readers: Params) -> Params:
     """Readers, those of packed matrices joined."""
-    if isinstance(node, Mapping):
-        if set(node) == {"blocks", "scales"}:
-            return lambda: _joined(jnp.asarray(node["blocks"]()), jnp.asarray(node["scales"]()))
-        return {name: _packed(child) for name, child in node.items()}
-    return [_packed(child) for child in node] if isinstance(node, list) else node
+
+    def is_packed(node: object) -> bool:
+        return isinstance(node, Mapping) and set(node) == {"blocks", "scales"}
+
+    def join(node: Json) -> Callable[[], np.ndarray | MXFP4]:
+        return partial(_joined, node["blocks"], node["scales"]) if is_packed(node) else node
+
+    return jax.tree.map(join, readers, is_leaf=is_packed)
 
 
-def _joined(blocks: jax.Array, scales: jax.Array) -> MXFP4:
+def _joined(read_blocks: Callable[[], np.ndarray], read_scales: Callable[[], np.ndarray]) -> MXFP4:
     """Checkpoints before version 0.4 hold blocks as [experts, outputs, groups, 16]."""
+    blocks, scales = jnp.asarray(read_blocks()), jnp.asarray(read_scales())
     return MXFP4(blocks.reshape(*scales.shape[:2], -1), scales)

@@ -1,4 +1,4 @@
-"""Models in forms that are not read, told from damage, each with what to do about it.
+"""Models in forms that are not read, recognised as such and not as damage, each with what to do about it.
 
 A name of the Hugging Face hub in place of a directory, an adapter, GGUF files, pickled weights, OpenAI's own form, an
 Orbax checkpoint, the hub's cache, and a directory that holds checkpoints instead of being one. Only names are looked
@@ -27,13 +27,10 @@ _SHOWN = 3
 
 
 def check_form(path: Path, *, weights: bool = True) -> None:
-    """Raises `CheckpointError`, with one sentence that says what to do, where `path` is no Hugging Face directory.
+    """Raises `CheckpointError`, with one sentence that explains what to do, where `path` is no Hugging Face directory.
 
-    A directory that has config.json and weights passes, however damaged they may be.
-
-    Args:
-      path: what a user gave as a checkpoint.
-      weights: whether a directory without weights is refused too.
+    A directory that has config.json and weights passes, however damaged they may be; without `weights`, so does one
+    that has config.json alone.
     """
     reason = _of_directory(path, weights) if os.path.isdir(path) else _of_name(path)
     if reason:
@@ -41,7 +38,7 @@ def check_form(path: Path, *, weights: bool = True) -> None:
 
 
 def original_form(source: Path) -> str:
-    """What to say of a config.json that is in OpenAI's own form."""
+    """The message about a config.json that is in OpenAI's own form."""
     above = source.absolute().parent.parent
     if os.path.isfile(above / CONFIG):
         return f"{source} is in OpenAI's own form; give {above}, which holds the Hugging Face form"

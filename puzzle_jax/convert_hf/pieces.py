@@ -5,16 +5,14 @@ time, each in the type and orientation of the table, and packed to MXFP4 where t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
 
-from puzzle_jax.convert_hf.describe import NOT_A_NUMBER
-from puzzle_jax.convert_hf.table import Path as ParamPath
-from puzzle_jax.convert_hf.table import TensorSpec
+from puzzle_jax.convert_hf.table import ParamPath, TensorSpec
 from puzzle_jax.convert_hf.tensors import mxfp4
-from puzzle_jax.convert_hf.tensors.files import CHUNK_BYTES
+from puzzle_jax.convert_hf.tensors.files import CHUNK_BYTES, NOT_A_NUMBER
 from puzzle_jax.convert_hf.tensors.finite import all_finite
 from puzzle_jax.errors import ConfigError, PuzzleError
 from puzzle_jax.kernels.mxfp4 import MXFP4
@@ -26,9 +24,16 @@ def as_stored(spec: TensorSpec, array: np.ndarray) -> np.ndarray:
     return array if spec.dtype == "U8" else array.astype(ml_dtypes.bfloat16, copy=False)
 
 
-def parameter_path(spec: TensorSpec) -> ParamPath:
-    """The parameter that a tensor is, or is a half of."""
-    return spec.path[:-1] if spec.path[-1] in ("blocks", "scales") else spec.path
+@runtime_checkable
+class Rows(Protocol):
+    """An array of NumPy or JAX, or whatever else has a shape and gives arrays for parts of it."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def __getitem__(self, index: slice, /) -> object: ...
+
+
+Leaf = Rows | MXFP4
 
 
 class Pieces:
@@ -37,9 +42,9 @@ class Pieces:
     def __init__(self) -> None:
         self.scales: dict[ParamPath, list[np.ndarray]] = {}
 
-    def of(self, spec: TensorSpec, leaf: Any, experts: Sequence[int] | None = None) -> Iterator[np.ndarray]:
+    def of(self, spec: TensorSpec, leaf: Leaf, experts: Sequence[int] | None = None) -> Iterator[np.ndarray]:
         """A tensor's pieces: matrices of experts one by one; of `experts` alone, in that order, where given."""
-        path = parameter_path(spec)
+        path = spec.parameter
         half = spec.path[-1] if path != spec.path else None
         if half == "scales" and path in self.scales:
             yield from self.scales.pop(path)
@@ -56,7 +61,7 @@ class Pieces:
                 codes, scales = expert_of(leaf.codes, expert), expert_of(leaf.scales, expert)
                 blocks = codes.reshape(*scales.shape, -1)
                 if (scales == NOT_A_NUMBER).any():
-                    raise PuzzleError(f"{dotted(path)} holds the scale {NOT_A_NUMBER}, which is no number")
+                    raise PuzzleError(f"{spec.parameter_name} holds the scale {NOT_A_NUMBER}, which is no number")
                 if half is None:
                     yield mxfp4.decode(blocks, scales, ml_dtypes.bfloat16)
                     continue
@@ -73,7 +78,7 @@ class Pieces:
             yield blocks if half == "blocks" else scales
 
 
-def _dense_pieces(spec: TensorSpec, leaf: Any, experts: Sequence[int] | None) -> Iterator[np.ndarray]:
+def _dense_pieces(spec: TensorSpec, leaf: Leaf, experts: Sequence[int] | None) -> Iterator[np.ndarray]:
     """A parameter in the orientation and type of its tensor, so many rows at a time."""
     array = np.asarray(leaf)
     array = array.T if spec.transposed else array
@@ -87,7 +92,7 @@ def _dense_pieces(spec: TensorSpec, leaf: Any, experts: Sequence[int] | None) ->
 
 def _finite(spec: TensorSpec, values: np.ndarray) -> np.ndarray:
     if not all_finite(values):
-        raise PuzzleError(f"{dotted(parameter_path(spec))} holds values that are not finite (NaN or infinity)")
+        raise PuzzleError(f"{spec.parameter_name} holds values that are not finite (NaN or infinity)")
     return values
 
 
@@ -96,11 +101,6 @@ def _check_shape(spec: TensorSpec, shape: Sequence[int]) -> None:
         raise ConfigError(f"{spec.name} would have shape {list(shape)}, but the model needs {list(spec.shape)}")
 
 
-def expert_of(leaf: Any, expert: int) -> np.ndarray:
+def expert_of(leaf: Rows, expert: int) -> np.ndarray:
     """One expert of a stack, which may lie on devices."""
     return np.asarray(leaf[expert : expert + 1])
-
-
-def dotted(path: ParamPath) -> str:
-    """A place in the parameter tree as records name it, such as `layers.3.moe.down`."""
-    return ".".join(map(str, path))

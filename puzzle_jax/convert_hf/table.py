@@ -18,15 +18,19 @@ from math import prod
 from typing import Literal, get_args
 
 from puzzle_jax.config import BlockConfig, ModelConfig
-from puzzle_jax.errors import ConfigError
+from puzzle_jax.errors import ConfigError, check_choice
 
 Form = Literal["mxfp4", "bf16"]
 Part = Literal["embedding", "attention", "router", "experts", "norm", "head"]
-Path = tuple[str | int, ...]
+ParamPath = tuple[str | int, ...]
 
-FORMS: tuple[str, ...] = get_args(Form)
 GROUP = 32
 DTYPE_BYTES = {"BF16": 2, "U8": 1}
+
+
+def dotted(path: ParamPath) -> str:
+    """A place in the parameter tree as records name it, such as `layers.3.moe.down`."""
+    return ".".join(map(str, path))
 
 
 @dataclass(frozen=True)
@@ -48,12 +52,22 @@ class TensorSpec:
     dtype: Literal["BF16", "U8"]
     part: Part
     layer: int | None
-    path: Path
+    path: ParamPath
     transposed: bool = False
 
     @property
     def nbytes(self) -> int:
         return prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+    @property
+    def parameter(self) -> ParamPath:
+        """The parameter that the tensor is, or is a half of, by its place in the tree."""
+        return self.path[:-1] if self.path[-1] in ("blocks", "scales") else self.path
+
+    @property
+    def parameter_name(self) -> str:
+        """The parameter as records name it, such as `layers.3.moe.down`."""
+        return dotted(self.parameter)
 
     @property
     def by_expert(self) -> bool:
@@ -100,13 +114,11 @@ def checkpoint_tensors(config: ModelConfig, form: Form) -> tuple[TensorSpec, ...
     Raises `ConfigError` for an unknown form, and for "mxfp4" where a matrix has inputs that are no multiple
     of 32.
     """
-    if form not in FORMS:
-        raise ConfigError(f"form is {form!r}, but must be one of {', '.join(FORMS)}")
+    check_choice("form", form, get_args(Form))
     vocab, hidden = config.vocab_size, config.hidden_size
     if form == "mxfp4":
         for name in ("hidden_size", "intermediate_size"):
-            if getattr(config, name) % GROUP:
-                value = getattr(config, name)
+            if (value := getattr(config, name)) % GROUP:
                 raise ConfigError(f"{name} is {value}, but MXFP4 experts need a multiple of {GROUP}")
     table = [TensorSpec("model.embed_tokens.weight", (vocab, hidden), "BF16", "embedding", None, ("embedding",))]
     for layer, block in enumerate(config.blocks):

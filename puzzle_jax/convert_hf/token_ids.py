@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 
 from puzzle_jax.convert_hf.tensors.files import read_json
 from puzzle_jax.errors import CheckpointError, shown
+from puzzle_jax.files import Json
 
 GENERATION = "generation_config.json"
 NAMES = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def check_ids(data: Mapping[str, Any], source: Path, vocab_size: int) -> None:
+def check_ids(data: Mapping[str, Json], source: Path, vocab_size: int) -> None:
     """Raises `CheckpointError` where one of `NAMES` in a config.json or generation_config.json is no token's id.
 
     Args:

@@ -1,6 +1,6 @@
-"""Whether two checkpoints are the same function: their tensors, then their answers on random tokens, layer by layer.
+"""Comparison of two checkpoints as functions: their tensors, then their answers on random tokens, layer by layer.
 
-Models run one layer at a time, each read when its turn comes, so that two models of any size pass through the memory
+Models run one layer at a time, which is read only then, so that two models of any size pass through the memory
 that two layers take. Arithmetic is float32. Hidden states are compared after every layer, each model fed its own, so
 that the first layer that differs shows and how far it carries.
 """
@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +32,7 @@ TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class Verification:
-    """What was found.
+    """Differences between two checkpoints.
 
     Attributes:
       config_differences: fields of the configurations that differ, and how.
@@ -56,9 +55,6 @@ class Verification:
         """Whether logits agree to `TOLERANCE` of the largest."""
         return self.logit_error <= TOLERANCE
 
-    def as_json(self) -> dict[str, Any]:
-        return {"same_function": self.same_function, **asdict(self)}
-
 
 def verify(
     first: Path,
@@ -73,9 +69,8 @@ def verify(
 
     Args:
       first, second: directories.
-      rows, length: of the batch of tokens.
-      seed: of the tokens.
-      on_layer: told after every layer.
+      rows, length, seed: size of the batch of tokens, and its seed.
+      on_layer: called after every layer.
 
     Raises `CheckpointError` for a damaged checkpoint, `PuzzleError` where vocabularies or numbers of layers differ.
     """
@@ -137,15 +132,9 @@ def _config_differences(a: ModelConfig, b: ModelConfig) -> list[str]:
 def _compare_tensors(a: Description, b: Description) -> tuple[dict[str, int], list[str]]:
     """Counts of equal, different and lone tensors, and the names of those that are not equal."""
     lone = sorted(set(a.tensors) ^ set(b.tensors))
-    different = []
-    for name in sorted(set(a.tensors) & set(b.tensors)):
-        one, other = a.tensors[name], b.tensors[name]
-        same = (one.dtype, one.shape) == (other.dtype, other.shape) and all(
-            np.array_equal(x, y) for x, y in zip(one.chunks(), other.chunks(), strict=True)
-        )
-        if not same:
-            different.append(name)
-    equal = len(set(a.tensors) & set(b.tensors)) - len(different)
+    shared = sorted(set(a.tensors) & set(b.tensors))
+    different = [name for name in shared if not a.tensors[name].equals(b.tensors[name])]
+    equal = len(shared) - len(different)
     return {"equal": equal, "different": len(different), "in one alone": len(lone)}, [*different, *lone]
 
 

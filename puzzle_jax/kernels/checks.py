@@ -1,6 +1,6 @@
-"""What every operation asks of its arguments, before anything is traced further or launched.
+"""Checks of arguments that all operations share, before anything is traced further or launched.
 
-Raises ValueError that names the argument, its shape, and what it had to fit.
+They raise ValueError that names the argument, its shape, and the shape that it had to fit.
 """
 
 from __future__ import annotations
@@ -10,17 +10,18 @@ from collections.abc import Mapping
 
 import jax.numpy as jnp
 
-from puzzle_jax.kernels.shapes import Array, Int
+from puzzle_jax.kernels.shapes import Array, Window
 
 
 def shapes(needed_by: str, expected: Mapping[str, tuple[Array, tuple[int, ...]]]) -> None:
-    """Each named array has the shape that what is `needed_by` asks for."""
+    """Each named array has the shape that `needed_by`, as messages put it, asks for."""
     for name, (array, shape) in expected.items():
         if array.shape != shape:
             raise ValueError(f"{name} has shape {array.shape}, but {needed_by} needs {shape}")
 
 
 def floating(**arrays: Array) -> None:
+    """Arrays hold floating point numbers."""
     for name, array in arrays.items():
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(f"{name} has dtype {array.dtype}, but must be floating point")
@@ -42,7 +43,7 @@ def heads(q: Array, q_heads: int, k_name: str, k: Array, kv_heads: int) -> None:
         )
 
 
-def window(window: int | Int[Array, "#batch"] | None, batch: int) -> None:
+def window(window: Window, batch: int) -> None:
     """A window is all keys, a number from 1, or whole numbers for each row."""
     if window is None:
         return

@@ -1,17 +1,21 @@
-"""What the Mosaic GPU kernels share: where they run, and how tiles lie in shared memory."""
+"""Common parts of the Mosaic GPU kernels: where they run, how they are launched, and how tiles lie in shared memory."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 
 import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
 from puzzle_jax.kernels.platform import is_hopper, target_platform
+from puzzle_jax.kernels.shapes import Array, Float, Ref
 
 FIRST_JAX = (0, 11, 2)
 
 
-def plgpu() -> Any:
+def plgpu() -> ModuleType:
     """Pallas' Mosaic GPU module, which is imported where a kernel is made: elsewhere nothing of it is needed."""
     from jax.experimental.pallas import mosaic_gpu
 
@@ -26,8 +30,44 @@ def hopper_only(interpret: bool = False) -> None:
         raise NotImplementedError(f"for GPUs of compute capability 9.0, but this is {target_platform()}")
 
 
-def swizzled(columns: int, bits: int = 16) -> tuple[Any, ...]:
+def swizzled(columns: int, bits: int = 16) -> tuple[object, ...]:
     """Transforms of a tile with rows of so many numbers, such that wgmma can read it and TMA write it."""
     mosaic = plgpu()
     swizzle = mosaic.find_swizzle(columns * bits)
     return mosaic.TilingTransform((8, swizzle * 8 // bits)), mosaic.SwizzleTransform(swizzle)
+
+
+def product(left: Ref, right: Ref, rows: int, columns: int) -> Float[Array, "rows columns"]:
+    """One product by wgmma, in float32."""
+    mosaic = plgpu()
+
+    def run(total: Ref) -> Float[Array, "rows columns"]:
+        mosaic.wgmma(total, left, right)
+        return total[...]
+
+    return pl.run_scoped(run, mosaic.ACC((rows, columns), jnp.float32))
+
+
+def stored(*copies: tuple[Ref, Ref]) -> None:
+    """Writes tiles of shared memory to global memory, and waits for it."""
+    mosaic = plgpu()
+    mosaic.commit_smem()
+    for source, target in copies:
+        mosaic.copy_smem_to_gmem(source, target)
+    mosaic.wait_smem_to_gmem(0)
+
+
+def launched(
+    kernel: Callable[..., None], outputs: object, grid: Mapping[str, int], scratch: Sequence[object], interpret: bool
+) -> Callable[..., Array]:
+    """A function that runs a kernel with a program for each place of a named grid."""
+    mosaic = plgpu()
+    return mosaic.kernel(
+        kernel,
+        out_type=outputs,
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        scratch_types=scratch,
+        compiler_params=mosaic.CompilerParams(lowering_semantics=mosaic.LoweringSemantics.Warpgroup),
+        interpret=mosaic.InterpretGPUParams() if interpret else None,
+    )

@@ -17,7 +17,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from puzzle_jax.kernels.shapes import Array, Float, Int, UInt8
+from puzzle_jax.kernels.shapes import Array, Float, Int, Matrices, UInt8
 
 GROUP = 32
 CODE_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -45,6 +45,9 @@ class MXFP4:
     @property
     def nbytes(self) -> int:
         return self.codes.nbytes + self.scales.nbytes
+
+
+Weights = Matrices | MXFP4
 
 
 @partial(jax.jit, static_argnames="dtype", inline=True)

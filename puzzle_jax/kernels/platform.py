@@ -1,4 +1,4 @@
-"""Which platform kernels are chosen for: that of the device at hand, or one that a program is lowered for."""
+"""The platform that kernels are chosen for: that of the device present, or one that a program is lowered for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _target: ContextVar[str | None] = ContextVar("target", default=None)
 
 
 def target_platform() -> str:
-    """ "cpu", "gpu" or "tpu"."""
+    """The platform that kernels are chosen for: "cpu", "gpu" or "tpu"."""
     return _target.get() or jax.default_backend()
 
 
@@ -25,8 +25,8 @@ def lowered_for() -> str | None:
 
 @contextmanager
 def lowering_for(platform: str) -> Iterator[None]:
-    """Within, kernels are chosen for a platform that need not be there ("gpu" is a Hopper one), so that programs can be
-    lowered and compiled for it ahead of time. What was traced before keeps the kernels that it has.
+    """A context in which kernels are chosen for a platform that need not be present ("gpu" is a Hopper one), so that
+    programs can be lowered and compiled for it ahead of time. Programs traced before keep their kernels.
 
     Raises ValueError for a platform that is unknown.
     """

@@ -1,20 +1,68 @@
 """Shapes in signatures: jaxtyping's names where it is installed, and where it is not, names that promise nothing.
 
 Kernels need jax and numpy alone, so that they can be taken elsewhere; what checks shapes in tests is no part of them.
+The aliases below are the arguments that an operation's implementations share; its api describes each.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
-try:
+import jax
+
+if TYPE_CHECKING:
+    from typing import Protocol
+
     from jaxtyping import Array, Bool, Float, Int, Num, Shaped, UInt8
-except ModuleNotFoundError:
 
-    class _AnyShape:
-        def __class_getitem__(cls, _: Any) -> Any:
-            return cls
+    class _At(Protocol):
+        def __getitem__(self, index: object) -> Ref: ...
 
-    Array = Bool = Float = Int = Num = Shaped = UInt8 = _AnyShape  # pyright: ignore[reportAssignmentType]
+    Index = Array | int
 
-__all__ = ["Array", "Bool", "Float", "Int", "Num", "Shaped", "UInt8"]
+    class Ref(Protocol):
+        """Memory that a Pallas kernel reads and writes by indexing; `at` is a part of it."""
+
+        shape: tuple[int, ...]
+        dtype: jax.numpy.dtype
+        at: _At
+        T: Ref
+
+        def __getitem__(self, index: object) -> Array: ...
+        def __setitem__(self, index: object, value: object) -> None: ...
+
+else:
+    Ref = Index = object
+    try:
+        from jaxtyping import Array, Bool, Float, Int, Num, Shaped, UInt8
+    except ModuleNotFoundError:
+
+        class _AnyShape:
+            def __class_getitem__(cls, _):
+                return cls
+
+        Array = Bool = Float = Int = Num = Shaped = UInt8 = _AnyShape
+
+__all__ = ["Array", "Bool", "Float", "Index", "Int", "Num", "Ref", "Shaped", "UInt8"]
+
+# Attention.
+Heads = Float[Array, "batch heads dim"]  # of one position per row
+Rows = Int[Array, "batch"]
+Queries = Float[Array, "batch seq heads dim"]
+Keys = Float[Array, "batch seq kv_heads dim"]  # and values
+KeyRing = Num[Array, "batch kv_heads dim slots"]
+ValueRing = Num[Array, "batch kv_heads slots dim"]
+Sinks = Float[Array, "heads"]
+Scale = Float[Array, ""] | None
+Segments = Int[Array, "batch seq"] | None
+Window = int | Int[Array, "#batch"] | None
+
+# Mixtures of experts.
+Tokens = Float[Array, "tokens hidden"]
+Ids = Int[Array, "tokens k"]
+ExpertOutputs = Float[Array, "tokens k hidden"]
+Matrices = Float[Array, "experts first second"]
+Sorted = Float[Array, "_ _"]  # rows sorted by expert
+GroupSizes = Int[Array, "groups"]
+BlockExperts = Int[Array, "blocks"]
+IntScalar = Int[Array, ""]

@@ -4,7 +4,7 @@
 
 `python benchmarks/kernels.py --tune` writes the entries of the device that it runs on. Of an operation's entries,
 sorted by `up_to`, the first that the size does not exceed serves, or else the last. Devices and operations that are not
-in the table get what the kernels reckon themselves.
+in the table get tiles that the kernels compute themselves.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -24,29 +23,29 @@ from puzzle_jax.kernels.platform import lowered_for
 TABLE = Path(__file__).with_name("tiles.json")
 
 KINDS = {"gpu": "NVIDIA H100 80GB HBM3", "tpu": "TPU v5 lite", "cpu": "cpu"}
-"""Whose entries serve where programs are lowered for a platform that is not there."""
+"""Devices whose entries serve where programs are lowered for a platform that is not present."""
 
 _given: ContextVar[Mapping[str, Mapping[str, int]] | None] = ContextVar("given", default=None)
 
 
-def tiles(operation: str, size: float | int, **reckoned: int) -> dict[str, int]:
-    """The settings of an operation for a size, `reckoned` where the table has none."""
+def tiles(operation: str, size: float | int, **default: int) -> dict[str, int]:
+    """The settings of an operation for a size: `default` where the table has none."""
     given = (_given.get() or {}).get(operation)
     if given is None:
         entries = _table().get(device_kind(), {}).get(operation, [])
         given = next((entry for entry in entries if size <= entry["up_to"]), entries[-1] if entries else {})
-    return {name: int(given.get(name, value)) for name, value in reckoned.items()}
+    return {name: int(given.get(name, value)) for name, value in default.items()}
 
 
 def device_kind() -> str:
-    """Of the device at hand, or of one like what is lowered for."""
+    """The kind of the device present, or of one like those that a program is lowered for."""
     platform = lowered_for()
     return jax.local_devices()[0].device_kind if platform is None else KINDS[platform]
 
 
 @contextmanager
 def using(settings: Mapping[str, Mapping[str, int]]) -> Iterator[None]:
-    """Within, operations get these settings whatever the table says. What was traced before keeps its own."""
+    """A context in which operations get these settings in place of the table's. Programs traced before keep theirs."""
     token = _given.set(settings)
     try:
         yield
@@ -55,5 +54,5 @@ def using(settings: Mapping[str, Mapping[str, int]]) -> Iterator[None]:
 
 
 @cache
-def _table() -> dict[str, dict[str, list[dict[str, Any]]]]:
+def _table() -> dict[str, dict[str, list[dict[str, int | float]]]]:
     return json.loads(TABLE.read_text())

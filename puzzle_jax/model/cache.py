@@ -4,49 +4,30 @@ A layer's cache is a ring in which position p lies in slot p mod slots. A window
 window, a full one as many as the context, so memory is what the architecture promises. Rows of a batch have prompts
 of their own length, padded on the right; what a row's slots hold follows from its length.
 
-What a cache holds is the choice of `model.cache_format`. Everything that attends reads what a cache would give back,
+`model.cache_format` decides how a cache holds its numbers. Everything that attends reads what a cache would give back,
 a chunk's own keys and values too, so results do not depend on how a prompt is cut into chunks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Float
 
 from puzzle_jax.config import ModelConfig, cache_slots
 from puzzle_jax.kernels.chunk_attention import chunk_attention
 from puzzle_jax.kernels.decode_attention import decode_attention
+from puzzle_jax.kernels.decode_attention.reference import LayerCache
+from puzzle_jax.kernels.shapes import IntScalar, KeyRing, Rows, ValueRing
+from puzzle_jax.model import network
 from puzzle_jax.model.cache_format import CacheFormat, store
-from puzzle_jax.model.network import (
-    ExpertMask,
-    LayerAux,
-    Window,
-    attention_output,
-    embed,
-    head_logits,
-    moe_block,
-    project_qkv,
-)
+from puzzle_jax.model.network import Batch, ExpertMask, LayerAux, States, Window
 from puzzle_jax.model.rope import RopeTable, rope_table
 from puzzle_jax.model.spec import Params
-
-
-class LayerCache(NamedTuple):
-    """Rotated keys, and values, of one layer as they are stored, and their scales where they have any."""
-
-    k: Num[Array, "batch kv_heads dim slots"]
-    v: Num[Array, "batch kv_heads slots dim"]
-    k_scale: Float[Array, ""] | None = None
-    v_scale: Float[Array, ""] | None = None
-
-    @property
-    def slots(self) -> int:
-        return self.k.shape[3]
 
 
 def init_cache(
@@ -70,45 +51,30 @@ def init_cache(
 def prefill_attention_block(
     attention: Params,
     config: ModelConfig,
-    x: Float[Array, "batch chunk hidden"],
+    x: States,
     cache: LayerCache,
-    start: Int[Array, ""],
-    lengths: Int[Array, "batch"],
+    start: IntScalar,
+    lengths: Rows,
     table: RopeTable,
     *,
     window: Window,
     context: int,
-) -> tuple[Float[Array, "batch chunk hidden"], LayerCache]:
+) -> tuple[States, LayerCache]:
     """One attention sub-block for a chunk of each row's prompt: attends, then writes keys and values."""
-    q, k, v = project_qkv(attention, config, x, table)
+    q, k, v = network.project_qkv(attention, config, x, table)
     stored_k = store(k, cache.k.dtype, cache.k_scale).transpose(0, 2, 3, 1)
     stored_v = store(v, cache.v.dtype, cache.v_scale).transpose(0, 2, 1, 3)
     with jax.named_scope("attention"):
-        out = chunk_attention(
-            q,
-            stored_k,
-            stored_v,
-            cache.k,
-            cache.v,
-            attention["sinks"],
-            start,
-            window=window,
-            k_scale=cache.k_scale,
-            v_scale=cache.v_scale,
-        )
+        k_ring, v_ring, k_scale, v_scale = cache
+        new, sinks = (q, stored_k, stored_v), attention["sinks"]
+        out = chunk_attention(*new, k_ring, v_ring, sinks, start, window=window, k_scale=k_scale, v_scale=v_scale)
     with jax.named_scope("cache"):
         cache = _write_chunk(cache, stored_k, stored_v, start, lengths, ring=cache.slots < context)
-    return x + attention_output(attention, out), cache
+    return x + network.attention_output(attention, out), cache
 
 
 def _write_chunk(
-    cache: LayerCache,
-    k: Num[Array, "batch kv_heads dim chunk"],
-    v: Num[Array, "batch kv_heads chunk dim"],
-    start: Int[Array, ""],
-    lengths: Int[Array, "batch"],
-    *,
-    ring: bool,
+    cache: LayerCache, k: KeyRing, v: ValueRing, start: IntScalar, lengths: Rows, *, ring: bool
 ) -> LayerCache:
     if not ring:  # position p lies in slot p; what a short row's padding leaves behind is written over before it shows
         return cache._replace(
@@ -130,38 +96,48 @@ def prefill_chunk(
     params: Params,
     config: ModelConfig,
     caches: Sequence[LayerCache],
-    tokens: Int[Array, "batch chunk"],
-    start: Int[Array, ""],
-    lengths: Int[Array, "batch"],
+    tokens: Batch,
+    start: IntScalar,
+    lengths: Rows,
     *,
     context: int,
     windows: Sequence[Window] | None = None,
     expert_masks: Sequence[ExpertMask] | None = None,
-) -> tuple[Float[Array, "batch chunk hidden"], list[LayerCache], list[LayerAux]]:
+) -> tuple[States, list[LayerCache], list[LayerAux]]:
     """Runs positions start, start + 1, ... of every prompt and adds them to the caches.
 
     Args:
       caches: hold the positions before `start`.
-      tokens: of the chunk; what lies beyond a prompt is padding.
+      tokens: tokens of the chunk, padded beyond the end of a prompt.
       start: a multiple of the chunk's length, which divides the context.
-      lengths: tokens of each whole prompt.
+      lengths: tokens of each entire prompt.
       context: slots of a full layer's cache.
       windows, expert_masks: a view, as in `network.hidden_states`; caches keep the configuration's own sizes.
 
-    Returns:
-      The last layer's output before the final norm, the caches, and every layer's routing.
+    Returns the last layer's output before the final norm, the caches, and every layer's routing.
     """
     table = rope_table(config.rope, config.head_dim, (start + jnp.arange(tokens.shape[1]))[None])
-    x = embed(params, tokens)
+    attend = partial(prefill_attention_block, start=start, lengths=lengths, table=table, context=context)
+    return _layers(params, config, network.embed(params, tokens), caches, attend, windows, expert_masks)
+
+
+def _layers(
+    params: Params,
+    config: ModelConfig,
+    x: States,
+    caches: Sequence[LayerCache],
+    attend: Callable[..., tuple[Array, LayerCache]],
+    windows: Sequence[Window] | None,
+    expert_masks: Sequence[ExpertMask] | None,
+) -> tuple[States, list[LayerCache], list[LayerAux]]:
+    """All layers on the same tokens: their output, caches that hold the tokens, and every layer's routing."""
     new_caches, auxes = [], []
     for index, (layer, block) in enumerate(zip(params["layers"], config.blocks, strict=True)):
         with jax.named_scope(f"layer_{index}"):
             window = block.window if windows is None else windows[index]
-            x, cache = prefill_attention_block(
-                layer["attention"], config, x, caches[index], start, lengths, table, window=window, context=context
-            )
+            x, cache = attend(layer["attention"], config, x, caches[index], window=window)
             mask = None if expert_masks is None else expert_masks[index]
-            x, aux = moe_block(layer["moe"], config, x, expert_mask=mask)
+            x, aux = network.moe_block(layer["moe"], config, x, expert_mask=mask)
             new_caches.append(cache)
             auxes.append(aux)
     return x, new_caches, auxes
@@ -170,15 +146,15 @@ def prefill_chunk(
 def decode_attention_block(
     attention: Params,
     config: ModelConfig,
-    x: Float[Array, "batch 1 hidden"],
+    x: States,
     cache: LayerCache,
-    positions: Int[Array, "batch"],
+    positions: Rows,
     table: RopeTable,
     *,
     window: Window,
-) -> tuple[Float[Array, "batch 1 hidden"], LayerCache]:
+) -> tuple[States, LayerCache]:
     """One attention sub-block for one new token per row: writes its key and value, then attends."""
-    qkv = project_qkv(attention, config, x, table)
+    qkv = network.project_qkv(attention, config, x, table)
     with jax.named_scope("cache"):
         rows = jnp.arange(x.shape[0])
         slot = positions % cache.slots
@@ -187,41 +163,27 @@ def decode_attention_block(
             v=cache.v.at[rows, :, slot].set(store(qkv.v[:, 0], cache.v.dtype, cache.v_scale)),
         )
     with jax.named_scope("attention"):
+        k, v, k_scale, v_scale = cache
         out = decode_attention(
-            qkv.q[:, 0],
-            cache.k,
-            cache.v,
-            attention["sinks"],
-            positions,
-            window=window,
-            k_scale=cache.k_scale,
-            v_scale=cache.v_scale,
+            qkv.q[:, 0], k, v, attention["sinks"], positions, window=window, k_scale=k_scale, v_scale=v_scale
         )
-    return x + attention_output(attention, out)[:, None], cache
+    return x + network.attention_output(attention, out)[:, None], cache
 
 
 def decode_step(
     params: Params,
     config: ModelConfig,
     caches: Sequence[LayerCache],
-    tokens: Int[Array, "batch"],
-    positions: Int[Array, "batch"],
+    tokens: Rows,
+    positions: Rows,
     *,
     windows: Sequence[Window] | None = None,
     expert_masks: Sequence[ExpertMask] | None = None,
 ) -> tuple[Float[Array, "batch vocab"], list[LayerCache], list[LayerAux]]:
     """Logits after one more token per row, which stands at `positions`, the caches that hold it, and its routing."""
     table = rope_table(config.rope, config.head_dim, positions[:, None])
-    x = embed(params, tokens[:, None])
-    new_caches, auxes = [], []
-    for index, (layer, block) in enumerate(zip(params["layers"], config.blocks, strict=True)):
-        with jax.named_scope(f"layer_{index}"):
-            window = block.window if windows is None else windows[index]
-            x, cache = decode_attention_block(
-                layer["attention"], config, x, caches[index], positions, table, window=window
-            )
-            mask = None if expert_masks is None else expert_masks[index]
-            x, aux = moe_block(layer["moe"], config, x, expert_mask=mask)
-            new_caches.append(cache)
-            auxes.append(aux)
-    return head_logits(params, config, x[:, 0]), new_caches, auxes
+    attend = partial(decode_attention_block, positions=positions, table=table)
+    x, caches, auxes = _layers(
+        params, config, network.embed(params, tokens[:, None]), caches, attend, windows, expert_masks
+    )
+    return network.head_logits(params, config, x[:, 0]), caches, auxes

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
-from puzzle_jax.errors import ConfigError
+from puzzle_jax.errors import ConfigError, check_choice
 from puzzle_jax.kernels.float8 import decode_e4m3, encode_e4m3
 
 COMPUTE, FLOAT8 = "compute", "float8_e4m3fn"
@@ -22,7 +22,7 @@ CACHE_DTYPES = (COMPUTE, "float32", "bfloat16", FLOAT8)
 
 
 class KVScales(NamedTuple):
-    """What the stored keys and values of each layer are multiplied by."""
+    """Factors of the stored keys and values of each layer."""
 
     k: Float[Array, "layers"]
     v: Float[Array, "layers"]
@@ -44,8 +44,7 @@ class CacheFormat:
     scales: KVScales | None = None
 
     def __post_init__(self) -> None:
-        if self.dtype not in CACHE_DTYPES:
-            raise ConfigError(f"cache dtype is {self.dtype!r}, but must be one of {', '.join(CACHE_DTYPES)}")
+        check_choice("cache dtype", self.dtype, CACHE_DTYPES)
         if self.scales is not None and self.dtype != FLOAT8:
             raise ConfigError(f"cache scales were given for dtype {self.dtype}, but only {FLOAT8} has any")
 
@@ -64,10 +63,10 @@ class CacheFormat:
     def round_trip(
         self, layer: int, k: Float[Array, "*shape"], v: Float[Array, "*shape"]
     ) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
-        """What comes back, in the same dtype, of one layer's keys and values once they were stored."""
+        """One layer's keys and values as a cache gives them back, in the same dtype."""
         scales = self.layer_scales(layer)
-        back = (_round_trip(x, self.stored_dtype(x.dtype), scale) for x, scale in zip((k, v), scales, strict=True))
-        return next(back), next(back)
+        k, v = (_round_trip(x, self.stored_dtype(x.dtype), scale) for x, scale in zip((k, v), scales, strict=True))
+        return k, v
 
 
 def store(x: Float[Array, "*shape"], dtype: jnp.dtype | type, scale: Float[Array, ""] | None) -> Num[Array, "*shape"]:

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, PyTree
 
 from puzzle_jax.config import BlockConfig, ModelConfig, RopeConfig
 from puzzle_jax.errors import ConfigError
@@ -23,6 +23,8 @@ from puzzle_jax.kernels.mxfp4 import MXFP4
 from puzzle_jax.model.spec import Params, ParamSpec, param_specs
 
 NO_WINDOW = 2**30  # full attention, where windows are data
+
+Place = tuple[str | int, ...]
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class Child:
 
     @property
     def viewed(self) -> ModelConfig:
-        """The configuration that the child runs with as a view: the parent's with the child's own rotary settings."""
+        """The configuration of the child as a view: the parent's with the child's own rotary settings."""
         return self.parent if self.rope is None else replace(self.parent, rope=self.rope)
 
     @property
@@ -109,12 +111,12 @@ class Child:
         return tuple(block.kept for block in self.blocks)
 
 
-def whole(parent: ModelConfig) -> Child:
+def identity_child(parent: ModelConfig) -> Child:
     """The child that is the parent itself."""
     return Child(parent, tuple(ChildBlock(tuple(range(b.num_experts)), b.window) for b in parent.blocks))
 
 
-def delta_leaves(parent: ModelConfig, delta: Params | None) -> dict[tuple[str | int, ...], Any]:
+def delta_leaves(parent: ModelConfig, delta: Params | None) -> dict[Place, PyTree]:
     """The trained arrays of a delta by their places in the tree, in the order of `model.spec`.
 
     Raises `ConfigError`, naming the parameter and both shapes, where structure or shapes are not the parent's.
@@ -122,8 +124,8 @@ def delta_leaves(parent: ModelConfig, delta: Params | None) -> dict[tuple[str | 
     return dict(_fitting(param_specs(parent), delta, ()))
 
 
-def _fitting(spec: Any, node: Any, path: tuple[str | int, ...]) -> Iterator[tuple[tuple[str | int, ...], Any]]:
-    where = ".".join(map(str, path)) or "the whole tree"
+def _fitting(spec: PyTree, node: PyTree, path: Place) -> Iterator[tuple[Place, PyTree]]:
+    where = ".".join(map(str, path)) or "the entire tree"
     if node is None:
         return
     if isinstance(spec, ParamSpec):
@@ -151,32 +153,28 @@ def _fitting(spec: Any, node: Any, path: tuple[str | int, ...]) -> Iterator[tupl
             yield from _fitting(inner, node.get(name), (*path, name))
 
 
-def _refuse_unknown(known: Mapping[str, Any], node: Mapping[str, Any], path: tuple[str | int, ...] = ()) -> None:
+def _refuse_unknown(known: Mapping[str, object], node: Mapping[str, object], path: Place = ()) -> None:
     for name in node:
         if name not in known:
             where = ".".join(map(str, (*path, name)))
             raise ConfigError(f"the trained values hold {where}, which the parent does not have")
 
 
-def with_delta(params: Params, dense_delta: Params | None) -> Params:
-    """The parent's parameters with the trained values of `dense_delta` in their place, experts and routers included.
+def with_delta(old: PyTree, new: PyTree) -> PyTree:
+    """The parent's parameters with the trained values of a delta in their place, experts and routers included.
 
     Trained experts are dense where the parent's may be packed; every function of a model takes either.
     Raises `ConfigError` for names and numbers of layers that the parameters do not have.
     """
-    return params if dense_delta is None else _merged(params, dense_delta)
-
-
-def _merged(old: Any, new: Any) -> Any:
     if new is None:
         return old
     if isinstance(old, Mapping):
         _refuse_unknown(old, new)
-        return {name: _merged(value, new.get(name)) for name, value in old.items()}
+        return {name: with_delta(value, new.get(name)) for name, value in old.items()}
     if isinstance(old, (list, tuple)) and not hasattr(old, "_fields"):  # which packed experts of stacked layers have
         if len(new) != len(old):
             raise ConfigError(f"the trained values hold a list of {len(new)}, but the parent has {len(old)} there")
-        return type(old)([_merged(o, n) for o, n in zip(old, new, strict=True)])
+        return type(old)([with_delta(o, n) for o, n in zip(old, new, strict=True)])
     return new
 
 

@@ -7,8 +7,6 @@ its metadata (`axes`).
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -72,7 +70,7 @@ class GptOss(nnx.Module):
             "head": self.head[...],
         }
 
-    def __call__(self, tokens: Int[Array, "batch seq"], **options: Any) -> Float[Array, "batch seq vocab"]:
+    def __call__(self, tokens: Int[Array, "batch seq"], **options: object) -> Float[Array, "batch seq vocab"]:
         """Logits; options as in `network.hidden_states`."""
         return forward(self.params(), self.config, tokens, **options)
 

@@ -24,25 +24,28 @@ from puzzle_jax.config import ModelConfig
 from puzzle_jax.kernels.expert_mlp import expert_mlp
 from puzzle_jax.kernels.mxfp4 import MXFP4, as_dense
 from puzzle_jax.kernels.route import Routing, route
+from puzzle_jax.kernels.shapes import Ids, Keys, Queries, Segments, Window
 from puzzle_jax.kernels.window_attention import window_attention
 from puzzle_jax.model.cache_format import CacheFormat
 from puzzle_jax.model.rope import RopeTable, rope_table, rotate
 from puzzle_jax.model.spec import Params, layer_experts
 
-Window = int | Int[Array, "#batch"] | None
+States = Float[Array, "batch seq hidden"]
+Batch = Int[Array, "batch seq"]
+"""Ids of tokens."""
 ExpertMask = Bool[Array, "experts"] | Bool[Array, "batch experts"] | None
 
 
 class QKV(NamedTuple):
     """Rotated queries and keys, and values, of one attention sub-block."""
 
-    q: Float[Array, "batch seq heads dim"]
-    k: Float[Array, "batch seq kv_heads dim"]
-    v: Float[Array, "batch seq kv_heads dim"]
+    q: Queries
+    k: Keys
+    v: Keys
 
 
 class LayerAux(NamedTuple):
-    """What a mixture decided, for load balancing, ranking and replay."""
+    """A router's logits and choices, for load balancing, ranking and replay."""
 
     router_logits: Float[Array, "batch seq experts"]
     routing: Routing  # ids and gates, [batch * seq, k]
@@ -67,12 +70,12 @@ def linear(x: Array, weight: Array, bias: Array) -> Array:
     return (y + bias.astype(jnp.float32)).astype(x.dtype)
 
 
-def embed(params: Params, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq hidden"]:
+def embed(params: Params, tokens: Batch) -> States:
     with jax.named_scope("embed"):
         return params["embedding"][tokens]
 
 
-def project_qkv(attention: Params, config: ModelConfig, x: Float[Array, "batch seq hidden"], table: RopeTable) -> QKV:
+def project_qkv(attention: Params, config: ModelConfig, x: States, table: RopeTable) -> QKV:
     """Norm, projections and rotation of one attention sub-block."""
     with jax.named_scope("qkv"):
         y = rms_norm(x, attention["norm"], config.rms_norm_eps)
@@ -86,18 +89,18 @@ def project_qkv(attention: Params, config: ModelConfig, x: Float[Array, "batch s
 def attention_block(
     attention: Params,
     config: ModelConfig,
-    x: Float[Array, "batch seq hidden"],
+    x: States,
     table: RopeTable,
     *,
     window: Window,
-    segment_ids: Int[Array, "batch seq"] | None = None,
+    segment_ids: Segments = None,
     cache: CacheFormat | None = None,
     layer: int = 0,
-) -> tuple[Float[Array, "batch seq hidden"], QKV]:
+) -> tuple[States, QKV]:
     """x + attention(rms_norm(x)), and the keys and values that a cache keeps.
 
     With `cache`, keys and values are read as that format gives them back for layer number `layer`. Where this is traced
-    on a mesh that cuts positions, devices trade them for heads.
+    on a mesh that cuts positions, devices exchange them for heads.
     """
     qkv = project_qkv(attention, config, x, table)
     if cache is not None:
@@ -115,12 +118,7 @@ def attention_output(attention: Params, out: Float[Array, "*batch heads dim"]) -
 
 
 def route_tokens(
-    moe: Params,
-    config: ModelConfig,
-    y: Float[Array, "batch seq hidden"],
-    *,
-    expert_mask: ExpertMask = None,
-    replay: Int[Array, "tokens k"] | None = None,
+    moe: Params, config: ModelConfig, y: States, *, expert_mask: ExpertMask = None, replay: Ids | None = None
 ) -> LayerAux:
     """Router logits of normalised hidden states and the experts chosen from them."""
     with jax.named_scope("route"):
@@ -135,26 +133,13 @@ def route_tokens(
 
 
 def moe_block(
-    moe: Params,
-    config: ModelConfig,
-    x: Float[Array, "batch seq hidden"],
-    *,
-    expert_mask: ExpertMask = None,
-    replay: Int[Array, "tokens k"] | None = None,
-    implementation: str | None = None,
-) -> tuple[Float[Array, "batch seq hidden"], LayerAux]:
+    moe: Params, config: ModelConfig, x: States, *, expert_mask: ExpertMask = None, replay: Ids | None = None
+) -> tuple[States, LayerAux]:
     """x + mixture(rms_norm(x)), and what the router decided; by expert parallelism where it is traced on a mesh."""
     y = rms_norm(x, moe["norm"], config.rms_norm_eps)
     aux = route_tokens(moe, config, y, expert_mask=expert_mask, replay=replay)
     with jax.named_scope("experts"):
-        out = expert_mlp(
-            y,
-            aux.routing,
-            layer_experts(moe),
-            limit=config.swiglu_limit,
-            implementation=implementation,
-            mesh=traced_mesh(),
-        )
+        out = expert_mlp(y, aux.routing, layer_experts(moe), limit=config.swiglu_limit, mesh=traced_mesh())
     return x + out, aux
 
 
@@ -168,27 +153,24 @@ def head_logits(params: Params, config: ModelConfig, x: Float[Array, "*batch hid
 def hidden_states(
     params: Params,
     config: ModelConfig,
-    tokens: Int[Array, "batch seq"],
+    tokens: Batch,
     *,
-    positions: Int[Array, "batch seq"] | None = None,
-    segment_ids: Int[Array, "batch seq"] | None = None,
+    positions: Batch | None = None,
+    segment_ids: Segments = None,
     windows: Sequence[Window] | None = None,
     expert_masks: Sequence[ExpertMask] | None = None,
-    replay: Sequence[Int[Array, "tokens k"]] | None = None,
+    replay: Sequence[Ids] | None = None,
     cache: CacheFormat | None = None,
-) -> tuple[Float[Array, "batch seq hidden"], list[LayerAux]]:
+) -> tuple[States, list[LayerAux]]:
     """The last layer's output before the final norm, and every layer's routing.
 
     Args:
-      params: see `model.spec`.
-      config: the model that `params` belong to.
-      tokens: token ids.
       positions: rotary positions; counted from 0 in every row by default.
       segment_ids: positions attend within their segment only (packed sequences).
       windows: per layer, in place of the configuration's; see `kernels.window_attention`.
       expert_masks: per layer, False removes an expert; [experts], or [batch, experts] for one choice per row.
       replay: per layer, experts to use in place of the router's choice.
-      cache: reads keys and values as a cache of this format gives them back: what generation from it computes.
+      cache: reads keys and values as a cache of this format gives them back, as generation does.
     """
     if positions is None:
         positions = jnp.arange(tokens.shape[1])[None]
@@ -199,14 +181,7 @@ def hidden_states(
         with jax.named_scope(f"layer_{index}"):
             window = block.window if windows is None else windows[index]
             x, _ = attention_block(
-                layer["attention"],
-                config,
-                x,
-                table,
-                window=window,
-                segment_ids=segment_ids,
-                cache=cache,
-                layer=index,
+                layer["attention"], config, x, table, window=window, segment_ids=segment_ids, cache=cache, layer=index
             )
             x, aux = moe_block(
                 layer["moe"],
@@ -219,9 +194,7 @@ def hidden_states(
     return x, auxes
 
 
-def forward(
-    params: Params, config: ModelConfig, tokens: Int[Array, "batch seq"], **options: object
-) -> Float[Array, "batch seq vocab"]:
+def forward(params: Params, config: ModelConfig, tokens: Batch, **options: object) -> Float[Array, "batch seq vocab"]:
     """Logits of every position; options as in `hidden_states`."""
     x, _ = hidden_states(params, config, tokens, **options)  # pyright: ignore[reportArgumentType]
     return head_logits(params, config, x)
@@ -233,5 +206,5 @@ def to_compute(params: Params, dtype: jnp.dtype | type) -> Params:
 
 
 def compute_dtype() -> jnp.dtype:
-    """What models compute in: float32 on CPU, bfloat16 elsewhere."""
+    """The type that models compute in: float32 on CPU, bfloat16 elsewhere."""
     return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)

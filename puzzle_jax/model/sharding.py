@@ -7,8 +7,8 @@ collectives, but for attention over cut positions and the mixture of experts, wh
 themselves where a program is traced `on_mesh`; see `kernels.window_attention.parallel` and
 `kernels.expert_mlp.parallel`.
 
-What a step reads once, master weights and optimiser state, is cut over all devices (FSDP, arXiv 2304.11277) and
-gathered by XLA where it is used: see `fully_sharded`.
+What a step reads once, fp32 master weights and optimiser state, is sharded over all devices (FSDP, arXiv 2304.11277)
+and gathered by XLA where it is used: see `fully_sharded`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.errors import ConfigError
@@ -42,19 +43,15 @@ RULES: Mapping[str, str | None] = {
 }
 
 
-def make_mesh(data: int, model: int, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of `data` x `model` devices, by default of this process's.
+TRAINING_AXES: tuple[str, ...] = ("data", "sequence", "model")
+
+
+def make_mesh(data: int, model: int) -> Mesh:
+    """A mesh of `data` x `model` of this process's devices.
 
     Raises ConfigError when there are fewer devices.
     """
-    devices = list(jax.local_devices() if devices is None else devices)
-    if data < 1 or model < 1 or data * model > len(devices):
-        raise ConfigError(f"a mesh of {data} x {model} needs {data * model} devices, but {len(devices)} are present")
-    grid = np.asarray(devices[: data * model]).reshape(data, model)
-    return Mesh(grid, ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
-
-
-TRAINING_AXES = ("data", "sequence", "model")
+    return _mesh({"data": data, "model": model}, jax.local_devices())
 
 
 def make_training_mesh(data: int, sequence: int, model: int, devices: Sequence[Any] | None = None) -> Mesh:
@@ -64,27 +61,30 @@ def make_training_mesh(data: int, sequence: int, model: int, devices: Sequence[A
 
     Raises ConfigError when there are fewer devices, and when a process would be left with none.
     """
-    devices = list(jax.devices() if devices is None else devices)
-    sizes = (data, sequence, model)
-    needed, shape = math.prod(sizes), " x ".join(map(str, sizes))
-    if min(sizes) < 1 or needed > len(devices):
+    sizes = dict(zip(TRAINING_AXES, (data, sequence, model), strict=True))
+    return _mesh(sizes, jax.devices() if devices is None else devices, of_every_process=True)
+
+
+def _mesh(sizes: Mapping[str, int], devices: Sequence[Any], of_every_process: bool = False) -> Mesh:
+    needed, shape = math.prod(sizes.values()), " x ".join(map(str, sizes.values()))
+    if min(sizes.values()) < 1 or needed > len(devices):
         raise ConfigError(f"a mesh of {shape} needs {needed} devices, but {len(devices)} are present")
     idle = {device.process_index for device in devices} - {device.process_index for device in devices[:needed]}
-    if idle:
+    if idle and of_every_process:
         raise ConfigError(
             f"a mesh of {shape} takes {needed} of {len(devices)} devices, but must take some of every process: "
             f"process {min(idle)} would have none"
         )
-    grid = np.asarray(devices[:needed]).reshape(sizes)
-    return Mesh(grid, TRAINING_AXES, axis_types=(AxisType.Auto,) * len(TRAINING_AXES))
+    grid = np.asarray(devices[:needed]).reshape(tuple(sizes.values()))
+    return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def generation_mesh(mesh: Mesh) -> Mesh:
-    """The devices of a mesh as "data" x "model": who decodes has rows to cut, but no positions of a row."""
+    """The devices of a mesh as "data" x "model": decoding has rows to shard, but no positions of a row."""
     if mesh.axis_names == ("data", "model"):
         return mesh
-    grid = mesh.devices.reshape(-1, mesh.shape["model"])
-    return Mesh(grid, ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
+    model = mesh.shape["model"]
+    return _mesh({"data": mesh.size // model, "model": model}, list(mesh.devices.flat))
 
 
 def partition(spec: ParamSpec, config: ModelConfig, mesh: Mesh | AbstractMesh) -> PartitionSpec:
@@ -102,7 +102,7 @@ def partition(spec: ParamSpec, config: ModelConfig, mesh: Mesh | AbstractMesh) -
 
 
 def shard_params(params: Params, config: ModelConfig, mesh: Mesh) -> Params:
-    """Places parameters on the mesh; packed experts are cut along the expert axis."""
+    """Places parameters on the mesh; packed experts are sharded along the expert axis."""
     return jax.device_put(params, params_sharding(config, mesh))
 
 
@@ -133,7 +133,7 @@ def stacked_sharding(params: Params, config: ModelConfig, mesh: Mesh | AbstractM
     """
     specs = param_specs(config)
 
-    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+    def place(path: tuple[PyTree, ...], leaf: PyTree) -> NamedSharding:
         first, *rest = (step.key for step in path if isinstance(step, jax.tree_util.DictKey))
         if first != "runs":
             return NamedSharding(mesh, partition(specs[first], config, mesh))
@@ -148,10 +148,10 @@ def stacked_sharding(params: Params, config: ModelConfig, mesh: Mesh | AbstractM
     return jax.tree_util.tree_map_with_path(place, params, is_leaf=lambda node: isinstance(node, MXFP4))
 
 
-def fully_sharded(tree: Any, mesh: Mesh) -> Any:
+def fully_sharded(tree: PyTree, mesh: Mesh) -> PyTree:
     """Cuts every array over as many devices as divide it: a tree of NamedSharding in the structure of `tree`.
 
-    A dimension that all devices divide is cut by all axes, the largest if there are several; else axes are dealt to
+    A dimension that all devices divide is cut by all axes, the largest if there are several; else axes are spread over
     dimensions so that they cut most. Axes that divide nothing, and scalars, are replicated. "model" comes first within
     a dimension: where computation wants it cut by that axis alone, gathering the others is one collective.
 
@@ -166,8 +166,8 @@ def fully_sharded(tree: Any, mesh: Mesh) -> Any:
 def _most_cut(shape: tuple[int, ...], sizes: tuple[tuple[str, int], ...]) -> PartitionSpec:
     """The dimension for each mesh axis, or none, by which devices hold least; of equals, the fewest and largest."""
     best, chosen = (1, 0, 0), PartitionSpec(*[None] * len(shape))
-    for deal in itertools.product((*range(len(shape)), None), repeat=len(sizes)):
-        groups = [[axis for axis, at in zip(sizes, deal, strict=True) if at == place] for place in range(len(shape))]
+    for places in itertools.product((*range(len(shape)), None), repeat=len(sizes)):
+        groups = [[axis for axis, at in zip(sizes, places, strict=True) if at == place] for place in range(len(shape))]
         parts = [math.prod(size for _, size in group) for group in groups]
         if any(size % count for size, count in zip(shape, parts, strict=True)):
             continue
@@ -178,7 +178,7 @@ def _most_cut(shape: tuple[int, ...], sizes: tuple[tuple[str, int], ...]) -> Par
     return chosen
 
 
-def on_mesh(mesh: Mesh | None) -> AbstractContextManager[Any]:
+def on_mesh(mesh: Mesh | None) -> AbstractContextManager[object]:
     """Within, programs spread the mixture's experts, and attention over cut positions its heads, over the mesh; without
     a mesh, nothing is different.
     """
@@ -197,7 +197,7 @@ def spread_rows(batch: jax.Array, mesh: Mesh | None) -> jax.Array:
     return jax.device_put(batch, batch_sharding(mesh))
 
 
-def beside(params: Params, state: Any, mesh: Mesh | None) -> Any:
+def beside(params: Params, state: PyTree, mesh: Mesh | None) -> PyTree:
     """A new state, without a mesh committed to the parameters' device, as the results of programs are.
 
     Each program would be compiled once for a state that is not committed, and once more for its own result.
@@ -207,5 +207,5 @@ def beside(params: Params, state: Any, mesh: Mesh | None) -> Any:
 
 
 def rows_sharding(mesh: Mesh) -> NamedSharding:
-    """Of [rows, positions] on a training mesh: rows over the data axis, positions over the sequence axis."""
+    """The sharding of [rows, positions] on a training mesh: rows over "data", positions over "sequence"."""
     return NamedSharding(mesh, PartitionSpec("data", "sequence"))

@@ -7,11 +7,15 @@ Matrices are [inputs, outputs]. Expert matrices may be dense arrays or `kernels.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from puzzle_jax.config import BlockConfig, ModelConfig
 from puzzle_jax.kernels.expert_mlp import Experts
@@ -85,11 +89,18 @@ def param_specs(config: ModelConfig) -> Params:
     }
 
 
+def subtree(tree: PyTree, path: Iterable[str | int]) -> PyTree:
+    """What stands at a place of a tree in the structure of parameters."""
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
 def is_spec(node: object) -> bool:
     return isinstance(node, ParamSpec)
 
 
-def init_params(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> Params:
+def init_params(config: ModelConfig, key: jax.Array, dtype: DTypeLike = jnp.float32) -> Params:
     """Draws the parameters of an untrained model."""
     specs, tree = jax.tree.flatten(param_specs(config), is_leaf=is_spec)
 
@@ -103,13 +114,7 @@ def init_params(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -
 
 def count_params(config: ModelConfig) -> int:
     """Number of parameters, exact."""
-    total = 0
-    for spec in jax.tree.leaves(param_specs(config), is_leaf=is_spec):
-        size = 1
-        for dimension in spec.shape:
-            size *= dimension
-        total += size
-    return total
+    return sum(math.prod(spec.shape) for spec in jax.tree.leaves(param_specs(config), is_leaf=is_spec))
 
 
 def layer_experts(moe: Params) -> Experts:

@@ -4,7 +4,7 @@
 times, and a run of one layer. `stack_params` lays the parameters of equal positions of a run side by side, and
 `stacked_hidden_states` is the forward pass of `model.network` over them: one `jax.lax.scan` per run whose body walks
 one period. What differs between layers of a run besides their weights, experts that a view removes and choices that
-are replayed, travels as data; windows are static and belong to a position, so kinds that tell windows apart keep the
+are replayed, travels as data; windows are static and belong to a position, so kinds that distinguish windows keep the
 fast attention.
 
 All numerics are `model.network`'s blocks. Left out: caches and windows as data, which scoring and generation need and
@@ -14,11 +14,11 @@ their one block after the other (`search`, `model.cache`) has.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, PyTree, UInt8
 
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.kernels.mxfp4 import MXFP4
@@ -58,7 +58,7 @@ class StackedMXFP4(NamedTuple):
 
 
 class Hidden(NamedTuple):
-    """What a pass over stacked layers gives.
+    """The result of a pass over stacked layers.
 
     Attributes:
       x: the last layer's output, before the final norm.
@@ -120,7 +120,7 @@ def stack_params(params: Params, runs: Sequence[LayerRun]) -> Params:
 def unstack_params(stacked: Params, runs: Sequence[LayerRun]) -> Params:
     """The inverse of `stack_params`. Raises ValueError where `stacked` was stacked by other runs."""
     _check_stacked(stacked, runs)
-    layers: list[Any] = [None] * (runs[-1].stop if runs else 0)
+    layers: list[Params | None] = [None] * (runs[-1].stop if runs else 0)
     for run, positions in zip(runs, stacked["runs"], strict=True):
         for position, tree in enumerate(positions):
             for repeat, layer in enumerate(run.layers_at(position)):
@@ -132,8 +132,9 @@ def stacked_hidden_states(
     stacked: Params,
     config: ModelConfig,
     runs: Sequence[LayerRun],
-    tokens: Int[Array, "batch seq"],
+    tokens: Int[Array, "batch seq"] | None,
     *,
+    before: Float[Array, "layers batch seq hidden"] | None = None,
     windows: Sequence[int | None] | None = None,
     positions: Int[Array, "#batch seq"] | None = None,
     segment_ids: Int[Array, "batch seq"] | None = None,
@@ -142,13 +143,13 @@ def stacked_hidden_states(
     remat: bool = False,
     keep_states: bool = False,
 ) -> Hidden:
-    """What `network.hidden_states` computes, by a scan over each run; a run that is not repeated is inlined.
+    """The result of `network.hidden_states`, by a scan over each run; a run that is not repeated is inlined.
 
     Args:
       stacked: parameters as `stack_params` gives them, with the same `runs`.
-      config: the model that the parameters belong to.
       runs: cover all layers, in order.
-      tokens: token ids.
+      tokens: token ids; not read where `before` is given.
+      before: an input for every layer, in place of what the layer before gives.
       windows: per layer, in place of the configuration's; static, and equal within a position of a run.
       positions: rotary positions; counted from 0 in every row by default.
       segment_ids: positions attend within their segment only (packed sequences).
@@ -159,62 +160,17 @@ def stacked_hidden_states(
 
     Raises ValueError, naming the layers, where runs, parameters, windows, masks and replay do not fit together.
     """
-    x = embed(stacked, tokens)
-    masks_and_replay = (expert_masks, replay)
-    return _hidden(
-        stacked, config, runs, x, None, windows, positions, segment_ids, masks_and_replay, remat, keep_states
-    )
-
-
-def stacked_layers(
-    stacked: Params,
-    config: ModelConfig,
-    runs: Sequence[LayerRun],
-    before: Float[Array, "layers batch seq hidden"],
-    *,
-    windows: Sequence[int | None] | None = None,
-    positions: Int[Array, "#batch seq"] | None = None,
-    segment_ids: Int[Array, "batch seq"] | None = None,
-    expert_masks: Bool[Array, "layers experts"] | None = None,
-    remat: bool = False,
-) -> Float[Array, "layers batch seq hidden"]:
-    """Every layer's output for an input of its own, as blocks that train alone need it.
-
-    Args:
-      before: the input of every layer.
-
-    The others are those of `stacked_hidden_states`, and so is what it raises.
-    """
-    if len(before) != config.num_layers:
-        raise ValueError(f"before has {len(before)} entries for {config.num_layers} layers")
-    found = _hidden(
-        stacked, config, runs, before[0], before, windows, positions, segment_ids, (expert_masks, None), remat, True
-    )
-    assert found.states is not None
-    return found.states
-
-
-def _hidden(
-    stacked: Params,
-    config: ModelConfig,
-    runs: Sequence[LayerRun],
-    x: Array,
-    before: Array | None,
-    windows: Sequence[int | None] | None,
-    positions: Array | None,
-    segment_ids: Array | None,
-    masks_and_replay: tuple[Array | None, Array | None],
-    remat: bool,
-    keep_states: bool,
-) -> Hidden:
-    """The layers on `x`, or each on its own input where `before` has them."""
-    expert_masks, replay = masks_and_replay
+    if before is not None:
+        x = before[0]
+    else:
+        assert tokens is not None
+        x = embed(stacked, tokens)
     if windows is None:
         windows = [block.window for block in config.blocks]
     _check_cover(runs, config.num_layers)
     _check_stacked(stacked, runs)
     _check_windows(runs, windows)
-    for name, data in (("expert_masks", expert_masks), ("replay", replay)):
+    for name, data in (("before", before), ("expert_masks", expert_masks), ("replay", replay)):
         if data is not None and len(data) != config.num_layers:
             raise ValueError(f"{name} has {len(data)} entries for {config.num_layers} layers")
     if positions is None:
@@ -256,6 +212,19 @@ def _hidden(
     )
 
 
+def stacked_layers(
+    stacked: Params,
+    config: ModelConfig,
+    runs: Sequence[LayerRun],
+    before: Float[Array, "layers batch seq hidden"],
+    **options: object,
+) -> Float[Array, "layers batch seq hidden"]:
+    """Every layer's output for an input of its own, as blocks that train alone need it; options as above."""
+    found = stacked_hidden_states(stacked, config, runs, None, before=before, keep_states=True, **options)  # pyright: ignore[reportArgumentType]
+    assert found.states is not None
+    return found.states
+
+
 class _LayerOutput(NamedTuple):
     """A layer's output, the experts of its tokens, and its router's own choice where they were replayed."""
 
@@ -268,7 +237,7 @@ _Layer = Callable[[Array, Params, Array | None, Array | None], _LayerOutput]
 
 
 class _RunData(NamedTuple):
-    """What layers of a run do not share; leaves are [repeats, ...], or those of one repeat within the scan."""
+    """Data that layers of a run do not share; leaves are [repeats, ...], or those of one repeat within the scan."""
 
     layers: list[Params]  # per position
     masks: Array | None  # [repeats, period, experts]
@@ -311,11 +280,11 @@ def _of_run(data: Array | None, run: LayerRun) -> Array | None:
     return data[run.start : run.stop].reshape(run.repeats, run.period, *data.shape[1:])
 
 
-def _repeat(tree: Any, index: int) -> Any:
+def _repeat(tree: PyTree, index: int) -> PyTree:
     return jax.tree.map(lambda leaf: leaf[index], tree)
 
 
-def one_layer(tree: Any) -> Any:
+def one_layer(tree: PyTree) -> PyTree:
     """A layer's tree as `model.network` takes it: what was sliced from stacked packed experts is packed experts."""
     return jax.tree.map(
         lambda node: MXFP4(*node) if isinstance(node, StackedMXFP4) else node,
@@ -338,7 +307,7 @@ def _stacked(layers: dict[int, Params | None]) -> Params | None:
                     f"and {of_other} in the other"
                 )
 
-    def stack(*nodes: Any) -> Any:
+    def stack(*nodes: PyTree) -> PyTree:
         if isinstance(nodes[0], MXFP4):
             return StackedMXFP4(jnp.stack([node.codes for node in nodes]), jnp.stack([node.scales for node in nodes]))
         return jnp.stack(nodes)

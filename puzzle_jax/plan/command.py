@@ -16,7 +16,7 @@ from puzzle_jax.commands import did_you_mean
 from puzzle_jax.consoles import plain_console
 from puzzle_jax.costs.hardware import HARDWARE
 from puzzle_jax.errors import ConfigError, shown
-from puzzle_jax.model.child import whole
+from puzzle_jax.model.child import identity_child
 from puzzle_jax.plan.abstract import read_model, virtual_devices
 from puzzle_jax.plan.distill import PlannedDistillation, first_experts
 from puzzle_jax.plan.grpo import PlannedPolicy
@@ -105,7 +105,7 @@ def plan_distill(settings: DistillPlan) -> None:
 def plan_grpo(settings: GrpoPlan) -> None:
     """Prints the plan of reinforcement learning, likewise."""
     config, packed = read_model(settings.model)
-    _show(PlannedPolicy(whole(config), settings, packed), settings)
+    _show(PlannedPolicy(identity_child(config), settings, packed), settings)
 
 
 def _show(run: PlannedSearch | PlannedDistillation | PlannedPolicy, settings: PlanSettings) -> None:

@@ -31,7 +31,7 @@ from puzzle_jax.costs.routing import routing_profile
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.generate.calibrate import calibrate_cache
 from puzzle_jax.generate.traces import read_traces
-from puzzle_jax.model.child import whole
+from puzzle_jax.model.child import identity_child
 from puzzle_jax.model.sharding import on_mesh
 from puzzle_jax.progress import progress
 from puzzle_jax.search.artifacts import (
@@ -265,7 +265,7 @@ def evaluate(search: Search, out: Path, kept: Path) -> None:
     shown = ("parent", "child", *search.recipe.evaluate.baselines)
     candidates = {name: found for name, found in final_candidates(search.run).items() if name in shown}
     children = {name: search.child(found) for name, found in candidates.items()}
-    children["parent"] = whole(search.parent.config)  # without the child's own rotary settings
+    children["parent"] = identity_child(search.parent.config)  # without the child's own rotary settings
     found = search.evaluator(kept).compare(
         candidates, children, search.traces("heldout"), search.costs, find(search.run, CHILD)
     )

@@ -168,7 +168,7 @@ def cut_at(place: float, *, in_header: bool) -> Damage:
 PLACES = [random.Random(seed).random() for seed in range(12)]
 DEEP = b"[" * 100_000
 CUT = rf"{SINGLE} is cut short"
-HEADER = rf"{SINGLE} has a damaged header"
+HEADER = rf"the header of {SINGLE}"
 ENTRY = rf"{SINGLE} has a damaged entry for {BLOCKS}"
 OUTSIDE = rf"{INDEX} names the file .*, which is outside the directory"
 LAYERS = "num_hidden_layers"
@@ -186,16 +186,16 @@ CASES: dict[str, tuple[Damage, str]] = {
     "length longer": (length(lambda right: right + 40), HEADER),
     # the header's text
     "header no JSON": (header_text(lambda text: b"x" + text[1:]), HEADER),
-    "header a list": (header_text(lambda _: b"[1, 2]"), HEADER + r" \(no object\)"),
-    "header deep": (header_text(lambda _: DEEP), HEADER + r" \(it is nested too deeply\)"),
+    "header a list": (header_text(lambda _: b"[1, 2]"), HEADER + " is no JSON object"),
+    "header deep": (header_text(lambda _: DEEP), HEADER + " is nested too deeply"),
     "header no UTF-8": (header_text(lambda text: text.replace(b"norm", b"n\xffrm", 1)), HEADER),
     "header gives a name twice": (
         header_text(lambda text: text.rstrip()[:-1] + b', "' + NORM.encode() + b'": {}}'),
-        HEADER + rf" \('{NORM}' is given twice\)",
+        HEADER + f" gives '{NORM}' twice",
     ),
     "header gives the last of many names twice": (
         header_text(lambda _: b"{" + b", ".join(b'"%d": 0' % n for n in [*range(60_000), 59_999]) + b"}"),
-        HEADER + r" \('59999' is given twice\)",
+        HEADER + " gives '59999' twice",
     ),
     "header larger than any": (
         header_text(lambda _: b"[" + b"[]," * 8_000_000 + b"0]"),
@@ -210,7 +210,7 @@ CASES: dict[str, tuple[Damage, str]] = {
     ),
     "name of half a character": (
         header(lambda entries: entries.update({"\ud800": entries.pop(BLOCKS)})),
-        rf"{SINGLE} has a damaged entry for '\\ud800'",
+        HEADER + " holds half a surrogate pair",
     ),
     "offsets overlap": (
         header(lambda entries: entries[NORM].update(data_offsets=[0, 192])),
@@ -236,8 +236,8 @@ CASES: dict[str, tuple[Damage, str]] = {
         rf"{NORM} is missing",
     ),
     # the index
-    "index no JSON": (index_text(b"{"), rf"{INDEX} is not valid JSON"),
-    "index deep": (index_text(DEEP), rf"{INDEX} is not valid JSON: it is nested too deeply"),
+    "index no JSON": (index_text(b"{"), rf"{INDEX} cannot be read as JSON"),
+    "index deep": (index_text(DEEP), rf"{INDEX} is nested too deeply"),
     "index a list": (index_text(b"[]"), rf"{INDEX} holds a JSON list"),
     "index without map": (index_text(b'{"metadata": {}}'), rf"{INDEX} has no weight_map"),
     "index map a list": (index_text(b'{"weight_map": ["a"]}'), rf"{INDEX} has no weight_map"),
@@ -249,7 +249,7 @@ CASES: dict[str, tuple[Damage, str]] = {
     "index lacks a tensor": (index(lambda weight_map: weight_map.pop(NORM)), rf"{NORM} is missing"),
     "index names a stranger": (
         index(lambda weight_map: weight_map.update(stranger=SHARD)),
-        rf"{INDEX} says that {SHARD} holds stranger, which it does not",
+        rf"{INDEX} lists stranger in {SHARD}, which does not hold it",
     ),
     "index names two lines": (
         index(lambda weight_map: weight_map.update({"a\nb": SHARD})),
@@ -261,7 +261,7 @@ CASES: dict[str, tuple[Damage, str]] = {
     "index leads down": (names_file(f"sub/{SHARD}"), OUTSIDE),
     "index leads nowhere": (names_file(""), OUTSIDE),
     "index leads to a nul": (names_file("a\0b"), OUTSIDE),
-    "index leads to half a character": (names_file("\ud800"), rf"{INDEX} is not valid JSON: it holds half a"),
+    "index leads to half a character": (names_file("\ud800"), rf"{INDEX} holds half a"),
     "index names an absent file": (names_file("gone"), r"gone cannot be read \(No such file or directory\)"),
     "shard a directory": (shard_is(Path.mkdir), r"odd.safetensors cannot be read \(it is no regular file\)"),
     "shard a pipe": (shard_is(os.mkfifo), r"odd.safetensors cannot be read \(it is no regular file\)"),
@@ -277,11 +277,11 @@ CASES: dict[str, tuple[Damage, str]] = {
     "config absent": (lambda directory: (directory / "config.json").unlink(), r"config.json cannot be read"),
     "config a directory": (instead("config.json", Path.mkdir), r"config.json cannot be read: it is no regular file"),
     "config a pipe": (instead("config.json", os.mkfifo), r"config.json cannot be read: it is no regular file"),
-    "config no JSON": (config_text(b"{'a': 1}"), r"config.json is not valid JSON"),
-    "config no UTF-8": (config_text(b'{"a": "\xff"}'), r"config.json is not valid JSON"),
-    "config empty": (config_text(b""), r"config.json is not valid JSON"),
+    "config no JSON": (config_text(b"{'a': 1}"), r"config.json cannot be read as JSON"),
+    "config no UTF-8": (config_text(b'{"a": "\xff"}'), r"config.json is not valid UTF-8"),
+    "config empty": (config_text(b""), r"config.json cannot be read as JSON"),
     "config a list": (config_text(b"[]"), r"config.json holds a JSON list"),
-    "config deep": (config_text(DEEP), r"config.json is not valid JSON: it is nested too deeply"),
+    "config deep": (config_text(DEEP), r"config.json is nested too deeply"),
     "config larger than any": (config_text(b"[" + b"[]," * 8_000_000 + b"0]"), r"config.json is no such file"),
     "config of no fields": (config_text(b"{}"), r"config.json: model_type is missing"),
     "field missing": (config(hidden_size=ABSENT), r"config.json: hidden_size is missing"),
@@ -298,9 +298,9 @@ CASES: dict[str, tuple[Damage, str]] = {
     ),
     "field of 5000 digits": (
         config_number("vocab_size", "9" * 5000),
-        r"config.json is not valid JSON: it holds a whole number of thousands of digits",
+        r"config.json holds a whole number of thousands of digits",
     ),
-    "text of half a character": (config(note="\ud800"), r"config.json is not valid JSON: it holds half a surrogate"),
+    "text of half a character": (config(note="\ud800"), r"config.json holds half a surrogate"),
     "rotary base huge": (config(rope_theta=1e300), r"config.json: rope_theta is 1e\+300, but must be a number from"),
     "stop id beyond": (config(eos_token_id=[3, 97]), r"eos_token_id is \[3, 97\], but the model's tokens are 0 to 96"),
     "pad id negative": (config(pad_token_id=-1), r"pad_token_id is -1, but the model's tokens are 0 to 96"),

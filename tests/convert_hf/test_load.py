@@ -208,14 +208,14 @@ def edit_header(directory: Path, name: str, **changes: object) -> None:
 DOWN = "model.layers.1.mlp.experts.down_proj"
 BAD = {
     "no config": (lambda d: (d / "config.json").unlink(), r"config.json cannot be read: No such file"),
-    "config no JSON": (lambda d: (d / "config.json").write_text("{"), r"config.json is not valid JSON"),
+    "config no JSON": (lambda d: (d / "config.json").write_text("{"), r"config.json cannot be read as JSON"),
     "config a list": (lambda d: (d / "config.json").write_text("[]"), r"config.json holds a JSON list"),
     "no weights": (lambda d: (d / SINGLE).unlink(), rf"holds neither {SINGLE} nor {INDEX}"),
     "cut short": (cut_short, r"model.safetensors is cut short: it has \d+ bytes, but .* ends at \d+"),
     "empty": (lambda d: (d / SINGLE).write_bytes(b""), r"is cut short or no safetensors file \(0 bytes\)"),
     "noise": (
         lambda d: (d / SINGLE).write_bytes(b"\1" + bytes(99)),
-        r"model.safetensors has a damaged header",
+        r"the header of model.safetensors",
     ),
     "header": (lambda d: edit_header(d, DOWN, shape=[1, -1]), rf"has a damaged entry for {DOWN}"),
     "offsets": (
@@ -281,7 +281,7 @@ def test_form_and_config_must_agree(tmp_path):
         load_checkpoint(packed)
     dense = write_random(tmp_path / "dense", packable_config(), "bf16")
     edit_config(dense, quantization_config={"quant_method": "mxfp4"})
-    with pytest.raises(CheckpointError, match=r"config\.json says quant_method mxfp4, but the experts are stored in"):
+    with pytest.raises(CheckpointError, match=r"config\.json has quant_method mxfp4, but the experts are stored in"):
         load_checkpoint(dense)
 
 
@@ -318,7 +318,7 @@ def test_damaged_indices(tmp_path):
         assert f"{INDEX} names the file {outside!r}, which is outside the directory" in said
         assert "is missing" not in said  # the cause is said once
     edit_index(directory, **{DOWN: files[0].name})
-    assert f"{INDEX} says that {files[0].name} holds {DOWN}, which it does not" in message()
+    assert f"{INDEX} lists {DOWN} in {files[0].name}, which does not hold it" in message()
     (directory / INDEX).write_text("{}")
     assert "has no weight_map" in message()
     (directory / INDEX).write_text('{"weight_map": {"a": 3}}')

@@ -13,6 +13,7 @@ from puzzle_jax.convert_hf import orbax_tree
 from puzzle_jax.convert_hf.__main__ import main
 from puzzle_jax.convert_hf.child_of import open_child
 from puzzle_jax.convert_hf.export import export_child, save_checkpoint
+from puzzle_jax.convert_hf.load import Checkpoint
 from puzzle_jax.convert_hf.orbax_tree import open_params, save_params
 from puzzle_jax.convert_hf.tensors.files import SINGLE
 from puzzle_jax.errors import CheckpointError, PuzzleError
@@ -135,7 +136,7 @@ def test_damaged_small_files(orbax, capsys, name, content):
     assert name in refused(orbax, capsys)
 
 
-def test_whatever_is_missing_or_cut_is_told_in_one_sentence(tmp_path, capsys, monkeypatch):
+def test_whatever_is_missing_or_cut_is_refused_in_one_sentence(tmp_path, capsys, monkeypatch):
     """Every file below the parameters gone, empty, cut, or with noise in its middle, in turn.
 
     Noise among values is not noticed, since Orbax keeps no sums of them.
@@ -173,7 +174,8 @@ def test_trees_that_are_not_the_models(models, tmp_path):
     def message(change) -> str:
         spoiled = random_params(packable_config())
         change(spoiled)
-        save_params(tmp_path / "orbax", packable_config(), spoiled, config_json=config, files={})
+        checkpoint = Checkpoint(packable_config(), spoiled, "mxfp4", models / "parent", config)
+        save_params(tmp_path / "orbax", checkpoint, {})
         with pytest.raises(CheckpointError) as caught:
             open_params(tmp_path / "orbax")
         shutil.rmtree(tmp_path / "orbax")
@@ -201,7 +203,7 @@ def no_space(*_: object, **__: object) -> None:
     raise OSError(28, "No space left on device")
 
 
-def test_what_cannot_be_written_is_told_before_and_after_the_work(models, tmp_path, monkeypatch, capsys):
+def test_what_cannot_be_written_is_refused_before_and_after_the_work(models, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
     for verb in (["import", str(models / "parent")], ["export", "--checkpoint", str(models / "parent")]):
         assert main([*verb, "--out", str(tmp_path / "file" / "out")]) == 2

@@ -7,7 +7,7 @@ from puzzle_jax.config import cache_slots
 from puzzle_jax.kernels.chunk_attention import chunk_attention
 from puzzle_jax.kernels.decode_attention import decode_attention
 from puzzle_jax.kernels.float8 import decode_e4m3, encode_e4m3
-from puzzle_jax.kernels.window_attention import limits, online_blocks, window_attention
+from puzzle_jax.kernels.window_attention import online_blocks, reference, window_attention
 
 BATCH, HEADS, KV_HEADS, DIM = 2, 6, 3, 10
 
@@ -167,12 +167,12 @@ def test_pairs_of_blocks_in_bfloat16_keep_the_dtype_and_float32_sums():
 )
 def test_too_many_logits_are_left_to_pairs_of_blocks(monkeypatch, implementation, window, logits):
     data = arrays(41)
-    monkeypatch.setattr(limits, "LARGEST", logits)
+    monkeypatch.setattr(reference, "MOST_LOGITS", logits)
     attend(*data, window=window, implementation=implementation)
-    monkeypatch.setattr(limits, "LARGEST", logits - 1)
+    monkeypatch.setattr(reference, "MOST_LOGITS", logits - 1)
     with pytest.raises(NotImplementedError, match="too many at a time"):
         attend(*data, window=window, implementation=implementation)
-    monkeypatch.setattr(limits, "LARGEST", 0)
+    monkeypatch.setattr(reference, "MOST_LOGITS", 0)
     out = attend(*data, window=window)
     np.testing.assert_array_equal(out, online_blocks.window_attention(*data, window=window))
 

@@ -14,6 +14,7 @@ from puzzle_jax.kernels.expert_mlp import (
     swiglu,
 )
 from puzzle_jax.kernels.expert_mlp.reference import clamped_swiglu
+from puzzle_jax.kernels.grouped_matmul.layout import half_share
 from puzzle_jax.kernels.mxfp4 import MXFP4, decode
 from puzzle_jax.kernels.route import Routing
 from tests.kernels.marks import GPU, MIXTURES_ON_CPU
@@ -173,13 +174,9 @@ def test_rounds_of_the_busiest_expert_and_no_more():
 
 
 def test_blocks_are_about_half_an_experts_share():
-    assert [expert_loop.block_rows(*sizes) for sizes in ((64, 32), (256, 32), (2_048, 32), (9_000, 32), (3, 5))] == [
-        4,
-        4,
-        32,
-        64,
-        4,
-    ]
+    limits = expert_loop.MIN_BLOCK, expert_loop.MAX_BLOCK
+    sizes = (64, 32), (256, 32), (2_048, 32), (9_000, 32), (3, 5)
+    assert [half_share(*each, *limits) for each in sizes] == [4, 4, 32, 64, 4]
 
 
 @pytest.mark.parametrize(

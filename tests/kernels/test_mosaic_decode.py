@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from puzzle_jax.kernels.decode_attention import decode_attention, mosaic_gpu, mosaic_tpu
+from puzzle_jax.kernels.decode_attention.reference import LayerCache
 from puzzle_jax.kernels.float8 import e4m3_values, encode_e4m3
 from tests.kernels.marks import GPU
 
@@ -44,7 +45,9 @@ def test_as_the_reference(kernel, case, packed):
     window = jnp.asarray(window) if isinstance(window, list) else window
     (q, k, v, sinks), scales = made_up(slots, packed, kv_heads=1 if slots > 1000 else KV_HEADS)
     options = {"window": window, **scales}
-    found = kernel.decode_attention(q, k, v, sinks, jnp.asarray(positions), **options, interpret=True)
+    found = kernel.decode_attention(
+        q, LayerCache(k, v, **scales), sinks, jnp.asarray(positions), window=window, interpret=True
+    )
     exact = [x if packed and x.dtype == jnp.uint8 else x.astype(jnp.float32) for x in (q, k, v)]
     expected = decode_attention(*exact, sinks, jnp.asarray(positions), **options, implementation="reference")
     assert found.dtype == jnp.bfloat16
@@ -57,7 +60,7 @@ def test_float32_on_tpus(slots):
     (q, k, v, sinks), _ = made_up(slots, False)
     given = [x.astype(jnp.float32) for x in (q, k, v)]
     positions = jnp.asarray([slots + 3, 50])
-    found = mosaic_tpu.decode_attention(*given, sinks, positions, window=64, interpret=True)
+    found = mosaic_tpu.decode_attention(given[0], LayerCache(*given[1:]), sinks, positions, window=64, interpret=True)
     expected = decode_attention(*given, sinks, positions, window=64, implementation="reference")
     np.testing.assert_allclose(found, expected, atol=2e-5)
 
@@ -74,7 +77,7 @@ def test_slots_that_no_tile_of_a_tpu_fits_are_refused():
     q, cache = jnp.zeros((1, 2, 64)), jnp.zeros((1, 1, 64, slots))
     with pytest.raises(NotImplementedError, match="4160 slots are no multiple of 128, and too many for one tile"):
         mosaic_tpu.decode_attention(
-            q, cache, cache.swapaxes(2, 3), jnp.zeros(2), jnp.zeros(1, int), window=None, interpret=True
+            q, LayerCache(cache, cache.swapaxes(2, 3)), jnp.zeros(2), jnp.zeros(1, int), window=None, interpret=True
         )
 
 
@@ -83,14 +86,14 @@ def test_what_no_tile_fits_is_refused():
     (q, k, v, sinks), _ = made_up(96, False)
     positions = jnp.asarray([3, 4])
     with pytest.raises(NotImplementedError, match="96 slots are no multiple of 64"):
-        mosaic_gpu.decode_attention(q, k, v, sinks, positions, window=None, interpret=True)
+        mosaic_gpu.decode_attention(q, LayerCache(k, v), sinks, positions, window=None, interpret=True)
     with pytest.raises(NotImplementedError, match="heads of 32 are no multiple of 64"):
         mosaic_gpu.decode_attention(
-            q[..., :32], k[:, :, :32], v[..., :32], sinks, positions, window=None, interpret=True
+            q[..., :32], LayerCache(k[:, :, :32], v[..., :32]), sinks, positions, window=None, interpret=True
         )
     with pytest.raises(NotImplementedError, match="for caches of bfloat16 or e4m3, but this one is float32"):
         mosaic_gpu.decode_attention(
-            q, k.astype(jnp.float32), v.astype(jnp.float32), sinks, positions, window=None, interpret=True
+            q, LayerCache(k.astype(jnp.float32), v.astype(jnp.float32)), sinks, positions, window=None, interpret=True
         )
     with pytest.raises(NotImplementedError, match=r"compute capability 9\.0, but this is cpu"):
         decode_attention(q, k, v, sinks, positions, window=None, implementation="mosaic_gpu")

@@ -64,5 +64,5 @@ def test_every_pair_has_one_row_in_a_block_of_its_expert(tokens, k, experts, blo
     source, slot = np.asarray(order.source), np.asarray(order.slot)
     np.testing.assert_array_equal(source[slot], np.arange(tokens * k))
     assert (source < tokens * k).sum() == tokens * k
-    np.testing.assert_array_equal(np.asarray(order.block_expert)[slot // block], ids.reshape(-1))
+    np.testing.assert_array_equal(np.asarray(order.expert)[slot // block], ids.reshape(-1))
     np.testing.assert_array_equal(order.group_sizes, np.bincount(ids.reshape(-1), minlength=experts))

@@ -10,7 +10,7 @@ from puzzle_jax.config import BlockConfig, ModelConfig, RopeConfig, cache_bytes
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.model.cache import decode_step, init_cache, prefill_chunk
 from puzzle_jax.model.cache_format import FLOAT8, CacheFormat, KVScales
-from puzzle_jax.model.child import Child, ChildBlock, cut_params, whole
+from puzzle_jax.model.child import Child, ChildBlock, cut_params, identity_child
 from puzzle_jax.model.modules import GptOss
 from puzzle_jax.model.network import forward, head_logits, hidden_states
 from puzzle_jax.model.rope import inverse_frequencies
@@ -67,7 +67,7 @@ def test_cutting_equals_viewing():
 def test_masks_and_windows_per_row_are_independent():
     config = small_config()
     params, tokens = random_params(config), random_tokens(config, 1, 29)
-    views = [Child(config, CHILD_BLOCKS).view, whole(config).view]
+    views = [Child(config, CHILD_BLOCKS).view, identity_child(config).view]
     both = model_logits(
         params,
         config,
@@ -219,7 +219,7 @@ def test_a_delta_replaces_what_was_trained_and_nothing_else():
     config = small_config()
     params = random_params(config)
     delta = {"layers": [None, {"attention": {"q_bias": jnp.ones(60)}}, None, None], "final_norm": jnp.full(40, 2.0)}
-    child = Child(config, whole(config).blocks, dense_delta=delta)
+    child = Child(config, identity_child(config).blocks, dense_delta=delta)
     cut = cut_params(params, child)
     np.testing.assert_array_equal(cut["layers"][1]["attention"]["q_bias"], np.ones(60))
     np.testing.assert_array_equal(cut["final_norm"], np.full(40, 2.0))

@@ -17,7 +17,7 @@ from puzzle_jax.errors import ConfigError
 from puzzle_jax.generate import Generated, Request, engine
 from puzzle_jax.generate.slots import empty_group, empty_slots
 from puzzle_jax.model.cache_format import FLOAT8, CacheFormat
-from puzzle_jax.model.child import whole
+from puzzle_jax.model.child import identity_child
 from puzzle_jax.model.sharding import generation_mesh
 from puzzle_jax.plan import command
 from puzzle_jax.plan.__main__ import main
@@ -48,7 +48,7 @@ RECIPE = GrpoRecipe(
     optimizer=OptimizerSettings(name="adam"),
     mesh=MeshSettings(data=2, sequence=2, model=2),
 )
-RUN = PlannedPolicy(whole(PARENT), RECIPE)
+RUN = PlannedPolicy(identity_child(PARENT), RECIPE)
 CACHED = 5 + 256 + 256  # positions of a slot in the three layers: one window, and the whole context
 
 
@@ -68,7 +68,7 @@ def with_fields(run=RUN, **sections):
 
 
 ALONE = with_fields(
-    PlannedPolicy(whole(SHORT.parent), RECIPE), mesh=MeshSettings(), update={"updates": 1, "reference": False}
+    PlannedPolicy(identity_child(SHORT.parent), RECIPE), mesh=MeshSettings(), update={"updates": 1, "reference": False}
 )  # of two layers that are compiled as one
 
 
@@ -350,7 +350,7 @@ def test_the_recipe_says_what_was_published():
     assert recipe.rollout.slots == recipe.prompts.prompts * recipe.rollout.group
     assert recipe.rollout.slots % (recipe.mesh.data * recipe.mesh.sequence) == 0
     needs = PlannedPolicy(
-        whole(PARENT),
+        identity_child(PARENT),
         replace(
             recipe,
             update=replace(recipe.update, row_length=512),
@@ -447,5 +447,5 @@ def test_bad_options_are_one_sentence(files, capsys, more, message):
 def test_experts_that_cannot_be_packed_are_refused():
     config = replace(PARENT, hidden_size=40)
     with pytest.raises(ConfigError, match="hidden_size is 40, but packed experts need a multiple of 32"):
-        PlannedPolicy(whole(config), RECIPE)
-    assert not PlannedPolicy(whole(config), RECIPE, packed=False).packed
+        PlannedPolicy(identity_child(config), RECIPE)
+    assert not PlannedPolicy(identity_child(config), RECIPE, packed=False).packed

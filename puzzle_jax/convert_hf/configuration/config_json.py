@@ -1,7 +1,7 @@
 """config.json of gpt-oss checkpoints, in and out.
 
-Two model types are read: `gpt_oss`, where `layer_types` and one `sliding_window` say every layer's attention
-and all layers have the same experts, and `gpt_oss_puzzle`, where `block_configs` says both per layer (the
+Two model types are read: `gpt_oss`, where `layer_types` and one `sliding_window` give every layer's attention
+and all layers have the same experts, and `gpt_oss_puzzle`, where `block_configs` gives both per layer (the
 published form of nvidia/gpt-oss-puzzle-88B). Rotary settings are read in the old form (`rope_theta`,
 `rope_scaling`) and in that of transformers 5 (`rope_parameters`), and written in the old one, which every
 runtime loads.
@@ -20,7 +20,6 @@ layer or for a part of a head); they are refused rather than ignored.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from puzzle_jax.config import BlockConfig, ModelConfig
 from puzzle_jax.convert_hf.configuration.fields import MAX_EXPERTS, MAX_LAYERS, MAX_SIZE, Fields
@@ -28,6 +27,7 @@ from puzzle_jax.convert_hf.configuration.rope_json import MAX_POSITION, ORIGINAL
 from puzzle_jax.convert_hf.other_forms import INDEX, SINGLE, original_form
 from puzzle_jax.convert_hf.table import Form
 from puzzle_jax.errors import CheckpointError, ConfigError, shown
+from puzzle_jax.files import Json
 
 PLAIN, PUZZLE = "gpt_oss", "gpt_oss_puzzle"
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -55,9 +55,18 @@ _REPLACED = (
     *("per_layer_config", "block_configs", "auto_map", "model_file"),
 )
 _EXPERTS_PER_TOKEN = 4  # in transformers, where num_experts_per_tok is missing
+_SIZES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+}
+"""Names in config.json by those of `ModelConfig`."""
 
 
-def parse_config(data: dict[str, Any], source: Path) -> ModelConfig:
+def parse_config(data: dict[str, Json], source: Path) -> ModelConfig:
     """The model that a config.json describes.
 
     Args:
@@ -81,12 +90,7 @@ def parse_config(data: dict[str, Any], source: Path) -> ModelConfig:
     layers = fields.integer("num_hidden_layers", most=MAX_LAYERS)
     try:
         return ModelConfig(
-            vocab_size=fields.integer("vocab_size"),
-            hidden_size=fields.integer("hidden_size"),
-            intermediate_size=fields.integer("intermediate_size"),
-            num_heads=fields.integer("num_attention_heads"),
-            num_kv_heads=fields.integer("num_key_value_heads"),
-            head_dim=fields.integer("head_dim"),
+            **{name: fields.integer(written) for name, written in _SIZES.items()},
             experts_per_token=_experts_per_token(fields),
             blocks=(_plain_blocks if model_type == PLAIN else _puzzle_blocks)(fields, layers),
             rope=parse_rope(fields),
@@ -98,7 +102,7 @@ def parse_config(data: dict[str, Any], source: Path) -> ModelConfig:
         raise CheckpointError(f"{source}: {error}") from None
 
 
-def parse_form(data: dict[str, Any], source: Path) -> Form:
+def parse_form(data: dict[str, Json], source: Path) -> Form:
     """How the experts are stored, by `quantization_config`; raises `CheckpointError` for methods other than
     mxfp4."""
     quantization = Fields(data, source).table("quantization_config")
@@ -110,7 +114,7 @@ def parse_form(data: dict[str, Any], source: Path) -> Form:
 
 
 def _plain_blocks(fields: Fields, layers: int) -> tuple[BlockConfig, ...]:
-    experts = _num_experts(fields)
+    _, experts = _either(fields, "num_local_experts", "num_experts", MAX_EXPERTS)  # transformers reads both
     types = _layer_types(fields, layers)
     for layer, kind in enumerate(types):
         if kind not in (SLIDING, FULL):
@@ -125,17 +129,17 @@ def _plain_blocks(fields: Fields, layers: int) -> tuple[BlockConfig, ...]:
     return tuple(blocks)
 
 
-def _num_experts(fields: Fields) -> int:
-    """Experts of a layer, which transformers also reads as `num_experts`, and that name goes before the other."""
-    names = [name for name in ("num_local_experts", "num_experts") if name in fields.data]
-    values = [fields.integer(name, most=MAX_EXPERTS) for name in names or ["num_local_experts"]]
+def _either(fields: Fields, name: str, other: str, most: int = MAX_SIZE) -> tuple[list[str], int]:
+    """A number that a file may give by either of two names, or by both where they agree; and the names that it has."""
+    names = [each for each in (name, other) if each in fields.data]
+    values = [fields.integer(each, most=most) for each in names or [name]]
     if len(set(values)) > 1:
-        raise fields.fail("num_local_experts", f"num_experts is {values[1]}; they must be equal")
-    return values[0]
+        raise fields.fail(name, f"{other} is {values[1]}; they must be equal")
+    return names, values[0]
 
 
-def _layer_types(fields: Fields, layers: int) -> list[Any]:
-    """As the file says, or the alternation of the published models where it says nothing."""
+def _layer_types(fields: Fields, layers: int) -> list[Json]:
+    """The file's own, or the alternation of the published models where it has none."""
     if fields.data.get("layer_types") is None:
         return [FULL if layer % 2 else SLIDING for layer in range(layers)]
     return fields.list_of("layer_types", layers)
@@ -160,18 +164,17 @@ def _puzzle_blocks(fields: Fields, layers: int) -> tuple[BlockConfig, ...]:
                 f"but {where} has sliding_window {window}, which asks for {expected}"
             )
     for layer, (block, override) in enumerate(zip(blocks, _overrides(fields, layers), strict=True)):
-        said = {"num_local_experts": block.num_experts, "sliding_window": block.window}
         for name, value in override.items():
-            if value != said[name]:
+            if value != _entry(block)[name]:
                 raise CheckpointError(
                     f"{fields.source}: per_layer_config.{layer}.{name} is {value}, "
-                    f"but block_configs[{layer}] says {said[name]}; they must be equal"
+                    f"but block_configs[{layer}] has {_entry(block)[name]}; they must be equal"
                 )
     return tuple(blocks)
 
 
 def _overrides(fields: Fields, layers: int) -> list[dict[str, int]]:
-    """For each layer, what `per_layer_config` (transformers' own schema, sparse) says other than the whole."""
+    """For each layer, where `per_layer_config` (transformers' own schema, sparse) departs from the model's settings."""
     out: list[dict[str, int]] = [{} for _ in range(layers)]
     table = fields.table("per_layer_config") or Fields({}, fields.source)
     for key in table.data:
@@ -191,30 +194,30 @@ def _sparse(config: ModelConfig, experts: int, window: int | None) -> dict[str, 
     """`per_layer_config`: what each layer has other than the model's own expert count and window."""
     out = {}
     for layer, block in enumerate(config.blocks):
-        differs = {} if block.num_experts == experts else {"num_local_experts": block.num_experts}
-        if block.window not in (None, window):
-            differs["sliding_window"] = block.window
+        whole = {"num_local_experts": experts, "sliding_window": window}
+        differs = {name: value for name, value in _entry(block).items() if value not in (None, whole[name])}
         if differs:
             out[str(layer)] = differs
     return out
 
 
+def _entry(block: BlockConfig) -> dict[str, int | None]:
+    return {"num_local_experts": block.num_experts, "sliding_window": block.window}
+
+
 def _experts_per_token(fields: Fields) -> int:
     """Experts that a token goes through: `num_experts_per_tok`, which the published models repeat by another name."""
-    names = [name for name in ("num_experts_per_tok", "experts_per_token") if name in fields.data]
-    values = [fields.integer(name) for name in names or ["num_experts_per_tok"]]
-    if names == ["experts_per_token"] and values != [_EXPERTS_PER_TOKEN]:
+    names, value = _either(fields, "num_experts_per_tok", "experts_per_token")
+    if names == ["experts_per_token"] and value != _EXPERTS_PER_TOKEN:
         raise CheckpointError(
             f"{fields.source}: num_experts_per_tok is missing, for which transformers takes {_EXPERTS_PER_TOKEN}, but "
-            f"experts_per_token is {values[0]}; write num_experts_per_tok"
+            f"experts_per_token is {value}; write num_experts_per_tok"
         )
-    if len(set(values)) > 1:
-        raise fields.fail("num_experts_per_tok", f"experts_per_token is {values[1]}; they must be equal")
-    return values[0]
+    return value
 
 
 def is_plain(config: ModelConfig) -> bool:
-    """Whether plain `gpt_oss` says the model to every runtime.
+    """Whether every runtime builds the model from plain `gpt_oss`.
 
     That takes one expert count, and one window width on even layers with full attention on odd ones.
     """
@@ -224,7 +227,7 @@ def is_plain(config: ModelConfig) -> bool:
     return len(counts) == 1 and len(even) == 1 and None not in even and odd <= {None}
 
 
-def write_config(config: ModelConfig, base: dict[str, Any], *, form: Form | None = None) -> dict[str, Any]:
+def write_config(config: ModelConfig, base: dict[str, Json], *, form: Form | None = None) -> dict[str, Json]:
     """The content of config.json for `config`.
 
     Args:
@@ -235,17 +238,12 @@ def write_config(config: ModelConfig, base: dict[str, Any], *, form: Form | None
     plain = is_plain(config)
     windows = [block.window for block in config.blocks]
     widths = [window for window in windows if window is not None]
-    out: dict[str, Any] = {name: value for name, value in base.items() if name not in _REPLACED}
+    out: dict[str, Json] = {name: value for name, value in base.items() if name not in _REPLACED}
     out.update(
         architectures=["GptOssForCausalLM" if plain else "GptOssPuzzleForCausalLM"],
         model_type=PLAIN if plain else PUZZLE,
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
+        **{written: getattr(config, name) for name, written in _SIZES.items()},
         num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
         # Runtimes size caches and buffers by these two, so they are the largest of any layer.
         num_local_experts=max(block.num_experts for block in config.blocks),
         sliding_window=max(widths, default=None),
@@ -257,11 +255,8 @@ def write_config(config: ModelConfig, base: dict[str, Any], *, form: Form | None
         rope_theta=config.rope.theta,
         rope_scaling={
             "rope_type": "yarn",
-            "factor": config.rope.factor,
-            "beta_fast": config.rope.beta_fast,
-            "beta_slow": config.rope.beta_slow,
-            "original_max_position_embeddings": config.rope.original_context,
-            "truncate": config.rope.truncate,
+            **{name: getattr(config.rope, name) for name in ("factor", "beta_fast", "beta_slow", "truncate")},
+            ORIGINAL: config.rope.original_context,
         },
         rms_norm_eps=config.rms_norm_eps,
         swiglu_limit=config.swiglu_limit,
@@ -272,9 +267,7 @@ def write_config(config: ModelConfig, base: dict[str, Any], *, form: Form | None
     if "dtype" not in out:
         out.setdefault("torch_dtype", "bfloat16")
     if not plain:
-        out["block_configs"] = [
-            {"num_local_experts": block.num_experts, "sliding_window": block.window} for block in config.blocks
-        ]
+        out["block_configs"] = list(map(_entry, config.blocks))
         out["per_layer_config"] = _sparse(config, out["num_local_experts"], out["sliding_window"])
         out["auto_map"] = dict(AUTO_MAP)
         out["model_file"] = MODEL_FILE

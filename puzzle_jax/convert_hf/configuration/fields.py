@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from puzzle_jax.errors import CheckpointError, shown
+from puzzle_jax.files import Json
 
 MAX_LAYERS, MAX_EXPERTS, MAX_SIZE = 10_000, 65_536, 2**31 - 1
 """What a config.json may ask for; a number above is taken for damage rather than tried."""
@@ -22,13 +22,13 @@ def _is_number(value: object) -> bool:
 class Fields:
     """A JSON object of `source`; `prefix` says where in the file it stands."""
 
-    def __init__(self, data: dict[str, Any], source: Path, prefix: str = "") -> None:
+    def __init__(self, data: dict[str, Json], source: Path, prefix: str = "") -> None:
         self.data, self.source, self.prefix = data, source, prefix
 
     def fail(self, name: str, rule: str) -> CheckpointError:
         return CheckpointError(f"{self.source}: {self.prefix}{name} is {shown(self.data.get(name))}, but {rule}")
 
-    def _take(self, name: str, default: Any, accepts: Callable[[Any], bool], rule: str) -> Any:
+    def _take(self, name: str, default: Json, accepts: Callable[[Json], bool], rule: str) -> Json:
         """A value, or the default where there is none; null is no value, and transformers does not take it for one."""
         if name not in self.data:
             if default is not None:
@@ -39,7 +39,7 @@ class Fields:
         return self.data[name]
 
     def integer(self, name: str, default: int | None = None, *, most: int = MAX_SIZE) -> int:
-        def accepts(value: Any) -> bool:
+        def accepts(value: Json) -> bool:
             return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
 
         return self._take(name, default, accepts, f"must be a whole number of at least 1 and at most {most}")
@@ -48,7 +48,7 @@ class Fields:
         return float(self._take(name, default, _is_number, "must be a number"))
 
     def rotary(self, name: str, default: float | None = None) -> float:
-        def accepts(value: Any) -> bool:
+        def accepts(value: Json) -> bool:
             return _is_number(value) and 1 / MAX_ROTARY <= value <= MAX_ROTARY
 
         rule = f"must be a number from {1 / MAX_ROTARY:g} to {MAX_ROTARY:g}"
@@ -57,10 +57,10 @@ class Fields:
     def boolean(self, name: str, default: bool) -> bool:
         return self._take(name, default, lambda value: isinstance(value, bool), "must be true or false")
 
-    def string(self, name: str, default: str | None = None) -> str:
-        return self._take(name, default, lambda value: isinstance(value, str), "must be a string")
+    def string(self, name: str) -> str:
+        return self._take(name, None, lambda value: isinstance(value, str), "must be a string")
 
-    def list_of(self, name: str, length: int) -> list[Any]:
+    def list_of(self, name: str, length: int) -> list[Json]:
         rule = f"must be a list with one entry for each of the {length} layers"
         return self._take(name, None, lambda value: isinstance(value, list) and len(value) == length, rule)
 

@@ -1,8 +1,8 @@
 """Rotary settings of a config.json, as transformers standardises them (`RotaryEmbeddingConfigMixin` of 5.x).
 
 They stand in `rope_scaling` beside `rope_theta`, or together in `rope_parameters`. Where both tables are given,
-transformers takes the first and other runtimes the second, so they must say the same; so must a number that stands
-inside a table and beside it.
+transformers takes the first and other runtimes the second, so they must agree; so must a number inside a table and
+beside it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _LAYER_TYPES = ("sliding_attention", "full_attention")
 
 
 def parse_rope(fields: Fields) -> RopeConfig:
-    """Rotary settings as transformers standardises them; refused where two places say different things."""
+    """Rotary settings as transformers standardises them; refused where two places contradict each other."""
     _refuse_partial(fields)
     old, new = fields.table("rope_scaling"), fields.table("rope_parameters")
     theta = fields.rotary("rope_theta", RopeConfig.theta)
@@ -46,10 +46,10 @@ def parse_rope(fields: Fields) -> RopeConfig:
 
 
 def _scaling(fields: Fields, table: Fields, theta: float) -> RopeConfig:
-    """What one of the two tables says.
+    """The settings of one of the two tables.
 
     Args:
-      fields: of the whole file.
+      fields: those of the whole file.
       table: `rope_scaling` or `rope_parameters`, not empty.
       theta: the base that stands beside the tables, or the default.
     """

@@ -12,16 +12,15 @@ Left out: every other container (pickled .bin files).
 from __future__ import annotations
 
 import errno
-import json
+import io
 import os
 import stat
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -29,9 +28,9 @@ import numpy as np
 from puzzle_jax.convert_hf.other_forms import INDEX, SINGLE, check_form
 from puzzle_jax.convert_hf.tensors.finite import all_finite
 from puzzle_jax.errors import CheckpointError, shown
-from puzzle_jax.files import is_unicode
+from puzzle_jax.files import Json, parse_json
 
-DTYPES: dict[str, Any] = {
+DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
     "U8": np.dtype(np.uint8),
     "I8": np.dtype(np.int8),
@@ -44,6 +43,8 @@ DTYPES: dict[str, Any] = {
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
+NOT_A_NUMBER = 255
+"""The one scale byte without a value: infinity in some decoders, NaN in others; refused wherever scales are read."""
 CHUNK_BYTES = 16 << 20
 """How much is read or written at a time."""
 _CHECKED_BYTES = 512 << 10
@@ -65,23 +66,17 @@ class StoredTensor:
     offset: int
     nbytes: int
 
-    def read(self, index: Sequence[slice] = ()) -> np.ndarray:
+    def read(self, index: Sequence[slice] = (), *, weights: bool = False) -> np.ndarray:
         """The tensor, or a block of it, as a new array.
 
         Only the block's bytes are read, but for runs below 4 KB, which come with what lies between them.
 
         Args:
           index: a slice of step 1 for each of the first axes.
+          weights: raises `CheckpointError` also where a value, or the scale of packed ones, is not finite.
 
         Raises `CheckpointError` where the file can no longer be read.
         """
-        return self._read(index, weights=False)
-
-    def values(self, index: Sequence[slice] = ()) -> np.ndarray:
-        """As `read`, of a weight: raises `CheckpointError` also where a value is not finite."""
-        return self._read(index, weights=True)
-
-    def _read(self, index: Sequence[slice], weights: bool) -> np.ndarray:
         dtype = DTYPES[self.dtype]
         bounds = [part.indices(size)[:2] for part, size in zip(index, self.shape, strict=False)]
         bounds += [(0, size) for size in self.shape[len(bounds) :]]
@@ -110,7 +105,7 @@ class StoredTensor:
         return out
 
     def _check(self, array: np.ndarray) -> Callable[[int], None]:
-        """A function that is told how many more bytes of an array are there, in order, and looks at their values.
+        """A function that takes the number of bytes that were read since, in order, and looks at their values.
 
         It looks at `_CHECKED_BYTES` at a time, which the processor's cache still holds from reading them.
         """
@@ -122,8 +117,11 @@ class StoredTensor:
             there += more
             if there - seen < _CHECKED_BYTES and there < array.nbytes:
                 return
-            if not all_finite(values[seen // size : there // size]):
+            fresh = values[seen // size : there // size]
+            if not all_finite(fresh):
                 raise CheckpointError(f"{self.file}: {self.name} holds values that are not finite (NaN or infinity)")
+            if self.name.endswith("_scales") and (fresh == NOT_A_NUMBER).any():
+                raise CheckpointError(f"{self.file}: {self.name} holds the scale {NOT_A_NUMBER}, which is no number")
             seen = there - there % size
 
         return check
@@ -136,11 +134,14 @@ class StoredTensor:
                 _read_into(file, piece, self.offset + start)
                 yield piece
 
-    def chunks(self, *, weights: bool = False) -> Iterator[np.ndarray]:
-        """The tensor's bytes in order, `CHUNK_BYTES` at a time.
+    def equals(self, other: StoredTensor) -> bool:
+        """Whether type, shape and bytes are the other's."""
+        if (self.dtype, self.shape) != (other.dtype, other.shape):
+            return False
+        return all(np.array_equal(*pair) for pair in zip(self.chunks(), other.chunks(), strict=True))
 
-        Of `weights`, raises `CheckpointError` also where a value is not finite.
-        """
+    def chunks(self, *, weights: bool = False) -> Iterator[np.ndarray]:
+        """The tensor's bytes in order, `CHUNK_BYTES` at a time; `weights` as in `read`."""
         with _opened(self.file) as file:
             for start in range(0, self.nbytes, CHUNK_BYTES):
                 chunk = _aligned([min(CHUNK_BYTES, self.nbytes - start)], np.dtype(np.uint8))
@@ -149,20 +150,20 @@ class StoredTensor:
                 yield chunk
 
 
-def _opened(path: Path) -> Any:
+def _opened(path: Path) -> io.BufferedReader:
     try:
-        return _open(path, buffering=0)
+        return _open(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def _open(path: Path, buffering: int = -1) -> Any:
-    """Opens a file; raises OSError also for anything else, such as a pipe, which would wait for a writer."""
+def _open(path: Path) -> io.BufferedReader:
+    """Opens a file; raises OSError for anything else, such as a pipe, which would wait for a writer."""
     if "\0" in str(path):
         raise OSError(errno.EINVAL, "its path holds a null character")
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(errno.EINVAL, "it is no regular file")
-    return path.open("rb", buffering)
+    return path.open("rb")
 
 
 def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
@@ -173,10 +174,12 @@ def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def _read_into(file: Any, array: np.ndarray, offset: int, check: Callable[[int], None] | None = None) -> None:
+def _read_into(
+    file: io.BufferedReader, array: np.ndarray, offset: int, check: Callable[[int], None] | None = None
+) -> None:
     """Fills an array with bytes of a file; system calls may give less than was asked for.
 
-    Tells `check` how many bytes came, `_CHECKED_BYTES` at most at a time.
+    Calls `check` with the number of bytes that came, `_CHECKED_BYTES` at most at a time.
     """
     view = array.reshape(-1).view(np.uint8).data
     while view:
@@ -229,7 +232,7 @@ def open_tensors(directory: Path) -> Opened:
             tensors, problem = _read_header(directory / file)
             absent = [name for name in names if name not in tensors]
             if absent and not problem:
-                problem = f"{INDEX} says that {file} holds {absent[0]}, which it does not"
+                problem = f"{INDEX} lists {absent[0]} in {file}, which does not hold it"
                 problem += f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
         if problem:
             opened.problems.append(problem)
@@ -256,43 +259,19 @@ def _is_name(text: str) -> bool:
     return len(text) <= _MAX_NAME and text.isprintable()
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Json]:
     """A JSON object from a file; raises `CheckpointError` when it is missing or something else."""
     try:
         with _open(path) as file:
             text = file.read(_MAX_JSON + 1)
-        if len(text) > _MAX_JSON:
-            raise CheckpointError(f"{path} is no such file: it has more than {_MAX_JSON} bytes")
-        data = _parse_json(text)
-        if not is_unicode(data):
-            raise ValueError("it holds half a surrogate pair, which is no character")
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+    if len(text) > _MAX_JSON:
+        raise CheckpointError(f"{path} is no such file: it has more than {_MAX_JSON} bytes")
+    data = parse_json(text, str(path), CheckpointError, unique=True)
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} holds a JSON {type(data).__name__}, but must hold an object")
     return data
-
-
-def _parse_json(text: bytes) -> Any:
-    """Raises ValueError also for a name given twice and for what Python cannot hold."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
-            raise ValueError(f"{shown(twice)} is given twice")
-        return found
-
-    try:
-        return json.loads(text, object_pairs_hook=unique)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    except ValueError as error:
-        if "digits" in str(error):  # the advice of Python is for programs
-            raise ValueError("it holds a whole number of thousands of digits") from None
-        raise
 
 
 def _read_header(file: Path) -> tuple[dict[str, StoredTensor], str]:
@@ -303,13 +282,13 @@ def _read_header(file: Path) -> tuple[dict[str, StoredTensor], str]:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > min(_MAX_JSON, size - 8):
                 return {}, f"{file.name} is cut short or no safetensors file ({size} bytes)"
-            header = _parse_json(stream.read(length))
+            header = parse_json(stream.read(length), f"the header of {file.name}", CheckpointError, unique=True)
     except OSError as error:
         return {}, f"{file.name} cannot be read ({error.strerror})"
-    except ValueError as error:
-        return {}, f"{file.name} has a damaged header ({error})"
+    except CheckpointError as error:
+        return {}, str(error)
     if not isinstance(header, dict):
-        return {}, f"{file.name} has a damaged header (no object)"
+        return {}, f"the header of {file.name} is no JSON object"
     tensors: dict[str, StoredTensor] = {}
     for name, entry in header.items():
         if name == "__metadata__":
@@ -324,7 +303,7 @@ def _read_header(file: Path) -> tuple[dict[str, StoredTensor], str]:
     return tensors, ""
 
 
-def _parse_entry(file: Path, name: str, entry: Any, *, data_start: int, size: int) -> tuple[StoredTensor | None, str]:
+def _parse_entry(file: Path, name: str, entry: Json, *, data_start: int, size: int) -> tuple[StoredTensor | None, str]:
     """One header entry; or None, and a phrase that says why."""
     where = file.name
     if not _is_name(name):

@@ -1,4 +1,4 @@
-"""The content of a checkpoint as one hash, by which runs, records and processes tell models apart.
+"""The content of a checkpoint as one hash, by which runs, records and processes distinguish models.
 
 Hashed are the configuration, as far as it is part of the function, and every tensor's name, type, shape and bytes. How
 tensors are spread over files does not count, nor do other keys of config.json, so that a copy, or the same model in
@@ -10,7 +10,7 @@ go unseen; the price of seeing them would be to read tens of gigabytes.
 
 Fingerprints are kept by path, size and times of the files, in the process and under $PUZZLE_JAX_CACHE or
 ~/.cache/puzzle_jax. What is damaged there, or cannot be written, is ignored; files that were written within the last
-seconds are never taken from it, since their times do not yet tell versions apart. Nothing here imports JAX.
+seconds are never taken from it, since their times do not yet distinguish versions. Nothing here imports JAX.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ import os
 import re
 import time
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from puzzle_jax import codec
 from puzzle_jax.convert_hf.describe import Description, describe_checkpoint
 from puzzle_jax.convert_hf.other_forms import CONFIG
 from puzzle_jax.convert_hf.tensors.files import StoredTensor
 from puzzle_jax.errors import PuzzleError
-from puzzle_jax.files import read_object, write_beside
+from puzzle_jax.files import write_beside
 
 VERSION = 1
 """Counts up with what is hashed, so that records of another version do not count."""
@@ -95,7 +96,7 @@ def sampled(tensor: StoredTensor) -> list[tuple[int, int]]:
 
 
 def _state(description: Description) -> State:
-    """What tells versions of the files apart without reading them; empty where one is gone."""
+    """Distinguishes versions of the files without reading them; empty where one is gone."""
     files = {tensor.file for tensor in description.tensors.values()}
     try:
         stats = [(path.name, path.stat()) for path in sorted({*files, description.directory / CONFIG})]
@@ -114,21 +115,26 @@ def _place(directory: Path) -> Path:
     return Path(root) / "fingerprints" / f"{hashlib.sha256(os.fsencode(directory)).hexdigest()[:32]}.json"
 
 
+@dataclass(frozen=True)
+class _Record:
+    files: State
+    fingerprint: str
+    version: int = 0
+
+
 def _recorded(place: Path, state: State) -> str | None:
-    """What an earlier process found for files in this state."""
+    """The fingerprint that an earlier process found for files in this state."""
     with suppress(PuzzleError):
-        record = read_object(place)
-        fingerprint = record.get("fingerprint")
-        if [record.get("version"), record.get("files")] == [VERSION, [list(file) for file in state]]:
-            return fingerprint if isinstance(fingerprint, str) and _FINGERPRINT.fullmatch(fingerprint) else None
+        record = codec.read(_Record, place)
+        if (record.version, record.files) == (VERSION, state) and _FINGERPRINT.fullmatch(record.fingerprint):
+            return record.fingerprint
     return None
 
 
 def _record(place: Path, state: State, fingerprint: str) -> None:
-    """For later processes; a place that cannot be written is no reason to stop."""
-    record = {"version": VERSION, "files": state, "fingerprint": fingerprint}
+    """Keeps a fingerprint for later processes; a place that cannot be written is no reason to stop."""
     with suppress(OSError, ValueError):
         if place.parts[0] == "~":  # nobody's home is known
             return
         place.parent.mkdir(parents=True, exist_ok=True)
-        write_beside(place, json.dumps(record).encode())
+        write_beside(place, json.dumps(codec.to_plain(_Record(state, fingerprint, VERSION))).encode())

@@ -1,4 +1,4 @@
-"""Whether values are finite numbers, told from their bits fast enough to ask of every weight that is read.
+"""A test for finite numbers by their bits, fast enough for every weight that is read.
 
 NaN and infinity have an exponent of ones. Where no value of a piece has the highest bit of its exponent, so that all
 are below 2, all are finite; one bitwise or finds that out. Otherwise the bits are read as whole numbers, which are
@@ -8,15 +8,15 @@ piece that the processor's cache holds, either takes a small part of the time in
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 
 class _Bits(NamedTuple):
-    signed: Any
-    unsigned: Any
+    signed: type[np.signedinteger]
+    unsigned: type[np.unsignedinteger]
     limit: int
     highest: int  # bit of the exponent
     sign: int

@@ -12,11 +12,10 @@ device.
 
 from __future__ import annotations
 
-from typing import Any
-
 import ml_dtypes
 import numpy as np
 from jaxtyping import Float, UInt8
+from numpy.typing import DTypeLike
 
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.kernels.mxfp4 import CODE_VALUES, GROUP
@@ -30,7 +29,7 @@ _TOO_LARGE = 2.0**127  # rounding up from here may leave float32
 def decode(
     blocks: UInt8[np.ndarray, "experts outputs groups 16"],
     scales: UInt8[np.ndarray, "experts outputs groups"],
-    dtype: Any = np.float32,
+    dtype: DTypeLike = np.float32,
 ) -> Float[np.ndarray, "experts inputs outputs"]:
     """The values of packed matrices, inputs before outputs, ready for `x @ w`.
 

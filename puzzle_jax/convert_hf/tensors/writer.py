@@ -1,10 +1,10 @@
 """Writing safetensors files: planned shards, one piece of a tensor in memory at a time, verified, resumable.
 
-The files of a checkpoint come into being in a hidden directory beside their goal, which takes the goal's name when all
-of them are complete; config.json comes last, so that what a killed run leaves behind loads nowhere. A
-journal beside that directory records every finished shard with its SHA-256, and a run with the same identity (the same
-plan, sources and settings) goes on after the last of them. Every shard is read back from the disk and its hash compared
-before it counts as finished.
+The files of a checkpoint are written to a hidden directory beside the target, which is renamed when all of them are
+complete; config.json comes last, so that the files of a killed run load nowhere. A journal beside that directory
+records every finished shard with its SHA-256, and a run with the same identity (the same plan, sources and settings)
+goes on after the last of them. Every shard is read back from the disk and its hash compared before it counts as
+finished.
 
 Left out: writing by several processes; one host writes a checkpoint.
 """
@@ -22,13 +22,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from puzzle_jax.convert_hf.tensors.files import CHUNK_BYTES, DTYPES, INDEX, SINGLE
 from puzzle_jax.errors import CheckpointError, PuzzleError, shown
-from puzzle_jax.files import PARTIAL, read_object, write_beside
+from puzzle_jax.files import PARTIAL, Json, read_object, write_beside
 
 SHARD_BYTES = 5_000_000_000
 CONFIG = "config.json"
@@ -39,7 +38,7 @@ class PlannedTensor:
     """A tensor to be written.
 
     Attributes:
-      pieces: gives the tensor in pieces along its first axis, or as bytes; called when its turn comes.
+      pieces: gives the tensor in pieces along its first axis, or as bytes, when it is to be written.
       with_previous: keeps it in the file of the tensor before it (scales with their blocks).
     """
 
@@ -61,14 +60,14 @@ class Plan:
     Attributes:
       tensors: in order.
       files: the other files by name, config.json among them.
-      identity: tells this plan from others with the same tensors, so that a killed run may go on; None where sources
-        cannot be told apart, and a run starts anew.
+      identity: distinguishes this plan from others with the same tensors, so that a killed run may go on; None where
+        sources cannot be distinguished, and a run starts anew.
       shard_bytes: largest size of one safetensors file; a tensor above it (with those tied to it) has one of its own.
     """
 
     tensors: Sequence[PlannedTensor]
     files: Mapping[str, bytes]
-    identity: Any = None
+    identity: Json = None
     shard_bytes: int = SHARD_BYTES
 
     @property
@@ -99,7 +98,7 @@ class Plan:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all that decides what will be written, as far as `identity` tells it."""
+        """Hash of all that decides what will be written, as far as `identity` covers it."""
         tensors = [(tensor.name, tensor.dtype, tensor.shape) for tensor in self.tensors]
         files = {name: hashlib.sha256(content).hexdigest() for name, content in sorted(self.files.items())}
         text = json.dumps([self.identity, tensors, files, self.shard_bytes], sort_keys=True)
@@ -111,19 +110,18 @@ def write_checkpoint(out: Path, plan: Plan, *, replace: Callable[[], bool] = lam
 
     Args:
       out: the directory to make; empty or absent unless it is to be replaced.
-      plan: what to write.
-      replace: asked at the end whether a directory that stands at `out` by then may go; may raise.
+      replace: whether a directory that is at `out` in the end may be replaced; may raise.
 
     Raises `PuzzleError` where the disk has too little room or cannot be written, another process is writing to `out`,
     something stands there, or a shard reads back differently than it was written.
     """
-    with told(out):
+    with naming_target(out):
         _write(out, plan, replace)
 
 
 @contextmanager
-def told(out: Path) -> Iterator[None]:
-    """Turns what the system says while `out` is written into a `PuzzleError`."""
+def naming_target(out: Path) -> Iterator[None]:
+    """Turns errors of the system while `out` is written into a `PuzzleError` that names it."""
     try:
         if "\0" in str(out):
             raise OSError("its path holds a null character")
@@ -247,7 +245,7 @@ def write_file(path: Path, tensors: Sequence[PlannedTensor]) -> tuple[int, str]:
     digest, size = hashlib.sha256(), 0
     with beside.open("wb", buffering=0) as file:
 
-        def write(data: Any) -> None:
+        def write(data: bytes | memoryview) -> None:
             nonlocal size
             digest.update(data)
             view = memoryview(data)
@@ -262,7 +260,7 @@ def write_file(path: Path, tensors: Sequence[PlannedTensor]) -> tuple[int, str]:
                 data = np.ascontiguousarray(piece)
                 if data.dtype not in (DTYPES[tensor.dtype], np.uint8):
                     raise ValueError(f"{tensor.name} came as {data.dtype}, planned as {tensor.dtype}")
-                write(data.reshape(-1).view(np.uint8))
+                write(data.reshape(-1).view(np.uint8).data)
             if size - written != tensor.nbytes:
                 raise ValueError(f"{tensor.name} came as {size - written} bytes, planned as {tensor.nbytes}")
         os.fsync(file.fileno())
@@ -273,7 +271,7 @@ def write_file(path: Path, tensors: Sequence[PlannedTensor]) -> tuple[int, str]:
 
 
 def _header(tensors: Sequence[PlannedTensor]) -> bytes:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Json] = {"__metadata__": {"format": "pt"}}
     position = 0
     for tensor in tensors:
         stop = position + tensor.nbytes

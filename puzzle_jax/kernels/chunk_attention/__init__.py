@@ -9,26 +9,27 @@ from __future__ import annotations
 
 from puzzle_jax.kernels import checks
 from puzzle_jax.kernels.chunk_attention import blocks, reference
+from puzzle_jax.kernels.decode_attention.reference import LayerCache
 from puzzle_jax.kernels.dispatch import dispatch
-from puzzle_jax.kernels.shapes import Array, Float, Int, Num
+from puzzle_jax.kernels.shapes import Array, IntScalar, KeyRing, Num, Queries, Scale, Sinks, ValueRing, Window
 
 IMPLEMENTATIONS = {"blocks": blocks.chunk_attention, "reference": reference.chunk_attention}
 
 
 def chunk_attention(
-    q: Float[Array, "batch chunk heads dim"],
+    q: Queries,
     k: Num[Array, "batch kv_heads dim chunk"],
     v: Num[Array, "batch kv_heads chunk dim"],
-    k_cache: Num[Array, "batch kv_heads dim slots"],
-    v_cache: Num[Array, "batch kv_heads slots dim"],
-    sinks: Float[Array, "heads"],
-    start: Int[Array, ""],
+    k_cache: KeyRing,
+    v_cache: ValueRing,
+    sinks: Sinks,
+    start: IntScalar,
     *,
-    window: int | Int[Array, "#batch"] | None,
-    k_scale: Float[Array, ""] | None = None,
-    v_scale: Float[Array, ""] | None = None,
+    window: Window,
+    k_scale: Scale = None,
+    v_scale: Scale = None,
     implementation: str | None = None,
-) -> Float[Array, "batch chunk heads dim"]:
+) -> Queries:
     """Attends causally from positions start, start + 1, ... of every row.
 
     Args:
@@ -56,18 +57,5 @@ def chunk_attention(
     }
     checks.shapes(f"q of shape {q.shape} with {slots} slots", expected)
     checks.window(window, batch)
-    return dispatch(
-        "chunk_attention",
-        IMPLEMENTATIONS,
-        implementation,
-        q,
-        k,
-        v,
-        k_cache,
-        v_cache,
-        sinks,
-        start,
-        window=window,
-        k_scale=k_scale,
-        v_scale=v_scale,
-    )
+    cache = LayerCache(k_cache, v_cache, k_scale, v_scale)
+    return dispatch("chunk_attention", IMPLEMENTATIONS, implementation, q, k, v, cache, sinks, start, window=window)

@@ -8,24 +8,15 @@ see. Plain XLA for every platform. Left out: gradients (a loop of dynamic length
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from puzzle_jax.kernels.decode_attention.reference import load, slot_positions
-from puzzle_jax.kernels.shapes import Array, Float, Int, Num
-from puzzle_jax.kernels.window_attention.reference import MASKED
+from puzzle_jax.kernels.decode_attention.reference import LayerCache, load, slot_positions
+from puzzle_jax.kernels.shapes import Array, IntScalar, KeyRing, Queries, Sinks, ValueRing, Window
+from puzzle_jax.kernels.window_attention.reference import MASKED, OnlineSoftmax, start_online
 
 QUERY_BLOCK, KEY_BLOCK = 128, 512
-
-
-class _Running(NamedTuple):
-    """Softmax so far, per query row: largest logit, sum of weights, weighted sum of values; float32."""
-
-    largest: Float[Array, "batch kv_heads rows"]
-    total: Float[Array, "batch kv_heads rows"]
-    out: Float[Array, "batch kv_heads rows dim"]
 
 
 def key_block(slots: int) -> int:
@@ -34,26 +25,16 @@ def key_block(slots: int) -> int:
 
 
 def chunk_attention(
-    q: Float[Array, "batch chunk heads dim"],
-    k: Num[Array, "batch kv_heads dim chunk"],
-    v: Num[Array, "batch kv_heads chunk dim"],
-    k_cache: Num[Array, "batch kv_heads dim slots"],
-    v_cache: Num[Array, "batch kv_heads slots dim"],
-    sinks: Float[Array, "heads"],
-    start: Int[Array, ""],
-    *,
-    window: int | Int[Array, "#batch"] | None,
-    k_scale: Float[Array, ""] | None = None,
-    v_scale: Float[Array, ""] | None = None,
-) -> Float[Array, "batch chunk heads dim"]:
+    q: Queries, k: KeyRing, v: ValueRing, cache: LayerCache, sinks: Sinks, start: IntScalar, *, window: Window
+) -> Queries:
     """See the api."""
     batch, chunk, heads, dim = q.shape
-    kv_heads, slots = k_cache.shape[1], k_cache.shape[3]
+    kv_heads, slots = cache.k.shape[1], cache.slots
     group = heads // kv_heads
     # Rows of one key-value head are (position, head in group).
     queries = q.reshape(batch, chunk, kv_heads, group, dim).transpose(0, 2, 1, 3, 4)
     own_k, own_v = load(k, q.dtype), load(v, q.dtype)
-    factor = dim**-0.5 if k_scale is None else k_scale * dim**-0.5
+    factor = dim**-0.5 if cache.k_scale is None else cache.k_scale * dim**-0.5
     reach = None if window is None else jnp.asarray(window).reshape(-1, 1, 1)
     sink = sinks.astype(jnp.float32).reshape(1, kv_heads, 1, group)
     block = key_block(slots)
@@ -66,20 +47,22 @@ def chunk_attention(
         rows = queries[:, :, first:last].reshape(batch, kv_heads, (last - first) * group, dim)
         positions = start + jnp.arange(first, last)[:, None]
         largest = jnp.broadcast_to(sink, (batch, kv_heads, last - first, group)).reshape(batch, kv_heads, -1)
-        running = _Running(largest, jnp.ones_like(largest), jnp.zeros(rows.shape, jnp.float32))
+        running = start_online(largest, dim)
 
         def attend(
-            running: _Running, keys: Array, values: Array, key: Array, *, rows=rows, positions=positions
-        ) -> _Running:
+            running: OnlineSoftmax, keys: Array, values: Array, key: Array, *, rows=rows, positions=positions
+        ) -> OnlineSoftmax:
             visible = ((key >= 0) & (key <= positions))[None]
             if reach is not None:
                 visible = visible & (key > positions - reach)
             mask = jnp.where(visible, 0.0, MASKED).astype(jnp.float32)[:, None, :, None]
-            return _attend(running, rows, keys, values, jnp.repeat(mask, group, axis=3), factor)
+            mask = jnp.repeat(mask, group, axis=3)
+            logits = jnp.matmul(rows, keys, preferred_element_type=jnp.float32) * factor
+            return running.after(logits + mask.reshape(mask.shape[0], 1, -1, mask.shape[-1]), values)
 
-        def cached(index: Array, running: _Running, attend=attend) -> _Running:
-            keys = load(jax.lax.dynamic_slice_in_dim(k_cache, index * block, block, 3), q.dtype)
-            values = load(jax.lax.dynamic_slice_in_dim(v_cache, index * block, block, 2), q.dtype)
+        def cached(index: Array, running: OnlineSoftmax, attend=attend) -> OnlineSoftmax:
+            keys = load(jax.lax.dynamic_slice_in_dim(cache.k, index * block, block, 3), q.dtype)
+            values = load(jax.lax.dynamic_slice_in_dim(cache.v, index * block, block, 2), q.dtype)
             key = jax.lax.dynamic_slice_in_dim(held, index * block, block)
             return attend(running, keys, values, key)
 
@@ -91,23 +74,5 @@ def chunk_attention(
         out = running.out / running.total[..., None]
         outputs.append(out.reshape(batch, kv_heads, last - first, group, dim))
     out = jnp.concatenate(outputs, axis=2).transpose(0, 2, 1, 3, 4)
-    out = out if v_scale is None else out * v_scale
+    out = out if cache.v_scale is None else out * cache.v_scale
     return out.reshape(batch, chunk, heads, dim).astype(q.dtype)
-
-
-def _attend(
-    running: _Running,
-    rows: Float[Array, "batch kv_heads rows dim"],
-    keys: Float[Array, "batch kv_heads dim keys"],
-    values: Float[Array, "batch kv_heads keys dim"],
-    mask: Float[Array, "#batch 1 queries group keys"],
-    factor: float | Float[Array, ""],
-) -> _Running:
-    """The running softmax after one more block of keys; `mask` is added to logits."""
-    logits = jnp.matmul(rows, keys, preferred_element_type=jnp.float32) * factor
-    logits = logits + mask.reshape(mask.shape[0], 1, -1, mask.shape[-1])
-    largest = jnp.maximum(running.largest, jnp.max(logits, axis=-1))
-    weights = jnp.exp(logits - largest[..., None])
-    shrink = jnp.exp(running.largest - largest)
-    out = jnp.matmul(weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
-    return _Running(largest, running.total * shrink + jnp.sum(weights, axis=-1), running.out * shrink[..., None] + out)

@@ -4,31 +4,21 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from puzzle_jax.kernels.decode_attention.reference import load, slot_positions
-from puzzle_jax.kernels.shapes import Array, Float, Int, Num
+from puzzle_jax.kernels.decode_attention.reference import LayerCache, load, slot_positions
+from puzzle_jax.kernels.shapes import IntScalar, KeyRing, Queries, Sinks, ValueRing, Window
 from puzzle_jax.kernels.window_attention.reference import softmax_with_sink
 
 
 def chunk_attention(
-    q: Float[Array, "batch chunk heads dim"],
-    k: Num[Array, "batch kv_heads dim chunk"],
-    v: Num[Array, "batch kv_heads chunk dim"],
-    k_cache: Num[Array, "batch kv_heads dim slots"],
-    v_cache: Num[Array, "batch kv_heads slots dim"],
-    sinks: Float[Array, "heads"],
-    start: Int[Array, ""],
-    *,
-    window: int | Int[Array, "#batch"] | None,
-    k_scale: Float[Array, ""] | None = None,
-    v_scale: Float[Array, ""] | None = None,
-) -> Float[Array, "batch chunk heads dim"]:
+    q: Queries, k: KeyRing, v: ValueRing, cache: LayerCache, sinks: Sinks, start: IntScalar, *, window: Window
+) -> Queries:
     """See the api."""
     batch, chunk, heads, dim = q.shape
-    kv_heads, slots = k_cache.shape[1], k_cache.shape[3]
-    keys = jnp.concatenate([load(k_cache, jnp.float32), load(k, jnp.float32)], axis=3)
-    values = jnp.concatenate([load(v_cache, jnp.float32), load(v, jnp.float32)], axis=2)
-    keys = keys if k_scale is None else keys * k_scale
-    values = values if v_scale is None else values * v_scale
+    kv_heads, slots = cache.k.shape[1], cache.slots
+    keys = jnp.concatenate([load(cache.k, jnp.float32), load(k, jnp.float32)], axis=3)
+    values = jnp.concatenate([load(cache.v, jnp.float32), load(v, jnp.float32)], axis=2)
+    keys = keys if cache.k_scale is None else keys * cache.k_scale
+    values = values if cache.v_scale is None else values * cache.v_scale
     query = start + jnp.arange(chunk)
     key = jnp.concatenate([slot_positions(start - 1, slots), query])
     visible = ((key >= 0) & (key <= query[:, None]))[None]

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from puzzle_jax.kernels import checks
 from puzzle_jax.kernels.decode_attention import mosaic_gpu, mosaic_tpu, reference
+from puzzle_jax.kernels.decode_attention.reference import LayerCache
 from puzzle_jax.kernels.dispatch import dispatch
-from puzzle_jax.kernels.shapes import Array, Float, Int, Num
+from puzzle_jax.kernels.shapes import Heads, KeyRing, Rows, Scale, Sinks, ValueRing, Window
 
 IMPLEMENTATIONS = {
     "reference": reference.decode_attention,
@@ -23,17 +24,17 @@ IMPLEMENTATIONS = {
 
 
 def decode_attention(
-    q: Float[Array, "batch heads dim"],
-    k_cache: Num[Array, "batch kv_heads dim slots"],
-    v_cache: Num[Array, "batch kv_heads slots dim"],
-    sinks: Float[Array, "heads"],
-    positions: Int[Array, "batch"],
+    q: Heads,
+    k_cache: KeyRing,
+    v_cache: ValueRing,
+    sinks: Sinks,
+    positions: Rows,
     *,
-    window: int | Int[Array, "#batch"] | None,
-    k_scale: Float[Array, ""] | None = None,
-    v_scale: Float[Array, ""] | None = None,
+    window: Window,
+    k_scale: Scale = None,
+    v_scale: Scale = None,
     implementation: str | None = None,
-) -> Float[Array, "batch heads dim"]:
+) -> Heads:
     """Attends from position `positions` of each row, whose key and value are already in the cache.
 
     Args:
@@ -60,16 +61,5 @@ def decode_attention(
     }
     checks.shapes(f"q of shape {q.shape} with {slots} slots", expected)
     checks.window(window, batch)
-    return dispatch(
-        "decode_attention",
-        IMPLEMENTATIONS,
-        implementation,
-        q,
-        k_cache,
-        v_cache,
-        sinks,
-        positions,
-        window=window,
-        k_scale=k_scale,
-        v_scale=v_scale,
-    )
+    cache = LayerCache(k_cache, v_cache, k_scale, v_scale)
+    return dispatch("decode_attention", IMPLEMENTATIONS, implementation, q, cache, sinks, positions, window=window)

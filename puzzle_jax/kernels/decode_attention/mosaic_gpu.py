@@ -12,16 +12,14 @@ Left out: several query tokens, and a number of parts that follows from how many
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from puzzle_jax.kernels.decode_attention.reference import seen_slots
-from puzzle_jax.kernels.mosaic import hopper_only, plgpu, swizzled
-from puzzle_jax.kernels.shapes import Array, Float, Int, Num
+from puzzle_jax.kernels.decode_attention.reference import LayerCache, seen_slots
+from puzzle_jax.kernels.mosaic import hopper_only, launched, plgpu, product, stored, swizzled
+from puzzle_jax.kernels.shapes import Array, Float, Heads, Index, KeyRing, Ref, Rows, Sinks, ValueRing, Window
 from puzzle_jax.kernels.window_attention.reference import MASKED
 
 ROWS = 64
@@ -32,25 +30,16 @@ _E4M3_AS_HALF = 256.0
 
 
 def decode_attention(
-    q: Float[Array, "batch heads dim"],
-    k_cache: Num[Array, "batch kv_heads dim slots"],
-    v_cache: Num[Array, "batch kv_heads slots dim"],
-    sinks: Float[Array, "heads"],
-    positions: Int[Array, "batch"],
-    *,
-    window: int | Int[Array, "#batch"] | None,
-    k_scale: Float[Array, ""] | None = None,
-    v_scale: Float[Array, ""] | None = None,
-    interpret: bool = False,
-) -> Float[Array, "batch heads dim"]:
+    q: Heads, cache: LayerCache, sinks: Sinks, positions: Rows, *, window: Window, interpret: bool = False
+) -> Heads:
     """See the api. Raises NotImplementedError where this is no Hopper GPU (unless interpreted), below JAX 0.11.2, for
     other caches than bfloat16 and e4m3, and for sizes that no tile divides."""
     hopper_only(interpret)
     batch, heads, dim = q.shape
-    kv_heads, slots = k_cache.shape[1], k_cache.shape[3]
-    group, packed = heads // kv_heads, k_cache.dtype == jnp.uint8
-    if not packed and k_cache.dtype != jnp.bfloat16:
-        raise NotImplementedError(f"for caches of bfloat16 or e4m3, but this one is {k_cache.dtype}")
+    kv_heads, slots = cache.k.shape[1], cache.slots
+    group, packed = heads // kv_heads, cache.k.dtype == jnp.uint8
+    if not packed and cache.k.dtype != jnp.bfloat16:
+        raise NotImplementedError(f"for caches of bfloat16 or e4m3, but this one is {cache.k.dtype}")
     if dim % 64 or dim > 256 or group > ROWS:
         raise NotImplementedError(f"heads of {dim} are no multiple of 64 up to 256, or {group} share one key")
     tile = next((tile for tile in TILES if slots % tile == 0), None)
@@ -58,12 +47,12 @@ def decode_attention(
         raise NotImplementedError(f"{slots} slots are no multiple of {TILES[-1]}")
     tiles = next(count for count in range(TILES_PER_PART, 0, -1) if (slots // tile) % count == 0)
     of_bytes = _E4M3_AS_HALF if packed else 1.0
-    factor = dim**-0.5 * of_bytes * (1.0 if k_scale is None else k_scale)
-    dtype = jnp.float16 if packed else k_cache.dtype
+    factor = dim**-0.5 * of_bytes * (1.0 if cache.k_scale is None else cache.k_scale)
+    dtype = jnp.float16 if packed else cache.k.dtype
     rows = (q.astype(jnp.float32) * factor).astype(dtype).reshape(batch, kv_heads, group, dim)
     rows = jnp.pad(rows, ((0, 0), (0, 0), (0, ROWS - group), (0, 0)))
     widths = jnp.broadcast_to(jnp.asarray(slots if window is None else window, jnp.int32), (batch,))
-    out, largest, total = _parts(rows, k_cache, v_cache, positions, widths, group, tile, tiles, interpret)
+    out, largest, total = _parts(rows, cache.k, cache.v, positions, widths, group, tile, tiles, interpret)
     out, largest, total = out[..., :group, :], largest[..., :group], total[..., :group]
 
     # What a part that was skipped holds is nobody's.
@@ -76,16 +65,16 @@ def decode_attention(
     weight = jnp.exp(largest - top[:, :, None])
     whole = jnp.sum(jnp.where(there, weight * total, 0.0), axis=2) + jnp.exp(sink - top)
     out = jnp.sum(jnp.where(there[..., None], weight[..., None] * out, 0.0), axis=2) / whole[..., None]
-    out = out * (of_bytes * (1.0 if v_scale is None else v_scale))
+    out = out * (of_bytes * (1.0 if cache.v_scale is None else cache.v_scale))
     return out.reshape(batch, heads, dim).astype(q.dtype)
 
 
 def _parts(
     rows: Float[Array, "batch kv_heads rows dim"],
-    k_cache: Num[Array, "batch kv_heads dim slots"],
-    v_cache: Num[Array, "batch kv_heads slots dim"],
-    positions: Int[Array, "batch"],
-    widths: Int[Array, "batch"],
+    k_cache: KeyRing,
+    v_cache: ValueRing,
+    positions: Rows,
+    widths: Rows,
     group: int,
     tile: int,
     tiles: int,
@@ -102,34 +91,27 @@ def _parts(
     mosaic = plgpu()
     matrix, vector = mosaic.Layout.WGMMA, mosaic.Layout.WGMMA.reduce(1)
 
-    def kernel(position_of: Any, width_of: Any, q: Any, k: Any, v: Any, *refs: Any) -> None:
+    def kernel(position_of: Ref, width_of: Ref, q: Ref, k: Ref, v: Ref, *refs: Ref) -> None:
         out, largest_out, total_out, q_tile, p_tile, out_tile, largest_tile, total_tile, arrived, *halves = refs
         b, h, s = lax.axis_index("row"), lax.axis_index("head"), lax.axis_index("part")
         position, width = position_of[b], width_of[b]
 
-        def as_half(stored: Any, half: Any) -> Any:
+        def as_half(stored: Ref, half: Ref) -> Ref:
             code = stored[...].astype(jnp.int16)
             half[...] = lax.bitcast_convert_type(((code & 0x80) << 8) | ((code & 0x7F) << 7), jnp.float16)
             return half
 
-        def product(left: Any, right: Any, columns: int) -> Float[Array, "rows columns"]:
-            def run(total: Any) -> Float[Array, "rows columns"]:
-                mosaic.wgmma(total, left, right)
-                return total[...]
-
-            return pl.run_scoped(run, mosaic.ACC((ROWS, columns), jnp.float32))
-
         def wide(values: Float[Array, "rows"], columns: int) -> Float[Array, "rows columns"]:
             return lax.broadcast_in_dim(values, (ROWS, columns), (0,))
 
-        def step(index: Any, k_tile: Any, v_tile: Any, carry: Any) -> Any:
+        def step(index: tuple[Index], k_tile: Ref, v_tile: Ref, carry: tuple[Array, ...]) -> tuple[Array, ...]:
             largest, total, out = carry
             if packed:
                 k_tile, v_tile = as_half(k_tile, halves[0]), as_half(v_tile, halves[1])
                 mosaic.commit_smem()
-            logits = product(q_tile, k_tile, tile)
+            logits = product(q_tile, k_tile, ROWS, tile)
             slot = mosaic.broadcasted_iota(jnp.int32, (ROWS, tile), 1, layout=matrix) + (s * part + index[0] * tile)
-            # A slot holds the last position of its number; how far behind the query's that is says what is seen.
+            # A slot holds the last position of its number; its distance from the query's decides whether it is seen.
             behind = lax.rem(position, slots) - slot
             behind = jnp.where(behind < 0, behind + slots, behind)
             seen = (behind <= position) & (behind < width)
@@ -139,7 +121,7 @@ def _parts(
             shrink = jnp.exp(largest - new)
             p_tile[...] = weights.astype(dtype)
             mosaic.commit_smem()
-            out = out * wide(shrink, dim) + product(p_tile, v_tile, dim)
+            out = out * wide(shrink, dim) + product(p_tile, v_tile, ROWS, dim)
             return new, total * shrink + jnp.sum(weights, axis=1), out
 
         start, stop = seen_slots(position, width, slots)
@@ -164,13 +146,10 @@ def _parts(
                 ),
             )
             largest_tile[...], total_tile[...], out_tile[...] = pipeline(k.at[b, h], v.at[b, h])
-            mosaic.commit_smem()
-            mosaic.copy_smem_to_gmem(out_tile.at[pl.ds(0, some)], out.at[b, h, s])
-            mosaic.copy_smem_to_gmem(largest_tile, largest_out.at[b, h, s])
-            mosaic.copy_smem_to_gmem(total_tile, total_out.at[b, h, s])
-            mosaic.wait_smem_to_gmem(0)
+            parts = (out_tile.at[pl.ds(0, some)], out), (largest_tile, largest_out), (total_tile, total_out)
+            stored(*((tile, target.at[b, h, s]) for tile, target in parts))
 
-    def shared(shape: tuple[int, ...], swizzle: bool = True) -> Any:
+    def shared(shape: tuple[int, ...], swizzle: bool = True) -> object:
         kind = dtype if swizzle else jnp.float32
         return mosaic.SMEM(shape, kind, transforms=swizzled(shape[1]) if swizzle else ())
 
@@ -178,14 +157,8 @@ def _parts(
     per_row = jax.ShapeDtypeStruct((*grid, ROWS), jnp.float32)
     halves = [shared((dim, tile)), shared((tile, dim))] if packed else []
     vectors = [shared((ROWS, dim), False), shared((ROWS,), False), shared((ROWS,), False)]
-    call = mosaic.kernel(
-        kernel,
-        out_type=[jax.ShapeDtypeStruct((*grid, some, dim), jnp.float32), per_row, per_row],
-        grid=grid,
-        grid_names=("row", "head", "part"),
-        scratch_types=[shared((ROWS, dim)), shared((ROWS, tile)), *vectors, mosaic.Barrier(), *halves],
-        compiler_params=mosaic.CompilerParams(lowering_semantics=mosaic.LoweringSemantics.Warpgroup),
-        interpret=mosaic.InterpretGPUParams() if interpret else None,
-    )
+    outputs = [jax.ShapeDtypeStruct((*grid, some, dim), jnp.float32), per_row, per_row]
+    scratch = [shared((ROWS, dim)), shared((ROWS, tile)), *vectors, mosaic.Barrier(), *halves]
+    call = launched(kernel, outputs, dict(zip(("row", "head", "part"), grid, strict=True)), scratch, interpret)
     out, largest, total = call(positions, widths, rows, k_cache, v_cache)
     return out, largest, total

@@ -1,8 +1,8 @@
 """`decode_attention` on TPUs, in Pallas: a program per row and key-value head, a step per tile of the cache.
 
 The query heads that share a key-value head are the rows of both products. Position and window of every row are
-prefetched, so that tiles of which nothing is seen are neither fetched nor looked at: the pipeline is told to keep the
-tile that it has. Bytes of e4m3 are decoded in the kernel; their scales go into logits and output. The softmax runs
+prefetched, so that tiles of which nothing is seen are neither fetched nor read: the pipeline then keeps the tile that
+it has. Bytes of e4m3 are decoded in the kernel; their scales go into logits and output. The softmax runs
 online over the tiles and starts from the sink, as from a key without a value.
 
 Left out: several query tokens, and several rows per program.
@@ -10,18 +10,16 @@ Left out: several query tokens, and several rows per program.
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from puzzle_jax.kernels.decode_attention.reference import seen_slots
+from puzzle_jax.kernels.decode_attention.reference import LayerCache, seen_slots
 from puzzle_jax.kernels.float8 import e4m3_values
 from puzzle_jax.kernels.platform import target_platform
-from puzzle_jax.kernels.shapes import Array, Float, Int, Num
+from puzzle_jax.kernels.shapes import Array, Float, Heads, Index, Num, Ref, Rows, Scale, Sinks, Window
 from puzzle_jax.kernels.window_attention.reference import MASKED
 
 LANES = 128
@@ -31,22 +29,13 @@ MIN_ROWS = 16
 
 
 def decode_attention(
-    q: Float[Array, "batch heads dim"],
-    k_cache: Num[Array, "batch kv_heads dim slots"],
-    v_cache: Num[Array, "batch kv_heads slots dim"],
-    sinks: Float[Array, "heads"],
-    positions: Int[Array, "batch"],
-    *,
-    window: int | Int[Array, "#batch"] | None,
-    k_scale: Float[Array, ""] | None = None,
-    v_scale: Float[Array, ""] | None = None,
-    interpret: bool = False,
-) -> Float[Array, "batch heads dim"]:
+    q: Heads, cache: LayerCache, sinks: Sinks, positions: Rows, *, window: Window, interpret: bool = False
+) -> Heads:
     """See the api. Raises NotImplementedError off TPUs unless interpreted, and for slots that no tile divides."""
     if not interpret and target_platform() != "tpu":
         raise NotImplementedError(f"for TPUs, but this is {target_platform()}")
     batch, heads, dim = q.shape
-    kv_heads, slots = k_cache.shape[1], k_cache.shape[3]
+    kv_heads, slots = cache.k.shape[1], cache.slots
     tile = next((tile for tile in TILES if slots % tile == 0), slots)
     if tile > MAX_WHOLE:
         raise NotImplementedError(f"{slots} slots are no multiple of {TILES[-1]}, and too many for one tile")
@@ -57,14 +46,14 @@ def decode_attention(
     wide = jnp.broadcast_to(sinks.astype(jnp.float32).reshape(1, kv_heads, group, 1), (1, kv_heads, group, LANES))
     widths = jnp.broadcast_to(jnp.asarray(slots if window is None else window, jnp.int32), (batch,))
     # Two numbers that every program reads: what logits and output are multiplied by.
-    scales = jnp.stack([dim**-0.5 * _or_one(k_scale), _or_one(v_scale)])
+    scales = jnp.stack([dim**-0.5 * _or_one(cache.k_scale), _or_one(cache.v_scale)])
 
-    def tiles_of(b: Any, position: Any, width: Any) -> tuple[Any, Any]:
+    def tiles_of(b: Index, position: Ref, width: Ref) -> tuple[Array, Array]:
         """The first and the last tile that row `b` sees something of."""
         first, last = seen_slots(position[b], width[b], slots)
         return lax.div(first, tile), lax.div(last, tile)  # `//` of what may be negative is more than TPUs have here
 
-    def kernel(position: Any, width: Any, scale: Any, q: Any, sink: Any, k: Any, v: Any, out: Any, *carry: Any) -> None:
+    def kernel(position: Ref, width: Ref, scale: Ref, q: Ref, sink: Ref, k: Ref, v: Ref, out: Ref, *carry: Ref) -> None:
         largest, total, mixed = carry
         b, t = pl.program_id(0), pl.program_id(2)
         first, last = tiles_of(b, position, width)
@@ -80,7 +69,7 @@ def decode_attention(
             keys, values = (_loaded(stored[0, 0], q.dtype) for stored in (k, v))
             logits = jnp.dot(q[0, 0], keys, preferred_element_type=jnp.float32) * scale[0]
             slot = lax.broadcasted_iota(jnp.int32, logits.shape, 1) + t * tile
-            # A slot holds the last position of its number; how far behind the query's that is says what is seen.
+            # A slot holds the last position of its number; its distance from the query's decides whether it is seen.
             behind = lax.rem(position[b], slots) - slot
             behind = jnp.where(behind < 0, behind + slots, behind)
             seen = (behind <= position[b]) & (behind < width[b])
@@ -99,7 +88,7 @@ def decode_attention(
         def _() -> None:
             out[0, 0] = (mixed[...] / total[:, :1] * scale[1]).astype(out.dtype)
 
-    def cache_tile(b: Any, t: Any, position: Any, width: Any) -> Any:
+    def cache_tile(b: Index, t: Index, position: Ref, width: Ref) -> Array:
         first, last = tiles_of(b, position, width)
         return jnp.clip(t, first, last)
 
@@ -127,20 +116,20 @@ def decode_attention(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         cost_estimate=pl.CostEstimate(
             flops=2 * cached * rows,
-            bytes_accessed=cached * k_cache.dtype.itemsize,
+            bytes_accessed=cached * cache.k.dtype.itemsize,
             transcendentals=batch * kv_heads * rows * slots,
         ),
         interpret=interpret,
     )
-    out = call(positions, widths, scales, grouped, jnp.pad(wide, fill), k_cache, v_cache)
+    out = call(positions, widths, scales, grouped, jnp.pad(wide, fill), cache.k, cache.v)
     return out[:, :, :group].reshape(batch, heads, dim)
 
 
-def _or_one(scale: Float[Array, ""] | None) -> Float[Array, ""]:
+def _or_one(scale: Scale) -> Float[Array, ""]:
     return jnp.float32(1.0) if scale is None else scale.astype(jnp.float32)
 
 
-def _loaded(stored: Num[Array, "some others"], dtype: Any) -> Float[Array, "some others"]:
+def _loaded(stored: Num[Array, "some others"], dtype: jnp.dtype | type) -> Float[Array, "some others"]:
     """Cached numbers in the dtype to compute with, their scale left out."""
     if stored.dtype != jnp.uint8:
         return stored.astype(dtype)

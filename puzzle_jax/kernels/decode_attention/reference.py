@@ -6,11 +6,26 @@ read the cache in its own order.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 
 from puzzle_jax.kernels.float8 import decode_e4m3
-from puzzle_jax.kernels.shapes import Array, Float, Int, Num
+from puzzle_jax.kernels.shapes import Array, Float, Heads, Int, KeyRing, Num, Rows, Scale, Sinks, ValueRing, Window
 from puzzle_jax.kernels.window_attention.reference import softmax_with_sink
+
+
+class LayerCache(NamedTuple):
+    """Rotated keys, and values, of one layer as they are stored, and their scales where they have any."""
+
+    k: KeyRing
+    v: ValueRing
+    k_scale: Scale = None
+    v_scale: Scale = None
+
+    @property
+    def slots(self) -> int:
+        return self.k.shape[3]
 
 
 def slot_positions(positions: Int[Array, "*batch"], slots: int) -> Int[Array, "*batch slots"]:
@@ -32,29 +47,19 @@ def load(stored: Num[Array, "*shape"], dtype: jnp.dtype | type) -> Float[Array, 
     return decode_e4m3(stored, dtype) if stored.dtype == jnp.uint8 else stored.astype(dtype)
 
 
-def decode_attention(
-    q: Float[Array, "batch heads dim"],
-    k_cache: Num[Array, "batch kv_heads dim slots"],
-    v_cache: Num[Array, "batch kv_heads slots dim"],
-    sinks: Float[Array, "heads"],
-    positions: Int[Array, "batch"],
-    *,
-    window: int | Int[Array, "#batch"] | None,
-    k_scale: Float[Array, ""] | None = None,
-    v_scale: Float[Array, ""] | None = None,
-) -> Float[Array, "batch heads dim"]:
+def decode_attention(q: Heads, cache: LayerCache, sinks: Sinks, positions: Rows, *, window: Window) -> Heads:
     """See the api."""
     batch, heads, dim = q.shape
-    kv_heads, slots = k_cache.shape[1], k_cache.shape[3]
+    kv_heads, slots = cache.k.shape[1], cache.slots
     grouped = q.reshape(batch, kv_heads, heads // kv_heads, dim)
-    factor = dim**-0.5 if k_scale is None else k_scale * dim**-0.5
-    logits = jnp.matmul(grouped, load(k_cache, q.dtype), preferred_element_type=jnp.float32) * factor
+    factor = dim**-0.5 if cache.k_scale is None else cache.k_scale * dim**-0.5
+    logits = jnp.matmul(grouped, load(cache.k, q.dtype), preferred_element_type=jnp.float32) * factor
     held = slot_positions(positions, slots)
     visible = held >= 0
     if window is not None:
         visible = visible & (held > positions[:, None] - jnp.asarray(window).reshape(-1, 1))
     sink = sinks.astype(jnp.float32).reshape(1, kv_heads, -1)
     weights = softmax_with_sink(logits, visible[:, None, None], sink)
-    out = jnp.matmul(weights.astype(q.dtype), load(v_cache, q.dtype), preferred_element_type=jnp.float32)
-    out = out if v_scale is None else out * v_scale
+    out = jnp.matmul(weights.astype(q.dtype), load(cache.v, q.dtype), preferred_element_type=jnp.float32)
+    out = out if cache.v_scale is None else out * cache.v_scale
     return out.reshape(batch, heads, dim).astype(q.dtype)

@@ -22,9 +22,9 @@ from jax.sharding import AbstractMesh, Mesh
 from puzzle_jax.kernels import checks
 from puzzle_jax.kernels.dispatch import dispatch
 from puzzle_jax.kernels.expert_mlp import capacity, expert_loop, grouped, parallel, reference, sorted_blocks
-from puzzle_jax.kernels.expert_mlp.weights import Experts
+from puzzle_jax.kernels.expert_mlp.reference import Experts
 from puzzle_jax.kernels.route import Routing
-from puzzle_jax.kernels.shapes import Array, Float, Int
+from puzzle_jax.kernels.shapes import Array, ExpertOutputs, Float, Ids, Tokens
 
 __all__ = ["IMPLEMENTATIONS", "Experts", "combine", "expert_mlp", "expert_outputs"]
 
@@ -40,15 +40,15 @@ IMPLEMENTATIONS = {
 
 
 def expert_outputs(
-    x: Float[Array, "tokens hidden"],
-    ids: Int[Array, "tokens k"],
+    x: Tokens,
+    ids: Ids,
     experts: Experts,
     *,
     limit: float,
     spread: int | None = None,
     implementation: str | None = None,
     mesh: Mesh | AbstractMesh | None = None,
-) -> Float[Array, "tokens k hidden"]:
+) -> ExpertOutputs:
     """Output of each token's chosen experts, before the gates.
 
     Args:
@@ -68,7 +68,7 @@ def expert_outputs(
         return jnp.zeros((*ids.shape, x.shape[1]), x.dtype)
     if _spreads(mesh, len(experts.down_bias)):
         outputs = partial(expert_outputs, limit=limit, spread=len(experts.down_bias), implementation=implementation)
-        return parallel.separate(x, ids, experts, outputs, mesh=mesh, data=_data_axes(mesh))
+        return parallel.separate(x, ids, experts, outputs, mesh=mesh)
     return dispatch("expert_mlp", IMPLEMENTATIONS, implementation, x, ids, experts, limit=limit, spread=spread)
 
 
@@ -106,7 +106,7 @@ def expert_mlp(
     spread = experts.down_bias.shape[0]
     outputs = partial(expert_outputs, limit=limit, spread=spread, implementation=implementation)
     if _spreads(mesh, spread):
-        return parallel.mixture(x, routing, experts, outputs, combine, mesh=mesh, data=_data_axes(mesh), way=way)
+        return parallel.mixture(x, routing, experts, outputs, combine, mesh=mesh, way=way)
     tokens = x.reshape(-1, x.shape[-1])
     return combine(outputs(tokens, routing.ids, experts), routing.gates).reshape(x.shape)
 
@@ -116,11 +116,7 @@ def _spreads(mesh: Mesh | AbstractMesh | None, experts: int) -> TypeGuard[Mesh |
     return mesh is not None and mesh.size > 1 and experts % mesh.shape["model"] == 0
 
 
-def _data_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
-    return tuple(axis for axis in mesh.axis_names if axis != "model")
-
-
-def combine(outputs: Float[Array, "tokens k hidden"], gates: Float[Array, "tokens k"]) -> Float[Array, "tokens hidden"]:
+def combine(outputs: ExpertOutputs, gates: Float[Array, "tokens k"]) -> Tokens:
     """Chosen experts' outputs summed with their gates, in float32, then the dtype of the outputs."""
     mixed = jnp.einsum("tkh,tk->th", outputs.astype(jnp.float32), gates.astype(jnp.float32))
     return mixed.astype(outputs.dtype)

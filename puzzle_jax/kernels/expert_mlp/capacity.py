@@ -3,7 +3,7 @@
 The weights are read where they lie, once per round, and never gathered into blocks; for the few tokens of decoding
 that is what time goes into. A round is one batched matmul over all experts, of one shape whatever was routed, so a
 token's result does not depend on which others are in the batch. No token is dropped.
-Gradients are those of `sorted_blocks`, which is right for the many tokens of training.
+Gradients are those of `sorted_blocks`, which suits the many tokens of training.
 Left out: skipping experts that nobody chose (their weights are read all the same).
 """
 
@@ -12,11 +12,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from puzzle_jax.kernels.expert_mlp.gradients import with_gradients_of_sorted_blocks
+from puzzle_jax.kernels.expert_mlp.reference import Experts
+from puzzle_jax.kernels.expert_mlp.sorted_blocks import with_gradients_of_sorted_blocks
 from puzzle_jax.kernels.expert_mlp.swiglu import clamped_swiglu
-from puzzle_jax.kernels.expert_mlp.weights import Experts
 from puzzle_jax.kernels.mxfp4 import as_dense
-from puzzle_jax.kernels.shapes import Array, Float, Int
+from puzzle_jax.kernels.shapes import Array, ExpertOutputs, Ids, IntScalar, Tokens
 
 MAX_MEAN_ROWS = 16  # of pairs per expert; with more, `sorted_blocks` wastes less
 
@@ -31,14 +31,7 @@ def round_rows(tokens: int, pairs: int, num_experts: int) -> int:
     return min(rows, 4 * -(-tokens // 4))
 
 
-def expert_outputs(
-    x: Float[Array, "tokens hidden"],
-    ids: Int[Array, "tokens k"],
-    experts: Experts,
-    *,
-    limit: float,
-    spread: int | None = None,
-) -> Float[Array, "tokens k hidden"]:
+def expert_outputs(x: Tokens, ids: Ids, experts: Experts, *, limit: float, spread: int | None = None) -> ExpertOutputs:
     """See the api. Raises NotImplementedError for more than `MAX_MEAN_ROWS` pairs per expert."""
     spread = spread or experts.down_bias.shape[0]
     if ids.size > MAX_MEAN_ROWS * spread:
@@ -47,9 +40,7 @@ def expert_outputs(
 
 
 @with_gradients_of_sorted_blocks
-def outputs_in_rounds(
-    settings: tuple[float, int], x: Float[Array, "tokens hidden"], ids: Int[Array, "tokens k"], experts: Experts
-) -> Float[Array, "tokens k hidden"]:
+def outputs_in_rounds(settings: tuple[float, int], x: Tokens, ids: Ids, experts: Experts) -> ExpertOutputs:
     """`expert_outputs` of however many tokens; `settings` are limit and spread."""
     limit, spread = settings
     tokens, k = ids.shape
@@ -62,7 +53,7 @@ def outputs_in_rounds(
     rank = jnp.take_along_axis(jnp.cumsum(chosen, axis=0) - chosen, ids, axis=1)  # among the expert's tokens
     token = jnp.broadcast_to(jnp.arange(tokens)[:, None], ids.shape)
 
-    def one_round(index: Int[Array, ""] | int, out: Array) -> Array:
+    def one_round(index: IntScalar | int, out: Array) -> Array:
         row = rank - index * rows  # out of range: another round's
         outside = (row < 0) | (row >= rows)
         source = jnp.full((num_experts, rows), tokens).at[ids, jnp.where(outside, rows, row)].set(token, mode="drop")

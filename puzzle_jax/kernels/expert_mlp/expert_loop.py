@@ -12,32 +12,20 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from puzzle_jax.kernels.expert_mlp.gradients import with_gradients_of_sorted_blocks
+from puzzle_jax.kernels.expert_mlp.reference import Experts
+from puzzle_jax.kernels.expert_mlp.sorted_blocks import with_gradients_of_sorted_blocks
 from puzzle_jax.kernels.expert_mlp.swiglu import clamped_swiglu
-from puzzle_jax.kernels.expert_mlp.weights import Experts
+from puzzle_jax.kernels.grouped_matmul.layout import half_share
 from puzzle_jax.kernels.mxfp4 import as_dense
 from puzzle_jax.kernels.platform import target_platform
 from puzzle_jax.kernels.route import expert_order
-from puzzle_jax.kernels.shapes import Array, Float, Int
+from puzzle_jax.kernels.shapes import Array, ExpertOutputs, Ids, IntScalar, Tokens
 
 MIN_EXPERT_BYTES = 1 << 18  # of one expert's two matrices in float32
 MIN_BLOCK, MAX_BLOCK = 4, 64
 
 
-def block_rows(pairs: int, num_experts: int) -> int:
-    """Rows per block: the power of two nearest above half the mean pairs per expert, within limits."""
-    target = max(1, pairs // (2 * num_experts))
-    return min(MAX_BLOCK, max(MIN_BLOCK, 1 << (target - 1).bit_length()))
-
-
-def expert_outputs(
-    x: Float[Array, "tokens hidden"],
-    ids: Int[Array, "tokens k"],
-    experts: Experts,
-    *,
-    limit: float,
-    spread: int | None = None,
-) -> Float[Array, "tokens k hidden"]:
+def expert_outputs(x: Tokens, ids: Ids, experts: Experts, *, limit: float, spread: int | None = None) -> ExpertOutputs:
     """See the api. Raises NotImplementedError off CPUs, in other types than float32, and for experts of less than
     `MIN_EXPERT_BYTES`."""
     if target_platform() != "cpu" or x.dtype != jnp.float32:
@@ -49,25 +37,23 @@ def expert_outputs(
 
 
 @with_gradients_of_sorted_blocks
-def _expert_outputs(
-    settings: tuple[float, int], x: Float[Array, "tokens hidden"], ids: Int[Array, "tokens k"], experts: Experts
-) -> Float[Array, "tokens k hidden"]:
+def _expert_outputs(settings: tuple[float, int], x: Tokens, ids: Ids, experts: Experts) -> ExpertOutputs:
     limit, spread = settings
     tokens, k = ids.shape
     num_experts = experts.down_bias.shape[0]
-    block = block_rows(ids.size, spread)
+    block = half_share(ids.size, spread, MIN_BLOCK, MAX_BLOCK)
     order = expert_order(ids, num_experts, block)
     rows = jnp.take(x, order.source // k, axis=0, mode="fill", fill_value=0)
     blocks = -(-order.group_sizes // block)
     stop = jnp.cumsum(blocks)
     (chosen,) = jnp.nonzero(blocks, size=num_experts)
 
-    def one_expert(index: Int[Array, ""], out: Array) -> Array:
+    def one_expert(index: IntScalar, out: Array) -> Array:
         expert = chosen[index]
         one = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, expert), experts)
         gate_up, down = as_dense(one.gate_up, x.dtype)[0], as_dense(one.down, x.dtype)[0]
 
-        def one_block(index: Int[Array, ""], out: Array) -> Array:
+        def one_block(index: IntScalar, out: Array) -> Array:
             h = jax.lax.dynamic_slice_in_dim(rows, index * block, block)
             h = clamped_swiglu(h @ gate_up + one.gate_up_bias.astype(x.dtype), limit)
             h = h @ down + one.down_bias.astype(x.dtype)

@@ -15,12 +15,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from puzzle_jax.kernels.expert_mlp.reference import Experts
 from puzzle_jax.kernels.expert_mlp.swiglu import clamped_swiglu
-from puzzle_jax.kernels.expert_mlp.weights import Experts
 from puzzle_jax.kernels.grouped_matmul import BLOCK_IMPLEMENTATIONS, BLOCK_ROWS, in_use_rows
 from puzzle_jax.kernels.mxfp4 import MXFP4
 from puzzle_jax.kernels.route import expert_order
-from puzzle_jax.kernels.shapes import Array, Float, Int
+from puzzle_jax.kernels.shapes import Array, ExpertOutputs, Float, Ids, Tokens
 
 
 def by(name: str, **options: bool) -> Callable[..., Array]:
@@ -29,21 +29,21 @@ def by(name: str, **options: bool) -> Callable[..., Array]:
 
 
 def expert_outputs(
-    x: Float[Array, "tokens hidden"],
-    ids: Int[Array, "tokens k"],
+    x: Tokens,
+    ids: Ids,
     experts: Experts,
     *,
     limit: float,
     spread: int | None = None,
     kernel: Callable[..., Array],
     block_rows: Callable[..., int],
-) -> Float[Array, "tokens k hidden"]:
+) -> ExpertOutputs:
     """See the api. Raises NotImplementedError where the kernel does."""
     tokens, k = ids.shape
     num_experts = experts.down_bias.shape[0]
     block = block_rows(ids.size, spread or num_experts, isinstance(experts.gate_up, MXFP4))
     order = expert_order(ids, num_experts, block)
-    expert, used = order.block_expert, order.used
+    expert, used = order.expert, order.used
     with jax.named_scope("gather"):
         rows = jnp.take(x, order.source // k, axis=0, mode="fill", fill_value=0)
     with jax.named_scope("gate_up"):

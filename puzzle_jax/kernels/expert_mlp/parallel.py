@@ -13,7 +13,7 @@ Tokens lie on the data axes and are the same on all devices of the model axis, a
     all_to_all   device 0: tokens 0-3 -> a b | c d   device 1: tokens 4-7 -> a b | c d   rows there, outputs back
 
 With replicate a device sends about 2 x tokens x hidden numbers, with all_to_all 2 x tokens x k / devices x hidden, and
-tokens x hidden more to be whole again. So all_to_all is for many devices and few experts per token, and for so many
+tokens x hidden more to be complete again. So all_to_all is for many devices and few experts per token, and for so many
 tokens that bytes and not the number of collectives take the time. No pair is dropped in either: buffers hold the worst
 case, only rows that are there travel, and kernels do the work of those.
 
@@ -35,17 +35,22 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from puzzle_jax.kernels.expert_mlp.weights import Experts
+from puzzle_jax.kernels.expert_mlp.reference import Experts
 from puzzle_jax.kernels.platform import target_platform
 from puzzle_jax.kernels.route import Routing
-from puzzle_jax.kernels.shapes import Array, Float, Int, Shaped
+from puzzle_jax.kernels.shapes import Array, ExpertOutputs, Float, Ids, Int, Shaped, Tokens
 
+MODEL = "model"
 WAYS = ("replicate", "all_to_all")
 MANY_PAIRS = 1024
 """Pairs of a device from which bytes count for more than collectives."""
 
 Outputs = Callable[[Array, Array, Experts], Array]
 """(x, ids, experts) to each token's chosen experts' outputs, any number for an id past the experts."""
+
+
+def _data_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    return tuple(axis for axis in mesh.axis_names if axis != MODEL)
 
 
 def way_for(tokens: int, k: int, devices: int) -> str:
@@ -62,26 +67,23 @@ def mixture(
     combine: Callable[[Array, Array], Array],
     *,
     mesh: Mesh | AbstractMesh,
-    data: str | tuple[str, ...] = "data",
-    model: str = "model",
     way: str | None = None,
 ) -> Float[Array, "*positions hidden"]:
-    """What `expert_mlp` gives on one device, in the dtype of `x`.
+    """The result of `expert_mlp` on one device, in the dtype of `x`.
 
     Args:
       outputs: of experts that one device holds, whose ids start at 0 for it.
       combine: outputs and gates to their sum.
-      mesh: whose axes `data` and `model` cut tokens and experts.
-      data: one axis, or several.
-      way: one of `WAYS`; by default what `way_for` says.
+      mesh: its axis "model" shards the experts, all others the tokens.
+      way: one of `WAYS`; by default that of `way_for`.
 
     Raises ValueError where the model axis does not divide the experts, and for an unknown way.
     """
     tokens, k = routing.ids.shape
-    num_experts, devices = experts.down_bias.shape[0], mesh.shape[model]
+    num_experts, devices = experts.down_bias.shape[0], mesh.shape[MODEL]
     if num_experts % devices:
-        raise ValueError(f"{num_experts} experts cannot be cut for {devices} devices of the axis {model!r}")
-    data = (data,) if isinstance(data, str) else data
+        raise ValueError(f"{num_experts} experts cannot be cut for {devices} devices of the axis {MODEL!r}")
+    data = _data_axes(mesh)
     way = way or way_for(-(-tokens // math.prod(mesh.shape[axis] for axis in data)), k, devices)
     if way not in WAYS:
         raise ValueError(f"way is {way!r}, but must be one of {', '.join(WAYS)}")
@@ -92,17 +94,18 @@ def mixture(
         held = x.shape
         x, ids, gates = (array.reshape(-1, array.shape[-1]) for array in (x, ids, gates))
         if exchanged:
-            out = combine(_exchange(x, ids, experts, outputs, own, devices, model), gates)
+            out = combine(_exchange(x, ids, experts, outputs, own, devices), gates)
         else:
-            out = _replicate(x, ids, gates, experts, outputs, combine, own, model)
+            found = _own_outputs(x, ids, experts, outputs, own)
+            out = lax.psum(combine(found.astype(jnp.float32), gates), MODEL).astype(x.dtype)
         return out.reshape(held)
 
     # A device that exchanges takes its share of what its model axis holds, along the last dimension of positions.
-    cuts: list[tuple[str, ...]] = [(axis,) for axis in data[:-1]] + [(data[-1], model) if exchanged else (data[-1],)]
+    cuts: list[tuple[str, ...]] = [(axis,) for axis in data[:-1]] + [(data[-1], MODEL) if exchanged else (data[-1],)]
     in_place = len(cuts) > 1 and _divide(x.shape[:-1], cuts, mesh)
     everywhere = sum(cuts, ())
     rows = PartitionSpec(*cuts) if in_place else PartitionSpec(everywhere)
-    specs = (rows, rows, rows, PartitionSpec(model))
+    specs = (rows, rows, rows, PartitionSpec(MODEL))
     run = jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
     if in_place:
         ids, gates = (array.reshape(*x.shape[:-1], k) for array in routing)
@@ -116,26 +119,17 @@ def mixture(
     return run(flat, ids, gates, experts)[:tokens].reshape(x.shape)
 
 
-def separate(
-    x: Float[Array, "tokens hidden"],
-    ids: Int[Array, "tokens k"],
-    experts: Experts,
-    outputs: Outputs,
-    *,
-    mesh: Mesh | AbstractMesh,
-    data: tuple[str, ...] = ("data",),
-    model: str = "model",
-) -> Float[Array, "tokens k hidden"]:
+def separate(x: Tokens, ids: Ids, experts: Experts, outputs: Outputs, *, mesh: Mesh | AbstractMesh) -> ExpertOutputs:
     """Every chosen expert's own output, on all devices of the model axis: as `replicate`, without the sum over k."""
     (tokens, _), num_experts = ids.shape, experts.down_bias.shape[0]
-    own = num_experts // mesh.shape[model]
+    own, data = num_experts // mesh.shape[MODEL], _data_axes(mesh)
 
     def body(x: Array, ids: Array, experts: Experts) -> Array:
-        return lax.psum(_own_outputs(x, ids, experts, outputs, own, model), model)
+        return lax.psum(_own_outputs(x, ids, experts, outputs, own), MODEL)
 
     fill = -tokens % math.prod(mesh.shape[axis] for axis in data)
     rows = PartitionSpec(data)
-    run = jax.shard_map(body, mesh=mesh, in_specs=(rows, rows, PartitionSpec(model)), out_specs=rows, check_vma=False)
+    run = jax.shard_map(body, mesh=mesh, in_specs=(rows, rows, PartitionSpec(MODEL)), out_specs=rows, check_vma=False)
     x, ids = (
         jnp.pad(array, ((0, fill), (0, 0)), constant_values=value) for array, value in ((x, 0), (ids, num_experts))
     )
@@ -149,54 +143,24 @@ def _divide(sizes: tuple[int, ...], cuts: Sequence[tuple[str, ...]], mesh: Mesh 
     )
 
 
-def _replicate(
-    x: Float[Array, "tokens hidden"],
-    ids: Int[Array, "tokens k"],
-    gates: Float[Array, "tokens k"],
-    experts: Experts,
-    outputs: Outputs,
-    combine: Callable[[Array, Array], Array],
-    own: int,
-    axis: str,
-) -> Float[Array, "tokens hidden"]:
-    """The sum over devices of what each one's experts add, in float32."""
-    found = _own_outputs(x, ids, experts, outputs, own, axis)
-    return lax.psum(combine(found.astype(jnp.float32), gates), axis).astype(x.dtype)
-
-
-def _own_outputs(
-    x: Float[Array, "tokens hidden"],
-    ids: Int[Array, "tokens k"],
-    experts: Experts,
-    outputs: Outputs,
-    own: int,
-    axis: str,
-) -> Float[Array, "tokens k hidden"]:
+def _own_outputs(x: Tokens, ids: Ids, experts: Experts, outputs: Outputs, own: int) -> ExpertOutputs:
     """Outputs of this device's experts, and 0 for pairs that are others'."""
-    ids = ids - lax.axis_index(axis) * own
+    ids = ids - lax.axis_index(MODEL) * own
     here = (ids >= 0) & (ids < own)
     found = outputs(x, jnp.where(here, ids, own), experts)
     # Of pairs that are others' anything may come out; the gates' zeros would not do for what is no number.
     return jnp.where(here[..., None], found, 0)
 
 
-def _exchange(
-    x: Float[Array, "tokens hidden"],
-    ids: Int[Array, "tokens k"],
-    experts: Experts,
-    outputs: Outputs,
-    own: int,
-    devices: int,
-    axis: str,
-) -> Float[Array, "tokens k hidden"]:
+def _exchange(x: Tokens, ids: Ids, experts: Experts, outputs: Outputs, own: int, devices: int) -> ExpertOutputs:
     """Outputs of this device's tokens' experts, wherever those are."""
     tokens, k = ids.shape
     pairs, flat = tokens * k, ids.reshape(-1)
     owner = flat // own  # `devices` and more for pairs that are nobody's, which sort last and stay
     order = jnp.argsort(owner, stable=True)
     sizes = jnp.sum((owner[:, None] == jnp.arange(devices)).astype(jnp.int32), axis=0)
-    table = lax.all_gather(sizes, axis)  # [from, to]
-    me = lax.axis_index(axis)
+    table = lax.all_gather(sizes, MODEL)  # [from, to]
+    me = lax.axis_index(MODEL)
     # Where the rows of one sender for one receiver lie: among the sender's rows, and among the receiver's.
     at_sender, at_receiver = _before(table, 1), _before(table, 0)
     there = Parts(at_sender[me], sizes, at_receiver[me], table[:, me])
@@ -204,11 +168,11 @@ def _exchange(
 
     room = devices * pairs
     sent = x[order // k]
-    rows = send(sent, jnp.zeros((room, x.shape[1]), x.dtype), there, axis)
-    wanted = send(flat[order] % own, jnp.full(room, own, flat.dtype), there, axis)
+    rows = send(sent, jnp.zeros((room, x.shape[1]), x.dtype), there)
+    wanted = send(flat[order] % own, jnp.full(room, own, flat.dtype), there)
     found = outputs(rows, wanted[:, None], experts)[:, 0]
     found = jnp.where((wanted < own)[:, None], found, 0)
-    returned = send(found, jnp.zeros((pairs, x.shape[1]), found.dtype), back, axis)
+    returned = send(found, jnp.zeros((pairs, x.shape[1]), found.dtype), back)
     return jnp.zeros_like(returned).at[order].set(returned).reshape(tokens, k, -1)
 
 
@@ -217,32 +181,34 @@ def _before(table: Int[Array, "senders receivers"], dimension: int) -> Int[Array
 
 
 class Parts(NamedTuple):
-    """What a device sends to every other, and gets from it.
+    """The rows that a device sends to every other, and gets from it.
 
     Attributes:
       starts: where the rows for each lie among its own.
       sizes: how many there are.
-      goals: where they go among the receiver's.
+      targets: where they go among the receiver's.
       coming: how many come from each.
     """
 
     starts: Int[Array, "devices"]
     sizes: Int[Array, "devices"]
-    goals: Int[Array, "devices"]
+    targets: Int[Array, "devices"]
     coming: Int[Array, "devices"]
 
 
-def send(rows: Shaped[Array, "rows *columns"], into: Shaped[Array, "room *columns"], parts: Parts, axis: str) -> Array:
+def send(rows: Shaped[Array, "rows *columns"], into: Shaped[Array, "room *columns"], parts: Parts) -> Array:
     """Rows to other devices, and theirs into `into`: `lax.ragged_all_to_all`, which CPUs do not have.
 
     There everything goes everywhere, and each device takes what is for it.
     """
     if target_platform() != "cpu":
-        return lax.ragged_all_to_all(rows, into, parts.starts, parts.sizes, parts.goals, parts.coming, axis_name=axis)
-    everyones, starts, sizes, goals = (lax.all_gather(part, axis) for part in (rows, *parts[:3]))
-    me, place = lax.axis_index(axis), jnp.arange(len(into))
+        return lax.ragged_all_to_all(
+            rows, into, parts.starts, parts.sizes, parts.targets, parts.coming, axis_name=MODEL
+        )
+    everyones, starts, sizes, targets = (lax.all_gather(part, MODEL) for part in (rows, *parts[:3]))
+    me, place = lax.axis_index(MODEL), jnp.arange(len(into))
     for sender in range(len(sizes)):
-        turn = place - goals[sender, me]
+        turn = place - targets[sender, me]
         taken = (turn >= 0) & (turn < sizes[sender, me])
         found = everyones[sender].at[turn + starts[sender, me]].get(mode="clip")
         into = jnp.where(taken.reshape(-1, *[1] * (rows.ndim - 1)), found, into)

@@ -1,15 +1,32 @@
-"""Reference for `expert_mlp`: every expert on every token, then a pick. Right by inspection, E / k times the work."""
+"""Reference for `expert_mlp`: every expert on every token, then a pick. Plainly correct, at E / k times the work."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from puzzle_jax.kernels.expert_mlp.weights import Experts
-from puzzle_jax.kernels.mxfp4 import as_dense
-from puzzle_jax.kernels.shapes import Array, Float, Int
+from puzzle_jax.kernels.mxfp4 import MXFP4, as_dense
+from puzzle_jax.kernels.shapes import Array, ExpertOutputs, Float, Ids, Tokens
 
 SWIGLU_ALPHA = 1.702
+
+
+class Experts(NamedTuple):
+    """One layer's experts.
+
+    Attributes:
+      gate_up: [experts, hidden, 2 * intermediate], gate and linear columns interleaved; dense or packed.
+      gate_up_bias: [experts, 2 * intermediate].
+      down: [experts, intermediate, hidden]; dense or packed.
+      down_bias: [experts, hidden].
+    """
+
+    gate_up: Float[Array, "experts hidden two_inter"] | MXFP4
+    gate_up_bias: Float[Array, "experts two_inter"]
+    down: Float[Array, "experts inter hidden"] | MXFP4
+    down_bias: Float[Array, "experts hidden"]
 
 
 def clamped_swiglu(h: Float[Array, "... two_inter"], limit: float) -> Float[Array, "... inter"]:
@@ -23,14 +40,7 @@ def clamped_swiglu(h: Float[Array, "... two_inter"], limit: float) -> Float[Arra
     return ((up + 1.0) * gate * jax.nn.sigmoid(SWIGLU_ALPHA * gate)).astype(h.dtype)
 
 
-def expert_outputs(
-    x: Float[Array, "tokens hidden"],
-    ids: Int[Array, "tokens k"],
-    experts: Experts,
-    *,
-    limit: float,
-    spread: int | None = None,
-) -> Float[Array, "tokens k hidden"]:
+def expert_outputs(x: Tokens, ids: Ids, experts: Experts, *, limit: float, spread: int | None = None) -> ExpertOutputs:
     """See the api. Accumulates in float32."""
     gate_up, down = as_dense(experts.gate_up, x.dtype), as_dense(experts.down, x.dtype)
     h = jnp.einsum("th,ehf->tef", x, gate_up, preferred_element_type=jnp.float32)

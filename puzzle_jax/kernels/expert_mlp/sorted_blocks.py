@@ -4,29 +4,30 @@ a gather or a batched matmul, so XLA differentiates it and runs it well on CPUs,
 
 The work is proportional to the pairs plus at most one block per expert. Left out: dequantising inside the matmul;
 packed weights are decoded first.
+
+Implementations whose loops have no gradients worth having take those of this one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
+from puzzle_jax.kernels.expert_mlp.reference import Experts
 from puzzle_jax.kernels.expert_mlp.swiglu import clamped_swiglu
-from puzzle_jax.kernels.expert_mlp.weights import Experts
 from puzzle_jax.kernels.grouped_matmul.blocked import block_rows
 from puzzle_jax.kernels.mxfp4 import as_dense
 from puzzle_jax.kernels.route import expert_order
-from puzzle_jax.kernels.shapes import Array, Float, Int
+from puzzle_jax.kernels.shapes import Array, ExpertOutputs, Ids, Tokens
+
+Settings = tuple[float, int]
+Backward = Callable[[Array], tuple[Array, Experts]]
+Forward = Callable[[Settings, Array, Array, Experts], Array]
 
 
-def expert_outputs(
-    x: Float[Array, "tokens hidden"],
-    ids: Int[Array, "tokens k"],
-    experts: Experts,
-    *,
-    limit: float,
-    spread: int | None = None,
-) -> Float[Array, "tokens k hidden"]:
+def expert_outputs(x: Tokens, ids: Ids, experts: Experts, *, limit: float, spread: int | None = None) -> ExpertOutputs:
     """See the api. Accumulates in float32."""
     tokens, k = ids.shape
     num_experts = experts.down_bias.shape[0]
@@ -35,7 +36,7 @@ def expert_outputs(
     with jax.named_scope("gather"):
         token = order.source // k  # `tokens` where a row is padding: filled with zeros
         rows = jnp.take(x, token, axis=0, mode="fill", fill_value=0).reshape(-1, block, x.shape[-1])
-    expert = order.block_expert
+    expert = order.expert
     with jax.named_scope("gate_up"):
         gate_up = as_dense(experts.gate_up, x.dtype)[expert]
         h = jnp.einsum("nbh,nhf->nbf", rows, gate_up, preferred_element_type=jnp.float32)
@@ -47,3 +48,24 @@ def expert_outputs(
         out = out + experts.down_bias[expert].astype(jnp.float32)[:, None]
     with jax.named_scope("ungather"):
         return out.reshape(-1, x.shape[-1])[order.slot].reshape(tokens, k, -1).astype(x.dtype)
+
+
+def with_gradients_of_sorted_blocks(forward: Forward) -> Forward:
+    """`forward((limit, spread), x, ids, experts)`; where it is differentiated, in `x` and `experts`, `sorted_blocks`
+    runs in its place, forwards and backwards."""
+
+    def save(settings: Settings, x: Array, ids: Array, experts: Experts) -> tuple[Array, Backward]:
+        limit, spread = settings
+
+        def run(x: Array, experts: Experts) -> Array:
+            return expert_outputs(x, ids, experts, limit=limit, spread=spread)
+
+        return jax.vjp(run, x, experts)
+
+    def backward(settings: Settings, vjp: Backward, d_out: Array) -> tuple[Array, None, Experts]:
+        d_x, d_experts = vjp(d_out)
+        return d_x, None, d_experts
+
+    differentiable = jax.custom_vjp(forward, nondiff_argnums=(0,))
+    differentiable.defvjp(save, backward)
+    return differentiable

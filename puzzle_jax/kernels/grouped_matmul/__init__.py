@@ -11,7 +11,6 @@ with packed ones decoded for it, or by XLA; of dense weights by `lax.ragged_dot_
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +22,8 @@ from puzzle_jax.kernels import checks
 from puzzle_jax.kernels.dispatch import dispatch
 from puzzle_jax.kernels.grouped_matmul import blocked, mosaic_gpu, mosaic_tpu, ragged, reference
 from puzzle_jax.kernels.grouped_matmul.layout import Blocks, blocks_of
-from puzzle_jax.kernels.mxfp4 import GROUP, MXFP4, decode
-from puzzle_jax.kernels.shapes import Array, Bool, Float, Int
+from puzzle_jax.kernels.mxfp4 import GROUP, MXFP4, Weights, decode
+from puzzle_jax.kernels.shapes import Array, BlockExperts, Bool, Float, GroupSizes, IntScalar, Matrices, Sorted
 
 __all__ = [
     "BLOCK_IMPLEMENTATIONS",
@@ -37,7 +36,7 @@ __all__ = [
     "in_use_rows",
 ]
 
-Weights = Float[Array, "experts first second"] | MXFP4
+Saved = tuple[Array, tuple[Array, ...], Array, Array]
 
 
 def _differentiable(kernel: Callable[..., Array]) -> Callable[..., Array]:
@@ -46,18 +45,18 @@ def _differentiable(kernel: Callable[..., Array]) -> Callable[..., Array]:
     # Packed weights come as their two arrays: JAX makes trees of other things than arrays while it differentiates.
     def call(
         rows: Array, parts: tuple[Array, ...], expert: Array, used: Array, transposed: bool, interpret: bool
-    ) -> Float[Array, "padded outputs"]:
+    ) -> Sorted:
         weights = parts[0] if len(parts) == 1 else MXFP4(*parts)
         return kernel(rows, weights, expert, used, transposed=transposed, interpret=interpret)
 
     def save(
         rows: Array, parts: tuple[Array, ...], expert: Array, used: Array, transposed: bool, interpret: bool
-    ) -> tuple[Array, Any]:
+    ) -> tuple[Array, Saved]:
         return call(rows, parts, expert, used, transposed, interpret), (rows, parts, expert, used)
 
-    def backward(transposed: bool, interpret: bool, saved: Any, d_out: Array) -> tuple[Any, ...]:
+    def backward(transposed: bool, interpret: bool, saved: Saved, d_out: Array) -> tuple[Array, object, None, None]:
         rows, parts, expert, used = saved
-        packed = len(parts) > 1
+        first, *scales = parts
 
         def by_kernel(parts: tuple[Array, ...]) -> Array:
             return call(d_out, parts, expert, used, not transposed, interpret)
@@ -74,7 +73,7 @@ def _differentiable(kernel: Callable[..., Array]) -> Callable[..., Array]:
         d_rows = dispatch("the rows' gradient of block_matmul", ways, None)
         # Blocks without rows were not written.
         d_rows = jnp.where(in_use_rows(expert, used, len(rows)), d_rows, 0)
-        d_parts = (None, None) if packed else (_d_weights(rows, d_out, parts[0], expert, used, transposed),)
+        d_parts = (None, None) if scales else (_d_weights(rows, d_out, first, expert, used, transposed),)
         return d_rows, d_parts, None, None
 
     run = jax.custom_vjp(call, nondiff_argnums=(4, 5))
@@ -82,21 +81,21 @@ def _differentiable(kernel: Callable[..., Array]) -> Callable[..., Array]:
 
     def with_gradients(
         rows: Array, weights: Weights, expert: Array, used: Array, *, transposed: bool = False, interpret: bool = False
-    ) -> Float[Array, "padded outputs"]:
+    ) -> Sorted:
         parts = (weights.codes, weights.scales) if isinstance(weights, MXFP4) else (weights,)
         return run(rows, parts, expert, used, transposed, interpret)
 
     return with_gradients
 
 
-def _dense(parts: tuple[Array, ...], dtype: Any) -> Float[Array, "experts first second"]:
+def _dense(parts: tuple[Array, ...], dtype: jnp.dtype) -> Matrices:
     if len(parts) == 1:
         return parts[0]
     codes, scales = parts
     return decode(MXFP4(codes, scales), dtype)
 
 
-def in_use_rows(expert: Int[Array, "blocks"], used: Int[Array, ""], padded: int) -> Bool[Array, "padded 1"]:
+def in_use_rows(expert: BlockExperts, used: IntScalar, padded: int) -> Bool[Array, "padded 1"]:
     """Which rows lie in blocks that hold rows; what comes out of others is undefined."""
     return (jnp.arange(padded) < used * (padded // len(expert)))[:, None]
 
@@ -132,8 +131,8 @@ BLOCK_ROWS: dict[str, Callable[..., int]] = {
 def block_matmul(
     rows: Float[Array, "padded columns"],
     weights: Weights,
-    expert: Int[Array, "blocks"],
-    used: Int[Array, ""],
+    expert: BlockExperts,
+    used: IntScalar,
     *,
     transposed: bool = False,
     implementation: str | None = None,
@@ -153,19 +152,12 @@ def block_matmul(
     if len(rows) % len(expert):
         raise ValueError(f"{len(rows)} rows are no whole blocks: expert names {len(expert)} of them")
     return dispatch(
-        "block_matmul",
-        BLOCK_IMPLEMENTATIONS,
-        implementation,
-        rows,
-        weights,
-        expert,
-        used,
-        transposed=transposed,
+        "block_matmul", BLOCK_IMPLEMENTATIONS, implementation, rows, weights, expert, used, transposed=transposed
     )
 
 
 def _in_blocks(name: str) -> Callable[..., Array]:
-    def run(rows: Array, weights: Any, group_sizes: Array, *, transposed: bool = False) -> Array:
+    def run(rows: Array, weights: Weights, group_sizes: Array, *, transposed: bool = False) -> Array:
         packed = isinstance(weights, MXFP4)
         blocks = blocks_of(group_sizes, len(rows), BLOCK_ROWS[name](len(rows), len(group_sizes), packed))
         padded = jnp.take(rows, blocks.source, axis=0, mode="fill", fill_value=0)
@@ -187,7 +179,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
 def grouped_matmul(
     rows: Float[Array, "rows columns"],
     weights: Weights,
-    group_sizes: Int[Array, "groups"],
+    group_sizes: GroupSizes,
     *,
     transposed: bool = False,
     implementation: str | None = None,
@@ -222,7 +214,7 @@ def grouped_matmul(
     )
 
 
-def _check(rows: Array, weights: Any, transposed: bool) -> None:
+def _check(rows: Array, weights: Weights, transposed: bool) -> None:
     checks.floating(rows=rows)
     if isinstance(weights, MXFP4):
         experts, outputs, groups = weights.scales.shape

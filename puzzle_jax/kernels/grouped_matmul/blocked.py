@@ -1,6 +1,6 @@
 """`grouped_matmul` in plain XLA: blocks of rows against their experts' matrices, which are gathered block by block.
 
-Right on every device, differentiable, and on CPUs the fast way: `lax.ragged_dot` is dense over all experts there.
+For every device, differentiable, and on CPUs the fast way: `lax.ragged_dot` is dense over all experts there.
 Left out: decoding inside the product; packed weights are decoded first.
 """
 
@@ -8,32 +8,23 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from puzzle_jax.kernels.mxfp4 import MXFP4, as_dense
-from puzzle_jax.kernels.shapes import Array, Float, Int
+from puzzle_jax.kernels.grouped_matmul.layout import half_share
+from puzzle_jax.kernels.mxfp4 import Weights, as_dense
+from puzzle_jax.kernels.shapes import BlockExperts, IntScalar, Sorted
 from puzzle_jax.kernels.tiles import tiles
 
 MIN_BLOCK, MAX_BLOCK = 4, 128
 
 
 def block_rows(rows: int, num_experts: int, packed: bool = False) -> int:
-    """Rows per block: the power of two nearest above half the mean rows per expert, within limits.
-
-    Half, because a block that is half an expert's share wastes a quarter of its padding while its weights are read
-    only twice.
-    """
-    target = max(1, rows // (2 * num_experts))
-    reckoned = min(MAX_BLOCK, max(MIN_BLOCK, 1 << (target - 1).bit_length()))
-    return tiles("grouped_matmul.blocked", rows / num_experts, block=reckoned)["block"]
+    """Rows per block."""
+    default = half_share(rows, num_experts, MIN_BLOCK, MAX_BLOCK)
+    return tiles("grouped_matmul.blocked", rows / num_experts, block=default)["block"]
 
 
 def block_matmul(
-    rows: Float[Array, "padded inputs"],
-    weights: Float[Array, "experts first second"] | MXFP4,
-    expert: Int[Array, "blocks"],
-    used: Int[Array, ""],
-    *,
-    transposed: bool = False,
-) -> Float[Array, "padded outputs"]:
+    rows: Sorted, weights: Weights, expert: BlockExperts, used: IntScalar, *, transposed: bool = False
+) -> Sorted:
     """See the api."""
     dense = as_dense(weights, rows.dtype)[expert]
     subscripts = "nbi,noi->nbo" if transposed else "nbi,nio->nbo"

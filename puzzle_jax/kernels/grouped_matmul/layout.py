@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from puzzle_jax.kernels.shapes import Array, Int
+from puzzle_jax.kernels.shapes import Array, BlockExperts, Int, IntScalar
+from puzzle_jax.kernels.tiles import tiles
 
 
 class Blocks(NamedTuple):
@@ -16,13 +18,32 @@ class Blocks(NamedTuple):
       source: the row that fills each padded row; out of range where none does.
       slot: the padded row of each row; rows past the last group share one beyond the end.
       expert: of each block; blocks past the last used one repeat its expert.
-      used: number of blocks that hold rows.
+      used: number of blocks that hold rows, which come first.
+      group_sizes: rows per expert.
     """
 
     source: Int[Array, "padded"]
     slot: Int[Array, "rows"]
-    expert: Int[Array, "blocks"]
-    used: Int[Array, ""]
+    expert: BlockExperts
+    used: IntScalar
+    group_sizes: Int[Array, "experts"]
+
+
+def half_share(rows: int, num_experts: int, least: int, most: int) -> int:
+    """Rows per block: the power of two at or above half the mean rows per expert, within limits.
+
+    Half, because a block that is half an expert's share wastes a quarter of its padding while its weights are read
+    only twice.
+    """
+    target = max(1, rows // (2 * num_experts))
+    return min(most, max(least, 1 << (target - 1).bit_length()))
+
+
+def mean_share(operation: str, rows: int, num_experts: int, packed: bool, *, least: int, most: int) -> int:
+    """Rows per block of a kernel: the power of two nearest to the mean rows per expert, within limits, if not tuned."""
+    nearest = 1 << max(0, round(math.log2(max(1, rows / num_experts))))
+    operation = f"grouped_matmul.{operation}.{'packed' if packed else 'dense'}_block"
+    return tiles(operation, rows / num_experts, block=min(most, max(least, nearest)))["block"]
 
 
 def num_blocks(rows: int, num_experts: int, block: int) -> int:
@@ -49,4 +70,6 @@ def blocks_of(
     source = jnp.full(blocks * block, rows, jnp.int32).at[slot].set(row, mode="drop")
     used = last_block[-1]
     of_block = jnp.searchsorted(last_block, jnp.minimum(jnp.arange(blocks), jnp.maximum(used - 1, 0)), side="right")
-    return Blocks(source, slot, jnp.minimum(of_block, experts - 1).astype(jnp.int32), used.astype(jnp.int32))
+    return Blocks(
+        source, slot, jnp.minimum(of_block, experts - 1).astype(jnp.int32), used.astype(jnp.int32), group_sizes
+    )

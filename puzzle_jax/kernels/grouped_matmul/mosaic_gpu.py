@@ -15,17 +15,17 @@ straight into the registers that wgmma reads, which the interpreter of this back
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from puzzle_jax.kernels.mosaic import hopper_only, plgpu, swizzled
-from puzzle_jax.kernels.mxfp4 import GROUP, MXFP4, code_values, scale_values
-from puzzle_jax.kernels.shapes import Array, Float, Int
+from puzzle_jax.kernels.grouped_matmul.layout import mean_share
+from puzzle_jax.kernels.mosaic import hopper_only, launched, plgpu, stored, swizzled
+from puzzle_jax.kernels.mxfp4 import GROUP, MXFP4, Weights, code_values, scale_values
+from puzzle_jax.kernels.shapes import Array, BlockExperts, Float, Index, IntScalar, Matrices, Ref, Sorted
 from puzzle_jax.kernels.tiles import tiles
 
 DENSE_TILE_IN, DENSE_TILE_OUT, DENSE_STEPS = 64, (192, 128, 64), 4
@@ -35,25 +35,23 @@ MIN_DENSE_ROWS, MIN_PACKED_ROWS = 64, 8
 
 
 def block_rows(rows: int, num_experts: int, packed: bool) -> int:
-    """Rows per block: the power of two nearest to the mean rows per expert, from the least that wgmma takes to 128.
+    """Rows per block, from the least that wgmma takes to 128.
 
     Packed weights are decoded once per block, so few blocks are worth more than little padding.
     """
-    nearest = 1 << max(0, round(math.log2(max(1, rows / num_experts))))
-    reckoned = min(128, max(MIN_PACKED_ROWS if packed else MIN_DENSE_ROWS, nearest))
-    operation = f"grouped_matmul.mosaic_gpu.{'packed' if packed else 'dense'}_block"
-    return tiles(operation, rows / num_experts, block=reckoned)["block"]
+    least = MIN_PACKED_ROWS if packed else MIN_DENSE_ROWS
+    return mean_share("mosaic_gpu", rows, num_experts, packed, least=least, most=128)
 
 
 def block_matmul(
-    rows: Float[Array, "padded inputs"],
-    weights: Float[Array, "experts first second"] | MXFP4,
-    expert: Int[Array, "blocks"],
-    used: Int[Array, ""],
+    rows: Sorted,
+    weights: Weights,
+    expert: BlockExperts,
+    used: IntScalar,
     *,
     transposed: bool = False,
     interpret: bool = False,
-) -> Float[Array, "padded outputs"]:
+) -> Sorted:
     """See the api. Raises NotImplementedError where this is no Hopper GPU (unless interpreted), below JAX 0.11.2, for
     other types than bfloat16, and for sizes that no tile divides."""
     hopper_only(interpret)
@@ -72,32 +70,36 @@ def _dividing(size: int, tiles: tuple[int, ...], what: str) -> int:
     raise NotImplementedError(f"{size} {what} are no multiple of {tiles[-1]}")
 
 
+def _decoded(codes: Ref, scales: Ref, groups: int, dtype: jnp.dtype) -> Iterator[tuple[Array, Array]]:
+    """The even and the odd inputs of each group of a tile."""
+    pairs = codes[...].astype(jnp.int32)
+    for g in range(groups):
+        pair = pairs[:, g * GROUP // 2 : (g + 1) * GROUP // 2]
+        scale = lax.broadcast_in_dim(scale_values(scales[g]), pair.shape, (0,))
+        yield (code_values(pair & 0xF) * scale).astype(dtype), (code_values(pair >> 4) * scale).astype(dtype)
+
+
 def _dense(
-    rows: Float[Array, "padded inputs"],
-    weights: Float[Array, "experts first second"],
-    expert: Int[Array, "blocks"],
-    used: Int[Array, ""],
-    transposed: bool,
-    interpret: bool,
-) -> Float[Array, "padded outputs"]:
+    rows: Sorted, weights: Matrices, expert: BlockExperts, used: IntScalar, transposed: bool, interpret: bool
+) -> Sorted:
     inputs, outputs = weights.shape[:0:-1] if transposed else weights.shape[1:]
     count = len(expert)
     block = len(rows) // count
     if block % MIN_DENSE_ROWS:
         raise NotImplementedError(f"blocks of {block} rows are no multiple of {MIN_DENSE_ROWS}")
     tile_in = _dividing(inputs, (DENSE_TILE_IN,), "inputs")
-    reckoned = _dividing(outputs, DENSE_TILE_OUT, "outputs")
-    chosen = tiles("grouped_matmul.mosaic_gpu.dense", block, tile_out=reckoned, steps=DENSE_STEPS)
-    tile_out = reckoned if outputs % chosen["tile_out"] else chosen["tile_out"]
+    default = _dividing(outputs, DENSE_TILE_OUT, "outputs")
+    chosen = tiles("grouped_matmul.mosaic_gpu.dense", block, tile_out=default, steps=DENSE_STEPS)
+    tile_out = default if outputs % chosen["tile_out"] else chosen["tile_out"]
     mosaic = plgpu()
 
-    def kernel(experts_of: Any, num_used: Any, x: Any, w: Any, out: Any, tile: Any) -> None:
+    def kernel(experts_of: Ref, num_used: Ref, x: Ref, w: Ref, out: Ref, tile: Ref) -> None:
         b, n = lax.axis_index("block"), lax.axis_index("tile")
 
         @pl.when(b < num_used[0])
         def _() -> None:
-            def product(total: Any) -> Float[Array, "block tile_out"]:
-                def step(_: Any, x_tile: Any, w_tile: Any) -> None:
+            def product(total: Ref) -> Float[Array, "block tile_out"]:
+                def step(_: tuple[Index], x_tile: Ref, w_tile: Ref) -> None:
                     mosaic.wgmma(total, x_tile, w_tile.T if transposed else w_tile)
 
                 weight_tile = (tile_out, tile_in) if transposed else (tile_in, tile_out)
@@ -122,57 +124,39 @@ def _dense(
                 return total[...]
 
             tile[...] = pl.run_scoped(product, mosaic.ACC((block, tile_out))).astype(tile.dtype)
-            mosaic.commit_smem()
-            mosaic.copy_smem_to_gmem(tile, out.at[pl.ds(b * block, block), pl.ds(n * tile_out, tile_out)])
-            mosaic.wait_smem_to_gmem(0)
+            stored((tile, out.at[pl.ds(b * block, block), pl.ds(n * tile_out, tile_out)]))
 
-    call = mosaic.kernel(
-        kernel,
-        out_type=jax.ShapeDtypeStruct((len(rows), outputs), rows.dtype),
-        grid=(count, outputs // tile_out),
-        grid_names=("block", "tile"),
-        scratch_types=[mosaic.SMEM((block, tile_out), rows.dtype, transforms=swizzled(tile_out))],
-        compiler_params=mosaic.CompilerParams(lowering_semantics=mosaic.LoweringSemantics.Warpgroup),
-        interpret=mosaic.InterpretGPUParams() if interpret else None,
-    )
+    result = mosaic.SMEM((block, tile_out), rows.dtype, transforms=swizzled(tile_out))
+    whole = jax.ShapeDtypeStruct((len(rows), outputs), rows.dtype)
+    call = launched(kernel, whole, {"block": count, "tile": outputs // tile_out}, [result], interpret)
     return call(expert, used[None], rows, weights)
 
 
-def _packed(
-    rows: Float[Array, "padded inputs"],
-    weights: MXFP4,
-    expert: Int[Array, "blocks"],
-    used: Int[Array, ""],
-    interpret: bool,
-) -> Float[Array, "padded outputs"]:
+def _packed(rows: Sorted, weights: MXFP4, expert: BlockExperts, used: IntScalar, interpret: bool) -> Sorted:
     _, inputs, outputs = weights.shape
     count = len(expert)
     block, half, per_group = len(rows) // count, inputs // 2, GROUP // 2
     if block % MIN_PACKED_ROWS or block > 256:
         raise NotImplementedError(f"blocks of {block} rows are no multiple of {MIN_PACKED_ROWS} up to 256")
-    reckoned = next(g for g in PACKED_GROUPS if (inputs // GROUP) % g == 0)
-    chosen = tiles("grouped_matmul.mosaic_gpu.packed", block, groups=reckoned, steps=PACKED_STEPS)
-    groups = reckoned if (inputs // GROUP) % chosen["groups"] else chosen["groups"]
+    default = next(g for g in PACKED_GROUPS if (inputs // GROUP) % g == 0)
+    chosen = tiles("grouped_matmul.mosaic_gpu.packed", block, groups=default, steps=PACKED_STEPS)
+    groups = default if (inputs // GROUP) % chosen["groups"] else chosen["groups"]
     tile_out, tile_in = _dividing(outputs, (PACKED_TILE_OUT,), "outputs"), groups * per_group
     if tile_in < 32:
         raise NotImplementedError(f"{inputs} inputs are no multiple of 64")
     mosaic = plgpu()
 
     def kernel(
-        experts_of: Any, num_used: Any, x: Any, codes: Any, scales: Any, out: Any, tile: Any, low: Any, high: Any
+        experts_of: Ref, num_used: Ref, x: Ref, codes: Ref, scales: Ref, out: Ref, tile: Ref, low: Ref, high: Ref
     ) -> None:
         b, n = lax.axis_index("block"), lax.axis_index("tile")
 
         @pl.when(b < num_used[0])
         def _() -> None:
-            def product(total: Any) -> Float[Array, "tile_out block"]:
-                def step(_: Any, code_tile: Any, scale_tile: Any, even: Any, odd: Any) -> None:
-                    pairs = code_tile[...].astype(jnp.int32)
-                    for g in range(groups):
-                        pair = pairs[:, g * per_group : (g + 1) * per_group]
-                        scale = lax.broadcast_in_dim(scale_values(scale_tile[g]), pair.shape, (0,))
-                        low[g] = (code_values(pair & 0xF) * scale).astype(rows.dtype)
-                        high[g] = (code_values(pair >> 4) * scale).astype(rows.dtype)
+            def product(total: Ref) -> Float[Array, "tile_out block"]:
+                def step(_: tuple[Index], code_tile: Ref, scale_tile: Ref, even: Ref, odd: Ref) -> None:
+                    for g, halves in enumerate(_decoded(code_tile, scale_tile, groups, rows.dtype)):
+                        low[g], high[g] = halves
                     mosaic.commit_smem()
                     for g in range(groups):
                         mosaic.wgmma(total, low.at[g], even.at[g].T)
@@ -197,36 +181,19 @@ def _packed(
                 return total[...]
 
             tile.T[...] = pl.run_scoped(product, mosaic.ACC((tile_out, block))).astype(tile.dtype)
-            mosaic.commit_smem()
-            mosaic.copy_smem_to_gmem(tile, out.at[pl.ds(b * block, block), pl.ds(n * tile_out, tile_out)])
-            mosaic.wait_smem_to_gmem(0)
+            stored((tile, out.at[pl.ds(b * block, block), pl.ds(n * tile_out, tile_out)]))
 
     decoded = mosaic.SMEM((groups, tile_out, per_group), rows.dtype, transforms=swizzled(per_group))
-    call = mosaic.kernel(
-        kernel,
-        out_type=jax.ShapeDtypeStruct((len(rows), outputs), rows.dtype),
-        grid=(count, outputs // tile_out),
-        grid_names=("block", "tile"),
-        scratch_types=[
-            mosaic.SMEM((block, tile_out), rows.dtype, transforms=swizzled(tile_out)),
-            decoded,
-            decoded,
-        ],
-        compiler_params=mosaic.CompilerParams(lowering_semantics=mosaic.LoweringSemantics.Warpgroup),
-        interpret=mosaic.InterpretGPUParams() if interpret else None,
-    )
+    result = mosaic.SMEM((block, tile_out), rows.dtype, transforms=swizzled(tile_out))
+    whole = jax.ShapeDtypeStruct((len(rows), outputs), rows.dtype)
+    grid = {"block": count, "tile": outputs // tile_out}
+    call = launched(kernel, whole, grid, [result, decoded, decoded], interpret)
     # [even or odd, groups, rows, 16], and scales with outputs last, which is what a row of a tile can be read from.
     split = rows.reshape(len(rows), inputs // GROUP, per_group, 2).transpose(3, 1, 0, 2)
     return call(expert, used[None], split, weights.codes, weights.scales.swapaxes(1, 2))
 
 
-def _packed_transposed(
-    rows: Float[Array, "padded outputs"],
-    weights: MXFP4,
-    expert: Int[Array, "blocks"],
-    used: Int[Array, ""],
-    interpret: bool,
-) -> Float[Array, "padded inputs"]:
+def _packed_transposed(rows: Sorted, weights: MXFP4, expert: BlockExperts, used: IntScalar, interpret: bool) -> Sorted:
     _, inputs, outputs = weights.shape
     count = len(expert)
     block, half, per_group = len(rows) // count, inputs // 2, GROUP // 2
@@ -238,21 +205,17 @@ def _packed_transposed(
     tile_half, step_out = groups * per_group, _dividing(outputs, (BACK_STEP,), "outputs")
     mosaic = plgpu()
 
-    def kernel(experts_of: Any, num_used: Any, x: Any, codes: Any, scales: Any, out: Any, *scratch: Any) -> None:
+    def kernel(experts_of: Ref, num_used: Ref, x: Ref, codes: Ref, scales: Ref, out: Ref, *scratch: Ref) -> None:
         even_tile, odd_tile, low, high = scratch
         b, n = lax.axis_index("block"), lax.axis_index("tile")
 
         @pl.when(b < num_used[0])
         def _() -> None:
-            def product(even: Any, odd: Any) -> tuple[Any, Any]:
-                def step(_: Any, x_tile: Any, code_tile: Any, scale_tile: Any) -> None:
-                    pairs = code_tile[...].astype(jnp.int32)
-                    for g in range(groups):
-                        pair = pairs[:, g * per_group : (g + 1) * per_group]
-                        scale = lax.broadcast_in_dim(scale_values(scale_tile[g]), pair.shape, (0,))
+            def product(even: Ref, odd: Ref) -> tuple[Array, Array]:
+                def step(_: tuple[Index], x_tile: Ref, code_tile: Ref, scale_tile: Ref) -> None:
+                    for g, halves in enumerate(_decoded(code_tile, scale_tile, groups, rows.dtype)):
                         here = pl.ds(g * per_group, per_group)
-                        low.at[here].T[...] = (code_values(pair & 0xF) * scale).astype(rows.dtype)
-                        high.at[here].T[...] = (code_values(pair >> 4) * scale).astype(rows.dtype)
+                        low.at[here].T[...], high.at[here].T[...] = halves
                     mosaic.commit_smem()
                     mosaic.wgmma(even, x_tile, low.T)
                     mosaic.wgmma(odd, x_tile, high.T)
@@ -274,22 +237,13 @@ def _packed_transposed(
             total = mosaic.ACC((block, tile_half))
             even, odd = pl.run_scoped(product, total, total)
             even_tile[...], odd_tile[...] = even.astype(rows.dtype), odd.astype(rows.dtype)
-            mosaic.commit_smem()
             here = pl.ds(b * block, block), pl.ds(n * tile_half, tile_half)
-            mosaic.copy_smem_to_gmem(even_tile, out.at[0].at[here])
-            mosaic.copy_smem_to_gmem(odd_tile, out.at[1].at[here])
-            mosaic.wait_smem_to_gmem(0)
+            stored((even_tile, out.at[0].at[here]), (odd_tile, out.at[1].at[here]))
 
     decoded = mosaic.SMEM((tile_half, step_out), rows.dtype, transforms=swizzled(step_out))
     result = mosaic.SMEM((block, tile_half), rows.dtype, transforms=swizzled(tile_half))
-    call = mosaic.kernel(
-        kernel,
-        out_type=jax.ShapeDtypeStruct((2, len(rows), half), rows.dtype),
-        grid=(count, half // tile_half),
-        grid_names=("block", "tile"),
-        scratch_types=[result, result, decoded, decoded],
-        compiler_params=mosaic.CompilerParams(lowering_semantics=mosaic.LoweringSemantics.Warpgroup),
-        interpret=mosaic.InterpretGPUParams() if interpret else None,
-    )
+    whole = jax.ShapeDtypeStruct((2, len(rows), half), rows.dtype)
+    grid = {"block": count, "tile": half // tile_half}
+    call = launched(kernel, whole, grid, [result, result, decoded, decoded], interpret)
     out = call(expert, used[None], rows, weights.codes, weights.scales.swapaxes(1, 2))
     return out.transpose(1, 2, 0).reshape(len(rows), inputs)

@@ -11,9 +11,7 @@ Left out: rows that pad a block are computed like others.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +19,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from puzzle_jax.kernels.mxfp4 import GROUP, MXFP4, code_values, scale_values
+from puzzle_jax.kernels.grouped_matmul.layout import mean_share
+from puzzle_jax.kernels.mxfp4 import GROUP, MXFP4, Weights, code_values, scale_values
 from puzzle_jax.kernels.platform import target_platform
-from puzzle_jax.kernels.shapes import Array, Float, Int
+from puzzle_jax.kernels.shapes import Array, BlockExperts, Float, Index, IntScalar, Matrices, Ref, Sorted
 from puzzle_jax.kernels.tiles import tiles
 
 LANES = 128
@@ -55,21 +54,19 @@ def _tiles(form: str, block: int) -> tuple[int, int]:
 
 
 def block_rows(rows: int, num_experts: int, packed: bool) -> int:
-    """Rows per block: the power of two nearest to the mean rows per expert, from two tiles of registers to 512."""
-    nearest = 1 << max(0, round(math.log2(max(1, rows / num_experts))))
-    operation = f"grouped_matmul.mosaic_tpu.{'packed' if packed else 'dense'}_block"
-    return tiles(operation, rows / num_experts, block=min(512, max(16, nearest)))["block"]
+    """Rows per block, from two tiles of registers to 512."""
+    return mean_share("mosaic_tpu", rows, num_experts, packed, least=16, most=512)
 
 
 def block_matmul(
-    rows: Float[Array, "padded inputs"],
-    weights: Float[Array, "experts first second"] | MXFP4,
-    expert: Int[Array, "blocks"],
-    used: Int[Array, ""],
+    rows: Sorted,
+    weights: Weights,
+    expert: BlockExperts,
+    used: IntScalar,
     *,
     transposed: bool = False,
     interpret: bool = False,
-) -> Float[Array, "padded outputs"]:
+) -> Sorted:
     """See the api. Raises NotImplementedError off TPUs unless interpreted, and for inputs that fit into no tile."""
     if not interpret and target_platform() != "tpu":
         raise NotImplementedError(f"for TPUs, but this is {target_platform()}")
@@ -80,19 +77,14 @@ def block_matmul(
 
 
 def _dense(
-    rows: Float[Array, "padded inputs"],
-    weights: Float[Array, "experts first second"],
-    expert: Int[Array, "blocks"],
-    used: Int[Array, ""],
-    transposed: bool,
-    interpret: bool,
-) -> Float[Array, "padded outputs"]:
+    rows: Sorted, weights: Matrices, expert: BlockExperts, used: IntScalar, transposed: bool, interpret: bool
+) -> Sorted:
     inputs, outputs = weights.shape[:0:-1] if transposed else weights.shape[1:]
     most_in, most_out = _tiles("dense", len(rows) // len(expert))
     tile_in, tile_out = inputs_tile(inputs, LANES, most_in), outputs_tile(outputs, most_out)
     contract = (((1,), (1 if transposed else 0,)), ((), ()))
 
-    def product(tile: Any, step: Any, x: Any, w: Any) -> Float[Array, "block tile_out"]:
+    def product(tile: Index, step: Index, x: Ref, w: Ref) -> Float[Array, "block tile_out"]:
         return lax.dot_general(x[...], w[0], contract, preferred_element_type=jnp.float32)
 
     shape = (1, tile_out, tile_in) if transposed else (1, tile_in, tile_out)
@@ -110,13 +102,7 @@ def _dense(
     )
 
 
-def _packed(
-    rows: Float[Array, "padded inputs"],
-    weights: MXFP4,
-    expert: Int[Array, "blocks"],
-    used: Int[Array, ""],
-    interpret: bool,
-) -> Float[Array, "padded outputs"]:
+def _packed(rows: Sorted, weights: MXFP4, expert: BlockExperts, used: IntScalar, interpret: bool) -> Sorted:
     _, inputs, outputs = weights.shape
     most_in, most_out = _tiles("packed", len(rows) // len(expert))
     tile_in, tile_out = inputs_tile(inputs, 2 * LANES, most_in), outputs_tile(outputs, most_out)
@@ -124,7 +110,7 @@ def _packed(
     even, odd = rows[:, 0::2], rows[:, 1::2]
     contract = (((1,), (1,)), ((), ()))
 
-    def product(tile: Any, step: Any, x_even: Any, x_odd: Any, w: Any, s: Any) -> Float[Array, "block tile_out"]:
+    def product(tile: Index, step: Index, x_even: Ref, x_odd: Ref, w: Ref, s: Ref) -> Float[Array, "block tile_out"]:
         scales = _spread(scale_values(s[0]), step * (tile_in // GROUP), half)
         byte = w[0].astype(jnp.int32)
         total = jnp.zeros((), jnp.float32)
@@ -141,13 +127,7 @@ def _packed(
     return _call(product, [even, odd], half, tiles, (expert, used), inputs // tile_in, tile_out, outputs, interpret)
 
 
-def _packed_transposed(
-    rows: Float[Array, "padded outputs"],
-    weights: MXFP4,
-    expert: Int[Array, "blocks"],
-    used: Int[Array, ""],
-    interpret: bool,
-) -> Float[Array, "padded inputs"]:
+def _packed_transposed(rows: Sorted, weights: MXFP4, expert: BlockExperts, used: IntScalar, interpret: bool) -> Sorted:
     """Even and odd inputs are sums of their own, over steps of outputs."""
     _, inputs, outputs = weights.shape
     half, groups = inputs // 2, inputs // GROUP
@@ -155,7 +135,7 @@ def _packed_transposed(
     steps = pl.cdiv(outputs, tile_out)
     padded = jnp.pad(rows, ((0, 0), (0, steps * tile_out - outputs)))
 
-    def product(tile: Any, step: Any, x: Any, w: Any, s: Any) -> Float[Array, "2 block tile_half"]:
+    def product(tile: Index, step: Index, x: Ref, w: Ref, s: Ref) -> Float[Array, "2 block tile_half"]:
         # Past the last output there is anything: codes are numbers whatever they are, scales need not be.
         there = lax.broadcasted_iota(jnp.int32, (tile_out, groups), 0) < outputs - step * tile_out
         values = jnp.where(there, scale_values(s[0]), 0.0)
@@ -172,7 +152,7 @@ def _packed_transposed(
     return out.transpose(1, 2, 0).reshape(len(rows), inputs)
 
 
-def _spread(scales: Float[Array, "outputs groups"], first: Any, half: int) -> Float[Array, "outputs half"]:
+def _spread(scales: Float[Array, "outputs groups"], first: Index, half: int) -> Float[Array, "outputs half"]:
     """Each scale over its 16 bytes, of so many bytes from group `first` on. Each sum has one term: exact."""
     shape = (scales.shape[1], half)
     group = lax.broadcasted_iota(jnp.int32, shape, 0) - first
@@ -180,15 +160,15 @@ def _spread(scales: Float[Array, "outputs groups"], first: Any, half: int) -> Fl
     return jnp.matmul(scales, own, precision=lax.Precision.HIGHEST)
 
 
-Index = Callable[[Any, Any, Any], tuple[Any, ...]]
+Place = Callable[[Index, Index, Index], tuple[Index, ...]]
 
 
 def _call(
     product: Callable[..., Float[Array, "block tile_out"]],
     rows: Sequence[Float[Array, "padded _"]],
     tile_rows: int,
-    weights: Sequence[tuple[Array, tuple[int, ...], Index]],
-    blocks: tuple[Int[Array, "blocks"], Int[Array, ""]],
+    weights: Sequence[tuple[Array, tuple[int, ...], Place]],
+    blocks: tuple[BlockExperts, IntScalar],
     steps: int,
     tile_out: int,
     outputs: int,
@@ -208,7 +188,7 @@ def _call(
     block, tiles_out = len(rows[0]) // count, pl.cdiv(outputs, tile_out)
     lead = (0,) * len(parts)
 
-    def at(b: Any, n: Any, k: Any, expert: Any, used: Any) -> tuple[Any, Any, Any]:
+    def at(b: Index, n: Index, k: Index, expert: Ref, used: Ref) -> tuple[Array, Array, Array]:
         """Block and tiles to have at hand: past the used blocks, those that are there already."""
         there = b < used[0]
         return (
@@ -217,18 +197,18 @@ def _call(
             jnp.where(there, k, steps - 1),
         )
 
-    def row_tile(b: Any, n: Any, k: Any, expert: Any, used: Any) -> tuple[Any, ...]:
+    def row_tile(b: Index, n: Index, k: Index, expert: Ref, used: Ref) -> tuple[Index, ...]:
         b, _, k = at(b, n, k, expert, used)
         return b, k
 
-    def weight_tile(place: Index) -> Callable[..., tuple[Any, ...]]:
-        def index(b: Any, n: Any, k: Any, expert: Any, used: Any) -> tuple[Any, ...]:
+    def weight_tile(place: Place) -> Callable[..., tuple[Index, ...]]:
+        def index(b: Index, n: Index, k: Index, expert: Ref, used: Ref) -> tuple[Index, ...]:
             b, n, k = at(b, n, k, expert, used)
             return place(expert[b], n, k)
 
         return index
 
-    def kernel(expert: Any, used: Any, *refs: Any) -> None:
+    def kernel(expert: Ref, used: Ref, *refs: Ref) -> None:
         *tiles, out, total = refs
         n, k = pl.program_id(1), pl.program_id(2)
 
@@ -267,7 +247,7 @@ def _call(
 
 def _cost(
     rows: Sequence[Float[Array, "padded _"]],
-    weights: Sequence[tuple[Array, tuple[int, ...], Index]],
+    weights: Sequence[tuple[Array, tuple[int, ...], Place]],
     count: int,
     outputs: int,
     tiles_out: int,

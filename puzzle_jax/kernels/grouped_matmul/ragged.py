@@ -9,9 +9,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from puzzle_jax.kernels.mxfp4 import MXFP4, as_dense
+from puzzle_jax.kernels.mxfp4 import Weights, as_dense
 from puzzle_jax.kernels.platform import target_platform
-from puzzle_jax.kernels.shapes import Array, Float, Int
+from puzzle_jax.kernels.shapes import Array, BlockExperts, GroupSizes, Int, IntScalar, Sorted
 
 BLOCK = 8
 
@@ -22,32 +22,19 @@ def block_rows(rows: int, num_experts: int, packed: bool = False) -> int:
 
 
 def block_matmul(
-    rows: Float[Array, "padded inputs"],
-    weights: Float[Array, "experts first second"] | MXFP4,
-    expert: Int[Array, "blocks"],
-    used: Int[Array, ""],
-    *,
-    transposed: bool = False,
-) -> Float[Array, "padded outputs"]:
+    rows: Sorted, weights: Weights, expert: BlockExperts, used: IntScalar, *, transposed: bool = False
+) -> Sorted:
     """See the api. Raises NotImplementedError on CPUs."""
     sizes = rows_per_expert(expert, used, len(rows) // len(expert), weights.shape[0])
     return grouped_matmul(rows, weights, sizes, transposed=transposed)
 
 
-def rows_per_expert(
-    expert: Int[Array, "blocks"], used: Int[Array, ""], block: int, num_experts: int
-) -> Int[Array, "experts"]:
+def rows_per_expert(expert: BlockExperts, used: IntScalar, block: int, num_experts: int) -> Int[Array, "experts"]:
     """Rows of each expert's blocks, padding included."""
     return jnp.zeros(num_experts, jnp.int32).at[expert].add(jnp.where(jnp.arange(len(expert)) < used, block, 0))
 
 
-def grouped_matmul(
-    rows: Float[Array, "rows inputs"],
-    weights: Float[Array, "experts first second"] | MXFP4,
-    group_sizes: Int[Array, "experts"],
-    *,
-    transposed: bool = False,
-) -> Float[Array, "rows outputs"]:
+def grouped_matmul(rows: Sorted, weights: Weights, group_sizes: GroupSizes, *, transposed: bool = False) -> Sorted:
     """See the api. Raises NotImplementedError on CPUs."""
     if target_platform() == "cpu":
         raise NotImplementedError("it is dense over all experts on CPUs")

@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from puzzle_jax.kernels.mxfp4 import MXFP4, as_dense
-from puzzle_jax.kernels.shapes import Array, Float, Int
+from puzzle_jax.kernels.mxfp4 import Weights, as_dense
+from puzzle_jax.kernels.shapes import GroupSizes, Sorted
 
 
-def grouped_matmul(
-    rows: Float[Array, "rows inputs"],
-    weights: Float[Array, "experts first second"] | MXFP4,
-    group_sizes: Int[Array, "experts"],
-    *,
-    transposed: bool = False,
-) -> Float[Array, "rows outputs"]:
+def grouped_matmul(rows: Sorted, weights: Weights, group_sizes: GroupSizes, *, transposed: bool = False) -> Sorted:
     """See the api. Rows past the last group are zeros."""
     dense = as_dense(weights, rows.dtype)
     if transposed:

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from puzzle_jax.kernels.grouped_matmul.layout import blocks_of
-from puzzle_jax.kernels.shapes import Array, Bool, Float, Int
+from puzzle_jax.kernels.grouped_matmul.layout import Blocks, blocks_of
+from puzzle_jax.kernels.shapes import Array, Bool, Float, Ids
 
 _ITERATED_ARGMAX_LIMIT = 8  # up to here k passes of argmax beat a sort on CPU
 
@@ -21,7 +21,7 @@ _ITERATED_ARGMAX_LIMIT = 8  # up to here k passes of argmax beat a sort on CPU
 class Routing(NamedTuple):
     """The experts of each token, best first, and their gates, which sum to one."""
 
-    ids: Int[Array, "tokens k"]
+    ids: Ids
     gates: Float[Array, "tokens k"]
 
 
@@ -30,7 +30,7 @@ def route(
     k: int,
     *,
     mask: Bool[Array, "tokens experts"] | Bool[Array, "#tokens experts"] | None = None,
-    ids: Int[Array, "tokens k"] | None = None,
+    ids: Ids | None = None,
 ) -> Routing:
     """Chooses `k` experts per token.
 
@@ -53,7 +53,7 @@ def route(
     return Routing(ids, gates)
 
 
-def top_k_ids(logits: Float[Array, "tokens experts"], k: int) -> Int[Array, "tokens k"]:
+def top_k_ids(logits: Float[Array, "tokens experts"], k: int) -> Ids:
     """Indices of the k largest logits, largest first, lower index first among equals."""
     logits = jax.lax.stop_gradient(logits)
     if k > _ITERATED_ARGMAX_LIMIT:
@@ -69,28 +69,10 @@ def top_k_ids(logits: Float[Array, "tokens experts"], k: int) -> Int[Array, "tok
     return jnp.stack(chosen, axis=-1)
 
 
-class ExpertOrder(NamedTuple):
-    """Pairs (token, choice) in blocks of one expert each.
+def expert_order(ids: Ids, num_experts: int, block: int) -> Blocks:
+    """Flat pairs (token * k + choice) in blocks of one expert each; nothing is dropped.
 
-    Attributes:
-      source: the flat pair (token * k + choice) that fills each padded row; `pairs` (out of range) where none does.
-      slot: the padded row of each flat pair.
-      block_expert: the expert of each block of rows.
-      group_sizes: pairs per expert.
-      used: blocks that hold pairs, which come first.
-    """
-
-    source: Int[Array, "rows"]
-    slot: Int[Array, "pairs"]
-    block_expert: Int[Array, "blocks"]
-    group_sizes: Int[Array, "experts"]
-    used: Int[Array, ""]
-
-
-def expert_order(ids: Int[Array, "tokens k"], num_experts: int, block: int) -> ExpertOrder:
-    """Sorts pairs by expert and pads every expert's rows to whole blocks; nothing is dropped.
-
-    Blocks beyond the last used one repeat its expert and hold no pair.
+    A row of padding has the number of pairs for its source, which is out of range.
     """
     pairs, flat = ids.size, ids.reshape(-1)
     group_sizes = jnp.zeros(num_experts, jnp.int32).at[flat].add(1)
@@ -98,4 +80,4 @@ def expert_order(ids: Int[Array, "tokens k"], num_experts: int, block: int) -> E
     blocks = blocks_of(group_sizes, pairs, block, flat[sorted_pairs])
     source = jnp.take(sorted_pairs, blocks.source, mode="fill", fill_value=pairs)
     slot = jnp.zeros(pairs, jnp.int32).at[sorted_pairs].set(blocks.slot)
-    return ExpertOrder(source, slot, blocks.expert, group_sizes, blocks.used)
+    return blocks._replace(source=source, slot=slot)

@@ -5,7 +5,7 @@ less than one. A window of W lets query i see the keys j with i - W < j <= i. Im
 attention and static windows), `banded` (static windows far narrower than the sequence), both of a cost that grows
 with what is visible; `square`, which takes any window, one per row of the batch as data included; `online_blocks`, any
 window likewise, for sequences so long that the others would hold too many logits; `reference`; and `mosaic_gpu` for
-Hopper and `splash` for TPUs, which must be asked for by name. On a mesh that cuts positions, devices trade them for
+Hopper and `splash` for TPUs, which must be asked for by name. On a mesh that cuts positions, devices exchange them for
 heads around any of these; see `parallel`.
 """
 
@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from puzzle_jax.kernels import checks
 from puzzle_jax.kernels.dispatch import dispatch
-from puzzle_jax.kernels.shapes import Array, Float, Int
+from puzzle_jax.kernels.shapes import Array, Keys, Queries, Segments, Sinks, Window
 from puzzle_jax.kernels.window_attention import (
     banded,
     causal_blocks,
@@ -39,16 +39,16 @@ IMPLEMENTATIONS = {
 
 
 def window_attention(
-    q: Float[Array, "batch seq heads dim"],
-    k: Float[Array, "batch seq kv_heads dim"],
-    v: Float[Array, "batch seq kv_heads dim"],
-    sinks: Float[Array, "heads"],
+    q: Queries,
+    k: Keys,
+    v: Keys,
+    sinks: Sinks,
     *,
-    window: int | Int[Array, "#batch"] | None,
-    segment_ids: Int[Array, "batch seq"] | None = None,
+    window: Window,
+    segment_ids: Segments = None,
     implementation: str | None = None,
     mesh: Mesh | AbstractMesh | None = None,
-) -> Float[Array, "batch seq heads dim"]:
+) -> Queries:
     """Attention of every position to itself and its past.
 
     Args:

@@ -1,7 +1,7 @@
 """`window_attention` for static windows: queries in blocks, each against its own and the previous block of keys.
 
 Blocks are as wide as the window, so two of them hold every visible key, and time and memory grow with
-sequence * window in place of sequence ** 2. Plain XLA, differentiable, right on every platform.
+sequence * window in place of sequence ** 2. Plain XLA, differentiable, for every platform.
 """
 
 from __future__ import annotations
@@ -9,22 +9,15 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from puzzle_jax.kernels.shapes import Array, Float, Int
-from puzzle_jax.kernels.window_attention.limits import refuse_too_many
-from puzzle_jax.kernels.window_attention.reference import MASKED
+from puzzle_jax.kernels.shapes import Array, Keys, Queries, Segments, Sinks, Window
+from puzzle_jax.kernels.window_attention.reference import MASKED, refuse_too_many
 
 MIN_BLOCK = 16
 
 
 def window_attention(
-    q: Float[Array, "batch seq heads dim"],
-    k: Float[Array, "batch seq kv_heads dim"],
-    v: Float[Array, "batch seq kv_heads dim"],
-    sinks: Float[Array, "heads"],
-    *,
-    window: int | Int[Array, "#batch"] | None,
-    segment_ids: Int[Array, "batch seq"] | None = None,
-) -> Float[Array, "batch seq heads dim"]:
+    q: Queries, k: Keys, v: Keys, sinks: Sinks, *, window: Window, segment_ids: Segments = None
+) -> Queries:
     """See the api. Raises NotImplementedError where the band would not be narrower than the square."""
     batch, seq, heads, dim = q.shape
     if not isinstance(window, int):

@@ -2,7 +2,7 @@
 that it can see.
 
 Skips what lies outside and keeps each block of logits small enough for caches; on CPU that is about three times as
-fast as the whole square, forwards and backwards. Plain XLA, differentiable, right on every platform.
+fast as the whole square, forwards and backwards. Plain XLA, differentiable, for every platform.
 Left out: windows far narrower than a block (see `banded`), and more than about eight blocks (each is its own piece of
 program).
 """
@@ -12,23 +12,16 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from puzzle_jax.kernels.shapes import Array, Float, Int
-from puzzle_jax.kernels.window_attention.limits import refuse_too_many
-from puzzle_jax.kernels.window_attention.reference import MASKED
+from puzzle_jax.kernels.shapes import Keys, Queries, Segments, Sinks, Window
+from puzzle_jax.kernels.window_attention.reference import MASKED, refuse_too_many
 
 MIN_BLOCK = 32
 MAX_BLOCKS = 8
 
 
 def window_attention(
-    q: Float[Array, "batch seq heads dim"],
-    k: Float[Array, "batch seq kv_heads dim"],
-    v: Float[Array, "batch seq kv_heads dim"],
-    sinks: Float[Array, "heads"],
-    *,
-    window: int | Int[Array, "#batch"] | None,
-    segment_ids: Int[Array, "batch seq"] | None = None,
-) -> Float[Array, "batch seq heads dim"]:
+    q: Queries, k: Keys, v: Keys, sinks: Sinks, *, window: Window, segment_ids: Segments = None
+) -> Queries:
     """See the api. Raises NotImplementedError for windows that are data or narrow, and for a single block."""
     if not (window is None or isinstance(window, int)):
         raise NotImplementedError("the window is not a static number")

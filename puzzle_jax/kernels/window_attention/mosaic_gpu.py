@@ -17,25 +17,28 @@ Left out: windows that are data, warp specialisation, and more than 64 queries p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from puzzle_jax.kernels.mosaic import hopper_only, plgpu, swizzled
-from puzzle_jax.kernels.shapes import Array, Float, Int
+from puzzle_jax.kernels.mosaic import hopper_only, launched, plgpu, product, stored, swizzled
+from puzzle_jax.kernels.shapes import Array, Float, Index, Keys, Queries, Ref, Segments, Sinks, Window
 from puzzle_jax.kernels.window_attention.reference import MASKED
 
 TILE = 64
 STEPS = 2
 
+Place = Callable[..., tuple[Array, Array]]
+Carry = TypeVar("Carry")
+
 
 class _Shape(NamedTuple):
-    """What a kernel is made for."""
+    """Sizes and options that a kernel is made for."""
 
     batch: int
     seq: int
@@ -57,25 +60,18 @@ class _Shape(NamedTuple):
             return self.tiles
         return min(self.tiles, 1 + -(-(self.window - 1) // TILE))
 
-    def first_key(self, queries: Any) -> Any:
+    def first_key(self, queries: Array) -> Array:
         """The first tile of keys that a block of queries sees."""
         return jnp.maximum(queries - (self.reach - 1), 0)
 
-    def last_query(self, keys: Any) -> Any:
+    def last_query(self, keys: Array) -> Array:
         """The last block of queries that sees a tile of keys."""
         return jnp.minimum(keys + (self.reach - 1), self.tiles - 1)
 
 
 def window_attention(
-    q: Float[Array, "batch seq heads dim"],
-    k: Float[Array, "batch seq kv_heads dim"],
-    v: Float[Array, "batch seq kv_heads dim"],
-    sinks: Float[Array, "heads"],
-    *,
-    window: int | Int[Array, "#batch"] | None,
-    segment_ids: Int[Array, "batch seq"] | None = None,
-    interpret: bool = False,
-) -> Float[Array, "batch seq heads dim"]:
+    q: Queries, k: Keys, v: Keys, sinks: Sinks, *, window: Window, segment_ids: Segments = None, interpret: bool = False
+) -> Queries:
     """See the api. Raises NotImplementedError where this is no Hopper GPU (unless interpreted), below JAX 0.11.2, for
     windows that are data, other types than bfloat16, and heads that are no multiple of 64 up to 128."""
     hopper_only(interpret)
@@ -102,12 +98,14 @@ def _attend(shape: _Shape, q: Array, k: Array, v: Array, sinks: Array, segments:
     return _forward(shape, q, k, v, sinks, segments)[0]
 
 
-def _save(shape: _Shape, q: Array, k: Array, v: Array, sinks: Array, segments: Array) -> tuple[Array, Any]:
+def _save(
+    shape: _Shape, q: Array, k: Array, v: Array, sinks: Array, segments: Array
+) -> tuple[Array, tuple[Array, ...]]:
     out, lse = _forward(shape, q, k, v, sinks, segments)
     return out, (q, k, v, sinks, segments, out, lse)
 
 
-def _backward(shape: _Shape, saved: Any, d_out: Array) -> tuple[Any, ...]:
+def _backward(shape: _Shape, saved: tuple[Array, ...], d_out: Array) -> tuple[Array | None, ...]:
     q, k, v, sinks, segments, out, lse = saved
     delta = jnp.einsum("bqhd,bqhd->bhq", out, d_out, preferred_element_type=jnp.float32)
     d_sinks = -jnp.einsum("bhq,bhq->h", jnp.exp(sinks[:, None] - lse), delta)
@@ -130,85 +128,92 @@ class _Tools:
         self.matrix = self.mosaic.Layout.WGMMA
         self.by_row, self.by_column = self.matrix.reduce(1), self.matrix.reduce(0)
 
-    def product(self, left: Any, right: Any, columns: int) -> Float[Array, "tile columns"]:
-        def run(total: Any) -> Float[Array, "tile columns"]:
-            self.mosaic.wgmma(total, left, right)
-            return total[...]
-
-        return pl.run_scoped(run, self.mosaic.ACC((TILE, columns), jnp.float32))
-
-    def rows(self, values: Any, columns: int = TILE) -> Array:
+    def rows(self, values: Array, columns: int = TILE) -> Array:
         """A value per row, in all columns."""
         return lax.broadcast_in_dim(self.mosaic.layout_cast(values, self.by_row), (TILE, columns), (0,))
 
-    def columns(self, values: Any) -> Array:
+    def columns(self, values: Array) -> Array:
         """A value per column, in all rows."""
         return lax.broadcast_in_dim(self.mosaic.layout_cast(values, self.by_column), (TILE, TILE), (1,))
 
     def numbers(self, axis: int) -> Array:
         return self.mosaic.broadcasted_iota(jnp.int32, (TILE, TILE), axis, layout=self.matrix)
 
-    def seen(self, query: Array, key: Array, query_segment: Array | None, key_segment: Array | None) -> Array:
+    def seen(self, query_axis: int, queries: Index, keys: Index, query_segment: Ref, key_segment: Ref) -> Array:
+        """Which keys of a tile are seen by which queries of a block, which lie along `query_axis`."""
+        query = self.numbers(query_axis) + queries * TILE
+        key = self.numbers(1 - query_axis) + keys * TILE
         mask = key <= query
         if self.shape.window is not None:
             mask = mask & (key > query - self.shape.window)
-        if query_segment is not None:
-            mask = mask & (query_segment == key_segment)
-        return mask
+        if self.shape.segments:
+            spread = (self.rows, self.columns)
+            same = spread[query_axis](query_segment[...]) == spread[1 - query_axis](key_segment[...])
+            mask = mask & same
+        return mask & (query < self.shape.seq) if query_axis else mask  # past the end, the last tile is there once more
 
-    def fetched(self, copies: Sequence[tuple[Any, Any]], arrived: Any) -> None:
+    def fetched(self, copies: Sequence[tuple[Ref, Ref]], arrived: Ref) -> None:
         for source, target in copies:
             self.mosaic.copy_gmem_to_smem(source, target, arrived)
             self.mosaic.barrier_wait(arrived)
 
-    def stored(self, copies: Sequence[tuple[Any, Any]]) -> None:
-        self.mosaic.commit_smem()
-        for source, target in copies:
-            self.mosaic.copy_smem_to_gmem(source, target)
-        self.mosaic.wait_smem_to_gmem(0)
-
-    def vectors(self, dtype: Any = jnp.bfloat16) -> Any:
+    def vectors(self) -> object:
         """A tile [TILE, dim] of shared memory."""
-        return self.mosaic.SMEM((TILE, self.shape.dim), dtype, transforms=swizzled(self.shape.dim))
+        return self.mosaic.SMEM((TILE, self.shape.dim), jnp.bfloat16, transforms=swizzled(self.shape.dim))
 
-    def logits(self) -> Any:
+    def logits(self) -> object:
         """A tile [TILE, TILE] of shared memory, from which a matmul reads."""
         return self.mosaic.SMEM((TILE, TILE), jnp.bfloat16, transforms=swizzled(TILE))
 
-    def scalars(self, dtype: Any = jnp.float32) -> Any:
+    def scalars(self, dtype: type = jnp.float32) -> object:
         return self.mosaic.SMEM((TILE,), dtype)
 
     def zeros(self) -> Array:
         return self.mosaic.layout_cast(jnp.zeros((TILE, self.shape.dim), jnp.float32), self.matrix)
 
-    def vector_tiles(self, place: Any) -> Any:
+    def vector_tiles(self, place: Place) -> object:
         """Tiles of [seq, heads, dim], where `place` gives tile and head."""
         block = (TILE, None, self.shape.dim)
         return self.mosaic.BlockSpec(block, lambda *i: (*place(*i), 0), transforms=swizzled(self.shape.dim))
 
-    def scalar_tiles(self, place: Any) -> Any:
+    def scalar_tiles(self, place: Place) -> object:
         """Tiles of [heads, seq], where `place` gives tile and head."""
         return self.mosaic.BlockSpec((None, TILE), lambda *i: place(*i)[::-1])
 
-    def pipeline(self, step: Any, grid: tuple[Any, ...], specs: Sequence[Any], carry: Any) -> Any:
+    def pipeline(
+        self, step: Callable[..., Carry], grid: tuple[Index, ...], specs: Sequence[object], carry: Carry
+    ) -> Callable[..., Carry]:
         return self.mosaic.emit_pipeline(
             step, grid=grid, in_specs=list(specs), max_concurrent_steps=STEPS, init_carry=carry
         )
 
-    def call(self, kernel: Any, outputs: Sequence[Any], heads: int, scratch: Sequence[Any]) -> Any:
+    def segment_tiles(self, place: Place) -> object:
+        return self.mosaic.BlockSpec((TILE,), lambda *i: place(*i)[:1])
+
+    def over_keys(self, step: Callable[..., Carry], queries: Array, head: Array, carry: Carry) -> Callable[..., Carry]:
+        """A pipeline over the tiles of keys, values and segments that a block of queries sees."""
+        first = self.shape.first_key(queries)
+
+        def place(n: Index) -> tuple[Array, Array]:
+            return jnp.minimum(first + n, self.shape.tiles - 1), lax.div(head, self.shape.heads // self.shape.kv_heads)
+
+        steps = self.shape.reach if self.shape.interpret else queries - first + 1
+        specs = [self.vector_tiles(place), self.vector_tiles(place), self.segment_tiles(place)]
+        return self.pipeline(step, (steps,), specs, carry)
+
+    def call(
+        self, kernel: Callable[..., None], outputs: Sequence[object], heads: int, scratch: Sequence[object]
+    ) -> Callable[..., Array]:
         """A kernel with a program per row of the batch, head and tile of the sequence."""
-        return self.mosaic.kernel(
-            kernel,
-            out_type=list(outputs),
-            grid=(self.shape.batch, heads, self.shape.tiles),
-            grid_names=("row", "head", "tile"),
-            scratch_types=list(scratch),
-            compiler_params=self.mosaic.CompilerParams(lowering_semantics=self.mosaic.LoweringSemantics.Warpgroup),
-            interpret=self.mosaic.InterpretGPUParams() if self.shape.interpret else None,
-        )
+        grid = {"row": self.shape.batch, "head": heads, "tile": self.shape.tiles}
+        return launched(kernel, list(outputs), grid, list(scratch), self.shape.interpret)
 
 
-def _here() -> tuple[Any, Any, Any]:
+def _product(left: Ref, right: Ref, columns: int) -> Float[Array, "tile columns"]:
+    return product(left, right, TILE, columns)
+
+
+def _here() -> tuple[Array, Array, Array]:
     return lax.axis_index("row"), lax.axis_index("head"), lax.axis_index("tile")
 
 
@@ -217,35 +222,31 @@ def _here() -> tuple[Any, Any, Any]:
 
 def _forward(
     shape: _Shape, q: Array, k: Array, v: Array, sinks: Array, segments: Array
-) -> tuple[Float[Array, "batch seq heads dim"], Float[Array, "batch heads seq"]]:
+) -> tuple[Queries, Float[Array, "batch heads seq"]]:
     """Output and lse'."""
-    tools, dim, group = _Tools(shape), shape.dim, shape.heads // shape.kv_heads
+    tools, dim = _Tools(shape), shape.dim
 
     def kernel(
-        sink_of: Any, q_all: Any, k_all: Any, v_all: Any, segment_of: Any, out: Any, lse: Any, *tiles: Any
+        sink_of: Ref, q_all: Ref, k_all: Ref, v_all: Ref, segment_of: Ref, out: Ref, lse: Ref, *tiles: Ref
     ) -> None:
         q_tile, p_tile, out_tile, lse_tile, own_segment, arrived = tiles
         b, h, i = _here()
-        first, kv_head = shape.first_key(i), lax.div(h, group)
-        here = pl.ds(i * TILE, TILE)
+        first, here = shape.first_key(i), pl.ds(i * TILE, TILE)
         tools.fetched([(q_all.at[b, here, h], q_tile), (segment_of.at[b, here], own_segment)], arrived)
 
-        def place(n: Any) -> tuple[Any, Any]:
-            return jnp.minimum(first + n, shape.tiles - 1), kv_head
-
-        def step(index: Any, k_tile: Any, v_tile: Any, segment: Any, carry: Any) -> Any:
+        def step(
+            index: tuple[Index, ...], k_tile: Ref, v_tile: Ref, segment: Ref, carry: tuple[Array, ...]
+        ) -> tuple[Array, ...]:
             largest, total, vectors = carry
-            logits = tools.product(q_tile, k_tile.T, TILE) * dim**-0.5
-            query, key = tools.numbers(0) + i * TILE, tools.numbers(1) + (first + index[0]) * TILE
-            of_both = (tools.rows(own_segment[...]), tools.columns(segment[...])) if shape.segments else (None, None)
-            seen = tools.seen(query, key, *of_both)
+            logits = _product(q_tile, k_tile.T, TILE) * dim**-0.5
+            seen = tools.seen(0, i, first + index[0], own_segment, segment)
             logits = jnp.where(seen, logits, MASKED)
             new = jnp.maximum(largest, jnp.max(logits, axis=1))
             weights = jnp.where(seen, jnp.exp(logits - tools.rows(new)), 0.0)
             shrink = jnp.exp(largest - new)
             p_tile[...] = weights.astype(jnp.bfloat16)
             tools.mosaic.commit_smem()
-            vectors = vectors * tools.rows(shrink, dim) + tools.product(p_tile, v_tile, dim)
+            vectors = vectors * tools.rows(shrink, dim) + _product(p_tile, v_tile, dim)
             return new, total * shrink + jnp.sum(weights, axis=1), vectors
 
         start = lax.broadcast_in_dim(sink_of[h], (TILE,), ())
@@ -254,13 +255,11 @@ def _forward(
             tools.mosaic.layout_cast(jnp.ones((TILE,), jnp.float32), tools.by_row),
             tools.zeros(),
         )
-        steps = shape.reach if shape.interpret else i - first + 1
-        segment_tiles = tools.mosaic.BlockSpec((TILE,), lambda n: place(n)[:1])
-        run = tools.pipeline(step, (steps,), [tools.vector_tiles(place)] * 2 + [segment_tiles], carry)
+        run = tools.over_keys(step, i, h, carry)
         largest, total, vectors = run(k_all.at[b], v_all.at[b], segment_of.at[b])
         out_tile[...] = (vectors / tools.rows(total, dim)).astype(out_tile.dtype)
         lse_tile[...] = largest + jnp.log(total)
-        tools.stored([(out_tile, out.at[b, here, h]), (lse_tile, lse.at[b, h, here])])
+        stored((out_tile, out.at[b, here, h]), (lse_tile, lse.at[b, h, here]))
 
     per_query = jax.ShapeDtypeStruct((shape.batch, shape.heads, shape.seq), jnp.float32)
     scratch = [tools.vectors(), tools.logits(), tools.vectors(), tools.scalars(), tools.scalars(jnp.int32)]
@@ -276,15 +275,14 @@ def _forward(
 
 def _d_queries(
     shape: _Shape, q: Array, k: Array, v: Array, segments: Array, d_out: Array, lse: Array, delta: Array
-) -> Float[Array, "batch seq heads dim"]:
-    tools, dim, group = _Tools(shape), shape.dim, shape.heads // shape.kv_heads
+) -> Queries:
+    tools, dim = _Tools(shape), shape.dim
 
-    def kernel(*refs: Any) -> None:
+    def kernel(*refs: Ref) -> None:
         q_all, k_all, v_all, segment_of, d_out_all, lse_of, delta_of, d_q, *tiles = refs
         q_tile, d_out_tile, lse_tile, delta_tile, own_segment, d_tile, d_q_tile, arrived = tiles
         b, h, i = _here()
-        first, kv_head = shape.first_key(i), lax.div(h, group)
-        here = pl.ds(i * TILE, TILE)
+        first, here = shape.first_key(i), pl.ds(i * TILE, TILE)
         tools.fetched(
             [
                 (q_all.at[b, here, h], q_tile),
@@ -296,92 +294,72 @@ def _d_queries(
             arrived,
         )
 
-        def place(n: Any) -> tuple[Any, Any]:
-            return jnp.minimum(first + n, shape.tiles - 1), kv_head
-
-        def step(index: Any, k_tile: Any, v_tile: Any, segment: Any, total: Any) -> Any:
-            logits = tools.product(q_tile, k_tile.T, TILE) * dim**-0.5
-            query, key = tools.numbers(0) + i * TILE, tools.numbers(1) + (first + index[0]) * TILE
-            of_both = (tools.rows(own_segment[...]), tools.columns(segment[...])) if shape.segments else (None, None)
-            seen = tools.seen(query, key, *of_both)
+        def step(index: tuple[Index, ...], k_tile: Ref, v_tile: Ref, segment: Ref, total: Array) -> Array:
+            logits = _product(q_tile, k_tile.T, TILE) * dim**-0.5
+            seen = tools.seen(0, i, first + index[0], own_segment, segment)
             weights = jnp.where(seen, jnp.exp(logits - tools.rows(lse_tile[...])), 0.0)
-            d_weights = tools.product(d_out_tile, v_tile.T, TILE)
+            d_weights = _product(d_out_tile, v_tile.T, TILE)
             d_logits = weights * (d_weights - tools.rows(delta_tile[...])) * dim**-0.5
             d_tile[...] = d_logits.astype(jnp.bfloat16)
             tools.mosaic.commit_smem()
-            return total + tools.product(d_tile, k_tile, dim)
+            return total + _product(d_tile, k_tile, dim)
 
-        steps = shape.reach if shape.interpret else i - first + 1
-        segment_tiles = tools.mosaic.BlockSpec((TILE,), lambda n: place(n)[:1])
-        run = tools.pipeline(step, (steps,), [tools.vector_tiles(place)] * 2 + [segment_tiles], tools.zeros())
+        run = tools.over_keys(step, i, h, tools.zeros())
         d_q_tile[...] = run(k_all.at[b], v_all.at[b], segment_of.at[b]).astype(d_q_tile.dtype)
-        tools.stored([(d_q_tile, d_q.at[b, here, h])])
+        stored((d_q_tile, d_q.at[b, here, h]))
 
     scratch = [tools.vectors(), tools.vectors(), tools.scalars(), tools.scalars(), tools.scalars(jnp.int32)]
-    call = tools.call(
-        kernel,
-        [jax.ShapeDtypeStruct(q.shape, q.dtype)],
-        shape.heads,
-        [*scratch, tools.logits(), tools.vectors(), tools.mosaic.Barrier()],
-    )
+    scratch += [tools.logits(), tools.vectors(), tools.mosaic.Barrier()]
+    call = tools.call(kernel, [jax.ShapeDtypeStruct(q.shape, q.dtype)], shape.heads, scratch)
     return call(q, k, v, segments, d_out, lse, delta)[0]
 
 
 def _d_keys(
     shape: _Shape, q: Array, k: Array, v: Array, segments: Array, d_out: Array, lse: Array, delta: Array
-) -> tuple[Float[Array, "batch seq kv_heads dim"], Float[Array, "batch seq kv_heads dim"]]:
+) -> tuple[Keys, Keys]:
     """Logits are transposed here: keys are rows and queries columns."""
     tools, dim, group = _Tools(shape), shape.dim, shape.heads // shape.kv_heads
 
-    def kernel(*refs: Any) -> None:
+    def kernel(*refs: Ref) -> None:
         q_all, k_all, v_all, segment_of, d_out_all, lse_of, delta_of, d_k, d_v, *tiles = refs
         k_tile, v_tile, own_segment, p_tile, d_tile, d_k_tile, d_v_tile, arrived = tiles
         b, kv_head, j = _here()
         here = pl.ds(j * TILE, TILE)
-        tools.fetched(
-            [
-                (k_all.at[b, here, kv_head], k_tile),
-                (v_all.at[b, here, kv_head], v_tile),
-                (segment_of.at[b, here], own_segment),
-            ],
-            arrived,
-        )
+        own = [(k_all.at[b, here, kv_head], k_tile), (v_all.at[b, here, kv_head], v_tile)]
+        tools.fetched([*own, (segment_of.at[b, here], own_segment)], arrived)
 
-        def place(member: Any, n: Any) -> tuple[Any, Any]:
+        def place(member: Index, n: Index) -> tuple[Array, Array]:
             return jnp.minimum(j + n, shape.tiles - 1), kv_head * group + member
 
         def step(
-            index: Any, q_tile: Any, d_out_tile: Any, lse_tile: Any, delta_tile: Any, segment: Any, carry: Any
-        ) -> Any:
+            index: tuple[Index, ...],
+            q_tile: Ref,
+            d_out_tile: Ref,
+            lse_tile: Ref,
+            delta_tile: Ref,
+            segment: Ref,
+            carry: tuple[Array, Array],
+        ) -> tuple[Array, Array]:
             of_k, of_v = carry
-            logits = tools.product(k_tile, q_tile.T, TILE) * dim**-0.5
-            at = j + index[1]
-            query, key = tools.numbers(1) + at * TILE, tools.numbers(0) + j * TILE
-            of_both = (tools.columns(segment[...]), tools.rows(own_segment[...])) if shape.segments else (None, None)
-            # Past the end, the last tile is there once more.
-            seen = tools.seen(query, key, *of_both) & (query < shape.seq)
+            logits = _product(k_tile, q_tile.T, TILE) * dim**-0.5
+            seen = tools.seen(1, j + index[1], j, segment, own_segment)
             weights = jnp.where(seen, jnp.exp(logits - tools.columns(lse_tile[...])), 0.0)
-            d_weights = tools.product(v_tile, d_out_tile.T, TILE)
+            d_weights = _product(v_tile, d_out_tile.T, TILE)
             d_logits = weights * (d_weights - tools.columns(delta_tile[...])) * dim**-0.5
             p_tile[...] = weights.astype(jnp.bfloat16)
             d_tile[...] = d_logits.astype(jnp.bfloat16)
             tools.mosaic.commit_smem()
-            return of_k + tools.product(d_tile, q_tile, dim), of_v + tools.product(p_tile, d_out_tile, dim)
+            return of_k + _product(d_tile, q_tile, dim), of_v + _product(p_tile, d_out_tile, dim)
 
         steps = shape.reach if shape.interpret else shape.last_query(j) - j + 1
-        segment_tiles = tools.mosaic.BlockSpec((TILE,), lambda member, n: place(member, n)[:1])
-        tiles_of = [*[tools.vector_tiles(place)] * 2, *[tools.scalar_tiles(place)] * 2, segment_tiles]
+        tiles_of = [*[tools.vector_tiles(place)] * 2, *[tools.scalar_tiles(place)] * 2, tools.segment_tiles(place)]
         run = tools.pipeline(step, (group, steps), tiles_of, (tools.zeros(), tools.zeros()))
         of_k, of_v = run(q_all.at[b], d_out_all.at[b], lse_of.at[b], delta_of.at[b], segment_of.at[b])
         d_k_tile[...], d_v_tile[...] = of_k.astype(jnp.bfloat16), of_v.astype(jnp.bfloat16)
-        tools.stored([(d_k_tile, d_k.at[b, here, kv_head]), (d_v_tile, d_v.at[b, here, kv_head])])
+        stored((d_k_tile, d_k.at[b, here, kv_head]), (d_v_tile, d_v.at[b, here, kv_head]))
 
     scratch = [tools.vectors(), tools.vectors(), tools.scalars(jnp.int32), tools.logits(), tools.logits()]
-    call = tools.call(
-        kernel,
-        [jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
-        shape.kv_heads,
-        [*scratch, tools.vectors(), tools.vectors(), tools.mosaic.Barrier()],
-    )
+    scratch += [tools.vectors(), tools.vectors(), tools.mosaic.Barrier()]
+    call = tools.call(kernel, [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)], shape.kv_heads, scratch)
     d_k, d_v = call(q, k, v, segments, d_out, lse, delta)
     return d_k, d_v

@@ -8,7 +8,7 @@ time, and backwards they are computed again from the log of their total (FlashAt
 
 Blocks of keys that no query of a block sees are skipped; any window will do, one per row of the batch as data
 included. Memory grows with the sequence. Plain XLA, for every platform; loops in place of one large matmul, so it is
-for sequences whose logits would be too many (`limits`). Left out: skipping blocks of other segments.
+for sequences whose logits would be too many (`reference.MOST_LOGITS`). Left out: skipping blocks of other segments.
 """
 
 from __future__ import annotations
@@ -18,22 +18,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from puzzle_jax.kernels.shapes import Array, Float, Int
-from puzzle_jax.kernels.window_attention.reference import MASKED
+from puzzle_jax.kernels.shapes import Array, Float, Int, Keys, Queries, Segments, Sinks, Window
+from puzzle_jax.kernels.window_attention.reference import MASKED, OnlineSoftmax, start_online
 
 BLOCK = 1024
 
 
 def window_attention(
-    q: Float[Array, "batch seq heads dim"],
-    k: Float[Array, "batch seq kv_heads dim"],
-    v: Float[Array, "batch seq kv_heads dim"],
-    sinks: Float[Array, "heads"],
-    *,
-    window: int | Int[Array, "#batch"] | None,
-    segment_ids: Int[Array, "batch seq"] | None = None,
-    block: int = BLOCK,
-) -> Float[Array, "batch seq heads dim"]:
+    q: Queries, k: Keys, v: Keys, sinks: Sinks, *, window: Window, segment_ids: Segments = None, block: int = BLOCK
+) -> Queries:
     """See the api; `block` is the number of queries, and of keys, that are looked at together."""
     batch, seq, heads, dim = q.shape
     kv_heads = k.shape[2]
@@ -58,14 +51,6 @@ def window_attention(
     return out.reshape(batch, count * block, heads, dim)[:, :seq].astype(q.dtype)
 
 
-class _Online(NamedTuple):
-    """A softmax under way: the largest logit so far, the total of weights relative to it, and their sum of values."""
-
-    largest: Float[Array, "batch kv_heads rows"]
-    total: Float[Array, "batch kv_heads rows"]
-    out: Float[Array, "batch kv_heads rows dim"]
-
-
 @jax.custom_vjp
 def _attend(
     rows: Float[Array, "blocks batch kv_heads rows dim"],
@@ -84,17 +69,11 @@ def _forward(
     visible = _Visible(keys.shape[3], rows.shape[3], widths, segments)
 
     def one(index: Array) -> tuple[Array, Array]:
-        def meet(at: Array, seen: _Online) -> _Online:
-            logits = _logits(rows[index], keys[at]) + visible(index, at)
-            largest = jnp.maximum(seen.largest, jnp.max(logits, axis=-1))
-            shrink, weights = jnp.exp(seen.largest - largest), jnp.exp(logits - largest[..., None])
-            found = jnp.matmul(weights.astype(values.dtype), values[at], preferred_element_type=jnp.float32)
-            total = seen.total * shrink + jnp.sum(weights, axis=-1)
-            return _Online(largest, total, seen.out * shrink[..., None] + found)
+        def meet(at: Array, seen: OnlineSoftmax) -> OnlineSoftmax:
+            return seen.after(_logits(rows[index], keys[at]) + visible(index, at), values[at])
 
-        start = jnp.broadcast_to(sink, rows.shape[1:4])
-        nothing = _Online(start, jnp.ones_like(start), jnp.zeros(rows.shape[1:], jnp.float32))
-        seen = jax.lax.fori_loop(visible.first(index), index + 1, meet, nothing)
+        start = start_online(jnp.broadcast_to(sink, rows.shape[1:4]), rows.shape[4])
+        seen = jax.lax.fori_loop(visible.first(index), index + 1, meet, start)
         return (seen.out / seen.total[..., None]).astype(rows.dtype), seen.largest + jnp.log(seen.total)
 
     out, log_totals = jax.lax.map(one, jnp.arange(len(rows)))

@@ -1,7 +1,7 @@
 """Sequence parallelism: `window_attention` on a mesh, each device holding some positions of a row.
 
-A query needs the keys of positions that other devices hold, but no other head. So devices trade positions for heads
-(Ulysses, arXiv 2309.14509), attend, and trade back:
+A query needs the keys of positions that other devices hold, but no other head. So devices exchange positions for heads
+(Ulysses, arXiv 2309.14509), attend, and exchange back:
 
     of 8 positions and 4 heads on 2 devices of the axis "sequence":
 
@@ -11,7 +11,7 @@ A query needs the keys of positions that other devices hold, but no other head. 
 
 Between the two a device runs an ordinary implementation, which knows nothing of the mesh. It sends and gets
 (2 heads + 2 key-value heads) x positions x dim / devices numbers, whatever the window. Where an axis "model" cuts heads
-too, each of its devices trades its own share.
+too, each of its devices exchanges its own share.
 
 Key-value heads that do not divide are repeated until they do, no more often than they have query heads: with as many
 copies as one device's query heads ask for, a device gets the keys that it needs and none twice.
@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from puzzle_jax.kernels.shapes import Array, Float, Int
+from puzzle_jax.kernels.shapes import Array, Keys, Queries, Segments, Sinks, Window
 
 DATA, SEQUENCE, MODEL = "data", "sequence", "model"
 
@@ -36,7 +36,7 @@ Attention = Callable[..., Array]
 """(q, k, v, sinks, window=, segment_ids=) to the output, of all positions of some rows and heads."""
 
 
-def cuts(q: Float[Array, "batch seq heads dim"], mesh: Mesh | AbstractMesh | None) -> bool:
+def cuts(q: Queries, mesh: Mesh | AbstractMesh | None) -> bool:
     """Whether `mesh` cuts positions, and its axes divide the positions and the heads of `q`."""
     if mesh is None or mesh.shape.get(SEQUENCE, 1) == 1:
         return False
@@ -45,17 +45,17 @@ def cuts(q: Float[Array, "batch seq heads dim"], mesh: Mesh | AbstractMesh | Non
 
 
 def attention(
-    q: Float[Array, "batch seq heads dim"],
-    k: Float[Array, "batch seq kv_heads dim"],
-    v: Float[Array, "batch seq kv_heads dim"],
-    sinks: Float[Array, "heads"],
+    q: Queries,
+    k: Keys,
+    v: Keys,
+    sinks: Sinks,
     attend: Attention,
     *,
-    window: int | Int[Array, "#batch"] | None,
-    segment_ids: Int[Array, "batch seq"] | None,
+    window: Window,
+    segment_ids: Segments,
     mesh: Mesh | AbstractMesh,
-) -> Float[Array, "batch seq heads dim"]:
-    """What `attend` gives on one device, for arrays that `mesh` `cuts`.
+) -> Queries:
+    """The result of `attend` on one device, for arrays that `mesh` `cuts`.
 
     Rows are cut over the axis "data" where it divides them, and are the same on all of its devices where it does not.
     """
@@ -65,7 +65,7 @@ def attention(
     copies = kv_copies(q.shape[2], kv_heads, mesh.shape[SEQUENCE] * mesh.shape.get(MODEL, 1))
     k, v = (jnp.repeat(x, copies, axis=2) if copies > 1 else x for x in (k, v))
 
-    # Heads lie on the model axis first, so an exchange along the sequence axis deals each device's heads in order.
+    # Heads lie on the model axis first, so an exchange along the sequence axis splits each device's heads in order.
     cut = PartitionSpec(rows, SEQUENCE, model)
     given: dict[str, Array] = {}
     specs: dict[str, PartitionSpec] = {}

@@ -2,12 +2,46 @@
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
-from puzzle_jax.kernels.shapes import Array, Bool, Float, Int
+from puzzle_jax.kernels.shapes import Array, Bool, Float, Keys, Queries, Segments, Sinks, Window
 
 MASKED = -1e30  # finite, so that a query without keys gives zeros and not NaN
+MOST_LOGITS = 2**30
+"""Logits that an implementation may hold at a time, on all devices together; float32, so 4 GB."""
+
+
+class OnlineSoftmax(NamedTuple):
+    """A softmax under way: the largest logit so far, the total of weights relative to it, and their sum of values."""
+
+    largest: Float[Array, "batch kv_heads rows"]
+    total: Float[Array, "batch kv_heads rows"]
+    out: Float[Array, "batch kv_heads rows dim"]
+
+    def after(
+        self, logits: Float[Array, "batch kv_heads rows keys"], values: Float[Array, "batch kv_heads keys dim"]
+    ) -> OnlineSoftmax:
+        """The softmax with one more block of keys (arXiv 1805.02867)."""
+        largest = jnp.maximum(self.largest, jnp.max(logits, axis=-1))
+        shrink, weights = jnp.exp(self.largest - largest), jnp.exp(logits - largest[..., None])
+        found = jnp.matmul(weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+        total = self.total * shrink + jnp.sum(weights, axis=-1)
+        return OnlineSoftmax(largest, total, self.out * shrink[..., None] + found)
+
+
+def start_online(sink: Float[Array, "batch kv_heads rows"], dim: int) -> OnlineSoftmax:
+    """The softmax before any keys: the sink is a key without a value."""
+    return OnlineSoftmax(sink, jnp.ones_like(sink), jnp.zeros((*sink.shape, dim), jnp.float32))
+
+
+def refuse_too_many(*shape: int) -> None:
+    """Raises NotImplementedError for logits of a shape that `online_blocks` should have."""
+    if math.prod(shape) > MOST_LOGITS:
+        raise NotImplementedError(f"logits of shape {shape} are too many at a time")
 
 
 def softmax_with_sink(
@@ -20,9 +54,7 @@ def softmax_with_sink(
     return weights / (jnp.sum(weights, axis=-1) + jnp.exp(sink - largest))[..., None]
 
 
-def visible_keys(
-    seq: int, window: int | Int[Array, "#batch"] | None, segment_ids: Int[Array, "batch seq"] | None
-) -> Bool[Array, "rows seq seq"]:
+def visible_keys(seq: int, window: Window, segment_ids: Segments) -> Bool[Array, "rows seq seq"]:
     """Which keys (last axis) each query sees; one row, or one per row of the batch where rows differ."""
     query, key = jnp.arange(seq)[:, None], jnp.arange(seq)[None, :]
     mask = (key <= query)[None]
@@ -34,14 +66,8 @@ def visible_keys(
 
 
 def window_attention(
-    q: Float[Array, "batch seq heads dim"],
-    k: Float[Array, "batch seq kv_heads dim"],
-    v: Float[Array, "batch seq kv_heads dim"],
-    sinks: Float[Array, "heads"],
-    *,
-    window: int | Int[Array, "#batch"] | None,
-    segment_ids: Int[Array, "batch seq"] | None = None,
-) -> Float[Array, "batch seq heads dim"]:
+    q: Queries, k: Keys, v: Keys, sinks: Sinks, *, window: Window, segment_ids: Segments = None
+) -> Queries:
     """See the api."""
     batch, seq, heads, dim = q.shape
     grouped = q.reshape(batch, seq, k.shape[2], heads // k.shape[2], dim)

@@ -8,6 +8,7 @@ Left out: windows that are data, and tuned block sizes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -15,21 +16,14 @@ import jax
 import jax.numpy as jnp
 
 from puzzle_jax.kernels.platform import target_platform
-from puzzle_jax.kernels.shapes import Array, Float, Int
+from puzzle_jax.kernels.shapes import Array, Keys, Queries, Segments, Sinks, Window
 
 LANES, MAX_BLOCK = 128, 512
 
 
 def window_attention(
-    q: Float[Array, "batch seq heads dim"],
-    k: Float[Array, "batch seq kv_heads dim"],
-    v: Float[Array, "batch seq kv_heads dim"],
-    sinks: Float[Array, "heads"],
-    *,
-    window: int | Int[Array, "#batch"] | None,
-    segment_ids: Int[Array, "batch seq"] | None = None,
-    interpret: bool = False,
-) -> Float[Array, "batch seq heads dim"]:
+    q: Queries, k: Keys, v: Keys, sinks: Sinks, *, window: Window, segment_ids: Segments = None, interpret: bool = False
+) -> Queries:
     """See the api. Raises NotImplementedError off TPUs unless interpreted, and for windows that are data."""
     if not interpret and target_platform() != "tpu":
         raise NotImplementedError(f"for TPUs, but this is {target_platform()}")
@@ -55,7 +49,7 @@ def window_attention(
 
 
 @lru_cache(maxsize=64)
-def _kernel(group: int, seq: int, window: int | None, interpret: bool) -> Any:
+def _kernel(group: int, seq: int, window: int | None, interpret: bool) -> Callable[..., Array]:
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     if window is None or window >= seq:
@@ -67,11 +61,7 @@ def _kernel(group: int, seq: int, window: int | None, interpret: bool) -> Any:
     sizes = splash.BlockSizes(**dict.fromkeys((*names, "block_q_dq", "block_kv_dq"), block))
     with jax.ensure_compile_time_eval():  # what it keeps of the mask is made of arrays
         kernel = splash.make_splash_mqa(
-            splash.MultiHeadMask([mask] * group),
-            block_sizes=sizes,
-            head_shards=1,
-            q_seq_shards=1,
-            interpret=interpret,
+            splash.MultiHeadMask([mask] * group), block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
         )
 
     def attend(q: Array, k: Array, v: Array, segments: Array, sinks: Array) -> Any:

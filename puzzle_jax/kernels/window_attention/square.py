@@ -10,20 +10,13 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from puzzle_jax.kernels.shapes import Array, Float, Int
-from puzzle_jax.kernels.window_attention.limits import refuse_too_many
-from puzzle_jax.kernels.window_attention.reference import MASKED, visible_keys
+from puzzle_jax.kernels.shapes import Keys, Queries, Segments, Sinks, Window
+from puzzle_jax.kernels.window_attention.reference import MASKED, refuse_too_many, visible_keys
 
 
 def window_attention(
-    q: Float[Array, "batch seq heads dim"],
-    k: Float[Array, "batch seq kv_heads dim"],
-    v: Float[Array, "batch seq kv_heads dim"],
-    sinks: Float[Array, "heads"],
-    *,
-    window: int | Int[Array, "#batch"] | None,
-    segment_ids: Int[Array, "batch seq"] | None = None,
-) -> Float[Array, "batch seq heads dim"]:
+    q: Queries, k: Keys, v: Keys, sinks: Sinks, *, window: Window, segment_ids: Segments = None
+) -> Queries:
     """See the api. Raises NotImplementedError for squares that are too large."""
     batch, seq, heads, dim = q.shape
     refuse_too_many(batch, heads, seq, seq)

@@ -34,9 +34,7 @@ from puzzle_jax.convert_hf.describe import Description, describe_checkpoint
 from puzzle_jax.convert_hf.export import PROVENANCE, Origin, export_child
 from puzzle_jax.convert_hf.kv_scales import StoredScales
 from puzzle_jax.convert_hf.load import build_params
-from puzzle_jax.convert_hf.pieces import dotted, parameter_path
-from puzzle_jax.convert_hf.table import Path as ParamPath
-from puzzle_jax.convert_hf.table import TensorSpec, checkpoint_tensors
+from puzzle_jax.convert_hf.table import ParamPath, TensorSpec, checkpoint_tensors
 from puzzle_jax.convert_hf.tensors import mxfp4
 from puzzle_jax.convert_hf.tensors.files import CHUNK_BYTES, StoredTensor, read_json
 from puzzle_jax.errors import ConfigError, PuzzleError, shown
@@ -172,13 +170,13 @@ class Pair:
         """
         parameters: dict[ParamPath, tuple[TensorSpec, ...]] = {}
         for spec in checkpoint_tensors(self.ours.config, self.ours.form):
-            path = parameter_path(spec)
+            path = spec.parameter
             parameters[path] = (*parameters.get(path, ()), spec)
         differing, trained = {}, frozenset(self.trained)
         for path, specs in parameters.items():
             if all(_same(self.ours.tensors[spec.name], self.theirs.tensors[spec.name]) for spec in specs):
                 continue
-            if dotted(path) not in trained:
+            if spec.parameter_name not in trained:
                 a, b = self.directories
                 raise PuzzleError(
                     f"{a} and {b} differ in {specs[0].name}, which neither's {PROVENANCE} calls trained, so they do "
@@ -190,7 +188,7 @@ class Pair:
     def delta(self, weight: float) -> Params:
         """What differs as a delta on A; its leaves are `AveragedParameter`, None for all that is equal."""
         table = checkpoint_tensors(self.ours.config, self.ours.form)
-        leaves: dict[ParamPath, Any] = {parameter_path(spec): None for spec in table}
+        leaves: dict[ParamPath, Any] = {spec.parameter: None for spec in table}
         for path, specs in self.differing.items():
             ours, theirs = (
                 tuple(described.tensors[spec.name] for spec in specs) for described in (self.ours, self.theirs)

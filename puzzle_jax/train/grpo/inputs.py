@@ -23,7 +23,7 @@ from puzzle_jax.evaluate.accuracy import QuestionSet, check_context
 from puzzle_jax.evaluate.models import Model
 from puzzle_jax.files import read_bytes, read_object
 from puzzle_jax.model.cache_format import FLOAT8, CacheFormat
-from puzzle_jax.model.child import whole
+from puzzle_jax.model.child import identity_child
 from puzzle_jax.runs import begun_on
 from puzzle_jax.tasks import Chat, get_task
 from puzzle_jax.tasks.rewards.source import reward_file
@@ -98,7 +98,7 @@ class GrpoInputs(RunInputs):
     @cached_property
     def student(self) -> Student:
         """The model as a view on itself."""
-        return Student(whole(self.config), self.recipe.train, self.recipe.remat)
+        return Student(identity_child(self.config), self.recipe.train, self.recipe.remat)
 
     @cached_property
     def loss(self) -> ResolvedPolicy:

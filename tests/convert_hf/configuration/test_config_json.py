@@ -156,7 +156,7 @@ BAD = [
     (plain(per_layer_config={"0": {"head_dim": 3}}), r"per_layer_config.0.head_dim is 3, but only num_local_experts"),
     (
         puzzle(per_layer_config={"1": {"num_local_experts": 3}}),
-        r"per_layer_config.1.num_local_experts is 3, but block_configs\[1\] says 7; they must be equal",
+        r"per_layer_config.1.num_local_experts is 3, but block_configs\[1\] has 7; they must be equal",
     ),
     (plain(model_type="llama"), r"model_type is 'llama', but only gpt_oss and gpt_oss_puzzle are known"),
     (plain(model_type=None), r"model_type is missing"),

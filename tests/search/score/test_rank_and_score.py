@@ -16,7 +16,7 @@ from puzzle_jax.generate.batches import micro_batches
 from puzzle_jax.generate.traces import Trace
 from puzzle_jax.kernels.expert_mlp import expert_mlp
 from puzzle_jax.kernels.route import route
-from puzzle_jax.model.child import Child, ChildBlock, whole
+from puzzle_jax.model.child import Child, ChildBlock, identity_child
 from puzzle_jax.model.network import attention_block, embed, forward, moe_block, rms_norm
 from puzzle_jax.model.rope import rope_table
 from puzzle_jax.model.sharding import make_mesh, shard_params
@@ -248,7 +248,7 @@ def test_scores_are_those_of_whole_passes_over_single_replacements(parent):
     Fill(table, run, range(3), range(4), tokens_per_batch=128)(on_done=done.append)
     assert sum(done) == work and Fill(table, run, range(3), range(4), tokens_per_batch=128).work == 0
     for number, ((layer, _), (kept, window)) in enumerate(replaced.items()):
-        blocks = list(whole(config).blocks)
+        blocks = list(identity_child(config).blocks)
         blocks[layer] = ChildBlock(kept, window)
         child = Child(config, tuple(blocks))
         kls = [direct_kl(params, config, child, trace) for trace in traces]
@@ -265,11 +265,11 @@ def test_scores_are_those_of_whole_passes_over_single_replacements(parent):
 def test_children_share_what_they_have_in_common_and_get_the_same_bits(parent, monkeypatch):
     """Layers of the parent are run once; of the children, those above the first that differs from all others."""
     config, params, traces = parent
-    alike = list(whole(config).blocks)
+    alike = list(identity_child(config).blocks)
     alike[2] = ChildBlock((0, 2, 3, 5), alike[2].window)
     other = [*alike[:3], ChildBlock((1, 4, 6), 3), *alike[4:]]
     rope = replace(config.rope, factor=config.rope.factor * 2)
-    children = [Child(config, tuple(blocks)) for blocks in (alike, other, whole(config).blocks)]
+    children = [Child(config, tuple(blocks)) for blocks in (alike, other, identity_child(config).blocks)]
     children.append(Child(config, tuple(alike), rope=rope))
     alone = [score_children(params, config, [child], traces, tokens_per_batch=128) for child in children]
     ran, layer = [], ReplaceOne.layer
@@ -342,7 +342,7 @@ def test_losses_by_context_and_beyond_the_window(parent):
 
 def test_scores_around_a_child_are_differences_to_it(parent):
     config, params, traces = parent
-    blocks = list(whole(config).blocks)
+    blocks = list(identity_child(config).blocks)
     blocks[0] = ChildBlock((0, 2, 3, 5), blocks[0].window)
     child = Child(config, tuple(blocks))
     blocks[2] = ChildBlock((1, 4, 6), 3)
@@ -391,7 +391,9 @@ def test_a_lens_of_the_last_layer_is_exact_and_others_order_alternatives(parent)
 
 def direct_kl(params, config, child, trace):
     tokens, count = padded(trace)
-    ours, parents = (viewed(params, config, tokens, one.view) for one in (child, Child(config, whole(config).blocks)))
+    ours, parents = (
+        viewed(params, config, tokens, one.view) for one in (child, Child(config, identity_child(config).blocks))
+    )
     p, q = (np.asarray(jax.nn.log_softmax(x), np.float64)[0] for x in (parents, ours))
     kl = (np.exp(p) * (p - q)).sum(-1)
     return kl[len(trace.prompt) - 1 : count - 1].mean()

@@ -10,7 +10,7 @@ import pytest
 
 from puzzle_jax.config import BlockConfig
 from puzzle_jax.generate import Request, generate
-from puzzle_jax.model.child import whole
+from puzzle_jax.model.child import identity_child
 from puzzle_jax.model.network import forward, hidden_states
 from puzzle_jax.model.sharding import make_training_mesh
 from puzzle_jax.model.stacked import unstack_params
@@ -27,7 +27,7 @@ from tests.support import random_params, small_config
 from tests.train.toy_student import close, jit, random_master_weights
 
 CONFIG = small_config((BlockConfig(7, 5), BlockConfig(5, None), BlockConfig(5, None)))
-STUDENT = Student(whole(CONFIG))
+STUDENT = Student(identity_child(CONFIG))
 LENGTH, PAD, K = 28, 96, 2
 SIZES = ((12, 5), (15, 4), (19, 9), (11, 3), (17, 16))  # tokens and those of them that are the prompt
 ADVANTAGES = (0.75, -1.5, 0.5, -0.25, 2.0)
