@@ -14,6 +14,7 @@ requests choose alike.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from math import log, log1p
 
 import numpy as np
@@ -75,18 +76,27 @@ def tiled_rows(chosen: np.ndarray, tokens: int, tile: int) -> float:
       tokens: how many.
       tile: rows of a tile.
     """
-    rows = np.arange(1, tokens + 1)
-    tiles, log_choices = np.ceil(rows / tile), np.cumsum(np.log((tokens - rows + 1) / rows))
-
-    def expected(chosen: float) -> float:
-        """E[ceil(r / tile)] of r ~ Binomial(tokens, chosen)."""
-        if chosen >= 1.0:
-            return float(tiles[-1])
-        log_mass = log_choices + rows * log(chosen) + (tokens - rows) * log1p(-chosen)
-        return float(np.exp(log_mass) @ tiles)
-
     values, counts = np.unique(chosen, return_counts=True)
-    return tile * sum(int(count) * expected(float(value)) for value, count in zip(values, counts, strict=True))
+    expected = [_expected_tiles(value, tokens, tile) for value in values.tolist()]
+    return tile * sum(count * tiles for count, tiles in zip(counts.tolist(), expected, strict=True))
+
+
+@lru_cache(maxsize=1 << 16)
+def _expected_tiles(chosen: float, tokens: int, tile: int) -> float:
+    """E[ceil(r / tile)] of r ~ Binomial(tokens, chosen); a search asks for the same few numbers again and again."""
+    rows, log_choices = _log_choices(tokens)
+    tiles = np.ceil(rows / tile)
+    if chosen >= 1.0:
+        return float(tiles[-1])
+    log_mass = log_choices + rows * log(chosen) + (tokens - rows) * log1p(-chosen)
+    return float(np.exp(log_mass) @ tiles)
+
+
+@lru_cache(maxsize=4)
+def _log_choices(tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of rows r, from 1 to `tokens`, and the logarithm of the ways to choose them."""
+    rows = np.arange(1, tokens + 1)
+    return rows, np.cumsum(np.log((tokens - rows + 1) / rows))
 
 
 def _check(profile: Sequence[Number], num_experts: int) -> None:
