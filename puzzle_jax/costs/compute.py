@@ -4,11 +4,12 @@ provider's seconds for every distinct sub-block, scenario and batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import prod
 
 from puzzle_jax.config import BlockConfig, ModelConfig, cache_slots
-from puzzle_jax.convert_hf.table import Form, bytes_by_part, parameters
+from puzzle_jax.convert_hf.table import Form, TensorSpec, checkpoint_tensors
 from puzzle_jax.costs.provider import Memory, Provider, Times
 from puzzle_jax.costs.scenario import Scenario, candidate_batches
 from puzzle_jax.costs.table import AttentionCosts, Costs, ExpertCosts, LayerCosts, seconds_key
@@ -120,14 +121,20 @@ def kv_bytes(config: ModelConfig, window: int | None, scenario: Scenario) -> int
 
 def shared_size(config: ModelConfig, form: Form) -> tuple[int, int]:
     """Bytes and parameters of what all architectures share (attention, norms, embedding, head), exact."""
-    one = config.with_blocks(tuple(BlockConfig(config.experts_per_token) for _ in config.blocks))
-    layer_bytes, layer_parameters = mixture_size(config, config.experts_per_token, form)
-    layers = config.num_layers
-    return bytes_by_part(one, form).total - layers * layer_bytes, parameters(one) - layers * layer_parameters
+
+    def times(spec: TensorSpec) -> int:
+        return 0 if spec.by_expert else 1 if spec.layer is None else config.num_layers
+
+    return _size(config, config.experts_per_token, form, times)
 
 
 def mixture_size(config: ModelConfig, count: int, form: Form) -> tuple[int, int]:
     """Bytes and parameters of one layer's experts and router, exact."""
-    one, two = (config.with_blocks((BlockConfig(c), *config.blocks[1:])) for c in (count, 2 * count))
-    layer = bytes_by_part(one, form).layers[0]
-    return layer.experts + layer.router, parameters(two) - parameters(one)
+    return _size(config, count, form, lambda spec: int(spec.by_expert))
+
+
+def _size(config: ModelConfig, count: int, form: Form, times: Callable[[TensorSpec], int]) -> tuple[int, int]:
+    """Bytes and parameters of a model of one such layer, each tensor counted `times` times."""
+    one = replace(config, blocks=(BlockConfig(count),))
+    num_bytes = sum(times(spec) * spec.nbytes for spec in checkpoint_tensors(one, form))
+    return num_bytes, sum(times(spec) * prod(spec.shape) for spec in checkpoint_tensors(one, "bf16"))
