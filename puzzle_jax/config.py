@@ -141,6 +141,11 @@ class ModelConfig:
         return replace(self, blocks=tuple(blocks))
 
 
+def window_name(window: int | None) -> str:
+    """The name of a window in files and messages: "full" for full attention, else its number."""
+    return "full" if window is None else str(window)
+
+
 def cache_slots(window: int | None, context: int) -> int:
     """Slots that a layer needs for a context of so many tokens."""
     return context if window is None else min(window, context)

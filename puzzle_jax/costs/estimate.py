@@ -67,7 +67,7 @@ class Comparison:
     def as_json(self) -> dict[str, Any]:
         """Keys of the model are plain, those of the baseline begin with "baseline_"."""
         return {
-            "scenario": self.scenario.to_json(),
+            "scenario": asdict(self.scenario),
             "speedup": self.speedup,
             **asdict(self.model),
             **{f"baseline_{name}": value for name, value in asdict(self.baseline).items()},

@@ -21,8 +21,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
-from puzzle_jax.errors import ConfigError, shown
-from puzzle_jax.numeric import Number, is_number
+from puzzle_jax.errors import check_choice, check_range
+from puzzle_jax.numeric import LARGEST, Number
 
 _MIB, _GIB = 2**20, 2**30
 
@@ -55,11 +55,9 @@ class Hardware:
 
     def __post_init__(self) -> None:
         for field in fields(self)[1:]:
-            value = getattr(self, field.name)
             may_be_zero = field.name in ("link_latency_seconds", "launch_seconds")
-            if not is_number(value) or value < 0 or not (value or may_be_zero):
-                rule = "at least 0" if may_be_zero else "above 0"
-                raise ConfigError(f"{field.name} of hardware {self.name!r} is {shown(value)}, but must be {rule}")
+            name = f"{field.name} of hardware {self.name!r}"
+            check_range(name, getattr(self, field.name), 0, LARGEST, above=not may_be_zero)
 
 
 HARDWARE = {
@@ -94,8 +92,7 @@ def hardware_named(name: str) -> Hardware:
     """
     if name == "local":
         return measure_local()
-    if name not in HARDWARE:
-        raise ConfigError(f"hardware is {name!r}, but must be local or one of {', '.join(HARDWARE)}")
+    check_choice("hardware", name, ("local", *HARDWARE))
     return HARDWARE[name]
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Protocol, runtime_checkable
 
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.convert_hf.table import Form
 from puzzle_jax.costs.scenario import Scenario
-from puzzle_jax.errors import ConfigError, shown
+from puzzle_jax.errors import check_range
 from puzzle_jax.numeric import Number
 
 LONGEST_SECONDS = 1e12
@@ -32,12 +32,8 @@ class Seconds:
     decode_spread: Number = 0.0
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= LONGEST_SECONDS:
-                raise ConfigError(
-                    f"{field.name} is {shown(value)}, but must be a number of 0 to {LONGEST_SECONDS:g} seconds"
-                )
+        for name, value in asdict(self).items():
+            check_range(name, value, 0, LONGEST_SECONDS)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Seconds from compiled programs: what the CPU's compiler counts beside counts by hand, and a TPU's if there is one."""
 
 import importlib.util
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import jax
@@ -112,7 +113,7 @@ def test_seconds_are_those_of_what_takes_longer():
 )
 def test_other_deployments_are_refused(changes, words):
     with pytest.raises(ConfigError, match=words):
-        times((7,), (None,), Scenario(**{**CHAT.to_json(), **changes}))
+        times((7,), (None,), Scenario(**{**asdict(CHAT), **changes}))
 
 
 def test_other_hardware_is_refused():
