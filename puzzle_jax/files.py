@@ -15,11 +15,14 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import yaml
 
 from puzzle_jax.errors import PuzzleError
+
+Json: TypeAlias = Any
+"""A value of JSON or YAML: a text, a number, a truth value, None, or a list or dictionary of such values."""
 
 PARTIAL = ".partial-"
 """In the name of a file or directory that is still being written."""

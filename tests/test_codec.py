@@ -70,7 +70,7 @@ def test_what_does_not_fit_is_one_sentence_with_file_and_field(change, message):
 
 
 def test_another_kind_of_value_is_refused():
-    with pytest.raises(ConfigError, match="^m.json: the value is a list, but must be an object$"):
+    with pytest.raises(ConfigError, match=r"^m\.json: the value is a list, but must be an object$"):
         from_plain(Model, [], "m.json", ConfigError)
     with pytest.raises(TypeError, match="object has no JSON form"):
         to_plain({"x": object()})

@@ -14,11 +14,10 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import inf
-from typing import Any
 
 import numpy as np
 from scipy import sparse
-from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
 
 from puzzle_jax.numeric import Number
 from puzzle_jax.program.compile import LARGEST_COEFFICIENT, Compiled, Model, Point
@@ -124,7 +123,7 @@ def _call(
     integrality: np.ndarray,
     deadline: float,
     gap: Number,
-) -> Any:
+) -> OptimizeResult:
     """HiGHS; columns that are not integral are slacks without upper bound."""
     with _silenced():
         return milp(
