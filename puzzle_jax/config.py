@@ -122,11 +122,6 @@ class ModelConfig:
         return len(self.blocks)
 
     @property
-    def heads_per_kv(self) -> int:
-        """Query heads that share one key-value head."""
-        return self.num_heads // self.num_kv_heads
-
-    @property
     def query_width(self) -> int:
         return self.num_heads * self.head_dim
 

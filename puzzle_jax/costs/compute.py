@@ -18,7 +18,7 @@ from puzzle_jax.errors import ConfigError
 
 @dataclass(frozen=True)
 class Offer:
-    """What an architecture may consist of.
+    """Alternatives of every layer of a parent.
 
     Attributes:
       config: the parent.
@@ -37,10 +37,8 @@ def compute_costs(
     """The costs of every alternative of an offer.
 
     Args:
-      offer: the alternatives.
       scenarios: deployments with distinct names.
       form: form of the checkpoint, which decides the bytes of the experts.
-      provider: where seconds come from.
       memory: what bounds the batch of a scenario that leaves it open.
 
     Raises `ConfigError` where a batch is open and no `memory` is given, or memory does not suffice for one request.

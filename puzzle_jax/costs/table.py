@@ -2,9 +2,7 @@
 scenario.
 
 Costs add over sub-blocks, which is what lets a linear program weigh them (Puzzle, arXiv 2411.19146, section
-4). The bytes are exact, from the table of checkpoint tensors. Seconds come from a provider: `roofline`
-(arithmetic on hardware constants), `measured` (our own blocks timed on the devices present), or a costs.json
-of the same form that was timed elsewhere.
+4). The bytes are exact, from the table of checkpoint tensors. Seconds come from a `provider`.
 
     seconds of a batch = prefill of all its inputs + output_tokens * one decode step of the whole batch
     tokens per second  = batch * output_tokens / seconds
@@ -84,8 +82,6 @@ class Costs:
     Attributes:
       provider: "roofline", "measured", or whatever made the file.
       device: what the seconds are of.
-      scenarios: the deployments.
-      layers: one entry per layer.
       fixed: seconds of what all architectures share, by scenario, see `seconds_key`.
       shared_bytes, shared_parameters: of what all architectures share (attention, norms, embedding, head).
       batches: by name, what is offered in scenarios that leave their batch open.

@@ -28,13 +28,13 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count as count_from
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.experimental.layout import Format, Layout
 from jax.sharding import SingleDeviceSharding
+from jaxtyping import PyTree
 
 from puzzle_jax.config import BlockConfig, ModelConfig, cache_slots
 from puzzle_jax.convert_hf.table import Form
@@ -53,7 +53,7 @@ TOPOLOGIES = {"tpu-v5e": "v5e:2x2", "tpu-v5p": "v5p:2x2x1", "tpu-v6e": "v6e:2x2"
 """The smallest topology that holds a device of each kind, by the names of `hardware`."""
 
 
-def tpu_device(hardware: str) -> Any:
+def tpu_device(hardware: str) -> jax.Device:
     """A device to compile for, which need not exist.
 
     Raises `ConfigError` for hardware that is no known TPU, and where the compiler does not start: it serves one process
@@ -75,8 +75,8 @@ class Work:
     num_bytes: float
 
     @staticmethod
-    def of(compiled: Any) -> Work:
-        """Of a `jax.stages.Compiled`."""
+    def of(compiled: jax.stages.Compiled) -> Work:
+        """The work of a compiled program."""
         counted = compiled.cost_analysis()
         return Work(counted["flops"], counted["bytes accessed"])
 
@@ -101,7 +101,7 @@ class Xla:
     Raises `ConfigError` where the compiler for TPUs is not installed.
     """
 
-    device_of: Callable[[str], Any] = tpu_device
+    device_of: Callable[[str], jax.Device] = tpu_device
     hardware: Hardware | None = None
     progress: Callable[[int, int], None] | None = None
 
@@ -138,15 +138,15 @@ class Xla:
         programs = _Programs(SubBlocks(config, scenario), self.device_of(scenario.hardware), hardware)
         parts, done = len(windows) + len(counts) + 1, count_from(1)
 
-        def told(seconds: Seconds) -> Seconds:
+        def counted(seconds: Seconds) -> Seconds:
             if self.progress:
                 self.progress(next(done), parts)
             return seconds
 
         return Times(
-            experts={count: told(programs.experts(count)) for count in counts},
-            attention={window: told(programs.attention(window)) for window in windows},
-            fixed=told(programs.rest()),
+            experts={count: counted(programs.experts(count)) for count in counts},
+            attention={window: counted(programs.attention(window)) for window in windows},
+            fixed=counted(programs.rest()),
         )
 
 
@@ -155,7 +155,7 @@ class _Programs:
     """Compiles the sub-blocks of one scenario for one device."""
 
     blocks: SubBlocks
-    device: Any
+    device: jax.Device
     hardware: Hardware
 
     def attention(self, window: int | None) -> Seconds:
@@ -229,8 +229,8 @@ class _Programs:
     def _hidden(self, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((*shape, self.blocks.config.hidden_size), jnp.bfloat16)
 
-    def _work(self, what: str, function: Callable[..., Any], *shapes: Any, donated: int | None = None) -> Work:
-        """Of a function of arrays of these shapes, compiled."""
+    def _work(self, what: str, function: Callable[..., PyTree], *shapes: PyTree, donated: int | None = None) -> Work:
+        """The work of a function of arrays of these shapes, compiled."""
         free = Format(Layout.AUTO, SingleDeviceSharding(self.device))
         program = jax.jit(function, in_shardings=free, out_shardings=free, donate_argnums=donated)
         try:

@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from operator import attrgetter
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from rich.table import Table
 
 from puzzle_jax.errors import ConfigError
+from puzzle_jax.files import Json
+from puzzle_jax.settings.help import written
 
 GB = 1e9
 
@@ -29,7 +31,7 @@ class Usage:
       held: bytes of the arrays that are there, by name.
       temporaries: bytes that XLA allocates beside them.
       arithmetic: the large parts of the temporaries by arithmetic; empty where nobody has calculated them.
-      seconds: how long tracing and compiling took.
+      seconds: for tracing and compiling.
     """
 
     held: Mapping[str, int]
@@ -63,13 +65,13 @@ class Change:
     """
 
     what: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Json] = field(default_factory=dict)
     total: int | None = None
 
     def __str__(self) -> str:
         if self.total is None:
             return self.what
-        options = " ".join(f"--{name} {_option(value)}" for name, value in self.settings.items())
+        options = " ".join(f"--{name} {written(value)}" for name, value in self.settings.items())
         return f"{self.what}: {options}: {self.total / GB:.1f} GB"
 
 
@@ -103,7 +105,7 @@ class Plan:
     changes: Mapping[str, Sequence[Change]]
     notes: Sequence[str]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Json]:
         programs = {
             name: {**asdict(usage), "total": usage.total, "fits": usage.total <= self.device_bytes}
             for name, usage in self.programs.items()
@@ -161,7 +163,7 @@ class Plan:
 
 
 def least_changes(
-    recipe: Recipe, ways: Mapping[str, Iterable[Mapping[str, Any]]], total: Callable[[Recipe], int], limit: int
+    recipe: Recipe, ways: Mapping[str, Iterable[Mapping[str, Json]]], total: Callable[[Recipe], int], limit: int
 ) -> list[Change]:
     """For each way to need less, the least change that should be enough; ways that cannot do it alone are left out.
 
@@ -184,7 +186,7 @@ def least_changes(
     return found
 
 
-def scaled(recipe: Any, halved: Sequence[str] = (), doubled: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+def scaled(recipe: object, halved: Sequence[str] = (), doubled: Sequence[str] = ()) -> Iterator[dict[str, Json]]:
     """Settings by dotted name, some of them 2, 4, 8 and more times smaller, as long as that is whole, and others as
     many times larger."""
     for factor in (2**power for power in range(1, 11)):
@@ -194,15 +196,11 @@ def scaled(recipe: Any, halved: Sequence[str] = (), doubled: Sequence[str] = ())
         yield {name: value // factor if name in halved else value * factor for name, value in values.items()}
 
 
-def with_settings(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
+def with_settings(recipe: Recipe, settings: Mapping[str, Json]) -> Recipe:
     """The recipe with other fields in its sections, which are given by dotted name ("data.rows")."""
-    sections: dict[str, dict[str, Any]] = {}
+    sections: dict[str, dict[str, Json]] = {}
     for name, value in settings.items():
         section, _, inner = name.partition(".")
         sections.setdefault(section, {})[inner] = value
     changed = {name: replace(getattr(recipe, name), **values) for name, values in sections.items()}
     return replace(recipe, **changed)  # type: ignore[type-var]
-
-
-def _option(value: Any) -> str:
-    return ",".join(f"{key}={each}" for key, each in value.items()) if isinstance(value, Mapping) else str(value)

@@ -28,12 +28,8 @@ class Section:
 
     def table(self) -> Table:
         """For the terminal."""
-        table = Table(
-            title=self.title or None,
-            title_justify="left",
-            caption=" ".join(self.remarks) or None,
-            caption_justify="left",
-        )
+        caption = " ".join(self.remarks) or None
+        table = Table(title=self.title or None, title_justify="left", caption=caption, caption_justify="left")
         for position, name in enumerate(self.heading):
             style = "bold" if name == self.emphasised else None
             table.add_column(name, justify="right" if position else "left", style=style, overflow="fold")

@@ -86,19 +86,14 @@ def settings_of(kind: type, prefix: str = "", default: Any = MISSING) -> dict[st
       default: an instance whose values are the defaults, in place of the dataclass' own.
     """
     found: dict[str, Setting] = {}
-    hints, said = get_type_hints(kind), _descriptions(kind)
+    hints, texts = get_type_hints(kind), _descriptions(kind)
     for field in fields(kind):
         name, value = f"{prefix}{field.name}", _default(field) if default is MISSING else getattr(default, field.name)
-        setting = Setting(name, hints[field.name], value, said.get(field.name, ""), field.metadata.get("read"))
+        setting = Setting(name, hints[field.name], value, texts.get(field.name, ""), field.metadata.get("read"))
         found[name] = setting
         if setting.section is not None:
             found |= settings_of(setting.section, f"{name}.", value)
     return found
-
-
-def setting_hints(kind: type) -> dict[str, Any]:
-    """Types by dotted name."""
-    return {name: setting.hint for name, setting in settings_of(kind).items()}
 
 
 def hint_options(hint: Any) -> Iterator[Any]:

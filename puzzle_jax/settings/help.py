@@ -6,7 +6,6 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING
 from pathlib import Path
-from typing import Any
 
 from puzzle_jax.settings.fields import Setting, hint_options
 
@@ -55,7 +54,7 @@ def _entry(setting: Setting, by_place: bool) -> list[str]:
     name = setting.name.upper() if by_place else f"--{setting.name} {_form(setting)}"
     if setting.default is True:
         name = f"--[no_]{setting.name}"
-    default = "required" if setting.default is MISSING else f"default: {_written(setting.default)}"
+    default = "required" if setting.default is MISSING else f"default: {written(setting.default)}"
     said = setting.help.removesuffix(".")
     said = f"{said} ({default})" if default not in ("default: ", "default: false") else said
     lines = textwrap.wrap(said, _WIDTH - _COLUMN) or [""]
@@ -73,10 +72,10 @@ def _form(setting: Setting) -> str:
     return "|".join(setting.choices) or next((form for of, form in _FORMS.items() if of in kinds), "VALUE")
 
 
-def _written(value: Any) -> str:
+def written(value: object) -> str:
     """A default as a command line writes it."""
     if value is None or isinstance(value, bool):
         return "" if value is None else str(value).lower()
     if isinstance(value, Mapping):
-        return ",".join(f"{key}={_written(of).replace(',', ':')}" for key, of in value.items())
-    return ",".join(map(_written, value)) if isinstance(value, tuple | list) else str(value)
+        return ",".join(f"{key}={written(of).replace(',', ':')}" for key, of in value.items())
+    return ",".join(map(written, value)) if isinstance(value, tuple | list) else str(value)
