@@ -126,7 +126,7 @@ def read_bytes(path: Path, error: type[PuzzleError] = PuzzleError) -> bytes:
 
 
 def is_unicode(value: Any) -> bool:
-    """Whether all texts of a JSON value are valid Unicode, without half a surrogate pair."""
+    """Returns whether all texts of a JSON value are valid Unicode, without half a surrogate pair."""
     try:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
@@ -135,7 +135,7 @@ def is_unicode(value: Any) -> bool:
 
 
 def _all_unicode(value: Any) -> bool:
-    """Whether all texts of a YAML value, keys included, are valid Unicode."""
+    """Returns whether all texts of a YAML value, keys included, are valid Unicode."""
     if isinstance(value, str):
         return is_unicode(value)
     if isinstance(value, dict):

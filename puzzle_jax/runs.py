@@ -26,11 +26,9 @@ RUN_FILE, METRICS_FILE, REPORT_FILE = "run.json", "metrics.jsonl", "report.html"
 
 
 def open_run(run_dir: Path, identity: Mapping[str, Json]) -> Path:
-    """Makes a run directory, or enters one that belongs to the same run.
+    """Makes a run directory, with its parents, or enters one that belongs to the same run.
 
-    Args:
-      run_dir: the directory; created with its parents.
-      identity: JSON values that make the run what it is, such as the parent's path and fingerprint.
+    `identity` holds what makes the run what it is, such as the parent's path and fingerprint.
 
     Raises `PuzzleError`, before anything is written, if the directory holds something else.
     """

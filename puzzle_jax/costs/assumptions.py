@@ -1,4 +1,4 @@
-"""What the roofline assumes of a serving engine: one file of numbers, the same for all that it estimates.
+"""Assumptions of the roofline about a serving engine: one file of numbers, the same for all that it estimates.
 
 `assumptions.yaml` beside this file holds the numbers and where they come from; another file may replace them, whole.
 """

@@ -18,13 +18,7 @@ from puzzle_jax.errors import ConfigError
 
 @dataclass(frozen=True)
 class Offer:
-    """Alternatives of every layer of a parent.
-
-    Attributes:
-      config: the parent.
-      counts: expert counts that each layer may have.
-      windows: windows that each layer may have; None is full attention.
-    """
+    """Alternatives of every layer of a parent: its expert counts, and its windows, of which None is full attention."""
 
     config: ModelConfig
     counts: Sequence[Sequence[int]]
@@ -34,12 +28,9 @@ class Offer:
 def compute_costs(
     offer: Offer, scenarios: Sequence[Scenario], form: Form, provider: Provider, memory: Memory | None = None
 ) -> Costs:
-    """The costs of every alternative of an offer.
+    """The costs of every alternative of an offer, in scenarios of distinct names.
 
-    Args:
-      scenarios: deployments with distinct names.
-      form: form of the checkpoint, which decides the bytes of the experts.
-      memory: what bounds the batch of a scenario that leaves it open.
+    Seconds come from `provider`; `memory` bounds the batch of a scenario that leaves it open.
 
     Raises `ConfigError` where a batch is open and no `memory` is given, or memory does not suffice for one request.
     """

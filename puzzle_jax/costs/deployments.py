@@ -10,6 +10,7 @@ deployments are YAML files of the fields of `Scenario`; the file's name is the s
 from __future__ import annotations
 
 import re
+from itertools import product
 from pathlib import Path
 
 from puzzle_jax.codec import from_plain
@@ -26,12 +27,8 @@ _NAME = re.compile(r"(?P<hardware>[a-z0-9-]+)x(?P<devices>\d+)-(?P<length>\d+)k(
 
 def scenario_names() -> tuple[str, ...]:
     """The usual names; others of the same form work too."""
-    return tuple(
-        f"{hardware}x{devices}-{length}k"
-        for hardware in HARDWARE
-        for devices in USUAL_DEVICES
-        for length in USUAL_LENGTHS
-    )
+    usual = product(HARDWARE, USUAL_DEVICES, USUAL_LENGTHS)
+    return tuple(f"{hardware}x{devices}-{length}k" for hardware, devices, length in usual)
 
 
 def get_scenario(text: str) -> Scenario:

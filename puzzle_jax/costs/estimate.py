@@ -1,4 +1,4 @@
-"""How fast an architecture would serve a deployment, by the roofline, and how much faster than another.
+"""The speed of an architecture in a deployment, by the roofline, and its speed-up over another.
 
     tokens per second = max over batches of  batch output_tokens / (prefill + output_tokens decode step)
 
@@ -34,11 +34,10 @@ class Estimate:
 
     Attributes:
       throughput: generated tokens per second of all devices.
-      batch: requests together.
-      largest_batch: that fits; the scenario's own where it gives one.
-      prefill_seconds: all prompts of the batch.
-      decode_seconds: one step, the mean over output positions.
-      memory_bytes, room_bytes: weights and caches on all devices, and what there is for them.
+      largest_batch: the largest that fits; the scenario's own where it gives one.
+      prefill_seconds: for all prompts of the batch.
+      decode_seconds: for one step, the mean over output positions.
+      memory_bytes, room_bytes: weights and caches on all devices, and the room for them.
       breakdown: {"prefill", "decode"}: seconds by part.
     """
 
@@ -83,7 +82,7 @@ def compare(
 
 
 def estimate(architecture: Architecture, scenario: Scenario, roofline: Roofline | None = None) -> Estimate:
-    """An architecture in a scenario.
+    """Returns the estimate of an architecture in a scenario.
 
     Raises `ConfigError` where not one request fits, the given batch does not, or the scenario does not fit the model.
     """

@@ -22,14 +22,9 @@ _SHOWN = 4
 def read_external(path: Path, offer: Offer, scenarios: Sequence[Scenario], form: Form) -> Costs:
     """Reads a costs.json; what it holds beyond the offer and the scenarios is ignored.
 
-    Args:
-      path: the file.
-      offer: alternatives that it must have costs of.
-      scenarios: scenarios that it must hold, with equal fields.
-      form: form of the parent's checkpoint, which decides the bytes of the experts.
-
-    Raises `PuzzleError` that names the file and what it lacks (layers, expert counts, windows, seconds, a scenario), a
-    number that is none of its kind, bytes that are not the model's, and a model that would be served in no time.
+    Raises `PuzzleError` that names the file and what it lacks (layers, expert counts, windows, seconds, a scenario with
+    equal fields), a number that is none of its kind, bytes that are not the model's in that form, and a model that
+    would be served in no time.
     """
     costs = read_costs(path)
     try:

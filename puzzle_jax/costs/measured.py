@@ -31,7 +31,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
 from puzzle_jax.config import BlockConfig, ModelConfig, cache_bytes
@@ -80,7 +79,7 @@ class Measured:
       clock: gives seconds; of the process' own work (`time.process_time`) where others use the machine too.
     """
 
-    dtype: DTypeLike = jnp.float32
+    dtype: np.dtype | type = jnp.float32
     rounds: int = 7
     decode_steps: int = 64
     seed: int = 0
@@ -134,7 +133,7 @@ class Measured:
             }
             of_model = statistics.median(seconds for race in races.values() for seconds, _ in race)
             share = of_model / (alone["fixed", None] + maker.depth * (sum(alone.values()) - alone["fixed", None]))
-            found = {("fixed", None): (alone["fixed", None] * share, 0.0)}
+            found: dict[Kind, tuple[float, float]] = {("fixed", None): (alone["fixed", None] * share, 0.0)}
             for kind in kinds:
                 own = alone[kind[0], getattr(reference, _FIELDS[kind[0]])] * share
                 ratios = [other / seconds for seconds, other in races[kind]] if kind in others else [1.0]
@@ -145,10 +144,8 @@ class Measured:
         prefill, decode = timed("prefill"), timed("decode")
 
         def both(name: str, alternative: int | None = None) -> Seconds:
-            (prefill_seconds, prefill_spread), (decode_seconds, decode_spread) = (
-                found[name, alternative] for found in (prefill, decode)
-            )
-            return Seconds(prefill_seconds, decode_seconds, prefill_spread, decode_spread)
+            prefilling, decoding = prefill[name, alternative], decode[name, alternative]
+            return Seconds(prefilling[0], decoding[0], prefilling[1], decoding[1])
 
         return Times(
             experts={count: both("experts", count) for count in counts},
@@ -202,10 +199,9 @@ class _Maker:
     """Builds the parts of one scenario."""
 
     blocks: SubBlocks
-    dtype: DTypeLike
+    dtype: np.dtype | type
     steps: int
     seed: int
-
     made: dict[tuple[int, int], Params] = field(default_factory=dict)
 
     @property

@@ -1,4 +1,4 @@
-"""Where seconds come from, and what bounds a batch: the interfaces between `costs` and its providers."""
+"""Providers of seconds, and bounds of a batch: the interfaces between `costs` and its providers."""
 
 from __future__ import annotations
 
@@ -18,13 +18,8 @@ LONGEST_SECONDS = 1e12
 
 @dataclass(frozen=True)
 class Seconds:
-    """Time of one part of the model for a scenario's whole batch.
-
-    Attributes:
-      prefill_seconds: all inputs of the batch.
-      decode_seconds: one step, the mean over the output positions.
-      prefill_spread, decode_spread: interquartile range over the median where it was measured, else 0.
-    """
+    """Time of one part of the model for a scenario's whole batch: all inputs, and one step, the mean over the output
+    positions; each with the interquartile range over the median where it was measured."""
 
     prefill_seconds: Number
     decode_seconds: Number
@@ -47,13 +42,13 @@ class Times:
 
 @runtime_checkable
 class Provider(Protocol):
-    """Where seconds come from."""
+    """A source of seconds."""
 
     @property
     def name(self) -> str: ...
 
     def device(self, scenario: Scenario) -> str:
-        """What the seconds are of."""
+        """The name of the device that the seconds are of."""
         ...
 
     def times(
@@ -73,7 +68,7 @@ class Provider(Protocol):
 
 @runtime_checkable
 class Memory(Protocol):
-    """What bounds the batch of a scenario that leaves it open."""
+    """The bounds of the batch in a scenario that leaves it open."""
 
     def room_bytes(self, scenario: Scenario) -> int:
         """Memory of all devices for weights and caches."""

@@ -55,9 +55,7 @@ class PartSeconds:
 class Roofline:
     """A `provider.Provider`: arithmetic on a `Hardware`, by default the one that a scenario names.
 
-    Attributes:
-      hardware: replaces the scenario's.
-      profile: how uneven routing is; see `routing`. None is even.
+    `profile` says how uneven routing is (`routing`); None is even.
     """
 
     hardware: Hardware | None = None

@@ -29,10 +29,9 @@ _LEAST = 1e-6
 
 
 def routing_profile(routed: np.ndarray) -> Profile:
-    """The profile of a model: loads sorted in every layer, then averaged over layers; none is quite 0.
+    """The profile of a model that gave each expert so many tokens, [layers, experts].
 
-    Args:
-      routed: [layers, experts], tokens that each expert was given.
+    Loads are sorted in every layer, then averaged over layers; none is quite 0.
     """
     shares = np.sort(np.maximum(routed / routed.sum(axis=1, keepdims=True), _LEAST), axis=1)[:, ::-1]
     return tuple(float(share) for share in shares.mean(axis=0))
@@ -59,23 +58,12 @@ def probabilities(num_experts: int, experts_per_token: int, profile: Profile | N
 
 
 def active_experts(chosen: np.ndarray, tokens: Number) -> float:
-    """Expected number of experts that at least one of the tokens chooses.
-
-    Args:
-      chosen: [experts] probability that a token chooses each.
-      tokens: how many.
-    """
+    """Expected number of experts that at least one of the tokens chooses, by the probabilities [experts] of each."""
     return float(np.sum(1.0 - (1.0 - chosen) ** tokens))
 
 
 def tiled_rows(chosen: np.ndarray, tokens: int, tile: int) -> float:
-    """Expected rows of all tiles, each expert's tokens rounded up to whole tiles.
-
-    Args:
-      chosen: [experts] probability that a token chooses each.
-      tokens: how many.
-      tile: rows of a tile.
-    """
+    """Expected rows of tiles of `tile` rows, each expert's tokens rounded up to whole ones; see `active_experts`."""
     values, counts = np.unique(chosen, return_counts=True)
     expected = [_expected_tiles(value, tokens, tile) for value in values.tolist()]
     return tile * sum(count * tiles for count, tiles in zip(counts.tolist(), expected, strict=True))

@@ -1,4 +1,4 @@
-"""What a child is made for: deployments, and what it must reach in them, by itself or relative to its parent.
+"""The deployments that a child is made for, and the targets that it must reach in them.
 
 Names of usual deployments and files of others are read by `puzzle_jax.costs.deployments`.
 Left out: pipeline parallelism, prompts and answers of mixed lengths, and requests that share a prefix.
@@ -138,8 +138,8 @@ Amount = Number | dict[str, Number] | None
 
 @dataclass(frozen=True)
 class Target:
-    """What the child must reach; None is no limit. Limits that depend on a scenario hold in every one, or are given by
-    a scenario's name: `min_speedup: {long: 1.5, short: 1.2}`.
+    """Limits that the child must keep; None is no limit. Limits that depend on a scenario hold in every one, or are
+    given by a scenario's name: `min_speedup: {long: 1.5, short: 1.2}`.
 
     Attributes:
       max_expert_bytes_ratio: bytes of experts and routers over the parent's, in (0, 1].

@@ -1,4 +1,4 @@
-"""What an architecture costs, as sums over its sub-blocks: bytes, KV-cache bytes, and seconds in each
+"""Costs of an architecture, as sums over its sub-blocks: bytes, KV-cache bytes, and seconds in each
 scenario.
 
 Costs add over sub-blocks, which is what lets a linear program weigh them (Puzzle, arXiv 2411.19146, section
@@ -35,13 +35,7 @@ Entry = TypeVar("Entry")
 
 @dataclass(frozen=True)
 class ExpertCosts:
-    """A layer's mixture with one expert count.
-
-    Attributes:
-      weight_bytes: experts and router in the checkpoint.
-      parameters: experts and router.
-      seconds: by scenario, see `seconds_key`.
-    """
+    """Bytes and parameters of a layer's experts and router with one expert count; seconds by `seconds_key`."""
 
     weight_bytes: int
     parameters: int
@@ -53,12 +47,7 @@ class ExpertCosts:
 
 @dataclass(frozen=True)
 class AttentionCosts:
-    """A layer's attention with one window.
-
-    Attributes:
-      kv_bytes: of one request at its end, by scenario name.
-      seconds: by scenario, see `seconds_key`.
-    """
+    """A layer's attention with one window: bytes of a request at its end by scenario name; seconds by `seconds_key`."""
 
     kv_bytes: Mapping[str, int]
     seconds: Mapping[str, Seconds]
@@ -145,7 +134,7 @@ class Costs:
         )
 
     def seconds_keys(self, scenarios: Sequence[Scenario]) -> list[str]:
-        """Where the seconds of these scenarios are kept, at every batch that they offer."""
+        """The keys of these scenarios' seconds, at every batch that they offer."""
         return [seconds_key(s, batch) for s in scenarios for batch in self.offered_batches(s.name)]
 
     # Where a batch may be given: None is the scenario's own, or where that is open the best one of the architecture.
@@ -240,7 +229,7 @@ class Costs:
 
 
 def seconds_key(scenario: Scenario, batch: int) -> str:
-    """Where the seconds of a scenario are kept: under its name, or where its batch is open under "name.batch"."""
+    """The key of a scenario's seconds: its name, or where its batch is open "name.batch"."""
     return scenario.name if scenario.batch is not None else f"{scenario.name}.{batch}"
 
 
@@ -254,7 +243,7 @@ class _Layer:
 
 @dataclass(frozen=True)
 class _Layers:
-    """What of a costs.json is read entry by entry, so that a message names the entry."""
+    """The part of a costs.json that is read entry by entry, so that a message names the entry."""
 
     layers: tuple[_Layer, ...]
 

@@ -28,6 +28,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count as count_from
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -49,11 +50,13 @@ from puzzle_jax.model.cache import LayerCache, init_cache
 from puzzle_jax.model.network import rms_norm, route_tokens
 from puzzle_jax.model.spec import Params, is_spec, layer_experts, param_specs
 
+Device: TypeAlias = Any  # `jax.Device` is no type for type checkers
+
 TOPOLOGIES = {"tpu-v5e": "v5e:2x2", "tpu-v5p": "v5p:2x2x1", "tpu-v6e": "v6e:2x2"}
 """The smallest topology that holds a device of each kind, by the names of `hardware`."""
 
 
-def tpu_device(hardware: str) -> jax.Device:
+def tpu_device(hardware: str) -> Device:
     """A device to compile for, which need not exist.
 
     Raises `ConfigError` for hardware that is no known TPU, and where the compiler does not start: it serves one process
@@ -69,7 +72,7 @@ def tpu_device(hardware: str) -> jax.Device:
 
 @dataclass(frozen=True)
 class Work:
-    """What XLA counts in a compiled program."""
+    """Operations and bytes that XLA counts in a compiled program."""
 
     flops: float
     num_bytes: float
@@ -78,6 +81,7 @@ class Work:
     def of(compiled: jax.stages.Compiled) -> Work:
         """The work of a compiled program."""
         counted = compiled.cost_analysis()
+        assert counted is not None
         return Work(counted["flops"], counted["bytes accessed"])
 
     def with_more(self, further: Work, times: int) -> Work:
@@ -91,17 +95,15 @@ class Work:
 
 @dataclass(frozen=True)
 class Xla:
-    """A `provider.Provider`: compiles for the TPU that a scenario names.
+    """A `provider.Provider`: compiles for the TPU that a scenario names, or that `device_of` gives for its name.
 
-    Attributes:
-      device_of: from the name of hardware to a device to compile for.
-      hardware: in place of the scenario's: rates that turn counts into seconds.
-      progress: called with finished and all sub-blocks.
+    `hardware` replaces the scenario's rates, which turn counts into seconds; `progress` is called with finished and all
+    sub-blocks.
 
     Raises `ConfigError` where the compiler for TPUs is not installed.
     """
 
-    device_of: Callable[[str], jax.Device] = tpu_device
+    device_of: Callable[[str], Device] = tpu_device
     hardware: Hardware | None = None
     progress: Callable[[int, int], None] | None = None
 
@@ -155,7 +157,7 @@ class _Programs:
     """Compiles the sub-blocks of one scenario for one device."""
 
     blocks: SubBlocks
-    device: jax.Device
+    device: Device
     hardware: Hardware
 
     def attention(self, window: int | None) -> Seconds:

@@ -1,4 +1,4 @@
-"""What a distillation needs on every device, found without weights and without accelerators.
+"""The memory that a distillation needs on every device, found without weights and without accelerators.
 
 The step that `train.distill.run` runs is compiled for virtual devices, as `plan.abstract` says. The base parameters,
 master weights, optimizer state and batch are exact; beside temporaries, `plan.training` has other figures.
@@ -68,7 +68,7 @@ class PlannedDistillation(PlannedTraining[DistillRecipe]):
 
     @property
     def asks_teacher(self) -> bool:
-        """Whether a loss needs the teacher's pass."""
+        """Returns whether a loss needs the teacher's pass."""
         return any(name in (*FROM_TEACHER, *HIDDEN) for name in self.losses)
 
     # What a plan is made of -------------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ class PlannedDistillation(PlannedTraining[DistillRecipe]):
         return Usage(self.held, temporaries, self.temporaries(self.held["master_weights"]))
 
     def changes(self, found: Mapping[str, Usage], program: str, limit: int) -> list[Change]:
-        """What would make a step fit, and what a teacher's cache would save."""
+        """Changes that would make a step fit, and the saving by a teacher's cache."""
         ways = {
             "smaller micro-batches, more of them": scaled(self.recipe, ("data.rows",), ("data.micro_batches",)),
             "shorter rows": scaled(self.recipe, ("data.row_length",)),

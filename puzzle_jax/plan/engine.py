@@ -31,7 +31,6 @@ class AbstractEngine:
     Attributes:
       slots: requests that run together.
       context: positions of a slot, as `engine.slot_context` rounds them.
-      mesh: devices, with axes "data" and "model".
       log_probs, experts: whether they are kept.
     """
 
@@ -51,7 +50,7 @@ class AbstractEngine:
 
     @property
     def labels(self) -> dict[str, str]:
-        """What the arrays of `usage` are called."""
+        """Names of the arrays of `usage` for readers."""
         return {
             "caches": f"caches of {self.slots} slots of {self.context:,}",
             "slots": "their logits and tokens",
@@ -68,11 +67,7 @@ class AbstractEngine:
         return self._placed(self.rows, partial(generation.empty_group, experts=self.experts))
 
     def usage(self, params: Params) -> Usage:
-        """What generation holds beside parameters, and what the program that needs most needs.
-
-        Args:
-          params: of `abstract.layer_params`.
-        """
+        """Bytes that generation holds beside `abstract.layer_params`, and that the program which needs most needs."""
         state, group, rows, context = self.state(), self.group(), self.rows, self.context
         entries = (_numbers(), *[_numbers(self.slots)] * (len(Admission._fields) - 1))
 
@@ -98,7 +93,7 @@ class AbstractEngine:
         return Usage({"caches": caches, "slots": slots, "group": device_bytes(group)}, max(beside))
 
     def _placed(self, rows: int, empty: Callable[..., State]) -> State:
-        """What `empty` makes of so many rows, without values, in place."""
+        """The arrays that `empty` makes for so many rows, without values, in place."""
         shapes = jax.eval_shape(lambda: empty(self.config, rows, self.context, jnp.dtype(DTYPE), self.cache))
         if self.mesh is None:
             return shapes

@@ -1,4 +1,4 @@
-"""What reinforcement learning needs on every device, found without weights and without accelerators.
+"""The memory that reinforcement learning needs on every device, found without weights and without accelerators.
 
 The ways and limits are those of `plan.distill`.
 
@@ -102,7 +102,7 @@ class PlannedPolicy(PlannedTraining[GrpoRecipe]):
 
     @property
     def scores(self) -> dict[str, bool]:
-        """Whether log-probabilities are needed before an update: old ones, and the reference's."""
+        """Returns whether log-probabilities are needed before an update: old ones, and the reference's."""
         update = self.recipe.update
         return {"old": update.updates > 1, "reference": bool(self.recipe.loss.resolved.kl) or update.reference}
 
@@ -184,7 +184,7 @@ class PlannedPolicy(PlannedTraining[GrpoRecipe]):
 
     @property
     def needs(self) -> StepNeeds:
-        """What a step asks for where all answers reach their limit and all teach something."""
+        """The needs of a step in which all answers reach their limit and all carry a signal."""
         prompts, rollout, update = self.recipe.prompts, self.recipe.rollout, self.recipe.update
         learnt = prompts.prompts * rollout.group
         answers = learnt * (1 + rollout.resample)
@@ -252,7 +252,7 @@ class PlannedPolicy(PlannedTraining[GrpoRecipe]):
         }
 
     def changes(self, found: Mapping[str, Usage], program: str, limit: int) -> list[Change]:
-        """What would make a phase fit."""
+        """Changes that would make a phase fit."""
         (_, rows, _), slots = self.rows, self.recipe.rollout.slots
         parts, data = self.row_parts, self.recipe.mesh.data
         ways = {

@@ -1,4 +1,4 @@
-"""What the programs of a run need on a device: one record for searches, distillation and reinforcement learning.
+"""The memory that programs need on a device: one record for searches, distillation and reinforcement learning.
 
 A planner (`plan.search`, `plan.distill`, `plan.grpo`) says which programs there are and which arrays each one holds.
 Timing, the table, JSON, and what would have to change for a program to fit are here. No JAX.
@@ -56,13 +56,8 @@ class Usage:
 
 @dataclass(frozen=True)
 class Change:
-    """A way to need less memory.
-
-    Attributes:
-      what: the way, in words.
-      settings: fields of the recipe by dotted name; empty where only the direction is known.
-      total: bytes that one device should then need, estimated; None where there is no estimate.
-    """
+    """A way to need less memory: in words, by fields of the recipe where they are known, and the estimate of the bytes
+    that one device then needs, where there is one."""
 
     what: str
     settings: Mapping[str, Json] = field(default_factory=dict)
@@ -76,7 +71,7 @@ class Change:
 
 
 def compiled(programs: Mapping[str, Callable[[], Usage]]) -> dict[str, Usage]:
-    """What every program needs, found by functions that compile them, with the seconds that this took."""
+    """The usage of every program, found by functions that compile them, with the seconds that this took."""
     found = {}
     for name, program in programs.items():
         began = time.monotonic()
@@ -90,12 +85,11 @@ class Plan:
     """The programs of a run on devices of some memory.
 
     Attributes:
-      about: what is planned, in lines.
-      programs: what each program needs on a device, in order.
-      device_bytes: memory of a device.
-      labels: what the arrays of `Usage.held` are called, in order.
+      about: lines that name what is planned.
+      programs: bytes that each program needs on a device, in order.
+      labels: names of the arrays of `Usage.held` for readers, in order.
       changes: what would help, by program, for those that do not fit.
-      notes: what a reader of the figures should know, in lines.
+      notes: lines that a reader of the figures should know.
     """
 
     about: Sequence[str]
@@ -137,7 +131,7 @@ class Plan:
         return table
 
     def verdict(self) -> list[str]:
-        """Whether all programs fit, and for those that do not, what would help, in lines."""
+        """Returns whether all programs fit, and for those that do not, what would help, in lines."""
         most = max(usage.total for usage in self.programs.values())
         if most <= self.device_bytes:
             return [f"fits: {(self.device_bytes - most) / GB:.1f} GB are left"]
@@ -168,7 +162,6 @@ def least_changes(
     """For each way to need less, the least change that should be enough; ways that cannot do it alone are left out.
 
     Args:
-      recipe: the settings now.
       ways: changed fields by dotted name, the least change of each way first.
       total: bytes that one device needs by other settings; raises ConfigError for those that cannot be.
       limit: bytes of a device.

@@ -1,4 +1,4 @@
-"""What a search needs on every device, found without weights and without accelerators; see `plan.abstract`.
+"""The memory that a search needs on every device, found without weights and without accelerators; see `plan.abstract`.
 
     load    the checkpoint's parameters and the dense ones that come of them
     trace   the parent answers: slots for its longest answers, and the programs of generation
@@ -59,10 +59,9 @@ _HELP = {
 
 @dataclass(frozen=True)
 class PlannedSearch:
-    """A search, as far as memory depends on it.
+    """A search of a parent, as far as memory depends on it.
 
     Attributes:
-      config: the parent's.
       recipe: all settings; files that it names are not read.
       packed: whether the parent's experts are stored as MXFP4.
       prompt_tokens: length of the longest prompt.
@@ -112,7 +111,7 @@ class PlannedSearch:
         }
 
     def changes(self, found: Mapping[str, Usage], program: str, limit: int) -> list[Change]:
-        """What helps a stage, where fewer devices' shares of the parameters would leave room for it."""
+        """Changes that help a stage, where fewer devices' shares of the parameters would leave room for it."""
         ways = _HELP.get(program, ()) if found[program].held["weights"] < limit else ()
         return [Change(what) for what in (*ways, "more devices (mesh.model)")]
 

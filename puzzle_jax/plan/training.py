@@ -1,4 +1,4 @@
-"""What distillation and reinforcement learning have in common on a device: base parameters, master weights, rows,
+"""The arrays of distillation and reinforcement learning on a device: base parameters, master weights, rows,
 and the large parts of a step's temporaries by arithmetic, from which other shapes are estimated.
 """
 

@@ -77,13 +77,10 @@ def joined(count: int, local_devices: int = 1, *, program: str) -> Iterator[None
 
 
 def agree(what: str, value: Mapping[str, Json]) -> None:
-    """Compares a value of all processes, which must be equal.
+    """Compares a value of all processes, which must be equal: what JSON holds, and paths.
 
-    Args:
-      what: is compared, as a message calls it; once in a program.
-      value: values by name that JSON holds, and paths.
-
-    Raises JointError, in all processes, that names what differs and in which process.
+    `what` names it in messages, once in a program. Raises JointError, in all processes, that names what differs and in
+    which process.
     """
     if _count() == 1:
         return
@@ -101,10 +98,7 @@ def agree(what: str, value: Mapping[str, Json]) -> None:
 
 
 def on_all(what: str, work: Callable[[], Result]) -> Result:
-    """The result of `work` in this process, once it has succeeded in all.
-
-    Args:
-      what: is done; once in a program.
+    """The result of `work` in this process, once it has succeeded in all; `what` names it, once in a program.
 
     Raises JointError in all processes where `work` raises a PuzzleError in any.
     """
@@ -125,10 +119,7 @@ def on_all(what: str, work: Callable[[], Result]) -> Result:
 
 
 def from_primary(what: str, work: Callable[[], str]) -> str:
-    """The result of `work` in the primary process, in all of them; the others wait for it.
-
-    Args:
-      what: it is, once in a program.
+    """The result of `work` in the primary process, in all of them; `what` names it, once in a program.
 
     Raises PuzzleError in all processes where `work` does in the primary one.
     """
@@ -169,10 +160,8 @@ def kv_set(key: str, value: str) -> None:
 def kv_get(key: str, seconds: float | None = None) -> str:
     """The value that a process publishes under a key.
 
-    Args:
-      seconds: that are waited for it; None waits for as long as all processes are there, unlike a collective operation.
-
-    Raises TimeoutError.
+    Waits for so many seconds, then raises TimeoutError; without a limit, for as long as all processes are there, unlike
+    a collective operation.
     """
     began = time.monotonic()
     while True:
@@ -294,7 +283,7 @@ def _count() -> int:
 
 
 def _state() -> Any:
-    """What JAX knows of the processes without asking for devices; it has no public name for it."""
+    """JAX's record of the processes, which asks for no devices; it has no public name."""
     from jax._src.distributed import global_state
 
     return global_state

@@ -44,12 +44,7 @@ _GRACE_SECONDS = 30  # for a process that fails to end by itself
 
 @dataclass(frozen=True)
 class Ending:
-    """How a process ends.
-
-    Attributes:
-      code: its exit code.
-      sentence: why, for all processes.
-    """
+    """The exit code of a process, and the sentence in which all say why."""
 
     code: int
     sentence: str = ""
@@ -58,10 +53,7 @@ class Ending:
 class Watchdog:
     """The connections of one process to the others; made by `lead` in process 0 and by `follow` in others.
 
-    Attributes:
-      program: named before every sentence.
-      index: of this process.
-      hosts: names of all processes' hosts.
+    `program` is named before every sentence.
     """
 
     def __init__(self, program: str, index: int, hosts: list[str], links: dict[int, _Link]) -> None:
@@ -75,11 +67,7 @@ class Watchdog:
 
     @staticmethod
     def lead(program: str, count: int, publish: Callable[[str], None]) -> Watchdog:
-        """Waits for the connections of all others; by process 0.
-
-        Args:
-          publish: tells the others what `follow` is called with.
-        """
+        """Waits for the connections of all others, by process 0; `publish` gives them the last argument of `follow`."""
         ipv6 = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if ipv6 else socket.AF_INET
         token, deadline = secrets.token_hex(16), time.monotonic() + _JOIN_SECONDS
@@ -106,14 +94,7 @@ class Watchdog:
 
     @staticmethod
     def follow(program: str, index: int, host: str, published: str) -> Watchdog:
-        """Connects to process 0.
-
-        Args:
-          host: of process 0.
-          published: by `lead`.
-
-        Raises ConfigError where it cannot be reached.
-        """
+        """Connects to process 0 on `host`, as its `lead` published. Raises ConfigError where it cannot be reached."""
         found = json.loads(published)
         try:
             link = _Link(socket.create_connection((host, found["port"]), timeout=_JOIN_SECONDS))
@@ -143,9 +124,8 @@ class Watchdog:
     def leave(self, ending: Ending, verdict_seconds: float = 0.0) -> None:
         """Sends the others how this process is about to end.
 
-        Args:
-          verdict_seconds: in which the loss of another process, which may be why this one ends, has precedence; the
-            process ends in here then.
+        For `verdict_seconds` the loss of another process, which may be why this one ends, has precedence; then the
+        process ends in here.
         """
         time.sleep(verdict_seconds)
         with self._changed:

@@ -34,12 +34,10 @@ class Compiled:
     """A program as arrays over columns (alternatives that are not dominated), grouped in order.
 
     Attributes:
-      program: the program.
-      names: its groups.
+      names: groups.
       alternatives: name of each column.
       starts: first column of each group.
       owner: group of each column.
-      score: objective of each column.
       rows, bounds: all limits in "at most" form, [limits, columns] and [limits].
       plain: rows that hold in any case.
       row_sets: for each disjunction the rows of each of its sets of limits.
@@ -57,7 +55,7 @@ class Compiled:
     row_sets: list[list[list[int]]]
 
     def is_met(self, columns: np.ndarray, rows: Sequence[int], row_sets: RowSets) -> bool:
-        """Whether a choice meets some of the rows and one set of rows of each disjunction, in exact arithmetic."""
+        """Returns whether a choice meets some rows and one set of rows of each disjunction, in exact arithmetic."""
         choice, limits = self.choice(columns), self.program.all_limits
 
         def all_met(rows: Sequence[int]) -> bool:
@@ -151,7 +149,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Model:
-    """What one call minimises, shifted and scaled: objective = cost * unit + base, under some limits and cuts."""
+    """The program of one call, shifted and scaled: objective = cost * unit + base, under some limits and cuts."""
 
     compiled: Compiled
     cost: np.ndarray

@@ -62,7 +62,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Found:
-    """What was found: chosen column per group (None: nothing), a proven lower bound (infinite: there is no choice), and
+    """A result: chosen column per group (None: nothing), a proven lower bound (infinite: there is no choice), and
     whether the search came to its end, that is, proved the gap."""
 
     columns: np.ndarray | None
@@ -84,11 +84,10 @@ def enumerate_least(
     Args:
       cost: objective per column; of about the same magnitude as the rows.
       owner: group of each column, ascending from 0.
-      cases: of these one has to be met.
       accepts: whether a choice meets one of the cases exactly; asked for the cheapest choices first.
       ceiling_below: for the objective of a choice, below what another one has to be to be worth having.
-      patience: when to give up while nothing is found, on the clock of `time.thread_time`: CPU seconds, so that a
-        busy machine finds what a quiet one finds.
+      patience: when to give up while nothing is found, in CPU seconds (`time.thread_time`), so that a busy machine
+        finds what a quiet one finds.
       deadline: when to give up in any case, on the clock of `time.monotonic`.
     """
     search = _Search(accepts, ceiling_below, patience, deadline)
@@ -106,10 +105,8 @@ def enumerate_least(
     relax(min((case.bound for case in relaxed), default=inf))
     if not relaxed:
         return Found(None, inf, True)
-    lowest = min(case.bound for case in relaxed)
-    reached = float(_FIRST_COLUMNS)
-    proven = lowest
-    random = np.random.default_rng(0)
+    proven = lowest = min(case.bound for case in relaxed)
+    reached, random = float(_FIRST_COLUMNS), np.random.default_rng(0)
     while search.columns is None:
         levels = np.sort(np.concatenate([case.bound + case.reduced[case.reduced > 0] for case in relaxed]))
         search.ceiling = max(proven, float(levels[int(reached)])) if reached < len(levels) else inf
@@ -125,7 +122,7 @@ def enumerate_least(
 
 
 def relaxed_bound(cost: np.ndarray, owner: np.ndarray, case: Case, deadline: float) -> float:
-    """What every choice within the limits costs at least; infinite where there is none."""
+    """A lower bound of the cost of every choice within the limits; infinite where there is none."""
     return _Relaxed(cost, owner, case, deadline).bound
 
 

@@ -1,4 +1,4 @@
-"""What a program chooses from: a library {group: {alternative: {nested numbers}}}, limits on sums, disjunctions of
+"""Choices of a program: a library {group: {alternative: {nested numbers}}}, limits on sums, disjunctions of
 limits, and choices.
 
 A group is whatever one thing must be chosen for: a layer, or one sub-block of a layer. Numbers are named by
@@ -53,7 +53,7 @@ class Limit:
         return self.sign * total <= self.sign * exact(self.bound)
 
     def excess(self, total: Fraction) -> float:
-        """By how much a sum violates the limit, relative to it; absolute for a limit of 0."""
+        """The amount by which a sum violates the limit, relative to it; absolute for a limit of 0."""
         bound = exact(self.bound)
         return float(max(Fraction(0), self.sign * (total - bound)) / (abs(bound) or 1))
 
@@ -102,7 +102,7 @@ class Solution:
 
 @dataclass(frozen=True)
 class Program:
-    """What to choose from and under which limits.
+    """An integer program: a library, the key to minimise, and limits.
 
     Raises `PuzzleError` when the library is empty, a key is unknown or missing in an alternative, a number that is
     used is none (a string, NaN, infinity), or two disjunctions have the same name.

@@ -31,7 +31,7 @@ class EvaluationReport:
                 yield self._frontier()
 
     def verdicts(self) -> list[str]:
-        """For every model but the reference: does its curve lie above the reference's?"""
+        """Sentences that say for every other model whether its curve lies above the reference's."""
         compared = self.evaluation["comparisons"].items() if self.evaluation["points"] else ()
         return [sentence for name, comparison in compared for sentence in self._verdict(name, comparison)]
 
@@ -43,7 +43,7 @@ class EvaluationReport:
             console.print(sentence, highlight=False)
 
     def markdown(self) -> str:
-        """The same as text for a file."""
+        """The tables and verdicts as text for a file."""
         parts = ["# Evaluation", *(section.markdown() for section in self.sections()), *self.verdicts()]
         if self.evaluation["points"]:
             parts.append("![accuracy against request rate](frontier.png)")

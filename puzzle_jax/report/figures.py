@@ -18,9 +18,7 @@ COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#5
 def frontier_figure(points: Mapping[str, Mapping[str, Json]], reference: str) -> bytes:
     """Accuracy against relative request rate, one line per model with its efforts as labelled points.
 
-    Args:
-      points: of evaluation.json: by model and effort, rate and accuracy with their intervals.
-      reference: the model whose highest effort is the unit of rate.
+    `points` are those of evaluation.json; the highest effort of `reference` is the unit of rate.
     """
     figure, axes = canvas(7.0, 4.5)
     for position, (name, efforts) in enumerate(points.items()):
@@ -69,7 +67,7 @@ def legend(axes: Axes) -> None:
 
 
 def png(figure: Figure, dpi: int = 130) -> bytes:
-    """The same bytes for the same figure."""
+    """Returns PNG bytes, the same for the same figure."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
     return buffer.getvalue()

@@ -15,12 +15,11 @@ from puzzle_jax.report.table import SearchReport
 
 @dataclass(frozen=True)
 class SearchPage:
-    """What the page shows, from the files of a finished run.
+    """The content of the page, from the files of a finished run.
 
     Attributes:
-      report: tables of the evaluation.
       scores, solutions, refined: contents of the stages' files.
-      seconds: of one request's share of its batch, by scenario, model and part.
+      seconds: one request's share of its batch, by scenario, model and part.
       child: predicted speed-up and score of the chosen child.
       stages: name and stage.json of every stage.
     """

@@ -12,11 +12,7 @@ from puzzle_jax.report.figures import COLOURS, canvas, grid, legend, png
 
 
 def score_map(layers: Sequence[Mapping[str, Json]]) -> bytes:
-    """KL of each layer's best set of every expert count, and of each window, on a logarithmic scale.
-
-    Args:
-      layers: of scores.json.
-    """
+    """KL of each layer's best set of every expert count, and of each window, on a logarithmic scale, by scores.json."""
     counts = sorted({choice["count"] for layer in layers for choice in layer["experts"]}, reverse=True)
     windows = sorted({w for layer in layers for w in layer["windows"][1:]}, reverse=True)
     values = np.full((len(counts) + len(windows), len(layers)), np.nan)
@@ -63,12 +59,8 @@ def architecture(parent: Sequence[Mapping[str, Json]], child: Sequence[Mapping[s
 
 
 def frontier(solutions: Mapping[str, Json], child: Mapping[str, float]) -> bytes:
-    """Predicted KL against predicted speed-up: the program at every speed, uniform pruning, the child.
-
-    Args:
-      solutions: content of solutions.json.
-      child: "speedup" and "score".
-    """
+    """Predicted KL against predicted speed-up: the program at every speed, uniform pruning, and the child's "speedup"
+    and "score"; by solutions.json."""
     figure, axes = canvas(6.5, 4.0)
     for part, label, style, colour in (
         ("frontier", "program", "o-", COLOURS[2]),
@@ -100,11 +92,7 @@ def predicted_and_real(pool: Sequence[Mapping[str, Json]]) -> bytes:
 
 
 def costs_by_part(seconds: Mapping[str, Mapping[str, float]]) -> bytes:
-    """Stacked seconds of one request's share of its batch by part.
-
-    Args:
-      seconds: by model, by part.
-    """
+    """Stacked seconds of one request's share of its batch, by model and part."""
     parts = list(dict.fromkeys(part for of_model in seconds.values() for part in of_model))
     figure, axes = canvas(6.5, 1.5 + 0.5 * len(seconds))
     left = np.zeros(len(seconds))

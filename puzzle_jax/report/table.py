@@ -25,8 +25,8 @@ class SearchReport:
     Attributes:
       evaluation: content of evaluation.json: by model name, the parent first.
       efforts: columns of accuracy.
-      scenarios: deployments that speeds and KV bytes are for: name, batch, input_tokens, output_tokens of each.
-      child: where the child's checkpoint lies.
+      scenarios: name, batch, input_tokens and output_tokens of each deployment.
+      child: directory of the child's checkpoint.
     """
 
     evaluation: Mapping[str, Json]
@@ -79,8 +79,7 @@ class SearchReport:
         for index, (old, new) in enumerate(zip(parent, child, strict=True)):
             kept, of = new["num_local_experts"], old["num_local_experts"]
             width = min(of, BAR)
-            filled = round(width * kept / of)
-            bar = "█" * filled + "·" * (width - filled)
+            bar = f"{'█' * round(width * kept / of):·<{width}}"
             window, was = _window(new["sliding_window"]), _window(old["sliding_window"])
             change = "" if window == was else f"  (was {was})"
             lines.append(f"layer {index:>2}  {bar}  {kept:>3} of {of} experts  {window}{change}")
@@ -95,7 +94,7 @@ class SearchReport:
         ]
 
     def caption(self) -> str:
-        """What the scenarios are, and what was not measured."""
+        """A sentence on the scenarios, and on what was not measured."""
         scenarios = "; ".join(
             "scenario {name}: {together} of {input_tokens} input and {output_tokens} output tokens together".format(
                 together="as many requests as fit" if s["batch"] is None else f"{s['batch']} requests", **s
@@ -113,7 +112,7 @@ class SearchReport:
         console.print(where, highlight=False, soft_wrap=True)
 
     def markdown(self) -> str:
-        """The same as text for a file."""
+        """The table as text for a file."""
         layers = "```\n" + "\n".join(self.layers()) + "\n```"
         return "\n\n".join([self._section().markdown(), *self.misses(), layers]) + "\n"
 

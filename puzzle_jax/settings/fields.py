@@ -44,12 +44,12 @@ class Setting:
 
     @property
     def of_weights(self) -> bool:
-        """Whether it is a mapping of names to weights, and nothing else."""
+        """Returns whether it is a mapping of names to weights, and nothing else."""
         return self.mapping is not None and self.mapping[1] is float and not self.is_scalar
 
     @property
     def is_scalar(self) -> bool:
-        """Whether a single number may be given."""
+        """Returns whether a single number may be given."""
         return any(of in (int, float) for of in hint_options(self.hint))
 
     @property
@@ -80,10 +80,7 @@ class Setting:
 def settings_of(kind: type, prefix: str = "", default: Any = MISSING) -> dict[str, Setting]:
     """All settings of a dataclass by dotted name, each section before the fields in it.
 
-    Args:
-      kind: a dataclass.
-      prefix: names of the sections around it.
-      default: an instance whose values are the defaults, in place of the dataclass' own.
+    `prefix` names the sections around it; the values of an instance, `default`, replace the dataclass' own defaults.
     """
     found: dict[str, Setting] = {}
     hints, texts = get_type_hints(kind), _descriptions(kind)
@@ -110,7 +107,7 @@ def _default(field: Field[Any]) -> Any:
 
 
 def _descriptions(kind: type) -> dict[str, str]:
-    """What the docstrings of a dataclass and its bases say of its attributes."""
+    """Descriptions of attributes in the docstrings of a dataclass and its bases."""
     found: dict[str, str] = {}
     for of in reversed(kind.__mro__):
         _, _, attributes = inspect.cleandoc(of.__doc__ or "").partition("\nAttributes:\n")

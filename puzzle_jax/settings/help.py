@@ -1,4 +1,4 @@
-"""What `--help` and `--help-all` print: settings with their forms and defaults, and an example."""
+"""The pages of `--help` and `--help-all`: settings with their forms and defaults, and an example."""
 
 from __future__ import annotations
 
@@ -22,17 +22,8 @@ def help_text(
     example: str,
     recipes: Sequence[str],
 ) -> str:
-    """The page.
-
-    Args:
-      program: the verb, as it is called.
-      summary: what it does.
-      settings: all there are.
-      shown: names of those to show.
-      positional: names of those that are given by place.
-      example: a command line, without the program.
-      recipes: names that `--recipe` takes.
-    """
+    """The page of a verb: its usage, the settings that are `shown` or given by place, an example without the program,
+    and the names that `--recipe` takes."""
     places = "".join(f" {name.upper()}" for name in positional)
     lines = [f"usage: {program}{places} [--recipe {'NAME|' if recipes else ''}FILE] [OPTIONS]", "", summary, ""]
     for name in dict.fromkeys([*positional, *shown]):

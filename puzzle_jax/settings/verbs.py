@@ -60,7 +60,7 @@ class Verb:
 
     @property
     def program(self) -> str:
-        """What stands before every message."""
+        """The name that stands before every message."""
         return f"puzzle {self.name}"
 
 
@@ -124,13 +124,13 @@ def parse(verb: Verb, arguments: Sequence[str]) -> Any:
 
 
 def loaded(name: str) -> Any:
-    """What "package.module:name" names."""
+    """The object that "package.module:name" names."""
     module, _, attribute = name.partition(":")
     return getattr(importlib.import_module(module), attribute)
 
 
 def _given(verb: Verb, arguments: Sequence[str], settings: Mapping[str, Setting], runs: bool = True) -> dict[str, Any]:
-    """What recipes and the command line give, by dotted name, over what the verb starts from."""
+    """Values from recipes and the command line, by dotted name, over those that the verb starts from."""
     options, words = read_arguments(arguments, settings, verb.positional)
     given: dict[str, Any] = {}
     recipe, replaced = None, set()
@@ -168,5 +168,5 @@ def _config(verb: Verb, arguments: Sequence[str]) -> str:
 
 
 def _end(arguments: Sequence[str]) -> int:
-    """How many arguments may be options."""
+    """The number of arguments that may be options."""
     return list(arguments).index("--") if "--" in arguments else len(arguments)
