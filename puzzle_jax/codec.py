@@ -1,14 +1,17 @@
 """Dataclasses as JSON values and back, checked against their annotations.
 
 The conversion is msgspec's; this module gives its errors the form of the package's own: one sentence that names file
-and field. Fields that a dataclass does not have are ignored, so that later versions may add some.
+and field. Fields that a dataclass does not have are ignored, so that later versions may add some, or refused in what
+people write by hand.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import msgspec
 
@@ -33,7 +36,9 @@ def to_plain(value: Any) -> Any:
     return msgspec.to_builtins(value, str_keys=True, enc_hook=_encode)
 
 
-def from_plain(kind: type[T], value: Any, where: str, error: type[PuzzleError] = PuzzleError) -> T:
+def from_plain(
+    kind: type[T], value: Any, where: str, error: type[PuzzleError] = PuzzleError, *, exact: bool = False
+) -> T:
     """The inverse of `to_plain`.
 
     Args:
@@ -41,7 +46,10 @@ def from_plain(kind: type[T], value: Any, where: str, error: type[PuzzleError] =
       value: a JSON value.
       where: the value comes from, with which a message begins ("costs.json").
       error: raised where the value does not fit the annotations, or a dataclass refuses it itself.
+      exact: refuses fields that a dataclass does not have.
     """
+    for problem in _unknown(kind, value) if exact else ():
+        raise error(f"{where}: {problem}")
     try:
         return msgspec.convert(value, kind, str_keys=True, dec_hook=_decode)
     except msgspec.ValidationError as problem:
@@ -64,7 +72,23 @@ def _encode(value: Any) -> Any:
 
 
 def _decode(kind: type, value: Any) -> Any:
-    return kind(value)
+    return value if kind is object else kind(value)
+
+
+def _unknown(kind: object, value: object, place: str = "") -> Iterator[str]:
+    """A sentence for each field in a JSON value that its dataclass does not have."""
+    if is_dataclass(kind) and isinstance(value, Mapping):
+        hints = get_type_hints(kind)
+        for name, part in value.items():
+            if name in hints:
+                yield from _unknown(hints[name], part, f"{place}{name}.")
+            else:
+                yield f"{place}{name} does not exist; there are {', '.join(hints)}"
+        return
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, Sequence) else ()
+    for inner in get_args(kind) if not isinstance(value, str) else ():
+        for part in parts:
+            yield from _unknown(inner, part, place)
 
 
 def _sentence(problem: str) -> str:
@@ -75,7 +99,8 @@ def _sentence(problem: str) -> str:
         return f"{field} has no field {missing[1]!r}"
     if expected := re.fullmatch(r"Expected `(.*)`, got `(.*)`", message):
         wanted, found = (
-            " or ".join(_KINDS.get(kind, kind) for kind in kinds.split(" | ")) for kinds in expected.groups()
+            " or ".join(_KINDS.get(kind, kind) for kind in kinds.replace("int | float", "float").split(" | "))
+            for kinds in expected.groups()
         )
         return f"{field} is {found}, but must be {wanted}"
     return f"{field}: {message}" if place else message

@@ -1,4 +1,4 @@
-"""What every command does at its edge: warnings, errors, the cache of compiled programs.
+"""The edge of every command: warnings, errors, the cache of compiled programs.
 
 Whatever a user can mend ends as one sentence on stderr and exit code 2: a `PuzzleError`, a disk that is full or
 read-only, memory that does not suffice. All else is a bug and keeps its traceback. `guarded` is the one place for this,
@@ -61,11 +61,10 @@ def checked_path(path: Path | str, name: str) -> Path:
 
 
 def guarded(program: str, run: Callable[[], None], interrupted: str = "finished stages are kept") -> int:
-    """Runs a command; returns its exit code.
+    """Runs a command and returns its exit code.
 
     Args:
       program: its name, before every message.
-      run: raises what the command ends with.
       interrupted: what a user who stopped it should know.
 
     Returns:
@@ -164,7 +163,7 @@ def _any_text(stream: object) -> Iterator[None]:
 
 
 def _shows_warnings() -> bool:
-    """Whether warnings would be shown, and are neither recorded nor made errors by somebody else."""
+    """Returns whether warnings would be shown, and are neither recorded nor made errors by somebody else."""
     handler = getattr(warnings, "_showwarnmsg_impl", None)  # what `catch_warnings(record=True)` replaces
     return getattr(handler, "__name__", "") == "_showwarnmsg_impl"
 

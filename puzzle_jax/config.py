@@ -1,4 +1,4 @@
-"""What a model is: dimensions shared by all layers, and one block description per layer.
+"""Description of a model: dimensions shared by all layers, and one block description per layer.
 
 `ModelConfig` describes a gpt-oss network in which every layer may have its own number of experts and its own
 attention window, which is the search space of Puzzle for mixture-of-experts models (arXiv 2602.11937). A parent and
@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 
-from puzzle_jax.errors import ConfigError
+from puzzle_jax.errors import ConfigError, check_range
 
 EFFORTS: tuple[str, ...] = ("low", "medium", "high")
 """Reasoning efforts in rising order: the values of the chat template's `reasoning_effort`."""
@@ -21,12 +21,7 @@ EFFORTS: tuple[str, ...] = ("low", "medium", "high")
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """One layer's choices.
-
-    Attributes:
-      num_experts: experts in the layer's mixture.
-      window: keys that a query sees, itself included; None is full causal attention.
-    """
+    """One layer's number of experts, and the keys that a query sees, itself included; None is full causal attention."""
 
     num_experts: int
     window: int | None = None
@@ -57,10 +52,8 @@ class RopeConfig:
     truncate: bool = False
 
     def __post_init__(self) -> None:
-        if not self.theta > 1.0:
-            raise ConfigError(f"rope theta is {self.theta}, but must be above 1")
-        if not self.factor >= 1.0:
-            raise ConfigError(f"rope factor is {self.factor}, but must be at least 1")
+        check_range("rope theta", self.theta, 1, above=True)
+        check_range("rope factor", self.factor, 1)
         if not self.beta_fast > self.beta_slow > 0:
             raise ConfigError(
                 f"rope beta_fast is {self.beta_fast} and beta_slow {self.beta_slow}, "
@@ -106,8 +99,7 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim is {self.head_dim}, but rotary embeddings need an even number")
-        if not self.rms_norm_eps > 0:
-            raise ConfigError(f"rms_norm_eps is {self.rms_norm_eps}, but must be above 0")
+        check_range("rms_norm_eps", self.rms_norm_eps, 0, above=True)
         if not self.swiglu_limit > 0:
             raise ConfigError(f"swiglu_limit is {self.swiglu_limit}, but must be above 0")
         for index, block in enumerate(self.blocks):
@@ -122,11 +114,6 @@ class ModelConfig:
         return len(self.blocks)
 
     @property
-    def heads_per_kv(self) -> int:
-        """Query heads that share one key-value head."""
-        return self.num_heads // self.num_kv_heads
-
-    @property
     def query_width(self) -> int:
         return self.num_heads * self.head_dim
 
@@ -139,6 +126,11 @@ class ModelConfig:
         if len(blocks) != len(self.blocks):
             raise ConfigError(f"{len(blocks)} blocks were given for a model of {len(self.blocks)} layers")
         return replace(self, blocks=tuple(blocks))
+
+
+def window_name(window: int | None) -> str:
+    """The name of a window in files and messages: "full" for full attention, else its number."""
+    return "full" if window is None else str(window)
 
 
 def cache_slots(window: int | None, context: int) -> int:

@@ -10,9 +10,7 @@ from rich.console import Console
 def plain_console(*, stderr: bool = False, width: int | None = None) -> Console:
     """A console without markup and emoji codes; styles are given as such.
 
-    Args:
-      stderr: prints to standard error.
-      width: columns where standard output is no terminal, whose width nobody knows; None: rich's own choice.
+    It is `width` columns wide where standard output is no terminal, whose width nobody knows.
     """
     known = width is None or sys.stdout.isatty()
     return Console(stderr=stderr, width=None if known else width, markup=False, emoji=False)

@@ -25,6 +25,9 @@ from puzzle_jax.errors import PuzzleError, shown
 Json: TypeAlias = Any
 """A value of JSON or YAML: a text, a number, a truth value, None, or a list or dictionary of such values."""
 
+Json: TypeAlias = Any
+"""A value of JSON or YAML: a text, a number, a truth value, None, or a list or dictionary of such values."""
+
 PARTIAL = ".partial-"
 """In the name of a file or directory that is still being written."""
 
@@ -141,7 +144,7 @@ def read_bytes(path: Path, error: type[PuzzleError] = PuzzleError) -> bytes:
 
 
 def is_unicode(value: Any) -> bool:
-    """Whether all texts of a JSON value are valid Unicode, without half a surrogate pair."""
+    """Returns whether all texts of a JSON value are valid Unicode, without half a surrogate pair."""
     try:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
@@ -150,7 +153,7 @@ def is_unicode(value: Any) -> bool:
 
 
 def _all_unicode(value: Any) -> bool:
-    """Whether all texts of a YAML value, keys included, are valid Unicode."""
+    """Returns whether all texts of a YAML value, keys included, are valid Unicode."""
     if isinstance(value, str):
         return is_unicode(value)
     if isinstance(value, dict):

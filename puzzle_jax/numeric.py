@@ -15,7 +15,7 @@ LARGEST = 1e100
 
 
 def is_number(value: object) -> bool:
-    """Whether a value is a number that sums can be formed of: finite, and not so large that they overflow."""
+    """Returns whether a value is a number that sums can be formed of: finite, and not so large that they overflow."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
         return False
     return bool(-LARGEST <= value <= LARGEST)

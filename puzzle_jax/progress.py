@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 @runtime_checkable
 class Advance(Protocol):
-    """Says that so much more is done, how much there is in all if that was not known, and what to show beside it."""
+    """Reports work done, its total where that was not known, and a note to show beside it."""
 
     def __call__(self, amount: int, total: int | None = None, /, *, note: str = "") -> None: ...
 

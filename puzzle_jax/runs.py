@@ -15,22 +15,21 @@ import json
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from puzzle_jax.errors import PuzzleError, shown
-from puzzle_jax.files import PARTIAL, read_bytes, read_object, write_beside
+from puzzle_jax.files import PARTIAL, Json, read_bytes, read_object, write_beside
+
+Metrics = dict[str, Json]
+"""A line of metrics.jsonl: {"step": number, NAME: number or null}."""
 
 RUN_FILE, METRICS_FILE, REPORT_FILE = "run.json", "metrics.jsonl", "report.html"
 
 
-def open_run(run_dir: Path, identity: Mapping[str, Any], marker: str = RUN_FILE, **more: object) -> Path:
-    """Makes a run directory, or enters one that belongs to the same run.
+def open_run(run_dir: Path, identity: Mapping[str, Json], marker: str = RUN_FILE, **more: Json) -> Path:
+    """Makes a run directory, with its parents, or enters one that belongs to the same run.
 
-    Args:
-      run_dir: the directory; created with its parents.
-      identity: JSON values that make the run what it is, such as the parent's path and fingerprint.
-      marker: name of the file that marks the directory.
-      more: JSON values that a new marker records as well.
+    `identity` holds what makes the run what it is, such as the parent's path and fingerprint. `marker` is the file that
+    marks the directory; a new one records `more` as well.
 
     Raises `PuzzleError`, before anything is written, if the directory holds something else.
     """
@@ -72,7 +71,7 @@ def begun_on(out: Path) -> datetime.datetime | None:
         return None  # another kind of run, which will be refused as such
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[Metrics]:
     """The lines of a metrics.jsonl, {"step": number, NAME: number or null}, without a last one that a kill tore.
 
     Raises PuzzleError, naming file and line, for a file that cannot be read and a line that is something else.
@@ -83,7 +82,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [_metrics_line(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
 
 
-def _metrics_line(line: bytes, where: str) -> dict[str, Any]:
+def _metrics_line(line: bytes, where: str) -> Metrics:
     try:
         values = json.loads(line)
     except (ValueError, RecursionError):
@@ -108,27 +107,35 @@ def locked(run_dir: Path, marker: str = RUN_FILE) -> Iterator[None]:
         yield
 
 
-def difference(old: Any, new: Any, path: str = "") -> str:
-    """The first few places in which two JSON values differ."""
+def differences(old: Json, new: Json, path: str = "") -> Iterator[tuple[str, Json, Json]]:
+    """Places in which two JSON values differ: dotted name and both values."""
     if isinstance(old, dict) and isinstance(new, dict):
-        keys = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
-        parts = [difference(old.get(key), new.get(key), f"{path}.{key}".lstrip(".")) for key in keys[:3]]
-        return "; ".join(parts) + ("; ..." if len(keys) > 3 else "")
-    if path.startswith("inputs."):  # of a stage: what a file holds is no message
-        return path.removeprefix("inputs.")
-    return f"{path} {_brief(old)} -> {_brief(new)}"
+        for key in sorted({*old, *new}):
+            yield from differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))
+    elif old != new:
+        yield path, old, new
 
 
-def _brief(value: Any) -> str:
+def difference(old: Json, new: Json) -> str:
+    """The first few places in which two JSON values differ, in words; of inputs their names alone."""
+    found = list(differences(old, new))
+    parts = [
+        path.removeprefix("inputs.") if path.startswith("inputs.") else f"{path} {_brief(one)} -> {_brief(other)}"
+        for path, one, other in found[:3]
+    ]
+    return "; ".join(parts) + ("; ..." if len(found) > 3 else "")
+
+
+def _brief(value: Json) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def canonical(value: Any) -> str:
+def canonical(value: Json) -> str:
     return json.dumps(value, sort_keys=True, allow_nan=False)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Json) -> None:
     write_beside(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
 
 

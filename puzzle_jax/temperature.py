@@ -14,7 +14,7 @@ GREATEST_TEMPERATURE = 1e6
 """Logits divided by this are equal in all but name."""
 
 LEAST_LOSS_TEMPERATURE = 1e-3
-"""Of a loss: gradients, which grow as the temperature falls, stay well within float32."""
+"""The least temperature of a loss: gradients, which grow as the temperature falls, stay well within float32."""
 
 
 def check_temperature(name: str, value: float) -> None:

@@ -13,7 +13,7 @@ import pytest
 from puzzle_jax.cli import VERBS, main
 from puzzle_jax.search.__main__ import SOLVE
 from puzzle_jax.settings.arguments import OTHER_OPTIONS
-from puzzle_jax.settings.fields import setting_hints
+from puzzle_jax.settings.fields import settings_of
 from puzzle_jax.settings.files import RECIPES
 from puzzle_jax.settings.verbs import loaded
 from tests.paths import ROOT
@@ -24,7 +24,7 @@ TABLES = [importlib.import_module(f"puzzle_jax.{name}.__main__").VERBS for name 
 FIELDS = {
     f"--{name}"
     for verb in (SOLVE, *(verb for table in TABLES for verb in table.values()))
-    for name in setting_hints(loaded(verb.settings))
+    for name in settings_of(loaded(verb.settings))
 }
 ELSEWHERE = {
     "--exclude",

@@ -12,7 +12,7 @@ from puzzle_jax.costs.scenario import Scenario
 from puzzle_jax.errors import MOST_TOKENS, ConfigError, check_range
 from puzzle_jax.evaluate.settings import Settings
 from puzzle_jax.search.recipe import Recipe
-from puzzle_jax.settings.fields import hint_options, setting_hints
+from puzzle_jax.settings.fields import hint_options, settings_of
 from puzzle_jax.settings.verbs import Verb, parse
 from puzzle_jax.train.distill.recipe import DistillRecipe
 from puzzle_jax.train.grpo.recipe import GrpoRecipe
@@ -45,8 +45,8 @@ def single(hint):
 CASES = [
     (kind, name, written(value))
     for kind in GIVEN
-    for name, hint in setting_hints(kind).items()
-    for of, written in single(hint)
+    for name, setting in settings_of(kind).items()
+    for of, written in single(setting.hint)
     for value in (
         *([10**18, -(10**18)] if of is int and not name.startswith(UNBOUNDED) else []),
         *([nan, inf, -inf] if of is float and name != "space.fractions" else []),  # `candidate_counts` checks these

@@ -1,1 +1,1 @@
-"""What an architecture costs in a deployment: bytes, and seconds by arithmetic, by measurement, or from elsewhere."""
+"""Costs of an architecture in a deployment: bytes, and seconds by arithmetic, by measurement, or from elsewhere."""

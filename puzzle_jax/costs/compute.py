@@ -4,11 +4,12 @@ provider's seconds for every distinct sub-block, scenario and batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import prod
 
 from puzzle_jax.config import BlockConfig, ModelConfig, cache_slots
-from puzzle_jax.convert_hf.table import Form, bytes_by_part, parameters
+from puzzle_jax.convert_hf.table import Form, TensorSpec, checkpoint_tensors
 from puzzle_jax.costs.provider import Memory, Provider, Times
 from puzzle_jax.costs.scenario import Scenario, candidate_batches
 from puzzle_jax.costs.table import AttentionCosts, Costs, ExpertCosts, LayerCosts, seconds_key
@@ -17,13 +18,7 @@ from puzzle_jax.errors import ConfigError
 
 @dataclass(frozen=True)
 class Offer:
-    """What an architecture may consist of.
-
-    Attributes:
-      config: the parent.
-      counts: expert counts that each layer may have.
-      windows: windows that each layer may have; None is full attention.
-    """
+    """Alternatives of every layer of a parent: its expert counts, and its windows, of which None is full attention."""
 
     config: ModelConfig
     counts: Sequence[Sequence[int]]
@@ -33,14 +28,9 @@ class Offer:
 def compute_costs(
     offer: Offer, scenarios: Sequence[Scenario], form: Form, provider: Provider, memory: Memory | None = None
 ) -> Costs:
-    """The costs of every alternative of an offer.
+    """The costs of every alternative of an offer, in scenarios of distinct names.
 
-    Args:
-      offer: the alternatives.
-      scenarios: deployments with distinct names.
-      form: form of the checkpoint, which decides the bytes of the experts.
-      provider: where seconds come from.
-      memory: what bounds the batch of a scenario that leaves it open.
+    Seconds come from `provider`; `memory` bounds the batch of a scenario that leaves it open.
 
     Raises `ConfigError` where a batch is open and no `memory` is given, or memory does not suffice for one request.
     """
@@ -120,14 +110,20 @@ def kv_bytes(config: ModelConfig, window: int | None, scenario: Scenario) -> int
 
 def shared_size(config: ModelConfig, form: Form) -> tuple[int, int]:
     """Bytes and parameters of what all architectures share (attention, norms, embedding, head), exact."""
-    one = config.with_blocks(tuple(BlockConfig(config.experts_per_token) for _ in config.blocks))
-    layer_bytes, layer_parameters = mixture_size(config, config.experts_per_token, form)
-    layers = config.num_layers
-    return bytes_by_part(one, form).total - layers * layer_bytes, parameters(one) - layers * layer_parameters
+
+    def times(spec: TensorSpec) -> int:
+        return 0 if spec.by_expert else 1 if spec.layer is None else config.num_layers
+
+    return _size(config, config.experts_per_token, form, times)
 
 
 def mixture_size(config: ModelConfig, count: int, form: Form) -> tuple[int, int]:
     """Bytes and parameters of one layer's experts and router, exact."""
-    one, two = (config.with_blocks((BlockConfig(c), *config.blocks[1:])) for c in (count, 2 * count))
-    layer = bytes_by_part(one, form).layers[0]
-    return layer.experts + layer.router, parameters(two) - parameters(one)
+    return _size(config, count, form, lambda spec: int(spec.by_expert))
+
+
+def _size(config: ModelConfig, count: int, form: Form, times: Callable[[TensorSpec], int]) -> tuple[int, int]:
+    """Bytes and parameters of a model of one such layer, each tensor counted `times` times."""
+    one = replace(config, blocks=(BlockConfig(count),))
+    num_bytes = sum(times(spec) * spec.nbytes for spec in checkpoint_tensors(one, form))
+    return num_bytes, sum(times(spec) * prod(spec.shape) for spec in checkpoint_tensors(one, "bf16"))

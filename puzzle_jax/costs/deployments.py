@@ -10,12 +10,13 @@ deployments are YAML files of the fields of `Scenario`; the file's name is the s
 from __future__ import annotations
 
 import re
-from dataclasses import fields
+from itertools import product
 from pathlib import Path
 
+from puzzle_jax.codec import from_plain
 from puzzle_jax.costs.hardware import HARDWARE
 from puzzle_jax.costs.scenario import Scenario
-from puzzle_jax.errors import ConfigError, PuzzleError
+from puzzle_jax.errors import ConfigError
 from puzzle_jax.files import read_yaml
 
 KV_BYTES = {"fp8": 1, "bf16": 2}
@@ -26,12 +27,8 @@ _NAME = re.compile(r"(?P<hardware>[a-z0-9-]+)x(?P<devices>\d+)-(?P<length>\d+)k(
 
 def scenario_names() -> tuple[str, ...]:
     """The usual names; others of the same form work too."""
-    return tuple(
-        f"{hardware}x{devices}-{length}k"
-        for hardware in HARDWARE
-        for devices in USUAL_DEVICES
-        for length in USUAL_LENGTHS
-    )
+    usual = product(HARDWARE, USUAL_DEVICES, USUAL_LENGTHS)
+    return tuple(f"{hardware}x{devices}-{length}k" for hardware, devices, length in usual)
 
 
 def get_scenario(text: str) -> Scenario:
@@ -65,17 +62,5 @@ def read_scenario(path: Path) -> Scenario:
     Raises `PuzzleError` that names the file and what is wrong in it.
     """
     data = read_yaml(path)
-    if not isinstance(data, dict):
-        raise PuzzleError(f"{path} holds {data!r}, but must hold the fields of a scenario")
-    data.setdefault("name", path.stem)
-    known = [field.name for field in fields(Scenario)]
-    for name, value in data.items():
-        if name not in known:
-            raise PuzzleError(f"{path}: {name} is {value!r}, but a scenario has only {', '.join(known)}")
-    for name in ("input_tokens", "output_tokens"):
-        if name not in data:
-            raise PuzzleError(f"{path}: {name} is missing")
-    try:
-        return Scenario(**data)
-    except ConfigError as error:
-        raise PuzzleError(f"{path}: {error}") from error
+    named = {"name": path.stem, **data} if isinstance(data, dict) else data
+    return from_plain(Scenario, named, str(path), exact=True)

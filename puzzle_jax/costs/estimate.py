@@ -1,4 +1,4 @@
-"""How fast an architecture would serve a deployment, by the roofline, and how much faster than another.
+"""The speed of an architecture in a deployment, by the roofline, and its speed-up over another.
 
     tokens per second = max over batches of  batch output_tokens / (prefill + output_tokens decode step)
 
@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from puzzle_jax.config import ModelConfig, cache_bytes
 from puzzle_jax.convert_hf.table import Form, bytes_by_part
 from puzzle_jax.costs.roofline import PARTS, PartSeconds, Roofline
 from puzzle_jax.costs.scenario import Scenario, candidate_batches
 from puzzle_jax.errors import ConfigError
+from puzzle_jax.files import Json
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,10 @@ class Estimate:
 
     Attributes:
       throughput: generated tokens per second of all devices.
-      batch: requests together.
-      largest_batch: that fits; the scenario's own where it gives one.
-      prefill_seconds: all prompts of the batch.
-      decode_seconds: one step, the mean over output positions.
-      memory_bytes, room_bytes: weights and caches on all devices, and what there is for them.
+      largest_batch: the largest that fits; the scenario's own where it gives one.
+      prefill_seconds: for all prompts of the batch.
+      decode_seconds: for one step, the mean over output positions.
+      memory_bytes, room_bytes: weights and caches on all devices, and the room for them.
       breakdown: {"prefill", "decode"}: seconds by part.
     """
 
@@ -64,10 +63,10 @@ class Comparison:
     def speedup(self) -> float:
         return self.model.throughput / self.baseline.throughput
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Json]:
         """Keys of the model are plain, those of the baseline begin with "baseline_"."""
         return {
-            "scenario": self.scenario.to_json(),
+            "scenario": asdict(self.scenario),
             "speedup": self.speedup,
             **asdict(self.model),
             **{f"baseline_{name}": value for name, value in asdict(self.baseline).items()},
@@ -83,32 +82,36 @@ def compare(
 
 
 def estimate(architecture: Architecture, scenario: Scenario, roofline: Roofline | None = None) -> Estimate:
-    """An architecture in a scenario.
+    """Returns the estimate of an architecture in a scenario.
 
     Raises `ConfigError` where not one request fits, the given batch does not, or the scenario does not fit the model.
     """
-    sizes, roofline = _Sizes.of(architecture, scenario), roofline or Roofline()
+    sizes, roofline = _sizes(architecture, scenario), roofline or Roofline()
     room = roofline.room_bytes(scenario)
     at_most = scenario.batch or roofline.max_batch(scenario)
-    largest = scenario.largest_batch(**asdict(sizes), room=room, at_most=at_most)
+    largest = scenario.largest_batch(**sizes, room=room, at_most=at_most)
     if largest < (scenario.batch or 1):
-        needed = scenario.memory_bytes(**asdict(sizes), batch=scenario.batch or 1)
+        needed = scenario.memory_bytes(**sizes, batch=scenario.batch or 1)
         raise ConfigError(
             f"scenario {scenario.name!r} with {scenario.batch or 1} request(s) needs {needed / 1e9:.1f} GB on "
             f"{scenario.devices} x {roofline.device(scenario)}, but there is room for {max(room, 0) / 1e9:.1f} GB"
         )
     batches = (scenario.batch,) if scenario.batch else candidate_batches([largest])
     seconds = {batch: model_seconds(architecture, scenario.at(batch), roofline) for batch in batches}
-    rates = {batch: _rate(scenario, batch, seconds[batch]) for batch in batches}
-    best = max(rates, key=lambda batch: rates[batch])
+
+    def rate(batch: int) -> float:
+        total = seconds[batch].total()
+        return batch * scenario.output_tokens / (total.prefill_seconds + scenario.output_tokens * total.decode_seconds)
+
+    best = max(batches, key=rate)
     total = seconds[best].total()
     return Estimate(
-        throughput=rates[best],
+        throughput=rate(best),
         batch=best,
         largest_batch=largest,
         prefill_seconds=total.prefill_seconds,
         decode_seconds=total.decode_seconds,
-        memory_bytes=scenario.memory_bytes(**asdict(sizes), batch=best),
+        memory_bytes=scenario.memory_bytes(**sizes, batch=best),
         room_bytes=room,
         breakdown={"prefill": dict(seconds[best].prefill), "decode": dict(seconds[best].decode)},
     )
@@ -128,23 +131,9 @@ def model_seconds(architecture: Architecture, scenario: Scenario, roofline: Roof
     return PartSeconds(total("prefill"), total("decode"))
 
 
-@dataclass(frozen=True)
-class _Sizes:
-    """Bytes that memory is made of; see `Scenario.memory_bytes`."""
-
-    dense: int
-    experts: int
-    kv: int
-
-    @staticmethod
-    def of(architecture: Architecture, scenario: Scenario) -> _Sizes:
-        config, sizes = architecture.config, bytes_by_part(architecture.config, architecture.form)
-        experts = sum(layer.experts + layer.router for layer in sizes.layers)
-        kv = cache_bytes(config, scenario.context_tokens, scenario.kv_bytes_per_value)
-        return _Sizes(sizes.total - experts, experts, kv)
-
-
-def _rate(scenario: Scenario, batch: int, seconds: PartSeconds) -> float:
-    total = seconds.total()
-    tokens = batch * scenario.output_tokens
-    return tokens / (total.prefill_seconds + scenario.output_tokens * total.decode_seconds)
+def _sizes(architecture: Architecture, scenario: Scenario) -> dict[str, int]:
+    """Bytes that memory is made of, as `Scenario.memory_bytes` calls them."""
+    config, sizes = architecture.config, bytes_by_part(architecture.config, architecture.form)
+    experts = sum(layer.experts + layer.router for layer in sizes.layers)
+    kv = cache_bytes(config, scenario.context_tokens, scenario.kv_bytes_per_value)
+    return {"dense": sizes.total - experts, "experts": experts, "kv": kv}

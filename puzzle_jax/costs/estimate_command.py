@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -22,7 +21,7 @@ from puzzle_jax.costs.deployments import get_scenario, scenario_names
 from puzzle_jax.costs.estimate import Architecture, Comparison, Estimate, compare
 from puzzle_jax.costs.roofline import PARTS, Roofline
 from puzzle_jax.errors import ConfigError, PuzzleError, shown
-from puzzle_jax.files import parse_json, read_text
+from puzzle_jax.files import Json, parse_json, read_text
 from puzzle_jax.numeric import Number, is_number
 
 
@@ -117,7 +116,7 @@ def _seconds(estimate: Estimate, kind: str) -> float:
 def _read_profile(path: Path | None) -> tuple[float, ...] | None:
     if path is None:
         return None
-    loads: Any = parse_json(read_text(path), str(path))
+    loads: Json = parse_json(read_text(path), str(path))
     if not isinstance(loads, list) or not loads:
         raise PuzzleError(f"{path} holds {shown(loads)}, but must hold a list of loads")
     for place, load in enumerate(loads):

@@ -6,13 +6,14 @@ Such a file is used as it is, once it holds all that the search will ask for. Le
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
+from puzzle_jax.config import window_name
 from puzzle_jax.convert_hf.table import Form
 from puzzle_jax.costs.compute import Offer, kv_bytes, mixture_size, shared_size
 from puzzle_jax.costs.scenario import Scenario
-from puzzle_jax.costs.table import Costs, read_costs, seconds_key
+from puzzle_jax.costs.table import Costs, read_costs
 from puzzle_jax.errors import ConfigError, PuzzleError
 
 _SHOWN = 4
@@ -21,14 +22,9 @@ _SHOWN = 4
 def read_external(path: Path, offer: Offer, scenarios: Sequence[Scenario], form: Form) -> Costs:
     """Reads a costs.json; what it holds beyond the offer and the scenarios is ignored.
 
-    Args:
-      path: the file.
-      offer: alternatives that it must have costs of.
-      scenarios: scenarios that it must hold, with equal fields.
-      form: form of the parent's checkpoint, which decides the bytes of the experts.
-
-    Raises `PuzzleError` that names the file and what it lacks (layers, expert counts, windows, seconds, a scenario), a
-    number that is none of its kind, bytes that are not the model's, and a model that would be served in no time.
+    Raises `PuzzleError` that names the file and what it lacks (layers, expert counts, windows, seconds, a scenario with
+    equal fields), a number that is none of its kind, bytes that are not the model's in that form, and a model that
+    would be served in no time.
     """
     costs = read_costs(path)
     try:
@@ -43,8 +39,8 @@ def read_external(path: Path, offer: Offer, scenarios: Sequence[Scenario], form:
 
 
 def _check_scenario(costs: Costs, scenario: Scenario) -> None:
-    held = costs.scenario(scenario.name).to_json()
-    for field, value in scenario.to_json().items():
+    held = asdict(costs.scenario(scenario.name))
+    for field, value in asdict(scenario).items():
         if held[field] != value:
             raise ConfigError(f"{field} of scenario {scenario.name!r} is {held[field]!r}, but {value!r} is asked for")
 
@@ -52,31 +48,29 @@ def _check_scenario(costs: Costs, scenario: Scenario) -> None:
 def _check_sizes(costs: Costs, offer: Offer, scenarios: Sequence[Scenario], form: Form) -> None:
     """Raises `ConfigError` where bytes or parameters are not those of the parent and its alternatives."""
     config = offer.config
-    for name, value in zip(("shared_bytes", "shared_parameters"), shared_size(config, form), strict=True):
-        if getattr(costs, name) != value:
-            raise ConfigError(f"{name} is {getattr(costs, name)}, but the parent has {value}")
+
+    def check(name: str, held: int | None, value: int) -> None:
+        if held != value:
+            raise ConfigError(f"{name} is {held}, but the model has {value}")
+
+    shared_bytes, shared_parameters = shared_size(config, form)
+    check("shared_bytes", costs.shared_bytes, shared_bytes)
+    check("shared_parameters", costs.shared_parameters, shared_parameters)
     sizes = {count: mixture_size(config, count, form) for layer in costs.layers for count in layer.experts}
     for number, layer in enumerate(costs.layers):
         for count, entry in layer.experts.items():
-            for name, value in zip(("weight_bytes", "parameters"), sizes[count], strict=True):
-                if getattr(entry, name) != value:
-                    raise ConfigError(
-                        f"layer {number}, expert count {count}: {name} is {getattr(entry, name)}, but must be {value}"
-                    )
+            weight_bytes, parameters = sizes[count]
+            check(f"layer {number}, expert count {count}: weight_bytes", entry.weight_bytes, weight_bytes)
+            check(f"layer {number}, expert count {count}: parameters", entry.parameters, parameters)
         for window, entry in layer.attention.items():
             for scenario in scenarios:
-                held, value = entry.kv_bytes.get(scenario.name), kv_bytes(config, window, scenario)
-                if held != value:
-                    raise ConfigError(
-                        f"layer {number}, window {'full' if window is None else window}: kv_bytes of scenario "
-                        f"{scenario.name!r} is {held}, but must be {value}"
-                    )
+                name = f"layer {number}, window {window_name(window)}: kv_bytes of scenario {scenario.name!r}"
+                check(name, entry.kv_bytes.get(scenario.name), kv_bytes(config, window, scenario))
 
 
 def _check_time(costs: Costs, scenarios: Sequence[Scenario]) -> None:
     """Raises `ConfigError` where some architecture would need no time at all."""
-    keys = [seconds_key(s, batch) for s in scenarios for batch in costs.offered_batches(s.name)]
-    for key in keys:
+    for key in costs.seconds_keys(scenarios):
         for field in ("prefill_seconds", "decode_seconds"):
             least = getattr(costs.fixed[key], field)
             for layer in costs.layers:
@@ -97,14 +91,13 @@ def check_costs(costs: Costs, offer: Offer) -> None:
         if counts:
             missing.append(f"layer {layer}: expert counts {', '.join(map(str, sorted(counts, reverse=True)))}")
         if windows:
-            missing.append(f"layer {layer}: windows {', '.join('full' if w is None else str(w) for w in windows)}")
+            missing.append(f"layer {layer}: windows {', '.join(map(window_name, windows))}")
     if missing:
         more = f"; and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
         raise ConfigError(f"the costs lack {'; '.join(missing[:_SHOWN])}{more}")
-    keys = [seconds_key(s, batch) for s in costs.scenarios for batch in costs.offered_batches(s.name)]
     tables = [costs.fixed]
     for layer in costs.layers:
         tables += [entry.seconds for entry in (*layer.experts.values(), *layer.attention.values())]
-    for key in keys:
+    for key in costs.seconds_keys(costs.scenarios):
         if not all(key in table for table in tables):
             raise ConfigError(f"the costs lack seconds of {key!r} somewhere")

@@ -19,10 +19,9 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
 
-from puzzle_jax.errors import ConfigError, shown
-from puzzle_jax.numeric import Number, is_number
+from puzzle_jax.errors import check_choice, check_range
+from puzzle_jax.numeric import LARGEST, Number
 
 _MIB, _GIB = 2**20, 2**30
 
@@ -55,11 +54,9 @@ class Hardware:
 
     def __post_init__(self) -> None:
         for field in fields(self)[1:]:
-            value = getattr(self, field.name)
             may_be_zero = field.name in ("link_latency_seconds", "launch_seconds")
-            if not is_number(value) or value < 0 or not (value or may_be_zero):
-                rule = "at least 0" if may_be_zero else "above 0"
-                raise ConfigError(f"{field.name} of hardware {self.name!r} is {shown(value)}, but must be {rule}")
+            name = f"{field.name} of hardware {self.name!r}"
+            check_range(name, getattr(self, field.name), 0, LARGEST, above=not may_be_zero)
 
 
 HARDWARE = {
@@ -94,8 +91,7 @@ def hardware_named(name: str) -> Hardware:
     """
     if name == "local":
         return measure_local()
-    if name not in HARDWARE:
-        raise ConfigError(f"hardware is {name!r}, but must be local or one of {', '.join(HARDWARE)}")
+    check_choice("hardware", name, ("local", *HARDWARE))
     return HARDWARE[name]
 
 
@@ -112,12 +108,16 @@ def measure_local(size: int = 1024, copy_bytes: int = 1 << 27, rounds: int = 5) 
     dtype = jnp.float32 if device.platform == "cpu" else jnp.bfloat16
     square = jnp.ones((size, size), dtype)
     long = jnp.ones(copy_bytes // 4, jnp.float32)
-    product_seconds = _best_seconds(jax.jit(lambda x: x @ x), square, rounds)
-    copy_seconds = _best_seconds(jax.jit(lambda x: x + 1), long, rounds)
+    product, copy = jax.jit(lambda x: x @ x), jax.jit(lambda x: x + 1)
+    product_seconds = _best_seconds(lambda: product(square).block_until_ready(), rounds)
+    copy_seconds = _best_seconds(lambda: copy(long).block_until_ready(), rounds)
+    # What the runtime may allocate, or on a CPU the machine's memory.
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    machine_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     bytes_per_second, flops_per_second = 2 * copy_bytes / copy_seconds, 2 * size**3 / product_seconds
     return Hardware(
         name=device.device_kind,
-        memory_bytes=_memory_bytes(device),
+        memory_bytes=stats["bytes_limit"] if stats else machine_bytes,
         bytes_per_second=bytes_per_second,
         flops_per_second=flops_per_second,
         fp8_flops_per_second=flops_per_second,
@@ -127,17 +127,12 @@ def measure_local(size: int = 1024, copy_bytes: int = 1 << 27, rounds: int = 5) 
     )
 
 
-def _memory_bytes(device: Any) -> int:
-    """What the runtime may allocate, or on a CPU the machine's memory."""
-    stats = device.memory_stats() if device.platform != "cpu" else None
-    return stats["bytes_limit"] if stats else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _best_seconds(function: Callable[[Any], Any], x: Any, rounds: int) -> float:
-    function(x).block_until_ready()
+def _best_seconds(run: Callable[[], object], rounds: int) -> float:
+    """The least seconds of several runs, after one that compiles."""
+    run()
     best = float("inf")
     for _ in range(rounds):
         start = time.perf_counter()
-        function(x).block_until_ready()
+        run()
         best = min(best, time.perf_counter() - start)
     return best

@@ -26,21 +26,21 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
 from math import inf, prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from puzzle_jax.config import BlockConfig, ModelConfig, cache_bytes
 from puzzle_jax.convert_hf.table import Form
 from puzzle_jax.costs.provider import Seconds, Times
 from puzzle_jax.costs.scenario import Scenario
 from puzzle_jax.costs.sub_blocks import SubBlocks, without_layers
-from puzzle_jax.errors import ConfigError
+from puzzle_jax.errors import ConfigError, check_range
 from puzzle_jax.generate.slots import Admission, Group, Slots, admit, empty_group, empty_slots, prefill
-from puzzle_jax.model.cache import decode_step, init_cache
+from puzzle_jax.model.cache import LayerCache, decode_step, init_cache
 from puzzle_jax.model.cache_format import CacheFormat
 from puzzle_jax.model.network import moe_block
 from puzzle_jax.model.spec import Params, is_spec, param_specs
@@ -51,7 +51,7 @@ _TRIAL_BYTES = 4e9
 # routing would settle on few experts.
 _STATES = 8
 
-Kind = tuple[str, Any]
+Kind = tuple[str, int | None]
 """("experts", count), ("attention", window) or ("fixed", None)."""
 
 
@@ -61,8 +61,8 @@ class _Part(NamedTuple):
     Steps are a fraction where a run is less than one: a group of rows is one part of a batch.
     """
 
-    run: Callable[[Any], Any]
-    state: Any
+    run: Callable[[PyTree], PyTree]
+    state: PyTree
     steps: float
 
 
@@ -79,7 +79,7 @@ class Measured:
       clock: gives seconds; of the process' own work (`time.process_time`) where others use the machine too.
     """
 
-    dtype: Any = jnp.float32
+    dtype: np.dtype | type = jnp.float32
     rounds: int = 7
     decode_steps: int = 64
     seed: int = 0
@@ -88,8 +88,7 @@ class Measured:
 
     def __post_init__(self) -> None:
         for name in ("rounds", "decode_steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}, but must be at least 1")
+            check_range(name, getattr(self, name), 1)
 
     @property
     def name(self) -> str:
@@ -132,26 +131,26 @@ class Measured:
                 kind: self._race(maker, phase, reference, block, advance)
                 for kind, block in (others or {("experts", reference.num_experts): reference}).items()
             }
-            whole = statistics.median(seconds for race in races.values() for seconds, _ in race)
-            share = whole / (alone["fixed", None] + maker.depth * (sum(alone.values()) - alone["fixed", None]))
-            found = {("fixed", None): (alone["fixed", None] * share, 0.0)}
+            of_model = statistics.median(seconds for race in races.values() for seconds, _ in race)
+            share = of_model / (alone["fixed", None] + maker.depth * (sum(alone.values()) - alone["fixed", None]))
+            found: dict[Kind, tuple[float, float]] = {("fixed", None): (alone["fixed", None] * share, 0.0)}
             for kind in kinds:
                 own = alone[kind[0], getattr(reference, _FIELDS[kind[0]])] * share
                 ratios = [other / seconds for seconds, other in races[kind]] if kind in others else [1.0]
-                change = (statistics.median(ratios) - 1) * whole / maker.depth
+                change = (statistics.median(ratios) - 1) * of_model / maker.depth
                 found[kind] = (max(0.0, own + change), _spread(ratios))
             return found
 
         prefill, decode = timed("prefill"), timed("decode")
 
-        def both(*kind: Any) -> Seconds:
-            (prefill_seconds, prefill_spread), (decode_seconds, decode_spread) = prefill[kind], decode[kind]
-            return Seconds(prefill_seconds, decode_seconds, prefill_spread, decode_spread)
+        def both(name: str, alternative: int | None = None) -> Seconds:
+            prefilling, decoding = prefill[name, alternative], decode[name, alternative]
+            return Seconds(prefilling[0], decoding[0], prefilling[1], decoding[1])
 
         return Times(
             experts={count: both("experts", count) for count in counts},
             attention={window: both("attention", window) for window in windows},
-            fixed=both("fixed", None),
+            fixed=both("fixed"),
         )
 
     def _alone(
@@ -200,10 +199,9 @@ class _Maker:
     """Builds the parts of one scenario."""
 
     blocks: SubBlocks
-    dtype: Any
+    dtype: np.dtype | type
     steps: int
     seed: int
-
     made: dict[tuple[int, int], Params] = field(default_factory=dict)
 
     @property
@@ -276,8 +274,8 @@ class _Maker:
         caches = [init_cache(config, layer, blocks.batch, blocks.context, self.dtype) for layer in range(self.depth)]
 
         @partial(jax.jit, donate_argnums=2)  # caches are updated in place, as in generation
-        def run(params: Params, tokens: Array, caches: Any) -> Any:
-            def body(index: Array, state: tuple[Array, Any]) -> tuple[Array, Any]:
+        def run(params: Params, tokens: Array, caches: PyTree) -> PyTree:
+            def body(index: Array, state: tuple[Array, PyTree]) -> tuple[Array, PyTree]:
                 chosen, caches = state
                 position = scenario.input_tokens + index * scenario.output_tokens // steps
                 positions = jnp.full(blocks.batch, position, jnp.int32)
@@ -296,8 +294,8 @@ class _Maker:
         lengths = jnp.full(rows, blocks.scenario.input_tokens, jnp.int32)
 
         @jax.jit
-        def run(params: Params, x: Array) -> Any:
-            def one_chunk(index: Array, state: tuple[Array, Any]) -> tuple[Array, Any]:
+        def run(params: Params, x: Array) -> PyTree:
+            def one_chunk(index: Array, state: tuple[Array, PyTree]) -> tuple[Array, PyTree]:
                 total, cache = state
                 part = jax.lax.dynamic_slice_in_dim(x, index * chunk, chunk, 1)
                 out, cache = attend(params, part, cache, index * chunk, lengths)
@@ -325,7 +323,7 @@ class _Maker:
         params, attend = self._params(config)["layers"][0]["attention"], self.blocks.decode_attention(window)
         cache = init_cache(config, 0, self.blocks.batch, self.blocks.context, self.dtype)
 
-        def step(params: Params, index: Array, x: Array, cache: Any) -> tuple[Array, Any]:
+        def step(params: Params, index: Array, x: Array, cache: LayerCache) -> tuple[Array, LayerCache]:
             # Steps spread over the output positions where there are fewer of them.
             return attend(params, x, cache, scenario.input_tokens + index * scenario.output_tokens // steps)
 
@@ -334,24 +332,24 @@ class _Maker:
     def decode_experts(self, count: int) -> _Part:
         config = self.blocks.one_layer(BlockConfig(count))
 
-        def step(params: Params, index: Array, x: Array, nothing: Any) -> tuple[Array, Any]:
-            return moe_block(params, config, x)[0], nothing
+        def step(params: Params, index: Array, x: Array, carry: PyTree) -> tuple[Array, PyTree]:
+            return moe_block(params, config, x)[0], carry
 
         return self._loop(step, self._params(config)["layers"][0]["moe"], ())
 
     def decode_fixed(self) -> _Part:
-        def step(params: Params, index: Array, x: Array, nothing: Any) -> tuple[Array, Any]:
-            return self.blocks.decode_rest(params, x), nothing
+        def step(params: Params, index: Array, x: Array, carry: PyTree) -> tuple[Array, PyTree]:
+            return self.blocks.decode_rest(params, x), carry
 
         return self._loop(step, without_layers(self._params(self.blocks.one_layer())), ())
 
-    def _loop(self, step: Callable[..., tuple[Array, Any]], params: Params, carry: Any) -> _Part:
+    def _loop(self, step: Callable[..., tuple[Array, PyTree]], params: Params, carry: PyTree) -> _Part:
         """`steps` steps on the device; each starts from its own hidden state and needs the one before it."""
         states = self._hidden(_STATES, self.blocks.batch, 1)
 
         @partial(jax.jit, donate_argnums=2)  # the cache is updated in place, as in generation
-        def run(params: Params, states: Array, carry: Any) -> Any:
-            def body(index: Array, state: tuple[Array, Any]) -> tuple[Array, Any]:
+        def run(params: Params, states: Array, carry: PyTree) -> PyTree:
+            def body(index: Array, state: tuple[Array, PyTree]) -> tuple[Array, PyTree]:
                 x, carry = state
                 fresh = states[index % _STATES]
                 return step(params, index, fresh + x * jnp.asarray(1e-20, x.dtype), carry)
@@ -362,10 +360,9 @@ class _Maker:
         return _Part(lambda carry: jax.block_until_ready(run(params, states, carry))[1], carry, float(self.steps))
 
 
-def device_identity() -> dict[str, Any]:
-    """What measured seconds depend on besides shapes: part of a stage's settings, so that they are taken anew
-    elsewhere.
-    """
+def device_identity() -> dict[str, str]:
+    """Device and version that measured seconds depend on: part of a stage's settings, so that another device measures
+    anew."""
     device = jax.local_devices()[0]
     kind = device.device_kind
     if device.platform == "cpu":
@@ -382,7 +379,7 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _repeated(run: Callable[[Params, Array], Any], params: Params, x: Array, steps: float = 1.0) -> _Part:
+def _repeated(run: Callable[[Params, Array], PyTree], params: Params, x: Array, steps: float = 1.0) -> _Part:
     """Timing of one call whose input stays; it does `steps` of the whole work."""
 
     def again(state: Array) -> Array:

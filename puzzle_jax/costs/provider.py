@@ -1,15 +1,15 @@
-"""Where seconds come from, and what bounds a batch: the interfaces between `costs` and its providers."""
+"""Providers of seconds, and bounds of a batch: the interfaces between `costs` and its providers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Protocol, runtime_checkable
 
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.convert_hf.table import Form
 from puzzle_jax.costs.scenario import Scenario
-from puzzle_jax.errors import ConfigError, shown
+from puzzle_jax.errors import check_range
 from puzzle_jax.numeric import Number
 
 LONGEST_SECONDS = 1e12
@@ -18,13 +18,8 @@ LONGEST_SECONDS = 1e12
 
 @dataclass(frozen=True)
 class Seconds:
-    """Time of one part of the model for a scenario's whole batch.
-
-    Attributes:
-      prefill_seconds: all inputs of the batch.
-      decode_seconds: one step, the mean over the output positions.
-      prefill_spread, decode_spread: interquartile range over the median where it was measured, else 0.
-    """
+    """Time of one part of the model for a scenario's whole batch: all inputs, and one step, the mean over the output
+    positions; each with the interquartile range over the median where it was measured."""
 
     prefill_seconds: Number
     decode_seconds: Number
@@ -32,12 +27,8 @@ class Seconds:
     decode_spread: Number = 0.0
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= LONGEST_SECONDS:
-                raise ConfigError(
-                    f"{field.name} is {shown(value)}, but must be a number of 0 to {LONGEST_SECONDS:g} seconds"
-                )
+        for name, value in asdict(self).items():
+            check_range(name, value, 0, LONGEST_SECONDS)
 
 
 @dataclass(frozen=True)
@@ -51,13 +42,13 @@ class Times:
 
 @runtime_checkable
 class Provider(Protocol):
-    """Where seconds come from."""
+    """A source of seconds."""
 
     @property
     def name(self) -> str: ...
 
     def device(self, scenario: Scenario) -> str:
-        """What the seconds are of."""
+        """The name of the device that the seconds are of."""
         ...
 
     def times(
@@ -77,7 +68,7 @@ class Provider(Protocol):
 
 @runtime_checkable
 class Memory(Protocol):
-    """What bounds the batch of a scenario that leaves it open."""
+    """The bounds of the batch in a scenario that leaves it open."""
 
     def room_bytes(self, scenario: Scenario) -> int:
         """Memory of all devices for weights and caches."""

@@ -24,8 +24,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil, floor
 
-from puzzle_jax.config import BlockConfig, ModelConfig
-from puzzle_jax.convert_hf.table import Form, layer_tensors
+from puzzle_jax.config import ModelConfig
+from puzzle_jax.convert_hf.table import Form, expert_bytes
 from puzzle_jax.costs.assumptions import Assumptions, Efficiency, default_assumptions
 from puzzle_jax.costs.hardware import Hardware, hardware_named
 from puzzle_jax.costs.provider import Seconds, Times
@@ -36,17 +36,8 @@ from puzzle_jax.numeric import Number
 
 BF16_BYTES, F32_BYTES = 2, 4
 
-PARTS = (
-    "attention_weights",
-    "kv_reads",
-    "router",
-    "experts",
-    "head",
-    "sampling",
-    "collectives",
-    "overheads",
-)
-"""What seconds are told apart by. "kv_reads" is attention proper: caches read, queries times keys and values."""
+PARTS = ("attention_weights", "kv_reads", "router", "experts", "head", "sampling", "collectives", "overheads")
+"""Parts that seconds are split into. "kv_reads" is attention proper: caches read, queries times keys and values."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +55,7 @@ class PartSeconds:
 class Roofline:
     """A `provider.Provider`: arithmetic on a `Hardware`, by default the one that a scenario names.
 
-    Attributes:
-      hardware: in place of the scenario's.
-      assumptions: of the engine.
-      profile: how uneven routing is; see `routing`. None is even.
+    `profile` says how uneven routing is (`routing`); None is even.
     """
 
     hardware: Hardware | None = None
@@ -144,7 +132,7 @@ class Steps:
 
     @property
     def requests(self) -> float:
-        """Of one replica."""
+        """Requests of one replica."""
         return self.scenario.given_batch / self.scenario.replicas
 
     @property
@@ -154,11 +142,11 @@ class Steps:
 
     @property
     def prefill_tokens(self) -> float:
-        """Prompt tokens of one of them."""
+        """Prompt tokens of one such step."""
         return self.requests * self.scenario.input_tokens / self.prefills
 
     def _both(self, step: Callable[[float], Mapping[str, float]]) -> PartSeconds:
-        """Of a function from a step's tokens to its seconds by part."""
+        """The seconds of all prefill steps and of a decoding step, by a function of a step's tokens."""
         prefill = {part: self.prefills * seconds for part, seconds in step(self.prefill_tokens).items()}
         return PartSeconds(prefill, step(self.requests))
 
@@ -193,14 +181,14 @@ class Steps:
                 f"expert_parallel of scenario {scenario.name!r} is {scenario.expert_parallel}, "
                 f"but must divide the {count} experts of a layer"
             )
-        expert_bytes = self._expert_bytes(count)
+        one_expert = expert_bytes(config, self.form)
         chosen = probabilities(count, config.experts_per_token, self.profile)
         devices = scenario.expert_degree
 
         def step(tokens: float) -> dict[str, float]:
             sharing = tokens * devices / scenario.tensor_degree  # tokens that meet on one copy of the experts
             rows = tiled_rows(chosen, ceil(sharing), assumed.tile_rows)
-            touched = expert_bytes * active_experts(chosen, sharing) / count
+            touched = one_expert * count * active_experts(chosen, sharing) / count
             flops = 2 * rows * 3 * config.hidden_size * config.intermediate_size
             return {
                 "router": self._product(config.hidden_size * count, tokens, 1),
@@ -240,11 +228,11 @@ class Steps:
         return max(by_memory, by_rate) / devices
 
     def _product(self, weights: int, tokens: float, devices: int) -> float:
-        """Tokens times a bfloat16 matrix of so many weights."""
+        """Seconds of tokens times a bfloat16 matrix of so many weights."""
         return self._seconds(self.assumptions.efficiency.dense, BF16_BYTES * weights, 2 * tokens * weights, devices)
 
     def _attended(self, read: Number, keys: Number) -> float:
-        """Every request reads so many slots of its cache; its queries meet so many keys in all."""
+        """Seconds of attention where every request reads so many slots and its queries meet so many keys in all."""
         config, reached, kv_bytes = self.config, self.assumptions.efficiency.attention, self.scenario.kv_bytes_per_value
         rate = self.hardware.fp8_flops_per_second if kv_bytes == 1 else self.hardware.flops_per_second
         by_memory = read * 2 * config.kv_width * kv_bytes / (self.hardware.bytes_per_second * reached.bandwidth)
@@ -252,29 +240,24 @@ class Steps:
         return self.requests * max(by_memory, by_rate) / self.scenario.tensor_degree
 
     def _all_reduce(self, tokens: float) -> float:
-        """Sums the hidden states of all tokens over a replica's devices, in a ring."""
+        """Seconds to sum the hidden states of all tokens over a replica's devices, in a ring."""
         devices = self.scenario.tensor_degree
         hidden_bytes = BF16_BYTES * tokens * self.config.hidden_size
         return self._collective(2 * (devices - 1) / devices * hidden_bytes, devices)
 
     def _exchange(self, tokens: float) -> float:
-        """Sends each token's hidden state to its experts' devices and back."""
+        """Seconds to send each token's hidden state to its experts' devices and back."""
         devices = self.scenario.expert_parallel
         own = tokens / self.scenario.tensor_degree
         sent = (devices - 1) / devices * own * self.config.experts_per_token * BF16_BYTES * self.config.hidden_size
         return 2 * self._collective(sent, devices)
 
     def _collective(self, sent: Number, devices: int) -> float:
-        """Every device sends so many bytes."""
+        """Seconds of a collective operation in which every device sends so many bytes."""
         if devices == 1:
             return 0.0
         link = self.hardware.link_bytes_per_second * self.assumptions.link_efficiency
         return self.hardware.link_latency_seconds + sent / link
-
-    def _expert_bytes(self, count: int) -> int:
-        """Of one layer in the checkpoint, router left out."""
-        table = layer_tensors(self.config, BlockConfig(count), 0, self.form)
-        return sum(spec.nbytes for spec in table if spec.part == "experts")
 
 
 def visible_keys(first: int, count: int, window: int | None) -> int:

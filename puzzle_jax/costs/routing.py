@@ -14,6 +14,7 @@ requests choose alike.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from math import log, log1p
 
 import numpy as np
@@ -28,10 +29,9 @@ _LEAST = 1e-6
 
 
 def routing_profile(routed: np.ndarray) -> Profile:
-    """The profile of a model: loads sorted in every layer, then averaged over layers; none is quite 0.
+    """The profile of a model that gave each expert so many tokens, [layers, experts].
 
-    Args:
-      routed: [layers, experts], tokens that each expert was given.
+    Loads are sorted in every layer, then averaged over layers; none is quite 0.
     """
     shares = np.sort(np.maximum(routed / routed.sum(axis=1, keepdims=True), _LEAST), axis=1)[:, ::-1]
     return tuple(float(share) for share in shares.mean(axis=0))
@@ -58,35 +58,33 @@ def probabilities(num_experts: int, experts_per_token: int, profile: Profile | N
 
 
 def active_experts(chosen: np.ndarray, tokens: Number) -> float:
-    """Expected number of experts that at least one of the tokens chooses.
-
-    Args:
-      chosen: [experts] probability that a token chooses each.
-      tokens: how many.
-    """
+    """Expected number of experts that at least one of the tokens chooses, by the probabilities [experts] of each."""
     return float(np.sum(1.0 - (1.0 - chosen) ** tokens))
 
 
 def tiled_rows(chosen: np.ndarray, tokens: int, tile: int) -> float:
-    """Expected rows of all tiles, each expert's tokens rounded up to whole tiles.
-
-    Args:
-      chosen: [experts] probability that a token chooses each.
-      tokens: how many.
-      tile: rows of a tile.
-    """
-    rows = np.arange(1, tokens + 1)
-    tiles, log_choices = np.ceil(rows / tile), np.cumsum(np.log((tokens - rows + 1) / rows))
-
-    def expected(chosen: float) -> float:
-        """E[ceil(r / tile)] of r ~ Binomial(tokens, chosen)."""
-        if chosen >= 1.0:
-            return float(tiles[-1])
-        log_mass = log_choices + rows * log(chosen) + (tokens - rows) * log1p(-chosen)
-        return float(np.exp(log_mass) @ tiles)
-
+    """Expected rows of tiles of `tile` rows, each expert's tokens rounded up to whole ones; see `active_experts`."""
     values, counts = np.unique(chosen, return_counts=True)
-    return tile * sum(int(count) * expected(float(value)) for value, count in zip(values, counts, strict=True))
+    expected = [_expected_tiles(value, tokens, tile) for value in values.tolist()]
+    return tile * sum(count * tiles for count, tiles in zip(counts.tolist(), expected, strict=True))
+
+
+@lru_cache(maxsize=1 << 16)
+def _expected_tiles(chosen: float, tokens: int, tile: int) -> float:
+    """E[ceil(r / tile)] of r ~ Binomial(tokens, chosen); a search asks for the same few numbers again and again."""
+    rows, log_choices = _log_choices(tokens)
+    tiles = np.ceil(rows / tile)
+    if chosen >= 1.0:
+        return float(tiles[-1])
+    log_mass = log_choices + rows * log(chosen) + (tokens - rows) * log1p(-chosen)
+    return float(np.exp(log_mass) @ tiles)
+
+
+@lru_cache(maxsize=4)
+def _log_choices(tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of rows r, from 1 to `tokens`, and the logarithm of the ways to choose them."""
+    rows = np.arange(1, tokens + 1)
+    return rows, np.cumsum(np.log((tokens - rows + 1) / rows))
 
 
 def _check(profile: Sequence[Number], num_experts: int) -> None:

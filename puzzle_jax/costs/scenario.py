@@ -1,4 +1,4 @@
-"""What a child is made for: deployments, and what it must reach in them, by itself or relative to its parent.
+"""The deployments that a child is made for, and the targets that it must reach in them.
 
 Names of usual deployments and files of others are read by `puzzle_jax.costs.deployments`.
 Left out: pipeline parallelism, prompts and answers of mixed lengths, and requests that share a prefix.
@@ -7,21 +7,19 @@ Left out: pipeline parallelism, prompts and answers of mixed lengths, and reques
 from __future__ import annotations
 
 import re
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from puzzle_jax.errors import ConfigError, shown
+from puzzle_jax.errors import MOST_TIMES, ConfigError, check_range, shown
+from puzzle_jax.numeric import LARGEST, Number
 
-_RATIOS = ("max_expert_bytes_ratio", "max_kv_bytes_ratio")
-_MOST = 10**9  # tokens, requests or devices, of which no deployment has more
-_POSITIVE = ("min_tokens_per_second", "max_memory_bytes", "max_seconds_to_first_token", "max_seconds_per_token")
+_COUNTS = ("input_tokens", "output_tokens", "devices", "expert_parallel", "batch", "tensor_parallel", "max_batch")
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """One way in which the model is used.
+    """One deployment of the model.
 
     The devices form `replicas` groups of `tensor_degree` devices. A group shares attention, head and cache of its
     requests by tensor parallelism; experts are split in the same way, or, with `expert_parallel` above 1, spread whole
@@ -32,7 +30,7 @@ class Scenario:
       input_tokens: prompt length of every request.
       output_tokens: generated tokens of every request.
       batch: requests that run together on all devices; None leaves it open, up to what memory and `max_batch` allow.
-      kv_bytes_per_value: of the cache: 4 (float32), 2 (bfloat16) or 1 (FP8).
+      kv_bytes_per_value: bytes of a number in the cache: 4 (float32), 2 (bfloat16) or 1 (FP8).
       hardware: a name of `hardware.HARDWARE`, or "local" for the devices present.
       devices: number of devices that share the work.
       tensor_parallel: devices of one group; None is all of them.
@@ -51,19 +49,19 @@ class Scenario:
     tensor_parallel: int | None = None
     expert_parallel: int = 1
     max_batch: int | None = None
-    usable_memory: int | float | None = None
+    usable_memory: Number | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
             raise ConfigError(f"scenario name is {self.name!r}, but must be of letters, digits, '-' and '_'")
-        for field in ("input_tokens", "output_tokens", "devices", "expert_parallel"):
-            self._require_count(field)
-        for field in ("batch", "tensor_parallel", "max_batch"):
-            if getattr(self, field) is not None:
-                self._require_count(field)
+        for field in _COUNTS:
+            if (value := getattr(self, field)) is not None:
+                check_range(f"{field} of scenario {self.name!r}", value, 1, MOST_TIMES)
+        if self.usable_memory is not None:
+            check_range(f"usable_memory of scenario {self.name!r}", self.usable_memory, 0, 1, above=True)
         if self.kv_bytes_per_value not in (1, 2, 4):
             self._refuse("kv_bytes_per_value", "1, 2 or 4")
-        if not isinstance(self.hardware, str) or not self.hardware:
+        if not self.hardware:
             self._refuse("hardware", "a name")
         if self.devices % self.tensor_degree:
             self._refuse("tensor_parallel", f"a divisor of devices ({self.devices})")
@@ -72,14 +70,6 @@ class Scenario:
                 "expert_parallel",
                 f"1, or a multiple of tensor_parallel ({self.tensor_degree}) that divides devices ({self.devices})",
             )
-        share = self.usable_memory
-        if share is not None and not (_is_number(share) and 0 < share <= 1):
-            self._refuse("usable_memory", "above 0 and at most 1")
-
-    def _require_count(self, field: str) -> None:
-        value = getattr(self, field)
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MOST:
-            self._refuse(field, f"a whole number from 1 to {_MOST}")
 
     def _refuse(self, field: str, rule: str) -> NoReturn:
         raise ConfigError(f"{field} of scenario {self.name!r} is {shown(getattr(self, field))}, but must be {rule}")
@@ -118,14 +108,8 @@ class Scenario:
     def memory_bytes(self, *, dense: int, experts: int, kv: int, batch: int) -> int:
         """Bytes on all devices: dense x replicas + experts x copies + batch x KV bytes of a request at its end.
 
-        A cache that is shared or paged more finely than by request, so that requests which are not yet long leave room
-        for others, is left out.
-
-        Args:
-          dense: bytes of everything but experts and routers.
-          experts: bytes of experts and routers.
-          kv: cache bytes of one request at its end.
-          batch: requests on all devices.
+        Routers belong to the experts. A cache that is shared or paged more finely than by request, so that requests
+        which are not yet long leave room for others, is left out.
         """
         return dense * self.replicas + experts * self.expert_copies + batch * kv
 
@@ -138,30 +122,24 @@ class Scenario:
         """The same deployment with that many requests together."""
         return replace(self, batch=batch)
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def candidate_batches(largest: Sequence[int]) -> tuple[int, ...]:
-    """Batches worth trying: powers of two and the middles between them up to the largest of `largest`, and those.
-
-    Args:
-      largest: the largest batch that fits, for one or several architectures.
-    """
+    """Batches worth trying: powers of two and the middles between them, and the `largest` that fit some architectures,
+    none being larger than all of those."""
     top = max(largest)
     powers = [2**exponent for exponent in range(top.bit_length())]
     middles = [3 * power // 2 for power in powers if power > 1]
     return tuple(sorted({*largest, *(batch for batch in (*powers, *middles) if batch <= top)} - {0}))
 
 
-Amount = int | float | dict[str, int | float] | None
+Amount = Number | dict[str, Number] | None
 """A limit for every scenario, or limits by a scenario's name."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """What the child must reach; None is no limit. Limits that depend on a scenario hold in every one, or are given by
-    a scenario's name: `min_speedup: {long: 1.5, short: 1.2}`.
+    """Limits that the child must keep; None is no limit. Limits that depend on a scenario hold in every one, or are
+    given by a scenario's name: `min_speedup: {long: 1.5, short: 1.2}`.
 
     Attributes:
       max_expert_bytes_ratio: bytes of experts and routers over the parent's, in (0, 1].
@@ -173,7 +151,7 @@ class Target:
       max_seconds_per_token: of one decoding step.
     """
 
-    max_expert_bytes_ratio: int | float | None = None
+    max_expert_bytes_ratio: Number | None = None
     min_speedup: Amount = None
     max_kv_bytes_ratio: Amount = None
     min_tokens_per_second: Amount = None
@@ -184,30 +162,28 @@ class Target:
     def __post_init__(self) -> None:
         for name, value in self._values():
             field = name.partition(".")[0]
-            if field in _RATIOS and not (_is_number(value) and 0 < value <= 1):
-                raise ConfigError(f"{name} is {value!r}, but must be above 0 and at most 1 (1 is the parent's)")
-            if field == "min_speedup" and not (_is_number(value) and value >= 1):
-                raise ConfigError(f"{name} is {value!r}, but must be at least 1 (1 is the parent's)")
-            if field in _POSITIVE and not (_is_number(value) and value > 0):
-                raise ConfigError(f"{name} is {value!r}, but must be above 0")
-        if not self._values():
+            if field.endswith("_ratio"):
+                check_range(name, value, 0, 1, above=True)
+            elif field == "min_speedup":
+                check_range(name, value, 1, LARGEST)
+            else:
+                check_range(name, value, 0, LARGEST, above=True)
+        if not any(self._values()):
             raise ConfigError(
                 f"the target is empty, but needs one of {', '.join(asdict(self))}: "
                 "without a limit the best child is the parent"
             )
 
-    def _values(self) -> list[tuple[str, Any]]:
+    def _values(self) -> Iterator[tuple[str, Number]]:
         """Every limit that is given, under its name or "name.scenario"."""
-        found: list[tuple[str, Any]] = []
         for name, value in asdict(self).items():
             if isinstance(value, dict):
-                found += [(f"{name}.{scenario}", limit) for scenario, limit in value.items()]
+                yield from ((f"{name}.{scenario}", limit) for scenario, limit in value.items())
             elif value is not None:
-                found.append((name, value))
-        return found
+                yield name, value
 
-    def limit(self, field: str, scenario: str) -> int | float | None:
-        """A limit in a scenario."""
+    def limit(self, field: str, scenario: str) -> Number | None:
+        """The limit that a field sets in a scenario."""
         value = getattr(self, field)
         return value.get(scenario) if isinstance(value, dict) else value
 
@@ -217,10 +193,3 @@ class Target:
             of = name.partition(".")[2]
             if of and of not in names:
                 raise ConfigError(f"target.{name} is {value!r}, but the scenarios are {', '.join(names)}")
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

@@ -58,7 +58,7 @@ class SubBlocks:
 
     @property
     def groups(self) -> float:
-        """Of the batch; the last may be smaller than the others."""
+        """Groups of the batch; the last may be smaller than the others, and counts as a fraction."""
         return self.batch / self.rows
 
     def one_layer(self, block: BlockConfig | None = None) -> ModelConfig:

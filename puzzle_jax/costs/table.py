@@ -1,10 +1,8 @@
-"""What an architecture costs, as sums over its sub-blocks: bytes, KV-cache bytes, and seconds in each
+"""Costs of an architecture, as sums over its sub-blocks: bytes, KV-cache bytes, and seconds in each
 scenario.
 
 Costs add over sub-blocks, which is what lets a linear program weigh them (Puzzle, arXiv 2411.19146, section
-4). The bytes are exact, from the table of checkpoint tensors. Seconds come from a provider: `roofline`
-(arithmetic on hardware constants), `measured` (our own blocks timed on the devices present), or a costs.json
-of the same form that was timed elsewhere.
+4). The bytes are exact, from the table of checkpoint tensors. Seconds come from a `provider`.
 
     seconds of a batch = prefill of all its inputs + output_tokens * one decode step of the whole batch
     tokens per second  = batch * output_tokens / seconds
@@ -18,53 +16,44 @@ Left out: batches that change while they run, and what no sub-block owns (schedu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from puzzle_jax.config import BlockConfig
+from puzzle_jax.codec import from_plain, to_plain
+from puzzle_jax.config import BlockConfig, window_name
 from puzzle_jax.costs.provider import Seconds
 from puzzle_jax.costs.scenario import Scenario
-from puzzle_jax.errors import ConfigError, PuzzleError, shown
+from puzzle_jax.errors import ConfigError, PuzzleError, check_range, shown
 from puzzle_jax.files import read_json
 
 Architecture = tuple[BlockConfig, ...]
+Key = TypeVar("Key", bound=int | str | None)
+Entry = TypeVar("Entry")
 
 
 @dataclass(frozen=True)
 class ExpertCosts:
-    """A layer's mixture with one expert count.
-
-    Attributes:
-      weight_bytes: experts and router in the checkpoint.
-      parameters: experts and router.
-      seconds: by scenario, see `seconds_key`.
-    """
+    """Bytes and parameters of a layer's experts and router with one expert count; seconds by `seconds_key`."""
 
     weight_bytes: int
     parameters: int
     seconds: Mapping[str, Seconds]
 
     def __post_init__(self) -> None:
-        _check_counts(weight_bytes=self.weight_bytes, parameters=self.parameters)
+        _check_counts({"weight_bytes": self.weight_bytes, "parameters": self.parameters})
 
 
 @dataclass(frozen=True)
 class AttentionCosts:
-    """A layer's attention with one window.
-
-    Attributes:
-      kv_bytes: of one request at its end, by scenario name.
-      seconds: by scenario, see `seconds_key`.
-    """
+    """A layer's attention with one window: bytes of a request at its end by scenario name; seconds by `seconds_key`."""
 
     kv_bytes: Mapping[str, int]
     seconds: Mapping[str, Seconds]
 
     def __post_init__(self) -> None:
-        _check_counts(**{f"kv_bytes.{name}": value for name, value in self.kv_bytes.items()})
+        _check_counts(self.kv_bytes, "kv_bytes.")
 
 
 @dataclass(frozen=True)
@@ -82,8 +71,6 @@ class Costs:
     Attributes:
       provider: "roofline", "measured", or whatever made the file.
       device: what the seconds are of.
-      scenarios: the deployments.
-      layers: one entry per layer.
       fixed: seconds of what all architectures share, by scenario, see `seconds_key`.
       shared_bytes, shared_parameters: of what all architectures share (attention, norms, embedding, head).
       batches: by name, what is offered in scenarios that leave their batch open.
@@ -101,10 +88,10 @@ class Costs:
     room_bytes: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_counts(shared_bytes=self.shared_bytes, shared_parameters=self.shared_parameters)
-        _check_counts(**{f"room_bytes.{name}": value for name, value in self.room_bytes.items()})
+        _check_counts({"shared_bytes": self.shared_bytes, "shared_parameters": self.shared_parameters})
+        _check_counts(self.room_bytes, "room_bytes.")
         for name, batches in self.batches.items():
-            _check_counts(**{f"batches.{name}.{place}": batch for place, batch in enumerate(batches)})
+            _check_counts({str(place): batch for place, batch in enumerate(batches)}, f"batches.{name}.")
         for scenario in self.scenarios:
             for name in ("batches", "room_bytes"):
                 if scenario.batch is None and not getattr(self, name).get(scenario.name):
@@ -145,6 +132,10 @@ class Costs:
             kv=self.kv_bytes(blocks, chosen.name),
             batch=self._batch(blocks, chosen, batch),
         )
+
+    def seconds_keys(self, scenarios: Sequence[Scenario]) -> list[str]:
+        """The keys of these scenarios' seconds, at every batch that they offer."""
+        return [seconds_key(s, batch) for s in scenarios for batch in self.offered_batches(s.name)]
 
     # Where a batch may be given: None is the scenario's own, or where that is open the best one of the architecture.
 
@@ -229,117 +220,72 @@ class Costs:
         return total
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "provider": self.provider,
-            "device": self.device,
-            "scenarios": [scenario.to_json() for scenario in self.scenarios],
-            "shared_bytes": self.shared_bytes,
-            "shared_parameters": self.shared_parameters,
-            "batches": {name: list(batches) for name, batches in self.batches.items()},
-            "room_bytes": dict(self.room_bytes),
-            "fixed": _seconds_to_json(self.fixed),
-            "layers": [
-                {
-                    "experts": {
-                        str(count): {
-                            "weight_bytes": costs.weight_bytes,
-                            "parameters": costs.parameters,
-                            "seconds": _seconds_to_json(costs.seconds),
-                        }
-                        for count, costs in layer.experts.items()
-                    },
-                    "attention": {
-                        "full" if window is None else str(window): {
-                            "kv_bytes": dict(costs.kv_bytes),
-                            "seconds": _seconds_to_json(costs.seconds),
-                        }
-                        for window, costs in layer.attention.items()
-                    },
-                }
-                for layer in self.layers
-            ],
-        }
-
-    @staticmethod
-    def from_json(value: Mapping[str, Any]) -> Costs:
-        """The inverse of `to_json`; raises KeyError, TypeError, ValueError or AttributeError where the form is another,
-        and ConfigError, naming the place, for a number that is none of its kind."""
-
-        def experts(layer: int, count: str, costs: Mapping[str, Any]) -> ExpertCosts:
-            with _of(f"layer {layer}, expert count {count}"):
-                return ExpertCosts(costs["weight_bytes"], costs["parameters"], _seconds_from_json(costs["seconds"]))
-
-        def attention(layer: int, window: str, costs: Mapping[str, Any]) -> AttentionCosts:
-            with _of(f"layer {layer}, window {window}"):
-                return AttentionCosts(dict(costs["kv_bytes"]), _seconds_from_json(costs["seconds"]))
-
-        return Costs(
-            provider=value["provider"],
-            device=value["device"],
-            scenarios=tuple(Scenario(**scenario) for scenario in value["scenarios"]),
-            layers=tuple(
-                LayerCosts(
-                    experts={int(count): experts(i, count, costs) for count, costs in layer["experts"].items()},
-                    attention={
-                        None if window == "full" else int(window): attention(i, window, costs)
-                        for window, costs in layer["attention"].items()
-                    },
-                )
-                for i, layer in enumerate(value["layers"])
-            ),
-            fixed=_seconds_from_json(value["fixed"]),
-            shared_bytes=value["shared_bytes"],
-            shared_parameters=value["shared_parameters"],
-            batches={name: tuple(batches) for name, batches in value.get("batches", {}).items()},
-            room_bytes=dict(value.get("room_bytes", {})),
-        )
+        """The content of costs.json."""
+        layers = [
+            {"experts": layer.experts, "attention": {window_name(w): costs for w, costs in layer.attention.items()}}
+            for layer in self.layers
+        ]
+        return to_plain({**vars(self), "layers": layers})
 
 
 def seconds_key(scenario: Scenario, batch: int) -> str:
-    """Where the seconds of a scenario are kept: under its name, or where its batch is open under "name.batch"."""
+    """The key of a scenario's seconds: its name, or where its batch is open "name.batch"."""
     return scenario.name if scenario.batch is not None else f"{scenario.name}.{batch}"
 
 
+@dataclass(frozen=True)
+class _Layer:
+    """A layer of a costs.json: entries by expert count, and by the name of a window."""
+
+    experts: Mapping[int, object]
+    attention: Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class _Layers:
+    """The part of a costs.json that is read entry by entry, so that a message names the entry."""
+
+    layers: tuple[_Layer, ...]
+
+
 def read_costs(path: Path) -> Costs:
-    """Reads a costs.json, ours or one that was timed elsewhere; raises `PuzzleError` where it is none."""
-    value = read_json(Path(path))
-    try:
-        return Costs.from_json(value)
-    except PuzzleError as error:
-        raise PuzzleError(f"{path}: {error}") from error
-    except KeyError as error:
-        raise PuzzleError(f"{path} has no field {shown(error.args[0])} where costs need it") from error
-    except (ValueError, TypeError, AttributeError, IndexError) as error:
-        raise PuzzleError(f"{path} cannot be read as costs: {error}") from error
+    """Reads a costs.json, ours or one that was timed elsewhere.
+
+    Raises `PuzzleError`, naming the file and the place in it, where it is none.
+    """
+    value = read_json(path)
+
+    def layer_costs(number: int, layer: _Layer) -> LayerCosts:
+        def entry(kind: type[Entry], name: str, costs: object) -> Entry:
+            return from_plain(kind, costs, f"{path}: layer {number}, {name}", exact=True)
+
+        return LayerCosts(
+            {count: entry(ExpertCosts, f"expert count {count}", costs) for count, costs in layer.experts.items()},
+            {
+                _window(name, path): entry(AttentionCosts, f"window {name}", costs)
+                for name, costs in layer.attention.items()
+            },
+        )
+
+    layers = from_plain(_Layers, value, str(path)).layers
+    known = {field.name: value[field.name] for field in fields(Costs) if field.name in value}
+    known["layers"] = [layer_costs(number, layer) for number, layer in enumerate(layers)]
+    return from_plain(Costs, known, str(path), exact=True)
 
 
-@contextmanager
-def _of(place: str) -> Iterator[None]:
-    """Names the place in the message of a `ConfigError`."""
-    try:
-        yield
-    except ConfigError as error:
-        raise ConfigError(f"{place}: {error}") from None
+def _window(name: str, path: Path) -> int | None:
+    if name != "full" and not name.isdecimal():
+        raise PuzzleError(f"{path}: a window is {shown(name)}, but must be full or a whole number")
+    return None if name == "full" else int(name)
 
 
-def _check_counts(**values: Any) -> None:
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
-            raise ConfigError(f"{name} is {shown(value)}, but must be a whole number of at least 0, below 2^63")
-
-
-def _seconds_to_json(seconds: Mapping[str, Seconds]) -> dict[str, dict[str, float]]:
-    return {
-        name: {field.name: getattr(value, field.name) for field in fields(Seconds)} for name, value in seconds.items()
-    }
-
-
-def _seconds_from_json(value: Mapping[str, Any]) -> dict[str, Seconds]:
-    return {name: Seconds(**seconds) for name, seconds in value.items()}
-
-
-def _entry(table: Mapping[Any, Any], key: Any, owner: str, what: str) -> Any:
+def _entry(table: Mapping[Key, Entry], key: Key, owner: str, what: str) -> Entry:
     if key not in table:
         known = ", ".join("full" if k is None else str(k) for k in table)
-        raise ConfigError(f"{owner} has no {what} {'full' if key is None else key!r}; known: {known}")
+        raise ConfigError(f"{owner} has no {what} {'full' if key is None else repr(key)}; known: {known}")
     return table[key]
+
+
+def _check_counts(values: Mapping[str, int], section: str = "") -> None:
+    for name, value in values.items():
+        check_range(f"{section}{name}", value, 0, 2**63, below=True)

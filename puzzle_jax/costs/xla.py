@@ -28,13 +28,14 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count as count_from
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.experimental.layout import Format, Layout
 from jax.sharding import SingleDeviceSharding
+from jaxtyping import PyTree
 
 from puzzle_jax.config import BlockConfig, ModelConfig, cache_slots
 from puzzle_jax.convert_hf.table import Form
@@ -49,11 +50,13 @@ from puzzle_jax.model.cache import LayerCache, init_cache
 from puzzle_jax.model.network import rms_norm, route_tokens
 from puzzle_jax.model.spec import Params, is_spec, layer_experts, param_specs
 
+Device: TypeAlias = Any  # `jax.Device` is no type for type checkers
+
 TOPOLOGIES = {"tpu-v5e": "v5e:2x2", "tpu-v5p": "v5p:2x2x1", "tpu-v6e": "v6e:2x2"}
 """The smallest topology that holds a device of each kind, by the names of `hardware`."""
 
 
-def tpu_device(hardware: str) -> Any:
+def tpu_device(hardware: str) -> Device:
     """A device to compile for, which need not exist.
 
     Raises `ConfigError` for hardware that is no known TPU, and where the compiler does not start: it serves one process
@@ -69,15 +72,16 @@ def tpu_device(hardware: str) -> Any:
 
 @dataclass(frozen=True)
 class Work:
-    """What XLA counts in a compiled program."""
+    """Operations and bytes that XLA counts in a compiled program."""
 
     flops: float
     num_bytes: float
 
     @staticmethod
-    def of(compiled: Any) -> Work:
-        """Of a `jax.stages.Compiled`."""
+    def of(compiled: jax.stages.Compiled) -> Work:
+        """The work of a compiled program."""
         counted = compiled.cost_analysis()
+        assert counted is not None
         return Work(counted["flops"], counted["bytes accessed"])
 
     def with_more(self, further: Work, times: int) -> Work:
@@ -91,17 +95,15 @@ class Work:
 
 @dataclass(frozen=True)
 class Xla:
-    """A `provider.Provider`: compiles for the TPU that a scenario names.
+    """A `provider.Provider`: compiles for the TPU that a scenario names, or that `device_of` gives for its name.
 
-    Attributes:
-      device_of: from the name of hardware to a device to compile for.
-      hardware: in place of the scenario's: rates that turn counts into seconds.
-      progress: called with finished and all sub-blocks.
+    `hardware` replaces the scenario's rates, which turn counts into seconds; `progress` is called with finished and all
+    sub-blocks.
 
     Raises `ConfigError` where the compiler for TPUs is not installed.
     """
 
-    device_of: Callable[[str], Any] = tpu_device
+    device_of: Callable[[str], Device] = tpu_device
     hardware: Hardware | None = None
     progress: Callable[[int, int], None] | None = None
 
@@ -138,15 +140,15 @@ class Xla:
         programs = _Programs(SubBlocks(config, scenario), self.device_of(scenario.hardware), hardware)
         parts, done = len(windows) + len(counts) + 1, count_from(1)
 
-        def told(seconds: Seconds) -> Seconds:
+        def counted(seconds: Seconds) -> Seconds:
             if self.progress:
                 self.progress(next(done), parts)
             return seconds
 
         return Times(
-            experts={count: told(programs.experts(count)) for count in counts},
-            attention={window: told(programs.attention(window)) for window in windows},
-            fixed=told(programs.rest()),
+            experts={count: counted(programs.experts(count)) for count in counts},
+            attention={window: counted(programs.attention(window)) for window in windows},
+            fixed=counted(programs.rest()),
         )
 
 
@@ -155,7 +157,7 @@ class _Programs:
     """Compiles the sub-blocks of one scenario for one device."""
 
     blocks: SubBlocks
-    device: Any
+    device: Device
     hardware: Hardware
 
     def attention(self, window: int | None) -> Seconds:
@@ -229,8 +231,8 @@ class _Programs:
     def _hidden(self, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((*shape, self.blocks.config.hidden_size), jnp.bfloat16)
 
-    def _work(self, what: str, function: Callable[..., Any], *shapes: Any, donated: int | None = None) -> Work:
-        """Of a function of arrays of these shapes, compiled."""
+    def _work(self, what: str, function: Callable[..., PyTree], *shapes: PyTree, donated: int | None = None) -> Work:
+        """The work of a function of arrays of these shapes, compiled."""
         free = Format(Layout.AUTO, SingleDeviceSharding(self.device))
         program = jax.jit(function, in_shardings=free, out_shardings=free, donate_argnums=donated)
         try:

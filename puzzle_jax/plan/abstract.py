@@ -5,7 +5,7 @@ devices. What it is given is exact. Temporaries are what XLA's compiler for CPUs
 like an accelerator's in three ways:
 
     experts    grouped matmuls stand in it by their operands and results alone (`kernel_shapes`); the way for CPUs would
-               lay one expert's matrices beside every block of rows
+               gather one expert's matrices for every block of rows
     bfloat16   is float16, which is as wide; CPUs would hold what they compute in bfloat16 in float32
     order      what rematerialisation fences off stays fenced off; XLA for CPUs would merge a layer's two passes again
 
@@ -22,12 +22,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.convert_hf.configuration.config_json import parse_config, parse_form
@@ -39,6 +39,9 @@ from puzzle_jax.kernels.mxfp4 import GROUP, MXFP4, decode
 from puzzle_jax.model.sharding import on_mesh, params_sharding
 from puzzle_jax.model.spec import EXPERT_MATRICES, Params, ParamSpec, is_spec, param_specs
 from puzzle_jax.model.stacked import StackedMXFP4
+
+Tree = TypeVar("Tree")
+_Abstract = jax.ShapeDtypeStruct
 
 DTYPE = jnp.float16
 """In place of bfloat16, which accelerators compute in."""
@@ -84,15 +87,16 @@ def virtual_devices(count: int) -> None:
 # Compiling ------------------------------------------------------------------------------------------------------------
 
 
-def bytes_beside(lowered: Any) -> int:
+def bytes_beside(lowered: jax.stages.Lowered) -> int:
     """Bytes that a lowered program allocates on a device beside its arguments: temporaries, and results that do not
     take the place of an argument."""
     found = lowered.compile(compiler_options=COMPILER).memory_analysis()
+    assert found is not None
     return found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
 
 
 def program_bytes(
-    program: Callable[..., Any], *given: Any, mesh: Mesh | None = None, donate: int | None = None, **options: Any
+    program: Callable[..., PyTree], *given: PyTree, mesh: Mesh | None = None, donate: int | None = None, **options: Any
 ) -> int:
     """`bytes_beside` of a function.
 
@@ -105,9 +109,13 @@ def program_bytes(
       options: of `jax.jit`.
     """
     inner = getattr(program, "__wrapped__", program)
-    arrays = [index for index, value in enumerate(given) if any(map(_is_abstract, jax.tree.leaves(value)))]
+    arrays = [
+        index
+        for index, value in enumerate(given)
+        if any(isinstance(leaf, _Abstract) for leaf in jax.tree.leaves(value))
+    ]
 
-    def own(*values: Any) -> Any:
+    def own(*values: object) -> object:
         return inner(*(values[arrays.index(index)] if index in arrays else each for index, each in enumerate(given)))
 
     if donate is not None:
@@ -116,19 +124,15 @@ def program_bytes(
         return bytes_beside(jax.jit(own, **options).lower(*(given[index] for index in arrays)))
 
 
-def _is_abstract(leaf: Any) -> bool:
-    return isinstance(leaf, jax.ShapeDtypeStruct)
-
-
 # Arrays without values ------------------------------------------------------------------------------------------------
 
 
-def in_place(tree: Any, shardings: Any) -> Any:
+def in_place(tree: Tree, shardings: PyTree) -> Tree:
     """Arrays without values, of a tree and where its leaves lie."""
     return jax.tree.map(_put, tree, shardings)
 
 
-def device_bytes(tree: Any) -> int:
+def device_bytes(tree: PyTree) -> int:
     """Bytes that one device holds of all arrays in a tree, or of their shapes."""
     return sum(map(_bytes, jax.tree.leaves(tree)))
 
@@ -136,8 +140,8 @@ def device_bytes(tree: Any) -> int:
 def zero_params(config: ModelConfig, packed: bool) -> Params:
     """A model's parameters as zeros, to be traced."""
 
-    def zeros(path: tuple[Any, ...], spec: ParamSpec) -> Array | MXFP4:
-        if not packed or path[-1].key not in EXPERT_MATRICES:
+    def zeros(path: jax.tree_util.KeyPath, spec: ParamSpec) -> Array | MXFP4:
+        if not packed or path[-1].key not in EXPERT_MATRICES:  # pyright: ignore[reportAttributeAccessIssue]
             return jnp.zeros(spec.shape, DTYPE)
         experts, inputs, outputs = spec.shape
         codes, scales = (jnp.zeros((experts, outputs, inputs // each), jnp.uint8) for each in (2, GROUP))
@@ -146,32 +150,32 @@ def zero_params(config: ModelConfig, packed: bool) -> Params:
     return jax.tree_util.tree_map_with_path(zeros, param_specs(config), is_leaf=is_spec)
 
 
-def layer_params(config: ModelConfig, mesh: Mesh | None, params: Callable[..., Params], *given: Any) -> Params:
+def layer_params(config: ModelConfig, mesh: Mesh | None, params: Callable[..., Params], *given: PyTree) -> Params:
     """The parameters that a function makes, without values, layer by layer and where computation wants them; packed
     experts are `StackedMXFP4`, which takes what has no values."""
 
-    def make(*given: Any) -> Params:
-        return jax.tree.map(_stacked, params(*given), is_leaf=lambda node: isinstance(node, MXFP4))
+    def stacked(node: PyTree) -> PyTree:
+        return StackedMXFP4(node.codes, node.scales) if isinstance(node, MXFP4) else node
+
+    def make(*given: PyTree) -> Params:
+        return jax.tree.map(stacked, params(*given), is_leaf=lambda node: isinstance(node, MXFP4))
 
     shapes = jax.eval_shape(make, *given)
     if mesh is None:
         return shapes
 
-    def place(sharding: NamedSharding, part: Any) -> Any:
-        return jax.tree.map(partial(_put, sharding=sharding), part)
-
-    return jax.tree.map(place, params_sharding(config, mesh), shapes)
-
-
-def _stacked(node: Any) -> Any:
-    return StackedMXFP4(node.codes, node.scales) if isinstance(node, MXFP4) else node
+    return jax.tree.map(
+        lambda sharding, part: jax.tree.map(partial(_put, sharding=sharding), part),
+        params_sharding(config, mesh),
+        shapes,
+    )
 
 
-def _put(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+def _put(leaf: Array | jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _bytes(leaf: Any) -> int:
+def _bytes(leaf: Array | jax.ShapeDtypeStruct) -> int:
     sharding = getattr(leaf, "sharding", None)
     shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
     return math.prod(shape) * leaf.dtype.itemsize

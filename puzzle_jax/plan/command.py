@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
 
 from puzzle_jax.commands import did_you_mean
 from puzzle_jax.consoles import plain_console
 from puzzle_jax.costs.hardware import HARDWARE
-from puzzle_jax.errors import ConfigError, shown
+from puzzle_jax.errors import ConfigError, check_range, shown
 from puzzle_jax.model.child import identity_child
 from puzzle_jax.plan.abstract import read_model, virtual_devices
 from puzzle_jax.plan.distill import PlannedDistillation, first_experts
@@ -29,7 +28,7 @@ from puzzle_jax.train.grpo.recipe import GrpoRecipe
 
 @dataclass(frozen=True, kw_only=True)
 class PlanSettings:
-    """What every plan may be told.
+    """Settings of every plan.
 
     Attributes:
       hbm_gb: memory of a device, in 10^9 bytes.
@@ -48,8 +47,7 @@ class PlanSettings:
         if self.hardware is not None and self.hardware not in known:
             hint = did_you_mean(self.hardware, known)
             raise ConfigError(f"hardware is {shown(self.hardware)}, but must be one of {', '.join(known)}{hint}")
-        if not (isfinite(self.hbm_gb) and self.hbm_gb > 0):
-            raise ConfigError(f"hbm_gb is {self.hbm_gb}, but must be a finite number above 0")
+        check_range("hbm_gb", self.hbm_gb, 0, above=True)
         return round(self.hbm_gb * GB) if self.hardware is None else int(HARDWARE[self.hardware].memory_bytes)
 
 

@@ -1,9 +1,9 @@
-"""What a distillation needs on every device, found without weights and without accelerators.
+"""The memory that a distillation needs on every device, found without weights and without accelerators.
 
-The step that `train.distill.run` runs is compiled for virtual devices, as `plan.abstract` says. The resident parent,
+The step that `train.distill.run` runs is compiled for virtual devices, as `plan.abstract` says. The base parameters,
 master weights, optimizer state and batch are exact; beside temporaries, `plan.training` has other figures.
 
-Left out: evaluation, which needs less than a step; freed experts; and what `plan.abstract` leaves out.
+Left out: evaluation, which needs less than a step; trainable experts; and what `plan.abstract` leaves out.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class PlannedDistillation(PlannedTraining[DistillRecipe]):
 
     @property
     def asks_teacher(self) -> bool:
-        """Whether a loss needs the teacher's pass."""
+        """Returns whether a loss needs the teacher's pass."""
         return any(name in (*FROM_TEACHER, *HIDDEN) for name in self.losses)
 
     # What a plan is made of -------------------------------------------------------------------------------------------
@@ -91,14 +91,10 @@ class PlannedDistillation(PlannedTraining[DistillRecipe]):
         step = make_step(Distillation(self.student, self.recipe.loss), self.optimizer, shardings=shardings)
         with on_mesh(self.mesh), kernel_shapes():
             temporaries = bytes_beside(step.lower(state, self.fixed, self.batch))  # type: ignore[attr-defined]
-        return Usage(self.held, temporaries, self.temporaries(self.held["masters"]))
-
-    @property
-    def labels(self) -> dict[str, str]:
-        return {**super().labels, "batch": "batch"}
+        return Usage(self.held, temporaries, self.temporaries(self.held["master_weights"]))
 
     def changes(self, found: Mapping[str, Usage], program: str, limit: int) -> list[Change]:
-        """What would make a step fit, and what a teacher's cache would save."""
+        """Changes that would make a step fit, and the saving by a teacher's cache."""
         ways = {
             "smaller micro-batches, more of them": scaled(self.recipe, ("data.rows",), ("data.micro_batches",)),
             "shorter rows": scaled(self.recipe, ("data.row_length",)),

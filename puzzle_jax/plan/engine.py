@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,22 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jaxtyping import Array
 
 from puzzle_jax.config import ModelConfig
+from puzzle_jax.generate import slots as generation
 from puzzle_jax.generate.engine import chunk_tokens, group_rows
 from puzzle_jax.generate.sampling import Sampling
-from puzzle_jax.generate.slots import (
-    Admission,
-    Group,
-    Places,
-    Slots,
-    State,
-    admit,
-    decode,
-    empty_group,
-    empty_slots,
-    prefill,
-)
+from puzzle_jax.generate.slots import Admission, Group, Slots, State
 from puzzle_jax.model.cache_format import CacheFormat
 from puzzle_jax.model.spec import Params
 from puzzle_jax.model.stacked import one_layer
@@ -38,11 +29,8 @@ class AbstractEngine:
     """An `Engine` as far as memory depends on it.
 
     Attributes:
-      config: the model's.
       slots: requests that run together.
       context: positions of a slot, as `engine.slot_context` rounds them.
-      cache: how keys and values are kept.
-      mesh: devices, with axes "data" and "model".
       log_probs, experts: whether they are kept.
     """
 
@@ -62,7 +50,7 @@ class AbstractEngine:
 
     @property
     def labels(self) -> dict[str, str]:
-        """What the arrays of `usage` are called."""
+        """Names of the arrays of `usage` for readers."""
         return {
             "caches": f"caches of {self.slots} slots of {self.context:,}",
             "slots": "their logits and tokens",
@@ -72,30 +60,27 @@ class AbstractEngine:
     def state(self) -> Slots:
         """All slots, where `slots.empty_slots` makes them."""
         more = {"log_probs": self.log_probs, "experts": self.experts}
-        return self._placed(self.slots, partial(empty_slots, **more))
+        return self._placed(self.slots, partial(generation.empty_slots, **more))
 
     def group(self) -> Group:
         """Rows whose prompts are run together, likewise."""
-        return self._placed(self.rows, partial(empty_group, experts=self.experts))
+        return self._placed(self.rows, partial(generation.empty_group, experts=self.experts))
 
     def usage(self, params: Params) -> Usage:
-        """What generation holds beside parameters, and what the program that needs most needs.
-
-        Args:
-          params: of `abstract.layer_params`.
-        """
+        """Bytes that generation holds beside `abstract.layer_params`, and that the program which needs most needs."""
         state, group, rows, context = self.state(), self.group(), self.rows, self.context
         entries = (_numbers(), *[_numbers(self.slots)] * (len(Admission._fields) - 1))
 
         # Prompts are run, slots are given to them, and answers are decoded.
         def prompts(params: Params, *given: Any) -> Group:
-            return prefill.__wrapped__(one_layer(params), self.config, *given, context, None)  # type: ignore[attr-defined]
+            return generation.prefill.__wrapped__(one_layer(params), self.config, *given, context, None)  # type: ignore[attr-defined]
 
-        def admission(params: Params, state: Slots, group: Group, entries: Any) -> Slots:
-            return admit.__wrapped__(one_layer(params), self.config, state, group, Admission(*entries))  # type: ignore[attr-defined]
+        def admission(params: Params, state: Slots, group: Group, entries: Sequence[Array]) -> Slots:
+            return generation.admit.__wrapped__(one_layer(params), self.config, state, group, Admission(*entries))  # type: ignore[attr-defined]
 
         def steps(params: Params, state: Slots, stops: Any, *given: Any) -> Slots:
-            return decode.__wrapped__(one_layer(params), self.config, state, stops, Sampling(1.0), *given, None)  # type: ignore[attr-defined]
+            run = generation.decode.__wrapped__  # type: ignore[attr-defined]
+            return run(one_layer(params), self.config, state, stops, Sampling(1.0), *given, None)
 
         chunk = (_numbers(rows, chunk_tokens(context)), _numbers(), _numbers(rows))
         programs = {
@@ -103,22 +88,17 @@ class AbstractEngine:
             admission: (state, group, entries),
             steps: (state, _numbers(2), _numbers(), _numbers()),
         }
-        held = {
-            "caches": device_bytes(state.caches),
-            "slots": device_bytes(state._replace(caches=[])),
-            "group": device_bytes(group),
-        }
-        return Usage(
-            held, max(program_bytes(run, params, *given, mesh=self.mesh, donate=1) for run, given in programs.items())
-        )
+        caches, slots = device_bytes(state.caches), device_bytes(state._replace(caches=[]))
+        beside = [program_bytes(run, params, *given, mesh=self.mesh, donate=1) for run, given in programs.items()]
+        return Usage({"caches": caches, "slots": slots, "group": device_bytes(group)}, max(beside))
 
     def _placed(self, rows: int, empty: Callable[..., State]) -> State:
-        """What `empty` makes of so many rows, without values, in place."""
+        """The arrays that `empty` makes for so many rows, without values, in place."""
         shapes = jax.eval_shape(lambda: empty(self.config, rows, self.context, jnp.dtype(DTYPE), self.cache))
         if self.mesh is None:
             return shapes
-        return in_place(shapes, Places.on(self.mesh, rows, self.config).of(shapes))
+        return in_place(shapes, generation.Places.on(self.mesh, rows, self.config).of(shapes))
 
 
-def _numbers(*shape: int) -> Any:
+def _numbers(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.int32)

@@ -1,4 +1,4 @@
-"""What reinforcement learning needs on every device, found without weights and without accelerators.
+"""The memory that reinforcement learning needs on every device, found without weights and without accelerators.
 
 The ways and limits are those of `plan.distill`.
 
@@ -10,7 +10,7 @@ A step has phases, and each holds other arrays beside the policy, its master wei
     update    a micro-batch and sums of gradients; while they are added to
     apply     sums of gradients; while they become the next policy
 
-All programs are compiled: those of generation, scoring, accumulating and applying. What XLA lays elsewhere than where
+All programs are compiled: those of generation, scoring, accumulating and applying. What XLA moves elsewhere than where
 it found it, as decoding may do with caches, is among temporaries.
 
 Left out: micro-batches that the host places ahead; what grows with master weights of experts, which are taken to be
@@ -23,27 +23,23 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from puzzle_jax.config import cache_bytes
 from puzzle_jax.errors import ConfigError
+from puzzle_jax.files import Json
 from puzzle_jax.generate.engine import chunk_tokens, group_rows, own_context, slot_context
 from puzzle_jax.generate.slots import expert_id_dtype
 from puzzle_jax.model.cache_format import CacheFormat
 from puzzle_jax.model.sharding import generation_mesh, rows_sharding
 from puzzle_jax.model.spec import Params
 from puzzle_jax.model.stacked import unstack_params
-from puzzle_jax.plan.abstract import (
-    COMPILED_BY,
-    DTYPE,
-    FLOAT32,
-    bytes_beside,
-    device_bytes,
-    kernel_shapes,
-    layer_params,
-)
+from puzzle_jax.plan import abstract
+from puzzle_jax.plan.abstract import FLOAT32, bytes_beside, device_bytes, kernel_shapes
 from puzzle_jax.plan.engine import AbstractEngine
 from puzzle_jax.plan.record import GB, Change, Usage, least_changes, scaled
 from puzzle_jax.plan.training import Extra, PlannedTraining
@@ -59,7 +55,7 @@ INT32 = 4
 
 
 class StepNeeds(NamedTuple):
-    """What one step has at most.
+    """The most that one step has.
 
     Attributes:
       answers: answers that are sampled, with those in the place of prompts without signal.
@@ -78,7 +74,7 @@ class StepNeeds(NamedTuple):
 
 @dataclass(frozen=True)
 class PlannedPolicy(PlannedTraining[GrpoRecipe]):
-    """A run of reinforcement learning, as far as memory depends on it; its child is the whole policy.
+    """A run of reinforcement learning, as far as memory depends on it; its child is the policy itself.
 
     Raises ConfigError for rows beyond the model's context, experts that are to be trained, or cannot be packed.
     """
@@ -106,7 +102,7 @@ class PlannedPolicy(PlannedTraining[GrpoRecipe]):
 
     @property
     def scores(self) -> dict[str, bool]:
-        """Whether log-probabilities are needed before an update: old ones, and the reference's."""
+        """Returns whether log-probabilities are needed before an update: old ones, and the reference's."""
         update = self.recipe.update
         return {"old": update.updates > 1, "reference": bool(self.recipe.loss.resolved.kl) or update.reference}
 
@@ -152,16 +148,16 @@ class PlannedPolicy(PlannedTraining[GrpoRecipe]):
     def sampler_params(self) -> Params:
         """The policy's weights as `rollouts.Sampler` unstacks them, without values."""
 
-        def unstacked(resident: Params, trained: Params) -> Params:
-            return unstack_params(self.student.params(resident, trained), self.student.runs)
+        def unstacked(base: Params, trained: Params) -> Params:
+            return unstack_params(self.student.params(base, trained), self.student.runs)
 
         mesh = self.mesh and generation_mesh(self.mesh)
-        return layer_params(self.parent, mesh, unstacked, self.fixed.base, self.state[0].params)
+        return abstract.layer_params(self.parent, mesh, unstacked, self.fixed.base, self.state[0].params)
 
     @property
     def slot_cache_bytes(self) -> int:
         """Bytes of one slot's caches, on all devices together."""
-        return cache_bytes(self.parent, self.context, self.cache.stored_dtype(DTYPE).itemsize)
+        return cache_bytes(self.parent, self.context, self.cache.stored_dtype(abstract.DTYPE).itemsize)
 
     def caches_on_device(self, rows: int) -> int:
         """Bytes of the caches of so many rows, but for scales: rows are split over "data" and "sequence", heads over
@@ -188,7 +184,7 @@ class PlannedPolicy(PlannedTraining[GrpoRecipe]):
 
     @property
     def needs(self) -> StepNeeds:
-        """What a step asks for where all answers reach their limit and all teach something."""
+        """The needs of a step in which all answers reach their limit and all carry a signal."""
         prompts, rollout, update = self.recipe.prompts, self.recipe.rollout, self.recipe.update
         learnt = prompts.prompts * rollout.group
         answers = learnt * (1 + rollout.resample)
@@ -238,7 +234,7 @@ class PlannedPolicy(PlannedTraining[GrpoRecipe]):
         return self._usage(bytes_beside(apply), sums=device_bytes(sums))
 
     @cached_property
-    def _learning(self) -> tuple[Any, Any, Any]:
+    def _learning(self) -> tuple[PyTree, jax.stages.Lowered, jax.stages.Lowered]:
         with kernel_shapes():
             return self.update.lowered(self.state[0], self.fixed, self.batch(scored=True))
 
@@ -256,7 +252,7 @@ class PlannedPolicy(PlannedTraining[GrpoRecipe]):
         }
 
     def changes(self, found: Mapping[str, Usage], program: str, limit: int) -> list[Change]:
-        """What would make a phase fit."""
+        """Changes that would make a phase fit."""
         (_, rows, _), slots = self.rows, self.recipe.rollout.slots
         parts, data = self.row_parts, self.recipe.mesh.data
         ways = {
@@ -271,7 +267,7 @@ class PlannedPolicy(PlannedTraining[GrpoRecipe]):
 
         return least_changes(self.recipe, ways, total, limit)
 
-    def _shorter(self) -> Iterator[dict[str, Any]]:
+    def _shorter(self) -> Iterator[dict[str, Json]]:
         """Half, a quarter and so on of a row, and as much less of every answer."""
         rollout, length = self.recipe.rollout, self.recipe.update.row_length
         for shorter in scaled(self.recipe, ("update.row_length",)):
@@ -315,16 +311,13 @@ class PlannedPolicy(PlannedTraining[GrpoRecipe]):
             f"a slot: {self.context:,} positions, {self.slot_cache_bytes / GB:.2f} GB of caches on all devices",
         ]
         if needs.expert_bytes:
-            size = needs.expert_bytes / GB
-            lines.append(
-                f"on the host: experts of all answers, {size:,.1f} GB at most, and {3 * size:,.1f} GB while rows are "
-                "packed"
-            )
-        lines.append(COMPILED_BY)
+            size, packing = f"{needs.expert_bytes / GB:,.1f} GB", f"{3 * needs.expert_bytes / GB:,.1f} GB"
+            lines.append(f"on the host: experts of all answers, {size} at most, and {packing} while rows are packed")
+        lines.append(abstract.COMPILED_BY)
         if not any(self.scores.values()):
             lines.append("nothing is scored: one update per step, and no reference")
         if recipe.rollout.slots % self.row_parts:
-            lines.append(f"slots are whole on every part of the mesh: {mesh.data} x {mesh.sequence} do not divide them")
+            lines.append(f"every part of the mesh holds all slots: {mesh.data} x {mesh.sequence} do not divide them")
         if heads % mesh.model:
-            lines.append(f"caches are whole on every model device: {mesh.model} do not divide {heads} key-value heads")
+            lines.append(f"every model device holds all of a cache: {mesh.model} do not divide {heads} key-value heads")
         return [*lines, *super().notes]

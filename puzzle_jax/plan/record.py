@@ -1,4 +1,4 @@
-"""What the programs of a run need on a device: one record for searches, distillation and reinforcement learning.
+"""The memory that programs need on a device: one record for searches, distillation and reinforcement learning.
 
 A planner (`plan.search`, `plan.distill`, `plan.grpo`) says which programs there are and which arrays each one holds.
 Timing, the table, JSON, and what would have to change for a program to fit are here. No JAX.
@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from operator import attrgetter
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from rich.table import Table
 
 from puzzle_jax.errors import ConfigError
+from puzzle_jax.files import Json
+from puzzle_jax.settings.help import written
 
 GB = 1e9
 
@@ -29,7 +31,7 @@ class Usage:
       held: bytes of the arrays that are there, by name.
       temporaries: bytes that XLA allocates beside them.
       arithmetic: the large parts of the temporaries by arithmetic; empty where nobody has calculated them.
-      seconds: how long tracing and compiling took.
+      seconds: for tracing and compiling.
     """
 
     held: Mapping[str, int]
@@ -54,27 +56,22 @@ class Usage:
 
 @dataclass(frozen=True)
 class Change:
-    """A way to need less memory.
-
-    Attributes:
-      what: the way, in words.
-      settings: fields of the recipe by dotted name; empty where only the direction is known.
-      total: bytes that one device should then need, estimated; None where there is no estimate.
-    """
+    """A way to need less memory: in words, by fields of the recipe where they are known, and the estimate of the bytes
+    that one device then needs, where there is one."""
 
     what: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Json] = field(default_factory=dict)
     total: int | None = None
 
     def __str__(self) -> str:
         if self.total is None:
             return self.what
-        options = " ".join(f"--{name} {_option(value)}" for name, value in self.settings.items())
+        options = " ".join(f"--{name} {written(value)}" for name, value in self.settings.items())
         return f"{self.what}: {options}: {self.total / GB:.1f} GB"
 
 
 def compiled(programs: Mapping[str, Callable[[], Usage]]) -> dict[str, Usage]:
-    """What every program needs, found by functions that compile them, with the seconds that this took."""
+    """The usage of every program, found by functions that compile them, with the seconds that this took."""
     found = {}
     for name, program in programs.items():
         began = time.monotonic()
@@ -88,12 +85,11 @@ class Plan:
     """The programs of a run on devices of some memory.
 
     Attributes:
-      about: what is planned, in lines.
-      programs: what each program needs on a device, in order.
-      device_bytes: memory of a device.
-      labels: what the arrays of `Usage.held` are called, in order.
+      about: lines that name what is planned.
+      programs: bytes that each program needs on a device, in order.
+      labels: names of the arrays of `Usage.held` for readers, in order.
       changes: what would help, by program, for those that do not fit.
-      notes: what a reader of the figures should know, in lines.
+      notes: lines that a reader of the figures should know.
     """
 
     about: Sequence[str]
@@ -103,7 +99,7 @@ class Plan:
     changes: Mapping[str, Sequence[Change]]
     notes: Sequence[str]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Json]:
         programs = {
             name: {**asdict(usage), "total": usage.total, "fits": usage.total <= self.device_bytes}
             for name, usage in self.programs.items()
@@ -135,7 +131,7 @@ class Plan:
         return table
 
     def verdict(self) -> list[str]:
-        """Whether all programs fit, and for those that do not, what would help, in lines."""
+        """Returns whether all programs fit, and for those that do not, what would help, in lines."""
         most = max(usage.total for usage in self.programs.values())
         if most <= self.device_bytes:
             return [f"fits: {(self.device_bytes - most) / GB:.1f} GB are left"]
@@ -161,12 +157,11 @@ class Plan:
 
 
 def least_changes(
-    recipe: Recipe, ways: Mapping[str, Iterable[Mapping[str, Any]]], total: Callable[[Recipe], int], limit: int
+    recipe: Recipe, ways: Mapping[str, Iterable[Mapping[str, Json]]], total: Callable[[Recipe], int], limit: int
 ) -> list[Change]:
     """For each way to need less, the least change that should be enough; ways that cannot do it alone are left out.
 
     Args:
-      recipe: the settings now.
       ways: changed fields by dotted name, the least change of each way first.
       total: bytes that one device needs by other settings; raises ConfigError for those that cannot be.
       limit: bytes of a device.
@@ -184,7 +179,7 @@ def least_changes(
     return found
 
 
-def scaled(recipe: Any, halved: Sequence[str] = (), doubled: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+def scaled(recipe: object, halved: Sequence[str] = (), doubled: Sequence[str] = ()) -> Iterator[dict[str, Json]]:
     """Settings by dotted name, some of them 2, 4, 8 and more times smaller, as long as that is whole, and others as
     many times larger."""
     for factor in (2**power for power in range(1, 11)):
@@ -194,15 +189,11 @@ def scaled(recipe: Any, halved: Sequence[str] = (), doubled: Sequence[str] = ())
         yield {name: value // factor if name in halved else value * factor for name, value in values.items()}
 
 
-def with_settings(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
+def with_settings(recipe: Recipe, settings: Mapping[str, Json]) -> Recipe:
     """The recipe with other fields in its sections, which are given by dotted name ("data.rows")."""
-    sections: dict[str, dict[str, Any]] = {}
+    sections: dict[str, dict[str, Json]] = {}
     for name, value in settings.items():
         section, _, inner = name.partition(".")
         sections.setdefault(section, {})[inner] = value
     changed = {name: replace(getattr(recipe, name), **values) for name, values in sections.items()}
     return replace(recipe, **changed)  # type: ignore[type-var]
-
-
-def _option(value: Any) -> str:
-    return ",".join(f"{key}={each}" for key, each in value.items()) if isinstance(value, Mapping) else str(value)

@@ -1,4 +1,4 @@
-"""What a search needs on every device, found without weights and without accelerators; see `plan.abstract`.
+"""The memory that a search needs on every device, found without weights and without accelerators; see `plan.abstract`.
 
     load    the checkpoint's parameters and the dense ones that come of them
     trace   the parent answers: slots for its longest answers, and the programs of generation
@@ -19,7 +19,6 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,15 +33,8 @@ from puzzle_jax.model.network import to_compute
 from puzzle_jax.model.sharding import batch_sharding, make_mesh, params_sharding
 from puzzle_jax.model.spec import Params
 from puzzle_jax.model.stacked import one_layer
-from puzzle_jax.plan.abstract import (
-    COMPILED_BY,
-    DTYPE,
-    check_packed,
-    device_bytes,
-    layer_params,
-    program_bytes,
-    zero_params,
-)
+from puzzle_jax.plan import abstract
+from puzzle_jax.plan.abstract import DTYPE, device_bytes, program_bytes, zero_params
 from puzzle_jax.plan.engine import AbstractEngine
 from puzzle_jax.plan.record import Change, Usage
 from puzzle_jax.search.rank import ranking as rank
@@ -51,6 +43,8 @@ from puzzle_jax.search.score import lens
 from puzzle_jax.search.score import replace_one as score
 
 LOAD, TRACE, RANK, LENS, SCORE = STAGES = ("load", "trace", "rank", "lens", "score")
+
+_States = jax.ShapeDtypeStruct
 
 _HELP = {
     TRACE: ("lower traces.batch_size or traces.max_tokens", "have the parent answer elsewhere (traces.file)"),
@@ -65,10 +59,9 @@ _HELP = {
 
 @dataclass(frozen=True)
 class PlannedSearch:
-    """A search, as far as memory depends on it.
+    """A search of a parent, as far as memory depends on it.
 
     Attributes:
-      config: the parent's.
       recipe: all settings; files that it names are not read.
       packed: whether the parent's experts are stored as MXFP4.
       prompt_tokens: length of the longest prompt.
@@ -92,7 +85,7 @@ class PlannedSearch:
                 f"longer than the model's context of {self.config.max_position}"
             )
         if self.packed:
-            check_packed(self.config)
+            abstract.check_packed(self.config)
 
     # What a plan is made of -------------------------------------------------------------------------------------------
 
@@ -118,7 +111,7 @@ class PlannedSearch:
         }
 
     def changes(self, found: Mapping[str, Usage], program: str, limit: int) -> list[Change]:
-        """What helps a stage, where fewer devices' shares of the parameters would leave room for it."""
+        """Changes that help a stage, where fewer devices' shares of the parameters would leave room for it."""
         ways = _HELP.get(program, ()) if found[program].held["weights"] < limit else ()
         return [Change(what) for what in (*ways, "more devices (mesh.model)")]
 
@@ -126,10 +119,9 @@ class PlannedSearch:
     def notes(self) -> list[str]:
         config, model = self.config, self.recipe.mesh.model
         counts = {"experts": config.blocks[0].num_experts, "key-value heads": config.num_kv_heads}
-        return [COMPILED_BY] + [
-            f"{name} are whole on every device: {model} do not divide {count}"
-            for name, count in counts.items()
-            if count % model
+        undivided = [(name, count) for name, count in counts.items() if count % model]
+        return [abstract.COMPILED_BY] + [
+            f"every device holds all {name}: {model} do not divide {count}" for name, count in undivided
         ]
 
     # Arrays without values --------------------------------------------------------------------------------------------
@@ -148,12 +140,12 @@ class PlannedSearch:
     @cached_property
     def params(self) -> Params:
         """Dense parameters, in place."""
-        return layer_params(self.config, self.mesh, lambda: zero_params(self.config, packed=False))
+        return abstract.layer_params(self.config, self.mesh, lambda: zero_params(self.config, packed=False))
 
     @cached_property
     def loaded(self) -> Params:
         """Parameters as the checkpoint has them, in place."""
-        return layer_params(self.config, self.mesh, lambda: zero_params(self.config, self.packed))
+        return abstract.layer_params(self.config, self.mesh, lambda: zero_params(self.config, self.packed))
 
     @cached_property
     def engine(self) -> AbstractEngine:
@@ -222,15 +214,15 @@ def _rank(run: PlannedSearch) -> Usage:
 
 
 def _lens(run: PlannedSearch) -> Usage:
-    config, batch, x, wave, answers = _scored(run)
+    config, batch, x, suffix, answers = _scored(run)
     square = jax.ShapeDtypeStruct((config.hidden_size,) * 2, jnp.float32)
     sums = jax.eval_shape(lambda: lens.LensSums.zeros(config.hidden_size))
-    many = device_bytes(wave)
+    many = device_bytes(suffix)
     beside = {
         "fit": program_bytes(lens.add_states, sums, x, x, answers, mesh=run.mesh, donate=0),
-        "enter": many + _enter(run, x, wave),
-        "through": many + program_bytes(lens.through_lens, square, x, x, wave, mesh=run.mesh),
-        "compare": 2 * many + _compare(run, x, wave, answers),
+        "enter": many + _enter(run, x, suffix),
+        "through": many + program_bytes(lens.through_lens, square, x, x, suffix, mesh=run.mesh),
+        "compare": 2 * many + _compare(run, x, suffix, answers),
     }
     states = (_kept_states(run) + 2) * device_bytes(x)  # the base's and the parent's after the layer
     of_layers = config.num_layers * (device_bytes(sums) + device_bytes(square))
@@ -238,19 +230,19 @@ def _lens(run: PlannedSearch) -> Usage:
 
 
 def _score(run: PlannedSearch) -> Usage:
-    config, batch, x, wave, answers = _scored(run)
+    config, batch, x, suffix, answers = _scored(run)
     layer, mask = run.params["layers"][0], jax.ShapeDtypeStruct((config.blocks[0].num_experts,), jnp.bool_)
-    many = device_bytes(wave)
+    many = device_bytes(suffix)
 
     def attention(window: int | None) -> int:
-        return program_bytes(score.run_attention, layer["attention"], config, window, wave, mesh=run.mesh)
+        return program_bytes(score.run_attention, layer["attention"], config, window, suffix, mesh=run.mesh)
 
     beside = {
-        # Two of the wave are there while a mixture runs: what came into the layer, and what attention made of it.
+        # Two such arrays are there while a mixture runs: what came into the layer, and what attention made of it.
         "attention": many + max(map(attention, run.windows)),
-        "mixture": 2 * many + program_bytes(score.run_mixture, layer["moe"], config, wave, mask, mesh=run.mesh),
-        "enter": many + _enter(run, x, wave),
-        "compare": many + _compare(run, x, wave, answers),
+        "mixture": 2 * many + program_bytes(score.run_mixture, layer["moe"], config, suffix, mask, mesh=run.mesh),
+        "enter": many + _enter(run, x, suffix),
+        "compare": many + _compare(run, x, suffix, answers),
     }
     states = (_kept_states(run) + 1) * device_bytes(x)  # the parent's last
     return Usage(_held(run, batch, states=states), max(beside.values()))
@@ -260,7 +252,7 @@ def _held(run: PlannedSearch, batch: MicroBatch, **more: int) -> dict[str, int]:
     return {"weights": device_bytes(run.params), "batch": device_bytes(batch), **more}
 
 
-def _scored(run: PlannedSearch) -> tuple[ModelConfig, MicroBatch, Any, Any, score.Answers]:
+def _scored(run: PlannedSearch) -> tuple[ModelConfig, MicroBatch, _States, _States, score.Answers]:
     """A batch that is scored, its states, those of its alternatives, and its answers, which most tokens belong to."""
     settings = run.recipe.score
     batch = run.batch(tokens_per_batch=settings.tokens_per_batch)
@@ -270,16 +262,16 @@ def _scored(run: PlannedSearch) -> tuple[ModelConfig, MicroBatch, Any, Any, scor
     return run.config, batch, run.states(batch), run.states(batch, settings.per_call), answers
 
 
-def _enter(run: PlannedSearch, x: Any, wave: Any) -> int:
+def _enter(run: PlannedSearch, x: _States, batch: _States) -> int:
     slots, experts = run.recipe.score.per_call, run.config.blocks[0].num_experts
     masks, entry = (jax.ShapeDtypeStruct(shape, jnp.bool_) for shape in ((slots, experts), (slots,)))
     moe = run.params["layers"][0]["moe"]
-    return program_bytes(score.enter_mixture, moe, run.config, x, masks, entry, wave, mesh=run.mesh)
+    return program_bytes(score.enter_mixture, moe, run.config, x, masks, entry, batch, mesh=run.mesh)
 
 
-def _compare(run: PlannedSearch, x: Any, wave: Any, answers: score.Answers) -> int:
+def _compare(run: PlannedSearch, x: _States, batch: _States, answers: score.Answers) -> int:
     head = {name: run.params[name] for name in ("final_norm", "head")}
-    return program_bytes(score.compare_states, head, run.config, x, wave, answers, mesh=run.mesh)
+    return program_bytes(score.compare_states, head, run.config, x, batch, answers, mesh=run.mesh)
 
 
 def _kept_states(run: PlannedSearch) -> int:

@@ -1,4 +1,4 @@
-"""What distillation and reinforcement learning have in common on a device: the resident parent, master weights, rows,
+"""The arrays of distillation and reinforcement learning on a device: base parameters, master weights, rows,
 and the large parts of a step's temporaries by arithmetic, from which other shapes are estimated.
 """
 
@@ -15,9 +15,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
+from jax.typing import DTypeLike
 
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.errors import ConfigError
+from puzzle_jax.files import Json
 from puzzle_jax.kernels.grouped_matmul import BLOCK_ROWS
 from puzzle_jax.kernels.grouped_matmul.layout import num_blocks
 from puzzle_jax.model.child import Child
@@ -37,12 +39,12 @@ from puzzle_jax.train.student import Student
 STEPS = 1_000_000
 """Length of a schedule; no shape depends on it."""
 
-Extra = tuple[Any, *tuple[int, ...]]
+Extra = tuple[DTypeLike, *tuple[int, ...]]
 """An array that rows carry: its dtype, and dimensions after those of positions."""
 
 _SUMS = "sums of gradients, float32"
 _STUDENT = "student and gradients of a micro-batch, bfloat16"
-_HEADS = "output heads and a gradient, whole"
+_HEADS = "output heads and a gradient, not sharded"
 
 AnyRecipe = TypeVar("AnyRecipe", DistillRecipe, GrpoRecipe)
 
@@ -103,17 +105,15 @@ class PlannedTraining(ABC, Generic[AnyRecipe]):
     @cached_property
     def fixed(self) -> Fixed:
         """The student's parent as training holds it, stacked, in place."""
-        resident = jax.eval_shape(lambda: self.student.stacked(zero_params(self.parent, self.packed)))
-        if self.mesh is not None:
-            resident = in_place(resident, stacked_sharding(resident, self.parent, self.mesh))
-        return Fixed(resident)
+        base = jax.eval_shape(lambda: self.student.stacked(zero_params(self.parent, self.packed)))
+        return Fixed(base if self.mesh is None else in_place(base, stacked_sharding(base, self.parent, self.mesh)))
 
     @cached_property
     def state(self) -> tuple[TrainState, Shardings | None]:
         """The state before the first step, in place, and where that is."""
 
-        def fresh(resident: Params) -> TrainState:
-            return init_state(self.student.master_weights(resident), self.optimizer, jax.random.key(0))
+        def fresh(base: Params) -> TrainState:
+            return init_state(self.student.master_weights(base), self.optimizer, jax.random.key(0))
 
         state = jax.eval_shape(fresh, self.fixed.base)
         shardings = Placement(self.mesh).master_weights(state)
@@ -127,19 +127,19 @@ class PlannedTraining(ABC, Generic[AnyRecipe]):
             by_matrix[any(getattr(entry, "key", None) in EXPERT_MATRICES for entry in path)] += device_bytes(leaf)
         return {
             "experts": by_matrix[True],
-            "resident": by_matrix[False],
-            "masters": device_bytes(state.params),
+            "base": by_matrix[False],
+            "master_weights": device_bytes(state.params),
             "optimizer": device_bytes(state._replace(params=None)),
         }
 
     def abstract_rows(self, shape: tuple[int, ...], where: NamedSharding | None, extras: Mapping[str, Extra]) -> Packed:
         """Packed rows of this shape, with extras of each a dtype and further dimensions."""
 
-        def array(dtype: Any, *more: int) -> jax.ShapeDtypeStruct:
+        def array(dtype: DTypeLike, *more: int) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct((*shape, *more), dtype, sharding=where)
 
-        whole, weights = array(jnp.int32), array(jnp.float32)
-        return Packed._make([whole, whole, weights, whole, whole, {name: array(*of) for name, of in extras.items()}])
+        ids, weights = array(jnp.int32), array(jnp.float32)
+        return Packed._make([ids, ids, weights, ids, ids, {name: array(*of) for name, of in extras.items()}])
 
     # What a plan is made of -------------------------------------------------------------------------------------------
 
@@ -151,10 +151,11 @@ class PlannedTraining(ABC, Generic[AnyRecipe]):
     @property
     def labels(self) -> dict[str, str]:
         return {
-            "experts": f"resident parent, experts, {'MXFP4' if self.packed else 'bfloat16'}",
-            "resident": "resident parent, all else, bfloat16",
-            "masters": "master weights, float32",
+            "experts": f"base parameters, experts, {'MXFP4' if self.packed else 'bfloat16'}",
+            "base": "base parameters, all else, bfloat16",
+            "master_weights": "master weights, float32",
             "optimizer": f"optimizer state, {self.recipe.optimizer.name}",
+            "batch": "batch",
             "decoded": "one layer's experts, decoded",
         }
 
@@ -162,14 +163,10 @@ class PlannedTraining(ABC, Generic[AnyRecipe]):
     def notes(self) -> list[str]:
         model = self.recipe.mesh.model
         undivided = [block.num_experts for block in self.parent.blocks if block.num_experts % model]
-        return [f"experts are whole on every device: {model} devices do not divide {count}" for count in undivided[:1]]
+        return [f"every device holds all experts: {model} devices do not divide {count}" for count in undivided[:1]]
 
-    def device_ways(self, rows: str) -> dict[str, Iterable[Mapping[str, Any]]]:
-        """Meshes of more devices; every device of the data axis keeps a row.
-
-        Args:
-          rows: dotted name of the setting of rows.
-        """
+    def device_ways(self, rows: str) -> dict[str, Iterable[Mapping[str, Json]]]:
+        """Meshes of more devices; every device of the data axis keeps a row. `rows` is the dotted name of a setting."""
         more_data = (
             {**settings, **({rows: settings["mesh.data"]} if self.rows[1] % settings["mesh.data"] else {})}
             for settings in scaled(self.recipe, doubled=("mesh.data",))
@@ -210,24 +207,22 @@ class PlannedTraining(ABC, Generic[AnyRecipe]):
         """Bytes of experts' matrices beside their blocks of rows, which only CPUs would gather; they are left out."""
         return self._blocks("blocked")[0] * self.expert_bytes
 
-    def temporaries(self, masters: int) -> dict[str, int]:
+    def temporaries(self, master_bytes: int) -> dict[str, int]:
         """The large parts of a step's temporaries on one device, in bytes, where one layer at a time is computed again.
 
-        Heads are whole on every device, because a loss walks through their columns in slices. A layer's experts may get
-        all pairs of the tokens that are there, and attention keeps the weights of whole rows.
-
-        Args:
-          masters: bytes of master weights on one device.
+        Heads are not sharded, because a loss walks through their columns in slices. A layer's experts may get
+        all pairs of the tokens that are there, and attention keeps the weights of whole rows. `master_bytes` are those
+        of master weights on one device.
         """
         hidden, inter, mesh = self.parent.hidden_size, self.parent.intermediate_size, self.recipe.mesh
         states = self.parent.num_layers * self.tokens * hidden * WIDTH
         heads = 2 if any(name in FROM_TEACHER for name in self.losses) else 1
-        learning = masters * mesh.devices // FLOAT32  # numbers, all devices together
+        learning = master_bytes * mesh.devices // FLOAT32  # numbers, all devices together
         # Of a padded row: the row, gate and linear part, activation, and outputs by expert and by token.
         of_experts = hidden * (WIDTH + 2 * FLOAT32) + inter * (2 * FLOAT32 + WIDTH)
         blocks, block = self._blocks("ragged_dot")
         parts = {
-            _SUMS: masters,
+            _SUMS: master_bytes,
             _STUDENT: 2 * learning * WIDTH // mesh.model,
             _HEADS: self.parent.vocab_size * hidden * (heads * WIDTH + FLOAT32),
             "input of every layer": states,
@@ -265,20 +260,19 @@ class PlannedTraining(ABC, Generic[AnyRecipe]):
         Raises ConfigError for a model axis that another number of devices makes, and that does not divide the experts.
         """
         mesh, others_mesh = self.recipe.mesh, other.recipe.mesh
-        if others_mesh.model != mesh.model and any(
-            block.num_experts % others_mesh.model for block in self.parent.blocks
-        ):
+        undivided = any(block.num_experts % others_mesh.model for block in self.parent.blocks)
+        if others_mesh.model != mesh.model and undivided:
             raise ConfigError(f"mesh.model is {others_mesh.model}, which does not divide the experts")
         devices, model = mesh.devices / others_mesh.devices, mesh.model / others_mesh.model
         scales = {
             "experts": model,
-            "resident": model,
-            "masters": devices,
+            "base": model,
+            "master_weights": devices,
             "optimizer": devices,
             "batch": math.prod(other.rows) / math.prod(self.rows) * devices * (others_mesh.model / mesh.model),
         }
         held = {name: math.ceil(usage.held[name] * scale) for name, scale in scales.items()}
-        parts, others = self.temporaries(usage.held["masters"]), other.temporaries(held["masters"])
+        parts, others = self.temporaries(usage.held["master_weights"]), other.temporaries(held["master_weights"])
         beyond = usage.temporaries - sum(parts.values())
         temporaries = sum(others.values()) + math.ceil(beyond * _of_tokens(others) / _of_tokens(parts))
         return Usage(held | {"decoded": other.decoded}, temporaries)

@@ -23,9 +23,10 @@ from typing import Any, NoReturn, TypeVar
 import jax
 
 from puzzle_jax.errors import ConfigError, PuzzleError, shown
+from puzzle_jax.files import Json
 from puzzle_jax.processes.relay import HEARTBEAT_SECONDS, host_and_port, relayed
 from puzzle_jax.processes.watchdog import FAILED, INTERRUPTED, REFUSED, Ending, Watchdog, end_now
-from puzzle_jax.runs import version
+from puzzle_jax.runs import differences, version
 
 Result = TypeVar("Result")
 
@@ -75,21 +76,20 @@ def joined(count: int, local_devices: int = 1, *, program: str) -> Iterator[None
         _leave(watchdog, error)
 
 
-def agree(what: str, value: Mapping[str, Any]) -> None:
-    """Compares a value of all processes, which must be equal.
+def agree(what: str, value: Mapping[str, Json]) -> None:
+    """Compares a value of all processes, which must be equal: what JSON holds, and paths.
 
-    Args:
-      what: is compared, as a message calls it; once in a program.
-      value: values by name that JSON holds, and paths.
-
-    Raises JointError, in all processes, that names what differs and in which process.
+    `what` names it in messages, once in a program. Raises JointError, in all processes, that names what differs and in
+    which process.
     """
     if _count() == 1:
         return
     published = _gathered(f"agree/{what}", value)
     for index, (host, other) in enumerate(published):
-        if found := _differences(published[0][1], other):
-            places = [f"{path} is {one} in process 0 and {two} in process {index}" for path, one, two in found]
+        if found := list(differences(published[0][1], other)):
+            places = [
+                f"{path} is {shown(one)} in process 0 and {shown(two)} in process {index}" for path, one, two in found
+            ]
             more = [f"{len(places) - _LISTED} more"] if len(places) > _LISTED else []
             raise JointError(
                 f"process {index} (host {host}) differs from process 0 (host {published[0][0]}) in {what}: "
@@ -98,10 +98,7 @@ def agree(what: str, value: Mapping[str, Any]) -> None:
 
 
 def on_all(what: str, work: Callable[[], Result]) -> Result:
-    """What `work` gives in this process, once it has succeeded in all.
-
-    Args:
-      what: is done; once in a program.
+    """The result of `work` in this process, once it has succeeded in all; `what` names it, once in a program.
 
     Raises JointError in all processes where `work` raises a PuzzleError in any.
     """
@@ -122,10 +119,7 @@ def on_all(what: str, work: Callable[[], Result]) -> Result:
 
 
 def from_primary(what: str, work: Callable[[], str]) -> str:
-    """What the primary process finds, in all of them; the others wait for it.
-
-    Args:
-      what: it is, once in a program.
+    """The result of `work` in the primary process, in all of them; `what` names it, once in a program.
 
     Raises PuzzleError in all processes where `work` does in the primary one.
     """
@@ -166,10 +160,8 @@ def kv_set(key: str, value: str) -> None:
 def kv_get(key: str, seconds: float | None = None) -> str:
     """The value that a process publishes under a key.
 
-    Args:
-      seconds: that are waited for it; None waits for as long as all processes are there, unlike a collective operation.
-
-    Raises TimeoutError.
+    Waits for so many seconds, then raises TimeoutError; without a limit, for as long as all processes are there, unlike
+    a collective operation.
     """
     began = time.monotonic()
     while True:
@@ -188,7 +180,7 @@ def kv_delete(key: str) -> None:
         _state().client.key_value_delete(key)
 
 
-def _gathered(key: str, value: Mapping[str, Any]) -> list[tuple[str, Any]]:
+def _gathered(key: str, value: Mapping[str, Json]) -> list[tuple[str, Json]]:
     """Every process's host and value, in all of them."""
     kv_set(f"{key}/{process_index()}", json.dumps([socket.gethostname(), value], default=str))
     found = []
@@ -202,26 +194,12 @@ def _gathered(key: str, value: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return found
 
 
-def _differences(one: Any, other: Any, path: str = "") -> list[tuple[str, str, str]]:
-    """Where two JSON values differ: dotted name and both values."""
-    if one == other:
-        return []
-    if isinstance(one, dict) and isinstance(other, dict):
-        names = sorted({*one, *other})
-        return [
-            found
-            for name in names
-            for found in _differences(one.get(name), other.get(name), f"{path}.{name}" if path else name)
-        ]
-    return [(path, shown(one), shown(other))]
-
-
 # Beginning and end --------------------------------------------------------------------------------------------------
 
 
 def _initialize(count: int, local_devices: int, program: str) -> None:
     """Brings the processes together, by JAX."""
-    given: dict[str, Any] = {}
+    given: dict[str, Json] = {}
     if _INDEX in os.environ:
         given = {"num_processes": count, "process_id": _index(os.environ[_INDEX], count)}
     if local_devices > 1:
@@ -305,7 +283,7 @@ def _count() -> int:
 
 
 def _state() -> Any:
-    """What JAX knows of the processes without asking for devices; it has no public name for it."""
+    """JAX's record of the processes, which asks for no devices; it has no public name."""
     from jax._src.distributed import global_state
 
     return global_state

@@ -26,9 +26,10 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from puzzle_jax.errors import ConfigError
+from puzzle_jax.files import Json
 from puzzle_jax.processes.relay import keep_alive
 
 FINISHED, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
@@ -36,19 +37,14 @@ FINISHED, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 
 _SILENCE_SECONDS = 20  # of a host, after which it is gone
 _JOIN_SECONDS = 60  # until all processes have made their connections
-_HELLO_SECONDS = 10  # for a connection to say whose it is
-_PASS_ON_SECONDS = 2  # for the others to hear why process 0 ends, before its connections are closed
+_HELLO_SECONDS = 10  # for a connection to name its process
+_PASS_ON_SECONDS = 2  # for the others to receive why process 0 ends, before its connections are closed
 _GRACE_SECONDS = 30  # for a process that fails to end by itself
 
 
 @dataclass(frozen=True)
 class Ending:
-    """How a process ends.
-
-    Attributes:
-      code: its exit code.
-      sentence: why, for all processes.
-    """
+    """The exit code of a process, and the sentence in which all say why."""
 
     code: int
     sentence: str = ""
@@ -57,10 +53,7 @@ class Ending:
 class Watchdog:
     """The connections of one process to the others; made by `lead` in process 0 and by `follow` in others.
 
-    Attributes:
-      program: named before every sentence.
-      index: of this process.
-      hosts: names of all processes' hosts.
+    `program` is named before every sentence.
     """
 
     def __init__(self, program: str, index: int, hosts: list[str], links: dict[int, _Link]) -> None:
@@ -74,11 +67,7 @@ class Watchdog:
 
     @staticmethod
     def lead(program: str, count: int, publish: Callable[[str], None]) -> Watchdog:
-        """Waits for the connections of all others; by process 0.
-
-        Args:
-          publish: tells the others what `follow` is called with.
-        """
+        """Waits for the connections of all others, by process 0; `publish` gives them the last argument of `follow`."""
         ipv6 = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if ipv6 else socket.AF_INET
         token, deadline = secrets.token_hex(16), time.monotonic() + _JOIN_SECONDS
@@ -105,14 +94,7 @@ class Watchdog:
 
     @staticmethod
     def follow(program: str, index: int, host: str, published: str) -> Watchdog:
-        """Connects to process 0.
-
-        Args:
-          host: of process 0.
-          published: by `lead`.
-
-        Raises ConfigError where it cannot be reached.
-        """
+        """Connects to process 0 on `host`, as its `lead` published. Raises ConfigError where it cannot be reached."""
         found = json.loads(published)
         try:
             link = _Link(socket.create_connection((host, found["port"]), timeout=_JOIN_SECONDS))
@@ -130,21 +112,20 @@ class Watchdog:
         return f"process {index} (host {self.hosts[index]})"
 
     def finish(self) -> None:
-        """Waits until all processes have finished; afterwards none is missed."""
+        """Waits until all processes have finished; afterwards no loss counts."""
         with self._changed:
             if self.index:
-                self._say(Ending(FINISHED))
+                self._send(Ending(FINISHED))
             self._changed.wait_for(lambda: len(self._finished) == len(self._links))
             self._leaving = True
             if self.index == 0:
-                self._say(Ending(FINISHED))
+                self._send(Ending(FINISHED))
 
     def leave(self, ending: Ending, verdict_seconds: float = 0.0) -> None:
-        """Tells the others how this process ends, as it is about to do.
+        """Sends the others how this process is about to end.
 
-        Args:
-          verdict_seconds: in which the loss of another process, which may be why this one ends, has precedence; the
-            process ends in here then.
+        For `verdict_seconds` the loss of another process, which may be why this one ends, has precedence; then the
+        process ends in here.
         """
         time.sleep(verdict_seconds)
         with self._changed:
@@ -158,7 +139,7 @@ class Watchdog:
         link = self._links[other]
         with suppress(OSError, ValueError, TypeError):
             while True:
-                self._hear(other, Ending(**link.receive()))
+                self._receive(other, Ending(**link.receive()))
         link.closed.set()
         if self._leaving:
             return
@@ -170,7 +151,7 @@ class Watchdog:
                 )
                 self._end(Ending(FAILED, sentence), other)
 
-    def _hear(self, other: int, ending: Ending) -> None:
+    def _receive(self, other: int, ending: Ending) -> None:
         with self._changed:
             if self._leaving:
                 return
@@ -185,15 +166,15 @@ class Watchdog:
         end_now(self.program, ending)
 
     def _pass_on(self, ending: Ending, but: int | None = None) -> None:
-        """Tells all that this process is connected to, and gives them the time to hear it."""
-        self._say(ending, but)
+        """Sends an ending to all that this process is connected to, and gives them the time to receive it."""
+        self._send(ending, but)
         if self.index == 0:
             deadline = time.monotonic() + _PASS_ON_SECONDS
             for other, link in self._links.items():
                 if other != but:
                     link.closed.wait(max(deadline - time.monotonic(), 0.0))
 
-    def _say(self, ending: Ending, but: int | None = None) -> None:
+    def _send(self, ending: Ending, but: int | None = None) -> None:
         for other, link in self._links.items():
             if other != but:
                 with suppress(OSError):
@@ -213,10 +194,10 @@ class _Link:
         self.connection, self.closed = connection, threading.Event()
         self._received = b""
 
-    def send(self, value: dict[str, Any]) -> None:
+    def send(self, value: dict[str, Json]) -> None:
         self.connection.sendall(json.dumps(value).encode() + b"\n")
 
-    def receive(self, timeout: float | None = None) -> dict[str, Any]:
+    def receive(self, timeout: float | None = None) -> dict[str, Json]:
         """The next object. Raises OSError where the connection ends or nothing comes in time."""
         self.connection.settimeout(timeout)
         while b"\n" not in self._received:

@@ -7,10 +7,11 @@ keys of nested numbers are joined by dots ("metrics.kl_div", "stats.runtime_ms")
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.table import Table
@@ -18,6 +19,7 @@ from rich.text import Text
 
 from puzzle_jax.consoles import plain_console
 from puzzle_jax.errors import ConfigError, PuzzleError, shown
+from puzzle_jax.files import Json
 from puzzle_jax.numeric import Number, is_number, short
 from puzzle_jax.program.explain import InfeasibleProgram
 from puzzle_jax.program.library import Library, Limit, Program, Solution
@@ -75,7 +77,7 @@ def read_library(path: Path) -> Library:
         raise PuzzleError(f"cannot be read as JSON: {' '.join(str(error).split())}") from error
     if not isinstance(library, dict):
         raise PuzzleError(f"holds {shown(library)}, but must hold an object of layers")
-    level: list[Any] = [library]
+    level: list[Json] = [library]
     for _ in range(_DEEPEST):
         level = [value for mapping in level for value in mapping.values() if isinstance(value, dict)]
     if level:
@@ -83,13 +85,11 @@ def read_library(path: Path) -> Library:
     return library
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
+def _unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
+    for name, times in Counter(name for name, _ in pairs).items():
+        if times > 1:
             raise PuzzleError(f"has {shown(name)} twice in one object, but names must differ")
-        found[name] = value
-    return found
+    return dict(pairs)
 
 
 def run(settings: LibrarySettings) -> None:
@@ -97,71 +97,69 @@ def run(settings: LibrarySettings) -> None:
     limits = [Limit(key, at_most=value) for key, value in settings.at_most.items()]
     limits += [Limit(key, at_least=value) for key, value in settings.at_least.items()]
     sweep = None if settings.sweep is None else _sweep(settings.sweep)
-    options: dict[str, Any] = {"time_limit": settings.time_limit, "gap": settings.gap}
+    solved = partial(solve, time_limit=settings.time_limit, gap=settings.gap)
     try:
         program = Program(read_library(settings.library), settings.minimize, tuple(limits))
         if settings.min_distance > len(program.library):
             groups = len(program.library)
             raise PuzzleError(f"min_distance is {settings.min_distance}, but there are only {groups} layers")
         if sweep is None:
-            pool = {"num_solutions": settings.solutions, "min_distance": settings.min_distance}
-            solutions = solve(program, **pool, **options)
-            points = []
+            solutions = solved(program, num_solutions=settings.solutions, min_distance=settings.min_distance)
+            content, table = {"solutions": [_as_json(solution) for solution in solutions]}, _table(solutions, program)
         else:
-            solutions, points = [], _frontier(program, *sweep, options)
+            key, points = sweep[0], _frontier(program, *sweep, solved)
+            frontier = [{"at_most": bound, "solution": found and _as_json(found)} for bound, found in points]
+            content, table = {"key": key, "frontier": frontier}, _frontier_table(points, key, program)
     except PuzzleError as error:
         raise PuzzleError(f"{settings.library}: {error}") from error
-    if settings.json and sweep is None:
-        print(json.dumps({"solutions": [_as_json(solution) for solution in solutions]}, indent=2))
-    elif settings.json and sweep is not None:
-        frontier = [{"at_most": bound, "solution": found and _as_json(found)} for bound, found in points]
-        print(json.dumps({"key": sweep[0], "frontier": frontier}, indent=2))
-    elif sweep is None:
-        _show(solutions, program)
+    if settings.json:
+        print(json.dumps(content, indent=2))
     else:
-        _show_frontier(points, sweep[0], program)
+        plain_console().print(table)
 
 
 def _sweep(text: str) -> tuple[str, list[Number]]:
     """The key and the upper limits to try, largest first."""
     key, _, values = text.rpartition("=")
-    parts = values.split(":")
-    if len(parts) == 3:
-        low, high = (_number(text, part, bool(key)) for part in parts[:2])
-        if not parts[2].isdecimal() or not 2 <= int(parts[2][:6]) <= _MOST_SWEPT or low >= high:
-            raise PuzzleError(f"sweep is {shown(text)}, but must be KEY=LOW:HIGH:N with LOW < HIGH, 2 <= N <= 1000")
-        bounds: list[Number] = [float(bound) for bound in np.linspace(low, high, int(parts[2]))]
-    else:
-        bounds = [_number(text, part, bool(key)) for part in values.split(",")]
+    *ends, steps = values.split(":")
+    try:
+        bounds = [_number(value) for value in ends or values.split(",")]
+        if len(ends) == 2 and bounds[0] < bounds[1] and 2 <= int(steps) <= _MOST_SWEPT:
+            bounds = np.linspace(bounds[0], bounds[1], int(steps)).tolist()
+        elif ends:
+            raise ValueError
+    except ValueError:
+        bounds = []
+    if not key or not bounds or not all(map(is_number, bounds)):
+        raise PuzzleError(
+            f"sweep is {shown(text)}, but must be KEY=V1,V2,... of finite numbers, or KEY=LOW:HIGH:N with LOW < HIGH "
+            f"and N from 2 to {_MOST_SWEPT}"
+        )
     return key, sorted(bounds, reverse=True)
 
 
-def _number(text: str, value: str, has_key: bool) -> Number:
-    for kind in (int, float):
-        try:
-            number = kind(value)
-        except ValueError:
-            continue
-        if has_key and is_number(number):
-            return number
-    raise PuzzleError(f"sweep is {shown(text)}, but must be a key, '=' and finite numbers")
+def _number(text: str) -> Number:
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
 
 
 def _frontier(
-    program: Program, key: str, bounds: Sequence[Number], options: Mapping[str, Any]
+    program: Program, key: str, bounds: Sequence[Number], solved: Callable[[Program], list[Solution]]
 ) -> list[tuple[Number, Solution | None]]:
     """The best solution for each upper limit on a key; None where there is none."""
     points: list[tuple[Number, Solution | None]] = []
     for bound in bounds:
         limited = replace(program, limits=(*program.limits, Limit(key, at_most=bound)))
         try:
-            points.append((bound, solve(limited, **options)[0]))
+            points.append((bound, solved(limited)[0]))
         except InfeasibleProgram:
             points.append((bound, None))
     return points
 
 
-def _as_json(solution: Solution) -> dict[str, Any]:
+def _as_json(solution: Solution) -> dict[str, Json]:
     return {
         "choice": solution.choice,
         "value": solution.score,
@@ -175,7 +173,7 @@ def _gap(solution: Solution) -> str:
     return "unknown" if solution.gap is None else f"{solution.gap:.3%}"
 
 
-def _show(solutions: Sequence[Solution], program: Program) -> None:
+def _table(solutions: Sequence[Solution], program: Program) -> Table:
     """Sums of every solution side by side, then their choices."""
     table = Table("", *(f"solution {i + 1}" for i in range(len(solutions))))
     for key in program.keys:
@@ -185,10 +183,10 @@ def _show(solutions: Sequence[Solution], program: Program) -> None:
     table.add_row("gap", *(_gap(solution) for solution in solutions), end_section=True)
     for group in program.library:
         table.add_row(Text(group), *(Text(solution.choice[group]) for solution in solutions))
-    plain_console().print(table)
+    return table
 
 
-def _show_frontier(points: Sequence[tuple[Number, Solution | None]], key: str, program: Program) -> None:
+def _frontier_table(points: Sequence[tuple[Number, Solution | None]], key: str, program: Program) -> Table:
     table = Table("at most", "status", "gap")
     for header in (key, program.minimize):
         table.add_column(Text(header))
@@ -197,4 +195,4 @@ def _show_frontier(points: Sequence[tuple[Number, Solution | None]], key: str, p
         if found is not None:
             cells = [found.status, _gap(found), short(found.costs[key], 0), short(found.score, 0)]
         table.add_row(short(bound, 0), *cells)
-    plain_console().print(table)
+    return table

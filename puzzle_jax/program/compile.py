@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from math import inf
 
 import numpy as np
@@ -33,12 +34,10 @@ class Compiled:
     """A program as arrays over columns (alternatives that are not dominated), grouped in order.
 
     Attributes:
-      program: the program.
-      names: its groups.
+      names: groups.
       alternatives: name of each column.
       starts: first column of each group.
       owner: group of each column.
-      score: objective of each column.
       rows, bounds: all limits in "at most" form, [limits, columns] and [limits].
       plain: rows that hold in any case.
       row_sets: for each disjunction the rows of each of its sets of limits.
@@ -56,7 +55,7 @@ class Compiled:
     row_sets: list[list[list[int]]]
 
     def is_met(self, columns: np.ndarray, rows: Sequence[int], row_sets: RowSets) -> bool:
-        """Whether a choice meets some of the rows and one set of rows of each disjunction, in exact arithmetic."""
+        """Returns whether a choice meets some rows and one set of rows of each disjunction, in exact arithmetic."""
         choice, limits = self.choice(columns), self.program.all_limits
 
         def all_met(rows: Sequence[int]) -> bool:
@@ -92,15 +91,8 @@ def compile_program(program: Program, keep_dominated_by: int) -> Compiled:
     blocks: list[np.ndarray] = []
     for options in program.library.values():
         names = list(options)
-        values = np.array(
-            [
-                [
-                    float(lookup(options[name], program.minimize)),
-                    *(limit.sign * float(lookup(options[name], limit.key)) for limit in limits),
-                ]
-                for name in names
-            ]
-        )
+        keys = [(program.minimize, 1), *((limit.key, limit.sign) for limit in limits)]
+        values = np.array([[sign * float(lookup(options[name], key)) for key, sign in keys] for name in names])
         kept = np.flatnonzero(_dominators(values) < keep_dominated_by)
         alternatives += [names[index] for index in kept]
         blocks.append(values[kept])
@@ -125,28 +117,24 @@ def _places(program: Program) -> tuple[list[int], list[list[list[int]]]]:
     """Places in `all_limits`: those of the plain limits, and those of each set of each disjunction."""
     plain: list[int] = []
     row_sets: list[list[list[int]]] = []
-    at = 0
+    places = count()
     for limit in program.limits:
         if isinstance(limit, Limit):
-            plain.append(at)
-            at += 1
-            continue
-        row_sets.append([])
-        for limits in limit.sets.values():
-            row_sets[-1].append(list(range(at, at + len(limits))))
-            at += len(limits)
+            plain.append(next(places))
+        else:
+            row_sets.append([[next(places) for _ in limits] for limits in limit.sets.values()])
     return plain, row_sets
 
 
 def _dominators(values: np.ndarray) -> np.ndarray:
-    """How many others are at most as large everywhere, for each row; of equal rows the first dominates."""
-    counts = np.zeros(len(values), int)
+    """Number of others that are at most as large everywhere, for each row; of equal rows the first dominates."""
     order = np.arange(len(values))
-    for index, row in enumerate(values):
-        no_worse = np.all(values <= row, axis=1)
+
+    def dominators(index: int, row: np.ndarray) -> int:
         better = np.any(values < row, axis=1) | (order < index)
-        counts[index] = np.sum(no_worse & better)
-    return counts
+        return int(np.sum(np.all(values <= row, axis=1) & better))
+
+    return np.array([dominators(index, row) for index, row in enumerate(values)])
 
 
 @dataclass(frozen=True)
@@ -161,7 +149,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Model:
-    """What one call minimises, shifted and scaled: objective = cost * unit + base, under some limits and cuts."""
+    """The program of one call, shifted and scaled: objective = cost * unit + base, under some limits and cuts."""
 
     compiled: Compiled
     cost: np.ndarray

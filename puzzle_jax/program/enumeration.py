@@ -20,7 +20,7 @@ those that no completion lets into the limits, and those whose bound reaches the
 multipliers: the duals of the same program with its limits moved at random, which each pass adds to.
 
 Works for a handful of limits. Where groups are many, alike and bound by many limits, or where the objective falls as
-the limited sums grow, so that near-optimal choices are too many to tell apart, only time ends it, and
+the limited sums grow, so that too many choices are near-optimal, only time ends it, and
 `puzzle_jax.program.minimise` goes on with HiGHS. Bounds are lowered by more than the rounding of their sums.
 Sources: reduced-cost fixing and Lagrangian bounds, Fisher, Management Science 27 (1981); the problem is the
 multi-dimensional multiple-choice knapsack.
@@ -30,13 +30,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf, log, nextafter
-from typing import Any
 
 import numpy as np
 from scipy import sparse
-from scipy.optimize import linprog
+from scipy.optimize import OptimizeResult, linprog
 
 # Columns beyond the relaxation's in the first pass, and how their number grows from pass to pass.
 _FIRST_COLUMNS, _GROWTH = 16, 1.4
@@ -63,7 +62,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Found:
-    """What was found: chosen column per group (None: nothing), a proven lower bound (infinite: there is no choice), and
+    """A result: chosen column per group (None: nothing), a proven lower bound (infinite: there is no choice), and
     whether the search came to its end, that is, proved the gap."""
 
     columns: np.ndarray | None
@@ -85,11 +84,10 @@ def enumerate_least(
     Args:
       cost: objective per column; of about the same magnitude as the rows.
       owner: group of each column, ascending from 0.
-      cases: of these one has to be met.
       accepts: whether a choice meets one of the cases exactly; asked for the cheapest choices first.
       ceiling_below: for the objective of a choice, below what another one has to be to be worth having.
-      patience: when to give up while nothing is found, on the clock of `time.thread_time`: CPU seconds, so that a
-        busy machine finds what a quiet one finds.
+      patience: when to give up while nothing is found, in CPU seconds (`time.thread_time`), so that a busy machine
+        finds what a quiet one finds.
       deadline: when to give up in any case, on the clock of `time.monotonic`.
     """
     search = _Search(accepts, ceiling_below, patience, deadline)
@@ -107,10 +105,8 @@ def enumerate_least(
     relax(min((case.bound for case in relaxed), default=inf))
     if not relaxed:
         return Found(None, inf, True)
-    lowest = min(case.bound for case in relaxed)
-    reached = float(_FIRST_COLUMNS)
-    proven = lowest
-    random = np.random.default_rng(0)
+    proven = lowest = min(case.bound for case in relaxed)
+    reached, random = float(_FIRST_COLUMNS), np.random.default_rng(0)
     while search.columns is None:
         levels = np.sort(np.concatenate([case.bound + case.reduced[case.reduced > 0] for case in relaxed]))
         search.ceiling = max(proven, float(levels[int(reached)])) if reached < len(levels) else inf
@@ -126,7 +122,7 @@ def enumerate_least(
 
 
 def relaxed_bound(cost: np.ndarray, owner: np.ndarray, case: Case, deadline: float) -> float:
-    """What every choice within the limits costs at least; infinite where there is none."""
+    """A lower bound of the cost of every choice within the limits; infinite where there is none."""
     return _Relaxed(cost, owner, case, deadline).bound
 
 
@@ -174,7 +170,9 @@ def _duals(
     one_each = sparse.csr_matrix((np.ones(columns), (owner, np.arange(columns))))
     seconds = min(1e9, max(0.01, deadline - time.monotonic()))
     ones = np.ones(int(owner[-1]) + 1)
-    result: Any = linprog(cost, rows, bounds, one_each, ones, method="highs-ds", options={"time_limit": seconds})
+    result: OptimizeResult = linprog(
+        cost, rows, bounds, one_each, ones, method="highs-ds", options={"time_limit": seconds}
+    )
     if result.status == 2:
         return None
     return np.maximum(0.0, -result.ineqlin.marginals) if result.status == 0 else np.zeros(len(bounds))
@@ -189,25 +187,23 @@ class _States:
     values: np.ndarray
     usage: np.ndarray
     bounds: np.ndarray
-    parent: _States | None = None
-    origin: np.ndarray | None = None
-    option: np.ndarray | None = None
+    parent: _States | None
+    origin: np.ndarray
+    option: np.ndarray
 
     def select(self, where: np.ndarray) -> _States:
-        origin, option = self.origin, self.option
-        return _States(
-            self.depth,
-            self.values[where],
-            self.usage[:, where],
-            self.bounds[where],
-            self.parent,
-            None if origin is None else origin[where],
-            None if option is None else option[where],
+        return replace(
+            self,
+            values=self.values[where],
+            usage=self.usage[:, where],
+            bounds=self.bounds[where],
+            origin=self.origin[where],
+            option=self.option[where],
         )
 
     def path(self, state: int) -> list[int]:
         """Options of a state, first group first."""
-        if self.parent is None or self.origin is None or self.option is None:
+        if self.parent is None:
             return []
         return [*self.parent.path(int(self.origin[state])), int(self.option[state])]
 
@@ -230,8 +226,8 @@ class _Search:
         options = _in_order(case, kept, self.ceiling - case.bound)
         tails, least = _completions(case, options)
         bounds = case.case.bounds
-        start = _States(0, np.zeros(1), np.zeros((len(bounds), 1)), np.full(1, case.bound))
-        stack = [start]
+        none = np.zeros(1, int)
+        stack = [_States(0, np.zeros(1), np.zeros((len(bounds), 1)), np.full(1, case.bound), None, none, none)]
         while stack:
             if time.monotonic() > self.deadline or (self.columns is None and time.thread_time() > self.patience):
                 return False

@@ -1,4 +1,4 @@
-"""What is said of an infeasible program: which limits conflict, and the nearest value that each could have."""
+"""Why a program is infeasible: which limits conflict, and the best value that each could have."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ class Conflict:
     """A limit that takes part in an infeasibility.
 
     Attributes:
-      limit: the limit.
       alone: the best value that its sum could have without any other limit.
       given_others: the best value beside all other limits; None where those conflict without it.
     """
@@ -42,7 +41,7 @@ class InfeasibleProgram(InfeasibleError):
 
 
 def explain(program: Program, time_limit: Number) -> InfeasibleProgram:
-    """The error of an infeasible program: conflicting limits and the nearest feasible value of each, for every
+    """The error of an infeasible program: conflicting limits and the best feasible value of each, for every
     combination of sets of limits, unless the limits that always hold conflict by themselves."""
     always = compile_program(replace(program, limits=program.plain_limits), keep_dominated_by=1)
     if not program.disjunctions or _infeasible(always, time_limit):
@@ -105,14 +104,14 @@ def _conflicts(compiled: Compiled, time_limit: Number) -> tuple[list[str], tuple
     sentences = []
     if hopeless:
         for conflict in conflicts:
-            nearest = short(conflict.alone, conflict.limit.sign)
-            sentences.append(f"{conflict.limit} cannot be met: the nearest possible is {nearest}")
+            best_possible = short(conflict.alone, conflict.limit.sign)
+            sentences.append(f"{conflict.limit} cannot be met: the best possible value is {best_possible}")
     else:
         sentences.append(f"{' and '.join(str(conflict.limit) for conflict in conflicts)} cannot hold together")
     for conflict in conflicts:
         if conflict.given_others is not None and not (hopeless and conflict.given_others == conflict.alone):
-            nearest = short(conflict.given_others, conflict.limit.sign)
-            sentences.append(f"with the other limits kept, {conflict.limit.key!r} can be {nearest}")
+            best_possible = short(conflict.given_others, conflict.limit.sign)
+            sentences.append(f"with the other limits kept, {conflict.limit.key!r} can be {best_possible}")
     return sentences, conflicts
 
 

@@ -14,11 +14,10 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import inf
-from typing import Any
 
 import numpy as np
 from scipy import sparse
-from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
 
 from puzzle_jax.numeric import Number
 from puzzle_jax.program.compile import LARGEST_COEFFICIENT, Compiled, Model, Point
@@ -30,20 +29,17 @@ _REFUSED_POINTS = 24
 def branch_and_cut(model: Model, deadline: float, proven: float = -inf) -> Point:
     """The least objective of a model; HiGHS is called again while the exact sums refuse its point.
 
-    Args:
-      deadline: when to stop, on the clock of `time.monotonic`.
-      proven: a lower bound that is known already.
+    `deadline` is on the clock of `time.monotonic`; `proven` is a lower bound that is known already.
     """
-    compiled, columns = model.compiled, len(model.cost)
+    compiled = model.compiled
     sets = [rows for each in model.row_sets for rows in each]
     groups = np.repeat(np.arange(len(model.row_sets)), [len(each) for each in model.row_sets])
-    width = columns + len(sets)
     one_each = _membership(compiled.owner)
     if sets:
         one_each = sparse.block_diag([one_each, _membership(groups)])
     matrix, uppers, slacks = _limit_rows(model, sets)
-    refused = list(model.cuts)
-    margin = 0.0
+    target = np.concatenate([model.cost, np.zeros(len(sets))])
+    refused, margin = list(model.cuts), 0.0
     for attempt in range(_REFUSED_POINTS):
         constraints = [LinearConstraint(one_each, 1, 1)]
         if len(uppers):
@@ -52,8 +48,7 @@ def branch_and_cut(model: Model, deadline: float, proven: float = -inf) -> Point
             cuts, most = model.cut_rows(refused)
             cuts = np.pad(cuts, ((0, 0), (0, len(sets))))
             constraints.append(LinearConstraint(cuts, ub=most))  # pyright: ignore[reportArgumentType]
-        target = np.concatenate([model.cost, np.zeros(len(sets))])
-        result = _call(target, constraints, np.ones(width), deadline, model.gap)
+        result = _call(target, constraints, np.ones(len(target)), deadline, model.gap)
         if result.x is None:
             return Point(None, "time limit" if result.status == 1 else "infeasible", proven)
         chosen = _columns(compiled, result.x)
@@ -113,7 +108,7 @@ def _limit_rows(model: Model, sets: Sequence[Sequence[int]]) -> tuple[np.ndarray
 
 
 def _denominators(compiled: Compiled) -> np.ndarray:
-    """What an excess is relative to: the limit, or where that is 0 the row's largest difference."""
+    """The size that an excess is relative to: the limit, or where that is 0 the row's largest difference."""
     units = np.array([compiled.scaled(row)[2] * LARGEST_COEFFICIENT for row in compiled.rows])
     return np.where(compiled.bounds == 0, units, np.abs(compiled.bounds))
 
@@ -124,7 +119,7 @@ def _call(
     integrality: np.ndarray,
     deadline: float,
     gap: Number,
-) -> Any:
+) -> OptimizeResult:
     """HiGHS; columns that are not integral are slacks without upper bound."""
     with _silenced():
         return milp(

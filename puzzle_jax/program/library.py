@@ -1,4 +1,4 @@
-"""What a program chooses from: a library {group: {alternative: {nested numbers}}}, limits on sums, disjunctions of
+"""Choices of a program: a library {group: {alternative: {nested numbers}}}, limits on sums, disjunctions of
 limits, and choices.
 
 A group is whatever one thing must be chosen for: a layer, or one sub-block of a layer. Numbers are named by
@@ -10,20 +10,20 @@ Knows nothing of models, and nothing of solving: that is `puzzle_jax.program.sol
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
 from itertools import product
-from typing import Any
 
 from puzzle_jax.errors import PuzzleError, shown
+from puzzle_jax.files import Json
 from puzzle_jax.numeric import LARGEST, Number, exact, is_number, short
 
 _KEYS_SHOWN = 20
 
 # {group: {alternative: {nested numbers}}}; `Program` checks it.
-Library = Mapping[str, Any]
+Library = Mapping[str, Json]
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Limit:
         return self.sign * total <= self.sign * exact(self.bound)
 
     def excess(self, total: Fraction) -> float:
-        """By how much a sum violates the limit, relative to it; absolute for a limit of 0."""
+        """The amount by which a sum violates the limit, relative to it; absolute for a limit of 0."""
         bound = exact(self.bound)
         return float(max(Fraction(0), self.sign * (total - bound)) / (abs(bound) or 1))
 
@@ -102,7 +102,7 @@ class Solution:
 
 @dataclass(frozen=True)
 class Program:
-    """What to choose from and under which limits.
+    """An integer program: a library, the key to minimise, and limits.
 
     Raises `PuzzleError` when the library is empty, a key is unknown or missing in an alternative, a number that is
     used is none (a string, NaN, infinity), or two disjunctions have the same name.
@@ -143,11 +143,8 @@ class Program:
     @cached_property
     def all_limits(self) -> tuple[Limit, ...]:
         """Plain limits and those of all sets of the disjunctions, in order."""
-        nested = [
-            [limit] if isinstance(limit, Limit) else [one for limits in limit.sets.values() for one in limits]
-            for limit in self.limits
-        ]
-        return tuple(limit for group in nested for limit in group)
+        sets = [[(limit,)] if isinstance(limit, Limit) else limit.sets.values() for limit in self.limits]
+        return tuple(limit for each in sets for limits in each for limit in limits)
 
     def combinations(self) -> list[dict[str, str]]:
         """Every way to select one set of each disjunction."""
@@ -157,15 +154,11 @@ class Program:
 
     def select(self, choice: Mapping[str, str]) -> dict[str, str]:
         """The first set of each disjunction that a choice violates least, by summed relative excess."""
-        selected = {}
-        for each in self.disjunctions:
-            excess = {name: self.excess(choice, limits) for name, limits in each.sets.items()}
-            selected[each.name] = min(excess, key=lambda name: excess[name])
-        return selected
 
-    def excess(self, choice: Mapping[str, str], limits: Sequence[Limit]) -> float:
-        """Summed relative excess of a choice over limits."""
-        return sum(limit.excess(self.totals(choice, limit.key)) for limit in limits)
+        def excess(limits: Sequence[Limit]) -> float:
+            return sum(limit.excess(self.totals(choice, limit.key)) for limit in limits)
+
+        return {each.name: min(each.sets, key=lambda name: excess(each.sets[name])) for each in self.disjunctions}
 
     def limits_of(self, selected: Mapping[str, str]) -> tuple[Limit, ...]:
         """The limits that hold with a selected set of each disjunction."""
@@ -175,11 +168,8 @@ class Program:
     def _complaint(self, group: str, name: str, key: str, value: object) -> str:
         at = f"{shown(name)} in group {shown(group)}"
         if value is not None:
-            largest = (
-                f" of at most {LARGEST:g} in size"
-                if isinstance(value, int | float) and not isinstance(value, bool) and value == value
-                else ""
-            )
+            too_large = isinstance(value, int | float) and not isinstance(value, bool) and value == value
+            largest = f" of at most {LARGEST:g} in size" if too_large else ""
             return f"{key!r} of {at} is {shown(value)}, but must be a finite number{largest}"
         known = [known if known.isprintable() else repr(known) for known in self.keys]
         more = f" and {len(known) - _KEYS_SHOWN} more" if len(known) > _KEYS_SHOWN else ""
@@ -206,7 +196,7 @@ class Program:
         return total
 
 
-def lookup(numbers: Any, key: str) -> Any:
+def lookup(numbers: Json, key: str) -> Json:
     """The value at a dotted key of nested mappings, None where there is none; a key that holds dots itself
     works.
     """
@@ -224,21 +214,14 @@ def lookup(numbers: Any, key: str) -> Any:
 
 def common_keys(library: Library) -> set[str]:
     """Dotted keys under which every alternative of the library has a finite number."""
-    common: set[str] | None = None
-    for alternatives in library.values():
-        for numbers in alternatives.values():
-            keys = set(_numeric_keys(numbers))
-            common = keys if common is None else common & keys
-    return common or set()
+    return set.intersection(
+        *(set(_numeric_keys(numbers)) for alternatives in library.values() for numbers in alternatives.values())
+    )
 
 
-def _numeric_keys(numbers: Any, prefix: str = "") -> list[str]:
-    if not isinstance(numbers, Mapping):
-        return []
-    keys = []
-    for key, value in numbers.items():
+def _numeric_keys(numbers: object, prefix: str = "") -> Iterator[str]:
+    for key, value in numbers.items() if isinstance(numbers, Mapping) else ():
         if isinstance(value, Mapping):
-            keys += _numeric_keys(value, f"{prefix}{key}.")
+            yield from _numeric_keys(value, f"{prefix}{key}.")
         elif is_number(value):
-            keys.append(f"{prefix}{key}")
-    return keys
+            yield f"{prefix}{key}"

@@ -4,14 +4,13 @@
               sum cost[g, a] x[g, a] <= limit (or >=) for each limit, and for those of one set of each disjunction,
               and for further solutions  sum x * x_previous <= groups - min_distance
 
-(Puzzle, arXiv 2411.19146, section 4.) A group is whatever one thing must be chosen for: a layer, or one sub-block of a
-layer, so that sub-blocks whose scores and costs add need no product of alternatives. The library that a program works
-on is {group: {alternative: {nested numbers}}}, its numbers named by dotted keys ("stats.runtime_ms"); nothing here
-knows what a model is. A cost that every choice shares is a group with one alternative.
+(Puzzle, arXiv 2411.19146, section 4.) A group is a layer, or one sub-block of a layer, so that sub-blocks whose scores
+and costs add need no product of alternatives; `program.library` describes what a program chooses from. A cost that
+every choice shares is a group with one alternative.
 
 `program.minimise` says how one solution is found. Every solution is added up again as decimal fractions, as written in
 the library, and refused if a limit is violated by however little. An infeasible program raises with the limits that
-conflict and the nearest value that each could have (`program.explain`).
+conflict and the best value that each could have (`program.explain`).
 
 Left out: products of variables (interactions between groups).
 """
@@ -21,11 +20,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from math import inf
-from typing import Any
 
 import numpy as np
 
-from puzzle_jax.errors import PuzzleError
+from puzzle_jax.errors import PuzzleError, check_range
 from puzzle_jax.numeric import Number
 from puzzle_jax.program.compile import Compiled, Point, compile_program
 from puzzle_jax.program.explain import explain
@@ -47,21 +45,19 @@ def solve(
     """The best choices, best first; fewer than asked for when no more exist at that distance.
 
     Args:
-      program: library, objective and limits.
       num_solutions: size of the pool.
       min_distance: number of groups in which any two solutions differ at least.
       time_limit: seconds for each solution; a feasible point found by then is accepted.
       gap: relative gap that counts as optimal; with a gap, "best first" holds to that gap.
 
     Raises:
-      InfeasibleProgram: no choice meets the limits; names those that conflict and the nearest feasible values.
+      InfeasibleProgram: no choice meets the limits; names those that conflict and the best feasible values.
       PuzzleError: a setting is impossible, or the time limit passed with no feasible point.
     """
-    _require("num_solutions", num_solutions, int, num_solutions >= 1, "at least 1")
-    _require("num_solutions", num_solutions, int, num_solutions <= _MOST_SOLUTIONS, f"at most {_MOST_SOLUTIONS}")
-    _require("min_distance", min_distance, int, min_distance >= 1, "at least 1")
-    _require("time_limit", time_limit, (int, float), 0 < time_limit < inf, "a finite number above 0 seconds")
-    _require("gap", gap, (int, float), 0 <= gap < inf, "at least 0")
+    check_range("num_solutions", num_solutions, 1, _MOST_SOLUTIONS)
+    check_range("min_distance", min_distance, 1)
+    check_range("time_limit", time_limit, 0, above=True)
+    check_range("gap", gap, 0)
     compiled = compile_program(program, keep_dominated_by=num_solutions)
     found: list[np.ndarray] = []
     solutions: list[Solution] = []
@@ -133,8 +129,3 @@ def _describe(
     limits = program.limits_of(selected)
     violated = tuple(limit for limit in limits if not limit.is_met(program.totals(choice, limit.key)))
     return Solution(choice, float(program.totals(choice, program.minimize)), costs, status, gap, violated, selected)
-
-
-def _require(name: str, value: object, kind: Any, holds: bool, rule: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, kind) or not holds:
-        raise PuzzleError(f"{name} is {value!r}, but must be {rule}")

@@ -1,1 +1,1 @@
-"""What the user sees at the end: tables in the terminal and in files."""
+"""Results for the user: tables in the terminal and in files."""

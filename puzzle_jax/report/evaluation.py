@@ -7,22 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from rich.console import Console
 
+from puzzle_jax.files import Json
 from puzzle_jax.report.tables import Section
 
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """Everything that is shown.
+    """The tables and verdicts of the content of an evaluation.json."""
 
-    Attributes:
-      evaluation: content of evaluation.json.
-    """
-
-    evaluation: Mapping[str, Any]
+    evaluation: Mapping[str, Json]
 
     def sections(self) -> Iterator[Section]:
         """The tables in reading order."""
@@ -35,14 +31,9 @@ class EvaluationReport:
                 yield self._frontier()
 
     def verdicts(self) -> list[str]:
-        """For every model but the reference: does its curve lie above the reference's?"""
-        if not self.evaluation["points"]:
-            return []
-        return [
-            sentence
-            for name, comparison in self.evaluation["comparisons"].items()
-            for sentence in self._verdict(name, comparison)
-        ]
+        """Sentences that say for every other model whether its curve lies above the reference's."""
+        compared = self.evaluation["comparisons"].items() if self.evaluation["points"] else ()
+        return [sentence for name, comparison in compared for sentence in self._verdict(name, comparison)]
 
     def show(self, console: Console) -> None:
         """Prints the tables and the verdicts."""
@@ -52,7 +43,7 @@ class EvaluationReport:
             console.print(sentence, highlight=False)
 
     def markdown(self) -> str:
-        """The same as text for a file."""
+        """The tables and verdicts as text for a file."""
         parts = ["# Evaluation", *(section.markdown() for section in self.sections()), *self.verdicts()]
         if self.evaluation["points"]:
             parts.append("![accuracy against request rate](frontier.png)")
@@ -61,71 +52,45 @@ class EvaluationReport:
     # Tables ---------------------------------------------------------------------------------------------------------
 
     def _answers(self) -> Section:
-        rows = []
+        rows: list[list[str]] = []
         for name, efforts in self.evaluation["summaries"].items():
             for effort, summary in efforts.items():
                 everything = summary["all"]
+                accuracies = [f"{task['accuracy']:.1%}" for task in summary["tasks"].values()]
                 quantiles = " / ".join(f"{value:.0f}" for value in everything["token_quantiles"].values())
-                rows.append(
-                    [
-                        f"{name}, {effort}",
-                        _share_range(everything),
-                        *(f"{task['accuracy']:.1%}" for task in summary["tasks"].values()),
-                        f"{everything['mean_tokens']:.1f}",
-                        quantiles,
-                        f"{everything['truncated']:.1%}",
-                    ]
-                )
-            overall = self.evaluation["overall"][name]
-            blank = [""] * (len(rows[-1]) - 2)
-            rows.append([f"{name}, all", _range(overall, "{:.1%}"), *blank])
+                tokens = [f"{everything['mean_tokens']:.1f}", quantiles, f"{everything['truncated']:.1%}"]
+                accuracy = _range({**everything, "value": everything["accuracy"]}, "{:.1%}")
+                rows.append([f"{name}, {effort}", accuracy, *accuracies, *tokens])
+            rows.append(_overall(name, self.evaluation["overall"][name], "{:.1%}", rows))
         first = next(iter(next(iter(self.evaluation["summaries"].values())).values()))
         asked = first["all"]["answers"]
         quantiles = " / ".join(f"{q}%" for q in first["all"]["token_quantiles"])
-        return Section(
-            "Answers",
-            ["", "accuracy", *first["tasks"], "mean tokens", quantiles, "truncated"],
-            rows,
-            (
-                f"{asked} problems per effort and model; intervals of 95%; {quantiles} are quantiles of tokens.",
-                *self._unscored(),
-            ),
-        )
-
-    def _unscored(self) -> Iterator[str]:
+        remarks = [f"{asked} problems per effort and model; intervals of 95%; {quantiles} are quantiles of tokens."]
         for name, efforts in self.evaluation["summaries"].items():
-            count = sum(summary["all"].get("unscored", 0) for summary in efforts.values())
-            if count:
-                yield f"{count} answers of {name} could not be scored and count as wrong."
+            if count := sum(summary["all"].get("unscored", 0) for summary in efforts.values()):
+                remarks.append(f"{count} answers of {name} could not be scored and count as wrong.")
+        heading = ["", "accuracy", *first["tasks"], "mean tokens", quantiles, "truncated"]
+        return Section("Answers", heading, rows, tuple(remarks))
 
     def _differences(self) -> Section:
-        rows = []
+        rows: list[list[str]] = []
         for name, comparison in self.evaluation["comparisons"].items():
             for effort, entry in comparison["efforts"].items():
                 everything = entry["all"]
-                rows.append(
-                    [
-                        f"{name}, {effort}",
-                        _range({**everything, "value": everything["difference"]}, "{:+.1%}"),
-                        f"{everything['won']} / {everything['lost']}",
-                        f"{everything['p_value']:.2g}",
-                        *(f"{task['difference']:+.1%}" for task in entry["tasks"].values()),
-                        _range(entry["retention"], "{:.1%}"),
-                        _range(entry["relative_tokens"], "{:.3f}"),
-                    ]
-                )
-            blank = [""] * (len(rows[-1]) - 2)
-            rows.append([f"{name}, all", _range(comparison["overall"], "{:+.1%}"), *blank])
+                difference = _range({**everything, "value": everything["difference"]}, "{:+.1%}")
+                test = [f"{everything['won']} / {everything['lost']}", f"{everything['p_value']:.2g}"]
+                by_task = [f"{task['difference']:+.1%}" for task in entry["tasks"].values()]
+                ratios = _range(entry["retention"], "{:.1%}"), _range(entry["relative_tokens"], "{:.3f}")
+                rows.append([f"{name}, {effort}", difference, *test, *by_task, *ratios])
+            rows.append(_overall(name, comparison["overall"], "{:+.1%}", rows))
         tasks = next(iter(next(iter(self.evaluation["comparisons"].values()))["efforts"].values()))["tasks"]
-        return Section(
-            f"Compared with {self.evaluation['reference']} on the same problems",
-            ["", "accuracy", "won / lost", "p", *tasks, "retention", "tokens"],
-            rows,
-            (
-                f"Paired bootstrap over problems, {self.evaluation['settings']['bootstrap']} draws; "
-                "won / lost: problems that only one of the two solves, p: McNemar's exact test.",
-            ),
+        title = f"Compared with {self.evaluation['reference']} on the same problems"
+        remark = (
+            f"Paired bootstrap over problems, {self.evaluation['settings']['bootstrap']} draws; "
+            "won / lost: problems that only one of the two solves, p: McNemar's exact test."
         )
+        heading = ["", "accuracy", "won / lost", "p", *tasks, "retention", "tokens"]
+        return Section(title, heading, rows, (remark,))
 
     def _speeds(self) -> Section:
         throughput = self.evaluation["throughput"]
@@ -134,50 +99,30 @@ class EvaluationReport:
             lengths = throughput["scenarios"].get(workload)
             what = f"{workload} ({lengths[0]} in, {lengths[1]} out)" if lengths else f"{workload} effort"
             for name, entry in models.items():
-                speed, relative = entry["tokens_per_second"], entry["relative"]
-                rows.append(
-                    [
-                        f"{what}, {name}",
-                        str(entry["batch"]),
-                        f"{speed['median']:,.0f} ({speed['low']:,.0f} to {speed['high']:,.0f})",
-                        f"{relative['median']:.2f} ({relative['low']:.2f} to {relative['high']:.2f})",
-                    ]
-                )
-        return Section(
-            "Generated tokens per second",
-            ["", "batch", "tokens/s", f"over {self.evaluation['reference']}"],
-            rows,
-            (
-                f"Medians and quartiles over rounds on {throughput['device']}; batches are the largest that "
-                f"{throughput['cache_memory']:,} bytes of cache hold; an effort has each model's own lengths.",
-            ),
+                speeds = _quartiles(entry["tokens_per_second"], "{:,.0f}"), _quartiles(entry["relative"], "{:.2f}")
+                rows.append([f"{what}, {name}", str(entry["batch"]), *speeds])
+        remark = (
+            f"Medians and quartiles over rounds on {throughput['device']}; batches are the largest that "
+            f"{throughput['cache_memory']:,} bytes of cache hold; an effort has each model's own lengths."
         )
+        heading = ["", "batch", "tokens/s", f"over {self.evaluation['reference']}"]
+        return Section("Generated tokens per second", heading, rows, (remark,))
 
     def _frontier(self) -> Section:
-        points = self.evaluation["points"]
-        reference = self.evaluation["reference"]
+        points, reference = self.evaluation["points"], self.evaluation["reference"]
         highest = list(points[reference])[-1]
         rows = []
         for name, efforts in points.items():
             for effort, point in efforts.items():
                 compared = self.evaluation["comparisons"].get(name)
-                relative = compared["efforts"][effort]["relative_request_rate"] if compared else None
-                rows.append(
-                    [
-                        f"{name}, {effort}",
-                        _range(point["rate"], "{:.3f}"),
-                        _range(point["accuracy"], "{:.1%}"),
-                        _range(relative, "{:.3f}") if relative else "",
-                    ]
-                )
-        return Section(
-            "Accuracy and request rate",
-            ["", f"rate ({reference}, {highest} = 1)", "accuracy", f"rate over {reference}'s at the effort"],
-            rows,
-            ("Request rate: tokens per second over mean generated tokens.",),
-        )
+                relative = compared and compared["efforts"][effort]["relative_request_rate"]
+                measured = [_range(point["rate"], "{:.3f}"), _range(point["accuracy"], "{:.1%}")]
+                rows.append([f"{name}, {effort}", *measured, _range(relative, "{:.3f}") if relative else ""])
+        heading = ["", f"rate ({reference}, {highest} = 1)", "accuracy", f"rate over {reference}'s at the effort"]
+        remark = "Request rate: tokens per second over mean generated tokens."
+        return Section("Accuracy and request rate", heading, rows, (remark,))
 
-    def _verdict(self, name: str, comparison: Mapping[str, Any]) -> Iterator[str]:
+    def _verdict(self, name: str, comparison: Mapping[str, Json]) -> Iterator[str]:
         reference = self.evaluation["reference"]
         common, reachable = comparison["common"], comparison["reachable"]
         if common["gap"] is None:
@@ -201,25 +146,30 @@ class EvaluationReport:
             )
 
 
-def _position(above: Mapping[str, Any]) -> str:
+def _overall(name: str, estimate: Mapping[str, Json], form: str, rows: list[list[str]]) -> list[str]:
+    """The row of all efforts together, below those of each."""
+    return [f"{name}, all", _range(estimate, form), *[""] * (len(rows[-1]) - 2)]
+
+
+def _position(above: Mapping[str, Json]) -> str:
     return "everywhere above" if above["gap"]["accuracy"] > 0 else "not everywhere above"
 
 
-def _certainty(above: Mapping[str, Any]) -> str:
+def _certainty(above: Mapping[str, Json]) -> str:
     gap, bound = above["gap"], above["lower_bound"]
-    said = "none" if bound is None else f"{100 * bound:+.1f}"
+    lower = "none" if bound is None else f"{100 * bound:+.1f}"
     more = "" if above["answered"] == 1 else f", and {1 - above['answered']:.1%} cannot be compared"
     return (
-        f"the smallest gap is {100 * gap['accuracy']:+.1f} points at {gap['rate']:.3f} (95% lower bound: {said}); "
+        f"the smallest gap is {100 * gap['accuracy']:+.1f} points at {gap['rate']:.3f} (95% lower bound: {lower}); "
         f"it is above zero in {above['probability']:.1%} of bootstrap draws{more}."
     )
 
 
-def _share_range(summary: Mapping[str, Any]) -> str:
-    return f"{summary['accuracy']:.1%} ({summary['low']:.1%} to {summary['high']:.1%})"
+def _quartiles(values: Mapping[str, float], form: str) -> str:
+    return _range({**values, "value": values["median"]}, form)
 
 
-def _range(estimate: Mapping[str, Any], form: str) -> str:
+def _range(estimate: Mapping[str, Json], form: str) -> str:
     """A value with its interval; a side without limit is open."""
     if estimate["value"] is None:
         return "-"

@@ -4,49 +4,33 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from puzzle_jax.files import Json
+
 # Distinct in colour and in grey (Okabe and Ito's palette), the reference first.
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
-def frontier_figure(points: Mapping[str, Mapping[str, Any]], reference: str) -> bytes:
+def frontier_figure(points: Mapping[str, Mapping[str, Json]], reference: str) -> bytes:
     """Accuracy against relative request rate, one line per model with its efforts as labelled points.
 
-    Args:
-      points: of evaluation.json: by model and effort, rate and accuracy with their intervals.
-      reference: the model whose highest effort is the unit of rate.
+    `points` are those of evaluation.json; the highest effort of `reference` is the unit of rate.
     """
     figure, axes = canvas(7.0, 4.5)
     for position, (name, efforts) in enumerate(points.items()):
         ordered = sorted(efforts.items(), key=lambda item: item[1]["rate"]["value"])
-        rates, accuracies = ([point[key]["value"] for _, point in ordered] for key in ("rate", "accuracy"))
-        axes.errorbar(
-            rates,
-            accuracies,
-            xerr=_bars([point["rate"] for _, point in ordered]),
-            yerr=_bars([point["accuracy"] for _, point in ordered]),
-            label=name,
-            color=COLOURS[position % len(COLOURS)],
-            marker="o" if name == reference else "s",
-            linestyle="--" if name == reference else "-",
-            linewidth=1.5,
-            elinewidth=0.8,
-            capsize=2,
-        )
-        for (effort, _), rate, accuracy in zip(ordered, rates, accuracies, strict=True):
-            axes.annotate(
-                effort,
-                (rate, accuracy),
-                xytext=(6, 6 if name == reference else -13),
-                textcoords="offset points",
-                fontsize=9,
-                color=COLOURS[position % len(COLOURS)],
-            )
+        rates, accuracies = ([point[key] for _, point in ordered] for key in ("rate", "accuracy"))
+        places = [(rate["value"], accuracy["value"]) for rate, accuracy in zip(rates, accuracies, strict=True)]
+        colour, below = COLOURS[position % len(COLOURS)], 6 if name == reference else -13
+        x, y = zip(*places, strict=True)
+        style, bars = "o--" if name == reference else "s-", (_bars(accuracies), _bars(rates))
+        axes.errorbar(x, y, *bars, style, label=name, color=colour, linewidth=1.5, elinewidth=0.8, capsize=2)
+        for (effort, _), place in zip(ordered, places, strict=True):
+            axes.annotate(effort, place, (6, below), textcoords="offset points", fontsize=9, color=colour)
     highest = list(points[reference])[-1]
     axes.set_xlabel(f"request rate relative to {reference} at {highest} effort")
     axes.set_ylabel("accuracy")
@@ -57,7 +41,7 @@ def frontier_figure(points: Mapping[str, Mapping[str, Any]], reference: str) -> 
     return png(figure, dpi=150)
 
 
-def _bars(estimates: list[Any]) -> list[list[float]]:
+def _bars(estimates: list[Json]) -> list[list[float]]:
     """Lengths of error bars below and above; a side without limit has none."""
     below = [max(0.0, e["value"] - e["low"]) if e["low"] is not None else 0.0 for e in estimates]
     above = [max(0.0, e["high"] - e["value"]) if e["high"] is not None else 0.0 for e in estimates]
@@ -83,7 +67,7 @@ def legend(axes: Axes) -> None:
 
 
 def png(figure: Figure, dpi: int = 130) -> bytes:
-    """The same bytes for the same figure."""
+    """Returns PNG bytes, the same for the same figure."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
     return buffer.getvalue()

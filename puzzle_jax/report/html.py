@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import re
 from functools import cache
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
@@ -17,7 +16,7 @@ _UNSEEN = re.compile(
 """Controls, half surrogate pairs, marks of direction and joining: all but tab and newline."""
 
 
-def render(template: str, **values: Any) -> str:
+def render(template: str, **values: object) -> str:
     """The page of `templates/TEMPLATE.html.jinja` with these values."""
     return _environment().get_template(f"{template}.html.jinja").render(values)
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from puzzle_jax.errors import PuzzleError
-from puzzle_jax.files import read_object
+from puzzle_jax.files import Json, read_object
 from puzzle_jax.report import search_figures as figures
 from puzzle_jax.report.html import render
 from puzzle_jax.report.table import SearchReport
@@ -16,23 +15,22 @@ from puzzle_jax.report.table import SearchReport
 
 @dataclass(frozen=True)
 class SearchPage:
-    """What the page shows, from the files of a finished run.
+    """The content of the page, from the files of a finished run.
 
     Attributes:
-      report: tables of the evaluation.
       scores, solutions, refined: contents of the stages' files.
-      seconds: of one request's share of its batch, by scenario, model and part.
+      seconds: one request's share of its batch, by scenario, model and part.
       child: predicted speed-up and score of the chosen child.
       stages: name and stage.json of every stage.
     """
 
     report: SearchReport
-    scores: Mapping[str, Any]
-    solutions: Mapping[str, Any]
-    refined: Mapping[str, Any]
+    scores: Mapping[str, Json]
+    solutions: Mapping[str, Json]
+    refined: Mapping[str, Json]
     seconds: Mapping[str, Mapping[str, Mapping[str, float]]]
     child: Mapping[str, float]
-    stages: Mapping[str, Mapping[str, Any]]
+    stages: Mapping[str, Mapping[str, Json]]
 
     def figures(self) -> dict[str, bytes]:
         """PNG files by name."""
@@ -57,8 +55,8 @@ class SearchPage:
             [
                 entry["name"].replace("_", " "),
                 f"{entry['score']:.4f}",
-                f"{entry['validation']['kl']:.4f} ±{entry['validation']['kl_se']:.4f}",
-                f"{entry['above_best']['mean']:.4f} ±{entry['above_best']['se']:.4f}",
+                "{kl:.4f} ±{kl_se:.4f}".format(**entry["validation"]),
+                "{mean:.4f} ±{se:.4f}".format(**entry["above_best"]),
             ]
             for entry in self.solutions["pool"]
         ]
@@ -70,7 +68,7 @@ class SearchPage:
             remarks=[self.report.caption(), *self.report.misses()],
             images=images,
             pool=pool,
-            choices=[f"Taken was: {chosen}.{agree}", *map(_told, self.refined["tried"])],
+            choices=[f"The search took {chosen}.{agree}", *map(_outcome, self.refined["tried"])],
             scenarios=list(self.seconds),
             stages=[[name, f"{record['seconds']:.1f}", record["jax"]] for name, record in self.stages.items()],
         )
@@ -85,17 +83,17 @@ class SearchPage:
         (out / "report.md").write_text(self.report.markdown())
 
 
-def stage_records(run: Path, directories: Sequence[tuple[str, str]]) -> dict[str, Mapping[str, Any]]:
+def stage_records(run: Path, directories: Sequence[tuple[str, str]]) -> dict[str, Mapping[str, Json]]:
     """stage.json of every stage that has one, by name; `directories` are (stage, directory)."""
     paths = {name: run / directory / "stage.json" for name, directory in directories}
-    found: dict[str, Mapping[str, Any]] = {name: read_object(path) for name, path in paths.items() if path.is_file()}
+    found: dict[str, Mapping[str, Json]] = {name: read_object(path) for name, path in paths.items() if path.is_file()}
     for name, record in found.items():
         if not isinstance(record.get("seconds"), int | float) or "jax" not in record:
             raise PuzzleError(f"{paths[name]} has no seconds or no jax, but is the record of a stage; run it again")
     return found
 
 
-def _told(step: Mapping[str, Any]) -> str:
+def _outcome(step: Mapping[str, Json]) -> str:
     if step["confirmation"] is None:
         return f"{step['step']}: nothing better was found."
     found = step["confirmation"]

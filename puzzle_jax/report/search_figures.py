@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
+from puzzle_jax.config import window_name
+from puzzle_jax.files import Json
 from puzzle_jax.report.figures import COLOURS, canvas, grid, legend, png
 
 
-def score_map(layers: Sequence[Mapping[str, Any]]) -> bytes:
-    """KL of each layer's best set of every expert count, and of each window, on a logarithmic scale.
-
-    Args:
-      layers: of scores.json.
-    """
+def score_map(layers: Sequence[Mapping[str, Json]]) -> bytes:
+    """KL of each layer's best set of every expert count, and of each window, on a logarithmic scale, by scores.json."""
     counts = sorted({choice["count"] for layer in layers for choice in layer["experts"]}, reverse=True)
     windows = sorted({w for layer in layers for w in layer["windows"][1:]}, reverse=True)
     values = np.full((len(counts) + len(windows), len(layers)), np.nan)
@@ -40,7 +37,7 @@ def score_map(layers: Sequence[Mapping[str, Any]]) -> bytes:
     return png(figure)
 
 
-def architecture(parent: Sequence[Mapping[str, Any]], child: Sequence[Mapping[str, Any]]) -> bytes:
+def architecture(parent: Sequence[Mapping[str, Json]], child: Sequence[Mapping[str, Json]]) -> bytes:
     """Experts kept per layer beside the parent's, and the attention window of each layer above."""
     layers = range(len(child))
     figure, axes = canvas(max(6.0, 1.5 + 0.35 * len(child)), 3.4)
@@ -48,16 +45,10 @@ def architecture(parent: Sequence[Mapping[str, Any]], child: Sequence[Mapping[st
     axes.bar(layers, [layer["num_local_experts"] for layer in child], color=COLOURS[2], label="child")
     for index, (old, new) in enumerate(zip(parent, child, strict=True)):
         changed = old["sliding_window"] != new["sliding_window"]
-        name = "full" if new["sliding_window"] is None else str(new["sliding_window"])
+        colour, weight = (COLOURS[1], "bold") if changed else ("0.4", "normal")
+        name, place = window_name(new["sliding_window"]), (index, old["num_local_experts"])
         axes.annotate(
-            name,
-            (index, old["num_local_experts"]),
-            xytext=(0, 4),
-            textcoords="offset points",
-            ha="center",
-            fontsize=8,
-            color=COLOURS[1] if changed else "0.4",
-            fontweight="bold" if changed else "normal",
+            name, place, (0, 4), textcoords="offset points", ha="center", fontsize=8, color=colour, fontweight=weight
         )
     axes.set_xticks(layers)
     axes.set_xlabel("layer (above: its window, coloured where narrowed)")
@@ -67,25 +58,16 @@ def architecture(parent: Sequence[Mapping[str, Any]], child: Sequence[Mapping[st
     return png(figure)
 
 
-def frontier(solutions: Mapping[str, Any], child: Mapping[str, float]) -> bytes:
-    """Predicted KL against predicted speed-up: the program at every speed, uniform pruning, the child.
-
-    Args:
-      solutions: content of solutions.json.
-      child: "speedup" and "score".
-    """
+def frontier(solutions: Mapping[str, Json], child: Mapping[str, float]) -> bytes:
+    """Predicted KL against predicted speed-up: the program at every speed, uniform pruning, and the child's "speedup"
+    and "score"; by solutions.json."""
     figure, axes = canvas(6.5, 4.0)
-    points = solutions["frontier"]
-    axes.plot(
-        [p["speedup"] for p in points],
-        [p["score"] for p in points],
-        "o-",
-        color=COLOURS[2],
-        label="program",
-        markersize=4,
-    )
-    uniform = solutions["uniform"]
-    axes.plot([p["speedup"] for p in uniform], [p["score"] for p in uniform], "x", color=COLOURS[1], label="uniform")
+    for part, label, style, colour in (
+        ("frontier", "program", "o-", COLOURS[2]),
+        ("uniform", "uniform", "x", COLOURS[1]),
+    ):
+        speedups, scores = ([point[name] for point in solutions[part]] for name in ("speedup", "score"))
+        axes.plot(speedups, scores, style, color=colour, label=label, markersize=4)
     axes.plot(child["speedup"], child["score"], "*", color=COLOURS[0], markersize=13, label="child")
     axes.set_xlabel("predicted tokens per second over the parent's")
     axes.set_ylabel("predicted KL, nats per token")
@@ -94,7 +76,7 @@ def frontier(solutions: Mapping[str, Any], child: Mapping[str, float]) -> bytes:
     return png(figure)
 
 
-def predicted_and_real(pool: Sequence[Mapping[str, Any]]) -> bytes:
+def predicted_and_real(pool: Sequence[Mapping[str, Json]]) -> bytes:
     """The pool's predicted KL against that of the whole model on fresh traces, with standard errors."""
     figure, axes = canvas(4.6, 4.2)
     predicted, real = [entry["score"] for entry in pool], [entry["validation"]["kl"] for entry in pool]
@@ -110,11 +92,7 @@ def predicted_and_real(pool: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def costs_by_part(seconds: Mapping[str, Mapping[str, float]]) -> bytes:
-    """Stacked seconds of one request's share of its batch by part.
-
-    Args:
-      seconds: by model, by part.
-    """
+    """Stacked seconds of one request's share of its batch, by model and part."""
     parts = list(dict.fromkeys(part for of_model in seconds.values() for part in of_model))
     figure, axes = canvas(6.5, 1.5 + 0.5 * len(seconds))
     left = np.zeros(len(seconds))

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
+from puzzle_jax.files import Json
 from puzzle_jax.report.tables import Section
 
 BAR = 32  # characters of a layer's bar, at most
@@ -25,23 +25,21 @@ class SearchReport:
     Attributes:
       evaluation: content of evaluation.json: by model name, the parent first.
       efforts: columns of accuracy.
-      scenarios: deployments that speeds and KV bytes are for: name, batch, input_tokens, output_tokens of each.
-      child: where the child's checkpoint lies.
+      scenarios: name, batch, input_tokens and output_tokens of each deployment.
+      child: directory of the child's checkpoint.
     """
 
-    evaluation: Mapping[str, Any]
+    evaluation: Mapping[str, Json]
     efforts: Sequence[str]
-    scenarios: Sequence[Mapping[str, Any]]
+    scenarios: Sequence[Mapping[str, Json]]
     child: Path
 
     def rows(self) -> tuple[list[str], list[list[str]]]:
         """Heading and one row per measure, with a column per model."""
-        names = list(self.evaluation)
         entries = list(self.evaluation.values())
+        sizes = ("parameters", "checkpoint_bytes", "expert_bytes")
         rows = [
-            ["parameters", *_ratios([e["parameters"] for e in entries])],
-            ["checkpoint bytes", *_ratios([e["checkpoint_bytes"] for e in entries])],
-            ["expert bytes", *_ratios([e["expert_bytes"] for e in entries])],
+            *([size.replace("_", " "), *_ratios([e[size] for e in entries])] for size in sizes),
             *(row for scenario in self.scenarios for row in self._scenario_rows(scenario)),
             ["predicted KL", *(f"{e['predicted_kl']:.4f}" for e in entries)],
             ["held-out KL", *(f"{e['heldout']['kl']:.4f} ±{e['heldout']['kl_se']:.4f}" for e in entries)],
@@ -52,15 +50,15 @@ class SearchReport:
             rows.append([f"  mean tokens, {effort}", *(f"{x['mean_tokens']:.1f}" for x in of_effort)])
         rows.append(["meets the target", *("no" if e["missed"] else "yes" for e in entries)])
         rows[-1][1] = "-"
-        return ["", *(name.replace("_", " ") for name in names)], rows
+        return ["", *(name.replace("_", " ") for name in self.evaluation)], rows
 
     @property
     def measured_efforts(self) -> list[str]:
         """Efforts at which accuracy was measured: none where the search had no task."""
         return [effort for effort in self.efforts if all(effort in e["efforts"] for e in self.evaluation.values())]
 
-    def _scenario_rows(self, scenario: Mapping[str, Any]) -> list[list[str]]:
-        """Bytes, batches where they are open, and speeds; told apart by name where there are several scenarios."""
+    def _scenario_rows(self, scenario: Mapping[str, Json]) -> list[list[str]]:
+        """Bytes, batches where they are open, and speeds; named where there are several scenarios."""
         found = [entry["scenarios"][scenario["name"]] for entry in self.evaluation.values()]
         where = f", {scenario['name']}" if len(self.scenarios) > 1 else ""
         predicted = _speeds([x["predicted_tokens_per_second"] for x in found])
@@ -81,8 +79,7 @@ class SearchReport:
         for index, (old, new) in enumerate(zip(parent, child, strict=True)):
             kept, of = new["num_local_experts"], old["num_local_experts"]
             width = min(of, BAR)
-            filled = round(width * kept / of)
-            bar = "█" * filled + "·" * (width - filled)
+            bar = f"{'█' * round(width * kept / of):·<{width}}"
             window, was = _window(new["sliding_window"]), _window(old["sliding_window"])
             change = "" if window == was else f"  (was {was})"
             lines.append(f"layer {index:>2}  {bar}  {kept:>3} of {of} experts  {window}{change}")
@@ -90,14 +87,14 @@ class SearchReport:
 
     def misses(self) -> list[str]:
         """One line for every limit that a baseline breaks."""
-        found = []
-        for name, entry in self.evaluation.items():
-            if name != "parent" and entry["missed"]:
-                found.append(f"{name.replace('_', ' ')} cannot meet the target: {'; '.join(entry['missed'])}")
-        return found
+        return [
+            f"{name.replace('_', ' ')} cannot meet the target: {'; '.join(entry['missed'])}"
+            for name, entry in self.evaluation.items()
+            if name != "parent" and entry["missed"]
+        ]
 
     def caption(self) -> str:
-        """What the scenarios are, and what was not measured."""
+        """A sentence on the scenarios, and on what was not measured."""
         scenarios = "; ".join(
             "scenario {name}: {together} of {input_tokens} input and {output_tokens} output tokens together".format(
                 together="as many requests as fit" if s["batch"] is None else f"{s['batch']} requests", **s
@@ -109,15 +106,13 @@ class SearchReport:
     def show(self, console: Console) -> None:
         """Prints the table, the layers, and where the child is."""
         console.print(self._section().table())
-        for line in self.misses():
-            console.print(line, highlight=False)
-        for line in self.layers():
+        for line in (*self.misses(), *self.layers()):
             console.print(line, highlight=False)
         where = Text.assemble("The child is saved in ", (str(self.child), "bold"))
         console.print(where, highlight=False, soft_wrap=True)
 
     def markdown(self) -> str:
-        """The same as text for a file."""
+        """The table as text for a file."""
         layers = "```\n" + "\n".join(self.layers()) + "\n```"
         return "\n\n".join([self._section().markdown(), *self.misses(), layers]) + "\n"
 

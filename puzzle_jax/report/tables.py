@@ -10,14 +10,9 @@ from rich.table import Table
 
 @dataclass(frozen=True)
 class Section:
-    """A table with a title, and remarks below it.
+    """A table with a title ("" for none) and sentences below it; a row's first cell is its name.
 
-    Attributes:
-      title: above it; "" for none.
-      heading: names of the columns.
-      rows: cells, the first of each row being its name.
-      remarks: sentences below it.
-      emphasised: the column that the terminal shows bold.
+    The terminal shows the column `emphasised` bold.
     """
 
     title: str
@@ -27,13 +22,9 @@ class Section:
     emphasised: str | None = None
 
     def table(self) -> Table:
-        """For the terminal."""
-        table = Table(
-            title=self.title or None,
-            title_justify="left",
-            caption=" ".join(self.remarks) or None,
-            caption_justify="left",
-        )
+        """The table for the terminal."""
+        caption = " ".join(self.remarks) or None
+        table = Table(title=self.title or None, title_justify="left", caption=caption, caption_justify="left")
         for position, name in enumerate(self.heading):
             style = "bold" if name == self.emphasised else None
             table.add_column(name, justify="right" if position else "left", style=style, overflow="fold")
@@ -42,7 +33,7 @@ class Section:
         return table
 
     def markdown(self) -> str:
-        """For a file, with paragraphs apart by an empty line."""
+        """The table for a file, with an empty line between paragraphs."""
         rows = [_row(self.heading), f"|---|{'---:|' * (len(self.heading) - 1)}", *map(_row, self.rows)]
         return "\n\n".join([*([f"## {self.title}"] if self.title else []), "\n".join(rows), *self.remarks])
 

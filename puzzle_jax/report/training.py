@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -30,7 +30,7 @@ from puzzle_jax.errors import PuzzleError
 from puzzle_jax.files import write_beside
 from puzzle_jax.report.figures import COLOURS, grid, png
 from puzzle_jax.report.html import render
-from puzzle_jax.runs import METRICS_FILE, REPORT_FILE, read_metrics
+from puzzle_jax.runs import METRICS_FILE, REPORT_FILE, Metrics, read_metrics
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,8 @@ SECTIONS: Mapping[str, tuple[Panel, ...]] = {
 """Title -> plots, in the order of the page."""
 
 OTHER = "other"
-_SMALL = 12
-"""Plots of a figure of other metrics."""
-_MARKED = 60
-"""Lines of up to so many points have a mark at each."""
+_SMALL = 12  # plots of a figure of other metrics
+_MARKED = 60  # lines of up to so many points have a mark at each
 
 _MAIN: Mapping[str, bool | None] = {
     "reward": True,
@@ -143,13 +141,8 @@ def write_training_report(run_dir: Path) -> Path:
     if not lines:
         raise PuzzleError(f"{source} has no line yet, so that there is nothing to show")
     metrics = _series(lines)
-    page = render(
-        "training",
-        source=_text(str(source)),
-        steps=[line["step"] for line in lines],
-        rows=list(_rows(metrics)),
-        figures=training_figures(metrics),
-    )
+    steps, rows = [line["step"] for line in lines], list(_rows(metrics))
+    page = render("training", source=_text(str(source)), steps=steps, rows=rows, figures=training_figures(metrics))
     write_beside(run_dir / REPORT_FILE, page.encode())
     return run_dir / REPORT_FILE
 
@@ -172,7 +165,7 @@ def training_figures(metrics: Mapping[str, Series]) -> dict[str, bytes]:
     return found
 
 
-def _series(lines: list[dict[str, Any]]) -> dict[str, Series]:
+def _series(lines: list[Metrics]) -> dict[str, Series]:
     points: dict[str, list[tuple[int, float]]] = {}
     for line in lines:
         for name, value in line.items():
@@ -285,16 +278,9 @@ def _line(axes: Axes, series: Series, name: str, position: int) -> None:
     finite = np.isfinite(series.values)
     before, after = np.append(False, finite[:-1]), np.append(finite[1:], False)
     marked = finite if len(finite) <= _MARKED else finite & ~before & ~after
-    axes.plot(
-        series.steps,
-        series.values,
-        label=_label(name),
-        color=COLOURS[position % len(COLOURS)],
-        linestyle=("-", "--", ":")[position // len(COLOURS) % 3],
-        linewidth=1.3,
-        marker=".",
-        markevery=np.flatnonzero(marked).tolist(),
-    )
+    colour, style = COLOURS[position % len(COLOURS)], ("-", "--", ":")[position // len(COLOURS) % 3]
+    [line] = axes.plot(*series, label=_label(name), color=colour, linestyle=style, linewidth=1.3)
+    line.set(marker=".", markevery=np.flatnonzero(marked).tolist())
 
 
 def _stack(axes: Axes, parts: Mapping[str, Series]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -89,7 +89,7 @@ class Search:
 
     @property
     def scenarios(self) -> list[dict[str, object]]:
-        return [scenario.to_json() for scenario in self.recipe.scenarios]
+        return [asdict(scenario) for scenario in self.recipe.scenarios]
 
     @property
     def offer(self) -> Offer:

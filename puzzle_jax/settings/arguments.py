@@ -91,7 +91,7 @@ def _named(given: str, settings: Mapping[str, Setting]) -> tuple[str, str | None
 
 
 def _is_truth(rest: Sequence[str], positional: bool) -> bool:
-    """Whether a flag's value follows: where words have places of their own, only a word that can be nothing else."""
+    """Returns whether a flag's value follows: where words have their own places, only a word that is nothing else."""
     return bool(rest) and not rest[0].startswith("--") and (not positional or rest[0].lower() in _TRUTH)
 
 

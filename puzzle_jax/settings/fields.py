@@ -44,12 +44,12 @@ class Setting:
 
     @property
     def of_weights(self) -> bool:
-        """Whether it is a mapping of names to weights, and nothing else."""
+        """Returns whether it is a mapping of names to weights, and nothing else."""
         return self.mapping is not None and self.mapping[1] is float and not self.is_scalar
 
     @property
     def is_scalar(self) -> bool:
-        """Whether a single number may be given."""
+        """Returns whether a single number may be given."""
         return any(of in (int, float) for of in hint_options(self.hint))
 
     @property
@@ -80,25 +80,17 @@ class Setting:
 def settings_of(kind: type, prefix: str = "", default: Any = MISSING) -> dict[str, Setting]:
     """All settings of a dataclass by dotted name, each section before the fields in it.
 
-    Args:
-      kind: a dataclass.
-      prefix: names of the sections around it.
-      default: an instance whose values are the defaults, in place of the dataclass' own.
+    `prefix` names the sections around it; the values of an instance, `default`, replace the dataclass' own defaults.
     """
     found: dict[str, Setting] = {}
-    hints, said = get_type_hints(kind), _descriptions(kind)
+    hints, texts = get_type_hints(kind), _descriptions(kind)
     for field in fields(kind):
         name, value = f"{prefix}{field.name}", _default(field) if default is MISSING else getattr(default, field.name)
-        setting = Setting(name, hints[field.name], value, said.get(field.name, ""), field.metadata.get("read"))
+        setting = Setting(name, hints[field.name], value, texts.get(field.name, ""), field.metadata.get("read"))
         found[name] = setting
         if setting.section is not None:
             found |= settings_of(setting.section, f"{name}.", value)
     return found
-
-
-def setting_hints(kind: type) -> dict[str, Any]:
-    """Types by dotted name."""
-    return {name: setting.hint for name, setting in settings_of(kind).items()}
 
 
 def hint_options(hint: Any) -> Iterator[Any]:
@@ -115,7 +107,7 @@ def _default(field: Field[Any]) -> Any:
 
 
 def _descriptions(kind: type) -> dict[str, str]:
-    """What the docstrings of a dataclass and its bases say of its attributes."""
+    """Descriptions of attributes in the docstrings of a dataclass and its bases."""
     found: dict[str, str] = {}
     for of in reversed(kind.__mro__):
         _, _, attributes = inspect.cleandoc(of.__doc__ or "").partition("\nAttributes:\n")

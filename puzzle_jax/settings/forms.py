@@ -36,7 +36,7 @@ _WORDS = {"true": True, "false": False, "yes": True, "no": False}
 
 
 def formed(value: Any, name: str, settings: Mapping[str, Setting], source: str) -> dict[str, Any]:
-    """What was given for a setting, as the parser takes it: the fields of a section by dotted name, or one value.
+    """The values given for a setting, as the parser takes it: the fields of a section by dotted name, or one value.
 
     Args:
       value: text of the command line, or a value of YAML.
@@ -146,7 +146,7 @@ def _weights(names: list[Any], where: str) -> dict[Any, float]:
 
 
 def _is_single(value: Any, setting: Setting) -> bool:
-    """Whether a value is one element of the list that a setting is."""
+    """Returns whether a value is one element of the list that a setting is."""
     if any(of in (str, Path) for of in hint_options(setting.hint)):
         return False  # one path, where one or several may be given
     if is_dataclass(setting.element):

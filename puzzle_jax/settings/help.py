@@ -1,4 +1,4 @@
-"""What `--help` and `--help-all` print: settings with their forms and defaults, and an example."""
+"""The pages of `--help` and `--help-all`: settings with their forms and defaults, and an example."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING
 from pathlib import Path
-from typing import Any
 
 from puzzle_jax.settings.fields import Setting, hint_options
 
@@ -23,17 +22,8 @@ def help_text(
     example: str,
     recipes: Sequence[str],
 ) -> str:
-    """The page.
-
-    Args:
-      program: the verb, as it is called.
-      summary: what it does.
-      settings: all there are.
-      shown: names of those to show.
-      positional: names of those that are given by place.
-      example: a command line, without the program.
-      recipes: names that `--recipe` takes.
-    """
+    """The page of a verb: its usage, the settings that are `shown` or given by place, an example without the program,
+    and the names that `--recipe` takes."""
     places = "".join(f" {name.upper()}" for name in positional)
     lines = [f"usage: {program}{places} [--recipe {'NAME|' if recipes else ''}FILE] [OPTIONS]", "", summary, ""]
     for name in dict.fromkeys([*positional, *shown]):
@@ -55,7 +45,7 @@ def _entry(setting: Setting, by_place: bool) -> list[str]:
     name = setting.name.upper() if by_place else f"--{setting.name} {_form(setting)}"
     if setting.default is True:
         name = f"--[no_]{setting.name}"
-    default = "required" if setting.default is MISSING else f"default: {_written(setting.default)}"
+    default = "required" if setting.default is MISSING else f"default: {written(setting.default)}"
     said = setting.help.removesuffix(".")
     said = f"{said} ({default})" if default not in ("default: ", "default: false") else said
     lines = textwrap.wrap(said, _WIDTH - _COLUMN) or [""]
@@ -73,10 +63,10 @@ def _form(setting: Setting) -> str:
     return "|".join(setting.choices) or next((form for of, form in _FORMS.items() if of in kinds), "VALUE")
 
 
-def _written(value: Any) -> str:
+def written(value: object) -> str:
     """A default as a command line writes it."""
     if value is None or isinstance(value, bool):
         return "" if value is None else str(value).lower()
     if isinstance(value, Mapping):
-        return ",".join(f"{key}={_written(of).replace(',', ':')}" for key, of in value.items())
-    return ",".join(map(_written, value)) if isinstance(value, tuple | list) else str(value)
+        return ",".join(f"{key}={written(of).replace(',', ':')}" for key, of in value.items())
+    return ",".join(map(written, value)) if isinstance(value, tuple | list) else str(value)

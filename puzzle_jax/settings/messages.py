@@ -1,4 +1,4 @@
-"""What a parser of settings says, in the words of a recipe.
+"""Messages of a parser of settings, in the words of a recipe.
 
 The parser speaks of types and classes of Python; people who write recipes know fields and values.
 """
@@ -29,13 +29,7 @@ _KEY = re.compile(r'Parser key "([^"]+)": ')
 
 
 def plain_message(error: Exception, settings: Mapping[str, Setting], values: Mapping[str, Any]) -> str:
-    """One sentence for what a parser refused.
-
-    Args:
-      error: of the parser.
-      settings: all there are, by dotted name.
-      values: that the parser was given, likewise.
-    """
+    """One sentence for what a parser refused, by all settings and the values that it was given, by dotted name."""
     text = " ".join(str(error).split())
     keys = _KEY.findall(text)
     names = [name for name in keys if name in settings]
@@ -52,7 +46,7 @@ def plain_message(error: Exception, settings: Mapping[str, Setting], values: Map
 
 
 def describe(hint: Any) -> str:
-    """What a setting of some type is, in words."""
+    """The values of a setting of some type, in words."""
     options = list(dict.fromkeys(map(_describe_one, hint_options(hint))))
     if options == [_WORDS[int], _WORDS[float]]:
         return _WORDS[float]

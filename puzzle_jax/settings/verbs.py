@@ -11,12 +11,12 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, is_dataclass
-from pathlib import Path
+from dataclasses import MISSING, dataclass
 from typing import Any
 
 import yaml
 
+from puzzle_jax.codec import to_plain
 from puzzle_jax.commands import did_you_mean, enable_compilation_cache, guarded, say
 from puzzle_jax.errors import ConfigError, shown
 from puzzle_jax.settings.arguments import read_arguments
@@ -60,7 +60,7 @@ class Verb:
 
     @property
     def program(self) -> str:
-        """What stands before every message."""
+        """The name that stands before every message."""
         return f"puzzle {self.name}"
 
 
@@ -124,13 +124,13 @@ def parse(verb: Verb, arguments: Sequence[str]) -> Any:
 
 
 def loaded(name: str) -> Any:
-    """What "package.module:name" names."""
+    """The object that "package.module:name" names."""
     module, _, attribute = name.partition(":")
     return getattr(importlib.import_module(module), attribute)
 
 
 def _given(verb: Verb, arguments: Sequence[str], settings: Mapping[str, Setting], runs: bool = True) -> dict[str, Any]:
-    """What recipes and the command line give, by dotted name, over what the verb starts from."""
+    """Values from recipes and the command line, by dotted name, over those that the verb starts from."""
     options, words = read_arguments(arguments, settings, verb.positional)
     given: dict[str, Any] = {}
     recipe, replaced = None, set()
@@ -163,21 +163,10 @@ def _config(verb: Verb, arguments: Sequence[str]) -> str:
         place = whole
         for section in sections:
             place = place.setdefault(section, {})
-        place[field] = _plain(value)
+        place[field] = to_plain(value)
     return yaml.safe_dump(whole, sort_keys=False, allow_unicode=True)
 
 
-def _plain(value: Any) -> Any:
-    """The value as YAML has it."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return _plain(asdict(value))
-    if isinstance(value, Mapping):
-        return {key: _plain(of) for key, of in value.items()}
-    if isinstance(value, tuple | list):
-        return [_plain(of) for of in value]
-    return str(value) if isinstance(value, Path) else value
-
-
 def _end(arguments: Sequence[str]) -> int:
-    """How many arguments may be options."""
+    """The number of arguments that may be options."""
     return list(arguments).index("--") if "--" in arguments else len(arguments)

@@ -50,9 +50,9 @@ def test_files_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("input_tokens: 3", "output_tokens is missing"),
+        ("input_tokens: 3", "has no field 'output_tokens'"),
         ("input_tokens: 0\noutput_tokens: 3", "input_tokens of scenario 'chat' is 0"),
-        ("input_tokens: 4\noutput_tokens: 3\ngpus: 8", "gpus is 8, but a scenario has only name, input_tokens"),
+        ("input_tokens: 4\noutput_tokens: 3\ngpus: 8", "gpus does not exist; there are name, input_tokens"),
         ("input_tokens: 4\noutput_tokens: 3\ndevices: 8\ntensor_parallel: 3", "tensor_parallel of .* is 3, .* divisor"),
         (
             "input_tokens: 4\noutput_tokens: 3\ndevices: 8\ntensor_parallel: 2\nexpert_parallel: 3",
@@ -60,7 +60,7 @@ def test_files_are_read(tmp_path):
         ),
         ("input_tokens: 4\noutput_tokens: 3\nusable_memory: 1.5", "usable_memory of scenario 'chat' is 1.5"),
         ("input_tokens: 4\noutput_tokens: 3\nmax_batch: 0", "max_batch of scenario 'chat' is 0"),
-        ("- 3", "must hold the fields"),
+        ("- 3", "is a list, but must be an object"),
         ("a: [", "cannot be read"),
     ],
 )

@@ -244,13 +244,13 @@ def test_room_is_a_share_less_the_reserve():
 def test_hardware_table():
     assert hardware_named("h200").bytes_per_second > hardware_named("h100").bytes_per_second
     assert HARDWARE["h100"].memory_bytes == 85_520_809_984  # as nvidia-smi and the driver have it
-    with pytest.raises(ConfigError, match="hardware is 'h900', but must be local or one of a100, h100"):
+    with pytest.raises(ConfigError, match="hardware is 'h900', but must be one of local, a100, h100"):
         hardware_named("h900")
     with pytest.raises(ConfigError, match=r"flops_per_second of hardware 'x' is 0\.0, but must be above 0"):
         device("x", rate=0.0)
     with pytest.raises(ConfigError, match="launch_seconds of hardware 'x' is -1, but must be at least 0"):
         device("x", launch_seconds=-1)
-    with pytest.raises(ConfigError, match=r"launch_seconds of hardware 'x' is 1000.*, but must be at least 0"):
+    with pytest.raises(ConfigError, match=r"launch_seconds of hardware 'x' is 1000.*, but must be from 0 to 1e"):
         device("x", launch_seconds=10**400)  # more than a float holds
 
 
@@ -266,9 +266,9 @@ def test_assumptions_are_read_whole(tmp_path):
     path.write_text(text.replace("tile_rows: 64", "tile_rows: 16"))
     assert read_assumptions(path) == replace(default_assumptions(), tile_rows=16)
     for old, new, words in (
-        ("tile_rows: 64", "", "tile_rows is missing"),
-        ("tile_rows: 64", "tile_rows: 0", "tile_rows is 0, but must be a whole number of at least 1"),
-        ("tile_rows: 64", "tile_rows: 64\nother: 1", "other is no assumption"),
+        ("tile_rows: 64", "", "has no field 'tile_rows'"),
+        ("tile_rows: 64", "tile_rows: 0", "tile_rows is 0, but must be at least 1"),
+        ("tile_rows: 64", "tile_rows: 64\nother: 1", "other does not exist; there are usable_memory"),
         ("experts: {bandwidth: 0.6", "experts: {bandwidth: 1.6", "efficiency.experts.bandwidth is 1.6"),
         ("link_efficiency: 0.7", "link_efficiency: -1.0", "link_efficiency is -1.0, but must be above 0"),
         ("tile_rows: 64", "tile_rows: [", "cannot be read"),

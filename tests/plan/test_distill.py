@@ -68,21 +68,19 @@ def test_what_is_placed_is_what_real_arrays_take_on_a_device(memory):
     mesh = make_training_mesh(2, 2, 2)
     placement, student = Placement(mesh), JOB.student
     stacked = jax.jit(lambda params: student.stacked(jax.tree.map(_computed, params)))(packed_params())
-    resident = placement.base(stacked, PARENT)
+    base = placement.base(stacked, PARENT)
     optimizer = make_optimizer(OptimizerSettings(), 10)
-    begin = jax.eval_shape(
-        lambda tree: init_state(student.master_weights(tree), optimizer, jax.random.key(0)), resident
-    )
+    begin = jax.eval_shape(lambda tree: init_state(student.master_weights(tree), optimizer, jax.random.key(0)), base)
     state = jax.tree.map(_real, begin, placement.master_weights(begin))
     whole = [np.zeros((3, 4, 36), dtype) for dtype in ("i4", "i4", "f4", "i4", "i4")]
     batch = placement.micro_batches(Packed(*whole, {}))
 
-    experts = [layer["moe"].pop(name) for run in resident["runs"] for layer in run for name in ("gate_up", "down")]
+    experts = [layer["moe"].pop(name) for run in base["runs"] for layer in run for name in ("gate_up", "down")]
     assert (
         memory["experts"] == _held(experts) == EXPERTS * 17 // 32 // 2
     )  # half a byte and a scale for every 32, cut in 2
-    assert memory["resident"] == _held(resident)
-    assert memory["masters"] == _held(state.params)
+    assert memory["base"] == _held(base)
+    assert memory["master_weights"] == _held(state.params)
     assert memory["optimizer"] == _held(state._replace(params=None))
     assert memory["batch"] == _held(batch) == 3 * 4 * 36 * 5 * 4 // 4
 
@@ -105,10 +103,10 @@ def _held(tree):
 
 
 def test_the_total_is_all_of_it_and_temporaries_are_no_less_than_gradients(usage, memory):
-    assert set(memory) == {"experts", "resident", "masters", "optimizer", "batch", "decoded"}
+    assert set(memory) == {"experts", "base", "master_weights", "optimizer", "batch", "decoded"}
     assert usage.held_bytes == sum(memory.values())
     assert usage.total == usage.held_bytes + usage.temporaries > max(memory.values())
-    assert usage.temporaries > memory["masters"]
+    assert usage.temporaries > memory["master_weights"]
     assert memory["decoded"] == EXPERTS // 3 // 2 * 2  # a layer's, half of them on each device
 
 
@@ -123,13 +121,13 @@ def test_the_total_is_all_of_it_and_temporaries_are_no_less_than_gradients(usage
 def test_dense_experts_other_optimisers_and_other_meshes(change, experts, optimizer):
     found = with_fields(**change).held
     assert found["experts"] == experts
-    assert 0 <= found["optimizer"] - optimizer * found["masters"] < 100  # counters, a rate and a key
+    assert 0 <= found["optimizer"] - optimizer * found["master_weights"] < 100  # counters, a rate and a key
 
 
 def test_one_device_holds_everything(memory):
     found = with_fields(mesh=MeshSettings()).held
     assert found["experts"] == 2 * memory["experts"]
-    assert found["masters"] > 7 * memory["masters"]
+    assert found["master_weights"] > 7 * memory["master_weights"]
 
 
 def test_a_teachers_cache_is_part_of_the_batch():
@@ -181,11 +179,11 @@ def test_experts_stand_in_by_shape_and_what_runs_later_is_untouched():
 def test_large_parts_by_hand(memory):
     tokens = 4 * 36 // 4
     padded = (2 * tokens + 4 * 7) // 8 * 8
-    masters = memory["masters"]
+    masters = memory["master_weights"]
     assert JOB.temporaries(masters) == {
         "sums of gradients, float32": masters,
         "student and gradients of a micro-batch, bfloat16": 2 * (8 * masters // 4) * 2 // 2,
-        "output heads and a gradient, whole": 98 * 32 * (2 + 2 + 4),
+        "output heads and a gradient, not sharded": 98 * 32 * (2 + 2 + 4),
         "input of every layer": 3 * tokens * 32 * 2,
         "attention of one layer": 2 * 3 * (36 * 7 - 7 * 6 // 2) * (4 + 2),  # 2 rows, 12 / 4 heads, windows of 7
         "experts of one layer": padded * (32 * (2 + 8) + 64 * (8 + 2)),
@@ -194,12 +192,12 @@ def test_large_parts_by_hand(memory):
 
 
 def test_losses_on_hidden_states_keep_those_of_both_models(memory):
-    parts = with_fields(loss=LossSettings(forward_kl=0.0, hidden_cosine=1.0)).temporaries(memory["masters"])
+    parts = with_fields(loss=LossSettings(forward_kl=0.0, hidden_cosine=1.0)).temporaries(memory["master_weights"])
     assert parts["hidden states of both models"] == 2 * parts["input of every layer"]
-    assert parts["output heads and a gradient, whole"] == 98 * 32 * (2 + 4)
+    assert parts["output heads and a gradient, not sharded"] == 98 * 32 * (2 + 4)
 
 
-HELD = {"experts": 400, "resident": 100, "masters": 80, "optimizer": 160, "batch": 10, "decoded": JOB.decoded}
+HELD = {"experts": 400, "base": 100, "master_weights": 80, "optimizer": 160, "batch": 10, "decoded": JOB.decoded}
 FIGURES = Usage(HELD, temporaries=300_000)
 
 
@@ -221,7 +219,7 @@ def test_half_the_tokens_on_twice_the_devices():
     assert 0.5 < ratio < 0.7  # experts' rows are padded
     beyond = FIGURES.temporaries - sum(parts.values())
     assert found.temporaries == pytest.approx(sum(others.values()) + ratio * beyond, abs=1)
-    assert found.held == {**HELD, "masters": 40, "optimizer": 80, "batch": 5}
+    assert found.held == {**HELD, "master_weights": 40, "optimizer": 80, "batch": 5}
 
 
 def test_changes_are_the_least_that_fit():
@@ -318,7 +316,7 @@ def test_the_command_prints_the_plan(configs, usage, planned, capsys):
     out = capsys.readouterr().out
     assert "parent.json -> child on 2 x 2 x 2 devices, 3 x 4 rows of 36 tokens a step" in out
     assert re.search(r"GB per device +┃ +step +┃ +step by arithmetic", out)
-    by_arithmetic = sum(JOB.temporaries(usage.held["masters"]).values())
+    by_arithmetic = sum(JOB.temporaries(usage.held["master_weights"]).values())
     assert re.search(rf"temporaries +│ +{usage.temporaries / 1e9:.3f} +│ +{by_arithmetic / 1e9:.3f}", out)
     assert "experts, MXFP4" in out
     assert f"fits: {80 - usage.total / 1e9:.1f} GB are left" in out

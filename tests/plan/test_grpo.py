@@ -182,15 +182,15 @@ def test_heads_that_do_not_divide_are_whole():
     assert device_bytes(run.engine.state().caches) == run.caches_on_device(4) == 4 * run.slot_cache_bytes
 
 
-def test_weights_are_laid_apart_as_the_sampler_does(found, mesh):
+def test_weights_are_unstacked_as_the_sampler_does(found, mesh):
     held = RUN.always_held
     student, placement = RUN.student, Placement(mesh)
     params = jax.tree.map(lambda x: x if x.dtype == jnp.uint8 else x.astype(DTYPE), packed_params())
-    resident = placement.base(jax.jit(student.stacked)(params), PARENT)
-    trained = jax.device_put(student.master_weights(resident), placement.master_weights(RUN.state[0].params))
-    assert held["experts"] + held["resident"] == first_part(resident)
-    assert held["masters"] == first_part(trained)
-    assert found["update"].held["sums"] - held["masters"] < 100  # scalars
+    base = placement.base(jax.jit(student.stacked)(params), PARENT)
+    trained = jax.device_put(student.master_weights(base), placement.master_weights(RUN.state[0].params))
+    assert held["experts"] + held["base"] == first_part(base)
+    assert held["master_weights"] == first_part(trained)
+    assert found["update"].held["sums"] - held["master_weights"] < 100  # scalars
     sampler = Sampler(
         student,
         Mock(spec=Chat),
@@ -199,7 +199,7 @@ def test_weights_are_laid_apart_as_the_sampler_does(found, mesh):
         max_tokens={"high": 24},
         mesh=generation_mesh(mesh),
     )
-    real = sampler.params(resident, trained)
+    real = sampler.params(base, trained)
     planned = RUN.sampler_params
     assert [leaf.shape for leaf in jax.tree.leaves(planned)] == [leaf.shape for leaf in jax.tree.leaves(real)]
     assert found["rollout"].held["copy"] == device_bytes(planned) == first_part(real)
@@ -210,7 +210,7 @@ def test_weights_are_laid_apart_as_the_sampler_does(found, mesh):
 
 def test_phases_hold_what_they_need_and_totals_are_all_of_it(found):
     assert tuple(found) == PHASES
-    always = {"experts", "resident", "masters", "optimizer"}
+    always = {"experts", "base", "master_weights", "optimizer"}
     assert {phase: {name for name, size in usage.held.items() if size} - always for phase, usage in found.items()} == {
         "rollout": {"copy", "caches", "slots", "group", "decoded"},
         "score": {"batch", "decoded"},
@@ -230,9 +230,9 @@ def test_one_device_and_one_update_without_a_reference():
     rollout, update = alone["rollout"].held, alone["update"].held
     assert rollout["experts"] == 2 * 8 * 3 * 32 * 64 * 17 // 32
     assert rollout["caches"] == 4 * 2 * 256 * 2 * 6 * 6 * 2
-    assert rollout["copy"] == update["experts"] + update["resident"]
+    assert rollout["copy"] == update["experts"] + update["base"]
     assert update["batch"] == 4 * 36 * (5 * 4 + 4 * 4 + 2 * 2)
-    assert 0 < update["sums"] - update["masters"] < 100
+    assert 0 < update["sums"] - update["master_weights"] < 100
 
 
 def test_dense_experts_where_recipe_or_checkpoint_have_them():
@@ -255,7 +255,7 @@ def test_a_step_at_most():
 
 
 def sizes(scale=1):
-    always = {"experts": 400, "resident": 100, "masters": 80, "optimizer": 160}
+    always = {"experts": 400, "base": 100, "master_weights": 80, "optimizer": 160}
     slots = {"copy": 500, "caches": 2000 * scale, "slots": 40, "group": 20}
     return {
         "rollout": Usage({**always, **slots}, temporaries=1000 * scale),
@@ -290,7 +290,7 @@ def test_estimates_scale_what_each_axis_cuts():
     more = estimated(run, with_fields(run, mesh={"data": 4}))
     assert rollout(more) == (1000, 500, 500)
     apply = more["apply"]
-    assert (apply.held["sums"], apply.held["masters"], apply.temporaries) == (42, 40, 30)
+    assert (apply.held["sums"], apply.held["master_weights"], apply.temporaries) == (42, 40, 30)
     assert more["update"].temporaries < 200_000 < before["update"].temporaries
     assert more["score"].temporaries == pytest.approx(more["update"].temporaries * 2 / 3, abs=1)
 
@@ -410,7 +410,7 @@ def test_the_command_prints_the_plan(files, planned, capsys):
     assert "fits: 80.0 GB are left" in out
     assert "24 answers of 0.0 million tokens, 24 rows of 36, 6 micro-batches" in out
     assert "a slot: 256 positions" in out
-    assert "slots are whole" not in out
+    assert "holds all slots" not in out
 
 
 def test_the_command_says_what_would_do(files, planned, capsys):

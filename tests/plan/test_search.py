@@ -131,7 +131,7 @@ WIDE = replace(PARENT, hidden_size=40, blocks=PARENT.blocks[:1] * 5)
 
 @pytest.fixture
 def alone():
-    """Its plan on one device; programs are planned before they are watched."""
+    """Its plan on one device; programs are planned before they are recorded."""
     run = PlannedSearch(WIDE, replace(RECIPE, mesh=MeshSettings()), packed=False, prompt_tokens=26)
     return compiled({stage: run.programs[stage] for stage in ("lens", "score")})
 
@@ -141,7 +141,7 @@ def live(alone, monkeypatch):
     """Bytes of hidden states of that size, two each number, when a program is called: the most, by program."""
     most = {}
 
-    def watched(module, name):
+    def recorded(module, name):
         program = getattr(module, name)
 
         def called(*given):
@@ -152,9 +152,9 @@ def live(alone, monkeypatch):
         monkeypatch.setattr(module, name, called)
 
     for name in ("run_attention", "run_mixture", "enter_mixture", "compare_states"):
-        watched(replace_module, name)
+        recorded(replace_module, name)
     for name in ("add_states", "through_lens"):
-        watched(lens_module, name)
+        recorded(lens_module, name)
     return most
 
 
@@ -162,16 +162,16 @@ def test_states_are_those_that_scoring_and_lenses_have(alone, live):
     planned, run = alone, ReplaceOne(random_params(WIDE), WIDE, per_call=3, keep_every=2)
     wanted = [(layer, Alternative(np.arange(8) < 5, 5)) for layer in (0, 1, 3, 4)]
     (batch,) = micro_batches([trace(26, 37, n) for n in range(3)], tokens_per_batch=200)
-    one, wave = (3 * n * 64 * 40 * 2 for n in (1, 3))
+    one, suffix = (3 * n * 64 * 40 * 2 for n in (1, 3))
     run(batch, wanted)
     # Beside those that are counted as states, programs are called with one or two of alternatives'.
-    assert live["run_mixture"] == planned["score"].held["states"] + 2 * wave
-    assert live["enter_mixture"] <= planned["score"].held["states"] + wave
+    assert live["run_mixture"] == planned["score"].held["states"] + 2 * suffix
+    assert live["enter_mixture"] <= planned["score"].held["states"] + suffix
     live.clear()
     fitted = fit_lens(run, [batch])
     assert planned["lens"].held["states"] - one <= live["add_states"] <= planned["lens"].held["states"]
     fitted(batch, wanted)
-    assert live["through_lens"] <= planned["lens"].held["states"] + 2 * wave
+    assert live["through_lens"] <= planned["lens"].held["states"] + 2 * suffix
 
 
 # Contexts -------------------------------------------------------------------------------------------------------------
@@ -233,7 +233,7 @@ def test_the_command_prints_the_plan(config, planned, found, capsys):
     assert "parameters as stored, MXFP4" in out and "caches of 4 slots of 256" in out
     most = max(memory.total for memory in found.values())
     assert f"fits: {81_559 * 2**20 / GB - most / GB:.1f} GB are left" in out
-    assert "key-value heads are whole on every device: 4 do not divide 6" in out
+    assert "every device holds all key-value heads: 4 do not divide 6" in out
 
 
 def test_the_command_says_what_would_help(config, monkeypatch, capsys):
@@ -252,7 +252,7 @@ def test_the_command_says_what_would_help(config, monkeypatch, capsys):
     [
         (("--mesh", "model=0"), "mesh.model is 0, but must be at least 1"),
         (("--mesh", "model=99"), "a mesh of 1 x 99 needs 99 devices, but 8 are present"),
-        (("--hbm-gb", "-1"), "hbm_gb is -1.0, but must be a finite number above 0"),
+        (("--hbm-gb", "-1"), "hbm_gb is -1.0, but must be above 0"),
         (("--score.per_call", "0"), "score.per_call is 0, but must be at least 1"),
         (("--recipe", "nowhere"), "nowhere"),
         (("--prompt-tokens", "501"), "prompts of 501 tokens and answers of 37 are longer"),

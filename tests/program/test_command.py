@@ -268,7 +268,7 @@ def test_files_that_cannot_be_read(tmp_path, capsys):
         refused((code, captured.out, captured.err), path.name, "cannot be read")
 
 
-def test_contradictions_name_what_clashes_and_the_nearest_value(run):
+def test_contradictions_name_what_conflicts_and_the_best_value(run):
     """Random limits that no choice meets: the values named are those that enumeration finds."""
     source, seen = random.Random(1), 0
     for seed in range(60):
@@ -284,7 +284,7 @@ def test_contradictions_name_what_clashes_and_the_nearest_value(run):
             reachable = min(t[MS] for t in every if t[MIB] >= least)
             refused(result, "cannot hold together", repr(MS), repr(MIB), f"{MS!r} can be {reachable:.3g}"[:-1])
         else:
-            refused(result, "cannot be met: the nearest possible is", repr(MS) if fastest > most else repr(MIB))
+            refused(result, "cannot be met: the best possible value is", repr(MS) if fastest > most else repr(MIB))
             assert f"{fastest:.3g}"[:-1] in result[2] or largest < least
     assert seen > 20
 

@@ -110,7 +110,7 @@ def test_the_message_says_for_each_set_what_conflicts():
     with pytest.raises(InfeasibleProgram) as caught:
         solve(Program(library, "kl", (Disjunction("batch", sets),)))
     message = str(caught.value)
-    assert "batch '8': 'ms' at most 0 cannot be met: the nearest possible is 1" in message
+    assert "batch '8': 'ms' at most 0 cannot be met: the best possible value is 1" in message
     assert "batch '16': 'ms' at most 2 and 'mib' at most 2 cannot hold together" in message
     assert {conflict.limit for conflict in caught.value.conflicts} == {*sets["8"], *sets["16"]}
 

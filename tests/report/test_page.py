@@ -69,7 +69,7 @@ def test_the_page_holds_everything_and_fetches_nothing(tmp_path: Path):
     for part in (
         "held-out KL",
         "<td>experts only</td><td>0.3000</td><td>0.2400 ±0.0100</td>",
-        "Taken was: experts only. Spearman&#39;s rank correlation is 0.50.",
+        "The search took experts only. Spearman&#39;s rank correlation is 0.50.",
         "rescore 1: KL -0.0100 ±0.0200 on confirmation traces, refused.",
         "swap: nothing better was found.",
         "chat &amp; more",
