@@ -25,9 +25,6 @@ from puzzle_jax.errors import PuzzleError, shown
 Json: TypeAlias = Any
 """A value of JSON or YAML: a text, a number, a truth value, None, or a list or dictionary of such values."""
 
-Json: TypeAlias = Any
-"""A value of JSON or YAML: a text, a number, a truth value, None, or a list or dictionary of such values."""
-
 PARTIAL = ".partial-"
 """In the name of a file or directory that is still being written."""
 

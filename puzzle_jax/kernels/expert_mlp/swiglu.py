@@ -15,19 +15,23 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from puzzle_jax.kernels.expert_mlp import reference
 from puzzle_jax.kernels.expert_mlp.reference import SWIGLU_ALPHA
+from puzzle_jax.kernels.expert_mlp.reference import clamped_swiglu as plain
 from puzzle_jax.kernels.shapes import Array, Float
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
 def clamped_swiglu(h: Float[Array, "*rows two_inter"], limit: float) -> Float[Array, "*rows inter"]:
-    """The activation of the reference, computed in float32."""
-    return reference.clamped_swiglu(h, limit)
+    """As the reference has it, computed in float32."""
+    return _activation(h, limit)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _activation(h: Array, limit: float) -> Array:
+    return plain(h, limit)
 
 
 def _save(h: Array, limit: float) -> tuple[Array, Array]:
-    return reference.clamped_swiglu(h, limit), h
+    return plain(h, limit), h
 
 
 def _backward(limit: float, h: Array, d_out: Array) -> tuple[Array]:
@@ -41,4 +45,4 @@ def _backward(limit: float, h: Array, d_out: Array) -> tuple[Array]:
     return (jnp.where(even, d_gate[..., None], d_up[..., None]).reshape(h.shape).astype(h.dtype),)
 
 
-clamped_swiglu.defvjp(_save, _backward)
+_activation.defvjp(_save, _backward)
