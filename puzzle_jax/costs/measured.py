@@ -51,6 +51,9 @@ _TRIAL_BYTES = 4e9
 # routing would settle on few experts.
 _STATES = 8
 
+SETTLED, MOST_REPEATS = 0.01, 2
+"""Relative standard error of a ratio that is small enough, and how often rounds are repeated to get there."""
+
 Kind = tuple[str, int | None]
 """("experts", count), ("attention", window) or ("fixed", None)."""
 
@@ -72,7 +75,7 @@ class Measured:
 
     Attributes:
       dtype: of parameters, activations and cache.
-      rounds: timed turns of every model, after one that compiles.
+      rounds: timed turns of every model, after one that compiles; up to three times as many where they disagree.
       decode_steps: length of a decoding loop, at most the scenario's output.
       seed: of parameters and hidden states.
       progress: called with done and all turns.
@@ -125,7 +128,7 @@ class Measured:
         advance = _counter(self.progress, turns)
 
         def timed(phase: str) -> dict[Kind, tuple[float, float]]:
-            """Seconds of every sub-block and of the rest in prefill or decoding, and their spread."""
+            """Seconds of every sub-block and of the rest in prefill or decoding, and their errors."""
             alone = self._alone(maker, phase, reference, advance)
             races = {
                 kind: self._race(maker, phase, reference, block, advance)
@@ -138,7 +141,7 @@ class Measured:
                 own = alone[kind[0], getattr(reference, _FIELDS[kind[0]])] * share
                 ratios = [other / seconds for seconds, other in races[kind]] if kind in others else [1.0]
                 change = (statistics.median(ratios) - 1) * of_model / maker.depth
-                found[kind] = (max(0.0, own + change), _spread(ratios))
+                found[kind] = (max(0.0, own + change), _error(ratios))
             return found
 
         prefill, decode = timed("prefill"), timed("decode")
@@ -172,17 +175,28 @@ class Measured:
         return list(zip(*self._timed(parts, advance), strict=True))
 
     def _timed(self, parts: Sequence[_Part], advance: Callable[[], None]) -> list[list[float]]:
-        """Seconds per step of every part, in turns, one per round; the first turn of each compiles, uncounted."""
+        """Seconds per step of every part, in turns, one per round; the first turn of each compiles, uncounted.
+
+        Where the last part's share of the first one's time varies between rounds, as many more rounds follow.
+        """
         states = [part.state for part in parts]
         seconds: list[list[float]] = [[] for _ in parts]
-        for turn in range(self.rounds + 1):
+        for turn in range((1 + MOST_REPEATS) * self.rounds + 1):
+            if turn > 1 and (turn - 1) % self.rounds == 0 and settled(seconds):
+                break
             for number, part in list(enumerate(parts))[:: 1 if turn % 2 else -1]:
                 start = self.clock()
                 states[number] = jax.block_until_ready(part.run(states[number]))
                 if turn:
                     seconds[number].append((self.clock() - start) / part.steps)
-                advance()
+                if turn <= self.rounds:
+                    advance()
         return seconds
+
+
+def settled(seconds: Sequence[Sequence[float]]) -> bool:
+    """Whether the ratio of the last part's seconds to the first one's is known well enough."""
+    return _error([last / first for first, last in zip(seconds[0], seconds[-1], strict=True)]) <= SETTLED
 
 
 _FIELDS = {"experts": "num_experts", "attention": "window"}
@@ -389,9 +403,9 @@ def _repeated(run: Callable[[Params, Array], PyTree], params: Params, x: Array, 
     return _Part(again, x, steps)
 
 
-def _spread(values: Sequence[float]) -> float:
-    """Interquartile range over the median."""
+def _error(values: Sequence[float]) -> float:
+    """The relative standard error of a median, from the interquartile range, as of a normal distribution."""
     if len(values) < 2:
         return 0.0
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return (high - low) / statistics.median(values)
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return 0.93 * (high - low) / middle / len(values) ** 0.5

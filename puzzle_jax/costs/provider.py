@@ -19,12 +19,12 @@ LONGEST_SECONDS = 1e12
 @dataclass(frozen=True)
 class Seconds:
     """Time of one part of the model for a scenario's whole batch: all inputs, and one step, the mean over the output
-    positions; each with the interquartile range over the median where it was measured."""
+    positions; each with the relative standard error, where it was measured, of a whole model of such layers."""
 
     prefill_seconds: Number
     decode_seconds: Number
-    prefill_spread: Number = 0.0
-    decode_spread: Number = 0.0
+    prefill_error: Number = 0.0
+    decode_error: Number = 0.0
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():

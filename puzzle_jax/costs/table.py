@@ -16,6 +16,8 @@ Left out: batches that change while they run, and what no sub-block owns (schedu
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -159,6 +161,25 @@ class Costs:
         chosen = self.scenario(scenario)
         batch = self._batch(blocks, chosen, batch)
         return batch * chosen.output_tokens / self.request_seconds(blocks, chosen.name, batch)
+
+    def speed_error(self, blocks: Architecture, scenario: str | None = None, batch: int | None = None) -> float:
+        """The relative standard error of `tokens_per_second`, as far as it comes from timing; 0 for other costs.
+
+        Layers of the same kind share one measurement, and so its error.
+        """
+        chosen = self.scenario(scenario)
+        batch = self._batch(blocks, chosen, batch)
+        key, layers = seconds_key(chosen, batch), self._layers(blocks)
+        parts = [self.experts_of(layer, block).seconds[key] for layer, block in layers]
+        parts += [self.attention_of(layer, block).seconds[key] for layer, block in layers]
+        times = Counter(parts)
+
+        def error(field: str) -> float:
+            return math.sqrt(sum((n / len(layers) * getattr(part, field)) ** 2 for part, n in times.items()))
+
+        prefill = self._sum(blocks, chosen, batch, "prefill_seconds")
+        total = self.request_seconds(blocks, chosen.name, batch)
+        return (prefill * error("prefill_error") + (total - prefill) * error("decode_error")) / total
 
     def offered_batches(self, scenario: str | None = None) -> tuple[int, ...]:
         """The scenario's own batch, or those that it may choose from."""

@@ -15,6 +15,9 @@ from rich.text import Text
 from puzzle_jax.files import Json
 from puzzle_jax.report.tables import Section
 
+BUSY = 0.03
+"""Relative standard error of a predicted speed beyond which the table warns of it."""
+
 BAR = 32  # characters of a layer's bar, at most
 
 
@@ -61,7 +64,7 @@ class SearchReport:
         """Bytes, batches where they are open, and speeds; named where there are several scenarios."""
         found = [entry["scenarios"][scenario["name"]] for entry in self.evaluation.values()]
         where = f", {scenario['name']}" if len(self.scenarios) > 1 else ""
-        predicted = _speeds([x["predicted_tokens_per_second"] for x in found])
+        predicted = _speeds([x["predicted_tokens_per_second"] for x in found], [x["predicted_error"] for x in found])
         rows = [[f"KV bytes per request{where}", *_ratios([x["kv_bytes"] for x in found])]]
         if scenario["batch"] is None:
             rows.append([f"requests together{where}", *(str(x["batch"]) for x in found)])
@@ -94,14 +97,22 @@ class SearchReport:
         ]
 
     def caption(self) -> str:
-        """A sentence on the scenarios, and on what was not measured."""
+        """A sentence on the scenarios, on what was not measured, and on timings that disagree."""
         scenarios = "; ".join(
             "scenario {name}: {together} of {input_tokens} input and {output_tokens} output tokens together".format(
                 together="as many requests as fit" if s["batch"] is None else f"{s['batch']} requests", **s
             )
             for s in self.scenarios
         )
-        return scenarios if self.measured_efforts else f"{scenarios}; accuracy was not measured, since there is no task"
+        if not self.measured_efforts:
+            scenarios += "; accuracy was not measured, since there is no task"
+        errors = [x["predicted_error"] for entry in self.evaluation.values() for x in entry["scenarios"].values()]
+        if max(errors) > BUSY:
+            scenarios += (
+                f"; timings disagree, so that predicted speeds are uncertain by up to {max(errors):.0%}, as on a "
+                "machine that does other work too: run the search again when it is quiet"
+            )
+        return scenarios
 
     def show(self, console: Console) -> None:
         """Prints the table, the layers, and where the child is."""
@@ -129,9 +140,13 @@ def _ratios(values: Sequence[int | float]) -> list[str]:
     return [f"{_amount(value)} ({value / values[0]:.0%})" for value in values]
 
 
-def _speeds(values: Sequence[float]) -> list[str]:
-    """Rates, and how often the first is in them."""
-    return [f"{value:,.0f} ({value / values[0]:.2f}x)" for value in values]
+def _speeds(values: Sequence[float], errors: Sequence[float] | None = None) -> list[str]:
+    """Rates, and how often the first is in them, with relative standard errors where they have any."""
+    told = []
+    for value, error in zip(values, errors or [0.0] * len(values), strict=True):
+        ratio = value / values[0]
+        told.append(f"{value:,.0f} ({ratio:.2f}x{f' ±{ratio * error:.2f}' if error else ''})")
+    return told
 
 
 def _amount(value: int | float) -> str:

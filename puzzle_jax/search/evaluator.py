@@ -191,6 +191,7 @@ class Evaluator:
                 "batch": batch,
                 "kv_bytes": costs.kv_bytes(blocks, scenario),
                 "predicted_tokens_per_second": costs.tokens_per_second(blocks, scenario, batch),
+                "predicted_error": costs.speed_error(blocks, scenario, batch),
                 "throughput": speeds[scenario].get(name),
             }
 

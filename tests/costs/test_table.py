@@ -12,7 +12,7 @@ from puzzle_jax.convert_hf.table import tensor_bytes
 from puzzle_jax.costs.compute import compute_costs
 from puzzle_jax.costs.external import read_external
 from puzzle_jax.costs.hardware import hardware_named
-from puzzle_jax.costs.measured import Measured
+from puzzle_jax.costs.measured import Measured, _Part
 from puzzle_jax.costs.provider import Seconds, Times
 from puzzle_jax.costs.roofline import Roofline
 from puzzle_jax.costs.scenario import Scenario
@@ -335,6 +335,52 @@ def test_measured_times_every_part_and_reports_turns(tmp_path):
     assert costs.layers[0].attention[5].seconds == costs.layers[2].attention[5].seconds
     assert costs.tokens_per_second(CONFIG.blocks) > 0
     assert reread(costs, tmp_path / "costs.json") == costs
+
+
+def test_errors_of_timings_by_hand(costs):
+    """Two of three layers share an expert count, all have windows of their own; half of the time is decoding."""
+    assert costs.speed_error(BLOCKS) == 0.0
+    blocks = (BlockConfig(5, 5), BlockConfig(5, 8), BlockConfig(7, 5))
+    experts = {5: 0.03, 7: 0.06, 3: 9.0}
+    layers = tuple(
+        replace(
+            layer,
+            experts={n: with_errors(one, 0.5 * experts[n], experts[n]) for n, one in layer.experts.items()},
+            attention={w: with_errors(one, 0.0, 0.12 if w == 8 else 0.0) for w, one in layer.attention.items()},
+        )
+        for layer in costs.layers
+    )
+    uncertain = replace(costs, layers=layers)
+    decode = ((2 / 3 * 0.03) ** 2 + (1 / 3 * 0.06) ** 2 + (1 / 3 * 0.12) ** 2) ** 0.5
+    prefill = 0.5 * ((2 / 3 * 0.03) ** 2 + (1 / 3 * 0.06) ** 2) ** 0.5
+    seconds, of_decoding = costs.prefill_seconds(blocks), 6 * costs.decode_seconds(blocks)
+    expected = (seconds * prefill + of_decoding * decode) / (seconds + of_decoding)
+    assert uncertain.speed_error(blocks) == pytest.approx(expected)
+
+
+def with_errors(part, prefill, decode):
+    seconds = {name: replace(each, prefill_error=prefill, decode_error=decode) for name, each in part.seconds.items()}
+    return replace(part, seconds=seconds)
+
+
+@pytest.mark.parametrize(("restless", "rounds"), [(0.0, 4), (0.5, 12)])
+def test_rounds_that_disagree_are_repeated(restless, rounds):
+    """By a clock on which the second part takes 1.2 seconds, in every other of its rounds more."""
+    ran, now = [], [0.0]
+
+    def part(name, seconds):
+        def run(state):
+            ran.append(name)
+            now[0] += seconds + restless * (name == "second" and state % 2)
+            return state + 1
+
+        return _Part(run, 0, 1.0)
+
+    provider, turns = Measured(rounds=4, clock=lambda: now[0]), []
+    first, second = provider._timed([part("first", 1.0), part("second", 1.2)], lambda: turns.append(1))
+    assert first == pytest.approx([1.0] * rounds)
+    assert second == pytest.approx([1.2 + restless, 1.2] * (rounds // 2))
+    assert ran.count("first") == ran.count("second") == rounds + 1 and len(turns) == 2 * 5
 
 
 def test_measured_refuses_what_it_cannot_time():

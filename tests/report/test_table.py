@@ -17,12 +17,14 @@ def entry(scale, kl, missed=(), layers=((16, None), (100, 8))):
                 "batch": 4,
                 "kv_bytes": int(50_000 * scale),
                 "predicted_tokens_per_second": 100.0 / scale,
+                "predicted_error": 0.01 * (1 - scale),
                 "throughput": {"tokens_per_second": 110.0 / scale, "low": 90.0, "high": 120.0},
             },
             "long": {
                 "batch": int(6 / scale),
                 "kv_bytes": int(80_000 * scale),
                 "predicted_tokens_per_second": 30.0 / scale,
+                "predicted_error": 0.0,
                 "throughput": None,
             },
         },
@@ -52,7 +54,7 @@ def test_rows_are_relative_to_the_parent():
     table = {row[0].strip(): row[1:] for row in rows}
     assert table["parameters"] == ["2.00M (100%)", "1.00M (50%)", "1.80M (90%)"]
     assert table["kv bytes per request".replace("kv", "KV")] == ["50.00k (100%)", "25.00k (50%)", "45.00k (90%)"]
-    assert table["predicted tokens/s"][1] == "200 (2.00x)"
+    assert table["predicted tokens/s"][:2] == ["100 (1.00x)", "200 (2.00x ±0.01)"]  # 0.5% of 2
     assert table["measured tokens/s"][1] == "220 (2.00x)"
     assert table["held-out KL"][1] == "0.0400 ±0.0100"
     assert table["accuracy, low"][0] == "50.0% ±5.0%"
@@ -88,3 +90,15 @@ def test_terminal_and_file_say_the_same():
     for said in ("windows only cannot meet the target: expert bytes ratio is 1", "0.0400 ±0.0100", "4 requests of 30"):
         assert said in screen and said in text
     assert "runs/tiny/child" in screen
+
+
+def test_timings_that_disagree_are_told():
+    child = entry(0.5, 0.04)
+    child["scenarios"]["chat"]["predicted_error"] = 0.0712
+    busy = replace(REPORT, evaluation={**REPORT.evaluation, "child": child})
+    assert "timings disagree" not in REPORT.caption()
+    assert busy.caption() == (
+        "scenario chat: 4 requests of 30 input and 20 output tokens together; timings disagree, so that predicted "
+        "speeds are uncertain by up to 7%, as on a machine that does other work too: run the search again when it is "
+        "quiet"
+    )
