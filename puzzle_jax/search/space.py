@@ -12,14 +12,14 @@ heads).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import groupby
 from math import prod
 from typing import Any, Literal
 
-from puzzle_jax.codec import from_plain, to_plain
+from puzzle_jax.codec import to_plain
 from puzzle_jax.config import BlockConfig, ModelConfig
 from puzzle_jax.costs.compute import Offer
 from puzzle_jax.errors import ConfigError, check_range
@@ -191,24 +191,16 @@ class Space:
 
     def to_json(self) -> list[dict[str, Any]]:
         """One object per layer; the parent is not part of it."""
-        return [
-            to_plain(_Layer(choices, windows))
-            for choices, windows in zip(self.expert_choices, self.windows, strict=True)
-        ]
+        layers = zip(self.expert_choices, self.windows, strict=True)
+        return [{"experts": to_plain(choices), "windows": list(windows)} for choices, windows in layers]
 
     @staticmethod
-    def from_json(parent: ModelConfig, layers: Sequence[Mapping[str, object]]) -> Space:
+    def from_json(parent: ModelConfig, layers: Sequence[dict[str, Any]]) -> Space:
         """The inverse of `to_json`."""
-        read = [from_plain(_Layer, layer, f"layer {number} of the space") for number, layer in enumerate(layers)]
-        return Space(parent, tuple(layer.experts for layer in read), tuple(layer.windows for layer in read))
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """A layer of a space in JSON."""
-
-    experts: tuple[ExpertChoice, ...]
-    windows: tuple[int | None, ...]
+        choices = tuple(
+            tuple(ExpertChoice(c["count"], tuple(c["kept"]), c["method"]) for c in layer["experts"]) for layer in layers
+        )
+        return Space(parent, choices, tuple(tuple(layer["windows"]) for layer in layers))
 
 
 def candidate_counts(
