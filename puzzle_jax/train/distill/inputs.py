@@ -33,7 +33,7 @@ from puzzle_jax.train.run import RunInputs
 from puzzle_jax.train.student import Student
 from puzzle_jax.train.traces.batches import TraceBatches
 from puzzle_jax.train.traces.examples import Counts, TraceExample, read_examples
-from puzzle_jax.train.traces.settings import TraceSettings
+from puzzle_jax.train.traces.settings import DataSettings
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,8 @@ class DistillInputs(RunInputs):
         chat = Chat.load(recipe.parent, today or begun_on(recipe.out))
         opened = open_child(recipe.parent, recipe.child)
         check_tokenizer(recipe.parent, chat.tokenizer, opened.child.parent.vocab_size)
-        settings = recipe.data.of(recipe.trace_paths)
-        found = read_examples(settings, opened.child.parent.vocab_size, chat)
-        training, heldout = apart(found.examples, recipe.data.heldout, settings)
+        found = read_examples(recipe.trace_paths, recipe.data, opened.child.parent.vocab_size, chat)
+        training, heldout = apart(found.examples, recipe.data)
         teacher = Model("parent", described, chat).fingerprint
         inputs = DistillInputs(recipe, blocks, opened, chat, training, heldout, found.counts, teacher)
         inputs.student.check_own(opened.differing)
@@ -131,10 +130,6 @@ class DistillInputs(RunInputs):
         return self.opened.child.parent
 
     @cached_property
-    def settings(self) -> TraceSettings:
-        return self.recipe.data.of(self.recipe.trace_paths)
-
-    @cached_property
     def padded(self) -> bool:
         """Whether the child's directory holds experts that only fill a shape; so will the trained one's."""
         written = describe_checkpoint(self.recipe.child).config.blocks
@@ -153,7 +148,7 @@ class DistillInputs(RunInputs):
 
     def batches(self, cache: TeacherCache | None) -> TraceBatches:
         extras = None if cache is None else cache.extras
-        return TraceBatches(self.training, self.settings, self.chat.pad_id, extras)
+        return TraceBatches(self.training, self.recipe.data, self.chat.pad_id, extras)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -170,7 +165,7 @@ class DistillInputs(RunInputs):
                 # It changes with whatever the child was trained on.
                 "record": hashlib.sha256((recipe.child / PROVENANCE).read_bytes()).hexdigest()[:16],
             },
-            "data": self.batches(None).fingerprint(),
+            "data": self.batches(None).fingerprint,
             "heldout": len(self.heldout),
             "train": sorted(set(recipe.train)),
             "top_k": recipe.top_k if recipe.teacher_cache else None,
@@ -207,9 +202,10 @@ class DistillInputs(RunInputs):
 
 
 def apart(
-    examples: Sequence[TraceExample], heldout: int, settings: TraceSettings
+    examples: Sequence[TraceExample], settings: DataSettings
 ) -> tuple[tuple[TraceExample, ...], tuple[TraceExample, ...]]:
-    """Examples to train on, and about `heldout` to evaluate on: all answers to the prompts that come first by a hash.
+    """Examples to train on, and about `settings.heldout` to evaluate on: all answers to the prompts that come first by a
+    hash.
 
     Raises PuzzleError where there are too few prompts for both.
     """
@@ -222,14 +218,14 @@ def apart(
     held: set[str] = set()
     count = 0
     for name in sorted(set(places)):
-        if count >= heldout:
+        if count >= settings.heldout:
             break
         held.add(name)
         count += places.count(name)
     training = tuple(e for e, name in zip(examples, places, strict=True) if name not in held)
     if not training:
         raise PuzzleError(
-            f"data.heldout is {heldout}, which leaves nothing to train on: {', '.join(map(str, settings.paths))} has "
-            f"{len(examples)} usable answers to {len(held)} prompts"
+            f"data.heldout is {settings.heldout}, which leaves nothing to train on: the traces hold {len(examples)} "
+            f"usable answers to {len(held)} prompts"
         )
     return training, tuple(e for e, name in zip(examples, places, strict=True) if name in held)

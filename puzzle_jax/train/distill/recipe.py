@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from puzzle_jax.errors import MOST_SEED, MOST_TOGETHER, ConfigError, check_range
 from puzzle_jax.settings.mesh import MeshSettings
@@ -13,7 +12,7 @@ from puzzle_jax.train.distill.objectives import LossSettings
 from puzzle_jax.train.loop import LoopSettings
 from puzzle_jax.train.optimizer import OptimizerSettings
 from puzzle_jax.train.student import TRAINABLE
-from puzzle_jax.train.traces.settings import TraceSettings
+from puzzle_jax.train.traces.settings import DataSettings
 
 
 def check_run(train: Sequence[str], seed: int) -> None:
@@ -22,51 +21,6 @@ def check_run(train: Sequence[str], seed: int) -> None:
         if name not in TRAINABLE:
             raise ConfigError(f"train has {name!r}, but must be of {', '.join(TRAINABLE)}")
     check_range("seed", seed, 0, MOST_SEED)
-
-
-@dataclass(frozen=True)
-class DataSettings:
-    """What is trained on; `train.traces.settings.TraceSettings` says more.
-
-    Attributes:
-      row_length: tokens of a row.
-      rows: rows of a micro-batch, over all devices.
-      micro_batches: micro-batches of a step.
-      tasks: weight of each task that is used, or a list of them; empty: all, equally.
-      efforts: weight of each effort that is used, likewise.
-      seed: shuffles otherwise.
-      over_long: what becomes of an example longer than a row: it is dropped, its end is cut, or it is refused.
-      keep_truncated: whether answers count that a limit of tokens ended.
-      min_completion: answers of fewer tokens are dropped.
-      heldout: answers, about, that evaluation keeps for itself; all answers to one prompt are on one side.
-    """
-
-    row_length: int = 512
-    rows: int = 4
-    micro_batches: int = 1
-    tasks: Mapping[str, float] = field(default_factory=dict)
-    efforts: Mapping[str, float] = field(default_factory=dict)
-    seed: int = 0
-    over_long: Literal["drop", "cut", "refuse"] = "drop"
-    keep_truncated: bool = True
-    min_completion: int = 1
-    heldout: int = 64
-
-    def __post_init__(self) -> None:
-        check_range("data.heldout", self.heldout, 1, MOST_TOGETHER)
-        self.of((Path("-"),))
-
-    @property
-    def tokens_per_step(self) -> int:
-        return self.row_length * self.rows * self.micro_batches
-
-    def of(self, paths: tuple[Path, ...]) -> TraceSettings:
-        """The settings of data from these files."""
-        own = {name: value for name, value in vars(self).items() if name != "heldout"}
-        try:
-            return TraceSettings(paths=paths, **own)
-        except ConfigError as error:
-            raise ConfigError(f"data.{error}") from None
 
 
 @dataclass(frozen=True)

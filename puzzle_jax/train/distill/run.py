@@ -43,7 +43,7 @@ def distill(recipe: DistillRecipe, console: Console, *, blocks: bool = False) ->
     run = Distiller(inputs, open_placement(inputs), console)
     console.print(f"traces: {inputs.counts}", highlight=False)
     trained = train(run.job(), recipe.loop, recipe.out, console)
-    if not trained.summary.preempted:
+    if not trained.preempted:
         run.export(trained)
     report(recipe.out, console)
     return trained
@@ -137,10 +137,10 @@ class Distiller(Run[DistillInputs]):
     def _record(self, trained: Trained) -> dict[str, Any]:
         """What provenance tells of this run."""
         recipe, data = self.recipe, self.recipe.data
-        metrics = trained.summary.metrics
+        metrics = trained.metrics
         return {
             "traces": [str(path) for path in recipe.trace_paths],
-            "steps": trained.summary.step,
+            "steps": trained.step,
             "tokens_per_step": data.tokens_per_step,
             "blocks": self.inputs.blocks,
             "loss": {} if self.inputs.blocks else recipe.loss.shares,

@@ -36,7 +36,7 @@ from puzzle_jax.model.network import head_logits
 from puzzle_jax.model.sharding import on_mesh
 from puzzle_jax.model.spec import Params
 from puzzle_jax.progress import progress
-from puzzle_jax.train.losses.head_chunks import deal, gather
+from puzzle_jax.train.losses.head_chunks import gather, split
 from puzzle_jax.train.placement import Placement
 from puzzle_jax.train.rows import Example, Packed
 from puzzle_jax.train.student import Student
@@ -191,7 +191,7 @@ def top_k(student: Student, base: Params, batch: Packed, *, k: int, temperature:
         return ids, (largest - top).astype(jnp.float16), jax.nn.logsumexp((logits - top) / temperature, axis=-1)
 
     with jax.named_scope("top_k"):
-        found = jax.lax.map(of_group, deal(flat, -(-len(flat) // _GROUP)))
+        found = jax.lax.map(of_group, split(flat, -(-len(flat) // _GROUP)))
         return jax.tree.map(lambda leaf: gather(leaf, len(flat)).reshape(*x.shape[:2], *leaf.shape[2:]), found)
 
 

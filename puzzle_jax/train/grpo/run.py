@@ -87,7 +87,7 @@ def grpo(recipe: GrpoRecipe, console: Console) -> Trained:
             trainer.export(trainer.best())
             report(recipe.out, console)
             raise
-        if not trained.summary.preempted:
+        if not trained.preempted:
             trainer.export(trainer.best() if recipe.export == "best" else trained.state)
     report(recipe.out, console)
     return trained

@@ -16,7 +16,7 @@ from puzzle_jax.train.pretrain.run import PARENT, REPORT, pretrain
 def run(recipe: PretrainRecipe) -> None:
     """Trains, or goes on with a run that was begun, and shows what the parent can do."""
     console = plain_console(stderr=True)
-    if not pretrain(recipe, console).summary.preempted:
+    if not pretrain(recipe, console).preempted:
         console.print(_table(json.loads((recipe.out / PARENT / REPORT).read_text())))
 
 

@@ -50,7 +50,7 @@ def pretrain(recipe: PretrainRecipe, console: Console) -> Trained:
     open_run(recipe.out, recipe.identity)
     chat = embedded_chat()
     trained = train(pretraining_job(recipe, chat), recipe.loop, recipe.out, console)
-    if not trained.summary.preempted and not (recipe.out / PARENT).exists():
+    if not trained.preempted and not (recipe.out / PARENT).exists():
         export(recipe, trained.state.params, chat, console)
     report(recipe.out, console)
     return trained

@@ -189,7 +189,7 @@ def test_a_finished_run_writes_its_child_again_and_nothing_else(directory, finis
     console = Console(file=io.StringIO(), width=400)
     trained = grpo(parse(VERBS["grpo"], arguments(directory, out)), console)
     same(out, finished)
-    assert trained.summary.resumed_from == STEPS and f"policy of step {STEPS}: " in console.file.getvalue()
+    assert trained.resumed_from == STEPS and f"policy of step {STEPS}: " in console.file.getvalue()
     head = np.asarray(trained.state.params["head"].T.astype(jnp.bfloat16))
     assert stored(out / "child")["lm_head.weight"].tobytes() == head.tobytes()
 

@@ -143,7 +143,7 @@ def test_a_run_that_died_goes_on_exactly(run, tmp_path, monkeypatch):
     assert not (tmp_path / "run" / "parent").exists()
     monkeypatch.setattr(BatchSource, "batch", batch)
     console = Console(file=io.StringIO())
-    assert pretrain(recipe, console).summary.resumed_from == 2
+    assert pretrain(recipe, console).resumed_from == 2
     assert "going on from step 2" in console.file.getvalue()
     assert losses(tmp_path / "run") == losses(run)
     model = ("parent", "model.safetensors")
