@@ -30,6 +30,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jaxtyping import ArrayLike
 from rich.console import Console
 
 from puzzle_jax.errors import MOST_TIMES, PuzzleError, check_range
@@ -38,7 +39,7 @@ from puzzle_jax.runs import locked, open_run
 from puzzle_jax.train.checkpoints import Checkpoints, abstract_state
 from puzzle_jax.train.metrics import MetricsLog
 from puzzle_jax.train.prefetch import Batches, Positioned, in_turn, prefetched
-from puzzle_jax.train.step import Metrics, Step, TrainState
+from puzzle_jax.train.step import Step, TrainState
 
 CHECKPOINTS = "checkpoints"
 EVALUATION = "evaluation/"
@@ -96,7 +97,7 @@ class Job:
     step: Step
     fixed: object
     batches: Batches
-    identity: Mapping[str, Any]
+    identity: Mapping[str, object]
     place: Callable[[Any], object] = lambda batch: batch
     evaluate: Callable[[TrainState], Mapping[str, float]] | None = None
     best: str | None = None
@@ -128,13 +129,7 @@ class Trained:
 
 
 def train(job: Job, settings: LoopSettings, directory: Path, console: Console) -> Trained:
-    """Runs a job to its end, from where an earlier process left it.
-
-    Args:
-      job: what is trained.
-      settings: how long, and what happens how often.
-      directory: of the run; made when it is not there.
-      console: for progress.
+    """Runs a job to its end in the directory of its run, from where an earlier process left it.
 
     Raises:
       PuzzleError: the directory holds something else, another run, or more steps than `settings.steps`; another process
@@ -169,7 +164,7 @@ def train(job: Job, settings: LoopSettings, directory: Path, console: Console) -
     return Trained(state, step, start, run.preempted, log.last if log else {}, best_step, best_metric)
 
 
-def open_checkpoints(directory: Path, identity: Mapping[str, Any], settings: LoopSettings) -> Checkpoints:
+def open_checkpoints(directory: Path, identity: Mapping[str, object], settings: LoopSettings) -> Checkpoints:
     """The checkpoints of the run in `directory`."""
     keep = {"keep_last": settings.keep_last, "keep_best": settings.keep_best}
     return Checkpoints(directory / CHECKPOINTS, identity=identity, **keep)
@@ -210,7 +205,7 @@ class _Run:
         """Makes the steps after `start`; the step before is reported while one runs."""
         last = self.settings.steps
         self._since = (start, time.monotonic())
-        before: tuple[int, Metrics] | None = None
+        before: tuple[int, Mapping[str, ArrayLike]] | None = None
         for number in range(start + 1, last + 1):
             taken = next(batches, None)
             if taken is None:
@@ -237,7 +232,9 @@ class _Run:
                 break
         return state
 
-    def _report(self, number: int, metrics: Metrics, evaluation: Mapping[str, float] | None = None) -> float | None:
+    def _report(
+        self, number: int, metrics: Mapping[str, ArrayLike], evaluation: Mapping[str, float] | None = None
+    ) -> float | None:
         """Waits for a step, counts it, logs it if need be; returns the best metric of its evaluation, if it has one.
 
         Raises PuzzleError when too many in a row were skipped.

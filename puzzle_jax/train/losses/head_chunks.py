@@ -1,7 +1,7 @@
 """Logits a piece at a time: some tokens by some columns of an output head, never [tokens, vocab].
 
-Tokens are split into equal groups, and a head is walked through in slices of its columns. No head is padded or copied: the
-last slice ends with the vocabulary and overlaps the one before, and columns seen already are masked.
+Tokens are split into equal groups, and a head is walked through in slices of its columns. No head is padded or copied:
+the last slice ends with the vocabulary and overlaps the one before, and columns seen already are masked.
 """
 
 from __future__ import annotations

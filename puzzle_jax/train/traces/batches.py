@@ -15,8 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, TypeGuard
 
@@ -24,12 +23,9 @@ import jax
 import numpy as np
 
 from puzzle_jax.errors import PuzzleError, shown
-from puzzle_jax.train.rows import Example, OpenRows, Packed, pack
+from puzzle_jax.train.rows import Extras, OpenRows, Packed, pack_indices
 from puzzle_jax.train.traces.examples import TraceExample
 from puzzle_jax.train.traces.settings import DataSettings
-
-Extras = Callable[[int], Mapping[str, np.ndarray]]
-"""From the index of an example to further arrays [tokens, ...] of it, read when it is packed."""
 
 OPEN_ROWS = 16
 """Rows that are being filled at a time; more would fill them better, and hold examples back longer."""
@@ -40,8 +36,6 @@ class TraceBatches:
 
     Args:
       examples: what to train on, none longer than `settings.row_length`.
-      settings: shape, weights and seed.
-      pad_id: token of padding.
       extras: gives arrays to pack along, of the same names for every example.
 
     Attributes:
@@ -71,19 +65,19 @@ class TraceBatches:
             self._position += 1
             if closed is not None:
                 rows.append(closed)
-        packed = _pack(self.examples, rows, settings.row_length, self.pad_id, self._extras)
+        packed = pack_indices(self.examples, rows, settings.row_length, self.pad_id, self._extras)
 
         def split(values: np.ndarray) -> np.ndarray:
             return values.reshape(settings.micro_batches, settings.rows, *values.shape[1:])
 
         return jax.tree.map(split, packed)
 
-    def get_state(self) -> dict[str, Any]:
+    def get_state(self) -> dict[str, object]:
         """Where the stream is after the last batch, as JSON: at most `OPEN_ROWS` rows of indices and two values."""
         rows = [list(row) for row in self._open.rows]
         return {"fingerprint": self.fingerprint, "position": self._position, "open": rows}
 
-    def set_state(self, state: Mapping[str, Any]) -> None:
+    def set_state(self, state: Mapping[str, object]) -> None:
         """Goes on after the batch whose `get_state` this was.
 
         Raises PuzzleError for the state of other data or settings, or what is no state.
@@ -119,43 +113,12 @@ class TraceBatches:
     def _size(self, index: int) -> int:
         return len(self.examples[index].tokens)
 
-    def _are_rows(self, rows: Any) -> TypeGuard[list[list[int]]]:
+    def _are_rows(self, rows: object) -> TypeGuard[list[list[int]]]:
         if not isinstance(rows, list) or len(rows) > OPEN_ROWS:
             return False
         known = range(len(self.examples))
         indices = all(isinstance(row, list) and all(type(i) is int and i in known for i in row) for row in rows)
         return indices and all(sum(map(self._size, row)) <= self.settings.row_length for row in rows)
-
-
-def evaluation_batches(
-    examples: Sequence[Example], *, rows: int, length: int, pad_id: int, extras: Extras | None = None
-) -> Iterator[Packed]:
-    """Every example once, in batches of `rows` rows [rows, length]; rows at the end are padding where some are missing.
-
-    Raises:
-      PuzzleError: there is no example, or one is longer than `length`.
-    """
-    if not examples:
-        raise PuzzleError("there is no trace to evaluate on")
-    opened = OpenRows[int](length, len(examples), lambda index: len(examples[index].tokens))
-    for index, example in enumerate(examples):
-        if len(example.tokens) > length:
-            raise PuzzleError(f"example {index} has {len(example.tokens)} tokens, but a row has {length}")
-        opened.place(index)
-    for start in range(0, len(opened), rows):
-        members = opened.rows[start : start + rows]
-        members += [[]] * (rows - len(members))
-        yield _pack(examples, members, length, pad_id, extras)
-
-
-def _pack(
-    examples: Sequence[Example], rows: Sequence[Sequence[int]], length: int, pad_id: int, extras: Extras | None
-) -> Packed:
-    def example(index: int) -> Example:
-        found = examples[index]
-        return found if extras is None else replace(found, extras=extras(index))
-
-    return pack([[example(index) for index in row] for row in rows], length, pad_id)
 
 
 def _order(examples: Sequence[TraceExample], settings: DataSettings) -> Any:

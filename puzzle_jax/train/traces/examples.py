@@ -72,8 +72,7 @@ def read_examples(
     Args:
       paths: .parquet or .jsonl files, or directories whose files of these names are read in order of name.
       settings: what is kept; weights, seed and the number of rows do not enter.
-      vocab_size: tokens of the model, 0 to `vocab_size` - 1.
-      chat: turns rows of text into tokens, and tells truncated answers in files that do not say.
+      chat: turns rows of text into tokens, and recognises truncated answers in files without that field.
 
     Raises:
       PuzzleError: a file cannot be read, holds no trace or one that the model cannot have written; there is no file, or

@@ -70,7 +70,7 @@ def origin(directory) -> DistillInputs:
         ({"teacher_cache": "cache"}, "loss.top_k_kl is 0.0 and teacher_cache is cache, but the one needs the other"),
         ({"optimizer__name": "magic"}, "optimizer.name is 'magic'"),
         ({"optimizer__learning_rate": ".inf"}, "optimizer.learning_rate is inf"),
-        ({"optimizer__warmup_steps": 7}, "optimizer.warmup_steps is 7, but must be at most loop.steps (6)"),
+        ({"optimizer__warmup_steps": 7}, "optimizer.warmup_steps is 7, but must be at most the 6 updates of the run"),
         ({"optimizer__b2": 1}, "optimizer.b2 is 1"),
         ({"loop__steps": 0}, "loop.steps is 0"),
         ({"loop__save_every": "often"}, "loop.save_every"),

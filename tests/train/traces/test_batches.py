@@ -20,10 +20,10 @@ from puzzle_jax.settings.verbs import parse
 from puzzle_jax.tasks import Chat
 from puzzle_jax.tasks.chat.embedded import chat_files, embedded_chat
 from puzzle_jax.train.__main__ import VERBS
-from puzzle_jax.train.rows import Packed
+from puzzle_jax.train.rows import Packed, packed
 from puzzle_jax.train.traces import command as traces_command
 from puzzle_jax.train.traces import examples
-from puzzle_jax.train.traces.batches import TraceBatches, evaluation_batches
+from puzzle_jax.train.traces.batches import TraceBatches
 from puzzle_jax.train.traces.examples import Counts, TraceExample, read_examples
 from puzzle_jax.train.traces.settings import DataSettings
 from tests.support import chat_config, random_params
@@ -288,22 +288,21 @@ def test_extras_are_read_when_an_example_is_packed():
     inside = batch.segment_ids > 0
     np.testing.assert_array_equal(batch.extras["top"][..., 1][inside], batch.tokens[inside] + 1)
     assert not batch.extras["top"][~inside].any()
-    (held_out,) = evaluation_batches(EXAMPLES[:2], rows=3, length=64, pad_id=0, extras=extras)
+    (held_out,) = packed(EXAMPLES[:2], rows=3, length=64, pad_id=0, extras=extras)
     np.testing.assert_array_equal(held_out.extras["top"][..., 0], held_out.tokens)
 
 
 def test_evaluation_sees_every_example_once():
-    batches = list(evaluation_batches(EXAMPLES, rows=7, length=40, pad_id=3))
+    batches = list(packed(EXAMPLES, rows=7, length=40, pad_id=3))
     assert {batch.tokens.shape for batch in batches} == {(7, 40)}
     assert sorted(drawn(batches)) == list(range(100))
     weights = sum(batch.weights.sum() for batch in batches)
     assert weights == sum(len(example.tokens) - example.prompt_length for example in EXAMPLES)
     padded = [row for batch in batches for row in batch.segment_ids if not row.any()]
     assert 0 < len(padded) < 7 and batches[-1].tokens[-1].tolist() == [3] * 40
-    with pytest.raises(PuzzleError, match="there is no trace to evaluate on"):
-        next(evaluation_batches([], rows=7, length=40, pad_id=3))
-    with pytest.raises(PuzzleError, match=r"example \d+ has \d+ tokens, but a row has 20"):
-        next(evaluation_batches(EXAMPLES, rows=7, length=20, pad_id=3))
+    assert list(packed([], rows=7, length=40, pad_id=3)) == []
+    with pytest.raises(ValueError, match=r"an example of \d+ tokens fits no row of 20"):
+        next(packed(EXAMPLES, rows=7, length=20, pad_id=3))
 
 
 # The verb -----------------------------------------------------------------------------------------------------------
