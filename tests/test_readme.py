@@ -39,7 +39,16 @@ TARGET = ("--target.min_speedup", "1.0")
 DISTILL = ("--loop.steps", "2", "--data.row_length", "128", "--data.heldout", "2", "--loss.token_chunk", "64")
 GRPO = (
     *("--prompts.prompts", "2", "--rollout.group", "2", "--rollout.max_tokens", LIMITS, "--update.row_length", "512"),
-    *("--loop.steps", "1", "--optimizer.warmup_steps", "0", "--watch.problems", "1", "--watch.transcripts", "0"),
+    *(
+        "--loop.steps",
+        "1",
+        "--optimizer.warmup_steps",
+        "0",
+        "--monitoring.problems",
+        "1",
+        "--monitoring.transcripts",
+        "0",
+    ),
 )
 SMALLER = {
     "search --recipe": (

@@ -28,6 +28,7 @@ from puzzle_jax.generate.traces import Trace
 from puzzle_jax.model.spec import Params
 from puzzle_jax.tasks import Chat, FiniteTask, Problem, check_effort, get_task, problems
 from puzzle_jax.tasks.chat.embedded import is_embedded
+from puzzle_jax.tasks.context import check_fits
 from puzzle_jax.tasks.rewards.answers import Answer, Reward
 from puzzle_jax.tasks.rewards.workers import RewardWorkers
 
@@ -222,12 +223,8 @@ def check_context(
         )
     for problem, effort in questions:
         prompt, limit = len(chat.prompt_tokens(problem.prompt, effort)), max_tokens[effort]
-        if prompt + limit > config.max_position:
-            raise ConfigError(
-                f"{problem.where}: the prompt takes {prompt} tokens and the answer up to {limit} at effort {effort}, "
-                f"but the context of {whose} is {config.max_position} tokens"
-            )
-        longest = max(longest, prompt + limit)
+        taken = check_fits(problem.where, prompt, limit, config.max_position, whose, f" at effort {effort}")
+        longest = max(longest, taken)
     return longest
 
 

@@ -30,6 +30,7 @@ from puzzle_jax.model.cache_format import CacheFormat
 from puzzle_jax.model.child import View
 from puzzle_jax.model.sharding import beside, generation_mesh, on_mesh
 from puzzle_jax.model.spec import Params
+from puzzle_jax.tasks.context import check_fits
 
 CHUNKS = (512, 256, 128, 64)  # tokens of a prompt that are prefilled at once; contexts are multiples of the last
 PREFILL_TOKENS = 1024  # of a group's rows in one chunk, on one part of a mesh
@@ -359,11 +360,7 @@ def check_request(request: Request, index: int, context: int) -> None:
         raise PuzzleError(f"request {index} has an empty prompt, but generation needs at least one token")
     if request.max_tokens < 1:
         raise PuzzleError(f"request {index} has max_tokens {request.max_tokens}, but at least 1 is needed")
-    if len(request.prompt) + request.max_tokens > context:
-        raise PuzzleError(
-            f"request {index} needs {len(request.prompt)} prompt and {request.max_tokens} new tokens, "
-            f"but the model's context is {context}"
-        )
+    check_fits(f"request {index}", len(request.prompt), request.max_tokens, context)
 
 
 def own_context(tokens: int, config: ModelConfig) -> int:

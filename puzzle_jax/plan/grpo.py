@@ -30,7 +30,6 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from puzzle_jax.config import cache_bytes
-from puzzle_jax.errors import ConfigError
 from puzzle_jax.files import Json
 from puzzle_jax.generate.engine import chunk_tokens, group_rows, own_context, slot_context
 from puzzle_jax.generate.slots import expert_id_dtype
@@ -80,9 +79,7 @@ class PlannedPolicy(PlannedTraining[GrpoRecipe]):
     """
 
     def __post_init__(self) -> None:
-        length = self.recipe.update.row_length
-        if length > self.parent.max_position:
-            raise ConfigError(f"update.row_length is {length}, but the model's context is {self.parent.max_position}")
+        self.recipe.check_context(self.parent.max_position)
         super().__post_init__()
 
     @property

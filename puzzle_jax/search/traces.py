@@ -23,6 +23,7 @@ from puzzle_jax.generate.traces import Trace
 from puzzle_jax.progress import progress
 from puzzle_jax.search.artifacts import TRACE_SETS
 from puzzle_jax.search.recipe import Recipe
+from puzzle_jax.tasks.context import check_fits
 
 
 def ask_parent(parent: Model, recipe: Recipe, kept: Path, console: Console) -> Iterator[tuple[str, Sequence[Trace]]]:
@@ -93,9 +94,7 @@ def _hash(seed: int, prompt: Sequence[int]) -> int:
 def _check(trace: Trace, config: ModelConfig, where: str) -> None:
     if not trace.prompt or not trace.completion:
         raise PuzzleError(f"{where} has no {'completion' if trace.prompt else 'prompt'}")
-    length = len(trace.prompt) + len(trace.completion)
-    if length > config.max_position:
-        raise PuzzleError(f"{where} has {length} tokens, but the parent's context is {config.max_position}")
+    check_fits(where, len(trace.prompt), len(trace.completion), config.max_position, "the parent")
     most = max(*trace.prompt, *trace.completion)
     if most >= config.vocab_size or min(*trace.prompt, *trace.completion) < 0:
         raise PuzzleError(f"{where} holds token {most}, but the parent's tokens are 0 to {config.vocab_size - 1}")

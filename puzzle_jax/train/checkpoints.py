@@ -15,12 +15,12 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from puzzle_jax.errors import CheckpointError, PuzzleError
 from puzzle_jax.runs import canonical, difference
@@ -30,12 +30,13 @@ try:
 except ImportError:  # where v1 has not left its trial yet
     from orbax.checkpoint.experimental import v1 as ocp
 
+Leaf = jax.Array | jax.ShapeDtypeStruct
 _DELETED = ".deleted-"
 _UNFINISHED = ".orbax-checkpoint-tmp"
 
 
 class Record(NamedTuple):
-    """What a checkpoint says beside the state.
+    """What a checkpoint holds beside the state.
 
     Attributes:
       step: of the state.
@@ -45,15 +46,15 @@ class Record(NamedTuple):
     """
 
     step: int
-    identity: dict[str, Any]
-    data: Any
+    identity: dict[str, object]
+    data: object
     metric: float | None
 
 
 class Restored(NamedTuple):
     """A state and its record; `passed_over` says, newest first, which later checkpoints could not be read and why."""
 
-    state: Any
+    state: PyTree
     record: Record
     passed_over: tuple[str, ...]
 
@@ -63,18 +64,14 @@ class Checkpoints:
 
     Every process of a mesh makes one and calls its methods at the same points; the first one tidies up.
 
-    Args:
-      directory: made when it is not there.
-      identity: JSON values that make the run what it is.
-      keep_last: newest checkpoints that stay.
-      keep_best: checkpoints of the lowest metric that stay, too.
-
     Raises PuzzleError where the directory holds another run's checkpoints, or cannot be written.
     """
 
-    def __init__(self, directory: Path, *, identity: Mapping[str, Any], keep_last: int = 2, keep_best: int = 1) -> None:
+    def __init__(
+        self, directory: Path, *, identity: Mapping[str, object], keep_last: int = 2, keep_best: int = 1
+    ) -> None:
         self.directory = Path(directory).resolve()
-        self.identity: dict[str, Any] = json.loads(canonical(identity))
+        self.identity: dict[str, object] = json.loads(canonical(identity))
         self.keep_last, self.keep_best = keep_last, keep_best
         self._saving: tuple[Record, Any] | None = None
         self._tidies = jax.process_index() == 0
@@ -91,13 +88,11 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:
             self.finish()
         except PuzzleError:
-            if error is None:  # else what went wrong first is what the user hears of
+            if error is None:  # else the first error is the one to report
                 raise
 
     @property
@@ -116,7 +111,7 @@ class Checkpoints:
         """Whether there is a checkpoint, readable or not."""
         return bool(self._records or self._unreadable or self._saving)
 
-    def save(self, step: int, state: Any, *, data: Any, metric: float | None = None) -> None:
+    def save(self, step: int, state: PyTree, *, data: object, metric: float | None = None) -> None:
         """Begins to write a state, which may be donated afterwards; one of the same step is replaced.
 
         Raises PuzzleError when the checkpoint before this one could not be written.
@@ -145,12 +140,10 @@ class Checkpoints:
         self._records[record.step] = record
         self._prune()
 
-    def restore(self, abstract: Any, step: int | None = None) -> Restored | None:
+    def restore(self, abstract: PyTree, step: int | None = None) -> Restored | None:
         """The newest state that can be read, or that of `step`; None when there is no checkpoint.
 
-        Args:
-          abstract: `abstract_state` of a state of this run.
-          step: of the checkpoint.
+        `abstract` is `abstract_state` of a state of this run.
 
         Raises:
           CheckpointError: there are checkpoints, but none can be read, or there is none of `step`.
@@ -217,7 +210,7 @@ class Checkpoints:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def abstract_state(state: Any) -> Any:
+def abstract_state(state: PyTree) -> PyTree:
     """Shapes, dtypes and places of a state's arrays, in its structure.
 
     Arrays that were never placed (scalars, mostly) have no sharding; they are restored so that they follow the others.
@@ -227,10 +220,10 @@ def abstract_state(state: Any) -> Any:
     )
 
 
-def _plain(state: Any) -> Any:
+def _plain(state: PyTree) -> PyTree:
     """The state with random keys as their data; works on arrays and on what stands for them."""
 
-    def plain(x: Any) -> Any:
+    def plain(x: Leaf) -> Leaf:
         if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             return x
         if isinstance(x, jax.Array):
@@ -241,16 +234,16 @@ def _plain(state: Any) -> Any:
     return jax.tree.map(plain, state)
 
 
-def _keyed(like: Any, x: jax.Array) -> jax.Array:
+def _keyed(like: jax.ShapeDtypeStruct, x: jax.Array) -> jax.Array:
     """The inverse of `_plain` for one array."""
     if not jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
         return x
-    impl: list[Any] = []  # which only arrays and tracers tell
+    impl: list[Any] = []  # which only arrays and tracers have
     jax.eval_shape(lambda key: impl.append(jax.random.key_impl(key)), like)
     return jax.random.wrap_key_data(x, impl=impl[0])
 
 
-def _flat(tree: Any) -> dict[str, Any]:
+def _flat(tree: PyTree) -> dict[str, Leaf]:
     """Leaves by their path: Orbax keeps no structure of ours, and names of leaves say what differs."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     flat = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
@@ -258,7 +251,7 @@ def _flat(tree: Any) -> dict[str, Any]:
     return flat
 
 
-def _target(leaf: Any) -> Any:
+def _target(leaf: Leaf) -> np.ndarray | Leaf:
     return np.empty(leaf.shape, leaf.dtype) if leaf.sharding is None else leaf
 
 

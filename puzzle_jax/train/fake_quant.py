@@ -8,14 +8,12 @@ Left out: stochastic rounding, other formats.
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from puzzle_jax.kernels.mxfp4 import GROUP
-from puzzle_jax.model.spec import EXPERT_MATRICES
+from puzzle_jax.model.spec import EXPERT_MATRICES, Params
 
 _SMALLEST, _GREATEST = -125, 127  # exponents of normal numbers
 
@@ -48,12 +46,11 @@ def fake_quantize(
     return weight + jax.lax.stop_gradient(round_to_mxfp4(weight) - weight)
 
 
-def fake_quantize_experts(params: dict[str, Any]) -> dict[str, Any]:
+def fake_quantize_experts(params: Params) -> Params:
     """A model's parameters with every expert matrix fake-quantised; everything else as it is."""
-    layers = []
-    for layer in params["layers"]:
-        moe = dict(layer["moe"])
-        for name in EXPERT_MATRICES:
-            moe[name] = fake_quantize(moe[name])
-        layers.append({**layer, "moe": moe})
-    return {**params, "layers": layers}
+    return jax.tree_util.tree_map_with_path(lambda path, x: fake_quantize(x) if is_expert_matrix(path) else x, params)
+
+
+def is_expert_matrix(path: jax.tree_util.KeyPath) -> bool:
+    """Whether a leaf of a tree of parameters is one of the matrices that checkpoints may pack."""
+    return isinstance(path[-1], jax.tree_util.DictKey) and path[-1].key in EXPERT_MATRICES

@@ -22,16 +22,18 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jaxtyping import ArrayLike
 from rich.console import Console
 
-from puzzle_jax.errors import MOST_TIMES, ConfigError, PuzzleError, check_range
+from puzzle_jax.errors import MOST_TIMES, PuzzleError, check_range
 from puzzle_jax.progress import Advance, progress
 from puzzle_jax.runs import locked, open_run
 from puzzle_jax.train.checkpoints import Checkpoints, abstract_state
@@ -51,7 +53,7 @@ class LoopSettings:
     Attributes:
       steps: of the run.
       evaluate_every: steps between evaluations; 0: only after the last step.
-      save_every: steps between checkpoints; there is always one after the last step and when the run is told to end.
+      save_every: steps between checkpoints; there is always one after the last step and when a signal ends the run.
       log_every: steps between lines of metrics; a step that was skipped has one, too.
       max_skipped: steps in a row without a finite loss and gradient that end the run.
       keep_last, keep_best: checkpoints that stay: the newest, and those of the lowest best metric of the job.
@@ -66,11 +68,8 @@ class LoopSettings:
     keep_best: int = 1
 
     def __post_init__(self) -> None:
-        for item in fields(self):
-            value, least = getattr(self, item.name), 0 if item.name in ("evaluate_every", "keep_best") else 1
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f"loop.{item.name} is {value!r}, but must be a whole number of at least {least}")
-            check_range(f"loop.{item.name}", value, least, MOST_TIMES)
+        for name, value in vars(self).items():
+            check_range(f"loop.{name}", value, 0 if name in ("evaluate_every", "keep_best") else 1, MOST_TIMES)
 
 
 @dataclass
@@ -89,17 +88,17 @@ class Job:
       evaluate: named values of a state, the same whenever it is called.
       best: of these the one whose lowest value is best; it also decides which checkpoints stay.
       name: of the work, for progress.
-      tokens_per_step: positions that a step runs over, for the rate beside the bar; 0 where a step tells rates itself.
+      tokens_per_step: positions that a step runs over, for the rate beside the bar; 0 where a step gives rates itself.
       ahead: whether batches are made ahead, in a thread; not where a step decides what comes next, as in reinforcement
         learning: the data's state is then saved as it is after the step.
     """
 
     initial: Callable[[], TrainState]
     step: Step
-    fixed: Any
+    fixed: object
     batches: Batches
-    identity: Mapping[str, Any]
-    place: Callable[[Any], Any] | None = None
+    identity: Mapping[str, object]
+    place: Callable[[Any], object] = lambda batch: batch
     evaluate: Callable[[TrainState], Mapping[str, float]] | None = None
     best: str | None = None
     name: str = "training"
@@ -108,43 +107,29 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Summary:
+class Trained:
     """How a run went.
 
     Attributes:
+      state: after the last step that was made.
       step: that the state is after.
       resumed_from: step of the checkpoint that this process began with; 0: none.
       preempted: whether a signal ended it before the last step; a command ends with exit code 0 then, too.
-      seconds: that this process trained.
       metrics: of the last logged step.
       best_step, best_metric: of the checkpoint with the lowest best metric, where the job names one.
     """
 
+    state: TrainState
     step: int
     resumed_from: int
     preempted: bool
-    seconds: float
-    metrics: Mapping[str, Any]
+    metrics: Mapping[str, int | float | None]
     best_step: int | None
     best_metric: float | None
 
 
-@dataclass(frozen=True)
-class Trained:
-    """The state after the last step that was made, and how the run went."""
-
-    state: TrainState
-    summary: Summary
-
-
 def train(job: Job, settings: LoopSettings, directory: Path, console: Console) -> Trained:
-    """Runs a job to its end, from where an earlier process left it.
-
-    Args:
-      job: what is trained.
-      settings: how long, and what happens how often.
-      directory: of the run; made when it is not there.
-      console: for progress.
+    """Runs a job to its end in the directory of its run, from where an earlier process left it.
 
     Raises:
       PuzzleError: the directory holds something else, another run, or more steps than `settings.steps`; another process
@@ -153,13 +138,12 @@ def train(job: Job, settings: LoopSettings, directory: Path, console: Console) -
     first = jax.process_index() == 0
     if first:
         open_run(directory, job.identity)
-    _meet("run directory")
-    began = time.monotonic()
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("run directory")
     with contextlib.ExitStack() as stack:
         if first:
             stack.enter_context(locked(directory))
-        keep = {"keep_last": settings.keep_last, "keep_best": settings.keep_best}
-        checkpoints = stack.enter_context(Checkpoints(directory / CHECKPOINTS, identity=job.identity, **keep))
+        checkpoints = stack.enter_context(open_checkpoints(directory, job.identity, settings))
         state, start = _begin(job, checkpoints, console)
         if start > settings.steps:
             raise PuzzleError(f"{directory} is at step {start}, but loop.steps is {settings.steps}")
@@ -167,8 +151,8 @@ def train(job: Job, settings: LoopSettings, directory: Path, console: Console) -
         stop = stack.enter_context(stop_signals())
         run = _Run(job, settings, checkpoints, log, stop, int(state.skipped))
         if start < settings.steps:
-            made = prefetched if job.ahead else in_turn
-            batches = stack.enter_context(made(job.batches, job.place))
+            ahead = stack.enter_context(prefetched(job.batches, job.place)) if job.ahead else None
+            batches = ahead or in_turn(job.batches, job.place)
             run.advance = stack.enter_context(progress(console, job.name, settings.steps))
             state = run.steps_from(start, state, batches)
         checkpoints.finish()
@@ -176,16 +160,14 @@ def train(job: Job, settings: LoopSettings, directory: Path, console: Console) -
     step = int(state.step)
     if run.preempted:
         console.print(f"  stopped at step {step} of {settings.steps}; the same command goes on", highlight=False)
-    summary = Summary(
-        step,
-        start,
-        run.preempted,
-        time.monotonic() - began,
-        {} if log is None else log.last,
-        None if best is None else best.step,
-        None if best is None else best.metric,
-    )
-    return Trained(state, summary)
+    best_step, best_metric = (best.step, best.metric) if best else (None, None)
+    return Trained(state, step, start, run.preempted, log.last if log else {}, best_step, best_metric)
+
+
+def open_checkpoints(directory: Path, identity: Mapping[str, object], settings: LoopSettings) -> Checkpoints:
+    """The checkpoints of the run in `directory`."""
+    keep = {"keep_last": settings.keep_last, "keep_best": settings.keep_best}
+    return Checkpoints(directory / CHECKPOINTS, identity=identity, **keep)
 
 
 def _begin(job: Job, checkpoints: Checkpoints, console: Console) -> tuple[TrainState, int]:
@@ -223,16 +205,17 @@ class _Run:
         """Makes the steps after `start`; the step before is reported while one runs."""
         last = self.settings.steps
         self._since = (start, time.monotonic())
-        before: tuple[int, Any] | None = None
+        before: tuple[int, Mapping[str, ArrayLike]] | None = None
         for number in range(start + 1, last + 1):
             taken = next(batches, None)
             if taken is None:
                 raise PuzzleError(f"the data ended after {number - 1} of {last} steps")
-            state, metrics = self.job.step(state, self.job.fixed, taken.batch)
+            batch, position = taken
+            state, metrics = self.job.step(state, self.job.fixed, batch)
             if before is not None:
                 self._report(*before)
             before = number, metrics
-            stopping = self._told_to_stop(number)
+            stopping = self._stopping(number)
             evaluating = self.job.evaluate is not None and _due(number, self.settings.evaluate_every, last)
             saving = stopping or _due(number, self.settings.save_every, last)
             if evaluating or saving:
@@ -241,14 +224,17 @@ class _Run:
                 if saving or self._is_best(metric):
                     if self.log is not None:
                         self.log.sync()  # a restored run finds the lines of all steps up to its own
-                    self.checkpoints.save(number, state, data=taken.state, metric=metric)
+                    data = position if self.job.ahead else self.job.batches.get_state()
+                    self.checkpoints.save(number, state, data=data, metric=metric)
                 self._since = (number, time.monotonic())
             if stopping:
                 self.preempted = number < last
                 break
         return state
 
-    def _report(self, number: int, metrics: Any, evaluation: Mapping[str, float] | None = None) -> float | None:
+    def _report(
+        self, number: int, metrics: Mapping[str, ArrayLike], evaluation: Mapping[str, float] | None = None
+    ) -> float | None:
         """Waits for a step, counts it, logs it if need be; returns the best metric of its evaluation, if it has one.
 
         Raises PuzzleError when too many in a row were skipped.
@@ -299,8 +285,8 @@ class _Run:
         best = self.checkpoints.best
         return best is None or best.metric is None or metric < best.metric
 
-    def _told_to_stop(self, number: int) -> bool:
-        """Several processes agree every `log_every` steps: all must end at the same one."""
+    def _stopping(self, number: int) -> bool:
+        """Whether a signal has come. Several processes agree every `log_every` steps: all must end at the same one."""
         if jax.process_count() == 1:
             return self.stop.is_set()
         if number % self.settings.log_every:
@@ -314,19 +300,19 @@ def stop_signals() -> Iterator[threading.Event]:
 
     The handlers from before are back afterwards. Only the main thread can have handlers; in others nothing sets it.
     """
-    told = threading.Event()
+    stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield told
+        yield stop
         return
 
-    def tell(number: int, frame: Any) -> None:
-        if told.is_set() and number == signal.SIGINT:
+    def handle(number: int, frame: FrameType | None) -> None:
+        if stop.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
-        told.set()
+        stop.set()
 
-    before = {number: signal.signal(number, tell) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield told
+        yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -334,8 +320,3 @@ def stop_signals() -> Iterator[threading.Event]:
 
 def _due(number: int, every: int, last: int) -> bool:
     return number == last or (every > 0 and number % every == 0)
-
-
-def _meet(what: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)

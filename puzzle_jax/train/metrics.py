@@ -1,4 +1,4 @@
-"""What training tells about its steps: metrics.jsonl, and TensorBoard where tensorboardX is installed.
+"""Metrics of training's steps: metrics.jsonl, and TensorBoard where tensorboardX is installed.
 
 metrics.jsonl has a line per logged step, {"step": ..., NAME: number or null}; null stands for what is no finite number.
 A run that goes on after step s drops the lines of later steps, so that the file is what a run without interruption
@@ -12,7 +12,6 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -29,7 +28,7 @@ class MetricsLog:
     Args:
       directory: of the run.
       after: step that the run goes on from; 0 for a new one.
-      console: is told once if there is no TensorBoard.
+      console: says once if there is no TensorBoard.
 
     Attributes:
       last: the values of the last line.
@@ -40,7 +39,7 @@ class MetricsLog:
     def __init__(self, directory: Path, after: int, console: Console) -> None:
         path = directory / METRICS_FILE
         kept = [line for line in (read_metrics(path) if path.exists() else []) if line["step"] <= after]
-        self.last: dict[str, Any] = kept[-1] if kept else {}
+        self.last: dict[str, int | float | None] = kept[-1] if kept else {}
         write_beside(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self._file = open(path, "ab")  # noqa: SIM115 (closed on exit)
         self._board = _tensorboard(directory / TENSORBOARD, after, console)
@@ -48,9 +47,7 @@ class MetricsLog:
     def __enter__(self) -> MetricsLog:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._file.close()
         if self._board is not None:
             self._board.close()

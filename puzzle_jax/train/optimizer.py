@@ -3,7 +3,7 @@
     updates = -rate(n) * (direction(clip(gradients)) + weight_decay * params)        n: updates made before
 
 Weight decay is decoupled (arXiv 1711.05101) and reaches matrices only. Layers may be stacked, so what is a matrix is
-told by name, not by the number of axes: norms, biases and sinks do not decay. Directions are optax's. Muon
+recognised by name, not by the number of axes: norms, biases and sinks do not decay. Directions are optax's. Muon
 (arXiv 2502.16982) serves the matrices of layers, each expert and layer on its own; embedding, head and all that is no
 matrix take Adam's direction (with Nesterov's momentum) there, and updates of both are about as large.
 
@@ -14,19 +14,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int, PyTree
 
 from puzzle_jax.errors import MOST_TIMES, ConfigError, check_choice, check_range
 
 OPTIMIZERS = ("adamw", "adam", "sgd", "lion", "muon")
 SCHEDULES = ("constant", "cosine", "linear", "wsd")
 
-Schedule = Callable[[Any], Float[Array, ""]]
+Schedule = Callable[[ArrayLike], Float[Array, ""]]
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,10 @@ def make_schedule(settings: OptimizerSettings, steps: int) -> Schedule:
     """
     warmup = settings.warmup_steps
     if warmup > steps:
-        raise ConfigError(f"optimizer.warmup_steps is {warmup}, but must be at most steps ({steps})")
+        raise ConfigError(f"optimizer.warmup_steps is {warmup}, but must be at most the {steps} updates of the run")
     start = steps - decay_steps(settings, steps)
 
-    def rate(count: Any) -> Float[Array, ""]:
+    def rate(count: ArrayLike) -> Float[Array, ""]:
         count = jnp.asarray(count, jnp.float32)
         rise = jnp.minimum((count + 1) / warmup, 1.0) if warmup else jnp.float32(1)
         fallen = jnp.clip((count - start) / max(steps - start, 1), 0.0, 1.0)
@@ -117,7 +117,7 @@ def make_optimizer(settings: OptimizerSettings, steps: int) -> optax.GradientTra
     return optax.chain(*parts, _descend(make_schedule(settings, steps)))
 
 
-def decays(params: Any) -> Any:
+def decays(params: PyTree) -> PyTree:
     """Which parameters are matrices, by name: a tree of bool in the structure of `params`."""
     return jax.tree_util.tree_map_with_path(lambda path, _: _is_matrix(_name(path)), params)
 
@@ -137,10 +137,10 @@ class Rate(NamedTuple):
 def _descend(schedule: Schedule) -> optax.GradientTransformation:
     """Scales by minus the learning rate and keeps it in the state, for the metrics."""
 
-    def init(params: Any) -> Rate:
+    def init(params: PyTree) -> Rate:
         return Rate(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32))
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Rate]:
+    def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, Rate]:
         rate = schedule(state.count)
         return jax.tree.map(lambda update: -rate * update, updates), Rate(state.count + 1, rate)
 
@@ -170,7 +170,7 @@ def _direction(settings: OptimizerSettings) -> optax.GradientTransformation:
     return adam
 
 
-def _name(path: tuple[Any, ...]) -> str:
+def _name(path: jax.tree_util.KeyPath) -> str:
     """The parameter's own name in `model.spec`; entries of lists and of packed matrices have none."""
     return next((entry.key for entry in reversed(path) if isinstance(entry, jax.tree_util.DictKey)), "")
 
@@ -179,5 +179,5 @@ def _is_matrix(name: str) -> bool:
     return not (name in ("norm", "final_norm", "sinks") or name.endswith("_bias"))
 
 
-def _is_layer_matrix(path: tuple[Any, ...]) -> bool:
+def _is_layer_matrix(path: jax.tree_util.KeyPath) -> bool:
     return _is_matrix(_name(path)) and _name(path) not in ("embedding", "head")

@@ -11,12 +11,12 @@ Every process holds the whole batch of a step (`trace_batches`) and gives its de
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.model.sharding import fully_sharded, stacked_sharding
@@ -37,32 +37,32 @@ class Placement:
         """The stacked parameters of a model, in place; as they are without a mesh."""
         return params if self.mesh is None else jax.device_put(params, stacked_sharding(params, config, self.mesh))
 
-    def master_weights(self, tree: Any) -> Any:
+    def master_weights(self, tree: PyTree) -> PyTree:
         """Shardings of master weights, or of a state that holds some; None without a mesh."""
         return None if self.mesh is None else fully_sharded(tree, self.mesh)
 
-    def parts(self, tree: Any) -> Any:
+    def parts(self, tree: PyTree) -> PyTree:
         """Arrays that every process holds whole on its host, where master weights of their shapes would be."""
         if self.mesh is None:
             return tree
         return jax.tree.map(_part, tree, self.master_weights(tree))
 
-    def rows(self, batch: Any) -> Any:
+    def rows(self, batch: PyTree) -> PyTree:
         """A batch of arrays [rows, length, ...]."""
         return self._cut(batch, PartitionSpec("data", "sequence"))
 
-    def micro_batches(self, batch: Any) -> Any:
+    def micro_batches(self, batch: PyTree) -> PyTree:
         """A batch of arrays [micro_batches, rows, length, ...]."""
         return self._cut(batch, PartitionSpec(None, "data", "sequence"))
 
-    def _cut(self, batch: Any, axes: PartitionSpec) -> Any:
+    def _cut(self, batch: PyTree, axes: PartitionSpec) -> PyTree:
         if self.mesh is None:
             return batch
         sharding = NamedSharding(self.mesh, axes)
         return jax.tree.map(lambda array: _part(array, sharding), batch)
 
 
-def on_host(tree: Any) -> Any:
+def on_host(tree: PyTree) -> PyTree:
     """The whole arrays in every process, one after the other."""
     if jax.process_count() == 1:
         return jax.tree.map(np.asarray, tree)

@@ -6,11 +6,11 @@ state is taken together with each batch and travels with it.
 
 from __future__ import annotations
 
+import contextlib
 import json
-import queue
-import threading
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, runtime_checkable
 
 from puzzle_jax.runs import canonical
@@ -18,80 +18,48 @@ from puzzle_jax.runs import canonical
 AHEAD = 2
 """Batches that wait for their step."""
 
+Positioned = tuple[object, object]
+"""A batch, and the state of the data to save with what was learnt from it; None where it is read after the step."""
+
 
 @runtime_checkable
 class Batches(Protocol):
     """A stream of batches that can go on from where another one was; states are JSON values."""
 
-    def __next__(self) -> Any: ...
-    def get_state(self) -> Any: ...
+    def __next__(self) -> object: ...
+    def get_state(self) -> object: ...
     def set_state(self, state: Any, /) -> None: ...
 
 
-class Positioned:
-    """A batch and the state of the data to save with what was learnt from it."""
-
-    def __init__(self, batch: Any, state: Callable[[], str]) -> None:
-        self.batch, self._state = batch, state
-
-    @property
-    def state(self) -> Any:
-        return json.loads(self._state())
-
-
-@contextmanager
-def in_turn(batches: Batches, place: Callable[[Any], Any] | None) -> Iterator[Iterator[Positioned]]:
-    """An iterator over batches that are made when asked for; the data's state is that at the time when it is read."""
-
-    def taken() -> Iterator[Positioned]:
+def in_turn(batches: Batches, place: Callable[[Any], object]) -> Iterator[Positioned]:
+    """Batches that are made when they are asked for."""
+    with contextlib.suppress(StopIteration):
         while True:
-            try:
-                batch = next(batches)  # type: ignore[call-overload]
-            except StopIteration:
-                return
-            yield Positioned(batch if place is None else place(batch), lambda: canonical(batches.get_state()))
-
-    yield taken()
+            yield place(next(batches)), None  # type: ignore[call-overload]
 
 
-@contextmanager
-def prefetched(batches: Batches, place: Callable[[Any], Any] | None) -> Iterator[Iterator[Positioned]]:
+@contextlib.contextmanager
+def prefetched(batches: Batches, place: Callable[[Any], object]) -> Iterator[Iterator[Positioned]]:
     """An iterator over batches that a thread makes ahead of time; leaving the context ends the thread.
 
     What `batches` or `place` raises comes at the batch that it was raised for.
     """
-    ready: queue.Queue[Positioned | BaseException] = queue.Queue(AHEAD)
-    ended = threading.Event()
 
-    def put(item: Positioned | BaseException) -> None:
-        while not ended.is_set():
-            try:
-                return ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def work() -> None:
-        try:
-            while not ended.is_set():
-                batch = next(batches)  # type: ignore[call-overload]
-                state = canonical(batches.get_state())  # as text, so that later batches cannot change it
-                put(Positioned(batch if place is None else place(batch), lambda state=state: state))
-        except BaseException as error:
-            put(error)
+    def make() -> Positioned:
+        batch = next(batches)  # type: ignore[call-overload]
+        state = json.loads(canonical(batches.get_state()))  # a copy, which later batches cannot change
+        return place(batch), state
 
     def taken() -> Iterator[Positioned]:
-        while True:
-            item = ready.get()
-            if isinstance(item, StopIteration):
-                return
-            if isinstance(item, BaseException):
-                raise item
-            yield item
+        waiting = deque(pool.submit(make) for _ in range(AHEAD))
+        with contextlib.suppress(StopIteration):
+            while True:
+                item = waiting.popleft().result()
+                waiting.append(pool.submit(make))
+                yield item
 
-    thread = threading.Thread(target=work, name="batches", daemon=True)
-    thread.start()
-    try:
-        yield taken()
-    finally:
-        ended.set()
-        thread.join()
+    with ThreadPoolExecutor(1, "batches") as pool:
+        try:
+            yield taken()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)

@@ -1,6 +1,6 @@
 """Rows of a fixed length, filled with whole examples: the form in which every kind of training reads its data.
 
-An example is what the model was told and what the assistant answered. Examples lie in a row one after another, each a
+An example is a prompt and what the assistant answered. Examples lie in a row one after another, each a
 segment of its own: segment ids keep attention inside it and positions start again at 0, so that a packed example
 computes what it would alone. Only what the assistant said is learned: a position counts where its target, the next
 token, is one of the completion.
@@ -13,14 +13,16 @@ Left out: splitting an example over rows, which would need attention over what a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
 Item = TypeVar("Item")
+Extras = Callable[[int], Mapping[str, np.ndarray]]
+"""From the index of an example to further arrays [tokens, ...] of it, read when it is packed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,3 +163,29 @@ def pack(rows: Sequence[Sequence[Example]], length: int, pad_id: int) -> Packed:
                 extras[name][row, start:end] = values
             start = end
     return Packed(tokens, targets, weights, segment_ids, positions, extras)
+
+
+def packed(
+    examples: Sequence[Example], *, rows: int, length: int, pad_id: int, extras: Extras | None = None
+) -> Iterator[Packed]:
+    """Every example once, first-fit, in batches [rows, length]; rows at the end are padding where some are missing.
+
+    Raises ValueError for an example longer than `length`.
+    """
+    filling = OpenRows[int](length, max(len(examples), 1), lambda index: len(examples[index].tokens))
+    for index in range(len(examples)):
+        filling.place(index)
+    for start in range(0, len(filling), rows):
+        members = filling.rows[start : start + rows]
+        yield pack_indices(examples, members + [[]] * (rows - len(members)), length, pad_id, extras)
+
+
+def pack_indices(
+    examples: Sequence[Example], rows: Sequence[Sequence[int]], length: int, pad_id: int, extras: Extras | None
+) -> Packed:
+    """`pack` for rows of indices into `examples`."""
+
+    def example(index: int) -> Example:
+        return examples[index] if extras is None else replace(examples[index], extras=extras(index))
+
+    return pack([[example(index) for index in row] for row in rows], length, pad_id)

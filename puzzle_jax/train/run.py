@@ -11,6 +11,7 @@ its bytes. Left out: what is learnt and from what, which are the two kinds' own.
 from __future__ import annotations
 
 import datetime
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -21,14 +22,20 @@ import jax
 import optax
 from rich.console import Console
 
+from puzzle_jax.config import ModelConfig
 from puzzle_jax.convert_hf.export import export_child
+from puzzle_jax.convert_hf.load import load_checkpoint
+from puzzle_jax.evaluate.models import Model
+from puzzle_jax.model.cache_format import KVScales
+from puzzle_jax.model.network import compute_dtype
 from puzzle_jax.model.sharding import make_training_mesh, on_mesh
 from puzzle_jax.model.spec import Params
 from puzzle_jax.processes.distributed import agree, from_primary, on_all, on_primary
 from puzzle_jax.runs import METRICS_FILE, begun_on, open_run
-from puzzle_jax.train.base_parameters import load_base
+from puzzle_jax.train.loop import Job, Trained, train
 from puzzle_jax.train.optimizer import make_optimizer
 from puzzle_jax.train.placement import Placement, on_host
+from puzzle_jax.train.recipe import RunRecipe
 from puzzle_jax.train.step import Shardings, TrainState, init_state
 from puzzle_jax.train.student import Student
 
@@ -38,44 +45,69 @@ CALIBRATION_ANSWERS = 256
 
 _DIRECTORIES = ("parent", "child", "model", "traces", "out", "teacher_cache")
 
+Recipe = TypeVar("Recipe", bound=RunRecipe)
 
-class RunInputs:
+
+class RunInputs(Generic[Recipe]):
     """What a recipe names, read and checked; all but the weights.
 
     Attributes:
       recipe: all settings.
-      base: the checkpoint whose weights training begins with.
+      model: the checkpoint whose weights training begins with; its template sees the date on which the run was begun.
       student: what learns.
       earlier: provenance of the model that is trained; empty where it has none.
-      updates: steps of the optimiser in the whole run.
-      identity: what the result depends on, as JSON values.
+      identity: what the result depends on, as JSON values. Meshes, and how often something is saved, are left out.
     """
 
-    recipe: Any
-    base: cached_property[Path]
+    recipe: Recipe
+    model: Model
     student: cached_property[Student]
     earlier: cached_property[Mapping[str, Any]]
-    updates: cached_property[int]
-    identity: cached_property[dict[str, Any]]
+    identity: cached_property[dict[str, object]]
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+    def common_identity(self) -> dict[str, object]:
+        """The part of `identity` that every kind of run has."""
+        recipe = self.recipe
+        return {
+            "optimizer": asdict(recipe.optimizer),
+            "train": sorted(set(recipe.train)),
+            "steps": recipe.loop.steps,
+            "seed": recipe.seed,
+            "today": self.model.chat.today.date().isoformat(),
+        }
 
 
 Inputs = TypeVar("Inputs", bound=RunInputs)
 
 
-def agreed_inputs(recipe: Any, read: Callable[[datetime.datetime], Inputs]) -> Inputs:
+def day_of(out: Path) -> datetime.datetime:
+    """The date that chat templates see: the day on which the run in `out` was begun, or now."""
+    return begun_on(out) or datetime.datetime.now()
+
+
+def agreed_inputs(recipe: RunRecipe, read: Callable[[datetime.datetime], Inputs]) -> Inputs:
     """What every process reads of a recipe's inputs, which must be the same.
 
     Args:
-      read: from the date that chat templates see, which is the day on which the run was begun.
+      read: from the date that chat templates see.
 
     Raises PuzzleError for whatever is wrong with the inputs, and where processes have different ones.
     """
+
+    def opened() -> tuple[Inputs, dict[str, object]]:
+        inputs = read(datetime.datetime.fromisoformat(day))
+        return inputs, inputs.identity
+
     # As the primary process finds it, since hosts may be in different time zones.
-    day = from_primary("day", lambda: (begun_on(recipe.out) or datetime.datetime.now()).isoformat())
-    inputs = on_all("open the inputs", lambda: read(datetime.datetime.fromisoformat(day)))
-    # Directories may lie elsewhere on each host; the identity tells what is in them.
+    day = from_primary("day", lambda: day_of(recipe.out).isoformat())
+    inputs, identity = on_all("open the inputs", opened)
+    # Directories may lie elsewhere on each host; the identity says what is in them.
     agree("the recipe", {name: value for name, value in asdict(recipe).items() if name not in _DIRECTORIES})
-    agree("the inputs", inputs.identity)
+    agree("the inputs", identity)
     return inputs
 
 
@@ -106,34 +138,49 @@ def report(run_dir: Path, console: Console) -> None:
 
 @dataclass
 class Run(Generic[Inputs]):
-    """A run's arrays and programs.
-
-    Attributes:
-      inputs: what it starts from.
-      placement: of arrays.
-      console: where it reports.
-    """
+    """A run's arrays and programs."""
 
     inputs: Inputs
     placement: Placement
     console: Console
 
     @property
-    def recipe(self) -> Any:
-        return self.inputs.recipe
-
-    @property
     def student(self) -> Student:
         return self.inputs.student
+
+    def job(self) -> Job:
+        """What the loop runs."""
+        raise NotImplementedError
+
+    def export(self, trained: Trained) -> None:
+        """Writes what was trained."""
+        raise NotImplementedError
+
+    def train(self) -> Trained:
+        """Trains and exports; on a signal it saves and returns early, without a trained model."""
+        recipe = self.inputs.recipe
+        trained = train(self.job(), recipe.loop, recipe.out, self.console)
+        if not trained.preempted:
+            self.export(trained)
+        report(recipe.out, self.console)
+        return trained
 
     @cached_property
     def base(self) -> Params:
         """The base parameters, stacked and in place: the teacher, or the policy that training begins with."""
-        return load_base(self.inputs.base, self.student, self.placement, packed=self.recipe.packed)
+        packed, mesh = self.inputs.recipe.packed, self.placement.mesh
+        if packed is None:
+            packed = jax.default_backend() != "cpu"
+        experts = "stored" if packed else "dense"
+        loaded = load_checkpoint(self.inputs.model.directory, dtype=compute_dtype(), mesh=mesh, experts=experts)
+        with on_mesh(mesh), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Some donated buffers were not usable")  # but their memory is released
+            stacked = jax.jit(self.student.stacked, donate_argnums=0)(loaded.params)
+        return self.placement.base(stacked, self.student.child.parent)
 
     @cached_property
     def optimizer(self) -> optax.GradientTransformation:
-        return make_optimizer(self.recipe.optimizer, self.inputs.updates)
+        return make_optimizer(self.inputs.recipe.optimizer, self.inputs.recipe.optimizer_steps)
 
     @cached_property
     def shardings(self) -> Shardings | None:
@@ -148,28 +195,33 @@ class Run(Generic[Inputs]):
             return fresh(self.base, self.placement.parts(delta))
 
     def _fresh(self, base: Params, delta: Params | None) -> TrainState:
-        masters = self.student.master_weights(base, delta)
-        return init_state(masters, self.optimizer, jax.random.key(self.recipe.seed))
+        weights = self.student.master_weights(base, delta)
+        return init_state(weights, self.optimizer, jax.random.key(self.inputs.recipe.seed))
 
     def write_child(
-        self, trained: Params, kind: str, record: Callable[[], Mapping[str, Any]], scales: Any, **options: Any
+        self,
+        trained: Params,
+        kind: str,
+        record: Callable[[], Mapping[str, object]],
+        scales: KVScales | None,
+        **options: Any,
     ) -> None:
         """Writes the trained model, by the primary process.
 
         Args:
           trained: master weights.
           kind: of the run, under which provenance lists what such runs did.
-          record: what provenance tells of this run; asked in the primary process, which has its metrics.
+          record: this run's entry in provenance; made in the primary process, which has its metrics.
           scales: of the trained model's FP8 cache.
           options: of `export_child`.
         """
-        inputs, values = self.inputs, on_host(trained)
-        own = dict(inputs.earlier) or {"parent": str(inputs.base)}
+        base, values = self.inputs.model.directory, on_host(trained)
+        own = dict(self.inputs.earlier) or {"parent": str(base)}
 
         def write() -> None:
             export_child(
-                inputs.base,
-                self.recipe.out / CHILD,
+                base,
+                self.inputs.recipe.out / CHILD,
                 self.student.child.config,
                 self.student.child.kept,
                 provenance={**own, kind: [*own.get(kind, []), dict(record())]},

@@ -13,15 +13,16 @@ Left out: mixed precision, which belongs to the loss (parameters come as fp32 ma
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, ArrayLike, Float, Int, Key, PyTree
 
-LossFunction = Callable[[Any, Any, Any, Array], tuple[Array, Array, dict[str, Array]]]
+Sums = tuple[Array, Array, dict[str, Array]]
+LossFunction = Callable[[PyTree, PyTree, PyTree, Array], Sums]
 """(params, fixed, micro-batch, key) -> (numerator, weight, sums of metrics), all scalars; metrics are divided by the
 weight, too."""
 
@@ -38,8 +39,8 @@ class TrainState(NamedTuple):
     """
 
     step: Int[Array, ""]
-    params: Any
-    optimizer: Any
+    params: PyTree
+    optimizer: PyTree
     key: Key[Array, ""]
     skipped: Int[Array, ""]
 
@@ -53,17 +54,17 @@ class Shardings(NamedTuple):
     """
 
     state: TrainState
-    batch: Any = None
+    batch: PyTree = None
 
 
 Metrics = dict[str, Float[Array, ""]]
-Step = Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]
+Step = Callable[[TrainState, PyTree, PyTree], tuple[TrainState, Mapping[str, ArrayLike]]]
 
 
-def init_state(params: Any, optimizer: optax.GradientTransformation, key: Key[Array, ""]) -> TrainState:
+def init_state(params: PyTree, optimizer: optax.GradientTransformation, key: Key[Array, ""]) -> TrainState:
     """The state before the first step, with float32 copies of `params`.
 
-    Under `jax.jit` with `out_shardings` it is made where it shall live, and `jax.eval_shape` tells its shapes.
+    Under `jax.jit` with `out_shardings` it is made where it shall live, and `jax.eval_shape` gives its shapes.
     """
     params = jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), key, jnp.zeros((), jnp.int32))
@@ -83,17 +84,17 @@ def make_step(
     Leaves of `batch` have an axis of micro-batches before all others.
 
     Metrics are scalars: "loss", "grad_norm" (before clipping), "learning_rate" of the last update where the optimiser
-    tells it, "skipped" (1 where the step changed nothing) and those of the loss.
+    keeps it, "skipped" (1 where the step changed nothing) and those of the loss.
     """
 
-    def step(state: TrainState, fixed: Any, batch: Any) -> tuple[TrainState, dict[str, Array]]:
+    def step(state: TrainState, fixed: PyTree, batch: PyTree) -> tuple[TrainState, dict[str, Array]]:
         step_key = jax.random.fold_in(state.key, state.step)
 
-        def numerator(params: Any, part: Any, key: Array) -> tuple[Array, tuple[Array, Array, dict[str, Array]]]:
+        def numerator(params: PyTree, part: PyTree, key: Array) -> tuple[Array, Sums]:
             sums = jax.tree.map(_float32, loss(params, fixed, part, key))
             return sums[0], sums
 
-        def accumulate(gradients: Any, micro: tuple[Any, Array]) -> tuple[Any, tuple[Array, Array, dict[str, Array]]]:
+        def accumulate(gradients: PyTree, micro: tuple[PyTree, Array]) -> tuple[PyTree, Sums]:
             part, index = micro
             if shardings is not None and shardings.batch is not None:
                 part = jax.lax.with_sharding_constraint(part, shardings.batch)
@@ -118,7 +119,7 @@ def make_step(
 def update(
     state: TrainState,
     optimizer: optax.GradientTransformation,
-    gradients: Any,
+    gradients: PyTree,
     total: Float[Array, ""],
     weight: Float[Array, ""],
     sums: dict[str, Float[Array, ""]],
@@ -149,10 +150,10 @@ def compiler_options() -> dict[str, bool | str]:
     return {"xla_cpu_enable_concurrency_optimized_scheduler": False} if jax.default_backend() == "cpu" else {}
 
 
-def _float32(x: Any) -> Array:
+def _float32(x: ArrayLike) -> Array:
     return jnp.asarray(x, jnp.float32)
 
 
-def _placed(gradients: Any, shardings: Shardings | None) -> Any:
+def _placed(gradients: PyTree, shardings: Shardings | None) -> PyTree:
     """Accumulated gradients where the parameters are, so that each device holds its share of them only."""
     return gradients if shardings is None else jax.lax.with_sharding_constraint(gradients, shardings.state.params)

@@ -16,12 +16,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, PyTree
 
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.errors import ConfigError
@@ -40,7 +39,7 @@ from puzzle_jax.model.stacked import (
     stacked_hidden_states,
     unstack_params,
 )
-from puzzle_jax.train.fake_quant import fake_quantize, round_to_mxfp4
+from puzzle_jax.train.fake_quant import fake_quantize, is_expert_matrix, round_to_mxfp4
 from puzzle_jax.train.losses.head import Head
 from puzzle_jax.train.rows import Packed
 
@@ -74,9 +73,7 @@ class Student:
     ends: bool = True
 
     def __post_init__(self) -> None:
-        for name in self.trainable:
-            if name not in TRAINABLE:
-                raise ConfigError(f"train has {name!r}, but must be of {', '.join(TRAINABLE)}")
+        check_trainable(self.trainable)
         self.check_own(".".join(map(str, path)) for path in delta_leaves(self.child.parent, self.child.dense_delta))
 
     def check_own(self, names: Iterable[str]) -> None:
@@ -130,26 +127,26 @@ class Student:
         """The student's parameters, stacked, in the dtype of `base`; differentiable in `trained`."""
         dtype = base["embedding"].dtype
 
-        def used(path: tuple[Any, ...], master: Array) -> Array:
-            return (jax.vmap(fake_quantize)(master) if _is_expert_matrix(path) else master).astype(dtype)
+        def used(path: jax.tree_util.KeyPath, master: Array) -> Array:
+            return (jax.vmap(fake_quantize)(master) if is_expert_matrix(path) else master).astype(dtype)
 
         own = jax.tree_util.tree_map_with_path(used, trained)
         if (mesh := traced_mesh()) is not None:
-            # Masters are gathered here, all layers' together; else XLA cuts activations as they are cut.
+            # Master weights are gathered here, all layers' together; else XLA cuts activations as they are cut.
             own = jax.lax.with_sharding_constraint(own, stacked_sharding(own, self.config, mesh))
         return with_delta(base, own)
 
     def delta(self, trained: Params) -> Params:
         """Trained values by layer, for `Child.dense_delta` and export; expert matrices lie on MXFP4's grid."""
 
-        def exported(path: tuple[Any, ...], master: Array | np.ndarray) -> np.ndarray:
-            if not _is_expert_matrix(path):
+        def exported(path: jax.tree_util.KeyPath, master: Array | np.ndarray) -> np.ndarray:
+            if not is_expert_matrix(path):
                 return np.asarray(master)
             return np.stack([np.asarray(_round(jnp.asarray(layer))) for layer in master])  # a layer at a time
 
         return unstack_params(jax.tree_util.tree_map_with_path(exported, trained), self.runs)
 
-    def _learning(self, tree: Any, name: str = "") -> Any:
+    def _learning(self, tree: PyTree, name: str = "") -> PyTree:
         """The arrays of a tree whose names learn, None in place of the others."""
         if isinstance(tree, dict):
             return {key: self._learning(value, key) for key, value in tree.items()}
@@ -230,6 +227,13 @@ class Student:
         )
 
 
+def check_trainable(names: Iterable[str]) -> None:
+    """Raises ConfigError for a name that is none of `TRAINABLE`."""
+    for name in names:
+        if name not in TRAINABLE:
+            raise ConfigError(f"train has {name!r}, but must be of {', '.join(TRAINABLE)}")
+
+
 def head_of(params: Params) -> Head:
     """Final norm and output head of a model."""
     return Head(params["final_norm"], params["head"])
@@ -238,16 +242,12 @@ def head_of(params: Params) -> Head:
 def _float32(tree: Params) -> Params:
     """Dense float32 copies of all arrays: they are donated to every step, and the base parameters must outlive them."""
 
-    def copy(node: Any) -> Array:
+    def copy(node: Array | MXFP4 | StackedMXFP4) -> Array:
         if isinstance(node, StackedMXFP4):
             return jax.lax.map(lambda packed: as_dense(one_layer(packed), jnp.float32), node)
         return as_dense(node, jnp.float32) if isinstance(node, MXFP4) else jnp.array(node, jnp.float32)
 
     return jax.tree.map(copy, tree, is_leaf=lambda node: isinstance(node, (MXFP4, StackedMXFP4)))
-
-
-def _is_expert_matrix(path: tuple[Any, ...]) -> bool:
-    return path[-1].key in EXPERT_MATRICES
 
 
 def _mend(name: str) -> str:

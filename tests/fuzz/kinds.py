@@ -67,7 +67,7 @@ GRPO = {
     "export": "best",
     "prompts": {"tasks": {"chain": 2}, "efforts": {"low": 1.0}, "prompts": 2, "min_pass_rate": 0.1, "explore": 0.1},
     "rollout": {"group": 2, "max_tokens": {"low": 8}, "slots": 4, "cache": "compute", "resample": 1},
-    "reward": {"function": None, "time_limit": 5.0, "judges": 1, "right": 1.0},
+    "reward": {"function": None, "time_limit": 5.0, "workers": 1, "pass_threshold": 1.0},
     "update": {"row_length": 128, "rows": 2, "updates": 1, "reference": True},
     "loss": {"name": "dapo", "length_budgets": {"low": 6}, "kl": 0.1, "overlong_cache": 2},
     "watch": {"problems": 2, "transcripts": 0, "collapse": 0.2},

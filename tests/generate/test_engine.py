@@ -199,7 +199,10 @@ def test_cache_bytes_held_are_the_formula(form, size):
     [
         (Request((), 3), "request 0 has an empty prompt"),
         (Request((1,), 0), "max_tokens 0"),
-        (Request((1,) * 500, 13), "needs 500 prompt and 13 new tokens, but the model's context is 512"),
+        (
+            Request((1,) * 500, 13),
+            "the prompt takes 500 tokens and the answer up to 13, but the context of the model is 512",
+        ),
     ],
 )
 def test_impossible_requests_are_refused(request_, message):

@@ -33,7 +33,7 @@ def test_prompts_stay_together_and_sets_have_their_shares():
         (trace(()), "trace 1 has no prompt"),
         (trace((1,), ()), "trace 1 has no completion"),
         (trace((1, 97)), "trace 1 holds token 97, but the parent's tokens are 0 to 96"),
-        (trace([1] * 5000), "trace 1 has 5002 tokens, but the parent's context is"),
+        (trace([1] * 5000), "trace 1: the prompt takes 5000 tokens and the answer up to 2, but the context"),
     ],
 )
 def test_traces_of_another_model_are_refused(bad, words):

@@ -69,20 +69,19 @@ def test_a_run_logs_evaluates_and_keeps_checkpoints(tmp_path):
     out = tmp_path / "deep" / "run"
     console = quiet()
     trained = run(out, console=console)
-    summary = trained.summary
-    assert (summary.step, summary.resumed_from, summary.preempted) == (20, 0, False)
+    assert (trained.step, trained.resumed_from, trained.preempted) == (20, 0, False)
     logged = lines(out)
     assert [line["step"] for line in logged] == [3, 5, 6, 9, 10, 12, 15, 18, 20]
     names = {"step", "loss", "absolute", "grad_norm", "learning_rate", "skipped"}
     assert set(logged[0]) == names and set(logged[1]) == names | {"evaluation/error"}
-    assert logged[-1] == {name: value for name, value in summary.metrics.items() if name != "seconds_per_step"}
+    assert logged[-1] == {name: value for name, value in trained.metrics.items() if name != "seconds_per_step"}
     assert logged[-1]["loss"] < logged[0]["loss"] and logged[-1]["evaluation/error"] < logged[1]["evaluation/error"]
-    assert (summary.best_step, summary.best_metric) == (20, logged[-1]["evaluation/error"])
+    assert (trained.best_step, trained.best_metric) == (20, logged[-1]["evaluation/error"])
     assert steps_in(out) == [16, 20]
     assert any((out / "tensorboard").iterdir())
     again = run(out)  # nothing is left to do
-    assert bits(again.state) == bits(trained.state) and again.summary.resumed_from == 20
-    assert again.summary.metrics == summary.metrics and lines(out) == logged
+    assert bits(again.state) == bits(trained.state) and again.resumed_from == 20
+    assert again.metrics == trained.metrics and lines(out) == logged
     assert (bits(trained.state), logged) == whole()
 
 
@@ -91,7 +90,7 @@ def test_the_best_checkpoint_stays(tmp_path):
     trained = run(tmp_path / "run", toy_job(evaluate=lambda state: {"error": next(errors)}))
     # Evaluations that are the best so far make a checkpoint, at 5 and 10; what is no number is never best.
     assert steps_in(tmp_path / "run") == [10, 16, 20]
-    assert (trained.summary.best_step, trained.summary.best_metric) == (10, 1.0)
+    assert (trained.best_step, trained.best_metric) == (10, 1.0)
     assert lines(tmp_path / "run")[-1]["evaluation/error"] is None
 
 
@@ -106,12 +105,12 @@ def test_sigterm_ends_the_step_saves_and_the_next_run_goes_on(tmp_path, at):
 
     first = run(tmp_path / "run", toy_job(Stream(stop)), console=console)
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
-    stopped = first.summary.step
-    assert first.summary.preempted and max(1, at - AHEAD - 1) <= stopped <= at + 1
+    stopped = first.step
+    assert first.preempted and max(1, at - AHEAD - 1) <= stopped <= at + 1
     assert steps_in(tmp_path / "run")[-1] == stopped
     assert f"stopped at step {stopped} of 20" in console.file.getvalue()
     second = run(tmp_path / "run", console=console)
-    assert (second.summary.resumed_from, second.summary.preempted) == (stopped, False)
+    assert (second.resumed_from, second.preempted) == (stopped, False)
     assert f"going on from step {stopped}" in console.file.getvalue()
     assert (bits(second.state), lines(tmp_path / "run")) == whole()
 
@@ -132,7 +131,7 @@ def test_other_threads_train_without_handlers(tmp_path):
     thread = threading.Thread(target=lambda: found.append(run(tmp_path / "run", settings=replace(LOOP, steps=2))))
     thread.start()
     thread.join()
-    assert found[0].summary.step == 2 and not found[0].summary.preempted
+    assert found[0].step == 2 and not found[0].preempted
 
 
 def killed_while_training(out, seed):
@@ -214,7 +213,7 @@ def poisoned(*numbers):
 
 def test_skipped_steps_are_logged_and_too_many_in_a_row_end_the_run(tmp_path):
     trained = run(tmp_path / "few", toy_job(poisoned(2, 3, 5, 7, 8)))
-    assert trained.summary.step == 20
+    assert trained.step == 20
     skipped = [(line["step"], line["loss"]) for line in lines(tmp_path / "few") if line["skipped"]]
     assert skipped == [(step, None) for step in (2, 3, 5, 7, 8)]
     with pytest.raises(PuzzleError, match="not finite in 3 steps in a row, up to step 10"):
@@ -237,7 +236,7 @@ def test_data_that_ends_or_fails_ends_the_run_in_place(tmp_path):
     with pytest.raises(ValueError, match="bad row"):
         run(tmp_path / "bad", toy_job(Stream(fail)))
     assert steps_in(tmp_path / "bad") == [4, 5]
-    assert not [thread for thread in threading.enumerate() if thread.name == "batches"]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
 
 
 def test_batches_are_placed_in_the_thread_that_makes_them(tmp_path):
@@ -248,7 +247,7 @@ def test_batches_are_placed_in_the_thread_that_makes_them(tmp_path):
         return jax.device_put(batch)
 
     trained = run(tmp_path / "run", toy_job(place=place))
-    assert names == {"batches"} and bits(trained.state) == whole()[0]
+    assert names == {"batches_0"} and bits(trained.state) == whole()[0]
 
 
 def test_the_metric_that_decides_must_be_there(tmp_path):
@@ -259,11 +258,10 @@ def test_the_metric_that_decides_must_be_there(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": 0}, "loop.steps is 0, but must be a whole number of at least 1"),
-        ({"save_every": 0}, "loop.save_every is 0, but must be a whole number of at least 1"),
-        ({"evaluate_every": -1}, "loop.evaluate_every is -1, but must be a whole number of at least 0"),
-        ({"max_skipped": 0}, "loop.max_skipped is 0, but must be a whole number of at least 1"),
-        ({"keep_last": True}, "loop.keep_last is True, but must be a whole number of at least 1"),
+        ({"steps": 0}, "loop.steps is 0, but must be at least 1"),
+        ({"save_every": 0}, "loop.save_every is 0, but must be at least 1"),
+        ({"evaluate_every": -1}, "loop.evaluate_every is -1, but must be at least 0"),
+        ({"max_skipped": 0}, "loop.max_skipped is 0, but must be at least 1"),
     ],
 )
 def test_bad_settings(changes, message):

@@ -131,5 +131,7 @@ def test_bad_settings(changes, message):
 
 
 def test_a_warmup_longer_than_the_run_is_refused():
-    with pytest.raises(ConfigError, match=r"optimizer.warmup_steps is 11, but must be at most steps \(10\)"):
+    with pytest.raises(
+        ConfigError, match=r"optimizer.warmup_steps is 11, but must be at most the 10 updates of the run"
+    ):
         make_optimizer(replace(PLAIN, warmup_steps=11), 10)

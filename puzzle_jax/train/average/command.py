@@ -15,7 +15,7 @@ from puzzle_jax.evaluate.accuracy import QuestionSet
 from puzzle_jax.evaluate.settings import Asked
 from puzzle_jax.settings.fields import settings_of
 from puzzle_jax.train.average.sweep import SPLIT, Sweep, run_sweep
-from puzzle_jax.train.average.weights import Pair, check_out, check_weight, write_average
+from puzzle_jax.train.average.weights import Pair, check_out, write_average
 
 _OF_SWEEP = ("problems", "tasks", "efforts", "max_tokens", "reference", "temperature", "seed", "batch_size")
 """Settings that only a sweep reads, so that none is given in vain."""
@@ -53,7 +53,7 @@ class AverageSettings(Asked):
             given = "neither is" if self.weight is None else "both are"
             raise ConfigError(f"one of weight and weights must be given, but {given}")
         if self.weight is not None:
-            check_weight("weight", self.weight)
+            check_range("weight", self.weight, 0, 1)
             defaults = {name: setting.default for name, setting in settings_of(AverageSettings).items()}
             for name in _OF_SWEEP:
                 if getattr(self, name) != defaults[name]:

@@ -15,26 +15,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Float
 from rich.console import Console
 from rich.table import Table
 
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.convert_hf.load import load_checkpoint
-from puzzle_jax.errors import ConfigError
+from puzzle_jax.errors import ConfigError, check_range
 from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions, check_context, unscored_note
 from puzzle_jax.evaluate.models import Model
-from puzzle_jax.evaluate.statistics import means, resample
+from puzzle_jax.evaluate.statistics import Summary, by_effort, means, resample, summarise
 from puzzle_jax.generate.traces import Trace
 from puzzle_jax.model.network import compute_dtype, to_compute
 from puzzle_jax.model.spec import Params
 from puzzle_jax.progress import progress
 from puzzle_jax.tasks import Chat
-from puzzle_jax.train.average.weights import Pair, check_weight
+from puzzle_jax.train.average.weights import Pair
 
 SPLIT = "confirmation"
 REFERENCE = "reference"
@@ -45,42 +44,30 @@ _dense = jax.jit(to_compute, static_argnums=1)
 
 @dataclass(frozen=True)
 class Measured:
-    """A model's answers.
+    """A model's answers in a few numbers.
 
     Attributes:
-      correct: whether each is right.
-      tokens: generated ones of each.
+      overall: at all efforts.
+      by_effort: at each.
+      correct: share of the efforts at which each problem was answered right.
     """
 
-    correct: Bool[np.ndarray, "efforts problems"]
-    tokens: Int[np.ndarray, "efforts problems"]
+    overall: Summary
+    by_effort: Mapping[str, Summary]
+    correct: Float[np.ndarray, "problems"]
 
     @staticmethod
     def of(answers: Sequence[Trace], efforts: Sequence[str]) -> Measured:
-        by_effort = [[answer for answer in answers if answer.effort == effort] for effort in efforts]
-        return Measured(
-            np.array([[answer.correct for answer in chosen] for chosen in by_effort], bool),
-            np.array([[len(answer.completion) for answer in chosen] for chosen in by_effort], np.int64),
-        )
+        correct = [[answer.correct for answer in answers if answer.effort == effort] for effort in efforts]
+        return Measured(summarise(answers), by_effort(answers, efforts), np.mean(correct, axis=0))
 
-    @property
-    def accuracy(self) -> float:
-        """The mean over efforts."""
-        return float(self.correct.mean())
-
-    @property
-    def mean_tokens(self) -> float:
-        """The mean over efforts."""
-        return float(self.tokens.mean())
-
-    def record(self, efforts: Sequence[str]) -> dict[str, Any]:
+    def record(self) -> Mapping[str, object]:
         """All figures as JSON values."""
-        by_effort = zip(efforts, self.correct.mean(1).tolist(), self.tokens.mean(1).tolist(), strict=True)
-        return {
-            "accuracy": self.accuracy,
-            "tokens": self.mean_tokens,
-            "efforts": {effort: {"accuracy": right, "tokens": tokens} for effort, right, tokens in by_effort},
-        }
+
+        def figures(summary: Summary) -> dict[str, float]:
+            return {"accuracy": summary.accuracy, "tokens": summary.mean_tokens}
+
+        return figures(self.overall) | {"efforts": {effort: figures(of) for effort, of in self.by_effort.items()}}
 
 
 @dataclass(frozen=True)
@@ -100,18 +87,20 @@ def choose(points: Mapping[float, Measured], tasks: Sequence[str], limit: float 
       limit: mean tokens that an answer may have; None for any number.
     """
 
-    def shortness(weight: float) -> tuple[float, float]:
-        return points[weight].mean_tokens, -points[weight].accuracy
+    overall = {weight: point.overall for weight, point in points.items()}
 
-    allowed = [weight for weight, point in points.items() if limit is None or point.mean_tokens <= limit]
+    def shortness(weight: float) -> tuple[float, float]:
+        return overall[weight].mean_tokens, -overall[weight].accuracy
+
+    allowed = [weight for weight, summary in overall.items() if limit is None or summary.mean_tokens <= limit]
     if not allowed:
         why = f"the fewest tokens, since no weight has at most the reference's {limit:.1f}"
-        return Choice(min(points, key=shortness), why)
-    best = min(allowed, key=lambda weight: (-points[weight].accuracy, points[weight].mean_tokens))
+        return Choice(min(overall, key=shortness), why)
+    best = min(allowed, key=lambda weight: (-overall[weight].accuracy, overall[weight].mean_tokens))
     counts = resample(tasks, _DRAWS, _DRAW_SEED)
 
     def close(weight: float) -> bool:
-        lost = points[best].correct.mean(0) - points[weight].correct.mean(0)
+        lost = points[best].correct - points[weight].correct
         return float(lost.mean()) <= float(means(counts, lost).std())
 
     chosen = min(filter(close, allowed), key=shortness)
@@ -126,12 +115,10 @@ class Sweep:
 
     Attributes:
       weights: of B, rising.
-      questions: of the split "confirmation".
       limits: tokens of an answer by effort.
       slots: answers generated together.
       chat: of A.
       reference: the model that tokens are compared with.
-      temperature: of sampling; 0 is greedy.
 
     Raises ConfigError for weights that are none or come twice, and for questions that no context holds.
     """
@@ -156,20 +143,17 @@ class Sweep:
     ) -> Sweep:
         """Reads chat files and the reference's headers, and checks everything against everything."""
         for weight in weights:
-            check_weight("weights", weight)
+            check_range("weights", weight, 0, 1)
         if len(set(weights)) < len(weights):
             raise ConfigError(f"weights is {','.join(map('{:g}'.format, weights))}, but must name each once")
         chat = Chat.load(pair.ours.directory)
         model = None if reference is None else Model.open(REFERENCE, reference, chat.today)
         sweep = Sweep(tuple(sorted(weights)), questions, limits, slots, chat, model, temperature)
-        sweep.check_context(chat, pair.ours.config, "A and B")
+        asked = questions.questions()
+        check_context(asked, chat, pair.ours.config, limits, "A and B")
         if model is not None:
-            sweep.check_context(model.chat, model.config, f"the reference {reference}")
+            check_context(asked, model.chat, model.config, limits, f"the reference {reference}")
         return sweep
-
-    def check_context(self, chat: Chat, config: ModelConfig, who: str) -> None:
-        """Raises ConfigError where a question with its longest answer is more than a model reads."""
-        check_context(self.questions.questions(), chat, config, self.limits, who)
 
     def answers(self, params: Params, config: ModelConfig, chat: Chat, who: str, console: Console) -> Measured:
         """What a model answers."""
@@ -192,24 +176,17 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Swept:
-    """What a sweep found.
-
-    Attributes:
-      sweep: what was asked.
-      points: by weight.
-      reference: its answers, where there is one.
-      choice: the weight to take.
-    """
+    """What a sweep found: the answers of every weight and of the reference, where there is one, and the choice."""
 
     sweep: Sweep
     points: Mapping[float, Measured]
     reference: Measured | None
     choice: Choice
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, object]:
         """For provenance.json."""
         questions, model = self.sweep.questions, self.sweep.reference
-        record: dict[str, Any] = {
+        record: dict[str, object] = {
             "split": questions.split,
             "tasks": list(questions.tasks),
             "judged_by": questions.task_identities,
@@ -217,13 +194,13 @@ class Swept:
             "seed": questions.seed,
             "temperature": self.sweep.temperature,
             "max_tokens": {effort: self.sweep.limits[effort] for effort in questions.efforts},
-            "points": [{"weight": w, **point.record(questions.efforts)} for w, point in self.points.items()],
+            "points": [{"weight": w, **point.record()} for w, point in self.points.items()],
             "chosen": self.choice.weight,
             "why": self.choice.why,
         }
         if model is not None and self.reference is not None:
             directory = str(model.description.directory)
-            record[REFERENCE] = {"model": directory, **self.reference.record(questions.efforts)}
+            record[REFERENCE] = {"model": directory, **self.reference.record()}
         return record
 
     def table(self) -> Table:
@@ -233,12 +210,12 @@ class Swept:
         table = Table(*columns, title="accuracy / mean tokens")
         rows = {f"{weight:g}": point for weight, point in self.points.items()}
         for name, point in (rows if reference is None else {**rows, REFERENCE: reference}).items():
-            by_effort = zip(point.correct.mean(1), point.tokens.mean(1), strict=True)
-            pairs = [*by_effort, (point.accuracy, point.mean_tokens)]
-            cells = [f"{right:.1%} / {tokens:.1f}" for right, tokens in pairs]
+            summaries = [*point.by_effort.values(), point.overall]
+            cells = [f"{summary.accuracy:.1%} / {summary.mean_tokens:.1f}" for summary in summaries]
             if reference is not None:
-                accuracy = f"{point.accuracy / reference.accuracy:.1%}" if reference.accuracy else "-"
-                cells.append(f"{accuracy} / {point.mean_tokens / reference.mean_tokens:.1%}")
+                own, theirs = point.overall, reference.overall
+                accuracy = f"{own.accuracy / theirs.accuracy:.1%}" if theirs.accuracy else "-"
+                cells.append(f"{accuracy} / {own.mean_tokens / theirs.mean_tokens:.1%}")
             table.add_row(name, *cells)
         return table
 
@@ -257,5 +234,5 @@ def run_sweep(pair: Pair, sweep: Sweep, console: Console) -> Swept:
     }
     questions = sweep.questions
     tasks = [problem.task for problem, effort in questions.questions() if effort == questions.efforts[0]]
-    limit = None if reference is None else reference.mean_tokens
+    limit = None if reference is None else reference.overall.mean_tokens
     return Swept(sweep, points, reference, choose(points, tasks, limit))

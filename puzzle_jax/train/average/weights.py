@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Float, Float32
 
 from puzzle_jax.config import ModelConfig
@@ -91,7 +92,7 @@ class AveragedParameter:
             return experts, groups * GROUP, outputs
         return self.specs[0].shape[::-1] if self.specs[0].transposed else self.specs[0].shape
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         """All values in bf16; they are averaged so many rows at a time."""
         shape = self.shape if len(self.specs) == 2 else self.specs[0].shape
         values = np.empty(shape, ml_dtypes.bfloat16)
@@ -126,7 +127,7 @@ class Pair:
     Attributes:
       ours, theirs: A and B.
       records: their provenance.
-      origins: what the records tell of their first parent.
+      origins: their first parent, by the records.
     """
 
     ours: Description
@@ -188,7 +189,7 @@ class Pair:
     def delta(self, weight: float) -> Params:
         """What differs as a delta on A; its leaves are `AveragedParameter`, None for all that is equal."""
         table = checkpoint_tensors(self.ours.config, self.ours.form)
-        leaves: dict[ParamPath, Any] = {spec.parameter: None for spec in table}
+        leaves: dict[ParamPath, AveragedParameter | None] = {spec.parameter: None for spec in table}
         for path, specs in self.differing.items():
             ours, theirs = (
                 tuple(described.tensors[spec.name] for spec in specs) for described in (self.ours, self.theirs)
@@ -216,13 +217,6 @@ class Pair:
         return np.maximum.reduce(present) if present else None
 
 
-def check_weight(name: str, weight: float) -> float:
-    """Raises ConfigError for what is no weight, NaN included."""
-    if not 0 <= weight <= 1:
-        raise ConfigError(f"{name} has {weight}, but must be from 0 (A alone) to 1 (B alone)")
-    return weight
-
-
 def check_out(out: Path, others: Mapping[str, Path]) -> None:
     """Raises ConfigError where the average may not be written to `out`: only an earlier average may stand there.
 
@@ -236,7 +230,7 @@ def check_out(out: Path, others: Mapping[str, Path]) -> None:
         raise ConfigError(f"out is {out}, which exists and holds no average; name another directory or empty it")
 
 
-def write_average(pair: Pair, weight: float, out: Path, *, sweep: Mapping[str, Any] | None = None) -> None:
+def write_average(pair: Pair, weight: float, out: Path, *, sweep: Mapping[str, object] | None = None) -> None:
     """Writes the average; a run that was killed goes on when it is called again with the same arguments.
 
     Args:
@@ -251,7 +245,7 @@ def write_average(pair: Pair, weight: float, out: Path, *, sweep: Mapping[str, A
     base = pair.theirs if weight == 1 else pair.ours  # at the ends, whose bytes are copied, nothing is averaged
     config, scales = base.config, pair.kv_scales(weight)
     first, _ = pair.records
-    averaged: dict[str, Any] = {"of": [str(directory) for directory in pair.directories], "weight": weight}
+    averaged: dict[str, object] = {"of": [str(directory) for directory in pair.directories], "weight": weight}
     for name in _HISTORY:
         if any(name in record for record in pair.records):
             averaged[name] = [record.get(name) for record in pair.records]
@@ -320,7 +314,7 @@ def _record(directory: Path) -> dict[str, Any]:
 def _origin(directory: Path, record: Mapping[str, Any], config: ModelConfig) -> Origin:
     origin = recorded_origin(directory, record, config)
     if origin is None or not all(isinstance(name, str) for name in origin.trained):
-        raise PuzzleError(f"{directory / PROVENANCE} does not tell kept_experts and the names of what was trained")
+        raise PuzzleError(f"{directory / PROVENANCE} does not list kept_experts and the names of trained parameters")
     return origin
 
 

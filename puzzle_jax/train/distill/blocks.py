@@ -32,9 +32,6 @@ from puzzle_jax.train.student import Student
 class Blocks:
     """The objective: the mean over layers of their normalised errors.
 
-    Attributes:
-      student: with its teacher, and without `ends`.
-
     Raises ValueError for a student whose ends would learn.
     """
 

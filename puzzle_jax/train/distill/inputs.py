@@ -12,53 +12,44 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from puzzle_jax.config import ModelConfig
 from puzzle_jax.convert_hf.child_of import OpenedChild, load_delta, open_child
 from puzzle_jax.convert_hf.describe import describe_checkpoint
 from puzzle_jax.convert_hf.export import PROVENANCE
-from puzzle_jax.convert_hf.token_ids import check_tokenizer
 from puzzle_jax.errors import PuzzleError, PuzzleWarning
 from puzzle_jax.evaluate.models import Model
 from puzzle_jax.model.spec import Params
-from puzzle_jax.runs import begun_on
-from puzzle_jax.tasks import Chat
 from puzzle_jax.train.distill.recipe import DistillRecipe
 from puzzle_jax.train.distill.teacher_cache import CACHE_FILE, TeacherCache, open_cache
-from puzzle_jax.train.run import RunInputs
+from puzzle_jax.train.run import RunInputs, day_of
 from puzzle_jax.train.student import Student
 from puzzle_jax.train.traces.batches import TraceBatches
 from puzzle_jax.train.traces.examples import Counts, TraceExample, read_examples
-from puzzle_jax.train.traces.settings import TraceSettings
+from puzzle_jax.train.traces.settings import DataSettings
 
 
 @dataclass(frozen=True)
-class DistillInputs(RunInputs):
+class DistillInputs(RunInputs[DistillRecipe]):
     """What a recipe names, read and checked; all but the parent's weights.
 
     Attributes:
-      recipe: all settings.
       blocks: whether every layer trains alone on the parent's activations (`train.distill.blocks`), not the whole.
       opened: the child.
-      chat: of the parent; its template sees the date on which the run was begun.
       training: examples to train on.
       heldout: examples to evaluate on.
       counts: what became of the traces.
-      teacher: fingerprint of the parent.
     """
 
     recipe: DistillRecipe
+    model: Model
     blocks: bool
     opened: OpenedChild
-    chat: Chat
     training: tuple[TraceExample, ...]
     heldout: tuple[TraceExample, ...]
     counts: Counts
-    teacher: str
 
     @staticmethod
     def open(recipe: DistillRecipe, today: datetime.datetime | None = None, *, blocks: bool) -> DistillInputs:
@@ -71,15 +62,11 @@ class DistillInputs(RunInputs):
         """
         if blocks and recipe.teacher_cache is not None:
             raise PuzzleError(f"teacher_cache is {recipe.teacher_cache}, but layers that train alone read no logits")
-        described = describe_checkpoint(recipe.parent)
-        chat = Chat.load(recipe.parent, today or begun_on(recipe.out))
+        model = Model.open("parent", recipe.parent, today or day_of(recipe.out))
         opened = open_child(recipe.parent, recipe.child)
-        check_tokenizer(recipe.parent, chat.tokenizer, opened.child.parent.vocab_size)
-        settings = recipe.data.of(recipe.trace_paths)
-        found = read_examples(settings, opened.child.parent.vocab_size, chat)
-        training, heldout = apart(found.examples, recipe.data.heldout, settings)
-        teacher = Model("parent", described, chat).fingerprint
-        inputs = DistillInputs(recipe, blocks, opened, chat, training, heldout, found.counts, teacher)
+        found = read_examples(recipe.trace_paths, recipe.data, model.config.vocab_size, model.chat)
+        training, heldout = apart(found.examples, recipe.data)
+        inputs = DistillInputs(recipe, model, blocks, opened, training, heldout, found.counts)
         inputs.student.check_own(opened.differing)
         inputs.cache()
         for warning in inputs.lost_evidence():
@@ -114,25 +101,8 @@ class DistillInputs(RunInputs):
         return found
 
     @cached_property
-    def base(self) -> Path:
-        return self.recipe.parent
-
-    @cached_property
     def earlier(self) -> Mapping[str, Any]:
         return self.opened.provenance
-
-    @cached_property
-    def updates(self) -> int:
-        return self.recipe.loop.steps
-
-    @property
-    def config(self) -> ModelConfig:
-        """The parent's."""
-        return self.opened.child.parent
-
-    @cached_property
-    def settings(self) -> TraceSettings:
-        return self.recipe.data.of(self.recipe.trace_paths)
 
     @cached_property
     def padded(self) -> bool:
@@ -153,15 +123,14 @@ class DistillInputs(RunInputs):
 
     def batches(self, cache: TeacherCache | None) -> TraceBatches:
         extras = None if cache is None else cache.extras
-        return TraceBatches(self.training, self.settings, self.chat.pad_id, extras)
+        return TraceBatches(self.training, self.recipe.data, self.model.chat.pad_id, extras)
 
     @cached_property
-    def identity(self) -> dict[str, Any]:
-        """What the result depends on, as JSON values. Meshes, and how often something is saved, are left out."""
+    def identity(self) -> dict[str, object]:
         recipe, child = self.recipe, self.opened.child
         return {
             "kind": "distill-blocks" if self.blocks else "distill",
-            "parent": self.teacher,
+            "parent": self.model.fingerprint,
             "child": {
                 "kept": child.kept,
                 "windows": [block.window for block in child.blocks],
@@ -170,22 +139,18 @@ class DistillInputs(RunInputs):
                 # It changes with whatever the child was trained on.
                 "record": hashlib.sha256((recipe.child / PROVENANCE).read_bytes()).hexdigest()[:16],
             },
-            "data": self.batches(None).fingerprint(),
+            "data": self.batches(None).fingerprint,
             "heldout": len(self.heldout),
-            "train": sorted(set(recipe.train)),
             "top_k": recipe.top_k if recipe.teacher_cache else None,
             "loss": asdict(recipe.loss),
-            "optimizer": asdict(recipe.optimizer),
-            "steps": recipe.loop.steps,
-            "seed": recipe.seed,
-            "today": self.chat.today.date().isoformat(),
+            **self.common_identity(),
         }
 
     @property
-    def cache_identity(self) -> dict[str, Any]:
+    def cache_identity(self) -> dict[str, object]:
         """What the teacher's cached logits depend on, beside the examples."""
         recipe = self.recipe
-        return {"parent": self.teacher, "k": recipe.top_k, "temperature": recipe.loss.temperature}
+        return {"parent": self.model.fingerprint, "k": recipe.top_k, "temperature": recipe.loss.temperature}
 
     def cache(self) -> TeacherCache | None:
         """The teacher's cached logits; None where there shall be none, or they are still to be made.
@@ -207,9 +172,9 @@ class DistillInputs(RunInputs):
 
 
 def apart(
-    examples: Sequence[TraceExample], heldout: int, settings: TraceSettings
+    examples: Sequence[TraceExample], settings: DataSettings
 ) -> tuple[tuple[TraceExample, ...], tuple[TraceExample, ...]]:
-    """Examples to train on, and about `heldout` to evaluate on: all answers to the prompts that come first by a hash.
+    """Examples to train on, and about `settings.heldout` to evaluate on: all answers to the first prompts by a hash.
 
     Raises PuzzleError where there are too few prompts for both.
     """
@@ -222,14 +187,14 @@ def apart(
     held: set[str] = set()
     count = 0
     for name in sorted(set(places)):
-        if count >= heldout:
+        if count >= settings.heldout:
             break
         held.add(name)
         count += places.count(name)
     training = tuple(e for e, name in zip(examples, places, strict=True) if name not in held)
     if not training:
         raise PuzzleError(
-            f"data.heldout is {heldout}, which leaves nothing to train on: {', '.join(map(str, settings.paths))} has "
-            f"{len(examples)} usable answers to {len(held)} prompts"
+            f"data.heldout is {settings.heldout}, which leaves nothing to train on: the traces hold {len(examples)} "
+            f"usable answers to {len(held)} prompts"
         )
     return training, tuple(e for e, name in zip(examples, places, strict=True) if name in held)

@@ -13,11 +13,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float
 
 from puzzle_jax.errors import MOST_TOKENS, ConfigError, check_range
 from puzzle_jax.model.spec import Params
@@ -95,12 +95,7 @@ class Loss(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Distillation:
-    """The objective of a student that follows its parent.
-
-    Attributes:
-      student: with its teacher.
-      settings: terms and their shares.
-    """
+    """The objective of a student that follows its parent."""
 
     student: Student
     settings: LossSettings
@@ -145,7 +140,7 @@ def _flat(x: Array) -> Array:
     return x.reshape(-1, x.shape[-1])
 
 
-def _top_k(extras: Mapping[str, Any]) -> TopK:
+def _top_k(extras: Mapping[str, ArrayLike]) -> TopK:
     """What `teacher_cache.TeacherCache.extras` gave to the batch."""
     ids, logits, log_total = (jnp.asarray(extras[f"teacher_{name}"]) for name in ("ids", "logits", "log_total"))
     return TopK(_flat(ids), _flat(logits).astype(jnp.float32), log_total.reshape(-1))

@@ -2,117 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
-from puzzle_jax.errors import MOST_SEED, MOST_TOGETHER, ConfigError, check_range
-from puzzle_jax.settings.mesh import MeshSettings
+from puzzle_jax.errors import MOST_TOGETHER, ConfigError, check_range
 from puzzle_jax.train.distill.objectives import LossSettings
-from puzzle_jax.train.loop import LoopSettings
-from puzzle_jax.train.optimizer import OptimizerSettings
-from puzzle_jax.train.student import TRAINABLE
-from puzzle_jax.train.traces.settings import TraceSettings
+from puzzle_jax.train.recipe import RunRecipe
+from puzzle_jax.train.traces.settings import DataSettings
 
 
-def check_run(train: Sequence[str], seed: int) -> None:
-    """Raises ConfigError for what no run can free, or begin from."""
-    for name in train:
-        if name not in TRAINABLE:
-            raise ConfigError(f"train has {name!r}, but must be of {', '.join(TRAINABLE)}")
-    check_range("seed", seed, 0, MOST_SEED)
-
-
-@dataclass(frozen=True)
-class DataSettings:
-    """What is trained on; `train.traces.settings.TraceSettings` says more.
-
-    Attributes:
-      row_length: tokens of a row.
-      rows: rows of a micro-batch, over all devices.
-      micro_batches: micro-batches of a step.
-      tasks: weight of each task that is used, or a list of them; empty: all, equally.
-      efforts: weight of each effort that is used, likewise.
-      seed: shuffles otherwise.
-      over_long: what becomes of an example longer than a row: it is dropped, its end is cut, or it is refused.
-      keep_truncated: whether answers count that a limit of tokens ended.
-      min_completion: answers of fewer tokens are dropped.
-      heldout: answers, about, that evaluation keeps for itself; all answers to one prompt are on one side.
-    """
-
-    row_length: int = 512
-    rows: int = 4
-    micro_batches: int = 1
-    tasks: Mapping[str, float] = field(default_factory=dict)
-    efforts: Mapping[str, float] = field(default_factory=dict)
-    seed: int = 0
-    over_long: Literal["drop", "cut", "refuse"] = "drop"
-    keep_truncated: bool = True
-    min_completion: int = 1
-    heldout: int = 64
-
-    def __post_init__(self) -> None:
-        check_range("data.heldout", self.heldout, 1, MOST_TOGETHER)
-        self.of((Path("-"),))
-
-    @property
-    def tokens_per_step(self) -> int:
-        return self.row_length * self.rows * self.micro_batches
-
-    def of(self, paths: tuple[Path, ...]) -> TraceSettings:
-        """The settings of data from these files."""
-        own = {name: value for name, value in vars(self).items() if name != "heldout"}
-        try:
-            return TraceSettings(paths=paths, **own)
-        except ConfigError as error:
-            raise ConfigError(f"data.{error}") from None
-
-
-@dataclass(frozen=True)
-class DistillRecipe:
+@dataclass(frozen=True, kw_only=True)
+class DistillRecipe(RunRecipe):
     """One distillation.
 
     Attributes:
       parent: checkpoint directory of the teacher.
       child: checkpoint directory that was cut from it, as the search writes; also one that was distilled before.
       traces: file of the parent's answers, or directory of such files, or a list of both.
-      out: directory of the run: its checkpoints, metrics.jsonl, and the trained child in child/.
-      train: of "router" and "experts", what is trained besides attention, norms, embedding and head.
       teacher_cache: directory of the teacher's top-k logits; made when it is not there. None asks the teacher itself.
       top_k: tokens per position that the cache keeps.
-      remat: recomputes layers in the backward pass in place of keeping their insides.
-      packed: whether experts stay packed as checkpoints hold them; None: wherever they run on no CPU.
-      data, loss, optimizer, loop, mesh: see there.
-      seed: of the run.
+      data, loss: see there.
     """
 
     parent: Path
     child: Path
     traces: Path | tuple[Path, ...]
-    out: Path
-    train: tuple[str, ...] = ()
     teacher_cache: Path | None = None
     top_k: int = 64
-    remat: bool = True
-    packed: bool | None = None
     data: DataSettings = field(default_factory=DataSettings)
     loss: LossSettings = field(default_factory=LossSettings)
-    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
-    loop: LoopSettings = field(default_factory=LoopSettings)
-    mesh: MeshSettings = field(default_factory=MeshSettings)
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        check_run(self.train, self.seed)
+        super().__post_init__()
         check_range("top_k", self.top_k, 1, MOST_TOGETHER)
         if not self.trace_paths:
             raise ConfigError("traces is empty, but must name a file or directory")
-        if self.optimizer.warmup_steps > self.loop.steps:
-            raise ConfigError(
-                f"optimizer.warmup_steps is {self.optimizer.warmup_steps}, but must be at most loop.steps "
-                f"({self.loop.steps})"
-            )
         self.mesh.check_spanned("data", self.data.rows, self.data.row_length)
         if (self.loss.top_k_kl > 0) != (self.teacher_cache is not None):
             raise ConfigError(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import cached_property, partial
-from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import ArrayLike
 from rich.console import Console
 
 from puzzle_jax.generate.batches import micro_batches
@@ -19,14 +20,13 @@ from puzzle_jax.model.spec import Params
 from puzzle_jax.model.stacked import unstack_params
 from puzzle_jax.train.distill.blocks import Blocks
 from puzzle_jax.train.distill.inputs import DistillInputs
-from puzzle_jax.train.distill.objectives import Distillation, Fixed, LossSettings
+from puzzle_jax.train.distill.objectives import Distillation, Fixed, Loss, LossSettings
 from puzzle_jax.train.distill.recipe import DistillRecipe
 from puzzle_jax.train.distill.teacher_cache import TeacherCache, make_cache
-from puzzle_jax.train.loop import EVALUATION, Job, Trained, train
-from puzzle_jax.train.rows import Packed
-from puzzle_jax.train.run import CALIBRATION_ANSWERS, CHILD, Run, agreed_inputs, open_placement, primary_console, report
+from puzzle_jax.train.loop import EVALUATION, Job, Trained
+from puzzle_jax.train.rows import Packed, packed
+from puzzle_jax.train.run import CALIBRATION_ANSWERS, CHILD, Run, agreed_inputs, open_placement, primary_console
 from puzzle_jax.train.step import TrainState, make_step
-from puzzle_jax.train.traces.batches import evaluation_batches
 from puzzle_jax.train.traces.examples import TraceExample
 
 _MEASURED = {"kl": "forward_kl", "next_token": "next_token"}
@@ -42,15 +42,15 @@ def distill(recipe: DistillRecipe, console: Console, *, blocks: bool = False) ->
     inputs = agreed_inputs(recipe, partial(DistillInputs.open, recipe, blocks=blocks))
     run = Distiller(inputs, open_placement(inputs), console)
     console.print(f"traces: {inputs.counts}", highlight=False)
-    trained = train(run.job(), recipe.loop, recipe.out, console)
-    if not trained.summary.preempted:
-        run.export(trained)
-    report(recipe.out, console)
-    return trained
+    return run.train()
 
 
 class Distiller(Run[DistillInputs]):
     """A run of distillation, of a child as a whole or of its layers one by one."""
+
+    @property
+    def recipe(self) -> DistillRecipe:
+        return self.inputs.recipe
 
     def objective(self) -> Distillation | Blocks:
         """What is minimised."""
@@ -59,12 +59,10 @@ class Distiller(Run[DistillInputs]):
         return Distillation(self.student, self.recipe.loss)
 
     def job(self) -> Job:
-        """What the loop runs."""
-        placement = self.placement
         step = make_step(self.objective(), self.optimizer, shardings=self.shardings)
 
-        def on_devices(state: TrainState, fixed: Any, batch: Packed) -> Any:
-            with on_mesh(placement.mesh):
+        def on_devices(state: TrainState, fixed: Fixed, batch: Packed) -> tuple[TrainState, Mapping[str, ArrayLike]]:
+            with on_mesh(self.placement.mesh):
                 return step(state, fixed, batch)
 
         return Job(
@@ -73,7 +71,7 @@ class Distiller(Run[DistillInputs]):
             fixed=Fixed(self.base),
             batches=self.inputs.batches(self._cache()),
             identity=self.inputs.identity,
-            place=placement.micro_batches,
+            place=self.placement.micro_batches,
             evaluate=lambda state: self.measure(state.params),
             best="kl",
             name="distilling blocks" if self.inputs.blocks else "distilling",
@@ -96,7 +94,7 @@ class Distiller(Run[DistillInputs]):
             temperature=recipe.loss.temperature,
             rows=recipe.data.rows,
             length=recipe.data.row_length,
-            pad_id=self.inputs.chat.pad_id,
+            pad_id=self.inputs.model.chat.pad_id,
             identity=self.inputs.cache_identity,
         )
 
@@ -104,13 +102,9 @@ class Distiller(Run[DistillInputs]):
 
     def measure(self, trained: Params) -> dict[str, float]:
         """ "kl" of the parent to the student and "next_token", the LM loss: nats per token of the held-out answers."""
-        sums, weight = dict.fromkeys(_MEASURED, 0.0), 0.0
-        batches = evaluation_batches(
-            self.inputs.heldout,
-            rows=self.recipe.data.rows,
-            length=self.recipe.data.row_length,
-            pad_id=self.inputs.chat.pad_id,
-        )
+        data, sums, weight = self.recipe.data, dict.fromkeys(_MEASURED, 0.0), 0.0
+        pad_id = self.inputs.model.chat.pad_id
+        batches = packed(self.inputs.heldout, rows=data.rows, length=data.row_length, pad_id=pad_id)
         with on_mesh(self.placement.mesh):
             for batch in batches:
                 found = self._measured(trained, Fixed(self.base), self.placement.rows(batch))
@@ -119,7 +113,7 @@ class Distiller(Run[DistillInputs]):
         return {name: total / weight for name, total in sums.items()}
 
     @cached_property
-    def _measured(self) -> Any:
+    def _measured(self) -> Callable[[Params, Fixed, Packed], Loss]:
         loss = self.recipe.loss
         terms = {term: 1.0 for term in _MEASURED.values()}
         settings = LossSettings(**terms, token_chunk=loss.token_chunk, vocab_chunk=loss.vocab_chunk)
@@ -128,19 +122,18 @@ class Distiller(Run[DistillInputs]):
     # Export --------------------------------------------------------------------------------------------------------
 
     def export(self, trained: Trained) -> None:
-        """Writes the trained child, by the primary process."""
         values = trained.state.params
         scales = self._cache_scales(values)
         self.write_child(values, "distilled", lambda: self._record(trained), scales, pad_experts=self.inputs.padded)
         self.console.print(f"child: {self.recipe.out / CHILD}", highlight=False)
 
-    def _record(self, trained: Trained) -> dict[str, Any]:
-        """What provenance tells of this run."""
+    def _record(self, trained: Trained) -> dict[str, object]:
+        """This run's entry in provenance."""
         recipe, data = self.recipe, self.recipe.data
-        metrics = trained.summary.metrics
+        metrics = trained.metrics
         return {
             "traces": [str(path) for path in recipe.trace_paths],
-            "steps": trained.summary.step,
+            "steps": trained.step,
             "tokens_per_step": data.tokens_per_step,
             "blocks": self.inputs.blocks,
             "loss": {} if self.inputs.blocks else recipe.loss.shares,
@@ -160,13 +153,5 @@ class Distiller(Run[DistillInputs]):
 
 def _trace(example: TraceExample) -> Trace:
     prompt, completion = np.split(example.tokens, [example.prompt_length])
-    return Trace(
-        task=example.task,
-        effort=example.effort,
-        problem_seed=0,
-        details={},
-        prompt=tuple(prompt.tolist()),
-        completion=tuple(completion.tolist()),
-        reward=None,
-        truncated=False,
-    )
+    texts = tuple(prompt.tolist()), tuple(completion.tolist())
+    return Trace(example.task, example.effort, 0, {}, *texts, reward=None, truncated=False)

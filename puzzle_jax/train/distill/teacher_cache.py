@@ -21,7 +21,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from zipfile import BadZipFile
 
 import jax
@@ -36,11 +36,10 @@ from puzzle_jax.model.network import head_logits
 from puzzle_jax.model.sharding import on_mesh
 from puzzle_jax.model.spec import Params
 from puzzle_jax.progress import progress
-from puzzle_jax.train.losses.head_chunks import deal, gather
+from puzzle_jax.train.losses.head_chunks import gather, split
 from puzzle_jax.train.placement import Placement
-from puzzle_jax.train.rows import Example, Packed
+from puzzle_jax.train.rows import Example, Packed, packed
 from puzzle_jax.train.student import Student
-from puzzle_jax.train.traces.batches import evaluation_batches
 
 CACHE_FILE = "cache.json"
 _FILES = {"ids": "int32", "logits": "float16", "log_total": "float32"}
@@ -69,14 +68,14 @@ class TeacherCache(NamedTuple):
         first = int(self.prompt_lengths[index]) - 1
         places = slice(first, int(self.lengths[index]) - 1)
         found = {}
-        for name, values in (("ids", self.ids), ("logits", self.logits), ("log_total", self.log_total)):
+        for name, values in zip(_FILES, self[:3], strict=True):
             rows = np.zeros((int(self.lengths[index]), *values.shape[1:]), values.dtype)
             rows[places] = values[own]
             found[f"teacher_{name}"] = rows
         return found
 
 
-def open_cache(directory: Path, examples: Sequence[Example], identity: Mapping[str, Any]) -> TeacherCache:
+def open_cache(directory: Path, examples: Sequence[Example], identity: Mapping[str, object]) -> TeacherCache:
     """An existing cache.
 
     Args:
@@ -93,16 +92,16 @@ def open_cache(directory: Path, examples: Sequence[Example], identity: Mapping[s
                 f"{shown(value)}); name another directory"
             )
     starts, prompts, lengths = _places(examples)
-    ids, logits, log_total = (_read(directory / f"{name}.npy", dtype) for name, dtype in _FILES.items())
-    positions, k = int(starts[-1]), ids.shape[-1]
-    for name, array, shape in (
-        ("ids", ids, (positions, k)),
-        ("logits", logits, (positions, k)),
-        ("log_total", log_total, (positions,)),
-    ):
-        if array.shape != shape:
-            raise PuzzleError(f"{directory / name}.npy is damaged: it has shape {array.shape} in place of {shape}")
-    return TeacherCache(ids, logits, log_total, starts, prompts, lengths)
+    arrays = {name: _read(directory / f"{name}.npy", dtype) for name, dtype in _FILES.items()}
+    for name, shape in _shapes(int(starts[-1]), arrays["ids"].shape[-1]).items():
+        if arrays[name].shape != shape:
+            found = arrays[name].shape
+            raise PuzzleError(f"{directory / name}.npy is damaged: it has shape {found} in place of {shape}")
+    return TeacherCache(**arrays, starts=starts, prompt_lengths=prompts, lengths=lengths)
+
+
+def _shapes(positions: int, k: int) -> dict[str, tuple[int, ...]]:
+    return {"ids": (positions, k), "logits": (positions, k), "log_total": (positions,)}
 
 
 def _read(path: Path, dtype: str) -> np.ndarray:
@@ -128,37 +127,31 @@ def make_cache(
     rows: int,
     length: int,
     pad_id: int,
-    identity: Mapping[str, Any],
+    identity: Mapping[str, object],
 ) -> TeacherCache:
     """Asks the teacher for every example and writes the cache; a run that dies leaves none.
 
     Args:
       directory: not there yet, or empty.
-      student: whose teacher is asked.
-      base: its weights, in their place.
+      base: weights of the student's teacher, in their place.
       k: tokens per position, at most the vocabulary.
       temperature: of the loss that will read the cache.
-      rows, length: of the batches that the teacher is asked with.
+      rows, length: of the batches that the teacher is asked with; no example may be longer.
       identity: as for `open_cache`.
-
-    Raises PuzzleError where there is no example, or one is longer than `length`.
     """
     starts, prompts, lengths = _places(examples)
     partial_directory = directory.with_name(f".{directory.name}{PARTIAL}{os.getpid()}")
     try:
         partial_directory.mkdir(parents=True)
-        shapes = {"ids": (int(starts[-1]), k), "logits": (int(starts[-1]), k), "log_total": (int(starts[-1]),)}
         files = [
-            np.lib.format.open_memmap(partial_directory / f"{name}.npy", "w+", np.dtype(dtype), shapes[name])
-            for name, dtype in _FILES.items()
+            np.lib.format.open_memmap(partial_directory / f"{name}.npy", "w+", np.dtype(_FILES[name]), shape)
+            for name, shape in _shapes(int(starts[-1]), k).items()
         ]
-        numbered = evaluation_batches(
-            examples,
-            rows=rows,
-            length=length,
-            pad_id=pad_id,
-            extras=lambda index: {"example": np.full(int(lengths[index]), index, np.int64)},
-        )
+
+        def number(index: int) -> dict[str, np.ndarray]:
+            return {"example": np.full(int(lengths[index]), index, np.int64)}
+
+        numbered = packed(examples, rows=rows, length=length, pad_id=pad_id, extras=number)
         ask = jax.jit(partial(top_k, student, k=k, temperature=temperature))
         with progress(console, "asking the teacher", len(examples)) as advance, on_mesh(placement.mesh):
             for batch in numbered:
@@ -191,7 +184,7 @@ def top_k(student: Student, base: Params, batch: Packed, *, k: int, temperature:
         return ids, (largest - top).astype(jnp.float16), jax.nn.logsumexp((logits - top) / temperature, axis=-1)
 
     with jax.named_scope("top_k"):
-        found = jax.lax.map(of_group, deal(flat, -(-len(flat) // _GROUP)))
+        found = jax.lax.map(of_group, split(flat, -(-len(flat) // _GROUP)))
         return jax.tree.map(lambda leaf: gather(leaf, len(flat)).reshape(*x.shape[:2], *leaf.shape[2:]), found)
 
 
@@ -202,7 +195,7 @@ def _places(examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray, np.nda
     return np.concatenate([[0], np.cumsum(lengths - prompts)]), prompts, lengths
 
 
-def _record(examples: Sequence[Example], identity: Mapping[str, Any]) -> dict[str, Any]:
+def _record(examples: Sequence[Example], identity: Mapping[str, object]) -> dict[str, object]:
     digest = hashlib.sha256()
     for example in examples:
         digest.update(f"{example.prompt_length} ".encode() + np.asarray(example.tokens, "<i4").tobytes())

@@ -1,52 +1,52 @@
-"""What a step of reinforcement learning tells of its answers, and when its reward has collapsed."""
+"""Metrics of a step's answers in reinforcement learning, and when its reward has collapsed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from puzzle_jax.tasks.rewards.answers import Reward
-from puzzle_jax.train.grpo.policy_batches import Judged
+from puzzle_jax.train.grpo.policy_batches import RewardedGroups
 from puzzle_jax.train.grpo.rollouts import Rollout
 
 
-def passes(judgement: Reward, right: float | None) -> bool:
-    """Whether an answer that has a reward counts as right.
+def passes(outcome: Reward, threshold: float | None) -> bool:
+    """Whether an answer that has a reward passes.
 
-    `right` is the reward from which it does. Where it is None, the task's own score must be full or, if that is not
+    `threshold` is the reward from which it does. Where it is None, the task's own score must be full or, if that is not
     known, the reward at least 1.
     """
-    assert judgement.reward is not None
-    if right is not None:
-        return judgement.reward >= right
-    return (judgement.reward if judgement.score is None else judgement.score) >= 1.0
+    assert outcome.reward is not None
+    if threshold is not None:
+        return outcome.reward >= threshold
+    return (outcome.reward if outcome.score is None else outcome.score) >= 1.0
 
 
-def rollout_metrics(judged: Judged, right: float | None) -> dict[str, float]:
+def rollout_metrics(groups: RewardedGroups, threshold: float | None) -> dict[str, float]:
     """Means over a step's answers by name. "lost" is the number of those whose reward could not be had.
 
-    "pass_rate" is the share of answers that are right (`passes`); "shaped_reward" holds what length adds;
+    "pass_rate" is the share of answers that pass (`passes`); "shaped_reward" holds what length adds;
     "groups_kept" and "groups_no_signal" count prompts.
     """
-    everyone = [rollout for group in judged.groups for rollout in group]
-    rewarded = [rollout for rollout in everyone if rollout.judgement.reward is not None]
+    everyone = [rollout for group in groups.groups for rollout in group]
+    rewarded = [rollout for rollout in everyone if rollout.outcome.reward is not None]
     found = {
         "reward": _mean(_reward(rollout) for rollout in rewarded),
-        "shaped_reward": float(judged.rewards[judged.counted].mean()) if judged.counted.any() else float("nan"),
-        "pass_rate": _mean(passes(rollout.judgement, right) for rollout in rewarded),
+        "shaped_reward": float(groups.rewards[groups.counted].mean()) if groups.counted.any() else float("nan"),
+        "pass_rate": _mean(passes(rollout.outcome, threshold) for rollout in rewarded),
         "tokens": _mean(rollout.length for rollout in everyone),
         "truncated": _mean(rollout.generated.truncated for rollout in everyone),
-        "lost": float(sum(rollout.judgement.reason is not None for rollout in everyone)),
-        "groups_kept": float(judged.signal.sum()),
-        "groups_no_signal": float((~judged.signal).sum()),
+        "lost": float(sum(rollout.outcome.reason is not None for rollout in everyone)),
+        "groups_kept": float(groups.signal.sum()),
+        "groups_no_signal": float((~groups.signal).sum()),
     }
     for effort, members in _by(everyone, lambda rollout: rollout.prompt.effort).items():
-        known = [rollout for rollout in members if rollout.judgement.reward is not None]
+        known = [rollout for rollout in members if rollout.outcome.reward is not None]
         found[f"tokens/{effort}"] = _mean(rollout.length for rollout in members)
-        found[f"pass_rate/{effort}"] = _mean(passes(rollout.judgement, right) for rollout in known)
+        found[f"pass_rate/{effort}"] = _mean(passes(rollout.outcome, threshold) for rollout in known)
     for task, members in _by(rewarded, lambda rollout: rollout.prompt.problem.task).items():
         found[f"reward/{task}"] = _mean(map(_reward, members))
     return found
@@ -67,7 +67,7 @@ class RunningReward:
     _best: float | None = None
 
     def add(self, reward: float) -> str | None:
-        """Adds a step's mean reward (one that is not a number is left out); what to say if it has collapsed now."""
+        """Adds a step's mean reward (NaN is left out); returns a message if the reward has collapsed now."""
         if not np.isfinite(reward):
             return None
         self._last = [*self._last, float(reward)][-self.steps :]
@@ -82,7 +82,7 @@ class RunningReward:
             f"best, {self._best:.3f}"
         )
 
-    def get_state(self) -> dict[str, Any]:
+    def get_state(self) -> dict[str, object]:
         return {"last": self._last, "best": self._best}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
@@ -90,8 +90,8 @@ class RunningReward:
 
 
 def _reward(rollout: Rollout) -> float:
-    assert rollout.judgement.reward is not None
-    return rollout.judgement.reward
+    assert rollout.outcome.reward is not None
+    return rollout.outcome.reward
 
 
 def _mean(values: Iterable[float]) -> float:
@@ -100,7 +100,7 @@ def _mean(values: Iterable[float]) -> float:
     return float(np.mean(found)) if found else float("nan")
 
 
-def _by(members: Iterable[Rollout], key: Any) -> dict[str, list[Rollout]]:
+def _by(members: Iterable[Rollout], key: Callable[[Rollout], str]) -> dict[str, list[Rollout]]:
     found: dict[str, list[Rollout]] = {}
     for member in members:
         found.setdefault(key(member), []).append(member)

@@ -11,7 +11,7 @@ from puzzle_jax.evaluate.accuracy import unscored_note
 from puzzle_jax.generate.traces import Trace
 from puzzle_jax.train.grpo.inputs import GrpoInputs
 from puzzle_jax.train.grpo.metrics import passes
-from puzzle_jax.train.grpo.policy_batches import Judged
+from puzzle_jax.train.grpo.policy_batches import RewardedGroups
 from puzzle_jax.train.grpo.prompts import Prompts
 from puzzle_jax.train.grpo.rollouts import Rollout
 
@@ -23,28 +23,35 @@ class Notes:
 
     def __init__(self, inputs: GrpoInputs, console: Console) -> None:
         self._inputs, self._console = inputs, console
-        self._never_right = NeverRight(inputs.recipe.reward.right)
-        self._told: set[object] = set()
+        self.threshold = ThresholdMonitor(inputs.recipe.reward.pass_threshold)
+        self._said: set[object] = set()
 
-    @property
-    def advice(self) -> str:
-        """Of `NeverRight`."""
-        return self._never_right.advice
-
-    def step(self, number: int, judged: Judged, prompts: Prompts) -> None:
-        """Why answers of a step were lost, that problems are too long to ask, that no answer counts as right, and of
-        which tasks and efforts there is nothing to learn."""
-        everyone = [rollout for group in judged.groups for rollout in group]
-        self._tell_lost(number, everyone)
-        self._tell_too_long(prompts)
-        if message := self._never_right.add(everyone):
+    def step(self, number: int, groups: RewardedGroups, prompts: Prompts) -> None:
+        """Why answers of a step were lost, that problems are too long to ask, that no answer passes, and of which tasks
+        and efforts there is nothing to learn."""
+        everyone = [rollout for group in groups.groups for rollout in group]
+        reasons = Counter(rollout.outcome.reason for rollout in everyone if rollout.outcome.reason is not None)
+        for reason, count in reasons.items():
+            if len(self._said) < _MOST_REASONS:
+                lost = f"step {number}: {count} of {len(everyone)} answers have no reward: the reward function {reason}"
+                self._once(("lost", reason), lost)
+        if (prompt := prompts.first_too_long) is not None:
+            self._once(
+                "too long",
+                f"{prompt.problem.where}: with its answer the prompt may take {self._inputs.most_positions(prompt)} "
+                f"tokens at effort {prompt.effort}, more than update.row_length "
+                f"({self._inputs.recipe.update.row_length}); such problems are passed over, and counted in "
+                "metrics.jsonl (passed_over)",
+            )
+        if message := self.threshold.add(everyone):
             self._say(message)
         bounds = self._inputs.recipe.prompts
-        for pair, rate in prompts.silent().items():
+        for pair, rate in prompts.without_signal().items():
             self._once(
                 pair,
-                f"task {pair[0]} at effort {pair[1]} gives no signal: {rate:.1%} of its answers are right, outside "
-                f"{bounds.min_pass_rate:.0%} to {bounds.max_pass_rate:.0%}; it is asked only now and then{self.advice}",
+                f"task {pair[0]} at effort {pair[1]} gives no signal: {rate:.1%} of its answers pass, outside "
+                f"{bounds.min_pass_rate:.0%} to {bounds.max_pass_rate:.0%}; it is asked only now and then"
+                f"{self.threshold.advice}",
             )
 
     def evaluated(self, answers: Sequence[Trace]) -> None:
@@ -60,63 +67,43 @@ class Notes:
         if note := unscored_note(answers):
             self._say(note)
 
-    def _tell_lost(self, number: int, everyone: Sequence[Rollout]) -> None:
-        reasons = Counter(rollout.judgement.reason for rollout in everyone if rollout.judgement.reason is not None)
-        for reason, count in reasons.items():
-            if len(self._told) < _MOST_REASONS:
-                message = f"step {number}: {count} of {len(everyone)} answers could not be judged: the judge {reason}"
-                self._once(("lost", reason), message)
-
-    def _tell_too_long(self, prompts: Prompts) -> None:
-        prompt = prompts.first_too_long
-        if prompt is not None:
-            self._once(
-                "too long",
-                f"{prompt.problem.where}: with its answer the prompt may take {self._inputs.most_tokens(prompt)} "
-                f"tokens at effort {prompt.effort}, more than update.row_length "
-                f"({self._inputs.recipe.update.row_length}); such problems are passed over, and counted in "
-                "metrics.jsonl (passed_over)",
-            )
-
     def _once(self, key: object, message: str) -> None:
-        if key not in self._told:
-            self._told.add(key)
+        if key not in self._said:
+            self._said.add(key)
             self._say(message)
 
     def _say(self, message: str) -> None:
         self._console.print(f"  {message}", highlight=False, markup=False, soft_wrap=True)
 
 
-class NeverRight:
-    """Notices that no answer counts as right, which may be for want of the right threshold.
+class ThresholdMonitor:
+    """Notices that no answer passes, which may be for want of a fitting threshold.
 
     Args:
-      right: reward from which an answer counts as right; None as in `passes`.
+      threshold: reward from which an answer passes; None as in `passes`.
     """
 
-    def __init__(self, right: float | None) -> None:
-        self._right = right
-        self._passed = False
+    def __init__(self, threshold: float | None) -> None:
+        self._threshold = threshold
+        self._passed = self._warned = False
         self._largest: float | None = None
-        self._told = False
 
     def add(self, rollouts: Iterable[Rollout]) -> str | None:
-        """Adds a step's answers; what to say, once, if their task gives some a full score and none has passed yet."""
-        best_right: float | None = None
-        for rollout in rollouts:
-            judgement = rollout.judgement
-            if judgement.reward is None:
+        """Adds a step's answers; returns a message, once, if their task gives some a full score and none has passed."""
+        best_full: float | None = None
+        for outcome in (rollout.outcome for rollout in rollouts):
+            if outcome.reward is None:
                 continue
-            self._passed = self._passed or passes(judgement, self._right)
-            self._largest = max(judgement.reward, judgement.reward if self._largest is None else self._largest)
-            if judgement.score is not None and judgement.score >= 1.0:
-                best_right = max(judgement.reward, judgement.reward if best_right is None else best_right)
-        if self._passed or self._told or best_right is None:
+            self._passed = self._passed or passes(outcome, self._threshold)
+            self._largest = max(outcome.reward, outcome.reward if self._largest is None else self._largest)
+            if outcome.score is not None and outcome.score >= 1.0:
+                best_full = max(outcome.reward, outcome.reward if best_full is None else best_full)
+        if self._passed or self._warned or best_full is None:
             return None
-        self._told = True
+        self._warned = True
         return (
-            f"answers that their task scores as right earn up to {best_right:g}, which is below reward.right "
-            f"({self._right:g}): none counts as right, and their problems will be passed over; set reward.right to "
+            f"answers with a full score of their task earn up to {best_full:g}, which is below reward.pass_threshold "
+            f"({self._threshold:g}): none passes, and their problems will be passed over; set reward.pass_threshold to "
             "what a right answer earns, or leave it out"
         )
 
@@ -125,8 +112,8 @@ class NeverRight:
         """What may be wrong where there is nothing to learn from; "" where some answer has passed."""
         if self._passed or self._largest is None:
             return ""
-        threshold = 1.0 if self._right is None else self._right
+        threshold = 1.0 if self._threshold is None else self._threshold
         return (
-            f"; no reward has reached {threshold:g}, from which an answer counts as right, and the largest was "
-            f"{self._largest:g}: if right answers earn less, set reward.right to what they earn"
+            f"; no reward has reached {threshold:g}, from which an answer passes, and the largest was "
+            f"{self._largest:g}: if right answers earn less, set reward.pass_threshold to what they earn"
         )

@@ -13,7 +13,7 @@ that micro-batches do. Rows carry, in `Packed.extras`, what belongs to a target 
 
 Without `old`, the policy that drew is the policy that learns: its ratio is the log-probability over itself, exactly 1.
 Where experts are replayed, gates are the softmax of the trainer's own logits of those experts (routing replay, R3:
-arXiv 2510.11370; GSPO, arXiv 2507.18071, section 5.3, tells of collapse without it).
+arXiv 2510.11370; GSPO, arXiv 2507.18071, section 5.3, reports collapse without it).
 
 Left out: answers sampled at other temperatures than 1.
 """
@@ -55,8 +55,6 @@ class Policy:
 
     Attributes:
       student: the model as a view on itself: its parent is the policy that training began with, and the reference.
-      settings: resolved.
-      token_chunk, vocab_chunk: tokens and vocabulary entries whose logits are there at a time.
     """
 
     student: Student
@@ -91,10 +89,10 @@ class Policy:
             entropy=self._entropy(*of_entropy),
         )
         share = given["shares"]
-        watched = dict(found.metrics)
-        largest = {name: jnp.max(jnp.where(mask, watched[name], 0.0)) for name in ("ratio", "sampler_gap")}
-        watched["ratio_mean"] = watched.pop("ratio")
-        terms = {name: jnp.sum(jnp.where(mask, share * values, 0.0)) for name, values in watched.items()}
+        metrics = dict(found.metrics)
+        largest = {name: jnp.max(jnp.where(mask, metrics[name], 0.0)) for name in ("ratio", "sampler_gap")}
+        metrics["ratio_mean"] = metrics.pop("ratio")
+        terms = {name: jnp.sum(jnp.where(mask, share * values, 0.0)) for name, values in metrics.items()}
         terms |= {name + MAXIMUM: value for name, value in largest.items()}
         if replay is not None and hidden.routed is not None:
             differ = experts_differ(replay, hidden.routed).mean(0)

@@ -1,12 +1,12 @@
-"""From groups of judged answers to what an update reads: shaped rewards, advantages, and packed rows.
+"""From groups of rewarded answers to what an update reads: shaped rewards, advantages, and packed rows.
 
-    reward    the judge's, with the soft penalty for overlong answers and the share for length at an effort
-    advantage over the group's baseline (`policy_losses.group_advantages`)
+    reward    the reward function's, with the soft penalty for overlong answers and the share for length at an effort
+    advantage over the group's baseline (`losses.policy.group_advantages`)
     rows      prompts with answers, packed; coefficients weigh tokens over all rows of an update
 
-Answers without a reward (the judge failed) count nowhere. Shaped rewards are kept within `LARGEST_REWARD`, so that all
-advantages are finite in float32. A group whose advantages are all 0 teaches nothing and is
-left out; so is an answer that was cut off, where `overlong_filter` asks for it: it counts in its group's baseline only.
+Answers without a reward (their function failed) count nowhere. Shaped rewards are kept within `LARGEST_REWARD`, so that
+all advantages are finite in float32. A group whose advantages are all 0 teaches nothing and is left out; so is an
+answer that was cut off, where `overlong_filter` asks for it: it counts in its group's baseline only.
 """
 
 from __future__ import annotations
@@ -20,19 +20,14 @@ from jaxtyping import Bool, Float
 from puzzle_jax.tasks.rewards.answers import LARGEST_REWARD
 from puzzle_jax.train.grpo.policy import Scores, replayed
 from puzzle_jax.train.grpo.rollouts import Rollout
-from puzzle_jax.train.losses.policy import (
-    effort_length_reward,
-    group_advantages,
-    overlong_penalty,
-    token_coefficients,
-)
+from puzzle_jax.train.losses import policy as losses
 from puzzle_jax.train.losses.policy_settings import ResolvedPolicy
-from puzzle_jax.train.rows import Example, OpenRows, Packed, pack
+from puzzle_jax.train.rows import Example, Packed, packed
 
 
 @dataclass(frozen=True, eq=False)
-class Judged:
-    """A step's groups with what they are worth.
+class RewardedGroups:
+    """A step's groups with their rewards and advantages.
 
     Attributes:
       groups: answers to each prompt.
@@ -52,27 +47,29 @@ class Judged:
         return np.any(self.advantages != 0, axis=1)
 
 
-def judge_groups(groups: Sequence[Sequence[Rollout]], settings: ResolvedPolicy, limits: dict[str, int]) -> Judged:
+def reward_groups(
+    groups: Sequence[Sequence[Rollout]], settings: ResolvedPolicy, limits: dict[str, int]
+) -> RewardedGroups:
     """Shaped rewards and advantages of groups of equal size; `limits` are tokens of an answer by effort."""
-    counted = np.array([[member.judgement.reward is not None for member in group] for group in groups])
+    counted = np.array([[member.outcome.reward is not None for member in group] for group in groups])
     rewards = np.array([[shaped_reward(member, settings, limits) for member in group] for group in groups], np.float32)
-    advantages = group_advantages(
+    advantages = losses.group_advantages(
         rewards,
         counted,
         baseline=settings.baseline,
         scale_by_std=settings.scale_by_std,
         clip=settings.advantage_clip or None,
     )
-    return Judged(groups, rewards, counted, advantages)
+    return RewardedGroups(groups, rewards, counted, advantages)
 
 
 def shaped_reward(rollout: Rollout, settings: ResolvedPolicy, limits: dict[str, int]) -> float:
-    """The judge's reward with what the answer's length adds; 0 where there is none."""
-    reward, effort, length = rollout.judgement.reward, rollout.prompt.effort, rollout.length
+    """The reward with what the answer's length adds; 0 where there is none."""
+    reward, effort, length = rollout.outcome.reward, rollout.prompt.effort, rollout.length
     if reward is None:
         return 0.0
     if effort in settings.length_budgets:
-        reward = effort_length_reward(
+        reward = losses.effort_length_reward(
             reward,
             length,
             settings.length_budgets[effort],
@@ -81,7 +78,7 @@ def shaped_reward(rollout: Rollout, settings: ResolvedPolicy, limits: dict[str, 
             penalty=settings.length_penalty,
         )
     if settings.overlong_cache:
-        reward = reward + overlong_penalty(length, limits[effort], settings.overlong_cache)
+        reward = reward + losses.overlong_penalty(length, limits[effort], settings.overlong_cache)
     return float(np.clip(reward, -LARGEST_REWARD, LARGEST_REWARD))
 
 
@@ -93,20 +90,17 @@ class Learnable:
     advantage: float
 
 
-def learnable(judged: Judged, settings: ResolvedPolicy) -> list[list[Learnable]]:
+def learnable(groups: RewardedGroups, settings: ResolvedPolicy) -> list[list[Learnable]]:
     """By group, of groups that teach something, the answers that carry a loss."""
-
-    def cut_off(rollout: Rollout) -> bool:
-        return settings.overlong_filter and rollout.generated.truncated
 
     found = [
         [
             Learnable(rollout, float(advantage))
             for rollout, counts, advantage in zip(group, of_group, advantages, strict=True)
-            if counts and not cut_off(rollout)
+            if counts and not (settings.overlong_filter and rollout.generated.truncated)
         ]
         for group, of_group, advantages, teaches in zip(
-            judged.groups, judged.counted, judged.advantages, judged.signal, strict=True
+            groups.groups, groups.counted, groups.advantages, groups.signal, strict=True
         )
         if teaches
     ]
@@ -116,7 +110,7 @@ def learnable(judged: Judged, settings: ResolvedPolicy) -> list[list[Learnable]]
 def examples(answers: Sequence[Learnable], settings: ResolvedPolicy, limits: dict[str, int]) -> list[Example]:
     """All answers of one update as examples; their coefficients and shares are over all of them."""
     lengths = np.array([answer.rollout.length for answer in answers])
-    coefficients = token_coefficients(
+    coefficients = losses.token_coefficients(
         lengths, np.ones(len(answers), bool), settings.normalization, constant=max(limits.values())
     )
     share = 1.0 / float(lengths.sum())
@@ -147,13 +141,8 @@ def _example(answer: Learnable, coefficient: float, share: float) -> Example:
 
 def micro_batches(found: Sequence[Example], *, rows: int, length: int, pad_id: int) -> Iterator[Packed]:
     """The examples packed first-fit, the longest first, in micro-batches of `rows` rows; the last ones may be empty."""
-    filling: OpenRows[Example] = OpenRows(length, max(len(found), 1), lambda example: len(example.tokens))
-    for example in sorted(found, key=lambda example: -len(example.tokens)):
-        filling.place(example)
-    packed = filling.rows
-    for start in range(0, len(packed), rows):
-        part = packed[start : start + rows]
-        yield pack(part + [[] for _ in range(rows - len(part))], length, pad_id)
+    by_length = sorted(found, key=lambda example: -len(example.tokens))
+    return packed(by_length, rows=rows, length=length, pad_id=pad_id)
 
 
 def with_scores(batch: Packed, scores: Scores) -> Packed:

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jax.stages import Lowered, Wrapped
+from jaxtyping import Array, Float, PyTree
 
 from puzzle_jax.model.sharding import on_mesh
 from puzzle_jax.train.distill.objectives import Fixed
@@ -28,7 +29,7 @@ class Sums(NamedTuple):
     """Over micro-batches: gradients, losses times coefficients, shares, and metrics times shares (largest ones where
     their names end in `MAXIMUM`)."""
 
-    gradients: Any
+    gradients: PyTree
     total: Float[Array, ""]
     weight: Float[Array, ""]
     terms: dict[str, Float[Array, ""]]
@@ -36,14 +37,7 @@ class Sums(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class PolicyUpdate:
-    """The programs of an update.
-
-    Attributes:
-      policy: what is minimised.
-      optimizer: whose state `TrainState.optimizer` is.
-      shardings: of the state on a mesh.
-      mesh: where programs run.
-    """
+    """The programs of an update; `shardings` are those of the state on the mesh."""
 
     policy: Policy
     optimizer: optax.GradientTransformation
@@ -60,33 +54,33 @@ class PolicyUpdate:
             assert sums is not None, "an update needs a micro-batch"
             return self._apply(state, sums)
 
-    def score(self, params: Any, fixed: Fixed, batch: Packed, *, old: bool, reference: bool) -> Scores:
+    def score(self, params: PyTree, fixed: Fixed, batch: Packed, *, old: bool, reference: bool) -> Scores:
         """See `Policy.score`."""
         with on_mesh(self.mesh):
             return self._score(params, fixed, batch, old=old, reference=reference)
 
-    def lowered(self, state: Any, fixed: Any, batch: Any) -> tuple[Any, Any, Any]:
+    def lowered(self, state: PyTree, fixed: PyTree, batch: PyTree) -> tuple[PyTree, Lowered, Lowered]:
         """Sums, and the programs that add to them and apply them, of arrays without values: `jax.ShapeDtypeStruct`."""
         with on_mesh(self.mesh):
             sums = self._sums_in_place(state.params, fixed, batch)
             return sums, self._accumulate.lower(sums, state.params, fixed, batch), self._apply.lower(state, sums)
 
-    def lowered_score(self, params: Any, fixed: Any, batch: Any, *, old: bool, reference: bool) -> Any:
+    def lowered_score(self, params: PyTree, fixed: PyTree, batch: PyTree, *, old: bool, reference: bool) -> Lowered:
         """The program of `score`, likewise."""
         with on_mesh(self.mesh):
             return self._score.lower(params, fixed, batch, old=old, reference=reference)
 
-    def _sums(self, params: Any, fixed: Fixed, batch: Packed) -> Sums:
+    def _sums(self, params: PyTree, fixed: Fixed, batch: Packed) -> Sums:
         """Of one micro-batch."""
 
-        def numerator(params: Any) -> tuple[Array, Any]:
+        def numerator(params: PyTree) -> tuple[Array, PyTree]:
             loss = self.policy(params, fixed, batch)
             return loss.total.astype(jnp.float32), loss
 
         gradients, loss = jax.grad(numerator, has_aux=True)(params)
         return Sums(jax.tree.map(lambda x: x.astype(jnp.float32), gradients), *loss)
 
-    def _sums_in_place(self, params: Any, fixed: Any, batch: Any) -> Any:
+    def _sums_in_place(self, params: PyTree, fixed: PyTree, batch: PyTree) -> PyTree:
         """`Sums` without values, in float32; gradients lie as the parameters do."""
         shapes = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), jax.eval_shape(self._sums, params, fixed, batch)
@@ -94,7 +88,7 @@ class PolicyUpdate:
         if self.shardings is None:
             return shapes
 
-        def placed(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        def placed(leaf: PyTree, sharding: PyTree) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
         return shapes._replace(gradients=jax.tree.map(placed, shapes.gradients, self.shardings.state.params))
@@ -108,21 +102,21 @@ class PolicyUpdate:
         return Sums(self.shardings.state.params, everywhere, everywhere, everywhere)  # type: ignore[arg-type]
 
     @cached_property
-    def _zeros(self) -> Any:
+    def _zeros(self) -> Wrapped:
         """Where sums begin. They lie where `_accumulate` leaves sums, which is compiled anew for any other place.
 
         Without a mesh, jit's results are committed to a device where an argument is, so that arguments must be kept.
         """
 
-        def zeros(params: Any, fixed: Fixed, batch: Packed) -> Sums:
+        def zeros(params: PyTree, fixed: Fixed, batch: Packed) -> Sums:
             shapes = jax.eval_shape(self._sums, params, fixed, batch)
             return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes)
 
         return jax.jit(zeros, keep_unused=True, out_shardings=self._sums_shardings)
 
     @cached_property
-    def _accumulate(self) -> Any:
-        def accumulate(before: Sums, params: Any, fixed: Fixed, batch: Packed) -> Sums:
+    def _accumulate(self) -> Wrapped:
+        def accumulate(before: Sums, params: PyTree, fixed: Fixed, batch: Packed) -> Sums:
             here = self._sums(params, fixed, batch)
             sums = jax.tree.map(lambda x, y: x + jnp.asarray(y, jnp.float32), before, here)
             for name in sums.terms:
@@ -134,7 +128,7 @@ class PolicyUpdate:
         return jax.jit(accumulate, donate_argnums=0, compiler_options=options, out_shardings=self._sums_shardings)
 
     @cached_property
-    def _apply(self) -> Any:
+    def _apply(self) -> Wrapped:
         def apply(state: TrainState, sums: Sums) -> tuple[TrainState, Metrics]:
             largest = {name: value for name, value in sums.terms.items() if name.endswith(MAXIMUM)}
             state, metrics = update(state, self.optimizer, *sums)
@@ -145,5 +139,5 @@ class PolicyUpdate:
         return jax.jit(apply, donate_argnums=0, out_shardings=(self.shardings.state, None))
 
     @cached_property
-    def _score(self) -> Any:
+    def _score(self) -> Wrapped:
         return jax.jit(self.policy.score, static_argnames=("old", "reference"))

@@ -1,21 +1,21 @@
 """Which problem is asked next, at which effort: tasks and efforts mixed by weight, and only where there is something to
 learn.
 
-A group of answers that are all right or all wrong teaches nothing. So running pass rates are kept, and problems whose
+A group of answers that all pass or all fail teaches nothing. So running pass rates are kept, and problems whose
 pass rate is out of bounds are passed over (the paper's filter; DAPO, arXiv 2503.14476, drops such groups after asking).
 A row of a finite task comes again, and has a pass rate of its own at every effort. A problem of an endless family does
 not, so that problems of one task and effort share one if they are equally hard by the first of their details (steps,
 digits). Rates follow the policy: older answers count less. Now and then a problem is asked whatever its rate, so that
 one which has become learnable is found again. Problems that are too long are passed over, too, and counted.
 
-All choices follow from the seed and from what was told before, and the state says both; a run that goes on asks what it
+All choices follow from the seed and from earlier answers, and the state holds both; a run that goes on asks what it
 would have asked. Left out: curricula by hand.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -87,7 +87,7 @@ class NothingToAsk(PuzzleError):
 
 
 class Prompts:
-    """A stream of the prompts of each step; `tell` says how they were answered.
+    """A stream of the prompts of each step; `record` takes in how they were answered.
 
     Attributes:
       too_long: how often a problem was passed over because it is too long.
@@ -100,14 +100,14 @@ class Prompts:
     Raises ConfigError for tasks that there are none of, and for a finite task without rows.
     """
 
-    def __init__(self, settings: PromptSettings, fits: Any = lambda prompt: True) -> None:
+    def __init__(self, settings: PromptSettings, fits: Callable[[Prompt], bool] = lambda prompt: True) -> None:
         self.settings, self._fits = settings, fits
         self._tasks = {name: get_task(name) for name in settings.task_weights}
         self._rows = {name: _rows(name, settings) for name, task in self._tasks.items() if isinstance(task, FiniteTask)}
         self._streams: dict[str, Iterator[Problem]] = {}
         self._drawn = 0
         self._next = {name: 0 if name in self._rows else _first_seed(settings) for name in self._tasks}
-        self._rates: dict[str, tuple[float, float]] = {}  # key -> (answers, right ones), both discounted
+        self._rates: dict[str, tuple[float, float]] = {}  # key -> (answers, passed ones), both discounted
         self.too_long = 0
         self.first_too_long: Prompt | None = None
 
@@ -121,20 +121,20 @@ class Prompts:
         """
         return [self._one() for _ in range(count)]
 
-    def tell(self, prompt: Prompt, answers: int, right: int) -> None:
-        """How often a prompt was answered, and how often rightly."""
+    def record(self, prompt: Prompt, answers: int, passed: int) -> None:
+        """Takes in how often a prompt was answered, and how many of the answers passed."""
         if not answers:
             return
-        before, passed = self._rates.get(self._key(prompt), (0.0, 0.0))
+        before, passed_before = self._rates.get(self._key(prompt), (0.0, 0.0))
         fade = 1 - 1 / _GROUPS_REMEMBERED
-        self._rates[self._key(prompt)] = before * fade + answers, passed * fade + right
+        self._rates[self._key(prompt)] = before * fade + answers, passed_before * fade + passed
 
     def pass_rate(self, prompt: Prompt) -> float | None:
-        """The running share of right answers; None before there are enough."""
-        answers, right = self._rates.get(self._key(prompt), (0.0, 0.0))
-        return right / answers if answers >= self.settings.min_answers else None
+        """The running share of answers that pass; None before there are enough."""
+        answers, passed = self._rates.get(self._key(prompt), (0.0, 0.0))
+        return passed / answers if answers >= self.settings.min_answers else None
 
-    def silent(self) -> dict[tuple[str, str], float]:
+    def without_signal(self) -> dict[tuple[str, str], float]:
         """Tasks and efforts all of whose pass rates are out of bounds, with their mean, once there are some groups."""
         by_pair: dict[tuple[str, str], list[tuple[float, float]]] = {}
         for key, rate in self._rates.items():
@@ -142,19 +142,19 @@ class Prompts:
             by_pair.setdefault((rest.rpartition(" ")[0], effort), []).append(rate)
         found = {}
         for pair, rates in by_pair.items():
-            known = [right / answers for answers, right in rates if answers >= self.settings.min_answers]
+            known = [passed / answers for answers, passed in rates if answers >= self.settings.min_answers]
             enough = sum(answers for answers, _ in rates) >= _GROUPS_REMEMBERED * self.settings.min_answers
             if enough and known and not any(map(self._within, known)):
                 found[pair] = sum(known) / len(known)
         return found
 
-    def get_state(self) -> dict[str, Any]:
+    def get_state(self) -> dict[str, object]:
         rates = {key: list(rate) for key, rate in self._rates.items()}
         return {"drawn": self._drawn, "next": self._next, "rates": rates, "too_long": self.too_long}
 
     def set_state(self, state: Any, /) -> None:
         self._drawn, self._next = state["drawn"], dict(state["next"])
-        self._rates = {key: (answers, right) for key, (answers, right) in state["rates"].items()}
+        self._rates = {key: (answers, passed) for key, (answers, passed) in state["rates"].items()}
         self.too_long = state.get("too_long", 0)
         self._streams = {}
 

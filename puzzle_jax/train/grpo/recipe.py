@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import isfinite
 from pathlib import Path
 from typing import Literal
 
-from puzzle_jax.errors import (
-    MOST_PROCESSES,
-    MOST_TIMES,
-    MOST_TOGETHER,
-    MOST_TOKENS,
-    ConfigError,
-    check_range,
-)
+from puzzle_jax import errors
+from puzzle_jax.errors import ConfigError, check_choice, check_range
 from puzzle_jax.evaluate.settings import BY_EFFORT, MAX_TOKENS
 from puzzle_jax.model.cache_format import CACHE_DTYPES
-from puzzle_jax.settings.mesh import MeshSettings
 from puzzle_jax.tasks import check_effort
 from puzzle_jax.tasks.rewards.workers import TIME_LIMIT
-from puzzle_jax.train.distill.recipe import check_run
 from puzzle_jax.train.grpo.prompts import PromptSettings
-from puzzle_jax.train.loop import LoopSettings
 from puzzle_jax.train.losses.policy_settings import PolicySettings
-from puzzle_jax.train.optimizer import OptimizerSettings
+from puzzle_jax.train.recipe import RunRecipe
 
 
 @dataclass(frozen=True)
@@ -50,14 +41,12 @@ class RolloutSettings:
     cache: str = "compute"
 
     def __post_init__(self) -> None:
-        check_range("rollout.group", self.group, 2, MOST_TOGETHER)  # answers that are compared
-        check_range("rollout.slots", self.slots, 1, MOST_TOGETHER)
-        check_range("rollout.resample", self.resample, 0, MOST_TOGETHER)
+        for name, least in (("group", 2), ("slots", 1), ("resample", 0)):  # answers of a group are compared
+            check_range(f"rollout.{name}", getattr(self, name), least, errors.MOST_TOGETHER)
         for effort, limit in self.max_tokens.items():
             check_effort(effort)
-            check_range(f"rollout.max_tokens.{effort}", limit, 1, MOST_TOKENS)
-        if self.cache not in CACHE_DTYPES:
-            raise ConfigError(f"rollout.cache is {self.cache!r}, but must be one of {', '.join(CACHE_DTYPES)}")
+            check_range(f"rollout.max_tokens.{effort}", limit, 1, errors.MOST_TOKENS)
+        check_choice("rollout.cache", self.cache, CACHE_DTYPES)
 
     def limit(self, effort: str) -> int:
         return {**MAX_TOKENS, **self.max_tokens}[effort]
@@ -65,30 +54,29 @@ class RolloutSettings:
 
 @dataclass(frozen=True)
 class RewardSettings:
-    """How answers are judged.
+    """How answers are rewarded.
 
     Attributes:
       function: "path/to/file.py:name" or "package.module:name", called with an answer and its task's score
         (`tasks.rewards.workers`); None: the task's own score.
-      time_limit: seconds that one answer's judgement may take.
-      judges: processes that judge.
-      right: reward from which an answer counts as right, for pass rates; None: an answer is right that its task gives a
+      time_limit: seconds that the reward of one answer may take.
+      workers: processes that run the function.
+      pass_threshold: reward from which an answer passes, for pass rates; None: an answer passes that its task gives a
         full score, or, where the function does not ask for that score, whose reward is at least 1.
       environment: names of the variables that the function sees; None: all.
     """
 
     function: str | None = None
     time_limit: float = TIME_LIMIT
-    judges: int = 1
-    right: float | None = None
+    workers: int = 1
+    pass_threshold: float | None = None
     environment: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.time_limit < float("inf"):
-            raise ConfigError(f"reward.time_limit is {self.time_limit}, but must be a finite number of seconds above 0")
-        check_range("reward.judges", self.judges, 1, MOST_PROCESSES)
-        if self.right is not None and not isfinite(self.right):
-            raise ConfigError(f"reward.right is {self.right}, but must be a finite number")
+        check_range("reward.time_limit", self.time_limit, 0, above=True)
+        check_range("reward.workers", self.workers, 1, errors.MOST_PROCESSES)
+        if self.pass_threshold is not None and not math.isfinite(self.pass_threshold):
+            raise ConfigError(f"reward.pass_threshold is {self.pass_threshold}, but must be a finite number")
         for name in self.environment or ():
             if not name or "=" in name or "\0" in name:
                 raise ConfigError(f"reward.environment has {name!r}, but must hold names of environment variables")
@@ -117,14 +105,14 @@ class UpdateSettings:
 
     def __post_init__(self) -> None:
         for name in ("row_length", "token_chunk", "vocab_chunk"):
-            check_range(f"update.{name}", getattr(self, name), 1, MOST_TOKENS)
+            check_range(f"update.{name}", getattr(self, name), 1, errors.MOST_TOKENS)
         for name in ("rows", "updates"):
-            check_range(f"update.{name}", getattr(self, name), 1, MOST_TOGETHER)
+            check_range(f"update.{name}", getattr(self, name), 1, errors.MOST_TOGETHER)
 
 
 @dataclass(frozen=True)
-class WatchSettings:
-    """What is looked at while training goes on.
+class MonitoringSettings:
+    """What is monitored while training goes on.
 
     Attributes:
       problems: of each task, asked greedily at every effort when the policy is evaluated (`loop.evaluate_every`), on
@@ -144,50 +132,31 @@ class WatchSettings:
 
     def __post_init__(self) -> None:
         for name, least in (("problems", 1), ("transcripts", 0), ("transcript_groups", 1), ("collapse_steps", 1)):
-            check_range(f"watch.{name}", getattr(self, name), least, MOST_TIMES)
-        if not 0 <= self.collapse < 1:
-            raise ConfigError(f"watch.collapse is {self.collapse}, but must be at least 0 and below 1")
+            check_range(f"monitoring.{name}", getattr(self, name), least, errors.MOST_TIMES)
+        check_range("monitoring.collapse", self.collapse, 0, 1, below=True)
 
 
-@dataclass(frozen=True)
-class GrpoRecipe:
+@dataclass(frozen=True, kw_only=True)
+class GrpoRecipe(RunRecipe):
     """One run of reinforcement learning.
 
     Attributes:
       model: checkpoint directory of the policy to begin with, as `distill` writes one.
-      out: directory of the run: its checkpoints, metrics.jsonl, report.html, transcripts, and the policy in child/.
-      train: of "router" and "experts", what is trained besides attention, norms, embedding and head.
       export: which policy is written at the end: after the last step, or the one that did best when it was evaluated.
-      remat: recomputes layers in the backward pass in place of keeping their insides.
-      packed: whether experts stay packed as checkpoints hold them; None: wherever they run on no CPU.
-      prompts, rollout, reward, update, loss, optimizer, loop, watch, mesh: see there.
-      seed: of sampling and of the run.
+      prompts, rollout, reward, update, loss, monitoring: see there.
     """
 
     model: Path
-    out: Path
-    train: tuple[str, ...] = ()
     export: Literal["last", "best"] = "last"
-    remat: bool = True
-    packed: bool | None = None
     prompts: PromptSettings = field(default_factory=PromptSettings)
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
     reward: RewardSettings = field(default_factory=RewardSettings)
     update: UpdateSettings = field(default_factory=UpdateSettings)
     loss: PolicySettings = field(default_factory=PolicySettings)
-    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
-    loop: LoopSettings = field(default_factory=LoopSettings)
-    watch: WatchSettings = field(default_factory=WatchSettings)
-    mesh: MeshSettings = field(default_factory=MeshSettings)
-    seed: int = 0
+    monitoring: MonitoringSettings = field(default_factory=MonitoringSettings)
 
     def __post_init__(self) -> None:
-        check_run(self.train, self.seed)
-        if self.optimizer.warmup_steps > self.loop.steps * self.update.updates:
-            raise ConfigError(
-                f"optimizer.warmup_steps is {self.optimizer.warmup_steps}, but must be at most the "
-                f"{self.loop.steps * self.update.updates} updates of the run"
-            )
+        super().__post_init__()
         if self.update.updates > self.prompts.prompts:
             raise ConfigError(
                 f"update.updates is {self.update.updates}, but must be at most prompts.prompts ({self.prompts.prompts})"
@@ -201,3 +170,12 @@ class GrpoRecipe:
                 )
         if self.export == "best" and not self.loop.keep_best:
             raise ConfigError("export is 'best' and loop.keep_best 0, but the best policy must be kept to be written")
+
+    def check_context(self, context: int) -> None:
+        """Raises ConfigError where rows are longer than the model's context."""
+        if self.update.row_length > context:
+            raise ConfigError(f"update.row_length is {self.update.row_length}, but the model's context is {context}")
+
+    @property
+    def optimizer_steps(self) -> int:
+        return self.loop.steps * self.update.updates

@@ -1,7 +1,7 @@
 """Groups of answers to a step's prompts, sampled from the policy as it is, on the devices and parameters of training.
 
-The sampler runs on the arrays that training runs on. Stacked layers are laid apart for it within one program, so that
-nothing goes through files or the host; what that copies is freed before the update.
+The sampler runs on the arrays that training runs on. Stacked layers are unstacked for it within one program, so that
+nothing goes through files or the host; that copy is released before the update.
 
 Every answer comes with the log-probabilities that the sampler drew it by and, where experts are replayed, those that
 every layer chose. Left out: asynchronous sampling, by a policy older than the one that learns.
@@ -10,10 +10,9 @@ every layer chose. Left out: asynchronous sampling, by a policy older than the o
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -35,18 +34,17 @@ class Rollout:
     """One answer.
 
     Attributes:
-      prompt: what was asked.
       tokens: token ids of the prompt as it was rendered.
       generated: the completion, with log-probabilities and, if asked for, experts.
-      answer: what the judge saw.
-      judgement: its reward, or why there is none.
+      answer: what the reward function saw.
+      outcome: its reward, or why there is none.
     """
 
     prompt: Prompt
     tokens: tuple[int, ...]
     generated: Generated
     answer: Answer
-    judgement: Reward
+    outcome: Reward
 
     @property
     def length(self) -> int:
@@ -56,24 +54,17 @@ class Rollout:
 
 @dataclass(frozen=True, eq=False)
 class Sampler:
-    """Answers prompts.
+    """Answers prompts; `RolloutSettings` describes most attributes.
 
     Attributes:
       student: the policy, a view on itself; its windows and caches are those of the model.
-      chat: renders prompts and reads answers.
-      judges: give rewards.
-      group: answers to each prompt.
-      max_tokens: limit of an answer by effort.
-      slots: answers that are generated together.
-      seed: of sampling.
       experts: whether chosen experts are kept.
-      cache: how the sampler keeps keys and values.
       mesh: of "data" and "model" (`model.sharding.generation_mesh`), over all devices of training.
     """
 
     student: Student
     chat: Chat
-    judges: PrimaryRewards
+    rewards: PrimaryRewards
     group: int
     max_tokens: dict[str, int]
     slots: int = 64
@@ -82,18 +73,14 @@ class Sampler:
     cache: CacheFormat | None = None
     mesh: Mesh | None = None
 
-    def params(self, base: Params, trained: Params) -> Params:
-        """The policy's parameters, a layer at a time, as generation reads them."""
-        return self._unstacked(base, trained)
-
-    def tokens(self, prompt: Prompt) -> tuple[int, ...]:
-        """A prompt as it is rendered."""
-        return tuple(self.chat.prompt_tokens(prompt.problem.prompt, prompt.effort))
-
     def sample(self, params: Params, prompts: Sequence[Prompt], draw: str) -> list[list[tuple[Request, Generated]]]:
         """Groups of completions, in the order of the prompts; `draw` names the noise, once in a run."""
         requests = [
-            Request(self.tokens(prompt), self.max_tokens[prompt.effort], self._noise(draw, index, member))
+            Request(
+                tuple(self.chat.prompt_tokens(prompt.problem.prompt, prompt.effort)),
+                self.max_tokens[prompt.effort],
+                self._noise(draw, index, member),
+            )
             for index, prompt in enumerate(prompts)
             for member in range(self.group)
         ]
@@ -112,7 +99,7 @@ class Sampler:
         pairs = list(zip(requests, found, strict=True))
         return [pairs[start : start + self.group] for start in range(0, len(pairs), self.group)]
 
-    def judge(
+    def reward(
         self, prompts: Sequence[Prompt], groups: Sequence[Sequence[tuple[Request, Generated]]]
     ) -> list[list[Rollout]]:
         """The completions with their rewards."""
@@ -121,9 +108,9 @@ class Sampler:
             for prompt, members in zip(prompts, groups, strict=True)
             for _, generated in members
         ]
-        judgements = iter(zip(answers, self.judges.judge(answers), strict=True))
+        rewarded = iter(zip(answers, self.rewards.of(answers), strict=True))
         return [
-            [Rollout(prompt, request.prompt, generated, *next(judgements)) for request, generated in members]
+            [Rollout(prompt, request.prompt, generated, *next(rewarded)) for request, generated in members]
             for prompt, members in zip(prompts, groups, strict=True)
         ]
 
@@ -137,7 +124,8 @@ class Sampler:
         return zlib.crc32(f"{self.seed}:{draw}:{index}:{member}".encode()) & (2**31 - 1)
 
     @cached_property
-    def _unstacked(self) -> Any:
+    def params(self) -> Callable[[Params, Params], Params]:
+        """From base and trained parameters to the policy's, a layer at a time, as generation reads them."""
         student = self.student
         where = None if self.mesh is None else params_sharding(student.config, self.mesh)
 

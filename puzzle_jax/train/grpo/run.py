@@ -31,28 +31,20 @@ from puzzle_jax.generate.traces import Trace
 from puzzle_jax.model.cache_format import KVScales
 from puzzle_jax.model.sharding import generation_mesh, on_mesh
 from puzzle_jax.model.spec import Params
-from puzzle_jax.train.checkpoints import Checkpoints, abstract_state
+from puzzle_jax.train.checkpoints import abstract_state
 from puzzle_jax.train.distill.objectives import Fixed
+from puzzle_jax.train.grpo import policy_batches
 from puzzle_jax.train.grpo.inputs import GrpoInputs
 from puzzle_jax.train.grpo.metrics import RunningReward, passes, rollout_metrics
 from puzzle_jax.train.grpo.notes import Notes
 from puzzle_jax.train.grpo.policy import MAXIMUM, Policy
-from puzzle_jax.train.grpo.policy_batches import (
-    Judged,
-    Learnable,
-    examples,
-    judge_groups,
-    learnable,
-    micro_batches,
-    with_scores,
-)
 from puzzle_jax.train.grpo.policy_update import PolicyUpdate
 from puzzle_jax.train.grpo.primary_rewards import PrimaryRewards
 from puzzle_jax.train.grpo.prompts import NothingToAsk, Prompt
 from puzzle_jax.train.grpo.recipe import GrpoRecipe
 from puzzle_jax.train.grpo.rollouts import Rollout, Sampler
 from puzzle_jax.train.grpo.transcripts import StepTranscripts
-from puzzle_jax.train.loop import CHECKPOINTS, EVALUATION, Job, Trained, train
+from puzzle_jax.train.loop import EVALUATION, Job, Trained, open_checkpoints
 from puzzle_jax.train.placement import on_host
 from puzzle_jax.train.rows import Packed
 from puzzle_jax.train.run import CALIBRATION_ANSWERS, CHILD, Run, agreed_inputs, open_placement, primary_console, report
@@ -73,42 +65,35 @@ def grpo(recipe: GrpoRecipe, console: Console) -> Trained:
     """
     console = primary_console(console)
     inputs = agreed_inputs(recipe, partial(GrpoInputs.open, recipe))
-    reward = recipe.reward
-    with PrimaryRewards(
-        function=reward.function,
-        time_limit=reward.time_limit,
-        processes=reward.judges,
-        environment=reward.environment,
-    ) as judges:
-        trainer = Trainer(inputs, open_placement(inputs), console, judges)
-        try:
-            trained = train(trainer.job(), recipe.loop, recipe.out, console)
-        except RewardCollapse:
-            trainer.export(trainer.best())
-            report(recipe.out, console)
-            raise
-        if not trained.summary.preempted:
-            trainer.export(trainer.best() if recipe.export == "best" else trained.state)
-    report(recipe.out, console)
-    return trained
+    with PrimaryRewards(recipe.reward) as rewards:
+        return Trainer(inputs, open_placement(inputs), console, rewards).train()
 
 
 @dataclass
 class Trainer(Run[GrpoInputs]):
-    """A run of reinforcement learning.
+    """A run of reinforcement learning."""
 
-    Attributes:
-      judges: of answers.
-    """
-
-    judges: PrimaryRewards
+    rewards: PrimaryRewards
 
     def __post_init__(self) -> None:
-        watch = self.recipe.watch
-        self.running = RunningReward(watch.collapse, watch.collapse_steps)
-        self.shown = StepTranscripts(self.recipe.out / TRANSCRIPTS, watch.transcripts, watch.transcript_groups)
+        monitoring = self.recipe.monitoring
+        self.running = RunningReward(monitoring.collapse, monitoring.collapse_steps)
+        directory = self.recipe.out / TRANSCRIPTS
+        self.shown = StepTranscripts(directory, monitoring.transcripts, monitoring.transcript_groups)
         self.prompts = self.inputs.prompts()
         self.notes = Notes(self.inputs, self.console)
+
+    @property
+    def recipe(self) -> GrpoRecipe:
+        return self.inputs.recipe
+
+    def train(self) -> Trained:
+        try:
+            return super().train()
+        except RewardCollapse:
+            self.export_state(self.best())
+            report(self.recipe.out, self.console)
+            raise
 
     # Parts of the job ----------------------------------------------------------------------------------------------
 
@@ -117,8 +102,8 @@ class Trainer(Run[GrpoInputs]):
         inputs, rollout = self.inputs, self.recipe.rollout
         return Sampler(
             student=self.student,
-            chat=inputs.chat,
-            judges=self.judges,
+            chat=inputs.model.chat,
+            rewards=self.rewards,
             group=rollout.group,
             max_tokens=inputs.limits,
             slots=rollout.slots,
@@ -130,7 +115,7 @@ class Trainer(Run[GrpoInputs]):
 
     @cached_property
     def generation_mesh(self) -> Mesh | None:
-        """Of the sampler."""
+        """The sampler's mesh."""
         return None if self.placement.mesh is None else generation_mesh(self.placement.mesh)
 
     @cached_property
@@ -140,7 +125,6 @@ class Trainer(Run[GrpoInputs]):
         return PolicyUpdate(policy, self.optimizer, self.shardings, self.placement.mesh)
 
     def job(self) -> Job:
-        """What the loop runs."""
         return Job(
             initial=self.initial,
             step=self.step,
@@ -162,9 +146,9 @@ class Trainer(Run[GrpoInputs]):
         try:
             return self.prompts.draw(count)
         except NothingToAsk as error:
-            raise NothingToAsk(f"{error}{self.notes.advice}") from None
+            raise NothingToAsk(f"{error}{self.notes.threshold.advice}") from None
 
-    def get_state(self) -> dict[str, Any]:
+    def get_state(self) -> dict[str, object]:
         return {"prompts": self.prompts.get_state(), "rewards": self.running.get_state()}
 
     def set_state(self, state: Any, /) -> None:
@@ -173,59 +157,56 @@ class Trainer(Run[GrpoInputs]):
 
     # A step --------------------------------------------------------------------------------------------------------
 
-    def step(self, state: TrainState, fixed: Fixed, prompts: list[Prompt]) -> tuple[TrainState, dict[str, Any]]:
-        """Asks, judges, and learns.
+    def step(self, state: TrainState, fixed: Fixed, prompts: list[Prompt]) -> tuple[TrainState, dict[str, float]]:
+        """Asks, rewards, and learns.
 
         Raises RewardCollapse, and PuzzleError when there is nothing left to ask.
         """
         number = int(state.step) + 1
         self.shown.begin(number)
-        judged, seconds = self._answers(state.params, fixed, prompts, number)
-        metrics = rollout_metrics(judged, self.recipe.reward.right) | seconds
+        groups, seconds = self._answers(state.params, fixed, prompts, number)
+        metrics = rollout_metrics(groups, self.recipe.reward.pass_threshold) | seconds
         metrics["passed_over"] = float(self.prompts.too_long)
-        self.notes.step(number, judged, self.prompts)
-        answers = learnable(judged, self.inputs.loss)
-        state, learnt = self._learn(state, fixed, answers)
-        self.shown.add(number, judged)
+        self.notes.step(number, groups, self.prompts)
+        state, learnt = self._learn(state, fixed, policy_batches.learnable(groups, self.inputs.loss))
+        self.shown.add(number, groups)
         if message := self.running.add(metrics["reward"]):
             raise RewardCollapse(f"step {number}: {message}; {self.recipe.out / CHILD} is the best policy before")
         return state._replace(step=state.step * 0 + number), metrics | learnt
 
     def _answers(
         self, params: Params, fixed: Fixed, prompts: list[Prompt], number: int
-    ) -> tuple[Judged, dict[str, float]]:
-        """All groups of a step, judged, and what that took."""
+    ) -> tuple[policy_batches.RewardedGroups, dict[str, float]]:
+        """All groups of a step with their rewards, and the seconds that it took."""
         recipe, started = self.recipe, time.perf_counter()
         policy = self.sampler.params(fixed.base, params)
-        sampling = judging = 0.0
+        sampling = rewarding = 0.0
         groups: list[list[Rollout]] = []
         for round_ in range(1 + recipe.rollout.resample):
             pairs = self.sampler.sample(policy, prompts, f"{number}:{round_}")
             sampled = time.perf_counter()
-            found = self.sampler.judge(prompts, pairs)
-            sampling, judging = sampling + sampled - started, judging + time.perf_counter() - sampled
+            found = self.sampler.reward(prompts, pairs)
+            sampling, rewarding = sampling + sampled - started, rewarding + time.perf_counter() - sampled
             started = time.perf_counter()
             groups += found
             for prompt, group in zip(prompts, found, strict=True):
-                known = [member.judgement for member in group if member.judgement.reward is not None]
-                right = sum(passes(judgement, recipe.reward.right) for judgement in known)
-                self.prompts.tell(prompt, len(known), right)
-            missing = recipe.prompts.prompts - int(self._judged(groups).signal.sum())
+                known = [member.outcome for member in group if member.outcome.reward is not None]
+                passed = sum(passes(outcome, recipe.reward.pass_threshold) for outcome in known)
+                self.prompts.record(prompt, len(known), passed)
+            rewarded = policy_batches.reward_groups(groups, self.inputs.loss, self.inputs.limits)
+            missing = recipe.prompts.prompts - int(rewarded.signal.sum())
             if missing <= 0 or round_ == recipe.rollout.resample:
                 break
             prompts = self._draw(missing)
         tokens = sum(member.length for group in groups for member in group)
-        return self._judged(groups), {
+        return rewarded, {
             "rollout_seconds": sampling,
-            "reward_seconds": judging,
+            "reward_seconds": rewarding,
             "rollout_tokens_per_second": tokens / sampling,
         }
 
-    def _judged(self, groups: Sequence[Sequence[Rollout]]) -> Judged:
-        return judge_groups(groups, self.inputs.loss, self.inputs.limits)
-
     def _learn(
-        self, state: TrainState, fixed: Fixed, groups: list[list[Learnable]]
+        self, state: TrainState, fixed: Fixed, groups: list[list[policy_batches.Learnable]]
     ) -> tuple[TrainState, dict[str, float]]:
         """The optimiser's steps; means of their metrics, and what they took."""
         count = min(self.recipe.update.updates, len(groups))
@@ -248,10 +229,11 @@ class Trainer(Run[GrpoInputs]):
             "update_tokens_per_second": tokens / (ended - learning),
         }
 
-    def _batches(self, answers: Sequence[Learnable]) -> list[Packed]:
+    def _batches(self, answers: Sequence[policy_batches.Learnable]) -> list[Packed]:
         update, inputs = self.recipe.update, self.inputs
-        found = examples(answers, inputs.loss, inputs.limits)
-        return list(micro_batches(found, rows=update.rows, length=update.row_length, pad_id=inputs.chat.pad_id))
+        found = policy_batches.examples(answers, inputs.loss, inputs.limits)
+        shape = {"rows": update.rows, "length": update.row_length}
+        return list(policy_batches.micro_batches(found, **shape, pad_id=inputs.model.chat.pad_id))
 
     def _scored(self, params: Params, fixed: Fixed, batch: Packed, old: bool) -> Packed:
         """With log-probabilities before the step, where the loss or the metrics need them."""
@@ -259,7 +241,8 @@ class Trainer(Run[GrpoInputs]):
         if not old and not reference:
             return batch
         placed = self.placement.rows(batch)
-        return with_scores(batch, on_host(self.update.score(params, fixed, placed, old=old, reference=reference)))
+        scores = self.update.score(params, fixed, placed, old=old, reference=reference)
+        return policy_batches.with_scores(batch, on_host(scores))
 
     # Evaluation ----------------------------------------------------------------------------------------------------
 
@@ -282,14 +265,14 @@ class Trainer(Run[GrpoInputs]):
         found = answer_questions(
             self.sampler.params(self.base, trained),
             inputs.config,
-            inputs.chat,
+            inputs.model.chat,
             inputs.questions,
             max_tokens=inputs.limits,
             slots=self.recipe.rollout.slots,
             cache=inputs.cache,
             mesh=self.generation_mesh,
             skip=inputs.too_long,
-            scorers=self.judges,
+            scorers=self.rewards,
         )
         self.notes.evaluated(found)
         return found
@@ -298,24 +281,25 @@ class Trainer(Run[GrpoInputs]):
 
     def best(self) -> TrainState:
         """The policy that did best when it was evaluated; where none was kept, the newest one."""
-        loop = self.recipe.loop
-        keep = {"keep_last": loop.keep_last, "keep_best": loop.keep_best}
-        with Checkpoints(self.recipe.out / CHECKPOINTS, identity=self.inputs.identity, **keep) as checkpoints:
+        with open_checkpoints(self.recipe.out, self.inputs.identity, self.recipe.loop) as checkpoints:
             fresh = self.initial()
             best = checkpoints.best
             found = checkpoints.restore(abstract_state(fresh), None if best is None else best.step)
         return fresh if found is None else found.state
 
-    def export(self, state: TrainState) -> None:
-        """Writes the policy, by the primary process."""
+    def export(self, trained: Trained) -> None:
+        self.export_state(self.best() if self.recipe.export == "best" else trained.state)
+
+    def export_state(self, state: TrainState) -> None:
+        """Writes a policy, by the primary process."""
         step, answers = int(state.step), self._greedy(state.params)
         evaluated = self._measured(answers)
         scales = self._cache_scales(state.params, answers)
         self.write_child(state.params, "grpo", lambda: self._record(step, evaluated), scales, origin=self.inputs.origin)
         self.console.print(f"policy of step {step}: {self.recipe.out / CHILD}", highlight=False)
 
-    def _record(self, step: int, evaluated: Mapping[str, float]) -> dict[str, Any]:
-        """What provenance tells of this run."""
+    def _record(self, step: int, evaluated: Mapping[str, float]) -> dict[str, object]:
+        """This run's entry in provenance."""
         recipe = self.recipe
         return {
             "step": step,

@@ -19,13 +19,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from puzzle_jax.files import PARTIAL, write_beside
 from puzzle_jax.report.html import render
-from puzzle_jax.train.grpo.policy_batches import Judged
+from puzzle_jax.train.grpo.policy_batches import RewardedGroups
 
 _UNFOLDED = 600
 """Texts of up to so many characters are unfolded."""
@@ -54,15 +53,15 @@ class StepTranscripts:
             drop_after(self.directory, step - 1)
         self._begun = True
 
-    def add(self, step: int, judged: Judged) -> None:
+    def add(self, step: int, groups: RewardedGroups) -> None:
         """Writes the step's answers, if it is one that is shown."""
         if jax.process_index() or not self.every or (step != 1 and step % self.every):
             return
-        write_transcripts(self.directory, step, shown(judged, self.groups))
+        write_transcripts(self.directory, step, shown(groups, self.groups))
 
 
-def shown(judged: Judged, groups: int) -> list[Transcript]:
-    """Transcripts of all answers of the first `groups` groups."""
+def shown(groups: RewardedGroups, most: int) -> list[Transcript]:
+    """Transcripts of all answers of the first `most` groups."""
     return [
         Transcript(
             task=rollout.prompt.problem.task,
@@ -71,14 +70,14 @@ def shown(judged: Judged, groups: int) -> list[Transcript]:
             answer=rollout.prompt.problem.answer,
             analysis=rollout.answer.analysis,
             final=rollout.answer.final,
-            reward=rollout.judgement.reward,
-            reason=rollout.judgement.reason,
+            reward=rollout.outcome.reward,
+            reason=rollout.outcome.reason,
             advantage=float(advantage),
             tokens=rollout.length,
             truncated=rollout.generated.truncated,
             group=group,
         )
-        for group, (rollouts, advantages) in enumerate(zip(judged.groups[:groups], judged.advantages, strict=False))
+        for group, (rollouts, advantages) in enumerate(zip(groups.groups[:most], groups.advantages, strict=False))
         for rollout, advantage in zip(rollouts, advantages, strict=True)
     ]
 
@@ -88,15 +87,11 @@ class Transcript:
     """An answer and what it was worth.
 
     Attributes:
-      task, effort: of the problem, and the reasoning effort that was asked for.
-      prompt: the user's message.
       answer: the right one; "" where none is known.
       analysis, final: what the model wrote.
       reward: None where the reward function failed.
       reason: why it failed.
       advantage: what the answer counted in the update.
-      tokens: that were generated.
-      truncated: whether the limit of tokens ended it.
       group: answers to one prompt share a number.
     """
 
@@ -132,7 +127,7 @@ def drop_after(directory: Path, step: int) -> None:
 
 
 def _page(step: int, transcripts: Sequence[Transcript]) -> str:
-    groups: dict[tuple[Any, ...], list[Transcript]] = {}
+    groups: dict[tuple[object, ...], list[Transcript]] = {}
     for one in transcripts:
         groups.setdefault((one.group, one.task, one.effort, one.prompt, one.answer), []).append(one)
     keys = ("number", "task", "effort", "prompt", "answer")

@@ -1,6 +1,6 @@
 """Losses on next-token distributions from final hidden states, with memory for neither one's logits.
 
-    logits = rms_norm(x, norm) @ weight;  loss = sum_t weights_t * loss_t(logits_t, of teacher, target or top-k)
+    logits = rms_norm(x, norm) @ weight;  loss_t of logits_t and those of a teacher, a target or top-k
 
 At 131,072 tokens and 201,088 words the float32 logits of one model alone are 105 GB. Here tokens go in groups and, for
 each, the vocabulary in slices (`head_chunks`): the forward pass folds them into a few numbers per token, and the
@@ -25,10 +25,8 @@ from jaxtyping import Array, Float, Int
 from puzzle_jax.kernels import checks
 from puzzle_jax.model.network import rms_norm
 from puzzle_jax.train.losses.definitions import TopK
-from puzzle_jax.train.losses.head_chunks import Chunk, Head, columns_of, deal, gather, sweep
+from puzzle_jax.train.losses.head_chunks import Chunk, Head, columns_of, gather, split, sweep
 from puzzle_jax.train.losses.head_kinds import KINDS, Given, Saved
-
-__all__ = ["Head", "TopK", "head_loss", "head_losses"]
 
 
 class _Settings(NamedTuple):
@@ -52,46 +50,6 @@ class _Reference(NamedTuple):
 
 
 # Lengths have names of their own here, so that those that differ reach `_check`, whose message names both.
-def head_loss(
-    kind: str,
-    student: Head,
-    x: Float[Array, "tokens hidden"],
-    weights: Float[Array, "weighted"],
-    *,
-    eps: float,
-    teacher: Head | None = None,
-    y: Float[Array, "teacher_tokens teacher_hidden"] | None = None,
-    targets: Int[Array, "targeted"] | None = None,
-    top_k: TopK | None = None,
-    temperature: float = 1.0,
-    beta: float = 0.5,
-    token_chunk: int = 2048,
-    vocab_chunk: int = 4096,
-) -> Float[Array, ""]:
-    """sum_t weights_t * loss_t, loss_t in nats as `losses` defines it; 0 for no tokens.
-
-    A token of weight 0 adds nothing, and no gradient, whatever its values are, NaN included. See `head_losses` for the
-    arguments.
-    """
-    checks.shapes("one weight per token of x", {"weights": (weights, x.shape[:1])})
-    live = weights != 0
-    per_token = head_losses(
-        kind,
-        student,
-        jnp.where(live[:, None], x, 0),
-        eps=eps,
-        teacher=teacher,
-        y=y,
-        targets=targets,
-        top_k=top_k,
-        temperature=temperature,
-        beta=beta,
-        token_chunk=token_chunk,
-        vocab_chunk=vocab_chunk,
-    )
-    return jnp.sum(jnp.where(live, weights.astype(jnp.float32) * per_token, 0.0))
-
-
 def head_losses(
     kind: str,
     student: Head,
@@ -152,8 +110,7 @@ def _forward(settings: _Settings, student: Head, x: Array, reference: _Reference
         return None, kind.loss(run, x.shape[0], _given(settings, student, reference))
 
     teacher, per_token = reference.teacher, reference._replace(teacher=None)
-    dealt = jax.tree.map(partial(deal, groups=groups), (x, per_token))
-    _, (losses, saved) = jax.lax.scan(group, None, dealt)
+    _, (losses, saved) = jax.lax.scan(group, None, jax.tree.map(partial(split, groups=groups), (x, per_token)))
     return settings.temperature**2 * gather(losses, x.shape[0]), (student, x, reference, saved)
 
 
@@ -189,9 +146,9 @@ def _backward(settings: _Settings, residuals: tuple, d_losses: Array) -> tuple[H
         return Head(d_head.norm + d_norm, d_weight), d_x.astype(x.dtype)
 
     teacher, per_token = reference.teacher, reference._replace(teacher=None)
-    dealt = jax.tree.map(partial(deal, groups=groups), (x, per_token, d_losses))
+    x_groups, reference_groups, d_groups = jax.tree.map(partial(split, groups=groups), (x, per_token, d_losses))
     zeros = jax.tree.map(lambda array: jnp.zeros(array.shape, jnp.float32), student)
-    d_head, d_x = jax.lax.scan(group, zeros, (dealt[0], dealt[1], saved, dealt[2]))
+    d_head, d_x = jax.lax.scan(group, zeros, (x_groups, reference_groups, saved, d_groups))
     d_student = jax.tree.map(lambda gradient, array: gradient.astype(array.dtype), d_head, student)
     return d_student, gather(d_x, x.shape[0]), None
 

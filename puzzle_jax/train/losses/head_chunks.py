@@ -1,16 +1,17 @@
 """Logits a piece at a time: some tokens by some columns of an output head, never [tokens, vocab].
 
-Tokens are dealt into equal groups, and a head is walked through in slices of its columns. No head is padded or copied:
+Tokens are split into equal groups, and a head is walked through in slices of its columns. No head is padded or copied:
 the last slice ends with the vocabulary and overlaps the one before, and columns seen already are masked.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
 MASKED = -1e30  # the logit of a masked column; finite, so that differences of two of them are 0 and not NaN
@@ -57,10 +58,10 @@ class Chunk(NamedTuple):
         return jnp.where(place < width, found, otherwise)
 
 
-def deal(array: Shaped[Array, "tokens ..."], groups: int) -> Shaped[Array, "groups group ..."]:
+def split(array: Shaped[Array, "tokens ..."], groups: int) -> Shaped[Array, "groups group ..."]:
     """Token t goes to group t mod `groups`; short groups are filled up with zeros.
 
-    Dealt like this, each group holds as many tokens of every device over which the token axis is cut in blocks, and
+    Split like this, each group holds as many tokens of every device over which the token axis is cut in blocks, and
     devices share the work of each group; groups of neighbours would lie on one device each.
     """
     each = -(-array.shape[0] // groups)
@@ -68,9 +69,9 @@ def deal(array: Shaped[Array, "tokens ..."], groups: int) -> Shaped[Array, "grou
     return jnp.swapaxes(padded.reshape(each, groups, *array.shape[1:]), 0, 1)
 
 
-def gather(dealt: Shaped[Array, "groups group ..."], tokens: int) -> Shaped[Array, "tokens ..."]:
-    """The inverse of `deal`."""
-    return jnp.swapaxes(dealt, 0, 1).reshape(-1, *dealt.shape[2:])[:tokens]
+def gather(split: Shaped[Array, "groups group ..."], tokens: int) -> Shaped[Array, "tokens ..."]:
+    """The inverse of `split`."""
+    return jnp.swapaxes(split, 0, 1).reshape(-1, *split.shape[2:])[:tokens]
 
 
 def sweep(
@@ -94,7 +95,7 @@ def sweep(
     vocab = models[0][1].shape[1]
     width = min(width, vocab)
 
-    def body(carry: Any, index: Array) -> tuple[Any, None]:
+    def body(carry: Carry, index: Array) -> tuple[Carry, None]:
         first_new = index * width
         begin = jnp.minimum(first_new, vocab - width)
         seen = begin + jnp.arange(width) < first_new
@@ -107,7 +108,7 @@ def sweep(
     return jax.lax.scan(body, start, jnp.arange(-(-vocab // width)))[0]
 
 
-def columns_of(weight: Array, start: Array, width: int, dtype: Any) -> Array:
+def columns_of(weight: Array, start: Array, width: int, dtype: DTypeLike) -> Array:
     return jax.lax.dynamic_slice_in_dim(weight, start, width, axis=1).astype(dtype)
 
 

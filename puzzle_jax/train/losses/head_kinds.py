@@ -22,16 +22,22 @@ Z is kept in two parts, the largest logit and the log of the sum beside it, as l
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from puzzle_jax.train.losses.definitions import TopK, rest_term
-from puzzle_jax.train.losses.head_chunks import MASKED, Chunk, LogSumExp
+from puzzle_jax.train.losses.head_chunks import MASKED, Carry, Chunk, LogSumExp
 
-Saved = tuple[Any, ...]  # arrays and LogSumExp, [tokens]
-Sweep = Callable[[Callable[[Any, Chunk], Any], Any], Any]  # (step, start) -> the carry after the last slice
+Saved = tuple[Any, ...]  # arrays and LogSumExp, [tokens], as each kind has it
+
+
+@runtime_checkable
+class Sweep(Protocol):
+    """`head_chunks.sweep` for given models: gives the carry after the last slice."""
+
+    def __call__(self, step: Callable[[Carry, Chunk], Carry], start: Carry, /) -> Carry: ...
 
 
 class Given(NamedTuple):
@@ -50,7 +56,7 @@ class Kind(NamedTuple):
     Attributes:
       loss: (sweep, tokens, given) -> loss over T^2 [tokens], and what `gradient` needs of each token.
       gradient: (chunk, saved, given) -> derivative in the student's logits over T, [tokens, columns]; 0 where masked.
-      needs: which arguments of `head_loss` it reads.
+      needs: which arguments of `head_losses` it reads.
     """
 
     loss: Callable[[Sweep, int, Given], tuple[Array, Saved]]
@@ -61,7 +67,7 @@ class Kind(NamedTuple):
 def _forward_kl(sweep: Sweep, tokens: int, given: Given) -> tuple[Array, Saved]:
     """Sums exp(t - max t) ((t - max t) - (s - max s)) with the maxima of the slices so far."""
 
-    def step(seen: Any, chunk: Chunk) -> Any:
+    def step(seen: tuple[LogSumExp, LogSumExp, Array], chunk: Chunk) -> tuple[LogSumExp, LogSumExp, Array]:
         (old_s, old_t, cross), (s, t) = seen, chunk.logits
         of_s, of_t = old_s.add(s), old_t.add(t)
         moved = (old_t.largest - old_s.largest) - (of_t.largest - of_s.largest)
@@ -80,7 +86,7 @@ def _forward_kl_gradient(chunk: Chunk, saved: Saved, given: Given) -> Array:
 
 
 def _reverse_kl(sweep: Sweep, tokens: int, given: Given) -> tuple[Array, Saved]:
-    def swapped(step: Any, start: Any) -> Any:
+    def swapped(step: Callable[[Carry, Chunk], Carry], start: Carry, /) -> Carry:
         return sweep(lambda seen, chunk: step(seen, chunk._replace(logits=chunk.logits[::-1])), start)
 
     loss, (of_t, of_s) = _forward_kl(swapped, tokens, given)
@@ -94,12 +100,12 @@ def _reverse_kl_gradient(chunk: Chunk, saved: Saved, given: Given) -> Array:
 
 
 def _jsd(sweep: Sweep, tokens: int, given: Given) -> tuple[Array, Saved]:
-    def total(seen: Any, chunk: Chunk) -> Any:
-        return tuple(one.add(logits) for one, logits in zip(seen, chunk.logits, strict=True))
+    def total(seen: tuple[LogSumExp, LogSumExp], chunk: Chunk) -> tuple[LogSumExp, LogSumExp]:
+        return seen[0].add(chunk.logits[0]), seen[1].add(chunk.logits[1])
 
     of_s, of_t = sweep(total, (LogSumExp.empty(tokens), LogSumExp.empty(tokens)))
 
-    def step(seen: Any, chunk: Chunk) -> Any:
+    def step(seen: tuple[Array, Array], chunk: Chunk) -> tuple[Array, Array]:
         log_q, log_p, log_m = _mixture(chunk, of_s, of_t, given.beta)
         of_student, of_teacher = seen
         of_student = of_student + jnp.sum(jnp.exp(log_q) * (log_q - log_m), axis=-1)
@@ -129,7 +135,7 @@ def _next_token(sweep: Sweep, tokens: int, given: Given) -> tuple[Array, Saved]:
     assert given.targets is not None
     targets = given.targets[:, None]
 
-    def step(seen: Any, chunk: Chunk) -> Any:
+    def step(seen: tuple[LogSumExp, Array], chunk: Chunk) -> tuple[LogSumExp, Array]:
         of_s, chosen = seen
         return of_s.add(chunk.logits[0]), chunk.pick(targets, chosen)
 
@@ -146,7 +152,7 @@ def _next_token_gradient(chunk: Chunk, saved: Saved, given: Given) -> Array:
 def _entropy(sweep: Sweep, tokens: int, given: Given) -> tuple[Array, Saved]:
     """Sums exp(s - max s) (s - max s) with the maximum of the slices so far."""
 
-    def step(seen: Any, chunk: Chunk) -> Any:
+    def step(seen: tuple[LogSumExp, Array], chunk: Chunk) -> tuple[LogSumExp, Array]:
         (old, moment), s = seen, chunk.logits[0]
         new = old.add(s)
         moved = old.largest - new.largest
@@ -169,7 +175,7 @@ def _top_k_kl(sweep: Sweep, tokens: int, given: Given) -> tuple[Array, Saved]:
     assert given.top_k is not None
     ids = given.top_k.ids
 
-    def step(seen: Any, chunk: Chunk) -> Any:
+    def step(seen: tuple[LogSumExp, Array], chunk: Chunk) -> tuple[LogSumExp, Array]:
         rest, chosen = seen
         s = chunk.logits[0]
         member = _scatter(chunk, ids, jnp.zeros(s.shape, bool), True)

@@ -200,7 +200,7 @@ def cispo_loss(
 def kl_k1(log_probs: Float[Array, "tokens"], reference: Float[Array, "tokens"]) -> Float[Array, "tokens"]:
     """log(pi / ref), whose mean over samples of pi is KL(pi || ref) (Schulman 2020, "Approximating KL Divergence").
 
-    To watch, not to minimise: its gradient is that of log pi, whose mean is 0.
+    To be monitored, not minimised: its gradient is that of log pi, whose mean is 0.
     """
     return log_probs - reference
 
@@ -256,7 +256,7 @@ def _answer_means(values: Array, answers: Array, count: int, mask: Array) -> Arr
 
 
 class PolicyLoss(NamedTuple):
-    """The loss of each token, and what to watch, without gradients; all are 0 where the mask is false.
+    """The loss of each token, and metrics without gradients; all are 0 where the mask is false.
 
     Attributes:
       per_token: to be multiplied by `token_coefficients` and summed.
@@ -324,8 +324,8 @@ def policy_loss(
             metrics["entropy"] = cleaned(entropy)
             if policy.entropy:
                 loss = loss - policy.entropy * metrics["entropy"]
-        watched = {name: jax.lax.stop_gradient(cleaned(value)) for name, value in metrics.items()}
-        return PolicyLoss(cleaned(loss), watched)
+        monitored = {name: jax.lax.stop_gradient(cleaned(value)) for name, value in metrics.items()}
+        return PolicyLoss(cleaned(loss), monitored)
 
 
 def _surrogate(

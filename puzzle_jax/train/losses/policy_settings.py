@@ -19,7 +19,7 @@ appendix A.17).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from math import isfinite
 from types import MappingProxyType
@@ -110,11 +110,11 @@ class PolicySettings:
             if effort not in EFFORTS:
                 raise ConfigError(f"loss.length_budgets has {effort!r}, but must be of {', '.join(EFFORTS)}")
             check_range(f"loss.length_budgets.{effort}", budget, 1, MOST_TOKENS)
-        whole = self.resolved
-        if whole.surrogate == "cispo" and whole.dual_clip:
-            raise ConfigError(f"loss.dual_clip is {whole.dual_clip}, but must be 0 where loss.surrogate is 'cispo'")
+        policy = self.resolved
+        if policy.surrogate == "cispo" and policy.dual_clip:
+            raise ConfigError(f"loss.dual_clip is {policy.dual_clip}, but must be 0 where loss.surrogate is 'cispo'")
 
-    def _check(self, name, holds, wanted: str) -> None:
+    def _check(self, name: str, holds: Callable[[Any], bool], wanted: str) -> None:
         value = getattr(self, name)
         if value is None:
             return

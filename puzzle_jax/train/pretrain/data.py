@@ -14,15 +14,13 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
+import jax
 import numpy as np
-from jaxtyping import Bool, Float, Int
 
 from puzzle_jax.errors import MOST_TIMES, MOST_TOGETHER, MOST_TOKENS, ConfigError, check_range
 from puzzle_jax.tasks import Chat, WorkedTask, is_held_out
-from puzzle_jax.train.rows import Example, OpenRows
-from puzzle_jax.train.rows import pack as pack_rows
+from puzzle_jax.train.rows import Example, OpenRows, Packed, pack
 
 
 @dataclass(frozen=True)
@@ -52,32 +50,6 @@ class Bucket:
         check_range(f"{where} shortest", self.shortest, 1, self.length)
 
 
-@dataclass(frozen=True)
-class Mixture:
-    """What examples are drawn from: tasks and efforts with their relative weights."""
-
-    tasks: tuple[tuple[WorkedTask, float], ...]
-    efforts: tuple[tuple[str, float], ...]
-
-
-class Batch(NamedTuple):
-    """Packed rows; a step's batch is one micro-batch, with an axis for it before all others.
-
-    Attributes:
-      tokens: ids.
-      targets: `targets[i]` is the token after `tokens[i]`.
-      weights: 1 where the target is learned, else 0.
-      segment_ids: of the examples, from 1 in each row; 0 marks padding.
-      rounded: whether the experts are rounded to MXFP4 in this step.
-    """
-
-    tokens: Int[np.ndarray, "*micro rows length"]
-    targets: Int[np.ndarray, "*micro rows length"]
-    weights: Float[np.ndarray, "*micro rows length"]
-    segment_ids: Int[np.ndarray, "*micro rows length"]
-    rounded: Bool[np.ndarray, "*micro"]
-
-
 def make_example(chat: Chat, task: WorkedTask, seed: int, effort: str) -> Example | None:
     """The worked example of a seed, or None when the seed's problem is held out."""
     problem = task.sample(seed)
@@ -96,14 +68,18 @@ _MOST_REFUSALS = 10_000
 class BatchSource:
     """Every batch of a training run, by step, and a stream of them.
 
+    A batch is `Packed` with `extras["rounded"]`: whether the experts are rounded to MXFP4 in its step.
+
     Attributes:
+      tasks, efforts: what examples are drawn from, with relative weights.
       steps: of the run.
       rounded_steps: last ones, in which the experts are rounded to MXFP4.
       next_step: the step whose batch comes next, from 0.
     """
 
     chat: Chat
-    mixture: Mixture
+    tasks: Sequence[tuple[WorkedTask, float]]
+    efforts: Sequence[tuple[str, float]]
     buckets: tuple[Bucket, ...]
     seed: int
     steps: int
@@ -114,11 +90,11 @@ class BatchSource:
         if not any(bucket.start == 0 for bucket in self.buckets):
             raise ConfigError("buckets: none has start 0, but the first batch needs one")
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Packed:
         if self.next_step >= self.steps:
             raise StopIteration
         self.next_step += 1
-        return Batch(*(np.asarray(part)[None] for part in self.batch(self.next_step - 1)))
+        return jax.tree.map(lambda part: part[None], self.batch(self.next_step - 1))  # one micro-batch
 
     def get_state(self) -> int:
         return self.next_step
@@ -132,7 +108,7 @@ class BatchSource:
         rng = random.Random(f"bucket:{self.seed}:{step}")
         return rng.choices(joined, [bucket.weight for bucket in joined])[0]
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int) -> Packed:
         """The batch of a step.
 
         Examples go first-fit into a few open rows; when one fits nowhere, the fullest row is closed, until the
@@ -150,12 +126,12 @@ class BatchSource:
             if closed is not None:
                 rows.append(closed)
         rows += opened.fullest_first()
-        rounded = step >= self.steps - self.rounded_steps
-        return pack(rows[: bucket.rows], bucket.length, self.chat.pad_id)._replace(rounded=np.asarray(rounded))
+        rounded = np.asarray(step >= self.steps - self.rounded_steps)
+        return pack(rows[: bucket.rows], bucket.length, self.chat.pad_id)._replace(extras={"rounded": rounded})
 
     def _draw(self, rng: random.Random, bucket: Bucket) -> Example:
-        tasks, task_weights = zip(*self.mixture.tasks, strict=True)
-        efforts, effort_weights = zip(*self.mixture.efforts, strict=True)
+        tasks, task_weights = zip(*self.tasks, strict=True)
+        efforts, effort_weights = zip(*self.efforts, strict=True)
         for _ in range(_MOST_REFUSALS):
             task = rng.choices(tasks, task_weights)[0]
             effort = rng.choices(efforts, effort_weights)[0]
@@ -165,15 +141,3 @@ class BatchSource:
         raise ConfigError(
             f"bucket of length {bucket.length}: no task gives examples of {bucket.shortest} to {bucket.length} tokens"
         )
-
-
-def pack(rows: Sequence[Sequence[Example]], length: int, pad_id: int) -> Batch:
-    """Lays each row's examples one after another; the rest is padding.
-
-    Positions are left out: rotary embeddings tell distances, and segments keep attention inside an example.
-
-    Raises:
-      ValueError: when a row's examples are longer than `length`.
-    """
-    packed = pack_rows(rows, length, pad_id)
-    return Batch(packed.tokens, packed.targets, packed.weights, packed.segment_ids, np.asarray(False))

@@ -16,22 +16,22 @@ from puzzle_jax.config import ModelConfig
 from puzzle_jax.model.network import LayerAux, head_logits, hidden_states
 from puzzle_jax.model.spec import Params
 from puzzle_jax.train.fake_quant import fake_quantize_experts
-from puzzle_jax.train.pretrain.data import Batch
+from puzzle_jax.train.rows import Packed
 
 EFFECTIVE_EXPERTS = "effective_experts/"
 """Before the number of a layer in the metrics."""
 
 
 def pretraining_loss(
-    config: ModelConfig, balance: float, params: Params, fixed: None, batch: Batch, key: Array
+    config: ModelConfig, balance: float, params: Params, fixed: None, batch: Packed, key: Array
 ) -> tuple[Array, Array, dict[str, Array]]:
     """The whole loss of a micro-batch times its weight, that weight, and metrics times it (`train.step`).
 
     Metrics are "next_token", in nats, and how many experts each layer uses (`effective_experts`). All layers must have
     equally many experts.
     """
-    tokens, targets, weights, segment_ids, rounded = map(jnp.asarray, batch)
-    params = jax.lax.cond(rounded, fake_quantize_experts, lambda params: params, params)
+    tokens, targets, weights, segment_ids = map(jnp.asarray, batch[:4])
+    params = jax.lax.cond(batch.extras["rounded"], fake_quantize_experts, lambda params: params, params)
     x, auxes = hidden_states(params, config, tokens, segment_ids=segment_ids)
     logits = head_logits(params, config, x)
     weight = jnp.sum(weights)

@@ -6,8 +6,10 @@ Left out: confidence intervals beyond the number of problems; `puzzle_jax.evalua
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from rich.table import Table
 
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions
@@ -41,6 +43,21 @@ def measure(
             effort: by_distance([a for a in answers if a.effort == effort and a.task == "recall"]) for effort in EFFORTS
         }
     return report
+
+
+def table(report: Mapping[str, Any]) -> Table:
+    """The report of `measure` for people."""
+    found = Table("task", *(f"{effort}: greedy / sampled (tokens)" for effort in EFFORTS))
+    for task in report["sampled"][EFFORTS[0]]:
+        cells = []
+        for effort in EFFORTS:
+            greedy, sampled = report["greedy"][effort][task], report["sampled"][effort][task]
+            cells.append(f"{greedy['accuracy']:.2f} / {sampled['accuracy']:.2f} ({sampled['tokens']:.0f})")
+        found.add_row(task, *cells)
+    for label in report.get("recall_by_distance", {}).get(EFFORTS[0], {}):
+        accuracies = (report["recall_by_distance"][effort][label]["accuracy"] for effort in EFFORTS)
+        found.add_row(f"recall {label}", *(f"{accuracy:.2f}" for accuracy in accuracies))
+    return found
 
 
 def by_distance(answers: Sequence[Trace]) -> dict[str, dict[str, float]]:

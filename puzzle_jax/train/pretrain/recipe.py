@@ -5,21 +5,19 @@ Left out: task difficulty, which belongs to `puzzle_jax.tasks`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from puzzle_jax.config import ModelConfig
-from puzzle_jax.errors import MOST_SEED, MOST_TIMES, ConfigError, check_range, shown
+from puzzle_jax.errors import MOST_SEED, MOST_TIMES, ConfigError, check_choice, check_range, shown
 from puzzle_jax.tasks import PRETRAINING_TASKS, check_effort
 from puzzle_jax.train.loop import LoopSettings
 from puzzle_jax.train.optimizer import OptimizerSettings, decay_steps, make_schedule
 from puzzle_jax.train.pretrain.data import Bucket
 
 
-def read_model(value: Any, where: str) -> Any:
+def read_model(value: object, where: str) -> object:
     """A model whose layers all have as many experts: `num_experts`, and `windows`, one per layer, null being full.
 
     Raises `ConfigError` where one of them is missing or something else.
@@ -70,15 +68,14 @@ class PretrainRecipe:
 
     def __post_init__(self) -> None:
         for task in self.tasks:
-            if task not in PRETRAINING_TASKS:
-                known = ", ".join(PRETRAINING_TASKS)
-                raise ConfigError(f"task is {task!r}, but must be one of {known}, which have worked traces")
+            check_choice("task", task, PRETRAINING_TASKS)  # which have worked traces
         for effort in self.efforts:
             check_effort(effort)
         for name in ("tasks", "efforts"):
-            weights = getattr(self, name)
-            if not weights or not all(0 < weight < math.inf for weight in weights.values()):
-                raise ConfigError(f"{name} is {dict(weights)}, but needs weights above 0")
+            if not getattr(self, name):
+                raise ConfigError(f"{name} is empty, but must hold a weight above 0")
+            for kind, weight in getattr(self, name).items():
+                check_range(f"{name}.{kind}", weight, 0, above=True)
         check_range("held_out", self.held_out, 1, MOST_TIMES)
         check_range("seed", self.seed, 0, MOST_SEED)
         check_range("balance", self.balance, 0)
@@ -95,7 +92,7 @@ class PretrainRecipe:
         return decay_steps(self.optimizer, self.loop.steps)
 
     @property
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """What the result depends on, as JSON values."""
         own = {name: value for name, value in asdict(self).items() if name not in ("out", "loop")}
         return {"kind": "pretrain", "recipe": own | {"steps": self.loop.steps}}

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,23 +22,32 @@ import optax
 from jaxtyping import Array
 from rich.console import Console
 
+from puzzle_jax.consoles import plain_console
 from puzzle_jax.convert_hf.export import save_checkpoint
+from puzzle_jax.files import read_object
 from puzzle_jax.model.spec import Params, init_params
 from puzzle_jax.runs import METRICS_FILE, open_run, read_metrics
 from puzzle_jax.tasks import PRETRAINING_TASKS, Chat
 from puzzle_jax.tasks.chat.embedded import SPECIAL_TOKENS, chat_files, embedded_chat
-from puzzle_jax.train.fake_quant import EXPERT_MATRICES, round_to_mxfp4
+from puzzle_jax.train.fake_quant import is_expert_matrix, round_to_mxfp4
 from puzzle_jax.train.loop import Job, Trained, train
 from puzzle_jax.train.optimizer import make_optimizer
-from puzzle_jax.train.pretrain.data import BatchSource, Mixture
+from puzzle_jax.train.pretrain.data import BatchSource
 from puzzle_jax.train.pretrain.loss import EFFECTIVE_EXPERTS, pretraining_loss
-from puzzle_jax.train.pretrain.measure import measure
+from puzzle_jax.train.pretrain.measure import measure, table
 from puzzle_jax.train.pretrain.recipe import PretrainRecipe
 from puzzle_jax.train.run import report
 from puzzle_jax.train.step import init_state, make_step
 
 PARENT, REPORT = "parent", "pretraining.json"
 _LOAD_STEPS = 100  # last steps whose expert load is reported
+
+
+def run(recipe: PretrainRecipe) -> None:
+    """`puzzle train pretrain`: trains, or goes on with a run that was begun, and shows what the parent can do."""
+    console = plain_console(stderr=True)
+    if not pretrain(recipe, console).preempted:
+        console.print(table(read_object(recipe.out / PARENT / REPORT)))
 
 
 def pretrain(recipe: PretrainRecipe, console: Console) -> Trained:
@@ -50,7 +58,7 @@ def pretrain(recipe: PretrainRecipe, console: Console) -> Trained:
     open_run(recipe.out, recipe.identity)
     chat = embedded_chat()
     trained = train(pretraining_job(recipe, chat), recipe.loop, recipe.out, console)
-    if not trained.summary.preempted and not (recipe.out / PARENT).exists():
+    if not trained.preempted and not (recipe.out / PARENT).exists():
         export(recipe, trained.state.params, chat, console)
     report(recipe.out, console)
     return trained
@@ -59,14 +67,13 @@ def pretrain(recipe: PretrainRecipe, console: Console) -> Trained:
 def pretraining_job(recipe: PretrainRecipe, chat: Chat) -> Job:
     """What the loop runs."""
     optimizer = make_optimizer(recipe.optimizer, recipe.loop.steps)
-    mixture = Mixture(
-        tuple((PRETRAINING_TASKS[name], weight) for name, weight in recipe.tasks.items()), tuple(recipe.efforts.items())
-    )
+    tasks = [(PRETRAINING_TASKS[name], weight) for name, weight in recipe.tasks.items()]
+    efforts = list(recipe.efforts.items())
     return Job(
         initial=lambda: init_state(initial_params(recipe), optimizer, jax.random.key(recipe.seed)),
         step=make_step(partial(pretraining_loss, recipe.model, recipe.balance), optimizer),
         fixed=None,
-        batches=BatchSource(chat, mixture, recipe.buckets, recipe.seed, recipe.loop.steps, recipe.rounded_steps),
+        batches=BatchSource(chat, tasks, efforts, recipe.buckets, recipe.seed, recipe.loop.steps, recipe.rounded_steps),
         identity=recipe.identity,
         name="pretraining",
     )
@@ -112,9 +119,7 @@ def export(recipe: PretrainRecipe, params: Params, chat: Chat, console: Console)
 def round_for_export(params: Params) -> Params:
     """The float32 values that the checkpoint will hold: experts on MXFP4's grid, the rest on bfloat16's."""
 
-    def rounded(path: tuple[Any, ...], leaf: Array) -> Array:
-        if path[-1].key in EXPERT_MATRICES:
-            return round_to_mxfp4(leaf)
-        return leaf.astype(jnp.bfloat16).astype(jnp.float32)
+    def rounded(path: jax.tree_util.KeyPath, leaf: Array) -> Array:
+        return round_to_mxfp4(leaf) if is_expert_matrix(path) else leaf.astype(jnp.bfloat16).astype(jnp.float32)
 
     return jax.tree_util.tree_map_with_path(rounded, params)

@@ -15,8 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, TypeGuard
 
@@ -24,15 +23,12 @@ import jax
 import numpy as np
 
 from puzzle_jax.errors import PuzzleError, shown
-from puzzle_jax.train.rows import Example, OpenRows, Packed, pack
+from puzzle_jax.train.rows import Extras, OpenRows, Packed, pack_indices
 from puzzle_jax.train.traces.examples import TraceExample
-from puzzle_jax.train.traces.settings import TraceSettings
+from puzzle_jax.train.traces.settings import DataSettings
 
-Extras = Callable[[int], Mapping[str, np.ndarray]]
-"""From the index of an example to further arrays [tokens, ...] of it, read when it is packed."""
-
-_DECIDING = ("row_length", "rows", "micro_batches", "seed", "open_rows")
-"""Settings in the fingerprint beside the weights; the others choose examples, which are hashed themselves."""
+OPEN_ROWS = 16
+"""Rows that are being filled at a time; more would fill them better, and hold examples back longer."""
 
 
 class TraceBatches:
@@ -40,8 +36,6 @@ class TraceBatches:
 
     Args:
       examples: what to train on, none longer than `settings.row_length`.
-      settings: shape, weights and seed.
-      pad_id: token of padding.
       extras: gives arrays to pack along, of the same names for every example.
 
     Attributes:
@@ -53,7 +47,7 @@ class TraceBatches:
     """
 
     def __init__(
-        self, examples: Sequence[TraceExample], settings: TraceSettings, pad_id: int, extras: Extras | None = None
+        self, examples: Sequence[TraceExample], settings: DataSettings, pad_id: int, extras: Extras | None = None
     ) -> None:
         self.examples, self.settings, self.pad_id, self._extras = examples, settings, pad_id, extras
         self.order = _order(examples, settings)
@@ -71,27 +65,27 @@ class TraceBatches:
             self._position += 1
             if closed is not None:
                 rows.append(closed)
-        packed = _pack(self.examples, rows, settings.row_length, self.pad_id, self._extras)
+        packed = pack_indices(self.examples, rows, settings.row_length, self.pad_id, self._extras)
 
         def split(values: np.ndarray) -> np.ndarray:
             return values.reshape(settings.micro_batches, settings.rows, *values.shape[1:])
 
         return jax.tree.map(split, packed)
 
-    def get_state(self) -> dict[str, Any]:
-        """Where the stream is after the last batch, as JSON: at most `open_rows` rows of indices and two values."""
+    def get_state(self) -> dict[str, object]:
+        """Where the stream is after the last batch, as JSON: at most `OPEN_ROWS` rows of indices and two values."""
         rows = [list(row) for row in self._open.rows]
-        return {"fingerprint": self.fingerprint(), "position": self._position, "open": rows}
+        return {"fingerprint": self.fingerprint, "position": self._position, "open": rows}
 
-    def set_state(self, state: Mapping[str, Any]) -> None:
+    def set_state(self, state: Mapping[str, object]) -> None:
         """Goes on after the batch whose `get_state` this was.
 
         Raises PuzzleError for the state of other data or settings, or what is no state.
         """
-        if state.get("fingerprint") != self.fingerprint():
+        if state.get("fingerprint") != self.fingerprint:
             raise PuzzleError(
                 "the state of the data belongs to other traces or settings "
-                f"(fingerprint {state.get('fingerprint')}, but here it is {self.fingerprint()}); "
+                f"(fingerprint {state.get('fingerprint')}, but here it is {self.fingerprint}); "
                 "give those that the run began with, or begin a new run"
             )
         position, rows = state.get("position"), state.get("open")
@@ -99,69 +93,35 @@ class TraceBatches:
             raise PuzzleError(f"the state of the data is damaged: position is {shown(position)}, open is {shown(rows)}")
         self._position, self._open = position, self._open_rows(rows)
 
+    @cached_property
     def fingerprint(self) -> str:
         """A hash of what decides the batches: all examples, settings, and the first indices of the order, in which a
         change of grain's shuffling would show. Names of files do not count, nor do extras."""
-        return self._fingerprint
-
-    @cached_property
-    def _fingerprint(self) -> str:
-        settings = [getattr(self.settings, name) for name in _DECIDING]
-        by_kind = (self.settings.tasks, self.settings.efforts)
-        weights = [sorted((kind, float(weight)) for kind, weight in of_kind.items()) for of_kind in by_kind]
+        own = self.settings  # of which only these decide; others choose examples, which are hashed themselves
+        shape = [own.row_length, own.rows, own.micro_batches, own.seed, OPEN_ROWS]
+        weights = [sorted((kind, float(weight)) for kind, weight in by.items()) for by in (own.tasks, own.efforts)]
         first = [int(self.order[position]) for position in range(256)]
-        digest = hashlib.sha256(json.dumps([settings, weights, self.pad_id, first]).encode())
+        digest = hashlib.sha256(json.dumps([shape, weights, self.pad_id, first]).encode())
         for example in self.examples:
             digest.update(f"{example.task} {example.effort} {example.prompt_length} {len(example.tokens)}\n".encode())
             digest.update(np.asarray(example.tokens, "<i4").tobytes())
         return digest.hexdigest()[:16]
 
     def _open_rows(self, rows: Sequence[Sequence[int]]) -> OpenRows[int]:
-        return OpenRows(self.settings.row_length, self.settings.open_rows, self._size, rows)
+        return OpenRows(self.settings.row_length, OPEN_ROWS, self._size, rows)
 
     def _size(self, index: int) -> int:
         return len(self.examples[index].tokens)
 
-    def _are_rows(self, rows: Any) -> TypeGuard[list[list[int]]]:
-        if not isinstance(rows, list) or len(rows) > self.settings.open_rows:
+    def _are_rows(self, rows: object) -> TypeGuard[list[list[int]]]:
+        if not isinstance(rows, list) or len(rows) > OPEN_ROWS:
             return False
         known = range(len(self.examples))
         indices = all(isinstance(row, list) and all(type(i) is int and i in known for i in row) for row in rows)
         return indices and all(sum(map(self._size, row)) <= self.settings.row_length for row in rows)
 
 
-def evaluation_batches(
-    examples: Sequence[Example], *, rows: int, length: int, pad_id: int, extras: Extras | None = None
-) -> Iterator[Packed]:
-    """Every example once, in batches of `rows` rows [rows, length]; rows at the end are padding where some are missing.
-
-    Raises:
-      PuzzleError: there is no example, or one is longer than `length`.
-    """
-    if not examples:
-        raise PuzzleError("there is no trace to evaluate on")
-    opened = OpenRows[int](length, len(examples), lambda index: len(examples[index].tokens))
-    for index, example in enumerate(examples):
-        if len(example.tokens) > length:
-            raise PuzzleError(f"example {index} has {len(example.tokens)} tokens, but a row has {length}")
-        opened.place(index)
-    for start in range(0, len(opened), rows):
-        members = opened.rows[start : start + rows]
-        members += [[]] * (rows - len(members))
-        yield _pack(examples, members, length, pad_id, extras)
-
-
-def _pack(
-    examples: Sequence[Example], rows: Sequence[Sequence[int]], length: int, pad_id: int, extras: Extras | None
-) -> Packed:
-    def example(index: int) -> Example:
-        found = examples[index]
-        return found if extras is None else replace(found, extras=extras(index))
-
-    return pack([[example(index) for index in row] for row in rows], length, pad_id)
-
-
-def _order(examples: Sequence[TraceExample], settings: TraceSettings) -> Any:
+def _order(examples: Sequence[TraceExample], settings: DataSettings) -> Any:
     """A grain MapDataset without end, of indices of examples.
 
     Grain rounds shares to whole multiples of a hundredth of the smallest, so that a group may come up to 1% less often

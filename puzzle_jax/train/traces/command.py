@@ -8,32 +8,27 @@ its own.
 
 from __future__ import annotations
 
+import datetime
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import jax
-from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
-from puzzle_jax.config import ModelConfig
 from puzzle_jax.consoles import plain_console
-from puzzle_jax.convert_hf.describe import describe_checkpoint
-from puzzle_jax.convert_hf.load import load_checkpoint
-from puzzle_jax.convert_hf.token_ids import check_tokenizer
 from puzzle_jax.errors import MOST_TOGETHER, ConfigError, PuzzleError, check_range
 from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions, check_context, unscored_note
+from puzzle_jax.evaluate.models import Model
 from puzzle_jax.evaluate.settings import Asked
+from puzzle_jax.evaluate.statistics import summarise
 from puzzle_jax.files import PARTIAL
 from puzzle_jax.generate.traces import Trace, write_traces
-from puzzle_jax.model.network import compute_dtype, to_compute
-from puzzle_jax.model.sharding import make_mesh, shard_params
-from puzzle_jax.model.spec import Params
+from puzzle_jax.model.sharding import make_mesh
 from puzzle_jax.progress import progress
 from puzzle_jax.settings.mesh import MeshSettings
-from puzzle_jax.tasks import Chat, FiniteTask, get_task
+from puzzle_jax.tasks import FiniteTask, get_task
 from puzzle_jax.train.traces.examples import SUFFIXES
 
 SPLIT = "training"
@@ -72,22 +67,19 @@ def run(settings: AnswersSettings, console: Console | None = None) -> None:
     questions = QuestionSet(settings.tasks, settings.efforts, settings.problems, SPLIT, settings.seed)
     limits = settings.max_tokens
     _check_out(settings.out)
-    config = describe_checkpoint(settings.parent).config
-    chat = Chat.load(settings.parent)
-    check_tokenizer(settings.parent, chat.tokenizer, config.vocab_size)
-    asked = questions.questions()
-    check_context(asked, chat, config, limits, "the parent")
     mesh = make_mesh(settings.mesh.data, settings.mesh.model) if settings.mesh.devices > 1 else None
+    model = replace(Model.open("parent", settings.parent, datetime.datetime.now()), mesh=mesh)
+    asked = questions.questions()
+    check_context(asked, model.chat, model.config, limits, "the parent")
     for name in questions.tasks:
         if isinstance(get_task(name), FiniteTask):
-            console.print(f"{name}: evaluate asks all its rows, so judge what learns from it on another file")
+            console.print(f"{name}: evaluate asks all its rows, so evaluate what learns from it on another file")
 
-    params = _params(settings.parent, config, mesh)
     with progress(console, "answering", len(asked)) as advance:
         traces = answer_questions(
-            params,
-            config,
-            chat,
+            model.params,
+            model.config,
+            model.chat,
             questions,
             max_tokens=limits,
             temperature=settings.temperature,
@@ -115,20 +107,11 @@ def _check_out(out: Path) -> None:
         raise PuzzleError(f"out is {out}, whose directory cannot be made: {error}") from None
 
 
-def _params(directory: Path, config: ModelConfig, mesh: Mesh | None) -> Params:
-    """Dense weights to compute with, over the mesh where there is one."""
-    loaded = load_checkpoint(directory, mesh=mesh).params
-    dense = jax.jit(to_compute, static_argnums=1)(loaded, compute_dtype())
-    return dense if mesh is None else shard_params(dense, config, mesh)
-
-
 def _table(traces: Sequence[Trace]) -> Table:
-    table = Table("task", "effort", "answers", "right", "mean tokens", "ended by the limit")
+    table = Table("task", "effort", "answers", "accuracy", "mean tokens", "ended by the limit")
     kinds = dict.fromkeys((trace.task, trace.effort) for trace in traces)
     for task, effort in kinds:
-        of_kind = [trace for trace in traces if (trace.task, trace.effort) == (task, effort)]
-        right = sum(trace.correct for trace in of_kind) / len(of_kind)
-        tokens = sum(len(trace.completion) for trace in of_kind) / len(of_kind)
-        cut = sum(trace.truncated for trace in of_kind) / len(of_kind)
-        table.add_row(task, effort, str(len(of_kind)), f"{right:.1%}", f"{tokens:.0f}", f"{cut:.1%}")
+        of = summarise([trace for trace in traces if (trace.task, trace.effort) == (task, effort)])
+        shares = f"{of.accuracy:.1%}", f"{of.mean_tokens:.0f}", f"{of.truncated:.1%}"
+        table.add_row(task, effort, str(of.answers), *shares)
     return table

@@ -7,7 +7,7 @@ day needs the `today` of its `Chat` to stay the same, or its prompts change.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from puzzle_jax.errors import PuzzleError
 from puzzle_jax.generate.traces import Trace, read_traces
 from puzzle_jax.tasks import Chat
 from puzzle_jax.train.rows import Example
-from puzzle_jax.train.traces.settings import TraceSettings
+from puzzle_jax.train.traces.settings import DataSettings
 
 SUFFIXES = (".parquet", ".jsonl")
 
@@ -64,27 +64,23 @@ class TraceExamples(NamedTuple):
     counts: Counts
 
 
-def read_examples(settings: TraceSettings, vocab_size: int, chat: Chat | None = None) -> TraceExamples:
-    """The examples in the files that the settings name.
+def read_examples(
+    paths: Sequence[Path], settings: DataSettings, vocab_size: int, chat: Chat | None = None
+) -> TraceExamples:
+    """The examples in files of traces.
 
     Args:
-      settings: paths, and what is kept; weights, seed and the number of rows do not enter.
-      vocab_size: tokens of the model, 0 to `vocab_size` - 1.
-      chat: turns rows of text into tokens, and tells truncated answers in files that do not say.
+      paths: .parquet or .jsonl files, or directories whose files of these names are read in order of name.
+      settings: what is kept; weights, seed and the number of rows do not enter.
+      chat: turns rows of text into tokens, and recognises truncated answers in files without that field.
 
     Raises:
       PuzzleError: a file cannot be read, holds no trace or one that the model cannot have written; there is no file, or
         one comes twice; over-long examples are refused; or no example is left.
     """
-    files = trace_files(settings.paths)
+    files = trace_files(paths)
     named = ((f"{path}, trace {n}", t) for path in files for n, t in enumerate(read_traces(path, chat), 1))
-    return _examples(named, settings, vocab_size, ", ".join(map(str, settings.paths)))
-
-
-def examples_of(traces: Sequence[Trace], settings: TraceSettings, vocab_size: int) -> TraceExamples:
-    """As `read_examples`, of traces at hand; the paths of the settings do not enter."""
-    named = ((f"trace {number}", trace) for number, trace in enumerate(traces, 1))
-    return _examples(named, settings, vocab_size, f"a list of {len(traces)} traces")
+    return examples_of(named, settings, vocab_size, ", ".join(map(str, paths)))
 
 
 def trace_files(paths: Sequence[Path]) -> list[Path]:
@@ -104,14 +100,15 @@ def trace_files(paths: Sequence[Path]) -> list[Path]:
     seen: set[Path] = set()
     for path in files:
         if path.resolve() in seen:
-            raise PuzzleError(f"paths names {path} twice, but every file must come once")
+            raise PuzzleError(f"traces names {path} twice, but every file must come once")
         seen.add(path.resolve())
     return files
 
 
-def _examples(
-    named: Iterator[tuple[str, Trace]], settings: TraceSettings, vocab_size: int, source: str
+def examples_of(
+    named: Iterable[tuple[str, Trace]], settings: DataSettings, vocab_size: int, source: str
 ) -> TraceExamples:
+    """The examples of traces, each with what a message calls it; `source` is what it calls all of them."""
     examples: list[TraceExample] = []
     traces = cut = over_long = truncated = short = longest = 0
     shortest: int | None = None

@@ -1,65 +1,65 @@
-"""Settings of data made from traces: which files, what shape of batches, and how often each kind of trace comes."""
+"""Settings of data made from traces: the shape of batches, and how often each kind of trace comes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import isfinite
-from pathlib import Path
+from typing import Literal
 
-from puzzle_jax.errors import MOST_SEED, MOST_TOGETHER, MOST_TOKENS, ConfigError, check_range
+from puzzle_jax.errors import MOST_SEED, MOST_TOGETHER, MOST_TOKENS, check_range
 from puzzle_jax.tasks import check_effort
 
-OVER_LONG = ("drop", "cut", "refuse")
+_RANGES = {
+    "row_length": (2, MOST_TOKENS),  # a prompt and an answer
+    "rows": (1, MOST_TOGETHER),
+    "micro_batches": (1, MOST_TOGETHER),
+    "seed": (0, MOST_SEED),
+    "min_completion": (1, MOST_TOKENS),
+    "heldout": (1, MOST_TOGETHER),
+}
 
 
 @dataclass(frozen=True)
-class TraceSettings:
+class DataSettings:
     """What is trained on.
 
     Weights say how often an example of a kind comes relative to the others: 2 is twice as often as 1, and 0, the weight
     of whatever is not named where something is, is never. A task's weight and an effort's multiply.
 
     Attributes:
-      paths: files of traces, .parquet or .jsonl, or directories whose files of these names are read in order of name.
       row_length: tokens of a row.
       rows: rows of a micro-batch, over all devices.
       micro_batches: micro-batches of a step.
-      tasks: weights by task, as traces name them; empty: all equally.
-      efforts: weights by effort; empty: all equally.
+      tasks: weight of each task that is used, or a list of them; empty: all, equally.
+      efforts: weight of each effort that is used, likewise.
       seed: shuffles otherwise.
-      over_long: what becomes of an example longer than a row: "drop", "cut" (its end), or "refuse" (an error).
+      over_long: what becomes of an example longer than a row: it is dropped, its end is cut, or it is refused.
       keep_truncated: whether answers count that a limit of tokens ended; a teacher can be followed at every token, but
         the student never sees such an answer end.
       min_completion: answers of fewer tokens are dropped.
-      open_rows: rows that are being filled at a time; more fill them better, and hold examples back longer.
+      heldout: answers, about, that evaluation keeps for itself; all answers to one prompt are on one side.
     """
 
-    paths: tuple[Path, ...]
-    row_length: int
-    rows: int = 1
+    row_length: int = 512
+    rows: int = 4
     micro_batches: int = 1
     tasks: Mapping[str, float] = field(default_factory=dict)
     efforts: Mapping[str, float] = field(default_factory=dict)
     seed: int = 0
-    over_long: str = "drop"
+    over_long: Literal["drop", "cut", "refuse"] = "drop"
     keep_truncated: bool = True
     min_completion: int = 1
-    open_rows: int = 16
+    heldout: int = 64
 
     def __post_init__(self) -> None:
-        if not self.paths:
-            raise ConfigError("paths names no file of traces, but must name at least one")
-        check_range("row_length", self.row_length, 2, MOST_TOKENS)  # a prompt and an answer
-        check_range("min_completion", self.min_completion, 1, MOST_TOKENS)
-        for name in ("rows", "micro_batches", "open_rows"):
-            check_range(name, getattr(self, name), 1, MOST_TOGETHER)
-        check_range("seed", self.seed, 0, MOST_SEED)
-        if self.over_long not in OVER_LONG:
-            raise ConfigError(f"over_long is {self.over_long!r}, but must be one of {', '.join(OVER_LONG)}")
+        for name, bounds in _RANGES.items():
+            check_range(f"data.{name}", getattr(self, name), *bounds)
         for effort in self.efforts:
             check_effort(effort)
         for name in ("tasks", "efforts"):
             for kind, weight in getattr(self, name).items():
-                if not (isfinite(weight) and weight >= 0):
-                    raise ConfigError(f"{name} gives {kind!r} {weight}, but must give a finite number of at least 0")
+                check_range(f"data.{name}.{kind}", weight, 0)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.row_length * self.rows * self.micro_batches

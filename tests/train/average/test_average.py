@@ -265,7 +265,7 @@ def refusal(capsys, given: list[str]) -> str:
     [
         ({}, "one of weight and weights must be given, but neither is"),
         ({"weight": 0.5, "weights": [0, 1]}, "one of weight and weights must be given, but both are"),
-        ({"weight": 1.5}, "weight has 1.5, but must be from 0 (A alone) to 1 (B alone)"),
+        ({"weight": 1.5}, "weight is 1.5, but must be from 0 to 1"),
         ({"weight": -0.1}, "weight has -0.1"),
         ({"weight": "nan"}, "weight has nan"),
         ({"weight": 0.5, "problems": 3}, "problems is given with weight, but only weights asks problems"),
@@ -320,7 +320,7 @@ def test_models_of_another_kind_are_refused(root, tmp_path, capsys):
         ("ends", "generation_config.json: eos_token_id is [9], but"),
         ("rope", "config.json: max_position is 700, but 768 in"),
         ("kept", "provenance.json: kept_experts is [[0, 1, 3, 5, 7], [1, 2, 4, 6]], but [[0, 2, 3, 5, 7]"),
-        ("names", "does not tell kept_experts and the names of what was trained"),
+        ("names", "does not list kept_experts and the names of trained parameters"),
         ("router", f"differ in {bias}, which neither's provenance.json calls trained"),
         ("window", "config.json: layer 1 is BlockConfig(num_experts=4, window=None), but BlockConfig("),
         ("shape", "config.json: layer 1 is BlockConfig(num_experts=5, window=16), but BlockConfig(num_experts=4"),
@@ -370,8 +370,18 @@ def test_values_that_are_no_numbers_are_refused(root, tmp_path):
 
 def measured(right: float, tokens: int, problems: int = 100, first: int = 0) -> Measured:
     """The same at two efforts: a share of the problems is right, from number `first` on."""
-    correct = np.roll(np.arange(problems) < right * problems, first)
-    return Measured(np.stack([correct, correct]), np.full((2, problems), tokens))
+    return measured_as(np.roll(np.arange(problems) < right * problems, first), tokens)
+
+
+def measured_as(correct: np.ndarray, tokens: int) -> Measured:
+    """Every problem answered as `correct` says, at two efforts, in so many tokens."""
+    efforts = ("low", "high")
+    answers = [
+        Trace("add", effort, seed, {}, (1,), (2,) * tokens, float(right), False)
+        for effort in efforts
+        for seed, right in enumerate(correct)
+    ]
+    return Measured.of(answers, efforts)
 
 
 @pytest.mark.parametrize(
@@ -398,11 +408,10 @@ def test_the_best_point_of_the_frontier(points, limit, weight, why):
 
 def test_standard_errors_are_those_of_problems_within_their_task():
     """A problem that is lost in every draw, since its task has no other, costs no more than it does."""
-    best, other = measured(1.0, 90, 10), measured(1.0, 60, 10)
-    other.correct[:, 0] = False
+    best, other = measured(1.0, 90, 10), measured(0.9, 60, 10, first=1)
     assert choose({0.0: best, 1.0: other}, ["add"] * 10, None).weight == 0.0  # 0.1 lost, standard error 0.095
-    other.correct[:, 1:3] = False
-    best.correct[:, 3:5] = False  # 3 lost and 2 won of 10
+    number = np.arange(10)
+    best, other = measured_as((number < 3) | (number > 4), 90), measured_as(number > 2, 60)  # 3 lost and 2 won of 10
     assert choose({0.0: best, 1.0: other}, ["add"] * 10, None) == Choice(
         1.0, "the fewest tokens within one standard error of the accuracy of weight 0"
     )
@@ -486,10 +495,10 @@ def test_a_sweep_without_a_reference_has_no_limit(root, tmp_path, monkeypatch):
         ["0", "75.0% / 9.0", "75.0% / 18.0", "75.0% / 13.5"],
         ["0.75", "25.0% / 3.0", "25.0% / 6.0", "25.0% / 4.5"],
     ]
-    silent = Measured(np.zeros((2, 8), bool), np.full((2, 8), 9))
+    wrong = measured_as(np.zeros(8, bool), 9)
     referred = average_sweep.Swept(sweep, found.points, found.points[0.0], found.choice)
     assert shown(referred)[1:] == [
         ["0.75", "25.0% / 3.0", "25.0% / 6.0", "25.0% / 4.5", "33.3% / 33.3%"],
         ["reference", "75.0% / 9.0", "75.0% / 18.0", "75.0% / 13.5", "100.0% / 100.0%"],
     ]
-    assert shown(average_sweep.Swept(sweep, found.points, silent, found.choice))[0][-1] == "- / 150.0%"
+    assert shown(average_sweep.Swept(sweep, found.points, wrong, found.choice))[0][-1] == "- / 150.0%"

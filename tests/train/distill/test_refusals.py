@@ -58,8 +58,8 @@ def origin(directory) -> DistillInputs:
         ({"data__over_long": "refuse", "data__row_length": 19}, "tokens, but row_length is 19"),
         ({"data__row_length": 9}, "row_length is 9, but the shortest example"),
         ({"data__tasks": "{poetry: 2}"}, "tasks names 'poetry', but the traces have only add, chain"),
-        ({"data__tasks": "{add: -1}"}, "data.tasks gives 'add' -1"),
-        ({"data__efforts": "{low: .nan}"}, "data.efforts gives 'low' nan"),
+        ({"data__tasks": "{add: -1}"}, "data.tasks.add is -1"),
+        ({"data__efforts": "{low: .nan}"}, "data.efforts.low is nan"),
         ({"data__efforts": "{extreme: 1}"}, "extreme"),
         ({"loss__forward_kl": -1}, "loss.forward_kl is -1"),
         ({"loss__forward_kl": ".nan"}, "loss.forward_kl is nan"),
@@ -70,7 +70,7 @@ def origin(directory) -> DistillInputs:
         ({"teacher_cache": "cache"}, "loss.top_k_kl is 0.0 and teacher_cache is cache, but the one needs the other"),
         ({"optimizer__name": "magic"}, "optimizer.name is 'magic'"),
         ({"optimizer__learning_rate": ".inf"}, "optimizer.learning_rate is inf"),
-        ({"optimizer__warmup_steps": 7}, "optimizer.warmup_steps is 7, but must be at most loop.steps (6)"),
+        ({"optimizer__warmup_steps": 7}, "optimizer.warmup_steps is 7, but must be at most the 6 updates of the run"),
         ({"optimizer__b2": 1}, "optimizer.b2 is 1"),
         ({"loop__steps": 0}, "loop.steps is 0"),
         ({"loop__save_every": "often"}, "loop.save_every"),
@@ -153,17 +153,20 @@ def test_directories_that_hold_something_else_are_refused_and_kept(directory, or
 
 def test_all_answers_to_a_prompt_are_on_one_side(origin):
     prompts = [random_trace(number, prompt=number % 7) for number in range(0, 70, 4)]
-    settings = replace(origin.settings, row_length=64)
-    examples = examples_of(prompts, settings, CONFIG.vocab_size).examples
+    settings = replace(origin.recipe.data, row_length=64)
+    named = (("a trace", prompt) for prompt in prompts)
+    examples = examples_of(named, settings, CONFIG.vocab_size, "traces").examples
     for heldout in (1, 4, 9):
-        training, held = apart(examples, heldout, settings)
+        settings = replace(settings, heldout=heldout)
+        training, held = apart(examples, settings)
         of_training, of_held = ({e.tokens[: e.prompt_length].tobytes() for e in side} for side in (training, held))
         assert len(held) >= heldout and not of_training & of_held
         assert sorted(map(id, [*training, *held])) == sorted(map(id, examples))
-        reordered = apart(examples[::-1], heldout, settings)[1]
+        reordered = apart(examples[::-1], settings)[1]
         assert set(map(id, reordered)) == set(map(id, held))
-    others = apart(examples, 4, replace(settings, seed=1))[1]
-    assert set(map(id, others)) != set(map(id, apart(examples, 4, settings)[1]))
+    settings = replace(settings, heldout=4)
+    others = apart(examples, replace(settings, seed=1))[1]
+    assert set(map(id, others)) != set(map(id, apart(examples, settings)[1]))
 
 
 def test_what_the_examples_cannot_teach_is_told_with_counts(directory, tmp_path):

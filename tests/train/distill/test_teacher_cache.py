@@ -14,9 +14,8 @@ from puzzle_jax.train.distill import teacher_cache
 from puzzle_jax.train.distill.objectives import Distillation, Fixed, LossSettings
 from puzzle_jax.train.distill.teacher_cache import make_cache, open_cache
 from puzzle_jax.train.placement import Placement
-from puzzle_jax.train.rows import Example
+from puzzle_jax.train.rows import Example, packed
 from puzzle_jax.train.student import Student
-from puzzle_jax.train.traces.batches import evaluation_batches
 from tests.train import toy_student as toy
 from tests.train.toy_student import CHILD, LENGTH, PAD, close, jit, random_master_weights
 
@@ -62,7 +61,7 @@ def test_it_holds_what_the_teacher_says(parent, made):
     directory, cache = made
     assert sorted(path.name for path in directory.parent.iterdir()) == ["cache"]
     assert cache.ids.shape == cache.logits.shape == (COUNTED, VOCAB) and cache.log_total.shape == (COUNTED,)
-    (batch,) = evaluation_batches(toy.examples(), rows=4, length=LENGTH, pad_id=PAD, extras=cache.extras)
+    (batch,) = packed(toy.examples(), rows=4, length=LENGTH, pad_id=PAD, extras=cache.extras)
     live = batch.weights > 0
     assert live.sum() == COUNTED
     x = toy.TEACHER_STATES(parent[0], batch._replace(extras={}))[-1]
@@ -80,7 +79,7 @@ def test_it_holds_what_the_teacher_says(parent, made):
 
 def test_with_the_whole_vocabulary_it_is_the_forward_kl(parent, made):
     _, base = parent
-    (batch,) = evaluation_batches(toy.examples(), rows=4, length=LENGTH, pad_id=PAD, extras=made[1].extras)
+    (batch,) = packed(toy.examples(), rows=4, length=LENGTH, pad_id=PAD, extras=made[1].extras)
     settings = LossSettings(forward_kl=1.0, top_k_kl=1.0, temperature=TEMPERATURE)
     loss = jit(Distillation(STUDENT, settings))(random_master_weights(STUDENT, base), Fixed(base), batch)
     assert float(loss.terms["forward_kl"]) > 1.0
@@ -158,14 +157,14 @@ def nothing_known(student, base, batch, *, k, temperature):
 @pytest.mark.parametrize("end", [RuntimeError, KeyboardInterrupt])
 def test_a_run_that_dies_leaves_nothing(monkeypatch, tmp_path, end):
     def dying(*args, **options):
-        batches = evaluation_batches(*args, **options)
+        batches = packed(*args, **options)
         yield next(batches)
         assert (tmp_path / "of").is_dir() and any((tmp_path / "of").iterdir())  # some of it is there
         raise end
 
     monkeypatch.setattr(teacher_cache, "top_k", nothing_known)
     with monkeypatch.context() as patched, pytest.raises(end):
-        patched.setattr(teacher_cache, "evaluation_batches", dying)
+        patched.setattr(teacher_cache, "packed", dying)
         make(tmp_path / "of" / "cache", k=3)
     assert not any((tmp_path / "of").iterdir())
     # Nothing is in the way of the next run, and an empty directory is not, either.
@@ -176,8 +175,8 @@ def test_a_run_that_dies_leaves_nothing(monkeypatch, tmp_path, end):
     assert record["temperature"] == TEMPERATURE and len(record["examples"]) == 16
 
 
-@pytest.mark.parametrize("examples,message", [([], "no trace"), (None, "example 2 has 24 tokens, but a row has 20")])
+@pytest.mark.parametrize("examples,message", [([], "empty file"), (None, "an example of 24 tokens fits no row of 20")])
 def test_examples_that_cannot_be_asked_are_refused(tmp_path, examples, message):
-    with pytest.raises(PuzzleError, match=message):
+    with pytest.raises(ValueError, match=message):
         make(tmp_path / "cache", examples, length=20)
     assert not any(tmp_path.iterdir())

@@ -13,7 +13,7 @@ from puzzle_jax.convert_hf.export import export_child, save_checkpoint
 from puzzle_jax.generate.traces import Trace, write_traces
 from puzzle_jax.settings.verbs import parse
 from puzzle_jax.tasks.chat.embedded import chat_files
-from puzzle_jax.train import base_parameters
+from puzzle_jax.train import run
 from puzzle_jax.train.__main__ import VERBS, main
 from puzzle_jax.train.distill.inputs import DistillInputs
 from puzzle_jax.train.distill.run import Distiller
@@ -100,7 +100,7 @@ def refusal(capsys, directory: Path, out: Path, verb: str = "distill", **changes
     """The sentence with which a command is refused, after which nothing new stands at `out`."""
     before = sorted(out.rglob("*")) if out.exists() else None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(base_parameters, "load_checkpoint", None)  # weights are not read
+        patch.setattr(run, "load_checkpoint", None)  # weights are not read
         assert main([verb, *arguments(directory, out, **changes)]) == 2
     assert (sorted(out.rglob("*")) if out.exists() else None) == before
     said = capsys.readouterr().err

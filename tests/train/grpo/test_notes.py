@@ -15,8 +15,8 @@ from puzzle_jax.tasks import Problem
 from puzzle_jax.tasks.rewards.answers import Answer, Reward
 from puzzle_jax.train.grpo.inputs import GrpoInputs
 from puzzle_jax.train.grpo.metrics import passes, rollout_metrics
-from puzzle_jax.train.grpo.notes import NeverRight, Notes
-from puzzle_jax.train.grpo.policy_batches import Judged
+from puzzle_jax.train.grpo.notes import Notes, ThresholdMonitor
+from puzzle_jax.train.grpo.policy_batches import RewardedGroups
 from puzzle_jax.train.grpo.prompts import Prompt, Prompts, PromptSettings
 from puzzle_jax.train.grpo.rollouts import Rollout
 
@@ -28,24 +28,26 @@ def rollout(reward, score=None, reason=None) -> Rollout:
     return Rollout(PROMPT, (1,), Generated((1,), False, (0.0,), None), answer, Reward(reward, reason, score))
 
 
-def judged(*rollouts) -> Judged:
+def rewarded(*rollouts) -> RewardedGroups:
     rewards = np.zeros((1, len(rollouts)), np.float32)
-    return Judged([rollouts], rewards, np.ones(rewards.shape, bool), rewards)
+    return RewardedGroups([rollouts], rewards, np.ones(rewards.shape, bool), rewards)
 
 
-def notes(right=None) -> tuple[Notes, io.StringIO]:
+def notes(threshold=None) -> tuple[Notes, io.StringIO]:
     recipe = SimpleNamespace(
-        reward=SimpleNamespace(right=right), prompts=PromptSettings(), update=SimpleNamespace(row_length=60)
+        reward=SimpleNamespace(pass_threshold=threshold),
+        prompts=PromptSettings(),
+        update=SimpleNamespace(row_length=60),
     )
     inputs = Mock(spec=GrpoInputs, recipe=recipe, too_long=frozenset({3}), config=SimpleNamespace(max_position=768))
-    inputs.most_tokens.return_value = 812
+    inputs.most_positions.return_value = 812
     inputs.questions = QuestionSet(("chain",), ("low",), 5, "validation")
     file = io.StringIO()
     return Notes(inputs, Console(file=file, width=400)), file
 
 
 @pytest.mark.parametrize(
-    ("judgement", "right", "passed"),
+    ("outcome", "threshold", "passed"),
     [
         (Reward(0.9, None, 1.0), None, True),
         (Reward(0.9, None, 1.0), 1.0, False),
@@ -55,39 +57,41 @@ def notes(right=None) -> tuple[Notes, io.StringIO]:
         (Reward(0.9, None), None, False),
     ],
 )
-def test_which_answers_count_as_right(judgement, right, passed):
-    assert passes(judgement, right) == passed
+def test_which_answers_pass(outcome, threshold, passed):
+    assert passes(outcome, threshold) == passed
 
 
 def test_a_threshold_above_what_right_answers_earn_is_told_once():
-    watch = NeverRight(1.0)
-    assert watch.add([rollout(0.0, 0.0)]) is None
-    assert "the largest was 0" in watch.advice and "set reward.right" in watch.advice
-    message = watch.add([rollout(0.9, 1.0), rollout(0.3, 1.0)])
-    assert message is not None and "earn up to 0.9, which is below reward.right (1)" in message
-    assert watch.add([rollout(0.9, 1.0)]) is None and "the largest was 0.9" in watch.advice
-    watch.add([rollout(1.0, 1.0)])
-    assert watch.advice == ""
+    monitor = ThresholdMonitor(1.0)
+    assert monitor.add([rollout(0.0, 0.0)]) is None
+    assert "the largest was 0" in monitor.advice and "set reward.pass_threshold" in monitor.advice
+    message = monitor.add([rollout(0.9, 1.0), rollout(0.3, 1.0)])
+    assert message is not None and "earn up to 0.9, which is below reward.pass_threshold (1)" in message
+    assert monitor.add([rollout(0.9, 1.0)]) is None and "the largest was 0.9" in monitor.advice
+    monitor.add([rollout(1.0, 1.0)])
+    assert monitor.advice == ""
 
 
-@pytest.mark.parametrize("right", [None, 0.9])
-def test_nothing_is_said_where_answers_pass(right):
-    watch = NeverRight(right)
-    assert watch.add([rollout(0.9, 1.0)]) is None and watch.advice == ""
-    assert NeverRight(right).advice == ""  # before there are answers
+@pytest.mark.parametrize("threshold", [None, 0.9])
+def test_nothing_is_said_where_answers_pass(threshold):
+    monitor = ThresholdMonitor(threshold)
+    assert monitor.add([rollout(0.9, 1.0)]) is None and monitor.advice == ""
+    assert ThresholdMonitor(threshold).advice == ""  # before there are answers
 
 
 def test_lost_answers_and_long_problems_are_told_once_and_counted():
     said, file = notes()
     stream = Prompts(PromptSettings())
     stream.first_too_long = PROMPT
-    step = judged(rollout(None, reason="took longer than 1 s"), rollout(0.0, reason="returned [b]"), rollout(1.0, 1.0))
+    step = rewarded(
+        rollout(None, reason="took longer than 1 s"), rollout(0.0, reason="returned [b]"), rollout(1.0, 1.0)
+    )
     for number in (1, 2):
         said.step(number, step, stream)
     lines = file.getvalue().splitlines()
     assert lines == [
-        "  step 1: 1 of 3 answers could not be judged: the judge took longer than 1 s",
-        "  step 1: 1 of 3 answers could not be judged: the judge returned [b]",
+        "  step 1: 1 of 3 answers have no reward: the reward function took longer than 1 s",
+        "  step 1: 1 of 3 answers have no reward: the reward function returned [b]",
         "  a[/b].jsonl, line 8: with its answer the prompt may take 812 tokens at effort low, more than "
         "update.row_length (60); such problems are passed over, and counted in metrics.jsonl (passed_over)",
     ]

@@ -11,9 +11,9 @@ from puzzle_jax.train.grpo.policy import Scores
 from puzzle_jax.train.grpo.policy_batches import (
     Learnable,
     examples,
-    judge_groups,
     learnable,
     micro_batches,
+    reward_groups,
     shaped_reward,
     with_scores,
 )
@@ -32,9 +32,9 @@ def answered(reward, length=5, effort="low", prompt=3, truncated=False, experts=
     tokens = tuple(range(1, length + 1))
     chosen = np.arange((prompt + length - 1) * LAYERS * K, dtype=np.uint8).reshape(-1, LAYERS, K) if experts else None
     generated = Generated(tokens, truncated, tuple(-token / 8 for token in tokens), chosen)
-    judgement = Reward(reward, None if reward is not None else "raised ValueError")
+    outcome = Reward(reward, None if reward is not None else "raised ValueError")
     answer = Answer(problem, effort, "", "5", length, truncated)
-    return Rollout(Prompt(problem, effort), tuple(range(FIRST, FIRST + prompt)), generated, answer, judgement)
+    return Rollout(Prompt(problem, effort), tuple(range(FIRST, FIRST + prompt)), generated, answer, outcome)
 
 
 def settings(**changes):
@@ -43,7 +43,7 @@ def settings(**changes):
 
 
 def judged(*groups, **changes):
-    return judge_groups([[answered(reward) for reward in group] for group in groups], settings(**changes), LIMITS)
+    return reward_groups([[answered(reward) for reward in group] for group in groups], settings(**changes), LIMITS)
 
 
 # Rewards and advantages
@@ -56,7 +56,7 @@ def test_the_largest_rewards_have_finite_advantages(name, baseline):
     for changes in ({}, absurd):
         resolved = PolicySettings(name=name, baseline=baseline, **changes).resolved
         group = [answered(reward) for reward in (LARGEST_REWARD, -LARGEST_REWARD, 0.5, None)]
-        found = judge_groups([group], resolved, LIMITS)
+        found = reward_groups([group], resolved, LIMITS)
         assert np.isfinite(found.advantages).all() and np.isfinite(found.rewards).all()
         assert changes or found.advantages[0, 0] > 0 > found.advantages[0, 1]
 
@@ -117,8 +117,8 @@ def test_near_its_limit_an_answer_loses_up_to_1():
 
 def test_advantages_are_of_shaped_rewards():
     group = [answered(1.0, 4), answered(1.0, 8)]
-    assert not judge_groups([group], settings(), LIMITS).signal[0]
-    found = judge_groups([group], settings(length_budgets={"low": 8}, length_bonus=0.5), LIMITS)
+    assert not reward_groups([group], settings(), LIMITS).signal[0]
+    found = reward_groups([group], settings(length_budgets={"low": 8}, length_bonus=0.5), LIMITS)
     np.testing.assert_allclose(found.rewards, [[1.25, 1.0]])
     np.testing.assert_allclose(found.advantages, [[0.25, -0.25]])
 
@@ -129,7 +129,7 @@ def test_advantages_are_of_shaped_rewards():
 def test_groups_without_signal_and_lost_answers_are_left_out():
     found = judged((1.0, 0.0, None, 0.5), (1.0, 1.0, 1.0, None), (0.0, 0.25, 0.25, 0.25))
     groups = learnable(found, settings())
-    assert [[one.rollout.judgement.reward for one in group] for group in groups] == [
+    assert [[one.rollout.outcome.reward for one in group] for group in groups] == [
         [1.0, 0.0, 0.5],  # the last has an advantage of 0, but is one of the tokens that means are over
         [0.0, 0.25, 0.25, 0.25],
     ]
@@ -140,7 +140,7 @@ def test_groups_without_signal_and_lost_answers_are_left_out():
 def test_cut_off_answers_count_in_the_baseline_alone():
     cut = [answered(0.0, truncated=True), answered(1.0), answered(0.5, truncated=True)]
     all_cut = [answered(reward, truncated=True) for reward in (0.0, 1.0, 1.0)]
-    found = judge_groups([cut, all_cut], settings(), LIMITS)
+    found = reward_groups([cut, all_cut], settings(), LIMITS)
     filtered = learnable(found, settings(overlong_filter=True))
     assert [[one.rollout for one in group] for group in filtered] == [[cut[1]]]
     assert filtered[0][0].advantage == pytest.approx(0.75)  # over the two that were cut off

@@ -49,7 +49,7 @@ def test_by_default_all_embedded_families_and_efforts_are_asked():
 def test_pass_rates_out_of_bounds_are_passed_over():
     stream = Prompts(settings(min_answers=8, explore=0.0))
     for prompt in stream.draw(400):
-        stream.tell(prompt, 8, 8 if level(prompt) <= 4 else 0 if level(prompt) >= 9 else 4)
+        stream.record(prompt, 8, 8 if level(prompt) <= 4 else 0 if level(prompt) >= 9 else 4)
     assert {level(prompt) for prompt in stream.draw(300)} <= {5, 6, 7, 8}
     exploring = Prompts(settings(min_answers=8, explore=0.3))
     exploring.set_state(stream.get_state())
@@ -60,11 +60,11 @@ def test_pass_rates_out_of_bounds_are_passed_over():
 def test_bounds_are_inclusive_and_wait_for_enough_answers():
     stream = Prompts(settings(min_answers=10, min_pass_rate=0.25, max_pass_rate=0.5))
     prompt = next(iter(stream.draw(1)))
-    stream.tell(prompt, 8, 0)
+    stream.record(prompt, 8, 0)
     assert stream.pass_rate(prompt) is None
-    stream.tell(prompt, 8, 8)  # the first answers fade to 7.2
+    stream.record(prompt, 8, 8)  # the first answers fade to 7.2
     assert stream.pass_rate(prompt) == pytest.approx(8 / 15.2)
-    stream.tell(prompt, 0, 0)
+    stream.record(prompt, 0, 0)
     assert stream.pass_rate(prompt) == pytest.approx(8 / 15.2)
 
 
@@ -72,32 +72,32 @@ def test_a_rate_follows_the_policy():
     stream = Prompts(settings(min_answers=4))
     prompt = next(iter(stream.draw(1)))
     for _ in range(40):
-        stream.tell(prompt, 4, 0)
+        stream.record(prompt, 4, 0)
     for _ in range(20):
-        stream.tell(prompt, 4, 4)
+        stream.record(prompt, 4, 4)
     assert stream.pass_rate(prompt) > 0.85
 
 
 def test_efforts_have_rates_of_their_own():
     stream = Prompts(settings(efforts={"low": 1.0, "high": 1.0}, min_answers=4, explore=0.0))
     for prompt in stream.draw(400):
-        stream.tell(prompt, 4, 2 if prompt.effort == "high" else 0)
+        stream.record(prompt, 4, 2 if prompt.effort == "high" else 0)
     assert {prompt.effort for prompt in stream.draw(200)} == {"high"}
-    assert stream.silent() == {("chain", "low"): 0.0}
+    assert stream.without_signal() == {("chain", "low"): 0.0}
 
 
 def test_a_task_without_signal_leaves_its_share_to_others():
     stream = Prompts(settings(tasks={"chain": 9.0, "add": 1.0}, min_answers=4, explore=0.0))
     for prompt in stream.draw(600):
-        stream.tell(prompt, 4, 4 if prompt.problem.task == "chain" else 2)
+        stream.record(prompt, 4, 4 if prompt.problem.task == "chain" else 2)
     assert {prompt.problem.task for prompt in stream.draw(100)} == {"add"}
-    assert stream.silent() == {("chain", "high"): 1.0}
+    assert stream.without_signal() == {("chain", "high"): 1.0}
 
 
 def test_nothing_to_learn_from_is_said():
     stream = Prompts(settings(min_answers=4, explore=0.0))
     for prompt in stream.draw(600):
-        stream.tell(prompt, 4, 0)
+        stream.record(prompt, 4, 0)
     with pytest.raises(PuzzleError, match=r"has a pass rate from 0.1 to 0.9: there is nothing to learn from chain"):
         stream.draw(1)
     with pytest.raises(PuzzleError, match="none of 64 problems of any task and effort is short enough"):
@@ -124,7 +124,7 @@ def test_rows_of_a_file_come_round_and_have_rates_of_their_own(tmp_path):
     first, second = ([p.problem.seed for p in stream.draw(rows)] for _ in range(2))
     assert sorted(first) == sorted(second) == sorted(set(first)) and first != second
     for prompt in stream.draw(rows):
-        stream.tell(prompt, 4, 2 if prompt.problem.seed == first[0] else 0)
+        stream.record(prompt, 4, 2 if prompt.problem.seed == first[0] else 0)
     assert {prompt.problem.seed for prompt in stream.draw(20)} == {first[0]}
 
 
@@ -132,7 +132,7 @@ def test_a_stream_goes_on_where_another_was():
     def told(stream, count):
         asked = stream.draw(count)
         for prompt in asked:
-            stream.tell(prompt, 4, level(prompt) % 5)
+            stream.record(prompt, 4, level(prompt) % 5)
         return [(prompt.problem.prompt, prompt.effort) for prompt in asked]
 
     both = settings(tasks={"chain": 1.0, "recall": 2.0}, efforts={"low": 1.0, "medium": 1.0}, min_answers=4)

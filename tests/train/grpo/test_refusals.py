@@ -61,10 +61,10 @@ def inputs(directory: Path, **changes) -> GrpoInputs:
         ),
         ({"rollout__cache": "int4"}, "rollout.cache is 'int4', but must be one of compute, float32"),
         ({"rollout__cache": "float8_e4m3fn"}, "model carries no scales for such a cache"),
-        ({"reward__time_limit": 0}, "reward.time_limit is 0.0, but must be a finite number of seconds above 0"),
+        ({"reward__time_limit": 0}, "reward.time_limit is 0.0, but must be a finite number above 0"),
         ({"reward__time_limit": ".nan"}, "reward.time_limit is nan"),
-        ({"reward__judges": 0}, "reward.judges is 0, but must be at least 1"),
-        ({"reward__right": ".inf"}, "reward.right is inf, but must be a finite number"),
+        ({"reward__workers": 0}, "reward.workers is 0, but must be at least 1"),
+        ({"reward__pass_threshold": ".inf"}, "reward.pass_threshold is inf, but must be a finite number"),
         (
             {"reward__environment": "[A=1]"},
             "reward.environment has 'A=1', but must hold names of environment variables",
@@ -93,10 +93,10 @@ def inputs(directory: Path, **changes) -> GrpoInputs:
         ),
         ({"loop__steps": 0}, "loop.steps is 0"),
         ({"loop__save_every": "often"}, "loop.save_every"),
-        ({"watch__problems": 0}, "watch.problems is 0, but must be at least 1"),
-        ({"watch__transcripts": -1}, "watch.transcripts is -1, but must be at least 0"),
-        ({"watch__collapse": 1}, "watch.collapse is 1.0, but must be at least 0 and below 1"),
-        ({"watch__collapse_steps": 0}, "watch.collapse_steps is 0, but must be at least 1"),
+        ({"monitoring__problems": 0}, "monitoring.problems is 0, but must be at least 1"),
+        ({"monitoring__transcripts": -1}, "monitoring.transcripts is -1, but must be at least 0"),
+        ({"monitoring__collapse": 1}, "monitoring.collapse is 1.0, but must be at least 0 and below 1"),
+        ({"monitoring__collapse_steps": 0}, "monitoring.collapse_steps is 0, but must be at least 1"),
         ({"mesh__data": 0}, "mesh.data is 0, but must be at least 1"),
         ({"mesh__data": 3}, "update.rows is 2, but must be a multiple of mesh.data (3)"),
         ({"mesh__sequence": 7}, "update.row_length is 60, but must be a multiple of mesh.sequence (7)"),
@@ -120,7 +120,7 @@ def test_models_that_do_not_fit_are_refused(directory, tmp_path, capsys):
     shutil.copytree(directory / "model", tmp_path / "mute")
     (tmp_path / "mute" / "chat_template.jinja").write_text("{{ messages }}")
     for name, message in (
-        ("unrecorded", "provenance.json does not tell the kept_experts of 2 layers"),
+        ("unrecorded", "provenance.json does not list the kept_experts of 2 layers"),
         ("mute", "never uses reasoning_effort"),
     ):
         said = refusal(capsys, directory, tmp_path / "run", model=tmp_path / name)
@@ -158,8 +158,8 @@ def test_directories_that_hold_something_else_are_refused_and_kept(directory, tm
         ("run", {"rollout__group": 7}, "holds another run (rollout.group 6 -> 7)"),
         ("run", {"loss__kl": 0.25}, "holds another run (loss.kl 0.0 -> 0.25)"),
         ("run", {"update__updates": 2}, "holds another run (update.updates 1 -> 2)"),
-        ("run", {"reward__right": 0.5}, "holds another run (reward.right null -> 0.5)"),
-        ("run", {"watch__collapse_steps": 3}, "holds another run (collapse "),
+        ("run", {"reward__pass_threshold": 0.5}, "holds another run (reward.pass_threshold null -> 0.5)"),
+        ("run", {"monitoring__collapse_steps": 3}, "holds another run (collapse "),
         ("run", {"train": "[router]"}, "holds another run (train "),
         ("run", {"model": tmp_path / "other"}, "holds another run (model "),
     ):
@@ -189,7 +189,7 @@ def test_what_judges_makes_another_run(directory, tmp_path, monkeypatch):
 def test_questions_longer_than_the_context_are_passed_over(directory, tmp_path):
     texts = [f"say {number}" + " 8" * (400 if number % 9 == 0 else 0) for number in range(120)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": text, "answer": "7"}) + "\n" for text in texts))
-    tasks = {"prompts__tasks": f"{{{tmp_path / 'rows.jsonl'}: 1}}", "watch__problems": 100}
+    tasks = {"prompts__tasks": f"{{{tmp_path / 'rows.jsonl'}: 1}}", "monitoring__problems": 100}
     found = inputs(directory, **tasks)
     asked = found.questions.questions()
     long = {index for index, (problem, _) in enumerate(asked) if problem.seed % 9 == 0}
@@ -197,7 +197,13 @@ def test_questions_longer_than_the_context_are_passed_over(directory, tmp_path):
 
 
 def test_what_changes_no_bit_changes_no_run(directory):
-    often = {"loop__save_every": 1, "loop__log_every": 3, "watch__transcripts": 0, "reward__judges": 2, "mesh__data": 2}
+    often = {
+        "loop__save_every": 1,
+        "loop__log_every": 3,
+        "monitoring__transcripts": 0,
+        "reward__workers": 2,
+        "mesh__data": 2,
+    }
     assert inputs(directory, **often).identity == inputs(directory).identity
     # What a name stands for is the same when it is written out.
     named = inputs(directory, loss__name="dapo", rollout__max_tokens="{low: 5, medium: 70, high: 9}")
@@ -237,5 +243,5 @@ def test_help_says_what_there_is(capsys):
     assert main(["grpo", "--help-all"]) == 0
     said = capsys.readouterr().out
     assert "usage: puzzle train grpo" in said
-    for name in ("--rollout.group", "--reward.function", "--watch.collapse", "grpo-accuracy"):
+    for name in ("--rollout.group", "--reward.function", "--monitoring.collapse", "grpo-accuracy"):
         assert name in said

@@ -168,12 +168,12 @@ def test_models_without_a_record_or_a_parent_in_it(directory, tmp_path, monkeypa
     monkeypatch.setattr(Trainer, "_measured", lambda self, answers: {"accuracy": 0.25})
     monkeypatch.setattr(Trainer, "_cache_scales", lambda self, trained, answers: None)
     found = []
-    with PrimaryRewards() as judges:
+    with PrimaryRewards() as rewards:
         for name, model in (("parent", directory / "parent"), ("orphan", tmp_path / "orphan")):
             recipe = parse(VERBS["grpo"], arguments(directory, tmp_path / f"of-{name}", model=model))
-            trainer = Trainer(GrpoInputs.open(recipe), Placement(), Console(quiet=True), judges)
+            trainer = Trainer(GrpoInputs.open(recipe), Placement(), Console(quiet=True), rewards)
             values = jax.jit(trainer.student.master_weights)(trainer.base)
-            trainer.export(TrainState(jnp.int32(3), values, (), jax.random.key(0), jnp.int32(0)))
+            trainer.export_state(TrainState(jnp.int32(3), values, (), jax.random.key(0), jnp.int32(0)))
             found.append(record(tmp_path / f"of-{name}"))
     of_parent, of_orphan = found
     assert of_parent["parent"] == str(directory / "parent") and of_parent["kept_experts"] == [list(range(8))] * 2
@@ -189,7 +189,7 @@ def test_a_finished_run_writes_its_child_again_and_nothing_else(directory, finis
     console = Console(file=io.StringIO(), width=400)
     trained = grpo(parse(VERBS["grpo"], arguments(directory, out)), console)
     same(out, finished)
-    assert trained.summary.resumed_from == STEPS and f"policy of step {STEPS}: " in console.file.getvalue()
+    assert trained.resumed_from == STEPS and f"policy of step {STEPS}: " in console.file.getvalue()
     head = np.asarray(trained.state.params["head"].T.astype(jnp.bfloat16))
     assert stored(out / "child")["lm_head.weight"].tobytes() == head.tobytes()
 
@@ -211,7 +211,7 @@ def test_the_state_of_the_data_is_what_steps_have_told(finished):
     assert found.step == STEPS
     assert found.data["rewards"]["last"] == [line["reward"] for line in metrics(finished)]
     rates = found.data["prompts"]["rates"]
-    assert rates and all(0 <= right <= answers for answers, right in rates.values())
+    assert rates and all(0 <= passed <= answers for answers, passed in rates.values())
     assert {key.partition(" ")[0] for key in rates} == {"low", "high"}
 
 
@@ -278,13 +278,13 @@ def misjudged(directory):
         "prompts__tasks": f"{{{directory / 'say.jsonl'}: 1}}",
         "reward__function": f"{directory / 'sevens.py'}:paid",
         "reward__time_limit": 1.0,
-        "reward__right": 1.5,
+        "reward__pass_threshold": 1.5,
         "rollout__resample": 0,
         "update__updates": 2,
         "update__reference": "false",
         "loop__evaluate_every": 1,
-        "watch__transcripts": 1,
-        "watch__transcript_groups": PROMPTS,
+        "monitoring__transcripts": 1,
+        "monitoring__transcript_groups": PROMPTS,
         "export": "best",
     }
 
@@ -388,7 +388,7 @@ def test_a_task_without_signal_is_told_once_and_not_trained_on(directory, tmp_pa
         PuzzleError, match=r"from 0\.1 to 0\.9: there is nothing to learn from .*never\.jsonl; name other"
     ):
         grpo(parse(VERBS["grpo"], arguments(directory, out, **options)), console)
-    said = f"task {tmp_path / 'never.jsonl'} at effort high gives no signal: 0.0% of its answers are right"
+    said = f"task {tmp_path / 'never.jsonl'} at effort high gives no signal: 0.0% of its answers pass"
     assert console.file.getvalue().count(said) == 1
     assert [line["step"] for line in metrics(out)] == [1, 2, 3]
     for line in metrics(out):
@@ -414,8 +414,8 @@ def test_a_reward_that_collapses_ends_the_run_with_the_best_policy_before(direct
         "reward__function": f"{tmp_path / 'fading.py'}:paid",
         "rollout__resample": 0,
         "loop__evaluate_every": 1,
-        "watch__collapse_steps": 1,
-        "watch__collapse": 0.25,
+        "monitoring__collapse_steps": 1,
+        "monitoring__collapse": 0.25,
     }
     out = tmp_path / "run"
     assert main(["grpo", *arguments(directory, out, **options)]) == 2

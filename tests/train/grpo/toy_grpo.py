@@ -14,7 +14,7 @@ import pytest
 from puzzle_jax.convert_hf.describe import describe_checkpoint
 from puzzle_jax.convert_hf.export import export_child, save_checkpoint
 from puzzle_jax.tasks.chat.embedded import build_tokenizer, chat_files
-from puzzle_jax.train import base_parameters
+from puzzle_jax.train import run
 from puzzle_jax.train.__main__ import main
 from tests.support import random_params
 from tests.train.distill.toy_distill import BLOCKS, CONFIG, KEPT
@@ -42,9 +42,9 @@ SETTINGS = {
     "--loop.evaluate_every": 2,
     "--loop.save_every": 2,
     "--loop.log_every": 1,
-    "--watch.problems": 3,
-    "--watch.transcripts": 2,
-    "--watch.transcript_groups": 2,
+    "--monitoring.problems": 3,
+    "--monitoring.transcripts": 2,
+    "--monitoring.transcript_groups": 2,
 }
 TIMES = ("_seconds", "_per_second", "seconds_per_step")
 
@@ -113,7 +113,7 @@ def refusal(capsys, directory: Path, out: Path, **changes) -> str:
     """The sentence with which a command is refused, after which nothing new stands at `out`."""
     before = sorted(out.rglob("*")) if out.exists() else None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(base_parameters, "load_checkpoint", None)  # weights are not read
+        patch.setattr(run, "load_checkpoint", None)  # weights are not read
         assert main(["grpo", *arguments(directory, out, **changes)]) == 2
     assert (sorted(out.rglob("*")) if out.exists() else None) == before
     said = capsys.readouterr().err

@@ -9,7 +9,8 @@ import pytest
 
 from puzzle_jax.model.network import head_logits
 from puzzle_jax.train.losses import definitions as losses
-from puzzle_jax.train.losses.head import Head, TopK, head_loss, head_losses
+from puzzle_jax.train.losses.definitions import TopK
+from puzzle_jax.train.losses.head import Head, head_losses
 from tests.support import small_config
 
 TOKENS, HIDDEN, TEACHER_HIDDEN, K = 24, 40, 28, 6
@@ -60,6 +61,13 @@ def whole(kind, student, x, y, weights, temperature):
         "entropy": lambda: losses.entropy(student, temperature),
     }[kind]()
     return jnp.sum(weights * per_token)
+
+
+def head_loss(kind, student, x, weights, **options):
+    """The weighted sum of the module's losses, without tokens of weight 0, as objectives take it."""
+    live = weights != 0
+    per_token = head_losses(kind, student, jnp.where(live[:, None], x, 0), **options)
+    return jnp.sum(jnp.where(live, weights * per_token, 0.0))
 
 
 def chunked(kind, student, x, y, weights, temperature, k=K, **chunks):
@@ -261,7 +269,6 @@ BAD = {
     "no y": ({"y": None}, "but y is None"),
     "no targets": ({"kind": "next_token", "targets": None}, "'next_token' needs targets, but targets is None"),
     "no top_k": ({"kind": "top_k_kl", "top_k": None}, "needs top_k, but top_k is None"),
-    "weights": ({"weights": WEIGHTS[:9]}, r"weights has shape \(9,\), but one weight per token of x needs \(24,\)"),
     "y": ({"y": Y[:9]}, r"y has shape \(9, 28\), but x of shape \(24, 40\) needs \(24, 28\)"),
     "norm": ({"student": TEACHER}, r"student.norm has shape \(28,\), but x of shape \(24, 40\) needs \(40,\)"),
     "teacher": ({"teacher": STUDENT}, r"teacher.norm has shape \(40,\), but y of shape \(24, 28\)"),
@@ -291,10 +298,9 @@ def test_what_does_not_fit_is_refused_with_both_sides(name):
         "kind": "forward_kl",
         "student": STUDENT,
         "x": X,
-        "weights": WEIGHTS,
         "eps": EPS,
         "teacher": TEACHER,
         "y": Y,
     }
     with pytest.raises(ValueError, match=message):
-        head_loss(**{**good, **changes})
+        head_losses(**{**good, **changes})

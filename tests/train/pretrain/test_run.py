@@ -98,7 +98,7 @@ def test_the_rate_falls_to_its_end_while_experts_are_rounded(run):
     assert rates == pytest.approx([0.0015, 0.003, 0.003, 0.003, 0.00205, 0.0011])
     assert RECIPE.rounded_steps == 3
     job = pretraining_job(RECIPE, embedded_chat())
-    assert [bool(next(job.batches).rounded[0]) for _ in range(6)] == [False] * 3 + [True] * 3
+    assert [bool(next(job.batches).extras["rounded"][0]) for _ in range(6)] == [False] * 3 + [True] * 3
     with pytest.raises(StopIteration):
         next(job.batches)
 
@@ -110,7 +110,7 @@ def test_rounding_is_what_the_loss_sees():
     loss = jax.jit(partial(pretraining_loss, MODEL, 0.0))
 
     def nll(params, rounded):
-        total, weight, _ = loss(params, None, batch._replace(rounded=np.asarray(rounded)), key)
+        total, weight, _ = loss(params, None, batch._replace(extras={"rounded": np.asarray(rounded)}), key)
         return float(total / weight)
 
     grid = fake_quantize_experts(params)
@@ -143,7 +143,7 @@ def test_a_run_that_died_goes_on_exactly(run, tmp_path, monkeypatch):
     assert not (tmp_path / "run" / "parent").exists()
     monkeypatch.setattr(BatchSource, "batch", batch)
     console = Console(file=io.StringIO())
-    assert pretrain(recipe, console).summary.resumed_from == 2
+    assert pretrain(recipe, console).resumed_from == 2
     assert "going on from step 2" in console.file.getvalue()
     assert losses(tmp_path / "run") == losses(run)
     model = ("parent", "model.safetensors")

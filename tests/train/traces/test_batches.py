@@ -20,11 +20,12 @@ from puzzle_jax.settings.verbs import parse
 from puzzle_jax.tasks import Chat
 from puzzle_jax.tasks.chat.embedded import chat_files, embedded_chat
 from puzzle_jax.train.__main__ import VERBS
-from puzzle_jax.train.rows import Packed
+from puzzle_jax.train.rows import Packed, packed
 from puzzle_jax.train.traces import command as traces_command
-from puzzle_jax.train.traces.batches import TraceBatches, evaluation_batches
-from puzzle_jax.train.traces.examples import Counts, TraceExample, examples_of, read_examples
-from puzzle_jax.train.traces.settings import TraceSettings
+from puzzle_jax.train.traces import examples
+from puzzle_jax.train.traces.batches import TraceBatches
+from puzzle_jax.train.traces.examples import Counts, TraceExample, read_examples
+from puzzle_jax.train.traces.settings import DataSettings
 from tests.support import chat_config, random_params
 
 VOCAB = 97
@@ -34,8 +35,14 @@ def trace(prompt, completion, task="add", effort="low", truncated=False):
     return Trace(task, effort, 0, {}, tuple(prompt), tuple(completion), None, truncated)
 
 
-def settings(*paths, **changes):
-    return TraceSettings(tuple(paths) or (Path("none"),), **{"row_length": 64, "rows": 3, **changes})
+def settings(**changes):
+    return DataSettings(**{"row_length": 64, "rows": 3, **changes})
+
+
+def examples_of(traces, settings, vocab_size):
+    """As the module's, of traces without a file."""
+    named = ((f"trace {number}", trace) for number, trace in enumerate(traces, 1))
+    return examples.examples_of(named, settings, vocab_size, f"a list of {len(traces)} traces")
 
 
 def made_up(seed=0):
@@ -78,24 +85,24 @@ def test_examples_come_from_files_and_directories_in_order(tmp_path):
     write_traces(tmp_path / "b" / ".half.parquet", [trace([1], [1])])
     (tmp_path / "b" / "notes.txt").write_text("no traces")
     write_traces(tmp_path / "a.jsonl", [trace([10, 11, 12], [13])])
-    examples, counts = read_examples(settings(tmp_path / "b", tmp_path / "a.jsonl"), VOCAB)
+    examples, counts = read_examples((tmp_path / "b", tmp_path / "a.jsonl"), settings(), VOCAB)
     assert [example.tokens.tolist() for example in examples] == [[1, 2, 3], [4, 5, 6], [7, 8, 9], [10, 11, 12, 13]]
     assert [example.prompt_length for example in examples] == [2, 1, 1, 3]
     assert [(example.task, example.effort) for example in examples][1:3] == [("add", "low"), ("chain", "high")]
     assert counts == Counts(traces=4, kept=4, longest=4) and str(counts) == "4 of 4 traces kept"
-    with pytest.raises(PuzzleError, match=r"paths names .*a\.jsonl twice"):
-        read_examples(settings(tmp_path / "a.jsonl", tmp_path / "b" / ".." / "a.jsonl"), VOCAB)
+    with pytest.raises(PuzzleError, match=r"traces names .*a\.jsonl twice"):
+        read_examples((tmp_path / "a.jsonl", tmp_path / "b" / ".." / "a.jsonl"), settings(), VOCAB)
 
 
 def test_text_is_rendered_by_the_chat(tmp_path):
     chat = embedded_chat()
     row = {"prompt": "2 + 2?", "completion": "4", "reasoning": "2 + 2", "effort": "high"}
     (tmp_path / "text.jsonl").write_text(json.dumps(row) + "\n")
-    (example,), _ = read_examples(settings(tmp_path / "text.jsonl", row_length=600), 128, chat)
+    (example,), _ = read_examples((tmp_path / "text.jsonl",), settings(row_length=600), 128, chat)
     prompt, completion = chat.prompt_tokens("2 + 2?", "high"), chat.completion_tokens("2 + 2", "4")
     assert list(example.tokens) == prompt + completion and example.prompt_length == len(prompt)
     with pytest.raises(PuzzleError, match=r"text\.jsonl, line 1: the row is text, which needs a chat"):
-        read_examples(settings(tmp_path / "text.jsonl"), 128)
+        read_examples((tmp_path / "text.jsonl",), settings(), 128)
 
 
 def test_what_does_not_fit_is_dropped_cut_or_refused_and_counted():
@@ -125,8 +132,8 @@ def test_useless_traces_are_refused(tmp_path):
     path = tmp_path / "t.parquet"
     write_traces(path, [trace([1], [2]), trace([1], [96, 97])])
     with pytest.raises(PuzzleError, match=r"t\.parquet, trace 2 holds token 97, but the model's tokens are 0 to 96$"):
-        read_examples(settings(path), VOCAB)
-    assert len(read_examples(settings(path), VOCAB + 1).examples) == 2
+        read_examples((path,), settings(), VOCAB)
+    assert len(read_examples((path,), settings(), VOCAB + 1).examples) == 2
     with pytest.raises(PuzzleError, match="trace 1 has no completion"):
         examples_of([trace([1], [])], settings(), VOCAB)
     with pytest.raises(PuzzleError, match="trace 2 has no prompt"):
@@ -139,30 +146,27 @@ def test_useless_traces_are_refused(tmp_path):
         examples_of([trace([1], [2], truncated=True)], settings(keep_truncated=False), VOCAB)
     (tmp_path / "empty").mkdir()
     with pytest.raises(PuzzleError, match=r"empty holds no file of traces, \.parquet or \.jsonl"):
-        read_examples(settings(tmp_path / "empty"), VOCAB)
+        read_examples((tmp_path / "empty",), settings(), VOCAB)
     with pytest.raises(PuzzleError, match=r"none\.parquet cannot be read"):
-        read_examples(settings(tmp_path / "none.parquet"), VOCAB)
+        read_examples((tmp_path / "none.parquet",), settings(), VOCAB)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"paths": ()}, "paths names no file"),
         ({"row_length": 1}, "row_length is 1, but must be at least 2"),
         ({"rows": 0}, "rows is 0, but must be at least 1"),
         ({"micro_batches": 0}, "micro_batches is 0"),
         ({"min_completion": 0}, "min_completion is 0"),
-        ({"open_rows": 0}, "open_rows is 0"),
         ({"seed": -1}, "seed is -1, but must be at least 0"),
-        ({"over_long": "split"}, "over_long is 'split', but must be one of drop, cut, refuse"),
         ({"efforts": {"none": 1.0}}, "effort is 'none'"),
-        ({"tasks": {"add": -1.0}}, "tasks gives 'add' -1.0"),
-        ({"efforts": {"low": float("nan")}}, "efforts gives 'low' nan"),
+        ({"tasks": {"add": -1.0}}, "data.tasks.add is -1.0"),
+        ({"efforts": {"low": float("nan")}}, "data.efforts.low is nan"),
     ],
 )
 def test_bad_settings_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
-        TraceSettings(**{"paths": (Path("t.parquet"),), "row_length": 64, **changes})
+        DataSettings(**{"row_length": 64, **changes})
 
 
 # Batches ------------------------------------------------------------------------------------------------------------
@@ -214,9 +218,9 @@ def test_state_of_other_data_or_damaged_is_refused():
         "fewer": (EXAMPLES[:-1], settings(), 0),
         "prompt": ([*EXAMPLES[:-1], dataclasses.replace(EXAMPLES[-1], prompt_length=1)], settings(), 0),
     }
-    prints = {name: TraceBatches(*other).fingerprint() for name, other in others.items()}
-    assert len({*prints.values(), batches.fingerprint()}) == len(others) + 1
-    assert TraceBatches(made_up(), settings(Path("elsewhere")), 0).fingerprint() == batches.fingerprint()
+    prints = {name: TraceBatches(*other).fingerprint for name, other in others.items()}
+    assert len({*prints.values(), batches.fingerprint}) == len(others) + 1
+    assert TraceBatches(made_up(), settings(), 0).fingerprint == batches.fingerprint
     with pytest.raises(PuzzleError, match="the state of the data belongs to other traces or settings"):
         TraceBatches(*others["seed"]).set_state(state)
     for damage in ({"position": -1}, {"position": "1"}, {"open": [[100]]}, {"open": [[3] * 40]}, {"open": None}):
@@ -270,7 +274,7 @@ def test_weights_that_fit_no_trace_are_refused(monkeypatch):
 
 def test_one_example_is_enough():
     only = TraceExample((5, 6, 7), 1, task="add", effort="low")
-    batch = next(TraceBatches([only], settings(row_length=7, rows=2, open_rows=1), 0))
+    batch = next(TraceBatches([only], settings(row_length=7, rows=2), 0))
     assert batch.tokens.tolist() == [[[5, 6, 7, 5, 6, 7, 0]] * 2]
 
 
@@ -284,22 +288,21 @@ def test_extras_are_read_when_an_example_is_packed():
     inside = batch.segment_ids > 0
     np.testing.assert_array_equal(batch.extras["top"][..., 1][inside], batch.tokens[inside] + 1)
     assert not batch.extras["top"][~inside].any()
-    (held_out,) = evaluation_batches(EXAMPLES[:2], rows=3, length=64, pad_id=0, extras=extras)
+    (held_out,) = packed(EXAMPLES[:2], rows=3, length=64, pad_id=0, extras=extras)
     np.testing.assert_array_equal(held_out.extras["top"][..., 0], held_out.tokens)
 
 
 def test_evaluation_sees_every_example_once():
-    batches = list(evaluation_batches(EXAMPLES, rows=7, length=40, pad_id=3))
+    batches = list(packed(EXAMPLES, rows=7, length=40, pad_id=3))
     assert {batch.tokens.shape for batch in batches} == {(7, 40)}
     assert sorted(drawn(batches)) == list(range(100))
     weights = sum(batch.weights.sum() for batch in batches)
     assert weights == sum(len(example.tokens) - example.prompt_length for example in EXAMPLES)
     padded = [row for batch in batches for row in batch.segment_ids if not row.any()]
     assert 0 < len(padded) < 7 and batches[-1].tokens[-1].tolist() == [3] * 40
-    with pytest.raises(PuzzleError, match="there is no trace to evaluate on"):
-        next(evaluation_batches([], rows=7, length=40, pad_id=3))
-    with pytest.raises(PuzzleError, match=r"example \d+ has \d+ tokens, but a row has 20"):
-        next(evaluation_batches(EXAMPLES, rows=7, length=20, pad_id=3))
+    assert list(packed([], rows=7, length=40, pad_id=3)) == []
+    with pytest.raises(ValueError, match=r"an example of \d+ tokens fits no row of 20"):
+        next(packed(EXAMPLES, rows=7, length=20, pad_id=3))
 
 
 # The verb -----------------------------------------------------------------------------------------------------------
@@ -341,7 +344,7 @@ def test_the_parent_answers_and_the_answers_train(parent, tmp_path):
     chat = Chat.load(parent)
     assert [list(t.prompt) for t in traces] == [chat.prompt_tokens(p.prompt, e) for p, e in asked]
     assert all(1 <= len(t.completion) <= (4 if t.effort == "low" else 6) for t in traces)
-    examples, counts = read_examples(settings(out, row_length=512), 128, chat)
+    examples, counts = read_examples((out,), settings(row_length=512), 128, chat)
     assert counts.kept == 4
     batch = next(TraceBatches(examples, settings(row_length=512), chat.pad_id))
     assert batch.weights.sum() > 0
