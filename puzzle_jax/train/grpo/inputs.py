@@ -121,7 +121,7 @@ class GrpoInputs(RunInputs[GrpoRecipe]):
         return {
             "kind": "grpo",
             "model": self.model.fingerprint,
-            "prompts": asdict(recipe.prompts) | {"task_identities": self.questions.judged_by},
+            "prompts": asdict(recipe.prompts) | {"judged_by": self.questions.task_identities},
             "rollout": asdict(recipe.rollout) | {"max_tokens": self.limits},
             "reward": {
                 "function": reward.function,
