@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Sequence
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from fractions import Fraction
 from typing import Any
@@ -32,3 +34,11 @@ def short(value: Number, direction: int) -> str:
         return str(int(value))
     rounding = {1: ROUND_CEILING, -1: ROUND_FLOOR}.get(direction)
     return f"{Context(prec=6, rounding=rounding).create_decimal(Decimal(repr(float(value)))):g}"
+
+
+def median_error(values: Sequence[float]) -> float:
+    """The relative standard error of a median, by the interquartile range, as of a normal distribution."""
+    if len(values) < 2:
+        return 0.0
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return 0.93 * (high - low) / middle / len(values) ** 0.5

@@ -44,6 +44,7 @@ from puzzle_jax.model.cache import LayerCache, decode_step, init_cache
 from puzzle_jax.model.cache_format import CacheFormat
 from puzzle_jax.model.network import moe_block
 from puzzle_jax.model.spec import Params, is_spec, param_specs
+from puzzle_jax.numeric import median_error
 
 # Parameters and caches of one trial.
 _TRIAL_BYTES = 4e9
@@ -125,7 +126,11 @@ class Measured:
         kinds |= {("attention", w): replace(reference, window=w) for w in windows}
         others = {kind: block for kind, block in kinds.items() if block != reference}
         turns = 2 * (self.rounds + 1) * (3 + 2 * max(1, len(others)))
-        advance = _counter(self.progress, turns)
+        done = count(1)
+
+        def advance() -> None:
+            if self.progress is not None:
+                self.progress(next(done), turns)
 
         def timed(phase: str) -> dict[Kind, tuple[float, float]]:
             """Seconds of every sub-block and of the rest in prefill or decoding, and their errors."""
@@ -141,7 +146,7 @@ class Measured:
                 own = alone[kind[0], getattr(reference, _FIELDS[kind[0]])] * share
                 ratios = [other / seconds for seconds, other in races[kind]] if kind in others else [1.0]
                 change = (statistics.median(ratios) - 1) * of_model / maker.depth
-                found[kind] = (max(0.0, own + change), _error(ratios))
+                found[kind] = (max(0.0, own + change), median_error(ratios))
             return found
 
         prefill, decode = timed("prefill"), timed("decode")
@@ -182,7 +187,7 @@ class Measured:
         states = [part.state for part in parts]
         seconds: list[list[float]] = [[] for _ in parts]
         for turn in range((1 + MOST_REPEATS) * self.rounds + 1):
-            if turn > 1 and (turn - 1) % self.rounds == 0 and settled(seconds):
+            if turn > 1 and (turn - 1) % self.rounds == 0 and _settled(seconds):
                 break
             for number, part in list(enumerate(parts))[:: 1 if turn % 2 else -1]:
                 start = self.clock()
@@ -194,18 +199,12 @@ class Measured:
         return seconds
 
 
-def settled(seconds: Sequence[Sequence[float]]) -> bool:
+def _settled(seconds: Sequence[Sequence[float]]) -> bool:
     """Whether the ratio of the last part's seconds to the first one's is known well enough."""
-    return _error([last / first for first, last in zip(seconds[0], seconds[-1], strict=True)]) <= SETTLED
+    return median_error([last / first for first, last in zip(seconds[0], seconds[-1], strict=True)]) <= SETTLED
 
 
 _FIELDS = {"experts": "num_experts", "attention": "window"}
-
-
-def _counter(progress: Callable[[int, int], None] | None, turns: int) -> Callable[[], None]:
-    """Calls `progress` with one turn more each time, and all turns."""
-    done = count(1)
-    return lambda: None if progress is None else progress(next(done), turns)
 
 
 @dataclass(frozen=True)
@@ -401,11 +400,3 @@ def _repeated(run: Callable[[Params, Array], PyTree], params: Params, x: Array, 
         return state
 
     return _Part(again, x, steps)
-
-
-def _error(values: Sequence[float]) -> float:
-    """The relative standard error of a median, from the interquartile range, as of a normal distribution."""
-    if len(values) < 2:
-        return 0.0
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return 0.93 * (high - low) / middle / len(values) ** 0.5

@@ -35,8 +35,8 @@ MESH = MeshSettings(data=2, sequence=2, model=2)
 # A plan reads how many experts a child keeps, and takes the first.
 FIRST = replace(CHILD, blocks=tuple(replace(block, kept=tuple(range(len(block.kept)))) for block in CHILD.blocks))
 RECIPE = DistillRecipe(
-    Path("parent"),
-    Path("child"),
+    parent=Path("parent"),
+    child=Path("child"),
     traces=Path("-"),
     out=Path("-"),
     data=DataSettings(row_length=36, rows=4, micro_batches=3),

@@ -63,7 +63,7 @@ def test_only_expert_matrices_are_rounded():
     np.testing.assert_allclose(rounded["layers"][0]["moe"]["gate_up"][0, :2, 0], [6.0, 0.5])
     np.testing.assert_allclose(rounded["layers"][0]["moe"]["down"][0, :2, 0], [6.0, 1.0])
     assert rounded["layers"][0]["moe"]["down_bias"] is params["layers"][0]["moe"]["down_bias"]
-    assert rounded["layers"][0]["attention"] is params["layers"][0]["attention"]
+    assert rounded["layers"][0]["attention"]["q_weight"] is params["layers"][0]["attention"]["q_weight"]
     assert rounded["head"] is params["head"]
 
 

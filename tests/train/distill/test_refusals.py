@@ -200,7 +200,7 @@ def test_templates_see_the_day_on_which_the_run_was_begun(directory, origin, tmp
     identity = {**origin.identity, "today": "2024-02-29"}
     open_run(tmp_path / "run", identity)
     again = DistillInputs.open(replace(origin.recipe, out=tmp_path / "run"), blocks=False)
-    assert again.identity["today"] == "2024-02-29" and again.chat.today.year == 2024
+    assert again.identity["today"] == "2024-02-29" and again.model.chat.today.year == 2024
     open_run(tmp_path / "run", again.identity)
 
 

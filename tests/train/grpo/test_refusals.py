@@ -61,7 +61,7 @@ def inputs(directory: Path, **changes) -> GrpoInputs:
         ),
         ({"rollout__cache": "int4"}, "rollout.cache is 'int4', but must be one of compute, float32"),
         ({"rollout__cache": "float8_e4m3fn"}, "model carries no scales for such a cache"),
-        ({"reward__time_limit": 0}, "reward.time_limit is 0.0, but must be a finite number above 0"),
+        ({"reward__time_limit": 0}, "reward.time_limit is 0.0, but must be above 0"),
         ({"reward__time_limit": ".nan"}, "reward.time_limit is nan"),
         ({"reward__workers": 0}, "reward.workers is 0, but must be at least 1"),
         ({"reward__pass_threshold": ".inf"}, "reward.pass_threshold is inf, but must be a finite number"),
