@@ -180,10 +180,8 @@ class Measured:
         return list(zip(*self._timed(parts, advance), strict=True))
 
     def _timed(self, parts: Sequence[_Part], advance: Callable[[], None]) -> list[list[float]]:
-        """Seconds per step of every part, in turns, one per round; the first turn of each compiles, uncounted.
-
-        Where the last part's share of the first one's time varies between rounds, as many more rounds follow.
-        """
+        """Seconds per step of every part, in turns, one per round; the first turn of each compiles, uncounted. Where
+        the last part's share of the first one's time varies between rounds, as many more follow."""
         states = [part.state for part in parts]
         seconds: list[list[float]] = [[] for _ in parts]
         for turn in range((1 + MOST_REPEATS) * self.rounds + 1):
