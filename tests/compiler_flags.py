@@ -7,4 +7,5 @@ _JAXLIB = tuple(int(part) for part in version("jaxlib").split(".")[:2])
 QUICK = "--xla_backend_optimization_level=0"
 if _JAXLIB < (0, 11):  # unknown to later ones
     QUICK += " --xla_cpu_use_fusion_emitters=false"
-EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
+# On a busy machine a device may come late to where all wait for each other; only one that hangs ends the program.
+EIGHT_DEVICES = "--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=600"

@@ -20,6 +20,8 @@ from typing import Generic, NamedTuple, TypeVar
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
+from puzzle_jax.errors import PuzzleError
+
 Item = TypeVar("Item")
 Extras = Callable[[int], Mapping[str, np.ndarray]]
 """From the index of an example to further arrays [tokens, ...] of it, read when it is packed."""
@@ -170,10 +172,14 @@ def packed(
 ) -> Iterator[Packed]:
     """Every example once, first-fit, in batches [rows, length]; rows at the end are padding where some are missing.
 
-    Raises ValueError for an example longer than `length`.
+    Raises `PuzzleError` where there is no example, or one is longer than `length`.
     """
-    filling = OpenRows[int](length, max(len(examples), 1), lambda index: len(examples[index].tokens))
-    for index in range(len(examples)):
+    if not examples:
+        raise PuzzleError("there is no trace to evaluate on")
+    filling = OpenRows[int](length, len(examples), lambda index: len(examples[index].tokens))
+    for index, example in enumerate(examples):
+        if len(example.tokens) > length:
+            raise PuzzleError(f"example {index} has {len(example.tokens)} tokens, but a row has {length}")
         filling.place(index)
     for start in range(0, len(filling), rows):
         members = filling.rows[start : start + rows]

@@ -242,7 +242,7 @@ def head_of(params: Params) -> Head:
 def _float32(tree: Params) -> Params:
     """Dense float32 copies of all arrays: they are donated to every step, and the base parameters must outlive them."""
 
-    def copy(node: Array | MXFP4 | StackedMXFP4) -> Array:
+    def copy(node: Array | np.ndarray | MXFP4 | StackedMXFP4) -> Array:
         if isinstance(node, StackedMXFP4):
             return jax.lax.map(lambda packed: as_dense(one_layer(packed), jnp.float32), node)
         return as_dense(node, jnp.float32) if isinstance(node, MXFP4) else jnp.array(node, jnp.float32)

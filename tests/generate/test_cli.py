@@ -50,7 +50,7 @@ def test_on_a_terminal_the_analysis_is_dimmed(capsys):
         (["--effort", "huge"], "effort is 'huge', but must be one of low, medium, high"),
         (["--max-tokens", "0"], "request 0 has max_tokens 0"),
         (["--max-tokens", "-5"], "request 0 has max_tokens -5"),
-        (["--max-tokens", "600"], "but the model's context is 512"),
+        (["--max-tokens", "600"], "but the context of the model is 512 tokens"),
         (["--temperature", "-1"], "temperature is -1.0"),
         (["--cache-dtype", "int4"], "cache dtype is 'int4'"),
         (["--cache-dtype", "float8_e4m3fn"], "carries no k_scale and v_scale"),

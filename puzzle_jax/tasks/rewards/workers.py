@@ -98,11 +98,11 @@ class RewardWorkers:
             number.
           environment: variables that the processes see; None: all with a function, `OWN_ENVIRONMENT` without.
 
-        Raises `ConfigError`, naming the setting `reward`, `time_limit` or `judges`, for a number out of range or a
+        Raises `ConfigError`, naming the setting `reward`, `time_limit` or `workers`, for a number out of range or a
         function that does not exist.
         """
         check_range("time_limit", time_limit, 0, above=True)
-        check_range("judges", processes, 1)
+        check_range("workers", processes, 1)
         self.lost: Counter[str] = Counter()
         self._setup = Setup(function, reward_source(function), time_limit)
         self._processes = processes

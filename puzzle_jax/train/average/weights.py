@@ -177,7 +177,7 @@ class Pair:
         for path, specs in parameters.items():
             if all(_same(self.ours.tensors[spec.name], self.theirs.tensors[spec.name]) for spec in specs):
                 continue
-            if spec.parameter_name not in trained:
+            if specs[0].parameter_name not in trained:
                 a, b = self.directories
                 raise PuzzleError(
                     f"{a} and {b} differ in {specs[0].name}, which neither's {PROVENANCE} calls trained, so they do "

@@ -499,7 +499,7 @@ def test_a_file_is_read_once_and_a_module_that_vanishes_is_told(tmp_path, monkey
         ({"time_limit": -1.5}, "time_limit is -1.5, but must be above 0"),
         ({"time_limit": float("nan")}, "time_limit is nan, but must be a finite number above 0"),
         ({"time_limit": float("inf")}, "time_limit is inf, but must be a finite number above 0"),
-        ({"processes": 0}, "judges is 0, but must be at least 1"),
+        ({"processes": 0}, "workers is 0, but must be at least 1"),
         ({"function": "f"}, "reward is 'f', but must be path/to/file.py:name or package.module:name"),
         ({"function": "bad.py"}, "reward is 'bad.py', but must be path/to/file.py:name or package.module:name"),
         ({"function": "bad.py:"}, "reward is 'bad.py:', but must be path/to/file.py:name or package.module:name"),

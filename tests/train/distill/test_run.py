@@ -30,7 +30,7 @@ from puzzle_jax.train.distill.inputs import DistillInputs
 from puzzle_jax.train.distill.objectives import Fixed
 from puzzle_jax.train.distill.run import Distiller
 from puzzle_jax.train.fake_quant import round_to_mxfp4
-from puzzle_jax.train.loop import Summary, Trained
+from puzzle_jax.train.loop import Trained
 from puzzle_jax.train.step import TrainState
 from puzzle_jax.train.student import Student
 from tests.compiler_flags import EIGHT_DEVICES, QUICK
@@ -308,8 +308,8 @@ def test_a_padded_child_stays_padded(directory, origin, tmp_path, monkeypatch):
     monkeypatch.setattr(Distiller, "_cache_scales", lambda self, trained: None)
     values = jax.tree.map(lambda leaf: leaf + 0.125, padded.student.master_weights(origin.base))
     evaluation = {"evaluation/kl": 0.5, "evaluation/next_token": 2.0}
-    summary = Summary(6, 0, False, 1.0, evaluation, None, None)
-    padded.export(Trained(TrainState(jnp.int32(6), values, (), jax.random.key(0), jnp.int32(0)), summary))
+    state = TrainState(jnp.int32(6), values, (), jax.random.key(0), jnp.int32(0))
+    padded.export(Trained(state, 6, 0, False, evaluation, None, None))
     written = describe_checkpoint(directory / "padded" / "child")
     assert [block.num_experts for block in written.config.blocks] == [5, 5]
     assert open_child(directory / "parent", written.directory).child.kept == KEPT

@@ -175,8 +175,8 @@ def test_a_run_that_dies_leaves_nothing(monkeypatch, tmp_path, end):
     assert record["temperature"] == TEMPERATURE and len(record["examples"]) == 16
 
 
-@pytest.mark.parametrize("examples,message", [([], "empty file"), (None, "an example of 24 tokens fits no row of 20")])
+@pytest.mark.parametrize("examples,message", [([], "no trace"), (None, "example 2 has 24 tokens, but a row has 20")])
 def test_examples_that_cannot_be_asked_are_refused(tmp_path, examples, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(PuzzleError, match=message):
         make(tmp_path / "cache", examples, length=20)
     assert not any(tmp_path.iterdir())
