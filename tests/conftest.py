@@ -29,12 +29,7 @@ CACHE = Path(__file__).parent.parent / ".cache" / "jax"
 jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(CACHE)))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 jax.config.update("jax_platforms", "cpu")
-# One program at a time: the threads of two that wait for devices of their own could keep each other waiting for ever.
-jax.config.update("jax_cpu_enable_async_dispatch", False)
 jax.config.update("jax_traceback_in_locations_limit", 0)  # nobody reads where an operation comes from
-
-# Tracing makes and drops many objects, hardly any of them in circles.
-gc.set_threshold(100_000, 20, 50)
 
 install_import_hook("puzzle_jax", "beartype.beartype")
 

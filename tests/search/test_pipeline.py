@@ -1,6 +1,7 @@
 """The whole search on a random two-layer parent, its stages, and what it refuses."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -22,8 +23,10 @@ from puzzle_jax.generate.traces import read_traces, write_traces
 from puzzle_jax.search.__main__ import main
 from puzzle_jax.search.pipeline import STAGE_NAMES
 from puzzle_jax.tasks.chat.embedded import chat_files
+from tests.compiler_flags import EIGHT_DEVICES, QUICK
 from tests.processes.start import ended, running
 from tests.support import chat_config, random_params
+from tests.waiting import HANG
 
 SLOW = pytest.mark.slow
 SETTINGS = [
@@ -196,10 +199,20 @@ SCORED = ("rank", "refine_costs", "score", "solve", "refine")
 
 
 def test_eight_devices_choose_what_one_does(finished, parent, tmp_path):
+    """In a process of its own: on few cores, what other tests leave running has kept eight devices waiting for ever."""
     run = tmp_path / "run"
     shutil.copytree(finished, run, ignore=shutil.ignore_patterns(*SCORED, "*-book.safetensors"))
-    for stage in SCORED:
-        assert search(parent, run, stage, "--mesh.data", "2", "--mesh.model", "4") == 0
+    options = ["--parent", str(parent), "--run", str(run), *SETTINGS, "--mesh.data", "2", "--mesh.model", "4"]
+    program = "import sys; from puzzle_jax.search.__main__ import main; sys.exit(max(map(main, {})))"
+    calls = [[stage, *options] for stage in SCORED]
+    ended = subprocess.run(
+        [sys.executable, "-c", program.format(calls)],
+        env={**os.environ, "XLA_FLAGS": f"{EIGHT_DEVICES} {QUICK}"},
+        capture_output=True,
+        text=True,
+        timeout=HANG,
+    )
+    assert ended.returncode == 0, ended.stderr
     one, eight = (json.loads((r / "score/scores.json").read_text())["layers"] for r in (finished, run))
     for of_one, of_eight in zip(one, eight, strict=True):
         assert [c["kept"] for c in of_one["experts"]] == [c["kept"] for c in of_eight["experts"]]
