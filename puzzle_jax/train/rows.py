@@ -172,11 +172,9 @@ def packed(
 ) -> Iterator[Packed]:
     """Every example once, first-fit, in batches [rows, length]; rows at the end are padding where some are missing.
 
-    Raises `PuzzleError` where there is no example, or one is longer than `length`.
+    Raises `PuzzleError` where an example is longer than `length`.
     """
-    if not examples:
-        raise PuzzleError("there is no trace to evaluate on")
-    filling = OpenRows[int](length, len(examples), lambda index: len(examples[index].tokens))
+    filling = OpenRows[int](length, max(len(examples), 1), lambda index: len(examples[index].tokens))
     for index, example in enumerate(examples):
         if len(example.tokens) > length:
             raise PuzzleError(f"example {index} has {len(example.tokens)} tokens, but a row has {length}")

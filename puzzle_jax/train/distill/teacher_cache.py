@@ -138,7 +138,11 @@ def make_cache(
       temperature: of the loss that will read the cache.
       rows, length: of the batches that the teacher is asked with; no example may be longer.
       identity: as for `open_cache`.
+
+    Raises `PuzzleError` where there is no example, or one is longer than `length`.
     """
+    if not examples:
+        raise PuzzleError("there is no trace to ask the teacher about")
     starts, prompts, lengths = _places(examples)
     partial_directory = directory.with_name(f".{directory.name}{PARTIAL}{os.getpid()}")
     try:
