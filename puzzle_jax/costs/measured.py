@@ -198,7 +198,7 @@ class Measured:
 
 
 def _settled(seconds: Sequence[Sequence[float]]) -> bool:
-    """Whether the ratio of the last part's seconds to the first one's is known well enough."""
+    """Tells whether the ratio of the last part's seconds to the first one's is known well enough."""
     return median_error([last / first for first, last in zip(seconds[0], seconds[-1], strict=True)]) <= SETTLED
 
 

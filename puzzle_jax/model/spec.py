@@ -90,7 +90,7 @@ def param_specs(config: ModelConfig) -> Params:
 
 
 def subtree(tree: PyTree, path: Iterable[str | int]) -> PyTree:
-    """What stands at a place of a tree in the structure of parameters."""
+    """Returns the node at a place of a tree in the structure of parameters."""
     for key in path:
         tree = tree[key]
     return tree

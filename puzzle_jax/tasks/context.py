@@ -1,4 +1,4 @@
-"""Whether a prompt fits a model's context together with its answer: asked here and nowhere else."""
+"""Checks that a prompt fits a model's context together with its longest answer."""
 
 from __future__ import annotations
 

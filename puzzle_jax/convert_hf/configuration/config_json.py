@@ -217,7 +217,7 @@ def _experts_per_token(fields: Fields) -> int:
 
 
 def is_plain(config: ModelConfig) -> bool:
-    """Whether every runtime builds the model from plain `gpt_oss`.
+    """Tells whether every runtime builds the model from plain `gpt_oss`.
 
     That takes one expert count, and one window width on even layers with full attention on odd ones.
     """

@@ -135,7 +135,7 @@ class StoredTensor:
                 yield piece
 
     def equals(self, other: StoredTensor) -> bool:
-        """Whether type, shape and bytes are the other's."""
+        """Tells whether type, shape and bytes equal the other's."""
         if (self.dtype, self.shape) != (other.dtype, other.shape):
             return False
         return all(np.array_equal(*pair) for pair in zip(self.chunks(), other.chunks(), strict=True))

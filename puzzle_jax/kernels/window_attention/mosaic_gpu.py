@@ -140,7 +140,7 @@ class _Tools:
         return self.mosaic.broadcasted_iota(jnp.int32, (TILE, TILE), axis, layout=self.matrix)
 
     def seen(self, query_axis: int, queries: Index, keys: Index, query_segment: Ref, key_segment: Ref) -> Array:
-        """Which keys of a tile are seen by which queries of a block, which lie along `query_axis`."""
+        """Returns a mask of the keys of a tile that each query of a block sees; queries lie along `query_axis`."""
         query = self.numbers(query_axis) + queries * TILE
         key = self.numbers(1 - query_axis) + keys * TILE
         mask = key <= query

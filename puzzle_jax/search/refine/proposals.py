@@ -126,7 +126,7 @@ class Refinement:
 
 
 def _best_quarter(numbers: Sequence[int], gains: Float[np.ndarray, "options"], layer: Sequence[int]) -> list[int]:
-    """Of every layer's options the quarter that gain most, but at least one."""
+    """Returns the quarter of every layer's options that gain most, and at least one."""
     left = []
     for each in sorted({layer[number] for number in numbers}):
         own = sorted((number for number in numbers if layer[number] == each), key=lambda number: gains[number])

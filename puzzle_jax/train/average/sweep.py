@@ -176,7 +176,7 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Swept:
-    """What a sweep found: the answers of every weight and of the reference, where there is one, and the choice."""
+    """The answers of every weight in a sweep, those of the reference where there is one, and the choice."""
 
     sweep: Sweep
     points: Mapping[float, Measured]
