@@ -4,7 +4,7 @@ from importlib.metadata import version
 
 _JAXLIB = tuple(int(part) for part in version("jaxlib").split(".")[:2])
 
-QUICK = "--xla_backend_optimization_level=0"
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 if _JAXLIB < (0, 11):  # unknown to later ones
     QUICK += " --xla_cpu_use_fusion_emitters=false"
 # On a busy machine a device may come late to where all wait for each other; only one that hangs ends the program.

@@ -14,14 +14,17 @@ from pathlib import Path
 import hypothesis
 import jax
 import pytest
-from jaxtyping import install_import_hook
 
 from tests.compiler_flags import EIGHT_DEVICES, QUICK
+from tests.type_checks import install
 
-LARGE_BYTES = 3 << 30  # of a process; programs that are no longer used are dropped beyond it
+LARGE_BYTES = 5 << 30  # of a process; programs that are no longer used are dropped beyond it
 
 os.environ.setdefault("PUZZLE_JAX_CACHE", tempfile.mkdtemp(prefix="puzzle_jax_cache_"))
 os.environ.setdefault("XLA_FLAGS", f"{EIGHT_DEVICES} {QUICK}")
+# Without bytecode every process that a test starts would compile the package's modules again.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # Programs that are started in the background inherit that interrupts are ignored; those that tests start shall not.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -31,11 +34,23 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_traceback_in_locations_limit", 0)  # nobody reads where an operation comes from
 
-install_import_hook("puzzle_jax", "beartype.beartype")
+install("puzzle_jax")
 
 # The same cases in every run; `pytest --hypothesis-profile=default` draws others.
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("fixed")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Torch and other runtimes are imported only where tests that need them are asked for."""
+    kept_out = [Path(__file__).parent / mark for mark in ("parity", "runtimes") if f"not {mark}" in config.option.markexpr]
+    return True if collection_path in kept_out else None
+
+
+def pytest_collection_finish() -> None:
+    """Imported modules stay: garbage is looked for among what tests make."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module", autouse=True)

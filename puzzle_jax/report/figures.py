@@ -1,15 +1,19 @@
-"""Figures, as PNG bytes. Drawn without a display and without pyplot's global state."""
+"""Figures, as PNG bytes. Drawn without a display and without pyplot's global state.
+
+matplotlib takes half a second to import, so the first figure imports it.
+"""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from puzzle_jax.files import Json
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Distinct in colour and in grey (Okabe and Ito's palette), the reference first.
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -53,9 +57,15 @@ def _bars(estimates: list[Json]) -> list[list[float]]:
 
 def canvas(width: float, height: float) -> tuple[Figure, Axes]:
     """A figure of this size, in inches, and its one plot."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank(width, height)
     return figure, figure.add_subplot()
+
+
+def blank(width: float, height: float) -> Figure:
+    """A figure of this size, in inches, without plots."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def grid(axes: Axes) -> None:

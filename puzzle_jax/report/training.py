@@ -16,21 +16,21 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from puzzle_jax.config import EFFORTS
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.files import write_beside
-from puzzle_jax.report.figures import COLOURS, grid, png
+from puzzle_jax.report.figures import COLOURS, blank, grid, png
 from puzzle_jax.report.html import render
 from puzzle_jax.runs import METRICS_FILE, REPORT_FILE, Metrics, read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -227,6 +227,8 @@ def _text(name: str) -> str:
 
 def _section(panels: Mapping[Panel, list[str]], metrics: Mapping[str, Series], span: tuple[float, float]) -> bytes:
     """Panels, with the names of each, over the steps of the whole run."""
+    from matplotlib.ticker import PercentFormatter
+
     columns = 3 if len(panels) == 3 else 2
     figure, places = _places(len(panels), columns, 9.6 / columns, 3.2, span)
     for axes, (panel, names) in zip(places, panels.items(), strict=True):
@@ -259,10 +261,11 @@ def _places(
     count: int, columns: int, width: float, height: float, span: tuple[float, float]
 ) -> tuple[Figure, list[Axes]]:
     """A figure of so many plots; width and height, in inches, are of each."""
+    from matplotlib.ticker import MaxNLocator
+
     columns = min(columns, count)
     rows = math.ceil(count / columns)
-    figure = Figure(figsize=(columns * width, rows * height), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank(columns * width, rows * height)
     places = [figure.add_subplot(rows, columns, position + 1) for position in range(count)]
     for axes in places:
         grid(axes)

@@ -31,6 +31,7 @@ from puzzle_jax.model.network import compute_dtype
 from puzzle_jax.model.sharding import make_training_mesh, on_mesh
 from puzzle_jax.model.spec import Params
 from puzzle_jax.processes.distributed import agree, from_primary, on_all, on_primary
+from puzzle_jax.report.training import write_training_report
 from puzzle_jax.runs import METRICS_FILE, begun_on, open_run
 from puzzle_jax.train.loop import Job, Trained, train
 from puzzle_jax.train.optimizer import make_optimizer
@@ -131,8 +132,6 @@ def primary_console(console: Console) -> Console:
 def report(run_dir: Path, console: Console) -> None:
     """Writes the page of a run, by the primary process. A signal may end a run before it has a line of metrics."""
     if jax.process_index() == 0 and (run_dir / METRICS_FILE).stat().st_size:
-        from puzzle_jax.report.training import write_training_report  # brings matplotlib
-
         console.print(f"report: {write_training_report(run_dir)}", highlight=False)
 
 

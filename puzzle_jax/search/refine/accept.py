@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.stats import spearmanr
 
 from puzzle_jax.evaluate.statistics import weighted_mean
 from puzzle_jax.search.score.measurements import Score
@@ -82,6 +81,8 @@ class Pool:
         predicted, real = [c.score for c in self.candidates], [score.kl for score in self.scores]
         if len(set(predicted)) < 2 or len(set(real)) < 2:
             return None
+        from scipy.stats import spearmanr  # takes half a second to import
+
         return float(spearmanr(predicted, real)[0])  # pyright: ignore[reportArgumentType]
 
     def to_json(self) -> list[dict[str, Any]]:

@@ -1,0 +1,76 @@
+"""Shapes and types of every call of the package are checked, by jaxtyping and beartype.
+
+jaxtyping's import hook makes the checks of a function as its module is imported. In a process that runs tests that took
+ten seconds, most of them for functions that are never called there, so checks are made at a function's first call. Where no
+annotation is of an array, beartype alone checks it: there are no shapes to keep in mind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import types
+import typing
+from collections.abc import Callable
+
+import jaxtyping
+from beartype import beartype
+from jaxtyping import AbstractArray, PyTree, install_import_hook
+
+_jaxtyped = jaxtyping.jaxtyped
+
+
+def install(package: str) -> None:
+    """Checks all functions and dataclasses of modules of `package` that are imported from now on."""
+    jaxtyping.jaxtyped = _from_the_first_call
+    install_import_hook(package, "beartype.beartype")
+
+
+def _from_the_first_call(of: object = None, *, typechecker: Callable) -> object:
+    """What the import hook puts above every function and class in place of `jaxtyping.jaxtyped`."""
+    if of is None:
+        return functools.partial(_from_the_first_call, typechecker=typechecker)
+    if inspect.isclass(of):
+        made = vars(of).get("__init__")
+        if "__dataclass_fields__" in vars(of) and isinstance(made, types.FunctionType):
+            of.__init__ = _lazily(made, typechecker)
+        return of
+    if isinstance(of, types.FunctionType):
+        return _lazily(of, typechecker)
+    return _jaxtyped(of, typechecker=typechecker)
+
+
+def _lazily(function: Callable, typechecker: Callable) -> Callable:
+    checked = None
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        nonlocal checked
+        if checked is None:
+            checked = _checked(function, typechecker)
+        return checked(*args, **kwargs)
+
+    return call
+
+
+def _checked(function: Callable, typechecker: Callable) -> Callable:
+    if not _has_arrays(function):
+        with contextlib.suppress(Exception):  # a hint that refers to itself; jaxtyping takes it for anything
+            return beartype(function)
+    return _jaxtyped(function, typechecker=typechecker)
+
+
+def _has_arrays(function: Callable) -> bool:
+    """Whether any annotation is of arrays, or cannot be told: jaxtyping passes over what it cannot resolve."""
+    try:
+        hints = typing.get_type_hints(function, include_extras=True)
+    except Exception:
+        return True
+    return any(map(_of_arrays, hints.values()))
+
+
+def _of_arrays(hint: object) -> bool:
+    if inspect.isclass(hint) and issubclass(hint, AbstractArray | PyTree):
+        return True
+    return any(map(_of_arrays, typing.get_args(hint)))
