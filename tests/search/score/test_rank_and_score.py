@@ -20,7 +20,7 @@ from puzzle_jax.model.child import Child, ChildBlock, identity_child
 from puzzle_jax.model.network import attention_block, embed, forward, moe_block, rms_norm
 from puzzle_jax.model.rope import rope_table
 from puzzle_jax.model.sharding import make_mesh, shard_params
-from puzzle_jax.model.spec import layer_experts
+from puzzle_jax.model.spec import Params, layer_experts
 from puzzle_jax.search.rank.ranking import METHODS, KeptSums, rank_experts
 from puzzle_jax.search.score import replace_one as replace_module
 from puzzle_jax.search.score.lens import fit_lens
@@ -28,7 +28,7 @@ from puzzle_jax.search.score.measurements import Fill, ScoreTable
 from puzzle_jax.search.score.replace_one import Alternative, ReplaceOne, child_choices
 from puzzle_jax.search.score.whole_children import score_children
 from puzzle_jax.search.workers import Team
-from tests.support import random_params, small_config
+from tests.support import jitted, random_params, small_config
 from tests.waiting import HANG
 
 
@@ -123,7 +123,7 @@ def removals_and_contributions(params, config, tokens, count):
         moe, y = layer["moe"], rms_norm(x, layer["moe"]["norm"], config.rms_norm_eps)[0]
         logits = y @ moe["router_weight"] + moe["router_bias"]
 
-        def mixture(routing, moe=moe, y=y):
+        def mixture(routing, moe: Params = moe, y: jax.Array = y) -> jax.Array:
             return expert_mlp(y, routing, layer_experts(moe), limit=config.swiglu_limit, implementation="reference")
 
         before, after = x[0], x[0] + mixture(route(logits, 2))
@@ -230,9 +230,9 @@ def test_logits_of_few_answers_at_a_time_give_the_same_scores(parent, monkeypatc
 
     whole_at_once = scored()
     monkeypatch.setattr(replace_module, "MOST_ANSWERS", 13)
-    replace_module.compare_states.clear_cache()
+    jitted(replace_module.compare_states).clear_cache()
     np.testing.assert_allclose(scored(), whole_at_once, rtol=1e-5, atol=1e-7)
-    replace_module.compare_states.clear_cache()
+    jitted(replace_module.compare_states).clear_cache()
 
 
 def test_scores_are_those_of_whole_passes_over_single_replacements(parent):
