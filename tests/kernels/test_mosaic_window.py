@@ -16,9 +16,8 @@ def made_up(seq=SEQ, batch=BATCH):
     keys = jax.random.split(jax.random.key(0), 4)
     q = jax.random.normal(keys[0], (batch, seq, KV_HEADS * GROUP, DIM))
     k, v = (jax.random.normal(key, (batch, seq, KV_HEADS, DIM)) for key in keys[1:3])
-    return (q.astype(jnp.bfloat16), k.astype(jnp.bfloat16), v.astype(jnp.bfloat16)), jax.random.normal(
-        keys[3], (KV_HEADS * GROUP,)
-    )
+    sinks = jax.random.normal(keys[3], (KV_HEADS * GROUP,))
+    return (q.astype(jnp.bfloat16), k.astype(jnp.bfloat16), v.astype(jnp.bfloat16)), sinks
 
 
 def exact(q, k, v):

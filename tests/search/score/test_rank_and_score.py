@@ -20,7 +20,7 @@ from puzzle_jax.model.child import Child, ChildBlock, identity_child
 from puzzle_jax.model.network import attention_block, embed, forward, moe_block, rms_norm
 from puzzle_jax.model.rope import rope_table
 from puzzle_jax.model.sharding import make_mesh, shard_params
-from puzzle_jax.model.spec import Params, layer_experts
+from puzzle_jax.model.spec import layer_experts
 from puzzle_jax.search.rank.ranking import METHODS, KeptSums, rank_experts
 from puzzle_jax.search.score import replace_one as replace_module
 from puzzle_jax.search.score.lens import fit_lens
@@ -116,14 +116,15 @@ def padded(trace):
 def removals_and_contributions(params, config, tokens, count):
     """Per layer and expert, means over one row's tokens: the error when it is removed, where it was chosen; the norm of
     its gated output, alone and times how far the mixture turned the state; its gate; how often it was chosen."""
-    x, means = embed(params, tokens), []
+    x: jax.Array = embed(params, tokens)
+    means = []
     table = rope_table(config.rope, config.head_dim, jnp.arange(tokens.shape[1])[None])
     for layer, block in zip(params["layers"], config.blocks, strict=True):
         x, _ = attention_block(layer["attention"], config, x, table, window=block.window)
         moe, y = layer["moe"], rms_norm(x, layer["moe"]["norm"], config.rms_norm_eps)[0]
         logits = y @ moe["router_weight"] + moe["router_bias"]
 
-        def mixture(routing, moe: Params = moe, y: jax.Array = y) -> jax.Array:
+        def mixture(routing, moe=moe, y=y):
             return expert_mlp(y, routing, layer_experts(moe), limit=config.swiglu_limit, implementation="reference")
 
         before, after = x[0], x[0] + mixture(route(logits, 2))
