@@ -252,6 +252,7 @@ def theirs(settings: argparse.Namespace) -> dict[str, Any]:
         options["experts_implementation"] = settings.experts_implementation
     of_child = GptOssConfig.from_pretrained(root / "parent")  # the child's own asks for remote code
     of_child.num_local_experts = 8
+    assert of_child.layer_types is not None
     of_child.layer_types[1] = "sliding_attention"
     teacher = GptOssForCausalLM.from_pretrained(root / "parent", **options).eval()
     student = GptOssForCausalLM.from_pretrained(root / "child", config=of_child, **options).train()

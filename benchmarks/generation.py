@@ -157,7 +157,7 @@ class Theirs:
     def __init__(self, path: Path, dtype: str, settings: str) -> None:
         experts, self.cache, *rest = settings.split("/")
         self.compiled = rest == ["compiled"]
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(
+        self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             path, dtype=getattr(torch, dtype), attn_implementation="eager", experts_implementation=experts
         ).eval()
 
@@ -171,7 +171,7 @@ class Theirs:
         if self.cache != "dynamic":
             options |= {"cache_implementation": self.cache, "disable_compile": not self.compiled}
         if self.compiled:
-            options["compile_config"] = transformers.CompileConfig(mode="default", fullgraph=False)
+            options |= {"compile_config": transformers.CompileConfig(mode="default", fullgraph=False)}
             options["compile_config"]._compile_all_devices = True
         with torch.inference_mode():
             out = self.model.generate(

@@ -324,6 +324,7 @@ def _capacity_buffer(x: jax.Array, routing: Routing, experts: Experts, factor: f
     """The mixture as many trainers have it: each expert takes so many rows and no more; what is above is dropped."""
     count, (tokens, k) = len(experts.down_bias), routing.ids.shape
     rows = int(factor * tokens * k / count)
+    assert isinstance(experts.gate_up, jax.Array) and isinstance(experts.down, jax.Array)
     flat = routing.ids.reshape(-1)
     mine = jax.nn.one_hot(flat, count, dtype=jnp.int32)
     rank = jnp.sum((jnp.cumsum(mine, axis=0) - mine) * mine, axis=1)
@@ -337,6 +338,7 @@ def _capacity_buffer(x: jax.Array, routing: Routing, experts: Experts, factor: f
 def _ragged_mlp(x: jax.Array, routing: Routing, experts: Experts) -> jax.Array:
     """The mixture by `lax.ragged_dot` over rows sorted by expert."""
     k, count = routing.ids.shape[1], experts.down_bias.shape[0]
+    assert isinstance(experts.gate_up, jax.Array) and isinstance(experts.down, jax.Array)
     flat = routing.ids.reshape(-1)
     order = jnp.argsort(flat, stable=True)
     sizes = jnp.zeros(count, jnp.int32).at[flat].add(1)

@@ -48,7 +48,7 @@ from puzzle_jax.program.library import Limit, Program
 from puzzle_jax.program.solve import solve
 
 try:
-    import pulp
+    import pulp  # pyright: ignore[reportMissingImports]
 except ImportError:
     pulp = None
 

@@ -53,6 +53,10 @@ from puzzle_jax.settings.files import RECIPES
 CONSOLE = Console(width=120)
 
 
+def spearman(one: Any, other: Any) -> float:
+    return float(spearmanr(one, other)[0])  # pyright: ignore[reportArgumentType]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, help="directory of a finished search with default settings")
@@ -207,7 +211,7 @@ def ranks(found: _Found) -> None:
     Fill(looked, lens, everything, order)()
     first = ScoreTable.empty(found.indexed.listed, found.calibration)
     first.values[:, order[:LENS_TRACES]] = looked.values[:, order[:LENS_TRACES]]
-    CONSOLE.print(f"lens on {LENS_TRACES} traces: Spearman with gold {float(spearmanr(first.means(), gold)[0]):.3f}")
+    CONSOLE.print(f"lens on {LENS_TRACES} traces: Spearman with gold {spearman(first.means(), gold):.3f}")
     for traces in (8, 16, 32):
         correlations: dict[str, list[float]] = {"exact": [], "exact and lens together": []}
         for start in range(0, 8 * traces, traces):
@@ -218,7 +222,7 @@ def ranks(found: _Found) -> None:
             table.lens = np.full(looked.values.shape[:2], np.nan)
             table.lens[:, seen] = looked.values[:, seen, 0]
             for values, scores in zip(correlations.values(), (table.means(), table.estimates()), strict=True):
-                values.append(float(spearmanr(scores, gold)[0]))
+                values.append(spearman(scores, gold))
         for what, values in correlations.items():
             shown = ", ".join(f"{value:.3f}" for value in sorted(values))
             mean = statistics.mean(values)
@@ -294,7 +298,7 @@ def additive(found: _Found, architectures: int = 60) -> None:
     ratio = np.median([r / p for r, p in changed])
     CONSOLE.print(
         f"{architectures} random architectures, KL {min(real):.3f} to {max(real):.3f}: Spearman of predicted and real "
-        f"{float(spearmanr(predicted, real)[0]):.3f}, median real over predicted {ratio:.2f}"
+        f"{spearman(predicted, real):.3f}, median real over predicted {ratio:.2f}"
     )
 
 

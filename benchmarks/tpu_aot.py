@@ -53,8 +53,9 @@ def main() -> None:
                 failed += 1
                 print(f"{tpu:<4} {name:<62} does not compile: {str(error).splitlines()[0]}")
                 continue
-            temporary = compiled.memory_analysis().temp_size_in_bytes / 1e6
-            seconds = compiled.cost_analysis()["optimal_seconds"]
+            memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
+            assert memory is not None and costs is not None
+            temporary, seconds = memory.temp_size_in_bytes / 1e6, costs["optimal_seconds"]
             # Splash attention gives no estimates: what is left is no time.
             modelled = f"modelled {seconds * 1e3:7.3f} ms" if seconds > 0 else "not modelled"
             print(

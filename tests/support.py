@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import io
+from typing import Protocol, TypeVar, runtime_checkable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich.console import Console
 
 from puzzle_jax.config import BlockConfig, ModelConfig, RopeConfig
 from puzzle_jax.model.network import forward
 from puzzle_jax.model.spec import Params, ParamSpec, is_spec, param_specs
+
+T = TypeVar("T")
 
 BLOCKS = (BlockConfig(7, 5), BlockConfig(7, None), BlockConfig(7, 5), BlockConfig(7, None))
 
@@ -54,6 +60,37 @@ def model_logits(params: Params, config: ModelConfig, tokens: jax.Array, **optio
 
 
 _forward = jax.jit(forward, static_argnums=1)
+
+
+def present(value: T | None) -> T:
+    """A value that may be None by its type, and is not."""
+    assert value is not None
+    return value
+
+
+def of_type(kind: type[T], value: object) -> T:
+    """A value whose type says less than what it is."""
+    assert isinstance(value, kind)
+    return value
+
+
+def printed(console: Console) -> str:
+    """Everything that went to a console whose file is a text in memory."""
+    return of_type(io.StringIO, console.file).getvalue()
+
+
+@runtime_checkable
+class Jitted(Protocol):
+    """What a program of `jax.jit` has beyond its type."""
+
+    def clear_cache(self) -> None: ...
+    def _cache_size(self) -> int: ...
+
+
+def jitted(program: object) -> Jitted:
+    """A program of `jax.jit`, to ask for what it has compiled."""
+    assert isinstance(program, Jitted)
+    return program
 
 
 def chat_config() -> ModelConfig:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from math import inf, nan
-from typing import get_args, get_origin
+from typing import Any, get_args, get_origin
 
 import pytest
 
@@ -75,8 +75,9 @@ def test_numbers_beyond_all_use_are_refused_by_name(recipe):
 
 @pytest.mark.parametrize("name", ["slots", "bootstrap", "max_batch", "rounds", "cache_memory"])
 def test_sizes_of_an_evaluation(name, tmp_path):
+    changes: dict[str, Any] = {name: 10**18}
     with pytest.raises(ConfigError, match=f"{name} is 1000000000000000000, but must be"):
-        Settings({"a": tmp_path}, tmp_path, **{name: 10**18})
+        Settings({"a": tmp_path}, tmp_path, **changes)
 
 
 def test_sizes_of_a_measurement_of_speed():

@@ -72,7 +72,7 @@ def init_state(params: PyTree, optimizer: optax.GradientTransformation, key: Key
 
 def make_step(
     loss: LossFunction, optimizer: optax.GradientTransformation, *, shardings: Shardings | None = None
-) -> Step:
+) -> Callable[[TrainState, PyTree, PyTree], tuple[TrainState, Metrics]]:
     """The jitted step: (state, fixed, batch) -> (next state, metrics).
 
     Args:

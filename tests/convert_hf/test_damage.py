@@ -26,7 +26,7 @@ from puzzle_jax.convert_hf.tensors.files import INDEX, SINGLE, open_tensors
 from puzzle_jax.errors import CheckpointError
 from tests.paths import ROOT
 
-Damage = Callable[[Path], None]
+Damage = Callable[[Path], object]
 
 SHARD = "model-00001-of-00001.safetensors"
 BLOCKS = "model.layers.1.mlp.experts.down_proj_blocks"

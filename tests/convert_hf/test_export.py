@@ -9,7 +9,7 @@ import pytest
 from puzzle_jax.config import BlockConfig, ModelConfig
 from puzzle_jax.convert_hf.export import CARRIED, export_child, save_checkpoint
 from puzzle_jax.convert_hf.load import load_checkpoint
-from puzzle_jax.convert_hf.table import checkpoint_tensors, tensor_bytes
+from puzzle_jax.convert_hf.table import Form, checkpoint_tensors, tensor_bytes
 from puzzle_jax.convert_hf.tensors.files import INDEX, SINGLE, open_tensors
 from puzzle_jax.errors import CheckpointError, ConfigError, PuzzleError
 from puzzle_jax.model.child import Child, ChildBlock, cut_params
@@ -23,7 +23,7 @@ from tests.convert_hf.checkpoints import (
     stored_bytes,
     write_random,
 )
-from tests.support import random_params, random_tokens
+from tests.support import present, random_params, random_tokens
 
 KEPT = ((0, 2, 3, 5, 6), (0, 1, 2, 3, 4, 5, 6), (1, 4), (0, 5, 6))
 WINDOWS = (5, 9, 5, None)
@@ -44,7 +44,7 @@ def parent(request, tmp_path) -> Path:
     return write_random(tmp_path / "parent", packable_config(), request.param)
 
 
-def form_of(directory: Path) -> str:
+def form_of(directory: Path) -> Form:
     return "mxfp4" if any(name.endswith("_blocks") for name in open_tensors(directory).tensors) else "bf16"
 
 
@@ -55,7 +55,7 @@ def test_a_pruned_expert_keeps_its_bytes_and_the_rest_is_copied(parent, tmp_path
     for spec in checkpoint_tensors(child.config, form_of(parent)):
         if ".mlp.experts." in spec.name or ".mlp.router." in spec.name:
             parents = rows(parent, spec.name)
-            assert rows(tmp_path / "child", spec.name) == [parents[i] for i in KEPT[spec.layer]], spec.name
+            assert rows(tmp_path / "child", spec.name) == [parents[i] for i in KEPT[present(spec.layer)]], spec.name
         else:
             assert after[spec.name] == before[spec.name], spec.name
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.typing import DTypeLike
 
 from puzzle_jax.convert_hf.describe import describe_checkpoint
 from puzzle_jax.convert_hf.export import export_child, save_checkpoint
@@ -12,7 +13,7 @@ from puzzle_jax.convert_hf.load import load_checkpoint
 from puzzle_jax.errors import CheckpointError
 from puzzle_jax.model.cache_format import KVScales
 from tests.convert_hf.checkpoints import MIXED, rewrite, write_random
-from tests.support import random_params, small_config
+from tests.support import present, random_params, small_config
 
 CONFIG = small_config()  # four layers
 K, V = [0.5, 0.25, 2.0, 1.5], [3.0, 0.125, 1.0, 0.75]
@@ -24,7 +25,7 @@ def add(directory: Path, **tensors: np.ndarray) -> Path:
     return directory
 
 
-def flat(k=K, v=V, shape=(), dtype=np.float32):
+def flat(k=K, v=V, shape=(), dtype: DTypeLike = np.float32):
     return {
         f"model.layers.{layer}.self_attn.{kind}_scale": np.full(shape, value, dtype)
         for kind, values in (("k", k), ("v", v))
@@ -42,7 +43,7 @@ def nested(shape=()):
 @pytest.mark.parametrize("tensors", [flat(), flat(shape=(1,), dtype=np.float16), nested(), nested(shape=(1,))])
 def test_all_forms_are_read(tmp_path, tensors):
     directory = add(write_random(tmp_path / "model", CONFIG, "bf16"), **tensors)
-    scales = load_checkpoint(directory).kv_scales
+    scales = present(load_checkpoint(directory).kv_scales)
     np.testing.assert_array_equal(scales.k, K)
     np.testing.assert_array_equal(scales.v, V)
 
@@ -77,7 +78,7 @@ def test_saved_scales_are_zero_dimensional_floats_and_come_back(tmp_path):
     save_checkpoint(tmp_path / "out", CONFIG, random_params(CONFIG), config_base={}, form="bf16", kv_scales=SCALES)
     entry = header(tmp_path / "out")["model.layers.3.self_attn.v_scale"]
     assert entry["dtype"] == "F32" and entry["shape"] == []
-    scales = load_checkpoint(tmp_path / "out").kv_scales
+    scales = present(load_checkpoint(tmp_path / "out").kv_scales)
     np.testing.assert_array_equal(scales.k, K)
     np.testing.assert_array_equal(scales.v, V)
 
@@ -89,7 +90,7 @@ def test_a_child_carries_its_own_scales_or_else_its_parents(tmp_path, own):
     kept = [list(range(block.num_experts)) for block in MIXED]
     mine = KVScales(SCALES.k * 2, SCALES.v * 4) if own else None
     export_child(parent, tmp_path / "child", config, kept, provenance={}, kv_scales=mine)
-    scales = load_checkpoint(tmp_path / "child").kv_scales
+    scales = present(load_checkpoint(tmp_path / "child").kv_scales)
     np.testing.assert_array_equal(scales.k, np.asarray(K) * (2 if own else 1))
     np.testing.assert_array_equal(scales.v, np.asarray(V) * (4 if own else 1))
     assert header(tmp_path / "child")["model.layers.0.self_attn.k_scale"]["shape"] == []

@@ -17,7 +17,8 @@ from puzzle_jax.kernels.expert_mlp.capacity import round_rows
 from tests.support import small_config
 
 CONFIG = small_config(hidden_size=160, intermediate_size=112, head_dim=48, vocab_size=997)
-CHAT = Scenario("chat", input_tokens=250, output_tokens=70, batch=20, hardware="tpu-v5e")
+BATCH = 20
+CHAT = Scenario("chat", input_tokens=250, output_tokens=70, batch=BATCH, hardware="tpu-v5e")
 COUNTS_FLOPS = Hardware("operations", 1, 1e30, 1, 1, 1, 0, 0)
 """Its seconds are the operations of a program."""
 
@@ -58,7 +59,7 @@ def test_operations_of_a_mixture_by_hand(counted, count):
         return 2 * (experts + tokens * CONFIG.hidden_size * count)
 
     assert (BLOCKS.rows, BLOCKS.chunk, BLOCKS.chunks, BLOCKS.groups) == (16, 64, 4, 1.25)
-    check(counted[0].experts[count], 1.25 * 4 * by_hand(16 * 64), by_hand(CHAT.batch))
+    check(counted[0].experts[count], 1.25 * 4 * by_hand(16 * 64), by_hand(BATCH))
 
 
 @pytest.mark.parametrize("window", [None, 24])
@@ -67,15 +68,15 @@ def test_operations_of_attention_by_hand(counted, window):
     slots = window or BLOCKS.context
     weights = 2 * CONFIG.hidden_size * (CONFIG.query_width + CONFIG.kv_width)
     cached = sum(-(-min(start, slots) // key_block(slots)) * key_block(slots) for start in (0, 64, 128, 192))
-    prefill = CHAT.batch * 64 * (4 * weights + 2 * (cached + 4 * 64) * CONFIG.query_width)
-    decode = CHAT.batch * (weights + 2 * slots * CONFIG.query_width)
-    turned = 3 * CHAT.batch * slots * 2 * CONFIG.kv_width  # cached values, into float32 and back on a CPU
+    prefill = BATCH * 64 * (4 * weights + 2 * (cached + 4 * 64) * CONFIG.query_width)
+    decode = BATCH * (weights + 2 * slots * CONFIG.query_width)
+    turned = 3 * BATCH * slots * 2 * CONFIG.kv_width  # cached values, into float32 and back on a CPU
     check(counted[0].attention[window], 2 * prefill, 2 * decode, turned)
 
 
 def test_operations_of_embedding_and_head_by_hand(counted):
-    head = 2 * CHAT.batch * CONFIG.hidden_size * CONFIG.vocab_size
-    embedded = CHAT.batch * CHAT.input_tokens * CONFIG.hidden_size
+    head = 2 * BATCH * CONFIG.hidden_size * CONFIG.vocab_size
+    embedded = BATCH * CHAT.input_tokens * CONFIG.hidden_size
     found = counted[0].fixed
     assert (
         head < found.prefill_seconds < ABOVE_PRODUCTS * head + 2 * embedded

@@ -8,6 +8,7 @@ import pytest
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.evaluate.comparison import analyse
 from puzzle_jax.generate.traces import Trace
+from tests.support import present
 
 EFFORTS = ("low", "high")
 
@@ -89,8 +90,8 @@ def test_the_curves_are_compared(analysis):
 def test_a_child_that_is_always_right_and_fast_lies_above_in_every_draw():
     child = answers({"low": "111111", "high": "111111"}, {"low": 10, "high": 30})
     analysis = analyse({"parent": PARENT, "child": child}, EFFORTS, RATES, draws=600, seed=1)
-    reachable = analysis.comparisons["child"].reachable
-    assert reachable.gap.accuracy == pytest.approx(1 / 6)
+    reachable = present(analysis.comparisons["child"].reachable)
+    assert present(reachable.gap).accuracy == pytest.approx(1 / 6)
     assert reachable.answered == 1.0 and reachable.lower_bound == 0.0
     # There is no gap in the draws that miss the one of four `add` problems that the parent gets wrong.
     assert reachable.probability == pytest.approx(1 - 0.75**4, abs=0.08)
@@ -117,6 +118,7 @@ def test_one_model_alone_is_summarised():
     analysis = analyse(
         {"parent": PARENT}, EFFORTS, {e: {"parent": r["parent"]} for e, r in RATES.items()}, draws=9, seed=1
     )
+    assert analysis.points is not None
     assert analysis.comparisons == {} and analysis.points["parent"]["low"].rate.value == pytest.approx(5)
 
 

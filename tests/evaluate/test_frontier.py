@@ -6,6 +6,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from puzzle_jax.evaluate.frontier import Curve, above_everywhere, common_gap, reachable_gap
+from tests.support import present
 
 # Parent: high (1, 0.8), medium (2, 0.6), low (4, 0.2).
 PARENT = Curve.of([(4.0, 0.2), (1.0, 0.8), (2.0, 0.6)])
@@ -24,33 +25,34 @@ def test_a_curve_sorts_its_points_and_keeps_the_best_of_one_rate():
 
 def test_the_smallest_gap_lies_at_a_knot_of_either_curve():
     """Child from (1.5, 0.75) to (3, 0.35): over the parent by 0.05 at 1.5, under it by 0.0167 at 2, by 0.05 at 3."""
-    gap = common_gap(Curve.of([(1.5, 0.75), (3.0, 0.35)]), PARENT)
+    gap = present(common_gap(Curve.of([(1.5, 0.75), (3.0, 0.35)]), PARENT))
     assert (gap.low, gap.high, gap.rate) == (1.5, 3.0, 3.0)
     assert gap.accuracy == pytest.approx(0.35 - 0.4)
-    gap = common_gap(Curve.of([(1.5, 0.75), (3.0, 0.41)]), PARENT)
+    gap = present(common_gap(Curve.of([(1.5, 0.75), (3.0, 0.41)]), PARENT))
     assert gap.rate == 3.0 and gap.accuracy == pytest.approx(0.01)
     # A knot of the parent inside a straight piece of the child.
-    gap = common_gap(Curve.of([(1.0, 0.85), (4.0, 0.3)]), PARENT)
+    gap = present(common_gap(Curve.of([(1.0, 0.85), (4.0, 0.3)]), PARENT))
     assert gap.rate == 1.0 and gap.accuracy == pytest.approx(0.05)
-    gap = common_gap(Curve.of([(1.0, 0.95), (4.0, 0.22)]), Curve.of([(1.0, 0.8), (2.0, 0.7), (4.0, 0.2)]))
+    gap = present(common_gap(Curve.of([(1.0, 0.95), (4.0, 0.22)]), Curve.of([(1.0, 0.8), (2.0, 0.7), (4.0, 0.2)])))
     assert gap.rate == 2.0 and gap.accuracy == pytest.approx(0.95 - 0.73 / 3 - 0.7)
 
 
 def test_curves_without_a_common_rate_have_no_gap():
     assert common_gap(Curve.of([(5.0, 0.9), (9.0, 0.8)]), PARENT) is None
     assert common_gap(Curve.of([(0.5, 0.9)]), PARENT) is None
-    touching = common_gap(Curve.of([(4.0, 0.3), (9.0, 0.1)]), PARENT)
+    touching = present(common_gap(Curve.of([(4.0, 0.3), (9.0, 0.1)]), PARENT))
     assert (touching.low, touching.high) == (4.0, 4.0) and touching.accuracy == pytest.approx(0.1)
 
 
 def test_a_fast_child_is_compared_with_the_best_of_a_slow_parent_by_what_it_can_reach():
     fast = Curve.of([(5.0, 0.75), (9.0, 0.3)])
-    gap = reachable_gap(fast, PARENT)  # at every rate up to 4 the child attains 0.75; the parent at 1 attains 0.8
+    # At every rate up to 4 the child attains 0.75; the parent at 1 attains 0.8.
+    gap = present(reachable_gap(fast, PARENT))
     assert gap.rate == 1.0 and gap.accuracy == pytest.approx(-0.05)
-    assert reachable_gap(Curve.of([(5.0, 0.85), (9.0, 0.3)]), PARENT).accuracy == pytest.approx(0.05)
+    assert present(reachable_gap(Curve.of([(5.0, 0.85), (9.0, 0.3)]), PARENT)).accuracy == pytest.approx(0.05)
     # The common range hides that the child never attains the parent's best.
     child = Curve.of([(2.0, 0.7), (4.0, 0.4)])
-    assert common_gap(child, PARENT).accuracy > 0 > reachable_gap(child, PARENT).accuracy
+    assert present(common_gap(child, PARENT)).accuracy > 0 > present(reachable_gap(child, PARENT)).accuracy
     assert reachable_gap(Curve.of([(1.0, 0.9), (3.9, 0.9)]), PARENT) is None
 
 
@@ -83,6 +85,7 @@ def test_no_rate_has_a_smaller_gap(first, second):
         assert gap.accuracy == pytest.approx((model.at(there) - reference.at(there))[0])
     reachable = reachable_gap(model, reference)
     assume(reachable is not None)
+    assert reachable is not None
     grid = np.linspace(0, reference.rates[-1], 201)
     assert reachable.accuracy <= (model.reachable().at(grid) - reference.reachable().at(grid)).min() + 1e-9
 
@@ -93,7 +96,7 @@ def test_draws_without_an_answer_count_as_not_above():
     draws = [(above, PARENT)] * 18 + [(below, PARENT)] + [(apart, PARENT)]
     result = above_everywhere(common_gap, above, PARENT, draws)
     assert (result.probability, result.answered) == (0.9, 0.95)
-    assert result.gap.accuracy == pytest.approx(0.1)
+    assert present(result.gap).accuracy == pytest.approx(0.1)
     assert result.lower_bound is None
     result = above_everywhere(common_gap, above, PARENT, [(above, PARENT)] * 90 + [(below, PARENT)] * 10)
     assert result.lower_bound == pytest.approx(-0.1) and result.answered == 1.0

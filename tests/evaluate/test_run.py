@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -182,7 +183,7 @@ def test_an_interrupted_measurement_keeps_its_rounds(finished, models, tmp_path,
         ({"names": ("parent={0}/parent", "child={0}/parent")}, "models.child "),
     ],
 )
-def test_other_settings_and_other_weights_are_refused(finished, models, capsys, changes, message):
+def test_other_settings_and_other_weights_are_refused(finished, models, capsys, changes: dict[str, Any], message):
     before = snapshot(finished)
     if "names" in changes:
         changes = {"names": tuple(name.format(models) for name in changes["names"])}

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.evaluate.statistics import lower_bound, means, paired, percentile_interval, ratio, resample, wilson
+from tests.support import present
 
 
 @given(st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
@@ -78,7 +79,7 @@ def test_pairing_cancels_what_both_models_share():
     result = paired(model, reference, resample(["t"] * 200, 2000, 0))
     assert (result.won, result.lost, result.p_value) == (1, 0, 1.0)
     assert result.difference == pytest.approx(1 / 200)
-    assert result.low == 0.0 and result.high <= 4 / 200
+    assert result.low == 0.0 and present(result.high) <= 4 / 200
     same = paired(reference, reference, resample(["t"] * 200, 50, 0))
     assert (same.difference, same.low, same.high, same.p_value) == (0.0, 0.0, 0.0, 1.0)
 

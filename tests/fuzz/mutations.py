@@ -36,7 +36,8 @@ def mutated(value: Any, rng: random.Random, times: int = 1) -> Any:
     """A JSON value in which some values are others, gone, repeated or of another type."""
     value = copy.deepcopy(value)
     for _ in range(times):
-        path = rng.choice(places(value)[1:] or [()])
+        paths: list[tuple[Any, ...]] = places(value)[1:] or [()]
+        path = rng.choice(paths)
         if not path:
             return rng.choice(VALUES)
         owner = value

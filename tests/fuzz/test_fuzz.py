@@ -87,8 +87,8 @@ class Worker:
 
     def ask(self, directory: Path, command: list[str]) -> dict[str, Any]:
         if self.process is None:
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-            self.process = subprocess.Popen([sys.executable, "-m", "tests.fuzz.worker"], cwd=ROOT, **pipes)
+            command_line = [sys.executable, "-m", "tests.fuzz.worker"]
+            self.process = subprocess.Popen(command_line, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(json.dumps({"directory": str(directory), "command": command}).encode() + b"\n")
         self.process.stdin.flush()

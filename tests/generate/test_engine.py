@@ -14,13 +14,17 @@ from puzzle_jax.model.child import Child, ChildBlock, cut_params
 from puzzle_jax.model.network import forward, hidden_states
 from puzzle_jax.model.sharding import make_mesh, shard_params
 from puzzle_jax.temperature import LEAST_TEMPERATURE
-from tests.support import random_params, small_config
+from tests.support import jitted, present, random_params, small_config
 
 STOP = 3
 MIXED = (BlockConfig(7, 5), BlockConfig(3, None), BlockConfig(4, 9))
 CONFIG = small_config((BlockConfig(7, 5), BlockConfig(7, None)))
 PARAMS = random_params(CONFIG)
 FLOAT8_CACHE = CacheFormat(FLOAT8, KVScales(jnp.asarray([0.01, 0.02, 0.03]), jnp.asarray([0.04, 0.02, 0.03])))
+
+
+def compiled_programs():
+    return [jitted(program) for program in (slots.prefill, slots.admit, slots.decode)]
 
 
 def requests(count=7, longest=70):
@@ -74,7 +78,7 @@ def test_bfloat16_tokens_are_the_likeliest_of_the_uncached_pass_up_to_rounding()
 
 def test_every_program_is_compiled_once():
     """Of parameters that were loaded onto a device, as a checkpoint's are: states are there from the start."""
-    loaded, programs = jax.device_put(PARAMS, jax.devices()[0]), (slots.prefill, slots.admit, slots.decode)
+    loaded, programs = jax.device_put(PARAMS, jax.devices()[0]), compiled_programs()
     for program in programs:
         program.clear_cache()
     generate(loaded, CONFIG, requests(), stop_ids=(), slots=2)
@@ -91,14 +95,14 @@ def test_a_view_generates_what_its_cut_child_does():
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.9, "top_p": 0.8}], ids=["greedy", "sampled"])
 def test_answers_are_the_same_bits_whatever_the_order_and_the_batch_mates(options):
-    options = dict(stop_ids=[STOP], slots=3, log_probs=True, **options)
-    together = generate(PARAMS, CONFIG, requests(), **options)
-    reverse = generate(PARAMS, CONFIG, requests()[::-1], **options)[::-1]
-    alone = [generate(PARAMS, CONFIG, [request], **options)[0] for request in requests()]
+    run = partial(generate, PARAMS, CONFIG, stop_ids=[STOP], slots=3, log_probs=True, **options)
+    together = run(requests())
+    reverse = run(requests()[::-1])[::-1]
+    alone = [run([request])[0] for request in requests()]
     strangers = [Request((5,) * 40, 3), Request((1, 2), 33), Request((7,) * 66, 1)]
-    crowd = generate(PARAMS, CONFIG, [*strangers, *requests(), *strangers], **options)[3:-3]
+    crowd = run([*strangers, *requests(), *strangers])[3:-3]
     assert together == reverse == alone == crowd  # log-probabilities too, bit for bit
-    assert all(len(answer.log_probs) == len(answer.tokens) for answer in together)
+    assert all(len(present(answer.log_probs)) == len(answer.tokens) for answer in together)
 
 
 def test_log_probabilities_and_experts_are_those_of_the_uncached_pass():
@@ -114,8 +118,9 @@ def test_log_probabilities_and_experts_are_those_of_the_uncached_pass():
         logits = _uncached(params, config=config, tokens=row)[0]
         first = len(request.prompt) - 1
         expected = jax.nn.log_softmax(logits)[jnp.arange(first, len(ids) - 1), jnp.asarray(answer.tokens)]
-        np.testing.assert_allclose(answer.log_probs, expected, atol=3e-5)
+        np.testing.assert_allclose(present(answer.log_probs), expected, atol=3e-5)
         _, auxes = whole(params, config=config, tokens=row)
+        assert answer.experts is not None
         assert answer.experts.dtype == np.uint8 and answer.experts.shape == (len(ids) - 1, 3, 2)
         for layer, aux in enumerate(auxes):
             np.testing.assert_array_equal(answer.experts[:, layer], aux.routing.ids[: len(ids) - 1])
@@ -247,10 +252,9 @@ def test_nothing_to_do_is_done():
 
 
 def test_programs_have_one_shape_for_all_requests_of_a_context():
-    from puzzle_jax.generate import slots as programs
-
+    programs = compiled_programs()
     run = partial(generate, PARAMS, CONFIG, stop_ids=[STOP], slots=3)
     run(requests(2))
-    before = programs.prefill._cache_size(), programs.admit._cache_size(), programs.decode._cache_size()
+    before = [program._cache_size() for program in programs]
     run(requests(5, longest=100))
-    assert before == (programs.prefill._cache_size(), programs.admit._cache_size(), programs.decode._cache_size())
+    assert before == [program._cache_size() for program in programs]

@@ -17,7 +17,8 @@ def arrays(seq, seed=0, dtype=jnp.float32):
     q = jax.random.normal(keys[0], (BATCH, seq, HEADS, DIM))
     k = jax.random.normal(keys[1], (BATCH, seq, KV_HEADS, DIM))
     v = jax.random.normal(keys[2], (BATCH, seq, KV_HEADS, DIM))
-    return tuple(x.astype(dtype) for x in (q, k, v, jax.random.normal(keys[3], (HEADS,))))
+    sinks = jax.random.normal(keys[3], (HEADS,))
+    return q.astype(dtype), k.astype(dtype), v.astype(dtype), sinks.astype(dtype)
 
 
 def attend(*arrays, window, segment_ids=None, implementation=None):
@@ -253,7 +254,7 @@ def test_long_chunks_and_caches_are_cut_into_blocks():
     for window in (None, 700):
         for start in (260, 780):
             fast, slow = (
-                chunk_attention(*data, jnp.int32(start), window=window, implementation=implementation)
+                chunk_attention(*data, start=jnp.int32(start), window=window, implementation=implementation)
                 for implementation in ("blocks", "reference")
             )
             np.testing.assert_allclose(fast, slow, atol=2e-6)
@@ -264,16 +265,17 @@ def test_scales_of_a_float8_cache_are_folded_into_logits_and_output():
     k_scale, v_scale = jnp.float32(0.011), jnp.float32(0.37)
     stored = encode_e4m3(k, k_scale), encode_e4m3(v, v_scale)
     read = [decode_e4m3(x, jnp.float32) * scale for x, scale in zip(stored, (k_scale, v_scale), strict=True)]
-    expected = by_hand(q, *read, sinks, 9)
+    expected = by_hand(q, read[0], read[1], sinks, 9)
     assert np.abs(expected - by_hand(q, k, v, sinks, 9)).max() > 0.01
     keys, values = (x.astype(jnp.uint8) for x in ring(*stored, [24, 24], 9))
     scales = dict(k_scale=k_scale, v_scale=v_scale)
     out = decode_attention(q[:, 23], keys, values, sinks, jnp.asarray([23, 23]), window=9, **scales)
     np.testing.assert_allclose(out, expected[:, 23], atol=3e-6)
     own_k, own_v = stored[0][:, 16:].transpose(0, 2, 3, 1), stored[1][:, 16:].transpose(0, 2, 1, 3)
-    before = [x.astype(jnp.uint8) for x in ring(*stored, [16, 16], 9)]
+    start = jnp.int32(16)
+    old_k, old_v = (x.astype(jnp.uint8) for x in ring(*stored, [16, 16], 9))
     for implementation in ("blocks", "reference"):
         out = chunk_attention(
-            q[:, 16:], own_k, own_v, *before, sinks, jnp.int32(16), window=9, implementation=implementation, **scales
+            q[:, 16:], own_k, own_v, old_k, old_v, sinks, start, window=9, implementation=implementation, **scales
         )
         np.testing.assert_allclose(out, expected[:, 16:], atol=3e-6)

@@ -88,6 +88,7 @@ def test_mixture_by_hand(implementation, case):
 def test_the_clamp_bites_in_these_cases():
     x = jax.random.normal(jax.random.key(1), (300, HIDDEN))
     experts = make_experts()
+    assert isinstance(experts.gate_up, jax.Array)
     h = x @ experts.gate_up[0] + experts.gate_up_bias[0]
     assert 0.2 < float(jnp.mean(jnp.abs(h) > LIMIT)) < 0.9
 

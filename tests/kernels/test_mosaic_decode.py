@@ -48,8 +48,8 @@ def test_as_the_reference(kernel, case, packed):
     found = kernel.decode_attention(
         q, LayerCache(k, v, **scales), sinks, jnp.asarray(positions), window=window, interpret=True
     )
-    exact = [x if packed and x.dtype == jnp.uint8 else x.astype(jnp.float32) for x in (q, k, v)]
-    expected = decode_attention(*exact, sinks, jnp.asarray(positions), **options, implementation="reference")
+    q, k, v = (x if packed and x.dtype == jnp.uint8 else x.astype(jnp.float32) for x in (q, k, v))
+    expected = decode_attention(q, k, v, sinks, jnp.asarray(positions), **options, implementation="reference")
     assert found.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(found, np.float32), expected, atol=1e-2)
 
@@ -58,10 +58,10 @@ def test_as_the_reference(kernel, case, packed):
 def test_float32_on_tpus(slots):
     """All slots in one tile, and tiles of 128; several of them beyond what is cached."""
     (q, k, v, sinks), _ = made_up(slots, False)
-    given = [x.astype(jnp.float32) for x in (q, k, v)]
+    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
     positions = jnp.asarray([slots + 3, 50])
-    found = mosaic_tpu.decode_attention(given[0], LayerCache(*given[1:]), sinks, positions, window=64, interpret=True)
-    expected = decode_attention(*given, sinks, positions, window=64, implementation="reference")
+    found = mosaic_tpu.decode_attention(q, LayerCache(k, v), sinks, positions, window=64, interpret=True)
+    expected = decode_attention(q, k, v, sinks, positions, window=64, implementation="reference")
     np.testing.assert_allclose(found, expected, atol=2e-5)
 
 

@@ -16,11 +16,12 @@ def made_up(seq=SEQ, batch=BATCH):
     keys = jax.random.split(jax.random.key(0), 4)
     q = jax.random.normal(keys[0], (batch, seq, KV_HEADS * GROUP, DIM))
     k, v = (jax.random.normal(key, (batch, seq, KV_HEADS, DIM)) for key in keys[1:3])
-    return tuple(x.astype(jnp.bfloat16) for x in (q, k, v)), jax.random.normal(keys[3], (KV_HEADS * GROUP,))
+    sinks = jax.random.normal(keys[3], (KV_HEADS * GROUP,))
+    return (q.astype(jnp.bfloat16), k.astype(jnp.bfloat16), v.astype(jnp.bfloat16)), sinks
 
 
-def exact(arrays):
-    return tuple(x.astype(jnp.float32) for x in arrays)
+def exact(q, k, v):
+    return q.astype(jnp.float32), k.astype(jnp.float32), v.astype(jnp.float32)
 
 
 SEGMENTS = jnp.asarray([[0] * 70 + [1] * 13 + [2] * 67])
@@ -40,7 +41,7 @@ def test_values(kernel, case):
     arrays, sinks = made_up()
     options = {"window": window, "segment_ids": segments}
     found = kernel.window_attention(*arrays, sinks, **options, interpret=True)
-    expected = window_attention(*exact(arrays), sinks, **options, implementation="reference")
+    expected = window_attention(*exact(*arrays), sinks, **options, implementation="reference")
     assert found.dtype == jnp.bfloat16 and found.shape == (BATCH, SEQ, KV_HEADS * GROUP, DIM)
     np.testing.assert_allclose(np.asarray(found, np.float32), expected, atol=2e-2)
 
@@ -62,7 +63,7 @@ def test_gradients(kernel, case):
         return window_attention(*given, **options, implementation="reference")
 
     found = jax.grad(lambda *given: loss(interpreted, *given), (0, 1, 2, 3))(*arrays, sinks)
-    expected = jax.grad(lambda *given: loss(reference, *given), (0, 1, 2, 3))(*exact(arrays), sinks)
+    expected = jax.grad(lambda *given: loss(reference, *given), (0, 1, 2, 3))(*exact(*arrays), sinks)
     for one, other in zip(found, expected, strict=True):
         largest = np.abs(other).max()
         np.testing.assert_allclose(np.asarray(one, np.float32) / largest, other / largest, atol=1e-2)
@@ -74,9 +75,9 @@ def test_what_the_gpu_kernel_is_not_made_for_is_refused():
     with pytest.raises(NotImplementedError, match="the window is not a static number"):
         mosaic_gpu.window_attention(q, k, v, sinks, window=jnp.asarray([3]), interpret=True)
     with pytest.raises(NotImplementedError, match="for bfloat16, but this is float32"):
-        mosaic_gpu.window_attention(*exact((q, k, v)), sinks, window=3, interpret=True)
+        mosaic_gpu.window_attention(*exact(q, k, v), sinks, window=3, interpret=True)
     with pytest.raises(NotImplementedError, match="heads of 48 are no multiple of 64"):
-        mosaic_gpu.window_attention(*(x[..., :48] for x in (q, k, v)), sinks, window=3, interpret=True)
+        mosaic_gpu.window_attention(q[..., :48], k[..., :48], v[..., :48], sinks, window=3, interpret=True)
     with pytest.raises(NotImplementedError, match=r"compute capability 9\.0, but this is cpu"):
         window_attention(q, k, v, sinks, window=3, implementation="mosaic_gpu")
 

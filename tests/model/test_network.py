@@ -154,7 +154,7 @@ def test_modules_hold_the_same_tree_and_function():
     state = nnx.state(model, nnx.Param)
     assert len(jax.tree.leaves(state)) == len(jax.tree.leaves(params))
     fresh = GptOss(config, rngs=nnx.Rngs(3))
-    assert fresh.layers[1].moe.gate_up[...].shape == (7, 40, 48)
+    assert vars(fresh.layers[1].moe)["gate_up"][...].shape == (7, 40, 48)
 
 
 @pytest.mark.parametrize("data,model,spread", [(8, 1, False), (2, 3, True), (1, 7, False), (1, 7, True)])

@@ -234,8 +234,10 @@ def test_states_and_gradients_of_replayed_experts(model):
         return moe_block(layer["moe"], config, y)[1].routing.ids
 
     def of_stacked(remat, stacked):
-        options = dict(replay=replay, remat=remat, keep_states=True)
-        x, states, ids, routed = stacked_hidden_states(stacked, config, runs, tokens, **options)
+        x, states, ids, routed = stacked_hidden_states(
+            stacked, config, runs, tokens, replay=replay, remat=remat, keep_states=True
+        )
+        assert states is not None
         return (states * probe).sum() + (x**2).sum(), (states, ids, routed)
 
     (value, expected), gradient = jax.value_and_grad(of_plain, has_aux=True)(params)

@@ -1,6 +1,7 @@
 """Exported children, as a user of transformers meets them."""
 
 import json
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -178,7 +179,7 @@ def test_scales_of_an_fp8_cache_are_passed_over_in_silence(parent, child, model,
     scales = KVScales(jnp.full(4, 0.5), jnp.full(4, 0.25))
     export_child(parent, tmp_path / "child", child.config, child.kept, provenance={}, kv_scales=scales)
     options = {"dtype": torch.float32, "trust_remote_code": True, "output_loading_info": True}
-    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "child", **options)
+    loaded, info = cast(tuple[Any, dict[str, Any]], AutoModelForCausalLM.from_pretrained(tmp_path / "child", **options))
     assert not any(info[kind] for kind in ("unexpected_keys", "missing_keys", "mismatched_keys"))
     tokens = np.asarray(random_tokens(packable_config(), 1, 20))
     np.testing.assert_array_equal(reference_logits(loaded.eval(), tokens), reference_logits(model, tokens))

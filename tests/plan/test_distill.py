@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -72,8 +73,8 @@ def test_what_is_placed_is_what_real_arrays_take_on_a_device(memory):
     optimizer = make_optimizer(OptimizerSettings(), 10)
     begin = jax.eval_shape(lambda tree: init_state(student.master_weights(tree), optimizer, jax.random.key(0)), base)
     state = jax.tree.map(_real, begin, placement.master_weights(begin))
-    whole = [np.zeros((3, 4, 36), dtype) for dtype in ("i4", "i4", "f4", "i4", "i4")]
-    batch = placement.micro_batches(Packed(*whole, {}))
+    whole = partial(np.zeros, (3, 4, 36))
+    batch = placement.micro_batches(Packed(whole("i4"), whole("i4"), whole("f4"), whole("i4"), whole("i4"), {}))
 
     experts = [layer["moe"].pop(name) for run in base["runs"] for layer in run for name in ("gate_up", "down")]
     assert (

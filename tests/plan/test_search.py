@@ -33,7 +33,7 @@ from puzzle_jax.search.score.replace_one import Alternative, ReplaceOne
 from puzzle_jax.settings.mesh import MeshSettings
 from puzzle_jax.settings.verbs import parse
 from tests.paths import ROOT
-from tests.support import random_params
+from tests.support import present, random_params
 from tests.train.toy_student import PARENT, packed_params
 
 TINY = parse(SEARCH, [])
@@ -63,8 +63,8 @@ def half(tree):
 
 def trace(prompt, completion, number=0):
     rng = np.random.default_rng(number)
-    draw = [tuple(rng.integers(0, 97, size).tolist()) for size in (prompt, completion)]
-    return Trace("t", "low", number, {}, *draw, 1.0, False)
+    asked, answered = (tuple(rng.integers(0, 97, size).tolist()) for size in (prompt, completion))
+    return Trace("t", "low", number, {}, asked, answered, 1.0, False)
 
 
 # What is held ---------------------------------------------------------------------------------------------------------
@@ -88,11 +88,11 @@ def test_every_stage_is_planned_and_totals_are_all_of_it(found):
 
 
 def test_parameters_are_as_loading_leaves_them(found):
-    loaded = jax.device_put(half(packed_params()), params_sharding(PARENT, RUN.mesh))
+    loaded = jax.device_put(half(packed_params()), params_sharding(PARENT, present(RUN.mesh)))
     dense = dense_in_place(PARENT, RUN.mesh)(loaded, jnp.float16)
     assert found["load"].held["loaded"] == first_part(loaded)
     assert found["load"].held["weights"] == first_part(dense) == device_bytes(RUN.params)
-    expected = params_sharding(PARENT, RUN.mesh)
+    expected = params_sharding(PARENT, present(RUN.mesh))
     jax.tree.map(lambda leaf, place: (leaf.sharding.is_equivalent_to(place, leaf.ndim)) or 1 / 0, dense, expected)
     for one, other in zip(
         jax.tree.leaves(dense), jax.tree.leaves(to_compute(packed_params(), jnp.float16)), strict=True

@@ -6,6 +6,7 @@ import math
 import random
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -191,7 +192,7 @@ def test_values_that_are_no_number(run):
     for value, words in VALUES.items():
         for key in ("kl", "ms"):
             layer, a = source.randrange(5), source.randrange(3)
-            blocks = {f"L{i}": {f"a{j}": {"kl": j, "ms": 3 - j} for j in range(3)} for i in range(5)}
+            blocks: dict[str, Any] = {f"L{i}": {f"a{j}": {"kl": j, "ms": 3 - j} for j in range(3)} for i in range(5)}
             blocks[f"L{layer}"][f"a{a}"][key] = "HERE"
             text = json.dumps(blocks).replace('"HERE"', value)
             refused(
@@ -206,7 +207,7 @@ def test_values_that_are_no_number(run):
 
 def test_structures_that_are_no_alternatives(run):
     for at, structure in itertools.product(("L1", "a1"), STRUCTURES):
-        blocks = {f"L{i}": {f"a{j}": {"kl": j} for j in range(3)} for i in range(3)}
+        blocks: dict[str, Any] = {f"L{i}": {f"a{j}": {"kl": j} for j in range(3)} for i in range(3)}
         if at == "L1":
             blocks["L1"] = "HERE"
         else:

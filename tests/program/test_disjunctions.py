@@ -32,7 +32,7 @@ def drawn(seed):
         sets = {str(b): tuple(limit() for _ in range(random.integers(1, 3))) for b in range(random.integers(1, 4))}
         return Disjunction(name, sets)
 
-    limits = [limit() for _ in range(random.integers(0, 2))]
+    limits: list[Limit | Disjunction] = [limit() for _ in range(random.integers(0, 2))]
     limits[:0] = [one_of(name) for name in ("batch", "length")[: random.integers(1, 3)]]
     return Program(library, "kl", tuple(limits))
 

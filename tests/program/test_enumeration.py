@@ -85,7 +85,7 @@ def test_what_highs_finds_where_choices_are_too_many_to_list(seed):
     one_each = LinearConstraint((np.arange(groups)[:, None] == owner).astype(float), 1, 1)
     theirs = milp(
         cost,
-        constraints=[one_each, LinearConstraint(rows, ub=bounds)],
+        constraints=[one_each, LinearConstraint(rows, ub=bounds)],  # pyright: ignore[reportArgumentType]
         integrality=np.ones(len(owner)),
         bounds=Bounds(0, 1),
         options={"mip_rel_gap": 0.0},

@@ -14,6 +14,7 @@ from matplotlib.image import imread
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.report import training
 from puzzle_jax.runs import read_metrics
+from tests.support import present
 
 EFFORTS = ("high", "low", "medium")
 
@@ -66,7 +67,7 @@ class Tables(HTMLParser):
         if tag == "td":
             self.rows[-1].append("")
         if tag == "img":
-            kind, data = dict(attrs)["src"].split(",")
+            kind, data = present(dict(attrs)["src"]).split(",")
             assert kind == "data:image/png;base64"
             self.images.append(base64.b64decode(data))
 

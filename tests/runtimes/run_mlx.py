@@ -7,10 +7,10 @@ import json
 import sys
 from pathlib import Path
 
-import mlx.core as mx
+import mlx.core as mx  # pyright: ignore[reportMissingImports]
 import numpy as np
-from mlx_lm.generate import generate_step
-from mlx_lm.utils import load_model
+from mlx_lm.generate import generate_step  # pyright: ignore[reportMissingImports]
+from mlx_lm.utils import load_model  # pyright: ignore[reportMissingImports]
 
 
 def main(checkpoint: str, question: str, answer: str) -> None:

@@ -8,6 +8,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any, cast
 
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="puzzle_jax_remote_code_")
 
@@ -18,7 +19,8 @@ from transformers import AutoModelForCausalLM
 
 def main(checkpoint: str, question: str, answer: str) -> None:
     asked = json.loads(Path(question).read_text())
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, trust_remote_code=True).eval()
+    loaded = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, trust_remote_code=True)
+    model = cast(Any, loaded.eval())
     settings = {"max_new_tokens": asked["steps"], "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
     with torch.no_grad():
         logits = model(torch.tensor(asked["tokens"])).logits.numpy()

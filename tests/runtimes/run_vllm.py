@@ -12,7 +12,7 @@ from pathlib import Path
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 import numpy as np
-from vllm import LLM, SamplingParams
+from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
 
 
 def dense(row: dict, vocab: int) -> list[float]:

@@ -1,6 +1,7 @@
 """Recipes that cannot be meant, over a hundred: each ends in one sentence and exit code 2, and changes nothing."""
 
 import copy
+from collections.abc import Set
 
 import pytest
 import yaml
@@ -138,7 +139,7 @@ def parent(tmp_path_factory):
     return out
 
 
-def refusal(recipe, tmp_path, parent, capsys, left=frozenset({"run.json"})):
+def refusal(recipe, tmp_path, parent, capsys, left: Set[str] = frozenset({"run.json"})):
     """The one sentence with which a recipe's first stage is refused; it leaves nothing but these files."""
     run = tmp_path / "run"
     arguments = ["cost", "--parent", str(parent), "--recipe", str(recipe), "--run", str(run)]

@@ -127,6 +127,7 @@ def test_a_killed_process_leaves_no_half_file_and_the_next_cleans_up(run):
     process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(KILLED), str(run)], stdout=subprocess.PIPE, text=True
     )
+    assert process.stdout is not None
     assert process.stdout.readline() == "writing\n"
     with pytest.raises(PuzzleError, match="another process works in"):
         run_stage(run, "rank", {}, [], Produce())

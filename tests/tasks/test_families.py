@@ -59,6 +59,7 @@ def test_only_the_answer_scores(name):
 @pytest.mark.parametrize("name", TASKS)
 def test_traces_grow_with_effort(name):
     task = get_task(name)
+    assert isinstance(task, WorkedTask)
     for seed in range(30):
         low, medium, high = (task.trace(task.sample(seed), effort) for effort in EFFORTS)
         assert low == ""
@@ -144,7 +145,7 @@ def test_splits_share_no_prompt_and_cover_all():
 def test_problems_are_immutable_and_can_be_pickled():
     problem = get_task("add").sample(9)
     with pytest.raises(TypeError):
-        problem.details["digits"] = 1
+        problem.details["digits"] = 1  # pyright: ignore[reportIndexIssue]
     assert pickle.loads(pickle.dumps(problem)) == problem
 
 

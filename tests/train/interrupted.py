@@ -7,20 +7,21 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Mapping
 
 from puzzle_jax.train.__main__ import main
 from puzzle_jax.train.metrics import MetricsLog
 
 if __name__ == "__main__":
-    number, step, seconds = getattr(signal, sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+    number, first, seconds = getattr(signal, sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
     write, struck = MetricsLog.write, threading.Event()
 
     def strike() -> None:
         os.kill(os.getpid(), number)
 
-    def then_strike(log, at, values) -> None:
-        write(log, at, values)
-        if at >= step and not struck.is_set():
+    def then_strike(self: MetricsLog, step: int, values: Mapping[str, float]) -> None:
+        write(self, step, values)
+        if step >= first and not struck.is_set():
             struck.set()
             threading.Timer(seconds, strike).start() if seconds else strike()
 

@@ -30,6 +30,7 @@ from puzzle_jax.train.checkpoints import Checkpoints, abstract_state
 from puzzle_jax.train.loop import LoopSettings, train
 from puzzle_jax.train.metrics import MetricsLog
 from puzzle_jax.train.prefetch import AHEAD
+from tests.support import printed
 from tests.train.toy_job import LOOP, Stream, initial, toy_job
 
 
@@ -108,10 +109,10 @@ def test_sigterm_ends_the_step_saves_and_the_next_run_goes_on(tmp_path, at):
     stopped = first.step
     assert first.preempted and max(1, at - AHEAD - 1) <= stopped <= at + 1
     assert steps_in(tmp_path / "run")[-1] == stopped
-    assert f"stopped at step {stopped} of 20" in console.file.getvalue()
+    assert f"stopped at step {stopped} of 20" in printed(console)
     second = run(tmp_path / "run", console=console)
     assert (second.resumed_from, second.preempted) == (stopped, False)
-    assert f"going on from step {stopped}" in console.file.getvalue()
+    assert f"going on from step {stopped}" in printed(console)
     assert (bits(second.state), lines(tmp_path / "run")) == whole()
 
 
@@ -168,7 +169,7 @@ def test_damaged_and_half_written_checkpoints_are_passed_over(tmp_path):
     (held / "15.orbax-checkpoint-tmp").mkdir()
     (held / ".deleted-4").mkdir()
     trained = run(out, console=console)
-    told = console.file.getvalue()
+    told = printed(console)
     assert [f"checkpoints/{step} cannot be read" in told for step in (12, 13, 14, 10, 15)] == [True] * 3 + [False] * 2
     assert "going on from step 10" in told
     assert (bits(trained.state), lines(out)) == whole()
@@ -335,7 +336,7 @@ def test_metrics_drop_torn_and_later_lines(tmp_path, monkeypatch):
         assert log.last == {"step": 4, "bad": None, "loss": 1.0}
         log.write(5, {"loss": 0.5})
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [2, 4, 5]
-    assert console.file.getvalue().count("no TensorBoard without tensorboardX") == 1
+    assert printed(console).count("no TensorBoard without tensorboardX") == 1
     path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
     with pytest.raises(PuzzleError, match=r"metrics.jsonl, line 2 is no object with a step"):
         MetricsLog(tmp_path, 4, console)
@@ -361,7 +362,7 @@ def test_loss_reward_kl_and_tokens_per_second_stand_beside_the_progress(tmp_path
     rewarded = replace(job, step=lambda *given: _rewarded(*job.step(*given)))
     console = Console(file=io.StringIO(), width=200, force_terminal=terminal, _environ={})
     train(rewarded, replace(LOOP, steps=6), tmp_path / "run", console)
-    said = console.file.getvalue()
+    said = printed(console)
     beside = r"loss \d[\d.e-]*, reward 0.25, forward_kl 0.125, 9 rollout tokens/s, [\d,]+ tokens/s"
     assert re.search(beside if terminal else rf"training: \d of 6, \d+ s left, {beside}\n", said), said
     assert "absolute" not in said

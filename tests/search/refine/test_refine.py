@@ -11,8 +11,10 @@ from puzzle_jax.search.recipe import ScoreSettings
 from puzzle_jax.search.refine.accept import Difference, Pool, Swap, refine, swapped, together, with_choice
 from puzzle_jax.search.refine.proposals import Refinement
 from puzzle_jax.search.score.measurements import Score
+from puzzle_jax.search.score.whole_children import Measurements
 from puzzle_jax.search.solve.problem import Candidate
 from puzzle_jax.search.space import ExpertChoice, Space
+from tests.support import present
 
 CHILD = Candidate(
     "child",
@@ -161,13 +163,13 @@ def test_swaps_are_tried_on_few_traces_and_the_best_of_every_layer_on_more(tmp_p
     def measure(candidates, name):
         measured.append((name, [candidate.kept for candidate in candidates]))
         count = len(candidates)
-        return [score(0.1 * n) for n in range(count)], np.zeros((count, 2)), np.array([5, 7])
+        return Measurements([score(0.1 * n) for n in range(count)], np.zeros((count, 2)), np.array([5, 7]))
 
     refinement = Refinement(
         space=Space.__new__(Space),  # which swaps do not look at
         removal_error=removal_error,
         swaps=3,
-        scorer=scorer,
+        scorer=scorer,  # pyright: ignore[reportArgumentType]
         pool=unasked,
         measure=measure,
         table=tmp_path / "table",
@@ -178,7 +180,7 @@ def test_swaps_are_tried_on_few_traces_and_the_best_of_every_layer_on_more(tmp_p
     assert scorer.asked == asked
     # The layer that gains most first, then both.
     assert measured == [("validation", [((0, 2, 5), (1, 5)), ((0, 2, 4), (1, 5))])]
-    assert [candidate.score for candidate in pool.candidates] == pytest.approx([0.1, -0.2])
+    assert [candidate.score for candidate in present(pool).candidates] == pytest.approx([0.1, -0.2])
     # With everything known, nothing is asked again but what was asked before.
     refinement.swapped(CHILD)
     assert scorer.asked == 2 * asked

@@ -28,7 +28,7 @@ from puzzle_jax.search.score.measurements import Fill, ScoreTable
 from puzzle_jax.search.score.replace_one import Alternative, ReplaceOne, child_choices
 from puzzle_jax.search.score.whole_children import score_children
 from puzzle_jax.search.workers import Team
-from tests.support import random_params, small_config
+from tests.support import jitted, random_params, small_config
 from tests.waiting import HANG
 
 
@@ -116,7 +116,8 @@ def padded(trace):
 def removals_and_contributions(params, config, tokens, count):
     """Per layer and expert, means over one row's tokens: the error when it is removed, where it was chosen; the norm of
     its gated output, alone and times how far the mixture turned the state; its gate; how often it was chosen."""
-    x, means = embed(params, tokens), []
+    x: jax.Array = embed(params, tokens)
+    means = []
     table = rope_table(config.rope, config.head_dim, jnp.arange(tokens.shape[1])[None])
     for layer, block in zip(params["layers"], config.blocks, strict=True):
         x, _ = attention_block(layer["attention"], config, x, table, window=block.window)
@@ -230,9 +231,9 @@ def test_logits_of_few_answers_at_a_time_give_the_same_scores(parent, monkeypatc
 
     whole_at_once = scored()
     monkeypatch.setattr(replace_module, "MOST_ANSWERS", 13)
-    replace_module.compare_states.clear_cache()
+    jitted(replace_module.compare_states).clear_cache()
     np.testing.assert_allclose(scored(), whole_at_once, rtol=1e-5, atol=1e-7)
-    replace_module.compare_states.clear_cache()
+    jitted(replace_module.compare_states).clear_cache()
 
 
 def test_scores_are_those_of_whole_passes_over_single_replacements(parent):

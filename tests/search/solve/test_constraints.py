@@ -11,12 +11,12 @@ from puzzle_jax.costs.compute import compute_costs
 from puzzle_jax.costs.provider import Seconds, Times
 from puzzle_jax.costs.scenario import Scenario, Target
 from puzzle_jax.errors import ConfigError, InfeasibleError
-from puzzle_jax.program.library import Limit, lookup
+from puzzle_jax.program.library import Disjunction, Limit, lookup
 from puzzle_jax.search.solve.baselines import all_baselines
 from puzzle_jax.search.solve.problem import Problem, Scores
 from puzzle_jax.search.space import ExpertChoice, Space, candidate_windows
 from tests.costs.test_table import CONFIG, PARENT_KV, Room
-from tests.support import small_config
+from tests.support import of_type, small_config
 
 assert small_config(CONFIG.blocks, hidden_size=64, intermediate_size=32) == CONFIG
 CHAT = Scenario("chat", input_tokens=12, output_tokens=6, batch=3)
@@ -92,12 +92,13 @@ def test_open_batches_give_one_set_of_limits_each():
     target = Target(min_speedup=1.25, max_seconds_per_token=4.0, max_kv_bytes_ratio=0.5)
     found = problem(target, costs)
     *limits, batches = found.limits
-    assert [limit.key for limit in limits] == [
+    assert [of_type(Limit, limit).key for limit in limits] == [
         "kv_bytes.open",
         "kv_bytes.chat",
         "request_seconds.chat",
         "decode_seconds.chat",
     ]
+    assert isinstance(batches, Disjunction)
     assert batches.name == "open" and [*batches.sets] == [str(b) for b in costs.offered_batches("open")]
     assert list(found.constraints_by_batch) == ["open"]
     by_batch = found.constraints_by_batch["open"]
@@ -181,7 +182,7 @@ def test_limits_by_scenario():
     other = Scenario("brief", input_tokens=6, output_tokens=11, batch=2)
     costs = compute_costs(SPACE.offer, [CHAT, other], "mxfp4", Provider())
     found = problem(Target(min_speedup={"brief": 1.05}, max_seconds_per_token={"chat": 1.2}), costs)
-    assert [limit.key for limit in found.limits] == ["decode_seconds.chat", "request_seconds.brief"]
+    assert [of_type(Limit, limit).key for limit in found.limits] == ["decode_seconds.chat", "request_seconds.brief"]
     with pytest.raises(ConfigError, match=r"target.min_speedup.long is 2, but the scenarios are chat, brief"):
         problem(Target(min_speedup={"long": 2}), costs)
     with pytest.raises(ConfigError, match=r"min_speedup.brief is 0.5, but must be at least 1"):

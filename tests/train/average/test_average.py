@@ -23,6 +23,7 @@ from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions
 from puzzle_jax.generate.traces import Trace
 from puzzle_jax.model.cache_format import KVScales
 from puzzle_jax.model.network import to_compute
+from puzzle_jax.model.spec import Params
 from puzzle_jax.tasks import Chat
 from puzzle_jax.train.__main__ import main
 from puzzle_jax.train.average import sweep as average_sweep
@@ -30,7 +31,7 @@ from puzzle_jax.train.average import weights as averaging
 from puzzle_jax.train.average.sweep import Choice, Measured, choose
 from puzzle_jax.train.average.weights import Pair, blend, write_average
 from tests.convert_hf.checkpoints import assert_trees_equal, rewrite, stored_bytes
-from tests.support import model_logits, random_params, random_tokens
+from tests.support import model_logits, printed, random_params, random_tokens
 from tests.train.distill.toy_distill import CONFIG, KEPT, cut, save_parent, stored
 
 PRUNED = CONFIG.with_blocks((BlockConfig(5, 16), BlockConfig(4, 24)))
@@ -53,7 +54,7 @@ def policy(
         {"attention": drawn["layers"][0]["attention"] | {"k_bias": same["layers"][0]["attention"]["k_bias"]}},
         {"attention": dict(drawn["layers"][1]["attention"]), "moe": {"norm": drawn["layers"][1]["moe"]["norm"]}},
     ]
-    delta = {name: np.array(drawn[name]) for name in ("embedding", "final_norm", "head")} | {"layers": layers}
+    delta: Params = {name: np.array(drawn[name]) for name in ("embedding", "final_norm", "head")} | {"layers": layers}
     delta["embedding"][0, :5] = -0.0
     if stops:  # one feature, which outweighs all others, speaks for the end
         layers[1]["attention"]["o_bias"] = np.eye(1, PRUNED.hidden_size, dtype=np.float32)[0] * 1e3
@@ -488,7 +489,7 @@ def test_a_sweep_without_a_reference_has_no_limit(root, tmp_path, monkeypatch):
     def shown(swept) -> list[list[str]]:
         console = Console(width=80, file=io.StringIO())
         console.print(swept.table())
-        lines = console.file.getvalue().splitlines()
+        lines = printed(console).splitlines()
         return [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if line.startswith("│")]
 
     assert shown(found) == [

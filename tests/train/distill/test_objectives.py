@@ -124,9 +124,9 @@ def test_trainable_routers_and_kept_experts_have_gradients_and_lost_ones_none(se
     for layer, block in zip(unstack_params(gradient, STUDENT.runs)["layers"], SHORT.blocks, strict=True):
         kept = np.isin(np.arange(8), block.kept)
         for name in ("gate_up", "gate_up_bias", "down", "down_bias", "router_bias"):
-            learning = np.asarray(layer["moe"][name]).reshape(8, -1).any(-1)
+            learning = np.any(np.asarray(layer["moe"][name]).reshape(8, -1), axis=-1)
             assert not learning[~kept].any() and learning[kept].sum() >= 3  # a few are never chosen
-        learning = np.asarray(layer["moe"]["router_weight"]).any(0)
+        learning = np.any(np.asarray(layer["moe"]["router_weight"]), axis=0)
         assert not learning[~kept].any() and learning[kept].sum() >= 3
 
 

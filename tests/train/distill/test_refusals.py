@@ -15,6 +15,7 @@ from puzzle_jax.settings.verbs import parse
 from puzzle_jax.train.__main__ import VERBS, main
 from puzzle_jax.train.distill.inputs import DistillInputs, apart
 from puzzle_jax.train.traces.examples import examples_of
+from tests.support import of_type
 from tests.train.distill.toy_distill import CONFIG, arguments, cut, distiller, make, random_trace, refusal, save_parent
 
 NOTHING = {"attention": {}, "moe": {}}
@@ -141,7 +142,7 @@ def test_directories_that_hold_something_else_are_refused_and_kept(directory, or
         ("new", cached, "holds files that are no teacher's cache"),
         ("new", {**cached, "teacher_cache": tmp_path / "file"}, "is a file, but must be a directory for the teacher"),
     ):
-        assert message in refusal(capsys, directory, tmp_path / name, **changes)
+        assert message in refusal(capsys, directory, tmp_path / name, "distill", **changes)
     assert "holds another run (data" in refusal(capsys, directory, tmp_path / "run", "distill-blocks", data__seed=1)
     said = refusal(capsys, directory, tmp_path / "new", "distill-blocks", **cached)
     assert "layers that train alone read no logits" in said
@@ -159,7 +160,9 @@ def test_all_answers_to_a_prompt_are_on_one_side(origin):
     for heldout in (1, 4, 9):
         settings = replace(settings, heldout=heldout)
         training, held = apart(examples, settings)
-        of_training, of_held = ({e.tokens[: e.prompt_length].tobytes() for e in side} for side in (training, held))
+        of_training, of_held = (
+            {of_type(np.ndarray, e.tokens)[: e.prompt_length].tobytes() for e in side} for side in (training, held)
+        )
         assert len(held) >= heldout and not of_training & of_held
         assert sorted(map(id, [*training, *held])) == sorted(map(id, examples))
         reordered = apart(examples[::-1], settings)[1]

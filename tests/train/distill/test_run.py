@@ -31,11 +31,12 @@ from puzzle_jax.train.distill.objectives import Fixed
 from puzzle_jax.train.distill.run import Distiller
 from puzzle_jax.train.fake_quant import round_to_mxfp4
 from puzzle_jax.train.loop import Trained
+from puzzle_jax.train.rows import Packed
 from puzzle_jax.train.step import TrainState
 from puzzle_jax.train.student import Student
 from tests.compiler_flags import EIGHT_DEVICES, QUICK
 from tests.processes.start import ended, running
-from tests.support import model_logits
+from tests.support import model_logits, of_type, present
 from tests.train.distill.toy_distill import (
     BLOCKS,
     CONFIG,
@@ -148,7 +149,7 @@ def test_provenance_keeps_what_was_there_and_tells_what_was_trained(directory, f
     scales = found["kv_scales"]
     assert np.shape([scales["k"], scales["v"]]) == (2, 2)
     child = load_checkpoint(finished / "child")
-    np.testing.assert_array_equal(child.kv_scales.k, np.float32(scales["k"]))
+    np.testing.assert_array_equal(present(child.kv_scales).k, np.float32(scales["k"]))
 
 
 def test_a_finished_run_writes_its_child_again_and_nothing_else(directory, finished, tmp_path):
@@ -268,7 +269,7 @@ def test_a_cache_serves_the_next_run_without_asking_the_teacher(directory, origi
     monkeypatch.setattr(distilling, "make_cache", asked)
     monkeypatch.setattr(Student, "teacher_hidden", asked)
     job = again.job()
-    batch = next(job.batches)
+    batch = of_type(Packed, next(job.batches))
     assert batch.extras["teacher_ids"].shape == (1, 2, LENGTH, 20)
     counted = batch.weights > 0
     assert (batch.extras["teacher_log_total"][counted] > 0).all()

@@ -16,6 +16,7 @@ from puzzle_jax.train.distill.teacher_cache import make_cache, open_cache
 from puzzle_jax.train.placement import Placement
 from puzzle_jax.train.rows import Example, packed
 from puzzle_jax.train.student import Student
+from tests.support import of_type
 from tests.train import toy_student as toy
 from tests.train.toy_student import CHILD, LENGTH, PAD, close, jit, random_master_weights
 
@@ -96,7 +97,7 @@ def test_it_is_there_for_the_next_run(made):
 
 def changed_example():
     *others, last = toy.examples()
-    return [*others, Example(last.tokens[::-1].copy(), last.prompt_length)]
+    return [*others, Example(of_type(np.ndarray, last.tokens)[::-1].copy(), last.prompt_length)]
 
 
 @pytest.mark.parametrize(

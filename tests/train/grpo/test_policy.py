@@ -23,7 +23,7 @@ from puzzle_jax.train.placement import Placement
 from puzzle_jax.train.rows import Example, pack
 from puzzle_jax.train.step import Shardings, init_state
 from puzzle_jax.train.student import Student
-from tests.support import random_params, small_config
+from tests.support import present, random_params, small_config
 from tests.train.toy_student import close, jit, random_master_weights
 
 CONFIG = small_config((BlockConfig(7, 5), BlockConfig(5, None), BlockConfig(5, None)))
@@ -226,7 +226,7 @@ def test_the_samplers_log_probabilities_and_experts_are_the_trainers(model):
         sampler[start - 1 : len(tokens) - 1] = generated.log_probs
         share = np.where(sampler != 0, 1 / 32, 0).astype(np.float32)
         extras = dict.fromkeys(("coefficients", "shares", "advantages"), share) | {"sampler": sampler}
-        extras["experts"] = replayed(generated.experts, len(tokens))
+        extras["experts"] = replayed(present(generated.experts), len(tokens))
         rows.append([Example(tokens, start, extras)])
     packed = pack(rows, LENGTH, PAD)
     loss = jit(lambda m: policy()(m, Fixed(base), packed))(STUDENT.master_weights(base))

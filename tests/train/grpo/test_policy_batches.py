@@ -20,6 +20,7 @@ from puzzle_jax.train.grpo.policy_batches import (
 from puzzle_jax.train.grpo.prompts import Prompt
 from puzzle_jax.train.grpo.rollouts import Rollout
 from puzzle_jax.train.losses.policy_settings import NAMES, PolicySettings
+from tests.support import present
 
 LIMITS = {"low": 10, "medium": 16, "high": 14}
 PAD, LAYERS, K = 77, 3, 2
@@ -172,7 +173,7 @@ def test_extras_lie_at_the_position_before_their_token(normalization, coefficien
     np.testing.assert_array_equal(second.extras["shares"], [0, 1 / 8, 1 / 8, 1 / 8, 1 / 8, 1 / 8, 0])
     np.testing.assert_array_equal(first.extras["advantages"], [0, 0, 0, 0.75, 0.75, 0.75, 0])
     np.testing.assert_array_equal(second.extras["sampler"], [0, -0.125, -0.25, -0.375, -0.5, -0.625, 0])
-    chosen = answers[0].rollout.generated.experts
+    chosen = present(answers[0].rollout.generated.experts)
     assert first.extras["experts"].shape == (7, LAYERS, K) and first.extras["experts"].dtype == np.uint8
     np.testing.assert_array_equal(first.extras["experts"], np.concatenate([chosen, chosen[-1:]]))
 

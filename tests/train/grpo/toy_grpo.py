@@ -16,7 +16,7 @@ from puzzle_jax.convert_hf.export import export_child, save_checkpoint
 from puzzle_jax.tasks.chat.embedded import build_tokenizer, chat_files
 from puzzle_jax.train import run
 from puzzle_jax.train.__main__ import main
-from tests.support import random_params
+from tests.support import present, random_params
 from tests.train.distill.toy_distill import BLOCKS, CONFIG, KEPT
 
 DIGITS = "3579"
@@ -76,7 +76,7 @@ def talking_params() -> dict:
             wanted[row, tokenizer.token_to_id(token)] = logit
     # Large against what layers add, so that the final state is nearly the token's own.
     embedding = 64 * np.asarray(params["embedding"], np.float64)
-    states = embedding[[tokenizer.token_to_id(token) for token in follow]]
+    states = embedding[[present(tokenizer.token_to_id(token)) for token in follow]]
     states = states / np.sqrt((states**2).mean(-1, keepdims=True)) * np.asarray(params["final_norm"])
     head = np.asarray(params["head"], np.float64)
     head = head + np.linalg.pinv(states) @ (wanted - states @ head)

@@ -24,7 +24,7 @@ def f32(values):
     return jnp.asarray(values, jnp.float32)
 
 
-def eighths(least, most, shape=TOKENS):
+def eighths(least, most, shape: int | tuple[int, ...] = TOKENS):
     """Numbers that float32 holds exactly, so that no comparison with a bound is decided by rounding."""
     return hnp.arrays(np.int64, shape, elements=st.integers(8 * least, 8 * most)).map(lambda x: x / 8)
 

@@ -10,6 +10,7 @@ from puzzle_jax.tasks.arithmetic import Chain
 from puzzle_jax.tasks.chat.embedded import embedded_chat
 from puzzle_jax.train.pretrain.data import BatchSource, Bucket, make_example
 from puzzle_jax.train.rows import Example, pack
+from tests.support import present
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def test_example_learns_exactly_the_completion(chat):
     task = TASKS["add"]
     seed = next(seed for seed in range(100) if not is_held_out(task.sample(seed)))
     problem = task.sample(seed)
-    example = make_example(chat, task, seed, "high")
+    example = present(make_example(chat, task, seed, "high"))
     assert list(example.tokens[: example.prompt_length]) == chat.prompt_tokens(problem.prompt, "high")
     completion = chat.parse(example.tokens[example.prompt_length :])
     assert (completion.analysis, completion.final) == (task.trace(problem, "high"), problem.answer)

@@ -28,6 +28,8 @@ from puzzle_jax.train.pretrain.data import BatchSource, Bucket
 from puzzle_jax.train.pretrain.loss import pretraining_loss
 from puzzle_jax.train.pretrain.recipe import PretrainRecipe
 from puzzle_jax.train.pretrain.run import pretrain, pretraining_job, round_for_export
+from puzzle_jax.train.rows import Packed
+from tests.support import of_type, printed
 
 MODEL = ModelConfig(
     vocab_size=128,
@@ -98,14 +100,14 @@ def test_the_rate_falls_to_its_end_while_experts_are_rounded(run):
     assert rates == pytest.approx([0.0015, 0.003, 0.003, 0.003, 0.00205, 0.0011])
     assert RECIPE.rounded_steps == 3
     job = pretraining_job(RECIPE, embedded_chat())
-    assert [bool(next(job.batches).extras["rounded"][0]) for _ in range(6)] == [False] * 3 + [True] * 3
+    assert [bool(of_type(Packed, next(job.batches)).extras["rounded"][0]) for _ in range(6)] == [False] * 3 + [True] * 3
     with pytest.raises(StopIteration):
         next(job.batches)
 
 
 def test_rounding_is_what_the_loss_sees():
     """Parameters on the grid have the same loss in both phases, others have not."""
-    batch = pretraining_job(RECIPE, embedded_chat()).batches.batch(0)
+    batch = of_type(BatchSource, pretraining_job(RECIPE, embedded_chat()).batches).batch(0)
     params, key = pretraining.initial_params(RECIPE), jax.random.key(0)
     loss = jax.jit(partial(pretraining_loss, MODEL, 0.0))
 
@@ -144,7 +146,7 @@ def test_a_run_that_died_goes_on_exactly(run, tmp_path, monkeypatch):
     monkeypatch.setattr(BatchSource, "batch", batch)
     console = Console(file=io.StringIO())
     assert pretrain(recipe, console).resumed_from == 2
-    assert "going on from step 2" in console.file.getvalue()
+    assert "going on from step 2" in printed(console)
     assert losses(tmp_path / "run") == losses(run)
     model = ("parent", "model.safetensors")
     assert tmp_path.joinpath("run", *model).read_bytes() == run.joinpath(*model).read_bytes()
