@@ -1,8 +1,8 @@
 """Shapes and types of every call of the package are checked, by jaxtyping and beartype.
 
-jaxtyping's import hook makes the checks of a function as its module is imported. In a process that runs tests that took
-ten seconds, most of them for functions that are never called there, so checks are made at a function's first call. Where no
-annotation is of an array, beartype alone checks it: there are no shapes to keep in mind.
+jaxtyping's import hook makes the checks of a function as its module is imported, which takes ten seconds in a process
+that runs tests, most of them for functions that are never called there. So checks are made at a function's first call.
+Where no annotation is of an array, there are no shapes to keep in mind, and beartype alone checks it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import inspect
 import types
 import typing
 from collections.abc import Callable
+from typing import Any
 
 import jaxtyping
 from beartype import beartype
@@ -27,7 +28,7 @@ def install(package: str) -> None:
     install_import_hook(package, "beartype.beartype")
 
 
-def _from_the_first_call(of: object = None, *, typechecker: Callable) -> object:
+def _from_the_first_call(of: Any = None, *, typechecker: Callable) -> Any:
     """What the import hook puts above every function and class in place of `jaxtyping.jaxtyped`."""
     if of is None:
         return functools.partial(_from_the_first_call, typechecker=typechecker)
