@@ -29,7 +29,8 @@ from scipy.stats import spearmanr
 from puzzle_jax.commands import enable_compilation_cache
 from puzzle_jax.config import BlockConfig, ModelConfig
 from puzzle_jax.costs.compute import compute_costs
-from puzzle_jax.costs.measured import Measured, device_identity
+from puzzle_jax.costs.hardware import device_identity
+from puzzle_jax.costs.measured import Measured
 from puzzle_jax.costs.scenario import Scenario
 from puzzle_jax.evaluate.throughput import Spread, measure_throughput
 from puzzle_jax.generate.sampling import Sampling

@@ -16,6 +16,7 @@ of NVIDIA devices by nvidia-smi. JAX is imported only where the device present i
 from __future__ import annotations
 
 import os
+import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -136,3 +137,24 @@ def _best_seconds(run: Callable[[], object], rounds: int) -> float:
         run()
         best = min(best, time.perf_counter() - start)
     return best
+
+
+def device_identity() -> dict[str, str]:
+    """Device and version that measured seconds depend on: part of a stage's settings, so that another device measures
+    anew."""
+    import jax
+
+    device = jax.local_devices()[0]
+    kind = device.device_kind
+    if device.platform == "cpu":
+        kind = f"{_processor()}, {os.cpu_count()} cores"
+    return {"device": kind, "platform": device.platform, "jax": jax.__version__}
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()

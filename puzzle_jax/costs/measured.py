@@ -17,8 +17,6 @@ than the model has, the rest is taken to be like them.
 
 from __future__ import annotations
 
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -35,6 +33,7 @@ from jaxtyping import Array, PyTree
 
 from puzzle_jax.config import BlockConfig, ModelConfig, cache_bytes
 from puzzle_jax.convert_hf.table import Form
+from puzzle_jax.costs.hardware import device_identity
 from puzzle_jax.costs.provider import Seconds, Times
 from puzzle_jax.costs.scenario import Scenario
 from puzzle_jax.costs.sub_blocks import SubBlocks, without_layers
@@ -280,22 +279,14 @@ class _Maker:
     def decode_model(self, block: BlockConfig) -> _Part:
         """A loop of steps of the whole batch in a model of such layers, each on tokens drawn beforehand."""
         blocks, config = self.blocks, self._model(block)
-        scenario, steps = blocks.scenario, self.steps
-        params, tokens = self._params(config), self._tokens(steps, blocks.batch)
+        params, tokens = self._params(config), self._tokens(self.steps, blocks.batch)
         caches = [init_cache(config, layer, blocks.batch, blocks.context, self.dtype) for layer in range(self.depth)]
+        scenario = (blocks.scenario.input_tokens, blocks.scenario.output_tokens)
 
-        @partial(jax.jit, donate_argnums=2)  # caches are updated in place, as in generation
-        def run(params: Params, tokens: Array, caches: PyTree) -> PyTree:
-            def body(index: Array, state: tuple[Array, PyTree]) -> tuple[Array, PyTree]:
-                chosen, caches = state
-                position = scenario.input_tokens + index * scenario.output_tokens // steps
-                positions = jnp.full(blocks.batch, position, jnp.int32)
-                logits, caches, _ = decode_step(params, config, caches, tokens[index], positions)
-                return chosen + jnp.argmax(logits, axis=-1).astype(jnp.int32), caches
+        def run(caches: PyTree) -> PyTree:
+            return jax.block_until_ready(_decode_loop(params, config, scenario, tokens, caches))[1]
 
-            return jax.lax.fori_loop(0, steps, body, (jnp.zeros(blocks.batch, jnp.int32), caches))
-
-        return _Part(lambda caches: jax.block_until_ready(run(params, tokens, caches))[1], caches, float(steps))
+        return _Part(run, caches, float(self.steps))
 
     def prefill_attention(self, window: int | None) -> _Part:
         """All chunks of one group's prompts."""
@@ -371,23 +362,25 @@ class _Maker:
         return _Part(lambda carry: jax.block_until_ready(run(params, states, carry))[1], carry, float(self.steps))
 
 
-def device_identity() -> dict[str, str]:
-    """Device and version that measured seconds depend on: part of a stage's settings, so that another device measures
-    anew."""
-    device = jax.local_devices()[0]
-    kind = device.device_kind
-    if device.platform == "cpu":
-        kind = f"{_processor()}, {os.cpu_count()} cores"
-    return {"device": kind, "platform": device.platform, "jax": jax.__version__}
+@partial(jax.jit, static_argnums=(1, 2), donate_argnums=4)  # caches are updated in place, as in generation
+def _decode_loop(
+    params: Params, config: ModelConfig, scenario: tuple[int, int], tokens: Array, caches: PyTree
+) -> tuple[Array, PyTree]:
+    """Steps spread over the positions of an answer.
 
+    Args:
+      scenario: input and output tokens of a request.
+      tokens: int32 [steps, batch], drawn beforehand.
+    """
+    (before, answer), (steps, batch) = scenario, tokens.shape
 
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
+    def body(index: Array, state: tuple[Array, PyTree]) -> tuple[Array, PyTree]:
+        chosen, caches = state
+        positions = jnp.full(batch, before + index * answer // steps, jnp.int32)
+        logits, caches, _ = decode_step(params, config, caches, tokens[index], positions)
+        return chosen + jnp.argmax(logits, axis=-1).astype(jnp.int32), caches
+
+    return jax.lax.fori_loop(0, steps, body, (jnp.zeros(batch, jnp.int32), caches))
 
 
 def _repeated(run: Callable[[Params, Array], PyTree], params: Params, x: Array, steps: float = 1.0) -> _Part:

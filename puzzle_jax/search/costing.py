@@ -7,7 +7,8 @@ from pathlib import Path
 
 from puzzle_jax.costs.compute import compute_costs
 from puzzle_jax.costs.external import read_external
-from puzzle_jax.costs.measured import Measured, device_identity
+from puzzle_jax.costs.hardware import device_identity
+from puzzle_jax.costs.measured import Measured
 from puzzle_jax.costs.provider import Provider
 from puzzle_jax.costs.roofline import Roofline
 from puzzle_jax.costs.table import Costs

@@ -26,7 +26,7 @@ from rich.text import Text
 
 from puzzle_jax.commands import mendable
 from puzzle_jax.convert_hf.export import export_child
-from puzzle_jax.costs.measured import device_identity
+from puzzle_jax.costs.hardware import device_identity
 from puzzle_jax.costs.routing import routing_profile
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.generate.calibrate import calibrate_cache
