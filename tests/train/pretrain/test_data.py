@@ -8,6 +8,7 @@ from puzzle_jax.errors import ConfigError
 from puzzle_jax.tasks import TASKS, is_held_out
 from puzzle_jax.tasks.arithmetic import Chain
 from puzzle_jax.tasks.chat.embedded import embedded_chat
+from puzzle_jax.train.pretrain import data
 from puzzle_jax.train.pretrain.data import BatchSource, Bucket, make_example
 from puzzle_jax.train.rows import Example, pack
 from tests.support import present
@@ -75,7 +76,8 @@ def test_buckets_join_late_and_take_their_lengths(chat):
     assert segments.max() == 1 and (segments == 1).sum() >= 300
 
 
-def test_impossible_buckets_are_refused(chat):
+def test_impossible_buckets_are_refused(chat, monkeypatch):
+    monkeypatch.setattr(data, "_MOST_REFUSALS", 50)
     with pytest.raises(ConfigError, match=r"bucket of length 64: weight is 0\.0, but must be above 0"):
         Bucket(64, 2, 0.0)
     with pytest.raises(ConfigError, match="shortest is 65, but must be from 1 to 64"):
