@@ -11,8 +11,7 @@ like an accelerator's in three ways:
 
 An accelerator's compiler orders operations and reuses memory in its own way.
 
-Left out: what a runtime takes for itself, fragmentation and collectives' buffers; what `ragged_dot` allocates on GPUs
-for which XLA has no grouped matmul.
+Left out: what a runtime takes for itself, fragmentation and collectives' buffers.
 """
 
 from __future__ import annotations
@@ -189,7 +188,7 @@ def kernel_shapes() -> Iterator[None]:
     """Within, what is traced has grouped matmuls that read one row of one expert and give what nobody shall use, in the
     shapes and dtypes of a kernel's operands and results, forwards and backwards."""
     others = dict(IMPLEMENTATIONS)
-    stand_in = partial(grouped.expert_outputs, kernel=_block_matmul, block_rows=BLOCK_ROWS["ragged_dot"])
+    stand_in = partial(grouped.expert_outputs, kernel=_block_matmul, block_rows=BLOCK_ROWS["looped"])
     IMPLEMENTATIONS.clear()
     IMPLEMENTATIONS.update({"kernel_shapes": stand_in, **others})
     try:

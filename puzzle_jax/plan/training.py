@@ -220,7 +220,7 @@ class PlannedTraining(ABC, Generic[AnyRecipe]):
         learning = master_bytes * mesh.devices // FLOAT32  # numbers, all devices together
         # Of a padded row: the row, gate and linear part, activation, and outputs by expert and by token.
         of_experts = hidden * (WIDTH + 2 * FLOAT32) + inter * (2 * FLOAT32 + WIDTH)
-        blocks, block = self._blocks("ragged_dot")
+        blocks, block = self._blocks("looped")
         parts = {
             _SUMS: master_bytes,
             _STUDENT: 2 * learning * WIDTH // mesh.model,

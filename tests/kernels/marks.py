@@ -9,5 +9,5 @@ from puzzle_jax.kernels.mosaic import FIRST_JAX
 GPU = pytest.mark.skipif(jax.__version_info__[:3] < FIRST_JAX, reason="Mosaic GPU kernels need a newer JAX")
 """Of interpreted and lowered kernels: no GPU is asked for."""
 
-MIXTURES_ON_CPU = [name for name in IMPLEMENTATIONS if name not in ("ragged_dot", "mosaic_gpu", "mosaic_tpu")]
+MIXTURES_ON_CPU = [name for name in IMPLEMENTATIONS if name not in ("ragged_dot", "looped", "mosaic_gpu", "mosaic_tpu")]
 """Implementations of `expert_mlp`."""

@@ -16,6 +16,7 @@ from puzzle_jax.kernels.expert_mlp import (
 from puzzle_jax.kernels.expert_mlp.reference import clamped_swiglu
 from puzzle_jax.kernels.grouped_matmul.layout import half_share
 from puzzle_jax.kernels.mxfp4 import MXFP4, decode
+from puzzle_jax.kernels.platform import lowering_for
 from puzzle_jax.kernels.route import Routing
 from tests.kernels.marks import GPU, MIXTURES_ON_CPU
 
@@ -155,7 +156,8 @@ def test_packed_experts_equal_their_decoded_values(implementation):
 
 def test_an_unknown_implementation_is_refused_by_name():
     with pytest.raises(
-        ValueError, match="'triton'; known: expert_loop, capacity, ragged_dot, sorted_blocks, reference, mosaic_gpu"
+        ValueError,
+        match="'triton'; known: expert_loop, capacity, ragged_dot, looped, sorted_blocks, reference, mosaic_gpu",
     ):
         expert_outputs(
             jnp.zeros((1, HIDDEN)), jnp.zeros((1, 1), int), make_experts(), limit=LIMIT, implementation="triton"
@@ -237,7 +239,7 @@ def kernel_of(name, poisoned=True):
     return lambda *given, limit=LIMIT: run(*given, limit=limit, kernel=poison)
 
 
-@pytest.mark.parametrize("name", ["mosaic_tpu", pytest.param("mosaic_gpu", marks=GPU)])
+@pytest.mark.parametrize("name", ["looped", "mosaic_tpu", pytest.param("mosaic_gpu", marks=GPU)])
 @pytest.mark.parametrize("case", ["mixed", "all on one expert", "one token"])
 def test_kernels_agree_with_the_reference_forwards_and_backwards(name, case):
     dtype = jnp.bfloat16 if name == "mosaic_gpu" else jnp.float32
@@ -305,3 +307,54 @@ def test_every_refusal_is_told():
         expert_outputs(
             jnp.zeros((1, HIDDEN)), jnp.zeros((1, 1), int), make_experts(), limit=LIMIT, implementation="mosaic_tpu"
         )
+
+
+# For GPUs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [24, 700])
+def test_what_gpus_are_given_agrees_with_the_reference(tokens):
+    """Few tokens are for `capacity` forwards; all gradients, and many tokens, for the loop over blocks."""
+    ids = jnp.asarray(np.stack([np.arange(tokens) % 3, 3 + np.arange(tokens) % 2], axis=1))
+    x, experts = jax.random.normal(jax.random.key(1), (tokens, HIDDEN)), make_experts()
+
+    def loss(x, experts, implementation=None):
+        return jnp.sum(jnp.sin(expert_outputs(x, ids, experts, limit=LIMIT, implementation=implementation)))
+
+    expected = jax.jit(jax.value_and_grad(lambda *given: loss(*given, "reference"), (0, 1)))(x, experts)
+    with lowering_for("gpu"):
+        found = jax.jit(jax.value_and_grad(loss, (0, 1)))(x, experts)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        scale = float(jnp.abs(other).max())  # of each gradient's own: that of an empty expert is zero
+        np.testing.assert_allclose(one / scale, other / scale, atol=2e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_memory_on_gpus_is_in_proportion_to_the_rows(packed):
+    """Temporaries of the program that GPUs are given, by XLA for CPUs: neither experts' matrices gathered by block, of
+    200 MB here, nor rows times experts, of 1.6 GB."""
+    tokens, k, num_experts, hidden, inter = 2048, 4, 128, 256, 224
+
+    def of(*shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    def matrix(inputs, outputs):
+        if not packed:
+            return (of(num_experts, inputs, outputs),)
+        return tuple(of(num_experts, outputs, inputs // per, dtype=jnp.uint8) for per in (2, 32))
+
+    def weights(parts):
+        return MXFP4(*parts) if packed else parts[0]
+
+    def gradient(x, ids, gate_up, gate_up_bias, down, down_bias):
+        experts = Experts(weights(gate_up), gate_up_bias, weights(down), down_bias)
+        return jax.grad(lambda x: jnp.sum(expert_outputs(x, ids, experts, limit=LIMIT)))(x)
+
+    experts = matrix(hidden, 2 * inter), of(num_experts, 2 * inter), matrix(inter, hidden), of(num_experts, hidden)
+    with lowering_for("gpu"):
+        lowered = jax.jit(gradient).lower(of(tokens, hidden), of(tokens, k, dtype=jnp.int32), *experts)
+    found = lowered.compile().memory_analysis()
+    assert found is not None
+    row = 4 * (2 * hidden + 3 * inter)  # in and out, both halves before the activation, and what comes of them
+    padded = tokens * k + num_experts * 31
+    assert found.temp_size_in_bytes < 3 * padded * row < 200e6

@@ -25,7 +25,7 @@ SIZES = {
     "nothing": [0, 0, 0, 0, 0],
 }
 FORMS = ["dense", "transposed", "packed", "packed transposed"]
-KERNELS = ["mosaic_tpu", pytest.param("mosaic_gpu", marks=GPU)]
+KERNELS = ["looped", "mosaic_tpu", pytest.param("mosaic_gpu", marks=GPU)]
 
 
 def dense_weights(dtype=jnp.float32):
@@ -84,6 +84,7 @@ def test_row_by_row(implementation, case, packed):
     "kernel,form,case",
     [
         *(("mosaic_tpu", form, case) for form in FORMS for case in SIZES),
+        *(("looped", form, case) for form in FORMS for case in ("rows that are nobody's", "nothing")),
         *(
             pytest.param("mosaic_gpu", form, case, marks=GPU)
             for form in FORMS
@@ -177,7 +178,8 @@ def test_what_does_not_fit_is_refused_before_anything_runs():
         grouped_matmul(rows, weights, jnp.asarray([-1, 2, 0, 0, 0]))
     with pytest.raises(ValueError, match="71 rows are no whole blocks: expert names 5"):
         block_matmul(rows, weights, jnp.zeros(5, jnp.int32), jnp.asarray(5))
-    for pinned in ("mosaic_gpu", "mosaic_tpu", "ragged_dot"):
+    for pinned in ("mosaic_gpu", "mosaic_tpu", "ragged_dot", "looped"):
         with pytest.raises(NotImplementedError, match=r"cpu|CPU|needs JAX"):
             grouped_matmul(rows, weights, jnp.asarray(SIZES["mixed"]), implementation=pinned)
-    assert list(IMPLEMENTATIONS)[:3] == ["ragged_dot", "blocked", "reference"]  # the kernels must be asked for
+    of_xla = ["ragged_dot", "looped", "blocked", "reference"]  # the kernels must be asked for
+    assert list(IMPLEMENTATIONS)[:4] == of_xla

@@ -307,7 +307,7 @@ def test_changes_are_the_least_with_which_a_phase_fits():
         "more devices, each with fewer rows": {"mesh.data": 4},
         "more devices, each with a part of every row": {"mesh.sequence": 4},
     }
-    assert would("update", 250_000) == {
+    assert would("update", 280_000) == {
         "smaller micro-batches, more of them": {"update.rows": 2},
         "shorter rows and answers": {"update.row_length": 18, "rollout.max_tokens": {"high": 12}},
         "more devices, each with fewer rows": {"mesh.data": 4},

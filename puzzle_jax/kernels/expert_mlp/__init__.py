@@ -1,11 +1,11 @@
 """The experts' feed-forward network: gate-up matmul, clamped SwiGLU, down matmul, weighted sum.
 
 `expert_outputs` gives every chosen expert's own output; `expert_mlp` combines them with the gates, on a mesh by expert
-parallelism. Implementations:
-`expert_loop` on CPUs, one chosen expert after the other; `capacity` for few tokens, which reads all weights once and
-gathers none; `ragged_dot` off CPUs; `sorted_blocks`, dropless matmuls in blocks of one expert each; `reference`, every
-expert on every token. Those are XLA programs; under differentiation the first two become `sorted_blocks`. By name only:
-`mosaic_gpu` and `mosaic_tpu`, by the kernels of `grouped_matmul`.
+parallelism. Implementations: `expert_loop` on CPUs, one chosen expert after the other; `capacity` for few tokens, which
+reads all weights once and gathers none; `ragged_dot` on TPUs and `looped` on GPUs, see `grouped_matmul`;
+`sorted_blocks`, dropless matmuls in blocks of one expert each; `reference`, every expert on every token. Those are XLA
+programs; under differentiation the first two become `sorted_blocks`, or `looped` on GPUs. By name only: `mosaic_gpu`
+and `mosaic_tpu`, by the kernels of `grouped_matmul`.
 
 Numerics are gpt-oss's: even columns of gate-up are the gate and odd ones the linear part; the gate is clamped from
 above only; the gate weight multiplies after the bias of the down projection.
@@ -32,6 +32,7 @@ IMPLEMENTATIONS = {
     "expert_loop": expert_loop.expert_outputs,
     "capacity": capacity.expert_outputs,
     "ragged_dot": grouped.by("ragged_dot"),
+    "looped": grouped.by("looped"),
     "sorted_blocks": sorted_blocks.expert_outputs,
     "reference": reference.expert_outputs,
     "mosaic_gpu": grouped.by("mosaic_gpu"),

@@ -15,10 +15,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from puzzle_jax.kernels.expert_mlp import grouped
 from puzzle_jax.kernels.expert_mlp.reference import Experts
 from puzzle_jax.kernels.expert_mlp.swiglu import clamped_swiglu
 from puzzle_jax.kernels.grouped_matmul.blocked import block_rows
 from puzzle_jax.kernels.mxfp4 import as_dense
+from puzzle_jax.kernels.platform import target_platform
 from puzzle_jax.kernels.route import expert_order
 from puzzle_jax.kernels.shapes import Array, ExpertOutputs, Ids, Tokens
 
@@ -52,13 +54,14 @@ def expert_outputs(x: Tokens, ids: Ids, experts: Experts, *, limit: float, sprea
 
 def with_gradients_of_sorted_blocks(forward: Forward) -> Forward:
     """`forward((limit, spread), x, ids, experts)`; where it is differentiated, in `x` and `experts`, `sorted_blocks`
-    runs in its place, forwards and backwards."""
+    runs in its place, forwards and backwards, or on GPUs `looped`, which gathers no weights."""
 
     def save(settings: Settings, x: Array, ids: Array, experts: Experts) -> tuple[Array, Backward]:
         limit, spread = settings
 
         def run(x: Array, experts: Experts) -> Array:
-            return expert_outputs(x, ids, experts, limit=limit, spread=spread)
+            outputs = grouped.by("looped") if target_platform() == "gpu" else expert_outputs
+            return outputs(x, ids, experts, limit=limit, spread=spread)
 
         return jax.vjp(run, x, experts)
 

@@ -1,11 +1,12 @@
 """Rows that are sorted by expert, times each row's expert's matrix; dense or packed (MXFP4) weights.
 
 Kernels take rows in blocks of one expert each (`layout`): padding a group to whole blocks costs less than tiles that
-two experts share, and work stays proportional to the rows. Implementations: `ragged_dot` off CPUs, `blocked` in plain
-XLA, which is the way on CPUs, and `reference`; by name only `mosaic_gpu` for Hopper and `mosaic_tpu`.
+two experts share, and work stays proportional to the rows. Implementations: `ragged_dot` on TPUs, `looped` on GPUs and
+`blocked` on CPUs, both in plain XLA, and `reference`; by name only `mosaic_gpu` for Hopper and `mosaic_tpu`.
 
-Gradients of the kernels: of the rows by the same kernel with the matrices transposed, or where it has no such product,
-with packed ones decoded for it, or by XLA; of dense weights by `lax.ragged_dot_general`. Packed weights have none.
+Gradients of the kernels and of `looped`: of the rows by the same one with the matrices transposed, or where it has no
+such product, with packed ones decoded for it, or by XLA; of dense weights by `lax.ragged_dot_general` on TPUs, and
+block by block elsewhere. Packed weights have none.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from jax.core import Tracer
 
 from puzzle_jax.kernels import checks
 from puzzle_jax.kernels.dispatch import dispatch
-from puzzle_jax.kernels.grouped_matmul import blocked, mosaic_gpu, mosaic_tpu, ragged, reference
+from puzzle_jax.kernels.grouped_matmul import blocked, looped, mosaic_gpu, mosaic_tpu, ragged, reference
 from puzzle_jax.kernels.grouped_matmul.layout import Blocks, blocks_of
 from puzzle_jax.kernels.mxfp4 import GROUP, MXFP4, Weights, decode
+from puzzle_jax.kernels.platform import target_platform
 from puzzle_jax.kernels.shapes import Array, BlockExperts, Bool, Float, GroupSizes, IntScalar, Matrices, Sorted
 
 __all__ = [
@@ -68,6 +70,7 @@ def _differentiable(kernel: Callable[..., Array]) -> Callable[..., Array]:
             "the kernel": lambda: by_kernel(parts),
             "the kernel, decoded": lambda: by_kernel((_dense(parts, rows.dtype),)),
             "ragged_dot": lambda: by_xla(ragged.block_matmul),
+            "looped": lambda: by_xla(looped.block_matmul),
             "blocked": lambda: by_xla(blocked.block_matmul),
         }
         d_rows = dispatch("the rows' gradient of block_matmul", ways, None)
@@ -104,6 +107,9 @@ def _d_weights(
     rows: Array, d_out: Array, weights: Array, expert: Array, used: Array, transposed: bool
 ) -> Float[Array, "experts inputs outputs"]:
     """Of dense weights: each expert's rows times what came back for them."""
+    if target_platform() != "tpu":
+        left, right = (d_out, rows) if transposed else (rows, d_out)
+        return looped.weight_gradient(left, right, expert, used, len(weights), weights.dtype)
     sizes = ragged.rows_per_expert(expert, used, len(rows) // len(expert), len(weights))
     in_use = in_use_rows(expert, used, len(rows))
     left, right = (jnp.where(in_use, x, 0) for x in ((d_out, rows) if transposed else (rows, d_out)))
@@ -114,6 +120,7 @@ def _d_weights(
 
 BLOCK_IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
     "ragged_dot": ragged.block_matmul,
+    "looped": _differentiable(looped.block_matmul),
     "blocked": blocked.block_matmul,
     "mosaic_gpu": _differentiable(mosaic_gpu.block_matmul),
     "mosaic_tpu": _differentiable(mosaic_tpu.block_matmul),
@@ -121,6 +128,7 @@ BLOCK_IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
 
 BLOCK_ROWS: dict[str, Callable[..., int]] = {
     "ragged_dot": ragged.block_rows,
+    "looped": looped.block_rows,
     "blocked": blocked.block_rows,
     "mosaic_gpu": mosaic_gpu.block_rows,
     "mosaic_tpu": mosaic_tpu.block_rows,
@@ -169,6 +177,7 @@ def _in_blocks(name: str) -> Callable[..., Array]:
 
 IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
     "ragged_dot": ragged.grouped_matmul,
+    "looped": _in_blocks("looped"),
     "blocked": _in_blocks("blocked"),
     "reference": reference.grouped_matmul,
     "mosaic_gpu": _in_blocks("mosaic_gpu"),

@@ -1,7 +1,8 @@
-"""`grouped_matmul` by `lax.ragged_dot`: what JAX offers. Good on GPUs and TPUs in one pass over dense weights.
+"""`grouped_matmul` by `lax.ragged_dot`: what JAX offers. Good on TPUs, in one pass over dense weights.
 
 In blocks it takes every expert's blocks as one group; small blocks then waste little.
-Left out: CPUs, where it is dense over all experts, and packed weights, which are decoded first.
+Left out: CPUs and GPUs, where XLA expands it over all experts (its fused form for GPUs is behind a flag, and gives no
+float32), and packed weights, which are decoded first.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def block_rows(rows: int, num_experts: int, packed: bool = False) -> int:
 def block_matmul(
     rows: Sorted, weights: Weights, expert: BlockExperts, used: IntScalar, *, transposed: bool = False
 ) -> Sorted:
-    """See the api. Raises NotImplementedError on CPUs."""
+    """See the api. Raises NotImplementedError off TPUs."""
     sizes = rows_per_expert(expert, used, len(rows) // len(expert), weights.shape[0])
     return grouped_matmul(rows, weights, sizes, transposed=transposed)
 
@@ -35,9 +36,9 @@ def rows_per_expert(expert: BlockExperts, used: IntScalar, block: int, num_exper
 
 
 def grouped_matmul(rows: Sorted, weights: Weights, group_sizes: GroupSizes, *, transposed: bool = False) -> Sorted:
-    """See the api. Raises NotImplementedError on CPUs."""
-    if target_platform() == "cpu":
-        raise NotImplementedError("it is dense over all experts on CPUs")
+    """See the api. Raises NotImplementedError off TPUs."""
+    if target_platform() != "tpu":
+        raise NotImplementedError("XLA expands it over all experts on CPUs and GPUs")
     dense = as_dense(weights, rows.dtype)
     dense = dense.swapaxes(1, 2) if transposed else dense
     out = jax.lax.ragged_dot(rows, dense, group_sizes, preferred_element_type=jnp.float32)
