@@ -81,7 +81,7 @@ def printed(console: Console) -> str:
 
 @runtime_checkable
 class Jitted(Protocol):
-    """What a program of `jax.jit` has beyond its type."""
+    """Methods that a program of `jax.jit` has and that its type does not declare."""
 
     def clear_cache(self) -> None: ...
     def _cache_size(self) -> int: ...

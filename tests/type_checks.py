@@ -29,7 +29,7 @@ def install(package: str) -> None:
 
 
 def _from_the_first_call(of: Any = None, *, typechecker: Callable) -> Any:
-    """What the import hook puts above every function and class in place of `jaxtyping.jaxtyped`."""
+    """The decorator that the import hook puts above every function and class in place of `jaxtyping.jaxtyped`."""
     if of is None:
         return functools.partial(_from_the_first_call, typechecker=typechecker)
     if inspect.isclass(of):
@@ -63,7 +63,7 @@ def _checked(function: Callable, typechecker: Callable) -> Callable:
 
 
 def _has_arrays(function: Callable) -> bool:
-    """Whether any annotation is of arrays, or cannot be told: jaxtyping passes over what it cannot resolve."""
+    """Returns whether an annotation is of arrays, or cannot be resolved; jaxtyping passes over those."""
     try:
         hints = typing.get_type_hints(function, include_extras=True)
     except Exception:

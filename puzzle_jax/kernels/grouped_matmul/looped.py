@@ -1,7 +1,7 @@
 """`grouped_matmul` in plain XLA on GPUs: one block of rows after the other, its expert's matrix read where it lies.
 
-Memory is in proportion to the rows. `lax.ragged_dot`, which XLA for GPUs expands over all experts, takes 12 GB for
-16,384 rows of gpt-oss-120b's 128 experts, and matrices gathered for every block (`blocked`) 8 GB. Of packed weights one
+Memory is in proportion to the rows, where `lax.ragged_dot`, which XLA for GPUs expands over all experts, takes a copy
+of the rows per expert, and `blocked` a copy of the matrix per block (figures: docs/kernels.md). Of packed weights one
 expert's matrix is decoded at a time. Blocks that hold no rows cost nothing and come out as zeros.
 
 Left out: the speed of a grouped kernel; a block is one matmul of its own, started after the one before it.
