@@ -19,6 +19,7 @@ VERBS = {
     "plan": "what search, distill and grpo need on every device, before there are devices",
     "evaluate": "models side by side: accuracy, tokens and speed per effort; caches: what an FP8 cache costs",
     "generate": "a model's answer on the terminal",
+    "doctor": "versions, devices, and which kernel or XLA program serves each operation here",
     "convert_hf": "checkpoints: inspect, verify, import to Orbax, export to Hugging Face",
 }
 

@@ -31,7 +31,7 @@ ORDER = (
     ("program", "costs"),
     ("evaluate",),
     ("search", "train"),
-    ("plan", "run"),
+    ("plan", "run", "doctor"),
     ("cli",),
 )
 """Levels from the bottom; a package imports itself and lower levels."""

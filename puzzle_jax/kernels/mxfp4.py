@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -23,18 +24,25 @@ GROUP = 32
 CODE_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
+if TYPE_CHECKING:
+    Codes = UInt8[Array, "experts outputs half_inputs"]
+    Scales = UInt8[Array, "experts outputs groups"]
+else:  # JAX makes trees of other things than arrays while it differentiates
+    Codes = Scales = object
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class MXFP4:
     """A stack of matrices [experts, inputs, outputs] in packed form.
 
     Attributes:
-      codes: two to a byte, [experts, outputs, inputs / 2].
-      scales: exponents with bias 127, [experts, outputs, inputs / 32].
+      codes: two to a byte, uint8 [experts, outputs, inputs / 2].
+      scales: exponents with bias 127, uint8 [experts, outputs, inputs / 32].
     """
 
-    codes: UInt8[Array, "experts outputs half_inputs"]
-    scales: UInt8[Array, "experts outputs groups"]
+    codes: Codes
+    scales: Scales
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -10,29 +10,37 @@ import jax
 
 PLATFORMS = ("cpu", "gpu", "tpu")
 
-_target: ContextVar[str | None] = ContextVar("target", default=None)
+HOPPER = "9.0"
+"""Compute capability of an H100 or H200."""
+
+_target: ContextVar[tuple[str, str] | None] = ContextVar("target", default=None)
 
 
 def target_platform() -> str:
     """The platform that kernels are chosen for: "cpu", "gpu" or "tpu"."""
-    return _target.get() or jax.default_backend()
+    return lowered_for() or jax.default_backend()
 
 
 def lowered_for() -> str | None:
     """The platform of `lowering_for`, where that is in force."""
-    return _target.get()
+    target = _target.get()
+    return None if target is None else target[0]
 
 
 @contextmanager
-def lowering_for(platform: str) -> Iterator[None]:
-    """A context in which kernels are chosen for a platform that need not be present ("gpu" is a Hopper one), so that
-    programs can be lowered and compiled for it ahead of time. Programs traced before keep their kernels.
+def lowering_for(platform: str, capability: str = HOPPER) -> Iterator[None]:
+    """A context in which kernels are chosen for a platform that need not be present, so that programs can be lowered
+    and compiled for it ahead of time. Programs traced before keep their kernels.
+
+    Args:
+      platform: one of `PLATFORMS`.
+      capability: compute capability of a GPU.
 
     Raises ValueError for a platform that is unknown.
     """
     if platform not in PLATFORMS:
         raise ValueError(f"platform is {platform!r}, but must be one of {', '.join(PLATFORMS)}")
-    token = _target.set(platform)
+    token = _target.set((platform, capability))
     try:
         yield
     finally:
@@ -41,6 +49,7 @@ def lowering_for(platform: str) -> Iterator[None]:
 
 def is_hopper() -> bool:
     """Whether kernels are chosen for a GPU of compute capability 9.0."""
-    if _target.get() is not None:
-        return _target.get() == "gpu"
-    return jax.default_backend() == "gpu" and str(getattr(jax.local_devices()[0], "compute_capability", "")) == "9.0"
+    target = _target.get()
+    if target is not None:
+        return target == ("gpu", HOPPER)
+    return jax.default_backend() == "gpu" and str(getattr(jax.local_devices()[0], "compute_capability", "")) == HOPPER

@@ -165,7 +165,15 @@ def decode_attention_block(
     with jax.named_scope("attention"):
         k, v, k_scale, v_scale = cache
         out = decode_attention(
-            qkv.q[:, 0], k, v, attention["sinks"], positions, window=window, k_scale=k_scale, v_scale=v_scale
+            qkv.q[:, 0],
+            k,
+            v,
+            attention["sinks"],
+            positions,
+            window=window,
+            k_scale=k_scale,
+            v_scale=v_scale,
+            mesh=network.traced_mesh(),
         )
     return x + network.attention_output(attention, out)[:, None], cache
 

@@ -46,12 +46,12 @@ RULES: Mapping[str, str | None] = {
 TRAINING_AXES: tuple[str, ...] = ("data", "sequence", "model")
 
 
-def make_mesh(data: int, model: int) -> Mesh:
-    """A mesh of `data` x `model` of this process's devices.
+def make_mesh(data: int, model: int, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of `data` x `model` devices, by default of this process's.
 
     Raises ConfigError when there are fewer devices.
     """
-    return _mesh({"data": data, "model": model}, jax.local_devices())
+    return _mesh({"data": data, "model": model}, jax.local_devices() if devices is None else devices)
 
 
 def make_training_mesh(data: int, sequence: int, model: int, devices: Sequence[Any] | None = None) -> Mesh:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from puzzle_jax.settings.verbs import Verb, run_table
 
-_DEVICES = ("mesh.data", "mesh.model", "hbm_gb", "hardware", "json")
+_DEVICES = ("mesh.data", "mesh.model", "hbm_gb", "hardware", "compiler", "json")
 VERBS = {
     "search": Verb(
         name="plan search",

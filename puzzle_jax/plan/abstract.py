@@ -1,15 +1,8 @@
 """Programs for devices that are not there: arrays without values, virtual devices, and compiling for them.
 
 A program is traced with arrays that have shapes, dtypes and places on a mesh, but no values, and compiled for virtual
-devices. What it is given is exact. Temporaries are what XLA's compiler for CPUs allocates, of a program that is kept
-like an accelerator's in three ways:
-
-    experts    grouped matmuls stand in it by their operands and results alone (`kernel_shapes`); the way for CPUs would
-               gather one expert's matrices for every block of rows
-    bfloat16   is float16, which is as wide; CPUs would hold what they compute in bfloat16 in float32
-    order      what rematerialisation fences off stays fenced off; XLA for CPUs would merge a layer's two passes again
-
-An accelerator's compiler orders operations and reuses memory in its own way.
+devices. What it is given is exact. Temporaries are what the compiler in force (`plan.compilers`) allocates; another one
+orders operations and reuses memory in its own way.
 
 Left out: what a runtime takes for itself, fragmentation and collectives' buffers.
 """
@@ -38,25 +31,13 @@ from puzzle_jax.kernels.mxfp4 import GROUP, MXFP4, decode
 from puzzle_jax.model.sharding import on_mesh, params_sharding
 from puzzle_jax.model.spec import EXPERT_MATRICES, Params, ParamSpec, is_spec, param_specs
 from puzzle_jax.model.stacked import StackedMXFP4
+from puzzle_jax.plan.compilers import compiler
 
 Tree = TypeVar("Tree")
 _Abstract = jax.ShapeDtypeStruct
 
-DTYPE = jnp.float16
-"""In place of bfloat16, which accelerators compute in."""
-
 WIDTH, FLOAT32 = 2, 4
 """Bytes of a number in what is computed in, and in master weights."""
-
-COMPILER = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_disable_hlo_passes": "cse_barrier_expander",
-}
-"""Options for a program that never runs: nothing of the machine code that a CPU would be given matters, and making it
-takes longest."""
-
-COMPILED_BY = "compiled by XLA for CPUs, in float16 for bfloat16"
 
 
 def read_model(path: Path) -> tuple[ModelConfig, bool]:
@@ -89,7 +70,7 @@ def virtual_devices(count: int) -> None:
 def bytes_beside(lowered: jax.stages.Lowered) -> int:
     """Bytes that a lowered program allocates on a device beside its arguments: temporaries, and results that do not
     take the place of an argument."""
-    found = lowered.compile(compiler_options=COMPILER).memory_analysis()
+    found = lowered.compile(compiler_options=dict(compiler().options)).memory_analysis()
     assert found is not None
     return found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
 
@@ -141,7 +122,7 @@ def zero_params(config: ModelConfig, packed: bool) -> Params:
 
     def zeros(path: jax.tree_util.KeyPath, spec: ParamSpec) -> Array | MXFP4:
         if not packed or path[-1].key not in EXPERT_MATRICES:  # pyright: ignore[reportAttributeAccessIssue]
-            return jnp.zeros(spec.shape, DTYPE)
+            return jnp.zeros(spec.shape, compiler().dtype)
         experts, inputs, outputs = spec.shape
         codes, scales = (jnp.zeros((experts, outputs, inputs // each), jnp.uint8) for each in (2, GROUP))
         return MXFP4(codes, scales)
@@ -186,7 +167,11 @@ def _bytes(leaf: Array | jax.ShapeDtypeStruct) -> int:
 @contextmanager
 def kernel_shapes() -> Iterator[None]:
     """Within, what is traced has grouped matmuls that read one row of one expert and give what nobody shall use, in the
-    shapes and dtypes of a kernel's operands and results, forwards and backwards."""
+    shapes and dtypes of a kernel's operands and results, forwards and backwards; unless the compiler in force takes the
+    real ones."""
+    if not compiler().stand_ins:
+        yield
+        return
     others = dict(IMPLEMENTATIONS)
     stand_in = partial(grouped.expert_outputs, kernel=_block_matmul, block_rows=BLOCK_ROWS["looped"])
     IMPLEMENTATIONS.clear()

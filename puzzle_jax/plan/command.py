@@ -1,8 +1,7 @@
 """`puzzle plan search|distill|grpo`: what a run needs on every device, before there are devices.
 
 A plan takes the settings of the run that it is for, and some of its own. Of models config.json is read and nothing
-else, nor any file of traces or problems. The compiler is XLA's for CPUs, on virtual devices; `plan.abstract` says what
-its figures are worth.
+else, nor any file of traces or problems. `plan.compilers` says who compiles, and what the figures are worth.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from puzzle_jax.costs.hardware import HARDWARE
 from puzzle_jax.errors import ConfigError, check_range, shown
 from puzzle_jax.model.child import identity_child
 from puzzle_jax.plan.abstract import read_model, virtual_devices
+from puzzle_jax.plan.compilers import compiler_named
 from puzzle_jax.plan.distill import PlannedDistillation, first_experts
 from puzzle_jax.plan.grpo import PlannedPolicy
 from puzzle_jax.plan.record import GB, Plan, compiled
@@ -33,11 +33,13 @@ class PlanSettings:
     Attributes:
       hbm_gb: memory of a device, in 10^9 bytes.
       hardware: a device whose memory there is, in the place of hbm_gb ("h100").
+      compiler: "cpu", or "gpu" for XLA's compiler for that hardware, where the extra `gpu-compiler` is installed.
       json: prints JSON in the place of a table.
     """
 
     hbm_gb: float = 80.0
     hardware: str | None = None
+    compiler: str = "cpu"
     json: bool = False
 
     @property
@@ -107,8 +109,14 @@ def plan_grpo(settings: GrpoPlan) -> None:
 
 
 def _show(run: PlannedSearch | PlannedDistillation | PlannedPolicy, settings: PlanSettings) -> None:
+    by = compiler_named(settings.compiler, settings.hardware)
+    virtual_devices(run.recipe.mesh.devices)
+    with by.in_force():
+        _compile_and_show(run, settings)
+
+
+def _compile_and_show(run: PlannedSearch | PlannedDistillation | PlannedPolicy, settings: PlanSettings) -> None:
     limit, devices = settings.device_bytes, run.recipe.mesh.devices
-    virtual_devices(devices)
     _ = run.mesh
     console, out = plain_console(stderr=True), plain_console()
     console.print(f"compiling for {devices} virtual devices", highlight=False)

@@ -20,7 +20,8 @@ from puzzle_jax.config import ModelConfig
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.model.child import Child, ChildBlock
 from puzzle_jax.model.sharding import on_mesh
-from puzzle_jax.plan.abstract import COMPILED_BY, bytes_beside, device_bytes, kernel_shapes
+from puzzle_jax.plan.abstract import bytes_beside, device_bytes, kernel_shapes
+from puzzle_jax.plan.compilers import compiler
 from puzzle_jax.plan.record import GB, Change, Usage, least_changes, scaled
 from puzzle_jax.plan.training import Extra, PlannedTraining
 from puzzle_jax.train.distill.objectives import FROM_TEACHER, HIDDEN, Distillation
@@ -118,7 +119,7 @@ class PlannedDistillation(PlannedTraining[DistillRecipe]):
     def notes(self) -> list[str]:
         gathered = f"{self.gathered_on_cpus / GB:.1f} GB of matrices that a CPU alone would gather for blocks of rows"
         by_arithmetic = "by arithmetic: large parts alone, one layer at a time"
-        return [COMPILED_BY, by_arithmetic, f"left out: {gathered}", *super().notes]
+        return [compiler().about, by_arithmetic, f"left out: {gathered}", *super().notes]
 
 
 def first_experts(parent: ModelConfig, child: ModelConfig, parent_path: Path, child_path: Path) -> Child:

@@ -20,7 +20,8 @@ from puzzle_jax.generate.slots import Admission, Group, Slots, State
 from puzzle_jax.model.cache_format import CacheFormat
 from puzzle_jax.model.spec import Params
 from puzzle_jax.model.stacked import one_layer
-from puzzle_jax.plan.abstract import DTYPE, device_bytes, in_place, program_bytes
+from puzzle_jax.plan.abstract import device_bytes, in_place, program_bytes
+from puzzle_jax.plan.compilers import compiler
 from puzzle_jax.plan.record import Usage
 
 
@@ -94,7 +95,7 @@ class AbstractEngine:
 
     def _placed(self, rows: int, empty: Callable[..., State]) -> State:
         """The arrays that `empty` makes for so many rows, without values, in place."""
-        shapes = jax.eval_shape(lambda: empty(self.config, rows, self.context, jnp.dtype(DTYPE), self.cache))
+        shapes = jax.eval_shape(lambda: empty(self.config, rows, self.context, jnp.dtype(compiler().dtype), self.cache))
         if self.mesh is None:
             return shapes
         return in_place(shapes, generation.Places.on(self.mesh, rows, self.config).of(shapes))

@@ -39,6 +39,7 @@ from puzzle_jax.model.spec import Params
 from puzzle_jax.model.stacked import unstack_params
 from puzzle_jax.plan import abstract
 from puzzle_jax.plan.abstract import FLOAT32, bytes_beside, device_bytes, kernel_shapes
+from puzzle_jax.plan.compilers import compiler
 from puzzle_jax.plan.engine import AbstractEngine
 from puzzle_jax.plan.record import GB, Change, Usage, least_changes, scaled
 from puzzle_jax.plan.training import Extra, PlannedTraining
@@ -154,7 +155,7 @@ class PlannedPolicy(PlannedTraining[GrpoRecipe]):
     @property
     def slot_cache_bytes(self) -> int:
         """Bytes of one slot's caches, on all devices together."""
-        return cache_bytes(self.parent, self.context, self.cache.stored_dtype(abstract.DTYPE).itemsize)
+        return cache_bytes(self.parent, self.context, self.cache.stored_dtype(compiler().dtype).itemsize)
 
     def caches_on_device(self, rows: int) -> int:
         """Bytes of the caches of so many rows, but for scales: rows are split over "data" and "sequence", heads over
@@ -310,7 +311,7 @@ class PlannedPolicy(PlannedTraining[GrpoRecipe]):
         if needs.expert_bytes:
             size, packing = f"{needs.expert_bytes / GB:,.1f} GB", f"{3 * needs.expert_bytes / GB:,.1f} GB"
             lines.append(f"on the host: experts of all answers, {size} at most, and {packing} while rows are packed")
-        lines.append(abstract.COMPILED_BY)
+        lines.append(compiler().about)
         if not any(self.scores.values()):
             lines.append("nothing is scored: one update per step, and no reference")
         if recipe.rollout.slots % self.row_parts:

@@ -34,7 +34,8 @@ from puzzle_jax.model.sharding import batch_sharding, make_mesh, params_sharding
 from puzzle_jax.model.spec import Params
 from puzzle_jax.model.stacked import one_layer
 from puzzle_jax.plan import abstract
-from puzzle_jax.plan.abstract import DTYPE, device_bytes, program_bytes, zero_params
+from puzzle_jax.plan.abstract import device_bytes, program_bytes, zero_params
+from puzzle_jax.plan.compilers import compiler
 from puzzle_jax.plan.engine import AbstractEngine
 from puzzle_jax.plan.record import Change, Usage
 from puzzle_jax.search.rank import ranking as rank
@@ -120,7 +121,7 @@ class PlannedSearch:
         config, model = self.config, self.recipe.mesh.model
         counts = {"experts": config.blocks[0].num_experts, "key-value heads": config.num_kv_heads}
         undivided = [(name, count) for name, count in counts.items() if count % model]
-        return [abstract.COMPILED_BY] + [
+        return [compiler().about] + [
             f"every device holds all {name}: {model} do not divide {count}" for name, count in undivided
         ]
 
@@ -135,7 +136,8 @@ class PlannedSearch:
     def mesh(self) -> Mesh | None:
         """Raises ConfigError where JAX has fewer devices."""
         mesh = self.recipe.mesh
-        return make_mesh(mesh.data, mesh.model) if mesh.devices > 1 else None
+        devices = compiler().devices(mesh.devices)
+        return make_mesh(mesh.data, mesh.model, devices) if mesh.devices > 1 or devices else None
 
     @cached_property
     def params(self) -> Params:
@@ -174,7 +176,7 @@ class PlannedSearch:
         sharding = None
         if self.mesh is not None:
             sharding = NamedSharding(self.mesh, PartitionSpec("data" if self._parts(rows) > 1 else None))
-        return jax.ShapeDtypeStruct((*shape, self.config.hidden_size), DTYPE, sharding=sharding)
+        return jax.ShapeDtypeStruct((*shape, self.config.hidden_size), compiler().dtype, sharding=sharding)
 
     def _parts(self, rows: int) -> int:
         """Number of devices that a batch's rows are split over."""
@@ -188,7 +190,9 @@ class PlannedSearch:
 def _load(run: PlannedSearch) -> Usage:
     where = None if run.mesh is None else params_sharding(run.config, run.mesh)
     weights = device_bytes(run.params)
-    beside = program_bytes(lambda loaded: to_compute(one_layer(loaded), DTYPE), run.loaded, out_shardings=where)
+    beside = program_bytes(
+        lambda loaded: to_compute(one_layer(loaded), compiler().dtype), run.loaded, out_shardings=where
+    )
     return Usage({"loaded": device_bytes(run.loaded), "weights": weights}, beside - weights)
 
 

@@ -26,6 +26,7 @@ from puzzle_jax.model.child import Child
 from puzzle_jax.model.sharding import make_training_mesh, stacked_sharding
 from puzzle_jax.model.spec import EXPERT_MATRICES, Params
 from puzzle_jax.plan.abstract import FLOAT32, WIDTH, check_packed, device_bytes, in_place, zero_params
+from puzzle_jax.plan.compilers import compiler
 from puzzle_jax.plan.record import Usage, scaled
 from puzzle_jax.train.distill.objectives import FROM_TEACHER, HIDDEN, Fixed
 from puzzle_jax.train.distill.recipe import DistillRecipe
@@ -96,7 +97,10 @@ class PlannedTraining(ABC, Generic[AnyRecipe]):
     def mesh(self) -> Mesh | None:
         """Raises ConfigError where JAX has fewer devices."""
         mesh = self.recipe.mesh
-        return make_training_mesh(mesh.data, mesh.sequence, mesh.model) if mesh.devices > 1 else None
+        devices = compiler().devices(mesh.devices)
+        if mesh.devices == 1 and not devices:
+            return None
+        return make_training_mesh(mesh.data, mesh.sequence, mesh.model, devices)
 
     @cached_property
     def optimizer(self) -> optax.GradientTransformation:

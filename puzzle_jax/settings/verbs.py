@@ -18,6 +18,7 @@ import yaml
 
 from puzzle_jax.codec import to_plain
 from puzzle_jax.commands import did_you_mean, enable_compilation_cache, guarded, say
+from puzzle_jax.environment import chosen_kernels
 from puzzle_jax.errors import ConfigError, shown
 from puzzle_jax.settings.arguments import read_arguments
 from puzzle_jax.settings.fields import Setting, settings_of
@@ -81,6 +82,7 @@ def run_verb(verb: Verb, arguments: Sequence[str]) -> int:
         else:
             settings = parse(verb, arguments)
             if verb.computes:
+                chosen_kernels()
                 enable_compilation_cache()
             code = loaded(verb.run)(settings) or 0
 

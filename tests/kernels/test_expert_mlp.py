@@ -157,7 +157,7 @@ def test_packed_experts_equal_their_decoded_values(implementation):
 def test_an_unknown_implementation_is_refused_by_name():
     with pytest.raises(
         ValueError,
-        match="'triton'; known: expert_loop, capacity, ragged_dot, looped, sorted_blocks, reference, mosaic_gpu",
+        match="'triton'; known: mosaic_gpu, mosaic_tpu, expert_loop, capacity, ragged_dot, looped, sorted_blocks",
     ):
         expert_outputs(
             jnp.zeros((1, HIDDEN)), jnp.zeros((1, 1), int), make_experts(), limit=LIMIT, implementation="triton"

@@ -21,7 +21,8 @@ from puzzle_jax.model.child import identity_child
 from puzzle_jax.model.sharding import generation_mesh
 from puzzle_jax.plan import command
 from puzzle_jax.plan.__main__ import main
-from puzzle_jax.plan.abstract import DTYPE, device_bytes
+from puzzle_jax.plan.abstract import device_bytes
+from puzzle_jax.plan.compilers import compiler
 from puzzle_jax.plan.grpo import PHASES, PlannedPolicy
 from puzzle_jax.plan.record import Usage, compiled
 from puzzle_jax.settings.mesh import MeshSettings
@@ -124,7 +125,7 @@ def test_extras_follow_the_recipe():
 
 
 def test_slots_are_where_generation_makes_them(found, mesh):
-    made, dtype = generation_mesh(mesh), jnp.dtype(DTYPE)
+    made, dtype = generation_mesh(mesh), jnp.dtype(compiler().dtype)
     real = empty_slots(PARENT, 4, 256, dtype, CacheFormat(), log_probs=True, experts=True, mesh=made)
     planned = RUN.engine.state()
     for one, other in zip(jax.tree.leaves(planned), jax.tree.leaves(real), strict=True):
@@ -142,7 +143,12 @@ def test_slots_are_where_generation_makes_them(found, mesh):
 def test_caches_are_the_engines():
     alone = with_fields(mesh=MeshSettings())
     sampler = engine.Engine(
-        {"embedding": jnp.zeros((1,), DTYPE)}, PARENT, stop_ids=[0], context=RUN.context, slots=4, experts=True
+        {"embedding": jnp.zeros((1,), compiler().dtype)},
+        PARENT,
+        stop_ids=[0],
+        context=RUN.context,
+        slots=4,
+        experts=True,
     )
     assert (sampler.context, sampler.rows) == (RUN.context, RUN.group_rows) == (256, 4)
     assert sampler.cache_bytes() == 4 * RUN.slot_cache_bytes == device_bytes(alone.engine.state().caches)
@@ -185,7 +191,7 @@ def test_heads_that_do_not_divide_are_whole():
 def test_weights_are_unstacked_as_the_sampler_does(found, mesh):
     held = RUN.always_held
     student, placement = RUN.student, Placement(mesh)
-    params = jax.tree.map(lambda x: x if x.dtype == jnp.uint8 else x.astype(DTYPE), packed_params())
+    params = jax.tree.map(lambda x: x if x.dtype == jnp.uint8 else x.astype(compiler().dtype), packed_params())
     base = placement.base(jax.jit(student.stacked)(params), PARENT)
     trained = jax.device_put(student.master_weights(base), placement.master_weights(RUN.state[0].params))
     assert held["experts"] + held["base"] == first_part(base)

@@ -4,22 +4,28 @@ The cache of a layer is a ring: position p lies in slot p mod slots, so a window
 window and a full one as many as the context. What a slot holds follows from the row's length alone. Keys lie
 [dim, slots] and values [slots, dim], the order in which both matmuls read them. Caches are of the dtype to compute
 with, bfloat16, or bytes of e4m3 with a scale per tensor (`kernels.float8`), which is folded into logits and output.
-Implementations: `reference`, plain XLA, which serves every platform so far; by name only `mosaic_gpu` for Hopper and
-`mosaic_tpu`.
+Implementations: `mosaic_gpu` for Hopper and `mosaic_tpu`, where these have proved themselves; `reference`, plain XLA.
 """
 
 from __future__ import annotations
 
+from functools import partial
+
+from jax.sharding import AbstractMesh, Mesh
+
 from puzzle_jax.kernels import checks
 from puzzle_jax.kernels.decode_attention import mosaic_gpu, mosaic_tpu, reference
 from puzzle_jax.kernels.decode_attention.reference import LayerCache
+from puzzle_jax.kernels.decode_attention.trial import trial
 from puzzle_jax.kernels.dispatch import dispatch
-from puzzle_jax.kernels.shapes import Heads, KeyRing, Rows, Scale, Sinks, ValueRing, Window
+from puzzle_jax.kernels.partition import by_rows_and_heads, spreads
+from puzzle_jax.kernels.self_check import may_serve
+from puzzle_jax.kernels.shapes import Array, Heads, KeyRing, Rows, Scale, Sinks, ValueRing, Window
 
 IMPLEMENTATIONS = {
-    "reference": reference.decode_attention,
     "mosaic_gpu": mosaic_gpu.decode_attention,
     "mosaic_tpu": mosaic_tpu.decode_attention,
+    "reference": reference.decode_attention,
 }
 
 
@@ -34,6 +40,7 @@ def decode_attention(
     k_scale: Scale = None,
     v_scale: Scale = None,
     implementation: str | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
 ) -> Heads:
     """Attends from position `positions` of each row, whose key and value are already in the cache.
 
@@ -45,6 +52,8 @@ def decode_attention(
       window: as in `window_attention`; slots older than it are not seen.
       k_scale, v_scale: what cached numbers are multiplied by; None is 1.
       implementation: pins one of `IMPLEMENTATIONS`.
+      mesh: with axes "data" and "model" that rows and heads are cut along, so that a kernel can be a device's part of
+        it. Without one, XLA sees to it that every device has what it needs.
 
     Raises ValueError for shapes and dtypes that do not fit and windows below 1, NotImplementedError where no
     implementation accepts the arguments.
@@ -61,5 +70,24 @@ def decode_attention(
     }
     checks.shapes(f"q of shape {q.shape} with {slots} slots", expected)
     checks.window(window, batch)
-    cache = LayerCache(k_cache, v_cache, k_scale, v_scale)
-    return dispatch("decode_attention", IMPLEMENTATIONS, implementation, q, cache, sinks, positions, window=window)
+
+    def attend(
+        q: Array, k: Array, v: Array, sinks: Array, *, positions: Array, window: Window, k_scale: Scale, v_scale: Scale
+    ) -> Array:
+        cache = LayerCache(k, v, k_scale, v_scale)
+        return dispatch(
+            "decode_attention",
+            IMPLEMENTATIONS,
+            implementation,
+            q,
+            cache,
+            sinks,
+            positions,
+            window=window,
+            trial=partial(trial, q, cache, sinks, window, decode_attention),
+        )
+
+    options = {"positions": positions, "window": window, "k_scale": k_scale, "v_scale": v_scale}
+    if spreads(mesh, heads, kv_heads) and may_serve():
+        return by_rows_and_heads(attend, mesh, (q, k_cache, v_cache), 1, sinks, **options)
+    return attend(q, k_cache, v_cache, sinks, **options)

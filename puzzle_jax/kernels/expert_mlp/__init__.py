@@ -1,11 +1,11 @@
 """The experts' feed-forward network: gate-up matmul, clamped SwiGLU, down matmul, weighted sum.
 
 `expert_outputs` gives every chosen expert's own output; `expert_mlp` combines them with the gates, on a mesh by expert
-parallelism. Implementations: `expert_loop` on CPUs, one chosen expert after the other; `capacity` for few tokens, which
-reads all weights once and gathers none; `ragged_dot` on TPUs and `looped` on GPUs, see `grouped_matmul`;
-`sorted_blocks`, dropless matmuls in blocks of one expert each; `reference`, every expert on every token. Those are XLA
-programs; under differentiation the first two become `sorted_blocks`, or `looped` on GPUs. By name only: `mosaic_gpu`
-and `mosaic_tpu`, by the kernels of `grouped_matmul`.
+parallelism. Implementations: `mosaic_gpu` and `mosaic_tpu`, by the kernels of `grouped_matmul`, where these have
+proved themselves; `expert_loop` on CPUs, one chosen expert after the other; `capacity` for few tokens, which reads all
+weights once and gathers none; `ragged_dot` on TPUs and `looped` on GPUs, see `grouped_matmul`; `sorted_blocks`,
+dropless matmuls in blocks of one expert each; `reference`, every expert on every token. All but the first two are XLA
+programs; under differentiation `expert_loop` and `capacity` become `sorted_blocks`, or `looped` on GPUs.
 
 Numerics are gpt-oss's: even columns of gate-up are the gate and odd ones the linear part; the gate is clamped from
 above only; the gate weight multiplies after the bias of the down projection.
@@ -23,20 +23,21 @@ from puzzle_jax.kernels import checks
 from puzzle_jax.kernels.dispatch import dispatch
 from puzzle_jax.kernels.expert_mlp import capacity, expert_loop, grouped, parallel, reference, sorted_blocks
 from puzzle_jax.kernels.expert_mlp.reference import Experts
+from puzzle_jax.kernels.expert_mlp.trial import trial
 from puzzle_jax.kernels.route import Routing
 from puzzle_jax.kernels.shapes import Array, ExpertOutputs, Float, Ids, Tokens
 
 __all__ = ["IMPLEMENTATIONS", "Experts", "combine", "expert_mlp", "expert_outputs"]
 
 IMPLEMENTATIONS = {
+    "mosaic_gpu": grouped.by("mosaic_gpu"),
+    "mosaic_tpu": grouped.by("mosaic_tpu"),
     "expert_loop": expert_loop.expert_outputs,
     "capacity": capacity.expert_outputs,
     "ragged_dot": grouped.by("ragged_dot"),
     "looped": grouped.by("looped"),
     "sorted_blocks": sorted_blocks.expert_outputs,
     "reference": reference.expert_outputs,
-    "mosaic_gpu": grouped.by("mosaic_gpu"),
-    "mosaic_tpu": grouped.by("mosaic_tpu"),
 }
 
 
@@ -70,7 +71,17 @@ def expert_outputs(
     if _spreads(mesh, len(experts.down_bias)):
         outputs = partial(expert_outputs, limit=limit, spread=len(experts.down_bias), implementation=implementation)
         return parallel.separate(x, ids, experts, outputs, mesh=mesh)
-    return dispatch("expert_mlp", IMPLEMENTATIONS, implementation, x, ids, experts, limit=limit, spread=spread)
+    return dispatch(
+        "expert_mlp",
+        IMPLEMENTATIONS,
+        implementation,
+        x,
+        ids,
+        experts,
+        limit=limit,
+        spread=spread,
+        trial=partial(trial, x, ids, experts, spread or len(experts.down_bias), limit, expert_outputs),
+    )
 
 
 def _check(x: Array, ids: Array, experts: Experts) -> None:

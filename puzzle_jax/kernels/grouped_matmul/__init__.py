@@ -1,8 +1,9 @@
 """Rows that are sorted by expert, times each row's expert's matrix; dense or packed (MXFP4) weights.
 
 Kernels take rows in blocks of one expert each (`layout`): padding a group to whole blocks costs less than tiles that
-two experts share, and work stays proportional to the rows. Implementations: `ragged_dot` on TPUs, `looped` on GPUs and
-`blocked` on CPUs, both in plain XLA, and `reference`; by name only `mosaic_gpu` for Hopper and `mosaic_tpu`.
+two experts share, and work stays proportional to the rows. Implementations: `mosaic_gpu` for Hopper and
+`mosaic_tpu`, where these have proved themselves; `ragged_dot` on TPUs, `looped` on GPUs and `blocked` on CPUs, the last
+two in plain XLA; and `reference`.
 
 Gradients of the kernels and of `looped`: of the rows by the same one with the matrices transposed, or where it has no
 such product, with packed ones decoded for it, or by XLA; of dense weights by `lax.ragged_dot_general` on TPUs, and
@@ -12,6 +13,7 @@ block by block elsewhere. Packed weights have none.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,7 @@ from puzzle_jax.kernels import checks
 from puzzle_jax.kernels.dispatch import dispatch
 from puzzle_jax.kernels.grouped_matmul import blocked, looped, mosaic_gpu, mosaic_tpu, ragged, reference
 from puzzle_jax.kernels.grouped_matmul.layout import Blocks, blocks_of
+from puzzle_jax.kernels.grouped_matmul.trial import trial
 from puzzle_jax.kernels.mxfp4 import GROUP, MXFP4, Weights, decode
 from puzzle_jax.kernels.platform import target_platform
 from puzzle_jax.kernels.shapes import Array, BlockExperts, Bool, Float, GroupSizes, IntScalar, Matrices, Sorted
@@ -176,12 +179,12 @@ def _in_blocks(name: str) -> Callable[..., Array]:
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
+    "mosaic_gpu": _in_blocks("mosaic_gpu"),
+    "mosaic_tpu": _in_blocks("mosaic_tpu"),
     "ragged_dot": ragged.grouped_matmul,
     "looped": _in_blocks("looped"),
     "blocked": _in_blocks("blocked"),
     "reference": reference.grouped_matmul,
-    "mosaic_gpu": _in_blocks("mosaic_gpu"),
-    "mosaic_tpu": _in_blocks("mosaic_tpu"),
 }
 
 
@@ -219,7 +222,14 @@ def grouped_matmul(
     if not len(rows):
         return jnp.zeros((0, weights.shape[1 if transposed else 2]), rows.dtype)
     return dispatch(
-        "grouped_matmul", IMPLEMENTATIONS, implementation, rows, weights, group_sizes, transposed=transposed
+        "grouped_matmul",
+        IMPLEMENTATIONS,
+        implementation,
+        rows,
+        weights,
+        group_sizes,
+        transposed=transposed,
+        trial=partial(trial, rows, weights, transposed, grouped_matmul),
     )
 
 

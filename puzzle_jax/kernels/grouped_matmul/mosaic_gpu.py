@@ -91,6 +91,8 @@ def _dense(
     default = _dividing(outputs, DENSE_TILE_OUT, "outputs")
     chosen = tiles("grouped_matmul.mosaic_gpu.dense", block, tile_out=default, steps=DENSE_STEPS)
     tile_out = default if outputs % chosen["tile_out"] else chosen["tile_out"]
+    steps = inputs // tile_in
+    delay = min(1, steps - 1)  # a tile is still read by the wgmma of the step before
     mosaic = plgpu()
 
     def kernel(experts_of: Ref, num_used: Ref, x: Ref, w: Ref, out: Ref, tile: Ref) -> None:
@@ -105,20 +107,19 @@ def _dense(
                 weight_tile = (tile_out, tile_in) if transposed else (tile_in, tile_out)
                 pipeline = mosaic.emit_pipeline(
                     step,
-                    grid=(inputs // tile_in,),
+                    grid=(steps,),
                     in_specs=[
-                        # A tile is still read by the wgmma of the step before.
                         mosaic.BlockSpec(
-                            (block, tile_in), lambda k: (b, k), transforms=swizzled(tile_in), delay_release=1
+                            (block, tile_in), lambda k: (b, k), transforms=swizzled(tile_in), delay_release=delay
                         ),
                         mosaic.BlockSpec(
                             weight_tile,
                             (lambda k: (n, k)) if transposed else (lambda k: (k, n)),
                             transforms=swizzled(weight_tile[1]),
-                            delay_release=1,
+                            delay_release=delay,
                         ),
                     ],
-                    max_concurrent_steps=min(chosen["steps"], inputs // tile_in),
+                    max_concurrent_steps=min(chosen["steps"], steps),
                 )
                 pipeline(x, w.at[experts_of[b]])
                 return total[...]

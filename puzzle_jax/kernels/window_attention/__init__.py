@@ -1,20 +1,24 @@
 """Causal attention with learnable sinks, full or within a window, over grouped query heads.
 
 A sink is one extra logit per query head that joins the softmax and is then dropped, so the weights of a query sum to
-less than one. A window of W lets query i see the keys j with i - W < j <= i. Implementations: `causal_blocks` (full
-attention and static windows), `banded` (static windows far narrower than the sequence), both of a cost that grows
-with what is visible; `square`, which takes any window, one per row of the batch as data included; `online_blocks`, any
-window likewise, for sequences so long that the others would hold too many logits; `reference`; and `mosaic_gpu` for
-Hopper and `splash` for TPUs, which must be asked for by name. On a mesh that cuts positions, devices exchange them for
-heads around any of these; see `parallel`.
+less than one. A window of W lets query i see the keys j with i - W < j <= i. Implementations: `mosaic_gpu` for Hopper
+and `splash` for TPUs, where these have proved themselves; `causal_blocks` (full attention and static windows), `banded`
+(static windows far narrower than the sequence), both of a cost that grows with what is visible; `square`, which takes
+any window, one per row of the batch as data included; `online_blocks`, any window likewise, for sequences so long that
+the others would hold too many logits; and `reference`. On a mesh that cuts positions, devices exchange them for heads
+around any of these; see `parallel`.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 from jax.sharding import AbstractMesh, Mesh
 
 from puzzle_jax.kernels import checks
 from puzzle_jax.kernels.dispatch import dispatch
+from puzzle_jax.kernels.partition import by_rows_and_heads, spreads
+from puzzle_jax.kernels.self_check import may_serve
 from puzzle_jax.kernels.shapes import Array, Keys, Queries, Segments, Sinks, Window
 from puzzle_jax.kernels.window_attention import (
     banded,
@@ -26,15 +30,16 @@ from puzzle_jax.kernels.window_attention import (
     splash,
     square,
 )
+from puzzle_jax.kernels.window_attention.trial import trial
 
 IMPLEMENTATIONS = {
+    "mosaic_gpu": mosaic_gpu.window_attention,
+    "splash": splash.window_attention,
     "causal_blocks": causal_blocks.window_attention,
     "banded": banded.window_attention,
     "square": square.window_attention,
     "online_blocks": online_blocks.window_attention,
     "reference": reference.window_attention,
-    "mosaic_gpu": mosaic_gpu.window_attention,
-    "splash": splash.window_attention,
 }
 
 
@@ -58,8 +63,8 @@ def window_attention(
       segment_ids: positions see only positions of the same segment (packed sequences).
       implementation: pins one of `IMPLEMENTATIONS`.
       mesh: with axes "data", "sequence" and "model" that rows, positions and heads are cut along, see `parallel`.
-        Without one, or where it does not cut positions or divide them and heads, XLA sees to it that every device has
-        what it needs.
+        Without one, or where it does not cut positions or divide them and heads, and no kernel may serve, XLA sees to
+        it that every device has what it needs.
 
     Logits are scaled by dim ** -0.5; softmax in float32; differentiable in all arrays. Raises ValueError for shapes and
     dtypes that do not fit and windows below 1, NotImplementedError where no implementation accepts the arguments.
@@ -73,9 +78,24 @@ def window_attention(
     checks.shapes(f"q of shape {q.shape}", expected)
     checks.window(window, batch)
 
-    def attend(q: Array, k: Array, v: Array, sinks: Array, **options: object) -> Array:
-        return dispatch("window_attention", IMPLEMENTATIONS, implementation, q, k, v, sinks, **options)
+    def attend(q: Array, k: Array, v: Array, sinks: Array, *, window: Window, segment_ids: Segments) -> Array:
+        return dispatch(
+            "window_attention",
+            IMPLEMENTATIONS,
+            implementation,
+            q,
+            k,
+            v,
+            sinks,
+            window=window,
+            segment_ids=segment_ids,
+            trial=partial(trial, q, k, sinks, window, segment_ids, window_attention),
+        )
 
+    options = {"window": window, "segment_ids": segment_ids}
     if mesh is not None and parallel.cuts(q, mesh):
-        return parallel.attention(q, k, v, sinks, attend, window=window, segment_ids=segment_ids, mesh=mesh)
-    return attend(q, k, v, sinks, window=window, segment_ids=segment_ids)
+        return parallel.attention(q, k, v, sinks, attend, mesh=mesh, **options)
+    if spreads(mesh, q.shape[2], kv_heads) and may_serve():
+        # What XLA would do by itself, said so that a kernel can be a device's part of it.
+        return by_rows_and_heads(attend, mesh, (q, k, v), 2, sinks, **options)
+    return attend(q, k, v, sinks, **options)

@@ -1,0 +1,19 @@
+"""Environment variables that choose for all verbs. No JAX."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+
+from puzzle_jax.errors import ConfigError
+
+KERNELS = {"mosaic_gpu": "gpu", "mosaic_tpu": "tpu", "splash": "tpu"}
+"""Names of implementations that are kernels, and the platform of each."""
+
+
+def chosen_kernels(known: Collection[str] = KERNELS) -> str:
+    """PUZZLE_KERNELS: "auto", "off" or a kernel's name. Raises ConfigError for anything else."""
+    chosen = os.environ.get("PUZZLE_KERNELS") or "auto"
+    if chosen not in ("auto", "off", *known):
+        raise ConfigError(f"PUZZLE_KERNELS is {chosen!r}, but must be auto, off, or one of {', '.join(known)}")
+    return chosen
