@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: search quick test parity slow runtimes tpu-aot lint benchmarks clean
+.PHONY: search quick test parity slow runtimes tpu-aot gpu-aot lint benchmarks clean
 
 search: $(VENV)/.core
 	$(BIN)/python -m puzzle_jax.search
@@ -46,6 +46,19 @@ tpu-aot: .venv-tpu/.ready
 	.venv-tpu/bin/python -m pip install -q -e . 'jax[tpu]'
 	touch $@
 
+# Kernels and whole programs through XLA's compiler for NVIDIA GPUs; no GPU needed, but Linux and a Python from 3.12 on,
+# for the JAX that has the kernels. The plugin's interface has no promise of staying, so all of it is pinned.
+GPU_PYTHON ?= $(firstword $(wildcard $(addsuffix /versions/3.12*/bin/python,$(shell pyenv root 2>/dev/null))) python3.12)
+
+gpu-aot: .venv-gpu/.ready
+	.venv-gpu/bin/python benchmarks/gpu_aot.py
+
+.venv-gpu/.ready: pyproject.toml
+	$(GPU_PYTHON) -m venv .venv-gpu
+	.venv-gpu/bin/python -m pip install -q -e . jax==0.12.0.1 jax-cuda13-plugin==0.12.0.1 jax-cuda13-pjrt==0.12.0.1 \
+		nvidia-cuda-nvcc==13.5.37 nvidia-nvvm==13.5.37 nvidia-cuda-nvdisasm==13.5.37
+	touch $@
+
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -68,4 +81,4 @@ $(VENV)/.test $(VENV)/.parity $(VENV)/.lint: $(VENV)/.%: pyproject.toml | $(VENV
 comma := ,
 
 clean:
-	rm -rf $(VENV) .venv-newest .venv-mlx .venv-vllm .venv-tpu runs .cache
+	rm -rf $(VENV) .venv-newest .venv-mlx .venv-vllm .venv-tpu .venv-gpu runs .cache

@@ -42,7 +42,7 @@ def calibrate_cache(
     """
     largest = None
     for batch in batches:
-        here = np.asarray(_largest(params, config, batch.tokens, batch.valid, view))
+        here = np.asarray(largest_by_layer(params, config, batch.tokens, batch.valid, view))
         largest = here if largest is None else np.maximum(largest, here)
         if on_batch is not None:
             on_batch()
@@ -57,7 +57,7 @@ def calibrate_cache(
 
 
 @partial(jax.jit, static_argnames="config")
-def _largest(
+def largest_by_layer(
     params: Params,
     config: ModelConfig,
     tokens: Int[Array, "rows seq"],

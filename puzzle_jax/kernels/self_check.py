@@ -35,7 +35,7 @@ from importlib import metadata
 from pathlib import Path
 from statistics import median
 from tempfile import NamedTemporaryFile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +57,8 @@ SLOWER = 1.05
 """A kernel may take as many times XLA's seconds, which is what measuring again can show for the same program."""
 
 ROUNDS, ROUND_SECONDS = 7, 0.01
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,6 @@ def _cut_by_xla() -> bool:
 # Verdicts -------------------------------------------------------------------------------------------------------------
 
 _verdicts: dict[str, Verdict] = {}
-_lock = threading.RLock()
 
 
 def verdict(operation: str, name: str, trial: Trial) -> Verdict:
@@ -165,10 +166,9 @@ def verdict(operation: str, name: str, trial: Trial) -> Verdict:
     With several processes seconds do not count, since all must choose alike.
     """
     key = f"{operation} {name} {trial.shape_class}"
-    with _lock:
-        if key not in _verdicts:
-            _verdicts[key] = _judged(key, name, trial)
-        found = _verdicts[key]
+    found = _verdicts.get(key)
+    if found is None:  # no lock is held meanwhile: what a trial runs may be made of operations with trials of their own
+        found = _verdicts.setdefault(key, _judged(key, name, trial))
     if found.seconds and jax.process_count() == 1 and not found.reason:
         slow = [what for what, took in found.seconds.items() if took > SLOWER * found.xla_seconds[what]]
         if slow:
@@ -196,10 +196,16 @@ def _judged(key: str, name: str, trial: Trial) -> Verdict:
         _warn(key, found.reason)
     except jax.errors.JaxRuntimeError as error:
         found = Verdict(f"it does not run here: {_line(error)}")
-        _warn(key, found.reason)
         if "RESOURCE_EXHAUSTED" in str(error):  # says nothing of the kernel: another run may have the room
+            _warn(key, found.reason)
             _write(key, None)
             return found
+        if not _in_thread(_answers):
+            _write(key, Verdict(f"the device no longer answered once it was tried: {_line(error)}"))
+            raise RuntimeError(
+                f"the device no longer answers since {key} was tried; run the same command again, which leaves it out"
+            ) from error
+        _warn(key, found.reason)
     except Exception as error:
         found = Verdict(f"it does not compile here: {type(error).__name__}: {_line(error)}")
         _warn(key, found.reason)
@@ -210,6 +216,14 @@ def _judged(key: str, name: str, trial: Trial) -> Verdict:
     return found
 
 
+def _answers() -> bool:
+    """Returns whether the device still computes, which no program of a process does after some errors of one kernel."""
+    try:
+        return float(jax.device_get(jnp.arange(3.0) * 2).sum()) == 6.0
+    except jax.errors.JaxRuntimeError:
+        return False
+
+
 def _warn(key: str, reason: str) -> None:
     warnings.warn(f"kernel left out, XLA serves in its place: {key}: {reason}", PuzzleWarning, stacklevel=2)
 
@@ -218,9 +232,9 @@ def _line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def _in_thread(run: Callable[[], Verdict]) -> Verdict:
+def _in_thread(run: Callable[[], Result]) -> Result:
     """Runs where nothing is being traced."""
-    result: Future[Verdict] = Future()
+    result: Future[Result] = Future()
 
     def work() -> None:
         try:

@@ -5,12 +5,14 @@
     rank    one layer, with its sums, on a batch of the longest traces
     lens    the same with the lens's sums, and alternatives of one layer through it
     score   alternatives that run together through the layers above theirs
+    calibrate   the child on a batch of the longest traces, for the scales of its FP8 cache
 
 Evaluation asks as `trace` does. What programs are given follows from shapes alone; what is there beside them between
 two programs, hidden states above all, is counted as `search.score.replace_one` holds it.
 
 Left out: measured costs, which are of one device and small trials; whole children on traces, which need less than
-scoring; calibration of the child's cache, which runs a batch through all layers in one program; the host's memory.
+scoring; the host's memory. Calibration runs all layers in one program, whose layers take the same memory in turn: it is
+compiled with one layer for each of the parent's windows.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.errors import ConfigError
+from puzzle_jax.generate import calibrate
 from puzzle_jax.generate.batches import MicroBatch, longest_batch
 from puzzle_jax.generate.engine import own_context, slot_context
 from puzzle_jax.model.cache_format import CacheFormat
@@ -43,13 +46,14 @@ from puzzle_jax.search.recipe import Recipe
 from puzzle_jax.search.score import lens
 from puzzle_jax.search.score import replace_one as score
 
-LOAD, TRACE, RANK, LENS, SCORE = STAGES = ("load", "trace", "rank", "lens", "score")
+LOAD, TRACE, RANK, LENS, SCORE, CALIBRATE = STAGES = ("load", "trace", "rank", "lens", "score", "calibrate")
 
 _States = jax.ShapeDtypeStruct
 
 _HELP = {
     TRACE: ("lower traces.batch_size or traces.max_tokens", "have the parent answer elsewhere (traces.file)"),
     RANK: ("shorter answers (traces.max_tokens)",),
+    CALIBRATE: ("shorter answers (traces.max_tokens)",),
     LENS: (
         "lower score.per_call, score.keep_every or score.tokens_per_batch",
         "score.keep_sets 0, which needs no lens",
@@ -97,7 +101,7 @@ class PlannedSearch:
 
     @property
     def programs(self) -> dict[str, Callable[[], Usage]]:
-        plans = {LOAD: _load, TRACE: _trace, RANK: _rank, LENS: _lens, SCORE: _score}
+        plans = {LOAD: _load, TRACE: _trace, RANK: _rank, LENS: _lens, SCORE: _score, CALIBRATE: _calibrate}
         return {stage: partial(plan, self) for stage, plan in plans.items()}
 
     @property
@@ -250,6 +254,15 @@ def _score(run: PlannedSearch) -> Usage:
     }
     states = (_kept_states(run) + 1) * device_bytes(x)  # the parent's last
     return Usage(_held(run, batch, states=states), max(beside.values()))
+
+
+def _calibrate(run: PlannedSearch) -> Usage:
+    config, batch = run.config, run.batch()
+    distinct = {block.window: layer for layer, block in reversed(list(enumerate(config.blocks)))}
+    some = replace(config, blocks=tuple(config.blocks[layer] for layer in distinct.values()))
+    params = {**run.params, "layers": [run.params["layers"][layer] for layer in distinct.values()]}
+    beside = program_bytes(calibrate.largest_by_layer, params, some, batch.tokens, batch.valid, None, mesh=run.mesh)
+    return Usage(_held(run, batch), beside)
 
 
 def _held(run: PlannedSearch, batch: MicroBatch, **more: int) -> dict[str, int]:

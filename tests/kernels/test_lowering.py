@@ -10,6 +10,7 @@ from puzzle_jax.kernels.grouped_matmul import block_matmul
 from puzzle_jax.kernels.grouped_matmul.layout import num_blocks
 from puzzle_jax.kernels.mxfp4 import MXFP4
 from puzzle_jax.kernels.platform import lowering_for, target_platform
+from puzzle_jax.kernels.route import expert_order, route
 from puzzle_jax.kernels.window_attention import window_attention
 from tests.kernels.marks import GPU
 
@@ -76,6 +77,24 @@ def test_decode_attention(platform, slots, window, dtype):
     caches = of((batch, kv_heads, dim, slots), dtype), of((batch, kv_heads, slots, dim), dtype)
     per_row = of((heads,), jnp.float32), of((batch,), jnp.int32), of((), jnp.float32)
     assert has_kernel(lowered(platform, attend, of((batch, heads, dim), jnp.bfloat16), *caches, *per_row), platform)
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("tokens,experts", [(64, 32), (32_768, 128), (4_096, 256)])
+def test_routing(platform, tokens, experts):
+    name = f"mosaic_{platform}"
+
+    def routed(logits, mask):
+        ids, gates = route(logits, 4, mask=mask, implementation=name)
+        return expert_order(ids, experts, 8, implementation=name), gates
+
+    mask = of((1, experts), jnp.bool_)
+    assert (
+        lowered(platform, routed, of((tokens, experts), jnp.float32), mask).count(
+            "mosaic_gpu" if platform == "gpu" else "tpu_custom_call"
+        )
+        >= 2
+    )
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)

@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from puzzle_jax.errors import ConfigError, PuzzleWarning
-from puzzle_jax.kernels import decode_attention, expert_mlp, grouped_matmul, self_check, window_attention
+from puzzle_jax.kernels import decode_attention, expert_mlp, grouped_matmul, route, self_check, window_attention
 from puzzle_jax.kernels.dispatch import dispatch, recording
 from puzzle_jax.kernels.mxfp4 import MXFP4
 from puzzle_jax.kernels.platform import lowering_for
@@ -195,6 +195,19 @@ def test_memory_that_does_not_suffice_is_no_verdict(verdicts, monkeypatch):
     assert chosen(Operation(right)).chosen == "kernel"
 
 
+def test_a_device_that_is_lost_ends_the_run_and_condemns_one_kernel_alone(verdicts, monkeypatch):
+    def kernel(rows):
+        monkeypatch.setattr(self_check, "_answers", lambda: False)
+        raise jax.errors.JaxRuntimeError("INTERNAL: CUDA_ERROR_ILLEGAL_ADDRESS")
+
+    with pytest.raises(RuntimeError, match=r"square kernel squares of 4 x 3 .* run the same command again"):
+        chosen(Operation(kernel))
+    monkeypatch.undo()
+    monkeypatch.setenv("PUZZLE_KERNEL_VERDICTS", str(verdicts))
+    assert "the device no longer answered" in kept(verdicts)["reason"]
+    assert self_check._answers()
+
+
 DIES = """
 import os, jax.numpy as jnp
 from puzzle_jax.kernels import self_check
@@ -278,6 +291,22 @@ def test_what_has_no_trial_serves_by_name_only():
     assert choices[-1].refusals == {"kernel": "there is nothing to check it by"}
 
 
+def test_an_operation_made_of_others_is_tried_with_theirs():
+    inner = Operation(right)
+
+    def outer(rows, implementation=None):
+        def trial():
+            return Trial("fourth powers", lambda: (ROWS,), outer, (0,))
+
+        ways = {"kernel": lambda rows: inner(rows) * inner(rows), "xla": lambda rows: rows**4}
+        return dispatch("fourth power", ways, implementation, rows, trial=trial)
+
+    with recording() as choices:
+        jax.jit(outer)(ROWS)
+    assert [choice.operation for choice in choices] == ["square", "square", "fourth power"]
+    assert {choice.chosen for choice in choices} == {"kernel"} and inner.tries == 1
+
+
 def test_it_is_tried_while_something_is_differentiated_and_mapped():
     operation = Operation(right)
     found = jax.jit(jax.grad(lambda rows: jnp.sum(jax.vmap(operation)(rows))))(ROWS)
@@ -348,7 +377,7 @@ def test_mixtures(monkeypatch, name, packed):
         lambda x: expert_mlp.expert_outputs(x, ids, experts, limit=7.0), jnp.ones((tokens, hidden), dtype)
     )
     assert choice == name
-    (verdict,) = self_check._verdicts.values()
+    (verdict,) = (each for key, each in self_check._verdicts.items() if key.startswith("expert_mlp"))
     assert verdict.reason == "" and agrees(verdict)
     assert set(verdict.seconds) == {"forwards", "with gradients"}
 
@@ -397,6 +426,36 @@ def test_grouped_matmul(monkeypatch, name):
     found, choice = served(lambda rows: grouped_matmul.grouped_matmul(rows, weights, jnp.asarray([5, 0, 7])), rows)
     assert choice == name
     np.testing.assert_allclose(found.astype(jnp.float32), 0.64, rtol=0.01)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_routing(monkeypatch, name):
+    module = {"mosaic_tpu": route.mosaic_tpu, "mosaic_gpu": route.mosaic_gpu}[name]
+    kernel = partial(module.routed, interpret=True)
+    monkeypatch.setattr(self_check, "KERNELS", {name: "cpu"})
+    monkeypatch.setattr(self_check, "ROUNDS", 1)
+    monkeypatch.setitem(route.IMPLEMENTATIONS, name, partial(route.tally.route, kernel))
+    monkeypatch.setitem(route.ORDER_IMPLEMENTATIONS, name, partial(route.tally.expert_order, kernel))
+    logits = jnp.sin(jnp.arange(5 * 9.0).reshape(5, 9))
+    found, choice = served(lambda logits: route.route(logits, 2).ids, logits)
+    assert choice == name
+    np.testing.assert_array_equal(found, route.top_k_ids(logits, 2))
+    order, choice = served(lambda ids: route.expert_order(ids, 9, 4).slot, found)
+    assert choice == name
+    np.testing.assert_array_equal(order, route.reference.expert_order(found, 9, 4).slot)
+    keys = [f"route {name} 7 tokens top 2 of 9", f"expert_order {name} 7 tokens top 2 of 9 blocks of 4"]
+    assert list(self_check._verdicts) == keys
+    assert [verdict.reason for verdict in self_check._verdicts.values()] == ["", ""]
+
+    def misplaced(*args, **options):
+        found = kernel(*args, **options)
+        return found if found.rank is None else found._replace(rank=found.rank[::-1])
+
+    monkeypatch.setattr(self_check, "_verdicts", {})
+    self_check.verdicts_file().unlink()
+    monkeypatch.setitem(route.ORDER_IMPLEMENTATIONS, name, partial(route.tally.expert_order, misplaced))
+    with pytest.warns(PuzzleWarning, match=f"expert_order {name} .* has errors of .* of a row's largest number"):
+        jax.jit(lambda ids: route.expert_order(ids, 9, 4).slot)(found)
 
 
 def test_attention_is_cut_by_rows_and_heads_where_a_kernel_may_serve(monkeypatch):

@@ -79,6 +79,7 @@ def test_every_stage_is_planned_and_totals_are_all_of_it(found):
         "rank": {"weights", "batch", "states", "sums"},
         "lens": {"weights", "batch", "states", "sums"},
         "score": {"weights", "batch", "states"},
+        "calibrate": {"weights", "batch"},
     }
     shown = json.loads(json.dumps(Plan([], found, 1, {}, {}, []).to_json()))
     assert not shown["fits"]

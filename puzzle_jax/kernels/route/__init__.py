@@ -2,20 +2,27 @@
 
 `route` picks the top k router logits and turns them into gates by a softmax over the chosen ones alone, as gpt-oss
 does. `expert_order` lays the chosen (token, expert) pairs out in blocks that belong to one expert each, the form
-that grouped matmuls want. Both are pure functions with static shapes.
+that grouped matmuls want. Both are pure functions with static shapes. Implementations: `mosaic_gpu` for Hopper and
+`mosaic_tpu`, one kernel for both (`tally`), where these have proved themselves; `reference`, plain XLA. They are two
+calls because a mesh stands between them: a device lays out the pairs of the experts that it holds.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
-from puzzle_jax.kernels.grouped_matmul.layout import Blocks, blocks_of
+from puzzle_jax.kernels.dispatch import dispatch
+from puzzle_jax.kernels.grouped_matmul.layout import Blocks
+from puzzle_jax.kernels.route import mosaic_gpu, mosaic_tpu, reference, tally
+from puzzle_jax.kernels.route.reference import top_k_ids
+from puzzle_jax.kernels.route.trial import order_trial, route_trial
 from puzzle_jax.kernels.shapes import Array, Bool, Float, Ids
 
-_ITERATED_ARGMAX_LIMIT = 8  # up to here k passes of argmax beat a sort on CPU
+__all__ = ["IMPLEMENTATIONS", "ORDER_IMPLEMENTATIONS", "Routing", "expert_order", "route", "top_k_ids"]
 
 
 class Routing(NamedTuple):
@@ -25,12 +32,26 @@ class Routing(NamedTuple):
     gates: Float[Array, "tokens k"]
 
 
+IMPLEMENTATIONS: dict[str, Callable[..., tuple[Array, Array]]] = {
+    "mosaic_gpu": partial(tally.route, mosaic_gpu.routed),
+    "mosaic_tpu": partial(tally.route, mosaic_tpu.routed),
+    "reference": reference.route,
+}
+
+ORDER_IMPLEMENTATIONS: dict[str, Callable[..., Blocks]] = {
+    "mosaic_gpu": partial(tally.expert_order, mosaic_gpu.routed),
+    "mosaic_tpu": partial(tally.expert_order, mosaic_tpu.routed),
+    "reference": reference.expert_order,
+}
+
+
 def route(
     logits: Float[Array, "tokens experts"],
     k: int,
     *,
     mask: Bool[Array, "tokens experts"] | Bool[Array, "#tokens experts"] | None = None,
     ids: Ids | None = None,
+    implementation: str | None = None,
 ) -> Routing:
     """Chooses `k` experts per token.
 
@@ -39,45 +60,26 @@ def route(
       k: experts per token; equal logits are taken in order of their index.
       mask: False removes an expert: its logit becomes minus infinity before the choice. At least `k` must stay.
       ids: choices to replay in place of the top k; gates are then the softmax of the given experts' own logits.
+      implementation: pins one of `IMPLEMENTATIONS`.
 
-    Differentiable in `logits` through the gates.
+    Differentiable in `logits` through the gates. Raises ValueError for a `k` that is not between 1 and the experts.
     """
     if not 1 <= k <= logits.shape[-1]:
         raise ValueError(f"cannot choose {k} of {logits.shape[-1]} experts")
     logits = logits.astype(jnp.float32)
     if mask is not None:
         logits = jnp.where(mask, logits, -jnp.inf)
-    if ids is None:
-        ids = top_k_ids(logits, k)
-    gates = jax.nn.softmax(jnp.take_along_axis(logits, ids, axis=-1), axis=-1)
-    return Routing(ids, gates)
+    if not len(logits):
+        return Routing(jnp.zeros((0, k), jnp.int32), jnp.zeros((0, k), jnp.float32))
+    trial = partial(route_trial, logits, k, ids, route)
+    return Routing(*dispatch("route", IMPLEMENTATIONS, implementation, logits, k, ids, trial=trial))
 
 
-def top_k_ids(logits: Float[Array, "tokens experts"], k: int) -> Ids:
-    """Indices of the k largest logits, largest first, lower index first among equals."""
-    logits = jax.lax.stop_gradient(logits)
-    if k > _ITERATED_ARGMAX_LIMIT:
-        return jax.lax.top_k(logits, k)[1]
-    chosen = []
-    taken = jnp.zeros(logits.shape, bool)
-    for _ in range(k):
-        # A taken expert ranks below one that is masked out, so that no index ever appears twice.
-        rank = jnp.where(taken, -jnp.inf, jnp.maximum(logits, jnp.finfo(logits.dtype).min))
-        best = jnp.argmax(rank, axis=-1)
-        chosen.append(best)
-        taken = taken | jax.nn.one_hot(best, logits.shape[-1], dtype=bool)
-    return jnp.stack(chosen, axis=-1)
-
-
-def expert_order(ids: Ids, num_experts: int, block: int) -> Blocks:
+def expert_order(ids: Ids, num_experts: int, block: int, *, implementation: str | None = None) -> Blocks:
     """Flat pairs (token * k + choice) in blocks of one expert each; nothing is dropped.
 
-    A row of padding has the number of pairs for its source, which is out of range.
+    A row of padding has the number of pairs for its source, which is out of range. Ids past the experts are nobody's:
+    their pairs share one row beyond the end. `implementation` pins one of `ORDER_IMPLEMENTATIONS`.
     """
-    pairs, flat = ids.size, ids.reshape(-1)
-    group_sizes = jnp.zeros(num_experts, jnp.int32).at[flat].add(1)
-    sorted_pairs = jnp.argsort(flat, stable=True).astype(jnp.int32)
-    blocks = blocks_of(group_sizes, pairs, block, flat[sorted_pairs])
-    source = jnp.take(sorted_pairs, blocks.source, mode="fill", fill_value=pairs)
-    slot = jnp.zeros(pairs, jnp.int32).at[sorted_pairs].set(blocks.slot)
-    return blocks._replace(source=source, slot=slot)
+    trial = partial(order_trial, ids, num_experts, block, expert_order)
+    return dispatch("expert_order", ORDER_IMPLEMENTATIONS, implementation, ids, num_experts, block, trial=trial)

@@ -1,0 +1,123 @@
+"""Every kernel at the shapes of gpt-oss, as `tpu_aot.py` and `gpu_aot.py` compile them: names, functions, arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from puzzle_jax.kernels.decode_attention import decode_attention
+from puzzle_jax.kernels.grouped_matmul import block_matmul
+from puzzle_jax.kernels.grouped_matmul.layout import num_blocks
+from puzzle_jax.kernels.mxfp4 import MXFP4
+from puzzle_jax.kernels.route import expert_order, route
+from puzzle_jax.kernels.window_attention import window_attention
+
+HIDDEN, INTER, TOP_K = 2880, 2880, 4
+HEADS, KV_HEADS, DIM = 64, 8, 64
+EXPERTS = {"120b": 128, "20b": 32}
+MOST_EXPERTS = 256
+FORMS = ("dense", "transposed", "packed", "packed transposed")
+
+of = jax.ShapeDtypeStruct
+
+
+class Program(NamedTuple):
+    """One call of a kernel: its name, the function, and its arguments without values."""
+
+    name: str
+    run: Callable[..., Any]
+    arguments: tuple[jax.ShapeDtypeStruct, ...]
+
+
+def programs(
+    kernels: str, attention: str, experts: int, blocks: Callable[[int, str], int], seq: int
+) -> Iterator[Program]:
+    """All of them.
+
+    Args:
+      kernels: implementation of grouped matmuls and decode attention.
+      attention: implementation of window attention.
+      blocks: of the tokens of a call and the form of its weights, the rows of a block.
+      seq: tokens of window attention.
+    """
+    yield from grouped_matmuls(kernels, experts, blocks)
+    yield from window_attentions(attention, seq)
+    yield from decode_attentions(kernels)
+    for count in (experts, MOST_EXPERTS):
+        yield from routings(kernels, count)
+
+
+def grouped_matmuls(implementation: str, experts: int, blocks: Callable[[int, str], int]) -> Iterator[Program]:
+    """Both matrices of a layer, for a step of decoding and for a batch."""
+    for tokens in (64, 4096):
+        for inputs, outputs in ((HIDDEN, 2 * INTER), (INTER, HIDDEN)):
+            for form in FORMS:
+
+                def multiply(rows: Any, expert: Any, used: Any, *parts: Any, form: str = form) -> Any:
+                    weights = MXFP4(*parts) if "packed" in form else parts[0]
+                    options: Mapping[str, Any] = {"transposed": "transposed" in form, "implementation": implementation}
+                    return block_matmul(rows, weights, expert, used, **options)
+
+                block = blocks(tokens, form)
+                count = num_blocks(TOP_K * tokens, experts, block)
+                if "packed" in form:
+                    weights = tuple(of((experts, outputs, inputs // per), jnp.uint8) for per in (2, 32))
+                else:
+                    shape = (outputs, inputs) if form == "transposed" else (inputs, outputs)
+                    weights = (of((experts, *shape), jnp.bfloat16),)
+                columns = outputs if form == "packed transposed" else inputs
+                rows, expert = of((count * block, columns), jnp.bfloat16), of((count,), jnp.int32)
+                name = f"grouped_matmul, {form}, {tokens} tokens, {inputs} x {outputs}, blocks of {block}"
+                yield Program(name, multiply, (rows, expert, of((), jnp.int32), *weights))
+
+
+def window_attentions(implementation: str, seq: int) -> Iterator[Program]:
+    """Within 128 keys and over all of them, forwards and with gradients, on packed sequences."""
+    arrays = (of((1, seq, HEADS, DIM), jnp.bfloat16), *[of((1, seq, KV_HEADS, DIM), jnp.bfloat16)] * 2)
+    more = of((HEADS,), jnp.float32), of((1, seq), jnp.int32)
+    for window in (128, None):
+
+        def forward(q: Any, k: Any, v: Any, sinks: Any, segments: Any, window: int | None = window) -> Any:
+            return window_attention(q, k, v, sinks, window=window, segment_ids=segments, implementation=implementation)
+
+        def loss(*given: Any, forward: Any = forward) -> Any:
+            return jnp.sum(forward(*given).astype(jnp.float32))
+
+        yield Program(f"window_attention, {seq} tokens, window {window}", forward, (*arrays, *more))
+        gradients = jax.grad(loss, (0, 1, 2, 3))
+        name = f"window_attention with gradients, {seq} tokens, window {window}"
+        yield Program(name, gradients, (*arrays, *more))
+
+
+def decode_attentions(implementation: str, batch: int = 16) -> Iterator[Program]:
+    """Over a long cache and over a ring, in bfloat16 and e4m3."""
+    for slots in (65_536, 128):
+        for form, dtype in (("bf16", jnp.bfloat16), ("e4m3", jnp.uint8)):
+
+            def attend(q: Any, k: Any, v: Any, sinks: Any, positions: Any, scale: Any, form: str = form) -> Any:
+                scales = {"k_scale": scale, "v_scale": scale} if form == "e4m3" else {}
+                given = q, k, v, sinks, positions
+                return decode_attention(*given, window=None, **scales, implementation=implementation)
+
+            caches = (of((batch, KV_HEADS, DIM, slots), dtype), of((batch, KV_HEADS, slots, DIM), dtype))
+            more = of((HEADS,), jnp.float32), of((batch,), jnp.int32), of((), jnp.float32)
+            name = f"decode_attention, {batch} rows, {slots} slots, {form}"
+            yield Program(name, attend, (of((batch, HEADS, DIM), jnp.bfloat16), *caches, *more))
+
+
+def routings(implementation: str, experts: int) -> Iterator[Program]:
+    """The choice of experts and the layout of their pairs, apart."""
+    for tokens in (64, 32_768):
+
+        def choose(logits: Any) -> Any:
+            return route(logits, TOP_K, implementation=implementation)
+
+        def lay_out(ids: Any) -> Any:
+            return expert_order(ids, experts, 64, implementation=implementation)
+
+        yield Program(f"route, {tokens} tokens, {experts} experts", choose, (of((tokens, experts), jnp.float32),))
+        name = f"expert_order, {tokens} tokens, {experts} experts"
+        yield Program(name, lay_out, (of((tokens, TOP_K), jnp.int32),))
