@@ -118,7 +118,7 @@ def _show(run: PlannedSearch | PlannedDistillation | PlannedPolicy, settings: Pl
 def _compile_and_show(run: PlannedSearch | PlannedDistillation | PlannedPolicy, settings: PlanSettings) -> None:
     limit, devices = settings.device_bytes, run.recipe.mesh.devices
     _ = run.mesh
-    console, out = plain_console(stderr=True), plain_console()
+    console, out = plain_console(stderr=True), plain_console(width=120)
     console.print(f"compiling for {devices} virtual devices", highlight=False)
     found = compiled(run.programs)
     console.print(f"compiled in {sum(usage.seconds for usage in found.values()):.0f} seconds", highlight=False)

@@ -154,7 +154,7 @@ def compiler_named(name: str, hardware: str | None) -> Compiler:
     if GPUS[found.gpu] not in gpu_targets():
         warnings.warn(
             f"compiler is gpu, but no CUDA plugin of JAX that knows {GPUS[found.gpu]} is installed "
-            "(pip install 'puzzle-jax[gpu-compiler]'); XLA for CPUs compiles in its place",
+            "(pip install -e '.[gpu-compiler]'); XLA for CPUs compiles in its place",
             PuzzleWarning,
             stacklevel=2,
         )

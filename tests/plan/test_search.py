@@ -230,7 +230,7 @@ def test_the_command_prints_the_plan(config, planned, found, capsys):
     (run,) = planned
     assert run.packed and run.config == PARENT and run.recipe.mesh == MeshSettings(data=1, model=4)
     assert "config.json on 1 x 4 devices, traces of up to 63 tokens" in out
-    assert re.search(r"GB per device +┃ +load +┃ +trace +┃ +rank +┃ +lens +┃ +score", out)
+    assert re.search(r"GB per device +┃ +load +┃ +trace +┃ +rank +┃ +lens +┃ +score +┃ +calibrate", out)
     assert "parameters as stored, MXFP4" in out and "caches of 4 slots of 256" in out
     most = max(memory.total for memory in found.values())
     assert f"fits: {81_559 * 2**20 / GB - most / GB:.1f} GB are left" in out
