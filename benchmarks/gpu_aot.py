@@ -181,7 +181,8 @@ def kernels(found: Findings, gpus: list[str]) -> None:
                 return max(rows, 64) if form == "packed transposed" else rows
 
             for name, run, arguments in aot_programs.programs("mosaic_gpu", "mosaic_gpu", count, block, SEQ):
-                if size != "120b" and not name.startswith(("grouped", "route", "expert_order")):
+                depends_on_experts = name.startswith("grouped") or f" {count} experts" in name
+                if size != "120b" and not depends_on_experts:
                     continue
                 before = set(DUMP.glob("*.ptxas"))
                 title = f"{gpu} {size} {name}"
@@ -350,7 +351,8 @@ def small_runs(size: str, devices: int) -> dict[str, Any]:
     config = replace(config, blocks=config.blocks[:2])
     path, mesh = PUBLISHED / f"gpt-oss-{size}.json", ["--mesh", f"model={devices}"]
     search = parse(SEARCH, ["--parent", str(path), "--recipe", f"gpt-oss-{size}-1xh100", *mesh])
-    search = replace(search, traces=replace(search.traces, max_tokens={"high": 7_000}, batch_size=16))
+    answers = dict.fromkeys(search.traces.efforts, 7_000)
+    search = replace(search, traces=replace(search.traces, max_tokens=answers, batch_size=16))
     common = ["--parent", str(path), "--child", str(path), "--traces", "-", "--out", "-", *mesh]
     distill = parse(VERBS["distill"], [*common, "--data", "row_length=4096,rows=2"])
     grpo = parse(

@@ -63,6 +63,7 @@ def test_its_json_says_the_same(capsys):
         "decoding, cache of 128 slots, float32": "reference",
         "decoding, cache of 128 slots, e4m3": "reference",
     }
+    assert {each["operation"] for each in found["operations"]} == {"expert_mlp", "window_attention", "decode_attention"}
     assert found["operations"][0]["refusals"]["mosaic_gpu"] == "for a GPU, but this is a CPU"
     assert found["verdicts"] == {}
     assert found["host"]["cores"] >= 1 and found["versions"]["puzzle-jax"]

@@ -4,12 +4,13 @@ from typing import Any, cast
 
 import jax.numpy as jnp
 import jaxtyping
+import numpy as np
 import pytest
 from beartype.roar import BeartypeCallHintViolation
 
+from puzzle_jax.evaluate.frontier import Curve
 from puzzle_jax.evaluate.statistics import Paired, wilson
 from puzzle_jax.kernels.expert_mlp import combine
-from puzzle_jax.kernels.mxfp4 import MXFP4
 
 
 @pytest.mark.parametrize("call", ["first", "second"])
@@ -27,9 +28,8 @@ def test_types_of_functions_without_arrays(call):
 
 
 def test_dataclasses_are_checked_as_they_are_made():
-    codes, scales = jnp.zeros((2, 3, 16), jnp.uint8), jnp.zeros((2, 3, 1), jnp.uint8)
-    assert MXFP4(codes, scales).shape == (2, 32, 3)
-    with pytest.raises(jaxtyping.TypeCheckError, match="scales"):
-        MXFP4(codes, scales[:1])
+    assert len(Curve(np.arange(3.0), np.arange(3.0)).rates) == 3
+    with pytest.raises(jaxtyping.TypeCheckError, match="accuracies"):
+        Curve(np.arange(3.0), np.arange(2.0))
     with pytest.raises(BeartypeCallHintViolation, match="won"):
         Paired(0.5, 0.1, 0.9, cast(Any, "three"), 1, 0.2)

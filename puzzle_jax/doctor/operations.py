@@ -35,7 +35,7 @@ def choice(operation: Operation) -> Choice:
     """What serves an operation here. Kernels that were not yet tried on this device are."""
     with recording() as choices:
         jax.eval_shape(operation.run, *operation.arrays)
-    return choices[0]
+    return choices[-1]  # the operation itself: those that it is made of choose before
 
 
 def operations(config: ModelConfig, tokens: int, slots: int) -> Iterator[Operation]:

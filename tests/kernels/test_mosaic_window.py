@@ -31,6 +31,7 @@ CASES = {
     "one more than a tile": (65, None),
     "longer than the sequence": (151, None),
     "packed sequences": (90, SEGMENTS),
+    "segments in no order": (None, jnp.asarray([[2] * 66 + [0] * 10 + [1] * 30 + [2] * 44])),
 }
 
 
@@ -70,10 +71,39 @@ def test_gradients(kernel, case):
 
 
 @GPU
+def test_windows_that_are_data():
+    arrays, sinks = made_up(batch=3)
+    for window in (jnp.asarray([7, 65, 150]), jnp.asarray([80])):
+        found = mosaic_gpu.window_attention(*arrays, sinks, window=window, interpret=True)
+        expected = window_attention(*exact(*arrays), sinks, window=window, implementation="reference")
+        np.testing.assert_allclose(np.asarray(found, np.float32), expected, atol=2e-2)
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_tiles_that_are_left_out_hold_nothing_that_is_seen(ordered):
+    """By brute force over all pairs of tokens."""
+    source, tile = np.random.default_rng(0), mosaic_gpu.TILE
+    batch, tiles = 3, 6
+    segments = source.integers(0, 9, (batch, tiles * tile // 16)).repeat(16, axis=1)
+    segments = np.sort(segments, axis=1) if ordered else segments
+    widths = np.asarray([1, 70, tiles * tile])
+    shape = mosaic_gpu._Shape(batch, tiles * tile, 2, 1, 64, True, True, False)
+    first, last = shape.bounds(jnp.asarray(segments), jnp.asarray(widths))
+    query, key = (np.arange(tiles * tile).reshape(shape) for shape in ((-1, 1), (1, -1)))
+    seen = (key <= query) & (key > query - widths[:, None, None]) & (segments[:, :, None] == segments[:, None])
+    by_tile = seen.reshape(batch, tiles, tile, tiles, tile).any(axis=(2, 4))
+    kept = np.arange(tiles)
+    between = (kept[None, None] >= np.asarray(first)[:, :, None]) & (kept[None, None] <= kept[None, :, None])
+    assert not (by_tile & ~between).any()
+    between = (kept[None, :, None] <= np.asarray(last)[:, None]) & (kept[None, :, None] >= kept[None, None])
+    assert not (by_tile & ~between).any()
+    if ordered:  # and what is kept is little more: segments end within tiles
+        np.testing.assert_array_equal(first, by_tile.argmax(axis=2))
+
+
+@GPU
 def test_what_the_gpu_kernel_is_not_made_for_is_refused():
     (q, k, v), sinks = made_up()
-    with pytest.raises(NotImplementedError, match="the window is not a static number"):
-        mosaic_gpu.window_attention(q, k, v, sinks, window=jnp.asarray([3]), interpret=True)
     with pytest.raises(NotImplementedError, match="for bfloat16, but this is float32"):
         mosaic_gpu.window_attention(*exact(q, k, v), sinks, window=3, interpret=True)
     with pytest.raises(NotImplementedError, match="heads of 48 are no multiple of 64"):

@@ -10,16 +10,18 @@ kept (T. Dao, FlashAttention-2, 2023):
     p = exp(logits - lse')   d_v = p' d_out   d_logits = p (d_out v' - delta)   d_sink = -sum exp(sink - lse') delta
 
 One kernel sums d_q over the keys of a block of queries; another sums d_k and d_v over the queries of a block of keys
-and the query heads that share them. Tiles outside the window are never touched, so the cost grows with the window.
+and the query heads that share them. Which tiles a block sees first and last is data: it follows from the window, which
+may be data too, and from the smallest and largest segment of each tile. So the cost grows with the window, and with
+packed sequences with their lengths rather than the row's.
 
-Left out: windows that are data, warp specialisation, and more than 64 queries per program.
+Left out: warp specialisation, and more than 64 queries per program.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +29,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from puzzle_jax.kernels.mosaic import hopper_only, launched, plgpu, product, stored, swizzled
-from puzzle_jax.kernels.shapes import Array, Float, Index, Keys, Queries, Ref, Segments, Sinks, Window
+from puzzle_jax.kernels.shapes import Array, Float, Index, Int, Keys, Queries, Ref, Rows, Segments, Sinks, Window
 from puzzle_jax.kernels.window_attention.reference import MASKED
 
 TILE = 64
 STEPS = 2
 
+Tiles = Int[Array, "batch tiles"]
 Place = Callable[..., tuple[Array, Array]]
 Carry = TypeVar("Carry")
 
@@ -45,7 +48,7 @@ class _Shape(NamedTuple):
     heads: int
     kv_heads: int
     dim: int
-    window: int | None
+    windowed: bool
     segments: bool
     interpret: bool
 
@@ -53,30 +56,27 @@ class _Shape(NamedTuple):
     def tiles(self) -> int:
         return self.seq // TILE
 
-    @property
-    def reach(self) -> int:
-        """Tiles of keys that a block of queries sees at most, and of queries that see a block of keys."""
-        if self.window is None:
-            return self.tiles
-        return min(self.tiles, 1 + -(-(self.window - 1) // TILE))
-
-    def first_key(self, queries: Array) -> Array:
-        """The first tile of keys that a block of queries sees."""
-        return jnp.maximum(queries - (self.reach - 1), 0)
-
-    def last_query(self, keys: Array) -> Array:
-        """The last block of queries that sees a tile of keys."""
-        return jnp.minimum(keys + (self.reach - 1), self.tiles - 1)
+    def bounds(self, segments: Int[Array, "batch seq"], widths: Rows) -> tuple[Tiles, Tiles]:
+        """The first tile of keys that each block of queries may see, and the last block of queries that may see each
+        tile of keys: by windows, and by the ranges of tiles' segments, which overlap where two tiles share one."""
+        tile = jnp.arange(self.tiles, dtype=jnp.int32)[None]
+        first = jnp.maximum(tile * TILE - widths[:, None] + 1, 0) // TILE
+        last = jnp.minimum((tile * TILE + TILE + widths[:, None] - 2) // TILE, self.tiles - 1)
+        if self.segments:
+            by_tile = segments.reshape(self.batch, self.tiles, TILE)
+            low, high = jnp.min(by_tile, axis=2), jnp.max(by_tile, axis=2)
+            meets = (low[:, :, None] <= high[:, None]) & (low[:, None] <= high[:, :, None])
+            first = jnp.maximum(first, jnp.argmax(meets, axis=2))
+            last = jnp.minimum(last, self.tiles - 1 - jnp.argmax(meets[:, :, ::-1], axis=2))
+        return first.astype(jnp.int32), last.astype(jnp.int32)
 
 
 def window_attention(
     q: Queries, k: Keys, v: Keys, sinks: Sinks, *, window: Window, segment_ids: Segments = None, interpret: bool = False
 ) -> Queries:
     """See the api. Raises NotImplementedError where this is no Hopper GPU (unless interpreted), below JAX 0.11.2, for
-    windows that are data, other types than bfloat16, and heads that are no multiple of 64 up to 128."""
+    other types than bfloat16, and heads that are no multiple of 64 up to 128."""
     hopper_only(interpret)
-    if not (window is None or isinstance(window, int)):
-        raise NotImplementedError("the window is not a static number")
     if {q.dtype, k.dtype, v.dtype} != {jnp.dtype(jnp.bfloat16)}:
         raise NotImplementedError(f"for bfloat16, but this is {q.dtype}, {k.dtype}, {v.dtype}")
     batch, seq, heads, dim = q.shape
@@ -85,33 +85,49 @@ def window_attention(
     padding = -seq % TILE
     if padding:  # queries and keys behind everything: nobody sees them
         q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q, k, v))
-        segment_ids = None if segment_ids is None else jnp.pad(segment_ids, ((0, 0), (0, padding)))
-    window = None if window is None or window >= seq else window
-    shape = _Shape(batch, seq + padding, heads, k.shape[2], dim, window, segment_ids is not None, interpret)
+        segment_ids = None if segment_ids is None else jnp.pad(segment_ids, ((0, 0), (0, padding)), mode="edge")
+    windowed = window is not None and not (isinstance(window, int) and window >= seq)
+    shape = _Shape(batch, seq + padding, heads, k.shape[2], dim, windowed, segment_ids is not None, interpret)
+    width = jnp.asarray(window if windowed else seq, jnp.int32).reshape(-1)
+    widths = jnp.broadcast_to(jnp.minimum(width, seq), (batch,))
     segments = jnp.zeros((batch, seq + padding), jnp.int32) if segment_ids is None else segment_ids.astype(jnp.int32)
-    out: Array = _attend(shape, q, k, v, sinks.astype(jnp.float32), segments)
+    out: Array = _attend(shape, q, k, v, sinks.astype(jnp.float32), segments, widths)
     return out[:, :seq]
 
 
+class _Seen(NamedTuple):
+    """What a query may see: segments, each row's window, and what follows of both for tiles, see `_Shape.bounds`."""
+
+    segments: Segments
+    widths: Rows
+    first: Tiles
+    last: Tiles
+
+
+def _seen(shape: _Shape, segments: Array, widths: Array) -> _Seen:
+    return _Seen(segments, widths, *shape.bounds(segments, widths))
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(shape: _Shape, q: Array, k: Array, v: Array, sinks: Array, segments: Array) -> Array:
-    return _forward(shape, q, k, v, sinks, segments)[0]
+def _attend(shape: _Shape, q: Array, k: Array, v: Array, sinks: Array, segments: Array, widths: Array) -> Array:
+    return _forward(shape, q, k, v, sinks, _seen(shape, segments, widths))[0]
 
 
 def _save(
-    shape: _Shape, q: Array, k: Array, v: Array, sinks: Array, segments: Array
-) -> tuple[Array, tuple[Array, ...]]:
-    out, lse = _forward(shape, q, k, v, sinks, segments)
-    return out, (q, k, v, sinks, segments, out, lse)
+    shape: _Shape, q: Array, k: Array, v: Array, sinks: Array, segments: Array, widths: Array
+) -> tuple[Array, tuple[object, ...]]:
+    seen = _seen(shape, segments, widths)
+    out, lse = _forward(shape, q, k, v, sinks, seen)
+    return out, (q, k, v, sinks, seen, out, lse)
 
 
-def _backward(shape: _Shape, saved: tuple[Array, ...], d_out: Array) -> tuple[Array | None, ...]:
-    q, k, v, sinks, segments, out, lse = saved
+def _backward(shape: _Shape, saved: tuple[Any, ...], d_out: Array) -> tuple[Array | None, ...]:
+    q, k, v, sinks, seen, out, lse = saved
     delta = jnp.einsum("bqhd,bqhd->bhq", out, d_out, preferred_element_type=jnp.float32)
     d_sinks = -jnp.einsum("bhq,bhq->h", jnp.exp(sinks[:, None] - lse), delta)
-    d_q = _d_queries(shape, q, k, v, segments, d_out, lse, delta)
-    d_k, d_v = _d_keys(shape, q, k, v, segments, d_out, lse, delta)
-    return d_q, d_k, d_v, d_sinks, None
+    d_q = _d_queries(shape, q, k, v, seen, d_out, lse, delta)
+    d_k, d_v = _d_keys(shape, q, k, v, seen, d_out, lse, delta)
+    return d_q, d_k, d_v, d_sinks, None, None
 
 
 _attend.defvjp(_save, _backward)
@@ -139,13 +155,15 @@ class _Tools:
     def numbers(self, axis: int) -> Array:
         return self.mosaic.broadcasted_iota(jnp.int32, (TILE, TILE), axis, layout=self.matrix)
 
-    def seen(self, query_axis: int, queries: Index, keys: Index, query_segment: Ref, key_segment: Ref) -> Array:
+    def seen(
+        self, query_axis: int, queries: Index, keys: Index, width: Array, query_segment: Ref, key_segment: Ref
+    ) -> Array:
         """Returns a mask of the keys of a tile that each query of a block sees; queries lie along `query_axis`."""
         query = self.numbers(query_axis) + queries * TILE
         key = self.numbers(1 - query_axis) + keys * TILE
         mask = key <= query
-        if self.shape.window is not None:
-            mask = mask & (key > query - self.shape.window)
+        if self.shape.windowed:
+            mask = mask & (key > query - width)
         if self.shape.segments:
             spread = (self.rows, self.columns)
             same = spread[query_axis](query_segment[...]) == spread[1 - query_axis](key_segment[...])
@@ -190,14 +208,15 @@ class _Tools:
     def segment_tiles(self, place: Place) -> object:
         return self.mosaic.BlockSpec((TILE,), lambda *i: place(*i)[:1])
 
-    def over_keys(self, step: Callable[..., Carry], queries: Array, head: Array, carry: Carry) -> Callable[..., Carry]:
-        """A pipeline over the tiles of keys, values and segments that a block of queries sees."""
-        first = self.shape.first_key(queries)
+    def over_keys(
+        self, step: Callable[..., Carry], first: Array, queries: Array, head: Array, carry: Carry
+    ) -> Callable[..., Carry]:
+        """A pipeline over tiles of keys, values and segments, from the first that a block of queries sees."""
 
         def place(n: Index) -> tuple[Array, Array]:
             return jnp.minimum(first + n, self.shape.tiles - 1), lax.div(head, self.shape.heads // self.shape.kv_heads)
 
-        steps = self.shape.reach if self.shape.interpret else queries - first + 1
+        steps = self.shape.tiles if self.shape.interpret else queries - first + 1
         specs = [self.vector_tiles(place), self.vector_tiles(place), self.segment_tiles(place)]
         return self.pipeline(step, (steps,), specs, carry)
 
@@ -221,17 +240,26 @@ def _here() -> tuple[Array, Array, Array]:
 
 
 def _forward(
-    shape: _Shape, q: Array, k: Array, v: Array, sinks: Array, segments: Array
+    shape: _Shape, q: Array, k: Array, v: Array, sinks: Array, visible: _Seen
 ) -> tuple[Queries, Float[Array, "batch heads seq"]]:
     """Output and lse'."""
     tools, dim = _Tools(shape), shape.dim
 
     def kernel(
-        sink_of: Ref, q_all: Ref, k_all: Ref, v_all: Ref, segment_of: Ref, out: Ref, lse: Ref, *tiles: Ref
+        sink_of: Ref,
+        first_of: Ref,
+        width_of: Ref,
+        q_all: Ref,
+        k_all: Ref,
+        v_all: Ref,
+        segment_of: Ref,
+        out: Ref,
+        lse: Ref,
+        *tiles: Ref,
     ) -> None:
         q_tile, p_tile, out_tile, lse_tile, own_segment, arrived = tiles
         b, h, i = _here()
-        first, here = shape.first_key(i), pl.ds(i * TILE, TILE)
+        first, width, here = first_of[b, i], width_of[b], pl.ds(i * TILE, TILE)
         tools.fetched([(q_all.at[b, here, h], q_tile), (segment_of.at[b, here], own_segment)], arrived)
 
         def step(
@@ -239,7 +267,7 @@ def _forward(
         ) -> tuple[Array, ...]:
             largest, total, vectors = carry
             logits = _product(q_tile, k_tile.T, TILE) * dim**-0.5
-            seen = tools.seen(0, i, first + index[0], own_segment, segment)
+            seen = tools.seen(0, i, first + index[0], width, own_segment, segment)
             logits = jnp.where(seen, logits, MASKED)
             new = jnp.maximum(largest, jnp.max(logits, axis=1))
             weights = jnp.where(seen, jnp.exp(logits - tools.rows(new)), 0.0)
@@ -255,7 +283,7 @@ def _forward(
             tools.mosaic.layout_cast(jnp.ones((TILE,), jnp.float32), tools.by_row),
             tools.zeros(),
         )
-        run = tools.over_keys(step, i, h, carry)
+        run = tools.over_keys(step, first, i, h, carry)
         largest, total, vectors = run(k_all.at[b], v_all.at[b], segment_of.at[b])
         out_tile[...] = (vectors / tools.rows(total, dim)).astype(out_tile.dtype)
         lse_tile[...] = largest + jnp.log(total)
@@ -266,7 +294,7 @@ def _forward(
     call = tools.call(
         kernel, [jax.ShapeDtypeStruct(q.shape, q.dtype), per_query], shape.heads, [*scratch, tools.mosaic.Barrier()]
     )
-    out, lse = call(sinks, q, k, v, segments)
+    out, lse = call(sinks, visible.first, visible.widths, q, k, v, visible.segments)
     return out, lse
 
 
@@ -274,15 +302,15 @@ def _forward(
 
 
 def _d_queries(
-    shape: _Shape, q: Array, k: Array, v: Array, segments: Array, d_out: Array, lse: Array, delta: Array
+    shape: _Shape, q: Array, k: Array, v: Array, visible: _Seen, d_out: Array, lse: Array, delta: Array
 ) -> Queries:
     tools, dim = _Tools(shape), shape.dim
 
     def kernel(*refs: Ref) -> None:
-        q_all, k_all, v_all, segment_of, d_out_all, lse_of, delta_of, d_q, *tiles = refs
+        first_of, width_of, q_all, k_all, v_all, segment_of, d_out_all, lse_of, delta_of, d_q, *tiles = refs
         q_tile, d_out_tile, lse_tile, delta_tile, own_segment, d_tile, d_q_tile, arrived = tiles
         b, h, i = _here()
-        first, here = shape.first_key(i), pl.ds(i * TILE, TILE)
+        first, width, here = first_of[b, i], width_of[b], pl.ds(i * TILE, TILE)
         tools.fetched(
             [
                 (q_all.at[b, here, h], q_tile),
@@ -296,7 +324,7 @@ def _d_queries(
 
         def step(index: tuple[Index, ...], k_tile: Ref, v_tile: Ref, segment: Ref, total: Array) -> Array:
             logits = _product(q_tile, k_tile.T, TILE) * dim**-0.5
-            seen = tools.seen(0, i, first + index[0], own_segment, segment)
+            seen = tools.seen(0, i, first + index[0], width, own_segment, segment)
             weights = jnp.where(seen, jnp.exp(logits - tools.rows(lse_tile[...])), 0.0)
             d_weights = _product(d_out_tile, v_tile.T, TILE)
             d_logits = weights * (d_weights - tools.rows(delta_tile[...])) * dim**-0.5
@@ -304,27 +332,27 @@ def _d_queries(
             tools.mosaic.commit_smem()
             return total + _product(d_tile, k_tile, dim)
 
-        run = tools.over_keys(step, i, h, tools.zeros())
+        run = tools.over_keys(step, first, i, h, tools.zeros())
         d_q_tile[...] = run(k_all.at[b], v_all.at[b], segment_of.at[b]).astype(d_q_tile.dtype)
         stored((d_q_tile, d_q.at[b, here, h]))
 
     scratch = [tools.vectors(), tools.vectors(), tools.scalars(), tools.scalars(), tools.scalars(jnp.int32)]
     scratch += [tools.logits(), tools.vectors(), tools.mosaic.Barrier()]
     call = tools.call(kernel, [jax.ShapeDtypeStruct(q.shape, q.dtype)], shape.heads, scratch)
-    return call(q, k, v, segments, d_out, lse, delta)[0]
+    return call(visible.first, visible.widths, q, k, v, visible.segments, d_out, lse, delta)[0]
 
 
 def _d_keys(
-    shape: _Shape, q: Array, k: Array, v: Array, segments: Array, d_out: Array, lse: Array, delta: Array
+    shape: _Shape, q: Array, k: Array, v: Array, visible: _Seen, d_out: Array, lse: Array, delta: Array
 ) -> tuple[Keys, Keys]:
     """Logits are transposed here: keys are rows and queries columns."""
     tools, dim, group = _Tools(shape), shape.dim, shape.heads // shape.kv_heads
 
     def kernel(*refs: Ref) -> None:
-        q_all, k_all, v_all, segment_of, d_out_all, lse_of, delta_of, d_k, d_v, *tiles = refs
+        last_of, width_of, q_all, k_all, v_all, segment_of, d_out_all, lse_of, delta_of, d_k, d_v, *tiles = refs
         k_tile, v_tile, own_segment, p_tile, d_tile, d_k_tile, d_v_tile, arrived = tiles
         b, kv_head, j = _here()
-        here = pl.ds(j * TILE, TILE)
+        width, here = width_of[b], pl.ds(j * TILE, TILE)
         own = [(k_all.at[b, here, kv_head], k_tile), (v_all.at[b, here, kv_head], v_tile)]
         tools.fetched([*own, (segment_of.at[b, here], own_segment)], arrived)
 
@@ -342,7 +370,7 @@ def _d_keys(
         ) -> tuple[Array, Array]:
             of_k, of_v = carry
             logits = _product(k_tile, q_tile.T, TILE) * dim**-0.5
-            seen = tools.seen(1, j + index[1], j, segment, own_segment)
+            seen = tools.seen(1, j + index[1], j, width, segment, own_segment)
             weights = jnp.where(seen, jnp.exp(logits - tools.columns(lse_tile[...])), 0.0)
             d_weights = _product(v_tile, d_out_tile.T, TILE)
             d_logits = weights * (d_weights - tools.columns(delta_tile[...])) * dim**-0.5
@@ -351,7 +379,7 @@ def _d_keys(
             tools.mosaic.commit_smem()
             return of_k + _product(d_tile, q_tile, dim), of_v + _product(p_tile, d_out_tile, dim)
 
-        steps = shape.reach if shape.interpret else shape.last_query(j) - j + 1
+        steps = shape.tiles if shape.interpret else last_of[b, j] - j + 1
         tiles_of = [*[tools.vector_tiles(place)] * 2, *[tools.scalar_tiles(place)] * 2, tools.segment_tiles(place)]
         run = tools.pipeline(step, (group, steps), tiles_of, (tools.zeros(), tools.zeros()))
         of_k, of_v = run(q_all.at[b], d_out_all.at[b], lse_of.at[b], delta_of.at[b], segment_of.at[b])
@@ -361,5 +389,5 @@ def _d_keys(
     scratch = [tools.vectors(), tools.vectors(), tools.scalars(jnp.int32), tools.logits(), tools.logits()]
     scratch += [tools.vectors(), tools.vectors(), tools.mosaic.Barrier()]
     call = tools.call(kernel, [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)], shape.kv_heads, scratch)
-    d_k, d_v = call(q, k, v, segments, d_out, lse, delta)
+    d_k, d_v = call(visible.last, visible.widths, q, k, v, visible.segments, d_out, lse, delta)
     return d_k, d_v
