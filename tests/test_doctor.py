@@ -50,6 +50,8 @@ def test_its_json_says_the_same(capsys):
     found = json.loads(capsys.readouterr().out)
     chosen = {each["what"]: each["chosen"] for each in found["operations"]}
     assert chosen == {
+        "routing, 64 tokens": "reference",
+        "routing, 96 tokens": "reference",
         "experts, float32, 64 tokens": "expert_loop",
         "experts, float32, 96 tokens": "expert_loop",
         "experts, MXFP4, 64 tokens": "expert_loop",
@@ -63,7 +65,9 @@ def test_its_json_says_the_same(capsys):
         "decoding, cache of 128 slots, float32": "reference",
         "decoding, cache of 128 slots, e4m3": "reference",
     }
-    assert {each["operation"] for each in found["operations"]} == {"expert_mlp", "window_attention", "decode_attention"}
+    assert {each["operation"] for each in found["operations"]} == {
+        "route", "expert_mlp", "window_attention", "decode_attention",
+    }  # fmt: skip
     assert found["operations"][0]["refusals"]["mosaic_gpu"] == "for a GPU, but this is a CPU"
     assert found["verdicts"] == {}
     assert found["host"]["cores"] >= 1 and found["versions"]["puzzle-jax"]

@@ -16,6 +16,7 @@ from puzzle_jax.kernels.dispatch import Choice, recording
 from puzzle_jax.kernels.expert_mlp import Experts, expert_outputs
 from puzzle_jax.kernels.mxfp4 import GROUP, MXFP4
 from puzzle_jax.kernels.platform import target_platform
+from puzzle_jax.kernels.route import route
 from puzzle_jax.kernels.window_attention import window_attention
 
 _Abstract: Any = jax.ShapeDtypeStruct
@@ -51,6 +52,9 @@ def operations(config: ModelConfig, tokens: int, slots: int) -> Iterator[Operati
     forms = {"bfloat16" if dtype == jnp.bfloat16 else "float32": False, "MXFP4": True}
     if config.hidden_size % GROUP or config.intermediate_size % GROUP:
         del forms["MXFP4"]
+    for count in (DECODED, tokens):
+        logits = _Abstract((count, experts), jnp.float32)
+        yield Operation(f"routing, {count:,} tokens", partial(route, k=config.experts_per_token), (logits,))
     for name, packed in forms.items():
         for count in (DECODED, tokens):
             yield _mixture(f"experts, {name}, {count:,} tokens", config, experts, count, packed, dtype)
