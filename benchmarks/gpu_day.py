@@ -96,7 +96,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Options:
-    """What is asked for on the command line."""
+    """The settings that the command line gives."""
 
     out: Path
     steps: tuple[str, ...]
@@ -398,7 +398,7 @@ MODEL, VOCABULARY = "model", 128  # of the embedded parent
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the model, by how it differs from gpt-oss-20b, and of what is done with it.
+    """Sizes of the model, which is gpt-oss-20b's but for these, and of what is run on it.
 
     Attributes:
       experts: of each layer; the child keeps half of them.
@@ -485,7 +485,7 @@ def make_model(out: Path, dry: bool) -> None:
 
 
 def doctor_figures(out: Path) -> dict[str, Json]:
-    """What serves each operation, and what trials of kernels found, which is there for a run that was killed, too."""
+    """Returns what serves each operation, and the verdicts on kernels, which a killed run leaves behind, too."""
     path = out / "doctor.json"
     found = read_json(path) if path.exists() and path.stat().st_size else {}
     served = [
@@ -569,7 +569,7 @@ STAGES = ("cost", "trace", "rank", "refine_costs", "score", "solve", "refine", "
 
 
 def training_figures(name: str, out: Path) -> dict[str, Json]:
-    """What steps took and came to. The median is without the first, which compiles, and the last, which evaluates."""
+    """Returns steps' metrics and median seconds, without the first step, which compiles, and the last, which evaluates."""
     lines = [json.loads(line) for line in (out / name / "metrics.jsonl").read_text().splitlines()]
     shown = ("step", "seconds_per_step", "loss", "grad_norm", "reward", "updates", "rollout_seconds", "score_seconds")
     shown += ("update_seconds", "rollout_tokens_per_second")

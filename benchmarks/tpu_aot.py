@@ -23,7 +23,7 @@ TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 BLOCKS = {64: 16, 4096: 128}
 """Rows per block by tokens of a call."""
 SEQ = 16_384
-"""Of window attention: the mask of a longer context takes the host half a minute."""
+"""Tokens of window attention; evaluating the mask of a longer context takes the host half a minute."""
 
 
 def main() -> None:
