@@ -569,7 +569,7 @@ STAGES = ("cost", "trace", "rank", "refine_costs", "score", "solve", "refine", "
 
 
 def training_figures(name: str, out: Path) -> dict[str, Json]:
-    """Returns steps' metrics and median seconds, without the first step, which compiles, and the last, which evaluates."""
+    """Returns metrics of steps, and median seconds without the first, which compiles, and the last, which evaluates."""
     lines = [json.loads(line) for line in (out / name / "metrics.jsonl").read_text().splitlines()]
     shown = ("step", "seconds_per_step", "loss", "grad_norm", "reward", "updates", "rollout_seconds", "score_seconds")
     shown += ("update_seconds", "rollout_tokens_per_second")
