@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
 
 import jax
+from rich.console import Console
 
 from puzzle_jax.errors import ConfigError, PuzzleError, shown
 from puzzle_jax.files import Json
@@ -82,7 +83,7 @@ def agree(what: str, value: Mapping[str, Json]) -> None:
     `what` names it in messages, once in a program. Raises JointError, in all processes, that names what differs and in
     which process.
     """
-    if _count() == 1:
+    if process_count() == 1:
         return
     published = _gathered(f"agree/{what}", value)
     for index, (host, other) in enumerate(published):
@@ -102,7 +103,7 @@ def on_all(what: str, work: Callable[[], Result]) -> Result:
 
     Raises JointError in all processes where `work` raises a PuzzleError in any.
     """
-    if _count() == 1:
+    if process_count() == 1:
         return work()
     result, refused = None, None
     try:
@@ -123,7 +124,7 @@ def from_primary(what: str, work: Callable[[], str]) -> str:
 
     Raises PuzzleError in all processes where `work` does in the primary one.
     """
-    if _count() == 1:
+    if process_count() == 1:
         return work()
     if process_index() == 0:
         try:
@@ -176,7 +177,7 @@ def kv_get(key: str, seconds: float | None = None) -> str:
 
 def kv_delete(key: str) -> None:
     """Drops what was published, once all have read it; nothing is done where one process is alone."""
-    if _count() > 1:
+    if process_count() > 1:
         _state().client.key_value_delete(key)
 
 
@@ -184,7 +185,7 @@ def _gathered(key: str, value: Mapping[str, Json]) -> list[tuple[str, Json]]:
     """Every process's host and value, in all of them."""
     kv_set(f"{key}/{process_index()}", json.dumps([socket.gethostname(), value], default=str))
     found = []
-    for index in range(_count()):
+    for index in range(process_count()):
         try:
             found.append(tuple(json.loads(kv_get(f"{key}/{index}", _OPEN_SECONDS))))
         except TimeoutError:
@@ -225,8 +226,8 @@ def _initialize(count: int, local_devices: int, program: str) -> None:
         ) from error
     finally:
         limit.cancel()
-    if _count() != count:
-        raise ConfigError(f"mesh.processes is {count}, but {_count()} were started")
+    if process_count() != count:
+        raise ConfigError(f"mesh.processes is {count}, but {process_count()} were started")
 
 
 def _begin_together() -> None:
@@ -238,7 +239,7 @@ def _begin_together() -> None:
 def _watchdog(program: str) -> Watchdog:
     """This process's connections to the others."""
     if process_index() == 0:
-        return Watchdog.lead(program, _count(), lambda value: kv_set(_WATCHDOG, value))
+        return Watchdog.lead(program, process_count(), lambda value: kv_set(_WATCHDOG, value))
     try:
         published = kv_get(_WATCHDOG, _WATCHDOG_SECONDS)
     except TimeoutError:
@@ -278,8 +279,14 @@ def process_index() -> int:
     return _state().process_id
 
 
-def _count() -> int:
+def process_count() -> int:
+    """The number of processes that are one program; 1 where a process is alone."""
     return _state().num_processes
+
+
+def primary_console(console: Console) -> Console:
+    """The console in the primary process, which reports for all; one that prints nothing in the others."""
+    return Console(quiet=True) if process_index() else console
 
 
 def _state() -> Any:
