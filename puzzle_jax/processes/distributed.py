@@ -212,6 +212,9 @@ def _initialize(count: int, local_devices: int, program: str) -> None:
     limit.daemon = True
     limit.start()
     jax.config.update("jax_enable_preemption_service", False)  # it swallows SIGTERM
+    # XLA for CPUs has a thread per core. Programs that are dispatched ahead take them while they wait for their inputs,
+    # and where a process has several devices, none is left for one that the other processes wait for.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         with relayed():
             jax.distributed.initialize(

@@ -50,8 +50,9 @@ def open_parent(recipe: Recipe) -> Model:
     agree("the search", identity)
     if mesh.devices == 1:
         return parent
+    parent = replace(parent, mesh=on_all("find the devices", lambda: make_mesh(mesh.data, mesh.model)))
     warn_of_undivided(parent.config, mesh.model)
-    return replace(parent, mesh=on_all("find the devices", lambda: make_mesh(mesh.data, mesh.model)))
+    return parent
 
 
 def warn_of_undivided(config: ModelConfig, model: int) -> None:
