@@ -43,6 +43,7 @@ _VERDICT_SECONDS = 2  # in which it shows that an error was another process's en
 _POLL_MS = 5_000
 _DONE, _REFUSED = "+", "-"  # before what the primary process publishes
 _LISTED = 3
+_LEAST_THREADS = 32
 
 
 class JointError(PuzzleError):
@@ -212,9 +213,9 @@ def _initialize(count: int, local_devices: int, program: str) -> None:
     limit.daemon = True
     limit.start()
     jax.config.update("jax_enable_preemption_service", False)  # it swallows SIGTERM
-    # XLA for CPUs has a thread per core. Programs that are dispatched ahead take them while they wait for their inputs,
-    # and where a process has several devices, none is left for one that the other processes wait for.
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    # XLA has a thread per core for programs. Those that wait for their inputs hold one, and on few cores, where a process
+    # has several CPU devices, none was left for a program that the other processes wait for.
+    os.environ.setdefault("PJRT_NPROC", str(max(_LEAST_THREADS, os.cpu_count() or 1)))
     try:
         with relayed():
             jax.distributed.initialize(

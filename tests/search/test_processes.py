@@ -191,19 +191,17 @@ def test_several_processes_go_on_from_the_scores_of_one(alone, parents, tmp_path
 # What they refuse ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("mesh", "sentence"),
-    [
-        ("model=4", "a mesh of 1 x 4 needs 4 devices, but 2 are present"),
-        ("data=3", "mesh has 3 devices (data x sequence x model), but must have a multiple of mesh.processes (2)"),
-    ],
-)
-def test_a_mesh_that_does_not_fit_the_devices_is_refused_by_all(parents, tmp_path, mesh, sentence):
-    one = command(parents[0], tmp_path / "run", mesh=mesh)
+def test_a_mesh_that_does_not_fit_the_devices_is_refused_by_all(parents, tmp_path, capsys):
+    sentence = "a mesh of 1 x 4 needs 4 devices, but 2 are present"
+    one = command(parents[0], tmp_path / "run", mesh="model=4")
     with running(one, one, XLA_FLAGS=QUICK) as processes:
         found = ended(processes)
     assert [process.returncode for process in found] == [2, 2]
     assert [process.stderr for process in found] == [f"{PROGRAM}: {sentence}\n"] * 2
+    # Each process finds this by itself, before it waits for others.
+    assert main(arguments(parents[0], tmp_path / "run", "--mesh", "processes=2,data=3")) == 2
+    sentence = "mesh has 3 devices (data x sequence x model), but must have a multiple of mesh.processes (2)"
+    assert capsys.readouterr().err == f"{PROGRAM}: {sentence}\n"
     assert not (tmp_path / "run").exists()
 
 
