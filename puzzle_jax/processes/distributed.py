@@ -213,8 +213,8 @@ def _initialize(count: int, local_devices: int, program: str) -> None:
     limit.daemon = True
     limit.start()
     jax.config.update("jax_enable_preemption_service", False)  # it swallows SIGTERM
-    # XLA has a thread per core for programs. Those that wait for their inputs hold one, and on few cores, where a process
-    # has several CPU devices, none was left for a program that the other processes wait for.
+    # XLA has a thread per core for programs. Those that wait for their inputs hold one, and on few cores, where a
+    # process has several CPU devices, none was left for a program that the other processes wait for.
     os.environ.setdefault("PJRT_NPROC", str(max(_LEAST_THREADS, os.cpu_count() or 1)))
     try:
         with relayed():
