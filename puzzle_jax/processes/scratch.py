@@ -16,7 +16,7 @@ from pathlib import Path
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.runs import locked
 
-_PREFIX, _LOCK = "puzzle-", "owner.lock"
+_PREFIX, _LOCK = "puzzle_jax-run-", "owner.lock"
 
 
 @contextmanager

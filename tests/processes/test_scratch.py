@@ -21,7 +21,7 @@ with scratch_directory() as directory:
 @pytest.fixture
 def temporary(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    (tmp_path / "puzzle-of-somebody").mkdir()  # has no lock, so it is none of ours
+    (tmp_path / "puzzle_jax-run-of-somebody").mkdir()  # has no lock, so it is none of ours
     return tmp_path
 
 
@@ -29,7 +29,7 @@ def test_it_is_there_as_long_as_it_is_used(temporary):
     with scratch_directory() as one, scratch_directory() as other:
         assert one.parent == other.parent == temporary and one != other
         assert one.is_dir() and other.is_dir()
-    assert [path.name for path in temporary.iterdir()] == ["puzzle-of-somebody"]
+    assert [path.name for path in temporary.iterdir()] == ["puzzle_jax-run-of-somebody"]
 
 
 def test_what_a_killed_process_left_is_removed_and_what_one_holds_is_not(temporary):

@@ -124,7 +124,7 @@ def scores(run: Path) -> list[tuple[list[list[int]], list[float]]]:
 
 
 def scratch_directories() -> set[Path]:
-    return {path.parent for path in Path(tempfile.gettempdir()).glob("puzzle-*/owner.lock")}
+    return {path.parent for path in Path(tempfile.gettempdir()).glob("puzzle_jax-run-*/owner.lock")}
 
 
 # How they end --------------------------------------------------------------------------------------------------------
