@@ -91,7 +91,7 @@ class GrpoPlan(GrpoRecipe, PlanSettings):
 def plan_search(settings: SearchPlan) -> None:
     """Prints the plan of a search. Raises PuzzleError for whatever cannot be used, before anything is compiled."""
     config, packed = read_model(settings.parent)
-    _show(PlannedSearch(config, settings, packed, settings.prompt_tokens), settings)
+    _show(PlannedSearch(config, settings, packed, settings.prompt_tokens, settings.device_bytes), settings)
 
 
 def plan_distill(settings: DistillPlan) -> None:

@@ -13,13 +13,13 @@ from puzzle_jax.processes.distributed import agree, on_all
 from puzzle_jax.search.recipe import Recipe
 
 
-def read_parent(directory: Path) -> Model:
+def read_parent(directory: Path, weights: str = "auto") -> Model:
     """Reads configuration, headers and chat files; weights are loaded when a stage first needs them.
 
     Raises CheckpointError for a damaged checkpoint and ConfigError for a parent whose layers differ in their number of
     experts.
     """
-    parent = Model.open("parent", directory)
+    parent = Model.open("parent", directory, weights=weights)
     counts = {block.num_experts for block in parent.config.blocks}
     if len(counts) > 1:
         raise ConfigError(f"{directory} has layers of {sorted(counts)} experts, but a parent needs equal ones")
@@ -34,7 +34,7 @@ def open_parent(recipe: Recipe) -> Model:
     """
 
     def opened() -> tuple[Model, dict[str, object]]:
-        parent = read_parent(recipe.parent)
+        parent = read_parent(recipe.parent, recipe.weights)
         return parent, search_identity(recipe, parent) if recipe.mesh.processes > 1 else {}
 
     parent, identity = on_all("open the parent", opened)
