@@ -24,6 +24,8 @@ from puzzle_jax.kernels.shapes import Array, Float, Int, Matrices, UInt8
 GROUP = 32
 MOST_DECODED = 1 << 28
 """Bytes of decoded matrices that an operation may hold; packed experts of more are decoded one at a time."""
+TILE_BYTES = 1 << 22
+"""Bytes of a matrix that `matmul` decodes at a time."""
 CODE_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
@@ -83,6 +85,34 @@ def code_values(codes: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
 def scale_values(scales: UInt8[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Powers of two by their bits: exp2 is off by parts in a million on some platforms."""
     return jax.lax.bitcast_convert_type(scales.astype(jnp.int32) << 23, jnp.float32)
+
+
+def matmul(rows: Float[Array, "rows inputs"], weight: MXFP4) -> Float[Array, "rows outputs"]:
+    """Rows times the only matrix of `weight`, in plain XLA: some outputs at a time, so that what is decoded stays in a
+    CPU's caches.
+
+    Even and odd inputs are separate sums, since a byte holds one of each: results differ from those of a decoded matrix
+    by rounding.
+    """
+    _, inputs, outputs = weight.shape
+    tile = next(size for size in range(max(1, TILE_BYTES // (4 * inputs)), 0, -1) if outputs % size == 0)
+    halves = rows[:, ::2], rows[:, 1::2]
+
+    def one(index: Int[Array, ""], out: Array) -> Array:
+        part = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf[0], index * tile, tile), weight)
+        codes, scales = part.codes.astype(jnp.int32), scale_values(part.scales)[..., None]
+        matrices = (
+            (code_values(each).reshape(tile, -1, GROUP // 2) * scales).reshape(tile, -1).astype(rows.dtype)
+            for each in (codes & 0xF, codes >> 4)
+        )
+        even, odd = (
+            jnp.matmul(half, matrix.T, preferred_element_type=jnp.float32)
+            for half, matrix in zip(halves, matrices, strict=True)
+        )
+        return jax.lax.dynamic_update_slice_in_dim(out, even + odd, index * tile, axis=1)
+
+    out = jnp.zeros((len(rows), outputs), jnp.float32)
+    return jax.lax.fori_loop(0, outputs // tile, one, out).astype(rows.dtype)
 
 
 def decoded_together(dtype: jnp.dtype | type, *weights: MXFP4 | Array) -> bool:

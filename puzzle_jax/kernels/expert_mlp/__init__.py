@@ -36,7 +36,7 @@ IMPLEMENTATIONS = {
     "expert_loop": expert_loop.expert_outputs,
     "capacity": capacity.expert_outputs,
     "ragged_dot": grouped.by("ragged_dot"),
-    "looped": grouped.by("looped"),
+    "looped": grouped.looped,
     "sorted_blocks": sorted_blocks.expert_outputs,
     "reference": reference.expert_outputs,
 }

@@ -67,7 +67,7 @@ def with_gradients_of_sorted_blocks(forward: Forward) -> Forward:
             if target_platform() != "gpu":
                 with suppress(NotImplementedError):
                     return expert_outputs(x, ids, experts, limit=limit, spread=spread)
-            return grouped.by("looped")(x, ids, experts, limit=limit, spread=spread)
+            return grouped.looped(x, ids, experts, limit=limit, spread=spread)
 
         return jax.vjp(run, x, experts)
 
