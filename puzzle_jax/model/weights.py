@@ -22,8 +22,9 @@ from jax.typing import DTypeLike
 
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.errors import ConfigError, check_choice
+from puzzle_jax.kernels.mxfp4 import GROUP
 from puzzle_jax.model.sharding import partition
-from puzzle_jax.model.spec import ParamSpec, is_spec, param_specs
+from puzzle_jax.model.spec import EXPERT_MATRICES, ParamSpec, is_spec, param_specs
 
 WEIGHTS = ("auto", "packed", "dense")
 
@@ -67,18 +68,23 @@ def stays_packed(
     check_stored(weights, packed)
     if weights != "auto" or not packed:
         return weights == "packed"
-    return _ROOM * dense_bytes(config, dtype, mesh) > (device_memory() if memory is None else memory)
+    return _ROOM * weight_bytes(config, dtype, mesh) > (device_memory() if memory is None else memory)
 
 
-def dense_bytes(config: ModelConfig, dtype: DTypeLike, mesh: Mesh | AbstractMesh | None = None) -> int:
-    """Bytes of dense parameters that one device holds."""
+def weight_bytes(
+    config: ModelConfig, dtype: DTypeLike, mesh: Mesh | AbstractMesh | None = None, *, packed: bool = False
+) -> int:
+    """Bytes of parameters that one device holds, experts dense or packed."""
+    width = jax.numpy.dtype(dtype).itemsize
 
-    def numbers(spec: ParamSpec) -> int:
+    def size(path: jax.tree_util.KeyPath, spec: ParamSpec) -> int:
         parts = () if mesh is None else [mesh.shape[axis] for axis in partition(spec, config, mesh) if axis is not None]
-        return math.prod(spec.shape) // math.prod(parts)
+        numbers = math.prod(spec.shape) // math.prod(parts)
+        matrix = path[-1].key in EXPERT_MATRICES  # pyright: ignore[reportAttributeAccessIssue]
+        return numbers // 2 + numbers // GROUP if packed and matrix else numbers * width
 
-    specs = jax.tree.leaves(param_specs(config), is_leaf=is_spec)
-    return sum(map(numbers, specs)) * jax.numpy.dtype(dtype).itemsize
+    sizes = jax.tree_util.tree_map_with_path(size, param_specs(config), is_leaf=is_spec)
+    return sum(jax.tree.leaves(sizes))
 
 
 def device_memory() -> int:

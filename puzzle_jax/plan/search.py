@@ -121,7 +121,7 @@ class PlannedSearch:
         }
 
     def changes(self, found: Mapping[str, Usage], program: str, limit: int) -> list[Change]:
-        """Changes that help a stage, where fewer devices' shares of the parameters would leave room for it."""
+        """Changes that help a stage; `plan.fitting` says which are enough together."""
         ways = _HELP.get(program, ()) if found[program].held["weights"] < limit else ()
         return [Change(what) for what in (*ways, "more devices (mesh.model)")]
 

@@ -215,9 +215,9 @@ def test_a_token_gets_the_same_bits_whoever_else_is_there(implementation):
         np.testing.assert_array_equal(np.asarray(mine(x[place], crowded))[7], alone)
 
 
-@pytest.mark.parametrize(("tile_bytes", "tiles"), [(4 * HIDDEN * 48, 4), (1, 128)])
+@pytest.mark.parametrize(("tile_bytes", "tiles"), [(4 * HIDDEN * 48, 4), (4 * HIDDEN * 5, 32)])
 def test_packed_products_are_made_tile_by_tile(monkeypatch, tile_bytes, tiles):
-    """Of 128 outputs no more than 48 fit at once: tiles are of 32."""
+    """Of 128 outputs no more than 48, or 5, fit at once: tiles are of 32, or 4."""
     monkeypatch.setattr(mxfp4, "TILE_BYTES", tile_bytes)
     source = np.random.default_rng(0)
     codes = source.integers(0, 256, (1, 128, HIDDEN // 2), np.uint8)

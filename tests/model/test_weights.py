@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from puzzle_jax.convert_hf.describe import describe_checkpoint
+from puzzle_jax.convert_hf.table import tensor_bytes
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.evaluate.models import Model, load_weights
 from puzzle_jax.generate.batches import micro_batches
@@ -42,8 +43,10 @@ def test_dense_weights_must_fit_twice():
     def packed(setting="auto", stored=True, memory=2 * BYTES, mesh=None):
         return weights.stays_packed(setting, CONFIG, stored, dtype=jnp.float32, mesh=mesh, memory=memory)
 
-    assert weights.dense_bytes(CONFIG, jnp.float32) == BYTES
+    assert weights.weight_bytes(CONFIG, jnp.float32) == BYTES
     assert [packed(memory=size) for size in (2 * BYTES, 2 * BYTES - 1)] == [False, True]
+    stored = weights.weight_bytes(CONFIG, jnp.bfloat16, packed=True)
+    assert stored == tensor_bytes(CONFIG, "mxfp4")
     assert packed("packed") and not packed("dense", memory=1) and not packed(stored=False, memory=1)
     with pytest.raises(ConfigError, match=r"weights is packed, but the checkpoint's experts are not stored as MXFP4"):
         packed("packed", stored=False)
@@ -51,7 +54,7 @@ def test_dense_weights_must_fit_twice():
         packed("small")
     # Experts and vocabulary are cut; sixteen layers' worth of other arrays is not.
     mesh = make_mesh(1, 4)
-    assert BYTES / 4 < weights.dense_bytes(CONFIG, jnp.float32, mesh) < BYTES / 3
+    assert BYTES / 4 < weights.weight_bytes(CONFIG, jnp.float32, mesh) < BYTES / 3
     assert not packed(memory=2 * BYTES // 3, mesh=mesh)
 
 
