@@ -2,10 +2,10 @@
 
 Writes a random gpt-oss-20b of all 24 layers at true width (13.8 GB, experts in MXFP4, in shards) that speaks the
 embedded parent's tokens, loads it, and runs `puzzle search` on it as users do: traces of a few short answers, ranking,
-lens, exact scores on a trace, the program, the child's export. The child is then written once more and both are
-compared layer by layer (`convert_hf verify`). Every command is a process of its own; its peak of resident memory is
-printed beside its seconds. Its answers mean nothing and neither do its choices: what is shown is that every step of a
-search runs at this size, in how much memory and time.
+lens and exact scores of a few layers' alternatives on a trace, the program, the child's export. The child is then
+written once more and both are compared layer by layer (`convert_hf verify`). Every command is a process of its own; its
+peak of resident memory is printed beside its seconds. Its answers mean nothing and neither do its choices: what is
+shown is that every step of a search runs at this size, in how much memory and time.
 
     python benchmarks/full_size.py --directory DIR
     python benchmarks/full_size.py --directory DIR --layers 4
@@ -48,6 +48,8 @@ WIDTH = dict(
     experts_per_token=4,
 )
 LAYERS, EXPERTS, WINDOW = 24, 32, 128
+SCORED = 4
+"""Layers at the end that have alternatives, and the third one has."""
 CHUNK = 16 << 20
 SHARD_BYTES = 4_000_000_000
 
@@ -60,13 +62,13 @@ SEARCH = {
     "traces.heldout": "1",
     "traces.max_tokens": "low=6",
     "traces.batch_size": "4",
-    "space.fractions": "[1, 0.75, 0.5]",
+    "space.fractions": "[1, 0.5]",
     "space.windows": "[16]",
     "score.first": "1",
     "score.keep_sets": "1",
     "score.per_call": "4",
     "scenario": "name=chat,input_tokens=160,output_tokens=128,batch=16,hardware=rtx4090",
-    "target": "max_expert_bytes_ratio=0.7",
+    "target": "max_expert_bytes_ratio=0.95",
     "solve.solutions": "2",
     "refine": "rounds=0,swaps=0",
     "evaluate.baselines": "[uniform]",
@@ -112,6 +114,10 @@ def _steps(root: Path, settings: argparse.Namespace) -> dict[str, dict[str, floa
     found = {"write the parent": {"seconds": time.perf_counter() - start}}
     found["load"] = _run(__file__, "--load", parent, "--weights", settings.weights)
     options = [f"--{name}={value}" for name, value in SEARCH.items()]
+    fixed = [layer for layer in range(settings.layers - SCORED) if layer != 2]
+    listed = ", ".join(map(str, fixed))
+    pinned = {"layers": listed, "min_experts": EXPERTS, "windows": ["full", WINDOW]}
+    options.append(f"--space.restrict={json.dumps([pinned] if fixed else [])}")
     options += [f"--parent={parent}", f"--run={run}", f"--weights={settings.weights}"]
     found["search"] = _run("-m", "puzzle_jax.search", *options)
     for record in sorted(run.glob("*/stage.json"), key=lambda path: path.stat().st_mtime):
@@ -138,7 +144,7 @@ def _load(directory: Path, weights: str) -> None:
     import jax
 
     from puzzle_jax.convert_hf.describe import describe_checkpoint
-    from puzzle_jax.evaluate.models import load_weights
+    from puzzle_jax.convert_hf.load import load_weights
 
     start = time.perf_counter()
     params = jax.block_until_ready(load_weights(describe_checkpoint(directory), weights=weights))

@@ -31,8 +31,10 @@ from puzzle_jax.convert_hf.tensors.files import StoredTensor
 from puzzle_jax.files import Json
 from puzzle_jax.kernels.mxfp4 import MXFP4, decode
 from puzzle_jax.model.cache_format import KVScales
+from puzzle_jax.model.network import compute_dtype
 from puzzle_jax.model.sharding import partition
 from puzzle_jax.model.spec import Params, ParamSpec, param_specs, subtree
+from puzzle_jax.model.weights import stays_packed
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,18 @@ def load_checkpoint(
         description.config_json,
         cache_scales(description),
     )
+
+
+def load_weights(description: Description, mesh: Mesh | None = None, weights: str = "auto") -> Params:
+    """A checkpoint's weights as models are run with them: for `compute_dtype`, packed or dense by `model.weights`.
+
+    Every tensor goes straight to its final form and place.
+    """
+    config, dtype = description.config, compute_dtype()
+    packed = stays_packed(weights, config, description.form == "mxfp4", dtype=dtype, mesh=mesh)
+    table = checkpoint_tensors(config, description.form)
+    experts = "stored" if packed else "dense"
+    return load_tensors(description, table, dtype=dtype, mesh=mesh, experts=experts, narrow=packed)
 
 
 def load_tensors(

@@ -15,15 +15,13 @@ from jax.sharding import Mesh
 
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.convert_hf.describe import Description, describe_checkpoint
-from puzzle_jax.convert_hf.load import cache_scales, load_tensors
-from puzzle_jax.convert_hf.table import checkpoint_tensors
+from puzzle_jax.convert_hf.load import cache_scales, load_weights
 from puzzle_jax.convert_hf.tensors.fingerprint import fingerprint_of
 from puzzle_jax.convert_hf.token_ids import check_tokenizer
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.model.cache_format import FLOAT8, CacheFormat
-from puzzle_jax.model.network import compute_dtype
 from puzzle_jax.model.spec import Params
-from puzzle_jax.model.weights import check_stored, stays_packed
+from puzzle_jax.model.weights import check_stored
 from puzzle_jax.tasks import Chat
 
 CHAT_FILES = (
@@ -89,15 +87,3 @@ class Model:
             content = path.read_bytes() if path.is_file() else b""
             digest.update(f"{file} {len(content)}\n".encode() + content)
         return digest.hexdigest()[:16]
-
-
-def load_weights(description: Description, mesh: Mesh | None = None, weights: str = "auto") -> Params:
-    """A checkpoint's weights as models are run with them: for `compute_dtype`, packed or dense by `model.weights`.
-
-    Every tensor goes straight to its final form and place.
-    """
-    config, dtype = description.config, compute_dtype()
-    packed = stays_packed(weights, config, description.form == "mxfp4", dtype=dtype, mesh=mesh)
-    table = checkpoint_tensors(config, description.form)
-    experts = "stored" if packed else "dense"
-    return load_tensors(description, table, dtype=dtype, mesh=mesh, experts=experts, narrow=packed)

@@ -50,9 +50,8 @@ def run(settings: GenerateSettings) -> None:
     Raises PuzzleError for whatever cannot be used, before weights are read.
     """
     from puzzle_jax.convert_hf.describe import describe_checkpoint
-    from puzzle_jax.convert_hf.load import cache_scales
+    from puzzle_jax.convert_hf.load import cache_scales, load_weights
     from puzzle_jax.convert_hf.token_ids import check_tokenizer
-    from puzzle_jax.evaluate.models import load_weights
     from puzzle_jax.generate.engine import Engine, Request, check_request
     from puzzle_jax.generate.sampling import Sampling
     from puzzle_jax.model.cache_format import FLOAT8, CacheFormat

@@ -26,9 +26,9 @@ from puzzle_jax.plan.compilers import compiler_named
 from puzzle_jax.plan.distill import PlannedDistillation, first_experts
 from puzzle_jax.plan.fitting import smallest_change
 from puzzle_jax.plan.grpo import PlannedPolicy
-from puzzle_jax.plan.hours import SearchTime, hours_table
 from puzzle_jax.plan.record import GB, Plan, Usage, compiled
 from puzzle_jax.plan.search import PlannedSearch
+from puzzle_jax.search.hours.work import SearchTime, hours_table
 from puzzle_jax.search.recipe import Recipe
 from puzzle_jax.train.distill.recipe import DistillRecipe
 from puzzle_jax.train.grpo.recipe import GrpoRecipe

@@ -3,8 +3,8 @@
 What a plan has compiled is scaled: weights are exact, caches grow with slots, contexts and heads of a device, hidden
 states and temporaries with the tokens of a batch and the alternatives that run together. Every combination of changes
 is tried so, in arithmetic alone. One that costs no more devices comes before one that does, then one that leaves the
-length of answers, then the one with the fewest kinds of changes, and of those the gentlest. It is compiled, and the next
-one where the compiler does not agree.
+length of answers, then the one with the fewest kinds of changes, and of those the gentlest. It is compiled, and the
+next one where the compiler does not agree.
 """
 
 from __future__ import annotations

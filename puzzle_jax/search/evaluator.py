@@ -17,11 +17,12 @@ import numpy as np
 from rich.console import Console
 
 from puzzle_jax.convert_hf.describe import describe_checkpoint
+from puzzle_jax.convert_hf.load import load_weights
 from puzzle_jax.convert_hf.table import tensor_bytes
 from puzzle_jax.costs.table import Costs
 from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions, unscored_note
 from puzzle_jax.evaluate.journal import journaled_answers
-from puzzle_jax.evaluate.models import Model, load_weights
+from puzzle_jax.evaluate.models import Model
 from puzzle_jax.evaluate.statistics import by_effort
 from puzzle_jax.evaluate.throughput import measure_throughput
 from puzzle_jax.files import read_object, write_beside

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from puzzle_jax.convert_hf.describe import describe_checkpoint
+from puzzle_jax.convert_hf.load import load_weights
 from puzzle_jax.convert_hf.table import tensor_bytes
 from puzzle_jax.errors import ConfigError
-from puzzle_jax.evaluate.models import Model, load_weights
+from puzzle_jax.evaluate.models import Model
 from puzzle_jax.generate.batches import micro_batches
 from puzzle_jax.generate.engine import Engine, Request
 from puzzle_jax.generate.traces import Trace

@@ -9,7 +9,7 @@ from puzzle_jax.convert_hf.table import tensor_bytes
 from puzzle_jax.costs.hardware import HARDWARE
 from puzzle_jax.costs.roofline import Roofline
 from puzzle_jax.costs.scenario import Scenario, Target
-from puzzle_jax.plan.hours import DISK_BYTES_PER_SECOND, SearchTime, hours_table
+from puzzle_jax.search.hours.work import DISK_BYTES_PER_SECOND, SearchTime, hours_table
 from puzzle_jax.search.rank.ranking import METHODS
 from puzzle_jax.search.recipe import Recipe, ScoreSettings, SpaceSettings, TraceSettings
 from puzzle_jax.settings.mesh import MeshSettings
