@@ -22,5 +22,5 @@ def test_nothing_is_said_before_anything_was_measured():
 
 
 def test_durations_as_people_say_them():
-    assert [spoken(seconds) for seconds in (3.0, 42.0, 400.0, 3_570.0, 9_000.0)] == ["1 min", "1 min", "7 min", "1 h 0 min",
-                                                                         "2 h 30 min"]  # fmt: skip
+    durations = (3.0, 42.0, 400.0, 3_570.0, 9_000.0)
+    assert [spoken(seconds) for seconds in durations] == ["1 min", "1 min", "7 min", "1 h 0 min", "2 h 30 min"]
