@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from puzzle_jax.kernels.chunk_attention import chunk_attention
 from puzzle_jax.kernels.decode_attention import decode_attention
 from puzzle_jax.kernels.grouped_matmul import block_matmul
 from puzzle_jax.kernels.grouped_matmul.layout import num_blocks
@@ -106,6 +107,27 @@ def decode_attentions(implementation: str, batch: int = 16) -> Iterator[Program]
             more = of((HEADS,), jnp.float32), of((batch,), jnp.int32), of((), jnp.float32)
             name = f"decode_attention, {batch} rows, {slots} slots, {form}"
             yield Program(name, attend, (of((batch, HEADS, DIM), jnp.bfloat16), *caches, *more))
+
+
+def chunk_attentions(implementation: str) -> Iterator[Program]:
+    """A chunk of a prompt against a long cache and against a ring, and some tokens for each of several rows, in bfloat16
+    and e4m3; rings that tiles divide, and one that they do not."""
+    for batch, chunk, slots, window in ((1, 512, 65_536, None), (1, 512, 128, 128), (16, 8, 65_536, None), (16, 8, 96, 96)):
+        for form, dtype in (("bf16", jnp.bfloat16), ("e4m3", jnp.uint8)):
+
+            def attend(*given: Any, form: str = form, window: int | None = window) -> Any:
+                *given, scale = given
+                scales = {"k_scale": scale, "v_scale": scale} if form == "e4m3" else {}
+                return chunk_attention(*given, window=window, **scales, implementation=implementation)
+
+            held = tuple(
+                of((batch, KV_HEADS, *shape), dtype)
+                for count in (chunk, slots)
+                for shape in ((DIM, count), (count, DIM))
+            )
+            more = of((HEADS,), jnp.float32), of((batch,), jnp.int32), of((), jnp.float32)
+            name = f"chunk_attention, {batch} rows of {chunk} tokens, {slots} slots, {form}"
+            yield Program(name, attend, (of((batch, chunk, HEADS, DIM), jnp.bfloat16), *held, *more))
 
 
 def routings(implementation: str, experts: int) -> Iterator[Program]:

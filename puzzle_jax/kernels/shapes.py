@@ -56,6 +56,7 @@ Sinks = Float[Array, "heads"]
 Scale = Float[Array, ""] | None
 Segments = Int[Array, "batch seq"] | None
 Window = int | Int[Array, "#batch"] | None
+Starts = Int[Array, ""] | Int[Array, "batch"]  # of all rows, or of each
 
 # Mixtures of experts.
 Tokens = Float[Array, "tokens hidden"]
