@@ -110,9 +110,14 @@ def decode_attentions(implementation: str, batch: int = 16) -> Iterator[Program]
 
 
 def chunk_attentions(implementation: str) -> Iterator[Program]:
-    """A chunk of a prompt against a long cache and against a ring, and some tokens for each of several rows, in bfloat16
-    and e4m3; rings that tiles divide, and one that they do not."""
-    for batch, chunk, slots, window in ((1, 512, 65_536, None), (1, 512, 128, 128), (16, 8, 65_536, None), (16, 8, 96, 96)):
+    """A chunk of a prompt against a long cache and against a ring, and some tokens for each of several rows against a
+    long cache and a ring that no tile divides; in bfloat16 and e4m3."""
+    for batch, chunk, slots, window in (
+        (1, 512, 65_536, None),
+        (1, 512, 128, 128),
+        (16, 8, 65_536, None),
+        (16, 8, 96, 96),
+    ):
         for form, dtype in (("bf16", jnp.bfloat16), ("e4m3", jnp.uint8)):
 
             def attend(*given: Any, form: str = form, window: int | None = window) -> Any:

@@ -1,9 +1,9 @@
-"""Attention of a chunk of new tokens against the cache of what came before, and against itself: chunked prefill, and the
-check of tokens that were guessed ahead.
+"""Attention of a chunk of new tokens against the cache of what came before, and against itself: chunked prefill, and
+the check of tokens that were guessed ahead.
 
 A row's chunk begins where its cache ends; rows may stand at positions of their own. The cache is the ring of
-`decode_attention` and does not hold the chunk yet. Implementations: `mosaic_gpu` for Hopper, where it has proved itself;
-`blocks`, whose work follows the tokens that exist and not the cache's size; `reference`, everything at once.
+`decode_attention` and does not hold the chunk yet. Implementations: `mosaic_gpu` for Hopper, where it has proved
+itself; `blocks`, whose work follows the tokens that exist and not the cache's size; `reference`, everything at once.
 
 Left out: chunks of another length for each row (what comes after a short row's end is computed, and is nobody's), and
 gradients.
@@ -22,7 +22,18 @@ from puzzle_jax.kernels.decode_attention.reference import LayerCache
 from puzzle_jax.kernels.dispatch import dispatch
 from puzzle_jax.kernels.partition import by_rows_and_heads, spreads
 from puzzle_jax.kernels.self_check import may_serve
-from puzzle_jax.kernels.shapes import Array, KeyRing, Num, Queries, Scale, Sinks, Starts, ValueRing, Window
+from puzzle_jax.kernels.shapes import (
+    Array,
+    ChunkKeys,
+    ChunkValues,
+    KeyRing,
+    Queries,
+    Scale,
+    Sinks,
+    Starts,
+    ValueRing,
+    Window,
+)
 
 IMPLEMENTATIONS = {
     "mosaic_gpu": mosaic_gpu.chunk_attention,
@@ -33,8 +44,8 @@ IMPLEMENTATIONS = {
 
 def chunk_attention(
     q: Queries,
-    k: Num[Array, "batch kv_heads dim chunk"],
-    v: Num[Array, "batch kv_heads chunk dim"],
+    k: ChunkKeys,
+    v: ChunkValues,
     k_cache: KeyRing,
     v_cache: ValueRing,
     sinks: Sinks,

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from puzzle_jax.kernels.decode_attention.reference import LayerCache, load, slot_positions
-from puzzle_jax.kernels.shapes import Array, KeyRing, Queries, Sinks, Starts, ValueRing, Window
+from puzzle_jax.kernels.shapes import Array, ChunkKeys, ChunkValues, Queries, Sinks, Starts, Window
 from puzzle_jax.kernels.window_attention.reference import MASKED, OnlineSoftmax, start_online
 
 QUERY_BLOCK, KEY_BLOCK = 128, 512
@@ -26,7 +26,7 @@ def key_block(slots: int) -> int:
 
 
 def chunk_attention(
-    q: Queries, k: KeyRing, v: ValueRing, cache: LayerCache, sinks: Sinks, start: Starts, *, window: Window
+    q: Queries, k: ChunkKeys, v: ChunkValues, cache: LayerCache, sinks: Sinks, start: Starts, *, window: Window
 ) -> Queries:
     """See the api."""
     batch, chunk, heads, dim = q.shape

@@ -1,18 +1,18 @@
-"""`chunk_attention` on Hopper GPUs, in Pallas' Mosaic GPU, for prompts in chunks and for a few tokens that are tried at once.
+"""`chunk_attention` on Hopper GPUs, in Pallas' Mosaic GPU: prompts in chunks, and few tokens for many rows.
 
 The query tokens of a row and the query heads that share a key-value head are rows of one matrix, of which a program has
 64. It goes over the tiles of keys that its tokens may see, first those of the ring, then those of the chunk itself, in
 one loop with one online softmax (M. Milakov, N. Gimelshein, Online normalizer calculation for softmax, 2018,
-arXiv 1805.02867; T. Dao, FlashAttention-2, 2023, arXiv 2307.08691). Which tiles these are follows from the start of each
-row and from its window, which may both be data; of a ring that came round it is two ranges. A ring may have any number
-of slots, see `ring_tiles`.
+arXiv 1805.02867; T. Dao, FlashAttention-2, 2023, arXiv 2307.08691). Which tiles these are follows from the start of
+each row and from its window, which may both be data; they go around the seam of a ring. A ring may have any number of
+slots, see `ring_tiles`.
 
 Where there are too few blocks of queries to fill a device, programs share the tiles of a block evenly (Flash-Decoding,
 T. Dao, D. Haziza, F. Massa, G. Sizov, 2023). Each gives its maximum, sum and unnormalised output; XLA combines them,
 where the sink joins once.
 
-Left out: more than 64 rows per program, warp specialisation, tiles without a mask where all keys are seen, and an output
-that is not float32 where one program has all tiles of a block.
+Left out: more than 64 rows per program, warp specialisation, tiles without a mask where all keys are seen, and outputs
+in bfloat16 where one program has all tiles of a block.
 """
 
 from __future__ import annotations
@@ -27,15 +27,29 @@ from jax.experimental import pallas as pl
 from puzzle_jax.kernels.decode_attention.reference import LayerCache
 from puzzle_jax.kernels.mosaic import hopper_only, launched, plgpu, product, stored, swizzled
 from puzzle_jax.kernels.ring_tiles import E4M3_AS_HALF, as_half, key_columns, padded, readable
-from puzzle_jax.kernels.shapes import Array, Float, Index, Int, KeyRing, Queries, Ref, Rows, Sinks, Starts
-from puzzle_jax.kernels.shapes import ValueRing, Window
+from puzzle_jax.kernels.shapes import (
+    Array,
+    ChunkKeys,
+    ChunkValues,
+    Float,
+    Int,
+    KeyRing,
+    Num,
+    Queries,
+    Ref,
+    Rows,
+    Sinks,
+    Starts,
+    ValueRing,
+    Window,
+)
 from puzzle_jax.kernels.window_attention.reference import MASKED
 
 ROWS = 64
 TILE = 64
 STEPS = 2
-PROGRAMS = 264
-"""Programs among which the tiles of few blocks of queries are shared: two for each multiprocessor of an H100."""
+PROGRAMS = 396
+"""Programs among which the tiles of few blocks of queries are shared: three for each multiprocessor of an H100."""
 
 TILES_PER_PART = 8
 """A program has at least so many tiles, if there are any."""
@@ -43,8 +57,8 @@ TILES_PER_PART = 8
 
 def chunk_attention(
     q: Queries,
-    k: KeyRing,
-    v: ValueRing,
+    k: ChunkKeys,
+    v: ChunkValues,
     cache: LayerCache,
     sinks: Sinks,
     start: Starts,
@@ -61,7 +75,9 @@ def chunk_attention(
     if not packed and cache.k.dtype != jnp.bfloat16:
         raise NotImplementedError(f"for caches of bfloat16 or e4m3, but this one is {cache.k.dtype}")
     if {k.dtype, v.dtype, cache.v.dtype} != {cache.k.dtype}:
-        raise NotImplementedError(f"for keys and values stored as the cache is, {cache.k.dtype}, not {k.dtype}, {v.dtype}")
+        raise NotImplementedError(
+            f"for keys and values stored as the cache is, {cache.k.dtype}, not {k.dtype}, {v.dtype}"
+        )
     if dim % 64 or dim > 256:
         raise NotImplementedError(f"heads of {dim} are no multiple of 64 up to 256")
     of_bytes = E4M3_AS_HALF if packed else 1.0
@@ -94,8 +110,8 @@ def num_parts(blocks: int, tiles: int) -> int:
 def _cached_tiles(
     start: Array, first: Array, width: Array, slots: int
 ) -> tuple[Int[Array, ""], Int[Array, ""], Int[Array, ""]]:
-    """Of a block whose first token is the `first` of the chunk: the tile of the oldest key in the ring that it sees, how
-    many tiles follow one another from there, around the ring, and the slot of the ring's newest key."""
+    """For a block of queries: the tile of the oldest key in the ring that it sees, how many tiles it visits from there
+    on, around the ring, and the slot of the ring's newest key. `first` is its first token's number in the chunk."""
     oldest = jnp.maximum(jnp.maximum(start + first - width + 1, start - slots), 0)
     newest = jnp.maximum(start - 1, 0)
     from_slot, to_slot = lax.rem(oldest, slots), lax.rem(newest, slots)
@@ -110,8 +126,8 @@ def _parts(
     rows: Float[Array, "batch kv_heads rows dim"],
     k_cache: KeyRing,
     v_cache: ValueRing,
-    k_own: KeyRing,
-    v_own: ValueRing,
+    k_own: ChunkKeys,
+    v_own: ChunkValues,
     starts: Rows,
     widths: Rows,
     *,
@@ -133,7 +149,7 @@ def _parts(
     mosaic = plgpu()
     matrix, vector = mosaic.Layout.WGMMA, mosaic.Layout.WGMMA.reduce(1)
 
-    def wide(values: Array, columns: int) -> Float[Array, "rows columns"]:
+    def wide(values: Array, columns: int) -> Num[Array, "rows columns"]:
         return lax.broadcast_in_dim(mosaic.layout_cast(values, vector), (ROWS, columns), (0,))
 
     def kernel(start_of: Ref, width_of: Ref, token_of: Ref, q: Ref, *refs: Ref) -> None:
@@ -209,7 +225,7 @@ def _parts(
         stored((out_tile, out.at[at]), (largest_tile, largest_out.at[at]), (total_tile, total_out.at[at]))
 
     def shared(shape: tuple[int, ...], kind: object = dtype, columns: int | None = None) -> object:
-        """A tile of shared memory, in a pattern of so many columns, which are as many as can be where none are given."""
+        """A tile of shared memory, in a pattern of so many columns, or of as many as there can be."""
         bits = 8 if kind == jnp.uint8 else 16
         return mosaic.SMEM(shape, kind, transforms=swizzled(columns or shape[-1], bits))
 

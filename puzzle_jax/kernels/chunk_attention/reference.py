@@ -5,12 +5,12 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from puzzle_jax.kernels.decode_attention.reference import LayerCache, load, slot_positions
-from puzzle_jax.kernels.shapes import KeyRing, Queries, Sinks, Starts, ValueRing, Window
+from puzzle_jax.kernels.shapes import ChunkKeys, ChunkValues, Queries, Sinks, Starts, Window
 from puzzle_jax.kernels.window_attention.reference import softmax_with_sink
 
 
 def chunk_attention(
-    q: Queries, k: KeyRing, v: ValueRing, cache: LayerCache, sinks: Sinks, start: Starts, *, window: Window
+    q: Queries, k: ChunkKeys, v: ChunkValues, cache: LayerCache, sinks: Sinks, start: Starts, *, window: Window
 ) -> Queries:
     """See the api."""
     batch, chunk, heads, dim = q.shape

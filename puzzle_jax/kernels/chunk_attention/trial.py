@@ -1,5 +1,5 @@
-"""What kernels of `chunk_attention` are tried on: rows whose cache is empty, partly filled, full and, where it is a ring,
-came round."""
+"""What kernels of `chunk_attention` are tried on: rows whose cache is empty, half filled, full, and came round where it
+is a ring."""
 
 from __future__ import annotations
 
