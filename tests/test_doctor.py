@@ -60,13 +60,17 @@ def test_its_json_says_the_same(capsys):
         "attention, 96 tokens, all keys, packed sequences": "causal_blocks",
         "attention, 96 tokens, window 128": "causal_blocks",
         "attention, 96 tokens, window 128, packed sequences": "causal_blocks",
+        "prefill, cache of 640 slots, float32": "blocks",
+        "prefill, cache of 640 slots, e4m3": "blocks",
+        "prefill, cache of 128 slots, float32": "blocks",
+        "prefill, cache of 128 slots, e4m3": "blocks",
         "decoding, cache of 640 slots, float32": "reference",
         "decoding, cache of 640 slots, e4m3": "reference",
         "decoding, cache of 128 slots, float32": "reference",
         "decoding, cache of 128 slots, e4m3": "reference",
     }
     assert {each["operation"] for each in found["operations"]} == {
-        "route", "expert_mlp", "window_attention", "decode_attention",
+        "route", "expert_mlp", "window_attention", "chunk_attention", "decode_attention",
     }  # fmt: skip
     assert found["operations"][0]["refusals"]["mosaic_gpu"] == "for a GPU, but this is a CPU"
     assert found["verdicts"] == {}

@@ -52,7 +52,7 @@ CASES = {  # slots, tokens, start, window
     "a window that ends with the chunk": (128, 20, 500, 9),
     "one slot": (1, 14, 77, 1),
     "slots that are copied, and came round": (37, 20, 300, 37),
-    "a chunk longer than its ring": (64, 150, 200, 64),
+    "a chunk longer than its ring": (64, 70, 200, 64),
 }
 
 
@@ -66,9 +66,8 @@ def test_as_the_reference(case, packed):
 
 @GPU
 def test_rows_of_their_own_starts_and_windows():
-    given, scales = made_up(96, 14, False, batch=3, kv_heads=2)
+    given, scales = made_up(96, 7, False, batch=3, kv_heads=2)
     agrees(given, scales, [0, 50, 400], [96, 7, 60])
-    agrees(given, scales, 70, None)
 
 
 @GPU
