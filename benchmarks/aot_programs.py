@@ -121,9 +121,9 @@ def chunk_attentions(implementation: str) -> Iterator[Program]:
         for form, dtype in (("bf16", jnp.bfloat16), ("e4m3", jnp.uint8)):
 
             def attend(*given: Any, form: str = form, window: int | None = window) -> Any:
-                *given, scale = given
+                *arrays, scale = given
                 scales = {"k_scale": scale, "v_scale": scale} if form == "e4m3" else {}
-                return chunk_attention(*given, window=window, **scales, implementation=implementation)
+                return chunk_attention(*arrays, window=window, **scales, implementation=implementation)
 
             held = tuple(
                 of((batch, KV_HEADS, *shape), dtype)

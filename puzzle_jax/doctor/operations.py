@@ -106,9 +106,9 @@ def _chunk(
     name: str, config: ModelConfig, chunk: int, slots: int, window: int | None, stored: jnp.dtype, dtype: jnp.dtype
 ) -> Operation:
     def attend(*given: PyTree) -> PyTree:
-        *given, scale = given
+        *arrays, scale = given
         scales = {"k_scale": scale, "v_scale": scale} if stored == jnp.uint8 else {}
-        return chunk_attention(*given, window=window, **scales)
+        return chunk_attention(*arrays, window=window, **scales)
 
     dim, kv_heads = config.head_dim, config.num_kv_heads
     shapes = ((dim, chunk), (chunk, dim), (dim, slots), (slots, dim))

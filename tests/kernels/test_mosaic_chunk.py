@@ -33,8 +33,9 @@ def agrees(given, scales, start, window, atol=1e-2):
     cache, start = LayerCache(k_cache, v_cache, **scales), jnp.asarray(start, jnp.int32)
     found = mosaic_gpu.chunk_attention(q, k, v, cache, sinks, start, window=window, interpret=True)
     assert found.dtype == jnp.bfloat16 and found.shape == q.shape
-    exact = [x if x.dtype == jnp.uint8 else x.astype(jnp.float32) for x in given]
-    expected = chunk_attention(*exact, start, window=window, **scales, implementation="reference")
+    exact = tuple(x if x.dtype == jnp.uint8 else x.astype(jnp.float32) for x in given)
+    options = {"start": start, "window": window, **scales}
+    expected = chunk_attention(*exact, **options, implementation="reference")
     np.testing.assert_allclose(np.asarray(found, np.float32), expected, atol=atol)
     return found
 
@@ -74,8 +75,8 @@ def test_rows_of_their_own_starts_and_windows():
 def test_slots_that_hold_nothing_are_not_seen():
     (q, k, v, k_cache, v_cache, sinks), _ = made_up(160, 14, False)
     poisoned = k_cache.at[..., 40:].set(1e4)
-    found = [agrees((q, k, v, held, v_cache, sinks), {}, 40, None) for held in (k_cache, poisoned)]
-    np.testing.assert_array_equal(*found)
+    clean, found = (agrees((q, k, v, held, v_cache, sinks), {}, 40, None) for held in (k_cache, poisoned))
+    np.testing.assert_array_equal(found, clean)
 
 
 def test_tiles_are_those_that_hold_what_is_seen():
@@ -89,8 +90,8 @@ def test_tiles_are_those_that_hold_what_is_seen():
                 for width in (1, 70, slots, slots + 500):
                     seen = (held >= 0) & (held > start + first - width)
                     needed = np.unique(np.flatnonzero(seen) // tile)
-                    given = (jnp.int32(x) for x in (start, first, width))
-                    begin, count, newest = map(int, mosaic_gpu._cached_tiles(*given, slots))
+                    given = jnp.int32(start), jnp.int32(first), jnp.int32(width), slots
+                    begin, count, newest = map(int, mosaic_gpu._cached_tiles(*given))
                     visited = (begin + np.arange(count)) % tiles
                     assert len(set(visited)) == count and set(needed) == set(visited), (slots, start, first, width)
                     assert newest == max(start - 1, 0) % slots

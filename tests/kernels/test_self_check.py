@@ -434,7 +434,8 @@ def test_chunk_attention(monkeypatch, cache, window, by_row):
     start = jnp.asarray([3, 5] if by_row else 3, jnp.int32)
 
     def attend(q):
-        return chunk_attention.chunk_attention(q, *held, jnp.zeros(2), start, window=window, **scales)
+        k, v, k_ring, v_ring = held
+        return chunk_attention.chunk_attention(q, k, v, k_ring, v_ring, jnp.zeros(2), start, window=window, **scales)
 
     _, choice = served(attend, jnp.ones((2, 3, 2, 64), jnp.bfloat16))
     assert choice == "mosaic_gpu"

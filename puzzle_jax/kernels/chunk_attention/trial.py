@@ -47,8 +47,8 @@ def trial(
         return queries, *held, own_sinks, starts if by_row else starts[1], scale, widths
 
     def attend(*given: Array, **named: str | None) -> Array:
-        *given, scale, widths = given
+        *arrays, scale, widths = given
         scales = {"k_scale": scale, "v_scale": scale} if scaled else {}
-        return run(*given, window=window if static else widths, **scales, **named)
+        return run(*arrays, window=window if static else widths, **scales, **named)
 
     return Trial(name, arrays, attend)
