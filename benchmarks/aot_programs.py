@@ -75,11 +75,13 @@ def grouped_matmuls(implementation: str, experts: int, blocks: Callable[[int, st
                 yield Program(name, multiply, (rows, expert, of((), jnp.int32), *weights))
 
 
-def window_attentions(implementation: str, seq: int) -> Iterator[Program]:
-    """Within 128 keys and over all of them, forwards and with gradients, on packed sequences."""
+def window_attentions(
+    implementation: str, seq: int, windows: tuple[int | None, ...] = (128, None), gradients: bool = True
+) -> Iterator[Program]:
+    """Within a window and over all keys, forwards and with gradients, on packed sequences."""
     arrays = (of((1, seq, HEADS, DIM), jnp.bfloat16), *[of((1, seq, KV_HEADS, DIM), jnp.bfloat16)] * 2)
     more = of((HEADS,), jnp.float32), of((1, seq), jnp.int32)
-    for window in (128, None):
+    for window in windows:
 
         def forward(q: Any, k: Any, v: Any, sinks: Any, segments: Any, window: int | None = window) -> Any:
             return window_attention(q, k, v, sinks, window=window, segment_ids=segments, implementation=implementation)
@@ -88,9 +90,16 @@ def window_attentions(implementation: str, seq: int) -> Iterator[Program]:
             return jnp.sum(forward(*given).astype(jnp.float32))
 
         yield Program(f"window_attention, {seq} tokens, window {window}", forward, (*arrays, *more))
-        gradients = jax.grad(loss, (0, 1, 2, 3))
+        if not gradients:
+            continue
         name = f"window_attention with gradients, {seq} tokens, window {window}"
-        yield Program(name, gradients, (*arrays, *more))
+        yield Program(name, jax.grad(loss, (0, 1, 2, 3)), (*arrays, *more))
+
+
+def wide_window_attentions(seq: int) -> Iterator[Program]:
+    """128 queries to a program; gradients are those of the other kernel."""
+    for program in window_attentions("mosaic_gpu_wide", seq, (2048, None), gradients=False):
+        yield program._replace(name=f"wide {program.name}")
 
 
 def decode_attentions(implementation: str, batch: int = 16) -> Iterator[Program]:

@@ -63,6 +63,7 @@ LIMITS = {
     "grouped_matmul, packed transposed": (232, 110_000),
     "window_attention,": (184, 64_000),
     "window_attention with gradients": (240, 87_000),
+    "wide window_attention": (168, 121_000),
     "chunk_attention": (168, 71_000),
     "decode_attention": (232, 111_000),
     "route": (168, 77_000),
@@ -183,7 +184,8 @@ def kernels(found: Findings, gpus: list[str]) -> None:
                 return max(rows, 64) if form == "packed transposed" else rows
 
             listed = aot_programs.programs("mosaic_gpu", "mosaic_gpu", count, block, SEQ)
-            for name, run, arguments in chain(listed, aot_programs.chunk_attentions("mosaic_gpu")):
+            more = aot_programs.wide_window_attentions(SEQ), aot_programs.chunk_attentions("mosaic_gpu")
+            for name, run, arguments in chain(listed, *more):
                 depends_on_experts = name.startswith("grouped") or f" {count} experts" in name
                 if size != "120b" and not depends_on_experts:
                     continue

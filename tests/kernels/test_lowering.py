@@ -123,6 +123,18 @@ def test_routing(platform, tokens, experts):
     )
 
 
+@GPU
+@pytest.mark.parametrize("window", [None, 2048])
+def test_window_attention_of_128_queries_to_a_program(window):
+    def attend(q, k, v, sinks, segments):
+        options = {"window": window, "segment_ids": segments, "implementation": "mosaic_gpu_wide"}
+        return window_attention(q, k, v, sinks, **options)
+
+    seq, heads, kv_heads, dim = 65_536, 64, 8, 64
+    arrays = of((1, seq, heads, dim), jnp.bfloat16), *[of((1, seq, kv_heads, dim), jnp.bfloat16)] * 2
+    assert has_kernel(lowered("gpu", attend, *arrays, of((heads,), jnp.float32), of((1, seq), jnp.int32)), "gpu")
+
+
 @pytest.mark.parametrize("platform", PLATFORMS)
 @pytest.mark.parametrize("window", [None, 128])
 def test_window_attention_and_its_gradients(platform, window):

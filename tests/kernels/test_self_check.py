@@ -390,9 +390,18 @@ def test_mixtures(monkeypatch, name, packed):
     assert set(verdict.seconds) == {"forwards", "with gradients"}
 
 
-@pytest.mark.parametrize("name", ["splash", pytest.param("mosaic_gpu", marks=GPU)])
-@pytest.mark.parametrize("window,segments", [(None, True), (40, False)])
+@pytest.mark.parametrize(
+    "name,window,segments",
+    [
+        ("splash", None, True),
+        ("splash", 40, False),
+        pytest.param("mosaic_gpu", None, True, marks=GPU),
+        pytest.param("mosaic_gpu", 40, False, marks=GPU),
+        pytest.param("mosaic_gpu_wide", 70, False, marks=GPU),
+    ],
+)
 def test_window_attention(monkeypatch, name, window, segments):
+    monkeypatch.setattr(window_attention.mosaic_gpu.mosaic_wide, "MIN_REACH", 70)
     interpreted(monkeypatch, window_attention, name, IMPLEMENTATIONS=None)
     q = jnp.ones((1, 100, 4, 64), jnp.bfloat16)
     k, sinks = q[:, :, :2], jnp.zeros(4)
@@ -400,7 +409,7 @@ def test_window_attention(monkeypatch, name, window, segments):
     _, choice = served(lambda q: window_attention.window_attention(q, k, k, sinks, window=window, segment_ids=ids), q)
     assert choice == name
     ((key, verdict),) = self_check._verdicts.items()
-    seen = "all segments" if segments else "40"
+    seen = "all segments" if segments else str(window)
     assert key == f"window_attention {name} bfloat16 2 x 64 tokens 128 window {seen}"
     assert verdict.reason == "" and agrees(verdict)
 
