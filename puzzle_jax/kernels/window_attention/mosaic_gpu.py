@@ -29,7 +29,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from puzzle_jax.kernels.mosaic import hopper_only, launched, plgpu, product, stored, swizzled
-from puzzle_jax.kernels.shapes import Array, Float, Index, Keys, Queries, Ref, Rows, Segments, Sinks, Window
+from puzzle_jax.kernels.shapes import Array, Float, Index, Int, Keys, Queries, Ref, Rows, Segments, Sinks, Window
 from puzzle_jax.kernels.window_attention import mosaic_wide
 from puzzle_jax.kernels.window_attention.mosaic_shape import TILE, Shape, Tiles
 from puzzle_jax.kernels.window_attention.reference import MASKED
