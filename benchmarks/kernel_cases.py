@@ -144,7 +144,7 @@ def window(small: bool) -> list[Case]:
     arrays = (*(normal(seed, (1, seq, of, dim)) for seed, of in shapes), normal(7, (heads,), jnp.float32))
     cases = []
     for width in (128, None):
-        names = ("mosaic_gpu", "splash", "banded" if width else "online_blocks")
+        names = ("mosaic_gpu", "splash", *(("banded",) if width else ("mosaic_gpu_wide", "online_blocks")))
         cases += _attention(arrays, width, min(seq, 512), names)
     return cases
 
