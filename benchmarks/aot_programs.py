@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from puzzle_jax.kernels.chunk_attention import chunk_attention
 from puzzle_jax.kernels.decode_attention import decode_attention
 from puzzle_jax.kernels.grouped_matmul import block_matmul
 from puzzle_jax.kernels.grouped_matmul.layout import num_blocks
@@ -35,7 +36,7 @@ class Program(NamedTuple):
 def programs(
     kernels: str, attention: str, experts: int, blocks: Callable[[int, str], int], seq: int
 ) -> Iterator[Program]:
-    """All of them.
+    """All but chunk attention, which has no kernel for TPUs.
 
     Args:
       kernels: implementation of grouped matmuls and decode attention.
@@ -74,11 +75,13 @@ def grouped_matmuls(implementation: str, experts: int, blocks: Callable[[int, st
                 yield Program(name, multiply, (rows, expert, of((), jnp.int32), *weights))
 
 
-def window_attentions(implementation: str, seq: int) -> Iterator[Program]:
-    """Within 128 keys and over all of them, forwards and with gradients, on packed sequences."""
+def window_attentions(
+    implementation: str, seq: int, windows: tuple[int | None, ...] = (128, None), gradients: bool = True
+) -> Iterator[Program]:
+    """Within a window and over all keys, forwards and with gradients, on packed sequences."""
     arrays = (of((1, seq, HEADS, DIM), jnp.bfloat16), *[of((1, seq, KV_HEADS, DIM), jnp.bfloat16)] * 2)
     more = of((HEADS,), jnp.float32), of((1, seq), jnp.int32)
-    for window in (128, None):
+    for window in windows:
 
         def forward(q: Any, k: Any, v: Any, sinks: Any, segments: Any, window: int | None = window) -> Any:
             return window_attention(q, k, v, sinks, window=window, segment_ids=segments, implementation=implementation)
@@ -87,14 +90,21 @@ def window_attentions(implementation: str, seq: int) -> Iterator[Program]:
             return jnp.sum(forward(*given).astype(jnp.float32))
 
         yield Program(f"window_attention, {seq} tokens, window {window}", forward, (*arrays, *more))
-        gradients = jax.grad(loss, (0, 1, 2, 3))
+        if not gradients:
+            continue
         name = f"window_attention with gradients, {seq} tokens, window {window}"
-        yield Program(name, gradients, (*arrays, *more))
+        yield Program(name, jax.grad(loss, (0, 1, 2, 3)), (*arrays, *more))
+
+
+def wide_window_attentions(seq: int) -> Iterator[Program]:
+    """128 queries to a program; gradients are those of the other kernel."""
+    for program in window_attentions("mosaic_gpu_wide", seq, (2048, None), gradients=False):
+        yield program._replace(name=f"wide {program.name}")
 
 
 def decode_attentions(implementation: str, batch: int = 16) -> Iterator[Program]:
-    """Over a long cache and over a ring, in bfloat16 and e4m3."""
-    for slots in (65_536, 128):
+    """Over a long cache, a ring, and a cache that no tile divides, in bfloat16 and e4m3."""
+    for slots in (65_536, 128, 4_000):
         for form, dtype in (("bf16", jnp.bfloat16), ("e4m3", jnp.uint8)):
 
             def attend(q: Any, k: Any, v: Any, sinks: Any, positions: Any, scale: Any, form: str = form) -> Any:
@@ -106,6 +116,32 @@ def decode_attentions(implementation: str, batch: int = 16) -> Iterator[Program]
             more = of((HEADS,), jnp.float32), of((batch,), jnp.int32), of((), jnp.float32)
             name = f"decode_attention, {batch} rows, {slots} slots, {form}"
             yield Program(name, attend, (of((batch, HEADS, DIM), jnp.bfloat16), *caches, *more))
+
+
+def chunk_attentions(implementation: str) -> Iterator[Program]:
+    """A chunk of a prompt against a long cache and against a ring, and some tokens for each of several rows against a
+    long cache and a ring that no tile divides; in bfloat16 and e4m3."""
+    for batch, chunk, slots, window in (
+        (1, 512, 65_536, None),
+        (1, 512, 128, 128),
+        (16, 8, 65_536, None),
+        (16, 8, 96, 96),
+    ):
+        for form, dtype in (("bf16", jnp.bfloat16), ("e4m3", jnp.uint8)):
+
+            def attend(*given: Any, form: str = form, window: int | None = window) -> Any:
+                *arrays, scale = given
+                scales = {"k_scale": scale, "v_scale": scale} if form == "e4m3" else {}
+                return chunk_attention(*arrays, window=window, **scales, implementation=implementation)
+
+            held = tuple(
+                of((batch, KV_HEADS, *shape), dtype)
+                for count in (chunk, slots)
+                for shape in ((DIM, count), (count, DIM))
+            )
+            more = of((HEADS,), jnp.float32), of((batch,), jnp.int32), of((), jnp.float32)
+            name = f"chunk_attention, {batch} rows of {chunk} tokens, {slots} slots, {form}"
+            yield Program(name, attend, (of((batch, chunk, HEADS, DIM), jnp.bfloat16), *held, *more))
 
 
 def routings(implementation: str, experts: int) -> Iterator[Program]:

@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,9 @@ LIMITS = {
     "grouped_matmul, packed transposed": (232, 110_000),
     "window_attention,": (184, 64_000),
     "window_attention with gradients": (240, 87_000),
-    "decode_attention": (224, 111_000),
+    "wide window_attention": (168, 121_000),
+    "chunk_attention": (168, 71_000),
+    "decode_attention": (232, 111_000),
     "route": (168, 77_000),
     "expert_order": (216, 86_000),
 }
@@ -180,7 +183,9 @@ def kernels(found: Findings, gpus: list[str]) -> None:
                 rows = BLOCK_ROWS["mosaic_gpu"](aot_programs.TOP_K * tokens, count, "packed" in form)
                 return max(rows, 64) if form == "packed transposed" else rows
 
-            for name, run, arguments in aot_programs.programs("mosaic_gpu", "mosaic_gpu", count, block, SEQ):
+            listed = aot_programs.programs("mosaic_gpu", "mosaic_gpu", count, block, SEQ)
+            more = aot_programs.wide_window_attentions(SEQ), aot_programs.chunk_attentions("mosaic_gpu")
+            for name, run, arguments in chain(listed, *more):
                 depends_on_experts = name.startswith("grouped") or f" {count} experts" in name
                 if size != "120b" and not depends_on_experts:
                     continue

@@ -328,7 +328,7 @@ def doctor(out: Path, dry: bool) -> None:
 def kernels(out: Path, dry: bool) -> None:
     sizes = ("--only", "experts", "--rounds", 1, "--small")
     if not dry:
-        sizes = ("--only", "packed", "experts", "decode", "window", "grouped", "--rounds", 3)
+        sizes = ("--only", "packed", "experts", "decode", "window", "chunk", "grouped", "--rounds", 3)
     call("benchmarks/kernels.py", "--json", out / "kernels.json", *sizes)
 
 

@@ -3,48 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from cache_cases import cached, chunks
+from case import Case, normal
 
-from puzzle_jax.kernels.decode_attention import decode_attention
 from puzzle_jax.kernels.expert_mlp import Experts, expert_mlp
 from puzzle_jax.kernels.expert_mlp.reference import clamped_swiglu
-from puzzle_jax.kernels.float8 import encode_e4m3
 from puzzle_jax.kernels.grouped_matmul import grouped_matmul
 from puzzle_jax.kernels.mxfp4 import MXFP4, decode
 from puzzle_jax.kernels.route import Routing
 from puzzle_jax.kernels.window_attention import window_attention
-
-
-@dataclass(frozen=True)
-class Case:
-    """One operation on one set of arrays.
-
-    Attributes:
-      name: what is shown.
-      arrays: arguments of the functions.
-      functions: implementations by name.
-      expected: of some arrays, a part of the right result.
-      part: takes that part from a result.
-      flops, num_bytes: that cannot be avoided.
-    """
-
-    name: str
-    arrays: tuple[Any, ...]
-    functions: dict[str, Callable[..., Any]]
-    expected: Callable[..., Any]
-    part: Callable[[Any], Any]
-    flops: float
-    num_bytes: float
-
-
-def _normal(seed: int, shape: tuple[int, ...], dtype: Any = jnp.bfloat16, scale: float = 1.0) -> jax.Array:
-    return (jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16) * scale).astype(dtype)
 
 
 def _implementations(operation: Callable[..., Any], names: tuple[str, ...], **options: Any) -> dict[str, Any]:
@@ -55,7 +28,7 @@ def grouped(small: bool) -> list[Case]:
     """A layer's down projection in training, 327,680 rows: forwards, and the gradient of the rows."""
     experts, rows, inputs, outputs = (3, 192, 128, 192) if small else (128, 327_680, 2880, 2880)
     sizes = np.random.default_rng(0).multinomial(rows, np.full(experts, 1 / experts)).astype(np.int32)
-    x, w = _normal(0, (rows, inputs)), _normal(1, (experts, inputs, outputs), scale=inputs**-0.5)
+    x, w = normal(0, (rows, inputs)), normal(1, (experts, inputs, outputs), scale=inputs**-0.5)
     some = min(int(sizes[0]), 256)
     names = ("mosaic_gpu", "mosaic_tpu", "ragged_dot", *(["blocked"] if small else []))
     flops = 2.0 * rows * inputs * outputs
@@ -73,7 +46,7 @@ def grouped(small: bool) -> list[Case]:
         ),
         Case(
             f"grouped matmul, transposed (gradient of the rows), {shape}",
-            (_normal(2, (rows, outputs)), w, jnp.asarray(sizes)),
+            (normal(2, (rows, outputs)), w, jnp.asarray(sizes)),
             _implementations(grouped_matmul, names, transposed=True),
             lambda x, w, sizes: x[:some].astype(jnp.float32) @ w[0].astype(jnp.float32).T,
             lambda out: out[:some],
@@ -108,7 +81,7 @@ def packed(small: bool) -> list[Case]:
         cases.append(
             Case(
                 f"grouped matmul, MXFP4, {tokens} tokens x top {k} of {experts}, {inputs} x {outputs}",
-                (_normal(3, (tokens * k, inputs)), jnp.asarray(blocks), jnp.asarray(scales), jnp.asarray(sizes)),
+                (normal(3, (tokens * k, inputs)), jnp.asarray(blocks), jnp.asarray(scales), jnp.asarray(sizes)),
                 {
                     name: lambda x, b, s, n, name=name: grouped_matmul(x, MXFP4(b, s), n, implementation=name)
                     for name in ("mosaic_gpu", "mosaic_tpu", "ragged_dot", "blocked")
@@ -134,7 +107,7 @@ def mixture(small: bool) -> list[Case]:
     for inputs, outputs in ((hidden, 2 * inter), (inter, hidden)):
         codes = source.integers(0, 256, (experts, outputs, inputs // 2), np.uint8)
         packed += [jnp.asarray(codes), jnp.full((experts, outputs, inputs // 32), 118, jnp.uint8)]
-    biases = _normal(12, (experts, 2 * inter)), _normal(13, (experts, hidden))
+    biases = normal(12, (experts, 2 * inter)), normal(13, (experts, hidden))
     # Of the first tokens, with their experts alone: all of them in float32 would be several gigabytes.
     some = min(tokens, 4)
     chosen, of_some = np.unique(ids[:some], return_inverse=True)
@@ -154,7 +127,7 @@ def mixture(small: bool) -> list[Case]:
     return [
         Case(
             f"expert MLP, MXFP4, {tokens} tokens x top {k} of {experts}, {hidden} x {inter}",
-            (_normal(14, (tokens, hidden)), *packed, *biases),
+            (normal(14, (tokens, hidden)), *packed, *biases),
             {name: partial(run, name=name) for name in names},
             expected,
             lambda out: out[:some],
@@ -168,10 +141,10 @@ def window(small: bool) -> list[Case]:
     """Attention over 65,536 tokens, full and within 128 keys, forwards and with gradients."""
     seq, heads, kv_heads, dim = (512, 4, 2, 64) if small else (65_536, 64, 8, 64)
     shapes = ((4, heads), (5, kv_heads), (6, kv_heads))
-    arrays = (*(_normal(seed, (1, seq, of, dim)) for seed, of in shapes), _normal(7, (heads,), jnp.float32))
+    arrays = (*(normal(seed, (1, seq, of, dim)) for seed, of in shapes), normal(7, (heads,), jnp.float32))
     cases = []
     for width in (128, None):
-        names = ("mosaic_gpu", "splash", "banded" if width else "online_blocks")
+        names = ("mosaic_gpu", "splash", *(("banded",) if width else ("mosaic_gpu_wide", "online_blocks")))
         cases += _attention(arrays, width, min(seq, 512), names)
     return cases
 
@@ -221,40 +194,6 @@ def _attention(arrays: tuple[jax.Array, ...], width: int | None, some: int, name
     ]
 
 
-def cached(small: bool) -> list[Case]:
-    """A token for each of 16 rows against 65,536 cached ones, and against a ring of 128."""
-    return [
-        _cached(slots, form, small) for slots in ((256, 128) if small else (65_536, 128)) for form in ("bf16", "e4m3")
-    ]
-
-
-def _cached(slots: int, form: str, small: bool) -> Case:
-    batch, heads, kv_heads, dim = (2, 4, 2, 64) if small else (16, 64, 8, 64)
-    k, v = _normal(8, (batch, kv_heads, dim, slots)), _normal(9, (batch, kv_heads, slots, dim))
-    scale, scales = jnp.float32(0.02), {}
-    if form == "e4m3":
-        k, v = (jax.jit(encode_e4m3)(x, scale) for x in (k, v))
-        scales = {"k_scale": scale, "v_scale": scale}
-    positions = jnp.full((batch,), slots - 1 if slots > 128 else 1000, jnp.int32)
-
-    def attend(*given: Any, name: str) -> jax.Array:
-        return decode_attention(*given, window=None, implementation=name, **scales)
-
-    def expected(q: Any, k: Any, v: Any, *given: Any) -> jax.Array:
-        k, v = (x if form == "e4m3" else x.astype(jnp.float32) for x in (k, v))
-        return attend(q.astype(jnp.float32), k, v, *given, name="reference")
-
-    return Case(
-        f"decode attention, {batch} rows, {slots} slots, {heads} heads of {dim} on {kv_heads}, {form}",
-        (_normal(10, (batch, heads, dim)), k, v, _normal(11, (heads,), jnp.float32), positions),
-        {name: partial(attend, name=name) for name in ("mosaic_gpu", "reference")},
-        expected,
-        lambda out: out,
-        4.0 * batch * heads * dim * slots,
-        2.0 * batch * kv_heads * dim * slots * (1 if form == "e4m3" else 2),
-    )
-
-
 # On CPUs --------------------------------------------------------------------------------------------------------------
 
 
@@ -266,12 +205,12 @@ def experts_on_cpu(small: bool) -> list[Case]:
     routing = Routing(jnp.asarray(ids), jnp.asarray(source.dirichlet(np.ones(k), tokens), jnp.float32))
     f32 = jnp.float32
     weights = (
-        _normal(1, (experts, hidden, 2 * inter), f32, hidden**-0.5),
-        _normal(2, (experts, 2 * inter), f32),
-        _normal(3, (experts, inter, hidden), f32, inter**-0.5),
-        _normal(4, (experts, hidden), f32),
+        normal(1, (experts, hidden, 2 * inter), f32, hidden**-0.5),
+        normal(2, (experts, 2 * inter), f32),
+        normal(3, (experts, inter, hidden), f32, inter**-0.5),
+        normal(4, (experts, hidden), f32),
     )
-    x, some = _normal(0, (tokens, hidden), f32), min(tokens, 256)
+    x, some = normal(0, (tokens, hidden), f32), min(tokens, 256)
 
     def by_name(name: str | None) -> Callable[..., jax.Array]:
         return lambda x, *w: expert_mlp(x, _first(routing, x), Experts(*w), limit=7.0, implementation=name)
@@ -360,11 +299,18 @@ def window_on_cpu(small: bool) -> list[Case]:
 
     def of(rows: int, seq: int, width: int | None, names: tuple[str, ...]) -> list[Case]:
         shapes = ((4, 4), (5, 2), (6, 2))
-        arrays = (*(_normal(seed, (rows, seq, heads, 32), jnp.float32) for seed, heads in shapes), jnp.zeros(4))
+        arrays = (*(normal(seed, (rows, seq, heads, 32), jnp.float32) for seed, heads in shapes), jnp.zeros(4))
         return _attention(arrays, width, min(seq, 128), names)
 
     return [case for shape, width, names in cases for case in of(*shape, width, names)]
 
 
-ON_ACCELERATORS = {"grouped": grouped, "packed": packed, "experts": mixture, "window": window, "decode": cached}
+ON_ACCELERATORS = {
+    "grouped": grouped,
+    "packed": packed,
+    "experts": mixture,
+    "window": window,
+    "chunk": chunks,
+    "decode": cached,
+}
 ON_CPUS = {"experts": experts_on_cpu, "window": window_on_cpu}

@@ -1,6 +1,7 @@
 """Kernels on the device present: right first, then how far from their floors.
 
-    python benchmarks/kernels.py [--only grouped packed experts window decode] [--rounds 15] [--small] [--json PATH]
+    python benchmarks/kernels.py [--only grouped packed experts window chunk decode] [--rounds 15] [--small]
+        [--json PATH]
     python benchmarks/kernels.py --tune [--json PATH]
 
 On a GPU or TPU at the shapes of gpt-oss-120b, on a CPU at those of a small model. Each implementation is compared with

@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 from puzzle_jax.errors import ConfigError
 
-KERNELS = {"mosaic_gpu": "gpu", "mosaic_tpu": "tpu", "splash": "tpu"}
+KERNELS = {"mosaic_gpu_wide": "gpu", "mosaic_gpu": "gpu", "mosaic_tpu": "tpu", "splash": "tpu"}
 """Names of implementations that are kernels, and the platform of each."""
 
 

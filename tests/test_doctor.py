@@ -39,7 +39,7 @@ def test_it_says_what_is_installed_present_and_chosen(capsys, verdicts, monkeypa
     at = lines.index("experts, float32, 4,096 tokens sorted_blocks")
     assert lines[at + 2] == "capacity: 8192 pairs are many for 16 experts"
     assert "attention, 4,096 tokens, window 16 banded" in lines
-    assert "for other devices: mosaic_gpu (GPU), mosaic_tpu (TPU), splash (TPU)" in lines
+    assert "for other devices: mosaic_gpu_wide (GPU), mosaic_gpu (GPU), mosaic_tpu (TPU), splash (TPU)" in lines
     assert "mul kernel small: error 1.0e-02 where XLA has 2.0e-02; 0.75 of XLA's time forwards" in lines
     assert "mul kernel large: left out: it does not run here: no" in lines
 
@@ -60,13 +60,17 @@ def test_its_json_says_the_same(capsys):
         "attention, 96 tokens, all keys, packed sequences": "causal_blocks",
         "attention, 96 tokens, window 128": "causal_blocks",
         "attention, 96 tokens, window 128, packed sequences": "causal_blocks",
+        "prefill, cache of 640 slots, float32": "blocks",
+        "prefill, cache of 640 slots, e4m3": "blocks",
+        "prefill, cache of 128 slots, float32": "blocks",
+        "prefill, cache of 128 slots, e4m3": "blocks",
         "decoding, cache of 640 slots, float32": "reference",
         "decoding, cache of 640 slots, e4m3": "reference",
         "decoding, cache of 128 slots, float32": "reference",
         "decoding, cache of 128 slots, e4m3": "reference",
     }
     assert {each["operation"] for each in found["operations"]} == {
-        "route", "expert_mlp", "window_attention", "decode_attention",
+        "route", "expert_mlp", "window_attention", "chunk_attention", "decode_attention",
     }  # fmt: skip
     assert found["operations"][0]["refusals"]["mosaic_gpu"] == "for a GPU, but this is a CPU"
     assert found["verdicts"] == {}
@@ -106,5 +110,7 @@ def test_bad_options_are_one_sentence(capsys, more, message):
 def test_a_choice_of_kernels_that_cannot_be_is_one_sentence_before_anything_else(capsys, monkeypatch):
     monkeypatch.setenv("PUZZLE_KERNELS", "fast")
     assert main(["--model", "nowhere"]) == 2
-    sentence = "PUZZLE_KERNELS is 'fast', but must be auto, off, or one of mosaic_gpu, mosaic_tpu, splash"
+    sentence = (
+        "PUZZLE_KERNELS is 'fast', but must be auto, off, or one of mosaic_gpu_wide, mosaic_gpu, mosaic_tpu, splash"
+    )
     assert capsys.readouterr().err == f"puzzle doctor: {sentence}\n"

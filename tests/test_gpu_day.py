@@ -156,7 +156,7 @@ def test_a_dry_run_says_what_serves_here(tmp_path):
     assert (doctor["step"], doctor["status"], doctor["error"]) == ("doctor", "ok", "")
     assert doctor["result"]["devices"][0] == "device 0: cpu, cpu" and doctor["result"]["verdicts"] == []
     served = {each["operation"]: each["served by"] for each in doctor["result"]["operations"]}
-    assert len(served) == 14 and "experts, MXFP4, 64 tokens" in served
+    assert len(served) == 18 and "experts, MXFP4, 64 tokens" in served
     assert served["attention, 4,096 tokens, all keys"] == "causal_blocks"
     assert served["attention, 4,096 tokens, window 128"] == "banded"
     assert served["decoding, cache of 128 slots, e4m3"] == "reference"

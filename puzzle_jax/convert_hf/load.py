@@ -2,8 +2,8 @@
 
 Tensors are read one after the other, by each process only the blocks that its devices hold, put where they belong, and
 turned into our orientation and type there by a jitted program that gives its input's memory back. So host memory holds
-the process's share and about one tensor more. Packed experts stay packed unless dense ones are asked for; other tensors
-may be stored in BF16, F16 or F32 and become `dtype`.
+the process's share and about one tensor more. Packed experts stay packed unless dense ones are asked for, which are
+decoded matrix by matrix; other tensors may be stored in BF16, F16 or F32 and become `dtype`.
 
 Left out: downloading, pickled weights.
 """
@@ -31,8 +31,10 @@ from puzzle_jax.convert_hf.tensors.files import StoredTensor
 from puzzle_jax.files import Json
 from puzzle_jax.kernels.mxfp4 import MXFP4, decode
 from puzzle_jax.model.cache_format import KVScales
+from puzzle_jax.model.network import compute_dtype
 from puzzle_jax.model.sharding import partition
 from puzzle_jax.model.spec import Params, ParamSpec, param_specs, subtree
+from puzzle_jax.model.weights import stays_packed
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ def load_checkpoint(
     dtype: DTypeLike = jnp.bfloat16,
     mesh: Mesh | None = None,
     experts: Literal["stored", "dense"] = "stored",
+    narrow: bool = False,
     on_tensor: Callable[[str, int], None] | None = None,
 ) -> Checkpoint:
     """Reads a gpt-oss or gpt_oss_puzzle checkpoint.
@@ -62,6 +65,7 @@ def load_checkpoint(
       dtype: type of every array but packed experts.
       mesh: where parameters go, by `model.sharding`; by default all to the first device.
       experts: "dense" decodes packed experts to `dtype`, layer by layer.
+      narrow: keeps matrices of fewer bits than `dtype` as they are stored; each is cast where it is used.
       on_tensor: called with the name and stored bytes of every tensor that is in place.
 
     Raises `CheckpointError` with everything that is wrong in one message.
@@ -70,12 +74,24 @@ def load_checkpoint(
     table = checkpoint_tensors(description.config, description.form)
     return Checkpoint(
         description.config,
-        load_tensors(description, table, dtype=dtype, mesh=mesh, experts=experts, on_tensor=on_tensor),
+        load_tensors(description, table, dtype=dtype, mesh=mesh, experts=experts, narrow=narrow, on_tensor=on_tensor),
         description.form,
         description.directory,
         description.config_json,
         cache_scales(description),
     )
+
+
+def load_weights(description: Description, mesh: Mesh | None = None, weights: str = "auto") -> Params:
+    """A checkpoint's weights as models are run with them: for `compute_dtype`, packed or dense by `model.weights`.
+
+    Every tensor goes straight to its final form and place.
+    """
+    config, dtype = description.config, compute_dtype()
+    packed = stays_packed(weights, config, description.form == "mxfp4", dtype=dtype, mesh=mesh)
+    table = checkpoint_tensors(config, description.form)
+    experts = "stored" if packed else "dense"
+    return load_tensors(description, table, dtype=dtype, mesh=mesh, experts=experts, narrow=packed)
 
 
 def load_tensors(
@@ -85,20 +101,22 @@ def load_tensors(
     dtype: DTypeLike = jnp.bfloat16,
     mesh: Mesh | None = None,
     experts: Literal["stored", "dense"] = "stored",
+    narrow: bool = False,
     on_tensor: Callable[[str, int], None] | None = None,
 ) -> Params:
     """The parameter tree with the tensors of `table` alone, a part of the checkpoint's; options as above."""
-    config = description.config
+    config, dtype = description.config, jnp.dtype(dtype)
     specs = param_specs(config)
     leaves: dict[ParamPath, PyTree] = {}
     for spec in table:
         stored = description.tensors[spec.name]
         param = subtree(specs, spec.parameter)
-        leaves[spec.path] = _placed(stored, spec, param, config, mesh, jnp.dtype(dtype))
+        leaves[spec.path] = _placed(stored, spec, param, config, mesh, dtype, narrow and len(param.shape) > 1)
         if spec.path[-1] == "scales":
             stem = spec.path[:-1]
-            packed = MXFP4(leaves.pop((*stem, "blocks")), leaves.pop(spec.path))
-            leaves[stem] = packed if experts == "stored" else _decode(packed, jnp.dtype(dtype))
+            leaves[stem] = MXFP4(leaves.pop((*stem, "blocks")), leaves.pop(spec.path))
+            if experts == "dense":
+                leaves[stem] = _decoder(dtype, _final(param, config, mesh))(leaves[stem])
         if on_tensor is not None:
             on_tensor(spec.name, stored.nbytes)
     return build_params(config, leaves)
@@ -117,17 +135,28 @@ def build_params(config: ModelConfig, leaves: Mapping[ParamPath, PyTree]) -> Par
     return params
 
 
+def _final(param: ParamSpec, config: ModelConfig, mesh: Mesh | None, packed: bool = False) -> Sharding:
+    """Where computation wants a parameter, or each array of a packed one."""
+    if mesh is None:
+        return SingleDeviceSharding(jax.local_devices()[0])
+    axes = partition(param, config, mesh)
+    return NamedSharding(mesh, PartitionSpec(axes[0]) if packed else axes)
+
+
 def _placed(
-    stored: StoredTensor, spec: TensorSpec, param: ParamSpec, config: ModelConfig, mesh: Mesh | None, dtype: jnp.dtype
+    stored: StoredTensor,
+    spec: TensorSpec,
+    param: ParamSpec,
+    config: ModelConfig,
+    mesh: Mesh | None,
+    dtype: jnp.dtype,
+    narrow: bool,
 ) -> jax.Array:
     """A tensor on its devices, in our orientation and type."""
     packed = spec.dtype == "U8"
-    if mesh is None:
-        final = at_rest = SingleDeviceSharding(jax.local_devices()[0])
-    else:
-        axes = partition(param, config, mesh)
-        final = NamedSharding(mesh, PartitionSpec(axes[0]) if packed else axes)
-        at_rest = NamedSharding(mesh, PartitionSpec(*axes[::-1])) if spec.transposed else final
+    final = at_rest = _final(param, config, mesh, packed)
+    if isinstance(final, NamedSharding) and spec.transposed:
+        at_rest = NamedSharding(final.mesh, PartitionSpec(*final.spec[::-1]))
 
     # Packed codes lose their last axis: see `kernels.mxfp4`.
     codes = spec.path[-1] == "blocks"
@@ -140,6 +169,8 @@ def _placed(
         return stored.read(index or (), weights=True)
 
     array = jax.make_array_from_callback(shape, at_rest, read)
+    if narrow and array.dtype.itemsize < dtype.itemsize:
+        dtype = array.dtype
     if packed or (not spec.transposed and array.dtype == dtype):
         return array
     with warnings.catch_warnings():  # only arrays of the same size can be reused in place; the others are just released
@@ -159,4 +190,7 @@ def _converter(transposed: bool, dtype: jnp.dtype, sharding: Sharding) -> Callab
     return jax.jit(convert, donate_argnums=donated, out_shardings=sharding)
 
 
-_decode = jax.jit(decode, static_argnames="dtype")
+@lru_cache(maxsize=64)
+def _decoder(dtype: jnp.dtype, sharding: Sharding) -> Callable[[MXFP4], jax.Array]:
+    """One program for all packed matrices of a shape."""
+    return jax.jit(lambda packed: decode(packed, dtype), out_shardings=sharding)

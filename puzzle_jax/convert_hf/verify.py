@@ -97,13 +97,14 @@ def _hidden_states(described: Description, tokens: jax.Array) -> Iterator[jax.Ar
     config = described.config
     table = checkpoint_tensors(config, described.form)
     read = partial(load_tensors, described, dtype=jnp.float32)
-    x = embed(read([spec for spec in table if spec.part == "embedding"]), tokens)
+    outside = [spec for spec in table if spec.layer is None]
+    x = embed(read([spec for spec in outside if spec.part != "head"]), tokens)
     for index, block in enumerate(config.blocks):
         params = read([spec for spec in table if spec.layer == index])["layers"][index]
         x = _layer(params, config, block.window, x)
         yield x
-    outside = [spec for spec in table if spec.layer is None and spec.part != "embedding"]
-    yield jax.jit(head_logits, static_argnums=1)(read(outside), config, x)
+    last = [spec for spec in outside if spec.part != "embedding"]
+    yield jax.jit(head_logits, static_argnums=1)(read(last), config, x)
 
 
 @partial(jax.jit, static_argnums=(1, 2))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from puzzle_jax.config import ModelConfig
+from puzzle_jax.kernels.chunk_attention import chunk_attention
 from puzzle_jax.kernels.decode_attention import decode_attention
 from puzzle_jax.kernels.dispatch import Choice, recording
 from puzzle_jax.kernels.expert_mlp import Experts, expert_outputs
@@ -22,6 +23,9 @@ from puzzle_jax.kernels.window_attention import window_attention
 _Abstract: Any = jax.ShapeDtypeStruct
 DECODED = 64
 """Tokens of a step of decoding."""
+
+CHUNK = 512
+"""Tokens of a chunk of a prompt, unless the cache has less."""
 
 
 class Operation(NamedTuple):
@@ -66,7 +70,9 @@ def operations(config: ModelConfig, tokens: int, slots: int) -> Iterator[Operati
     for window in windows:
         for form, stored in ((dtype.name, dtype), ("e4m3", jnp.dtype(jnp.uint8))):
             own = slots if window is None else min(window, slots)
-            yield _decoding(f"decoding, cache of {own:,} slots, {form}", config, own, window, stored, dtype)
+            name = f"cache of {own:,} slots, {form}"
+            yield _chunk(f"prefill, {name}", config, min(CHUNK, slots), own, window, stored, dtype)
+            yield _decoding(f"decoding, {name}", config, own, window, stored, dtype)
 
 
 def _mixture(name: str, config: ModelConfig, experts: int, tokens: int, packed: bool, dtype: jnp.dtype) -> Operation:
@@ -94,6 +100,21 @@ def _attention(
     qkv = tuple(_Abstract((1, tokens, count, config.head_dim), dtype) for count in heads)
     more = _Abstract((config.num_heads,), dtype), _Abstract((1, tokens), jnp.int32)
     return Operation(name, attend, (*qkv, *more))
+
+
+def _chunk(
+    name: str, config: ModelConfig, chunk: int, slots: int, window: int | None, stored: jnp.dtype, dtype: jnp.dtype
+) -> Operation:
+    def attend(*given: PyTree) -> PyTree:
+        *arrays, scale = given
+        scales = {"k_scale": scale, "v_scale": scale} if stored == jnp.uint8 else {}
+        return chunk_attention(*arrays, window=window, **scales)
+
+    dim, kv_heads = config.head_dim, config.num_kv_heads
+    shapes = ((dim, chunk), (chunk, dim), (dim, slots), (slots, dim))
+    held = (_Abstract((1, kv_heads, *shape), stored) for shape in shapes)
+    more = _Abstract((config.num_heads,), dtype), _Abstract((), jnp.int32), _Abstract((), jnp.float32)
+    return Operation(name, attend, (_Abstract((1, chunk, config.num_heads, dim), dtype), *held, *more))
 
 
 def _decoding(

@@ -99,8 +99,7 @@ def compare_caches(
 ) -> tuple[dict[str, CacheResult], KVScales]:
     """Results by name of the cache, the reference first, and the calibrated scales.
 
-    `params` are dense, in the dtype to compute with. The scales come from answers to the problems of `calibration`,
-    which should be of another split than `questions`.
+    The scales come from answers to the problems of `calibration`, which should be of another split than `questions`.
     """
     reference = CacheFormat("bfloat16")
     ask = partial(answer_questions, params, config, chat, max_tokens=max_tokens, slots=slots, temperature=temperature)

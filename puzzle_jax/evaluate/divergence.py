@@ -62,13 +62,12 @@ def divergence(
     vocab = head.shape[1]
     chunk = min(chunk, vocab)
     chunks = -(-vocab // chunk)
-    head = jnp.pad(head, [(0, 0), (0, chunks * chunk - vocab)])
 
     def step(running: tuple[_Seen, _Seen, Array], index: Array) -> tuple[tuple[_Seen, _Seen, Array], None]:
         of_parent, of_child, cross = running
-        first = index * chunk
+        first = jnp.minimum(index * chunk, vocab - chunk)
         part = jax.lax.dynamic_slice_in_dim(head, first, chunk, axis=1)
-        real = first + jnp.arange(chunk) < vocab
+        real = first + jnp.arange(chunk) >= index * chunk  # the last chunk overlaps the one before
 
         def logits(normed: Array) -> Array:
             return jnp.matmul(normed, part.astype(normed.dtype), preferred_element_type=jnp.float32)

@@ -11,19 +11,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import jax
 from jax.sharding import Mesh
 
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.convert_hf.describe import Description, describe_checkpoint
-from puzzle_jax.convert_hf.load import cache_scales, load_checkpoint
+from puzzle_jax.convert_hf.load import cache_scales, load_weights
 from puzzle_jax.convert_hf.tensors.fingerprint import fingerprint_of
 from puzzle_jax.convert_hf.token_ids import check_tokenizer
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.model.cache_format import FLOAT8, CacheFormat
-from puzzle_jax.model.network import compute_dtype, to_compute
-from puzzle_jax.model.sharding import params_sharding
 from puzzle_jax.model.spec import Params
+from puzzle_jax.model.weights import check_stored
 from puzzle_jax.tasks import Chat
 
 CHAT_FILES = (
@@ -38,22 +36,26 @@ CHAT_FILES = (
 @dataclass(frozen=True)
 class Model:
     """A checkpoint to evaluate: its name in tables and messages, its configuration and checked headers, its own
-    tokenizer and template, and the mesh of its weights (None is the first device).
+    tokenizer and template, the mesh of its weights (None is the first device), and how these are held
+    (`model.weights`).
     """
 
     name: str
     description: Description
     chat: Chat
     mesh: Mesh | None = None
+    weights: str = "auto"
 
     @staticmethod
-    def open(name: str, directory: Path, today: datetime.datetime | None = None) -> Model:
+    def open(name: str, directory: Path, today: datetime.datetime | None = None, weights: str = "auto") -> Model:
         """Reads configuration, headers and chat files; the template sees the date `today`, by default now.
 
-        Raises CheckpointError, naming the model and what is missing or damaged.
+        Raises CheckpointError, naming the model and what is missing or damaged, and ConfigError for packed weights of a
+        checkpoint that has none.
         """
         try:
-            model = Model(name, describe_checkpoint(directory), Chat.load(directory, today))
+            model = Model(name, describe_checkpoint(directory), Chat.load(directory, today), weights=weights)
+            check_stored(weights, model.description.form == "mxfp4")
             check_tokenizer(directory, model.chat.tokenizer, model.config.vocab_size)
             return model
         except PuzzleError as error:
@@ -69,9 +71,8 @@ class Model:
 
     @cached_property
     def params(self) -> Params:
-        """Dense weights in `compute_dtype`, spread over the mesh where there is one."""
-        loaded = load_checkpoint(self.directory, mesh=self.mesh).params
-        return dense_in_place(self.config, self.mesh)(loaded, compute_dtype())
+        """Weights to compute with in `compute_dtype`, packed or dense, spread over the mesh where there is one."""
+        return load_weights(self.description, self.mesh, self.weights)
 
     def cache_format(self, dtype: str) -> CacheFormat:
         """The cache of keys and values in this dtype; float8 has the checkpoint's own scales where there are any."""
@@ -86,9 +87,3 @@ class Model:
             content = path.read_bytes() if path.is_file() else b""
             digest.update(f"{file} {len(content)}\n".encode() + content)
         return digest.hexdigest()[:16]
-
-
-def dense_in_place(config: ModelConfig, mesh: Mesh | None) -> jax.stages.Wrapped:
-    """The program that turns loaded parameters into dense ones of a dtype, each on the devices where it belongs."""
-    where = None if mesh is None else params_sharding(config, mesh)
-    return jax.jit(to_compute, static_argnums=1, out_shardings=where)

@@ -55,7 +55,9 @@ class Evaluation:
     def __init__(self, settings: Settings, console: Console) -> None:
         self.settings, self.console = settings, console
         self.date = _recorded_date(settings.out) or datetime.datetime.now().replace(microsecond=0)
-        self.models = {name: Model.open(name, path, self.date) for name, path in settings.models.items()}
+        self.models = {
+            name: Model.open(name, path, self.date, settings.weights) for name, path in settings.models.items()
+        }
         per_task = -(-settings.problems // len(settings.tasks))
         self.questions = QuestionSet(settings.tasks, settings.efforts, per_task, SPLIT, settings.seed)
         self.all = self.questions.questions()

@@ -15,6 +15,7 @@ from puzzle_jax.codec import to_plain
 from puzzle_jax.costs.scenario import Scenario
 from puzzle_jax.errors import MOST_TOKENS, ConfigError, check_range, shown
 from puzzle_jax.model.cache_format import CacheFormat
+from puzzle_jax.model.weights import check_weights
 from puzzle_jax.tasks import EFFORTS, TASKS, check_effort
 from puzzle_jax.temperature import check_temperature
 
@@ -93,6 +94,7 @@ class Settings(Asked):
       problems: per effort and model, split evenly over the tasks.
       top_p: share of the probability that is sampled from.
       slots: answers generated together; rounding, and so an answer now and then, depends on it.
+      weights: how weights are held: packed, dense, or auto (see `model.weights`).
       cache_dtype: how keys and values are kept, one of compute, float32, bfloat16 and float8_e4m3fn, which uses the
         scales of the checkpoint, or none.
       bootstrap: draws behind every interval of a comparison.
@@ -109,6 +111,7 @@ class Settings(Asked):
     problems: int = 500
     top_p: float = 1.0
     slots: int = 64
+    weights: str = "auto"
     cache_dtype: str = "compute"
     bootstrap: int = 2000
     throughput: bool = True
@@ -131,6 +134,7 @@ class Settings(Asked):
         for name, most in _MOST.items():
             check_range(name, getattr(self, name), 1, most)
         CacheFormat(self.cache_dtype)
+        check_weights(self.weights)
         check_range("top_p", self.top_p, 0, 1, above=True)
         for scenario in self.lengths:
             if scenario.name in EFFORTS:

@@ -102,7 +102,7 @@ def timed_rounds(
     which compiles.
 
     Args:
-      models, workloads: dense parameters with configuration, and requests, by the same names.
+      models, workloads: parameters with configuration, and requests, by the same names.
       rounds: numbers of the rounds to run.
       on_run: called after every run of a model, the first ones included.
       clock: gives seconds, such as those of the process's own work (`time.process_time`) on a shared machine.
@@ -168,7 +168,7 @@ def measure_throughput(
     """Generated tokens per second of every model on a batch of requests of one length.
 
     Args:
-      models: dense parameters and configuration by name.
+      models: parameters and configuration by name.
       batch: requests that run together, the same for all or by model.
       input_tokens, output_tokens: length of every prompt and of every answer.
       rounds, on_round: counted rounds, and a function that is called after each.

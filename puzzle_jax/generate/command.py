@@ -29,6 +29,7 @@ class GenerateSettings:
       temperature: of sampling; 0 is greedy.
       top_p: share of the probability that is sampled from.
       seed: draws another answer.
+      weights: how weights are held: packed, dense, or auto (see `model.weights`).
       cache_dtype: how keys and values are kept: compute, float32, bfloat16, or float8_e4m3fn with the model's scales.
     """
 
@@ -39,6 +40,7 @@ class GenerateSettings:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    weights: str = "auto"
     cache_dtype: str = "compute"
 
 
@@ -48,16 +50,17 @@ def run(settings: GenerateSettings) -> None:
     Raises PuzzleError for whatever cannot be used, before weights are read.
     """
     from puzzle_jax.convert_hf.describe import describe_checkpoint
-    from puzzle_jax.convert_hf.load import cache_scales, load_checkpoint
+    from puzzle_jax.convert_hf.load import cache_scales, load_weights
     from puzzle_jax.convert_hf.token_ids import check_tokenizer
     from puzzle_jax.generate.engine import Engine, Request, check_request
     from puzzle_jax.generate.sampling import Sampling
     from puzzle_jax.model.cache_format import FLOAT8, CacheFormat
-    from puzzle_jax.model.network import compute_dtype, to_compute
+    from puzzle_jax.model.weights import check_stored
     from puzzle_jax.tasks import Chat
 
     sampling = Sampling(settings.temperature, settings.top_p)
     description = describe_checkpoint(settings.model)
+    check_stored(settings.weights, description.form == "mxfp4")
     chat = Chat.load(settings.model)
     check_tokenizer(settings.model, chat.tokenizer, description.config.vocab_size)
     scales = cache_scales(description) if settings.cache_dtype == FLOAT8 else None
@@ -70,9 +73,8 @@ def run(settings: GenerateSettings) -> None:
     request = Request(prompt, limit, settings.seed)
     check_request(request, 0, context)
 
-    params = to_compute(load_checkpoint(settings.model).params, compute_dtype())
     engine = Engine(
-        params,
+        load_weights(description, weights=settings.weights),
         description.config,
         stop_ids=sorted(chat.stop_ids),
         context=len(prompt) + limit,

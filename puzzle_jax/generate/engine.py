@@ -28,6 +28,7 @@ from puzzle_jax.generate.sampling import Sampling
 from puzzle_jax.generate.slots import Admission, Group, Slots
 from puzzle_jax.model.cache_format import CacheFormat
 from puzzle_jax.model.child import View
+from puzzle_jax.model.network import states_dtype
 from puzzle_jax.model.sharding import beside, generation_mesh, on_mesh, read
 from puzzle_jax.model.spec import Params
 from puzzle_jax.tasks.context import check_fits
@@ -95,7 +96,7 @@ class Engine:
     """Slots of one context length on the device.
 
     Args:
-      params: dense parameters in the dtype to compute with (`network.to_compute`), sharded if a mesh is given.
+      params: experts dense or packed, sharded if a mesh is given; norms have the dtype to compute with.
       config: the model of `params`.
       stop_ids: tokens that end a completion and are part of it; none lets every request run to its limit.
       context: prompt and completion tokens that a slot holds; rounded up to a multiple of 64.
@@ -140,7 +141,7 @@ class Engine:
         self._stops = np.asarray(sorted(stop_ids), np.int32)
         self._stop_ids = frozenset(stop_ids)
         self._log_probs, self._experts = log_probs, experts
-        self._dtype = params["embedding"].dtype
+        self._dtype = states_dtype(params)
 
     def generate(
         self, requests: Sequence[Request], on_finish: Callable[[int, Generated], None] | None = None

@@ -58,16 +58,25 @@ def stored(*copies: tuple[Ref, Ref]) -> None:
 
 
 def launched(
-    kernel: Callable[..., None], outputs: object, grid: Mapping[str, int], scratch: Sequence[object], interpret: bool
+    kernel: Callable[..., None],
+    outputs: object,
+    grid: Mapping[str, int],
+    scratch: Sequence[object],
+    interpret: bool,
+    warpgroups: Mapping[str, int] | None = None,
 ) -> Callable[..., Array]:
-    """A function that runs a kernel with a program for each place of a named grid."""
+    """A function that runs a kernel with a program for each place of a named grid; `warpgroups` names the axis of a
+    program's warpgroups, and says how many there are."""
     mosaic = plgpu()
+    axis, count = next(iter((warpgroups or {}).items()), (None, None))
     return mosaic.kernel(
         kernel,
         out_type=outputs,
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
         scratch_types=scratch,
+        num_threads=count,
+        thread_name=axis,
         compiler_params=mosaic.CompilerParams(lowering_semantics=mosaic.LoweringSemantics.Warpgroup),
         interpret=mosaic.InterpretGPUParams() if interpret else None,
     )

@@ -11,6 +11,7 @@ Left out: encoding, which is a matter of checkpoints (`puzzle_jax.convert_hf.ten
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -21,6 +22,10 @@ import jax.numpy as jnp
 from puzzle_jax.kernels.shapes import Array, Float, Int, Matrices, UInt8
 
 GROUP = 32
+MOST_DECODED = 1 << 28
+"""Bytes of decoded matrices that an operation may hold; packed experts of more are decoded one at a time."""
+TILE_BYTES = 1 << 22
+"""Bytes of a matrix that `matmul` decodes at a time."""
 CODE_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
@@ -62,10 +67,9 @@ Weights = Matrices | MXFP4
 def decode(weight: MXFP4, dtype: jnp.dtype | type = jnp.float32) -> Float[Array, "experts inputs outputs"]:
     """The values of `weight`, inputs before outputs, ready for `x @ w`."""
     experts, inputs, outputs = weight.shape
-    low, high = weight.codes & 0xF, weight.codes >> 4
-    codes = jnp.stack([low, high], axis=-1).reshape(experts, outputs, inputs // GROUP, GROUP)
-    values = jnp.take(jnp.asarray(CODE_VALUES, jnp.float32), codes.astype(jnp.int32))
-    scaled = values * scale_values(weight.scales)[..., None]
+    codes = weight.codes.astype(jnp.int32)
+    values = jnp.stack([code_values(codes & 0xF), code_values(codes >> 4)], axis=-1)
+    scaled = values.reshape(experts, outputs, inputs // GROUP, GROUP) * scale_values(weight.scales)[..., None]
     return scaled.reshape(experts, outputs, inputs).swapaxes(1, 2).astype(dtype)
 
 
@@ -81,6 +85,46 @@ def code_values(codes: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
 def scale_values(scales: UInt8[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Powers of two by their bits: exp2 is off by parts in a million on some platforms."""
     return jax.lax.bitcast_convert_type(scales.astype(jnp.int32) << 23, jnp.float32)
+
+
+def matmul(rows: Float[Array, "rows inputs"], weight: MXFP4) -> Float[Array, "rows outputs"]:
+    """Rows times the only matrix of `weight`, in plain XLA: some outputs at a time, so that what is decoded stays in a
+    CPU's caches.
+
+    Even and odd inputs are separate sums, since a byte holds one of each: results differ from those of a decoded matrix
+    by rounding.
+    """
+    _, inputs, outputs = weight.shape
+    tile = next(size for size in range(max(1, TILE_BYTES // (4 * inputs)), 0, -1) if outputs % size == 0)
+    halves = rows[:, ::2], rows[:, 1::2]
+
+    def one(index: Int[Array, ""], out: Array) -> Array:
+        part = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf[0], index * tile, tile), weight)
+        codes, scales = part.codes.astype(jnp.int32), scale_values(part.scales)[..., None]
+        matrices = (
+            (code_values(each).reshape(tile, -1, GROUP // 2) * scales).reshape(tile, -1).astype(rows.dtype)
+            for each in (codes & 0xF, codes >> 4)
+        )
+        even, odd = (
+            jnp.matmul(half, matrix.T, preferred_element_type=jnp.float32)
+            for half, matrix in zip(halves, matrices, strict=True)
+        )
+        return jax.lax.dynamic_update_slice_in_dim(out, even + odd, index * tile, axis=1)
+
+    out = jnp.zeros((len(rows), outputs), jnp.float32)
+    return jax.lax.fori_loop(0, outputs // tile, one, out).astype(rows.dtype)
+
+
+def decoded_together(dtype: jnp.dtype | type, *weights: MXFP4 | Array) -> bool:
+    """Whether the packed ones of these stacks of matrices, decoded all at once, take at most `MOST_DECODED` bytes."""
+    numbers = sum(math.prod(weight.shape) for weight in weights if isinstance(weight, MXFP4))
+    return numbers * jnp.dtype(dtype).itemsize <= MOST_DECODED
+
+
+def check_decoded(dtype: jnp.dtype | type, *weights: MXFP4 | Array) -> None:
+    """Raises NotImplementedError where they are not `decoded_together`."""
+    if not decoded_together(dtype, *weights):
+        raise NotImplementedError(f"packed experts would take more than {MOST_DECODED:,} bytes, decoded all at once")
 
 
 def as_dense(weight: MXFP4 | Array, dtype: jnp.dtype | type) -> Float[Array, "..."]:

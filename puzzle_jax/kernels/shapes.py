@@ -52,10 +52,13 @@ Queries = Float[Array, "batch seq heads dim"]
 Keys = Float[Array, "batch seq kv_heads dim"]  # and values
 KeyRing = Num[Array, "batch kv_heads dim slots"]
 ValueRing = Num[Array, "batch kv_heads slots dim"]
+ChunkKeys = Num[Array, "batch kv_heads dim chunk"]  # as a cache stores them
+ChunkValues = Num[Array, "batch kv_heads chunk dim"]
 Sinks = Float[Array, "heads"]
 Scale = Float[Array, ""] | None
 Segments = Int[Array, "batch seq"] | None
 Window = int | Int[Array, "#batch"] | None
+Starts = Int[Array, ""] | Int[Array, "batch"]  # of all rows, or of each
 
 # Mixtures of experts.
 Tokens = Float[Array, "tokens hidden"]

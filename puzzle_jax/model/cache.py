@@ -66,8 +66,19 @@ def prefill_attention_block(
     stored_v = store(v, cache.v.dtype, cache.v_scale).transpose(0, 2, 1, 3)
     with jax.named_scope("attention"):
         k_ring, v_ring, k_scale, v_scale = cache
-        new, sinks = (q, stored_k, stored_v), attention["sinks"]
-        out = chunk_attention(*new, k_ring, v_ring, sinks, start, window=window, k_scale=k_scale, v_scale=v_scale)
+        out = chunk_attention(
+            q,
+            stored_k,
+            stored_v,
+            k_ring,
+            v_ring,
+            attention["sinks"],
+            start,
+            window=window,
+            k_scale=k_scale,
+            v_scale=v_scale,
+            mesh=network.traced_mesh(),
+        )
     with jax.named_scope("cache"):
         cache = _write_chunk(cache, stored_k, stored_v, start, lengths, ring=cache.slots < context)
     return x + network.attention_output(attention, out), cache

@@ -5,7 +5,8 @@
 Each layer has its own window and expert count (`ModelConfig.blocks`). A child that is only chosen, not yet cut, runs
 as a view on its parent: `expert_mask` removes experts and `window` narrows attention, both as data, so that many
 alternatives share one compiled program. Numerics follow the published model: norms, softmax and accumulation in
-float32, everything else in the dtype of the parameters.
+float32, everything else in the dtype of the norms' weights; matrices may be stored in fewer bits, and are cast where
+they are used.
 
 Left out: caches (`model.cache`), and choosing weights' dtype and placement (`model.sharding`).
 """
@@ -22,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.kernels.expert_mlp import expert_mlp
-from puzzle_jax.kernels.mxfp4 import MXFP4, as_dense
+from puzzle_jax.kernels.mxfp4 import MOST_DECODED, MXFP4, as_dense
 from puzzle_jax.kernels.route import Routing, route
 from puzzle_jax.kernels.shapes import Ids, Keys, Queries, Segments, Window
 from puzzle_jax.kernels.window_attention import window_attention
@@ -70,9 +71,14 @@ def linear(x: Array, weight: Array, bias: Array) -> Array:
     return (y + bias.astype(jnp.float32)).astype(x.dtype)
 
 
+def states_dtype(params: Params) -> jnp.dtype:
+    """The type of hidden states: that of the final norm's weight."""
+    return params["final_norm"].dtype
+
+
 def embed(params: Params, tokens: Batch) -> States:
     with jax.named_scope("embed"):
-        return params["embedding"][tokens]
+        return params["embedding"][tokens].astype(states_dtype(params))
 
 
 def project_qkv(attention: Params, config: ModelConfig, x: States, table: RopeTable) -> QKV:
@@ -144,10 +150,21 @@ def moe_block(
 
 
 def head_logits(params: Params, config: ModelConfig, x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
-    """Final norm and output head; float32."""
+    """Final norm and output head; float32. A large head that is stored in fewer bits is cast part by part."""
     with jax.named_scope("head"):
         y = rms_norm(x, params["final_norm"], config.rms_norm_eps)
-        return jnp.matmul(y, params["head"].astype(y.dtype), preferred_element_type=jnp.float32)
+        head = params["head"]
+        if head.dtype == y.dtype or (parts := -(-head.size * y.dtype.itemsize // MOST_DECODED)) == 1:
+            return jnp.matmul(y, head.astype(y.dtype), preferred_element_type=jnp.float32)
+        width = -(-head.shape[1] // parts)
+
+        def add(part: Int[Array, ""], logits: Array) -> Array:
+            first = jnp.minimum(part * width, head.shape[1] - width)  # the last part overlaps the one before
+            columns = jax.lax.dynamic_slice_in_dim(head, first, width, axis=1).astype(y.dtype)
+            found = jnp.matmul(y, columns, preferred_element_type=jnp.float32)
+            return jax.lax.dynamic_update_slice_in_dim(logits, found, first, axis=-1)
+
+        return jax.lax.fori_loop(0, parts, add, jnp.zeros((*y.shape[:-1], head.shape[1]), jnp.float32))
 
 
 def hidden_states(

@@ -7,20 +7,28 @@ else, nor any file of traces or problems. `plan.compilers` says who compiles, an
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
+
+from rich.table import Table
 
 from puzzle_jax.commands import did_you_mean
 from puzzle_jax.consoles import plain_console
 from puzzle_jax.costs.hardware import HARDWARE
 from puzzle_jax.errors import ConfigError, check_range, shown
+from puzzle_jax.files import Json
 from puzzle_jax.model.child import identity_child
 from puzzle_jax.plan.abstract import read_model, virtual_devices
 from puzzle_jax.plan.compilers import compiler_named
 from puzzle_jax.plan.distill import PlannedDistillation, first_experts
+from puzzle_jax.plan.fitting import smallest_change
 from puzzle_jax.plan.grpo import PlannedPolicy
-from puzzle_jax.plan.record import GB, Plan, compiled
+from puzzle_jax.plan.record import GB, Plan, Usage, compiled
 from puzzle_jax.plan.search import PlannedSearch
+from puzzle_jax.search.hours.work import SearchTime, hours_table
 from puzzle_jax.search.recipe import Recipe
 from puzzle_jax.train.distill.recipe import DistillRecipe
 from puzzle_jax.train.grpo.recipe import GrpoRecipe
@@ -60,9 +68,19 @@ class SearchPlan(Recipe, PlanSettings):
     Attributes:
       parent: config.json, or a directory that has one.
       prompt_tokens: length of the longest prompt.
+      answer_share: mean length of an answer, as a share of its limit; hours depend on it.
+      price_per_gpu_hour: of one device, in any currency.
     """
 
     prompt_tokens: int = 1024
+    answer_share: float = 0.5
+    price_per_gpu_hour: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("answer_share", self.answer_share, 0, 1, above=True)
+        if self.price_per_gpu_hour is not None:
+            check_range("price_per_gpu_hour", self.price_per_gpu_hour, 0)
 
 
 @dataclass(frozen=True)
@@ -91,7 +109,8 @@ class GrpoPlan(GrpoRecipe, PlanSettings):
 def plan_search(settings: SearchPlan) -> None:
     """Prints the plan of a search. Raises PuzzleError for whatever cannot be used, before anything is compiled."""
     config, packed = read_model(settings.parent)
-    _show(PlannedSearch(config, settings, packed, settings.prompt_tokens), settings)
+    run = PlannedSearch(config, settings, packed, settings.prompt_tokens, settings.device_bytes)
+    _show(run, settings, partial(_beside_search, run, settings))
 
 
 def plan_distill(settings: DistillPlan) -> None:
@@ -108,14 +127,58 @@ def plan_grpo(settings: GrpoPlan) -> None:
     _show(PlannedPolicy(identity_child(config), settings, packed), settings)
 
 
-def _show(run: PlannedSearch | PlannedDistillation | PlannedPolicy, settings: PlanSettings) -> None:
+class Beside(NamedTuple):
+    """What a plan says beside memory: lines and tables, and the same as JSON."""
+
+    lines: Sequence[str | Table]
+    json: Mapping[str, Json]
+
+
+def _beside_search(run: PlannedSearch, settings: SearchPlan, found: Mapping[str, Usage]) -> Beside:
+    """Hours, the host's memory and disk; and where the search does not fit, what would make it."""
+    lines: list[str | Table] = []
+    values: dict[str, Json] = {}
+    limit = settings.device_bytes
+    if any(usage.total > limit for usage in found.values()):
+        change = smallest_change(run, found, limit)
+        lines.append("no change that was tried makes it fit" if change is None else str(change))
+        values["smallest_change"] = None if change is None else {**change.settings}
+    if settings.hardware is None:
+        lines.append("hours: name the devices (--hardware h100)")
+        return Beside(lines, values)
+    time = SearchTime(
+        run.config,
+        run.recipe,
+        "mxfp4" if run.packed else "bf16",
+        HARDWARE[settings.hardware],
+        settings.prompt_tokens,
+        settings.answer_share,
+    )
+    lines += [
+        hours_table(time.seconds, run.recipe.mesh.devices, settings.price_per_gpu_hour),
+        f"by roofline, for answers of {settings.answer_share:.0%} of their limits; compiling is not counted",
+        f"host: {time.host_bytes / GB:.1f} GB of memory for each process, {time.disk_bytes / GB:.1f} GB of disk",
+    ]
+    values |= {"seconds": time.seconds, "host_bytes": time.host_bytes, "disk_bytes": time.disk_bytes}
+    return Beside(lines, values)
+
+
+def _show(
+    run: PlannedSearch | PlannedDistillation | PlannedPolicy,
+    settings: PlanSettings,
+    beside: Callable[[Mapping[str, Usage]], Beside] | None = None,
+) -> None:
     by = compiler_named(settings.compiler, settings.hardware)
     virtual_devices(run.recipe.mesh.devices)
     with by.in_force():
-        _compile_and_show(run, settings)
+        _compile_and_show(run, settings, beside)
 
 
-def _compile_and_show(run: PlannedSearch | PlannedDistillation | PlannedPolicy, settings: PlanSettings) -> None:
+def _compile_and_show(
+    run: PlannedSearch | PlannedDistillation | PlannedPolicy,
+    settings: PlanSettings,
+    beside: Callable[[Mapping[str, Usage]], Beside] | None,
+) -> None:
     limit, devices = settings.device_bytes, run.recipe.mesh.devices
     _ = run.mesh
     console, out = plain_console(stderr=True), plain_console(width=120)
@@ -124,8 +187,9 @@ def _compile_and_show(run: PlannedSearch | PlannedDistillation | PlannedPolicy, 
     console.print(f"compiled in {sum(usage.seconds for usage in found.values()):.0f} seconds", highlight=False)
     changes = {name: run.changes(found, name, limit) for name, usage in found.items() if usage.total > limit}
     plan = Plan(run.about, found, limit, run.labels, changes, run.notes)
+    more = beside(found) if beside else Beside([], {})
     if settings.json:
-        print(json.dumps(plan.to_json(), indent=2))
+        print(json.dumps({**plan.to_json(), **more.json}, indent=2))
         return
-    for line in (*plan.about, plan.table(), *plan.verdict(), *plan.notes):
+    for line in (*plan.about, plan.table(), *plan.verdict(), *more.lines, *plan.notes):
         out.print(line, highlight=False, soft_wrap=isinstance(line, str))

@@ -39,8 +39,11 @@ GPUS = {
     "h100": "NVIDIA H100 80GB HBM3",
     "h200": "NVIDIA H200 141GB HBM3e",
     "b200": "NVIDIA B200",
+    "rtx4090": "NVIDIA RTX A6000",
+    "l4": "NVIDIA RTX A6000",
 }
-"""Hardware that the CUDA plugin describes to its compiler, by its name there."""
+"""Hardware that the CUDA plugin describes to its compiler, by its name there. Of cards of the Ada generation it knows
+none; the one before it, of the same kind, stands in for them."""
 
 _PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
 

@@ -1,6 +1,6 @@
 """The memory that a search needs on every device, found without weights and without accelerators; see `plan.abstract`.
 
-    load    the checkpoint's parameters and the dense ones that come of them
+    load    the parameters, and the tensor that is being turned or decoded
     trace   the parent answers: slots for its longest answers, and the programs of generation
     rank    one layer, with its sums, on a batch of the longest traces
     lens    the same with the lens's sums, and alternatives of one layer through it
@@ -21,10 +21,12 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.errors import ConfigError
@@ -34,10 +36,11 @@ from puzzle_jax.generate.engine import own_context, slot_context
 from puzzle_jax.model.cache_format import CacheFormat
 from puzzle_jax.model.network import to_compute
 from puzzle_jax.model.sharding import batch_sharding, make_mesh, params_sharding
-from puzzle_jax.model.spec import Params
+from puzzle_jax.model.spec import EXPERT_MATRICES, Params
 from puzzle_jax.model.stacked import one_layer
+from puzzle_jax.model.weights import check_stored, stays_packed
 from puzzle_jax.plan import abstract
-from puzzle_jax.plan.abstract import device_bytes, program_bytes, zero_params
+from puzzle_jax.plan.abstract import device_bytes, in_place, program_bytes, zero_params
 from puzzle_jax.plan.compilers import compiler
 from puzzle_jax.plan.engine import AbstractEngine
 from puzzle_jax.plan.record import Change, Usage
@@ -68,16 +71,18 @@ class PlannedSearch:
 
     Attributes:
       recipe: all settings; files that it names are not read.
-      packed: whether the parent's experts are stored as MXFP4.
+      stored_packed: whether the parent's experts are stored as MXFP4.
       prompt_tokens: length of the longest prompt.
+      device_memory: bytes of a device, by which `weights: auto` chooses.
 
     Raises ConfigError for traces beyond the model's context, and experts that cannot be packed.
     """
 
     config: ModelConfig
     recipe: Recipe
-    packed: bool = True
+    stored_packed: bool = True
     prompt_tokens: int = 1024
+    device_memory: int = 80 * 10**9
 
     def __post_init__(self) -> None:
         if not self.recipe.traces.max_tokens:
@@ -89,8 +94,9 @@ class PlannedSearch:
                 f"prompts of {self.prompt_tokens} tokens and answers of {self.longest - self.prompt_tokens} are "
                 f"longer than the model's context of {self.config.max_position}"
             )
-        if self.packed:
+        if self.stored_packed:
             abstract.check_packed(self.config)
+        check_stored(self.recipe.weights, self.stored_packed)
 
     # What a plan is made of -------------------------------------------------------------------------------------------
 
@@ -107,8 +113,7 @@ class PlannedSearch:
     @property
     def labels(self) -> dict[str, str]:
         return {
-            "loaded": f"parameters as stored, {'MXFP4' if self.packed else 'bfloat16'}",
-            "weights": "parameters, bfloat16",
+            "weights": f"parameters, experts in {'MXFP4' if self.packed else 'bfloat16'}",
             **self.engine.labels,
             "batch": "batch of traces",
             "states": "hidden states kept",
@@ -116,7 +121,7 @@ class PlannedSearch:
         }
 
     def changes(self, found: Mapping[str, Usage], program: str, limit: int) -> list[Change]:
-        """Changes that help a stage, where fewer devices' shares of the parameters would leave room for it."""
+        """Changes that help a stage; `plan.fitting` says which are enough together."""
         ways = _HELP.get(program, ()) if found[program].held["weights"] < limit else ()
         return [Change(what) for what in (*ways, "more devices (mesh.model)")]
 
@@ -144,13 +149,20 @@ class PlannedSearch:
         return make_mesh(mesh.data, mesh.model, devices) if mesh.devices > 1 or devices else None
 
     @cached_property
-    def params(self) -> Params:
-        """Dense parameters, in place."""
-        return abstract.layer_params(self.config, self.mesh, lambda: zero_params(self.config, packed=False))
+    def packed(self) -> bool:
+        """Whether experts are held packed."""
+        return stays_packed(
+            self.recipe.weights,
+            self.config,
+            self.stored_packed,
+            dtype=compiler().dtype,
+            mesh=self.mesh,
+            memory=self.device_memory,
+        )
 
     @cached_property
-    def loaded(self) -> Params:
-        """Parameters as the checkpoint has them, in place."""
+    def params(self) -> Params:
+        """Parameters, in place."""
         return abstract.layer_params(self.config, self.mesh, lambda: zero_params(self.config, self.packed))
 
     @cached_property
@@ -192,12 +204,22 @@ class PlannedSearch:
 
 
 def _load(run: PlannedSearch) -> Usage:
-    where = None if run.mesh is None else params_sharding(run.config, run.mesh)
-    weights = device_bytes(run.params)
-    beside = program_bytes(
-        lambda loaded: to_compute(one_layer(loaded), compiler().dtype), run.loaded, out_shardings=where
-    )
-    return Usage({"loaded": device_bytes(run.loaded), "weights": weights}, beside - weights)
+    config, where = run.config, None if run.mesh is None else params_sharding(run.config, run.mesh)
+    # A tensor is read as it is stored; it is turned, and experts decoded, beside what is there.
+    head = jax.ShapeDtypeStruct((config.vocab_size, config.hidden_size), compiler().dtype)
+    turned = {"head": head if where is None else in_place(head, _turned(where["head"]))}
+    beside = {name: device_bytes(tensor) for name, tensor in turned.items()}
+    if run.stored_packed and not run.packed:
+        stored = abstract.layer_params(config, run.mesh, lambda: zero_params(config, packed=True))["layers"][0]["moe"]
+        for name in EXPERT_MATRICES:
+            place = None if where is None else where["layers"][0]["moe"][name]
+            made = _program_bytes(to_compute, stored[name], compiler().dtype, out_shardings=place)
+            beside[name] = device_bytes(stored[name]) + made - device_bytes(run.params["layers"][0]["moe"][name])
+    return Usage({"weights": device_bytes(run.params)}, max(beside.values()))
+
+
+def _turned(place: NamedSharding) -> NamedSharding:
+    return NamedSharding(place.mesh, PartitionSpec(*place.spec[::-1]))
 
 
 def _trace(run: PlannedSearch) -> Usage:
@@ -213,10 +235,10 @@ def _rank(run: PlannedSearch) -> Usage:
     layer = run.params["layers"][0]
 
     def attention(window: int | None) -> int:
-        return program_bytes(score.run_attention, layer["attention"], config, window, x, mesh=run.mesh)
+        return _program_bytes(score.run_attention, layer["attention"], config, window, x, mesh=run.mesh)
 
     given = (layer["moe"], config, x, batch, sums, key)
-    mixture = program_bytes(rank.rank_mixture, *given, mesh=run.mesh, donate=4)
+    mixture = _program_bytes(rank.rank_mixture, *given, mesh=run.mesh, donate=4)
     held = _held(run, batch, states=device_bytes(x), sums=config.num_layers * device_bytes(sums))
     return Usage(held, max(mixture, *map(attention, run.windows)))
 
@@ -227,9 +249,9 @@ def _lens(run: PlannedSearch) -> Usage:
     sums = jax.eval_shape(lambda: lens.LensSums.zeros(config.hidden_size))
     many = device_bytes(suffix)
     beside = {
-        "fit": program_bytes(lens.add_states, sums, x, x, answers, mesh=run.mesh, donate=0),
+        "fit": _program_bytes(lens.add_states, sums, x, x, answers, mesh=run.mesh, donate=0),
         "enter": many + _enter(run, x, suffix),
-        "through": many + program_bytes(lens.through_lens, square, x, x, suffix, mesh=run.mesh),
+        "through": many + _program_bytes(lens.through_lens, square, x, x, suffix, mesh=run.mesh),
         "compare": 2 * many + _compare(run, x, suffix, answers),
     }
     states = (_kept_states(run) + 2) * device_bytes(x)  # the base's and the parent's after the layer
@@ -243,12 +265,12 @@ def _score(run: PlannedSearch) -> Usage:
     many = device_bytes(suffix)
 
     def attention(window: int | None) -> int:
-        return program_bytes(score.run_attention, layer["attention"], config, window, suffix, mesh=run.mesh)
+        return _program_bytes(score.run_attention, layer["attention"], config, window, suffix, mesh=run.mesh)
 
     beside = {
         # Two such arrays are there while a mixture runs: what came into the layer, and what attention made of it.
         "attention": many + max(map(attention, run.windows)),
-        "mixture": 2 * many + program_bytes(score.run_mixture, layer["moe"], config, suffix, mask, mesh=run.mesh),
+        "mixture": 2 * many + _program_bytes(score.run_mixture, layer["moe"], config, suffix, mask, mesh=run.mesh),
         "enter": many + _enter(run, x, suffix),
         "compare": many + _compare(run, x, suffix, answers),
     }
@@ -261,8 +283,14 @@ def _calibrate(run: PlannedSearch) -> Usage:
     distinct = {block.window: layer for layer, block in reversed(list(enumerate(config.blocks)))}
     some = replace(config, blocks=tuple(config.blocks[layer] for layer in distinct.values()))
     params = {**run.params, "layers": [run.params["layers"][layer] for layer in distinct.values()]}
-    beside = program_bytes(calibrate.largest_by_layer, params, some, batch.tokens, batch.valid, None, mesh=run.mesh)
+    beside = _program_bytes(calibrate.largest_by_layer, params, some, batch.tokens, batch.valid, None, mesh=run.mesh)
     return Usage(_held(run, batch), beside)
+
+
+def _program_bytes(program: Callable[..., PyTree], *given: PyTree, **options: Any) -> int:
+    """`abstract.program_bytes` of a function whose arguments may hold packed experts."""
+    inner = getattr(program, "__wrapped__", program)
+    return program_bytes(lambda *values: inner(*map(one_layer, values)), *given, **options)
 
 
 def _held(run: PlannedSearch, batch: MicroBatch, **more: int) -> dict[str, int]:
@@ -283,12 +311,12 @@ def _enter(run: PlannedSearch, x: _States, batch: _States) -> int:
     slots, experts = run.recipe.score.per_call, run.config.blocks[0].num_experts
     masks, entry = (jax.ShapeDtypeStruct(shape, jnp.bool_) for shape in ((slots, experts), (slots,)))
     moe = run.params["layers"][0]["moe"]
-    return program_bytes(score.enter_mixture, moe, run.config, x, masks, entry, batch, mesh=run.mesh)
+    return _program_bytes(score.enter_mixture, moe, run.config, x, masks, entry, batch, mesh=run.mesh)
 
 
 def _compare(run: PlannedSearch, x: _States, batch: _States, answers: score.Answers) -> int:
     head = {name: run.params[name] for name in ("final_norm", "head")}
-    return program_bytes(score.compare_states, head, run.config, x, batch, answers, mesh=run.mesh)
+    return _program_bytes(score.compare_states, head, run.config, x, batch, answers, mesh=run.mesh)
 
 
 def _kept_states(run: PlannedSearch) -> int:

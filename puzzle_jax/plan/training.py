@@ -69,7 +69,7 @@ class PlannedTraining(ABC, Generic[AnyRecipe]):
     def __post_init__(self) -> None:
         if "experts" in self.recipe.train:
             raise ConfigError("train has 'experts', but a plan is for experts that are frozen")
-        object.__setattr__(self, "packed", self.packed and self.recipe.packed is not False)
+        object.__setattr__(self, "packed", self.packed and self.recipe.weights != "dense")
         if self.packed:
             check_packed(self.parent)
 

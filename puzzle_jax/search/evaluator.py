@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from puzzle_jax.convert_hf.load import load_checkpoint
+from puzzle_jax.convert_hf.describe import describe_checkpoint
+from puzzle_jax.convert_hf.load import load_weights
 from puzzle_jax.convert_hf.table import tensor_bytes
 from puzzle_jax.costs.table import Costs
 from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions, unscored_note
 from puzzle_jax.evaluate.journal import journaled_answers
-from puzzle_jax.evaluate.models import Model, dense_in_place
+from puzzle_jax.evaluate.models import Model
 from puzzle_jax.evaluate.statistics import by_effort
 from puzzle_jax.evaluate.throughput import measure_throughput
 from puzzle_jax.files import read_object, write_beside
@@ -127,12 +128,11 @@ class Evaluator:
           candidates: the same with their batches.
           exported: the checkpoint of the model named "child".
         """
-        rounds, dtype = self.recipe.evaluate.rounds, self.parent.params["embedding"].dtype
+        rounds = self.recipe.evaluate.rounds
         if not rounds or self.recipe.mesh.processes > 1:
             return {scenario.name: {} for scenario in self.recipe.scenarios}
-        checkpoint = load_checkpoint(exported)
-        dense = dense_in_place(checkpoint.config, None)(checkpoint.params, dtype)
-        models = {"child": (dense, checkpoint.config)}
+        child = describe_checkpoint(exported)
+        models = {"child": (load_weights(child, weights=self.parent.weights), child.config)}
         for name, child in children.items():
             models.setdefault(name, (cut_params(self.parent.params, child), child.config))
         found = {}

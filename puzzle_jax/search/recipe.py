@@ -14,6 +14,7 @@ from puzzle_jax.codec import to_plain
 from puzzle_jax.costs.scenario import Scenario, Target
 from puzzle_jax.errors import MOST_SEED, MOST_TOGETHER, MOST_TOKENS, ConfigError, check_choice, check_range
 from puzzle_jax.evaluate.settings import BY_EFFORT
+from puzzle_jax.model.weights import check_weights
 from puzzle_jax.search.solve.baselines import BASELINES
 from puzzle_jax.search.space import DEFAULT_FRACTIONS, Restriction
 from puzzle_jax.settings.mesh import MeshSettings
@@ -221,6 +222,7 @@ class Recipe:
       target: what the child must reach there, by itself or relative to its parent.
       child: settings of the child beside its blocks.
       mesh: devices that the search itself runs on.
+      weights: how the parent's weights are held: "packed" (MXFP4), "dense", or "auto" (see `model.weights`).
       costs: "measured" times our own sub-blocks on the devices present, "xla" compiles them for the TPU that the
         scenario names, "roofline" models the scenario's hardware, and a path ending in .json is a costs.json that was
         timed elsewhere and is used as it is.
@@ -239,6 +241,7 @@ class Recipe:
     more_scenarios: tuple[Scenario, ...] = ()
     child: ChildSettings = field(default_factory=ChildSettings)
     mesh: MeshSettings = field(default_factory=MeshSettings)
+    weights: str = "auto"
     costs: str = "measured"
 
     def __post_init__(self) -> None:
@@ -246,6 +249,7 @@ class Recipe:
             raise ConfigError(
                 f"costs is {self.costs!r}, but must be measured, xla, roofline, or the path of a .json file"
             )
+        check_weights(self.weights)
         names = [scenario.name for scenario in self.scenarios]
         if len(set(names)) != len(names):
             raise ConfigError(f"the scenarios are named {', '.join(names)}, but every name may come once only")

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from puzzle_jax.errors import MOST_SEED, check_range
+from puzzle_jax.model.weights import check_weights
 from puzzle_jax.settings.mesh import MeshSettings
 from puzzle_jax.train.loop import LoopSettings
 from puzzle_jax.train.optimizer import OptimizerSettings, make_schedule
@@ -20,7 +21,8 @@ class RunRecipe:
       out: directory of the run: its checkpoints, metrics.jsonl, report.html, and the trained model in child/.
       train: of "router" and "experts", what is trained besides attention, norms, embedding and head.
       remat: recomputes layers in the backward pass in place of keeping their insides.
-      packed: whether experts stay packed as checkpoints hold them; None: wherever they run on no CPU.
+      weights: how the frozen weights are held: packed, dense, or auto (see `model.weights`); auto is packed on
+        accelerators, whose memory gradients and the optimiser's state need, too.
       optimizer, loop, mesh: see there.
       seed: of the run.
     """
@@ -28,7 +30,7 @@ class RunRecipe:
     out: Path
     train: tuple[str, ...] = ()
     remat: bool = True
-    packed: bool | None = None
+    weights: str = "auto"
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     loop: LoopSettings = field(default_factory=LoopSettings)
     mesh: MeshSettings = field(default_factory=MeshSettings)
@@ -36,6 +38,7 @@ class RunRecipe:
 
     def __post_init__(self) -> None:
         check_trainable(self.train)
+        check_weights(self.weights)
         check_range("seed", self.seed, 0, MOST_SEED)
         make_schedule(self.optimizer, self.optimizer_steps)  # checks the warmup
 

@@ -30,6 +30,7 @@ from puzzle_jax.model.cache_format import KVScales
 from puzzle_jax.model.network import compute_dtype
 from puzzle_jax.model.sharding import make_training_mesh, on_mesh
 from puzzle_jax.model.spec import Params
+from puzzle_jax.model.weights import stays_packed
 from puzzle_jax.processes.distributed import agree, from_primary, on_all, on_primary
 from puzzle_jax.report.training import write_training_report
 from puzzle_jax.runs import METRICS_FILE, begun_on, open_run
@@ -162,11 +163,13 @@ class Run(Generic[Inputs]):
     @cached_property
     def base(self) -> Params:
         """The base parameters, stacked and in place: the teacher, or the policy that training begins with."""
-        packed, mesh = self.inputs.recipe.packed, self.placement.mesh
-        if packed is None:
-            packed = jax.default_backend() != "cpu"
+        model, mesh = self.inputs.model, self.placement.mesh
+        weights, stored = self.inputs.recipe.weights, model.description.form == "mxfp4"
+        if weights == "auto" and jax.default_backend() != "cpu":
+            weights = "packed" if stored else "dense"
+        packed = stays_packed(weights, model.config, stored, dtype=compute_dtype(), mesh=mesh)
         experts = "stored" if packed else "dense"
-        loaded = load_checkpoint(self.inputs.model.directory, dtype=compute_dtype(), mesh=mesh, experts=experts)
+        loaded = load_checkpoint(model.directory, dtype=compute_dtype(), mesh=mesh, experts=experts)
         with on_mesh(mesh), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Some donated buffers were not usable")  # but their memory is released
             stacked = jax.jit(self.student.stacked, donate_argnums=0)(loaded.params)

@@ -246,6 +246,21 @@ def test_a_chunk_sees_what_the_square_sees(implementation, window, slots, start)
         np.testing.assert_allclose(out, by_hand(q, k, v, sinks, window)[:, chunk], atol=3e-6)
 
 
+@pytest.mark.parametrize("implementation", ["blocks", "reference"])
+@pytest.mark.parametrize("window,slots", [(None, 48), (9, 9)])
+def test_rows_of_a_chunk_may_start_at_positions_of_their_own(implementation, window, slots):
+    q, k, v, sinks = arrays(48)
+    starts = [32, 5]
+    keys, values = ring(k, v, starts, slots)
+    own = [jnp.stack([x[row, start : start + 16] for row, start in enumerate(starts)]) for x in (q, k, v)]
+    own_k, own_v = own[1].transpose(0, 2, 3, 1), own[2].transpose(0, 2, 1, 3)
+    given = own[0], own_k, own_v, keys, values, sinks, jnp.asarray(starts)
+    out = chunk_attention(*given, window=window, implementation=implementation)
+    whole = by_hand(q, k, v, sinks, window)
+    for row, start in enumerate(starts):
+        np.testing.assert_allclose(out[row], whole[row, start : start + 16], atol=3e-6)
+
+
 def test_long_chunks_and_caches_are_cut_into_blocks():
     """More than one block of queries (128) and of cached keys (512), in which the last block is partly filled."""
     keys = jax.random.split(jax.random.key(3), 6)

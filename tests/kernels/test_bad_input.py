@@ -75,7 +75,7 @@ CASES = [
     (
         "window",
         {"implementation": "flash"},
-        "window_attention has no implementation 'flash'; known: mosaic_gpu, splash, causal_blocks, ",
+        "window_attention has no implementation 'flash'; known: mosaic_gpu_wide, mosaic_gpu, splash, causal_blocks, ",
     ),
 ]
 
@@ -88,7 +88,10 @@ def test_attention(operation, change, message):
         run(**{**arguments(), **change})
 
 
-@pytest.mark.parametrize("operation,name", [("window", "mosaic_gpu"), ("window", "splash"), ("decode", "mosaic_tpu")])
+@pytest.mark.parametrize(
+    "operation,name",
+    [("window", "mosaic_gpu"), ("window", "splash"), ("decode", "mosaic_tpu"), ("chunk", "mosaic_gpu")],
+)
 def test_a_kernel_that_is_asked_for_says_why_it_cannot(operation, name):
     run, arguments = OPERATIONS[operation]
     why = f"{name} of {operation}_attention was asked for: (needs JAX|for TPUs, but this is cpu|for GPUs)"

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from puzzle_jax.kernels import mxfp4
 from puzzle_jax.kernels.expert_mlp import (
     IMPLEMENTATIONS,
     Experts,
@@ -212,6 +213,19 @@ def test_a_token_gets_the_same_bits_whoever_else_is_there(implementation):
         crowded[7], place = ids[5], order.copy()
         place[place == 5], place[7] = place[7], 5
         np.testing.assert_array_equal(np.asarray(mine(x[place], crowded))[7], alone)
+
+
+@pytest.mark.parametrize(("tile_bytes", "tiles"), [(4 * HIDDEN * 48, 4), (4 * HIDDEN * 5, 32)])
+def test_packed_products_are_made_tile_by_tile(monkeypatch, tile_bytes, tiles):
+    """Of 128 outputs no more than 48, or 5, fit at once: tiles are of 32, or 4."""
+    monkeypatch.setattr(mxfp4, "TILE_BYTES", tile_bytes)
+    source = np.random.default_rng(0)
+    codes = source.integers(0, 256, (1, 128, HIDDEN // 2), np.uint8)
+    weight = MXFP4(jnp.asarray(codes), jnp.asarray(source.integers(125, 130, (1, 128, HIDDEN // 32)).astype(np.uint8)))
+    rows = jax.random.normal(jax.random.key(2), (11, HIDDEN))
+    found = mxfp4.matmul(rows, weight)
+    np.testing.assert_allclose(found, rows @ decode(weight)[0], rtol=1e-5, atol=1e-4)
+    assert f"tensor<{128 // tiles}x{HIDDEN // 2}xf32>" in jax.jit(mxfp4.matmul).lower(rows, weight).as_text()
 
 
 # By the kernels of grouped_matmul, interpreted ------------------------------------------------------------------------

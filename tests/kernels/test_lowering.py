@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax import export
 
+from puzzle_jax.kernels.chunk_attention import chunk_attention
 from puzzle_jax.kernels.decode_attention import decode_attention
 from puzzle_jax.kernels.grouped_matmul import block_matmul
 from puzzle_jax.kernels.grouped_matmul.layout import num_blocks
@@ -65,18 +66,43 @@ def test_platforms():
         pass
 
 
+def caching(operation, batch, chunk, slots, window, dtype, platform="gpu"):
+    """A function that attends to a cache, and its arguments."""
+    run = {"decode": decode_attention, "chunk": chunk_attention}[operation]
+
+    def attend(*given):
+        *given, scale = given
+        scales = {"k_scale": scale, "v_scale": scale} if dtype == jnp.uint8 else {}
+        return run(*given, window=window, **scales, implementation=f"mosaic_{platform}")
+
+    heads, kv_heads, dim = 64, 8, 64
+    counts, tokens = ((slots,), ()) if operation == "decode" else ((chunk, slots), (chunk,))
+    held = [of((batch, kv_heads, *shape), dtype) for count in counts for shape in ((dim, count), (count, dim))]
+    per_row = of((heads,), jnp.float32), of((batch,), jnp.int32), of((), jnp.float32)
+    return attend, of((batch, *tokens, heads, dim), jnp.bfloat16), *held, *per_row
+
+
 @pytest.mark.parametrize("platform", PLATFORMS)
 @pytest.mark.parametrize("slots,window", [(131_072, None), (128, 128)])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.uint8])
 def test_decode_attention(platform, slots, window, dtype):
-    def attend(q, k, v, sinks, positions, scale):
-        scales = {"k_scale": scale, "v_scale": scale} if dtype == jnp.uint8 else {}
-        return decode_attention(q, k, v, sinks, positions, window=window, **scales, implementation=f"mosaic_{platform}")
+    assert has_kernel(lowered(platform, *caching("decode", 7, 1, slots, window, dtype, platform)), platform)
 
-    batch, heads, kv_heads, dim = 7, 64, 8, 64
-    caches = of((batch, kv_heads, dim, slots), dtype), of((batch, kv_heads, slots, dim), dtype)
-    per_row = of((heads,), jnp.float32), of((batch,), jnp.int32), of((), jnp.float32)
-    assert has_kernel(lowered(platform, attend, of((batch, heads, dim), jnp.bfloat16), *caches, *per_row), platform)
+
+@GPU
+@pytest.mark.parametrize("operation", ["chunk", "decode"])
+@pytest.mark.parametrize("slots", [1, 80, 1000, 4000])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.uint8])
+def test_caches_of_slots_that_no_tile_divides(operation, slots, dtype):
+    program = lowered("gpu", *caching(operation, 5, 3, slots, slots, dtype))
+    assert has_kernel(program, "gpu")
+
+
+@GPU
+@pytest.mark.parametrize("batch,chunk,slots,window", [(1, 512, 131_072, None), (3, 8, 128, 128)])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.uint8])
+def test_chunk_attention(batch, chunk, slots, window, dtype):
+    assert has_kernel(lowered("gpu", *caching("chunk", batch, chunk, slots, window, dtype)), "gpu")
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
@@ -95,6 +121,18 @@ def test_routing(platform, tokens, experts):
         )
         >= 2
     )
+
+
+@GPU
+@pytest.mark.parametrize("window", [None, 2048])
+def test_window_attention_of_128_queries_to_a_program(window):
+    def attend(q, k, v, sinks, segments):
+        options = {"window": window, "segment_ids": segments, "implementation": "mosaic_gpu_wide"}
+        return window_attention(q, k, v, sinks, **options)
+
+    seq, heads, kv_heads, dim = 65_536, 64, 8, 64
+    arrays = of((1, seq, heads, dim), jnp.bfloat16), *[of((1, seq, kv_heads, dim), jnp.bfloat16)] * 2
+    assert has_kernel(lowered("gpu", attend, *arrays, of((heads,), jnp.float32), of((1, seq), jnp.int32)), "gpu")
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)

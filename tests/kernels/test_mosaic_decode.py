@@ -11,7 +11,6 @@ from puzzle_jax.kernels.decode_attention.reference import LayerCache
 from puzzle_jax.kernels.float8 import e4m3_values, encode_e4m3
 from tests.kernels.marks import GPU
 
-KERNELS = [mosaic_tpu, pytest.param(mosaic_gpu, marks=GPU)]
 BATCH, KV_HEADS, GROUP, DIM = 2, 3, 5, 64
 
 
@@ -34,14 +33,26 @@ CASES = {
     "a window within a larger cache": (384, 100, [40, 383]),
     "a window per row": (192, [7, 150], [191, 500]),
     "parts that no window reaches": (2048, 70, [1500, 2047]),
+    "one slot": (1, 1, [0, 9]),
+    "slots that are copied on GPUs": (37, 37, [20, 100]),
+    "the last tile past the slots": (96, 50, [95, 400]),
+}
+GPU_CASES = {  # of more slots than a TPU has in one tile, unless 128 divides them
+    "a part past the slots": (1168, None, [1100, 1167]),
+    "a ring in parts that came round": (1168, 1168, [1168, 3000]),
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "kernel,case",
+    [
+        *((mosaic_tpu, case) for case in CASES),
+        *(pytest.param(mosaic_gpu, case, marks=GPU) for case in (*CASES, *GPU_CASES)),
+    ],
+)
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("kernel", KERNELS)
 def test_as_the_reference(kernel, case, packed):
-    slots, window, positions = CASES[case]
+    slots, window, positions = {**CASES, **GPU_CASES}[case]
     window = jnp.asarray(window) if isinstance(window, list) else window
     (q, k, v, sinks), scales = made_up(slots, packed, kv_heads=1 if slots > 1000 else KV_HEADS)
     options = {"window": window, **scales}
@@ -81,12 +92,19 @@ def test_slots_that_no_tile_of_a_tpu_fits_are_refused():
         )
 
 
+def test_parts_hold_all_slots_and_few_tiles_beyond():
+    assert mosaic_gpu.tiling(65_536) == (128, 8, 64)
+    assert mosaic_gpu.tiling(128) == (128, 1, 1) and mosaic_gpu.tiling(1) == (64, 1, 1)
+    for slots in (65, 1025, 9 * 128 + 16, 131 * 128, 70_000):
+        tile, tiles, parts = mosaic_gpu.tiling(slots)
+        assert tile * tiles * parts >= slots > tile * tiles * (parts - 1)
+        assert tiles <= mosaic_gpu.TILES_PER_PART and tiles * parts - -(-slots // tile) < parts
+
+
 @GPU
-def test_what_no_tile_fits_is_refused():
+def test_what_it_is_not_made_for_is_refused():
     (q, k, v, sinks), _ = made_up(96, False)
     positions = jnp.asarray([3, 4])
-    with pytest.raises(NotImplementedError, match="96 slots are no multiple of 64"):
-        mosaic_gpu.decode_attention(q, LayerCache(k, v), sinks, positions, window=None, interpret=True)
     with pytest.raises(NotImplementedError, match="heads of 32 are no multiple of 64"):
         mosaic_gpu.decode_attention(
             q[..., :32], LayerCache(k[:, :, :32], v[..., :32]), sinks, positions, window=None, interpret=True

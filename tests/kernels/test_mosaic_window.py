@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from puzzle_jax.kernels.window_attention import mosaic_gpu, splash, window_attention
+from puzzle_jax.kernels.window_attention import mosaic_gpu, mosaic_wide, splash, window_attention
 from tests.kernels.marks import GPU
 
 KERNELS = [pytest.param(mosaic_gpu, marks=GPU, id="mosaic_gpu"), pytest.param(splash, id="splash")]
@@ -79,6 +79,49 @@ def test_windows_that_are_data():
         np.testing.assert_allclose(np.asarray(found, np.float32), expected, atol=2e-2)
 
 
+WIDE = {
+    "full": (None, None),
+    "a window": (70, None),
+    "packed sequences": (None, jnp.asarray([[0] * 70 + [1] * 13 + [2] * 217])),
+}
+
+
+@GPU
+@pytest.mark.parametrize("case", WIDE)
+def test_128_queries_to_a_program(monkeypatch, case):
+    monkeypatch.setattr(mosaic_wide, "MIN_REACH", 70)
+    window, segments = WIDE[case]
+    arrays, sinks = made_up(seq=300)  # the last of three blocks is short
+    options = {"window": window, "segment_ids": segments}
+    found = mosaic_gpu.wide_attention(*arrays, sinks, **options, interpret=True)
+    expected = window_attention(*exact(*arrays), sinks, **options, implementation="reference")
+    assert found.dtype == jnp.bfloat16 and found.shape == arrays[0].shape
+    np.testing.assert_allclose(np.asarray(found, np.float32), expected, atol=2e-2)
+
+
+@GPU
+def test_gradients_take_the_same_from_either_forward_pass():
+    (q, k, v), sinks = made_up(seq=256)
+    segments, widths = jnp.zeros((1, 256), jnp.int32), jnp.asarray([256])
+    found = []
+    for wide in (True, False):
+        shape = mosaic_gpu.Shape(1, 256, KV_HEADS * GROUP, KV_HEADS, DIM, False, False, True, wide)
+        seen = mosaic_gpu._seen(shape, segments, widths)
+        found.append([np.asarray(x, np.float32) for x in mosaic_gpu._forward(shape, q, k, v, sinks, seen)])
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-2)
+
+
+@GPU
+def test_short_reaches_are_left_to_64_queries():
+    arrays, sinks = made_up(seq=600)
+    for window in (500, jnp.asarray([600])):
+        with pytest.raises(NotImplementedError, match="for all keys or windows of 1024 or more"):
+            mosaic_gpu.wide_attention(*arrays, sinks, window=window, interpret=True)
+    with pytest.raises(NotImplementedError, match="for more than 512 tokens, but these are 150"):
+        mosaic_gpu.wide_attention(*made_up()[0], sinks, window=None, interpret=True)
+
+
 @pytest.mark.parametrize("ordered", [True, False])
 def test_tiles_that_are_left_out_hold_nothing_that_is_seen(ordered):
     """By brute force over all pairs of tokens."""
@@ -87,7 +130,7 @@ def test_tiles_that_are_left_out_hold_nothing_that_is_seen(ordered):
     segments = source.integers(0, 9, (batch, tiles * tile // 16)).repeat(16, axis=1)
     segments = np.sort(segments, axis=1) if ordered else segments
     widths = np.asarray([1, 70, tiles * tile])
-    shape = mosaic_gpu._Shape(batch, tiles * tile, 2, 1, 64, True, True, False)
+    shape = mosaic_gpu.Shape(batch, tiles * tile, 2, 1, 64, True, True, False, False)
     first, last = shape.bounds(jnp.asarray(segments), jnp.asarray(widths))
     query, key = (np.arange(tiles * tile).reshape(shape) for shape in ((-1, 1), (1, -1)))
     seen = (key <= query) & (key > query - widths[:, None, None]) & (segments[:, :, None] == segments[:, None])

@@ -15,7 +15,15 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from puzzle_jax.errors import ConfigError, PuzzleWarning
-from puzzle_jax.kernels import decode_attention, expert_mlp, grouped_matmul, route, self_check, window_attention
+from puzzle_jax.kernels import (
+    chunk_attention,
+    decode_attention,
+    expert_mlp,
+    grouped_matmul,
+    route,
+    self_check,
+    window_attention,
+)
 from puzzle_jax.kernels.dispatch import dispatch, recording
 from puzzle_jax.kernels.mxfp4 import MXFP4
 from puzzle_jax.kernels.platform import lowering_for
@@ -382,9 +390,18 @@ def test_mixtures(monkeypatch, name, packed):
     assert set(verdict.seconds) == {"forwards", "with gradients"}
 
 
-@pytest.mark.parametrize("name", ["splash", pytest.param("mosaic_gpu", marks=GPU)])
-@pytest.mark.parametrize("window,segments", [(None, True), (40, False)])
+@pytest.mark.parametrize(
+    "name,window,segments",
+    [
+        ("splash", None, True),
+        ("splash", 40, False),
+        pytest.param("mosaic_gpu", None, True, marks=GPU),
+        pytest.param("mosaic_gpu", 40, False, marks=GPU),
+        pytest.param("mosaic_gpu_wide", 70, False, marks=GPU),
+    ],
+)
 def test_window_attention(monkeypatch, name, window, segments):
+    monkeypatch.setattr(window_attention.mosaic_gpu.mosaic_wide, "MIN_REACH", 70)
     interpreted(monkeypatch, window_attention, name, IMPLEMENTATIONS=None)
     q = jnp.ones((1, 100, 4, 64), jnp.bfloat16)
     k, sinks = q[:, :, :2], jnp.zeros(4)
@@ -392,7 +409,7 @@ def test_window_attention(monkeypatch, name, window, segments):
     _, choice = served(lambda q: window_attention.window_attention(q, k, k, sinks, window=window, segment_ids=ids), q)
     assert choice == name
     ((key, verdict),) = self_check._verdicts.items()
-    seen = "all segments" if segments else "40"
+    seen = "all segments" if segments else str(window)
     assert key == f"window_attention {name} bfloat16 2 x 64 tokens 128 window {seen}"
     assert verdict.reason == "" and agrees(verdict)
 
@@ -414,6 +431,27 @@ def test_decode_attention(monkeypatch, name, cache, window):
     ((key, verdict),) = self_check._verdicts.items()
     assert key == f"decode_attention {name} bfloat16 {cache} 2 x 64 slots 128 window {'all' if window is None else 128}"
     assert verdict.reason == "" and set(verdict.seconds) == {"forwards"}
+
+
+@GPU
+@pytest.mark.parametrize("cache,window,by_row", [("e4m3", None, False), ("bfloat16", 96, True)])
+def test_chunk_attention(monkeypatch, cache, window, by_row):
+    interpreted(monkeypatch, chunk_attention, "mosaic_gpu", IMPLEMENTATIONS=None)
+    dtype = jnp.uint8 if cache == "e4m3" else jnp.bfloat16
+    held = [jnp.zeros((2, 1, *shape), dtype) for count in (3, 96) for shape in ((64, count), (count, 64))]
+    scales = {"k_scale": jnp.float32(1), "v_scale": jnp.float32(1)} if cache == "e4m3" else {}
+    start = jnp.asarray([3, 5] if by_row else 3, jnp.int32)
+
+    def attend(q):
+        k, v, k_ring, v_ring = held
+        return chunk_attention.chunk_attention(q, k, v, k_ring, v_ring, jnp.zeros(2), start, window=window, **scales)
+
+    _, choice = served(attend, jnp.ones((2, 3, 2, 64), jnp.bfloat16))
+    assert choice == "mosaic_gpu"
+    ((key, verdict),) = self_check._verdicts.items()
+    of_rows, seen = " by row" if by_row else "", "all" if window is None else window
+    assert key == f"chunk_attention mosaic_gpu bfloat16 {cache} 2 x 64 tokens 4{of_rows} slots 96 window {seen}"
+    assert verdict.reason == "" and agrees(verdict) and set(verdict.seconds) == {"forwards"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -471,7 +509,12 @@ def test_attention_is_cut_by_rows_and_heads_where_a_kernel_may_serve(monkeypatch
         seen.append(q.shape)
         return decode_attention.reference.decode_attention(q, *rest, **options)
 
-    monkeypatch.setattr(self_check, "KERNELS", {"splash": "cpu", "mosaic_tpu": "cpu"})
+    def chunk(q, *rest, **options):
+        seen.append(q.shape)
+        return chunk_attention.reference.chunk_attention(q, *rest, **options)
+
+    monkeypatch.setattr(self_check, "KERNELS", {"splash": "cpu", "mosaic_tpu": "cpu", "mosaic_gpu": "cpu"})
+    monkeypatch.setitem(chunk_attention.IMPLEMENTATIONS, "mosaic_gpu", chunk)
     monkeypatch.setitem(window_attention.IMPLEMENTATIONS, "splash", kernel)
     monkeypatch.setitem(decode_attention.IMPLEMENTATIONS, "mosaic_tpu", decoding)
     keys = jax.random.split(jax.random.key(0), 3)
@@ -495,3 +538,11 @@ def test_attention_is_cut_by_rows_and_heads_where_a_kernel_may_serve(monkeypatch
     cache = decode_attention.LayerCache(*rings, **scales)
     expected = decode_attention.reference.decode_attention(q[:, 3], cache, *given[3:], window=jnp.arange(2, 8))
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    new = q[:, :4], rings[0][..., :4], rings[1][:, :, :4]
+    for start in (jnp.int32(7), jnp.asarray([0, 3, 9, 10, 5, 12])):
+        with jax.set_mesh(mesh):
+            attend = partial(chunk_attention.chunk_attention, window=jnp.arange(2, 8), **scales, mesh=mesh)
+            found = jax.jit(attend)(*new, *rings, sinks, start)
+        assert seen[-1] == (3, 4, 6, 8)
+        expected = chunk_attention.reference.chunk_attention(*new, cache, sinks, start, window=jnp.arange(2, 8))
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)

@@ -243,10 +243,10 @@ def test_one_device_and_one_update_without_a_reference():
 
 def test_dense_experts_where_recipe_or_checkpoint_have_them():
     packed = RUN.always_held["experts"]
-    for run in (with_fields(packed=False), replace(RUN, packed=False)):
+    for run in (with_fields(weights="dense"), replace(RUN, packed=False)):
         assert not run.packed
         assert run.always_held["experts"] * 17 == packed * 64
-    assert with_fields(packed=True).packed
+    assert with_fields(weights="packed").packed
 
 
 # Arithmetic -----------------------------------------------------------------------------------------------------------

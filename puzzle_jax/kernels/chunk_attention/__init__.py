@@ -1,34 +1,61 @@
-"""Attention of a chunk of new tokens against the cache of what came before, and against itself: chunked prefill.
+"""Attention of a chunk of new tokens against the cache of what came before, and against itself: chunked prefill, and
+the check of tokens that were guessed ahead.
 
-All rows stand at the same position, the start of the chunk. The cache is the ring of `decode_attention` and does not
-hold the chunk yet. Implementations: `blocks`, whose work follows the tokens that exist and not the cache's size;
-`reference`, everything at once.
+A row's chunk begins where its cache ends; rows may stand at positions of their own. The cache is the ring of
+`decode_attention` and does not hold the chunk yet. Implementations: `mosaic_gpu` for Hopper, where it has proved
+itself; `blocks`, whose work follows the tokens that exist and not the cache's size; `reference`, everything at once.
+
+Left out: chunks of another length for each row (what comes after a short row's end is computed, and is nobody's), and
+gradients.
 """
 
 from __future__ import annotations
 
+from functools import partial
+
+from jax.sharding import AbstractMesh, Mesh
+
 from puzzle_jax.kernels import checks
-from puzzle_jax.kernels.chunk_attention import blocks, reference
+from puzzle_jax.kernels.chunk_attention import blocks, mosaic_gpu, reference
+from puzzle_jax.kernels.chunk_attention.trial import trial
 from puzzle_jax.kernels.decode_attention.reference import LayerCache
 from puzzle_jax.kernels.dispatch import dispatch
-from puzzle_jax.kernels.shapes import Array, IntScalar, KeyRing, Num, Queries, Scale, Sinks, ValueRing, Window
+from puzzle_jax.kernels.partition import by_rows_and_heads, spreads
+from puzzle_jax.kernels.self_check import may_serve
+from puzzle_jax.kernels.shapes import (
+    Array,
+    ChunkKeys,
+    ChunkValues,
+    KeyRing,
+    Queries,
+    Scale,
+    Sinks,
+    Starts,
+    ValueRing,
+    Window,
+)
 
-IMPLEMENTATIONS = {"blocks": blocks.chunk_attention, "reference": reference.chunk_attention}
+IMPLEMENTATIONS = {
+    "mosaic_gpu": mosaic_gpu.chunk_attention,
+    "blocks": blocks.chunk_attention,
+    "reference": reference.chunk_attention,
+}
 
 
 def chunk_attention(
     q: Queries,
-    k: Num[Array, "batch kv_heads dim chunk"],
-    v: Num[Array, "batch kv_heads chunk dim"],
+    k: ChunkKeys,
+    v: ChunkValues,
     k_cache: KeyRing,
     v_cache: ValueRing,
     sinks: Sinks,
-    start: IntScalar,
+    start: Starts,
     *,
     window: Window,
     k_scale: Scale = None,
     v_scale: Scale = None,
     implementation: str | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
 ) -> Queries:
     """Attends causally from positions start, start + 1, ... of every row.
 
@@ -37,12 +64,14 @@ def chunk_attention(
       k, v: rotated keys, and values, of the chunk as a cache stores them.
       k_cache, v_cache: positions before `start`, in the ring order of `decode_attention`.
       sinks: one unscaled logit per query head.
-      start: position of the chunk's first token.
+      start: position of the chunk's first token, for all rows or for each.
       window: as in `window_attention`.
       k_scale, v_scale: what stored numbers are multiplied by; None is 1.
       implementation: pins one of `IMPLEMENTATIONS`.
+      mesh: as in `decode_attention`.
 
-    Raises ValueError for shapes and dtypes that do not fit and windows below 1.
+    Raises ValueError for shapes and dtypes that do not fit and windows below 1, NotImplementedError where the named
+    implementation does not accept the arguments.
     """
     (batch, chunk, heads, dim), (kv_heads, slots) = q.shape, k_cache.shape[1::2]
     checks.floating(q=q, sinks=sinks)
@@ -55,7 +84,45 @@ def chunk_attention(
         "v_cache": (v_cache, (batch, kv_heads, slots, dim)),
         "sinks": (sinks, (heads,)),
     }
+    if start.shape != ():
+        expected["start"] = (start, (batch,))
     checks.shapes(f"q of shape {q.shape} with {slots} slots", expected)
     checks.window(window, batch)
-    cache = LayerCache(k_cache, v_cache, k_scale, v_scale)
-    return dispatch("chunk_attention", IMPLEMENTATIONS, implementation, q, k, v, cache, sinks, start, window=window)
+
+    def attend(
+        q: Array,
+        k: Array,
+        v: Array,
+        k_cache: Array,
+        v_cache: Array,
+        sinks: Array,
+        *,
+        start: Array,
+        window: Window,
+        k_scale: Scale,
+        v_scale: Scale,
+    ) -> Array:
+        cache = LayerCache(k_cache, v_cache, k_scale, v_scale)
+        return dispatch(
+            "chunk_attention",
+            IMPLEMENTATIONS,
+            implementation,
+            q,
+            k,
+            v,
+            cache,
+            sinks,
+            start,
+            window=window,
+            trial=partial(trial, q, cache, sinks, start, window, chunk_attention),
+        )
+
+    options = {"start": start, "window": window, "k_scale": k_scale, "v_scale": v_scale}
+    if spreads(mesh, heads, kv_heads) and may_serve():
+
+        def by_heads(q: Array, *rest: Array, **options: Array | int | None) -> Array:
+            return attend(q.swapaxes(1, 2), *rest, **options).swapaxes(1, 2)
+
+        arrays = (q.swapaxes(1, 2), k, v, k_cache, v_cache)  # heads are the same axis of all
+        return by_rows_and_heads(by_heads, mesh, arrays, 1, sinks, **options).swapaxes(1, 2)
+    return attend(q, k, v, k_cache, v_cache, sinks, **options)

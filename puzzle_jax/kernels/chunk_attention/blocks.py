@@ -2,7 +2,8 @@
 
 Cached keys are read in blocks, and only as many as hold anything, in a loop of dynamic length, so that a long cache
 costs nothing while it is empty. The chunk's own keys are met by a few blocks of queries, each against what it can
-see. Plain XLA for every platform. Left out: gradients (a loop of dynamic length has none), rows at different starts.
+see. Where rows stand at different positions the loop reads what the longest needs. Plain XLA for every platform.
+Left out: gradients (a loop of dynamic length has none).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from puzzle_jax.kernels.decode_attention.reference import LayerCache, load, slot_positions
-from puzzle_jax.kernels.shapes import Array, IntScalar, KeyRing, Queries, Sinks, ValueRing, Window
+from puzzle_jax.kernels.shapes import Array, ChunkKeys, ChunkValues, Queries, Sinks, Starts, Window
 from puzzle_jax.kernels.window_attention.reference import MASKED, OnlineSoftmax, start_online
 
 QUERY_BLOCK, KEY_BLOCK = 128, 512
@@ -25,7 +26,7 @@ def key_block(slots: int) -> int:
 
 
 def chunk_attention(
-    q: Queries, k: KeyRing, v: ValueRing, cache: LayerCache, sinks: Sinks, start: IntScalar, *, window: Window
+    q: Queries, k: ChunkKeys, v: ChunkValues, cache: LayerCache, sinks: Sinks, start: Starts, *, window: Window
 ) -> Queries:
     """See the api."""
     batch, chunk, heads, dim = q.shape
@@ -38,21 +39,23 @@ def chunk_attention(
     reach = None if window is None else jnp.asarray(window).reshape(-1, 1, 1)
     sink = sinks.astype(jnp.float32).reshape(1, kv_heads, 1, group)
     block = key_block(slots)
-    filled = jnp.minimum(start, slots)
-    held = slot_positions(start - 1, slots)
+    starts = start.reshape(-1, 1)  # of one row, which is as all, or of each
+    filled = jnp.minimum(jnp.max(start), slots)
+    held = slot_positions(starts[:, 0] - 1, slots)
 
     outputs = []
     for first in range(0, chunk, QUERY_BLOCK):
         last = min(first + QUERY_BLOCK, chunk)
         rows = queries[:, :, first:last].reshape(batch, kv_heads, (last - first) * group, dim)
-        positions = start + jnp.arange(first, last)[:, None]
+        positions = (starts + jnp.arange(first, last))[:, :, None]
         largest = jnp.broadcast_to(sink, (batch, kv_heads, last - first, group)).reshape(batch, kv_heads, -1)
         running = start_online(largest, dim)
 
         def attend(
             running: OnlineSoftmax, keys: Array, values: Array, key: Array, *, rows=rows, positions=positions
         ) -> OnlineSoftmax:
-            visible = ((key >= 0) & (key <= positions))[None]
+            key = key[:, None]
+            visible = (key >= 0) & (key <= positions)
             if reach is not None:
                 visible = visible & (key > positions - reach)
             mask = jnp.where(visible, 0.0, MASKED).astype(jnp.float32)[:, None, :, None]
@@ -63,13 +66,13 @@ def chunk_attention(
         def cached(index: Array, running: OnlineSoftmax, attend=attend) -> OnlineSoftmax:
             keys = load(jax.lax.dynamic_slice_in_dim(cache.k, index * block, block, 3), q.dtype)
             values = load(jax.lax.dynamic_slice_in_dim(cache.v, index * block, block, 2), q.dtype)
-            key = jax.lax.dynamic_slice_in_dim(held, index * block, block)
+            key = jax.lax.dynamic_slice_in_dim(held, index * block, block, 1)
             return attend(running, keys, values, key)
 
         if not isinstance(window, int) or first < window - 1:  # else no query of the block sees the cache
             running = jax.lax.fori_loop(0, (filled + block - 1) // block, cached, running)
         oldest = max(0, first - window + 1) if isinstance(window, int) else 0
-        key = start + jnp.arange(oldest, last)
+        key = starts + jnp.arange(oldest, last)
         running = attend(running, own_k[..., oldest:last], own_v[:, :, oldest:last], key)
         out = running.out / running.total[..., None]
         outputs.append(out.reshape(batch, kv_heads, last - first, group, dim))

@@ -5,12 +5,15 @@ values come by TMA in a ring, bytes of e4m3 become float16 on their way through 
 factor of 256 by which their exponents differ goes into logits and output), and the softmax runs online over the tiles
 of a part. Every part gives its maximum, sum and unnormalised output; XLA combines them, where the sink joins once.
 
-Parts of which nothing is seen are skipped, so time grows with what is cached and not with what could be.
+Parts of which nothing is seen are skipped, so time grows with what is cached and not with what could be. A cache may
+have any number of slots, see `ring_tiles`; the last tiles may reach past them.
 
 Left out: several query tokens, and a number of parts that follows from how many programs the device runs at a time.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,21 +22,22 @@ from jax.experimental import pallas as pl
 
 from puzzle_jax.kernels.decode_attention.reference import LayerCache, seen_slots
 from puzzle_jax.kernels.mosaic import hopper_only, launched, plgpu, product, stored, swizzled
+from puzzle_jax.kernels.ring_tiles import E4M3_AS_HALF, as_half, key_columns, readable
 from puzzle_jax.kernels.shapes import Array, Float, Heads, Index, KeyRing, Ref, Rows, Sinks, ValueRing, Window
 from puzzle_jax.kernels.window_attention.reference import MASKED
 
 ROWS = 64
-TILES = (128, 64)
+LARGEST_TILE, SMALLEST_TILE = 128, 64
 TILES_PER_PART = 8
 STEPS = 2
-_E4M3_AS_HALF = 256.0
 
 
 def decode_attention(
     q: Heads, cache: LayerCache, sinks: Sinks, positions: Rows, *, window: Window, interpret: bool = False
 ) -> Heads:
     """See the api. Raises NotImplementedError where this is no Hopper GPU (unless interpreted), below JAX 0.11.2, for
-    other caches than bfloat16 and e4m3, and for sizes that no tile divides."""
+    other caches than bfloat16 and e4m3, for heads that are no multiple of 64 up to 256, and for more than 64 of them on
+    one key."""
     hopper_only(interpret)
     batch, heads, dim = q.shape
     kv_heads, slots = cache.k.shape[1], cache.slots
@@ -42,21 +46,19 @@ def decode_attention(
         raise NotImplementedError(f"for caches of bfloat16 or e4m3, but this one is {cache.k.dtype}")
     if dim % 64 or dim > 256 or group > ROWS:
         raise NotImplementedError(f"heads of {dim} are no multiple of 64 up to 256, or {group} share one key")
-    tile = next((tile for tile in TILES if slots % tile == 0), None)
-    if tile is None:
-        raise NotImplementedError(f"{slots} slots are no multiple of {TILES[-1]}")
-    tiles = next(count for count in range(TILES_PER_PART, 0, -1) if (slots // tile) % count == 0)
-    of_bytes = _E4M3_AS_HALF if packed else 1.0
+    tile, tiles, parts = tiling(slots)
+    of_bytes = E4M3_AS_HALF if packed else 1.0
     factor = dim**-0.5 * of_bytes * (1.0 if cache.k_scale is None else cache.k_scale)
     dtype = jnp.float16 if packed else cache.k.dtype
     rows = (q.astype(jnp.float32) * factor).astype(dtype).reshape(batch, kv_heads, group, dim)
     rows = jnp.pad(rows, ((0, 0), (0, 0), (0, ROWS - group), (0, 0)))
     widths = jnp.broadcast_to(jnp.asarray(slots if window is None else window, jnp.int32), (batch,))
-    out, largest, total = _parts(rows, cache.k, cache.v, positions, widths, group, tile, tiles, interpret)
+    call = partial(_parts, slots=slots, group=group, interpret=interpret)
+    out, largest, total = call(rows, *readable(cache.k, cache.v), positions, widths)
     out, largest, total = out[..., :group, :], largest[..., :group], total[..., :group]
 
     # What a part that was skipped holds is nobody's.
-    first = jnp.arange(slots // (tile * tiles)) * tile * tiles
+    first = jnp.arange(parts) * tile * tiles
     start, stop = seen_slots(positions[:, None], widths[:, None], slots)
     there = ((first <= stop) & (first + tile * tiles > start))[:, None, :, None]
     largest = jnp.where(there, largest, MASKED)
@@ -69,15 +71,23 @@ def decode_attention(
     return out.reshape(batch, heads, dim).astype(q.dtype)
 
 
+def tiling(slots: int) -> tuple[int, int, int]:
+    """Slots of a tile, tiles of a part, and parts."""
+    tile = LARGEST_TILE if slots > SMALLEST_TILE else SMALLEST_TILE
+    count = -(-slots // tile)
+    parts = -(-count // TILES_PER_PART)
+    return tile, -(-count // parts), parts
+
+
 def _parts(
     rows: Float[Array, "batch kv_heads rows dim"],
     k_cache: KeyRing,
     v_cache: ValueRing,
     positions: Rows,
     widths: Rows,
+    *,
+    slots: int,
     group: int,
-    tile: int,
-    tiles: int,
     interpret: bool,
 ) -> tuple[
     Float[Array, "batch kv_heads parts some dim"],
@@ -86,7 +96,8 @@ def _parts(
 ]:
     """Unnormalised output, largest logit and sum of weights of every part of the cache."""
     batch, kv_heads, _, dim = rows.shape
-    slots, packed = k_cache.shape[3], k_cache.dtype == jnp.uint8
+    packed, (tile, tiles, parts) = k_cache.dtype == jnp.uint8, tiling(slots)
+    columns = key_columns(k_cache.shape[3], tile)
     part, some, dtype = tile * tiles, -(-group // 8) * 8, rows.dtype
     mosaic = plgpu()
     matrix, vector = mosaic.Layout.WGMMA, mosaic.Layout.WGMMA.reduce(1)
@@ -95,11 +106,6 @@ def _parts(
         out, largest_out, total_out, q_tile, p_tile, out_tile, largest_tile, total_tile, arrived, *halves = refs
         b, h, s = lax.axis_index("row"), lax.axis_index("head"), lax.axis_index("part")
         position, width = position_of[b], width_of[b]
-
-        def as_half(stored: Ref, half: Ref) -> Ref:
-            code = stored[...].astype(jnp.int16)
-            half[...] = lax.bitcast_convert_type(((code & 0x80) << 8) | ((code & 0x7F) << 7), jnp.float16)
-            return half
 
         def wide(values: Float[Array, "rows"], columns: int) -> Float[Array, "rows columns"]:
             return lax.broadcast_in_dim(values, (ROWS, columns), (0,))
@@ -115,6 +121,8 @@ def _parts(
             behind = lax.rem(position, slots) - slot
             behind = jnp.where(behind < 0, behind + slots, behind)
             seen = (behind <= position) & (behind < width)
+            if slots % part:
+                seen = seen & (slot < slots)
             logits = jnp.where(seen, logits, MASKED)
             new = jnp.maximum(largest, jnp.max(logits, axis=1))
             weights = jnp.where(seen, jnp.exp(logits - wide(new, tile)), 0.0)
@@ -135,7 +143,7 @@ def _parts(
                 step,
                 grid=(tiles,),
                 in_specs=[
-                    mosaic.BlockSpec((dim, tile), lambda i: (0, s * tiles + i), transforms=swizzled(tile, bits)),
+                    mosaic.BlockSpec((dim, tile), lambda i: (0, s * tiles + i), transforms=swizzled(columns, bits)),
                     mosaic.BlockSpec((tile, dim), lambda i: (s * tiles + i, 0), transforms=swizzled(dim, bits)),
                 ],
                 max_concurrent_steps=min(STEPS, tiles),
@@ -146,19 +154,21 @@ def _parts(
                 ),
             )
             largest_tile[...], total_tile[...], out_tile[...] = pipeline(k.at[b, h], v.at[b, h])
-            parts = (out_tile.at[pl.ds(0, some)], out), (largest_tile, largest_out), (total_tile, total_out)
-            stored(*((tile, target.at[b, h, s]) for tile, target in parts))
+            results = (out_tile.at[pl.ds(0, some)], out), (largest_tile, largest_out), (total_tile, total_out)
+            stored(*((tile, target.at[b, h, s]) for tile, target in results))
 
     def shared(shape: tuple[int, ...], swizzle: bool = True) -> object:
         kind = dtype if swizzle else jnp.float32
         return mosaic.SMEM(shape, kind, transforms=swizzled(shape[1]) if swizzle else ())
 
-    grid = (batch, kv_heads, slots // part)
+    # Both sides of a product lie in patterns of one width.
+    q_tile = mosaic.SMEM((ROWS, dim), dtype, transforms=swizzled(dim if packed else min(columns, dim)))
+    grid = (batch, kv_heads, parts)
     per_row = jax.ShapeDtypeStruct((*grid, ROWS), jnp.float32)
     halves = [shared((dim, tile)), shared((tile, dim))] if packed else []
     vectors = [shared((ROWS, dim), False), shared((ROWS,), False), shared((ROWS,), False)]
     outputs = [jax.ShapeDtypeStruct((*grid, some, dim), jnp.float32), per_row, per_row]
-    scratch = [shared((ROWS, dim)), shared((ROWS, tile)), *vectors, mosaic.Barrier(), *halves]
+    scratch = [q_tile, shared((ROWS, tile)), *vectors, mosaic.Barrier(), *halves]
     call = launched(kernel, outputs, dict(zip(("row", "head", "part"), grid, strict=True)), scratch, interpret)
     out, largest, total = call(positions, widths, rows, k_cache, v_cache)
     return out, largest, total

@@ -5,7 +5,8 @@ parallelism. Implementations: `mosaic_gpu` and `mosaic_tpu`, by the kernels of `
 proved themselves; `expert_loop` on CPUs, one chosen expert after the other; `capacity` for few tokens, which reads all
 weights once and gathers none; `ragged_dot` on TPUs and `looped` on GPUs, see `grouped_matmul`; `sorted_blocks`,
 dropless matmuls in blocks of one expert each; `reference`, every expert on every token. All but the first two are XLA
-programs; under differentiation `expert_loop` and `capacity` become `sorted_blocks`, or `looped` on GPUs.
+programs; under differentiation `expert_loop` and `capacity` become `sorted_blocks`, or `looped` on GPUs. Packed experts
+that are too many to be decoded together (`mxfp4.MOST_DECODED`) go through `expert_loop` or `looped` without a kernel.
 
 Numerics are gpt-oss's: even columns of gate-up are the gate and odd ones the linear part; the gate is clamped from
 above only; the gate weight multiplies after the bias of the down projection.
@@ -35,7 +36,7 @@ IMPLEMENTATIONS = {
     "expert_loop": expert_loop.expert_outputs,
     "capacity": capacity.expert_outputs,
     "ragged_dot": grouped.by("ragged_dot"),
-    "looped": grouped.by("looped"),
+    "looped": grouped.looped,
     "sorted_blocks": sorted_blocks.expert_outputs,
     "reference": reference.expert_outputs,
 }

@@ -4,7 +4,8 @@ The weights are read where they lie, once per round, and never gathered into blo
 that is what time goes into. A round is one batched matmul over all experts, of one shape whatever was routed, so a
 token's result does not depend on which others are in the batch. No token is dropped.
 Gradients are those of `sorted_blocks`, which suits the many tokens of training.
-Left out: skipping experts that nobody chose (their weights are read all the same).
+Left out: skipping experts that nobody chose (their weights are read all the same); packed experts whose decoded
+matrices would be large (`mxfp4.MOST_DECODED`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from puzzle_jax.kernels.expert_mlp.reference import Experts
 from puzzle_jax.kernels.expert_mlp.sorted_blocks import with_gradients_of_sorted_blocks
 from puzzle_jax.kernels.expert_mlp.swiglu import clamped_swiglu
-from puzzle_jax.kernels.mxfp4 import as_dense
+from puzzle_jax.kernels.mxfp4 import as_dense, check_decoded
 from puzzle_jax.kernels.shapes import Array, ExpertOutputs, Ids, IntScalar, Tokens
 
 MAX_MEAN_ROWS = 16  # of pairs per expert; with more, `sorted_blocks` wastes less
@@ -32,7 +33,9 @@ def round_rows(tokens: int, pairs: int, num_experts: int) -> int:
 
 
 def expert_outputs(x: Tokens, ids: Ids, experts: Experts, *, limit: float, spread: int | None = None) -> ExpertOutputs:
-    """See the api. Raises NotImplementedError for more than `MAX_MEAN_ROWS` pairs per expert."""
+    """See the api. Raises NotImplementedError for more than `MAX_MEAN_ROWS` pairs per expert, and for packed experts
+    that are too many to be decoded together."""
+    check_decoded(x.dtype, experts.gate_up, experts.down)
     spread = spread or experts.down_bias.shape[0]
     if ids.size > MAX_MEAN_ROWS * spread:
         raise NotImplementedError(f"{ids.size} pairs are many for {spread} experts")

@@ -1,8 +1,8 @@
 """`expert_mlp` on CPUs: one chosen expert after the other, one block of its rows after the other.
 
 Every chosen expert's matrices are taken out once and stay in the cache while its rows pass, where batched matmuls read
-all experts and gather them first. Experts that nobody chose cost nothing, packed ones are decoded only where they are
-used, and a token's bits depend on no other token.
+all experts and gather them first. Experts that nobody chose cost nothing, packed ones are decoded a tile at a time in
+the product itself, and a token's bits depend on no other token.
 Left out: accelerators, where a loop of small blocks leaves most of the device idle; bfloat16, whose conversion would
 cost more than is saved; and small experts, whose matmuls are shorter than a step of the loop.
 """
@@ -16,7 +16,7 @@ from puzzle_jax.kernels.expert_mlp.reference import Experts
 from puzzle_jax.kernels.expert_mlp.sorted_blocks import with_gradients_of_sorted_blocks
 from puzzle_jax.kernels.expert_mlp.swiglu import clamped_swiglu
 from puzzle_jax.kernels.grouped_matmul.layout import half_share
-from puzzle_jax.kernels.mxfp4 import as_dense
+from puzzle_jax.kernels.mxfp4 import MXFP4, Weights, matmul
 from puzzle_jax.kernels.platform import target_platform
 from puzzle_jax.kernels.route import expert_order
 from puzzle_jax.kernels.shapes import Array, ExpertOutputs, Ids, IntScalar, Tokens
@@ -51,15 +51,19 @@ def _expert_outputs(settings: tuple[float, int], x: Tokens, ids: Ids, experts: E
     def one_expert(index: IntScalar, out: Array) -> Array:
         expert = chosen[index]
         one = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, expert), experts)
-        gate_up, down = as_dense(one.gate_up, x.dtype)[0], as_dense(one.down, x.dtype)[0]
 
         def one_block(index: IntScalar, out: Array) -> Array:
             h = jax.lax.dynamic_slice_in_dim(rows, index * block, block)
-            h = clamped_swiglu(h @ gate_up + one.gate_up_bias.astype(x.dtype), limit)
-            h = h @ down + one.down_bias.astype(x.dtype)
+            h = clamped_swiglu(_product(h, one.gate_up) + one.gate_up_bias.astype(x.dtype), limit)
+            h = _product(h, one.down) + one.down_bias.astype(x.dtype)
             return jax.lax.dynamic_update_slice_in_dim(out, h, index * block, axis=0)
 
         return jax.lax.fori_loop(stop[expert] - blocks[expert], stop[expert], one_block, out)
 
     out = jax.lax.fori_loop(0, jnp.count_nonzero(blocks), one_expert, jnp.zeros_like(rows))
     return out[order.slot].reshape(tokens, k, -1)
+
+
+def _product(rows: Array, weight: Weights) -> Array:
+    """Rows times the only matrix of a stack."""
+    return matmul(rows, weight) if isinstance(weight, MXFP4) else rows @ weight[0].astype(rows.dtype)

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from puzzle_jax.kernels.expert_mlp.reference import Experts
 from puzzle_jax.kernels.expert_mlp.swiglu import clamped_swiglu
 from puzzle_jax.kernels.grouped_matmul import BLOCK_IMPLEMENTATIONS, BLOCK_ROWS, in_use_rows
-from puzzle_jax.kernels.mxfp4 import MXFP4
+from puzzle_jax.kernels.mxfp4 import MXFP4, decoded_together
+from puzzle_jax.kernels.platform import target_platform
 from puzzle_jax.kernels.route import expert_order
 from puzzle_jax.kernels.shapes import Array, ExpertOutputs, Float, Ids, Tokens
 
@@ -26,6 +27,14 @@ from puzzle_jax.kernels.shapes import Array, ExpertOutputs, Float, Ids, Tokens
 def by(name: str, **options: bool) -> Callable[..., Array]:
     """`expert_outputs` with one of `BLOCK_IMPLEMENTATIONS`."""
     return partial(expert_outputs, kernel=partial(BLOCK_IMPLEMENTATIONS[name], **options), block_rows=BLOCK_ROWS[name])
+
+
+def looped(x: Tokens, ids: Ids, experts: Experts, *, limit: float, spread: int | None = None) -> ExpertOutputs:
+    """`expert_outputs` by a loop over blocks. Raises NotImplementedError off GPUs, where there are faster ways, unless
+    packed experts are too many to be decoded together."""
+    if target_platform() != "gpu" and decoded_together(x.dtype, experts.gate_up, experts.down):
+        raise NotImplementedError(f"a loop over blocks is for GPUs, but this is {target_platform()}")
+    return by("looped", interpret=True)(x, ids, experts, limit=limit, spread=spread)
 
 
 def expert_outputs(

@@ -3,7 +3,7 @@ each block is one dense matmul with one expert's weights. No token is dropped, s
 a gather or a batched matmul, so XLA differentiates it and runs it well on CPUs, where `lax.ragged_dot` is dense.
 
 The work is proportional to the pairs plus at most one block per expert. Left out: dequantising inside the matmul;
-packed weights are decoded first.
+packed weights are decoded first, all of them or, where that would be large (`mxfp4.MOST_DECODED`), not here.
 
 Implementations whose loops have no gradients worth having take those of this one.
 """
@@ -11,6 +11,7 @@ Implementations whose loops have no gradients worth having take those of this on
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from puzzle_jax.kernels.expert_mlp import grouped
 from puzzle_jax.kernels.expert_mlp.reference import Experts
 from puzzle_jax.kernels.expert_mlp.swiglu import clamped_swiglu
 from puzzle_jax.kernels.grouped_matmul.blocked import block_rows
-from puzzle_jax.kernels.mxfp4 import as_dense
+from puzzle_jax.kernels.mxfp4 import as_dense, check_decoded
 from puzzle_jax.kernels.platform import target_platform
 from puzzle_jax.kernels.route import expert_order
 from puzzle_jax.kernels.shapes import Array, ExpertOutputs, Ids, Tokens
@@ -30,7 +31,9 @@ Forward = Callable[[Settings, Array, Array, Experts], Array]
 
 
 def expert_outputs(x: Tokens, ids: Ids, experts: Experts, *, limit: float, spread: int | None = None) -> ExpertOutputs:
-    """See the api. Accumulates in float32."""
+    """See the api. Accumulates in float32. Raises NotImplementedError for packed experts that are too many to be
+    decoded together."""
+    check_decoded(x.dtype, experts.gate_up, experts.down)
     tokens, k = ids.shape
     num_experts = experts.down_bias.shape[0]
     block = block_rows(tokens * k, spread or num_experts)
@@ -54,14 +57,17 @@ def expert_outputs(x: Tokens, ids: Ids, experts: Experts, *, limit: float, sprea
 
 def with_gradients_of_sorted_blocks(forward: Forward) -> Forward:
     """`forward((limit, spread), x, ids, experts)`; where it is differentiated, in `x` and `experts`, `sorted_blocks`
-    runs in its place, forwards and backwards, or on GPUs `looped`, which gathers no weights."""
+    runs in its place, forwards and backwards; or on GPUs, and for packed experts that are too many to be decoded
+    together, `looped`, which gathers no weights."""
 
     def save(settings: Settings, x: Array, ids: Array, experts: Experts) -> tuple[Array, Backward]:
         limit, spread = settings
 
         def run(x: Array, experts: Experts) -> Array:
-            outputs = grouped.by("looped") if target_platform() == "gpu" else expert_outputs
-            return outputs(x, ids, experts, limit=limit, spread=spread)
+            if target_platform() != "gpu":
+                with suppress(NotImplementedError):
+                    return expert_outputs(x, ids, experts, limit=limit, spread=spread)
+            return grouped.looped(x, ids, experts, limit=limit, spread=spread)
 
         return jax.vjp(run, x, experts)
 

@@ -3,7 +3,7 @@
 Kernels take rows in blocks of one expert each (`layout`): padding a group to whole blocks costs less than tiles that
 two experts share, and work stays proportional to the rows. Implementations: `mosaic_gpu` for Hopper and
 `mosaic_tpu`, where these have proved themselves; `ragged_dot` on TPUs, `looped` on GPUs and `blocked` on CPUs, the last
-two in plain XLA; and `reference`.
+two in plain XLA; and `reference`. Packed weights that are too many to be decoded together are `looped` everywhere.
 
 Gradients of the kernels and of `looped`: of the rows by the same one with the matrices transposed, or where it has no
 such product, with packed ones decoded for it, or by XLA; of dense weights by `lax.ragged_dot_general` on TPUs, and

@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from puzzle_jax.kernels.grouped_matmul.layout import half_share
-from puzzle_jax.kernels.mxfp4 import Weights, as_dense
+from puzzle_jax.kernels.mxfp4 import Weights, as_dense, check_decoded
 from puzzle_jax.kernels.shapes import BlockExperts, IntScalar, Sorted
 from puzzle_jax.kernels.tiles import tiles
 
@@ -25,7 +25,8 @@ def block_rows(rows: int, num_experts: int, packed: bool = False) -> int:
 def block_matmul(
     rows: Sorted, weights: Weights, expert: BlockExperts, used: IntScalar, *, transposed: bool = False
 ) -> Sorted:
-    """See the api."""
+    """See the api. Raises NotImplementedError for packed weights that are too many to be decoded together."""
+    check_decoded(rows.dtype, weights)
     dense = as_dense(weights, rows.dtype)[expert]
     subscripts = "nbi,noi->nbo" if transposed else "nbi,nio->nbo"
     each = rows.reshape(len(expert), -1, rows.shape[1])

@@ -1,4 +1,5 @@
-"""`grouped_matmul` in plain XLA on GPUs: one block of rows after the other, its expert's matrix read where it lies.
+"""`grouped_matmul` in plain XLA on GPUs, and for many packed experts on every device: one block of rows after the
+other, its expert's matrix read where it lies.
 
 Memory is in proportion to the rows, where `lax.ragged_dot`, which XLA for GPUs expands over all experts, takes a copy
 of the rows per expert, and `blocked` a copy of the matrix per block (figures: docs/kernels.md). Of packed weights one
@@ -12,7 +13,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from puzzle_jax.kernels.mxfp4 import Weights, as_dense
+from puzzle_jax.kernels.mxfp4 import Weights, as_dense, decoded_together
 from puzzle_jax.kernels.platform import target_platform
 from puzzle_jax.kernels.shapes import Array, BlockExperts, Float, IntScalar, Sorted
 from puzzle_jax.kernels.tiles import tiles
@@ -36,8 +37,9 @@ def block_matmul(
     transposed: bool = False,
     interpret: bool = False,
 ) -> Sorted:
-    """See the api. Raises NotImplementedError off GPUs, where there are faster ways; `interpret` runs it anywhere."""
-    if target_platform() != "gpu" and not interpret:
+    """See the api. Raises NotImplementedError off GPUs, where there are faster ways, unless packed weights are too many
+    to be decoded together; `interpret` runs it anywhere."""
+    if target_platform() != "gpu" and not interpret and decoded_together(rows.dtype, weights):
         raise NotImplementedError(f"a loop over blocks is for GPUs, but this is {target_platform()}")
     block = len(rows) // len(expert)
 

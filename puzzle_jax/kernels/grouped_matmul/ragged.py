@@ -10,7 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from puzzle_jax.kernels.mxfp4 import Weights, as_dense
+from puzzle_jax.kernels.mxfp4 import Weights, as_dense, check_decoded
 from puzzle_jax.kernels.platform import target_platform
 from puzzle_jax.kernels.shapes import Array, BlockExperts, GroupSizes, Int, IntScalar, Sorted
 
@@ -36,9 +36,10 @@ def rows_per_expert(expert: BlockExperts, used: IntScalar, block: int, num_exper
 
 
 def grouped_matmul(rows: Sorted, weights: Weights, group_sizes: GroupSizes, *, transposed: bool = False) -> Sorted:
-    """See the api. Raises NotImplementedError off TPUs."""
+    """See the api. Raises NotImplementedError off TPUs, and for packed weights too many to be decoded together."""
     if target_platform() != "tpu":
         raise NotImplementedError("XLA expands it over all experts on CPUs and GPUs")
+    check_decoded(rows.dtype, weights)
     dense = as_dense(weights, rows.dtype)
     dense = dense.swapaxes(1, 2) if transposed else dense
     out = jax.lax.ragged_dot(rows, dense, group_sizes, preferred_element_type=jnp.float32)

@@ -1,12 +1,12 @@
 """Causal attention with learnable sinks, full or within a window, over grouped query heads.
 
 A sink is one extra logit per query head that joins the softmax and is then dropped, so the weights of a query sum to
-less than one. A window of W lets query i see the keys j with i - W < j <= i. Implementations: `mosaic_gpu` for Hopper
-and `splash` for TPUs, where these have proved themselves; `causal_blocks` (full attention and static windows), `banded`
-(static windows far narrower than the sequence), both of a cost that grows with what is visible; `square`, which takes
-any window, one per row of the batch as data included; `online_blocks`, any window likewise, for sequences so long that
-the others would hold too many logits; and `reference`. On a mesh that cuts positions, devices exchange them for heads
-around any of these; see `parallel`.
+less than one. A window of W lets query i see the keys j with i - W < j <= i. Implementations: `mosaic_gpu_wide` (long
+sequences and reaches) and `mosaic_gpu` for Hopper and `splash` for TPUs, where these have proved themselves;
+`causal_blocks` (full attention and static windows), `banded` (static windows far narrower than the sequence), both of a
+cost that grows with what is visible; `square`, which takes any window, one per row of the batch as data included;
+`online_blocks`, any window likewise, for sequences so long that the others would hold too many logits; and `reference`.
+On a mesh that cuts positions, devices exchange them for heads around any of these; see `parallel`.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from puzzle_jax.kernels.window_attention import (
 from puzzle_jax.kernels.window_attention.trial import trial
 
 IMPLEMENTATIONS = {
+    "mosaic_gpu_wide": mosaic_gpu.wide_attention,
     "mosaic_gpu": mosaic_gpu.window_attention,
     "splash": splash.window_attention,
     "causal_blocks": causal_blocks.window_attention,

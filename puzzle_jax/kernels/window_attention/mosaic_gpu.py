@@ -14,7 +14,7 @@ and the query heads that share them. Which tiles a block sees first and last is 
 may be data too, and from the smallest and largest segment of each tile. So the cost grows with the window, and with
 packed sequences with their lengths rather than the row's.
 
-Left out: warp specialisation, and more than 64 queries per program.
+Left out: warp specialisation and more than 64 queries per program, but for the forward pass of `mosaic_wide`.
 """
 
 from __future__ import annotations
@@ -30,49 +30,37 @@ from jax.experimental import pallas as pl
 
 from puzzle_jax.kernels.mosaic import hopper_only, launched, plgpu, product, stored, swizzled
 from puzzle_jax.kernels.shapes import Array, Float, Index, Int, Keys, Queries, Ref, Rows, Segments, Sinks, Window
+from puzzle_jax.kernels.window_attention import mosaic_wide
+from puzzle_jax.kernels.window_attention.mosaic_shape import TILE, Shape, Tiles
 from puzzle_jax.kernels.window_attention.reference import MASKED
 
-TILE = 64
 STEPS = 2
 
-Tiles = Int[Array, "batch tiles"]
 Place = Callable[..., tuple[Array, Array]]
 Carry = TypeVar("Carry")
 
 
-class _Shape(NamedTuple):
-    """Sizes and options that a kernel is made for."""
-
-    batch: int
-    seq: int
-    heads: int
-    kv_heads: int
-    dim: int
-    windowed: bool
-    segments: bool
-    interpret: bool
-
-    @property
-    def tiles(self) -> int:
-        return self.seq // TILE
-
-    def bounds(self, segments: Int[Array, "batch seq"], widths: Rows) -> tuple[Tiles, Tiles]:
-        """The first tile of keys that each block of queries may see, and the last block of queries that may see each
-        tile of keys: by windows, and by the ranges of tiles' segments, which overlap where two tiles share one."""
-        tile = jnp.arange(self.tiles, dtype=jnp.int32)[None]
-        first = jnp.maximum(tile * TILE - widths[:, None] + 1, 0) // TILE
-        last = jnp.minimum((tile * TILE + TILE + widths[:, None] - 2) // TILE, self.tiles - 1)
-        if self.segments:
-            by_tile = segments.reshape(self.batch, self.tiles, TILE)
-            low, high = jnp.min(by_tile, axis=2), jnp.max(by_tile, axis=2)
-            meets = (low[:, :, None] <= high[:, None]) & (low[:, None] <= high[:, :, None])
-            first = jnp.maximum(first, jnp.argmax(meets, axis=2))
-            last = jnp.minimum(last, self.tiles - 1 - jnp.argmax(meets[:, :, ::-1], axis=2))
-        return first.astype(jnp.int32), last.astype(jnp.int32)
+def wide_attention(*arrays: Array, window: Window, segment_ids: Segments = None, interpret: bool = False) -> Queries:
+    """`window_attention` with the forward pass of `mosaic_wide`. Raises NotImplementedError also for windows that are
+    data or below `mosaic_wide.MIN_REACH`, and for sequences of no more than half of that."""
+    least, seq = mosaic_wide.MIN_REACH, arrays[0].shape[1]
+    if 2 * seq <= least:
+        raise NotImplementedError(f"for more than {least // 2} tokens, but these are {seq}")
+    if not (window is None or (isinstance(window, int) and window >= min(least, seq))):
+        raise NotImplementedError(f"for all keys or windows of {least} or more, but this is {window}")
+    return window_attention(*arrays, window=window, segment_ids=segment_ids, interpret=interpret, wide=True)
 
 
 def window_attention(
-    q: Queries, k: Keys, v: Keys, sinks: Sinks, *, window: Window, segment_ids: Segments = None, interpret: bool = False
+    q: Queries,
+    k: Keys,
+    v: Keys,
+    sinks: Sinks,
+    *,
+    window: Window,
+    segment_ids: Segments = None,
+    interpret: bool = False,
+    wide: bool = False,
 ) -> Queries:
     """See the api. Raises NotImplementedError where this is no Hopper GPU (unless interpreted), below JAX 0.11.2, for
     other types than bfloat16, and heads that are no multiple of 64 up to 128."""
@@ -82,12 +70,12 @@ def window_attention(
     batch, seq, heads, dim = q.shape
     if dim % 64 or dim > 128:
         raise NotImplementedError(f"heads of {dim} are no multiple of 64 up to 128")
-    padding = -seq % TILE
+    padding = -seq % (mosaic_wide.QUERIES if wide else TILE)
     if padding:  # queries and keys behind everything: nobody sees them
         q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q, k, v))
         segment_ids = None if segment_ids is None else jnp.pad(segment_ids, ((0, 0), (0, padding)), mode="edge")
     windowed = window is not None and not (isinstance(window, int) and window >= seq)
-    shape = _Shape(batch, seq + padding, heads, k.shape[2], dim, windowed, segment_ids is not None, interpret)
+    shape = Shape(batch, seq + padding, heads, k.shape[2], dim, windowed, segment_ids is not None, interpret, wide)
     width = jnp.asarray(window if windowed else seq, jnp.int32).reshape(-1)
     widths = jnp.broadcast_to(jnp.minimum(width, seq), (batch,))
     segments = jnp.zeros((batch, seq + padding), jnp.int32) if segment_ids is None else segment_ids.astype(jnp.int32)
@@ -96,32 +84,32 @@ def window_attention(
 
 
 class _Seen(NamedTuple):
-    """What a query may see: segments, each row's window, and what follows of both for tiles, see `_Shape.bounds`."""
+    """What a query may see: segments, each row's window, and what follows of both for tiles, see `Shape.bounds`."""
 
-    segments: Segments
+    segments: Int[Array, "batch seq"]
     widths: Rows
     first: Tiles
     last: Tiles
 
 
-def _seen(shape: _Shape, segments: Array, widths: Array) -> _Seen:
+def _seen(shape: Shape, segments: Array, widths: Array) -> _Seen:
     return _Seen(segments, widths, *shape.bounds(segments, widths))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(shape: _Shape, q: Array, k: Array, v: Array, sinks: Array, segments: Array, widths: Array) -> Array:
+def _attend(shape: Shape, q: Array, k: Array, v: Array, sinks: Array, segments: Array, widths: Array) -> Array:
     return _forward(shape, q, k, v, sinks, _seen(shape, segments, widths))[0]
 
 
 def _save(
-    shape: _Shape, q: Array, k: Array, v: Array, sinks: Array, segments: Array, widths: Array
+    shape: Shape, q: Array, k: Array, v: Array, sinks: Array, segments: Array, widths: Array
 ) -> tuple[Array, tuple[object, ...]]:
     seen = _seen(shape, segments, widths)
     out, lse = _forward(shape, q, k, v, sinks, seen)
     return out, (q, k, v, sinks, seen, out, lse)
 
 
-def _backward(shape: _Shape, saved: tuple[Any, ...], d_out: Array) -> tuple[Array | None, ...]:
+def _backward(shape: Shape, saved: tuple[Any, ...], d_out: Array) -> tuple[Array | None, ...]:
     q, k, v, sinks, seen, out, lse = saved
     delta = jnp.einsum("bqhd,bqhd->bhq", out, d_out, preferred_element_type=jnp.float32)
     d_sinks = -jnp.einsum("bhq,bhq->h", jnp.exp(sinks[:, None] - lse), delta)
@@ -139,7 +127,7 @@ _attend.defvjp(_save, _backward)
 class _Tools:
     """Pieces of a kernel whose tiles are [TILE, TILE] logits and [TILE, dim] vectors."""
 
-    def __init__(self, shape: _Shape) -> None:
+    def __init__(self, shape: Shape) -> None:
         self.shape, self.mosaic = shape, plgpu()
         self.matrix = self.mosaic.Layout.WGMMA
         self.by_row, self.by_column = self.matrix.reduce(1), self.matrix.reduce(0)
@@ -240,9 +228,11 @@ def _here() -> tuple[Array, Array, Array]:
 
 
 def _forward(
-    shape: _Shape, q: Array, k: Array, v: Array, sinks: Array, visible: _Seen
+    shape: Shape, q: Array, k: Array, v: Array, sinks: Array, visible: _Seen
 ) -> tuple[Queries, Float[Array, "batch heads seq"]]:
     """Output and lse'."""
+    if shape.wide:
+        return mosaic_wide.forward(shape, q, k, v, sinks, visible.segments, visible.widths, visible.first)
     tools, dim = _Tools(shape), shape.dim
 
     def kernel(
@@ -302,7 +292,7 @@ def _forward(
 
 
 def _d_queries(
-    shape: _Shape, q: Array, k: Array, v: Array, visible: _Seen, d_out: Array, lse: Array, delta: Array
+    shape: Shape, q: Array, k: Array, v: Array, visible: _Seen, d_out: Array, lse: Array, delta: Array
 ) -> Queries:
     tools, dim = _Tools(shape), shape.dim
 
@@ -343,7 +333,7 @@ def _d_queries(
 
 
 def _d_keys(
-    shape: _Shape, q: Array, k: Array, v: Array, visible: _Seen, d_out: Array, lse: Array, delta: Array
+    shape: Shape, q: Array, k: Array, v: Array, visible: _Seen, d_out: Array, lse: Array, delta: Array
 ) -> tuple[Keys, Keys]:
     """Logits are transposed here: keys are rows and queries columns."""
     tools, dim, group = _Tools(shape), shape.dim, shape.heads // shape.kv_heads

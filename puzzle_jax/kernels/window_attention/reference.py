@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from puzzle_jax.kernels.shapes import Array, Bool, Float, Keys, Queries, Segments, Sinks, Window
 
 MASKED = -1e30  # finite, so that a query without keys gives zeros and not NaN
-MOST_LOGITS = 2**30
-"""Logits that an implementation may hold at a time, on all devices together; float32, so 4 GB."""
+MOST_LOGITS = 2**27
+"""Logits that an implementation may hold at a time, on all devices together; float32, so 0.5 GB."""
 
 
 class OnlineSoftmax(NamedTuple):

@@ -106,7 +106,7 @@ class ReplaceOne:
     """Runs alternatives of one base model; on a mesh over several processes in all of them, which make the same calls.
 
     Attributes:
-      params: dense parameters of the parent.
+      params: of the parent; experts dense or packed.
       config: of the parent.
       base: a choice per layer; None is the parent's own.
       rope: rotary settings of the base; None is the parent's own.
@@ -171,7 +171,8 @@ class ReplaceOne:
 
     def embedded(self, batch: MicroBatch) -> Float[Array, "rows seq hidden"]:
         """The input of the first layer."""
-        return _embed(self.params["embedding"], spread_rows(batch.tokens, self.mesh))
+        outside = {name: self.params[name] for name in ("embedding", "final_norm")}
+        return _embed(outside, spread_rows(batch.tokens, self.mesh))
 
     def layer(self, index: int, x: Array, choice: Alternative, config: ModelConfig | None = None) -> Array:
         """One layer with a choice of its own, on rows or on rows of slots of states."""
@@ -261,9 +262,7 @@ class ReplaceOne:
         return x
 
 
-@jax.jit
-def _embed(embedding: Array, tokens: Int[Array, "rows seq"]) -> Float[Array, "rows seq hidden"]:
-    return embed({"embedding": embedding}, tokens)
+_embed = jax.jit(embed)
 
 
 @partial(jax.jit, static_argnames=("config", "window"))

@@ -29,8 +29,10 @@ from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions, check_co
 from puzzle_jax.evaluate.models import Model
 from puzzle_jax.evaluate.statistics import Summary, by_effort, means, resample, summarise
 from puzzle_jax.generate.traces import Trace
+from puzzle_jax.kernels.mxfp4 import MXFP4
 from puzzle_jax.model.network import compute_dtype, to_compute
 from puzzle_jax.model.spec import Params
+from puzzle_jax.model.weights import stays_packed
 from puzzle_jax.progress import progress
 from puzzle_jax.tasks import Chat
 from puzzle_jax.train.average.weights import Pair
@@ -40,6 +42,18 @@ REFERENCE = "reference"
 _DRAWS, _DRAW_SEED = 2000, 0
 
 _dense = jax.jit(to_compute, static_argnums=1)
+
+
+def _in_compute_form(params: Params, config: ModelConfig) -> Params:
+    """Parameters as models are run with them: dense, or as they are stored where dense ones would take too much."""
+    packed, dtype = any(map(_is_packed, jax.tree.leaves(params, is_leaf=_is_packed))), compute_dtype()
+    if stays_packed("auto", config, packed, dtype=dtype):
+        return {**params, "final_norm": params["final_norm"].astype(dtype)}
+    return _dense(params, dtype)
+
+
+def _is_packed(node: object) -> bool:
+    return isinstance(node, MXFP4)
 
 
 @dataclass(frozen=True)
@@ -157,10 +171,10 @@ class Sweep:
 
     def answers(self, params: Params, config: ModelConfig, chat: Chat, who: str, console: Console) -> Measured:
         """What a model answers."""
-        dense = _dense(params, compute_dtype())
+        params = _in_compute_form(params, config)
         with progress(console, f"answering, {who}", len(self.questions.questions())) as advance:
             found = answer_questions(
-                dense,
+                params,
                 config,
                 chat,
                 self.questions,

@@ -62,7 +62,7 @@ class DistillInputs(RunInputs[DistillRecipe]):
         """
         if blocks and recipe.teacher_cache is not None:
             raise PuzzleError(f"teacher_cache is {recipe.teacher_cache}, but layers that train alone read no logits")
-        model = Model.open("parent", recipe.parent, today or day_of(recipe.out))
+        model = Model.open("parent", recipe.parent, today or day_of(recipe.out), recipe.weights)
         opened = open_child(recipe.parent, recipe.child)
         found = read_examples(recipe.trace_paths, recipe.data, model.config.vocab_size, model.chat)
         training, heldout = apart(found.examples, recipe.data)

@@ -52,7 +52,7 @@ class GrpoInputs(RunInputs[GrpoRecipe]):
         """
         if recipe.out.resolve() == recipe.model.resolve():
             raise ConfigError(f"out is {recipe.out}, which is the model itself; name another directory")
-        inputs = GrpoInputs(recipe, Model.open("policy", recipe.model, today or day_of(recipe.out)))
+        inputs = GrpoInputs(recipe, Model.open("policy", recipe.model, today or day_of(recipe.out), recipe.weights))
         recipe.check_context(inputs.config.max_position)
         if recipe.rollout.cache == FLOAT8 and cache_scales(inputs.model.description) is None:
             raise ConfigError(f"rollout.cache is {FLOAT8}, but {recipe.model} carries no scales for such a cache")

@@ -44,6 +44,7 @@ class AnswersSettings(Asked):
       problems: of each task, every one asked at every effort.
       batch_size: answers generated together.
       mesh: devices to spread batch and weights over.
+      weights: how weights are held: packed, dense, or auto (see `model.weights`).
     """
 
     parent: Path
@@ -51,6 +52,7 @@ class AnswersSettings(Asked):
     problems: int
     batch_size: int = 64
     mesh: MeshSettings = field(default_factory=MeshSettings)
+    weights: str = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,7 +70,7 @@ def run(settings: AnswersSettings, console: Console | None = None) -> None:
     limits = settings.max_tokens
     _check_out(settings.out)
     mesh = make_mesh(settings.mesh.data, settings.mesh.model) if settings.mesh.devices > 1 else None
-    model = replace(Model.open("parent", settings.parent, datetime.datetime.now()), mesh=mesh)
+    model = replace(Model.open("parent", settings.parent, datetime.datetime.now(), settings.weights), mesh=mesh)
     asked = questions.questions()
     check_context(asked, model.chat, model.config, limits, "the parent")
     for name in questions.tasks:

@@ -1,0 +1,79 @@
+"""Time left of a search that runs: its settings' seconds by roofline, corrected by what its stages took.
+
+The roofline of the devices present says how stages compare; how fast they really are is learnt from every stage that
+has run, the later ones counting more, since a later stage's programs are more like those that are still to come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from puzzle_jax.costs.hardware import HARDWARE, Hardware, hardware_named
+from puzzle_jax.search.context import Search
+from puzzle_jax.search.hours.work import SearchTime
+
+_OF_A_STAGE = {"trace": ("load", "trace"), "score": ("lens", "score")}
+"""What of `SearchTime` makes up a stage of the pipeline, where that is not the entry of its name."""
+
+_OLDER = 0.5
+"""Weight of what was known before a stage, beside that stage's own seconds."""
+
+
+class TimeLeft:
+    """Predicted seconds of stages, and what those that ran took.
+
+    Args:
+      predicted: seconds by stage, in the order in which they run; stages that are not named take none.
+    """
+
+    def __init__(self, predicted: Mapping[str, float]) -> None:
+        self.left = dict(predicted)
+        self._predicted = self._measured = 0.0
+
+    def finished(self, stage: str, seconds: float | None) -> float | None:
+        """Seconds that the stages after this one will take; None while nothing is known, or when none is left.
+
+        `seconds` is what the stage took, None where it was skipped.
+        """
+        expected = self.left.pop(stage, 0.0)
+        if seconds is not None and expected > 0:
+            self._predicted = _OLDER * self._predicted + expected
+            self._measured = _OLDER * self._measured + seconds
+        remaining = sum(self.left.values())
+        return remaining * self._measured / self._predicted if self._predicted and remaining else None
+
+
+def time_left_of(search: Search) -> TimeLeft:
+    """The time left of a search on the devices present."""
+    traces = search.recipe.traces
+    work = SearchTime(
+        search.parent.config,
+        search.recipe,
+        search.parent.description.form,
+        present_hardware(),
+        answer_share=0.5 if traces.file is None else 1.0,
+    )
+    names = {name for parts in _OF_A_STAGE.values() for name in parts}
+    seconds = {**{name: (name,) for name in work.seconds if name not in names}, **_OF_A_STAGE}
+    order = ("trace", "rank", "score", "solve", "refine", "assemble", "evaluate")
+    return TimeLeft({stage: sum(work.seconds[part] for part in seconds[stage]) for stage in order})
+
+
+def present_hardware() -> Hardware:
+    """The entry of `costs.hardware` for the first device present, or what is measured of it."""
+    import jax
+
+    words = jax.local_devices()[0].device_kind.lower().split()
+    known = [hardware for name, hardware in HARDWARE.items() if name in words]
+    return known[0] if known else hardware_named("local")
+
+
+def spoken(seconds: float) -> str:
+    """A duration as people say it, in two units at most.
+
+    >>> spoken(42), spoken(400), spoken(9_000)
+    ('1 min', '7 min', '2 h 30 min')
+    """
+    minutes = max(1, round(seconds / 60))
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"

@@ -1,0 +1,276 @@
+"""How long a search takes: per stage the work that its settings ask for, times the roofline's seconds.
+
+    trace      prompts, and decoding steps of all answers, by slots that are always full
+    rank       one pass over the calibration traces, in which one expert more than the chosen ones runs
+    lens       two passes over up to 96 traces for the maps, two more and every alternative's own layer for the look
+    score      two passes over the traces that are scored on, and of every alternative the layers above its own
+    solve      whole children on the validation traces
+    refine     scoring anew around a child, swaps of experts, whole children on validation and confirmation traces
+    assemble   one pass for the scales of the FP8 cache, and the child's bytes
+    evaluate   whole children on the held-out traces, and answers of every model
+
+A pass is a prefill: seconds are those of `costs.roofline`, whose shares of the peaks hold here, too. Answers are taken
+to be `answer_share` of their limits long. What adaptive scoring and successive elimination do depends on the numbers
+that they find; `SCORED_TRACES` is what they came to on the embedded parent.
+
+Left out: compiling (minutes for each shape, once, where a compilation cache is kept), and the host's own work between
+programs, of which only the program's time limit is known.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from rich.table import Table
+
+from puzzle_jax.config import ModelConfig
+from puzzle_jax.convert_hf.table import Form, tensor_bytes
+from puzzle_jax.costs.assumptions import Assumptions, default_assumptions
+from puzzle_jax.costs.hardware import Hardware
+from puzzle_jax.costs.roofline import Roofline, Steps
+from puzzle_jax.costs.scenario import Scenario
+from puzzle_jax.numeric import Number
+from puzzle_jax.search.artifacts import TRACE_SETS
+from puzzle_jax.search.rank.ranking import METHODS
+from puzzle_jax.search.recipe import Recipe
+from puzzle_jax.search.score.measurements import METRICS
+from puzzle_jax.search.score.space_scorer import LENS_TRACES
+from puzzle_jax.search.space import candidate_counts, candidate_windows, restrict
+
+SCORED_TRACES = 1.5
+"""Traces that an alternative is scored on by the adaptive method, in the mean, as a multiple of `score.first`."""
+
+DISK_BYTES_PER_SECOND = 1e9
+"""Of reading the parent and writing the child; a network's file system may be slower."""
+
+_HOST_BYTES = 3e9
+"""Python, JAX with its compiler, and a tensor on its way; measured on checkpoints of real width."""
+
+_TRACE_BYTES_PER_TOKEN = 4  # in parquet, compressed
+
+
+@dataclass(frozen=True)
+class SearchTime:
+    """The work of a search on some hardware.
+
+    Attributes:
+      config: the parent's.
+      recipe: all settings; files that it names are not read.
+      form: how experts are held.
+      hardware: of every device.
+      prompt_tokens: length of a prompt.
+      answer_share: mean length of an answer as a share of its limit.
+      assumptions: the roofline's.
+    """
+
+    config: ModelConfig
+    recipe: Recipe
+    form: Form
+    hardware: Hardware
+    prompt_tokens: int = 1024
+    answer_share: Number = 0.5
+    assumptions: Assumptions = field(default_factory=default_assumptions)
+
+    # How much there is to do ----------------------------------------------------------------------------------------
+
+    def answers(self, problems: int) -> dict[str, int]:
+        """Answers by effort, of so many problems of each task."""
+        settings = self.recipe.traces
+        return {effort: problems * max(1, len(settings.tasks)) for effort in settings.efforts}
+
+    def answer_tokens(self, effort: str) -> Number:
+        return max(1.0, self.answer_share * self.recipe.traces.max_tokens[effort])
+
+    def trace_tokens(self, problems: int) -> Number:
+        """Tokens of all traces of a set, prompts included."""
+        return sum(
+            count * (self.prompt_tokens + self.answer_tokens(effort))
+            for effort, count in self.answers(problems).items()
+        )
+
+    @cached_property
+    def alternatives(self) -> tuple[Number, Number]:
+        """Alternatives of the whole space: those with other experts, by every ranking method, and other windows."""
+        config, settings = self.config, self.recipe.space
+        experts = config.blocks[0].num_experts
+        counts = candidate_counts(experts, config.experts_per_token, settings.fractions, settings.divisor)
+        offered, windows = restrict(
+            [counts] * config.num_layers, candidate_windows(config, settings.windows), settings.restrict
+        )
+        own = [block.window for block in config.blocks]
+        sets = sum(sum(count < experts for count in layer) for layer in offered)
+        return sets, sum(len(set(each) - {w}) for each, w in zip(windows, own, strict=True))
+
+    # Seconds of parts -----------------------------------------------------------------------------------------------
+
+    def _steps(self, inputs: Number, outputs: Number, batch: Number) -> Steps:
+        mesh = self.recipe.mesh
+        tensor = math.gcd(mesh.model, self.config.num_kv_heads)
+        scenario = Scenario(
+            "search",
+            max(1, round(inputs)),
+            max(1, round(outputs)),
+            batch=max(1, round(batch)),
+            devices=mesh.devices - mesh.devices % tensor,
+            tensor_parallel=tensor,
+        )
+        roofline = Roofline(self.hardware, self.assumptions)
+        return roofline.steps(self.config, scenario, self.form)
+
+    def _layers(self, steps: Steps, more_experts: Number = 1.0) -> tuple[Number, Number]:
+        """Seconds of all layers: of prefills, and of a decoding step."""
+        prefill = decode = 0.0
+        for block in self.config.blocks:
+            attention, experts = steps.attention(block.window).total(), steps.experts(block.num_experts).total()
+            prefill += attention.prefill_seconds + more_experts * experts.prefill_seconds
+            decode += attention.decode_seconds + experts.decode_seconds
+        return prefill, decode
+
+    def a_pass(self, problems: Number, more_experts: Number = 1.0) -> Number:
+        """Seconds of one pass over a set of traces."""
+        total = 0.0
+        for effort, count in self.answers(1).items():
+            length = self.prompt_tokens + self.answer_tokens(effort)
+            total += self._layers(self._steps(length, 1, count * problems), more_experts)[0]
+        return total
+
+    def heads(self, problems: Number) -> Number:
+        """Seconds of the output head on the answers of a set of traces."""
+        tokens = problems * sum(count * self.answer_tokens(effort) for effort, count in self.answers(1).items())
+        return self._products(tokens, self.config.hidden_size * self.config.vocab_size)
+
+    def answering(self, problems: int) -> Number:
+        """Seconds in which a model answers."""
+        total, slots = 0.0, self.recipe.traces.batch_size
+        for effort, count in self.answers(problems).items():
+            outputs = self.answer_tokens(effort)
+            steps = self._steps(self.prompt_tokens, outputs, min(slots, count))
+            prefill, decode = self._layers(steps)
+            rest = steps.rest().total()
+            rounds = max(1.0, count / slots)
+            total += rounds * (prefill + rest.prefill_seconds + outputs * (decode + rest.decode_seconds))
+        return total
+
+    def _products(self, tokens: Number, weights: int) -> Number:
+        reached = self.assumptions.efficiency.dense
+        return 2 * tokens * weights / (self.hardware.flops_per_second * reached.rate) / self.recipe.mesh.devices
+
+    # Stages ---------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def seconds(self) -> dict[str, Number]:
+        """Seconds of every stage."""
+        recipe = self.recipe
+        sets = {name: getattr(recipe.traces, name) for name in TRACE_SETS}
+        traces = recipe.traces.file is None
+        load = tensor_bytes(self.config, self.form) / DISK_BYTES_PER_SECOND
+        children = 2 + len(recipe.evaluate.baselines)
+        k = self.config.experts_per_token
+        found = {
+            "load": load,
+            "trace": sum(map(self.answering, sets.values())) if traces else 0.0,
+            "rank": self.a_pass(sets["calibration"], (k + 1) / k),
+            "lens": self._lens(),
+            "score": self._scoring(*self._exact_alternatives()),
+            "solve": self._whole(recipe.solve.solutions + 3, sets["validation"]),
+            "refine": self._refine(),
+            "assemble": self.a_pass(sets["calibration"]) + load,
+            "evaluate": self._whole(children, sets["heldout"]),
+        }
+        if recipe.traces.tasks:
+            found["evaluate"] += children * self.answering(recipe.evaluate.problems)
+        return found
+
+    def _whole(self, children: int, problems: int) -> Number:
+        return (children + 1) * (self.a_pass(problems) + self.heads(problems))
+
+    def _problems(self, traces: Number) -> Number:
+        """Traces as problems of every task, each asked at every effort."""
+        return traces / sum(self.answers(1).values())
+
+    @property
+    def _calibration(self) -> int:
+        return sum(self.answers(self.recipe.traces.calibration).values())
+
+    def _lens(self) -> Number:
+        settings = self.recipe.score
+        if settings.method == "exact" or not settings.keep_sets:
+            return 0.0
+        problems = self._problems(min(LENS_TRACES, self._calibration))
+        tokens = problems * self.trace_tokens(1)
+        sets, windows = self.alternatives
+        looked = sets * len(METHODS) + windows
+        square = self.config.hidden_size**2
+        maps = self.config.num_layers * self._products(tokens, 2 * square)
+        own_layer = self.a_pass(problems) / self.config.num_layers
+        each = own_layer + self._products(tokens, square) + self.heads(problems)
+        return 4 * self.a_pass(problems) + maps + looked * each
+
+    def _exact_alternatives(self) -> tuple[Number, Number]:
+        """Alternatives that are scored exactly, and the traces that each is scored on in the mean."""
+        settings, (sets, windows) = self.recipe.score, self.alternatives
+        per_count = min(settings.keep_sets or len(METHODS), len(METHODS))
+        if settings.method == "lens":
+            return 0.0, 0.0
+        traces = self._calibration
+        if settings.method == "adaptive":
+            traces = min(traces, SCORED_TRACES * settings.first)
+        return sets * per_count + windows, traces
+
+    def _scoring(self, alternatives: Number, traces: Number) -> Number:
+        problems = self._problems(traces)
+        layers = (self.config.num_layers + 1) / 2 / self.config.num_layers
+        one = self.a_pass(problems)
+        return 2 * one + alternatives * (layers * one + self.heads(problems)) if alternatives else 0.0
+
+    def _refine(self) -> Number:
+        options, traces = self.recipe.refine, self.recipe.traces
+        total = options.rounds * (self._scoring(*self._exact_alternatives()) + self.seconds_of_pool())
+        if options.swaps and options.proposals:
+            # Of every layer's swaps all are scored on the first traces, a quarter on twice as many, and so on.
+            swaps = self.config.num_layers * options.swaps**2
+            first = min(self.recipe.score.first, self._calibration)
+            total += self._scoring(swaps, 1.5 * first) + self._whole(options.proposals, traces.validation)
+        both = self._whole(2, traces.validation) + self._whole(2, traces.confirmation)
+        return total + both * (options.rounds + bool(options.swaps))
+
+    def seconds_of_pool(self) -> Number:
+        """Seconds of running the program's solutions whole."""
+        return self._whole(self.recipe.solve.solutions, self.recipe.traces.validation)
+
+    # Beside the devices ---------------------------------------------------------------------------------------------
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of the run's directory at most; the child is no larger than its parent."""
+        traces = sum(self.trace_tokens(getattr(self.recipe.traces, name)) for name in TRACE_SETS)
+        return round(tensor_bytes(self.config, self.form) + traces * _TRACE_BYTES_PER_TOKEN + self._table_bytes)
+
+    @property
+    def host_bytes(self) -> int:
+        """Memory of the host beside that of its devices: the process, the largest tensor twice, tables of scores."""
+        largest = 2 * self.config.vocab_size * self.config.hidden_size
+        return round(_HOST_BYTES + 2 * largest + 2 * self._table_bytes)
+
+    @property
+    def _table_bytes(self) -> Number:
+        return self._exact_alternatives()[0] * self._calibration * len(METRICS) * 8
+
+
+def hours_table(seconds: Mapping[str, Number], devices: int, price: Number | None) -> Table:
+    """Hours, device hours, and what they cost, by stage."""
+    columns = ["stage", "hours", f"device hours ({devices})", *([] if price is None else ["price"])]
+    table = Table(*columns)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    rows: Sequence[tuple[str, Number]] = [*seconds.items(), ("total", sum(seconds.values()))]
+    for name, value in rows:
+        if name == "total":
+            table.add_section()
+        hours = value / 3600
+        paid = [] if price is None else [f"{hours * devices * price:,.2f}"]
+        table.add_row(name, f"{hours:,.2f}", f"{hours * devices:,.2f}", *paid)
+    return table
