@@ -2,10 +2,10 @@
 where one is lost, and that another number of processes goes on from there."""
 
 import json
+import re
 import shutil
 import signal
 import socket
-import tempfile
 import time
 from pathlib import Path
 
@@ -60,12 +60,13 @@ def command(parent: Path, run: Path, *more: str, mesh: str = "data=2", stage: st
     return ["puzzle_jax.search", *arguments(parent, run, "--mesh", f"processes=2,{mesh}", *more, stage=stage)]
 
 
-def in_processes(count: int, parent: Path, run: Path, mesh: str):
+def in_processes(count: int, parent: Path, run: Path, mesh: str, scratch: Path):
     """A whole search in so many processes of two devices each; only the first one has the run's directory."""
     more = ("--mesh", f"processes={count},{mesh}")
     runs = [run, *[run.parent / "nowhere"] * (count - 1)]
     flags = f"--xla_force_host_platform_device_count={OWN_DEVICES} {QUICK}"
-    return running(*[["puzzle_jax.search", *arguments(parent, each, *more)] for each in runs], XLA_FLAGS=flags)
+    commands = [["puzzle_jax.search", *arguments(parent, each, *more)] for each in runs]
+    return running(*commands, XLA_FLAGS=flags, TMPDIR=str(scratch))
 
 
 # What they find ------------------------------------------------------------------------------------------------------
@@ -81,14 +82,15 @@ def in_processes(count: int, parent: Path, run: Path, mesh: str):
     ],
 )
 def test_processes_find_the_child_that_one_device_finds(alone, parents, tmp_path, count, mesh):
-    run, left = tmp_path / "run", scratch_directories()
-    with in_processes(count, parents[0], run, mesh) as processes:
+    run, scratch = tmp_path / "run", tmp_path / "scratch"
+    scratch.mkdir()
+    with in_processes(count, parents[0], run, mesh, scratch) as processes:
         found = ended(processes)
     assert [process.returncode for process in found] == [0] * count, [process.stderr for process in found]
-    printed = [[line for line in p.stdout.splitlines() if not line.startswith("[Gloo]")] for p in found]
-    assert [line.split()[0] for line in printed[0] if line.endswith(" s")] == list(STAGE_NAMES)
-    assert not any(printed[1:])
-    assert not (tmp_path / "nowhere").exists() and scratch_directories() <= left
+    printed = [re.sub(r"\[Gloo\].* is : \d+\n?", "", process.stdout) for process in found]
+    assert re.findall(r"(\w+) +[\d.]+ s\n", printed[0]) == list(STAGE_NAMES), found[0].stdout
+    assert printed[1:] == [""] * (count - 1)
+    assert not (tmp_path / "nowhere").exists() and not list(scratch.glob("puzzle_jax-run-*"))
     for name in ("calibration", "validation", "confirmation", "heldout"):
         one, several = (read_traces(r / f"traces/{name}.parquet") for r in (alone, run))
         assert list(one) == list(several)
@@ -121,10 +123,6 @@ def scores(run: Path) -> list[tuple[list[list[int]], list[float]]]:
         )
         for layer in layers
     ]
-
-
-def scratch_directories() -> set[Path]:
-    return {path.parent for path in Path(tempfile.gettempdir()).glob("puzzle_jax-run-*/owner.lock")}
 
 
 # How they end --------------------------------------------------------------------------------------------------------
