@@ -45,7 +45,7 @@ from puzzle_jax.search.score.adaptive import in_random_order
 from puzzle_jax.search.score.alternatives import IndexedAlternatives
 from puzzle_jax.search.score.lens import fit_lens
 from puzzle_jax.search.score.measurements import Fill, ScoreTable
-from puzzle_jax.search.score.replace_one import METRICS, Alternative, Answers, ReplaceOne, compare_with_parent
+from puzzle_jax.search.score.replace_one import METRICS, Alternative, Answers, ReplaceOne
 from puzzle_jax.search.score.space_scorer import LENS_TRACES
 from puzzle_jax.search.score.whole_children import score_children
 from puzzle_jax.settings.files import RECIPES
@@ -148,8 +148,7 @@ def whole_model(run: ReplaceOne, batch: MicroBatch, wanted: list[tuple[int, Alte
                     masks[slot] = choice.expert_mask
             x = run.layer(index, x, Alternative(np.tile(masks, (rows, 1)), own.window))
         states = x.reshape(rows, run.per_call, seq, -1)
-        found = compare_with_parent(run.params, run.config, parent, states, Answers.of(batch))
-        values[first : first + len(group)] = np.asarray(found)[: len(group)]
+        values[first : first + len(group)] = run.compared(parent, states, Answers.of(batch))[: len(group)]
     return values
 
 
@@ -169,7 +168,7 @@ def _head_in_layers(run: ReplaceOne, batch: MicroBatch) -> float:
             taken.append(time.perf_counter() - start)
         return statistics.median(taken)
 
-    head = best(lambda: compare_with_parent(run.params, run.config, x, states, answers))
+    head = best(lambda: run.compared(x, states, answers))
     layers = [best(lambda i=i: run.layer(i, flat, run.choices[i])) for i in (0, 1)]
     return head / statistics.mean(layers)
 

@@ -26,6 +26,7 @@ from puzzle_jax.evaluate.settings import MAX_TOKENS
 from puzzle_jax.generate import Generated, GenerateOptions, Request, generate
 from puzzle_jax.generate.traces import Trace
 from puzzle_jax.model.spec import Params
+from puzzle_jax.processes.distributed import process_index
 from puzzle_jax.tasks import Chat, FiniteTask, Problem, check_effort, get_task, problems
 from puzzle_jax.tasks.chat.embedded import is_embedded
 from puzzle_jax.tasks.context import check_fits
@@ -47,6 +48,23 @@ class Scorers(Protocol):
     def begin(self, answer: Answer, *, own_score: bool = False) -> int: ...
 
     def finished(self, *, wait: bool) -> list[tuple[int, Reward]]: ...
+
+
+class Unscored:
+    """`Scorers` of a process whose scores nobody reads: every answer has the reward 0."""
+
+    def __init__(self) -> None:
+        self._begun = 0
+        self._open: list[int] = []
+
+    def begin(self, answer: Answer, *, own_score: bool = False) -> int:
+        self._open.append(self._begun)
+        self._begun += 1
+        return self._open[-1]
+
+    def finished(self, *, wait: bool) -> list[tuple[int, Reward]]:
+        found, self._open = self._open, []
+        return [(ticket, Reward(0.0, None)) for ticket in found]
 
 
 @dataclass(frozen=True)
@@ -136,7 +154,8 @@ def answer_questions(
       questions: what to ask.
       max_tokens: limit per effort.
       skip: indices into `questions.questions()` that are not asked.
-      scorers: score answers to tasks whose scorers are not bounded; by default processes of this call's own.
+      scorers: score answers to tasks whose scorers are not bounded; by default processes of this call's own, and in
+        processes that are not the primary one of a program none, since scores may differ from host to host.
       on_answer: called with a question's index and its answer as soon as it is scored, in any order.
       options: of `generate`. One context for all questions compiles one set of programs; rounding, and so an answer
         now and then, depends on it.
@@ -191,7 +210,8 @@ def answer_questions(
 
     with ExitStack() as stack:
         if scorers is None and not all(tasks[problem.task].bounded for _, (problem, _) in asked):
-            scorers = stack.enter_context(RewardWorkers(processes=min(_MOST_SCORERS, os.cpu_count() or 1)))
+            workers = min(_MOST_SCORERS, os.cpu_count() or 1)
+            scorers = Unscored() if process_index() else stack.enter_context(RewardWorkers(processes=workers))
         generate(params, config, requests, stop_ids=sorted(chat.stop_ids), on_finish=finish, **options)
         while scored_elsewhere:
             collect(wait=True)

@@ -14,6 +14,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from puzzle_jax.config import ModelConfig
@@ -22,7 +23,7 @@ from puzzle_jax.generate.batches import MicroBatch
 from puzzle_jax.kernels.float8 import E4M3_MAX
 from puzzle_jax.model.cache_format import KVScales
 from puzzle_jax.model.child import View
-from puzzle_jax.model.network import attention_block, embed, moe_block
+from puzzle_jax.model.network import attention_block, embed, moe_block, traced_mesh
 from puzzle_jax.model.rope import rope_table
 from puzzle_jax.model.spec import Params
 
@@ -74,4 +75,6 @@ def largest_by_layer(
         seen = valid[:, :, None, None]
         found.append(jnp.stack([jnp.max(jnp.abs(y.astype(jnp.float32)) * seen) for y in (qkv.k, qkv.v)]))
         x, _ = moe_block(layer["moe"], config, x, expert_mask=None if view is None else view.expert_masks[index])
-    return jnp.stack(found)
+    # Every process may then read it.
+    largest = jnp.stack(found)
+    return largest if traced_mesh() is None else jax.lax.with_sharding_constraint(largest, PartitionSpec())

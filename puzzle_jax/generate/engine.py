@@ -29,7 +29,7 @@ from puzzle_jax.generate.slots import Admission, Group, Slots
 from puzzle_jax.model.cache_format import CacheFormat
 from puzzle_jax.model.child import View
 from puzzle_jax.model.network import states_dtype
-from puzzle_jax.model.sharding import beside, generation_mesh, on_mesh
+from puzzle_jax.model.sharding import beside, generation_mesh, on_mesh, read
 from puzzle_jax.model.spec import Params
 from puzzle_jax.tasks.context import check_fits
 
@@ -230,7 +230,7 @@ class Engine:
                 owners.update(zip(slots, members, strict=True))
                 reported.update(dict.fromkeys(slots, 0))
             state = self._decode(state, burst, enough() if waiting else self.slots)
-            idle, counts = programs.read((state.idle, state.counts), self._mesh)
+            idle, counts = read((state.idle, state.counts), self._mesh)
             for slot, index in list(owners.items()):
                 if not idle[slot] and not partial:
                     continue

@@ -27,6 +27,7 @@ from puzzle_jax.model.cache import LayerCache, decode_step, init_cache, prefill_
 from puzzle_jax.model.cache_format import CacheFormat
 from puzzle_jax.model.child import View
 from puzzle_jax.model.network import LayerAux, head_logits
+from puzzle_jax.model.sharding import replicated
 from puzzle_jax.model.spec import Params
 
 
@@ -122,23 +123,17 @@ def expert_id_dtype(config: ModelConfig) -> np.dtype:
 
 
 def _empty(
-    config: ModelConfig, rows: int, context: int, dtype: jnp.dtype, form: CacheFormat, experts: bool, places: Places
+    config: ModelConfig, rows: int, context: int, dtype: jnp.dtype, form: CacheFormat, experts: bool, mesh: Mesh | None
 ) -> tuple[list[LayerCache], Array | None]:
+    places = Places.on(mesh, rows, config)
     caches = [
         init_cache(config, layer, rows, context, dtype, form, sharding=places.caches)
         for layer in range(config.num_layers)
     ]
-    scales = _replicated([(c.k_scale, c.v_scale) for c in caches], places.everywhere)
+    scales = replicated([(c.k_scale, c.v_scale) for c in caches], mesh)
     caches = [LayerCache(c.k, c.v, *pair) for c, pair in zip(caches, scales, strict=True)]
     shape = (rows, context, config.num_layers, config.experts_per_token)
     return caches, jnp.zeros(shape, expert_id_dtype(config), device=places.rows) if experts else None
-
-
-def _replicated(tree: PyTree, everywhere: NamedSharding | None) -> PyTree:
-    """Arrays that every process has, on all devices of all processes."""
-    if everywhere is None:
-        return tree
-    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, everywhere, np.asarray(x).__getitem__), tree)
 
 
 def empty_group(
@@ -152,9 +147,9 @@ def empty_group(
     mesh: Mesh | None = None,
 ) -> Group:
     """A group of rows whose prompts are still to be run, made in place."""
-    places = Places.on(mesh, rows, config)
-    caches, chosen = _empty(config, rows, context, dtype, form, experts, places)
-    return Group(caches, jnp.zeros((rows, config.hidden_size), dtype, device=places.rows), chosen)
+    caches, chosen = _empty(config, rows, context, dtype, form, experts, mesh)
+    hidden = jnp.zeros((rows, config.hidden_size), dtype, device=Places.on(mesh, rows, config).rows)
+    return Group(caches, hidden, chosen)
 
 
 def empty_slots(
@@ -169,9 +164,9 @@ def empty_slots(
     mesh: Mesh | None = None,
 ) -> Slots:
     """Idle slots, made in place: all together may be more than one device holds."""
-    places = Places.on(mesh, slots, config)
-    caches, chosen = _empty(config, slots, context, dtype, form, experts, places)
-    zeros = partial(jnp.zeros, device=places.rows)
+    caches, chosen = _empty(config, slots, context, dtype, form, experts, mesh)
+    rows = Places.on(mesh, slots, config).rows
+    zeros = partial(jnp.zeros, device=rows)
     return Slots(
         caches=caches,
         logits=zeros((slots, config.vocab_size), jnp.float32),
@@ -179,26 +174,16 @@ def empty_slots(
         counts=zeros(slots, jnp.int32),
         limits=zeros(slots, jnp.int32),
         seeds=zeros(slots, jnp.int32),
-        idle=jnp.ones(slots, bool, device=places.rows),
+        idle=jnp.ones(slots, bool, device=rows),
         tokens=zeros((slots, context), jnp.int32),
         log_probs=zeros((slots, context), jnp.float32) if log_probs else None,
         experts=chosen,
     )
 
 
-def read(arrays: PyTree, mesh: Mesh | None) -> PyTree:
-    """A tree of arrays that live on a mesh, whole and on the host; in all processes, which must all ask."""
-    return jax.device_get(arrays if mesh is None else _reader(mesh)(arrays))
-
-
 def read_row(arrays: PyTree, row: int, mesh: Mesh | None) -> PyTree:
-    """One row of each array, likewise."""
+    """One row of each array, whole and on the host; in all processes, which must all ask."""
     return jax.device_get(_row_reader(mesh)(arrays, np.int32(row)))
-
-
-@lru_cache(maxsize=8)
-def _reader(mesh: Mesh) -> Callable[[PyTree], PyTree]:
-    return jax.jit(lambda arrays: arrays, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 @lru_cache(maxsize=8)

@@ -15,16 +15,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import PyTree
+from jaxtyping import ArrayLike, PyTree
 
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.errors import ConfigError
@@ -47,30 +48,27 @@ TRAINING_AXES: tuple[str, ...] = ("data", "sequence", "model")
 
 
 def make_mesh(data: int, model: int, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of `data` x `model` devices, by default of this process's.
-
-    Raises ConfigError when there are fewer devices.
-    """
-    return _mesh({"data": data, "model": model}, jax.local_devices() if devices is None else devices)
-
-
-def make_training_mesh(data: int, sequence: int, model: int, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of `data` x `sequence` x `model` devices, by default of all processes'.
+    """A mesh of `data` x `model` devices, by default of all processes'.
 
     Devices next to each other, in one host, share a model axis, whose collectives are the most frequent.
 
     Raises ConfigError when there are fewer devices, and when a process would be left with none.
     """
-    sizes = dict(zip(TRAINING_AXES, (data, sequence, model), strict=True))
-    return _mesh(sizes, jax.devices() if devices is None else devices, of_every_process=True)
+    return _mesh({"data": data, "model": model}, devices)
 
 
-def _mesh(sizes: Mapping[str, int], devices: Sequence[Any], of_every_process: bool = False) -> Mesh:
+def make_training_mesh(data: int, sequence: int, model: int, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of `data` x `sequence` x `model` devices; see `make_mesh`."""
+    return _mesh(dict(zip(TRAINING_AXES, (data, sequence, model), strict=True)), devices)
+
+
+def _mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None) -> Mesh:
+    devices = jax.devices() if devices is None else devices
     needed, shape = math.prod(sizes.values()), " x ".join(map(str, sizes.values()))
     if min(sizes.values()) < 1 or needed > len(devices):
         raise ConfigError(f"a mesh of {shape} needs {needed} devices, but {len(devices)} are present")
     idle = {device.process_index for device in devices} - {device.process_index for device in devices[:needed]}
-    if idle and of_every_process:
+    if idle:
         raise ConfigError(
             f"a mesh of {shape} takes {needed} of {len(devices)} devices, but must take some of every process: "
             f"process {min(idle)} would have none"
@@ -190,11 +188,37 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
-def spread_rows(batch: jax.Array, mesh: Mesh | None) -> jax.Array:
-    """A batch with its rows over the data axis, where there is a mesh and they divide by it."""
-    if mesh is None or batch.shape[0] % mesh.shape["data"]:
-        return batch
-    return jax.device_put(batch, batch_sharding(mesh))
+def spread_rows(batch: jax.Array | np.ndarray, mesh: Mesh | None) -> jax.Array:
+    """A batch, which every process has whole, with its rows over the data axis where they divide by it, and whole on
+    all devices where they do not; without a mesh on the first device.
+    """
+    if mesh is None:
+        return jnp.asarray(batch)
+    return _placed(batch, batch_sharding(mesh) if batch.shape[0] % mesh.shape["data"] == 0 else _everywhere(mesh))
+
+
+def replicated(tree: PyTree, mesh: Mesh | None) -> PyTree:
+    """Arrays that every process has, whole on all devices of all processes; as they are without a mesh."""
+    return tree if mesh is None else jax.tree.map(lambda x: _placed(x, _everywhere(mesh)), tree)
+
+
+def read(arrays: PyTree, mesh: Mesh | None) -> PyTree:
+    """A tree of arrays that live on a mesh, whole and on the host; in all processes, which must all ask."""
+    return jax.device_get(arrays if mesh is None else _reader(mesh)(arrays))
+
+
+@lru_cache(maxsize=8)
+def _reader(mesh: Mesh) -> Callable[[PyTree], PyTree]:
+    return jax.jit(lambda arrays: arrays, out_shardings=_everywhere(mesh))
+
+
+def _everywhere(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def _placed(array: ArrayLike, sharding: NamedSharding) -> jax.Array:
+    """An array that every process has, each device given its part without asking the others."""
+    return jax.make_array_from_callback(np.shape(array), sharding, np.asarray(array).__getitem__)
 
 
 def beside(params: Params, state: PyTree, mesh: Mesh | None) -> PyTree:

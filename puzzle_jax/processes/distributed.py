@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
 
 import jax
+from rich.console import Console
 
 from puzzle_jax.errors import ConfigError, PuzzleError, shown
 from puzzle_jax.files import Json
@@ -42,6 +43,7 @@ _VERDICT_SECONDS = 2  # in which it shows that an error was another process's en
 _POLL_MS = 5_000
 _DONE, _REFUSED = "+", "-"  # before what the primary process publishes
 _LISTED = 3
+_LEAST_THREADS = 32
 
 
 class JointError(PuzzleError):
@@ -82,7 +84,7 @@ def agree(what: str, value: Mapping[str, Json]) -> None:
     `what` names it in messages, once in a program. Raises JointError, in all processes, that names what differs and in
     which process.
     """
-    if _count() == 1:
+    if process_count() == 1:
         return
     published = _gathered(f"agree/{what}", value)
     for index, (host, other) in enumerate(published):
@@ -102,7 +104,7 @@ def on_all(what: str, work: Callable[[], Result]) -> Result:
 
     Raises JointError in all processes where `work` raises a PuzzleError in any.
     """
-    if _count() == 1:
+    if process_count() == 1:
         return work()
     result, refused = None, None
     try:
@@ -123,7 +125,7 @@ def from_primary(what: str, work: Callable[[], str]) -> str:
 
     Raises PuzzleError in all processes where `work` does in the primary one.
     """
-    if _count() == 1:
+    if process_count() == 1:
         return work()
     if process_index() == 0:
         try:
@@ -176,7 +178,7 @@ def kv_get(key: str, seconds: float | None = None) -> str:
 
 def kv_delete(key: str) -> None:
     """Drops what was published, once all have read it; nothing is done where one process is alone."""
-    if _count() > 1:
+    if process_count() > 1:
         _state().client.key_value_delete(key)
 
 
@@ -184,7 +186,7 @@ def _gathered(key: str, value: Mapping[str, Json]) -> list[tuple[str, Json]]:
     """Every process's host and value, in all of them."""
     kv_set(f"{key}/{process_index()}", json.dumps([socket.gethostname(), value], default=str))
     found = []
-    for index in range(_count()):
+    for index in range(process_count()):
         try:
             found.append(tuple(json.loads(kv_get(f"{key}/{index}", _OPEN_SECONDS))))
         except TimeoutError:
@@ -211,6 +213,9 @@ def _initialize(count: int, local_devices: int, program: str) -> None:
     limit.daemon = True
     limit.start()
     jax.config.update("jax_enable_preemption_service", False)  # it swallows SIGTERM
+    # XLA has a thread per core for programs. Those that wait for their inputs hold one, and on few cores, where a
+    # process has several CPU devices, none was left for a program that the other processes wait for.
+    os.environ.setdefault("PJRT_NPROC", str(max(_LEAST_THREADS, os.cpu_count() or 1)))
     try:
         with relayed():
             jax.distributed.initialize(
@@ -225,8 +230,8 @@ def _initialize(count: int, local_devices: int, program: str) -> None:
         ) from error
     finally:
         limit.cancel()
-    if _count() != count:
-        raise ConfigError(f"mesh.processes is {count}, but {_count()} were started")
+    if process_count() != count:
+        raise ConfigError(f"mesh.processes is {count}, but {process_count()} were started")
 
 
 def _begin_together() -> None:
@@ -238,7 +243,7 @@ def _begin_together() -> None:
 def _watchdog(program: str) -> Watchdog:
     """This process's connections to the others."""
     if process_index() == 0:
-        return Watchdog.lead(program, _count(), lambda value: kv_set(_WATCHDOG, value))
+        return Watchdog.lead(program, process_count(), lambda value: kv_set(_WATCHDOG, value))
     try:
         published = kv_get(_WATCHDOG, _WATCHDOG_SECONDS)
     except TimeoutError:
@@ -278,8 +283,14 @@ def process_index() -> int:
     return _state().process_id
 
 
-def _count() -> int:
+def process_count() -> int:
+    """The number of processes that are one program; 1 where a process is alone."""
     return _state().num_processes
+
+
+def primary_console(console: Console) -> Console:
+    """The console in the primary process, which reports for all; one that prints nothing in the others."""
+    return Console(quiet=True) if process_index() else console
 
 
 def _state() -> Any:

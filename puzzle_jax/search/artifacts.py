@@ -114,6 +114,13 @@ REFINED = _json("refine/refined.json")
 EVALUATION = _json("evaluate/evaluation.json")
 
 
+COPIED = (
+    *(each.path for each in (*TRACES.values(), RANKING, REFINED_COSTS, SCORES, SOLUTIONS, REFINED)),
+    *(SCORE_TABLE, REFINED_SCORE_TABLE),
+)
+"""Files that the work of stages reads in all processes of a search."""
+
+
 def chosen_candidate(run: Path) -> Candidate:
     """The candidate of the pool that `solve` chose."""
     solutions = SOLUTIONS.read(run)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from puzzle_jax.commands import did_you_mean
-from puzzle_jax.errors import ConfigError, shown
+from puzzle_jax.errors import ConfigError, PuzzleWarning, shown
+from puzzle_jax.processes.distributed import joined, process_index
+from puzzle_jax.processes.scratch import scratch_directory
 from puzzle_jax.search.context import Search
-from puzzle_jax.search.parent import open_parent
 from puzzle_jax.search.pipeline import STAGE_NAMES, run_stages
 from puzzle_jax.search.recipe import Recipe
-from puzzle_jax.search.workers import Team, run_worker
 
 PROGRAM = "puzzle search"
 
@@ -33,9 +35,11 @@ class SearchSettings(Recipe):
 
 
 def run(settings: SearchSettings) -> None:
-    """Runs the stages that are not up to date, in the primary process; the others work for it."""
-    with Team.join(settings.mesh.processes, settings.mesh.devices, program=PROGRAM) as team:
-        if team.index:
-            run_worker(team, open_parent(settings))
-        else:
-            run_stages(Search(settings, team=team), settings.stage)
+    """Runs the stages that are not up to date, in all processes; the primary one has the run directory and reports."""
+    processes, copies = settings.mesh.processes, None
+    with joined(processes, settings.mesh.devices // processes, program=PROGRAM), ExitStack() as stack:
+        if process_index():
+            copies = stack.enter_context(scratch_directory())
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore", PuzzleWarning)  # the primary process gives the same
+        run_stages(Search(settings, copies=copies), settings.stage)

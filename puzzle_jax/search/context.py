@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,8 @@ from puzzle_jax.errors import ConfigError, PuzzleWarning
 from puzzle_jax.generate.batches import MicroBatch, micro_batches
 from puzzle_jax.generate.traces import Trace
 from puzzle_jax.model.child import Child, ChildBlock
+from puzzle_jax.processes.distributed import on_all, on_primary, primary_console, process_index
+from puzzle_jax.processes.published import decided
 from puzzle_jax.runs import open_run
 from puzzle_jax.search.artifacts import RANKING, REFINED_COSTS, SCORES, TRACES
 from puzzle_jax.search.evaluator import Evaluator
@@ -33,23 +35,33 @@ from puzzle_jax.search.score.space_scorer import SpaceScorer
 from puzzle_jax.search.score.whole_children import Measurements
 from puzzle_jax.search.solve.problem import Candidate, Problem, Scores
 from puzzle_jax.search.space import Space, Windows, candidate_counts, candidate_windows, narrower_windows, restrict
-from puzzle_jax.search.workers import Team
 from puzzle_jax.tasks import get_task
 
 
 class Search:
-    """One search in one run directory, in the primary process of its team; console shows progress and tables.
+    """One search in one run directory; console shows progress and tables.
+
+    Of several processes only the primary one has the run directory and a console; in the others `run` is the directory
+    `copies`, with what they read of it (`search.copies`).
 
     Raises `PuzzleError` at once for a parent that cannot be used, tasks that do not exist, and a run directory that
     holds something else.
     """
 
-    def __init__(self, recipe: Recipe, console: Console | None = None, team: Team | None = None) -> None:
-        self.recipe, self.team = recipe, team or Team()
-        self.console = console or plain_console(width=150)
+    def __init__(self, recipe: Recipe, console: Console | None = None, copies: Path | None = None) -> None:
+        self.recipe, self.primary = recipe, process_index() == 0
+        self.console = primary_console(console or plain_console(width=150))
         self.parent = open_parent(recipe)
-        self.counts, self.windows = self._offered()
-        self.run = open_run(recipe.run, run_identity(self.parent))
+        self.counts, self.windows = on_all("read the recipe", self._offered)
+        on_primary("open the run", lambda: open_run(recipe.run, run_identity(self.parent)))
+        self.run = copies or recipe.run
+        if recipe.evaluate.rounds and recipe.mesh.processes > 1:
+            warnings.warn(
+                f"evaluate.rounds is {recipe.evaluate.rounds}, but mesh.processes is {recipe.mesh.processes}, and "
+                "tokens per second are measured by one process alone: they are left out",
+                PuzzleWarning,
+                stacklevel=2,
+            )
 
     def _offered(self) -> tuple[tuple[tuple[int, ...], ...], Windows]:
         """Expert counts and windows that each layer may have; warns of windows that change nothing in any scenario."""
@@ -158,11 +170,11 @@ class Search:
         )
         traces, seed = self.traces("calibration"), self.recipe.traces.seed
         base_kl = 0.0 if around is None else around.score
-        return SpaceScorer(run, traces, settings, self.problem_of, self.console, seed, base_kl, self.team)
+        return SpaceScorer(run, traces, settings, self.problem_of, self.console, seed, base_kl)
 
     def evaluator(self, kept: Path) -> Evaluator:
         """Measures children, and keeps results in a directory for the case that the process is killed."""
-        return Evaluator(self.parent, self.recipe, self.console, self.team, kept, self.identity)
+        return Evaluator(self.parent, self.recipe, self.console, kept, self.identity)
 
     def measure(self, candidates: Sequence[Candidate], name: str, evaluator: Evaluator) -> Measurements:
         """KL of whole candidates on a set of traces."""
@@ -175,10 +187,17 @@ class Search:
         choices may be lower.
         """
         options = self.recipe.solve
-        found = problem.solve(num_solutions=options.solutions, time_limit=options.time_limit, gap=options.gap)
+        found = decided_candidates(
+            lambda: problem.solve(num_solutions=options.solutions, time_limit=options.time_limit, gap=options.gap)
+        )
         known = {(candidate.blocks, candidate.kept) for candidate in found}
         found += [other for other in others if other.meets_target and (other.blocks, other.kept) not in known]
         return Pool(found, *self.measure(found, "validation", evaluator))
+
+
+def decided_candidates(solve: Callable[[], Sequence[Candidate]]) -> list[Candidate]:
+    """What a solver finds in the primary process: with a time limit, each may find something else."""
+    return [Candidate.from_json(found) for found in decided(lambda: [found.to_json() for found in solve()])]
 
 
 def warn_of_windows(left_out: Sequence[int] | set[int], reason: str) -> None:

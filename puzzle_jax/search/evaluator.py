@@ -34,7 +34,6 @@ from puzzle_jax.search.recipe import Recipe
 from puzzle_jax.search.score.measurements import Score
 from puzzle_jax.search.score.whole_children import Measurements, score_children
 from puzzle_jax.search.solve.problem import Candidate
-from puzzle_jax.search.workers import Team
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,6 @@ class Evaluator:
       parent: the parent, with its parameters.
       recipe: questions, limits of answers, scenarios, rounds.
       console: where progress is shown.
-      team: processes that share the scoring of whole children.
       kept: directory of a killed run's results, which are not measured again.
       identity: what results depend on besides children and traces.
     """
@@ -55,7 +53,6 @@ class Evaluator:
     parent: Model
     recipe: Recipe
     console: Console
-    team: Team
     kept: Path
     identity: str
     _known: dict[tuple[Any, ...], tuple[Score, np.ndarray]] = field(default_factory=dict, repr=False)
@@ -73,7 +70,6 @@ class Evaluator:
                     traces,
                     mesh=self.parent.mesh,
                     on_done=advance,
-                    team=self.team,
                     kept=self.kept,
                     identity=self.identity,
                 )
@@ -122,7 +118,8 @@ class Evaluator:
     def speeds(
         self, children: Mapping[str, Child], candidates: Mapping[str, Candidate], exported: Path
     ) -> dict[str, dict[str, Any]]:
-        """Measured tokens per second on the devices present, by scenario and model; nothing where rounds are 0.
+        """Measured tokens per second on the devices present, by scenario and model; nothing where rounds are 0, and
+        with several processes, for the engine is timed in one alone.
 
         Models of the same architecture and batch are timed once: the experts that they keep make no difference.
 
@@ -132,7 +129,7 @@ class Evaluator:
           exported: the checkpoint of the model named "child".
         """
         rounds = self.recipe.evaluate.rounds
-        if not rounds:
+        if not rounds or self.recipe.mesh.processes > 1:
             return {scenario.name: {} for scenario in self.recipe.scenarios}
         child = describe_checkpoint(exported)
         models = {"child": (load_weights(child, weights=self.parent.weights), child.config)}

@@ -18,6 +18,7 @@ listed in `search.artifacts`. A stage runs alone as well, and is skipped when it
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,10 @@ from puzzle_jax.search.artifacts import (
     final_candidates,
     find,
 )
-from puzzle_jax.search.context import Search, warn_of_windows
+from puzzle_jax.search.context import Search, decided_candidates, warn_of_windows
+from puzzle_jax.search.copies import Copies, run_stage
 from puzzle_jax.search.costing import check_target, cost, cost_inputs, cost_settings, refine_costs
+from puzzle_jax.search.hours.left import Reported
 from puzzle_jax.search.rank.ranking import METHODS, KeptSums, rank_experts
 from puzzle_jax.search.refine.accept import refine
 from puzzle_jax.search.refine.proposals import Refinement
@@ -74,16 +77,20 @@ def run_stages(search: Search, name: str = "all") -> None:
 
     Raises `PuzzleError` when an earlier stage has not been run.
     """
+    copies, reported = Copies(search.run), Reported(search)
     for stage in STAGES:
         if name in ("all", stage.name):
-            result = _run(stage, search)
+            result = _run(stage, search, copies)
+            if result is None:
+                continue
             what = "unchanged, skipped" if result.skipped else f"{result.seconds:.1f} s"
-            search.console.print(Text.assemble((f"{stage.name:<12}", "bold"), f" {what}"))
+            left = reported.finished(stage.name, None if result.skipped else result.seconds) if name == "all" else ""
+            search.console.print(Text.assemble((f"{stage.name:<12}", "bold"), f" {what}{left}"))
 
 
-def _run(stage: Stage[Search], search: Search) -> StageResult:
+def _run(stage: Stage[Search], search: Search, copies: Copies) -> StageResult | None:
     try:
-        return stage.run(search.run, search)
+        return run_stage(stage, search, copies)
     except PuzzleError:
         raise
     except Exception as error:
@@ -106,7 +113,18 @@ def _sections(search: Search, *names: str) -> dict[str, Any]:
     return {name: search.recipe.section(name) for name in names}
 
 
-# What the stages do: each function writes the files of its stage into `out`; `kept` survives a killed process. -------
+# What the stages do: each function writes the files of its stage into `out`; `kept` survives a killed process. All
+# processes of a search call it, and what they write counts in the primary one.
+
+
+def by_primary(produce: Callable[[Search, Path, Path], None]) -> Callable[[Search, Path, Path], None]:
+    """A stage's function whose work one process does as well alone."""
+
+    def alone(search: Search, out: Path, kept: Path) -> None:
+        if search.primary:
+            produce(search, out, kept)
+
+    return alone
 
 
 def trace_inputs(search: Search) -> list[Path]:
@@ -124,6 +142,8 @@ def trace(search: Search, out: Path, kept: Path) -> None:
     settings = search.recipe.traces
     if settings.file is None:
         sets = ask_parent(search.parent, search.recipe, kept, search.console)
+    elif not search.primary:
+        return
     else:
         shares = {name: getattr(settings, name) for name in TRACE_SETS}
         traces = read_traces(settings.file, search.parent.chat)
@@ -192,9 +212,11 @@ def score(search: Search, out: Path, kept: Path) -> None:
 
 def solve(search: Search, out: Path, kept: Path) -> None:
     problem = search.problem()
-    baselines = all_baselines(problem)
+    baselines = {found.name: found for found in decided_candidates(lambda: list(all_baselines(problem).values()))}
     others = [baselines[name] for name in ("greedy", "experts_only", "windows_only")]
     pool = search.pool(problem, search.evaluator(kept), others)
+    if not search.primary:
+        return
     solutions = {
         "chosen": pool.best,
         "rank_correlation": pool.rank_correlation,
@@ -246,7 +268,8 @@ def assemble(search: Search, out: Path, kept: Path) -> None:
         scales = calibrate_cache(
             search.parent.params, child.viewed, batches, view=child.view, on_batch=lambda: advance(1)
         )
-    export_child(search.parent.directory, out, child.config, child.kept, provenance=provenance, kv_scales=scales)
+    if search.primary:
+        export_child(search.parent.directory, out, child.config, child.kept, provenance=provenance, kv_scales=scales)
 
 
 def evaluate_settings(search: Search) -> dict[str, Any]:
@@ -267,7 +290,7 @@ def evaluate(search: Search, out: Path, kept: Path) -> None:
     children = {name: search.child(found) for name, found in candidates.items()}
     children["parent"] = identity_child(search.parent.config)  # without the child's own rotary settings
     found = search.evaluator(kept).compare(
-        candidates, children, search.traces("heldout"), search.costs, find(search.run, CHILD)
+        candidates, children, search.traces("heldout"), search.costs, search.run / CHILD
     )
     EVALUATION.write(out, found)
 
@@ -279,10 +302,10 @@ def report(search: Search, out: Path, kept: Path) -> None:
 # The stages ----------------------------------------------------------------------------------------------------------
 
 STAGES: tuple[Stage[Search], ...] = (
-    Stage("cost", cost_inputs, cost_settings, cost, finish=check_target),
+    Stage("cost", cost_inputs, cost_settings, by_primary(cost), finish=check_target),
     Stage("trace", trace_inputs, trace_settings, trace, directory="traces", finish=check_windows),
     Stage("rank", lambda s: _inputs(s, TRACES["calibration"]), lambda _: {"methods": METHODS}, rank),
-    Stage("refine_costs", lambda s: _inputs(s, COSTS, ROUTING), lambda _: {}, refine_costs),
+    Stage("refine_costs", lambda s: _inputs(s, COSTS, ROUTING), lambda _: {}, by_primary(refine_costs)),
     Stage("score", score_inputs, score_settings, score),
     Stage(
         "solve",
@@ -316,7 +339,7 @@ STAGES: tuple[Stage[Search], ...] = (
         "report",
         lambda s: [find(s.run, f"{stage.directory or stage.name}/stage.json") for stage in STAGES[:-1]],
         lambda _: {},
-        report,
+        by_primary(report),
         finish=show_report,
     ),
 )

@@ -174,7 +174,8 @@ class EvaluateSettings:
     Attributes:
       problems: problems per task, each asked at every effort, greedily.
       baselines: names of `search.solve.baselines` that are measured beside the child.
-      rounds: interleaved rounds of measured throughput, on the devices present; 0 leaves it out.
+      rounds: interleaved rounds of measured throughput, on the devices present; 0 leaves it out, and so do several
+        processes.
       seed: draws other problems.
     """
 
@@ -254,6 +255,7 @@ class Recipe:
             raise ConfigError(f"the scenarios are named {', '.join(names)}, but every name may come once only")
         self.target.check_scenarios(names)
         self.mesh.check_without("a search", "sequence")
+        self.mesh.check_over_processes()
 
     @property
     def scenarios(self) -> tuple[Scenario, ...]:

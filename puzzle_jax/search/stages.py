@@ -12,7 +12,8 @@ package version are unchanged is skipped. One process works in a run directory a
 write, or that were edited since, are neither overwritten nor deleted: later stages use an edited output as it is, and
 its own stage refuses to run again.
 
-Left out: several hosts (`search.workers` lets one of them run the stages), and progress inside a stage.
+Left out: several processes, of which one runs a stage here and has the others join in its work (`search.copies`), and
+progress inside a stage.
 """
 
 from __future__ import annotations

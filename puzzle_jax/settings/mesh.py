@@ -16,7 +16,7 @@ class MeshSettings:
       sequence: shares of every row's positions; only training has this axis.
       model: shares of heads, experts and vocabulary.
       processes: that work together, as a rule one per host (`puzzle_jax.processes.distributed` says how they are
-        started). In training the mesh spans the devices of all of them; in a search each has a mesh of its own.
+        started). The mesh spans the devices of all of them, each giving as many.
     """
 
     data: int = 1
@@ -32,13 +32,17 @@ class MeshSettings:
     def devices(self) -> int:
         return self.data * self.sequence * self.model
 
-    def check_spanned(self, section: str, rows: int, row_length: int) -> None:
-        """Raises ConfigError where the processes, or rows of `section`, do not divide evenly over these devices."""
+    def check_over_processes(self) -> None:
+        """Raises ConfigError where the processes do not divide these devices evenly."""
         if self.devices % self.processes:
             raise ConfigError(
                 f"mesh has {self.devices} devices (data x sequence x model), but must have a multiple of "
                 f"mesh.processes ({self.processes})"
             )
+
+    def check_spanned(self, section: str, rows: int, row_length: int) -> None:
+        """Raises ConfigError where the processes, or rows of `section`, do not divide evenly over these devices."""
+        self.check_over_processes()
         for name, value, axis in (("rows", rows, "data"), ("row_length", row_length, "sequence")):
             if value % getattr(self, axis):
                 raise ConfigError(

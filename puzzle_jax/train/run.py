@@ -125,11 +125,6 @@ def open_placement(inputs: RunInputs) -> Placement:
     return Placement(mesh)
 
 
-def primary_console(console: Console) -> Console:
-    """The console in the primary process, which reports for all; one that prints nothing in the others."""
-    return Console(quiet=True) if jax.process_index() else console
-
-
 def report(run_dir: Path, console: Console) -> None:
     """Writes the page of a run, by the primary process. A signal may end a run before it has a line of metrics."""
     if jax.process_index() == 0 and (run_dir / METRICS_FILE).stat().st_size:

@@ -10,7 +10,9 @@ from jax.experimental import multihost_utils
 from puzzle_jax.commands import guarded
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.processes import distributed as processes
+from puzzle_jax.processes import published as publishing
 from puzzle_jax.processes.distributed import agree, from_primary, joined, kv_get, on_all, on_primary, process_index
+from puzzle_jax.processes.published import decided, published, values_of
 
 PROGRAM = "prog"
 
@@ -58,7 +60,25 @@ def primary() -> None:
     assert from_primary("where", lambda: f"in {process_index()}") == "in 0"
 
 
+def publish() -> None:
+    """Bytes of several lengths, one of three parts, JSON and numbers; the other processes have other ones."""
+    here, publishing._PART_BYTES = process_index(), 5000
+    for size in (0, 1, 1024, 1025, 10_003):
+        content = np.random.default_rng(size).bytes(size)
+        assert published(lambda content=content: content if here == 0 else b"") == content
+    assert decided(lambda: {"next": [3, None, 0.1], "in": here}) == {"next": [3, None, 0.1], "in": 0}
+    found = values_of(np.array([[np.pi + here, np.nan], [-0.0, here]]))
+    assert found.shape == (2, 2) and found.tobytes() == np.array([[np.pi, np.nan], [-0.0, 0.0]]).tobytes()
+
+
+def publish_late() -> None:
+    """The primary process needs longer for its work than a collective operation would wait for it."""
+    assert decided(lambda: time.sleep(1) or "late") == "late"
+
+
 ACTIONS = {
+    "publish": publish,
+    "publish-late": publish_late,
     "ready": ready,
     "collect": collect,
     "refuse": refuse,

@@ -24,7 +24,6 @@ from puzzle_jax.search.__main__ import main
 from puzzle_jax.search.pipeline import STAGE_NAMES
 from puzzle_jax.tasks.chat.embedded import chat_files
 from tests.compiler_flags import EIGHT_DEVICES, QUICK
-from tests.processes.start import ended, running
 from tests.support import chat_config, random_params
 from tests.waiting import HANG
 
@@ -223,30 +222,6 @@ def test_eight_devices_choose_what_one_does(finished, parent, tmp_path):
         np.testing.assert_allclose(kls[0], kls[1], rtol=1e-3, atol=1e-7)
     one, eight = (json.loads((r / "refine/refined.json").read_text())["child"]["layers"] for r in (finished, run))
     assert one == eight
-
-
-def in_processes(count: int, parent: Path, run: Path, *arguments: str):
-    """A search that is started once per process, as on several hosts."""
-    command = ["puzzle_jax.search", "--parent", str(parent), *SETTINGS, *arguments, "--mesh.processes", str(count)]
-    runs = [run, *[run.parent / "nowhere"] * (count - 1)]
-    return running(*[[*command, "--run", str(run)] for run in runs])
-
-
-def test_processes_that_score_together_find_what_one_does(finished, parent, tmp_path):
-    """To the last bit: each batch is run by one of them, by the same program."""
-    run = tmp_path / "run"
-    again = ("score", "solve", "refine", "evaluate")
-    shutil.copytree(finished, run, ignore=shutil.ignore_patterns(*again, "*-book.safetensors"))
-    with in_processes(2, parent, run) as processes:
-        found = ended(processes)
-    assert [process.returncode for process in found] == [0, 0], [process.stderr for process in found]
-    for path in ("score/scores.json", "solve/solutions.json", "refine/refined.json"):
-        assert (run / path).read_bytes() == (finished / path).read_bytes(), path
-    divergences = [
-        json.loads((r / "evaluate/evaluation.json").read_text())["child"]["heldout"] for r in (run, finished)
-    ]
-    assert divergences[0] == divergences[1]
-    assert not (tmp_path / "nowhere").exists()
 
 
 @pytest.fixture(scope="module")

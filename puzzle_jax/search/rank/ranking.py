@@ -29,7 +29,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
@@ -41,7 +41,7 @@ from puzzle_jax.generate.batches import MicroBatch
 from puzzle_jax.kernels.expert_mlp import expert_outputs
 from puzzle_jax.kernels.route import top_k_ids
 from puzzle_jax.model.network import embed, rms_norm, traced_mesh
-from puzzle_jax.model.sharding import beside, on_mesh, spread_rows
+from puzzle_jax.model.sharding import beside, on_mesh, read, replicated, spread_rows
 from puzzle_jax.model.spec import Params, layer_experts
 from puzzle_jax.search.rank.elimination import (
     Sample,
@@ -169,7 +169,7 @@ def rank_experts(
       kept: sums of a killed run, whose batches are not run again, and where to keep those of this one.
     """
     done, sums = kept.load(config) if kept is not None else (0, [no_sums(config) for _ in config.blocks])
-    sums = beside(params, sums, mesh)
+    sums = replicated(beside(params, sums, mesh), mesh)
     for number, batch in enumerate(batches):
         if number < done:
             if on_batch is not None:
@@ -186,7 +186,7 @@ def rank_experts(
             kept.save(number + 1, sums)
         if on_batch is not None:
             on_batch()
-    return _ranking(sums, config.experts_per_token)
+    return _ranking(sums, config.experts_per_token, mesh)
 
 
 def no_sums(config: ModelConfig) -> RankSums:
@@ -196,14 +196,14 @@ def no_sums(config: ModelConfig) -> RankSums:
     return RankSums(*(jnp.zeros(experts) for _ in range(5)), tokens=jnp.zeros(()), sample=sample)
 
 
-def _ranking(sums: Sequence[RankSums], k: int) -> Ranking:
+def _ranking(sums: Sequence[RankSums], k: int, mesh: Mesh | None) -> Ranking:
     removal, gated_norm, turned_norm, gates, routed, tokens = (
         np.stack([np.asarray(of_layer[part], np.float64) for of_layer in sums]) for part in range(6)
     )
     tokens = tokens[:, None]
 
     def eliminated(by: Callable[[Sample, Array, int], Array]) -> np.ndarray:
-        return np.stack([np.asarray(by(s.sample, s.routed, k), np.float64) for s in sums])
+        return np.stack([np.asarray(read(by(s.sample, s.routed, k), mesh), np.float64) for s in sums])
 
     scores = {
         "removal_error": removal / tokens,
@@ -252,7 +252,10 @@ def rank_mixture(
     per_choice = (removal, norms, norms * turned, gates, jnp.ones_like(gates))
     totals = [old + by_expert(new) for old, new in zip(sums[:5], per_choice, strict=True)]
     sample = merge(sums.sample, _sample(moe, config, y, logits, weight, random))
-    return after.reshape(x.shape), RankSums(*totals, tokens=sums.tokens + jnp.sum(weight), sample=sample)
+    sums = RankSums(*totals, tokens=sums.tokens + jnp.sum(weight), sample=sample)
+    if traced_mesh() is not None:  # every process may then read and save them whenever it likes
+        sums = jax.lax.with_sharding_constraint(sums, PartitionSpec())
+    return after.reshape(x.shape), sums
 
 
 def _sample(moe: Params, config: ModelConfig, y: Array, logits: Array, weight: Array, random: PRNGKeyArray) -> Sample:

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
+from puzzle_jax.processes.published import values_of
 from puzzle_jax.search.refine.accept import Difference, Pool, Swap, swapped, together
 from puzzle_jax.search.score.adaptive import in_random_order
 from puzzle_jax.search.score.alternatives import expert_mask
@@ -113,7 +114,7 @@ class Refinement:
         while True:
             scorer.fill(table, left, order[start:stop], save=saved.save)
             saved.save(now=True)
-            gains = np.asarray(table.means())
+            gains = values_of(table.means())
             best = _best_quarter(left, gains, [layer for layer, _ in options])
             if stop == len(order) or len(best) == len(left):
                 return {number: float(gains[number]) for number in left}

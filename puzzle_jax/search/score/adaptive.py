@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
+from functools import partial
 
 import numpy as np
 from jaxtyping import Float
@@ -24,6 +25,7 @@ from scipy import sparse
 from scipy.optimize import linprog
 
 from puzzle_jax.generate.traces import Trace
+from puzzle_jax.processes.published import decided
 from puzzle_jax.program.library import Limit, Program, lookup
 from puzzle_jax.search.score.measurements import ScoreTable
 
@@ -177,6 +179,6 @@ def score_adaptively(
         if on_round is not None:
             on_round(len(wanted), stop - start)
         score(wanted, order[start:stop])
-        wanted = contested(programs, table, draws=draws, seed=seed, base_kl=base_kl)
+        wanted = decided(partial(contested, programs, table, draws=draws, seed=seed, base_kl=base_kl))
         start, stop = stop, min(2 * stop, len(order))
     return start

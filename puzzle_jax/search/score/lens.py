@@ -18,13 +18,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from puzzle_jax.generate.batches import MicroBatch
-from puzzle_jax.model.sharding import beside
-from puzzle_jax.model.spec import Params
-from puzzle_jax.search.score.replace_one import METRICS, Alternative, Answers, ReplaceOne, compare_with_parent
+from puzzle_jax.model.sharding import beside, replicated
+from puzzle_jax.search.score.replace_one import METRICS, Alternative, Answers, ReplaceOne
 
 RIDGE = 1e-3
 """Share of the mean square of the inputs."""
@@ -45,10 +43,6 @@ class Lens:
     def choices(self) -> Sequence[Alternative]:
         return self.run.choices
 
-    def placed(self, params: Params, mesh: Mesh | None) -> Lens:
-        """The same with parameters of another process, or with none on the way to it."""
-        return Lens(self.run.placed(params, mesh), self.maps)
-
     def work(self, wanted: Sequence[tuple[int, Alternative]]) -> int:
         """Layers run, what `on_done` counts up to."""
         return len(wanted)
@@ -66,8 +60,7 @@ class Lens:
                 own = {slot: wanted[number][1] for slot, number in enumerate(group)}
                 x = jnp.repeat(after[:, None], run.per_call, axis=1)
                 x = through_lens(self.maps[layer], parent, after, run.entered(layer, states, own, x))
-                found = compare_with_parent(run.params, run.config, parent, x, answers)
-                values[group] = np.asarray(found)[: len(group)]
+                values[group] = run.compared(parent, x, answers)[: len(group)]
                 if on_done is not None:
                     on_done(len(group))
         return values
@@ -76,7 +69,7 @@ class Lens:
 def fit_lens(run: ReplaceOne, batches: Sequence[MicroBatch], on_batch: Callable[[], None] | None = None) -> Lens:
     """Fits one map per layer of the parent; memory is that of two [hidden, hidden] arrays per layer."""
     layers, hidden = run.config.num_layers, run.config.hidden_size
-    sums = beside(run.params, [LensSums.zeros(hidden) for _ in range(layers)], run.mesh)
+    sums = replicated(beside(run.params, [LensSums.zeros(hidden) for _ in range(layers)], run.mesh), run.mesh)
     for batch in batches:
         answers = Answers.of(batch)
         for layer, _, after, parent in run.layers(batch):

@@ -17,13 +17,12 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
@@ -32,10 +31,9 @@ from puzzle_jax.evaluate.statistics import weighted_mean
 from puzzle_jax.files import write_beside
 from puzzle_jax.generate.batches import MicroBatch, micro_batches
 from puzzle_jax.generate.traces import Trace
-from puzzle_jax.model.spec import Params
+from puzzle_jax.processes.published import values_of
 from puzzle_jax.search.score.estimator import estimate, kinds_of
 from puzzle_jax.search.score.replace_one import CONTEXTS, METRICS, Alternative
-from puzzle_jax.search.workers import Team
 
 _SAVE_SECONDS = 10.0
 _UNCHANGED = np.array([0.0, 1.0, 1.0, *[0.0] * (len(METRICS) - 3)])
@@ -50,10 +48,6 @@ class Runner(Protocol):
 
     @property
     def choices(self) -> Sequence[Alternative]: ...
-
-    def placed(self, params: Params, mesh: Mesh | None) -> Runner:
-        """The same with parameters of another process, or with none on the way to it."""
-        ...
 
     def __call__(
         self, batch: MicroBatch, wanted: Sequence[tuple[int, Alternative]], on_done: Callable[[int], None] | None
@@ -242,10 +236,7 @@ def _tokens_by_context(trace: Trace) -> Int[np.ndarray, "buckets"]:
 
 @dataclass(frozen=True)
 class Fill:
-    """Alternatives to be scored on traces (numbers of both in the table) that they were not scored on yet.
-
-    `placed` makes it a message to other processes, which `join` in.
-    """
+    """Alternatives to be scored on traces (numbers of both in the table) that they were not scored on yet."""
 
     table: ScoreTable
     run: Runner
@@ -259,42 +250,20 @@ class Fill:
         return sum(self._work(wanted) for _, wanted in self._to_do())
 
     def __call__(
-        self,
-        on_batch: Callable[[], None] | None = None,
-        on_done: Callable[[int], None] | None = None,
-        team: Team | None = None,
+        self, on_batch: Callable[[], None] | None = None, on_done: Callable[[int], None] | None = None
     ) -> None:
-        """Fills the table.
+        """Fills the table, with the same values in all processes.
 
         Args:
-          on_batch: called after every turn of a batch per process, when the table may be saved.
+          on_batch: called after every batch, when the table may be saved.
           on_done: called with the part of `work` that was done.
-          team: processes that share the work; each calls this with the same table, which is the same in all afterwards.
         """
-        team = team or Team()
-        to_do = [task for task in self._to_do() if task[1]]
-        for first in range(0, len(to_do), team.count):
-            turn = to_do[first : first + team.count]
-            shape = (max(len(wanted) for _, wanted in turn), max(len(batch.ids) for batch, _ in turn), len(METRICS))
-            values = np.zeros(shape)
-            for batch, wanted in turn[team.index : team.index + 1]:
-                found = self.run(batch, [self.table.alternatives[number] for number in wanted], on_done)
-                values[: len(wanted), : len(batch.ids)] = found
-            for number, ((batch, wanted), found) in enumerate(zip(turn, team.gathered(values), strict=False)):
-                real = batch.ids >= 0
-                self.table.values[np.ix_(wanted, batch.ids[real].tolist())] = found[: len(wanted), : len(real)][:, real]
-                if on_done is not None and number != team.index:
-                    on_done(self._work(wanted))
+        for batch, wanted in [task for task in self._to_do() if task[1]]:
+            found = values_of(self.run(batch, [self.table.alternatives[number] for number in wanted], on_done))
+            real = batch.ids >= 0
+            self.table.values[np.ix_(wanted, batch.ids[real].tolist())] = found[:, real]
             if on_batch is not None:
                 on_batch()
-
-    def placed(self, params: Params, mesh: Mesh | None) -> Fill:
-        """The same with parameters of another process, or with none on the way to it."""
-        return replace(self, run=self.run.placed(params, mesh))
-
-    def join(self, team: Team, params: Params, mesh: Mesh | None) -> None:
-        """Takes this process's part."""
-        self.placed(params, mesh)(team=team)
 
     def _work(self, wanted: Sequence[int]) -> int:
         return self.run.work([self.table.alternatives[number] for number in wanted])

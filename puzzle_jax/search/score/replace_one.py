@@ -32,7 +32,7 @@ from puzzle_jax.generate.batches import MicroBatch
 from puzzle_jax.model.child import Child
 from puzzle_jax.model.network import attention_block, embed, moe_block
 from puzzle_jax.model.rope import rope_table
-from puzzle_jax.model.sharding import on_mesh, spread_rows
+from puzzle_jax.model.sharding import on_mesh, read, spread_rows
 from puzzle_jax.model.spec import Params
 
 CONTEXTS = (64, 256, 1024, 4096, 16384)
@@ -103,7 +103,7 @@ class States(NamedTuple):
 
 @dataclass(frozen=True)
 class ReplaceOne:
-    """Runs alternatives of one base model.
+    """Runs alternatives of one base model; on a mesh over several processes in all of them, which make the same calls.
 
     Attributes:
       params: of the parent; experts dense or packed.
@@ -132,10 +132,6 @@ class ReplaceOne:
         """The configuration that the base's layers run with."""
         return self.config if self.rope is None else replace(self.config, rope=self.rope)
 
-    def placed(self, params: Params, mesh: Mesh | None) -> ReplaceOne:
-        """The same with parameters of another process, or with none on the way to it."""
-        return replace(self, params=params, mesh=mesh)
-
     def __call__(
         self,
         batch: MicroBatch,
@@ -151,18 +147,25 @@ class ReplaceOne:
         parent, own, kept = self._final_states(batch)
         values = np.zeros((len(wanted), batch.tokens.shape[0], len(METRICS)))
         for group, x in self._suffixes(kept, wanted):
-            values[group] = np.asarray(compare_with_parent(self.params, self.config, parent, x, answers))[: len(group)]
+            values[group] = self.compared(parent, x, answers)[: len(group)]
             del x  # its memory is for the next group
             if on_done is not None:
                 on_done(self.work([wanted[number] for number in group]))
         if self.base is not None or self.rope is not None:
-            of_base = np.asarray(compare_with_parent(self.params, self.config, parent, own[:, None], answers))
+            of_base = self.compared(parent, own[:, None], answers)
             values[..., KL_METRICS] -= of_base[..., KL_METRICS]
         return values
 
     def work(self, wanted: Sequence[tuple[int, Alternative]]) -> int:
         """Alternatives times layers above them, what `on_done` counts up to."""
         return sum(self.config.num_layers - layer for layer, _ in wanted)
+
+    def compared(
+        self, parent: Float[Array, "rows seq hidden"], children: Float[Array, "rows slots seq hidden"], answers: Answers
+    ) -> Float[np.ndarray, "slots rows metrics"]:
+        """METRICS of each child and trace, from final hidden states."""
+        head = {name: self.params[name] for name in ("final_norm", "head")}
+        return read(compare_states(head, self.config, parent, children, answers), self.mesh)
 
     # The base ------------------------------------------------------------------------------------------------------
 
@@ -295,18 +298,6 @@ def enter_mixture(
     rows, slots = x.shape[:2]
     new = run_mixture(moe, config, jnp.repeat(middle[:, None], slots, axis=1), jnp.tile(masks, (rows, 1)))
     return jnp.where(entry[:, None, None], new, x)
-
-
-def compare_with_parent(
-    params: Params,
-    config: ModelConfig,
-    parent: Float[Array, "rows seq hidden"],
-    children: Float[Array, "rows slots seq hidden"],
-    answers: Answers,
-) -> Float[Array, "slots rows metrics"]:
-    """METRICS of each child and trace, from final hidden states."""
-    head = {name: params[name] for name in ("final_norm", "head")}
-    return compare_states(head, config, parent, children, answers)
 
 
 @partial(jax.jit, static_argnames=("config",))

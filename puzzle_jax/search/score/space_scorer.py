@@ -7,7 +7,7 @@ alternative and trace are kept in a file as they come, so an interrupted run, an
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from rich.console import Console
 
 from puzzle_jax.generate.batches import micro_batches
 from puzzle_jax.generate.traces import Trace
+from puzzle_jax.processes.published import values_of
 from puzzle_jax.progress import progress
 from puzzle_jax.search.recipe import ScoreSettings
 from puzzle_jax.search.score.adaptive import RelaxedProgram, in_random_order, score_adaptively
@@ -24,7 +25,6 @@ from puzzle_jax.search.score.measurements import Fill, Runner, SavedTable, Score
 from puzzle_jax.search.score.replace_one import ReplaceOne
 from puzzle_jax.search.solve.problem import Problem, Scores
 from puzzle_jax.search.space import Space
-from puzzle_jax.search.workers import Team
 
 LENS_TRACES = 96
 """The most traces that lenses are fitted on and look at."""
@@ -67,7 +67,6 @@ class SpaceScorer:
       console: where progress goes.
       seed: of the order of traces and of what adaptive scoring draws.
       base_kl: predicted KL of the base; 0 for the parent.
-      team: processes that share the work.
     """
 
     run: ReplaceOne
@@ -77,7 +76,6 @@ class SpaceScorer:
     console: Console
     seed: int = 0
     base_kl: float = 0.0
-    team: Team = field(default_factory=Team)
 
     def __call__(self, space: Space, table_path: Path, identity: str) -> ScoredSpace:
         """Scores all alternatives of `space` that the lens leaves, and keeps scored pairs in a file.
@@ -90,7 +88,7 @@ class SpaceScorer:
             return ScoredSpace(indexed, self._looked(indexed), proposed)
         if self.settings.keep_sets:
             looked = self._looked(indexed)
-            kept = self._best_sets(indexed, looked.means())
+            kept = self._best_sets(indexed, values_of(looked.means()))
             indexed, lens = (
                 IndexedAlternatives.around(indexed.keeping(kept), self.run.base),
                 looked.values[sorted(kept), :, 0],
@@ -139,9 +137,8 @@ class SpaceScorer:
         """Scores alternatives of a table on some of its traces, by `run` or else exactly."""
         fill = Fill(table, run or self.run, alternatives, traces, self.settings.tokens_per_batch)
         what, work = f"scoring {len(alternatives)} on {len(traces)}", fill.work
-        self.team.broadcast(fill.placed({}, None))
         with progress(self.console, what, work) as advance:
-            fill(save, advance, self.team)
+            fill(save, advance)
 
     def _looked(self, indexed: IndexedAlternatives) -> ScoreTable:
         """Estimates by the lens, on the first traces."""

@@ -29,10 +29,8 @@ from puzzle_jax.search.score.replace_one import (
     Answers,
     ReplaceOne,
     child_choices,
-    compare_with_parent,
     parent_choices,
 )
-from puzzle_jax.search.workers import Team
 
 
 class Measurements(NamedTuple):
@@ -71,10 +69,6 @@ class WholeChildren:
     def choices(self) -> Sequence[Alternative]:
         return self.children[0].choices
 
-    def placed(self, params: Params, mesh: Mesh | None) -> WholeChildren:
-        """The same with another process's parameters, or with none for the way there."""
-        return WholeChildren(self.run.placed(params, mesh), self.children)
-
     def __call__(
         self, batch: MicroBatch, wanted: Sequence[tuple[int, Alternative]], on_done: Callable[[int], None] | None
     ) -> Float[np.ndarray, "alternatives rows metrics"]:
@@ -83,7 +77,7 @@ class WholeChildren:
         parent = next(states)[1]
         found = {}
         for place, state in states:
-            found[place] = np.asarray(compare_with_parent(run.params, run.config, parent, state[:, None], answers))[0]
+            found[place] = run.compared(parent, state[:, None], answers)[0]
             if on_done is not None:
                 on_done(1)
         return np.stack([found[place] for place in range(len(wanted))])
@@ -128,7 +122,6 @@ def score_children(
     mesh: Mesh | None = None,
     tokens_per_batch: int = 4096,
     on_done: Callable[[int], None] | None = None,
-    team: Team | None = None,
     kept: Path | None = None,
     identity: str = "",
 ) -> Measurements:
@@ -142,13 +135,12 @@ def score_children(
     nothing = Alternative(np.ones(config.blocks[0].num_experts, bool), config.blocks[0].window)
     table = ScoreTable.empty([(number, nothing) for number in range(len(children))], traces)
     layers = tuple(Layers(child_choices(child), child.viewed) for child in children)
-    run, team = WholeChildren(ReplaceOne(params, config, mesh=mesh), layers), team or Team()
+    run = WholeChildren(ReplaceOne(params, config, mesh=mesh), layers)
     fill = Fill(table, run, range(len(children)), range(len(traces)), tokens_per_batch)
     about = f"{identity} {[(child.blocks, child.rope) for child in children]}"
     name = f"kl-{hashlib.sha256(table.key(about).encode()).hexdigest()[:16]}.safetensors"
     saved = SavedTable(table, None if kept is None else kept / name, about)
-    team.broadcast(fill.placed({}, None))
-    fill(saved.save, on_done, team)
+    fill(saved.save, on_done)
     saved.save(now=True)
     scores = [table.score(number, config.blocks[0].window) for number in range(len(children))]
     return Measurements(scores, table.values[..., 0], table.tokens)

@@ -18,6 +18,7 @@ from puzzle_jax.model.cache_format import KVScales
 from puzzle_jax.model.sharding import on_mesh
 from puzzle_jax.model.spec import Params
 from puzzle_jax.model.stacked import unstack_params
+from puzzle_jax.processes.distributed import primary_console
 from puzzle_jax.train.distill.blocks import Blocks
 from puzzle_jax.train.distill.inputs import DistillInputs
 from puzzle_jax.train.distill.objectives import Distillation, Fixed, Loss, LossSettings
@@ -25,7 +26,7 @@ from puzzle_jax.train.distill.recipe import DistillRecipe
 from puzzle_jax.train.distill.teacher_cache import TeacherCache, make_cache
 from puzzle_jax.train.loop import EVALUATION, Job, Trained
 from puzzle_jax.train.rows import Packed, packed
-from puzzle_jax.train.run import CALIBRATION_ANSWERS, CHILD, Run, agreed_inputs, open_placement, primary_console
+from puzzle_jax.train.run import CALIBRATION_ANSWERS, CHILD, Run, agreed_inputs, open_placement
 from puzzle_jax.train.step import TrainState, make_step
 from puzzle_jax.train.traces.examples import TraceExample
 

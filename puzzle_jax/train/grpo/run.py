@@ -31,6 +31,7 @@ from puzzle_jax.generate.traces import Trace
 from puzzle_jax.model.cache_format import KVScales
 from puzzle_jax.model.sharding import generation_mesh, on_mesh
 from puzzle_jax.model.spec import Params
+from puzzle_jax.processes.distributed import primary_console
 from puzzle_jax.train.checkpoints import abstract_state
 from puzzle_jax.train.distill.objectives import Fixed
 from puzzle_jax.train.grpo import policy_batches
@@ -47,7 +48,7 @@ from puzzle_jax.train.grpo.transcripts import StepTranscripts
 from puzzle_jax.train.loop import EVALUATION, Job, Trained, open_checkpoints
 from puzzle_jax.train.placement import on_host
 from puzzle_jax.train.rows import Packed
-from puzzle_jax.train.run import CALIBRATION_ANSWERS, CHILD, Run, agreed_inputs, open_placement, primary_console, report
+from puzzle_jax.train.run import CALIBRATION_ANSWERS, CHILD, Run, agreed_inputs, open_placement, report
 from puzzle_jax.train.step import TrainState
 
 TRANSCRIPTS = "transcripts"

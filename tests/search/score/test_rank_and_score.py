@@ -1,11 +1,7 @@
 """Ranking and scoring against direct computation: one removal, one replacement, one whole forward pass at a time."""
 
-import pickle
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +23,7 @@ from puzzle_jax.search.score.lens import fit_lens
 from puzzle_jax.search.score.measurements import Fill, ScoreTable
 from puzzle_jax.search.score.replace_one import Alternative, ReplaceOne, child_choices
 from puzzle_jax.search.score.whole_children import score_children
-from puzzle_jax.search.workers import Team
 from tests.support import jitted, random_params, small_config
-from tests.waiting import HANG
 
 
 @pytest.fixture(scope="module")
@@ -283,49 +277,17 @@ def test_children_share_what_they_have_in_common_and_get_the_same_bits(parent, m
     assert len(ran) == batches * (layers + (layers - 2) + (layers - 3) + layers)
 
 
-class _Threads(Team):
-    """A team whose processes are threads."""
-
-    def meet(self, barrier: threading.Barrier, values: list) -> Self:
-        self.barrier, self.values = barrier, values
-        return self
-
-    def gathered(self, values: np.ndarray) -> np.ndarray:
-        self.values[self.index] = values
-        self.barrier.wait()
-        found = np.stack(self.values)
-        self.barrier.wait()
-        return found
-
-
-def test_a_team_shares_batches_and_everyone_gets_all_of_them(parent):
-    """Five traces of which each is a batch: two turns of three processes, the last one short."""
+def test_every_batch_is_done_when_it_is_filled(parent):
+    """Five traces of which each is a batch."""
     config, params, traces = parent
     traces = [*traces, replace(traces[0], prompt=(3, 4, 5))]
     alternatives = [(0, Alternative(np.arange(7) < 5, 6)), (3, Alternative(np.arange(7) > 3, None))]
-    run = ReplaceOne(params, config, per_call=2)
-    alone = ScoreTable.empty(alternatives, traces)
-    Fill(alone, run, range(2), range(5), tokens_per_batch=1)()
-    barrier, values = threading.Barrier(3, timeout=HANG), [None] * 3
-    teams = [_Threads(3, index).meet(barrier, values) for index in range(3)]
-    jobs = [Fill(ScoreTable.empty(alternatives, traces), run, range(2), range(5), 1).placed({}, None) for _ in teams]
-    assert pickle.loads(pickle.dumps(jobs[0])).run.params == {}
-    with ThreadPoolExecutor(3) as pool:
-        list(pool.map(lambda job, team: job.join(team, params, None), jobs, teams))
-    for job in jobs:
-        np.testing.assert_array_equal(job.table.values, alone.values)
-    # What others did counts as done too.
-    again, done = ScoreTable.empty(alternatives, traces), []
-    work = Fill(again, run, range(2), range(5), tokens_per_batch=1).work
-    Fill(again, run, range(2), range(5), tokens_per_batch=1)(on_done=done.append, team=_Pretender(2, 0))
+    table, done, batches = ScoreTable.empty(alternatives, traces), [], []
+    fill = Fill(table, ReplaceOne(params, config, per_call=2), range(2), range(5), tokens_per_batch=1)
+    work = fill.work
+    fill(lambda: batches.append(int(table.scored.sum())), done.append)
     assert sum(done) == work == 5 * (config.num_layers + config.num_layers - 3)
-
-
-class _Pretender(Team):
-    """A team whose other process is always done, with zeros."""
-
-    def gathered(self, values: np.ndarray) -> np.ndarray:
-        return np.stack([values, np.zeros_like(values)])
+    assert batches == [2, 4, 6, 8, 10]
 
 
 def test_losses_by_context_and_beyond_the_window(parent):
