@@ -20,8 +20,9 @@ from puzzle_jax.convert_hf.tensors.fingerprint import fingerprint_of
 from puzzle_jax.convert_hf.token_ids import check_tokenizer
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.model.cache_format import FLOAT8, CacheFormat
+from puzzle_jax.model.network import compute_dtype
 from puzzle_jax.model.spec import Params
-from puzzle_jax.model.weights import check_stored
+from puzzle_jax.model.weights import check_stored, stays_packed
 from puzzle_jax.tasks import Chat
 
 CHAT_FILES = (
@@ -68,6 +69,12 @@ class Model:
     @property
     def directory(self) -> Path:
         return self.description.directory
+
+    @property
+    def packed(self) -> bool:
+        """Whether experts are held packed."""
+        stored = self.description.form == "mxfp4"
+        return stays_packed(self.weights, self.config, stored, dtype=compute_dtype(), mesh=self.mesh)
 
     @cached_property
     def params(self) -> Params:

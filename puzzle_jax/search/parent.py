@@ -11,14 +11,12 @@ from puzzle_jax.config import ModelConfig
 from puzzle_jax.convert_hf.tensors.fingerprint import fingerprint_of
 from puzzle_jax.errors import ConfigError, PuzzleWarning
 from puzzle_jax.evaluate.models import Model
-from puzzle_jax.model.network import compute_dtype
 from puzzle_jax.model.sharding import make_mesh
-from puzzle_jax.model.weights import stays_packed
 from puzzle_jax.processes.distributed import agree, from_primary, on_all
 from puzzle_jax.search.recipe import Recipe
 
 
-def read_parent(directory: Path, weights: str = "auto", today: datetime.datetime | None = None) -> Model:
+def read_parent(directory: Path, today: datetime.datetime | None = None, weights: str = "auto") -> Model:
     """Reads configuration, headers and chat files; weights are loaded when a stage first needs them.
 
     `today` is the date that its chat template sees, by default now.
@@ -26,7 +24,7 @@ def read_parent(directory: Path, weights: str = "auto", today: datetime.datetime
     Raises CheckpointError for a damaged checkpoint and ConfigError for a parent whose layers differ in their number of
     experts.
     """
-    parent = Model.open("parent", directory, today, weights=weights)
+    parent = Model.open("parent", directory, today, weights)
     counts = {block.num_experts for block in parent.config.blocks}
     if len(counts) > 1:
         raise ConfigError(f"{directory} has layers of {sorted(counts)} experts, but a parent needs equal ones")
@@ -43,7 +41,7 @@ def open_parent(recipe: Recipe) -> Model:
     mesh = recipe.mesh
 
     def opened() -> tuple[Model, dict[str, object]]:
-        parent = read_parent(recipe.parent, recipe.weights, datetime.datetime.fromisoformat(day))
+        parent = read_parent(recipe.parent, datetime.datetime.fromisoformat(day), recipe.weights)
         return parent, search_identity(recipe, parent) if mesh.processes > 1 else {}
 
     # As the primary process finds it, since hosts may be in different time zones.
@@ -54,15 +52,8 @@ def open_parent(recipe: Recipe) -> Model:
         return parent
     parent = replace(parent, mesh=on_all("find the devices", lambda: make_mesh(mesh.data, mesh.model)))
     warn_of_undivided(parent.config, mesh.model)
-    return replace(parent, weights=from_primary("weights", lambda: held_weights(parent)))
-
-
-def held_weights(parent: Model) -> str:
-    """Whether the parent's weights are held "packed" or "dense" on its mesh; hosts may differ in what they have room
-    for, so one of them says so for all."""
-    stored = parent.description.form == "mxfp4"
-    packed = stays_packed(parent.weights, parent.config, stored, dtype=compute_dtype(), mesh=parent.mesh)
-    return "packed" if packed else "dense"
+    # As the primary process finds it, since hosts may differ in their memory.
+    return replace(parent, weights=from_primary("weights", lambda: "packed" if parent.packed else "dense"))
 
 
 def warn_of_undivided(config: ModelConfig, model: int) -> None:

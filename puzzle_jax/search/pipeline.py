@@ -58,6 +58,7 @@ from puzzle_jax.search.artifacts import (
 from puzzle_jax.search.context import Search, decided_candidates, warn_of_windows
 from puzzle_jax.search.copies import Copies, run_stage
 from puzzle_jax.search.costing import check_target, cost, cost_inputs, cost_settings, refine_costs
+from puzzle_jax.search.hours.left import Reported
 from puzzle_jax.search.rank.ranking import METHODS, KeptSums, rank_experts
 from puzzle_jax.search.refine.accept import refine
 from puzzle_jax.search.refine.proposals import Refinement
@@ -76,14 +77,15 @@ def run_stages(search: Search, name: str = "all") -> None:
 
     Raises `PuzzleError` when an earlier stage has not been run.
     """
-    copies = Copies(search.run)
+    copies, reported = Copies(search.run), Reported(search)
     for stage in STAGES:
         if name in ("all", stage.name):
             result = _run(stage, search, copies)
             if result is None:
                 continue
             what = "unchanged, skipped" if result.skipped else f"{result.seconds:.1f} s"
-            search.console.print(Text.assemble((f"{stage.name:<12}", "bold"), f" {what}"))
+            left = reported.finished(stage.name, None if result.skipped else result.seconds) if name == "all" else ""
+            search.console.print(Text.assemble((f"{stage.name:<12}", "bold"), f" {what}{left}"))
 
 
 def _run(stage: Stage[Search], search: Search, copies: Copies) -> StageResult | None:

@@ -91,7 +91,7 @@ def test_decode_attention(platform, slots, window, dtype):
 
 @GPU
 @pytest.mark.parametrize("operation", ["chunk", "decode"])
-@pytest.mark.parametrize("slots", [1, 80, 1000, 4000])
+@pytest.mark.parametrize("slots", [80, 1000])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.uint8])
 def test_caches_of_slots_that_no_tile_divides(operation, slots, dtype):
     program = lowered("gpu", *caching(operation, 5, 3, slots, slots, dtype))

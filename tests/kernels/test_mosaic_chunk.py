@@ -57,9 +57,12 @@ CASES = {  # slots, tokens, start, window
 }
 
 
+OF_BYTES = ["partly filled, last tile short", "parts of a long cache", "a ring that came round", "one slot"]
+OF_BYTES += ["slots that are copied, and came round", "first chunk, nothing cached"]
+
+
 @GPU
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case,packed", [*((case, False) for case in CASES), *((case, True) for case in OF_BYTES)])
 def test_as_the_reference(case, packed):
     slots, chunk, start, window = CASES[case]
     agrees(*made_up(slots, chunk, packed), start, window)

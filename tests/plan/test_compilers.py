@@ -88,7 +88,7 @@ def test_without_a_plugin_xla_for_cpus_stands_in_and_says_so(no_plugin):
     "name,hardware,message",
     [
         ("tpu", None, "compiler is 'tpu', but must be one of cpu, gpu"),
-        ("gpu", "l4", r"hardware \(with compiler gpu\) is 'l4', but must be one of a100, h100, h200, b200"),
+        ("gpu", "tpu-v5e", r"hardware \(with compiler gpu\) is 'tpu-v5e', but must be one of a100, h100, h200, b200"),
     ],
 )
 def test_what_is_not_known_is_refused(no_plugin, name, hardware, message):
@@ -98,9 +98,19 @@ def test_what_is_not_known_is_refused(no_plugin, name, hardware, message):
 
 def test_the_command_takes_it(no_plugin, capsys):
     config = str(ROOT / "benchmarks/published/gpt-oss-20b.json")
-    given = ["search", "--parent", config, "--traces.max_tokens", "high=8", "--hardware", "l4", "--compiler", "gpu"]
+    given = [
+        "search",
+        "--parent",
+        config,
+        "--traces.max_tokens",
+        "high=8",
+        "--hardware",
+        "tpu-v5e",
+        "--compiler",
+        "gpu",
+    ]
     assert main(given) == 2
-    assert "hardware (with compiler gpu) is 'l4'" in capsys.readouterr().err
+    assert "hardware (with compiler gpu) is 'tpu-v5e'" in capsys.readouterr().err
 
 
 def test_meshes_are_made_of_the_devices_that_are_given():

@@ -114,7 +114,7 @@ def test_the_total_is_all_of_it_and_temporaries_are_no_less_than_gradients(usage
 @pytest.mark.parametrize(
     ("change", "experts", "optimizer"),
     [
-        ({"packed": False}, EXPERTS * 2 // 2, 2),
+        ({"weights": "dense"}, EXPERTS * 2 // 2, 2),
         ({"optimizer": OptimizerSettings(name="lion")}, EXPERTS * 17 // 32 // 2, 1),
         ({"mesh": MeshSettings(model=8)}, EXPERTS * 17 // 32 // 8, 2),
     ],

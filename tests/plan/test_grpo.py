@@ -143,7 +143,7 @@ def test_slots_are_where_generation_makes_them(found, mesh):
 def test_caches_are_the_engines():
     alone = with_fields(mesh=MeshSettings())
     sampler = engine.Engine(
-        {"embedding": jnp.zeros((1,), compiler().dtype)},
+        {"final_norm": jnp.zeros((1,), compiler().dtype)},
         PARENT,
         stop_ids=[0],
         context=RUN.context,

@@ -19,6 +19,9 @@ _OLDER = 0.5
 """Weight of what was known before a stage, beside that stage's own seconds."""
 
 
+_SHORT_SECONDS = 10.0
+
+
 class TimeLeft:
     """Predicted seconds of stages, and what those that ran took.
 
@@ -41,6 +44,26 @@ class TimeLeft:
             self._measured = _OLDER * self._measured + seconds
         remaining = sum(self.left.values())
         return remaining * self._measured / self._predicted if self._predicted and remaining else None
+
+
+class Reported:
+    """What a search says of the time left; nothing while its stages are short, since finding out takes a second."""
+
+    def __init__(self, search: Search) -> None:
+        self.search = search
+        self._stages: list[tuple[str, float | None]] = []
+        self._left: TimeLeft | None = None
+
+    def finished(self, stage: str, seconds: float | None) -> str:
+        """What to add to the line of a stage that took so many seconds, or was skipped."""
+        self._stages.append((stage, seconds))
+        if self._left is None and (seconds or 0) < _SHORT_SECONDS:
+            return ""
+        news = self._stages[-1:]
+        if self._left is None:
+            self._left, news = time_left_of(self.search), self._stages
+        found = [self._left.finished(*each) for each in news][-1]
+        return "" if found is None else f", about {spoken(found)} left"
 
 
 def time_left_of(search: Search) -> TimeLeft:

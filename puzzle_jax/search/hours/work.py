@@ -79,7 +79,8 @@ class SearchTime:
     def answers(self, problems: int) -> dict[str, int]:
         """Answers by effort, of so many problems of each task."""
         settings = self.recipe.traces
-        return {effort: problems * max(1, len(settings.tasks)) for effort in settings.efforts}
+        limited = [effort for effort in settings.efforts if effort in settings.max_tokens] or settings.max_tokens
+        return {effort: problems * max(1, len(settings.tasks)) for effort in limited}
 
     def answer_tokens(self, effort: str) -> Number:
         return max(1.0, self.answer_share * self.recipe.traces.max_tokens[effort])
