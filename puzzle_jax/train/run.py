@@ -13,7 +13,7 @@ from __future__ import annotations
 import datetime
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -30,7 +30,6 @@ from puzzle_jax.model.cache_format import KVScales
 from puzzle_jax.model.network import compute_dtype
 from puzzle_jax.model.sharding import make_training_mesh, on_mesh
 from puzzle_jax.model.spec import Params
-from puzzle_jax.model.weights import stays_packed
 from puzzle_jax.processes.distributed import agree, from_primary, on_all, on_primary
 from puzzle_jax.report.training import write_training_report
 from puzzle_jax.runs import METRICS_FILE, begun_on, open_run
@@ -163,11 +162,11 @@ class Run(Generic[Inputs]):
     @cached_property
     def base(self) -> Params:
         """The base parameters, stacked and in place: the teacher, or the policy that training begins with."""
-        model, mesh = self.inputs.model, self.placement.mesh
-        weights, stored = self.inputs.recipe.weights, model.description.form == "mxfp4"
-        if weights == "auto" and jax.default_backend() != "cpu":
-            weights = "packed" if stored else "dense"
-        packed = stays_packed(weights, model.config, stored, dtype=compute_dtype(), mesh=mesh)
+        model, mesh = replace(self.inputs.model, mesh=self.placement.mesh), self.placement.mesh
+        if model.weights == "auto" and jax.default_backend() != "cpu":
+            packed = model.description.form == "mxfp4"
+        else:  # As the primary process finds it, since hosts may differ in their memory.
+            packed = from_primary("weights", lambda: "packed" if model.packed else "dense") == "packed"
         experts = "stored" if packed else "dense"
         loaded = load_checkpoint(model.directory, dtype=compute_dtype(), mesh=mesh, experts=experts)
         with on_mesh(mesh), warnings.catch_warnings():
