@@ -70,9 +70,9 @@ SEARCH = {
     "score.tokens_per_batch": "256",
     "scenario": "name=chat,input_tokens=160,output_tokens=128,batch=16,hardware=rtx4090",
     "target": "max_expert_bytes_ratio=0.95",
-    "solve.solutions": "2",
+    "solve.solutions": "1",
     "refine": "rounds=0,swaps=0",
-    "evaluate.baselines": "[uniform]",
+    "evaluate.baselines": "[]",
     "evaluate.problems": "1",
     "evaluate.rounds": "0",
     "costs": "roofline",
@@ -124,7 +124,7 @@ def _steps(root: Path, settings: argparse.Namespace) -> dict[str, dict[str, floa
     for record in sorted(run.glob("*/stage.json"), key=lambda path: path.stat().st_mtime):
         stage = json.loads(record.read_text())
         found[f"  {stage['name']}"] = {"seconds": stage["seconds"]}
-    found["export once more"] = _run("-m", "puzzle_jax.convert_hf", "export", run / "child", again)
+    found["export once more"] = _run("-m", "puzzle_jax.convert_hf", "export", run / "child", "--out", again)
     found["verify"] = _run("-m", "puzzle_jax.convert_hf", "verify", run / "child", again)
     return found
 

@@ -7,8 +7,11 @@ has run, the later ones counting more, since a later stage's programs are more l
 from __future__ import annotations
 
 from collections.abc import Mapping
+from statistics import fmean
 
+from puzzle_jax.convert_hf.table import Form
 from puzzle_jax.costs.hardware import HARDWARE, Hardware, hardware_named
+from puzzle_jax.search.artifacts import TRACES
 from puzzle_jax.search.context import Search
 from puzzle_jax.search.hours.work import SearchTime
 
@@ -67,15 +70,16 @@ class Reported:
 
 
 def time_left_of(search: Search) -> TimeLeft:
-    """The time left of a search on the devices present."""
-    traces = search.recipe.traces
-    work = SearchTime(
-        search.parent.config,
-        search.recipe,
-        search.parent.description.form,
-        present_hardware(),
-        answer_share=0.5 if traces.file is None else 1.0,
-    )
+    """The time left of a search on the devices present, by the lengths of its traces where it has them."""
+    recipe, limits = search.recipe, search.recipe.traces.max_tokens
+    known = (search.run / TRACES["calibration"].path).exists()
+    traces = [trace for trace in search.traces("calibration") if trace.effort in limits] if known else []
+    lengths = {}
+    if traces:
+        lengths["prompt_tokens"] = round(fmean(len(trace.prompt) for trace in traces))
+        lengths["answer_share"] = min(1.0, fmean(len(trace.completion) / limits[trace.effort] for trace in traces))
+    form: Form = "mxfp4" if search.parent.packed else "bf16"
+    work = SearchTime(search.parent.config, recipe, form, present_hardware(), **lengths)
     names = {name for parts in _OF_A_STAGE.values() for name in parts}
     seconds = {**{name: (name,) for name in work.seconds if name not in names}, **_OF_A_STAGE}
     order = ("trace", "rank", "score", "solve", "refine", "assemble", "evaluate")

@@ -62,7 +62,8 @@ class SearchTime:
       form: how experts are held.
       hardware: of every device.
       prompt_tokens: length of a prompt.
-      answer_share: mean length of an answer as a share of its limit.
+      answer_share: mean length of an answer as a share of its limit. Prompts and answers that are together longer than
+        the model's context are cut to it.
       assumptions: the roofline's.
     """
 
@@ -108,12 +109,13 @@ class SearchTime:
     # Seconds of parts -----------------------------------------------------------------------------------------------
 
     def _steps(self, inputs: Number, outputs: Number, batch: Number) -> Steps:
-        mesh = self.recipe.mesh
+        mesh, most = self.recipe.mesh, self.config.max_position
         tensor = math.gcd(mesh.model, self.config.num_kv_heads)
+        outputs = min(max(1, round(outputs)), most - 1)
         scenario = Scenario(
             "search",
-            max(1, round(inputs)),
-            max(1, round(outputs)),
+            min(max(1, round(inputs)), most - outputs),
+            outputs,
             batch=max(1, round(batch)),
             devices=mesh.devices - mesh.devices % tensor,
             tensor_parallel=tensor,

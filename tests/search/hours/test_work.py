@@ -115,6 +115,12 @@ def test_the_table_has_hours_of_all_devices_and_their_price():
     assert len(hours_table({"trace": 1.0}, 1, None).columns) == 3
 
 
+def test_contexts_are_cut_to_the_models():
+    long = replace(TIME, prompt_tokens=5_000)
+    assert long.a_pass(7) == replace(TIME, prompt_tokens=4_095).a_pass(7)
+    assert long.answering(7) > TIME.answering(7) > 0 and sum(long.seconds.values()) < float("inf")
+
+
 def test_adaptive_scoring_never_takes_more_than_all_traces():
     assert with_(score={"first": 1000})._exact_alternatives()[1] == 28
     assert isinstance(RECIPE.score, ScoreSettings) and RECIPE.score.first == 24
