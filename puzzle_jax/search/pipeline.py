@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ from puzzle_jax.search.artifacts import (
 from puzzle_jax.search.context import Search, decided_candidates, warn_of_windows
 from puzzle_jax.search.copies import Copies, run_stage
 from puzzle_jax.search.costing import check_target, cost, cost_inputs, cost_settings, refine_costs
-from puzzle_jax.search.hours.left import Reported
+from puzzle_jax.search.hours.left import Reported, time_left_of
 from puzzle_jax.search.rank.ranking import METHODS, KeptSums, rank_experts
 from puzzle_jax.search.refine.accept import refine
 from puzzle_jax.search.refine.proposals import Refinement
@@ -77,7 +78,7 @@ def run_stages(search: Search, name: str = "all") -> None:
 
     Raises `PuzzleError` when an earlier stage has not been run.
     """
-    copies, reported = Copies(search.run), Reported(search)
+    copies, reported = Copies(search.run), Reported(partial(time_left_of, search))
     for stage in STAGES:
         if name in ("all", stage.name):
             result = _run(stage, search, copies)

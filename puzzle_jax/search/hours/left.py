@@ -6,7 +6,7 @@ has run, the later ones counting more, since a later stage's programs are more l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from statistics import fmean
 
 from puzzle_jax.convert_hf.table import Form
@@ -22,7 +22,7 @@ _OLDER = 0.5
 """Weight of what was known before a stage, beside that stage's own seconds."""
 
 
-_SHORT_SECONDS = 10.0
+_SHORT_SECONDS = 300.0  # of which much may have been compiling
 
 
 class TimeLeft:
@@ -50,21 +50,25 @@ class TimeLeft:
 
 
 class Reported:
-    """What a search says of the time left; nothing while its stages are short, since finding out takes a second."""
+    """What a search says of the time left. Stages of a few minutes, most of which may have gone into compiling, are no
+    measure of those to come; a search that has no others needs no forecast.
+    """
 
-    def __init__(self, search: Search) -> None:
-        self.search = search
+    def __init__(self, known: Callable[[], TimeLeft]) -> None:
+        """`known` gives the time left before anything has run; it is asked when it is first needed."""
+        self._known = known
         self._stages: list[tuple[str, float | None]] = []
         self._left: TimeLeft | None = None
 
     def finished(self, stage: str, seconds: float | None) -> str:
         """What to add to the line of a stage that took so many seconds, or was skipped."""
-        self._stages.append((stage, seconds))
-        if self._left is None and (seconds or 0) < _SHORT_SECONDS:
+        measured = seconds is not None and seconds >= _SHORT_SECONDS
+        self._stages.append((stage, seconds if measured else None))
+        if self._left is None and not measured:
             return ""
         news = self._stages[-1:]
         if self._left is None:
-            self._left, news = time_left_of(self.search), self._stages
+            self._left, news = self._known(), self._stages
         found = [self._left.finished(*each) for each in news][-1]
         return "" if found is None else f", about {spoken(found)} left"
 
