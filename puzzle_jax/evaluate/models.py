@@ -72,7 +72,7 @@ class Model:
 
     @property
     def packed(self) -> bool:
-        """Whether experts are held packed."""
+        """True if the experts stay packed (MXFP4) in memory."""
         stored = self.description.form == "mxfp4"
         return stays_packed(self.weights, self.config, stored, dtype=compute_dtype(), mesh=self.mesh)
 

@@ -116,7 +116,7 @@ def matmul(rows: Float[Array, "rows inputs"], weight: MXFP4) -> Float[Array, "ro
 
 
 def decoded_together(dtype: jnp.dtype | type, *weights: MXFP4 | Array) -> bool:
-    """Whether the packed ones of these stacks of matrices, decoded all at once, take at most `MOST_DECODED` bytes."""
+    """Returns whether decoding the packed matrices among `weights` all at once takes at most `MOST_DECODED` bytes."""
     numbers = sum(math.prod(weight.shape) for weight in weights if isinstance(weight, MXFP4))
     return numbers * jnp.dtype(dtype).itemsize <= MOST_DECODED
 

@@ -54,7 +54,7 @@ def stays_packed(
     mesh: Mesh | AbstractMesh | None = None,
     memory: int | None = None,
 ) -> bool:
-    """Whether experts are held packed.
+    """Returns whether the experts stay packed (MXFP4) in memory.
 
     Args:
       weights: one of `WEIGHTS`.

@@ -128,7 +128,7 @@ def plan_grpo(settings: GrpoPlan) -> None:
 
 
 class Beside(NamedTuple):
-    """What a plan says beside memory: lines and tables, and the same as JSON."""
+    """The part of a plan that is not memory: lines and tables for readers, and the same values as JSON."""
 
     lines: Sequence[str | Table]
     json: Mapping[str, Json]
