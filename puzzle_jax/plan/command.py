@@ -153,6 +153,7 @@ def _beside_search(run: PlannedSearch, settings: SearchPlan, found: Mapping[str,
         HARDWARE[settings.hardware],
         settings.prompt_tokens,
         settings.answer_share,
+        stored="mxfp4" if run.stored_packed else "bf16",
     )
     lines += [
         hours_table(time.seconds, run.recipe.mesh.devices, settings.price_per_gpu_hour),

@@ -83,7 +83,9 @@ def time_left_of(search: Search) -> TimeLeft:
         lengths["prompt_tokens"] = round(fmean(len(trace.prompt) for trace in traces))
         lengths["answer_share"] = min(1.0, fmean(len(trace.completion) / limits[trace.effort] for trace in traces))
     form: Form = "mxfp4" if search.parent.packed else "bf16"
-    work = SearchTime(search.parent.config, recipe, form, present_hardware(), **lengths)
+    work = SearchTime(
+        search.parent.config, recipe, form, present_hardware(), stored=search.parent.description.form, **lengths
+    )
     names = {name for parts in _OF_A_STAGE.values() for name in parts}
     seconds = {**{name: (name,) for name in work.seconds if name not in names}, **_OF_A_STAGE}
     order = ("trace", "rank", "score", "solve", "refine", "assemble", "evaluate")

@@ -60,6 +60,7 @@ class SearchTime:
       config: the parent's.
       recipe: all settings; files that it names are not read.
       form: how experts are held.
+      stored: how the checkpoint, and so its child, stores them; None: as they are held.
       hardware: of every device.
       prompt_tokens: length of a prompt.
       answer_share: mean length of an answer as a share of its limit. Prompts and answers that are together longer than
@@ -74,6 +75,7 @@ class SearchTime:
     prompt_tokens: int = 1024
     answer_share: Number = 0.5
     assumptions: Assumptions = field(default_factory=default_assumptions)
+    stored: Form | None = None
 
     # How much there is to do ----------------------------------------------------------------------------------------
 
@@ -169,7 +171,7 @@ class SearchTime:
         recipe = self.recipe
         sets = {name: getattr(recipe.traces, name) for name in TRACE_SETS}
         traces = recipe.traces.file is None
-        load = tensor_bytes(self.config, self.form) / DISK_BYTES_PER_SECOND
+        load = tensor_bytes(self.config, self.stored or self.form) / DISK_BYTES_PER_SECOND
         children = 2 + len(recipe.evaluate.baselines)
         k = self.config.experts_per_token
         found = {
@@ -250,7 +252,9 @@ class SearchTime:
     def disk_bytes(self) -> int:
         """Bytes of the run's directory at most; the child is no larger than its parent."""
         traces = sum(self.trace_tokens(getattr(self.recipe.traces, name)) for name in TRACE_SETS)
-        return round(tensor_bytes(self.config, self.form) + traces * _TRACE_BYTES_PER_TOKEN + self._table_bytes)
+        return round(
+            tensor_bytes(self.config, self.stored or self.form) + traces * _TRACE_BYTES_PER_TOKEN + self._table_bytes
+        )
 
     @property
     def host_bytes(self) -> int:

@@ -105,6 +105,7 @@ def test_more_devices_take_less_time_and_packed_experts_less_disk():
     wide = replace(CONFIG, hidden_size=64, intermediate_size=96)
     packed, dense = (replace(TIME, config=wide, form=form).disk_bytes for form in ("mxfp4", "bf16"))
     assert packed < 0.8 * dense
+    assert replace(TIME, config=wide, form="bf16", stored="mxfp4").disk_bytes == packed
 
 
 def test_the_table_has_hours_of_all_devices_and_their_price():
