@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -38,6 +37,7 @@ from puzzle_jax.generate.calibrate import calibrate_cache
 from puzzle_jax.generate.traces import Trace
 from puzzle_jax.model.cache_format import FLOAT8, CacheFormat, KVScales
 from puzzle_jax.model.network import hidden_states
+from puzzle_jax.model.schedule import jit_layers
 from puzzle_jax.model.spec import Params
 from puzzle_jax.tasks import Chat
 
@@ -152,7 +152,7 @@ def _distance(
     return float(totals[0] / count), float(totals[1] / count)
 
 
-@partial(jax.jit, static_argnames="config")
+@jit_layers(static_argnames="config")
 def _compare(
     params: Params, config: ModelConfig, batch: MicroBatch, reference: CacheFormat, form: CacheFormat
 ) -> Float[Array, "2 rows"]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from puzzle_jax.config import ModelConfig
-from puzzle_jax.model.network import rms_norm
+from puzzle_jax.model.network import columns, rms_norm
 from puzzle_jax.model.spec import Params
 
 
@@ -66,11 +66,11 @@ def divergence(
     def step(running: tuple[_Seen, _Seen, Array], index: Array) -> tuple[tuple[_Seen, _Seen, Array], None]:
         of_parent, of_child, cross = running
         first = jnp.minimum(index * chunk, vocab - chunk)
-        part = jax.lax.dynamic_slice_in_dim(head, first, chunk, axis=1)
+        part = columns(head, first, chunk, parent_normed.dtype)
         real = first + jnp.arange(chunk) >= index * chunk  # the last chunk overlaps the one before
 
         def logits(normed: Array) -> Array:
-            return jnp.matmul(normed, part.astype(normed.dtype), preferred_element_type=jnp.float32)
+            return jnp.matmul(normed, part, preferred_element_type=jnp.float32)
 
         parent_logits, child_logits = logits(parent_normed), logits(child_normed)
         of_parent, shrink = of_parent.with_chunk(jnp.where(real, parent_logits, -jnp.inf), first)

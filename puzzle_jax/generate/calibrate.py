@@ -9,7 +9,6 @@ Left out: percentiles and moving averages; a cache that saturates nothing needs 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +24,7 @@ from puzzle_jax.model.cache_format import KVScales
 from puzzle_jax.model.child import View
 from puzzle_jax.model.network import attention_block, embed, moe_block, traced_mesh
 from puzzle_jax.model.rope import rope_table
+from puzzle_jax.model.schedule import jit_layers
 from puzzle_jax.model.spec import Params
 
 
@@ -57,7 +57,7 @@ def calibrate_cache(
     return KVScales(scales[:, 0], scales[:, 1])
 
 
-@partial(jax.jit, static_argnames="config")
+@jit_layers(static_argnames="config")
 def largest_by_layer(
     params: Params,
     config: ModelConfig,

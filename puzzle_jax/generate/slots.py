@@ -27,6 +27,7 @@ from puzzle_jax.model.cache import LayerCache, decode_step, init_cache, prefill_
 from puzzle_jax.model.cache_format import CacheFormat
 from puzzle_jax.model.child import View
 from puzzle_jax.model.network import LayerAux, head_logits
+from puzzle_jax.model.schedule import jit_layers
 from puzzle_jax.model.sharding import replicated
 from puzzle_jax.model.spec import Params
 
@@ -206,7 +207,7 @@ def _chosen(auxes: list[LayerAux], rows: int, dtype: np.dtype) -> UInt[Array, "r
     return ids.reshape(rows, -1, *ids.shape[1:]).astype(dtype)
 
 
-@partial(jax.jit, static_argnames=("config", "context"), donate_argnames="group")
+@jit_layers(static_argnames=("config", "context"), donate_argnames="group")
 def prefill(
     params: Params,
     config: ModelConfig,
@@ -268,7 +269,7 @@ def admit(params: Params, config: ModelConfig, state: Slots, group: Group, admis
         )
 
 
-@partial(jax.jit, static_argnames=("config", "sampling"), donate_argnames="state")
+@jit_layers(static_argnames=("config", "sampling"), donate_argnames="state")
 def decode(
     params: Params,
     config: ModelConfig,

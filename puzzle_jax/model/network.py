@@ -19,13 +19,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.kernels.expert_mlp import expert_mlp
 from puzzle_jax.kernels.mxfp4 import MOST_DECODED, MXFP4, as_dense
 from puzzle_jax.kernels.route import Routing, route
-from puzzle_jax.kernels.shapes import Ids, Keys, Queries, Segments, Window
+from puzzle_jax.kernels.shapes import Ids, IntScalar, Keys, Queries, Segments, Window
 from puzzle_jax.kernels.window_attention import window_attention
 from puzzle_jax.model.cache_format import CacheFormat
 from puzzle_jax.model.rope import RopeTable, rope_table, rotate
@@ -67,8 +68,19 @@ def rms_norm(x: Float[Array, "... hidden"], weight: Float[Array, "hidden"], eps:
 
 def linear(x: Array, weight: Array, bias: Array) -> Array:
     """x @ weight + bias with float32 accumulation, in the dtype of `x`."""
-    y = jnp.matmul(x, weight.astype(x.dtype), preferred_element_type=jnp.float32)
+    y = jnp.matmul(x, cast_beside(weight, x), preferred_element_type=jnp.float32)
     return (y + bias.astype(jnp.float32)).astype(x.dtype)
+
+
+def cast_beside(weight: Array, rows: Array) -> Array:
+    """`weight` in the dtype of the rows that it meets.
+
+    A weight that is stored in fewer bits is cast once its rows are there: XLA would else keep the casts of a decoding
+    loop across its steps, which takes the memory that storing in fewer bits saves.
+    """
+    if weight.dtype == rows.dtype:
+        return weight
+    return jax.lax.optimization_barrier((weight, rows))[0].astype(rows.dtype)
 
 
 def states_dtype(params: Params) -> jnp.dtype:
@@ -78,7 +90,10 @@ def states_dtype(params: Params) -> jnp.dtype:
 
 def embed(params: Params, tokens: Batch) -> States:
     with jax.named_scope("embed"):
-        return params["embedding"][tokens].astype(states_dtype(params))
+        table = params["embedding"]
+        if table.dtype != states_dtype(params):  # as in `cast_beside`
+            table, tokens = jax.lax.optimization_barrier((table, tokens))
+        return table[tokens].astype(states_dtype(params))
 
 
 def project_qkv(attention: Params, config: ModelConfig, x: States, table: RopeTable) -> QKV:
@@ -128,7 +143,7 @@ def route_tokens(
 ) -> LayerAux:
     """Router logits of normalised hidden states and the experts chosen from them."""
     with jax.named_scope("route"):
-        logits = jnp.matmul(y, moe["router_weight"].astype(y.dtype), preferred_element_type=jnp.float32)
+        logits = jnp.matmul(y, cast_beside(moe["router_weight"], y), preferred_element_type=jnp.float32)
         logits = logits + moe["router_bias"].astype(jnp.float32)
         if expert_mask is not None and expert_mask.ndim == 2:  # a row of the batch is seq tokens
             expert_mask = jnp.repeat(expert_mask, y.shape[1], axis=0)
@@ -154,17 +169,24 @@ def head_logits(params: Params, config: ModelConfig, x: Float[Array, "*batch hid
     with jax.named_scope("head"):
         y = rms_norm(x, params["final_norm"], config.rms_norm_eps)
         head = params["head"]
-        if head.dtype == y.dtype or (parts := -(-head.size * y.dtype.itemsize // MOST_DECODED)) == 1:
-            return jnp.matmul(y, head.astype(y.dtype), preferred_element_type=jnp.float32)
+        if head.dtype == y.dtype:
+            return jnp.matmul(y, head, preferred_element_type=jnp.float32)
+        parts = -(-head.size * y.dtype.itemsize // MOST_DECODED)
         width = -(-head.shape[1] // parts)
 
         def add(part: Int[Array, ""], logits: Array) -> Array:
             first = jnp.minimum(part * width, head.shape[1] - width)  # the last part overlaps the one before
-            columns = jax.lax.dynamic_slice_in_dim(head, first, width, axis=1).astype(y.dtype)
-            found = jnp.matmul(y, columns, preferred_element_type=jnp.float32)
+            found = jnp.matmul(y, columns(head, first, width, y.dtype), preferred_element_type=jnp.float32)
             return jax.lax.dynamic_update_slice_in_dim(logits, found, first, axis=-1)
 
         return jax.lax.fori_loop(0, parts, add, jnp.zeros((*y.shape[:-1], head.shape[1]), jnp.float32))
+
+
+def columns(head: Array, first: IntScalar, width: int, dtype: DTypeLike) -> Float[Array, "hidden width"]:
+    """`width` columns of the head in `dtype`, from column `first` of a loop on; see `cast_beside`."""
+    if head.dtype != dtype:
+        head, first = jax.lax.optimization_barrier((head, first))
+    return jax.lax.dynamic_slice_in_dim(head, first, width, axis=1).astype(dtype)
 
 
 def hidden_states(

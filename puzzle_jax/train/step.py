@@ -21,6 +21,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike, Float, Int, Key, PyTree
 
+from puzzle_jax.model.schedule import compiler_options
+
 Sums = tuple[Array, Array, dict[str, Array]]
 LossFunction = Callable[[PyTree, PyTree, PyTree, Array], Sums]
 """(params, fixed, micro-batch, key) -> (numerator, weight, sums of metrics), all scalars; metrics are divided by the
@@ -143,11 +145,6 @@ def update(
     if rate is not None:
         metrics["learning_rate"] = rate
     return TrainState(state.step + 1, params, moments, state.key, skipped), metrics
-
-
-def compiler_options() -> dict[str, bool | str]:
-    """On CPU, no schedule that runs what rematerialisation repeats beside the first pass: all of it would be kept."""
-    return {"xla_cpu_enable_concurrency_optimized_scheduler": False} if jax.default_backend() == "cpu" else {}
 
 
 def _float32(x: ArrayLike) -> Array:

@@ -1,26 +1,36 @@
 """Packed and dense weights: which are taken, and that a model chooses the same with either."""
 
+from dataclasses import replace
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from puzzle_jax.config import BlockConfig
 from puzzle_jax.convert_hf.describe import describe_checkpoint
 from puzzle_jax.convert_hf.load import load_weights
 from puzzle_jax.convert_hf.table import tensor_bytes
 from puzzle_jax.errors import ConfigError
+from puzzle_jax.evaluate.divergence import divergence
 from puzzle_jax.evaluate.models import Model
+from puzzle_jax.generate import Sampling, slots
 from puzzle_jax.generate.batches import micro_batches
+from puzzle_jax.generate.calibrate import largest_by_layer
 from puzzle_jax.generate.engine import Engine, Request
 from puzzle_jax.generate.traces import Trace
 from puzzle_jax.kernels import mxfp4
 from puzzle_jax.kernels.dispatch import recording
 from puzzle_jax.kernels.expert_mlp import Experts, expert_outputs
 from puzzle_jax.kernels.mxfp4 import MXFP4
-from puzzle_jax.model import weights
+from puzzle_jax.model import network, weights
+from puzzle_jax.model.cache_format import CacheFormat
 from puzzle_jax.model.network import hidden_states
+from puzzle_jax.model.schedule import compiler_options
 from puzzle_jax.model.sharding import make_mesh
-from puzzle_jax.model.spec import count_params
+from puzzle_jax.model.spec import count_params, is_spec, param_specs
+from puzzle_jax.plan.engine import AbstractEngine
 from puzzle_jax.search.rank.ranking import rank_experts
 from puzzle_jax.search.recipe import EMBEDDED_PARENT
 from puzzle_jax.search.score.replace_one import Alternative, ReplaceOne
@@ -150,14 +160,59 @@ def test_experts_that_are_too_many_to_be_decoded_together_are_decoded_one_at_a_t
 
 
 def test_a_large_head_that_is_narrow_is_cast_part_by_part(both, monkeypatch):
-    from puzzle_jax.model import network
-
     x = jnp.asarray(np.random.default_rng(3).normal(size=(5, CONFIG.hidden_size)), jnp.float32)
     whole = network.head_logits(both["dense"], CONFIG, x)
     monkeypatch.setattr(network, "MOST_DECODED", 4 * CONFIG.hidden_size * 30)  # of 128 columns
     parts = jax.jit(network.head_logits, static_argnums=1)(both["packed"], CONFIG, x)
     np.testing.assert_allclose(parts, whole, rtol=1e-5, atol=1e-5)
     assert "while" in jax.jit(network.head_logits, static_argnums=1).lower(both["packed"], CONFIG, x).as_text()
+
+
+@pytest.mark.parametrize("name", ["prefill", "decode", "scales", "divergence"])
+def test_what_is_stored_in_fewer_bits_is_cast_for_one_layer_at_a_time(monkeypatch, name):
+    vocab = 80_021
+    monkeypatch.setattr(network, "MOST_DECODED", 1 << 20)
+    config = small_config((BlockConfig(3, None),), vocab_size=vocab, num_heads=30, head_dim=64)
+
+    def temporaries(layers):
+        deep = replace(config, blocks=config.blocks * layers)
+
+        def stored(spec):
+            narrow = len(spec.shape) == 2 and "router" not in spec.axes
+            return jax.ShapeDtypeStruct(spec.shape, jnp.bfloat16 if narrow else jnp.float32)
+
+        params = jax.tree.map(stored, param_specs(deep), is_leaf=is_spec)
+        engine = AbstractEngine(deep, 2, 64, CacheFormat("float32"))
+        numbers = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+        rows = engine.rows
+        states = jax.ShapeDtypeStruct((2, 5, config.hidden_size), jnp.float32)
+        chunk = numbers((rows, 64))
+        program, given = {
+            "prefill": (
+                lambda params, *given: slots.prefill.__wrapped__(params, deep, *given, 64, None),
+                (engine.group(), chunk, numbers(()), numbers((rows,))),
+            ),
+            "decode": (
+                lambda params, state, stops, *steps: slots.decode.__wrapped__(
+                    params, deep, state, stops, Sampling(), *steps, None
+                ),
+                (engine.state(), numbers((1,)), numbers(()), numbers(())),
+            ),
+            "scales": (
+                lambda params, tokens: largest_by_layer.__wrapped__(params, deep, tokens, tokens > 0, None),
+                (chunk,),
+            ),
+            "divergence": (lambda params, *given: divergence(params, deep, *given, chunk=97).kl, (states, states)),
+        }[name]
+        jitted = jax.jit(program, compiler_options=compiler_options())
+        found = jitted.lower(params, *given).compile().memory_analysis()
+        assert found is not None
+        return found.temp_size_in_bytes
+
+    shallow, deep = temporaries(2), temporaries(5)
+    cast = 4 * config.hidden_size * config.query_width  # one of the two large matrices of a layer, in float32
+    assert deep - shallow < 3 * cast
+    assert deep < 4 * config.hidden_size * vocab  # of the embedding, or of the head
 
 
 def test_a_mesh_holds_packed_experts_where_they_are_run():

@@ -18,11 +18,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Lowered, Wrapped
 from jaxtyping import Array, Float, PyTree
 
+from puzzle_jax.model.schedule import compiler_options
 from puzzle_jax.model.sharding import on_mesh
 from puzzle_jax.train.distill.objectives import Fixed
 from puzzle_jax.train.grpo.policy import MAXIMUM, Policy, Scores
 from puzzle_jax.train.rows import Packed
-from puzzle_jax.train.step import Metrics, Shardings, TrainState, compiler_options, update
+from puzzle_jax.train.step import Metrics, Shardings, TrainState, update
 
 
 class Sums(NamedTuple):
