@@ -60,7 +60,7 @@ SEARCH = {
     "traces.validation": "1",
     "traces.confirmation": "1",
     "traces.heldout": "1",
-    "traces.max_tokens": "low=6",
+    "traces.max_tokens": "low=3",
     "traces.batch_size": "4",
     "space.fractions": "[1, 0.5]",
     "space.windows": "[16]",
@@ -124,7 +124,9 @@ def _steps(root: Path, settings: argparse.Namespace) -> dict[str, dict[str, floa
     for record in sorted(run.glob("*/stage.json"), key=lambda path: path.stat().st_mtime):
         stage = json.loads(record.read_text())
         found[f"  {stage['name']}"] = {"seconds": stage["seconds"]}
-    found["export once more"] = _run("-m", "puzzle_jax.convert_hf", "export", run / "child", "--out", again)
+    found["export once more"] = _run(
+        "-m", "puzzle_jax.convert_hf", "export", "--checkpoint", run / "child", "--out", again
+    )
     found["verify"] = _run("-m", "puzzle_jax.convert_hf", "verify", run / "child", again)
     return found
 

@@ -21,15 +21,19 @@ def compiler_options() -> dict[str, bool | str]:
 
 
 class LayersProgram(Generic[R]):
-    """A function of `jax.jit` with `compiler_options`, which ask for the platform: it is jitted by its first call."""
+    """A function of `jax.jit` with `compiler_options`, which ask for the platform: it is jitted by its first call.
+
+    Attributes:
+      function: the function itself.
+    """
 
     def __init__(self, function: Callable[..., R], **options: Any) -> None:
-        self._function, self._options = function, options
+        self.function, self._options = function, options
         update_wrapper(self, function)
 
     @cached_property
     def _jitted(self) -> Any:
-        return jax.jit(self._function, compiler_options=compiler_options(), **self._options)
+        return jax.jit(self.function, compiler_options=compiler_options(), **self._options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> R:
         return self._jitted(*args, **kwargs)

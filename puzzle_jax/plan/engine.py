@@ -74,13 +74,13 @@ class AbstractEngine:
 
         # Prompts are run, slots are given to them, and answers are decoded.
         def prompts(params: Params, *given: Any) -> Group:
-            return generation.prefill.__wrapped__(one_layer(params), self.config, *given, context, None)  # type: ignore[attr-defined]
+            return generation.prefill.function(one_layer(params), self.config, *given, context, None)
 
         def admission(params: Params, state: Slots, group: Group, entries: Sequence[Array]) -> Slots:
             return generation.admit.__wrapped__(one_layer(params), self.config, state, group, Admission(*entries))  # type: ignore[attr-defined]
 
         def steps(params: Params, state: Slots, stops: Any, *given: Any) -> Slots:
-            run = generation.decode.__wrapped__  # type: ignore[attr-defined]
+            run = generation.decode.function
             return run(one_layer(params), self.config, state, stops, Sampling(1.0), *given, None)
 
         chunk = (_numbers(rows, chunk_tokens(context)), _numbers(), _numbers(rows))

@@ -189,17 +189,17 @@ def test_what_is_stored_in_fewer_bits_is_cast_for_one_layer_at_a_time(monkeypatc
         chunk = numbers((rows, 64))
         program, given = {
             "prefill": (
-                lambda params, *given: slots.prefill.__wrapped__(params, deep, *given, 64, None),
+                lambda params, *given: slots.prefill.function(params, deep, *given, 64, None),
                 (engine.group(), chunk, numbers(()), numbers((rows,))),
             ),
             "decode": (
-                lambda params, state, stops, *steps: slots.decode.__wrapped__(
+                lambda params, state, stops, *steps: slots.decode.function(
                     params, deep, state, stops, Sampling(), *steps, None
                 ),
                 (engine.state(), numbers((1,)), numbers(()), numbers(())),
             ),
             "scales": (
-                lambda params, tokens: largest_by_layer.__wrapped__(params, deep, tokens, tokens > 0, None),
+                lambda params, tokens: largest_by_layer.function(params, deep, tokens, tokens > 0, None),
                 (chunk,),
             ),
             "divergence": (lambda params, *given: divergence(params, deep, *given, chunk=97).kl, (states, states)),
