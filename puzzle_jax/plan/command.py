@@ -17,10 +17,11 @@ from rich.table import Table
 
 from puzzle_jax.commands import did_you_mean
 from puzzle_jax.consoles import plain_console
-from puzzle_jax.costs.hardware import HARDWARE
+from puzzle_jax.costs.hardware import HARDWARE, Hardware
 from puzzle_jax.errors import ConfigError, check_range, shown
 from puzzle_jax.files import Json
 from puzzle_jax.model.child import identity_child
+from puzzle_jax.numeric import Number
 from puzzle_jax.plan.abstract import read_model, virtual_devices
 from puzzle_jax.plan.compilers import compiler_named
 from puzzle_jax.plan.distill import PlannedDistillation, first_experts
@@ -28,6 +29,7 @@ from puzzle_jax.plan.fitting import smallest_change
 from puzzle_jax.plan.grpo import PlannedPolicy
 from puzzle_jax.plan.record import GB, Plan, Usage, compiled
 from puzzle_jax.plan.search import PlannedSearch
+from puzzle_jax.plan.training_hours import distillation_seconds, policy_seconds
 from puzzle_jax.search.hours.work import SearchTime, hours_table
 from puzzle_jax.search.recipe import Recipe
 from puzzle_jax.train.distill.recipe import DistillRecipe
@@ -42,13 +44,20 @@ class PlanSettings:
       hbm_gb: memory of a device, in 10^9 bytes.
       hardware: a device whose memory there is, in the place of hbm_gb ("h100").
       compiler: "cpu", or "gpu" for XLA's compiler for that hardware, where the extra `gpu-compiler` is installed.
+      price_per_gpu_hour: of one device, in any currency.
       json: prints JSON in the place of a table.
     """
 
     hbm_gb: float = 80.0
     hardware: str | None = None
     compiler: str = "cpu"
+    price_per_gpu_hour: float | None = None
     json: bool = False
+
+    def check_price(self) -> None:
+        """Raises ConfigError for a price below 0."""
+        if self.price_per_gpu_hour is not None:
+            check_range("price_per_gpu_hour", self.price_per_gpu_hour, 0)
 
     @property
     def device_bytes(self) -> int:
@@ -69,18 +78,15 @@ class SearchPlan(Recipe, PlanSettings):
       parent: config.json, or a directory that has one.
       prompt_tokens: length of the longest prompt.
       answer_share: mean length of an answer, as a share of its limit; hours depend on it.
-      price_per_gpu_hour: of one device, in any currency.
     """
 
     prompt_tokens: int = 1024
     answer_share: float = 0.5
-    price_per_gpu_hour: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range("answer_share", self.answer_share, 0, 1, above=True)
-        if self.price_per_gpu_hour is not None:
-            check_range("price_per_gpu_hour", self.price_per_gpu_hour, 0)
+        self.check_price()
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,10 @@ class DistillPlan(DistillRecipe, PlanSettings):
     traces: Path | tuple[Path, ...] = Path("-")
     out: Path = Path("-")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_price()
+
 
 @dataclass(frozen=True)
 class GrpoPlan(GrpoRecipe, PlanSettings):
@@ -101,9 +111,19 @@ class GrpoPlan(GrpoRecipe, PlanSettings):
 
     Attributes:
       model: config.json, or a directory that has one.
+      prompt_tokens: mean length of a prompt; hours depend on it.
+      answer_share: mean length of an answer, as a share of its limit, likewise.
     """
 
     out: Path = Path("-")
+    prompt_tokens: int = 256
+    answer_share: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("prompt_tokens", self.prompt_tokens, 1, self.update.row_length)
+        check_range("answer_share", self.answer_share, 0, 1, above=True)
+        self.check_price()
 
 
 def plan_search(settings: SearchPlan) -> None:
@@ -117,14 +137,16 @@ def plan_distill(settings: DistillPlan) -> None:
     """Prints the plan of a distillation, likewise."""
     parent, packed = read_model(settings.parent)
     child, _ = read_model(settings.child)
-    view = first_experts(parent, child, settings.parent, settings.child)
-    _show(PlannedDistillation(view, settings, packed), settings)
+    run = PlannedDistillation(first_experts(parent, child, settings.parent, settings.child), settings, packed)
+    _show(run, settings, lambda _: _training_hours(settings, partial(distillation_seconds, run)))
 
 
 def plan_grpo(settings: GrpoPlan) -> None:
     """Prints the plan of reinforcement learning, likewise."""
     config, packed = read_model(settings.model)
-    _show(PlannedPolicy(identity_child(config), settings, packed), settings)
+    run = PlannedPolicy(identity_child(config), settings, packed)
+    asked = {"prompt_tokens": settings.prompt_tokens, "answer_share": settings.answer_share}
+    _show(run, settings, lambda _: _training_hours(settings, partial(policy_seconds, run, **asked)))
 
 
 class Beside(NamedTuple):
@@ -144,8 +166,7 @@ def _beside_search(run: PlannedSearch, settings: SearchPlan, found: Mapping[str,
         lines.append("no change that was tried makes it fit" if change is None else str(change))
         values["smallest_change"] = None if change is None else {**change.settings}
     if settings.hardware is None:
-        lines.append("hours: name the devices (--hardware h100)")
-        return Beside(lines, values)
+        return Beside([*lines, _NO_HARDWARE], values)
     time = SearchTime(
         run.config,
         run.recipe,
@@ -164,10 +185,22 @@ def _beside_search(run: PlannedSearch, settings: SearchPlan, found: Mapping[str,
     return Beside(lines, values)
 
 
+def _training_hours(settings: DistillPlan | GrpoPlan, seconds_on: Callable[[Hardware], Mapping[str, Number]]) -> Beside:
+    if settings.hardware is None:
+        return Beside([_NO_HARDWARE], {})
+    seconds = seconds_on(HARDWARE[settings.hardware])
+    table = hours_table(seconds, settings.mesh.devices, settings.price_per_gpu_hour)
+    share = f", for answers of {settings.answer_share:.0%} of their limits" if isinstance(settings, GrpoPlan) else ""
+    return Beside([table, f"by roofline{share}; compiling is not counted"], {"seconds": seconds})
+
+
+_NO_HARDWARE = "hours: name the devices (--hardware h100)"
+
+
 def _show(
     run: PlannedSearch | PlannedDistillation | PlannedPolicy,
     settings: PlanSettings,
-    beside: Callable[[Mapping[str, Usage]], Beside] | None = None,
+    beside: Callable[[Mapping[str, Usage]], Beside],
 ) -> None:
     by = compiler_named(settings.compiler, settings.hardware)
     virtual_devices(run.recipe.mesh.devices)
@@ -178,7 +211,7 @@ def _show(
 def _compile_and_show(
     run: PlannedSearch | PlannedDistillation | PlannedPolicy,
     settings: PlanSettings,
-    beside: Callable[[Mapping[str, Usage]], Beside] | None,
+    beside: Callable[[Mapping[str, Usage]], Beside],
 ) -> None:
     limit, devices = settings.device_bytes, run.recipe.mesh.devices
     _ = run.mesh
@@ -188,7 +221,7 @@ def _compile_and_show(
     console.print(f"compiled in {sum(usage.seconds for usage in found.values()):.0f} seconds", highlight=False)
     changes = {name: run.changes(found, name, limit) for name, usage in found.items() if usage.total > limit}
     plan = Plan(run.about, found, limit, run.labels, changes, run.notes)
-    more = beside(found) if beside else Beside([], {})
+    more = beside(found)
     if settings.json:
         print(json.dumps({**plan.to_json(), **more.json}, indent=2))
         return

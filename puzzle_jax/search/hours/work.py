@@ -19,7 +19,6 @@ programs, of which only the program's time limit is known.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -30,10 +29,9 @@ from puzzle_jax.config import ModelConfig
 from puzzle_jax.convert_hf.table import Form, tensor_bytes
 from puzzle_jax.costs.assumptions import Assumptions, default_assumptions
 from puzzle_jax.costs.hardware import Hardware
-from puzzle_jax.costs.roofline import Roofline, Steps
-from puzzle_jax.costs.scenario import Scenario
 from puzzle_jax.numeric import Number
 from puzzle_jax.search.artifacts import TRACE_SETS
+from puzzle_jax.search.hours.passes import ModelTime
 from puzzle_jax.search.rank.ranking import METHODS
 from puzzle_jax.search.recipe import Recipe
 from puzzle_jax.search.score.measurements import METRICS
@@ -110,58 +108,31 @@ class SearchTime:
 
     # Seconds of parts -----------------------------------------------------------------------------------------------
 
-    def _steps(self, inputs: Number, outputs: Number, batch: Number) -> Steps:
-        mesh, most = self.recipe.mesh, self.config.max_position
-        tensor = math.gcd(mesh.model, self.config.num_kv_heads)
-        outputs = min(max(1, round(outputs)), most - 1)
-        scenario = Scenario(
-            "search",
-            min(max(1, round(inputs)), most - outputs),
-            outputs,
-            batch=max(1, round(batch)),
-            devices=mesh.devices - mesh.devices % tensor,
-            tensor_parallel=tensor,
-        )
-        roofline = Roofline(self.hardware, self.assumptions)
-        return roofline.steps(self.config, scenario, self.form)
-
-    def _layers(self, steps: Steps, more_experts: Number = 1.0) -> tuple[Number, Number]:
-        """Seconds of all layers: of prefills, and of a decoding step."""
-        prefill = decode = 0.0
-        for block in self.config.blocks:
-            attention, experts = steps.attention(block.window).total(), steps.experts(block.num_experts).total()
-            prefill += attention.prefill_seconds + more_experts * experts.prefill_seconds
-            decode += attention.decode_seconds + experts.decode_seconds
-        return prefill, decode
+    @cached_property
+    def _time(self) -> ModelTime:
+        mesh = self.recipe.mesh
+        return ModelTime(self.config, self.form, self.hardware, mesh.data, mesh.model, self.assumptions)
 
     def a_pass(self, problems: Number, more_experts: Number = 1.0) -> Number:
         """Seconds of one pass over a set of traces."""
-        total = 0.0
-        for effort, count in self.answers(1).items():
-            length = self.prompt_tokens + self.answer_tokens(effort)
-            total += self._layers(self._steps(length, 1, count * problems), more_experts)[0]
-        return total
+        return sum(
+            self._time.forward(self.prompt_tokens + self.answer_tokens(effort), count * problems, more_experts)
+            for effort, count in self.answers(1).items()
+        )
 
     def heads(self, problems: Number) -> Number:
         """Seconds of the output head on the answers of a set of traces."""
-        tokens = problems * sum(count * self.answer_tokens(effort) for effort, count in self.answers(1).items())
-        return self._products(tokens, self.config.hidden_size * self.config.vocab_size)
+        return self._time.heads(
+            problems * sum(count * self.answer_tokens(effort) for effort, count in self.answers(1).items())
+        )
 
     def answering(self, problems: int) -> Number:
         """Seconds in which a model answers."""
-        total, slots = 0.0, self.recipe.traces.batch_size
-        for effort, count in self.answers(problems).items():
-            outputs = self.answer_tokens(effort)
-            steps = self._steps(self.prompt_tokens, outputs, min(slots, count))
-            prefill, decode = self._layers(steps)
-            rest = steps.rest().total()
-            rounds = max(1.0, count / slots)
-            total += rounds * (prefill + rest.prefill_seconds + outputs * (decode + rest.decode_seconds))
-        return total
-
-    def _products(self, tokens: Number, weights: int) -> Number:
-        reached = self.assumptions.efficiency.dense
-        return 2 * tokens * weights / (self.hardware.flops_per_second * reached.rate) / self.recipe.mesh.devices
+        slots = self.recipe.traces.batch_size
+        return sum(
+            self._time.answering(self.prompt_tokens, self.answer_tokens(effort), count, slots)
+            for effort, count in self.answers(problems).items()
+        )
 
     # Stages ---------------------------------------------------------------------------------------------------------
 
@@ -209,9 +180,9 @@ class SearchTime:
         sets, windows = self.alternatives
         looked = sets * len(METHODS) + windows
         square = self.config.hidden_size**2
-        maps = self.config.num_layers * self._products(tokens, 2 * square)
+        maps = self.config.num_layers * self._time.products(tokens, 2 * square)
         own_layer = self.a_pass(problems) / self.config.num_layers
-        each = own_layer + self._products(tokens, square) + self.heads(problems)
+        each = own_layer + self._time.products(tokens, square) + self.heads(problems)
         return 4 * self.a_pass(problems) + maps + looked * each
 
     def _exact_alternatives(self) -> tuple[Number, Number]:
