@@ -17,6 +17,7 @@ from rich.table import Table
 
 from puzzle_jax.commands import did_you_mean
 from puzzle_jax.consoles import plain_console
+from puzzle_jax.convert_hf.table import Form
 from puzzle_jax.costs.hardware import HARDWARE, Hardware
 from puzzle_jax.errors import ConfigError, check_range, shown
 from puzzle_jax.files import Json
@@ -30,6 +31,8 @@ from puzzle_jax.plan.grpo import PlannedPolicy
 from puzzle_jax.plan.record import GB, Plan, Usage, compiled
 from puzzle_jax.plan.search import PlannedSearch
 from puzzle_jax.plan.training_hours import distillation_seconds, policy_seconds
+from puzzle_jax.search.hours.left import by_stage
+from puzzle_jax.search.hours.measured import read_measured
 from puzzle_jax.search.hours.work import SearchTime, hours_table
 from puzzle_jax.search.recipe import Recipe
 from puzzle_jax.train.distill.recipe import DistillRecipe
@@ -78,10 +81,13 @@ class SearchPlan(Recipe, PlanSettings):
       parent: config.json, or a directory that has one.
       prompt_tokens: length of the longest prompt.
       answer_share: mean length of an answer, as a share of its limit; hours depend on it.
+      measured_by: run directory of a search of this model on the same devices, whose stages' seconds correct the
+        roofline's; lengths of prompts and answers are then that search's, too.
     """
 
     prompt_tokens: int = 1024
     answer_share: float = 0.5
+    measured_by: Path | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -129,6 +135,8 @@ class GrpoPlan(GrpoRecipe, PlanSettings):
 def plan_search(settings: SearchPlan) -> None:
     """Prints the plan of a search. Raises PuzzleError for whatever cannot be used, before anything is compiled."""
     config, packed = read_model(settings.parent)
+    if settings.measured_by is not None:
+        read_measured(settings.measured_by)
     run = PlannedSearch(config, settings, packed, settings.prompt_tokens, settings.device_bytes)
     _show(run, settings, partial(_beside_search, run, settings))
 
@@ -165,23 +173,25 @@ def _beside_search(run: PlannedSearch, settings: SearchPlan, found: Mapping[str,
         change = smallest_change(run, found, limit)
         lines.append("no change that was tried makes it fit" if change is None else str(change))
         values["smallest_change"] = None if change is None else {**change.settings}
-    if settings.hardware is None:
+    measured = None if settings.measured_by is None else read_measured(settings.measured_by)
+    if measured is None and settings.hardware is None:
         return Beside([*lines, _NO_HARDWARE], values)
-    time = SearchTime(
-        run.config,
-        run.recipe,
-        "mxfp4" if run.packed else "bf16",
-        HARDWARE[settings.hardware],
-        settings.prompt_tokens,
-        settings.answer_share,
-        stored="mxfp4" if run.stored_packed else "bf16",
-    )
+    hardware, lengths = HARDWARE.get(settings.hardware or ""), (settings.prompt_tokens, settings.answer_share)
+    by = "by roofline, compiling not counted"
+    if measured is not None:
+        hardware, lengths = measured.hardware, (measured.prompt_tokens, measured.answer_share)
+        by = f"by what the stages of {settings.measured_by} took"
+    assert hardware is not None
+    form: Form = "mxfp4" if run.packed else "bf16"
+    stored: Form = "mxfp4" if run.stored_packed else "bf16"
+    time = SearchTime(run.config, run.recipe, form, hardware, *lengths, stored=stored)
+    seconds = time.seconds if measured is None else measured.seconds(by_stage(time))
     lines += [
-        hours_table(time.seconds, run.recipe.mesh.devices, settings.price_per_gpu_hour),
-        f"by roofline, for answers of {settings.answer_share:.0%} of their limits; compiling is not counted",
+        hours_table(seconds, run.recipe.mesh.devices, settings.price_per_gpu_hour),
+        f"{by}, for answers of {time.answer_share:.0%} of their limits",
         f"host: {time.host_bytes / GB:.1f} GB of memory for each process, {time.disk_bytes / GB:.1f} GB of disk",
     ]
-    values |= {"seconds": time.seconds, "host_bytes": time.host_bytes, "disk_bytes": time.disk_bytes}
+    values |= {"seconds": seconds, "host_bytes": time.host_bytes, "disk_bytes": time.disk_bytes}
     return Beside(lines, values)
 
 

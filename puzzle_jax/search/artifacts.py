@@ -12,6 +12,7 @@
     child/                      the child's checkpoint
     evaluate/evaluation.json    KL, accuracy, tokens and speed of parent, child and baselines
     report/                     report.html, report.md, figures/*.png
+    hours.json                  what every stage took (`hours.measured`)
     score-book.safetensors, refine-book.safetensors   scores of single traces, which outlive their stages
 
 The JSON form of an object is described beside its class (`Costs`, `Candidate`, `scores_to_json`).

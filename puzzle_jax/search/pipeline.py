@@ -18,7 +18,7 @@ listed in `search.artifacts`. A stage runs alone as well, and is skipped when it
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -59,7 +59,8 @@ from puzzle_jax.search.artifacts import (
 from puzzle_jax.search.context import Search, decided_candidates, warn_of_windows
 from puzzle_jax.search.copies import Copies, run_stage
 from puzzle_jax.search.costing import check_target, cost, cost_inputs, cost_settings, refine_costs
-from puzzle_jax.search.hours.left import Reported, time_left_of
+from puzzle_jax.search.hours.left import Reported, by_stage, present_hardware, time_left_of, work_of
+from puzzle_jax.search.hours.measured import MeasuredSearch, StageHours
 from puzzle_jax.search.rank.ranking import METHODS, KeptSums, rank_experts
 from puzzle_jax.search.refine.accept import refine
 from puzzle_jax.search.refine.proposals import Refinement
@@ -79,14 +80,30 @@ def run_stages(search: Search, name: str = "all") -> None:
     Raises `PuzzleError` when an earlier stage has not been run.
     """
     copies, reported = Copies(search.run), Reported(partial(time_left_of, search))
+    results: list[StageResult] = []
     for stage in STAGES:
         if name in ("all", stage.name):
             result = _run(stage, search, copies)
             if result is None:
                 continue
+            results.append(result)
             what = "unchanged, skipped" if result.skipped else f"{result.seconds:.1f} s"
             left = reported.finished(stage.name, None if result.skipped else result.seconds) if name == "all" else ""
             search.console.print(Text.assemble((f"{stage.name:<12}", "bold"), f" {what}{left}"))
+    if name == "all" and search.primary and not all(result.skipped for result in results):
+        measured_of(search, results).write(search.run)
+
+
+def measured_of(search: Search, results: Sequence[StageResult]) -> MeasuredSearch:
+    """What the stages of a search took on the devices present."""
+    hardware = present_hardware()
+    work = work_of(search, hardware)
+    roofline = by_stage(work)
+    stages = (
+        StageHours(result.name, result.seconds, result.compile_seconds, roofline.get(result.name, 0.0))
+        for result in results
+    )
+    return MeasuredSearch(hardware, work.prompt_tokens, work.answer_share, tuple(stages))
 
 
 def _run(stage: Stage[Search], search: Search, copies: Copies) -> StageResult | None:

@@ -32,6 +32,7 @@ from puzzle_jax.codec import from_plain
 from puzzle_jax.errors import PuzzleError, check_range, shown
 from puzzle_jax.files import PARTIAL, naming, read_object
 from puzzle_jax.runs import RUN_FILE, canonical, difference, locked, version, write_json
+from puzzle_jax.search.hours.compiling import compile_seconds
 
 STAGE_FILE = "stage.json"
 _REPLACED, _KEPT = ".replaced-", ".kept-"
@@ -95,27 +96,26 @@ class Stage(Generic[Context]):
             if not reason:
                 assert record is not None
                 _drop_kept(final)
-                return StageResult(self.name, final, key, record.seconds, True, "")
+                return StageResult(self.name, final, key, record.seconds, True, "", record.compile_seconds)
             _refuse_foreign(final, record, self.name)
             unfinished = final.with_name(f".{final.name}{PARTIAL}{os.getpid()}")
             kept = final.with_name(f".{final.name}{_KEPT}{_short_hash(key, version('jax'))}")
-            start = time.perf_counter()
+            start, compiled = time.perf_counter(), compile_seconds()
             try:
                 with naming(final):
                     unfinished.mkdir()
                     self.produce(context, unfinished, kept)
-                seconds = time.perf_counter() - start
+                seconds, compiling = time.perf_counter() - start, compile_seconds() - compiled
                 outputs = {path: _file_digest(unfinished / path) for path in _files(unfinished)}
-                write_json(
-                    unfinished / STAGE_FILE,
-                    {"key": key, **wanted, "jax": version("jax"), "seconds": seconds, "outputs": outputs},
-                )
+                took = {"seconds": seconds, "compile_seconds": compiling}
+                written = {"key": key, **wanted, "jax": version("jax"), **took, "outputs": outputs}
+                write_json(unfinished / STAGE_FILE, written)
                 _publish(unfinished, final)
             except BaseException:
                 shutil.rmtree(unfinished, ignore_errors=True)
                 raise
             _drop_kept(final)
-        return StageResult(self.name, final, key, seconds, False, reason)
+        return StageResult(self.name, final, key, seconds, False, reason, compiling)
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,7 @@ class StageResult:
       seconds: time that it took to produce the outputs.
       skipped: whether an earlier result was up to date.
       reason: why it ran, in a few words; empty if skipped.
+      compile_seconds: those of `seconds` that went into tracing and compiling.
     """
 
     name: str
@@ -137,6 +138,7 @@ class StageResult:
     seconds: float
     skipped: bool
     reason: str
+    compile_seconds: float = 0.0
 
 
 def _publish(unfinished: Path, final: Path) -> None:
@@ -268,6 +270,7 @@ class StageRecord:
     Attributes:
       key: hash of inputs, settings and package version.
       seconds: time that producing the outputs took.
+      compile_seconds: that part of it in which programs were traced and compiled.
       outputs: digest of every file, by its path below the stage's directory.
       jax: version of JAX.
       content: the whole object.
@@ -277,10 +280,12 @@ class StageRecord:
     seconds: float
     outputs: dict[str, str]
     jax: str = "unknown"
+    compile_seconds: float = 0.0
     content: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_range("seconds", self.seconds, 0, 1e12)
+        for name in ("seconds", "compile_seconds"):
+            check_range(name, getattr(self, name), 0, 1e12)
         for name in self.outputs:
             path = PurePosixPath(name)
             if not name or "\0" in name or path.is_absolute() or ".." in path.parts:

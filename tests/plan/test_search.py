@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from puzzle_jax.convert_hf.configuration.config_json import QUANTIZATION, write_config
+from puzzle_jax.costs.hardware import HARDWARE
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.generate import Engine
 from puzzle_jax.generate.batches import micro_batches
@@ -23,6 +24,8 @@ from puzzle_jax.plan.abstract import device_bytes
 from puzzle_jax.plan.record import GB, Plan, Usage, compiled
 from puzzle_jax.plan.search import STAGES, PlannedSearch
 from puzzle_jax.search.__main__ import SEARCH
+from puzzle_jax.search.hours.measured import MeasuredSearch, StageHours
+from puzzle_jax.search.hours.work import SearchTime
 from puzzle_jax.search.rank import ranking as rank
 from puzzle_jax.search.recipe import ScoreSettings, TraceSettings
 from puzzle_jax.search.score import lens as lens_module
@@ -234,6 +237,21 @@ def planned(monkeypatch, found):
 
 
 SHORT = ("--traces.max_tokens", "low=20,medium=30,high=37", "--prompt-tokens", "26", "--traces.batch_size", "4")
+
+
+def test_hours_by_a_search_that_has_run(config, planned, tmp_path, capsys):
+    """Stages take as much longer than they took as the roofline says; compiling takes what it took."""
+    command_line = ["search", "--parent", str(config), *SHORT, "--measured-by", str(tmp_path), "--json"]
+    assert main(command_line) == 2
+    assert f"{tmp_path}/hours.json is missing" in capsys.readouterr().err
+    stages = (StageHours("cost", 3.0, 1.0, 0.0), StageHours("score", 60.0, 20.0, 0.01))
+    MeasuredSearch(HARDWARE["h100"], 26, 0.5, stages).write(tmp_path)
+    assert main(command_line) == 0
+    seconds = json.loads(capsys.readouterr().out)["seconds"]
+    (run,) = planned
+    work = SearchTime(run.config, run.recipe, "mxfp4" if run.packed else "bf16", HARDWARE["h100"], 26, 0.5)
+    growth = (work.seconds["lens"] + work.seconds["score"]) / 0.01
+    assert seconds == {"cost": 3.0, "score": pytest.approx(20.0 + growth * 40.0)}
 
 
 def test_the_command_prints_the_plan(config, planned, found, capsys):

@@ -22,6 +22,7 @@ from puzzle_jax.evaluate.accuracy import answer_questions
 from puzzle_jax.generate.traces import read_traces, write_traces
 from puzzle_jax.search.__main__ import main
 from puzzle_jax.search.hours import left
+from puzzle_jax.search.hours.measured import read_measured
 from puzzle_jax.search.pipeline import STAGE_NAMES
 from puzzle_jax.tasks.chat.embedded import chat_files
 from tests.compiler_flags import EIGHT_DEVICES, QUICK
@@ -97,6 +98,16 @@ def test_every_stage_leaves_its_file(finished):
         "report/report.md",
     ):
         assert (finished / path).is_file(), path
+
+
+def test_what_every_stage_took_is_kept(finished):
+    measured = read_measured(finished)
+    assert [stage.name for stage in measured.stages] == list(STAGE_NAMES)
+    assert all(stage.seconds > stage.compile_seconds >= 0 for stage in measured.stages)
+    predicted = [stage.name for stage in measured.stages if stage.roofline_seconds > 0]
+    assert predicted == ["trace", "rank", "score", "solve", "refine", "assemble", "evaluate"]
+    assert sum(stage.compile_seconds for stage in measured.stages) > 0
+    assert 0 < measured.answer_share <= 1
 
 
 def test_the_child_is_what_was_chosen_and_meets_the_target(finished, parent):
@@ -267,8 +278,15 @@ def test_a_search_that_is_killed_ends_with_the_same_files(timeless, parent, tmp_
     for path in timeless.rglob("*"):
         name = path.relative_to(timeless)
         # stage.json, and the page that shows it, have the seconds that stages took; tables are where scores are kept.
-        passed = ("stage.json", "report.html", "run.json", "score-book.safetensors", "refine-book.safetensors")
-        if path.is_file() and name.name not in passed:
+        passed = (
+            "stage.json",
+            "hours.json",
+            "report.html",
+            "run.json",
+            "score-book.safetensors",
+            "refine-book.safetensors",
+        )
+        if path.is_file() and name.name not in passed and not name.name.endswith("-book.safetensors"):
             assert (run / name).read_bytes() == path.read_bytes(), name
     assert not [path for path in run.iterdir() if path.name.startswith(".")]
 

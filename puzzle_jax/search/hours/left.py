@@ -11,12 +11,15 @@ from statistics import fmean
 
 from puzzle_jax.convert_hf.table import Form
 from puzzle_jax.costs.hardware import HARDWARE, Hardware, hardware_named
+from puzzle_jax.numeric import Number
 from puzzle_jax.search.artifacts import TRACES
 from puzzle_jax.search.context import Search
 from puzzle_jax.search.hours.work import SearchTime
 
 _OF_A_STAGE = {"trace": ("load", "trace"), "score": ("lens", "score")}
 """What of `SearchTime` makes up a stage of the pipeline, where that is not the entry of its name."""
+
+_STAGES = ("trace", "rank", "score", "solve", "refine", "assemble", "evaluate")
 
 _OLDER = 0.5
 """Weight of what was known before a stage, beside that stage's own seconds."""
@@ -32,7 +35,7 @@ class TimeLeft:
       predicted: seconds by stage, in the order in which they run; stages that are not named take none.
     """
 
-    def __init__(self, predicted: Mapping[str, float]) -> None:
+    def __init__(self, predicted: Mapping[str, Number]) -> None:
         self.left = dict(predicted)
         self._predicted = self._measured = 0.0
 
@@ -74,7 +77,12 @@ class Reported:
 
 
 def time_left_of(search: Search) -> TimeLeft:
-    """The time left of a search on the devices present, by the lengths of its traces where it has them."""
+    """The time left of a search on the devices present."""
+    return TimeLeft(by_stage(work_of(search, present_hardware())))
+
+
+def work_of(search: Search, hardware: Hardware) -> SearchTime:
+    """The work of a search, by the lengths of its traces where it has them."""
     recipe, limits = search.recipe, search.recipe.traces.max_tokens
     known = (search.run / TRACES["calibration"].path).exists()
     traces = [trace for trace in search.traces("calibration") if trace.effort in limits] if known else []
@@ -83,13 +91,12 @@ def time_left_of(search: Search) -> TimeLeft:
         lengths["prompt_tokens"] = round(fmean(len(trace.prompt) for trace in traces))
         lengths["answer_share"] = min(1.0, fmean(len(trace.completion) / limits[trace.effort] for trace in traces))
     form: Form = "mxfp4" if search.parent.packed else "bf16"
-    work = SearchTime(
-        search.parent.config, recipe, form, present_hardware(), stored=search.parent.description.form, **lengths
-    )
-    names = {name for parts in _OF_A_STAGE.values() for name in parts}
-    seconds = {**{name: (name,) for name in work.seconds if name not in names}, **_OF_A_STAGE}
-    order = ("trace", "rank", "score", "solve", "refine", "assemble", "evaluate")
-    return TimeLeft({stage: sum(work.seconds[part] for part in seconds[stage]) for stage in order})
+    return SearchTime(search.parent.config, recipe, form, hardware, stored=search.parent.description.form, **lengths)
+
+
+def by_stage(work: SearchTime) -> dict[str, Number]:
+    """The roofline's seconds by stage of the pipeline."""
+    return {stage: sum(work.seconds[part] for part in _OF_A_STAGE.get(stage, (stage,))) for stage in _STAGES}
 
 
 def present_hardware() -> Hardware:
