@@ -16,6 +16,7 @@ import jax
 import pytest
 
 from tests.compiler_flags import EIGHT_DEVICES, QUICK
+from tests.lowering import reuse_contexts
 from tests.type_checks import install
 
 LARGE_BYTES = 5 << 30  # of a process; programs that are no longer used are dropped beyond it
@@ -33,9 +34,12 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.par
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_traceback_in_locations_limit", 0)  # nobody reads where an operation comes from
+# Nobody reads where an operation comes from, in this process or in those that tests start.
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
+jax.config.update("jax_traceback_in_locations_limit", 0)
 
 install("puzzle_jax")
+reuse_contexts()
 
 # The same cases in every run; `pytest --hypothesis-profile=default` draws others.
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
@@ -49,9 +53,10 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_finish() -> None:
-    """Imported modules stay: garbage is looked for among what tests make."""
+    """Imported modules stay: garbage is looked for among what tests make, and seldom, since tracing makes much else."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture(scope="module", autouse=True)
