@@ -19,6 +19,26 @@ from tests.compiler_flags import EIGHT_DEVICES, QUICK
 from tests.lowering import reuse_contexts
 from tests.type_checks import install
 
+# Files that take longest, in this order: begun last, one of them would keep one worker busy when the other is done.
+LONGEST = tuple(
+    f"tests/{name}.py"
+    for name in (
+        "train/grpo/test_run",
+        "search/test_processes",
+        "train/distill/test_run",
+        "search/test_pipeline",
+        "generate/test_engine",
+        "train/grpo/test_policy",
+        "model/test_network",
+        "test_readme",
+        "train/pretrain/test_run",
+        "model/test_weights",
+        "kernels/test_self_check",
+        "kernels/test_expert_mlp",
+        "tasks/rewards/test_workers",
+        "kernels/test_attention",
+    )
+)
 LARGE_BYTES = 5 << 30  # of a process; programs that are no longer used are dropped beyond it
 
 os.environ.setdefault("PUZZLE_JAX_CACHE", tempfile.mkdtemp(prefix="puzzle_jax_cache_"))
@@ -50,6 +70,11 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     """Torch and other runtimes are imported only where tests that need them are asked for."""
     left_out = [mark for mark in ("parity", "runtimes") if f"not {mark}" in config.option.markexpr]
     return True if collection_path in [Path(__file__).parent / mark for mark in left_out] else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(LONGEST)))
 
 
 def pytest_collection_finish() -> None:
