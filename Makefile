@@ -12,7 +12,7 @@ quick: $(VENV)/.test
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile $$(grep -v '^#' tests/quick.txt)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 slow: $(VENV)/.test
 	$(BIN)/python -m pytest -q -m slow

@@ -16,8 +16,29 @@ import jax
 import pytest
 
 from tests.compiler_flags import EIGHT_DEVICES, QUICK
+from tests.lowering import reuse_contexts
 from tests.type_checks import install
 
+# Files that take longest, in this order: begun last, one of them would keep one worker busy when the other is done.
+LONGEST = tuple(
+    f"tests/{name}.py"
+    for name in (
+        "train/grpo/test_run",
+        "search/test_processes",
+        "train/distill/test_run",
+        "search/test_pipeline",
+        "generate/test_engine",
+        "train/grpo/test_policy",
+        "model/test_network",
+        "test_readme",
+        "train/pretrain/test_run",
+        "model/test_weights",
+        "kernels/test_self_check",
+        "kernels/test_expert_mlp",
+        "tasks/rewards/test_workers",
+        "kernels/test_attention",
+    )
+)
 LARGE_BYTES = 5 << 30  # of a process; programs that are no longer used are dropped beyond it
 
 os.environ.setdefault("PUZZLE_JAX_CACHE", tempfile.mkdtemp(prefix="puzzle_jax_cache_"))
@@ -33,9 +54,12 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.par
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_traceback_in_locations_limit", 0)  # nobody reads where an operation comes from
+# Nobody reads where an operation comes from, in this process or in those that tests start.
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
+jax.config.update("jax_traceback_in_locations_limit", 0)
 
 install("puzzle_jax")
+reuse_contexts()
 
 # The same cases in every run; `pytest --hypothesis-profile=default` draws others.
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
@@ -48,10 +72,16 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if collection_path in [Path(__file__).parent / mark for mark in left_out] else None
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(LONGEST)))
+
+
 def pytest_collection_finish() -> None:
-    """Imported modules stay: garbage is looked for among what tests make."""
+    """Imported modules stay: garbage is looked for among what tests make, and seldom, since tracing makes much else."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -2,7 +2,8 @@
 
 jaxtyping's import hook makes the checks of a function as its module is imported, which takes ten seconds in a process
 that runs tests, most of them for functions that are never called there. So checks are made at a function's first call.
-Where no annotation is of an array, there are no shapes to keep in mind, and beartype alone checks it.
+Where no annotation is of an array, there are no shapes to keep in mind, and beartype alone checks it. A function within
+another is a new one whenever the outer one runs; all that come of the same lines share their checks.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import threading
 import types
 import typing
 from collections.abc import Callable
@@ -20,18 +22,19 @@ from beartype import beartype
 from jaxtyping import AbstractArray, PyTree, install_import_hook
 
 _jaxtyped = jaxtyping.jaxtyped
+_of_code: dict[types.CodeType, Callable] = {}
 
 
 def install(package: str) -> None:
     """Checks all functions and dataclasses of modules of `package` that are imported from now on."""
-    jaxtyping.jaxtyped = _from_the_first_call
+    jaxtyping.jaxtyped = from_the_first_call
     install_import_hook(package, "beartype.beartype")
 
 
-def _from_the_first_call(of: Any = None, *, typechecker: Callable) -> Any:
+def from_the_first_call(of: Any = None, *, typechecker: Callable) -> Any:
     """The decorator that the import hook puts above every function and class in place of `jaxtyping.jaxtyped`."""
     if of is None:
-        return functools.partial(_from_the_first_call, typechecker=typechecker)
+        return functools.partial(from_the_first_call, typechecker=typechecker)
     if inspect.isclass(of):
         made = vars(of).get("__init__")
         if "__dataclass_fields__" in vars(of) and isinstance(made, types.FunctionType):
@@ -56,6 +59,43 @@ def _lazily(function: Callable, typechecker: Callable) -> Callable:
 
 
 def _checked(function: Callable, typechecker: Callable) -> Callable:
+    if "<locals>" not in function.__qualname__ or inspect.isgeneratorfunction(function):
+        return _with_checks(function, typechecker)
+    code = function.__code__
+    if code not in _of_code:
+        _of_code[code] = _of_any(function, typechecker)
+    return functools.partial(_of_code[code], function)
+
+
+def _of_any(function: types.FunctionType, typechecker: Callable) -> Callable:
+    """Returns what calls any function of this one's code with its checks: call(function, *arguments)."""
+    waiting = threading.local()
+
+    # Without what the function has captured, which would live as long as its checks.
+    cells = tuple(types.CellType() for _ in function.__code__.co_freevars)
+    alike = types.FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
+    alike.__kwdefaults__ = function.__kwdefaults__
+
+    @functools.wraps(functools.update_wrapper(alike, function))
+    def enter(*args, **kwargs):
+        return waiting.functions.pop()(*args, **kwargs)
+
+    alike.__dict__.pop("__wrapped__")
+    checked = _with_checks(enter, typechecker)
+
+    def call(function: Callable, *args, **kwargs):
+        functions = vars(waiting).setdefault("functions", [])
+        depth = len(functions)
+        functions.append(function)
+        try:
+            return checked(*args, **kwargs)
+        finally:
+            del functions[depth:]  # it was refused, and did not come to take its turn
+
+    return call
+
+
+def _with_checks(function: Callable, typechecker: Callable) -> Callable:
     if not _has_arrays(function):
         with contextlib.suppress(Exception):  # a hint that refers to itself; jaxtyping takes it for anything
             return beartype(function)

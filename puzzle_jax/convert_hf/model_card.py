@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import jinja2
@@ -37,16 +38,24 @@ def model_card(
     """
     titles = {"measured": "Measured", "predicted": "Predicted by the search, not measured"}
     trained = (name.split(".")[-1] for name in record.get("trained", ()))
-    template = jinja2.Template(_TEMPLATE.read_text(), keep_trailing_newline=True)
-    return template.render(
-        name=Path(str(record.get("parent", "a gpt-oss model"))).name,
-        record=record,
-        sizes=[
-            ("parameters", parameters(parent), parameters(child)),
-            ("bytes of tensors", tensor_bytes(parent, form), tensor_bytes(child, form)),
-        ],
-        trained_experts=any(name.startswith(("gate_up", "down")) for name in trained),
-        layers=list(zip(map(len, kept), parent.blocks, child.blocks, strict=True)),
-        scores=[(title, record[key]) for key, title in titles.items() if record.get(key)],
-        **serving,
-    ).encode()
+    return (
+        _template()
+        .render(
+            name=Path(str(record.get("parent", "a gpt-oss model"))).name,
+            record=record,
+            sizes=[
+                ("parameters", parameters(parent), parameters(child)),
+                ("bytes of tensors", tensor_bytes(parent, form), tensor_bytes(child, form)),
+            ],
+            trained_experts=any(name.startswith(("gate_up", "down")) for name in trained),
+            layers=list(zip(map(len, kept), parent.blocks, child.blocks, strict=True)),
+            scores=[(title, record[key]) for key, title in titles.items() if record.get(key)],
+            **serving,
+        )
+        .encode()
+    )
+
+
+@cache
+def _template() -> jinja2.Template:
+    return jinja2.Template(_TEMPLATE.read_text(), keep_trailing_newline=True)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import os
+from functools import lru_cache
 from pathlib import Path
 
 import jax
@@ -71,6 +72,7 @@ def stays_packed(
     return _ROOM * weight_bytes(config, dtype, mesh) > (device_memory() if memory is None else memory)
 
 
+@lru_cache(maxsize=64)  # a plan asks for the same ones thousands of times
 def weight_bytes(
     config: ModelConfig, dtype: DTypeLike, mesh: Mesh | AbstractMesh | None = None, *, packed: bool = False
 ) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from puzzle_jax.files import Json
 
@@ -61,11 +61,11 @@ def canvas(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
-def blank(width: float, height: float) -> Figure:
+def blank(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Figure:
     """A figure of this size, in inches, without plots."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), layout="constrained")
+    return Figure(figsize=(width, height), layout=layout)
 
 
 def grid(axes: Axes) -> None:

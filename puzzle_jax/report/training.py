@@ -99,6 +99,8 @@ SECTIONS: Mapping[str, tuple[Panel, ...]] = {
 
 OTHER = "other"
 _SMALL = 12  # plots of a figure of other metrics
+_MARGINS = (0.75, 0.1, 0.5, 0.27)
+"""Inches to the left of each plot, for its numbers and its label, to its right, below and above."""
 _MARKED = 60  # lines of up to so many points have a mark at each
 
 _MAIN: Mapping[str, bool | None] = {
@@ -265,7 +267,16 @@ def _places(
 
     columns = min(columns, count)
     rows = math.ceil(count / columns)
-    figure = blank(columns * width, rows * height)
+    figure = blank(columns * width, rows * height, layout=None)  # to find a layout takes as long as to draw
+    left, right, bottom, top = _MARGINS
+    figure.subplots_adjust(
+        left=left / (columns * width),
+        right=1 - right / (columns * width),
+        bottom=bottom / (rows * height),
+        top=1 - top / (rows * height),
+        wspace=(left + right) / (width - left - right),
+        hspace=(bottom + top) / (height - bottom - top),
+    )
     places = [figure.add_subplot(rows, columns, position + 1) for position in range(count)]
     for axes in places:
         grid(axes)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,10 @@ class MetricsLog:
 
 
 def _tensorboard(directory: Path, after: int, console: Console) -> Any:
+    # tensorboardX imports torch where it is installed, a second and 180 MB, and needs it for torch's tensors alone.
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
@@ -74,4 +79,7 @@ def _tensorboard(directory: Path, after: int, console: Console) -> Any:
             f"  no TensorBoard without tensorboardX (extra `train`); {METRICS_FILE} has it all", highlight=False
         )
         return None
+    finally:
+        if hidden:
+            del sys.modules["torch"]
     return SummaryWriter(str(directory), purge_step=after + 1 if after else None)

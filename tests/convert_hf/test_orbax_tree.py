@@ -136,12 +136,21 @@ def test_damaged_small_files(orbax, capsys, name, content):
     assert name in refused(orbax, capsys)
 
 
-def test_whatever_is_missing_or_cut_is_refused_in_one_sentence(tmp_path, capsys, monkeypatch):
+def test_leaves_are_read_with_neighbours_as_long_as_they_are_small_together(monkeypatch):
+    monkeypatch.setattr(orbax_tree, "_TOGETHER", 10)
+    first, large, last = range(2), range(2, 3), range(3, 6)
+    assert orbax_tree._groups([4, 6, 11, 1, 1, 1]) == [first, first, large, last, last, last]
+    assert orbax_tree._groups([4, 7]) == [range(1), range(1, 2)] and orbax_tree._groups([]) == []
+
+
+@pytest.mark.parametrize("together", [1 << 20, pytest.param(0, marks=pytest.mark.slow)])
+def test_whatever_is_missing_or_cut_is_refused_in_one_sentence(tmp_path, capsys, monkeypatch, together):
     """Every file below the parameters gone, empty, cut, or with noise in its middle, in turn.
 
     Noise among values is not noticed, since Orbax keeps no sums of them.
     """
     monkeypatch.setattr(orbax_tree, "_LATE_SECONDS", 0.1)
+    monkeypatch.setattr(orbax_tree, "_TOGETHER", together)
     start = write_random(tmp_path / "start", packable_config(MIXED[:1]))
     good = tmp_path / "good"
     assert main(["import", str(start), "--out", str(good)]) == 0

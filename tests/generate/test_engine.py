@@ -37,16 +37,13 @@ def requests(count=7, longest=70):
 _uncached = jax.jit(forward, static_argnames="config")
 
 
-def greedy(params, config, request, cache=None):
-    """One token at a time, without a cache."""
-    tokens, out = list(request.prompt), []
-    while len(out) < request.max_tokens and STOP not in out:
-        padded = np.zeros((1, 128), np.int32)
-        padded[0, : len(tokens)] = tokens
-        logits = np.asarray(_uncached(params, config=config, tokens=jnp.asarray(padded), cache=cache))
-        out.append(int(logits[0, len(tokens) - 1].argmax()))
-        tokens.append(out[-1])
-    return tuple(out)
+def likeliest(params, config, request, tokens, cache=None):
+    """After the prompt, and after each of these tokens but the last, without a cache."""
+    ids = (*request.prompt, *tokens)
+    row = np.zeros((1, 128), np.int32)
+    row[0, : len(ids)] = ids
+    logits = np.asarray(_uncached(params, config=config, tokens=jnp.asarray(row), cache=cache))
+    return tuple(logits[0, len(request.prompt) - 1 : len(ids) - 1].argmax(-1).tolist())
 
 
 @pytest.mark.parametrize("cache", [None, FLOAT8_CACHE], ids=["float32", "float8"])
@@ -55,7 +52,9 @@ def test_chunked_cached_batched_tokens_equal_the_uncached_pass_for_a_heterogeneo
     params = random_params(config)
     answers = generate(params, config, requests(), stop_ids=[STOP], slots=3, cache=cache)
     for request, answer in zip(requests(), answers, strict=True):
-        assert answer.tokens == greedy(params, config, request, cache)
+        assert answer.tokens == likeliest(params, config, request, answer.tokens, cache)
+        assert STOP not in answer.tokens[:-1] and len(answer.tokens) <= request.max_tokens
+        assert answer.tokens[-1] == STOP or len(answer.tokens) == request.max_tokens
         assert answer.truncated == (answer.tokens[-1] != STOP)
     assert len({answer.tokens for answer in answers}) == len(answers)
 

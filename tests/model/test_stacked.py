@@ -226,12 +226,18 @@ def test_states_and_gradients_of_replayed_experts(model):
         states, _ = plain_states(params, config, tokens, windows, positions, replay=replay)
         return (states * probe).sum() + (states[-1] ** 2).sum(), states
 
-    def of_routers(x, layer):
-        """Each router's own choice on the layer's input."""
-        y, _ = attention_block(
-            layer["attention"], config, x[0], rope_table(config.rope, 10, jnp.arange(SEQ)[None]), window=x[1]
-        )
-        return moe_block(layer["moe"], config, y)[1].routing.ids
+    @jax.jit
+    def of_routers(inputs):
+        """Each router's own choice on its layer's input."""
+        rope = rope_table(config.rope, 10, jnp.arange(SEQ)[None])
+        attended = [
+            attention_block(layer["attention"], config, x, rope, window=block.window)[0]
+            for x, block, layer in zip(inputs, config.blocks, params["layers"], strict=True)
+        ]
+        return [
+            moe_block(layer["moe"], config, y)[1].routing.ids
+            for y, layer in zip(attended, params["layers"], strict=True)
+        ]
 
     def of_stacked(remat, stacked):
         x, states, ids, routed = stacked_hidden_states(
@@ -240,18 +246,14 @@ def test_states_and_gradients_of_replayed_experts(model):
         assert states is not None
         return (states * probe).sum() + (x**2).sum(), (states, ids, routed)
 
-    (value, expected), gradient = jax.value_and_grad(of_plain, has_aux=True)(params)
+    (value, expected), gradient = jax.jit(jax.value_and_grad(of_plain, has_aux=True))(params)
+    own = of_routers([embed(params, tokens), *expected[:-1]])
     for remat in (False, True):
         of_runs = jit(jax.value_and_grad(partial(of_stacked, remat), has_aux=True))
         (found_value, (states, ids, routed)), found = of_runs(stacked)
         np.testing.assert_allclose(found_value, value, rtol=1e-5)
         np.testing.assert_allclose(states, expected, atol=2e-5)
         np.testing.assert_array_equal(ids, replay)
-        inputs = [embed(params, tokens), *expected[:-1]]
-        own = [
-            of_routers((x, block.window), layer)
-            for x, block, layer in zip(inputs, config.blocks, params["layers"], strict=True)
-        ]
         np.testing.assert_array_equal(routed, own)
         tree_allclose(unstack_params(found, runs), gradient, rtol=1e-4, atol=1e-3)
     assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient["layers"][2])) > 10

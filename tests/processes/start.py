@@ -21,7 +21,7 @@ def running(*commands: Sequence[str], **environment: str) -> Iterator[list[subpr
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_ADDRESS": address, **environment}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", *command],
+            [sys.executable, "-m", "tests.processes.program", *command],
             env={**environment, "JAX_PROCESS_ID": str(index)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -57,6 +57,7 @@ SETTINGS = [
     ),
     *("--target.max_expert_bytes_ratio", "0.8", "--target.min_speedup", "1.0"),
     *("--solve.solutions", "3", "--evaluate.problems", "2", "--evaluate.rounds", "2", "--costs", "roofline"),
+    *("--score.tokens_per_batch", "256"),
     *("--scenario.hardware", "h100"),
 ]
 

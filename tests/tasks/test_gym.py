@@ -19,7 +19,9 @@ from puzzle_jax.evaluate.accuracy import SPLITS, QuestionSet
 from puzzle_jax.tasks import FiniteTask, Problem, WorkedTask, get_task, gym_families, problems
 from puzzle_jax.tasks.gym import GymTask, _alone
 
-pytest.importorskip("reasoning_gym", reason="needs the package reasoning-gym (extra `reasoning-gym`)")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("reasoning_gym") is None, reason="needs the package reasoning-gym (extra `reasoning-gym`)"
+)
 
 # One of each kind: an own scorer, partial credit, an answer in the metadata, none at all, eval, sympy, the library's
 # default scorer, global random state, numpy's random state, a condition of ours.

@@ -1,5 +1,6 @@
 """The loop: an interrupted run ends with the bits of an uninterrupted one, however it was interrupted."""
 
+import importlib
 import io
 import json
 import os
@@ -320,6 +321,34 @@ def test_saving_reads_the_state_before_it_is_donated(tmp_path):
         restored = checkpoints.restore(abstract)
     assert restored is not None
     np.testing.assert_array_equal(restored.state["x"], expected)
+
+
+WRITER = """
+try:
+    import torch
+except ImportError:
+    torch = None
+
+class SummaryWriter:
+    def __init__(self, *_, **__):
+        pass
+    def close(self):
+        pass
+"""
+
+
+def test_tensorboard_does_without_torch(tmp_path, monkeypatch):
+    """Where both are installed, and torch is not there already."""
+    (tmp_path / "tensorboardX.py").write_text(WRITER)
+    (tmp_path / "torch.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in {"tensorboardX", "torch", *sys.modules}:
+        if name.partition(".")[0] in ("tensorboardX", "torch"):
+            monkeypatch.setitem(sys.modules, name, sys.modules.get(name))  # as it is now, in the end
+            monkeypatch.delitem(sys.modules, name)
+    with MetricsLog(tmp_path, 0, Console(quiet=True)):
+        assert sys.modules["tensorboardX"].torch is None and "torch" not in sys.modules
+    assert importlib.import_module("torch").__file__ == str(tmp_path / "torch.py")
 
 
 def test_metrics_drop_torn_and_later_lines(tmp_path, monkeypatch):

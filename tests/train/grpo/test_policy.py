@@ -100,15 +100,13 @@ def policy(name="dapo", **settings):
     return Policy(STUDENT, PolicySettings(name=name, **settings).resolved, **CHUNKS)
 
 
-@pytest.mark.parametrize("name", ["grpo", "dapo", "dr_grpo", "gspo", "cispo"])
-def test_on_policy_the_gradient_is_the_plain_policy_gradient(model, name):
-    """And every ratio is exactly 1."""
+@pytest.fixture(scope="module")
+def plain_gradient(model):
+    """Of -sum of coefficient * advantage * log pi, by whole logits of the packed rows."""
     _, base = model
-    masters, rows = random_master_weights(STUDENT, base), batch()
-    objective = policy(name, kl=0.0)
+    rows = batch()
 
     def plain(trained):
-        """-sum of coefficient * advantage * log pi, by whole logits of the packed rows."""
         params = unstack_params(STUDENT.params(base, trained), STUDENT.runs)
         x, _ = hidden_states(
             params,
@@ -123,13 +121,22 @@ def test_on_policy_the_gradient_is_the_plain_policy_gradient(model, name):
         factors = rows.extras["coefficients"] * rows.extras["advantages"]
         return -jnp.sum(jnp.where(rows.weights > 0, factors * chosen, 0))
 
+    return jit(jax.grad(plain))(random_master_weights(STUDENT, base))
+
+
+@pytest.mark.parametrize("name", ["grpo", "dapo", "dr_grpo", "gspo", "cispo"])
+def test_on_policy_the_gradient_is_the_plain_policy_gradient(model, plain_gradient, name):
+    """And every ratio is exactly 1."""
+    _, base = model
+    masters, rows = random_master_weights(STUDENT, base), batch()
+    objective = policy(name, kl=0.0)
     run = jit(jax.value_and_grad(lambda trained: objective(trained, Fixed(base), rows)[::2], has_aux=True))
     (_, terms), gradient = run(masters)
     assert float(terms["ratio_max"]) == 1.0
     assert float(terms["ratio_abs_log"]) == 0.0
     np.testing.assert_allclose(terms["ratio_mean"], 1.0, rtol=1e-6)
     assert float(terms["clipped"]) == 0.0
-    close(gradient, jit(jax.grad(plain))(masters), 1e-4)
+    close(gradient, plain_gradient, 1e-4)
 
 
 def test_scores_are_log_probabilities_of_the_policy_and_of_the_first_one(model):
@@ -262,20 +269,26 @@ def compiled_once(update):
     assert [program._cache_size() for program in programs] == [1, 1, 1]
 
 
-@pytest.mark.parametrize("shape", [(2, 1, 3), (2, 2, 1)])
-def test_on_a_mesh_the_update_is_that_of_one_device(model, shape):
+@pytest.fixture(scope="module")
+def of_one_device(model):
+    """The rows of an update, the state after it, and its metrics."""
     _, base = model
     rows = pack([[example(0), example(1)], [example(2)], [example(3)], [example(4)]], LENGTH, PAD)
     update = PolicyUpdate(policy(), optax.sgd(0.5))
     state = init_state(random_master_weights(STUDENT, base), update.optimizer, jax.random.key(0))
-    expected, metrics = update(state, Fixed(base), [rows])
+    return rows, *update(state, Fixed(base), [rows])
 
+
+@pytest.mark.parametrize("shape", [(2, 1, 3), (2, 2, 1)])
+def test_on_a_mesh_the_update_is_that_of_one_device(model, of_one_device, shape):
+    _, base = model
+    rows, expected, metrics = of_one_device
     mesh = make_training_mesh(*shape)
     placement = Placement(mesh)
-    placed = placement.base(base, CONFIG)
-    state = init_state(random_master_weights(STUDENT, base), update.optimizer, jax.random.key(0))
+    placed, optimizer = placement.base(base, CONFIG), optax.sgd(0.5)
+    state = init_state(random_master_weights(STUDENT, base), optimizer, jax.random.key(0))
     shardings = placement.master_weights(state)
-    on_devices = PolicyUpdate(policy(), optax.sgd(0.5), Shardings(shardings), mesh)
+    on_devices = PolicyUpdate(policy(), optimizer, Shardings(shardings), mesh)
     state = jax.device_put(state, shardings)
     found, on_mesh_metrics = on_devices(state, Fixed(placed), [placement.rows(rows)])
     close(found.params, expected.params, 2e-5)

@@ -45,9 +45,10 @@ def directory(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(directory) -> Path:
+def finished(directory, drawn_figures) -> Path:
     out = directory / "finished"
-    assert main(["grpo", *arguments(directory, out)]) == 0
+    with drawn_figures():
+        assert main(["grpo", *arguments(directory, out)]) == 0
     return out
 
 

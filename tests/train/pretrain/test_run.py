@@ -72,10 +72,11 @@ def losses(out):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, drawn_figures):
     """The directory of an uninterrupted run."""
     out = tmp_path_factory.mktemp("run") / "pretrained"
-    pretrain(dataclasses.replace(RECIPE, out=out), QUIET)
+    with drawn_figures():
+        pretrain(dataclasses.replace(RECIPE, out=out), QUIET)
     return out
 
 
