@@ -105,7 +105,8 @@ def _tokenizer(ranks_file: bytes) -> tokenizers.Tokenizer:
 
 @pytest.fixture(scope="module")
 def vocabulary() -> bytes:
-    return gzip.decompress((Path(present(present(VOCABULARY).origin)).parent / "data" / "o200k_base.tiktoken.gz").read_bytes())
+    package = Path(present(present(VOCABULARY).origin)).parent
+    return gzip.decompress((package / "data" / "o200k_base.tiktoken.gz").read_bytes())
 
 
 @pytest.fixture(scope="module")
