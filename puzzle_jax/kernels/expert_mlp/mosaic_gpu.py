@@ -106,7 +106,7 @@ def _packed(
 ) -> Halves:
     experts, inputs, outputs = weights.shape
     count, inter = len(expert), outputs // 2
-    name = "grouped_matmul.mosaic_gpu.packed"
+    name = "expert_mlp.mosaic_gpu_fused.packed"
     sizes = packed_tiles(name, len(rows), count, inputs, inter, matrices=2)
     block, tile_out = sizes.block, sizes.tile_out
     mosaic = plgpu()
@@ -180,7 +180,7 @@ def _dense(
 ) -> Sorted:
     _, inputs, outputs = weights.shape
     count = len(expert)
-    sizes = dense_tiles("grouped_matmul.mosaic_gpu.dense", len(rows), count, inputs, outputs)
+    sizes = dense_tiles("expert_mlp.mosaic_gpu_fused.dense", len(rows), count, inputs, outputs)
     block, tile_out, tile_inter = sizes.block, sizes.tile_out, sizes.tile_out // 2
     mosaic = plgpu()
     matrix, by_column = mosaic.Layout.WGMMA, mosaic.Layout.WGMMA.reduce(0)
