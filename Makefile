@@ -56,7 +56,8 @@ gpu-aot: .venv-gpu/.ready
 .venv-gpu/.ready: pyproject.toml
 	$(GPU_PYTHON) -m venv .venv-gpu
 	.venv-gpu/bin/python -m pip install -q -e . jax==0.12.0.1 jax-cuda13-plugin==0.12.0.1 jax-cuda13-pjrt==0.12.0.1 \
-		nvidia-cuda-nvcc==13.5.37 nvidia-nvvm==13.5.37 nvidia-cuda-nvdisasm==13.5.37
+		nvidia-cuda-nvcc==13.5.37 nvidia-nvvm==13.5.37 nvidia-cuda-nvdisasm==13.5.37 \
+		tokamax==0.0.17 dew-flash-attn-cu13==0.3.6
 	touch $@
 
 lint: $(VENV)/.lint

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,8 @@ import jax.numpy as jnp
 
 from puzzle_jax.kernels.chunk_attention import chunk_attention
 from puzzle_jax.kernels.decode_attention import decode_attention
-from puzzle_jax.kernels.grouped_matmul import block_matmul
+from puzzle_jax.kernels.expert_mlp import mosaic_gpu
+from puzzle_jax.kernels.grouped_matmul import block_matmul, grouped_matmul
 from puzzle_jax.kernels.grouped_matmul.layout import num_blocks
 from puzzle_jax.kernels.mxfp4 import MXFP4
 from puzzle_jax.kernels.route import expert_order, route
@@ -36,7 +38,7 @@ class Program(NamedTuple):
 def programs(
     kernels: str, attention: str, experts: int, blocks: Callable[[int, str], int], seq: int
 ) -> Iterator[Program]:
-    """All but chunk attention, which has no kernel for TPUs.
+    """All but chunk attention and activated matmuls, which have no kernels for TPUs.
 
     Args:
       kernels: implementation of grouped matmuls and decode attention.
@@ -75,16 +77,41 @@ def grouped_matmuls(implementation: str, experts: int, blocks: Callable[[int, st
                 yield Program(name, multiply, (rows, expert, of((), jnp.int32), *weights))
 
 
+def activated_matmuls(experts: int, blocks: Callable[[int, str], int]) -> Iterator[Program]:
+    """The first matrix of a layer with its activation, on Hopper GPUs."""
+    for tokens in (64, 4096):
+        for form in ("dense", "packed"):
+
+            def multiply(rows: Any, bias: Any, expert: Any, used: Any, *parts: Any, form: str = form) -> Any:
+                weights = MXFP4(*parts) if form == "packed" else parts[0]
+                return mosaic_gpu.gate_up(rows, weights, bias, expert, used, limit=7.0)
+
+            block = blocks(tokens, form)
+            count = num_blocks(TOP_K * tokens, experts, block)
+            if form == "packed":
+                weights = tuple(of((experts, 2 * INTER, HIDDEN // per), jnp.uint8) for per in (2, 32))
+            else:
+                weights = (of((experts, HIDDEN, 2 * INTER), jnp.bfloat16),)
+            rows, bias = of((count * block, HIDDEN), jnp.bfloat16), of((experts, 2 * INTER), jnp.bfloat16)
+            name = f"activated_matmul, {form}, {tokens} tokens, {HIDDEN} x 2 x {INTER}, blocks of {block}"
+            yield Program(name, multiply, (rows, bias, of((count,), jnp.int32), of((), jnp.int32), *weights))
+
+
 def window_attentions(
-    implementation: str, seq: int, windows: tuple[int | None, ...] = (128, None), gradients: bool = True
+    implementation: str,
+    seq: int,
+    windows: tuple[int | None, ...] = (128, None),
+    gradients: bool = True,
+    segments: bool = True,
 ) -> Iterator[Program]:
-    """Within a window and over all keys, forwards and with gradients, on packed sequences."""
+    """Within a window and over all keys, forwards and with gradients, on packed sequences if there are `segments`."""
     arrays = (of((1, seq, HEADS, DIM), jnp.bfloat16), *[of((1, seq, KV_HEADS, DIM), jnp.bfloat16)] * 2)
     more = of((HEADS,), jnp.float32), of((1, seq), jnp.int32)
     for window in windows:
 
-        def forward(q: Any, k: Any, v: Any, sinks: Any, segments: Any, window: int | None = window) -> Any:
-            return window_attention(q, k, v, sinks, window=window, segment_ids=segments, implementation=implementation)
+        def forward(q: Any, k: Any, v: Any, sinks: Any, ids: Any, window: int | None = window) -> Any:
+            own = ids if segments else None
+            return window_attention(q, k, v, sinks, window=window, segment_ids=own, implementation=implementation)
 
         def loss(*given: Any, forward: Any = forward) -> Any:
             return jnp.sum(forward(*given).astype(jnp.float32))
@@ -94,6 +121,28 @@ def window_attentions(
             continue
         name = f"window_attention with gradients, {seq} tokens, window {window}"
         yield Program(name, jax.grad(loss, (0, 1, 2, 3)), (*arrays, *more))
+
+
+def of_libraries(seq: int) -> Iterator[Program]:
+    """What `implementation="tokamax"` and `"dew_flash_attn"` stand for."""
+    count, sizes = EXPERTS["120b"], of((EXPERTS["120b"],), jnp.int32)
+
+    def multiply(rows: Any, weights: Any, sizes: Any) -> Any:
+        return grouped_matmul(rows, weights, sizes, implementation="tokamax")
+
+    def total(*given: Any) -> Any:
+        return jnp.sum(multiply(*given).astype(jnp.float32))
+
+    arguments = of((TOP_K * 4096, INTER), jnp.bfloat16), of((count, INTER, HIDDEN), jnp.bfloat16), sizes
+    name = f"tokamax, grouped_matmul, dense, 4096 tokens, {INTER} x {HIDDEN}"
+    yield Program(name, multiply, arguments)
+    yield Program(f"{name}, gradient of the rows", jax.grad(total), arguments)
+    with suppress(ImportError):
+        import dew_flash_attn  # pyright: ignore[reportMissingImports]
+
+        dew_flash_attn._hopper = lambda: True  # it looks for a GPU
+    for program in window_attentions("dew_flash_attn", seq, segments=False):
+        yield program._replace(name=f"dew_flash_attn, {program.name}")
 
 
 def wide_window_attentions(seq: int) -> Iterator[Program]:

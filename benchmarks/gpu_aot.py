@@ -1,9 +1,10 @@
 """Compiles what runs on NVIDIA GPUs with XLA's compiler for them; no GPU and no driver is needed.
 
-    python benchmarks/gpu_aot.py [--only kernels controls experts plans] [--gpu h100 h200 b200] [--json PATH]
+    python benchmarks/gpu_aot.py [--only kernels libraries controls experts plans] [--gpu h100 h200 b200] [--json PATH]
 
 kernels    every Mosaic GPU kernel at the shapes of gpt-oss-20b and -120b, down to machine code: registers, spills,
            shared memory, tensor-core instructions, and how many programs a multiprocessor holds; within `LIMITS`
+libraries  other projects' kernels (`kernels.libraries`), where they are installed: that they compile
 controls   what must fail: shared memory that no GPU has, registers that spill, a mixture expanded over all experts
 experts    the mixture of 120B with no kernel, forwards and backwards: temporaries in proportion to the rows
 plans      every program of the product at the width of 20B and 120B: load, generation, rank, lens, score, calibration,
@@ -19,48 +20,44 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-DUMP = Path(tempfile.mkdtemp(prefix="gpu-aot-"))
+from machine_code import DUMP, machine_code
+
 os.environ.update(JAX_PLATFORMS="cpu", MOSAIC_GPU_DUMP_TO=str(DUMP), MOSAIC_GPU_DUMP_PTXAS="1")
 os.environ.update(MOSAIC_GPU_DUMP_SASS="1", JAX_ENABLE_COMPILATION_CACHE="false", PUZZLE_KERNELS="auto")
 
-import aot_programs  # noqa: E402
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-from jax.sharding import SingleDeviceSharding  # noqa: E402
+import aot_programs
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
 
-from puzzle_jax.kernels.expert_mlp import Experts, expert_outputs  # noqa: E402
-from puzzle_jax.kernels.grouped_matmul import BLOCK_ROWS  # noqa: E402
-from puzzle_jax.kernels.mosaic import launched, plgpu  # noqa: E402
-from puzzle_jax.kernels.mxfp4 import MXFP4  # noqa: E402
-from puzzle_jax.plan.abstract import read_model, virtual_devices  # noqa: E402
-from puzzle_jax.plan.compilers import GPUS, GpuCompiler, gpu_targets  # noqa: E402
-from puzzle_jax.plan.distill import PlannedDistillation, first_experts  # noqa: E402
-from puzzle_jax.plan.grpo import PlannedPolicy  # noqa: E402
-from puzzle_jax.plan.record import GB, Usage, compiled  # noqa: E402
-from puzzle_jax.plan.search import PlannedSearch  # noqa: E402
+from puzzle_jax.kernels.expert_mlp import Experts, expert_outputs
+from puzzle_jax.kernels.grouped_matmul import BLOCK_ROWS
+from puzzle_jax.kernels.mosaic import launched, plgpu
+from puzzle_jax.kernels.mxfp4 import MXFP4
+from puzzle_jax.plan.abstract import read_model, virtual_devices
+from puzzle_jax.plan.compilers import GPUS, GpuCompiler, gpu_targets
+from puzzle_jax.plan.distill import PlannedDistillation, first_experts
+from puzzle_jax.plan.grpo import PlannedPolicy
+from puzzle_jax.plan.record import GB, Usage, compiled
+from puzzle_jax.plan.search import PlannedSearch
 
 SEQ = 16_384
-REGISTERS, SHARED, SHARED_PER_SM = 65_536, 232_448, 233_472
-RESERVED, WARPGROUP = 1_024, 128
-"""Registers of a multiprocessor; bytes of shared memory that a program and a multiprocessor may have, and that the
-runtime takes of each program; threads of a warpgroup."""
-
 LIMITS = {
     "grouped_matmul, dense": (224, 214_000),
     "grouped_matmul, transposed": (224, 214_000),
     "grouped_matmul, packed,": (128, 100_000),
     "grouped_matmul, packed transposed": (232, 110_000),
+    "activated_matmul, dense": (224, 166_000),
+    "activated_matmul, packed": (232, 102_000),
     "window_attention,": (184, 64_000),
     "window_attention with gradients": (240, 87_000),
     "wide window_attention": (168, 121_000),
@@ -96,7 +93,7 @@ class Findings:
 
 
 def main() -> None:
-    parts = {"kernels": kernels, "controls": controls, "experts": experts, "plans": plans}
+    parts = {"kernels": kernels, "libraries": libraries, "controls": controls, "experts": experts, "plans": plans}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--gpu", nargs="+", choices=GPUS, default=["h100", "h200", "b200"])
@@ -134,45 +131,6 @@ def compiled_for(gpu: str, run: Callable[..., Any], arguments: Any) -> Any:
 # Kernels --------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class MachineCode:
-    """The resources of one kernel, as ptxas and Mosaic report them.
-
-    Attributes:
-      spills: bytes of registers that are stored to memory.
-      shared: bytes of shared memory.
-      threads: of a program.
-      wgmma: tensor-core instructions in the code.
-    """
-
-    registers: int
-    spills: int
-    shared: int
-    threads: int
-    wgmma: int
-
-    @property
-    def programs(self) -> int:
-        """Programs that a multiprocessor holds at a time."""
-        by_registers = REGISTERS // (self.registers * self.threads)
-        return min(by_registers, SHARED_PER_SM // (self.shared + RESERVED))
-
-
-def machine_code(before: set[Path]) -> Iterator[MachineCode]:
-    """Yields the resources of the kernels that were compiled after `before` was listed."""
-    for path in sorted(set(DUMP.glob("*.ptxas")) - before):
-        text, passes, code = (path.with_suffix(suffix) for suffix in (".ptxas", ".mlir-passes.log", ".sass_ctrl"))
-        said, log = text.read_text(), passes.read_text()
-        registers, spills = re.search(r"Used (\d+) registers", said), re.search(r"(\d+) bytes spill stores", said)
-        shared = re.search(r"mosaic_gpu\.smem_bytes = (\d+)", log)
-        threads = re.findall(r"threads\([^)]*\) in \(%\S+ = %c(\d+)", log)
-        body = code.read_text() if code.exists() else ""
-        passes.unlink()  # tens of MB each
-        found = [int(match[1]) if match else 0 for match in (registers, spills, shared)]
-        own = int(threads[-1]) if threads else WARPGROUP
-        yield MachineCode(found[0], found[1], found[2], own, body.count("HGMMA"))
-
-
 def kernels(found: Findings, gpus: list[str]) -> None:
     """Every kernel. All are for Hopper, whose GPUs have the same machine code: it is compiled for the first of them."""
     hopper = [gpu for gpu in gpus if GpuCompiler(gpu=gpu).capability == "9.0"]
@@ -185,8 +143,8 @@ def kernels(found: Findings, gpus: list[str]) -> None:
 
             listed = aot_programs.programs("mosaic_gpu", "mosaic_gpu", count, block, SEQ)
             more = aot_programs.wide_window_attentions(SEQ), aot_programs.chunk_attentions("mosaic_gpu")
-            for name, run, arguments in chain(listed, *more):
-                depends_on_experts = name.startswith("grouped") or f" {count} experts" in name
+            for name, run, arguments in chain(listed, aot_programs.activated_matmuls(count, block), *more):
+                depends_on_experts = "_matmul" in name or f" {count} experts" in name
                 if size != "120b" and not depends_on_experts:
                     continue
                 before = set(DUMP.glob("*.ptxas"))
@@ -219,6 +177,27 @@ def kernels(found: Findings, gpus: list[str]) -> None:
                         programs=code.programs,
                         temporaries=memory,
                     )
+
+
+def libraries(found: Findings, gpus: list[str]) -> None:
+    """Other projects' libraries, where they are installed, at the shapes of 120B for the first GPU; no limits hold."""
+    gpu = gpus[0]
+    for name, run, arguments in aot_programs.of_libraries(SEQ):
+        title, before = f"{gpu} {name}", set(DUMP.glob("*.ptxas"))
+        try:
+            # They ask the device by default what it is, where ours ask the platform that is lowered for.
+            with jax.default_device(GpuCompiler(gpu=gpu).devices(1)[0]):
+                program = compiled_for(gpu, run, arguments)
+        except Exception as error:
+            missing = isinstance(error, NotImplementedError) and "is not installed" in str(error)
+            found.add("libraries", title, str(error) if missing else "", "" if missing else _line(error))
+            continue
+        memory = program.memory_analysis().temp_size_in_bytes
+        said = [
+            f"{each.registers} registers, {each.spills} spilled, {each.shared:,} shared"
+            for each in machine_code(before)
+        ]
+        found.add("libraries", title, "; ".join([*said, f"{memory / 1e6:,.0f} MB beside"]), temporaries=memory)
 
 
 def _line(error: Exception) -> str:

@@ -30,7 +30,7 @@ def grouped(small: bool) -> list[Case]:
     sizes = np.random.default_rng(0).multinomial(rows, np.full(experts, 1 / experts)).astype(np.int32)
     x, w = normal(0, (rows, inputs)), normal(1, (experts, inputs, outputs), scale=inputs**-0.5)
     some = min(int(sizes[0]), 256)
-    names = ("mosaic_gpu", "mosaic_tpu", "ragged_dot", *(["blocked"] if small else []))
+    names = ("mosaic_gpu", "mosaic_tpu", "tokamax", "ragged_dot", *(["blocked"] if small else []))
     flops = 2.0 * rows * inputs * outputs
     num_bytes = 2.0 * (rows * (inputs + outputs) + experts * inputs * outputs)
     shape = f"{rows} rows, {experts} experts, {inputs} x {outputs}, bf16"
@@ -38,7 +38,7 @@ def grouped(small: bool) -> list[Case]:
         Case(
             f"grouped matmul, {shape}",
             (x, w, jnp.asarray(sizes)),
-            _implementations(grouped_matmul, names) | _tokamax(),
+            _implementations(grouped_matmul, names),
             lambda x, w, sizes: x[:some].astype(jnp.float32) @ w[0].astype(jnp.float32),
             lambda out: out[:some],
             flops,
@@ -54,15 +54,6 @@ def grouped(small: bool) -> list[Case]:
             num_bytes,
         ),
     ]
-
-
-def _tokamax() -> dict[str, Any]:
-    def run(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
-        import tokamax  # pyright: ignore[reportMissingImports]
-
-        return tokamax.ragged_dot(x, w, sizes)
-
-    return {"tokamax": run}
 
 
 def packed(small: bool) -> list[Case]:
@@ -123,7 +114,7 @@ def mixture(small: bool) -> list[Case]:
         return run(x[:some].astype(jnp.float32), *own, ids=of_some.reshape(some, k), name="reference")
 
     per_expert = 3 * hidden * inter * 17 / 32
-    names = ("mosaic_gpu", "mosaic_tpu", "capacity", "ragged_dot")
+    names = ("mosaic_gpu_fused", "mosaic_gpu", "mosaic_tpu", "capacity", "ragged_dot")
     return [
         Case(
             f"expert MLP, MXFP4, {tokens} tokens x top {k} of {experts}, {hidden} x {inter}",
@@ -144,7 +135,12 @@ def window(small: bool) -> list[Case]:
     arrays = (*(normal(seed, (1, seq, of, dim)) for seed, of in shapes), normal(7, (heads,), jnp.float32))
     cases = []
     for width in (128, None):
-        names = ("mosaic_gpu", "splash", *(("banded",) if width else ("mosaic_gpu_wide", "online_blocks")))
+        names = (
+            "mosaic_gpu",
+            "splash",
+            "dew_flash_attn",
+            *(("banded",) if width else ("mosaic_gpu_wide", "online_blocks")),
+        )
         cases += _attention(arrays, width, min(seq, 512), names)
     return cases
 

@@ -39,7 +39,8 @@ def test_it_says_what_is_installed_present_and_chosen(capsys, verdicts, monkeypa
     at = lines.index("experts, float32, 4,096 tokens sorted_blocks")
     assert lines[at + 2] == "capacity: 8192 pairs are many for 16 experts"
     assert "attention, 4,096 tokens, window 16 banded" in lines
-    assert "for other devices: mosaic_gpu_wide (GPU), mosaic_gpu (GPU), mosaic_tpu (TPU), splash (TPU)" in lines
+    kernels = "mosaic_gpu_wide (GPU), mosaic_gpu_fused (GPU), mosaic_gpu (GPU), mosaic_tpu (TPU), splash (TPU)"
+    assert f"for other devices: {kernels}" in lines and "by name only: tokamax, dew_flash_attn" in lines
     assert "mul kernel small: error 1.0e-02 where XLA has 2.0e-02; 0.75 of XLA's time forwards" in lines
     assert "mul kernel large: left out: it does not run here: no" in lines
 
@@ -110,7 +111,6 @@ def test_bad_options_are_one_sentence(capsys, more, message):
 def test_a_choice_of_kernels_that_cannot_be_is_one_sentence_before_anything_else(capsys, monkeypatch):
     monkeypatch.setenv("PUZZLE_KERNELS", "fast")
     assert main(["--model", "nowhere"]) == 2
-    sentence = (
-        "PUZZLE_KERNELS is 'fast', but must be auto, off, or one of mosaic_gpu_wide, mosaic_gpu, mosaic_tpu, splash"
-    )
+    kernels = "mosaic_gpu_wide, mosaic_gpu_fused, mosaic_gpu, mosaic_tpu, splash, tokamax"
+    sentence = f"PUZZLE_KERNELS is 'fast', but must be auto, off, or one of {kernels}, dew_flash_attn"
     assert capsys.readouterr().err == f"puzzle doctor: {sentence}\n"

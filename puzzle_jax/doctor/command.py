@@ -22,7 +22,7 @@ from puzzle_jax.consoles import plain_console
 from puzzle_jax.convert_hf.configuration.config_json import parse_config
 from puzzle_jax.convert_hf.tensors.files import read_json
 from puzzle_jax.doctor.operations import choice, operations
-from puzzle_jax.environment import KERNELS
+from puzzle_jax.environment import KERNELS, LIBRARIES
 from puzzle_jax.errors import check_range
 from puzzle_jax.files import Json
 from puzzle_jax.kernels import self_check
@@ -92,11 +92,12 @@ def _served(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for each in found:
         yield f"{each['what']:<52} {each['chosen']}"
         for name, reason in each["refusals"].items():
-            if name not in KERNELS or KERNELS[name] == target_platform():
+            if name not in LIBRARIES and KERNELS.get(name, target_platform()) == target_platform():
                 yield f"    {name}: {reason}"
     others = {name: platform for name, platform in KERNELS.items() if platform != target_platform()}
     if others:
         yield "for other devices: " + ", ".join(f"{name} ({platform.upper()})" for name, platform in others.items())
+    yield "by name only: " + ", ".join(LIBRARIES)
 
 
 def _model(path: Path | None) -> ModelConfig:

@@ -2,7 +2,7 @@
 
 An api offers an ordered mapping of implementations. The first that accepts the arguments serves; one that cannot
 raises NotImplementedError, and only that is caught. Kernels serve only where they have proved themselves
-(`self_check`). A pinned implementation is neither checked nor replaced.
+(`self_check`), other projects' libraries by name only. A pinned implementation is neither checked nor replaced.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def dispatch(
     refusals: dict[str, str] = {}
     for name, function in implementations.items():
         try:
-            if name in self_check.KERNELS:
+            if name in self_check.KERNELS or name in self_check.LIBRARIES:
                 self_check.admit(operation, name, trial)
             result = function(*args, **kwargs)
         except NotImplementedError as refusal:

@@ -3,14 +3,13 @@
 The first time that an operation of some shape class is traced for the GPU or TPU present, its kernel is run once on
 small arrays of that class beside what XLA would do: it must compile, agree, and take no longer, forwards and, where the
 operation has them, with gradients. The verdict is kept in a file by device, JAX and package (its version and the source
-of its kernels), so that later runs ask the file. A kernel that does not pass is one warning with the reason, and XLA
-serves.
+of its kernels). A kernel that does not pass is one warning with the reason, and XLA serves.
 
 A trial runs in a thread of its own, whatever is being traced meanwhile. While it does, the file says so: a kernel that
 takes the process down with it is found there by the next run, and is not tried again.
 
 The environment variable PUZZLE_KERNELS chooses: `auto` is this; `off` leaves all kernels out; the name of a kernel has
-that one serve unchecked wherever it accepts its arguments, and no other.
+that one serve unchecked wherever it accepts its arguments, and no other. So does that of a library, never by itself.
 
 Programs that are only lowered (`platform.lowering_for`) have no device to try a kernel on: there kernels serve. Where
 XLA partitions a program by itself they never do: it cannot cut them, so that every device would do all of the work.
@@ -41,7 +40,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from puzzle_jax.environment import KERNELS, chosen_kernels
+from puzzle_jax.environment import KERNELS, LIBRARIES, chosen_kernels
 from puzzle_jax.errors import PuzzleWarning
 from puzzle_jax.kernels.platform import lowered_for, target_platform
 from puzzle_jax.kernels.shapes import Array
@@ -119,7 +118,7 @@ def without_kernels() -> Iterator[None]:
 
 def mode() -> str:
     """PUZZLE_KERNELS, or "auto" where it is not set. Raises ConfigError for what it may not be."""
-    return chosen_kernels(KERNELS)
+    return chosen_kernels((*KERNELS, *LIBRARIES))
 
 
 def may_serve() -> bool:
@@ -132,9 +131,11 @@ def admit(operation: str, name: str, trial: Callable[[], Trial] | None) -> None:
 
     Raises NotImplementedError with the reason where it may not, ConfigError for a PUZZLE_KERNELS that cannot be.
     """
-    if target_platform() != KERNELS[name]:
+    if KERNELS.get(name, target_platform()) != target_platform():
         raise NotImplementedError(f"for a {KERNELS[name].upper()}, but this is a {target_platform().upper()}")
     chosen = mode()
+    if name in LIBRARIES and chosen != name:
+        raise NotImplementedError("it serves by name only")
     if _off.get() or chosen not in ("auto", name):
         raise NotImplementedError(f"PUZZLE_KERNELS is {chosen}" if chosen != "auto" else "kernels are left out here")
     if trial is None:

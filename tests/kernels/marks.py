@@ -3,11 +3,12 @@
 import jax
 import pytest
 
+from puzzle_jax.environment import KERNELS, LIBRARIES
 from puzzle_jax.kernels.expert_mlp import IMPLEMENTATIONS
 from puzzle_jax.kernels.mosaic import FIRST_JAX
 
 GPU = pytest.mark.skipif(jax.__version_info__[:3] < FIRST_JAX, reason="Mosaic GPU kernels need a newer JAX")
 """Of interpreted and lowered kernels: no GPU is asked for."""
 
-MIXTURES_ON_CPU = [name for name in IMPLEMENTATIONS if name not in ("ragged_dot", "looped", "mosaic_gpu", "mosaic_tpu")]
+MIXTURES_ON_CPU = [name for name in IMPLEMENTATIONS if name not in ("ragged_dot", "looped", *KERNELS, *LIBRARIES)]
 """Implementations of `expert_mlp`."""

@@ -75,7 +75,7 @@ CASES = [
     (
         "window",
         {"implementation": "flash"},
-        "window_attention has no implementation 'flash'; known: mosaic_gpu_wide, mosaic_gpu, splash, causal_blocks, ",
+        "window_attention has no implementation 'flash'; known: mosaic_gpu_wide, mosaic_gpu, splash, dew_flash_attn, ",
     ),
 ]
 

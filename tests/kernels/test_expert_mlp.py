@@ -159,7 +159,7 @@ def test_packed_experts_equal_their_decoded_values(implementation):
 def test_an_unknown_implementation_is_refused_by_name():
     with pytest.raises(
         ValueError,
-        match="'triton'; known: mosaic_gpu, mosaic_tpu, expert_loop, capacity, ragged_dot, looped, sorted_blocks",
+        match="'triton'; known: mosaic_gpu_fused, mosaic_gpu, mosaic_tpu, tokamax, expert_loop, capacity, ",
     ):
         expert_outputs(
             jnp.zeros((1, HIDDEN)), jnp.zeros((1, 1), int), make_experts(), limit=LIMIT, implementation="triton"
@@ -234,6 +234,9 @@ def test_packed_products_are_made_tile_by_tile(monkeypatch, tile_bytes, tiles):
 # By the kernels of grouped_matmul, interpreted ------------------------------------------------------------------------
 
 
+ON_GPUS = [pytest.param(name, marks=GPU) for name in ("mosaic_gpu", "mosaic_gpu_fused")]
+
+
 def wide_experts(dtype) -> Experts:
     """Sizes that the tiles of GPUs divide."""
     keys = jax.random.split(jax.random.key(4), 4)
@@ -248,6 +251,8 @@ def wide_experts(dtype) -> Experts:
 
 def kernel_of(name, poisoned=True):
     """Interpreted; what it leaves in blocks without rows is no number, as it may be on a device."""
+    if name == "mosaic_gpu_fused":
+        return lambda *given, limit=LIMIT: grouped.fused(interpret=True)(*given, limit=limit)
     run = grouped.by(name, interpret=True)
 
     def poison(rows, weights, expert, used, **options):
@@ -257,10 +262,10 @@ def kernel_of(name, poisoned=True):
     return lambda *given, limit=LIMIT: run(*given, limit=limit, kernel=poison)
 
 
-@pytest.mark.parametrize("name", ["looped", "mosaic_tpu", pytest.param("mosaic_gpu", marks=GPU)])
+@pytest.mark.parametrize("name", ["looped", "mosaic_tpu", *ON_GPUS])
 @pytest.mark.parametrize("case", ["mixed", "all on one expert", "one token"])
 def test_kernels_agree_with_the_reference_forwards_and_backwards(name, case):
-    dtype = jnp.bfloat16 if name == "mosaic_gpu" else jnp.float32
+    dtype = jnp.bfloat16 if name.startswith("mosaic_gpu") else jnp.float32
     limit = (
         100.0 if dtype == jnp.bfloat16 else LIMIT
     )  # rounding moves numbers over the clamp's edge, where gradients jump
@@ -283,7 +288,7 @@ def test_kernels_agree_with_the_reference_forwards_and_backwards(name, case):
         np.testing.assert_allclose(np.asarray(found, np.float32), expected, atol=tolerance * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("name", ["mosaic_tpu", pytest.param("mosaic_gpu", marks=GPU)])
+@pytest.mark.parametrize("name", ["mosaic_tpu", *ON_GPUS])
 def test_kernels_take_packed_experts_as_they_are(name):
     source, dtype = np.random.default_rng(3), jnp.bfloat16
 

@@ -7,6 +7,8 @@ from jax import export
 
 from puzzle_jax.kernels.chunk_attention import chunk_attention
 from puzzle_jax.kernels.decode_attention import decode_attention
+from puzzle_jax.kernels.dispatch import recording
+from puzzle_jax.kernels.expert_mlp import Experts, expert_outputs, mosaic_gpu
 from puzzle_jax.kernels.grouped_matmul import block_matmul
 from puzzle_jax.kernels.grouped_matmul.layout import num_blocks
 from puzzle_jax.kernels.mxfp4 import MXFP4
@@ -55,6 +57,46 @@ def test_grouped_matmul(platform, form, pairs, block, inputs, outputs):
     columns = outputs if form == "packed transposed" else inputs
     rows, expert = of((blocks * block, columns), jnp.bfloat16), of((blocks,), jnp.int32)
     assert has_kernel(lowered(platform, multiply, rows, expert, of((), jnp.int32), *weights), platform)
+
+
+@GPU
+@pytest.mark.parametrize("form", ["dense", "packed"])
+@pytest.mark.parametrize("pairs,block", [(64 * 4, 64), (4096 * 4, 128)])
+def test_activated_matmul(form, pairs, block):
+    blocks = num_blocks(pairs, EXPERTS, block)
+    if form == "packed":
+        weights = tuple(of((EXPERTS, 2 * INTER, HIDDEN // per), jnp.uint8) for per in (2, 32))
+    else:
+        weights = (of((EXPERTS, HIDDEN, 2 * INTER), jnp.bfloat16),)
+
+    def multiply(rows, bias, expert, used, *parts):
+        weights = MXFP4(*parts) if form == "packed" else parts[0]
+        return mosaic_gpu.gate_up(rows, weights, bias, expert, used, limit=7.0)
+
+    rows, bias = of((blocks * block, HIDDEN), jnp.bfloat16), of((EXPERTS, 2 * INTER), jnp.bfloat16)
+    program = lowered("gpu", multiply, rows, bias, of((blocks,), jnp.int32), of((), jnp.int32), *weights)
+    assert has_kernel(program, "gpu") and f"tensor<{blocks * block}x{2 * INTER}xbf16>" not in program
+
+
+@GPU
+@pytest.mark.parametrize("differentiated", [False, True])
+def test_mixtures_are_activated_in_the_kernel_unless_they_are_differentiated(differentiated):
+    """What is twice as wide as the intermediate is an array only where a gradient needs it."""
+    tokens, k, experts, hidden, inter = 96, 2, 6, 128, 192
+
+    def outputs(x, ids, *parts):
+        gate_up, down = MXFP4(*parts[:2]), MXFP4(*parts[2:4])
+        with recording() as choices:
+            out = expert_outputs(x, ids, Experts(gate_up, parts[4], down, parts[5]), limit=7.0)
+        assert choices[-1].chosen == "mosaic_gpu_fused"
+        return jnp.sum(out.astype(jnp.float32)) if differentiated else out
+
+    sizes = (2 * inter, hidden), (hidden, inter)
+    packed = [of((experts, outputs, inputs // per), jnp.uint8) for outputs, inputs in sizes for per in (2, 32)]
+    biases = [of((experts, outputs), jnp.bfloat16) for outputs, _ in sizes]
+    arguments = of((tokens, hidden), jnp.bfloat16), of((tokens, k), jnp.int32), *packed, *biases
+    program = lowered("gpu", jax.grad(outputs) if differentiated else outputs, *arguments)
+    assert (f"x{2 * inter}xbf16>" in program.replace(f"tensor<{experts}x{2 * inter}xbf16>", "")) == differentiated
 
 
 def test_platforms():

@@ -362,12 +362,14 @@ def served(run, *arrays):
 NAMES = ["mosaic_tpu", pytest.param("mosaic_gpu", marks=GPU)]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, pytest.param("mosaic_gpu_fused", marks=GPU)])
 @pytest.mark.parametrize("packed", [False, True])
 def test_mixtures(monkeypatch, name, packed):
     monkeypatch.setattr(expert_mlp, "IMPLEMENTATIONS", dict(expert_mlp.IMPLEMENTATIONS))
     interpreted(monkeypatch, expert_mlp, name)
-    expert_mlp.IMPLEMENTATIONS[name] = expert_mlp.grouped.by(name, interpret=True)
+    grouped, of_fused = expert_mlp.grouped, name == "mosaic_gpu_fused"
+    run = grouped.fused(interpret=True) if of_fused else grouped.by(name, interpret=True)
+    expert_mlp.IMPLEMENTATIONS[name] = run
     count, hidden, inter, tokens = 3, 64, 128, 5
     dtype = jnp.bfloat16
     if packed:

@@ -1,12 +1,14 @@
 """The experts' feed-forward network: gate-up matmul, clamped SwiGLU, down matmul, weighted sum.
 
 `expert_outputs` gives every chosen expert's own output; `expert_mlp` combines them with the gates, on a mesh by expert
-parallelism. Implementations: `mosaic_gpu` and `mosaic_tpu`, by the kernels of `grouped_matmul`, where these have
-proved themselves; `expert_loop` on CPUs, one chosen expert after the other; `capacity` for few tokens, which reads all
-weights once and gathers none; `ragged_dot` on TPUs and `looped` on GPUs, see `grouped_matmul`; `sorted_blocks`,
-dropless matmuls in blocks of one expert each; `reference`, every expert on every token. All but the first two are XLA
-programs; under differentiation `expert_loop` and `capacity` become `sorted_blocks`, or `looped` on GPUs. Packed experts
-that are too many to be decoded together (`mxfp4.MOST_DECODED`) go through `expert_loop` or `looped` without a kernel.
+parallelism. Implementations: `mosaic_gpu` and `mosaic_tpu`, by the kernels of `grouped_matmul`, and `mosaic_gpu_fused`,
+whose first matmul ends with the activation, where these have proved themselves; `expert_loop` on CPUs, one chosen
+expert after the other; `capacity` for few tokens, which reads all weights once and gathers none; `ragged_dot` on TPUs
+and `looped` on GPUs, see `grouped_matmul`; `sorted_blocks`, dropless matmuls in blocks of one expert each; `reference`,
+every expert on every token; and, by name only, `tokamax`. All but the kernels and tokamax's are XLA programs. Under
+differentiation `expert_loop` and `capacity` become `sorted_blocks`, or `looped` on GPUs, and `mosaic_gpu_fused` becomes
+`mosaic_gpu`. Packed experts that are too many to be decoded together (`mxfp4.MOST_DECODED`) go through `expert_loop` or
+`looped` without a kernel.
 
 Numerics are gpt-oss's: even columns of gate-up are the gate and odd ones the linear part; the gate is clamped from
 above only; the gate weight multiplies after the bias of the down projection.
@@ -31,8 +33,10 @@ from puzzle_jax.kernels.shapes import Array, ExpertOutputs, Float, Ids, Tokens
 __all__ = ["IMPLEMENTATIONS", "Experts", "combine", "expert_mlp", "expert_outputs"]
 
 IMPLEMENTATIONS = {
+    "mosaic_gpu_fused": grouped.fused(),
     "mosaic_gpu": grouped.by("mosaic_gpu"),
     "mosaic_tpu": grouped.by("mosaic_tpu"),
+    "tokamax": grouped.by("tokamax"),
     "expert_loop": expert_loop.expert_outputs,
     "capacity": capacity.expert_outputs,
     "ragged_dot": grouped.by("ragged_dot"),

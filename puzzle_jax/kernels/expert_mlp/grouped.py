@@ -2,9 +2,9 @@
 
     gather - gate-up kernel - bias, clamped SwiGLU - down kernel - bias - gather
 
-What lies between the kernels is elementwise and left to XLA, which fuses it with the gathers. Packed weights go to the
-kernels as they are. A block without rows is not written by kernels: what the first one leaves there is set to zero, or
-a gradient could multiply it by zero and get no number.
+What lies between the kernels is elementwise and left to XLA, which fuses it with the gathers; or with `fused` the first
+kernel does it, too (`mosaic_gpu`). Packed weights go to the kernels as they are. A block without rows is not written by
+kernels: what the first one leaves there is set to zero, or a gradient could multiply it by zero and get no number.
 """
 
 from __future__ import annotations
@@ -15,18 +15,47 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from puzzle_jax.kernels.expert_mlp import mosaic_gpu
+from puzzle_jax.kernels.expert_mlp.gradients import Settings, with_gradients_of
 from puzzle_jax.kernels.expert_mlp.reference import Experts
 from puzzle_jax.kernels.expert_mlp.swiglu import clamped_swiglu
 from puzzle_jax.kernels.grouped_matmul import BLOCK_IMPLEMENTATIONS, BLOCK_ROWS, in_use_rows
-from puzzle_jax.kernels.mxfp4 import MXFP4, decoded_together
+from puzzle_jax.kernels.grouped_matmul.mosaic_gpu import packed_matmul
+from puzzle_jax.kernels.mxfp4 import MXFP4, Weights, decoded_together
 from puzzle_jax.kernels.platform import target_platform
 from puzzle_jax.kernels.route import expert_order
-from puzzle_jax.kernels.shapes import Array, ExpertOutputs, Float, Ids, Tokens
+from puzzle_jax.kernels.shapes import Array, BlockExperts, ExpertOutputs, Float, Ids, IntScalar, Sorted, Tokens
 
 
 def by(name: str, **options: bool) -> Callable[..., Array]:
     """`expert_outputs` with one of `BLOCK_IMPLEMENTATIONS`."""
     return partial(expert_outputs, kernel=partial(BLOCK_IMPLEMENTATIONS[name], **options), block_rows=BLOCK_ROWS[name])
+
+
+def fused(**options: bool) -> Callable[..., Array]:
+    """`expert_outputs` on Hopper GPUs with the activation in the first kernel. Its gradients are those of
+    `by("mosaic_gpu")`, which keeps what the activation is taken of: to compute that again backwards would be one more
+    matmul of three, and with rematerialised layers what runs first has the kernel all the same."""
+    pair = by("mosaic_gpu", **options)
+
+    def in_two_steps(settings: Settings, x: Array, ids: Array, experts: Experts) -> Array:
+        limit, spread = settings
+        return pair(x, ids, experts, limit=limit, spread=spread)
+
+    @with_gradients_of(in_two_steps)
+    def outputs(settings: Settings, x: Array, ids: Array, experts: Experts) -> Array:
+        limit, spread = settings
+        packed = isinstance(experts.gate_up, MXFP4)
+        if packed != isinstance(experts.down, MXFP4):
+            raise NotImplementedError("one of an expert's matrices is packed and the other is not")
+        second = {"kernel": partial(packed_matmul, **options)} if packed else {}
+        first = partial(mosaic_gpu.gate_up, limit=limit, **options)
+        return pair(x, ids, experts, limit=limit, spread=spread, gate_up=first, **second)
+
+    def run(x: Tokens, ids: Ids, experts: Experts, *, limit: float, spread: int | None = None) -> ExpertOutputs:
+        return outputs((limit, spread or experts.down_bias.shape[0]), x, ids, experts)
+
+    return run
 
 
 def looped(x: Tokens, ids: Ids, experts: Experts, *, limit: float, spread: int | None = None) -> ExpertOutputs:
@@ -46,8 +75,15 @@ def expert_outputs(
     spread: int | None = None,
     kernel: Callable[..., Array],
     block_rows: Callable[..., int],
+    gate_up: Callable[..., Array] | None = None,
 ) -> ExpertOutputs:
-    """See the api. Raises NotImplementedError where the kernel does."""
+    """See the api. Raises NotImplementedError where a kernel does.
+
+    Args:
+      kernel, block_rows: a grouped matmul, and rows per block that suit it.
+      gate_up: the first matmul with its activation, as `activated_product` is, in place of the kernel and XLA; what it
+        gives the kernel takes.
+    """
     tokens, k = ids.shape
     num_experts = experts.down_bias.shape[0]
     block = block_rows(ids.size, spread or num_experts, isinstance(experts.gate_up, MXFP4))
@@ -56,12 +92,28 @@ def expert_outputs(
     with jax.named_scope("gather"):
         rows = jnp.take(x, order.source // k, axis=0, mode="fill", fill_value=0)
     with jax.named_scope("gate_up"):
-        h = jnp.where(in_use_rows(expert, used, len(rows)), kernel(rows, experts.gate_up, expert, used), 0)
-        h = clamped_swiglu(_plus(h, experts.gate_up_bias[expert]), limit).astype(x.dtype)
+        first = gate_up or partial(activated_product, limit=limit, kernel=kernel)
+        h = first(rows, experts.gate_up, experts.gate_up_bias, expert, used)
     with jax.named_scope("down"):
         out = _plus(kernel(h, experts.down, expert, used), experts.down_bias[expert])
     with jax.named_scope("ungather"):
         return out[order.slot].reshape(tokens, k, -1).astype(x.dtype)
+
+
+def activated_product(
+    rows: Sorted,
+    weights: Weights,
+    bias: Float[Array, "experts two_inter"],
+    expert: BlockExperts,
+    used: IntScalar,
+    *,
+    limit: float,
+    kernel: Callable[..., Array],
+) -> Sorted:
+    """Rows in blocks of one expert each, times their experts' matrices, activated by XLA; zeros of the product, and
+    what the bias makes of them, for blocks without rows."""
+    h = jnp.where(in_use_rows(expert, used, len(rows)), kernel(rows, weights, expert, used), 0)
+    return clamped_swiglu(_plus(h, bias[expert]), limit).astype(rows.dtype)
 
 
 def _plus(rows: Float[Array, "padded columns"], bias: Float[Array, "blocks columns"]) -> Float[Array, "padded columns"]:

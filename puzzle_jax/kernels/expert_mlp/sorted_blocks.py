@@ -10,13 +10,13 @@ Implementations whose loops have no gradients worth having take those of this on
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import suppress
 
 import jax
 import jax.numpy as jnp
 
 from puzzle_jax.kernels.expert_mlp import grouped
+from puzzle_jax.kernels.expert_mlp.gradients import Settings, with_gradients_of
 from puzzle_jax.kernels.expert_mlp.reference import Experts
 from puzzle_jax.kernels.expert_mlp.swiglu import clamped_swiglu
 from puzzle_jax.kernels.grouped_matmul.blocked import block_rows
@@ -24,10 +24,6 @@ from puzzle_jax.kernels.mxfp4 import as_dense, check_decoded
 from puzzle_jax.kernels.platform import target_platform
 from puzzle_jax.kernels.route import expert_order
 from puzzle_jax.kernels.shapes import Array, ExpertOutputs, Ids, Tokens
-
-Settings = tuple[float, int]
-Backward = Callable[[Array], tuple[Array, Experts]]
-Forward = Callable[[Settings, Array, Array, Experts], Array]
 
 
 def expert_outputs(x: Tokens, ids: Ids, experts: Experts, *, limit: float, spread: int | None = None) -> ExpertOutputs:
@@ -55,26 +51,15 @@ def expert_outputs(x: Tokens, ids: Ids, experts: Experts, *, limit: float, sprea
         return out.reshape(-1, x.shape[-1])[order.slot].reshape(tokens, k, -1).astype(x.dtype)
 
 
-def with_gradients_of_sorted_blocks(forward: Forward) -> Forward:
-    """`forward((limit, spread), x, ids, experts)`; where it is differentiated, in `x` and `experts`, `sorted_blocks`
-    runs in its place, forwards and backwards; or on GPUs, and for packed experts that are too many to be decoded
-    together, `looped`, which gathers no weights."""
+def _differentiable(settings: Settings, x: Array, ids: Array, experts: Experts) -> Array:
+    """These; or on GPUs, and for packed experts that are too many to be decoded together, `looped`, which gathers no
+    weights."""
+    limit, spread = settings
+    if target_platform() != "gpu":
+        with suppress(NotImplementedError):
+            return expert_outputs(x, ids, experts, limit=limit, spread=spread)
+    return grouped.looped(x, ids, experts, limit=limit, spread=spread)
 
-    def save(settings: Settings, x: Array, ids: Array, experts: Experts) -> tuple[Array, Backward]:
-        limit, spread = settings
 
-        def run(x: Array, experts: Experts) -> Array:
-            if target_platform() != "gpu":
-                with suppress(NotImplementedError):
-                    return expert_outputs(x, ids, experts, limit=limit, spread=spread)
-            return grouped.looped(x, ids, experts, limit=limit, spread=spread)
-
-        return jax.vjp(run, x, experts)
-
-    def backward(settings: Settings, vjp: Backward, d_out: Array) -> tuple[Array, None, Experts]:
-        d_x, d_experts = vjp(d_out)
-        return d_x, None, d_experts
-
-    differentiable = jax.custom_vjp(forward, nondiff_argnums=(0,))
-    differentiable.defvjp(save, backward)
-    return differentiable
+with_gradients_of_sorted_blocks = with_gradients_of(_differentiable)
+"""Decorates what has no gradients of its own, see `gradients`."""

@@ -3,7 +3,8 @@
 Kernels take rows in blocks of one expert each (`layout`): padding a group to whole blocks costs less than tiles that
 two experts share, and work stays proportional to the rows. Implementations: `mosaic_gpu` for Hopper and
 `mosaic_tpu`, where these have proved themselves; `ragged_dot` on TPUs, `looped` on GPUs and `blocked` on CPUs, the last
-two in plain XLA; and `reference`. Packed weights that are too many to be decoded together are `looped` everywhere.
+two in plain XLA; `reference`; and, by name only, `tokamax`. Packed weights that are too many to be decoded together are
+`looped` everywhere.
 
 Gradients of the kernels and of `looped`: of the rows by the same one with the matrices transposed, or where it has no
 such product, with packed ones decoded for it, or by XLA; of dense weights by `lax.ragged_dot_general` on TPUs, and
@@ -23,7 +24,7 @@ from jax.core import Tracer
 
 from puzzle_jax.kernels import checks
 from puzzle_jax.kernels.dispatch import dispatch
-from puzzle_jax.kernels.grouped_matmul import blocked, looped, mosaic_gpu, mosaic_tpu, ragged, reference
+from puzzle_jax.kernels.grouped_matmul import blocked, looped, mosaic_gpu, mosaic_tpu, ragged, reference, tokamax
 from puzzle_jax.kernels.grouped_matmul.layout import Blocks, blocks_of
 from puzzle_jax.kernels.grouped_matmul.trial import trial
 from puzzle_jax.kernels.mxfp4 import GROUP, MXFP4, Weights, decode
@@ -122,6 +123,7 @@ def _d_weights(
 
 
 BLOCK_IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
+    "tokamax": tokamax.block_matmul,
     "ragged_dot": ragged.block_matmul,
     "looped": _differentiable(looped.block_matmul),
     "blocked": blocked.block_matmul,
@@ -130,6 +132,7 @@ BLOCK_IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
 }
 
 BLOCK_ROWS: dict[str, Callable[..., int]] = {
+    "tokamax": ragged.block_rows,
     "ragged_dot": ragged.block_rows,
     "looped": looped.block_rows,
     "blocked": blocked.block_rows,
@@ -181,6 +184,7 @@ def _in_blocks(name: str) -> Callable[..., Array]:
 IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
     "mosaic_gpu": _in_blocks("mosaic_gpu"),
     "mosaic_tpu": _in_blocks("mosaic_tpu"),
+    "tokamax": tokamax.grouped_matmul,
     "ragged_dot": ragged.grouped_matmul,
     "looped": _in_blocks("looped"),
     "blocked": _in_blocks("blocked"),

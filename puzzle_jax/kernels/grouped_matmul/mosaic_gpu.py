@@ -16,6 +16,7 @@ straight into the registers that wgmma reads, which the interpreter of this back
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,9 @@ DENSE_TILE_IN, DENSE_TILE_OUT, DENSE_STEPS = 64, (192, 128, 64), 4
 PACKED_TILE_OUT, PACKED_GROUPS, PACKED_STEPS = 64, (8, 4, 2, 1), 4
 BACK_STEP, BACK_GROUPS = 64, {64: (6, 4, 2), 128: (4, 2)}  # outputs per step; groups per tile by rows of a block
 MIN_DENSE_ROWS, MIN_PACKED_ROWS = 64, 8
+
+Halves = Float[Array, "2 groups padded half_group"]
+"""Rows by even and odd inputs, then by groups of 32 inputs."""
 
 
 def block_rows(rows: int, num_experts: int, packed: bool) -> int:
@@ -58,19 +62,21 @@ def block_matmul(
     if rows.dtype != jnp.bfloat16:
         raise NotImplementedError(f"for bfloat16, but rows are {rows.dtype}")
     if isinstance(weights, MXFP4):
-        packed = _packed_transposed if transposed else _packed
-        return packed(rows, weights, expert, used, interpret)
+        if transposed:
+            return _packed_transposed(rows, weights, expert, used, interpret)
+        return packed_matmul(even_and_odd(rows), weights, expert, used, interpret=interpret)
     return _dense(rows, weights.astype(rows.dtype), expert, used, transposed, interpret)
 
 
-def _dividing(size: int, tiles: tuple[int, ...], what: str) -> int:
+def dividing(size: int, tiles: tuple[int, ...], what: str) -> int:
+    """The first tile that divides the size. Raises NotImplementedError where none does."""
     for tile in tiles:
         if size % tile == 0:
             return tile
     raise NotImplementedError(f"{size} {what} are no multiple of {tiles[-1]}")
 
 
-def _decoded(codes: Ref, scales: Ref, groups: int, dtype: jnp.dtype) -> Iterator[tuple[Array, Array]]:
+def decoded_groups(codes: Ref, scales: Ref, groups: int, dtype: jnp.dtype) -> Iterator[tuple[Array, Array]]:
     """The even and the odd inputs of each group of a tile."""
     pairs = codes[...].astype(jnp.int32)
     for g in range(groups):
@@ -79,73 +85,199 @@ def _decoded(codes: Ref, scales: Ref, groups: int, dtype: jnp.dtype) -> Iterator
         yield (code_values(pair & 0xF) * scale).astype(dtype), (code_values(pair >> 4) * scale).astype(dtype)
 
 
+@dataclass(frozen=True)
+class DenseTiles:
+    """How a block of rows times a tile of a dense matrix goes in steps.
+
+    Attributes:
+      block: rows.
+      tile_in: inputs per step.
+      tile_out: outputs.
+      steps: tiles of inputs.
+      ring: tiles in shared memory at a time.
+      transposed: outputs and inputs change places.
+    """
+
+    block: int
+    tile_in: int
+    tile_out: int
+    steps: int
+    ring: int
+    transposed: bool = False
+
+
+def dense_tiles(
+    operation: str, rows: int, count: int, inputs: int, outputs: int, *, transposed: bool = False
+) -> DenseTiles:
+    """For `count` blocks of so many rows in all. Raises NotImplementedError for sizes that no tile divides."""
+    block = rows // count
+    if block % MIN_DENSE_ROWS:
+        raise NotImplementedError(f"blocks of {block} rows are no multiple of {MIN_DENSE_ROWS}")
+    tile_in = dividing(inputs, (DENSE_TILE_IN,), "inputs")
+    default = dividing(outputs, DENSE_TILE_OUT, "outputs")
+    chosen = tiles(operation, block, tile_out=default, steps=DENSE_STEPS)
+    tile_out = default if outputs % chosen["tile_out"] else chosen["tile_out"]
+    steps = inputs // tile_in
+    return DenseTiles(block, tile_in, tile_out, steps, min(chosen["steps"], steps), transposed)
+
+
+def dense_product(sizes: DenseTiles, x: Ref, w: Ref, b: Index, n: Index) -> Float[Array, "block tile_out"]:
+    """In a kernel: block `b` of the rows times tile `n` of one matrix."""
+    mosaic = plgpu()
+    block, tile_in, tile_out, transposed = sizes.block, sizes.tile_in, sizes.tile_out, sizes.transposed
+    delay = min(1, sizes.steps - 1)  # a tile is still read by the wgmma of the step before
+    weight_tile = (tile_out, tile_in) if transposed else (tile_in, tile_out)
+
+    def run(total: Ref) -> Float[Array, "block tile_out"]:
+        def step(_: tuple[Index], x_tile: Ref, w_tile: Ref) -> None:
+            mosaic.wgmma(total, x_tile, w_tile.T if transposed else w_tile)
+
+        pipeline = mosaic.emit_pipeline(
+            step,
+            grid=(sizes.steps,),
+            in_specs=[
+                mosaic.BlockSpec((block, tile_in), lambda k: (b, k), transforms=swizzled(tile_in), delay_release=delay),
+                mosaic.BlockSpec(
+                    weight_tile,
+                    (lambda k: (n, k)) if transposed else (lambda k: (k, n)),
+                    transforms=swizzled(weight_tile[1]),
+                    delay_release=delay,
+                ),
+            ],
+            max_concurrent_steps=sizes.ring,
+        )
+        pipeline(x, w)
+        return total[...]
+
+    return pl.run_scoped(run, mosaic.ACC((block, tile_out)))
+
+
 def _dense(
     rows: Sorted, weights: Matrices, expert: BlockExperts, used: IntScalar, transposed: bool, interpret: bool
 ) -> Sorted:
     inputs, outputs = weights.shape[:0:-1] if transposed else weights.shape[1:]
     count = len(expert)
-    block = len(rows) // count
-    if block % MIN_DENSE_ROWS:
-        raise NotImplementedError(f"blocks of {block} rows are no multiple of {MIN_DENSE_ROWS}")
-    tile_in = _dividing(inputs, (DENSE_TILE_IN,), "inputs")
-    default = _dividing(outputs, DENSE_TILE_OUT, "outputs")
-    chosen = tiles("grouped_matmul.mosaic_gpu.dense", block, tile_out=default, steps=DENSE_STEPS)
-    tile_out = default if outputs % chosen["tile_out"] else chosen["tile_out"]
-    steps = inputs // tile_in
-    delay = min(1, steps - 1)  # a tile is still read by the wgmma of the step before
-    mosaic = plgpu()
+    name = "grouped_matmul.mosaic_gpu.dense"
+    sizes = dense_tiles(name, len(rows), count, inputs, outputs, transposed=transposed)
+    block, tile_out = sizes.block, sizes.tile_out
 
     def kernel(experts_of: Ref, num_used: Ref, x: Ref, w: Ref, out: Ref, tile: Ref) -> None:
         b, n = lax.axis_index("block"), lax.axis_index("tile")
 
         @pl.when(b < num_used[0])
         def _() -> None:
-            def product(total: Ref) -> Float[Array, "block tile_out"]:
-                def step(_: tuple[Index], x_tile: Ref, w_tile: Ref) -> None:
-                    mosaic.wgmma(total, x_tile, w_tile.T if transposed else w_tile)
-
-                weight_tile = (tile_out, tile_in) if transposed else (tile_in, tile_out)
-                pipeline = mosaic.emit_pipeline(
-                    step,
-                    grid=(steps,),
-                    in_specs=[
-                        mosaic.BlockSpec(
-                            (block, tile_in), lambda k: (b, k), transforms=swizzled(tile_in), delay_release=delay
-                        ),
-                        mosaic.BlockSpec(
-                            weight_tile,
-                            (lambda k: (n, k)) if transposed else (lambda k: (k, n)),
-                            transforms=swizzled(weight_tile[1]),
-                            delay_release=delay,
-                        ),
-                    ],
-                    max_concurrent_steps=min(chosen["steps"], steps),
-                )
-                pipeline(x, w.at[experts_of[b]])
-                return total[...]
-
-            tile[...] = pl.run_scoped(product, mosaic.ACC((block, tile_out))).astype(tile.dtype)
+            tile[...] = dense_product(sizes, x, w.at[experts_of[b]], b, n).astype(tile.dtype)
             stored((tile, out.at[pl.ds(b * block, block), pl.ds(n * tile_out, tile_out)]))
 
-    result = mosaic.SMEM((block, tile_out), rows.dtype, transforms=swizzled(tile_out))
+    result = plgpu().SMEM((block, tile_out), rows.dtype, transforms=swizzled(tile_out))
     whole = jax.ShapeDtypeStruct((len(rows), outputs), rows.dtype)
     call = launched(kernel, whole, {"block": count, "tile": outputs // tile_out}, [result], interpret)
     return call(expert, used[None], rows, weights)
 
 
-def _packed(rows: Sorted, weights: MXFP4, expert: BlockExperts, used: IntScalar, interpret: bool) -> Sorted:
-    _, inputs, outputs = weights.shape
-    count = len(expert)
-    block, half, per_group = len(rows) // count, inputs // 2, GROUP // 2
+@dataclass(frozen=True)
+class PackedTiles:
+    """How tiles of packed matrices times a block of rows go in steps.
+
+    Attributes:
+      block: rows.
+      tile_out: outputs.
+      groups: groups of inputs per step.
+      steps: tiles of inputs.
+      ring: tiles in shared memory at a time.
+      matrices: that the rows are multiplied by at once, side by side along the inputs.
+    """
+
+    block: int
+    tile_out: int
+    groups: int
+    steps: int
+    ring: int
+    matrices: int = 1
+
+    @property
+    def decoded(self) -> list[object]:
+        """Shared memory for what is decoded in a step: even inputs, and odd ones."""
+        shape = (self.matrices * self.groups, self.tile_out, GROUP // 2)
+        return [plgpu().SMEM(shape, jnp.bfloat16, transforms=swizzled(GROUP // 2))] * 2
+
+
+def packed_tiles(operation: str, rows: int, count: int, inputs: int, outputs: int, *, matrices: int = 1) -> PackedTiles:
+    """For `count` blocks of so many rows in all. Raises NotImplementedError for sizes that no tile divides."""
+    block = rows // count
     if block % MIN_PACKED_ROWS or block > 256:
         raise NotImplementedError(f"blocks of {block} rows are no multiple of {MIN_PACKED_ROWS} up to 256")
-    default = next(g for g in PACKED_GROUPS if (inputs // GROUP) % g == 0)
-    chosen = tiles("grouped_matmul.mosaic_gpu.packed", block, groups=default, steps=PACKED_STEPS)
-    groups = default if (inputs // GROUP) % chosen["groups"] else chosen["groups"]
-    tile_out, tile_in = _dividing(outputs, (PACKED_TILE_OUT,), "outputs"), groups * per_group
-    if tile_in < 32:
+    all_groups = inputs // GROUP
+    default = next(g for g in PACKED_GROUPS if all_groups % g == 0)
+    chosen = tiles(operation, block, groups=default, steps=PACKED_STEPS)
+    groups = default if all_groups % chosen["groups"] else chosen["groups"]
+    tile_out = dividing(outputs, (PACKED_TILE_OUT,), "outputs")
+    if groups * GROUP < 64:
         raise NotImplementedError(f"{inputs} inputs are no multiple of 64")
+    steps = all_groups // groups
+    return PackedTiles(block, tile_out, groups, steps, min(chosen["steps"], steps), matrices)
+
+
+def packed_products(
+    sizes: PackedTiles, x: Ref, codes: Ref, scales: Ref, b: Index, n: Index, low: Ref, high: Ref
+) -> tuple[Float[Array, "tile_out block"], ...]:
+    """In a kernel: tile `n` of each matrix times block `b` of the rows.
+
+    Args:
+      x: rows, [even or odd, groups, rows, 16].
+      codes, scales: of one expert, [outputs, matrices * inputs / 2] and [matrices * groups, outputs].
+      low, high: shared memory for what is decoded.
+    """
     mosaic = plgpu()
+    block, tile_out, groups, per_group = sizes.block, sizes.tile_out, sizes.groups, GROUP // 2
+    tile_in = groups * per_group
+
+    def run(*totals: Ref) -> tuple[Array, ...]:
+        def step(_: tuple[Index], even: Ref, odd: Ref, *packed: Ref) -> None:
+            for m, total in enumerate(totals):
+                places = range(m * groups, (m + 1) * groups)
+                decoded = decoded_groups(packed[2 * m], packed[2 * m + 1], groups, low.dtype)
+                for place, halves in zip(places, decoded, strict=True):
+                    low[place], high[place] = halves
+                mosaic.commit_smem()
+                for g, place in enumerate(places):
+                    mosaic.wgmma(total, low.at[place], even.at[g].T)
+                    mosaic.wgmma(total, high.at[place], odd.at[g].T)
+            mosaic.wgmma_wait(0)  # before `low` and `high` are written again
+
+        def of_matrix(m: int) -> list[object]:
+            first = m * sizes.steps
+            return [
+                mosaic.BlockSpec((tile_out, tile_in), lambda k: (n, first + k), transforms=swizzled(tile_in, 8)),
+                mosaic.BlockSpec((groups, tile_out), lambda k: (first + k, n)),
+            ]
+
+        row_tile = mosaic.BlockSpec((groups, block, per_group), lambda k: (k, b, 0), transforms=swizzled(per_group))
+        pipeline = mosaic.emit_pipeline(
+            step,
+            grid=(sizes.steps,),
+            in_specs=[row_tile, row_tile, *(spec for m in range(sizes.matrices) for spec in of_matrix(m))],
+            max_concurrent_steps=sizes.ring,
+        )
+        pipeline(x.at[0], x.at[1], *[codes, scales] * sizes.matrices)
+        return tuple(total[...] for total in totals)
+
+    return pl.run_scoped(run, *[mosaic.ACC((tile_out, block))] * sizes.matrices)
+
+
+def even_and_odd(rows: Sorted) -> Halves:
+    """Rows as `packed_products` takes them."""
+    return rows.reshape(len(rows), -1, GROUP // 2, 2).transpose(3, 1, 0, 2)
+
+
+def packed_matmul(
+    halves: Halves, weights: MXFP4, expert: BlockExperts, used: IntScalar, *, interpret: bool = False
+) -> Sorted:
+    """`block_matmul` of rows as `even_and_odd` gives them."""
+    _, inputs, outputs = weights.shape
+    count, padded, dtype = len(expert), halves.shape[2], halves.dtype
+    sizes = packed_tiles("grouped_matmul.mosaic_gpu.packed", padded, count, inputs, outputs)
+    block, tile_out = sizes.block, sizes.tile_out
 
     def kernel(
         experts_of: Ref, num_used: Ref, x: Ref, codes: Ref, scales: Ref, out: Ref, tile: Ref, low: Ref, high: Ref
@@ -154,44 +286,17 @@ def _packed(rows: Sorted, weights: MXFP4, expert: BlockExperts, used: IntScalar,
 
         @pl.when(b < num_used[0])
         def _() -> None:
-            def product(total: Ref) -> Float[Array, "tile_out block"]:
-                def step(_: tuple[Index], code_tile: Ref, scale_tile: Ref, even: Ref, odd: Ref) -> None:
-                    for g, halves in enumerate(_decoded(code_tile, scale_tile, groups, rows.dtype)):
-                        low[g], high[g] = halves
-                    mosaic.commit_smem()
-                    for g in range(groups):
-                        mosaic.wgmma(total, low.at[g], even.at[g].T)
-                        mosaic.wgmma(total, high.at[g], odd.at[g].T)
-                    mosaic.wgmma_wait(0)  # before `low` and `high` are written again
-
-                row_tile = mosaic.BlockSpec(
-                    (groups, block, per_group), lambda k: (k, b, 0), transforms=swizzled(per_group)
-                )
-                pipeline = mosaic.emit_pipeline(
-                    step,
-                    grid=(half // tile_in,),
-                    in_specs=[
-                        mosaic.BlockSpec((tile_out, tile_in), lambda k: (n, k), transforms=swizzled(tile_in, 8)),
-                        mosaic.BlockSpec((groups, tile_out), lambda k: (k, n)),
-                        row_tile,
-                        row_tile,
-                    ],
-                    max_concurrent_steps=min(chosen["steps"], half // tile_in),
-                )
-                pipeline(codes.at[experts_of[b]], scales.at[experts_of[b]], x.at[0], x.at[1])
-                return total[...]
-
-            tile.T[...] = pl.run_scoped(product, mosaic.ACC((tile_out, block))).astype(tile.dtype)
+            e = experts_of[b]
+            (product,) = packed_products(sizes, x, codes.at[e], scales.at[e], b, n, low, high)
+            tile.T[...] = product.astype(tile.dtype)
             stored((tile, out.at[pl.ds(b * block, block), pl.ds(n * tile_out, tile_out)]))
 
-    decoded = mosaic.SMEM((groups, tile_out, per_group), rows.dtype, transforms=swizzled(per_group))
-    result = mosaic.SMEM((block, tile_out), rows.dtype, transforms=swizzled(tile_out))
-    whole = jax.ShapeDtypeStruct((len(rows), outputs), rows.dtype)
+    result = plgpu().SMEM((block, tile_out), dtype, transforms=swizzled(tile_out))
+    whole = jax.ShapeDtypeStruct((padded, outputs), dtype)
     grid = {"block": count, "tile": outputs // tile_out}
-    call = launched(kernel, whole, grid, [result, decoded, decoded], interpret)
-    # [even or odd, groups, rows, 16], and scales with outputs last, which is what a row of a tile can be read from.
-    split = rows.reshape(len(rows), inputs // GROUP, per_group, 2).transpose(3, 1, 0, 2)
-    return call(expert, used[None], split, weights.codes, weights.scales.swapaxes(1, 2))
+    call = launched(kernel, whole, grid, [result, *sizes.decoded], interpret)
+    # Scales with outputs last, which is what a row of a tile can be read from.
+    return call(expert, used[None], halves, weights.codes, weights.scales.swapaxes(1, 2))
 
 
 def _packed_transposed(rows: Sorted, weights: MXFP4, expert: BlockExperts, used: IntScalar, interpret: bool) -> Sorted:
@@ -203,7 +308,7 @@ def _packed_transposed(rows: Sorted, weights: MXFP4, expert: BlockExperts, used:
     groups = next((g for g in BACK_GROUPS[block] if (inputs // GROUP) % g == 0), None)
     if groups is None:
         raise NotImplementedError(f"{inputs} inputs are no multiple of 64")
-    tile_half, step_out = groups * per_group, _dividing(outputs, (BACK_STEP,), "outputs")
+    tile_half, step_out = groups * per_group, dividing(outputs, (BACK_STEP,), "outputs")
     mosaic = plgpu()
 
     def kernel(experts_of: Ref, num_used: Ref, x: Ref, codes: Ref, scales: Ref, out: Ref, *scratch: Ref) -> None:
@@ -214,7 +319,7 @@ def _packed_transposed(rows: Sorted, weights: MXFP4, expert: BlockExperts, used:
         def _() -> None:
             def product(even: Ref, odd: Ref) -> tuple[Array, Array]:
                 def step(_: tuple[Index], x_tile: Ref, code_tile: Ref, scale_tile: Ref) -> None:
-                    for g, halves in enumerate(_decoded(code_tile, scale_tile, groups, rows.dtype)):
+                    for g, halves in enumerate(decoded_groups(code_tile, scale_tile, groups, rows.dtype)):
                         here = pl.ds(g * per_group, per_group)
                         low.at[here].T[...], high.at[here].T[...] = halves
                     mosaic.commit_smem()

@@ -5,7 +5,8 @@ less than one. A window of W lets query i see the keys j with i - W < j <= i. Im
 sequences and reaches) and `mosaic_gpu` for Hopper and `splash` for TPUs, where these have proved themselves;
 `causal_blocks` (full attention and static windows), `banded` (static windows far narrower than the sequence), both of a
 cost that grows with what is visible; `square`, which takes any window, one per row of the batch as data included;
-`online_blocks`, any window likewise, for sequences so long that the others would hold too many logits; and `reference`.
+`online_blocks`, any window likewise, for sequences so long that the others would hold too many logits; `reference`;
+and, by name only, `dew_flash_attn`.
 On a mesh that cuts positions, devices exchange them for heads around any of these; see `parallel`.
 """
 
@@ -23,6 +24,7 @@ from puzzle_jax.kernels.shapes import Array, Keys, Queries, Segments, Sinks, Win
 from puzzle_jax.kernels.window_attention import (
     banded,
     causal_blocks,
+    dew,
     mosaic_gpu,
     online_blocks,
     parallel,
@@ -36,6 +38,7 @@ IMPLEMENTATIONS = {
     "mosaic_gpu_wide": mosaic_gpu.wide_attention,
     "mosaic_gpu": mosaic_gpu.window_attention,
     "splash": splash.window_attention,
+    "dew_flash_attn": dew.window_attention,
     "causal_blocks": causal_blocks.window_attention,
     "banded": banded.window_attention,
     "square": square.window_attention,

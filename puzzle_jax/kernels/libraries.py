@@ -1,0 +1,16 @@
+"""Other projects' libraries that implement an operation: extras of this package, imported where they are used."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+
+
+def library(name: str, extra: str) -> ModuleType:
+    """A module. Raises NotImplementedError where it is not installed, or not for this machine."""
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        raise NotImplementedError(f"{error.name} is not installed: pip install 'puzzle-jax[{extra}]'") from error
+    except (ImportError, OSError) as error:  # of libraries that it loads
+        raise NotImplementedError(f"{name} cannot be imported here: {' '.join(str(error).split())}") from error
