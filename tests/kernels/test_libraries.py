@@ -97,7 +97,7 @@ def small_attention(name, dtype=jnp.bfloat16, **options):
 )
 def test_a_library_that_is_missing_is_one_sentence(monkeypatch, name, run, extra):
     monkeypatch.setitem(sys.modules, name, None)
-    said = f"{name} is not installed; it comes with this package's extra '{extra}'"
+    said = f"{name} is not installed; it comes with the extra '{extra}'"
     with lowering_for("gpu"), pytest.raises(NotImplementedError, match=said):
         run(name)
 
