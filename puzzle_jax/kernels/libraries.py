@@ -11,8 +11,6 @@ def library(name: str, extra: str) -> ModuleType:
     try:
         return import_module(name)
     except ModuleNotFoundError as error:
-        raise NotImplementedError(
-            f"{error.name} is not installed; it comes with this package's extra {extra!r}"
-        ) from error
+        raise NotImplementedError(f"{error.name} is not installed; it comes with the extra {extra!r}") from error
     except (ImportError, OSError) as error:  # of libraries that it loads
         raise NotImplementedError(f"{name} cannot be imported here: {' '.join(str(error).split())}") from error
