@@ -117,17 +117,18 @@ class GrpoPlan(GrpoRecipe, PlanSettings):
 
     Attributes:
       model: config.json, or a directory that has one.
-      prompt_tokens: mean length of a prompt; hours depend on it.
+      prompt_tokens: mean length of a prompt, on which hours depend; None: what the longest answer leaves of a row.
       answer_share: mean length of an answer, as a share of its limit, likewise.
     """
 
     out: Path = Path("-")
-    prompt_tokens: int = 256
+    prompt_tokens: int | None = None
     answer_share: float = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range("prompt_tokens", self.prompt_tokens, 1, self.update.row_length)
+        if self.prompt_tokens is not None:
+            check_range("prompt_tokens", self.prompt_tokens, 1, self.update.row_length)
         check_range("answer_share", self.answer_share, 0, 1, above=True)
         self.check_price()
 
@@ -153,7 +154,9 @@ def plan_grpo(settings: GrpoPlan) -> None:
     """Prints the plan of reinforcement learning, likewise."""
     config, packed = read_model(settings.model)
     run = PlannedPolicy(identity_child(config), settings, packed)
-    asked = {"prompt_tokens": settings.prompt_tokens, "answer_share": settings.answer_share}
+    longest = max(map(settings.rollout.limit, settings.prompts.efforts))
+    prompt_tokens = settings.prompt_tokens or settings.update.row_length - longest
+    asked = {"prompt_tokens": prompt_tokens, "answer_share": settings.answer_share}
     _show(run, settings, lambda _: _training_hours(settings, partial(policy_seconds, run, **asked)))
 
 

@@ -6,15 +6,19 @@ has run, the later ones counting more, since a later stage's programs are more l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean
 
 from puzzle_jax.convert_hf.table import Form
 from puzzle_jax.costs.hardware import HARDWARE, Hardware, hardware_named
+from puzzle_jax.generate.traces import Trace
 from puzzle_jax.numeric import Number
-from puzzle_jax.search.artifacts import TRACES
+from puzzle_jax.search.artifacts import TRACE_SETS, TRACES
 from puzzle_jax.search.context import Search
 from puzzle_jax.search.hours.work import SearchTime
+from puzzle_jax.search.recipe import TraceSettings
 
 _OF_A_STAGE = {"trace": ("load", "trace"), "score": ("lens", "score")}
 """What of `SearchTime` makes up a stage of the pipeline, where that is not the entry of its name."""
@@ -83,15 +87,27 @@ def time_left_of(search: Search) -> TimeLeft:
 
 def work_of(search: Search, hardware: Hardware) -> SearchTime:
     """The work of a search, by the lengths of its traces where it has them."""
-    recipe, limits = search.recipe, search.recipe.traces.max_tokens
-    known = (search.run / TRACES["calibration"].path).exists()
-    traces = [trace for trace in search.traces("calibration") if trace.effort in limits] if known else []
-    lengths = {}
+    recipe, lengths = search.recipe, {}
+    sets = {name: search.traces(name) for name in TRACE_SETS if (search.run / TRACES[name].path).exists()}
+    if recipe.traces.file is not None and sets:
+        recipe = replace(recipe, traces=_given(recipe.traces, sets))
+    limits = recipe.traces.max_tokens
+    traces = [trace for trace in sets.get("calibration", ()) if trace.effort in limits]
     if traces:
         lengths["prompt_tokens"] = round(fmean(len(trace.prompt) for trace in traces))
         lengths["answer_share"] = min(1.0, fmean(len(trace.completion) / limits[trace.effort] for trace in traces))
     form: Form = "mxfp4" if search.parent.packed else "bf16"
     return SearchTime(search.parent.config, recipe, form, hardware, stored=search.parent.description.form, **lengths)
+
+
+def _given(settings: TraceSettings, sets: Mapping[str, Sequence[Trace]]) -> TraceSettings:
+    """Settings that would ask for as many traces as were given, with limits that the longest of them reach."""
+    limits: dict[str, int] = {}
+    for trace in itertools.chain.from_iterable(sets.values()):
+        limits[trace.effort] = max(limits.get(trace.effort, 1), len(trace.completion))
+    asked = len(limits) * max(1, len(settings.tasks))
+    counts = {name: -(-len(traces) // asked) for name, traces in sets.items() if traces}
+    return replace(settings, efforts=tuple(limits), max_tokens=limits, **counts)
 
 
 def by_stage(work: SearchTime) -> dict[str, Number]:

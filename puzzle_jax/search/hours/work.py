@@ -164,8 +164,9 @@ class SearchTime:
         return (children + 1) * (self.a_pass(problems) + self.heads(problems))
 
     def _problems(self, traces: Number) -> Number:
-        """Traces as problems of every task, each asked at every effort."""
-        return traces / sum(self.answers(1).values())
+        """Traces as problems of every task, each asked at every effort; none where there is nothing to ask."""
+        asked = sum(self.answers(1).values())
+        return traces / asked if asked else 0.0
 
     @property
     def _calibration(self) -> int:

@@ -1,6 +1,7 @@
 """Hours of a search: work by hand for small settings, and how it grows."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +10,8 @@ from puzzle_jax.convert_hf.table import tensor_bytes
 from puzzle_jax.costs.hardware import HARDWARE
 from puzzle_jax.costs.roofline import Roofline
 from puzzle_jax.costs.scenario import Scenario, Target
+from puzzle_jax.generate.traces import Trace
+from puzzle_jax.search.hours.left import _given
 from puzzle_jax.search.hours.work import DISK_BYTES_PER_SECOND, SearchTime, hours_table
 from puzzle_jax.search.rank.ranking import METHODS
 from puzzle_jax.search.recipe import Recipe, ScoreSettings, SpaceSettings, TraceSettings
@@ -125,3 +128,16 @@ def test_contexts_are_cut_to_the_models():
 def test_adaptive_scoring_never_takes_more_than_all_traces():
     assert with_(score={"first": 1000})._exact_alternatives()[1] == 28
     assert isinstance(RECIPE.score, ScoreSettings) and RECIPE.score.first == 24
+
+
+def test_given_traces_are_as_if_they_had_been_asked_for():
+    def traces(count, effort, length):
+        return [Trace("mine", effort, i, {}, (1, 2, 3), (4,) * length, 1.0, False) for i in range(count)]
+
+    nothing = TraceSettings(file=Path("mine.parquet"), max_tokens={}, tasks=())
+    assert replace(TIME, recipe=replace(RECIPE, traces=nothing)).seconds["rank"] == 0  # before they were read
+    sets = {"calibration": traces(5, "low", 9) + traces(4, "high", 70), "heldout": traces(3, "high", 80)}
+    given = _given(nothing, sets)
+    assert given.max_tokens == {"low": 9, "high": 80} and (given.calibration, given.heldout) == (5, 2)
+    time = replace(TIME, recipe=replace(RECIPE, traces=given))
+    assert time.seconds["rank"] > 0 and time.seconds["trace"] == 0
