@@ -1,4 +1,4 @@
-"""What ptxas and Mosaic GPU say of kernels that they compiled, in the files that JAX is told to leave in `DUMP`."""
+"""Registers, spills and shared memory of compiled kernels, read from the files that JAX is told to leave in `DUMP`."""
 
 from __future__ import annotations
 

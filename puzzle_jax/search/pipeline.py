@@ -95,7 +95,7 @@ def run_stages(search: Search, name: str = "all") -> None:
 
 
 def measured_of(search: Search, results: Sequence[StageResult]) -> MeasuredSearch:
-    """What the stages of a search took on the devices present."""
+    """Measured seconds of a search's stages on the devices present."""
     hardware = present_hardware()
     work = work_of(search, hardware)
     roofline = by_stage(work)

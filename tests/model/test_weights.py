@@ -115,7 +115,7 @@ def test_hidden_states_and_choices_are_the_same_bits(both):
 
 
 def test_answers_ranking_and_scores_agree(both):
-    """Of the first layers, two of each kind."""
+    """The first layers are compared, two of each kind."""
     config = replace(CONFIG, blocks=CONFIG.blocks[:4])
     first = [params | {"layers": params["layers"][:4]} for params in both.values()]
     rng = np.random.default_rng(1)

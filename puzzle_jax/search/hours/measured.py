@@ -1,4 +1,4 @@
-"""What the stages of a search took, kept beside it, and what another search will take on the same devices.
+"""Measured seconds of a search's stages, and the seconds that another search will take on the same devices.
 
     seconds of a stage = compiling + (measured - compiling) x its roofline / that of what was measured
 
