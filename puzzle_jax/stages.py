@@ -32,7 +32,7 @@ from puzzle_jax.codec import from_plain
 from puzzle_jax.errors import PuzzleError, check_range, shown
 from puzzle_jax.files import PARTIAL, naming, read_object
 from puzzle_jax.runs import RUN_FILE, canonical, difference, locked, version, write_json
-from puzzle_jax.search.hours.compiling import compile_seconds
+from puzzle_jax.compiling import compile_seconds
 
 STAGE_FILE = "stage.json"
 _REPLACED, _KEPT = ".replaced-", ".kept-"
