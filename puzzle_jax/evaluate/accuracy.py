@@ -119,7 +119,9 @@ class QuestionSet:
         if isinstance(task, FiniteTask):
             return self._rows(task)
         check_range(f"problems of task {name!r}", self.per_task, 1, SEED_STRIDE)
-        first = SPLITS.index("evaluation" if self.split == UNSEEN else self.split) * SPLIT_STRIDE + self.seed * SEED_STRIDE
+        first = (
+            SPLITS.index("evaluation" if self.split == UNSEEN else self.split) * SPLIT_STRIDE + self.seed * SEED_STRIDE
+        )
         drawn = problems(task, first_seed=first, held_out=self.split != "training")
         return list(itertools.islice(drawn, self.per_task))
 
@@ -127,7 +129,10 @@ class QuestionSet:
         """The split's rows that the seed puts first, in the order of the file."""
         rows = list(problems(task))
         if self.split != "evaluation":
-            part, parts = DISJOINT_SPLITS.index("accuracy" if self.split == UNSEEN else self.split), len(DISJOINT_SPLITS)
+            part, parts = (
+                DISJOINT_SPLITS.index("accuracy" if self.split == UNSEEN else self.split),
+                len(DISJOINT_SPLITS),
+            )
             rows = [row for row in rows if zlib.crc32(row.prompt.encode()) % parts == part]
         if not rows:
             raise ConfigError(

@@ -15,6 +15,7 @@ from puzzle_jax.consoles import plain_console
 from puzzle_jax.files import write_beside
 from puzzle_jax.processes.distributed import joined
 from puzzle_jax.run.derived import derived_lines
+from puzzle_jax.run.places import SETTINGS_FILE, STAGE_SETTINGS
 from puzzle_jax.run.settings import RunSettings
 
 PROGRAM = "puzzle run"
@@ -72,8 +73,6 @@ def show_derived(settings: RunSettings, console: Console) -> None:
 
 def write_settings(settings: RunSettings) -> None:
     """RUN/settings.yaml with everything, and RUN/settings/STAGE.yaml for each stage that has a verb of its own."""
-    from puzzle_jax.run.road import SETTINGS_FILE, STAGE_SETTINGS
-
     values = resolved(settings)
     _write_yaml(settings.run / SETTINGS_FILE, values)
     values["control"] = to_plain(settings.control_recipe)

@@ -21,7 +21,7 @@ from puzzle_jax.costs.hardware import HARDWARE
 from puzzle_jax.costs.scenario import Scenario
 from puzzle_jax.errors import ConfigError, shown
 from puzzle_jax.evaluate.accuracy import QuestionSet
-from puzzle_jax.run.road import ANSWERS, CHILD, FINAL
+from puzzle_jax.run.places import ANSWERS, CHILD, FINAL, MADE
 from puzzle_jax.search.recipe import EMBEDDED_PARENT
 from puzzle_jax.search.recipe_file import is_embedded_parent
 from puzzle_jax.settings.fields import Setting, settings_of
@@ -176,8 +176,7 @@ class _Derived:
         answers, parent = str(run / "traces" / ANSWERS), str(self.parent)
         cache = {"evaluate.cache_dtypes": {FINAL: "float8_e4m3fn"}}
         control = {"control": child("control")} if self.known("control", True) else {}
-        models = {"parent": parent, **control, "cut": child("search"), "distilled": child("distill")}
-        models |= {name: child(name) for name in ("accuracy", "length", "average")} | {FINAL: child("average")}
+        models = {"parent": parent, **control} | {name: child(stage) for name, stage in MADE.items()}
         paths: dict[str, Any] = {
             "search.parent": parent,
             "search.run": str(run / "search"),

@@ -12,6 +12,7 @@ Left out: what stages need of the host beside the search, and speeds that an eva
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -147,7 +148,7 @@ class RunPlan:
         """Bytes of the checkpoints that stay, and of the trained model."""
         loop = self.settings.distill.loop if recipe is self.settings.distill else self.settings.accuracy.loop
         specs = jax.tree_util.tree_leaves_with_path(param_specs(self.config), is_leaf=is_spec)
-        trained = sum(_size(spec.shape) for path, spec in specs if path[-1].key not in EXPERT_MATRICES)
+        trained = sum(math.prod(spec.shape) for path, spec in specs if path[-1].key not in EXPERT_MATRICES)
         return (loop.keep_last + loop.keep_best) * _STATE_BYTES * trained + tensor_bytes(self.config, self.form)
 
 
@@ -205,10 +206,3 @@ def plan_table(needs: Mapping[str, Need], memory: int, price: float | None) -> T
 def _need(found: Mapping[str, Usage], seconds: float, mesh: MeshSettings, disk_bytes: int) -> Need:
     largest = max(found, key=lambda name: found[name].total)
     return Need(largest, found[largest].total, float(seconds), mesh.devices, disk_bytes)
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    product = 1
-    for each in shape:
-        product *= each
-    return product

@@ -13,7 +13,8 @@ from puzzle_jax.report import search_figures
 from puzzle_jax.report.comparison import ComparisonTable
 from puzzle_jax.report.figures import frontier_figure
 from puzzle_jax.report.html import render
-from puzzle_jax.run.road import CHILD, FINAL, Road
+from puzzle_jax.run.places import CHILD, FINAL
+from puzzle_jax.run.road import Road
 from puzzle_jax.search.artifacts import EVALUATION, REFINED, SOLUTIONS
 from puzzle_jax.stages import STAGE_FILE, read_stage_record
 

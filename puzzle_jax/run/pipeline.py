@@ -27,7 +27,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from rich.text import Text
 
@@ -40,8 +39,8 @@ from puzzle_jax.processes.distributed import process_count
 from puzzle_jax.processes.published import decided
 from puzzle_jax.run.card import write_child
 from puzzle_jax.run.page import write_page
-from puzzle_jax.run.road import ANSWERS, CHILD, FINAL, Road
-from puzzle_jax.runs import locked
+from puzzle_jax.run.places import ANSWERS, CHILD, FINAL
+from puzzle_jax.run.road import Road
 from puzzle_jax.search.command import run_search
 from puzzle_jax.stages import Stage, StageResult
 from puzzle_jax.tasks import get_task

@@ -1,15 +1,4 @@
-"""The context that the stages of a run share: its settings, its directory, and where each stage's files lie.
-
-    RUN/run.json, settings.yaml     the run, and all settings as they were resolved
-    RUN/settings/STAGE.yaml         a stage's own, for its verb alone (`puzzle train grpo --recipe ...`)
-    RUN/search/                     a search as `puzzle search` runs it, with stages of its own
-    RUN/traces/answers.parquet      the parent's answers that the child is distilled on
-    RUN/distill/, accuracy/, length/, control/   runs of training, each with its checkpoints, report and child/
-    RUN/average/child/              the average of both policies, with the scales of its FP8 cache
-    RUN/evaluate/                   an evaluation as `puzzle evaluate` makes one
-    RUN/child/                      the checkpoint to serve, with what was measured on its card
-    RUN/report/                     the page of the run
-"""
+"""The context that the stages of a run share: its settings, its directory, and its models; `run.places` has the files."""
 
 from __future__ import annotations
 
@@ -21,12 +10,9 @@ from puzzle_jax.consoles import plain_console
 from puzzle_jax.convert_hf.describe import describe_checkpoint
 from puzzle_jax.convert_hf.tensors.fingerprint import fingerprint_of
 from puzzle_jax.processes.distributed import on_primary, primary_console, process_index
+from puzzle_jax.run.places import ANSWERS, CHILD, MADE
 from puzzle_jax.run.settings import RunSettings
 from puzzle_jax.runs import open_run
-
-CHILD = "child"
-ANSWERS = "answers.parquet"
-SETTINGS_FILE, STAGE_SETTINGS = "settings.yaml", "settings"
 
 
 class Road:
@@ -53,21 +39,8 @@ class Road:
     def models(self) -> dict[str, Path]:
         """Checkpoints of the last table by name: the parent, with its control, and the child after each stage."""
         control = {"control": self.child_of("control")} if self.settings.control else {}
-        made = {name: self.child_of(stage) for name, stage in _MADE.items()}
+        made = {name: self.child_of(stage) for name, stage in MADE.items()}
         return {"parent": self.settings.parent, **control, **made}
-
-
-FINAL = "final"
-"""The average with an FP8 cache, which is what is served."""
-
-_MADE = {
-    "cut": "search",
-    "distilled": "distill",
-    "accuracy": "accuracy",
-    "length": "length",
-    "average": "average",
-    FINAL: "average",
-}
 
 
 def run_identity(parent: Path) -> dict[str, str]:

@@ -15,6 +15,7 @@ from puzzle_jax.commands import did_you_mean
 from puzzle_jax.errors import MOST_SEED, ConfigError, check_range, shown
 from puzzle_jax.evaluate.settings import BY_EFFORT, Settings
 from puzzle_jax.model.weights import check_weights
+from puzzle_jax.run.places import STAGES
 from puzzle_jax.search.recipe import EMBEDDED_PARENT, Recipe
 from puzzle_jax.settings.mesh import MeshSettings
 from puzzle_jax.tasks import EFFORTS, check_effort
@@ -22,8 +23,6 @@ from puzzle_jax.train.average.command import AverageSettings
 from puzzle_jax.train.distill.recipe import DistillRecipe
 from puzzle_jax.train.grpo.recipe import GrpoRecipe
 from puzzle_jax.train.traces.command import AnswersSettings
-
-STAGES = ("search", "traces", "distill", "accuracy", "length", "average", "control", "evaluate", "export", "report")
 
 _RECIPE = {"recipe": True}
 """Metadata of a section that is the recipe of a verb of its own."""

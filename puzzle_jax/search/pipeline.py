@@ -70,8 +70,8 @@ from puzzle_jax.search.score.scores_file import scores_to_json
 from puzzle_jax.search.solve.baselines import all_baselines
 from puzzle_jax.search.solve.frontier import frontier, uniform_frontier
 from puzzle_jax.search.space import narrower_windows
-from puzzle_jax.stages import Stage, StageResult, edited_output
 from puzzle_jax.search.traces import ask_parent, split_traces
+from puzzle_jax.stages import Stage, StageResult, edited_output
 
 
 def run_stages(search: Search, name: str = "all") -> list[StageResult]:
