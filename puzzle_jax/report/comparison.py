@@ -41,8 +41,8 @@ class ComparisonTable:
         rows += self._over_all()
         asked = self.evaluation["summaries"][self.reference][self.efforts[0]]["all"]["answers"]
         remarks = [
-            f"{asked} problems per effort, the same for all models. Differences to {self.reference} in points, with 95% "
-            "intervals of a paired bootstrap; retention is accuracy over its accuracy."
+            f"{asked} problems per effort, the same for all models. Differences to {self.reference} in points, with "
+            "95% intervals of a paired bootstrap; retention is accuracy over its accuracy."
         ]
         if self.evaluation["throughput"]:
             device = self.evaluation["throughput"]["device"]

@@ -1,9 +1,9 @@
 """Settings of a run that recipes and the command line leave open.
 
-For the embedded parent the recipe `run-tiny` says everything. For any other parent the user gives tasks and a deployment,
-and the rest follows from these and from the checkpoint: `derived` in the settings lists what, and why. Whatever is given
-comes first. Memory is that of the devices present, or in a dry run of the deployment's, so that a plan for a GPU host can
-be made on any machine.
+For the embedded parent the recipe `run-tiny` says everything. For any other parent the user gives tasks and a
+deployment, and the rest follows from these and from the checkpoint: `derived` in the settings lists what, and why.
+Whatever is given comes first. Memory is that of the devices present, or in a dry run of the deployment's, so that a
+plan for a GPU host can be made on any machine.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A dry run: what every stage needs in memory, time, disk and money, before there are devices.
 
-Memory is that of a stage's largest program, compiled for virtual devices as `puzzle plan` does; seconds are by roofline on
-the deployment's hardware, compiling not counted. The child is taken to be as large as its parent, whose shape it has at
-most, and answers half of their limits.
+Memory is that of a stage's largest program, compiled for virtual devices as `puzzle plan` does; seconds are by roofline
+on the deployment's hardware, compiling not counted. The child is taken to be as large as its parent, whose shape it has
+at most, and answers to take half of their limits.
 
     RUN/plan.json    the same for programs
 

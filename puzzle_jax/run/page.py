@@ -1,4 +1,4 @@
-"""The page of a run: what came of it in one sentence and one table, and how it came about. One file that opens offline."""
+"""The page of a run: what came of it in a sentence and a table, and how it came about. One file that opens offline."""
 
 from __future__ import annotations
 
