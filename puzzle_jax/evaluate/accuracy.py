@@ -119,9 +119,8 @@ class QuestionSet:
         if isinstance(task, FiniteTask):
             return self._rows(task)
         check_range(f"problems of task {name!r}", self.per_task, 1, SEED_STRIDE)
-        first = (
-            SPLITS.index("evaluation" if self.split == UNSEEN else self.split) * SPLIT_STRIDE + self.seed * SEED_STRIDE
-        )
+        split = "evaluation" if self.split == UNSEEN else self.split
+        first = SPLITS.index(split) * SPLIT_STRIDE + self.seed * SEED_STRIDE
         drawn = problems(task, first_seed=first, held_out=self.split != "training")
         return list(itertools.islice(drawn, self.per_task))
 
@@ -129,10 +128,8 @@ class QuestionSet:
         """The split's rows that the seed puts first, in the order of the file."""
         rows = list(problems(task))
         if self.split != "evaluation":
-            part, parts = (
-                DISJOINT_SPLITS.index("accuracy" if self.split == UNSEEN else self.split),
-                len(DISJOINT_SPLITS),
-            )
+            split = "accuracy" if self.split == UNSEEN else self.split
+            part, parts = DISJOINT_SPLITS.index(split), len(DISJOINT_SPLITS)
             rows = [row for row in rows if zlib.crc32(row.prompt.encode()) % parts == part]
         if not rows:
             raise ConfigError(

@@ -11,9 +11,9 @@
     export      the checkpoint to serve, with what was measured on its card
     report      one page
 
-Each is the verb of its name, with the section of the settings that is its recipe. The search has stages of its own in its
-own directory; every other one is a `stages.Stage`: skipped while its inputs and settings are unchanged, and where it was
-killed gone on with from its own checkpoints or journals, which lie in a hidden directory beside until it is done.
+Each is the verb of its name, with the section of the settings that is its recipe. The search has stages of its own in
+its own directory. Every other one is a `stages.Stage`: it is skipped while its inputs and settings are unchanged, and
+resumes where it was killed from its own checkpoints or journals, which lie in a hidden directory until it is done.
 
 Left out: stages side by side, and several processes for answers and evaluation, which the primary process makes alone.
 """

@@ -1,4 +1,4 @@
-"""The context that the stages of a run share: its settings, its directory, and its models; `run.places` has the files."""
+"""The context that the stages of a run share: settings, directory and models. `run.places` says where files lie."""
 
 from __future__ import annotations
 

@@ -93,8 +93,8 @@ class RunSettings:
             processes = getattr(self, name).mesh.processes
             if processes != self.mesh.processes:
                 raise ConfigError(
-                    f"{name}.mesh.processes is {processes}, but mesh.processes {self.mesh.processes}: all stages run in "
-                    "the same processes; start one stage alone (stage) where it shall have others"
+                    f"{name}.mesh.processes is {processes}, but mesh.processes {self.mesh.processes}: all stages run "
+                    "in the same processes; start one stage alone (stage) where it shall have others"
                 )
 
     @property

@@ -129,7 +129,7 @@ def parse(verb: Verb, arguments: Sequence[str]) -> Any:
 
 
 def _in_section(error: ConfigError, kind: type, values: Any) -> ConfigError:
-    """An error of settings with the name of the section that is another verb's recipe, whose fields its message names."""
+    """An error with the name of the section whose fields its message names, where that is another verb's recipe."""
     from jsonargparse import ArgumentParser
 
     hints = get_type_hints(kind)
