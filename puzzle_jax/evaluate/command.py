@@ -28,6 +28,9 @@ def evaluate(settings: Settings, console: Console) -> EvaluationReport:
     evaluation = Evaluation(settings, console).run()
     report = EvaluationReport(evaluation)
     write_beside(settings.out / "report.md", report.markdown().encode())
+    images = {}
     if evaluation["points"]:
-        write_beside(settings.out / "frontier.png", frontier_figure(evaluation["points"], evaluation["reference"]))
+        images["frontier.png"] = frontier_figure(evaluation["points"], evaluation["reference"])
+        write_beside(settings.out / "frontier.png", images["frontier.png"])
+    write_beside(settings.out / "report.html", report.html(images).encode())
     return report

@@ -3,7 +3,7 @@
     OUT/settings.json          what answers depend on: settings, models' fingerprints, the date that templates see
     OUT/answers/<model>.jsonl  one answer per line, as they come
     OUT/throughput.jsonl       one round of one workload per line
-    OUT/evaluation.json, report.md, frontier.png
+    OUT/evaluation.json, report.html, report.md, frontier.png
 
 Answers and rounds are kept as they come; a run in a directory that already holds some asks and measures only what is
 missing. A directory belongs to one set of settings and models, since old and new answers would mix. Answers do not
