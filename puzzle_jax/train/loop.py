@@ -9,8 +9,8 @@ A run lives in a directory:
 Started again there, it goes on from the newest checkpoint: parameters, optimiser, random key and position in the data
 are what they were, so that it ends with the same bits as without the interruption. SIGTERM and SIGINT end the step,
 save, and return. Batches are made ahead in a thread, metrics are read one step behind, checkpoints are written while
-steps go on. Where the job is evaluated on the way, step 0 is, too; and where a step raises, the metrics of the step before
-it are written.
+steps go on. Where the job is evaluated on the way, step 0 is, too; and where a step raises, the metrics of the step
+before it are written.
 
 Left out: what is trained and how, which is the job's.
 """
