@@ -55,7 +55,7 @@ class ComparisonTable:
         own, theirs = overall[name]["value"], overall[self.reference]["value"]
         sentence = (
             f"{name} answers {own:.1%} of the problems over all efforts, {self.reference} {theirs:.1%} "
-            f"({_points(comparison['overall'])})"
+            f"({_points(comparison['overall']).replace(' (', ' points, ').removesuffix(')')})"
         )
         rates = {effort: entry["relative_request_rate"] for effort, entry in comparison["efforts"].items()}
         if all(rate is not None and rate["value"] is not None for rate in rates.values()):

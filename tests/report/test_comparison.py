@@ -51,8 +51,9 @@ def test_rows_are_measures_and_columns_models():
 
 def test_the_verdict_is_one_sentence():
     assert ComparisonTable(EVALUATION).verdict("child") == (
-        "child answers 55.0% of the problems over all efforts, parent 60.0% (-5.0 (-10.0 to +0.0)), and serves 1.50x at "
-        "low and 1.50x at high effort as many requests per second; it is more accurate at every rate that both serve."
+        "child answers 55.0% of the problems over all efforts, parent 60.0% (-5.0 points, -10.0 to +0.0), and serves "
+        "1.50x at low and 1.50x at high effort as many requests per second; it is more accurate at every rate that both "
+        "serve."
     )
 
 
@@ -64,7 +65,7 @@ def test_without_speed_nothing_is_said_of_it():
         entry["relative_request_rate"] = None
     table = ComparisonTable(slow)
     assert table.verdict("child") == (
-        "child answers 55.0% of the problems over all efforts, parent 60.0% (-5.0 (-10.0 to +0.0))."
+        "child answers 55.0% of the problems over all efforts, parent 60.0% (-5.0 points, -10.0 to +0.0)."
     )
     assert not any("/s" in row[0] or "above" in row[0] for row in table.section().rows)
 

@@ -1,4 +1,4 @@
-"""Settings that follow from the parent, tasks and deployment; what is given comes first, and what is missing is said."""
+"""Settings that follow from the parent, tasks and deployment: what is given comes first, what is missing is said."""
 
 import dataclasses
 from pathlib import Path
