@@ -42,7 +42,7 @@ from puzzle_jax.run.page import write_page
 from puzzle_jax.run.places import ANSWERS, CHILD, FINAL
 from puzzle_jax.run.road import Road
 from puzzle_jax.search.command import run_search
-from puzzle_jax.stages import Stage, StageResult
+from puzzle_jax.stages import STAGE_FILE, Stage, StageResult
 from puzzle_jax.tasks import get_task
 from puzzle_jax.tasks.rewards.source import reward_file
 from puzzle_jax.train.average.command import run as run_average
@@ -219,6 +219,12 @@ def _export(road: Road, out: Path, kept: Path) -> None:
     write_child(out, road.settings.parent, road.run / "evaluate" / "evaluation.json", FINAL)
 
 
+def _records(road: Road) -> list[Path]:
+    """The records of the stages before the report."""
+    names = [name for name in road.settings.stages if name not in ("search", "report")]
+    return [road.run / (CHILD if name == "export" else name) / STAGE_FILE for name in names]
+
+
 def _report(road: Road, out: Path, kept: Path) -> None:
     write_page(road, out)
 
@@ -271,8 +277,8 @@ _STAGES: Mapping[str, Stage[Road]] = {
         ),
         Stage[Road](
             "report",
-            lambda r: [r.run / "search" / "report", r.run / "evaluate" / "evaluation.json", r.run / CHILD],
-            lambda r: {"stages": list(r.settings.stages)},
+            lambda r: [r.run / "search" / "report", *_records(r)],
+            lambda r: {},
             _by_primary(_report),
         ),
     )
