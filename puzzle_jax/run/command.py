@@ -46,7 +46,7 @@ def run(settings: RunSettings) -> None:
         show_derived(settings, console)
         show_plan(settings, console)
         return
-    mesh = settings.mesh
+    mesh = settings.joined_mesh
     with joined(mesh.processes, mesh.devices // mesh.processes, program=PROGRAM):
         from puzzle_jax.run.page import show_page
         from puzzle_jax.run.pipeline import run_road

@@ -91,11 +91,17 @@ class RunSettings:
 
         for name in ("search", "distill", "accuracy", "length"):
             processes = getattr(self, name).mesh.processes
-            if processes != self.mesh.processes:
+            if self.stage == "all" and processes != self.mesh.processes:
                 raise ConfigError(
                     f"{name}.mesh.processes is {processes}, but mesh.processes {self.mesh.processes}: all stages run "
                     "in the same processes; start one stage alone (stage) where it shall have others"
                 )
+
+    @property
+    def joined_mesh(self) -> MeshSettings:
+        """The mesh whose processes run together: that of the one stage that is run, where it has one of its own."""
+        section = getattr(self, "accuracy" if self.stage == "control" else self.stage, None)
+        return getattr(section, "mesh", self.mesh)
 
     @property
     def stages(self) -> tuple[str, ...]:
