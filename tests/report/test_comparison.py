@@ -52,8 +52,8 @@ def test_rows_are_measures_and_columns_models():
 def test_the_verdict_is_one_sentence():
     assert ComparisonTable(EVALUATION).verdict("child") == (
         "child answers 55.0% of the problems over all efforts, parent 60.0% (-5.0 points, -10.0 to +0.0), and serves "
-        "1.50x at low and 1.50x at high effort as many requests per second; it is more accurate at every rate that both "
-        "serve."
+        "1.50x at low and 1.50x at high effort as many requests per second; "
+        "it is more accurate at every rate that both serve."
     )
 
 
