@@ -55,7 +55,7 @@ class ComparisonTable:
         own, theirs = overall[name]["value"], overall[self.reference]["value"]
         sentence = (
             f"{name} answers {own:.1%} of the problems over all efforts, {self.reference} {theirs:.1%} "
-            f"({_points(comparison['overall']).replace(' (', ' points, ').removesuffix(')')})"
+            f"({_points(comparison['overall']['value'])} points, {_interval(comparison['overall'])})"
         )
         rates = {effort: entry["relative_request_rate"] for effort, entry in comparison["efforts"].items()}
         if all(rate is not None and rate["value"] is not None for rate in rates.values()):
@@ -77,7 +77,8 @@ class ComparisonTable:
 
         rows = [
             row("accuracy", {name: f"{of['accuracy']:.1%}" for name, of in summaries.items()}),
-            row("difference", {n: NONE if of is None else _points(_difference(of)) for n, of in compared.items()}),
+            row("difference", {n: _points(of and of["all"]["difference"]) for n, of in compared.items()}),
+            row("95% interval", {n: _interval(of and of["all"]) for n, of in compared.items()}),
             row("retention", against("retention", "{:.1%}")),
             row("tokens", {name: f"{of['mean_tokens']:.1f}" for name, of in summaries.items()}),
             row("tokens of right answers", {name: _tokens(of) for name, of in summaries.items()}),
@@ -96,7 +97,8 @@ class ComparisonTable:
         found = {name: self.evaluation["comparisons"].get(name) for name in self.models}
         rows = [
             ["all: accuracy", *(_value(overall[name], "{:.1%}") for name in self.models)],
-            ["all: difference", *(NONE if of is None else _points(of["overall"]) for of in found.values())],
+            ["all: difference", *(_points(of and of["overall"]["value"]) for of in found.values())],
+            ["all: 95% interval", *(_interval(of and of["overall"]) for of in found.values())],
         ]
         if self.evaluation["throughput"]:
             above = [NONE if of is None else "yes" if self._above(name) else "no" for name, of in found.items()]
@@ -113,10 +115,6 @@ class ComparisonTable:
         return bool(common and common["gap"] and common["gap"]["accuracy"] > 0)
 
 
-def _difference(compared: Mapping[str, Json]) -> Mapping[str, Json]:
-    return {**compared["all"], "value": compared["all"]["difference"]}
-
-
 def _tokens(summary: Mapping[str, Json]) -> str:
     tokens = summary.get("mean_right_tokens")
     return NONE if tokens is None else f"{tokens:.1f}"
@@ -126,9 +124,14 @@ def _value(estimate: Mapping[str, Json] | None, form: str) -> str:
     return NONE if estimate is None or estimate["value"] is None else form.format(estimate["value"])
 
 
-def _points(estimate: Mapping[str, Json]) -> str:
-    """A difference of accuracies in points with its interval."""
-    if estimate["value"] is None:
+def _points(difference: float | None) -> str:
+    """A difference of accuracies in points."""
+    return NONE if difference is None else f"{100 * difference:+.1f}"
+
+
+def _interval(estimate: Mapping[str, Json] | None) -> str:
+    """The ends of a difference's interval in points."""
+    if estimate is None:
         return NONE
     low, high = ("?" if end is None else f"{100 * end:+.1f}" for end in (estimate["low"], estimate["high"]))
-    return f"{100 * estimate['value']:+.1f} ({low} to {high})"
+    return f"{low} to {high}"

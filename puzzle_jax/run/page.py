@@ -20,6 +20,9 @@ from puzzle_jax.stages import STAGE_FILE, read_stage_record
 
 REPORT = "report.html"
 
+SHOWN = ("parent", "control", "cut", "distilled", FINAL)
+"""Models that a terminal has room for."""
+
 
 def write_page(road: Road, out: Path) -> None:
     """report.html, report.md, summary.json and the page's figures."""
@@ -55,7 +58,7 @@ def write_page(road: Road, out: Path) -> None:
 
 def show_page(run: Path, console: Console) -> None:
     """Prints the sentence and the table of a run that is done, and where its page and its child are."""
-    table = ComparisonTable(read_object(run / "evaluate" / "evaluation.json"))
+    table = ComparisonTable(read_object(run / "evaluate" / "evaluation.json"), SHOWN)
     console.print(table.section().table())
     for line in (table.verdict(FINAL), f"Page: {run / 'report' / REPORT}", f"The child to serve: {run / CHILD}"):
         console.print(line, highlight=False, soft_wrap=True)

@@ -24,6 +24,7 @@ def test_rows_are_measures_and_columns_models():
             for measure in (
                 "accuracy",
                 "difference",
+                "95% interval",
                 "retention",
                 "tokens",
                 "tokens of right answers",
@@ -34,17 +35,18 @@ def test_rows_are_measures_and_columns_models():
         ),
         "all: accuracy",
         "all: difference",
+        "all: 95% interval",
         "above the curve of parent everywhere",
     ]
     assert rows["low: accuracy"] == ["50.0%", "40.0%"]
-    assert rows["high: difference"] == ["-", "-10.0 (-50.0 to +50.0)"]
+    assert rows["high: difference"] == ["-", "-10.0"] and rows["high: 95% interval"] == ["-", "-50.0 to +50.0"]
     assert rows["high: retention"] == ["-", "80.0%"]
     assert rows["high: tokens of right answers"] == ["-", "31.2"]
     assert rows["high: ended by itself"] == ["75.0%", "75.0%"]
     assert rows["low: tokens/s"] == ["100", "180"]
     assert rows["low: requests/s over its"] == ["-", "1.50x"]
     assert rows["all: accuracy"] == ["60.0%", "55.0%"]
-    assert rows["all: difference"] == ["-", "-5.0 (-10.0 to +0.0)"]
+    assert rows["all: difference"] == ["-", "-5.0"] and rows["all: 95% interval"] == ["-", "-10.0 to +0.0"]
     assert rows["above the curve of parent everywhere"] == ["-", "yes"]
     assert "40 problems per effort" in section.remarks[0] and "1 x cpu (cpu)" in section.remarks[1]
 
@@ -77,6 +79,6 @@ def test_some_of_the_models_alone():
 def test_the_page_holds_the_sentence_the_tables_and_the_figure_and_asks_for_nothing():
     page = EvaluationReport(EVALUATION).html({"frontier.png": b"png"})
     assert '<p class="verdict">child answers 55.0% of the problems' in page
-    assert "<td>-10.0 (-50.0 to +50.0)</td>" in page and "<h2>Generated tokens per second</h2>" in page
+    assert "<td>-50.0 to +50.0</td>" in page and "<h2>Generated tokens per second</h2>" in page
     assert "data:image/png;base64,cG5n" in page
     assert "http" not in page.replace('charset="utf-8"', "")
