@@ -54,12 +54,15 @@ def outputs_in_rounds(settings: tuple[float, int], x: Tokens, ids: Ids, experts:
     down_bias = experts.down_bias.astype(jnp.float32)[:, None]
     chosen = jnp.sum(ids[:, :, None] == jnp.arange(num_experts), axis=1)  # [tokens, experts], 0 or 1
     rank = jnp.take_along_axis(jnp.cumsum(chosen, axis=0) - chosen, ids, axis=1)  # among the expert's tokens
-    token = jnp.broadcast_to(jnp.arange(tokens)[:, None], ids.shape)
+    # [tokens, experts]: a token's row of the expert, in all rounds; out of range where it did not choose it
+    place = jnp.where(chosen > 0, jnp.cumsum(chosen, axis=0) - 1, -1)
 
     def one_round(index: IntScalar | int, out: Array) -> Array:
         row = rank - index * rows  # out of range: another round's
         outside = (row < 0) | (row >= rows)
-        source = jnp.full((num_experts, rows), tokens).at[ids, jnp.where(outside, rows, row)].set(token, mode="drop")
+        # A minimum over all tokens in place of a scatter, which XLA would compile anew in every layer.
+        here = place.T[:, None] == index * rows + jnp.arange(rows)[:, None]  # [experts, rows, tokens]
+        source = jnp.min(jnp.where(here, jnp.arange(tokens), tokens), axis=-1)
         h = jnp.take(x, source, axis=0, mode="fill", fill_value=0)
         h = jnp.matmul(h, gate_up, preferred_element_type=jnp.float32) + gate_up_bias
         h = clamped_swiglu(h, limit).astype(x.dtype)

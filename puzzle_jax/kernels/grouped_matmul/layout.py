@@ -67,9 +67,11 @@ def blocks_of(
     expert = jnp.minimum(jnp.searchsorted(end, row, side="right"), experts - 1) if expert_of is None else expert_of
     first = (last_block - -(-group_sizes // block)) * block - (end - group_sizes)
     slot = jnp.where(row < end[-1], row + first[expert], blocks * block).astype(jnp.int32)
-    source = jnp.full(blocks * block, rows, jnp.int32).at[slot].set(row, mode="drop")
     used = last_block[-1]
     of_block = jnp.searchsorted(last_block, jnp.minimum(jnp.arange(blocks), jnp.maximum(used - 1, 0)), side="right")
-    return Blocks(
-        source, slot, jnp.minimum(of_block, experts - 1).astype(jnp.int32), used.astype(jnp.int32), group_sizes
-    )
+    of_block = jnp.minimum(of_block, experts - 1).astype(jnp.int32)
+    padded = jnp.arange(blocks * block, dtype=jnp.int32)
+    of_row = of_block[padded // block]
+    back = padded - first[of_row]
+    source = jnp.where((padded < used * block) & (back < end[of_row]), back, rows).astype(jnp.int32)
+    return Blocks(source, slot, of_block, used.astype(jnp.int32), group_sizes)

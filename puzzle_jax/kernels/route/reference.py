@@ -8,6 +8,10 @@ import jax.numpy as jnp
 from puzzle_jax.kernels.grouped_matmul.layout import Blocks, blocks_of
 from puzzle_jax.kernels.shapes import Array, Float, Ids
 
+FEW_PAIRS = 4096
+"""Pairs up to which a sum and a sort take the place of scatters: XLA for CPUs compiles a scatter anew in every layer, for
+longer than so few pairs ever take, and runs it faster where there are many."""
+
 ITERATED_ARGMAX_LIMIT = 8  # up to here k passes of argmax beat a sort on CPU
 
 
@@ -36,9 +40,15 @@ def top_k_ids(logits: Float[Array, "tokens experts"], k: int) -> Ids:
 def expert_order(ids: Ids, num_experts: int, block: int) -> Blocks:
     """Pairs in blocks, by a stable sort; see the api."""
     pairs, flat = ids.size, ids.reshape(-1)
-    group_sizes = jnp.zeros(num_experts, jnp.int32).at[flat].add(1)
     sorted_pairs = jnp.argsort(flat, stable=True).astype(jnp.int32)
+    if pairs <= FEW_PAIRS:
+        group_sizes = jnp.sum(flat[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
+    else:
+        group_sizes = jnp.zeros(num_experts, jnp.int32).at[flat].add(1)
     blocks = blocks_of(group_sizes, pairs, block, flat[sorted_pairs])
     source = jnp.take(sorted_pairs, blocks.source, mode="fill", fill_value=pairs)
-    slot = jnp.zeros(pairs, jnp.int32).at[sorted_pairs].set(blocks.slot)
+    if pairs <= FEW_PAIRS:
+        slot = blocks.slot[jnp.argsort(sorted_pairs)]
+    else:
+        slot = jnp.zeros(pairs, jnp.int32).at[sorted_pairs].set(blocks.slot)
     return blocks._replace(source=source, slot=slot)
