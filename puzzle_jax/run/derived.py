@@ -21,13 +21,13 @@ from puzzle_jax.costs.hardware import HARDWARE
 from puzzle_jax.costs.scenario import Scenario
 from puzzle_jax.errors import ConfigError, shown
 from puzzle_jax.evaluate.accuracy import QuestionSet
-from puzzle_jax.run.places import ANSWERS, CHILD, FINAL, MADE
+from puzzle_jax.run.places import FINAL, stage_paths
 from puzzle_jax.search.recipe import EMBEDDED_PARENT
 from puzzle_jax.search.recipe_file import is_embedded_parent
 from puzzle_jax.settings.fields import Setting, settings_of
 from puzzle_jax.settings.files import RECIPES, read_recipe, recipe_names, recipe_path
 from puzzle_jax.settings.forms import formed
-from puzzle_jax.tasks import EFFORTS, Chat, FiniteTask, get_task
+from puzzle_jax.tasks import EFFORTS, Chat, FiniteTask, check_effort, get_task
 
 EMBEDDED_RECIPE = "run-tiny"
 SECTIONS = ("search", "traces", "distill", "accuracy", "length", "average", "evaluate")
@@ -169,41 +169,15 @@ class _Derived:
         if "run" not in self.given and not self.embedded:
             self._new["run"] = f"runs/{self.parent.resolve().name}"
         run = Path(str(self.known("run", "runs/road")))
-
-        def child(stage: str) -> str:
-            return str(run / stage / CHILD)
-
-        answers, parent = str(run / "traces" / ANSWERS), str(self.parent)
-        cache = {"evaluate.cache_dtypes": {FINAL: "float8_e4m3fn"}}
-        control = {"control": child("control")} if self.known("control", True) else {}
-        models = {"parent": parent, **control} | {name: child(stage) for name, stage in MADE.items()}
-        paths: dict[str, Any] = {
-            "search.parent": parent,
-            "search.run": str(run / "search"),
-            "traces.parent": parent,
-            "traces.out": answers,
-            "distill.parent": parent,
-            "distill.child": child("search"),
-            "distill.traces": answers,
-            "distill.out": str(run / "distill"),
-            "accuracy.model": child("distill"),
-            "accuracy.out": str(run / "accuracy"),
-            "length.model": child("distill"),
-            "length.out": str(run / "length"),
-            "average.a": child("accuracy"),
-            "average.b": child("length"),
-            "average.out": child("average"),
-            "average.reference": parent,
-            "evaluate.models": models,
-            "evaluate.out": str(run / "evaluate"),
-        }
+        paths = stage_paths(self.parent, run, control=self.known("control", True))
         for name, path in paths.items():
             if name in self.given and self.given[name] != path:
                 raise ConfigError(
                     f"{name} is {shown(self.given[name])}, but a run gives its stages their places itself ({path}); "
                     "leave it out"
                 )
-        self._new |= paths | {name: value for name, value in cache.items() if name not in self.given}
+        self._new |= paths
+        self.put("evaluate.cache_dtypes", {FINAL: "float8_e4m3fn"})
 
     def _check(self) -> None:
         """Raises `ConfigError`, naming the fields, where something is missing that only the user can know."""
@@ -267,7 +241,8 @@ class _Derived:
 
     @cached_property
     def efforts(self) -> tuple[str, ...]:
-        return tuple(effort for effort in EFFORTS if effort in self.known("efforts", EFFORTS))
+        given = [check_effort(effort) for effort in self.known("efforts", EFFORTS)]
+        return tuple(effort for effort in EFFORTS if effort in given)
 
     @cached_property
     def limits(self) -> dict[str, int]:

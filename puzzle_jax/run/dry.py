@@ -34,6 +34,8 @@ from puzzle_jax.plan.grpo import PlannedPolicy
 from puzzle_jax.plan.record import GB, Usage, compiled
 from puzzle_jax.plan.search import PlannedSearch
 from puzzle_jax.plan.training_hours import distillation_seconds, policy_seconds
+from puzzle_jax.run.resolved import write_settings
+from puzzle_jax.run.road import run_identity
 from puzzle_jax.run.settings import RunSettings
 from puzzle_jax.runs import open_run
 from puzzle_jax.search.hours.passes import ModelTime
@@ -157,9 +159,6 @@ def show_plan(settings: RunSettings, console: Console) -> None:
 
     Raises ConfigError where the deployment's hardware has no data sheet and is not the machine at hand.
     """
-    from puzzle_jax.run.command import write_settings
-    from puzzle_jax.run.road import run_identity
-
     devices = max(recipe.mesh.devices for recipe in (settings.search, settings.distill, settings.accuracy))
     virtual_devices(devices)
     config, packed = read_model(settings.parent)

@@ -14,6 +14,9 @@ RUN/report/                     the page of the run
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 STAGES = ("search", "traces", "distill", "accuracy", "length", "average", "control", "evaluate", "export", "report")
 CHILD = "child"
 ANSWERS = "answers.parquet"
@@ -31,3 +34,33 @@ MADE = {
     FINAL: "average",
 }
 """The stage that has made each child of the tables."""
+
+
+def stage_paths(parent: Path, run: Path, *, control: bool) -> dict[str, Any]:
+    """Where each stage finds what the ones before have made, and writes its own: settings by dotted name, as texts."""
+
+    def child(stage: str) -> str:
+        return str(run / stage / CHILD)
+
+    answers = str(run / "traces" / ANSWERS)
+    models = {"parent": str(parent), **({"control": child("control")} if control else {})}
+    return {
+        "search.parent": str(parent),
+        "search.run": str(run / "search"),
+        "traces.parent": str(parent),
+        "traces.out": answers,
+        "distill.parent": str(parent),
+        "distill.child": child("search"),
+        "distill.traces": answers,
+        "distill.out": str(run / "distill"),
+        "accuracy.model": child("distill"),
+        "accuracy.out": str(run / "accuracy"),
+        "length.model": child("distill"),
+        "length.out": str(run / "length"),
+        "average.a": child("accuracy"),
+        "average.b": child("length"),
+        "average.out": child("average"),
+        "average.reference": str(parent),
+        "evaluate.models": models | {name: child(stage) for name, stage in MADE.items()},
+        "evaluate.out": str(run / "evaluate"),
+    }

@@ -8,6 +8,7 @@ import yaml
 
 from puzzle_jax.run import derived
 from puzzle_jax.run.__main__ import VERBS, main
+from puzzle_jax.run.resolved import resolved
 from puzzle_jax.settings.verbs import parse
 from tests.run.toy_road import SETTINGS, arguments, parent_and_prompts, settings
 
@@ -129,8 +130,6 @@ def test_the_embedded_parent_has_a_recipe(root):
 
 
 def test_resolved_settings_can_be_given_back(root, tmp_path):
-    from puzzle_jax.run.command import resolved
-
     found = settings(root, root / "run")
     file = tmp_path / "settings.yaml"
     file.write_text(yaml.safe_dump(resolved(found)))
