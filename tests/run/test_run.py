@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from puzzle_jax.convert_hf.describe import describe_checkpoint
+from puzzle_jax.convert_hf.load import known_scales
 from puzzle_jax.generate.traces import read_traces
 from puzzle_jax.run.pipeline import right_lengths
 from puzzle_jax.run.places import STAGES
@@ -84,7 +85,7 @@ def test_the_length_policys_budgets_are_the_lengths_of_right_answers(finished):
 def test_the_child_to_serve_is_the_average_with_its_own_scales_and_card(finished, root):
     child, average = finished / "child", finished / "average/child"
     assert (child / "model.safetensors").read_bytes() == (average / "model.safetensors").read_bytes()
-    scales = describe_checkpoint(child).kv_scales
+    scales = known_scales(describe_checkpoint(child))
     assert scales is not None and np.isfinite(scales).all() and (scales > 0).all()
     card = (child / "README.md").read_text()
     head = card.split("---")[1]

@@ -35,7 +35,7 @@ from puzzle_jax.config import ModelConfig
 from puzzle_jax.convert_hf.describe import Description, describe_checkpoint
 from puzzle_jax.convert_hf.export import PROVENANCE, Origin, export_child
 from puzzle_jax.convert_hf.kv_scales import StoredScales
-from puzzle_jax.convert_hf.load import build_params
+from puzzle_jax.convert_hf.load import build_params, known_scales
 from puzzle_jax.convert_hf.table import ParamPath, TensorSpec, checkpoint_tensors
 from puzzle_jax.convert_hf.tensors import mxfp4
 from puzzle_jax.convert_hf.tensors.files import CHUNK_BYTES, StoredTensor, read_json
@@ -211,7 +211,7 @@ class Pair:
 
     def kv_scales(self, weight: float) -> StoredScales | None:
         """Of an FP8 cache: those of A or of B at the ends, else the larger ones of what there is."""
-        found = [_scales(*one) for one in zip((self.ours, self.theirs), self.records, strict=True)]
+        found = [known_scales(described) for described in (self.ours, self.theirs)]
         if weight in (0, 1):
             return found[int(weight)]
         present = [scales for scales in found if scales is not None]
@@ -325,19 +325,6 @@ def _origin(directory: Path, record: Mapping[str, Any], config: ModelConfig) -> 
     if origin is None or not all(isinstance(name, str) for name in origin.trained):
         raise PuzzleError(f"{directory / PROVENANCE} does not list kept_experts and the names of trained parameters")
     return origin
-
-
-def _scales(described: Description, record: Mapping[str, Any]) -> StoredScales | None:
-    """Of a checkpoint, or of its record where it is plain `gpt_oss`, which carries none."""
-    if described.kv_scales is not None or record.get("kv_scales") is None:
-        return described.kv_scales
-    try:
-        recorded = np.asarray([record["kv_scales"][kind] for kind in "kv"], np.float32)
-    except (KeyError, TypeError, ValueError):
-        recorded = np.zeros(0, np.float32)
-    if recorded.shape != (2, described.config.num_layers) or not (np.isfinite(recorded) & (recorded > 0)).all():
-        raise PuzzleError(f"{described.directory / PROVENANCE}: kv_scales must hold one number per layer for k and v")
-    return recorded
 
 
 def _same(ours: StoredTensor, theirs: StoredTensor) -> bool:
