@@ -13,7 +13,6 @@ from puzzle_jax.convert_hf.table import Form, parameters, tensor_bytes
 from puzzle_jax.files import Json
 
 FILE = "README.md"
-_PARTS = {"attention": "attention", "moe": "experts and routers", "embedding": "embedding", "head": "head"}
 _TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 
 
@@ -67,8 +66,15 @@ def model_card(
 
 def _parts(trained: Sequence[str]) -> str:
     """The parts of a model that parameters belong to, in words."""
-    parts = dict.fromkeys(_PARTS.get(name.split(".")[-2 if "layers" in name else 0], "norms") for name in trained)
-    return ", ".join(sorted(parts))
+    return ", ".join(sorted({_part(name.split(".")) for name in trained}))
+
+
+def _part(path: Sequence[str]) -> str:
+    if path[-1].endswith("norm"):
+        return "norms"
+    if path[-1].startswith(("gate_up", "down")):
+        return "experts"
+    return "routers" if path[-1].startswith("router") else path[-2] if len(path) > 1 else path[0]
 
 
 @cache

@@ -88,7 +88,7 @@ class ComparisonTable:
             speeds = self.evaluation["throughput"]["workloads"][effort]
             rates = {name: f"{speeds[name]['tokens_per_second']['median']:,.0f}" for name in self.models}
             rows.append(row("tokens/s", rates))
-            rows.append(row("requests/s over its", against("relative_request_rate", "{:.2f}x")))
+            rows.append(row(f"requests/s over {self.reference}'s", against("relative_request_rate", "{:.2f}x")))
         return rows
 
     def _over_all(self) -> list[list[str]]:

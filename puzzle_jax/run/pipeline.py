@@ -195,7 +195,8 @@ def right_lengths(answers: Path, efforts: Iterable[str]) -> dict[str, int]:
 
 def _average_settings(road: Road) -> Mapping[str, object]:
     settings = road.settings.average
-    return {**_plain(settings), "judged_by": _identities(settings.tasks)}
+    # Here weights are what is swept, and not how a model is held.
+    return {**_plain(settings), "weights": list(settings.weights), "judged_by": _identities(settings.tasks)}
 
 
 def _average(road: Road, out: Path, kept: Path) -> None:

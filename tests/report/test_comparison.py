@@ -30,7 +30,7 @@ def test_rows_are_measures_and_columns_models():
                 "tokens of right answers",
                 "ended by itself",
                 "tokens/s",
-                "requests/s over its",
+                "requests/s over parent's",
             )
         ),
         "all: accuracy",
@@ -44,7 +44,7 @@ def test_rows_are_measures_and_columns_models():
     assert rows["high: tokens of right answers"] == ["-", "31.2"]
     assert rows["high: ended by itself"] == ["75.0%", "75.0%"]
     assert rows["low: tokens/s"] == ["100", "180"]
-    assert rows["low: requests/s over its"] == ["-", "1.50x"]
+    assert rows["low: requests/s over parent's"] == ["-", "1.50x"]
     assert rows["all: accuracy"] == ["60.0%", "55.0%"]
     assert rows["all: difference"] == ["-", "-5.0"] and rows["all: 95% interval"] == ["-", "-10.0 to +0.0"]
     assert rows["above the curve of parent everywhere"] == ["-", "yes"]

@@ -508,9 +508,9 @@ def test_a_sweep_without_a_reference_has_no_limit(root, tmp_path, monkeypatch):
         ["0.75", "25.0% / 3.0", "25.0% / 6.0", "25.0% / 4.5"],
     ]
     wrong = measured_as(np.zeros(8, bool), 9)
-    referred = average_sweep.Swept(sweep, found.points, found.points[0.0], found.choice)
+    referred = average_sweep.Swept(sweep, found.points, found.points[0.0], found.choice, found.scales)
     assert shown(referred)[1:] == [
         ["0.75", "25.0% / 3.0", "25.0% / 6.0", "25.0% / 4.5", "33.3% / 33.3%"],
         ["reference", "75.0% / 9.0", "75.0% / 18.0", "75.0% / 13.5", "100.0% / 100.0%"],
     ]
-    assert shown(average_sweep.Swept(sweep, found.points, wrong, found.choice))[0][-1] == "- / 150.0%"
+    assert shown(average_sweep.Swept(sweep, found.points, wrong, found.choice, found.scales))[0][-1] == "- / 150.0%"
