@@ -15,7 +15,8 @@ BATCH, HEADS, KV_HEADS, DIM = 2, 6, 3, 10
 
 def arrays(seq, seed=0, dtype=jnp.float32):
     shapes = (BATCH, seq, HEADS, DIM), *[(BATCH, seq, KV_HEADS, DIM)] * 2, (HEADS,)
-    return normal(seed, *shapes, dtype=dtype)
+    q, k, v, sinks = normal(seed, *shapes, dtype=dtype)
+    return q, k, v, sinks
 
 
 # Each as one program, which is there sooner than its operations one by one.

@@ -15,11 +15,13 @@ BATCH, SEQ, KV_HEADS, GROUP, DIM = 1, 150, 2, 3, 64  # the last of three tiles i
 
 def made_up(seq=SEQ, batch=BATCH):
     shapes = (batch, seq, KV_HEADS * GROUP, DIM), *[(batch, seq, KV_HEADS, DIM)] * 2
-    return normal(0, *shapes, dtype=jnp.bfloat16), normal(1, (KV_HEADS * GROUP,))[0]
+    (q, k, v), (sinks,) = normal(0, *shapes, dtype=jnp.bfloat16), normal(1, (KV_HEADS * GROUP,))
+    return (q, k, v), sinks
 
 
 def exact(q, k, v):
-    return tuple(jnp.asarray(np.asarray(x, np.float32)) for x in (q, k, v))
+    q, k, v = (jnp.asarray(np.asarray(x, np.float32)) for x in (q, k, v))
+    return q, k, v
 
 
 def once(run, *given, **options):
