@@ -24,6 +24,7 @@ from tests.type_checks import install
 LONGEST = tuple(
     f"tests/{name}.py"
     for name in (
+        "run/test_run",
         "train/grpo/test_run",
         "search/test_processes",
         "train/distill/test_run",

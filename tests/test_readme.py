@@ -50,6 +50,48 @@ GRPO = (
         "0",
     ),
 )
+ROAD = (
+    *(
+        "--max_tokens",
+        "low=5,medium=6,high=7",
+        "--search.traces",
+        "calibration=3,validation=2,confirmation=2,heldout=2",
+    ),
+    *("--search.space.fractions", "1,0.75,0.5", "--search.solve.solutions", "2", "--search.refine", "rounds=0,swaps=0"),
+    *("--search.evaluate", "{baselines: [], problems: 2, rounds: 0}", "--search.target.max_expert_bytes_ratio", "0.8"),
+    *(
+        "--mesh.model",
+        "1",
+        "--traces.batch_size",
+        "9",
+        "--search.traces.batch_size",
+        "9",
+        "--search.score.method",
+        "exact",
+    ),
+    *(
+        "--distill.loop",
+        "steps=2",
+        "--distill.data",
+        "row_length=128,heldout=2",
+        "--distill.optimizer.warmup_steps",
+        "0",
+    ),
+    *("--average.batch_size", "9", "--average.weights", "0,1", "--average.problems", "1", "--no-control"),
+    *("--evaluate.slots", "9", "--evaluate.bootstrap", "20", "--evaluate.rounds", "1", "--evaluate.scenarios", "s=9:5"),
+    *(
+        f"--{name}.{setting}"
+        for name in ("accuracy", "length")
+        for setting in (
+            "prompts.prompts=2",
+            "rollout=group=2,slots=9",
+            "update.row_length=128",
+            "loop=steps=1",
+            "optimizer.warmup_steps=0",
+            "monitoring=problems=1,transcripts=0",
+        )
+    ),
+)
 SMALLER = {
     "search --recipe": (
         *TRACES,
@@ -87,9 +129,10 @@ SMALLER = {
     "generate --model": ("--max-tokens", "5"),
     "evaluate caches": ("--problems", "2", "--tasks", "chain"),
     "train grpo": GRPO,
+    "run --parent": ROAD,
     "train average": ("--problems", "1", "--max-tokens", "7", "--weights", "0,1"),
 }
-SLOW = ("train grpo", "train average", "evaluate caches")
+SLOW = ("train grpo", "train average", "evaluate caches", "run --parent", "status runs/road")
 
 
 def commands() -> list[list[str]]:
@@ -99,7 +142,7 @@ def commands() -> list[list[str]]:
     words = [
         shlex.split(line, comments=True) for line in lines if line.startswith(("puzzle ", "python -m puzzle_jax."))
     ]
-    own = re.compile(rf"{PARENT}|runs/(mine|distilled|accuracy|length)")
+    own = re.compile(rf"{PARENT}|runs/(mine|road|distilled|accuracy|length)")
     return [command for command in words if any(own.search(word) for word in command)]
 
 

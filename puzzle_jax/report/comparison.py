@@ -77,7 +77,7 @@ class ComparisonTable:
 
         rows = [
             row("accuracy", {name: f"{of['accuracy']:.1%}" for name, of in summaries.items()}),
-            row("difference", {n: _points(of and of["all"]["difference"]) for n, of in compared.items()}),
+            row("difference", {n: _points(of["all"]["difference"] if of else None) for n, of in compared.items()}),
             row("95% interval", {n: _interval(of and of["all"]) for n, of in compared.items()}),
             row("retention", against("retention", "{:.1%}")),
             row("tokens", {name: f"{of['mean_tokens']:.1f}" for name, of in summaries.items()}),
@@ -97,7 +97,7 @@ class ComparisonTable:
         found = {name: self.evaluation["comparisons"].get(name) for name in self.models}
         rows = [
             ["all: accuracy", *(_value(overall[name], "{:.1%}") for name in self.models)],
-            ["all: difference", *(_points(of and of["overall"]["value"]) for of in found.values())],
+            ["all: difference", *(_points(of["overall"]["value"] if of else None) for of in found.values())],
             ["all: 95% interval", *(_interval(of and of["overall"]) for of in found.values())],
         ]
         if self.evaluation["throughput"]:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from puzzle_jax.files import Json
 from puzzle_jax.run.__main__ import VERBS, main
 from puzzle_jax.run.settings import RunSettings
 from puzzle_jax.settings.verbs import parse
@@ -72,5 +73,5 @@ def parent_and_prompts(root: Path) -> Path:
     return make(root)
 
 
-def summary(run: Path) -> dict[str, object]:
+def summary(run: Path) -> dict[str, Json]:
     return json.loads((run / "report/summary.json").read_text())
