@@ -20,7 +20,7 @@ from puzzle_jax.costs.deployments import get_scenario
 from puzzle_jax.costs.hardware import HARDWARE
 from puzzle_jax.costs.scenario import Scenario
 from puzzle_jax.errors import ConfigError, shown
-from puzzle_jax.evaluate.accuracy import QuestionSet
+from puzzle_jax.evaluate.accuracy import DISJOINT_SPLITS, UNSEEN, QuestionSet
 from puzzle_jax.run.places import FINAL, stage_paths
 from puzzle_jax.search.recipe import EMBEDDED_PARENT
 from puzzle_jax.search.recipe_file import is_embedded_parent
@@ -135,6 +135,7 @@ class _Derived:
         """All derived fields."""
         self._paths()
         self._check()
+        self._check_rows()
         if not self.embedded:
             self._deployment()
             self._questions()
@@ -190,6 +191,13 @@ class _Derived:
             missing.append("scenario (the deployment, such as h100x8-64k, or a YAML file)")
         if missing:
             raise ConfigError(f"a run of {self.parent} needs {' and '.join(missing)}")
+
+    def _check_rows(self) -> None:
+        """Raises `ConfigError` for a file with too few rows for each of the splits that stages ask."""
+        for name in self.known("tasks"):
+            if isinstance(get_task(name), FiniteTask):
+                for split in (*DISJOINT_SPLITS, UNSEEN):
+                    QuestionSet((name,), self.efforts, 1, split).questions()
 
     # The parent and its machine -------------------------------------------------------------------------------------
 

@@ -137,6 +137,14 @@ def test_resolved_settings_can_be_given_back(root, tmp_path):
     assert resolved(again) == resolved(found)
 
 
+def test_a_file_with_too_few_rows_is_refused_before_any_work(root, tmp_path, capsys):
+    few = tmp_path / "few.jsonl"
+    few.write_text('{"prompt": "say 1", "answer": "7"}\n{"prompt": "say 2", "answer": "7"}\n')
+    assert main(arguments(root, tmp_path / "run", tasks=few)) == 2
+    assert f"gets none of the 2 problems of {few}, which are divided among six splits" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

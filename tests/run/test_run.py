@@ -160,11 +160,12 @@ def test_another_parent_is_refused(finished, root, tmp_path, capsys):
 
 
 def _kill_and_finish(root: Path, finished: Path, run: Path, seed: int) -> None:
-    """Starts a run after its search, kills it at a random moment of a random stage, and finishes it here."""
+    """Starts a run whose stages before a random one are done, kills it at a random moment, and finishes it here."""
     rng = random.Random(seed)
     stage = rng.choice(STAGES[1:])
-    shutil.copytree(finished / "search", run / "search", copy_function=shutil.copy2)
-    shutil.copy(finished / "run.json", run)
+    shutil.copytree(finished, run)
+    for name in STAGES[STAGES.index(stage) :]:
+        shutil.rmtree(run / ("child" if name == "export" else name))
     command = [sys.executable, "-m", "puzzle_jax.run", *arguments(root, run)]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
@@ -181,7 +182,7 @@ def _kill_and_finish(root: Path, finished: Path, run: Path, seed: int) -> None:
     assert run_it(root, run) == 0
 
 
-@pytest.mark.parametrize("seeds", [(0, 1, 2), pytest.param(range(3, 30), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seeds", [(0,), pytest.param(range(1, 30), marks=pytest.mark.slow)])
 def test_a_killed_run_ends_in_the_same_files(finished, root, tmp_path, seeds):
     wanted = content(finished)
     assert len(wanted) > 12
