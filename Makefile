@@ -3,7 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: search quick test parity slow runtimes tpu-aot gpu-aot lint benchmarks clean
+.PHONY: run search quick test parity slow runtimes tpu-aot gpu-aot lint benchmarks clean
+
+# From the embedded parent to a better child: search, distillation, reinforcement learning, evaluation, export.
+run: $(VENV)/.train
+	$(BIN)/python -m puzzle_jax.run
 
 search: $(VENV)/.core
 	$(BIN)/python -m puzzle_jax.search
@@ -73,6 +77,10 @@ $(VENV)/.venv:
 # One stamp for each set of extras; it is made again when the requirements change.
 $(VENV)/.core: pyproject.toml | $(VENV)/.venv
 	$(BIN)/python -m pip install -q -e .
+	touch $@
+
+$(VENV)/.train: pyproject.toml | $(VENV)/.venv
+	$(BIN)/python -m pip install -q -e '.[train]'
 	touch $@
 
 $(VENV)/.test $(VENV)/.parity $(VENV)/.lint: $(VENV)/.%: pyproject.toml | $(VENV)/.venv

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from puzzle_jax.kernels import tiles
+from puzzle_jax.kernels.expert_mlp.mosaic_gpu import gate_up
 from puzzle_jax.kernels.grouped_matmul import block_matmul, blocks_of, grouped_matmul
 from puzzle_jax.kernels.mxfp4 import MXFP4
 
@@ -116,8 +117,8 @@ def _experts(small: bool) -> tuple[int, int, int]:
     return (4, 128, 192) if small else (128, 2880, 2880)
 
 
-def _weights(form: str, small: bool) -> jax.Array | MXFP4:
-    experts, inputs, outputs = _experts(small)
+def _weights(form: str, shape: tuple[int, int, int]) -> jax.Array | MXFP4:
+    experts, inputs, outputs = shape
     if form == "packed":
         codes = jax.random.bits(jax.random.key(0), (experts, outputs, inputs // 2), jnp.uint8)
         return MXFP4(codes, jnp.full((experts, outputs, inputs // 32), 120, jnp.uint8))
@@ -127,7 +128,7 @@ def _weights(form: str, small: bool) -> jax.Array | MXFP4:
 def _blocks(name: str, form: str, candidates: Mapping[int, Sequence[int]], small: bool) -> list[Knob]:
     """Rows per block, by the mean rows of an expert."""
     experts, inputs, _ = _experts(small)
-    weights, knobs = _weights(form, small), []
+    weights, knobs = _weights(form, _experts(small)), []
     for mean, sizes in candidates.items():
         rows = jax.random.normal(jax.random.key(1), (mean * experts, inputs), jnp.bfloat16)
         spread = np.random.default_rng(0).multinomial(len(rows), np.full(experts, 1 / experts))
@@ -143,7 +144,7 @@ def _blocks(name: str, form: str, candidates: Mapping[int, Sequence[int]], small
 def _inside(name: str, form: str, blocks: Sequence[int], candidates: list[Settings], small: bool) -> list[Knob]:
     """Tiles within a block of so many rows."""
     experts, inputs, _ = _experts(small)
-    weights, knobs = _weights(form, small), []
+    weights, knobs = _weights(form, _experts(small)), []
     for block in blocks:
         sizes = jnp.full(experts, block if form == "packed" else 4 * block, jnp.int32)
         of = blocks_of(sizes, int(sizes.sum()), block)
@@ -158,9 +159,30 @@ def _inside(name: str, form: str, blocks: Sequence[int], candidates: list[Settin
     return knobs
 
 
+def _fused(form: str, blocks: Sequence[int], candidates: list[Settings], small: bool) -> list[Knob]:
+    """Tiles of the fused gate-up kernel within a block of so many rows, whose weights have twice the outputs."""
+    experts, inputs, inter = _experts(small)
+    weights, knobs = _weights(form, (experts, inputs, 2 * inter)), []
+    bias = jax.random.normal(jax.random.key(2), (experts, 2 * inter), jnp.bfloat16)
+    for block in blocks:
+        sizes = jnp.full(experts, block if form == "packed" else 4 * block, jnp.int32)
+        of = blocks_of(sizes, int(sizes.sum()), block)
+        rows = jax.random.normal(jax.random.key(1), (len(of.source), inputs), jnp.bfloat16)
+
+        def run(rows: Any, weights: Any, bias: Any, expert: Any, used: Any) -> jax.Array:
+            out = gate_up(rows, weights, bias, expert, used, limit=7.0)
+            return jnp.where(jnp.arange(len(rows))[:, None] < used * (len(rows) // len(expert)), out, 0)
+
+        arrays = (rows, weights, bias, of.expert, of.used)
+        knobs.append(Knob(f"expert_mlp.mosaic_gpu_fused.{form}", block, candidates, run, arrays))
+    return knobs
+
+
 def on_gpu(small: bool) -> list[Knob]:
     name = "mosaic_gpu"
     return [
+        *_fused("packed", (8, 16, 32, 64), _grid(groups=(2, 5, 6, 9, 10), steps=(2, 4)), small),
+        *_fused("dense", (64, 128), _grid(tile_out=(64, 128, 192), steps=(3, 4, 6)), small),
         *_inside(name, "dense", (64, 128), _grid(tile_out=(64, 96, 128, 192), steps=(3, 4, 6)), small),
         *_inside(name, "packed", (8, 16, 32, 64), _grid(groups=(2, 5, 6, 9, 10), steps=(2, 4)), small),
         *_blocks(name, "dense", {64: (64, 128), 512: (64, 128, 192), 2560: (64, 128, 192)}, small),

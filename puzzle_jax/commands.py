@@ -140,12 +140,16 @@ def say(message: str) -> None:
 
 
 def enable_compilation_cache() -> None:
-    """Keeps compiled programs between runs, in $JAX_COMPILATION_CACHE_DIR or ~/.cache/puzzle_jax."""
+    """Keeps compiled programs between runs, in $JAX_COMPILATION_CACHE_DIR or ~/.cache/puzzle_jax.
+
+    Those that took longer than 0.3 seconds, or $JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS, to compile.
+    """
     import jax
 
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "puzzle_jax"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    if not os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 @contextlib.contextmanager

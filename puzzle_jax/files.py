@@ -12,6 +12,7 @@ import errno
 import json
 import os
 import re
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ PARTIAL = ".partial-"
 MAX_YAML_NODES = 100_000
 """Values that a YAML file may hold, each counted as often as aliases repeat it."""
 
+_LINKED_BYTES = 1 << 20
 _CUT_SHORT = re.compile(r"\d+ requested and \d+ written")
 _SYSTEM_ERROR = re.compile(r"[(\[](?:os error|errno) (\d{1,3})[:)\]]", re.IGNORECASE)
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -47,6 +49,19 @@ def write_beside(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):  # the first error says what is wrong
             beside.unlink(missing_ok=True)
         raise
+
+
+def linked_tree(source: Path, target: Path) -> None:
+    """Gives a directory the files of another: small ones copied, large ones as hard links where the system has them."""
+
+    def put(of: str, to: str) -> str:
+        if os.path.getsize(of) >= _LINKED_BYTES:
+            with contextlib.suppress(OSError):
+                os.link(of, to)
+                return to
+        return shutil.copy2(of, to)
+
+    shutil.copytree(source, target, symlinks=True, copy_function=put, dirs_exist_ok=True)
 
 
 @contextmanager

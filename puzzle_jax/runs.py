@@ -2,7 +2,7 @@
 
     RUN/run.json    marks the directory as a run, and says of what
 
-Searches keep stages in them (`search.stages`), training its checkpoints (`train.loop`). A directory that holds
+Searches keep stages in them (`stages`), training its checkpoints (`train.loop`). A directory that holds
 anything else, or another run, is refused before a byte is written.
 """
 

@@ -8,4 +8,6 @@ QUICK = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_cou
 if _JAXLIB < (0, 11):  # unknown to later ones
     QUICK += " --xla_cpu_use_fusion_emitters=false"
 # On a busy machine a device may come late to where all wait for each other; only one that hangs ends the program.
-EIGHT_DEVICES = "--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=600"
+# Processes with one device and with several find each other's programs, as all flags but the number are the same.
+QUICK += " --xla_cpu_collective_call_terminate_timeout_seconds=600"
+EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"

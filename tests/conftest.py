@@ -17,12 +17,14 @@ import pytest
 
 from tests.compiler_flags import EIGHT_DEVICES, QUICK
 from tests.lowering import reuse_contexts
+from tests.program_cache import LEAST_SECONDS, write_programs_whole
 from tests.type_checks import install
 
 # Files that take longest, in this order: begun last, one of them would keep one worker busy when the other is done.
 LONGEST = tuple(
     f"tests/{name}.py"
     for name in (
+        "run/test_run",
         "train/grpo/test_run",
         "search/test_processes",
         "train/distill/test_run",
@@ -52,7 +54,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Commands keep compiled programs in this place too, in this process and in those that tests start.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".cache" / "jax"))
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", str(LEAST_SECONDS))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
 jax.config.update("jax_platforms", "cpu")
 # Nobody reads where an operation comes from, in this process or in those that tests start.
 os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
@@ -60,6 +63,7 @@ jax.config.update("jax_traceback_in_locations_limit", 0)
 
 install("puzzle_jax")
 reuse_contexts()
+write_programs_whole()
 
 # The same cases in every run; `pytest --hypothesis-profile=default` draws others.
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)

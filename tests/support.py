@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -36,16 +36,22 @@ def small_config(blocks: tuple[BlockConfig, ...] = BLOCKS, **changes: object) ->
     return ModelConfig(blocks=blocks, **{**settings, **changes})  # type: ignore[arg-type]
 
 
-def random_params(config: ModelConfig, seed: int = 0) -> Params:
+def random_params(config: ModelConfig, seed: int = 0, dtype: Any = np.float32) -> Params:
     """Fresh parameters in which norms, biases and sinks are random too, not ones and zeros."""
     rng = np.random.default_rng(seed)  # NumPy's: JAX's would compile a program for every shape
 
     def draw(spec: ParamSpec) -> jax.Array:
         values = rng.standard_normal(spec.shape)
         values = values * spec.fan_in**-0.5 if spec.init == "normal" else 0.5 * values + (spec.init == "ones")
-        return jnp.asarray(values.astype(np.float32))
+        return jnp.asarray(values.astype(np.float32).astype(dtype))
 
     return jax.tree.map(draw, param_specs(config), is_leaf=is_spec)
+
+
+def normal(seed: int, *shapes: tuple[int, ...], dtype: Any = np.float32) -> tuple[jax.Array, ...]:
+    """Standard normal numbers, as NumPy draws them: JAX would compile a program for every shape."""
+    rng = np.random.default_rng(seed)
+    return tuple(jnp.asarray(rng.standard_normal(shape).astype(np.float32).astype(dtype)) for shape in shapes)
 
 
 def random_tokens(config: ModelConfig, batch: int, seq: int, seed: int = 2) -> jax.Array:

@@ -31,7 +31,9 @@ ORDER = (
     ("program", "costs"),
     ("evaluate",),
     ("search", "train"),
-    ("plan", "run", "doctor"),
+    ("plan", "doctor"),
+    ("run",),
+    ("status",),
     ("cli",),
 )
 """Levels from the bottom; a package imports itself and lower levels."""

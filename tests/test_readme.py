@@ -50,6 +50,34 @@ GRPO = (
         "0",
     ),
 )
+ROAD = {
+    "max_tokens": "low=5,medium=6,high=7",
+    "mesh.model": 1,
+    "search.scenario.tensor_parallel": 1,
+    "search.traces": "calibration=3,validation=2,confirmation=2,heldout=2,batch_size=9",
+    "search.space.fractions": "1,0.75,0.5",
+    "search.score.method": "exact",
+    "search.solve.solutions": 2,
+    "search.refine": "rounds=0,swaps=0",
+    "search.evaluate": "{baselines: [], problems: 2, rounds: 0}",
+    "search.target.max_expert_bytes_ratio": 0.8,
+    "traces.batch_size": 9,
+    "distill.data": "row_length=128,heldout=2",
+    "distill.loop": "steps=2",
+    "distill.optimizer.warmup_steps": 0,
+    "average": "{weights: [0, 1], problems: 1, batch_size: 9}",
+    "control": "false",
+    "evaluate": "{slots: 9, bootstrap: 20, rounds: 1, scenarios: {short: [9, 5]}}",
+}
+POLICY = {
+    "prompts.prompts": 2,
+    "rollout": "group=2,slots=9",
+    "update.row_length": 128,
+    "loop": "steps=1",
+    "optimizer.warmup_steps": 0,
+    "monitoring": "problems=1,transcripts=0",
+}
+ROAD |= {f"{policy}.{name}": value for policy in ("accuracy", "length") for name, value in POLICY.items()}
 SMALLER = {
     "search --recipe": (
         *TRACES,
@@ -87,9 +115,10 @@ SMALLER = {
     "generate --model": ("--max-tokens", "5"),
     "evaluate caches": ("--problems", "2", "--tasks", "chain"),
     "train grpo": GRPO,
+    "run --parent": tuple(f"--{name}={value}" for name, value in ROAD.items()),
     "train average": ("--problems", "1", "--max-tokens", "7", "--weights", "0,1"),
 }
-SLOW = ("train grpo", "train average", "evaluate caches")
+SLOW = ("train grpo", "train average", "evaluate caches", "run --parent", "status runs/road")
 
 
 def commands() -> list[list[str]]:
@@ -99,7 +128,7 @@ def commands() -> list[list[str]]:
     words = [
         shlex.split(line, comments=True) for line in lines if line.startswith(("puzzle ", "python -m puzzle_jax."))
     ]
-    own = re.compile(rf"{PARENT}|runs/(mine|distilled|accuracy|length)")
+    own = re.compile(rf"{PARENT}|runs/(mine|road|distilled|accuracy|length)")
     return [command for command in words if any(own.search(word) for word in command)]
 
 
@@ -117,7 +146,7 @@ def test_the_commands_run(tmp_path, monkeypatch, capsys, slow):
     save_checkpoint(tmp_path / PARENT, config, random_params(config, 0), config_base={}, extra_files=chat_files())
     rows = [{"prompt": f"{n}+{n + 3}=", "reasoning": f"{n},{n + 3}", "completion": f"{2 * n + 3}"} for n in range(9)]
     Path("answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    problems = [{"prompt": row["prompt"], "answer": row["completion"]} for row in rows * 2]
+    problems = [{"prompt": row["prompt"], "answer": row["completion"]} for row in rows * 5]
     problems = [{**row, "prompt": f"{n}: {row['prompt']}"} for n, row in enumerate(problems)]
     Path("my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
     for words in commands():

@@ -20,6 +20,9 @@ from puzzle_jax.convert_hf.token_ids import check_ids
 from puzzle_jax.errors import CheckpointError, ConfigError
 from puzzle_jax.files import Json
 
+PROVENANCE = "provenance.json"
+"""The record of a child's origin, beside its tensors."""
+
 _FLOATS = ("BF16", "F16", "F32")
 _SHOWN = 6
 

@@ -29,7 +29,7 @@ from jaxtyping import PyTree
 import puzzle_jax
 from puzzle_jax.config import BlockConfig, ModelConfig
 from puzzle_jax.convert_hf.configuration.config_json import MODEL_FILE, is_plain, write_config
-from puzzle_jax.convert_hf.describe import Description, describe_checkpoint
+from puzzle_jax.convert_hf.describe import PROVENANCE, Description, describe_checkpoint
 from puzzle_jax.convert_hf.kv_scales import planned_kv_scales
 from puzzle_jax.convert_hf.model_card import FILE as CARD
 from puzzle_jax.convert_hf.model_card import model_card
@@ -44,7 +44,6 @@ from puzzle_jax.model.cache_format import KVScales
 from puzzle_jax.model.child import delta_leaves
 from puzzle_jax.model.spec import EXPERT_MATRICES, Params, subtree
 
-PROVENANCE = "provenance.json"
 CARRIED = (
     "tokenizer.json",
     "tokenizer_config.json",

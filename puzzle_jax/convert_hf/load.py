@@ -25,10 +25,12 @@ from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from puzzle_jax.config import ModelConfig
-from puzzle_jax.convert_hf.describe import Description, describe_checkpoint
+from puzzle_jax.convert_hf.describe import PROVENANCE, Description, describe_checkpoint
+from puzzle_jax.convert_hf.kv_scales import StoredScales
 from puzzle_jax.convert_hf.table import Form, ParamPath, TensorSpec, checkpoint_tensors
 from puzzle_jax.convert_hf.tensors.files import StoredTensor
-from puzzle_jax.files import Json
+from puzzle_jax.errors import PuzzleError
+from puzzle_jax.files import Json, read_object
 from puzzle_jax.kernels.mxfp4 import MXFP4, decode
 from puzzle_jax.model.cache_format import KVScales
 from puzzle_jax.model.network import compute_dtype
@@ -123,8 +125,27 @@ def load_tensors(
 
 
 def cache_scales(description: Description) -> KVScales | None:
-    """The scales of an FP8 cache that a checkpoint carries, for the cache."""
-    return None if description.kv_scales is None else KVScales(*map(jnp.asarray, description.kv_scales))
+    """The scales of a checkpoint's FP8 cache, for the cache."""
+    scales = known_scales(description)
+    return None if scales is None else KVScales(*map(jnp.asarray, scales))
+
+
+def known_scales(description: Description) -> StoredScales | None:
+    """The scales of an FP8 cache that a checkpoint carries, or that its record holds where it is plain `gpt_oss`, which
+    carries none. Raises PuzzleError where the record holds something else."""
+    path = description.directory / PROVENANCE
+    if description.kv_scales is not None or not path.is_file():
+        return description.kv_scales
+    recorded = read_object(path).get("kv_scales")
+    if recorded is None:
+        return None
+    try:
+        scales = np.asarray([recorded[kind] for kind in "kv"], np.float32)
+    except (KeyError, TypeError, ValueError):
+        scales = np.zeros(0, np.float32)
+    if scales.shape != (2, description.config.num_layers) or not (np.isfinite(scales) & (scales > 0)).all():
+        raise PuzzleError(f"{path}: kv_scales must hold one number per layer for k and v")
+    return scales
 
 
 def build_params(config: ModelConfig, leaves: Mapping[ParamPath, PyTree]) -> Params:

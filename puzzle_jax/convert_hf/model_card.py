@@ -23,6 +23,9 @@ def model_card(
     parent: ModelConfig,
     kept: Sequence[Sequence[int]],
     record: Mapping[str, Json],
+    results: str = "",
+    base_model: str | None = None,
+    licence: str | None = None,
     **serving: bool,
 ) -> bytes:
     """The card of a child.
@@ -33,11 +36,13 @@ def model_card(
       parent: the model that it was cut from.
       kept: ids of the kept experts per layer.
       record: its provenance; "parent" names the parent, "predicted" and "measured" are shown as they are.
+      results: what was measured, in markdown, in place of what the record holds.
+      base_model, licence: of the parent, as the head of a card names them; None leaves them out.
       serving: "plain", whether it is written as `gpt_oss`; "padded", to the parent's experts; and "kv_scales",
         whether it carries scales of an FP8 cache.
     """
     titles = {"measured": "Measured", "predicted": "Predicted by the search, not measured"}
-    trained = (name.split(".")[-1] for name in record.get("trained", ()))
+    trained = list(record.get("trained", ()))
     return (
         _template()
         .render(
@@ -47,13 +52,29 @@ def model_card(
                 ("parameters", parameters(parent), parameters(child)),
                 ("bytes of tensors", tensor_bytes(parent, form), tensor_bytes(child, form)),
             ],
-            trained_experts=any(name.startswith(("gate_up", "down")) for name in trained),
+            head={key: value for key, value in (("base_model", base_model), ("license", licence)) if value},
+            results=results,
+            trained_experts=any(name.split(".")[-1].startswith(("gate_up", "down")) for name in trained),
+            trained=_parts(trained),
             layers=list(zip(map(len, kept), parent.blocks, child.blocks, strict=True)),
             scores=[(title, record[key]) for key, title in titles.items() if record.get(key)],
             **serving,
         )
         .encode()
     )
+
+
+def _parts(trained: Sequence[str]) -> str:
+    """The parts of a model that parameters belong to, in words."""
+    return ", ".join(sorted({_part(name.split(".")) for name in trained}))
+
+
+def _part(path: Sequence[str]) -> str:
+    if path[-1].endswith("norm"):
+        return "norms"
+    if path[-1].startswith(("gate_up", "down")):
+        return "experts"
+    return "routers" if path[-1].startswith("router") else path[-2] if len(path) > 1 else path[0]
 
 
 @cache

@@ -20,6 +20,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cache
 
 from puzzle_jax.errors import check_choice, check_range
 from puzzle_jax.numeric import LARGEST, Number
@@ -86,14 +87,19 @@ HARDWARE = {
 
 
 def hardware_named(name: str) -> Hardware:
-    """A row of `HARDWARE`, or for "local" the device present, measured.
+    """A row of `HARDWARE`, or for "local" the device present, measured once in a process.
 
     Raises `ConfigError` for another name.
     """
     if name == "local":
-        return measure_local()
+        return _local()
     check_choice("hardware", name, ("local", *HARDWARE))
     return HARDWARE[name]
+
+
+@cache
+def _local() -> Hardware:
+    return measure_local()
 
 
 def measure_local(size: int = 1024, copy_bytes: int = 1 << 27, rounds: int = 5) -> Hardware:

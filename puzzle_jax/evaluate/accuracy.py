@@ -38,6 +38,9 @@ SPLITS = ("calibration", "validation", "heldout", "accuracy", "evaluation", "con
 DISJOINT_SPLITS = tuple(split for split in SPLITS if split != "evaluation")
 """The splits of a search and of training, which share nothing; "evaluation" is for measuring a model by itself."""
 
+UNSEEN = "unseen"
+"""The split "evaluation" of endless families, and of finite tasks the rows of "accuracy", which only reports read."""
+
 _MOST_SCORERS, _MOST_REASONS = 4, 3
 
 
@@ -75,13 +78,13 @@ class QuestionSet:
     of `is_held_out` that pretraining saw and the other splits on the other, so that it shares no prompt with them. The
     rows of a finite task are divided among `DISJOINT_SPLITS` by a hash of the prompt, about a sixth to each, which
     never share a row or a prompt, whatever the seeds; "evaluation" draws on all rows, also on those that a search or
-    training has seen, so that a model that was trained on a file's prompts should be evaluated on another file. Where
-    there are fewer problems than asked for, all of them are asked.
+    training has seen, so that a model that was trained on a file's prompts should be evaluated on another file, or on
+    `UNSEEN`. Where there are fewer problems than asked for, all of them are asked.
 
     Attributes:
       tasks, efforts: names as of `get_task`; every problem is asked at every effort.
       per_task: the most problems of each task.
-      split, seed: one of `SPLITS`; the seed draws other problems of it.
+      split, seed: one of `SPLITS`, or `UNSEEN`; the seed draws other problems of it.
     """
 
     tasks: tuple[str, ...]
@@ -99,7 +102,7 @@ class QuestionSet:
             raise ConfigError(
                 f"tasks {self.tasks}, efforts {self.efforts} and per_task {self.per_task} ask no question"
             )
-        check_choice("split", self.split, SPLITS)
+        check_choice("split", self.split, (*SPLITS, UNSEEN))
         check_range("seed", self.seed, 0, SPLIT_STRIDE // SEED_STRIDE - 1)
 
     @property
@@ -116,7 +119,8 @@ class QuestionSet:
         if isinstance(task, FiniteTask):
             return self._rows(task)
         check_range(f"problems of task {name!r}", self.per_task, 1, SEED_STRIDE)
-        first = SPLITS.index(self.split) * SPLIT_STRIDE + self.seed * SEED_STRIDE
+        split = "evaluation" if self.split == UNSEEN else self.split
+        first = SPLITS.index(split) * SPLIT_STRIDE + self.seed * SEED_STRIDE
         drawn = problems(task, first_seed=first, held_out=self.split != "training")
         return list(itertools.islice(drawn, self.per_task))
 
@@ -124,7 +128,8 @@ class QuestionSet:
         """The split's rows that the seed puts first, in the order of the file."""
         rows = list(problems(task))
         if self.split != "evaluation":
-            part, parts = DISJOINT_SPLITS.index(self.split), len(DISJOINT_SPLITS)
+            split = "accuracy" if self.split == UNSEEN else self.split
+            part, parts = DISJOINT_SPLITS.index(split), len(DISJOINT_SPLITS)
             rows = [row for row in rows if zlib.crc32(row.prompt.encode()) % parts == part]
         if not rows:
             raise ConfigError(

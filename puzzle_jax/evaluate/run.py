@@ -3,7 +3,7 @@
     OUT/settings.json          what answers depend on: settings, models' fingerprints, the date that templates see
     OUT/answers/<model>.jsonl  one answer per line, as they come
     OUT/throughput.jsonl       one round of one workload per line
-    OUT/evaluation.json, report.md, frontier.png
+    OUT/evaluation.json, report.html, report.md, frontier.png
 
 Answers and rounds are kept as they come; a run in a directory that already holds some asks and measures only what is
 missing. A directory belongs to one set of settings and models, since old and new answers would mix. Answers do not
@@ -42,7 +42,6 @@ from puzzle_jax.runs import locked, open_run
 from puzzle_jax.tasks import Problem
 
 SETTINGS_FILE = "settings.json"
-SPLIT = "evaluation"
 
 
 class Evaluation:
@@ -59,7 +58,7 @@ class Evaluation:
             name: Model.open(name, path, self.date, settings.weights) for name, path in settings.models.items()
         }
         per_task = -(-settings.problems // len(settings.tasks))
-        self.questions = QuestionSet(settings.tasks, settings.efforts, per_task, SPLIT, settings.seed)
+        self.questions = QuestionSet(settings.tasks, settings.efforts, per_task, settings.split, settings.seed)
         self.all = self.questions.questions()
         self.asked = _share(self.all, settings)
         self.longest = {name: self._longest_request(model) for name, model in self.models.items()}
@@ -86,7 +85,7 @@ class Evaluation:
         questions = [[p.task, p.seed, p.prompt, p.answer, effort] for p, effort in self.asked.values()]
         return {
             **self.settings.asked(),
-            "split": SPLIT,
+            "split": self.settings.split,
             "questions": hashlib.sha256(json.dumps(questions).encode()).hexdigest()[:16],
             "judged_by": self.questions.task_identities,
             "models": {name: model.fingerprint for name, model in self.models.items()},
@@ -111,7 +110,7 @@ class Evaluation:
                 top_p=settings.top_p,
                 slots=settings.slots,
                 context=self.longest[model.name],
-                cache=model.cache_format(settings.cache_dtype),
+                cache=model.cache_format(settings.cache_of(model.name)),
                 **changes,
             )
 
@@ -136,7 +135,7 @@ class Evaluation:
         analysis = analyse(answers, settings.efforts, by_effort, draws=settings.bootstrap, seed=settings.seed)
         return {
             "reference": settings.reference,
-            "settings": {**settings.asked(), "split": SPLIT, "bootstrap": settings.bootstrap},
+            "settings": {**settings.asked(), "split": settings.split, "bootstrap": settings.bootstrap},
             "models": {
                 name: {"directory": str(settings.models[name]), "fingerprint": model.fingerprint}
                 for name, model in self.models.items()

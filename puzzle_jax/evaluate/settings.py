@@ -10,10 +10,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from puzzle_jax.codec import to_plain
 from puzzle_jax.costs.scenario import Scenario
-from puzzle_jax.errors import MOST_TOKENS, ConfigError, check_range, shown
+from puzzle_jax.errors import MOST_TOKENS, ConfigError, check_choice, check_range, shown
 from puzzle_jax.model.cache_format import CacheFormat
 from puzzle_jax.model.weights import check_weights
 from puzzle_jax.tasks import EFFORTS, TASKS, check_effort
@@ -97,6 +98,9 @@ class Settings(Asked):
       weights: how weights are held: packed, dense, or auto (see `model.weights`).
       cache_dtype: how keys and values are kept, one of compute, float32, bfloat16 and float8_e4m3fn, which uses the
         scales of the checkpoint, or none.
+      cache_dtypes: the same by model, of those that keep them otherwise than `cache_dtype`.
+      rows: which rows of a file of prompts are asked: "all", or "unseen", the sixth that neither chooses nor trains
+        anything where a search and training are given the same file.
       bootstrap: draws behind every interval of a comparison.
       throughput: whether speed is measured and a frontier drawn.
       scenarios: lengths to measure, as NAME=INPUT:OUTPUT in tokens; one per effort, with every model's own lengths,
@@ -113,6 +117,8 @@ class Settings(Asked):
     slots: int = 64
     weights: str = "auto"
     cache_dtype: str = "compute"
+    cache_dtypes: Mapping[str, str] = field(default_factory=dict)
+    rows: Literal["all", "unseen"] = "all"
     bootstrap: int = 2000
     throughput: bool = True
     scenarios: Mapping[str, tuple[int, int]] = field(default_factory=lambda: {"chat": (160, 128)})
@@ -134,6 +140,9 @@ class Settings(Asked):
         for name, most in _MOST.items():
             check_range(name, getattr(self, name), 1, most)
         CacheFormat(self.cache_dtype)
+        for name, dtype in self.cache_dtypes.items():
+            check_choice("cache_dtypes", name, self.models)
+            CacheFormat(dtype)
         check_weights(self.weights)
         check_range("top_p", self.top_p, 0, 1, above=True)
         for scenario in self.lengths:
@@ -145,6 +154,15 @@ class Settings(Asked):
         """The model that all others are compared with."""
         return next(iter(self.models))
 
+    def cache_of(self, model: str) -> str:
+        """How a model keeps keys and values."""
+        return self.cache_dtypes.get(model, self.cache_dtype)
+
+    @property
+    def split(self) -> str:
+        """The split of `evaluate.accuracy.QuestionSet` that problems come from."""
+        return "unseen" if self.rows == "unseen" else "evaluation"
+
     @property
     def lengths(self) -> tuple[Scenario, ...]:
         """The scenarios of fixed lengths."""
@@ -153,4 +171,5 @@ class Settings(Asked):
     def asked(self) -> dict[str, object]:
         """Everything that answers depend on except the models, as JSON values."""
         values: dict[str, object] = {name: to_plain(getattr(self, name)) for name in _ASKED}
-        return values | {"max_tokens": {effort: self.max_tokens[effort] for effort in self.efforts}}
+        values["max_tokens"] = {effort: self.max_tokens[effort] for effort in self.efforts}
+        return values | ({"cache_dtypes": dict(self.cache_dtypes)} if self.cache_dtypes else {})

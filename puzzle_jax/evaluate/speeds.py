@@ -69,7 +69,7 @@ def plan_slots(model: Model, settings: Settings, longest: int) -> Slots:
             model.config,
             context,
             cache_memory=settings.cache_memory,
-            bytes_per_value=model.cache_format(settings.cache_dtype).stored_dtype(compute_dtype()).itemsize,
+            bytes_per_value=model.cache_format(settings.cache_of(model.name)).stored_dtype(compute_dtype()).itemsize,
             at_most=settings.max_batch,
             what=f"model {model.name!r}, {what}",
         )
@@ -96,7 +96,7 @@ def plan_workloads(
         else:
             own_answers = [answer for answer in answers[model.name] if answer.effort == name]
             found = own_lengths(own_answers, batch, max(REQUESTS, BATCHES * batch), context)
-        return replace(found, sampling=sampling, cache=model.cache_format(settings.cache_dtype))
+        return replace(found, sampling=sampling, cache=model.cache_format(settings.cache_of(model.name)))
 
     return {
         name: {model: workload(name, opened) for model, opened in models.items()}
@@ -145,6 +145,8 @@ def _key(name: str, workloads: Mapping[str, Workload], settings: Settings) -> st
     """A hash of what a speed depends on; models are known by the directory of the evaluation."""
     content: dict[str, object] = {"name": name, "device": device(), "jax": jax.__version__}
     content |= {key: settings.asked()[key] for key in ("temperature", "top_p", "cache_dtype")}
+    if settings.cache_dtypes:
+        content["cache_dtypes"] = dict(settings.cache_dtypes)
     for model, workload in workloads.items():
         requests = [[request.prompt, request.max_tokens, request.seed] for request in workload.requests]
         content[f"model {model}"] = [workload.slots, workload.context, requests]

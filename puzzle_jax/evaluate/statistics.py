@@ -146,6 +146,7 @@ class Summary:
       truncated: share of answers that the token limit cut.
       answers: number of answers.
       unscored: number of answers that could not be scored, which count as wrong.
+      mean_right_tokens: generated tokens of right answers; None where there are none.
     """
 
     accuracy: float
@@ -158,6 +159,7 @@ class Summary:
     truncated: float
     answers: int
     unscored: int = 0
+    mean_right_tokens: float | None = None
 
 
 def summarise(answers: Sequence[Trace]) -> Summary:
@@ -168,6 +170,7 @@ def summarise(answers: Sequence[Trace]) -> Summary:
     low, high = wilson(right, count)
     accuracy = right / count
     lengths = [len(answer.completion) for answer in answers]
+    of_right = [len(answer.completion) for answer in answers if answer.correct]
     return Summary(
         accuracy=accuracy,
         accuracy_se=math.sqrt(accuracy * (1 - accuracy) / count),
@@ -179,6 +182,7 @@ def summarise(answers: Sequence[Trace]) -> Summary:
         truncated=sum(answer.truncated for answer in answers) / count,
         answers=count,
         unscored=sum(answer.unscored is not None for answer in answers),
+        mean_right_tokens=sum(of_right) / right if right else None,
     )
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from puzzle_jax.files import Json
+from puzzle_jax.report.comparison import ComparisonTable
+from puzzle_jax.report.html import render
 from puzzle_jax.report.tables import Section
 
 
@@ -41,6 +43,14 @@ class EvaluationReport:
             console.print(section.table())
         for sentence in self.verdicts():
             console.print(sentence, highlight=False)
+
+    def html(self, images: Mapping[str, bytes]) -> str:
+        """A page that opens offline, with the images inside: one table of all models, then everything else."""
+        table = ComparisonTable(self.evaluation)
+        verdicts = [table.verdict(name) for name in self.evaluation["comparisons"]]
+        return render(
+            "evaluation", verdicts=verdicts, table_of_all=table.section(), sections=list(self.sections()), images=images
+        )
 
     def markdown(self) -> str:
         """The tables and verdicts as text for a file."""

@@ -6,6 +6,8 @@ import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+from rich.console import Console
+
 from puzzle_jax.commands import did_you_mean
 from puzzle_jax.errors import ConfigError, PuzzleWarning, shown
 from puzzle_jax.processes.distributed import joined, process_index
@@ -13,6 +15,7 @@ from puzzle_jax.processes.scratch import scratch_directory
 from puzzle_jax.search.context import Search
 from puzzle_jax.search.pipeline import STAGE_NAMES, run_stages
 from puzzle_jax.search.recipe import Recipe
+from puzzle_jax.stages import StageResult
 
 PROGRAM = "puzzle search"
 
@@ -36,10 +39,17 @@ class SearchSettings(Recipe):
 
 def run(settings: SearchSettings) -> None:
     """Runs the stages that are not up to date, in all processes; the primary one has the run directory and reports."""
-    processes, copies = settings.mesh.processes, None
-    with joined(processes, settings.mesh.devices // processes, program=PROGRAM), ExitStack() as stack:
+    processes = settings.mesh.processes
+    with joined(processes, settings.mesh.devices // processes, program=PROGRAM):
+        run_search(settings, stage=settings.stage)
+
+
+def run_search(recipe: Recipe, console: Console | None = None, stage: str = "all") -> list[StageResult]:
+    """The same within processes that have been joined; returns how the stages went, in the primary one."""
+    copies = None
+    with ExitStack() as contexts:
         if process_index():
-            copies = stack.enter_context(scratch_directory())
-            stack.enter_context(warnings.catch_warnings())
+            copies = contexts.enter_context(scratch_directory())
+            contexts.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore", PuzzleWarning)  # the primary process gives the same
-        run_stages(Search(settings, copies=copies), settings.stage)
+        return run_stages(Search(recipe, console, copies), stage)

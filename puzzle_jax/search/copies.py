@@ -17,7 +17,7 @@ from puzzle_jax.processes.distributed import process_count, process_index
 from puzzle_jax.processes.published import decided, published
 from puzzle_jax.search.artifacts import COPIED
 from puzzle_jax.search.context import Search
-from puzzle_jax.search.stages import Stage, StageResult
+from puzzle_jax.stages import Stage, StageResult
 
 
 def run_stage(stage: Stage[Search], search: Search, copies: Copies) -> StageResult | None:

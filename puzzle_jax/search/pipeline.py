@@ -13,7 +13,7 @@
 
 `STAGES` says what each stage reads, which settings it depends on, and which function produces its files; the files are
 listed in `search.artifacts`. A stage runs alone as well, and is skipped when its inputs and settings have not changed
-(`search.stages`). Costs come first, so that a target which cannot be reached is refused before long work.
+(`stages`). Costs come first, so that a target which cannot be reached is refused before long work.
 """
 
 from __future__ import annotations
@@ -70,12 +70,15 @@ from puzzle_jax.search.score.scores_file import scores_to_json
 from puzzle_jax.search.solve.baselines import all_baselines
 from puzzle_jax.search.solve.frontier import frontier, uniform_frontier
 from puzzle_jax.search.space import narrower_windows
-from puzzle_jax.search.stages import Stage, StageResult, edited_output
 from puzzle_jax.search.traces import ask_parent, split_traces
+from puzzle_jax.stages import Stage, StageResult, edited_output
 
 
-def run_stages(search: Search, name: str = "all") -> None:
+def run_stages(search: Search, name: str = "all") -> list[StageResult]:
     """Runs the stage of that name, or all stages in order; those that are up to date are skipped.
+
+    Returns:
+      How the stages went; nothing in processes that are not the primary one.
 
     Raises `PuzzleError` when an earlier stage has not been run.
     """
@@ -92,6 +95,7 @@ def run_stages(search: Search, name: str = "all") -> None:
             search.console.print(Text.assemble((f"{stage.name:<12}", "bold"), f" {what}{left}"))
     if name == "all" and search.primary and not all(result.skipped for result in results):
         measured_of(search, results).write(search.run)
+    return results
 
 
 def measured_of(search: Search, results: Sequence[StageResult]) -> MeasuredSearch:

@@ -39,7 +39,7 @@ def starting_fields(given: Mapping[str, object], recipe: str | None, runs: bool)
     Raises `ConfigError` where a parent of the user's own comes with too little to search by.
     """
     parent = given.get("parent", EMBEDDED_PARENT)
-    if _is_embedded(parent):
+    if is_embedded_parent(parent):
         return read_recipe(RECIPES / f"{EMBEDDED_RECIPE}.yaml")
     if recipe == EMBEDDED_RECIPE:
         _warn(
@@ -53,7 +53,7 @@ def starting_fields(given: Mapping[str, object], recipe: str | None, runs: bool)
 def without_deployment(given: Mapping[str, object], recipe: str | None, runs: bool) -> dict[str, object]:
     """The same where scenario, target and tasks are not used."""
     parent = given.get("parent", EMBEDDED_PARENT)
-    if _is_embedded(parent) or recipe == EMBEDDED_RECIPE:
+    if is_embedded_parent(parent) or recipe == EMBEDDED_RECIPE:
         return starting_fields(given, recipe, runs)
     return {"scenario.name": "unused", **dict.fromkeys(_LENGTHS, 1), "target.max_expert_bytes_ratio": 1.0}
 
@@ -106,7 +106,8 @@ def _mean_lengths(traces: Sequence[Trace]) -> tuple[int, int]:
     return -(-sums[0] // len(traces)), -(-sums[1] // len(traces))
 
 
-def _is_embedded(parent: object) -> bool:
+def is_embedded_parent(parent: object) -> bool:
+    """Returns whether a path leads to the embedded parent."""
     try:
         return os.path.samefile(str(parent), EMBEDDED_PARENT)
     except (OSError, ValueError):

@@ -18,7 +18,7 @@ def recipe_names(verb: str | None) -> list[str]:
     """Recipes of a verb that come with the package: `VERB-*.yaml`, or what no verb's name begins for "search"."""
     stems = sorted(path.stem for path in RECIPES.glob("*.yaml"))
     if verb == "search":
-        return [stem for stem in stems if stem.partition("-")[0] not in ("pretrain", "distill", "grpo")]
+        return [stem for stem in stems if stem.partition("-")[0] not in ("pretrain", "distill", "grpo", "run")]
     return [stem for stem in stems if verb is not None and stem.startswith(f"{verb}-")]
 
 

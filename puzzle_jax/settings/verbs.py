@@ -11,8 +11,8 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass
-from typing import Any
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, get_type_hints
 
 import yaml
 
@@ -122,7 +122,26 @@ def parse(verb: Verb, arguments: Sequence[str]) -> Any:
         values = parser.parse_object(given)
     except ArgumentError as error:
         raise ConfigError(plain_message(error, settings, given)) from error
-    return kind(**parser.instantiate(values))
+    try:
+        return kind(**parser.instantiate(values))
+    except ConfigError as error:
+        raise _in_section(error, kind, values) from None
+
+
+def _in_section(error: ConfigError, kind: type, values: Any) -> ConfigError:
+    """An error with the name of the section whose fields its message names, where that is another verb's recipe."""
+    from jsonargparse import ArgumentParser
+
+    hints = get_type_hints(kind)
+    for name in (field.name for field in fields(kind) if field.metadata.get("recipe")):
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_class_arguments(hints[name])
+        try:
+            hints[name](**parser.instantiate(values[name]))
+        except ConfigError as found:
+            if str(found) == str(error):
+                return ConfigError(f"{name}: {error}")
+    return error
 
 
 def loaded(name: str) -> Any:

@@ -9,7 +9,8 @@ A run lives in a directory:
 Started again there, it goes on from the newest checkpoint: parameters, optimiser, random key and position in the data
 are what they were, so that it ends with the same bits as without the interruption. SIGTERM and SIGINT end the step,
 save, and return. Batches are made ahead in a thread, metrics are read one step behind, checkpoints are written while
-steps go on.
+steps go on. Where the job is evaluated on the way, step 0 is, too; and where a step raises, the metrics of the step
+before it are written.
 
 Left out: what is trained and how, which is the job's.
 """
@@ -154,6 +155,8 @@ def train(job: Job, settings: LoopSettings, directory: Path, console: Console) -
             ahead = stack.enter_context(prefetched(job.batches, job.place)) if job.ahead else None
             batches = ahead or in_turn(job.batches, job.place)
             run.advance = stack.enter_context(progress(console, job.name, settings.steps))
+            if start == 0 and settings.evaluate_every:
+                run.evaluate_first(state)
             state = run.steps_from(start, state, batches)
         checkpoints.finish()
         best = checkpoints.best
@@ -199,28 +202,46 @@ class _Run:
     advance: Advance = lambda amount, total=None, /, *, note="": None
     preempted: bool = False
     _reported: int = 0
+    _before: tuple[int, Mapping[str, ArrayLike]] | None = None
     _since: tuple[int, float] = field(default_factory=lambda: (0, time.monotonic()))
 
+    def evaluate_first(self, state: TrainState) -> None:
+        """Writes an evaluation of the state before the first step, as the line of step 0."""
+        if self.job.evaluate is None:
+            return
+        found = self._evaluate(state)
+        if self.log is not None:
+            self.log.write(0, {f"{EVALUATION}{name}": float(value) for name, value in found.items()})
+
     def steps_from(self, start: int, state: TrainState, batches: Iterator[Positioned]) -> TrainState:
-        """Makes the steps after `start`; the step before is reported while one runs."""
-        last = self.settings.steps
+        """Makes the steps after `start`; the step before is reported while one runs, or when one raises."""
         self._since = (start, time.monotonic())
-        before: tuple[int, Mapping[str, ArrayLike]] | None = None
+        try:
+            return self._steps(start, state, batches)
+        except BaseException:
+            if self._before is not None:
+                with contextlib.suppress(Exception):  # the first error says what is wrong
+                    self._report(*self._before, due=True)
+            raise
+
+    def _steps(self, start: int, state: TrainState, batches: Iterator[Positioned]) -> TrainState:
+        last = self.settings.steps
         for number in range(start + 1, last + 1):
             taken = next(batches, None)
             if taken is None:
                 raise PuzzleError(f"the data ended after {number - 1} of {last} steps")
             batch, position = taken
             state, metrics = self.job.step(state, self.job.fixed, batch)
+            before, self._before = self._before, (number, metrics)
             if before is not None:
                 self._report(*before)
-            before = number, metrics
             stopping = self._stopping(number)
             evaluating = self.job.evaluate is not None and _due(number, self.settings.evaluate_every, last)
             saving = stopping or _due(number, self.settings.save_every, last)
             if evaluating or saving:
-                before = None
-                metric = self._report(number, metrics, self._evaluate(state) if evaluating else {})
+                found = self._evaluate(state) if evaluating else {}
+                self._before = None
+                metric = self._report(number, metrics, found)
                 if saving or self._is_best(metric):
                     if self.log is not None:
                         self.log.sync()  # a restored run finds the lines of all steps up to its own
@@ -233,7 +254,12 @@ class _Run:
         return state
 
     def _report(
-        self, number: int, metrics: Mapping[str, ArrayLike], evaluation: Mapping[str, float] | None = None
+        self,
+        number: int,
+        metrics: Mapping[str, ArrayLike],
+        evaluation: Mapping[str, float] | None = None,
+        *,
+        due: bool = False,
     ) -> float | None:
         """Waits for a step, counts it, logs it if need be; returns the best metric of its evaluation, if it has one.
 
@@ -245,7 +271,7 @@ class _Run:
         self.skipped = self.skipped + 1 if values["skipped"] else 0
         evaluation = evaluation or {}
         if self.log is not None and (
-            evaluation or self.skipped or _due(number, self.settings.log_every, self.settings.steps)
+            due or evaluation or self.skipped or _due(number, self.settings.log_every, self.settings.steps)
         ):
             steps, now = number - self._since[0], time.monotonic()
             values |= {f"{EVALUATION}{name}": float(value) for name, value in evaluation.items()}

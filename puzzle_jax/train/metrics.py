@@ -39,7 +39,8 @@ class MetricsLog:
 
     def __init__(self, directory: Path, after: int, console: Console) -> None:
         path = directory / METRICS_FILE
-        kept = [line for line in (read_metrics(path) if path.exists() else []) if line["step"] <= after]
+        # A run that begins anew writes step 0 again.
+        kept = [line for line in (read_metrics(path) if after and path.exists() else []) if line["step"] <= after]
         self.last: dict[str, int | float | None] = kept[-1] if kept else {}
         write_beside(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self._file = open(path, "ab")  # noqa: SIM115 (closed on exit)

@@ -36,6 +36,21 @@ def test_questions_pair_every_problem_with_every_effort():
     assert asked == questions().questions()
 
 
+def test_unseen_rows_are_those_that_neither_choose_nor_train(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"say {row}", "answer": "7"}) + "\n" for row in range(41)))
+
+    def rows(split: str) -> set[int]:
+        return {p.seed for p, _ in questions(tasks=(str(file),), per_task=41, split=split).questions()}
+
+    unseen = rows("unseen")
+    assert unseen == rows("accuracy") and 0 < len(unseen) < 20 and unseen < rows("evaluation")
+    for split in ("calibration", "validation", "heldout", "confirmation", "training"):
+        assert not unseen & rows(split)
+    # An endless family's problems are those of the evaluation.
+    assert questions(split="unseen").questions() == questions(split="evaluation").questions()
+
+
 def test_splits_and_seeds_share_no_problem_seed():
     sets = [questions(split=split, seed=seed) for split in ("calibration", "validation", "heldout") for seed in (0, 1)]
     seeds = [{p.seed for p, _ in s.questions()} for s in sets]

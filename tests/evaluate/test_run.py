@@ -66,6 +66,7 @@ def test_everything_is_written(finished, models):
     assert set(snapshot(finished)) == {
         "answers/child.jsonl",
         "answers/parent.jsonl",
+        "report.html",
         "evaluation.json",
         "frontier.png",
         "report.md",

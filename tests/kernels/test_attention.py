@@ -8,26 +8,29 @@ from puzzle_jax.kernels.chunk_attention import chunk_attention
 from puzzle_jax.kernels.decode_attention import decode_attention
 from puzzle_jax.kernels.float8 import decode_e4m3, encode_e4m3
 from puzzle_jax.kernels.window_attention import online_blocks, reference, window_attention
+from tests.support import normal
 
 BATCH, HEADS, KV_HEADS, DIM = 2, 6, 3, 10
 
 
 def arrays(seq, seed=0, dtype=jnp.float32):
-    keys = jax.random.split(jax.random.key(seed), 4)
-    q = jax.random.normal(keys[0], (BATCH, seq, HEADS, DIM))
-    k = jax.random.normal(keys[1], (BATCH, seq, KV_HEADS, DIM))
-    v = jax.random.normal(keys[2], (BATCH, seq, KV_HEADS, DIM))
-    sinks = jax.random.normal(keys[3], (HEADS,))
-    return q.astype(dtype), k.astype(dtype), v.astype(dtype), sinks.astype(dtype)
+    shapes = (BATCH, seq, HEADS, DIM), *[(BATCH, seq, KV_HEADS, DIM)] * 2, (HEADS,)
+    q, k, v, sinks = normal(seed, *shapes, dtype=dtype)
+    return q, k, v, sinks
 
 
-def attend(*arrays, window, segment_ids=None, implementation=None):
-    """`window_attention` as one program, which is there sooner than its operations one by one."""
+# Each as one program, which is there sooner than its operations one by one.
+decode = jax.jit(decode_attention, static_argnames="window")
+chunked = jax.jit(chunk_attention, static_argnames=("window", "implementation"))
+chunked_by_row = jax.jit(chunk_attention, static_argnames="implementation")
+
+
+def attend(*arrays, window, segment_ids=None, by=window_attention, **options):
+    """`window_attention`, or another function of the same arguments, as one program."""
     as_data = isinstance(window, jax.Array)
 
     def run(arrays, segment_ids, given):
-        width = given if as_data else window
-        return window_attention(*arrays, window=width, segment_ids=segment_ids, implementation=implementation)
+        return by(*arrays, window=given if as_data else window, segment_ids=segment_ids, **options)
 
     return jax.jit(run)(arrays, segment_ids, window if as_data else None)
 
@@ -108,7 +111,7 @@ def test_gradients_sinks_included_agree_with_the_reference(implementation, windo
             out = attend(*arrays, window=window, segment_ids=segments, implementation=implementation)
             return jnp.sum(jnp.sin(out))
 
-        return jax.grad(f, argnums=(0, 1, 2, 3))(*data)
+        return jax.jit(jax.grad(f, argnums=(0, 1, 2, 3)))(*data)
 
     for fast, slow in zip(gradients(implementation), gradients("reference"), strict=True):
         assert float(jnp.abs(slow).max()) > 1e-2
@@ -122,13 +125,13 @@ def test_gradients_sinks_included_agree_with_the_reference(implementation, windo
 def test_pairs_of_blocks_by_hand(block, window, segments):
     data = arrays(41)
     ids = None if segments is None else jnp.asarray(segments)
-    out = online_blocks.window_attention(*data, window=window, segment_ids=ids, block=block)
+    out = attend(*data, window=window, segment_ids=ids, by=online_blocks.window_attention, block=block)
     np.testing.assert_allclose(out, by_hand(*data, window, segments), atol=2e-6)
 
 
 def test_pairs_of_blocks_take_one_window_per_row():
     data = arrays(41)
-    out = online_blocks.window_attention(*data, window=jnp.asarray([3, 2**30]), block=8)
+    out = attend(*data, window=jnp.asarray([3, 2**30]), by=online_blocks.window_attention, block=8)
     np.testing.assert_allclose(out[0], by_hand(*data, 3)[0], atol=2e-6)
     np.testing.assert_allclose(out[1], by_hand(*data, None)[1], atol=2e-6)
 
@@ -138,21 +141,21 @@ def test_gradients_over_pairs_of_blocks_agree_with_the_reference(window):
     data, segments = arrays(41), jnp.asarray(SEGMENTS)
     window = window if window is None or isinstance(window, int) else jnp.asarray(window)
 
-    def gradients(attend, **options):
+    def gradients(**options):
         def f(*arrays):
             return jnp.sum(jnp.sin(attend(*arrays, window=window, segment_ids=segments, **options)))
 
-        return jax.grad(f, argnums=(0, 1, 2, 3))(*data)
+        return jax.jit(jax.grad(f, argnums=(0, 1, 2, 3)))(*data)
 
-    found = gradients(online_blocks.window_attention, block=8)
-    for fast, slow in zip(found, gradients(attend, implementation="reference"), strict=True):
+    found = gradients(by=online_blocks.window_attention, block=8)
+    for fast, slow in zip(found, gradients(implementation="reference"), strict=True):
         assert float(jnp.abs(slow).max()) > 1e-2
         np.testing.assert_allclose(fast, slow, atol=3e-6)
 
 
 def test_pairs_of_blocks_in_bfloat16_keep_the_dtype_and_float32_sums():
     data = arrays(41, dtype=jnp.bfloat16)
-    out = online_blocks.window_attention(*data, window=None, block=8)
+    out = attend(*data, window=None, by=online_blocks.window_attention, block=8)
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(out.astype(np.float32), by_hand(*data, None), atol=0.02)
 
@@ -175,7 +178,7 @@ def test_too_many_logits_are_left_to_pairs_of_blocks(monkeypatch, implementation
         attend(*data, window=window, implementation=implementation)
     monkeypatch.setattr(reference, "MOST_LOGITS", 0)
     out = attend(*data, window=window)
-    np.testing.assert_array_equal(out, online_blocks.window_attention(*data, window=window))
+    np.testing.assert_array_equal(out, attend(*data, window=window, by=online_blocks.window_attention))
 
 
 def test_a_band_as_wide_as_the_square_is_left_to_others():
@@ -198,6 +201,7 @@ def ring(k, v, lengths, slots):
     """Keys [batch, heads, dim, slots] and values of rows that wrote their positions in turn."""
     keys = np.zeros((BATCH, KV_HEADS, DIM, slots), np.float32)
     values = np.zeros((BATCH, KV_HEADS, slots, DIM), np.float32)
+    k, v = np.asarray(k), np.asarray(v)
     for row, length in enumerate(np.asarray(lengths)):
         for position in range(length):
             keys[row, :, :, position % slots] = k[row, position]
@@ -209,10 +213,10 @@ def ring(k, v, lengths, slots):
 def test_decoding_from_a_ring_equals_the_last_query_of_the_square(window):
     seq, context = 23, 40
     q, k, v, sinks = arrays(seq)
-    lengths = jnp.asarray([seq, 7])
+    lengths = np.asarray([seq, 7])
     cache = ring(k, v, lengths, cache_slots(window, context))
-    last = jnp.take_along_axis(q, (lengths - 1)[:, None, None, None], axis=1)[:, 0]
-    out = decode_attention(last, *cache, sinks, lengths - 1, window=window)
+    last = np.asarray(q)[np.arange(BATCH), lengths - 1]
+    out = decode(jnp.asarray(last), *cache, sinks, jnp.asarray(lengths - 1), window=window)
     whole = by_hand(q, k, v, sinks, window)
     np.testing.assert_allclose(out[0], whole[0, seq - 1], atol=2e-6)
     np.testing.assert_allclose(out[1], whole[1, 6], atol=2e-6)
@@ -220,11 +224,19 @@ def test_decoding_from_a_ring_equals_the_last_query_of_the_square(window):
 
 def test_slots_older_than_the_window_or_never_written_are_not_seen():
     q, k, v, sinks = arrays(9)
-    lengths = jnp.asarray([9, 4])
-    keys, values = ring(k, v, lengths, 12)
-    poisoned = keys.at[0, ..., :6].set(1e4).at[1, ..., 4:].set(1e4)
-    out = decode_attention(q[:, 0], poisoned, values, sinks, lengths - 1, window=3)
-    np.testing.assert_array_equal(out, decode_attention(q[:, 0], keys, values, sinks, lengths - 1, window=3))
+    keys, values = ring(k, v, [9, 4], 12)
+    poisoned = np.array(keys)
+    poisoned[0, ..., :6] = poisoned[1, ..., 4:] = 1e4
+    out, unpoisoned = (
+        decode(q[:, 0], jnp.asarray(given), values, sinks, jnp.asarray([8, 3]), window=3) for given in (poisoned, keys)
+    )
+    np.testing.assert_array_equal(out, unpoisoned)
+
+
+def parts(q, k, v, chunks):
+    """A slice of each row's queries, and of its keys and values as a cache stores them."""
+    q, k, v = (np.stack([np.asarray(x)[row, chunk] for row, chunk in enumerate(chunks)]) for x in (q, k, v))
+    return jnp.asarray(q), jnp.asarray(k.transpose(0, 2, 3, 1)), jnp.asarray(v.transpose(0, 2, 1, 3))
 
 
 @pytest.mark.parametrize("implementation", ["blocks", "reference"])
@@ -234,16 +246,13 @@ def test_a_chunk_sees_what_the_square_sees(implementation, window, slots, start)
     q, k, v, sinks = arrays(48)
     keys, values = ring(k, v, [start, start], slots)
     chunk = slice(start, start + 16)
-    own_k, own_v = k[:, chunk].transpose(0, 2, 3, 1), v[:, chunk].transpose(0, 2, 1, 3)
-    position = jnp.int32(start)
-    options = dict(implementation=implementation)
-    out = chunk_attention(q[:, chunk], own_k, own_v, keys, values, sinks, position, window=window, **options)
-    np.testing.assert_allclose(out, by_hand(q, k, v, sinks, window)[:, chunk], atol=3e-6)
+    given = *parts(q, k, v, [chunk, chunk]), keys, values, sinks, jnp.int32(start)
+    out = chunked(*given, window=window, implementation=implementation)
+    expected = by_hand(q, k, v, sinks, window)[:, chunk]
+    np.testing.assert_allclose(out, expected, atol=3e-6)
     if window is not None:  # the same window as data, one per row
-        out = chunk_attention(
-            q[:, chunk], own_k, own_v, keys, values, sinks, position, window=jnp.full(BATCH, window), **options
-        )
-        np.testing.assert_allclose(out, by_hand(q, k, v, sinks, window)[:, chunk], atol=3e-6)
+        out = chunked_by_row(*given, window=jnp.asarray([window] * BATCH), implementation=implementation)
+        np.testing.assert_allclose(out, expected, atol=3e-6)
 
 
 @pytest.mark.parametrize("implementation", ["blocks", "reference"])
@@ -252,10 +261,8 @@ def test_rows_of_a_chunk_may_start_at_positions_of_their_own(implementation, win
     q, k, v, sinks = arrays(48)
     starts = [32, 5]
     keys, values = ring(k, v, starts, slots)
-    own = [jnp.stack([x[row, start : start + 16] for row, start in enumerate(starts)]) for x in (q, k, v)]
-    own_k, own_v = own[1].transpose(0, 2, 3, 1), own[2].transpose(0, 2, 1, 3)
-    given = own[0], own_k, own_v, keys, values, sinks, jnp.asarray(starts)
-    out = chunk_attention(*given, window=window, implementation=implementation)
+    own = parts(q, k, v, [slice(start, start + 16) for start in starts])
+    out = chunked(*own, keys, values, sinks, jnp.asarray(starts), window=window, implementation=implementation)
     whole = by_hand(q, k, v, sinks, window)
     for row, start in enumerate(starts):
         np.testing.assert_allclose(out[row], whole[row, start : start + 16], atol=3e-6)
@@ -263,13 +270,11 @@ def test_rows_of_a_chunk_may_start_at_positions_of_their_own(implementation, win
 
 def test_long_chunks_and_caches_are_cut_into_blocks():
     """More than one block of queries (128) and of cached keys (512), in which the last block is partly filled."""
-    keys = jax.random.split(jax.random.key(3), 6)
-    shapes = ((1, 260, 4, 6), (1, 2, 6, 260), (1, 2, 260, 6), (1, 2, 6, 1024), (1, 2, 1024, 6), (4,))
-    data = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+    data = normal(3, (1, 260, 4, 6), (1, 2, 6, 260), (1, 2, 260, 6), (1, 2, 6, 1024), (1, 2, 1024, 6), (4,))
     for window in (None, 700):
         for start in (260, 780):
             fast, slow = (
-                chunk_attention(*data, start=jnp.int32(start), window=window, implementation=implementation)
+                chunked(*data, start=jnp.int32(start), window=window, implementation=implementation)
                 for implementation in ("blocks", "reference")
             )
             np.testing.assert_allclose(fast, slow, atol=2e-6)
@@ -278,19 +283,17 @@ def test_long_chunks_and_caches_are_cut_into_blocks():
 def test_scales_of_a_float8_cache_are_folded_into_logits_and_output():
     q, k, v, sinks = arrays(24)
     k_scale, v_scale = jnp.float32(0.011), jnp.float32(0.37)
-    stored = encode_e4m3(k, k_scale), encode_e4m3(v, v_scale)
-    read = [decode_e4m3(x, jnp.float32) * scale for x, scale in zip(stored, (k_scale, v_scale), strict=True)]
+    encode, decoded = jax.jit(encode_e4m3), jax.jit(lambda stored, scale: decode_e4m3(stored, jnp.float32) * scale)
+    stored = encode(k, k_scale), encode(v, v_scale)
+    read = [decoded(x, scale) for x, scale in zip(stored, (k_scale, v_scale), strict=True)]
     expected = by_hand(q, read[0], read[1], sinks, 9)
     assert np.abs(expected - by_hand(q, k, v, sinks, 9)).max() > 0.01
     keys, values = (x.astype(jnp.uint8) for x in ring(*stored, [24, 24], 9))
     scales = dict(k_scale=k_scale, v_scale=v_scale)
-    out = decode_attention(q[:, 23], keys, values, sinks, jnp.asarray([23, 23]), window=9, **scales)
+    out = decode(q[:, 23], keys, values, sinks, jnp.asarray([23, 23]), window=9, **scales)
     np.testing.assert_allclose(out, expected[:, 23], atol=3e-6)
-    own_k, own_v = stored[0][:, 16:].transpose(0, 2, 3, 1), stored[1][:, 16:].transpose(0, 2, 1, 3)
-    start = jnp.int32(16)
-    old_k, old_v = (x.astype(jnp.uint8) for x in ring(*stored, [16, 16], 9))
+    old = (x.astype(jnp.uint8) for x in ring(*stored, [16, 16], 9))
+    given = *parts(q, *stored, [slice(16, None)] * BATCH), *old, sinks, jnp.int32(16)
     for implementation in ("blocks", "reference"):
-        out = chunk_attention(
-            q[:, 16:], own_k, own_v, old_k, old_v, sinks, start, window=9, implementation=implementation, **scales
-        )
+        out = chunked(*given, window=9, implementation=implementation, **scales)
         np.testing.assert_allclose(out, expected[:, 16:], atol=3e-6)

@@ -1,3 +1,5 @@
+from functools import cache, partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,18 +23,30 @@ from puzzle_jax.kernels.platform import lowering_for
 from puzzle_jax.kernels.route import Routing
 from puzzle_jax.kernels.self_check import without_kernels
 from tests.kernels.marks import GPU, MIXTURES_ON_CPU
+from tests.support import normal
 
 EXPERTS, HIDDEN, INTER, LIMIT = 5, 32, 64, 1.5
 
 
-def make_experts(seed=0, dtype=jnp.float32) -> Experts:
-    keys = jax.random.split(jax.random.key(seed), 4)
-    return Experts(
-        (jax.random.normal(keys[0], (EXPERTS, HIDDEN, 2 * INTER)) * 0.5).astype(dtype),
-        jax.random.normal(keys[1], (EXPERTS, 2 * INTER)).astype(dtype),
-        (jax.random.normal(keys[2], (EXPERTS, INTER, HIDDEN)) * 0.3).astype(dtype),
-        jax.random.normal(keys[3], (EXPERTS, HIDDEN)).astype(dtype),
-    )
+def drawn(seed, hidden, inter, scales, dtype) -> Experts:
+    """Experts whose matrices are normal with these standard deviations, and their biases with 1."""
+    shapes = (EXPERTS, hidden, 2 * inter), (EXPERTS, 2 * inter), (EXPERTS, inter, hidden), (EXPERTS, hidden)
+    scales = scales[0], 1.0, scales[1], 1.0
+    values = (scale * np.asarray(x) for x, scale in zip(normal(seed, *shapes), scales, strict=True))
+    return Experts(*(jnp.asarray(x.astype(dtype)) for x in values))
+
+
+@cache
+def make_experts(dtype=jnp.float32) -> Experts:
+    return drawn(0, HIDDEN, INTER, (0.5, 0.3), dtype)
+
+
+def rows_of(count, hidden=HIDDEN, dtype=jnp.float32):
+    return normal(1, (count, hidden), dtype=dtype)[0]
+
+
+outputs = jax.jit(partial(expert_outputs, limit=LIMIT))
+decoded = jax.jit(decode)
 
 
 def by_hand(x, ids, gates, experts: Experts) -> np.ndarray:
@@ -50,8 +64,8 @@ def by_hand(x, ids, gates, experts: Experts) -> np.ndarray:
 
 
 def routing_of(ids) -> Routing:
-    ids = jnp.asarray(ids)
-    return Routing(ids, jax.nn.softmax(jax.random.normal(jax.random.key(9), ids.shape)))
+    gates = np.exp(normal(9, np.shape(ids))[0])
+    return Routing(jnp.asarray(ids), jnp.asarray(gates / gates.sum(axis=-1, keepdims=True)))
 
 
 @pytest.fixture(autouse=True)
@@ -78,8 +92,7 @@ def test_mixture_by_hand(implementation, case):
                 jnp.ones((len(ids), HIDDEN)), routing_of(ids), make_experts(), limit=LIMIT, implementation="capacity"
             )
         return
-    x = jax.random.normal(jax.random.key(1), (len(ids), HIDDEN))
-    routing, experts = routing_of(ids), make_experts()
+    x, routing, experts = rows_of(len(ids)), routing_of(ids), make_experts()
     run = jax.jit(
         lambda x, routing, experts: expert_mlp(x, routing, experts, limit=LIMIT, implementation=implementation)
     )
@@ -89,18 +102,15 @@ def test_mixture_by_hand(implementation, case):
 
 
 def test_the_clamp_bites_in_these_cases():
-    x = jax.random.normal(jax.random.key(1), (300, HIDDEN))
-    experts = make_experts()
-    assert isinstance(experts.gate_up, jax.Array)
-    h = x @ experts.gate_up[0] + experts.gate_up_bias[0]
-    assert 0.2 < float(jnp.mean(jnp.abs(h) > LIMIT)) < 0.9
+    gate_up, bias, *_ = (np.asarray(leaf) for leaf in make_experts())
+    h = np.asarray(rows_of(300)) @ gate_up[0] + bias[0]
+    assert 0.2 < np.mean(np.abs(h) > LIMIT) < 0.9
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_agree_with_the_reference(case):
     ids = CASES[case]
-    x = jax.random.normal(jax.random.key(1), (len(ids), HIDDEN))
-    routing = routing_of(ids)
+    x, routing = rows_of(len(ids)), routing_of(ids)
 
     def loss(implementation):
         def f(x, gates, experts):
@@ -110,30 +120,37 @@ def test_gradients_agree_with_the_reference(case):
         return jax.jit(jax.grad(f, argnums=(0, 1, 2)))(x, routing.gates, make_experts())
 
     for fast, slow in zip(jax.tree.leaves(loss(None)), jax.tree.leaves(loss("reference")), strict=True):
-        np.testing.assert_allclose(fast, slow, rtol=1e-4, atol=1e-5 * max(1.0, float(jnp.abs(slow).max())))
+        np.testing.assert_allclose(fast, slow, rtol=1e-4, atol=1e-5 * max(1.0, float(np.abs(slow).max())))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_activations_gradient_is_that_of_its_formula(dtype):
-    h = (jax.random.normal(jax.random.key(0), (5, 7, 2 * INTER)) * 2).astype(dtype)
-    d_out = jax.random.normal(jax.random.key(1), (5, 7, INTER)).astype(dtype)
+    h, d_out = normal(0, (5, 7, 2 * INTER), (5, 7, INTER))
+    h, d_out = (jnp.asarray(np.asarray(x).astype(dtype)) for x in (2 * np.asarray(h), d_out))
     limit = LIMIT + 1e-3  # no number of bfloat16: at the edge itself there are two slopes
-    functions = (swiglu.clamped_swiglu, clamped_swiglu)
-    (out, vjp), (expected, plain) = (jax.vjp(lambda h, f=f: f(h, limit), h) for f in functions)
+
+    def both(function):
+        def run(h, d_out):
+            out, vjp = jax.vjp(lambda h: function(h, limit), h)
+            return out, vjp(d_out)[0].astype(jnp.float32)
+
+        return jax.jit(run)(h, d_out)
+
+    (out, found), (expected, formula) = both(swiglu.clamped_swiglu), both(clamped_swiglu)
     np.testing.assert_array_equal(out, expected)
-    assert 0.1 < float(jnp.mean(h[..., 0::2] > LIMIT)) < 0.5  # the clamp is reached
+    assert 0.1 < np.mean(np.asarray(h[..., 0::2], np.float32) > LIMIT) < 0.5  # the clamp is reached
     tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
-    found, formula = (np.asarray(f(d_out)[0], np.float32) for f in (vjp, plain))
     np.testing.assert_allclose(found, formula, rtol=tolerance, atol=tolerance)
 
 
 def test_bfloat16_stays_near_float32():
     ids = CASES["mixed"]
-    x = jax.random.normal(jax.random.key(1), (len(ids), HIDDEN))
-    exact = expert_outputs(x, jnp.asarray(ids), make_experts(), limit=LIMIT)
-    rough = expert_outputs(x.astype(jnp.bfloat16), jnp.asarray(ids), make_experts(dtype=jnp.bfloat16), limit=LIMIT)
+    exact, rough = (
+        outputs(rows_of(len(ids), dtype=dtype), jnp.asarray(ids), make_experts(dtype))
+        for dtype in (jnp.float32, jnp.bfloat16)
+    )
     assert rough.dtype == jnp.bfloat16
-    assert float(jnp.abs(rough.astype(jnp.float32) - exact).max()) < 0.04 * float(jnp.abs(exact).max())
+    assert np.abs(np.asarray(rough, np.float32) - exact).max() < 0.04 * np.abs(exact).max()
 
 
 @pytest.mark.parametrize("implementation", MIXTURES_ON_CPU)
@@ -148,10 +165,9 @@ def test_packed_experts_equal_their_decoded_values(implementation):
     dense = make_experts()
     gate_up, down = packed(2 * INTER, HIDDEN), packed(HIDDEN, INTER)
     assert gate_up.shape == (EXPERTS, HIDDEN, 2 * INTER) and down.shape == (EXPERTS, INTER, HIDDEN)
-    x, ids = jax.random.normal(jax.random.key(1), (7, HIDDEN)), jnp.asarray(CASES["mixed"])
+    x, ids = rows_of(7), jnp.asarray(CASES["mixed"])
     run = jax.jit(lambda experts: expert_outputs(x, ids, experts, limit=LIMIT, implementation=implementation))
-    decoded = dense._replace(gate_up=decode(gate_up), down=decode(down))
-    expected = run(decoded)
+    expected = run(dense._replace(gate_up=decoded(gate_up), down=decoded(down)))
     out = run(dense._replace(gate_up=gate_up, down=down))
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
 
@@ -195,14 +211,14 @@ def test_what_a_loop_is_not_for(monkeypatch, dtype, least_bytes, reason):
     monkeypatch.setattr(expert_loop, "MIN_EXPERT_BYTES", least_bytes)
     x, ids = jnp.ones((2, HIDDEN), dtype), jnp.asarray([[0], [3]])
     with pytest.raises(NotImplementedError, match=reason):
-        expert_outputs(x, ids, make_experts(dtype=dtype), limit=LIMIT, implementation="expert_loop")
-    assert expert_outputs(x, ids, make_experts(dtype=dtype), limit=LIMIT).dtype == dtype
+        expert_outputs(x, ids, make_experts(dtype), limit=LIMIT, implementation="expert_loop")
+    assert jax.jit(lambda *given: expert_outputs(*given, limit=LIMIT))(x, ids, make_experts(dtype)).dtype == dtype
 
 
 @pytest.mark.parametrize("implementation", ["capacity", "expert_loop"])
 def test_a_token_gets_the_same_bits_whoever_else_is_there(implementation):
     experts = make_experts()
-    x = jax.random.normal(jax.random.key(1), (24, HIDDEN))
+    x = rows_of(24)
     ids = np.stack([np.arange(24) % EXPERTS, (np.arange(24) + 1) % EXPERTS], axis=1)
     mine = jax.jit(lambda x, ids: expert_outputs(x, ids, experts, limit=LIMIT, implementation=implementation))
     alone = np.asarray(mine(x, ids))[5]
@@ -222,9 +238,9 @@ def test_packed_products_are_made_tile_by_tile(monkeypatch, tile_bytes, tiles):
     source = np.random.default_rng(0)
     codes = source.integers(0, 256, (1, 128, HIDDEN // 2), np.uint8)
     weight = MXFP4(jnp.asarray(codes), jnp.asarray(source.integers(125, 130, (1, 128, HIDDEN // 32)).astype(np.uint8)))
-    rows = jax.random.normal(jax.random.key(2), (11, HIDDEN))
-    found = mxfp4.matmul(rows, weight)
-    np.testing.assert_allclose(found, rows @ decode(weight)[0], rtol=1e-5, atol=1e-4)
+    rows = rows_of(11)
+    found = jax.jit(lambda *given: mxfp4.matmul(*given))(rows, weight)
+    np.testing.assert_allclose(found, np.asarray(rows) @ np.asarray(decoded(weight))[0], rtol=1e-5, atol=1e-4)
     assert (
         f"tensor<{128 // tiles}x{HIDDEN // 2}xf32>"
         in jax.jit(lambda *given: mxfp4.matmul(*given)).lower(rows, weight).as_text()
@@ -239,14 +255,7 @@ ON_GPUS = [pytest.param(name, marks=GPU) for name in ("mosaic_gpu", "mosaic_gpu_
 
 def wide_experts(dtype) -> Experts:
     """Sizes that the tiles of GPUs divide."""
-    keys = jax.random.split(jax.random.key(4), 4)
-    hidden, inter = 128, 192
-    return Experts(
-        (jax.random.normal(keys[0], (EXPERTS, hidden, 2 * inter)) * 0.2).astype(dtype),
-        jax.random.normal(keys[1], (EXPERTS, 2 * inter)).astype(dtype),
-        (jax.random.normal(keys[2], (EXPERTS, inter, hidden)) * 0.2).astype(dtype),
-        jax.random.normal(keys[3], (EXPERTS, hidden)).astype(dtype),
-    )
+    return drawn(4, 128, 192, (0.2, 0.2), dtype)
 
 
 def kernel_of(name, poisoned=True):
@@ -270,16 +279,18 @@ def test_kernels_agree_with_the_reference_forwards_and_backwards(name, case):
         100.0 if dtype == jnp.bfloat16 else LIMIT
     )  # rounding moves numbers over the clamp's edge, where gradients jump
     ids, experts = jnp.asarray(CASES[case]), wide_experts(dtype)
-    x = jax.random.normal(jax.random.key(1), (len(ids), 128)).astype(dtype)
-    cotangent = jax.random.normal(jax.random.key(2), (*ids.shape, 128))
+    x, cotangent = rows_of(len(ids), 128, dtype), normal(2, (*ids.shape, 128))[0]
 
     def exact(x, experts):
         x, experts = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (x, experts))
         return IMPLEMENTATIONS["reference"](x, ids, experts, limit=limit)
 
-    def both(run):
-        out, vjp = jax.vjp(run, x, experts)
-        return jax.tree.leaves((out, vjp(cotangent.astype(out.dtype))))
+    def both(function):
+        def run(x, experts):
+            out, vjp = jax.vjp(function, x, experts)
+            return jax.tree.leaves((out, vjp(cotangent.astype(out.dtype))))
+
+        return jax.jit(run)(x, experts)
 
     kernel = kernel_of(name)
     tolerance = 0.03 if dtype == jnp.bfloat16 else 2e-5
@@ -299,12 +310,13 @@ def test_kernels_take_packed_experts_as_they_are(name):
         )
 
     experts = wide_experts(dtype)._replace(gate_up=packed(384, 128), down=packed(128, 192))
-    x, ids = jax.random.normal(jax.random.key(1), (7, 128)).astype(dtype), jnp.asarray(CASES["mixed"])
-    dense = experts._replace(gate_up=decode(experts.gate_up), down=decode(experts.down))
-    expected = IMPLEMENTATIONS["reference"](x.astype(jnp.float32), ids, dense, limit=LIMIT)
-    found = kernel_of(name)(x, ids, experts)
+    x, ids = rows_of(7, 128, dtype), jnp.asarray(CASES["mixed"])
+    dense = experts._replace(gate_up=decoded(experts.gate_up), down=decoded(experts.down))
+    reference = jax.jit(lambda x, experts: IMPLEMENTATIONS["reference"](x, ids, experts, limit=LIMIT))
+    expected = reference(x.astype(jnp.float32), dense)
+    found = jax.jit(kernel_of(name))(x, ids, experts)
     assert found.dtype == dtype
-    np.testing.assert_allclose(found.astype(jnp.float32), expected, atol=0.02 * float(jnp.abs(expected).max()))
+    np.testing.assert_allclose(np.asarray(found, np.float32), expected, atol=0.02 * np.abs(expected).max())
 
 
 # Bad input ------------------------------------------------------------------------------------------------------------
@@ -339,7 +351,7 @@ def test_every_refusal_is_told():
 def test_what_gpus_are_given_agrees_with_the_reference(tokens):
     """Few tokens are for `capacity` forwards; all gradients, and many tokens, for the loop over blocks."""
     ids = jnp.asarray(np.stack([np.arange(tokens) % 3, 3 + np.arange(tokens) % 2], axis=1))
-    x, experts = jax.random.normal(jax.random.key(1), (tokens, HIDDEN)), make_experts()
+    x, experts = rows_of(tokens), make_experts()
 
     def of(implementation):
         def loss(x, experts):
@@ -351,7 +363,8 @@ def test_what_gpus_are_given_agrees_with_the_reference(tokens):
     with lowering_for("gpu"), without_kernels():
         found = of(None)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        scale = float(jnp.abs(other).max())  # of each gradient's own: that of an empty expert is zero
+        one, other = np.asarray(one), np.asarray(other)
+        scale = np.abs(other).max()  # of each gradient's own: that of an empty expert is zero
         np.testing.assert_allclose(one / scale, other / scale, atol=2e-5)
 
 

@@ -1,5 +1,7 @@
 """The mixture on a mesh of virtual devices is the mixture on one device."""
 
+from functools import cache, partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from puzzle_jax.kernels.platform import lowering_for
 from puzzle_jax.kernels.route import Routing
 from puzzle_jax.model.sharding import make_mesh, make_training_mesh, rows_sharding
 from tests.kernels.marks import MIXTURES_ON_CPU
+from tests.support import normal
 
 EXPERTS, HIDDEN, INTER, TOKENS, LIMIT = 8, 32, 96, 21, 1.5
 
@@ -22,14 +25,11 @@ def loops_over_small_experts(monkeypatch):
     monkeypatch.setattr(expert_loop, "MIN_EXPERT_BYTES", 0)
 
 
+@cache
 def experts_of(dtype=jnp.float32) -> Experts:
-    keys = jax.random.split(jax.random.key(0), 4)
-    return Experts(
-        (jax.random.normal(keys[0], (EXPERTS, HIDDEN, 2 * INTER)) * 0.5).astype(dtype),
-        jax.random.normal(keys[1], (EXPERTS, 2 * INTER)).astype(dtype),
-        (jax.random.normal(keys[2], (EXPERTS, INTER, HIDDEN)) * 0.3).astype(dtype),
-        jax.random.normal(keys[3], (EXPERTS, HIDDEN)).astype(dtype),
-    )
+    shapes = (EXPERTS, HIDDEN, 2 * INTER), (EXPERTS, 2 * INTER), (EXPERTS, INTER, HIDDEN), (EXPERTS, HIDDEN)
+    values = zip(normal(0, *shapes), (0.5, 1.0, 0.3, 1.0), strict=True)
+    return Experts(*(jnp.asarray((scale * np.asarray(x)).astype(dtype)) for x, scale in values))
 
 
 ROUTES = {
@@ -41,8 +41,14 @@ ROUTES = {
 
 def given(route, dtype=jnp.float32):
     ids = jnp.asarray(ROUTES[route])
-    x = jax.random.normal(jax.random.key(1), (len(ids), HIDDEN)).astype(dtype)
-    return x, Routing(ids, jax.nn.softmax(jax.random.normal(jax.random.key(2), ids.shape)))
+    gates = np.exp(normal(2, ids.shape)[0])
+    gates = jnp.asarray(gates / gates.sum(axis=-1, keepdims=True))
+    return normal(1, (len(ids), HIDDEN), dtype=dtype)[0], Routing(ids, gates)
+
+
+# On one device; as programs, which are there sooner than their operations one by one.
+alone = jax.jit(partial(expert_mlp, limit=LIMIT, implementation="reference"))
+outputs_alone = jax.jit(partial(expert_outputs, limit=LIMIT, implementation="reference"))
 
 
 def on_mesh(mesh, implementation, way):
@@ -59,36 +65,42 @@ def on_mesh(mesh, implementation, way):
 )
 def test_every_way_gives_what_one_device_gives(way, route, implementation):
     x, routing = given(route)
-    expected = expert_mlp(x, routing, experts_of(), limit=LIMIT, implementation="reference")
+    expected = alone(x, routing, experts_of())
     found = on_mesh(make_mesh(2, 4), implementation, way)(x, routing, experts_of())
-    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5 * float(jnp.abs(expected).max()))
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5 * float(np.abs(expected).max()))
 
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_every_expert_s_own_output_is_that_of_one_device(route):
     x, routing = given(route)
-    expected = expert_outputs(x, routing.ids, experts_of(), limit=LIMIT, implementation="reference")
+    expected = outputs_alone(x, routing.ids, experts_of())
     apart = jax.jit(lambda x, ids, experts: expert_outputs(x, ids, experts, limit=LIMIT, mesh=make_mesh(2, 4)))
     found = apart(x, routing.ids, experts_of())
-    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5 * float(jnp.abs(expected).max()))
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5 * float(np.abs(expected).max()))
+
+
+def gradients(mesh, way):
+    x, routing = given("mixed")
+
+    def run(x, gates, experts):
+        out = expert_mlp(x, Routing(routing.ids, gates), experts, limit=LIMIT, mesh=mesh, way=way)
+        return jnp.sum(jnp.sin(out))
+
+    return jax.tree.leaves(jax.jit(jax.grad(run, (0, 1, 2)))(x, routing.gates, experts_of()))
+
+
+@pytest.fixture(scope="module")
+def gradients_alone():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(expert_loop, "MIN_EXPERT_BYTES", 0)
+        return gradients(None, None)
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("data,model", [(1, 8), (4, 2)])
-def test_gradients_are_those_of_one_device(way, data, model):
-    x, routing = given("mixed")
-
-    def loss(mesh, way):
-        def run(x, gates, experts):
-            out = expert_mlp(x, Routing(routing.ids, gates), experts, limit=LIMIT, mesh=mesh, way=way)
-            return jnp.sum(jnp.sin(out))
-
-        return jax.jit(jax.grad(run, (0, 1, 2)))(x, routing.gates, experts_of())
-
-    for found, expected in zip(
-        jax.tree.leaves(loss(make_mesh(data, model), way)), jax.tree.leaves(loss(None, None)), strict=True
-    ):
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * max(1.0, float(jnp.abs(expected).max())))
+def test_gradients_are_those_of_one_device(gradients_alone, way, data, model):
+    for found, expected in zip(gradients(make_mesh(data, model), way), gradients_alone, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * max(1.0, float(np.abs(expected).max())))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -103,11 +115,11 @@ def test_packed_experts_in_bfloat16(way):
     x, routing = given("mixed", jnp.bfloat16)
     gate_up, down = packed(2 * INTER, HIDDEN), packed(HIDDEN, INTER)
     experts = experts_of(jnp.bfloat16)._replace(gate_up=gate_up, down=down)
-    dense = experts._replace(gate_up=decode(gate_up), down=decode(down))
-    expected = expert_mlp(x.astype(jnp.float32), routing, dense, limit=LIMIT, implementation="reference")
+    dense = experts._replace(gate_up=jax.jit(decode)(gate_up), down=jax.jit(decode)(down))
+    expected = alone(x.astype(jnp.float32), routing, dense)
     found = on_mesh(make_mesh(2, 4), None, way)(x, routing, experts)
     assert found.dtype == jnp.bfloat16
-    np.testing.assert_allclose(found.astype(jnp.float32), expected, atol=0.02 * float(jnp.abs(expected).max()))
+    np.testing.assert_allclose(np.asarray(found, np.float32), expected, atol=0.02 * float(np.abs(expected).max()))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -149,10 +161,9 @@ ROWS = (4, 8)
 
 def in_rows(x, routing):
     """As many tokens as rows of the batch hold, [rows, positions, hidden], and their routing, row by row."""
-    turn = jnp.arange(ROWS[0] * ROWS[1]) % len(x)
-    return x[turn].reshape(*ROWS, HIDDEN) * jnp.linspace(0.5, 1.5, ROWS[1])[:, None], jax.tree.map(
-        lambda part: part[turn], routing
-    )
+    turn = np.arange(ROWS[0] * ROWS[1]) % len(x)
+    rows = np.asarray(x)[turn].reshape(*ROWS, HIDDEN) * np.linspace(0.5, 1.5, ROWS[1], dtype=np.float32)[:, None]
+    return jnp.asarray(rows), jax.tree.map(lambda part: jnp.asarray(np.asarray(part)[turn]), routing)
 
 
 def outputs_and_gradients(x, routing, mesh=None, way=None):
@@ -180,7 +191,7 @@ def test_several_data_axes(form, places):
         mesh = make_training_mesh(*sizes)
         placed = jax.device_put(x, rows_sharding(mesh)) if form == "rows" else x
         for one, other in zip(outputs_and_gradients(placed, routing, mesh, way), expected, strict=True):
-            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5 * max(1.0, float(jnp.abs(other).max())))
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5 * max(1.0, float(np.abs(other).max())))
 
 
 def test_rows_cut_along_positions_are_not_gathered():
@@ -199,16 +210,16 @@ def test_ways_by_size():
 
 def test_what_cannot_be_cut_is_refused_or_left_to_xla():
     x, routing = given("mixed")
-    few = jax.tree.map(lambda leaf: leaf[:6], experts_of())
-    clipped = Routing(routing.ids % 6, routing.gates)
+    few = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)[:6]), experts_of())
+    clipped = Routing(jnp.asarray(np.asarray(routing.ids) % 6), routing.gates)
     with pytest.raises(ValueError, match="6 experts cannot be cut for 4 devices of the axis 'model'"):
         mixture(x, clipped, few, lambda *_: x, lambda a, _: a, mesh=make_mesh(2, 4))
     with pytest.raises(ValueError, match="way is 'ring', but must be one of replicate, all_to_all"):
         expert_mlp(x, routing, experts_of(), limit=LIMIT, mesh=make_mesh(2, 4), way="ring")
-    expected = expert_mlp(x, clipped, few, limit=LIMIT)
+    expected = jax.jit(partial(expert_mlp, limit=LIMIT))(x, clipped, few)
     np.testing.assert_allclose(
         on_mesh(make_mesh(2, 4), None, None)(x, clipped, few),
         expected,
         rtol=2e-5,
-        atol=1e-5 * float(jnp.abs(expected).max()),
+        atol=1e-5 * float(np.abs(expected).max()),
     )

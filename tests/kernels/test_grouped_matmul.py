@@ -1,5 +1,7 @@
 """Grouped matmuls against a loop over rows: values, gradients, layouts, refusals. Kernels are interpreted."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,7 @@ from puzzle_jax.kernels.grouped_matmul import (
 from puzzle_jax.kernels.grouped_matmul.layout import num_blocks
 from puzzle_jax.kernels.mxfp4 import CODE_VALUES, MXFP4, code_values, decode
 from tests.kernels.marks import GPU
+from tests.support import normal
 
 EXPERTS, ROWS, INPUTS, OUTPUTS = 5, 71, 192, 320
 SIZES = {
@@ -29,7 +32,7 @@ KERNELS = ["looped", "mosaic_tpu", pytest.param("mosaic_gpu", marks=GPU)]
 
 
 def dense_weights(dtype=jnp.float32):
-    return jax.random.normal(jax.random.key(1), (EXPERTS, INPUTS, OUTPUTS)).astype(dtype)
+    return normal(1, (EXPERTS, INPUTS, OUTPUTS), dtype=dtype)[0]
 
 
 def packed_weights() -> MXFP4:
@@ -39,8 +42,11 @@ def packed_weights() -> MXFP4:
     return MXFP4(jnp.asarray(blocks, jnp.uint8), jnp.asarray(scales, jnp.uint8))
 
 
-def rows_of(dtype=jnp.float32):
-    return jax.random.normal(jax.random.key(0), (ROWS, INPUTS)).astype(dtype)
+def rows_of(dtype=jnp.float32, columns=INPUTS, used=ROWS):
+    """Rows that are no numbers from `used` on."""
+    rows = np.array(normal(0, (ROWS, columns), dtype=dtype)[0])
+    rows[used:] = np.nan
+    return jnp.asarray(rows)
 
 
 def by_hand(rows, weights, sizes) -> np.ndarray:
@@ -53,12 +59,18 @@ def by_hand(rows, weights, sizes) -> np.ndarray:
     return out
 
 
-def interpreted(kernel, rows, weights, sizes, block, **options):
+# Programs, which are there sooner than their operations one by one, and serve all cases of one shape.
+decoded = jax.jit(decode)
+by_implementation = jax.jit(grouped_matmul, static_argnames="implementation")
+
+
+@partial(jax.jit, static_argnames=("kernel", "block", "transposed"))
+def interpreted(kernel, rows, weights, sizes, block, transposed=False):
     """`grouped_matmul` by an interpreted kernel; what a kernel leaves unwritten must not get out."""
-    blocks = blocks_of(jnp.asarray(sizes), len(rows), block)
+    blocks = blocks_of(sizes, len(rows), block)
     padded = jnp.take(rows, blocks.source, axis=0, mode="fill", fill_value=0)
     run = BLOCK_IMPLEMENTATIONS[kernel]
-    out = run(padded, weights, blocks.expert, blocks.used, interpret=True, **options)
+    out = run(padded, weights, blocks.expert, blocks.used, interpret=True, transposed=transposed)
     out = jnp.where((jnp.arange(len(out)) < blocks.used * block)[:, None], out, jnp.nan)
     return jnp.take(out, blocks.slot, axis=0, mode="fill", fill_value=0)
 
@@ -75,9 +87,9 @@ def near(found, expected, dtype):
 def test_row_by_row(implementation, case, packed):
     weights = packed_weights() if packed else dense_weights()
     sizes = SIZES[case]
-    rows = rows_of().at[sum(sizes) :].set(jnp.nan) if implementation == "blocked" else rows_of()
-    found = grouped_matmul(rows, weights, jnp.asarray(sizes), implementation=implementation)
-    near(found, by_hand(rows, decode(weights) if packed else weights, sizes), jnp.float32)
+    rows = rows_of(used=sum(sizes)) if implementation == "blocked" else rows_of()
+    found = by_implementation(rows, weights, jnp.asarray(sizes), implementation=implementation)
+    near(found, by_hand(rows, decoded(weights) if packed else weights, sizes), jnp.float32)
 
 
 @pytest.mark.parametrize(
@@ -95,34 +107,30 @@ def test_row_by_row(implementation, case, packed):
 def test_interpreted_kernels_row_by_row(kernel, form, case):
     dtype, transposed = jnp.bfloat16 if kernel == "mosaic_gpu" else jnp.float32, "transposed" in form
     packed = packed_weights()
-    weights = decode(packed) if "packed" in form else dense_weights(dtype)
+    weights = np.asarray(decoded(packed) if "packed" in form else dense_weights(dtype))
     columns = OUTPUTS if form == "packed transposed" else INPUTS
-    rows = jax.random.normal(jax.random.key(0), (ROWS, columns)).astype(dtype)
+    rows, sizes = rows_of(dtype, columns, used=sum(SIZES[case])), jnp.asarray(SIZES[case])
     expected = by_hand(rows, weights.swapaxes(1, 2) if form == "packed transposed" else weights, SIZES[case])
-    given = packed if "packed" in form else weights.swapaxes(1, 2) if transposed else weights
-    rows = rows.at[sum(SIZES[case]) :].set(jnp.nan)
+    given = packed if "packed" in form else jnp.asarray(weights.swapaxes(1, 2) if transposed else weights)
     block = 64 if kernel == "mosaic_gpu" and form != "packed" else 16
-    found = interpreted(kernel, rows, given, SIZES[case], block, transposed=transposed)
+    found = interpreted(kernel, rows, given, sizes, block, transposed=transposed)
     near(found, expected, dtype)
 
 
 @pytest.mark.parametrize("inputs,outputs,block", [(96, 160, 16), (384, 1100, 8), (1536, 128, 24)])
 def test_tiles_that_do_not_divide_on_tpus(inputs, outputs, block):
     """All inputs in one tile, the last tile of outputs reaching out, several tiles of inputs; bfloat16 and packed."""
-    keys = jax.random.split(jax.random.key(2), 2)
-    rows = jax.random.normal(keys[0], (13, inputs)).astype(jnp.bfloat16)
-    weights = jax.random.normal(keys[1], (3, inputs, outputs)).astype(jnp.bfloat16)
-    near(interpreted("mosaic_tpu", rows, weights, [6, 0, 7], block), by_hand(rows, weights, [6, 0, 7]), jnp.bfloat16)
-    source = np.random.default_rng(3)
+    rows, back, weights = normal(2, (13, inputs), (13, outputs), (3, inputs, outputs), dtype=jnp.bfloat16)
+    source, sizes = np.random.default_rng(3), [6, 0, 7]
     packed = MXFP4(
         jnp.asarray(source.integers(0, 256, (3, outputs, inputs // 2)), jnp.uint8),
         jnp.asarray(source.integers(118, 130, (3, outputs, inputs // 32)), jnp.uint8),
     )
-    expected = by_hand(rows, decode(packed), [6, 0, 7])
-    near(interpreted("mosaic_tpu", rows, packed, [6, 0, 7], block), expected, jnp.bfloat16)
-    back = jax.random.normal(keys[0], (13, outputs)).astype(jnp.bfloat16)
-    expected = by_hand(back, decode(packed).swapaxes(1, 2), [6, 0, 7])
-    near(interpreted("mosaic_tpu", back, packed, [6, 0, 7], block, transposed=True), expected, jnp.bfloat16)
+    dense = np.asarray(decoded(packed))
+    run = partial(interpreted, "mosaic_tpu", sizes=jnp.asarray(sizes), block=block)
+    near(run(rows, weights), by_hand(rows, weights, sizes), jnp.bfloat16)
+    near(run(rows, packed), by_hand(rows, dense, sizes), jnp.bfloat16)
+    near(run(back, packed, transposed=True), by_hand(back, dense.swapaxes(1, 2), sizes), jnp.bfloat16)
 
 
 @pytest.mark.parametrize("block", [64, 16])
@@ -130,19 +138,19 @@ def test_tiles_that_do_not_divide_on_tpus(inputs, outputs, block):
 def test_gradients_are_those_of_the_reference(kernel, block):
     """On GPUs blocks of 16 rows are for packed weights alone, and their gradient is XLA's."""
     dtype = jnp.bfloat16 if kernel == "mosaic_gpu" else jnp.float32
-    sizes, cotangent = SIZES["rows that are nobody's"], jax.random.normal(jax.random.key(5), (ROWS, OUTPUTS))
+    sizes, cotangent = jnp.asarray(SIZES["rows that are nobody's"]), normal(5, (ROWS, OUTPUTS))[0]
 
     def loss(rows, weights, run):
         return jnp.sum(run(rows, weights).astype(jnp.float32) * cotangent)
 
     def reference(rows, weights):
-        return grouped_matmul(rows, weights, jnp.asarray(sizes), implementation="reference")
+        return grouped_matmul(rows, weights, sizes, implementation="reference")
 
     both = (packed_weights(),) if (kernel, block) == ("mosaic_gpu", 16) else (dense_weights(dtype), packed_weights())
     for weights in both:
         argnums = 0 if isinstance(weights, MXFP4) else (0, 1)
         found, expected = (
-            jax.tree.leaves(jax.grad(loss, argnums)(rows_of(dtype), weights, run))
+            jax.tree.leaves(jax.jit(partial(jax.grad(loss, argnums), run=run))(rows_of(dtype), weights))
             for run in (lambda r, w: interpreted(kernel, r, w, sizes, block), reference)
         )
         for one, other in zip(found, expected, strict=True):

@@ -1,5 +1,7 @@
 """Decoding against a cache by the kernels for Hopper GPUs and for TPUs, interpreted, against the reference."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -10,20 +12,33 @@ from puzzle_jax.kernels.decode_attention import decode_attention, mosaic_gpu, mo
 from puzzle_jax.kernels.decode_attention.reference import LayerCache
 from puzzle_jax.kernels.float8 import e4m3_values, encode_e4m3
 from tests.kernels.marks import GPU
+from tests.support import normal
 
 BATCH, KV_HEADS, GROUP, DIM = 2, 3, 5, 64
 
 
-def made_up(slots, packed, kv_heads=KV_HEADS):
-    keys = jax.random.split(jax.random.key(0), 4)
-    q = jax.random.normal(keys[0], (BATCH, kv_heads * GROUP, DIM)).astype(jnp.bfloat16)
-    k = jax.random.normal(keys[1], (BATCH, kv_heads, DIM, slots)).astype(jnp.bfloat16)
-    v = jax.random.normal(keys[2], (BATCH, kv_heads, slots, DIM)).astype(jnp.bfloat16)
-    sinks = jax.random.normal(keys[3], (kv_heads * GROUP,))
+# As programs, which are there sooner than their operations one by one.
+encode = jax.jit(encode_e4m3)
+reference = jax.jit(partial(decode_attention, implementation="reference"), static_argnames="window")
+reference_by_row = jax.jit(partial(decode_attention, implementation="reference"))
+
+
+def made_up(slots, packed, kv_heads=KV_HEADS, dtype=jnp.bfloat16):
+    shapes = (BATCH, kv_heads * GROUP, DIM), (BATCH, kv_heads, DIM, slots), (BATCH, kv_heads, slots, DIM)
+    q, k, v = normal(0, *shapes, dtype=dtype)
+    (sinks,) = normal(1, (kv_heads * GROUP,))
     if not packed:
         return (q, k, v, sinks), {}
     scales = {"k_scale": jnp.float32(0.015), "v_scale": jnp.float32(0.02)}
-    return (q, encode_e4m3(k, scales["k_scale"]), encode_e4m3(v, scales["v_scale"]), sinks), scales
+    return (q, encode(k, scales["k_scale"]), encode(v, scales["v_scale"]), sinks), scales
+
+
+def interpreted(kernel, q, k, v, sinks, positions, *, window, scales):
+    def run(q, k, v, sinks, positions, scales):
+        cache = LayerCache(k, v, **scales)
+        return kernel.decode_attention(q, cache, sinks, positions, window=window, interpret=True)
+
+    return jax.jit(run)(q, k, v, sinks, jnp.asarray(positions), scales)
 
 
 CASES = {
@@ -53,14 +68,13 @@ GPU_CASES = {  # of more slots than a TPU has in one tile, unless 128 divides th
 @pytest.mark.parametrize("packed", [False, True])
 def test_as_the_reference(kernel, case, packed):
     slots, window, positions = {**CASES, **GPU_CASES}[case]
-    window = jnp.asarray(window) if isinstance(window, list) else window
+    by_row = isinstance(window, list)
+    window = jnp.asarray(window) if by_row else window
     (q, k, v, sinks), scales = made_up(slots, packed, kv_heads=1 if slots > 1000 else KV_HEADS)
-    options = {"window": window, **scales}
-    found = kernel.decode_attention(
-        q, LayerCache(k, v, **scales), sinks, jnp.asarray(positions), window=window, interpret=True
-    )
-    q, k, v = (x if packed and x.dtype == jnp.uint8 else x.astype(jnp.float32) for x in (q, k, v))
-    expected = decode_attention(q, k, v, sinks, jnp.asarray(positions), **options, implementation="reference")
+    found = interpreted(kernel, q, k, v, sinks, positions, window=window, scales=scales)
+    q, k, v = (x if x.dtype == jnp.uint8 else jnp.asarray(np.asarray(x, np.float32)) for x in (q, k, v))
+    exact = reference_by_row if by_row else reference
+    expected = exact(q, k, v, sinks, jnp.asarray(positions), window=window, **scales)
     assert found.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(found, np.float32), expected, atol=1e-2)
 
@@ -68,11 +82,10 @@ def test_as_the_reference(kernel, case, packed):
 @pytest.mark.parametrize("slots", [96, 640])
 def test_float32_on_tpus(slots):
     """All slots in one tile, and tiles of 128; several of them beyond what is cached."""
-    (q, k, v, sinks), _ = made_up(slots, False)
-    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    given, _ = made_up(slots, False, dtype=jnp.float32)
     positions = jnp.asarray([slots + 3, 50])
-    found = mosaic_tpu.decode_attention(q, LayerCache(k, v), sinks, positions, window=64, interpret=True)
-    expected = decode_attention(q, k, v, sinks, positions, window=64, implementation="reference")
+    found = interpreted(mosaic_tpu, *given, positions, window=64, scales={})
+    expected = reference(*given, positions, window=64)
     np.testing.assert_allclose(found, expected, atol=2e-5)
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from puzzle_jax.kernels.route import mosaic_gpu, mosaic_tpu, reference, route, tally
 from tests.kernels.marks import GPU
+from tests.support import normal
 
 KERNELS = {"gpu": partial(mosaic_gpu.routed, interpret=True), "tpu": partial(mosaic_tpu.routed, interpret=True)}
 PLATFORMS = ["tpu", pytest.param("gpu", marks=GPU)]
@@ -16,31 +17,47 @@ PLATFORMS = ["tpu", pytest.param("gpu", marks=GPU)]
 
 def logits_of(tokens, experts):
     """Quarters, so that many are equal, and experts that are masked out."""
-    found = jnp.round(jax.random.normal(jax.random.key(tokens), (tokens, experts)) * 4) / 4
-    return jnp.where(jnp.arange(experts)[None] % 5 == jnp.arange(tokens)[:, None] % 7, -jnp.inf, found)
+    found = np.round(np.asarray(normal(tokens, (tokens, experts))[0]) * 4) / 4
+    return np.where(np.arange(experts)[None] % 5 == np.arange(tokens)[:, None] % 7, -np.inf, found).astype(np.float32)
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
 @pytest.mark.parametrize("tokens,experts,k", [(5, 7, 2), (70, 32, 4), (131, 150, 3)])
 def test_choices_gates_and_their_gradients(platform, tokens, experts, k):
     kernel, logits = KERNELS[platform], logits_of(tokens, experts)
-    ids, gates = tally.route(kernel, logits, k, None)
-    right_ids, right_gates = reference.route(logits, k, None)
+    replayed = np.argsort(-logits, axis=1, kind="stable")[:, :k][:, ::-1].astype(np.int32)
+    weights = np.cos(np.arange(tokens * k).reshape(tokens, k))
+
+    def both(run):
+        """Ids, gates and their gradients, of choices that are made and of those that are replayed."""
+
+        def ids_gates_and_gradient(logits, given):
+            def weighed(logits):
+                ids, gates = run(logits, k, given)
+                return jnp.sum(gates * weights), (ids, gates)
+
+            (_, found), gradient = jax.value_and_grad(weighed, has_aux=True)(logits)
+            return *found, gradient
+
+        program = jax.jit(lambda *given: [ids_gates_and_gradient(given[0], each) for each in (None, given[1])])
+        return program(jnp.asarray(logits), jnp.asarray(replayed))
+
+    of_kernel, right = both(partial(tally.route, kernel)), both(reference.route)
+    (ids, gates, _), (right_ids, right_gates, _) = of_kernel[0], right[0]
     np.testing.assert_array_equal(ids, right_ids)
+    np.testing.assert_array_equal(ids, replayed[:, ::-1])
     np.testing.assert_allclose(gates, right_gates, rtol=1e-5)
+    ids, gates, _ = of_kernel[1]
+    np.testing.assert_array_equal(ids, replayed)
+    np.testing.assert_allclose(gates, np.asarray(right_gates)[:, ::-1], rtol=1e-5)
+    for (*_, found), (*_, expected) in zip(of_kernel, right, strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-6)
 
-    replayed = right_ids[:, ::-1]
-    found = tally.route(kernel, logits, k, replayed)
-    np.testing.assert_array_equal(found[0], replayed)
-    np.testing.assert_allclose(found[1], right_gates[:, ::-1], rtol=1e-5)
 
-    weights = jnp.cos(jnp.arange(tokens * k).reshape(tokens, k))
-    for given in (None, replayed):
-        of_kernel, right = (
-            jax.grad(lambda x, run=run, given=given: jnp.sum(run(x, k, given)[1] * weights))(logits)
-            for run in (partial(tally.route, kernel), reference.route)
-        )
-        np.testing.assert_allclose(of_kernel, right, atol=1e-6)
+def orders(kernel, ids, experts, block):
+    """By the kernel and by the reference."""
+    runs = partial(tally.expert_order, kernel), reference.expert_order
+    return jax.jit(lambda ids: [run(ids, experts, block) for run in runs])(jnp.asarray(ids))
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
@@ -50,8 +67,7 @@ def test_pairs_lie_as_a_stable_sort_lays_them(platform, tokens, experts, k, bloc
     # Uneven: some experts have none. Every ninth token is nobody's, as others' are on a mesh.
     ids = np.argsort(source.random((tokens, experts)) * np.arange(1, experts + 1), axis=1)[:, :k]
     ids[4::9] = experts
-    found = tally.expert_order(KERNELS[platform], jnp.asarray(ids), experts, block)
-    expected = reference.expert_order(jnp.asarray(ids), experts, block)
+    found, expected = orders(KERNELS[platform], ids, experts, block)
     for name in expected._fields:
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), err_msg=name)
     assert int(found.used) * block >= tokens - len(ids[4::9])
@@ -59,9 +75,8 @@ def test_pairs_lie_as_a_stable_sort_lays_them(platform, tokens, experts, k, bloc
 
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_a_token_that_names_an_expert_twice_has_two_rows(platform):
-    ids = jnp.asarray([[2, 2, 0], [1, 2, 1], [0, 0, 0]])
-    found = tally.expert_order(KERNELS[platform], ids, 3, 4)
-    expected = reference.expert_order(ids, 3, 4)
+    ids = [[2, 2, 0], [1, 2, 1], [0, 0, 0]]
+    found, expected = orders(KERNELS[platform], ids, 3, 4)
     np.testing.assert_array_equal(found.slot, expected.slot)
     np.testing.assert_array_equal(found.group_sizes, [4, 2, 3])
 

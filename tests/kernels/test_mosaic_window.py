@@ -7,21 +7,26 @@ import pytest
 
 from puzzle_jax.kernels.window_attention import mosaic_gpu, mosaic_wide, splash, window_attention
 from tests.kernels.marks import GPU
+from tests.support import normal
 
 KERNELS = [pytest.param(mosaic_gpu, marks=GPU, id="mosaic_gpu"), pytest.param(splash, id="splash")]
 BATCH, SEQ, KV_HEADS, GROUP, DIM = 1, 150, 2, 3, 64  # the last of three tiles is short
 
 
 def made_up(seq=SEQ, batch=BATCH):
-    keys = jax.random.split(jax.random.key(0), 4)
-    q = jax.random.normal(keys[0], (batch, seq, KV_HEADS * GROUP, DIM))
-    k, v = (jax.random.normal(key, (batch, seq, KV_HEADS, DIM)) for key in keys[1:3])
-    sinks = jax.random.normal(keys[3], (KV_HEADS * GROUP,))
-    return (q.astype(jnp.bfloat16), k.astype(jnp.bfloat16), v.astype(jnp.bfloat16)), sinks
+    shapes = (batch, seq, KV_HEADS * GROUP, DIM), *[(batch, seq, KV_HEADS, DIM)] * 2
+    (q, k, v), (sinks,) = normal(0, *shapes, dtype=jnp.bfloat16), normal(1, (KV_HEADS * GROUP,))
+    return (q, k, v), sinks
 
 
 def exact(q, k, v):
-    return q.astype(jnp.float32), k.astype(jnp.float32), v.astype(jnp.float32)
+    q, k, v = (jnp.asarray(np.asarray(x, np.float32)) for x in (q, k, v))
+    return q, k, v
+
+
+def once(run, *given, **options):
+    """What it gives, as one program, which is there sooner than its operations one by one."""
+    return jax.jit(lambda *given: run(*given, **options))(*given)
 
 
 SEGMENTS = jnp.asarray([[0] * 70 + [1] * 13 + [2] * 67])
@@ -41,8 +46,8 @@ def test_values(kernel, case):
     window, segments = CASES[case]
     arrays, sinks = made_up()
     options = {"window": window, "segment_ids": segments}
-    found = kernel.window_attention(*arrays, sinks, **options, interpret=True)
-    expected = window_attention(*exact(*arrays), sinks, **options, implementation="reference")
+    found = once(kernel.window_attention, *arrays, sinks, **options, interpret=True)
+    expected = once(window_attention, *exact(*arrays), sinks, **options, implementation="reference")
     assert found.dtype == jnp.bfloat16 and found.shape == (BATCH, SEQ, KV_HEADS * GROUP, DIM)
     np.testing.assert_allclose(np.asarray(found, np.float32), expected, atol=2e-2)
 
@@ -52,7 +57,7 @@ def test_values(kernel, case):
 def test_gradients(kernel, case):
     window, segments = CASES[case]
     arrays, sinks = made_up()
-    cotangent = jax.random.normal(jax.random.key(9), (BATCH, SEQ, KV_HEADS * GROUP, DIM))
+    (cotangent,) = normal(9, (BATCH, SEQ, KV_HEADS * GROUP, DIM))
 
     def loss(run, *given):
         return jnp.sum(run(*given, window=window, segment_ids=segments).astype(jnp.float32) * cotangent)
@@ -63,9 +68,9 @@ def test_gradients(kernel, case):
     def reference(*given, **options):
         return window_attention(*given, **options, implementation="reference")
 
-    found = jax.grad(lambda *given: loss(interpreted, *given), (0, 1, 2, 3))(*arrays, sinks)
-    expected = jax.grad(lambda *given: loss(reference, *given), (0, 1, 2, 3))(*exact(*arrays), sinks)
-    for one, other in zip(found, expected, strict=True):
+    found = once(jax.grad(lambda *given: loss(interpreted, *given), (0, 1, 2, 3)), *arrays, sinks)
+    expected = once(jax.grad(lambda *given: loss(reference, *given), (0, 1, 2, 3)), *exact(*arrays), sinks)
+    for one, other in zip(found, map(np.asarray, expected), strict=True):
         largest = np.abs(other).max()
         np.testing.assert_allclose(np.asarray(one, np.float32) / largest, other / largest, atol=1e-2)
 
@@ -74,8 +79,8 @@ def test_gradients(kernel, case):
 def test_windows_that_are_data():
     arrays, sinks = made_up(batch=3)
     for window in (jnp.asarray([7, 65, 150]), jnp.asarray([80])):
-        found = mosaic_gpu.window_attention(*arrays, sinks, window=window, interpret=True)
-        expected = window_attention(*exact(*arrays), sinks, window=window, implementation="reference")
+        found = once(mosaic_gpu.window_attention, *arrays, sinks, window=window, interpret=True)
+        expected = once(window_attention, *exact(*arrays), sinks, window=window, implementation="reference")
         np.testing.assert_allclose(np.asarray(found, np.float32), expected, atol=2e-2)
 
 
@@ -93,8 +98,8 @@ def test_128_queries_to_a_program(monkeypatch, case):
     window, segments = WIDE[case]
     arrays, sinks = made_up(seq=300)  # the last of three blocks is short
     options = {"window": window, "segment_ids": segments}
-    found = mosaic_gpu.wide_attention(*arrays, sinks, **options, interpret=True)
-    expected = window_attention(*exact(*arrays), sinks, **options, implementation="reference")
+    found = once(mosaic_gpu.wide_attention, *arrays, sinks, **options, interpret=True)
+    expected = once(window_attention, *exact(*arrays), sinks, **options, implementation="reference")
     assert found.dtype == jnp.bfloat16 and found.shape == arrays[0].shape
     np.testing.assert_allclose(np.asarray(found, np.float32), expected, atol=2e-2)
 
@@ -131,7 +136,7 @@ def test_tiles_that_are_left_out_hold_nothing_that_is_seen(ordered):
     segments = np.sort(segments, axis=1) if ordered else segments
     widths = np.asarray([1, 70, tiles * tile])
     shape = mosaic_gpu.Shape(batch, tiles * tile, 2, 1, 64, True, True, False, False)
-    first, last = shape.bounds(jnp.asarray(segments), jnp.asarray(widths))
+    first, last = once(shape.bounds, jnp.asarray(segments), jnp.asarray(widths))
     query, key = (np.arange(tiles * tile).reshape(shape) for shape in ((-1, 1), (1, -1)))
     seen = (key <= query) & (key > query - widths[:, None, None]) & (segments[:, :, None] == segments[:, None])
     by_tile = seen.reshape(batch, tiles, tile, tiles, tile).any(axis=(2, 4))

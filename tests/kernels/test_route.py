@@ -42,7 +42,7 @@ def test_replayed_ids_keep_their_order_and_use_their_own_logits():
 
 
 def test_gates_are_differentiable():
-    gradient = jax.grad(lambda x: route(x, 2).gates[0, 0])(jnp.asarray([[1.0, 2.0, 0.0]]))
+    gradient = jax.jit(jax.grad(lambda x: route(x, 2).gates[0, 0]))(jnp.asarray([[1.0, 2.0, 0.0]]))
     gate = 1 / (1 + np.exp(-1.0))
     np.testing.assert_allclose(gradient, [[-gate * (1 - gate), gate * (1 - gate), 0.0]], atol=1e-6)
 
@@ -60,7 +60,7 @@ def test_every_pair_has_one_row_in_a_block_of_its_expert(tokens, k, experts, blo
     # Few distinct experts, so that some are empty and some crowded.
     pool = rng.choice(experts, size=max(k, experts // 2), replace=False)
     ids = np.stack([rng.choice(pool, size=k, replace=False) for _ in range(tokens)])
-    order = expert_order(jnp.asarray(ids), experts, block)
+    order = jax.jit(lambda ids: expert_order(ids, experts, block))(jnp.asarray(ids))
     source, slot = np.asarray(order.source), np.asarray(order.slot)
     np.testing.assert_array_equal(source[slot], np.arange(tokens * k))
     assert (source < tokens * k).sum() == tokens * k

@@ -29,6 +29,7 @@ from puzzle_jax.kernels.mxfp4 import MXFP4
 from puzzle_jax.kernels.platform import lowering_for
 from puzzle_jax.kernels.self_check import Trial, without_kernels
 from tests.kernels.marks import GPU
+from tests.support import normal
 
 ROWS = jnp.arange(12.0).reshape(4, 3) - 3.5
 
@@ -479,10 +480,10 @@ def test_routing(monkeypatch, name):
     logits = jnp.sin(jnp.arange(5 * 9.0).reshape(5, 9))
     found, choice = served(lambda logits: route.route(logits, 2).ids, logits)
     assert choice == name
-    np.testing.assert_array_equal(found, route.top_k_ids(logits, 2))
+    np.testing.assert_array_equal(found, jax.jit(lambda logits: route.top_k_ids(logits, 2))(logits))
     order, choice = served(lambda ids: route.expert_order(ids, 9, 4).slot, found)
     assert choice == name
-    np.testing.assert_array_equal(order, route.reference.expert_order(found, 9, 4).slot)
+    np.testing.assert_array_equal(order, jax.jit(lambda ids: route.reference.expert_order(ids, 9, 4).slot)(found))
     keys = [f"route {name} 7 tokens top 2 of 9", f"expert_order {name} 7 tokens top 2 of 9 blocks of 4"]
     assert list(self_check._verdicts) == keys
     assert [verdict.reason for verdict in self_check._verdicts.values()] == ["", ""]
@@ -519,32 +520,35 @@ def test_attention_is_cut_by_rows_and_heads_where_a_kernel_may_serve(monkeypatch
     monkeypatch.setitem(chunk_attention.IMPLEMENTATIONS, "mosaic_gpu", chunk)
     monkeypatch.setitem(window_attention.IMPLEMENTATIONS, "splash", kernel)
     monkeypatch.setitem(decode_attention.IMPLEMENTATIONS, "mosaic_tpu", decoding)
-    keys = jax.random.split(jax.random.key(0), 3)
-    q, k, v = (jax.random.normal(key, (6, 10, heads, 8)) for key, heads in zip(keys, (12, 4, 4), strict=True))
-    sinks, segments = jnp.arange(12.0), jnp.cumsum(jnp.arange(60).reshape(6, 10) % 7 == 0, axis=1)
+    q, k, v = normal(0, (6, 10, 12, 8), (6, 10, 4, 8), (6, 10, 4, 8))
+    sinks, segments = jnp.arange(12.0), jnp.asarray(np.cumsum(np.arange(60).reshape(6, 10) % 7 == 0, axis=1))
     for window in (4, jnp.arange(1, 7)):
+        by_reference = partial(window_attention.reference.window_attention, window=window, segment_ids=segments)
+        expected = jax.jit(by_reference)(q, k, v, sinks)
         for mesh_of in (None, mesh):
             with jax.set_mesh(mesh) if mesh_of else jax.disable_jit(False):
                 attend = partial(window_attention.window_attention, window=window, segment_ids=segments, mesh=mesh_of)
                 found = jax.jit(attend)(q, k, v, sinks)
-            expected = window_attention.reference.window_attention(q, k, v, sinks, window=window, segment_ids=segments)
             np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
             assert seen[-1] == ((3, 10, 6, 8) if mesh_of else (6, 10, 12, 8))
-    rings = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
-    given = q[:, 3], *rings, sinks, jnp.asarray([0, 3, 9, 9, 5, 12])
+    of_rows = tuple(map(np.asarray, (q, k, v)))
+    rings = jnp.asarray(of_rows[1].transpose(0, 2, 3, 1)), jnp.asarray(of_rows[2].transpose(0, 2, 1, 3))
+    given = jnp.asarray(of_rows[0][:, 3]), *rings, sinks, jnp.asarray([0, 3, 9, 9, 5, 12])
     scales = {"k_scale": jnp.float32(0.5), "v_scale": jnp.float32(2)}
     with jax.set_mesh(mesh):
         attend = partial(decode_attention.decode_attention, window=jnp.arange(2, 8), **scales, mesh=mesh)
         found = jax.jit(attend)(*given)
     assert seen[-1] == (3, 6, 8)
     cache = decode_attention.LayerCache(*rings, **scales)
-    expected = decode_attention.reference.decode_attention(q[:, 3], cache, *given[3:], window=jnp.arange(2, 8))
+    by_reference = partial(decode_attention.reference.decode_attention, window=jnp.arange(2, 8))
+    expected = jax.jit(by_reference)(given[0], cache, *given[3:])
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     new = q[:, :4], rings[0][..., :4], rings[1][:, :, :4]
+    by_reference = partial(chunk_attention.reference.chunk_attention, window=jnp.arange(2, 8))
     for start in (jnp.int32(7), jnp.asarray([0, 3, 9, 10, 5, 12])):
         with jax.set_mesh(mesh):
             attend = partial(chunk_attention.chunk_attention, window=jnp.arange(2, 8), **scales, mesh=mesh)
             found = jax.jit(attend)(*new, *rings, sinks, start)
         assert seen[-1] == (3, 4, 6, 8)
-        expected = chunk_attention.reference.chunk_attention(*new, cache, sinks, start, window=jnp.arange(2, 8))
+        expected = jax.jit(by_reference)(*new, cache, sinks, start)
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)

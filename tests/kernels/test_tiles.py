@@ -1,6 +1,7 @@
 """The table of tile sizes: what serves for which device and size, and who asks."""
 
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from puzzle_jax.kernels import tiles
 from puzzle_jax.kernels.grouped_matmul import BLOCK_ROWS, grouped_matmul, mosaic_tpu
 from puzzle_jax.kernels.platform import lowering_for
+from tests.support import normal
 
 
 @pytest.fixture
@@ -46,10 +48,10 @@ def test_entries_are_those_of_the_device_that_is_lowered_for(table):
 
 def test_tables_change_how_and_not_what(table):
     assert BLOCK_ROWS["blocked"](100, 5) == 24
-    rows, weights = jax.random.normal(jax.random.key(0), (100, 24)), jax.random.normal(jax.random.key(1), (5, 24, 7))
-    sizes = jnp.asarray([30, 0, 41, 9, 20])
-    found = grouped_matmul(rows, weights, sizes, implementation="blocked")
-    expected = grouped_matmul(rows, weights, sizes, implementation="reference")
+    given = *normal(0, (100, 24), (5, 24, 7)), jnp.asarray([30, 0, 41, 9, 20])
+    found, expected = (
+        jax.jit(partial(grouped_matmul, implementation=name))(*given) for name in ("blocked", "reference")
+    )
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 

@@ -144,22 +144,22 @@ def test_experts_that_are_too_many_to_be_decoded_together_are_decoded_one_at_a_t
     rng = np.random.default_rng(2)
     x = jnp.asarray(rng.normal(size=(24, CONFIG.hidden_size)), jnp.float32)
     ids = jnp.asarray(np.stack([rng.permutation(16)[:2] for _ in range(24)]), jnp.int32)
-    expected = expert_outputs(x, ids, own, limit=CONFIG.swiglu_limit)
-    monkeypatch.setattr(mxfp4, "MOST_DECODED", mxfp4.MOST_DECODED)
     size = 16 * 3 * 64 * 32 * 4
 
-    def total(x):
-        return jnp.sum(expert_outputs(x, ids, packed, limit=CONFIG.swiglu_limit) ** 2)
+    def outputs(experts, x):
+        return expert_outputs(x, ids, experts, limit=CONFIG.swiglu_limit)
 
+    def gradient(experts):
+        return jax.jit(jax.grad(lambda x: jnp.sum(outputs(experts, x) ** 2)))(x)
+
+    expected, wanted = jax.jit(partial(outputs, own))(x), gradient(own)
     for most, serving in ((size, "capacity"), (size - 1, "looped")):
         monkeypatch.setattr(mxfp4, "MOST_DECODED", most)
         with recording() as choices:
-            found = expert_outputs(x, ids, packed, limit=CONFIG.swiglu_limit)
+            found = jax.jit(partial(outputs, packed))(x)
         assert choices[-1].chosen == serving
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
-        gradient = jax.grad(total)(x)
-        want = jax.grad(lambda x: jnp.sum(expert_outputs(x, ids, own, limit=CONFIG.swiglu_limit) ** 2))(x)
-        np.testing.assert_allclose(gradient, want, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(gradient(packed), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_a_large_head_that_is_narrow_is_cast_part_by_part(both, monkeypatch):

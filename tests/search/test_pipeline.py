@@ -13,75 +13,19 @@ import numpy as np
 import pytest
 
 from puzzle_jax.convert_hf.configuration.config_json import is_plain
-from puzzle_jax.convert_hf.export import save_checkpoint
 from puzzle_jax.convert_hf.load import load_checkpoint
 from puzzle_jax.costs.roofline import Roofline
 from puzzle_jax.costs.table import read_costs
 from puzzle_jax.errors import PuzzleWarning
 from puzzle_jax.evaluate.accuracy import answer_questions
 from puzzle_jax.generate.traces import read_traces, write_traces
-from puzzle_jax.search.__main__ import main
-from puzzle_jax.search.hours import left
 from puzzle_jax.search.hours.measured import read_measured
 from puzzle_jax.search.pipeline import STAGE_NAMES
-from puzzle_jax.tasks.chat.embedded import chat_files
 from tests.compiler_flags import EIGHT_DEVICES, QUICK
-from tests.support import chat_config, random_params
+from tests.search.toy_search import SETTINGS, TIMELESS, save_parent, search
 from tests.waiting import HANG
 
 SLOW = pytest.mark.slow
-SETTINGS = [
-    *(
-        "--traces.tasks",
-        '["chain"]',
-        "--traces.calibration",
-        "3",
-        "--traces.validation",
-        "2",
-        "--traces.confirmation",
-        "2",
-        "--traces.heldout",
-        "2",
-    ),
-    *("--traces.max_tokens", "{low: 5, medium: 6, high: 7}", "--traces.batch_size", "9"),
-    *("--space.fractions", "[1, 0.75, 0.5]", "--space.windows", "[24]"),
-    *(
-        "--scenario.name",
-        "chat",
-        "--scenario.input_tokens",
-        "40",
-        "--scenario.output_tokens",
-        "8",
-        "--scenario.batch",
-        "3",
-    ),
-    *("--target.max_expert_bytes_ratio", "0.8", "--target.min_speedup", "1.0"),
-    *("--solve.solutions", "3", "--evaluate.problems", "2", "--evaluate.rounds", "2", "--costs", "roofline"),
-    *("--score.tokens_per_batch", "256"),
-    *("--scenario.hardware", "h100"),
-]
-
-
-@pytest.fixture(scope="module")
-def parent(tmp_path_factory) -> Path:
-    config = chat_config()
-    out = tmp_path_factory.mktemp("parent") / "checkpoint"
-    save_checkpoint(out, config, random_params(config, 0), config_base={}, extra_files=chat_files())
-    return out
-
-
-def search(parent: Path, run: Path, *arguments: str) -> int:
-    stage = [arguments[0]] if arguments and arguments[0] in STAGE_NAMES else []
-    return main([*stage, "--parent", str(parent), "--run", str(run), *SETTINGS, *arguments[len(stage) :]])
-
-
-@pytest.fixture(scope="module")
-def finished(parent, tmp_path_factory) -> Path:
-    run = tmp_path_factory.mktemp("search") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(left, "_SHORT_SECONDS", 0.0)  # the time left is told from the first stage on
-        assert search(parent, run) == 0
-    return run
 
 
 def test_every_stage_leaves_its_file(finished):
@@ -239,16 +183,6 @@ def test_eight_devices_choose_what_one_does(finished, parent, tmp_path):
     assert one == eight
 
 
-@pytest.fixture(scope="module")
-def timeless(finished, parent, tmp_path_factory) -> Path:
-    """The same search without measured speeds, so that running it again gives the same files."""
-    run = tmp_path_factory.mktemp("timeless") / "run"
-    shutil.copytree(finished, run)
-    assert search(parent, run, *TIMELESS) == 0
-    return run
-
-
-TIMELESS = ("--evaluate.rounds", "0")
 KILLED = ("traces", "refine", "child", "evaluate", "report")
 MOMENTS = [(stage, share) for stage in KILLED for share in (0.0, 0.4, 0.8)]
 
@@ -267,7 +201,8 @@ def test_a_search_that_is_killed_ends_with_the_same_files(timeless, parent, tmp_
     ahead = directories[directories.index(stage) :]
     shutil.copytree(timeless, run, ignore=shutil.ignore_patterns(*ahead, "*-book.safetensors"))
     seconds = json.loads((timeless / stage / "stage.json").read_text())["seconds"]
-    command = [sys.executable, "-m", "puzzle_jax.search", "--parent", str(parent), "--run", str(run)]
+    search_of = ["tests.processes.program", "puzzle_jax.search"]
+    command = [sys.executable, "-m", *search_of, "--parent", str(parent), "--run", str(run)]
     process = subprocess.Popen([*command, *SETTINGS, *TIMELESS], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and not list(run.glob(f".{stage}.partial-*")):
         time.sleep(0.002)
@@ -510,8 +445,7 @@ def test_a_damaged_parent_is_refused_before_anything_is_written(parent, tmp_path
 
 def test_a_directory_of_another_run_is_refused_and_kept(finished, parent, tmp_path, capsys):
     other = tmp_path / "other"
-    config = chat_config()
-    save_checkpoint(other, config, random_params(config, 1), config_base={}, extra_files=chat_files())
+    save_parent(other, seed=1)
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}

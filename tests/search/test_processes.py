@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from puzzle_jax.convert_hf.export import save_checkpoint
 from puzzle_jax.errors import PuzzleWarning
 from puzzle_jax.evaluate.accuracy import answer_questions
 from puzzle_jax.generate.traces import read_traces
@@ -21,11 +20,10 @@ from puzzle_jax.search.__main__ import main
 from puzzle_jax.search.artifacts import SCORE_TABLE
 from puzzle_jax.search.parent import warn_of_undivided
 from puzzle_jax.search.pipeline import STAGE_NAMES
-from puzzle_jax.tasks.chat.embedded import chat_files
 from tests.compiler_flags import QUICK
 from tests.processes.start import ended, running
-from tests.search.test_pipeline import SETTINGS, TIMELESS
-from tests.support import chat_config, random_params
+from tests.search.toy_search import SETTINGS, TIMELESS, save_parent
+from tests.support import chat_config
 
 PROGRAM = "puzzle search"
 SLOW = pytest.mark.slow
@@ -33,23 +31,19 @@ OWN_DEVICES = 2
 
 
 @pytest.fixture(scope="module")
-def parents(tmp_path_factory) -> list[Path]:
+def parents(parent, tmp_path_factory) -> list[Path]:
     """Two parents whose files have the same sizes."""
-    config, root = chat_config(), tmp_path_factory.mktemp("parents")
-    for seed in range(2):
-        params = random_params(config, seed)
-        save_checkpoint(root / f"of-{seed}", config, params, config_base={}, extra_files=chat_files())
-    sizes = [{file.name: file.stat().st_size for file in (root / f"of-{seed}").iterdir()} for seed in range(2)]
+    other = tmp_path_factory.mktemp("parents") / "other"
+    save_parent(other, seed=1)
+    sizes = [{file.name: file.stat().st_size for file in of.iterdir()} for of in (parent, other)]
     assert sizes[0] == sizes[1]
-    return [root / "of-0", root / "of-1"]
+    return [parent, other]
 
 
 @pytest.fixture(scope="module")
-def alone(parents, tmp_path_factory) -> Path:
+def alone(timeless) -> Path:
     """The run of one process on one device."""
-    run = tmp_path_factory.mktemp("alone") / "run"
-    assert main(arguments(parents[0], run)) == 0
-    return run
+    return timeless
 
 
 def arguments(parent: Path, run: Path, *more: str, stage: str = "all") -> list[str]:

@@ -3,7 +3,6 @@
 The signal comes so many seconds after the metrics of the first step from STEP on were written; with 0, at once.
 """
 
-import gc
 import os
 import signal
 import sys
@@ -12,9 +11,10 @@ from collections.abc import Mapping
 
 from puzzle_jax.train.__main__ import main
 from puzzle_jax.train.metrics import MetricsLog
+from tests.processes.program import compile_quickly
 
 if __name__ == "__main__":
-    gc.set_threshold(50_000, 20, 20)  # as in tests.processes.program
+    compile_quickly()
     number, first, seconds = getattr(signal, sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
     write, struck = MetricsLog.write, threading.Event()
 

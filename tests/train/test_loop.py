@@ -73,9 +73,12 @@ def test_a_run_logs_evaluates_and_keeps_checkpoints(tmp_path):
     trained = run(out, console=console)
     assert (trained.step, trained.resumed_from, trained.preempted) == (20, 0, False)
     logged = lines(out)
+    first, *logged = logged
+    assert set(first) == {"step", "evaluation/error"} and first["step"] == 0
     assert [line["step"] for line in logged] == [3, 5, 6, 9, 10, 12, 15, 18, 20]
     names = {"step", "loss", "absolute", "grad_norm", "learning_rate", "skipped"}
     assert set(logged[0]) == names and set(logged[1]) == names | {"evaluation/error"}
+    assert logged[1]["evaluation/error"] < first["evaluation/error"]
     assert logged[-1] == {name: value for name, value in trained.metrics.items() if name != "seconds_per_step"}
     assert logged[-1]["loss"] < logged[0]["loss"] and logged[-1]["evaluation/error"] < logged[1]["evaluation/error"]
     assert (trained.best_step, trained.best_metric) == (20, logged[-1]["evaluation/error"])
@@ -83,12 +86,12 @@ def test_a_run_logs_evaluates_and_keeps_checkpoints(tmp_path):
     assert any((out / "tensorboard").iterdir())
     again = run(out)  # nothing is left to do
     assert bits(again.state) == bits(trained.state) and again.resumed_from == 20
-    assert again.metrics == trained.metrics and lines(out) == logged
-    assert (bits(trained.state), logged) == whole()
+    assert again.metrics == trained.metrics and lines(out) == [first, *logged]
+    assert (bits(trained.state), [first, *logged]) == whole()
 
 
 def test_the_best_checkpoint_stays(tmp_path):
-    errors = iter([3.0, 1.0, 2.0, float("nan")])
+    errors = iter([0.5, 3.0, 1.0, 2.0, float("nan")])  # what is before the first step has no checkpoint
     trained = run(tmp_path / "run", toy_job(evaluate=lambda state: {"error": next(errors)}))
     # Evaluations that are the best so far make a checkpoint, at 5 and 10; what is no number is never best.
     assert steps_in(tmp_path / "run") == [10, 16, 20]
@@ -216,7 +219,7 @@ def poisoned(*numbers):
 def test_skipped_steps_are_logged_and_too_many_in_a_row_end_the_run(tmp_path):
     trained = run(tmp_path / "few", toy_job(poisoned(2, 3, 5, 7, 8)))
     assert trained.step == 20
-    skipped = [(line["step"], line["loss"]) for line in lines(tmp_path / "few") if line["skipped"]]
+    skipped = [(line["step"], line["loss"]) for line in lines(tmp_path / "few") if line.get("skipped")]
     assert skipped == [(step, None) for step in (2, 3, 5, 7, 8)]
     with pytest.raises(PuzzleError, match="not finite in 3 steps in a row, up to step 10"):
         run(tmp_path / "many", toy_job(poisoned(4, 5, *range(8, 20))))
@@ -238,7 +241,36 @@ def test_data_that_ends_or_fails_ends_the_run_in_place(tmp_path):
     with pytest.raises(ValueError, match="bad row"):
         run(tmp_path / "bad", toy_job(Stream(fail)))
     assert steps_in(tmp_path / "bad") == [4, 5]
+    assert [line["step"] for line in lines(tmp_path / "bad")] == [0, 3, 5]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
+
+
+def test_the_step_before_one_that_raises_is_logged(tmp_path):
+    step, made = toy_job().step, []
+
+    def failing(state, fixed, batch):
+        if len(made) == 7:
+            raise ValueError("out of memory")
+        made.append(step(state, fixed, batch))
+        return made[-1]
+
+    with pytest.raises(ValueError, match="out of memory"):
+        run(tmp_path / "run", toy_job(step=failing))
+    found = lines(tmp_path / "run")
+    assert [line["step"] for line in found] == [0, 3, 5, 6, 7]  # 7 is no step that is logged by itself
+    assert found[-1]["loss"] == float(made[-1][1]["loss"])
+
+
+def test_a_run_that_begins_anew_has_one_step_0(tmp_path):
+    def die(number):
+        if number == 2:
+            raise ValueError("killed")
+
+    with pytest.raises(ValueError, match="killed"):
+        run(tmp_path / "run", toy_job(Stream(die)))
+    assert lines(tmp_path / "run")[0]["step"] == 0 and not steps_in(tmp_path / "run")
+    run(tmp_path / "run")
+    assert lines(tmp_path / "run") == whole()[1]
 
 
 def test_batches_are_placed_in_the_thread_that_makes_them(tmp_path):

@@ -9,8 +9,8 @@ from puzzle_jax.kernels.grouped_matmul.layout import Blocks, blocks_of
 from puzzle_jax.kernels.shapes import Array, Float, Ids
 
 FEW_PAIRS = 4096
-"""Pairs up to which a sum and a sort take the place of scatters: XLA for CPUs compiles a scatter anew in every layer, for
-longer than so few pairs ever take, and runs it faster where there are many."""
+"""Pairs up to which a sum and a sort take the place of scatters: XLA for CPUs compiles a scatter anew in every layer,
+which takes longer than so few pairs ever do, and runs it faster where there are many."""
 
 ITERATED_ARGMAX_LIMIT = 8  # up to here k passes of argmax beat a sort on CPU
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Console
+
 from puzzle_jax.consoles import plain_console
 from puzzle_jax.errors import MOST_TOGETHER, ConfigError, check_range
 from puzzle_jax.evaluate.accuracy import QuestionSet
@@ -63,25 +65,25 @@ class AverageSettings(Asked):
         check_range("batch_size", self.batch_size, 1, MOST_TOGETHER)
 
 
-def run(settings: AverageSettings) -> None:
-    """Averages, with a weight that is given or found.
+def run(settings: AverageSettings, console: Console | None = None) -> None:
+    """Averages, with a weight that is given or found, and prints to the terminal.
 
     Raises PuzzleError for whatever cannot be used, before weights are averaged and anything is written.
     """
-    console = plain_console(stderr=True)
+    console = console or plain_console(stderr=True)
     pair = Pair.open(settings.a, settings.b)
     others = {"A": settings.a, "B": settings.b} | ({"reference": settings.reference} if settings.reference else {})
     check_out(settings.out, others)
     weight, sweep = settings.weight, _sweep(settings, pair) if settings.weights else None
     console.print(f"{len(pair.differing)} parameters differ, and are averaged", highlight=False)
-    found = None
+    found = scales = None
     if sweep is not None:
         swept = run_sweep(pair, sweep, console)
         console.print(swept.table())
-        weight, found = swept.choice.weight, swept.record()
+        weight, found, scales = swept.choice.weight, swept.record(), swept.scales
         console.print(f"weight {weight:g}: {swept.choice.why}", highlight=False)
     assert weight is not None
-    write_average(pair, weight, settings.out, sweep=found)
+    write_average(pair, weight, settings.out, sweep=found, scales=scales)
     console.print(f"average with weight {weight:g}: {settings.out}", highlight=False, soft_wrap=True)
 
 

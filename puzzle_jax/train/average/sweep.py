@@ -6,6 +6,8 @@ efforts. The standard error is that of the difference to the most accurate weigh
 in `evaluate.statistics`. Without a reference no answer is too long. Where all weights' answers are longer than the
 reference's, the shortest are taken.
 
+The scales of the chosen average's FP8 cache are calibrated on its own answers.
+
 Problems come from the split "confirmation", which training and the choice of its checkpoints do not see.
 Left out: meshes, and weights between those that are named.
 """
@@ -28,8 +30,11 @@ from puzzle_jax.errors import ConfigError, check_range
 from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions, check_context, unscored_note
 from puzzle_jax.evaluate.models import Model
 from puzzle_jax.evaluate.statistics import Summary, by_effort, means, resample, summarise
+from puzzle_jax.generate.batches import micro_batches
+from puzzle_jax.generate.calibrate import calibrate_cache
 from puzzle_jax.generate.traces import Trace
 from puzzle_jax.kernels.mxfp4 import MXFP4
+from puzzle_jax.model.cache_format import KVScales
 from puzzle_jax.model.network import compute_dtype, to_compute
 from puzzle_jax.model.spec import Params
 from puzzle_jax.model.weights import stays_packed
@@ -38,6 +43,8 @@ from puzzle_jax.tasks import Chat
 from puzzle_jax.train.average.weights import Pair
 
 SPLIT = "confirmation"
+CALIBRATION_ANSWERS = 256
+"""Answers, about, on which the scales of the chosen average's FP8 cache are found."""
 REFERENCE = "reference"
 _DRAWS, _DRAW_SEED = 2000, 0
 
@@ -169,8 +176,8 @@ class Sweep:
             check_context(asked, model.chat, model.config, limits, f"the reference {reference}")
         return sweep
 
-    def answers(self, params: Params, config: ModelConfig, chat: Chat, who: str, console: Console) -> Measured:
-        """What a model answers."""
+    def answers(self, params: Params, config: ModelConfig, chat: Chat, who: str, console: Console) -> list[Trace]:
+        """A model's answers to all questions."""
         params = _in_compute_form(params, config)
         with progress(console, f"answering, {who}", len(self.questions.questions())) as advance:
             found = answer_questions(
@@ -185,17 +192,19 @@ class Sweep:
             )
         if note := unscored_note(found):
             console.print(f"{who}: {note}", highlight=False, soft_wrap=True)
-        return Measured.of(found, self.questions.efforts)
+        return found
 
 
 @dataclass(frozen=True)
 class Swept:
-    """The answers of every weight in a sweep, those of the reference where there is one, and the choice."""
+    """What every weight of a sweep answered, and the reference where there is one; the choice, and the scales of the
+    chosen average's FP8 cache."""
 
     sweep: Sweep
     points: Mapping[float, Measured]
     reference: Measured | None
     choice: Choice
+    scales: KVScales
 
     def record(self) -> dict[str, object]:
         """For provenance.json."""
@@ -235,18 +244,23 @@ class Swept:
 
 
 def run_sweep(pair: Pair, sweep: Sweep, console: Console) -> Swept:
-    """Asks the reference and every weight's average, one after the other, and chooses."""
+    """Asks the reference and every weight's average, one after the other, chooses, and calibrates."""
+    questions = sweep.questions
     reference = None
     if (model := sweep.reference) is not None:
         loaded = load_checkpoint(model.description.directory).params
-        reference = sweep.answers(loaded, model.config, model.chat, REFERENCE, console)
+        answers = sweep.answers(loaded, model.config, model.chat, REFERENCE, console)
+        reference = Measured.of(answers, questions.efforts)
         del loaded  # before A comes
     loaded, config = load_checkpoint(pair.ours.directory).params, pair.ours.config
-    points = {
+    answered = {
         weight: sweep.answers(pair.params(loaded, weight), config, sweep.chat, f"{weight:g}", console)
         for weight in sweep.weights
     }
-    questions = sweep.questions
+    points = {weight: Measured.of(found, questions.efforts) for weight, found in answered.items()}
     tasks = [problem.task for problem, effort in questions.questions() if effort == questions.efforts[0]]
     limit = None if reference is None else reference.overall.mean_tokens
-    return Swept(sweep, points, reference, choose(points, tasks, limit))
+    choice = choose(points, tasks, limit)
+    some = answered[choice.weight][:: max(1, len(answered[choice.weight]) // CALIBRATION_ANSWERS)]
+    params = _in_compute_form(pair.params(loaded, choice.weight), config)
+    return Swept(sweep, points, reference, choice, calibrate_cache(params, config, micro_batches(some)))

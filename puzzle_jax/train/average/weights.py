@@ -9,10 +9,11 @@ they do not come from one start. It is averaged in float32 and rounded once, to 
 experts are packed. A weight of 0 or 1 copies all tensors of A or B. One tensor, of experts one matrix, is in memory at
 a time.
 
-The scales of an FP8 cache are the larger ones of A and B: keys and values of the same inputs then lie between those of
+The scales of an FP8 cache are calibrated anew where a sweep has answers of the average (`train.average.sweep`). Without
+one they are the larger ones of A and B: keys and values of the same inputs then lie between those of
 A and B, and a scale that is somewhat too large costs e4m3 next to nothing, while one that is too small cuts values off.
 
-Left out: more than two checkpoints, weights by layer, and recalibrated scales, which would need answers.
+Left out: more than two checkpoints, and weights by layer.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from puzzle_jax.config import ModelConfig
 from puzzle_jax.convert_hf.describe import Description, describe_checkpoint
 from puzzle_jax.convert_hf.export import PROVENANCE, Origin, export_child
 from puzzle_jax.convert_hf.kv_scales import StoredScales
-from puzzle_jax.convert_hf.load import build_params
+from puzzle_jax.convert_hf.load import build_params, known_scales
 from puzzle_jax.convert_hf.table import ParamPath, TensorSpec, checkpoint_tensors
 from puzzle_jax.convert_hf.tensors import mxfp4
 from puzzle_jax.convert_hf.tensors.files import CHUNK_BYTES, StoredTensor, read_json
@@ -210,7 +211,7 @@ class Pair:
 
     def kv_scales(self, weight: float) -> StoredScales | None:
         """Of an FP8 cache: those of A or of B at the ends, else the larger ones of what there is."""
-        found = [_scales(*one) for one in zip((self.ours, self.theirs), self.records, strict=True)]
+        found = [known_scales(described) for described in (self.ours, self.theirs)]
         if weight in (0, 1):
             return found[int(weight)]
         present = [scales for scales in found if scales is not None]
@@ -230,7 +231,14 @@ def check_out(out: Path, others: Mapping[str, Path]) -> None:
         raise ConfigError(f"out is {out}, which exists and holds no average; name another directory or empty it")
 
 
-def write_average(pair: Pair, weight: float, out: Path, *, sweep: Mapping[str, object] | None = None) -> None:
+def write_average(
+    pair: Pair,
+    weight: float,
+    out: Path,
+    *,
+    sweep: Mapping[str, object] | None = None,
+    scales: KVScales | None = None,
+) -> None:
     """Writes the average; a run that was killed goes on when it is called again with the same arguments.
 
     Args:
@@ -238,12 +246,13 @@ def write_average(pair: Pair, weight: float, out: Path, *, sweep: Mapping[str, o
       weight: of B.
       out: the directory to make; an earlier average there is replaced.
       sweep: how the weight was chosen, for the record.
+      scales: of the average's FP8 cache; None: those of A and B.
 
     Raises PuzzleError where `out` holds something else, and where values of A or B are no finite numbers.
     """
     check_out(out, dict(zip("AB", pair.directories, strict=True)))
     base = pair.theirs if weight == 1 else pair.ours  # at the ends, whose bytes are copied, nothing is averaged
-    config, scales = base.config, pair.kv_scales(weight)
+    config, stored = base.config, None if scales is not None else pair.kv_scales(weight)
     first, _ = pair.records
     averaged: dict[str, object] = {"of": [str(directory) for directory in pair.directories], "weight": weight}
     for name in _HISTORY:
@@ -261,7 +270,7 @@ def write_average(pair: Pair, weight: float, out: Path, *, sweep: Mapping[str, o
             AVERAGED: averaged,
         },
         dense_delta=None if weight in (0, 1) else pair.delta(weight),
-        kv_scales=None if scales is None else KVScales(*map(jnp.asarray, scales)),
+        kv_scales=scales if stored is None else KVScales(*map(jnp.asarray, stored)),
         origin=pair.origins[0]._replace(trained=pair.trained),
         replace=out.exists() and _is_average(out),
     )
@@ -316,19 +325,6 @@ def _origin(directory: Path, record: Mapping[str, Any], config: ModelConfig) -> 
     if origin is None or not all(isinstance(name, str) for name in origin.trained):
         raise PuzzleError(f"{directory / PROVENANCE} does not list kept_experts and the names of trained parameters")
     return origin
-
-
-def _scales(described: Description, record: Mapping[str, Any]) -> StoredScales | None:
-    """Of a checkpoint, or of its record where it is plain `gpt_oss`, which carries none."""
-    if described.kv_scales is not None or record.get("kv_scales") is None:
-        return described.kv_scales
-    try:
-        recorded = np.asarray([record["kv_scales"][kind] for kind in "kv"], np.float32)
-    except (KeyError, TypeError, ValueError):
-        recorded = np.zeros(0, np.float32)
-    if recorded.shape != (2, described.config.num_layers) or not (np.isfinite(recorded) & (recorded > 0)).all():
-        raise PuzzleError(f"{described.directory / PROVENANCE}: kv_scales must hold one number per layer for k and v")
-    return recorded
 
 
 def _same(ours: StoredTensor, theirs: StoredTensor) -> bool:

@@ -2,8 +2,8 @@
 
 Problems come from the split "training", which shares none with the splits of a search; see
 `evaluate.accuracy.QuestionSet` for what it shares with the evaluation of a user's own file of prompts. The file appears
-when all answers are there. Left out: going on after an interrupt, and several processes; give each a seed and a file of
-its own.
+when all answers are there; `puzzle run` goes on after an interrupt from the answers that there were. Left out: several
+processes; give each a seed and a file of its own.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -20,6 +21,7 @@ from rich.table import Table
 from puzzle_jax.consoles import plain_console
 from puzzle_jax.errors import MOST_TOGETHER, ConfigError, PuzzleError, check_range
 from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions, check_context, unscored_note
+from puzzle_jax.evaluate.journal import journaled_answers
 from puzzle_jax.evaluate.models import Model
 from puzzle_jax.evaluate.settings import Asked
 from puzzle_jax.evaluate.statistics import summarise
@@ -60,8 +62,12 @@ class AnswersSettings(Asked):
         self.mesh.check_without("train traces", "sequence", "processes")
 
 
-def run(settings: AnswersSettings, console: Console | None = None) -> None:
+def run(settings: AnswersSettings, console: Console | None = None, journal: Path | None = None) -> None:
     """Asks, and writes the file.
+
+    Args:
+      journal: a file that keeps answers as they come, and those of an earlier call with the same settings are taken
+        from; None keeps none.
 
     Raises PuzzleError for whatever cannot be used, before any weight is read.
     """
@@ -77,8 +83,8 @@ def run(settings: AnswersSettings, console: Console | None = None) -> None:
         if isinstance(get_task(name), FiniteTask):
             console.print(f"{name}: evaluate asks all its rows, so evaluate what learns from it on another file")
 
-    with progress(console, "answering", len(asked)) as advance:
-        traces = answer_questions(
+    def ask(**changes: Any) -> list[Trace]:
+        return answer_questions(
             model.params,
             model.config,
             model.chat,
@@ -87,8 +93,14 @@ def run(settings: AnswersSettings, console: Console | None = None) -> None:
             temperature=settings.temperature,
             slots=settings.batch_size,
             mesh=mesh,
-            on_answer=lambda *_: advance(1),
+            **changes,
         )
+
+    with progress(console, "answering", len(asked)) as advance:
+        if journal is None:
+            traces = ask(on_answer=lambda *_: advance(1))
+        else:
+            traces = journaled_answers(journal, asked, ask, on_answers=advance)
     beside = settings.out.with_name(f".{settings.out.stem}{PARTIAL}{os.getpid()}{settings.out.suffix}")
     write_traces(beside, traces)
     beside.replace(settings.out)

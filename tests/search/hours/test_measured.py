@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from puzzle_jax.compiling import compile_seconds
 from puzzle_jax.costs.hardware import HARDWARE
 from puzzle_jax.errors import PuzzleError
-from puzzle_jax.search.hours.compiling import compile_seconds
 from puzzle_jax.search.hours.measured import HOURS_FILE, MeasuredSearch, StageHours, read_measured
 
 MEASURED = MeasuredSearch(

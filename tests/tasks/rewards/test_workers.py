@@ -27,7 +27,7 @@ TOO_LONG = Reward(None, "took longer than 3 s")
 BEHAVIOURS = """
 from __future__ import annotations
 
-import os, re, signal, subprocess, sys, time
+import ctypes, os, signal, subprocess, sys, time
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar
@@ -99,7 +99,7 @@ def alarms():
 WAYS = {
     "raises": raises, "silent": silent, "wordy": wordy, "interrupts": interrupts, "recurses": recurses,
     "leaves": lambda: sys.exit(4), "exits": lambda: os._exit(3), "killed": lambda: os.kill(os.getpid(), 9),
-    "hangs": lambda: time.sleep(3600), "hangs in C": lambda: re.match("(a+)+$", "a" * 60 + "b"),
+    "hangs": lambda: time.sleep(3600), "hangs in C": lambda: ctypes.PyDLL(None).sleep(3600),  # and keeps the GIL
     "starts another": starts_another,
     "leaves a daemon": leaves_a_daemon, "prints": prints, "reads": reads, "forks": forks, "alarms": alarms,
     "nan": lambda: float("nan"), "inf": lambda: -np.inf, "none": lambda: None, "text": lambda: "1",

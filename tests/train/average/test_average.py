@@ -20,6 +20,8 @@ from puzzle_jax.convert_hf.table import checkpoint_tensors
 from puzzle_jax.convert_hf.tensors import mxfp4
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions
+from puzzle_jax.generate.batches import micro_batches
+from puzzle_jax.generate.calibrate import calibrate_cache
 from puzzle_jax.generate.traces import Trace
 from puzzle_jax.model.cache_format import KVScales
 from puzzle_jax.model.network import to_compute
@@ -443,7 +445,16 @@ def test_a_sweep_asks_every_weight_and_writes_one(root, tmp_path, capsys):
     assert (sweep["split"], sweep["problems"], sweep["max_tokens"]) == ("confirmation", 2, {"low": 4})
     assert found["weight"] == sweep["chosen"] == 0.5  # none is ever right, and the first of the shortest is taken
     write_average(Pair.open(root / "a", root / "b"), 0.5, tmp_path / "alone")
-    assert stored_bytes(out) == stored_bytes(tmp_path / "alone")
+    alone, wanted = stored_bytes(tmp_path / "alone"), stored_bytes(out)
+    scales = {name for name in wanted if name.endswith("_scale")}
+    assert {name: wanted[name] for name in wanted if name not in scales} == {
+        name: alone[name] for name in alone if name not in scales
+    }
+    # The scales are those of the average's own answers, not the larger ones of a and b.
+    params, chat = DENSE(load_checkpoint(out).params, jnp.dtype("float32")), Chat.load(out)
+    answers = answer_questions(params, PRUNED, chat, questions, max_tokens={"low": 4})
+    own = np.asarray(calibrate_cache(params, PRUNED, micro_batches(answers)), np.float32)
+    assert np.array_equal(np.asarray([record(out)["kv_scales"][kind] for kind in "kv"], np.float32), own)
     assert "average with weight 0.5" in capsys.readouterr().err
 
 
@@ -497,9 +508,9 @@ def test_a_sweep_without_a_reference_has_no_limit(root, tmp_path, monkeypatch):
         ["0.75", "25.0% / 3.0", "25.0% / 6.0", "25.0% / 4.5"],
     ]
     wrong = measured_as(np.zeros(8, bool), 9)
-    referred = average_sweep.Swept(sweep, found.points, found.points[0.0], found.choice)
+    referred = average_sweep.Swept(sweep, found.points, found.points[0.0], found.choice, found.scales)
     assert shown(referred)[1:] == [
         ["0.75", "25.0% / 3.0", "25.0% / 6.0", "25.0% / 4.5", "33.3% / 33.3%"],
         ["reference", "75.0% / 9.0", "75.0% / 18.0", "75.0% / 13.5", "100.0% / 100.0%"],
     ]
-    assert shown(average_sweep.Swept(sweep, found.points, wrong, found.choice))[0][-1] == "- / 150.0%"
+    assert shown(average_sweep.Swept(sweep, found.points, wrong, found.choice, found.scales))[0][-1] == "- / 150.0%"

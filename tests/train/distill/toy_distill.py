@@ -83,8 +83,8 @@ def distiller(directory: Path, run: str = "nowhere", **changes) -> Distiller:
 
 
 def metrics(out: Path) -> list[dict]:
-    """Lines of metrics.jsonl without times."""
-    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    """Lines of metrics.jsonl without times, but for the evaluation before the first step."""
+    lines = [line for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if line["step"]]
     return [{name: value for name, value in line.items() if name != "seconds_per_step"} for line in lines]
 
 

@@ -53,7 +53,10 @@ def finished(directory, drawn_figures) -> Path:
 
 
 def all_lines(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    """Lines of steps; before them there is an evaluation."""
+    first, *lines = (json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines())
+    assert first["step"] == 0 and all(name == "step" or name.startswith("evaluation/") for name in first)
+    return lines
 
 
 def shown(out: Path, step: int) -> list[Transcript]:

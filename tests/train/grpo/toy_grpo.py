@@ -96,8 +96,8 @@ def arguments(directory: Path, out: Path, **changes) -> list[str]:
 
 
 def metrics(out: Path) -> list[dict]:
-    """Lines of metrics.jsonl without times."""
-    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    """Lines of metrics.jsonl without times, but for the evaluation before the first step."""
+    lines = [line for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if line["step"]]
     return [{name: value for name, value in line.items() if not name.endswith(TIMES)} for line in lines]
 
 

@@ -352,6 +352,42 @@ def test_the_parent_answers_and_the_answers_train(parent, tmp_path):
     assert batch.weights.sum() > 0
 
 
+def test_answers_that_are_in_the_journal_are_not_asked_again(parent, tmp_path, monkeypatch):
+    given = parse(
+        VERBS["traces"],
+        [
+            *("--parent", str(parent), "--out", str(tmp_path / "one.parquet"), "--problems", "2"),
+            *(
+                "--tasks",
+                "add",
+                "--efforts",
+                "low",
+                "high",
+                "--max-tokens",
+                '{"low": 4, "high": 6}',
+                "--batch-size",
+                "3",
+            ),
+        ],
+    )
+    console, journal = Console(width=150, file=io.StringIO()), tmp_path / "kept" / "answers.jsonl"
+    traces_command.run(given, console, journal)
+    lines = journal.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 4
+    journal.write_bytes(b"".join(lines[:3]) + lines[3][:20])  # killed while it wrote the last one
+    asked = []
+    ask = traces_command.answer_questions
+
+    def counted(*given, skip, **options):
+        asked.append(skip)
+        return ask(*given, skip=skip, **options)
+
+    monkeypatch.setattr(traces_command, "answer_questions", counted)
+    traces_command.run(dataclasses.replace(given, out=tmp_path / "two.parquet"), console, journal)
+    assert [len(skip) for skip in asked] == [3]
+    assert read_traces(tmp_path / "two.parquet") == read_traces(tmp_path / "one.parquet")
+
+
 def test_bad_options_are_one_sentence_before_any_work(parent, tmp_path):
     there = tmp_path / "there.jsonl"
     there.write_text("")

@@ -13,7 +13,7 @@ import pytest
 
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.runs import open_run
-from puzzle_jax.search.stages import Stage, StageResult, edited_output
+from puzzle_jax.stages import Stage, StageResult, edited_output
 
 PARENT = {"parent": "tiny", "sha256": "ab"}
 
@@ -111,7 +111,7 @@ def test_a_stage_that_fails_leaves_the_earlier_state(run, error):
 KILLED = """
     import sys, time
     from pathlib import Path
-    from puzzle_jax.search.stages import Stage
+    from puzzle_jax.stages import Stage
 
     def produce(context, directory, kept):
         (directory / "out.txt").write_text("half")
@@ -221,7 +221,7 @@ def test_directories_that_are_no_run_or_another_one_are_refused(tmp_path, run):
 
 
 def test_large_inputs_are_known_by_size_time_and_ends(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("puzzle_jax.search.stages._WHOLE_HASH_BYTES", 1 << 20)
+    monkeypatch.setattr("puzzle_jax.stages._WHOLE_HASH_BYTES", 1 << 20)
     source = tmp_path / "weights.bin"
     source.write_bytes(b"a" * (3 << 20))
     produce = Produce()

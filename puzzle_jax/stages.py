@@ -29,13 +29,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Generic, TypeVar
 
 from puzzle_jax.codec import from_plain
+from puzzle_jax.compiling import compile_seconds
 from puzzle_jax.errors import PuzzleError, check_range, shown
 from puzzle_jax.files import PARTIAL, naming, read_object
 from puzzle_jax.runs import RUN_FILE, canonical, difference, locked, version, write_json
-from puzzle_jax.search.hours.compiling import compile_seconds
 
 STAGE_FILE = "stage.json"
-_REPLACED, _KEPT = ".replaced-", ".kept-"
+_REPLACED, KEPT = ".replaced-", ".kept-"
 # Files above this size are known by size, time of change, and their first and last megabyte.
 _WHOLE_HASH_BYTES = 64 << 20
 
@@ -99,7 +99,7 @@ class Stage(Generic[Context]):
                 return StageResult(self.name, final, key, record.seconds, True, "", record.compile_seconds)
             _refuse_foreign(final, record, self.name)
             unfinished = final.with_name(f".{final.name}{PARTIAL}{os.getpid()}")
-            kept = final.with_name(f".{final.name}{_KEPT}{_short_hash(key, version('jax'))}")
+            kept = final.with_name(f".{final.name}{KEPT}{_short_hash(key, version('jax'))}")
             start, compiled = time.perf_counter(), compile_seconds()
             try:
                 with naming(final):
@@ -167,7 +167,7 @@ def _clear_leftovers(final: Path) -> None:
 
 def _drop_kept(final: Path) -> None:
     """Removes the intermediate results of a stage that is done."""
-    for path in final.parent.glob(f".{final.name}{_KEPT}*"):
+    for path in final.parent.glob(f".{final.name}{KEPT}*"):
         shutil.rmtree(path, ignore_errors=True)
 
 

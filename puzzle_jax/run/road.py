@@ -1,0 +1,48 @@
+"""The context that the stages of a run share: settings, directory and models. `run.places` says where files lie."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from puzzle_jax.consoles import plain_console
+from puzzle_jax.convert_hf.describe import describe_checkpoint
+from puzzle_jax.convert_hf.tensors.fingerprint import fingerprint_of
+from puzzle_jax.processes.distributed import on_primary, primary_console, process_index
+from puzzle_jax.run.places import ANSWERS, CHILD, MADE
+from puzzle_jax.run.settings import RunSettings
+from puzzle_jax.runs import open_run
+
+
+class Road:
+    """One run in one directory, which all processes reach.
+
+    Raises `PuzzleError` for a parent that is no checkpoint, and a directory that holds something else.
+    """
+
+    def __init__(self, settings: RunSettings, console: Console | None = None) -> None:
+        self.settings, self.run, self.primary = settings, settings.run, process_index() == 0
+        self.console = primary_console(console or plain_console(width=150))
+        on_primary("open the run", lambda: open_run(self.run, run_identity(settings.parent)))
+
+    @property
+    def answers(self) -> Path:
+        """The parent's answers."""
+        return self.run / "traces" / ANSWERS
+
+    def child_of(self, stage: str) -> Path:
+        """The checkpoint that a stage has made."""
+        return self.run / stage / CHILD
+
+    @property
+    def models(self) -> dict[str, Path]:
+        """Checkpoints of the last table by name: the parent, with its control, and the child after each stage."""
+        control = {"control": self.child_of("control")} if self.settings.control else {}
+        made = {name: self.child_of(stage) for name, stage in MADE.items()}
+        return {"parent": self.settings.parent, **control, **made}
+
+
+def run_identity(parent: Path) -> dict[str, str]:
+    """The identity of a run's directory: the content of the parent's weights."""
+    return {"kind": "road", "parent": fingerprint_of(describe_checkpoint(parent))}
