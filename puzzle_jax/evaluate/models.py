@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +23,7 @@ from puzzle_jax.errors import PuzzleError
 from puzzle_jax.model.cache_format import FLOAT8, CacheFormat
 from puzzle_jax.model.network import compute_dtype
 from puzzle_jax.model.spec import Params
-from puzzle_jax.model.weights import check_stored, stays_packed
+from puzzle_jax.model.weights import check_stored, device_memory, stays_packed, weight_bytes
 from puzzle_jax.tasks import Chat
 
 CHAT_FILES = (
@@ -32,6 +33,15 @@ CHAT_FILES = (
     "tokenizer_config.json",
     "chat_template.jinja",
 )
+
+
+_ROOM = 0.8
+"""Share of a device's memory for weights and caches; the rest is for what programs take."""
+
+
+def fit_together(models: Iterable[Model], cache_bytes: int) -> bool:
+    """Returns whether a device holds the weights of all models beside so many bytes of caches."""
+    return sum(model.bytes for model in models) + cache_bytes <= _ROOM * device_memory()
 
 
 @dataclass(frozen=True)
@@ -80,6 +90,15 @@ class Model:
     def params(self) -> Params:
         """Weights to compute with in `compute_dtype`, packed or dense, spread over the mesh where there is one."""
         return load_weights(self.description, self.mesh, self.weights)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of `params` on one device."""
+        return weight_bytes(self.config, compute_dtype(), self.mesh, packed=self.packed)
+
+    def release(self) -> None:
+        """Lets the weights go, which are loaded again when they are needed."""
+        self.__dict__.pop("params", None)
 
     def cache_format(self, dtype: str) -> CacheFormat:
         """The cache of keys and values in this dtype; float8 has the checkpoint's own scales where there are any."""

@@ -31,7 +31,7 @@ from puzzle_jax.errors import PuzzleError
 from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions, check_context, unscored_note
 from puzzle_jax.evaluate.comparison import analyse
 from puzzle_jax.evaluate.journal import Key, journaled_answers, question_key
-from puzzle_jax.evaluate.models import Model
+from puzzle_jax.evaluate.models import Model, fit_together
 from puzzle_jax.evaluate.settings import Settings
 from puzzle_jax.evaluate.speeds import Speeds, device, measure_speeds, plan_slots, plan_workloads
 from puzzle_jax.evaluate.throughput import Spread
@@ -69,7 +69,12 @@ class Evaluation:
         """Does what is missing, and returns the content of evaluation.json."""
         out = open_run(self.settings.out, self._identity(), SETTINGS_FILE, date=self.date.isoformat())
         with locked(out, SETTINGS_FILE):
-            answers = {name: self._answer(model) for name, model in self.models.items()}
+            together = fit_together(self.models.values(), self.settings.cache_memory)
+            answers = {}
+            for name, model in self.models.items():
+                answers[name] = self._answer(model)
+                if not together:
+                    model.release()
             content = self._results(answers, self._measure(answers))
             text = json.dumps(content, indent=1, allow_nan=False) + "\n"
             write_beside(out / "evaluation.json", text.encode())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import jax
 
 from puzzle_jax.codec import from_plain, to_plain
 from puzzle_jax.errors import ConfigError, PuzzleError, check_range
-from puzzle_jax.evaluate.models import Model
+from puzzle_jax.evaluate.models import Model, fit_together
 from puzzle_jax.evaluate.settings import Settings
 from puzzle_jax.evaluate.throughput import Workload, fixed_lengths, largest_batch, own_lengths, timed_rounds
 from puzzle_jax.files import parse_json, read_bytes
@@ -112,27 +112,45 @@ def measure_speeds(
     path: Path,
     advance: Callable[[int], None],
 ) -> Speeds:
-    """Runs the rounds that are missing in the file `path`, and adds each to it as soon as every model has run.
+    """Runs the rounds that are missing in the file `path`, and adds each to it as soon as it has run.
+
+    All models take turns within a round where the device holds them together. Where it does not, each runs all of its
+    rounds before the next is loaded, so that a device that drifts between them favours one.
 
     `advance` is called with runs done, of `len(workloads) * len(models) * (rounds + 1)`.
     """
-    kept = _kept(path)
-    speeds: dict[str, dict[str, list[float]]] = {}
+    found = {name: _done(_kept(path), _key(name, of, settings), of, rounds, path) for name, of in workloads.items()}
+    for done in (rates for by_model in found.values() for rates in by_model.values()):
+        advance(len(done) + (len(done) == rounds))
+    together = fit_together(models.values(), settings.cache_memory)
+    groups = [list(models)] if together else [[name] for name in models]
     with open_to_append(path) as file:
-        for name, by_model in workloads.items():
-            key = _key(name, by_model, settings)
-            done = [row.tokens_per_second for row in kept if row.key == key][:rounds]
-            if any(set(row) != set(by_model) for row in done):
-                raise PuzzleError(f"{path} holds rounds of {name!r} without all models; remove the file")
-            advance(len(models) * (len(done) + (len(done) == rounds)))
-            # Weights are read only where there is something to run.
-            weights = {m: (models[m].params, models[m].config) for m in by_model} if len(done) < rounds else {}
-            for rates in timed_rounds(weights, by_model, range(len(done), rounds), on_run=lambda: advance(1)):
-                file.write(json.dumps(to_plain(Round(key, name, rates))) + "\n")
-                file.flush()
-                done.append(rates)
-            speeds[name] = {model: [row[model] for row in done] for model in by_model}
-    return speeds
+        for names in groups:
+            for name, by_model in workloads.items():
+                done = found[name]
+                first = min(len(done[model]) for model in names)
+                if any(len(done[model]) != first for model in names):
+                    raise PuzzleError(f"{path} holds rounds of {name!r} without all models; remove the file")
+                # Weights are read only where there is something to run.
+                weights = {m: (models[m].params, models[m].config) for m in names} if first < rounds else {}
+                of_group = {model: by_model[model] for model in names}
+                for rates in timed_rounds(weights, of_group, range(first, rounds), on_run=lambda: advance(1)):
+                    file.write(json.dumps(to_plain(Round(_key(name, by_model, settings), name, rates))) + "\n")
+                    file.flush()
+                    for model, rate in rates.items():
+                        done[model].append(rate)
+                weights.clear()
+            if not together:
+                models[names[0]].release()
+    return found
+
+
+def _done(kept: Sequence[Round], key: str, models: Collection[str], rounds: int, path: Path) -> dict[str, list[float]]:
+    """Tokens per second by model in the rounds of an earlier run."""
+    rows = [row.tokens_per_second for row in kept if row.key == key]
+    if any(not set(row) <= set(models) for row in rows):
+        raise PuzzleError(f"{path} holds rounds of other models; remove the file")
+    return {model: [row[model] for row in rows if model in row][:rounds] for model in models}
 
 
 def device() -> str:

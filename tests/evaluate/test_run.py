@@ -11,6 +11,7 @@ from rich.console import Console
 
 from puzzle_jax.convert_hf.export import save_checkpoint
 from puzzle_jax.evaluate import journal, speeds, throughput
+from puzzle_jax.evaluate import models as evaluated_models
 from puzzle_jax.evaluate import run as run_module
 from puzzle_jax.evaluate.__main__ import main
 from puzzle_jax.evaluate.run import Evaluation
@@ -172,6 +173,42 @@ def test_an_interrupted_measurement_keeps_its_rounds(finished, models, tmp_path,
     # Other scenarios of the same models are measured beside those that are there.
     assert evaluate(models, out, scenarios="tiny=9:3,wide=12:2") == 0
     assert len(ran) == 27 + 2 + 3 * 2
+
+
+def test_models_that_do_not_fit_together_are_measured_one_after_the_other(finished, models, tmp_path, monkeypatch):
+    out, loaded, ran = tmp_path / "out", [], []
+    shutil.copytree(finished, out)
+    (out / "throughput.jsonl").unlink()
+    monkeypatch.setattr("puzzle_jax.evaluate.models.device_memory", lambda: 1)  # which holds nothing twice
+    load = evaluated_models.load_weights
+
+    def counted(description, *given):
+        loaded.append(description.directory.name)
+        return load(description, *given)
+
+    def seconds(*_):
+        ran.append(1)
+        if (
+            len(ran) == 15
+        ):  # 3 workloads of a first run and 3 rounds of the parent, a first run and 1 round of the child
+            raise KeyboardInterrupt
+        return float(len(ran))
+
+    monkeypatch.setattr(evaluated_models, "load_weights", counted)
+    monkeypatch.setattr(throughput, "_seconds", seconds)
+    assert evaluate(models, out) == 130
+    rows = [json.loads(line) for line in (out / "throughput.jsonl").read_text().splitlines()]
+    assert [(row["workload"], *row["tokens_per_second"]) for row in rows] == [
+        *[(workload, "parent") for workload in ("tiny", "low", "high") for _ in range(3)],
+        ("tiny", "child"),
+    ]
+    assert loaded == ["parent", "child"]
+    assert evaluate(models, out) == 0
+    assert loaded == ["parent", "child", "child"] and len(ran) == 15 + (1 + 2) + 2 * (1 + 3)
+    throughputs = json.loads((out / "evaluation.json").read_text())["throughput"]["workloads"]
+    measured = [json.loads(line) for line in (out / "throughput.jsonl").read_text().splitlines()]
+    of_child = [row["tokens_per_second"]["child"] for row in measured if "child" in row["tokens_per_second"]]
+    assert throughputs["tiny"]["child"]["tokens_per_second"]["median"] == sorted(of_child[:3])[1]
 
 
 @pytest.mark.parametrize(
