@@ -57,7 +57,7 @@ _TASKS, _PROBLEMS = 64, 2000
 _STEP_TOKENS, _PASSES, _STEPS = 1 << 18, 4, 20
 """Tokens of a step of distillation at most, passes over the answers, and steps at least."""
 
-_ROUNDED = 128
+_ROUNDED, _MOST_TOGETHER = 128, 256
 _CACHE_SHARE = 0.4
 """Share of the memory beside the weights that caches of answers may take."""
 
@@ -254,8 +254,14 @@ class _Derived:
 
     @cached_property
     def limits(self) -> dict[str, int]:
-        """The limit of an answer by effort."""
-        return dict(self.known("max_tokens"))
+        """The limit of an answer by effort. Raises `ConfigError` for an effort without one."""
+        found = dict(self.known("max_tokens"))
+        for effort in self.efforts:
+            if effort not in found:
+                raise ConfigError(
+                    f"max_tokens has no limit for effort {effort!r}; give each of efforts one, or a number"
+                )
+        return found
 
     @cached_property
     def prompt_tokens(self) -> int:
@@ -329,13 +335,10 @@ class _Derived:
         """Tokens of the longest prompt with the longest answer."""
         return self.prompt_tokens + max(self.limits[effort] for effort in self.efforts)
 
-    @cached_property
-    def cache_memory(self) -> int:
-        """Bytes for caches of answers, on all devices that a stage generates on."""
-        devices, memory = self.machine
-        devices = max(devices, self.known("mesh.data", 1) * self.known("mesh.model", 1))
+    def _cache_memory(self, devices: int) -> int:
+        """Bytes for caches of answers on so many devices, which hold the weights once."""
         weights = sum(spec.nbytes for spec in self.description.tensors.values())
-        return max(0, int(_CACHE_SHARE * (devices * memory - weights)))
+        return max(1, int(_CACHE_SHARE * (devices * self.machine[1] - weights)))
 
     def _sizes(self) -> None:
         """Rows, batches and steps: what fits the context and the memory."""
@@ -362,19 +365,19 @@ class _Derived:
             self.put(f"{name}.loop.evaluate_every", 25)
         self.put("length.loss.length_bonus", 0.3, "right answers earn more the shorter they are")
         self.put("length.loss.length_penalty", 0.1)
-        together = self._together()
         why = f"caches of {self.longest:,} tokens in {_CACHE_SHARE:.0%} of the memory beside the weights"
+        together = self._together(self.known("mesh.data", 1) * self.known("mesh.model", 1))
         for name in ("search.traces.batch_size", "traces.batch_size", "accuracy.rollout.slots", "length.rollout.slots"):
             self.put(name, together, why)
         for name in ("average.batch_size", "evaluate.slots"):
-            self.put(name, together, why)
-        self.put("evaluate.cache_memory", max(1, self.cache_memory), why)
+            self.put(name, self._together(1), f"{why}, on one device")
+        self.put("evaluate.cache_memory", self._cache_memory(1), f"{_CACHE_SHARE:.0%} of one device's, likewise")
         self.put("evaluate.scenarios", {self.scenario.name: self._measured_lengths()})
 
-    def _together(self) -> int:
-        """Answers that are generated together."""
+    def _together(self, devices: int) -> int:
+        """Answers that are generated together on so many devices."""
         one = cache_bytes(self.config, self.longest, 2)
-        return max(1, min(256, self.cache_memory // one))
+        return max(1, min(_MOST_TOGETHER, self._cache_memory(devices) // one))
 
     def _measured_lengths(self) -> list[int]:
         """Input and output tokens of the deployment, as far as the context holds both."""
