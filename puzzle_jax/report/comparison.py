@@ -28,8 +28,8 @@ class ComparisonTable:
 
     @property
     def models(self) -> list[str]:
-        """Names of the columns."""
-        return [name for name in self.evaluation["summaries"] if not self.only or name in self.only]
+        """Names of the columns, in the order that `only` gives them."""
+        return [name for name in self.only or self.evaluation["summaries"] if name in self.evaluation["summaries"]]
 
     @property
     def efforts(self) -> list[str]:

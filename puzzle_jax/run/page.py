@@ -20,14 +20,17 @@ from puzzle_jax.stages import STAGE_FILE, read_stage_record
 
 REPORT = "report.html"
 
-SHOWN = ("parent", "control", "cut", "distilled", FINAL)
+SHOWN = ("parent", FINAL, "control", "cut", "distilled")
 """Models that a terminal has room for."""
+
+COLUMNS = (*SHOWN, "accuracy", "length", "average")
+"""All models, those that matter most first."""
 
 
 def write_page(road: Road, out: Path) -> None:
     """report.html, report.md, summary.json and the page's figures."""
     evaluation = read_object(road.run / "evaluate" / "evaluation.json")
-    table, seconds = ComparisonTable(evaluation), stage_seconds(road)
+    table, seconds = ComparisonTable(evaluation, COLUMNS), stage_seconds(road)
     verdict = table.verdict(FINAL)
     solutions, refined = SOLUTIONS.read(road.run / "search"), REFINED.read(road.run / "search")
     images = {"architecture.png": search_figures.architecture(*_layers(solutions, refined))}

@@ -74,6 +74,7 @@ def test_without_speed_nothing_is_said_of_it():
 
 def test_some_of_the_models_alone():
     assert ComparisonTable(EVALUATION, ("child",)).section().heading == ["", "child"]
+    assert ComparisonTable(EVALUATION, ("child", "parent", "control")).section().heading == ["", "child", "parent"]
 
 
 def test_the_page_holds_the_sentence_the_tables_and_the_figure_and_asks_for_nothing():
