@@ -110,7 +110,7 @@ class ComparisonTable:
         return comparison and comparison["efforts"][effort]
 
     def _above(self, name: str) -> bool:
-        """Whether the measured curve lies above the reference's wherever both serve requests."""
+        """Returns whether the measured curve lies above the reference's wherever both serve requests."""
         common = self.evaluation["comparisons"][name]["common"]
         return bool(common and common["gap"] and common["gap"]["accuracy"] > 0)
 

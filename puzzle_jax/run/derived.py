@@ -33,7 +33,7 @@ EMBEDDED_RECIPE = "run-tiny"
 SECTIONS = ("search", "traces", "distill", "accuracy", "length", "average", "evaluate")
 
 _VERBS = {"search": "search", "distill": "distill", "accuracy": "grpo", "length": "grpo"}
-"""Of which verb the named recipes of a section are."""
+"""The verb whose recipes a section may name."""
 
 _RECIPES = {
     "search": "gpt-oss-20b-1xh100",
@@ -112,7 +112,7 @@ def _of_recipes(recipes: Mapping[str, str], without: Mapping[str, tuple[str, ...
 
 @dataclass
 class _Derived:
-    """What follows from what is known.
+    """The settings that follow from those that are known.
 
     Attributes:
       settings: all there are.

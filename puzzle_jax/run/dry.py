@@ -42,6 +42,7 @@ from puzzle_jax.search.hours.passes import ModelTime
 from puzzle_jax.search.hours.work import SearchTime
 from puzzle_jax.settings.mesh import MeshSettings
 from puzzle_jax.train.grpo.recipe import GrpoRecipe
+from puzzle_jax.train.loop import LoopSettings
 
 ANSWER_SHARE = 0.5
 _STATE_BYTES = 12  # of a trained number: float32 and two moments
@@ -49,7 +50,7 @@ _STATE_BYTES = 12  # of a trained number: float32 and two moments
 
 @dataclass(frozen=True)
 class Need:
-    """What a stage needs.
+    """The needs of a stage.
 
     Attributes:
       program: its largest program on a device; empty where it runs none of its own.
@@ -83,12 +84,14 @@ class RunPlan:
 
     @cached_property
     def needs(self) -> dict[str, Need]:
-        """What every stage needs, in order. Compiles programs, some minutes of them for a large model."""
-        recipes, settings = {}, self.settings
+        """The needs of every stage, in order. Compiling its programs takes some minutes for a large model."""
+        recipes: dict[str, Need] = {}
+        settings = self.settings
         found = {"search": self._search(), "traces": self._asked("traces"), "distill": self._distill()}
         for name, recipe in (("accuracy", settings.accuracy), ("length", settings.length)):
             shape = repr([recipe.update, recipe.rollout, recipe.prompts.prompts, recipe.mesh, recipe.loss.kl])
-            recipes.setdefault(shape, self._policy(recipe))
+            if shape not in recipes:
+                recipes[shape] = self._policy(recipe)
             found[name] = replace(recipes[shape], seconds=self._policy_seconds(recipe))
         found["average"] = self._asked("average")
         if settings.control:
@@ -116,11 +119,11 @@ class RunPlan:
         recipe = self.settings.distill
         run = PlannedDistillation(identity_child(self.config), recipe, self.packed)
         seconds = sum(distillation_seconds(run, self.hardware).values())
-        return _need(compiled(run.programs), seconds, recipe.mesh, self._training_disk(recipe))
+        return _need(compiled(run.programs), seconds, recipe.mesh, self._training_disk(recipe.loop))
 
     def _policy(self, recipe: GrpoRecipe) -> Need:
         run = PlannedPolicy(identity_child(self.config), recipe, self.packed)
-        return _need(compiled(run.programs), 0.0, recipe.mesh, self._training_disk(recipe))
+        return _need(compiled(run.programs), 0.0, recipe.mesh, self._training_disk(recipe.loop))
 
     def _policy_seconds(self, recipe: GrpoRecipe) -> float:
         run = PlannedPolicy(identity_child(self.config), recipe, self.packed)
@@ -146,9 +149,8 @@ class RunPlan:
         disk = tensor_bytes(self.config, self.form) if name == "average" else 0
         return Need("", 0, models[name] * each, mesh.devices, disk)
 
-    def _training_disk(self, recipe: object) -> int:
+    def _training_disk(self, loop: LoopSettings) -> int:
         """Bytes of the checkpoints that stay, and of the trained model."""
-        loop = self.settings.distill.loop if recipe is self.settings.distill else self.settings.accuracy.loop
         specs = jax.tree_util.tree_leaves_with_path(param_specs(self.config), is_leaf=is_spec)
         trained = sum(math.prod(spec.shape) for path, spec in specs if path[-1].key not in EXPERT_MATRICES)
         return (loop.keep_last + loop.keep_best) * _STATE_BYTES * trained + tensor_bytes(self.config, self.form)

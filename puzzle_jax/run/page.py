@@ -85,7 +85,7 @@ def _layers(solutions: Mapping[str, Json], refined: Mapping[str, Json]) -> tuple
 
 
 def _predicted(road: Road, evaluation: Mapping[str, Json]) -> list[list[str]]:
-    """What the search predicted of the child that it cut, and what was measured of it and of the child in the end."""
+    """Rows of the search's predictions for the child that it cut, with what was measured of it."""
     searched = EVALUATION.read(road.run / "search")
     own, theirs = searched["child"], searched["parent"]
     rows = [["KL to the parent", f"{own['predicted_kl']:.4f}", f"{own['heldout']['kl']:.4f}"]]

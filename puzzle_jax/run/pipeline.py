@@ -210,7 +210,7 @@ def _evaluate_settings(road: Road) -> Mapping[str, object]:
 
 
 def _evaluate(road: Road, out: Path, kept: Path) -> None:
-    run_evaluation(replace(road.settings.evaluate, models=road.models, out=kept), road.console)
+    run_evaluation(replace(road.settings.evaluate, out=kept), road.console)
     linked_tree(kept, out)
 
 

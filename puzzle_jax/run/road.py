@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -10,7 +11,7 @@ from puzzle_jax.consoles import plain_console
 from puzzle_jax.convert_hf.describe import describe_checkpoint
 from puzzle_jax.convert_hf.tensors.fingerprint import fingerprint_of
 from puzzle_jax.processes.distributed import on_primary, primary_console, process_index
-from puzzle_jax.run.places import ANSWERS, CHILD, MADE
+from puzzle_jax.run.places import ANSWERS, CHILD
 from puzzle_jax.run.settings import RunSettings
 from puzzle_jax.runs import open_run
 
@@ -36,11 +37,9 @@ class Road:
         return self.run / stage / CHILD
 
     @property
-    def models(self) -> dict[str, Path]:
+    def models(self) -> Mapping[str, Path]:
         """Checkpoints of the last table by name: the parent, with its control, and the child after each stage."""
-        control = {"control": self.child_of("control")} if self.settings.control else {}
-        made = {name: self.child_of(stage) for name, stage in MADE.items()}
-        return {"parent": self.settings.parent, **control, **made}
+        return self.settings.evaluate.models
 
 
 def run_identity(parent: Path) -> dict[str, str]:
