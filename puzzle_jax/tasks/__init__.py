@@ -15,10 +15,13 @@ from puzzle_jax.tasks.base import (
     EFFORTS,
     FiniteTask,
     Problem,
+    Slip,
     Task,
+    Work,
     WorkedTask,
     check_effort,
     is_held_out,
+    no_slip,
     problems,
 )
 from puzzle_jax.tasks.chat.chat import Chat, Completion
@@ -27,16 +30,10 @@ from puzzle_jax.tasks.jsonl import JsonlTask
 from puzzle_jax.tasks.recall import DISTANCE_BUCKETS, Recall
 
 
-def _by_name(*tasks: WorkedTask) -> Mapping[str, WorkedTask]:
-    return MappingProxyType({task.name: task for task in tasks})
+_FAMILIES: tuple[WorkedTask, ...] = (Chain(), Add(), Recall())
 
-
-PRETRAINING_TASKS = _by_name(Chain(), Add(), Recall())
-"""The families at the difficulty that the embedded parent was trained on."""
-
-TASKS = _by_name(Chain(max_steps=14, skew=2.0), Add(max_digits=8, skew=2.0), Recall(max_asked=8, skew=2.0))
-"""The embedded families by name, at the difficulty of evaluations: longer than the problems that the parent was trained
-on, so that even high effort can still improve."""
+TASKS: Mapping[str, WorkedTask] = MappingProxyType({task.name: task for task in _FAMILIES})
+"""The embedded families by name, as the embedded parent was trained on them and is asked."""
 
 
 def get_task(name: str) -> Task:
@@ -62,6 +59,6 @@ def get_task(name: str) -> Task:
 
 
 __all__ = [
-    "DISTANCE_BUCKETS", "EFFORTS", "PRETRAINING_TASKS", "TASKS", "Chat", "Completion", "FiniteTask", "JsonlTask",
-    "Problem", "Task", "WorkedTask", "check_effort", "get_task", "gym_families", "is_held_out", "problems",
+    "DISTANCE_BUCKETS", "EFFORTS", "TASKS", "Chat", "Completion", "FiniteTask", "JsonlTask", "Problem", "Slip", "Task",
+    "Work", "WorkedTask", "check_effort", "get_task", "gym_families", "is_held_out", "no_slip", "problems",
 ]  # fmt: skip

@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from puzzle_jax.tasks.base import Embedded, Problem, check_effort, draw_level
+from puzzle_jax.tasks.base import Embedded, Problem, Slip, Work, check_effort, draw_level, no_slip
 
 _OPERATORS = {"+": lambda a, b: (a + b) % 10, "-": lambda a, b: (a - b) % 10, "*": lambda a, b: (a * b) % 10}
 
@@ -20,12 +20,11 @@ _OPERATORS = {"+": lambda a, b: (a + b) % 10, "-": lambda a, b: (a - b) % 10, "*
 class Chain(Embedded):
     """`mod 7+5*3-2`: digits joined by + - *, worked from left to right modulo 10; the answer is one digit.
 
-    high `7+5=2,*3=6;-2=4`, medium `+2*6-4` (operator, result), low nothing.
+    high `7+5=2`, `*3=6`, `-2=4`, medium `+2*6-4` (operator, result), low nothing.
     """
 
     min_steps: int = 1
-    max_steps: int = 10
-    skew: float = 1.5
+    max_steps: int = 12
     name: str = "chain"
 
     def __post_init__(self) -> None:
@@ -33,30 +32,32 @@ class Chain(Embedded):
 
     def sample(self, seed: int) -> Problem:
         rng = random.Random(f"{self.name}:{seed}")
-        steps = draw_level(rng, self.min_steps, self.max_steps, self.skew)
+        steps = draw_level(rng, self.min_steps, self.max_steps)
         text = str(rng.randrange(10))
         for _ in range(steps):
             text += rng.choice("+-*") + str(rng.randrange(10))
         values = _running_values(text)
         return Problem(self.name, seed, f"mod {text}", str(values[-1]), {"steps": steps})
 
-    def trace(self, problem: Problem, effort: str) -> str:
-        if check_effort(effort) == "low":
-            return ""
+    def work(self, problem: Problem, effort: str, slip: Slip = no_slip) -> Work:
+        check_effort(effort)
         text = problem.prompt.removeprefix("mod ")
-        values = _running_values(text)
+        values = _running_values(text, no_slip if effort == "low" else slip)
+        if effort == "low":
+            return Work((), str(values[-1]))
         if effort == "medium":
-            return "".join(f"{text[2 * i + 1]}{value}" for i, value in enumerate(values))
+            steps = [f"{text[2 * i + 1]}{value}" for i, value in enumerate(values)]
+            return Work(tuple(steps), str(values[-1]), separated=False)
         steps = [f"{text[2 * i + 1 : 2 * i + 3]}={value}" for i, value in enumerate(values)]
         steps[0] = text[0] + steps[0]
-        return self.joined(steps, problem.seed)
+        return Work(tuple(steps), str(values[-1]))
 
 
-def _running_values(text: str) -> list[int]:
+def _running_values(text: str, slip: Slip = no_slip) -> list[int]:
     """The value after each operation of `7+5*3-2`."""
     value, values = int(text[0]), []
     for position in range(1, len(text), 2):
-        value = _OPERATORS[text[position]](value, int(text[position + 1]))
+        value = slip(_OPERATORS[text[position]](value, int(text[position + 1]))) % 10
         values.append(value)
     return values
 
@@ -65,13 +66,12 @@ def _running_values(text: str) -> list[int]:
 class Add(Embedded):
     """`add 345+678`: two numbers of equal length; the answer is their sum.
 
-    From the last digit to the first, high writes `5+8+0=13,4+7+1=12;3+6+1=10` (digits, carry in, column sum),
-    medium `31,21;01` (digit, carry out), low nothing.
+    From the last digit to the first, high writes `5+8+0=13`, `4+7+1=12`, `3+6+1=10` (digits, carry in, column
+    sum), medium `31`, `21`, `01` (digit, carry out), low nothing.
     """
 
     min_digits: int = 1
-    max_digits: int = 6
-    skew: float = 1.5
+    max_digits: int = 7
     name: str = "add"
 
     def __post_init__(self) -> None:
@@ -79,28 +79,30 @@ class Add(Embedded):
 
     def sample(self, seed: int) -> Problem:
         rng = random.Random(f"{self.name}:{seed}")
-        digits = draw_level(rng, self.min_digits, self.max_digits, self.skew)
+        digits = draw_level(rng, self.min_digits, self.max_digits)
         first, second = (rng.randrange(10 ** (digits - 1), 10**digits) for _ in range(2))
         carries = sum(total >= 10 for _, _, _, total in _columns(str(first), str(second)))
         details = {"digits": digits, "carries": carries}
         return Problem(self.name, seed, f"add {first}+{second}", str(first + second), details)
 
-    def trace(self, problem: Problem, effort: str) -> str:
-        if check_effort(effort) == "low":
-            return ""
-        columns = _columns(*problem.prompt.removeprefix("add ").split("+"))
+    def work(self, problem: Problem, effort: str, slip: Slip = no_slip) -> Work:
+        check_effort(effort)
+        if effort == "low":
+            return Work((), problem.answer)
+        columns = _columns(*problem.prompt.removeprefix("add ").split("+"), slip)
         if effort == "medium":
             steps = [f"{total % 10}{total // 10}" for *_, total in columns]
         else:
             steps = [f"{a}+{b}+{carry}={total}" for a, b, carry, total in columns]
-        return self.joined(steps, problem.seed)
+        answer = str(columns[-1][-1]) + "".join(str(total % 10) for *_, total in reversed(columns[:-1]))
+        return Work(tuple(steps), answer)
 
 
-def _columns(first: str, second: str) -> list[tuple[int, int, int, int]]:
+def _columns(first: str, second: str, slip: Slip = no_slip) -> list[tuple[int, int, int, int]]:
     """(digit, digit, carry in, column sum) from the last digit to the first."""
     columns, carry = [], 0
     for a, b in zip(reversed(first), reversed(second), strict=True):
-        total = int(a) + int(b) + carry
+        total = min(max(slip(int(a) + int(b) + carry), 0), 19)
         columns.append((int(a), int(b), carry, total))
         carry = total // 10
     return columns

@@ -8,10 +8,9 @@ Left out: conversations of several turns, and answers that need tools.
 
 from __future__ import annotations
 
-import math
 import random
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import count
 from types import MappingProxyType
@@ -83,12 +82,36 @@ class Task(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Work:
+    """Worked steps that lead to an answer.
+
+    Attributes:
+      steps: texts of the steps; none where the answer is given at once.
+      answer: the text of the final channel that follows from these steps.
+      separated: whether something has to stand between two steps.
+    """
+
+    steps: tuple[str, ...]
+    answer: str
+    separated: bool = True
+
+
+Slip = Callable[[int], int]
+"""From the right result of a step to the result that is written, which the following steps go on from."""
+
+
+def no_slip(result: int) -> int:
+    """The result itself: work without a slip."""
+    return result
+
+
 @runtime_checkable
 class WorkedTask(Task, Protocol):
     """A family that can also write out the work: only such tasks are pretrained on."""
 
-    def trace(self, problem: Problem, effort: str) -> str:
-        """The worked analysis that leads to the answer; "" means that the answer is given at once."""
+    def work(self, problem: Problem, effort: str, slip: Slip = no_slip) -> Work:
+        """The worked steps of a problem at an effort, with the results that `slip` makes of the right ones."""
         ...
 
 
@@ -108,14 +131,13 @@ def check_effort(effort: str) -> str:
     return effort
 
 
-def draw_level(rng: random.Random, least: int, most: int, skew: float) -> int:
-    """A difficulty of `least` to `most`, easy ones more often: the share up to a level grows as its power 1 / skew.
+def draw_level(rng: random.Random, least: int, most: int) -> int:
+    """A difficulty of `least` to `most`, easy ones more often: the share up to a level grows as its square root.
 
     Low effort can only do the easy ones, high effort nearly all: so every effort has something to lose and to win.
     """
     u = rng.random()
-    # The product with the root is rounded alike on every platform, a power of 1.5 need not be.
-    return least + int((most - least + 1) * (u * math.sqrt(u) if skew == 1.5 else u * u))
+    return least + int((most - least + 1) * (u * u))  # a product is rounded alike on every platform
 
 
 def is_held_out(problem: Problem) -> bool:
@@ -141,15 +163,10 @@ def problems(task: Task, first_seed: int = 0, held_out: bool = True) -> Iterator
             yield problem
 
 
-SEPARATORS = ",;"
-"""A trace's step ends in one of these, drawn by the problem's seed: text with some entropy, as real text has."""
-
-
 class Embedded:
     """Base of the embedded families: dataclasses of their settings, whose answers are compared as text."""
 
     name: str
-    skew: float
 
     @property
     def identity(self) -> str:
@@ -164,15 +181,8 @@ class Embedded:
         return float(final_text.strip() == problem.answer)
 
     def check(self, field: str, least: int, most: int) -> None:
-        """Raises `ConfigError` for a range of levels that is empty, and for a skew that `draw_level` does not know."""
+        """Raises `ConfigError` for a range of levels that is empty."""
         if not 1 <= least <= most:
             raise ConfigError(
                 f"{self.name}: {field} range is {least} to {most}, but must satisfy 1 <= lowest <= highest"
             )
-        if self.skew not in (1.5, 2.0):
-            raise ConfigError(f"{self.name}: skew is {self.skew}, but must be 1.5 or 2")
-
-    def joined(self, steps: list[str], seed: int) -> str:
-        """The steps of a trace with a drawn separator between each two."""
-        rng = random.Random(f"{self.name}:trace:{seed}")
-        return steps[0] + "".join(rng.choice(SEPARATORS) + step for step in steps[1:])

@@ -15,7 +15,7 @@ import string
 from dataclasses import dataclass
 
 from puzzle_jax.errors import check_range
-from puzzle_jax.tasks.base import Embedded, Problem, check_effort, draw_level
+from puzzle_jax.tasks.base import Embedded, Problem, Slip, Work, check_effort, draw_level, no_slip
 
 _KEYS = string.ascii_uppercase
 # Two-letter syllables: no word that the embedded tokenizer holds as one token can come out of them,
@@ -34,14 +34,13 @@ DISTANCE_BUCKETS: tuple[tuple[str, int, int], ...] = (
 class Recall(Embedded):
     """`A7 ko B2 demu Q5 ?QA`: the digits of the asked letters summed modulo 10.
 
-    high `Q5=5,A7=2` (entry copied, running sum), medium `Q5A7` (entries only), low nothing.
+    high `Q5=5`, `A7=2` (entry copied, running sum), medium `Q5A7` (entries only), low nothing.
     details: `asked` letters, `entries` in the list, `distance` in characters (tokens of the embedded parent) from
     the farthest asked entry to the question mark.
     """
 
     max_asked: int = 6
     max_length: int = 512
-    skew: float = 1.5
     name: str = "recall"
 
     def __post_init__(self) -> None:
@@ -57,24 +56,28 @@ class Recall(Embedded):
         entries = rng.randint(min(most, 2), most)
         keys = rng.sample(_KEYS, entries)
         values = {key: rng.randrange(10) for key in keys}
-        asked = rng.sample(keys, min(draw_level(rng, 1, self.max_asked, self.skew), entries))
+        asked = rng.sample(keys, min(draw_level(rng, 1, self.max_asked), entries))
         text = _scatter([f"{key}{values[key]}" for key in keys], length, rng)
         answer = sum(values[key] for key in asked) % 10
         distance = max(len(text) - text.index(key) for key in asked)
         details = {"asked": len(asked), "entries": entries, "distance": distance}
         return Problem(self.name, seed, f"{text}?{''.join(asked)}", str(answer), details)
 
-    def trace(self, problem: Problem, effort: str) -> str:
+    def work(self, problem: Problem, effort: str, slip: Slip = no_slip) -> Work:
         if check_effort(effort) == "low":
-            return ""
+            return Work((), problem.answer)
         text, asked = problem.prompt.split("?")
         values = {key: int(digit) for key, digit in re.findall(r"([A-Z])(\d)", text)}
         total, steps = 0, []
         for key in asked:
-            total = (total + values[key]) % 10
-            entry = f"{key}{values[key]}"
-            steps.append(f"{entry}={total}" if effort == "high" else entry)
-        return "".join(steps) if effort == "medium" else self.joined(steps, problem.seed)
+            if effort == "medium":
+                read = slip(values[key]) % 10
+                total = (total + read) % 10
+                steps.append(f"{key}{read}")
+            else:
+                total = slip(total + values[key]) % 10
+                steps.append(f"{key}{values[key]}={total}")
+        return Work(tuple(steps), str(total), separated=effort == "high")
 
 
 def _scatter(entries: list[str], length: int, rng: random.Random) -> str:

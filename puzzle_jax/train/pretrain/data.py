@@ -20,6 +20,7 @@ import numpy as np
 
 from puzzle_jax.errors import MOST_TIMES, MOST_TOGETHER, MOST_TOKENS, ConfigError, check_range
 from puzzle_jax.tasks import Chat, WorkedTask, is_held_out
+from puzzle_jax.train.pretrain.habits import Habits, written
 from puzzle_jax.train.rows import Example, OpenRows, Packed, pack
 
 
@@ -50,13 +51,21 @@ class Bucket:
         check_range(f"{where} shortest", self.shortest, 1, self.length)
 
 
-def make_example(chat: Chat, task: WorkedTask, seed: int, effort: str) -> Example | None:
-    """The worked example of a seed, or None when the seed's problem is held out."""
+def make_example(
+    chat: Chat, task: WorkedTask, seed: int, effort: str, habits: Habits, length: int
+) -> Example | None:
+    """The worked example of a seed, or None when the seed's problem is held out.
+
+    An example whose analysis does not end is cut after `length` tokens.
+    """
     problem = task.sample(seed)
     if is_held_out(problem):
         return None
     prompt = chat.prompt_tokens(problem.prompt, effort)
-    completion = chat.completion_tokens(task.trace(problem, effort), problem.answer)
+    analysis, answer = written(task, problem, effort, habits, length)
+    completion = chat.completion_tokens(analysis, answer or "", cut=answer is None)
+    if answer is None:
+        completion = completion[: max(length - len(prompt), 1)]
     return Example((*prompt, *completion), len(prompt))
 
 
@@ -73,6 +82,7 @@ class BatchSource:
     Attributes:
       tasks, efforts: what examples are drawn from, with relative weights.
       steps: of the run.
+      habits: how the examples are written.
       rounded_steps: last ones, in which the experts are rounded to MXFP4.
       next_step: the step whose batch comes next, from 0.
     """
@@ -83,6 +93,7 @@ class BatchSource:
     buckets: tuple[Bucket, ...]
     seed: int
     steps: int
+    habits: Habits = Habits()
     rounded_steps: int = 0
     next_step: int = 0
 
@@ -135,7 +146,9 @@ class BatchSource:
         for _ in range(_MOST_REFUSALS):
             task = rng.choices(tasks, task_weights)[0]
             effort = rng.choices(efforts, effort_weights)[0]
-            example = make_example(self.chat, task, rng.getrandbits(48), effort)
+            example = make_example(
+                self.chat, task, rng.getrandbits(48), effort, self.habits, bucket.length
+            )
             if example is not None and bucket.shortest <= len(example.tokens) <= bucket.length:
                 return example
         raise ConfigError(

@@ -11,10 +11,11 @@ from pathlib import Path
 
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.errors import MOST_SEED, MOST_TIMES, ConfigError, check_choice, check_range, shown
-from puzzle_jax.tasks import PRETRAINING_TASKS, check_effort
+from puzzle_jax.tasks import TASKS, check_effort
 from puzzle_jax.train.loop import LoopSettings
 from puzzle_jax.train.optimizer import OptimizerSettings, decay_steps, make_schedule
 from puzzle_jax.train.pretrain.data import Bucket
+from puzzle_jax.train.pretrain.habits import Habits
 
 
 def read_model(value: object, where: str) -> object:
@@ -43,6 +44,7 @@ class PretrainRecipe:
       efforts: weight of each effort in the data.
       buckets: shapes of batches.
       out: directory of the run: its checkpoints, metrics.jsonl, report.html, and the parent in parent/.
+      habits: how the examples are written.
       balance: weight of the load-balancing loss; too much of it makes all experts equally used, which leaves a
         search nothing to choose.
       embedding_scale: standard deviation of the embedding at the start.
@@ -58,6 +60,7 @@ class PretrainRecipe:
     efforts: Mapping[str, float]
     buckets: tuple[Bucket, ...]
     out: Path
+    habits: Habits = field(default_factory=Habits)
     balance: float = 0.002
     embedding_scale: float = 0.7
     residual_scale: float = 0.3
@@ -68,7 +71,7 @@ class PretrainRecipe:
 
     def __post_init__(self) -> None:
         for task in self.tasks:
-            check_choice("task", task, PRETRAINING_TASKS)  # which have worked traces
+            check_choice("task", task, TASKS)  # which have worked traces
         for effort in self.efforts:
             check_effort(effort)
         for name in ("tasks", "efforts"):

@@ -27,7 +27,7 @@ from puzzle_jax.convert_hf.export import save_checkpoint
 from puzzle_jax.files import read_object
 from puzzle_jax.model.spec import Params, init_params
 from puzzle_jax.runs import METRICS_FILE, open_run, read_metrics
-from puzzle_jax.tasks import PRETRAINING_TASKS, Chat
+from puzzle_jax.tasks import TASKS, Chat
 from puzzle_jax.tasks.chat.embedded import SPECIAL_TOKENS, chat_files, embedded_chat
 from puzzle_jax.train.fake_quant import is_expert_matrix, round_to_mxfp4
 from puzzle_jax.train.loop import Job, Trained, train
@@ -67,13 +67,22 @@ def pretrain(recipe: PretrainRecipe, console: Console) -> Trained:
 def pretraining_job(recipe: PretrainRecipe, chat: Chat) -> Job:
     """What the loop runs."""
     optimizer = make_optimizer(recipe.optimizer, recipe.loop.steps)
-    tasks = [(PRETRAINING_TASKS[name], weight) for name, weight in recipe.tasks.items()]
+    tasks = [(TASKS[name], weight) for name, weight in recipe.tasks.items()]
     efforts = list(recipe.efforts.items())
     return Job(
         initial=lambda: init_state(initial_params(recipe), optimizer, jax.random.key(recipe.seed)),
         step=make_step(partial(pretraining_loss, recipe.model, recipe.balance), optimizer),
         fixed=None,
-        batches=BatchSource(chat, tasks, efforts, recipe.buckets, recipe.seed, recipe.loop.steps, recipe.rounded_steps),
+        batches=BatchSource(
+            chat,
+            tasks,
+            efforts,
+            recipe.buckets,
+            recipe.seed,
+            recipe.loop.steps,
+            recipe.habits,
+            recipe.rounded_steps,
+        ),
         identity=recipe.identity,
         name="pretraining",
     )
