@@ -24,7 +24,7 @@ class Chain(Embedded):
     """
 
     min_steps: int = 1
-    max_steps: int = 12
+    max_steps: int = 10
     name: str = "chain"
 
     def __post_init__(self) -> None:
@@ -67,11 +67,11 @@ class Add(Embedded):
     """`add 345+678`: two numbers of equal length; the answer is their sum.
 
     From the last digit to the first, high writes `5+8+0=13`, `4+7+1=12`, `3+6+1=10` (digits, carry in, column
-    sum), medium `31`, `21`, `01` (digit, carry out), low nothing.
+    sum), medium `583`, `472`, `360` (digits, last digit of their sum), low nothing.
     """
 
     min_digits: int = 1
-    max_digits: int = 7
+    max_digits: int = 6
     name: str = "add"
 
     def __post_init__(self) -> None:
@@ -91,7 +91,7 @@ class Add(Embedded):
             return Work((), problem.answer)
         columns = _columns(*problem.prompt.removeprefix("add ").split("+"), slip)
         if effort == "medium":
-            steps = [f"{total % 10}{total // 10}" for *_, total in columns]
+            steps = [f"{a}{b}{total % 10}" for a, b, _, total in columns]
         else:
             steps = [f"{a}+{b}+{carry}={total}" for a, b, carry, total in columns]
         answer = str(columns[-1][-1]) + "".join(str(total % 10) for *_, total in reversed(columns[:-1]))

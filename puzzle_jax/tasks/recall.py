@@ -34,12 +34,12 @@ DISTANCE_BUCKETS: tuple[tuple[str, int, int], ...] = (
 class Recall(Embedded):
     """`A7 ko B2 demu Q5 ?QA`: the digits of the asked letters summed modulo 10.
 
-    high `Q5=5`, `A7=2` (entry copied, running sum), medium `Q5A7` (entries only), low nothing.
+    high `Q5=5`, `A7=2` (entry copied, running sum), medium `Q5A2` (letter, running sum), low nothing.
     details: `asked` letters, `entries` in the list, `distance` in characters (tokens of the embedded parent) from
     the farthest asked entry to the question mark.
     """
 
-    max_asked: int = 6
+    max_asked: int = 5
     max_length: int = 512
     name: str = "recall"
 
@@ -70,13 +70,8 @@ class Recall(Embedded):
         values = {key: int(digit) for key, digit in re.findall(r"([A-Z])(\d)", text)}
         total, steps = 0, []
         for key in asked:
-            if effort == "medium":
-                read = slip(values[key]) % 10
-                total = (total + read) % 10
-                steps.append(f"{key}{read}")
-            else:
-                total = slip(total + values[key]) % 10
-                steps.append(f"{key}{values[key]}={total}")
+            total = slip(total + values[key]) % 10
+            steps.append(f"{key}{total}" if effort == "medium" else f"{key}{values[key]}={total}")
         return Work(tuple(steps), str(total), separated=effort == "high")
 
 

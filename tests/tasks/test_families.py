@@ -12,6 +12,7 @@ from puzzle_jax.tasks import (
     TASKS,
     FiniteTask,
     Problem,
+    Work,
     WorkedTask,
     get_task,
     is_held_out,
@@ -19,11 +20,6 @@ from puzzle_jax.tasks import (
 )
 from puzzle_jax.tasks.arithmetic import Add, Chain
 from puzzle_jax.tasks.recall import Recall
-
-
-def separated(trace: str) -> list[str]:
-    """Steps of a trace, whatever separator each drew."""
-    return re.split("[,;]", trace)
 
 
 def test_tasks_are_found_by_name_and_unknown_ones_refused():
@@ -57,22 +53,27 @@ def test_only_the_answer_scores(name):
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_traces_grow_with_effort(name):
+def test_work_grows_with_effort_and_ends_in_the_answer(name):
     task = get_task(name)
     assert isinstance(task, WorkedTask)
-    for seed in range(30):
-        low, medium, high = (task.trace(task.sample(seed), effort) for effort in EFFORTS)
-        assert low == ""
-        assert 0 < len(medium) < len(high)
+    for seed in range(60):
+        problem = task.sample(seed)
+        low, medium, high = (task.work(problem, effort) for effort in EFFORTS)
+        assert low.answer == medium.answer == high.answer == problem.answer
+        assert low.steps == ()
+        assert len(medium.steps) == len(high.steps) > 0
+        assert 0 < len("".join(medium.steps)) < len("".join(high.steps))
     with pytest.raises(PuzzleError, match="effort is 'max', but must be one of low, medium, high"):
-        task.trace(task.sample(0), "max")
+        task.work(task.sample(0), "max")
 
 
 def test_chain_is_worked_from_left_to_right_modulo_ten():
     problem = Problem("chain", 5, "mod 7+5*3-9", "7", {"steps": 3})
     task = Chain()
-    assert separated(task.trace(problem, "high")) == ["7+5=2", "*3=6", "-9=7"]
-    assert task.trace(problem, "medium") == "+2*6-7"
+    assert task.work(problem, "high") == Work(("7+5=2", "*3=6", "-9=7"), "7")
+    assert task.work(problem, "medium") == Work(("+2", "*6", "-7"), "7", separated=False)
+    assert task.work(problem, "high", lambda result: result + 1) == Work(("7+5=3", "*3=0", "-9=2"), "2")
+    assert task.work(problem, "low", lambda result: result + 1) == Work((), "7")
 
 
 def test_chain_answers_agree_with_python():
@@ -89,8 +90,11 @@ def test_chain_answers_agree_with_python():
 def test_addition_writes_digits_carries_and_sums():
     problem = Problem("add", 5, "add 345+678", "1023", {"digits": 3, "carries": 3})
     task = Add()
-    assert separated(task.trace(problem, "high")) == ["5+8+0=13", "4+7+1=12", "3+6+1=10"]
-    assert separated(task.trace(problem, "medium")) == ["31", "21", "01"]
+    assert task.work(problem, "high") == Work(("5+8+0=13", "4+7+1=12", "3+6+1=10"), "1023")
+    assert task.work(problem, "medium") == Work(("583", "472", "360"), "1023")
+    lower = task.work(problem, "high", lambda result: result - 4)
+    assert lower == Work(("5+8+0=9", "4+7+0=7", "3+6+0=5"), "579")
+    assert task.work(problem, "medium", lambda result: result + 9).steps == ("589", "479", "369")  # 19 is the most
 
 
 def test_addition_answers_and_carries():
@@ -103,11 +107,13 @@ def test_addition_answers_and_carries():
         assert 9 * problem.details["carries"] == sum(map(int, f"{first}{second}")) - sum(map(int, problem.answer))
 
 
-def test_recall_traces_copy_entries():
+def test_recall_work_copies_entries():
     problem = Problem("recall", 5, "A7 ko B2 demu Q5 ?QA", "2", {"asked": 2, "entries": 3, "distance": 20})
     task = Recall()
-    assert separated(task.trace(problem, "high")) == ["Q5=5", "A7=2"]
-    assert task.trace(problem, "medium") == "Q5A7"
+    assert task.work(problem, "high") == Work(("Q5=5", "A7=2"), "2")
+    assert task.work(problem, "medium") == Work(("Q5", "A2"), "2", separated=False)
+    assert task.work(problem, "high", lambda result: result + 1) == Work(("Q5=6", "A7=4"), "4")
+    assert task.work(problem, "medium", lambda result: result + 1) == Work(("Q6", "A4"), "4", separated=False)
 
 
 def test_recall_answers_and_distances():

@@ -10,6 +10,7 @@ from puzzle_jax.tasks.arithmetic import Chain
 from puzzle_jax.tasks.chat.embedded import embedded_chat
 from puzzle_jax.train.pretrain import data
 from puzzle_jax.train.pretrain.data import BatchSource, Bucket, make_example
+from puzzle_jax.train.pretrain.habits import Habits, written
 from puzzle_jax.train.rows import Example, pack
 from tests.support import present
 
@@ -39,12 +40,24 @@ def test_example_learns_exactly_the_completion(chat):
     task = TASKS["add"]
     seed = next(seed for seed in range(100) if not is_held_out(task.sample(seed)))
     problem = task.sample(seed)
-    example = present(make_example(chat, task, seed, "high"))
+    example = present(make_example(chat, task, seed, "high", Habits(), 80))
     assert list(example.tokens[: example.prompt_length]) == chat.prompt_tokens(problem.prompt, "high")
     completion = chat.parse(example.tokens[example.prompt_length :])
-    assert (completion.analysis, completion.final) == (task.trace(problem, "high"), problem.answer)
+    assert (completion.analysis, completion.final) == written(task, problem, "high", Habits(), 80)
     held_out = next(seed for seed in range(100) if is_held_out(task.sample(seed)))
-    assert make_example(chat, task, held_out, "high") is None
+    assert make_example(chat, task, held_out, "high", Habits(), 80) is None
+
+
+def test_an_example_without_an_end_fills_a_row(chat):
+    task = TASKS["recall"]
+    seed = next(seed for seed in range(100) if not is_held_out(task.sample(seed)))
+    example = present(make_example(chat, task, seed, "high", Habits(endless=1.0), 700))
+    assert len(example.tokens) == 700
+    completion = chat.parse(example.tokens[example.prompt_length :])
+    assert completion.truncated and completion.final == ""
+    # Rows of other lengths hold it, too, and a prompt longer than a row leaves it to longer ones.
+    assert len(present(make_example(chat, task, seed, "high", Habits(endless=1.0), 600)).tokens) == 600
+    assert len(present(make_example(chat, task, seed, "high", Habits(endless=1.0), 16)).tokens) > 16
 
 
 def test_batches_depend_on_seed_and_step_alone(chat):
