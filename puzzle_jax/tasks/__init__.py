@@ -29,7 +29,6 @@ from puzzle_jax.tasks.gym import PREFIX, gym_families, gym_task
 from puzzle_jax.tasks.jsonl import JsonlTask
 from puzzle_jax.tasks.recall import DISTANCE_BUCKETS, Recall
 
-
 _FAMILIES: tuple[WorkedTask, ...] = (Chain(), Add(), Recall())
 
 TASKS: Mapping[str, WorkedTask] = MappingProxyType({task.name: task for task in _FAMILIES})

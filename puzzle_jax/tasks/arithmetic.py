@@ -30,6 +30,10 @@ class Chain(Embedded):
     def __post_init__(self) -> None:
         self.check("steps", self.min_steps, self.max_steps)
 
+    @property
+    def level(self) -> str:
+        return "steps"
+
     def sample(self, seed: int) -> Problem:
         rng = random.Random(f"{self.name}:{seed}")
         steps = draw_level(rng, self.min_steps, self.max_steps)
@@ -76,6 +80,10 @@ class Add(Embedded):
 
     def __post_init__(self) -> None:
         self.check("digits", self.min_digits, self.max_digits)
+
+    @property
+    def level(self) -> str:
+        return "digits"
 
     def sample(self, seed: int) -> Problem:
         rng = random.Random(f"{self.name}:{seed}")

@@ -110,6 +110,11 @@ def no_slip(result: int) -> int:
 class WorkedTask(Task, Protocol):
     """A family that can also write out the work: only such tasks are pretrained on."""
 
+    @property
+    def level(self) -> str:
+        """The name of the measure of difficulty, of those in `Problem.details`, that problems are drawn by."""
+        ...
+
     def work(self, problem: Problem, effort: str, slip: Slip = no_slip) -> Work:
         """The worked steps of a problem at an effort, with the results that `slip` makes of the right ones."""
         ...

@@ -48,6 +48,10 @@ class Recall(Embedded):
         check_range(f"{self.name}: max_asked", self.max_asked, 1, len(_KEYS))
         check_range(f"{self.name}: max_length", self.max_length, 32)
 
+    @property
+    def level(self) -> str:
+        return "asked"
+
     def sample(self, seed: int) -> Problem:
         rng = random.Random(f"{self.name}:{seed}")
         # Lengths are drawn evenly in their logarithm, so that near, middle and far entries are equally usual.

@@ -51,9 +51,7 @@ class Bucket:
         check_range(f"{where} shortest", self.shortest, 1, self.length)
 
 
-def make_example(
-    chat: Chat, task: WorkedTask, seed: int, effort: str, habits: Habits, length: int
-) -> Example | None:
+def make_example(chat: Chat, task: WorkedTask, seed: int, effort: str, habits: Habits, length: int) -> Example | None:
     """The worked example of a seed, or None when the seed's problem is held out.
 
     An example whose analysis does not end is cut after `length` tokens.
@@ -146,9 +144,7 @@ class BatchSource:
         for _ in range(_MOST_REFUSALS):
             task = rng.choices(tasks, task_weights)[0]
             effort = rng.choices(efforts, effort_weights)[0]
-            example = make_example(
-                self.chat, task, rng.getrandbits(48), effort, self.habits, bucket.length
-            )
+            example = make_example(self.chat, task, rng.getrandbits(48), effort, self.habits, bucket.length)
             if example is not None and bucket.shortest <= len(example.tokens) <= bucket.length:
                 return example
         raise ConfigError(

@@ -1,5 +1,5 @@
-"""What a pretrained parent can do: accuracy and tokens per task and effort, greedy and sampled, on held-out
-problems, and accuracy of `recall` by distance.
+"""What a pretrained parent can do: accuracy, tokens and habits per task and effort, greedy and sampled, on held-out
+problems, accuracy by difficulty, and that of `recall` by distance.
 
 Left out: confidence intervals beyond the number of problems; `puzzle_jax.evaluate` has them.
 """
@@ -17,7 +17,8 @@ from puzzle_jax.evaluate.settings import MAX_TOKENS
 from puzzle_jax.evaluate.statistics import by_task, summarise
 from puzzle_jax.generate.traces import Trace
 from puzzle_jax.model.spec import Params
-from puzzle_jax.tasks import DISTANCE_BUCKETS, EFFORTS, Chat
+from puzzle_jax.tasks import DISTANCE_BUCKETS, EFFORTS, TASKS, Chat
+from puzzle_jax.train.pretrain.habits import CHECK
 
 _TEMPERATURES = {"greedy": 0.0, "sampled": 1.0}
 
@@ -28,19 +29,26 @@ def measure(
     """Accuracies of `per_task` held-out problems of each task at each effort.
 
     Returns:
-      "greedy" and "sampled" (temperature 1), each {effort: {"mean": {accuracy, tokens}, task: {...}}} with the
-      mean taken over tasks, and "recall_by_distance", {effort: {label: {accuracy, problems}}} of the sampled
-      answers, when `recall` is among the tasks.
+      "greedy" and "sampled" (temperature 1), each {effort: {"mean": {accuracy, tokens, ended, checked}, task: {...}}}
+      with the mean taken over tasks. `ended` is the share of answers that end within the limit, `checked` of those in
+      which a step is written again. Of the sampled answers also "by_level", {effort: {task: {level: accuracy}}}, a
+      level being steps, digits or letters; and "recall_by_distance", {effort: {label: {accuracy, problems}}}, when
+      `recall` is among the tasks.
     """
     questions = QuestionSet(tuple(tasks), EFFORTS, per_task, "accuracy", seed)
     report: dict[str, Any] = {}
-    answers: list[Trace] = []
+    by_effort: dict[str, list[Trace]] = {}
     for name, temperature in _TEMPERATURES.items():
         answers = answer_questions(params, config, chat, questions, max_tokens=MAX_TOKENS, temperature=temperature)
-        report[name] = {effort: _by_task([a for a in answers if a.effort == effort]) for effort in EFFORTS}
+        by_effort = {effort: [answer for answer in answers if answer.effort == effort] for effort in EFFORTS}
+        report[name] = {effort: _by_task(found, chat) for effort, found in by_effort.items()}
+    report["by_level"] = {
+        effort: {task: by_level([a for a in found if a.task == task], TASKS[task].level) for task in tasks}
+        for effort, found in by_effort.items()
+    }
     if "recall" in tasks:
         report["recall_by_distance"] = {
-            effort: by_distance([a for a in answers if a.effort == effort and a.task == "recall"]) for effort in EFFORTS
+            effort: by_distance([a for a in found if a.task == "recall"]) for effort, found in by_effort.items()
         }
     return report
 
@@ -70,8 +78,25 @@ def by_distance(answers: Sequence[Trace]) -> dict[str, dict[str, float]]:
     return report
 
 
-def _by_task(answers: Sequence[Trace]) -> dict[str, dict[str, float]]:
-    found = by_task(answers)
-    rows = {task: {"accuracy": of.accuracy, "tokens": of.mean_tokens} for task, of in found.items()}
-    mean = {key: sum(row[key] for row in rows.values()) / len(rows) for key in ("accuracy", "tokens")}
+def by_level(answers: Sequence[Trace], level: str) -> dict[str, float]:
+    """Accuracy of answers by a measure of their problem's difficulty."""
+    levels = sorted({answer.details[level] for answer in answers})
+    return {
+        str(value): round(summarise([a for a in answers if a.details[level] == value]).accuracy, 4) for value in levels
+    }
+
+
+def _by_task(answers: Sequence[Trace], chat: Chat) -> dict[str, dict[str, float]]:
+    rows = {}
+    for task, of in by_task(answers).items():
+        own = [answer for answer in answers if answer.task == task]
+        rows[task] = {
+            "accuracy": of.accuracy,
+            "tokens": of.mean_tokens,
+            "ended": sum(not answer.truncated for answer in own) / len(own),
+            "checked": sum(CHECK in chat.decode(answer.completion) for answer in own) / len(own),
+        }
+    mean = {
+        key: sum(row[key] for row in rows.values()) / len(rows) for key in ("accuracy", "tokens", "ended", "checked")
+    }
     return {name: {key: round(value, 4) for key, value in row.items()} for name, row in {"mean": mean, **rows}.items()}
