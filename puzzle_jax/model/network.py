@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.kernels.expert_mlp import expert_mlp
 from puzzle_jax.kernels.mxfp4 import MOST_DECODED, MXFP4, as_dense
+from puzzle_jax.kernels.prefix_attention import Layout, prefix_attention
 from puzzle_jax.kernels.route import Routing, route
 from puzzle_jax.kernels.shapes import Ids, IntScalar, Keys, Queries, Segments, Window
 from puzzle_jax.kernels.window_attention import window_attention
@@ -117,18 +118,26 @@ def attention_block(
     segment_ids: Segments = None,
     cache: CacheFormat | None = None,
     layer: int = 0,
+    layout: Layout | None = None,
+    positions: Batch | None = None,
 ) -> tuple[States, QKV]:
     """x + attention(rms_norm(x)), and the keys and values that a cache keeps.
 
-    With `cache`, keys and values are read as that format gives them back for layer number `layer`. Where this is traced
+    With `layout`, a row holds a prompt and answers to it (`kernels.prefix_attention`, which needs `positions`). With
+    `cache`, keys and values are read as that format gives them back for layer number `layer`. Where this is traced
     on a mesh that cuts positions, devices exchange them for heads.
     """
     qkv = project_qkv(attention, config, x, table)
     if cache is not None:
         k, v = cache.round_trip(layer, qkv.k, qkv.v)
         qkv = qkv._replace(k=k, v=v)
+    options = {"window": window, "segment_ids": segment_ids, "mesh": traced_mesh()}
     with jax.named_scope("attention"):
-        out = window_attention(*qkv, attention["sinks"], window=window, segment_ids=segment_ids, mesh=traced_mesh())
+        if layout is None:
+            out = window_attention(*qkv, attention["sinks"], **options)
+        else:
+            assert positions is not None
+            out = prefix_attention(*qkv, attention["sinks"], layout=layout, positions=positions, **options)
     return x + attention_output(attention, out), qkv
 
 

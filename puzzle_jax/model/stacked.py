@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, UInt8
 
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.kernels.mxfp4 import MXFP4
+from puzzle_jax.kernels.prefix_attention import Layout
 from puzzle_jax.kernels.route import route
 from puzzle_jax.model.network import attention_block, embed, moe_block
 from puzzle_jax.model.rope import rope_table
@@ -138,6 +139,7 @@ def stacked_hidden_states(
     windows: Sequence[int | None] | None = None,
     positions: Int[Array, "#batch seq"] | None = None,
     segment_ids: Int[Array, "batch seq"] | None = None,
+    layout: Layout | None = None,
     expert_masks: Bool[Array, "layers experts"] | None = None,
     replay: Int[Array, "layers tokens k"] | None = None,
     remat: bool = False,
@@ -153,6 +155,7 @@ def stacked_hidden_states(
       windows: per layer, in place of the configuration's; static, and equal within a position of a run.
       positions: rotary positions; counted from 0 in every row by default.
       segment_ids: positions attend within their segment only (packed sequences).
+      layout: of rows that hold a prompt and answers to it, which see it, too (`kernels.prefix_attention`).
       expert_masks: per layer, False removes an expert. Columns past a layer's own experts are not read.
       replay: per layer, experts to use in place of the router's choice.
       remat: backward passes keep each layer's input alone and compute the rest once more.
@@ -180,7 +183,16 @@ def stacked_hidden_states(
     def layer_at(window: int | None) -> _Layer:
         def layer(x: Array, params: Params, mask: Array | None, chosen: Array | None) -> _LayerOutput:
             attention, moe = params["attention"], one_layer(params["moe"])
-            x, _ = attention_block(attention, config, x, table, window=window, segment_ids=segment_ids)
+            x, _ = attention_block(
+                attention,
+                config,
+                x,
+                table,
+                window=window,
+                segment_ids=segment_ids,
+                layout=layout,
+                positions=positions,
+            )
             if mask is not None:
                 mask = mask[: moe["router_bias"].shape[-1]]
             x, aux = moe_block(moe, config, x, expert_mask=mask, replay=chosen)

@@ -85,6 +85,10 @@ class PlannedPolicy(PlannedTraining[GrpoRecipe]):
 
     @property
     def rows(self) -> tuple[int, int, int]:
+        """The largest micro-batch."""
+        if self.recipe.update.share_prompts:
+            largest = max(self.recipe.shared_shapes, key=lambda shape: shape.rows * shape.length)
+            return 1, largest.rows, largest.length
         return 1, self.recipe.update.rows, self.recipe.update.row_length
 
     @property
@@ -95,7 +99,8 @@ class PlannedPolicy(PlannedTraining[GrpoRecipe]):
     def update(self) -> PolicyUpdate:
         """The programs that learn."""
         update = self.recipe.update
-        policy = Policy(self.student, self.recipe.loss.resolved, update.token_chunk, update.vocab_chunk)
+        settings, strip = self.recipe.loss.resolved, self.recipe.strip
+        policy = Policy(self.student, settings, update.token_chunk, update.vocab_chunk, strip)
         return PolicyUpdate(policy, self.optimizer, self.state[1], self.mesh)
 
     @property

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from jaxtyping import Array, Bool, Int, PyTree
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.kernels.mxfp4 import MXFP4, as_dense
+from puzzle_jax.kernels.prefix_attention import Layout
 from puzzle_jax.model.child import Child, delta_leaves, with_delta
 from puzzle_jax.model.network import traced_mesh
 from puzzle_jax.model.sharding import stacked_sharding
@@ -172,14 +174,19 @@ class Student:
         *,
         keep_states: bool = False,
         replay: Int[Array, "layers tokens k"] | None = None,
+        layout: Layout | None = None,
     ) -> Hidden:
         """The student's pass over [rows, length]; differentiable in `trained`.
 
-        `replay` are experts to use in place of the routers' choice; tokens are rows * length.
+        `replay` are experts to use in place of the routers' choice; tokens are rows * length. `layout` is that of rows
+        whose answers share a prompt (`train.grpo.shared_rows`).
         """
         with jax.named_scope("student"):
             params = self.params(base, trained)
-            return self._pass(params, self.config, self.windows, batch, keep_states, self.masks, self.remat, replay)
+            options = {"keep_states": keep_states, "replay": replay, "layout": layout}
+            return self._pass(
+                params, self.config, batch, windows=self.windows, expert_masks=self.masks, remat=self.remat, **options
+            )
 
     def teacher_hidden(
         self,
@@ -188,42 +195,28 @@ class Student:
         *,
         keep_states: bool = False,
         replay: Int[Array, "layers tokens k"] | None = None,
+        layout: Layout | None = None,
     ) -> Hidden:
         """The parent's pass; a constant for gradients."""
         with jax.named_scope("teacher"):
-            windows, masks, remat = self.teacher_windows, None, False
-            return jax.lax.stop_gradient(
-                self._pass(base, self.child.parent, windows, batch, keep_states, masks, remat, replay)
-            )
+            options = {"keep_states": keep_states, "replay": replay, "layout": layout}
+            parent = self.child.parent
+            return jax.lax.stop_gradient(self._pass(base, parent, batch, windows=self.teacher_windows, **options))
 
     @property
     def masks(self) -> Bool[Array, "layers experts"]:
         """Which of the parent's experts each layer keeps, [layers, experts]."""
         return self.child.view.expert_masks
 
-    def _pass(
-        self,
-        params: Params,
-        config: ModelConfig,
-        windows: tuple[int | None, ...],
-        batch: Packed,
-        keep_states: bool,
-        masks: Array | None,
-        remat: bool,
-        replay: Array | None,
-    ) -> Hidden:
+    def _pass(self, params: Params, config: ModelConfig, batch: Packed, **options: Any) -> Hidden:
         return stacked_hidden_states(
             params,
             config,
             self.runs,
             jnp.asarray(batch.tokens),
-            windows=windows,
             positions=jnp.asarray(batch.positions),
             segment_ids=jnp.asarray(batch.segment_ids),
-            expert_masks=masks,
-            replay=replay,
-            remat=remat,
-            keep_states=keep_states,
+            **options,
         )
 
 

@@ -28,9 +28,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from puzzle_jax.kernels.prefix_attention import Layout
 from puzzle_jax.model.spec import Params
 from puzzle_jax.model.stacked import Hidden
 from puzzle_jax.train.distill.objectives import Fixed, Loss
+from puzzle_jax.train.grpo.shared_rows import layout_of
 from puzzle_jax.train.losses.head import Head, head_losses
 from puzzle_jax.train.losses.policy import policy_loss
 from puzzle_jax.train.losses.policy_settings import ResolvedPolicy
@@ -55,12 +57,15 @@ class Policy:
 
     Attributes:
       student: the model as a view on itself: its parent is the policy that training began with, and the reference.
+      strip: positions of a strip, where rows hold one prompt each with its answers (`shared_rows`); 0 where every
+        answer comes with its prompt.
     """
 
     student: Student
     settings: ResolvedPolicy
     token_chunk: int = 2048
     vocab_chunk: int = 4096
+    strip: int = 0
 
     def __call__(self, trained: Params, fixed: Fixed, batch: Packed, key: Array | None = None) -> Loss:
         """One micro-batch [rows, length]; `key` is not used.
@@ -69,7 +74,7 @@ class Policy:
         shares times means, but for names that end in `MAXIMUM`.
         """
         replay = _replay(batch)
-        hidden = self.student.hidden(fixed.base, trained, batch, replay=replay)
+        hidden = self.student.hidden(fixed.base, trained, batch, replay=replay, layout=self._layout(batch))
         head = head_of(self.student.params(fixed.base, trained))
         mask = (jnp.asarray(batch.weights) > 0).reshape(-1)
         log_probs = jnp.where(mask, self._log_probs(head, hidden, batch), 0.0)
@@ -102,7 +107,7 @@ class Policy:
 
     def score(self, trained: Params, fixed: Fixed, batch: Packed, *, old: bool, reference: bool) -> Scores:
         """Log-probabilities of a batch's targets, of what is asked for."""
-        replay, shape = _replay(batch), batch.weights.shape
+        replay, shape, layout = _replay(batch), batch.weights.shape, self._layout(batch)
         counts = jnp.asarray(batch.weights) > 0
 
         def of(head: Head, hidden: Hidden) -> Array:
@@ -111,11 +116,14 @@ class Policy:
         of_old = of_reference = None
         if old:
             head = head_of(self.student.params(fixed.base, trained))
-            of_old = of(head, self.student.hidden(fixed.base, trained, batch, replay=replay))
+            of_old = of(head, self.student.hidden(fixed.base, trained, batch, replay=replay, layout=layout))
         if reference:
-            first = self.student.teacher_hidden(fixed.base, batch, replay=replay)
+            first = self.student.teacher_hidden(fixed.base, batch, replay=replay, layout=layout)
             of_reference = of(head_of(fixed.base), first)
         return Scores(of_old, of_reference)
+
+    def _layout(self, batch: Packed) -> Layout | None:
+        return layout_of(batch.tokens.shape[-1], self.strip) if self.strip else None
 
     def _log_probs(self, head: Head, hidden: Hidden, batch: Packed) -> Float[Array, "tokens"]:
         return -self._of_head("next_token", head, hidden.x, targets=jnp.asarray(batch.targets).reshape(-1))

@@ -15,6 +15,7 @@ from puzzle_jax.model.cache_format import CACHE_DTYPES
 from puzzle_jax.tasks import check_effort
 from puzzle_jax.tasks.rewards.workers import TIME_LIMIT
 from puzzle_jax.train.grpo.prompts import PromptSettings
+from puzzle_jax.train.grpo.shared_rows import RowShape, row_shapes, strip_of
 from puzzle_jax.train.losses.policy_settings import PolicySettings
 from puzzle_jax.train.recipe import RunRecipe
 
@@ -89,6 +90,9 @@ class UpdateSettings:
     Attributes:
       row_length: positions of a row, into which answers are packed with their prompts; longer ones are not asked.
       rows: per micro-batch.
+      share_prompts: whether an update runs a prompt once for many of its answers (`shared_rows`), whose rows have other
+        lengths then, and micro-batches about as many positions. Worth it for answers that are short beside their group
+        times the prompt; logits of a row's answers against its prompt must fit in memory, and mesh.sequence be 1.
       updates: optimiser steps per step's answers; with more than one, log-probabilities before the first are
         computed, and ratios leave 1.
       reference: whether the policy is compared with the first one at every step, for the metric "kl", where the loss
@@ -98,6 +102,7 @@ class UpdateSettings:
 
     row_length: int = 512
     rows: int = 4
+    share_prompts: bool = False
     updates: int = 1
     reference: bool = True
     token_chunk: int = 2048
@@ -168,8 +173,31 @@ class GrpoRecipe(RunRecipe):
                     f"rollout.max_tokens.{effort} is {self.rollout.limit(effort)}, but must be below update.row_length "
                     f"({self.update.row_length}), which holds the prompt, too"
                 )
+        if self.update.share_prompts and self.mesh.sequence > 1:
+            raise ConfigError(
+                f"update.share_prompts is true and mesh.sequence {self.mesh.sequence}, but rows of shared prompts are "
+                "not cut along the sequence; leave one of them out"
+            )
         if self.export == "best" and not self.loop.keep_best:
             raise ConfigError("export is 'best' and loop.keep_best 0, but the best policy must be kept to be written")
+
+    @property
+    def answer_limit(self) -> int:
+        """Tokens of the longest answer at any effort."""
+        return max(self.rollout.limit(effort) for effort in self.prompts.efforts)
+
+    @property
+    def strip(self) -> int:
+        """Positions of a strip of answers that share a prompt; 0 where they do not."""
+        return strip_of(self.answer_limit) if self.update.share_prompts else 0
+
+    @property
+    def shared_shapes(self) -> tuple[RowShape, ...]:
+        """The shapes of micro-batches whose answers share prompts; none where they do not."""
+        update = self.update
+        if not update.share_prompts:
+            return ()
+        return row_shapes(update.row_length, self.answer_limit, update.rows * update.row_length, self.mesh.data)
 
     def check_context(self, context: int) -> None:
         """Raises ConfigError where rows are longer than the model's context."""

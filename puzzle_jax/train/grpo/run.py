@@ -44,6 +44,7 @@ from puzzle_jax.train.grpo.primary_rewards import PrimaryRewards
 from puzzle_jax.train.grpo.prompts import NothingToAsk, Prompt
 from puzzle_jax.train.grpo.recipe import GrpoRecipe
 from puzzle_jax.train.grpo.rollouts import Rollout, Sampler
+from puzzle_jax.train.grpo.shared_rows import shared_rows
 from puzzle_jax.train.grpo.transcripts import StepTranscripts
 from puzzle_jax.train.loop import EVALUATION, Job, Trained, open_checkpoints
 from puzzle_jax.train.placement import on_host
@@ -121,8 +122,8 @@ class Trainer(Run[GrpoInputs]):
 
     @cached_property
     def update(self) -> PolicyUpdate:
-        chunks = self.recipe.update.token_chunk, self.recipe.update.vocab_chunk
-        policy = Policy(self.student, self.inputs.loss, *chunks)
+        update = self.recipe.update
+        policy = Policy(self.student, self.inputs.loss, update.token_chunk, update.vocab_chunk, self.recipe.strip)
         return PolicyUpdate(policy, self.optimizer, self.shardings, self.placement.mesh)
 
     def job(self) -> Job:
@@ -233,6 +234,8 @@ class Trainer(Run[GrpoInputs]):
     def _batches(self, answers: Sequence[policy_batches.Learnable]) -> list[Packed]:
         update, inputs = self.recipe.update, self.inputs
         found = policy_batches.examples(answers, inputs.loss, inputs.limits)
+        if update.share_prompts:
+            return list(shared_rows(found, self.recipe.shared_shapes, inputs.model.chat.pad_id))
         shape = {"rows": update.rows, "length": update.row_length}
         return list(policy_batches.micro_batches(found, **shape, pad_id=inputs.model.chat.pad_id))
 
