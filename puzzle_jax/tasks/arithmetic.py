@@ -97,7 +97,8 @@ class Add(Embedded):
         check_effort(effort)
         if effort == "low":
             return Work((), problem.answer)
-        columns = _columns(*problem.prompt.removeprefix("add ").split("+"), slip)
+        first, second = problem.prompt.removeprefix("add ").split("+")
+        columns = _columns(first, second, slip)
         if effort == "medium":
             steps = [f"{a}{b}{total % 10}" for a, b, _, total in columns]
         else:

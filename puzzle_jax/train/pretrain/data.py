@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import numpy as np
@@ -91,7 +91,7 @@ class BatchSource:
     buckets: tuple[Bucket, ...]
     seed: int
     steps: int
-    habits: Habits = Habits()
+    habits: Habits = field(default_factory=Habits)
     rounded_steps: int = 0
     next_step: int = 0
 

@@ -87,7 +87,7 @@ def by_level(answers: Sequence[Trace], level: str) -> dict[str, float]:
 
 
 def _by_task(answers: Sequence[Trace], chat: Chat) -> dict[str, dict[str, float]]:
-    rows = {}
+    rows: dict[str, dict[str, float]] = {}
     for task, of in by_task(answers).items():
         own = [answer for answer in answers if answer.task == task]
         rows[task] = {
@@ -96,7 +96,6 @@ def _by_task(answers: Sequence[Trace], chat: Chat) -> dict[str, dict[str, float]
             "ended": sum(not answer.truncated for answer in own) / len(own),
             "checked": sum(CHECK in chat.decode(answer.completion) for answer in own) / len(own),
         }
-    mean = {
-        key: sum(row[key] for row in rows.values()) / len(rows) for key in ("accuracy", "tokens", "ended", "checked")
-    }
+    measures = next(iter(rows.values()))
+    mean = {measure: sum(row[measure] for row in rows.values()) / len(rows) for measure in measures}
     return {name: {key: round(value, 4) for key, value in row.items()} for name, row in {"mean": mean, **rows}.items()}
