@@ -309,14 +309,15 @@ def loss_ours(settings: argparse.Namespace) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from puzzle_jax.train.losses.head import Head, head_losses
+    from puzzle_jax.train.losses.head import Head
+    from puzzle_jax.train.losses.head_sum import head_loss_sum
 
     x, y, own, teachers = map(jax.device_put, loss_inputs(settings))
     norm, weights = jnp.ones(settings.hidden), jnp.full(len(x), 1 / len(x))
     inputs = (x, Head(norm, own), y, Head(norm, teachers), weights)
 
     def loss(x: Any, student: Head, y: Any, teacher: Head, weights: Any) -> Any:
-        return jnp.sum(weights * head_losses("forward_kl", student, x, eps=1e-5, teacher=teacher, y=y))
+        return head_loss_sum("forward_kl", student, x, weights, eps=1e-5, teacher=teacher, y=y)
 
     compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*inputs).compile()
     jax.block_until_ready(inputs)

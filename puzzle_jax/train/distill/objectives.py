@@ -13,18 +13,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
 from puzzle_jax.errors import MOST_TOKENS, ConfigError, check_range
+from puzzle_jax.model.network import traced_mesh
 from puzzle_jax.model.spec import Params
 from puzzle_jax.temperature import GREATEST_TEMPERATURE, LEAST_LOSS_TEMPERATURE
 from puzzle_jax.train.losses import definitions as losses
 from puzzle_jax.train.losses.definitions import TopK
 from puzzle_jax.train.losses.head import head_losses
+from puzzle_jax.train.losses.head_sum import head_loss_sum
 from puzzle_jax.train.rows import Packed
 from puzzle_jax.train.student import Student, head_of
 
@@ -109,10 +111,12 @@ class Distillation:
         if states or any(name in FROM_TEACHER for name in shares):
             teacher = student.teacher_hidden(fixed.base, batch, keep_states=states)
         own = student.hidden(fixed.base, trained, batch, keep_states=states)
+        weights = jnp.asarray(batch.weights).reshape(-1)
         of_head = partial(
-            head_losses,
+            head_loss_sum if traced_mesh() is None else _separate_sum,
             student=head_of(student.params(fixed.base, trained)),
             x=_flat(own.x),
+            weights=weights,
             eps=student.config.rms_norm_eps,
             teacher=head_of(fixed.base),
             y=None if teacher is None else _flat(teacher.x),
@@ -121,18 +125,26 @@ class Distillation:
             token_chunk=settings.token_chunk,
             vocab_chunk=settings.vocab_chunk,
         )
-        weights = jnp.asarray(batch.weights).reshape(-1)
         terms: dict[str, Array] = {}
         for name in shares:
             if name in DISTRIBUTION:
-                per_token = of_head(name, temperature=1.0 if name == "next_token" else settings.temperature)
+                terms[name] = of_head(name, temperature=1.0 if name == "next_token" else settings.temperature)
             else:
                 assert teacher is not None
                 with jax.named_scope(name):
                     per_token = getattr(losses, name)(own.states, teacher.states).mean(0).reshape(-1)
-            terms[name] = jnp.sum(jnp.where(weights > 0, per_token * weights, 0.0))
+                terms[name] = _weighed(weights, per_token)
         total = sum((share * terms[name] for name, share in shares.items()), jnp.float32(0))
         return Loss(total, jnp.sum(weights), terms)
+
+
+def _separate_sum(kind: str, *, weights: Array, **options: Any) -> Array:
+    """`head_loss_sum` by the losses of every token."""
+    return _weighed(weights, head_losses(kind, **options))
+
+
+def _weighed(weights: Array, per_token: Array) -> Array:
+    return jnp.sum(jnp.where(weights > 0, per_token * weights, 0.0))
 
 
 def _flat(x: Array) -> Array:

@@ -29,7 +29,7 @@ from puzzle_jax.train.losses.head_chunks import Chunk, Head, columns_of, gather,
 from puzzle_jax.train.losses.head_kinds import KINDS, Given, Saved
 
 
-class _Settings(NamedTuple):
+class HeadSettings(NamedTuple):
     """What a program is compiled for."""
 
     kind: str
@@ -40,7 +40,7 @@ class _Settings(NamedTuple):
     vocab_chunk: int
 
 
-class _Reference(NamedTuple):
+class Reference(NamedTuple):
     """What a student is compared with; only what its kind needs is there."""
 
     teacher: Head | None
@@ -86,44 +86,43 @@ def head_losses(
       ValueError: an unknown kind, something that it needs is missing, shapes that do not fit each other, or a setting
         out of range.
     """
-    settings = _Settings(kind, eps, temperature, beta, token_chunk, vocab_chunk)
-    reference = _needed(settings, _Reference(teacher, y, targets, top_k))
-    _check(settings, student, x, reference)
+    settings = HeadSettings(kind, eps, temperature, beta, token_chunk, vocab_chunk)
+    reference = checked(settings, student, x, Reference(teacher, y, targets, top_k))
     if x.shape[0] == 0:
         return jnp.zeros(0, jnp.float32)
     with jax.named_scope(f"head_{kind}"):
-        return _losses(settings, student, x, jax.lax.stop_gradient(reference))
+        return losses(settings, student, x, jax.lax.stop_gradient(reference))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _losses(settings: _Settings, student: Head, x: Array, reference: _Reference) -> Array:
+def losses(settings: HeadSettings, student: Head, x: Array, reference: Reference) -> Array:
     return _forward(settings, student, x, reference)[0]
 
 
-def _forward(settings: _Settings, student: Head, x: Array, reference: _Reference) -> tuple[Array, tuple]:
+def _forward(settings: HeadSettings, student: Head, x: Array, reference: Reference) -> tuple[Array, tuple]:
     kind, groups = KINDS[settings.kind], _groups(settings, x)
 
-    def group(_: None, inputs: tuple[Array, _Reference]) -> tuple[None, tuple[Array, Saved]]:
+    def group(_: None, inputs: tuple[Array, Reference]) -> tuple[None, tuple[Array, Saved]]:
         x, reference = inputs
-        models = _models(settings, student, x, reference, teacher)
+        models = models_of(settings, student, x, reference, teacher)
         run = partial(sweep, models=models, temperature=settings.temperature, width=settings.vocab_chunk)
-        return None, kind.loss(run, x.shape[0], _given(settings, student, reference))
+        return None, kind.loss(run, x.shape[0], given_of(settings, student, reference))
 
     teacher, per_token = reference.teacher, reference._replace(teacher=None)
     _, (losses, saved) = jax.lax.scan(group, None, jax.tree.map(partial(split, groups=groups), (x, per_token)))
     return settings.temperature**2 * gather(losses, x.shape[0]), (student, x, reference, saved)
 
 
-def _backward(settings: _Settings, residuals: tuple, d_losses: Array) -> tuple[Head, Array, None]:
+def _backward(settings: HeadSettings, residuals: tuple, d_losses: Array) -> tuple[Head, Array, None]:
     student, x, reference, saved = residuals
     kind, groups = KINDS[settings.kind], _groups(settings, x)
     width = min(settings.vocab_chunk, student.weight.shape[1])
 
     def group(d_head: Head, inputs: tuple) -> tuple[Head, Array]:
         x, reference, saved, d_losses = inputs
-        given = _given(settings, student, reference)
+        given = given_of(settings, student, reference)
         scale = settings.temperature * d_losses[:, None]  # T^2 of the loss, 1 / T of its logits
-        models = _models(settings, student, x, reference, teacher)
+        models = models_of(settings, student, x, reference, teacher)
         y = models[0][0]
 
         def step(sums: tuple[Array, Array], chunk: Chunk) -> tuple[Array, Array]:
@@ -153,14 +152,14 @@ def _backward(settings: _Settings, residuals: tuple, d_losses: Array) -> tuple[H
     return d_student, gather(d_x, x.shape[0]), None
 
 
-_losses.defvjp(_forward, _backward)
+losses.defvjp(_forward, _backward)
 
 
-def _groups(settings: _Settings, x: Array) -> int:
+def _groups(settings: HeadSettings, x: Array) -> int:
     return -(-x.shape[0] // settings.token_chunk)
 
 
-def _models(settings: _Settings, student: Head, x: Array, reference: _Reference, teacher: Head | None) -> tuple:
+def models_of(settings: HeadSettings, student: Head, x: Array, reference: Reference, teacher: Head | None) -> tuple:
     """Normalised states and head weights whose logits the kind reads, the student first."""
     models = ((rms_norm(x, student.norm, settings.eps), student.weight),)
     if teacher is not None and reference.y is not None:
@@ -168,12 +167,19 @@ def _models(settings: _Settings, student: Head, x: Array, reference: _Reference,
     return models
 
 
-def _given(settings: _Settings, student: Head, reference: _Reference) -> Given:
+def given_of(settings: HeadSettings, student: Head, reference: Reference) -> Given:
     vocab = student.weight.shape[1]
     return Given(reference.targets, reference.top_k, vocab, settings.temperature, settings.beta)
 
 
-def _needed(settings: _Settings, reference: _Reference) -> _Reference:
+def checked(settings: HeadSettings, student: Head, x: Array, reference: Reference) -> Reference:
+    """The reference without what the kind does not read; raises ValueError for what does not fit, see `head_losses`."""
+    reference = _needed(settings, reference)
+    _check(settings, student, x, reference)
+    return reference
+
+
+def _needed(settings: HeadSettings, reference: Reference) -> Reference:
     """Without what the kind does not read."""
     if settings.kind not in KINDS:
         raise ValueError(f"kind is {settings.kind!r}, but must be one of {', '.join(KINDS)}")
@@ -181,10 +187,10 @@ def _needed(settings: _Settings, reference: _Reference) -> _Reference:
     for name in needs:
         if getattr(reference, name) is None:
             raise ValueError(f"kind {settings.kind!r} needs {' and '.join(needs)}, but {name} is None")
-    return _Reference(*(value if name in needs else None for name, value in reference._asdict().items()))
+    return Reference(*(value if name in needs else None for name, value in reference._asdict().items()))
 
 
-def _check(settings: _Settings, student: Head, x: Array, reference: _Reference) -> None:
+def _check(settings: HeadSettings, student: Head, x: Array, reference: Reference) -> None:
     """ValueError for settings out of range and shapes that do not fit."""
     for name in ("token_chunk", "vocab_chunk"):
         if getattr(settings, name) < 1:

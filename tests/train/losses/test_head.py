@@ -10,8 +10,10 @@ import pytest
 
 from puzzle_jax.model.network import head_logits
 from puzzle_jax.train.losses import definitions as losses
+from puzzle_jax.train.losses import head_sum
 from puzzle_jax.train.losses.definitions import TopK
 from puzzle_jax.train.losses.head import Head, head_losses
+from puzzle_jax.train.losses.head_sum import head_loss_sum
 from tests.support import present, small_config
 
 TOKENS, HIDDEN, TEACHER_HIDDEN, K = 24, 40, 28, 6
@@ -120,6 +122,37 @@ def assert_close(found, expected, tolerance=1e-5):
         assert one.shape == other.shape and one.dtype == other.dtype
         one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
         np.testing.assert_allclose(one, other, rtol=0, atol=tolerance * np.abs(other).max())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_sum_in_four_matmuls_has_the_same_values_and_gradients(kind, monkeypatch):
+    monkeypatch.setattr(head_sum, "MOST_LOGITS", 7 * VOCAB)  # 4 groups of 6 for 24 tokens
+
+    def run(student, x, y, weights):
+        # A token without weight may hold anything, and a loss may be multiplied before it is differentiated.
+        x = jnp.where(weights[:, None] != 0, x, jnp.nan)
+        return 3 * head_loss_sum(
+            kind,
+            student,
+            x,
+            weights,
+            eps=EPS,
+            teacher=TEACHER,
+            y=y,
+            targets=TARGETS,
+            top_k=top_k_of(logits(TEACHER, y), K, 2.0),
+            temperature=2.0,
+            beta=0.3,
+            token_chunk=100,
+        )
+
+    arguments = (STUDENT, X, Y, WEIGHTS)
+    value, gradients = jax.jit(jax.value_and_grad(run, argnums=(0, 1)))(*arguments)
+    expected = definitions(2.0)(*arguments)[kind]
+    assert_close((value, gradients), jax.tree.map(lambda array: 3 * array, expected))
+    np.testing.assert_allclose(jax.jit(run)(*arguments), value, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"weights has shape \(23,\), but x of shape \(24, 40\) needs \(24,\)"):
+        head_loss_sum("entropy", STUDENT, X, WEIGHTS[1:], eps=EPS)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
