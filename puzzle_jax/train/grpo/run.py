@@ -84,6 +84,7 @@ class Trainer(Run[GrpoInputs]):
         self.shown = StepTranscripts(directory, monitoring.transcripts, monitoring.transcript_groups)
         self.prompts = self.inputs.prompts()
         self.notes = Notes(self.inputs, self.console)
+        self.answered: tuple[int, list[Trace]] | None = None
 
     @property
     def recipe(self) -> GrpoRecipe:
@@ -133,7 +134,7 @@ class Trainer(Run[GrpoInputs]):
             fixed=Fixed(self.base),
             batches=self,
             identity=self.inputs.identity,
-            evaluate=lambda state: self.measure(state.params),
+            evaluate=self.measure,
             best="error",
             name="reinforcement learning",
             ahead=False,
@@ -250,9 +251,9 @@ class Trainer(Run[GrpoInputs]):
 
     # Evaluation ----------------------------------------------------------------------------------------------------
 
-    def measure(self, trained: Params) -> dict[str, float]:
+    def measure(self, state: TrainState) -> dict[str, float]:
         """Of greedy answers: "accuracy", also by effort, "error", 1 - accuracy, and mean "tokens", also by effort."""
-        return self._measured(self._greedy(trained))
+        return self._measured(self._greedy(state))
 
     def _measured(self, found: Sequence[Trace]) -> dict[str, float]:
         efforts = self.inputs.questions.efforts
@@ -264,7 +265,14 @@ class Trainer(Run[GrpoInputs]):
         unscored = float(sum(trace.unscored is not None for trace in found))
         return values | {"error": 1.0 - values["accuracy"], "unscored": unscored}
 
-    def _greedy(self, trained: Params) -> list[Trace]:
+    def _greedy(self, state: TrainState) -> list[Trace]:
+        """Greedy answers of a policy; those of the one that was asked last are kept."""
+        step = int(state.step)
+        if self.answered is None or self.answered[0] != step:
+            self.answered = step, self._answer_greedily(state.params)
+        return self.answered[1]
+
+    def _answer_greedily(self, trained: Params) -> list[Trace]:
         inputs = self.inputs
         found = answer_questions(
             self.sampler.params(self.base, trained),
@@ -296,7 +304,7 @@ class Trainer(Run[GrpoInputs]):
 
     def export_state(self, state: TrainState) -> None:
         """Writes a policy, by the primary process."""
-        step, answers = int(state.step), self._greedy(state.params)
+        step, answers = int(state.step), self._greedy(state)
         evaluated = self._measured(answers)
         scales = self._cache_scales(state.params, answers)
         self.write_child(state.params, "grpo", lambda: self._record(step, evaluated), scales, origin=self.inputs.origin)
