@@ -119,7 +119,7 @@ def attention_block(
     cache: CacheFormat | None = None,
     layer: int = 0,
     layout: Layout | None = None,
-    positions: Batch | None = None,
+    positions: Int[Array, "#batch seq"] | None = None,
 ) -> tuple[States, QKV]:
     """x + attention(rms_norm(x)), and the keys and values that a cache keeps.
 
