@@ -89,3 +89,5 @@ def test_layouts_that_make_no_rows_are_refused():
         asked(Layout(13, 8))
     with pytest.raises(ValueError, match="a prefix of 31 and strips of 9"):
         asked(Layout(31, 9))
+    with pytest.raises(ValueError, match="implementation is 'fast', but must be strips or reference"):
+        run(*arrays(), window=None, implementation="fast")

@@ -135,7 +135,7 @@ def test_what_is_wrong_with_a_page_is_found(tmp_path):
 
 
 def requests(page: str) -> list[str]:
-    """What a page would load from elsewhere; links are loaded when they are followed alone."""
+    """Addresses that a page would load by itself; links are loaded only when they are followed."""
     loading = re.findall(
         r"""<(?:img|script|link|iframe|source|object|video)\b[^>]*\s(?:src|href|data)=["']([^"']*)""", page
     )
@@ -144,7 +144,7 @@ def requests(page: str) -> list[str]:
 
 
 def seen(page: str, width: int, directory: Path) -> dict[str, Any]:
-    """What a browser finds on a page of a width."""
+    """The findings of a browser on a page of a width."""
     path, frame = directory / "page.html", directory / "frame.html"
     frame.write_text(FRAME.replace("WIDTH", str(width)).replace("HEIGHT", str(HEIGHT)))
     path.write_text(re.sub("<head>", "<head>" + WATCH, page, count=1).replace("</body>", LOOK + "</body>"))

@@ -72,6 +72,8 @@ def prefix_attention(
             f"layout has a prefix of {layout.prefix} and strips of {layout.strip}, which do not make rows of {seq}"
         )
     options = {"layout": layout, "window": window, "segment_ids": segment_ids, "positions": positions}
+    if implementation not in ("strips", "reference"):
+        raise ValueError(f"implementation is {implementation!r}, but must be strips or reference")
     if implementation == "reference":
         return reference.prefix_attention(q, k, v, sinks, **options)
     return strips.prefix_attention(q, k, v, sinks, mesh=mesh, **options)

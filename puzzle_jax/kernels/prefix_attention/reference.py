@@ -12,7 +12,7 @@ from puzzle_jax.kernels.window_attention.reference import softmax_with_sink
 def visible(
     layout: Layout, window: int | None, segment_ids: Int[Array, "batch seq"], positions: Int[Array, "batch seq"]
 ) -> Bool[Array, "batch seq seq"]:
-    """Which keys (last axis) each query sees."""
+    """The mask of keys (last axis) that each query sees."""
     seq = segment_ids.shape[1]
     query, key = jnp.arange(seq)[:, None], jnp.arange(seq)[None, :]
     own = segment_ids[:, :, None] == segment_ids[:, None, :]

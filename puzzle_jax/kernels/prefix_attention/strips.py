@@ -77,7 +77,7 @@ def prefix_attention(
 
 
 def _masks(layout: Layout, window: int | None, first: int, segment_ids: Array, positions: Array) -> tuple[Array, Array]:
-    """Which keys of its strip, [batch, strips, strip, strip], and of the prompt from `first` on each position sees."""
+    """The masks of visible keys: of the own strip, [batch, strips, strip, strip], and of the prompt from `first` on."""
     prefix, strip = layout
     batch, seq = segment_ids.shape
     shape = (batch, (seq - prefix) // strip, strip)

@@ -20,7 +20,7 @@ from puzzle_jax.kernels.prefix_attention import PROMPT, Layout
 from puzzle_jax.train.rows import Example, OpenRows, Packed
 
 STRIPS = 3
-"""Of a row. More leave rows of few answers emptier, fewer repeat the prompt of many answers more often."""
+"""The number of strips in a row. More of them leave rows of few answers emptier; fewer repeat a prompt more often."""
 
 _SHORTEST_PREFIX, _LONGER = 64, 8
 _STRIP_MULTIPLE = 32

@@ -25,7 +25,7 @@ from puzzle_jax.train.losses.head_chunks import Carry, Chunk, Head, gather, spli
 from puzzle_jax.train.losses.head_kinds import KINDS
 
 MOST_LOGITS = 1 << 26
-"""Of one model at a time; float32, so a quarter of a GiB."""
+"""The number of logits of one model that exist at a time: float32, so a quarter of a GiB."""
 
 
 def head_loss_sum(

@@ -1,4 +1,4 @@
-"""What a pretrained parent can do: accuracy, tokens and habits per task and effort, greedy and sampled, on held-out
+"""Measurement of a pretrained parent: accuracy, tokens and habits per task and effort, greedy and sampled, on held-out
 problems, accuracy by difficulty, and that of `recall` by distance.
 
 Left out: confidence intervals beyond the number of problems; `puzzle_jax.evaluate` has them.

@@ -2,14 +2,19 @@
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from puzzle_jax.kernels.prefix_attention import Layout
+from puzzle_jax.model.sharding import make_training_mesh
 from puzzle_jax.train.distill.objectives import Fixed
 from puzzle_jax.train.grpo.policy import Policy, replayed
+from puzzle_jax.train.grpo.policy_update import PolicyUpdate
 from puzzle_jax.train.grpo.shared_rows import RowShape, layout_of, row_shapes, shared_rows, strip_of
 from puzzle_jax.train.losses.policy_settings import PolicySettings
+from puzzle_jax.train.placement import Placement
 from puzzle_jax.train.rows import Example, pack
+from puzzle_jax.train.step import Shardings, init_state
 from tests.support import random_params
 from tests.train.grpo.test_policy import CHUNKS, CONFIG, STUDENT, K
 from tests.train.toy_student import close, jit, random_master_weights
@@ -114,6 +119,26 @@ def test_scores_are_those_of_packed_rows(examples):
     theirs = scored(Policy(STUDENT, settings, **CHUNKS), pack([examples[:3], examples[3:]], 28, PAD))
     np.testing.assert_allclose(mine, theirs, atol=2e-5)
     assert np.abs(mine[0] - mine[1]).max() > 0.1
+
+
+def test_on_a_mesh_the_update_is_that_of_one_device(examples):
+    (rows,) = shared_rows(examples, [SHAPE], PAD)
+    base, optimizer = STUDENT.stacked(random_params(CONFIG)), optax.sgd(0.5)
+    objective = Policy(STUDENT, PolicySettings(name="dapo").resolved, **CHUNKS, strip=6)
+
+    def fresh():
+        return init_state(random_master_weights(STUDENT, base), optimizer, jax.random.key(0))
+
+    expected, metrics = PolicyUpdate(objective, optimizer)(fresh(), Fixed(base), [rows])
+    mesh = make_training_mesh(2, 1, 3)
+    placement = Placement(mesh)
+    shardings = placement.master_weights(fresh())
+    update = PolicyUpdate(objective, optimizer, Shardings(shardings), mesh)
+    state = jax.device_put(fresh(), shardings)
+    found, on_mesh = update(state, Fixed(placement.base(base, CONFIG)), [placement.rows(rows)])
+    close(found.params, expected.params, 1e-4)
+    for name in metrics:
+        np.testing.assert_allclose(on_mesh[name], metrics[name], rtol=2e-4, atol=1e-6, err_msg=name)
 
 
 def test_shapes_hold_every_prompt_in_few_lengths():
