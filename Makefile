@@ -18,8 +18,10 @@ search: $(VENV)/.core
 quick: $(VENV)/.test
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile $$(grep -v '^#' tests/quick.txt)
 
+# `make test MARKS='not once'` leaves out what is slow and depends little on the version of JAX.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder \
+		$(if $(MARKS),-m 'not slow and not gpu and not parity and not runtimes and $(MARKS)')
 
 slow: $(VENV)/.test
 	$(BIN)/python -m pytest -q -m slow

@@ -53,7 +53,6 @@ from puzzle_jax.convert_hf.load import load_checkpoint
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.evaluate.throughput import Spread
 from puzzle_jax.generate.engine import Engine, Request
-from puzzle_jax.generate.sampling import Sampling
 from puzzle_jax.generate.slots import Slots, decode, empty_slots
 from puzzle_jax.model.cache_format import CacheFormat
 from puzzle_jax.model.network import forward, to_compute
@@ -312,7 +311,7 @@ class Steps:
         none, steps, target = jnp.zeros(0, jnp.int32), jnp.int32(self.steps), jnp.int32(rows)
 
         def run() -> None:
-            self.state = decode(self.params, self.config, self.state, none, Sampling(), steps, target, None)
+            self.state = decode(self.params, self.config, self.state, none, 0.0, steps, target, None, 1.0)
             jax.block_until_ready(self.state)
 
         return seconds(run, self.clock) / self.steps

@@ -138,6 +138,7 @@ def test_readme_has_the_commands_that_are_run_here():
     assert sum(PARENT in " ".join(command) for command in commands()) >= 6
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("slow", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_commands_run(tmp_path, monkeypatch, capsys, slow):
     monkeypatch.chdir(tmp_path)

@@ -280,9 +280,11 @@ class Engine:
         return programs.admit(self.params, self.config, state, group, admission)
 
     def _decode(self, state: Slots, steps: int, idle_target: int) -> Slots:
-        limits = np.int32(steps), np.int32(idle_target)
+        numbers = np.float32(self.sampling.temperature), np.int32(steps), np.int32(idle_target)
         with on_mesh(self._mesh):
-            return programs.decode(self.params, self.config, state, self._stops, self.sampling, *limits, self.view)
+            return programs.decode(
+                self.params, self.config, state, self._stops, *numbers, self.view, self.sampling.top_p
+            )
 
     def _completion(self, state: Slots, slot: int, request: Request, count: int) -> Generated:
         """The completion in a slot whose request has ended after `count` tokens."""

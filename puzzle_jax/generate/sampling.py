@@ -42,19 +42,28 @@ class Sampling:
 
 
 def sample(
-    logits: Float[Array, "batch vocab"], seeds: Int[Array, "batch"], drawn: Int[Array, "batch"], sampling: Sampling
+    logits: Float[Array, "batch vocab"],
+    seeds: Int[Array, "batch"],
+    drawn: Int[Array, "batch"],
+    temperature: float | Float[Array, ""],
+    top_p: float,
 ) -> Int[Array, "batch"]:
-    """One token per row; the noise of a row follows from its seed and the tokens that it has drawn before."""
-    if sampling.temperature == 0.0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    scaled = logits / sampling.temperature
-    if sampling.top_p < 1.0:
-        scaled = jnp.where(in_nucleus(scaled, sampling.top_p), scaled, -jnp.inf)
+    """One token per row; the noise of a row follows from its seed and the tokens that it has drawn before.
+
+    Args are those of `Sampling`. The temperature may be an array, so that one program serves them all, 0 too.
+    """
 
     def noise(seed: Array, count: Array) -> Array:
         return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), count), logits.shape[-1:])
 
-    return jnp.argmax(scaled + jax.vmap(noise)(seeds, drawn), axis=-1).astype(jnp.int32)
+    def noisy() -> Array:
+        scaled = logits / temperature
+        if top_p < 1.0:
+            scaled = jnp.where(in_nucleus(scaled, top_p), scaled, -jnp.inf)
+        return scaled + jax.vmap(noise)(seeds, drawn)
+
+    # Greedy answers do not pay for noise.
+    return jnp.argmax(jax.lax.cond(temperature > 0, noisy, lambda: logits), axis=-1).astype(jnp.int32)
 
 
 def in_nucleus(logits: Float[Array, "batch vocab"], top_p: float) -> Array:

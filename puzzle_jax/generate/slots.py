@@ -22,7 +22,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt
 
 from puzzle_jax.config import ModelConfig
-from puzzle_jax.generate.sampling import Sampling, sample
+from puzzle_jax.generate.sampling import sample
 from puzzle_jax.model.cache import LayerCache, decode_step, init_cache, prefill_chunk
 from puzzle_jax.model.cache_format import CacheFormat
 from puzzle_jax.model.child import View
@@ -269,25 +269,26 @@ def admit(params: Params, config: ModelConfig, state: Slots, group: Group, admis
         )
 
 
-@jit_layers(static_argnames=("config", "sampling"), donate_argnames="state")
+@jit_layers(static_argnames=("config", "top_p"), donate_argnames="state")
 def decode(
     params: Params,
     config: ModelConfig,
     state: Slots,
     stops: Int[Array, "stops"],
-    sampling: Sampling,
+    temperature: float | Float[Array, ""],
     steps: int | Int[Array, ""],
     idle_target: int | Int[Array, ""],
     view: View | None,
+    top_p: float,
 ) -> Slots:
-    """Decodes for at most `steps` steps, or until `idle_target` slots are idle."""
+    """Decodes for at most `steps` steps, or until `idle_target` slots are idle; see `sampling.sample`."""
     options = _view_options(view, config.num_layers)
     rows = jnp.arange(state.idle.shape[0])
 
     def step(carry: tuple[Array, Slots]) -> tuple[Array, Slots]:
         done, state = carry
         with jax.named_scope("sample"):
-            token = sample(state.logits, state.seeds, state.counts, sampling)
+            token = sample(state.logits, state.seeds, state.counts, temperature, top_p)
             place = jnp.where(state.idle, state.tokens.shape[1], state.counts)  # an idle slot writes nowhere
             tokens = state.tokens.at[rows, place].set(token, mode="drop")
             log_probs = state.log_probs

@@ -15,7 +15,6 @@ from jaxtyping import Array
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.generate import slots as generation
 from puzzle_jax.generate.engine import chunk_tokens, group_rows
-from puzzle_jax.generate.sampling import Sampling
 from puzzle_jax.generate.slots import Admission, Group, Slots, State
 from puzzle_jax.model.cache_format import CacheFormat
 from puzzle_jax.model.spec import Params
@@ -81,7 +80,7 @@ class AbstractEngine:
 
         def steps(params: Params, state: Slots, stops: Any, *given: Any) -> Slots:
             run = generation.decode.function
-            return run(one_layer(params), self.config, state, stops, Sampling(1.0), *given, None)
+            return run(one_layer(params), self.config, state, stops, 1.0, *given, None, 1.0)
 
         chunk = (_numbers(rows, chunk_tokens(context)), _numbers(), _numbers(rows))
         programs = {

@@ -61,7 +61,8 @@ def _running_values(text: str, slip: Slip = no_slip) -> list[int]:
     """The value after each operation of `7+5*3-2`."""
     value, values = int(text[0]), []
     for position in range(1, len(text), 2):
-        value = slip(_OPERATORS[text[position]](value, int(text[position + 1]))) % 10
+        operator, operand = text[position : position + 2]
+        value = slip(f"{value}{operator}{operand}", _OPERATORS[operator](value, int(operand))) % 10
         values.append(value)
     return values
 
@@ -111,7 +112,7 @@ def _columns(first: str, second: str, slip: Slip = no_slip) -> list[tuple[int, i
     """(digit, digit, carry in, column sum) from the last digit to the first."""
     columns, carry = [], 0
     for a, b in zip(reversed(first), reversed(second), strict=True):
-        total = min(max(slip(int(a) + int(b) + carry), 0), 19)
+        total = min(max(slip(f"{a}+{b}+{carry}", int(a) + int(b) + carry), 0), 19)
         columns.append((int(a), int(b), carry, total))
         carry = total // 10
     return columns

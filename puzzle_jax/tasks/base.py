@@ -97,11 +97,11 @@ class Work:
     separated: bool = True
 
 
-Slip = Callable[[int], int]
-"""From the right result of a step to the result that is written, which the following steps go on from."""
+Slip = Callable[[str, int], int]
+"""From what a step computes (`7*3`) and its right result to the result that is written, which later ones go on from."""
 
 
-def no_slip(result: int) -> int:
+def no_slip(computed: str, result: int) -> int:
     """The result itself: work without a slip."""
     return result
 

@@ -40,7 +40,7 @@ class Recall(Embedded):
     """
 
     max_asked: int = 5
-    max_length: int = 512
+    max_length: int = 352
     name: str = "recall"
 
     def __post_init__(self) -> None:
@@ -74,7 +74,7 @@ class Recall(Embedded):
         values = {key: int(digit) for key, digit in re.findall(r"([A-Z])(\d)", text)}
         total, steps = 0, []
         for key in asked:
-            total = slip(total + values[key]) % 10
+            total = slip(f"{total}+{values[key]}", total + values[key]) % 10
             steps.append(f"{key}{total}" if effort == "medium" else f"{key}{values[key]}={total}")
         return Work(tuple(steps), str(total), separated=effort == "high")
 

@@ -244,7 +244,7 @@ def test_temperatures_that_float32_cannot_divide_by_are_greedy(temperature):
 @pytest.mark.parametrize("sampling", [Sampling(LEAST_TEMPERATURE), Sampling(1e6, 1e-300), Sampling(1.0, 5e-324)])
 def test_the_least_numbers_draw_the_likeliest_token(sampling):
     logits = jnp.array([[0.0, -1e4, 1e4, 9999.0], [-jnp.inf, 3.0, 2.0, -5.0]])
-    drawn = sample(logits, jnp.arange(2), jnp.zeros(2, jnp.int32), sampling)
+    drawn = sample(logits, jnp.arange(2), jnp.zeros(2, jnp.int32), sampling.temperature, sampling.top_p)
     assert drawn.tolist() == [2, 1]
 
 
@@ -258,4 +258,5 @@ def test_programs_have_one_shape_for_all_requests_of_a_context():
     run(requests(2))
     before = [program._cache_size() for program in programs]
     run(requests(5, longest=100))
+    run(requests(2), temperature=0.7)
     assert before == [program._cache_size() for program in programs]

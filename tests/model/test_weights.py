@@ -15,7 +15,7 @@ from puzzle_jax.convert_hf.table import tensor_bytes
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.evaluate.divergence import divergence
 from puzzle_jax.evaluate.models import Model
-from puzzle_jax.generate import Sampling, slots
+from puzzle_jax.generate import slots
 from puzzle_jax.generate.batches import micro_batches
 from puzzle_jax.generate.calibrate import largest_by_layer
 from puzzle_jax.generate.engine import Engine, Request
@@ -197,7 +197,7 @@ def test_what_is_stored_in_fewer_bits_is_cast_for_one_layer_at_a_time(monkeypatc
             ),
             "decode": (
                 lambda params, state, stops, *steps: slots.decode.function(
-                    params, deep, state, stops, Sampling(), *steps, None
+                    params, deep, state, stops, 0.0, *steps, None, 1.0
                 ),
                 (engine.state(), numbers((1,)), numbers(()), numbers(())),
             ),

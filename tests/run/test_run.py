@@ -13,9 +13,11 @@ import jax
 import numpy as np
 import pytest
 
+from benchmarks.pooled_runs import pooled
 from puzzle_jax.convert_hf.describe import describe_checkpoint
 from puzzle_jax.convert_hf.load import known_scales
 from puzzle_jax.generate.traces import read_traces
+from puzzle_jax.run.page import COLUMNS
 from puzzle_jax.run.pipeline import right_lengths
 from puzzle_jax.run.places import STAGES
 from puzzle_jax.run.status import DONE, TO_COME, UNDER_WAY, stage_states
@@ -113,6 +115,31 @@ def test_the_final_model_is_evaluated_with_its_fp8_cache(finished):
     assert batches["final"]["batch"] >= batches["average"]["batch"]
 
 
+def test_runs_pool_to_what_each_found(finished, tmp_path):
+    found = json.loads((finished / "evaluate/evaluation.json").read_text())
+    one = pooled([finished / "evaluate"], COLUMNS)
+    assert one["overall"] == found["overall"] and one["summaries"] == found["summaries"]
+    for name, comparison in found["comparisons"].items():
+        assert one["comparisons"][name]["efforts"]["high"]["all"] == comparison["efforts"]["high"]["all"]
+    again = shutil.copytree(finished / "evaluate", tmp_path / "again")
+    with pytest.raises(SystemExit, match="give runs of different seeds"):
+        pooled([finished / "evaluate", again], COLUMNS)
+    for file in (again / "answers").iterdir():
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        moved = [{**row, "problem_seed": row["problem_seed"] + 1_000_000} for row in rows]
+        file.write_text("".join(json.dumps(row) + "\n" for row in moved))
+    both = pooled([finished / "evaluate", again], ["parent", "final"])
+    assert list(both["summaries"]) == ["parent", "final"]
+    for effort, pooled_summary in both["summaries"]["final"].items():
+        alone = one["summaries"]["final"][effort]["all"]
+        assert (pooled_summary["all"]["answers"], pooled_summary["all"]["accuracy"]) == (
+            2 * alone["answers"],
+            alone["accuracy"],
+        )
+        rounds = both["throughput"]["workloads"][effort]["final"]["tokens_per_second"]["rounds"]
+        assert rounds == 2 * found["throughput"]["workloads"][effort]["final"]["tokens_per_second"]["rounds"]
+
+
 def test_an_unchanged_run_is_skipped_and_leaves_no_arrays(finished, root, capsys):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob(STAGE_FILE)}
     held = len(jax.live_arrays())
@@ -182,6 +209,7 @@ def _kill_and_finish(root: Path, finished: Path, run: Path, seed: int) -> None:
     assert run_it(root, run) == 0
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("seeds", [range(3), pytest.param(range(3, 30), marks=pytest.mark.slow)])
 def test_a_killed_run_ends_in_the_same_files(finished, root, tmp_path, seeds):
     wanted = content(finished)

@@ -126,6 +126,7 @@ MOMENTS = {"trace": ".traces.kept-*/calibration.jsonl", "score": SCORE_TABLE}
 DIRECTORIES = ("traces", "rank", "refine_costs", "score", "solve", "refine", "child", "evaluate", "report")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("stage", "lost"),
     [each if each in (("trace", 0), ("score", 1)) else pytest.param(*each, marks=SLOW) for each in LOST],

@@ -142,7 +142,8 @@ def refine(
     swap: Callable[[Candidate], Pool | None],
     confirm: Callable[[Candidate, Candidate], tuple[Difference, Difference]],
 ) -> tuple[Candidate, list[Attempt]]:
-    """Tries to get below a child; returns the last accepted one and what was tried.
+    """Tries to get below a child; returns the last accepted one, with the score before plus what was confirmed, and
+    what was tried.
 
     Args:
       rounds: of rescoring at most.
@@ -161,10 +162,12 @@ def refine(
             if proposal is None or (proposal.blocks, proposal.kept) == (child.blocks, child.kept):
                 tried.append(Attempt(f"{step} {number + 1}", None, None, None))
                 return
-            tried.append(Attempt(f"{step} {number + 1}", proposal, *confirm(proposal, child)))
+            validation, confirmation = confirm(proposal, child)
+            tried.append(Attempt(f"{step} {number + 1}", proposal, validation, confirmation))
             if not tried[-1].accepted:
                 return
-            child = proposal
+            # Gains that chose a proposal flatter it, and those of many swaps do not add up; what confirmed it does not.
+            child = replace(proposal, score=child.score + confirmation.mean)
 
     attempts("rescore", rounds, rescore)
     attempts("swap", proposals, swap)

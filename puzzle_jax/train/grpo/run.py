@@ -283,6 +283,8 @@ class Trainer(Run[GrpoInputs]):
             slots=self.recipe.rollout.slots,
             cache=inputs.cache,
             mesh=self.generation_mesh,
+            log_probs=True,  # so that these are the programs of the answers that are learnt from
+            experts=self.recipe.rollout.replay,
             skip=inputs.too_long,
             scorers=self.rewards,
         )

@@ -71,6 +71,7 @@ def test_a_round_must_win_by_two_standard_errors_on_fresh_traces(gain, taken):
 
     child, tried = refine(CHILD, 2, rescore, 0, unasked, confirm)
     assert child.name == ("other" if taken else "child")
+    assert child.score == pytest.approx(0.5 + gain if taken else 0.5)
     # After a refusal there is no second round; the second round of the accepted one finds the same child again.
     assert asked == (["child", "other"] if taken else ["child"])
     assert [step.accepted for step in tried] == ([True, False] if taken else [False])
@@ -103,6 +104,7 @@ def test_swaps_go_on_until_one_is_refused(most, gains, taken):
         CHILD, 0, unasked, most, swap, lambda new, old: (Difference(-1.0, 0.1), Difference(left.pop(0), 0.1))
     )
     assert child.name == (str(taken) if taken else "child")
+    assert child.score == pytest.approx(0.5 + sum(gains[:taken]))  # not what the pool predicted
     assert [step.step for step in tried] == [f"swap {n + 1}" for n in range(min(most, len(gains)))]
     assert sum(step.accepted for step in tried) == taken
 

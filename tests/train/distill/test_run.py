@@ -170,6 +170,7 @@ def same(out: Path, other: Path) -> None:
 # Interruption
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_a_run_that_is_stopped_and_killed_ends_with_the_same_bits(directory, finished, tmp_path, kills):
     out, source = tmp_path / "run", random.Random(kills)

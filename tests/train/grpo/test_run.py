@@ -222,6 +222,7 @@ def test_the_state_of_the_data_is_what_steps_have_told(finished):
     assert {key.partition(" ")[0] for key in rates} == {"low", "high"}
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_run_that_is_stopped_and_killed_ends_with_the_same_bits(directory, finished, tmp_path, kills):
     out, source = tmp_path / "run", random.Random(kills)
