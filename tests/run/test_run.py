@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -16,7 +17,7 @@ import pytest
 from benchmarks.pooled_runs import pooled
 from puzzle_jax.convert_hf.describe import describe_checkpoint
 from puzzle_jax.convert_hf.load import known_scales
-from puzzle_jax.generate.traces import read_traces
+from puzzle_jax.generate.traces import read_traces, write_traces
 from puzzle_jax.run.page import COLUMNS
 from puzzle_jax.run.pipeline import right_lengths
 from puzzle_jax.run.places import STAGES
@@ -125,9 +126,8 @@ def test_runs_pool_to_what_each_found(finished, tmp_path):
     with pytest.raises(SystemExit, match="give runs of different seeds"):
         pooled([finished / "evaluate", again], COLUMNS)
     for file in (again / "answers").iterdir():
-        rows = [json.loads(line) for line in file.read_text().splitlines()]
-        moved = [{**row, "problem_seed": row["problem_seed"] + 1_000_000} for row in rows]
-        file.write_text("".join(json.dumps(row) + "\n" for row in moved))
+        moved = [replace(trace, problem_seed=trace.problem_seed + 1_000_000) for trace in read_traces(file)]
+        write_traces(file, moved)
     both = pooled([finished / "evaluate", again], ["parent", "final"])
     assert list(both["summaries"]) == ["parent", "final"]
     for effort, pooled_summary in both["summaries"]["final"].items():

@@ -133,7 +133,7 @@ def test_recall_answers_and_distances():
         longest = max(longest, len(problem.prompt))
     assert sum(buckets.values()) == 600
     assert min(buckets.values()) > 60
-    assert 340 < longest < 360  # with the chat around it and the longest answer, within a context of 512
+    assert longest > 500  # beyond 512 tokens with the chat around it
 
 
 @pytest.mark.parametrize(

@@ -49,8 +49,9 @@ class Notes:
         for pair, rate in prompts.without_signal().items():
             self._once(
                 pair,
-                f"task {pair[0]} at effort {pair[1]} gives no signal: {rate:.1%} of its answers pass, outside "
-                f"{bounds.min_pass_rate:.0%} to {bounds.max_pass_rate:.0%}; it is asked only now and then"
+                f"task {pair[0]} at effort {pair[1]} gives no signal: at no difficulty do {bounds.min_pass_rate:.0%} "
+                f"to {bounds.max_pass_rate:.0%} of the answers pass ({rate:.1%} in the mean); it is asked only now and "
+                "then"
                 f"{self.threshold.advice}",
             )
 

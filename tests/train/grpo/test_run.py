@@ -396,7 +396,8 @@ def test_a_task_without_signal_is_told_once_and_not_trained_on(directory, tmp_pa
         PuzzleError, match=r"from 0\.1 to 0\.9: there is nothing to learn from .*never\.jsonl; name other"
     ):
         grpo(parse(VERBS["grpo"], arguments(directory, out, **options)), console)
-    said = f"task {tmp_path / 'never.jsonl'} at effort high gives no signal: 0.0% of its answers pass"
+    task = f"task {tmp_path / 'never.jsonl'} at effort high"
+    said = f"{task} gives no signal: at no difficulty do 10% to 90% of the answers pass (0.0% in the mean)"
     assert printed(console).count(said) == 1
     assert [line["step"] for line in metrics(out)] == [1, 2, 3]
     for line in metrics(out):
