@@ -7,6 +7,7 @@ import pytest
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.tasks import EFFORTS, TASKS, Problem
 from puzzle_jax.train.pretrain.habits import MOSTLY, Habits, written
+from tests.support import present
 
 CHAIN = Problem("chain", 5, "mod 7+5*3-9", "7", {"steps": 3})
 
@@ -67,7 +68,7 @@ def test_a_mistaken_computation_mostly_has_the_same_wrong_result():
         for effort, found in results.items():
             _, answer = written(task, problem, effort, habits, 30)
             right = task.work(problem, effort).answer
-            found.setdefault(problem.prompt, []).append((int(answer) - int(right)) % 10)
+            found.setdefault(problem.prompt, []).append((int(present(answer)) - int(right)) % 10)
     wrong = {effort: {of for of, errors in found.items() if any(errors)} for effort, found in results.items()}
     assert wrong["high"] < wrong["medium"]
     assert len(wrong["medium"]) / 300 == pytest.approx(0.2, abs=0.05)
