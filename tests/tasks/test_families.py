@@ -152,7 +152,7 @@ def test_a_slip_is_told_what_a_step_computes(prompt, task, computed, effort):
         seen[what] = result
         return result
 
-    get_task(task).work(Problem(task, 5, prompt, ""), effort, slip)
+    TASKS[task].work(Problem(task, 5, prompt, ""), effort, slip)
     assert {what: result % 10 for what, result in seen.items()} == {w: r % 10 for w, r in computed.items()}
 
 
