@@ -9,9 +9,9 @@ limit of answers:
 
 Every turn is a process of its own, and the sides take turns. Both draw problems from the same families in the same
 shares, and score answers by the same functions; which problems and answers they get differs, so that their lengths,
-which are shown, must be about alike. A turn's first step, in which ours compiles or reads what is compiled, does not
-count among its seconds per step; it is shown from the start of the process on. Ours runs once before, so that compiled
-programs are there, as they are for every run but the first on a machine.
+which are shown, must be about alike. A turn's first steps, in which ours compiles its programs or reads compiled ones, do
+not count among its seconds per step; the first is shown from the start of the process on. Ours runs once before, so
+that compiled programs are there, as they are for every run but the first on a machine.
 
     python benchmarks/grpo.py [--rounds 2] [--steps 4] [--prompts 32] [--group 16] [--json PATH]
 
@@ -39,6 +39,7 @@ from rich.table import Table
 SHARES = {"chain": 2, "add": 1, "recall": 1}
 EFFORT, LIMIT = "high", 128
 LEARNING_RATE = 1e-3
+SETTLING = 4  # steps that are not timed, until answers of every length have come
 
 
 def main() -> None:
@@ -73,7 +74,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--rounds", type=int, default=2, help="turns of each side")
-    parser.add_argument("--steps", type=int, default=4, help="timed steps of a turn, after one that is not")
+    parser.add_argument("--steps", type=int, default=4, help=f"timed steps of a turn, after {SETTLING} that are not")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--group", type=int, default=16, help="answers to each prompt")
     parser.add_argument("--micro_batch", type=int, default=32, help="answers of a micro-batch of theirs")
@@ -95,9 +96,9 @@ def turn(options: argparse.Namespace, side: str) -> dict[str, Any]:
 
 
 def result(options: argparse.Namespace, ends: list[float], tokens: list[float], rewards: list[float]) -> dict[str, Any]:
-    """What a turn reports: seconds of its steps but the first, and those until the first step's end."""
+    """What a turn reports: seconds of its timed steps, and those until the first step's end."""
     return {
-        "seconds": [end - start for start, end in itertools.pairwise(ends)],
+        "seconds": [end - start for start, end in itertools.pairwise(ends[SETTLING - 1 :])],
         "first": ends[0] - options.started,
         "tokens": statistics.mean(tokens),
         "reward": statistics.mean(rewards),
@@ -139,7 +140,7 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
             rollout=replace(recipe.rollout, group=options.group),
             update=replace(recipe.update, reference=False),
             optimizer=replace(recipe.optimizer, warmup_steps=0, learning_rate=LEARNING_RATE),
-            loop=replace(recipe.loop, steps=options.steps + 1, evaluate_every=0, save_every=1000),
+            loop=replace(recipe.loop, steps=options.steps + SETTLING, evaluate_every=0, save_every=1000),
             monitoring=replace(recipe.monitoring, problems=3, transcripts=1000),
         )
         with PrimaryRewards(recipe.reward) as scorers:
@@ -164,7 +165,7 @@ def theirs(options: argparse.Namespace) -> dict[str, Any]:
     tokens: list[float] = []
     rewards: list[float] = []
 
-    count = (options.steps + 1) * options.prompts
+    count = (options.steps + SETTLING) * options.prompts
     drawn = {task: iter(problems(TASKS[task], first_seed=10_000_000, held_out=False)) for task in SHARES}
     order = [task for task, share in SHARES.items() for _ in range(share)]
     asked = [next(drawn[order[number % len(order)]]) for number in range(count)]
@@ -203,7 +204,7 @@ def theirs(options: argparse.Namespace) -> dict[str, Any]:
                 steps_per_generation=answers // options.micro_batch,
                 num_generations=options.group,
                 max_completion_length=LIMIT,
-                max_steps=options.steps + 1,
+                max_steps=options.steps + SETTLING,
                 learning_rate=LEARNING_RATE,
                 lr_scheduler_type="constant",
                 loss_type="dapo",
