@@ -9,8 +9,8 @@ limit of answers:
 
 Every turn is a process of its own, and the sides take turns. Both draw problems from the same families in the same
 shares, and score answers by the same functions; which problems and answers they get differs, so that their lengths,
-which are shown, must be about alike. A turn's first steps, in which ours compiles its programs or reads compiled ones, do
-not count among its seconds per step; the first is shown from the start of the process on. Ours runs once before, so
+which are shown, must be about alike. A turn's first steps, in which ours compiles its programs or reads compiled ones,
+do not count among its seconds per step; the first is shown from the start of the process on. Ours runs once before, so
 that compiled programs are there, as they are for every run but the first on a machine.
 
     python benchmarks/grpo.py [--rounds 2] [--steps 4] [--prompts 32] [--group 16] [--json PATH]
