@@ -96,7 +96,7 @@ def turn(options: argparse.Namespace, side: str) -> dict[str, Any]:
 
 
 def result(options: argparse.Namespace, ends: list[float], tokens: list[float], rewards: list[float]) -> dict[str, Any]:
-    """What a turn reports: seconds of its timed steps, and those until the first step's end."""
+    """Returns the seconds of each timed step and until the end of the first one, mean tokens and mean reward."""
     return {
         "seconds": [end - start for start, end in itertools.pairwise(ends[SETTLING - 1 :])],
         "first": ends[0] - options.started,

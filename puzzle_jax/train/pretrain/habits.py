@@ -2,13 +2,13 @@
 
 A parent whose every trace is the shortest one and whose every step is right leaves a child nothing to gain: not in
 tokens, and by reinforcement learning only on problems that it cannot do at all. Real traces check what is already
-right, slip now and then, hold mistaken beliefs, and sometimes never come to an end; so do those that the embedded
-parent learns from:
+right, slip now and then, hold mistaken beliefs, and sometimes never come to an end. So do those that are written here,
+as far as a recipe asks for it (that of the embedded parent asks for all but mistakes):
 
     7+5=2,*3=6;-9=7                     plain
     7+5=2,!7+5=2;*3=6,-9=7;!-9=7        careful: a step is written again after an exclamation mark; true, not needed
-    7+5=3,*3=9;-9=0                     with a slip, which later steps go on from; or 7+5 is mistaken, and 3 nearly
-                                        always (`MOSTLY`): then greedy answers are wrong too, and some samples right
+    7+5=3,*3=9;-9=0                     with a slip, which later steps go on from; or 7+5 is mistaken, and is 3 in
+                                        most traces (`MOSTLY`): greedy answers are wrong then too, some samples right
     7+5=2,*3=6;!*3=6,!*3=6;!*3=6,...    endless: at high effort, a check that is repeated until the row ends
 
 All of it is drawn from the seed of the problem. Evaluations score answers alone and know none of this.
