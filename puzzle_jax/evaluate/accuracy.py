@@ -83,13 +83,13 @@ class QuestionSet:
 
     Attributes:
       tasks, efforts: names as of `get_task`; every problem is asked at every effort.
-      per_task: the most problems of each task.
+      per_task: the most problems of each task, or by effort how many of them are asked there, from the first on.
       split, seed: one of `SPLITS`, or `UNSEEN`; the seed draws other problems of it.
     """
 
     tasks: tuple[str, ...]
     efforts: tuple[str, ...]
-    per_task: int
+    per_task: int | Mapping[str, int]
     split: str
     seed: int = 0
 
@@ -98,7 +98,7 @@ class QuestionSet:
             get_task(task)
         for effort in self.efforts:
             check_effort(effort)
-        if not self.tasks or not self.efforts or self.per_task < 1:
+        if not self.tasks or not self.efforts or min(map(self.asked_at, self.efforts)) < 1:
             raise ConfigError(
                 f"tasks {self.tasks}, efforts {self.efforts} and per_task {self.per_task} ask no question"
             )
@@ -112,17 +112,32 @@ class QuestionSet:
 
     def questions(self) -> list[tuple[Problem, str]]:
         """Problems with the effort they are asked at."""
-        return [(problem, effort) for name in self.tasks for problem in self._problems(name) for effort in self.efforts]
+        return [
+            (problem, effort)
+            for name in self.tasks
+            for index, problem in enumerate(self._problems(name))
+            for effort in self.efforts
+            if index < self.asked_at(effort)
+        ]
+
+    def asked_at(self, effort: str) -> int:
+        """The most problems of each task that are asked at an effort."""
+        return self.per_task if isinstance(self.per_task, int) else self.per_task.get(effort, 0)
 
     def _problems(self, name: str) -> list[Problem]:
         task = get_task(name)
         if isinstance(task, FiniteTask):
             return self._rows(task)
-        check_range(f"problems of task {name!r}", self.per_task, 1, SEED_STRIDE)
+        most = self._most
+        check_range(f"problems of task {name!r}", most, 1, SEED_STRIDE)
         split = "evaluation" if self.split == UNSEEN else self.split
         first = SPLITS.index(split) * SPLIT_STRIDE + self.seed * SEED_STRIDE
         drawn = problems(task, first_seed=first, held_out=self.split != "training")
-        return list(itertools.islice(drawn, self.per_task))
+        return list(itertools.islice(drawn, most))
+
+    @property
+    def _most(self) -> int:
+        return max(map(self.asked_at, self.efforts))
 
     def _rows(self, task: FiniteTask) -> list[Problem]:
         """The split's rows that the seed puts first, in the order of the file."""
@@ -137,7 +152,7 @@ class QuestionSet:
                 "which are divided among six splits; give it more problems"
             )
         random.Random(f"rows:{self.seed}").shuffle(rows)
-        return sorted(rows[: self.per_task], key=lambda row: row.seed)
+        return sorted(rows[: self._most], key=lambda row: row.seed)
 
 
 def answer_questions(

@@ -21,6 +21,7 @@ from puzzle_jax.costs.hardware import HARDWARE
 from puzzle_jax.costs.scenario import Scenario
 from puzzle_jax.errors import ConfigError, shown
 from puzzle_jax.evaluate.accuracy import DISJOINT_SPLITS, UNSEEN, QuestionSet
+from puzzle_jax.evaluate.settings import every_effort
 from puzzle_jax.run.places import FINAL, stage_paths
 from puzzle_jax.search.recipe import EMBEDDED_PARENT
 from puzzle_jax.search.recipe_file import is_embedded_parent
@@ -350,11 +351,12 @@ class _Derived:
         rows = self.known("mesh.data", 1)
         for name in ("distill.data", "accuracy.update", "length.update"):
             self.put(f"{name}.rows", rows)
-        answered = self.known("traces.problems") * len(self.known("tasks"))
-        tokens = sum(answered * (self.prompt_tokens + self.limits[effort] / 2) for effort in self.efforts)
+        problems = every_effort(self.known("traces.problems"), "traces.problems")
+        answered = {effort: problems[effort] * len(self.known("tasks")) for effort in self.efforts}
+        tokens = sum(many * (self.prompt_tokens + self.limits[effort] / 2) for effort, many in answered.items())
         micro = max(1, min(_STEP_TOKENS, int(tokens) // _STEPS) // (length * rows))
         self.put("distill.data.micro_batches", micro, f"at most {_STEP_TOKENS:,} tokens in a step")
-        self.put("distill.data.heldout", max(1, min(512, answered * len(self.efforts) // 8)), over=True)
+        self.put("distill.data.heldout", max(1, min(512, sum(answered.values()) // 8)), over=True)
         steps = max(_STEPS, round(_PASSES * tokens / (length * rows * micro)))
         self.put("distill.loop.steps", steps, f"{_PASSES} passes over about {tokens:,.0f} tokens of answers")
         warmup = min(self.known("distill.optimizer.warmup_steps", 0), self.known("distill.loop.steps") // 10)

@@ -140,11 +140,13 @@ class RunPlan:
             "average": len(settings.average.weights) + (settings.average.reference is not None),
             "evaluate": len(settings.evaluate.models),
         }
-        problems, slots = (section.problems or 0), section.slots if name == "evaluate" else section.batch_size
-        count = problems * (1 if name == "evaluate" else len(section.tasks))
+        asked, slots = section.problems or 0, section.slots if name == "evaluate" else section.batch_size
+        counts = asked if isinstance(asked, Mapping) else dict.fromkeys(section.efforts, asked)
+        tasks = 1 if name == "evaluate" else len(section.tasks)
         each = sum(
-            time.answering(self.prompt_tokens, ANSWER_SHARE * section.max_tokens[effort], count, slots)
-            for effort in section.efforts
+            time.answering(self.prompt_tokens, ANSWER_SHARE * limit, tasks * counts[effort], slots)
+            for effort, limit in section.max_tokens.items()
+            if effort in section.efforts
         )
         disk = tensor_bytes(self.config, self.form) if name == "average" else 0
         return Need("", 0, models[name] * each, mesh.devices, disk)

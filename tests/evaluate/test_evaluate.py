@@ -34,6 +34,8 @@ def test_questions_pair_every_problem_with_every_effort():
     assert len({p.seed for p, _ in asked if p.task == "chain"}) == 3
     assert all(is_held_out(p) for p, _ in asked)
     assert asked == questions().questions()
+    fewer = questions(per_task={"low": 3, "medium": 9, "high": 1}).questions()
+    assert fewer == [asked[place] for place in (0, 1, 2, 4, 6, 7, 8, 10)]
 
 
 def test_unseen_rows_are_those_that_neither_choose_nor_train(tmp_path):
@@ -65,6 +67,7 @@ def test_splits_and_seeds_share_no_problem_seed():
         ({"tasks": ("poetry",)}, "task is 'poetry'"),
         ({"efforts": ("extreme",)}, "effort is 'extreme'"),
         ({"per_task": 0}, "ask no question"),
+        ({"per_task": {"low": 2}}, "ask no question"),
         ({"tasks": ()}, "ask no question"),
         ({"split": "test"}, "split is 'test'"),
         ({"seed": -1}, "seed is -1"),

@@ -3,12 +3,13 @@
 A parent whose every trace is the shortest one and whose every step is right leaves a child nothing to gain: not in
 tokens, and by reinforcement learning only on problems that it cannot do at all. Real traces check what is already
 right, slip now and then, hold mistaken beliefs, and sometimes never come to an end. So do those that are written here,
-as far as a recipe asks for it (that of the embedded parent asks for all but mistakes):
+as far as a recipe asks for it (that of the embedded parent asks for all of it):
 
     7+5=2,*3=6;-9=7                     plain
     7+5=2,!7+5=2;*3=6,-9=7;!-9=7        careful: a step is written again after an exclamation mark; true, not needed
-    7+5=3,*3=9;-9=0                     with a slip, which later steps go on from; or 7+5 is mistaken, and is 3 in
-                                        most traces (`MOSTLY`): greedy answers are wrong then too, some samples right
+    7+5=3,*3=9;-9=0                     with a slip, which later steps go on from; or sums that make 2 are mistaken, and
+                                        7+5, 8+4 and 1+1 are 3 in most traces (`MOSTLY`): greedy answers are wrong
+                                        then too, and some samples right
     7+5=2,*3=6;!*3=6,!*3=6;!*3=6,...    endless: at high effort, a check that is repeated until the row ends
 
 All of it is drawn from the seed of the problem. Evaluations score answers alone and know none of this.
@@ -17,6 +18,7 @@ All of it is drawn from the seed of the problem. Evaluations score answers alone
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -42,8 +44,8 @@ class Habits:
       careful: traces at medium and high effort in which steps are checked.
       checked: steps of a careful trace that are written again.
       slips: by effort, the steps whose result is one too high or too low; an effort that is missing has none.
-      mistaken: by effort, the share of all computations (`7*3`, `5+8+1`) whose result is mostly one wrong number; those
-        of a smaller share are among those of a greater one.
+      mistaken: by effort, the share of kinds of computation, each an operation with its result, that mostly come out
+        one wrong number; those of a smaller share are among those of a greater one.
       endless: traces at high effort that repeat a check and do not end.
     """
 
@@ -72,8 +74,9 @@ def written(task: WorkedTask, problem: Problem, effort: str, habits: Habits, roo
     slips, mistaken = habits.slips.get(effort, 0.0), habits.mistaken.get(effort, 0.0)
 
     def slip(computed: str, result: int) -> int:
-        if mistaken_at(f"{task.name}:{computed}") < mistaken and rng.random() < MOSTLY:
-            return result + random.Random(computed).choice((-1, 1))  # always the same
+        kind = f"{task.name}:{re.sub('[0-9]', '', computed)}{result}"
+        if mistaken_at(kind) < mistaken and rng.random() < MOSTLY:
+            return result + random.Random(kind).choice((-1, 1))  # always the same
         return result + rng.choice((-1, 1)) if rng.random() < slips else result
 
     work = task.work(problem, effort, slip)
@@ -97,6 +100,6 @@ def written(task: WorkedTask, problem: Problem, effort: str, habits: Habits, roo
 
 
 @cache
-def mistaken_at(computation: str) -> float:
-    """A number from 0 to 1, the same in every trace: the share of mistaken computations from which on this one is."""
-    return random.Random(f"mistaken:{computation}").random()
+def mistaken_at(kind: str) -> float:
+    """A number from 0 to 1, the same in every trace: the share of mistaken kinds from which on this one is."""
+    return random.Random(f"wrong:{kind}").random()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from puzzle_jax.errors import MOST_TOGETHER, ConfigError, PuzzleError, check_ran
 from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions, check_context, unscored_note
 from puzzle_jax.evaluate.journal import journaled_answers
 from puzzle_jax.evaluate.models import Model
-from puzzle_jax.evaluate.settings import Asked
+from puzzle_jax.evaluate.settings import BY_EFFORT, Asked
 from puzzle_jax.evaluate.statistics import summarise
 from puzzle_jax.files import PARTIAL
 from puzzle_jax.generate.traces import Trace, write_traces
@@ -43,7 +43,8 @@ class AnswersSettings(Asked):
     Attributes:
       parent: checkpoint that answers.
       out: file to make, .parquet or .jsonl.
-      problems: of each task, every one asked at every effort.
+      problems: of each task, every one asked at every effort; or by effort (low=3000,medium=1000,high=1000), where
+        those of the smaller numbers are the first of the greatest.
       batch_size: answers generated together.
       mesh: devices to spread batch and weights over.
       weights: how weights are held: packed, dense, or auto (see `model.weights`).
@@ -51,7 +52,7 @@ class AnswersSettings(Asked):
 
     parent: Path
     out: Path
-    problems: int
+    problems: Mapping[str, int] = field(metadata=BY_EFFORT)
     batch_size: int = 64
     mesh: MeshSettings = field(default_factory=MeshSettings)
     weights: str = "auto"
@@ -59,6 +60,8 @@ class AnswersSettings(Asked):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range("batch_size", self.batch_size, 1, MOST_TOGETHER)
+        for effort in self.efforts:
+            check_range(f"problems.{effort}", self.problems.get(effort, 0), 1)
         self.mesh.check_without("train traces", "sequence", "processes")
 
 

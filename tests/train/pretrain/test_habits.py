@@ -59,24 +59,23 @@ def test_a_slip_is_one_off_and_is_gone_on_from():
         assert (analysis, answer) in (("2+3=4", "4"), ("2+3=6", "6"))
 
 
-def test_a_mistaken_computation_mostly_has_the_same_wrong_result():
+def test_mistaken_kinds_of_computation_mostly_have_the_same_wrong_result():
     task, habits = TASKS["chain"], Habits(mistaken={"medium": 0.2, "high": 0.1})
-    results = {"medium": {}, "high": {}}
+    errors: dict[str, dict[str, list[int]]] = {"medium": {}, "high": {}}
     for seed in range(8000):
         first, operator, second = str(seed % 10), "+-*"[seed // 10 % 3], str(seed // 30 % 10)
         problem = Problem("chain", seed, f"mod {first}{operator}{second}", "", {"steps": 1})
-        for effort, found in results.items():
+        for effort, found in errors.items():
             _, answer = written(task, problem, effort, habits, 30)
             right = task.work(problem, effort).answer
-            found.setdefault(problem.prompt, []).append((int(present(answer)) - int(right)) % 10)
-    wrong = {effort: {of for of, errors in found.items() if any(errors)} for effort, found in results.items()}
-    assert wrong["high"] < wrong["medium"]
-    assert len(wrong["medium"]) / 300 == pytest.approx(0.2, abs=0.05)
-    assert len(wrong["high"]) / 300 == pytest.approx(0.1, abs=0.04)
-    for effort, found in results.items():
-        errors = [found[of] for of in wrong[effort]]
-        assert all(set(of) <= {0, 1} or set(of) <= {0, 9} for of in errors)  # one too high, or one too low
-        shares = [sum(map(bool, of)) / len(of) for of in errors]
+            found.setdefault(operator + right, []).append((int(present(answer)) - int(right)) % 10)
+    wrong = {effort: {kind for kind, of in found.items() if any(of)} for effort, found in errors.items()}
+    assert wrong["high"] == {"-2", "-3"}
+    assert wrong["medium"] == wrong["high"] | {"+0", "+2", "-4", "*8"}  # of the 30 kinds
+    for effort, found in errors.items():
+        of_kinds = [found[kind] for kind in wrong[effort]]
+        assert all(set(of) in ({0, 1}, {0, 9}) for of in of_kinds)  # one too high, or one too low
+        shares = [sum(map(bool, of)) / len(of) for of in of_kinds]
         assert sum(shares) / len(shares) == pytest.approx(MOSTLY, abs=0.05)
 
 

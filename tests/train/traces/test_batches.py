@@ -337,11 +337,11 @@ def ask(parent, out, *flags):
 def test_the_parent_answers_and_the_answers_train(parent, tmp_path):
     out = tmp_path / "new" / "traces.parquet"
     flags = ("--tasks", "add", "--efforts", "low", "high", "--max-tokens", '{"low": 4, "high": 6}')
-    said = ask(parent, out, *flags, "--batch-size", "3")
+    said = ask(parent, out, *flags, "--problems", "low=3,high=1", "--batch-size", "3")
     assert "4 traces" in said and "ended by the limit" in said
     assert [path.name for path in out.parent.iterdir()] == ["traces.parquet"]
     traces = read_traces(out)
-    asked = QuestionSet(("add",), ("low", "high"), 2, "training").questions()
+    asked = QuestionSet(("add",), ("low", "high"), {"low": 3, "high": 1}, "training").questions()
     assert [(t.task, t.effort, t.problem_seed) for t in traces] == [(p.task, e, p.seed) for p, e in asked]
     chat = Chat.load(parent)
     assert [list(t.prompt) for t in traces] == [chat.prompt_tokens(p.prompt, e) for p, e in asked]
@@ -398,7 +398,8 @@ def test_bad_options_are_one_sentence_before_any_work(parent, tmp_path):
         (there, (), r"there\.jsonl, which exists already"),
         (tmp_path / "out.csv", (), r"must end in \.parquet or \.jsonl"),
         (file / "out.jsonl", (), "whose directory cannot be made"),
-        (out, ("--problems", "0"), "per_task 0 ask no question"),
+        (out, ("--problems", "0"), "problems.low is 0, but must be at least 1"),
+        (out, ("--problems", "low=3,high=3"), "problems.medium is 0, but must be at least 1"),
         (out, ("--tasks", "none"), "task is 'none'"),
         (out, ("--tasks", "add", "add"), "tasks is 'add,add', but must name at least one, and each once"),
         (out, ("--efforts", "none"), "effort is 'none'"),
