@@ -40,7 +40,7 @@ class Recall(Embedded):
     """
 
     max_asked: int = 5
-    max_length: int = 512
+    max_length: int = 352
     name: str = "recall"
 
     def __post_init__(self) -> None:
