@@ -29,7 +29,10 @@ from puzzle_jax.search.space import Space
 LENS_TRACES = 96
 """The most traces that lenses are fitted on and look at."""
 
-_LONG_TRACES = 4  # longer than a window, on which every window is scored at least
+WINDOWS_FIRST = 8
+"""Times as many traces as other alternatives get at first, on which every window is scored at least."""
+
+_LONG_TRACES = 4  # among them, longer than the window
 
 
 @dataclass(frozen=True)
@@ -115,16 +118,21 @@ class SpaceScorer:
         return ScoredSpace(indexed, table, proposed)
 
     def _evidence(self, indexed: IndexedAlternatives, order: Sequence[int]) -> dict[int, list[int]]:
-        """The first traces of an order, as many as hold a few that are longer than the window, by the number of each
-        window: on shorter ones alone it would seem to cost nothing."""
+        """The first traces of an order, by the number of each window that is to be scored on them.
+
+        What a window costs are the few tokens that look back beyond it: most traces have none, and leave it a score of
+        0 with no error, by which it would be chosen and never be looked at again. So windows are scored on more traces
+        than experts are, and on a few at least that are longer than the window.
+        """
         contexts = np.array([longest_context([self.traces[n]]) for n in order])
+        least = min(WINDOWS_FIRST * self.settings.first, len(order))
         found = {}
         for numbers, windows in zip(indexed.attention, indexed.space.windows, strict=True):
             for number, window in zip(numbers, windows, strict=True):
                 if number is not None and window is not None:
                     beyond = np.flatnonzero(contexts > window)[:_LONG_TRACES]
-                    found[number] = list(order[: int(beyond[-1]) + 1 if len(beyond) else 0])
-        return {number: traces for number, traces in found.items() if len(traces) > self.settings.first}
+                    found[number] = list(order[: max(least, int(beyond[-1]) + 1 if len(beyond) else 0)])
+        return found
 
     def fill(
         self,
