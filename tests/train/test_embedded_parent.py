@@ -43,12 +43,12 @@ def test_the_recipe_on_record_is_the_one_in_the_package(report):
     assert recorded["tasks"] == recipe.tasks and recorded["efforts"] == recipe.efforts
     assert recorded["habits"] == vars(recipe.habits)
     assert [bucket["length"] for bucket in recorded["buckets"]] == [bucket.length for bucket in recipe.buckets]
-    assert max(bucket.length for bucket in recipe.buckets) >= 512
+    assert max(bucket.length for bucket in recipe.buckets) >= 400
 
 
 def test_every_effort_leaves_room(report):
     means = [report["sampled"][effort]["mean"] for effort in EFFORTS]
-    bands = [(0.25, 0.45), (0.50, 0.70), (0.70, 0.88)]
+    bands = [(0.25, 0.45), (0.50, 0.70), (0.75, 0.88)]
     for mean, (least, most) in zip(means, bands, strict=True):
         assert least <= mean["accuracy"] <= most
     assert means[0]["tokens"] < means[1]["tokens"] < means[2]["tokens"]
@@ -60,6 +60,11 @@ def test_failures_are_slips_rather_than_absences(report):
     assert len(rates) == 2 * (10 + 6 + 5)
     assert sum(0.2 <= rate <= 0.95 for rate in rates) >= 0.7 * len(rates)
     assert report["greedy"]["high"]["mean"]["accuracy"] > report["sampled"]["high"]["mean"]["accuracy"]
+
+
+def test_greedy_answers_leave_room_too(report):
+    for effort, most in (("low", 0.6), ("medium", 0.75), ("high", 0.95)):
+        assert report["greedy"][effort]["mean"]["accuracy"] <= most
 
 
 def test_it_has_habits_that_could_be_left_out(report):

@@ -35,11 +35,11 @@ from puzzle_jax.search.hours.passes import ModelTime
 from puzzle_jax.search.rank.ranking import METHODS
 from puzzle_jax.search.recipe import Recipe
 from puzzle_jax.search.score.measurements import METRICS
-from puzzle_jax.search.score.space_scorer import LENS_TRACES
+from puzzle_jax.search.score.space_scorer import LENS_TRACES, WINDOWS_FIRST
 from puzzle_jax.search.space import candidate_counts, candidate_windows, restrict
 
 SCORED_TRACES = 1.5
-"""Traces that an alternative is scored on by the adaptive method, in the mean, as a multiple of `score.first`."""
+"""Traces that an expert set is scored on by the adaptive method, in the mean, as a multiple of `score.first`."""
 
 DISK_BYTES_PER_SECOND = 1e9
 """Of reading the parent and writing the child; a network's file system may be slower."""
@@ -192,10 +192,12 @@ class SearchTime:
         per_count = min(settings.keep_sets or len(METHODS), len(METHODS))
         if settings.method == "lens":
             return 0.0, 0.0
-        traces = self._calibration
-        if settings.method == "adaptive":
-            traces = min(traces, SCORED_TRACES * settings.first)
-        return sets * per_count + windows, traces
+        alternatives, traces = sets * per_count + windows, self._calibration
+        if settings.method == "exact" or not alternatives:
+            return alternatives, traces
+        of_sets = min(traces, SCORED_TRACES * settings.first)
+        of_windows = min(traces, WINDOWS_FIRST * settings.first)
+        return alternatives, (sets * per_count * of_sets + windows * of_windows) / alternatives
 
     def _scoring(self, alternatives: Number, traces: Number) -> Number:
         problems = self._problems(traces)

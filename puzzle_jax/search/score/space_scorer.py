@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Int
 from rich.console import Console
 
 from puzzle_jax.generate.batches import micro_batches
@@ -30,9 +31,9 @@ LENS_TRACES = 96
 """The most traces that lenses are fitted on and look at."""
 
 WINDOWS_FIRST = 8
-"""Times as many traces as other alternatives get at first, on which every window is scored at least."""
+"""Traces that windows are scored on at first, as a multiple of those that expert sets are."""
 
-_LONG_TRACES = 4  # among them, longer than the window
+_LONG_TRACES = 4  # longer than the window, among them
 
 
 @dataclass(frozen=True)
@@ -118,20 +119,13 @@ class SpaceScorer:
         return ScoredSpace(indexed, table, proposed)
 
     def _evidence(self, indexed: IndexedAlternatives, order: Sequence[int]) -> dict[int, list[int]]:
-        """The first traces of an order, by the number of each window that is to be scored on them.
-
-        What a window costs are the few tokens that look back beyond it: most traces have none, and leave it a score of
-        0 with no error, by which it would be chosen and never be looked at again. So windows are scored on more traces
-        than experts are, and on a few at least that are longer than the window.
-        """
+        """The traces, the first of an order, that each window is scored on before all else; by the window's number."""
         contexts = np.array([longest_context([self.traces[n]]) for n in order])
-        least = min(WINDOWS_FIRST * self.settings.first, len(order))
         found = {}
         for numbers, windows in zip(indexed.attention, indexed.space.windows, strict=True):
             for number, window in zip(numbers, windows, strict=True):
                 if number is not None and window is not None:
-                    beyond = np.flatnonzero(contexts > window)[:_LONG_TRACES]
-                    found[number] = list(order[: max(least, int(beyond[-1]) + 1 if len(beyond) else 0)])
+                    found[number] = list(order[: traces_for_window(contexts, window, self.settings.first)])
         return found
 
     def fill(
@@ -167,3 +161,18 @@ class SpaceScorer:
             for number in sorted(same, key=lambda n: estimates[n])[self.settings.keep_sets :]
         }
         return set(range(len(indexed.listed))) - dropped
+
+
+def traces_for_window(contexts: Int[np.ndarray, "traces"], window: int, first: int) -> int:
+    """How many of the first traces a window is scored on at least.
+
+    What a window costs are the few tokens that look back beyond it. Most traces have none, and leave it a score of 0
+    without an error, by which it would be chosen and never be looked at again. So windows are scored on more traces
+    than expert sets are, of which a few at least are longer than the window.
+
+    Args:
+      contexts: the longest context of every trace.
+      first: traces that expert sets are scored on at first.
+    """
+    longer = np.flatnonzero(contexts > window)[:_LONG_TRACES]
+    return min(max(WINDOWS_FIRST * first, int(longer[-1]) + 1 if len(longer) else 0), len(contexts))

@@ -8,6 +8,7 @@ from puzzle_jax.program.library import Disjunction, Limit, Program
 from puzzle_jax.search.score.adaptive import RelaxedProgram, contested, in_random_order, score_adaptively
 from puzzle_jax.search.score.measurements import ScoreTable
 from puzzle_jax.search.score.replace_one import Alternative
+from puzzle_jax.search.score.space_scorer import traces_for_window
 
 NOTHING = (0, Alternative(np.ones(3, bool), None))
 
@@ -105,3 +106,13 @@ def test_the_first_traces_hold_every_task_and_effort(seed):
     for stop in (4, 8, 24):
         kinds = [n % 4 for n in order[:stop]]
         assert np.bincount(kinds, minlength=4).tolist() == [stop // 4] * 4
+
+
+def test_windows_are_scored_on_more_traces_some_of_them_longer():
+    contexts = np.array([40, 90, 30, 20, 70, 50, 95, 10, 80, 60, 100])
+    assert traces_for_window(contexts, 64, first=1) == 9  # the fourth that is longer is the ninth
+    assert traces_for_window(contexts, 16, first=1) == 8  # which hold four of the longer ones
+    assert traces_for_window(contexts, 99, first=1) == 11  # only one is longer
+    assert traces_for_window(contexts, 128, first=1) == 8  # none is
+    assert traces_for_window(contexts, 16, first=3) == 11  # all there are
+    assert traces_for_window(np.zeros(0, int), 16, first=3) == 0

@@ -48,7 +48,7 @@ def changed(**changes):
         ({"loop__steps": 0}, "steps is 0, but must be at least 1"),
         (
             {"optimizer__warmup_steps": 10**9},
-            "steps is 1000000000, but must be at most the 4000 updates of the run",
+            "steps is 1000000000, but must be at most the 6000 updates of the run",
         ),
         ({"optimizer__learning_rate": "fast"}, "learning_rate is 'fast', but must be a number"),
         ({"loop__steps": 2.5}, "steps is 2.5, but must be a whole number"),
