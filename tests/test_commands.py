@@ -15,6 +15,7 @@ import pytest
 from puzzle_jax.cli import main
 from puzzle_jax.commands import BROKEN_PIPE, did_you_mean, guarded, mendable
 from puzzle_jax.errors import ConfigError, PuzzleError, PuzzleWarning
+from puzzle_jax.settings.messages import describe
 from puzzle_jax.settings.verbs import Verb, parse, run_table, run_verb
 
 
@@ -284,6 +285,12 @@ def test_a_terminal_that_has_not_all_characters_shows_escapes():
     ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=ascii_only)
     assert (done.returncode, done.stdout, done.stderr) == (0, "a\\xe9\n", "")
+
+
+def test_what_may_be_null_is_told_apart_from_its_elements():
+    assert describe(int | None) == "a whole number or null" and describe(type(None)) == "null"
+    assert describe(tuple[int | Literal["full"], ...] | None) == "a list of values, each a whole number or full, or null"
+    assert describe(tuple[int | None, ...]) == "a list of values, each a whole number or null"
 
 
 @pytest.mark.parametrize(

@@ -52,13 +52,16 @@ def describe(hint: Any) -> str:
         return _WORDS[float]
     if _WORDS[float] in options and _WORDS[int] in options:
         options.remove(_WORDS[int])
-    return " or ".join([*(option for option in options if option != "null"), *(["null"] if "null" in options else [])])
+    text = " or ".join(option for option in options if option != "null")
+    if "null" not in options or not text:
+        return text or "null"
+    return f"{text}, or null" if ", each " in text else f"{text} or null"
 
 
 def _describe_one(hint: Any) -> str:
     origin, arguments = get_origin(hint), [of for of in get_args(hint) if of is not Ellipsis]
     if origin is Literal:
-        return f"one of {', '.join(map(str, arguments))}"
+        return f"one of {', '.join(map(str, arguments))}" if len(arguments) > 1 else str(arguments[0])
     if origin in _MAPPINGS:
         return f"a mapping of names to {_plural(arguments[1])}" if len(arguments) == 2 else "a mapping"
     if origin in _LISTS:
