@@ -82,7 +82,8 @@ def test_sizes_follow_from_prompts_limits_and_memory(root, monkeypatch):
     found = bare(root)
     # 8 output tokens in the deployment, of which lower efforts get less; 40 rows, of which a sixth is for training.
     assert found.max_tokens == {"low": 1, "medium": 2, "high": 8}
-    assert found.traces.problems == 6 and found.evaluate.problems == 6 and found.evaluate.rows == "unseen"
+    assert found.traces.problems == {"low": 6, "medium": 6, "high": 6}
+    assert found.evaluate.problems == 6 and found.evaluate.rows == "unseen"
     assert found.distill.data.row_length == found.accuracy.update.row_length == found.length.update.row_length == 128
     assert 1 <= found.traces.batch_size <= 256 and found.traces.batch_size == found.accuracy.rollout.slots
     assert found.evaluate.slots == found.traces.batch_size and 0.39 * 10**8 < found.evaluate.cache_memory <= 0.4 * 10**8

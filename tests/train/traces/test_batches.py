@@ -399,7 +399,7 @@ def test_bad_options_are_one_sentence_before_any_work(parent, tmp_path):
         (tmp_path / "out.csv", (), r"must end in \.parquet or \.jsonl"),
         (file / "out.jsonl", (), "whose directory cannot be made"),
         (out, ("--problems", "0"), "problems.low is 0, but must be at least 1"),
-        (out, ("--problems", "low=3,high=3"), "problems.medium is 0, but must be at least 1"),
+        (out, ("--problems", "low=3,medium=0"), "problems.medium is 0, but must be at least 1"),
         (out, ("--tasks", "none"), "task is 'none'"),
         (out, ("--tasks", "add", "add"), "tasks is 'add,add', but must name at least one, and each once"),
         (out, ("--efforts", "none"), "effort is 'none'"),
