@@ -289,8 +289,9 @@ def test_a_terminal_that_has_not_all_characters_shows_escapes():
 
 def test_what_may_be_null_is_told_apart_from_its_elements():
     assert describe(int | None) == "a whole number or null" and describe(type(None)) == "null"
-    assert describe(tuple[int | Literal["full"], ...] | None) == "a list of values, each a whole number or full, or null"
-    assert describe(tuple[int | None, ...]) == "a list of values, each a whole number or null"
+    values = "a list of values, each a whole number or"
+    assert describe(tuple[int | Literal["full"], ...] | None) == f"{values} full, or null"
+    assert describe(tuple[int | None, ...]) == f"{values} null"
 
 
 @pytest.mark.parametrize(
