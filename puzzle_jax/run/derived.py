@@ -351,7 +351,7 @@ class _Derived:
         rows = self.known("mesh.data", 1)
         for name in ("distill.data", "accuracy.update", "length.update"):
             self.put(f"{name}.rows", rows)
-        problems = every_effort(self.known("traces.problems"), "traces.problems")
+        problems: Any = every_effort(self.known("traces.problems"), "traces.problems")
         answered = {effort: problems[effort] * len(self.known("tasks")) for effort in self.efforts}
         tokens = sum(many * (self.prompt_tokens + self.limits[effort] / 2) for effort, many in answered.items())
         micro = max(1, min(_STEP_TOKENS, int(tokens) // _STEPS) // (length * rows))
