@@ -83,7 +83,7 @@ class QuestionSet:
 
     Attributes:
       tasks, efforts: names as of `get_task`; every problem is asked at every effort.
-      per_task: the most problems of each task, or by effort how many of them are asked there, from the first on.
+      per_task: the most problems of each task, or by effort, where fewer are some of the others.
       split, seed: one of `SPLITS`, or `UNSEEN`; the seed draws other problems of it.
     """
 
@@ -112,19 +112,20 @@ class QuestionSet:
 
     def questions(self) -> list[tuple[Problem, str]]:
         """Problems with the effort they are asked at."""
-        return [
-            (problem, effort)
-            for name in self.tasks
-            for index, problem in enumerate(self._problems(name))
-            for effort in self.efforts
-            if index < self.asked_at(effort)
-        ]
+        asked = []
+        for name in self.tasks:
+            drawn = self._problems(name)
+            places = {problem.seed: place for place, problem in enumerate(drawn)}
+            for problem in sorted(drawn, key=lambda problem: problem.seed):
+                asked += [(problem, e) for e in self.efforts if places[problem.seed] < self.asked_at(e)]
+        return asked
 
     def asked_at(self, effort: str) -> int:
         """The most problems of each task that are asked at an effort."""
         return self.per_task if isinstance(self.per_task, int) else self.per_task.get(effort, 0)
 
     def _problems(self, name: str) -> list[Problem]:
+        """The problems of a task, those first that fewer are drawn from."""
         task = get_task(name)
         if isinstance(task, FiniteTask):
             return self._rows(task)
@@ -140,7 +141,7 @@ class QuestionSet:
         return max(map(self.asked_at, self.efforts))
 
     def _rows(self, task: FiniteTask) -> list[Problem]:
-        """The split's rows that the seed puts first, in the order of the file."""
+        """The split's rows that the seed puts first, in its order: fewer of them are as much a sample of the file."""
         rows = list(problems(task))
         if self.split != "evaluation":
             split = "accuracy" if self.split == UNSEEN else self.split
@@ -152,7 +153,7 @@ class QuestionSet:
                 "which are divided among six splits; give it more problems"
             )
         random.Random(f"rows:{self.seed}").shuffle(rows)
-        return sorted(rows[: self._most], key=lambda row: row.seed)
+        return rows[: self._most]
 
 
 def answer_questions(

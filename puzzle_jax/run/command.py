@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 from rich.console import Console
 from rich.table import Table
 
 from puzzle_jax.consoles import plain_console
 from puzzle_jax.processes.distributed import joined
-from puzzle_jax.run.derived import derived_lines
 from puzzle_jax.run.resolved import write_settings
 from puzzle_jax.run.settings import RunSettings
 
@@ -49,3 +50,10 @@ def show_derived(settings: RunSettings, console: Console) -> None:
     for row in derived_lines(settings.derived):
         table.add_row(*row)
     console.print(table)
+
+
+def derived_lines(reasons: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
+    """Setting, value and reason of everything that was derived."""
+    for name, text in reasons.items():
+        value, _, why = text.partition(": ")
+        yield name, value, why

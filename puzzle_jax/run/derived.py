@@ -8,7 +8,7 @@ plan for a GPU host can be made on any machine.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -256,12 +256,18 @@ class _Derived:
     @cached_property
     def limits(self) -> dict[str, int]:
         """The limit of an answer by effort. Raises `ConfigError` for an effort without one."""
-        found = dict(self.known("max_tokens"))
+        return self._by_effort("max_tokens")
+
+    def _by_effort(self, name: str) -> dict[str, int]:
+        value, found = every_effort(self.known(name), name), {}
         for effort in self.efforts:
-            if effort not in found:
+            number = str(value.get(effort)) if isinstance(value, Mapping) else ""
+            if not number.isdecimal():
                 raise ConfigError(
-                    f"max_tokens has no limit for effort {effort!r}; give each of efforts one, or a number"
+                    f"{name} is {shown(value)}, which has no whole number for effort {effort!r}; "
+                    "give each of efforts one, or a number for all"
                 )
+            found[effort] = int(number)
         return found
 
     @cached_property
@@ -297,7 +303,7 @@ class _Derived:
 
     def _shared(self) -> None:
         """Gives the sections what is said at the top; what a recipe has stays where the top says nothing of its own."""
-        tasks, efforts, limits = self.known("tasks"), list(self.known("efforts", EFFORTS)), self.known("max_tokens")
+        tasks, efforts, limits = self.known("tasks"), list(self.known("efforts", EFFORTS)), self.limits
         every = {
             "tasks": {f"{name}.tasks": list(tasks) for name in ("search.traces", "traces", "average", "evaluate")}
             | {f"{name}.prompts.tasks": dict.fromkeys(tasks, 1.0) for name in ("accuracy", "length")},
@@ -351,8 +357,7 @@ class _Derived:
         rows = self.known("mesh.data", 1)
         for name in ("distill.data", "accuracy.update", "length.update"):
             self.put(f"{name}.rows", rows)
-        problems: Any = every_effort(self.known("traces.problems"), "traces.problems")
-        answered = {effort: problems[effort] * len(self.known("tasks")) for effort in self.efforts}
+        answered = {e: many * len(self.known("tasks")) for e, many in self._by_effort("traces.problems").items()}
         tokens = sum(many * (self.prompt_tokens + self.limits[effort] / 2) for effort, many in answered.items())
         micro = max(1, min(_STEP_TOKENS, int(tokens) // _STEPS) // (length * rows))
         self.put("distill.data.micro_batches", micro, f"at most {_STEP_TOKENS:,} tokens in a step")
@@ -391,10 +396,3 @@ def _written(value: object) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {_written(of)}" for key, of in value.items())
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-
-def derived_lines(reasons: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
-    """Setting, value and reason of everything that was derived."""
-    for name, text in reasons.items():
-        value, _, why = text.partition(": ")
-        yield name, value, why

@@ -45,6 +45,11 @@ def test_unseen_rows_are_those_that_neither_choose_nor_train(tmp_path):
     def rows(split: str) -> set[int]:
         return {p.seed for p, _ in questions(tasks=(str(file),), per_task=41, split=split).questions()}
 
+    fewer = questions(tasks=(str(file),), per_task={"low": 12, "high": 3}, split="evaluation").questions()
+    low, high = ([p.seed for p, effort in fewer if effort == of] for of in ("low", "high"))
+    assert low == sorted(low) and high == sorted(high) and len(low) == 12 and len(high) == 3
+    assert set(high) < set(low) and high != low[:3]  # three of the twelve by the seed, not the first in the file
+
     unseen = rows("unseen")
     assert unseen == rows("accuracy") and 0 < len(unseen) < 20 and unseen < rows("evaluation")
     for split in ("calibration", "validation", "heldout", "confirmation", "training"):

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from puzzle_jax.run import derived
+from puzzle_jax.errors import ConfigError
+from puzzle_jax.run import command
 from puzzle_jax.run.__main__ import VERBS, main
 from puzzle_jax.run.resolved import resolved
 from puzzle_jax.settings.verbs import parse
@@ -75,6 +76,17 @@ def test_a_section_of_its_own_comes_first(root):
     found = bare(root, "--max_tokens=9", "--accuracy.rollout.max_tokens=7", "--traces.seed=5", "--seed=3")
     assert found.accuracy.rollout.limit("low") == 7 and found.length.rollout.limit("low") == 9
     assert (found.traces.seed, found.evaluate.seed) == (5, 3)
+
+
+def test_numbers_by_effort_are_there_for_every_effort(root):
+    found = bare(root, "--efforts=low,high", "--traces.problems=low=31,high=17")
+    assert found.traces.problems == {"low": 31, "high": 17} and found.distill.data.heldout == (31 + 17) // 8
+    assert bare(root, "--max_tokens.low=3", "--max_tokens.medium=5", "--max_tokens.high=7").max_tokens["high"] == 7
+    for name in ("traces.problems", "max_tokens"):
+        with pytest.raises(ConfigError, match=rf"{name} is {{'low': 3}}, which has no .* for effort 'medium'"):
+            bare(root, f"--{name}=low=3")
+        with pytest.raises(ConfigError, match=rf"{name} is 'few', which has no whole number for effort 'low'"):
+            bare(root, f"--{name}=few")
 
 
 def test_sizes_follow_from_prompts_limits_and_memory(root, monkeypatch):
@@ -165,7 +177,7 @@ def test_a_file_with_too_few_rows_is_refused_before_any_work(root, tmp_path, cap
         ({"price_per_gpu_hour": -1}, "price_per_gpu_hour is -1"),
         (
             {"max_tokens": "low=5,high=9", **UNSAID},
-            "max_tokens has no limit for effort 'medium'; give each of efforts one",
+            "which has no whole number for effort 'medium'; give each of efforts one, or a number for all",
         ),
         ({"efforts": "most"}, "effort is 'most', but must be one of low, medium, high"),
     ],
@@ -178,7 +190,7 @@ def test_what_cannot_be_is_refused_in_one_sentence(root, changes, message, capsy
 
 
 def test_a_derived_value_is_told_with_its_reason():
-    assert list(derived.derived_lines({"a.b": "0.75: no target: none", "c": "4: so"})) == [
+    assert list(command.derived_lines({"a.b": "0.75: no target: none", "c": "4: so"})) == [
         ("a.b", "0.75", "no target: none"),
         ("c", "4", "so"),
     ]

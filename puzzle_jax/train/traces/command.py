@@ -44,7 +44,7 @@ class AnswersSettings(Asked):
       parent: checkpoint that answers.
       out: file to make, .parquet or .jsonl.
       problems: of each task, every one asked at every effort; or by effort (low=3000,medium=1000,high=1000), where
-        those of the smaller numbers are the first of the greatest.
+        fewer are some of the others.
       batch_size: answers generated together.
       mesh: devices to spread batch and weights over.
       weights: how weights are held: packed, dense, or auto (see `model.weights`).
