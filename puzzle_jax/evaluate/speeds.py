@@ -25,7 +25,7 @@ from puzzle_jax.generate.sampling import Sampling
 from puzzle_jax.generate.traces import Trace, open_to_append
 from puzzle_jax.model.network import compute_dtype
 
-REQUESTS, BATCHES = 96, 3
+REQUESTS, BATCHES = 192, 6
 """Requests that are timed for an effort, or batches of those that run together where these hold more."""
 
 Slots = dict[str, tuple[int, int]]

@@ -34,7 +34,8 @@ from puzzle_jax.model.spec import Params
 from puzzle_jax.tasks.context import check_fits
 
 CHUNKS = (512, 256, 128, 64)  # tokens of a prompt that are prefilled at once; contexts are multiples of the last
-PREFILL_TOKENS = 1024  # of a group's rows in one chunk, on one part of a mesh
+PREFILL_TOKENS = 1024  # of a group's rows in one chunk at most, on one part of a mesh
+SLOTS_PER_ROW = 2  # a group waits for as many free slots as it has rows
 SMALLEST_CONTEXT, LONG_CONTEXT = 256, 8192
 BURST, STEPS_BETWEEN_CHUNKS = 64, 4  # decode steps until the host looks at who has finished; between chunks
 
@@ -156,7 +157,8 @@ class Engine:
         return [results[i] for i in range(len(requests))]
 
     def stream(self, requests: Sequence[Request], *, burst: int = 1, partial: bool = True) -> Iterator[Event]:
-        """Completes every request, with news every `burst` steps, or of whole completions only.
+        """Completes every request, with news every `burst` steps, or of whole completions only. Where a prompt is
+        prefilled meanwhile, the steps between its chunks come on top.
 
         Raises PuzzleError, before any work, for an empty prompt, a limit below 1, or a request that does not fit.
         """
@@ -348,13 +350,17 @@ def slot_context(context: int) -> int:
 
 
 def chunk_tokens(context: int) -> int:
-    """Prompt tokens of a row that are prefilled at once: a divisor of a slot's context, at most a quarter of it."""
-    return next(c for c in CHUNKS if context % c == 0 and (4 * c <= context or c == CHUNKS[-1]))
+    """Prompt tokens of a row that are prefilled at once: a divisor of a slot's context, at most an eighth of it.
+
+    A short prompt is padded to a whole chunk, and many prompts are much shorter than what a slot must hold.
+    """
+    return next(c for c in CHUNKS if context % c == 0 and (8 * c <= context or c == CHUNKS[-1]))
 
 
 def group_rows(chunk: int, slots: int, parts: int = 1) -> int:
-    """Rows that are prefilled together, on all of so many parts of a mesh."""
-    return min(max(1, PREFILL_TOKENS // chunk) * parts, slots)
+    """Rows that are prefilled together, on all of so many parts of a mesh: the same number on each."""
+    rows = min(PREFILL_TOKENS // chunk, slots // (SLOTS_PER_ROW * parts))
+    return min(max(1, rows) * parts, slots)
 
 
 def check_request(request: Request, index: int, context: int) -> None:

@@ -58,8 +58,8 @@ def test_operations_of_a_mixture_by_hand(counted, count):
         experts = count * rows * 3 * CONFIG.hidden_size * CONFIG.intermediate_size
         return 2 * (experts + tokens * CONFIG.hidden_size * count)
 
-    assert (BLOCKS.rows, BLOCKS.chunk, BLOCKS.chunks, BLOCKS.groups) == (16, 64, 4, 1.25)
-    check(counted[0].experts[count], 1.25 * 4 * by_hand(16 * 64), by_hand(BATCH))
+    assert (BLOCKS.rows, BLOCKS.chunk, BLOCKS.chunks, BLOCKS.groups) == (10, 64, 4, 2.0)
+    check(counted[0].experts[count], 2 * 4 * by_hand(10 * 64), by_hand(BATCH))
 
 
 @pytest.mark.parametrize("window", [None, 24])

@@ -6,6 +6,7 @@ import pytest
 from puzzle_jax.config import cache_slots
 from puzzle_jax.kernels.chunk_attention import chunk_attention
 from puzzle_jax.kernels.decode_attention import decode_attention
+from puzzle_jax.kernels.dispatch import recording
 from puzzle_jax.kernels.float8 import decode_e4m3, encode_e4m3
 from puzzle_jax.kernels.window_attention import online_blocks, reference, window_attention
 from tests.support import normal
@@ -297,3 +298,32 @@ def test_scales_of_a_float8_cache_are_folded_into_logits_and_output():
     for implementation in ("blocks", "reference"):
         out = chunked(*given, window=9, implementation=implementation, **scales)
         np.testing.assert_allclose(out, expected[:, 16:], atol=3e-6)
+
+
+@pytest.mark.parametrize("window", [None, 70])
+def test_bytes_are_read_by_blocks_of_slots_that_hold_anything(window):
+    """On CPUs: rows that have come to the first of three blocks, to the second, and round the ring."""
+    positions, slots = np.asarray([3, 120, 400]), 192
+    q, k, v, sinks = normal(11, (3, HEADS, DIM), (3, KV_HEADS, DIM, slots), (3, KV_HEADS, slots, DIM), (HEADS,))
+    scales = {"k_scale": jnp.float32(0.02), "v_scale": jnp.float32(0.05)}
+    given = q, encode_e4m3(k, scales["k_scale"]), encode_e4m3(v, scales["v_scale"]), sinks
+    run = jax.jit(decode_attention, static_argnames=("window", "implementation"))
+    with recording() as choices:
+        out = run(*given, positions, window=window, **scales)
+    assert choices[-1].chosen == "blocks"
+    whole = run(*given, positions, window=window, implementation="reference", **scales)
+    np.testing.assert_allclose(out, whole, atol=3e-6)
+    assert np.abs(out[0] - run(*given, np.asarray([4, 4, 4]), window=window, **scales)[0]).max() > 1e-3
+    # Bit for bit what a row gives beside others that are still in the first block.
+    np.testing.assert_array_equal(out[0], run(*given, np.asarray([3, 3, 3]), window=window, **scales)[0])
+    if window is not None:  # the same as data, one per row
+        by_row = jax.jit(decode_attention)(*given, positions, window=jnp.full(3, window), **scales)
+        np.testing.assert_allclose(by_row, out, atol=1e-6)
+
+
+@pytest.mark.parametrize("slots,dtype,words", [(192, jnp.float32, "for e4m3 on CPUs"), (9, jnp.uint8, "9 slots are")])
+def test_other_caches_are_read_whole(slots, dtype, words):
+    q, k, v, sinks = normal(12, (2, HEADS, DIM), (2, KV_HEADS, DIM, slots), (2, KV_HEADS, slots, DIM), (HEADS,))
+    given = q, k.astype(dtype), v.astype(dtype), sinks, jnp.asarray([1, 5])
+    with pytest.raises(NotImplementedError, match=words):
+        decode_attention(*given, window=None, implementation="blocks")

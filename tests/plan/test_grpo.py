@@ -150,7 +150,7 @@ def test_caches_are_the_engines():
         slots=4,
         experts=True,
     )
-    assert (sampler.context, sampler.rows) == (RUN.context, RUN.group_rows) == (256, 4)
+    assert (sampler.context, sampler.rows) == (alone.context, alone.group_rows) == (256, 2)
     assert sampler.cache_bytes() == 4 * RUN.slot_cache_bytes == device_bytes(alone.engine.state().caches)
 
 

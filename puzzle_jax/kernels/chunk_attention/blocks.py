@@ -9,6 +9,7 @@ Left out: gradients (a loop of dynamic length has none).
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -63,14 +64,17 @@ def chunk_attention(
             logits = jnp.matmul(rows, keys, preferred_element_type=jnp.float32) * factor
             return running.after(logits + mask.reshape(mask.shape[0], 1, -1, mask.shape[-1]), values)
 
-        def cached(index: Array, running: OnlineSoftmax, attend=attend) -> OnlineSoftmax:
+        def cached(index: Array | int, running: OnlineSoftmax, attend=attend) -> OnlineSoftmax:
             keys = load(jax.lax.dynamic_slice_in_dim(cache.k, index * block, block, 3), q.dtype)
             values = load(jax.lax.dynamic_slice_in_dim(cache.v, index * block, block, 2), q.dtype)
             key = jax.lax.dynamic_slice_in_dim(held, index * block, block, 1)
             return attend(running, keys, values, key)
 
         if not isinstance(window, int) or first < window - 1:  # else no query of the block sees the cache
-            running = jax.lax.fori_loop(0, (filled + block - 1) // block, cached, running)
+            if block == slots:  # of a single turn the compiler would run most of the body, needed or not
+                running = jax.lax.cond(filled > 0, partial(cached, 0), lambda running: running, running)
+            else:
+                running = jax.lax.fori_loop(0, (filled + block - 1) // block, cached, running)
         oldest = max(0, first - window + 1) if isinstance(window, int) else 0
         key = starts + jnp.arange(oldest, last)
         running = attend(running, own_k[..., oldest:last], own_v[:, :, oldest:last], key)

@@ -4,7 +4,8 @@ The cache of a layer is a ring: position p lies in slot p mod slots, so a window
 window and a full one as many as the context. What a slot holds follows from the row's length alone. Keys lie
 [dim, slots] and values [slots, dim], the order in which both matmuls read them. Caches are of the dtype to compute
 with, bfloat16, or bytes of e4m3 with a scale per tensor (`kernels.float8`), which is folded into logits and output.
-Implementations: `mosaic_gpu` for Hopper and `mosaic_tpu`, where these have proved themselves; `reference`, plain XLA.
+Implementations: `mosaic_gpu` for Hopper and `mosaic_tpu`, where these have proved themselves; `blocks`, for e4m3 on
+CPUs; `reference`, plain XLA.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from functools import partial
 from jax.sharding import AbstractMesh, Mesh
 
 from puzzle_jax.kernels import checks
-from puzzle_jax.kernels.decode_attention import mosaic_gpu, mosaic_tpu, reference
+from puzzle_jax.kernels.decode_attention import blocks, mosaic_gpu, mosaic_tpu, reference
 from puzzle_jax.kernels.decode_attention.reference import LayerCache
 from puzzle_jax.kernels.decode_attention.trial import trial
 from puzzle_jax.kernels.dispatch import dispatch
@@ -25,6 +26,7 @@ from puzzle_jax.kernels.shapes import Array, Heads, KeyRing, Rows, Scale, Sinks,
 IMPLEMENTATIONS = {
     "mosaic_gpu": mosaic_gpu.decode_attention,
     "mosaic_tpu": mosaic_tpu.decode_attention,
+    "blocks": blocks.decode_attention,
     "reference": reference.decode_attention,
 }
 
