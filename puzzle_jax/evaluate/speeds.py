@@ -69,7 +69,8 @@ def plan_slots(model: Model, settings: Settings, longest: int) -> Slots:
             model.config,
             context,
             cache_memory=settings.cache_memory,
-            bytes_per_value=model.cache_format(settings.cache_of(model.name)).stored_dtype(compute_dtype()).itemsize,
+            cache=model.cache_format(settings.cache_of(model.name)),
+            compute=compute_dtype(),
             at_most=settings.max_batch,
             what=f"model {model.name!r}, {what}",
         )

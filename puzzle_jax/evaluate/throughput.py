@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from puzzle_jax.config import ModelConfig, cache_bytes
+from puzzle_jax.config import ModelConfig
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.generate.engine import Engine, Request, slot_context
 from puzzle_jax.generate.sampling import Sampling
@@ -55,14 +55,21 @@ class Workload:
 
 
 def largest_batch(
-    config: ModelConfig, context: int, *, cache_memory: int, bytes_per_value: int, at_most: int, what: str
+    config: ModelConfig,
+    context: int,
+    *,
+    cache_memory: int,
+    cache: CacheFormat,
+    compute: np.dtype | type,
+    at_most: int,
+    what: str,
 ) -> int:
-    """Requests of `context` positions whose caches fit into `cache_memory` bytes together, and no more than
-    `at_most`.
+    """Requests of `context` positions whose caches, of that format beside computing in `compute`, fit into
+    `cache_memory` bytes together, and no more than `at_most`.
 
     Raises ConfigError, which begins with `what`, when not even one fits.
     """
-    needed = cache_bytes(config, slot_context(context), bytes_per_value)
+    needed = cache.cache_bytes(config, slot_context(context), compute)
     if needed > cache_memory:
         raise ConfigError(
             f"{what}: one request of {context} tokens needs {needed:,} bytes of cache, "

@@ -43,7 +43,8 @@ def init_cache(
 ) -> LayerCache:
     """An empty cache of one layer; keys and values are made where `sharding` says, not moved there."""
     form = form or CacheFormat()
-    slots, dtype = cache_slots(config.blocks[layer].window, context), form.stored_dtype(compute)
+    slots = cache_slots(config.blocks[layer].window, context)
+    dtype = form.stored_dtype(slots, compute)
     k = jnp.zeros((batch, config.num_kv_heads, config.head_dim, slots), dtype, device=sharding)
     v = jnp.zeros((batch, config.num_kv_heads, slots, config.head_dim), dtype, device=sharding)
     return LayerCache(k, v, *form.layer_scales(layer))

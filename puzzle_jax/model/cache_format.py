@@ -1,7 +1,13 @@
 """How a cache keeps keys and values: a dtype, and for e4m3 one scale per layer for keys and one for values.
 
 Scales are the largest magnitude seen over 448, the form in which checkpoints carry them (`self_attn.k_scale`,
-`self_attn.v_scale`); see `kernels.float8`. Left out: scales per head, and formats other than e4m3.
+`self_attn.v_scale`); see `kernels.float8`.
+
+A CPU has no arithmetic for e4m3 and turns all of a cache into numbers in every step, which takes as long as to attend.
+There a cache of at most `ROUNDED` slots holds the same rounded numbers in the dtype to compute with: it saves no memory
+where there is little to save, and costs no time. Longer ones are of bytes everywhere.
+
+Left out: scales per head, and formats other than e4m3.
 """
 
 from __future__ import annotations
@@ -14,11 +20,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
+from puzzle_jax.config import ModelConfig, cache_slots
 from puzzle_jax.errors import ConfigError, check_choice
-from puzzle_jax.kernels.float8 import decode_e4m3, encode_e4m3
+from puzzle_jax.kernels.float8 import encode_e4m3, round_e4m3
+from puzzle_jax.kernels.platform import target_platform
 
 COMPUTE, FLOAT8 = "compute", "float8_e4m3fn"
 CACHE_DTYPES = (COMPUTE, "float32", "bfloat16", FLOAT8)
+
+ROUNDED = 512
+"""Slots of a layer's cache up to which e4m3 is rounded numbers on CPUs, and above which it is bytes."""
 
 
 class KVScales(NamedTuple):
@@ -48,9 +59,17 @@ class CacheFormat:
         if self.scales is not None and self.dtype != FLOAT8:
             raise ConfigError(f"cache scales were given for dtype {self.dtype}, but only {FLOAT8} has any")
 
-    def stored_dtype(self, compute: jnp.dtype | type) -> jnp.dtype:
-        """The dtype at rest where computing is in `compute`; e4m3 lies as bytes."""
-        return jnp.dtype({COMPUTE: compute, FLOAT8: jnp.uint8}.get(self.dtype, self.dtype))
+    def stored_dtype(self, slots: int, compute: jnp.dtype | type) -> jnp.dtype:
+        """The dtype at rest of a layer's cache of so many slots where computing is in `compute`; e4m3 lies as bytes,
+        except in small caches on CPUs."""
+        if self.dtype == FLOAT8 and (slots > ROUNDED or target_platform() != "cpu"):
+            return jnp.dtype(jnp.uint8)
+        return jnp.dtype(compute if self.dtype in (COMPUTE, FLOAT8) else self.dtype)
+
+    def cache_bytes(self, config: ModelConfig, context: int, compute: jnp.dtype | type) -> int:
+        """Bytes of one request's cache over all layers, on the platform that kernels are chosen for."""
+        slots = [cache_slots(block.window, context) for block in config.blocks]
+        return 2 * config.kv_width * sum(each * self.stored_dtype(each, compute).itemsize for each in slots)
 
     def layer_scales(self, layer: int) -> tuple[Float[Array, ""], Float[Array, ""]] | tuple[None, None]:
         """Scales of one layer's keys and values; None unless the cache is float8."""
@@ -65,17 +84,16 @@ class CacheFormat:
     ) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
         """One layer's keys and values as a cache gives them back, in the same dtype."""
         scales = self.layer_scales(layer)
-        k, v = (_round_trip(x, self.stored_dtype(x.dtype), scale) for x, scale in zip((k, v), scales, strict=True))
+        if self.dtype == FLOAT8:
+            pairs = zip((k, v), scales, strict=True)
+            k, v = ((store(x, jnp.float32, scale) * scale).astype(x.dtype) for x, scale in pairs)
+        elif self.dtype != COMPUTE:
+            k, v = (x.astype(self.dtype).astype(x.dtype) for x in (k, v))
         return k, v
 
 
 def store(x: Float[Array, "*shape"], dtype: jnp.dtype | type, scale: Float[Array, ""] | None) -> Num[Array, "*shape"]:
-    """Numbers as a cache of `dtype` keeps them."""
-    return x.astype(dtype) if scale is None else encode_e4m3(x, scale)
-
-
-def _round_trip(x: Array, dtype: jnp.dtype, scale: Array | None) -> Array:
-    stored = store(x, dtype, scale)
+    """Numbers as a cache of `dtype` keeps them; with a scale, rounded to e4m3."""
     if scale is None:
-        return stored.astype(x.dtype)
-    return (decode_e4m3(stored, jnp.float32) * scale).astype(x.dtype)
+        return x.astype(dtype)
+    return encode_e4m3(x, scale) if dtype == jnp.uint8 else round_e4m3(x, scale, dtype)

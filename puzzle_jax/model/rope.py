@@ -10,11 +10,13 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from puzzle_jax.config import RopeConfig
+from puzzle_jax.kernels.platform import target_platform
 
 
 class RopeTable(NamedTuple):
@@ -44,10 +46,18 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
 
 
 def rope_table(rope: RopeConfig, head_dim: int, positions: Int[Array, "*batch seq"]) -> RopeTable:
-    """Cosines and sines at `positions`."""
+    """Cosines and sines at `positions`.
+
+    XLA for CPUs fuses them into what they rotate, and so takes them anew for every head, element and layer, which was a
+    third of a layer of prefill. A matrix product ends a fusion; that with a diagonal is the scaling, bit for bit.
+    """
     frequencies = jnp.asarray(inverse_frequencies(rope, head_dim), jnp.float32)
     angles = positions[..., None].astype(jnp.float32) * frequencies
-    return RopeTable(jnp.cos(angles) * rope.magnitude, jnp.sin(angles) * rope.magnitude)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    if target_platform() != "cpu":
+        return RopeTable(cos * rope.magnitude, sin * rope.magnitude)
+    scaling = jnp.eye(len(frequencies), dtype=jnp.float32) * rope.magnitude
+    return RopeTable(*(jnp.matmul(x, scaling, precision=jax.lax.Precision.HIGHEST) for x in (cos, sin)))
 
 
 def rotate(x: Float[Array, "batch seq heads dim"], table: RopeTable) -> Float[Array, "batch seq heads dim"]:

@@ -29,7 +29,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from puzzle_jax.config import cache_bytes
 from puzzle_jax.files import Json
 from puzzle_jax.generate.engine import chunk_tokens, group_rows, own_context, slot_context
 from puzzle_jax.generate.slots import expert_id_dtype
@@ -160,7 +159,7 @@ class PlannedPolicy(PlannedTraining[GrpoRecipe]):
     @property
     def slot_cache_bytes(self) -> int:
         """Bytes of one slot's caches, on all devices together."""
-        return cache_bytes(self.parent, self.context, self.cache.stored_dtype(compiler().dtype).itemsize)
+        return self.cache.cache_bytes(self.parent, self.context, compiler().dtype)
 
     def caches_on_device(self, rows: int) -> int:
         """Bytes of the caches of so many rows, but for scales: rows are split over "data" and "sequence", heads over

@@ -1,5 +1,6 @@
 """Workloads, batches and turns; the engine is replaced where only the order of runs matters."""
 
+import numpy as np
 import pytest
 
 from puzzle_jax.config import BlockConfig
@@ -16,6 +17,7 @@ from puzzle_jax.evaluate.throughput import (
 )
 from puzzle_jax.generate.engine import Engine, Request
 from puzzle_jax.generate.traces import Trace
+from puzzle_jax.model.cache_format import CacheFormat
 from tests.support import random_params, small_config
 
 CONFIG = small_config((BlockConfig(7, 5), BlockConfig(3, None)))
@@ -24,7 +26,7 @@ CONFIG = small_config((BlockConfig(7, 5), BlockConfig(3, None)))
 def test_the_batch_is_the_largest_whose_caches_fit():
     """Width 2 x 3 x 10 values per position; 5 positions of a windowed layer, 128 of a full one; 4 bytes each."""
     needed = (5 + 128) * 60 * 4
-    options = {"bytes_per_value": 4, "at_most": 9, "what": "here"}
+    options = {"cache": CacheFormat(), "compute": np.float32, "at_most": 9, "what": "here"}
     assert largest_batch(CONFIG, 100, cache_memory=3 * needed, **options) == 3
     assert largest_batch(CONFIG, 100, cache_memory=3 * needed - 1, **options) == 2
     assert largest_batch(CONFIG, 128, cache_memory=1000 * needed, **options) == 9
@@ -36,7 +38,8 @@ def test_the_batch_is_the_largest_whose_caches_fit():
 def test_the_engine_stays_within_the_memory_that_its_batch_was_chosen_for(context):
     params = random_params(CONFIG, 0)
     memory = 400_000
-    slots = largest_batch(CONFIG, context, cache_memory=memory, bytes_per_value=4, at_most=64, what="")
+    options = {"cache": CacheFormat(), "compute": np.float32, "at_most": 64, "what": ""}
+    slots = largest_batch(CONFIG, context, cache_memory=memory, **options)
     engine = Engine(params, CONFIG, stop_ids=(), context=context, slots=slots)
     assert memory * slots / (slots + 1) < engine.cache_bytes() <= memory
 

@@ -9,6 +9,8 @@ from puzzle_jax.config import BlockConfig, cache_bytes
 from puzzle_jax.errors import ConfigError, PuzzleError
 from puzzle_jax.generate import Engine, Request, Sampling, generate, slots
 from puzzle_jax.generate.sampling import sample
+from puzzle_jax.kernels.platform import lowering_for
+from puzzle_jax.model import cache_format
 from puzzle_jax.model.cache_format import FLOAT8, CacheFormat, KVScales
 from puzzle_jax.model.child import Child, ChildBlock, cut_params
 from puzzle_jax.model.network import forward, hidden_states
@@ -46,8 +48,9 @@ def likeliest(params, config, request, tokens, cache=None):
     return tuple(logits[0, len(request.prompt) - 1 : len(ids) - 1].argmax(-1).tolist())
 
 
-@pytest.mark.parametrize("cache", [None, FLOAT8_CACHE], ids=["float32", "float8"])
-def test_chunked_cached_batched_tokens_equal_the_uncached_pass_for_a_heterogeneous_model(cache):
+@pytest.mark.parametrize("cache,rounded", [(None, 0), (FLOAT8_CACHE, 0), (FLOAT8_CACHE, 9)])
+def test_chunked_cached_batched_tokens_equal_the_uncached_pass_for_a_heterogeneous_model(cache, rounded, monkeypatch):
+    monkeypatch.setattr(cache_format, "ROUNDED", rounded)
     config = small_config(MIXED)
     params = random_params(config)
     answers = generate(params, config, requests(), stop_ids=[STOP], slots=3, cache=cache)
@@ -193,11 +196,22 @@ def test_who_ends_is_told_before_all_have_ended():
 
 
 @pytest.mark.parametrize("form,size", [(CacheFormat(), 4), (CacheFormat("bfloat16"), 2), (FLOAT8_CACHE, 1)])
-def test_cache_bytes_held_are_the_formula(form, size):
+def test_cache_bytes_held_are_the_formula(form, size, monkeypatch):
+    monkeypatch.setattr(cache_format, "ROUNDED", 0)
     engine = Engine(PARAMS, CONFIG, stop_ids=(), context=192, slots=5, cache=form)
     assert engine.cache_bytes() == 5 * cache_bytes(CONFIG, 192, size) == 5 * size * 60 * (5 + 192)
+    assert form.cache_bytes(CONFIG, 192, jnp.float32) == cache_bytes(CONFIG, 192, size)
     longer = Engine(PARAMS, small_config((BlockConfig(7, 5),) * 2), stop_ids=(), context=512, slots=5, cache=form)
     assert longer.cache_bytes() == 5 * size * 60 * 2 * 5  # windows alone: the context does not matter
+
+
+def test_a_small_float8_cache_on_a_cpu_is_of_rounded_numbers_and_its_bytes_are_counted(monkeypatch):
+    monkeypatch.setattr(cache_format, "ROUNDED", 191)
+    engine = Engine(PARAMS, CONFIG, stop_ids=(), context=192, slots=5, cache=FLOAT8_CACHE)
+    assert engine.cache_bytes() == 5 * FLOAT8_CACHE.cache_bytes(CONFIG, 192, jnp.float32) == 5 * 60 * (4 * 5 + 192)
+    assert FLOAT8_CACHE.cache_bytes(CONFIG, 192, jnp.bfloat16) == 60 * (2 * 5 + 192)
+    with lowering_for("gpu"):
+        assert FLOAT8_CACHE.cache_bytes(CONFIG, 192, jnp.bfloat16) == 60 * (5 + 192)
 
 
 @pytest.mark.parametrize(

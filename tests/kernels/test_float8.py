@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from puzzle_jax.kernels.float8 import decode_e4m3, encode_e4m3
+from puzzle_jax.kernels.float8 import decode_e4m3, encode_e4m3, round_e4m3
 
 CODES = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn)
 
@@ -29,3 +29,17 @@ def test_the_error_of_normal_numbers_is_half_a_step_at_most():
     read = decode_e4m3(encode_e4m3(x, jnp.float32(1.0)), jnp.float32)
     relative = np.abs(np.asarray(read - x)) / np.asarray(x)
     assert 0.055 < relative.max() <= 1 / 17 + 1e-6
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.37])
+def test_rounding_gives_what_bytes_would(scale):
+    """Every number of e4m3, all midpoints between two, their neighbours, and what saturates."""
+    codes = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    codes = np.unique(codes[np.isfinite(codes)])
+    between = (codes[1:] + codes[:-1]) / 2
+    beside = [np.nextafter(between, np.float32(far)) for far in (-np.inf, np.inf)]
+    x = np.concatenate([codes, between, *beside, np.float32([449, -1e6, 1e30, 2.0**-11])]) * np.float32(scale)
+    rounded = jax.jit(round_e4m3, static_argnums=2)(x, jnp.float32(scale), jnp.float32)
+    stored = jax.jit(encode_e4m3)(x, jnp.float32(scale))
+    np.testing.assert_array_equal(rounded, decode_e4m3(stored, jnp.float32))
+    np.testing.assert_array_equal(jax.jit(round_e4m3, static_argnums=2)(x, jnp.float32(scale), jnp.bfloat16), rounded)

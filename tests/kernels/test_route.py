@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from puzzle_jax.kernels.route import expert_order, route, top_k_ids
+from puzzle_jax.kernels.route.reference import FEW_PAIRS, stable_order
 
 
 def test_top_k_takes_the_largest_first_and_the_lower_index_among_equals():
@@ -66,3 +67,22 @@ def test_every_pair_has_one_row_in_a_block_of_its_expert(tokens, k, experts, blo
     assert (source < tokens * k).sum() == tokens * k
     np.testing.assert_array_equal(np.asarray(order.expert)[slot // block], ids.reshape(-1))
     np.testing.assert_array_equal(order.group_sizes, np.bincount(ids.reshape(-1), minlength=experts))
+
+
+def test_an_order_is_stable_and_takes_keys_past_the_last_for_equal():
+    keys = np.random.default_rng(0).integers(0, 9, 700)
+    np.testing.assert_array_equal(stable_order(jnp.asarray(keys), 9), np.argsort(keys, kind="stable"))
+    np.testing.assert_array_equal(stable_order(jnp.asarray(keys), 5), np.argsort(np.minimum(keys, 5), kind="stable"))
+    # Key and index do not fit into one number of 32 bits.
+    np.testing.assert_array_equal(stable_order(jnp.asarray(keys), 2**31 // 700), np.argsort(keys, kind="stable"))
+
+
+def test_many_pairs_are_laid_out_as_few():
+    ids = np.random.default_rng(0).integers(0, 5, (FEW_PAIRS // 2 + 7, 2))
+    order = jax.jit(lambda ids: expert_order(ids, 5, 8))(jnp.asarray(ids))
+    source, slot = np.asarray(order.source), np.asarray(order.slot)
+    np.testing.assert_array_equal(source[slot], np.arange(ids.size))
+    assert (source < ids.size).sum() == ids.size
+    np.testing.assert_array_equal(np.asarray(order.expert)[slot // 8], ids.reshape(-1))
+    of_expert = [slot[ids.reshape(-1) == expert] for expert in range(5)]
+    assert all((np.diff(slots) > 0).all() for slots in of_expert)  # in their order

@@ -16,6 +16,7 @@ from puzzle_jax.convert_hf.configuration.config_json import QUANTIZATION, write_
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.generate import Generated, Request, engine
 from puzzle_jax.generate.slots import empty_group, empty_slots
+from puzzle_jax.model import cache_format
 from puzzle_jax.model.cache_format import FLOAT8, CacheFormat
 from puzzle_jax.model.child import identity_child
 from puzzle_jax.model.sharding import generation_mesh
@@ -176,7 +177,8 @@ def test_contexts_are_those_that_generation_picks(monkeypatch, length, context):
         ({"cache": FLOAT8}, 1 * CACHED * 2 * 3 * 6),
     ],
 )
-def test_more_slots_have_more_caches_and_bytes_half_of_them(rollout, caches):
+def test_more_slots_have_more_caches_and_bytes_half_of_them(rollout, caches, monkeypatch):
+    monkeypatch.setattr(cache_format, "ROUNDED", 0)
     run = with_fields(rollout=rollout)
     scales = 3 * 2 * 4 if "cache" in rollout else 0
     assert device_bytes(run.engine.state().caches) == caches + scales

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from puzzle_jax.kernels.grouped_matmul.layout import Blocks, blocks_of
-from puzzle_jax.kernels.shapes import Array, Float, Ids
+from puzzle_jax.kernels.shapes import Array, Float, Ids, Int
 
-FEW_PAIRS = 4096
+FEW_PAIRS = 1024
 """Pairs up to which a sum and a sort take the place of scatters: XLA for CPUs compiles a scatter anew in every layer,
 which takes longer than so few pairs ever do, and runs it faster where there are many."""
+
+_LARGEST = np.iinfo(np.int32).max
 
 ITERATED_ARGMAX_LIMIT = 8  # up to here k passes of argmax beat a sort on CPU
 
@@ -40,7 +43,7 @@ def top_k_ids(logits: Float[Array, "tokens experts"], k: int) -> Ids:
 def expert_order(ids: Ids, num_experts: int, block: int) -> Blocks:
     """Pairs in blocks, by a stable sort; see the api."""
     pairs, flat = ids.size, ids.reshape(-1)
-    sorted_pairs = jnp.argsort(flat, stable=True).astype(jnp.int32)
+    sorted_pairs = stable_order(flat, num_experts)
     if pairs <= FEW_PAIRS:
         group_sizes = jnp.sum(flat[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
     else:
@@ -48,7 +51,18 @@ def expert_order(ids: Ids, num_experts: int, block: int) -> Blocks:
     blocks = blocks_of(group_sizes, pairs, block, flat[sorted_pairs])
     source = jnp.take(sorted_pairs, blocks.source, mode="fill", fill_value=pairs)
     if pairs <= FEW_PAIRS:
-        slot = blocks.slot[jnp.argsort(sorted_pairs)]
+        slot = blocks.slot[stable_order(sorted_pairs, pairs)]
     else:
         slot = jnp.zeros(pairs, jnp.int32).at[sorted_pairs].set(blocks.slot)
     return blocks._replace(source=source, slot=slot)
+
+
+def stable_order(keys: Int[Array, "pairs"], values: int) -> Int[Array, "pairs"]:
+    """Indices that sort keys of 0 and more, equal ones in their order, and those from `values` on as equal.
+
+    Key and index are sorted as one number where it fits: XLA for CPUs takes a quarter of the time for that.
+    """
+    pairs, keys = len(keys), jnp.minimum(keys, values)
+    if (values + 1) * pairs > _LARGEST:
+        return jnp.argsort(keys, stable=True).astype(jnp.int32)
+    return jnp.sort(keys * pairs + jnp.arange(pairs, dtype=jnp.int32)) % pairs
