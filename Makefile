@@ -29,9 +29,10 @@ slow: $(VENV)/.test
 parity: $(VENV)/.parity
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m parity
 
-# Exported checkpoints in transformers, mlx-lm and vLLM (CPU builds, so on Linux); see docs/serving.md.
+# Exported checkpoints in transformers, mlx-lm and vLLM (CPU builds, so on Linux); see docs/serving.md. CHILD=DIRECTORY asks an
+# exported child too.
 runtimes: $(VENV)/.parity .venv-mlx/.ready .venv-vllm/.ready
-	$(BIN)/python -m pytest -q -s -m runtimes tests/runtimes
+	PUZZLE_JAX_CHILD=$(CHILD) $(BIN)/python -m pytest -q -s -m runtimes tests/runtimes
 
 .venv-mlx/.ready:
 	$(PYTHON) -m venv .venv-mlx

@@ -2,12 +2,15 @@
 
 A random model is written, our float32 logits and greedy tokens are computed here, and a script that knows nothing of
 puzzle_jax's JAX parts answers the same questions in the other environment. Questions and answers go through files.
+
+A child in the directory PUZZLE_JAX_CHILD is asked too, where that is set: `make runtimes CHILD=runs/road/child`.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,8 +21,10 @@ import numpy as np
 import pytest
 
 from puzzle_jax.config import BlockConfig, ModelConfig, RopeConfig
+from puzzle_jax.convert_hf.describe import describe_checkpoint
 from puzzle_jax.convert_hf.export import export_child, save_checkpoint
 from puzzle_jax.model.cache_format import KVScales
+from puzzle_jax.tasks import TASKS, Chat, problems
 from tests.parity.reference import our_greedy, our_logits, relative_difference
 from tests.support import random_params, random_tokens
 
@@ -128,6 +133,27 @@ def test_logits_and_greedy_tokens(tmp_path, runtime, kind, form):
     if (runtime, kind) == ("vllm", "puzzle"):
         np.testing.assert_allclose(answer["kv_scales"], np.stack([K_SCALES, V_SCALES], 1))
         assert answer["model_type"] == "gpt_oss"  # what vLLM chooses kernels and the chat format by
+
+
+@pytest.mark.parametrize("runtime", ["transformers", "mlx", "vllm"])
+def test_a_given_child_answers_the_same(tmp_path, runtime):
+    given = os.environ.get("PUZZLE_JAX_CHILD")
+    if not given:
+        pytest.skip("no child was given; `make runtimes CHILD=DIRECTORY` asks that one")
+    checkpoint = shutil.copytree(given, tmp_path / "checkpoint")  # answers are written beside it
+    vocab = describe_checkpoint(checkpoint).config.vocab_size
+    chat = Chat.load(checkpoint)
+    asked = [next(problems(task, first_seed=1)) for task in TASKS.values()]
+    prompts = [chat.prompt_tokens(problem.prompt, "high") for problem in asked]
+    tokens = np.asarray([(prompt * LENGTH)[:LENGTH] for prompt in prompts])
+    question = {"tokens": tokens.tolist(), "prompts": prompts, "steps": STEPS, "vocab": vocab}
+    answer = ask(runtime, checkpoint, question)
+    difference = relative_difference(our_logits(checkpoint, tokens), answer["logits"])
+    print(f"{runtime} {given}: {difference:.1e} of the largest logit")
+    assert difference < TOLERANCE
+    greedy = [our_greedy(checkpoint, prompt, STEPS) for prompt in prompts]
+    assert answer["greedy"].tolist() == greedy
+    assert len({tuple(row) for row in greedy}) == len(prompts) > 2
 
 
 def test_the_comparison_would_see_a_wrong_window_or_rotation(tmp_path):

@@ -153,7 +153,7 @@ def test_directories_that_hold_something_else_are_refused_and_kept(directory, tm
         ("foreign", {}, "holds files that are no run's (thesis.txt)"),
         ("file", {}, "is a file, but must be a directory"),
         ("run", {"reward__function": None}, "holds another run (reward.file"),
-        ("run", {"seed": 7}, "holds another run (seed 0 -> 7)"),
+        ("run", {"seed": 7}, "holds another run (seed 8 -> 7)"),
         ("run", {"loop__steps": 9}, "holds another run (steps 5 -> 9)"),
         ("run", {"rollout__group": 7}, "holds another run (rollout.group 6 -> 7)"),
         ("run", {"loss__kl": 0.25}, "holds another run (loss.kl 0.0 -> 0.25)"),
