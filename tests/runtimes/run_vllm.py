@@ -35,7 +35,7 @@ def main(checkpoint: str, question: str, answer: str) -> None:
     llm = LLM(
         model=checkpoint,
         dtype="float32",
-        max_model_len=128,
+        max_model_len=asked["context"],
         enforce_eager=True,
         skip_tokenizer_init=True,
         max_logprobs=vocab,

@@ -83,6 +83,12 @@ def written(directory: Path, kind: str, form: str) -> Path:
     return directory
 
 
+def question_of(tokens: np.ndarray, prompts: list[list[int]], vocab: int) -> dict[str, object]:
+    """Rows of tokens to give all logits of, and prompts to continue; `context` holds each with its continuation."""
+    context = max(128, STEPS + max(map(len, prompts)))
+    return {"tokens": tokens.tolist(), "prompts": prompts, "steps": STEPS, "vocab": vocab, "context": context}
+
+
 def ask(runtime: str, checkpoint: Path, question: dict) -> dict[str, np.ndarray]:
     own = HERE.parent.parent / f".venv-{runtime}" / "bin" / "python"
     python = Path(sys.executable) if runtime == "transformers" else own
@@ -117,7 +123,7 @@ def test_logits_and_greedy_tokens(tmp_path, runtime, kind, form):
     checkpoint = written(tmp_path / "checkpoint", kind, form)
     config = friendly_config(kind)
     tokens = np.asarray(random_tokens(config, 2, LENGTH))
-    question = {"tokens": tokens.tolist(), "prompts": PROMPTS, "steps": STEPS, "vocab": config.vocab_size}
+    question = question_of(tokens, PROMPTS, config.vocab_size)
     # Stock mlx-lm rounds YaRN's correction range whatever the checkpoint says; the class of puzzle children does not.
     rounds = runtime == "mlx" and kind != "puzzle"
     changes = {"rope": replace(config.rope, truncate=True)} if rounds else {}
@@ -146,8 +152,7 @@ def test_a_given_child_answers_the_same(tmp_path, runtime):
     asked = [next(problems(task, first_seed=1)) for task in TASKS.values()]
     prompts = [chat.prompt_tokens(problem.prompt, "high") for problem in asked]
     tokens = np.asarray([(prompt * LENGTH)[:LENGTH] for prompt in prompts])
-    question = {"tokens": tokens.tolist(), "prompts": prompts, "steps": STEPS, "vocab": vocab}
-    answer = ask(runtime, checkpoint, question)
+    answer = ask(runtime, checkpoint, question_of(tokens, prompts, vocab))
     difference = relative_difference(our_logits(checkpoint, tokens), answer["logits"])
     print(f"{runtime} {given}: {difference:.1e} of the largest logit")
     assert difference < TOLERANCE
