@@ -72,7 +72,7 @@ def sample(
 
 def _uniform(count: int, seed: Array, drawn: Array) -> Array:
     """`count` numbers from 0 to below 1 for the next token of a request."""
-    return jax.random.uniform(jax.random.fold_in(jax.random.key(seed), drawn), count)
+    return jax.random.uniform(jax.random.fold_in(jax.random.key(seed), drawn), (count,))
 
 
 def levels(choices: int) -> int:

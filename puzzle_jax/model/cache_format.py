@@ -83,13 +83,13 @@ class CacheFormat:
         self, layer: int, k: Float[Array, "*shape"], v: Float[Array, "*shape"]
     ) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
         """One layer's keys and values as a cache gives them back, in the same dtype."""
-        scales = self.layer_scales(layer)
-        if self.dtype == FLOAT8:
-            pairs = zip((k, v), scales, strict=True)
-            k, v = ((store(x, jnp.float32, scale) * scale).astype(x.dtype) for x, scale in pairs)
-        elif self.dtype != COMPUTE:
-            k, v = (x.astype(self.dtype).astype(x.dtype) for x in (k, v))
-        return k, v
+        k_scale, v_scale = self.layer_scales(layer)
+        return self._round_trip(k, k_scale), self._round_trip(v, v_scale)
+
+    def _round_trip(self, x: Float[Array, "*shape"], scale: Float[Array, ""] | None) -> Float[Array, "*shape"]:
+        if scale is not None:
+            return (round_e4m3(x, scale, jnp.float32) * scale).astype(x.dtype)
+        return x if self.dtype == COMPUTE else x.astype(self.dtype).astype(x.dtype)
 
 
 def store(x: Float[Array, "*shape"], dtype: jnp.dtype | type, scale: Float[Array, ""] | None) -> Num[Array, "*shape"]:

@@ -26,7 +26,7 @@ def test_what_has_no_weight_is_never_drawn(choices):
     rng = np.random.default_rng(0)
     weights = rng.random((257, choices)).astype(np.float32) * (rng.random((257, choices)) < 0.05)
     weights[np.arange(257), rng.integers(0, choices, 257)] += 1e-30  # of a row that has nothing else, too
-    ends = np.float32([0, 1 - 2**-23])[rng.integers(0, 2, (257, levels(choices)))]
+    ends = np.asarray([0, 1 - 2**-23], np.float32)[rng.integers(0, 2, (257, levels(choices)))]
     found = np.asarray(draw(jnp.asarray(weights), jnp.asarray(ends)))
     assert (weights[np.arange(257), found] > 0).all()
 

@@ -38,7 +38,9 @@ def test_rounding_gives_what_bytes_would(scale):
     codes = np.unique(codes[np.isfinite(codes)])
     between = (codes[1:] + codes[:-1]) / 2
     beside = [np.nextafter(between, np.float32(far)) for far in (-np.inf, np.inf)]
-    x = np.concatenate([codes, between, *beside, np.float32([449, -1e6, 1e30, 2.0**-11])]) * np.float32(scale)
+    x = np.concatenate([codes, between, *beside, np.asarray([449, -1e6, 1e30, 2.0**-11], np.float32)]) * np.float32(
+        scale
+    )
     rounded = jax.jit(round_e4m3, static_argnums=2)(x, jnp.float32(scale), jnp.float32)
     stored = jax.jit(encode_e4m3)(x, jnp.float32(scale))
     np.testing.assert_array_equal(rounded, decode_e4m3(stored, jnp.float32))
