@@ -71,8 +71,10 @@ def sample(
 
 
 def _uniform(count: int, seed: Array, drawn: Array) -> Array:
-    """`count` numbers from 0 to below 1 for the next token of a request."""
-    return jax.random.uniform(jax.random.fold_in(jax.random.key(seed), drawn), (count,))
+    """`count` numbers between 0 and 1 for the next token of a request."""
+    numbers = jax.random.uniform(jax.random.fold_in(jax.random.key(seed), drawn), (count,))
+    # They are multiples of 2^-23. A 0 would draw the first token that has any weight, however small.
+    return jnp.maximum(numbers, 2.0**-24)
 
 
 def levels(choices: int) -> int:

@@ -43,6 +43,12 @@ def test_a_tree_of_blocks_draws_by_the_weights():
     assert (shares[expected > 3 / 512] > 0).all() and (expected > 3 / 512).sum() > 50
 
 
+def test_the_least_number_does_not_draw_a_token_that_has_hardly_any_weight(monkeypatch):
+    monkeypatch.setattr(jax.random, "uniform", lambda key, shape: jnp.zeros(shape))
+    logits = jnp.zeros((2, 300)).at[:, :140].set(-80.0)
+    np.testing.assert_array_equal(sample(logits, jnp.arange(2), jnp.arange(2), 1.0, 1.0), [140, 140])
+
+
 def test_a_token_follows_from_its_seed_and_count_alone_and_a_rare_one_is_not_lost():
     logits = np.zeros((6, 97), np.float32)
     logits[:, 3] = 30.0  # others together hold 9e-12 of the probability
