@@ -1,6 +1,6 @@
 """The command line: `puzzle <verb>`, with the same verbs as `python -m puzzle_jax.<verb>`.
 
-Each verb's `__main__` has the table of what it does; `settings.verbs` is the one way into all of them.
+Each verb's `__main__` holds the table of its subcommands; `settings.verbs` runs all of them.
 """
 
 from __future__ import annotations

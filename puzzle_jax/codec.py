@@ -1,8 +1,8 @@
 """Dataclasses as JSON values and back, checked against their annotations.
 
-The conversion is msgspec's; this module gives its errors the form of the package's own: one sentence that names file
-and field. Fields that a dataclass does not have are ignored, so that later versions may add some, or refused in what
-people write by hand.
+msgspec does the conversion; this module rewords its errors like the package's own: one sentence that names the file and
+the field. Fields that a dataclass does not have are ignored, so that later versions may add some, or refused in files
+that people write by hand (`exact`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _KINDS = {
 
 
 def to_plain(value: Any) -> Any:
-    """The JSON value of dataclasses, mappings, sequences, paths and NumPy scalars, nested as they like."""
+    """The JSON value of dataclasses, mappings, sequences, paths and NumPy scalars, nested to any depth."""
     return msgspec.to_builtins(value, str_keys=True, enc_hook=_encode)
 
 
@@ -44,9 +44,9 @@ def from_plain(
     Args:
       kind: a dataclass, or any other type that annotations can name ("tuple[Trace, ...]").
       value: a JSON value.
-      where: the value comes from, with which a message begins ("costs.json").
-      error: raised where the value does not fit the annotations, or a dataclass refuses it itself.
-      exact: refuses fields that a dataclass does not have.
+      where: origin of the value, with which error messages begin ("costs.json").
+      error: exception to raise where the value does not fit the annotations, or a dataclass itself rejects it.
+      exact: whether to refuse fields that a dataclass does not have.
     """
     for problem in _unknown(kind, value) if exact else ():
         raise error(f"{where}: {problem}")
@@ -59,7 +59,7 @@ def from_plain(
 
 
 def read(kind: type[T], path: Path, error: type[PuzzleError] = PuzzleError) -> T:
-    """The value of a JSON file; raises `error`, naming the file, where it cannot be read or does not fit."""
+    """Reads a value from a JSON file; raises `error`, naming the file, where it cannot be read or does not fit."""
     return from_plain(kind, read_json(path, error), str(path), error)
 
 
@@ -92,7 +92,7 @@ def _unknown(kind: object, value: object, place: str = "") -> Iterator[str]:
 
 
 def _sentence(problem: str) -> str:
-    """A message of msgspec's ("Expected `int`, got `str` - at `$.layers[0].count`") in this package's words."""
+    """An msgspec message ("Expected `int`, got `str` - at `$.layers[0].count`") in this package's wording."""
     message, _, place = problem.partition(" - at ")
     field = re.sub(r"`|\$\.?", "", place) or "the value"
     if missing := re.fullmatch(r"Object missing required field `(.*)`", message):

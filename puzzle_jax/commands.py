@@ -1,8 +1,8 @@
-"""The edge of every command: warnings, errors, the cache of compiled programs.
+"""What all commands share: warnings, errors, and the cache of compiled programs.
 
-Whatever a user can mend ends as one sentence on stderr and exit code 2: a `PuzzleError`, a disk that is full or
-read-only, memory that does not suffice. All else is a bug and keeps its traceback. `guarded` is the one place for this,
-so that a kind of error is dealt with once for all verbs.
+An error that the user can fix ends as one sentence on stderr and exit code 2: a `PuzzleError`, a full or read-only
+disk, too little memory. Anything else is a bug and keeps its traceback. Only `guarded` does this, so that each kind of
+error is handled once for all verbs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _MENDABLE = {
     )
     if hasattr(errno, name)
 }  # fmt: skip
-# Libraries that write files wrap the system's errors into types of their own, with the system's words.
+# Libraries that write files wrap system errors in exception types of their own, but keep the system's wording.
 _WRAPPED = re.compile(
     r"(No space left on device|Disk quota exceeded|Read-only file system|Permission denied|File name too long|"
     r"Too many open files|Input/output error)"
@@ -42,10 +42,10 @@ _DEVICE_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|[Oo]ut of memory")
 
 
 def did_you_mean(text: str, known: Iterable[str]) -> str:
-    """ "; did you mean X?" for the closest of the known names, or nothing where none is close."""
+    """ "; did you mean X?" for the closest of the known names, or an empty string where none is close."""
     known = list(known)
     close = difflib.get_close_matches(text, known, n=1, cutoff=0.6)
-    # A name without its section, and a name that was cut short, are far from it by letters.
+    # A name without its section and a truncated name have too few letters in common with the full name.
     tail = text.lstrip("-").rpartition(".")[2]
     close += [name for name in known if tail and name.lstrip("-").rpartition(".")[2] in (tail,)]
     close += [name for name in known if len(text.strip("-")) > 2 and name.startswith(text)]
@@ -54,7 +54,7 @@ def did_you_mean(text: str, known: Iterable[str]) -> str:
 
 
 def checked_path(path: Path | str, name: str) -> Path:
-    """The path; raises `ConfigError`, naming the setting, for one that no system knows."""
+    """The path; raises `ConfigError`, naming the setting, where it contains a NUL."""
     if "\0" in str(path):
         raise ConfigError(f"{name} is {shown(str(path))}, but a path holds no NUL")
     return Path(path)
@@ -64,11 +64,11 @@ def guarded(program: str, run: Callable[[], None], interrupted: str = "finished 
     """Runs a command and returns its exit code.
 
     Args:
-      program: its name, before every message.
-      interrupted: what a user who stopped it should know.
+      program: name of the command, which precedes every message.
+      interrupted: what to tell a user who interrupts it.
 
     Returns:
-      0; 2 after one sentence for what a user can mend; 130 after an interrupt; 141 where nobody reads the output.
+      0; 2 after an error that the user can fix; 130 after an interrupt; 141 where the output's reader has gone.
     """
     told: set[str] = set()
 
@@ -87,7 +87,7 @@ def guarded(program: str, run: Callable[[], None], interrupted: str = "finished 
         try:
             run()
             sys.stdout.flush()
-        except SystemExit as error:  # options have been printed, or refused
+        except SystemExit as error:  # help was printed, or an option was refused
             return int(error.code or 0)
         except KeyboardInterrupt:
             say(f"{program}: interrupted; {interrupted}")
@@ -105,14 +105,14 @@ def guarded(program: str, run: Callable[[], None], interrupted: str = "finished 
 
 
 def mendable(error: BaseException) -> str | None:
-    """One sentence for an error that a user can mend; None for a bug."""
+    """One sentence for an error that the user can fix; None for a bug."""
     if isinstance(error, PuzzleError):
         return str(error)
     of_system = system_error(error)
     if of_system is not None and of_system.errno is not None and of_system.errno in _MENDABLE:
         return f"{_of_file(of_system)}{os.strerror(of_system.errno)}"
     if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError | PermissionError):
-        return _line(str(error))  # of a library that says it without the system's number
+        return _line(str(error))  # from a library that sets no errno
     if isinstance(error, UnicodeEncodeError) and "surrogates not allowed" in str(error):
         return f"{shown(error.object)} holds half a surrogate pair, but texts must be valid Unicode"
     if isinstance(error, RecursionError):
@@ -131,7 +131,7 @@ def mendable(error: BaseException) -> str | None:
 
 
 def say(message: str) -> None:
-    """Prints one line to stderr, in what characters it can show."""
+    """Prints one line to stderr, escaping characters that it cannot show."""
     line = " ".join(message.splitlines())
     try:
         print(line, file=sys.stderr)
@@ -142,7 +142,7 @@ def say(message: str) -> None:
 def enable_compilation_cache() -> None:
     """Keeps compiled programs between runs, in $JAX_COMPILATION_CACHE_DIR or ~/.cache/puzzle_jax.
 
-    Those that took longer than 0.3 seconds, or $JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS, to compile.
+    Kept are those that took longer than 0.3 seconds, or $JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS, to compile.
     """
     import jax
 
@@ -154,7 +154,7 @@ def enable_compilation_cache() -> None:
 
 @contextlib.contextmanager
 def _any_text(stream: object) -> Iterator[None]:
-    """Within, characters that a terminal's encoding has not are printed as escapes."""
+    """A context in which characters that the stream's encoding lacks are printed as escapes."""
     if not isinstance(stream, io.TextIOWrapper) or stream.errors != "strict":
         yield
         return
@@ -167,7 +167,7 @@ def _any_text(stream: object) -> Iterator[None]:
 
 
 def _shows_warnings() -> bool:
-    """Returns whether warnings would be shown, and are neither recorded nor made errors by somebody else."""
+    """Returns whether warnings are shown, and not recorded by a `catch_warnings` around this."""
     handler = getattr(warnings, "_showwarnmsg_impl", None)  # what `catch_warnings(record=True)` replaces
     return getattr(handler, "__name__", "") == "_showwarnmsg_impl"
 
@@ -182,6 +182,6 @@ def _line(text: str) -> str:
 
 
 def _close_output(stream: TextIO | None = None) -> None:
-    """Keeps Python from complaining at its end that it cannot flush what nobody reads."""
+    """Redirects the output to the null device, so that Python does not fail to flush it at exit."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), (stream or sys.stdout).fileno())

@@ -11,7 +11,7 @@ _EVENTS = frozenset(
 
 
 class _Seconds:
-    """A listener of JAX's own measurements."""
+    """A listener to JAX's own measurements."""
 
     def __init__(self) -> None:
         self.total = 0.0
@@ -31,5 +31,5 @@ def _seconds() -> _Seconds:
 
 
 def compile_seconds() -> float:
-    """Seconds since this was first called; differences of two calls are what went into compiling between them."""
+    """Seconds of compiling since this was first called; two calls differ by the seconds spent between them."""
     return _seconds().total

@@ -4,7 +4,7 @@
 attention window, which is the search space of Puzzle for mixture-of-experts models (arXiv 2602.11937). A parent and
 its children differ in `blocks` alone (and, for long contexts, in the YaRN factor).
 
-No arrays and no JAX here, so that a configuration can be read, checked and counted anywhere.
+This module uses neither arrays nor JAX, so that a configuration can be read, checked and counted anywhere.
 Left out: file formats; `puzzle_jax.convert_hf.configuration.config_json` reads and writes config.json.
 """
 
@@ -21,7 +21,10 @@ EFFORTS: tuple[str, ...] = ("low", "medium", "high")
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """One layer's number of experts, and the keys that a query sees, itself included; None is full causal attention."""
+    """One layer's number of experts and attention window: the keys that a query sees, its own position's included.
+
+    A window of None means full causal attention.
+    """
 
     num_experts: int
     window: int | None = None
@@ -41,7 +44,7 @@ class RopeConfig:
       factor: context extension; frequencies below the ramp are divided by it.
       beta_fast, beta_slow: rotations over `original_context` that bound the ramp.
       original_context: tokens of context before extension.
-      truncate: round the ramp's bounds to whole dimensions (False in gpt-oss).
+      truncate: whether the ramp's bounds are rounded to whole dimensions (False in gpt-oss).
     """
 
     theta: float = 150_000.0
@@ -122,7 +125,7 @@ class ModelConfig:
         return self.num_kv_heads * self.head_dim
 
     def with_blocks(self, blocks: tuple[BlockConfig, ...]) -> ModelConfig:
-        """The same model with other blocks; their number must stay."""
+        """The same model with other blocks, of which there must be as many."""
         if len(blocks) != len(self.blocks):
             raise ConfigError(f"{len(blocks)} blocks were given for a model of {len(self.blocks)} layers")
         return replace(self, blocks=tuple(blocks))
@@ -134,7 +137,7 @@ def window_name(window: int | None) -> str:
 
 
 def cache_slots(window: int | None, context: int) -> int:
-    """Slots that a layer needs for a context of so many tokens."""
+    """Cache slots that a layer needs for a context of this many tokens."""
     return context if window is None else min(window, context)
 
 

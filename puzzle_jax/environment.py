@@ -1,4 +1,4 @@
-"""Environment variables that choose for all verbs. No JAX."""
+"""Environment variables that apply to all verbs. This module does not import JAX."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ KERNELS = {
     "mosaic_tpu": "tpu",
     "splash": "tpu",
 }
-"""Names of implementations that are kernels, and the platform of each."""
+"""Names of the implementations that are kernels, with the platform of each."""
 
 LIBRARIES = ("tokamax", "dew_flash_attn")
-"""Names of implementations that are other projects' libraries. They are extras, and serve by name only."""
+"""Names of the implementations from other projects' libraries. They are extras, and used only when named."""
 
 
 def chosen_kernels(known: Collection[str] = (*KERNELS, *LIBRARIES)) -> str:
-    """PUZZLE_KERNELS: "auto", "off" or the name of a kernel or library. Raises ConfigError for anything else."""
+    """The value of PUZZLE_KERNELS: "auto", "off" or the name of a kernel or library. Raises ConfigError for others."""
     chosen = os.environ.get("PUZZLE_KERNELS") or "auto"
     if chosen not in ("auto", "off", *known):
         raise ConfigError(f"PUZZLE_KERNELS is {chosen!r}, but must be auto, off, or one of {', '.join(known)}")

@@ -1,4 +1,4 @@
-"""Errors that a user can mend.
+"""Errors that the user can fix.
 
 Every command line turns a `PuzzleError` into one sentence on stderr and exit code 2; any other exception is a bug
 and keeps its traceback.
@@ -14,11 +14,11 @@ _SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 120
 
 
 class PuzzleError(Exception):
-    """Something the user gave cannot be used; the message names file, field, value and what would do."""
+    """Something the user gave cannot be used; the message names file, field, value and what would be accepted."""
 
 
 class PuzzleWarning(UserWarning):
-    """Something the user gave was mended or may not be what they want; command lines print it as one line on stderr."""
+    """Something the user gave was corrected or may not be intended; command lines print it as one line on stderr."""
 
 
 class ConfigError(PuzzleError):
@@ -34,8 +34,8 @@ class InfeasibleError(PuzzleError):
 
 
 MOST_TOGETHER, MOST_TIMES, MOST_TOKENS, MOST_PROCESSES = 1 << 20, 10**9, (1 << 31) - 1, 1024
-"""Bounds of settings, so that a slip of the finger is a sentence and no endless run: what is in memory together, times
-that something is done, tokens, processes."""
+"""Upper bounds of settings, so that a typo gives an error message and not an endless run: items in memory together,
+repetitions, tokens, processes."""
 
 MOST_SEED = (1 << 32) - 1
 
@@ -49,9 +49,9 @@ def check_range(
     above: bool = False,
     below: bool = False,
 ) -> None:
-    """Raises `ConfigError`, naming a setting, for a number that is not from `least` to `most`, or is infinite.
+    """Raises `ConfigError`, naming the setting, for a number that is not from `least` to `most`, or is infinite.
 
-    `above` and `below` leave the ends themselves out.
+    `above` and `below` exclude the lower and the upper end itself.
     """
     high_enough = value > least if above else value >= least
     low_enough = value < most if below or most == math.inf else value <= most
@@ -63,13 +63,13 @@ def check_range(
         rule = f"{finite}{'above' if above else 'at least'} {low}"
     elif above or below:
         rule = f"{'above' if above else 'at least'} {low} and {'below' if below else 'at most'} {high}"
-    else:  # the upper end is of no interest where it is only there against slips of the finger
+    else:  # an upper end that only guards against typos is not worth mentioning
         rule = f"at least {low}" if value < least and most >= MOST_PROCESSES else f"from {low} to {high}"
     raise ConfigError(f"{name} is {shown(value)}, but must be {rule}")
 
 
 def check_choice(name: str, value: object, known: Iterable[str]) -> None:
-    """Raises `ConfigError`, naming a setting, for a value that is none of the known ones."""
+    """Raises `ConfigError`, naming the setting, for a value that is not one of the known ones."""
     known = tuple(known)
     if value not in known:
         raise ConfigError(f"{name} is {shown(value)}, but must be one of {', '.join(known)}")

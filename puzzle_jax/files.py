@@ -1,8 +1,8 @@
-"""Small JSON and YAML files: read so that no content harms the reader, written so that there is never half a file.
+"""Small JSON and YAML files: read safely whatever they contain, and written so that there is never half a file.
 
-Whatever such a file holds, reading it takes time and memory in proportion to its size: a YAML file's aliases are
-counted before they are expanded. What cannot be used is refused in one sentence that names the file: bytes that are
-no UTF-8, nesting that exhausts the stack, numbers that Python does not convert, half a surrogate pair.
+Whatever such a file holds, reading it takes time and memory in proportion to its size: YAML aliases are counted before
+they are expanded. Unusable content is refused in one sentence that names the file: invalid UTF-8, nesting that exhausts
+the stack, numbers that Python does not convert, half a surrogate pair.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ import yaml
 from puzzle_jax.errors import PuzzleError, shown
 
 Json: TypeAlias = Any
-"""A value of JSON or YAML: a text, a number, a truth value, None, or a list or dictionary of such values."""
+"""A JSON or YAML value: a string, a number, a boolean, None, or a list or dictionary of such values."""
 
 PARTIAL = ".partial-"
-"""In the name of a file or directory that is still being written."""
+"""Part of the name of a file or directory that is still being written."""
 
 MAX_YAML_NODES = 100_000
-"""Values that a YAML file may hold, each counted as often as aliases repeat it."""
+"""Most values that a YAML file may hold, each counted as often as aliases repeat it."""
 
 _LINKED_BYTES = 1 << 20
 _CUT_SHORT = re.compile(r"\d+ requested and \d+ written")
@@ -39,7 +39,7 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def write_beside(path: Path, content: bytes) -> None:
-    """Writes a file beside its place and renames it."""
+    """Writes a file under a temporary name in the same directory, then renames it."""
     beside = path.with_name(f".{path.name}{PARTIAL}{os.getpid()}")
     try:
         with naming(path):
@@ -52,7 +52,7 @@ def write_beside(path: Path, content: bytes) -> None:
 
 
 def linked_tree(source: Path, target: Path) -> None:
-    """Gives a directory the files of another: small ones copied, large ones as hard links where the system has them."""
+    """Copies the files of a directory into another; large ones become hard links where the system supports them."""
 
     def put(of: str, to: str) -> str:
         if os.path.getsize(of) >= _LINKED_BYTES:
@@ -66,7 +66,7 @@ def linked_tree(source: Path, target: Path) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Gives errors of the system that name no file, as a full disk's do, the name of what was being written."""
+    """Adds the name of the file being written to system errors that name none, such as those of a full disk."""
     try:
         yield
     except Exception as error:
@@ -77,11 +77,11 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def system_error(error: BaseException) -> OSError | None:
-    """The system's error that an exception is, or that a library which writes files put into words; None for others."""
+    """The system error that an exception is, or that a file-writing library put into its message; None for others."""
     if isinstance(error, OSError) and error.errno is not None:
         return error
     text = str(error)
-    if isinstance(error, OSError) and _CUT_SHORT.fullmatch(text):  # numpy, of a disk that is full
+    if isinstance(error, OSError) and _CUT_SHORT.fullmatch(text):  # numpy's message for a full disk
         return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     found = _SYSTEM_ERROR.search(text)  # safetensors, tensorstore, pyarrow
     return OSError(int(found[1]), os.strerror(int(found[1]))) if found is not None else None
@@ -91,10 +91,10 @@ def parse_json(text: str | bytes, where: str, error: type[PuzzleError] = PuzzleE
     """The value of a JSON text.
 
     Args:
-      text: UTF-8 where it is bytes.
-      where: the text comes from, with which a message begins ("answers.jsonl, line 3").
-      error: raised, with one sentence, for whatever makes the text no JSON value of valid Unicode.
-      unique: refuses an object that has a name twice, of which Python would keep the last.
+      text: a string, or bytes in UTF-8.
+      where: origin of the text, with which error messages begin ("answers.jsonl, line 3").
+      error: exception to raise, with one sentence, where the text is not a JSON value in valid Unicode.
+      unique: whether to refuse an object that has a name twice, of which Python would keep the last.
     """
     try:
         if isinstance(text, bytes):
@@ -108,7 +108,7 @@ def parse_json(text: str | bytes, where: str, error: type[PuzzleError] = PuzzleE
         raise error(f"{where} cannot be read as JSON: {problem}") from None
     except _GivenTwice as problem:
         raise error(f"{where} gives {shown(problem.args[0])} twice") from None
-    except ValueError:  # Python's limit on the digits of a whole number
+    except ValueError:  # Python's limit on the digits of an integer
         raise error(f"{where} holds a whole number of thousands of digits, which cannot be read") from None
     if _SURROGATE.search(text) and not is_unicode(value):
         raise error(f"{where} holds half a surrogate pair, but its texts must be valid Unicode")
@@ -127,7 +127,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_json(path: Path, error: type[PuzzleError] = PuzzleError) -> Any:
-    """The value in a JSON file; raises `error`, with one sentence that names it, where there is none."""
+    """The value in a JSON file; raises `error`, with one sentence that names the file, where there is none."""
     return parse_json(read_bytes(path, error), str(path), error)
 
 
@@ -140,7 +140,7 @@ def read_object(path: Path, error: type[PuzzleError] = PuzzleError) -> dict[str,
 
 
 def read_text(path: Path, error: type[PuzzleError] = PuzzleError) -> str:
-    """The UTF-8 text of a file; raises `error` where there is none."""
+    """The UTF-8 text of a file; raises `error` where it cannot be read or decoded."""
     try:
         return read_bytes(path, error).decode("utf-8")
     except UnicodeDecodeError as problem:
@@ -156,7 +156,7 @@ def read_bytes(path: Path, error: type[PuzzleError] = PuzzleError) -> bytes:
 
 
 def is_unicode(value: Any) -> bool:
-    """Returns whether all texts of a JSON value are valid Unicode, without half a surrogate pair."""
+    """Returns whether all strings of a JSON value are valid Unicode, without half a surrogate pair."""
     try:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
@@ -165,7 +165,7 @@ def is_unicode(value: Any) -> bool:
 
 
 def _all_unicode(value: Any) -> bool:
-    """Returns whether all texts of a YAML value, keys included, are valid Unicode."""
+    """Returns whether all strings of a YAML value, keys included, are valid Unicode."""
     if isinstance(value, str):
         return is_unicode(value)
     if isinstance(value, dict):
@@ -176,8 +176,8 @@ def _all_unicode(value: Any) -> bool:
 def parse_yaml(text: str, where: str, error: type[PuzzleError] = PuzzleError) -> Any:
     """The value of a YAML text, with plain types only.
 
-    Raises `error`, with one sentence that begins with `where`, for text that is no YAML, a mapping that has a key
-    twice (YAML itself would keep the last), an alias of what contains it, and more than `MAX_YAML_NODES` values.
+    Raises `error`, with one sentence that begins with `where`, for text that is not YAML, a mapping that has a key
+    twice (PyYAML would keep the last), an alias of a node that contains it, and more than `MAX_YAML_NODES` values.
     """
     try:
         loader = _Loader(text)
@@ -193,7 +193,7 @@ def parse_yaml(text: str, where: str, error: type[PuzzleError] = PuzzleError) ->
         raise error(f"{where} is nested too deeply to be read as YAML") from None
     except yaml.YAMLError as problem:
         raise error(f"{where} cannot be read as YAML: {' '.join(str(problem).split())}") from None
-    except (ValueError, OverflowError) as problem:  # dates and numbers that Python has not
+    except (ValueError, OverflowError) as problem:  # dates and numbers that Python cannot represent
         raise error(f"{where} holds a value that cannot be read: {str(problem).partition(';')[0]}") from None
     if _SURROGATE.search(text) and not _all_unicode(value):
         raise error(f"{where} holds half a surrogate pair, but its texts must be valid Unicode")
@@ -229,7 +229,7 @@ def _check_size(root: yaml.Node) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a mapping that has a key twice."""
+    """A loader that refuses a mapping that has a key twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar with time left, or lines where the output is no terminal."""
+"""Progress of long work: a bar with the time left, or lines where the output is not a terminal."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 @runtime_checkable
 class Advance(Protocol):
-    """Reports work done, its total where that was not known, and a note to show beside it."""
+    """Reports work done, the total where it was not known before, and a note to show beside it."""
 
     def __call__(self, amount: int, total: int | None = None, /, *, note: str = "") -> None: ...
 
 
 @contextmanager
 def progress(console: Console, what: str, total: int | None) -> Iterator[Advance]:
-    """A bar with time left; on what is no terminal, a line now and then."""
+    """Shows a bar with the time left or, where the console is not a terminal, a line now and then."""
     if not console.is_terminal:
         yield _Lines(console, what, total)
         return
@@ -35,8 +35,8 @@ def progress(console: Console, what: str, total: int | None) -> Iterator[Advance
 
 
 class _Lines:
-    """Progress as lines, at most one every `SECONDS`. What comes with the first report (compiling, or what an earlier
-    run did) says nothing about the time left."""
+    """Progress as lines, at most one every `SECONDS`. The time left is estimated without the first report, which may
+    include compiling or the work of an earlier run."""
 
     SECONDS = 20.0
 

@@ -1,9 +1,9 @@
 """Run directories: one run each, one process at a time.
 
-    RUN/run.json    marks the directory as a run, and says of what
+    RUN/run.json    marks the directory as a run, and identifies it
 
-Searches keep stages in them (`stages`), training its checkpoints (`train.loop`). A directory that holds
-anything else, or another run, is refused before a byte is written.
+Searches keep their stages in them (`stages`), training its checkpoints (`train.loop`). A directory that holds
+anything else, or another run, is refused before anything is written.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ RUN_FILE, METRICS_FILE, REPORT_FILE = "run.json", "metrics.jsonl", "report.html"
 
 
 def open_run(run_dir: Path, identity: Mapping[str, Json], marker: str = RUN_FILE, **more: Json) -> Path:
-    """Makes a run directory, with its parents, or enters one that belongs to the same run.
+    """Creates a run directory, with its parents, or opens one that belongs to the same run.
 
-    `identity` holds what makes the run what it is, such as the parent's path and fingerprint. `marker` is the file that
-    marks the directory; a new one records `more` as well.
+    `identity` holds what identifies the run, such as the parent's path and fingerprint. `marker` is the file that marks
+    the directory; a new one records `more` as well.
 
     Raises `PuzzleError`, before anything is written, if the directory holds something else.
     """
@@ -60,7 +60,7 @@ def open_run(run_dir: Path, identity: Mapping[str, Json], marker: str = RUN_FILE
 
 
 def begun_on(out: Path) -> datetime.datetime | None:
-    """The day on which the run in `out` was begun, which is what its chat templates see; None where there is none."""
+    """The day on which the run in `out` began, which its chat templates see as today; None where there is no run."""
     marker = out / RUN_FILE
     if not marker.is_file():
         return None
@@ -72,9 +72,9 @@ def begun_on(out: Path) -> datetime.datetime | None:
 
 
 def read_metrics(path: Path) -> list[Metrics]:
-    """The lines of a metrics.jsonl, {"step": number, NAME: number or null}, without a last one that a kill tore.
+    """The lines of a metrics.jsonl, {"step": number, NAME: number or null}, without an incomplete last one.
 
-    Raises PuzzleError, naming file and line, for a file that cannot be read and a line that is something else.
+    Raises PuzzleError, naming file and line, for a file that cannot be read and a line of any other form.
     """
     lines = read_bytes(path).splitlines(keepends=True)
     if lines and not lines[-1].endswith(b"\n"):
@@ -98,7 +98,7 @@ def _metrics_line(line: bytes, where: str) -> Metrics:
 
 @contextlib.contextmanager
 def locked(run_dir: Path, marker: str = RUN_FILE) -> Iterator[None]:
-    """Holds the run directory; the system frees it when the process ends, however it ends."""
+    """Locks the run directory; the system releases the lock when the process ends, however it ends."""
     with open(run_dir / marker) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -117,7 +117,7 @@ def differences(old: Json, new: Json, path: str = "") -> Iterator[tuple[str, Jso
 
 
 def difference(old: Json, new: Json) -> str:
-    """The first few places in which two JSON values differ, in words; of inputs their names alone."""
+    """The first few places in which two JSON values differ, in words; for inputs, only their names."""
     found = list(differences(old, new))
     parts = [
         path.removeprefix("inputs.") if path.startswith("inputs.") else f"{path} {_brief(one)} -> {_brief(other)}"

@@ -1,10 +1,10 @@
-"""Stages that read files and write files in one run directory, and that are rerun only when something changed.
+"""Stages that read and write files in one run directory and are rerun only when something has changed.
 
     RUN/run.json            marks the directory as a run, with its identity
     RUN/<stage>/...         the stage's outputs
     RUN/<stage>/stage.json  hash of its inputs and settings, versions, seconds, and the list of its outputs
 
-A `Stage` names the inputs of a stage and produces its outputs; a pipeline is a tuple of them. A stage writes into
+A `Stage` names its inputs and produces its outputs; a pipeline is a tuple of stages. A stage writes into
 a temporary directory beside its own, which is renamed when everything is written: a stage that dies leaves the earlier
 state and never half a file. Intermediate results go into a second directory, which survives a killed process and is
 found again when the stage runs with the same key (inputs, settings and version). A stage whose inputs, settings and
@@ -12,7 +12,7 @@ package version are unchanged is skipped. One process works in a run directory a
 write, or that were edited since, are neither overwritten nor deleted: later stages use an edited output as it is, and
 its own stage refuses to run again.
 
-Left out: several processes, of which one runs a stage here and has the others join in its work (`search.copies`), and
+Left out: several processes, one of which runs a stage here while the others join in its work (`search.copies`), and
 progress inside a stage.
 """
 
@@ -36,7 +36,7 @@ from puzzle_jax.runs import RUN_FILE, canonical, difference, locked, version, wr
 
 STAGE_FILE = "stage.json"
 _REPLACED, KEPT = ".replaced-", ".kept-"
-# Files above this size are known by size, time of change, and their first and last megabyte.
+# Files above this size are identified by size, modification time, and their first and last megabyte.
 _WHOLE_HASH_BYTES = 64 << 20
 
 
@@ -50,13 +50,13 @@ class Stage(Generic[Context]):
 
     Attributes:
       name: name of the stage.
-      inputs: files and directories that the outputs depend on; their contents count, not their times.
+      inputs: files and directories that the outputs depend on, identified by content (`_file_digest`).
       settings: JSON values that the outputs depend on, including what is in no file (device kind, library versions).
       produce: writes the outputs into its second argument, an empty directory. The third is the directory of
-        intermediate results, which exists where a killed run of the same stage with the same key made it, and which is
+        intermediate results, which exists if a killed run of the same stage with the same key made it, and which is
         removed once the stage is done.
       directory: directory of the outputs inside the run; the stage's name unless given.
-      finish: runs after the stage, also where the stage was skipped.
+      finish: runs after the stage, even where the stage was skipped.
     """
 
     name: str
@@ -70,8 +70,8 @@ class Stage(Generic[Context]):
         """Runs the stage unless its outputs exist and nothing that they depend on has changed.
 
         Raises:
-          PuzzleError: the directory is no run's, an input is missing, another process works here, or the stage's
-            directory holds files that the stage did not write.
+          PuzzleError: the directory is not a run's, an input is missing, another process is working in it, or the
+            stage's directory holds files that the stage did not write.
         """
         result = self._run(run_dir, context)
         if self.finish is not None:
@@ -120,7 +120,7 @@ class Stage(Generic[Context]):
 
 @dataclass(frozen=True)
 class StageResult:
-    """A stage that is done.
+    """The result of running a stage.
 
     Attributes:
       name: name of the stage.
@@ -129,7 +129,7 @@ class StageResult:
       seconds: time that it took to produce the outputs.
       skipped: whether an earlier result was up to date.
       reason: why it ran, in a few words; empty if skipped.
-      compile_seconds: those of `seconds` that went into tracing and compiling.
+      compile_seconds: the part of `seconds` spent on tracing and compiling.
     """
 
     name: str
@@ -155,7 +155,7 @@ def _publish(unfinished: Path, final: Path) -> None:
 
 
 def _clear_leftovers(final: Path) -> None:
-    """Removes what a killed process left; an old result that was already moved aside is moved back."""
+    """Removes what a killed process left behind; an old result that was already moved aside is moved back."""
     for path in final.parent.glob(f".{final.name}{_REPLACED}*"):
         if final.exists():
             _remove(path)
@@ -206,7 +206,7 @@ def edited_output(run_dir: Path) -> Path | None:
 
 
 def _refuse_foreign(final: Path, record: StageRecord | None, name: str) -> None:
-    """Before work: nothing may lie where the stage would write that it did not write itself."""
+    """Raises PuzzleError where the stage would overwrite anything that it did not write itself."""
     if final.is_symlink():
         raise PuzzleError(
             f"{final} is a symbolic link, but stage {name!r} replaces its directory as a whole; move what it points to "
@@ -229,7 +229,7 @@ def _refuse_foreign(final: Path, record: StageRecord | None, name: str) -> None:
 
 
 def _digest(path: Path, stage: str) -> str | dict[str, str]:
-    """Content of an input: a hash, or for a directory one per file; records of stages do not count."""
+    """The content of an input: a hash, or for a directory one hash per file without the records of stages."""
     if path.is_file():
         return _file_digest(path)
     if path.is_dir():
@@ -260,7 +260,7 @@ def _shown(path: Path, run_dir: Path) -> str:
     return path.relative_to(run_dir).as_posix() if path.is_relative_to(run_dir) else str(path)
 
 
-# The record that a stage leaves beside its outputs is checked in full: people copy, edit and cut run directories.
+# The record that a stage leaves beside its outputs is checked in full: people copy, edit and prune run directories.
 
 
 @dataclass(frozen=True)
@@ -269,8 +269,8 @@ class StageRecord:
 
     Attributes:
       key: hash of inputs, settings and package version.
-      seconds: time that producing the outputs took.
-      compile_seconds: that part of it in which programs were traced and compiled.
+      seconds: time that it took to produce the outputs.
+      compile_seconds: the part of `seconds` spent on tracing and compiling.
       outputs: digest of every file, by its path below the stage's directory.
       jax: version of JAX.
       content: the whole object.

@@ -1,1 +1,1 @@
-"""Hugging Face checkpoints of gpt-oss models, in and out: `load`, `export`, `describe`, `config_json` and `table`."""
+"""Import and export of Hugging Face gpt-oss checkpoints: `load`, `export`, `describe`, `config_json` and `table`."""

@@ -1,4 +1,4 @@
-"""`puzzle convert_hf`, which is `python -m puzzle_jax.convert_hf`: checkpoints.
+"""`puzzle convert_hf`, or `python -m puzzle_jax.convert_hf`: commands for checkpoints.
 
 `inspect` needs no weights; a damaged checkpoint is refused before JAX is imported.
 """
@@ -50,7 +50,7 @@ VERBS = {
         shown=("checkpoint", "out", "form", "pad_experts"),
         example="--checkpoint CHECKPOINT --out DIR",
         computes=False,
-        interrupted="call it again to go on",
+        interrupted="call it again",
     ),
 }  # fmt: skip
 

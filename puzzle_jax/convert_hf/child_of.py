@@ -1,12 +1,12 @@
-"""A child's directory as the view on its parent that it was cut from.
+"""Opens a child's directory as a view on the parent that it was cut from.
 
 Training and evaluating a view needs the parent's weights and three things of the child: which experts stay, which
 windows it has, and what was trained since. The first is in `provenance.json`, the second in config.json, and the third
-is found by comparing bytes. A child of another parent of the same shape would run and be wrong, so the experts are
-compared too: routers, biases, and the matrices of one expert per layer, or of all.
+is found by comparing bytes. A child of another parent of the same shape would run and give wrong results, so the
+experts are compared too: routers, biases, and the matrices of one expert per layer, or of all.
 
-Left out: children that were cut by other programs, which keep no record of ids; children whose routers and experts were
-all trained have nothing left to compare, and their record is believed.
+Left out: children that were cut by other programs, which keep no record of ids. Where routers and experts were all
+trained, nothing is left to compare, and the record is trusted.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ TOKENIZER = "tokenizer.json"
 
 @dataclass(frozen=True)
 class OpenedChild:
-    """A child, opened.
+    """A child that was opened as a view on its parent.
 
     Attributes:
       child: its kept experts, its windows, and its rotary settings where they differ from the parent's; no delta.
-      differing: parameters that are not the parent's, by their places in the tree ("layers.3.attention.q_weight");
+      differing: parameters that differ from the parent's, by their paths in the tree ("layers.3.attention.q_weight");
         `load_delta` reads them.
       provenance: the whole record.
     """
@@ -56,11 +56,11 @@ def open_child(parent: Path, child: Path, *, every_expert: bool = False) -> Open
     """Opens a child that `export_child` cut from this parent, trained since or not.
 
     Reads both checkpoints' dense tensors, routers and biases, a piece at a time, and of the expert matrices one expert
-    per layer; routers and experts that the record calls trained are taken to differ and not read.
+    per layer; routers and experts that are recorded as trained are assumed to differ and are not read.
 
     Args:
       parent, child: directories.
-      every_expert: compares the matrices of all kept experts.
+      every_expert: whether to compare the matrices of all kept experts.
 
     Raises `CheckpointError` for a damaged checkpoint, `PuzzleError` where the child was not cut from this parent.
     """
@@ -71,7 +71,7 @@ def open_child(parent: Path, child: Path, *, every_expert: bool = False) -> Open
 def load_delta(parent: Path, child: Path, differing: Sequence[str]) -> Params:
     """A child's own values as a delta on its parent: float32 NumPy arrays, None for every other parameter.
 
-    Routers and experts have the parent's shapes; what the child does not keep has the parent's values.
+    Routers and experts have the parent's shapes; experts that the child does not keep have the parent's values.
 
     Args:
       parent, child: directories that `open_child` accepts.
@@ -153,7 +153,7 @@ def _check_configs(parent: Description, child: Description) -> None:
 
 
 def _check_counts(child: Description, kept: Sequence[Sequence[int]], source: Path) -> None:
-    """Every layer has the recorded experts, or every layer is filled up to the same number with ones never chosen."""
+    """Every layer must have the recorded experts, or all be filled up to one number by never-chosen ones."""
     counts = [block.num_experts for block in child.config.blocks]
     filled = max(map(len, kept))
     for layer, (ids, count) in enumerate(zip(kept, counts, strict=True)):
@@ -166,11 +166,11 @@ def _check_counts(child: Description, kept: Sequence[Sequence[int]], source: Pat
 
 
 def _differing(found: _Described, every_expert: bool) -> tuple[str, ...]:
-    """Parameters that are not the parent's; raises where routers or experts differ without being called trained."""
+    """Parameters that are not the parent's; raises where routers or experts not recorded as trained differ."""
     parent, child, view, trained, _ = found
     table = checkpoint_tensors(child.config, child.form)
     differing: set[str] = set()
-    for spec in sorted(table, key=lambda spec: not spec.by_expert):  # what refuses first, before gigabytes are read
+    for spec in sorted(table, key=lambda spec: not spec.by_expert):  # refusals first, before gigabytes are read
         name, ours, theirs = spec.parameter_name, child.tensors[spec.name], parent.tensors[spec.name]
         if not spec.by_expert or spec.layer is None:
             if not _same_tensor(spec, ours, theirs):
@@ -181,7 +181,7 @@ def _differing(found: _Described, every_expert: bool) -> tuple[str, ...]:
             ids = view.kept[spec.layer]
             sampled = range(len(ids))
             if spec.parameter[-1] in EXPERT_MATRICES and not every_expert:
-                sampled = [spec.layer % len(ids)]  # another place from layer to layer
+                sampled = [spec.layer % len(ids)]  # a different row from layer to layer
             for row in sampled:
                 if not _same(_row(spec, ours, row), _row(spec, theirs, ids[row])):
                     reason = f"{spec.name} differs in row {row}, expert {ids[row]} of the parent"
@@ -209,10 +209,10 @@ def _row(spec: TensorSpec, stored: StoredTensor, index: int) -> np.ndarray:
 def _values(
     specs: Sequence[TensorSpec], parent: Description, child: Description, kept: Sequence[int] | None
 ) -> np.ndarray:
-    """One parameter in float32: the child's values, and where it keeps some experts, the parent's of the others.
+    """One parameter in float32: the child's values, and for experts that it does not keep the parent's.
 
     Args:
-      specs: its tensor in the parent, or blocks and scales.
+      specs: the parameter's tensor in the parent, or its blocks and scales.
     """
     if kept is None:
         values = child.tensors[specs[0].name].read(weights=True).astype(np.float32)

@@ -1,4 +1,4 @@
-"""The verbs of checkpoints: `puzzle convert_hf inspect | verify | import | export`."""
+"""The verbs for checkpoints: `puzzle convert_hf inspect | verify | import | export`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class InspectSettings:
 
     Attributes:
       path: a checkpoint directory or a config.json.
-      json: prints for programs.
+      json: prints JSON instead of tables.
     """
 
     path: Path
@@ -35,10 +35,10 @@ class VerifySettings:
 
     Attributes:
       first, second: checkpoint directories.
-      rows: sequences of random tokens.
-      length: tokens in each.
-      seed: seed of the tokens.
-      json: prints for programs.
+      rows: number of sequences of random tokens.
+      length: tokens in each sequence.
+      seed: seed of the random tokens.
+      json: prints JSON instead of tables.
     """
 
     first: Path
@@ -60,8 +60,8 @@ class ImportSettings:
 
     Attributes:
       path: a checkpoint directory.
-      out: directory to make.
-      experts: "dense" decodes them to bfloat16.
+      out: directory to create.
+      experts: "stored" keeps experts as they are, "dense" decodes packed ones to bfloat16.
     """
 
     path: Path
@@ -75,9 +75,9 @@ class ExportSettings:
 
     Attributes:
       checkpoint: an Orbax checkpoint, or a directory to repack.
-      out: directory to make; a killed export goes on.
-      form: form of the experts; by default that of the checkpoint.
-      pad_experts: makes equal layers, filled with zeros, for any loader of gpt_oss.
+      out: directory to create; a killed repacking resumes when it is run again.
+      form: how experts are stored; by default as in the checkpoint.
+      pad_experts: pads all layers to the same number of experts with zeros, for any loader of gpt_oss.
     """
 
     checkpoint: Path
@@ -87,7 +87,7 @@ class ExportSettings:
 
 
 def run_inspect(settings: InspectSettings) -> None:
-    """Prints what a model is."""
+    """Prints a summary of a model."""
     from puzzle_jax.convert_hf.inspect import inspect, show
 
     found = inspect(settings.path)

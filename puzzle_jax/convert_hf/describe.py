@@ -49,14 +49,14 @@ class Description:
 def read_config(directory: Path | str) -> ModelConfig:
     """The model that a checkpoint directory (or a config.json) describes; weights need not be there.
 
-    Raises `CheckpointError` when the file is missing or describes no gpt-oss model.
+    Raises `CheckpointError` where the file is missing or does not describe a gpt-oss model.
     """
     path = config_path(Path(directory))
     return parse_config(read_json(path), path)
 
 
 def config_path(path: Path) -> Path:
-    """The config.json that a user means by it or by its directory.
+    """The config.json that a path names, by itself or by its directory.
 
     Raises `CheckpointError` for a directory that is no checkpoint.
     """
@@ -114,6 +114,6 @@ def _mismatch(spec: TensorSpec, stored: StoredTensor | None) -> str:
 
 
 def joined(problems: Sequence[str]) -> str:
-    """Problems as one sentence's end; the first few, and how many more."""
+    """The first few problems and the number of the others, as the end of a sentence."""
     more = f"; and {len(problems) - _SHOWN} more problems" if len(problems) > _SHOWN else ""
     return "; ".join(problems[:_SHOWN]) + more

@@ -1,15 +1,15 @@
 """Export of models as Hugging Face checkpoints.
 
-`export_child` cuts a child out of its parent's files: rows of the router and of every expert tensor are taken
-by expert, everything else is copied, and no byte is decoded or rounded on the way. Only what was trained is written
-from arrays; trained experts are packed one by one as `mxfp4` packs, which loses nothing of values on its grid
-(`train.fake_quant`). `save_checkpoint` writes a parameter tree. Both hold one piece of one tensor at a time, write
-through `tensor_writer`, so that a run that dies leaves nothing that loads and goes on where it was, and touch no
-directory that they did not make.
+`export_child` cuts a child out of its parent's files: the kept experts' rows of the router and of every expert tensor
+are copied, as is everything else; MXFP4 is not decoded, and nothing is rounded but float16 and float32, to bfloat16.
+Only trained parameters are written from arrays; trained experts are packed one by one by `mxfp4.encode`, which is
+lossless for values on its grid (`train.fake_quant`). `save_checkpoint` writes a parameter tree. Both hold one piece of
+one tensor at a time, write through `tensors.writer`, so that a killed run leaves nothing that loads (and an
+`export_child` can be resumed), and touch no directory that they did not make.
 
 A child that plain `gpt_oss` cannot describe carries its code: two files with which
-`AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)` loads it, and one for mlx-lm. Or it is padded
-to its largest layer's number of experts, which every loader of gpt-oss reads and which saves no memory.
+`AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)` loads it, and one for mlx-lm. Alternatively it
+is padded to its largest layer's number of experts, a form that every loader of gpt-oss reads but that saves no memory.
 Left out: uploads.
 """
 
@@ -53,9 +53,9 @@ CARRIED = (
     "USAGE_POLICY",
     "LICENSE",
 )
-"""Files of a parent that its children carry."""
+"""Files that children take over from their parent."""
 OF_A_CHILD = (CARD, PROVENANCE)
-"""Records of a child's origin, which it keeps on its way through an Orbax checkpoint."""
+"""Records of a child's origin, which are kept in an Orbax checkpoint of it."""
 NEVER = -1e30  # the router bias of an expert that is only there to fill a shape
 REMOTE_CODE = ("configuration_gpt_oss_puzzle.py", "modeling_gpt_oss_puzzle.py", MODEL_FILE)
 
@@ -64,8 +64,8 @@ class Origin(NamedTuple):
     """The first parent of a child that is trained further as a model of its own.
 
     Attributes:
-      kept: per layer, ids of the first parent's experts.
-      trained: parameters that were no longer the first parent's, by their places in the tree.
+      kept: per layer, ids of the first parent's experts that the child keeps.
+      trained: parameters that had been trained since the first parent, by their paths in the tree.
     """
 
     config: ModelConfig
@@ -89,21 +89,21 @@ def export_child(
 ) -> None:
     """Writes the checkpoint of a child that keeps some of its parent's experts.
 
-    A run that was killed goes on when it is called again with the same arguments.
+    A killed run resumes when it is called again with the same arguments.
 
     Args:
       parent: the parent's checkpoint directory.
-      out: the directory to make.
+      out: the directory to create.
       kept: per layer, ids of the parent's experts in the child's order.
       provenance: what to record in provenance.json beside the ids.
       dense_delta: trained values in place of the parent's (see `model.child.Child`): a tree in the parent's shapes, of
         NumPy or JAX arrays. Routers and experts are cut to `kept` here.
-      kv_scales: of the child's FP8 cache (`generate.calibrate`); by default the parent's, if it has any. A plain
-        `gpt_oss` child carries none, since loaders of it refuse names that they do not know; they are on record.
-      pad_experts: writes every layer with as many experts as the largest has, the added ones zeros that are never
-        chosen, so that the child is plain `gpt_oss`.
-      replace: an earlier child at `out` may be replaced.
-      origin: the first parent, where `parent` is a child itself; record and card then compare with that.
+      kv_scales: scales of the child's FP8 cache (`generate.calibrate`); by default the parent's, if it has any. A
+        plain `gpt_oss` child carries none, since its loaders refuse unknown names; they are in the record alone.
+      pad_experts: gives every layer as many experts as the largest has; the added ones are zeros that are never
+        chosen, and the child is plain `gpt_oss`.
+      replace: whether an earlier child at `out` may be replaced.
+      origin: the first parent, where `parent` is a child itself; record and card then refer to the first parent.
       shard_bytes: largest size of one safetensors file.
 
     Raises `PuzzleError` where `out` holds something else, `CheckpointError` for a damaged parent and
@@ -166,13 +166,13 @@ def save_checkpoint(
     """Writes a parameter tree as a checkpoint.
 
     Args:
-      params: weights in the structure of `model.spec`; leaves may be functions of no arguments that give them.
+      params: weights in the structure of `model.spec`; leaves may be functions without arguments that return them.
       config_base: a config.json whose other keys (token ids and the like) are kept; may be empty.
       extra_files: further files by name: tokenizer, chat template, provenance.
       form: "mxfp4" packs dense experts and writes packed ones as they are; "bf16" unpacks and rounds.
-      replace: an earlier checkpoint of ours (one with a provenance.json) at `out` may be replaced.
+      replace: whether an earlier checkpoint of ours (one with a provenance.json) at `out` may be replaced.
 
-    The others are as in `export_child`.
+    The other arguments are those of `export_child`.
 
     Raises `PuzzleError` where `out` holds something else, or where values are not finite.
     """
@@ -244,9 +244,9 @@ def _child_plan(
 
 
 def _digest(path: ParamPath, leaf: Rows, kept: Sequence[Sequence[int]]) -> str:
-    """Hash of a trained array, of the kept rows alone where it is a stack of matrices.
+    """Hash of a trained array; of a stack of expert matrices, only the kept ones are hashed.
 
-    Raises `ConfigError` where it holds what is no finite number.
+    Raises `ConfigError` where a value is not finite.
     """
     digest = hashlib.sha256()
     rows = kept[int(path[1])] if path[-1] in EXPERT_MATRICES else None
@@ -259,7 +259,7 @@ def _digest(path: ParamPath, leaf: Rows, kept: Sequence[Sequence[int]]) -> str:
 
 
 def _expert_rows(spec: TensorSpec, stored: StoredTensor, ids: Sequence[int]) -> Iterator[np.ndarray]:
-    """A tensor's rows of the kept experts, one after the other."""
+    """The kept experts' rows of a tensor, one after the other."""
     for expert in ids:
         yield as_stored(spec, stored.read((slice(expert, expert + 1),), weights=True))
 
@@ -269,7 +269,7 @@ def _rounded(spec: TensorSpec, stored: StoredTensor) -> Iterator[np.ndarray]:
 
 
 def _filled(spec: TensorSpec, pieces: Callable[[], Iterable[np.ndarray]], rows: int) -> Iterator[np.ndarray]:
-    """Pieces that hold so many rows, then those of experts that are never chosen, up to the tensor's shape."""
+    """Pieces that hold `rows` rows, then rows of experts that are never chosen, up to the tensor's shape."""
     yield from pieces()
     fill = NEVER if spec.path[-1] == "router_bias" else 0
     for _ in range(spec.shape[0] - rows):
@@ -281,7 +281,7 @@ def _planned(spec: TensorSpec, pieces: Callable[[], Iterable[np.ndarray]]) -> Pl
 
 
 def carried_files(directory: Path, names: Sequence[str] = CARRIED) -> dict[str, bytes]:
-    """Those of the named files that a checkpoint has, with their content."""
+    """The named files, as far as a checkpoint has them, with their contents."""
     return {name: read_bytes(directory / name, CheckpointError) for name in names if (directory / name).is_file()}
 
 
@@ -290,7 +290,7 @@ def _json_bytes(value: Json) -> bytes:
 
 
 def config_bytes(data: Mapping[str, Json]) -> bytes:
-    """A config.json's text; raises `CheckpointError` where a key that was kept is nested too deeply."""
+    """A config.json's text; raises `CheckpointError` where a kept value is nested too deeply."""
     try:
         return _json_bytes(data)
     except RecursionError:

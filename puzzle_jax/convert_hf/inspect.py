@@ -28,11 +28,11 @@ class Inspection:
     """A model in numbers.
 
     Attributes:
-      active_parameters: parameters that one token meets, embedding left out.
-      checkpoint_bytes: bytes of all tensors, scales of an FP8 cache left out.
-      bytes_by_part: the same by embedding, attention, router, experts, norm and head.
-      kv_bytes_per_1000_tokens: one request's cache for a context of 1,000 tokens, by type of its values.
-      layers: per layer the number of experts, the window (None: full attention) and the bytes.
+      active_parameters: parameters that are used for one token, without the embedding.
+      checkpoint_bytes: bytes of all tensors, without the scales of an FP8 cache.
+      bytes_by_part: the same, split into embedding, attention, router, experts, norm and head.
+      kv_bytes_per_1000_tokens: bytes of one request's cache for a context of 1,000 tokens, by type of its values.
+      layers: for each layer the number of experts, the window (None: full attention) and the bytes.
       dimensions: the sizes that all layers share.
       weights: a summary of the files with weights.
     """
@@ -53,7 +53,7 @@ class Inspection:
 def inspect(path: Path) -> Inspection:
     """Describes the model of a directory or of a config.json.
 
-    Raises `CheckpointError` where the configuration is none of ours, or where there are weights that do not fit it.
+    Raises `CheckpointError` where the configuration is not one of ours, or where the weights beside it do not fit it.
     """
     source = config_path(path)
     data = read_json(source)
@@ -104,7 +104,7 @@ def _weights(directory: Path) -> str:
 
 
 def show(found: Inspection, console: Console) -> None:
-    """Prints an inspection for people."""
+    """Prints an inspection in readable form."""
     console.print(
         f"{found.model_type}, experts in {found.form}; {found.parameters:,} parameters, "
         f"{found.active_parameters:,} of them active per token"

@@ -1,7 +1,7 @@
 """Scales of an FP8 key-value cache in a checkpoint: one pair of numbers per layer.
 
-Written as `model.layers.N.self_attn.k_scale` and `.v_scale`, 0-dimensional F32, the form that runtimes read. Read
-also as `...self_attn.k_proj.k_scale` and `...v_proj.v_scale`, and with shape [1].
+They are written as `model.layers.N.self_attn.k_scale` and `.v_scale`, 0-dimensional F32, the form that runtimes read.
+The names `...self_attn.k_proj.k_scale` and `...v_proj.v_scale` and the shape [1] are read, too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from puzzle_jax.convert_hf.tensors.files import StoredTensor
 from puzzle_jax.convert_hf.tensors.writer import PlannedTensor
 
 StoredScales = Float32[np.ndarray, "2 layers"]
-"""Scales of keys, and of values."""
+"""Scales of the keys, then of the values, by layer."""
 
 _NAME = re.compile(r"model\.layers\.([0-9]{1,9})\.self_attn\.(?:([kv])_scale|([kv])_proj\.\3_scale)")
 _FLOATS = ("BF16", "F16", "F32")
@@ -69,7 +69,7 @@ def read_kv_scales(tensors: Mapping[str, StoredTensor], layers: int) -> tuple[St
 
 
 def planned_kv_scales(scales: StoredScales | None) -> list[PlannedTensor]:
-    """The tensors to write for scales."""
+    """The tensors in which scales are written."""
     if scales is None:
         return []
     return [

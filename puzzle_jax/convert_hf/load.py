@@ -1,9 +1,9 @@
 """Import of gpt-oss checkpoints: a directory in, a configuration and a parameter tree out, sharded over a mesh.
 
-Tensors are read one after the other, by each process only the blocks that its devices hold, put where they belong, and
-turned into our orientation and type there by a jitted program that gives its input's memory back. So host memory holds
-the process's share and about one tensor more. Packed experts stay packed unless dense ones are asked for, which are
-decoded matrix by matrix; other tensors may be stored in BF16, F16 or F32 and become `dtype`.
+Tensors are read one after the other; each process reads only the blocks that its devices hold. They are put on the
+devices and brought into our orientation and type there by a jitted program that donates its input where it can, so that
+host memory holds the process's share and about one tensor more. Packed experts stay packed unless dense ones are
+requested, which are decoded matrix by matrix; other tensors may be stored in BF16, F16 or F32 and become `dtype`.
 
 Left out: downloading, pickled weights.
 """
@@ -41,7 +41,7 @@ from puzzle_jax.model.weights import stays_packed
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model read from a directory; `params` are in the structure of `model.spec`, the rest is its `Description`'s."""
+    """A model read from a directory; `params` have the structure of `model.spec`, the rest is its `Description`'s."""
 
     config: ModelConfig
     params: Params
@@ -65,7 +65,7 @@ def load_checkpoint(
     Args:
       directory: holds config.json and model.safetensors, or shards with an index.
       dtype: type of every array but packed experts.
-      mesh: where parameters go, by `model.sharding`; by default all to the first device.
+      mesh: the mesh that `model.sharding` spreads parameters over; by default all go to the first device.
       experts: "dense" decodes packed experts to `dtype`, layer by layer.
       narrow: keeps matrices of fewer bits than `dtype` as they are stored; each is cast where it is used.
       on_tensor: called with the name and stored bytes of every tensor that is in place.
@@ -85,9 +85,9 @@ def load_checkpoint(
 
 
 def load_weights(description: Description, mesh: Mesh | None = None, weights: str = "auto") -> Params:
-    """A checkpoint's weights as models are run with them: for `compute_dtype`, packed or dense by `model.weights`.
+    """A checkpoint's weights as models run with them: for `compute_dtype`, packed or dense as `model.weights` decides.
 
-    Every tensor goes straight to its final form and place.
+    Every tensor is brought directly into its final form and place.
     """
     config, dtype = description.config, compute_dtype()
     packed = stays_packed(weights, config, description.form == "mxfp4", dtype=dtype, mesh=mesh)
@@ -106,7 +106,7 @@ def load_tensors(
     narrow: bool = False,
     on_tensor: Callable[[str, int], None] | None = None,
 ) -> Params:
-    """The parameter tree with the tensors of `table` alone, a part of the checkpoint's; options as above."""
+    """The parameter tree with only the tensors of `table`, a part of all; options as in `load_checkpoint`."""
     config, dtype = description.config, jnp.dtype(dtype)
     specs = param_specs(config)
     leaves: dict[ParamPath, PyTree] = {}
@@ -125,14 +125,14 @@ def load_tensors(
 
 
 def cache_scales(description: Description) -> KVScales | None:
-    """The scales of a checkpoint's FP8 cache, for the cache."""
+    """The scales of a checkpoint's FP8 cache, as JAX arrays; None where it has none."""
     scales = known_scales(description)
     return None if scales is None else KVScales(*map(jnp.asarray, scales))
 
 
 def known_scales(description: Description) -> StoredScales | None:
-    """The scales of an FP8 cache that a checkpoint carries, or that its record holds where it is plain `gpt_oss`, which
-    carries none. Raises PuzzleError where the record holds something else."""
+    """The scales of an FP8 cache that a checkpoint carries, or that its record holds: plain `gpt_oss` carries none.
+    Raises PuzzleError where the record holds something else."""
     path = description.directory / PROVENANCE
     if description.kv_scales is not None or not path.is_file():
         return description.kv_scales
@@ -149,7 +149,7 @@ def known_scales(description: Description) -> StoredScales | None:
 
 
 def build_params(config: ModelConfig, leaves: Mapping[ParamPath, PyTree]) -> Params:
-    """The parameter tree of leaves by path."""
+    """The parameter tree with these leaves at their paths."""
     params: Params = {"layers": [{"attention": {}, "moe": {}} for _ in config.blocks]}
     for path, leaf in leaves.items():
         subtree(params, path[:-1])[path[-1]] = leaf
@@ -157,7 +157,7 @@ def build_params(config: ModelConfig, leaves: Mapping[ParamPath, PyTree]) -> Par
 
 
 def _final(param: ParamSpec, config: ModelConfig, mesh: Mesh | None, packed: bool = False) -> Sharding:
-    """Where computation wants a parameter, or each array of a packed one."""
+    """The sharding that computation expects of a parameter, or of each array of a packed one."""
     if mesh is None:
         return SingleDeviceSharding(jax.local_devices()[0])
     axes = partition(param, config, mesh)

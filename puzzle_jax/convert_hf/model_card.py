@@ -1,4 +1,4 @@
-"""The README.md of an exported child: what was cut, what is known of its quality, how to serve it."""
+"""The README.md of an exported child: what was cut, what is known about its quality, and how to serve it."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def model_card(
       parent: the model that it was cut from.
       kept: ids of the kept experts per layer.
       record: its provenance; "parent" names the parent, "predicted" and "measured" are shown as they are.
-      results: what was measured, in markdown, in place of what the record holds.
-      base_model, licence: of the parent, as the head of a card names them; None leaves them out.
-      serving: "plain", whether it is written as `gpt_oss`; "padded", to the parent's experts; and "kv_scales",
-        whether it carries scales of an FP8 cache.
+      results: measurements in markdown, shown in place of those in the record.
+      base_model, licence: the parent's, as the metadata of a card names them; None leaves them out.
+      serving: three flags: "plain", whether it is written as `gpt_oss`; "padded", whether every layer is padded to the
+        same number of experts; and "kv_scales", whether it carries scales of an FP8 cache.
     """
     titles = {"measured": "Measured", "predicted": "Predicted by the search, not measured"}
     trained = list(record.get("trained", ()))
@@ -65,7 +65,7 @@ def model_card(
 
 
 def _parts(trained: Sequence[str]) -> str:
-    """The parts of a model that parameters belong to, in words."""
+    """The parts of a model that these parameters belong to, in words."""
     return ", ".join(sorted({_part(name.split(".")) for name in trained}))
 
 

@@ -2,7 +2,7 @@
 
 A directory holds `params`, an Orbax v1 tree (packed matrices as {"blocks", "scales"}), and `hf`, the files that a
 Hugging Face directory has beside its weights, config.json first. Large leaves are read one at a time, so that an
-export needs no room for the model.
+export does not hold the whole model in memory.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from puzzle_jax.model.spec import EXPERT_MATRICES, Params, is_spec, param_specs
 
 try:
     from orbax.checkpoint import v1 as ocp  # pyright: ignore[reportAttributeAccessIssue]
-except ImportError:  # where v1 has not left its trial yet
+except ImportError:  # releases in which v1 is still experimental
     from orbax.checkpoint.experimental import v1 as ocp
 
 PARAMS, KV_SCALES = ORBAX_PARAMS, "kv_scales.json"
@@ -52,12 +52,12 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 
 class Opened(NamedTuple):
-    """A checkpoint whose weights come later.
+    """A checkpoint whose weights are read on demand.
 
     Attributes:
-      checkpoint: its `params` have functions for leaves, which read a parameter from the disk.
-      files: the other files by name, of those alone that a checkpoint carries.
-      left_out: names beside them that are no file of a checkpoint.
+      checkpoint: the leaves of its `params` are functions that read a parameter from the disk.
+      files: the other files that a checkpoint carries, by name.
+      left_out: names of further files, which do not belong to a checkpoint.
     """
 
     checkpoint: Checkpoint
@@ -108,9 +108,9 @@ def _save(path: Path, tree: PyTree) -> None:
 
 
 def open_params(directory: Path) -> Opened:
-    """Opens a checkpoint; its parameters are read when they are asked for.
+    """Opens a checkpoint; its parameters are read on demand.
 
-    Raises `CheckpointError` where it is none of ours, holds something else than files beside the parameters, or its
+    Raises `CheckpointError` where it is not one of ours, holds anything but files beside the parameters, or its
     parameters are not those of its config.json.
     """
     hf = directory / ORBAX_HF
@@ -147,7 +147,7 @@ def open_params(directory: Path) -> Opened:
 
 
 def _groups(sizes: Sequence[int]) -> list[range]:
-    """The neighbours that each leaf is read with, as many as are small together: a call of Orbax takes 15 ms.
+    """The neighbours that each leaf is read with, up to `_TOGETHER` bytes in all: a call of Orbax takes 15 ms.
 
     Args:
       sizes: bytes of each leaf.
@@ -161,10 +161,10 @@ def _groups(sizes: Sequence[int]) -> list[range]:
 
 
 def _files(hf: Path) -> tuple[dict[str, bytes], tuple[str, ...]]:
-    """The files of a checkpoint, and the names of those that are none.
+    """The files that belong to a checkpoint, and the names of those that do not.
 
-    A link or a directory could bring in anything from anywhere, so neither is followed: one in the place of a file is
-    refused, and so is a directory of any name.
+    A link or a directory could bring in anything from anywhere, so neither is followed: a link in place of a file is
+    refused, and so is any directory.
     """
     files: dict[str, bytes] = {}
     left_out = []
@@ -185,7 +185,7 @@ def _files(hf: Path) -> tuple[dict[str, bytes], tuple[str, ...]]:
 
 
 def _misfit(abstract: PyTree, config: ModelConfig) -> str:
-    """Where the stored tree is not that of a model's parameters; empty where it is."""
+    """How the stored tree differs from that of the model's parameters; empty where it does not."""
     stored = {path: tuple(leaf.shape) for path, leaf in _leaves(abstract).items() if hasattr(leaf, "shape")}
     for path, spec in _leaves(param_specs(config)).items():
         name, found = dotted(path), stored.pop(path, None)
@@ -211,7 +211,7 @@ def _leaves(tree: PyTree) -> dict[ParamPath, PyTree]:
 
 
 def _scales(path: Path, layers: int) -> KVScales:
-    """The scales that `save_params` wrote."""
+    """Reads the scales that `save_params` wrote."""
     data = read_json(path)
     for kind in "kv":
         values = data.get(kind)
@@ -234,7 +234,7 @@ def _guarded(path: str, read: Callable[[], PyTree]) -> PyTree:
             found = read()
         except Exception as error:  # Orbax raises whatever its storage raised
             reason = _first_line(error)
-        if found is None:  # what failed beside the first one reports later: threads when they end, tasks when collected
+        if found is None:  # further failures report later: threads when they end, tasks when collected
             time.sleep(_LATE_SECONDS)
             gc.collect()
     if found is None:
@@ -244,7 +244,7 @@ def _guarded(path: str, read: Callable[[], PyTree]) -> PyTree:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Holds back the tracebacks in which Orbax, its tasks and its threads report what it then raises or leaves out."""
+    """Suppresses the tracebacks in which Orbax, its tasks and its threads report what it then raises or drops."""
     logs, hook = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
     levels = [log.level for log in logs]
     for log in logs:
@@ -274,7 +274,7 @@ def _plain(params: Params) -> Params:
 
 
 def _packed(readers: Params) -> Params:
-    """Readers, those of packed matrices joined."""
+    """The readers, with the two of each packed matrix joined."""
 
     def is_packed(node: object) -> bool:
         return isinstance(node, Mapping) and set(node) == {"blocks", "scales"}
@@ -286,6 +286,6 @@ def _packed(readers: Params) -> Params:
 
 
 def _joined(read_blocks: Callable[[], np.ndarray], read_scales: Callable[[], np.ndarray]) -> MXFP4:
-    """Checkpoints before version 0.4 hold blocks as [experts, outputs, groups, 16]."""
+    """Reads a packed matrix; checkpoints before version 0.4 hold blocks as [experts, outputs, groups, 16]."""
     blocks, scales = jnp.asarray(read_blocks()), jnp.asarray(read_scales())
     return MXFP4(blocks.reshape(*scales.shape[:2], -1), scales)

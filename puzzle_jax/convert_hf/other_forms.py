@@ -1,8 +1,8 @@
-"""Models in forms that are not read, recognised as such and not as damage, each with what to do about it.
+"""Recognises models in forms that are not read, so that they are not taken for damage, and says what to do about each.
 
-A name of the Hugging Face hub in place of a directory, an adapter, GGUF files, pickled weights, OpenAI's own form, an
-Orbax checkpoint, the hub's cache, and a directory that holds checkpoints instead of being one. Only names are looked
-at; nothing is opened. Nothing here imports JAX.
+The forms are a name of the Hugging Face hub in place of a directory, an adapter, GGUF files, pickled weights, OpenAI's
+own form, an Orbax checkpoint, the hub's cache, and a directory that holds checkpoints instead of being one. Only names
+are looked at; no file is opened. Nothing here imports JAX.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Parameters as the pieces of their checkpoint tensors: matrices of experts one by one, other arrays some rows at a
-time, each in the type and orientation of the table, and packed to MXFP4 where the table says so.
+"""Parameters as pieces of their checkpoint tensors: expert matrices one by one, other arrays some rows at a time, each
+in the table's type and orientation, and packed to MXFP4 where the table says so.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from puzzle_jax.model.spec import EXPERT_MATRICES
 
 
 def as_stored(spec: TensorSpec, array: np.ndarray) -> np.ndarray:
-    """An array in the table's type: bytes and BF16 as they are, wider floats rounded to BF16."""
+    """An array in the table's type: bytes and BF16 unchanged, wider floats rounded to BF16."""
     return array if spec.dtype == "U8" else array.astype(ml_dtypes.bfloat16, copy=False)
 
 
 @runtime_checkable
 class Rows(Protocol):
-    """An array of NumPy or JAX, or whatever else has a shape and gives arrays for parts of it."""
+    """A NumPy or JAX array, or anything else that has a shape and returns arrays when it is sliced."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -37,13 +37,13 @@ Leaf = Rows | MXFP4
 
 
 class Pieces:
-    """Parameters as pieces of their tensors; keeps the scales of the matrix packed last, which follow its blocks."""
+    """Yields parameters as pieces of their tensors; keeps the scales of the last packed matrix until they are due."""
 
     def __init__(self) -> None:
         self.scales: dict[ParamPath, list[np.ndarray]] = {}
 
     def of(self, spec: TensorSpec, leaf: Leaf, experts: Sequence[int] | None = None) -> Iterator[np.ndarray]:
-        """A tensor's pieces: matrices of experts one by one; of `experts` alone, in that order, where given."""
+        """A tensor's pieces: expert matrices one by one; only those of `experts`, in that order, where given."""
         path = spec.parameter
         half = spec.path[-1] if path != spec.path else None
         if half == "scales" and path in self.scales:
@@ -79,7 +79,7 @@ class Pieces:
 
 
 def _dense_pieces(spec: TensorSpec, leaf: Leaf, experts: Sequence[int] | None) -> Iterator[np.ndarray]:
-    """A parameter in the orientation and type of its tensor, so many rows at a time."""
+    """A parameter in the orientation and type of its tensor, some rows at a time."""
     array = np.asarray(leaf)
     array = array.T if spec.transposed else array
     array = array if experts is None else array[list(experts)]
@@ -102,5 +102,5 @@ def _check_shape(spec: TensorSpec, shape: Sequence[int]) -> None:
 
 
 def expert_of(leaf: Rows, expert: int) -> np.ndarray:
-    """One expert of a stack, which may lie on devices."""
+    """One expert, as a stack of one, from a stack that may be on devices."""
     return np.asarray(leaf[expert : expert + 1])

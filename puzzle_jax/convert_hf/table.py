@@ -1,13 +1,13 @@
 """The tensors of a gpt-oss checkpoint: one table of names, shapes and dtypes.
 
-Import, export and the count of bytes all walk this table, so a predicted size is the size on disk. A
+Import, export and byte counts all walk this table, so a predicted size is the size on disk. A
 checkpoint has one of two forms, which differ in the expert matrices alone: "mxfp4" keeps packed `_blocks` and
 `_scales` ([experts, outputs, inputs / 32, 16] and [experts, outputs, inputs / 32]), "bf16" keeps one tensor
 [experts, inputs, outputs]. Other matrices are [outputs, inputs], the transpose of `puzzle_jax.model.spec`.
 
 Names and shapes follow the published openai/gpt-oss-20b and -120b; gpt_oss_puzzle checkpoints use the same
 names with each layer's own expert count. Left out: the scales of an FP8 KV cache, which a checkpoint may
-carry besides.
+also carry.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ DTYPE_BYTES = {"BF16": 2, "U8": 1}
 
 
 def dotted(path: ParamPath) -> str:
-    """A place in the parameter tree as records name it, such as `layers.3.moe.down`."""
+    """A path in the parameter tree as records write it, such as `layers.3.moe.down`."""
     return ".".join(map(str, path))
 
 
@@ -61,12 +61,12 @@ class TensorSpec:
 
     @property
     def parameter(self) -> ParamPath:
-        """The parameter that the tensor is, or is a half of, by its place in the tree."""
+        """The path of the parameter that the tensor is, or is one half of."""
         return self.path[:-1] if self.path[-1] in ("blocks", "scales") else self.path
 
     @property
     def parameter_name(self) -> str:
-        """The parameter as records name it, such as `layers.3.moe.down`."""
+        """The parameter's path as records write it, such as `layers.3.moe.down`."""
         return dotted(self.parameter)
 
     @property
@@ -104,7 +104,7 @@ class ModelBytes:
 
     @property
     def experts(self) -> int:
-        """Bytes of the experts of all layers, biases included and routers not."""
+        """Bytes of the experts of all layers, with biases but without routers."""
         return sum(layer.experts for layer in self.layers)
 
 

@@ -1,7 +1,7 @@
-"""Token ids of a checkpoint's files against the model's vocabulary: an id beyond it has no embedding.
+"""Checks token ids in a checkpoint's files against the model's vocabulary: an id beyond it has no embedding.
 
-An array that is indexed beyond its end gives its last row in JAX, without an error, so that such ids are refused where
-a model and its chat files are first opened together. Nothing here imports JAX.
+In JAX an array that is indexed beyond its end returns its last row, without an error, so such ids are refused where a
+model and its chat files are first opened together. Nothing here imports JAX.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def check_ids(data: Mapping[str, Json], source: Path, vocab_size: int) -> None:
     Args:
       data: the file's content; ids may be missing, null or lists.
       source: the file, for messages.
-      vocab_size: tokens of the model.
+      vocab_size: size of the model's vocabulary.
     """
     for name in NAMES:
         value = data.get(name)
@@ -38,12 +38,12 @@ def check_ids(data: Mapping[str, Json], source: Path, vocab_size: int) -> None:
 
 
 def check_tokenizer(directory: Path, tokenizer: tokenizers.Tokenizer, vocab_size: int) -> None:
-    """Raises `CheckpointError` where a checkpoint's tokenizer or generation_config.json knows ids beyond its model's.
+    """Raises `CheckpointError` where a checkpoint's tokenizer or generation_config.json has ids beyond its model's.
 
     Args:
-      directory: of the checkpoint.
-      tokenizer: its own.
-      vocab_size: tokens of the model.
+      directory: the checkpoint.
+      tokenizer: the checkpoint's tokenizer.
+      vocab_size: size of the model's vocabulary.
     """
     generation = directory / GENERATION
     if generation.is_file():

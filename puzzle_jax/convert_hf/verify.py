@@ -1,8 +1,8 @@
-"""Comparison of two checkpoints as functions: their tensors, then their answers on random tokens, layer by layer.
+"""Compares two checkpoints as functions: first their tensors, then their outputs on random tokens, layer by layer.
 
-Models run one layer at a time, which is read only then, so that two models of any size pass through the memory
-that two layers take. Arithmetic is float32. Hidden states are compared after every layer, each model fed its own, so
-that the first layer that differs shows and how far it carries.
+Models run one layer at a time, and a layer is read only when it runs, so that two models of any size take the memory
+of two layers. Arithmetic is float32. Hidden states are compared after every layer, each model being fed its own, which
+shows the first layer that differs and how far the difference carries.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class Verification:
     """Differences between two checkpoints.
 
     Attributes:
-      config_differences: fields of the configurations that differ, and how.
-      tensors: how many tensors have equal bytes, differ, or are in one checkpoint alone (or in another form).
-      different_tensors: names of those that differ or stand alone, the first of them.
-      layer_errors: after every layer, the largest difference of hidden states over the largest of the first model's.
-      logit_error: the same of the logits.
-      same_tokens: share of positions with the same likeliest token.
+      config_differences: configuration fields that differ, and how.
+      tensors: how many tensors have equal bytes, differ, or are in only one checkpoint (or in another form).
+      different_tensors: names of the tensors that differ or are in only one checkpoint.
+      layer_errors: after every layer, the largest difference of hidden states over the first model's largest value.
+      logit_error: the same for the logits.
+      same_tokens: share of positions at which both models have the same most likely token.
     """
 
     config_differences: list[str]
@@ -52,7 +52,7 @@ class Verification:
 
     @property
     def same_function(self) -> bool:
-        """Whether logits agree to `TOLERANCE` of the largest."""
+        """Whether the logits agree to within `TOLERANCE` of the largest."""
         return self.logit_error <= TOLERANCE
 
 
@@ -68,11 +68,11 @@ def verify(
     """Compares two checkpoints on random tokens.
 
     Args:
-      first, second: directories.
-      rows, length, seed: size of the batch of tokens, and its seed.
+      first, second: checkpoint directories.
+      rows, length, seed: shape of the batch of random tokens, and the seed they are drawn from.
       on_layer: called after every layer.
 
-    Raises `CheckpointError` for a damaged checkpoint, `PuzzleError` where vocabularies or numbers of layers differ.
+    Raises `CheckpointError` for a damaged checkpoint, `PuzzleError` where vocabulary sizes or numbers of layers differ.
     """
     described = [describe_checkpoint(path) for path in (first, second)]
     a, b = (one.config for one in described)
@@ -87,7 +87,7 @@ def verify(
     same_tokens = 0.0
     for x, y in zip(*(_hidden_states(one, tokens) for one in described), strict=True):
         errors.append(_relative(x, y))
-        same_tokens = float(jnp.mean(x.argmax(-1) == y.argmax(-1)))  # of the logits, which come last
+        same_tokens = float(jnp.mean(x.argmax(-1) == y.argmax(-1)))  # of the logits, the last pair
         on_layer()
     return Verification(_config_differences(a, b), counts, different, errors[:-1], errors[-1], same_tokens)
 
@@ -131,7 +131,7 @@ def _config_differences(a: ModelConfig, b: ModelConfig) -> list[str]:
 
 
 def _compare_tensors(a: Description, b: Description) -> tuple[dict[str, int], list[str]]:
-    """Counts of equal, different and lone tensors, and the names of those that are not equal."""
+    """Counts of tensors that are equal, different or in only one checkpoint, and the names of the latter two kinds."""
     lone = sorted(set(a.tensors) ^ set(b.tensors))
     shared = sorted(set(a.tensors) & set(b.tensors))
     different = [name for name in shared if not a.tensors[name].equals(b.tensors[name])]
@@ -140,7 +140,7 @@ def _compare_tensors(a: Description, b: Description) -> tuple[dict[str, int], li
 
 
 def show(found: Verification, names: tuple[str, str], console: Console) -> None:
-    """Prints a verification for people."""
+    """Prints a verification in readable form."""
     console.print(f"tensors: {', '.join(f'{count:,} {kind}' for kind, count in found.tensors.items())}")
     for name in found.different_tensors[:10]:
         console.print(f"  {name}")

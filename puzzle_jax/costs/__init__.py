@@ -1,1 +1,1 @@
-"""Costs of an architecture in a deployment: bytes, and seconds by arithmetic, by measurement, or from elsewhere."""
+"""Costs of an architecture in a deployment: bytes, and seconds that are computed, measured, or read from a file."""

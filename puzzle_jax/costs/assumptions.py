@@ -1,6 +1,6 @@
-"""Assumptions of the roofline about a serving engine: one file of numbers, the same for all that it estimates.
+"""The roofline's assumptions about a serving engine: one file of numbers, the same for everything it estimates.
 
-`assumptions.yaml` beside this file holds the numbers and where they come from; another file may replace them, whole.
+`assumptions.yaml` beside this file holds the numbers and their sources; another file may replace it as a whole.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Operations:
 
 @dataclass(frozen=True)
 class Assumptions:
-    """Numbers of a serving engine; `assumptions.yaml` describes every one.
+    """Numbers that describe a serving engine; `assumptions.yaml` explains each of them.
 
     Raises `ConfigError` for a number out of its range.
     """
@@ -80,7 +80,7 @@ class Assumptions:
 def read_assumptions(path: Path | str = DEFAULT) -> Assumptions:
     """Reads a file of assumptions.
 
-    Raises `PuzzleError` that names file, field and value where it cannot be used.
+    Raises `PuzzleError`, naming file, field and value, if it cannot be used.
     """
     return from_plain(Assumptions, read_yaml(Path(path)), str(path), exact=True)
 

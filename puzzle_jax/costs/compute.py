@@ -18,7 +18,7 @@ from puzzle_jax.errors import ConfigError
 
 @dataclass(frozen=True)
 class Offer:
-    """Alternatives of every layer of a parent: its expert counts, and its windows, of which None is full attention."""
+    """Alternatives for every layer of a parent: expert counts, and windows, where None means full attention."""
 
     config: ModelConfig
     counts: Sequence[Sequence[int]]
@@ -28,17 +28,17 @@ class Offer:
 def compute_costs(
     offer: Offer, scenarios: Sequence[Scenario], form: Form, provider: Provider, memory: Memory | None = None
 ) -> Costs:
-    """The costs of every alternative of an offer, in scenarios of distinct names.
+    """Computes the costs of every alternative of an offer, in scenarios with distinct names.
 
     Seconds come from `provider`; `memory` bounds the batch of a scenario that leaves it open.
 
-    Raises `ConfigError` where a batch is open and no `memory` is given, or memory does not suffice for one request.
+    Raises `ConfigError` if a batch is open and no `memory` is given, or if not even one request fits into memory.
     """
     names = [scenario.name for scenario in scenarios]
     if not names or len(set(names)) != len(names):
         raise ConfigError(f"scenarios need distinct names and at least one, but are {names}")
     config = offer.config
-    # The parent's own count has costs even where it is no alternative: targets are relative to it.
+    # The parent's own count has costs even if it is not offered: targets are relative to it.
     counts_of = [{b.num_experts, *counts} for b, counts in zip(config.blocks, offer.counts, strict=True)]
     counts = sorted(set.union(*counts_of))
     windows = sorted({w for layer in offer.windows for w in layer}, key=lambda w: (w is None, w))
@@ -46,7 +46,7 @@ def compute_costs(
     shared_bytes, shared_parameters = shared_size(config, form)
 
     def fitting(scenario: Scenario) -> tuple[int, ...]:
-        """Batches up to those of the parent and of the smallest architecture."""
+        """Candidate batches, up to the largest that the parent and the smallest architecture leave room for."""
         if memory is None:
             raise ConfigError(f"scenario {scenario.name!r} leaves its batch open, but no memory is known to bound it")
         slots = [[kv_bytes(config, window, scenario) for window in layer] for layer in offer.windows]
@@ -103,13 +103,13 @@ def compute_costs(
 
 
 def kv_bytes(config: ModelConfig, window: int | None, scenario: Scenario) -> int:
-    """KV-cache bytes of one layer for one request at its end."""
+    """KV-cache bytes of one layer for one request at its final length."""
     slots = cache_slots(window, scenario.context_tokens)
     return slots * 2 * config.kv_width * scenario.kv_bytes_per_value
 
 
 def shared_size(config: ModelConfig, form: Form) -> tuple[int, int]:
-    """Bytes and parameters of what all architectures share (attention, norms, embedding, head), exact."""
+    """Exact bytes and parameters of what all architectures share (attention, norms, embedding, head)."""
 
     def times(spec: TensorSpec) -> int:
         return 0 if spec.by_expert else 1 if spec.layer is None else config.num_layers
@@ -118,7 +118,7 @@ def shared_size(config: ModelConfig, form: Form) -> tuple[int, int]:
 
 
 def mixture_size(config: ModelConfig, count: int, form: Form) -> tuple[int, int]:
-    """Bytes and parameters of one layer's experts and router, exact."""
+    """Exact bytes and parameters of one layer's experts and router."""
     return _size(config, count, form, lambda spec: int(spec.by_expert))
 
 

@@ -1,10 +1,11 @@
 """Scenarios by name and from files.
 
-    h100x8-64k        8 H100, prompts and answers of 65,536 tokens each, an FP8 cache, the batch that fits best
+    h100x8-64k        8 H100s, prompts and answers of 65,536 tokens each, an FP8 KV cache, the best batch that fits
     h100x8-64k-bf16   the same with a bfloat16 cache
 
-Any hardware of `hardware.HARDWARE`, any number of devices and any length in thousands (of 1,024) makes a name. Other
-deployments are YAML files of the fields of `Scenario`; the file's name is the scenario's where it gives none.
+A name combines any hardware of `hardware.HARDWARE`, any number of devices and any length in units of 1,024 tokens.
+Other deployments are YAML files with the fields of `Scenario`; a file without a name field names the scenario after
+itself.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ def scenario_names() -> tuple[str, ...]:
 
 
 def get_scenario(text: str) -> Scenario:
-    """A scenario by name, or from the YAML file at a path.
+    """Returns a scenario by name, or from the YAML file at a path.
 
-    Raises `PuzzleError` where the text is neither, and for a file that names file, field and value.
+    Raises `PuzzleError` if the text is neither; for an invalid file, the error names file, field and value.
     """
     if text.endswith((".yaml", ".yml")) or Path(text).is_file():
         return read_scenario(Path(text))
@@ -57,9 +58,9 @@ def get_scenario(text: str) -> Scenario:
 
 
 def read_scenario(path: Path) -> Scenario:
-    """A scenario from a YAML file of its fields.
+    """Reads a scenario from a YAML file of its fields.
 
-    Raises `PuzzleError` that names the file and what is wrong in it.
+    Raises `PuzzleError`, naming the file and what is wrong in it.
     """
     data = read_yaml(path)
     named = {"name": path.stem, **data} if isinstance(data, dict) else data

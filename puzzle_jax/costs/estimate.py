@@ -1,9 +1,9 @@
-"""The speed of an architecture in a deployment, by the roofline, and its speed-up over another.
+"""Roofline estimate of an architecture's speed in a deployment, and of its speed-up over another.
 
     tokens per second = max over batches of  batch output_tokens / (prefill + output_tokens decode step)
 
-over powers of two and the largest batch that memory and the engine allow, or at the scenario's own batch. Needs
-config.json alone: no weights, no accelerator, no JAX.
+over powers of two, their midpoints and the largest batch that memory and the engine allow, or at the scenario's own
+batch. Only config.json is needed: no weights, no accelerator, no JAX.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from puzzle_jax.files import Json
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model without weights: what it is, and how its experts are stored."""
+    """A model without weights: its configuration, and how its experts are stored."""
 
     config: ModelConfig
     form: Form
@@ -34,11 +34,11 @@ class Estimate:
 
     Attributes:
       throughput: generated tokens per second of all devices.
-      largest_batch: the largest that fits; the scenario's own where it gives one.
-      prefill_seconds: for all prompts of the batch.
-      decode_seconds: for one step, the mean over output positions.
-      memory_bytes, room_bytes: weights and caches on all devices, and the room for them.
-      breakdown: {"prefill", "decode"}: seconds by part.
+      largest_batch: largest batch that fits; the scenario's own if it gives one.
+      prefill_seconds: seconds to prefill all prompts of the batch.
+      decode_seconds: seconds of one decoding step, the mean over output positions.
+      memory_bytes, room_bytes: bytes of weights and caches on all devices, and the room for them.
+      breakdown: seconds by part, under "prefill" and "decode".
     """
 
     throughput: float
@@ -76,7 +76,7 @@ class Comparison:
 def compare(
     model: Architecture, baseline: Architecture, scenario: Scenario, roofline: Roofline | None = None
 ) -> Comparison:
-    """Both architectures in one scenario, each at its own best batch. Raises as `estimate` does."""
+    """Estimates both architectures in one scenario, each at its own best batch. Raises as `estimate` does."""
     roofline = roofline or Roofline()
     return Comparison(scenario, estimate(model, scenario, roofline), estimate(baseline, scenario, roofline))
 
@@ -84,7 +84,7 @@ def compare(
 def estimate(architecture: Architecture, scenario: Scenario, roofline: Roofline | None = None) -> Estimate:
     """Returns the estimate of an architecture in a scenario.
 
-    Raises `ConfigError` where not one request fits, the given batch does not, or the scenario does not fit the model.
+    Raises `ConfigError` if not even one request or the given batch fits, or if the scenario does not fit the model.
     """
     sizes, roofline = _sizes(architecture, scenario), roofline or Roofline()
     room = roofline.room_bytes(scenario)
@@ -118,7 +118,7 @@ def estimate(architecture: Architecture, scenario: Scenario, roofline: Roofline 
 
 
 def model_seconds(architecture: Architecture, scenario: Scenario, roofline: Roofline) -> PartSeconds:
-    """All layers and the rest, by part, at the scenario's batch."""
+    """Seconds of all layers and the rest, by part, at the scenario's batch."""
     config = architecture.config
     steps = roofline.steps(config, scenario, architecture.form)
     found = [(steps.rest(), 1)]
@@ -132,7 +132,7 @@ def model_seconds(architecture: Architecture, scenario: Scenario, roofline: Roof
 
 
 def _sizes(architecture: Architecture, scenario: Scenario) -> dict[str, int]:
-    """Bytes that memory is made of, as `Scenario.memory_bytes` calls them."""
+    """Byte counts under the argument names of `Scenario.memory_bytes`."""
     config, sizes = architecture.config, bytes_by_part(architecture.config, architecture.form)
     experts = sum(layer.experts + layer.router for layer in sizes.layers)
     kv = cache_bytes(config, scenario.context_tokens, scenario.kv_bytes_per_value)

@@ -27,15 +27,15 @@ from puzzle_jax.numeric import Number, is_number
 
 @dataclass(frozen=True)
 class EstimateSettings:
-    """One comparison by arithmetic.
+    """One comparison by the roofline.
 
     Attributes:
       model: a checkpoint directory or a config.json.
-      baseline: likewise: what it is compared with, its parent perhaps.
+      baseline: the same for the model to compare with, for example the parent.
       scenario: names such as h100x8-64k, or YAML files.
-      assumptions: a YAML file in place of the package's own.
+      assumptions: a YAML file that replaces the package's own assumptions.
       routing: a JSON list of the relative loads of a layer's experts, largest first.
-      json: prints for programs.
+      json: prints JSON instead of tables.
       list: prints the names of usual scenarios, and nothing else.
     """
 
@@ -71,14 +71,14 @@ def run(settings: EstimateSettings) -> None:
 
 
 def read_architecture(path: Path) -> Architecture:
-    """The model that a checkpoint directory or a config.json describes. Raises `CheckpointError` where it is none."""
+    """The model that a checkpoint directory or a config.json describes. Raises `CheckpointError` if it is not valid."""
     source = config_path(path)
     data = read_json(source)
     return Architecture(parse_config(data, source), parse_form(data, source))
 
 
 def show(comparison: Comparison, console: Console) -> None:
-    """Prints a comparison for people."""
+    """Prints a comparison as a table."""
     scenario, model, baseline = comparison.scenario, comparison.model, comparison.baseline
     table = Table(
         "",

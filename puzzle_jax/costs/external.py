@@ -1,6 +1,7 @@
-"""Costs that were timed elsewhere, in the runtime that will serve, say: a costs.json of our own form.
+"""Costs that were timed elsewhere, for example in the serving runtime, given as a costs.json in our own format.
 
-Such a file is used as it is, once it holds all that the search will ask for. Left out: whether its seconds are right.
+Such a file is used as it is if it holds all that the search will ask for. Left out: any check that its seconds are
+accurate.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ _SHOWN = 4
 def read_external(path: Path, offer: Offer, scenarios: Sequence[Scenario], form: Form) -> Costs:
     """Reads a costs.json; what it holds beyond the offer and the scenarios is ignored.
 
-    Raises `PuzzleError` that names the file and what it lacks (layers, expert counts, windows, seconds, a scenario with
-    equal fields), a number that is none of its kind, bytes that are not the model's in that form, and a model that
-    would be served in no time.
+    Raises `PuzzleError`, naming the file, if it lacks something (layers, expert counts, windows, seconds, a scenario
+    with equal fields), has an invalid number or bytes that are not the model's in that form, or has an architecture
+    that takes no time to serve.
     """
     costs = read_costs(path)
     try:
@@ -46,7 +47,7 @@ def _check_scenario(costs: Costs, scenario: Scenario) -> None:
 
 
 def _check_sizes(costs: Costs, offer: Offer, scenarios: Sequence[Scenario], form: Form) -> None:
-    """Raises `ConfigError` where bytes or parameters are not those of the parent and its alternatives."""
+    """Raises `ConfigError` if bytes or parameters are not those of the parent and its alternatives."""
     config = offer.config
 
     def check(name: str, held: int | None, value: int) -> None:
@@ -69,7 +70,7 @@ def _check_sizes(costs: Costs, offer: Offer, scenarios: Sequence[Scenario], form
 
 
 def _check_time(costs: Costs, scenarios: Sequence[Scenario]) -> None:
-    """Raises `ConfigError` where some architecture would need no time at all."""
+    """Raises `ConfigError` if some architecture would take no time at all."""
     for key in costs.seconds_keys(scenarios):
         for field in ("prefill_seconds", "decode_seconds"):
             least = getattr(costs.fixed[key], field)
@@ -81,7 +82,7 @@ def _check_time(costs: Costs, scenarios: Sequence[Scenario]) -> None:
 
 
 def check_costs(costs: Costs, offer: Offer) -> None:
-    """Raises `ConfigError`, naming expert counts and windows by layer, where costs lack something of an offer."""
+    """Raises `ConfigError`, naming expert counts and windows by layer, if the costs do not cover an offer."""
     if len(costs.layers) != offer.config.num_layers:
         raise ConfigError(f"the costs are of {len(costs.layers)} layers, but the parent has {offer.config.num_layers}")
     missing = []

@@ -1,16 +1,17 @@
 """The devices that scenarios name: memory, bandwidth, matrix rates, links.
 
-Memory is what the driver or the runtime reports, which a maker's round figure may miss by several percent: "80 GB" of
-an H100 are 85.5e9 bytes. Rates are dense, without sparsity. A link's bandwidth is one device's in one direction, half
-of the figure that makers print. Latency and launch are no data-sheet figures, but what is measured in practice:
-8 x H100 sum a small tensor in 6 to 9 us (sglang, pull request 2904); kernels of a captured CUDA graph follow each other
-at about 2 us; one program of XLA on a TPU spends about half of that.
+Memory is what the driver or the runtime reports, which a vendor's round figure may miss by several percent: the "80 GB"
+of an H100 are 85.5e9 bytes. Rates are dense, without sparsity. Link bandwidth is that of one device in one direction,
+half of the figure that vendors publish. Latency and launch times are not data-sheet figures but measured in practice:
+8 x H100 all-reduce a small tensor in 6 to 9 us (sglang, pull request 2904); kernels of a captured CUDA graph follow
+each other about 2 us apart, operations of an XLA program on a TPU about half of that.
 
-Cards without NVLink sum over PCIe, through the host where the driver allows no direct way: their latency is a guess.
+Cards without NVLink all-reduce over PCIe, through host memory where the driver allows no direct access; their latency
+is a guess.
 
 Sources: NVIDIA data sheets of A100 80GB SXM, H100 SXM5, H200 SXM, HGX B200 and L4, and NVIDIA's description of the Ada
 architecture for the RTX 4090; Google Cloud TPU documentation (docs.cloud.google.com/tpu/docs/v5e, v5p, v6e); the memory
-of NVIDIA devices by nvidia-smi. JAX is imported only where the device present is measured.
+of NVIDIA devices by nvidia-smi. JAX is imported only when the device present is examined.
 """
 
 from __future__ import annotations
@@ -33,16 +34,16 @@ class Hardware:
     """One device.
 
     Attributes:
-      name: as scenarios call it.
-      memory_bytes: all of its memory.
+      name: name that scenarios use.
+      memory_bytes: total memory of the device.
       bytes_per_second: memory bandwidth.
       flops_per_second: dense bfloat16 matrix rate, a multiply and an add counting as two.
       fp8_flops_per_second: the same on FP8 operands; the bfloat16 rate where there is no faster one.
-      link_bytes_per_second: to other devices of the same host, one direction.
-      link_latency_seconds: of one collective, however small.
-      launch_seconds: between two operations, however small.
+      link_bytes_per_second: bandwidth to other devices of the same host, in one direction.
+      link_latency_seconds: latency of one collective, however small.
+      launch_seconds: time between two operations, however small.
 
-    Raises `ConfigError` where a number is not above 0 (latency and launch may be 0).
+    Raises `ConfigError` if a number is not above 0 (latency and launch may be 0).
     """
 
     name: str
@@ -74,7 +75,7 @@ HARDWARE = {
         Hardware("b200", 178.35 * _GIB, 8.0e12, 2250e12, 4500e12, 900e9, 6e-6, 2e-6),
         # 23,034 MiB; 300 GB/s; 121 TFLOP/s, FP8 242.5; PCIe 4 x16.
         Hardware("l4", 23_034 * _MIB, 300e9, 121e12, 242.5e12, 32e9, 20e-6, 3e-6),
-        # 24,564 MiB; 1,008 GB/s; 165.2 TFLOP/s, FP8 330.3, both summed in float32; PCIe 4 x16.
+        # 24,564 MiB; 1,008 GB/s; 165.2 TFLOP/s, FP8 330.3, both accumulated in float32; PCIe 4 x16.
         Hardware("rtx4090", 24_564 * _MIB, 1.008e12, 165.2e12, 330.3e12, 32e9, 20e-6, 3e-6),
         # 16 GB; 819 GB/s; 197 TFLOP/s, no FP8; ICI 400 GB/s both ways over all ports.
         Hardware("tpu-v5e", 16e9, 819e9, 197e12, 197e12, 200e9, 5e-6, 1e-6),
@@ -87,9 +88,9 @@ HARDWARE = {
 
 
 def hardware_named(name: str) -> Hardware:
-    """A row of `HARDWARE`, or for "local" the device present, measured once in a process.
+    """Returns a row of `HARDWARE`, or for "local" the device present, measured once per process.
 
-    Raises `ConfigError` for another name.
+    Raises `ConfigError` for any other name.
     """
     if name == "local":
         return _local()
@@ -103,9 +104,9 @@ def _local() -> Hardware:
 
 
 def measure_local(size: int = 1024, copy_bytes: int = 1 << 27, rounds: int = 5) -> Hardware:
-    """The device present as a row of the table: its memory, and the rates of a large matrix product and a large copy.
+    """Measures the device present: its memory, and the rates of a large matrix product and of a large copy.
 
-    Links are given the rate of the memory, since one device has nobody to talk to.
+    Link bandwidth is set to memory bandwidth, since a single device has no peers.
     """
     # JAX takes seconds to import, and only this function needs it.
     import jax
@@ -135,7 +136,7 @@ def measure_local(size: int = 1024, copy_bytes: int = 1 << 27, rounds: int = 5) 
 
 
 def _best_seconds(run: Callable[[], object], rounds: int) -> float:
-    """The least seconds of several runs, after one that compiles."""
+    """The fewest seconds of several runs, after one that compiles."""
     run()
     best = float("inf")
     for _ in range(rounds):
@@ -146,8 +147,8 @@ def _best_seconds(run: Callable[[], object], rounds: int) -> float:
 
 
 def device_identity() -> dict[str, str]:
-    """Device and version that measured seconds depend on: part of a stage's settings, so that another device measures
-    anew."""
+    """Device and version that measured seconds depend on; part of a stage's settings, so that another device measures
+    again."""
     import jax
 
     device = jax.local_devices()[0]

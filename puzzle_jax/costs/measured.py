@@ -1,18 +1,18 @@
 """Seconds of our own sub-blocks on the device present, at the exact shapes of a scenario.
 
-Sub-blocks are timed where they will run: in whole models of random parameters. The reference has the most experts and
-the widest attention in all of its layers. For every other expert count, and every other window, a trial has that in all
-layers and runs beside the reference, in turns, so that a drifting machine harms neither:
+Sub-blocks are timed where they will run: in whole models with random parameters. The reference has the most experts and
+the widest window in all of its layers. For every other expert count and window, a trial has it in all layers and
+alternates with the reference, so that drift of the machine affects both alike:
 
     seconds(sub-block) = seconds(the reference's) + (median over rounds of trial / reference - 1) * reference / layers
 
-A sub-block that is timed alone in a loop finds its weights and caches in the processor's cache, from where a whole
-model has long evicted them: such sums promised up to twice the speed that the models had. Parts alone only say how
-the reference's seconds are to be shared out among attention, experts and the rest. Prefill goes as in the generation
-engine, in chunks of a group of rows; decoding is a loop on the device of many steps over the positions of an answer.
+A sub-block timed alone in a loop finds its weights and caches in the processor's cache, from which a whole model would
+have evicted them: sums of such times promised up to twice the speed that the models had. They only decide how the
+reference's seconds are split among attention, experts and the rest. Prefill runs as in the generation engine, in chunks
+of a group of rows; decoding is an on-device loop of many steps over the positions of an answer.
 
-Left out: several devices, and routing as uneven as a trained router's. Where the memory for trials holds fewer layers
-than the model has, the rest is taken to be like them.
+Left out: several devices, and routing as uneven as a trained router's. If the memory for trials holds fewer layers than
+the model has, the others are taken to cost the same.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ from puzzle_jax.model.network import moe_block
 from puzzle_jax.model.spec import Params, is_spec, param_specs
 from puzzle_jax.numeric import median_error
 
-# Parameters and caches of one trial.
+# Most bytes of parameters and caches in one trial.
 _TRIAL_BYTES = 4e9
-# A decoding loop of a part alone starts every step from one of so many hidden states: with the state carried alone,
-# routing would settle on few experts.
+# Number of hidden states from which the steps of a part's own decoding loop start in turn: if each step started from
+# the last one's output, routing would settle on few experts.
 _STATES = 8
 
 SETTLED, MOST_REPEATS = 0.01, 2
-"""Relative standard error of a ratio that is small enough, and how often rounds are repeated to get there."""
+"""Relative standard error of a ratio that is small enough, and the most repetitions of all rounds to reach it."""
 
 Kind = tuple[str, int | None]
 """("experts", count), ("attention", window) or ("fixed", None)."""
@@ -61,7 +61,7 @@ Kind = tuple[str, int | None]
 class _Part(NamedTuple):
     """Something to time: `run` maps a state to the next; `steps` is what its seconds are divided by.
 
-    Steps are a fraction where a run is less than one: a group of rows is one part of a batch.
+    `steps` is below 1 if one run does part of a step: a group of rows is part of a batch.
     """
 
     run: Callable[[PyTree], PyTree]
@@ -71,15 +71,15 @@ class _Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Measured:
-    """A `provider.Provider`: times the default device.
+    """A `provider.Provider` that times the default device.
 
     Attributes:
-      dtype: of parameters, activations and cache.
-      rounds: timed turns of every model, after one that compiles; up to three times as many where they disagree.
-      decode_steps: length of a decoding loop, at most the scenario's output.
-      seed: of parameters and hidden states.
-      progress: called with done and all turns.
-      clock: gives seconds; of the process' own work (`time.process_time`) where others use the machine too.
+      dtype: data type of parameters, activations and cache.
+      rounds: timed turns of every model, after one that compiles; up to three times as many if they disagree.
+      decode_steps: steps of a decoding loop, at most the scenario's output tokens.
+      seed: seed of parameters and hidden states.
+      progress: called with the numbers of finished and of all turns.
+      clock: returns seconds; `time.process_time` counts only this process's work, for a machine that others use too.
     """
 
     dtype: np.dtype | type = jnp.float32
@@ -108,9 +108,9 @@ class Measured:
         counts: Sequence[int],
         windows: Sequence[int | None],
     ) -> Times:
-        """See `provider.Provider`; weights are of `dtype` whatever the form.
+        """See `provider.Provider`; weights have `dtype` whatever the form.
 
-        Raises `ConfigError` for a scenario of several devices or of other hardware.
+        Raises `ConfigError` for a scenario with several devices or hardware other than "local".
         """
         if scenario.devices != 1 or scenario.hardware != "local":
             raise ConfigError(
@@ -163,7 +163,7 @@ class Measured:
     def _alone(
         self, maker: _Maker, phase: str, reference: BlockConfig, advance: Callable[[], None]
     ) -> dict[Kind, float]:
-        """Seconds of the reference's sub-blocks and of the rest, each alone."""
+        """Seconds of the reference's sub-blocks and of the rest, each timed alone."""
         parts = {
             ("fixed", None): getattr(maker, f"{phase}_fixed")(),
             ("attention", reference.window): getattr(maker, f"{phase}_attention")(reference.window),
@@ -179,8 +179,8 @@ class Measured:
         return list(zip(*self._timed(parts, advance), strict=True))
 
     def _timed(self, parts: Sequence[_Part], advance: Callable[[], None]) -> list[list[float]]:
-        """Seconds per step of every part, in turns, one per round; the first turn of each compiles, uncounted. Where
-        the last part's share of the first one's time varies between rounds, as many more follow."""
+        """Seconds per step of every part, one value per round, the parts taking turns; the first turn of each compiles
+        and is not counted. While the last part's time relative to the first one's is uncertain, as many more follow."""
         states = [part.state for part in parts]
         seconds: list[list[float]] = [[] for _ in parts]
         for turn in range((1 + MOST_REPEATS) * self.rounds + 1):
@@ -197,7 +197,7 @@ class Measured:
 
 
 def _settled(seconds: Sequence[Sequence[float]]) -> bool:
-    """Tells whether the ratio of the last part's seconds to the first one's is known well enough."""
+    """Returns whether the ratio of the last part's seconds to the first one's is known precisely enough."""
     return median_error([last / first for first, last in zip(seconds[0], seconds[-1], strict=True)]) <= SETTLED
 
 
@@ -216,7 +216,7 @@ class _Maker:
 
     @property
     def depth(self) -> int:
-        """Layers of a trial: the model's, as far as there is memory."""
+        """Layers of a trial: the model's, or as many as `_TRIAL_BYTES` hold."""
         config = self.blocks.config
         config = replace(config, blocks=(BlockConfig(max(block.num_experts for block in config.blocks)),))
         layer = jax.tree.leaves(param_specs(config)["layers"], is_leaf=is_spec)
@@ -226,9 +226,10 @@ class _Maker:
         return max(1, min(self.blocks.config.num_layers, int(_TRIAL_BYTES // bytes_of_layer)))
 
     def _params(self, config: ModelConfig) -> Params:
-        """Random parameters, shared by prefill and decoding; those of one model at a time besides the reference's.
+        """Random parameters, shared by prefill and decoding; besides the reference's, only one model's are kept.
 
-        Drawn with numpy: jax.random would compile a program for each of many shapes, which takes longer than timing.
+        They are drawn with numpy: jax.random would compile a program for each of many shapes, which takes longer than
+        timing.
         """
         key = (config.num_layers, config.blocks[0].num_experts)
         if key not in self.made:
@@ -256,7 +257,7 @@ class _Maker:
         return jnp.asarray(tokens)
 
     def prefill_model(self, block: BlockConfig) -> _Part:
-        """One group's prompts in a model of such layers, and their way into the slots."""
+        """Prefill of one group's prompts in a model of such layers, and their admission to the slots."""
         blocks, config, form = self.blocks, self._model(block), CacheFormat()
         params, rows, chunk = self._params(config), blocks.rows, blocks.chunk
         tokens = self._tokens(rows, blocks.chunks * chunk)
@@ -277,7 +278,7 @@ class _Maker:
         return _Part(run, (group, slots), 1 / blocks.groups)
 
     def decode_model(self, block: BlockConfig) -> _Part:
-        """A loop of steps of the whole batch in a model of such layers, each on tokens drawn beforehand."""
+        """A loop of decoding steps of the whole batch in a model of such layers, each on tokens drawn beforehand."""
         blocks, config = self.blocks, self._model(block)
         params, tokens = self._params(config), self._tokens(self.steps, blocks.batch)
         caches = [init_cache(config, layer, blocks.batch, blocks.context, self.dtype) for layer in range(self.depth)]
@@ -326,7 +327,7 @@ class _Maker:
         cache = init_cache(config, 0, self.blocks.batch, self.blocks.context, self.dtype)
 
         def step(params: Params, index: Array, x: Array, cache: LayerCache) -> tuple[Array, LayerCache]:
-            # Steps spread over the output positions where there are fewer of them.
+            # Fewer steps than output positions are spread over all of them.
             return attend(params, x, cache, scenario.input_tokens + index * scenario.output_tokens // steps)
 
         return self._loop(step, params, cache)
@@ -346,7 +347,7 @@ class _Maker:
         return self._loop(step, without_layers(self._params(self.blocks.one_layer())), ())
 
     def _loop(self, step: Callable[..., tuple[Array, PyTree]], params: Params, carry: PyTree) -> _Part:
-        """`steps` steps on the device; each starts from its own hidden state and needs the one before it."""
+        """`steps` steps on the device; each starts from its own hidden state and depends on the step before it."""
         states = self._hidden(_STATES, self.blocks.batch, 1)
 
         @partial(jax.jit, donate_argnums=2)  # the cache is updated in place, as in generation
@@ -358,7 +359,7 @@ class _Maker:
 
             return jax.lax.fori_loop(0, self.steps, body, (states[0], carry))
 
-        # All outputs are waited for: of a carry that is empty there would be nothing to wait for.
+        # Wait for all outputs: an empty carry would give nothing to wait for.
         return _Part(lambda carry: jax.block_until_ready(run(params, states, carry))[1], carry, float(self.steps))
 
 
@@ -366,7 +367,7 @@ class _Maker:
 def _decode_loop(
     params: Params, config: ModelConfig, scenario: tuple[int, int], tokens: Array, caches: PyTree
 ) -> tuple[Array, PyTree]:
-    """Steps spread over the positions of an answer.
+    """Runs decoding steps, spread over the positions of an answer.
 
     Args:
       scenario: input and output tokens of a request.
@@ -384,7 +385,7 @@ def _decode_loop(
 
 
 def _repeated(run: Callable[[Params, Array], PyTree], params: Params, x: Array, steps: float = 1.0) -> _Part:
-    """Timing of one call whose input stays; it does `steps` of the whole work."""
+    """A part that repeats one call on the same input; each call does `steps` of the whole work."""
 
     def again(state: Array) -> Array:
         jax.block_until_ready(run(params, state))

@@ -1,4 +1,4 @@
-"""Providers of seconds, and bounds of a batch: the interfaces between `costs` and its providers."""
+"""Interfaces through which `costs` obtains seconds, and bounds on the batch."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from puzzle_jax.errors import check_range
 from puzzle_jax.numeric import Number
 
 LONGEST_SECONDS = 1e12
-"""More than any part of a model takes; beyond it sums of costs are no longer told apart."""
+"""Longer than any part of a model takes; beyond it, sums of costs can no longer be told apart."""
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """Time of one part of the model for a scenario's whole batch: all inputs, and one step, the mean over the output
-    positions; each with the relative standard error, where it was measured, of a whole model of such layers."""
+    """Seconds of one part of the model for a scenario's whole batch: prefill of all inputs, and one decoding step as
+    the mean over output positions. Errors are the relative standard errors of a whole model of such layers where its
+    time was measured, else 0."""
 
     prefill_seconds: Number
     decode_seconds: Number
@@ -48,7 +49,7 @@ class Provider(Protocol):
     def name(self) -> str: ...
 
     def device(self, scenario: Scenario) -> str:
-        """The name of the device that the seconds are of."""
+        """Returns the name of the device that the seconds are for."""
         ...
 
     def times(
@@ -59,21 +60,21 @@ class Provider(Protocol):
         counts: Sequence[int],
         windows: Sequence[int | None],
     ) -> Times:
-        """Seconds of the mixture with each expert count and of attention with each window.
+        """Returns seconds of the mixture at each expert count and of attention with each window.
 
-        `form` is that of the checkpoint whose experts are read.
+        `form` is how the checkpoint stores the experts that are read.
         """
         ...
 
 
 @runtime_checkable
 class Memory(Protocol):
-    """The bounds of the batch in a scenario that leaves it open."""
+    """Bounds on the batch of a scenario that leaves it open."""
 
     def room_bytes(self, scenario: Scenario) -> int:
         """Memory of all devices for weights and caches."""
         ...
 
     def max_batch(self, scenario: Scenario) -> int:
-        """Requests that the engine runs together at most."""
+        """Most requests that the engine runs together."""
         ...

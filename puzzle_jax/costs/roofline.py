@@ -1,21 +1,22 @@
-"""Seconds from hardware constants: per part of a step the larger of bytes / bandwidth and operations / rate.
+"""Seconds from hardware constants: for each part of a step, the larger of bytes / bandwidth and operations / rate.
 
     seconds of an operation = max(bytes / (bandwidth e_b), operations / (rate e_r)) / devices that share it
 
-e_b and e_r are the shares of the peaks that its kind reaches; they, launch overheads, tiles and memory are of
-`assumptions.yaml`, devices of `hardware`. With all shares 1 and no overheads this is a floor.
+e_b and e_r are the shares of the peaks that an operation of this kind reaches; they, launch overheads, tile sizes and
+memory limits come from `assumptions.yaml`, device figures from `hardware`. With all shares 1 and no overheads the
+result is a lower bound.
 
-    decoding step   one token of every request: weights that it touches, caches that it reads, averaged over outputs
+    decoding step   one token per request: the weights it touches and caches it reads, averaged over output positions
     prefill step    `prefill_tokens` prompt tokens; as many steps as all prompts need
-    experts         bytes of the experts touched, products on whole tiles of rows; see `routing`
+    experts         bytes of the experts touched, matrix products on whole tiles of rows; see `routing`
     all-reduce      latency + 2 (n-1)/n bytes / link     two per layer under tensor parallelism
     all-to-all      latency + (n-1)/n bytes / link       two per layer in place of the mixture's all-reduce, where
                                                          experts are spread over devices
     memory          dense bytes x replicas + expert bytes x copies + batch x KV  <=  share of memory - reserve
 
-Weights are read in their resting form (experts as in the checkpoint, the rest bfloat16) and multiplied in bfloat16;
-products with an FP8 cache run at the FP8 rate. Left out: activations' own traffic, prefill and decoding that overlap
-each other, devices that wait for the one whose experts are busiest.
+Weights are read in their stored form (experts as in the checkpoint, the rest bfloat16) and multiplied in bfloat16;
+products with an FP8 cache run at the FP8 rate. Left out: memory traffic of activations, overlap of prefill and
+decoding, and time spent waiting for the device with the busiest experts.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from puzzle_jax.numeric import Number
 BF16_BYTES, F32_BYTES = 2, 4
 
 PARTS = ("attention_weights", "kv_reads", "router", "experts", "head", "sampling", "collectives", "overheads")
-"""Parts that seconds are split into. "kv_reads" is attention proper: caches read, queries times keys and values."""
+"""Parts that seconds are split into. "kv_reads" is attention proper: cache reads, and queries times keys and values."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,9 @@ class PartSeconds:
 
 @dataclass(frozen=True)
 class Roofline:
-    """A `provider.Provider`: arithmetic on a `Hardware`, by default the one that a scenario names.
+    """A `provider.Provider` that computes seconds for a `Hardware`, by default the one that a scenario names.
 
-    `profile` says how uneven routing is (`routing`); None is even.
+    `profile` says how uneven routing is (see `routing`); None means even routing.
     """
 
     hardware: Hardware | None = None
@@ -77,7 +78,7 @@ class Roofline:
         counts: Sequence[int],
         windows: Sequence[int | None],
     ) -> Times:
-        """See `provider.Provider`. Raises `ConfigError` for an open batch or one that the model cannot serve."""
+        """See `provider.Provider`. Raises `ConfigError` for an open batch or a scenario the model cannot serve."""
         steps = self.steps(config, scenario, form)
         return Times(
             experts={count: steps.experts(count).total() for count in counts},
@@ -86,7 +87,7 @@ class Roofline:
         )
 
     def steps(self, config: ModelConfig, scenario: Scenario, form: Form) -> Steps:
-        """The steps of a scenario with a given batch, to be asked for their seconds part by part."""
+        """Returns the steps of a scenario with a given batch, which give seconds part by part."""
         hardware = self.hardware or hardware_named(scenario.hardware)
         return Steps(config, scenario, form, hardware, self.assumptions, self.profile)
 
@@ -97,7 +98,7 @@ class Roofline:
         return floor(scenario.devices * (share * hardware.memory_bytes - self.assumptions.reserve_bytes))
 
     def max_batch(self, scenario: Scenario) -> int:
-        """Requests that run together at most, however little memory they need."""
+        """Most requests that run together, however little memory they need."""
         return self.assumptions.max_batch if scenario.max_batch is None else scenario.max_batch
 
 
@@ -105,7 +106,7 @@ class Roofline:
 class Steps:
     """Seconds of one scenario's steps, part by part.
 
-    Work is that of one replica: its share of the batch on `tensor_degree` devices.
+    The work is that of one replica: its share of the batch on `tensor_degree` devices.
     """
 
     config: ModelConfig
@@ -137,7 +138,7 @@ class Steps:
 
     @property
     def prefills(self) -> int:
-        """Steps that prefill all prompts of one replica."""
+        """Number of steps that prefill all prompts of one replica."""
         return ceil(self.requests * self.scenario.input_tokens / self.assumptions.prefill_tokens)
 
     @property
@@ -146,7 +147,7 @@ class Steps:
         return self.requests * self.scenario.input_tokens / self.prefills
 
     def _both(self, step: Callable[[float], Mapping[str, float]]) -> PartSeconds:
-        """The seconds of all prefill steps and of a decoding step, by a function of a step's tokens."""
+        """Seconds of all prefill steps and of a decoding step, given a step's seconds as a function of its tokens."""
         prefill = {part: self.prefills * seconds for part, seconds in step(self.prefill_tokens).items()}
         return PartSeconds(prefill, step(self.requests))
 
@@ -200,7 +201,7 @@ class Steps:
         return self._both(step)
 
     def rest(self) -> PartSeconds:
-        """Embedding, head on one position per request, the choice of the next token, and the host."""
+        """Embedding, head on one position per request, the choice of the next token, and host time."""
         config, assumed = self.config, self.assumptions
         devices, head = self.scenario.tensor_degree, config.hidden_size * config.vocab_size
 
@@ -228,11 +229,11 @@ class Steps:
         return max(by_memory, by_rate) / devices
 
     def _product(self, weights: int, tokens: float, devices: int) -> float:
-        """Seconds of tokens times a bfloat16 matrix of so many weights."""
+        """Seconds to multiply tokens with a bfloat16 matrix of that many weights."""
         return self._seconds(self.assumptions.efficiency.dense, BF16_BYTES * weights, 2 * tokens * weights, devices)
 
     def _attended(self, read: Number, keys: Number) -> float:
-        """Seconds of attention where every request reads so many slots and its queries meet so many keys in all."""
+        """Seconds of attention where every request reads `read` slots and its queries see `keys` keys in total."""
         config, reached, kv_bytes = self.config, self.assumptions.efficiency.attention, self.scenario.kv_bytes_per_value
         rate = self.hardware.fp8_flops_per_second if kv_bytes == 1 else self.hardware.flops_per_second
         by_memory = read * 2 * config.kv_width * kv_bytes / (self.hardware.bytes_per_second * reached.bandwidth)
@@ -253,7 +254,7 @@ class Steps:
         return 2 * self._collective(sent, devices)
 
     def _collective(self, sent: Number, devices: int) -> float:
-        """Seconds of a collective operation in which every device sends so many bytes."""
+        """Seconds of a collective operation in which every device sends `sent` bytes."""
         if devices == 1:
             return 0.0
         link = self.hardware.link_bytes_per_second * self.assumptions.link_efficiency

@@ -1,14 +1,14 @@
 """How tokens spread over a layer's experts: how many experts they touch, and how many rows their tiles hold.
 
-A mixture of E experts gives each of n tokens k of them; p_e is the probability that a token chooses expert e, so
-sum_e p_e = k. Even routing is p_e = k / E. Tokens choose independently here.
+A mixture of E experts routes each of n tokens to k of them; p_e is the probability that a token chooses expert e, so
+sum_e p_e = k. Even routing means p_e = k / E. Tokens are taken to choose independently.
 
     experts touched = sum_e 1 - (1 - p_e)^n
     rows of tiles   = sum_e E[ceil(r_e / tile)] tile,   r_e ~ Binomial(n, p_e)
 
-A measured spread is given as a profile: relative loads of a layer's experts, largest first. A mixture that keeps fewer
-experts is taken to keep those with the largest loads. Left out: that texts repeat themselves, so that neighbouring
-requests choose alike.
+Measured routing is given as a profile: the relative loads of a layer's experts, largest first. A mixture that keeps
+fewer experts is taken to keep those with the largest loads. Left out: correlation between neighbouring requests, whose
+texts repeat themselves and therefore choose alike.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from puzzle_jax.numeric import Number, is_number
 Profile = tuple[Number, ...]
 
 _LEAST = 1e-6
-"""Share of tokens that an expert counts for at least: that some texts were not routed to it does not say none is."""
+"""Least share of tokens that an expert is credited with: one that a sample of texts never chose may still be used."""
 
 
 def routing_profile(routed: np.ndarray) -> Profile:
-    """The profile of a model that gave each expert so many tokens, [layers, experts].
+    """Returns the profile of a model from the number of tokens routed to each expert, [layers, experts].
 
-    Loads are sorted in every layer, then averaged over layers; none is quite 0.
+    Loads are sorted within every layer, then averaged over layers; none is exactly 0.
     """
     shares = np.sort(np.maximum(routed / routed.sum(axis=1, keepdims=True), _LEAST), axis=1)[:, ::-1]
     return tuple(float(share) for share in shares.mean(axis=0))
 
 
 def probabilities(num_experts: int, experts_per_token: int, profile: Profile | None = None) -> np.ndarray:
-    """[experts] probability that a token chooses each expert; even without a profile.
+    """Probability that a token chooses each expert, [experts]; uniform without a profile.
 
     Loads are scaled so that they sum to `experts_per_token`, and none exceeds 1.
 
@@ -48,7 +48,7 @@ def probabilities(num_experts: int, experts_per_token: int, profile: Profile | N
         return np.full(num_experts, experts_per_token / num_experts)
     _check(profile, num_experts)
     loads = np.asarray(profile[:num_experts], float)
-    certain = 0  # experts, from the largest, that every token chooses
+    certain = 0  # number of experts, largest load first, that every token chooses
     while True:
         rest = loads[certain:]
         scaled = rest * ((experts_per_token - certain) / rest.sum())
@@ -58,12 +58,12 @@ def probabilities(num_experts: int, experts_per_token: int, profile: Profile | N
 
 
 def active_experts(chosen: np.ndarray, tokens: Number) -> float:
-    """Expected number of experts that at least one of the tokens chooses, by the probabilities [experts] of each."""
+    """Expected number of experts that at least one of the tokens chooses, given each one's probability [experts]."""
     return float(np.sum(1.0 - (1.0 - chosen) ** tokens))
 
 
 def tiled_rows(chosen: np.ndarray, tokens: int, tile: int) -> float:
-    """Expected rows of tiles of `tile` rows, each expert's tokens rounded up to whole ones; see `active_experts`."""
+    """Expected rows when each expert's tokens fill whole tiles of `tile` rows; arguments as in `active_experts`."""
     values, counts = np.unique(chosen, return_counts=True)
     expected = [_expected_tiles(value, tokens, tile) for value in values.tolist()]
     return tile * sum(count * tiles for count, tiles in zip(counts.tolist(), expected, strict=True))
@@ -71,7 +71,7 @@ def tiled_rows(chosen: np.ndarray, tokens: int, tile: int) -> float:
 
 @lru_cache(maxsize=1 << 16)
 def _expected_tiles(chosen: float, tokens: int, tile: int) -> float:
-    """E[ceil(r / tile)] of r ~ Binomial(tokens, chosen); a search asks for the same few numbers again and again."""
+    """E[ceil(r / tile)] for r ~ Binomial(tokens, chosen); cached, since a search needs the same few values often."""
     rows, log_choices = _log_choices(tokens)
     tiles = np.ceil(rows / tile)
     if chosen >= 1.0:
@@ -82,7 +82,7 @@ def _expected_tiles(chosen: float, tokens: int, tile: int) -> float:
 
 @lru_cache(maxsize=4)
 def _log_choices(tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of rows r, from 1 to `tokens`, and the logarithm of the ways to choose them."""
+    """Row counts r from 1 to `tokens`, and the logarithm of the number of ways to choose r of the tokens."""
     rows = np.arange(1, tokens + 1)
     return rows, np.cumsum(np.log((tokens - rows + 1) / rows))
 

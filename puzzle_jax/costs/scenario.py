@@ -1,6 +1,6 @@
 """The deployments that a child is made for, and the targets that it must reach in them.
 
-Names of usual deployments and files of others are read by `puzzle_jax.costs.deployments`.
+`puzzle_jax.costs.deployments` resolves the names of usual deployments and reads files of others.
 Left out: pipeline parallelism, prompts and answers of mixed lengths, and requests that share a prefix.
 """
 
@@ -21,22 +21,22 @@ _COUNTS = ("input_tokens", "output_tokens", "devices", "expert_parallel", "batch
 class Scenario:
     """One deployment of the model.
 
-    The devices form `replicas` groups of `tensor_degree` devices. A group shares attention, head and cache of its
-    requests by tensor parallelism; experts are split in the same way, or, with `expert_parallel` above 1, spread whole
-    over that many devices, which then exchange tokens.
+    The devices form `replicas` groups of `tensor_degree` devices. Within a group, attention, head and the KV cache of
+    its requests are split by tensor parallelism. Experts are split in the same way or, with `expert_parallel` above 1,
+    whole experts are spread over that many devices, which then exchange tokens.
 
     Attributes:
-      name: letters, digits, "-" and "_".
+      name: name of the scenario, made of letters, digits, "-" and "_".
       input_tokens: prompt length of every request.
-      output_tokens: generated tokens of every request.
+      output_tokens: tokens generated for every request.
       batch: requests that run together on all devices; None leaves it open, up to what memory and `max_batch` allow.
-      kv_bytes_per_value: bytes of a number in the cache: 4 (float32), 2 (bfloat16) or 1 (FP8).
+      kv_bytes_per_value: bytes per cached value: 4 (float32), 2 (bfloat16) or 1 (FP8).
       hardware: a name of `hardware.HARDWARE`, or "local" for the devices present.
       devices: number of devices that share the work.
-      tensor_parallel: devices of one group; None is all of them.
-      expert_parallel: 1, or the devices that one copy of the experts is spread over, a multiple of `tensor_parallel`.
-      max_batch: where the batch is open, requests that the engine runs together at most; None is the assumptions'.
-      usable_memory: share of a device's memory for weights, caches and activations; None is the assumptions'.
+      tensor_parallel: devices in one group; None means all of them.
+      expert_parallel: 1, or how many devices one copy of the experts is spread over, a multiple of `tensor_parallel`.
+      max_batch: most requests that the engine runs together if the batch is open; None takes the assumptions' value.
+      usable_memory: share of a device's memory for weights, caches and activations; None takes the assumptions' value.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Scenario:
 
     @property
     def context_tokens(self) -> int:
-        """Positions of a request at its end."""
+        """Positions of a request at its final length."""
         return self.input_tokens + self.output_tokens
 
     @property
@@ -100,16 +100,16 @@ class Scenario:
 
     @property
     def given_batch(self) -> int:
-        """The batch. Raises `ConfigError` where it is open."""
+        """The batch. Raises `ConfigError` if it is open."""
         if self.batch is None:
             self._refuse("batch", "given here")
         return self.batch
 
     def memory_bytes(self, *, dense: int, experts: int, kv: int, batch: int) -> int:
-        """Bytes on all devices: dense x replicas + experts x copies + batch x KV bytes of a request at its end.
+        """Bytes on all devices: dense x replicas + experts x copies + batch x KV bytes of a request at full length.
 
-        Routers belong to the experts. A cache that is shared or paged more finely than by request, so that requests
-        which are not yet long leave room for others, is left out.
+        Routers count as experts. Left out: caches that are shared, or paged at a finer grain than a request, in which
+        requests that are still short leave room for others.
         """
         return dense * self.replicas + experts * self.expert_copies + batch * kv
 
@@ -119,13 +119,13 @@ class Scenario:
         return max(0, min(free // kv, at_most))
 
     def at(self, batch: int) -> Scenario:
-        """The same deployment with that many requests together."""
+        """Returns the same deployment with the given batch."""
         return replace(self, batch=batch)
 
 
 def candidate_batches(largest: Sequence[int]) -> tuple[int, ...]:
-    """Batches worth trying: powers of two and the middles between them, and the `largest` that fit some architectures,
-    none being larger than all of those."""
+    """Batches worth trying: the `largest` that fit some architectures, and all powers of two and midpoints between
+    them up to the greatest of these."""
     top = max(largest)
     powers = [2**exponent for exponent in range(top.bit_length())]
     middles = [3 * power // 2 for power in powers if power > 1]
@@ -133,22 +133,22 @@ def candidate_batches(largest: Sequence[int]) -> tuple[int, ...]:
 
 
 Amount = Number | dict[str, Number] | None
-"""A limit for every scenario, or limits by a scenario's name."""
+"""One limit for every scenario, or limits by scenario name."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """Limits that the child must keep; None is no limit. Limits that depend on a scenario hold in every one, or are
-    given by a scenario's name: `min_speedup: {long: 1.5, short: 1.2}`.
+    """Limits that the child must meet; None means no limit. A limit that depends on the scenario holds in every one,
+    or is given by scenario name: `min_speedup: {long: 1.5, short: 1.2}`.
 
     Attributes:
-      max_expert_bytes_ratio: bytes of experts and routers over the parent's, in (0, 1].
-      min_speedup: tokens per second over the parent's, at least 1.
-      max_kv_bytes_ratio: KV-cache bytes of a request at its end over the parent's, in (0, 1].
+      max_expert_bytes_ratio: bytes of experts and routers relative to the parent's, in (0, 1].
+      min_speedup: tokens per second relative to the parent's, at least 1.
+      max_kv_bytes_ratio: KV-cache bytes of a request at its final length relative to the parent's, in (0, 1].
       min_tokens_per_second: generated tokens per second of all devices.
-      max_memory_bytes: weights, and caches of the whole batch at its end, on all devices.
-      max_seconds_to_first_token: until the whole batch has its first token.
-      max_seconds_per_token: of one decoding step.
+      max_memory_bytes: bytes of weights, and of the whole batch's caches at their final length, on all devices.
+      max_seconds_to_first_token: seconds until the whole batch has its first token.
+      max_seconds_per_token: seconds of one decoding step.
     """
 
     max_expert_bytes_ratio: Number | None = None
@@ -188,7 +188,7 @@ class Target:
         return value.get(scenario) if isinstance(value, dict) else value
 
     def check_scenarios(self, names: Sequence[str]) -> None:
-        """Raises `ConfigError` where a limit is for a scenario that is not among `names`."""
+        """Raises `ConfigError` if a limit is for a scenario that is not among `names`."""
         for name, value in self._values():
             of = name.partition(".")[2]
             if of and of not in names:

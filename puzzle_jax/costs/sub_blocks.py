@@ -1,7 +1,7 @@
 """The sub-blocks of a model as functions, at the shapes in which the generation engine runs them in a scenario.
 
-`measured` times them on the device present, `xla_costs` compiles them for a device that is elsewhere. Each function is
-one chunk of a group of prompts, or one decoding step of the whole batch; how often it runs is for the caller to count.
+`measured` times them on the device present, `xla` compiles them for a device that need not be present. Each function is
+one chunk of a group of prompts, or one decoding step of the whole batch; the caller counts how often it runs.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class SubBlocks:
         return self.batch / self.rows
 
     def one_layer(self, block: BlockConfig | None = None) -> ModelConfig:
-        """The model cut down to one layer; without a block, to the smallest there can be."""
+        """The model cut down to one layer; without a block, to the smallest possible one."""
         return replace(self.config, blocks=(block or BlockConfig(self.config.experts_per_token),))
 
     def with_window(self, window: int | None) -> ModelConfig:
@@ -72,8 +72,8 @@ class SubBlocks:
     # Functions ------------------------------------------------------------------------------------------------------
 
     def prefill_attention(self, window: int | None) -> Callable[..., tuple[Hidden, LayerCache]]:
-        """A function of parameters, hidden states [rows, chunk, hidden], cache, start of the chunk, and lengths [rows]
-        of the prompts."""
+        """Returns a function of parameters, hidden states [rows, chunk, hidden], cache, start of the chunk, and lengths
+        [rows] of the prompts."""
         config, chunk, context = self.with_window(window), self.chunk, self.context
 
         def run(
@@ -87,7 +87,7 @@ class SubBlocks:
         return run
 
     def decode_attention(self, window: int | None) -> Callable[..., tuple[Hidden, LayerCache]]:
-        """A function of parameters, hidden states [batch, 1, hidden], cache, and the position of all rows."""
+        """Returns a function of parameters, hidden states [batch, 1, hidden], cache, and the position of all rows."""
         config, batch = self.with_window(window), self.batch
 
         def run(params: Params, x: Hidden, cache: LayerCache, position: Int[Array, ""]) -> tuple[Hidden, LayerCache]:
@@ -108,5 +108,5 @@ class SubBlocks:
 
 
 def without_layers(params: Params) -> Params:
-    """Embedding, final norm and head."""
+    """Parameters of embedding, final norm and head."""
     return {name: value for name, value in params.items() if name != "layers"}

@@ -1,8 +1,7 @@
-"""Costs of an architecture, as sums over its sub-blocks: bytes, KV-cache bytes, and seconds in each
-scenario.
+"""Costs of an architecture as sums over its sub-blocks: bytes, KV-cache bytes, and seconds in each scenario.
 
-Costs add over sub-blocks, which is what lets a linear program weigh them (Puzzle, arXiv 2411.19146, section
-4). The bytes are exact, from the table of checkpoint tensors. Seconds come from a `provider`.
+Costs add up over sub-blocks, so that an integer program can choose among them (Puzzle, arXiv 2411.19146, section 4).
+Bytes are exact, computed from the table of checkpoint tensors. Seconds come from a `provider`.
 
     seconds of a batch = prefill of all its inputs + output_tokens * one decode step of the whole batch
     tokens per second  = batch * output_tokens / seconds
@@ -49,7 +48,8 @@ class ExpertCosts:
 
 @dataclass(frozen=True)
 class AttentionCosts:
-    """A layer's attention with one window: bytes of a request at its end by scenario name; seconds by `seconds_key`."""
+    """A layer's attention with one window: KV-cache bytes of a request at its final length, by scenario name; seconds
+    by `seconds_key`."""
 
     kv_bytes: Mapping[str, int]
     seconds: Mapping[str, Seconds]
@@ -72,11 +72,12 @@ class Costs:
 
     Attributes:
       provider: "roofline", "measured", or whatever made the file.
-      device: what the seconds are of.
-      fixed: seconds of what all architectures share, by scenario, see `seconds_key`.
-      shared_bytes, shared_parameters: of what all architectures share (attention, norms, embedding, head).
-      batches: by name, what is offered in scenarios that leave their batch open.
-      room_bytes: by name, memory for weights and caches in these scenarios.
+      device: device that the seconds are for.
+      fixed: seconds of what all architectures share, by `seconds_key`.
+      shared_bytes, shared_parameters: bytes and parameters of what all architectures share (attention, norms,
+        embedding, head).
+      batches: batches offered in each scenario that leaves its batch open, by scenario name.
+      room_bytes: memory for weights and caches in each of these scenarios, by scenario name.
     """
 
     provider: str
@@ -108,25 +109,25 @@ class Costs:
         return _entry(self.layers[layer].attention, block.window, f"layer {layer}", "window")
 
     def expert_bytes(self, blocks: Architecture) -> int:
-        """Bytes of all experts and routers in the checkpoint, exact."""
+        """Exact bytes of all experts and routers in the checkpoint."""
         return sum(self.experts_of(layer, block).weight_bytes for layer, block in self._layers(blocks))
 
     def weight_bytes(self, blocks: Architecture) -> int:
-        """Bytes of all tensors of the checkpoint, exact."""
+        """Exact bytes of all tensors of the checkpoint."""
         return self.shared_bytes + self.expert_bytes(blocks)
 
     def parameters(self, blocks: Architecture) -> int:
-        """Number of parameters, exact."""
+        """Exact number of parameters."""
         experts = sum(self.experts_of(layer, block).parameters for layer, block in self._layers(blocks))
         return self.shared_parameters + experts
 
     def kv_bytes(self, blocks: Architecture, scenario: str | None = None) -> int:
-        """KV-cache bytes of one request at its end."""
+        """KV-cache bytes of one request at its final length."""
         name = self.scenario(scenario).name
         return sum(self.attention_of(layer, block).kv_bytes[name] for layer, block in self._layers(blocks))
 
     def memory_bytes(self, blocks: Architecture, scenario: str | None = None, batch: int | None = None) -> int:
-        """Weights and caches of a batch at its end, on all devices."""
+        """Bytes of weights, and of a batch's caches at their final length, on all devices."""
         chosen = self.scenario(scenario)
         return chosen.memory_bytes(
             dense=self.shared_bytes,
@@ -139,7 +140,7 @@ class Costs:
         """The keys of these scenarios' seconds, at every batch that they offer."""
         return [seconds_key(s, batch) for s in scenarios for batch in self.offered_batches(s.name)]
 
-    # Where a batch may be given: None is the scenario's own, or where that is open the best one of the architecture.
+    # `batch`, where it may be given: None means the scenario's own or, if that is open, the architecture's best one.
 
     def prefill_seconds(self, blocks: Architecture, scenario: str | None = None, batch: int | None = None) -> float:
         """Seconds until a whole batch has its first token."""
@@ -150,7 +151,7 @@ class Costs:
         return self._sum(blocks, self.scenario(scenario), batch, "decode_seconds")
 
     def request_seconds(self, blocks: Architecture, scenario: str | None = None, batch: int | None = None) -> float:
-        """Seconds from prompts to last tokens of one batch."""
+        """Seconds from the prompts to the last tokens of one batch."""
         chosen = self.scenario(scenario)
         batch = self._batch(blocks, chosen, batch)
         decode_seconds = self._sum(blocks, chosen, batch, "decode_seconds")
@@ -187,9 +188,9 @@ class Costs:
         return self.batches[chosen.name] if chosen.batch is None else (chosen.batch,)
 
     def best_batch(self, blocks: Architecture, scenario: str | None = None) -> int:
-        """The offered batch with the most tokens per second among those whose memory there is.
+        """The offered batch with the most tokens per second among those that fit into memory.
 
-        Raises `ConfigError` where none fits.
+        Raises `ConfigError` if none fits.
         """
         chosen = self.scenario(scenario)
         if chosen.batch is not None:
@@ -250,13 +251,13 @@ class Costs:
 
 
 def seconds_key(scenario: Scenario, batch: int) -> str:
-    """The key of a scenario's seconds: its name, or where its batch is open "name.batch"."""
+    """The key of a scenario's seconds: its name, or "name.batch" if its batch is open."""
     return scenario.name if scenario.batch is not None else f"{scenario.name}.{batch}"
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """A layer of a costs.json: entries by expert count, and by the name of a window."""
+    """A layer of a costs.json: entries by expert count, and by window name."""
 
     experts: Mapping[int, object]
     attention: Mapping[str, object]
@@ -272,7 +273,7 @@ class _Layers:
 def read_costs(path: Path) -> Costs:
     """Reads a costs.json, ours or one that was timed elsewhere.
 
-    Raises `PuzzleError`, naming the file and the place in it, where it is none.
+    Raises `PuzzleError`, naming the file and the place in it, if it is not valid.
     """
     value = read_json(path)
 

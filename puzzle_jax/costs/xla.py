@@ -1,24 +1,25 @@
-"""Seconds of our own sub-blocks on a TPU that is not there, from XLA's ahead-of-time compilation.
+"""Seconds of our own sub-blocks on a TPU that need not be present, from XLA's ahead-of-time compilation.
 
 Each sub-block is compiled for one device of a TPU topology, at the exact shapes of a scenario, in bfloat16, and the
-compiler's own analysis of the compiled program says how many operations and bytes it takes:
+compiler's own analysis of the compiled program counts its operations and bytes:
 
-    seconds of a program = max(operations / rate, bytes / bandwidth),   both of `hardware`
+    seconds of a program = max(operations / rate, bytes / bandwidth),   rate and bandwidth from `hardware`
 
-So fusions, padding, copies and temporary arrays are those of XLA, not of a formula. What the analysis cannot tell, and
-what is done about it (all seen with libtpu 0.0.42):
+Fusions, padding, copies and temporary arrays are therefore XLA's own, not those of a formula. What the analysis cannot
+tell, and how it is handled (all observed with libtpu 0.0.42):
 
-    loops            bodies count once, however long they run: chunks of a prompt are compiled one at a time, the first
-                     and one that sees a block of cached keys; every further block costs what the second adds
+    loops            bodies count once, however often they run: chunks of a prompt are compiled one at a time, the first
+                     one and one that sees a block of cached keys; every block costs the difference between the two
     experts          the mixture is one round of `kernels.expert_mlp.capacity`, in prefill too: a TPU compiles the
-                     gathered weights of `sorted_blocks` to loops. A busiest expert that needs more rounds is left out
-    layouts          of arguments are the compiler's choice; in the usual order it copies all weights of large mixtures
+                     gathered weights of `sorted_blocks` to loops. Further rounds for the busiest expert are left out
+    layouts          the compiler chooses those of arguments; in the default layout it copies all weights of large
+                     mixtures
     on-chip memory   copies into it and within it count as bytes: weights of gpt-oss-120b count 1.04 times, but 16 MB of
-                     them, which fit there, eight times; no figures for small models
-    optimal_seconds  of the analysis is not used: each instruction that it does not know makes it a second less
+                     weights, which fit there, eight times; figures for small models are meaningless
+    optimal_seconds  this entry of the analysis is not used: each instruction unknown to it lowers it by a second
 
-Left out: several devices, FP8 caches, experts in MXFP4, kernels in Pallas, launches, and whatever keeps a real device
-from its peaks. The figures compare alternatives of one device; they are no forecast of its clock.
+Left out: several devices, FP8 caches, experts in MXFP4, Pallas kernels, launches, and whatever keeps a real device
+from its peaks. The figures compare alternatives on one device; they do not predict its wall-clock time.
 """
 
 from __future__ import annotations
@@ -50,17 +51,17 @@ from puzzle_jax.model.cache import LayerCache, init_cache
 from puzzle_jax.model.network import rms_norm, route_tokens
 from puzzle_jax.model.spec import Params, is_spec, layer_experts, param_specs
 
-Device: TypeAlias = Any  # `jax.Device` is no type for type checkers
+Device: TypeAlias = Any  # type checkers do not accept `jax.Device` as a type
 
 TOPOLOGIES = {"tpu-v5e": "v5e:2x2", "tpu-v5p": "v5p:2x2x1", "tpu-v6e": "v6e:2x2"}
-"""The smallest topology that holds a device of each kind, by the names of `hardware`."""
+"""The smallest topology with a device of each kind, by the names of `hardware`."""
 
 
 def tpu_device(hardware: str) -> Device:
-    """A device to compile for, which need not exist.
+    """Returns a device to compile for, which need not be present.
 
-    Raises `ConfigError` for hardware that is no known TPU, and where the compiler does not start: it serves one process
-    of a machine at a time.
+    Raises `ConfigError` for hardware that is not a known TPU, and if the compiler does not start: only one process per
+    machine can use it at a time.
     """
     if hardware not in TOPOLOGIES:
         raise ConfigError(f"hardware is {hardware!r}, but xla costs are of {', '.join(TOPOLOGIES)}")
@@ -85,7 +86,7 @@ class Work:
         return Work(counted["flops"], counted["bytes accessed"])
 
     def with_more(self, further: Work, times: int) -> Work:
-        """This program, and so many times what `further` has beyond it."""
+        """This work plus `times` times what `further` has in excess of it."""
         flops, num_bytes = further.flops - self.flops, further.num_bytes - self.num_bytes
         return Work(self.flops + times * max(0.0, flops), self.num_bytes + times * max(0.0, num_bytes))
 
@@ -95,12 +96,12 @@ class Work:
 
 @dataclass(frozen=True)
 class Xla:
-    """A `provider.Provider`: compiles for the TPU that a scenario names, or that `device_of` gives for its name.
+    """A `provider.Provider` that compiles for the TPU that a scenario names, as `device_of` returns it for that name.
 
-    `hardware` replaces the scenario's rates, which turn counts into seconds; `progress` is called with finished and all
-    sub-blocks.
+    `hardware` replaces the rates of the scenario's hardware, which turn counts into seconds; `progress` is called with
+    the numbers of finished and of all sub-blocks.
 
-    Raises `ConfigError` where the compiler for TPUs is not installed.
+    Raises `ConfigError` if XLA's compiler for TPUs is not installed.
     """
 
     device_of: Callable[[str], Device] = tpu_device
@@ -128,8 +129,8 @@ class Xla:
     ) -> Times:
         """See `provider.Provider`; weights are bfloat16 whatever the form.
 
-        Raises `ConfigError` for several devices, a cache that is not bfloat16, other hardware, and a sub-block that the
-        device has no memory for.
+        Raises `ConfigError` for several devices, a cache that is not bfloat16, hardware that is not a known TPU, and a
+        sub-block that does not fit into the device's memory.
         """
         if scenario.devices != 1 or scenario.kv_bytes_per_value != 2:
             raise ConfigError(
@@ -232,12 +233,12 @@ class _Programs:
         return jax.ShapeDtypeStruct((*shape, self.blocks.config.hidden_size), jnp.bfloat16)
 
     def _work(self, what: str, function: Callable[..., PyTree], *shapes: PyTree, donated: int | None = None) -> Work:
-        """The work of a function of arrays of these shapes, compiled."""
+        """Compiles a function for arguments of these shapes and returns its work."""
         free = Format(Layout.AUTO, SingleDeviceSharding(self.device))
         program = jax.jit(function, in_shardings=free, out_shardings=free, donate_argnums=donated)
         try:
             with warnings.catch_warnings():
-                # JAX's cache of compiled programs keeps these too, but cannot read them back without a device.
+                # JAX's persistent compilation cache stores these too, but cannot read them back without a device.
                 warnings.filterwarnings("ignore", "Error reading persistent compilation cache")
                 return Work.of(program.lower(*shapes).compile())
         except jax.errors.JaxRuntimeError as error:

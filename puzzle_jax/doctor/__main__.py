@@ -1,4 +1,4 @@
-"""`puzzle doctor`, which is `python -m puzzle_jax.doctor`: what is installed and present, and what serves here."""
+"""`puzzle doctor` (`python -m puzzle_jax.doctor`): versions, devices, and what serves each operation here."""
 
 from __future__ import annotations
 

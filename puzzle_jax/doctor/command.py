@@ -1,6 +1,6 @@
-"""`puzzle doctor`: what a bug report should say, and which kernel or XLA program serves each operation here.
+"""`puzzle doctor`: the facts for a bug report, and the kernel or XLA program that serves each operation here.
 
-Kernels that were not yet tried on the device present are tried (`kernels.self_check`), which takes some seconds each.
+Kernels not yet tried on the device present are tried now (`kernels.self_check`), which takes a few seconds each.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class DoctorSettings:
-    """What is asked.
+    """One report about the installation.
 
     Attributes:
-      model: config.json, or a directory that has one; its operations are asked about, or else the embedded parent's.
-      tokens: of a batch that is scored or trained on.
-      slots: positions of a full layer's cache.
-      json: prints JSON in the place of tables.
+      model: config.json of the model whose operations are reported, or its directory; by default the embedded parent's.
+      tokens: tokens of a batch that is scored or trained on.
+      slots: positions in the cache of a layer with full attention.
+      json: prints JSON instead of tables.
     """
 
     model: Path | None = None
@@ -59,7 +59,7 @@ class DoctorSettings:
 
 
 def run(settings: DoctorSettings) -> None:
-    """Prints it all. Raises ConfigError where the model cannot be read."""
+    """Prints the report. Raises CheckpointError if the model cannot be read."""
     config = _model(settings.model)
     found: dict[str, Any] = {
         "versions": versions(),
@@ -88,7 +88,7 @@ def run(settings: DoctorSettings) -> None:
 
 
 def _served(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """What serves each operation, and below it why those before it in the order do not."""
+    """Lines that name what serves each operation, and below it why the implementations before it do not."""
     for each in found:
         yield f"{each['what']:<52} {each['chosen']}"
         for name, reason in each["refusals"].items():
@@ -107,7 +107,7 @@ def _model(path: Path | None) -> ModelConfig:
 
 
 def versions() -> dict[str, str]:
-    """Python, and the packages of `PACKAGES` that are installed."""
+    """Versions of Python, and of the packages of `PACKAGES` that are installed."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -118,7 +118,7 @@ def versions() -> dict[str, str]:
 
 
 def host() -> dict[str, Json]:
-    """The machine that this runs on."""
+    """Operating system, cores and memory of this machine."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if sys.platform != "win32" else 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {"system": platform.platform(), "cores": cores, "memory": f"{memory / GB:.1f} GB"}
@@ -137,7 +137,7 @@ def devices() -> list[str]:
 
 
 def kernels() -> dict[str, Json]:
-    """What chooses kernels, and where files are kept."""
+    """The mode in which kernels are chosen, and where verdicts and compiled programs are kept."""
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(Path.home() / ".cache" / "puzzle_jax")
     return {
         "PUZZLE_KERNELS": self_check.mode(),
@@ -147,7 +147,7 @@ def kernels() -> dict[str, Json]:
 
 
 def _verdicts(found: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """What trials of kernels on this device found."""
+    """Lines with the results of kernel trials on this device."""
     if found:
         yield ""
         yield "kernels that were tried on this device:"

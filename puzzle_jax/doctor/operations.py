@@ -1,4 +1,4 @@
-"""The operations that a model of some sizes is made of, as generation, search and training ask for them."""
+"""The operations of a model of given sizes, as generation, search and training call them."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from puzzle_jax.kernels.window_attention import window_attention
 
 _Abstract: Any = jax.ShapeDtypeStruct
 DECODED = 64
-"""Tokens of a step of decoding."""
+"""Tokens of one decoding step."""
 
 CHUNK = 512
-"""Tokens of a chunk of a prompt, unless the cache has less."""
+"""Tokens in a chunk of a prompt, unless the cache has fewer slots."""
 
 
 class Operation(NamedTuple):
-    """One operation on arrays of some shapes: what it is part of, the function, and its arguments without values."""
+    """One operation on arrays of given shapes: its name, its function, and its arguments without values."""
 
     name: str
     run: Callable[..., PyTree]
@@ -37,18 +37,18 @@ class Operation(NamedTuple):
 
 
 def choice(operation: Operation) -> Choice:
-    """What serves an operation here. Kernels that were not yet tried on this device are."""
+    """Returns what serves an operation here, after trying kernels that were not yet tried on this device."""
     with recording() as choices:
         jax.eval_shape(operation.run, *operation.arrays)
-    return choices[-1]  # the operation itself: those that it is made of choose before
+    return choices[-1]  # the operation itself: those that it is made of record their choices first
 
 
 def operations(config: ModelConfig, tokens: int, slots: int) -> Iterator[Operation]:
-    """The operations of a model.
+    """Yields the operations of a model.
 
     Args:
-      tokens: of a batch that is scored or trained on.
-      slots: positions of a full layer's cache.
+      tokens: tokens of a batch that is scored or trained on.
+      slots: positions in the cache of a layer with full attention.
     """
     dtype = jnp.dtype(jnp.float32 if target_platform() == "cpu" else jnp.bfloat16)
     windows = sorted({block.window for block in config.blocks}, key=lambda window: window or 0)

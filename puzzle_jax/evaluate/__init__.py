@@ -1,1 +1,1 @@
-"""Accuracy and tokens per effort, throughput per scenario."""
+"""Evaluation of models: accuracy and tokens per effort, throughput per scenario."""

@@ -1,10 +1,10 @@
-"""Answers of a model to tasks with verifiable answers, at every reasoning effort, and whether they are right.
+"""A model's answers to tasks with verifiable answers, at every reasoning effort, and whether they are correct.
 
 All models answer the same problems with the same seeds, so that differences between models are paired.
 
-Whatever a scorer does with a model's text costs that one answer: unless its time is bounded by the length of the text,
-it runs in processes of its own with a time limit (`tasks.rewards.workers`), while further answers are generated. An
-answer that cannot be scored has the reward 0, and says why (`Trace.unscored`, `unscored_note`).
+A scorer that fails costs only the answer it was scoring: unless its time is bounded by the length of the text, it runs
+in processes of its own with a time limit (`tasks.rewards.workers`), while further answers are generated. An answer that
+cannot be scored gets the reward 0 and records why (`Trace.unscored`, `unscored_note`).
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from puzzle_jax.tasks.rewards.workers import RewardWorkers
 SPLIT_STRIDE, SEED_STRIDE = 10_000_000, 100_000
 SPLITS = ("calibration", "validation", "heldout", "accuracy", "evaluation", "confirmation", "training")
 DISJOINT_SPLITS = tuple(split for split in SPLITS if split != "evaluation")
-"""The splits of a search and of training, which share nothing; "evaluation" is for measuring a model by itself."""
+"""The splits of a search and of training, which are disjoint; "evaluation" is for measuring a model on its own."""
 
 UNSEEN = "unseen"
-"""The split "evaluation" of endless families, and of finite tasks the rows of "accuracy", which only reports read."""
+"""For endless families, the split "evaluation"; for finite tasks, the rows of "accuracy", which only reports use."""
 
 _MOST_SCORERS, _MOST_REASONS = 4, 3
 
 
 @runtime_checkable
 class Scorers(Protocol):
-    """Score answers while the caller does something else, as `tasks.rewards.workers.RewardWorkers` do."""
+    """Scores answers while the caller does something else, as `tasks.rewards.workers.RewardWorkers` does."""
 
     def begin(self, answer: Answer, *, own_score: bool = False) -> int: ...
 
@@ -54,7 +54,7 @@ class Scorers(Protocol):
 
 
 class Unscored:
-    """`Scorers` of a process whose scores nobody reads: every answer has the reward 0."""
+    """`Scorers` for a process whose scores are not used: every answer gets the reward 0."""
 
     def __init__(self) -> None:
         self._begun = 0
@@ -74,17 +74,17 @@ class Unscored:
 class QuestionSet:
     """Problems and the efforts at which they are asked.
 
-    Of an endless family, splits and seeds share no problem's seed; of an embedded family, "training" draws on the side
-    of `is_held_out` that pretraining saw and the other splits on the other, so that it shares no prompt with them. The
-    rows of a finite task are divided among `DISJOINT_SPLITS` by a hash of the prompt, about a sixth to each, which
-    never share a row or a prompt, whatever the seeds; "evaluation" draws on all rows, also on those that a search or
-    training has seen, so that a model that was trained on a file's prompts should be evaluated on another file, or on
-    `UNSEEN`. Where there are fewer problems than asked for, all of them are asked.
+    In an endless family, no two splits or seeds share a problem seed; in an embedded family, "training" draws from the
+    side of `is_held_out` that pretraining saw and the other splits from the other side, so that it shares no prompt
+    with them. The rows of a finite task are divided among `DISJOINT_SPLITS` by a hash of the prompt, about a sixth to
+    each, so that these never share a row or a prompt, whatever the seeds; "evaluation" draws from all rows, including
+    those that a search or training has seen, so a model that was trained on a file's prompts should be evaluated on
+    another file or on `UNSEEN`. Where there are fewer problems than requested, all of them are asked.
 
     Attributes:
-      tasks, efforts: names as of `get_task`; every problem is asked at every effort.
-      per_task: the most problems of each task, or by effort, where fewer are some of the others.
-      split, seed: one of `SPLITS`, or `UNSEEN`; the seed draws other problems of it.
+      tasks, efforts: task names as in `get_task`, and efforts; every problem is asked at every effort.
+      per_task: most problems of each task, or this by effort, where the smaller sets are parts of the larger ones.
+      split, seed: one of `SPLITS` or `UNSEEN`, and a seed; other seeds draw other problems of the split.
     """
 
     tasks: tuple[str, ...]
@@ -107,11 +107,11 @@ class QuestionSet:
 
     @property
     def task_identities(self) -> dict[str, str]:
-        """The identity of every task, part of the identity of whatever is made of the answers."""
+        """The identity of every task, which is part of the identity of anything derived from the answers."""
         return {name: get_task(name).identity for name in self.tasks}
 
     def questions(self) -> list[tuple[Problem, str]]:
-        """Problems with the effort they are asked at."""
+        """Problems, each with the effort it is asked at."""
         asked = []
         for name in self.tasks:
             drawn = self._problems(name)
@@ -125,7 +125,7 @@ class QuestionSet:
         return self.per_task if isinstance(self.per_task, int) else self.per_task.get(effort, 0)
 
     def _problems(self, name: str) -> list[Problem]:
-        """The problems of a task, those first that fewer are drawn from."""
+        """The problems of a task, in the order in which a smaller set takes them."""
         task = get_task(name)
         if isinstance(task, FiniteTask):
             return self._rows(task)
@@ -141,7 +141,7 @@ class QuestionSet:
         return max(map(self.asked_at, self.efforts))
 
     def _rows(self, task: FiniteTask) -> list[Problem]:
-        """The split's rows that the seed puts first, in its order: fewer of them are as much a sample of the file."""
+        """The split's first rows in the seed's random order, so that any prefix is a random sample of the file too."""
         rows = list(problems(task))
         if self.split != "evaluation":
             split = "accuracy" if self.split == UNSEEN else self.split
@@ -171,18 +171,18 @@ def answer_questions(
     """Asks the questions.
 
     Args:
-      params, config, chat: the model, with weights in the dtype to compute with.
+      params, config, chat: the model, with weights in the compute dtype.
       questions: what to ask.
       max_tokens: limit per effort.
       skip: indices into `questions.questions()` that are not asked.
-      scorers: score answers to tasks whose scorers are not bounded; by default processes of this call's own, and in
-        processes that are not the primary one of a program none, since scores may differ from host to host.
+      scorers: workers for tasks whose scorers are not bounded; by default the primary process starts some for this
+        call, and other processes score nothing (`Unscored`), since scores may differ from host to host.
       on_answer: called with a question's index and its answer as soon as it is scored, in any order.
-      options: of `generate`. One context for all questions compiles one set of programs; rounding, and so an answer
-        now and then, depends on it.
+      options: options of `generate`. One context for all questions compiles one set of programs; rounding, and so an
+        occasional answer, depends on it.
 
     Returns:
-      The answers to what was asked, in the order of the questions.
+      The answers to the questions that were asked, in the order of the questions.
     """
     asked = [(i, question) for i, question in enumerate(questions.questions()) if i not in skip]
     requests = [
@@ -246,10 +246,10 @@ def check_context(
     max_tokens: Mapping[str, int],
     whose: str,
 ) -> int:
-    """The most positions that a question with its longest answer takes; messages call the model `whose`.
+    """The most positions that any question takes with its longest answer; messages call the model `whose`.
 
-    Warns with PuzzleWarning where the limits are those that suit the embedded parent and the model is another one, most
-    of whose answers would be cut. Raises ConfigError, which names the problem's file and line, or its task and number,
+    Warns with PuzzleWarning where the limits are those that suit the embedded parent but the model is another one, most
+    of whose answers would be truncated. Raises ConfigError, naming the problem's file and line, or its task and number,
     where a question with its answer is longer than the model's context.
     """
     longest, questions = 0, list(questions)
@@ -270,7 +270,7 @@ def check_context(
 
 
 def unscored_note(answers: Sequence[Trace]) -> str | None:
-    """A sentence that says how many answers could not be scored, and why; None where all were."""
+    """A sentence that says how many answers could not be scored, and why; None where all were scored."""
     reasons = Counter(answer.unscored for answer in answers if answer.unscored is not None)
     if not reasons:
         return None

@@ -1,11 +1,11 @@
-"""The price of an FP8 key-value cache: bfloat16, calibrated and uncalibrated e4m3 caches side by side.
+"""The cost of an FP8 KV cache: bfloat16, calibrated e4m3 and uncalibrated e4m3 caches side by side.
 
     puzzle evaluate caches --model DIR --out DIR
 
-Scales are calibrated on the model's own answers to one set of problems. On another set all three caches are compared:
-KL of next-token distributions from the bfloat16 cache's, over the answers that this one gave, and accuracy on the
-same problems with the same seeds. `--amplify n` does the same to a copy whose keys and values are 2^n times as large
-and whose function is the same, where a calibrated cache differs most from one without scales.
+Scales are calibrated on the model's own answers to one set of problems. All three caches are compared on another set:
+by the KL divergence of next-token distributions from the bfloat16 cache's, over the answers generated with that cache,
+and by accuracy on the same problems with the same seeds. `--amplify n` does this for a copy of the model that computes
+the same function with keys and values 2^n times as large, where calibrated scales make the largest difference.
 Writes caches.json; scales go into a checkpoint when it is exported (`convert_hf.export`).
 """
 
@@ -41,20 +41,20 @@ from puzzle_jax.model.schedule import jit_layers
 from puzzle_jax.model.spec import Params
 from puzzle_jax.tasks import Chat
 
-_DRAWS = 2000  # of the bootstrap
-_MOST_AMPLIFIED = 60  # so that keys, values and what undoes them stay within float32
+_DRAWS = 2000  # bootstrap draws
+_MOST_AMPLIFIED = 60  # keeps keys, values and the compensating weights within float32
 REFERENCE, CALIBRATED, UNCALIBRATED = "bfloat16", "e4m3, calibrated", "e4m3, no scales"
 
 
 @dataclass(frozen=True)
 class CacheResult:
-    """One cache against the bfloat16 one.
+    """One cache compared with the bfloat16 cache.
 
     Attributes:
       kl: mean over answers of the mean KL per token, in nats; 0 for the reference itself.
-      agreement: share of tokens for which both rank the same one first.
-      accuracy, change: by effort, accuracy and its difference from the reference's on the same problems.
-      unscored: a sentence on the answers that could not be scored; None where all were.
+      agreement: share of positions at which both rank the same token first.
+      accuracy, change: accuracy by effort, and its difference from the reference's on the same problems.
+      unscored: a sentence on the answers that could not be scored; None where all were scored.
     """
 
     kl: float
@@ -71,8 +71,8 @@ class CachesSettings(Asked):
     Attributes:
       model: a checkpoint directory.
       out: directory for caches.json.
-      problems: per effort, split evenly over the tasks.
-      amplify: power of two by which keys and values are enlarged.
+      problems: number of problems per effort, split evenly over the tasks.
+      amplify: exponent of the power of two by which keys and values are enlarged.
     """
 
     model: Path
@@ -99,7 +99,7 @@ def compare_caches(
 ) -> tuple[dict[str, CacheResult], KVScales]:
     """Results by name of the cache, the reference first, and the calibrated scales.
 
-    The scales come from answers to the problems of `calibration`, which should be of another split than `questions`.
+    The scales come from answers to the problems of `calibration`, which should be from another split than `questions`.
     """
     reference = CacheFormat("bfloat16")
     ask = partial(answer_questions, params, config, chat, max_tokens=max_tokens, slots=slots, temperature=temperature)
@@ -119,9 +119,9 @@ def compare_caches(
 
 
 def amplify(params: Params, power: int) -> Params:
-    """A copy whose keys and values are 2^power times as large, and which computes the same function.
+    """A copy that computes the same function with keys and values 2^power times as large.
 
-    Queries and the output projection are smaller by as much; powers of two round nothing.
+    Queries and the output projection shrink by the same factor; scaling by a power of two does not round.
     """
     factor = 2.0**power
     layers = []
@@ -163,7 +163,7 @@ def _compare(
 
 
 def run(settings: CachesSettings) -> None:
-    """Compares, prints a table and writes caches.json."""
+    """Compares the caches, prints a table and writes caches.json."""
     tasks, efforts = settings.tasks, settings.efforts
     each = -(-settings.problems // len(tasks))
     questions = QuestionSet(tasks, efforts, each, "evaluation", settings.seed)

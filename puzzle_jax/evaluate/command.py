@@ -16,7 +16,7 @@ _TABLE_WIDTH = 150  # about what the tables need
 
 
 def run(settings: Settings) -> None:
-    """Evaluates; answers are kept as they come, so that after an interrupt the same command goes on from them."""
+    """Evaluates; answers are saved as they come, so that after an interrupt the same command continues from them."""
     console = plain_console(width=_TABLE_WIDTH)
     evaluate(settings, console).show(console)
     where = Text.assemble("Everything is in ", (str(settings.out), "bold"))

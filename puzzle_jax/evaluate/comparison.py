@@ -1,11 +1,11 @@
 """Every number of an evaluation, from answers and from tokens per second: summaries, differences, the frontier.
 
 The first model is the reference, and every other is compared with it: accuracy on the same problems, retention
-(accuracy over the reference's), relative request rate, and the position of its curve. All intervals of these come from
-one set of bootstrap draws (`statistics.resample`) of problems; where speed is involved, the rounds of measurement
-are drawn too, each with all of its models.
+(accuracy over the reference's), relative request rate, and the position of its curve. All intervals come from one set
+of bootstrap draws of problems (`statistics.resample`); where speed is involved, the rounds of measurement are drawn
+too, each with all of its models.
 
-Left out: the error that comes from drawing few requests for the speed at an effort.
+Left out: the sampling error of the few requests that are timed for the speed at an effort.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from puzzle_jax.evaluate.statistics import Paired, Summary, by_task, paired, sum
 from puzzle_jax.generate.traces import Trace
 
 Rates = Mapping[str, Mapping[str, Sequence[float]]]
-"""Tokens per second by effort and model, one value per round; round i of all models belongs together."""
+"""Tokens per second by effort and model, one value per round; the values of all models in round i belong together."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class EffortSummary:
-    """Answers of one model at one effort: over all tasks, and by task."""
+    """Summary of one model's answers at one effort, over all tasks and by task."""
 
     all: Summary
     tasks: dict[str, Summary]
@@ -47,13 +47,13 @@ class EffortSummary:
 
 @dataclass(frozen=True)
 class EffortComparison:
-    """A model against the reference at one effort.
+    """A model compared with the reference at one effort.
 
     Attributes:
       all, tasks: difference of accuracies, over all tasks and by task.
       retention: accuracy over the reference's.
       relative_tokens: mean generated tokens over the reference's.
-      relative_tokens_per_second, relative_request_rate: over the reference's; None where speed was not measured.
+      relative_tokens_per_second, relative_request_rate: ratio to the reference's; None where speed was not measured.
     """
 
     all: Paired
@@ -66,8 +66,8 @@ class EffortComparison:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A model against the reference: accuracy over all tasks and efforts, every effort, and the two questions of
-    `evaluate.frontier`, which are None where speed was not measured.
+    """A model compared with the reference: accuracy over all tasks and efforts, each effort, and the answers to the two
+    questions of `evaluate.frontier`, which are None where speed was not measured.
     """
 
     overall: Estimate
@@ -78,7 +78,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Point:
-    """A model at an effort: request rate over the reference's at its highest effort, and accuracy."""
+    """A model at an effort: its request rate over that of the reference at the highest effort, and its accuracy."""
 
     rate: Estimate
     accuracy: Estimate
@@ -91,7 +91,7 @@ class Analysis:
     Attributes:
       overall: accuracy over all tasks and efforts.
       summaries: summaries by effort.
-      comparisons: all models but the reference.
+      comparisons: comparisons of all models but the reference.
       points: points of the frontier, by effort; None where speed was not measured.
     """
 
@@ -133,7 +133,7 @@ def analyse(
 
 @dataclass(frozen=True, eq=False)
 class _Quantity:
-    """A number as it was measured, and in every bootstrap draw; quotients by zero are infinite."""
+    """A measured number, and its value in every bootstrap draw; quotients by zero are infinite."""
 
     value: float
     draws: Float[np.ndarray, "draws"]
@@ -178,7 +178,7 @@ class _Results:
                 raise PuzzleError(f"model {name!r} answered other problems at effort {effort!r} than the rest")
         self.tasks = np.array([task for task, _ in asked])
         self.counts = statistics.resample([task for task, _ in asked], draws, seed)
-        # Each draw takes the median of rounds that are the same for every model.
+        # Each draw takes the median over resampled rounds, which are the same for every model.
         generator = np.random.default_rng([seed, 1])
         self.rounds: dict[str, Int[np.ndarray, "draws rounds"]] = {}
         for effort, by_model in (rates or {}).items():
@@ -231,7 +231,7 @@ class _Results:
         )
 
     def above(self, name: str) -> tuple[Above, Above]:
-        """The two questions of `evaluate.frontier`."""
+        """The answers to the two questions of `evaluate.frontier`."""
         (model, *models), (other, *others) = self._curves(name), self._curves(self.reference)
         draws = list(zip(models, others, strict=True))
         return above_everywhere(common_gap, model, other, draws), above_everywhere(reachable_gap, model, other, draws)

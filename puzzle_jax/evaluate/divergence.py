@@ -26,14 +26,14 @@ class Divergence(NamedTuple):
 
 
 class _Seen(NamedTuple):
-    """One model's logits in the chunks so far."""
+    """Running statistics of one model's logits over the chunks so far."""
 
     largest: Array
     total: Array  # sum of exp(logit - largest)
     best: Array  # token with the largest logit
 
     def with_chunk(self, logits: Array, first: Array) -> tuple[_Seen, Array]:
-        """The same after another chunk, whose first token is `first`; and by how much old totals shrink."""
+        """The statistics after another chunk, whose first token is `first`, and the factor that scales old totals."""
         here = jnp.max(logits, axis=-1)
         largest = jnp.maximum(self.largest, here)
         shrink = jnp.exp(self.largest - largest)
@@ -52,10 +52,10 @@ def divergence(
     """Compares final hidden states (before the final norm) of a parent and of one or more children.
 
     Args:
-      params: only the final norm and the head are used, the same for all.
+      params: parameters, of which only the final norm and the head are used, for all models alike.
       parent: states of one model, whose logits are computed once.
       child: states at the same positions, with further axes in front for several children.
-      chunk: vocabulary entries at a time.
+      chunk: vocabulary entries processed at a time.
     """
     parent_normed, child_normed = (rms_norm(x, params["final_norm"], config.rms_norm_eps) for x in (parent, child))
     head = params["head"]

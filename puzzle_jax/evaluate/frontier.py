@@ -1,21 +1,21 @@
 """Accuracy against request rate over the reasoning efforts, and whether a model's curve lies above another's.
 
-Tokens per second mislead: a model that is twice as fast and writes twice as much serves no more requests. The request
-rate is tokens per second over generated tokens per request; relative to another model's it is (TPS / TPS') /
+Tokens per second are misleading: a model that is twice as fast and writes twice as much serves no more requests. The
+request rate is tokens per second over generated tokens per request; relative to another model's it is (TPS / TPS') /
 (tokens / tokens'), the request-level efficiency of arXiv 2602.11937. A model has one point (rate, accuracy) per
 effort; its curve joins them by straight lines in the order of their rates.
 
 Two questions are asked of a pair of curves:
 
 - *common*: is the model's curve above the reference's at every rate from the larger of the two lowest rates to the
-  smaller of the two highest, which is where both are known? Curves whose ranges do not overlap have no answer.
-- *reachable*: whatever rate the reference can serve, can the model serve it too and be more accurate? A model may run
-  faster than it is asked to, so that its accuracy at a rate is the best on its curve from there upwards, and the
-  range is everything up to the reference's highest rate. A model that does not reach this rate has no answer.
+  smaller of the two highest, which is where both are known? There is no answer for curves whose ranges do not overlap.
+- *reachable*: at every rate that the reference can serve, can the model serve it too and be more accurate? A model may
+  run faster than required, so its accuracy at a rate is the best on its curve at that rate or above, and the range is
+  everything up to the reference's highest rate. There is no answer for a model that does not reach this rate.
 
-Where the model's slowest effort is faster than the reference's, the first never asks for the reference's best accuracy;
-the second does. The answer to each is the smallest gap between two curves. They are piecewise linear, so it lies at an
-end of the range or at a knot of either.
+Where the model's slowest effort is faster than the reference's, the first question never considers the reference's best
+accuracy; the second does. The answer to each is the smallest gap between the two curves. They are piecewise linear, so
+it lies at an end of the range or at a knot of either.
 
 Left out: traffic split between two efforts (linear in seconds per request, so below the straight line in rate).
 """
@@ -40,7 +40,7 @@ class Curve:
 
     @staticmethod
     def of(points: Sequence[tuple[float, float]]) -> Curve:
-        """The curve through (rate, accuracy) in any order; of points at one rate the best counts."""
+        """The curve through (rate, accuracy) points in any order; of several points at one rate, the best counts."""
         best: dict[float, float] = {}
         for rate, accuracy in points:
             best[rate] = max(accuracy, best.get(rate, accuracy))
@@ -48,13 +48,13 @@ class Curve:
         return Curve(np.array(rates, float), np.array([best[rate] for rate in rates], float))
 
     def reachable(self) -> Curve:
-        """The best accuracy at each rate or above: the curve that never rises."""
+        """The best accuracy at each rate or above, a curve that never rises."""
         rates, levels = [self.rates[-1]], [self.accuracies[-1]]
         for rate, accuracy, right, at_right in zip(
             self.rates[-2::-1], self.accuracies[-2::-1], self.rates[:0:-1], self.accuracies[:0:-1], strict=True
         ):
             level = levels[-1]
-            if at_right < level < accuracy:  # the line rises, to the left, through the level that is already reached
+            if at_right < level < accuracy:  # leftwards, the line rises through the level already reached
                 rates.append(right + (rate - right) * (level - at_right) / (accuracy - at_right))
                 levels.append(level)
             rates.append(rate)
@@ -62,16 +62,16 @@ class Curve:
         return Curve(np.array(rates[::-1]), np.array(levels[::-1]))
 
     def at(self, rates: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
-        """Accuracy at rates; left and right of the curve its ends."""
+        """Accuracies at these rates; beyond the ends of the curve, those of its ends."""
         return np.interp(rates, self.rates, self.accuracies)
 
 
 @dataclass(frozen=True)
 class Gap:
-    """The place where a curve is least above another.
+    """The smallest lead of one curve over another.
 
     Attributes:
-      accuracy, rate: difference of accuracies there, negative where the curve lies below; and the place.
+      accuracy, rate: smallest difference of accuracies, negative where the curve lies below, and the rate it is at.
       low, high: range of rates that was compared.
     """
 
@@ -113,9 +113,9 @@ class Above:
 
     Attributes:
       gap: the smallest gap of the measured curves; None where the question has no answer.
-      lower_bound: one-sided bound that 95% of the draws' smallest gaps reach. Noise can only lower a minimum, so it
-        errs on the safe side. None where more than 5% of the draws have no answer.
-      probability: share of draws in which the smallest gap is above zero; one without an answer counts as not above.
+      lower_bound: one-sided bound that 95% of the draws' smallest gaps reach. Noise can only lower a minimum, so the
+        bound is conservative. None where more than 5% of the draws have no answer.
+      probability: share of draws in which the smallest gap is above zero; a draw without an answer counts as not above.
       answered: share of draws with an answer.
     """
 

@@ -1,8 +1,8 @@
-"""A journal of answers, so that a run that goes on after a kill asks only the questions without an answer.
+"""A journal of answers, so that a run resumed after a kill asks only the questions that have no answer yet.
 
-Answers are appended to a JSONL file of traces as they come, in any order; the half-written last line that a kill leaves
-is cut off. They do not depend on what is generated beside them, so a run that goes on from its journal ends with
-the answers of a run that was never interrupted.
+Answers are appended to a JSONL file of traces as they come, in any order; a half-written last line that a kill leaves
+is cut off. Answers do not depend on what is generated beside them, so a run resumed from its journal ends with the
+answers of a run that was never interrupted.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Question = tuple[Problem, str]
 """A problem and the effort it is asked at."""
 
 Key = tuple[str, int, str]
-"""Task, seed of the problem, and effort: every question has a key of its own."""
+"""Task, problem seed and effort, which identify a question."""
 
 
 def question_key(question: Question) -> Key:
@@ -37,11 +37,11 @@ def journaled_answers(
     """The answers to all wanted questions, in the order of the questions.
 
     Args:
-      path: the journal; made, with its directory, when it is missing.
-      questions: of which those with the keys `wanted` are asked, by default all.
-      ask: `answer_questions` with its model and questions: called with `skip`, the numbers of the questions that are
-        not to be asked, and `on_answer`; not called where all answers are there.
-      on_answers: called with the number of further answers, those of an earlier run included.
+      path: the journal; created, with its directory, where it is missing.
+      questions: all questions; those with the keys `wanted` are asked, by default every one.
+      ask: `answer_questions` with its model and questions: called with `skip`, the indices of the questions not to
+        ask, and `on_answer`; not called where all answers are there.
+      on_answers: called with the number of further answers, starting with those of an earlier run.
 
     Raises PuzzleError where the journal cannot be read or holds an answer to another question.
     """

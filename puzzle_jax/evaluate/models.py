@@ -1,6 +1,6 @@
 """The models that are compared: checkpoint directories, opened before any work and loaded when first needed.
 
-Left out: several copies of weights that models share.
+Left out: sharing in memory the weights that several models have in common.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ CHAT_FILES = (
 
 
 _ROOM = 0.8
-"""Share of a device's memory for weights and caches; the rest is for what programs take."""
+"""Share of a device's memory for weights and caches; the rest is left for what programs allocate."""
 
 
 def fit_together(models: Iterable[Model], cache_bytes: int) -> bool:
-    """Returns whether a device holds the weights of all models beside so many bytes of caches."""
+    """Returns whether a device can hold the weights of all models and this many bytes of caches."""
     return sum(model.bytes for model in models) + cache_bytes <= _ROOM * device_memory()
 
 
 @dataclass(frozen=True)
 class Model:
     """A checkpoint to evaluate: its name in tables and messages, its configuration and checked headers, its own
-    tokenizer and template, the mesh of its weights (None is the first device), and how these are held
+    tokenizer and template, the mesh of its weights (None means the first device), and how the weights are held
     (`model.weights`).
     """
 
@@ -61,8 +61,8 @@ class Model:
     def open(name: str, directory: Path, today: datetime.datetime | None = None, weights: str = "auto") -> Model:
         """Reads configuration, headers and chat files; the template sees the date `today`, by default now.
 
-        Raises CheckpointError, naming the model and what is missing or damaged, and ConfigError for packed weights of a
-        checkpoint that has none.
+        Raises CheckpointError, naming the model and what is missing or damaged, and ConfigError where packed weights
+        are requested from a checkpoint that has none.
         """
         try:
             model = Model(name, describe_checkpoint(directory), Chat.load(directory, today), weights=weights)
@@ -88,7 +88,7 @@ class Model:
 
     @cached_property
     def params(self) -> Params:
-        """Weights to compute with in `compute_dtype`, packed or dense, spread over the mesh where there is one."""
+        """Weights for computing in `compute_dtype`, packed or dense, sharded over the mesh where there is one."""
         return load_weights(self.description, self.mesh, self.weights)
 
     @property
@@ -97,16 +97,16 @@ class Model:
         return weight_bytes(self.config, compute_dtype(), self.mesh, packed=self.packed)
 
     def release(self) -> None:
-        """Lets the weights go, which are loaded again when they are needed."""
+        """Drops the weights, which are loaded again when they are needed."""
         self.__dict__.pop("params", None)
 
     def cache_format(self, dtype: str) -> CacheFormat:
-        """The cache of keys and values in this dtype; float8 has the checkpoint's own scales where there are any."""
+        """The format of a KV cache in this dtype; float8 uses the checkpoint's own scales where there are any."""
         return CacheFormat(dtype, cache_scales(self.description) if dtype == FLOAT8 else None)
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of what the model answers with: weights (`fingerprint_of`), configuration and chat files."""
+        """A hash of what the answers depend on: weights (`fingerprint_of`), configuration and chat files."""
         digest = hashlib.sha256(f"{fingerprint_of(self.description)}\n".encode())
         for file in CHAT_FILES:
             path = self.directory / file

@@ -5,12 +5,12 @@
     OUT/throughput.jsonl       one round of one workload per line
     OUT/evaluation.json, report.html, report.md, frontier.png
 
-Answers and rounds are kept as they come; a run in a directory that already holds some asks and measures only what is
+Answers and rounds are saved as they come; a run in a directory that already holds some asks and measures only what is
 missing. A directory belongs to one set of settings and models, since old and new answers would mix. Answers do not
-depend on what is generated beside them, so they are the same as those of a run that was never interrupted.
+depend on what is generated beside them, so a resumed run gives the answers of a run that was never interrupted.
 
-`problems` counts per effort and model over all tasks, split evenly; where it does not divide, the first tasks get
-one more.
+`problems` is the number per effort and model over all tasks, split evenly; where it does not divide evenly, the first
+tasks get one more.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ SETTINGS_FILE = "settings.json"
 
 
 class Evaluation:
-    """Opens and checks everything, and writes nothing before `run`; progress goes to the console.
+    """One evaluation. Construction opens and checks everything but writes nothing; progress goes to the console.
 
-    Raises PuzzleError for whatever cannot be used: models, tasks, prompts that exceed a model's context, a cache memory
-    that holds no request. `run` refuses an output directory that holds something else before it writes anything.
+    Raises PuzzleError for anything that cannot be used: models, tasks, prompts that exceed a model's context, a cache
+    memory that holds no request. `run` refuses an output directory that holds something else before it writes anything.
     """
 
     def __init__(self, settings: Settings, console: Console) -> None:
@@ -81,7 +81,7 @@ class Evaluation:
         return content
 
     def _longest_request(self, model: Model) -> int:
-        """Positions that a request may need: its prompt and the limit of its answer."""
+        """Most positions that a request may need for its prompt and the limit of its answer."""
         limits = self.settings.max_tokens
         return check_context(self.asked.values(), model.chat, model.config, limits, f"model {model.name!r}")
 
@@ -178,7 +178,7 @@ def _recorded_date(out: Path) -> datetime.datetime | None:
 
 
 def _share(questions: Sequence[tuple[Problem, str]], settings: Settings) -> dict[Key, tuple[Problem, str]]:
-    """The questions to ask: so many problems of each task that they add up."""
+    """The questions to ask, with `problems` divided among the tasks."""
     each, more = divmod(settings.problems, len(settings.tasks))
     room = {task: each + (position < more) for position, task in enumerate(settings.tasks)}
     taken: dict[tuple[str, str], int] = {}

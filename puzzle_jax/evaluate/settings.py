@@ -1,7 +1,7 @@
 """Settings of evaluations, and of all verbs that ask a model problems; checked on construction without opening a file.
 
-Every verb that asks a model problems has the settings of `Asked`. `Settings` are those of an evaluation: answers depend
-on `Settings.asked`, tokens per second on the rest as well. Left out: meshes.
+Every verb that asks a model problems has the settings of `Asked`. `Settings` adds those of an evaluation: answers
+depend on `Settings.asked`, tokens per second on the rest as well. Left out: meshes.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ _ASKED = ("tasks", "efforts", "problems", "seed", "temperature", "top_p", "max_t
 _UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 MAX_TOKENS: Mapping[str, int] = {"low": 32, "medium": 64, "high": 128}
-"""Limits that suit the embedded parent on the embedded tasks."""
+"""Token limits that suit the embedded parent on the embedded tasks."""
 
 
 def every_effort(value: object, where: str) -> object:
-    """Limits by effort where a single number is given for all; anything else unchanged."""
+    """Expands a single number to a limit for every effort; returns anything else unchanged."""
     if isinstance(value, str) and value.strip().isdecimal():
         value = int(value)
     return dict.fromkeys(EFFORTS, value) if isinstance(value, int) else value
 
 
 def byte_count(value: object, where: str) -> object:
-    """The bytes of a text that may end in KiB, MiB or GiB, and values of other types unchanged.
+    """Converts a string that may end in KiB, MiB or GiB to bytes; returns values of other types unchanged.
 
-    Raises `ConfigError` for other texts.
+    Raises `ConfigError` for other strings.
     """
     if not isinstance(value, str):
         return value
@@ -49,7 +49,7 @@ def byte_count(value: object, where: str) -> object:
 
 
 BY_EFFORT: Mapping[str, object] = {"read": every_effort}
-"""Metadata of a field of limits by effort."""
+"""Metadata of a field that holds limits by effort."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +59,10 @@ class Asked:
     Attributes:
       tasks: embedded families, `reasoning-gym:FAMILY`, or .jsonl files of prompts and answers.
       efforts: reasoning efforts; every problem is asked at each.
-      seed: draws other problems and other answers.
-      temperature: of sampling; 0 is greedy.
-      max_tokens: limit of an answer by effort, or one number for all; efforts that are not named keep the defaults,
-        which suit the embedded parent.
+      seed: seed of the problems that are drawn and of the answers.
+      temperature: sampling temperature; 0 means greedy.
+      max_tokens: token limit of an answer by effort, or one number for all; efforts that are not named keep the
+        defaults, which suit the embedded parent.
     """
 
     tasks: tuple[str, ...] = tuple(TASKS)
@@ -91,23 +91,23 @@ class Settings(Asked):
 
     Attributes:
       models: checkpoint directories by name (parent=DIR,child=DIR); the first is the reference.
-      out: directory of everything that is written, and resumed from.
-      problems: per effort and model, split evenly over the tasks.
-      top_p: share of the probability that is sampled from.
-      slots: answers generated together; rounding, and so an answer now and then, depends on it.
+      out: directory of everything that is written; an interrupted evaluation resumes from it.
+      problems: number of problems per effort and model, split evenly over the tasks.
+      top_p: share of the probability mass that is sampled from.
+      slots: answers generated together; rounding, and so an occasional answer, depends on it.
       weights: how weights are held: packed, dense, or auto (see `model.weights`).
-      cache_dtype: how keys and values are kept, one of compute, float32, bfloat16 and float8_e4m3fn, which uses the
-        scales of the checkpoint, or none.
-      cache_dtypes: the same by model, of those that keep them otherwise than `cache_dtype`.
-      rows: which rows of a file of prompts are asked: "all", or "unseen", the sixth that neither chooses nor trains
-        anything where a search and training are given the same file.
-      bootstrap: draws behind every interval of a comparison.
-      throughput: whether speed is measured and a frontier drawn.
-      scenarios: lengths to measure, as NAME=INPUT:OUTPUT in tokens; one per effort, with every model's own lengths,
-        comes on top.
+      cache_dtype: dtype of the KV cache: compute, float32, bfloat16, or float8_e4m3fn, which uses the checkpoint's
+        scales where it has any.
+      cache_dtypes: the same by model, for models that differ from `cache_dtype`.
+      rows: which rows of a file of prompts are asked: "all", or "unseen", the sixth that is used neither for selection
+        nor for training where a search and training are given the same file.
+      bootstrap: number of bootstrap draws behind every interval of a comparison.
+      throughput: whether to measure speed and draw the frontier.
+      scenarios: lengths to measure, as NAME=INPUT:OUTPUT in tokens; every effort is measured as well, at each model's
+        own lengths.
       cache_memory: bytes (or KiB, MiB, GiB) for the caches of all requests that run together.
-      max_batch: requests that run together at most, however small their caches.
-      rounds: counted rounds of every measurement.
+      max_batch: most requests that run together, however small their caches.
+      rounds: timed rounds of every measurement, after a first run that compiles.
     """
 
     models: Mapping[str, Path]
@@ -155,7 +155,7 @@ class Settings(Asked):
         return next(iter(self.models))
 
     def cache_of(self, model: str) -> str:
-        """How a model keeps keys and values."""
+        """The dtype of a model's KV cache."""
         return self.cache_dtypes.get(model, self.cache_dtype)
 
     @property

@@ -1,8 +1,8 @@
-"""The speeds that an evaluation wants, measured and kept round by round.
+"""The speeds that an evaluation reports, measured and saved round by round.
 
-Every scenario of fixed lengths, and for every effort the lengths that each model showed when it answered; each model at
-the largest batch that the cache memory holds. All efforts get slots for the longest request of any, since one server
-answers them all.
+Speed is measured in every scenario of fixed lengths and, for every effort, at the lengths of each model's own answers,
+each model at the largest batch that the cache memory holds. The slots of every effort fit the longest request of any
+effort, since one server answers them all.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from puzzle_jax.generate.traces import Trace, open_to_append
 from puzzle_jax.model.network import compute_dtype
 
 REQUESTS, BATCHES = 192, 6
-"""Requests that are timed for an effort, or batches of those that run together where these hold more."""
+"""Requests that are timed for an effort, or full batches where this many batches hold more requests."""
 
 Slots = dict[str, tuple[int, int]]
-"""Requests that run together and positions of each, by scenario or effort."""
+"""Requests that run together and the positions of each, by scenario or effort."""
 
 Speeds = Mapping[str, Mapping[str, Sequence[float]]]
 """Tokens per second by scenario or effort, and by model, one value per round."""
@@ -39,7 +39,7 @@ Speeds = Mapping[str, Mapping[str, Sequence[float]]]
 class Round:
     """A line of throughput.jsonl: generated tokens per second by model, in a scenario or at an effort.
 
-    The key is a hash of everything that they depend on except the models.
+    The key is a hash of everything that the rates depend on except the models.
     """
 
     key: str
@@ -52,9 +52,9 @@ class Round:
 
 
 def plan_slots(model: Model, settings: Settings, longest: int) -> Slots:
-    """The batches of a model; a request of any effort may need `longest` positions.
+    """The batch sizes of a model; a request at any effort may need `longest` positions.
 
-    Raises ConfigError for a scenario beyond the model's context, and a memory that holds not one request.
+    Raises ConfigError for a scenario beyond the model's context, and for a memory that does not hold a single request.
     """
     wanted = {scenario.name: (f"scenario {scenario.name!r}", scenario.context_tokens) for scenario in settings.lengths}
     wanted |= {effort: (f"effort {effort!r}", longest) for effort in settings.efforts}
@@ -113,12 +113,12 @@ def measure_speeds(
     path: Path,
     advance: Callable[[int], None],
 ) -> Speeds:
-    """Runs the rounds that are missing in the file `path`, and adds each to it as soon as it has run.
+    """Runs the rounds that are missing from the file `path`, and appends each as soon as it has run.
 
     All models take turns within a round where the device holds them together. Where it does not, each runs all of its
-    rounds before the next is loaded, so that a device that drifts between them favours one.
+    rounds before the next is loaded, so that drift of the device in between favours one of them.
 
-    `advance` is called with runs done, of `len(workloads) * len(models) * (rounds + 1)`.
+    `advance` is called with the number of runs done, out of `len(workloads) * len(models) * (rounds + 1)`.
     """
     found = {name: _done(_kept(path), _key(name, of, settings), of, rounds, path) for name, of in workloads.items()}
     for done in (rates for by_model in found.values() for rates in by_model.values()):
@@ -155,13 +155,13 @@ def _done(kept: Sequence[Round], key: str, models: Collection[str], rounds: int,
 
 
 def device() -> str:
-    """The devices that run, in words."""
+    """A description of the devices in use."""
     first = jax.devices()[0]
     return f"{len(jax.devices())} x {first.device_kind} ({first.platform})"
 
 
 def _key(name: str, workloads: Mapping[str, Workload], settings: Settings) -> str:
-    """A hash of what a speed depends on; models are known by the directory of the evaluation."""
+    """A hash of what a speed depends on; the weights are left out, as the evaluation's directory fixes them."""
     content: dict[str, object] = {"name": name, "device": device(), "jax": jax.__version__}
     content |= {key: settings.asked()[key] for key in ("temperature", "top_p", "cache_dtype")}
     if settings.cache_dtypes:
@@ -173,7 +173,7 @@ def _key(name: str, workloads: Mapping[str, Workload], settings: Settings) -> st
 
 
 def _kept(path: Path) -> list[Round]:
-    """The rounds of earlier runs; a last line that was not finished does not count."""
+    """The rounds of earlier runs, without an incomplete last line."""
     lines = read_bytes(path).split(b"\n")[:-1] if path.exists() else []
     places = [f"{path}, line {number}" for number in range(1, len(lines) + 1)]
     return [from_plain(Round, parse_json(line, where), where) for line, where in zip(lines, places, strict=True)]

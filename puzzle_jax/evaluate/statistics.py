@@ -1,15 +1,15 @@
-"""Summaries of answers, intervals for shares, and for what two models differ in on the same problems.
+"""Summaries of answers, intervals for proportions, and intervals for the differences of models on the same problems.
 
-A share of one model has Wilson's interval (E. B. Wilson, JASA 22, 1927). Everything that compares models, or mixes
+A proportion of one model has Wilson's interval (E. B. Wilson, JASA 22, 1927). Everything that compares models, or mixes
 accuracies, tokens and speeds, is bootstrapped over problems (B. Efron, Annals of Statistics 7, 1979): a problem is
-drawn with all of its answers, those of every model and at every effort, so that what they share cancels; problems of
-a task replace each other only, since their number is by design. Problems that only one of two models solves are
+drawn with all of its answers, by every model and at every effort, so that what they share cancels; draws are stratified
+by task, since the number of problems of a task is fixed by design. Problems that only one of two models solves are
 counted as in McNemar's test.
 
-What is a mean over tokens of texts has its standard error over texts, since tokens of one text are not independent.
+A mean over tokens of texts has its standard error over texts, since tokens of one text are not independent.
 
 Left out: corrections of the percentile interval, and more than one answer to a question. A bootstrap can only repeat
-what was seen: two models that agree on every problem get an interval of no width.
+what was seen: two models that agree on every problem get an interval of zero width.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LEVEL = 0.95
 
 
 def wilson(successes: int, trials: int, level: float = LEVEL) -> tuple[float, float]:
-    """The ends of Wilson's score interval of a share; raises ConfigError where there is no trial."""
+    """The ends of Wilson's score interval of a proportion; raises ConfigError where there are no trials."""
     if not 0 <= successes <= trials or not trials:
         raise ConfigError(f"{successes} successes of {trials} trials are no share")
     z = NormalDist().inv_cdf((1 + level) / 2)
@@ -47,10 +47,10 @@ def wilson(successes: int, trials: int, level: float = LEVEL) -> tuple[float, fl
 def weighted_mean(
     values: Float[np.ndarray, "traces"], weights: Float[np.ndarray, "traces"] | Int[np.ndarray, "traces"]
 ) -> tuple[float, float]:
-    """sum(weights * values) / sum(weights) and its standard error over traces, that of a ratio by linearisation.
+    """sum(weights * values) / sum(weights) and its standard error over traces, by linearising the ratio.
 
-    With a trace's tokens as its weight this is the mean per token of values that are each a mean over their trace. The
-    error is infinite for a single trace.
+    With the tokens of a trace as its weight, this is the mean per token of values that are means over their traces.
+    The error is infinite for a single trace.
     """
     mean = float(np.sum(weights * values) / np.sum(weights))
     number = len(values)
@@ -62,7 +62,7 @@ def weighted_mean(
 def resample(strata: Sequence[Hashable], draws: int, seed: int) -> Int[np.ndarray, "draws problems"]:
     """Counts of each problem in each bootstrap draw.
 
-    `strata` are the problems' tasks: a draw holds as many problems of a stratum as there are.
+    `strata` are the problems' tasks; a draw holds as many problems of a stratum as the stratum has.
     """
     generator = np.random.default_rng(seed)
     counts = np.zeros((draws, len(strata)), np.int64)
@@ -81,7 +81,7 @@ def means(
 
 
 def percentile_interval(values: Float[np.ndarray, "draws"], level: float = LEVEL) -> tuple[float | None, float | None]:
-    """The ends of the middle `level` of bootstrap values; None where infinite ones leave no limit."""
+    """The ends of the central `level` of bootstrap values; None for an end that is infinite."""
     tail = (1 - level) / 2
     below, above = lower_bound(values, tail), lower_bound(-values, tail)
     return below, None if above is None else -above
@@ -89,7 +89,7 @@ def percentile_interval(values: Float[np.ndarray, "draws"], level: float = LEVEL
 
 def lower_bound(values: Float[np.ndarray, "draws"], tail: float = 1 - LEVEL) -> float | None:
     """The value that all but the share `tail` of bootstrap values reach; None where it is not finite."""
-    # A value that was drawn, and never one between a number and infinity.
+    # One of the values drawn, never an interpolation between a number and infinity.
     found = float(np.sort(values)[int(tail * (len(values) - 1))])
     return found if math.isfinite(found) else None
 
@@ -105,8 +105,8 @@ class Paired:
 
     Attributes:
       difference, low, high: the difference of the two accuracies, and its bootstrap interval.
-      won, lost: problems that only the model, or only the reference, answers right.
-      p_value: McNemar's exact test, two-sided: how often equal models would be as uneven.
+      won, lost: number of problems that only the model, or only the reference, solves.
+      p_value: that of McNemar's exact two-sided test: how often equal models would differ at least as much.
     """
 
     difference: float
@@ -122,31 +122,31 @@ def paired(
     reference: Bool[np.ndarray, "problems"],
     counts: Int[np.ndarray, "draws problems"],
 ) -> Paired:
-    """Compares right answers of two models, problem by problem."""
+    """Compares which problems two models solve, problem by problem."""
     won, lost = int((model & ~reference).sum()), int((reference & ~model).sum())
     low, high = percentile_interval(means(counts, model) - means(counts, reference))
-    p_value = min(1.0, 2 * float(bdtr(min(won, lost), won + lost, 0.5)))  # the exact sign test, of two sides
+    p_value = min(1.0, 2 * float(bdtr(min(won, lost), won + lost, 0.5)))  # the exact two-sided sign test
     return Paired((won - lost) / len(model), low, high, won, lost, p_value)
 
 
-# Answers in a few numbers -------------------------------------------------------------------------------------------
+# Summaries of answers -----------------------------------------------------------------------------------------------
 
 QUANTILES = (10, 50, 90, 99)
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Answers in a few numbers.
+    """A set of answers in a few numbers.
 
     Attributes:
-      accuracy, accuracy_se, low, high: share of right answers, its standard error and 95% interval (Wilson).
-      mean_reward: differs from the accuracy only where a task gives partial credit.
-      mean_tokens: generated tokens; a truncated answer counts with those it has.
-      token_quantiles: generated tokens by per cent.
-      truncated: share of answers that the token limit cut.
+      accuracy, accuracy_se, low, high: share of correct answers, its standard error and 95% interval (Wilson).
+      mean_reward: mean reward, which differs from the accuracy only where a task gives partial credit.
+      mean_tokens: mean generated tokens; a truncated answer counts with the tokens it has.
+      token_quantiles: quantiles of generated tokens, by percentage.
+      truncated: share of answers that the token limit cut off.
       answers: number of answers.
       unscored: number of answers that could not be scored, which count as wrong.
-      mean_right_tokens: generated tokens of right answers; None where there are none.
+      mean_right_tokens: mean generated tokens of correct answers; None where there are none.
     """
 
     accuracy: float
@@ -163,7 +163,7 @@ class Summary:
 
 
 def summarise(answers: Sequence[Trace]) -> Summary:
-    """Raises ConfigError when there are no answers."""
+    """Summarises answers; raises ConfigError where there are none."""
     if not answers:
         raise ConfigError("there are no answers to summarise")
     count, right = len(answers), sum(answer.correct for answer in answers)

@@ -1,11 +1,11 @@
-"""Measured throughput: generated tokens per second of models on the same devices, in turns.
+"""Measured throughput: generated tokens per second of models that take turns on the same devices.
 
 The generation engine itself is timed, on requests that each run to their own limit, whatever tokens come out. In every
-round each model runs once, and the order moves on by one, so that a machine that drifts or warms up harms no one, and
-ratios are formed round by round. All requests are there from the start: prompts are prefilled as slots become
-free, and the seconds count until the last request is done.
+round each model runs once, in an order that rotates by one, so that a machine that drifts or warms up favours no model,
+and ratios are formed round by round. All requests are queued from the start: prompts are prefilled as slots become
+free, and the clock stops when the last request is done.
 
-Memory is part of a deployment: a `Workload` holds as many requests together as their caches fit into a given number
+Memory is part of a deployment: a `Workload` runs as many requests together as their caches fit into a given number
 of bytes, so a child with smaller caches runs a larger batch.
 
 Left out: requests that arrive over time, latencies, weights in the memory limit, and several devices.
@@ -64,8 +64,8 @@ def largest_batch(
     at_most: int,
     what: str,
 ) -> int:
-    """Requests of `context` positions whose caches, of that format beside computing in `compute`, fit into
-    `cache_memory` bytes together, and no more than `at_most`.
+    """The number of requests of `context` positions whose caches, in the format `cache` of a model that computes in
+    `compute`, fit into `cache_memory` bytes together, but no more than `at_most`.
 
     Raises ConfigError, which begins with `what`, when not even one fits.
     """
@@ -86,9 +86,9 @@ def fixed_lengths(vocab_size: int, slots: int, input_tokens: int, output_tokens:
 
 
 def own_lengths(answers: Sequence[Trace], slots: int, count: int, context: int, seed: int = 0) -> Workload:
-    """`count` requests with prompts that a model was asked, each as long as its own answer was.
+    """`count` requests with prompts that a model was given, each generating as many tokens as the model's answer had.
 
-    They are taken evenly over the answers in order of length, so that a few stand for all, and then shuffled.
+    They are spread evenly over the answers in order of length, so that a few represent all, and then shuffled.
     """
     ordered = sorted(answers, key=lambda answer: (len(answer.completion), len(answer.prompt)))
     drawn = [ordered[int((index + 0.5) * len(ordered) / count)] for index in range(count)]
@@ -105,14 +105,14 @@ def timed_rounds(
     on_run: Callable[[], None] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Iterator[dict[str, float]]:
-    """Tokens per second of every model, round after round; before the first, every model runs its first requests once,
-    which compiles.
+    """Tokens per second of every model, round after round; before the first round, every model compiles by running a
+    first batch of requests.
 
     Args:
       models, workloads: parameters with configuration, and requests, by the same names.
       rounds: numbers of the rounds to run.
-      on_run: called after every run of a model, the first ones included.
-      clock: gives seconds, such as those of the process's own work (`time.process_time`) on a shared machine.
+      on_run: called after every run of a model, those that compile included.
+      clock: returns seconds; on a shared machine, `time.process_time` counts only the process's own work.
     """
     names = list(models)
     for name in names if len(rounds) else ():
@@ -148,7 +148,7 @@ def _seconds(model: Weights, workload: Workload, clock: Callable[[], float]) -> 
 
 @dataclass(frozen=True)
 class Spread:
-    """Median and quartiles over rounds; of fewer than four rounds, the ends."""
+    """Median and quartiles over rounds; with fewer than four rounds, the extremes in place of quartiles."""
 
     median: float
     low: float
@@ -178,8 +178,8 @@ def measure_throughput(
       models: parameters and configuration by name.
       batch: requests that run together, the same for all or by model.
       input_tokens, output_tokens: length of every prompt and of every answer.
-      rounds, on_round: counted rounds, and a function that is called after each.
-      sampling: None is greedy. A random model that is greedy soon repeats one token.
+      rounds, on_round: number of timed rounds, and a function that is called after each.
+      sampling: None means greedy, with which a model of random weights soon repeats one token.
       clock: see `timed_rounds`.
     """
     workloads = {

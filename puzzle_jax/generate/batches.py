@@ -1,6 +1,6 @@
-"""Batches of traces: what ranking and scoring read.
+"""Batches of traces, which ranking and scoring read.
 
-They look at what the parent writes, its reasoning included; calibrating on prompts alone is known to destroy a
+Both look at what the parent writes, its reasoning included; calibrating on prompts alone is known to destroy a
 child's output format.
 """
 
@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from puzzle_jax.generate.traces import Trace
 
-_STEP = 64  # that lengths of batches are multiples of
+_STEP = 64  # lengths of batches are multiples of this
 
 
 class MicroBatch(NamedTuple):
@@ -25,11 +25,12 @@ class MicroBatch(NamedTuple):
     Attributes:
       tokens: prompt and completion; rows past the last trace are padding.
       valid: positions that hold a token.
-      loss_weight: for the position before each completion token, 1 / completion tokens of its trace; else 0. A
-        weighted sum over a row is the trace's mean over its completion.
+      loss_weight: 1 / completion tokens of the trace at the position before each completion token, else 0. A weighted
+        sum over a row is the mean over the trace's completion.
       lengths: tokens of each trace, 0 for padding rows.
-      ids: which of the traces each row is, -1 for padding rows.
-      task_weight: of each trace, such that all tasks weigh the same and the mean over traces is 1; 0 for padding rows.
+      ids: index of the trace in each row, -1 for padding rows.
+      task_weight: weight of each trace, such that all tasks weigh the same and the mean over traces is 1; 0 for padding
+        rows.
     """
 
     tokens: Int[Array, "rows seq"]
@@ -46,7 +47,7 @@ def micro_batches(
     """Groups traces by length, doubling from `smallest`, into batches of about `tokens_per_batch`.
 
     All batches of one length have the same shape, so that few programs are compiled. The last group is as long as
-    its longest trace, or `longest` where that is more: parts of one set then have the shapes of the whole.
+    its longest trace, or `longest` if that is more, so that parts of a set get the shapes of the whole set.
     """
     groups: dict[int, list[tuple[int, Trace]]] = defaultdict(list)
     traces = list(traces)
@@ -67,7 +68,7 @@ def micro_batches(
 
 
 def longest_batch(tokens: int, tokens_per_batch: int = 4096) -> tuple[int, int]:
-    """Rows and positions of a batch whose longest trace has so many tokens, where none is longer."""
+    """Rows and positions of a batch whose longest trace has `tokens` tokens."""
     length = -(-tokens // _STEP) * _STEP
     return max(1, tokens_per_batch // length), length
 

@@ -1,8 +1,8 @@
-"""Scales of an FP8 key-value cache, from the largest keys (after rotation) and values on real traces.
+"""Scales of an FP8 KV cache, from the largest keys (after rotation) and values on real traces.
 
     scale = amax / 448, per layer, over every token of the traces
 
-Traces must be the model's own answers: on prompts alone the largest values of reasoning are not seen.
+Traces must be the model's own answers: prompts alone do not show the largest values of reasoning.
 Left out: percentiles and moving averages; a cache that saturates nothing needs neither.
 """
 
@@ -36,10 +36,10 @@ def calibrate_cache(
     view: View | None = None,
     on_batch: Callable[[], None] | None = None,
 ) -> KVScales:
-    """Scales with which no key and no value of the batches saturates; padding does not count.
+    """Scales at which no key or value of the batches saturates; padding is ignored.
 
-    `params` are in the dtype to compute with; `on_batch` is called after each batch. Raises PuzzleError when there are
-    no batches, and when a layer's keys or values are all zero or not finite.
+    `params` are in the dtype to compute with; `on_batch` is called after each batch. Raises PuzzleError if there are no
+    batches, or if a layer's keys or values are all zero or not finite.
     """
     largest = None
     for batch in batches:
@@ -75,6 +75,6 @@ def largest_by_layer(
         seen = valid[:, :, None, None]
         found.append(jnp.stack([jnp.max(jnp.abs(y.astype(jnp.float32)) * seen) for y in (qkv.k, qkv.v)]))
         x, _ = moe_block(layer["moe"], config, x, expert_mask=None if view is None else view.expert_masks[index])
-    # Every process may then read it.
+    # Replicated, so that every process can read it.
     largest = jnp.stack(found)
     return largest if traced_mesh() is None else jax.lax.with_sharding_constraint(largest, PartitionSpec())

@@ -1,7 +1,7 @@
 """`puzzle generate --model DIR [--effort high] "PROMPT"`: streams an answer to the terminal.
 
-The analysis is dimmed, the final answer is not. Without a prompt, one is read from standard input. Where the output
-is no terminal, only the final answer goes to standard output, and the analysis to standard error.
+The analysis is dimmed, the final answer is not. Without a prompt, one is read from standard input. If the output is
+not a terminal, only the final answer goes to standard output, and the analysis to standard error.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 
 @dataclass(frozen=True)
 class GenerateSettings:
-    """One answer.
+    """Settings of one answer.
 
     Attributes:
       model: a checkpoint directory.
-      prompt: what the user says; "-" reads it from standard input.
-      effort: low, medium or high.
-      max_tokens: limit of the answer (by default what the context leaves, up to 4096).
-      temperature: of sampling; 0 is greedy.
+      prompt: the user's message; "-" reads it from standard input.
+      effort: reasoning effort: low, medium or high.
+      max_tokens: token limit of the answer (by default what the context leaves, up to 4096).
+      temperature: sampling temperature; 0 means greedy.
       top_p: share of the probability that is sampled from.
-      seed: draws another answer.
+      seed: sampling seed; another seed draws another answer.
       weights: how weights are held: packed, dense, or auto (see `model.weights`).
-      cache_dtype: how keys and values are kept: compute, float32, bfloat16, or float8_e4m3fn with the model's scales.
+      cache_dtype: how keys and values are stored: compute, float32, bfloat16, or float8_e4m3fn with the model's scales.
     """
 
     model: Path
@@ -45,7 +45,7 @@ class GenerateSettings:
 
 
 def run(settings: GenerateSettings) -> None:
-    """Answers on standard output.
+    """Prints the answer to standard output.
 
     Raises PuzzleError for whatever cannot be used, before weights are read.
     """
@@ -94,16 +94,16 @@ def run(settings: GenerateSettings) -> None:
 
 
 def _prompt(given: str) -> str:
-    """The prompt of the command line, or what is read from standard input for "-".
+    """The prompt of the command line, or for "-" the content of standard input.
 
     Raises:
-      ConfigError: it is empty, or no valid Unicode.
+      ConfigError: it is empty or not valid Unicode.
     """
     where = "the prompt" if given != "-" else "the prompt on standard input"
     text = given if given != "-" else _standard_input(where)
     if not text.strip():
         raise ConfigError(f"{where} is empty, but must say something")
-    if not is_unicode(text):  # Bytes of the command line that are no UTF-8 come as halves of surrogate pairs.
+    if not is_unicode(text):  # Bytes of the command line that are not UTF-8 arrive as lone surrogates.
         raise ConfigError(f"{where} is not valid UTF-8, but must be valid Unicode")
     return text
 
@@ -120,11 +120,11 @@ def _standard_input(where: str) -> str:
 
 
 class _Printer:
-    """Prints what is new of analysis and final text."""
+    """Prints the new parts of analysis and final text."""
 
     def __init__(self) -> None:
         self.terminal = sys.stdout.isatty()
-        for stream in (sys.stdout, sys.stderr):  # A model may say what a terminal of another encoding cannot show.
+        for stream in (sys.stdout, sys.stderr):  # A model may write what the terminal's encoding cannot show.
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")
         self.analysis = self.final = ""

@@ -1,12 +1,13 @@
 """Batched generation by continuous batching: finished requests leave their slots, waiting ones take them.
 
-The host only decides who runs where, on a mesh over several processes every host the same; all work is in the three
-programs of `generate.slots`. Prompts are prefilled in chunks, a group of rows at a time, and running requests decode
-between the chunks of a long prompt. Requests with the same prompt share a row, which runs once.
+The host only decides which request runs where (on a mesh over several processes, all hosts decide alike); all work is
+in the three programs of `generate.slots`. Prompts are prefilled in chunks, a group of rows at a time, and running
+requests decode between the chunks of a long prompt. Requests with the same prompt share a row, which runs once.
 
 A request's tokens depend on the request and on the engine's shape (slots, context, chunk), never on its neighbours
-or on when it got its slot. `generate` picks the context by the request's own length, so there they depend on `slots`
-alone. Left out: paging of full caches, sharing of prefixes of different prompts, speculative decoding.
+or on when it got its slot. `generate` picks the context by the request's own length, so there they depend on the
+request and `slots` alone.
+Left out: paging of full caches, sharing of prefixes of different prompts, speculative decoding.
 """
 
 from __future__ import annotations
@@ -34,15 +35,15 @@ from puzzle_jax.model.spec import Params
 from puzzle_jax.tasks.context import check_fits
 
 CHUNKS = (512, 256, 128, 64)  # tokens of a prompt that are prefilled at once; contexts are multiples of the last
-PREFILL_TOKENS = 1024  # of a group's rows in one chunk at most, on one part of a mesh
+PREFILL_TOKENS = 1024  # most tokens of all rows of a group in one chunk, per part of a mesh
 SLOTS_PER_ROW = 2  # a group waits for as many free slots as it has rows
 SMALLEST_CONTEXT, LONG_CONTEXT = 256, 8192
-BURST, STEPS_BETWEEN_CHUNKS = 64, 4  # decode steps until the host looks at who has finished; between chunks
+BURST, STEPS_BETWEEN_CHUNKS = 64, 4  # decode steps until the host looks for finished requests; between chunks
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt to complete, with at least one token and a limit of at least one; the seed draws the sampling noise."""
+    """A prompt of at least one token to complete, a limit of at least one token, and the seed of the sampling noise."""
 
     prompt: tuple[int, ...]
     max_tokens: int
@@ -54,10 +55,10 @@ class Generated:
     """A completion.
 
     Attributes:
-      tokens: end in a stop id unless `truncated`.
+      tokens: token ids, which end in a stop id unless `truncated`.
       truncated: whether the token limit ended it.
-      log_probs: of each token under the model at temperature 1, when asked for.
-      experts: [prompt + tokens - 1, layers, k] ids of each position that was run, when asked for; uint8 or uint16.
+      log_probs: log-probability of each token under the model at temperature 1, if requested.
+      experts: [prompt + tokens - 1, layers, k] expert ids of each position that was run, if requested; uint8 or uint16.
     """
 
     tokens: tuple[int, ...]
@@ -97,17 +98,17 @@ class Engine:
     """Slots of one context length on the device.
 
     Args:
-      params: experts dense or packed, sharded if a mesh is given; norms have the dtype to compute with.
-      config: the model of `params`.
-      stop_ids: tokens that end a completion and are part of it; none lets every request run to its limit.
+      params: weights with dense or packed experts, sharded if a mesh is given; norms have the dtype to compute with.
+      config: configuration of the model.
+      stop_ids: tokens that end a completion and are part of it; without any, every request runs to its limit.
       context: prompt and completion tokens that a slot holds; rounded up to a multiple of 64.
-      slots: requests that run together.
+      slots: number of requests that run together.
       sampling: temperature and top-p.
-      cache: how keys and values are kept.
-      view: runs a child of the model (`Child.view`).
-      mesh: of "data" and "model", or one of training, whose other axes join "data"; over all processes if it has
-        devices of several, which then all make the same calls.
-      log_probs, experts: return these with each completion.
+      cache: how keys and values are stored.
+      view: the child of the model to run (`Child.view`).
+      mesh: mesh of "data" and "model", or one for training, whose other axes join "data"; if it has devices of several
+        processes, it spans all of them, and all make the same calls.
+      log_probs, experts: whether to return these with each completion.
 
     Raises PuzzleError for slots below 1, and for a context below 1 or beyond the model's.
     """
@@ -157,8 +158,8 @@ class Engine:
         return [results[i] for i in range(len(requests))]
 
     def stream(self, requests: Sequence[Request], *, burst: int = 1, partial: bool = True) -> Iterator[Event]:
-        """Completes every request, with news every `burst` steps, or of whole completions only. Where a prompt is
-        prefilled meanwhile, the steps between its chunks come on top.
+        """Completes every request, with events every `burst` steps, without `partial` for whole completions only. If a
+        prompt is prefilled meanwhile, the steps between its chunks come on top.
 
         Raises PuzzleError, before any work, for an empty prompt, a limit below 1, or a request that does not fit.
         """
@@ -212,14 +213,14 @@ class Engine:
         reported: dict[int, int] = {}  # slot -> tokens reported
 
         def enough() -> int:
-            """Free slots that the next request waits for: one if its prompt has been run, else a group's."""
+            """Number of free slots that the next request waits for: one if its prompt has been run, else a group's."""
             return 1 if alike[waiting[0]] in held else min(self.rows, len(waiting))
 
         while waiting or owners:
             free = [slot for slot in range(self.slots) if slot not in owners]
             while waiting and len(free) >= enough():
                 if alike[waiting[0]] not in held:
-                    # Also prompts that no slot is free for yet: their rows would run for nothing otherwise.
+                    # Prompts without a free slot are included: their rows would otherwise run for nothing.
                     firsts = [first for first, _ in islice(groupby(waiting, alike.__getitem__), self.rows)]
                     state, group = self._prefill(state, group, [requests[i] for i in firsts], busy=bool(owners))
                     held = {first: row for row, first in enumerate(firsts)}
@@ -269,7 +270,7 @@ class Engine:
     def _admit(
         self, state: Slots, group: Group, members: Sequence[Request], rows: Sequence[int], slots: Sequence[int]
     ) -> Slots:
-        """Gives slots to requests whose prompts are in these rows."""
+        """Gives slots to requests whose prompts have been run in these rows of the group."""
         numbers = np.zeros((5, self.slots), np.int32)
         numbers[:, : len(members)] = [
             slots,
@@ -313,8 +314,8 @@ def generate(
 ) -> list[Generated]:
     """Completes every request, each in an engine of the context that its own length needs (`own_context`).
 
-    Args are those of `Engine`; one `context` may be given for all requests. They may come in any order, and answers
-    come back in the same, while `on_finish(index, completion)` is called as each ends.
+    Arguments are those of `Engine`; a `context` applies to all requests. Completions are returned in the order of the
+    requests; `on_finish(index, completion)` is called as each ends.
 
     Raises:
       PuzzleError: an empty prompt, a limit below 1, or a prompt that with its limit exceeds the context.
@@ -339,18 +340,18 @@ def generate(
 
 
 def first_alike(requests: Sequence[Request]) -> list[int]:
-    """The index of the first request that has the same prompt, for each request."""
+    """For each request, the index of the first request with the same prompt."""
     firsts: dict[tuple[int, ...], int] = {}
     return [firsts.setdefault(tuple(request.prompt), index) for index, request in enumerate(requests)]
 
 
 def slot_context(context: int) -> int:
-    """Positions that a slot has which must hold `context`."""
+    """Positions of a slot that must hold `context` tokens."""
     return -(-context // CHUNKS[-1]) * CHUNKS[-1]
 
 
 def chunk_tokens(context: int) -> int:
-    """Prompt tokens of a row that are prefilled at once: a divisor of a slot's context, at most an eighth of it.
+    """Prompt tokens of a row that are prefilled at once: a divisor of a slot's context, at most an eighth of it, or 64.
 
     A short prompt is padded to a whole chunk, and many prompts are much shorter than what a slot must hold.
     """
@@ -358,7 +359,7 @@ def chunk_tokens(context: int) -> int:
 
 
 def group_rows(chunk: int, slots: int, parts: int = 1) -> int:
-    """Rows that are prefilled together, on all of so many parts of a mesh: the same number on each."""
+    """Rows that are prefilled together, the same number on each of the `parts` of a mesh."""
     rows = min(PREFILL_TOKENS // chunk, slots // (SLOTS_PER_ROW * parts))
     return min(max(1, rows) * parts, slots)
 
@@ -373,9 +374,9 @@ def check_request(request: Request, index: int, context: int) -> None:
 
 
 def own_context(tokens: int, config: ModelConfig) -> int:
-    """The context that `generate` gives a request of so many tokens, prompt and answer.
+    """The context that `generate` gives a request with `tokens` tokens of prompt and answer.
 
-    There are few, since each needs programs of its own: powers of two, and the quarters between long ones.
+    There are few contexts, since each needs programs of its own: powers of two, and the quarters between long ones.
     """
     context = SMALLEST_CONTEXT
     while context < tokens:

@@ -1,12 +1,12 @@
-"""One token per row from logits: greedy, or sampled at a temperature from the smallest set of tokens that hold a
+"""One token per row from logits: greedy, or sampled at a temperature from the smallest set of tokens that holds a
 share `top_p` of the probability (nucleus sampling, arXiv 1904.09751).
 
-A token is drawn by the inverse of the cumulative distribution. A large vocabulary is a tree of blocks of 128: a block
-is drawn by its mass, then a token within it, each with a number of its own, so that float32 resolves what is rare. That
-is one random number per row and level; noise on every logit (the Gumbel-max trick) is one per token, which took a fifth
-of a decoding step of a small model on a CPU.
+A token is drawn by inverting the cumulative distribution. A large vocabulary is a tree of blocks of 128: a block is
+drawn by its mass, then a token within it, each with a random number of its own, so that float32 resolves rare tokens.
+That takes one random number per row and level; noise on every logit (the Gumbel-max trick) takes one per token, which
+cost a fifth of a decoding step of a small model on a CPU.
 
-A row's numbers depend on its own seed and on how many tokens it has drawn, never on other rows.
+A row's random numbers depend on its own seed and on how many tokens it has drawn, never on other rows.
 Left out: top-k, penalties, beams.
 """
 
@@ -22,18 +22,18 @@ from jaxtyping import Array, Float, Int
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.temperature import LEAST_TEMPERATURE, check_temperature
 
-BLOCK = 128  # tokens, or blocks of them, of one level
-_LEAST_SHARE = 1e-30  # which float32 does not take for 0; the likeliest token alone either way
+BLOCK = 128  # tokens, or blocks of the level below, in a block
+_LEAST_SHARE = 1e-30  # not 0 in float32; leaves only the likeliest token, as any smaller one would
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings of the draw of tokens.
+    """Settings of sampling.
 
     Attributes:
-      temperature: divides the logits; 0 is greedy. Below `LEAST_TEMPERATURE`, where float32 cannot divide by it, it is
-        taken to be 0.
-      top_p: share of the probability that is drawn from, above 0; 1 is all of it.
+      temperature: divisor of the logits; 0 means greedy, and so does any value below `LEAST_TEMPERATURE`, by which
+        float32 cannot divide.
+      top_p: share of the probability that is sampled from, above 0; 1 means all of it.
     """
 
     temperature: float = 0.0
@@ -55,9 +55,9 @@ def sample(
     temperature: float | Float[Array, ""],
     top_p: float,
 ) -> Int[Array, "batch"]:
-    """One token per row; its random numbers follow from its seed and the tokens that it has drawn before.
+    """Draws one token per row; its random numbers depend on its seed and on how many tokens it has drawn.
 
-    Args are those of `Sampling`. The temperature may be an array, so that one program serves them all, 0 too.
+    For temperature and top_p, see `Sampling`. The temperature may be an array, so that one program serves all, 0 too.
     """
 
     def drawn_token() -> Array:
@@ -78,16 +78,16 @@ def _uniform(count: int, seed: Array, drawn: Array) -> Array:
 
 
 def levels(choices: int) -> int:
-    """Levels of the tree over so many tokens."""
+    """Number of levels of the tree over `choices` tokens."""
     return 1 if choices <= BLOCK else 1 + levels(-(-choices // BLOCK))
 
 
 def inverse_draw(weights: Float[Array, "batch choices"], numbers: Float[Array, "batch levels"]) -> Int[Array, "batch"]:
-    """An index per row with probability in proportion to its weight; never one whose weight is 0.
+    """Draws an index per row with probability proportional to its weight; never one whose weight is 0.
 
     Args:
-      weights: at least 0, and in every row one is above.
-      numbers: from 0 to below 1, one for each of `levels(choices)`.
+      weights: non-negative, with at least one above 0 in every row.
+      numbers: random numbers from 0 to below 1, one for each of `levels(choices)`.
     """
     batch, choices = weights.shape
     if choices <= BLOCK:
@@ -99,8 +99,8 @@ def inverse_draw(weights: Float[Array, "batch choices"], numbers: Float[Array, "
 
 
 def _first_beyond(weights: Float[Array, "batch choices"], numbers: Float[Array, "batch"]) -> Int[Array, "batch"]:
-    """The first index at which the cumulative sum of a row's weights is beyond that share of all of them."""
-    # A product with a triangle is the fastest sum of few numbers, and every row's is the same beside any others.
+    """The first index at which the cumulative sum of a row's weights exceeds the row's share of their total."""
+    # A product with a triangle is the fastest cumulative sum of few numbers, and a row's does not depend on others.
     triangle = jnp.triu(jnp.ones((weights.shape[1],) * 2, weights.dtype))
     cumulative = jnp.matmul(weights, triangle, precision=jax.lax.Precision.HIGHEST)
     beyond = (cumulative > numbers[:, None] * cumulative[:, -1:]) & (weights > 0)
@@ -108,7 +108,7 @@ def _first_beyond(weights: Float[Array, "batch choices"], numbers: Float[Array, 
 
 
 def in_nucleus(logits: Float[Array, "batch vocab"], top_p: float) -> Array:
-    """True for tokens that are drawn from: the likeliest whose likelier ones hold less than `top_p`, with ties."""
+    """True for tokens to draw from: those whose likelier tokens hold less than `top_p` in total, ties included."""
     probabilities = jax.nn.softmax(logits, axis=-1)
     falling = -jnp.sort(-probabilities, axis=-1)
     before = jnp.cumsum(falling, axis=-1) - falling

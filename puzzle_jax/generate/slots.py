@@ -1,8 +1,8 @@
 """The device side of generation: the state of all slots, and the three programs that change it.
 
-    prefill   a chunk of the prompts of a group of rows, into caches of their own
-    admit     copies finished rows of the group into free slots, a row into several where their prompts are equal
-    decode    steps of all slots, until enough of them are idle
+    prefill   runs a chunk of the prompts of a group of rows, which have caches of their own
+    admit     copies finished rows of the group into free slots, one row into several if their prompts are equal
+    decode    runs steps of all slots until enough of them are idle
 
 Every program has one shape for a whole run, and no step mixes rows, so a request's tokens do not depend on which
 others run beside it: bit for bit on CPU in float32, where a matmul of fixed shape treats all its rows alike.
@@ -37,8 +37,8 @@ class Group(NamedTuple):
 
     Attributes:
       caches: caches of every layer.
-      hidden: the last layer's output at the prompt's last token, once that was reached.
-      experts: chosen ids by position, when they are asked for.
+      hidden: the last layer's output at the prompt's last token, once that has been reached.
+      experts: ids of the chosen experts by position, if requested.
     """
 
     caches: list[LayerCache]
@@ -47,17 +47,17 @@ class Group(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """All slots.
+    """The state of all slots.
 
     Attributes:
       caches: caches of every layer.
-      logits: those that the next token is drawn from.
-      positions: position of the next token; in an idle slot that of the last one.
-      counts, limits: tokens drawn, and the most that may be.
+      logits: logits from which the next token is drawn.
+      positions: position of the next token; in an idle slot, of the last one.
+      counts, limits: number of tokens drawn, and its limit.
       seeds: seeds of the sampling noise.
       idle: slots without a request, or with a finished one.
-      tokens, log_probs: drawn so far; log-probabilities under the model itself, at temperature 1.
-      experts: chosen ids by position, the prompt's too.
+      tokens, log_probs: tokens drawn so far, and their log-probabilities under the model itself, at temperature 1.
+      experts: ids of the chosen experts by position, the prompt included.
     """
 
     caches: list[LayerCache]
@@ -76,7 +76,7 @@ State = TypeVar("State", Group, Slots)
 
 
 class Places(NamedTuple):
-    """Shardings of arrays with a row per slot or row of a group, of caches, and of scales; None without a mesh."""
+    """Shardings of arrays with a row per slot (or row of a group), of caches, and of scales; None without a mesh."""
 
     rows: NamedSharding | None = None
     caches: NamedSharding | None = None
@@ -84,7 +84,7 @@ class Places(NamedTuple):
 
     @staticmethod
     def on(mesh: Mesh | None, rows: int, config: ModelConfig) -> Places:
-        """Rows over "data", key-value heads over "model", where these divide them."""
+        """Rows over "data" and key-value heads over "model", where these axes divide them evenly."""
         if mesh is None:
             return Places()
         data = "data" if rows % mesh.shape["data"] == 0 else None
@@ -93,7 +93,7 @@ class Places(NamedTuple):
         return Places(*(NamedSharding(mesh, each) for each in axes))
 
     def of(self, state: State) -> State:
-        """A tree of shardings in the structure of a state, or of its shapes."""
+        """A tree of shardings with the structure of a state, or of its shapes."""
 
         def over(x: PyTree, sharding: NamedSharding | None) -> PyTree:
             return jax.tree.map(lambda _: sharding, x)
@@ -106,8 +106,8 @@ class Places(NamedTuple):
 
 
 class Admission(NamedTuple):
-    """Slots, all different, and the row of a group that each takes, with the row's prompt length and the slot's own
-    limit and seed. Entries from `count` on fill the arrays up to a fixed length and do nothing.
+    """Distinct slots and the row of a group that each takes, with the row's prompt length and the slot's own limit and
+    seed. Entries from `count` on pad the arrays to a fixed length and have no effect.
     """
 
     count: Int[Array | np.ndarray, ""]
@@ -147,7 +147,7 @@ def empty_group(
     experts: bool,
     mesh: Mesh | None = None,
 ) -> Group:
-    """A group of rows whose prompts are still to be run, made in place."""
+    """A group of rows whose prompts are still to be run, allocated directly on its devices."""
     caches, chosen = _empty(config, rows, context, dtype, form, experts, mesh)
     hidden = jnp.zeros((rows, config.hidden_size), dtype, device=Places.on(mesh, rows, config).rows)
     return Group(caches, hidden, chosen)
@@ -164,7 +164,7 @@ def empty_slots(
     experts: bool,
     mesh: Mesh | None = None,
 ) -> Slots:
-    """Idle slots, made in place: all together may be more than one device holds."""
+    """Idle slots, allocated directly on their devices: all together may be more than one device holds."""
     caches, chosen = _empty(config, slots, context, dtype, form, experts, mesh)
     rows = Places.on(mesh, slots, config).rows
     zeros = partial(jnp.zeros, device=rows)
@@ -183,7 +183,7 @@ def empty_slots(
 
 
 def read_row(arrays: PyTree, row: int, mesh: Mesh | None) -> PyTree:
-    """One row of each array, whole and on the host; in all processes, which must all ask."""
+    """One row of each array, gathered on the host of every process; all processes must call this together."""
     return jax.device_get(_row_reader(mesh)(arrays, np.int32(row)))
 
 
@@ -234,11 +234,11 @@ def prefill(
 
 @partial(jax.jit, static_argnames="config", donate_argnames="state")
 def admit(params: Params, config: ModelConfig, state: Slots, group: Group, admission: Admission) -> Slots:
-    """Gives slots to rows of a group whose prompts have been run."""
+    """Copies rows of a group, whose prompts have been run, into slots."""
     with jax.named_scope("admit"):
 
         def copy(old: Array | None, new: Array | None) -> Array | None:
-            """Row by row, in place."""
+            """Copies row by row, in place."""
             if old is None or new is None:
                 return None
 

@@ -1,8 +1,8 @@
-"""The rows of trace files, as plain values; `traces` makes traces of them.
+"""Reads the rows of trace files as plain values, of which `traces` makes traces.
 
-JSONL is read line by line, parquet some rows at a time, so that memory is in proportion to what the file holds. A
-parquet file that holds far more than its size can say is refused before it is unpacked. Arrays in rows have the form of
-.npy files; what their header says is checked against the bytes that are there before anything is made of it.
+JSONL is read line by line, parquet a few rows at a time, so that memory is proportional to what the file holds. A
+parquet file that holds far more than its size can justify is refused before it is unpacked. Arrays in rows have the
+format of .npy files; their header is checked against the number of bytes before an array is made.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from puzzle_jax.errors import PuzzleError, shown
 from puzzle_jax.files import parse_json
 
 _ROWS_AT_ONCE = 64
-# So many values and unpacked bytes may a parquet file hold: per byte of its size, or at any rate.
+# Most values and unpacked bytes of a parquet file: per byte of its size, and what is allowed for any size.
 _VALUES, _BYTES = (100, 1 << 24), (1000, 1 << 28)
 
 
 def jsonl_rows(path: Path, torn_tail: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The place and the object of every line of a JSONL file that is not blank.
+    """Yields the place and the object of every line of a JSONL file that is not blank.
 
-    With `torn_tail`, a last line without its new line, which a killed run leaves, is ignored. Raises `PuzzleError`
-    where the file cannot be read, or a line holds no JSON object of valid Unicode.
+    With `torn_tail`, a last line without a newline, which a killed run leaves, is ignored. Raises `PuzzleError` if the
+    file cannot be read, or a line is not a JSON object of valid Unicode.
     """
     try:
         with open(path, "rb") as file:
@@ -53,10 +53,10 @@ def jsonl_rows(path: Path, torn_tail: bool) -> Iterator[tuple[str, dict[str, Any
 
 
 def parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The place of every row of a parquet file, and its values of those columns that there are.
+    """Yields the place of every row of a parquet file, and its values of those `columns` that the file has.
 
     Raises:
-      PuzzleError: the file cannot be read, has none of the columns, or one twice, or holds absurdly much.
+      PuzzleError: the file cannot be read, has none of the columns, or one twice, or holds absurdly many values.
     """
 
     def refuse(error: Exception) -> NoReturn:
@@ -89,7 +89,7 @@ def parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict
 
 
 def array_bytes(array: np.ndarray) -> bytes:
-    """An array in the form of .npy files, which holds shape and type as well."""
+    """An array in the format of .npy files, which includes shape and dtype."""
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     return buffer.getvalue()
@@ -99,7 +99,7 @@ def read_array(value: Any, name: str) -> np.ndarray:
     """The array that `array_bytes` wrote, from its bytes or their base64.
 
     Raises:
-      PuzzleError: there is none, or of another type than uint8 or uint16, or as much as its header says is not there.
+      PuzzleError: it is no such array, its dtype is neither uint8 nor uint16, or its size is not what its header says.
     """
     try:
         data = value if isinstance(value, bytes) else base64.b64decode(value, validate=True)
@@ -138,7 +138,7 @@ def _rows(batch: pa.RecordBatch, where: str, before: int) -> Iterator[dict[str, 
     try:
         yield from batch.to_pylist()
         return
-    except Exception:  # A text that is no UTF-8, say: find out in which row and column.
+    except Exception:  # Text that is not UTF-8, for example: find out in which row and column.
         pass
     for index in range(batch.num_rows):
         row = {}

@@ -1,9 +1,9 @@
-"""Traces: prompts with a model's answers, the one form in which answers are kept, scored and learnt from.
+"""Traces: prompts with a model's answers, the one form in which answers are stored, scored and trained on.
 
-A trace file is parquet or, when its path ends in .jsonl, JSON objects one per line. Both have the columns `COLUMNS`
-(token ids), of which a file from elsewhere needs only prompt and completion, and may carry `log_probs`, `experts` and
+A trace file is parquet or, if its path ends in .jsonl, one JSON object per line. Both have the columns `COLUMNS`
+(token ids), of which a file from elsewhere needs only prompt and completion, and may have `log_probs`, `experts` and
 `unscored`.
-Answers of a server can be read too, as text: rows of one of the forms
+Answers of a server can also be read as text, in rows of one of the forms
 
     {"messages": [..., {"role": "assistant", "content": "4", "thinking": "2 + 2"}]}
     {"prompt": "2 + 2?", "completion": "4", "reasoning": "2 + 2"}
@@ -11,8 +11,8 @@ Answers of a server can be read too, as text: rows of one of the forms
 
 A prompt is one user message or a list of messages; the answer may be called completion or response, its analysis
 thinking, reasoning_content or reasoning, and the effort effort or reasoning_effort. The last form is a request with
-the response of an OpenAI-compatible server, which may also stand under "response"; every choice becomes a trace.
-Control tokens that are written out in texts stay text, and a `PuzzleWarning` says in how many rows there are some.
+the response of an OpenAI-compatible server, which may also be under "response"; every choice becomes a trace.
+Control tokens written out in texts stay text, and a `PuzzleWarning` says in how many traces they occur.
 Left out: tool calls, streams, chosen experts of text rows.
 """
 
@@ -46,9 +46,9 @@ _TEXT_COLUMNS = (
 )  # fmt: skip
 
 LARGEST_TOKEN = 2**31 - 1
-"""Largest token id that there can be: programs hold them as int32."""
+"""Largest possible token id: programs hold ids as int32."""
 
-# Logarithms of probabilities that programs round to a little more than 1.
+# For log-probabilities of probabilities that some programs round to a little more than 1.
 _ROUNDING = 1e-3
 
 _SCHEMA = pa.schema([
@@ -75,15 +75,15 @@ class Trace:
     """One answered question.
 
     Attributes:
-      task, effort, problem_seed: the question's task and effort, and the seed that draws it again.
+      task, effort, problem_seed: the question's task and effort, and the seed that reproduces it.
       details: measures of the problem's difficulty.
       prompt, completion: token ids; the completion ends in a stop id unless it is truncated.
-      reward: from 0 to 1, which is right; None when the answer was never scored.
+      reward: from 0 to 1, where 1 is correct; None if the answer was never scored.
       truncated: whether the token limit ended the completion.
       log_probs: natural logarithm of the probability with which each completion token was drawn, or None.
       experts: ids [prompt + completion - 1 tokens, layers, experts per token] (uint8 or uint16) of the experts that
         each token but the last went through, or None. Not compared.
-      unscored: why the answer could not be scored, in which case its reward is 0; None where it was scored.
+      unscored: why the answer could not be scored, in which case its reward is 0; None if it was scored.
     """
 
     task: str
@@ -127,7 +127,7 @@ class Trace:
 def write_traces(path: str | Path, traces: Sequence[Trace]) -> None:
     """Writes traces as one file: JSONL when its path ends in .jsonl, else parquet.
 
-    `length` counts prompt and completion tokens; `log_probs`, `experts` and `unscored` are there when a trace has them.
+    `length` counts prompt and completion tokens; `log_probs`, `experts` and `unscored` are written if a trace has them.
     """
     if Path(path).suffix == ".jsonl":
         with naming(Path(path)), open(path, "w", encoding="utf-8") as file:
@@ -141,15 +141,15 @@ def write_traces(path: str | Path, traces: Sequence[Trace]) -> None:
 
 
 def append_trace(file: TextIO, trace: Trace) -> None:
-    """Writes one trace to a JSONL file, and out to the operating system, so that a killed run keeps it."""
+    """Writes one trace to a JSONL file and flushes it to the operating system, so that a killed run keeps it."""
     file.write(_line(trace))
     file.flush()
 
 
 def open_to_append(path: str | Path) -> TextIO:
-    """Opens a JSONL file of traces for `append_trace`, made when it is missing.
+    """Opens a JSONL file of traces for `append_trace`, creating it if it is missing.
 
-    A last line without its new line, which a killed run leaves, is cut off first.
+    A last line without a newline, which a killed run leaves, is cut off first.
     """
     with open(path, "ab+") as file:
         end = file.seek(0, os.SEEK_END)
@@ -171,11 +171,11 @@ def read_traces(path: str | Path, chat: Chat | None = None, *, torn_tail: bool =
     Args:
       path: the file; JSONL when it ends in .jsonl.
       chat: turns text rows into tokens; not needed for rows of token ids.
-      torn_tail: whether a JSONL file may be what a killed run left: a last line without its new line is ignored, and
-        there may be no trace at all.
+      torn_tail: whether a JSONL file may come from a killed run: a last line without a newline is ignored, and there
+        may be no trace at all.
 
     Raises:
-      PuzzleError: the file cannot be read, holds no trace, or a row is of no known form; names file, row and field.
+      PuzzleError: the file cannot be read, holds no trace, or has a row of unknown form; names file, row and field.
     """
     path = Path(path)
     columns = (*_SCHEMA.names, *_TEXT_COLUMNS)
@@ -231,7 +231,7 @@ def _line(trace: Trace) -> str:
 
 
 def _traces(row: dict[str, Any], chat: Chat | None) -> Iterator[tuple[Trace, bool]]:
-    """The traces of one row: one, or one per choice of a response; and whether a control token is written out in it."""
+    """Yields the traces of a row, one or one per choice of a response, and whether each writes out a control token."""
     row = {name: value for name, value in row.items() if value is not None}
     effort = check_effort(_get(row, "effort" if "effort" in row else "reasoning_effort", str, "a text", "medium"))
     about = {
@@ -292,7 +292,7 @@ def _text_trace(
 
 
 def _answers(row: dict[str, Any]) -> Iterator[tuple[str | list[Any], Mapping[str, Any], bool]]:
-    """(prompt, the assistant's message, whether it was cut short) of every answer in a text row."""
+    """Yields (prompt, the assistant's message, whether it was cut short) for every answer in a text row."""
     name = "messages" if "messages" in row else "prompt"
     messages = row.get(name)
     if not (name == "prompt" and isinstance(messages, str)) and not _are_messages(messages):
@@ -361,7 +361,7 @@ def _is_token(value: object) -> bool:
 
 
 def _is_log_prob(value: object) -> bool:
-    # NaN is not at most anything, and whole numbers may be larger than any float.
+    # NaN fails every comparison, and whole numbers may be larger than any float.
     return (type(value) is float or (type(value) is int and _fits(value))) and value <= _ROUNDING
 
 
@@ -370,5 +370,5 @@ def _is_share(value: int | float) -> bool:
 
 
 def _fits(number: int) -> bool:
-    """Returns whether parquet's whole numbers can hold it."""
+    """Returns whether parquet's 64-bit integers can hold the number."""
     return -(2**63) <= number < 2**63

@@ -1,5 +1,5 @@
-"""Operations that the model is made of, each with a plain reference beside its fast implementations.
+"""Operations that the model is built from, each with a plain reference next to its fast implementations.
 
-Every operation is a folder: `__init__.py` is its api and picks an implementation, `reference.py` is the obviously
-correct one. Only jax and numpy are needed here; kernels know no models and no files.
+Every operation is a package: `__init__.py` is its api and picks an implementation, `reference.py` is the obviously
+correct one. Kernels need only jax and numpy, and know nothing about models or files.
 """

@@ -1,6 +1,6 @@
-"""Checks of arguments that all operations share, before anything is traced further or launched.
+"""Argument checks that all operations share, made before anything is traced further or launched.
 
-They raise ValueError that names the argument, its shape, and the shape that it had to fit.
+Each raises a ValueError that names the argument, its shape, and the shape that it had to fit.
 """
 
 from __future__ import annotations
@@ -14,28 +14,28 @@ from puzzle_jax.kernels.shapes import Array, Window
 
 
 def shapes(needed_by: str, expected: Mapping[str, tuple[Array, tuple[int, ...]]]) -> None:
-    """Each named array has the shape that `needed_by`, as messages put it, asks for."""
+    """Checks that each named array has its expected shape; `needed_by` is what messages say needs that shape."""
     for name, (array, shape) in expected.items():
         if array.shape != shape:
             raise ValueError(f"{name} has shape {array.shape}, but {needed_by} needs {shape}")
 
 
 def floating(**arrays: Array) -> None:
-    """Arrays hold floating point numbers."""
+    """Checks that arrays hold floating point numbers."""
     for name, array in arrays.items():
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(f"{name} has dtype {array.dtype}, but must be floating point")
 
 
 def cached(**arrays: Array) -> None:
-    """Caches hold numbers to compute with, or bytes of e4m3."""
+    """Checks that caches hold floating point numbers or bytes of e4m3."""
     for name, array in arrays.items():
         if array.dtype != jnp.uint8 and not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(f"{name} has dtype {array.dtype}, but must be floating point, or uint8 for e4m3")
 
 
 def heads(q: Array, q_heads: int, k_name: str, k: Array, kv_heads: int) -> None:
-    """Query heads share key-value heads evenly."""
+    """Checks that query heads share key-value heads evenly."""
     if not kv_heads or q_heads % kv_heads:
         raise ValueError(
             f"q of shape {q.shape} has {q_heads} heads, which is no multiple of the {kv_heads} of {k_name} of shape "
@@ -44,7 +44,7 @@ def heads(q: Array, q_heads: int, k_name: str, k: Array, kv_heads: int) -> None:
 
 
 def window(window: Window, batch: int) -> None:
-    """A window is all keys, a number from 1, or whole numbers for each row."""
+    """Checks that a window is None for all keys, at least 1, or an array of integers, for all rows or for each row."""
     if window is None:
         return
     if isinstance(window, int):

@@ -1,8 +1,8 @@
 """Picks the implementation of an operation.
 
-An api offers an ordered mapping of implementations. The first that accepts the arguments serves; one that cannot
-raises NotImplementedError, and only that is caught. Kernels serve only where they have proved themselves
-(`self_check`), other projects' libraries by name only. A pinned implementation is neither checked nor replaced.
+An api passes an ordered mapping of implementations. The first that accepts the arguments is used; one that does not
+raises NotImplementedError, and only that is caught. Kernels are used only where they have passed their trial
+(`self_check`), other projects' libraries only by name. A pinned implementation is neither checked nor replaced.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 
 
 class Choice(NamedTuple):
-    """What serves one call of an operation, and why those before it in the order do not."""
+    """The implementation chosen for one call of an operation, and why each one before it in the order refused."""
 
     operation: str
     chosen: str
@@ -31,7 +31,7 @@ _choices: ContextVar[list[Choice] | None] = ContextVar("choices", default=None)
 
 @contextmanager
 def recording() -> Iterator[list[Choice]]:
-    """A context that lists the choices made in it."""
+    """A context that records the choices made in it."""
     choices: list[Choice] = []
     token = _choices.set(choices)
     try:
@@ -51,12 +51,12 @@ def dispatch(
     """Calls the first of `implementations` that accepts the arguments, or the one named `implementation`.
 
     Args:
-      trial: makes what kernels are checked by before they serve; without one they serve by name only.
+      trial: makes the trial that kernels must pass before they are used; without one they are used only by name.
 
     Raises:
       ValueError: `implementation` is not among the names.
       NotImplementedError: none accepts the arguments, or the named one does not; the message says why each refused.
-      ConfigError: PUZZLE_KERNELS is not what it may be.
+      ConfigError: PUZZLE_KERNELS has an invalid value.
     """
     if implementation is not None:
         if implementation not in implementations:

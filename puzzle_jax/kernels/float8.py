@@ -3,8 +3,8 @@
     stored = e4m3(clip(x / scale, -448, 448)),  read = stored * scale
 
 The clip comes first because a cast gives NaN above 464, not the largest number. Readers of a cache do not multiply
-by the scale: attention folds it into logits and output. Stored numbers are held as uint8: where a compiler has no
-arithmetic for float8 it would convert whole caches to copy a row. Left out: e5m2, scales per head or per block.
+by the scale: attention folds it into logits and output. Stored numbers are held as uint8: a compiler without
+arithmetic for float8 would convert whole caches to copy a row. Left out: e5m2, scales per head or per block.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def encode_e4m3(x: Float[Array, "*shape"], scale: Float[Array, ""]) -> UInt8[Arr
 
 
 def round_e4m3(x: Float[Array, "*shape"], scale: Float[Array, ""], dtype: jnp.dtype | type) -> Float[Array, "*shape"]:
-    """The numbers that `encode_e4m3` would store, in a dtype that holds them: without a cast, which is slow on CPUs."""
+    """The numbers that `encode_e4m3` would store, in a dtype that holds them. Avoids the e4m3 cast, slow on CPUs."""
     scaled = jnp.clip(x.astype(jnp.float32) / scale, -E4M3_MAX, E4M3_MAX)
-    # Of the smallest the last place stays where it is; others keep three bits of mantissa, ties to even as in a cast.
+    # Subnormals have a fixed last place; others keep three bits of mantissa, with ties to even as in a cast.
     rounded = jnp.where(
         jnp.abs(scaled) < 2.0**-6,
         jnp.round(scaled * 2.0**9) * 2.0**-9,
@@ -39,8 +39,8 @@ def round_e4m3(x: Float[Array, "*shape"], scale: Float[Array, ""], dtype: jnp.dt
 def decode_e4m3(stored: UInt8[Array, "*shape"], dtype: jnp.dtype | type) -> Float[Array, "*shape"]:
     """The numbers that e4m3 bytes stand for, without their scale; exact in float16, bfloat16 and float32.
 
-    XLA's own cast is slow on CPU. There the seven low bits are placed as exponent and mantissa of a float16, whose
-    bias differs by 8, and the sign beside them; the processor does the rest.
+    XLA's own cast is slow on CPU. There the seven low bits become exponent and mantissa of a float16, whose bias
+    is larger by 8, with the sign in front; the processor converts that.
     """
     return jax.lax.platform_dependent(stored, cpu=lambda s: _decode_bits(s).astype(dtype), default=_cast(dtype))
 
@@ -56,8 +56,8 @@ def _decode_bits(stored: UInt8[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 
 def e4m3_values(codes: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """The numbers that e4m3 codes held in 32 bits stand for, by arithmetic: kernels have no such type everywhere."""
-    # Exponent and mantissa become those of a float32, whose bias is larger by 120. The smallest have no exponent.
+    """The values of e4m3 codes held in 32 bits, by arithmetic: not all kernels have the type."""
+    # Exponent and mantissa become those of a float32, whose bias is larger by 120. Subnormals have no exponent.
     magnitude = jax.lax.bitcast_convert_type(((codes & 0x7F) << 20) + (120 << 23), jnp.float32)
     magnitude = jnp.where(codes & 0x78 == 0, 2.0**-9 * (codes & 7).astype(jnp.float32), magnitude)
     return jnp.where(codes & 0x80 == 0, magnitude, -magnitude)

@@ -1,4 +1,4 @@
-"""Common parts of the Mosaic GPU kernels: where they run, how they are launched, and how tiles lie in shared memory."""
+"""What the Mosaic GPU kernels share: where they run, how they are launched, how tiles are laid out in shared memory."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ FIRST_JAX = (0, 11, 2)
 
 
 def plgpu() -> ModuleType:
-    """Pallas' Mosaic GPU module, which is imported where a kernel is made: elsewhere nothing of it is needed."""
+    """Pallas' Mosaic GPU module, imported only when a kernel is built, since nothing else needs it."""
     from jax.experimental.pallas import mosaic_gpu
 
     return mosaic_gpu
 
 
 def hopper_only(interpret: bool = False) -> None:
-    """Raises NotImplementedError below JAX 0.11.2, and, unless interpreted, where the device is no Hopper GPU."""
+    """Raises NotImplementedError below JAX 0.11.2 and, unless interpreted, if the device is not a Hopper GPU."""
     if jax.__version_info__[:3] < FIRST_JAX:
         raise NotImplementedError(f"needs JAX {'.'.join(map(str, FIRST_JAX))}, but this is {jax.__version__}")
     if not interpret and not is_hopper():
@@ -31,14 +31,14 @@ def hopper_only(interpret: bool = False) -> None:
 
 
 def swizzled(columns: int, bits: int = 16) -> tuple[object, ...]:
-    """Transforms of a tile with rows of so many numbers, such that wgmma can read it and TMA write it."""
+    """Transforms of a tile whose rows have so many numbers of so many bits, for wgmma to read and TMA to write it."""
     mosaic = plgpu()
     swizzle = mosaic.find_swizzle(columns * bits)
     return mosaic.TilingTransform((8, swizzle * 8 // bits)), mosaic.SwizzleTransform(swizzle)
 
 
 def product(left: Ref, right: Ref, rows: int, columns: int) -> Float[Array, "rows columns"]:
-    """One product by wgmma, in float32."""
+    """One wgmma product, accumulated in float32."""
     mosaic = plgpu()
 
     def run(total: Ref) -> Float[Array, "rows columns"]:
@@ -49,7 +49,7 @@ def product(left: Ref, right: Ref, rows: int, columns: int) -> Float[Array, "row
 
 
 def stored(*copies: tuple[Ref, Ref]) -> None:
-    """Writes tiles of shared memory to global memory, and waits for it."""
+    """Copies tiles from shared to global memory and waits for the copies to finish."""
     mosaic = plgpu()
     mosaic.commit_smem()
     for source, target in copies:
@@ -65,8 +65,8 @@ def launched(
     interpret: bool,
     warpgroups: Mapping[str, int] | None = None,
 ) -> Callable[..., Array]:
-    """A function that runs a kernel with a program for each place of a named grid; `warpgroups` names the axis of a
-    program's warpgroups, and says how many there are."""
+    """A function that runs a kernel with one program per point of a named grid; `warpgroups` names the axis of a
+    program's warpgroups and gives their number."""
     mosaic = plgpu()
     axis, count = next(iter((warpgroups or {}).items()), (None, None))
     return mosaic.kernel(

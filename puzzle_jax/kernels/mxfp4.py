@@ -1,12 +1,12 @@
-"""Weights at rest in MXFP4: packed 4-bit codes with one shared power of two per 32 elements.
+"""Weights stored in MXFP4: packed 4-bit codes with one shared power of two per 32 elements.
 
 The layout is that of gpt-oss checkpoints, so bytes pass from file to device and back untouched: groups lie along the
 contraction axis, byte j of a group holds element 2j in its low nibble and 2j+1 in its high one (OCP Microscaling
-Formats v1.0). Only the last two axes of a checkpoint's codes, [inputs / 32, 16], are one here: a TPU would pad 16 to
+Formats v1.0). Only the last two axes of a checkpoint's codes, [inputs / 32, 16], are merged: a TPU would pad 16 to
 128. Decoding is exact in float32 and bfloat16 for every scale from 2 to 254; the two smallest scales give subnormal
 numbers, which XLA may flush to zero.
 
-Left out: encoding, which is a matter of checkpoints (`puzzle_jax.convert_hf.tensors.mxfp4`).
+Left out: encoding, which belongs to checkpoints (`puzzle_jax.convert_hf.tensors.mxfp4`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from puzzle_jax.kernels.shapes import Array, Float, Int, Matrices, UInt8
 
 GROUP = 32
 MOST_DECODED = 1 << 28
-"""Bytes of decoded matrices that an operation may hold; packed experts of more are decoded one at a time."""
+"""Bytes of decoded matrices that an operation may hold; packed experts beyond that are decoded one at a time."""
 TILE_BYTES = 1 << 22
 """Bytes of a matrix that `matmul` decodes at a time."""
 CODE_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -32,7 +32,7 @@ CODE_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -
 if TYPE_CHECKING:
     Codes = UInt8[Array, "experts outputs half_inputs"]
     Scales = UInt8[Array, "experts outputs groups"]
-else:  # JAX makes trees of other things than arrays while it differentiates
+else:  # JAX builds trees whose leaves are not arrays while it differentiates
     Codes = Scales = object
 
 
@@ -74,22 +74,22 @@ def decode(weight: MXFP4, dtype: jnp.dtype | type = jnp.float32) -> Float[Array,
 
 
 def code_values(codes: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """The numbers of 4-bit codes held in 32 bits, by arithmetic: kernels have no tables."""
-    # Two bits of exponent and one of mantissa become those of a float32 whose exponent starts at 1 / 2. That is right
-    # for all but the two smallest, which a float32 so built cannot say.
+    """The values of 4-bit codes held in 32 bits, by arithmetic: kernels have no lookup tables."""
+    # Two bits of exponent and one of mantissa become those of a float32 whose exponent starts at 1 / 2. This is correct
+    # for all but the two smallest, which a float32 built this way cannot represent.
     magnitude = jax.lax.bitcast_convert_type(((codes & 7) << 22) + (126 << 23), jnp.float32)
     magnitude = jnp.where(codes & 6 == 0, 0.5 * (codes & 1).astype(jnp.float32), magnitude)
     return jnp.where(codes & 8 == 0, magnitude, -magnitude)
 
 
 def scale_values(scales: UInt8[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Powers of two by their bits: exp2 is off by parts in a million on some platforms."""
+    """Powers of two, built from their bits: on some platforms exp2 is off by parts per million."""
     return jax.lax.bitcast_convert_type(scales.astype(jnp.int32) << 23, jnp.float32)
 
 
 def matmul(rows: Float[Array, "rows inputs"], weight: MXFP4) -> Float[Array, "rows outputs"]:
-    """Rows times the only matrix of `weight`, in plain XLA: some outputs at a time, so that what is decoded stays in a
-    CPU's caches.
+    """Rows times the only matrix of `weight`, in plain XLA: a tile of outputs at a time, so that decoded weights stay
+    in a CPU's caches.
 
     Even and odd inputs are separate sums, since a byte holds one of each: results differ from those of a decoded matrix
     by rounding.
@@ -122,7 +122,7 @@ def decoded_together(dtype: jnp.dtype | type, *weights: MXFP4 | Array) -> bool:
 
 
 def check_decoded(dtype: jnp.dtype | type, *weights: MXFP4 | Array) -> None:
-    """Raises NotImplementedError where they are not `decoded_together`."""
+    """Raises NotImplementedError unless the weights are `decoded_together`."""
     if not decoded_together(dtype, *weights):
         raise NotImplementedError(f"packed experts would take more than {MOST_DECODED:,} bytes, decoded all at once")
 

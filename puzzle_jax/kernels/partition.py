@@ -1,6 +1,7 @@
-"""Attention on a mesh that cuts rows and heads: every device attends with its own, and nothing is exchanged.
+"""Attention on a mesh that shards rows and heads: every device computes its own, and nothing is communicated.
 
-XLA finds this by itself for what it knows, but not for kernels, which it would give all rows and heads.
+XLA finds this partitioning by itself for its own operations, but not for kernels, which it would give all rows and
+heads.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ DATA, MODEL = "data", "model"
 
 
 def spreads(mesh: Mesh | AbstractMesh | None, heads: int, kv_heads: int) -> TypeGuard[Mesh | AbstractMesh]:
-    """Returns whether `by_rows_and_heads` leaves no device with another's work: it has several, and where "model" has,
-    that divides the heads."""
+    """Returns whether `by_rows_and_heads` can split the work: the mesh has several devices, and its "model" axis, if
+    any, divides the heads."""
     if mesh is None or mesh.size == 1:
         return False
     model = mesh.shape.get(MODEL, 1)
@@ -33,13 +34,13 @@ def by_rows_and_heads(
     sinks: Sinks,
     **options: Array | int | None,
 ) -> Array:
-    """The result of `attend(*arrays, sinks, **options)`, each device with its rows and heads.
+    """The result of `attend(*arrays, sinks, **options)`, where each device computes its own rows and heads.
 
     Args:
       arrays: queries, keys and values, whose first axis is rows.
-      heads_axis: of heads in all arrays and the result.
-      options: of `attend`; arrays of one entry per row are cut like rows, where the axis "data" divides these, and
-        others are whole everywhere.
+      heads_axis: the axis of heads in all arrays and in the result.
+      options: keyword arguments of `attend`; arrays with one entry per row are sharded like the rows, if the axis
+        "data" divides those, and others are replicated.
     """
     batch = len(arrays[0])
     rows = DATA if DATA in mesh.shape and batch % mesh.shape[DATA] == 0 else None

@@ -22,7 +22,7 @@ def target_platform() -> str:
 
 
 def lowered_for() -> str | None:
-    """The platform of `lowering_for`, where that is in force."""
+    """The platform given to `lowering_for`, or None outside its context."""
     target = _target.get()
     return None if target is None else target[0]
 
@@ -30,13 +30,13 @@ def lowered_for() -> str | None:
 @contextmanager
 def lowering_for(platform: str, capability: str = HOPPER) -> Iterator[None]:
     """A context in which kernels are chosen for a platform that need not be present, so that programs can be lowered
-    and compiled for it ahead of time. Programs traced before keep their kernels.
+    and compiled for it ahead of time. Programs traced earlier keep their kernels.
 
     Args:
       platform: one of `PLATFORMS`.
       capability: compute capability of a GPU.
 
-    Raises ValueError for a platform that is unknown.
+    Raises ValueError for an unknown platform.
     """
     if platform not in PLATFORMS:
         raise ValueError(f"platform is {platform!r}, but must be one of {', '.join(PLATFORMS)}")
@@ -48,7 +48,7 @@ def lowering_for(platform: str, capability: str = HOPPER) -> Iterator[None]:
 
 
 def is_hopper() -> bool:
-    """Whether kernels are chosen for a GPU of compute capability 9.0."""
+    """Returns whether kernels are chosen for a GPU of compute capability 9.0."""
     target = _target.get()
     if target is not None:
         return target == ("gpu", HOPPER)

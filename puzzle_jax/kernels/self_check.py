@@ -1,18 +1,18 @@
-"""Kernels prove themselves where they run, before they serve.
+"""Kernels must pass a trial on the device at hand before they are used.
 
 The first time that an operation of some shape class is traced for the GPU or TPU present, its kernel is run once on
-small arrays of that class beside what XLA would do: it must compile, agree, and take no longer, forwards and, where the
-operation has them, with gradients. The verdict is kept in a file by device, JAX and package (its version and the source
-of its kernels). A kernel that does not pass is one warning with the reason, and XLA serves.
+small arrays of that class next to what XLA would do: it must compile, agree, and take no longer, forwards and, if the
+operation has gradients, with them. The verdict is kept in a file by device, JAX and package (its version and the source
+of its kernels). If a kernel does not pass, one warning gives the reason, and XLA is used.
 
-A trial runs in a thread of its own, whatever is being traced meanwhile. While it does, the file says so: a kernel that
-takes the process down with it is found there by the next run, and is not tried again.
+A trial runs in a thread of its own, whatever is being traced meanwhile. While it runs, the file says so: if a kernel
+takes the process down with it, the next run finds that in the file and does not try the kernel again.
 
-The environment variable PUZZLE_KERNELS chooses: `auto` is this; `off` leaves all kernels out; the name of a kernel has
-that one serve unchecked wherever it accepts its arguments, and no other. So does that of a library, never by itself.
+The environment variable PUZZLE_KERNELS selects: `auto` is the above; `off` leaves all kernels out; with the name of a
+kernel, that one is used unchecked wherever it accepts its arguments, and no other. Libraries are used only by name.
 
-Programs that are only lowered (`platform.lowering_for`) have no device to try a kernel on: there kernels serve. Where
-XLA partitions a program by itself they never do: it cannot cut them, so that every device would do all of the work.
+Programs that are only lowered (`platform.lowering_for`) have no device to try a kernel on; they use kernels untried.
+Where XLA partitions a program by itself, none is used: XLA cannot shard kernels, so every device would do all the work.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 TOLERANCE, TIMES_XLA = 2.0**-5, 2.0
-"""Largest difference of a number from what float32 gives, relative to the largest of its row: so much, or so many times
-that of XLA in the dtypes given."""
+"""Largest error allowed, as the difference from float32 results relative to the largest number of a row: TOLERANCE, or
+TIMES_XLA times the error of XLA in the dtypes given, if that is more."""
 
 SLOWER = 1.05
-"""A kernel may take as many times XLA's seconds, which is what measuring again can show for the same program."""
+"""A kernel may take up to this many times as long as XLA: repeated timings of one program differ by as much."""
 
 ROUNDS, ROUND_SECONDS = 7, 0.01
 
@@ -65,10 +65,10 @@ class Trial:
     """An operation on small arrays of a shape class.
 
     Attributes:
-      shape_class: names the class: dtypes, and the sizes that a kernel's program depends on.
+      shape_class: name of the class: dtypes, and the sizes that a kernel's program depends on.
       arrays: makes the arguments.
-      run: of arguments, with the keyword `implementation`; its result is one array.
-      differentiable: the arguments whose gradients must agree.
+      run: takes the arguments and the keyword `implementation`, and returns one array.
+      differentiable: positions of the arguments whose gradients must agree.
     """
 
     shape_class: str
@@ -79,14 +79,14 @@ class Trial:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a trial found.
+    """The outcome of a trial.
 
     Attributes:
-      reason: why the kernel does not serve; empty where it does.
-      error, xla_error: largest difference from what XLA gives in float32, relative to the largest number of a row, of
-        results and gradients.
-      seconds, xla_seconds: median of a call, by what was run ("forwards", "with gradients").
-      trying: host and process of a trial that has not ended.
+      reason: why the kernel is not used; empty if it is.
+      error, xla_error: largest difference of the kernel's, or XLA's, results and gradients from those of XLA in
+        float32, relative to the largest number of a row.
+      seconds, xla_seconds: median time of a call, by what was run ("forwards", "with gradients").
+      trying: host and process id of a trial that has not ended.
     """
 
     reason: str = ""
@@ -98,7 +98,7 @@ class Verdict:
 
 
 class _Refused(Exception):
-    """A reason for which a kernel does not serve."""
+    """Raised with the reason why a kernel is not used."""
 
 
 # Which kernels may serve ----------------------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ _off: ContextVar[bool] = ContextVar("off", default=False)
 
 @contextmanager
 def without_kernels() -> Iterator[None]:
-    """A context in which no kernel serves unless it is asked for by name."""
+    """A context in which no kernel is used unless it is requested by name."""
     token = _off.set(True)
     try:
         yield
@@ -117,19 +117,19 @@ def without_kernels() -> Iterator[None]:
 
 
 def mode() -> str:
-    """PUZZLE_KERNELS, or "auto" where it is not set. Raises ConfigError for what it may not be."""
+    """PUZZLE_KERNELS, or "auto" if it is not set. Raises ConfigError for an invalid value."""
     return chosen_kernels((*KERNELS, *LIBRARIES))
 
 
 def may_serve() -> bool:
-    """Returns whether kernels are chosen at all for the platform in force."""
+    """Returns whether kernels may be used at all on the target platform."""
     return target_platform() in KERNELS.values() and mode() != "off" and not _off.get()
 
 
 def admit(operation: str, name: str, trial: Callable[[], Trial] | None) -> None:
-    """Returns where the kernel `name` may serve; the first time for a shape class it is tried.
+    """Returns if the kernel `name` may be used; the first time for a shape class, it is tried.
 
-    Raises NotImplementedError with the reason where it may not, ConfigError for a PUZZLE_KERNELS that cannot be.
+    Raises NotImplementedError with the reason if it may not, ConfigError for an invalid PUZZLE_KERNELS.
     """
     if KERNELS.get(name, target_platform()) != target_platform():
         raise NotImplementedError(f"for a {KERNELS[name].upper()}, but this is a {target_platform().upper()}")
@@ -150,7 +150,7 @@ def admit(operation: str, name: str, trial: Callable[[], Trial] | None) -> None:
 
 
 def _cut_by_xla() -> bool:
-    """Returns whether what is traced is partitioned by XLA: on a mesh of several devices, outside `jax.shard_map`."""
+    """Returns whether XLA partitions what is being traced: on a mesh of several devices, outside `jax.shard_map`."""
     mesh = jax.sharding.get_abstract_mesh()
     axes = zip(mesh.axis_sizes, mesh.axis_types, strict=True) if not mesh.empty else ()
     return any(size > 1 and kind != jax.sharding.AxisType.Manual for size, kind in axes)
@@ -162,13 +162,13 @@ _verdicts: dict[str, Verdict] = {}
 
 
 def verdict(operation: str, name: str, trial: Trial) -> Verdict:
-    """What the kernel's trial found, now or before. Warns once where it does not serve, and writes it down.
+    """The kernel's verdict, from a trial now or an earlier one. A new verdict is kept, and a failure gives one warning.
 
-    With several processes seconds do not count, since all must choose alike.
+    With several processes, timings are ignored, since all must make the same choice.
     """
     key = f"{operation} {name} {trial.shape_class}"
     found = _verdicts.get(key)
-    if found is None:  # no lock is held meanwhile: what a trial runs may be made of operations with trials of their own
+    if found is None:  # no lock is held during a trial: what it runs may consist of operations with trials of their own
         found = _verdicts.setdefault(key, _judged(key, name, trial))
     if found.seconds and jax.process_count() == 1 and not found.reason:
         slow = [what for what, took in found.seconds.items() if took > SLOWER * found.xla_seconds[what]]
@@ -197,7 +197,7 @@ def _judged(key: str, name: str, trial: Trial) -> Verdict:
         _warn(key, found.reason)
     except jax.errors.JaxRuntimeError as error:
         found = Verdict(f"it does not run here: {_line(error)}")
-        if "RESOURCE_EXHAUSTED" in str(error):  # says nothing of the kernel: another run may have the room
+        if "RESOURCE_EXHAUSTED" in str(error):  # says nothing about the kernel: another run may have the memory
             _warn(key, found.reason)
             _write(key, None)
             return found
@@ -218,7 +218,7 @@ def _judged(key: str, name: str, trial: Trial) -> Verdict:
 
 
 def _answers() -> bool:
-    """Returns whether the device still computes, which no program of a process does after some errors of one kernel."""
+    """Returns whether the device still computes: after some kernel errors, no program of the process runs any more."""
     try:
         return float(jax.device_get(jnp.arange(3.0) * 2).sum()) == 6.0
     except jax.errors.JaxRuntimeError:
@@ -234,7 +234,7 @@ def _line(error: BaseException) -> str:
 
 
 def _in_thread(run: Callable[[], Result]) -> Result:
-    """Runs where nothing is being traced."""
+    """Runs a function in a new thread, where nothing is being traced."""
     result: Future[Result] = Future()
 
     def work() -> None:
@@ -252,7 +252,7 @@ def _in_thread(run: Callable[[], Result]) -> Result:
 
 
 def tried(name: str, trial: Trial) -> Verdict:
-    """Runs a kernel beside XLA for errors and seconds. Raises what the kernel raises, `_Refused` where it disagrees."""
+    """Compares a kernel's errors and times to XLA's. Raises what the kernel raises, `_Refused` if it disagrees."""
     arrays = trial.arrays()
     programs = {"forwards": _results}
     if trial.differentiable:
@@ -293,7 +293,7 @@ def _gradients(trial: Trial, name: str | None, *arrays: Any) -> tuple[Array, ...
 
 def _compared(found: Array, of_xla: Array, expected: Array, what: str) -> tuple[float, float]:
     """Errors of a kernel and of XLA, relative to the largest number of a row, or to the root mean square of all numbers
-    where that is more. Raises `_Refused` where the kernel's is too large, and for numbers that are none."""
+    if that is larger. Raises `_Refused` if the kernel's error is too large or a number is not finite."""
     own, other, right = (np.asarray(each, np.float64) for each in (found, of_xla, expected))
     if not np.isfinite(own).all():
         raise _Refused(f"{what} has {np.count_nonzero(~np.isfinite(own))} numbers that are not finite")
@@ -306,7 +306,7 @@ def _compared(found: Array, of_xla: Array, expected: Array, what: str) -> tuple[
 
 
 def _timed(runs: list[Callable[..., object]], arrays: tuple[Any, ...]) -> list[float]:
-    """Median seconds of a call of each, of several in a row, in turns."""
+    """Median seconds per call of each of `runs`, which take turns at several calls in a row."""
     calls, seconds = [], [[] for _ in runs]
     for run in runs:
         began = time.perf_counter()
@@ -324,7 +324,7 @@ def _timed(runs: list[Callable[..., object]], arrays: tuple[Any, ...]) -> list[f
 
 
 def verdicts_file() -> Path:
-    """Where verdicts are kept: $PUZZLE_KERNEL_VERDICTS, or ~/.cache/puzzle_jax/kernels.json."""
+    """The file that keeps verdicts: $PUZZLE_KERNEL_VERDICTS, or ~/.cache/puzzle_jax/kernels.json."""
     return Path(os.environ.get("PUZZLE_KERNEL_VERDICTS") or Path.home() / ".cache" / "puzzle_jax" / "kernels.json")
 
 
@@ -344,16 +344,16 @@ def _sources() -> str:
 
 
 def setup() -> str:
-    """What verdicts hold for: device, JAX and package."""
+    """The key under which verdicts are kept: device, JAX and package."""
     try:
         version = metadata.version("puzzle-jax")
-    except metadata.PackageNotFoundError:  # kernels that were taken elsewhere
+    except metadata.PackageNotFoundError:  # kernels that were copied into another project
         version = "?"
     return f"{device()} | jax {jax.__version__} | puzzle_jax {version} {_sources()}"
 
 
 def read_verdicts() -> dict[str, Verdict]:
-    """Verdicts of earlier trials with this device, JAX and package; none where the file cannot be read."""
+    """Verdicts of earlier trials with this device, JAX and package; none if the file cannot be read."""
     known = {each.name for each in fields(Verdict)}
     entries = _read().get(setup(), {})
     return {
@@ -372,7 +372,7 @@ def _read() -> dict[str, dict[str, Any]]:
 
 
 def _write(key: str, found: Verdict | None) -> None:
-    """Adds a verdict to the file, or takes it out. Where it cannot be written, the next run tries again."""
+    """Adds a verdict to the file, or removes it. If the file cannot be written, the next run repeats the trial."""
     path = verdicts_file()
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -388,7 +388,7 @@ def _write(key: str, found: Verdict | None) -> None:
 
 
 def _alive(trying: str) -> bool:
-    """Returns whether the process of a trial may still run: it does on this host, or the host is another."""
+    """Returns whether the process of a trial may still be running: it is on this host, or the host is another one."""
     host, _, process = trying.rpartition(" ")
     if host != socket.gethostname():
         return True

@@ -1,7 +1,7 @@
-"""Shapes in signatures: jaxtyping's names where it is installed, and where it is not, names that promise nothing.
+"""Shapes in signatures: jaxtyping's names if it is installed, and otherwise names that check nothing.
 
-Kernels need jax and numpy alone, so that they can be taken elsewhere; what checks shapes in tests is no part of them.
-The aliases below are the arguments that an operation's implementations share; its api describes each.
+Kernels need only jax and numpy, so that they can be copied into other projects; the shape checks in tests are not part
+of them. The aliases below are for arguments that an operation's implementations share; its api describes each.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     Index = Array | int
 
     class Ref(Protocol):
-        """Memory that a Pallas kernel reads and writes by indexing; `at` is a part of it."""
+        """Memory that a Pallas kernel reads and writes by indexing; `at` selects a part of it."""
 
         shape: tuple[int, ...]
         dtype: jax.numpy.dtype
@@ -46,10 +46,10 @@ else:
 __all__ = ["Array", "Bool", "Float", "Index", "Int", "Num", "Ref", "Shaped", "UInt8"]
 
 # Attention.
-Heads = Float[Array, "batch heads dim"]  # of one position per row
+Heads = Float[Array, "batch heads dim"]  # one position per row
 Rows = Int[Array, "batch"]
 Queries = Float[Array, "batch seq heads dim"]
-Keys = Float[Array, "batch seq kv_heads dim"]  # and values
+Keys = Float[Array, "batch seq kv_heads dim"]  # also values
 KeyRing = Num[Array, "batch kv_heads dim slots"]
 ValueRing = Num[Array, "batch kv_heads slots dim"]
 ChunkKeys = Num[Array, "batch kv_heads dim chunk"]  # as a cache stores them
@@ -58,7 +58,7 @@ Sinks = Float[Array, "heads"]
 Scale = Float[Array, ""] | None
 Segments = Int[Array, "batch seq"] | None
 Window = int | Int[Array, "#batch"] | None
-Starts = Int[Array, ""] | Int[Array, "batch"]  # of all rows, or of each
+Starts = Int[Array, ""] | Int[Array, "batch"]  # one for all rows, or one per row
 
 # Mixtures of experts.
 Tokens = Float[Array, "tokens hidden"]

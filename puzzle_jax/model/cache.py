@@ -1,11 +1,11 @@
 """Key-value caches and the two phases that use them: prefill of prompts in chunks, and decoding one token per row.
 
 A layer's cache is a ring in which position p lies in slot p mod slots. A windowed layer has as many slots as its
-window, a full one as many as the context, so memory is what the architecture promises. Rows of a batch have prompts
+window, a full one as many as the context, so memory use is what the architecture promises. Rows of a batch have prompts
 of their own length, padded on the right; what a row's slots hold follows from its length.
 
-`model.cache_format` decides how a cache holds its numbers. Everything that attends reads what a cache would give back,
-a chunk's own keys and values too, so results do not depend on how a prompt is cut into chunks.
+`model.cache_format` decides how a cache stores its numbers. Attention reads all keys and values as a cache would give
+them back, a chunk's own too, so results do not depend on how a prompt is split into chunks.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def prefill_attention_block(
 def _write_chunk(
     cache: LayerCache, k: KeyRing, v: ValueRing, start: IntScalar, lengths: Rows, *, ring: bool
 ) -> LayerCache:
-    if not ring:  # position p lies in slot p; what a short row's padding leaves behind is written over before it shows
+    if not ring:  # position p lies in slot p; what a short row's padding leaves behind is overwritten before use
         return cache._replace(
             k=jax.lax.dynamic_update_slice_in_dim(cache.k, k, start, 3),
             v=jax.lax.dynamic_update_slice_in_dim(cache.v, v, start, 2),
@@ -123,7 +123,7 @@ def prefill_chunk(
       caches: hold the positions before `start`.
       tokens: tokens of the chunk, padded beyond the end of a prompt.
       start: a multiple of the chunk's length, which divides the context.
-      lengths: tokens of each entire prompt.
+      lengths: length of each entire prompt.
       context: slots of a full layer's cache.
       windows, expert_masks: a view, as in `network.hidden_states`; caches keep the configuration's own sizes.
 
@@ -145,8 +145,8 @@ def _layers(
 ) -> tuple[States, list[LayerCache], list[LayerAux]]:
     """All layers on the same tokens: their output, caches that hold the tokens, and every layer's routing.
 
-    Layers that are alike are traced and lowered once. XLA compiles every one of them: in a scan over the layers, which
-    it would compile once, each step copies a layer's weights and cache, and decoding on a CPU took 1.3 times as long.
+    Layers that are alike are traced and lowered once, but XLA compiles each of them. A scan over the layers would be
+    compiled once, but each of its steps copies a layer's weights and cache: decoding on a CPU took 1.3 times as long.
     """
 
     def layer(x: States, params: Params, cache: LayerCache, mask: ExpertMask, *, window: Window) -> _LayerOutput:
@@ -217,7 +217,7 @@ def decode_step(
     windows: Sequence[Window] | None = None,
     expert_masks: Sequence[ExpertMask] | None = None,
 ) -> tuple[Float[Array, "batch vocab"], list[LayerCache], list[LayerAux]]:
-    """Logits after one more token per row, which stands at `positions`, the caches that hold it, and its routing."""
+    """Logits after one more token per row, at `positions`; the caches with that token; and its routing."""
     table = rope_table(config.rope, config.head_dim, positions[:, None])
     attend = partial(decode_attention_block, positions=positions, table=table)
     x, caches, auxes = _layers(

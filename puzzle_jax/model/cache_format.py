@@ -1,11 +1,11 @@
-"""How a cache keeps keys and values: a dtype, and for e4m3 one scale per layer for keys and one for values.
+"""How a cache stores keys and values: a dtype, and for e4m3 one scale per layer for keys and one for values.
 
-Scales are the largest magnitude seen over 448, the form in which checkpoints carry them (`self_attn.k_scale`,
+Scales are the largest magnitude seen divided by 448, the form in which checkpoints carry them (`self_attn.k_scale`,
 `self_attn.v_scale`); see `kernels.float8`.
 
-A CPU has no arithmetic for e4m3 and turns all of a cache into numbers in every step, which takes as long as to attend.
-There a cache of at most `ROUNDED` slots holds the same rounded numbers in the dtype to compute with: it saves no memory
-where there is little to save, and costs no time. Longer ones are of bytes everywhere.
+A CPU has no e4m3 arithmetic and decodes the whole cache in every step, which takes as long as attention itself. There,
+a cache of at most `ROUNDED` slots holds the same rounded numbers in the compute dtype: it saves no memory where there
+is little to save, and costs no time. Longer caches are stored as bytes everywhere.
 
 Left out: scales per head, and formats other than e4m3.
 """
@@ -29,11 +29,11 @@ COMPUTE, FLOAT8 = "compute", "float8_e4m3fn"
 CACHE_DTYPES = (COMPUTE, "float32", "bfloat16", FLOAT8)
 
 ROUNDED = 512
-"""Slots of a layer's cache up to which e4m3 is rounded numbers on CPUs, and above which it is bytes."""
+"""Most slots of a layer's e4m3 cache for which it holds rounded numbers on CPUs; larger caches hold bytes."""
 
 
 class KVScales(NamedTuple):
-    """Factors of the stored keys and values of each layer."""
+    """Factors by which each layer's stored keys and values are multiplied when they are read."""
 
     k: Float[Array, "layers"]
     v: Float[Array, "layers"]
@@ -42,13 +42,13 @@ class KVScales(NamedTuple):
 @partial(jax.tree_util.register_dataclass, data_fields=["scales"], meta_fields=["dtype"])
 @dataclass(frozen=True)
 class CacheFormat:
-    """How keys and values are kept.
+    """How a cache stores keys and values.
 
     Attributes:
       dtype: one of `CACHE_DTYPES`; "compute" is the dtype of the parameters.
-      scales: for float8_e4m3fn; without them it stores numbers as they are, and what is above 448 saturates.
+      scales: scales for float8_e4m3fn; without them numbers are stored unscaled, and those above 448 saturate.
 
-    Raises ConfigError for another dtype, and for scales that only a float8 cache would use.
+    Raises ConfigError for another dtype, and for scales with any dtype but float8_e4m3fn.
     """
 
     dtype: str = field(default=COMPUTE)
@@ -60,8 +60,8 @@ class CacheFormat:
             raise ConfigError(f"cache scales were given for dtype {self.dtype}, but only {FLOAT8} has any")
 
     def stored_dtype(self, slots: int, compute: jnp.dtype | type) -> jnp.dtype:
-        """The dtype at rest of a layer's cache of so many slots where computing is in `compute`; e4m3 lies as bytes,
-        except in small caches on CPUs."""
+        """The dtype in which a layer's cache of `slots` slots is stored when computing in `compute`; e4m3 is stored as
+        bytes, except in small caches on CPUs."""
         if self.dtype == FLOAT8 and (slots > ROUNDED or target_platform() != "cpu"):
             return jnp.dtype(jnp.uint8)
         return jnp.dtype(compute if self.dtype in (COMPUTE, FLOAT8) else self.dtype)

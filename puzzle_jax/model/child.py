@@ -1,4 +1,4 @@
-"""A child: a choice of experts and a window per layer of a parent, as a view on the parent's own parameters.
+"""A child: a choice of experts and a window for each layer of a parent, as a view on the parent's own parameters.
 
 Nothing is copied to try a child: removed experts are masked out of the router, windows are passed as data, and the
 expert weights stay the parent's. What was trained is a delta: a tree like the parent's parameters, in the parent's
@@ -22,7 +22,7 @@ from puzzle_jax.errors import ConfigError
 from puzzle_jax.kernels.mxfp4 import MXFP4
 from puzzle_jax.model.spec import Params, ParamSpec, param_specs
 
-NO_WINDOW = 2**30  # full attention, where windows are data
+NO_WINDOW = 2**30  # means full attention where windows are data
 
 Place = tuple[str | int, ...]
 
@@ -87,7 +87,7 @@ class Child:
 
     @property
     def config(self) -> ModelConfig:
-        """The child's own configuration, as it is once cut."""
+        """The child's own configuration, that of the model once it is cut."""
         config = self.parent.with_blocks(tuple(block.config for block in self.blocks))
         return config if self.rope is None else replace(config, rope=self.rope)
 
@@ -171,7 +171,7 @@ def with_delta(old: PyTree, new: PyTree) -> PyTree:
     if isinstance(old, Mapping):
         _refuse_unknown(old, new)
         return {name: with_delta(value, new.get(name)) for name, value in old.items()}
-    if isinstance(old, (list, tuple)) and not hasattr(old, "_fields"):  # which packed experts of stacked layers have
+    if isinstance(old, (list, tuple)) and not hasattr(old, "_fields"):  # packed experts of stacked layers have them
         if len(new) != len(old):
             raise ConfigError(f"the trained values hold a list of {len(new)}, but the parent has {len(old)} there")
         return type(old)([with_delta(o, n) for o, n in zip(old, new, strict=True)])
@@ -179,7 +179,10 @@ def with_delta(old: PyTree, new: PyTree) -> PyTree:
 
 
 def cut_params(params: Params, child: Child) -> Params:
-    """The child's own, smaller parameters; packed experts stay packed and keep their bytes."""
+    """The child's own, smaller parameters; packed experts stay packed and keep their bytes.
+
+    Windows change no tensors; they are in `Child.config`.
+    """
     params = with_delta(params, child.dense_delta)
     layers = []
     for layer, block in zip(params["layers"], child.blocks, strict=True):
@@ -197,7 +200,7 @@ def cut_experts(moe: Params, kept: tuple[int, ...]) -> Params:
 
 @jax.jit
 def _taken(moe: Params, ids: Int[Array, "kept"]) -> Params:
-    """One program for all arrays of a mixture; they count experts first, only the router's weight last."""
+    """One program for all arrays of a mixture; experts are their first axis, and the last of the router's weight."""
     router = moe["router_weight"][:, ids]
     others = {name: array for name, array in moe.items() if name != "router_weight"}
     return {"router_weight": router, **jax.tree.map(lambda array: array[ids], others)}

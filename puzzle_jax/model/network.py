@@ -35,7 +35,7 @@ from puzzle_jax.model.spec import Params, layer_experts
 
 States = Float[Array, "batch seq hidden"]
 Batch = Int[Array, "batch seq"]
-"""Ids of tokens."""
+"""Token ids."""
 ExpertMask = Bool[Array, "experts"] | Bool[Array, "batch experts"] | None
 
 
@@ -55,7 +55,7 @@ class LayerAux(NamedTuple):
 
 
 def traced_mesh() -> AbstractMesh | None:
-    """The mesh of `model.sharding.on_mesh`, where that is in force."""
+    """The mesh of `model.sharding.on_mesh` where that is in force, else None."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty else mesh
 
@@ -74,10 +74,10 @@ def linear(x: Array, weight: Array, bias: Array) -> Array:
 
 
 def cast_beside(weight: Array, rows: Array) -> Array:
-    """`weight` in the dtype of the rows that it meets.
+    """`weight` in the dtype of the rows that it is multiplied with.
 
-    A weight that is stored in fewer bits is cast once its rows are there: XLA would else keep the casts of a decoding
-    loop across its steps, which takes the memory that storing in fewer bits saves.
+    A weight that is stored in fewer bits is cast only when its rows are available: otherwise XLA would keep a decoding
+    loop's casts across its steps, which takes the memory that storing in fewer bits saves.
     """
     if weight.dtype == rows.dtype:
         return weight
@@ -85,7 +85,7 @@ def cast_beside(weight: Array, rows: Array) -> Array:
 
 
 def states_dtype(params: Params) -> jnp.dtype:
-    """The type of hidden states: that of the final norm's weight."""
+    """The dtype of hidden states: that of the final norm's weight."""
     return params["final_norm"].dtype
 
 
@@ -124,8 +124,8 @@ def attention_block(
     """x + attention(rms_norm(x)), and the keys and values that a cache keeps.
 
     With `layout`, a row holds a prompt and answers to it (`kernels.prefix_attention`, which needs `positions`). With
-    `cache`, keys and values are read as that format gives them back for layer number `layer`. Where this is traced
-    on a mesh that cuts positions, devices exchange them for heads.
+    `cache`, keys and values are read as that format gives them back for layer number `layer`. Traced on a mesh that
+    shards positions, devices exchange positions for heads.
     """
     qkv = project_qkv(attention, config, x, table)
     if cache is not None:
@@ -165,7 +165,7 @@ def route_tokens(
 def moe_block(
     moe: Params, config: ModelConfig, x: States, *, expert_mask: ExpertMask = None, replay: Ids | None = None
 ) -> tuple[States, LayerAux]:
-    """x + mixture(rms_norm(x)), and what the router decided; by expert parallelism where it is traced on a mesh."""
+    """x + mixture(rms_norm(x)), and the router's decisions; expert-parallel where it is traced on a mesh."""
     y = rms_norm(x, moe["norm"], config.rms_norm_eps)
     aux = route_tokens(moe, config, y, expert_mask=expert_mask, replay=replay)
     with jax.named_scope("experts"):
@@ -174,7 +174,7 @@ def moe_block(
 
 
 def head_logits(params: Params, config: ModelConfig, x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
-    """Final norm and output head; float32. A large head that is stored in fewer bits is cast part by part."""
+    """Final norm and output head; logits are float32. A large head stored in fewer bits is cast part by part."""
     with jax.named_scope("head"):
         y = rms_norm(x, params["final_norm"], config.rms_norm_eps)
         head = params["head"]
@@ -192,7 +192,7 @@ def head_logits(params: Params, config: ModelConfig, x: Float[Array, "*batch hid
 
 
 def columns(head: Array, first: IntScalar, width: int, dtype: DTypeLike) -> Float[Array, "hidden width"]:
-    """`width` columns of the head in `dtype`, from column `first` of a loop on; see `cast_beside`."""
+    """`width` columns of the head in `dtype`, from column `first`, which a loop computes; see `cast_beside`."""
     if head.dtype != dtype:
         head, first = jax.lax.optimization_barrier((head, first))
     return jax.lax.dynamic_slice_in_dim(head, first, width, axis=1).astype(dtype)
@@ -254,5 +254,5 @@ def to_compute(params: Params, dtype: jnp.dtype | type) -> Params:
 
 
 def compute_dtype() -> jnp.dtype:
-    """The type that models compute in: float32 on CPU, bfloat16 elsewhere."""
+    """The dtype that models compute in: float32 on CPU, bfloat16 elsewhere."""
     return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)

@@ -1,8 +1,8 @@
 """Rotary position embedding with YaRN scaling (arXiv 2309.00071), as gpt-oss uses it.
 
-Halves are rotated against each other (dimension i with i + dim / 2). Frequencies that turn often within the original
-context stay, those that turn less than once are divided by the factor, and a linear ramp joins them; with `truncate`
-off, the ramp's bounds stay fractional.
+The two halves are rotated against each other (dimension i with i + dim / 2). Frequencies that turn often within the
+original context are kept, those that turn less than once are divided by the factor, and a linear ramp joins them; with
+`truncate` off, the ramp's bounds stay fractional.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0.0), min(high, head_dim - 1.0)
-    # Bounds that lie outside the head may come in the wrong order, which turns the ramp around in every runtime.
+    # Bounds outside the head may be in the wrong order, which reverses the ramp; every runtime does the same.
     ramp = np.clip((np.arange(half) - low) / (high - low or 1e-3), 0.0, 1.0)
     return ramp / (rope.factor * period) + (1.0 - ramp) / period
 
@@ -48,8 +48,8 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
 def rope_table(rope: RopeConfig, head_dim: int, positions: Int[Array, "*batch seq"]) -> RopeTable:
     """Cosines and sines at `positions`.
 
-    XLA for CPUs fuses them into what they rotate, and so takes them anew for every head, element and layer, which was a
-    third of a layer of prefill. A matrix product ends a fusion; that with a diagonal is the scaling, bit for bit.
+    On CPUs XLA fuses them into the rotation and so recomputes them for every head, element and layer, which took a
+    third of a layer's prefill. A matrix product ends the fusion; one with a diagonal is bit-identical to the scaling.
     """
     frequencies = jnp.asarray(inverse_frequencies(rope, head_dim), jnp.float32)
     angles = positions[..., None].astype(jnp.float32) * frequencies

@@ -14,14 +14,14 @@ R = TypeVar("R")
 def compiler_options() -> dict[str, bool | str]:
     """Options of `jax.jit` for a program that runs many layers.
 
-    On CPUs XLA would run what does not depend on the layer before as early as it can: casts of the weights of all
-    layers, and what rematerialisation repeats, all of which would then be held at once.
+    On CPUs, XLA would otherwise run what does not depend on the previous layer as early as it can: casts of all layers'
+    weights, and what rematerialisation recomputes, all of which would then be held at once.
     """
     return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if jax.default_backend() == "cpu" else {}
 
 
 class LayersProgram(Generic[R]):
-    """A function of `jax.jit` with `compiler_options`, which ask for the platform: it is jitted by its first call.
+    """A function jitted with `compiler_options`, at its first call because the options depend on the platform.
 
     Attributes:
       function: the function itself.
@@ -46,5 +46,5 @@ class LayersProgram(Generic[R]):
 
 
 def jit_layers(**options: Any) -> Callable[[Callable[..., R]], LayersProgram[R]]:
-    """A decorator that makes a function a `LayersProgram`; options as of `jax.jit`."""
+    """A decorator that makes a function a `LayersProgram`; options are those of `jax.jit`."""
     return lambda function: LayersProgram(function, **options)

@@ -1,9 +1,9 @@
 """Where parameters live on a mesh: one table from logical axes to mesh axes.
 
-Search and generation use a mesh of "data" (batch) and "model" (heads, experts, vocabulary), training one that has
-"sequence" (positions of a row) between them; `generation_mesh` turns this into that. A dimension that its mesh axis
-does not divide is replicated, so that every model runs on every mesh. Meshes use Auto axes: XLA inserts the
-collectives, but for attention over cut positions and the mixture of experts, which exchange heads and tokens by
+Search and generation use a mesh of "data" (batch) and "model" (heads, experts, vocabulary); training uses one with
+"sequence" (positions of a row) between them, which `generation_mesh` converts to the former. A dimension that its mesh
+axis does not divide is replicated, so every model runs on every mesh. Meshes use Auto axes: XLA inserts the
+collectives, except that attention over sharded positions and the mixture of experts exchange heads and tokens
 themselves where a program is traced `on_mesh`; see `kernels.window_attention.parallel` and
 `kernels.expert_mlp.parallel`.
 
@@ -48,11 +48,11 @@ TRAINING_AXES: tuple[str, ...] = ("data", "sequence", "model")
 
 
 def make_mesh(data: int, model: int, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of `data` x `model` devices, by default of all processes'.
+    """A mesh of `data` x `model` devices, by default taken from those of all processes.
 
-    Devices next to each other, in one host, share a model axis, whose collectives are the most frequent.
+    Neighbouring devices, within one host, share a model axis, whose collectives are the most frequent.
 
-    Raises ConfigError when there are fewer devices, and when a process would be left with none.
+    Raises ConfigError when there are too few devices, and when a process would be left with none.
     """
     return _mesh({"data": data, "model": model}, devices)
 
@@ -88,7 +88,7 @@ def generation_mesh(mesh: Mesh) -> Mesh:
 def partition(spec: ParamSpec, config: ModelConfig, mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """The mesh axis of every dimension of one parameter.
 
-    Head axes are only cut between heads.
+    Head axes are only split between heads.
     """
     whole_units = {"heads": config.num_heads, "kv_heads": config.num_kv_heads}
     axes = []
@@ -105,10 +105,10 @@ def shard_params(params: Params, config: ModelConfig, mesh: Mesh) -> Params:
 
 
 def params_sharding(config: ModelConfig, mesh: Mesh) -> Params:
-    """Where computation wants parameters: a tree of NamedSharding in the structure of `param_specs`.
+    """The sharding in which computation wants parameters: a tree of NamedSharding in the structure of `param_specs`.
 
-    There is one for both arrays of a packed matrix: experts are the first axis of packed and of dense ones, and no
-    other one is cut.
+    Both arrays of a packed matrix share one: experts are the first axis of packed and of dense matrices, and no other
+    axis is sharded.
     """
 
     def place(spec: ParamSpec) -> NamedSharding:
@@ -119,7 +119,7 @@ def params_sharding(config: ModelConfig, mesh: Mesh) -> Params:
 
 
 def stacked_sharding(params: Params, config: ModelConfig, mesh: Mesh | AbstractMesh) -> Params:
-    """Where computation wants the parameters of stacked layers: the rules behind a first axis that is not cut.
+    """The sharding in which computation wants stacked layers: the same rules after a first axis that is not sharded.
 
     Args:
       params: {"embedding", "runs": [[{"attention", "moe"} per position] per run], "final_norm", "head"} of arrays or
@@ -147,14 +147,14 @@ def stacked_sharding(params: Params, config: ModelConfig, mesh: Mesh | AbstractM
 
 
 def fully_sharded(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Cuts every array over as many devices as divide it: a tree of NamedSharding in the structure of `tree`.
+    """Shards every array over as many devices as divide it: a tree of NamedSharding in the structure of `tree`.
 
-    A dimension that all devices divide is cut by all axes, the largest if there are several; else axes are spread over
-    dimensions so that they cut most. Axes that divide nothing, and scalars, are replicated. "model" comes first within
-    a dimension: where computation wants it cut by that axis alone, gathering the others is one collective.
+    The largest dimension that the number of devices divides is sharded over all axes; if there is none, axes are spread
+    over dimensions to give the most shards. Arrays are replicated over axes that divide no dimension. "model" comes
+    first within a dimension: where computation wants that axis alone, the others are gathered by one collective.
 
     Args:
-      tree: of arrays or their shapes (`jax.ShapeDtypeStruct`).
+      tree: arrays or their shapes (`jax.ShapeDtypeStruct`).
     """
     sizes = tuple((axis, mesh.shape[axis]) for axis in reversed(mesh.axis_names) if mesh.shape[axis] > 1)
     return jax.tree.map(lambda leaf: NamedSharding(mesh, _most_cut(tuple(leaf.shape), sizes)), tree)
@@ -162,7 +162,7 @@ def fully_sharded(tree: PyTree, mesh: Mesh) -> PyTree:
 
 @lru_cache(maxsize=1024)
 def _most_cut(shape: tuple[int, ...], sizes: tuple[tuple[str, int], ...]) -> PartitionSpec:
-    """The dimension for each mesh axis, or none, by which devices hold least; of equals, the fewest and largest."""
+    """Mesh axes per dimension such that a device holds least; ties go to fewer, then to larger sharded dimensions."""
     best, chosen = (1, 0, 0), PartitionSpec(*[None] * len(shape))
     for places in itertools.product((*range(len(shape)), None), repeat=len(sizes)):
         groups = [[axis for axis, at in zip(sizes, places, strict=True) if at == place] for place in range(len(shape))]
@@ -177,20 +177,20 @@ def _most_cut(shape: tuple[int, ...], sizes: tuple[tuple[str, int], ...]) -> Par
 
 
 def on_mesh(mesh: Mesh | None) -> AbstractContextManager[object]:
-    """Within, programs spread the mixture's experts, and attention over cut positions its heads, over the mesh; without
-    a mesh, nothing is different.
+    """A context in which programs spread the mixture's experts, and heads in attention over sharded positions, over the
+    mesh; without a mesh it changes nothing.
     """
     return nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch over the data axis."""
+    """The sharding of a batch's rows over the data axis."""
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
 def spread_rows(batch: jax.Array | np.ndarray, mesh: Mesh | None) -> jax.Array:
-    """A batch, which every process has whole, with its rows over the data axis where they divide by it, and whole on
-    all devices where they do not; without a mesh on the first device.
+    """A batch that every process holds whole, with its rows sharded over the data axis if that divides them, and
+    replicated otherwise; without a mesh, on the first device.
     """
     if mesh is None:
         return jnp.asarray(batch)
@@ -198,12 +198,12 @@ def spread_rows(batch: jax.Array | np.ndarray, mesh: Mesh | None) -> jax.Array:
 
 
 def replicated(tree: PyTree, mesh: Mesh | None) -> PyTree:
-    """Arrays that every process has, whole on all devices of all processes; as they are without a mesh."""
+    """Arrays that every process holds, replicated on all devices of all processes; without a mesh, as they are."""
     return tree if mesh is None else jax.tree.map(lambda x: _placed(x, _everywhere(mesh)), tree)
 
 
 def read(arrays: PyTree, mesh: Mesh | None) -> PyTree:
-    """A tree of arrays that live on a mesh, whole and on the host; in all processes, which must all ask."""
+    """Reads arrays that live on a mesh, whole, onto the host of every process; all processes must call it."""
     return jax.device_get(arrays if mesh is None else _reader(mesh)(arrays))
 
 
@@ -217,14 +217,14 @@ def _everywhere(mesh: Mesh) -> NamedSharding:
 
 
 def _placed(array: ArrayLike, sharding: NamedSharding) -> jax.Array:
-    """An array that every process has, each device given its part without asking the others."""
+    """An array that every process holds, with each device's part placed without communication."""
     return jax.make_array_from_callback(np.shape(array), sharding, np.asarray(array).__getitem__)
 
 
 def beside(params: Params, state: PyTree, mesh: Mesh | None) -> PyTree:
-    """A new state, without a mesh committed to the parameters' device, as the results of programs are.
+    """A new state which, without a mesh, is committed to the parameters' device, as the results of programs are.
 
-    Each program would be compiled once for a state that is not committed, and once more for its own result.
+    Otherwise each program would be compiled twice: for the uncommitted state and for its own, committed result.
     """
     devices = [] if mesh is not None else list(jax.tree.leaves(params)[0].devices())
     return jax.device_put(state, devices[0]) if len(devices) == 1 else state

@@ -25,13 +25,13 @@ Params = dict[str, Any]
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """One array.
+    """Specification of one parameter array.
 
     Attributes:
       shape: its dimensions.
       axes: logical name of each dimension; `model.sharding` maps them to a mesh.
       init: "ones", "zeros", or "normal" with a standard deviation of fan_in ** -0.5.
-      fan_in: inputs that are summed into one output.
+      fan_in: number of inputs that are summed into one output.
     """
 
     shape: tuple[int, ...]
@@ -90,7 +90,7 @@ def param_specs(config: ModelConfig) -> Params:
 
 
 def subtree(tree: PyTree, path: Iterable[str | int]) -> PyTree:
-    """Returns the node at a place of a tree in the structure of parameters."""
+    """Returns the node at `path` in a tree with the structure of parameters."""
     for key in path:
         tree = tree[key]
     return tree
@@ -113,7 +113,7 @@ def init_params(config: ModelConfig, key: jax.Array, dtype: DTypeLike = jnp.floa
 
 
 def count_params(config: ModelConfig) -> int:
-    """Number of parameters, exact."""
+    """The exact number of parameters."""
     return sum(math.prod(spec.shape) for spec in jax.tree.leaves(param_specs(config), is_leaf=is_spec))
 
 

@@ -1,14 +1,14 @@
 """Layers of equal kind, stacked and scanned, so that training programs grow with the runs of a model, not its layers.
 
 `layer_runs` covers a list of layer kinds by repeated patterns: [a b a b a b c] is a run of period 2, repeated three
-times, and a run of one layer. `stack_params` lays the parameters of equal positions of a run side by side, and
-`stacked_hidden_states` is the forward pass of `model.network` over them: one `jax.lax.scan` per run whose body walks
-one period. What differs between layers of a run besides their weights, experts that a view removes and choices that
-are replayed, travels as data; windows are static and belong to a position, so kinds that distinguish windows keep the
+times, and a run of one layer. `stack_params` stacks the parameters of layers at equal positions of a run, and
+`stacked_hidden_states` is the forward pass of `model.network` over them: one `jax.lax.scan` per run whose body is one
+period. What differs between layers of a run besides their weights, experts that a view removes and choices that are
+replayed, is passed as data; windows are static and belong to a position, so kinds that distinguish windows keep the
 fast attention.
 
-All numerics are `model.network`'s blocks. Left out: caches and windows as data, which scoring and generation need and
-their one block after the other (`search`, `model.cache`) has.
+All numerics are those of `model.network`'s blocks. Left out: caches, and windows as data; scoring and generation need
+them and run one block after another (`search`, `model.cache`).
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ class LayerRun(NamedTuple):
 
 
 class StackedMXFP4(NamedTuple):
-    """The packed experts of stacked layers: `MXFP4`, whose arrays are one layer's, with an axis before.
+    """The packed experts of stacked layers: the arrays of `MXFP4`, which holds one layer's, with a leading axis.
 
-    As a plain tuple it also takes what JAX puts in the place of arrays, shardings or shapes.
+    As a plain tuple it also takes what JAX puts in place of arrays: shardings or shapes.
     """
 
     codes: UInt8[Array, "repeats experts outputs half_inputs"]
@@ -63,9 +63,9 @@ class Hidden(NamedTuple):
 
     Attributes:
       x: the last layer's output, before the final norm.
-      states: every layer's output, where they were asked for.
+      states: every layer's output, if asked for; else None.
       ids: the experts that every layer's tokens went through, best first; tokens are batch * seq.
-      routed: those that the routers would have chosen, where others were replayed; else None.
+      routed: the experts that the routers would have chosen, if others were replayed; else None.
     """
 
     x: Float[Array, "batch seq hidden"]
@@ -78,12 +78,12 @@ def layer_runs(kinds: Sequence[Hashable]) -> tuple[LayerRun, ...]:
     """The runs that cover `kinds`, one entry per layer, with the fewest traced layers (the sum of their periods), and
     among those the fewest runs.
 
-    An exact dynamic program from the last layer to the first; among equals, earlier runs are as long as can be.
+    An exact dynamic program from the last layer to the first; among equals, earlier runs are as long as possible.
     """
     count = len(kinds)
     traced, number = [0] * (count + 1), [0] * (count + 1)  # of the best cover of the layers from `start` on
     first: list[LayerRun] = [LayerRun(count, 0, 0)] * (count + 1)  # the run that such a cover begins with
-    same = [0] * (count + 1)  # per period: layers from `start` on, without a gap, that equal the one a period further
+    same = [0] * (count + 1)  # per period: consecutive layers from `start` on that equal the one a period later
     for start in reversed(range(count)):
         candidates = []
         for period in range(1, count - start + 1):
@@ -151,14 +151,14 @@ def stacked_hidden_states(
       stacked: parameters as `stack_params` gives them, with the same `runs`.
       runs: cover all layers, in order.
       tokens: token ids; not read where `before` is given.
-      before: an input for every layer, in place of what the layer before gives.
+      before: an input for every layer, in place of the previous layer's output.
       windows: per layer, in place of the configuration's; static, and equal within a position of a run.
       positions: rotary positions; counted from 0 in every row by default.
       segment_ids: positions attend within their segment only (packed sequences).
-      layout: of rows that hold a prompt and answers to it, which see it, too (`kernels.prefix_attention`).
+      layout: layout of rows that hold a prompt and answers to it, which all see it (`kernels.prefix_attention`).
       expert_masks: per layer, False removes an expert. Columns past a layer's own experts are not read.
       replay: per layer, experts to use in place of the router's choice.
-      remat: backward passes keep each layer's input alone and compute the rest once more.
+      remat: backward passes keep only each layer's input and recompute the rest.
       keep_states: returns every layer's output too.
 
     Raises ValueError, naming the layers, where runs, parameters, windows, masks and replay do not fit together.
@@ -231,7 +231,7 @@ def stacked_layers(
     before: Float[Array, "layers batch seq hidden"],
     **options: object,
 ) -> Float[Array, "layers batch seq hidden"]:
-    """Every layer's output for an input of its own, as blocks that train alone need it; options as above."""
+    """Every layer's output for an input of its own, as blockwise training needs it; options as above."""
     found = stacked_hidden_states(stacked, config, runs, None, before=before, keep_states=True, **options)  # pyright: ignore[reportArgumentType]
     assert found.states is not None
     return found.states
@@ -254,11 +254,11 @@ class _RunData(NamedTuple):
     layers: list[Params]  # per position
     masks: Array | None  # [repeats, period, experts]
     replay: Array | None  # [repeats, period, tokens, k]
-    before: Array | None  # [repeats, period, batch, seq, hidden]; None: each layer goes on from the one before
+    before: Array | None  # [repeats, period, batch, seq, hidden]; None: each layer takes the previous one's output
 
 
 def _walk(run: LayerRun, pattern: list[_Layer], x: Array, data: _RunData, keep_states: bool) -> Hidden:
-    """One run: the last output, and states and experts of its layers in order."""
+    """The pass over one run: its last output, and states and experts of its layers in order."""
 
     def period(x: Array, data: _RunData) -> tuple[Array, tuple[Array | None, Array, Array | None]]:
         outputs = []
@@ -297,7 +297,7 @@ def _repeat(tree: PyTree, index: int) -> PyTree:
 
 
 def one_layer(tree: PyTree) -> PyTree:
-    """A layer's tree as `model.network` takes it: what was sliced from stacked packed experts is packed experts."""
+    """A layer's tree as `model.network` takes it: slices of `StackedMXFP4` become `MXFP4`."""
     return jax.tree.map(
         lambda node: MXFP4(*node) if isinstance(node, StackedMXFP4) else node,
         tree,

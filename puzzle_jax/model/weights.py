@@ -1,10 +1,10 @@
 """How a model's weights are held: experts packed (MXFP4) as checkpoints store them, or decoded to dense matrices.
 
-    packed    experts as stored, matrices that are stored in bfloat16 likewise, each cast where it is used; kernels read
-              packed experts, and elsewhere those that are chosen are decoded one at a time
-    dense     everything in the type that is computed in
-    auto      dense where that fits twice over into a device's memory, so that as much is left for caches and
-              activations; packed where it does not
+    packed    experts as stored, and matrices that are stored in bfloat16 likewise, each cast where it is used; kernels
+              read packed experts, and elsewhere the chosen ones are decoded one at a time
+    dense     everything in the compute dtype
+    auto      dense where a device's memory holds that twice, so that as much again is left for caches and activations;
+              packed where it does not
 
 Dense matrices need no decoding, so they are faster wherever the time goes into arithmetic; packed ones are a quarter of
 the bytes (an eighth on CPUs, which compute in float32).
@@ -29,7 +29,7 @@ from puzzle_jax.model.spec import EXPERT_MATRICES, ParamSpec, is_spec, param_spe
 
 WEIGHTS = ("auto", "packed", "dense")
 
-_ROOM = 2  # times the dense weights
+_ROOM = 2  # times the dense weights, the memory that "auto" needs to choose them
 
 _CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
@@ -60,9 +60,9 @@ def stays_packed(
     Args:
       weights: one of `WEIGHTS`.
       packed: whether the checkpoint stores them so.
-      dtype: that is computed in.
-      mesh: devices that hold the model together.
-      memory: bytes of a device; by default those of the first device of this process.
+      dtype: the compute dtype.
+      mesh: devices that the model is sharded over.
+      memory: bytes of memory of a device; by default those of the first device of this process.
 
     Raises ConfigError where packed experts are asked for and the checkpoint has none.
     """

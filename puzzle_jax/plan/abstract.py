@@ -1,10 +1,10 @@
-"""Programs for devices that are not there: arrays without values, virtual devices, and compiling for them.
+"""Compiles programs for devices that are not there, with arrays without values and virtual devices.
 
-A program is traced with arrays that have shapes, dtypes and places on a mesh, but no values, and compiled for virtual
-devices. What it is given is exact. Temporaries are what the compiler in force (`plan.compilers`) allocates; another one
-orders operations and reuses memory in its own way.
+A program is traced with arrays that have shapes, dtypes and shardings on a mesh, but no values, and compiled for
+virtual devices. The bytes of its arguments are exact. Temporaries are what the compiler in force (`plan.compilers`)
+allocates; another compiler orders operations and reuses memory differently.
 
-Left out: what a runtime takes for itself, fragmentation and collectives' buffers.
+Left out: memory that a runtime takes for itself, fragmentation, and buffers of collectives.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ Tree = TypeVar("Tree")
 _Abstract = jax.ShapeDtypeStruct
 
 WIDTH, FLOAT32 = 2, 4
-"""Bytes of a number in what is computed in, and in master weights."""
+"""Bytes of a number in the compute dtype, and in fp32 master weights."""
 
 
 def read_model(path: Path) -> tuple[ModelConfig, bool]:
-    """A model by its config.json or the directory of it, and whether its experts are packed."""
+    """The model that a config.json, or the directory that holds it, describes, and whether its experts are packed."""
     source = path / "config.json" if path.is_dir() else path
     data = read_json(source)
     return parse_config(data, source), parse_form(data, source) == "mxfp4"
@@ -56,11 +56,11 @@ def check_packed(config: ModelConfig) -> None:
 
 
 def virtual_devices(count: int) -> None:
-    """Makes JAX a CPU of so many devices, unless it has begun already."""
+    """Gives JAX `count` virtual CPU devices, unless it is initialised already."""
     try:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", count)
-    except RuntimeError:  # it has begun; whoever makes the mesh says whether there are enough
+    except RuntimeError:  # it is initialised; making the mesh fails where devices are too few
         pass
 
 
@@ -69,7 +69,7 @@ def virtual_devices(count: int) -> None:
 
 def bytes_beside(lowered: jax.stages.Lowered) -> int:
     """Bytes that a lowered program allocates on a device beside its arguments: temporaries, and results that do not
-    take the place of an argument."""
+    reuse the memory of an argument."""
     found = lowered.compile(compiler_options=dict(compiler().options)).memory_analysis()
     assert found is not None
     return found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
@@ -81,12 +81,11 @@ def program_bytes(
     """`bytes_beside` of a function.
 
     Args:
-      program: a function, also one of `jax.jit`; it is jitted anew, so that no program that was traced elsewhere is
-        taken for this one.
+      program: a function, jitted or not; it is jitted anew, so that no program that was traced elsewhere is reused.
       given: its arguments; those that hold arrays without values are arguments of the program, others are constants.
       mesh: where the program runs.
-      donate: the argument whose memory results may take.
-      options: of `jax.jit`.
+      donate: index of the argument whose memory results may reuse.
+      options: further options of `jax.jit`.
     """
     inner = getattr(program, "__wrapped__", program)
     arrays = [
@@ -108,7 +107,7 @@ def program_bytes(
 
 
 def in_place(tree: Tree, shardings: PyTree) -> Tree:
-    """Arrays without values, of a tree and where its leaves lie."""
+    """A tree as arrays without values, with these shardings."""
     return jax.tree.map(_put, tree, shardings)
 
 
@@ -131,8 +130,8 @@ def zero_params(config: ModelConfig, packed: bool) -> Params:
 
 
 def layer_params(config: ModelConfig, mesh: Mesh | None, params: Callable[..., Params], *given: PyTree) -> Params:
-    """The parameters that a function makes, without values, layer by layer and where computation wants them; packed
-    experts are `StackedMXFP4`, which takes what has no values."""
+    """The parameters that a function makes, without values, layer by layer and sharded for computation; packed experts
+    are `StackedMXFP4`, which accepts arrays without values."""
 
     def stacked(node: PyTree) -> PyTree:
         return StackedMXFP4(node.codes, node.scales) if isinstance(node, MXFP4) else node
@@ -166,9 +165,9 @@ def _bytes(leaf: Array | jax.ShapeDtypeStruct) -> int:
 
 @contextmanager
 def kernel_shapes() -> Iterator[None]:
-    """Within, what is traced has grouped matmuls that read one row of one expert and give what nobody shall use, in the
-    shapes and dtypes of a kernel's operands and results, forwards and backwards; unless the compiler in force takes the
-    real ones."""
+    """A context in which grouped matmuls are traced as stand-ins with the shapes and dtypes of a kernel's operands and
+    results, forward and backward, which read one row of one expert and return meaningless values. It has no effect
+    where the compiler in force takes the real kernels."""
     if not compiler().stand_ins:
         yield
         return
@@ -200,7 +199,7 @@ def _stand_in(rows: Array, parts: tuple[Array, ...], transposed: bool) -> Array:
     first = [part[:1] for part in parts]
     matrix = (decode(MXFP4(first[0], first[1]), rows.dtype) if len(first) == 2 else first[0].astype(rows.dtype))[0]
     one = matrix[:, 0] if transposed else matrix[0]
-    # Fences, so that both are arrays and no part of what is computed before or after.
+    # Barriers, so that both are materialised and not fused with what is computed before or after.
     rows = jax.lax.optimization_barrier(rows)
     return jax.lax.optimization_barrier(rows[:, :1] * one)
 

@@ -1,7 +1,7 @@
 """`puzzle plan search|distill|grpo`: what a run needs on every device, before there are devices.
 
-A plan takes the settings of the run that it is for, and some of its own. Of models config.json is read and nothing
-else, nor any file of traces or problems. `plan.compilers` says who compiles, and what the figures are worth.
+A plan takes the settings of the run that it is for, and some of its own. It reads config.json of models, and
+no traces or problems. `plan.compilers` says which compiler is used and what the figures are worth.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ class PlanSettings:
 
     Attributes:
       hbm_gb: memory of a device, in 10^9 bytes.
-      hardware: a device whose memory there is, in the place of hbm_gb ("h100").
+      hardware: a known device, whose memory replaces hbm_gb ("h100").
       compiler: "cpu", or "gpu" for XLA's compiler for that hardware, where the extra `gpu-compiler` is installed.
-      price_per_gpu_hour: of one device, in any currency.
-      json: prints JSON in the place of a table.
+      price_per_gpu_hour: price of one device for an hour, in any currency.
+      json: prints JSON instead of a table.
     """
 
     hbm_gb: float = 80.0
@@ -64,7 +64,7 @@ class PlanSettings:
 
     @property
     def device_bytes(self) -> int:
-        """Memory of a device. Raises ConfigError where there is none, or the hardware is not known."""
+        """Memory of a device in bytes. Raises ConfigError where it is not above 0, or the hardware is unknown."""
         known = [name for name in HARDWARE if name != "local"]
         if self.hardware is not None and self.hardware not in known:
             hint = did_you_mean(self.hardware, known)
@@ -75,14 +75,14 @@ class PlanSettings:
 
 @dataclass(frozen=True)
 class SearchPlan(Recipe, PlanSettings):
-    """The plan of a search, by any field of its recipe and some more.
+    """Settings of the plan of a search: the fields of its recipe and a few more.
 
     Attributes:
       parent: config.json, or a directory that has one.
       prompt_tokens: length of the longest prompt.
-      answer_share: mean length of an answer, as a share of its limit; hours depend on it.
-      measured_by: run directory of a search of this model on the same devices, whose stages' seconds correct the
-        roofline's; lengths of prompts and answers are then that search's, too.
+      answer_share: mean length of an answer, as a share of its limit; the hours depend on it.
+      measured_by: run directory of a search of this model on the same devices, whose measured seconds per stage correct
+        the roofline's; the lengths of prompts and answers are then taken from that search, too.
     """
 
     prompt_tokens: int = 1024
@@ -97,7 +97,7 @@ class SearchPlan(Recipe, PlanSettings):
 
 @dataclass(frozen=True)
 class DistillPlan(DistillRecipe, PlanSettings):
-    """The plan of a distillation, by any field of its recipe; no answers are read.
+    """Settings of the plan of a distillation: the fields of its recipe and a few more; no answers are read.
 
     Attributes:
       parent, child: config.json, or a directory that has one.
@@ -113,12 +113,12 @@ class DistillPlan(DistillRecipe, PlanSettings):
 
 @dataclass(frozen=True)
 class GrpoPlan(GrpoRecipe, PlanSettings):
-    """The plan of reinforcement learning, by any field of its recipe; no problems are read.
+    """Settings of the plan of reinforcement learning: the fields of its recipe and a few more; no problems are read.
 
     Attributes:
       model: config.json, or a directory that has one.
-      prompt_tokens: mean length of a prompt, on which hours depend; None: what the longest answer leaves of a row.
-      answer_share: mean length of an answer, as a share of its limit, likewise.
+      prompt_tokens: mean length of a prompt; the hours depend on it; None: what the longest answer leaves of a row.
+      answer_share: mean length of an answer, as a share of its limit; the hours depend on it, too.
     """
 
     out: Path = Path("-")
@@ -143,7 +143,7 @@ def plan_search(settings: SearchPlan) -> None:
 
 
 def plan_distill(settings: DistillPlan) -> None:
-    """Prints the plan of a distillation, likewise."""
+    """Prints the plan of a distillation; raises as `plan_search` does."""
     parent, packed = read_model(settings.parent)
     child, _ = read_model(settings.child)
     run = PlannedDistillation(first_experts(parent, child, settings.parent, settings.child), settings, packed)
@@ -151,7 +151,7 @@ def plan_distill(settings: DistillPlan) -> None:
 
 
 def plan_grpo(settings: GrpoPlan) -> None:
-    """Prints the plan of reinforcement learning, likewise."""
+    """Prints the plan of reinforcement learning; raises as `plan_search` does."""
     config, packed = read_model(settings.model)
     run = PlannedPolicy(identity_child(config), settings, packed)
     longest = max(map(settings.rollout.limit, settings.prompts.efforts))
@@ -168,7 +168,7 @@ class Beside(NamedTuple):
 
 
 def _beside_search(run: PlannedSearch, settings: SearchPlan, found: Mapping[str, Usage]) -> Beside:
-    """Hours, the host's memory and disk; and where the search does not fit, what would make it."""
+    """Hours, host memory and disk; and where the search does not fit, the smallest change that makes it fit."""
     lines: list[str | Table] = []
     values: dict[str, Json] = {}
     limit = settings.device_bytes

@@ -1,4 +1,4 @@
-"""The compilers that plans are made by: XLA for CPUs, which is always there, and XLA for GPUs that need not be.
+"""The compilers that plans use: XLA for CPUs, which is always available, and XLA for GPUs, which need not be present.
 
 JAX's CUDA plugin compiles for NVIDIA GPUs with no GPU and no driver present (the extra `gpu-compiler`): memory is then
 what XLA allocates on that GPU, in bfloat16, with the kernels that the product picks there. Nothing is autotuned, and
@@ -6,10 +6,10 @@ collectives' buffers and fragmentation are not counted.
 
 XLA for CPUs stands in for an accelerator's compiler, and a program is kept like an accelerator's in three ways:
 
-    experts    grouped matmuls stand in it by their operands and results alone (`abstract.kernel_shapes`); the way for
-               CPUs would gather one expert's matrices for every block of rows
-    bfloat16   is float16, which is as wide; CPUs would hold what they compute in bfloat16 in float32
-    order      what rematerialisation fences off stays fenced off; XLA for CPUs would merge a layer's two passes again
+    experts    grouped matmuls are represented by their operands and results alone (`abstract.kernel_shapes`); the CPU
+               implementation would gather one expert's matrices for every block of rows
+    bfloat16   is replaced by float16, which is as wide; on CPUs, intermediates in bfloat16 would be held in float32
+    order      the barriers of rematerialisation are kept; XLA for CPUs would merge a layer's two passes again
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ GPUS = {
     "rtx4090": "NVIDIA RTX A6000",
     "l4": "NVIDIA RTX A6000",
 }
-"""Hardware that the CUDA plugin describes to its compiler, by its name there. Of cards of the Ada generation it knows
-none; the one before it, of the same kind, stands in for them."""
+"""Names under which the CUDA plugin describes hardware to its compiler. It knows no card of the Ada generation; a
+similar one of the generation before stands in for them."""
 
 _PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
 
@@ -54,10 +54,10 @@ class Compiler:
 
     Attributes:
       about: a line for readers of the figures.
-      dtype: in the place of bfloat16.
-      stand_ins: whether grouped matmuls stand in programs by their shapes alone.
-      options: of `jax.stages.Lowered.compile`. Of a program that never runs, nothing of the machine code that a CPU
-        would be given matters, and making it takes longest.
+      dtype: the dtype that replaces bfloat16.
+      stand_ins: whether grouped matmuls are represented by their shapes alone.
+      options: options of `jax.stages.Lowered.compile`. They skip most optimisation of machine code, which takes longest
+        and does not matter in a program that never runs.
     """
 
     about: str = "compiled by XLA for CPUs, in float16 for bfloat16"
@@ -72,12 +72,12 @@ class Compiler:
     )
 
     def devices(self, count: int) -> Sequence[Any] | None:
-        """So many devices to compile for; None for those of this process, made as virtual ones before JAX began."""
+        """`count` devices to compile for; None for the virtual devices of this process, made before JAX begins."""
         return None
 
     @contextmanager
     def in_force(self) -> Iterator[None]:
-        """Within, plans are made by this compiler."""
+        """A context in which plans use this compiler."""
         token = _current.set(self)
         try:
             yield
@@ -90,13 +90,13 @@ class GpuCompiler(Compiler):
     """XLA for a kind of GPU that need not be present.
 
     Attributes:
-      gpu: one of `GPUS`.
+      gpu: a key of `GPUS`.
     """
 
     gpu: str = "h100"
     dtype: Any = jnp.bfloat16
     stand_ins: bool = False
-    # Its own sort asks the driver, which is not there, for scratch memory.
+    # CUB's radix sort asks the driver, which is not present, for scratch memory.
     options: Mapping[str, Any] = field(default_factory=lambda: {"xla_gpu_enable_cub_radix_sort": False})
 
     def __post_init__(self) -> None:
@@ -110,7 +110,7 @@ class GpuCompiler(Compiler):
 
     @property
     def capability(self) -> str:
-        """Its compute capability, "9.0" say."""
+        """The GPU's compute capability, such as "9.0"."""
         major, minor = (re.search(rf"{part}: (\d+)", self.target) for part in ("major", "minor"))
         return f"{major[1] if major else 0}.{minor[1] if minor else 0}"
 
@@ -124,7 +124,7 @@ class GpuCompiler(Compiler):
 
     @contextmanager
     def in_force(self) -> Iterator[None]:
-        # A program that was compiled for a device that is not there cannot be read back.
+        # A program compiled for a device that is not present cannot be read back from the cache.
         cached = jax.config.values["jax_enable_compilation_cache"]
         jax.config.update("jax_enable_compilation_cache", False)
         try:
@@ -144,9 +144,9 @@ def compiler() -> Compiler:
 
 
 def compiler_named(name: str, hardware: str | None) -> Compiler:
-    """The compiler "cpu", or "gpu" for this hardware (h100 if None).
+    """The compiler of this name: "cpu", or "gpu" for this hardware (h100 if None).
 
-    Where no CUDA plugin is installed, "gpu" is a warning that says how to get it, and XLA for CPUs.
+    Where no CUDA plugin is installed, "gpu" warns, saying how to install one, and falls back to XLA for CPUs.
     Raises ConfigError for another name, and for hardware that the plugin does not describe.
     """
     check_choice("compiler", name, ("cpu", "gpu"))

@@ -1,7 +1,7 @@
 """The memory that a distillation needs on every device, found without weights and without accelerators.
 
 The step that `train.distill.run` runs is compiled for virtual devices, as `plan.abstract` says. The base parameters,
-master weights, optimizer state and batch are exact; beside temporaries, `plan.training` has other figures.
+master weights, optimizer state and batch are exact; `plan.training` also calculates temporaries by arithmetic.
 
 Left out: evaluation, which needs less than a step; trainable experts; and what `plan.abstract` leaves out.
 """
@@ -87,7 +87,7 @@ class PlannedDistillation(PlannedTraining[DistillRecipe]):
         return {STEP: self._step}
 
     def _step(self) -> Usage:
-        """Compiling takes a minute for a model of 36 layers."""
+        """Compiles the step, which takes a minute for a model of 36 layers."""
         state, shardings = self.state
         step = make_step(Distillation(self.student, self.recipe.loss), self.optimizer, shardings=shardings)
         with on_mesh(self.mesh), kernel_shapes():
@@ -95,7 +95,7 @@ class PlannedDistillation(PlannedTraining[DistillRecipe]):
         return Usage(self.held, temporaries, self.temporaries(self.held["master_weights"]))
 
     def changes(self, found: Mapping[str, Usage], program: str, limit: int) -> list[Change]:
-        """Changes that would make a step fit, and the saving by a teacher's cache."""
+        """Changes that would make a step fit, and what a teacher's cache would save."""
         ways = {
             "smaller micro-batches, more of them": scaled(self.recipe, ("data.rows",), ("data.micro_batches",)),
             "shorter rows": scaled(self.recipe, ("data.row_length",)),

@@ -31,7 +31,7 @@ class AbstractEngine:
     Attributes:
       slots: requests that run together.
       context: positions of a slot, as `engine.slot_context` rounds them.
-      log_probs, experts: whether they are kept.
+      log_probs, experts: whether log-probabilities and expert ids are kept.
     """
 
     config: ModelConfig
@@ -44,13 +44,13 @@ class AbstractEngine:
 
     @property
     def rows(self) -> int:
-        """Rows whose prompts are run together."""
+        """Rows that are prefilled together."""
         parts = 1 if self.mesh is None else self.mesh.shape["data"]
         return group_rows(chunk_tokens(self.context), self.slots, parts)
 
     @property
     def labels(self) -> dict[str, str]:
-        """Names of the arrays of `usage` for readers."""
+        """Readable names of the arrays in `usage`."""
         return {
             "caches": f"caches of {self.slots} slots of {self.context:,}",
             "slots": "their logits and tokens",
@@ -58,20 +58,20 @@ class AbstractEngine:
         }
 
     def state(self) -> Slots:
-        """All slots, where `slots.empty_slots` makes them."""
+        """All slots, without values, sharded as by `slots.empty_slots`."""
         more = {"log_probs": self.log_probs, "experts": self.experts}
         return self._placed(self.slots, partial(generation.empty_slots, **more))
 
     def group(self) -> Group:
-        """Rows whose prompts are run together, likewise."""
+        """The rows that are prefilled together, without values and sharded."""
         return self._placed(self.rows, partial(generation.empty_group, experts=self.experts))
 
     def usage(self, params: Params) -> Usage:
-        """Bytes that generation holds beside `abstract.layer_params`, and that the program which needs most needs."""
+        """Bytes that generation holds beside `abstract.layer_params`, and temporaries of its largest program."""
         state, group, rows, context = self.state(), self.group(), self.rows, self.context
         entries = (_numbers(), *[_numbers(self.slots)] * (len(Admission._fields) - 1))
 
-        # Prompts are run, slots are given to them, and answers are decoded.
+        # Prompts are prefilled, admitted to slots, and their answers decoded.
         def prompts(params: Params, *given: Any) -> Group:
             return generation.prefill.function(one_layer(params), self.config, *given, context, None)
 
@@ -93,7 +93,7 @@ class AbstractEngine:
         return Usage({"caches": caches, "slots": slots, "group": device_bytes(group)}, max(beside))
 
     def _placed(self, rows: int, empty: Callable[..., State]) -> State:
-        """The arrays that `empty` makes for so many rows, without values, in place."""
+        """The arrays that `empty` makes for `rows` rows, without values, sharded."""
         shapes = jax.eval_shape(lambda: empty(self.config, rows, self.context, jnp.dtype(compiler().dtype), self.cache))
         if self.mesh is None:
             return shapes

@@ -1,10 +1,10 @@
 """The smallest set of changes by which a search fits into its devices.
 
-What a plan has compiled is scaled: weights are exact, caches grow with slots, contexts and heads of a device, hidden
-states and temporaries with the tokens of a batch and the alternatives that run together. Every combination of changes
-is tried so, in arithmetic alone. One that costs no more devices comes before one that does, then one that leaves the
-length of answers, then the one with the fewest kinds of changes, and of those the gentlest. It is compiled, and the
-next one where the compiler does not agree.
+The figures that a plan compiled are scaled: weights are exact, caches grow with slots, contexts and the heads of a
+device, hidden states and temporaries with the tokens of a batch and the alternatives that run together. Every
+combination of changes is tried in this way, by arithmetic alone. Those without more devices come first, then those that
+keep the length of answers, then those with the fewest kinds of changes, and of these the gentlest. The first that fits
+is compiled, and the next one where the compiler disagrees.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _TRIES = 3  # compiled, one after the other
 
 
 class _Factors(NamedTuple):
-    """Changes as powers of two, the gentlest kind first: experts packed, answers made together, alternatives that run
-    together, tokens of a batch, lengths of answers, devices."""
+    """Changes as powers of two, the gentlest kind first: experts packed, answers sampled together, alternatives that
+    run together, tokens of a batch, lengths of answers, devices."""
 
     packed: int
     slots: int
@@ -59,7 +59,7 @@ def smallest_change(run: PlannedSearch, found: Mapping[str, Usage], limit: int) 
         if total > limit:
             continue
         settings = _settings(run, factors)
-        if factors.devices:  # there are no more to compile for
+        if factors.devices:  # more than there are to compile for
             return Change("the smallest change that should be enough, by estimate", settings, total)
         failed = [stage for stage, usage in found.items() if usage.total > limit]
         total = max(usage.total for usage in compiled({s: changed.programs[s] for s in failed}).values())
@@ -124,8 +124,8 @@ def with_factors(run: PlannedSearch, factors: _Factors) -> PlannedSearch:
 
 
 def estimates(old: PlannedSearch, new: PlannedSearch, found: Mapping[str, Usage]) -> dict[str, int]:
-    """Bytes that one device needs in every stage by other settings, from what it needs by the old ones."""
-    cut = new.recipe.mesh.model / old.recipe.mesh.model  # devices for one before
+    """Estimates the bytes that one device needs in every stage with other settings from what the old ones need."""
+    cut = new.recipe.mesh.model / old.recipe.mesh.model  # how many times as many devices
     heads = cut if new.config.num_kv_heads % new.recipe.mesh.model == 0 else 1.0
     weights = _weights(new)
     slots = new.recipe.traces.batch_size / old.recipe.traces.batch_size

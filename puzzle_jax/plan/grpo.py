@@ -1,19 +1,19 @@
 """The memory that reinforcement learning needs on every device, found without weights and without accelerators.
 
-The ways and limits are those of `plan.distill`.
+The method and its limits are those of `plan.distill`.
 
-A step has phases, and each holds other arrays beside the policy, its master weights and the optimizer's state:
+A step has phases, each of which holds other arrays beside the policy, its master weights and the optimizer's state:
 
-    rollout   the policy's weights once more, unstacked by layer, all slots with their caches, and the rows whose
-              prompts are run; while slots decode
-    score     a micro-batch; where old or reference log-probabilities are needed
-    update    a micro-batch and sums of gradients; while they are added to
-    apply     sums of gradients; while they become the next policy
+    rollout   a second copy of the policy's weights, unstacked by layer, all slots with their caches, and the rows that
+              are prefilled, while slots decode
+    score     a micro-batch, where old or reference log-probabilities are needed
+    update    a micro-batch, and the sums of gradients that its gradients are added to
+    apply     the sums of gradients, while the next policy is computed from them
 
-All programs are compiled: those of generation, scoring, accumulating and applying. What XLA moves elsewhere than where
-it found it, as decoding may do with caches, is among temporaries.
+All programs are compiled: those of generation, scoring, accumulating and applying. Arrays that XLA copies instead of
+updating them in place, as decoding may do with caches, count as temporaries.
 
-Left out: micro-batches that the host places ahead; what grows with master weights of experts, which are taken to be
+Left out: micro-batches that the host places ahead; what grows with master weights of experts, which are assumed to be
 frozen; and all that `plan.distill` leaves out.
 """
 
@@ -54,14 +54,14 @@ INT32 = 4
 
 
 class StepNeeds(NamedTuple):
-    """The most that one step has.
+    """The most that one step may need.
 
     Attributes:
-      answers: answers that are sampled, with those in the place of prompts without signal.
+      answers: answers that are sampled, including those that replace prompts without signal.
       tokens: tokens of all these answers.
       rows, micro_batches: those of all updates together, if no two answers fit into a row.
-      expert_bytes: the experts that answers went through, which the host holds; up to three times as many bytes while
-        rows are packed.
+      expert_bytes: bytes of the ids of the experts that answers were routed to, which the host holds; up to three
+        times as many while rows are packed.
     """
 
     answers: int
@@ -92,11 +92,11 @@ class PlannedPolicy(PlannedTraining[GrpoRecipe]):
 
     @property
     def losses(self) -> Iterable[str]:
-        return ("next_token",)  # which asks for as much as that of a policy
+        return ("next_token",)  # which needs as much as a policy's loss
 
     @cached_property
     def update(self) -> PolicyUpdate:
-        """The programs that learn."""
+        """The programs that update the policy."""
         update = self.recipe.update
         settings, strip = self.recipe.loss.resolved, self.recipe.strip
         policy = Policy(self.student, settings, update.token_chunk, update.vocab_chunk, strip)
@@ -109,7 +109,7 @@ class PlannedPolicy(PlannedTraining[GrpoRecipe]):
         return {"old": update.updates > 1, "reference": bool(self.recipe.loss.resolved.kl) or update.reference}
 
     def batch(self, *, scored: bool) -> Packed:
-        """A micro-batch as `policy_batches` packs it, without values; with the scores that an update reads, or not."""
+        """A micro-batch as `policy_batches` packs it, without values; `scored` adds what an update reads."""
         config = self.parent
         extras: dict[str, Extra] = dict.fromkeys(("advantages", "coefficients", "sampler", "shares"), (jnp.float32,))
         if self.recipe.rollout.replay:
@@ -132,7 +132,7 @@ class PlannedPolicy(PlannedTraining[GrpoRecipe]):
 
     @property
     def group_rows(self) -> int:
-        """Rows whose prompts are run together."""
+        """Rows that are prefilled together."""
         return group_rows(chunk_tokens(self.context), self.recipe.rollout.slots, self.row_parts)
 
     @property
@@ -141,7 +141,7 @@ class PlannedPolicy(PlannedTraining[GrpoRecipe]):
 
     @cached_property
     def engine(self) -> AbstractEngine:
-        """The engine that answers."""
+        """The engine that samples answers."""
         slots, replay = self.recipe.rollout.slots, self.recipe.rollout.replay
         mesh = self.mesh and generation_mesh(self.mesh)
         return AbstractEngine(self.parent, slots, self.context, self.cache, mesh, log_probs=True, experts=replay)
@@ -162,14 +162,14 @@ class PlannedPolicy(PlannedTraining[GrpoRecipe]):
         return self.cache.cache_bytes(self.parent, self.context, compiler().dtype)
 
     def caches_on_device(self, rows: int) -> int:
-        """Bytes of the caches of so many rows, but for scales: rows are split over "data" and "sequence", heads over
-        "model", where these divide them."""
+        """Bytes on one device of the caches of `rows` rows, without scales: rows are split over "data" and "sequence",
+        heads over "model", where these divide them."""
         model, heads = self.recipe.mesh.model, self.parent.num_kv_heads
         return self._rows_on_device(rows) * self.slot_cache_bytes // (model if heads % model == 0 else 1)
 
     @property
     def slots_on_device(self) -> int:
-        """Bytes that slots hold besides caches, but for counters."""
+        """Bytes that slots hold on one device besides caches, without counters."""
         by_position = INT32 + FLOAT32 + self._expert_bytes
         slots = self._rows_on_device(self.recipe.rollout.slots)
         return slots * (self.parent.vocab_size * FLOAT32 + self.context * by_position)
@@ -179,7 +179,7 @@ class PlannedPolicy(PlannedTraining[GrpoRecipe]):
 
     @property
     def _expert_bytes(self) -> int:
-        """Bytes of the experts that one token went through, where they are replayed."""
+        """Bytes of the ids of the experts that one token was routed to, where they are replayed; 0 elsewhere."""
         if not self.recipe.rollout.replay:
             return 0
         return self.parent.num_layers * self.parent.experts_per_token * expert_id_dtype(self.parent).itemsize
@@ -270,7 +270,7 @@ class PlannedPolicy(PlannedTraining[GrpoRecipe]):
         return least_changes(self.recipe, ways, total, limit)
 
     def _shorter(self) -> Iterator[dict[str, Json]]:
-        """Half, a quarter and so on of a row, and as much less of every answer."""
+        """Rows of half the length, a quarter and so on, with the limits of all answers cut alike."""
         rollout, length = self.recipe.rollout, self.recipe.update.row_length
         for shorter in scaled(self.recipe, ("update.row_length",)):
             factor = length // shorter["update.row_length"]
@@ -278,7 +278,7 @@ class PlannedPolicy(PlannedTraining[GrpoRecipe]):
             yield {"rollout.max_tokens": limits, **shorter}
 
     def estimated_phases(self, found: Mapping[str, Usage], other: PlannedPolicy) -> dict[str, Usage]:
-        """About what another run needs in its phases, by what this one does."""
+        """Estimates what another run needs in its phases from what this one does."""
         one = found[UPDATE]
         update = self.estimated(replace(one, temporaries=one.held["sums"] + one.temporaries), other)
         devices = self.recipe.mesh.devices / other.recipe.mesh.devices

@@ -1,7 +1,7 @@
 """The memory that programs need on a device: one record for searches, distillation and reinforcement learning.
 
 A planner (`plan.search`, `plan.distill`, `plan.grpo`) says which programs there are and which arrays each one holds.
-Timing, the table, JSON, and what would have to change for a program to fit are here. No JAX.
+Timing, the table, JSON, and the changes that would make a program fit are here. Nothing here imports JAX.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class Usage:
     """Bytes on one device while a program runs.
 
     Attributes:
-      held: bytes of the arrays that are there, by name.
+      held: bytes of the arrays that are held, by name.
       temporaries: bytes that XLA allocates beside them.
-      arithmetic: the large parts of the temporaries by arithmetic; empty where nobody has calculated them.
-      seconds: for tracing and compiling.
+      arithmetic: the large parts of the temporaries by arithmetic; empty where they were not calculated.
+      seconds: seconds that tracing and compiling took.
     """
 
     held: Mapping[str, int]
@@ -41,7 +41,7 @@ class Usage:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of all arrays that are there."""
+        """Bytes of all arrays that are held."""
         return sum(self.held.values())
 
     @property
@@ -56,8 +56,8 @@ class Usage:
 
 @dataclass(frozen=True)
 class Change:
-    """A way to need less memory: in words, by fields of the recipe where they are known, and the estimate of the bytes
-    that one device then needs, where there is one."""
+    """A way to need less memory: in words, as changed fields of the recipe where they are known, and with an estimate
+    of the bytes that one device then needs where there is one."""
 
     what: str
     settings: Mapping[str, Json] = field(default_factory=dict)
@@ -82,12 +82,12 @@ def compiled(programs: Mapping[str, Callable[[], Usage]]) -> dict[str, Usage]:
 
 @dataclass(frozen=True)
 class Plan:
-    """The programs of a run on devices of some memory.
+    """The memory that the programs of a run need, and that of the devices.
 
     Attributes:
       about: lines that name what is planned.
       programs: bytes that each program needs on a device, in order.
-      labels: names of the arrays of `Usage.held` for readers, in order.
+      labels: readable names of the arrays in `Usage.held`, in order.
       changes: what would help, by program, for those that do not fit.
       notes: lines that a reader of the figures should know.
     """
@@ -108,7 +108,7 @@ class Plan:
         return {**asdict(self), "programs": programs, "fits": fits}
 
     def table(self) -> Table:
-        """GB per device, arrays by program; beside compiled temporaries those by arithmetic."""
+        """A table of GB per device, arrays by program; figures by arithmetic are beside the compiled ones."""
         columns: dict[str, dict[str, int]] = {}
         for name, usage in self.programs.items():
             columns[name] = {**usage.held, "temporaries": usage.temporaries, "total": usage.total}
@@ -131,7 +131,7 @@ class Plan:
         return table
 
     def verdict(self) -> list[str]:
-        """Returns whether all programs fit, and for those that do not, what would help, in lines."""
+        """Returns lines that say whether all programs fit, and for those that do not, what would help."""
         most = max(usage.total for usage in self.programs.values())
         if most <= self.device_bytes:
             return [f"fits: {(self.device_bytes - most) / GB:.1f} GB are left"]
@@ -163,8 +163,8 @@ def least_changes(
 
     Args:
       ways: changed fields by dotted name, the least change of each way first.
-      total: bytes that one device needs by other settings; raises ConfigError for those that cannot be.
-      limit: bytes of a device.
+      total: bytes that one device needs with other settings; raises ConfigError for invalid ones.
+      limit: memory of a device in bytes.
     """
     found = []
     for what, candidates in ways.items():
@@ -180,8 +180,8 @@ def least_changes(
 
 
 def scaled(recipe: object, halved: Sequence[str] = (), doubled: Sequence[str] = ()) -> Iterator[dict[str, Json]]:
-    """Settings by dotted name, some of them 2, 4, 8 and more times smaller, as long as that is whole, and others as
-    many times larger."""
+    """Settings by dotted name, the `halved` ones divided by 2, 4, 8 and so on, as long as they are divisible, and the
+    `doubled` ones multiplied by the same factor."""
     for factor in (2**power for power in range(1, 11)):
         values = {name: attrgetter(name)(recipe) for name in (*halved, *doubled)}
         if any(values[name] % factor for name in halved):
@@ -190,7 +190,7 @@ def scaled(recipe: object, halved: Sequence[str] = (), doubled: Sequence[str] = 
 
 
 def with_settings(recipe: Recipe, settings: Mapping[str, Json]) -> Recipe:
-    """The recipe with other fields in its sections, which are given by dotted name ("data.rows")."""
+    """The recipe with changed fields in its sections, which are given by dotted name ("data.rows")."""
     sections: dict[str, dict[str, Json]] = {}
     for name, value in settings.items():
         section, _, inner = name.partition(".")

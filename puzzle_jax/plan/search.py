@@ -1,17 +1,17 @@
 """The memory that a search needs on every device, found without weights and without accelerators; see `plan.abstract`.
 
-    load    the parameters, and the tensor that is being turned or decoded
+    load    the parameters, and the tensor that is being transposed or decoded
     trace   the parent answers: slots for its longest answers, and the programs of generation
     rank    one layer, with its sums, on a batch of the longest traces
-    lens    the same with the lens's sums, and alternatives of one layer through it
+    lens    the same with the lens's sums, and the alternatives of one layer passed through the lens
     score   alternatives that run together through the layers above theirs
     calibrate   the child on a batch of the longest traces, for the scales of its FP8 cache
 
-Evaluation asks as `trace` does. What programs are given follows from shapes alone; what is there beside them between
-two programs, hidden states above all, is counted as `search.score.replace_one` holds it.
+Evaluation needs what `trace` does. The arguments of programs follow from shapes alone; arrays that are held between two
+programs, hidden states above all, are counted as `search.score.replace_one` holds them.
 
-Left out: measured costs, which are of one device and small trials; whole children on traces, which need less than
-scoring; the host's memory. Calibration runs all layers in one program, whose layers take the same memory in turn: it is
+Left out: measuring costs, which is small trials on one device; running whole children on traces, which needs less than
+scoring; host memory. Calibration runs all layers in one program, in which they use the same memory in turn, so it is
 compiled with one layer for each of the parent's windows.
 """
 
@@ -143,7 +143,7 @@ class PlannedSearch:
 
     @cached_property
     def mesh(self) -> Mesh | None:
-        """Raises ConfigError where JAX has fewer devices."""
+        """The mesh; None for a single device of this process. Raises ConfigError where JAX has fewer devices."""
         mesh = self.recipe.mesh
         devices = compiler().devices(mesh.devices)
         return make_mesh(mesh.data, mesh.model, devices) if mesh.devices > 1 or devices else None
@@ -162,7 +162,7 @@ class PlannedSearch:
 
     @cached_property
     def params(self) -> Params:
-        """Parameters, in place."""
+        """Parameters without values, sharded."""
         return abstract.layer_params(self.config, self.mesh, lambda: zero_params(self.config, self.packed))
 
     @cached_property
@@ -177,7 +177,7 @@ class PlannedSearch:
         return {block.window for block in self.config.blocks}
 
     def batch(self, **tokens_per_batch: int) -> MicroBatch:
-        """The batch of the longest traces."""
+        """The batch of the longest traces, without values."""
         rows, length = longest_batch(self.longest, **tokens_per_batch)
         spread = None if self._parts(rows) == 1 else batch_sharding(self.mesh)  # type: ignore[arg-type]
         tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=spread)
@@ -186,7 +186,7 @@ class PlannedSearch:
         return MicroBatch._make([tokens, *by_position, *by_row])
 
     def states(self, batch: MicroBatch, slots: int | None = None) -> jax.ShapeDtypeStruct:
-        """Hidden states of a batch, or of so many alternatives of each of its rows."""
+        """Hidden states of a batch, or of `slots` alternatives of each of its rows."""
         rows, length = batch.tokens.shape
         shape = (rows, length) if slots is None else (rows, slots, length)
         sharding = None
@@ -205,7 +205,7 @@ class PlannedSearch:
 
 def _load(run: PlannedSearch) -> Usage:
     config, where = run.config, None if run.mesh is None else params_sharding(run.config, run.mesh)
-    # A tensor is read as it is stored; it is turned, and experts decoded, beside what is there.
+    # A tensor is read as stored, and transposed or, if it holds experts, decoded beside what is loaded already.
     head = jax.ShapeDtypeStruct((config.vocab_size, config.hidden_size), compiler().dtype)
     turned = {"head": head if where is None else in_place(head, _turned(where["head"]))}
     beside = {name: device_bytes(tensor) for name, tensor in turned.items()}
@@ -268,7 +268,7 @@ def _score(run: PlannedSearch) -> Usage:
         return _program_bytes(score.run_attention, layer["attention"], config, window, suffix, mesh=run.mesh)
 
     beside = {
-        # Two such arrays are there while a mixture runs: what came into the layer, and what attention made of it.
+        # Two such arrays are held while a mixture runs: the layer's input and the output of attention.
         "attention": many + max(map(attention, run.windows)),
         "mixture": 2 * many + _program_bytes(score.run_mixture, layer["moe"], config, suffix, mask, mesh=run.mesh),
         "enter": many + _enter(run, x, suffix),
@@ -298,7 +298,7 @@ def _held(run: PlannedSearch, batch: MicroBatch, **more: int) -> dict[str, int]:
 
 
 def _scored(run: PlannedSearch) -> tuple[ModelConfig, MicroBatch, _States, _States, score.Answers]:
-    """A batch that is scored, its states, those of its alternatives, and its answers, which most tokens belong to."""
+    """A batch that is scored, its states, those of its alternatives, and its answers, counted as all of its tokens."""
     settings = run.recipe.score
     batch = run.batch(tokens_per_batch=settings.tokens_per_batch)
     size = (math.prod(batch.tokens.shape),)
@@ -320,7 +320,7 @@ def _compare(run: PlannedSearch, x: _States, batch: _States, answers: score.Answ
 
 
 def _kept_states(run: PlannedSearch) -> int:
-    """Hidden states of the base while a part of it is worked on: the kept ones below, and two of each of its layers."""
+    """Hidden states of the base held while a part of it is worked on: the kept ones below, and two per layer of it."""
     layers, every = run.config.num_layers, run.recipe.score.keep_every
     parts = range(math.ceil(layers / every))
     return max(below + 2 * min(every, layers - below * every) for below in parts)

@@ -55,9 +55,9 @@ class PlannedTraining(ABC, Generic[AnyRecipe]):
     """A run of training, as far as memory depends on it.
 
     Attributes:
-      child: the view that learns; which experts of its parent it keeps does not matter, nor how many.
+      child: the view that is trained; neither which of its parent's experts it keeps nor how many matters.
       recipe: all settings; files that it names are not read.
-      packed: whether the parent's checkpoint has packed experts; they stay so unless the recipe wants them dense.
+      packed: whether the parent's checkpoint has packed experts; they stay packed unless the recipe wants them dense.
 
     Raises ConfigError for experts that are to be trained, or cannot be packed.
     """
@@ -95,7 +95,7 @@ class PlannedTraining(ABC, Generic[AnyRecipe]):
 
     @cached_property
     def mesh(self) -> Mesh | None:
-        """Raises ConfigError where JAX has fewer devices."""
+        """The mesh; None for a single device of this process. Raises ConfigError where JAX has fewer devices."""
         mesh = self.recipe.mesh
         devices = compiler().devices(mesh.devices)
         if mesh.devices == 1 and not devices:
@@ -108,13 +108,13 @@ class PlannedTraining(ABC, Generic[AnyRecipe]):
 
     @cached_property
     def fixed(self) -> Fixed:
-        """The student's parent as training holds it, stacked, in place."""
+        """The student's parent as training holds it, stacked and sharded, without values."""
         base = jax.eval_shape(lambda: self.student.stacked(zero_params(self.parent, self.packed)))
         return Fixed(base if self.mesh is None else in_place(base, stacked_sharding(base, self.parent, self.mesh)))
 
     @cached_property
     def state(self) -> tuple[TrainState, Shardings | None]:
-        """The state before the first step, in place, and where that is."""
+        """The state before the first step, without values, and its shardings."""
 
         def fresh(base: Params) -> TrainState:
             return init_state(self.student.master_weights(base), self.optimizer, jax.random.key(0))
@@ -125,7 +125,7 @@ class PlannedTraining(ABC, Generic[AnyRecipe]):
 
     @cached_property
     def always_held(self) -> dict[str, int]:
-        """Bytes on one device of what is there at all times."""
+        """Bytes on one device of what is held at all times."""
         state, by_matrix = self.state[0], {True: 0, False: 0}
         for path, leaf in jax.tree_util.tree_leaves_with_path(self.fixed.base):
             by_matrix[any(getattr(entry, "key", None) in EXPERT_MATRICES for entry in path)] += device_bytes(leaf)
@@ -137,7 +137,7 @@ class PlannedTraining(ABC, Generic[AnyRecipe]):
         }
 
     def abstract_rows(self, shape: tuple[int, ...], where: NamedSharding | None, extras: Mapping[str, Extra]) -> Packed:
-        """Packed rows of this shape, with extras of each a dtype and further dimensions."""
+        """Packed rows of this shape, without values, with these extras."""
 
         def array(dtype: DTypeLike, *more: int) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct((*shape, *more), dtype, sharding=where)
@@ -202,27 +202,27 @@ class PlannedTraining(ABC, Generic[AnyRecipe]):
 
     @property
     def decoded(self) -> int:
-        """Bytes of that layer's experts in bfloat16, for grouped matmuls of XLA, which read no packed ones; 0 where
-        they are not packed."""
+        """Bytes of the largest layer's experts in bfloat16, for XLA's grouped matmuls, which cannot read packed ones; 0
+        where they are not packed."""
         return self.held_experts * self.expert_bytes if self.packed else 0
 
     @property
     def gathered_on_cpus(self) -> int:
-        """Bytes of experts' matrices beside their blocks of rows, which only CPUs would gather; they are left out."""
+        """Bytes of expert matrices that only CPUs would gather, one for each block of rows; they are left out."""
         return self._blocks("blocked")[0] * self.expert_bytes
 
     def temporaries(self, master_bytes: int) -> dict[str, int]:
-        """The large parts of a step's temporaries on one device, in bytes, where one layer at a time is computed again.
+        """The large parts of a step's temporaries on one device, in bytes, where one layer at a time is recomputed.
 
-        Heads are not sharded, because a loss walks through their columns in slices. A layer's experts may get
-        all pairs of the tokens that are there, and attention keeps the weights of whole rows. `master_bytes` are those
-        of master weights on one device.
+        Heads are not sharded, because a loss walks through their columns in slices. A layer's experts may receive
+        all token-expert pairs of the device's tokens, and attention keeps the weights of whole rows. `master_bytes` are
+        the bytes of master weights on one device.
         """
         hidden, inter, mesh = self.parent.hidden_size, self.parent.intermediate_size, self.recipe.mesh
         states = self.parent.num_layers * self.tokens * hidden * WIDTH
         heads = 2 if any(name in FROM_TEACHER for name in self.losses) else 1
-        learning = master_bytes * mesh.devices // FLOAT32  # numbers, all devices together
-        # Of a padded row: the row, gate and linear part, activation, and outputs by expert and by token.
+        learning = master_bytes * mesh.devices // FLOAT32  # parameters, all devices together
+        # Per padded row: the row, gate and linear part, activation, and outputs by expert and by token.
         of_experts = hidden * (WIDTH + 2 * FLOAT32) + inter * (2 * FLOAT32 + WIDTH)
         blocks, block = self._blocks("looped")
         parts = {
@@ -237,7 +237,7 @@ class PlannedTraining(ABC, Generic[AnyRecipe]):
         return {name: size for name, size in parts.items() if size}
 
     def _attention(self) -> int:
-        """Bytes of the weights that the largest layer keeps for its gradient, in float32 and once more in bfloat16."""
+        """Bytes of the attention weights that the largest layer keeps for its gradient, in float32 and in bfloat16."""
         (_, rows, length), mesh, config = self.rows, self.recipe.mesh, self.parent
         parts = mesh.model * (mesh.sequence if config.num_heads % (mesh.model * mesh.sequence) == 0 else 1)
         heads = max(config.num_heads // parts, 1)
@@ -250,18 +250,18 @@ class PlannedTraining(ABC, Generic[AnyRecipe]):
         return rows // mesh.data * heads * largest * (FLOAT32 + WIDTH)
 
     def _blocks(self, kernel: str) -> tuple[int, int]:
-        """Blocks of rows for a layer's pairs of token and expert, those of all tokens, and rows of a block."""
+        """The number of blocks of rows for all token-expert pairs of a layer, and the rows of a block."""
         pairs = self.tokens * self.parent.experts_per_token
         block = BLOCK_ROWS[kernel](pairs, self.held_experts, self.packed)
         return num_blocks(pairs, self.held_experts, block), block
 
     def estimated(self, usage: Usage, other: PlannedTraining[Any]) -> Usage:
-        """About what a step of another run needs, by what this one's does.
+        """Estimates what a step of another run needs from what this one's does.
 
-        Temporaries are those by arithmetic and what there was beyond them, which goes with the parts that tokens make.
-        For gpt-oss-120b that was within about a tenth of what compiling found, down to an eighth of the tokens.
+        Temporaries are those by arithmetic plus what compiling found beyond them, scaled as the parts that grow with
+        tokens. For gpt-oss-120b that was within about a tenth of what compiling found, down to an eighth of the tokens.
 
-        Raises ConfigError for a model axis that another number of devices makes, and that does not divide the experts.
+        Raises ConfigError for a model axis of another size that does not divide the experts.
         """
         mesh, others_mesh = self.recipe.mesh, other.recipe.mesh
         undivided = any(block.num_experts % others_mesh.model for block in self.parent.blocks)

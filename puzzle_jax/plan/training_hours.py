@@ -1,13 +1,13 @@
-"""How long training takes: passes over the tokens of every step, times the roofline's seconds.
+"""Estimates how long training takes: the passes over the tokens of every step, in seconds by the roofline.
 
-    distill    per step: the student's pass forwards and back, its repetition where layers are rematerialised, and the
-               teacher's pass where a loss asks it
+    distill    per step: the student's forward and backward pass, another forward pass where layers are rematerialised,
+               and the teacher's forward pass where a loss needs it
     grpo       per step: answers of all groups, passes for old and reference log-probabilities, and the update; and the
                answers of every evaluation
 
-A backward pass is two forward ones, since each product has two gradients. Rows are taken to be full, answers to be
-`answer_share` of their limits long, and prompts without signal are not asked anew. Left out: compiling, the optimiser,
-gradients that devices exchange, and whatever judges the answers.
+A backward pass counts as two forward ones, since each product has two gradients. Rows are assumed to be full, answers
+to be `answer_share` of their limits long, and prompts without signal not to be replaced. Left out: compiling, the
+optimiser, the exchange of gradients between devices, and the computation of rewards.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def policy_seconds(
 
 
 def evaluations(recipe: GrpoRecipe) -> int:
-    """Evaluations of a run: every so many steps, and after the last one."""
+    """Number of evaluations in a run: one every `evaluate_every` steps, and one after the last step."""
     every, steps = recipe.loop.evaluate_every, recipe.loop.steps
     return -(-steps // every) if every else 1
 
@@ -71,6 +71,6 @@ def _time(config: ModelConfig, packed: bool, hardware: Hardware, mesh: MeshSetti
 
 
 def _learning(time: ModelTime, length: int, rows: Number, remat: bool) -> Number:
-    """Seconds of the layers' and the head's passes forwards and back; logits are always made again for the latter."""
+    """Seconds of forward and backward passes of layers and head; logits are always recomputed in the backward pass."""
     layers = (FORWARD_AND_BACK + remat) * time.forward(length, rows)
     return layers + (FORWARD_AND_BACK + 1) * time.heads(rows * length)

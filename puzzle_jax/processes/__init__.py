@@ -1,1 +1,1 @@
-"""Several processes as one program, and processes that end with what they started."""
+"""Several processes that act as one program, and processes that end together with what they started."""

@@ -1,10 +1,10 @@
-"""Several processes as one program, as a rule one per host, over JAX's distributed runtime.
+"""Several processes that act as one program, usually one per host, over JAX's distributed runtime.
 
-How processes find each other is JAX's own affair under Slurm, Open MPI, Kubernetes and on TPU pods. Elsewhere each is
-started with JAX_COORDINATOR_ADDRESS (host:port of the primary one) and JAX_PROCESS_ID (0, 1, ...).
+Under Slurm, Open MPI, Kubernetes and on TPU pods, JAX itself lets processes find each other. Elsewhere each is started
+with JAX_COORDINATOR_ADDRESS (host:port of the primary one) and JAX_PROCESS_ID (0, 1, ...).
 
-`joined` is the context of everything that several processes do together. They agree there on what they work on, and
-end together: whatever one of them refuses, all refuse in the same sentence, and one that is lost ends the others
+Everything that several processes do together happens within `joined`. They agree there on what they work on, and end
+together: whatever one of them refuses, all refuse with the same sentence, and the loss of one ends the others
 (`puzzle_jax.processes.watchdog`). Process 0 is the primary one, which writes files and reports.
 """
 
@@ -32,16 +32,16 @@ from puzzle_jax.runs import differences, version
 Result = TypeVar("Result")
 
 JOIN_SECONDS = 300
-"""Until all processes must have been started."""
+"""Time within which all processes must have been started."""
 
 _ADDRESS, _INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_PROCESS_ID"
 _WATCHDOG = "puzzle_jax/watchdog"
 _WATCHDOG_SECONDS = 60
 _SHUTDOWN_SECONDS = 60
-_OPEN_SECONDS = 3600  # in which a process reads what it works on, from the slowest disk
-_VERDICT_SECONDS = 2  # in which it shows that an error was another process's end
+_OPEN_SECONDS = 3600  # for a process to read what it works on, from the slowest disk
+_VERDICT_SECONDS = 2  # within which an error proves to be due to another process's end
 _POLL_MS = 5_000
-_DONE, _REFUSED = "+", "-"  # before what the primary process publishes
+_DONE, _REFUSED = "+", "-"  # prefixes of what the primary process publishes
 _LISTED = 3
 _LEAST_THREADS = 32
 
@@ -52,18 +52,18 @@ class JointError(PuzzleError):
 
 @contextmanager
 def joined(count: int, local_devices: int = 1, *, program: str) -> Iterator[None]:
-    """The time in which `count` processes are one program. Must begin before anything asks JAX for devices.
+    """The context in which `count` processes are one program. Must be entered before anything asks JAX for devices.
 
-    It ends in all of them together: with the last one that finishes, or with the first one that fails.
+    It ends in all of them together: when the last one finishes, or the first one fails.
 
     Args:
-      count: of processes, `mesh.processes` of a recipe; nothing is done for one.
-      local_devices: that this process uses, where it needs more than the one that some launchers give it.
-      program: named before what is printed where another process ends this one.
+      count: number of processes (`mesh.processes` of a recipe); with one, nothing is done.
+      local_devices: number of devices that this process uses, if more than the one that some launchers give it.
+      program: precedes what is printed when another process ends this one.
 
     Raises:
-      ConfigError: JAX does not know the other processes, or knows another number of them.
-      JointError: package, JAX or its platform differ between the processes.
+      ConfigError: JAX does not find the other processes, or finds another number of them.
+      JointError: the versions of package and JAX, or the platform, differ between the processes.
     """
     if count == 1:
         yield
@@ -79,10 +79,10 @@ def joined(count: int, local_devices: int = 1, *, program: str) -> Iterator[None
 
 
 def agree(what: str, value: Mapping[str, Json]) -> None:
-    """Compares a value of all processes, which must be equal: what JSON holds, and paths.
+    """Checks that a value, made of JSON values and paths, is equal in all processes.
 
-    `what` names it in messages, once in a program. Raises JointError, in all processes, that names what differs and in
-    which process.
+    `what` names it in messages, and is unique in a program. Raises JointError in all processes, which names what
+    differs and in which process.
     """
     if process_count() == 1:
         return
@@ -100,9 +100,9 @@ def agree(what: str, value: Mapping[str, Json]) -> None:
 
 
 def on_all(what: str, work: Callable[[], Result]) -> Result:
-    """The result of `work` in this process, once it has succeeded in all; `what` names it, once in a program.
+    """The result of `work` in this process, once it has succeeded in all; `what` names it, and is unique in a program.
 
-    Raises JointError in all processes where `work` raises a PuzzleError in any.
+    Raises JointError in all processes if `work` raises a PuzzleError in any.
     """
     if process_count() == 1:
         return work()
@@ -121,9 +121,9 @@ def on_all(what: str, work: Callable[[], Result]) -> Result:
 
 
 def from_primary(what: str, work: Callable[[], str]) -> str:
-    """The result of `work` in the primary process, in all of them; `what` names it, once in a program.
+    """Returns, in all processes, the result of `work` in the primary one; `what` names it, and is unique in a program.
 
-    Raises PuzzleError in all processes where `work` does in the primary one.
+    Raises PuzzleError in all processes if `work` does in the primary one.
     """
     if process_count() == 1:
         return work()
@@ -142,7 +142,7 @@ def from_primary(what: str, work: Callable[[], str]) -> str:
 
 
 def on_primary(what: str, work: Callable[[], object]) -> None:
-    """The primary process does what one alone shall do; the others wait for it. See `from_primary`."""
+    """Does `work` in the primary process only; the others wait for it. See `from_primary`."""
 
     def done() -> str:
         work()
@@ -155,15 +155,15 @@ def on_primary(what: str, work: Callable[[], object]) -> None:
 
 
 def kv_set(key: str, value: str) -> None:
-    """Publishes a value for all processes, once for a key."""
+    """Publishes a value to all processes; a key can be set only once."""
     _state().client.key_value_set(key, value)
 
 
 def kv_get(key: str, seconds: float | None = None) -> str:
     """The value that a process publishes under a key.
 
-    Waits for so many seconds, then raises TimeoutError; without a limit, for as long as all processes are there, unlike
-    a collective operation.
+    Waits for `seconds`, then raises TimeoutError; without a limit, it waits for as long as all processes are alive,
+    unlike a collective operation.
     """
     began = time.monotonic()
     while True:
@@ -177,13 +177,13 @@ def kv_get(key: str, seconds: float | None = None) -> str:
 
 
 def kv_delete(key: str) -> None:
-    """Drops what was published, once all have read it; nothing is done where one process is alone."""
+    """Deletes a published value, once all have read it; does nothing in a single process."""
     if process_count() > 1:
         _state().client.key_value_delete(key)
 
 
 def _gathered(key: str, value: Mapping[str, Json]) -> list[tuple[str, Json]]:
-    """Every process's host and value, in all of them."""
+    """The host and value of every process, in all of them."""
     kv_set(f"{key}/{process_index()}", json.dumps([socket.gethostname(), value], default=str))
     found = []
     for index in range(process_count()):
@@ -200,7 +200,7 @@ def _gathered(key: str, value: Mapping[str, Json]) -> list[tuple[str, Json]]:
 
 
 def _initialize(count: int, local_devices: int, program: str) -> None:
-    """Brings the processes together, by JAX."""
+    """Connects the processes through JAX."""
     given: dict[str, Json] = {}
     if _INDEX in os.environ:
         given = {"num_processes": count, "process_id": _index(os.environ[_INDEX], count)}
@@ -213,8 +213,8 @@ def _initialize(count: int, local_devices: int, program: str) -> None:
     limit.daemon = True
     limit.start()
     jax.config.update("jax_enable_preemption_service", False)  # it swallows SIGTERM
-    # XLA has a thread per core for programs. Those that wait for their inputs hold one, and on few cores, where a
-    # process has several CPU devices, none was left for a program that the other processes wait for.
+    # XLA runs programs on one thread per core. A program that waits for its inputs holds one, and on few cores, where
+    # a process has several CPU devices, none was left for a program that other processes waited for.
     os.environ.setdefault("PJRT_NPROC", str(max(_LEAST_THREADS, os.cpu_count() or 1)))
     try:
         with relayed():
@@ -235,7 +235,7 @@ def _initialize(count: int, local_devices: int, program: str) -> None:
 
 
 def _begin_together() -> None:
-    """Lets all processes find their devices, which each of them does only when the others do."""
+    """Makes all processes initialise their devices, which each of them can do only when the others do."""
     agree("the installation", {"puzzle_jax": version("puzzle_jax"), "jax": jax.__version__})
     agree("the devices", {"platform": jax.local_devices()[0].platform})
 
@@ -253,7 +253,7 @@ def _watchdog(program: str) -> Watchdog:
 
 
 def _leave(watchdog: Watchdog, error: BaseException) -> NoReturn:
-    """Ends the others, by the words of an error of this process, and raises it."""
+    """Ends the other processes with the message of an error of this one, and raises it."""
     name = watchdog.name(watchdog.index)
     if isinstance(error, PuzzleError):
         if watchdog.index and not isinstance(error, JointError):
@@ -284,7 +284,7 @@ def process_index() -> int:
 
 
 def process_count() -> int:
-    """The number of processes that are one program; 1 where a process is alone."""
+    """The number of processes that are one program; 1 for a single process."""
     return _state().num_processes
 
 
@@ -294,7 +294,7 @@ def primary_console(console: Console) -> Console:
 
 
 def _state() -> Any:
-    """JAX's record of the processes, which asks for no devices; it has no public name."""
+    """JAX's record of the processes, which does not initialise devices; it has no public name."""
     from jax._src.distributed import global_state
 
     return global_state

@@ -1,13 +1,13 @@
-"""What the primary process finds for all processes: values that may differ from process to process are found once.
+"""Values that the primary process computes for all processes, as they could differ from process to process.
 
-    published   bytes, of any length
-    decided     what JSON holds: choices of a solver with a time limit, what is done next
-    values_of   numbers that every process has computed, as the primary one has them: devices of several hosts may
-                round differently, and whoever decides by them shall decide the same
+    published   bytes of any length
+    decided     JSON values: choices of a solver with a time limit, what is done next
+    values_of   the primary process's values of an array that every process has computed: devices of different hosts may
+                round differently, and all processes must decide the same
 
-All processes make the same calls in the same order, which numbers them. The others wait for the primary process over
-the key-value store, however long its work takes, and only then is there a collective operation, which would not wait.
-A process alone gets what it gives, by none of them.
+All processes make the same calls in the same order, which numbers the calls. The others wait for the primary process
+over the key-value store, however long its work takes; only then is there a collective operation, which would not wait.
+A single process gets its own value back without either.
 
 Left out: errors of the primary process's work, which end all processes (`puzzle_jax.processes.watchdog`).
 """
@@ -25,14 +25,14 @@ from jaxtyping import Shaped
 
 from puzzle_jax.processes.distributed import kv_delete, kv_get, kv_set, process_count, process_index
 
-_PART_BYTES = 16 << 20  # that go over the devices at a time
+_PART_BYTES = 16 << 20  # broadcast over the devices at a time
 _LEAST_BYTES = 1 << 10
 
-_numbers = itertools.count()  # of what this process has published or read; processes are one program only once
+_numbers = itertools.count()  # of calls in this process; processes form one program only once
 
 
 def published(work: Callable[[], bytes]) -> bytes:
-    """What `work` gives in the primary process, in all of them; the others do not call it."""
+    """Returns, in all processes, what `work` returns in the primary one; the others do not call it."""
     if process_count() == 1:
         return work()
     key = f"published/{next(_numbers)}"
@@ -43,12 +43,12 @@ def published(work: Callable[[], bytes]) -> bytes:
         content = bytes(int(kv_get(key)))
     found = b"".join(_broadcast(content[at : at + _PART_BYTES]) for at in range(0, max(1, len(content)), _PART_BYTES))
     if process_index() == 0:
-        kv_delete(key)  # all have read it, for all have come as far as here
+        kv_delete(key)  # all have read it, since the broadcast needs all of them
     return found
 
 
 def decided(work: Callable[[], Any]) -> Any:
-    """The same of a value that JSON holds; with several processes it comes back as JSON gives it, lists for tuples."""
+    """Like `published`, for a JSON value; with several processes, it comes back with lists in place of tuples."""
     if process_count() == 1:
         return work()
     return json.loads(published(lambda: json.dumps(work()).encode()))
@@ -62,7 +62,7 @@ def values_of(values: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
 
 
 def _broadcast(part: bytes) -> bytes:
-    """A part of one length in all processes; sent with a length of few, for each of which a program is compiled."""
+    """Broadcasts a part, equally long in all processes; padded to a power of two, so that few programs are compiled."""
     size = _LEAST_BYTES
     while size < len(part):
         size *= 2

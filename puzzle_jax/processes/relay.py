@@ -1,12 +1,12 @@
-"""A detour for JAX's connection to its coordination service, so that losing the service ends no process from C++.
+"""A relay for JAX's connection to its coordination service, so that losing the service aborts no process from C++.
 
 JAX's client aborts the whole process (SIGABRT, after a stack trace) the moment its connection to the coordination
 service breaks, and no option of JAX 0.10 to 0.12 changes that: `jax_enable_recoverability` concerns the service, and a
 callback for missed heartbeats cannot be a Python function. So the client is given a socket of its own process, and two
-threads carry the bytes to the service and back. When the service is gone, the client's end stays open and silent, and
+threads forward the bytes to the service and back. When the service is gone, the client's end stays open and idle, and
 `puzzle_jax.processes.watchdog` ends the process with a sentence.
 
-JAX's own heartbeats, whose absence aborts in the same way, are stretched until they no longer matter.
+JAX's own heartbeats, whose absence aborts a process in the same way, get a timeout so long that they do not matter.
 
 Left out: connections by mutual TLS, whose certificates name the service's host; they stay as JAX makes them.
 """
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 HEARTBEAT_SECONDS = 7 * 24 * 3600
-"""Between a process's silence and what JAX does about it; the watchdog acts long before."""
+"""Heartbeat timeout after which JAX would abort the processes; the watchdog acts long before."""
 
 _RETRY_SECONDS = 0.2
 _CHUNK = 1 << 16
@@ -33,7 +33,7 @@ _CHUNK = 1 << 16
 
 @contextmanager
 def relayed() -> Iterator[None]:
-    """While this lasts, clients that JAX makes for its coordination service are connected by a relay."""
+    """Within this context, clients that JAX makes for its coordination service are connected through a relay."""
     runtime: Any = import_module("jaxlib._jax")  # what `jax.distributed` calls
     make = runtime.get_distributed_runtime_client
     directories: list[Path] = []
@@ -51,14 +51,14 @@ def relayed() -> Iterator[None]:
         yield
     finally:
         runtime.get_distributed_runtime_client = make
-        for directory in directories:  # the connection that was made needs no name
+        for directory in directories:  # an established connection does not need the socket's path
             shutil.rmtree(directory, ignore_errors=True)
 
 
 def start_relay(path: Path, address: str) -> None:
-    """Accepts connections at `path` and carries each to `address` ("host:port"), in threads that end with the process.
+    """Accepts connections at `path` and forwards each to `address` ("host:port"), in threads that end with the process.
 
-    A connection is tried for as long as nobody answers; once it is made, its end at `path` is never closed from here.
+    Connecting is retried until it succeeds; from then on, the end at `path` is never closed from here.
     """
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(path))
@@ -73,15 +73,15 @@ def start_relay(path: Path, address: str) -> None:
 
 
 def host_and_port(address: str) -> tuple[str, int]:
-    """The parts of "host:port", where a host of IPv6 may stand in brackets."""
+    """The parts of "host:port", where an IPv6 host may be in brackets."""
     host, _, port = address.rpartition(":")
     return host.strip("[]"), int(port)
 
 
 def keep_alive(connection: socket.socket, seconds: int) -> None:
-    """Lets the system end a connection whose other host has not answered for so long.
+    """Makes the system close a connection whose other host has not answered for `seconds`.
 
-    The other host's kernel answers for it, however busy a process is.
+    The other host's kernel answers, however busy the process there is.
     """
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     probes = 4
@@ -94,7 +94,7 @@ def keep_alive(connection: socket.socket, seconds: int) -> None:
 
 
 def _carry(near: socket.socket, service: tuple[str, int]) -> None:
-    """Carries bytes both ways until the near end is closed."""
+    """Forwards bytes both ways until the near end is closed."""
     while True:
         try:
             far = socket.create_connection(service, timeout=10)

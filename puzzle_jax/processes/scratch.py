@@ -1,7 +1,7 @@
-"""A directory of one process for files that nobody else reads, which is gone when the process is.
+"""A directory of one process for files that nobody else reads, which is removed when the process ends.
 
-It lies where temporary files do (TMPDIR). A process that is killed cannot remove its own; the next one that asks for a
-directory does, since the system has freed the lock that every owner holds.
+It is created among the temporary files (TMPDIR). A process that is killed cannot remove its own; the next one that asks
+for a directory does, since the system has released the lock that every owner holds.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _PREFIX, _LOCK = "puzzle_jax-run-", "owner.lock"
 
 @contextmanager
 def scratch_directory() -> Iterator[Path]:
-    """A new directory, for as long as the context."""
+    """A new directory, which exists as long as the context."""
     for left in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         with suppress(OSError, PuzzleError), locked(left, _LOCK):
             shutil.rmtree(left)

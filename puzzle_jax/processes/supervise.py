@@ -1,10 +1,10 @@
 """A process that ends together with everything it started, however that was started.
 
-A process group does not hold what made a session of its own, and the children of a process that ends belong to init
-from then on. So a supervisor stands between the main program and the process that does the work. On Linux it is a
-"child subreaper": every descendant of the worker stays its descendant, can be found through /proc, and is killed when
-the worker ends or the supervisor is told to. Nothing else is: a process is sent a signal only through a handle that
-was opened before its parent was looked up. On other systems the worker's process group is killed, and no more.
+A process group loses what starts a session of its own, and the children of a process that ends are reparented to init.
+So a supervisor stands between the main program and the process that does the work. On Linux it is a "child subreaper":
+every descendant of the worker stays its descendant, can be found through /proc, and is killed when the worker ends or
+the supervisor is terminated. Nothing else is killed: a process is sent a signal only through a handle that was opened
+before its parent was looked up. On other systems only the worker's process group is killed.
 
 This module imports nothing but the standard library, so that the supervisor is a small process.
 """
@@ -22,15 +22,15 @@ from contextlib import suppress
 _LOOK_SECONDS = 0.5
 _KILL_SECONDS = 5.0
 _HAS_PROC = sys.platform == "linux" and os.path.exists("/proc/self/stat")
-_SET_PARENT_DEATH_SIGNAL, _SET_CHILD_SUBREAPER = 1, 36  # of prctl, linux/prctl.h
+_SET_PARENT_DEATH_SIGNAL, _SET_CHILD_SUBREAPER = 1, 36  # options of prctl, from linux/prctl.h
 
 
 def supervise(parent: int) -> int:
-    """Forks this process, which must have one thread. Returns in the new process, the worker, alone.
+    """Forks this process, which must have a single thread. Returns only in the new process, the worker.
 
-    The supervisor waits. When the worker ends, it kills the worker's descendants, and ends as the worker did (with the
-    same exit code, or by the same signal). It kills all of them, and itself by SIGKILL, when it gets SIGTERM or the
-    process `parent` is no longer its parent. The worker is killed when the supervisor is.
+    The supervisor waits. When the worker ends, it kills the worker's descendants and ends as the worker did (with the
+    same exit code, or by the same signal). On SIGTERM, or when the process `parent` is no longer its parent, it kills
+    the worker and all descendants, and itself by SIGKILL. The worker is killed when the supervisor ends.
 
     Returns the process id of the supervisor.
     """
@@ -61,7 +61,7 @@ def supervise(parent: int) -> int:
             os._exit(1)
         return supervisor
 
-    # The worker's end must close its channel, which is its standard input.
+    # The end of the worker must close its channel, which is its standard input.
     nothing = os.open(os.devnull, os.O_RDWR)
     os.dup2(nothing, 0)
     while not terminated and os.getppid() == parent:
@@ -78,9 +78,9 @@ def supervise(parent: int) -> int:
 
 
 def descendants(root: int) -> list[int]:
-    """The process ids of what the process `root` started, and what those started, as far as it is still running.
+    """The process ids of all running descendants of the process `root`.
 
-    Empty on systems that have no /proc as Linux has it.
+    Empty on systems without a /proc like that of Linux.
     """
     children: dict[int, list[int]] = {}
     for name in os.listdir("/proc") if _HAS_PROC else ():
@@ -97,8 +97,8 @@ def descendants(root: int) -> list[int]:
 
 
 def kill_descendants(root: int) -> None:
-    """Kills them until there are none, for some seconds at most. Where `root` is this process, none is left as a
-    zombie either."""
+    """Kills the descendants of `root` until there are none, for a few seconds at most. If `root` is this process,
+    none is left as a zombie either."""
     end = time.monotonic() + _KILL_SECONDS
     while time.monotonic() < end:
         found = descendants(root)
@@ -128,7 +128,7 @@ def _kill(pid: int, family: set[int]) -> None:
     with suppress(OSError):
         handle = os.pidfd_open(pid)
         try:
-            # The number may be another process's by now; then its parent is no member of the family.
+            # The id may be another process's by now; its parent is then no member of the family.
             if _parent(pid) in family:
                 signal.pidfd_send_signal(handle, signal.SIGKILL)
         finally:
@@ -136,7 +136,7 @@ def _kill(pid: int, family: set[int]) -> None:
 
 
 def _parent(pid: int) -> int | None:
-    """The parent of a process that is running; None where it has ended."""
+    """The parent of a process that is running; None if it has ended."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             # The second field is the program's name in parentheses, which may hold anything.
@@ -147,7 +147,7 @@ def _parent(pid: int) -> int | None:
 
 
 def _reap(worker: int | None) -> int | None:
-    """Frees what has ended; the worker's wait status if it is among them."""
+    """Reaps children that have ended; returns the worker's wait status if it is among them."""
     found = None
     with suppress(ChildProcessError):
         while True:
@@ -168,7 +168,7 @@ def _has_children() -> bool:
 
 
 def _end_as(status: int) -> None:
-    """Ends this process as one with this wait status ended."""
+    """Ends this process in the way that the wait status describes."""
     code = os.waitstatus_to_exitcode(status)
     if code < 0:
         if -code not in (signal.SIGKILL, signal.SIGSTOP):
@@ -182,7 +182,7 @@ def _end_as(status: int) -> None:
 
 
 def _prctl(option: int, value: int) -> None:
-    """Does nothing where there is no prctl."""
+    """Calls prctl, if there is one."""
     if sys.platform != "linux":
         return
     with suppress(OSError, AttributeError):

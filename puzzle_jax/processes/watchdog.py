@@ -1,9 +1,9 @@
-"""Ends all processes of one program where one of them ends, with the same sentence.
+"""Ends all processes of a program when one of them ends, with the same sentence.
 
-Every process holds a connection to process 0. The system closes it when a process ends, however that happens, and
-when a host is gone (TCP keep-alive: a kernel that no longer answers; a process that is merely busy or stopped is not
-taken for lost). Whoever ends in order says so before, with an exit code and the reason; process 0 passes it on.
-A connection that ends without such a word is a loss:
+Every process holds a connection to process 0. The operating system closes it when a process ends, however that happens,
+and when a host is gone (TCP keep-alive: its kernel no longer answers; a process that is merely busy or stopped does not
+count as lost). A process that ends in order first sends an exit code and the reason, which process 0 passes on.
+A connection that closes without such a message is a loss:
 
     code 0    finished; all wait for each other, so that they end together
     code 2    refused: the others print the same sentence
@@ -35,31 +35,31 @@ from puzzle_jax.processes.relay import keep_alive
 FINISHED, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 """Exit codes."""
 
-_SILENCE_SECONDS = 20  # of a host, after which it is gone
+_SILENCE_SECONDS = 20  # without an answer, after which a host counts as gone
 _JOIN_SECONDS = 60  # until all processes have made their connections
 _HELLO_SECONDS = 10  # for a connection to name its process
 _PASS_ON_SECONDS = 2  # for the others to receive why process 0 ends, before its connections are closed
-_GRACE_SECONDS = 30  # for a process that fails to end by itself
+_GRACE_SECONDS = 30  # until a process that fails to end by itself is ended
 
 
 @dataclass(frozen=True)
 class Ending:
-    """The exit code of a process, and the sentence in which all say why."""
+    """The exit code of a process, and the sentence that all processes print as the reason."""
 
     code: int
     sentence: str = ""
 
 
 class Watchdog:
-    """The connections of one process to the others; made by `lead` in process 0 and by `follow` in others.
+    """The connections of one process to the others; made by `lead` in process 0 and by `follow` in the others.
 
-    `program` is named before every sentence.
+    `program` precedes every sentence.
     """
 
     def __init__(self, program: str, index: int, hosts: list[str], links: dict[int, _Link]) -> None:
         self.program, self.index, self.hosts = program, index, hosts
         self._links, self._finished = links, set[int]()
-        self._changed = threading.Condition()  # its lock is never given back where the listener ends the process
+        self._changed = threading.Condition()  # its lock is never released if the listener ends the process
         self._leaving = False
         os.register_at_fork(after_in_child=self._close)  # a child that outlives us must not hide that we are gone
         for other in links:
@@ -67,7 +67,7 @@ class Watchdog:
 
     @staticmethod
     def lead(program: str, count: int, publish: Callable[[str], None]) -> Watchdog:
-        """Waits for the connections of all others, by process 0; `publish` gives them the last argument of `follow`."""
+        """Waits in process 0 for the connections of all others; `publish` sends them the last argument of `follow`."""
         ipv6 = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if ipv6 else socket.AF_INET
         token, deadline = secrets.token_hex(16), time.monotonic() + _JOIN_SECONDS
@@ -94,7 +94,7 @@ class Watchdog:
 
     @staticmethod
     def follow(program: str, index: int, host: str, published: str) -> Watchdog:
-        """Connects to process 0 on `host`, as its `lead` published. Raises ConfigError where it cannot be reached."""
+        """Connects to process 0 on `host`, as its `lead` published. Raises ConfigError if it cannot be reached."""
         found = json.loads(published)
         try:
             link = _Link(socket.create_connection((host, found["port"]), timeout=_JOIN_SECONDS))
@@ -108,11 +108,11 @@ class Watchdog:
         return Watchdog(program, index, hosts, {0: link})
 
     def name(self, index: int) -> str:
-        """A process as sentences call it."""
+        """The name of a process in sentences."""
         return f"process {index} (host {self.hosts[index]})"
 
     def finish(self) -> None:
-        """Waits until all processes have finished; afterwards no loss counts."""
+        """Waits until all processes have finished; later losses are ignored."""
         with self._changed:
             if self.index:
                 self._send(Ending(FINISHED))
@@ -122,10 +122,10 @@ class Watchdog:
                 self._send(Ending(FINISHED))
 
     def leave(self, ending: Ending, verdict_seconds: float = 0.0) -> None:
-        """Sends the others how this process is about to end.
+        """Sends the others the exit code and reason with which this process is about to end.
 
-        For `verdict_seconds` the loss of another process, which may be why this one ends, has precedence; then the
-        process ends in here.
+        If another process is lost within `verdict_seconds`, which may be why this one ends, that loss takes precedence
+        and ends this process during the call.
         """
         time.sleep(verdict_seconds)
         with self._changed:
@@ -166,7 +166,7 @@ class Watchdog:
         end_now(self.program, ending)
 
     def _pass_on(self, ending: Ending, but: int | None = None) -> None:
-        """Sends an ending to all that this process is connected to, and gives them the time to receive it."""
+        """Sends an ending over all connections; process 0 then waits for the others to receive it."""
         self._send(ending, but)
         if self.index == 0:
             deadline = time.monotonic() + _PASS_ON_SECONDS
@@ -186,7 +186,7 @@ class Watchdog:
 
 
 class _Link:
-    """A connection over which JSON objects go, one a line."""
+    """A connection that carries JSON objects, one per line."""
 
     def __init__(self, connection: socket.socket) -> None:
         keep_alive(connection, _SILENCE_SECONDS)
@@ -198,7 +198,7 @@ class _Link:
         self.connection.sendall(json.dumps(value).encode() + b"\n")
 
     def receive(self, timeout: float | None = None) -> dict[str, Json]:
-        """The next object. Raises OSError where the connection ends or nothing comes in time."""
+        """The next object. Raises OSError if the connection ends or nothing arrives in time."""
         self.connection.settimeout(timeout)
         while b"\n" not in self._received:
             received = self.connection.recv(1 << 12)

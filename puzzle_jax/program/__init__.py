@@ -1,1 +1,1 @@
-"""The integer program: one alternative per group of any library, under limits. It knows no model and no JAX."""
+"""The integer program: one alternative per group of any library, under limits. It needs neither a model nor JAX."""

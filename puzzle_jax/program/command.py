@@ -1,7 +1,7 @@
 """`puzzle search solve --library FILE.json --minimize KEY [--at-most KEY=VALUE,...]`.
 
-The program by itself, for any library {layer: {alternative: {nested numbers}}} in a JSON file, whoever measured it;
-keys of nested numbers are joined by dots ("metrics.kl_div", "stats.runtime_ms"). No model is needed, and no JAX.
+Solves the integer program alone, for any library {layer: {alternative: {nested numbers}}} in a JSON file, whatever its
+origin; keys of nested numbers are joined by dots ("metrics.kl_div", "stats.runtime_ms"). Needs neither a model nor JAX.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _MOST_SWEPT = 1000
 
 @dataclass(frozen=True)
 class LibrarySettings:
-    """One program over a library.
+    """One integer program over a library.
 
     Attributes:
       library: JSON file, {layer: {alternative: {nested numbers}}}.
@@ -39,11 +39,11 @@ class LibrarySettings:
       at_most: upper limits on sums, by key.
       at_least: lower limits on sums, by key.
       sweep: solve for each of several upper limits on a key: KEY=V1,V2,... or KEY=LOW:HIGH:N.
-      solutions: how many different ones.
-      min_distance: layers in which any two differ at least.
+      solutions: number of different solutions.
+      min_distance: fewest layers in which any two solutions differ.
       time_limit: seconds for each solution.
       gap: relative gap that counts as optimal.
-      json: prints for programs.
+      json: prints JSON instead of tables.
     """
 
     library: Path
@@ -67,9 +67,9 @@ class LibrarySettings:
 
 
 def read_library(path: Path) -> Library:
-    """A library from a file; the numbers in it are for `Program` to check.
+    """Reads a library from a file; `Program` checks the numbers in it.
 
-    Raises `PuzzleError` when it cannot be read, is no object, has a name twice, or is nested too deep.
+    Raises `PuzzleError` if it cannot be read, is not an object, has a name twice, or is nested too deep.
     """
     try:
         library = json.loads(path.read_text(), object_pairs_hook=_unique)
@@ -93,7 +93,7 @@ def _unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
 
 
 def run(settings: LibrarySettings) -> None:
-    """Solves, and prints solutions or the frontier. Raises `PuzzleError`, which names the file, where it cannot."""
+    """Solves the program and prints solutions or the frontier. Raises `PuzzleError`, naming the file, on failure."""
     limits = [Limit(key, at_most=value) for key, value in settings.at_most.items()]
     limits += [Limit(key, at_least=value) for key, value in settings.at_least.items()]
     sweep = None if settings.sweep is None else _sweep(settings.sweep)

@@ -1,8 +1,8 @@
-"""A program (`program.library`) as arrays over columns, one for every alternative that is worth having.
+"""An integer program (`program.library`) as arrays over columns, one for every alternative worth keeping.
 
-Within a group, alternatives that others dominate are dropped. A `Model` is what one call of a solver minimises: group
-minima are subtracted and rows scaled, so that tolerances mean the same for bytes and for seconds; a point that comes
-back is added up again as decimal fractions and refused if it violates a limit by however little.
+Within a group, alternatives that others dominate are dropped. A `Model` is what one solver call minimises: group
+minima are subtracted and rows scaled, so that tolerances mean the same for bytes and for seconds; a point that the
+solver returns is summed again as decimal fractions and rejected if it violates a limit at all.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from puzzle_jax.program.enumeration import Case
 from puzzle_jax.program.library import Limit, Program, lookup
 
 LARGEST_COEFFICIENT = 1e3
-"""HiGHS accepts rows that are violated by 1e-6 and stops at an absolute gap of 1e-6: largest coefficients of 1000 turn
-both into parts in a billion."""
+"""HiGHS accepts rows that are violated by 1e-6 and stops at an absolute gap of 1e-6: with largest coefficients of 1000
+both are parts in a billion."""
 
 Cut = tuple[np.ndarray, int]
-"""Columns, and how many of them may be chosen at most."""
+"""Columns, and the most of them that may be chosen."""
 
 RowSets = Sequence[Sequence[Sequence[int]]]
-"""For every disjunction the sets of rows of which one has to hold."""
+"""For every disjunction its sets of rows, one of which has to hold."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,13 @@ class Compiled:
     """A program as arrays over columns (alternatives that are not dominated), grouped in order.
 
     Attributes:
-      names: groups.
+      names: names of the groups.
       alternatives: name of each column.
       starts: first column of each group.
       owner: group of each column.
       rows, bounds: all limits in "at most" form, [limits, columns] and [limits].
-      plain: rows that hold in any case.
-      row_sets: for each disjunction the rows of each of its sets of limits.
+      plain: rows that must always hold.
+      row_sets: for each disjunction, the rows of each of its sets of limits.
     """
 
     program: Program
@@ -82,9 +82,9 @@ class Compiled:
 def compile_program(program: Program, keep_dominated_by: int) -> Compiled:
     """Drops alternatives with at least `keep_dominated_by` dominators.
 
-    One dominator is reason enough for the first solution. The n-th one may need a dominated alternative to keep its
-    distance from the n - 1 before it, but never one with n dominators: at least one of those appears in none of the
-    earlier solutions and can take its place.
+    For the first solution one dominator suffices. The n-th one may need a dominated alternative to keep its distance
+    from the n - 1 before it, but never one with n dominators: at least one of those appears in none of the earlier
+    solutions and can take its place.
     """
     limits = program.all_limits
     alternatives: list[str] = []
@@ -114,7 +114,7 @@ def compile_program(program: Program, keep_dominated_by: int) -> Compiled:
 
 
 def _places(program: Program) -> tuple[list[int], list[list[list[int]]]]:
-    """Places in `all_limits`: those of the plain limits, and those of each set of each disjunction."""
+    """Indices into `all_limits`: those of the plain limits, and those of each set of each disjunction."""
     plain: list[int] = []
     row_sets: list[list[list[int]]] = []
     places = count()
@@ -127,7 +127,7 @@ def _places(program: Program) -> tuple[list[int], list[list[list[int]]]]:
 
 
 def _dominators(values: np.ndarray) -> np.ndarray:
-    """Number of others that are at most as large everywhere, for each row; of equal rows the first dominates."""
+    """For each row, the number of other rows that are nowhere larger; of equal rows the first dominates."""
     order = np.arange(len(values))
 
     def dominators(index: int, row: np.ndarray) -> int:
@@ -149,7 +149,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Model:
-    """The program of one call, shifted and scaled: objective = cost * unit + base, under some limits and cuts."""
+    """One call's integer program, shifted and scaled: objective = cost * unit + base, under some limits and cuts."""
 
     compiled: Compiled
     cost: np.ndarray
@@ -169,7 +169,7 @@ class Model:
         cuts: Sequence[Cut],
         gap: Number,
     ) -> Model:
-        """The model without the sets of rows of which one could not be met even by itself."""
+        """Builds the model, leaving out sets that have a row which cannot be met even by itself."""
 
         def reachable(rows: Sequence[int]) -> bool:
             return all(compiled.is_met(compiled.lowest(compiled.rows[row]), [row], ()) for row in rows)
@@ -178,14 +178,14 @@ class Model:
         return Model(compiled, *compiled.scaled(objective), rows, possible, cuts, gap)
 
     def objective(self, value: float) -> float:
-        """The true objective of a scaled one."""
+        """The true objective for a scaled value."""
         return value * self.unit + self.base
 
     def accepts(self, columns: np.ndarray) -> bool:
         return self.compiled.is_met(columns, self.rows, self.row_sets)
 
     def ceiling_below(self, value: float) -> float:
-        # A hair less than the gap: what is reported must not exceed it by rounding.
+        # Slightly less than the gap, so that rounding cannot make the reported gap exceed it.
         return value - self.gap * (1 - 1e-9) * abs(self.objective(value)) / self.unit
 
     def row(self, row: int) -> tuple[np.ndarray, float, float]:
@@ -196,7 +196,7 @@ class Model:
         return coefficients, float((bound - minimum) / unit), float(rounding)
 
     def case(self, further: Sequence[int]) -> Case:
-        """The limits that hold in any case, some more, and the cuts."""
+        """The limits that must always hold, the `further` ones, and the cuts."""
         cut_rows, cut_bounds = self.cut_rows(self.cuts)
         used = [self.row(row) for row in (*self.rows, *further)]
         rows = np.array([row for row, _, _ in used]).reshape(len(used), len(self.cost))

@@ -1,4 +1,4 @@
-"""The least sum of one column per group under upper limits on other sums, by enumeration between bounds.
+"""Finds the least sum of one column per group under upper limits on other sums, by enumeration between bounds.
 
     minimise  sum cost[x_g]   subject to   sum rows[r, x_g] <= bounds[r] for each row r of one of several cases
 
@@ -6,22 +6,22 @@ For multipliers u >= 0 every choice that meets the limits costs at least the Lag
 
     L(u) = sum_g min_{a in g} (cost[a] + u . rows[:, a]) - u . bounds
 
-whatever u is, so it is computed from u directly and no bound depends on the tolerances of the solver that u came from
-(HiGHS: the duals of the linear relaxation, at which L is greatest); its word is taken only where it finds that the
-relaxation has no point. With the reduced cost of a column, what it has above its group's minimum, a choice costs at
-least L plus its reduced costs. So of the choices below a ceiling only columns with reduced cost < ceiling - L need to
-be looked at, and the ceiling is raised step by step, as in iterative deepening: a pass that finds nothing proves the
+for any u, so it is computed from u directly and does not depend on the tolerances of the solver that gave u (HiGHS: the
+duals of the linear relaxation, at which L is greatest). The solver is trusted only if it reports that the relaxation is
+infeasible. The reduced cost of a column is its excess over its group's minimum, and a choice costs at least L plus its
+reduced costs. For choices below a ceiling, therefore, only columns with reduced cost < ceiling - L need to be
+considered, and the ceiling is raised step by step, as in iterative deepening: a pass that finds nothing proves the
 ceiling to be a lower bound; one that finds a choice lowers the ceiling to what would be better by more than the gap,
-and goes on until nothing is left. No incumbent has to be guessed, and the pass that decides is hardly larger than any
+and continues until nothing is left. No incumbent has to be guessed, and the deciding pass is hardly larger than any
 proof has to be.
 
-A pass extends partial choices group by group, many at once, depth first and those of least bound first. It drops
-those that no completion lets into the limits, and those whose bound reaches the ceiling under any of a set of
-multipliers: the duals of the same program with its limits moved at random, which each pass adds to.
+A pass extends partial choices group by group, many at once, depth first and least bound first. It drops those that no
+completion brings within the limits, and those whose bound reaches the ceiling under any of a set of multipliers: the
+duals of the same program with randomly moved limits, to which each pass adds.
 
-Works for a handful of limits. Where groups are many, alike and bound by many limits, or where the objective falls as
-the limited sums grow, so that too many choices are near-optimal, only time ends it, and
-`puzzle_jax.program.minimise` goes on with HiGHS. Bounds are lowered by more than the rounding of their sums.
+This works for a handful of limits. With many similar groups under many limits, or where the objective falls as the
+limited sums grow, so that too many choices are near-optimal, only the time limit ends it, and
+`puzzle_jax.program.minimise` continues with HiGHS. Bounds are lowered by more than the rounding of their sums.
 Sources: reduced-cost fixing and Lagrangian bounds, Fisher, Management Science 27 (1981); the problem is the
 multi-dimensional multiple-choice knapsack.
 """
@@ -40,9 +40,9 @@ from scipy.optimize import OptimizeResult, linprog
 # Columns beyond the relaxation's in the first pass, and how their number grows from pass to pass.
 _FIRST_COLUMNS, _GROWTH = 16, 1.4
 _MULTIPLIERS_PER_PASS, _MOST_MULTIPLIERS = 8, 64
-# So many choices are sooner looked at than bounded well.
+# Fewer choices than this are enumerated in less time than it takes to bound them well.
 _FEW_CHOICES = 10_000
-# Numbers in the largest temporary array: states times options times multipliers.
+# Elements of the largest temporary array: states times options times multipliers.
 _LARGEST_ARRAY = 1 << 21
 _RELATIVE_ROUNDING = 1e-13
 
@@ -51,8 +51,8 @@ _RELATIVE_ROUNDING = 1e-13
 class Case:
     """One set of limits: rows [limits, columns] and their upper bounds [limits].
 
-    Bounds may be a rounding error too high: every choice found is checked by the caller. No choice within the limits
-    is below `floor`, as far as that is known.
+    Bounds may be a rounding error too high: the caller checks every choice found. `floor` is a known lower bound on
+    the objective of all choices within the limits.
     """
 
     rows: np.ndarray
@@ -62,8 +62,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Found:
-    """A result: chosen column per group (None: nothing), a proven lower bound (infinite: there is no choice), and
-    whether the search came to its end, that is, proved the gap."""
+    """A result: the chosen column per group (None: nothing found), a proven lower bound (infinite: there is no choice),
+    and whether the search finished, that is, proved the gap."""
 
     columns: np.ndarray | None
     bound: float
@@ -79,23 +79,23 @@ def enumerate_least(
     patience: float,
     deadline: float,
 ) -> Found:
-    """The least sum under any of the cases, to a gap.
+    """Finds the least sum under any of the cases, to a gap.
 
     Args:
       cost: objective per column; of about the same magnitude as the rows.
       owner: group of each column, ascending from 0.
-      accepts: whether a choice meets one of the cases exactly; asked for the cheapest choices first.
-      ceiling_below: for the objective of a choice, below what another one has to be to be worth having.
+      accepts: returns whether a choice meets one of the cases exactly; called with the cheapest choices first.
+      ceiling_below: maps the objective of a choice to the value that a choice worth having has to be below.
       patience: when to give up while nothing is found, in CPU seconds (`time.thread_time`), so that a busy machine
-        finds what a quiet one finds.
+        finds what an idle one finds.
       deadline: when to give up in any case, on the clock of `time.monotonic`.
     """
     search = _Search(accepts, ceiling_below, patience, deadline)
-    waiting = sorted(cases, key=lambda case: case.floor, reverse=True)  # what has the least floor is taken first
+    waiting = sorted(cases, key=lambda case: case.floor, reverse=True)  # the least floor is taken first
     relaxed: list[_Relaxed] = []
 
     def relax(below: float) -> None:
-        """Takes up the cases whose floor is below a value."""
+        """Relaxes the waiting cases whose floor is below a value."""
         while waiting and waiting[-1].floor < below:
             case = _Relaxed(cost, owner, waiting.pop(), deadline)
             relaxed.extend([case] if case.bound < inf else [])
@@ -122,12 +122,12 @@ def enumerate_least(
 
 
 def relaxed_bound(cost: np.ndarray, owner: np.ndarray, case: Case, deadline: float) -> float:
-    """A lower bound of the cost of every choice within the limits; infinite where there is none."""
+    """A lower bound on the cost of every choice within the limits; infinite if there is none."""
     return _Relaxed(cost, owner, case, deadline).bound
 
 
 class _Relaxed:
-    """A case with its linear relaxation's multipliers, bound and reduced costs; bound inf where that has no point."""
+    """A case with its linear relaxation's multipliers, bound and reduced costs; the bound is inf if infeasible."""
 
     def __init__(self, cost: np.ndarray, owner: np.ndarray, case: Case, deadline: float):
         self.cost, self.owner, self.case, self.deadline = cost, owner, case, deadline
@@ -146,7 +146,7 @@ class _Relaxed:
         self.bound = float(minima.sum() - duals @ case.bounds - rounding)
 
     def add_multipliers(self, kept: np.ndarray, random: np.random.Generator) -> None:
-        """Duals over some columns, with the limits moved as far as partial choices use more or less of them."""
+        """Adds duals over the `kept` columns, with the limits moved at random by as much as partial choices vary."""
         rows, owner = self.case.rows[:, kept], self.owner[kept]
         counts = np.bincount(owner)
         few = np.log(counts).sum() < log(_FEW_CHOICES)
@@ -163,7 +163,7 @@ class _Relaxed:
 def _duals(
     cost: np.ndarray, rows: np.ndarray, bounds: np.ndarray, owner: np.ndarray, deadline: float
 ) -> np.ndarray | None:
-    """The linear relaxation's multipliers of the limits; zeros if it fails or has no time, None if it has no point."""
+    """The linear relaxation's multipliers of the limits; zeros if it fails or runs out of time, None if infeasible."""
     if not len(bounds):
         return np.zeros(0)
     columns = len(owner)
@@ -181,7 +181,7 @@ def _duals(
 @dataclass(frozen=True)
 class _States:
     """Partial choices of the first `depth` groups of a pass: sums of the objective [states] and of the rows
-    [limits, states], bounds [states], and from which state of `parent` each came by which option."""
+    [limits, states], bounds [states], and the state of `parent` and the option that each came from."""
 
     depth: int
     values: np.ndarray
@@ -220,7 +220,7 @@ class _Search:
     columns: np.ndarray | None = None
 
     def run(self, case: _Relaxed, random: np.random.Generator) -> bool:
-        """Looks at all choices of a case below the ceiling; False if time ran out."""
+        """Searches all choices of a case below the ceiling; returns False if time ran out."""
         kept = np.flatnonzero(case.bound + case.reduced < self.ceiling)
         case.add_multipliers(kept, random)
         options = _in_order(case, kept, self.ceiling - case.bound)
@@ -242,13 +242,13 @@ class _Search:
                 continue
             width = len(options[depth]) * len(case.multipliers)
             size = max(1, _LARGEST_ARRAY // width)
-            order = np.argsort(-children.bounds, kind="stable")  # what is pushed last is looked at first
+            order = np.argsort(-children.bounds, kind="stable")  # what is pushed last is searched first
             edges = range(len(order) % size or size, len(order) + size, size)
             stack += [children.select(order[max(0, end - size) : end]) for end in edges]
         return True
 
     def _take(self, leaves: _States, case: _Relaxed, options: list[np.ndarray]) -> None:
-        """The cheapest complete choice that meets its limits, if any."""
+        """Takes the cheapest complete choice that meets its limits, if there is one."""
         for leaf in np.argsort(leaves.values, kind="stable"):
             if leaves.values[leaf] >= self.ceiling:
                 return
@@ -261,16 +261,15 @@ class _Search:
 
 
 def _in_order(case: _Relaxed, kept: np.ndarray, room: float) -> list[np.ndarray]:
-    """Columns per group, groups with the fewest cheap ones first, so that partial choices stay few for long."""
+    """Columns per group, groups with the fewest cheap ones first, so that partial choices stay few for longer."""
     groups = np.split(kept, np.flatnonzero(np.diff(case.owner[kept])) + 1)
     weights = np.exp(-3 * case.reduced / room) if room < inf else np.ones(len(case.reduced))
     return sorted(groups, key=lambda group: weights[group].sum())
 
 
 def _completions(case: _Relaxed, options: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """For the groups from each depth on: what they add at least to the bound under each set of multipliers (with the
-    limits' own part, and less than rounding could make of it), [depths, multipliers]; and to each row [depths,
-    limits]."""
+    """The least that the groups from each depth on add: to the bound under each set of multipliers, with the limits'
+    own term and less a margin for rounding, [depths, multipliers]; and to each row, [depths, limits]."""
     rows, limits, multipliers = case.case.rows, case.case.bounds, case.multipliers
     tails, least = np.zeros((len(options) + 1, len(multipliers))), np.zeros((len(options) + 1, len(limits)))
     rounding = np.zeros(len(multipliers))
@@ -286,7 +285,7 @@ def _completions(case: _Relaxed, options: list[np.ndarray]) -> tuple[np.ndarray,
 def _extended(
     states: _States, case: _Relaxed, columns: np.ndarray, least: np.ndarray, tails: np.ndarray, ceiling: float
 ) -> _States:
-    """All states with each of a group's columns added, less those that cannot end within limits and ceiling."""
+    """Extends all states by each of a group's columns, dropping those that cannot end within limits and ceiling."""
     rows, limits = case.case.rows[:, columns], case.case.bounds
     values = (states.values[:, None] + case.cost[columns]).ravel()
     usage = (states.usage[:, :, None] + rows[:, None, :]).reshape(len(limits), len(values))

@@ -1,4 +1,4 @@
-"""Why a program is infeasible: which limits conflict, and the best value that each could have."""
+"""Explains why an integer program is infeasible: which limits conflict, and the best value that each could have."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from puzzle_jax.program.compile import Compiled, compile_program
 from puzzle_jax.program.library import Limit, Program
 from puzzle_jax.program.minimise import minimise
 
-# Combinations of sets of limits that are examined, and that the message describes.
+# The most combinations of sets of limits that are examined, and that the message describes.
 _CASES_EXAMINED, _CASES_EXPLAINED = 24, 8
 
 
@@ -24,7 +24,7 @@ class Conflict:
 
     Attributes:
       alone: the best value that its sum could have without any other limit.
-      given_others: the best value beside all other limits; None where those conflict without it.
+      given_others: the best value under all other limits; None if those conflict without it.
     """
 
     limit: Limit
@@ -41,8 +41,8 @@ class InfeasibleProgram(InfeasibleError):
 
 
 def explain(program: Program, time_limit: Number) -> InfeasibleProgram:
-    """The error of an infeasible program: conflicting limits and the best feasible value of each, for every
-    combination of sets of limits, unless the limits that always hold conflict by themselves."""
+    """Returns the error for an infeasible program: conflicting limits and the best feasible value of each, for every
+    combination of sets of limits, unless the limits that must always hold conflict by themselves."""
     always = compile_program(replace(program, limits=program.plain_limits), keep_dominated_by=1)
     if not program.disjunctions or _infeasible(always, time_limit):
         sentences, conflicts = _conflicts(always, time_limit)
@@ -67,7 +67,7 @@ def _infeasible(compiled: Compiled, time_limit: Number, rows: Sequence[int] | No
 
 
 def _hopeless(program: Program, time_limit: Number) -> Program:
-    """The program with only the first disjunction that nothing meets by itself; where there is none, unchanged."""
+    """The program with only the first disjunction that cannot be met even alone; unchanged if there is none."""
     for disjunction in program.disjunctions if len(program.disjunctions) > 1 else ():
         alone = replace(program, limits=(*program.plain_limits, disjunction))
         if _infeasible(compile_program(alone, keep_dominated_by=1), time_limit):
@@ -76,13 +76,13 @@ def _hopeless(program: Program, time_limit: Number) -> Program:
 
 
 def _spread(combinations: list[dict[str, str]], most: int) -> list[dict[str, str]]:
-    """At most so many, spread evenly, the first and the last among them."""
+    """At most `most` combinations, spread evenly, the first and the last included."""
     step = max(1.0, (len(combinations) - 1) / (most - 1))
     return [combinations[round(number * step)] for number in range(min(len(combinations), most))]
 
 
 def _conflicts(compiled: Compiled, time_limit: Number) -> tuple[list[str], tuple[Conflict, ...]]:
-    """Which limits of a program without disjunctions conflict, in words and as they are."""
+    """The conflicting limits of a program without disjunctions, as sentences and as conflicts."""
     limits = compiled.program.plain_limits
     everything = range(len(limits))
     alone = [_feasible_value(compiled, row, compiled.lowest(compiled.rows[row])) for row in everything]
@@ -95,7 +95,7 @@ def _conflicts(compiled: Compiled, time_limit: Number) -> tuple[list[str], tuple
                 involved = rest
 
     def best(row: int) -> float | None:
-        """The best value of a limited sum under all other limits; None where those conflict."""
+        """The best value of a limited sum under all other limits; None if those conflict."""
         others = [other for other in everything if other != row]
         point = minimise(compiled, compiled.rows[row], others, [], time_limit, 0.0)
         return None if point.columns is None else _feasible_value(compiled, row, point.columns)
@@ -116,7 +116,7 @@ def _conflicts(compiled: Compiled, time_limit: Number) -> tuple[list[str], tuple
 
 
 def _feasible_value(compiled: Compiled, row: int, columns: np.ndarray) -> float:
-    """The sum of a limited key over a choice, as a number that the choice meets as a limit."""
+    """The sum of a limited key over a choice, rounded such that the choice meets it as a limit."""
     limit = compiled.program.plain_limits[row]
     total = compiled.program.totals(compiled.choice(columns), limit.key)
     value = float(total)

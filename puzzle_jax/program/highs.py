@@ -1,4 +1,4 @@
-"""Programs as HiGHS solves them (scipy.optimize.milp).
+"""Solves integer programs with HiGHS (scipy.optimize.milp).
 
 A disjunction is a binary z for each of its sets of limits, sum z = 1, and row <= bound + M (1 - z) for each limit of
 the set, with M the most that the row can exceed its bound by. In an elastic solve every limit may be violated, at a
@@ -22,14 +22,14 @@ from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
 from puzzle_jax.numeric import Number
 from puzzle_jax.program.compile import LARGEST_COEFFICIENT, Compiled, Model, Point
 
-_TOLERANCE = 1e-6  # of HiGHS, by which rows may be violated
+_TOLERANCE = 1e-6  # by which HiGHS lets rows be violated
 _REFUSED_POINTS = 24
 
 
 def branch_and_cut(model: Model, deadline: float, proven: float = -inf) -> Point:
-    """The least objective of a model; HiGHS is called again while the exact sums refuse its point.
+    """Finds the least objective of a model; HiGHS is called again as long as exact sums reject its point.
 
-    `deadline` is on the clock of `time.monotonic`; `proven` is a lower bound that is known already.
+    `deadline` is on the clock of `time.monotonic`; `proven` is a lower bound that is already known.
     """
     compiled = model.compiled
     sets = [rows for each in model.row_sets for rows in each]
@@ -56,8 +56,8 @@ def branch_and_cut(model: Model, deadline: float, proven: float = -inf) -> Point
             if result.mip_dual_bound is not None:
                 proven = max(proven, model.objective(float(result.mip_dual_bound)))
             return Point(chosen, "optimal" if result.status == 0 else "time limit", proven)
-        # Within the solver's tolerance of a limit but beyond it: exclude the point, and after many such points keep
-        # clear of the tolerance.
+        # The point violates a limit, though within the solver's tolerance: exclude it, and after many such points
+        # tighten the limits.
         refused.append((chosen, len(compiled.names) - 1))
         if attempt >= _REFUSED_POINTS // 2:
             margin = _TOLERANCE * 2.0 ** (attempt - _REFUSED_POINTS // 2)
@@ -92,7 +92,7 @@ def least_excess(compiled: Compiled, time_limit: Number, within: float | None = 
 
 
 def _limit_rows(model: Model, sets: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All limits over columns and sets, their upper bounds, and what the solver's tolerance is relative to in each."""
+    """All limits over columns and sets, their upper bounds, and the scale of the solver's tolerance in each."""
     lines, uppers, slacks = [], [], []
     for z, rows in [(None, model.rows), *enumerate(sets)]:
         for row in rows:
@@ -108,7 +108,7 @@ def _limit_rows(model: Model, sets: Sequence[Sequence[int]]) -> tuple[np.ndarray
 
 
 def _denominators(compiled: Compiled) -> np.ndarray:
-    """The size that an excess is relative to: the limit, or where that is 0 the row's largest difference."""
+    """The size that each excess is relative to: the limit or, if that is 0, the row's largest difference."""
     units = np.array([compiled.scaled(row)[2] * LARGEST_COEFFICIENT for row in compiled.rows])
     return np.where(compiled.bounds == 0, units, np.abs(compiled.bounds))
 
@@ -120,7 +120,7 @@ def _call(
     deadline: float,
     gap: Number,
 ) -> OptimizeResult:
-    """HiGHS; columns that are not integral are slacks without upper bound."""
+    """Calls HiGHS; columns that are not integral are slacks without an upper bound."""
     with _silenced():
         return milp(
             target,
@@ -133,8 +133,8 @@ def _call(
 
 @contextmanager
 def _silenced() -> Iterator[None]:
-    """Drops what C code writes to standard output: HiGHS has debugging lines that no option turns off, and that would
-    stand in the middle of our JSON."""
+    """Discards what C code writes to standard output: HiGHS prints debugging lines that no option turns off, and that
+    would end up in the middle of our JSON."""
     sys.stdout.flush()
     kept = os.dup(1)
     with open(os.devnull, "w") as nowhere:
@@ -148,7 +148,7 @@ def _silenced() -> Iterator[None]:
 
 
 def _membership(owner: np.ndarray) -> sparse.csr_matrix:
-    """1 where a column belongs to a group, [groups, columns]."""
+    """Matrix [groups, columns] that is 1 where a column belongs to a group."""
     return sparse.csr_matrix((np.ones(len(owner)), (owner, np.arange(len(owner)))))
 
 

@@ -1,11 +1,11 @@
-"""Choices of a program: a library {group: {alternative: {nested numbers}}}, limits on sums, disjunctions of
-limits, and choices.
+"""The parts of an integer program: a library {group: {alternative: {nested numbers}}}, limits on sums, disjunctions
+of limits, and solutions.
 
-A group is whatever one thing must be chosen for: a layer, or one sub-block of a layer. Numbers are named by
-dotted keys ("stats.runtime_ms"), the form in which block libraries are published. Sums are exact: every
-number counts as the decimal fraction that it is written as, so 0.1 + 0.2 meets a limit of 0.3.
+A group is anything for which one alternative must be chosen: a layer, or one sub-block of a layer. Numbers are named by
+dotted keys ("stats.runtime_ms"), the form in which block libraries are published. Sums are exact: every number counts
+as the decimal fraction that it is written as, so 0.1 + 0.2 meets a limit of 0.3.
 
-Knows nothing of models, and nothing of solving: that is `puzzle_jax.program.solve`.
+This module knows nothing about models or about solving, which is left to `puzzle_jax.program.solve`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Limit:
         return self.sign * total <= self.sign * exact(self.bound)
 
     def excess(self, total: Fraction) -> float:
-        """The amount by which a sum violates the limit, relative to it; absolute for a limit of 0."""
+        """The amount by which a sum violates the limit, relative to the limit; absolute for a limit of 0."""
         bound = exact(self.bound)
         return float(max(Fraction(0), self.sign * (total - bound)) / (abs(bound) or 1))
 
@@ -63,7 +63,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class Disjunction:
-    """Sets of limits by name: all limits of at least one set have to hold, and the program chooses which.
+    """Sets of limits by name: all limits of at least one set have to hold, and the solver chooses which.
 
     This makes a scenario's batch a choice: each batch has its own limits on seconds and memory.
     """
@@ -81,13 +81,13 @@ class Solution:
     """One choice.
 
     Attributes:
-      choice: alternative per group.
+      choice: chosen alternative of each group.
       score: sum of the minimised key.
       costs: sum of every key that all alternatives of the library have.
       status: "optimal" (proven to the gap asked for), "time limit" (a feasible point, `gap` says how far from
         proven), or "given" (not solved for).
       gap: (score - proven lower bound) / |score|; None where nothing is proven.
-      violated: limits that the choice violates; none in what `solve` returns.
+      violated: limits that the choice violates; empty in what `solve` returns.
       selected: for each disjunction by name, which of its sets the choice meets, or violates least.
     """
 
@@ -104,8 +104,8 @@ class Solution:
 class Program:
     """An integer program: a library, the key to minimise, and limits.
 
-    Raises `PuzzleError` when the library is empty, a key is unknown or missing in an alternative, a number that is
-    used is none (a string, NaN, infinity), or two disjunctions have the same name.
+    Raises `PuzzleError` if the library is empty, a key is unknown or missing in an alternative, a value that is used
+    is not a finite number (a string, NaN, infinity), or two disjunctions have the same name.
     """
 
     library: Library
@@ -133,7 +133,7 @@ class Program:
 
     @property
     def plain_limits(self) -> tuple[Limit, ...]:
-        """The limits that hold in any case."""
+        """The limits that must always hold."""
         return tuple(limit for limit in self.limits if isinstance(limit, Limit))
 
     @property
@@ -153,7 +153,7 @@ class Program:
         return [dict(zip(names, selected, strict=True)) for selected in selections]
 
     def select(self, choice: Mapping[str, str]) -> dict[str, str]:
-        """The first set of each disjunction that a choice violates least, by summed relative excess."""
+        """For each disjunction, the first of the sets that a choice violates least, by summed relative excess."""
 
         def excess(limits: Sequence[Limit]) -> float:
             return sum(limit.excess(self.totals(choice, limit.key)) for limit in limits)
@@ -161,7 +161,7 @@ class Program:
         return {each.name: min(each.sets, key=lambda name: excess(each.sets[name])) for each in self.disjunctions}
 
     def limits_of(self, selected: Mapping[str, str]) -> tuple[Limit, ...]:
-        """The limits that hold with a selected set of each disjunction."""
+        """The limits that must hold with a selected set of each disjunction."""
         nested = [each.sets[selected[each.name]] for each in self.disjunctions]
         return self.plain_limits + tuple(limit for limits in nested for limit in limits)
 
@@ -182,7 +182,7 @@ class Program:
 
     @cached_property
     def _exact(self) -> dict[tuple[str, str, str], Fraction]:
-        """Exact numbers by group, alternative and key, filled as they are asked for."""
+        """Cache of exact numbers by group, alternative and key, filled on demand."""
         return {}
 
     def totals(self, choice: Mapping[str, str], key: str) -> Fraction:
@@ -197,9 +197,7 @@ class Program:
 
 
 def lookup(numbers: Json, key: str) -> Json:
-    """The value at a dotted key of nested mappings, None where there is none; a key that holds dots itself
-    works.
-    """
+    """The value at a dotted key of nested mappings, None if there is none; keys may contain dots themselves."""
     if not isinstance(numbers, Mapping):
         return None
     if key in numbers:

@@ -1,8 +1,7 @@
-"""How a program is minimised: by enumeration, and where that has found nothing within a second, by HiGHS.
+"""Minimises an integer program by enumeration or, if that finds nothing within a second, by HiGHS.
 
-Enumeration proves the programs of measured libraries, and those of independent numbers, several times faster than
-HiGHS; on programs whose score falls as their costs grow it finds nothing, and HiGHS is fast (docs/results.md,
-"Solving").
+Enumeration proves the optimum of measured libraries, and of independent numbers, several times faster than HiGHS; if
+scores fall as costs grow it finds nothing, and HiGHS is fast (docs/results.md, "Solving").
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ from puzzle_jax.program.compile import Compiled, Cut, Model, Point, RowSets
 from puzzle_jax.program.enumeration import Found, enumerate_least, relaxed_bound
 from puzzle_jax.program.highs import branch_and_cut
 
-# CPU seconds in which enumeration has to find a choice, and share of the time limit.
+# CPU seconds within which enumeration has to find a choice, and the largest share of the time limit for them.
 _PATIENCE, _SHARE = 1.0, 0.5
-# Enumeration takes sets of limits one by one; with more combinations of them than this, HiGHS chooses among them.
+# Enumeration treats combinations of sets of limits one by one; if there are more than this, HiGHS chooses among them.
 _MOST_CASES = 4096
 
 
@@ -35,7 +34,7 @@ def minimise(
     gap: Number,
     row_sets: RowSets = (),
 ) -> Point:
-    """The least objective under some of the limits, disjunctions and cuts, to a relative gap."""
+    """Finds the least objective under some of the limits, disjunctions and cuts, to a relative gap."""
     deadline = time.monotonic() + time_limit
     model = Model.of(compiled, objective, rows, row_sets, cuts, gap)
     found = _enumerate(model, time_limit, deadline)
@@ -51,7 +50,7 @@ def _enumerate(model: Model, time_limit: Number, deadline: float) -> Found:
     if prod(len(sets) for sets in model.row_sets) > _MOST_CASES:
         return Found(None, -inf, False)
     patience, owner = time.thread_time() + min(_SHARE * time_limit, _PATIENCE), model.compiled.owner
-    # What a single set of limits allows bounds every combination that it is part of.
+    # The lower bound of a single set of limits holds for every combination that contains it.
     floors: dict[tuple[int, ...], float] = {}
     for rows in [tuple(rows) for sets in model.row_sets for rows in sets] if len(model.row_sets) > 1 else ():
         floors[rows] = relaxed_bound(model.cost, owner, model.case(rows), deadline)

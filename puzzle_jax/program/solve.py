@@ -4,13 +4,13 @@
               sum cost[g, a] x[g, a] <= limit (or >=) for each limit, and for those of one set of each disjunction,
               and for further solutions  sum x * x_previous <= groups - min_distance
 
-(Puzzle, arXiv 2411.19146, section 4.) A group is a layer, or one sub-block of a layer, so that sub-blocks whose scores
-and costs add need no product of alternatives; `program.library` describes what a program chooses from. A cost that
+(Puzzle, arXiv 2411.19146, section 4.) A group is a layer, or one sub-block of a layer, so that sub-blocks with additive
+scores and costs need no product of alternatives; `program.library` describes what a program chooses from. A cost that
 every choice shares is a group with one alternative.
 
-`program.minimise` says how one solution is found. Every solution is added up again as decimal fractions, as written in
-the library, and refused if a limit is violated by however little. An infeasible program raises with the limits that
-conflict and the best value that each could have (`program.explain`).
+`program.minimise` finds one solution. Every solution is summed again as decimal fractions, as written in the library,
+and rejected if it violates a limit at all. The error for an infeasible program names the limits that conflict and the
+best value that each could have (`program.explain`).
 
 Left out: products of variables (interactions between groups).
 """
@@ -42,17 +42,17 @@ def solve(
     time_limit: Number = 30.0,
     gap: Number = 1e-4,
 ) -> list[Solution]:
-    """The best choices, best first; fewer than asked for when no more exist at that distance.
+    """Returns the best choices, best first; fewer than asked for if no more exist at that distance.
 
     Args:
       num_solutions: size of the pool.
-      min_distance: number of groups in which any two solutions differ at least.
+      min_distance: least number of groups in which any two solutions differ.
       time_limit: seconds for each solution; a feasible point found by then is accepted.
       gap: relative gap that counts as optimal; with a gap, "best first" holds to that gap.
 
     Raises:
       InfeasibleProgram: no choice meets the limits; names those that conflict and the best feasible values.
-      PuzzleError: a setting is impossible, or the time limit passed with no feasible point.
+      PuzzleError: a setting is invalid, or the time limit passed with no feasible point.
     """
     check_range("num_solutions", num_solutions, 1, _MOST_SOLUTIONS)
     check_range("min_distance", min_distance, 1)
@@ -76,9 +76,9 @@ def solve(
 
 
 def elastic_solve(program: Program, *, time_limit: Number = 30.0) -> Solution:
-    """The choice that violates the limits least, by summed relative excess, and scores best among those.
+    """Returns the choice that violates the limits least, by summed relative excess, and scores best among those.
 
-    Where the limits can be met this is `solve`'s first solution. `violated` names the limits that stay violated.
+    If the limits can be met this is `solve`'s first solution. `violated` names the limits that stay violated.
     """
     compiled = compile_program(program, keep_dominated_by=1)
     point = minimise(compiled, compiled.score, compiled.plain, [], time_limit, 1e-4, compiled.row_sets)
@@ -89,7 +89,7 @@ def elastic_solve(program: Program, *, time_limit: Number = 30.0) -> Solution:
 
 
 def _least_violating(program: Program, selected: dict[str, str], time_limit: Number) -> tuple[float, Solution]:
-    """The least summed relative excess over the limits of some sets, and the best choice that has it."""
+    """The least summed relative excess over the limits of the `selected` sets, and the best choice that has it."""
     compiled = compile_program(replace(program, limits=program.limits_of(selected)), keep_dominated_by=1)
     least = least_excess(compiled, time_limit)
     if least.columns is None or least.excess is None:
@@ -100,9 +100,9 @@ def _least_violating(program: Program, selected: dict[str, str], time_limit: Num
 
 
 def assess(program: Program, choice: Mapping[str, str]) -> Solution:
-    """A given choice with its totals and the limits it violates.
+    """Returns a given choice with its totals and the limits it violates.
 
-    Raises `PuzzleError` if it is no choice of the library.
+    Raises `PuzzleError` if it is not a choice of the library.
     """
     for group, alternatives in program.library.items():
         if choice.get(group) not in alternatives:

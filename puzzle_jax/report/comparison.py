@@ -1,6 +1,6 @@
-"""Models side by side: what each answers, in how many tokens, and how many requests it serves, in one table.
+"""Models side by side in one table: the accuracy of each, its tokens, and how many requests it serves.
 
-A column is a model, the reference first; a row is a measure at an effort. The rows are the same in the terminal, in
+Columns are models, the reference first; rows are measures at an effort. The rows are the same in the terminal, in
 markdown and in HTML. Left out: accuracy by task, quartiles of speeds and McNemar's test, which `report.evaluation` has.
 """
 
@@ -17,7 +17,7 @@ NONE = "-"
 
 @dataclass(frozen=True)
 class ComparisonTable:
-    """The table of the content of an evaluation.json, of some of its models or of all."""
+    """The table of an evaluation.json's content, for all of its models or for those in `only`."""
 
     evaluation: Mapping[str, Json]
     only: Sequence[str] = ()

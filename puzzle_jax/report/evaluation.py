@@ -1,4 +1,4 @@
-"""An evaluation on one screen: what every model answers, what it differs in, how fast it is, and the frontier.
+"""An evaluation on one screen: every model's answers, its differences from the reference, speeds, and the frontier.
 
 The same tables are printed in the terminal (rich) and written as markdown, from the content of evaluation.json.
 """
@@ -33,7 +33,7 @@ class EvaluationReport:
                 yield self._frontier()
 
     def verdicts(self) -> list[str]:
-        """Sentences that say for every other model whether its curve lies above the reference's."""
+        """Sentences that say, for every model but the reference, whether its curve lies above the reference's."""
         compared = self.evaluation["comparisons"].items() if self.evaluation["points"] else ()
         return [sentence for name, comparison in compared for sentence in self._verdict(name, comparison)]
 
@@ -45,7 +45,7 @@ class EvaluationReport:
             console.print(sentence, highlight=False)
 
     def html(self, images: Mapping[str, bytes]) -> str:
-        """A page that opens offline, with the images inside: one table of all models, then everything else."""
+        """A page that opens offline, with embedded images: one table of all models, then everything else."""
         table = ComparisonTable(self.evaluation)
         verdicts = [table.verdict(name) for name in self.evaluation["comparisons"]]
         return render(
@@ -157,7 +157,7 @@ class EvaluationReport:
 
 
 def _overall(name: str, estimate: Mapping[str, Json], form: str, rows: list[list[str]]) -> list[str]:
-    """The row of all efforts together, below those of each."""
+    """The row for all efforts together, which follows those of each effort."""
     return [f"{name}, all", _range(estimate, form), *[""] * (len(rows[-1]) - 2)]
 
 
@@ -180,7 +180,7 @@ def _quartiles(values: Mapping[str, float], form: str) -> str:
 
 
 def _range(estimate: Mapping[str, Json], form: str) -> str:
-    """A value with its interval; a side without limit is open."""
+    """A value with its interval; an end without a limit is shown as "?"."""
     if estimate["value"] is None:
         return "-"
     low, high = (form.format(x) if x is not None else "?" for x in (estimate["low"], estimate["high"]))

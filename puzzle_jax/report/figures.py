@@ -1,6 +1,6 @@
-"""Figures, as PNG bytes. Drawn without a display and without pyplot's global state.
+"""Figures as PNG bytes, drawn without a display and without pyplot's global state.
 
-matplotlib takes half a second to import, so the first figure imports it.
+matplotlib takes half a second to import, so it is imported when the first figure is drawn.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def frontier_figure(points: Mapping[str, Mapping[str, Json]], reference: str) ->
 
 
 def _bars(estimates: list[Json]) -> list[list[float]]:
-    """Lengths of error bars below and above; a side without limit has none."""
+    """Lengths of error bars below and above; an end without a limit has none."""
     below = [max(0.0, e["value"] - e["low"]) if e["low"] is not None else 0.0 for e in estimates]
     above = [max(0.0, e["high"] - e["value"]) if e["high"] is not None else 0.0 for e in estimates]
     return [below, above]

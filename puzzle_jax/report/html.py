@@ -1,4 +1,4 @@
-"""Pages from templates: HTML in one file that opens offline, in which every text is escaped."""
+"""Pages from templates: HTML in one file that opens offline, with all text escaped."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\ud800-\udfff\U000e0000-\U000e007f]"
 )
-"""Controls, half surrogate pairs, marks of direction and joining: all but tab and newline."""
+"""Control characters except tab and newline, half surrogate pairs, and marks of direction and joining."""
 
 
 def render(template: str, **values: object) -> str:
@@ -22,7 +22,7 @@ def render(template: str, **values: object) -> str:
 
 
 def visible(text: str) -> Markup:
-    """Text for HTML, with the numbers of characters that are not seen."""
+    """Text for HTML, with invisible characters replaced by their code points."""
     return Markup(_UNSEEN.sub(lambda found: f"<i>U+{ord(found[0]):04X}</i>", escape(text)))
 
 

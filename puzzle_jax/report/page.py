@@ -1,4 +1,4 @@
-"""A search as one HTML page that opens offline: tables, figures inside the file, every stage and its seconds."""
+"""A search as one HTML page that opens offline: tables, embedded figures, and the seconds of every stage."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class SearchPage:
         return found
 
     def html(self, images: Mapping[str, bytes]) -> str:
-        """The page with the images inside."""
+        """The page with the images embedded."""
         heading, rows = self.report.rows()
         correlation = self.solutions["rank_correlation"]
         agree = "" if correlation is None else f" Spearman's rank correlation is {correlation:.2f}."
@@ -74,7 +74,7 @@ class SearchPage:
         )
 
     def write(self, out: Path) -> None:
-        """report.html, report.md and figures/*.png."""
+        """Writes report.html, report.md and figures/*.png."""
         images = self.figures()
         (out / "figures").mkdir()
         for name, content in images.items():
@@ -84,7 +84,7 @@ class SearchPage:
 
 
 def stage_records(run: Path, directories: Sequence[tuple[str, str]]) -> dict[str, Mapping[str, Json]]:
-    """stage.json of every stage that has one, by name; `directories` are (stage, directory)."""
+    """The stage.json of every stage that has one, by name; `directories` are pairs (stage, directory)."""
     paths = {name: run / directory / "stage.json" for name, directory in directories}
     found: dict[str, Mapping[str, Json]] = {name: read_object(path) for name, path in paths.items() if path.is_file()}
     for name, record in found.items():

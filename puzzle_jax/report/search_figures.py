@@ -1,4 +1,4 @@
-"""Figures of a search, as PNG bytes: what alternatives cost in quality, what was chosen, and whether it came true."""
+"""Figures of a search, as PNG bytes: what alternatives cost in quality, what was chosen, and how predictions held."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from puzzle_jax.report.figures import COLOURS, canvas, grid, legend, png
 
 
 def score_map(layers: Sequence[Mapping[str, Json]]) -> bytes:
-    """KL of each layer's best set of every expert count, and of each window, on a logarithmic scale, by scores.json."""
+    """KL of each layer's best set of every expert count, and of each window, on a logarithmic scale (scores.json)."""
     counts = sorted({choice["count"] for layer in layers for choice in layer["experts"]}, reverse=True)
     windows = sorted({w for layer in layers for w in layer["windows"][1:]}, reverse=True)
     values = np.full((len(counts) + len(windows), len(layers)), np.nan)
@@ -59,8 +59,8 @@ def architecture(parent: Sequence[Mapping[str, Json]], child: Sequence[Mapping[s
 
 
 def frontier(solutions: Mapping[str, Json], child: Mapping[str, float]) -> bytes:
-    """Predicted KL against predicted speed-up: the program at every speed, uniform pruning, and the child's "speedup"
-    and "score"; by solutions.json."""
+    """Predicted KL against predicted speed-up, from solutions.json: the integer program's solution at every speed,
+    uniform pruning, and the child ("speedup" and "score")."""
     figure, axes = canvas(6.5, 4.0)
     for part, label, style, colour in (
         ("frontier", "program", "o-", COLOURS[2]),

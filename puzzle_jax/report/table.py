@@ -1,4 +1,4 @@
-"""The answer of a search on one screen: who was compared, at what cost, with what quality, and what the child is.
+"""The result of a search on one screen: the models compared, their costs and quality, and the child's layers.
 
 The same rows are printed in the terminal (rich) and written as markdown. Left out: figures and the HTML page.
 """
@@ -16,9 +16,9 @@ from puzzle_jax.files import Json
 from puzzle_jax.report.tables import Section
 
 BUSY = 0.03
-"""Relative standard error of a predicted speed beyond which the table warns of it."""
+"""Relative standard error of a predicted speed above which the table warns about it."""
 
-BAR = 32  # characters of a layer's bar, at most
+BAR = 32  # most characters of a layer's bar
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class SearchReport:
     """Everything that the table shows.
 
     Attributes:
-      evaluation: content of evaluation.json: by model name, the parent first.
-      efforts: columns of accuracy.
+      evaluation: content of evaluation.json, by model name, the parent first.
+      efforts: efforts whose accuracy is shown where it was measured.
       scenarios: name, batch, input_tokens and output_tokens of each deployment.
       child: directory of the child's checkpoint.
     """
@@ -61,7 +61,8 @@ class SearchReport:
         return [effort for effort in self.efforts if all(effort in e["efforts"] for e in self.evaluation.values())]
 
     def _scenario_rows(self, scenario: Mapping[str, Json]) -> list[list[str]]:
-        """Bytes, batches where they are open, and speeds; named where there are several scenarios."""
+        """Rows of cache bytes, batches where the scenario leaves them open, and speeds; with the scenario's name where
+        there are several."""
         found = [entry["scenarios"][scenario["name"]] for entry in self.evaluation.values()]
         where = f", {scenario['name']}" if len(self.scenarios) > 1 else ""
         predicted = _speeds([x["predicted_tokens_per_second"] for x in found], [x["predicted_error"] for x in found])
@@ -76,7 +77,7 @@ class SearchReport:
         return rows
 
     def layers(self) -> list[str]:
-        """One line per layer: experts kept, as a bar too, and the attention, with the parent's where it differs."""
+        """One line per layer: experts kept, also as a bar, and attention, with the parent's where it differs."""
         lines = []
         parent, child = (self.evaluation[name]["layers"] for name in ("parent", "child"))
         for index, (old, new) in enumerate(zip(parent, child, strict=True)):
@@ -89,7 +90,7 @@ class SearchReport:
         return lines
 
     def misses(self) -> list[str]:
-        """One line for every limit that a baseline breaks."""
+        """One line for every model but the parent that does not meet the target, with the limits that it violates."""
         return [
             f"{name.replace('_', ' ')} cannot meet the target: {'; '.join(entry['missed'])}"
             for name, entry in self.evaluation.items()
@@ -136,12 +137,12 @@ def _window(window: int | None) -> str:
 
 
 def _ratios(values: Sequence[int | float]) -> list[str]:
-    """Amounts, and their shares of the first."""
+    """Amounts, each with its share of the first."""
     return [f"{_amount(value)} ({value / values[0]:.0%})" for value in values]
 
 
 def _speeds(values: Sequence[float], errors: Sequence[float] | None = None) -> list[str]:
-    """Rates, and how often the first is in them, with relative standard errors where they have any."""
+    """Rates, each with its ratio to the first and, where there are errors, the ratio's standard error."""
     told = []
     for value, error in zip(values, errors or [0.0] * len(values), strict=True):
         ratio = value / values[0]

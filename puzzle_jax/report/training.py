@@ -2,10 +2,10 @@
 
     RUN/report.html
 
-`SECTIONS` says which metrics are drawn where; those it does not know get small plots at the end, and a run without a
-metric has a page without its place, so that one page serves reinforcement learning, distillation and what comes later.
-The same file gives the same page. A value of null is a gap in its line; between lines of the file that do not have a
-metric at all, such as one of evaluations, its line goes on.
+`SECTIONS` says which metrics are plotted where; others get small plots at the end, and metrics that a run does not have
+are left out, so that one page serves reinforcement learning, distillation and whatever comes later. The same file gives
+the same page. A value of null is a gap in its curve; where lines of the file do not have a metric at all, as most have
+none of evaluation, its curve goes on.
 
 Left out: smoothing, several runs in one figure (TensorBoard has both), and sample answers.
 """
@@ -38,11 +38,11 @@ class Panel:
     """A plot.
 
     Attributes:
-      label: of its values, with their unit.
-      names: metrics that it shows; one that ends in "/" stands for all that begin with it.
-      share: values are from 0 to 1.
-      log: values are on a logarithmic scale where all are above 0.
-      stacked: each metric's share of their sum, one on another.
+      label: label of the values, with their unit.
+      names: metrics that it shows; a name that ends in "/" stands for all that begin with it.
+      share: whether values are shares, from 0 to 1.
+      log: whether the scale is logarithmic where all values are above 0.
+      stacked: whether the metrics are stacked, each as its share of their sum.
     """
 
     label: str
@@ -98,10 +98,10 @@ SECTIONS: Mapping[str, tuple[Panel, ...]] = {
 """Title -> plots, in the order of the page."""
 
 OTHER = "other"
-_SMALL = 12  # plots of a figure of other metrics
+_SMALL = 12  # plots per figure of other metrics
 _MARGINS = (0.75, 0.1, 0.5, 0.27)
-"""Inches to the left of each plot, for its numbers and its label, to its right, below and above."""
-_MARKED = 60  # lines of up to so many points have a mark at each
+"""Inches to the left of each plot (for its numbers and its label), to its right, below and above."""
+_MARKED = 60  # curves of up to this many points have a mark at each
 
 _MAIN: Mapping[str, bool | None] = {
     "reward": True,
@@ -120,7 +120,7 @@ _MAIN: Mapping[str, bool | None] = {
     "sampler_gap": False,
     "lost": False,
 }
-"""Metrics of the table, and whether the best value is the highest; None: neither end is best."""
+"""Metrics of the table, and whether the best value is the highest; None where neither end is best."""
 
 _MOST = float(np.finfo(np.float32).max)
 
@@ -135,8 +135,8 @@ class Series(NamedTuple):
 def write_training_report(run_dir: Path) -> Path:
     """Writes RUN/report.html from RUN/metrics.jsonl and returns its path.
 
-    Raises PuzzleError where metrics.jsonl cannot be read, has no step, or holds a line, other than a torn last one,
-    that is no object with a step.
+    Raises PuzzleError where metrics.jsonl cannot be read, has no step, or holds a line, other than an incomplete last
+    one, that is not an object with a step.
     """
     source = run_dir / METRICS_FILE
     lines = read_metrics(source)
@@ -177,7 +177,7 @@ def _series(lines: list[Metrics]) -> dict[str, Series]:
 
 
 def _number(value: int | float | None) -> float:
-    """A value to draw; nan where there is none, or none that is finite in float32."""
+    """A value to plot; nan where it is null or not finite in float32."""
     return float(value) if value is not None and abs(value) <= _MOST else math.nan
 
 
@@ -185,10 +185,10 @@ def _number(value: int | float | None) -> float:
 
 
 def _rows(metrics: Mapping[str, Series]) -> Iterator[list[str]]:
-    """First, last, best and the best one's first step of the main metrics that there are."""
+    """First, last and best value, and the best one's first step, of the main metrics that the run has."""
     for pattern, highest in _MAIN.items():
         if pattern == "loss" and "reward" in metrics:
-            highest = None  # of a policy gradient: a lower one is no better
+            highest = None  # a lower policy-gradient loss is no better
         for name in _expanded((pattern,), metrics):
             if name in metrics:
                 yield [_text(name), *_cells(metrics[name], highest)]
@@ -206,7 +206,7 @@ def _cells(series: Series, highest: bool | None) -> list[str]:
 
 
 def _expanded(names: tuple[str, ...], metrics: Mapping[str, Series]) -> list[str]:
-    """Names with those that "NAME/" stands for: efforts from low to high, then by alphabet."""
+    """Names, with "NAME/" replaced by those it stands for: efforts from low to high, then alphabetically."""
     found = []
     for name in names:
         below = [other[len(name) :] for other in metrics if name.endswith("/") and other.startswith(name)]
@@ -220,7 +220,7 @@ def _short(value: float) -> str:
 
 
 def _text(name: str) -> str:
-    """A name of any origin, as something that can be written and drawn."""
+    """A name from any source, with unprintable characters escaped."""
     return "".join(x if x.isprintable() else ascii(x)[1:-1] for x in name)
 
 
@@ -228,7 +228,7 @@ def _text(name: str) -> str:
 
 
 def _section(panels: Mapping[Panel, list[str]], metrics: Mapping[str, Series], span: tuple[float, float]) -> bytes:
-    """Panels, with the names of each, over the steps of the whole run."""
+    """A figure of panels, each with its metrics' names, over the steps of the whole run."""
     from matplotlib.ticker import PercentFormatter
 
     columns = 3 if len(panels) == 3 else 2
@@ -239,7 +239,7 @@ def _section(panels: Mapping[Panel, list[str]], metrics: Mapping[str, Series], s
             _stack(axes, drawn)
         else:
             for name, series in drawn.items():
-                _line(axes, series, name, names.index(name))  # one colour, whatever else there is
+                _line(axes, series, name, names.index(name))  # the same colour whatever else is there
             if panel.log and all(np.all(series.values[np.isfinite(series.values)] > 0) for series in drawn.values()):
                 axes.set_yscale("log")
         if panel.share:
@@ -262,12 +262,12 @@ def _small_plots(metrics: Mapping[str, Series], span: tuple[float, float]) -> by
 def _places(
     count: int, columns: int, width: float, height: float, span: tuple[float, float]
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of so many plots; width and height, in inches, are of each."""
+    """A figure of `count` plots, each of this width and height in inches."""
     from matplotlib.ticker import MaxNLocator
 
     columns = min(columns, count)
     rows = math.ceil(count / columns)
-    figure = blank(columns * width, rows * height, layout=None)  # to find a layout takes as long as to draw
+    figure = blank(columns * width, rows * height, layout=None)  # finding a layout takes as long as drawing
     left, right, bottom, top = _MARGINS
     figure.subplots_adjust(
         left=left / (columns * width),
@@ -288,7 +288,7 @@ def _places(
 
 
 def _line(axes: Axes, series: Series, name: str, position: int) -> None:
-    """A line with its gaps; points without neighbours, and those of short lines, are marked."""
+    """Plots a curve with its gaps; points without neighbours, and all points of short curves, are marked."""
     finite = np.isfinite(series.values)
     before, after = np.append(False, finite[:-1]), np.append(finite[1:], False)
     marked = finite if len(finite) <= _MARKED else finite & ~before & ~after
@@ -298,7 +298,7 @@ def _line(axes: Axes, series: Series, name: str, position: int) -> None:
 
 
 def _stack(axes: Axes, parts: Mapping[str, Series]) -> None:
-    """Each part's share of the sum of all; a step is a gap where a part is null or the sum is 0."""
+    """Plots each part's share of the sum of all; a step is a gap where a part is null or the sum is 0."""
     steps = np.unique(np.concatenate([series.steps for series in parts.values()]))
     heights = np.zeros((len(parts), len(steps)))
     for row, series in zip(heights, parts.values(), strict=True):
@@ -315,7 +315,7 @@ def _stack(axes: Axes, parts: Mapping[str, Series]) -> None:
 
 
 def _label(name: str) -> str:
-    """A name as matplotlib shows it: short, not hidden for a first "_", and "$" no mathematics."""
+    """A label for matplotlib: short, not hidden for a leading "_", and with "$" taken literally."""
     name = _text(name)
     name = name if len(name) <= 40 else f"{name[:18]}...{name[-19:]}"
     return f"{' ' * name.startswith('_')}{name}".replace("$", r"\$")

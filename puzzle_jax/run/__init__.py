@@ -1,1 +1,1 @@
-"""The whole road in one command: `puzzle run`."""
+"""The whole pipeline in one command: `puzzle run`."""

@@ -1,4 +1,4 @@
-"""The card of the checkpoint that a run ends with: what it was made from, how, and what was measured."""
+"""The model card of the checkpoint that a run ends with: what it was made from, how, and what was measured."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _FENCE = "---\n"
 
 
 def write_child(directory: Path, parent: Path, evaluation: Path, name: str) -> None:
-    """Writes the card of a child with the rows of an evaluation.json.
+    """Writes the model card of a child, with its results from an evaluation.json.
 
     Args:
       directory: the child's checkpoint.
-      parent: its parent's, whose own card names its licence and where it comes from.
-      evaluation: the file.
-      name: of the child there.
+      parent: the parent's checkpoint, whose own card names its licence and base model.
+      evaluation: path of the evaluation.json.
+      name: name of the child in that file.
     """
     record, description = read_object(directory / PROVENANCE), describe_checkpoint(directory)
     content = read_object(evaluation)
@@ -47,7 +47,7 @@ def write_child(directory: Path, parent: Path, evaluation: Path, name: str) -> N
 
 
 def card_fields(directory: Path) -> Mapping[str, Json]:
-    """The fields at the head of a checkpoint's card; none where it has no card, or no such head."""
+    """The fields of the YAML header of a checkpoint's card; empty where it has no card or no such header."""
     path = directory / FILE
     if not path.is_file():
         return {}

@@ -1,4 +1,4 @@
-"""`puzzle run`: the whole road, or one stage of it, or in a dry run what all of it needs."""
+"""`puzzle run`: the whole pipeline, or one stage of it, or in a dry run what all of it needs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PROGRAM = "puzzle run"
 def run(settings: RunSettings) -> None:
     """Runs the stages that are not up to date, in all processes.
 
-    Raises `PuzzleError` for whatever cannot be used, before any stage runs.
+    Raises `PuzzleError` for anything that cannot be used, before any stage runs.
     """
     console = plain_console(width=150)
     if settings.dry_run:
@@ -53,7 +53,7 @@ def show_derived(settings: RunSettings, console: Console) -> None:
 
 
 def derived_lines(reasons: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
-    """Setting, value and reason of everything that was derived."""
+    """The name, the value and the reason of every setting that was derived."""
     for name, text in reasons.items():
         value, _, why = text.partition(": ")
         yield name, value, why

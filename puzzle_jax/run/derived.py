@@ -1,9 +1,9 @@
 """Settings of a run that recipes and the command line leave open.
 
-For the embedded parent the recipe `run-tiny` says everything. For any other parent the user gives tasks and a
+For the embedded parent the recipe `run-tiny` sets everything. For any other parent the user gives tasks and a
 deployment, and the rest follows from these and from the checkpoint: `derived` in the settings lists what, and why.
-Whatever is given comes first. Memory is that of the devices present, or in a dry run of the deployment's, so that a
-plan for a GPU host can be made on any machine.
+Settings that are given take precedence. Memory is that of the devices present or, in a dry run and with several
+processes, of the deployment's devices, so that a plan for a GPU host can be made on any machine.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _RECIPES = {
     "accuracy": "grpo-gpt-oss-puzzle-88b",
     "length": "grpo-gpt-oss-puzzle-88b",
 }
-"""Recipes that a parent of the user's own starts from: what is learnt how, not on what devices."""
+"""Recipes that a run of the user's own parent starts from, for the methods but not the devices."""
 
 _OF_OTHERS = {
     "search": ("parent", "run", "mesh", "weights", "traces", "scenario", "more_scenarios", "target"),
@@ -50,17 +50,17 @@ _OF_OTHERS = {
     "accuracy": ("prompts", "rollout", "update", "loop", "mesh"),
     "length": ("prompts", "rollout", "update", "loop", "mesh"),
 }
-"""Parts of these recipes that are made for other tasks and machines."""
+"""Parts of these recipes that are left out, since they are made for other tasks and machines."""
 
 _TASKS, _PROBLEMS = 64, 2000
-"""Problems of an endless task whose prompts are looked at, and that the parent answers for distillation."""
+"""Problems of an endless task whose prompts are measured, and that the parent answers for distillation."""
 
 _STEP_TOKENS, _PASSES, _STEPS = 1 << 18, 4, 20
-"""Tokens of a step of distillation at most, passes over the answers, and steps at least."""
+"""Most tokens in a step of distillation, passes over the answers, and fewest steps."""
 
 _ROUNDED, _MOST_TOGETHER = 128, 256
 _CACHE_SHARE = 0.4
-"""Share of the memory beside the weights that caches of answers may take."""
+"""Share of the memory left beside the weights that KV caches of answers may take."""
 
 
 def starting_fields(given: Mapping[str, Any], recipe: str | None, runs: bool) -> dict[str, Any]:
@@ -68,11 +68,11 @@ def starting_fields(given: Mapping[str, Any], recipe: str | None, runs: bool) ->
 
     Args:
       given: values of recipes and the command line, by dotted name.
-      recipe: the last one that was named.
+      recipe: the last recipe that was named.
       runs: False where settings are only shown.
 
-    Raises `ConfigError` where a parent of the user's own comes with too little to go by, and for a path from one stage
-    to another that is given.
+    Raises `ConfigError` where a parent of the user's own comes without what only the user can know, and where a path
+    from one stage to another is given.
     """
     from puzzle_jax.run.settings import RunSettings
 
@@ -100,7 +100,7 @@ def starting_fields(given: Mapping[str, Any], recipe: str | None, runs: bool) ->
 
 
 def _of_recipes(recipes: Mapping[str, str], without: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
-    """The fields of recipes by section; raises `ConfigError` for a section that has none, and a recipe there is not."""
+    """The fields of recipes by section; raises `ConfigError` for an unknown section or recipe."""
     found = {}
     for section, name in recipes.items():
         if section not in SECTIONS:
@@ -116,9 +116,9 @@ class _Derived:
     """The settings that follow from those that are known.
 
     Attributes:
-      settings: all there are.
-      base: fields of recipes.
-      given: fields of the user, which come first.
+      settings: all settings of a run.
+      base: fields set by recipes.
+      given: fields set by the user, which take precedence.
       embedded: whether the parent is the embedded one.
       reasons: what was derived and why, by dotted name.
     """
@@ -146,14 +146,14 @@ class _Derived:
         return self._new
 
     def known(self, name: str, default: Any = None) -> Any:
-        """The value of a field as it stands."""
+        """The current value of a field."""
         for source in (self.given, self._new, self.base):
             if name in source:
                 return source[name]
         return default
 
     def put(self, name: str, value: Any, why: str = "", over: bool = False) -> None:
-        """Sets a field that is not given; one of a recipe only with `over`."""
+        """Sets a field that is not given; replaces a recipe's value only with `over`."""
         if name in self.given or name in self._new or (name in self.base and not over):
             return
         self._new[name] = value
@@ -167,7 +167,7 @@ class _Derived:
         return Path(str(self.known("parent", EMBEDDED_PARENT)))
 
     def _paths(self) -> None:
-        """Where each stage finds what the one before has made."""
+        """Sets where each stage finds what the stages before it have made."""
         if "run" not in self.given and not self.embedded:
             self._new["run"] = f"runs/{self.parent.resolve().name}"
         run = Path(str(self.known("run", "runs/road")))
@@ -194,7 +194,7 @@ class _Derived:
             raise ConfigError(f"a run of {self.parent} needs {' and '.join(missing)}")
 
     def _check_rows(self) -> None:
-        """Raises `ConfigError` for a file with too few rows for each of the splits that stages ask."""
+        """Raises `ConfigError` for a file with too few rows to fill each of the splits that stages draw from."""
         for name in self.known("tasks"):
             if isinstance(get_task(name), FiniteTask):
                 for split in (*DISJOINT_SPLITS, UNSEEN):
@@ -212,7 +212,7 @@ class _Derived:
 
     @cached_property
     def machine(self) -> tuple[int, int]:
-        """Devices that a run of one process has, and the bytes of each."""
+        """The number of devices that a process of the run has, and the memory of each in bytes."""
         hardware = HARDWARE.get(self.scenario.hardware)
         elsewhere = self.known("dry_run") or self.known("mesh.processes", 1) > 1
         if elsewhere and hardware is not None:
@@ -231,7 +231,7 @@ class _Derived:
         return Scenario(**{"name": "serving", **{name: value for name, value in known.items() if value is not None}})
 
     def _deployment(self) -> None:
-        """The scenario that is named, a target, and the devices of the run."""
+        """Sets the scenario that is named, a target, and the devices of the run."""
         text = self.known("scenario")
         if text is not None:
             for name, value in asdict(get_scenario(text)).items():
@@ -272,7 +272,7 @@ class _Derived:
 
     @cached_property
     def prompt_tokens(self) -> int:
-        """Tokens of the longest prompt: of all rows of a finite task, and of endless ones somewhat more than seen."""
+        """Tokens of the longest prompt: over all rows of a finite task; for endless ones, a quarter more than seen."""
         chat, longest = Chat.load(self.parent), 0.0
         for name in self.known("tasks"):
             task = get_task(name)
@@ -283,7 +283,7 @@ class _Derived:
         return round(longest)
 
     def _questions(self) -> None:
-        """Limits of answers, and how many problems there are."""
+        """Sets the limits of answers and the numbers of problems."""
         if not self.known("max_tokens"):
             room = self.config.max_position - self.prompt_tokens
             high = min(self.scenario.output_tokens, room)
@@ -302,7 +302,7 @@ class _Derived:
         self.put("average.weights", [0.0, 0.25, 0.5, 0.75, 1.0])
 
     def _shared(self) -> None:
-        """Gives the sections what is said at the top; what a recipe has stays where the top says nothing of its own."""
+        """Copies top-level settings into the sections, over those of a recipe only where the user gave them."""
         tasks, efforts, limits = self.known("tasks"), list(self.known("efforts", EFFORTS)), self.limits
         every = {
             "tasks": {f"{name}.tasks": list(tasks) for name in ("search.traces", "traces", "average", "evaluate")}
@@ -327,7 +327,7 @@ class _Derived:
         self._meshes()
 
     def _meshes(self) -> None:
-        """The sections' devices: those at the top, without what a stage does not have."""
+        """Sets the sections' meshes: the top-level mesh, without the axes that a stage does not support."""
         shape = {axis: self.known(f"mesh.{axis}", 1) for axis in ("data", "sequence", "model", "processes")}
         given = any(name.startswith("mesh.") for name in self.given)
         for section in ("search", "traces", "distill", "accuracy", "length"):
@@ -343,12 +343,12 @@ class _Derived:
         return self.prompt_tokens + max(self.limits[effort] for effort in self.efforts)
 
     def _cache_memory(self, devices: int) -> int:
-        """Bytes for caches of answers on so many devices, which hold the weights once."""
+        """Bytes for KV caches of answers on this many devices, which together hold the weights once."""
         weights = sum(spec.nbytes for spec in self.description.tensors.values())
         return max(1, int(_CACHE_SHARE * (devices * self.machine[1] - weights)))
 
     def _sizes(self) -> None:
-        """Rows, batches and steps: what fits the context and the memory."""
+        """Sets rows, batches and steps that fit the context and the memory."""
         span = self.known("mesh.sequence", 1) * _ROUNDED
         length = min(-(-self.longest // span) * span, self.config.max_position)
         why = f"prompts of up to {self.prompt_tokens} tokens with the longest answers"
@@ -382,7 +382,7 @@ class _Derived:
         self.put("evaluate.scenarios", {self.scenario.name: self._measured_lengths()})
 
     def _together(self, devices: int) -> int:
-        """Answers that are generated together on so many devices."""
+        """The number of answers that are generated together on this many devices."""
         one = cache_bytes(self.config, self.longest, 2)
         return max(1, min(_MOST_TOGETHER, self._cache_memory(devices) // one))
 

@@ -1,12 +1,12 @@
 """A dry run: what every stage needs in memory, time, disk and money, before there are devices.
 
-Memory is that of a stage's largest program, compiled for virtual devices as `puzzle plan` does; seconds are by roofline
-on the deployment's hardware, compiling not counted. The child is taken to be as large as its parent, whose shape it has
-at most, and answers to take half of their limits.
+Memory is that of a stage's largest program, compiled for virtual devices as `puzzle plan` does; seconds are roofline
+estimates on the deployment's hardware, without compiling. The child is taken to be as large as its parent, which is
+the most it can be, and answers to take half of their limits.
 
-    RUN/plan.json    the same for programs
+    RUN/plan.json    the same as JSON
 
-Left out: what stages need of the host beside the search, and speeds that an evaluation measures.
+Left out: what stages other than the search need of the host, and the speed measurements of an evaluation.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ from puzzle_jax.train.grpo.recipe import GrpoRecipe
 from puzzle_jax.train.loop import LoopSettings
 
 ANSWER_SHARE = 0.5
-_STATE_BYTES = 12  # of a trained number: float32 and two moments
+_STATE_BYTES = 12  # per trained parameter: the fp32 master weight and two moments
 
 
 @dataclass(frozen=True)
 class Need:
-    """The needs of a stage.
+    """What a stage needs.
 
     Attributes:
-      program: its largest program on a device; empty where it runs none of its own.
-      device_bytes: memory of that program.
-      seconds: of the whole stage.
-      devices: that work on it.
-      disk_bytes: of its files.
+      program: name of its largest program; empty where it runs none of its own.
+      device_bytes: memory of that program on a device.
+      seconds: time of the whole stage.
+      devices: number of devices that work on it.
+      disk_bytes: size of its files.
     """
 
     program: str
@@ -69,11 +69,11 @@ class Need:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """The stages of a run on some hardware.
+    """The stages of a run on given hardware.
 
     Attributes:
       packed: whether the parent's experts are stored as MXFP4.
-      prompt_tokens: of a prompt.
+      prompt_tokens: assumed length of every prompt.
     """
 
     settings: RunSettings
@@ -84,7 +84,7 @@ class RunPlan:
 
     @cached_property
     def needs(self) -> dict[str, Need]:
-        """The needs of every stage, in order. Compiling its programs takes some minutes for a large model."""
+        """What every stage needs, in order. Compiling the programs of a large model takes some minutes."""
         recipes: dict[str, Need] = {}
         settings = self.settings
         found = {"search": self._search(), "traces": self._asked("traces"), "distill": self._distill()}
@@ -131,7 +131,7 @@ class RunPlan:
         return sum(policy_seconds(run, self.hardware, **asked).values())
 
     def _asked(self, name: str) -> Need:
-        """A stage that asks one model after the other; its programs are those of the search's traces."""
+        """What a stage needs that asks one model after another; its programs are those of the search's traces."""
         settings, section = self.settings, getattr(self.settings, name)
         mesh = section.mesh if name == "traces" else MeshSettings()
         time = ModelTime(self.config, self.form, self.hardware, mesh.data, mesh.model)
@@ -152,7 +152,7 @@ class RunPlan:
         return Need("", 0, models[name] * each, mesh.devices, disk)
 
     def _training_disk(self, loop: LoopSettings) -> int:
-        """Bytes of the checkpoints that stay, and of the trained model."""
+        """Bytes of the checkpoints that are kept, and of the trained model."""
         specs = jax.tree_util.tree_leaves_with_path(param_specs(self.config), is_leaf=is_spec)
         trained = sum(math.prod(spec.shape) for path, spec in specs if path[-1].key not in EXPERT_MATRICES)
         return (loop.keep_last + loop.keep_best) * _STATE_BYTES * trained + tensor_bytes(self.config, self.form)
@@ -186,7 +186,7 @@ def show_plan(settings: RunSettings, console: Console) -> None:
 
 
 def plan_table(needs: Mapping[str, Need], memory: int, price: float | None) -> Table:
-    """The table of what stages need, with their sums."""
+    """The table of what stages need, with totals."""
     columns = ["stage", "largest program", f"GB of {memory / GB:.0f}", "hours", "device hours", "disk, GB"]
     table = Table(*columns, *([] if price is None else ["price"]))
     for column in table.columns[2:]:

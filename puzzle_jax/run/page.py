@@ -1,4 +1,4 @@
-"""The page of a run: what came of it in a sentence and a table, and how it came about. One file that opens offline."""
+"""The page of a run: its result in a sentence and a table, and how it came about. One file that opens offline."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ COLUMNS = (*SHOWN, "accuracy", "length", "average")
 
 
 def write_page(road: Road, out: Path) -> None:
-    """report.html, report.md, summary.json and the page's figures."""
+    """Writes report.html, report.md, summary.json and the page's figures."""
     evaluation = read_object(road.run / "evaluate" / "evaluation.json")
     table, seconds = ComparisonTable(evaluation, COLUMNS), stage_seconds(road)
     verdict = table.verdict(FINAL)
@@ -60,7 +60,7 @@ def write_page(road: Road, out: Path) -> None:
 
 
 def show_page(run: Path, console: Console) -> None:
-    """Prints the sentence and the table of a run that is done, and where its page and its child are."""
+    """Prints the verdict and the table of a run that is done, and where its page and its child are."""
     table = ComparisonTable(read_object(run / "evaluate" / "evaluation.json"), SHOWN)
     console.print(table.section().table())
     for line in (table.verdict(FINAL), f"Page: {run / 'report' / REPORT}", f"The child to serve: {run / CHILD}"):
@@ -85,7 +85,7 @@ def _layers(solutions: Mapping[str, Json], refined: Mapping[str, Json]) -> tuple
 
 
 def _predicted(road: Road, evaluation: Mapping[str, Json]) -> list[list[str]]:
-    """Rows of the search's predictions for the child that it cut, with what was measured of it."""
+    """Rows of the search's predictions for its child, before any training, with what the search measured."""
     searched = EVALUATION.read(road.run / "search")
     own, theirs = searched["child"], searched["parent"]
     rows = [["KL to the parent", f"{own['predicted_kl']:.4f}", f"{own['heldout']['kl']:.4f}"]]

@@ -1,21 +1,22 @@
-"""The whole road, in reading order:
+"""The stages of a run, in order:
 
-    search      the child that serves the deployment best, cut but not trained
+    search      the child that serves the deployment best, pruned but not trained
     traces      the parent's own answers
     distill     the child learns from them
-    accuracy    reinforcement learning for right answers, mostly at high effort
-    length      reinforcement learning for right answers that are short
+    accuracy    reinforcement learning for correct answers, mostly at high effort
+    length      reinforcement learning for correct answers that are short
     average     the mean of both policies' weights, and the scales of its FP8 cache
-    control     the parent with the training of `accuracy`, so that the table shows what the training alone does
-    evaluate    all of them on problems that chose and trained nothing, in accuracy and speed
+    control     the parent trained as in `accuracy`, so that the table shows what the training alone does
+    evaluate    accuracy and speed of all of them, on problems used neither for selection nor for training
     export      the checkpoint to serve, with what was measured on its card
     report      one page
 
-Each is the verb of its name, with the section of the settings that is its recipe. The search has stages of its own in
-its own directory. Every other one is a `stages.Stage`: it is skipped while its inputs and settings are unchanged, and
-resumes where it was killed from its own checkpoints or journals, which lie in a hidden directory until it is done.
+A stage's section of the settings is the recipe of its verb. The search has stages of its own in its own directory.
+Every other one is a `stages.Stage`: it is skipped while its inputs and settings are unchanged, and resumes after a kill
+from its own checkpoints or journals, which lie in a hidden directory until it is done.
 
-Left out: stages side by side, and several processes for answers and evaluation, which the primary process makes alone.
+Left out: stages that run in parallel, and several processes for answers and evaluation, which the primary process makes
+alone.
 """
 
 from __future__ import annotations
@@ -53,20 +54,20 @@ from puzzle_jax.train.loop import Trained
 from puzzle_jax.train.traces.command import run as run_answers
 
 _PLACES = ("parent", "child", "traces", "model", "models", "out", "a", "b", "reference", "teacher_cache")
-"""Settings that say where something lies; what lies there counts."""
+"""Settings that say where something lies; its content counts, not its path."""
 
 _WITHOUT_RESULT = ("mesh", "weights", "batch_size")
-"""Settings that change how a result is computed, and at most its rounding."""
+"""Settings that change how a result is computed, but nothing in it beyond rounding."""
 
 
 def run_road(road: Road) -> list[StageResult]:
-    """Runs the stage that is asked for, or all in order; those that are up to date are skipped.
+    """Runs the requested stage, or all in order; those that are up to date are skipped.
 
     Returns:
-      How the stages went; nothing in processes that are not the primary one.
+      The results of the stages; an empty list in processes other than the primary one.
 
     Raises `PuzzleError` where an earlier stage has not been run, and `KeyboardInterrupt` where a signal ended a
-    stage's training early; the same call goes on.
+    stage's training early; the same call resumes it.
     """
     results = []
     for name in road.settings.stages:
@@ -74,7 +75,7 @@ def run_road(road: Road) -> list[StageResult]:
             continue
         road.console.print(Text(f"{name}", "bold"))
         result = _search(road) if name == "search" else _run(_STAGES[name], road)
-        # Whatever a stage left on the devices goes before the next one comes.
+        # Whatever a stage left on the devices is released before the next one starts.
         gc.collect()
         if result is not None:
             results.append(result)
@@ -84,7 +85,7 @@ def run_road(road: Road) -> list[StageResult]:
 
 
 def _search(road: Road) -> StageResult | None:
-    """The search, whose stages are skipped and gone on with by themselves."""
+    """Runs the search, which skips and resumes its own stages."""
     results = run_search(road.settings.search, road.console)
     if not road.primary:
         return None
@@ -94,7 +95,7 @@ def _search(road: Road) -> StageResult | None:
 
 
 def _run(stage: Stage[Road], road: Road) -> StageResult | None:
-    """Runs a stage in all processes, unless it is up to date; returns how it went in the primary one."""
+    """Runs a stage in all processes, unless it is up to date; returns its result in the primary one."""
     if process_count() == 1:
         return stage.run(road.run, road)
     if not road.primary:
@@ -117,7 +118,7 @@ def _run(stage: Stage[Road], road: Road) -> StageResult | None:
 
 
 def _by_primary(produce: Callable[[Road, Path, Path], None]) -> Callable[[Road, Path, Path], None]:
-    """A stage's function whose work the primary process does alone."""
+    """Makes a stage's function one whose work the primary process does alone."""
 
     def alone(road: Road, out: Path, kept: Path) -> None:
         if road.primary:
@@ -139,7 +140,7 @@ def _trained(train: Callable[[Road, Path], Trained]) -> Callable[[Road, Path, Pa
 
 
 def _plain(recipe: object) -> dict[str, Any]:
-    """A recipe as JSON values, without what changes no result."""
+    """A recipe as JSON values, without paths and without what changes no result."""
     values: dict[str, Any] = to_plain(recipe)
     return {name: value for name, value in values.items() if name not in (*_PLACES, *_WITHOUT_RESULT)}
 
@@ -179,7 +180,7 @@ def _policy(recipe: Callable[[Road], GrpoRecipe]) -> Callable[[Road, Path], Trai
 
 
 def _length_recipe(road: Road) -> GrpoRecipe:
-    """The length policy's recipe; budgets that are not given are the mean lengths of the parent's right answers."""
+    """The length policy's recipe; budgets default to the mean lengths of the parent's correct answers."""
     recipe = road.settings.length
     if recipe.loss.length_budgets:
         return recipe
@@ -187,7 +188,7 @@ def _length_recipe(road: Road) -> GrpoRecipe:
 
 
 def right_lengths(answers: Path, efforts: Iterable[str]) -> dict[str, int]:
-    """Mean tokens of right answers in a file of traces, by effort; efforts without one are left out."""
+    """Mean tokens of correct answers in a file of traces, by effort; efforts without one are left out."""
     traces = read_traces(answers)
     found = {effort: [len(t.completion) for t in traces if t.effort == effort and t.correct] for effort in efforts}
     return {effort: max(1, round(float(np.mean(lengths)))) for effort, lengths in found.items() if lengths}
@@ -195,7 +196,7 @@ def right_lengths(answers: Path, efforts: Iterable[str]) -> dict[str, int]:
 
 def _average_settings(road: Road) -> Mapping[str, object]:
     settings = road.settings.average
-    # Here weights are what is swept, and not how a model is held.
+    # Here `weights` are those of the averages to try, not how a model is held.
     return {**_plain(settings), "weights": list(settings.weights), "judged_by": _identities(settings.tasks)}
 
 

@@ -1,11 +1,11 @@
 """Where the files of a run lie.
 
 RUN/run.json, settings.yaml     the run, and all settings as they were resolved
-RUN/settings/STAGE.yaml         a stage's own, for its verb alone (`puzzle train grpo --recipe ...`)
+RUN/settings/STAGE.yaml         the settings of one stage, to run its verb alone (`puzzle train grpo --recipe ...`)
 RUN/plan.json                   what a dry run found
 RUN/search/                     a search as `puzzle search` runs it, with stages of its own
 RUN/traces/answers.parquet      the parent's answers that the child is distilled on
-RUN/distill/, accuracy/, length/, control/   runs of training, each with its checkpoints, report and child/
+RUN/distill/, accuracy/, length/, control/   training runs, each with its checkpoints, report and child/
 RUN/average/child/              the average of both policies, with the scales of its FP8 cache
 RUN/evaluate/                   an evaluation as `puzzle evaluate` makes one
 RUN/child/                      the checkpoint to serve, with what was measured on its card
@@ -23,7 +23,7 @@ ANSWERS = "answers.parquet"
 SETTINGS_FILE, STAGE_SETTINGS = "settings.yaml", "settings"
 
 FINAL = "final"
-"""In tables, the average with an FP8 cache, which is what is served."""
+"""The name, in tables, of the average with an FP8 cache, which is the model to serve."""
 
 MADE = {
     "cut": "search",
@@ -33,11 +33,11 @@ MADE = {
     "average": "average",
     FINAL: "average",
 }
-"""The stage that has made each child of the tables."""
+"""The stage that made each child in the tables."""
 
 
 def stage_paths(parent: Path, run: Path, *, control: bool) -> dict[str, Any]:
-    """Where each stage finds what the ones before have made, and writes its own: settings by dotted name, as texts."""
+    """Where each stage finds the results of earlier ones and writes its own: settings by dotted name, as strings."""
 
     def child(stage: str) -> str:
         return str(run / stage / CHILD)

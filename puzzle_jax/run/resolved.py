@@ -1,4 +1,4 @@
-"""The settings of a run as they were resolved, in files that the run, or a stage's own verb, takes as recipes."""
+"""The resolved settings of a run, in files that the run or a stage's own verb takes as recipes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from puzzle_jax.run.places import SETTINGS_FILE, STAGE_SETTINGS
 from puzzle_jax.run.settings import RunSettings
 
 _TOP = ("stage", "dry_run", "price_per_gpu_hour")
-"""Settings of one call, which are no part of the run."""
+"""Settings of one call, which are not part of the run."""
 
 _RUN_BY = {
     "search": "puzzle search",
@@ -29,7 +29,7 @@ _RUN_BY = {
 
 
 def write_settings(settings: RunSettings) -> None:
-    """RUN/settings.yaml with everything, and RUN/settings/STAGE.yaml for each stage that has a verb of its own."""
+    """Writes RUN/settings.yaml with everything, and RUN/settings/STAGE.yaml for each stage with a verb of its own."""
     values = resolved(settings)
     _write_yaml(settings.run / SETTINGS_FILE, values)
     values["control"] = to_plain(settings.control_recipe)
@@ -41,7 +41,7 @@ def write_settings(settings: RunSettings) -> None:
 
 
 def resolved(settings: RunSettings) -> dict[str, Any]:
-    """All settings of a run as a recipe has them."""
+    """All settings of a run in the form of a recipe."""
     return {name: value for name, value in to_plain(settings).items() if name not in _TOP}
 
 

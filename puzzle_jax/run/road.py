@@ -17,9 +17,9 @@ from puzzle_jax.runs import open_run
 
 
 class Road:
-    """One run in one directory, which all processes reach.
+    """One run in one directory, which all processes can access.
 
-    Raises `PuzzleError` for a parent that is no checkpoint, and a directory that holds something else.
+    Raises `PuzzleError` for a parent that is not a checkpoint, and for a directory that holds something else.
     """
 
     def __init__(self, settings: RunSettings, console: Console | None = None) -> None:
@@ -33,12 +33,12 @@ class Road:
         return self.run / "traces" / ANSWERS
 
     def child_of(self, stage: str) -> Path:
-        """The checkpoint that a stage has made."""
+        """The checkpoint that a stage makes."""
         return self.run / stage / CHILD
 
     @property
     def models(self) -> Mapping[str, Path]:
-        """Checkpoints of the last table by name: the parent, with its control, and the child after each stage."""
+        """Checkpoints of the final table by name: the parent, the control, and the child after each stage."""
         return self.settings.evaluate.models
 
 

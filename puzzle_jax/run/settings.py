@@ -1,7 +1,7 @@
-"""Everything about a run of the whole road, in one frozen tree: each section is the recipe of its own verb.
+"""All settings of a run of the whole pipeline, in one frozen tree: each section is the recipe of its own verb.
 
-So a section can be taken out and given to its verb alone, and what is said of a field there holds here. What the
-sections share (tasks, efforts, limits, devices) is said once at the top, and `run.derived` fills it in, with the paths
+A section can therefore be given to its verb alone, and a field means the same here as there. What the sections share
+(tasks, efforts, limits, devices) is set once at the top level, and `run.derived` copies it into them, with the paths
 from one stage to the next and all that follows from the parent and the deployment.
 """
 
@@ -30,28 +30,28 @@ _RECIPE = {"recipe": True}
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """One run of the road.
+    """One run of the pipeline.
 
     Attributes:
       parent: checkpoint directory; by default the embedded small parent.
       run: directory of everything that is written.
-      tasks: what all stages ask: families, or .jsonl files of your own prompts and answers, whose rows are divided
-        between choosing, training and judging.
+      tasks: tasks of all stages: families, or .jsonl files of your own prompts and answers, whose rows are divided
+        between selection, training and evaluation.
       efforts: reasoning efforts.
-      max_tokens: limit of an answer by effort, or one number for all; by default the deployment's output tokens at high
-        effort, a quarter of them at medium and a sixteenth at low.
+      max_tokens: token limit of an answer by effort, or one number for all; by default the deployment's output tokens
+        at high effort, a quarter of them at medium and a sixteenth at low.
       scenario: the deployment, a name such as h100x8-64k or a YAML file; `search.scenario` has its fields.
       recipes: recipes that sections start from, by section (search=gpt-oss-20b-1xh100,distill=mine.yaml).
-      seed: of answers and of training.
-      mesh: devices of all stages; a section's own mesh comes first.
+      seed: seed of answers and of training.
+      mesh: devices of all stages; a section's own mesh takes precedence.
       weights: how weights are held: packed, dense, or auto (see `model.weights`).
-      control: whether the parent is given the accuracy policy's training too, so that the last table shows what the
+      control: whether to give the parent the accuracy policy's training too, so that the final table shows what the
         training alone does.
       search, traces, distill, accuracy, length, average, evaluate: settings of the stages, as their verbs have them.
       stage: one stage, or "all".
-      dry_run: writes settings, and what every stage needs, and runs nothing.
-      price_per_gpu_hour: of one device, in any currency, for a dry run.
-      derived: what was filled in and why, by setting; a run writes it itself.
+      dry_run: whether to run nothing, and only write the settings and what every stage needs.
+      price_per_gpu_hour: price of an hour of one device, in any currency, for a dry run.
+      derived: what was filled in and why, by setting; the run writes it itself.
     """
 
     parent: Path = EMBEDDED_PARENT
@@ -99,7 +99,7 @@ class RunSettings:
 
     @property
     def joined_mesh(self) -> MeshSettings:
-        """The mesh whose processes run together: that of the one stage that is run, where it has one of its own."""
+        """The mesh whose processes run together: that of the one stage to run, where it has a mesh of its own."""
         section = getattr(self, "accuracy" if self.stage == "control" else self.stage, None)
         return getattr(section, "mesh", self.mesh)
 
@@ -110,5 +110,5 @@ class RunSettings:
 
     @property
     def control_recipe(self) -> GrpoRecipe:
-        """The accuracy policy's training, of the parent."""
+        """The accuracy policy's recipe, for training the parent."""
         return replace(self.accuracy, model=self.parent, out=self.run / "control")

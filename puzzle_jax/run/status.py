@@ -1,6 +1,6 @@
 """`puzzle status RUN`: stages that are done and what they took, the one under way, and what comes next.
 
-It reads files alone, so that it can be asked from anywhere while a run is at work. Stages that are done are not checked
+It only reads files, so it can be called from anywhere while a run is in progress. Stages that are done are not checked
 against changed settings; the next `puzzle run` does that.
 """
 
@@ -31,8 +31,8 @@ class StatusSettings:
 
     Attributes:
       run: directory of the run.
-      price_per_gpu_hour: of one device, in any currency.
-      json: prints for programs.
+      price_per_gpu_hour: price of an hour of one device, in any currency.
+      json: whether to print JSON instead of a table.
     """
 
     run: Path
@@ -50,9 +50,9 @@ class StageStatus:
 
     Attributes:
       state: one of `DONE`, `UNDER_WAY` and `TO_COME`.
-      seconds: that it took; None until it is done.
-      devices: that it works on.
-      note: how far it is.
+      seconds: time that it took; None until it is done.
+      devices: number of devices that it works on.
+      note: how far it has come while under way.
     """
 
     name: str
@@ -63,7 +63,7 @@ class StageStatus:
 
 
 def run(settings: StatusSettings) -> None:
-    """Prints how far the run has come. Raises PuzzleError for a directory that holds none."""
+    """Prints how far the run has come. Raises PuzzleError for a directory that holds no run."""
     found = list(stage_states(settings.run))
     following = next((stage.name for stage in found if stage.state != DONE), None)
     if settings.json:
@@ -120,7 +120,7 @@ def _progress(kept: Path, name: str, settings: Mapping[str, Json]) -> str:
 
 
 def _search(run: Path, devices: int) -> StageStatus:
-    """The search, by its own stages."""
+    """The status of the search, from its own stages."""
     found = [read_stage_record(path.parent) for path in (run / "search").glob(f"*/{STAGE_FILE}")]
     done = [record for record in found if record is not None]
     names = [str(record.content.get("name")) for record in done]

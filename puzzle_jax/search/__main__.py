@@ -1,6 +1,6 @@
-"""`puzzle search`, which is `python -m puzzle_jax.search`: the search, and what needs no run.
+"""`puzzle search`, or `python -m puzzle_jax.search`: the search, and verbs that need no run directory.
 
-`solve --library FILE.json` solves any block library, where `solve` alone is a stage.
+`solve --library FILE.json` solves any block library; `solve` alone runs the stage of that name.
 """
 
 from __future__ import annotations

@@ -4,16 +4,16 @@
     traces/<set>.parquet        the parent's own answers, in four sets that share no problem
     rank/ranking.safetensors    every expert's score by every method
     rank/agreement.json         how much the methods agree
-    rank/routing.json           how uneven the loads of experts are
+    rank/routing.json           how unevenly the experts are loaded
     refine_costs/costs.json     costs with those loads
     score/scores.json           the space of alternatives and the KL of each
-    solve/solutions.json        the pool of solutions with their real KL, the chosen one, baselines, the frontier
-    refine/refined.json         the child in the end, and what was tried to improve it
+    solve/solutions.json        the pool of solutions with real KL, the chosen one, the baselines and the frontier
+    refine/refined.json         the final child, and what was tried to improve it
     child/                      the child's checkpoint
     evaluate/evaluation.json    KL, accuracy, tokens and speed of parent, child and baselines
     report/                     report.html, report.md, figures/*.png
-    hours.json                  what every stage took (`hours.measured`)
-    score-book.safetensors, refine-book.safetensors   scores of single traces, which outlive their stages
+    hours.json                  how long every stage took (`hours.measured`)
+    score-book.safetensors, refine-book.safetensors   scores trace by trace, which outlive their stages
 
 The JSON form of an object is described beside its class (`Costs`, `Candidate`, `scores_to_json`).
 """
@@ -59,7 +59,7 @@ class Artifact(Generic[Value]):
     load: Callable[[Path], Value]
 
     def write(self, out: Path, value: Value) -> None:
-        """Writes the file into the directory of outputs that a stage was given."""
+        """Writes the file into `out`, the output directory of a stage."""
         self.save(out / Path(self.path).name, value)
 
     def find(self, run: Path) -> Path:
@@ -119,17 +119,17 @@ COPIED = (
     *(each.path for each in (*TRACES.values(), RANKING, REFINED_COSTS, SCORES, SOLUTIONS, REFINED)),
     *(SCORE_TABLE, REFINED_SCORE_TABLE),
 )
-"""Files that the work of stages reads in all processes of a search."""
+"""Files that the stages read in all processes of a search."""
 
 
 def chosen_candidate(run: Path) -> Candidate:
-    """The candidate of the pool that `solve` chose."""
+    """The candidate that `solve` chose from its pool."""
     solutions = SOLUTIONS.read(run)
     return Candidate.from_json(solutions["pool"][solutions["chosen"]])
 
 
 def final_candidates(run: Path) -> dict[str, Candidate]:
-    """Parent, refined child and baselines by name."""
+    """The parent, the refined child and the baselines, by name."""
     solutions, refined = SOLUTIONS.read(run), REFINED.read(run)
     found = {"parent": Candidate.from_json(solutions["parent"]), "child": Candidate.from_json(refined["child"])}
     return found | {entry["name"]: Candidate.from_json(entry) for entry in solutions["baselines"]}

@@ -22,10 +22,10 @@ PROGRAM = "puzzle search"
 
 @dataclass(frozen=True)
 class SearchSettings(Recipe):
-    """One search, and how much of it is run.
+    """Settings of one search, and which of its stages are run.
 
     Attributes:
-      stage: one stage, or "all".
+      stage: the stage to run, or "all".
     """
 
     stage: str = "all"
@@ -38,18 +38,18 @@ class SearchSettings(Recipe):
 
 
 def run(settings: SearchSettings) -> None:
-    """Runs the stages that are not up to date, in all processes; the primary one has the run directory and reports."""
+    """Runs outdated stages in all processes; only the primary one has the run directory and reports progress."""
     processes = settings.mesh.processes
     with joined(processes, settings.mesh.devices // processes, program=PROGRAM):
         run_search(settings, stage=settings.stage)
 
 
 def run_search(recipe: Recipe, console: Console | None = None, stage: str = "all") -> list[StageResult]:
-    """The same within processes that have been joined; returns how the stages went, in the primary one."""
+    """Does the same in processes that have already joined; returns the stages' results in the primary process."""
     copies = None
     with ExitStack() as contexts:
         if process_index():
             copies = contexts.enter_context(scratch_directory())
             contexts.enter_context(warnings.catch_warnings())
-            warnings.simplefilter("ignore", PuzzleWarning)  # the primary process gives the same
+            warnings.simplefilter("ignore", PuzzleWarning)  # the primary process gives the same warnings
         return run_stages(Search(recipe, console, copies), stage)

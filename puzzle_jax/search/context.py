@@ -39,13 +39,13 @@ from puzzle_jax.tasks import get_task
 
 
 class Search:
-    """One search in one run directory; console shows progress and tables.
+    """One search in one run directory; the console shows progress and tables.
 
-    Of several processes only the primary one has the run directory and a console; in the others `run` is the directory
-    `copies`, with what they read of it (`search.copies`).
+    With several processes only the primary one has the run directory and a console; in the others `run` is the
+    directory `copies`, which holds the files of the run that they read (`search.copies`).
 
     Raises `PuzzleError` at once for a parent that cannot be used, tasks that do not exist, and a run directory that
-    holds something else.
+    belongs to something else.
     """
 
     def __init__(self, recipe: Recipe, console: Console | None = None, copies: Path | None = None) -> None:
@@ -64,7 +64,7 @@ class Search:
             )
 
     def _offered(self) -> tuple[tuple[tuple[int, ...], ...], Windows]:
-        """Expert counts and windows that each layer may have; warns of windows that change nothing in any scenario."""
+        """Expert counts and windows offered in each layer; warns of windows that change nothing in any scenario."""
         config, space = self.parent.config, self.recipe.space
         counts = candidate_counts(
             config.blocks[0].num_experts, config.experts_per_token, space.fractions, space.divisor
@@ -83,7 +83,7 @@ class Search:
         return counts, windows
 
     def _check_tasks(self) -> None:
-        """Raises `ConfigError` for tasks that do not exist, and where there are neither tasks nor traces."""
+        """Raises `ConfigError` for tasks that do not exist, and if there are neither tasks nor traces."""
         for task in self.recipe.traces.tasks:
             get_task(task)
         if not self.recipe.traces.tasks and self.recipe.traces.file is None:
@@ -109,7 +109,7 @@ class Search:
 
     @property
     def identity(self) -> str:
-        """Everything that scores depend on besides alternatives and traces."""
+        """Identifies everything that scores depend on besides alternatives and traces."""
         return json.dumps([run_identity(self.parent)["parent"], jax.__version__])
 
     # What earlier stages have written -------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ class Search:
 
     @property
     def evidenced_windows(self) -> Windows:
-        """Windows that some calibration trace is longer than; all windows while there are no traces."""
+        """Windows that some calibration trace exceeds; all windows while there are no traces."""
         if not (self.run / TRACES["calibration"].path).exists():
             return self.windows
         return narrower_windows(self.windows, longest_context(self.traces("calibration")))[0]
@@ -140,7 +140,7 @@ class Search:
         return Space.from_json(self.parent.config, SCORES.read(self.run)["layers"])
 
     def problem(self) -> Problem:
-        """The program of the recipe's target with the scores around the parent."""
+        """The integer program for the recipe's target, with the scores around the parent."""
         return self.problem_of(self.scored_space(), scores_from_json(SCORES.read(self.run)["layers"]))
 
     def problem_of(self, space: Space, scores: Scores) -> Problem:
@@ -156,7 +156,7 @@ class Search:
         return Child(self.parent.config, blocks, rope=None if factor is None else replace(rope, factor=factor))
 
     def scorer(self, around: Candidate | None = None) -> SpaceScorer:
-        """Scores alternatives around the parent, or around a child of it."""
+        """A scorer of alternatives to the parent's sub-blocks, or to those of a child."""
         base = None if around is None else self.child(around)
         settings = self.recipe.score
         run = ReplaceOne(
@@ -173,7 +173,7 @@ class Search:
         return SpaceScorer(run, traces, settings, self.problem_of, self.console, seed, base_kl)
 
     def evaluator(self, kept: Path) -> Evaluator:
-        """Measures children, and keeps results in a directory for the case that the process is killed."""
+        """An evaluator of children that saves its results in `kept`, so that a killed run can resume."""
         return Evaluator(self.parent, self.recipe, self.console, kept, self.identity)
 
     def measure(self, candidates: Sequence[Candidate], name: str, evaluator: Evaluator) -> Measurements:
@@ -181,10 +181,10 @@ class Search:
         return evaluator.divergence([self.child(candidate) for candidate in candidates], self.traces(name), name)
 
     def pool(self, problem: Problem, evaluator: Evaluator, others: Sequence[Candidate] = ()) -> Pool:
-        """The program's solutions, and others that meet the target, run whole on the validation traces.
+        """The integer program's solutions and the `others` that meet the target, run whole on the validation traces.
 
-        The program's are best by the sum of scores, which is not quite the KL of the whole model, so that of other
-        choices may be lower.
+        The integer program minimises the sum of scores, which only approximates the KL of the whole model, so other
+        choices may have a lower KL.
         """
         options = self.recipe.solve
         found = decided_candidates(
@@ -196,12 +196,12 @@ class Search:
 
 
 def decided_candidates(solve: Callable[[], Sequence[Candidate]]) -> list[Candidate]:
-    """What a solver finds in the primary process: with a time limit, each may find something else."""
+    """A solver's candidates as the primary process finds them: with a time limit, processes may find different ones."""
     return [Candidate.from_json(found) for found in decided(lambda: [found.to_json() for found in solve()])]
 
 
 def warn_of_windows(left_out: Sequence[int] | set[int], reason: str) -> None:
-    """Warns, where there are any, of windows that are no alternatives, widest first."""
+    """Warns of windows that are not offered as alternatives, if there are any, widest first."""
     if left_out:
         listed = ", ".join(map(str, sorted(left_out, reverse=True)))
         warnings.warn(f"space.windows: {listed} left out, since {reason}", PuzzleWarning, stacklevel=2)

@@ -1,10 +1,10 @@
-"""A search of several processes as stages of one run directory, which only the primary process needs.
+"""Runs the stages of a search in several processes, of which only the primary one needs the run directory.
 
-Every process runs the work of a stage, on one mesh over all of them, so each must read what earlier stages have
-written and what a killed run has left. The primary process decides whether a stage is up to date, holds the run
-directory and writes it. Before a stage's work it sends the others the files that the work may read and that they do
-not have yet, in the form that they have on disk; the others keep them in a directory of their own, where they also
-write what nobody will read. So a stage's function is the same in all processes, and finds the same files.
+Every process does the work of a stage, on one mesh over all of them, so each must read what earlier stages have
+written and what a killed run has left. The primary process decides whether a stage is up to date, and alone reads and
+writes the run directory. Before a stage's work it broadcasts the files that the work may read and that the others do
+not have yet, byte for byte; the others keep them in a directory of their own, where they also write outputs that
+nobody will read. A stage's function is therefore the same in all processes and finds the same files.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from puzzle_jax.stages import Stage, StageResult
 
 
 def run_stage(stage: Stage[Search], search: Search, copies: Copies) -> StageResult | None:
-    """Runs a stage in all processes, unless it is up to date; returns how it went in the primary one.
+    """Runs a stage in all processes, unless it is up to date; returns its result in the primary process.
 
-    Raises `PuzzleError` as `Stage.run`, in the primary process, which ends the others.
+    Raises `PuzzleError` as `Stage.run` does, in the primary process, which ends the others.
     """
     if process_count() == 1:
         return stage.run(search.run, search)
@@ -47,18 +47,18 @@ def run_stage(stage: Stage[Search], search: Search, copies: Copies) -> StageResu
 
 
 class Copies:
-    """What the processes of a search know of the primary one's run directory.
+    """Keeps copies of the primary process's files up to date in the other processes of a search.
 
     Args:
-      run: that directory, or in other processes the one where copies are kept.
+      run: the run directory, or in the other processes the directory of copies.
     """
 
     def __init__(self, run: Path) -> None:
         self._run = run
-        self._sent: dict[str, tuple[int, int]] = {}  # size and time of change
+        self._sent: dict[str, tuple[int, int]] = {}  # size and modification time
 
     def send(self, kept: Path) -> None:
-        """By the primary process: files that have changed, and the intermediate results of the stage that begins."""
+        """In the primary process: sends changed files, and the intermediate results of the stage that begins."""
         found = {name: _state(self._run / name) for name in COPIED if (self._run / name).is_file()}
         gone = [name for name in self._sent if name not in found]
         new = [name for name, state in found.items() if self._sent.get(name) != state]
@@ -70,16 +70,16 @@ class Copies:
             published((self._run / name).read_bytes)
 
     def skip(self) -> None:
-        """By the primary process: the stage has no work."""
+        """In the primary process: announces that the stage has no work."""
         decided(lambda: None)
 
     def receive(self) -> Path | None:
-        """By the others: waits for `send` or `skip`; the directory of intermediate results, or None without work."""
+        """In the others: waits for `send` or `skip`; returns the intermediate results' directory, None without work."""
         message = decided(lambda: None)
         if message is None:
             return None
         for left in self._run.glob(".*"):
-            shutil.rmtree(left)  # intermediate results of the stage before
+            shutil.rmtree(left)  # intermediate results of the previous stage
         for name in message["gone"]:
             (self._run / name).unlink()
         for name in message["new"]:

@@ -1,4 +1,4 @@
-"""The stages of costs: `cost`, `refine_costs`, and the check that the target can be reached at all."""
+"""The cost stages `cost` and `refine_costs`, and the check that the target can be reached at all."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from puzzle_jax.search.space import ExpertChoice, Space
 
 
 def cost_inputs(search: Search) -> list[Path]:
-    """The parent's configuration, and the file of costs from elsewhere; raises PuzzleError where that is missing."""
+    """The parent's configuration and any external costs file; raises PuzzleError if that file is missing."""
     external = search.recipe.external_costs
     if external is not None and not external.is_file():
         raise PuzzleError(f"costs is {external}, but there is no such file")
@@ -41,7 +41,7 @@ def cost_settings(search: Search) -> dict[str, object]:
 
 
 def cost(search: Search, out: Path, kept: Path) -> None:
-    """Costs of every alternative, with even loads of experts."""
+    """Writes the costs of every alternative, with evenly loaded experts."""
     external = search.recipe.external_costs
     if external:
         costs = read_external(external, search.offer, search.recipe.scenarios, search.parent.description.form)
@@ -52,7 +52,7 @@ def cost(search: Search, out: Path, kept: Path) -> None:
 
 
 def refine_costs(search: Search, out: Path, kept: Path) -> None:
-    """The roofline's costs with the loads of experts that the traces showed; other costs as they are."""
+    """Writes roofline costs with the expert loads that the traces showed; other costs are written as they are."""
     costs = COSTS.read(search.run)
     if costs.provider == "roofline" and search.recipe.external_costs is None:
         costs = _computed(search, Roofline(profile=ROUTING.read(search.run)))
@@ -73,7 +73,7 @@ def check_target(search: Search) -> None:
 
 
 def _provider(source: str, advance: Callable[[int, int], None]) -> Provider:
-    """The provider of seconds; `advance` is called with the finished turns and all turns."""
+    """The provider of seconds; `advance` is called with the numbers of finished turns and of all turns."""
     if source == "measured":
         return Measured(progress=advance)
     return Xla(progress=advance) if source == "xla" else Roofline()

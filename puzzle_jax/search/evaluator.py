@@ -1,5 +1,5 @@
-"""Parent, child and baselines side by side on data that had no part in the choice: KL on held-out traces, accuracy and
-tokens per effort on problems of their own, tokens per second.
+"""Compares parent, child and baselines on data that had no part in the choice: KL on held-out traces, accuracy and
+tokens per effort on separate problems, and tokens per second.
 
 Quality is measured on views of the parent, speed on cut models; the child's speed is that of its exported checkpoint.
 """
@@ -40,11 +40,11 @@ from puzzle_jax.search.solve.problem import Candidate
 class Evaluator:
     """Measures children of one parent.
 
-    What it has measured it knows: a child that comes back on the same traces is not run again.
+    Results are cached: a child that was measured on the same traces before is not run again.
 
     Attributes:
       parent: the parent, with its parameters.
-      recipe: questions, limits of answers, scenarios, rounds.
+      recipe: provides questions, answer limits, scenarios and rounds.
       console: where progress is shown.
       kept: directory of a killed run's results, which are not measured again.
       identity: what results depend on besides children and traces.
@@ -58,7 +58,7 @@ class Evaluator:
     _known: dict[tuple[Any, ...], tuple[Score, np.ndarray]] = field(default_factory=dict, repr=False)
 
     def divergence(self, children: Sequence[Child], traces: Sequence[Trace], name: str) -> Measurements:
-        """KL of whole children on a set of traces, which is always the same under one name."""
+        """KL of whole children on a set of traces; one name must always stand for the same traces."""
         keys = [(name, child.blocks, child.rope) for child in children]
         new = {key: child for key, child in zip(keys, children, strict=True) if key not in self._known}
         if new:
@@ -78,9 +78,9 @@ class Evaluator:
         return Measurements(list(scores), np.stack(kl), np.array([len(trace.completion) for trace in traces]))
 
     def accuracy(self, children: Mapping[str, Child]) -> dict[str, dict[str, Any]]:
-        """Accuracy and tokens of greedy answers, by model and effort; nothing where the recipe has no tasks.
+        """Accuracy and tokens of greedy answers, by model and effort; empty if the recipe has no tasks.
 
-        Models that are the same child answer once.
+        Models that are the same child answer only once.
         """
         traces, settings = self.recipe.traces, self.recipe.evaluate
         if not traces.tasks:
@@ -118,14 +118,14 @@ class Evaluator:
     def speeds(
         self, children: Mapping[str, Child], candidates: Mapping[str, Candidate], exported: Path
     ) -> dict[str, dict[str, Any]]:
-        """Measured tokens per second on the devices present, by scenario and model; nothing where rounds are 0, and
-        with several processes, for the engine is timed in one alone.
+        """Measured tokens per second on the devices present, by scenario and model; empty if `rounds` is 0, and with
+        several processes, since the engine is timed in a single process.
 
-        Models of the same architecture and batch are timed once: the experts that they keep make no difference.
+        Models of the same architecture and batch are timed once: which experts they keep makes no difference.
 
         Args:
           children: models by name.
-          candidates: the same with their batches.
+          candidates: the same models as candidates, which have the batches.
           exported: the checkpoint of the model named "child".
         """
         rounds = self.recipe.evaluate.rounds
@@ -169,7 +169,7 @@ class Evaluator:
         costs: Costs,
         exported: Path,
     ) -> dict[str, Any]:
-        """Everything that the table shows, by model.
+        """All measurements that the table shows, by model.
 
         Args:
           candidates, children: all models by name; "child" is the chosen one.
@@ -209,6 +209,6 @@ class Evaluator:
 
 
 def first_alike(models: Mapping[str, Hashable]) -> dict[str, str]:
-    """For every name the first one whose value is equal."""
+    """Maps every name to the first name with an equal value."""
     first: dict[Hashable, str] = {}
     return {name: first.setdefault(value, name) for name, value in models.items()}

@@ -1,4 +1,4 @@
-"""The parent of a search: a checkpoint that all processes of the search have opened, with the same content."""
+"""The parent of a search: a checkpoint that all processes of the search open, checked to have the same content."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from puzzle_jax.search.recipe import Recipe
 def read_parent(directory: Path, today: datetime.datetime | None = None, weights: str = "auto") -> Model:
     """Reads configuration, headers and chat files; weights are loaded when a stage first needs them.
 
-    `today` is the date that its chat template sees, by default now.
+    `today` is the date that the chat template sees; by default the current one.
 
     Raises CheckpointError for a damaged checkpoint and ConfigError for a parent whose layers differ in their number of
     experts.
@@ -35,8 +35,8 @@ def open_parent(recipe: Recipe) -> Model:
     """The parent, on a mesh over all processes' devices where the recipe asks for more than one.
 
     Raises PuzzleError, in all processes of a search, where one of them cannot open its parent, or has a parent or
-    recipe that differs from the primary one's, and where there are too few devices. Warns of what the mesh does not
-    divide.
+    recipe that differs from the primary one's, and where there are too few devices. Warns of experts and heads that
+    the mesh does not divide.
     """
     mesh = recipe.mesh
 
@@ -44,7 +44,7 @@ def open_parent(recipe: Recipe) -> Model:
         parent = read_parent(recipe.parent, datetime.datetime.fromisoformat(day), recipe.weights)
         return parent, search_identity(recipe, parent) if mesh.processes > 1 else {}
 
-    # As the primary process finds it, since hosts may be in different time zones.
+    # Taken from the primary process, since hosts may be in different time zones.
     day = from_primary("day", lambda: datetime.datetime.now().isoformat())
     parent, identity = on_all("open the parent", opened)
     agree("the search", identity)
@@ -52,12 +52,12 @@ def open_parent(recipe: Recipe) -> Model:
         return parent
     parent = replace(parent, mesh=on_all("find the devices", lambda: make_mesh(mesh.data, mesh.model)))
     warn_of_undivided(parent.config, mesh.model)
-    # As the primary process finds it, since hosts may differ in their memory.
+    # Taken from the primary process, since hosts may differ in their memory.
     return replace(parent, weights=from_primary("weights", lambda: "packed" if parent.packed else "dense"))
 
 
 def warn_of_undivided(config: ModelConfig, model: int) -> None:
-    """Warns of experts and heads that the model axis does not divide, so that it saves no memory for them."""
+    """Warns if the model axis does not divide the experts or heads and so saves no memory for them."""
     counts = {"experts": config.blocks[0].num_experts, "key-value heads": config.num_kv_heads}
     for name, count in counts.items():
         if count % model:

@@ -3,17 +3,17 @@
     cost          bytes and seconds of every alternative
     trace         the parent's own answers, in sets that share no problem
     rank          every expert's score by every method
-    refine_costs  the roofline's seconds with the loads of experts that the traces showed
+    refine_costs  the roofline's seconds with the expert loads that the traces showed
     score         the space of alternatives and the KL of each
-    solve         the program's pool with its real KL on fresh traces, the chosen child, the baselines
-    refine        attempts to get below that child's KL, and the child in the end
+    solve         the integer program's pool with its real KL on fresh traces, the chosen child, the baselines
+    refine        attempts to lower that child's KL, and the final child
     assemble      the child's checkpoint, with scales for an FP8 cache
     evaluate      KL, accuracy, tokens and speed of parent, child and baselines on data that had no part in the choice
-    report        the table, figures, stages
+    report        the table, figures and a record of the stages
 
 `STAGES` says what each stage reads, which settings it depends on, and which function produces its files; the files are
-listed in `search.artifacts`. A stage runs alone as well, and is skipped when its inputs and settings have not changed
-(`stages`). Costs come first, so that a target which cannot be reached is refused before long work.
+listed in `search.artifacts`. A stage can also be run alone, and is skipped when its inputs and settings have not
+changed (`stages`). Costs come first, so that an unreachable target is refused before the long stages.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def run_stages(search: Search, name: str = "all") -> list[StageResult]:
     """Runs the stage of that name, or all stages in order; those that are up to date are skipped.
 
     Returns:
-      How the stages went; nothing in processes that are not the primary one.
+      The stages' results; an empty list in processes other than the primary one.
 
     Raises `PuzzleError` when an earlier stage has not been run.
     """
@@ -99,7 +99,7 @@ def run_stages(search: Search, name: str = "all") -> list[StageResult]:
 
 
 def measured_of(search: Search, results: Sequence[StageResult]) -> MeasuredSearch:
-    """Measured seconds of a search's stages on the devices present."""
+    """The measured seconds of a search's stages on the devices present."""
     hardware = present_hardware()
     work = work_of(search, hardware)
     roofline = by_stage(work)
@@ -116,7 +116,7 @@ def _run(stage: Stage[Search], search: Search, copies: Copies) -> StageResult | 
     except PuzzleError:
         raise
     except Exception as error:
-        # Edited files are used as they are; that one cannot be used is then no bug of ours.
+        # Edited files are used as they are, so one that cannot be used is not a bug of ours.
         edited = edited_output(search.run)
         if edited is None or mendable(error) is not None:
             raise
@@ -135,12 +135,12 @@ def _sections(search: Search, *names: str) -> dict[str, Any]:
     return {name: search.recipe.section(name) for name in names}
 
 
-# What the stages do: each function writes the files of its stage into `out`; `kept` survives a killed process. All
-# processes of a search call it, and what they write counts in the primary one.
+# The work of the stages: each function writes the files of its stage into `out`; `kept` survives a killed process. All
+# processes of a search call it, but only what the primary one writes counts.
 
 
 def by_primary(produce: Callable[[Search, Path, Path], None]) -> Callable[[Search, Path, Path], None]:
-    """A stage's function whose work one process does as well alone."""
+    """Wraps the function of a stage whose work only the primary process needs to do."""
 
     def alone(search: Search, out: Path, kept: Path) -> None:
         if search.primary:
@@ -175,7 +175,7 @@ def trace(search: Search, out: Path, kept: Path) -> None:
 
 
 def check_windows(search: Search) -> None:
-    """Warns of windows that no trace is longer than, and checks that the target can be reached without them."""
+    """Warns of windows that no trace exceeds, and checks that the target can be reached without them."""
     longest = longest_context(search.traces("calibration"))
     evidenced, left_out = narrower_windows(search.windows, longest)
     warn_of_windows(

@@ -1,4 +1,4 @@
-"""Everything about a search that a user may change, in one frozen tree of settings.
+"""All settings of a search that a user may change, in one frozen tree.
 
 A recipe is a YAML file of these fields; the command line overrides any of them by its dotted name.
 """
@@ -22,7 +22,7 @@ from puzzle_jax.tasks import EFFORTS, check_effort
 from puzzle_jax.temperature import check_temperature
 
 MOST_PROBLEMS = 100_000
-"""The most problems of a task; more have no seeds of their own."""
+"""The most problems of a task; beyond it, problems would share seeds."""
 
 EMBEDDED_PARENT = Path(__file__).parent.parent / "assets" / "tiny"
 
@@ -32,18 +32,19 @@ class TraceSettings:
     """The parent's own answers.
 
     Attributes:
-      tasks: families to ask; every problem is asked at every effort. Accuracy is measured on them too.
+      tasks: task families to ask; every problem is asked at every effort. Accuracy is measured on them too.
       efforts: reasoning efforts.
-      calibration: problems per task that rank and score.
-      validation: problems per task that choose among the program's best solutions.
-      confirmation: problems per task that accept or refuse refinements.
-      heldout: problems per task for the reported KL; they choose nothing.
-      temperature: of sampling; 0 is greedy.
-      seed: draws other problems and other answers.
-      max_tokens: limit of an answer by effort, or one number for all; every effort needs one where there are tasks.
-      batch_size: answers generated together.
-      file: traces of the parent made elsewhere (`generate.traces.read_traces`), in place of asking it; its prompts are
-        split into the sets in the proportions of the numbers above.
+      calibration: problems per task for ranking and scoring.
+      validation: problems per task for choosing among the integer program's best solutions.
+      confirmation: problems per task for accepting or refusing refinements.
+      heldout: problems per task for the reported KL; no choice depends on them.
+      temperature: sampling temperature; 0 means greedy.
+      seed: random seed; another one draws other problems and other answers.
+      max_tokens: most tokens of an answer by effort, or one number for all; required for every effort if there are
+        tasks.
+      batch_size: number of answers generated together.
+      file: traces that the parent generated elsewhere (`generate.traces.read_traces`), used instead of asking it; the
+        prompts are split into the sets in the proportions of the numbers above.
     """
 
     tasks: tuple[str, ...] = ()
@@ -76,12 +77,12 @@ class TraceSettings:
 
 @dataclass(frozen=True)
 class SpaceSettings:
-    """Alternatives of every layer.
+    """Alternatives offered in every layer.
 
     Attributes:
       fractions: shares of the parent's experts that a layer may keep.
-      divisor: degree of expert parallelism, which every count must be a multiple of.
-      windows: windows that are offered on full-attention layers.
+      divisor: degree of expert parallelism; every expert count must be a multiple of it.
+      windows: windows offered on full-attention layers.
       restrict: limits on the alternatives of some layers.
     """
 
@@ -103,14 +104,14 @@ class ScoreSettings:
     """Scoring of alternatives.
 
     Attributes:
-      method: "exact" scores all on every calibration trace; "adaptive" all on a few, and more only those whose
-        uncertainty could change what the program chooses; "lens" estimates.
-      first: traces that adaptive scoring begins with.
-      draws: bootstrap draws of the traces, by which adaptive scoring estimates uncertainty.
-      keep_sets: expert sets per layer and count that are scored exactly, the best by the lens; 0 is all.
-      tokens_per_batch: tokens of a micro-batch.
-      per_call: alternatives that run together on it.
-      keep_every: layers from one kept hidden state of the parent to the next.
+      method: "exact" scores all on every calibration trace; "adaptive" scores all on a few traces, and on more only
+        those whose uncertainty could change the integer program's choice; "lens" only estimates scores.
+      first: number of traces that adaptive scoring begins with.
+      draws: bootstrap draws of the traces, from which adaptive scoring estimates uncertainty.
+      keep_sets: expert sets per layer and count that are scored exactly, the best by the lens; 0 scores all.
+      tokens_per_batch: number of tokens in a micro-batch.
+      per_call: alternatives that run together on a micro-batch.
+      keep_every: number of layers from one kept hidden state to the next.
     """
 
     method: Literal["adaptive", "exact", "lens"] = "adaptive"
@@ -129,12 +130,14 @@ class ScoreSettings:
 
 @dataclass(frozen=True)
 class RefineSettings:
-    """Steps after the program; each is taken only if the KL on confirmation traces falls by two standard errors.
+    """Refinement after the integer program.
+
+    A step is accepted only if the KL on confirmation traces falls by more than two standard errors.
 
     Attributes:
-      rounds: rounds in which all alternatives are scored anew around the child; at most 2.
-      swaps: experts tried on either side of a swap, in every layer; 0 is none.
-      proposals: the most swaps that are tested, one after the other as long as they are accepted.
+      rounds: rounds in which all alternatives are rescored around the child; at most 2.
+      swaps: experts tried on either side of a swap, in every layer; 0 tries no swaps.
+      proposals: the most swap proposals that are tested, one after the other as long as they are accepted.
     """
 
     rounds: int = 1
@@ -152,8 +155,8 @@ class SolveSettings:
     """The integer program.
 
     Attributes:
-      solutions: size of the pool whose real KL is measured; the best by it becomes the child.
-      time_limit: seconds for each solution.
+      solutions: number of solutions whose real KL is measured; the candidate with the lowest becomes the child.
+      time_limit: seconds allowed for each solution.
       gap: relative gap that counts as optimal.
     """
 
@@ -169,14 +172,14 @@ class SolveSettings:
 
 @dataclass(frozen=True)
 class EvaluateSettings:
-    """Measurements for the table.
+    """Measurements for the report's table.
 
     Attributes:
-      problems: problems per task, each asked at every effort, greedily.
-      baselines: names of `search.solve.baselines` that are measured beside the child.
-      rounds: interleaved rounds of measured throughput, on the devices present; 0 leaves it out, and so do several
-        processes.
-      seed: draws other problems.
+      problems: problems per task, each asked at every effort and answered greedily.
+      baselines: names of the `search.solve.baselines` that are measured beside the child.
+      rounds: interleaved rounds of throughput measurement on the devices present; 0 leaves it out, as does a search of
+        several processes.
+      seed: random seed; another one draws other problems.
     """
 
     baselines: tuple[str, ...] = ("uniform", "experts_only", "windows_only")
@@ -195,11 +198,11 @@ class EvaluateSettings:
 
 @dataclass(frozen=True)
 class ChildSettings:
-    """Settings of the child beside its blocks.
+    """Settings of the child other than its blocks.
 
     Attributes:
-      yarn_factor: factor of its rotary embedding; None is the parent's. A larger one steadies contexts near the end of
-        the parent's range, and needs distillation: the child's quality is measured with it.
+      yarn_factor: YaRN factor of the child's rotary embedding; None keeps the parent's. A larger one steadies contexts
+        near the end of the parent's range but needs distillation; the child's quality is measured with it.
     """
 
     yarn_factor: float | None = None
@@ -214,18 +217,18 @@ class Recipe:
     """One search.
 
     Attributes:
-      parent: checkpoint directory; by default the embedded small parent.
-      run: directory of everything that the search writes.
+      parent: the parent's checkpoint directory; by default the small embedded parent.
+      run: directory that the search writes everything to.
       traces, space, score, solve, refine, evaluate: settings of the stages.
       scenario: the deployment.
-      more_scenarios: further ones that the same child must serve.
-      target: what the child must reach there, by itself or relative to its parent.
-      child: settings of the child beside its blocks.
+      more_scenarios: further deployments that the same child must serve.
+      target: limits that the child must meet in these scenarios, absolute or relative to its parent.
+      child: settings of the child other than its blocks.
       mesh: devices that the search itself runs on.
       weights: how the parent's weights are held: "packed" (MXFP4), "dense", or "auto" (see `model.weights`).
       costs: "measured" times our own sub-blocks on the devices present, "xla" compiles them for the TPU that the
-        scenario names, "roofline" models the scenario's hardware, and a path ending in .json is a costs.json that was
-        timed elsewhere and is used as it is.
+        scenario names, "roofline" models the scenario's hardware, and a path ending in .json names a costs.json that
+        was timed elsewhere and is used as it is.
     """
 
     scenario: Scenario
@@ -263,16 +266,16 @@ class Recipe:
 
     @property
     def external_costs(self) -> Path | None:
-        """The file of costs that were timed elsewhere, where there is one."""
+        """The file of costs that were timed elsewhere, if one is given."""
         return Path(self.costs) if self.costs.endswith(".json") else None
 
     def section(self, name: str) -> dict[str, object]:
-        """One part as JSON values, from which changes of a stage's settings are found."""
+        """One section as JSON values, by which changes of a stage's settings are detected."""
         return to_plain(getattr(self, name))
 
 
 def _check_distinct(name: str, values: Sequence[object], may_be_empty: bool = False) -> None:
-    """Raises `ConfigError` for values of which one is there twice, or none at all."""
+    """Raises `ConfigError` for a repeated value, and for no values unless `may_be_empty`."""
     if not values and not may_be_empty:
         raise ConfigError(f"{name} is empty, but must have at least one value")
     for index, value in enumerate(values):

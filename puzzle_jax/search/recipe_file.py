@@ -1,10 +1,10 @@
 """Settings of a search that recipes and the command line leave open.
 
 The recipe `tiny` is the default for the embedded parent alone: its tasks, its answers of at most 128 tokens and its
-scenario fit no other model. For any other parent the user says what it is asked (`traces.tasks` with
-`traces.max_tokens`) or gives what it answered (`traces.file`), and what the deployment is, or names a recipe for a
-model of its size. Where answers are given and no scenario is, the scenario is taken from their lengths, since they show
-what the parent is used for. A warning names everything that is filled in.
+scenario fit no other model. For any other parent the user says what to ask it (`traces.tasks` with
+`traces.max_tokens`) or provides its answers (`traces.file`), and describes the deployment, or names a recipe for a
+model of its size. If answers but no scenario are given, the scenario is taken from their lengths, since they show what
+the parent is used for. A warning names the scenario and the target that are filled in.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ EMBEDDED_RECIPE = "tiny"
 _LENGTHS = ("scenario.input_tokens", "scenario.output_tokens")
 
 _BATCH, _EXPERT_BYTES_RATIO = 8, 0.75
-"""Requests of a scenario that is taken from traces, and the target of a search that was given none."""
+"""The batch of a scenario that is taken from traces, and the target of a search that was given none."""
 
 
 def starting_fields(given: Mapping[str, object], recipe: str | None, runs: bool) -> dict[str, object]:
     """Values of fields that are not given, by dotted name.
 
     Args:
-      given: values of recipes and the command line, by dotted name.
-      recipe: the last one that was named.
-      runs: False where settings are only shown.
+      given: values from recipes and the command line, by dotted name.
+      recipe: the last recipe that was named.
+      runs: False if settings are only shown.
 
-    Raises `ConfigError` where a parent of the user's own comes with too little to search by.
+    Raises `ConfigError` if settings that a search of the user's own parent needs are missing.
     """
     parent = given.get("parent", EMBEDDED_PARENT)
     if is_embedded_parent(parent):
@@ -51,7 +51,7 @@ def starting_fields(given: Mapping[str, object], recipe: str | None, runs: bool)
 
 
 def without_deployment(given: Mapping[str, object], recipe: str | None, runs: bool) -> dict[str, object]:
-    """The same where scenario, target and tasks are not used."""
+    """The same as `starting_fields`, for verbs that do not use scenario, target and tasks."""
     parent = given.get("parent", EMBEDDED_PARENT)
     if is_embedded_parent(parent) or recipe == EMBEDDED_RECIPE:
         return starting_fields(given, recipe, runs)
@@ -61,8 +61,8 @@ def without_deployment(given: Mapping[str, object], recipe: str | None, runs: bo
 def _own_defaults(given: Mapping[str, object]) -> dict[str, object]:
     """Values of fields that were not given in a search of the user's own model, by dotted name.
 
-    Raises `ConfigError`, naming the fields and the recipes there are, where something is missing that only the user
-    can know.
+    Raises `ConfigError`, naming the fields and the available recipes, if something is missing that only the user can
+    know.
     """
     parent, file = Path(str(given["parent"])), given.get("traces.file")
     lengths = [name for name in _LENGTHS if name not in given]
@@ -101,7 +101,7 @@ def _own_defaults(given: Mapping[str, object]) -> dict[str, object]:
 
 
 def _mean_lengths(traces: Sequence[Trace]) -> tuple[int, int]:
-    """Mean tokens of prompts and of answers, rounded up."""
+    """Mean numbers of tokens in prompts and in answers, rounded up."""
     sums = (sum(len(trace.prompt) for trace in traces), sum(len(trace.completion) for trace in traces))
     return -(-sums[0] // len(traces)), -(-sums[1] // len(traces))
 

@@ -1,4 +1,4 @@
-"""The report stage: tables and figures of everything that the stages before it have written."""
+"""The report stage: tables and figures from what the earlier stages have written."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from puzzle_jax.search.solve.problem import Candidate
 
 
 def write_report(search: Search, out: Path, stages: list[tuple[str, str]]) -> None:
-    """report.html, report.md and figures; `stages` are names and directories of the stages before."""
+    """Writes report.html, report.md and figures; `stages` holds the names and directories of all stages."""
     candidates = final_candidates(search.run)
     compared = {name: candidates[name] for name in ("parent", "child", "uniform")}
     child = candidates["child"]
@@ -35,7 +35,7 @@ def write_report(search: Search, out: Path, stages: list[tuple[str, str]]) -> No
 
 
 def show_report(search: Search) -> None:
-    """Prints the table and where the page lies."""
+    """Prints the table and the path of the page."""
     _report(search).show(search.console)
     where = Text.assemble("Figures and stages: ", (str(search.recipe.run / "report/report.html"), "bold"))
     search.console.print(where, highlight=False)

@@ -1,9 +1,8 @@
 """The space of architectures: for each layer, the expert sets to keep and the windows to choose from.
 
-Attention and experts are separate sub-blocks. Their scores add and their costs add, so the alternatives of a
-layer are a list for each, and the product exists only in the program that chooses
-(`puzzle_jax.search.solve.problem`). (Puzzle, arXiv 2411.19146, section 3; for mixtures of experts arXiv
-2602.11937.)
+Attention and experts are separate sub-blocks. Their scores add and their costs add, so a layer has one list of
+alternatives for each, and the product exists only in the integer program (`puzzle_jax.search.solve.problem`).
+(Puzzle, arXiv 2411.19146, section 3; for mixtures of experts arXiv 2602.11937.)
 
 Left out: how experts are ranked (`puzzle_jax.search.rank.ranking`) and other alternatives (narrower experts, fewer
 heads).
@@ -46,7 +45,7 @@ class Restriction:
     windows: tuple[int | Literal["full"], ...] | None = None
 
     def numbers(self, num_layers: int) -> list[int]:
-        """The numbers of the layers; raises `ConfigError` for a text that is no list of layers below `num_layers`."""
+        """The layers' numbers; raises `ConfigError` if the text does not list layers below `num_layers`."""
         found: list[int] = []
         for part in str(self.layers).split(","):
             match = re.fullmatch(r"\s*(\d{1,6})\s*(?:-\s*(\d{1,6})\s*)?", part)
@@ -62,12 +61,12 @@ class Restriction:
 
 @dataclass(frozen=True)
 class ExpertChoice:
-    """Experts of a layer that stay.
+    """A set of experts that a layer keeps.
 
     Attributes:
       count: number of experts kept.
       kept: their ids in the parent, ascending.
-      method: the ranking that proposed them; several, joined by "+", where they agree.
+      method: the ranking method that proposed them, or several joined by "+" where they agree.
     """
 
     count: int
@@ -151,12 +150,12 @@ class Space:
 
     @property
     def offer(self) -> Offer:
-        """The distinct expert counts and windows, which are what costs depend on."""
+        """The distinct expert counts and windows, on which costs depend."""
         return Offer(self.parent, [self.expert_counts(layer) for layer in range(self.num_layers)], self.windows)
 
     @property
     def num_alternatives(self) -> int:
-        """Sub-blocks that need a score: all that differ from the parent's."""
+        """Number of sub-blocks that need a score: all that differ from the parent's."""
         experts = sum(
             choice.count < block.num_experts
             for choices, block in zip(self.expert_choices, self.parent.blocks, strict=True)
@@ -173,7 +172,7 @@ class Space:
         return tuple(sorted({choice.count for choice in self.expert_choices[layer]}, reverse=True))
 
     def describe(self) -> str:
-        """The space in a few lines: equal layers share one."""
+        """Describes the space in a few lines; equal layers share one."""
         groups: dict[str, list[int]] = {}
         for layer in range(self.num_layers):
             counts = []
@@ -190,7 +189,7 @@ class Space:
         return "\n".join(lines)
 
     def to_json(self) -> list[dict[str, Any]]:
-        """One object per layer; the parent is not part of it."""
+        """One object per layer, without the parent."""
         layers = zip(self.expert_choices, self.windows, strict=True)
         return [{"experts": to_plain(choices), "windows": list(windows)} for choices, windows in layers]
 
@@ -242,7 +241,7 @@ def candidate_windows(config: ModelConfig, extra: Iterable[int]) -> Windows:
 
 
 def narrower_windows(windows: Sequence[tuple[int | None, ...]], context: int) -> tuple[Windows, tuple[int, ...]]:
-    """Windows per layer without the alternatives that cover a whole context, and those, widest first."""
+    """Windows per layer without the alternatives that cover a whole context; and the windows left out, widest first."""
     kept = tuple((own, *(w for w in others if w is None or w < context)) for own, *others in windows)
     left_out = {w for layer in windows for w in layer[1:] if w is not None and w >= context}
     return kept, tuple(sorted(left_out, reverse=True))
@@ -255,7 +254,7 @@ def restrict(
 ) -> tuple[tuple[tuple[int, ...], ...], Windows]:
     """Expert counts and windows per layer that all restrictions allow.
 
-    Raises `ConfigError`, naming the layer, where nothing is left, or where a layer could not keep the parent's window.
+    Raises `ConfigError`, naming the layer, if nothing is left, or if a layer could not keep the parent's window.
     """
     counts, windows = list(counts), list(windows)
     for rule in restrictions:
@@ -295,7 +294,7 @@ def _window(window: int | None) -> str:
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """0, 1, 2, 5 as "0-2, 5"."""
+    """Writes 0, 1, 2, 5 as "0-2, 5"."""
     runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
     return ", ".join(f"{first}-{more[-1]}" if more else f"{first}" for first, *more in runs)
 

@@ -1,6 +1,6 @@
 """The traces of a search: the parent's own answers, in sets that share no prompt.
 
-The parent is asked the recipe's tasks; or traces that it wrote elsewhere are split into the sets.
+Either the parent is asked the recipe's tasks, or traces that it generated elsewhere are split into the sets.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from puzzle_jax.tasks.context import check_fits
 
 
 def ask_parent(parent: Model, recipe: Recipe, kept: Path, console: Console) -> Iterator[tuple[str, Sequence[Trace]]]:
-    """The sets by name, from problems that the parent is asked; answers that a killed run left in `kept` are not asked
-    for again.
+    """Yields the sets by name, with the parent's answers; answers that a killed run left in `kept` are not generated
+    again.
     """
     settings = recipe.traces
     sets = {
@@ -76,7 +76,7 @@ def split_traces(
             f"{source} holds {len(prompts)} different prompts, but a search splits them into {', '.join(shares)}, each "
             f"with prompts of its own; give at least {len(shares)}"
         )
-    # Every set is given one prompt, and its share of the others.
+    # Every set gets one prompt, and its share of the others.
     ends = np.array(list(accumulate(shares.values()))) / sum(shares.values())
     counts = np.diff(np.rint(ends * (len(prompts) - len(shares))), prepend=0).astype(int) + 1
     owners = [name for name, count in zip(shares, counts, strict=True) for _ in range(count)]

@@ -3,11 +3,11 @@
 
 vLLM finds `register` by the entry point group `vllm.general_plugins` wherever this package is installed beside it, and
 calls it in each of its processes; `vllm serve DIRECTORY` then takes a `gpt_oss_puzzle` checkpoint like any other.
-Nothing here imports JAX. The classes hang on hooks that vLLM keeps private, so one release is supported; under another,
-such a checkpoint is refused in one sentence and other models are served as ever.
+Nothing here imports JAX. The classes rely on private hooks of vLLM, so one release is supported; under another, such a
+checkpoint is refused in one sentence, and other models are served as usual.
 
 Without the plugin and with trust_remote_code, vLLM runs these checkpoints through its transformers backend, which gives
-every windowed layer the same window: wrong answers without a word.
+every windowed layer the same window: answers are then wrong, without an error.
 """
 
 VLLM_RELEASE = "0.32"
@@ -22,7 +22,7 @@ def release_problem(version: str) -> str | None:
 
 
 def register() -> None:
-    """Makes configuration and model known to vLLM; may be called repeatedly."""
+    """Registers the configuration and the model with vLLM; may be called repeatedly."""
     import vllm
     from transformers import AutoConfig
 

@@ -1,5 +1,5 @@
 # pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false
-"""The configuration of a heterogeneous child, as vLLM is to see it."""
+"""The configuration of a heterogeneous child, as vLLM sees it."""
 
 import vllm
 from transformers import GptOssConfig
@@ -11,8 +11,8 @@ from puzzle_jax.serve_vllm import MODEL_TYPE, release_problem
 class GptOssPuzzleConfig(GptOssConfig):
     """gpt-oss with `block_configs`: {"num_local_experts", "sliding_window"} for each layer, None for full attention.
 
-    Objects call themselves gpt_oss, the name by which vLLM decides on the chat format and on its MXFP4 experts. On CPU,
-    where those ask for bfloat16 and AMX, the checkpoint is presented as unpacked; `model` unpacks it on loading.
+    Instances have the model type gpt_oss, by which vLLM selects the chat format and its MXFP4 experts. On CPUs, where
+    those require bfloat16 and AMX, the checkpoint is presented as unpacked; `model` unpacks it while loading.
     """
 
     model_type = MODEL_TYPE
@@ -21,11 +21,11 @@ class GptOssPuzzleConfig(GptOssConfig):
         problem = release_problem(vllm.__version__)
         if problem:
             raise ValueError(problem)
-        kwargs.pop("per_layer_config", None)  # says what block_configs says, for tools that know only that
+        kwargs.pop("per_layer_config", None)  # repeats block_configs, for tools that read only this field
         super().__init__(**kwargs)
         self.model_type = "gpt_oss"
 
     def __setattr__(self, name, value):
         if name == "quantization_config" and current_platform.is_cpu():
-            return  # vLLM sets it once more from the file
+            return  # vLLM sets it again from the file
         super().__setattr__(name, value)

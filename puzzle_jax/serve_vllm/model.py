@@ -2,7 +2,7 @@
 """vLLM's own gpt-oss with each layer's expert count and window taken from `block_configs`.
 
 The stock classes build every layer from one configuration and give windows to even layers. Here each sub-block reads
-its own entry, weights are loaded layer by layer, because vLLM reshapes and slices experts by one count, and the scales
+its own entry; weights are loaded layer by layer, because vLLM reshapes and slices experts by one count; and the scales
 of an FP8 cache are set after vLLM has reset them to 1. Left out: LoRA on experts, redundant experts (EPLB), and
 checkpoints of other quantisations.
 """
@@ -52,7 +52,7 @@ def unpack_mxfp4(blocks, scales):
 
 
 def unpacked(weights):
-    """Weights with packed experts replaced by bfloat16; either of blocks and scales may come first."""
+    """Weights with packed experts replaced by bfloat16 ones; blocks and scales may come in either order."""
     waiting = {}
     for name, weight in weights:
         stem, _, part = name.rpartition("_")

@@ -1,1 +1,1 @@
-"""Settings of every command: from files, names and the command line."""
+"""Settings of every command, from recipes and the command line."""

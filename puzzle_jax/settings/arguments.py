@@ -1,4 +1,4 @@
-"""The words of a command line: options with their values, and what is given by place."""
+"""Splits a command line into options with their values, and positional words."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ _TRUTH = ("true", "false", "yes", "no", "null")
 def read_arguments(
     arguments: Sequence[str], settings: Mapping[str, Setting], positional: Sequence[str] = ()
 ) -> tuple[list[tuple[str, Any]], list[str]]:
-    """Options in order, and the words that are none.
+    """Returns the options in order, and the positional words.
 
-    "-" and "_" are alike in names. A setting that is true or false needs no value, and `--no-NAME` makes it false. A
-    list or a mapping takes several words, unless the verb has positional arguments, which they could be.
+    "-" and "_" are equivalent in names. A setting that is true or false needs no value, and `--no-NAME` makes it false.
+    A list or a mapping takes several words, unless the verb has positional arguments, which they could be.
 
     Args:
-      arguments: of a command line.
-      settings: all there are.
-      positional: names of those that words are for.
+      arguments: words of the command line.
+      settings: all settings by name.
+      positional: names of the settings that are given by position.
 
     Returns:
-      Pairs of a setting's name, or "--recipe", and its text; a list for several paths, a dictionary where the name is
-      followed by a key of a mapping. And the positional words.
+      Pairs of a setting's name, or "--recipe", and its text (a list for several paths, a dictionary if the name is
+      followed by a key of a mapping); and the positional words.
 
     Raises `ConfigError` for an option that does not exist or lacks its value, and for a word too many.
     """
@@ -71,7 +71,7 @@ def read_arguments(
 
 
 def _named(given: str, settings: Mapping[str, Setting]) -> tuple[str, str | None, str | None]:
-    """The setting that an option names, the key of a mapping that follows the name, and the value that is in it."""
+    """The setting that an option names, the mapping key that follows the name, and the value that `no_` implies."""
     name = given.removeprefix("--").replace("-", "_")
     if f"--{name}" in OTHER_OPTIONS:
         return f"--{name}", None, None
@@ -91,7 +91,7 @@ def _named(given: str, settings: Mapping[str, Setting]) -> tuple[str, str | None
 
 
 def _is_truth(rest: Sequence[str], positional: bool) -> bool:
-    """Returns whether a flag's value follows: where words have their own places, only a word that is nothing else."""
+    """Returns whether a flag's value follows; with positional arguments, only an unmistakable word counts."""
     return bool(rest) and not rest[0].startswith("--") and (not positional or rest[0].lower() in _TRUTH)
 
 

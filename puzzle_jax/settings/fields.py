@@ -1,4 +1,4 @@
-"""The settings that a dataclass of dataclasses has, by dotted name, with what its docstrings say of them."""
+"""The settings of a nested dataclass by dotted name, with their descriptions from its docstrings."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Setting:
     """One field of a settings dataclass, or one section: a field that is a dataclass itself.
 
     Attributes:
-      name: of the field, after those of its sections, with dots between.
+      name: dotted name, the field's after those of its sections.
       hint: its type.
-      default: MISSING where a value must be given.
-      help: what the docstring of its dataclass says.
-      read: makes a value of the type of what was given and the name to call it by, where the field has a form of its
-        own; from the field's metadata.
+      default: its default; MISSING if a value must be given.
+      help: its description in the docstring of the dataclass.
+      read: for a field with a form of its own, from its metadata: turns the given value, and its name for messages,
+        into a value of the type.
     """
 
     name: str
@@ -34,12 +34,12 @@ class Setting:
 
     @property
     def section(self) -> type | None:
-        """The dataclass that a section is."""
+        """The dataclass, if this is a section."""
         return self.hint if is_dataclass(self.hint) and isinstance(self.hint, type) else None
 
     @property
     def mapping(self) -> tuple[Any, ...] | None:
-        """Types of keys and values of a mapping."""
+        """The types of keys and values, if this is a mapping."""
         return next((get_args(of) for of in hint_options(self.hint) if get_origin(of) in (dict, Mapping)), None)
 
     @property
@@ -54,7 +54,7 @@ class Setting:
 
     @property
     def element(self) -> Any:
-        """The type of a list's elements; None for what is no list."""
+        """The type of a list's elements; None if this is no list."""
         lists = [of for of in hint_options(self.hint) if get_origin(of) in (tuple, list, Sequence)]
         return next((of for of in get_args(lists[0]) if of is not Ellipsis), None) if lists else None
 
@@ -68,7 +68,7 @@ class Setting:
 
     @property
     def choices(self) -> list[str]:
-        """The words that may be given, where they are few."""
+        """The words that may be given, if the type enumerates them."""
         words = (get_args(of) for of in hint_options(self.hint) if get_origin(of) is Literal)
         return [str(word) for of in words for word in of]
 
@@ -80,7 +80,7 @@ class Setting:
 def settings_of(kind: type, prefix: str = "", default: Any = MISSING) -> dict[str, Setting]:
     """All settings of a dataclass by dotted name, each section before the fields in it.
 
-    `prefix` names the sections around it; the values of an instance, `default`, replace the dataclass' own defaults.
+    `prefix` names the enclosing sections; the values of an instance, `default`, replace the dataclass's own defaults.
     """
     found: dict[str, Setting] = {}
     hints, texts = get_type_hints(kind), _descriptions(kind)

@@ -11,11 +11,11 @@ from puzzle_jax.errors import ConfigError, shown
 from puzzle_jax.files import parse_yaml, read_text
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-"""Files that come with the package."""
+"""Directory of the recipes that come with the package."""
 
 
 def recipe_names(verb: str | None) -> list[str]:
-    """Recipes of a verb that come with the package: `VERB-*.yaml`, or what no verb's name begins for "search"."""
+    """Recipes of a verb that come with the package: `VERB-*.yaml`; for "search", those with no other verb's name."""
     stems = sorted(path.stem for path in RECIPES.glob("*.yaml"))
     if verb == "search":
         return [stem for stem in stems if stem.partition("-")[0] not in ("pretrain", "distill", "grpo", "run")]
@@ -23,7 +23,7 @@ def recipe_names(verb: str | None) -> list[str]:
 
 
 def recipe_path(text: str, names: Sequence[str]) -> Path:
-    """The file of a recipe that is named or given by its path; raises `ConfigError` where there is none."""
+    """The file of a recipe that is given by name or path; raises `ConfigError` if there is none."""
     path = RECIPES / f"{text}.yaml" if text in names else checked_path(text, "recipe")
     try:
         there = path.exists()
@@ -36,7 +36,7 @@ def recipe_path(text: str, names: Sequence[str]) -> Path:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The fields in a recipe file; raises `ConfigError`, naming it, where it holds no mapping, or a field twice."""
+    """The fields in a recipe file; raises `ConfigError`, naming it, if it holds no mapping, or a field twice."""
     data = parse_yaml(read_text(path, ConfigError), f"recipe {path}", ConfigError)
     if not isinstance(data, dict):
         raise ConfigError(f"recipe {path} holds {shown(data)}, but must hold the fields of a recipe")

@@ -1,4 +1,4 @@
-"""The forms in which settings are written: the one place that makes values of texts and of YAML.
+"""The forms in which settings are written: the only place where texts and YAML become values.
 
 On the command line and in files alike,
 
@@ -6,11 +6,11 @@ On the command line and in files alike,
     a mapping    is  low=32,high=128     or YAML's {low: 32, high: 128}
     a section    is  data=2,model=4      or YAML's {data: 2, model: 4}
 
-One value is enough where a list is asked for, a list of names in place of a mapping to weights gives each the weight 1,
-and a list within a mapping has colons between its parts (`chat=160:128`). Names may hold ":" and "/", and values "=";
-what has commas inside is written in YAML. Paths hold commas, so that a list of paths is written in YAML, too.
+A single value is enough where a list is expected; a list of names in place of a mapping to weights gives each the
+weight 1; a list within a mapping has colons between its parts (`chat=160:128`). Names may contain ":" and "/", and
+values "="; what contains commas is written in YAML. Paths may contain commas, so a list of paths is in YAML, too.
 
-What comes out is for the parser, which checks types; here everything is refused that it takes for granted.
+The result goes to the parser, which checks types; whatever violates its other assumptions is refused here.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ _WORDS = {"true": True, "false": False, "yes": True, "no": False}
 
 
 def formed(value: Any, name: str, settings: Mapping[str, Setting], source: str) -> dict[str, Any]:
-    """The values given for a setting, as the parser takes it: the fields of a section by dotted name, or one value.
+    """The values given for a setting, as the parser expects them: the fields of a section by dotted name, or one value.
 
     Args:
-      value: text of the command line, or a value of YAML.
-      name: of the setting.
-      settings: all there are.
-      source: stands before the name in messages: "--" for an option, "recipe PATH: " for a field of a file.
+      value: text of the command line, or a YAML value.
+      name: dotted name of the setting.
+      settings: all settings by name.
+      source: precedes the name in messages: "--" for an option, "recipe PATH: " for a field of a file.
 
     Raises `ConfigError` for what has none of the setting's forms, names a field that does not exist, or is larger than
     any setting.
@@ -73,7 +73,7 @@ def formed(value: Any, name: str, settings: Mapping[str, Setting], source: str) 
 
 
 def _unknown_field(name: str, settings: Mapping[str, Setting], source: str) -> ConfigError:
-    """The error for a field that does not exist, with what was perhaps meant, or what there is."""
+    """The error for a field that does not exist, with the name that was perhaps meant, or those that exist."""
     section = name.rpartition(".")[0]
     beside = [known.rpartition(".")[2] for known in settings if known.rpartition(".")[0] == section]
     there = f"; {section or 'a recipe'} has {', '.join(beside)}"
@@ -82,9 +82,9 @@ def _unknown_field(name: str, settings: Mapping[str, Setting], source: str) -> C
 
 
 def _pairs(text: str, where: str, form: str) -> Iterator[tuple[str, str]]:
-    """Names and values of a text `name=value,name=value`; a comma stands before a name alone.
+    """Names and values of a text `name=value,name=value`; only a comma before a name separates.
 
-    Raises `ConfigError` for another form, and for a name that comes twice.
+    Raises `ConfigError` for any other form, and for a name that occurs twice.
     """
     names: set[str] = set()
     for part in _NEXT_PAIR.split(text.rstrip(", ")):
@@ -98,7 +98,7 @@ def _pairs(text: str, where: str, form: str) -> Iterator[tuple[str, str]]:
 
 
 def _of_text(text: str, setting: Setting, where: str) -> Any:
-    """The value that a text writes, in YAML or in the short forms; what is neither is left to the parser."""
+    """The value of a text in YAML or in one of the short forms; any other text is left to the parser."""
     stripped = text.strip()
     if _LONG_NUMBER.fullmatch(stripped):
         raise ConfigError(f"{where} is {shown(text)}, but no setting is as large as that")
@@ -122,7 +122,7 @@ def _of_text(text: str, setting: Setting, where: str) -> Any:
 
 
 def _mapping(text: str, setting: Setting, where: str) -> Any:
-    """A mapping, or a list of names that each weigh 1."""
+    """A mapping, or a list of names that each get weight 1."""
     assert setting.mapping is not None
     of = setting.mapping[1]
     if "=" not in text and (setting.read is not None or setting.is_scalar):
@@ -146,7 +146,7 @@ def _weights(names: list[Any], where: str) -> dict[Any, float]:
 
 
 def _is_single(value: Any, setting: Setting) -> bool:
-    """Returns whether a value is one element of the list that a setting is."""
+    """Returns whether a value is a single element for a setting that is a list."""
     if any(of in (str, Path) for of in hint_options(setting.hint)):
         return False  # one path, where one or several may be given
     if is_dataclass(setting.element):
@@ -155,7 +155,7 @@ def _is_single(value: Any, setting: Setting) -> bool:
 
 
 def _scalar(text: str, hint: Any) -> Any:
-    """A number, a truth value or null that a text writes where the setting takes one; else the text."""
+    """The number or truth value that a text represents, if the setting takes one; else the text."""
     options = list(hint_options(hint))
     if str in options or Path in options:
         return text
@@ -171,7 +171,7 @@ def _scalar(text: str, hint: Any) -> Any:
 
 
 def _check_elements(value: Any, element: Any, where: str) -> None:
-    """Raises `ConfigError` for a field that the dataclass of a list's elements has not."""
+    """Raises `ConfigError` for a field that the dataclass of a list's elements does not have."""
     if not is_dataclass(element) or not isinstance(value, list):
         return
     known = [field.name for field in fields(element)]

@@ -22,8 +22,8 @@ def help_text(
     example: str,
     recipes: Sequence[str],
 ) -> str:
-    """The page of a verb: its usage, the settings that are `shown` or given by place, an example without the program,
-    and the names that `--recipe` takes."""
+    """The help page of a verb: its usage, the settings that are `shown` or positional, an example (given without the
+    program), and the names that `--recipe` accepts."""
     places = "".join(f" {name.upper()}" for name in positional)
     lines = [f"usage: {program}{places} [--recipe {'NAME|' if recipes else ''}FILE] [OPTIONS]", "", summary, ""]
     for name in dict.fromkeys([*positional, *shown]):
@@ -64,7 +64,7 @@ def _form(setting: Setting) -> str:
 
 
 def written(value: object) -> str:
-    """A default as a command line writes it."""
+    """A default as it is written on a command line."""
     if value is None or isinstance(value, bool):
         return "" if value is None else str(value).lower()
     if isinstance(value, Mapping):

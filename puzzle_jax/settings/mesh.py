@@ -12,11 +12,11 @@ class MeshSettings:
     """Devices that share the work.
 
     Attributes:
-      data: shares of a batch's rows.
-      sequence: shares of every row's positions; only training has this axis.
-      model: shares of heads, experts and vocabulary.
-      processes: that work together, as a rule one per host (`puzzle_jax.processes.distributed` says how they are
-        started). The mesh spans the devices of all of them, each giving as many.
+      data: number of parts that the rows of a batch are split into.
+      sequence: number of parts that the positions of every row are split into; only training has this axis.
+      model: number of parts that heads, experts and vocabulary are split into.
+      processes: number of processes that work together, usually one per host (`puzzle_jax.processes.distributed` says
+        how they are started). The mesh spans the devices of all of them, the same number of each.
     """
 
     data: int = 1
@@ -33,7 +33,7 @@ class MeshSettings:
         return self.data * self.sequence * self.model
 
     def check_over_processes(self) -> None:
-        """Raises ConfigError where the processes do not divide these devices evenly."""
+        """Raises ConfigError unless the devices divide evenly over the processes."""
         if self.devices % self.processes:
             raise ConfigError(
                 f"mesh has {self.devices} devices (data x sequence x model), but must have a multiple of "
@@ -41,7 +41,7 @@ class MeshSettings:
             )
 
     def check_spanned(self, section: str, rows: int, row_length: int) -> None:
-        """Raises ConfigError where the processes, or rows of `section`, do not divide evenly over these devices."""
+        """Raises ConfigError unless devices divide evenly over processes, and rows of `section` over devices."""
         self.check_over_processes()
         for name, value, axis in (("rows", rows, "data"), ("row_length", row_length, "sequence")):
             if value % getattr(self, axis):
@@ -50,7 +50,7 @@ class MeshSettings:
                 )
 
     def check_without(self, what: str, *axes: str) -> None:
-        """Raises ConfigError for more than one on an axis, or of the processes, that something does not have."""
+        """Raises ConfigError if one of `axes` (or "processes"), which `what` does not support, is not 1."""
         for axis in axes:
             if getattr(self, axis) != 1:
                 raise ConfigError(f"mesh.{axis} is {getattr(self, axis)}, but {what} is not shared along it (1)")

@@ -1,6 +1,6 @@
-"""Messages of a parser of settings, in the words of a recipe.
+"""Translates the messages of the settings parser into the terms of a recipe.
 
-The parser speaks of types and classes of Python; people who write recipes know fields and values.
+The parser speaks of Python's types and classes; people who write recipes know fields and values.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _KEY = re.compile(r'Parser key "([^"]+)": ')
 
 
 def plain_message(error: Exception, settings: Mapping[str, Setting], values: Mapping[str, Any]) -> str:
-    """One sentence for what a parser refused, by all settings and the values that it was given, by dotted name."""
+    """One sentence for what a parser refused, given all settings and the values that it parsed, both by dotted name."""
     text = " ".join(str(error).split())
     keys = _KEY.findall(text)
     names = [name for name in keys if name in settings]
@@ -46,7 +46,7 @@ def plain_message(error: Exception, settings: Mapping[str, Setting], values: Map
 
 
 def describe(hint: Any) -> str:
-    """The values of a setting of some type, in words."""
+    """The values that a type hint allows, in words."""
     options = list(dict.fromkeys(map(_describe_one, hint_options(hint))))
     if options == [_WORDS[int], _WORDS[float]]:
         return _WORDS[float]

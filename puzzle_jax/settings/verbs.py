@@ -1,9 +1,9 @@
-"""A verb of the command line, and the one way into every verb.
+"""A verb of the command line, and the single entry point of every verb.
 
 A verb has a frozen dataclass of settings and a function that takes them. Everything else is the same for all: options
-are the dataclass' fields by dotted name, "-" and "_" alike; `--recipe` reads them from a YAML file, which the command
-line overrides wherever it stands; `forms` says how lists, mappings and sections are written; `--help` shows what
-matters, `--help-all` everything, `--print_config` a file to edit and give back with `--recipe`.
+are the dataclass's fields by dotted name, with "-" and "_" equivalent; `--recipe` reads them from a YAML file, which
+the command line overrides in any order; `forms` says how lists, mappings and sections are written; `--help` shows the
+important settings, `--help-all` all of them, `--print_config` a file to edit and pass to `--recipe`.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from puzzle_jax.settings.messages import plain_message
 
 @dataclass(frozen=True)
 class Verb:
-    """One verb. Modules are named as "package.module:name", so that nothing is imported before it is asked for.
+    """One verb. Objects are named as "package.module:name", so that nothing is imported before it is needed.
 
     Attributes:
-      name: as it is called, such as "train distill".
+      name: name on the command line, such as "train distill".
       summary: what it does, in one line.
       settings: the frozen dataclass of its settings.
-      run: called with them; what it returns is the exit code, None being 0.
+      run: called with the settings; returns the exit code, None for 0.
       shown: dotted names of the settings that `--help` shows.
       example: a command line that `--help` shows, without "puzzle" and the verb.
-      recipes: of which verb `--recipe` takes names; None: it takes files alone.
-      positional: fields that are given by place rather than by name.
-      base: called with what was given, by dotted name, the last recipe's name, and whether the verb will run; returns
-        fields that the given ones are laid over.
+      recipes: verb whose recipe names `--recipe` accepts; None: it accepts files only.
+      positional: fields that are given by position rather than by name.
+      base: called with the given fields by dotted name, the last recipe's name, and whether the verb will run; returns
+        fields that the given ones override.
       computes: whether compiled programs are kept between runs.
-      interrupted: what a user who stopped it should know.
+      interrupted: what a user who interrupted it should know.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Verb:
 
     @property
     def program(self) -> str:
-        """The name that stands before every message."""
+        """The name that precedes every message."""
         return f"puzzle {self.name}"
 
 
@@ -129,7 +129,7 @@ def parse(verb: Verb, arguments: Sequence[str]) -> Any:
 
 
 def _in_section(error: ConfigError, kind: type, values: Any) -> ConfigError:
-    """An error with the name of the section whose fields its message names, where that is another verb's recipe."""
+    """The error, with the name of the section that its message is about if that section is another verb's recipe."""
     from jsonargparse import ArgumentParser
 
     hints = get_type_hints(kind)
@@ -151,7 +151,7 @@ def loaded(name: str) -> Any:
 
 
 def _given(verb: Verb, arguments: Sequence[str], settings: Mapping[str, Setting], runs: bool = True) -> dict[str, Any]:
-    """Values from recipes and the command line, by dotted name, over those that the verb starts from."""
+    """Values from recipes and the command line, by dotted name, on top of those that the verb starts from."""
     options, words = read_arguments(arguments, settings, verb.positional)
     given: dict[str, Any] = {}
     recipe, replaced = None, set()
@@ -161,7 +161,7 @@ def _given(verb: Verb, arguments: Sequence[str], settings: Mapping[str, Setting]
             given |= formed(value, name, settings, f"recipe {path}: ")
     for name, value in (option for option in options if option[0] in settings):
         for field, form in formed(value, name, settings, "--").items():
-            # A mapping replaces a recipe's; what follows on the command line, or gives one key, adds to it.
+            # A mapping replaces a recipe's; later mappings on the command line, and single keys, add to it.
             adds = isinstance(form, dict) and (field in replaced or isinstance(value, dict))
             before = given.get(field)
             given[field] = {**before, **form} if adds and isinstance(before, dict) else form
@@ -175,7 +175,7 @@ def _given(verb: Verb, arguments: Sequence[str], settings: Mapping[str, Setting]
 
 
 def _config(verb: Verb, arguments: Sequence[str]) -> str:
-    """All settings as a recipe file; those that must be given and are not are left out."""
+    """All settings as a recipe file, without required ones that were not given."""
     settings = settings_of(loaded(verb.settings))
     defaults = {name: of.default for name, of in settings.items() if of.section is None and of.default is not MISSING}
     whole: dict[str, Any] = {}
@@ -189,5 +189,5 @@ def _config(verb: Verb, arguments: Sequence[str]) -> str:
 
 
 def _end(arguments: Sequence[str]) -> int:
-    """The number of arguments that may be options."""
+    """The number of arguments before "--", which may be options."""
     return list(arguments).index("--") if "--" in arguments else len(arguments)

@@ -1,1 +1,1 @@
-"""How far a run has come: `puzzle status RUN`."""
+"""`puzzle status RUN`: the progress of a run."""

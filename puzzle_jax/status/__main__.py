@@ -1,4 +1,4 @@
-"""`puzzle status RUN`, which is `python -m puzzle_jax.status RUN`: what is done, what it took, what comes next."""
+"""`puzzle status RUN` (`python -m puzzle_jax.status RUN`): stages that are done, their seconds, and what comes next."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Problems with verifiable answers, and their rendering as a chat.
 
-`TASKS` are the embedded families; `get_task` finds one of them, a family of reasoning-gym, or a file of prompts with
-answers by name. `Chat` renders prompts with a checkpoint's own tokenizer and template and reads the channels back.
+`TASKS` holds the embedded families; `get_task` looks up one of them, a family of reasoning-gym, or a file of prompts
+with answers. `Chat` renders prompts with a checkpoint's own tokenizer and template and splits answers into channels.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from puzzle_jax.tasks.recall import DISTANCE_BUCKETS, Recall
 _FAMILIES: tuple[WorkedTask, ...] = (Chain(), Add(), Recall())
 
 TASKS: Mapping[str, WorkedTask] = MappingProxyType({task.name: task for task in _FAMILIES})
-"""The embedded families by name, as the embedded parent was trained on them and is asked."""
+"""The embedded families by name, with the settings that the embedded parent is trained and evaluated with."""
 
 
 def get_task(name: str) -> Task:
@@ -43,8 +43,8 @@ def get_task(name: str) -> Task:
         with answers.
 
     Raises:
-      ConfigError: there is no such task, the extra `reasoning-gym` is needed but not installed, or the file is not
-        of the form that `puzzle_jax.tasks.jsonl` describes.
+      ConfigError: there is no such task, the extra `reasoning-gym` is needed but not installed, or the file does
+        not have the form that `puzzle_jax.tasks.jsonl` describes.
     """
     if name in TASKS:
         return TASKS[name]

@@ -1,9 +1,9 @@
 """Two arithmetic families of the embedded parent: `chain` (operations modulo 10) and `add` (long addition).
 
-Both are exact, unlimited in number, and hard without written steps. How much a trace writes is what the efforts
-differ in: high copies the operands of every step, which is what a small model needs to get long problems right;
-medium writes results and must find the operands itself; low writes nothing.
-Left out: negative numbers, precedence (a chain is worked from left to right).
+Both are exact, unlimited in number, and hard without written steps. The efforts differ in how much a trace writes:
+high copies the operands of every step, which a small model needs to get long problems right; medium writes results and
+must find the operands itself; low writes nothing.
+Left out: negative numbers, precedence (a chain is evaluated from left to right).
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ _OPERATORS = {"+": lambda a, b: (a + b) % 10, "-": lambda a, b: (a - b) % 10, "*
 
 @dataclass(frozen=True)
 class Chain(Embedded):
-    """`mod 7+5*3-2`: digits joined by + - *, worked from left to right modulo 10; the answer is one digit.
+    """`mod 7+5*3-2`: digits joined by + - *, evaluated from left to right modulo 10; the answer is one digit.
 
-    high `7+5=2`, `*3=6`, `-2=4`, medium `+2*6-4` (operator, result), low nothing.
+    High effort writes `7+5=2`, `*3=6`, `-2=4`, medium `+2*6-4` (operator, result), low nothing.
     """
 
     min_steps: int = 1
@@ -71,7 +71,7 @@ def _running_values(text: str, slip: Slip = no_slip) -> list[int]:
 class Add(Embedded):
     """`add 345+678`: two numbers of equal length; the answer is their sum.
 
-    From the last digit to the first, high writes `5+8+0=13`, `4+7+1=12`, `3+6+1=10` (digits, carry in, column
+    From the last digit to the first, high effort writes `5+8+0=13`, `4+7+1=12`, `3+6+1=10` (digits, carry in, column
     sum), medium `583`, `472`, `360` (digits, last digit of their sum), low nothing.
     """
 

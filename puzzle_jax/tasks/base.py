@@ -1,8 +1,8 @@
 """Tasks: problems drawn by seed, and a score from 0 to 1 for an answer.
 
-A task is everything that reasoning needs and nothing of how a model is asked: `puzzle_jax.tasks.chat.chat` turns a
-problem's prompt into tokens. Two kinds of task know more: a `WorkedTask` writes worked traces, texts to pretrain the
-embedded parent on, which no other stage may read; a `FiniteTask` has so many problems and no more.
+A task knows its problems and how to score an answer, but not how a model is prompted: `puzzle_jax.tasks.chat.chat`
+turns a problem's prompt into tokens. Two kinds of task offer more: a `WorkedTask` writes worked solutions, on which the
+embedded parent is pretrained and which no other stage may read; a `FiniteTask` has a fixed number of problems.
 Left out: conversations of several turns, and answers that need tools.
 """
 
@@ -28,12 +28,12 @@ class Problem:
 
     Attributes:
       task: name of the task it was drawn from.
-      seed: the seed that draws it again.
+      seed: the seed that reproduces it.
       prompt: the user's message.
-      answer: a text of the final channel that is right; "" where the task knows none and checks answers by rule.
-      details: measures of its difficulty (steps, digits, distance in tokens), to report accuracy by.
+      answer: a correct text for the final channel; "" where the task knows none and checks answers by rule.
+      details: measures of its difficulty (steps, digits, distance in tokens), by which accuracy is reported.
       entry: anything else that the task needs to score an answer. It follows from task and seed, so it is not compared.
-      where: the place that messages name ("my.jsonl, line 3"); by default task and seed. Not compared.
+      where: how messages refer to it ("my.jsonl, line 3"); by default task and seed. Not compared.
     """
 
     task: str
@@ -59,18 +59,18 @@ class Task(Protocol):
 
     @property
     def name(self) -> str:
-        """The name that `get_task` knows the family by."""
+        """The name under which `get_task` finds the family."""
         ...
 
     @property
     def identity(self) -> str:
-        """A text that is equal for two tasks if all their problems and scores are, whatever their names."""
+        """A text that two tasks share if all their problems and scores are equal, whatever their names."""
         ...
 
     @property
     def bounded(self) -> bool:
-        """Returns whether scoring takes no more than time in proportion to the texts. Other scorers run in processes of
-        their own, with a time limit (`tasks.rewards.workers`)."""
+        """Returns whether scoring takes time at most proportional to the length of the texts. Other scorers run in
+        processes of their own, with a time limit (`tasks.rewards.workers`)."""
         ...
 
     def sample(self, seed: int) -> Problem:
@@ -78,7 +78,7 @@ class Task(Protocol):
         ...
 
     def score(self, problem: Problem, final_text: str) -> float:
-        """The score of the text of the final channel: 1 is right, anything between 0 and 1 is partial credit."""
+        """The score of the final channel's text: 1 is correct, anything between 0 and 1 is partial credit."""
         ...
 
 
@@ -87,9 +87,9 @@ class Work:
     """Worked steps that lead to an answer.
 
     Attributes:
-      steps: texts of the steps; none where the answer is given at once.
+      steps: texts of the steps; empty where the answer is given directly.
       answer: the text of the final channel that follows from these steps.
-      separated: whether something has to stand between two steps.
+      separated: whether two steps need a separator between them.
     """
 
     steps: tuple[str, ...]
@@ -98,31 +98,31 @@ class Work:
 
 
 Slip = Callable[[str, int], int]
-"""From what a step computes (`7*3`) and its right result to the result that is written, which later ones go on from."""
+"""Maps what a step computes (`7*3`) and its correct result to the result that is written, which later steps use."""
 
 
 def no_slip(computed: str, result: int) -> int:
-    """The result itself: work without a slip."""
+    """Returns the result unchanged: work without slips."""
     return result
 
 
 @runtime_checkable
 class WorkedTask(Task, Protocol):
-    """A family that can also write out the work: only such tasks are pretrained on."""
+    """A family that can also write out the work; pretraining uses only such tasks."""
 
     @property
     def level(self) -> str:
-        """The name of the measure of difficulty, of those in `Problem.details`, that problems are drawn by."""
+        """The key in `Problem.details` of the difficulty measure by which problems are drawn."""
         ...
 
     def work(self, problem: Problem, effort: str, slip: Slip = no_slip) -> Work:
-        """The worked steps of a problem at an effort, with the results that `slip` makes of the right ones."""
+        """The worked steps of a problem at an effort, with every correct result passed through `slip`."""
         ...
 
 
 @runtime_checkable
 class FiniteTask(Task, Protocol):
-    """A task whose seeds end: 0 to `size` - 1."""
+    """A task with finitely many seeds: 0 to `size` - 1."""
 
     @property
     def size(self) -> int:
@@ -131,18 +131,18 @@ class FiniteTask(Task, Protocol):
 
 
 def check_effort(effort: str) -> str:
-    """`effort` itself; raises `ConfigError` unless it is one of `EFFORTS`."""
+    """Returns `effort`; raises `ConfigError` unless it is one of `EFFORTS`."""
     check_choice("effort", effort, EFFORTS)
     return effort
 
 
 def draw_level(rng: random.Random, least: int, most: int) -> int:
-    """A difficulty of `least` to `most`, easy ones more often: the share up to a level grows as its square root.
+    """Draws a difficulty from `least` to `most`, easy ones more often: the share up to one grows as its square root.
 
-    Low effort can only do the easy ones, high effort nearly all: so every effort has something to lose and to win.
+    Low effort solves only the easy problems and high effort nearly all, so that every effort can both lose and gain.
     """
     u = rng.random()
-    return least + int((most - least + 1) * (u * u))  # a product is rounded alike on every platform
+    return least + int((most - least + 1) * (u * u))  # a product is rounded the same on every platform
 
 
 def is_held_out(problem: Problem) -> bool:
@@ -154,9 +154,10 @@ def is_held_out(problem: Problem) -> bool:
 
 
 def problems(task: Task, first_seed: int = 0, held_out: bool = True) -> Iterator[Problem]:
-    """The task's problems from `first_seed` upwards: endless, or up to the last one of a finite task.
+    """Yields the task's problems from `first_seed` upwards, without end unless the task is finite.
 
-    A worked task gives only those on one side of `is_held_out`; other tasks, which were never pretrained on, give all.
+    A worked task yields only those for which `is_held_out` equals `held_out`; other tasks, which were never pretrained
+    on, yield all.
 
     Raises:
       ConfigError: when `first_seed` is negative.
@@ -169,7 +170,7 @@ def problems(task: Task, first_seed: int = 0, held_out: bool = True) -> Iterator
 
 
 class Embedded:
-    """Base of the embedded families: dataclasses of their settings, whose answers are compared as text."""
+    """Base class of the embedded families, which are dataclasses of their settings and compare answers as text."""
 
     name: str
 
@@ -182,11 +183,11 @@ class Embedded:
         return True
 
     def score(self, problem: Problem, final_text: str) -> float:
-        """1 for exactly the answer, surrounding white space aside; else 0."""
+        """1 if the text is exactly the answer, apart from surrounding white space; else 0."""
         return float(final_text.strip() == problem.answer)
 
     def check(self, field: str, least: int, most: int) -> None:
-        """Raises `ConfigError` for a range of levels that is empty."""
+        """Raises `ConfigError` unless 1 <= `least` <= `most`."""
         if not 1 <= least <= most:
             raise ConfigError(
                 f"{self.name}: {field} range is {least} to {most}, but must satisfy 1 <= lowest <= highest"

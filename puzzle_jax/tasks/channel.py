@@ -1,4 +1,4 @@
-"""Interpreters that answer requests over a socket, and frames on it: bytes with their length before them."""
+"""Interpreters that answer requests over a socket, in frames: bytes preceded by their length."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ _SIZE = struct.Struct("!Q")
 def start(
     program: str, flags: Sequence[str], arguments: Sequence[str], **options: Any
 ) -> tuple[subprocess.Popen[bytes], socket.socket]:
-    """A fresh interpreter, and this end of the socket that is its standard input.
+    """Starts a fresh interpreter; returns it and this end of the socket that is its standard input.
 
-    An interrupt from the terminal is the parent's affair, so the process has a session of its own.
+    The process has a session of its own, so that an interrupt from the terminal reaches the parent only.
 
     Args:
-      program: Python code. `sys.path` of this process is its first argument, as JSON: PYTHONPATH would also reach
-        programs, perhaps of another Python, that it starts.
-      flags: of the interpreter.
-      arguments: of the program, after the path.
-      options: of `subprocess.Popen`.
+      program: Python code. Its first argument is `sys.path` of this process, as JSON: PYTHONPATH would also affect the
+        programs that it starts, perhaps with another Python.
+      flags: command-line flags of the interpreter.
+      arguments: arguments of the program, after the path.
+      options: options of `subprocess.Popen`.
 
-    Raises OSError where it cannot be started.
+    Raises OSError if it cannot be started.
     """
     path = [os.path.abspath(entry) for entry in sys.path if isinstance(entry, str)]
     ours, theirs = socket.socketpair()
@@ -45,22 +45,22 @@ def start(
 
 
 def send(channel: socket.socket, value: object) -> None:
-    """Writes a pickled value; raises OSError when nobody reads."""
+    """Sends a pickled value; raises OSError if the other end is closed."""
     send_bytes(channel, pickle.dumps(value))
 
 
 def receive(channel: socket.socket) -> Any:
-    """The value that was sent next; raises EOFError where nothing more comes, OSError where it stops half-way."""
+    """Receives the next value; raises EOFError if the other end is closed, OSError if the connection fails."""
     return pickle.loads(receive_bytes(channel))
 
 
 def send_bytes(channel: socket.socket, data: bytes) -> None:
-    """Writes one frame."""
+    """Sends one frame."""
     channel.sendall(_SIZE.pack(len(data)) + data)
 
 
 def receive_bytes(channel: socket.socket, seconds: float | None = None) -> bytes:
-    """The content of the next frame; raises TimeoutError where it has not come within `seconds`."""
+    """The content of the next frame; raises TimeoutError if it has not arrived within `seconds`."""
     deadline = None if seconds is None else time.monotonic() + seconds
     return _exactly(channel, _SIZE.unpack(_exactly(channel, _SIZE.size, deadline))[0], deadline)
 

@@ -10,21 +10,21 @@ from puzzle_jax.tasks.chat.chat import Chat
 
 
 def most_positions(chat: Chat, problem: Problem, effort: str, max_tokens: Mapping[str, int]) -> int:
-    """The positions that a problem takes at an effort with its longest answer."""
+    """The positions that a problem and its longest answer take at an effort."""
     return len(chat.prompt_tokens(problem.prompt, effort)) + max_tokens[effort]
 
 
 def check_fits(where: str, prompt: int, answer: int, context: int, whose: str = "the model", at: str = "") -> int:
-    """The positions that a prompt takes with its longest answer.
+    """Returns the positions that a prompt and its longest answer take together.
 
     Args:
-      where: what is asked, with which a message begins.
-      prompt, answer: tokens of both.
-      context: positions that the model reads.
-      whose: context it is, for the message.
+      where: what the prompt belongs to; the message begins with it.
+      prompt, answer: numbers of tokens.
+      context: number of positions in the model's context.
+      whose: owner of the context, for the message.
       at: what the answer's limit depends on, for the message (" at effort low").
 
-    Raises ConfigError where they are more than `context`.
+    Raises ConfigError if they are more than `context`.
     """
     if prompt + answer > context:
         raise ConfigError(

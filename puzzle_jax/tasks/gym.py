@@ -2,14 +2,14 @@
 
 `reasoning-gym:<family>` names one, at the library's default difficulty. The problem of a seed is the only item of the
 family's data set of size 1 with that seed. Answers are scored by the family itself, often with partial credit; a few
-families pay 0.01 to 0.05 for any answer at all. Three scorers of the library give full marks to wrong answers; here a
-condition comes first: game_of_life_halting (to every text), coin_flip (to "0" where 0.3125 is right) and puzzle24 (to
-numbers that were not given, and to 24.5).
+families give 0.01 to 0.05 for any answer at all. Three of the library's scorers give full marks to wrong answers, so a
+condition is checked here first: game_of_life_halting (which accepts every text), coin_flip (which accepts "0" where
+0.3125 is correct) and puzzle24 (which accepts numbers that were not given, and 24.5).
 
-Five families know no answer in `entry["answer"]`. For graph_color, propositional_logic and rubiks_cube a right one is
-in the item's metadata; for boxnet and rush_hour the library ships none, so that `Problem.answer` is "".
-The family codeio runs code samples that the package carries. Left out: `composite`, which is a mixture of the others;
-curricula and other difficulties; a time limit for scorers, which `tasks.rewards.workers` has.
+Five families have no answer in `entry["answer"]`. For graph_color, propositional_logic and rubiks_cube a correct one is
+in the item's metadata; for boxnet and rush_hour the library provides none, so that `Problem.answer` is "".
+The family codeio runs code samples that ship with the package. Left out: `composite`, which is a mixture of the others;
+curricula and other difficulties; a time limit for scorers, which `tasks.rewards.workers` provides.
 
 Source: Stojanovski et al., Reasoning Gym (arXiv:2505.24760); behaviour as of release 0.1.25.
 """
@@ -45,20 +45,20 @@ from puzzle_jax.tasks.safe_text import LONGEST, is_brief, is_expression, is_lite
 
 PREFIX = "reasoning-gym:"
 
-# Families whose items follow the order of a set of strings, which every Python process shuffles anew.
+# Families whose items depend on the order of a set of strings, which differs from one Python process to the next.
 _HASH_ORDERED = frozenset({
     "isomorphic_strings", "knight_swap", "polynomial_multiplication", "ransom_note", "word_ladder",
 })  # fmt: skip
 _BLOCK = 16
 
-# Families whose scorers run the answer as a program, through eval or sympy's parser: text that is not plainly a
-# value, or a formula, must not reach them. (A model's text is input from outside.)
+# Families whose scorers execute the answer, through eval or sympy's parser: text that is not plainly a value or a
+# formula must not reach them. (A model's text is untrusted input.)
 _LITERALS = frozenset({"binary_matrix", "n_queens", "spiral_matrix", "string_insertion"})
 _EXPRESSIONS = frozenset({
     "countdown", "intermediate_integration", "polynomial_multiplication", "puzzle24", "simple_integration",
 })  # fmt: skip
 
-# Families whose scorers take minutes over 1e99999999, U99999999 or A+99999999, or take nan for right.
+# Families whose scorers take minutes over 1e99999999, U99999999 or A+99999999, or accept nan as correct.
 _BRIEF = frozenset({"coin_flip", "complex_arithmetic", "rubiks_cube", "rush_hour"})
 
 _ANSWERS_IN_METADATA = ("possible_answer", "example_answer", "example_correct_answer")
@@ -108,8 +108,8 @@ class GymTask:
     def sample(self, seed: int) -> Problem:
         """The problem of this seed, the same in every process.
 
-        Families whose items depend on how Python orders sets are drawn in a child process that fixes the order, some
-        seeds at a time (a few seconds).
+        Families whose items depend on how Python orders sets are drawn in a child process that fixes the order, a block
+        of seeds at a time (which takes a few seconds).
         """
         if self.family in _HASH_ORDERED:
             entry = pickle.loads(_drawn_block(self.family, seed // _BLOCK))[seed % _BLOCK]
@@ -118,12 +118,12 @@ class GymTask:
         return Problem(self.name, seed, entry["question"], _answer(entry), entry=entry)
 
     def score(self, problem: Problem, final_text: str) -> float:
-        """The family's own score of the text without surrounding white space, clipped to 0 to 1; 0 for no text.
+        """The family's own score of the text without surrounding white space, clipped to 0 to 1; 0 for an empty text.
 
-        0 also for text that the family's scorer would run as a program although it is no plain value or formula
-        (`safe_text`), and for text on which the scorer fails. It counts as the text's failure only when the same
-        scorer gets through the problem's own answer (or no answer, where none is known); otherwise the exception is
-        a bug, here or in the library, and is raised.
+        Text that the family's scorer would execute although it is no plain value or formula (`safe_text`) also scores
+        0, and so does text on which the scorer raises. The text is to blame only if the same scorer handles the
+        problem's own answer (or an empty one, where none is known); otherwise the exception is a bug, here or in the
+        library, and propagates.
         """
         text = final_text.strip()
         if not text or not self._may_score(text, problem):
@@ -176,7 +176,7 @@ _NEEDED: Mapping[str, Callable[[str, Problem], bool]] = {
 
 
 def draw(family: str, seed: int) -> dict[str, Any]:
-    """The family's item of a seed: question, answer and metadata, as the library gives it."""
+    """The family's item of a seed: question, answer and metadata, as the library returns it."""
     with _alone(seed):
         return _dataset(family, seed)[0]
 
@@ -193,8 +193,8 @@ def _answer(entry: Mapping[str, Any]) -> str:
 
 @contextmanager
 def _alone(seed: int) -> Iterator[None]:
-    """Inside, the global generators start from the seed, and go on afterwards as if nothing had been drawn: some
-    families draw from them, or seed them. Nothing is printed, as some families do."""
+    """Seeds the global random generators, which some families draw from or seed, and restores their state at the end.
+    What some families print is discarded."""
     python, numpy = random.getstate(), np.random.get_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -208,7 +208,7 @@ def _alone(seed: int) -> Iterator[None]:
 
 @functools.lru_cache(maxsize=64)
 def _drawn_block(family: str, block: int) -> bytes:
-    """Pickled list of the family's items of seeds block * _BLOCK onwards, drawn under a fixed hash seed."""
+    """Pickled list of the family's items for the seeds from block * _BLOCK on, drawn under a fixed hash seed."""
     program = (
         "import pickle, sys; from puzzle_jax.tasks.gym import draw; "
         "family, first, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]); "

@@ -4,10 +4,11 @@
     {"question": "Name a prime below 10.", "answer": "7", "match": "contains"}
     {"question": "3 pens at 4 coins?", "answer": "3 pens cost 3 * 4 coins.\\n#### 12"}
 
-`match` names the rule of `tasks.matches` by which a final text is right. Without it, a solution that ends in
-`#### NUMBER` stands for that number and `last_number`, one with `\\boxed{...}` for what is in the box and `math`, and
-any other answer for itself and `exact`. The file is read and checked as a whole before anything is asked.
-Left out: other formats, scripts that score.
+`match` names the rule of `tasks.matches` by which a final text counts as correct. Without it, an answer that ends in
+`#### NUMBER` stands for that number, compared by `last_number`; one with `\\boxed{...}` for the content of the box,
+compared by `math`; any other answer for itself, compared by `exact`. The whole file is read and checked when the task
+is loaded.
+Left out: other formats, scoring scripts.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from puzzle_jax.tasks.base import Problem
 from puzzle_jax.tasks.matches import MATCHES, is_right, number, only_boxed, worked_answer
 
 _RULES = 2
-"""Rises when a rule of `tasks.matches` changes its result for some text."""
+"""Incremented whenever a rule of `tasks.matches` changes its result for some text."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line: what is asked, what is right, when a text counts as that (one of `MATCHES`), and the line's number."""
+    """One line: prompt, correct answer, the rule that compares texts with it (one of `MATCHES`), and line number."""
 
     prompt: str
     answer: str
@@ -97,7 +98,7 @@ def _row(where: str, line: str, number_of_line: int) -> Row:
 
 
 def _compared(where: str, answer: str, value: Mapping[str, object]) -> tuple[str, str]:
-    """The answer that final texts are compared with, and how."""
+    """The answer that final texts are compared with, and the rule that compares them."""
     match, worked = value.get("match", "exact"), worked_answer(answer)
     check_choice(f"{where}: match", match, MATCHES)
     assert isinstance(match, str)

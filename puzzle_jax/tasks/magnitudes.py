@@ -1,8 +1,8 @@
-"""Bounds of a formula's value, from above and below, found without computing what may be too large to compute.
+"""Upper and lower bounds of a formula's value, found without computing what may be too large to compute.
 
-A `Magnitude` holds |value| between 2^least and 2^most, and the value itself where it is a modest fraction. Sums can
-cancel, so that they have no lower bound; a quotient by one is unbounded, and no growing function takes it. Symbols
-count as 1.
+A `Magnitude` bounds |value| by 2^least and 2^most, and holds the value itself where it is a modest fraction. Sums can
+cancel, so they have no lower bound; a quotient by a sum is unbounded, and is refused as an argument of functions that
+grow. Symbols count as 1.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
-_MOST_BITS = 20_000  # of an exact number, and of any other
-_ROUNDING = 1e-6  # of logarithms
+_MOST_BITS = 20_000  # limit for exact numbers and for all others
+_ROUNDING = 1e-6  # error of logarithms
 _GREATEST_ARGUMENT_BITS = math.log2(1000) + _ROUNDING
-_LEAST_LOGARITHM = 1000.0  # also next to poles: atan of what floats cannot tell from i is 19
-_MOST_UNBOUNDED = 10  # power of what has no bound, as tan(x)**3
+_LEAST_LOGARITHM = 1000.0  # covers poles: atan of what floats cannot tell from i is 19
+_MOST_UNBOUNDED = 10  # largest power of what has no bound, such as tan(x)**3
 _NO_LIMIT = math.inf
 
 _GROWING = frozenset({"exp", "sinh", "cosh", "sin", "cos"})  # the last two along the imaginary axis
@@ -41,9 +41,9 @@ class Magnitude:
     """The size of a number.
 
     Attributes:
-      most, least: logarithms to base 2 of bounds of the absolute value, infinite where there is none, with 1 in the
-        place of every symbol.
-      value: the number itself, if it is a fraction that is known.
+      most, least: base-2 logarithms of bounds of the absolute value, infinite where there is none, with every symbol
+        taken as 1.
+      value: the number itself, if it is a known fraction.
     """
 
     most: float
@@ -52,7 +52,7 @@ class Magnitude:
 
     @staticmethod
     def of(value: int | float | Fraction) -> Magnitude | None:
-        """The magnitude of a number; None where it has too many digits."""
+        """The magnitude of a number; None if it has too many digits."""
         exact = Fraction(value)
         if exact.numerator.bit_length() + exact.denominator.bit_length() > _MOST_BITS:
             return None
@@ -69,7 +69,7 @@ class Magnitude:
         return Magnitude(self.most, self.least, None if self.value is None else -self.value)
 
     def combined(self, by: ast.operator, other: Magnitude) -> Magnitude | None:
-        """The magnitude of self + other, or of another operator's result; None where it is not modest."""
+        """The magnitude of self + other, or of another operator's result; None if it is not modest."""
         divides = isinstance(by, ast.Div | ast.FloorDiv | ast.Mod)
         if divides and other.value == 0:
             return None
@@ -91,7 +91,7 @@ class Magnitude:
         return found if found.most == _NO_LIMIT else found._modest()
 
     def power(self, exponent: Magnitude, size: float) -> Magnitude | None:
-        """The magnitude of the power, `size` being a bound of the absolute exponent; None where it is not modest."""
+        """The magnitude of the power, `size` being a bound of the absolute exponent; None if it is not modest."""
         by = exponent.value
         if by is None or (self.value == 0 and by < 0):
             return None
@@ -111,9 +111,9 @@ class Magnitude:
 
 
 def magnitude_of_call(function: str, argument: Magnitude) -> Magnitude | None:
-    """The magnitude of a function's value; None where computing it could take long.
+    """The magnitude of a function's value; None if computing it could take long.
 
-    The function is exp, sqrt, Abs, a logarithm, or one of the trigonometric and hyperbolic ones and their inverses.
+    The function is exp, sqrt, Abs, a logarithm, or a trigonometric or hyperbolic function or its inverse.
     """
     if function in ("Abs", "abs"):
         value = argument.value

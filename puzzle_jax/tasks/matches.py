@@ -1,22 +1,22 @@
-"""When a final text counts as right: as a text, as a number, or as a value that may be written in LaTeX.
+"""Rules by which a final text is correct: as a text, as a number, or as a value that may be written in LaTeX.
 
-    exact        the final text is the answer, surrounding white space aside, or as a whole the same number
-    contains     the answer stands somewhere in it
-    number       it is, as a whole, the answer's number; currency, percent signs, emphasis and a last full stop aside
-    last_number  its number is the answer's: that in the last box or after the last `####`, else the last one there is
-    math         its value is the answer's: what is in the last box, after the last `####`, after "answer is" or
-                 "answer:", in the last formula, or else all of it
+    exact        the final text is the answer, surrounding white space aside, or as a whole is the same number
+    contains     the answer occurs somewhere in the final text
+    number       the whole text is the answer's number; currency, percent signs, emphasis and a final full stop aside
+    last_number  the number in the last box or after the last `####`, else the last one in the text, is the answer's
+    math         the value in the last box, after the last `####`, after "answer is" or "answer:", in the last formula,
+                 or else of the whole text is the answer's
 
-Numbers are compared exactly, as decimals: "1,000", "1000.0" and "1e3" are one, "0.33" and "1/3" are not. Thousands may
-be grouped by commas or narrow spaces, and the minus may be Unicode's. Numbers with exponents of more than four digits,
-or of more than a thousand digits, are none.
+Numbers are compared exactly, as decimals: "1,000", "1000.0" and "1e3" are equal, "0.33" and "1/3" are not. Thousands
+may be grouped by commas or narrow spaces, and the minus sign may be Unicode's. What has more than a thousand digits, or
+an exponent of more than four, does not count as a number.
 
-`math` reads fractions (`3/4`, `\\frac{3}{4}`, `1\\frac{1}{2}`), powers of ten and percentages too. Units (`\\text{cm}`,
-degrees, currency) are dropped, as is the percent sign where only one side has it: 50% is 50 as well as 0.5. Lists,
-tuples and intervals are compared element by element; all else as text, after what LaTeX does for looks is removed.
+`math` also reads fractions (`3/4`, `\\frac{3}{4}`, `1\\frac{1}{2}`), powers of ten and percentages. Units
+(`\\text{cm}`, degrees, currency) are dropped, as is the percent sign where only one side has it: 50% is 50 as well as
+0.5. Lists, tuples and intervals are compared element by element; everything else as text, without purely visual LaTeX.
 Left out: algebra (2x and x+x differ), tolerance, sets in another order.
 
-Everything here takes time in proportion to the text, so that it needs no process of its own.
+Everything here takes time proportional to the length of the text, so that it needs no process of its own.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MATCHES = ("exact", "contains", "number", "last_number", "math")
 
 _LONGEST_VALUE = 1_000  # characters
 _MOST_EXPONENT_DIGITS = 4
-_DEEPEST = 8  # of lists in lists
+_DEEPEST = 8  # nesting of lists
 _ALIKE = str.maketrans(
     {"\u2212": "-", "\ufe63": "-", "\uff0d": "-", "\uff0b": "+", "\uff0e": ".", "\uff0c": ",", "\uff05": "%"}
     | {chr(0xFF10 + digit): str(digit) for digit in range(10)}
@@ -60,7 +60,7 @@ _OPENING, _CLOSING = "([{", ")]}"
 
 
 def is_right(match: str, answer: str, text: str) -> bool:
-    """Returns whether a final text is right, by one of `MATCHES`."""
+    """Returns whether a final text is correct by the rule `match`, one of `MATCHES`."""
     text, answer = text.strip(), answer.strip()
     if match == "contains":
         return answer in text
@@ -74,7 +74,7 @@ def is_right(match: str, answer: str, text: str) -> bool:
 
 
 def number(text: str) -> Decimal | None:
-    """The number that the text as a whole is, or None."""
+    """The number that the whole text represents, or None."""
     text = text.translate(_ALIKE).strip().rstrip(".").strip("*_ ")
     for opening, closing in ((f"{_BOX}{{", "}"), ("\\(", "\\)"), ("\\[", "\\]"), ("$", "$")):
         if text.startswith(opening) and text.endswith(closing) and len(text) > len(opening):
@@ -86,7 +86,7 @@ def number(text: str) -> Decimal | None:
 
 
 def last_number(text: str) -> Decimal | None:
-    """The number in the last box of the text, or after its last `####`, else its last one; None where there is none."""
+    """The number in the last box of the text, or after its last `####`, else its last number; None if there is none."""
     marked = _marked(text)
     text = (text if marked is None else marked).translate(_ALIKE).replace("{,}", ",")
     if marked is not None and (whole := number(text)) is not None:
@@ -96,7 +96,7 @@ def last_number(text: str) -> Decimal | None:
 
 
 def same_value(text: str, answer: str) -> bool:
-    """Returns whether two texts write the same value, as `math` has it."""
+    """Returns whether two texts represent the same value by the rule `math`."""
     if text == answer:
         return True
     if max(len(text), len(answer)) > _LONGEST_VALUE:
@@ -105,9 +105,9 @@ def same_value(text: str, answer: str) -> bool:
 
 
 def worked_answer(text: str) -> tuple[str, str] | None:
-    """The final answer of a solution that is written out, and how to compare it; None where the text is none.
+    """The final answer of a written-out solution and the rule that compares it; None if the text is no solution.
 
-    A solution ends in a line `#### NUMBER`, as in GSM8K, or holds `\\boxed{...}`, as in MATH.
+    A solution ends in a line `#### NUMBER`, as in GSM8K, or contains `\\boxed{...}`, as in MATH.
     """
     found = _WORKED.search(text)
     if found and number(found[1]) is not None:
@@ -127,7 +127,7 @@ def _equal(one: Decimal | None, other: Decimal | None) -> bool:
 
 
 def _number(text: str) -> Decimal | None:
-    """The number that a text of digits, signs and separators writes; None for other texts."""
+    """The number that a text of digits, signs and separators represents; None for other texts."""
     text = text.translate(_ALIKE)
     if not _NUMBER.fullmatch(text):
         return None
@@ -147,7 +147,7 @@ def _marked(text: str) -> str | None:
 
 
 def _boxed(text: str) -> str | None:
-    """The content of the last box that is closed."""
+    """The content of the last box; None if there is none or it is not closed."""
     start = text.rfind(_BOX)
     if start < 0:
         return None
@@ -165,7 +165,7 @@ def _boxed(text: str) -> str | None:
 
 
 def _stated(text: str) -> str:
-    """The part of the text that it presents as its answer."""
+    """The part of the text that is presented as its answer."""
     marked = _marked(text)
     if marked is not None:
         return marked
@@ -184,7 +184,7 @@ def _stated(text: str) -> str:
 
 
 def _tidy(text: str) -> str:
-    """The text without LaTeX that only changes its looks."""
+    """The text without units and purely visual LaTeX."""
     text = text.translate(_ALIKE).replace("\\!", "").replace("{,}", ",").replace("\\%", "%")
     text = _LOOKS.sub(" ", text)
     text = _DEGREES.sub("", _FRACTION_LIKE.sub(r"\\frac", text))
@@ -211,7 +211,7 @@ def _same(one: str, other: str, depth: int = 0) -> bool:
 
 
 def _value(text: str) -> tuple[Fraction, bool] | None:
-    """The number that a tidy text writes, and whether as a percentage."""
+    """The number that a tidied text represents, and whether it is a percentage."""
     percent = text.endswith("%")
     text = text.removesuffix("%").strip()
     if found := _FRACTION.fullmatch(text) or _SLASH.fullmatch(text):
@@ -233,12 +233,12 @@ def _value(text: str) -> tuple[Fraction, bool] | None:
 
 
 def _bare(text: str) -> str:
-    """The text in a form for comparison as text."""
+    """The text, normalised for comparison as text."""
     return _SINGLE.sub(r"\1", re.sub(r"\s+", "", text))
 
 
 def _elements(text: str) -> list[str]:
-    """Parts between commas outside of brackets, the brackets around all of them first; one part where they differ."""
+    """Parts between top-level commas, preceded by enclosing brackets; one part where brackets do not balance."""
     text = text.strip()
     brackets = []
     if len(text) > 1 and text[0] in _OPENING and text[-1] in _CLOSING:

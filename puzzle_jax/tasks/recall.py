@@ -1,7 +1,7 @@
 """The family `recall`: look up entries of a long list, near and far, and add them.
 
-A list of entries (a capital letter and its digit) lies scattered in filler; the question at the end asks for some
-of the letters. The answer is the sum of their digits modulo 10, so that one wrong look-up shows. This is the
+Entries (a capital letter and its digit) are scattered in filler; the question at the end asks for some of the
+letters. The answer is the sum of their digits modulo 10, so that a single wrong look-up shows. This is the
 family that needs full attention: a window of 16 tokens in every layer cannot see an entry 500 tokens back.
 Left out: entries that change their value, values of more than one digit.
 """
@@ -18,8 +18,8 @@ from puzzle_jax.errors import check_range
 from puzzle_jax.tasks.base import Embedded, Problem, Slip, Work, check_effort, draw_level, no_slip
 
 _KEYS = string.ascii_uppercase
-# Two-letter syllables: no word that the embedded tokenizer holds as one token can come out of them,
-# so that a character is a token and distances are exact.
+# Two-letter syllables, which cannot form a word that the embedded tokenizer holds as one token,
+# so that every character is a token and distances are exact.
 _FILLER = ("ba", "de", "fi", "ko", "mu", "na", "pe", "ri", "so", "tu", "va", "ze")
 
 DISTANCE_BUCKETS: tuple[tuple[str, int, int], ...] = (
@@ -27,16 +27,16 @@ DISTANCE_BUCKETS: tuple[tuple[str, int, int], ...] = (
     ("within 64", 17, 64),
     ("beyond 64", 65, 1 << 30),
 )
-"""(label, least, greatest) of details["distance"] for reporting accuracy."""
+"""Ranges (label, least, greatest) of details["distance"] by which accuracy is reported."""
 
 
 @dataclass(frozen=True)
 class Recall(Embedded):
-    """`A7 ko B2 demu Q5 ?QA`: the digits of the asked letters summed modulo 10.
+    """`A7 ko B2 demu Q5 ?QA`: the digits of the asked letters, summed modulo 10.
 
-    high `Q5=5`, `A7=2` (entry copied, running sum), medium `Q5A2` (letter, running sum), low nothing.
-    details: `asked` letters, `entries` in the list, `distance` in characters (tokens of the embedded parent) from
-    the farthest asked entry to the question mark.
+    High effort writes `Q5=5`, `A7=2` (entry copied, running sum), medium `Q5A2` (letter, running sum), low nothing.
+    The details are the number of `asked` letters and of `entries` in the list, and the `distance` in characters (tokens
+    of the embedded parent) from the farthest asked entry to the question mark.
     """
 
     max_asked: int = 5
@@ -54,7 +54,7 @@ class Recall(Embedded):
 
     def sample(self, seed: int) -> Problem:
         rng = random.Random(f"{self.name}:{seed}")
-        # Lengths are drawn evenly in their logarithm, so that near, middle and far entries are equally usual.
+        # Lengths are log-uniform, so that near, middle and far entries are equally common.
         length = round(math.exp(rng.uniform(math.log(12), math.log(self.max_length))))
         most = min(len(_KEYS), max(1, length // 4))
         entries = rng.randint(min(most, 2), most)

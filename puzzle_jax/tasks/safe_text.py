@@ -1,14 +1,14 @@
-"""Returns whether a model's text may be handed to code that would run it: a plain value, or a formula of modest size.
+"""Checks whether a model's text may be passed to code that executes it: a plain value, or a formula of modest size.
 
-Some scorers from outside call `eval`, or sympy's parser, which does, on what a model wrote. Here the text is only
-parsed, never run; a scorer sees it when nothing in it can do more than compute a value, and that soon. The price:
-a right answer in a form beyond these is not recognised.
+Some third-party scorers call `eval` on what a model wrote, directly or through sympy's parser. Here the text is only
+parsed, never executed; a scorer gets it only if it can do nothing but compute a value, and quickly. The price is that
+a correct answer in any other form is not recognised.
 
-What a formula's value may come to is bounded before sympy computes it. Numbers without functions are computed exactly,
-as long as they are modest (`magnitudes`). Of all else the size is bounded from above, every symbol counting as 1 since
-symbols may cancel, and also from below where that is possible, as for products. So the arguments of functions are
-known to be modest: sin(exp(999999999)) would take sympy longer than anyone waits, and int(exp(99999)) all memory. The
-number of terms is bounded that a formula has when it is multiplied out, which sympy does to compare two.
+The size of a formula's value is bounded before sympy computes it. Numbers without functions are computed exactly, as
+long as they are modest (`magnitudes`). Everything else is bounded from above, every symbol counting as 1 since symbols
+may cancel, and from below where that is possible, as for products. So the arguments of functions are known to be
+modest: sin(exp(999999999)) would take sympy longer than anyone waits, and int(exp(99999)) all memory. The number of
+terms of the multiplied-out formula is bounded too, since sympy multiplies formulas out to compare them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import re
 from puzzle_jax.tasks.magnitudes import Magnitude, magnitude_of_call
 
 LONGEST = 20_000
-"""Characters of a text that a scorer may see."""
+"""Most characters of a text that is passed to a scorer."""
 
 _LONGEST_EXPRESSION = 1_000
 _GREATEST_EXPONENT = 100
@@ -33,7 +33,7 @@ _CONSTANTS = frozenset({"pi", "E"})
 _CONSTANT = Magnitude(2.0, 1.0)  # both are between 2 and 4
 _LONGEST_NUMBER = 40
 _LONG_NUMBER = re.compile(rf"[\d_.]{{{_LONGEST_NUMBER + 1}}}|[eE][+-]?[\d_]{{3}}")
-"""Digits that sympy would read exactly although they are no number of Python's (1e-99999)."""
+"""Numbers that sympy would read exactly although Python cannot represent them (1e-99999)."""
 
 _LONG_COUNT = re.compile(r"[A-Za-z]'?[+-]?\d[\d_]{3}|(?<![a-z])nan(?![a-ik-z])", re.IGNORECASE)
 
@@ -52,10 +52,9 @@ def is_literal(text: str) -> bool:
 def is_expression(text: str) -> bool:
     """Returns whether the text is a formula of numbers, one-letter symbols, well-known functions and + - * / // % **.
 
-    Powers of a symbol, of a number up to 100 or of a fraction of such; powers in one another multiply their
-    exponents, and the product must not exceed 100 either. Arguments of functions must not exceed 1000, nor whole
-    numbers 20,000 bits, nor the formula 100 terms when it is multiplied out. A formula that divides by 0 has no
-    value, and is none.
+    An exponent is a symbol, a number up to 100, or a fraction of such numbers; nested powers multiply their exponents,
+    and the product must not exceed 100 either. Arguments of functions must not exceed 1000, whole numbers 20,000 bits,
+    and the formula 100 terms when it is multiplied out. A formula that divides by 0 has no value and is refused.
     """
     if len(text) > _LONGEST_EXPRESSION or _LONG_NUMBER.search(text):
         return False
@@ -67,13 +66,13 @@ def is_expression(text: str) -> bool:
 
 
 def is_brief(text: str) -> bool:
-    """Returns whether the text has no exponent or count of four digits (`1e9999`, `U9999`, `A+9999`), which takes a
-    scorer long, and no `nan`, which compares with nothing."""
+    """Returns whether the text has no exponent or count of four digits (`1e9999`, `U9999`, `A+9999`), over which a
+    scorer takes long, and no `nan`, which fails every comparison."""
     return len(text) <= LONGEST and not _LONG_COUNT.search(text)
 
 
 def _magnitude(node: ast.expr, power: float) -> Magnitude | None:
-    """The size of a formula that stays modest when raised to `power`; None for all else."""
+    """The size of a formula that stays modest when raised to `power`; None for anything else."""
     match node:
         case ast.Constant(value=int() | float() as value):
             modest = not isinstance(value, bool) and abs(value) < 1e12
@@ -104,7 +103,7 @@ def _magnitude(node: ast.expr, power: float) -> Magnitude | None:
 
 
 def _terms(node: ast.expr) -> float:
-    """The number of terms that a formula has at most when it is multiplied out, its arguments of functions too."""
+    """The most terms that a formula can have when it is multiplied out, arguments of functions included."""
     match node:
         case ast.UnaryOp(operand=operand):
             return _terms(operand)
@@ -116,7 +115,7 @@ def _terms(node: ast.expr) -> float:
             times, terms = math.ceil(_size(exponent) or 1.0), _terms(base)
             if isinstance(base, ast.Call):
                 terms += 1  # sin(x)**2 may become a sum
-            # Ways to choose `times` of so many terms, in any order and repeatedly.
+            # Ways to choose `times` of the terms, with repetition and in any order.
             return float(math.comb(times + int(terms) - 1, times)) if terms <= _MOST_TERMS else math.inf
         case ast.BinOp(left=left, right=right):
             return _terms(left) * _terms(right)
@@ -124,7 +123,7 @@ def _terms(node: ast.expr) -> float:
 
 
 def _size(exponent: ast.expr) -> float | None:
-    """Absolute value of a number, a negative number, or a fraction of numbers (then the numerator's); else None."""
+    """Absolute value of a number, a negative number, or a fraction of numbers (the larger of the two); else None."""
     match exponent:
         case ast.Constant(value=int() | float() as value):
             return float(abs(value))

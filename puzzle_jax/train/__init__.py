@@ -1,1 +1,1 @@
-"""Training: pretraining of the embedded parent."""
+"""Training: pretraining of the embedded parent, distillation, reinforcement learning and averages of weights."""

@@ -1,12 +1,12 @@
-"""Checkpoints of a training run: the whole state, written while training goes on.
+"""Checkpoints of a training run: the whole state, written while training continues.
 
-    DIR/<step>    an Orbax v1 tree {path of a leaf: array}; its custom metadata holds the record beside the state
+    DIR/<step>    an Orbax v1 tree {path of a leaf: array}; its custom metadata holds the `Record`
 
-A checkpoint gets its name by a rename when all of it is there, so one that was being written when the process died is
-never taken for whole. Restoring gives the bits that were saved, on whatever mesh they are wanted. The newest few stay,
-and those with the lowest metric.
+A checkpoint gets its name by a rename once it is complete, so one that was being written when the process died is never
+mistaken for a complete one. Restoring gives exactly the bits that were saved, on whatever mesh is asked for. The newest
+few checkpoints are kept, and those with the lowest metric.
 
-Random keys are stored as their data. Left out: checks of values beyond those that Orbax's compression makes.
+Random keys are stored as their key data. Left out: checks of values beyond those that Orbax's compression makes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from puzzle_jax.runs import canonical, difference
 
 try:
     from orbax.checkpoint import v1 as ocp  # pyright: ignore[reportAttributeAccessIssue]
-except ImportError:  # where v1 has not left its trial yet
+except ImportError:  # releases in which v1 is still experimental
     from orbax.checkpoint.experimental import v1 as ocp
 
 Leaf = jax.Array | jax.ShapeDtypeStruct
@@ -36,13 +36,13 @@ _UNFINISHED = ".orbax-checkpoint-tmp"
 
 
 class Record(NamedTuple):
-    """What a checkpoint holds beside the state.
+    """The data that a checkpoint holds besides the state.
 
     Attributes:
-      step: of the state.
-      identity: of the run.
+      step: number of the step that the state follows.
+      identity: identity of the run.
       data: state of the data iterator after this step, as JSON.
-      metric: of an evaluation at this step; lower is better.
+      metric: metric of an evaluation at this step, of which lower is better; None where there is none.
     """
 
     step: int
@@ -60,9 +60,9 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints in one directory; a context manager that ends when the last one is written.
+    """The checkpoints in one directory; as a context manager, waits on exit until the last one is written.
 
-    Every process of a mesh makes one and calls its methods at the same points; the first one tidies up.
+    Every process of a mesh makes one and calls its methods at the same points; only process 0 deletes files.
 
     Raises PuzzleError where the directory holds another run's checkpoints, or cannot be written.
     """
@@ -97,24 +97,24 @@ class Checkpoints:
 
     @property
     def records(self) -> tuple[Record, ...]:
-        """Of all checkpoints that are whole, and of the one being written, by step."""
+        """Records of all complete checkpoints and of the one being written, in order of step."""
         records = self._records if self._saving is None else {**self._records, self._saving[0].step: self._saving[0]}
         return tuple(records[step] for step in sorted(records))
 
     @property
     def best(self) -> Record | None:
-        """The one of the lowest metric, the earliest if there are several."""
+        """The record with the lowest metric, the earliest if several share it; None where none has a metric."""
         return min((r for r in self.records if r.metric is not None), key=lambda r: (r.metric, r.step), default=None)
 
     @property
     def holds_any(self) -> bool:
-        """Whether there is a checkpoint, readable or not."""
+        """True if there is a checkpoint, readable or not."""
         return bool(self._records or self._unreadable or self._saving)
 
     def save(self, step: int, state: PyTree, *, data: object, metric: float | None = None) -> None:
-        """Begins to write a state, which may be donated afterwards; one of the same step is replaced.
+        """Starts writing a state, which may be donated afterwards; replaces a checkpoint of the same step.
 
-        Raises PuzzleError when the checkpoint before this one could not be written.
+        Raises PuzzleError when this checkpoint or the previous one cannot be written.
         """
         self.finish()
         record = Record(step, self.identity, json.loads(canonical(data)), metric)
@@ -129,7 +129,7 @@ class Checkpoints:
         self._saving = (record, response)
 
     def finish(self) -> None:
-        """Waits until all is written, then removes what need not stay; raises PuzzleError when writing failed."""
+        """Waits until all is written, then deletes superseded checkpoints; raises PuzzleError when writing failed."""
         if self._saving is None:
             return
         (record, response), self._saving = self._saving, None
@@ -141,13 +141,13 @@ class Checkpoints:
         self._prune()
 
     def restore(self, abstract: PyTree, step: int | None = None) -> Restored | None:
-        """The newest state that can be read, or that of `step`; None when there is no checkpoint.
+        """Returns the newest readable state, or that of `step`; None when there is no checkpoint.
 
-        `abstract` is `abstract_state` of a state of this run.
+        `abstract` is the `abstract_state` of a state of this run.
 
         Raises:
           CheckpointError: there are checkpoints, but none can be read, or there is none of `step`.
-          PuzzleError: the arrays of a checkpoint are not those of `abstract`.
+          PuzzleError: names, shapes or dtypes of a checkpoint's arrays are not those of `abstract`.
         """
         self.finish()
         wanted = _flat(_plain(abstract))
@@ -163,7 +163,7 @@ class Checkpoints:
             except Exception as error:  # Orbax raises whatever its storage raised
                 passed[chosen] = f"{path} cannot be read: {_reason(error)}"
                 continue
-            # What could not be read does not count among the newest; the next save at its step replaces it.
+            # Unreadable checkpoints do not count among the newest; the next save at the same step replaces them.
             for damaged in passed:
                 self._records.pop(damaged, None)
             state = jax.tree.unflatten(jax.tree.structure(abstract), [jnp.asarray(arrays[name]) for name in wanted])
@@ -198,7 +198,7 @@ class Checkpoints:
                 self._delete(step)
 
     def _delete(self, step: int) -> None:
-        """First takes the name away, so that a half deleted checkpoint is none."""
+        """Renames the directory first, so that a half-deleted checkpoint is not mistaken for a complete one."""
         gone = self.directory / f"{_DELETED}{step}"
         shutil.rmtree(gone, ignore_errors=True)
         (self.directory / str(step)).rename(gone)
@@ -211,9 +211,9 @@ class Checkpoints:
 
 
 def abstract_state(state: PyTree) -> PyTree:
-    """Shapes, dtypes and places of a state's arrays, in its structure.
+    """Shapes, dtypes and shardings of a state's arrays, in the structure of the state.
 
-    Arrays that were never placed (scalars, mostly) have no sharding; they are restored so that they follow the others.
+    Arrays that were never committed to a device (mostly scalars) have no sharding, and are restored uncommitted.
     """
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding if x.committed else None), state
@@ -221,7 +221,7 @@ def abstract_state(state: PyTree) -> PyTree:
 
 
 def _plain(state: PyTree) -> PyTree:
-    """The state with random keys as their data; works on arrays and on what stands for them."""
+    """The state with random keys replaced by their data; works on arrays and on `jax.ShapeDtypeStruct`s."""
 
     def plain(x: Leaf) -> Leaf:
         if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
@@ -238,13 +238,13 @@ def _keyed(like: jax.ShapeDtypeStruct, x: jax.Array) -> jax.Array:
     """The inverse of `_plain` for one array."""
     if not jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
         return x
-    impl: list[Any] = []  # which only arrays and tracers have
+    impl: list[Any] = []  # `key_impl` takes only arrays and tracers
     jax.eval_shape(lambda key: impl.append(jax.random.key_impl(key)), like)
     return jax.random.wrap_key_data(x, impl=impl[0])
 
 
 def _flat(tree: PyTree) -> dict[str, Leaf]:
-    """Leaves by their path: Orbax keeps no structure of ours, and names of leaves say what differs."""
+    """Leaves by path, since Orbax does not keep our structures; in messages, paths name the leaves that differ."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     flat = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
     assert len(flat) == len(leaves), "two leaves have one path"

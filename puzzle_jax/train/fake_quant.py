@@ -1,8 +1,8 @@
 """MXFP4 rounding that gradients pass through, so that a trained expert loses nothing when it is packed.
 
-The grid is the encoder's (`puzzle_jax.convert_hf`): groups of 32 along the contraction axis share the exponent
-ceil(log2(amax / 6)), and values round to the nearest of 0, 0.5, 1, 1.5, 2, 3, 4, 6 times it, ties to even. Backwards
-the rounding counts as the identity (straight-through estimator, arXiv 1308.3432).
+The grid is the encoder's (`puzzle_jax.convert_hf`): groups of 32 along the contraction axis share the scale
+2**ceil(log2(amax / 6)), and values round to the nearest of 0, 0.5, 1, 1.5, 2, 3, 4, 6 times it, ties to even. In the
+backward pass, rounding counts as the identity (straight-through estimator, arXiv 1308.3432).
 Left out: stochastic rounding, other formats.
 """
 
@@ -42,15 +42,15 @@ def round_to_mxfp4(
 def fake_quantize(
     weight: Float[Array, "experts inputs outputs"],
 ) -> Float[Array, "experts inputs outputs"]:
-    """`round_to_mxfp4` forwards, the identity backwards."""
+    """`round_to_mxfp4` in the forward pass, the identity in the backward pass."""
     return weight + jax.lax.stop_gradient(round_to_mxfp4(weight) - weight)
 
 
 def fake_quantize_experts(params: Params) -> Params:
-    """A model's parameters with every expert matrix fake-quantised; everything else as it is."""
+    """A model's parameters with every expert matrix fake-quantised; everything else is unchanged."""
     return jax.tree_util.tree_map_with_path(lambda path, x: fake_quantize(x) if is_expert_matrix(path) else x, params)
 
 
 def is_expert_matrix(path: jax.tree_util.KeyPath) -> bool:
-    """Whether a leaf of a tree of parameters is one of the matrices that checkpoints may pack."""
+    """Returns whether a leaf of a parameter tree is one of the matrices that checkpoints may pack."""
     return isinstance(path[-1], jax.tree_util.DictKey) and path[-1].key in EXPERT_MATRICES

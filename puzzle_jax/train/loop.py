@@ -1,18 +1,18 @@
-"""The training loop: one for distillation, blockwise distillation and reinforcement learning.
+"""The training loop that pretraining, distillation, blockwise distillation and reinforcement learning share.
 
 A run lives in a directory:
 
-    run.json        what run it is
-    checkpoints/    the whole state now and then (`checkpoints`)
+    run.json        the identity of the run
+    checkpoints/    the whole state, saved at intervals (`checkpoints`)
     metrics.jsonl   a line per logged step (`metrics`); tensorboard/ shows the same
 
-Started again there, it goes on from the newest checkpoint: parameters, optimiser, random key and position in the data
-are what they were, so that it ends with the same bits as without the interruption. SIGTERM and SIGINT end the step,
-save, and return. Batches are made ahead in a thread, metrics are read one step behind, checkpoints are written while
-steps go on. Where the job is evaluated on the way, step 0 is, too; and where a step raises, the metrics of the step
-before it are written.
+A run that is started again continues from its newest checkpoint. Parameters, optimiser state, random key and position
+in the data are restored exactly, so the result is bit-identical to that of an uninterrupted run. On SIGTERM or SIGINT
+the loop finishes its step, saves, and returns. Batches are made ahead in a thread, metrics are read one step behind,
+and checkpoints are written while training continues. A job that is evaluated during training is evaluated at step 0
+as well. When a step raises, the metrics of the step before it are still written.
 
-Left out: what is trained and how, which is the job's.
+Left out: what is trained and how, which the job defines.
 """
 
 from __future__ import annotations
@@ -44,20 +44,20 @@ from puzzle_jax.train.step import Step, TrainState
 
 CHECKPOINTS = "checkpoints"
 EVALUATION = "evaluation/"
-"""Before the names of an evaluation's values in the metrics."""
+"""Prefix of the names of an evaluation's values in the metrics."""
 
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """How long, and what happens how often, in steps.
+    """Length of a run and the intervals of evaluations, checkpoints and logging, in steps.
 
     Attributes:
-      steps: of the run.
-      evaluate_every: steps between evaluations; 0: only after the last step.
-      save_every: steps between checkpoints; there is always one after the last step and when a signal ends the run.
-      log_every: steps between lines of metrics; a step that was skipped has one, too.
-      max_skipped: steps in a row without a finite loss and gradient that end the run.
-      keep_last, keep_best: checkpoints that stay: the newest, and those of the lowest best metric of the job.
+      steps: number of steps in the run.
+      evaluate_every: steps between evaluations; 0 evaluates only after the last step.
+      save_every: steps between checkpoints; one is always written after the last step and when a signal ends the run.
+      log_every: steps between lines of metrics; every skipped step is logged as well.
+      max_skipped: consecutive steps without a finite loss and gradient after which the run fails.
+      keep_last, keep_best: checkpoints to keep: the newest, and those with the lowest value of the job's best metric.
     """
 
     steps: int = 1000
@@ -75,23 +75,23 @@ class LoopSettings:
 
 @dataclass
 class Job:
-    """What is trained.
+    """A training job, as the loop runs it.
 
     Attributes:
-      initial: makes the state before the first step, placed where it shall live; called once, also when the run goes
-        on, to know what to restore.
-      step: from `make_step`.
+      initial: makes the state before the first step, placed on its devices; called once, also when a run is resumed, to
+        know what to restore.
+      step: the step function, such as one from `make_step`.
       fixed: arrays that a step reads and does not change.
-      batches: `next` gives a step's batch; its state is saved with the parameters.
-      identity: JSON values that make the run what it is: recipe and fingerprint of the data. A run with other ones is
-        refused. What changes no bit of the result (`save_every`, say) is better left out.
+      batches: iterator over the batches of the steps; its state is saved with the parameters.
+      identity: JSON values that identify the run: its recipe and a fingerprint of its data. A directory with a run of
+        other values is refused. Settings that change no bit of the result (such as `save_every`) are better left out.
       place: puts a batch on the devices; called in the thread that makes batches.
-      evaluate: named values of a state, the same whenever it is called.
-      best: of these the one whose lowest value is best; it also decides which checkpoints stay.
-      name: of the work, for progress.
-      tokens_per_step: positions that a step runs over, for the rate beside the bar; 0 where a step gives rates itself.
-      ahead: whether batches are made ahead, in a thread; not where a step decides what comes next, as in reinforcement
-        learning: the data's state is then saved as it is after the step.
+      evaluate: computes named values of a state, deterministically.
+      best: name of the evaluation's value to minimise; it also decides which checkpoints are kept.
+      name: name of the work, shown beside the progress bar.
+      tokens_per_step: positions that a step processes, for the displayed rate; 0 where the step reports rates itself.
+      ahead: whether batches are made ahead, in a thread. False where a step decides what comes next, as in
+        reinforcement learning; the data's state is then saved as it is after the step.
     """
 
     initial: Callable[[], TrainState]
@@ -109,15 +109,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Trained:
-    """How a run went.
+    """Outcome of a run.
 
     Attributes:
-      state: after the last step that was made.
-      step: that the state is after.
-      resumed_from: step of the checkpoint that this process began with; 0: none.
-      preempted: whether a signal ended it before the last step; a command ends with exit code 0 then, too.
-      metrics: of the last logged step.
-      best_step, best_metric: of the checkpoint with the lowest best metric, where the job names one.
+      state: state after the last step that was made.
+      step: number of that step.
+      resumed_from: step of the checkpoint that this process started from; 0 if there was none.
+      preempted: whether a signal ended the run before its last step; the command's exit code is 0 even then.
+      metrics: metrics of the last logged step.
+      best_step, best_metric: step and metric of the best checkpoint, where the job names a metric.
     """
 
     state: TrainState
@@ -130,11 +130,11 @@ class Trained:
 
 
 def train(job: Job, settings: LoopSettings, directory: Path, console: Console) -> Trained:
-    """Runs a job to its end in the directory of its run, from where an earlier process left it.
+    """Runs a job to its end in its run directory, continuing from where an earlier process stopped.
 
     Raises:
       PuzzleError: the directory holds something else, another run, or more steps than `settings.steps`; another process
-        works in it; the data ended; too many steps in a row were not finite; a file cannot be written.
+        is using it; the data ran out; too many consecutive steps were not finite; a file cannot be written.
     """
     first = jax.process_index() == 0
     if first:
@@ -174,12 +174,12 @@ def open_checkpoints(directory: Path, identity: Mapping[str, object], settings: 
 
 
 def _begin(job: Job, checkpoints: Checkpoints, console: Console) -> tuple[TrainState, int]:
-    """The state to go on with, and its step; the data is set to it."""
+    """Returns the state to continue from and its step, and sets the data to the same position."""
     fresh = job.initial()
     abstract = abstract_state(fresh)
     if not checkpoints.holds_any:
         return fresh, 0
-    del fresh  # its memory is for the restored one
+    del fresh  # frees its memory for the restored state
     restored = checkpoints.restore(abstract)
     assert restored is not None
     for message in restored.passed_over:
@@ -206,7 +206,7 @@ class _Run:
     _since: tuple[int, float] = field(default_factory=lambda: (0, time.monotonic()))
 
     def evaluate_first(self, state: TrainState) -> None:
-        """Writes an evaluation of the state before the first step, as the line of step 0."""
+        """Evaluates the state before the first step and logs the result as step 0."""
         if self.job.evaluate is None:
             return
         found = self._evaluate(state)
@@ -214,7 +214,7 @@ class _Run:
             self.log.write(0, {f"{EVALUATION}{name}": float(value) for name, value in found.items()})
 
     def steps_from(self, start: int, state: TrainState, batches: Iterator[Positioned]) -> TrainState:
-        """Makes the steps after `start`; the step before is reported while one runs, or when one raises."""
+        """Runs the steps after `start`; each is reported while the next one runs, or when that one raises."""
         self._since = (start, time.monotonic())
         try:
             return self._steps(start, state, batches)
@@ -261,9 +261,9 @@ class _Run:
         *,
         due: bool = False,
     ) -> float | None:
-        """Waits for a step, counts it, logs it if need be; returns the best metric of its evaluation, if it has one.
+        """Waits for a step, counts it and logs it if due; returns the job's best metric if the step was evaluated.
 
-        Raises PuzzleError when too many in a row were skipped.
+        Raises PuzzleError when too many consecutive steps were skipped.
         """
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self.advance(number - self._reported, note=self._note(number, values))
@@ -287,7 +287,7 @@ class _Run:
         return float(metric) if metric is not None and math.isfinite(metric) else None
 
     def _note(self, number: int, values: Mapping[str, float]) -> str:
-        """A step's loss, reward and KL, and tokens per second, as they stand beside the bar."""
+        """A step's loss, reward, KL and tokens per second, as shown beside the progress bar."""
         names = ["loss", "reward", *(name for name in values if name.split("_")[-1] == "kl")]
         shown = [f"{name} {values[name]:.4g}" for name in names if name in values]
         steps, seconds = number - self._since[0], time.monotonic() - self._since[1]
@@ -312,7 +312,7 @@ class _Run:
         return best is None or best.metric is None or metric < best.metric
 
     def _stopping(self, number: int) -> bool:
-        """Whether a signal has come. Several processes agree every `log_every` steps: all must end at the same one."""
+        """Returns whether to stop after this step; several processes decide together, every `log_every` steps."""
         if jax.process_count() == 1:
             return self.stop.is_set()
         if number % self.settings.log_every:
@@ -322,9 +322,9 @@ class _Run:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGTERM and SIGINT set; a second SIGINT interrupts at once.
+    """An event that SIGTERM and SIGINT set; once it is set, SIGINT raises KeyboardInterrupt.
 
-    The handlers from before are back afterwards. Only the main thread can have handlers; in others nothing sets it.
+    Previous handlers are restored on exit. Only the main thread can install handlers; in others nothing sets the event.
     """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():

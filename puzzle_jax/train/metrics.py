@@ -1,7 +1,7 @@
-"""Metrics of training's steps: metrics.jsonl, and TensorBoard where tensorboardX is installed.
+"""Metrics of training steps: metrics.jsonl, and TensorBoard where tensorboardX is installed.
 
-metrics.jsonl has a line per logged step, {"step": ..., NAME: number or null}; null stands for what is no finite number.
-A run that goes on after step s drops the lines of later steps, so that the file is what a run without interruption
+metrics.jsonl has a line per logged step, {"step": ..., NAME: number or null}; null stands for a value that is not
+finite. A run that resumes after step s drops the lines of later steps, so that the file is what an uninterrupted run
 would have written.
 """
 
@@ -27,9 +27,9 @@ class MetricsLog:
     """Writes the metrics of a run, from one process; a context manager.
 
     Args:
-      directory: of the run.
-      after: step that the run goes on from; 0 for a new one.
-      console: says once if there is no TensorBoard.
+      directory: directory of the run.
+      after: step that the run resumes from; 0 for a new run.
+      console: console for a note, printed once, if there is no TensorBoard.
 
     Attributes:
       last: the values of the last line.
@@ -55,7 +55,7 @@ class MetricsLog:
             self._board.close()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Adds the line of a step."""
+        """Appends the line of a step."""
         self.last = {"step": step} | {name: x if math.isfinite(x) else None for name, x in sorted(values.items())}
         self._file.write((json.dumps(self.last) + "\n").encode())
         self._file.flush()
@@ -64,12 +64,12 @@ class MetricsLog:
                 self._board.add_scalar(name, value, step)
 
     def sync(self) -> None:
-        """Returns when the file is on the disk: before a checkpoint that relies on it."""
+        """Flushes the file to disk, before a checkpoint that relies on its lines is written."""
         os.fsync(self._file.fileno())
 
 
 def _tensorboard(directory: Path, after: int, console: Console) -> Any:
-    # tensorboardX imports torch where it is installed, a second and 180 MB, and needs it for torch's tensors alone.
+    # tensorboardX imports torch where it is installed, which costs a second and 180 MB and serves only torch tensors.
     hidden = "torch" not in sys.modules
     if hidden:
         sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]

@@ -1,13 +1,13 @@
 """Optimisers and learning-rate schedules, built from settings.
 
-    updates = -rate(n) * (direction(clip(gradients)) + weight_decay * params)        n: updates made before
+    updates = -rate(n) * (direction(clip(gradients)) + weight_decay * params)        n: updates made so far
 
-Weight decay is decoupled (arXiv 1711.05101) and reaches matrices only. Layers may be stacked, so what is a matrix is
-recognised by name, not by the number of axes: norms, biases and sinks do not decay. Directions are optax's. Muon
-(arXiv 2502.16982) serves the matrices of layers, each expert and layer on its own; embedding, head and all that is no
-matrix take Adam's direction (with Nesterov's momentum) there, and updates of both are about as large.
+Weight decay is decoupled (arXiv 1711.05101) and applies to matrices only. Since layers may be stacked, matrices are
+recognised by name rather than by number of axes: norms, biases and sinks do not decay. Directions come from optax. Muon
+(arXiv 2502.16982) updates the matrices of layers, each expert and layer separately; the embedding, the head and
+parameters that are not matrices then take Adam's direction with Nesterov momentum; both updates are of similar size.
 
-Left out: learning rates by parameter, and moments in less than float32.
+Left out: per-parameter learning rates, and moments in lower precision than float32.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ Schedule = Callable[[ArrayLike], Float[Array, ""]]
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """What decides an update.
+    """Settings of the optimiser and of its learning-rate schedule.
 
     Attributes:
       name: "adamw", "sgd", "lion", "muon", or "adam", which is "adamw" without weight decay.
-      learning_rate: the highest of the schedule.
-      schedule: after the warmup, "constant"; "cosine" and "linear" fall until the last step; "wsd" (warmup, stable,
-        decay) stays and falls evenly over the last `decay_fraction` of the steps.
-      warmup_steps: over which the rate rises evenly, the first step already at a share of it.
-      final_fraction: of `learning_rate`, where schedules end.
-      decay_fraction: of all steps, of "wsd".
-      b1, b2, eps: of the moments; `b1` is the momentum of "sgd" (0: none) and "muon".
-      weight_decay: per unit of learning rate.
-      clip_norm: global norm that gradients are scaled down to; None leaves them as they are.
+      learning_rate: peak learning rate of the schedule.
+      schedule: shape after the warmup: "constant"; "cosine" or "linear", which decay until the last step; or "wsd"
+        (warmup, stable, decay), constant until a linear decay over the last `decay_fraction` of the steps.
+      warmup_steps: steps over which the rate rises linearly; the first step is already above 0.
+      final_fraction: fraction of `learning_rate` at which decaying schedules end.
+      decay_fraction: fraction of all steps over which "wsd" decays.
+      b1, b2, eps: coefficients of the moments; `b1` is also the momentum of "sgd" (0 means none) and "muon".
+      weight_decay: decoupled weight decay, which is multiplied by the learning rate.
+      clip_norm: global norm above which gradients are scaled down to it; None does not clip.
     """
 
     name: str = "adamw"
@@ -75,9 +75,9 @@ class OptimizerSettings:
 
 
 def make_schedule(settings: OptimizerSettings, steps: int) -> Schedule:
-    """From the number of updates made before to the learning rate of the next.
+    """Returns the schedule, from the number of updates made so far to the learning rate of the next.
 
-    Raises ConfigError where the warmup does not fit into `steps`.
+    Raises ConfigError where the warmup is longer than `steps`.
     """
     warmup = settings.warmup_steps
     if warmup > steps:
@@ -98,7 +98,7 @@ def make_schedule(settings: OptimizerSettings, steps: int) -> Schedule:
 
 
 def decay_steps(settings: OptimizerSettings, steps: int) -> int:
-    """The last steps of a run, in which a schedule that falls does so."""
+    """Number of steps at the end of a run over which a decaying schedule decays."""
     after_warmup = steps - settings.warmup_steps
     if settings.schedule != "wsd":
         return after_warmup
@@ -108,7 +108,7 @@ def decay_steps(settings: OptimizerSettings, steps: int) -> int:
 def make_optimizer(settings: OptimizerSettings, steps: int) -> optax.GradientTransformation:
     """The optimiser of a run of `steps` updates; None leaves of parameters have no state.
 
-    Raises ConfigError where the warmup does not fit into `steps`.
+    Raises ConfigError where the warmup is longer than `steps`.
     """
     parts = [] if settings.clip_norm is None else [optax.clip_by_global_norm(settings.clip_norm)]
     parts.append(_direction(settings))
@@ -118,7 +118,7 @@ def make_optimizer(settings: OptimizerSettings, steps: int) -> optax.GradientTra
 
 
 def decays(params: PyTree) -> PyTree:
-    """Which parameters are matrices, by name: a tree of bool in the structure of `params`."""
+    """Marks parameters that decay, the matrices, by name: a tree of bool in the structure of `params`."""
     return jax.tree_util.tree_map_with_path(lambda path, _: _is_matrix(_name(path)), params)
 
 
@@ -126,8 +126,8 @@ class Rate(NamedTuple):
     """State of the last part of an optimiser.
 
     Attributes:
-      count: updates made.
-      learning_rate: of the last one.
+      count: number of updates made.
+      learning_rate: learning rate of the last one.
     """
 
     count: Int[Array, ""]
@@ -135,7 +135,7 @@ class Rate(NamedTuple):
 
 
 def _descend(schedule: Schedule) -> optax.GradientTransformation:
-    """Scales by minus the learning rate and keeps it in the state, for the metrics."""
+    """Scales updates by minus the learning rate, which it keeps in the state for the metrics."""
 
     def init(params: PyTree) -> Rate:
         return Rate(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32))
@@ -155,9 +155,9 @@ def _direction(settings: OptimizerSettings) -> optax.GradientTransformation:
         return optax.scale_by_lion(settings.b1, settings.b2)
     if settings.name == "muon":
         # 0.2 times the root of the larger side gives updates the size of Adam's (arXiv 2502.16982, section 2.2).
-        matrices = optax.contrib.MuonDimensionNumbers(-2, -1)  # the last two axes; those before count matrices
+        matrices = optax.contrib.MuonDimensionNumbers(-2, -1)  # the last two axes; those before index matrices
         return optax.contrib.muon(
-            -1.0,  # it descends by itself, and here that comes last
+            -1.0,  # undoes Muon's own change of sign, since `_descend` makes one
             beta=settings.b1,
             eps=settings.eps,
             adam_b1=settings.b1,
@@ -171,7 +171,7 @@ def _direction(settings: OptimizerSettings) -> optax.GradientTransformation:
 
 
 def _name(path: jax.tree_util.KeyPath) -> str:
-    """The parameter's own name in `model.spec`; entries of lists and of packed matrices have none."""
+    """The parameter's own name in `model.spec`, without the list indices and fields of packed matrices in its path."""
     return next((entry.key for entry in reversed(path) if isinstance(entry, jax.tree_util.DictKey)), "")
 
 

@@ -1,6 +1,6 @@
-"""Batches made and placed ahead of the step, without losing where the data stands at each of them.
+"""Batches made and placed ahead of the step, each with the state of the data after it.
 
-What a checkpoint needs is the iterator's state after the batch that was trained on, not after those that wait. So the
+A checkpoint needs the iterator's state after the batch that was trained on, not after the batches still waiting. So the
 state is taken together with each batch and travels with it.
 """
 
@@ -16,15 +16,15 @@ from typing import Any, Protocol, runtime_checkable
 from puzzle_jax.runs import canonical
 
 AHEAD = 2
-"""Batches that wait for their step."""
+"""Number of batches made ahead of the step."""
 
 Positioned = tuple[object, object]
-"""A batch, and the state of the data to save with what was learnt from it; None where it is read after the step."""
+"""A batch, and the state of the data to save once it has been trained on; None where that is read after the step."""
 
 
 @runtime_checkable
 class Batches(Protocol):
-    """A stream of batches that can go on from where another one was; states are JSON values."""
+    """A stream of batches that can resume from another stream's state; states are JSON values."""
 
     def __next__(self) -> object: ...
     def get_state(self) -> object: ...
@@ -32,7 +32,7 @@ class Batches(Protocol):
 
 
 def in_turn(batches: Batches, place: Callable[[Any], object]) -> Iterator[Positioned]:
-    """Batches that are made when they are asked for."""
+    """Batches that are made only when they are asked for."""
     with contextlib.suppress(StopIteration):
         while True:
             yield place(next(batches)), None  # type: ignore[call-overload]
@@ -42,7 +42,7 @@ def in_turn(batches: Batches, place: Callable[[Any], object]) -> Iterator[Positi
 def prefetched(batches: Batches, place: Callable[[Any], object]) -> Iterator[Iterator[Positioned]]:
     """An iterator over batches that a thread makes ahead of time; leaving the context ends the thread.
 
-    What `batches` or `place` raises comes at the batch that it was raised for.
+    What `batches` or `place` raises for a batch is raised when that batch is asked for.
     """
 
     def make() -> Positioned:

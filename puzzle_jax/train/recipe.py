@@ -15,16 +15,16 @@ from puzzle_jax.train.student import check_trainable
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecipe:
-    """One run of training.
+    """Settings of one training run.
 
     Attributes:
       out: directory of the run: its checkpoints, metrics.jsonl, report.html, and the trained model in child/.
-      train: of "router" and "experts", what is trained besides attention, norms, embedding and head.
-      remat: recomputes layers in the backward pass in place of keeping their insides.
-      weights: how the frozen weights are held: packed, dense, or auto (see `model.weights`); auto is packed on
-        accelerators, whose memory gradients and the optimiser's state need, too.
-      optimizer, loop, mesh: see there.
-      seed: of the run.
+      train: which of "router" and "experts" are trained besides attention, norms, embedding and head.
+      remat: whether the backward pass recomputes layers instead of keeping their activations.
+      weights: how the frozen weights are held: packed, dense, or auto (see `model.weights`); auto means packed on
+        accelerators, whose memory must also hold gradients and the optimiser's state.
+      optimizer, loop, mesh: sections with settings of their own.
+      seed: random seed of the run.
     """
 
     out: Path

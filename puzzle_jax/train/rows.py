@@ -1,14 +1,13 @@
 """Rows of a fixed length, filled with whole examples: the form in which every kind of training reads its data.
 
-An example is a prompt and what the assistant answered. Examples lie in a row one after another, each a
-segment of its own: segment ids keep attention inside it and positions start again at 0, so that a packed example
-computes what it would alone. Only what the assistant said is learned: a position counts where its target, the next
-token, is one of the completion.
+An example is a prompt and the assistant's answer. Examples lie in a row one after another, each a segment of its own:
+segment ids keep attention within it and positions restart at 0, so that a packed example computes what it would alone.
+Only the assistant's tokens are learnt: a position counts where its target, the next token, belongs to the completion.
 
 Rows are filled first-fit (`OpenRows`): a few stay open, an example goes into the first with room for it, and when
-there is none, the fullest is closed. With examples of a quarter of a row and less, 98% and more of all positions hold
+there is none, the fullest is closed. With examples of at most a quarter of a row, at least 98% of all positions hold
 a token.
-Left out: splitting an example over rows, which would need attention over what another row holds.
+Left out: splitting an example over rows, which would need attention across rows.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from puzzle_jax.errors import PuzzleError
 
 Item = TypeVar("Item")
 Extras = Callable[[int], Mapping[str, np.ndarray]]
-"""From the index of an example to further arrays [tokens, ...] of it, read when it is packed."""
+"""Maps the index of an example to its further arrays [tokens, ...], which are read when it is packed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,11 +31,11 @@ class Example:
     """One conversation.
 
     Attributes:
-      tokens: ids; those from `prompt_length` on are the assistant's.
-      prompt_length: tokens that are given, at least one.
+      tokens: token ids; those from `prompt_length` on are the assistant's.
+      prompt_length: number of tokens in the prompt, at least one.
       extras: further arrays [tokens, ...] by name, such as a teacher's most likely tokens at every position.
 
-    Raises ValueError where these do not fit each other.
+    Raises ValueError where their lengths are inconsistent.
     """
 
     tokens: tuple[int, ...] | Int[np.ndarray, " tokens"]
@@ -52,14 +51,14 @@ class Example:
 
 
 class Packed(NamedTuple):
-    """Packed rows, [rows, length]; batches of training have an axis of micro-batches before these.
+    """Packed rows, [rows, length]; training batches have an axis of micro-batches before these.
 
     Attributes:
-      tokens: ids.
+      tokens: token ids.
       targets: `targets[i]` is the token after `tokens[i]` of the same example.
       weights: 1 where the target is a token that the assistant wrote, else 0.
-      segment_ids: of the examples, from 1 in each row; 0 marks padding.
-      positions: within the example, from 0; 0 in padding.
+      segment_ids: number of the example within its row, from 1; 0 marks padding.
+      positions: position within the example, from 0; 0 in padding.
       extras: arrays [rows, length, ...] by name, 0 in padding.
     """
 
@@ -75,10 +74,10 @@ class OpenRows(Generic[Item]):
     """Rows that are being filled.
 
     Args:
-      length: room of a row.
-      most: rows that are open at a time.
-      size: of an item.
-      rows: what is open already.
+      length: capacity of a row.
+      most: largest number of rows open at a time.
+      size: returns the size of an item.
+      rows: rows that are already open.
 
     Attributes:
       rows: the open rows, oldest first.
@@ -117,18 +116,18 @@ class OpenRows(Generic[Item]):
         return closed
 
     def fullest_first(self) -> list[list[Item]]:
-        """The open rows as they are; of equally full ones, the oldest first."""
+        """The open rows, fullest first; of equally full ones, the oldest first."""
         order = sorted(range(len(self.rows)), key=lambda index: -self._filled[index])
         return [self.rows[index] for index in order]
 
 
 def pack(rows: Sequence[Sequence[Example]], length: int, pad_id: int) -> Packed:
-    """Lays each row's examples one after another; the rest is padding.
+    """Packs each row's examples one after another; the rest is padding.
 
     Args:
       rows: examples of each row, all with extras of the same names and trailing shapes.
-      length: tokens of a row.
-      pad_id: token of padding, and target where there is no next token.
+      length: positions in a row.
+      pad_id: token id of padding, and the target where there is no next token.
 
     Raises:
       ValueError: a row's examples are longer than `length`, or examples differ in their extras.
@@ -170,7 +169,7 @@ def pack(rows: Sequence[Sequence[Example]], length: int, pad_id: int) -> Packed:
 def packed(
     examples: Sequence[Example], *, rows: int, length: int, pad_id: int, extras: Extras | None = None
 ) -> Iterator[Packed]:
-    """Every example once, first-fit, in batches [rows, length]; rows at the end are padding where some are missing.
+    """Packs every example once, first-fit, in batches [rows, length]; missing rows of the last one are padding.
 
     Raises `PuzzleError` where an example is longer than `length`.
     """

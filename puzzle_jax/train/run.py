@@ -1,11 +1,12 @@
-"""What runs of distillation and of reinforcement learning share: from inputs that are checked to a trained child.
+"""The parts of a run that distillation and reinforcement learning share: from checked inputs to a trained child.
 
     OUT/run.json, checkpoints/, metrics.jsonl   the run (`train.loop`)
-    OUT/report.html                             its page (`report.training`)
+    OUT/report.html                             its report (`report.training`)
     OUT/child/                                  the trained model, in Hugging Face form, with its provenance
 
-What is trained goes out in bfloat16; frozen experts and routers are copied from the base checkpoint's files and stay
-its bytes. Left out: what is learnt and from what, which are the two kinds' own.
+Trained parameters are exported in bfloat16, trained experts in MXFP4 where the base checkpoint packs them; frozen
+experts and routers are copied from its files byte for byte. Left out: what is learnt and from what, which each of the
+two defines.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from puzzle_jax.train.student import Student
 
 CHILD = "child"
 CALIBRATION_ANSWERS = 256
-"""Answers, about, on which the scales of a trained model's FP8 cache are found."""
+"""Approximate number of answers on which the scales of a trained model's FP8 cache are calibrated."""
 
 _DIRECTORIES = ("parent", "child", "model", "traces", "out", "teacher_cache")
 
@@ -50,14 +51,14 @@ Recipe = TypeVar("Recipe", bound=RunRecipe)
 
 
 class RunInputs(Generic[Recipe]):
-    """What a recipe names, read and checked; all but the weights.
+    """A recipe's inputs, read and checked, except for the weights.
 
     Attributes:
       recipe: all settings.
-      model: the checkpoint whose weights training begins with; its template sees the date on which the run was begun.
-      student: what learns.
+      model: the checkpoint whose weights training starts from; its template sees the date on which the run was begun.
+      student: the model that learns.
       earlier: provenance of the model that is trained; empty where it has none.
-      identity: what the result depends on, as JSON values. Meshes, and how often something is saved, are left out.
+      identity: everything that the result depends on, as JSON values; meshes and save intervals are left out.
     """
 
     recipe: Recipe
@@ -91,29 +92,29 @@ def day_of(out: Path) -> datetime.datetime:
 
 
 def agreed_inputs(recipe: RunRecipe, read: Callable[[datetime.datetime], Inputs]) -> Inputs:
-    """What every process reads of a recipe's inputs, which must be the same.
+    """Reads a recipe's inputs in every process and checks that all processes have the same.
 
     Args:
-      read: from the date that chat templates see.
+      read: reads the inputs, given the date that chat templates see.
 
-    Raises PuzzleError for whatever is wrong with the inputs, and where processes have different ones.
+    Raises PuzzleError for invalid inputs, and where processes have different ones.
     """
 
     def opened() -> tuple[Inputs, dict[str, object]]:
         inputs = read(datetime.datetime.fromisoformat(day))
         return inputs, inputs.identity
 
-    # As the primary process finds it, since hosts may be in different time zones.
+    # The primary process decides, since hosts may be in different time zones.
     day = from_primary("day", lambda: day_of(recipe.out).isoformat())
     inputs, identity = on_all("open the inputs", opened)
-    # Directories may lie elsewhere on each host; the identity says what is in them.
+    # Directories may have other paths on each host; the identity covers their contents.
     agree("the recipe", {name: value for name, value in asdict(recipe).items() if name not in _DIRECTORIES})
     agree("the inputs", identity)
     return inputs
 
 
 def open_placement(inputs: RunInputs) -> Placement:
-    """Opens the run's directory, and says where arrays will live.
+    """Opens the run's directory and returns the placement of arrays.
 
     Raises PuzzleError where the directory holds something else, and where there are too few devices.
     """
@@ -125,14 +126,14 @@ def open_placement(inputs: RunInputs) -> Placement:
 
 
 def report(run_dir: Path, console: Console) -> None:
-    """Writes the page of a run, by the primary process. A signal may end a run before it has a line of metrics."""
+    """Writes the report of a run, in the primary process, unless a signal ended it before its first line of metrics."""
     if jax.process_index() == 0 and (run_dir / METRICS_FILE).stat().st_size:
         console.print(f"report: {write_training_report(run_dir)}", highlight=False)
 
 
 @dataclass
 class Run(Generic[Inputs]):
-    """A run's arrays and programs."""
+    """The arrays and compiled programs of a run."""
 
     inputs: Inputs
     placement: Placement
@@ -143,11 +144,11 @@ class Run(Generic[Inputs]):
         return self.inputs.student
 
     def job(self) -> Job:
-        """What the loop runs."""
+        """The job that the loop runs."""
         raise NotImplementedError
 
     def export(self, trained: Trained) -> None:
-        """Writes what was trained."""
+        """Writes the trained model."""
         raise NotImplementedError
 
     def train(self) -> Trained:
@@ -161,11 +162,11 @@ class Run(Generic[Inputs]):
 
     @cached_property
     def base(self) -> Params:
-        """The base parameters, stacked and in place: the teacher, or the policy that training begins with."""
+        """The base parameters, stacked and placed on devices: the teacher, or the policy that training begins with."""
         model, mesh = replace(self.inputs.model, mesh=self.placement.mesh), self.placement.mesh
         if model.weights == "auto" and jax.default_backend() != "cpu":
             packed = model.description.form == "mxfp4"
-        else:  # As the primary process finds it, since hosts may differ in their memory.
+        else:  # The primary process decides, since hosts may differ in their memory.
             packed = from_primary("weights", lambda: "packed" if model.packed else "dense") == "packed"
         experts = "stored" if packed else "dense"
         loaded = load_checkpoint(model.directory, dtype=compute_dtype(), mesh=mesh, experts=experts)
@@ -180,12 +181,12 @@ class Run(Generic[Inputs]):
 
     @cached_property
     def shardings(self) -> Shardings | None:
-        """Of the training state; None without a mesh."""
+        """Shardings of the training state; None without a mesh."""
         placed = self.placement.master_weights(jax.eval_shape(self._fresh, self.base, None))
         return placed and Shardings(placed)
 
     def initial(self, delta: Params | None = None) -> TrainState:
-        """The state before the first step, in place; `delta` is what the student had learnt before, on the host."""
+        """The state before the first step, on devices; `delta` holds what the student learnt earlier, on the host."""
         with on_mesh(self.placement.mesh):
             fresh = jax.jit(self._fresh, out_shardings=self.shardings and self.shardings.state)
             return fresh(self.base, self.placement.parts(delta))
@@ -202,14 +203,14 @@ class Run(Generic[Inputs]):
         scales: KVScales | None,
         **options: Any,
     ) -> None:
-        """Writes the trained model, by the primary process.
+        """Writes the trained model, in the primary process.
 
         Args:
           trained: master weights.
-          kind: of the run, under which provenance lists what such runs did.
-          record: this run's entry in provenance; made in the primary process, which has its metrics.
-          scales: of the trained model's FP8 cache.
-          options: of `export_child`.
+          kind: kind of the run, the key under which provenance lists such runs.
+          record: makes this run's entry in provenance, in the primary process, which has its metrics.
+          scales: scales of the trained model's FP8 cache.
+          options: further options of `export_child`.
         """
         base, values = self.inputs.model.directory, on_host(trained)
         own = dict(self.inputs.earlier) or {"parent": str(base)}

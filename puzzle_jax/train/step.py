@@ -2,11 +2,11 @@
 
     loss = sum_m numerator_m / sum_m weight_m        m: micro-batches
 
-Micro-batches run one after another in a scan, which accumulates numerators, weights and gradients in float32; all is
-divided once, at the end. So a batch cut into micro-batches is the batch, whatever the weights of its parts.
+Micro-batches run one after another in a scan, which accumulates numerators, weights and gradients in float32; these are
+divided once, at the end. So the split into micro-batches does not change the loss, whatever the weights of the parts.
 
-A loss or gradient that is not finite changes neither parameters nor optimiser, and is counted; a batch without weight
-has none. Random bits depend on the state's key, the step and the micro-batch alone.
+A step whose loss or gradient is not finite changes neither parameters nor optimiser state, and is counted as skipped; a
+batch whose weights are all 0 is such a case. Random bits depend only on the state's key, the step and the micro-batch.
 
 Left out: mixed precision, which belongs to the loss (parameters come as fp32 master weights), and rematerialisation.
 """
@@ -30,14 +30,14 @@ weight, too."""
 
 
 class TrainState(NamedTuple):
-    """What a step changes.
+    """The state that a step updates.
 
     Attributes:
-      step: steps made, skipped ones included.
-      params: fp32 master weights of what learns; None in the place of all that is frozen.
+      step: number of steps made, including skipped ones.
+      params: fp32 master weights of the parameters that learn, with None in place of frozen ones.
       optimizer: state of the optimiser.
-      key: from which a step's random bits are drawn.
-      skipped: steps in a row, up to now, whose loss or gradient was not finite.
+      key: key from which a step's random bits are drawn.
+      skipped: number of consecutive steps, up to now, whose loss or gradient was not finite.
     """
 
     step: Int[Array, ""]
@@ -48,11 +48,11 @@ class TrainState(NamedTuple):
 
 
 class Shardings(NamedTuple):
-    """Where a step's arrays live.
+    """Shardings of a step's arrays.
 
     Attributes:
-      state: `TrainState` of shardings; gradients lie as the parameters do.
-      batch: of a micro-batch, one sharding for all leaves or a tree that begins the micro-batch's; None: as it comes.
+      state: `TrainState` of shardings; gradients are sharded like the parameters.
+      batch: sharding of a micro-batch, one for all leaves or a prefix of its tree; None leaves it as it is.
     """
 
     state: TrainState
@@ -66,7 +66,7 @@ Step = Callable[[TrainState, PyTree, PyTree], tuple[TrainState, Mapping[str, Arr
 def init_state(params: PyTree, optimizer: optax.GradientTransformation, key: Key[Array, ""]) -> TrainState:
     """The state before the first step, with float32 copies of `params`.
 
-    Under `jax.jit` with `out_shardings` it is made where it shall live, and `jax.eval_shape` gives its shapes.
+    Under `jax.jit` with `out_shardings` it is created on its devices, and `jax.eval_shape` gives its shapes.
     """
     params = jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), key, jnp.zeros((), jnp.int32))
@@ -78,12 +78,12 @@ def make_step(
     """The jitted step: (state, fixed, batch) -> (next state, metrics).
 
     Args:
-      loss: of one micro-batch; differentiated in its first argument.
-      optimizer: whose state `TrainState.optimizer` is.
-      shardings: of state and batch on a mesh; by default arrays stay as they come.
+      loss: loss of one micro-batch; differentiated with respect to its first argument.
+      optimizer: optimiser whose state is in `TrainState.optimizer`.
+      shardings: shardings of state and batch on a mesh; by default arrays stay where they are.
 
-    The state is donated: its buffers are gone after the call. `fixed` are arrays that are read only, such as a teacher.
-    Leaves of `batch` have an axis of micro-batches before all others.
+    The state is donated: its buffers are gone after the call. `fixed` holds arrays that are only read, such as a
+    teacher. Leaves of `batch` have an axis of micro-batches before all others.
 
     Metrics are scalars: "loss", "grad_norm" (before clipping), "learning_rate" of the last update where the optimiser
     keeps it, "skipped" (1 where the step changed nothing) and those of the loss.
@@ -129,7 +129,7 @@ def update(
     """The next state and the metrics of a step, from sums over its micro-batches.
 
     Args:
-      gradients, total, weight, sums: of numerators, numerators themselves, weights, and metrics times weights.
+      gradients, total, weight, sums: sums of gradients of numerators, numerators, weights, and metrics times weights.
     """
     with jax.named_scope("update"):
         gradients = jax.tree.map(lambda x: x / weight, gradients)
@@ -152,5 +152,5 @@ def _float32(x: ArrayLike) -> Array:
 
 
 def _placed(gradients: PyTree, shardings: Shardings | None) -> PyTree:
-    """Accumulated gradients where the parameters are, so that each device holds its share of them only."""
+    """Accumulated gradients, sharded like the parameters, so that each device holds only its share of them."""
     return gradients if shardings is None else jax.lax.with_sharding_constraint(gradients, shardings.state.params)

@@ -1,14 +1,14 @@
-"""A child that learns as a view on its parent: one copy of the experts serves teacher and student.
+"""A child that learns as a view on its parent, so that one copy of the experts serves teacher and student.
 
     base       the parent's parameters, stacked by runs of equal layers: the teacher, and the student's frozen part
-    trained    fp32 master weights of what the student has of its own, in the same structure, None for what is frozen
+    trained    fp32 master weights of the student's own parameters, in the same structure, with None for frozen ones
 
 By default experts and routers are frozen: they have no master weights, gradients or optimiser state, and the child's
-are the parent's to the byte. Trainable experts pass through MXFP4 rounding in every forward pass (`fake_quant`), so
-that packing them for export loses nothing.
+are byte-identical to the parent's. Trainable experts pass through MXFP4 rounding in every forward pass (`fake_quant`),
+so that packing them for export loses nothing.
 
-Left out: values of a child's own that are frozen, since its frozen part is the parent's; and master weights of the kept
-experts alone: trainable experts have them for those that the child lost, too.
+Left out: frozen values of a child's own, since its frozen part is the parent's; and master weights for the kept experts
+only: where experts are trained, those that the child lost have master weights, too.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from puzzle_jax.train.losses.head import Head
 from puzzle_jax.train.rows import Packed
 
 TRAINABLE = ("router", "experts")
-"""What is frozen unless it is asked for."""
+"""Parameters that are frozen unless they are asked for."""
 
 _ENDS = ("embedding", "final_norm", "head")
 _ROUTER = ("router_weight", "router_bias")
@@ -55,18 +55,18 @@ _EXPERTS = (*EXPERT_MATRICES, "gate_up_bias", "down_bias")
 _round = jax.jit(round_to_mxfp4)
 
 
-@dataclass(frozen=True, eq=False)  # by identity, since `jax.jit` hashes what it compiles and a delta is no key
+@dataclass(frozen=True, eq=False)  # compared by identity: `jax.jit` hashes it, and a delta has no hash
 class Student:
-    """A child, its parent as its teacher, and what of the child learns.
+    """A child, its parent as its teacher, and the choice of the child's parameters that learn.
 
     Attributes:
-      child: a view; values of its own, where it has any, are where the master weights begin.
-      trainable: of `TRAINABLE`.
-      remat: backward passes compute every layer once more from its input.
+      child: a view; where it has values of its own, master weights start from them.
+      trainable: names from `TRAINABLE`.
+      remat: whether backward passes recompute every layer from its input.
       ends: whether embedding, final norm and head learn, too.
 
-    Raises ConfigError for names in `trainable` that are none of `TRAINABLE`, and for a child with values of its own for
-    what is frozen.
+    Raises ConfigError for names in `trainable` that are not in `TRAINABLE`, and for a child with values of its own for
+    frozen parameters.
     """
 
     child: Child
@@ -79,7 +79,7 @@ class Student:
         self.check_own(".".join(map(str, path)) for path in delta_leaves(self.child.parent, self.child.dense_delta))
 
     def check_own(self, names: Iterable[str]) -> None:
-        """Raises ConfigError where a child has values of its own, by their places in the tree, for what is frozen."""
+        """Raises ConfigError where `names`, the tree paths of a child's own values, include frozen parameters."""
         for name in names:
             if not self.learns(own := name.rpartition(".")[2]):
                 raise ConfigError(
@@ -89,7 +89,7 @@ class Student:
 
     @property
     def config(self) -> ModelConfig:
-        """What the student runs with: the parent's sizes and the child's rotary settings."""
+        """The configuration that the student runs with: the parent's sizes and the child's rotary settings."""
         return self.child.viewed
 
     @property
@@ -113,11 +113,11 @@ class Student:
         return stack_params(parent, self.runs)
 
     def master_weights(self, base: Params, delta: Params | None = None) -> Params:
-        """Where training begins: float32 copies of what learns.
+        """Initial master weights: float32 copies of the parameters that learn.
 
         Args:
-          delta: the child's own values, as `Child.dense_delta` and in its place, so that a compiled program can take
-            them as an argument: held as constants, gigabytes would fit into none.
+          delta: the child's own values in place of `Child.dense_delta`, so that a compiled program takes them as an
+            argument; gigabytes of constants would not fit into one.
         """
         begin, delta = self._learning(base), self.child.dense_delta if delta is None else delta
         if delta is None:
@@ -134,7 +134,7 @@ class Student:
 
         own = jax.tree_util.tree_map_with_path(used, trained)
         if (mesh := traced_mesh()) is not None:
-            # Master weights are gathered here, all layers' together; else XLA cuts activations as they are cut.
+            # Gathers the master weights of all layers at once; otherwise XLA shards activations like the weights.
             own = jax.lax.with_sharding_constraint(own, stacked_sharding(own, self.config, mesh))
         return with_delta(base, own)
 
@@ -149,7 +149,7 @@ class Student:
         return unstack_params(jax.tree_util.tree_map_with_path(exported, trained), self.runs)
 
     def _learning(self, tree: PyTree, name: str = "") -> PyTree:
-        """The arrays of a tree whose names learn, None in place of the others."""
+        """The arrays of a tree that learn, by their names, with None in place of the others."""
         if isinstance(tree, dict):
             return {key: self._learning(value, key) for key, value in tree.items()}
         if isinstance(tree, list):
@@ -157,7 +157,7 @@ class Student:
         return tree if self.learns(name) else None
 
     def learns(self, name: str) -> bool:
-        """Whether parameters of this name have master weights; all others stay the parent's."""
+        """Returns whether parameters of this name have master weights; all others stay the parent's."""
         if name in _ENDS:
             return self.ends
         if name in _ROUTER:
@@ -176,10 +176,10 @@ class Student:
         replay: Int[Array, "layers tokens k"] | None = None,
         layout: Layout | None = None,
     ) -> Hidden:
-        """The student's pass over [rows, length]; differentiable in `trained`.
+        """The student's forward pass over [rows, length]; differentiable in `trained`.
 
-        `replay` are experts to use in place of the routers' choice; tokens are rows * length. `layout` is that of rows
-        whose answers share a prompt (`train.grpo.shared_rows`).
+        `replay` holds experts to use in place of the routers' choice; its tokens are rows * length. `layout` is the
+        layout of rows whose answers share a prompt (`train.grpo.shared_rows`).
         """
         with jax.named_scope("student"):
             params = self.params(base, trained)
@@ -197,7 +197,7 @@ class Student:
         replay: Int[Array, "layers tokens k"] | None = None,
         layout: Layout | None = None,
     ) -> Hidden:
-        """The parent's pass; a constant for gradients."""
+        """The parent's forward pass, through which no gradient flows."""
         with jax.named_scope("teacher"):
             options = {"keep_states": keep_states, "replay": replay, "layout": layout}
             parent = self.child.parent
@@ -205,7 +205,7 @@ class Student:
 
     @property
     def masks(self) -> Bool[Array, "layers experts"]:
-        """Which of the parent's experts each layer keeps, [layers, experts]."""
+        """Masks of the parent's experts that each layer keeps, [layers, experts]."""
         return self.child.view.expert_masks
 
     def _pass(self, params: Params, config: ModelConfig, batch: Packed, **options: Any) -> Hidden:
@@ -221,7 +221,7 @@ class Student:
 
 
 def check_trainable(names: Iterable[str]) -> None:
-    """Raises ConfigError for a name that is none of `TRAINABLE`."""
+    """Raises ConfigError for a name that is not in `TRAINABLE`."""
     for name in names:
         if name not in TRAINABLE:
             raise ConfigError(f"train has {name!r}, but must be of {', '.join(TRAINABLE)}")
@@ -244,7 +244,7 @@ def _float32(tree: Params) -> Params:
 
 
 def _mend(name: str) -> str:
-    """What keeps a child's own values of this name."""
+    """Advice, for a message, on how to keep a child's own values of this name."""
     if name in _ENDS:
         return "train it as a whole, not its blocks"
     return f"name {'router' if name in _ROUTER else 'experts'} in train"

@@ -1,1 +1,1 @@
-"""config.json of gpt-oss checkpoints, in and out."""
+"""Reading and writing config.json of gpt-oss checkpoints."""

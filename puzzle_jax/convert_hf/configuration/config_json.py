@@ -1,19 +1,19 @@
-"""config.json of gpt-oss checkpoints, in and out.
+"""Reading and writing config.json of gpt-oss checkpoints.
 
 Two model types are read: `gpt_oss`, where `layer_types` and one `sliding_window` give every layer's attention
 and all layers have the same experts, and `gpt_oss_puzzle`, where `block_configs` gives both per layer (the
 published form of nvidia/gpt-oss-puzzle-88B). Rotary settings are read in the old form (`rope_theta`,
-`rope_scaling`) and in that of transformers 5 (`rope_parameters`), and written in the old one, which every
+`rope_scaling`) and in that of transformers 5 (`rope_parameters`), and written in the old form, which every
 runtime loads.
 
-A field that is missing has the value that transformers gives it (`GptOssConfig` of 5.x), so that a parent and its
+A missing field has the value that transformers gives it (`GptOssConfig` of 5.x), so that a parent and its
 exported child are the same function there. Where the file contradicts itself, so that runtimes disagree about which
 value counts, it is refused by name.
 
-A model is written as plain `gpt_oss` only where all runtimes read it rightly: one expert count, and one
+A model is written as plain `gpt_oss` only where all runtimes read it correctly: one expert count, and one
 window width on even layers with full attention on odd ones, because several runtimes take that alternation
 for granted. Everything else becomes `gpt_oss_puzzle`. Left out: values that change the arithmetic in ways the
-network does not have (tied embeddings, attention without biases, other rotary types, rotary settings by kind of
+network does not have (tied embeddings, attention without biases, other rotary types, rotary settings by type of
 layer or for a part of a head); they are refused rather than ignored.
 """
 
@@ -38,7 +38,7 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_gpt_oss_puzzle.GptOssPuzzleForCausalLM",
 }
 MODEL_FILE = "mlx_gpt_oss_puzzle.py"
-"""What mlx-lm runs where it would otherwise look for a model type of its own."""
+"""The file that mlx-lm runs instead of looking for a model type of its own."""
 QUANTIZATION = {
     "modules_to_not_convert": [
         "model.layers.*.self_attn",
@@ -63,7 +63,7 @@ _SIZES = {
     "num_kv_heads": "num_key_value_heads",
     "head_dim": "head_dim",
 }
-"""Names in config.json by those of `ModelConfig`."""
+"""Names in config.json, by field of `ModelConfig`."""
 
 
 def parse_config(data: dict[str, Json], source: Path) -> ModelConfig:
@@ -103,7 +103,7 @@ def parse_config(data: dict[str, Json], source: Path) -> ModelConfig:
 
 
 def parse_form(data: dict[str, Json], source: Path) -> Form:
-    """How the experts are stored, by `quantization_config`; raises `CheckpointError` for methods other than
+    """How the experts are stored according to `quantization_config`; raises `CheckpointError` for methods other than
     mxfp4."""
     quantization = Fields(data, source).table("quantization_config")
     if quantization is None:
@@ -130,7 +130,7 @@ def _plain_blocks(fields: Fields, layers: int) -> tuple[BlockConfig, ...]:
 
 
 def _either(fields: Fields, name: str, other: str, most: int = MAX_SIZE) -> tuple[list[str], int]:
-    """A number that a file may give by either of two names, or by both where they agree; and the names that it has."""
+    """A number that a file may give under either of two names, or under both if they agree; and the names it has."""
     names = [each for each in (name, other) if each in fields.data]
     values = [fields.integer(each, most=most) for each in names or [name]]
     if len(set(values)) > 1:
@@ -139,7 +139,7 @@ def _either(fields: Fields, name: str, other: str, most: int = MAX_SIZE) -> tupl
 
 
 def _layer_types(fields: Fields, layers: int) -> list[Json]:
-    """The file's own, or the alternation of the published models where it has none."""
+    """The file's layer types, or the alternation of the published models where it has none."""
     if fields.data.get("layer_types") is None:
         return [FULL if layer % 2 else SLIDING for layer in range(layers)]
     return fields.list_of("layer_types", layers)
@@ -174,7 +174,7 @@ def _puzzle_blocks(fields: Fields, layers: int) -> tuple[BlockConfig, ...]:
 
 
 def _overrides(fields: Fields, layers: int) -> list[dict[str, int]]:
-    """For each layer, where `per_layer_config` (transformers' own schema, sparse) departs from the model's settings."""
+    """The settings of each layer in which `per_layer_config` (transformers' sparse schema) departs from the model's."""
     out: list[dict[str, int]] = [{} for _ in range(layers)]
     table = fields.table("per_layer_config") or Fields({}, fields.source)
     for key in table.data:
@@ -191,7 +191,7 @@ def _overrides(fields: Fields, layers: int) -> list[dict[str, int]]:
 
 
 def _sparse(config: ModelConfig, experts: int, window: int | None) -> dict[str, dict[str, int]]:
-    """`per_layer_config`: what each layer has other than the model's own expert count and window."""
+    """`per_layer_config`: the settings of each layer that differ from the model's own expert count and window."""
     out = {}
     for layer, block in enumerate(config.blocks):
         whole = {"num_local_experts": experts, "sliding_window": window}
@@ -206,7 +206,7 @@ def _entry(block: BlockConfig) -> dict[str, int | None]:
 
 
 def _experts_per_token(fields: Fields) -> int:
-    """Experts that a token goes through: `num_experts_per_tok`, which the published models repeat by another name."""
+    """Experts per token: `num_experts_per_tok`, which the published models repeat under another name."""
     names, value = _either(fields, "num_experts_per_tok", "experts_per_token")
     if names == ["experts_per_token"] and value != _EXPERTS_PER_TOKEN:
         raise CheckpointError(
@@ -219,7 +219,7 @@ def _experts_per_token(fields: Fields) -> int:
 def is_plain(config: ModelConfig) -> bool:
     """Tells whether every runtime builds the model from plain `gpt_oss`.
 
-    That takes one expert count, and one window width on even layers with full attention on odd ones.
+    This requires one expert count, and one window width on even layers with full attention on odd ones.
     """
     counts = {block.num_experts for block in config.blocks}
     even = {block.window for block in config.blocks[0::2]}

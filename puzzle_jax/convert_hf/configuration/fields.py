@@ -1,4 +1,4 @@
-"""Fields of a config.json, checked as they are taken; every error names file, field, value and rule."""
+"""Fields of a config.json, checked as they are read; every error names file, field, value and rule."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from puzzle_jax.errors import CheckpointError, shown
 from puzzle_jax.files import Json
 
 MAX_LAYERS, MAX_EXPERTS, MAX_SIZE = 10_000, 65_536, 2**31 - 1
-"""What a config.json may ask for; a number above is taken for damage rather than tried."""
+"""Upper limits for a config.json; a larger number is treated as damage rather than tried."""
 MAX_ROTARY = 1e12
-"""Largest base, factor and number of rotations of rotary embeddings, and one over the smallest, for the same reason."""
+"""Upper limit for bases, factors and numbers of rotations of rotary embeddings; its inverse is the lower limit."""
 
 
 def _is_number(value: object) -> bool:
@@ -20,7 +20,7 @@ def _is_number(value: object) -> bool:
 
 
 class Fields:
-    """A JSON object of `source`; `prefix` says where in the file it stands."""
+    """A JSON object in the file `source`; `prefix` is its place in the file."""
 
     def __init__(self, data: dict[str, Json], source: Path, prefix: str = "") -> None:
         self.data, self.source, self.prefix = data, source, prefix
@@ -29,7 +29,7 @@ class Fields:
         return CheckpointError(f"{self.source}: {self.prefix}{name} is {shown(self.data.get(name))}, but {rule}")
 
     def _take(self, name: str, default: Json, accepts: Callable[[Json], bool], rule: str) -> Json:
-        """A value, or the default where there is none; null is no value, and transformers does not take it for one."""
+        """A value, or the default where it is missing; null is refused, since it is no value in transformers either."""
         if name not in self.data:
             if default is not None:
                 return default

@@ -1,8 +1,8 @@
 """Rotary settings of a config.json, as transformers standardises them (`RotaryEmbeddingConfigMixin` of 5.x).
 
-They stand in `rope_scaling` beside `rope_theta`, or together in `rope_parameters`. Where both tables are given,
-transformers takes the first and other runtimes the second, so they must agree; so must a number inside a table and
-beside it.
+They are given in `rope_scaling` beside `rope_theta`, or together in `rope_parameters`. Where both tables are given,
+transformers takes the first and other runtimes the second, so they must agree; so must a number that stands both
+inside a table and beside it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from puzzle_jax.errors import CheckpointError, shown
 
 ORIGINAL = "original_max_position_embeddings"
 MAX_POSITION = 131_072
-"""`max_position_embeddings` where it is missing."""
+"""The value of `max_position_embeddings` where it is missing."""
 _LAYER_TYPES = ("sliding_attention", "full_attention")
 
 
@@ -49,9 +49,9 @@ def _scaling(fields: Fields, table: Fields, theta: float) -> RopeConfig:
     """The settings of one of the two tables.
 
     Args:
-      fields: those of the whole file.
+      fields: the fields of the whole file.
       table: `rope_scaling` or `rope_parameters`, not empty.
-      theta: the base that stands beside the tables, or the default.
+      theta: the base given beside the tables, or the default.
     """
     for name in _LAYER_TYPES:
         if name in table.data:
@@ -87,15 +87,15 @@ def _scaling(fields: Fields, table: Fields, theta: float) -> RopeConfig:
 
 
 def _beta(table: Fields, name: str, default: float) -> float:
-    """Bounds of the ramp, the only numbers for which null stands for the default."""
+    """A bound of the ramp; these are the only numbers for which null means the default."""
     return default if table.data.get(name) is None else table.rotary(name)
 
 
 def _original_context(fields: Fields, table: Fields) -> int:
-    """The context before extension, for which transformers takes the extended one where it is not given.
+    """The context before extension; where it is not given, transformers takes the extended one.
 
-    A file that gives `initial_context_length` alone, as OpenAI's own form does, means something else than transformers
-    makes of it; it is refused.
+    A file that gives `initial_context_length` alone, as OpenAI's own form does, is refused where the two differ, since
+    it does not mean what transformers makes of it.
     """
     beside = fields.integer(ORIGINAL) if ORIGINAL in fields.data else None
     if ORIGINAL in table.data:

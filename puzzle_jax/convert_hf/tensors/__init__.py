@@ -1,1 +1,1 @@
-"""Tensors in files: read, written, hashed, packed; none of it imports JAX."""
+"""Reading, writing, hashing and packing tensors in files; nothing here imports JAX."""

@@ -2,11 +2,11 @@
 
 A file is an 8-byte length, a JSON header {name: {dtype, shape, data_offsets}}, and the tensors' bytes in a row
 (https://github.com/huggingface/safetensors). We parse it ourselves for three reasons: a damaged download should give
-one sentence that lists everything wrong, pruning should pass bytes through without a type in between, and a process
+one sentence that lists everything wrong, pruning should copy bytes without converting them, and a process
 should read only the part of a tensor that its devices hold. Bytes are read into fresh arrays, not mapped, so that
-memory holds what was asked for and no more. Nothing here imports JAX.
+memory holds what was requested and no more. Nothing here imports JAX.
 
-Left out: every other container (pickled .bin files).
+Left out: all other containers (pickled .bin files).
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ DTYPES: dict[str, np.dtype] = {
 NOT_A_NUMBER = 255
 """The one scale byte without a value: infinity in some decoders, NaN in others; refused wherever scales are read."""
 CHUNK_BYTES = 16 << 20
-"""How much is read or written at a time."""
+"""Bytes that are read or written at a time."""
 _CHECKED_BYTES = 512 << 10
-_MAX_JSON = 16 << 20  # bytes; that of gpt-oss-120b has 0.1 MB, and parsing takes up to thirty times as much memory
+_MAX_JSON = 16 << 20  # bytes; gpt-oss-120b needs 0.1 MB, and parsing takes up to thirty times the text's memory
 _MAX_AXES = 8
 _MAX_NAME = 500  # characters
 _ALIGNMENT = 64
@@ -69,11 +69,11 @@ class StoredTensor:
     def read(self, index: Sequence[slice] = (), *, weights: bool = False) -> np.ndarray:
         """The tensor, or a block of it, as a new array.
 
-        Only the block's bytes are read, but for runs below 4 KB, which come with what lies between them.
+        Only the block's bytes are read, except that runs below 4 KB are read with the bytes between them.
 
         Args:
           index: a slice of step 1 for each of the first axes.
-          weights: raises `CheckpointError` also where a value, or the scale of packed ones, is not finite.
+          weights: also raises `CheckpointError` where a value, or a scale of packed values, is not finite.
 
         Raises `CheckpointError` where the file can no longer be read.
         """
@@ -105,9 +105,9 @@ class StoredTensor:
         return out
 
     def _check(self, array: np.ndarray) -> Callable[[int], None]:
-        """A function that takes the number of bytes that were read since, in order, and looks at their values.
+        """A function that is called with the number of bytes read since its last call and checks those values.
 
-        It looks at `_CHECKED_BYTES` at a time, which the processor's cache still holds from reading them.
+        It checks `_CHECKED_BYTES` at a time, which the processor's cache still holds from reading.
         """
         values, size = array.reshape(-1), array.itemsize
         there = seen = 0
@@ -135,7 +135,7 @@ class StoredTensor:
                 yield piece
 
     def equals(self, other: StoredTensor) -> bool:
-        """Tells whether type, shape and bytes equal the other's."""
+        """Tells whether both tensors have the same type, shape and bytes."""
         if (self.dtype, self.shape) != (other.dtype, other.shape):
             return False
         return all(np.array_equal(*pair) for pair in zip(self.chunks(), other.chunks(), strict=True))
@@ -158,7 +158,7 @@ def _opened(path: Path) -> io.BufferedReader:
 
 
 def _open(path: Path) -> io.BufferedReader:
-    """Opens a file; raises OSError for anything else, such as a pipe, which would wait for a writer."""
+    """Opens a regular file; raises OSError for anything else, such as a pipe, which would block until a writer came."""
     if "\0" in str(path):
         raise OSError(errno.EINVAL, "its path holds a null character")
     if not stat.S_ISREG(path.stat().st_mode):
@@ -177,9 +177,9 @@ def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
 def _read_into(
     file: io.BufferedReader, array: np.ndarray, offset: int, check: Callable[[int], None] | None = None
 ) -> None:
-    """Fills an array with bytes of a file; system calls may give less than was asked for.
+    """Fills an array with bytes of a file; a system call may return fewer bytes than requested.
 
-    Calls `check` with the number of bytes that came, `_CHECKED_BYTES` at most at a time.
+    Calls `check` with the number of bytes that each call returned, at most `_CHECKED_BYTES`.
     """
     view = array.reshape(-1).view(np.uint8).data
     while view:
@@ -200,7 +200,7 @@ class Opened(NamedTuple):
     Attributes:
       tensors: the readable tensors by name.
       problems: what is wrong with the files, one phrase each.
-      lost: names that are absent from `tensors` for a reason that `problems` already gives; None: any name.
+      lost: names that are absent from `tensors` for a reason that `problems` already gives; None means any name.
     """
 
     tensors: dict[str, StoredTensor]
@@ -211,8 +211,8 @@ class Opened(NamedTuple):
 def open_tensors(directory: Path) -> Opened:
     """Reads the headers of a checkpoint directory's files.
 
-    A single file goes before an index, as in transformers: what was saved as shards first and as one file later keeps
-    the old index.
+    A single file takes precedence over an index, as in transformers: a checkpoint that was saved as shards first and as
+    one file later still has the old index.
 
     Raises `CheckpointError` where there is nothing to read: no directory, or neither a file nor an index.
     """
@@ -255,12 +255,12 @@ def _read_weight_map(index: Path) -> dict[str, str]:
 
 
 def _is_name(text: str) -> bool:
-    """Whether a name from a file can stand in a message as it is."""
+    """Whether a name from a file can be put into a message as it is."""
     return len(text) <= _MAX_NAME and text.isprintable()
 
 
 def read_json(path: Path) -> dict[str, Json]:
-    """A JSON object from a file; raises `CheckpointError` when it is missing or something else."""
+    """A JSON object from a file; raises `CheckpointError` where it is missing or holds something else."""
     try:
         with _open(path) as file:
             text = file.read(_MAX_JSON + 1)

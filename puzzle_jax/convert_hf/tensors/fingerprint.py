@@ -1,16 +1,16 @@
-"""The content of a checkpoint as one hash, by which runs, records and processes distinguish models.
+"""One hash of a checkpoint's content, by which runs, records and processes distinguish models.
 
-Hashed are the configuration, as far as it is part of the function, and every tensor's name, type, shape and bytes. How
-tensors are spread over files does not count, nor do other keys of config.json, so that a copy, or the same model in
-other shards, is the same model. A checkpoint of up to `WHOLE_BYTES` is hashed whole. Of a larger one, tensors of up to
-`TENSOR_BYTES` are hashed whole and of each of the others blocks that are spread evenly over it, two for every expert
-and 64 at least, both ends among them: whatever changes values in bulk, as training, merging, pruning and rounding do,
-changes some of them, and less than a hundredth of the bytes is read. A few values changed by hand in a large tensor may
-go unseen; the price of seeing them would be to read tens of gigabytes.
+It covers the configuration, as far as it is part of the function, and every tensor's name, type, shape and bytes. It
+does not depend on how tensors are spread over files or on other keys of config.json, so that a copy, or the same model
+in other shards, is the same model. A checkpoint of up to `WHOLE_BYTES` is hashed whole. Of a larger one, tensors of up
+to `TENSOR_BYTES` are hashed whole, and each of the others by blocks spread evenly over it, two for every expert and at
+least 64, both ends included: whatever changes values in bulk, such as training, merging, pruning and rounding, changes
+some of them, and less than a hundredth of the bytes is read. A few values changed by hand in a large tensor may go
+unnoticed; noticing them would take reading tens of gigabytes.
 
-Fingerprints are kept by path, size and times of the files, in the process and under $PUZZLE_JAX_CACHE or
-~/.cache/puzzle_jax. What is damaged there, or cannot be written, is ignored; files that were written within the last
-seconds are never taken from it, since their times do not yet distinguish versions. Nothing here imports JAX.
+Fingerprints are cached by path, sizes and times of the files, in the process and under $PUZZLE_JAX_CACHE or
+~/.cache/puzzle_jax. Cache entries that are damaged or cannot be written are ignored; the cache is not used for files
+written within the last seconds, since their times do not yet distinguish versions. Nothing here imports JAX.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from puzzle_jax.errors import PuzzleError
 from puzzle_jax.files import write_beside
 
 VERSION = 1
-"""Counts up with what is hashed, so that records of another version do not count."""
+"""Incremented whenever what is hashed changes; records of another version are ignored."""
 WHOLE_BYTES = 64 << 20
 TENSOR_BYTES = 256 << 10
 _BLOCK_BYTES = 4 << 10
@@ -42,7 +42,7 @@ _SETTLED_SECONDS = 5.0
 _FINGERPRINT = re.compile("[0-9a-f]{32}")
 
 State = tuple[tuple[str, int, int, int], ...]
-"""Name, size and times of change in nanoseconds of every file."""
+"""Name, size, and times of modification and status change in nanoseconds, of every file."""
 
 
 def weights_fingerprint(directory: Path | str) -> str:
@@ -54,14 +54,14 @@ def weights_fingerprint(directory: Path | str) -> str:
 
 
 def fingerprint_of(description: Description) -> str:
-    """As `weights_fingerprint`, of a checkpoint that was described already; raises where it can no longer be read."""
+    """`weights_fingerprint` of a checkpoint that was described already; raises where it can no longer be read."""
     state = _state(description)
     return _kept(description.directory.resolve(), state) if _settled(state) else _hash(description)
 
 
 @lru_cache(maxsize=256)
 def _kept(directory: Path, state: State) -> str:
-    """The fingerprint of files in this state: recorded by an earlier process, or made now and recorded."""
+    """The fingerprint of files in this state: recorded by an earlier process, or computed now and recorded."""
     place = _place(directory)
     fingerprint = _recorded(place, state)
     if fingerprint is None:
@@ -87,7 +87,7 @@ def _hash(description: Description) -> str:
 
 
 def sampled(tensor: StoredTensor) -> list[tuple[int, int]]:
-    """First bytes and lengths of the blocks that are hashed of a large tensor."""
+    """Offsets and lengths of the blocks of a large tensor that are hashed."""
     experts = tensor.shape[0] if len(tensor.shape) > 2 else 0
     count = max(_BLOCKS, _BLOCKS_OF_AN_EXPERT * experts)
     last = tensor.nbytes - _BLOCK_BYTES
@@ -134,7 +134,7 @@ def _recorded(place: Path, state: State) -> str | None:
 def _record(place: Path, state: State, fingerprint: str) -> None:
     """Keeps a fingerprint for later processes; a place that cannot be written is no reason to stop."""
     with suppress(OSError, ValueError):
-        if place.parts[0] == "~":  # nobody's home is known
+        if place.parts[0] == "~":  # the home directory is unknown
             return
         place.parent.mkdir(parents=True, exist_ok=True)
         write_beside(place, json.dumps(codec.to_plain(_Record(state, fingerprint, VERSION))).encode())

@@ -1,9 +1,9 @@
-"""A test for finite numbers by their bits, fast enough for every weight that is read.
+"""A test of the bits of numbers for NaN and infinity, fast enough for every weight that is read.
 
-NaN and infinity have an exponent of ones. Where no value of a piece has the highest bit of its exponent, so that all
-are below 2, all are finite; one bitwise or finds that out. Otherwise the bits are read as whole numbers, which are
-largest for what is not finite: as signed numbers among positive values, as unsigned numbers among negative ones. Over a
-piece that the processor's cache holds, either takes a small part of the time in which the piece was read.
+The exponent bits of NaN and infinity are all ones. Where no value of a piece has the highest exponent bit set, all
+magnitudes are below 2 and therefore finite; one bitwise or finds that out. Otherwise the bits are compared as integers,
+which are largest for values that are not finite: signed integers among positive values, unsigned ones among negative
+values. On a piece in the processor's cache, either test takes a small fraction of the time it took to read the piece.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class _Bits(NamedTuple):
 _BITS = {
     np.dtype(ml_dtypes.bfloat16): _Bits(np.int16, np.uint16, 0x7F80, 0x4000, 0x8000),
     np.dtype(np.float16): _Bits(np.int16, np.uint16, 0x7C00, 0x4000, 0x8000),
-    # What rounds to infinity in bfloat16, the type of weights at rest, counts as infinite.
+    # A value that rounds to infinity in bfloat16, the type of weights at rest, counts as infinite.
     np.dtype(np.float32): _Bits(np.int32, np.uint32, 0x7F7F8000, 0x40000000, 0x80000000),
 }
 _PIECE_BYTES = 256 << 10

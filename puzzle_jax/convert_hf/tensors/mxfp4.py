@@ -1,4 +1,4 @@
-"""MXFP4 in NumPy: decoding that is exact to the bit, and the encoder that exports use.
+"""MXFP4 in NumPy: bit-exact decoding, and the encoder that exports use.
 
 A group of 32 values along the inputs shares a power of two; each value is one of 0, 0.5, 1, 1.5, 2, 3, 4, 6
 with a sign (OCP Microscaling Formats v1.0). Encoders differ in the choice of the power; this one takes the
@@ -23,7 +23,7 @@ from puzzle_jax.kernels.mxfp4 import CODE_VALUES, GROUP
 _BIAS = 127
 _SMALLEST, _LARGEST = 2, 254  # scale bytes whose products are normal numbers in every decoder
 
-_TOO_LARGE = 2.0**127  # rounding up from here may leave float32
+_TOO_LARGE = 2.0**127  # rounding up from here may exceed float32
 
 
 def decode(

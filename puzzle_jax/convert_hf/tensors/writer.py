@@ -3,7 +3,7 @@
 The files of a checkpoint are written to a hidden directory beside the target, which is renamed when all of them are
 complete; config.json comes last, so that the files of a killed run load nowhere. A journal beside that directory
 records every finished shard with its SHA-256, and a run with the same identity (the same plan, sources and settings)
-goes on after the last of them. Every shard is read back from the disk and its hash compared before it counts as
+resumes after the last of them. Every shard is read back from the disk and its hash compared before it counts as
 finished.
 
 Left out: writing by several processes; one host writes a checkpoint.
@@ -38,7 +38,7 @@ class PlannedTensor:
     """A tensor to be written.
 
     Attributes:
-      pieces: gives the tensor in pieces along its first axis, or as bytes, when it is to be written.
+      pieces: returns the tensor in pieces along its first axis, or as bytes; called when it is to be written.
       with_previous: keeps it in the file of the tensor before it (scales with their blocks).
     """
 
@@ -60,9 +60,9 @@ class Plan:
     Attributes:
       tensors: in order.
       files: the other files by name, config.json among them.
-      identity: distinguishes this plan from others with the same tensors, so that a killed run may go on; None where
-        sources cannot be distinguished, and a run starts anew.
-      shard_bytes: largest size of one safetensors file; a tensor above it (with those tied to it) has one of its own.
+      identity: distinguishes this plan from others with the same tensors, so that a killed run can resume; None where
+        sources cannot be distinguished, and a run starts over.
+      shard_bytes: largest size of one safetensors file; a larger tensor (with those tied to it) has a file of its own.
     """
 
     tensors: Sequence[PlannedTensor]
@@ -98,7 +98,7 @@ class Plan:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all that decides what will be written, as far as `identity` covers it."""
+        """Hash of everything that determines what is written, as far as `identity` covers it."""
         tensors = [(tensor.name, tensor.dtype, tensor.shape) for tensor in self.tensors]
         files = {name: hashlib.sha256(content).hexdigest() for name, content in sorted(self.files.items())}
         text = json.dumps([self.identity, tensors, files, self.shard_bytes], sort_keys=True)
@@ -109,11 +109,11 @@ def write_checkpoint(out: Path, plan: Plan, *, replace: Callable[[], bool] = lam
     """Writes a checkpoint directory.
 
     Args:
-      out: the directory to make; empty or absent unless it is to be replaced.
-      replace: whether a directory that is at `out` in the end may be replaced; may raise.
+      out: the directory to create; empty or absent unless it is to be replaced.
+      replace: returns whether a directory that is at `out` in the end may be replaced; may raise.
 
     Raises `PuzzleError` where the disk has too little room or cannot be written, another process is writing to `out`,
-    something stands there, or a shard reads back differently than it was written.
+    something else is there, or a shard reads back differently than it was written.
     """
     with naming_target(out):
         _write(out, plan, replace)
@@ -121,7 +121,7 @@ def write_checkpoint(out: Path, plan: Plan, *, replace: Callable[[], bool] = lam
 
 @contextmanager
 def naming_target(out: Path) -> Iterator[None]:
-    """Turns errors of the system while `out` is written into a `PuzzleError` that names it."""
+    """Turns system errors that occur while `out` is written into a `PuzzleError` that names it."""
     try:
         if "\0" in str(out):
             raise OSError("its path holds a null character")
@@ -181,7 +181,7 @@ def _write(out: Path, plan: Plan, replace: Callable[[], bool]) -> None:
 
 
 def _remove(directory: Path) -> None:
-    """Removes a checkpoint as far as the system allows, config.json first, so that half of it loads nowhere."""
+    """Removes a checkpoint as far as the system allows, config.json first, so that what is left does not load."""
     with suppress(OSError):
         (directory / CONFIG).unlink(missing_ok=True)
     shutil.rmtree(directory, ignore_errors=True)
@@ -189,7 +189,7 @@ def _remove(directory: Path) -> None:
 
 @contextmanager
 def _locked(work: Path, out: Path) -> Iterator[None]:
-    """Holds the hidden directory for this process; the system lets go of it when the process ends."""
+    """Locks the hidden directory for this process; the system releases the lock when the process ends."""
     work.mkdir(exist_ok=True)
     descriptor = os.open(work, os.O_RDONLY)
     try:
@@ -220,7 +220,7 @@ def _finished_shards(work: Path, journal: Path, plan: Plan) -> dict[str, tuple[i
 
 
 def _measured(path: Path) -> tuple[int, str] | None:
-    """Size and SHA-256 of a file, read from the disk and not from memory where the system allows; None without it."""
+    """Size and SHA-256 of a file, read from the disk, not from memory, where the system allows; None without a file."""
     if not path.is_file():
         return None
     digest, size = hashlib.sha256(), 0
@@ -236,10 +236,10 @@ def _measured(path: Path) -> tuple[int, str] | None:
 def write_file(path: Path, tensors: Sequence[PlannedTensor]) -> tuple[int, str]:
     """Writes one file and reads it back; returns its size in bytes and its SHA-256.
 
-    Raises ValueError where a tensor comes otherwise than planned, `CheckpointError` where the file reads back
+    Raises ValueError where a tensor's type or size is not as planned, `CheckpointError` where the file reads back
     differently.
     """
-    # Wide types first, so that every tensor starts at a multiple of its element's size, as loaders want it.
+    # Wide types first, so that every tensor starts at a multiple of its element's size, as loaders expect.
     tensors = sorted(tensors, key=lambda tensor: -DTYPES[tensor.dtype].itemsize)
     beside = path.with_name(f".{path.name}")
     digest, size = hashlib.sha256(), 0
@@ -292,7 +292,7 @@ def _index(plan: Plan) -> dict[str, bytes]:
 
 
 def _sync(directory: Path) -> None:
-    """Makes the names in a directory last."""
+    """Flushes the entries of a directory to the disk."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)

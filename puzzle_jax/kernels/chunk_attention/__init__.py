@@ -1,12 +1,13 @@
-"""Attention of a chunk of new tokens against the cache of what came before, and against itself: chunked prefill, and
-the check of tokens that were guessed ahead.
+"""Attention of a chunk of new tokens to the KV cache of earlier ones and to itself: for chunked prefill, and for the
+verification of speculative tokens.
 
-A row's chunk begins where its cache ends; rows may stand at positions of their own. The cache is the ring of
-`decode_attention` and does not hold the chunk yet. Implementations: `mosaic_gpu` for Hopper, where it has proved
-itself; `blocks`, whose work follows the tokens that exist and not the cache's size; `reference`, everything at once.
+A row's chunk begins where its cache ends; rows may be at different positions. The cache is the ring of
+`decode_attention` and does not hold the chunk yet. Implementations: `mosaic_gpu` for Hopper, where it has passed its
+self-check; `blocks`, whose work grows with the cached tokens and not with the cache's size; `reference`, everything at
+once.
 
-Left out: chunks of another length for each row (what comes after a short row's end is computed, and is nobody's), and
-gradients.
+Left out: chunks of different lengths per row (what follows the end of a shorter row is computed, and is meaningless),
+and gradients.
 """
 
 from __future__ import annotations
@@ -61,16 +62,16 @@ def chunk_attention(
 
     Args:
       q: rotated queries of the chunk.
-      k, v: rotated keys, and values, of the chunk as a cache stores them.
+      k, v: rotated keys and values of the chunk, as a cache stores them.
       k_cache, v_cache: positions before `start`, in the ring order of `decode_attention`.
       sinks: one unscaled logit per query head.
-      start: position of the chunk's first token, for all rows or for each.
+      start: position of the chunk's first token, one for all rows or one per row.
       window: as in `window_attention`.
-      k_scale, v_scale: what stored numbers are multiplied by; None is 1.
+      k_scale, v_scale: factors that stored numbers are multiplied by; None means 1.
       implementation: pins one of `IMPLEMENTATIONS`.
       mesh: as in `decode_attention`.
 
-    Raises ValueError for shapes and dtypes that do not fit and windows below 1, NotImplementedError where the named
+    Raises ValueError for shapes and dtypes that do not fit and windows below 1, NotImplementedError if the named
     implementation does not accept the arguments.
     """
     (batch, chunk, heads, dim), (kv_heads, slots) = q.shape, k_cache.shape[1::2]
@@ -123,6 +124,6 @@ def chunk_attention(
         def by_heads(q: Array, *rest: Array, **options: Array | int | None) -> Array:
             return attend(q.swapaxes(1, 2), *rest, **options).swapaxes(1, 2)
 
-        arrays = (q.swapaxes(1, 2), k, v, k_cache, v_cache)  # heads are the same axis of all
+        arrays = (q.swapaxes(1, 2), k, v, k_cache, v_cache)  # heads are the same axis in all
         return by_rows_and_heads(by_heads, mesh, arrays, 1, sinks, **options).swapaxes(1, 2)
     return attend(q, k, v, k_cache, v_cache, sinks, **options)

@@ -1,8 +1,8 @@
 """`chunk_attention` by blocks of keys and an online softmax (arXiv 2205.14135) that starts at the sink.
 
 Cached keys are read in blocks, and only as many as hold anything, in a loop of dynamic length, so that a long cache
-costs nothing while it is empty. The chunk's own keys are met by a few blocks of queries, each against what it can
-see. Where rows stand at different positions the loop reads what the longest needs. Plain XLA for every platform.
+costs nothing while it is empty. The queries meet the chunk's own keys in a few blocks, each against the keys that it
+can see. If rows are at different positions, the loop reads what the longest needs. Plain XLA for every platform.
 Left out: gradients (a loop of dynamic length has none).
 """
 
@@ -22,7 +22,7 @@ QUERY_BLOCK, KEY_BLOCK = 128, 512
 
 
 def key_block(slots: int) -> int:
-    """Cached keys that are read together."""
+    """Number of cached keys read at a time."""
     return slots if slots <= KEY_BLOCK else math.gcd(slots, KEY_BLOCK)
 
 
@@ -40,7 +40,7 @@ def chunk_attention(
     reach = None if window is None else jnp.asarray(window).reshape(-1, 1, 1)
     sink = sinks.astype(jnp.float32).reshape(1, kv_heads, 1, group)
     block = key_block(slots)
-    starts = start.reshape(-1, 1)  # of one row, which is as all, or of each
+    starts = start.reshape(-1, 1)  # one for all rows, or one per row
     filled = jnp.minimum(jnp.max(start), slots)
     held = slot_positions(starts[:, 0] - 1, slots)
 
@@ -71,7 +71,7 @@ def chunk_attention(
             return attend(running, keys, values, key)
 
         if not isinstance(window, int) or first < window - 1:  # else no query of the block sees the cache
-            if block == slots:  # of a single turn the compiler would run most of the body, needed or not
+            if block == slots:  # the compiler would run most of the body of a one-step loop, needed or not
                 running = jax.lax.cond(filled > 0, partial(cached, 0), lambda running: running, running)
             else:
                 running = jax.lax.fori_loop(0, (filled + block - 1) // block, cached, running)

@@ -1,18 +1,18 @@
 """`chunk_attention` on Hopper GPUs, in Pallas' Mosaic GPU: prompts in chunks, and few tokens for many rows.
 
-The query tokens of a row and the query heads that share a key-value head are rows of one matrix, of which a program has
-64. It goes over the tiles of keys that its tokens may see, first those of the ring, then those of the chunk itself, in
-one loop with one online softmax (M. Milakov, N. Gimelshein, Online normalizer calculation for softmax, 2018,
-arXiv 1805.02867; T. Dao, FlashAttention-2, 2023, arXiv 2307.08691). Which tiles these are follows from the start of
-each row and from its window, which may both be data; they go around the seam of a ring. A ring may have any number of
+The query tokens of a row and the query heads that share a key-value head are the rows of one matrix, of which a program
+has 64. It goes over the tiles of keys that its tokens may see, first those of the ring, then those of the chunk itself,
+in one loop with one online softmax (M. Milakov, N. Gimelshein, Online normalizer calculation for softmax, 2018,
+arXiv 1805.02867; T. Dao, FlashAttention-2, 2023, arXiv 2307.08691). Which tiles these are follows from the start and
+the window of each row, which may both be data; they may wrap around the end of the ring. A ring may have any number of
 slots, see `ring_tiles`.
 
-Where there are too few blocks of queries to fill a device, programs share the tiles of a block evenly (Flash-Decoding,
-T. Dao, D. Haziza, F. Massa, G. Sizov, 2023). Each gives its maximum, sum and unnormalised output; XLA combines them,
-where the sink joins once.
+If there are too few blocks of queries to fill a device, programs share the tiles of a block evenly (Flash-Decoding,
+T. Dao, D. Haziza, F. Massa, G. Sizov, 2023). Each returns its maximum, sum and unnormalised output; XLA combines them
+and adds the sink once.
 
-Left out: more than 64 rows per program, warp specialisation, tiles without a mask where all keys are seen, and outputs
-in bfloat16 where one program has all tiles of a block.
+Left out: more than 64 rows per program, warp specialisation, unmasked tiles where all keys are seen, and outputs in
+bfloat16 where one program has all tiles of a block.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ ROWS = 64
 TILE = 64
 STEPS = 2
 PROGRAMS = 396
-"""Programs among which the tiles of few blocks of queries are shared: three for each multiprocessor of an H100."""
+"""Programs that share the tiles of few blocks of queries: three for each multiprocessor of an H100."""
 
 TILES_PER_PART = 8
-"""A program has at least so many tiles, if there are any."""
+"""The fewest tiles that a program gets, if there are that many."""
 
 
 def chunk_attention(
@@ -66,8 +66,9 @@ def chunk_attention(
     window: Window,
     interpret: bool = False,
 ) -> Queries:
-    """See the api. Raises NotImplementedError where this is no Hopper GPU (unless interpreted), below JAX 0.11.2, for
-    other caches than bfloat16 and e4m3, and for heads that are no multiple of 64 up to 256."""
+    """See the api. Raises NotImplementedError off Hopper GPUs (unless interpreted), below JAX 0.11.2, for caches other
+    than bfloat16 and e4m3, for a chunk stored otherwise than its cache, and for head sizes that are not a multiple of
+    64 up to 256."""
     hopper_only(interpret)
     batch, chunk, heads, dim = q.shape
     kv_heads, slots = cache.k.shape[1], cache.slots
@@ -103,7 +104,7 @@ def chunk_attention(
 
 
 def num_parts(blocks: int, tiles: int) -> int:
-    """Programs that share the tiles of one block of queries, of which there are so many in all."""
+    """Programs that share the `tiles` tiles of one block of queries, of which there are `blocks` in total."""
     return max(1, min(-(-PROGRAMS // blocks), tiles // TILES_PER_PART))
 
 
@@ -111,7 +112,7 @@ def _cached_tiles(
     start: Array, first: Array, width: Array, slots: int
 ) -> tuple[Int[Array, ""], Int[Array, ""], Int[Array, ""]]:
     """For a block of queries: the tile of the oldest key in the ring that it sees, how many tiles it visits from there
-    on, around the ring, and the slot of the ring's newest key. `first` is its first token's number in the chunk."""
+    on, around the ring, and the slot of the ring's newest key. `first` is the index of its first token in the chunk."""
     oldest = jnp.maximum(jnp.maximum(start + first - width + 1, start - slots), 0)
     newest = jnp.maximum(start - 1, 0)
     from_slot, to_slot = lax.rem(oldest, slots), lax.rem(newest, slots)
@@ -166,7 +167,7 @@ def _parts(
         begin, end = lax.div(count * s, parts), lax.div(count * (s + 1), parts)
 
         def place(index: Array) -> tuple[Array, Array]:
-            """The tile that comes at an index, and whether it is one of the ring."""
+            """The tile at an index of the loop, and whether it belongs to the ring."""
             around = from_tile + index
             around = jnp.where(around >= ring_tiles, around - ring_tiles, around)
             return jnp.where(index < cached, around, own_tile + index - cached), index < cached
@@ -191,7 +192,7 @@ def _parts(
                 k_tile, v_tile = as_half(k_tile, halves[0]), as_half(v_tile, halves[1])
                 mosaic.commit_smem()
             logits = product(q_tile, k_tile, ROWS, TILE)
-            # Slots up to the newest hold positions of this lap, those behind it of the one before.
+            # Slots up to the newest hold positions of this lap of the ring, later slots those of the lap before.
             lap = start - 1 - newest
             number = mosaic.broadcasted_iota(jnp.int32, (ROWS, TILE), 1, layout=matrix) + tile * TILE
             there = number < jnp.where(of_ring, slots, chunk)
@@ -225,11 +226,11 @@ def _parts(
         stored((out_tile, out.at[at]), (largest_tile, largest_out.at[at]), (total_tile, total_out.at[at]))
 
     def shared(shape: tuple[int, ...], kind: object = dtype, columns: int | None = None) -> object:
-        """A tile of shared memory, in a pattern of so many columns, or of as many as there can be."""
+        """A tile of shared memory, with a swizzle of so many columns, or of all columns of the tile."""
         bits = 8 if kind == jnp.uint8 else 16
         return mosaic.SMEM(shape, kind, transforms=swizzled(columns or shape[-1], bits))
 
-    # Both sides of a product lie in patterns of one width.
+    # Both operands of a product must have swizzles of one width.
     columns = key_columns(k_cache.shape[3], TILE)
     halves = [shared((dim, TILE)), shared((TILE, dim))] if packed else []
     cached = k_cache.dtype

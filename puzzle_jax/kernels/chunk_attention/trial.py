@@ -1,5 +1,5 @@
-"""What kernels of `chunk_attention` are tried on: rows whose cache is empty, half filled, full, and came round where it
-is a ring."""
+"""Trials of kernels of `chunk_attention`: with rows whose cache is empty, half full, full, and wrapped if it is a
+ring."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ MOST_SLOTS, MOST_TOKENS, ROWS, SCALE = 8192, 512, 4, 0.25
 def trial(
     q: Queries, cache: LayerCache, sinks: Sinks, start: Starts, window: Window, run: Callable[..., Array]
 ) -> Trial:
-    """A trial for these arguments; `run` is the api. Of more slots, `MOST_SLOTS` and what tiles leave over; chunks are
-    rounded up to a power of two, `MOST_TOKENS` at most. One start for all rows is tried in the middle of the cache."""
+    """A trial for these arguments; `run` is the api. Slots are limited to `MOST_SLOTS` plus what tiles leave over;
+    chunks are rounded up to a power of two, at most `MOST_TOKENS`. One start for all rows is halfway into the cache."""
     (_, chunk, heads, dim), (kv_heads, slots) = q.shape, cache.k.shape[1::2]
     dtype, stored, group = jnp.dtype(q.dtype), jnp.dtype(cache.k.dtype), heads // kv_heads
     scaled, static = cache.k_scale is not None, window is None or isinstance(window, int)
@@ -41,7 +41,7 @@ def trial(
         ]
         held = [encode_e4m3(x, scale) if of_bytes else x.astype(stored) for x in held]
         own_sinks = jax.random.normal(keys[5], (heads,), sinks.dtype)
-        last = own + own // 3 if window is not None else own  # a ring that came round
+        last = own + own // 3 if window is not None else own  # a ring that has wrapped
         starts = jnp.asarray([0, own // 2, own, last], jnp.int32)
         widths = jnp.asarray([max(1, own // part) for part in range(1, ROWS + 1)], jnp.int32)
         return queries, *held, own_sinks, starts if by_row else starts[1], scale, widths

@@ -1,11 +1,11 @@
-"""Attention of one new token per row against its cache.
+"""Attention of one new token per row to the row's KV cache.
 
-The cache of a layer is a ring: position p lies in slot p mod slots, so a windowed layer needs as many slots as its
-window and a full one as many as the context. What a slot holds follows from the row's length alone. Keys lie
-[dim, slots] and values [slots, dim], the order in which both matmuls read them. Caches are of the dtype to compute
-with, bfloat16, or bytes of e4m3 with a scale per tensor (`kernels.float8`), which is folded into logits and output.
-Implementations: `mosaic_gpu` for Hopper and `mosaic_tpu`, where these have proved themselves; `blocks`, for e4m3 on
-CPUs; `reference`, plain XLA.
+The cache of a layer is a ring: position p is in slot p mod slots, so a windowed layer needs as many slots as its window
+and a full one as many as the context. What a slot holds follows from the row's length alone. Keys are stored as
+[dim, slots] and values as [slots, dim], the order in which both matmuls read them. Caches hold the compute dtype,
+bfloat16, or bytes of e4m3 with one scale per tensor (`kernels.float8`), which is folded into logits and output.
+Implementations: `mosaic_gpu` for Hopper and `mosaic_tpu`, where they have passed their self-check; `blocks`, for e4m3
+on CPUs; `reference`, plain XLA.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ def decode_attention(
       k_cache, v_cache: rotated keys and values; slot s holds the last position p <= positions with p mod slots = s.
       sinks: one unscaled logit per query head.
       positions: position of the query in its row.
-      window: as in `window_attention`; slots older than it are not seen.
-      k_scale, v_scale: what cached numbers are multiplied by; None is 1.
+      window: as in `window_attention`; positions older than it are not seen.
+      k_scale, v_scale: factors that cached numbers are multiplied by; None means 1.
       implementation: pins one of `IMPLEMENTATIONS`.
-      mesh: with axes "data" and "model" that rows and heads are cut along, so that a kernel can be a device's part of
-        it. Without one, XLA sees to it that every device has what it needs.
+      mesh: mesh with axes "data" and "model" that shard rows and heads, so that a kernel can run on each device's
+        shard. Without one, XLA sees to it that every device has what it needs.
 
-    Raises ValueError for shapes and dtypes that do not fit and windows below 1, NotImplementedError where no
+    Raises ValueError for shapes and dtypes that do not fit and windows below 1, NotImplementedError if no
     implementation accepts the arguments.
     """
     (batch, heads, dim), (kv_heads, slots) = q.shape, k_cache.shape[1::2]

@@ -1,9 +1,9 @@
 """`decode_attention` on CPUs from a cache of e4m3 bytes, by blocks of slots and an online softmax (arXiv 2205.14135).
 
-A CPU has no arithmetic for e4m3 and writes the numbers out before it multiplies by them, which costs as much as the
-product. A block at a time they stay near the processor, and only blocks are turned that hold anything for any row: a
-long cache costs little while it is empty. A block without visible slots adds exactly nothing, so a row's result does
-not depend on how far other rows have come. Left out: other dtypes, which `reference` reads as they are.
+A CPU has no arithmetic for e4m3 and writes out the decoded numbers before it multiplies by them, which costs as much as
+the product. One block at a time, they stay in the CPU's caches, and only blocks that hold anything for any row are
+decoded: a long cache costs little while it is empty. A block without visible slots adds exactly zero, so a row's result
+does not depend on how far other rows have come. Left out: other dtypes, which `reference` reads as they are.
 """
 
 from __future__ import annotations

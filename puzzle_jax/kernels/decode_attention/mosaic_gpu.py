@@ -1,14 +1,15 @@
 """`decode_attention` on Hopper GPUs, in Pallas' Mosaic GPU: a program per row, key-value head and part of the cache.
 
-The query heads that share a key-value head are rows of one wgmma, which wants 64 of them: the rest are zeros. Keys and
-values come by TMA in a ring, bytes of e4m3 become float16 on their way through registers (two integer operations; the
-factor of 256 by which their exponents differ goes into logits and output), and the softmax runs online over the tiles
-of a part. Every part gives its maximum, sum and unnormalised output; XLA combines them, where the sink joins once.
+The query heads that share a key-value head are the rows of one wgmma, which needs 64 of them: the rest are zeros. Keys
+and values arrive by TMA in a ring of tiles, bytes of e4m3 become float16 on their way through registers (two integer
+operations; the factor of 256 by which their exponents differ is folded into logits and output), and the softmax runs
+online over the tiles of a part. Every part returns its maximum, sum and unnormalised output; XLA combines them and adds
+the sink once.
 
-Parts of which nothing is seen are skipped, so time grows with what is cached and not with what could be. A cache may
-have any number of slots, see `ring_tiles`; the last tiles may reach past them.
+Parts without visible slots are skipped, so time grows with what is cached, not with the cache's size. A cache may have
+any number of slots, see `ring_tiles`; the last tiles may reach past the end.
 
-Left out: several query tokens, and a number of parts that follows from how many programs the device runs at a time.
+Left out: several query tokens, and a number of parts chosen by how many programs the device runs at a time.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ STEPS = 2
 def decode_attention(
     q: Heads, cache: LayerCache, sinks: Sinks, positions: Rows, *, window: Window, interpret: bool = False
 ) -> Heads:
-    """See the api. Raises NotImplementedError where this is no Hopper GPU (unless interpreted), below JAX 0.11.2, for
-    other caches than bfloat16 and e4m3, for heads that are no multiple of 64 up to 256, and for more than 64 of them on
-    one key."""
+    """See the api. Raises NotImplementedError off Hopper GPUs (unless interpreted), below JAX 0.11.2, for caches other
+    than bfloat16 and e4m3, for head sizes that are not a multiple of 64 up to 256, and for more than 64 query heads per
+    key-value head."""
     hopper_only(interpret)
     batch, heads, dim = q.shape
     kv_heads, slots = cache.k.shape[1], cache.slots
@@ -57,7 +58,7 @@ def decode_attention(
     out, largest, total = call(rows, *readable(cache.k, cache.v), positions, widths)
     out, largest, total = out[..., :group, :], largest[..., :group], total[..., :group]
 
-    # What a part that was skipped holds is nobody's.
+    # The results of skipped parts are undefined.
     first = jnp.arange(parts) * tile * tiles
     start, stop = seen_slots(positions[:, None], widths[:, None], slots)
     there = ((first <= stop) & (first + tile * tiles > start))[:, None, :, None]
@@ -72,7 +73,7 @@ def decode_attention(
 
 
 def tiling(slots: int) -> tuple[int, int, int]:
-    """Slots of a tile, tiles of a part, and parts."""
+    """Slots per tile, tiles per part, and number of parts."""
     tile = LARGEST_TILE if slots > SMALLEST_TILE else SMALLEST_TILE
     count = -(-slots // tile)
     parts = -(-count // TILES_PER_PART)
@@ -117,7 +118,7 @@ def _parts(
                 mosaic.commit_smem()
             logits = product(q_tile, k_tile, ROWS, tile)
             slot = mosaic.broadcasted_iota(jnp.int32, (ROWS, tile), 1, layout=matrix) + (s * part + index[0] * tile)
-            # A slot holds the last position of its number; its distance from the query's decides whether it is seen.
+            # A slot holds the last position with its number; the distance to the query decides whether it is seen.
             behind = lax.rem(position, slots) - slot
             behind = jnp.where(behind < 0, behind + slots, behind)
             seen = (behind <= position) & (behind < width)
@@ -161,7 +162,7 @@ def _parts(
         kind = dtype if swizzle else jnp.float32
         return mosaic.SMEM(shape, kind, transforms=swizzled(shape[1]) if swizzle else ())
 
-    # Both sides of a product lie in patterns of one width.
+    # Both operands of a product must have swizzles of one width.
     q_tile = mosaic.SMEM((ROWS, dim), dtype, transforms=swizzled(dim if packed else min(columns, dim)))
     grid = (batch, kv_heads, parts)
     per_row = jax.ShapeDtypeStruct((*grid, ROWS), jnp.float32)

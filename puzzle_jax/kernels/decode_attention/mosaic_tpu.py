@@ -1,9 +1,9 @@
 """`decode_attention` on TPUs, in Pallas: a program per row and key-value head, a step per tile of the cache.
 
 The query heads that share a key-value head are the rows of both products. Position and window of every row are
-prefetched, so that tiles of which nothing is seen are neither fetched nor read: the pipeline then keeps the tile that
-it has. Bytes of e4m3 are decoded in the kernel; their scales go into logits and output. The softmax runs
-online over the tiles and starts from the sink, as from a key without a value.
+prefetched, so that tiles without visible slots are neither fetched nor read: the pipeline keeps the tile that it has.
+Bytes of e4m3 are decoded in the kernel; their scales are folded into logits and output. The softmax runs online over
+the tiles and starts from the sink, as from a key without a value.
 
 Left out: several query tokens, and several rows per program.
 """
@@ -31,7 +31,8 @@ MIN_ROWS = 16
 def decode_attention(
     q: Heads, cache: LayerCache, sinks: Sinks, positions: Rows, *, window: Window, interpret: bool = False
 ) -> Heads:
-    """See the api. Raises NotImplementedError off TPUs unless interpreted, and for slots that no tile divides."""
+    """See the api. Raises NotImplementedError off TPUs unless interpreted, and for more than 4,096 slots that no tile
+    divides."""
     if not interpret and target_platform() != "tpu":
         raise NotImplementedError(f"for TPUs, but this is {target_platform()}")
     batch, heads, dim = q.shape
@@ -45,13 +46,13 @@ def decode_attention(
     grouped = jnp.pad(q.reshape(batch, kv_heads, group, dim), fill)
     wide = jnp.broadcast_to(sinks.astype(jnp.float32).reshape(1, kv_heads, group, 1), (1, kv_heads, group, LANES))
     widths = jnp.broadcast_to(jnp.asarray(slots if window is None else window, jnp.int32), (batch,))
-    # Two numbers that every program reads: what logits and output are multiplied by.
+    # Two factors that every program reads, one for the logits and one for the output.
     scales = jnp.stack([dim**-0.5 * _or_one(cache.k_scale), _or_one(cache.v_scale)])
 
     def tiles_of(b: Index, position: Ref, width: Ref) -> tuple[Array, Array]:
-        """The first and the last tile that row `b` sees something of."""
+        """The first and the last tile with slots that row `b` sees."""
         first, last = seen_slots(position[b], width[b], slots)
-        return lax.div(first, tile), lax.div(last, tile)  # `//` of what may be negative is more than TPUs have here
+        return lax.div(first, tile), lax.div(last, tile)  # `//` of possibly negative numbers is beyond TPUs here
 
     def kernel(position: Ref, width: Ref, scale: Ref, q: Ref, sink: Ref, k: Ref, v: Ref, out: Ref, *carry: Ref) -> None:
         largest, total, mixed = carry
@@ -69,7 +70,7 @@ def decode_attention(
             keys, values = (_loaded(stored[0, 0], q.dtype) for stored in (k, v))
             logits = jnp.dot(q[0, 0], keys, preferred_element_type=jnp.float32) * scale[0]
             slot = lax.broadcasted_iota(jnp.int32, logits.shape, 1) + t * tile
-            # A slot holds the last position of its number; its distance from the query's decides whether it is seen.
+            # A slot holds the last position with its number; the distance to the query decides whether it is seen.
             behind = lax.rem(position[b], slots) - slot
             behind = jnp.where(behind < 0, behind + slots, behind)
             seen = (behind <= position[b]) & (behind < width[b])
@@ -130,7 +131,7 @@ def _or_one(scale: Scale) -> Float[Array, ""]:
 
 
 def _loaded(stored: Num[Array, "some others"], dtype: jnp.dtype | type) -> Float[Array, "some others"]:
-    """Cached numbers in the dtype to compute with, their scale left out."""
+    """Cached numbers in the compute dtype, without their scale."""
     if stored.dtype != jnp.uint8:
         return stored.astype(dtype)
     return e4m3_values(stored.astype(jnp.int32)).astype(dtype)

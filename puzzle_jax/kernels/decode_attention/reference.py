@@ -1,7 +1,7 @@
 """Reference for `decode_attention`: all slots, masked by the positions that they hold.
 
 Plain XLA, and fast on CPU too: with keys stored [dim, slots] and values [slots, dim], both products are matmuls that
-read the cache in its own order.
+read the cache in memory order.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from puzzle_jax.kernels.window_attention.reference import softmax_with_sink
 
 
 class LayerCache(NamedTuple):
-    """Rotated keys, and values, of one layer as they are stored, and their scales where they have any."""
+    """Rotated keys and values of one layer as they are stored, and their scales if they have any."""
 
     k: KeyRing
     v: ValueRing
@@ -29,7 +29,7 @@ class LayerCache(NamedTuple):
 
 
 def slot_positions(positions: Int[Array, "*batch"], slots: int) -> Int[Array, "*batch slots"]:
-    """The position that each ring slot holds once `positions` was written; negative where nothing was."""
+    """The position that each ring slot holds once `positions` has been written; negative for empty slots."""
     behind = (positions[..., None] - jnp.arange(slots)) % slots
     return positions[..., None] - behind
 
@@ -37,13 +37,13 @@ def slot_positions(positions: Int[Array, "*batch"], slots: int) -> Int[Array, "*
 def seen_slots(
     position: Int[Array, "*batch"], width: Int[Array, "*batch"], slots: int
 ) -> tuple[Int[Array, "*batch"], Int[Array, "*batch"]]:
-    """The first and the last slot that may be seen from `position` within `width`: all of a ring that came round."""
+    """The first and the last slot that `position` may see within `width`: all slots once the ring has wrapped."""
     first = jnp.where(position < slots, jnp.maximum(position - width + 1, 0), 0)
     return first, jnp.minimum(position, slots - 1)
 
 
 def load(stored: Num[Array, "*shape"], dtype: jnp.dtype | type) -> Float[Array, "*shape"]:
-    """Cached numbers in the dtype to compute with, their scale left out."""
+    """Cached numbers in the compute dtype, without their scale."""
     return decode_e4m3(stored, dtype) if stored.dtype == jnp.uint8 else stored.astype(dtype)
 
 

@@ -1,5 +1,5 @@
-"""What kernels of `decode_attention` are tried on: rows at the start, in the middle and at the end of a cache, and
-beyond where it is a ring."""
+"""Trials of kernels of `decode_attention`: with rows at the start, in the middle and at the end of a cache, and past
+the end if it is a ring."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MOST_SLOTS, ROWS, SCALE = 8192, 6, 0.25
 
 
 def trial(q: Heads, cache: LayerCache, sinks: Sinks, window: Window, run: Callable[..., Array]) -> Trial:
-    """A trial for these arguments; `run` is the api. Of more slots, `MOST_SLOTS` and what tiles leave over."""
+    """A trial for these arguments; `run` is the api. Slots are limited to `MOST_SLOTS` plus what tiles leave over."""
     (_, heads, dim), (kv_heads, slots) = q.shape, cache.k.shape[1::2]
     dtype, stored, group = jnp.dtype(q.dtype), jnp.dtype(cache.k.dtype), heads // kv_heads
     scaled, static = cache.k_scale is not None, window is None or isinstance(window, int)
@@ -35,7 +35,7 @@ def trial(q: Heads, cache: LayerCache, sinks: Sinks, window: Window, run: Callab
         ]
         rings = [encode_e4m3(ring, scale) if of_bytes else ring.astype(stored) for ring in rings]
         own_sinks = jax.random.normal(keys[3], (heads,), sinks.dtype)
-        last = own + own // 3 if window is not None else own - 1  # a ring that came round
+        last = own + own // 3 if window is not None else own - 1  # a ring that has wrapped
         positions = jnp.asarray([0, 1, own // 2, max(own - 2, 0), own - 1, last], jnp.int32)
         widths = jnp.asarray([max(1, own // part) for part in range(1, ROWS + 1)], jnp.int32)
         return queries, *rings, own_sinks, positions, scale, widths

@@ -1,17 +1,17 @@
 """The experts' feed-forward network: gate-up matmul, clamped SwiGLU, down matmul, weighted sum.
 
-`expert_outputs` gives every chosen expert's own output; `expert_mlp` combines them with the gates, on a mesh by expert
-parallelism. Implementations: `mosaic_gpu` and `mosaic_tpu`, by the kernels of `grouped_matmul`, and `mosaic_gpu_fused`,
-whose first matmul ends with the activation, where these have proved themselves; `expert_loop` on CPUs, one chosen
-expert after the other; `capacity` for few tokens, which reads all weights once and gathers none; `ragged_dot` on TPUs
-and `looped` on GPUs, see `grouped_matmul`; `sorted_blocks`, dropless matmuls in blocks of one expert each; `reference`,
-every expert on every token; and, by name only, `tokamax`. All but the kernels and tokamax's are XLA programs. Under
-differentiation `expert_loop` and `capacity` become `sorted_blocks`, or `looped` on GPUs, and `mosaic_gpu_fused` becomes
-`mosaic_gpu`. Packed experts that are too many to be decoded together (`mxfp4.MOST_DECODED`) go through `expert_loop` or
-`looped` without a kernel.
+`expert_outputs` returns every chosen expert's own output; `expert_mlp` combines them with the gates, by expert
+parallelism on a mesh. Implementations: `mosaic_gpu` and `mosaic_tpu`, by the kernels of `grouped_matmul`, and
+`mosaic_gpu_fused`, whose first matmul includes the activation, where they have passed their self-check; `expert_loop`
+on CPUs, one chosen expert after another; `capacity` for few tokens, which reads all weights once and gathers none;
+`ragged_dot` on TPUs and `looped` on GPUs, see `grouped_matmul`; `sorted_blocks`, dropless matmuls in blocks of one
+expert each; `reference`, every expert on every token; and, only by name, `tokamax`. All but the kernels and tokamax's
+are XLA programs. Under differentiation `expert_loop` and `capacity` become `sorted_blocks`, or `looped` on GPUs, and
+`mosaic_gpu_fused` becomes `mosaic_gpu`. Without a kernel, packed experts that are too large to be decoded together
+(`mxfp4.MOST_DECODED`) go through `expert_loop` or `looped`.
 
-Numerics are gpt-oss's: even columns of gate-up are the gate and odd ones the linear part; the gate is clamped from
-above only; the gate weight multiplies after the bias of the down projection.
+Numerics are those of gpt-oss: even columns of gate-up are the gate and odd ones the linear part; the gate is clamped
+only from above; the gate weight multiplies after the bias of the down projection.
 """
 
 from __future__ import annotations
@@ -60,15 +60,15 @@ def expert_outputs(
 
     Args:
       x: normalised hidden states.
-      ids: experts per token.
+      ids: chosen experts of each token.
       experts: the layer's weights, used in the dtype of `x`.
       limit: SwiGLU clamp.
-      spread: experts that the pairs are spread over, by which blocks are sized; more than there are where these are one
-        device's of many. Ids past the experts then stand for others', whose output is undefined.
+      spread: number of experts that the pairs are spread over, by which blocks are sized; larger than the number of
+        `experts` if these are one device's share. Ids past these belong to other devices; their output is undefined.
       implementation: pins one of `IMPLEMENTATIONS`.
       mesh: as in `expert_mlp`; all devices of the model axis get all outputs.
 
-    Raises ValueError for shapes that do not fit, NotImplementedError where no implementation accepts the arguments.
+    Raises ValueError for shapes that do not fit, NotImplementedError if no implementation accepts the arguments.
     """
     _check(x, ids, experts)
     if not ids.size:
@@ -90,7 +90,7 @@ def expert_outputs(
 
 
 def _check(x: Array, ids: Array, experts: Experts) -> None:
-    """Shapes, before anything runs."""
+    """Checks shapes, before anything runs."""
     num_experts, hidden, two_inter = experts.gate_up.shape
     expected = {
         "x": (x, (len(ids), hidden)),
@@ -112,12 +112,12 @@ def expert_mlp(
     mesh: Mesh | AbstractMesh | None = None,
     way: str | None = None,
 ) -> Float[Array, "*positions hidden"]:
-    """The mixture's output: chosen experts' outputs summed with their gates, in float32, then the dtype of `x`.
+    """The mixture's output: the sum of chosen experts' outputs times their gates, in float32, then the dtype of `x`.
 
     Args:
-      x: normalised hidden states, of a list of tokens or of rows of them; `routing` lists the tokens row by row.
-      mesh: with an axis "model" that experts are cut along and others that tokens are, see `parallel`. Without one, or
-        where the model axis does not divide the experts, XLA sees to it that every device has what it needs.
+      x: normalised hidden states, of a list of tokens or of rows of tokens; `routing` lists the tokens row by row.
+      mesh: mesh whose axis "model" shards the experts and whose other axes shard the tokens, see `parallel`. Without
+        one, or if the model axis does not divide the experts, XLA sees to it that every device has what it needs.
       way: pins one of `parallel.WAYS`.
     """
     spread = experts.down_bias.shape[0]
@@ -129,11 +129,11 @@ def expert_mlp(
 
 
 def _spreads(mesh: Mesh | AbstractMesh | None, experts: int) -> TypeGuard[Mesh | AbstractMesh]:
-    """Whether a mesh's devices each have experts of their own."""
+    """Returns whether each device of a mesh can hold experts of its own."""
     return mesh is not None and mesh.size > 1 and experts % mesh.shape["model"] == 0
 
 
 def combine(outputs: ExpertOutputs, gates: Float[Array, "tokens k"]) -> Tokens:
-    """Chosen experts' outputs summed with their gates, in float32, then the dtype of the outputs."""
+    """The sum of chosen experts' outputs times their gates, in float32, then the dtype of the outputs."""
     mixed = jnp.einsum("tkh,tk->th", outputs.astype(jnp.float32), gates.astype(jnp.float32))
     return mixed.astype(outputs.dtype)

@@ -1,8 +1,8 @@
-"""`expert_mlp` on CPUs: one chosen expert after the other, one block of its rows after the other.
+"""`expert_mlp` on CPUs: one chosen expert after another, and for each one block of its rows after another.
 
-Every chosen expert's matrices are taken out once and stay in the cache while its rows pass, where batched matmuls read
-all experts and gather them first. Experts that nobody chose cost nothing, packed ones are decoded a tile at a time in
-the product itself, and a token's bits depend on no other token.
+Every chosen expert's matrices are sliced out once and stay in the cache while its rows are processed, whereas batched
+matmuls read all experts and gather them first. Experts that no token chose cost nothing, packed ones are decoded a tile
+at a time in the product itself, and a token's result is bit-identical whatever the other tokens are.
 Left out: accelerators, where a loop of small blocks leaves most of the device idle; bfloat16, whose conversion would
 cost more than is saved; and small experts, whose matmuls are shorter than a step of the loop.
 """
@@ -26,7 +26,7 @@ MIN_BLOCK, MAX_BLOCK = 4, 64
 
 
 def expert_outputs(x: Tokens, ids: Ids, experts: Experts, *, limit: float, spread: int | None = None) -> ExpertOutputs:
-    """See the api. Raises NotImplementedError off CPUs, in other types than float32, and for experts of less than
+    """See the api. Raises NotImplementedError off CPUs, for dtypes other than float32, and for experts smaller than
     `MIN_EXPERT_BYTES`."""
     if target_platform() != "cpu" or x.dtype != jnp.float32:
         raise NotImplementedError(f"for float32 on CPUs, but this is {x.dtype} on {target_platform()}")

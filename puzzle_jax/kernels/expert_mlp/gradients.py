@@ -1,7 +1,7 @@
-"""Implementations of `expert_mlp` that take the gradients of others.
+"""Gradients for implementations of `expert_mlp` that borrow those of another.
 
-Where one is differentiated, the other runs in its place, forwards and backwards: loops have no gradients worth having,
-and a kernel that gives only what comes after the activation lacks what its gradient needs.
+When one is differentiated, the other runs in its place, forwards and backwards: loops have no usable gradients, and a
+kernel that returns only what comes after the activation lacks what its gradient needs.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from puzzle_jax.kernels.expert_mlp.reference import Experts
 from puzzle_jax.kernels.shapes import Array
 
 Settings = tuple[float, int]
-"""Limit of the SwiGLU, and experts that the pairs are spread over."""
+"""Limit of the SwiGLU, and number of experts that the pairs are spread over."""
 
 Forward = Callable[[Settings, Array, Array, Experts], Array]
 Backward = Callable[[Array], tuple[Array, Experts]]
 
 
 def with_gradients_of(other: Forward) -> Callable[[Forward], Forward]:
-    """Decorates `forward(settings, x, ids, experts)`, to be differentiated in `x` and `experts`."""
+    """Decorates `forward(settings, x, ids, experts)` to have the gradients of `other` in `x` and `experts`."""
 
     def decorate(forward: Forward) -> Forward:
         def save(settings: Settings, x: Array, ids: Array, experts: Experts) -> tuple[Array, Backward]:

@@ -2,9 +2,9 @@
 
     gather - gate-up kernel - bias, clamped SwiGLU - down kernel - bias - gather
 
-What lies between the kernels is elementwise and left to XLA, which fuses it with the gathers; or with `fused` the first
-kernel does it, too (`mosaic_gpu`). Packed weights go to the kernels as they are. A block without rows is not written by
-kernels: what the first one leaves there is set to zero, or a gradient could multiply it by zero and get no number.
+What lies between the kernels is elementwise and left to XLA, which fuses it with the gathers; with `fused`, the first
+kernel does it too (`mosaic_gpu`). Packed weights go to the kernels as they are. Kernels do not write blocks without
+rows: what the first one leaves there is set to zero, since a gradient could multiply it by zero and get NaN.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def by(name: str, **options: bool) -> Callable[..., Array]:
 
 def fused(**options: bool) -> Callable[..., Array]:
     """`expert_outputs` on Hopper GPUs with the activation in the first kernel. Its gradients are those of
-    `by("mosaic_gpu")`, which keeps what the activation is taken of: to compute that again backwards would be one more
-    matmul of three, and with rematerialised layers what runs first has the kernel all the same."""
+    `by("mosaic_gpu")`, which keeps the input of the activation: recomputing that in the backward pass would cost one
+    more matmul, and with rematerialised layers the first forward pass uses the fused kernel anyway."""
     pair = by("mosaic_gpu", **options)
 
     def in_two_steps(settings: Settings, x: Array, ids: Array, experts: Experts) -> Array:
@@ -60,7 +60,7 @@ def fused(**options: bool) -> Callable[..., Array]:
 
 def looped(x: Tokens, ids: Ids, experts: Experts, *, limit: float, spread: int | None = None) -> ExpertOutputs:
     """`expert_outputs` by a loop over blocks. Raises NotImplementedError off GPUs, where there are faster ways, unless
-    packed experts are too many to be decoded together."""
+    packed experts are too large to be decoded together."""
     if target_platform() != "gpu" and decoded_together(x.dtype, experts.gate_up, experts.down):
         raise NotImplementedError(f"a loop over blocks is for GPUs, but this is {target_platform()}")
     return by("looped", interpret=True)(x, ids, experts, limit=limit, spread=spread)
@@ -77,12 +77,12 @@ def expert_outputs(
     block_rows: Callable[..., int],
     gate_up: Callable[..., Array] | None = None,
 ) -> ExpertOutputs:
-    """See the api. Raises NotImplementedError where a kernel does.
+    """See the api. Raises NotImplementedError if a kernel does.
 
     Args:
-      kernel, block_rows: a grouped matmul, and rows per block that suit it.
-      gate_up: the first matmul with its activation, as `activated_product` is, in place of the kernel and XLA; what it
-        gives the kernel takes.
+      kernel, block_rows: a grouped matmul, and a function for the rows per block that suit it.
+      gate_up: the first matmul with its activation, used instead of `activated_product` with `kernel`; `kernel` must
+        accept its result.
     """
     tokens, k = ids.shape
     num_experts = experts.down_bias.shape[0]
@@ -110,13 +110,13 @@ def activated_product(
     limit: float,
     kernel: Callable[..., Array],
 ) -> Sorted:
-    """Rows in blocks of one expert each, times their experts' matrices, activated by XLA; zeros of the product, and
-    what the bias makes of them, for blocks without rows."""
+    """Rows in blocks of one expert each, times their experts' matrices, activated by XLA. The product is taken as
+    zero for blocks without rows, before bias and activation."""
     h = jnp.where(in_use_rows(expert, used, len(rows)), kernel(rows, weights, expert, used), 0)
     return clamped_swiglu(_plus(h, bias[expert]), limit).astype(rows.dtype)
 
 
 def _plus(rows: Float[Array, "padded columns"], bias: Float[Array, "blocks columns"]) -> Float[Array, "padded columns"]:
-    """In float32, each block's bias added to its rows."""
+    """Adds each block's bias to its rows, in float32."""
     blocks = rows.astype(jnp.float32).reshape(len(bias), -1, rows.shape[1])
     return (blocks + bias.astype(jnp.float32)[:, None]).reshape(rows.shape)

@@ -1,21 +1,21 @@
 """The first matmul of `expert_mlp` on Hopper GPUs with its activation: rows in blocks of one expert each become the
 inputs of the second matmul, and the product, which is twice as wide, never reaches global memory.
 
-The products are those of `grouped_matmul.mosaic_gpu`. Gate and linear columns are interleaved, and what is paired must
-come to lie in the same registers.
+The products are those of `grouped_matmul.mosaic_gpu`. Gate and linear columns are interleaved, and the two of a pair
+must end up in the same registers.
 
-Packed (MXFP4): outputs are rows of bytes, so gates are every second row. Seen as half as many rows of twice the length,
-without moving a byte, they are the first half of each and the linear parts are the second. A program multiplies its
-rows by 64 of both, and the two sums meet in registers in float32. The second matmul wants even and odd inputs apart: a
-matrix of ones and zeros, 64 x 64, puts what this gives in that order, exactly, so that XLA need not.
+Packed (MXFP4): outputs are rows of bytes, so gates are every second row. Viewed as half as many rows of twice the
+length, without moving a byte, gates are the first half of each row and linear parts the second. A program multiplies
+its rows by 64 of both, and the two sums meet in registers in float32. The second matmul needs even and odd inputs
+separated: a matrix of ones and zeros, 64 x 64, puts the result in that order, exactly, so that XLA need not.
 
-Dense: outputs are adjacent columns, which no copy to shared memory can part. The product goes to shared memory as
-bfloat16, as it would without this kernel, and two matrices of ones and zeros, 64 x 32, take the even and the odd
-columns of 64 at a time out of it, exactly: 64 inputs more than the matmul's own. A number that is not finite spreads
-over the 32 outputs beside it.
+Dense: outputs are adjacent columns, which no copy to shared memory can separate. The product goes to shared memory as
+bfloat16, as it would without this kernel, and two matrices of ones and zeros, 64 x 32, extract the even and the odd
+columns of 64 at a time, exactly: 64 inputs more than the matmul's own. A number that is not finite spreads over the 32
+outputs next to it.
 
-Left out: the second matmul, which needs whole rows of what this gives (docs/kernels.md); and gradients, which are those
-of the matmul without an activation.
+Left out: the second matmul, which needs whole rows of this result (docs/kernels.md); and gradients, which are those of
+the matmul without an activation.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from puzzle_jax.kernels.mxfp4 import GROUP, MXFP4, Weights
 from puzzle_jax.kernels.shapes import Array, BlockExperts, Float, Index, IntScalar, Matrices, Ref, Sorted
 
 PARTED, HALF = 64, 32
-"""Columns that are parted at a time, and gates among them."""
+"""Columns that are separated at a time, and gates among them."""
 
 SLAB = 8
 """Rows of a swizzled tile that are contiguous in shared memory."""
@@ -59,19 +59,19 @@ def gate_up(
     limit: float,
     interpret: bool = False,
 ) -> Float[Array, "padded inter"] | Halves:
-    """The activated product of rows in blocks of one expert each: rows of the intermediate, or with packed weights what
-    `even_and_odd` makes of them. What comes out for blocks without rows is undefined.
+    """The activated product of rows in blocks of one expert each: rows of the intermediate, with packed weights in
+    the form of `even_and_odd`. The result for blocks without rows is undefined.
 
     Args:
       rows: `padded / blocks` rows per block.
       weights: [experts, hidden, 2 * intermediate], gate and linear columns interleaved.
-      bias: of the product.
-      expert: of each block.
-      used: blocks that hold rows, which come first.
+      bias: bias of the product.
+      expert: expert of each block.
+      used: number of blocks that hold rows, which come first.
       limit: SwiGLU clamp.
 
-    Raises NotImplementedError where this is no Hopper GPU (unless interpreted), below JAX 0.11.2, for other types than
-    bfloat16, and for sizes that no tile divides.
+    Raises NotImplementedError off Hopper GPUs (unless interpreted), below JAX 0.11.2, for dtypes other than bfloat16,
+    and for sizes that no tile divides.
     """
     hopper_only(interpret)
     if rows.dtype != jnp.bfloat16:
@@ -84,7 +84,7 @@ def gate_up(
 
 
 def _activated(gate: Array, up: Array, limit: float) -> Array:
-    """As `reference.clamped_swiglu`, of registers."""
+    """`reference.clamped_swiglu` on registers."""
     gate, up = jnp.minimum(gate, limit), jnp.minimum(jnp.maximum(up, -limit), limit)
     return (up + 1.0) * gate / (1.0 + jnp.exp(-SWIGLU_ALPHA * gate))
 
@@ -133,7 +133,7 @@ def _packed(
                 row, column = (
                     mosaic.broadcasted_iota(jnp.int32, (tile_out, tile_out), axis, layout=matrix) for axis in (0, 1)
                 )
-                # Even ones of all groups come first.
+                # The even outputs of all groups come first.
                 source = 2 * row - jnp.where(row < tile_out // 2, 0, tile_out - 1)
                 order[...] = jnp.where(column == source, 1.0, 0.0).astype(order.dtype)
                 mosaic.commit_smem()
@@ -150,7 +150,7 @@ def _packed(
                     )
                 )
 
-            # In the memory that tiles of the pipeline were in.
+            # In the shared memory that the pipeline's tiles were in.
             pl.run_scoped(
                 store,
                 mosaic.SMEM((block, tile_out), rows.dtype, transforms=swizzled(tile_out)),
@@ -214,7 +214,7 @@ def _dense(
                     activated[:, pl.ds(c * HALF, HALF)] = _activated(gate, up, limit).astype(activated.dtype)
                 stored((activated, out.at[pl.ds(b * block, block), pl.ds(n * tile_inter, tile_inter)]))
 
-            # In the memory that tiles of the pipeline were in.
+            # In the shared memory that the pipeline's tiles were in.
             pl.run_scoped(
                 store,
                 mosaic.SMEM((block, tile_out), rows.dtype, transforms=swizzled(HALF)),

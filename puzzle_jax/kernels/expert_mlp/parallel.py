@@ -1,8 +1,8 @@
 """Expert parallelism: `expert_mlp` on a mesh, each device holding some of the experts.
 
-Tokens lie on the data axes and are the same on all devices of the model axis, along which the experts are cut. Either
+Tokens are sharded over the data axes and replicated over the model axis, which shards the experts. Either
 
-    replicate    every device runs the pairs of its own experts on all of its data row's tokens; one sum over the
+    replicate    every device runs the pairs of its own experts for all of its data row's tokens; one sum over the
                  model axis
     all_to_all   every device takes its share of those tokens, sends each pair's row to the expert's device, and gets
                  the expert's output back
@@ -12,14 +12,14 @@ Tokens lie on the data axes and are the same on all devices of the model axis, a
     replicate    device 0: tokens for a, b of 8      device 1: tokens for c, d of 8      sum of [8, hidden]
     all_to_all   device 0: tokens 0-3 -> a b | c d   device 1: tokens 4-7 -> a b | c d   rows there, outputs back
 
-With replicate a device sends about 2 x tokens x hidden numbers, with all_to_all 2 x tokens x k / devices x hidden, and
-tokens x hidden more to be complete again. So all_to_all is for many devices and few experts per token, and for so many
-tokens that bytes and not the number of collectives take the time. No pair is dropped in either: buffers hold the worst
-case, only rows that are there travel, and kernels do the work of those.
+With replicate a device sends about 2 x tokens x hidden numbers, with all_to_all 2 x tokens x k / devices x hidden, plus
+tokens x hidden to replicate the result. So all_to_all is for many devices and few experts per token, and for so many
+tokens that bytes, not the number of collectives, take the time. Neither drops a pair: buffers are sized for the worst
+case, but only the rows that exist are sent, and kernels compute only those.
 
-Rows of tokens on as many data axes as they have dimensions, [rows, positions] on ("data", "sequence") say, stay where
-they lie: a device lists the tokens that it holds, in its own order. A list of all rows' tokens in turn would be cut
-otherwise, and would have to travel.
+Rows of tokens with as many dimensions as there are data axes, for example [rows, positions] on ("data", "sequence"),
+stay where they are: each device lists the tokens that it holds, in its own order. One list of all rows' tokens would be
+sharded differently, and would have to be moved.
 
 Left out: overlap of exchange and experts; devices that share an expert.
 """
@@ -43,10 +43,10 @@ from puzzle_jax.kernels.shapes import Array, ExpertOutputs, Float, Ids, Int, Sha
 MODEL = "model"
 WAYS = ("replicate", "all_to_all")
 MANY_PAIRS = 1024
-"""Pairs of a device from which bytes count for more than collectives."""
+"""From this many pairs per device on, bytes matter more than the number of collectives."""
 
 Outputs = Callable[[Array, Array, Experts], Array]
-"""(x, ids, experts) to each token's chosen experts' outputs, any number for an id past the experts."""
+"""Maps (x, ids, experts) to the outputs of each token's chosen experts, undefined for ids past the experts."""
 
 
 def _data_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
@@ -54,7 +54,7 @@ def _data_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
 
 
 def way_for(tokens: int, k: int, devices: int) -> str:
-    """The way that should be faster for so many tokens on so many devices of a model axis."""
+    """The way that should be faster for this many tokens of a data shard on this many devices of the model axis."""
     fewer_bytes = 2 * k / devices + 1 < 2
     return "all_to_all" if fewer_bytes and tokens * k >= MANY_PAIRS * devices else "replicate"
 
@@ -69,15 +69,15 @@ def mixture(
     mesh: Mesh | AbstractMesh,
     way: str | None = None,
 ) -> Float[Array, "*positions hidden"]:
-    """The result of `expert_mlp` on one device, in the dtype of `x`.
+    """The same result as `expert_mlp` on one device, in the dtype of `x`.
 
     Args:
-      outputs: of experts that one device holds, whose ids start at 0 for it.
-      combine: outputs and gates to their sum.
+      outputs: computes the outputs of the experts that one device holds, whose ids start at 0 there.
+      combine: maps outputs and gates to their weighted sum.
       mesh: its axis "model" shards the experts, all others the tokens.
       way: one of `WAYS`; by default that of `way_for`.
 
-    Raises ValueError where the model axis does not divide the experts, and for an unknown way.
+    Raises ValueError if the model axis does not divide the experts, and for an unknown way.
     """
     tokens, k = routing.ids.shape
     num_experts, devices = experts.down_bias.shape[0], mesh.shape[MODEL]
@@ -100,7 +100,7 @@ def mixture(
             out = lax.psum(combine(found.astype(jnp.float32), gates), MODEL).astype(x.dtype)
         return out.reshape(held)
 
-    # A device that exchanges takes its share of what its model axis holds, along the last dimension of positions.
+    # With all_to_all, a device takes its share of its model axis's tokens, along the last dimension of positions.
     cuts: list[tuple[str, ...]] = [(axis,) for axis in data[:-1]] + [(data[-1], MODEL) if exchanged else (data[-1],)]
     in_place = len(cuts) > 1 and _divide(x.shape[:-1], cuts, mesh)
     everywhere = sum(cuts, ())
@@ -110,7 +110,7 @@ def mixture(
     if in_place:
         ids, gates = (array.reshape(*x.shape[:-1], k) for array in routing)
         return run(x, ids, gates, experts)
-    # Rows that make the tokens divide are nobody's: their expert does not exist.
+    # Rows that pad the tokens to a multiple of the devices choose an expert that does not exist.
     fill = -tokens % math.prod(mesh.shape[axis] for axis in everywhere)
     flat, ids, gates = (
         jnp.pad(array, ((0, fill), (0, 0)), constant_values=value)
@@ -120,7 +120,7 @@ def mixture(
 
 
 def separate(x: Tokens, ids: Ids, experts: Experts, outputs: Outputs, *, mesh: Mesh | AbstractMesh) -> ExpertOutputs:
-    """Every chosen expert's own output, on all devices of the model axis: as `replicate`, without the sum over k."""
+    """The output of every chosen expert, on all devices of the model axis: as `replicate`, without the sum over k."""
     (tokens, _), num_experts = ids.shape, experts.down_bias.shape[0]
     own, data = num_experts // mesh.shape[MODEL], _data_axes(mesh)
 
@@ -137,31 +137,31 @@ def separate(x: Tokens, ids: Ids, experts: Experts, outputs: Outputs, *, mesh: M
 
 
 def _divide(sizes: tuple[int, ...], cuts: Sequence[tuple[str, ...]], mesh: Mesh | AbstractMesh) -> bool:
-    """Whether there are as many dimensions as groups of axes, and each group divides its dimension."""
+    """Returns whether there are as many dimensions as groups of axes, and each group divides its dimension."""
     return len(sizes) == len(cuts) and all(
         size % math.prod(mesh.shape[axis] for axis in cut) == 0 for size, cut in zip(sizes, cuts, strict=True)
     )
 
 
 def _own_outputs(x: Tokens, ids: Ids, experts: Experts, outputs: Outputs, own: int) -> ExpertOutputs:
-    """Outputs of this device's experts, and 0 for pairs that are others'."""
+    """Outputs of this device's experts, and 0 for pairs of other devices' experts."""
     ids = ids - lax.axis_index(MODEL) * own
     here = (ids >= 0) & (ids < own)
     found = outputs(x, jnp.where(here, ids, own), experts)
-    # Of pairs that are others' anything may come out; the gates' zeros would not do for what is no number.
+    # Outputs for other devices' pairs are undefined, so they are replaced: NaN times a gate of zero would stay NaN.
     return jnp.where(here[..., None], found, 0)
 
 
 def _exchange(x: Tokens, ids: Ids, experts: Experts, outputs: Outputs, own: int, devices: int) -> ExpertOutputs:
-    """Outputs of this device's tokens' experts, wherever those are."""
+    """Outputs of the experts of this device's tokens, whichever devices hold them."""
     tokens, k = ids.shape
     pairs, flat = tokens * k, ids.reshape(-1)
-    owner = flat // own  # `devices` and more for pairs that are nobody's, which sort last and stay
+    owner = flat // own  # `devices` or more for padding pairs, which sort last and are not sent
     order = jnp.argsort(owner, stable=True)
     sizes = jnp.sum((owner[:, None] == jnp.arange(devices)).astype(jnp.int32), axis=0)
     table = lax.all_gather(sizes, MODEL)  # [from, to]
     me = lax.axis_index(MODEL)
-    # Where the rows of one sender for one receiver lie: among the sender's rows, and among the receiver's.
+    # Where the rows from one sender to one receiver start: among the sender's rows, and among the receiver's.
     at_sender, at_receiver = _before(table, 1), _before(table, 0)
     there = Parts(at_sender[me], sizes, at_receiver[me], table[:, me])
     back = Parts(at_receiver[:, me], table[:, me], at_sender[:, me], sizes)
@@ -181,13 +181,13 @@ def _before(table: Int[Array, "senders receivers"], dimension: int) -> Int[Array
 
 
 class Parts(NamedTuple):
-    """The rows that a device sends to every other, and gets from it.
+    """The rows that a device sends to each device, and receives from it.
 
     Attributes:
-      starts: where the rows for each lie among its own.
-      sizes: how many there are.
-      targets: where they go among the receiver's.
-      coming: how many come from each.
+      starts: where the rows for each device start among its own.
+      sizes: how many rows it sends to each.
+      targets: where they start among the receiver's rows.
+      coming: how many rows it receives from each.
     """
 
     starts: Int[Array, "devices"]
@@ -197,9 +197,9 @@ class Parts(NamedTuple):
 
 
 def send(rows: Shaped[Array, "rows *columns"], into: Shaped[Array, "room *columns"], parts: Parts) -> Array:
-    """Rows to other devices, and theirs into `into`: `lax.ragged_all_to_all`, which CPUs do not have.
+    """Sends rows to other devices, and receives theirs into `into`, by `lax.ragged_all_to_all`, which CPUs lack.
 
-    There everything goes everywhere, and each device takes what is for it.
+    There all rows go to all devices, and each takes its own.
     """
     if target_platform() != "cpu":
         return lax.ragged_all_to_all(

@@ -1,4 +1,4 @@
-"""Reference for `expert_mlp`: every expert on every token, then a pick. Plainly correct, at E / k times the work."""
+"""Reference for `expert_mlp`: every expert on every token, then selection. Plainly correct, at E / k times the work."""
 
 from __future__ import annotations
 

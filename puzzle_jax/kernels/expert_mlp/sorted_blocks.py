@@ -3,9 +3,9 @@ each block is one dense matmul with one expert's weights. No token is dropped, s
 a gather or a batched matmul, so XLA differentiates it and runs it well on CPUs, where `lax.ragged_dot` is dense.
 
 The work is proportional to the pairs plus at most one block per expert. Left out: dequantising inside the matmul;
-packed weights are decoded first, all of them or, where that would be large (`mxfp4.MOST_DECODED`), not here.
+packed weights are decoded first, all of them, and refused if that would be too large (`mxfp4.MOST_DECODED`).
 
-Implementations whose loops have no gradients worth having take those of this one.
+Implementations whose loops have no usable gradients take those of this one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from puzzle_jax.kernels.shapes import Array, ExpertOutputs, Ids, Tokens
 
 
 def expert_outputs(x: Tokens, ids: Ids, experts: Experts, *, limit: float, spread: int | None = None) -> ExpertOutputs:
-    """See the api. Accumulates in float32. Raises NotImplementedError for packed experts that are too many to be
+    """See the api. Accumulates in float32. Raises NotImplementedError for packed experts that are too large to be
     decoded together."""
     check_decoded(x.dtype, experts.gate_up, experts.down)
     tokens, k = ids.shape
@@ -52,8 +52,8 @@ def expert_outputs(x: Tokens, ids: Ids, experts: Experts, *, limit: float, sprea
 
 
 def _differentiable(settings: Settings, x: Array, ids: Array, experts: Experts) -> Array:
-    """These; or on GPUs, and for packed experts that are too many to be decoded together, `looped`, which gathers no
-    weights."""
+    """`expert_outputs`; or on GPUs, and for packed experts that are too large to be decoded together, `looped`, which
+    gathers no weights."""
     limit, spread = settings
     if target_platform() != "gpu":
         with suppress(NotImplementedError):
@@ -62,4 +62,4 @@ def _differentiable(settings: Settings, x: Array, ids: Array, experts: Experts) 
 
 
 with_gradients_of_sorted_blocks = with_gradients_of(_differentiable)
-"""Decorates what has no gradients of its own, see `gradients`."""
+"""Decorates implementations without gradients of their own, see `gradients`."""

@@ -4,8 +4,8 @@
     d gate = d_out (up + 1) s (1 + a g (1 - s))   where gate < limit, else 0
     d up   = d_out g s                            where |up| < limit, else 0
 
-Gates are the even columns and ups the odd ones. Differentiated step by step, each of the two becomes an array of its
-own that is spread over every second column; on a CPU that takes longer than a matmul of the layer.
+Gates are the even columns and ups the odd ones. Differentiated step by step, each of the two would become an array of
+its own, scattered over every second column; on a CPU that takes longer than a matmul of the layer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from puzzle_jax.kernels.shapes import Array, Float
 
 
 def clamped_swiglu(h: Float[Array, "*rows two_inter"], limit: float) -> Float[Array, "*rows inter"]:
-    """As the reference has it, computed in float32."""
+    """As in the reference, computed in float32."""
     return _activation(h, limit)
 
 

@@ -1,4 +1,4 @@
-"""What kernels of `expert_mlp` are tried on: few experts, with as many pairs each as there are."""
+"""Trials of kernels of `expert_mlp`: with few experts, and about the actual number of pairs per expert."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from puzzle_jax.kernels.self_check import Trial
 from puzzle_jax.kernels.shapes import Array, Ids, Tokens
 
 EXPERTS, MOST_PAIRS = 8, 512
-"""Experts of a trial, and pairs of an expert in the mean at most; with more, blocks of rows are no larger."""
+"""Experts of a trial, and the most mean pairs per expert; with more, blocks of rows would be no larger."""
 
 
 def trial(x: Tokens, ids: Ids, experts: Experts, spread: int, limit: float, run: Callable[..., Array]) -> Trial:
@@ -51,7 +51,7 @@ def trial(x: Tokens, ids: Ids, experts: Experts, spread: int, limit: float, run:
 
 
 def _matrix(source: np.random.Generator, key: Array, shape: tuple[int, ...], dtype: jnp.dtype | None) -> Weights:
-    """A stack of matrices [experts, inputs, outputs], packed where there is no dtype."""
+    """A stack of matrices [experts, inputs, outputs], packed if there is no dtype."""
     experts, inputs, outputs = shape
     if dtype is not None:
         return (jax.random.normal(key, shape, jnp.float32) * inputs**-0.5).astype(dtype)

@@ -1,14 +1,14 @@
-"""Rows that are sorted by expert, times each row's expert's matrix; dense or packed (MXFP4) weights.
+"""Rows sorted by expert, each times its expert's matrix; weights are dense or packed (MXFP4).
 
 Kernels take rows in blocks of one expert each (`layout`): padding a group to whole blocks costs less than tiles that
-two experts share, and work stays proportional to the rows. Implementations: `mosaic_gpu` for Hopper and
-`mosaic_tpu`, where these have proved themselves; `ragged_dot` on TPUs, `looped` on GPUs and `blocked` on CPUs, the last
-two in plain XLA; `reference`; and, by name only, `tokamax`. Packed weights that are too many to be decoded together are
+two experts share, and work stays proportional to the rows. Implementations: `mosaic_gpu` for Hopper and `mosaic_tpu`,
+where they have passed their self-check; `ragged_dot` on TPUs, `looped` on GPUs and `blocked` on CPUs, the last two in
+plain XLA; `reference`; and, only by name, `tokamax`. Packed weights that are too large to be decoded together use
 `looped` everywhere.
 
-Gradients of the kernels and of `looped`: of the rows by the same one with the matrices transposed, or where it has no
-such product, with packed ones decoded for it, or by XLA; of dense weights by `lax.ragged_dot_general` on TPUs, and
-block by block elsewhere. Packed weights have none.
+Gradients of the kernels and of `looped`: for the rows, the same implementation with the matrices transposed or, if it
+has no such product, with packed ones decoded first, or else XLA; for dense weights, `lax.ragged_dot_general` on TPUs,
+and a loop over blocks elsewhere. Packed weights have none.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ Saved = tuple[Array, tuple[Array, ...], Array, Array]
 
 
 def _differentiable(kernel: Callable[..., Array]) -> Callable[..., Array]:
-    """A kernel for blocks with gradients of its own."""
+    """Makes a kernel for blocks differentiable."""
 
-    # Packed weights come as their two arrays: JAX makes trees of other things than arrays while it differentiates.
+    # Packed weights are passed as two arrays: JAX builds trees whose leaves are not arrays while it differentiates.
     def call(
         rows: Array, parts: tuple[Array, ...], expert: Array, used: Array, transposed: bool, interpret: bool
     ) -> Sorted:
@@ -78,7 +78,7 @@ def _differentiable(kernel: Callable[..., Array]) -> Callable[..., Array]:
             "blocked": lambda: by_xla(blocked.block_matmul),
         }
         d_rows = dispatch("the rows' gradient of block_matmul", ways, None)
-        # Blocks without rows were not written.
+        # Kernels do not write blocks without rows.
         d_rows = jnp.where(in_use_rows(expert, used, len(rows)), d_rows, 0)
         d_parts = (None, None) if scales else (_d_weights(rows, d_out, first, expert, used, transposed),)
         return d_rows, d_parts, None, None
@@ -103,14 +103,14 @@ def _dense(parts: tuple[Array, ...], dtype: jnp.dtype) -> Matrices:
 
 
 def in_use_rows(expert: BlockExperts, used: IntScalar, padded: int) -> Bool[Array, "padded 1"]:
-    """Which rows lie in blocks that hold rows; what comes out of others is undefined."""
+    """The mask of padded rows that are in used blocks; results for the others are undefined."""
     return (jnp.arange(padded) < used * (padded // len(expert)))[:, None]
 
 
 def _d_weights(
     rows: Array, d_out: Array, weights: Array, expert: Array, used: Array, transposed: bool
 ) -> Float[Array, "experts inputs outputs"]:
-    """Of dense weights: each expert's rows times what came back for them."""
+    """The gradient of dense weights: each expert's rows times the gradients of their outputs."""
     if target_platform() != "tpu":
         left, right = (d_out, rows) if transposed else (rows, d_out)
         return looped.weight_gradient(left, right, expert, used, len(weights), weights.dtype)
@@ -139,7 +139,7 @@ BLOCK_ROWS: dict[str, Callable[..., int]] = {
     "mosaic_gpu": mosaic_gpu.block_rows,
     "mosaic_tpu": mosaic_tpu.block_rows,
 }
-"""Rows per block that suit each, of rows, number of experts, and whether weights are packed."""
+"""Rows per block that suit each, as functions of rows, number of experts, and whether weights are packed."""
 
 
 def block_matmul(
@@ -155,12 +155,12 @@ def block_matmul(
 
     Args:
       rows: `padded / blocks` rows per block.
-      weights: of all experts; with `transposed` their outputs and inputs change places.
-      expert: of each block.
-      used: blocks that hold rows, which come first; what comes out for others is undefined.
+      weights: matrices of all experts; with `transposed` their outputs and inputs are swapped.
+      expert: expert of each block.
+      used: number of blocks that hold rows, which come first; results for the others are undefined.
       implementation: pins one of `BLOCK_IMPLEMENTATIONS`.
 
-    Raises ValueError for shapes that do not fit, NotImplementedError where no implementation accepts the arguments.
+    Raises ValueError for shapes that do not fit, NotImplementedError if no implementation accepts the arguments.
     """
     _check(rows, weights, transposed)
     if len(rows) % len(expert):
@@ -204,12 +204,12 @@ def grouped_matmul(
 
     Args:
       rows: the first `group_sizes[0]` are expert 0's, and so on; those past the sum come out as zeros.
-      weights: of all experts; with `transposed` their outputs and inputs change places.
-      group_sizes: rows of every expert, 0 included.
+      weights: matrices of all experts; with `transposed` their outputs and inputs are swapped.
+      group_sizes: rows of every expert, which may be 0.
       implementation: pins one of `IMPLEMENTATIONS`.
 
     Differentiable in `rows` and dense weights. Raises ValueError, before anything runs, for shapes that do not fit and,
-    where they are known, sizes below zero or of more rows than there are.
+    if the sizes are known, for sizes below zero or with a sum above the number of rows.
     """
     _check(rows, weights, transposed)
     experts = weights.shape[0]

@@ -1,6 +1,7 @@
-"""`grouped_matmul` in plain XLA: blocks of rows against their experts' matrices, which are gathered block by block.
+"""`grouped_matmul` in plain XLA: blocks of rows times their experts' matrices, which are gathered block by block.
 
-For every device, differentiable, and on CPUs the fast way: `lax.ragged_dot` is dense over all experts there.
+It runs on every device, is differentiable, and is the fast way on CPUs, where `lax.ragged_dot` is dense over all
+experts.
 Left out: decoding inside the product; packed weights are decoded first.
 """
 
@@ -25,7 +26,7 @@ def block_rows(rows: int, num_experts: int, packed: bool = False) -> int:
 def block_matmul(
     rows: Sorted, weights: Weights, expert: BlockExperts, used: IntScalar, *, transposed: bool = False
 ) -> Sorted:
-    """See the api. Raises NotImplementedError for packed weights that are too many to be decoded together."""
+    """See the api. Raises NotImplementedError for packed weights that are too large to be decoded together."""
     check_decoded(rows.dtype, weights)
     dense = as_dense(weights, rows.dtype)[expert]
     subscripts = "nbi,noi->nbo" if transposed else "nbi,nio->nbo"

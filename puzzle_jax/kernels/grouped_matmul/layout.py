@@ -1,4 +1,4 @@
-"""Rows in blocks of one expert each, the form in which the kernels of `grouped_matmul` take them."""
+"""The layout of rows in blocks of one expert each, as the kernels of `grouped_matmul` take them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from puzzle_jax.kernels.tiles import tiles
 
 
 class Blocks(NamedTuple):
-    """Where grouped rows lie once every group is padded to whole blocks.
+    """Where grouped rows are once every group is padded to whole blocks.
 
     Attributes:
       source: the row that fills each padded row; out of range where none does.
       slot: the padded row of each row; rows past the last group share one beyond the end.
-      expert: of each block; blocks past the last used one repeat its expert.
+      expert: expert of each block; blocks past the last used one repeat its expert.
       used: number of blocks that hold rows, which come first.
       group_sizes: rows per expert.
     """
@@ -32,32 +32,32 @@ class Blocks(NamedTuple):
 def half_share(rows: int, num_experts: int, least: int, most: int) -> int:
     """Rows per block: the power of two at or above half the mean rows per expert, within limits.
 
-    Half, because a block that is half an expert's share wastes a quarter of its padding while its weights are read
-    only twice.
+    Half, because blocks of half an expert's share waste about a quarter of that share on padding, while the weights are
+    read only twice.
     """
     target = max(1, rows // (2 * num_experts))
     return min(most, max(least, 1 << (target - 1).bit_length()))
 
 
 def mean_share(operation: str, rows: int, num_experts: int, packed: bool, *, least: int, most: int) -> int:
-    """Rows per block of a kernel: the power of two nearest to the mean rows per expert, within limits, if not tuned."""
+    """Rows per block of a kernel: the power of two nearest to the mean rows per expert, within limits, unless tuned."""
     nearest = 1 << max(0, round(math.log2(max(1, rows / num_experts))))
     operation = f"grouped_matmul.{operation}.{'packed' if packed else 'dense'}_block"
     return tiles(operation, rows / num_experts, block=min(most, max(least, nearest)))["block"]
 
 
 def num_blocks(rows: int, num_experts: int, block: int) -> int:
-    """Blocks that suffice however rows are spread over experts: each leaves at most `block - 1` rows of one empty."""
+    """Blocks that suffice for any spread of rows over experts: each expert leaves at most `block - 1` rows empty."""
     return max(1, min((rows + min(num_experts, rows) * (block - 1)) // block, rows))
 
 
 def blocks_of(
     group_sizes: Int[Array, "experts"], rows: int, block: int, expert_of: Int[Array, "rows"] | None = None
 ) -> Blocks:
-    """Lays `rows` rows, sorted by expert, out in blocks; what lies past the sum of `group_sizes` is left out.
+    """Lays out `rows` rows, sorted by expert, in blocks; rows past the sum of `group_sizes` are left out.
 
     Args:
-      expert_of: every row's expert, where that is known; else it is found.
+      expert_of: expert of every row, if known; otherwise it is computed.
     """
     experts = len(group_sizes)
     blocks = num_blocks(rows, experts, block)

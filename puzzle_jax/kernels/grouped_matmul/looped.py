@@ -1,11 +1,11 @@
-"""`grouped_matmul` in plain XLA on GPUs, and for many packed experts on every device: one block of rows after the
-other, its expert's matrix read where it lies.
+"""`grouped_matmul` in plain XLA on GPUs, and for many packed experts on every device: one block of rows after another,
+with its expert's matrix read in place.
 
-Memory is in proportion to the rows, where `lax.ragged_dot`, which XLA for GPUs expands over all experts, takes a copy
-of the rows per expert, and `blocked` a copy of the matrix per block (figures: docs/kernels.md). Of packed weights one
-expert's matrix is decoded at a time. Blocks that hold no rows cost nothing and come out as zeros.
+Memory is proportional to the rows, whereas `lax.ragged_dot`, which XLA for GPUs expands over all experts, takes a copy
+of the rows per expert, and `blocked` a copy of the matrix per block (figures: docs/kernels.md). Packed weights are
+decoded one expert at a time. Blocks that hold no rows cost nothing and come out as zeros.
 
-Left out: the speed of a grouped kernel; a block is one matmul of its own, started after the one before it.
+Left out: the speed of a grouped kernel; each block is a separate matmul, started after the one before it.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def block_matmul(
     transposed: bool = False,
     interpret: bool = False,
 ) -> Sorted:
-    """See the api. Raises NotImplementedError off GPUs, where there are faster ways, unless packed weights are too many
-    to be decoded together; `interpret` runs it anywhere."""
+    """See the api. Raises NotImplementedError off GPUs, where there are faster ways, unless packed weights are too
+    large to be decoded together; `interpret` runs it anywhere."""
     if target_platform() != "gpu" and not interpret and decoded_together(rows.dtype, weights):
         raise NotImplementedError(f"a loop over blocks is for GPUs, but this is {target_platform()}")
     block = len(rows) // len(expert)
@@ -57,9 +57,9 @@ def block_matmul(
 def weight_gradient(
     rows: Sorted, d_out: Sorted, expert: BlockExperts, used: IntScalar, num_experts: int, dtype: jnp.dtype
 ) -> Float[Array, "experts inputs outputs"]:
-    """Each expert's rows times what came back for them, summed in float32; zeros for experts without rows.
+    """Each expert's rows times the gradients of their outputs, summed in float32; zeros for experts without rows.
 
-    Blocks are in the order of their experts, as `layout.blocks_of` has them.
+    Blocks must be in the order of their experts, as `layout.blocks_of` returns them.
     """
     block = len(rows) // len(expert)
     counts = jnp.zeros(num_experts, jnp.int32).at[expert].add(jnp.arange(len(expert)) < used)

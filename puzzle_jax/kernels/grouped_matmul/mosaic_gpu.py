@@ -1,13 +1,13 @@
 """`grouped_matmul` on Hopper GPUs, in Pallas' Mosaic GPU: a grid step per block of rows and tile of outputs.
 
-Dense: the block of rows is the left side of wgmma, the expert's tile the right one; both come by TMA in a pipeline.
+Dense: the block of rows is wgmma's left operand, the expert's tile the right one; both arrive by TMA in a pipeline.
 
-Packed (MXFP4): the weights are the left side and the rows the right one, so few rows cost few columns; 64 outputs are
-the least that wgmma works on, 8 rows the least. Packed bytes come by TMA, are decoded in registers and go to shared
-memory as bfloat16. They cross global memory once. Codes lie two to a byte, input 2j low and input 2j + 1 high: even and
-odd inputs are products of their own and nothing is interleaved. A wgmma takes 16 of either, which is a group of 32
-inputs with one scale per output. Transposed, for the gradient of the rows, the rows are the left side again; even and
-odd inputs are sums of their own, which XLA interleaves.
+Packed (MXFP4): the weights are the left operand and the rows the right one, so few rows cost few columns; wgmma takes
+at least 64 outputs and at least 8 rows. Packed bytes arrive by TMA, are decoded in registers and go to shared memory as
+bfloat16. They cross global memory once. Codes are stored two to a byte, input 2j low and input 2j + 1 high: even and
+odd inputs are separate products and nothing is interleaved. A wgmma takes 16 of either, which is a group of 32 inputs
+with one scale per output. When transposed, for the gradient of the rows, the rows are the left operand again; even and
+odd inputs are separate sums, which XLA interleaves.
 
 Left out: clusters with multicast, a persistent grid, stores of single rows (blocks are padded), and weights decoded
 straight into the registers that wgmma reads, which the interpreter of this backend cannot run.
@@ -35,13 +35,13 @@ BACK_STEP, BACK_GROUPS = 64, {64: (6, 4, 2), 128: (4, 2)}  # outputs per step; g
 MIN_DENSE_ROWS, MIN_PACKED_ROWS = 64, 8
 
 Halves = Float[Array, "2 groups padded half_group"]
-"""Rows by even and odd inputs, then by groups of 32 inputs."""
+"""Rows split into even and odd inputs, and each into groups of 32 inputs."""
 
 
 def block_rows(rows: int, num_experts: int, packed: bool) -> int:
     """Rows per block, from the least that wgmma takes to 128.
 
-    Packed weights are decoded once per block, so few blocks are worth more than little padding.
+    Packed weights are decoded once per block, so fewer blocks are worth more than less padding.
     """
     least = MIN_PACKED_ROWS if packed else MIN_DENSE_ROWS
     return mean_share("mosaic_gpu", rows, num_experts, packed, least=least, most=128)
@@ -56,8 +56,8 @@ def block_matmul(
     transposed: bool = False,
     interpret: bool = False,
 ) -> Sorted:
-    """See the api. Raises NotImplementedError where this is no Hopper GPU (unless interpreted), below JAX 0.11.2, for
-    other types than bfloat16, and for sizes that no tile divides."""
+    """See the api. Raises NotImplementedError off Hopper GPUs (unless interpreted), below JAX 0.11.2, for dtypes other
+    than bfloat16, and for sizes that no tile divides."""
     hopper_only(interpret)
     if rows.dtype != jnp.bfloat16:
         raise NotImplementedError(f"for bfloat16, but rows are {rows.dtype}")
@@ -69,7 +69,7 @@ def block_matmul(
 
 
 def dividing(size: int, tiles: tuple[int, ...], what: str) -> int:
-    """The first tile that divides the size. Raises NotImplementedError where none does."""
+    """The first tile that divides the size. Raises NotImplementedError if none does."""
     for tile in tiles:
         if size % tile == 0:
             return tile
@@ -77,7 +77,7 @@ def dividing(size: int, tiles: tuple[int, ...], what: str) -> int:
 
 
 def decoded_groups(codes: Ref, scales: Ref, groups: int, dtype: jnp.dtype) -> Iterator[tuple[Array, Array]]:
-    """The even and the odd inputs of each group of a tile."""
+    """Yields the decoded even and odd inputs of each group of a tile."""
     pairs = codes[...].astype(jnp.int32)
     for g in range(groups):
         pair = pairs[:, g * GROUP // 2 : (g + 1) * GROUP // 2]
@@ -87,15 +87,15 @@ def decoded_groups(codes: Ref, scales: Ref, groups: int, dtype: jnp.dtype) -> It
 
 @dataclass(frozen=True)
 class DenseTiles:
-    """How a block of rows times a tile of a dense matrix goes in steps.
+    """How the product of a block of rows and a tile of a dense matrix is split into steps.
 
     Attributes:
-      block: rows.
+      block: rows per block.
       tile_in: inputs per step.
-      tile_out: outputs.
-      steps: tiles of inputs.
+      tile_out: outputs per tile.
+      steps: number of tiles of inputs.
       ring: tiles in shared memory at a time.
-      transposed: outputs and inputs change places.
+      transposed: whether outputs and inputs are swapped.
     """
 
     block: int
@@ -109,7 +109,7 @@ class DenseTiles:
 def dense_tiles(
     operation: str, rows: int, count: int, inputs: int, outputs: int, *, transposed: bool = False
 ) -> DenseTiles:
-    """For `count` blocks of so many rows in all. Raises NotImplementedError for sizes that no tile divides."""
+    """Tiles for `count` blocks of `rows` rows in total. Raises NotImplementedError for sizes that no tile divides."""
     block = rows // count
     if block % MIN_DENSE_ROWS:
         raise NotImplementedError(f"blocks of {block} rows are no multiple of {MIN_DENSE_ROWS}")
@@ -125,7 +125,7 @@ def dense_product(sizes: DenseTiles, x: Ref, w: Ref, b: Index, n: Index) -> Floa
     """In a kernel: block `b` of the rows times tile `n` of one matrix."""
     mosaic = plgpu()
     block, tile_in, tile_out, transposed = sizes.block, sizes.tile_in, sizes.tile_out, sizes.transposed
-    delay = min(1, sizes.steps - 1)  # a tile is still read by the wgmma of the step before
+    delay = min(1, sizes.steps - 1)  # the previous step's wgmma still reads its tile
     weight_tile = (tile_out, tile_in) if transposed else (tile_in, tile_out)
 
     def run(total: Ref) -> Float[Array, "block tile_out"]:
@@ -177,15 +177,15 @@ def _dense(
 
 @dataclass(frozen=True)
 class PackedTiles:
-    """How tiles of packed matrices times a block of rows go in steps.
+    """How the product of tiles of packed matrices and a block of rows is split into steps.
 
     Attributes:
-      block: rows.
-      tile_out: outputs.
+      block: rows per block.
+      tile_out: outputs per tile.
       groups: groups of inputs per step.
-      steps: tiles of inputs.
+      steps: number of tiles of inputs.
       ring: tiles in shared memory at a time.
-      matrices: that the rows are multiplied by at once, side by side along the inputs.
+      matrices: number of matrices that the rows are multiplied by at once, side by side along the inputs.
     """
 
     block: int
@@ -197,13 +197,13 @@ class PackedTiles:
 
     @property
     def decoded(self) -> list[object]:
-        """Shared memory for what is decoded in a step: even inputs, and odd ones."""
+        """Shared memory for the even and the odd inputs that a step decodes."""
         shape = (self.matrices * self.groups, self.tile_out, GROUP // 2)
         return [plgpu().SMEM(shape, jnp.bfloat16, transforms=swizzled(GROUP // 2))] * 2
 
 
 def packed_tiles(operation: str, rows: int, count: int, inputs: int, outputs: int, *, matrices: int = 1) -> PackedTiles:
-    """For `count` blocks of so many rows in all. Raises NotImplementedError for sizes that no tile divides."""
+    """Tiles for `count` blocks of `rows` rows in total. Raises NotImplementedError for sizes that no tile divides."""
     block = rows // count
     if block % MIN_PACKED_ROWS or block > 256:
         raise NotImplementedError(f"blocks of {block} rows are no multiple of {MIN_PACKED_ROWS} up to 256")
@@ -225,8 +225,8 @@ def packed_products(
 
     Args:
       x: rows, [even or odd, groups, rows, 16].
-      codes, scales: of one expert, [outputs, matrices * inputs / 2] and [matrices * groups, outputs].
-      low, high: shared memory for what is decoded.
+      codes, scales: those of one expert, [outputs, matrices * inputs / 2] and [matrices * groups, outputs].
+      low, high: shared memory for decoded even and odd inputs.
     """
     mosaic = plgpu()
     block, tile_out, groups, per_group = sizes.block, sizes.tile_out, sizes.groups, GROUP // 2
@@ -273,7 +273,7 @@ def even_and_odd(rows: Sorted) -> Halves:
 def packed_matmul(
     halves: Halves, weights: MXFP4, expert: BlockExperts, used: IntScalar, *, interpret: bool = False
 ) -> Sorted:
-    """`block_matmul` of rows as `even_and_odd` gives them."""
+    """`block_matmul` of rows as `even_and_odd` returns them."""
     _, inputs, outputs = weights.shape
     count, padded, dtype = len(expert), halves.shape[2], halves.dtype
     sizes = packed_tiles("grouped_matmul.mosaic_gpu.packed", padded, count, inputs, outputs)
@@ -295,7 +295,7 @@ def packed_matmul(
     whole = jax.ShapeDtypeStruct((padded, outputs), dtype)
     grid = {"block": count, "tile": outputs // tile_out}
     call = launched(kernel, whole, grid, [result, *sizes.decoded], interpret)
-    # Scales with outputs last, which is what a row of a tile can be read from.
+    # Scales with outputs last, so that rows of a tile can be read.
     return call(expert, used[None], halves, weights.codes, weights.scales.swapaxes(1, 2))
 
 

@@ -1,12 +1,12 @@
 """`grouped_matmul` on TPUs: a grid step per block of rows, tile of outputs and tile of inputs.
 
 The expert of every block is prefetched, so that the pipeline fetches the right tile of weights ahead of time. Blocks
-without rows ask for the tiles that are there already and compute nothing. Packed weights are decoded in the kernel, so
-their bytes cross memory once: codes lie two to a byte, input 2j low and input 2j + 1 high, so the even and the odd
+without rows request the tiles that are loaded already and compute nothing. Packed weights are decoded in the kernel, so
+their bytes cross memory once: codes are stored two to a byte, input 2j low and input 2j + 1 high, so even and odd
 inputs are two products and nothing is interleaved in the kernel; a small exact product spreads each scale over its 16
 bytes.
 
-Left out: rows that pad a block are computed like others.
+Left out: skipping the rows that pad a block, which are computed like others.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MAX_WHOLE = 4096
 def inputs_tile(size: int, unit: int, most: int = TILE_IN) -> int:
     """Inputs per step: a multiple of `unit` up to `most` that divides them, or else all of them.
 
-    A tile that reached beyond the end would add what lies there. Raises NotImplementedError where all are too many.
+    A tile that reached past the end would add whatever is there. Raises NotImplementedError if all are too many.
     """
     fitting = [tile for tile in range(unit, most + 1, unit) if size % tile == 0]
     if not fitting and size > MAX_WHOLE:
@@ -43,7 +43,7 @@ def inputs_tile(size: int, unit: int, most: int = TILE_IN) -> int:
 
 
 def outputs_tile(size: int, most: int = TILE_OUT) -> int:
-    """Outputs per step; of the last tile only what exists is written."""
+    """Outputs per step; only the part of the last tile that exists is written."""
     return min(most, -(-size // LANES) * LANES)
 
 
@@ -121,14 +121,14 @@ def _packed(rows: Sorted, weights: MXFP4, expert: BlockExperts, used: IntScalar,
 
     tiles = [
         (weights.codes, (1, tile_out, half), lambda e, n, k: (e, n, k)),
-        # All groups of an output: no tile of a few would be whole registers.
+        # All groups of an output: a tile of a few would not fill whole registers.
         (weights.scales, (1, tile_out, groups), lambda e, n, k: (e, n, 0)),
     ]
     return _call(product, [even, odd], half, tiles, (expert, used), inputs // tile_in, tile_out, outputs, interpret)
 
 
 def _packed_transposed(rows: Sorted, weights: MXFP4, expert: BlockExperts, used: IntScalar, interpret: bool) -> Sorted:
-    """Even and odd inputs are sums of their own, over steps of outputs."""
+    """Even and odd inputs are separate sums, over steps of outputs."""
     _, inputs, outputs = weights.shape
     half, groups = inputs // 2, inputs // GROUP
     tile_half, tile_out = inputs_tile(half, LANES, TILE_OUT), min(STEP_BACK, -(-outputs // LANES) * LANES)
@@ -136,7 +136,7 @@ def _packed_transposed(rows: Sorted, weights: MXFP4, expert: BlockExperts, used:
     padded = jnp.pad(rows, ((0, 0), (0, steps * tile_out - outputs)))
 
     def product(tile: Index, step: Index, x: Ref, w: Ref, s: Ref) -> Float[Array, "2 block tile_half"]:
-        # Past the last output there is anything: codes are numbers whatever they are, scales need not be.
+        # Past the last output the tiles are undefined: any code decodes to a number, but a scale need not.
         there = lax.broadcasted_iota(jnp.int32, (tile_out, groups), 0) < outputs - step * tile_out
         values = jnp.where(there, scale_values(s[0]), 0.0)
         scales = _spread(values, tile * (tile_half // (GROUP // 2)), tile_half)
@@ -153,7 +153,7 @@ def _packed_transposed(rows: Sorted, weights: MXFP4, expert: BlockExperts, used:
 
 
 def _spread(scales: Float[Array, "outputs groups"], first: Index, half: int) -> Float[Array, "outputs half"]:
-    """Each scale over its 16 bytes, of so many bytes from group `first` on. Each sum has one term: exact."""
+    """Spreads each scale over its 16 bytes, for `half` bytes from group `first` on; exact, as each sum has one term."""
     shape = (scales.shape[1], half)
     group = lax.broadcasted_iota(jnp.int32, shape, 0) - first
     own = (lax.broadcasted_iota(jnp.int32, shape, 1) >> 4 == group).astype(jnp.float32)
@@ -175,21 +175,21 @@ def _call(
     interpret: bool,
     parts: tuple[int, ...] = (),
 ) -> Float[Array, "*parts padded outputs"]:
-    """Sums `product` of tile of outputs, step and tiles over the inputs.
+    """Sums `product(tile of outputs, step, *tiles)` over the inputs.
 
     Args:
       rows: arrays of the same rows, cut into tiles of `tile_rows` columns.
-      weights: array, shape of a tile, and its place by expert, tile of outputs and tile of inputs.
-      blocks: the expert of each, and how many are used.
-      steps: tiles of inputs.
-      parts: sums that a product makes at once, its leading axis.
+      weights: arrays, each with the shape of a tile and its place by expert, tile of outputs and tile of inputs.
+      blocks: the expert of each block, and how many blocks are used.
+      steps: number of tiles of inputs.
+      parts: number of sums that a product makes at once, its leading axis.
     """
     count = len(blocks[0])
     block, tiles_out = len(rows[0]) // count, pl.cdiv(outputs, tile_out)
     lead = (0,) * len(parts)
 
     def at(b: Index, n: Index, k: Index, expert: Ref, used: Ref) -> tuple[Array, Array, Array]:
-        """Block and tiles to have at hand: past the used blocks, those that are there already."""
+        """The block and tiles to load: past the used blocks, those that are loaded already."""
         there = b < used[0]
         return (
             jnp.where(there, b, jnp.maximum(used[0] - 1, 0)),
@@ -239,7 +239,7 @@ def _call(
         out_shape=jax.ShapeDtypeStruct((*parts, len(rows[0]), outputs), rows[0].dtype),
         grid_spec=grid,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
-        cost_estimate=_cost(rows, weights, count, outputs, tiles_out),
+        cost_estimate=_cost(rows, weights, count, prod(parts) * outputs, tiles_out),
         interpret=interpret,
     )
     return call(blocks[0], blocks[1][None], *rows, *(array for array, _, _ in weights))
@@ -252,7 +252,7 @@ def _cost(
     outputs: int,
     tiles_out: int,
 ) -> pl.CostEstimate:
-    """With all blocks in use: each reads its expert's matrix once, and its rows once per tile of outputs."""
+    """The cost with all blocks in use: each reads its expert's matrix once, and its rows once per tile of outputs."""
     inputs = sum(x.shape[1] for x in rows)
     per_expert = sum(array.nbytes // len(array) for array, _, _ in weights)
     row_bytes = sum(x.nbytes for x in rows)

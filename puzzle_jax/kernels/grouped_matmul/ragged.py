@@ -1,8 +1,8 @@
-"""`grouped_matmul` by `lax.ragged_dot`: what JAX offers. Good on TPUs, in one pass over dense weights.
+"""`grouped_matmul` by JAX's own `lax.ragged_dot`, which is good on TPUs, with one pass over dense weights.
 
-In blocks it takes every expert's blocks as one group; small blocks then waste little.
-Left out: CPUs and GPUs, where XLA expands it over all experts (its fused form for GPUs is behind a flag, and gives no
-float32), and packed weights, which are decoded first.
+Given blocks, it takes every expert's blocks as one group, so small blocks waste little.
+Left out: CPUs and GPUs, where XLA expands it over all experts (its fused form for GPUs is behind a flag, and cannot
+return float32), and packed weights, which are decoded first.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ def rows_per_expert(expert: BlockExperts, used: IntScalar, block: int, num_exper
 
 
 def grouped_matmul(rows: Sorted, weights: Weights, group_sizes: GroupSizes, *, transposed: bool = False) -> Sorted:
-    """See the api. Raises NotImplementedError off TPUs, and for packed weights too many to be decoded together."""
+    """See the api. Raises NotImplementedError off TPUs, and for packed weights too large to be decoded together."""
     if target_platform() != "tpu":
         raise NotImplementedError("XLA expands it over all experts on CPUs and GPUs")
     check_decoded(rows.dtype, weights)
     dense = as_dense(weights, rows.dtype)
     dense = dense.swapaxes(1, 2) if transposed else dense
     out = jax.lax.ragged_dot(rows, dense, group_sizes, preferred_element_type=jnp.float32)
-    # What lies past the last group is not written on every device.
+    # Not every device writes the rows past the last group.
     return jnp.where(jnp.arange(len(rows))[:, None] < jnp.sum(group_sizes), out, 0).astype(rows.dtype)

@@ -1,4 +1,4 @@
-"""Reference for `grouped_matmul`: one expert after the other on all rows, masked."""
+"""Reference for `grouped_matmul`: one expert after another on all rows, masked."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""`grouped_matmul` by `ragged_dot` of tokamax (openxla/tokamax, extra `tokamax`): its kernels on GPUs and TPUs, or XLA.
+"""`grouped_matmul` by tokamax's `ragged_dot` (openxla/tokamax, extra `tokamax`): its kernels on GPUs and TPUs, or XLA.
 
-It takes any number of rows per expert; in blocks, every expert's blocks are one group. Gradients are its own; on Hopper
-that of the rows transposes a copy of all weights first (release 0.0.17).
-Left out: packed weights, which are decoded first, and matrices transposed, of which XLA makes a copy.
+It takes any number of rows per expert; given blocks, every expert's blocks are one group. Gradients are tokamax's own;
+on Hopper, that of the rows first makes a transposed copy of all weights (release 0.0.17).
+Left out: packed weights, which are decoded first, and transposed matrices, of which XLA makes a copy.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ def block_matmul(
 
 
 def grouped_matmul(rows: Sorted, weights: Weights, group_sizes: GroupSizes, *, transposed: bool = False) -> Sorted:
-    """See the api. Raises NotImplementedError where tokamax is not installed or has no kernel, and for packed weights
-    that are too many to be decoded together."""
+    """See the api. Raises NotImplementedError if tokamax is not installed or has no kernel, and for packed weights that
+    are too large to be decoded together."""
     tokamax = library("tokamax", "tokamax")
     check_decoded(rows.dtype, weights)
     dense = as_dense(weights, rows.dtype)
     dense = dense.swapaxes(1, 2) if transposed else dense
-    # What lies past the last group is neither read nor written by its kernels, in gradients either.
+    # Its kernels neither read nor write the rows past the last group, and neither do its gradients.
     there = jnp.arange(len(rows))[:, None] < jnp.sum(group_sizes)
     out = tokamax.ragged_dot(
         jnp.where(there, rows, 0),

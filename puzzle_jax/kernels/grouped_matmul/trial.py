@@ -1,4 +1,4 @@
-"""What kernels of `grouped_matmul` are tried on: few experts of uneven shares, one of them without rows."""
+"""Trials of kernels of `grouped_matmul`: with few experts of uneven shares, one of them without rows."""
 
 from __future__ import annotations
 

@@ -6,13 +6,13 @@ A row holds a prompt and answers to it:
                                                    into strips of `Layout.strip`, each wholly in one of them
 
 Positions of the prompt attend as in `window_attention`. Those of an answer see the prompt and the answer up to
-themselves, and of both what lies within the window by their positions in the conversation, which are data. Sharing a
-prefix between the sequences of a batch so is the idea of arXiv 2402.05099 (Hydragen) and, for training on several
-continuations, of arXiv 2506.05433 (prefix grouper).
+themselves, but of both only what lies within the window by positions in the conversation, which are data. Sharing a
+prefix between the sequences of a batch in this way is the idea of arXiv 2402.05099 (Hydragen) and, for training on
+several continuations, of arXiv 2506.05433 (prefix grouper).
 
 Implementations: `strips`, plain XLA for every platform, and `reference`, the whole square of logits. Left out: kernels,
-and windows that are data. So logits of answers against prompts, [batch, heads, answers, prefix], lie in memory on every
-platform, which bounds how long both can be.
+and windows that are data. So the logits of answers against prompts, [batch, heads, answers, prefix], are held in memory
+on every platform, which bounds how long both can be.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ def prefix_attention(
 
     Args:
       q, k, v, sinks: as in `window_attention`.
-      window: positions that a query sees, itself included; None is all.
+      window: number of positions that a query sees, itself included; None means all.
       segment_ids: `PROMPT` for the prompt, larger ones for answers, 0 for padding, whose output is arbitrary.
-      positions: in the conversation: those of an answer go on where the prompt ends.
+      positions: positions in the conversation; those of an answer continue where the prompt ends.
       implementation: "strips" or "reference".
-      mesh: as in `window_attention`, for the prompt's part.
+      mesh: as in `window_attention`; used for the prompt's part.
 
     Differentiable in all float arrays. Raises ValueError for shapes that do not fit, NotImplementedError for rows with
     more logits than may be held at a time.

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import NamedTuple
 
 PROMPT = 1
-"""The segment of a row's prompt; its answers have larger ones, and padding is 0."""
+"""The segment id of a row's prompt; answers have larger ids, and padding has 0."""
 
 
 class Layout(NamedTuple):
     """Where a row's prompt and answers lie.
 
     Attributes:
-      prefix: positions of the prompt; the last of them is the prompt's last.
-      strip: positions of a strip.
+      prefix: number of positions for the prompt, whose last token is in the last of them.
+      strip: number of positions per strip.
     """
 
     prefix: int

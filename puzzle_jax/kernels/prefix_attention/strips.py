@@ -1,7 +1,7 @@
-"""`prefix_attention` by strips: each against its own keys and, all together, against the prompt's.
+"""`prefix_attention` by strips: each attends to its own keys and, all strips together, to those of the prompt.
 
-Both parts join in one softmax. Of the prompt, a window needs the last `window - 1` keys alone, and those lie at the end
-of the prefix; so time and memory grow with strips * (strip + what is seen of the prefix). Plain XLA, differentiable.
+Both parts share one softmax. Of the prompt, a window needs only the last `window - 1` keys, which are at the end of the
+prefix; so time and memory grow with answers * (strip + visible part of the prefix). Plain XLA, differentiable.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def prefix_attention(
     """See the api."""
     batch, seq, heads, dim = q.shape
     prefix, strip = layout
-    first = 0 if window is None else max(0, prefix - window + 1)  # of the prompt's keys that an answer may see
+    first = 0 if window is None else max(0, prefix - window + 1)  # first of the prompt's keys that an answer may see
     answers, kv_heads = seq - prefix, k.shape[2]
     count, group, seen = answers // strip, heads // kv_heads, prefix - first
     refuse_too_many(batch, heads, answers, strip + seen)
@@ -77,7 +77,7 @@ def prefix_attention(
 
 
 def _masks(layout: Layout, window: int | None, first: int, segment_ids: Array, positions: Array) -> tuple[Array, Array]:
-    """The masks of visible keys: of the own strip, [batch, strips, strip, strip], and of the prompt from `first` on."""
+    """Masks of visible keys: in the own strip, [batch, strips, strip, strip], and in the prompt from `first` on."""
     prefix, strip = layout
     batch, seq = segment_ids.shape
     shape = (batch, (seq - prefix) // strip, strip)

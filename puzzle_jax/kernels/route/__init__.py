@@ -1,10 +1,10 @@
-"""Routing: which experts serve a token, and with what weight.
+"""Routing: which experts process a token, and with what weights.
 
 `route` picks the top k router logits and turns them into gates by a softmax over the chosen ones alone, as gpt-oss
-does. `expert_order` lays the chosen (token, expert) pairs out in blocks that belong to one expert each, the form
-that grouped matmuls want. Both are pure functions with static shapes. Implementations: `mosaic_gpu` for Hopper and
-`mosaic_tpu`, one kernel for both (`tally`), where these have proved themselves; `reference`, plain XLA. They are two
-calls because a mesh stands between them: a device lays out the pairs of the experts that it holds.
+does. `expert_order` lays out the chosen (token, expert) pairs in blocks of one expert each, the layout that grouped
+matmuls need. Both are pure functions with static shapes. Implementations: `mosaic_gpu` for Hopper and `mosaic_tpu`, one
+kernel for both functions (`tally`), where they have passed their self-check; `reference`, plain XLA. These are two
+calls because a mesh comes between them: a device lays out only the pairs of the experts that it holds.
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ def route(
 
     Args:
       logits: router logits.
-      k: experts per token; equal logits are taken in order of their index.
-      mask: False removes an expert: its logit becomes minus infinity before the choice. At least `k` must stay.
+      k: experts per token; among equal logits, the lower index comes first.
+      mask: False removes an expert: its logit becomes minus infinity before the choice. At least `k` must remain.
       ids: choices to replay in place of the top k; gates are then the softmax of the given experts' own logits.
       implementation: pins one of `IMPLEMENTATIONS`.
 
-    Differentiable in `logits` through the gates. Raises ValueError for a `k` that is not between 1 and the experts.
+    Differentiable in `logits` through the gates. Raises ValueError for a `k` below 1 or above the number of experts.
     """
     if not 1 <= k <= logits.shape[-1]:
         raise ValueError(f"cannot choose {k} of {logits.shape[-1]} experts")
@@ -76,10 +76,10 @@ def route(
 
 
 def expert_order(ids: Ids, num_experts: int, block: int, *, implementation: str | None = None) -> Blocks:
-    """Flat pairs (token * k + choice) in blocks of one expert each; nothing is dropped.
+    """Lays out flat pairs (token * k + choice) in blocks of one expert each; nothing is dropped.
 
-    A row of padding has the number of pairs for its source, which is out of range. Ids past the experts are nobody's:
-    their pairs share one row beyond the end. `implementation` pins one of `ORDER_IMPLEMENTATIONS`.
+    The source of a padding row is the number of pairs, which is out of range. Pairs with ids past the last expert share
+    one slot beyond the end. `implementation` pins one of `ORDER_IMPLEMENTATIONS`.
     """
     trial = partial(order_trial, ids, num_experts, block, expert_order)
     return dispatch("expert_order", ORDER_IMPLEMENTATIONS, implementation, ids, num_experts, block, trial=trial)

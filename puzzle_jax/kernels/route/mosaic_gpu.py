@@ -1,7 +1,7 @@
 """`route` on Hopper GPUs, in Pallas' Mosaic GPU: a program of one warpgroup per 64 tokens; see `tally`.
 
-Logits lie in shared memory and pass through registers 64 experts at a time, once for each choice; what was chosen
-before is masked by its number. A choice is the largest logit, then the lowest number among equals.
+Logits stay in shared memory and pass through registers 64 experts at a time, once for each choice; experts chosen
+before are masked by their index. A choice is the largest logit, with the lowest index among equals.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from puzzle_jax.kernels.route.tally import Tally
 from puzzle_jax.kernels.shapes import Array, Float, Ids, Index, Ref
 
 TILE, CHUNK = 64, 64
-"""Tokens of a program, and experts in registers at a time; with 128 there registers spill."""
+"""Tokens per program, and experts in registers at a time; with 128 experts, registers spill."""
 
 MOST_CHOICES, MOST_EXPERTS = 8, 256
 
@@ -35,7 +35,7 @@ def routed(
     tally: bool,
     interpret: bool = False,
 ) -> Tally:
-    """See `tally`. Raises NotImplementedError where this is no Hopper GPU (unless interpreted), below JAX 0.11.2, and
+    """See `tally`. Raises NotImplementedError off Hopper GPUs (unless interpreted), below JAX 0.11.2, and
     for more than 8 choices or 256 experts."""
     hopper_only(interpret)
     if k > MOST_CHOICES or experts > MOST_EXPERTS:
@@ -87,7 +87,7 @@ def routed(
         t = lax.axis_index("tile")
 
         def over_chunks(step: Callable[[Index, Carry], Carry], carry: Carry) -> Carry:
-            """Runs `step` of a chunk's first expert; in a loop, for a compiler that saw all of it would spill."""
+            """Runs `step` with the first expert of each chunk; in a loop, since unrolled code would spill registers."""
             return lax.fori_loop(0, columns // CHUNK, lambda c, carry: step(c * CHUNK, carry), carry)
 
         def fetched(source: Ref, target: Ref) -> None:
@@ -118,7 +118,7 @@ def routed(
                     for other in chosen:
                         rest = jnp.where(number == wide_of(other), -jnp.inf, rest)
                     here = jnp.max(rest, axis=1)
-                    # The lowest number is what is left of the largest of `columns` less the number.
+                    # The lowest index is `columns` minus the largest `columns - index`.
                     left = jnp.max(jnp.where(rest == wide_of(here), columns - number, 0.0), axis=1)
                     return jnp.maximum(best, here), jnp.where(here > best, columns - left, index)
 

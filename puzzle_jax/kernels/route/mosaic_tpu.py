@@ -1,6 +1,6 @@
 """`route` on TPUs, in Pallas: a program per tile of tokens; see `tally`.
 
-A token's choices are lanes of one register, so that ids, gates and ranks are written whole.
+A token's choices are the lanes of one register, so ids, gates and ranks are written as whole registers.
 """
 
 from __future__ import annotations

@@ -10,12 +10,12 @@ from puzzle_jax.kernels.grouped_matmul.layout import Blocks, blocks_of
 from puzzle_jax.kernels.shapes import Array, Float, Ids, Int
 
 FEW_PAIRS = 1024
-"""Pairs up to which a sum and a sort take the place of scatters: XLA for CPUs compiles a scatter anew in every layer,
-which takes longer than so few pairs ever do, and runs it faster where there are many."""
+"""Up to this many pairs, a sum and a sort replace scatters: XLA for CPUs compiles a scatter anew in every layer, which
+takes longer than so few pairs ever do, but with many pairs the scatter is faster."""
 
 _LARGEST = np.iinfo(np.int32).max
 
-ITERATED_ARGMAX_LIMIT = 8  # up to here k passes of argmax beat a sort on CPU
+ITERATED_ARGMAX_LIMIT = 8  # up to this k, k passes of argmax beat a sort on CPU
 
 
 def route(logits: Float[Array, "tokens experts"], k: int, ids: Ids | None) -> tuple[Ids, Float[Array, "tokens k"]]:
@@ -58,9 +58,9 @@ def expert_order(ids: Ids, num_experts: int, block: int) -> Blocks:
 
 
 def stable_order(keys: Int[Array, "pairs"], values: int) -> Int[Array, "pairs"]:
-    """Indices that sort keys of 0 and more, equal ones in their order, and those from `values` on as equal.
+    """Indices of a stable sort of keys of at least 0, in which all keys of at least `values` count as equal.
 
-    Key and index are sorted as one number where it fits: XLA for CPUs takes a quarter of the time for that.
+    Key and index are sorted as one number if it fits, which takes XLA for CPUs a quarter of the time.
     """
     pairs, keys = len(keys), jnp.minimum(keys, values)
     if (values + 1) * pairs > _LARGEST:

@@ -1,14 +1,14 @@
-"""`route` and `expert_order` by a kernel that goes over tiles of tokens once: its form, and what is made of it.
+"""`route` and `expert_order` by a kernel that goes over tiles of tokens once: its interface, and what is built on it.
 
-For each tile of tokens a kernel gives, as it is asked,
+For each tile of tokens a kernel returns, as requested,
 
     choice   the k largest logits of a token, best first, and their gates
     tally    each pair's rank among the tile's pairs of its expert, and how many pairs of the tile each expert has
 
-A pair's row is then the first row of its expert, and the expert's pairs in earlier tiles, and its rank: a sum of three
-numbers, where a sort would compare all pairs. Ranks follow the order of tokens and choices, as a stable sort has it.
-Within a tile they come of one matrix product: with a triangle of ones on the left and the tile's choices, as zeros and
-ones, on the right.
+A pair's row is then a sum of three numbers, where a sort would compare all pairs: the first row of its expert, the
+number of the expert's pairs in earlier tiles, and its rank. Ranks follow the order of tokens and choices, as in a
+stable sort. Within a tile they come from one matrix product, of a triangle of ones on the left and the tile's choices,
+as zeros and ones, on the right.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from puzzle_jax.kernels.shapes import Array, Float, Ids, Int
 
 
 class Tally(NamedTuple):
-    """What a kernel gives for tokens in tiles; entries that were not asked for are None.
+    """What a kernel returns for tokens in tiles; entries that were not requested are None.
 
     Attributes:
-      ids, gates: of the choice.
-      rank: of each pair within its tile and expert.
-      counts: pairs of each tile and expert.
-      tile: tokens of a tile.
+      ids, gates: the chosen experts and their gates.
+      rank: rank of each pair within its tile and expert.
+      counts: number of pairs of each tile and expert.
+      tile: tokens per tile.
     """
 
     ids: Ids | None = None
@@ -42,13 +42,13 @@ class Tally(NamedTuple):
 
 
 Kernel = Callable[..., Tally]
-"""Of (logits or None, ids or None, k, experts, tally=)."""
+"""Called with (logits or None, ids or None, k, experts, tally=)."""
 
 
 def route(
     kernel: Kernel, logits: Float[Array, "tokens experts"], k: int, ids: Ids | None
 ) -> tuple[Ids, Float[Array, "tokens k"]]:
-    """See the api: differentiable in `logits`."""
+    """See the api. Differentiable in `logits`."""
     return _route(kernel, k, logits, ids)
 
 
@@ -85,7 +85,7 @@ def expert_order(kernel: Kernel, ids: Ids, num_experts: int, block: int) -> Bloc
     pairs, blocks = ids.size, num_blocks(ids.size, num_experts, block)
     of_expert = -(-group_sizes // block)
     last_block = jnp.cumsum(of_expert)
-    first = before + ((last_block - of_expert) * block)[None]  # row of each tile's first pair of an expert
+    first = before + ((last_block - of_expert) * block)[None]  # row of the first pair of each expert in each tile
     known = ids < num_experts
     at = jnp.arange(tokens)[:, None] // found.tile, jnp.minimum(ids, num_experts - 1)
     slot = jnp.where(known, first[at] + found.rank, blocks * block).astype(jnp.int32).reshape(-1)

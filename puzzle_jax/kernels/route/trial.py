@@ -1,4 +1,4 @@
-"""What kernels of `route` and `expert_order` are tried on: as many experts as there are, and at most 4,096 tokens."""
+"""Trials of kernels of `route` and `expert_order`: with the actual number of experts, and at most 4,096 tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MOST_TOKENS, FEATURES = 4096, 16
 
 
 def _tokens(count: int) -> int:
-    """A number of tokens rounded up to a power of two, less one where it was none."""
+    """Rounds up to a power of two, at most `MOST_TOKENS`; below that, minus one if `count` is not a power of two."""
     most = min(1 << max(0, count - 1).bit_length(), MOST_TOKENS)
     return most if count == most or most == MOST_TOKENS else most - 1
 
@@ -23,13 +23,13 @@ def _tokens(count: int) -> int:
 def route_trial(
     logits: Float[Array, "tokens experts"], k: int, ids: Ids | None, run: Callable[..., tuple[Array, Array]]
 ) -> Trial:
-    """A trial of `route`; `run` is the api. The result that is compared is the gates by expert."""
+    """A trial of `route`; `run` is the api. It compares the gates by expert."""
     (count, experts), replayed = logits.shape, ids is not None
     tokens = max(1, _tokens(count))
 
     def arrays() -> tuple[Array, Array]:
         source = np.random.default_rng(0)
-        # Quarters, so that many are equal.
+        # Multiples of a quarter, so that many are equal.
         found = np.round(source.normal(size=(tokens, experts)) * 4) / 4
         chosen = np.argsort(source.random((tokens, experts)), axis=1)[:, :k]
         return jnp.asarray(found, jnp.float32), jnp.asarray(chosen, jnp.int32)
@@ -43,15 +43,15 @@ def route_trial(
 
 
 def order_trial(ids: Ids, experts: int, block: int, run: Callable[..., object]) -> Trial:
-    """A trial of `expert_order`; `run` is the api. What is compared is rows of pairs, with numbers of their own,
-    in their blocks, and what comes back from there, and each block's expert."""
+    """A trial of `expert_order`; `run` is the api. It compares random rows of the pairs laid out in blocks, the same
+    rows read back from there, and each block's expert."""
     count, k = ids.shape
     tokens = max(1, _tokens(count))
 
     def arrays() -> tuple[Array, Array]:
         source = np.random.default_rng(0)
         chosen = np.argsort(source.random((tokens, experts)) * np.arange(1, experts + 1), axis=1)[:, :k]
-        chosen[tokens // 3 :: 7] = experts  # nobody's
+        chosen[tokens // 3 :: 7] = experts  # ids past the experts
         return jnp.asarray(chosen, ids.dtype), jax.random.normal(jax.random.key(0), (tokens * k, FEATURES))
 
     def laid_out(ids: Array, rows: Array, **named: str | None) -> Array:

@@ -2,12 +2,12 @@
 
 A sink is one extra logit per query head that joins the softmax and is then dropped, so the weights of a query sum to
 less than one. A window of W lets query i see the keys j with i - W < j <= i. Implementations: `mosaic_gpu_wide` (long
-sequences and reaches) and `mosaic_gpu` for Hopper and `splash` for TPUs, where these have proved themselves;
-`causal_blocks` (full attention and static windows), `banded` (static windows far narrower than the sequence), both of a
-cost that grows with what is visible; `square`, which takes any window, one per row of the batch as data included;
-`online_blocks`, any window likewise, for sequences so long that the others would hold too many logits; `reference`;
-and, by name only, `dew_flash_attn`.
-On a mesh that cuts positions, devices exchange them for heads around any of these; see `parallel`.
+sequences and windows) and `mosaic_gpu` for Hopper and `splash` for TPUs, where they have passed their self-check;
+`causal_blocks` (full attention and static windows) and `banded` (static windows far narrower than the sequence), whose
+cost grows with what is visible; `square`, which takes any window, including one per row of the batch as data;
+`online_blocks`, which takes the same, for sequences so long that the others would hold too many logits; `reference`;
+and, only by name, `dew_flash_attn`.
+On a mesh that shards positions, devices exchange positions for heads before and after any of these; see `parallel`.
 """
 
 from __future__ import annotations
@@ -63,15 +63,15 @@ def window_attention(
     Args:
       q, k, v: rotated queries and keys, and values. Query head h uses key-value head h // (heads / kv_heads).
       sinks: one unscaled logit per query head.
-      window: keys that a query sees, itself included; None is all; an array gives one per row of the batch.
+      window: number of keys that a query sees, itself included; None means all; an array has one per row of the batch.
       segment_ids: positions see only positions of the same segment (packed sequences).
       implementation: pins one of `IMPLEMENTATIONS`.
-      mesh: with axes "data", "sequence" and "model" that rows, positions and heads are cut along, see `parallel`.
-        Without one, or where it does not cut positions or divide them and heads, and no kernel may serve, XLA sees to
+      mesh: mesh with axes "data", "sequence" and "model" that shard rows, positions and heads, see `parallel`.
+        Without one, or if it does not shard positions or divide them and heads, and no kernel may be used, XLA sees to
         it that every device has what it needs.
 
     Logits are scaled by dim ** -0.5; softmax in float32; differentiable in all arrays. Raises ValueError for shapes and
-    dtypes that do not fit and windows below 1, NotImplementedError where no implementation accepts the arguments.
+    dtypes that do not fit and windows below 1, NotImplementedError if no implementation accepts the arguments.
     """
     (batch, seq, heads, dim), kv_heads = q.shape, k.shape[2]
     checks.floating(q=q, k=k, v=v, sinks=sinks)
@@ -100,6 +100,6 @@ def window_attention(
     if mesh is not None and parallel.cuts(q, mesh):
         return parallel.attention(q, k, v, sinks, attend, mesh=mesh, **options)
     if spreads(mesh, q.shape[2], kv_heads) and may_serve():
-        # What XLA would do by itself, said so that a kernel can be a device's part of it.
+        # What XLA would do by itself, made explicit so that each device can run a kernel on its shard.
         return by_rows_and_heads(attend, mesh, (q, k, v), 2, sinks, **options)
     return attend(q, k, v, sinks, **options)

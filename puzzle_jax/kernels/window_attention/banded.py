@@ -1,7 +1,7 @@
 """`window_attention` for static windows: queries in blocks, each against its own and the previous block of keys.
 
 Blocks are as wide as the window, so two of them hold every visible key, and time and memory grow with
-sequence * window in place of sequence ** 2. Plain XLA, differentiable, for every platform.
+sequence * window instead of sequence ** 2. Plain XLA, differentiable, for every platform.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MIN_BLOCK = 16
 def window_attention(
     q: Queries, k: Keys, v: Keys, sinks: Sinks, *, window: Window, segment_ids: Segments = None
 ) -> Queries:
-    """See the api. Raises NotImplementedError where the band would not be narrower than the square."""
+    """See the api. Raises NotImplementedError if the band would not be narrower than the square."""
     batch, seq, heads, dim = q.shape
     if not isinstance(window, int):
         raise NotImplementedError("the window is not a static number")
@@ -46,7 +46,7 @@ def window_attention(
     values = with_previous(blocks(v)).transpose(0, 1, 3, 2, 4)
     logits = jnp.matmul(queries, keys, preferred_element_type=jnp.float32)
     logits = logits.reshape(batch, -1, kv_heads, block, group, 2 * block)
-    # Positions within the band: query i of a block stands at block + i, keys at 0 .. 2 block - 1.
+    # Positions within the band: query i of a block is at block + i, keys at 0 .. 2 block - 1.
     query, key = jnp.arange(block)[:, None] + block, jnp.arange(2 * block)[None, :]
     band = (key <= query) & (key > query - window)
     first = jnp.arange(padded // block)[:, None, None] == 0

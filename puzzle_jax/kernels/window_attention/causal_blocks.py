@@ -1,9 +1,9 @@
 """`window_attention` for full causal attention and moderate windows: queries in a few blocks, each against the keys
 that it can see.
 
-Skips what lies outside and keeps each block of logits small enough for caches; on CPU that is about three times as
+It skips keys out of reach and keeps each block of logits small enough for caches; on CPU that is about three times as
 fast as the whole square, forwards and backwards. Plain XLA, differentiable, for every platform.
-Left out: windows far narrower than a block (see `banded`), and more than about eight blocks (each is its own piece of
+Left out: windows far narrower than a block (see `banded`), and more than about eight blocks (each is unrolled into the
 program).
 """
 

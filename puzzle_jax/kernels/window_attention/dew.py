@@ -1,8 +1,8 @@
 """`window_attention` by dew-flash-attn (extras `flash-cuda12` and `flash-cuda13`): FlashAttention-2 and, on Hopper,
 FlashAttention-3, with windows, sinks and gradients.
 
-The library was compiled beside our kernels, but has not run here: it is for NVIDIA GPUs alone.
-Left out: packed sequences, which it takes by their offsets and not by segments, and windows that are data.
+The library has been compiled together with our kernels but not run here: it is only for NVIDIA GPUs.
+Left out: packed sequences, which it takes as offsets and not as segments, and windows that are data.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ MOST_DIM = 256
 def window_attention(
     q: Queries, k: Keys, v: Keys, sinks: Sinks, *, window: Window, segment_ids: Segments = None
 ) -> Queries:
-    """See the api. Raises NotImplementedError off GPUs, where the library is not installed, and for what it does not
-    take."""
+    """See the api. Raises NotImplementedError off GPUs, if the library is not installed, and for arguments that it does
+    not take."""
     if target_platform() != "gpu":
         raise NotImplementedError(f"for GPUs, but this is {target_platform()}")
     if not (window is None or isinstance(window, int)) or segment_ids is not None:

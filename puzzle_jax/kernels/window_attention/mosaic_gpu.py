@@ -1,20 +1,20 @@
 """`window_attention` on Hopper GPUs, forwards and backwards, in Pallas' Mosaic GPU.
 
-Forwards, a program per row of the batch, query head and block of queries goes over the tiles of keys that the block can
-see, with an online softmax that begins with the sink as if it were one more key without a value. It also gives
+Forwards, one program per row of the batch, query head and block of queries goes over the tiles of keys that the block
+can see, with an online softmax that starts from the sink, as from one more key without a value. It also returns
 lse' = log(exp(sink) + sum of exp(logits)) per query.
 
-Backwards, with delta = sum of out * d_out per query, all probabilities come again from lse', so nothing quadratic is
-kept (T. Dao, FlashAttention-2, 2023):
+Backwards, with delta = sum of out * d_out per query, all probabilities are recomputed from lse', so nothing quadratic
+is kept (T. Dao, FlashAttention-2, 2023):
 
     p = exp(logits - lse')   d_v = p' d_out   d_logits = p (d_out v' - delta)   d_sink = -sum exp(sink - lse') delta
 
 One kernel sums d_q over the keys of a block of queries; another sums d_k and d_v over the queries of a block of keys
 and the query heads that share them. Which tiles a block sees first and last is data: it follows from the window, which
-may be data too, and from the smallest and largest segment of each tile. So the cost grows with the window, and with
-packed sequences with their lengths rather than the row's.
+may be data too, and from the smallest and largest segment of each tile. So the cost grows with the window and, for
+packed sequences, with their lengths rather than the row's.
 
-Left out: warp specialisation and more than 64 queries per program, but for the forward pass of `mosaic_wide`.
+Left out: warp specialisation and more than 64 queries per program, except in the forward pass of `mosaic_wide`.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ Carry = TypeVar("Carry")
 
 
 def wide_attention(*arrays: Array, window: Window, segment_ids: Segments = None, interpret: bool = False) -> Queries:
-    """`window_attention` with the forward pass of `mosaic_wide`. Raises NotImplementedError also for windows that are
-    data or below `mosaic_wide.MIN_REACH`, and for sequences of no more than half of that."""
+    """`window_attention` with the forward pass of `mosaic_wide`. Also raises NotImplementedError for windows that are
+    data or below `mosaic_wide.MIN_REACH`, and for sequences of at most half of that."""
     least, seq = mosaic_wide.MIN_REACH, arrays[0].shape[1]
     if 2 * seq <= least:
         raise NotImplementedError(f"for more than {least // 2} tokens, but these are {seq}")
@@ -62,8 +62,8 @@ def window_attention(
     interpret: bool = False,
     wide: bool = False,
 ) -> Queries:
-    """See the api. Raises NotImplementedError where this is no Hopper GPU (unless interpreted), below JAX 0.11.2, for
-    other types than bfloat16, and heads that are no multiple of 64 up to 128."""
+    """See the api. Raises NotImplementedError off Hopper GPUs (unless interpreted), below JAX 0.11.2, for dtypes other
+    than bfloat16, and for head sizes that are not a multiple of 64 up to 128."""
     hopper_only(interpret)
     if {q.dtype, k.dtype, v.dtype} != {jnp.dtype(jnp.bfloat16)}:
         raise NotImplementedError(f"for bfloat16, but this is {q.dtype}, {k.dtype}, {v.dtype}")
@@ -71,7 +71,7 @@ def window_attention(
     if dim % 64 or dim > 128:
         raise NotImplementedError(f"heads of {dim} are no multiple of 64 up to 128")
     padding = -seq % (mosaic_wide.QUERIES if wide else TILE)
-    if padding:  # queries and keys behind everything: nobody sees them
+    if padding:  # queries and keys after all others, which see none of them
         q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q, k, v))
         segment_ids = None if segment_ids is None else jnp.pad(segment_ids, ((0, 0), (0, padding)), mode="edge")
     windowed = window is not None and not (isinstance(window, int) and window >= seq)
@@ -84,7 +84,7 @@ def window_attention(
 
 
 class _Seen(NamedTuple):
-    """What a query may see: segments, each row's window, and what follows of both for tiles, see `Shape.bounds`."""
+    """What a query may see: segments, each row's window, and the tiles that follow from both, see `Shape.bounds`."""
 
     segments: Int[Array, "batch seq"]
     widths: Rows
@@ -125,7 +125,7 @@ _attend.defvjp(_save, _backward)
 
 
 class _Tools:
-    """Pieces of a kernel whose tiles are [TILE, TILE] logits and [TILE, dim] vectors."""
+    """Building blocks of a kernel whose tiles are [TILE, TILE] logits and [TILE, dim] vectors."""
 
     def __init__(self, shape: Shape) -> None:
         self.shape, self.mosaic = shape, plgpu()
@@ -156,7 +156,7 @@ class _Tools:
             spread = (self.rows, self.columns)
             same = spread[query_axis](query_segment[...]) == spread[1 - query_axis](key_segment[...])
             mask = mask & same
-        return mask & (query < self.shape.seq) if query_axis else mask  # past the end, the last tile is there once more
+        return mask & (query < self.shape.seq) if query_axis else mask  # past the end, the last tile comes again
 
     def fetched(self, copies: Sequence[tuple[Ref, Ref]], arrived: Ref) -> None:
         for source, target in copies:

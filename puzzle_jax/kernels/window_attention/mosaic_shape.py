@@ -1,6 +1,6 @@
-"""What the Mosaic GPU kernels of `window_attention` are made for, and which tiles of 64 keys blocks of queries see.
+"""What the Mosaic GPU kernels of `window_attention` are built for, and which tiles of 64 keys blocks of queries see.
 
-Left out: tiles in between of which nothing is seen, as where segments are in no order.
+Left out: skipping unseen tiles in between, as there are when segments are in no order.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Tiles = Int[Array, "batch tiles"]
 
 
 class Shape(NamedTuple):
-    """Sizes and options that a kernel is made for."""
+    """Sizes and options that a kernel is built for."""
 
     batch: int
     seq: int
@@ -35,7 +35,7 @@ class Shape(NamedTuple):
 
     def bounds(self, segments: Int[Array, "batch seq"], widths: Rows) -> tuple[Tiles, Tiles]:
         """The first tile of keys that each block of queries may see, and the last block of queries that may see each
-        tile of keys: by windows, and by the ranges of tiles' segments, which overlap where two tiles share one."""
+        tile of keys: by windows, and by the tiles' ranges of segments, which overlap if two tiles share one."""
         tile = jnp.arange(self.tiles, dtype=jnp.int32)[None]
         first = jnp.maximum(tile * TILE - widths[:, None] + 1, 0) // TILE
         last = jnp.minimum((tile * TILE + TILE + widths[:, None] - 2) // TILE, self.tiles - 1)

@@ -1,15 +1,14 @@
-"""The forward pass of `window_attention` on Hopper GPUs for long reaches: 128 queries to a program, three warpgroups.
+"""The forward pass of `window_attention` on Hopper GPUs for long windows: 128 queries and three warpgroups per program.
 
-Two warpgroups have 64 queries each and go over the same tiles of keys and values, which a third fetches ahead of them
-(warp specialisation as in J. Shah et al., FlashAttention-3, 2024, arXiv 2407.08608). So a tile crosses from L2 once for
-128 queries, where `mosaic_gpu` fetches it for 64: at 64 numbers to a head that kernel reads 16 KB for a million
-operations, which at the rate of an H100's tensor cores would be 15 TB per second. On the other hand both warpgroups
-visit every tile that one of them sees, one more than they need, and a multiprocessor holds one program, of two
-warpgroups that compute, where it holds two or three of `mosaic_gpu`. Hence it is for windows of at least `MIN_REACH`
-keys.
+Two warpgroups have 64 queries each and go over the same tiles of keys and values, which the third prefetches (warp
+specialisation as in J. Shah et al., FlashAttention-3, 2024, arXiv 2407.08608). So a tile is read from L2 once for 128
+queries, where `mosaic_gpu` reads it for 64: with heads of 64 numbers, that kernel reads 16 KB per million operations,
+which at the rate of an H100's tensor cores would be 15 TB per second. On the other hand, both warpgroups visit every
+tile that either of them sees, one more than they need, and a multiprocessor holds one program, with two computing
+warpgroups, where it holds two or three of `mosaic_gpu`. Hence it is for windows of at least `MIN_REACH` keys.
 
-Left out: softmax of one warpgroup scheduled against products of the other, tiles without a mask, and gradients, which
-are those of `mosaic_gpu`.
+Left out: overlapping the softmax of one warpgroup with products of the other, unmasked tiles, and gradients, which are
+those of `mosaic_gpu`.
 """
 
 from __future__ import annotations
@@ -121,7 +120,7 @@ def forward(
         pipeline(k_all.at[b], v_all.at[b], segment_of.at[b])
 
     def each(columns: int) -> object:
-        """A tile of shared memory for each warpgroup that computes."""
+        """A tile of shared memory for each computing warpgroup."""
         return mosaic.SMEM((WARPGROUPS, TILE, columns), jnp.bfloat16, transforms=swizzled(columns))
 
     scalars = [mosaic.SMEM((WARPGROUPS, TILE), dtype) for dtype in (jnp.float32, jnp.int32)]

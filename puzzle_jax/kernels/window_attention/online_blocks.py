@@ -1,14 +1,14 @@
-"""`window_attention` for long sequences: blocks of queries, each against one block of keys after the other.
+"""`window_attention` for long sequences: blocks of queries, each against one block of keys after another.
 
-The softmax is taken online (Milakov and Gimelshein, arXiv 1805.02867), so that logits exist for one pair of blocks at a
-time, and backwards they are computed again from the log of their total (FlashAttention, arXiv 2205.14135):
+The softmax runs online (Milakov and Gimelshein, arXiv 1805.02867), so that logits exist for one pair of blocks at a
+time; the backward pass recomputes the weights from the log of their total (FlashAttention, arXiv 2205.14135):
 
     lse' = log(exp(sink) + sum exp(logits))        p = exp(logits - lse')        delta = out . d_out
     d_logits = p (d_p - delta)                     d_sink = -sum exp(sink - lse') delta
 
-Blocks of keys that no query of a block sees are skipped; any window will do, one per row of the batch as data
-included. Memory grows with the sequence. Plain XLA, for every platform; loops in place of one large matmul, so it is
-for sequences whose logits would be too many (`reference.MOST_LOGITS`). Left out: skipping blocks of other segments.
+Blocks of keys that no query of a block sees are skipped; any window works, including one per row of the batch as data.
+Memory grows with the sequence. Plain XLA, for every platform; it loops instead of doing one large matmul, so it is for
+sequences whose logits would be too many (`reference.MOST_LOGITS`). Left out: skipping blocks of other segments.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BLOCK = 1024
 def window_attention(
     q: Queries, k: Keys, v: Keys, sinks: Sinks, *, window: Window, segment_ids: Segments = None, block: int = BLOCK
 ) -> Queries:
-    """See the api; `block` is the number of queries, and of keys, that are looked at together."""
+    """See the api; `block` is the number of queries, and of keys, that are processed together."""
     batch, seq, heads, dim = q.shape
     kv_heads = k.shape[2]
     group = heads // kv_heads
@@ -35,7 +35,7 @@ def window_attention(
     count = -(-seq // block)
 
     def blocks(x: Array) -> Array:
-        """[blocks, batch, block, ...]; keys past the end are after every query."""
+        """[blocks, batch, block, ...]; keys past the end come after every query."""
         x = jnp.pad(x, [(0, 0), (0, count * block - seq)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(batch, count, block, *x.shape[2:]), 1, 0)
 
@@ -110,7 +110,7 @@ _attend.defvjp(_forward, _backward)
 
 
 class _Visible(NamedTuple):
-    """Which keys queries see, block by block."""
+    """The keys that queries see, block by block."""
 
     block: int
     rows: int
@@ -118,11 +118,11 @@ class _Visible(NamedTuple):
     segments: Int[Array, "blocks batch block"] | None
 
     def first(self, index: Array) -> Array:
-        """The first block of keys that a block of queries sees any of."""
+        """The first block with a key that a block of queries sees."""
         return jnp.maximum(index * self.block - jnp.max(self.widths) + 1, 0) // self.block
 
     def __call__(self, index: Array, at: Array) -> Float[Array, "#batch one rows block"]:
-        """What is added to the logits of a block of queries and one of keys."""
+        """The mask that is added to the logits of a block of queries and one of keys."""
         place = jnp.arange(self.block)
         query, key = (index * self.block + place)[:, None], (at * self.block + place)[None]
         mask = (key <= query) & (key > query - self.widths[:, None, None])

@@ -3,20 +3,20 @@
 A query needs the keys of positions that other devices hold, but no other head. So devices exchange positions for heads
 (Ulysses, arXiv 2309.14509), attend, and exchange back:
 
-    of 8 positions and 4 heads on 2 devices of the axis "sequence":
+    8 positions and 4 heads on 2 devices of the axis "sequence":
 
     held           device 0: positions 0-3, heads 0-3      device 1: positions 4-7, heads 0-3
     all-to-all     device 0: positions 0-7, heads 0-1      device 1: positions 0-7, heads 2-3
     all-to-all     as held
 
-Between the two a device runs an ordinary implementation, which knows nothing of the mesh. It sends and gets
-(2 heads + 2 key-value heads) x positions x dim / devices numbers, whatever the window. Where an axis "model" cuts heads
+Between the two a device runs an ordinary implementation, which knows nothing about the mesh. It sends and receives
+(2 heads + 2 key-value heads) x positions x dim / devices numbers, whatever the window. If an axis "model" shards heads
 too, each of its devices exchanges its own share.
 
-Key-value heads that do not divide are repeated until they do, no more often than they have query heads: with as many
-copies as one device's query heads ask for, a device gets the keys that it needs and none twice.
+Key-value heads that the devices do not divide are repeated until they do, no more often than they have query heads:
+with as many copies as one device's query heads need, a device gets the keys that it needs, at times one of them twice.
 
-Left out: more devices than query heads, and windows so narrow that neighbours' keys would be fewer bytes.
+Left out: more devices than query heads, and windows so narrow that exchanging neighbours' keys would take fewer bytes.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from puzzle_jax.kernels.shapes import Array, Keys, Queries, Segments, Sinks, Win
 DATA, SEQUENCE, MODEL = "data", "sequence", "model"
 
 Attention = Callable[..., Array]
-"""(q, k, v, sinks, window=, segment_ids=) to the output, of all positions of some rows and heads."""
+"""Maps (q, k, v, sinks, window=, segment_ids=) to the output, for all positions of some rows and heads."""
 
 
 def cuts(q: Queries, mesh: Mesh | AbstractMesh | None) -> bool:
-    """Whether `mesh` cuts positions, and its axes divide the positions and the heads of `q`."""
+    """Returns whether `mesh` shards positions, and its axes divide the positions and the heads of `q`."""
     if mesh is None or mesh.shape.get(SEQUENCE, 1) == 1:
         return False
     (_, seq, heads, _), devices = q.shape, mesh.shape[SEQUENCE]
@@ -55,9 +55,9 @@ def attention(
     segment_ids: Segments,
     mesh: Mesh | AbstractMesh,
 ) -> Queries:
-    """The result of `attend` on one device, for arrays that `mesh` `cuts`.
+    """The same result as `attend` on one device, for arrays that `mesh` `cuts`.
 
-    Rows are cut over the axis "data" where it divides them, and are the same on all of its devices where it does not.
+    Rows are sharded over the axis "data" if it divides them, and replicated over it if not.
     """
     batch, kv_heads = len(q), k.shape[2]
     model = MODEL if MODEL in mesh.shape else None
@@ -65,7 +65,7 @@ def attention(
     copies = kv_copies(q.shape[2], kv_heads, mesh.shape[SEQUENCE] * mesh.shape.get(MODEL, 1))
     k, v = (jnp.repeat(x, copies, axis=2) if copies > 1 else x for x in (k, v))
 
-    # Heads lie on the model axis first, so an exchange along the sequence axis splits each device's heads in order.
+    # Heads are cut by the model axis first, so an exchange along the sequence axis splits each device's heads in order.
     cut = PartitionSpec(rows, SEQUENCE, model)
     given: dict[str, Array] = {}
     specs: dict[str, PartitionSpec] = {}
@@ -88,9 +88,9 @@ def attention(
 
 
 def kv_copies(heads: int, kv_heads: int, devices: int) -> int:
-    """Copies of each key-value head with which `devices` that divide `heads` each get as many, and all that they need.
+    """Copies of each key-value head with which `devices` that divide `heads` get equally many each, and all they need.
 
-    The least that divides the query heads of a key-value head, so that copies share them evenly.
+    The smallest number that divides the query heads of a key-value head, so that copies share them evenly.
     """
     group = heads // kv_heads
     return next(c for c in range(1, group + 1) if group % c == 0 and kv_heads * c % devices == 0)

@@ -16,7 +16,7 @@ MOST_LOGITS = 2**27
 
 
 class OnlineSoftmax(NamedTuple):
-    """A softmax under way: the largest logit so far, the total of weights relative to it, and their sum of values."""
+    """A running softmax: the largest logit so far, and the sums of weights and of weighted values relative to it."""
 
     largest: Float[Array, "batch kv_heads rows"]
     total: Float[Array, "batch kv_heads rows"]
@@ -39,7 +39,7 @@ def start_online(sink: Float[Array, "batch kv_heads rows"], dim: int) -> OnlineS
 
 
 def refuse_too_many(*shape: int) -> None:
-    """Raises NotImplementedError for logits of a shape that `online_blocks` should have."""
+    """Raises NotImplementedError for logits so many that they should be left to `online_blocks`."""
     if math.prod(shape) > MOST_LOGITS:
         raise NotImplementedError(f"logits of shape {shape} are too many at a time")
 
@@ -55,7 +55,7 @@ def softmax_with_sink(
 
 
 def visible_keys(seq: int, window: Window, segment_ids: Segments) -> Bool[Array, "rows seq seq"]:
-    """Which keys (last axis) each query sees; one row, or one per row of the batch where rows differ."""
+    """The mask of keys (last axis) that each query sees; one row, or one per row of the batch if rows differ."""
     query, key = jnp.arange(seq)[:, None], jnp.arange(seq)[None, :]
     mask = (key <= query)[None]
     if window is not None:

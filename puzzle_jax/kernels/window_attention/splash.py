@@ -1,7 +1,7 @@
-"""`window_attention` on TPUs, forwards and backwards, by JAX's own splash attention, which knows sinks and windows.
+"""`window_attention` on TPUs, forwards and backwards, by JAX's own splash attention, which has sinks and windows.
 
-Blocks of keys that no query of a block sees are never visited. The query heads of one key-value head go together, rows
-of the batch and key-value heads by vmap.
+Blocks of keys that no query of a block sees are never visited. The query heads of one key-value head are processed
+together; rows of the batch and key-value heads are mapped by vmap.
 
 Left out: windows that are data, and tuned block sizes.
 """
@@ -31,7 +31,7 @@ def window_attention(
         raise NotImplementedError("the window is not a static number")
     batch, seq, heads, dim = q.shape
     kv_heads, group = k.shape[2], heads // k.shape[2]
-    # Whole blocks of queries and keys, and heads of whole registers: zeros change no logit and no value that is kept.
+    # Pad to whole blocks of queries and keys and to whole registers: zeros change no logit and no value that is kept.
     padding = ((0, 0), (0, -seq % LANES), (0, 0), (0, -dim % LANES))
     q, k, v = (jnp.pad(x, padding) for x in ((q * dim**-0.5).astype(q.dtype), k, v))
     whole = seq + padding[1][1]
@@ -59,7 +59,7 @@ def _kernel(group: int, seq: int, window: int | None, interpret: bool) -> Callab
     block = max(size for size in range(LANES, MAX_BLOCK + 1, LANES) if seq % size == 0)
     names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
     sizes = splash.BlockSizes(**dict.fromkeys((*names, "block_q_dq", "block_kv_dq"), block))
-    with jax.ensure_compile_time_eval():  # what it keeps of the mask is made of arrays
+    with jax.ensure_compile_time_eval():  # it keeps arrays made from the mask
         kernel = splash.make_splash_mqa(
             splash.MultiHeadMask([mask] * group), block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
         )

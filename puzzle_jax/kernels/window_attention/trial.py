@@ -1,4 +1,4 @@
-"""What kernels of `window_attention` are tried on: one row and few heads, a sequence of at most 4,096 tokens."""
+"""Trials of kernels of `window_attention`: with one row, few heads and a sequence of at most 4,096 tokens."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def trial(q: Queries, k: Keys, sinks: Sinks, window: Window, segment_ids: Segmen
             jax.random.normal(key, (1, tokens, count, dim), dtype) for key, count in zip(keys, of_heads, strict=False)
         ]
         own_sinks = jax.random.normal(keys[3], (kv_heads * group,), sinks.dtype)
-        # Two segments, the first of a third of the tokens; they count only where there are any.
+        # Two segments, the first with a third of the tokens; used only if the arguments have segments.
         segments = (jnp.arange(tokens) * 3 >= tokens).astype(jnp.int32)[None]
         return *qkv, own_sinks, segments, jnp.full((1,), max(tokens // 3, 1), jnp.int32)
 

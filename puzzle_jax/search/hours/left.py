@@ -1,7 +1,7 @@
-"""Time left of a search that runs: its settings' seconds by roofline, corrected by what its stages took.
+"""Time left of a running search: the roofline's seconds for its settings, corrected by what its stages took.
 
-The roofline of the devices present says how stages compare; how fast they really are is learnt from every stage that
-has run, the later ones counting more, since a later stage's programs are more like those that are still to come.
+The roofline of the devices present predicts how stages compare; how fast they really are is learnt from every stage
+that has run. Later ones count more, since their programs are more like those that are still to come.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from puzzle_jax.search.hours.work import SearchTime
 from puzzle_jax.search.recipe import TraceSettings
 
 _OF_A_STAGE = {"trace": ("load", "trace"), "score": ("lens", "score")}
-"""What of `SearchTime` makes up a stage of the pipeline, where that is not the entry of its name."""
+"""Entries of `SearchTime.seconds` that make up a stage of the pipeline, where that is not the entry of its name."""
 
 _STAGES = ("trace", "rank", "score", "solve", "refine", "assemble", "evaluate")
 
 _OLDER = 0.5
-"""Weight of what was known before a stage, beside that stage's own seconds."""
+"""Weight of the stages before, relative to the latest stage."""
 
 
-_SHORT_SECONDS = 300.0  # of which much may have been compiling
+_SHORT_SECONDS = 300.0  # below this, much of a stage may have been compiling
 
 
 class TimeLeft:
-    """Predicted seconds of stages, and what those that ran took.
+    """Predicted seconds of stages, and measured seconds of those that have run.
 
     Args:
       predicted: seconds by stage, in the order in which they run; stages that are not named take none.
@@ -44,9 +44,9 @@ class TimeLeft:
         self._predicted = self._measured = 0.0
 
     def finished(self, stage: str, seconds: float | None) -> float | None:
-        """Seconds that the stages after this one will take; None while nothing is known, or when none is left.
+        """Seconds that the stages after this one will take; None while nothing is known, or when no stage is left.
 
-        `seconds` is what the stage took, None where it was skipped.
+        `seconds` is what the stage took, None if it was skipped.
         """
         expected = self.left.pop(stage, 0.0)
         if seconds is not None and expected > 0:
@@ -57,18 +57,18 @@ class TimeLeft:
 
 
 class Reported:
-    """What a search says of the time left. Stages of a few minutes, most of which may have gone into compiling, are no
-    measure of those to come; a search that has no others needs no forecast.
+    """The time left as a search reports it. Stages of a few minutes, most of which may have gone into compiling, do not
+    predict those to come; a search that has no others needs no forecast.
     """
 
     def __init__(self, known: Callable[[], TimeLeft]) -> None:
-        """`known` gives the time left before anything has run; it is asked when it is first needed."""
+        """`known` returns the time left before anything has run; it is called when first needed."""
         self._known = known
         self._stages: list[tuple[str, float | None]] = []
         self._left: TimeLeft | None = None
 
     def finished(self, stage: str, seconds: float | None) -> str:
-        """What to add to the line of a stage that took so many seconds, or was skipped."""
+        """The text to add to the line of a stage that took so many seconds, or was skipped (None)."""
         measured = seconds is not None and seconds >= _SHORT_SECONDS
         self._stages.append((stage, seconds if measured else None))
         if self._left is None and not measured:
@@ -86,7 +86,7 @@ def time_left_of(search: Search) -> TimeLeft:
 
 
 def work_of(search: Search, hardware: Hardware) -> SearchTime:
-    """The work of a search, by the lengths of its traces where it has them."""
+    """The work of a search, with the lengths of its traces if it has them."""
     recipe, lengths = search.recipe, {}
     sets = {name: search.traces(name) for name in TRACE_SETS if (search.run / TRACES[name].path).exists()}
     if recipe.traces.file is not None and sets:
@@ -101,7 +101,7 @@ def work_of(search: Search, hardware: Hardware) -> SearchTime:
 
 
 def _given(settings: TraceSettings, sets: Mapping[str, Sequence[Trace]]) -> TraceSettings:
-    """Settings that would ask for as many traces as were given, with limits that the longest of them reach."""
+    """Settings that would ask for as many traces as were given, limited to the longest of each effort."""
     limits: dict[str, int] = {}
     for trace in itertools.chain.from_iterable(sets.values()):
         limits[trace.effort] = max(limits.get(trace.effort, 1), len(trace.completion))
@@ -116,7 +116,7 @@ def by_stage(work: SearchTime) -> dict[str, Number]:
 
 
 def present_hardware() -> Hardware:
-    """The entry of `costs.hardware` for the first device present, or what is measured of it."""
+    """The entry of `costs.hardware` for the first device present, or a measurement of that device."""
     import jax
 
     words = jax.local_devices()[0].device_kind.lower().split()
@@ -125,7 +125,7 @@ def present_hardware() -> Hardware:
 
 
 def spoken(seconds: float) -> str:
-    """A duration as people say it, in two units at most.
+    """A duration in words, in at most two units.
 
     >>> spoken(42), spoken(400), spoken(9_000)
     ('1 min', '7 min', '2 h 30 min')

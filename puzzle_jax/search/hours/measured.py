@@ -1,10 +1,10 @@
 """Measured seconds of a search's stages, and the seconds that another search will take on the same devices.
 
-    seconds of a stage = compiling + (measured - compiling) x its roofline / that of what was measured
+    seconds of a stage = compiling + (measured - compiling) x its roofline / roofline of the measured stage
 
-A short search of the same model so tells how long a long one will be: how far each stage stays behind the roofline is
-learnt from it, and compiling, which does not grow with the work, is counted once. A stage that was killed and went on
-is measured from where it went on.
+A short search thus predicts a long one of the same model: it shows how far each stage falls short of the roofline, and
+compiling, which does not grow with the work, is counted once. A stage that was killed and resumed is measured from
+where it resumed.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class StageHours:
     """One stage.
 
     Attributes:
-      name: the stage's.
-      seconds: that it took.
-      compile_seconds: those of them that went into tracing and compiling.
-      roofline_seconds: what the roofline says of its work; 0 where it says nothing.
+      name: name of the stage.
+      seconds: seconds that it took.
+      compile_seconds: the part of these that went into tracing and compiling.
+      roofline_seconds: the roofline's seconds for its work; 0 if the roofline has none.
     """
 
     name: str
@@ -52,9 +52,9 @@ class MeasuredSearch:
     """A search that has run.
 
     Attributes:
-      hardware: that the roofline's seconds are of.
-      prompt_tokens, answer_share: mean lengths of its prompts, and of its answers as a share of their limits.
-      stages: in the order in which they ran.
+      hardware: hardware that the roofline's seconds are for.
+      prompt_tokens, answer_share: mean length of its prompts, and of its answers as a share of their limits.
+      stages: its stages, in the order in which they ran.
     """
 
     hardware: Hardware
@@ -63,8 +63,8 @@ class MeasuredSearch:
     stages: tuple[StageHours, ...]
 
     def seconds(self, roofline: Mapping[str, Number]) -> dict[str, Number]:
-        """Seconds of the stages of another search, from those by roofline; a stage of which that says nothing takes as
-        long as it took.
+        """Predicts the seconds of another search's stages from its roofline seconds; a stage for which the roofline has
+        none takes as long as it took here.
         """
         found = {}
         for stage in self.stages:
@@ -77,7 +77,7 @@ class MeasuredSearch:
 
 
 def read_measured(run: Path) -> MeasuredSearch:
-    """The hours of a run. Raises PuzzleError where the run has none, or a damaged file."""
+    """Reads the hours of a run. Raises PuzzleError if their file is missing or damaged."""
     path = run / HOURS_FILE
     if not path.is_file():
         raise PuzzleError(f"{path} is missing; a search writes it when all of its stages are done")

@@ -1,4 +1,4 @@
-"""Seconds of a whole model at work, by the roofline: passes over tokens, output heads, and answers.
+"""Roofline seconds of a whole model: passes over tokens, output heads, and answers.
 
 `costs.roofline` has the seconds of a layer's sub-blocks in a scenario; here a scenario is made for each piece of work.
 """
@@ -22,11 +22,11 @@ class ModelTime:
     """A model on devices that work together.
 
     Attributes:
-      config: the model's.
-      form: how experts are held.
-      hardware: of every device.
-      data, model: parts of the mesh that rows are spread over, and those that a layer's matrices are.
-      assumptions: the roofline's.
+      config: the model's configuration.
+      form: form in which experts are held in memory.
+      hardware: hardware of every device.
+      data, model: sizes of the mesh axes that shard rows, and that shard a layer's matrices.
+      assumptions: the roofline's assumptions.
     """
 
     config: ModelConfig
@@ -41,20 +41,20 @@ class ModelTime:
         return self.data * self.model
 
     def forward(self, length: Number, rows: Number, more_experts: Number = 1.0) -> Number:
-        """Seconds in which all layers are run on rows of so many tokens; `more_experts` times the chosen ones run."""
+        """Seconds to run all layers on `rows` rows of `length` tokens, with `more_experts` times the chosen experts."""
         return self._layers(self._steps(length, 1, rows), more_experts)[0]
 
     def heads(self, tokens: Number) -> Number:
-        """Seconds of the output head at so many positions."""
+        """Seconds of the output head at that many positions."""
         return self.products(tokens, self.config.hidden_size * self.config.vocab_size)
 
     def products(self, tokens: Number, weights: int) -> Number:
-        """Seconds of tokens times dense matrices of so many weights."""
+        """Seconds to multiply tokens with dense matrices of that many weights in total."""
         reached = self.assumptions.efficiency.dense
         return 2 * tokens * weights / (self.hardware.flops_per_second * reached.rate) / self.devices
 
     def answering(self, prompt: Number, outputs: Number, count: Number, slots: int) -> Number:
-        """Seconds of so many answers of `outputs` tokens, in slots that are always full."""
+        """Seconds to generate `count` answers of `outputs` tokens, in slots that are always full."""
         steps = self._steps(prompt, outputs, min(slots, count))
         prefill, decode = self._layers(steps)
         rest = steps.rest().total()
@@ -62,7 +62,7 @@ class ModelTime:
         return rounds * (prefill + rest.prefill_seconds + outputs * (decode + rest.decode_seconds))
 
     def _steps(self, inputs: Number, outputs: Number, batch: Number) -> Steps:
-        """The steps of a scenario, whose prompts and answers are cut to the model's context."""
+        """The steps of a scenario whose prompts and answers are cut to the model's context."""
         most = self.config.max_position
         tensor = math.gcd(self.model, self.config.num_kv_heads)
         outputs = min(max(1, round(outputs)), most - 1)
@@ -77,7 +77,7 @@ class ModelTime:
         return Roofline(self.hardware, self.assumptions).steps(self.config, scenario, self.form)
 
     def _layers(self, steps: Steps, more_experts: Number = 1.0) -> tuple[Number, Number]:
-        """Seconds of all layers: of prefills, and of a decoding step."""
+        """Seconds of all layers: for all prefills, and for one decoding step."""
         prefill = decode = 0.0
         for block in self.config.blocks:
             attention, experts = steps.attention(block.window).total(), steps.experts(block.num_experts).total()

@@ -1,20 +1,20 @@
-"""How long a search takes: per stage the work that its settings ask for, times the roofline's seconds.
+"""How long a search takes: the work that its settings ask for in each stage, at the roofline's speed.
 
-    trace      prompts, and decoding steps of all answers, by slots that are always full
-    rank       one pass over the calibration traces, in which one expert more than the chosen ones runs
-    lens       two passes over up to 96 traces for the maps, two more and every alternative's own layer for the look
-    score      two passes over the traces that are scored on, and of every alternative the layers above its own
+    trace      prefill of all prompts and decoding of all answers, in slots that are always full
+    rank       one pass over the calibration traces, with one expert more than the chosen ones
+    lens       two passes over up to 96 traces to fit the maps; two more, and every alternative's own layer, to use them
+    score      two passes over the scored traces, and for every alternative its own layer and those above it
     solve      whole children on the validation traces
-    refine     scoring anew around a child, swaps of experts, whole children on validation and confirmation traces
-    assemble   one pass for the scales of the FP8 cache, and the child's bytes
+    refine     scoring again around a child, swaps of experts, whole children on validation and confirmation traces
+    assemble   one pass for the scales of the FP8 cache, and writing the child
     evaluate   whole children on the held-out traces, and answers of every model
 
-A pass is a prefill: seconds are those of `costs.roofline`, whose shares of the peaks hold here, too. Answers are taken
-to be `answer_share` of their limits long. What adaptive scoring and successive elimination do depends on the numbers
-that they find; `SCORED_TRACES` is what they came to on the embedded parent.
+A pass is a prefill, with seconds from `costs.roofline` and its shares of the peaks. Answers are taken to be
+`answer_share` of their limits long. The work of adaptive scoring and successive elimination depends on the scores that
+they find; `SCORED_TRACES` is what it came to on the embedded parent.
 
-Left out: compiling (minutes for each shape, once, where a compilation cache is kept), and the host's own work between
-programs, of which only the program's time limit is known.
+Left out: compiling (minutes for each shape, once if a compilation cache is kept), and host work between device
+programs, of which only the integer program's time limit is known.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from puzzle_jax.search.score.space_scorer import LENS_TRACES, WINDOWS_FIRST
 from puzzle_jax.search.space import candidate_counts, candidate_windows, restrict
 
 SCORED_TRACES = 1.5
-"""Traces that an expert set is scored on by the adaptive method, in the mean, as a multiple of `score.first`."""
+"""Mean number of traces on which the adaptive method scores an expert set, as a multiple of `score.first`."""
 
 DISK_BYTES_PER_SECOND = 1e9
-"""Of reading the parent and writing the child; a network's file system may be slower."""
+"""Speed of reading the parent and writing the child; a network file system may be slower."""
 
 _HOST_BYTES = 3e9
-"""Python, JAX with its compiler, and a tensor on its way; measured on checkpoints of real width."""
+"""Memory of Python, JAX with its compiler, and a tensor in transit; measured on checkpoints of real width."""
 
 _TRACE_BYTES_PER_TOKEN = 4  # in parquet, compressed
 
@@ -55,15 +55,15 @@ class SearchTime:
     """The work of a search on some hardware.
 
     Attributes:
-      config: the parent's.
+      config: the parent's configuration.
       recipe: all settings; files that it names are not read.
-      form: how experts are held.
-      stored: how the checkpoint, and so its child, stores them; None: as they are held.
-      hardware: of every device.
+      form: form in which experts are held in memory.
+      stored: form in which the checkpoint, and so its child, stores experts; None means `form`.
+      hardware: hardware of every device.
       prompt_tokens: length of a prompt.
       answer_share: mean length of an answer as a share of its limit. Prompts and answers that are together longer than
         the model's context are cut to it.
-      assumptions: the roofline's.
+      assumptions: the roofline's assumptions.
     """
 
     config: ModelConfig
@@ -78,7 +78,7 @@ class SearchTime:
     # How much there is to do ----------------------------------------------------------------------------------------
 
     def answers(self, problems: int) -> dict[str, int]:
-        """Answers by effort, of so many problems of each task."""
+        """Number of answers by effort, for the given number of problems of each task."""
         settings = self.recipe.traces
         limited = [effort for effort in settings.efforts if effort in settings.max_tokens] or settings.max_tokens
         return {effort: problems * max(1, len(settings.tasks)) for effort in limited}
@@ -95,7 +95,7 @@ class SearchTime:
 
     @cached_property
     def alternatives(self) -> tuple[Number, Number]:
-        """Alternatives of the whole space: those with other experts, by every ranking method, and other windows."""
+        """Alternatives of the whole space: those with fewer experts, per ranking method, and with other windows."""
         config, settings = self.config, self.recipe.space
         experts = config.blocks[0].num_experts
         counts = candidate_counts(experts, config.experts_per_token, settings.fractions, settings.divisor)
@@ -127,7 +127,7 @@ class SearchTime:
         )
 
     def answering(self, problems: int) -> Number:
-        """Seconds in which a model answers."""
+        """Seconds in which a model answers the given number of problems of each task."""
         slots = self.recipe.traces.batch_size
         return sum(
             self._time.answering(self.prompt_tokens, self.answer_tokens(effort), count, slots)
@@ -164,7 +164,7 @@ class SearchTime:
         return (children + 1) * (self.a_pass(problems) + self.heads(problems))
 
     def _problems(self, traces: Number) -> Number:
-        """Traces as problems of every task, each asked at every effort; none where there is nothing to ask."""
+        """Converts traces to problems of every task, each asked at every effort; 0 if there is nothing to ask."""
         asked = sum(self.answers(1).values())
         return traces / asked if asked else 0.0
 
@@ -187,7 +187,7 @@ class SearchTime:
         return 4 * self.a_pass(problems) + maps + looked * each
 
     def _exact_alternatives(self) -> tuple[Number, Number]:
-        """Alternatives that are scored exactly, and the traces that each is scored on in the mean."""
+        """Number of alternatives that are scored exactly, and the mean number of traces that each is scored on."""
         settings, (sets, windows) = self.recipe.score, self.alternatives
         per_count = min(settings.keep_sets or len(METHODS), len(METHODS))
         if settings.method == "lens":
@@ -209,7 +209,7 @@ class SearchTime:
         options, traces = self.recipe.refine, self.recipe.traces
         total = options.rounds * (self._scoring(*self._exact_alternatives()) + self.seconds_of_pool())
         if options.swaps and options.proposals:
-            # Of every layer's swaps all are scored on the first traces, a quarter on twice as many, and so on.
+            # All of a layer's swaps are scored on the first traces, a quarter of them on twice as many, and so on.
             swaps = self.config.num_layers * options.swaps**2
             first = min(self.recipe.score.first, self._calibration)
             total += self._scoring(swaps, 1.5 * first) + self._whole(options.proposals, traces.validation)
@@ -217,14 +217,14 @@ class SearchTime:
         return total + both * (options.rounds + bool(options.swaps))
 
     def seconds_of_pool(self) -> Number:
-        """Seconds of running the program's solutions whole."""
+        """Seconds to run the integer program's solutions as whole children."""
         return self._whole(self.recipe.solve.solutions, self.recipe.traces.validation)
 
-    # Beside the devices ---------------------------------------------------------------------------------------------
+    # Disk and host --------------------------------------------------------------------------------------------------
 
     @property
     def disk_bytes(self) -> int:
-        """Bytes of the run's directory at most; the child is no larger than its parent."""
+        """Upper bound on the bytes of the run's directory; the child is at most as large as its parent."""
         traces = sum(self.trace_tokens(getattr(self.recipe.traces, name)) for name in TRACE_SETS)
         return round(
             tensor_bytes(self.config, self.stored or self.form) + traces * _TRACE_BYTES_PER_TOKEN + self._table_bytes
@@ -232,7 +232,7 @@ class SearchTime:
 
     @property
     def host_bytes(self) -> int:
-        """Memory of the host beside that of its devices: the process, the largest tensor twice, tables of scores."""
+        """Bytes of host memory, without that of devices: the process, the largest tensor twice, score tables."""
         largest = 2 * self.config.vocab_size * self.config.hidden_size
         return round(_HOST_BYTES + 2 * largest + 2 * self._table_bytes)
 
@@ -242,7 +242,7 @@ class SearchTime:
 
 
 def hours_table(seconds: Mapping[str, Number], devices: int, price: Number | None) -> Table:
-    """Hours, device hours, and what they cost, by stage."""
+    """A table of hours, device hours, and their price, by stage."""
     columns = ["stage", "hours", f"device hours ({devices})", *([] if price is None else ["price"])]
     table = Table(*columns)
     for column in table.columns[1:]:

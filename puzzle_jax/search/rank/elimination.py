@@ -1,16 +1,17 @@
 """Rankings that remove one expert after the other, on a fixed number of sampled tokens per layer.
 
-    joint_greedy    removes the expert whose removal, given those already gone, changes the mixture's output least.
+    joint_greedy    removes the expert whose removal, given those already removed, changes the mixture's output least.
                     A token's output with any set of experts is a combination of its highest-ranked experts' outputs,
                     so the squared change is d' G d, with d the difference of gates and G the Gram matrix of those
                     outputs: after one evaluation no expert is run again.
-    ranked_choice   removes the expert with the fewest votes, every token voting for the k best that are left of all
-                    experts by its router logits. An expert that no token ever votes for goes first.
+    ranked_choice   removes the expert with the fewest votes; every token votes, by its router logits, for the k best
+                    of the experts that are left. An expert that no token votes for goes first.
 
-Tokens are drawn evenly from the stream, some of every batch and of those some in all, and count by their weights, so
-memory does not grow with the number of traces. The experts kept at any count are those removed last.
+Tokens are drawn uniformly, a fixed number from every batch, of which a reservoir keeps a fixed number in all, so memory
+does not grow with the number of traces. They count by their weights. The experts kept at any count are those removed
+last.
 
-Left out: tokens whose best ranks are all gone count as answered by nothing.
+Left out: experts below a token's best ranks. A token whose best ranks are all removed counts as having zero output.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 RANKS_PER_CHOICE = 4
-"""Ranks kept per expert that a token goes through: with half of the experts gone, most of the best k are among them."""
+"""Ranks kept per expert that a token is routed to; with half of the experts removed, they hold most of the best k."""
 
 
 class Sample(NamedTuple):
-    """Tokens of one layer.
+    """Sampled tokens of one layer.
 
     Attributes:
-      key: what the reservoir keeps the largest of; -inf where there is no token.
-      weight: how much the token counts, 0 where there is none.
+      key: random keys, of which the reservoir keeps the largest; -inf where there is no token.
+      weight: how much the token counts; 0 where there is none.
       order: experts by router logit, best first.
-      logits: of the best ranks.
+      logits: router logits of the best ranks.
       gram: inner products of those experts' outputs, over the hidden size.
     """
 
@@ -49,7 +50,7 @@ def num_ranks(experts: int, experts_per_token: int) -> int:
 
 
 def empty_sample(tokens: int, experts: int, ranks: int) -> Sample:
-    """A reservoir for so many tokens."""
+    """An empty reservoir for `tokens` tokens."""
     return Sample(
         jnp.full(tokens, -jnp.inf),
         jnp.zeros(tokens),
@@ -60,9 +61,9 @@ def empty_sample(tokens: int, experts: int, ranks: int) -> Sample:
 
 
 def draw(random: PRNGKeyArray, weight: Float[Array, "tokens"], count: int) -> tuple[Array, Array, Array]:
-    """Keys, weights and indices of `count` tokens of a batch, drawn evenly from those whose weight is not 0.
+    """Keys, weights and indices of `count` tokens of a batch, drawn uniformly from those whose weight is not 0.
 
-    Weights grow by as much as fewer tokens carry them.
+    Weights are divided by the share of those tokens that is drawn.
     """
     first, second = jax.random.split(random)
     present = weight > 0
@@ -73,7 +74,7 @@ def draw(random: PRNGKeyArray, weight: Float[Array, "tokens"], count: int) -> tu
 
 
 def merge(reservoir: Sample, new: Sample) -> Sample:
-    """The tokens of largest key of both."""
+    """The tokens with the largest keys of both samples."""
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), reservoir, new)
     _, best = jax.lax.top_k(both.key, reservoir.key.shape[0])
     return jax.tree.map(lambda x: x[best], both)
@@ -85,9 +86,9 @@ def gram_matrices(outputs: Float[Array, "tokens ranks hidden"]) -> Float[Array, 
 
 @partial(jax.jit, static_argnames="k")
 def joint_greedy(sample: Sample, routed: Float[Array, "experts"], k: int) -> Int[Array, "experts"]:
-    """The step at which each expert is removed; the k that stay to the end have the number of steps.
+    """The step at which each expert is removed; the k that are never removed get the number of steps.
 
-    Among equal experts the one routed to least is removed first.
+    Of equal experts the one that is routed to least is removed first.
     """
     ids = sample.order[:, : sample.logits.shape[1]]
     whole = _gates(sample.logits, jnp.ones(ids.shape, bool), k)
@@ -122,7 +123,7 @@ def ranked_choice(sample: Sample, routed: Float[Array, "experts"], k: int) -> In
 
 
 def _remove_one_by_one(loss, routed: Float[Array, "experts"], k: int) -> Int[Array, "experts"]:
-    """Removes the expert of least loss until k are left; the loss is asked for anew at every step."""
+    """Removes the expert of least loss until k are left; the loss is recomputed at every step."""
     steps = routed.shape[0] - k
 
     def remove(step: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -137,12 +138,12 @@ def _remove_one_by_one(loss, routed: Float[Array, "experts"], k: int) -> Int[Arr
 
 
 def _chosen(alive: Bool[Array, "... ranks"], k: int) -> Bool[Array, "... ranks"]:
-    """The first k that are left."""
+    """A mask of the first k ranks that are left."""
     return alive & (jnp.cumsum(alive, axis=-1) <= k)
 
 
 def _gates(logits: Float[Array, "... ranks"], alive: Bool[Array, "... ranks"], k: int) -> Float[Array, "... ranks"]:
-    """Softmax over the first k that are left; 0 everywhere where none is."""
+    """Softmax over the first k ranks that are left; all 0 if none is."""
     chosen = _chosen(alive, k)
     seen = jnp.where(chosen, logits, -jnp.inf)
     weights = jnp.where(chosen, jnp.exp(seen - jnp.max(seen, axis=-1, keepdims=True, initial=-1e30)), 0.0)

@@ -3,17 +3,17 @@
     removal_error       mean over tokens of mean_d (y'_{t,e} - y_t)^2, where y' is the mixture's output with e removed
                         and the token routed again. With a top-k router the expert that enters is always the (k+1)-th,
                         so the top k+1 experts, evaluated once, give all k counterfactuals exactly.
-    joint_greedy        the same given all that was removed before (`search.rank.elimination`)
+    joint_greedy        the same, given all experts removed before (`search.rank.elimination`)
     reap                mean over the tokens routed to e of gate * |output of e| (arXiv 2510.13999)
     easy_ep             sum over tokens of gate * |output of e| * max(1 - cos(x before, x after the mixture), 0)
                         (arXiv 2504.06792)
     frequency           share of tokens routed to e
     weighted_frequency  the same, weighted by the gate
-    ranked_choice       votes by router logits, the losers' votes handed on (`search.rank.elimination`)
+    ranked_choice       votes by router logits; those for removed experts are transferred (`search.rank.elimination`)
 
-No method wins everywhere, so each proposes experts to keep and exact scores choose among them. Every valid token of a
-trace counts, prompt included; every trace of a task counts the same, however long it is, and every task the same,
-however many traces it has. Experts that were never routed to rank last under every method. Memory does not grow with
+No method is best everywhere, so each proposes experts to keep and exact scores choose among them. Every valid token of
+a trace counts, prompt included; every trace of a task has the same weight, however long it is, and so has every task,
+however many traces it has. Experts that no token was routed to rank last under every method. Memory does not grow with
 the number of traces.
 """
 
@@ -61,11 +61,11 @@ METHODS = ("removal_error", "joint_greedy", "reap", "easy_ep", "frequency", "wei
 _SAVE_SECONDS = 5.0
 
 SAMPLED_PER_LAYER, SAMPLED_PER_BATCH = 8192, 512
-"""Tokens that methods which remove one expert after the other look at."""
+"""Most tokens sampled for the methods that remove one expert after the other."""
 
 
 class Ranking(NamedTuple):
-    """Scores by method, [layers, experts], higher is kept; and routed tokens per expert, each trace counting 1."""
+    """Scores [layers, experts] by method, where higher is better; and routed tokens per expert, by trace weight."""
 
     scores: Mapping[str, np.ndarray]
     routed: np.ndarray
@@ -92,7 +92,7 @@ def ranked_space(
     windows: Windows,
     ranking: Ranking,
 ) -> Space:
-    """The keep-set of every method for every layer and count, equal ones merged; the parent's own set comes first where
+    """The keep-set of every method for every layer and count, equal ones merged; the parent's own set comes first if
     its count is offered."""
     layers = []
     for layer, (block, offered) in enumerate(zip(parent.blocks, counts, strict=True)):
@@ -108,7 +108,7 @@ def ranked_space(
 
 
 class RankSums(NamedTuple):
-    """Sums of one layer over the weighted tokens seen so far, by expert; and a sample of those tokens."""
+    """One layer's sums over the weighted tokens so far, by expert, and a sample of those tokens."""
 
     removal: Float[Array, "experts"]
     gated_norm: Float[Array, "experts"]
@@ -120,15 +120,13 @@ class RankSums(NamedTuple):
 
 
 class KeptSums:
-    """Sums of the batches so far in a file, saved as often as costs little; a file that was not written whole is
-    ignored.
-    """
+    """A file of the sums over the batches so far, saved as often as costs little; an unusable file is ignored."""
 
     def __init__(self, path: Path) -> None:
         self.path, self._next = path, 0.0
 
     def load(self, config: ModelConfig) -> tuple[int, list[RankSums]]:
-        """Batches that are done, and their sums by layer."""
+        """The number of batches that are done, and their sums by layer."""
         empty = [no_sums(config) for _ in config.blocks]
         leaves, tree = jax.tree.flatten(empty)
         try:
@@ -141,7 +139,7 @@ class KeptSums:
         return 0, empty
 
     def save(self, batches: int, sums: Sequence[RankSums]) -> None:
-        """Saves the sums, unless saving them took more than a twentieth of the time since."""
+        """Saves the sums, unless the last save was less than 20 times its own duration, or less than 5 s, ago."""
         start = time.monotonic()
         if start < self._next:
             return
@@ -164,9 +162,10 @@ def rank_experts(
     """Streams batches through the parent, whose layers must have equally many experts.
 
     Args:
-      seed: draws the sample.
-      mesh: where parameters are; experts are run where they lie, rows over the data axis where they divide by it.
-      kept: sums of a killed run, whose batches are not run again, and where to keep those of this one.
+      seed: random seed of the sample.
+      mesh: mesh that holds the parameters; experts run on the devices that hold them, and rows are sharded over the
+        data axis if it divides them.
+      kept: sums of a killed run, whose batches are not run again, and the file to save this run's sums to.
     """
     done, sums = kept.load(config) if kept is not None else (0, [no_sums(config) for _ in config.blocks])
     sums = replicated(beside(params, sums, mesh), mesh)
@@ -179,7 +178,7 @@ def rank_experts(
         random = jax.random.fold_in(jax.random.key(seed), number)
         with on_mesh(mesh):
             for index, layer in enumerate(params["layers"]):
-                # Attention apart, so that the larger program is compiled once for all windows.
+                # Attention is separate, so that the larger program is compiled once for all windows.
                 x = run_attention(layer["attention"], config, config.blocks[index].window, x)
                 x, sums[index] = rank_mixture(layer["moe"], config, x, batch, sums[index], random)
         if kept is not None:
@@ -253,13 +252,13 @@ def rank_mixture(
     totals = [old + by_expert(new) for old, new in zip(sums[:5], per_choice, strict=True)]
     sample = merge(sums.sample, _sample(moe, config, y, logits, weight, random))
     sums = RankSums(*totals, tokens=sums.tokens + jnp.sum(weight), sample=sample)
-    if traced_mesh() is not None:  # every process may then read and save them whenever it likes
+    if traced_mesh() is not None:  # so that every process can read and save them at any time
         sums = jax.lax.with_sharding_constraint(sums, PartitionSpec())
     return after.reshape(x.shape), sums
 
 
 def _sample(moe: Params, config: ModelConfig, y: Array, logits: Array, weight: Array, random: PRNGKeyArray) -> Sample:
-    """Some of a batch's tokens, with the outputs of all their better-ranked experts."""
+    """A sample of a batch's tokens, with the Gram matrices of their best-ranked experts' outputs."""
     key, weight, tokens = draw(random, weight, min(SAMPLED_PER_BATCH, weight.shape[0]))
     order = jnp.argsort(-logits[tokens], axis=-1, stable=True).astype(jnp.int32)
     best = order[:, : num_ranks(logits.shape[1], config.experts_per_token)]
@@ -268,7 +267,7 @@ def _sample(moe: Params, config: ModelConfig, y: Array, logits: Array, weight: A
 
 
 def _outputs(moe: Params, config: ModelConfig, y: Array, ids: Array) -> Float[Array, "tokens ranks hidden"]:
-    """The outputs of all of those experts."""
+    """The outputs of the experts `ids` of every token."""
     found = expert_outputs(y, ids, layer_experts(moe), limit=config.swiglu_limit, mesh=traced_mesh())
     return found.astype(jnp.float32)
 

@@ -1,1 +1,1 @@
-"""What follows the program: lower KL, where it proves itself."""
+"""Refinement of the integer program's child, where a lower KL is confirmed."""

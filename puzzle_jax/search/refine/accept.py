@@ -1,15 +1,15 @@
-"""What follows the program: choosing by real KL, and two ways of getting lower that must prove themselves.
+"""The steps after the integer program: choosing by real KL, and two refinements that must be confirmed.
 
-    pool      every solution of the program, and what simpler choices came to, is run whole on traces that scored
-              nothing, and the best by that KL is taken
-    rescore   all alternatives are scored anew around the child, the program is solved with those scores, and its pool
-              run likewise
-    swap      experts that the child keeps are swapped against experts that it lost, in one layer or in several
+    pool      every solution of the integer program, and some baselines, are run whole on traces that were not used for
+              scoring, and the one with the lowest KL there is taken
+    rescore   all alternatives are rescored around the child, the integer program is solved with those scores, and its
+              pool is run likewise
+    swap      experts that the child keeps are swapped for experts that it lost, in one layer or in several
 
-A refined child replaces the one before only if its KL on confirmation traces, which proposed and chose nothing, is
-lower by more than two standard errors of the paired difference. Scores that proposed it are known to flatter: an
-iteration judged by its own traces lowers its KL there and may raise it elsewhere. Either way goes on from what was
-accepted, and ends with the first refusal.
+A refined child replaces the one before only if its KL on confirmation traces, which were used for neither proposing nor
+choosing, is lower by more than two standard errors of the paired difference. The scores that proposed it are biased in
+its favour: an iteration that is accepted on its own traces lowers the KL there and may raise it elsewhere. Both
+refinements continue from the child accepted last, and each ends with its first refusal.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from puzzle_jax.search.solve.problem import Candidate
 from puzzle_jax.search.space import ExpertChoice
 
 STANDARD_ERRORS = 2.0
-"""By how many a refinement must win."""
+"""Number of standard errors by which a refinement must lower the KL."""
 
 PerTrace = Float[np.ndarray, "traces"]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """KL of one child less that of another on the same traces, nats per token.
+    """KL of one child minus that of another on the same traces, in nats per token.
 
     Attributes:
       mean: negative where the first is better.
@@ -47,7 +47,7 @@ class Difference:
 
     @staticmethod
     def between(one: PerTrace, other: PerTrace, tokens: Int[np.ndarray, "traces"]) -> Difference:
-        """Of values that are each a mean over a trace of so many tokens."""
+        """The difference of values that are each the mean over a trace of `tokens` tokens."""
         return Difference(*weighted_mean(one - other, tokens))
 
     @property
@@ -60,10 +60,10 @@ class Pool:
     """Children run whole on the same traces.
 
     Attributes:
-      candidates: in the program's order.
-      scores: of each.
-      kl: of each on every trace.
-      tokens: of every trace.
+      candidates: the children, each with its predicted KL.
+      scores: each child's means.
+      kl: KL per token of each child on every trace.
+      tokens: completion tokens of every trace.
     """
 
     candidates: Sequence[Candidate]
@@ -77,7 +77,7 @@ class Pool:
 
     @property
     def rank_correlation(self) -> float | None:
-        """Spearman's, of predicted and real KL; None where either does not vary."""
+        """Spearman's correlation of predicted and real KL; None if either does not vary."""
         predicted, real = [c.score for c in self.candidates], [score.kl for score in self.scores]
         if len(set(predicted)) < 2 or len(set(real)) < 2:
             return None
@@ -86,7 +86,7 @@ class Pool:
         return float(spearmanr(predicted, real)[0])  # pyright: ignore[reportArgumentType]
 
     def to_json(self) -> list[dict[str, Any]]:
-        """Every candidate with its real KL and by how much it exceeds the best one's."""
+        """Every candidate with its real KL and the amount by which it exceeds the best one's."""
         return [
             {
                 **candidate.to_json(),
@@ -99,13 +99,13 @@ class Pool:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One attempt.
+    """One attempt at a refinement.
 
     Attributes:
-      step: what was done.
-      candidate: what it proposed; None where it found nothing else.
-      validation: difference to the child before on the traces that chose it.
-      confirmation: difference on traces that chose nothing.
+      step: name and number of the step.
+      candidate: the child it proposed; None if it found no other.
+      validation: difference from the child before, on the traces that chose the proposal.
+      confirmation: the same difference, on traces that no choice depended on.
     """
 
     step: str
@@ -142,15 +142,15 @@ def refine(
     swap: Callable[[Candidate], Pool | None],
     confirm: Callable[[Candidate, Candidate], tuple[Difference, Difference]],
 ) -> tuple[Candidate, list[Attempt]]:
-    """Tries to get below a child; returns the last accepted one, with the score before plus what was confirmed, and
-    what was tried.
+    """Tries to lower a child's KL; returns the last accepted child, its score changed by the confirmed differences, and
+    all attempts.
 
     Args:
-      rounds: of rescoring at most.
-      rescore: the pool that scores around a child lead to.
-      proposals: of swaps at most.
-      swap: a pool of children that keep other experts; None where none seems better.
-      confirm: of a proposal and the child before it, the differences on validation and on confirmation traces.
+      rounds: the most rounds of rescoring.
+      rescore: returns the pool that scores around a child lead to.
+      proposals: the most proposals of swaps.
+      swap: returns a pool of children that keep other experts; None if none seems better.
+      confirm: returns the differences between a proposal and the child before, on validation and confirmation traces.
     """
     tried: list[Attempt] = []
 
@@ -166,7 +166,8 @@ def refine(
             tried.append(Attempt(f"{step} {number + 1}", proposal, validation, confirmation))
             if not tried[-1].accepted:
                 return
-            # Gains that chose a proposal flatter it, and those of many swaps do not add up; what confirmed it does not.
+            # The gains that chose a proposal are biased, and those of many swaps do not add up, so the score is
+            # updated by the confirmed difference.
             child = replace(proposal, score=child.score + confirmation.mean)
 
     attempts("rescore", rounds, rescore)
@@ -179,9 +180,9 @@ class Swap:
     """Other experts for one layer.
 
     Attributes:
-      layer: of the child.
-      choice: what it keeps then.
-      gain: change of the child's KL when this alone is done, nats per token.
+      layer: index of the layer.
+      choice: the experts that it keeps after the swap.
+      gain: change of the child's KL by this swap alone, in nats per token; negative is better.
     """
 
     layer: int
@@ -190,7 +191,7 @@ class Swap:
 
 
 def together(child: Candidate, swaps: Sequence[Swap]) -> list[Candidate]:
-    """Children with the first swap, the first two, four, eight and so on, and all of them."""
+    """Children with the first swap, with the first two, four, eight and so on, and with all of them."""
     sizes = sorted({min(2**power, len(swaps)) for power in range(len(swaps).bit_length() + 1)} - {0})
     found = []
     for size in sizes:
@@ -202,12 +203,12 @@ def together(child: Candidate, swaps: Sequence[Swap]) -> list[Candidate]:
 
 
 def swapped(choice: ExpertChoice, scores: Float[np.ndarray, "experts"], most: int) -> list[ExpertChoice]:
-    """Expert sets that differ by one expert: the least of those kept against the best of those lost, by a ranking.
+    """Expert sets that differ by one expert: by a ranking, one of the worst kept is swapped for one of the best lost.
 
     Args:
-      choice: of the layer.
-      scores: higher is kept.
-      most: experts on either side; pairs are tried in all combinations.
+      choice: the experts that the layer keeps.
+      scores: ranking scores of the layer's experts; higher is better.
+      most: number of experts considered on either side; all pairs are returned.
     """
     order = np.argsort(-scores, kind="stable").tolist()
     kept = [expert for expert in reversed(order) if expert in choice.kept][:most]
@@ -219,6 +220,6 @@ def swapped(choice: ExpertChoice, scores: Float[np.ndarray, "experts"], most: in
 
 
 def with_choice(candidate: Candidate, layer: int, choice: ExpertChoice, score: float) -> Candidate:
-    """A candidate whose layer keeps other experts, as many as before."""
+    """A candidate whose layer keeps other experts, but as many as before."""
     choices = tuple(choice if index == layer else own for index, own in enumerate(candidate.choices))
     return replace(candidate, choices=choices, score=score)

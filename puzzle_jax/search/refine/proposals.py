@@ -1,8 +1,8 @@
-"""What refinement proposes: children by scores around the child before, children with swapped experts, and the proof
-that either is better.
+"""Proposals of refinement: children by scores around the child before, children with swapped experts, and the
+measurements that confirm either.
 
-`search.refine.accept` decides with it. A swap changes which experts a layer keeps and not how many, so it costs nothing
-and no limit of the target is affected. In every layer the swap that lowers the child's KL most on the calibration
+`search.refine.accept` decides by them. A swap changes which experts a layer keeps but not how many, so costs stay the
+same and no limit of the target is affected. In every layer the swap that lowers the child's KL most on the calibration
 traces is found by exact scores. The best one alone, the best two, four and so on up to all of them together are tried,
 since swaps that help alone need not help together.
 """
@@ -36,14 +36,14 @@ class Refinement:
 
     Attributes:
       space: the alternatives that have been scored around the parent.
-      removal_error: error that the removal of each of the parent's experts causes, by which swaps are proposed.
+      removal_error: error caused by removing each of the parent's experts, by which swaps are proposed.
       swaps: experts tried on either side of a swap.
-      scorer: scores alternatives around a child.
-      pool: the program's solutions for the scores of a space, run whole on the validation traces.
-      measure: KL of candidates on a set of traces, by the set's name.
+      scorer: makes the scorer of alternatives around a child.
+      pool: returns the integer program's solutions for a space and its scores, run whole on the validation traces.
+      measure: returns the KL of candidates on a set of traces, given by name.
       table: file of the scores around a child.
       kept: directory of a killed run's results.
-      identity: what scores depend on besides the child, alternatives and traces.
+      identity: everything that scores depend on besides the child, alternatives and traces.
     """
 
     space: Space
@@ -57,20 +57,20 @@ class Refinement:
     identity: str
 
     def rescored(self, child: Candidate) -> Pool:
-        """The pool of the program with the scores around a child."""
+        """The integer program's pool with the scores around a child."""
         scored = self.scorer(child)(self.space, self.table, self._around(child))
         pool = self.pool(scored.space, scored.scores)
-        # Changes that each help alone overlap, so that their sum may promise more than there is.
+        # The gains of changes that help alone overlap, so their sum may exceed the child's whole KL.
         return replace(pool, candidates=[replace(c, score=max(0.0, child.score + c.score)) for c in pool.candidates])
 
     def swapped(self, child: Candidate) -> Pool | None:
-        """Children that keep other experts in one or more layers, run whole on the validation traces; None where no
-        swap helps on the calibration traces."""
+        """Children that keep other experts in one or more layers, run whole on the validation traces; None if no swap
+        helps on the calibration traces."""
         proposals = together(child, self._best_swaps(child))
         return Pool(proposals, *self.measure(proposals, "validation")) if proposals else None
 
     def confirm(self, new: Candidate, old: Candidate) -> tuple[Difference, Difference]:
-        """How a proposal's KL differs from that of the child before, on validation and on confirmation traces."""
+        """Differences of a proposal's KL from that of the child before, on validation and on confirmation traces."""
 
         def difference(name: str) -> Difference:
             found = self.measure([new, old], name)
@@ -79,7 +79,7 @@ class Refinement:
         return difference("validation"), difference("confirmation")
 
     def _best_swaps(self, child: Candidate) -> list[Swap]:
-        """The swap of every layer that lowers the child's KL most, where one does; the most helpful layer first."""
+        """For every layer in which one helps, the swap that lowers the child's KL most; the most helpful swap first."""
         options = [
             (layer, option)
             for layer, choice in enumerate(child.choices)
@@ -93,11 +93,11 @@ class Refinement:
         return sorted(best.values(), key=lambda swap: swap.gain)
 
     def _gains(self, child: Candidate, options: Sequence[tuple[int, ExpertChoice]]) -> dict[int, float]:
-        """By how much swaps alone change the child's KL on calibration traces, by their numbers.
+        """The change of the child's KL on calibration traces by each swap alone, by the swap's number.
 
-        By successive elimination: all are scored on a few traces, then the best quarter of every layer's on twice as
-        many, until one of each is left; what they are worth together is measured anyway. The exact method scores all
-        on all.
+        Works by successive elimination: all swaps are scored on a few traces, then the best quarter in every layer on
+        twice as many, until one per layer is left; their joint effect is measured later in any case. The exact method
+        scores all swaps on all traces.
         """
         if not options:
             return {}
@@ -122,12 +122,12 @@ class Refinement:
             start, stop = stop, min(2 * stop, len(order))
 
     def _around(self, child: Candidate) -> str:
-        """What scores around a child depend on besides alternatives and traces."""
+        """Identifies what scores around a child depend on besides alternatives and traces."""
         return f"{self.identity} {json.dumps(child.to_json()['layers'])}"
 
 
 def _best_quarter(numbers: Sequence[int], gains: Float[np.ndarray, "options"], layer: Sequence[int]) -> list[int]:
-    """Returns the quarter of every layer's options that gain most, and at least one."""
+    """Returns the best quarter of every layer's options, but at least one."""
     left = []
     for each in sorted({layer[number] for number in numbers}):
         own = sorted((number for number in numbers if layer[number] == each), key=lambda number: gains[number])

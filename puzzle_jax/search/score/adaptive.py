@@ -1,15 +1,15 @@
-"""Adaptive scoring: more traces for the scores whose uncertainty could change the program's choice.
+"""Adaptive scoring: more traces for the scores whose uncertainty could change the integer program's choice.
 
-All alternatives are scored on a few traces first. Then, round by round: the traces are drawn anew with replacement
-many times (a bootstrap by sequence), the relaxed program is solved with each draw's mean scores, and alternatives of
-groups in which the draws disagree are contested. Only those are scored on further traces, twice as many each round,
-until what the draws disagree about is worth little, or the traces are used up (successive halving, led by the program
-itself). Its worth is the regret: how much less the score of each draw's own choice is than that of the choice by the
-mean scores, averaged over the draws. Where alternatives are nearly as good as each other, draws would disagree for
-ever; which of them is taken then matters as little.
+All alternatives are scored on a few traces first. Then, in every round, the traces are resampled with replacement many
+times (a bootstrap by sequence), the relaxed program is solved with each draw's mean scores, and alternatives that some
+draws choose and others do not are contested. Only those are scored on further traces, twice as many each round, until
+the disagreement between draws matters little or the traces are used up (successive halving, guided by the program
+itself). What it matters is measured by the regret: how much lower the score of each draw's own choice is than that of
+the choice by the mean scores, averaged over the draws. Draws would never agree on alternatives that are almost equally
+good, but then it hardly matters which one is taken.
 
-The relaxation is the linear program of the same limits without integrality; it breaks few ties that the whole program
-would not, and is solved in milliseconds. Where batches are the program's choice too, draws look at the few
+The relaxation is the linear program with the same limits without integrality. It splits few groups between
+alternatives, and is solved in milliseconds. If the program also chooses batches, draws consider only the few
 combinations of batches that are best by the mean scores.
 """
 
@@ -30,16 +30,16 @@ from puzzle_jax.program.library import Limit, Program, lookup
 from puzzle_jax.search.score.measurements import ScoreTable
 
 CASES = 4
-"""Combinations of batches that draws look at."""
+"""Number of combinations of batches that draws consider."""
 
 REGRET = 0.05
-"""Share of the choice's KL that further traces are no longer worth."""
+"""Mean regret, as a share of the choice's KL, up to which further traces are not worth their cost."""
 
 RARE = 0.05
-"""Share of the draws up to which what they choose, or leave, is taken for chance."""
+"""Share of the draws up to which their choosing an alternative, or leaving it out, is attributed to chance."""
 
 Scorer = Callable[[Sequence[int], Sequence[int]], None]
-"""Fills a table: numbers of alternatives, numbers of traces."""
+"""Fills a table, given the numbers of alternatives and the numbers of traces."""
 
 
 _Rows = tuple[np.ndarray, np.ndarray] | tuple[None, None]
@@ -48,7 +48,7 @@ _Rows = tuple[np.ndarray, np.ndarray] | tuple[None, None]
 class RelaxedProgram:
     """A program's linear relaxation, for many objectives under the same limits.
 
-    `owner` gives, per group, the number of the score of each alternative; None stands for a score known to be 0.
+    `owner` maps each group's alternatives to the numbers of their scores; None stands for a score known to be 0.
     """
 
     def __init__(self, program: Program, owner: Mapping[str, Mapping[str, int | None]]) -> None:
@@ -63,7 +63,7 @@ class RelaxedProgram:
 
     @staticmethod
     def _rows(program: Program, pairs: Sequence[tuple[str, str]], limits: Sequence[Limit]) -> _Rows:
-        """Limits as rows of largest coefficient 1, and their bounds; None without limits."""
+        """Limits as rows scaled to a largest coefficient of 1, and their bounds; None without limits."""
         rows, bounds = [], []
         for limit in limits:
             row = np.array([float(lookup(program.library[group][name], limit.key)) for group, name in pairs])
@@ -73,7 +73,7 @@ class RelaxedProgram:
         return (np.stack(rows), np.array(bounds)) if rows else (None, None)
 
     def narrowed(self, scores: Float[np.ndarray, "alternatives"], most: int) -> RelaxedProgram:
-        """The same program with no more than so many ways to pick sets of limits: the best by some scores."""
+        """The same program with at most `most` of its combinations of limits: the best by the given scores."""
         if len(self._cases) <= most:
             return self
         cost = self._cost(scores)
@@ -94,7 +94,7 @@ class RelaxedProgram:
         return float(np.append(scores, 0.0)[self.number] @ choice)
 
     def _cost(self, scores: np.ndarray) -> np.ndarray:
-        """Scores by column, the largest 1."""
+        """Scores by column, scaled so that the largest is 1."""
         cost = np.append(scores, 0.0)[self.number]
         return cost / max(float(np.abs(cost).max()), 1e-300)
 
@@ -114,11 +114,10 @@ class RelaxedProgram:
 def contested(
     programs: Iterable[RelaxedProgram], table: ScoreTable, *, draws: int = 32, seed: int = 0, base_kl: float = 0.0
 ) -> list[int]:
-    """Numbers of the alternatives that some draws of the traces, with replacement, choose and others do not, where that
-    is worth a look.
+    """Numbers of the alternatives that some bootstrap draws of the traces choose and others do not, where that matters.
 
     There is one program for each target that the scores are to serve; the table has some scores of every alternative.
-    `base_kl` is the KL of the model to which scores are differences; 0 for the parent.
+    `base_kl` is the KL of the model that scores are differences from; 0 for the parent.
     """
     source, found = np.random.default_rng(seed), set()
     used = np.flatnonzero(table.scored.any(axis=0))
@@ -139,15 +138,16 @@ def contested(
 
 
 def _redrawn(table: ScoreTable, traces: np.ndarray) -> Float[np.ndarray, "alternatives"]:
-    """Scores of drawn traces; where a draw holds none that an alternative was scored on, of those it was."""
+    """Scores from the drawn traces; from all its scored traces for an alternative that was scored on none of them."""
     scores = table.estimates(traces)
     return np.where(np.isnan(scores), table.estimates(), scores)
 
 
 def in_random_order(traces: Sequence[Trace], seed: int = 0) -> list[int]:
-    """Numbers of traces such that the first ones hold every task and effort about equally often.
+    """Numbers of traces, ordered so that the first ones hold every task and effort about equally often.
 
-    In proportion to tokens would rank no better for the same tokens: a kind of long answers costs as it counts.
+    Sampling in proportion to tokens would rank no better for the same tokens: kinds with long answers weigh more, but
+    also cost more.
     """
     source = np.random.default_rng(seed)
     kinds: dict[tuple[str, str], list[int]] = {}
@@ -168,10 +168,10 @@ def score_adaptively(
     base_kl: float = 0.0,
     on_round: Callable[[int, int], None] | None = None,
 ) -> int:
-    """Scores all alternatives on the `first` traces, then contested ones on more; returns the traces used.
+    """Scores all alternatives on the `first` traces, then contested ones on more; returns the number of traces used.
 
-    Scores that the table has already are not computed again. `on_round` is called with the numbers of alternatives and
-    traces before each round.
+    Scores that the table already has are not computed again. Before each round `on_round` is called with its
+    numbers of alternatives and traces.
     """
     order = in_random_order(table.traces, seed)
     wanted, start, stop = list(range(len(table.alternatives))), 0, min(first, len(order))

@@ -1,7 +1,7 @@
 """The alternatives of a space, each with a number by which scores and the program's groups refer to it.
 
-Around a base model, an expert set replaces a layer's experts and leaves the base's window; a window leaves its
-experts. The base's own choices need no score.
+In a base model, an expert set replaces a layer's experts and leaves its window as it is; a window leaves its experts as
+they are. The base's own choices need no score.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ Numbers = tuple[tuple[int | None, ...], ...]
 
 @dataclass(frozen=True)
 class IndexedAlternatives:
-    """Alternatives of a space around a base.
+    """Numbered alternatives of a space around a base.
 
     Attributes:
-      space: the alternatives, in its order.
-      listed: layer and choice, by number.
-      experts, attention: per layer, the number of each of the space's alternatives; None is the base's own.
+      space: the space whose alternatives are numbered, in its order.
+      listed: layer and choice of every numbered alternative.
+      experts, attention: per layer, the number of each of the space's alternatives; None for the base's own.
     """
 
     space: Space
@@ -36,7 +36,7 @@ class IndexedAlternatives:
 
     @staticmethod
     def around(space: Space, base: Sequence[Alternative] | None = None) -> IndexedAlternatives:
-        """Numbers the alternatives to `base`, by default the parent."""
+        """Numbers the alternatives to the choices of `base`, by default the parent's."""
         listed: list[tuple[int, Alternative]] = []
 
         def number(layer: int, alternative: Alternative, own: Alternative) -> int | None:
@@ -55,7 +55,7 @@ class IndexedAlternatives:
         return IndexedAlternatives(space, tuple(listed), tuple(experts), tuple(attention))
 
     def scores(self, values: Float[np.ndarray, "alternatives"]) -> Scores:
-        """Values by number as scores of the space; 0 for the base's own."""
+        """Converts values by number to scores of the space; the base's own choices get 0."""
 
         def of(numbers: Numbers) -> tuple[tuple[float, ...], ...]:
             return tuple(tuple(0.0 if n is None else float(values[n]) for n in layer) for layer in numbers)
@@ -64,7 +64,7 @@ class IndexedAlternatives:
 
     @property
     def owner(self) -> dict[str, dict[str, int | None]]:
-        """Numbers by the program's group and alternative."""
+        """Numbers of alternatives by the program's group and alternative name."""
         out: dict[str, dict[str, int | None]] = {}
         for layer, (choices, windows) in enumerate(zip(self.space.expert_choices, self.space.windows, strict=True)):
             names = [choice.name for choice in choices]
@@ -74,14 +74,14 @@ class IndexedAlternatives:
         return out
 
     def sets_by_count(self) -> Iterator[list[int]]:
-        """Numbers of the expert sets that keep equally many experts of a layer."""
+        """Yields, for every layer and count, the numbers of the expert sets that keep that many experts."""
         for choices, numbers in zip(self.space.expert_choices, self.experts, strict=True):
             for count in sorted({choice.count for choice in choices}):
                 same = [n for n, choice in zip(numbers, choices, strict=True) if choice.count == count]
                 yield [n for n in same if n is not None]
 
     def keeping(self, numbers: set[int]) -> Space:
-        """The space with only the expert sets of these numbers, and those that have none."""
+        """The space with only the expert sets of these numbers, and those without a number."""
         choices = tuple(
             tuple(c for n, c in zip(of_layer, choices, strict=True) if n is None or n in numbers)
             for of_layer, choices in zip(self.experts, self.space.expert_choices, strict=True)
@@ -90,7 +90,7 @@ class IndexedAlternatives:
 
 
 def expert_mask(choice: ExpertChoice, experts: int) -> np.ndarray:
-    """True for the experts that stay."""
+    """A mask over a layer's experts that is True for those kept."""
     mask = np.zeros(experts, bool)
     mask[list(choice.kept)] = True
     return mask

@@ -1,21 +1,21 @@
-"""Scores of few traces, sharpened by what is known without running more: token counts, and what the lens saw.
+"""Estimates scores from few traces, sharpened by what needs no further exact runs: token counts and lens values.
 
-Exact scores of 16 traces are noisy, and the lens, which costs a layer and a head for each alternative, has looked at
-many. Three steps make one estimate of both:
+Exact scores on 16 traces are noisy, while the lens, which costs one layer and one head per alternative, has been run on
+many. Three steps combine both into one estimate:
 
-    weights      each kind of trace (task and effort) counts as much as it has completion tokens among all traces,
-                 however many of it were scored: post-stratification
-    correction   score + slope / 2 * (lens on all it looked at - lens on the traces scored): the lens as a control
-                 variate, the slope being that of exact values on the lens' over the traces scored. Halved, for a slope
-                 of few traces is itself noisy
+    weights      each kind of trace (task and effort) is weighted by its completion tokens among all traces, however
+                 many traces of that kind were scored: post-stratification
+    correction   score + slope / 2 * (lens on all its traces - lens on the traces scored): the lens is a control
+                 variate, and the slope is that of exact values against lens values over the traces scored. It is
+                 halved, since a slope fitted to few traces is itself noisy
     shrinkage    log score = log true + noise,   noise ~ N(0, (standard error / score)^2)
                  log true = a + b log lens + offset of the layer + rest,   rest ~ N(0, spread^2)
-                 with a, b, offsets and spread fitted to all alternatives at once, so that nothing is assumed of the
-                 lens but that its errors are alike: empirical Bayes
+                 with a, b, offsets and spread fitted to all alternatives at once, so that all that is assumed of the
+                 lens is that its errors are alike: empirical Bayes
 
-The first two are textbook survey sampling (W. G. Cochran, Sampling Techniques, 1977, chapters 5A and 7), the third is
-B. Efron and C. Morris, JASA 70, 1975. An alternative that was scored on many traces keeps its score; of one that was
-scored on few, an odd answer moves it less. What each step brings on the embedded parent is in docs/results.md.
+The first two are textbook survey sampling (W. G. Cochran, Sampling Techniques, 1977, chapters 5A and 7); the third is
+from B. Efron and C. Morris, JASA 70, 1975. An alternative scored on many traces keeps its score; the score of one
+scored on few is moved less by an unusual answer. docs/results.md shows what each step gains on the embedded parent.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ import numpy as np
 from jaxtyping import Float, Int
 
 _FEWEST = 12
-"""Alternatives that a line and a spread are fitted to; the layers' offsets have a prior besides."""
+"""The fewest alternatives that a line and a spread are fitted to; the layers' offsets have a prior of their own."""
 _ROUNDS = 3
 _STEEPEST = 3.0
-"""Slope that is believed."""
+"""The largest slope used by the correction; steeper ones are clipped."""
 _LEAST = 0.3
-"""Least share of a score that a correction leaves."""
+"""The least share of a score that the correction may leave."""
 
 Values = Float[np.ndarray, "alternatives"]
 ByTrace = Float[np.ndarray, "alternatives traces"]
@@ -46,15 +46,15 @@ def estimate(
     kinds: Int[np.ndarray, "traces"],
     layers: Int[np.ndarray, "alternatives"],
 ) -> Values:
-    """The expected score of every alternative, nats per token.
+    """The expected score of every alternative, in nats per token.
 
     Args:
-      values: exact scores of each trace; anything where `times` is 0.
-      lens: the lens' of the same, NaN where it did not look.
-      times: how often each trace counts for each alternative: 0 where it was not scored.
+      values: exact scores on each trace; anything where `times` is 0.
+      lens: lens estimates of the same, NaN where the lens was not run.
+      times: how often each trace counts for each alternative; 0 where it was not scored.
       tokens: completion tokens of each trace.
       kinds: a number for each trace's task and effort.
-      layers: of the alternatives.
+      layers: the layer of each alternative.
     """
     weights = post_stratified(times, tokens, kinds)
     values = np.where(times > 0, values, 0.0)
@@ -62,7 +62,7 @@ def estimate(
     rest = np.where(times > 0, values - means[:, None], 0.0)
     number = times.sum(axis=1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        # A trace that is drawn n times has n shares of its weight.
+        # A trace that is drawn n times has n times its weight.
         squares = np.sum(weights**2 / np.maximum(times, 1) * rest**2, axis=1)
         errors = np.sqrt(squares * number / (number - 1))
     looked = (~np.isnan(lens)).astype(float)
@@ -72,9 +72,9 @@ def estimate(
 
 
 def post_stratified(times: ByTrace, tokens: Int[np.ndarray, "traces"], kinds: Int[np.ndarray, "traces"]) -> ByTrace:
-    """Weights of the traces, of sum 1: tokens, but every kind as much as it has among all traces.
+    """Weights of the traces, which sum to 1: tokens, scaled so that every kind has its share of all traces' tokens.
 
-    A kind that an alternative was not scored on is left out. An alternative without traces has no weights (NaN).
+    A kind that an alternative was not scored on is left out. The weights of an alternative without traces are NaN.
     """
     of_kind = np.eye(kinds.max() + 1)[kinds]
     weights = times * tokens
@@ -92,7 +92,7 @@ def kinds_of(kinds: Sequence[Hashable]) -> Int[np.ndarray, "traces"]:
 
 
 def _correction(rest: ByTrace, lens: ByTrace, weights: ByTrace, overall: Values) -> Values:
-    """The correction of the means of alternatives whose scored traces the lens all looked at; 0 for others."""
+    """The correction to the mean of each alternative whose scored traces all have lens estimates; 0 for others."""
     looked = ~np.any(np.isnan(lens) & (weights > 0), axis=1)
     seen = np.where(weights > 0, np.nan_to_num(lens), 0.0)
     mean = np.sum(weights * seen, axis=1)
@@ -104,11 +104,11 @@ def _correction(rest: ByTrace, lens: ByTrace, weights: ByTrace, overall: Values)
 
 
 def shrunk(measured: Values, errors: Values, lens: Values, layers: Int[np.ndarray, "alternatives"]) -> Values:
-    """Scores drawn towards those that the lens predicts, as far as they are uncertain.
+    """Scores shrunk towards those that the lens predicts, in proportion to their uncertainty.
 
-    All values are means in nats per token, with the standard errors of the measured ones. Each layer's offset is
-    fitted as if one more alternative of it had none. Scores that are not above zero in all three stay as they were
-    measured, and so do all where that leaves few.
+    All values are means in nats per token; `errors` are the standard errors of `measured`. Each layer's offset is
+    fitted as if one more alternative of that layer had an offset of 0. An alternative for which any of the three is not
+    positive keeps its measured score, and so do all if fewer than `_FEWEST` others are left.
     """
     known = (measured > 0) & (lens > 0) & (errors > 0) & np.isfinite(errors)
     if known.sum() < _FEWEST:

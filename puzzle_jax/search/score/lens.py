@@ -3,9 +3,9 @@
     final state of an alternative = parent's final state + (its state after the layer - the parent's) W,
     W = argmin |Y - X W|^2 + ridge |W|^2,   X states after the layer, Y final states, both less their means
 
-fitted on the parent's own activations at the positions before completion tokens (in the spirit of the tuned lens, arXiv
-2303.08112). The score is then the same KL as the exact one, for the cost of one layer and one head per alternative.
-It ranks alternatives; its size is not to be trusted.
+W is fitted to the parent's own activations at the positions before completion tokens (in the spirit of the tuned lens,
+arXiv 2303.08112). The score is then the same KL as the exact one, at the cost of one layer and one head per
+alternative. It serves to rank alternatives; its absolute value is not reliable.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from puzzle_jax.model.sharding import beside, replicated
 from puzzle_jax.search.score.replace_one import METRICS, Alternative, Answers, ReplaceOne
 
 RIDGE = 1e-3
-"""Share of the mean square of the inputs."""
+"""The ridge, as a share of the inputs' mean variance."""
 
 
 @dataclass(frozen=True)
 class Lens:
-    """Maps [layers, hidden, hidden] from a layer's states to the final ones."""
+    """Linear maps [layers, hidden, hidden] from each layer's states to the final ones."""
 
     run: ReplaceOne
     maps: Float[Array, "layers hidden hidden"]
@@ -44,13 +44,13 @@ class Lens:
         return self.run.choices
 
     def work(self, wanted: Sequence[tuple[int, Alternative]]) -> int:
-        """Layers run, what `on_done` counts up to."""
+        """Number of layers to run, which `on_done` counts up to."""
         return len(wanted)
 
     def __call__(
         self, batch: MicroBatch, wanted: Sequence[tuple[int, Alternative]], on_done: Callable[[int], None] | None = None
     ) -> Float[np.ndarray, "alternatives rows metrics"]:
-        """Estimates of METRICS of every trace of a batch under each alternative (layer, choice)."""
+        """Estimates METRICS of every trace of a batch under each alternative (layer, choice)."""
         run, answers = self.run, Answers.of(batch)
         values = np.zeros((len(wanted), batch.tokens.shape[0], len(METRICS)))
         for layer, states, after, parent in run.layers(batch):
@@ -67,7 +67,7 @@ class Lens:
 
 
 def fit_lens(run: ReplaceOne, batches: Sequence[MicroBatch], on_batch: Callable[[], None] | None = None) -> Lens:
-    """Fits one map per layer of the parent; memory is that of two [hidden, hidden] arrays per layer."""
+    """Fits one map per layer of the parent, in the memory of two [hidden, hidden] arrays per layer."""
     layers, hidden = run.config.num_layers, run.config.hidden_size
     sums = replicated(beside(run.params, [LensSums.zeros(hidden) for _ in range(layers)], run.mesh), run.mesh)
     for batch in batches:
@@ -80,7 +80,7 @@ def fit_lens(run: ReplaceOne, batches: Sequence[MicroBatch], on_batch: Callable[
 
 
 class LensSums(NamedTuple):
-    """Weighted sums over positions: of 1, x, y, x x' and x y'."""
+    """Weighted sums over positions of 1, x, y, x x' and x y'."""
 
     weight: Float[Array, ""]
     x: Float[Array, "hidden"]

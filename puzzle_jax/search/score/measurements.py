@@ -1,15 +1,15 @@
-"""The loss that each alternative costs: KL(parent || child) per completion token.
+"""The loss that each alternative causes: KL(parent || child) per completion token.
 
-The mean is over all tokens, whichever trace they are of: a wrong turn anywhere in an answer spoils it, so long answers
-have more to lose. With one share for every trace, however short, short answers decide: on the embedded parent that
-chose a child of less than half the accuracy at medium and high effort (docs/results.md).
+The mean is over all tokens, whichever trace they belong to: a wrong turn anywhere in an answer spoils it, so long
+answers have more to lose. If every trace had the same weight, short answers would decide: on the embedded parent that
+chose a child with less than half the accuracy at medium and high effort (docs/results.md).
 
-Alternatives of the attention and of the experts are scored apart; the program adds their scores. A window leaves every
-token that sees no more keys than the window exactly as it was, so traces no longer than it count as zero without being
-run, and the loss per token beyond the window is reported beside the mean (`late_kl`), as is the loss by context.
+Alternatives for attention and for experts are scored separately; the integer program adds their scores. A window does
+not affect tokens that see no more keys than the window has, so traces no longer than it count as zero without being
+run. The loss per token beyond the window is reported beside the mean (`late_kl`), as is the loss by context length.
 
-Results are kept trace by trace in a `ScoreTable`, which is saved as it grows: an interrupted run goes on where it was,
-and what has been scored once is not run again for another target.
+Results are kept trace by trace in a `ScoreTable`, which is saved as it grows: an interrupted run resumes where it was,
+and nothing is scored again for another target.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _UNCHANGED = np.array([0.0, 1.0, 1.0, *[0.0] * (len(METRICS) - 3)])
 
 @runtime_checkable
 class Runner(Protocol):
-    """Finds METRICS of traces under alternatives: `ReplaceOne`, a `Lens` or `WholeChildren`."""
+    """Measures METRICS of traces under alternatives: a `ReplaceOne`, a `Lens` or `WholeChildren`."""
 
     @property
     def base(self) -> Sequence[Alternative] | None: ...
@@ -61,13 +61,13 @@ class Score:
     """Means over completion tokens.
 
     Attributes:
-      kl: KL(parent || child), nats per token; `kl_se` its standard error over traces (infinite for one trace).
+      kl: KL(parent || child) in nats per token; `kl_se` is its standard error over traces (infinite for one trace).
       agreement: share of positions whose most likely token is the parent's.
-      cosine: of the final hidden states.
-      traces: scored.
-      kl_by_context: mean KL per token that sees so many tokens, itself included.
-      late_share: share of the loss on tokens that see more than the window; 1 where no window was narrowed.
-      late_kl: KL per such token; 0 where there is none.
+      cosine: cosine similarity of the final hidden states.
+      traces: number of traces scored.
+      kl_by_context: mean KL per token, by the number of tokens that its position sees, itself included.
+      late_share: share of completion tokens whose position sees more than the window; 1 if no window was narrowed.
+      late_kl: KL per such token; 0 if there is none.
     """
 
     kl: float
@@ -85,12 +85,12 @@ class ScoreTable:
     """METRICS of traces under alternatives.
 
     Attributes:
-      alternatives: layer and choice.
-      traces: of which each alternative is scored on some.
-      values: NaN where an alternative was not scored on a trace.
-      lens: KL as the lens sees it, where it was asked; NaN on traces that it did not look at. Not kept on disk.
-      known: values of an earlier run. Each is taken over when it is asked for, and not before, so that a run that goes
-        on chooses by the same numbers as one that was never interrupted.
+      alternatives: layer and choice of each alternative.
+      traces: the traces; each alternative is scored on some of them.
+      values: the measurements; NaN where an alternative was not scored on a trace.
+      lens: KL as estimated by the lens, if it is used; NaN on traces that it was not run on. Not saved to disk.
+      known: values of an earlier run. Each is adopted only when it is requested, so that a resumed run chooses by the
+        same numbers as one that was never interrupted.
     """
 
     alternatives: Sequence[tuple[int, Alternative]]
@@ -106,7 +106,7 @@ class ScoreTable:
 
     @cached_property
     def tokens(self) -> Int[np.ndarray, "traces"]:
-        """Completion tokens, the weight of every trace."""
+        """Completion tokens of every trace, which are its weight."""
         return np.array([len(trace.completion) for trace in self.traces])
 
     @property
@@ -114,13 +114,14 @@ class ScoreTable:
         return ~np.isnan(self.values[..., 0])
 
     def means(self) -> Float[np.ndarray, "alternatives"]:
-        """KL of every alternative over the traces it was scored on."""
+        """Mean KL of every alternative over the traces it was scored on."""
         return self._means(self.scored)
 
     def estimates(self, traces: Int[np.ndarray, "drawn"] | None = None) -> Float[np.ndarray, "alternatives"]:
-        """The best estimate of every KL: the means, or with a lens those of `estimator`.
+        """The best estimate of every KL: the means, or with a lens the estimates of `estimator`.
 
-        `traces` are draws, each counted as often as it was drawn, instead of each once; NaN where there are none.
+        `traces` are bootstrap draws, each counted as often as it was drawn; by default every trace counts once. An
+        alternative scored on none of them is NaN.
         """
         times = np.ones(len(self.traces)) if traces is None else np.bincount(traces, minlength=len(self.traces))
         times = (self.scored * times).astype(float)
@@ -136,7 +137,7 @@ class ScoreTable:
             return np.sum(np.nan_to_num(self.values[..., 0]) * weights, axis=1) / weights.sum(axis=1)
 
     def score(self, number: int, base_window: int | None = None) -> Score:
-        """One alternative's means; `base_window` is what its window narrows, where it does."""
+        """One alternative's means; `base_window` is the window that the alternative may narrow."""
         rows = np.flatnonzero(self.scored[number])
         values, tokens = self.values[number, rows], self.tokens[rows]
         by_context = np.array([_tokens_by_context(self.traces[int(row)]) for row in rows])
@@ -159,14 +160,14 @@ class ScoreTable:
         )
 
     def _late_share(self, rows: Int[np.ndarray, "scored"], window: int) -> float:
-        """Share of the loss on tokens that are predicted from more than `window` tokens."""
+        """Share of completion tokens that are predicted from more than `window` tokens."""
         late = [np.mean(_contexts(self.traces[row]) > window) for row in rows]
         return weighted_mean(np.array(late), self.tokens[rows])[0]
 
     # On disk -------------------------------------------------------------------------------------------------------
 
     def key(self, parent: str) -> str:
-        """A hash of everything that the numbers depend on; `parent` names all of it that is not in the table."""
+        """A hash of everything that the values depend on; `parent` names what is not in the table."""
         digest = hashlib.sha256(parent.encode())
         for layer, choice in self.alternatives:
             digest.update(f"{layer} {choice.window} {np.flatnonzero(choice.expert_mask).tolist()}\n".encode())
@@ -179,13 +180,13 @@ class ScoreTable:
         write_beside(path, save({"values": values}, metadata={"key": key}))
 
     def recall(self, alternatives: Sequence[int], traces: Sequence[int]) -> None:
-        """Takes over what is known of these alternatives on these traces."""
+        """Adopts the known values of these alternatives on these traces."""
         if self.known is not None:
             asked = np.ix_(alternatives, traces)
             self.values[asked] = np.where(np.isnan(self.values[asked]), self.known[asked], self.values[asked])
 
     def load(self, path: Path, key: str) -> None:
-        """Reads the numbers of an earlier run of the same key; a file of another key or a damaged one is left."""
+        """Reads the values of an earlier run with the same key; a damaged file or one with another key is ignored."""
         if not path.is_file():
             return
         try:
@@ -197,10 +198,10 @@ class ScoreTable:
 
 
 class SavedTable:
-    """A table that is on disk from time to time, so that a killed run goes on from it; a path of None keeps nothing.
+    """A table that is saved from time to time, so that a killed run can resume; with a path of None it is not saved.
 
-    The identity names everything that the numbers depend on and that is not in the table: a file of another one is not
-    read.
+    The identity names everything that the values depend on and that is not in the table; a file with another identity
+    is not read.
     """
 
     def __init__(self, table: ScoreTable, path: Path | None, identity: str) -> None:
@@ -210,7 +211,7 @@ class SavedTable:
             table.load(path, self.key)
 
     def save(self, *, now: bool = False) -> None:
-        """Saves the table if that is some time ago, or `now`."""
+        """Saves the table if the last save was some time ago, or at once if `now`."""
         if self.path is not None and (now or time.monotonic() - self._saved > _SAVE_SECONDS):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.table.save(self.path, self.key)
@@ -218,15 +219,15 @@ class SavedTable:
 
 
 def longest_context(traces: Sequence[Trace]) -> int:
-    """Tokens that the position before some completion token sees, at most; 0 without traces.
+    """The most tokens that any position before a completion token sees; 0 without traces.
 
-    A window changes nothing on traces whose contexts it covers, so there they hold no evidence of what it costs.
+    A window changes nothing on traces whose contexts it covers, so those are no evidence of what it costs.
     """
     return max((len(trace.prompt) + len(trace.completion) - 1 for trace in traces), default=0)
 
 
 def _contexts(trace: Trace) -> Int[np.ndarray, "completion"]:
-    """Tokens seen by the position before each completion token."""
+    """Number of tokens that the position before each completion token sees."""
     return len(trace.prompt) + np.arange(len(trace.completion))
 
 
@@ -236,7 +237,7 @@ def _tokens_by_context(trace: Trace) -> Int[np.ndarray, "buckets"]:
 
 @dataclass(frozen=True)
 class Fill:
-    """Alternatives to be scored on traces (numbers of both in the table) that they were not scored on yet."""
+    """Scores alternatives on those traces (both are numbers in the table) that they have not been scored on yet."""
 
     table: ScoreTable
     run: Runner
@@ -246,7 +247,7 @@ class Fill:
 
     @property
     def work(self) -> int:
-        """Layers to be run for each of the alternatives and batches that are left."""
+        """Number of layers to run, summed over the remaining alternatives and batches."""
         return sum(self._work(wanted) for _, wanted in self._to_do())
 
     def __call__(
@@ -256,7 +257,7 @@ class Fill:
 
         Args:
           on_batch: called after every batch, when the table may be saved.
-          on_done: called with the part of `work` that was done.
+          on_done: called with the amount of `work` just done.
         """
         for batch, wanted in [task for task in self._to_do() if task[1]]:
             found = values_of(self.run(batch, [self.table.alternatives[number] for number in wanted], on_done))
@@ -269,8 +270,7 @@ class Fill:
         return self.run.work([self.table.alternatives[number] for number in wanted])
 
     def _to_do(self) -> Iterator[tuple[MicroBatch, list[int]]]:
-        """Batches of the traces, with the alternatives to run on each; values that a window cannot change are filled in
-        here."""
+        """Yields batches with the alternatives to run on each, and fills in values that a window cannot change."""
         table, run = self.table, self.run
         table.recall(self.alternatives, self.traces)
         longest = max(len(trace.prompt) + len(trace.completion) for trace in table.traces)
@@ -290,7 +290,7 @@ class Fill:
 
 
 def _changes_nothing(choice: Alternative, base: Alternative, batch: MicroBatch) -> bool:
-    """Returns whether a narrower window is as wide as all traces of a batch."""
+    """Returns whether an alternative only narrows the window, to one that still covers every trace of the batch."""
     if choice.window is None or not np.array_equal(choice.expert_mask, base.expert_mask):
         return False
     return choice.window >= int(np.max(np.asarray(batch.lengths)))

@@ -1,16 +1,20 @@
-"""Replace-one passes: what each alternative of one layer, alone in a model, does to the final distribution.
+"""Replace-one passes: what each alternative to one layer, as a model's only change, does to the final distribution.
+
+The measure is the KL divergence from the parent's final distribution, KL(parent || child): `divergence`
+(puzzle_jax/evaluate/divergence.py) computes it per position, and `compare_states` sums it per trace.
 
 For each micro-batch the hidden states before and inside every layer of the base model are kept. An alternative starts
-from there, so only what it changes and the layers above it are run: an expert set from after its layer's attention,
+from there, so only what it changes and the layers above it are run (an expert set starts after its layer's attention):
 about half a whole pass on average. Alternatives are data (a mask per row), so many run in one call, and one compiled
-sub-block serves all layers of equal shape and window: programs do not grow with depth. Only positions before completion
-tokens reach the output head, and the parent's logits are computed once for all alternatives of a call.
+sub-block serves all layers of equal shape and window: the number of compiled programs does not grow with depth. Only
+positions before completion tokens reach the output head, and the parent's logits are computed once for all alternatives
+of a call.
 
-Memory: of the base's hidden states only every `keep_every`-th is kept; those between are computed again when their
-part of the network is worked on, from the top down. The parent's final state is kept whole, logits never are.
+Memory: of the base's hidden states only every `keep_every`-th is kept; those in between are recomputed when their part
+of the network is processed. The parent's final state is kept whole; logits never are.
 
-The base is the parent, or a child whose further changes are looked at; comparison is always with the parent, and the
-KL around a child is given as the difference to the child's own.
+The base is the parent, or a child to which further changes are tried. The comparison is always with the parent; for a
+child, the KL is given as the difference from the child's own.
 """
 
 from __future__ import annotations
@@ -36,19 +40,19 @@ from puzzle_jax.model.sharding import on_mesh, read, spread_rows
 from puzzle_jax.model.spec import Params
 
 CONTEXTS = (64, 256, 1024, 4096, 16384)
-"""Upper ends of the context lengths that losses are also reported by; the last bucket is what lies beyond."""
+"""Upper bounds of the context-length buckets that losses are also reported by; a last bucket holds what lies beyond."""
 
 MOST_ANSWERS = 8192
-"""Positions whose logits are there at the same time."""
+"""The most positions whose logits exist at the same time."""
 
 METRICS = ("kl", "agreement", "cosine", *(f"kl up to {end}" for end in CONTEXTS), f"kl beyond {CONTEXTS[-1]}")
-"""Measurements of a trace: weighted sums over its completion; the KL also by context length."""
+"""Measurements of a trace, each a weighted sum over its completion; the KL also by context length."""
 
 KL_METRICS = [index for index, name in enumerate(METRICS) if name.startswith("kl")]
 
 
 class Alternative(NamedTuple):
-    """A choice in the place of one layer's own: experts that stay, or a window."""
+    """A choice that replaces one layer's own: the experts that stay, and the window."""
 
     expert_mask: np.ndarray
     window: int | None
@@ -69,10 +73,10 @@ class Answers(NamedTuple):
     """Positions of a batch that carry loss, padded with weight 0.
 
     Attributes:
-      index: into the flattened [rows * seq] positions.
-      row: of each position.
-      weight: 1 / completion tokens of the trace.
-      context: bucket of the number of tokens seen there.
+      index: indices into the flattened [rows * seq] positions.
+      row: the row of each position.
+      weight: 1 / completion tokens of the trace; 0 for padding.
+      context: bucket (see CONTEXTS) of the number of tokens that the position sees.
     """
 
     index: Int[Array, "answers"]
@@ -82,7 +86,7 @@ class Answers(NamedTuple):
 
     @staticmethod
     def of(batch: MicroBatch) -> Answers:
-        """Half or all of the batch's positions, so that there are few shapes."""
+        """The batch's answer positions, padded to half or all of its positions, so that there are few shapes."""
         weight = np.asarray(batch.loss_weight)
         rows, seq = weight.shape
         (index,) = np.nonzero(weight.reshape(-1))
@@ -103,16 +107,16 @@ class States(NamedTuple):
 
 @dataclass(frozen=True)
 class ReplaceOne:
-    """Runs alternatives of one base model; on a mesh over several processes in all of them, which make the same calls.
+    """Runs alternatives to one base model. On a mesh over several processes, all of them make the same calls.
 
     Attributes:
-      params: of the parent; experts dense or packed.
-      config: of the parent.
-      base: a choice per layer; None is the parent's own.
-      rope: rotary settings of the base; None is the parent's own.
-      per_call: alternatives that run together.
-      keep_every: layers from one kept hidden state to the next.
-      mesh: where parameters are; rows of a batch are spread over its data axis where they divide by it.
+      params: parameters of the parent, with dense or packed experts.
+      config: configuration of the parent.
+      base: a choice per layer; None stands for the parent's own.
+      rope: rotary settings of the base; None stands for the parent's own.
+      per_call: number of alternatives that run together.
+      keep_every: number of layers from one kept hidden state to the next.
+      mesh: mesh that holds the parameters; a batch's rows are sharded over its data axis if it divides them.
     """
 
     params: Params
@@ -141,7 +145,7 @@ class ReplaceOne:
         """METRICS of every trace of a batch under each alternative (layer, choice).
 
         Args:
-          on_done: called with alternatives times layers run, `work` in all.
+          on_done: called with the alternatives times layers just run, which add up to `work`.
         """
         answers = Answers.of(batch)
         parent, own, kept = self._final_states(batch)
@@ -157,7 +161,7 @@ class ReplaceOne:
         return values
 
     def work(self, wanted: Sequence[tuple[int, Alternative]]) -> int:
-        """Alternatives times layers above them, what `on_done` counts up to."""
+        """Alternatives times the layers each runs, which `on_done` counts up to."""
         return sum(self.config.num_layers - layer for layer, _ in wanted)
 
     def compared(
@@ -175,7 +179,7 @@ class ReplaceOne:
         return _embed(outside, spread_rows(batch.tokens, self.mesh))
 
     def layer(self, index: int, x: Array, choice: Alternative, config: ModelConfig | None = None) -> Array:
-        """One layer with a choice of its own, on rows or on rows of slots of states."""
+        """Runs one layer with a given choice, on states [rows, seq, hidden] or [rows, slots, seq, hidden]."""
         layer = self.params["layers"][index]
         x = run_attention(layer["attention"], config or self.own, choice.window, x)
         return self._mixture(layer["moe"], x, choice.expert_mask)
@@ -185,7 +189,7 @@ class ReplaceOne:
             return run_mixture(moe, self.config, x, jnp.asarray(mask))
 
     def _final_states(self, batch: MicroBatch) -> tuple[Array, Array, dict[int, Array]]:
-        """The parent's and the base's states after the last layer, and the base's every so many layers."""
+        """The parent's and the base's final states, and the base's states before every `keep_every`-th layer."""
         x = start = self.embedded(batch)
         kept = {}
         for index, choice in enumerate(self.choices):
@@ -200,7 +204,7 @@ class ReplaceOne:
         return parent, x, kept
 
     def _states(self, first: int, x: Array) -> dict[int, States]:
-        """States of the layers from a kept one to the next."""
+        """States of the layers from one kept state, `x` before layer `first`, to the next."""
         states = {}
         for index in range(first, min(first + self.keep_every, self.config.num_layers)):
             layer, choice = self.params["layers"][index], self.choices[index]
@@ -212,7 +216,7 @@ class ReplaceOne:
     # Alternatives --------------------------------------------------------------------------------------------------
 
     def layers(self, batch: MicroBatch) -> Iterator[tuple[int, States, Array, Array]]:
-        """Layers from the top down, their states in the base, the base's state after them, the parent's final one."""
+        """From the top down: layer, its states in the base, the base's state after it, the parent's final state."""
         parent, after, kept = self._final_states(batch)
         for first in sorted(kept, reverse=True):
             states = self._states(first, kept.pop(first))
@@ -223,7 +227,7 @@ class ReplaceOne:
     def _suffixes(
         self, kept: dict[int, Array], wanted: Sequence[tuple[int, Alternative]]
     ) -> Iterator[tuple[list[int], Array]]:
-        """Numbers and final states [rows, per_call, seq, hidden], group by group."""
+        """Yields, group by group, the alternatives' numbers and final states [rows, per_call, seq, hidden]."""
         order = sorted(range(len(wanted)), key=lambda number: wanted[number][0])
         for first in sorted(kept, reverse=True):
             here = [n for n in order if first <= wanted[n][0] < first + self.keep_every]
@@ -233,7 +237,7 @@ class ReplaceOne:
             for start in range(0, len(here), self.per_call):
                 group = here[start : start + self.per_call]
                 yield group, self._suffix_batch([wanted[n] for n in group], states)
-            del states  # before those of the part below are made
+            del states  # before those of the part below are computed
 
     def _suffix_batch(self, group: Sequence[tuple[int, Alternative]], states: dict[int, States]) -> Array:
         """Final states of alternatives that are sorted by layer: each joins the others at its own layer."""
@@ -246,7 +250,7 @@ class ReplaceOne:
         return x
 
     def entered(self, index: int, states: States, own: dict[int, Alternative], x: Array) -> Array:
-        """`x` with the states after layer `index` of the alternatives that replace it, in their slots."""
+        """`x` with the states after layer `index` of the alternatives that replace it set in their slots."""
         layer, base = self.params["layers"][index], self.choices[index]
         masks = np.repeat(base.expert_mask[None], self.per_call, axis=0)
         narrowed = {slot: choice for slot, choice in own.items() if choice.window != base.window}
@@ -277,7 +281,7 @@ def run_attention(
 def run_mixture(
     moe: Params, config: ModelConfig, x: Float[Array, "*rows seq hidden"], mask: Bool[Array, "*masks experts"]
 ) -> Float[Array, "*rows seq hidden"]:
-    """One mask for all, or one for each row of all."""
+    """Runs the mixture with one mask for all rows, or one per row of the flattened [*rows]."""
     return moe_block(moe, config, _flat(x), expert_mask=mask)[0].reshape(x.shape)
 
 
@@ -294,7 +298,7 @@ def enter_mixture(
     entry: Bool[Array, "slots"],
     x: Float[Array, "rows slots seq hidden"],
 ) -> Float[Array, "rows slots seq hidden"]:
-    """One layer's mixture with a mask per slot, from the same states; other slots keep what they have."""
+    """Runs one layer's mixture from the same states with a mask per slot; slots without `entry` keep their states."""
     rows, slots = x.shape[:2]
     new = run_mixture(moe, config, jnp.repeat(middle[:, None], slots, axis=1), jnp.tile(masks, (rows, 1)))
     return jnp.where(entry[:, None, None], new, x)
@@ -308,6 +312,7 @@ def compare_states(
     children: Float[Array, "rows slots seq hidden"],
     answers: Answers,
 ) -> Float[Array, "slots rows metrics"]:
+    """METRICS of each child and trace: its `divergence` from the parent, summed by weight over the answer positions."""
     rows, slots, seq, hidden = children.shape
     parent = parent.reshape(-1, hidden)
 
@@ -323,7 +328,7 @@ def compare_states(
     count = -(-answers.index.size // MOST_ANSWERS)
     if count == 1:
         return add(answers, out)
-    # Logits of so many answers at a time; those that fill the last part weigh nothing.
+    # Logits of at most MOST_ANSWERS positions at a time; those that pad the last part have weight 0.
     fill = -answers.index.size % count
     parts = jax.tree.map(lambda x: jnp.pad(x, (0, fill)).reshape(count, -1), answers)
     return jax.lax.fori_loop(0, count, lambda part, out: add(jax.tree.map(lambda x: x[part], parts), out), out)

@@ -34,7 +34,7 @@ def scores_to_json(scored: ScoredSpace) -> list[dict[str, object]]:
 
 
 def scores_from_json(layers: Sequence[Mapping[str, Any]]) -> Scores:
-    """The scores, which the program minimises."""
+    """Reads the scores that the integer program minimises."""
     return Scores(
         experts=tuple(tuple(_estimate(choice.get("score")) for choice in layer["experts"]) for layer in layers),
         attention=tuple(tuple(_estimate(score) for score in layer["window_scores"]) for layer in layers),

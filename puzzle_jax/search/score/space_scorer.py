@@ -1,7 +1,7 @@
-"""Scores of a whole space: a first look by the lens, then exact scores, on as many traces as the choice needs.
+"""Scores a whole space: first estimates by the lens, then exact scores on as many traces as the choice needs.
 
-The lens leaves the few best expert sets of each layer and count; of those every one is scored exactly. Scored pairs of
-alternative and trace are kept in a file as they come, so an interrupted run, and another target, start from there.
+The lens leaves the few best expert sets of each layer and count, and each of those is scored exactly. Scored pairs of
+alternative and trace are saved as they come, so that a resumed run, or one for another target, starts from them.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from puzzle_jax.search.solve.problem import Problem, Scores
 from puzzle_jax.search.space import Space
 
 LENS_TRACES = 96
-"""The most traces that lenses are fitted on and look at."""
+"""The most traces that a lens is fitted to and run on."""
 
 WINDOWS_FIRST = 8
-"""Traces that windows are scored on at first, as a multiple of those that expert sets are."""
+"""Traces that windows are first scored on, as a multiple of those for expert sets."""
 
-_LONG_TRACES = 4  # longer than the window, among them
+_LONG_TRACES = 4  # at least so many of them are longer than the window
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class ScoredSpace:
 
     Attributes:
       indexed: the alternatives around the base.
-      table: what is known of them.
-      proposed: alternatives before the lens dropped any.
+      table: their scores.
+      proposed: number of alternatives before the lens dropped any.
     """
 
     indexed: IndexedAlternatives
@@ -65,11 +65,11 @@ class SpaceScorer:
 
     Attributes:
       run: replaces one sub-block at a time in the base.
-      traces: of the parent.
-      settings: how.
-      problem: makes the program that the scores are for, from a space and scores.
-      console: where progress goes.
-      seed: of the order of traces and of what adaptive scoring draws.
+      traces: traces of the parent.
+      settings: how alternatives are scored.
+      problem: makes the problem that the scores are for, from a space and its scores.
+      console: where progress is shown.
+      seed: random seed of the order of traces and of adaptive scoring's draws.
       base_kl: predicted KL of the base; 0 for the parent.
     """
 
@@ -82,9 +82,9 @@ class SpaceScorer:
     base_kl: float = 0.0
 
     def __call__(self, space: Space, table_path: Path, identity: str) -> ScoredSpace:
-        """Scores all alternatives of `space` that the lens leaves, and keeps scored pairs in a file.
+        """Scores all alternatives of `space` that the lens leaves, and saves scored pairs to a file.
 
-        `identity` names everything else that the numbers depend on, the parent and the base.
+        `identity` names everything else that the scores depend on: the parent and the base.
         """
         indexed = IndexedAlternatives.around(space, self.run.base)
         proposed, lens = len(indexed.listed), None
@@ -119,7 +119,7 @@ class SpaceScorer:
         return ScoredSpace(indexed, table, proposed)
 
     def _evidence(self, indexed: IndexedAlternatives, order: Sequence[int]) -> dict[int, list[int]]:
-        """The traces, the first of an order, that each window is scored on before all else; by the window's number."""
+        """By each window's number, the first traces of `order`, which it is scored on before adaptive scoring."""
         contexts = np.array([longest_context([self.traces[n]]) for n in order])
         found = {}
         for numbers, windows in zip(indexed.attention, indexed.space.windows, strict=True):
@@ -136,14 +136,14 @@ class SpaceScorer:
         run: Runner | None = None,
         save: Callable[[], None] | None = None,
     ) -> None:
-        """Scores alternatives of a table on some of its traces, by `run` or else exactly."""
+        """Scores alternatives of a table on some of its traces, with `run` or by default exactly."""
         fill = Fill(table, run or self.run, alternatives, traces, self.settings.tokens_per_batch)
         what, work = f"scoring {len(alternatives)} on {len(traces)}", fill.work
         with progress(self.console, what, work) as advance:
             fill(save, advance)
 
     def _looked(self, indexed: IndexedAlternatives) -> ScoreTable:
-        """Estimates by the lens, on the first traces."""
+        """A table of lens estimates on the first traces."""
         traces = in_random_order(self.traces, self.seed)[:LENS_TRACES]
         run = replace(self.run, base=None)
         lens = fit_lens(
@@ -154,7 +154,7 @@ class SpaceScorer:
         return table
 
     def _best_sets(self, indexed: IndexedAlternatives, estimates: np.ndarray) -> set[int]:
-        """Numbers without those of expert sets that are worse than `keep_sets` others of their count."""
+        """All numbers but those of expert sets that are worse than `keep_sets` others of their layer and count."""
         dropped = {
             number
             for same in indexed.sets_by_count()
@@ -164,15 +164,15 @@ class SpaceScorer:
 
 
 def traces_for_window(contexts: Int[np.ndarray, "traces"], window: int, first: int) -> int:
-    """How many of the first traces a window is scored on at least.
+    """The least number of first traces that a window is scored on.
 
-    What a window costs are the few tokens that look back beyond it. Most traces have none, and leave it a score of 0
-    without an error, by which it would be chosen and never be looked at again. So windows are scored on more traces
-    than expert sets are, of which a few at least are longer than the window.
+    A window changes only the few tokens that look back beyond it. Most traces have none, and would give it a score of 0
+    with no standard error, so that it would be chosen and never scored again. Windows are therefore scored on more
+    traces than expert sets, of which at least a few are longer than the window.
 
     Args:
       contexts: the longest context of every trace.
-      first: traces that expert sets are scored on at first.
+      first: number of traces that expert sets are first scored on.
     """
     longer = np.flatnonzero(contexts > window)[:_LONG_TRACES]
     return min(max(WINDOWS_FIRST * first, int(longer[-1]) + 1 if len(longer) else 0), len(contexts))

@@ -1,9 +1,9 @@
-"""Whole children of one parent, compared with it on traces.
+"""Compares whole children of one parent with it on traces.
 
-For every batch the parent and all children start from the same embedded tokens, and a layer whose choice several of
-them share, all layers below it included, is run once for all of them. So the parent is run once for all children, and
-the solutions of one program, which differ in few layers, cost little more than one of them. Every layer is the same
-compiled program on the same input as if the child were run alone: results are bit-identical to that.
+For every batch the parent and all children start from the same embedded tokens, and a layer is run once for all models
+that share its choice and the choices of all layers below it. So the parent is run once for all children, and the
+solutions of one integer program, which differ in few layers, cost little more than one of them. Every layer runs the
+same compiled code on the same input as if the child were run alone, so results are bit-identical to that.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Measurements(NamedTuple):
     """Children on the same traces.
 
     Attributes:
-      scores: means of each child.
+      scores: each child's means.
       kl: KL per token of each child on every trace.
       tokens: completion tokens of every trace.
     """
@@ -48,7 +48,7 @@ class Measurements(NamedTuple):
 
 
 class Layers(NamedTuple):
-    """A model as the choices of its layers and the configuration they run with (its rotary settings may differ)."""
+    """A model: the choices of its layers and the configuration they run with (rotary settings may differ)."""
 
     choices: Sequence[Alternative]
     config: ModelConfig
@@ -56,7 +56,7 @@ class Layers(NamedTuple):
 
 @dataclass(frozen=True)
 class WholeChildren:
-    """A `Runner` whose alternatives are whole children, named by number in the place of a layer."""
+    """A `Runner` whose alternatives are whole children, with a child's number where others have the layer."""
 
     run: ReplaceOne
     children: tuple[Layers, ...]
@@ -87,9 +87,9 @@ class WholeChildren:
 
 
 def final_states(run: ReplaceOne, batch: MicroBatch, children: Sequence[Layers]) -> Iterator[tuple[int, Array]]:
-    """The state [rows, seq, hidden] after the last layer, first of the parent (-1), then of every child by number.
+    """Yields number and state [rows, seq, hidden] after the last layer, first of the parent (-1), then of every child.
 
-    Only states are kept from which a model still has to go on: at most one for each layer.
+    Only states from which some model still has to continue are kept: at most one for each layer.
     """
     models = {-1: Layers(parent_choices(run.config), run.config), **dict(enumerate(children))}
     waiting = [(0, run.embedded(batch), list(models))]
@@ -105,7 +105,7 @@ def final_states(run: ReplaceOne, batch: MicroBatch, children: Sequence[Layers])
 
 
 def _alike(models: dict[int, Layers], members: Sequence[int], layer: int) -> list[list[int]]:
-    """Members by what this layer is in them, those like the first member first."""
+    """Groups members whose choice for this layer is the same, the first member's group first."""
     groups: dict[tuple[ModelConfig, int | None, bytes], list[int]] = {}
     for member in members:
         choice, config = models[member].choices[layer], models[member].config
@@ -128,9 +128,9 @@ def score_children(
     """Compares whole children, as views on the parent, with the parent.
 
     Args:
-      on_done: called with the number of children that were run on a batch.
+      on_done: called with the number of children just run on a batch.
       kept: directory of a killed run's results, which are not measured again; None keeps nothing.
-      identity: everything that the numbers depend on besides children and traces: the parent, versions.
+      identity: everything that results depend on besides children and traces: the parent, versions.
     """
     nothing = Alternative(np.ones(config.blocks[0].num_experts, bool), config.blocks[0].window)
     table = ScoreTable.empty([(number, nothing) for number in range(len(children))], traces)

@@ -1,1 +1,1 @@
-"""Which alternatives a child is made of."""
+"""The choice of the alternatives that make up a child."""

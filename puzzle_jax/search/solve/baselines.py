@@ -1,14 +1,14 @@
 """Other ways to choose an architecture for the same target, from the same scores and costs, to compare with.
 
     uniform       the same number of experts in every layer and the same window on every full layer
-    experts_only  the program, but windows stay the parent's
-    windows_only  the program, but all experts stay
-    greedy        the cheapest step, by score per relief of what is over its limit, until nothing is
+    experts_only  the integer program, with the parent's windows
+    windows_only  the integer program, with all experts kept
+    greedy        repeatedly the change of least score per reduction of the excess over the limits, until there is none
     random        a random architecture within the target
-    max_params    the program with most parameters in place of least score (no scores at all)
+    max_params    the integer program with most parameters in place of least score (uses no scores)
 
-Where a baseline cannot meet the target, what it returns comes nearest (least summed relative excess over the
-limits, then least score) and names what it misses, so that a table can say so.
+A baseline that finds nothing within the target returns the nearest architecture that it finds (least summed relative
+excess over the limits, then least score) and names the limits that it violates, so that a table can show them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Choice = dict[str, str]
 
 BASELINES = ("uniform", "experts_only", "windows_only", "greedy", "random", "max_params")
 
-# Relief below this is the rounding of sums, not progress.
+# A relief below this comes from the rounding of sums and is no progress.
 _ROUNDING = 1e-9
 
 
@@ -52,12 +52,11 @@ def all_baselines(problem: Problem, *, seed: int = 0, method: str | None = None)
 
 
 def uniform(problem: Problem, *, method: str | None = None) -> Candidate:
-    """One expert count for all layers and one window for all full layers: of those pairs the best.
+    """The best architecture with one expert count for all layers and one window for all full-attention layers.
 
     Args:
-      problem: counts and windows that all (full) layers offer are tried.
-      method: ranking whose expert sets are taken; by default, and where it offers none, each layer's first
-      set.
+      problem: provides the counts and windows to try: those that all (full-attention) layers offer.
+      method: ranking method whose expert sets are taken; by default, and where it offers none, each layer's first set.
     """
     table = _Table(problem)
     found = _uniform_choices(problem, method)
@@ -66,7 +65,7 @@ def uniform(problem: Problem, *, method: str | None = None) -> Candidate:
 
 
 def uniform_candidates(problem: Problem, *, method: str | None = None) -> list[Candidate]:
-    """All uniform architectures, named by their experts and window."""
+    """All uniform architectures, named by expert count and window."""
     return [problem.assess(name, choice) for name, choice in _uniform_choices(problem, method).items()]
 
 
@@ -102,9 +101,7 @@ def windows_only(problem: Problem) -> Candidate:
 
 
 def greedy(problem: Problem) -> Candidate:
-    """From the parent, one group at a time, the change of least score per relieved excess, while any
-    relieves.
-    """
+    """Starts from the parent and, while any change relieves the excess, makes the one of least score per relief."""
     table = _Table(problem)
     choice = _parent_choice(problem)
     totals = table.totals(choice)
@@ -127,9 +124,9 @@ def greedy(problem: Problem) -> Candidate:
 
 
 def random(problem: Problem, *, seed: int = 0, draws: int = 2000) -> Candidate:
-    """The first of so many random architectures that meets the target.
+    """The first of up to `draws` random architectures that meets the target.
 
-    Where none does, the last one is changed at random, keeping what relieves its excess.
+    If none does, the last one is changed at random, and changes that relieve its excess are kept.
     """
     source = random_numbers.Random(seed)
     table = _Table(problem)
@@ -151,7 +148,7 @@ def random(problem: Problem, *, seed: int = 0, draws: int = 2000) -> Candidate:
 
 
 def max_params(problem: Problem) -> Candidate:
-    """The most parameters within the target."""
+    """The architecture with the most parameters within the target."""
     library = {
         group: {name: {**numbers, "fewer": -numbers[PARAMETERS]} for name, numbers in alternatives.items()}
         for group, alternatives in problem.library.items()
@@ -160,7 +157,7 @@ def max_params(problem: Problem) -> Candidate:
 
 
 def _pinned(problem: Problem, name: str, groups: list[str]) -> Candidate:
-    """The program with some groups left as the parent's."""
+    """The integer program's solution with some groups fixed to the parent's."""
     parent = _parent_choice(problem)
     library: Library = {
         group: {parent[group]: alternatives[parent[group]]} if group in groups else alternatives
@@ -170,7 +167,7 @@ def _pinned(problem: Problem, name: str, groups: list[str]) -> Candidate:
 
 
 def _parent_choice(problem: Problem) -> Choice:
-    """The parent, or the most experts that the space has."""
+    """The parent's choice, with the most experts that the space offers."""
     choice = {"shared": ""}
     for layer, (choices, windows) in enumerate(zip(problem.space.expert_choices, problem.space.windows, strict=True)):
         choice[experts_group(layer)] = max(choices, key=lambda c: c.count).name
@@ -179,7 +176,7 @@ def _parent_choice(problem: Problem) -> Choice:
 
 
 class _Table:
-    """Score and limited keys of every alternative as floats, for heuristics that try many choices."""
+    """Scores and limited sums of every alternative as floats, for heuristics that try many choices."""
 
     def __init__(self, problem: Problem):
         program = problem.program
@@ -189,12 +186,11 @@ class _Table:
             for group, alternatives in problem.library.items()
             for name, numbers in alternatives.items()
         }
-        # All limits of a target are upper ones. A hair above: a sum that rounding lifted over its limit meets
-        # it.
+        # All limits of a target are upper bounds; they are raised slightly so that rounding of a sum violates none.
         self.bounds = np.array([limit.bound * (1 + 1e-12) for limit in program.all_limits])
         columns = iter(range(len(self.bounds)))
         always = [next(columns) for limit in program.limits if isinstance(limit, Limit)]
-        # Columns of limits that hold together, by the things of which one has to hold.
+        # For each disjunction, the columns of every set of limits; limits that always hold are one of a single set.
         self.sets = [[always]]
         for disjunction in program.disjunctions:
             self.sets.append([[next(columns) for _ in limits] for limits in disjunction.sets.values()])
@@ -206,6 +202,6 @@ class _Table:
         return np.sum([self.numbers[item][1:] for item in choice.items()], axis=0)
 
     def excess(self, totals: np.ndarray) -> float:
-        """Summed relative excess over the limits, where one set of several has to hold over the least broken."""
+        """Summed relative excess over the limits; for a disjunction that over the set with the least excess."""
         over = np.maximum(totals / self.bounds - 1, 0)
         return float(sum(min(over[columns].sum() for columns in sets) for sets in self.sets))

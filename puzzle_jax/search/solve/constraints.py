@@ -1,7 +1,7 @@
-"""A target as limits on sums of a program, each with the words in which messages speak of it.
+"""Turns a target into limits on sums of an integer program, each with its name and units for messages.
 
-Limits relative to the parent are turned into numbers by the parent's own costs. In a scenario that leaves its batch
-open, the constraints that depend on the batch exist once for each batch, beside a limit on memory: a program must meet
+Limits relative to the parent become numbers by the parent's own costs. In a scenario that leaves its batch open, the
+constraints that depend on the batch exist once for each batch, beside a limit on memory: the integer program must meet
 those of one batch, which it chooses. The parent is given its own best batch there.
 
     request_seconds(batch) <= batch output_tokens / tokens per second asked for
@@ -26,10 +26,10 @@ class Constraint:
     """One limit of a target.
 
     Attributes:
-      limit: the limit on a sum of the program.
+      limit: the limit on a sum of the integer program.
       name: its name in messages.
-      asked: the value that the target asks for, in its own unit.
-      reached: turns a value of the sum into that unit, rounded so that the constraint is met where the limit is.
+      asked: the value that the target asks for, in the target's unit.
+      reached: converts a value of the sum to that unit, rounded so that the constraint is met if the limit is.
     """
 
     limit: Limit
@@ -39,7 +39,7 @@ class Constraint:
 
 
 def constraints_of(target: Target, costs: Costs, parent: Architecture) -> tuple[Constraint, ...]:
-    """Constraints that do not depend on an open batch."""
+    """The constraints that do not depend on an open batch."""
     constraints = []
     if target.max_expert_bytes_ratio is not None:
         constraints.append(_bytes_ratio("expert_bytes", "", target.max_expert_bytes_ratio, costs.expert_bytes(parent)))
@@ -55,7 +55,7 @@ def constraints_of(target: Target, costs: Costs, parent: Architecture) -> tuple[
 def constraints_by_batch(
     target: Target, costs: Costs, parent: Architecture
 ) -> Mapping[str, Mapping[int, tuple[Constraint, ...]]]:
-    """The constraints that hold together at each batch, by scenario that leaves its batch open."""
+    """The constraints that must hold together at each batch, for every scenario that leaves its batch open."""
     return {
         scenario.name: {
             batch: (
@@ -70,14 +70,14 @@ def constraints_by_batch(
 
 
 def request_seconds(scenario: Scenario, seconds: Seconds) -> float:
-    """Seconds of one part of the model: prefill and all decoding steps."""
+    """Seconds that one part of the model takes for a request: prefill and all decoding steps."""
     return seconds.prefill_seconds + scenario.output_tokens * seconds.decode_seconds
 
 
 def _constraints_at(
     target: Target, costs: Costs, parent: Architecture, scenario: Scenario, batch: int
 ) -> list[Constraint]:
-    """Constraints that depend on a batch."""
+    """The constraints that depend on a batch."""
     key, constraints = seconds_key(scenario, batch), []
     tokens = batch * scenario.output_tokens
     if (speedup := target.limit("min_speedup", scenario.name)) is not None:
@@ -132,7 +132,7 @@ def _bytes_ratio(key: str, suffix: str, ratio: int | float, of_parent: int, with
 
 
 def _parent_seconds(costs: Costs, parent: Architecture, scenario: Scenario, batch: int) -> Fraction:
-    """The exact sum that a library gives the parent, so that a speed-up of 1 is the parent's own."""
+    """The parent's exact sum, as the library gives it, so that a speed-up of 1 is exactly the parent's."""
     key = seconds_key(scenario, batch)
     parts = [costs.fixed[key]]
     for layer, block in enumerate(parent):
@@ -146,7 +146,7 @@ def _within(scenario: Scenario) -> str:
 
 
 def _float_above(value: Fraction) -> float:
-    """The nearest float that, as it is written, is not below a fraction."""
+    """The nearest float whose written decimal is not below the fraction."""
     number = float(value)
     return number if exact(number) >= value else nextafter(number, inf)
 

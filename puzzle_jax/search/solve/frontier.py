@@ -1,4 +1,4 @@
-"""The trade of quality for speed: the program solved at one speed target after the other, beside uniform pruning."""
+"""The trade-off of quality against speed: the integer program at a series of speed targets, and uniform pruning."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from puzzle_jax.search.solve.problem import Candidate, Problem
 
 STEP, MOST_POINTS = 0.1, 40
 SECONDS, GAP = 10.0, 1e-3
-"""For each point: enough for a figure."""
+"""Time limit and gap for each point, sufficient for a figure."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class FrontierPoint:
     Attributes:
       speedup: predicted tokens per second over the parent's, the least of all scenarios.
       score: predicted KL, nats per token.
-      label: what was asked for, or what it is.
+      label: the speed-up asked for, or the name of the architecture.
     """
 
     speedup: float
@@ -29,8 +29,8 @@ class FrontierPoint:
 
 
 def frontier(problem: Problem) -> list[FrontierPoint]:
-    """The least score at every speed-up from 1 in steps of `STEP`, the target's other limits kept, up to the fastest
-    that is possible."""
+    """The least score at every speed-up from 1 in steps of `STEP`, keeping the target's other limits, up to the fastest
+    possible."""
     points: list[FrontierPoint] = []
     for number in range(MOST_POINTS):
         asked = round(1 + STEP * number, 6)

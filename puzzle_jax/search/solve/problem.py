@@ -1,12 +1,11 @@
-"""The search as a program: which expert set and which window each layer gets, and back to an architecture.
+"""The search as an integer program over each layer's expert set and window; turns solutions into architectures.
 
-Every layer is two groups, one for its experts and one for its attention. Scores and costs add over groups, so
-the product of a layer's alternatives is never listed. What all architectures share (embedding, head,
-sampling) is a group with one alternative. Limits are the target's (`search.solve.constraints`) and are checked on exact
-sums.
+Every layer is two groups, one for its experts and one for its attention. Scores and costs add over groups, so the
+product of a layer's alternatives is never listed. What all architectures share (embedding, head, sampling) is a group
+with one alternative. The limits are the target's (`search.solve.constraints`) and are checked on exact sums.
 
-Numbers of a scenario are named "request_seconds.chat", or where its batch is open "request_seconds.chat.16" for each
-batch that it may choose. There the program chooses the batch too: the limits of one of them have to hold.
+A scenario's numbers are named "request_seconds.chat", or "request_seconds.chat.16" for each batch on offer if its batch
+is open. In that case the integer program chooses the batch too: the limits of one batch have to hold.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ SCORE, EXPERT_BYTES, PARAMETERS = "score", "expert_bytes", "parameters"
 
 @dataclass(frozen=True)
 class Scores:
-    """How much each alternative hurts when it alone replaces the parent's sub-block; 0 for the parent's own.
+    """The loss that each alternative causes when it alone replaces the parent's sub-block; 0 for the parent's own.
 
     Attributes:
       experts: per layer, one number per expert choice of the space.
@@ -58,8 +57,8 @@ class Candidate:
         "prefill_seconds.<scenario>", "decode_seconds.<scenario>", "request_seconds.<scenario>").
       batches: requests that run together, by scenario.
       violated: limits of the target that it violates, in words.
-      status: of the program's solution; "given" where none was solved.
-      gap: of the program's solution.
+      status: status of the integer program's solution; "given" if none was solved.
+      gap: relative gap of the integer program's solution.
     """
 
     name: str
@@ -119,7 +118,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Problem:
-    """A space with scores, costs and a target. Raises `ConfigError` where they do not fit together."""
+    """A space with scores, costs and a target. Raises `ConfigError` if they do not fit together."""
 
     space: Space
     scores: Scores
@@ -141,7 +140,7 @@ class Problem:
 
     @cached_property
     def library(self) -> Library:
-        """The alternatives in the form that programs take."""
+        """The alternatives in the form that integer programs take."""
         costs = self.costs
         groups: dict[str, dict[str, dict[str, Any]]] = {
             "shared": {
@@ -188,7 +187,7 @@ class Problem:
         }
 
     def _by_batch(self, value: Callable[[Scenario, int], Number]) -> dict[str, Any]:
-        """Numbers by scenario, or where its batch is open by scenario and batch."""
+        """Numbers by scenario, or by scenario and batch if the batch is open."""
         return {
             scenario.name: value(scenario, scenario.batch)
             if scenario.batch is not None
@@ -197,7 +196,7 @@ class Problem:
         }
 
     def _seconds(self, seconds: Mapping[str, Seconds]) -> dict[str, Any]:
-        """Prefill, one decoding step, and a whole request."""
+        """Seconds of prefill, of one decoding step and of a whole request."""
 
         def of(scenario: Scenario, batch: int) -> Seconds:
             return seconds[seconds_key(scenario, batch)]
@@ -210,12 +209,12 @@ class Problem:
 
     @cached_property
     def constraints(self) -> tuple[Constraint, ...]:
-        """The part of the target that must hold in any case."""
+        """The constraints that must hold whichever batches are chosen."""
         return constraints_of(self.target, self.costs, self.space.parent.blocks)
 
     @cached_property
     def constraints_by_batch(self) -> Mapping[str, Mapping[int, tuple[Constraint, ...]]]:
-        """The constraints of each batch, of which one batch's must hold, by scenario that leaves its batch open."""
+        """By scenario with an open batch, the constraints of each batch, of which one batch's must hold."""
         return constraints_by_batch(self.target, self.costs, self.space.parent.blocks)
 
     @cached_property
@@ -236,7 +235,7 @@ class Problem:
     ) -> list[Candidate]:
         """The best architectures; see `program.solve`.
 
-        Raises `InfeasibleError` that speaks of the target: which parts of it conflict and what could be reached.
+        Raises `InfeasibleError`, saying which parts of the target conflict and what could be reached.
         """
         options: dict[str, Any] = {"min_distance": min_distance, "time_limit": time_limit, "gap": gap}
         try:
@@ -246,7 +245,7 @@ class Problem:
         return [self.candidate(f"solution {i + 1}", solution) for i, solution in enumerate(solutions)]
 
     def candidate(self, name: str, solution: Solution) -> Candidate:
-        """A solution as an architecture."""
+        """Converts a solution to an architecture."""
         choices, windows = [], []
         for layer in range(self.space.num_layers):
             chosen = solution.choice[experts_group(layer)]
@@ -267,11 +266,11 @@ class Problem:
         )
 
     def assess(self, name: str, choice: Mapping[str, str]) -> Candidate:
-        """A given choice of every group as an architecture."""
+        """Converts a given choice for every group to an architecture."""
         return self.candidate(name, assess(self.program, choice))
 
     def parent(self) -> Candidate:
-        """The parent itself. Raises `ConfigError` where its expert counts are not in the space."""
+        """The parent itself. Raises `ConfigError` if its expert counts are not in the space."""
         choice = {"shared": ""}
         for layer, block in enumerate(self.space.parent.blocks):
             whole = [c.name for c in self.space.expert_choices[layer] if c.count == block.num_experts]
@@ -282,8 +281,8 @@ class Problem:
         return self.assess("parent", choice)
 
     def _batch(self, scenario: Scenario, choice: Mapping[str, str]) -> int:
-        """The batch of a choice with the most tokens per second among those that meet the target; else among those for
-        which there is memory, and where there is none for any, the smallest."""
+        """The batch with the most tokens per second among those at which a choice meets the target; if none does, among
+        those that fit in memory; if none fits, the smallest."""
         if scenario.batch is not None:
             return scenario.batch
         met = {
@@ -308,7 +307,7 @@ class Problem:
         return f"{constraint.name} is {constraint.reached(value)}, asked for {constraint.asked}"
 
     def _explain(self, conflicts: Sequence[Conflict]) -> InfeasibleError:
-        """Each part of the target once, at the batch that comes nearest to it."""
+        """Explains conflicts, naming each part of the target once, at the batch that comes nearest to it."""
         by_name: dict[tuple[str, str], list[Conflict]] = {}
         for conflict in conflicts:
             constraint = self._constraint_of[conflict.limit]

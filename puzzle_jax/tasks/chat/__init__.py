@@ -1,1 +1,1 @@
-"""Chats: from prompts to tokens with a checkpoint's own template, and back."""
+"""Chats: prompts to tokens with a checkpoint's own template, and answers back to text."""

@@ -1,12 +1,12 @@
-"""Tokens of a prompt at an effort, and analysis and final text of tokens.
+"""Turns a prompt at an effort into tokens, and the tokens of an answer into its analysis and final text.
 
-Works on the files that a checkpoint carries: tokenizer.json, the chat template and what configures both
-(`chat_reading`). The template is rendered with the sandbox, options and variables of transformers'
+It works on the files that a checkpoint carries: tokenizer.json, the chat template and what configures both
+(`reading`). The template is rendered with the sandbox, options and variables of transformers'
 `apply_chat_template`, so that the ids are the same; transformers itself is not needed. Rendering takes place in a
-process of its own (`rendering`), which bounds its time and memory. The message form is harmony (gpt-oss): analysis and
+separate process (`rendering`), which bounds its time and memory. The message format is harmony (gpt-oss): analysis and
 final channels. Control tokens written out in a question or an answer stay ordinary text (`control_tokens`), unlike in
-transformers, which by default makes tokens of them.
-Left out: tools (calls are recognised and set aside), other chat formats.
+transformers, which by default turns them into control tokens.
+Left out: tools (calls are recognised and skipped), other chat formats.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class Completion:
     """A model's answer, as texts.
 
     Attributes:
-      analysis: text of the analysis channel, "" when it wrote none.
-      final: text of the final channel, "" when it never got there: cut short, stopped inside its analysis, or ended
-        in a call.
-      truncated: whether the tokens end before a stop id does.
+      analysis: text of the analysis channel, "" if there is none.
+      final: text of the final channel, "" if the answer never reached it: truncated, stopped inside its analysis, or
+        ended in a tool call.
+      truncated: whether the tokens contain no stop id.
     """
 
     analysis: str
@@ -56,7 +56,7 @@ class Chat:
       tokenizer: the checkpoint's tokenizer.
       template: its chat template, with the special tokens that it may write and the date that it sees.
       stop_ids: ids that end an answer.
-      pad_id: id that fills rows.
+      pad_id: id that pads rows.
     """
 
     tokenizer: tokenizers.Tokenizer
@@ -68,9 +68,9 @@ class Chat:
     def load(cls, directory: str | Path, today: datetime.datetime | None = None) -> Chat:
         """Reads the chat files of a checkpoint directory; the template sees the date `today`, by default now.
 
-        Warns with `PuzzleWarning` where the checkpoint does not name the tokens that end a turn in the harmony format,
-        which then end an answer all the same. Raises `CheckpointError` where a file or field is missing or damaged, or
-        the template knows no effort.
+        Warns with `PuzzleWarning` if the checkpoint does not list the tokens that end a turn in the harmony format,
+        which end an answer all the same. Raises `CheckpointError` if a file or field is missing or damaged, or the
+        template never uses the effort.
         """
         directory = Path(directory)
         tokenizer, special = read_tokenizer(directory)
@@ -94,8 +94,8 @@ class Chat:
         """Tokens of a conversation up to where the assistant begins.
 
         Args:
-          prompt: one user message, or messages of the form {"role", "content"}. What an assistant's message thought
-            ("thinking") is never rendered: earlier analysis leaves the history once there is a final answer.
+          prompt: one user message, or messages of the form {"role", "content"}. An assistant message's "thinking" is
+            never rendered: earlier analysis is dropped from the history once there is a final answer.
           effort: one of `EFFORTS`.
 
         Raises:
@@ -118,10 +118,10 @@ class Chat:
         return self._control.encode(text, marked.tokens)
 
     def completion_tokens(self, analysis: str, final: str, *, cut: bool = False) -> list[int]:
-        """Tokens that the assistant should write after `prompt_tokens`; no analysis message when it is "".
+        """Tokens that the assistant should write after `prompt_tokens`; an empty analysis gets no message.
 
         `cut` is for answers that a limit ended: they have no stop id, and without a final text end in their analysis.
-        Raises `ConfigError` for a text that is no valid Unicode.
+        Raises `ConfigError` for a text that is not valid Unicode.
         """
         for name, text in (("analysis", analysis), ("final", final)):
             if not is_unicode(text):
@@ -137,15 +137,15 @@ class Chat:
         return self._control.encode(f"{thought}{between}<|channel|>final<|message|>{final}{end}", tokens)
 
     def has_control_tokens(self, *texts: str) -> bool:
-        """Returns whether control tokens are written out in a text, where they stay text."""
+        """Returns whether control tokens are written out in any of the texts, where they stay text."""
         return bool(self._control.mark(texts, "").tokens)
 
     def parse(self, tokens: Sequence[int]) -> Completion:
         """Splits what the assistant wrote into its channels.
 
         Everything after the first stop id is ignored. A message is skipped when its header is broken, its channel is
-        another one (commentary), or it goes to a tool (`to=...`); several messages on one channel are joined by new
-        lines. A constraint in the header (`<|constrain|>json`) does not change the channel.
+        another one (commentary), or it is addressed to a tool (`to=...`); several messages on one channel are joined by
+        newlines. A constraint in the header (`<|constrain|>json`) does not change the channel.
         """
         tokens = [int(token) for token in tokens]
         stop = next((i for i, token in enumerate(tokens) if token in self.stop_ids), None)

@@ -1,12 +1,12 @@
 """Text that only looks like a control token stays text.
 
-A question or an answer may speak of `<|return|>`, or be made to end a turn that is not its own. A tokenizer cannot tell
-such data from what the template wrote, once both are one text. So control tokens in data are put into the template as
-single characters of Unicode's private planes, which stand nowhere else in it, and the runs of text in which they come
-out are encoded without looking for control tokens. The ids are those that the harmony format has for such content
-(openai-harmony), and differ from those of transformers, which by default makes control tokens of them.
-Data without control tokens is encoded as ever, in one piece with its template.
-Left out: control tokens that a template itself makes from other data, by changing its case, say.
+A question or an answer may mention `<|return|>`, or be crafted to end a turn that is not its own. Once data and
+template are one text, a tokenizer cannot tell them apart. So control tokens in data are passed to the template as
+single characters of Unicode's private planes that occur nowhere else in it, and the runs of text in which they come out
+are encoded without looking for control tokens. The ids are those that the harmony format has for such content
+(openai-harmony), and differ from those of transformers, which by default turns such text into control tokens.
+Data without control tokens is encoded as usual, in one piece with its template.
+Left out: control tokens that a template itself makes from other data, for example by changing its case.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ _FIRST, _LAST = 0xF0000, 0x10FFFD
 
 
 class Marked(NamedTuple):
-    """Texts in which control tokens are private characters, and the control token that each of these stands for."""
+    """Texts with private characters in place of control tokens, and the control token that each of these stands for."""
 
     texts: list[str]
     tokens: Mapping[str, str]
 
 
 class ControlTokens:
-    """The special tokens of a tokenizer, as they are found in text."""
+    """The special tokens of a tokenizer, as they occur in text."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
         self._tokenizer = tokenizer
         special = [token for token in tokenizer.get_added_tokens_decoder().values() if token.special and token.content]
-        special.sort(key=lambda token: len(token.content), reverse=True)  # The longest of those that begin here.
+        special.sort(key=lambda token: len(token.content), reverse=True)  # Of those that begin alike, the longest.
         self._tokens = re.compile("|".join(re.escape(token.content) for token in special) or "(?!)")
-        # Some tokens take the white space beside them.
+        # Some tokens absorb the white space beside them.
         space = r"\s*"
         self._spans = re.compile(
             "|".join(
@@ -52,11 +52,11 @@ class ControlTokens:
         )
 
     def mark(self, texts: Sequence[str], beside: str) -> Marked:
-        """Replaces control tokens in `texts` by private characters that stand neither there nor in `beside`.
+        """Replaces control tokens in `texts` by private characters that occur neither there nor in `beside`.
 
         Raises:
-          CheckpointError: the texts hold all private characters, or the tokenizer makes a control token of the harmony
-            format of ordinary text.
+          CheckpointError: the texts use all private characters, or the tokenizer turns ordinary text into a control
+            token of the harmony format.
           ConfigError: the texts are longer than any context, so that their tokens would only take memory.
         """
         length = sum(map(len, texts))
@@ -108,7 +108,7 @@ class ControlTokens:
             raise CheckpointError(f"tokenizer.json cannot encode a text: {error}") from None
 
     def _encode_ordinary(self, text: str) -> list[int]:
-        """Ids of a text in which no special token is looked for."""
+        """Ids of a text, without looking for special tokens."""
         tokenizer = self._tokenizer
         try:
             if tokenizer.normalizer is not None:

@@ -1,7 +1,7 @@
-"""The tokenizer and chat template of the embedded parent: characters, in harmony's form.
+"""The tokenizer and chat template of the embedded parent: characters, in harmony's format.
 
-One token per printable ASCII character and new line, one per word of the chat format (so that its overhead is
-small), and the special tokens of harmony. Decoding is exact: the text comes back as it went in.
+There is one token per printable ASCII character and newline, one per word of the chat format (so that its overhead is
+small), and one per special token of harmony. Decoding is exact: the text comes back as it went in.
 Left out: merges (a parent of a million parameters reads characters), characters outside ASCII (one unknown token).
 """
 
@@ -33,7 +33,7 @@ WORDS = (
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
 
 VOCAB_SIZE = 128
-"""Tokens rounded up to a multiple of 32, which is what embedding and head are sized by."""
+"""Number of tokens rounded up to a multiple of 32: the size of embedding and head."""
 
 _PAD, _RETURN, _CALL = "<|endoftext|>", "<|return|>", "<|call|>"
 
@@ -68,7 +68,7 @@ def build_tokenizer() -> tokenizers.Tokenizer:
 
 
 def chat_files() -> dict[str, bytes]:
-    """The files by name: tokenizer.json, tokenizer_config.json, special_tokens_map.json, chat_template.jinja and
+    """The chat files by name: tokenizer.json, tokenizer_config.json, special_tokens_map.json, chat_template.jinja and
     generation_config.json."""
     tokenizer = build_tokenizer()
     names = {"eos_token": _RETURN, "pad_token": _PAD, "unk_token": "<|unknown|>"}

@@ -1,10 +1,10 @@
 """Reads the chat files of a checkpoint: tokenizer, template, special tokens, the ids that end answers.
 
-It follows transformers in what goes before what: chat_template.jinja and additional_chat_templates/ before
-`chat_template` in tokenizer_config.json, of several named templates the one called "default";
-special_tokens_map.json before tokenizer_config.json, unless the latter has `added_tokens_decoder`; tokens that only
-these files know are added to the tokenizer; a truncation or padding that was saved with the tokenizer is switched off.
-Of generation_config.json and config.json the first counts.
+Precedence follows transformers: chat_template.jinja and additional_chat_templates/ come before `chat_template` in
+tokenizer_config.json, and of several named templates the one called "default" is used; special_tokens_map.json comes
+before tokenizer_config.json, unless the latter has `added_tokens_decoder`; generation_config.json comes before
+config.json. Tokens that only these files define are added to the tokenizer, and truncation or padding that was saved
+with the tokenizer is switched off.
 Left out: tokenizer classes that rebuild the tokenizer in Python, special tokens that only such a class knows,
 added_tokens.json.
 """
@@ -27,7 +27,7 @@ from puzzle_jax.tasks.chat.rendering import Template
 
 TEMPLATE_FILE, TEMPLATE_DIRECTORY = "chat_template.jinja", "additional_chat_templates"
 ENDS = ("<|return|>", "<|call|>")
-"""Tokens with which a turn of the assistant ends in the harmony format."""
+"""Tokens that end an assistant's turn in the harmony format."""
 
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -37,7 +37,7 @@ def read_tokenizer(directory: Path) -> tuple[tokenizers.Tokenizer, dict[str, str
     """The tokenizer of a checkpoint with the tokens that its configuration adds, and its special tokens by name.
 
     Raises:
-      CheckpointError: tokenizer.json is missing or damaged, or a token of the configuration is of no known form.
+      CheckpointError: tokenizer.json is missing or damaged, or a token of the configuration has an unknown form.
     """
     path = directory / "tokenizer.json"
     if not path.is_file():
@@ -70,8 +70,8 @@ def read_template(
     """The chat template that is rendered where there are no tools, with special tokens by name and the date it sees.
 
     Raises:
-      CheckpointError: there is none, a file is damaged, several named ones have no default, or the template may write
-        a special token that the tokenizer does not have.
+      CheckpointError: there is none, a file is damaged, none of several named ones is the default, or the template may
+        write a special token that the tokenizer does not have.
     """
     sources = _template_files(directory) or _configured_templates(directory / "tokenizer_config.json")
     if not sources:
@@ -93,17 +93,17 @@ def read_template(
 
 
 def read_ends(directory: Path, tokenizer: tokenizers.Tokenizer) -> tuple[frozenset[int], int]:
-    """Ids that end an answer, and the id that fills rows.
+    """Ids that end an answer, and the id that pads rows.
 
-    The ends of the harmony format always count; a `PuzzleWarning` says so where the checkpoint does not name them.
+    The end tokens of the harmony format always count; a `PuzzleWarning` says so if the checkpoint does not list them.
 
     Raises:
-      CheckpointError: an id of eos, bos or pad is no token of the model.
+      CheckpointError: an eos, bos or pad id is no token of the model.
     """
     config = _object(directory / "config.json")
     generation = _object(directory / "generation_config.json")
     vocab_size = config.get("vocab_size")
-    if type(vocab_size) is not int or vocab_size < 1:  # Whoever reads the model says so.
+    if type(vocab_size) is not int or vocab_size < 1:  # Reading the model reports this.
         vocab_size = tokenizer.get_vocab_size()
 
     def ids(name: str, many: bool = False) -> tuple[list[int], Path]:
@@ -209,7 +209,7 @@ def _configured_templates(path: Path) -> dict[str, tuple[str, str]]:
 
 
 def _configured_tokens(path: Path) -> list[tokenizers.AddedToken]:
-    """Tokens that tokenizer_config.json describes, by id."""
+    """Tokens that tokenizer_config.json describes, in order of their ids."""
     found = from_plain(_AddedTokens, _object(path), str(path), CheckpointError).added_tokens_decoder
     tokens = [asdict(token) for _, token in sorted(found.items())]
     return [tokenizers.AddedToken(**{key: value for key, value in t.items() if value is not None}) for t in tokens]
@@ -224,5 +224,5 @@ def _is_name(name: str) -> bool:
 
 
 def _object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty when there is no such file."""
+    """The object in a JSON file; empty if there is no such file."""
     return read_object(path, CheckpointError) if path.is_file() else {}

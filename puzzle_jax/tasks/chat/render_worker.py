@@ -1,9 +1,9 @@
-"""The process in which chat templates are rendered; `rendering` starts it and gives the reasons.
+"""The process in which chat templates are rendered; `rendering` starts it and says why.
 
-It is run as a file of its own, so that it imports jinja2 and nothing of this package. Frames come over descriptor 0, a
-socket, and answers go back over it: a length of 8 bytes, then JSON one way, and one letter with text the other way.
-A rendering that uses up its processor time is ended by a signal, even within a C function. Memory is limited where the
-system does so. The process ends with the one that started it.
+It runs as a stand-alone file, so that it imports jinja2 and nothing of this package. Requests and answers are frames on
+descriptor 0, a socket: a length of 8 bytes, then JSON in a request, and one letter with text in an answer. A rendering
+that uses up its processor time is ended by a signal, even within a C function. Memory is limited where the system
+supports it. The process ends with the one that started it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from jinja2 import nodes
 
 SIZE = struct.Struct("!Q")
 DONE, REFUSED, BROKEN = b"d", b"r", b"b"
-"""First letter of an answer: the rendered text follows, or why there is none; after BROKEN the process ends."""
+"""First letter of an answer; the rendered text follows, or why there is none. After BROKEN the process ends."""
 
 LONGEST_MESSAGE = 300
 _LOOK_SECONDS = 2.0
@@ -42,7 +42,7 @@ class Refusal(jinja2.TemplateError):
 
 
 class GenerationTag(jinja2.ext.Extension):
-    """`{% generation %}` marks what training learns from, and renders its body as it is, in a scope of its own."""
+    """`{% generation %}` marks text to train on; its body is rendered unchanged, in a scope of its own."""
 
     tags = {"generation"}  # noqa: RUF012 - the form that jinja2 reads
 
@@ -93,7 +93,7 @@ def environment(today: datetime.datetime) -> jinja2.Environment:
 
 
 def one_line(error: BaseException, longest: int) -> str:
-    """The message of an exception as one printable line of at most so many characters."""
+    """The message of an exception as one printable line of at most `longest` characters."""
     try:
         message = " ".join(str(error).split())
     except Exception:
@@ -125,9 +125,9 @@ def work(parent: int, seconds: float, memory: int, longest: int) -> None:
       parent: id of the process that started this one.
       seconds: processor time that a rendering may take.
       memory: bytes of address space that this process may have.
-      longest: bytes of a rendered text.
+      longest: most bytes of a rendered text.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # An interrupt from the terminal is the parent's affair.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent handles an interrupt from the terminal.
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     limit_memory("RLIMIT_CORE", 0)
     limit_memory("RLIMIT_AS", memory)
@@ -180,7 +180,7 @@ def _check_name(name: object) -> None:
 
 
 def limit_memory(kind: str, most: int) -> None:
-    """Bounds the memory of this process (RLIMIT_AS, RLIMIT_DATA) where the system can."""
+    """Limits a kind of memory of this process (RLIMIT_AS, RLIMIT_DATA, RLIMIT_CORE) where the system can."""
     with suppress(ImportError, AttributeError, ValueError, OSError):
         import resource
 
@@ -190,7 +190,7 @@ def limit_memory(kind: str, most: int) -> None:
 
 
 def _received(channel: io.BufferedRWPair, parent: int) -> bytes | None:
-    """The next frame; None when there will be none."""
+    """The content of the next frame; None when there will be no more."""
     while not select.select([0], [], [], _LOOK_SECONDS)[0]:
         if os.getppid() != parent:
             return None

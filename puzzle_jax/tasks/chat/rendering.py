@@ -1,11 +1,11 @@
-"""Rendering of chat templates in a process of its own, which bounds what a template can take.
+"""Rendering of chat templates in a separate process, which bounds the time and memory that a template can take.
 
 A chat template is a program that comes with a checkpoint. Jinja's sandbox keeps it from files and from Python's
-internals, but not from loops without end or texts without bound, within a single operation too: only another process
-can be given so much processor time and memory and no more. One such process (`render_worker`) serves the whole program.
-It starts with the first rendering, in a tenth of a second, and ends with the program; a rendering then takes about as
-long as in the same process. A template that uses up its time or memory, or brings the process down, is refused in one
-sentence, and the next rendering starts a new process.
+internals, but not from endless loops or unbounded texts, even within a single operation: only a separate process can be
+held to limits of processor time and memory. One such process (`render_worker`) serves the whole program. It starts with
+the first rendering, in a tenth of a second, and ends with the program; a rendering then takes about as long as in the
+same process. A template that uses up its time or memory, or brings the process down, is refused in one sentence, and
+the next rendering starts a new process.
 Left out: a limit on memory where the operating system has none (RLIMIT_AS).
 """
 
@@ -33,13 +33,13 @@ RENDER_SECONDS = 5.0
 """Processor time that one rendering may take."""
 
 RENDER_BYTES = 1 << 30
-"""Address space of the process that renders."""
+"""Limit of the address space of the process that renders."""
 
 LONGEST_TEXT = 1 << 22
-"""Bytes of UTF-8 that a template may render: more than any context holds, and what a tokenizer of characters still
+"""Most bytes of UTF-8 that a template may render: more than any context holds, and what a character tokenizer still
 encodes in 2 GB."""
 
-# On a machine where everything waits, processor time may come late; but not by this much.
+# On an overloaded machine, processor time may come late, but not by this much.
 _WAIT_SECONDS = 120.0
 # The process must find the same jinja2; nothing else depends on its environment.
 _PROGRAM = (
@@ -53,8 +53,8 @@ class Template:
 
     Attributes:
       source, where: its Jinja text, and the file that messages name.
-      today: the date of `strftime_now`.
-      tokens: special tokens by the names that templates know them by (`bos_token`).
+      today: the date that `strftime_now` formats.
+      tokens: special tokens by their names in templates (`bos_token`).
     """
 
     source: str
@@ -63,11 +63,11 @@ class Template:
     tokens: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def render(self, **variables: object) -> str:
-        """The text for these variables, which must be what JSON can say; they go before tokens of the same name.
+        """Renders the template with these variables, which must be JSON values; they override tokens of the same name.
 
         Raises:
           CheckpointError: the template is no valid Jinja, raises any error, refuses the conversation, writes text that
-            is not Unicode, or takes more time, memory or text than a rendering may.
+            is not Unicode, or exceeds the limits of time, memory or text.
         """
         kind, text = _SERVICE.ask(self._key, self.source, self.today.isoformat(), {**self.tokens, **variables})
         if kind != render_worker.DONE:
@@ -80,7 +80,7 @@ class Template:
 
 
 class _Service:
-    """The process that renders, and the templates that it has. Threads take turns."""
+    """The process that renders, and the templates that it holds. Threads take turns."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -92,7 +92,7 @@ class _Service:
     def ask(self, key: str, source: str, today: str, variables: Mapping[str, object]) -> tuple[bytes, str]:
         """The kind of answer, and the text or the reason why there is none."""
         with self._lock:
-            if self._owner != os.getpid():  # A fork has its parent's process, which is not its own to use.
+            if self._owner != os.getpid():  # A fork inherits its parent's process, which it must not use.
                 self._process = self._channel = None
             for attempt in (1, 2):
                 fresh = self._process is None
@@ -111,7 +111,7 @@ class _Service:
                     # An idle process may have been ended by anybody, which is not this template's fault.
                     if fresh or attempt == 2 or by_time:
                         return render_worker.REFUSED, reason
-                except BaseException:  # An interrupt: the answer that is still to come must not be taken for the next.
+                except BaseException:  # An interrupt: the answer still to come must not be taken for the next one.
                     self._end()
                     raise
                 else:
@@ -157,7 +157,7 @@ class _Service:
         assert process is not None and channel is not None
         channel.close()
         try:
-            code = process.wait(1.0)  # It ends by itself where the channel is closed.
+            code = process.wait(1.0)  # It ends by itself once the channel is closed.
         except subprocess.TimeoutExpired:
             process.kill()
             code = process.wait()

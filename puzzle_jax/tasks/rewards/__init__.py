@@ -1,1 +1,1 @@
-"""Rewards of answers, given in processes of their own."""
+"""Rewards of answers, computed in separate processes."""

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from puzzle_jax.tasks.base import Problem
 
 LARGEST_REWARD = 1e30
-"""Absolute value up to which a number is a reward: sums and differences of such rewards are finite in float32."""
+"""Largest absolute value of a reward: sums and differences of such rewards are finite in float32."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer as a reward function gets it.
+    """An answer as a reward function receives it.
 
     Attributes:
       problem, effort: the question, and the reasoning effort it was asked at.
@@ -35,9 +35,9 @@ class Reward:
 
     Attributes:
       reward: a finite number; None where a user's function gave none, 0 where a task's own scorer failed.
-      reason: why it was lost, as one short clause ("raised ValueError: no number", "took longer than 10 s",
-        "returned nan", "ended its process with exit code 3"); None where it was not.
-      score: the task's own score, where it was asked. Not compared.
+      reason: why the reward was lost, as one short clause ("raised ValueError: no number", "took longer than 10 s",
+        "returned nan", "ended its process with exit code 3"); None if it was not.
+      score: the task's own score, if it was computed. Not compared.
     """
 
     reward: float | None

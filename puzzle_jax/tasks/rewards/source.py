@@ -10,7 +10,7 @@ from puzzle_jax.errors import ConfigError
 
 
 def reward_file(function: str) -> Path | None:
-    """The file of a user's function, found without importing anything; None for a module that has none.
+    """The file of a user's function, found without importing anything; None if a module has none.
 
     For a module within packages, the file is looked for in the packages' directories.
     """

@@ -1,8 +1,8 @@
-"""The process that gives rewards, to one answer after another; `workers` starts it and describes what it does.
+"""The reward worker, which rewards one answer after another; `workers` starts it and describes what it does.
 
-It sends "ready", or "refused" with a sentence, once its function is loaded; then for every answer "begun" when its task
-is loaded, and "done" with reward, kind and reason of a loss, and the task's own score where it was asked. The function
-runs in the main thread, so that it may set alarms.
+It sends "ready" once its function is loaded, or "refused" with a sentence; then, for every answer, "begun" when its
+task is loaded, and "done" with the reward, the kind and reason of a loss, and the task's own score if it was computed.
+The function runs in the main thread, so that it may set alarms.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from puzzle_jax.tasks.rewards.workers import Setup
 RewardFunction = Callable[[Answer, Callable[[], float]], object]
 
 _LOOK_SECONDS = 0.5
-# So long after the limit a process ends by itself, if not before; a parent that is there ends it at the limit.
+# A worker ends by itself this long after the limit at the latest; a parent that is alive ends it at the limit.
 _GRACE_SECONDS, _LONGEST_SECONDS = 3.0, 1e9
 _LONGEST_MESSAGE = 200
 _OWN_MEMORY_BYTES = 4 << 30
 
 
 def work(parent: int) -> None:
-    """Rewards what comes in over stdin, a socket, until it is closed or its parent, the process `parent`, ends."""
+    """Rewards the answers that arrive over stdin, a socket, until it is closed or the parent process `parent` ends."""
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     signal.signal(signal.SIGINT, lambda *_: None)
-    # The function's own reads and prints, and those of programs that it starts, must not meet the channel.
+    # The function's own reads and prints, and those of programs that it starts, must not touch the channel.
     channel = socket.socket(fileno=os.dup(0))
     nothing = os.open(os.devnull, os.O_RDWR)
     os.dup2(nothing, 0)
@@ -61,13 +61,13 @@ def work(parent: int) -> None:
             message = receive_bytes(channel)
             send(channel, ("done", _rewarded(channel, nothing, reward, setup.time_limit, tasks, message)))
     except (EOFError, OSError):
-        os._exit(0)  # The parent is gone; threads of the function's might keep the process.
+        os._exit(0)  # The parent is gone; threads of the function might keep the process alive.
 
 
 def load(function: str, source: bytes | None) -> RewardFunction:
-    """The user's function, from its file's source, or by import of its module.
+    """Loads the user's function from its file's source, or by importing its module.
 
-    Modules beside the file can be imported, where no other has their name.
+    Modules beside the file can be imported, unless another module has the same name.
 
     Raises:
       ConfigError: loading fails, or there is no function of two arguments by this name.
@@ -113,13 +113,13 @@ def _rewarded(
     tasks: dict[str, Task],
     message: bytes,
 ) -> tuple[float | None, str | None, str | None, float | None]:
-    """The reward, or kind and reason of its loss; and the task's own score, if it was asked."""
+    """The reward, or the kind and reason of its loss; and the task's own score, if it was computed."""
     process = os.getpid()
     score = None
     try:
         answer, own = pickle.loads(message)
         score = _Score(answer, tasks)
-        # A thread in C, which also ends the process when no other thread gets to run any more.
+        # A thread in C, which ends the process even when no other thread gets to run.
         faulthandler.dump_traceback_later(min(time_limit + _GRACE_SECONDS, _LONGEST_SECONDS), exit=True, file=nothing)
         send(channel, ("begun", None))
         value = (_own_score if own else reward)(answer, score)
@@ -127,7 +127,7 @@ def _rewarded(
         return None, "raised", _raised(error), score and score.given
     finally:
         if os.getpid() != process:
-            os._exit(1)  # A copy that the function forked came back.
+            os._exit(1)  # A child that the function forked has returned here.
         faulthandler.cancel_dump_traceback_later()
     return *_number(value), score.given
 
@@ -137,7 +137,7 @@ def _own_score(answer: Answer, score: Callable[[], float]) -> float:
 
 
 class _Score:
-    """The task's score of an answer, when called; a task that cannot be loaded raises only then.
+    """Computes the task's score of an answer when called; a task that cannot be loaded raises only then.
 
     Attributes:
       given: the score of the last call; None before.
@@ -165,7 +165,7 @@ class _Score:
 
 def _number(value: object) -> tuple[float | None, str | None, str | None]:
     try:
-        # Everything that counts as a float, arrays of one element too; text does not, though float() reads it.
+        # Everything that converts to float, arrays of one element too; text does not count, though float() parses it.
         number = float(value) if isinstance(value, SupportsFloat | SupportsIndex) else math.nan
     except Exception:
         number = math.nan
@@ -187,7 +187,7 @@ def _type(value: object) -> str:
 
 
 def _end_with(parent: int) -> None:
-    """Ends this process, and its group, soon after the parent's end, where the system does not do so at once."""
+    """Ends this process and its group soon after the parent ends, where the system does not do so at once."""
     while os.getppid() == parent:
         time.sleep(_LOOK_SECONDS)
     if os.getpgrp() == os.getpid():

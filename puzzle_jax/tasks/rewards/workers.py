@@ -1,22 +1,22 @@
-"""Rewards from processes of their own: whatever a reward function does costs its one sample, never the run.
+"""Rewards from separate processes: whatever a reward function does costs one sample, never the run.
 
-A reward is the score of the problem's own task, or a function of the user's, `path/to/file.py:name` or
-`package.module:name`, which is called for every answer, cut off or not:
+A reward is the score of the problem's own task, or the result of a user's function, `path/to/file.py:name` or
+`package.module:name`, which is called for every answer, truncated or not:
 
     def reward(answer: Answer, score: Callable[[], float]) -> float:
         return score() - 0.0001 * answer.tokens
 
-`score()` is the task's own score, and 0 for an answer that was cut off. Any number up to `LARGEST_REWARD` is a reward.
-A reward is lost when the function raises, takes longer than the time limit, returns anything else, or ends its
-process. Where a task's own score is lost, the answer's text is to blame, and is worth 0; where a user's function fails,
-the answer has no reward.
+`score()` is the task's own score, and 0 for a truncated answer. Any number up to `LARGEST_REWARD` is a reward. A reward
+is lost when the function raises, takes longer than the time limit, returns anything else, or ends its process. If a
+task's own score is lost, the answer's text is to blame and the reward is 0; if a user's function fails, the answer has
+no reward.
 
-The processes are fresh interpreters (`worker_program`) with the parent's `sys.path`, started anew after every hang and
-death: they import no JAX and need no guard around the user's main program. Hash seed and JAX platform (cpu) are fixed
-in them; a user's function sees the rest of the environment as well, unless the names of what it may see are given, and
-a task's own scorer, which reads text from a model, sees `OWN_ENVIRONMENT` alone and is given 4 GiB of memory. What is
-printed goes to stderr. The processes end with the parent, however it ends, and with them everything that they started
-(`puzzle_jax.processes.supervise`). A file is read once, so that a run has one reward function though it is edited.
+The workers are fresh interpreters (`worker_program`) with the parent's `sys.path`, restarted after every hang or death:
+they do not import JAX, and the user's main program needs no `__main__` guard. Their hash seed and JAX platform (cpu)
+are fixed; a user's function sees the rest of the environment as well, unless the variables that it may see are named,
+and a task's own scorer, which reads text from a model, sees `OWN_ENVIRONMENT` alone and gets 4 GiB of memory. What is
+printed goes to stderr. The workers end with the parent, however it ends, and with them everything that they started
+(`puzzle_jax.processes.supervise`). A file is read once, so that editing it does not change the function of a run.
 Left out: limits on memory, files or network for a user's own code, rewards of a whole group.
 """
 
@@ -41,17 +41,17 @@ from puzzle_jax.tasks.rewards.answers import Answer, Reward
 from puzzle_jax.tasks.rewards.source import reward_source
 
 TIME_LIMIT = 10.0
-"""Seconds that scoring one answer may take, unless something else is asked for."""
+"""Default limit in seconds for scoring one answer."""
 
 OWN_ENVIRONMENT = (
     "PATH", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "TMP", "TEMP", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH",
 )  # fmt: skip
-"""Variables that processes see which run no function of the user's."""
+"""Environment variables that workers without a user's function see."""
 
-# Loading a user's function, or a task, may take this long; and so often in a row a new process may fail to start.
+# How long loading a user's function or a task may take, and how often in a row a new worker may fail to start.
 _START_SECONDS, _STARTS = 300.0, 3
 _SEND_SECONDS, _REAP_SECONDS, _DEATH_SECONDS = 60.0, 10.0, 2.0
-_LONGEST_WAIT_SECONDS = 60.0  # that a selector is asked for at once
+_LONGEST_WAIT_SECONDS = 60.0  # longest single wait on the selector
 _PROGRAM = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from puzzle_jax.processes.supervise import supervise; supervisor = supervise(int(sys.argv[2])); "
@@ -64,8 +64,8 @@ class Setup:
     """The first message to a worker.
 
     Attributes:
-      function, source: the user's function by its name, and its file's content (None for a module); None asks the
-        problem's task.
+      function, source: name of the user's function, and content of its file (None for a module); without a function,
+        the problem's task scores.
       time_limit: seconds for one answer.
     """
 
@@ -75,10 +75,10 @@ class Setup:
 
 
 class RewardWorkers:
-    """Processes that give rewards, until `close`, or the end of a `with` block.
+    """Worker processes that compute rewards, until `close` or the end of a `with` block.
 
     Attributes:
-      lost: numbers of rewards that were lost since the start, by kind: "raised", "time", "value" or "died".
+      lost: number of rewards lost since the start, by kind: "raised", "time", "value" or "died".
     """
 
     def __init__(
@@ -89,14 +89,14 @@ class RewardWorkers:
         processes: int = 1,
         environment: Sequence[str] | None = None,
     ) -> None:
-        """Loads the function, in a first process.
+        """Loads the function in a first worker.
 
         Args:
-          function: the user's; None: the problem's own task scores, and an answer that was cut off is worth 0.
-          time_limit: seconds for one answer, without the loading of its task.
-          processes: the most that run at the same time; a function of the answer alone gives the same rewards with any
+          function: name of the user's function; None: the problem's own task scores, and a truncated answer gets 0.
+          time_limit: seconds for one answer, excluding the loading of its task.
+          processes: most workers at a time; a function that depends on the answer alone gives the same rewards with any
             number.
-          environment: variables that the processes see; None: all with a function, `OWN_ENVIRONMENT` without.
+          environment: variables that the workers see; None: all with a function, `OWN_ENVIRONMENT` without.
 
         Raises `ConfigError`, naming the setting `reward`, `time_limit` or `workers`, for a number out of range or a
         function that does not exist.
@@ -129,17 +129,17 @@ class RewardWorkers:
         self.close()
 
     def rewards(self, answers: Sequence[Answer], *, own_score: bool = False) -> list[Reward]:
-        """The reward of every answer, in the same order; `own_score` asks the tasks in place of the function.
+        """The reward of every answer, in the same order; `own_score` uses the tasks' scores in place of the function.
 
-        Raises `PuzzleError` when the function can no longer be loaded in a new process.
+        Raises `PuzzleError` when the function can no longer be loaded in a new worker.
         """
         tickets = [self.begin(answer, own_score=own_score) for answer in answers]
         self._work_until(lambda: all(ticket in self._found for ticket in tickets))
         return [self._found.pop(ticket) for ticket in tickets]
 
     def begin(self, answer: Answer, *, own_score: bool = False) -> int:
-        """Takes an answer whose reward is found while the caller does something else; returns the number that
-        `finished` gives back with it."""
+        """Queues an answer, whose reward is computed while the caller does something else; returns the ticket under
+        which `finished` returns it."""
         self._check_open()
         ticket, own = next(self._tickets), own_score or self._setup.function is None
         if own and answer.truncated:
@@ -149,9 +149,9 @@ class RewardWorkers:
         return ticket
 
     def finished(self, *, wait: bool) -> list[tuple[int, Reward]]:
-        """Numbers and rewards that have been found by now; `wait` waits for one, if any is due.
+        """Tickets and rewards that have been found by now; with `wait`, waits for at least one if any is due.
 
-        Also hands waiting answers to processes that have become idle, so it should be called now and then. Raises
+        Also sends queued answers to workers that have become idle, so it should be called now and then. Raises
         `PuzzleError` as `rewards` does.
         """
         self._check_open()
@@ -168,13 +168,13 @@ class RewardWorkers:
             raise RuntimeError("the reward workers were closed")
 
     def close(self) -> None:
-        """Ends all processes; may be called again."""
+        """Ends all workers; may be called more than once."""
         self._closed = True
         self._end(*self._workers)
         self._selector.close()
 
     def _work_until(self, done: Callable[[], bool] | None) -> None:
-        """Hands out answers and reads messages until `done` is true; with None, as long as there are messages."""
+        """Sends out answers and reads messages until `done` is true; with None, as long as there are messages."""
         try:
             self._employ()
             while not (done() if done else not self._listen(0.0)):
@@ -182,7 +182,7 @@ class RewardWorkers:
                     self._listen(_LONGEST_WAIT_SECONDS)
                 self._employ()
         except BaseException:
-            # Nothing of these answers may be taken for a result of later ones.
+            # No result of these answers may be taken for one of later answers.
             self._waiting.clear()
             self._found.clear()
             self._end(*self._workers)
@@ -206,8 +206,8 @@ class RewardWorkers:
             self._start()
 
     def _listen(self, patience: float) -> bool:
-        """Waits until a worker sends a message, has used up its time, or `patience` seconds are over; returns whether
-        one of the first two happened."""
+        """Waits until a worker sends a message, has used up its time, or `patience` seconds have passed; returns
+        whether one of the first two happened."""
         if not self._workers:
             return False
         left = min(worker.deadline for worker in self._workers) - time.monotonic()
@@ -250,7 +250,7 @@ class RewardWorkers:
         self._found[asked.ticket] = Reward(0.0 if reward is None and asked.own else reward, reason, score)
 
     def _give_up(self, worker: _Worker, kind: str) -> None:
-        """Ends a worker that hangs or died: its answer is lost, unless it had none."""
+        """Ends a worker that hangs or has died; the reward of its answer, if it had one, is lost."""
         if kind == "died":
             with suppress(subprocess.TimeoutExpired):
                 worker.process.wait(_DEATH_SECONDS)  # so that its exit code is known
@@ -272,7 +272,7 @@ class RewardWorkers:
 
     def _start(self) -> None:
         environment = {**self._environment, "PYTHONHASHSEED": "0", "JAX_PLATFORMS": "cpu"}
-        # -P and -u: nothing is imported from the working directory; text that is printed before a hang is seen.
+        # -P and -u: nothing is imported from the working directory; text that is printed before a hang is shown.
         process, channel = start(_PROGRAM, ("-P", "-u"), [str(os.getpid())], env=environment, stdout=2)
         worker = _Worker(process, channel)
         worker.allow(_START_SECONDS)
@@ -299,7 +299,7 @@ class RewardWorkers:
 
 @dataclass(frozen=True)
 class _Asked:
-    """An answer with its number; `own` asks its task rather than the function."""
+    """An answer with its ticket; if `own`, its task scores it rather than the function."""
 
     ticket: int
     answer: Answer
@@ -308,7 +308,7 @@ class _Asked:
 
 @dataclass(eq=False)
 class _Worker:
-    """A process, the answer it has, and the time by which it must send a message."""
+    """A worker process, the answer that it works on, and the deadline for its next message."""
 
     process: subprocess.Popen[bytes]
     channel: socket.socket
@@ -325,13 +325,13 @@ class _Worker:
         self.allowed, self.deadline = seconds, time.monotonic() + seconds
 
     def rest(self) -> _Asked | None:
-        """Waits for nothing any more; returns the answer that the worker had."""
+        """Clears the deadline and the current answer; returns that answer."""
         asked, self.asked, self.deadline = self.asked, None, math.inf
         return asked
 
 
 def _environment(function: str | None, names: Sequence[str] | None) -> dict[str, str]:
-    """The environment of the processes."""
+    """The environment of the workers."""
     if names is None:
         names = tuple(os.environ) if function is not None else OWN_ENVIRONMENT
     return {name: os.environ[name] for name in names if name in os.environ}

@@ -1,7 +1,7 @@
-"""`puzzle train average`: the weights of two policies of one start become one model.
+"""`puzzle train average`: averages the weights of two policies that were trained from one start.
 
-With `--weight` that is all. With `--weights` each of several averages answers problems first, a table shows what each
-gains and costs, and the one that `average_sweep` chooses is written.
+`--weight` gives the weight to use. With `--weights` each of several averages answers problems first, a table shows
+their accuracy and tokens, and the one that `average.sweep` chooses is written.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from puzzle_jax.train.average.sweep import SPLIT, Sweep, run_sweep
 from puzzle_jax.train.average.weights import Pair, check_out, write_average
 
 _OF_SWEEP = ("problems", "tasks", "efforts", "max_tokens", "reference", "temperature", "seed", "batch_size")
-"""Settings that only a sweep reads, so that none is given in vain."""
+"""Settings that only a sweep reads, and that are refused without one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AverageSettings(Asked):
-    """One average.
+    """Settings of one average.
 
     Attributes:
       a: checkpoint of a policy.
       b: checkpoint of another policy from the same start.
-      out: directory to make.
-      weight: of B: 0 is A alone, 1 is B alone.
-      weights: in place of weight: tried on problems, one is kept.
-      problems: for weights: of each task, every one asked at every effort.
-      reference: checkpoint whose mean tokens are the limit; none is no limit.
-      temperature: of sampling; 0 is greedy.
-      batch_size: answers generated together.
+      out: directory to write.
+      weight: weight of B: 0 is A alone, 1 is B alone.
+      weights: weights of B to try on problems, in place of weight; one is chosen.
+      problems: number of problems of each task, each asked at every effort; needed with weights.
+      reference: checkpoint whose mean tokens per answer are the limit; without one there is no limit.
+      temperature: sampling temperature; 0 means greedy.
+      batch_size: number of answers generated together.
     """
 
     a: Path
@@ -66,9 +66,9 @@ class AverageSettings(Asked):
 
 
 def run(settings: AverageSettings, console: Console | None = None) -> None:
-    """Averages, with a weight that is given or found, and prints to the terminal.
+    """Averages with the given weight or the one that a sweep chooses, and prints the outcome.
 
-    Raises PuzzleError for whatever cannot be used, before weights are averaged and anything is written.
+    Raises PuzzleError for any unusable input, before weights are averaged and anything is written.
     """
     console = console or plain_console(stderr=True)
     pair = Pair.open(settings.a, settings.b)

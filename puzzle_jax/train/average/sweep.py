@@ -1,10 +1,10 @@
-"""Which weight to average two policies with: every one answers the same problems, and a rule chooses.
+"""Choice of the weight to average two policies with: every average answers the same problems, and a rule chooses.
 
-The rule: of the weights whose answers are on average no longer than the reference's, those within one standard error of
-the highest accuracy, and of these the one with the shortest answers. Accuracy and tokens are means over problems and
-efforts. The standard error is that of the difference to the most accurate weight on the same problems, bootstrapped as
-in `evaluate.statistics`. Without a reference no answer is too long. Where all weights' answers are longer than the
-reference's, the shortest are taken.
+The rule: of the weights whose answers are on average no longer than the reference's, take those within one standard
+error of the highest accuracy, and of these the one with the shortest answers. Accuracy and tokens are means over
+problems and efforts. The standard error is that of the difference to the most accurate weight on the same problems,
+bootstrapped as in `evaluate.statistics`. Without a reference there is no limit. Where the answers of all weights are
+longer than the reference's, the weight with the shortest answers is taken.
 
 The scales of the chosen average's FP8 cache are calibrated on its own answers.
 
@@ -44,7 +44,7 @@ from puzzle_jax.train.average.weights import Pair
 
 SPLIT = "confirmation"
 CALIBRATION_ANSWERS = 256
-"""Answers, about, on which the scales of the chosen average's FP8 cache are found."""
+"""Approximate number of answers on which the scales of the chosen average's FP8 cache are calibrated."""
 REFERENCE = "reference"
 _DRAWS, _DRAW_SEED = 2000, 0
 
@@ -52,7 +52,7 @@ _dense = jax.jit(to_compute, static_argnums=1)
 
 
 def _in_compute_form(params: Params, config: ModelConfig) -> Params:
-    """Parameters as models are run with them: dense, or as they are stored where dense ones would take too much."""
+    """Parameters in the form that models run with: dense, or as stored where dense ones would need too much memory."""
     packed, dtype = any(map(_is_packed, jax.tree.leaves(params, is_leaf=_is_packed))), compute_dtype()
     if stays_packed("auto", config, packed, dtype=dtype):
         return {**params, "final_norm": params["final_norm"].astype(dtype)}
@@ -65,12 +65,12 @@ def _is_packed(node: object) -> bool:
 
 @dataclass(frozen=True)
 class Measured:
-    """A model's answers in a few numbers.
+    """Summary of a model's answers.
 
     Attributes:
-      overall: at all efforts.
-      by_effort: at each.
-      correct: share of the efforts at which each problem was answered right.
+      overall: summary at all efforts.
+      by_effort: summary at each effort.
+      correct: share of the efforts at which each problem was answered correctly.
     """
 
     overall: Summary
@@ -93,19 +93,19 @@ class Measured:
 
 @dataclass(frozen=True)
 class Choice:
-    """The weight to take, and why."""
+    """The chosen weight, and the reason for it."""
 
     weight: float
     why: str
 
 
 def choose(points: Mapping[float, Measured], tasks: Sequence[str], limit: float | None) -> Choice:
-    """The best point of the frontier of accuracy and tokens, by the rule above.
+    """Chooses a point on the frontier of accuracy and tokens, by the rule above.
 
     Args:
-      points: what every weight answered to the same problems.
+      points: summary of every weight's answers to the same problems.
       tasks: the task of every problem.
-      limit: mean tokens that an answer may have; None for any number.
+      limit: largest allowed mean of tokens per answer; None for no limit.
     """
 
     overall = {weight: point.overall for weight, point in points.items()}
@@ -132,16 +132,16 @@ def choose(points: Mapping[float, Measured], tasks: Sequence[str], limit: float 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is asked of which weights.
+    """The weights to compare and the questions that they are asked.
 
     Attributes:
-      weights: of B, rising.
-      limits: tokens of an answer by effort.
-      slots: answers generated together.
-      chat: of A.
+      weights: weights of B, in ascending order.
+      limits: token limit of an answer by effort.
+      slots: number of answers generated together.
+      chat: chat format of A.
       reference: the model that tokens are compared with.
 
-    Raises ConfigError for weights that are none or come twice, and for questions that no context holds.
+    Raises ConfigError for weights outside 0 to 1 or given twice, and for questions that do not fit a model's context.
     """
 
     weights: tuple[float, ...]
@@ -162,7 +162,7 @@ class Sweep:
         reference: Path | None,
         temperature: float = 0.0,
     ) -> Sweep:
-        """Reads chat files and the reference's headers, and checks everything against everything."""
+        """Reads chat files and the reference's headers, and checks that all inputs fit together."""
         for weight in weights:
             check_range("weights", weight, 0, 1)
         if len(set(weights)) < len(weights):
@@ -197,8 +197,8 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Swept:
-    """What every weight of a sweep answered, and the reference where there is one; the choice, and the scales of the
-    chosen average's FP8 cache."""
+    """Summaries of the answers of every weight of a sweep, and of the reference where there is one; the choice, and the
+    scales of the chosen average's FP8 cache."""
 
     sweep: Sweep
     points: Mapping[float, Measured]
@@ -207,7 +207,7 @@ class Swept:
     scales: KVScales
 
     def record(self) -> dict[str, object]:
-        """For provenance.json."""
+        """The sweep's record in provenance.json."""
         questions, model = self.sweep.questions, self.sweep.reference
         record: dict[str, object] = {
             "split": questions.split,
@@ -227,7 +227,7 @@ class Swept:
         return record
 
     def table(self) -> Table:
-        """Accuracy and mean tokens for people, by effort and over all."""
+        """A table of accuracy and mean tokens, by effort and over all."""
         efforts, reference = self.sweep.questions.efforts, self.reference
         columns = ["weight", *efforts, "all efforts", *(() if reference is None else ("of reference",))]
         table = Table(*columns, title="accuracy / mean tokens")
@@ -244,14 +244,14 @@ class Swept:
 
 
 def run_sweep(pair: Pair, sweep: Sweep, console: Console) -> Swept:
-    """Asks the reference and every weight's average, one after the other, chooses, and calibrates."""
+    """Asks the reference and every weight's average in turn, chooses a weight, and calibrates its average's cache."""
     questions = sweep.questions
     reference = None
     if (model := sweep.reference) is not None:
         loaded = load_checkpoint(model.description.directory).params
         answers = sweep.answers(loaded, model.config, model.chat, REFERENCE, console)
         reference = Measured.of(answers, questions.efforts)
-        del loaded  # before A comes
+        del loaded  # before A is loaded
     loaded, config = load_checkpoint(pair.ours.directory).params, pair.ours.config
     answered = {
         weight: sweep.answers(pair.params(loaded, weight), config, sweep.chat, f"{weight:g}", console)

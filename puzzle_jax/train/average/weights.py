@@ -1,19 +1,19 @@
-"""The average of two policies' weights: checkpoints A and B of one start become a checkpoint of (1 - w) A + w B.
+"""The average of two policies' weights: checkpoints A and B from one start become a checkpoint of (1 - w) A + w B.
 
-Weights that were trained from one start lie close enough together that points between them are models, too (model
-soups, arXiv 2203.05482); the paper averages a policy trained for accuracy with one trained for short answers (arXiv
-2602.11937).
+Weights that were trained from one start lie close enough together that points between them are working models, too
+(model soups, arXiv 2203.05482); the paper averages a policy trained for accuracy with one trained for short answers
+(arXiv 2602.11937).
 
-What is equal in both is copied as bytes. What differs must have been trained by one of them, by their records: else
-they do not come from one start. It is averaged in float32 and rounded once, to bf16, or to MXFP4's grid where trained
-experts are packed. A weight of 0 or 1 copies all tensors of A or B. One tensor, of experts one matrix, is in memory at
-a time.
+Tensors that are equal in both are copied byte for byte. Those that differ must have been trained in A or B according to
+their records; otherwise the two do not come from one start. They are averaged in float32 and rounded once, to bf16, or
+to MXFP4's grid where trained experts are packed. A weight of 0 or 1 copies all tensors of A or B. Only one tensor, or
+one matrix of experts, is in memory at a time.
 
 The scales of an FP8 cache are calibrated anew where a sweep has answers of the average (`train.average.sweep`). Without
-one they are the larger ones of A and B: keys and values of the same inputs then lie between those of
-A and B, and a scale that is somewhat too large costs e4m3 next to nothing, while one that is too small cuts values off.
+a sweep they are the larger ones of A and B: keys and values of the same inputs then lie between those of A and B, and a
+scale that is somewhat too large costs e4m3 next to nothing, while one that is too small clips values.
 
-Left out: more than two checkpoints, and weights by layer.
+Left out: more than two checkpoints, and per-layer weights.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from puzzle_jax.model.spec import Params
 from puzzle_jax.train.grpo.inputs import recorded_origin
 
 AVERAGED = "averaged"
-"""What provenance.json calls the record of an average."""
+"""Key of an average's record in provenance.json."""
 
 _SAME_FILES = ("tokenizer.json", "chat_template.jinja")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -58,7 +58,7 @@ _SAME_FIELDS = {
     "tokenizer_config.json": ("chat_template",),
 }
 _HISTORY = ("grpo", AVERAGED)
-"""Records of what made A and B different, which are no record of their average's own."""
+"""Records of how A and B came to differ, which the average does not inherit as its own."""
 
 
 def blend(
@@ -78,7 +78,7 @@ class AveragedParameter:
     Attributes:
       specs: its tensor in the checkpoints, or its blocks and scales.
       ours, theirs: the tensors of A and of B.
-      weight: of B.
+      weight: weight of B.
     """
 
     specs: tuple[TensorSpec, ...]
@@ -94,7 +94,7 @@ class AveragedParameter:
         return self.specs[0].shape[::-1] if self.specs[0].transposed else self.specs[0].shape
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
-        """All values in bf16; they are averaged so many rows at a time."""
+        """All values in bf16, averaged a chunk of rows at a time."""
         shape = self.shape if len(self.specs) == 2 else self.specs[0].shape
         values = np.empty(shape, ml_dtypes.bfloat16)
         rows = max(1, CHUNK_BYTES // (4 * int(np.prod(shape[1:]))))
@@ -104,7 +104,7 @@ class AveragedParameter:
         return values if dtype is None else values.astype(dtype)
 
     def __getitem__(self, rows: slice) -> Float32[np.ndarray, "..."]:
-        """Rows of the tensor as it is stored (of packed experts: matrices), not rounded."""
+        """Averaged rows of the tensor as it is stored (matrices, for packed experts), not rounded."""
 
         def values(tensors: tuple[StoredTensor, ...]) -> np.ndarray:
             first, *scales = (tensor.read((rows,)) for tensor in tensors)
@@ -113,7 +113,7 @@ class AveragedParameter:
         return blend(values(self.ours), values(self.theirs), self.weight)
 
     def on_device(self) -> jax.Array | MXFP4:
-        """The values as `load_checkpoint` gives them once they are written."""
+        """The values as `load_checkpoint` returns them once they are written."""
         if len(self.specs) == 1:
             return jnp.asarray(np.asarray(self))
         packed = [mxfp4.encode(self[expert : expert + 1]) for expert in range(self.shape[0])]
@@ -128,7 +128,7 @@ class Pair:
     Attributes:
       ours, theirs: A and B.
       records: their provenance.
-      origins: their first parent, by the records.
+      origins: their origins, the first parent of each, according to the records.
     """
 
     ours: Description
@@ -140,7 +140,7 @@ class Pair:
     def open(a: Path, b: Path) -> Pair:
         """Reads headers, records and chat files.
 
-        Raises PuzzleError for what is no checkpoint with a record, and where the two are not models of one kind.
+        Raises PuzzleError where one is not a checkpoint with a record, and where they are not models of one kind.
         """
         if a.resolve() == b.resolve():
             raise ConfigError(f"A and B are both {a}, but must be two checkpoints")
@@ -161,14 +161,14 @@ class Pair:
 
     @property
     def trained(self) -> tuple[str, ...]:
-        """Parameters that are no longer the first parent's in A or in B."""
+        """Names of parameters that A or B no longer shares with the first parent."""
         return tuple(sorted({*self.origins[0].trained, *self.origins[1].trained}))
 
     @cached_property
     def differing(self) -> dict[ParamPath, tuple[TensorSpec, ...]]:
-        """The tensors of parameters that are not the same bytes in both. Reads both checkpoints.
+        """The tensors of parameters that are not byte-identical in both. Reads both checkpoints.
 
-        Raises PuzzleError for one that neither was trained on.
+        Raises PuzzleError for a parameter that was trained in neither.
         """
         parameters: dict[ParamPath, tuple[TensorSpec, ...]] = {}
         for spec in checkpoint_tensors(self.ours.config, self.ours.form):
@@ -188,7 +188,7 @@ class Pair:
         return differing
 
     def delta(self, weight: float) -> Params:
-        """What differs as a delta on A; its leaves are `AveragedParameter`, None for all that is equal."""
+        """The differing parameters as a delta on A: leaves are `AveragedParameter`, or None for equal parameters."""
         table = checkpoint_tensors(self.ours.config, self.ours.form)
         leaves: dict[ParamPath, AveragedParameter | None] = {spec.parameter: None for spec in table}
         for path, specs in self.differing.items():
@@ -199,18 +199,18 @@ class Pair:
         return build_params(self.ours.config, leaves)
 
     def params(self, loaded: Params, weight: float) -> Params:
-        """The average in memory: what `load_checkpoint` gives of the directory that `write_average` makes.
+        """The average in memory, as `load_checkpoint` returns it from the directory that `write_average` makes.
 
         Args:
           loaded: A's parameters in bf16, experts as they are stored.
-          weight: of B.
+          weight: weight of B.
         """
         if weight == 0:
             return loaded
         return with_delta(loaded, jax.tree.map(AveragedParameter.on_device, self.delta(weight)))
 
     def kv_scales(self, weight: float) -> StoredScales | None:
-        """Of an FP8 cache: those of A or of B at the ends, else the larger ones of what there is."""
+        """Scales of an FP8 cache: those of A or B at the ends, otherwise the larger ones of those that exist."""
         found = [known_scales(described) for described in (self.ours, self.theirs)]
         if weight in (0, 1):
             return found[int(weight)]
@@ -219,10 +219,10 @@ class Pair:
 
 
 def check_out(out: Path, others: Mapping[str, Path]) -> None:
-    """Raises ConfigError where the average may not be written to `out`: only an earlier average may stand there.
+    """Raises ConfigError where the average may not be written to `out`: it may only replace an earlier average.
 
     Args:
-      others: checkpoints by what they are to the user.
+      others: checkpoints that `out` must not be, by their names in messages.
     """
     for name, other in others.items():
         if out.resolve() == other.resolve():
@@ -239,19 +239,19 @@ def write_average(
     sweep: Mapping[str, object] | None = None,
     scales: KVScales | None = None,
 ) -> None:
-    """Writes the average; a run that was killed goes on when it is called again with the same arguments.
+    """Writes the average; after a kill, calling it again with the same arguments continues the work.
 
     Args:
       pair: A and B.
-      weight: of B.
-      out: the directory to make; an earlier average there is replaced.
+      weight: weight of B.
+      out: the directory to write; an earlier average there is replaced.
       sweep: how the weight was chosen, for the record.
-      scales: of the average's FP8 cache; None: those of A and B.
+      scales: scales of the average's FP8 cache; None takes those of A and B.
 
-    Raises PuzzleError where `out` holds something else, and where values of A or B are no finite numbers.
+    Raises PuzzleError where `out` holds something else, and where values of A or B are not finite.
     """
     check_out(out, dict(zip("AB", pair.directories, strict=True)))
-    base = pair.theirs if weight == 1 else pair.ours  # at the ends, whose bytes are copied, nothing is averaged
+    base = pair.theirs if weight == 1 else pair.ours  # at the ends, bytes are copied and nothing is averaged
     config, stored = base.config, None if scales is not None else pair.kv_scales(weight)
     first, _ = pair.records
     averaged: dict[str, object] = {"of": [str(directory) for directory in pair.directories], "weight": weight}
@@ -300,7 +300,7 @@ def _check_configs(ours: Description, theirs: Description) -> None:
 
 
 def _check_files(a: Path, b: Path) -> None:
-    """Both must read and write the same tokens."""
+    """Checks that both models read and write the same tokens."""
     for name in _SAME_FILES:
         mine, other = (path.read_bytes() if path.is_file() else None for path in (a / name, b / name))
         if mine != other:
@@ -328,7 +328,7 @@ def _origin(directory: Path, record: Mapping[str, Any], config: ModelConfig) -> 
 
 
 def _same(ours: StoredTensor, theirs: StoredTensor) -> bool:
-    """Whether type and bytes are equal."""
+    """Returns whether dtype and bytes are equal."""
     if ours.dtype != theirs.dtype:
         return False
     return all(np.array_equal(*pair) for pair in zip(ours.chunks(), theirs.chunks(), strict=True))

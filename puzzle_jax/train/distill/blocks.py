@@ -3,12 +3,12 @@
     loss_l = sum_t w_t |f_l(x_t) - g_l(x_t)|^2 / sum_t w_t |g_l(x_t)|^2
 
 x is the parent's hidden state before layer l, g_l what the parent's layer adds to it and f_l what the student's does
-(Puzzle, arXiv 2411.19146, section 3.2: MSE of the block over that of a block that says nothing). No layer waits for
-another, so a child's layers train in one program, and what was learnt holds for each layer wherever it is used: as a
-warm start for distillation, or for alternatives that the search shall score with weights of their own.
+(Puzzle, arXiv 2411.19146, section 3.2: MSE of the block over that of a block that outputs 0). No layer depends on
+another, so all layers of a child train in one program, and what a layer has learnt is valid wherever it is used: as a
+warm start for distillation, or in alternatives that the search is to score with weights of their own.
 
-Embedding, final norm and head have no block and stay as they are. All tokens count, prompts too, padding not. Both sums
-run over a micro-batch, and micro-batches count by their tokens.
+Embedding, final norm and head have no block and stay as they are. All tokens count, including those of prompts, but not
+padding. Both sums run over a micro-batch, and micro-batches are weighted by their tokens.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from puzzle_jax.train.student import Student
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """The objective: the mean over layers of their normalised errors.
+    """The objective: the mean of the layers' normalised errors.
 
-    Raises ValueError for a student whose ends would learn.
+    Raises ValueError for a student whose embedding, final norm and head would learn.
     """
 
     student: Student
@@ -42,7 +42,7 @@ class Blocks:
             raise ValueError("embedding, final norm and head have no block to learn in, but the student's ends are to")
 
     def __call__(self, trained: Params, fixed: Fixed, batch: Packed, key: Array | None = None) -> Loss:
-        """One micro-batch [rows, length]; its terms are the mean over layers and the worst layer. `key` is not used."""
+        """The loss of one micro-batch [rows, length]; terms are the layers' mean and worst error. `key` is not used."""
         student = self.student
         teacher = student.teacher_hidden(fixed.base, batch, keep_states=True)
         assert teacher.states is not None
@@ -61,7 +61,7 @@ class Blocks:
         )
         live = (jnp.asarray(batch.segment_ids) > 0).astype(jnp.float32)
         with jax.named_scope("block_errors"):
-            # Both blocks add to the same x, so what they add differs as their outputs do.
+            # Both blocks add to the same x, so their outputs differ by as much as what they add.
             error = _squares(after, teacher.states, live) / jnp.maximum(_squares(teacher.states, before, live), TINY)
             mean = jnp.mean(error)
         weight = jnp.sum(live)

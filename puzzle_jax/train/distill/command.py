@@ -8,7 +8,7 @@ from puzzle_jax.train.distill.recipe import DistillRecipe
 
 
 def run(recipe: DistillRecipe, *, blocks: bool = False) -> None:
-    """Trains a child, or goes on with a run that was begun."""
+    """Trains a child, or resumes a run."""
     program = f"puzzle train distill{'-blocks' if blocks else ''}"
     processes = recipe.mesh.processes
     with joined(processes, recipe.mesh.devices // processes, program=program):
@@ -18,5 +18,5 @@ def run(recipe: DistillRecipe, *, blocks: bool = False) -> None:
 
 
 def run_blocks(recipe: DistillRecipe) -> None:
-    """Trains every layer of a child alone."""
+    """Trains every layer of a child on its own."""
     run(recipe, blocks=True)

@@ -1,6 +1,6 @@
-"""What a distillation starts from: a child of this parent, the parent's answers, and its cached logits where asked for.
+"""The inputs of a distillation: a child of the parent, the parent's answers, and its cached logits where asked for.
 
-Everything that a user can mend is refused here, before weights are read and anything is written: a child of another
+Every mistake that a user can fix is reported here, before weights are read or anything is written: a child of another
 parent, one whose trained values would be lost, another tokenizer, traces of another model, a cache of something else.
 """
 
@@ -33,14 +33,14 @@ from puzzle_jax.train.traces.settings import DataSettings
 
 @dataclass(frozen=True)
 class DistillInputs(RunInputs[DistillRecipe]):
-    """What a recipe names, read and checked; all but the parent's weights.
+    """Everything that a recipe names, read and checked, except the parent's weights.
 
     Attributes:
-      blocks: whether every layer trains alone on the parent's activations (`train.distill.blocks`), not the whole.
+      blocks: true if every layer trains alone on the parent's activations (`train.distill.blocks`).
       opened: the child.
       training: examples to train on.
       heldout: examples to evaluate on.
-      counts: what became of the traces.
+      counts: how many traces were kept, cut or dropped.
     """
 
     recipe: DistillRecipe
@@ -53,12 +53,12 @@ class DistillInputs(RunInputs[DistillRecipe]):
 
     @staticmethod
     def open(recipe: DistillRecipe, today: datetime.datetime | None = None, *, blocks: bool) -> DistillInputs:
-        """Reads and checks them.
+        """Reads and checks the inputs.
 
         Args:
-          today: the date that the chat template sees; None is the day on which the run was begun.
+          today: the date that the chat template sees; by default the day on which the run was begun.
 
-        Raises PuzzleError for whatever is wrong.
+        Raises PuzzleError for any input that is wrong.
         """
         if blocks and recipe.teacher_cache is not None:
             raise PuzzleError(f"teacher_cache is {recipe.teacher_cache}, but layers that train alone read no logits")
@@ -74,7 +74,7 @@ class DistillInputs(RunInputs[DistillRecipe]):
         return inputs
 
     def lost_evidence(self) -> list[str]:
-        """Warnings of what the examples cannot teach, though the user may expect it: answers that no row can hold, and
+        """Warnings of what the examples cannot teach, although a user may expect it: answers that no row can hold, and
         windows that no example is longer than."""
         data, counts = self.recipe.data, self.counts
         found = []
@@ -106,13 +106,13 @@ class DistillInputs(RunInputs[DistillRecipe]):
 
     @cached_property
     def padded(self) -> bool:
-        """Whether the child's directory holds experts that only fill a shape; so will the trained one's."""
+        """True if the child's directory holds padding experts; the trained child's then will, too."""
         written = describe_checkpoint(self.recipe.child).config.blocks
         return any(block.num_experts > len(ids) for block, ids in zip(written, self.opened.child.kept, strict=True))
 
     @cached_property
     def student(self) -> Student:
-        """The child as it was cut; `delta` is what it has learnt since."""
+        """The child as it was cut; `delta` holds what it has learnt since."""
         return Student(self.opened.child, self.recipe.train, self.recipe.remat, ends=not self.blocks)
 
     def delta(self) -> Params | None:
@@ -148,12 +148,12 @@ class DistillInputs(RunInputs[DistillRecipe]):
 
     @property
     def cache_identity(self) -> dict[str, object]:
-        """What the teacher's cached logits depend on, beside the examples."""
+        """What the teacher's cached logits depend on, besides the examples."""
         recipe = self.recipe
         return {"parent": self.model.fingerprint, "k": recipe.top_k, "temperature": recipe.loss.temperature}
 
     def cache(self) -> TeacherCache | None:
-        """The teacher's cached logits; None where there shall be none, or they are still to be made.
+        """The teacher's cached logits; None if the recipe asks for none, or if they have yet to be made.
 
         Raises PuzzleError where `recipe.teacher_cache` holds something else.
         """
@@ -174,7 +174,7 @@ class DistillInputs(RunInputs[DistillRecipe]):
 def apart(
     examples: Sequence[TraceExample], settings: DataSettings
 ) -> tuple[tuple[TraceExample, ...], tuple[TraceExample, ...]]:
-    """Examples to train on, and about `settings.heldout` to evaluate on: all answers to the first prompts by a hash.
+    """Examples to train on, and about `settings.heldout` to evaluate on: all answers to the prompts of lowest hash.
 
     Raises PuzzleError where there are too few prompts for both.
     """

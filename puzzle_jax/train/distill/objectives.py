@@ -1,9 +1,9 @@
-"""What distillation minimises: how far the student is from its parent, on what the assistant said.
+"""The objective of distillation: how far the student is from its parent, on the assistant's tokens.
 
     loss = sum_t weights_t * sum_i share_i * loss_i(t) / sum_t weights_t
 
-over terms on next-token distributions (`head_losses`) and on hidden states after every layer, averaged over layers
-(`losses`). Puzzle's own is KL and cosine; its authors found the LM loss to hurt (arXiv 2411.19146, section 5).
+The terms are on next-token distributions (`head_losses`) and on hidden states after every layer, averaged over layers
+(`losses.definitions`). Puzzle uses KL and cosine; its authors found the LM loss to hurt (arXiv 2411.19146, section 5).
 
 Left out: terms on attention or router probabilities.
 """
@@ -38,15 +38,15 @@ FROM_TEACHER = ("forward_kl", "reverse_kl", "jsd")
 
 @dataclass(frozen=True)
 class LossSettings:
-    """Shares of the terms; 0 leaves one out, and nothing is computed for it.
+    """Shares of the terms; a term with share 0 is not computed.
 
     Attributes:
-      forward_kl, reverse_kl, jsd: between the teacher's and the student's distributions.
-      top_k_kl: to the teacher's most likely tokens, from a cache of them (`teacher_cache`), without a teacher.
+      forward_kl, reverse_kl, jsd: divergence between the teacher's and the student's distributions.
+      top_k_kl: KL on the teacher's most likely tokens, read from a cache (`teacher_cache`) without running the teacher.
       next_token: the LM loss on the answer's own tokens.
-      hidden_cosine, hidden_mse: between hidden states after every layer.
+      hidden_cosine, hidden_mse: distance between hidden states after every layer.
       temperature: divides logits in all terms but `next_token`.
-      token_chunk, vocab_chunk: tokens and vocabulary entries whose logits are there at a time.
+      token_chunk, vocab_chunk: tokens and vocabulary entries whose logits are held at a time.
     """
 
     forward_kl: float = 1.0
@@ -71,12 +71,12 @@ class LossSettings:
 
     @property
     def shares(self) -> dict[str, float]:
-        """Terms that count."""
+        """The terms with a share above 0."""
         return {name: share for name in (*DISTRIBUTION, *HIDDEN) if (share := getattr(self, name))}
 
 
 class Fixed(NamedTuple):
-    """What a step reads and does not change."""
+    """Inputs that a step reads and does not change."""
 
     base: Params
 
@@ -85,7 +85,7 @@ class Loss(NamedTuple):
     """Sums over a micro-batch, so that micro-batches add up.
 
     Attributes:
-      total: of weights times losses; gradients are taken of it.
+      total: sum of weights times losses, of which gradients are taken.
       weight: sum of weights.
       terms: sums of weights times each term, by name.
     """
@@ -103,7 +103,7 @@ class Distillation:
     settings: LossSettings
 
     def __call__(self, trained: Params, fixed: Fixed, batch: Packed, key: Array | None = None) -> Loss:
-        """One micro-batch [rows, length]; `key` is not used."""
+        """The loss of one micro-batch [rows, length]; `key` is not used."""
         settings, student = self.settings, self.student
         shares = settings.shares
         states = any(name in HIDDEN for name in shares)
@@ -139,7 +139,7 @@ class Distillation:
 
 
 def _separate_sum(kind: str, *, weights: Array, **options: Any) -> Array:
-    """`head_loss_sum` by the losses of every token."""
+    """`head_loss_sum`, computed from the loss of every token."""
     return _weighed(weights, head_losses(kind, **options))
 
 
@@ -153,6 +153,6 @@ def _flat(x: Array) -> Array:
 
 
 def _top_k(extras: Mapping[str, ArrayLike]) -> TopK:
-    """What `teacher_cache.TeacherCache.extras` gave to the batch."""
+    """The teacher's top k, which `teacher_cache.TeacherCache.extras` added to the batch."""
     ids, logits, log_total = (jnp.asarray(extras[f"teacher_{name}"]) for name in ("ids", "logits", "log_total"))
     return TopK(_flat(ids), _flat(logits).astype(jnp.float32), log_total.reshape(-1))

@@ -13,15 +13,15 @@ from puzzle_jax.train.traces.settings import DataSettings
 
 @dataclass(frozen=True, kw_only=True)
 class DistillRecipe(RunRecipe):
-    """One distillation.
+    """Settings of one distillation.
 
     Attributes:
       parent: checkpoint directory of the teacher.
-      child: checkpoint directory that was cut from it, as the search writes; also one that was distilled before.
+      child: checkpoint directory of a child of the parent, as the search writes it or an earlier distillation did.
       traces: file of the parent's answers, or directory of such files, or a list of both.
-      teacher_cache: directory of the teacher's top-k logits; made when it is not there. None asks the teacher itself.
+      teacher_cache: directory of the teacher's top-k logits, made if it does not exist. None runs the teacher instead.
       top_k: tokens per position that the cache keeps.
-      data, loss: see there.
+      data, loss: settings of the examples and of the loss.
     """
 
     parent: Path

@@ -36,8 +36,8 @@ _MEASURED = {"kl": "forward_kl", "next_token": "next_token"}
 def distill(recipe: DistillRecipe, console: Console, *, blocks: bool = False) -> Trained:
     """Trains a child and writes it; on a signal it saves and returns early, without a child.
 
-    Raises PuzzleError, before weights are read and anything is written, for whatever is wrong with what the recipe
-    names, and where `recipe.out` holds something else.
+    Raises PuzzleError, before weights are read or anything is written, for anything wrong with what the recipe names,
+    and where `recipe.out` holds something else.
     """
     console = primary_console(console)
     inputs = agreed_inputs(recipe, partial(DistillInputs.open, recipe, blocks=blocks))
@@ -54,7 +54,7 @@ class Distiller(Run[DistillInputs]):
         return self.inputs.recipe
 
     def objective(self) -> Distillation | Blocks:
-        """What is minimised."""
+        """The objective to minimise."""
         if self.inputs.blocks:
             return Blocks(self.student)
         return Distillation(self.student, self.recipe.loss)
@@ -80,7 +80,7 @@ class Distiller(Run[DistillInputs]):
         )
 
     def _cache(self) -> TeacherCache | None:
-        """The teacher's logits, asked for now where they are not there yet."""
+        """The teacher's cached logits, computed now if they do not exist yet."""
         recipe, found = self.recipe, self.inputs.cache()
         if found is not None or recipe.teacher_cache is None:
             return found
@@ -102,7 +102,7 @@ class Distiller(Run[DistillInputs]):
     # Evaluation ----------------------------------------------------------------------------------------------------
 
     def measure(self, trained: Params) -> dict[str, float]:
-        """ "kl" of the parent to the student and "next_token", the LM loss: nats per token of the held-out answers."""
+        """ "kl", KL(parent || student), and "next_token", the LM loss, in nats per token of the held-out answers."""
         data, sums, weight = self.recipe.data, dict.fromkeys(_MEASURED, 0.0), 0.0
         pad_id = self.inputs.model.chat.pad_id
         batches = packed(self.inputs.heldout, rows=data.rows, length=data.row_length, pad_id=pad_id)
@@ -129,7 +129,7 @@ class Distiller(Run[DistillInputs]):
         self.console.print(f"child: {self.recipe.out / CHILD}", highlight=False)
 
     def _record(self, trained: Trained) -> dict[str, object]:
-        """This run's entry in provenance."""
+        """This run's entry in the provenance."""
         recipe, data = self.recipe, self.recipe.data
         metrics = trained.metrics
         return {
@@ -143,7 +143,7 @@ class Distiller(Run[DistillInputs]):
         }
 
     def _cache_scales(self, trained: Params) -> KVScales:
-        """Of the trained child's FP8 cache, on held-out answers."""
+        """Scales of the trained child's FP8 cache, calibrated on held-out answers."""
         student = self.student
         traces = [_trace(example) for example in self.inputs.heldout[:CALIBRATION_ANSWERS]]
         merged = jax.jit(lambda base, own: unstack_params(student.params(base, own), student.runs))

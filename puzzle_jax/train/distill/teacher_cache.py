@@ -1,15 +1,15 @@
-"""A teacher's most likely tokens, asked once and kept, so that training needs no teacher beside the student.
+"""A teacher's most likely tokens, computed once and kept, so that training need not run the teacher.
 
     DIR/ids.npy        int32 [positions, k]     most likely tokens, the likeliest first
-    DIR/logits.npy     float16 [positions, k]   theirs, less the largest
+    DIR/logits.npy     float16 [positions, k]   their logits, minus the largest
     DIR/log_total.npy  float32 [positions]      log sum exp over the vocabulary of (logit - largest) / temperature
-    DIR/cache.json     what it was made of; written last
+    DIR/cache.json     what the cache was made from; written last
 
-Positions are those that the loss counts, those before every token of an answer, example after example. With k = 64 a
-position takes 388 bytes. Files are read through the page cache, so memory does not grow with them. A cache is for one
-temperature, since a log total serves no other (`losses.TopK`).
+Positions are those that the loss counts: the one before each token of an answer, example after example. With k = 64 a
+position takes 388 bytes. Files are read through the page cache, so memory does not grow with them. A cache serves one
+temperature, since a log total is valid for no other (`losses.definitions.TopK`).
 
-Left out: hidden states, which losses on them need the teacher itself for; several processes writing together.
+Left out: hidden states, so losses on them need the teacher itself; several processes writing together.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ from puzzle_jax.train.student import Student
 
 CACHE_FILE = "cache.json"
 _FILES = {"ids": "int32", "logits": "float16", "log_total": "float32"}
-_GROUP = 256  # tokens whose logits over the whole vocabulary are there at a time
+_GROUP = 256  # tokens whose logits over the whole vocabulary are held at a time
 
 
 class TeacherCache(NamedTuple):
-    """A cache that is whole and belongs to the examples at hand.
+    """A complete cache that matches the examples at hand.
 
     Attributes:
-      ids, logits, log_total: of all positions.
-      starts: of every example among them, and the end of the last.
-      prompt_lengths, lengths: of every example.
+      ids, logits, log_total: arrays of the files, over all positions.
+      starts: first position of every example, and the end of the last.
+      prompt_lengths, lengths: tokens of every example's prompt, and of the whole example.
     """
 
     ids: Int[np.ndarray, "positions k"]
@@ -63,7 +63,7 @@ class TeacherCache(NamedTuple):
     lengths: Int[np.ndarray, "examples"]
 
     def extras(self, index: int) -> dict[str, np.ndarray]:
-        """What `top_k_kl` needs of one example, [tokens, ...], 0 where the loss does not look."""
+        """What `top_k_kl` needs for one example, [tokens, ...]; 0 at positions that the loss does not count."""
         own = slice(int(self.starts[index]), int(self.starts[index + 1]))
         first = int(self.prompt_lengths[index]) - 1
         places = slice(first, int(self.lengths[index]) - 1)
@@ -76,13 +76,13 @@ class TeacherCache(NamedTuple):
 
 
 def open_cache(directory: Path, examples: Sequence[Example], identity: Mapping[str, object]) -> TeacherCache:
-    """An existing cache.
+    """Opens an existing cache.
 
     Args:
-      examples: in the order in which it was made.
-      identity: of the teacher, temperature and k, as JSON values.
+      examples: the examples, in the order in which the cache was made.
+      identity: identifies teacher, temperature and k, as JSON values.
 
-    Raises PuzzleError where it is of other examples or another teacher, or damaged.
+    Raises PuzzleError where the cache is of other examples or another teacher, or is damaged.
     """
     held, wanted = read_object(directory / CACHE_FILE), _record(examples, identity)
     for name, value in wanted.items():
@@ -129,14 +129,14 @@ def make_cache(
     pad_id: int,
     identity: Mapping[str, object],
 ) -> TeacherCache:
-    """Asks the teacher for every example and writes the cache; a run that dies leaves none.
+    """Runs the teacher on every example and writes the cache; a run that fails leaves none.
 
     Args:
-      directory: not there yet, or empty.
-      base: weights of the student's teacher, in their place.
+      directory: must not exist yet, or be empty.
+      base: weights of the student's teacher, placed on their devices.
       k: tokens per position, at most the vocabulary.
-      temperature: of the loss that will read the cache.
-      rows, length: of the batches that the teacher is asked with; no example may be longer.
+      temperature: temperature of the loss that will read the cache.
+      rows, length: shape of the batches that the teacher runs on; no example may be longer than `length`.
       identity: as for `open_cache`.
 
     Raises `PuzzleError` where there is no example, or one is longer than `length`.
@@ -177,7 +177,7 @@ def make_cache(
 
 
 def top_k(student: Student, base: Params, batch: Packed, *, k: int, temperature: float) -> tuple[Array, Array, Array]:
-    """What the files hold of every position [rows, length]: ids, logits and log total."""
+    """What the files hold for every position [rows, length]: ids, logits and log total."""
     x = student.teacher_hidden(base, batch).x
     flat = x.reshape(-1, x.shape[-1])
 
@@ -193,7 +193,7 @@ def top_k(student: Student, base: Params, batch: Packed, *, k: int, temperature:
 
 
 def _places(examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where examples start among the counted positions, their prompts' lengths and their own."""
+    """Where examples start among the counted positions, and the lengths of their prompts and of the examples."""
     prompts = np.array([example.prompt_length for example in examples], np.int64)
     lengths = np.array([len(example.tokens) for example in examples], np.int64)
     return np.concatenate([[0], np.cumsum(lengths - prompts)]), prompts, lengths

@@ -8,7 +8,7 @@ from puzzle_jax.train.grpo.recipe import GrpoRecipe
 
 
 def run(recipe: GrpoRecipe) -> None:
-    """Trains a policy, or goes on with a run that was begun."""
+    """Trains a policy, or resumes a run that was begun."""
     processes = recipe.mesh.processes
     with joined(processes, recipe.mesh.devices // processes, program="puzzle train grpo"):
         from puzzle_jax.train.grpo.run import grpo

@@ -1,6 +1,6 @@
-"""What reinforcement learning starts from: a checkpoint, its chat, and problems with verifiable answers.
+"""The inputs of reinforcement learning: a checkpoint, its chat format, and problems with verifiable answers.
 
-Everything that a user can mend is refused here, before weights are read and anything is written.
+Everything that a user can fix is refused here, before weights are read and anything is written.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ EVALUATED_SPLIT = "validation"
 
 @dataclass(frozen=True)
 class GrpoInputs(RunInputs[GrpoRecipe]):
-    """What a recipe names, read and checked; all but the weights."""
+    """A recipe's inputs, read and checked, except for the weights."""
 
     recipe: GrpoRecipe
     model: Model
 
     @staticmethod
     def open(recipe: GrpoRecipe, today: datetime.datetime | None = None) -> GrpoInputs:
-        """Reads and checks them.
+        """Reads and checks the inputs.
 
         Args:
-          today: the date that the chat template sees; None is the day on which the run was begun.
+          today: the date that the chat template sees; None means the day on which the run was begun.
 
-        Raises PuzzleError for whatever is wrong.
+        Raises PuzzleError for any invalid input.
         """
         if recipe.out.resolve() == recipe.model.resolve():
             raise ConfigError(f"out is {recipe.out}, which is the model itself; name another directory")
@@ -68,32 +68,32 @@ class GrpoInputs(RunInputs[GrpoRecipe]):
 
     @cached_property
     def loss(self) -> ResolvedPolicy:
-        """With what the named loss leaves open."""
+        """The settings of the loss, with those that are not given taken from the named loss."""
         return self.recipe.loss.resolved
 
     @property
     def cache(self) -> CacheFormat:
-        """How the sampler keeps keys and values."""
+        """Format of the sampler's KV cache."""
         return self.model.cache_format(self.recipe.rollout.cache)
 
     @property
     def limits(self) -> dict[str, int]:
-        """Tokens of an answer by effort."""
+        """Token limit of an answer by effort."""
         return {effort: self.recipe.rollout.limit(effort) for effort in self.recipe.prompts.efforts}
 
     def prompts(self) -> Prompts:
-        """The stream of prompts, from its beginning; those are passed over that no row holds with an answer."""
+        """The stream of prompts, from its beginning; it passes over those that do not fit a row with an answer."""
         length = self.recipe.update.row_length
         return Prompts(self.recipe.prompts, lambda prompt: self.most_positions(prompt) <= length)
 
     def most_positions(self, prompt: Prompt) -> int:
-        """The positions of a prompt with its longest answer."""
+        """Number of positions that a prompt takes with its longest answer."""
         return most_positions(self.model.chat, *prompt, self.limits)
 
     def check_questions(self) -> None:
-        """Raises ConfigError where the model's context holds no question of an effort that the policy is evaluated at.
+        """Raises ConfigError where no question of some effort of the evaluation fits the model's context.
 
-        Single ones that it does not hold are passed over (`too_long`).
+        Single questions that do not fit are passed over (`too_long`).
         """
         questions, whose = self.questions.questions(), "the model, which is evaluated on them,"
         for effort in self.questions.efforts:
@@ -104,14 +104,14 @@ class GrpoInputs(RunInputs[GrpoRecipe]):
 
     @cached_property
     def too_long(self) -> frozenset[int]:
-        """Questions of the evaluation, by their number, that the model's context does not hold."""
+        """Indices of the evaluation's questions that do not fit the model's context."""
         questions = enumerate(self.questions.questions())
         context = self.config.max_position
         return frozenset(index for index, asked in questions if self.most_positions(Prompt(*asked)) > context)
 
     @cached_property
     def questions(self) -> QuestionSet:
-        """What the policy is evaluated on."""
+        """The questions that the policy is evaluated on."""
         prompts, problems = self.recipe.prompts, self.recipe.monitoring.problems
         return QuestionSet(tuple(prompts.task_weights), tuple(prompts.efforts), problems, EVALUATED_SPLIT)
 
@@ -136,7 +136,7 @@ class GrpoInputs(RunInputs[GrpoRecipe]):
         }
 
     def _reward_hash(self) -> str | None:
-        """Of the file that the reward function is in; None where there is none."""
+        """Hash of the file that defines the reward function; None where there is none."""
         function = self.recipe.reward.function
         file = None if function is None else reward_file(function)
         return None if file is None else hashlib.sha256(read_bytes(file, ConfigError)).hexdigest()
@@ -148,7 +148,7 @@ class GrpoInputs(RunInputs[GrpoRecipe]):
 
     @cached_property
     def origin(self) -> Origin | None:
-        """Where the model comes from, by its record; None where it is no child.
+        """The origin of the model according to its record; None where it has no record.
 
         Raises PuzzleError where the record is damaged.
         """
@@ -156,9 +156,9 @@ class GrpoInputs(RunInputs[GrpoRecipe]):
 
 
 def recorded_origin(directory: Path, provenance: Mapping[str, Any], config: ModelConfig) -> Origin | None:
-    """A checkpoint's first parent, by its record; None where there is no record.
+    """A checkpoint's origin, its first parent, according to its record; None where there is no record.
 
-    Where the parent's directory is gone, its configuration is taken to be the checkpoint's own.
+    Where the parent's directory is gone, its configuration is assumed to be the checkpoint's own.
     """
     if not provenance:
         return None

@@ -1,4 +1,4 @@
-"""Metrics of a step's answers in reinforcement learning, and when its reward has collapsed."""
+"""Metrics of a step's answers in reinforcement learning, and detection of a collapsed reward."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from puzzle_jax.train.grpo.rollouts import Rollout
 
 
 def passes(outcome: Reward, threshold: float | None) -> bool:
-    """Whether an answer that has a reward passes.
+    """Returns whether an answer that has a reward passes.
 
-    `threshold` is the reward from which it does. Where it is None, the task's own score must be full or, if that is not
-    known, the reward at least 1.
+    `threshold` is the lowest reward that passes. Where it is None, the task's own score must be full or, if that is not
+    known, the reward must be at least 1.
     """
     assert outcome.reward is not None
     if threshold is not None:
@@ -26,9 +26,9 @@ def passes(outcome: Reward, threshold: float | None) -> bool:
 
 
 def rollout_metrics(groups: RewardedGroups, threshold: float | None) -> dict[str, float]:
-    """Means over a step's answers by name. "lost" is the number of those whose reward could not be had.
+    """Means over a step's answers by name; "lost" counts answers whose reward function failed.
 
-    "pass_rate" is the share of answers that pass (`passes`); "shaped_reward" holds what length adds;
+    "pass_rate" is the share of answers that pass (`passes`); "shaped_reward" includes the terms for length;
     "groups_kept" and "groups_no_signal" count prompts.
     """
     everyone = [rollout for group in groups.groups for rollout in group]
@@ -54,11 +54,11 @@ def rollout_metrics(groups: RewardedGroups, threshold: float | None) -> dict[str
 
 @dataclass
 class RunningReward:
-    """The mean reward of the last steps, and the best it has been.
+    """The mean reward of the last steps, and its best value so far.
 
     Attributes:
-      share: of the best, below which the reward counts as collapsed; 0: never.
-      steps: that the mean is over.
+      share: fraction of the best value below which the reward counts as collapsed; 0 means never.
+      steps: number of steps that the mean is over.
     """
 
     share: float
@@ -67,7 +67,7 @@ class RunningReward:
     _best: float | None = None
 
     def add(self, reward: float) -> str | None:
-        """Adds a step's mean reward (NaN is left out); returns a message if the reward has collapsed now."""
+        """Adds a step's mean reward (NaN is ignored); returns a message if the reward has now collapsed."""
         if not np.isfinite(reward):
             return None
         self._last = [*self._last, float(reward)][-self.steps :]
@@ -95,7 +95,7 @@ def _reward(rollout: Rollout) -> float:
 
 
 def _mean(values: Iterable[float]) -> float:
-    """NaN for none, which metrics write as null."""
+    """The mean of the values, or NaN, which metrics write as null, where there are none."""
     found = list(values)
     return float(np.mean(found)) if found else float("nan")
 

@@ -1,4 +1,4 @@
-"""What a run of reinforcement learning says of its answers while it goes on, each thing once."""
+"""Messages about the answers of a run of reinforcement learning, each printed once while it goes on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MOST_REASONS = 100
 
 
 class Notes:
-    """Says it on a console."""
+    """Prints the messages on a console."""
 
     def __init__(self, inputs: GrpoInputs, console: Console) -> None:
         self._inputs, self._console = inputs, console
@@ -27,8 +27,8 @@ class Notes:
         self._said: set[object] = set()
 
     def step(self, number: int, groups: RewardedGroups, prompts: Prompts) -> None:
-        """Why answers of a step were lost, that problems are too long to ask, that no answer passes, and of which tasks
-        and efforts there is nothing to learn."""
+        """Reports why answers of a step have no reward, problems that are too long to ask, that no answer passes, and
+        the tasks and efforts that give no signal."""
         everyone = [rollout for group in groups.groups for rollout in group]
         reasons = Counter(rollout.outcome.reason for rollout in everyone if rollout.outcome.reason is not None)
         for reason, count in reasons.items():
@@ -56,7 +56,7 @@ class Notes:
             )
 
     def evaluated(self, answers: Sequence[Trace]) -> None:
-        """Which questions of an evaluation were not asked, and which answers could not be scored."""
+        """Reports how many questions of an evaluation were not asked, and which answers could not be scored."""
         inputs = self._inputs
         if inputs.too_long:
             self._once(
@@ -78,10 +78,10 @@ class Notes:
 
 
 class ThresholdMonitor:
-    """Notices that no answer passes, which may be for want of a fitting threshold.
+    """Detects that no answer passes, which may be due to an unsuitable threshold.
 
     Args:
-      threshold: reward from which an answer passes; None as in `passes`.
+      threshold: lowest reward that passes; None as in `passes`.
     """
 
     def __init__(self, threshold: float | None) -> None:
@@ -90,7 +90,7 @@ class ThresholdMonitor:
         self._largest: float | None = None
 
     def add(self, rollouts: Iterable[Rollout]) -> str | None:
-        """Adds a step's answers; returns a message, once, if their task gives some a full score and none has passed."""
+        """Adds a step's answers; returns a message, once, if some have their task's full score but none has passed."""
         best_full: float | None = None
         for outcome in (rollout.outcome for rollout in rollouts):
             if outcome.reward is None:
@@ -110,7 +110,7 @@ class ThresholdMonitor:
 
     @property
     def advice(self) -> str:
-        """What may be wrong where there is nothing to learn from; "" where some answer has passed."""
+        """What to check where there is nothing to learn from; "" where some answer has passed."""
         if self._passed or self._largest is None:
             return ""
         threshold = 1.0 if self._threshold is None else self._threshold

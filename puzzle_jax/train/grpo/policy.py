@@ -1,21 +1,21 @@
-"""What reinforcement learning minimises, on packed answers: the policy's loss from its own log-probabilities.
+"""The objective of reinforcement learning on packed answers: the policy's loss from its own log-probabilities.
 
     loss = sum_t coefficient_t * loss_t        t: tokens of answers that count
 
-`policy_losses` defines loss_t; coefficients say how tokens and answers are weighed, and add up over the whole batch, so
-that micro-batches do. Rows carry, in `Packed.extras`, what belongs to a target at the position before it:
+`losses.policy` defines loss_t; coefficients weigh tokens and answers relative to the whole batch, so that the losses of
+micro-batches add up. Rows carry in `Packed.extras`, at the position before a target, the values that belong to it:
 
-    coefficients, advantages   of its answer
+    coefficients, advantages   those of its answer
     shares                     1 / tokens of the whole batch
     sampler                    log-probability with which it was drawn
-    old, reference             log-probability before the first of several updates, and under the first policy
+    old, reference             log-probability before the first of several updates, and under the initial policy
     experts                    [layers, k] that the sampler chose at this position
 
-Without `old`, the policy that drew is the policy that learns: its ratio is the log-probability over itself, exactly 1.
+Without `old`, the policy that sampled is the one that learns: its ratio, the probability over itself, is exactly 1.
 Where experts are replayed, gates are the softmax of the trainer's own logits of those experts (routing replay, R3:
 arXiv 2510.11370; GSPO, arXiv 2507.18071, section 5.3, reports collapse without it).
 
-Left out: answers sampled at other temperatures than 1.
+Left out: answers sampled at temperatures other than 1.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from puzzle_jax.train.rows import Packed
 from puzzle_jax.train.student import Student, head_of
 
 MAXIMUM = "_max"
-"""Ends names of metrics that are largest values, not means."""
+"""Suffix of the names of metrics that are maxima, not means."""
 
 
 class Scores(NamedTuple):
-    """Log-probabilities of a batch's targets before it is learnt from, 0 where no target counts: under the policy as it
-    is, and under the one that training began with."""
+    """Log-probabilities of a batch's targets before it is learnt from, 0 where no target counts: under the current
+    policy, and under the one that training began with."""
 
     old: Float[Array, "rows length"] | None
     reference: Float[Array, "rows length"] | None
@@ -58,7 +58,7 @@ class Policy:
     Attributes:
       student: the model as a view on itself: its parent is the policy that training began with, and the reference.
       strip: positions of a strip, where rows hold one prompt each with its answers (`shared_rows`); 0 where every
-        answer comes with its prompt.
+        answer has its own copy of the prompt.
     """
 
     student: Student
@@ -68,10 +68,10 @@ class Policy:
     strip: int = 0
 
     def __call__(self, trained: Params, fixed: Fixed, batch: Packed, key: Array | None = None) -> Loss:
-        """One micro-batch [rows, length]; `key` is not used.
+        """The loss of one micro-batch [rows, length]; `key` is not used.
 
-        `Loss.weight` is this micro-batch's share of the batch's tokens, so that it adds up to 1, and `Loss.terms` are
-        shares times means, but for names that end in `MAXIMUM`.
+        `Loss.weight` is this micro-batch's share of the batch's tokens, so that weights add up to 1, and `Loss.terms`
+        are shares times means, except for names that end in `MAXIMUM`.
         """
         replay = _replay(batch)
         hidden = self.student.hidden(fixed.base, trained, batch, replay=replay, layout=self._layout(batch))
@@ -106,7 +106,7 @@ class Policy:
         return Loss(total, jnp.sum(jnp.where(mask, share, 0.0)), terms)
 
     def score(self, trained: Params, fixed: Fixed, batch: Packed, *, old: bool, reference: bool) -> Scores:
-        """Log-probabilities of a batch's targets, of what is asked for."""
+        """Log-probabilities of a batch's targets, under the policies that are asked for."""
         replay, shape, layout = _replay(batch), batch.weights.shape, self._layout(batch)
         counts = jnp.asarray(batch.weights) > 0
 
@@ -144,25 +144,25 @@ class Policy:
 
 
 def answer_numbers(batch: Packed) -> Int[Array, "tokens"]:
-    """Which answer each position belongs to: below rows * length, another for every segment of every row."""
+    """Number of the answer that each position belongs to: below rows * length, and unique to a segment of a row."""
     rows, length = batch.segment_ids.shape
     segments = jnp.maximum(jnp.asarray(batch.segment_ids) - 1, 0)
     return (segments + jnp.arange(rows)[:, None] * length).reshape(-1)
 
 
 def experts_differ(one: Int[Array, "layers tokens k"], other: Int[Array, "layers tokens k"]) -> Bool[Array, "l t"]:
-    """Whether two choices of experts are other sets, by layer and token."""
+    """Returns, by layer and token, whether two choices of experts differ as sets."""
     return jnp.any(jnp.sort(one, axis=-1) != jnp.sort(other, axis=-1), axis=-1)
 
 
 def replayed(experts: np.ndarray, tokens: int) -> np.ndarray:
-    """The sampler's choices [tokens - 1, layers, k] for all tokens of an example: the last one is drawn but never run,
-    and goes through the same experts as the one before."""
+    """The sampler's choices [tokens - 1, layers, k], extended to all tokens of an example: the last one was drawn but
+    never run, and takes the experts of the one before."""
     return np.concatenate([experts, experts[-1:]])[:tokens]
 
 
 def _replay(batch: Packed) -> Int[Array, "layers tokens k"] | None:
-    """Experts by layer; in padding, the first k, which are as good as any others."""
+    """Experts to replay by layer; in padding, the first k, which are as good as any others."""
     experts = batch.extras.get("experts")
     if experts is None:
         return None

@@ -1,12 +1,12 @@
 """From groups of rewarded answers to what an update reads: shaped rewards, advantages, and packed rows.
 
-    reward    the reward function's, with the soft penalty for overlong answers and the share for length at an effort
-    advantage over the group's baseline (`losses.policy.group_advantages`)
+    reward    the reward function's, plus the soft penalty for overlong answers and the term for length at an effort
+    advantage the reward relative to the group's baseline (`losses.policy.group_advantages`)
     rows      prompts with answers, packed; coefficients weigh tokens over all rows of an update
 
-Answers without a reward (their function failed) count nowhere. Shaped rewards are kept within `LARGEST_REWARD`, so that
-all advantages are finite in float32. A group whose advantages are all 0 teaches nothing and is left out; so is an
-answer that was cut off, where `overlong_filter` asks for it: it counts in its group's baseline only.
+Answers without a reward (their function failed) are ignored. Shaped rewards are clipped to +-`LARGEST_REWARD`, so that
+all advantages are finite in float32. A group whose advantages are all 0 gives no signal and is left out; so is a
+truncated answer where `overlong_filter` is set, though it counts in its group's baseline.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class RewardedGroups:
 
     Attributes:
       groups: answers to each prompt.
-      rewards: shaped; 0 where an answer was lost.
-      counted: whether there is a reward.
-      advantages: over the group's baseline; 0 where an answer does not count.
+      rewards: shaped rewards; 0 where an answer has none.
+      counted: whether an answer has a reward.
+      advantages: advantages over the group's baseline; 0 where an answer has no reward.
     """
 
     groups: Sequence[Sequence[Rollout]]
@@ -43,14 +43,14 @@ class RewardedGroups:
 
     @property
     def signal(self) -> Bool[np.ndarray, "groups"]:
-        """Which groups teach something."""
+        """Marks groups that can be learnt from: those with an advantage other than 0."""
         return np.any(self.advantages != 0, axis=1)
 
 
 def reward_groups(
     groups: Sequence[Sequence[Rollout]], settings: ResolvedPolicy, limits: dict[str, int]
 ) -> RewardedGroups:
-    """Shaped rewards and advantages of groups of equal size; `limits` are tokens of an answer by effort."""
+    """Shaped rewards and advantages of groups of equal size; `limits` holds token limits of an answer by effort."""
     counted = np.array([[member.outcome.reward is not None for member in group] for group in groups])
     rewards = np.array([[shaped_reward(member, settings, limits) for member in group] for group in groups], np.float32)
     advantages = losses.group_advantages(
@@ -64,7 +64,7 @@ def reward_groups(
 
 
 def shaped_reward(rollout: Rollout, settings: ResolvedPolicy, limits: dict[str, int]) -> float:
-    """The reward with what the answer's length adds; 0 where there is none."""
+    """The reward plus the terms for the answer's length; 0 where there is no reward."""
     reward, effort, length = rollout.outcome.reward, rollout.prompt.effort, rollout.length
     if reward is None:
         return 0.0
@@ -91,7 +91,7 @@ class Learnable:
 
 
 def learnable(groups: RewardedGroups, settings: ResolvedPolicy) -> list[list[Learnable]]:
-    """By group, of groups that teach something, the answers that carry a loss."""
+    """The answers that carry a loss, by group; groups without signal are left out."""
 
     found = [
         [
@@ -108,7 +108,7 @@ def learnable(groups: RewardedGroups, settings: ResolvedPolicy) -> list[list[Lea
 
 
 def examples(answers: Sequence[Learnable], settings: ResolvedPolicy, limits: dict[str, int]) -> list[Example]:
-    """All answers of one update as examples; their coefficients and shares are over all of them."""
+    """All answers of one update as examples, with coefficients and shares relative to all of them."""
     lengths = np.array([answer.rollout.length for answer in answers])
     coefficients = losses.token_coefficients(
         lengths, np.ones(len(answers), bool), settings.normalization, constant=max(limits.values())
@@ -140,12 +140,12 @@ def _example(answer: Learnable, coefficient: float, share: float) -> Example:
 
 
 def micro_batches(found: Sequence[Example], *, rows: int, length: int, pad_id: int) -> Iterator[Packed]:
-    """The examples packed first-fit, the longest first, in micro-batches of `rows` rows; the last ones may be empty."""
+    """The examples packed first-fit, the longest first, in micro-batches of `rows` rows; the last rows may be empty."""
     by_length = sorted(found, key=lambda example: -len(example.tokens))
     return packed(by_length, rows=rows, length=length, pad_id=pad_id)
 
 
 def with_scores(batch: Packed, scores: Scores) -> Packed:
-    """The micro-batch with the log-probabilities that were asked for."""
+    """The micro-batch with the log-probabilities of `scores` added to its extras."""
     extras = {name: np.asarray(values) for name, values in scores._asdict().items() if values is not None}
     return batch._replace(extras={**batch.extras, **extras})

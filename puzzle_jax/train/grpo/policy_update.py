@@ -1,7 +1,8 @@
 """One update of a policy from as many micro-batches as its answers fill.
 
-How many rows answers fill is known when they are there. So micro-batches are a loop of the host here, not a scan: one
-program of one shape serves any number of them. Sums are accumulated in float32 on the devices; the host waits for none.
+The number of rows that answers fill is known only once they are sampled. So micro-batches are a loop on the host here,
+not a scan: one compiled program per shape serves any number of them. Sums are accumulated in float32 on the devices,
+and the host waits for none of them.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from puzzle_jax.train.step import Metrics, Shardings, TrainState, update
 
 
 class Sums(NamedTuple):
-    """Over micro-batches: gradients, losses times coefficients, shares, and metrics times shares (largest ones where
+    """Sums over micro-batches of gradients, losses times coefficients, shares, and metrics times shares (maxima where
     their names end in `MAXIMUM`)."""
 
     gradients: PyTree
@@ -38,7 +39,7 @@ class Sums(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class PolicyUpdate:
-    """The programs of an update; `shardings` are those of the state on the mesh."""
+    """The compiled programs of an update; `shardings` are those of the state on the mesh."""
 
     policy: Policy
     optimizer: optax.GradientTransformation
@@ -46,7 +47,7 @@ class PolicyUpdate:
     mesh: Mesh | None = None
 
     def __call__(self, state: TrainState, fixed: Fixed, batches: Iterable[Packed]) -> tuple[TrainState, Metrics]:
-        """The next state, and means over tokens; the state is donated. There must be a micro-batch."""
+        """The next state, and means over tokens; the state is donated. At least one micro-batch is required."""
         sums: Sums | None = None
         with on_mesh(self.mesh):
             for batch in batches:
@@ -61,18 +62,18 @@ class PolicyUpdate:
             return self._score(params, fixed, batch, old=old, reference=reference)
 
     def lowered(self, state: PyTree, fixed: PyTree, batch: PyTree) -> tuple[PyTree, Lowered, Lowered]:
-        """Sums, and the programs that add to them and apply them, of arrays without values: `jax.ShapeDtypeStruct`."""
+        """Sums as `jax.ShapeDtypeStruct`s, and the lowered programs that add to them and apply them."""
         with on_mesh(self.mesh):
             sums = self._sums_in_place(state.params, fixed, batch)
             return sums, self._accumulate.lower(sums, state.params, fixed, batch), self._apply.lower(state, sums)
 
     def lowered_score(self, params: PyTree, fixed: PyTree, batch: PyTree, *, old: bool, reference: bool) -> Lowered:
-        """The program of `score`, likewise."""
+        """The lowered program of `score`."""
         with on_mesh(self.mesh):
             return self._score.lower(params, fixed, batch, old=old, reference=reference)
 
     def _sums(self, params: PyTree, fixed: Fixed, batch: Packed) -> Sums:
-        """Of one micro-batch."""
+        """The sums of one micro-batch."""
 
         def numerator(params: PyTree) -> tuple[Array, PyTree]:
             loss = self.policy(params, fixed, batch)
@@ -82,7 +83,7 @@ class PolicyUpdate:
         return Sums(jax.tree.map(lambda x: x.astype(jnp.float32), gradients), *loss)
 
     def _sums_in_place(self, params: PyTree, fixed: PyTree, batch: PyTree) -> PyTree:
-        """`Sums` without values, in float32; gradients lie as the parameters do."""
+        """`Sums` of `jax.ShapeDtypeStruct`s in float32; gradients are sharded like the parameters."""
         shapes = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), jax.eval_shape(self._sums, params, fixed, batch)
         )
@@ -96,7 +97,7 @@ class PolicyUpdate:
 
     @property
     def _sums_shardings(self) -> Sums | None:
-        """Where sums lie on a mesh; None without one."""
+        """Shardings of the sums on a mesh; None without one."""
         if self.shardings is None or self.mesh is None:
             return None
         everywhere = NamedSharding(self.mesh, PartitionSpec())
@@ -104,9 +105,9 @@ class PolicyUpdate:
 
     @cached_property
     def _zeros(self) -> Wrapped:
-        """Where sums begin. They lie where `_accumulate` leaves sums, which is compiled anew for any other place.
+        """Makes sums of 0, placed like the results of `_accumulate`, which is recompiled for any other placement.
 
-        Without a mesh, jit's results are committed to a device where an argument is, so that arguments must be kept.
+        Without a mesh, jit commits its results to a device only if an argument is, so unused arguments must be kept.
         """
 
         def zeros(params: PyTree, fixed: Fixed, batch: Packed) -> Sums:

@@ -1,4 +1,4 @@
-"""Rewards that the primary process finds for all: what a reward function gives may differ from host to host."""
+"""Rewards that the primary process computes for all, since a reward function's results may differ between hosts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from puzzle_jax.train.grpo.recipe import RewardSettings
 class PrimaryRewards:
     """`RewardWorkers` of the primary process; all processes must make the same calls, with equal answers.
 
-    With several processes, answers that were begun are rewarded when they are waited for, all together.
+    With several processes, answers given to `begin` are rewarded all together, in the next `finished` that waits.
     """
 
     def __init__(self, settings: RewardSettings | None = None) -> None:
@@ -48,14 +48,14 @@ class PrimaryRewards:
         return self._shared([(answer, False) for answer in answers])
 
     def begin(self, answer: Answer, *, own_score: bool = False) -> int:
-        """See `RewardWorkers`."""
+        """See `RewardWorkers.begin`."""
         if jax.process_count() == 1:
             return self._own.begin(answer, own_score=own_score)
         self._begun.append((answer, own_score))
         return self._tickets + len(self._begun) - 1
 
     def finished(self, *, wait: bool) -> list[tuple[int, Reward]]:
-        """See `RewardWorkers`; must be called in the same order by all processes where `wait` is true."""
+        """See `RewardWorkers.finished`; with `wait`, all processes must call it in the same order."""
         if jax.process_count() == 1:
             return self._own.finished(wait=wait)
         if not wait or not self._begun:
@@ -65,11 +65,11 @@ class PrimaryRewards:
         return list(enumerate(self._shared(begun), first))
 
     def _shared(self, asked: Sequence[tuple[Answer, bool]]) -> list[Reward]:
-        """The primary process's rewards, in all processes."""
+        """Broadcasts the primary process's rewards to all processes."""
         self._turn += 1
         rewards = from_primary(_name(self._turn), lambda: json.dumps(self._rewards(asked)))
         if process_index() == 0:
-            # Answers of this turn were sampled by all processes together, after they had read those before.
+            # All processes have read the previous turn's rewards, since they then sampled this turn's answers together.
             kv_delete(_name(self._turn - 1))
         return [Reward(*each) for each in json.loads(rewards)]
 

@@ -1,15 +1,15 @@
-"""Which problem is asked next, at which effort: tasks and efforts mixed by weight, and only where there is something to
-learn.
+"""Choice of the next problem and its effort: tasks and efforts are mixed by weight, and problems are asked only where
+there is something to learn.
 
-A group of answers that all pass or all fail teaches nothing. So running pass rates are kept, and problems whose
+A group of answers that all pass or all fail gives no signal. So running pass rates are kept, and problems whose
 pass rate is out of bounds are passed over (the paper's filter; DAPO, arXiv 2503.14476, drops such groups after asking).
-A row of a finite task comes again, and has a pass rate of its own at every effort. A problem of an endless family does
-not, so that problems of one task and effort share one if they are equally hard by the first of their details (steps,
-digits). Rates follow the policy: older answers count less. Now and then a problem is asked whatever its rate, so that
-one which has become learnable is found again. Problems that are too long are passed over, too, and counted.
+A row of a finite task recurs, and has a pass rate of its own at every effort. A problem of an endless family does not
+recur, so problems of one task and effort share a rate if they are equally hard by the first of their details (steps,
+digits). Rates follow the policy, since older answers count less. Now and then a problem is asked whatever its rate, so
+that one which has become learnable is found again. Problems that are too long are passed over as well, and counted.
 
-All choices follow from the seed and from earlier answers, and the state holds both; a run that goes on asks what it
-would have asked. Left out: curricula by hand.
+All choices are determined by the seed and by earlier answers, whose counts are in the state; a resumed run asks what an
+uninterrupted one would. Left out: hand-written curricula.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from puzzle_jax.evaluate.accuracy import SEED_STRIDE, SPLIT_STRIDE, SPLITS, Ques
 from puzzle_jax.tasks import EFFORTS, TASKS, FiniteTask, Problem, check_effort, get_task, problems
 
 _SPLIT = len(SPLITS)  # endless families: beyond the seeds of every split
-_ROWS_SPLIT = "training"  # finite tasks: the rows that distillation asks, too
+_ROWS_SPLIT = "training"  # finite tasks: the rows that distillation also asks
 _CANDIDATES = 64
 _GROUPS_REMEMBERED = 10
 
 
 @dataclass(frozen=True)
 class PromptSettings:
-    """What is asked.
+    """Settings of the choice of prompts.
 
     Attributes:
-      tasks: weight of each task, by the names of `get_task`; empty: the embedded families, equally.
+      tasks: weight of each task, by the names of `get_task`; empty means the embedded families with equal weights.
       efforts: weight of each effort.
-      prompts: asked per step.
-      min_pass_rate, max_pass_rate: bounds of the running pass rate of what is asked, inclusive.
-      min_answers: that a pass rate is taken from; with fewer a problem is asked.
+      prompts: number of prompts asked per step.
+      min_pass_rate, max_pass_rate: inclusive bounds of the running pass rate of problems that are asked.
+      min_answers: number of answers that a pass rate needs; problems with fewer are always asked.
       explore: share of prompts that are asked whatever their pass rate.
-      seed: draws other problems in another order.
+      seed: random seed of the problems and their order.
     """
 
     tasks: Mapping[str, float] = field(default_factory=dict)
@@ -87,17 +87,17 @@ class NothingToAsk(PuzzleError):
 
 
 class Prompts:
-    """A stream of the prompts of each step; `record` takes in how they were answered.
+    """The stream of prompts, one list per step; `record` adds the outcomes of their answers.
 
     Attributes:
       too_long: how often a problem was passed over because it is too long.
-      first_too_long: the first of them that this process met.
+      first_too_long: the first such prompt that this process met.
 
     Args:
-      settings: what is asked.
+      settings: settings of the choice.
       fits: whether a prompt is short enough; others are passed over.
 
-    Raises ConfigError for tasks that there are none of, and for a finite task without rows.
+    Raises ConfigError for unknown tasks, and for a finite task without rows.
     """
 
     def __init__(self, settings: PromptSettings, fits: Callable[[Prompt], bool] = lambda prompt: True) -> None:
@@ -115,14 +115,14 @@ class Prompts:
         return self.draw(self.settings.prompts)
 
     def draw(self, count: int) -> list[Prompt]:
-        """The next prompts.
+        """Draws the next prompts.
 
         Raises NothingToAsk when no task has a problem left whose pass rate is within bounds.
         """
         return [self._one() for _ in range(count)]
 
     def record(self, prompt: Prompt, answers: int, passed: int) -> None:
-        """Takes in how often a prompt was answered, and how many of the answers passed."""
+        """Adds a number of answers to a prompt, and how many of them passed, to its running pass rate."""
         if not answers:
             return
         before, passed_before = self._rates.get(self._key(prompt), (0.0, 0.0))
@@ -130,12 +130,12 @@ class Prompts:
         self._rates[self._key(prompt)] = before * fade + answers, passed_before * fade + passed
 
     def pass_rate(self, prompt: Prompt) -> float | None:
-        """The running share of answers that pass; None before there are enough."""
+        """The running share of answers that pass; None before there are enough answers."""
         answers, passed = self._rates.get(self._key(prompt), (0.0, 0.0))
         return passed / answers if answers >= self.settings.min_answers else None
 
     def without_signal(self) -> dict[tuple[str, str], float]:
-        """Tasks and efforts all of whose pass rates are out of bounds, with their mean, once there are some groups."""
+        """Tasks and efforts whose pass rates are all out of bounds, with their mean, once they have enough answers."""
         by_pair: dict[tuple[str, str], list[tuple[float, float]]] = {}
         for key, rate in self._rates.items():
             effort, _, rest = key.partition(" ")
@@ -159,7 +159,7 @@ class Prompts:
         self._streams = {}
 
     def _one(self) -> Prompt:
-        """One prompt; which task and effort, and whether its rate counts, is drawn anew until something fits."""
+        """Draws a task and effort by weight, then a problem; where `_CANDIDATES` are unsuitable, takes another pair."""
         settings = self.settings
         rng = random.Random(f"prompts:{settings.seed}:{self._drawn}")
         self._drawn += 1
@@ -191,7 +191,7 @@ class Prompts:
         return self.settings.min_pass_rate <= rate <= self.settings.max_pass_rate
 
     def _following(self, name: str) -> Problem:
-        """The task's next problem; rows of a finite task come round and round, in another order each time."""
+        """The task's next problem; rows of a finite task repeat without end, in a new order each time."""
         if name in self._rows:
             rows, at = self._rows[name], self._next[name]
             self._next[name] += 1
@@ -205,7 +205,7 @@ class Prompts:
         return problem
 
     def _key(self, prompt: Prompt) -> str:
-        """What a pass rate is kept for: "EFFORT TASK LEVEL"."""
+        """Key that a prompt's pass rate is kept under: "EFFORT TASK LEVEL"."""
         problem = prompt.problem
         level = problem.seed if problem.task in self._rows else next(iter(problem.details.values()), 0)
         return f"{prompt.effort} {problem.task} {level}"

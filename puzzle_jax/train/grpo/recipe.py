@@ -22,16 +22,16 @@ from puzzle_jax.train.recipe import RunRecipe
 
 @dataclass(frozen=True)
 class RolloutSettings:
-    """How prompts are answered.
+    """Settings of the sampling of answers.
 
     Attributes:
-      group: answers to each prompt.
-      max_tokens: limit of an answer by effort, or one number for all; the defaults suit the embedded parent.
-      slots: answers that are generated together.
-      resample: times that further prompts are asked in place of those whose answers all earn the same, at most.
-      replay: whether training goes through the experts that the sampler chose.
-      cache: how the sampler keeps keys and values, one of `model.cache_format.CACHE_DTYPES`; float8 needs scales in
-        the checkpoint.
+      group: number of answers to each prompt.
+      max_tokens: token limit of an answer by effort, or one number for all; the defaults suit the embedded parent.
+      slots: number of answers that are generated together.
+      resample: how many times, at most, further prompts are asked in place of those whose answers all earn the same.
+      replay: whether training routes tokens to the experts that the sampler chose.
+      cache: format of the sampler's KV cache, one of `model.cache_format.CACHE_DTYPES`; float8 needs scales in the
+        checkpoint.
     """
 
     group: int = 8
@@ -55,16 +55,16 @@ class RolloutSettings:
 
 @dataclass(frozen=True)
 class RewardSettings:
-    """How answers are rewarded.
+    """Settings of rewards.
 
     Attributes:
       function: "path/to/file.py:name" or "package.module:name", called with an answer and its task's score
-        (`tasks.rewards.workers`); None: the task's own score.
+        (`tasks.rewards.workers`); None uses the task's own score.
       time_limit: seconds that the reward of one answer may take.
-      workers: processes that run the function.
-      pass_threshold: reward from which an answer passes, for pass rates; None: an answer passes that its task gives a
-        full score, or, where the function does not ask for that score, whose reward is at least 1.
-      environment: names of the variables that the function sees; None: all.
+      workers: number of processes that run the function.
+      pass_threshold: lowest reward that passes, for pass rates; None passes answers that have their task's full score
+        or, where the function does not ask for that score, a reward of at least 1.
+      environment: names of the environment variables that the function sees; None means all.
     """
 
     function: str | None = None
@@ -85,19 +85,21 @@ class RewardSettings:
 
 @dataclass(frozen=True)
 class UpdateSettings:
-    """How a step learns from its answers.
+    """Settings of the updates that a step makes from its answers.
 
     Attributes:
-      row_length: positions of a row, into which answers are packed with their prompts; longer ones are not asked.
-      rows: per micro-batch.
-      share_prompts: whether an update runs a prompt once for many of its answers (`shared_rows`), whose rows have other
-        lengths then, and micro-batches about as many positions. Worth it for answers that are short beside their group
-        times the prompt; logits of a row's answers against its prompt must fit in memory, and mesh.sequence be 1.
-      updates: optimiser steps per step's answers; with more than one, log-probabilities before the first are
-        computed, and ratios leave 1.
-      reference: whether the policy is compared with the first one at every step, for the metric "kl", where the loss
-        does not need it.
-      token_chunk, vocab_chunk: tokens and vocabulary entries whose logits are there at a time.
+      row_length: positions of a row, into which answers are packed with their prompts; prompts that may not fit are
+        not asked.
+      rows: number of rows per micro-batch.
+      share_prompts: whether an update runs a prompt once for many of its answers (`shared_rows`). Rows then have other
+        lengths, and micro-batches about as many positions. Worthwhile where answers are short compared with the group
+        size times the prompt; attention logits of a row's answers against its prompt must fit in memory, and
+        mesh.sequence must be 1.
+      updates: optimiser updates per step; with more than one, log-probabilities before the first are computed, and
+        ratios differ from 1.
+      reference: whether the policy is compared with the initial one at every step, for the metric "kl", even where the
+        loss does not need it.
+      token_chunk, vocab_chunk: tokens and vocabulary entries whose logits are in memory at a time.
     """
 
     row_length: int = 512
@@ -117,16 +119,16 @@ class UpdateSettings:
 
 @dataclass(frozen=True)
 class MonitoringSettings:
-    """What is monitored while training goes on.
+    """Settings of evaluation, transcripts and the detection of collapse during training.
 
     Attributes:
-      problems: of each task, asked greedily at every effort when the policy is evaluated (`loop.evaluate_every`), on
-        problems that training does not see.
+      problems: number of problems of each task, unseen in training, that are answered greedily at every effort when the
+        policy is evaluated (`loop.evaluate_every`).
       transcripts: steps between files of sample answers; 0 writes none.
-      transcript_groups: prompts whose answers such a file shows.
-      collapse: share of the best running reward below which the run is ended; 0 lets it go on. What is mastered is no
-        longer asked, so that the reward of what is asked may halve without harm.
-      collapse_steps: steps that the running reward looks back.
+      transcript_groups: number of prompts whose answers such a file shows.
+      collapse: fraction of the best running reward below which the run fails; 0 means never. Mastered problems are no
+        longer asked, so the reward of those that are asked may halve without harm.
+      collapse_steps: number of steps that the running reward averages over.
     """
 
     problems: int = 100
@@ -147,8 +149,8 @@ class GrpoRecipe(RunRecipe):
 
     Attributes:
       model: checkpoint directory of the policy to begin with, as `distill` writes one.
-      export: which policy is written at the end: after the last step, or the one that did best when it was evaluated.
-      prompts, rollout, reward, update, loss, monitoring: see there.
+      export: which policy is written at the end: that of the last step, or the one with the best evaluation.
+      prompts, rollout, reward, update, loss, monitoring: sections with settings of their own.
     """
 
     model: Path
@@ -183,17 +185,17 @@ class GrpoRecipe(RunRecipe):
 
     @property
     def answer_limit(self) -> int:
-        """Tokens of the longest answer at any effort."""
+        """Largest token limit of an answer at any effort."""
         return max(self.rollout.limit(effort) for effort in self.prompts.efforts)
 
     @property
     def strip(self) -> int:
-        """Positions of a strip of answers that share a prompt; 0 where they do not."""
+        """Positions of a strip of answers that share a prompt; 0 where answers do not."""
         return strip_of(self.answer_limit) if self.update.share_prompts else 0
 
     @property
     def shared_shapes(self) -> tuple[RowShape, ...]:
-        """The shapes of micro-batches whose answers share prompts; none where they do not."""
+        """The shapes of micro-batches whose answers share prompts; empty where answers do not."""
         update = self.update
         if not update.share_prompts:
             return ()

@@ -1,10 +1,10 @@
-"""Groups of answers to a step's prompts, sampled from the policy as it is, on the devices and parameters of training.
+"""Groups of answers to a step's prompts, sampled from the current policy on the devices and parameters of training.
 
-The sampler runs on the arrays that training runs on. Stacked layers are unstacked for it within one program, so that
-nothing goes through files or the host; that copy is released before the update.
+The sampler uses the same arrays as training. Stacked layers are unstacked for it within one compiled program, so that
+nothing passes through files or the host; that copy is released before the update.
 
-Every answer comes with the log-probabilities that the sampler drew it by and, where experts are replayed, those that
-every layer chose. Left out: asynchronous sampling, by a policy older than the one that learns.
+Every answer comes with the log-probabilities with which the sampler drew it and, where experts are replayed, the
+experts that every layer chose. Left out: asynchronous sampling by a policy older than the one that learns.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Rollout:
     Attributes:
       tokens: token ids of the prompt as it was rendered.
       generated: the completion, with log-probabilities and, if asked for, experts.
-      answer: what the reward function saw.
+      answer: the answer as the reward function saw it.
       outcome: its reward, or why there is none.
     """
 
@@ -59,7 +59,7 @@ class Sampler:
     Attributes:
       student: the policy, a view on itself; its windows and caches are those of the model.
       experts: whether chosen experts are kept.
-      mesh: of "data" and "model" (`model.sharding.generation_mesh`), over all devices of training.
+      mesh: mesh of "data" and "model" (`model.sharding.generation_mesh`) over all devices of training.
     """
 
     student: Student
@@ -74,7 +74,7 @@ class Sampler:
     mesh: Mesh | None = None
 
     def sample(self, params: Params, prompts: Sequence[Prompt], draw: str) -> list[list[tuple[Request, Generated]]]:
-        """Groups of completions, in the order of the prompts; `draw` names the noise, once in a run."""
+        """Groups of completions, in the order of the prompts; `draw` names the random noise, and is unique in a run."""
         requests = [
             Request(
                 tuple(self.chat.prompt_tokens(prompt.problem.prompt, prompt.effort)),
@@ -125,7 +125,7 @@ class Sampler:
 
     @cached_property
     def params(self) -> Callable[[Params, Params], Params]:
-        """From base and trained parameters to the policy's, a layer at a time, as generation reads them."""
+        """Maps base and trained parameters to the policy's, unstacked into layers as generation reads them."""
         student = self.student
         where = None if self.mesh is None else params_sharding(student.config, self.mesh)
 

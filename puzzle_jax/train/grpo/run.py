@@ -1,12 +1,12 @@
 """Reinforcement learning with verifiable rewards: from a checkpoint to a policy's checkpoint (`train.run`).
 
-    OUT/transcripts/    sample answers with their rewards, every so many steps
+    OUT/transcripts/    sample answers with their rewards, at intervals
 
-A step asks its prompts, each several times, rewards the answers, and learns from how they compare within their group.
-The paper trains two policies from one start so, one for accuracy at high effort and one for short answers at mixed
-efforts, and averages their weights (`train.average.weights`).
+A step asks each of its prompts several times, rewards the answers, and learns from how they compare within their group.
+The paper trains two policies from one start in this way, one for accuracy at high effort and one for short answers at
+mixed efforts, and averages their weights (`train.average.weights`).
 
-Left out: sampling that runs ahead of learning, and tools.
+Left out: sampling that runs ahead of learning, and tool use.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ TRANSCRIPTS = "transcripts"
 
 
 class RewardCollapse(PuzzleError):
-    """The running reward fell far below the best it had been."""
+    """The running reward fell far below its best value."""
 
 
 def grpo(recipe: GrpoRecipe, console: Console) -> Trained:
     """Trains a policy and writes it; on a signal it saves and returns early, without a checkpoint in Hugging Face form.
 
-    Raises PuzzleError, before weights are read and anything is written, for whatever is wrong with what the recipe
-    names, and where `recipe.out` holds something else. `RewardCollapse` comes after the best policy was written.
+    Raises PuzzleError, before weights are read and anything is written, for invalid inputs and where `recipe.out` holds
+    something else. `RewardCollapse` is raised after the best policy was written.
     """
     console = primary_console(console)
     inputs = agreed_inputs(recipe, partial(GrpoInputs.open, recipe))
@@ -140,7 +140,7 @@ class Trainer(Run[GrpoInputs]):
             ahead=False,
         )
 
-    # The stream of prompts, whose state holds all that steps remember besides the parameters -------------------------
+    # The stream of prompts; its state holds everything that steps carry over besides the parameters ------------------
 
     def __next__(self) -> list[Prompt]:
         return self._draw(self.recipe.prompts.prompts)
@@ -161,7 +161,7 @@ class Trainer(Run[GrpoInputs]):
     # A step --------------------------------------------------------------------------------------------------------
 
     def step(self, state: TrainState, fixed: Fixed, prompts: list[Prompt]) -> tuple[TrainState, dict[str, float]]:
-        """Asks, rewards, and learns.
+        """Asks the prompts, rewards the answers, and learns from them.
 
         Raises RewardCollapse, and PuzzleError when there is nothing left to ask.
         """
@@ -180,7 +180,7 @@ class Trainer(Run[GrpoInputs]):
     def _answers(
         self, params: Params, fixed: Fixed, prompts: list[Prompt], number: int
     ) -> tuple[policy_batches.RewardedGroups, dict[str, float]]:
-        """All groups of a step with their rewards, and the seconds that it took."""
+        """All groups of a step with their rewards, and the time that they took."""
         recipe, started = self.recipe, time.perf_counter()
         policy = self.sampler.params(fixed.base, params)
         sampling = rewarding = 0.0
@@ -211,7 +211,7 @@ class Trainer(Run[GrpoInputs]):
     def _learn(
         self, state: TrainState, fixed: Fixed, groups: list[list[policy_batches.Learnable]]
     ) -> tuple[TrainState, dict[str, float]]:
-        """The optimiser's steps; means of their metrics, and what they took."""
+        """Runs the updates of a step; returns the next state, and their mean metrics with timings."""
         count = min(self.recipe.update.updates, len(groups))
         if not count:
             return state, {"skipped": 0.0, "updates": 0.0, "update_seconds": 0.0, "score_seconds": 0.0}
@@ -241,7 +241,7 @@ class Trainer(Run[GrpoInputs]):
         return list(policy_batches.micro_batches(found, **shape, pad_id=inputs.model.chat.pad_id))
 
     def _scored(self, params: Params, fixed: Fixed, batch: Packed, old: bool) -> Packed:
-        """With log-probabilities before the step, where the loss or the metrics need them."""
+        """The batch with log-probabilities from before the step, where the loss or the metrics need them."""
         reference = bool(self.inputs.loss.kl) or self.recipe.update.reference
         if not old and not reference:
             return batch
@@ -252,7 +252,7 @@ class Trainer(Run[GrpoInputs]):
     # Evaluation ----------------------------------------------------------------------------------------------------
 
     def measure(self, state: TrainState) -> dict[str, float]:
-        """Of greedy answers: "accuracy", also by effort, "error", 1 - accuracy, and mean "tokens", also by effort."""
+        """Metrics of greedy answers: "accuracy", mean "tokens" (both also by effort), "error" and "unscored"."""
         return self._measured(self._greedy(state))
 
     def _measured(self, found: Sequence[Trace]) -> dict[str, float]:
@@ -266,7 +266,7 @@ class Trainer(Run[GrpoInputs]):
         return values | {"error": 1.0 - values["accuracy"], "unscored": unscored}
 
     def _greedy(self, state: TrainState) -> list[Trace]:
-        """Greedy answers of a policy; those of the one that was asked last are kept."""
+        """Greedy answers of a policy; those of the policy that was last asked are cached."""
         step = int(state.step)
         if self.answered is None or self.answered[0] != step:
             self.answered = step, self._answer_greedily(state.params)
@@ -283,7 +283,7 @@ class Trainer(Run[GrpoInputs]):
             slots=self.recipe.rollout.slots,
             cache=inputs.cache,
             mesh=self.generation_mesh,
-            log_probs=True,  # so that these are the programs of the answers that are learnt from
+            log_probs=True,  # so that the compiled programs of training's answers serve here, too
             experts=self.recipe.rollout.replay,
             skip=inputs.too_long,
             scorers=self.rewards,
@@ -294,7 +294,7 @@ class Trainer(Run[GrpoInputs]):
     # Export --------------------------------------------------------------------------------------------------------
 
     def best(self) -> TrainState:
-        """The policy that did best when it was evaluated; where none was kept, the newest one."""
+        """The policy with the best evaluation; where none was kept, the newest policy."""
         with open_checkpoints(self.recipe.out, self.inputs.identity, self.recipe.loop) as checkpoints:
             fresh = self.initial()
             best = checkpoints.best
@@ -305,7 +305,7 @@ class Trainer(Run[GrpoInputs]):
         self.export_state(self.best() if self.recipe.export == "best" else trained.state)
 
     def export_state(self, state: TrainState) -> None:
-        """Writes a policy, by the primary process."""
+        """Writes a policy, in the primary process."""
         step, answers = int(state.step), self._greedy(state)
         evaluated = self._measured(answers)
         scales = self._cache_scales(state.params, answers)
@@ -328,14 +328,14 @@ class Trainer(Run[GrpoInputs]):
         }
 
     def _cache_scales(self, trained: Params, answers: Sequence[Trace]) -> KVScales:
-        """Of the policy's FP8 cache, on its own answers."""
+        """Scales of the policy's FP8 cache, calibrated on its own answers."""
         batches = trace_batches(answers[:: max(1, len(answers) // CALIBRATION_ANSWERS)])
         with on_mesh(self.generation_mesh):
             return calibrate_cache(self.sampler.params(self.base, trained), self.inputs.config, batches)
 
 
 def _combined(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Means over a step's updates; largest values where names say so, and the last learning rate."""
+    """Means over a step's updates; maxima for names that end in `MAXIMUM` and "skipped", and the last learning rate."""
 
     def one(name: str) -> float:
         values = [metrics[name] for metrics in updates]

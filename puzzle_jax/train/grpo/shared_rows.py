@@ -1,9 +1,9 @@
-"""Rows of one prompt and several answers to it, so that an update runs a prompt once and not once per answer.
+"""Rows of one prompt and several answers to it, so that an update runs a prompt once rather than once per answer.
 
 A row is laid out for `kernels.prefix_attention`: the prompt right-aligned in the prefix, answers packed first-fit into
-strips, the longest first. The prompt's last token, which the first token of an answer is predicted from, begins every
-answer; its last token, from which nothing is predicted, is in no row. Prefixes come in few lengths, each with a program
-of its own, and micro-batches of each have about as many positions.
+strips, the longest first. Every answer begins with the prompt's last token, from which its first token is predicted,
+and omits its own last token, from which nothing is predicted. Prefixes come in a few lengths, each with a compiled
+program of its own, and micro-batches have about the same number of positions at each.
 
 Left out: several prompts in a row. A prompt whose answers fill less than a row's strips leaves the rest empty.
 """
@@ -20,7 +20,7 @@ from puzzle_jax.kernels.prefix_attention import PROMPT, Layout
 from puzzle_jax.train.rows import Example, OpenRows, Packed
 
 STRIPS = 3
-"""The number of strips in a row. More of them leave rows of few answers emptier; fewer repeat a prompt more often."""
+"""The number of strips in a row. More of them leave rows with few answers emptier; fewer repeat prompts more often."""
 
 _SHORTEST_PREFIX, _LONGER = 64, 8
 _STRIP_MULTIPLE = 32
@@ -28,7 +28,7 @@ _STRIP_MULTIPLE = 32
 
 @dataclass(frozen=True)
 class RowShape:
-    """One shape of micro-batches."""
+    """The shape of a micro-batch."""
 
     rows: int
     layout: Layout
@@ -40,20 +40,20 @@ class RowShape:
 
 
 def layout_of(length: int, strip: int) -> Layout:
-    """The layout of rows of a length."""
+    """The layout of rows of the given length."""
     return Layout(length - STRIPS * strip, strip)
 
 
 def strip_of(limit: int) -> int:
-    """Positions of a strip that holds answers up to a limit of tokens."""
+    """Positions of a strip that holds answers of up to `limit` tokens."""
     return -(-limit // _STRIP_MULTIPLE) * _STRIP_MULTIPLE
 
 
 def row_shapes(longest_prompt: int, limit: int, positions: int, parts: int = 1) -> tuple[RowShape, ...]:
-    """Shapes for prompts up to a length and answers up to a limit, the shortest prefix first.
+    """Shapes for prompts of up to `longest_prompt` tokens and answers of up to `limit`, the shortest prefix first.
 
     Args:
-      positions: of a micro-batch, which has at least as many rows as `parts`, and a multiple of those.
+      positions: approximate positions of a micro-batch, whose number of rows is a positive multiple of `parts`.
     """
     prefixes, prefix = [], _SHORTEST_PREFIX
     while prefix < longest_prompt:
@@ -65,7 +65,7 @@ def row_shapes(longest_prompt: int, limit: int, positions: int, parts: int = 1) 
 
 
 def shared_rows(found: Sequence[Example], shapes: Sequence[RowShape], pad_id: int) -> Iterator[Packed]:
-    """Every example once, in micro-batches of one shape each; rows at the end are padding where some are missing.
+    """Packs every example once, in micro-batches of one shape each; missing rows of the last of a shape are padding.
 
     Extras of a prompt's positions are those of its first example.
     """
@@ -83,7 +83,7 @@ def shared_rows(found: Sequence[Example], shapes: Sequence[RowShape], pad_id: in
 
 
 def _strips(examples: Sequence[Example], strip: int) -> list[list[Example]]:
-    """The answers to one prompt, packed."""
+    """The answers to one prompt, packed into strips."""
     filling = OpenRows[Example](strip, len(examples), lambda example: len(example.tokens) - example.prompt_length)
     for example in sorted(examples, key=lambda example: -len(example.tokens)):
         filling.place(example)

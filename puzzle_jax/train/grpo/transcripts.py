@@ -1,14 +1,14 @@
 """Answers of reinforcement learning as files: JSONL for programs, a page for people.
 
-    DIRECTORY/step-000120.jsonl   an object per answer, in the order given; null stands for what is no finite number
-    DIRECTORY/step-000120.html    the same by prompt; opens offline
+    DIRECTORY/step-000120.jsonl   an object per answer, in the order given; null stands for a number that is not finite
+    DIRECTORY/step-000120.html    the same, grouped by prompt; opens offline
 
-Rewards are read before they are trusted: a page shows what a reward was given for. Texts are a model's and may hold
-anything. The JSONL has them as they are (in ASCII, with escapes); the page runs and fetches nothing, and shows
-characters that cannot be seen, or that change the order of others, by their numbers.
+Rewards should be inspected before they are trusted: a page shows what each was given for. Texts come from a model and
+may contain anything. The JSONL holds them unchanged (in ASCII, with escapes); the page runs and fetches nothing, and
+shows characters that are invisible, or that reorder others, by their code points.
 
-The same answers give the same bytes, and a step that is written again replaces its files. Left out: links between
-pages, which would depend on what else there is.
+The same answers give byte-identical files, and a step that is written again replaces its files. Left out: links between
+pages, which would depend on the other pages there.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from puzzle_jax.report.html import render
 from puzzle_jax.train.grpo.policy_batches import RewardedGroups
 
 _UNFOLDED = 600
-"""Texts of up to so many characters are unfolded."""
+"""Texts of up to this many characters are shown unfolded."""
 
 _FILE = re.compile(rf"\.?step-(\d{{6,}})\.(?:jsonl|html)(?:{re.escape(PARTIAL)}\d+)?")
 
@@ -37,9 +37,9 @@ class StepTranscripts:
     """Transcripts of a run, written by its primary process.
 
     Attributes:
-      directory: of the files.
-      every: steps between two that are shown, of which the first step is one; 0: none.
-      groups: of a step that are shown.
+      directory: directory of the files.
+      every: shows the first step and every step that is a multiple of this number; 0 shows none.
+      groups: number of groups of a step that are shown.
     """
 
     directory: Path
@@ -48,13 +48,13 @@ class StepTranscripts:
     _begun: bool = field(default=False, init=False)
 
     def begin(self, step: int) -> None:
-        """Called before each step is made; deletes what an earlier process showed of steps that are made again."""
+        """Must be called before each step; deletes an earlier process's files of steps that are run again."""
         if not self._begun and jax.process_index() == 0:
             drop_after(self.directory, step - 1)
         self._begun = True
 
     def add(self, step: int, groups: RewardedGroups) -> None:
-        """Writes the step's answers, if it is one that is shown."""
+        """Writes the step's answers, if the step is one that is shown."""
         if jax.process_index() or not self.every or (step != 1 and step % self.every):
             return
         write_transcripts(self.directory, step, shown(groups, self.groups))
@@ -84,15 +84,15 @@ def shown(groups: RewardedGroups, most: int) -> list[Transcript]:
 
 @dataclass(frozen=True)
 class Transcript:
-    """An answer and what it was worth.
+    """An answer with its reward and advantage.
 
     Attributes:
-      answer: the right one; "" where none is known.
+      answer: the correct answer; "" where none is known.
       analysis, final: what the model wrote.
       reward: None where the reward function failed.
       reason: why it failed.
-      advantage: what the answer counted in the update.
-      group: answers to one prompt share a number.
+      advantage: advantage of the answer in the update.
+      group: number of the group; answers to one prompt share it.
     """
 
     task: str
@@ -110,7 +110,7 @@ class Transcript:
 
 
 def write_transcripts(directory: Path, step: int, transcripts: Sequence[Transcript]) -> None:
-    """Writes the two files of a step, each whole or not at all; makes the directory when it is not there."""
+    """Writes the two files of a step, each whole or not at all; creates the directory if needed."""
     directory.mkdir(parents=True, exist_ok=True)
     rows = [asdict(t) | {"reward": _finite(t.reward), "advantage": _finite(t.advantage)} for t in transcripts]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
@@ -119,7 +119,7 @@ def write_transcripts(directory: Path, step: int, transcripts: Sequence[Transcri
 
 
 def drop_after(directory: Path, step: int) -> None:
-    """Deletes the files of later steps, for a run that goes on from `step`; other files stay."""
+    """Deletes the files of later steps, for a run that resumes from `step`; other files stay."""
     for path in sorted(directory.iterdir()) if directory.is_dir() else []:
         found = _FILE.fullmatch(path.name)
         if found and int(found[1]) > step:
@@ -139,7 +139,7 @@ def _page(step: int, transcripts: Sequence[Transcript]) -> str:
 
 
 def _means(transcripts: Sequence[Transcript]) -> str:
-    """Means over answers; that of rewards over those that have one."""
+    """Describes means over answers; the mean reward is over answers that have one."""
     if not transcripts:
         return "no answers"
     count = len(transcripts)

@@ -1,13 +1,13 @@
-"""What training minimises, per token, as plain definitions on whole logits or hidden states, in float32.
+"""The losses that training minimises, per token, as plain definitions on whole logits or hidden states, in float32.
 
-These are the reference and are for small vocabularies; `head_losses` computes the same from hidden states without
-ever holding [tokens, vocab]. Every loss keeps the token axes, so that callers form weighted sums.
+They are the reference, for small vocabularies; `head_losses` computes the same from hidden states without ever holding
+[tokens, vocab]. Every loss keeps the token axes, so that callers can form weighted sums.
 
-A temperature T divides both models' logits and multiplies the loss by T^2, which keeps the size of gradients
-(Hinton et al., arXiv 1503.02531). Gradients flow into both sides; stop them where a teacher is no constant.
+A temperature T divides both models' logits and multiplies the loss by T^2, which preserves the size of gradients
+(Hinton et al., arXiv 1503.02531). Gradients flow into both sides; stop them where a teacher is not a constant.
 
-Sources: forward and reverse KL and the generalised Jensen-Shannon divergence as in arXiv 2306.13649; KL and cosine of
-hidden states together are what Puzzle distils with (arXiv 2411.19146).
+Sources: forward and reverse KL and the generalised Jensen-Shannon divergence as in arXiv 2306.13649; Puzzle distils
+with KL and the cosine of hidden states together (arXiv 2411.19146).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-TINY = 1e-20  # below any squared length that means something
+TINY = 1e-20  # smaller than any meaningful squared length
 
 
 class TopK(NamedTuple):
@@ -28,7 +28,7 @@ class TopK(NamedTuple):
       ids: the tokens, all different within a row.
       logits: their logits, not divided by the temperature.
       log_total: log of the sum over the whole vocabulary of exp(logit / T), T being the temperature of the loss that
-        reads it. Kept for T = 1 it serves no other temperature.
+        reads it. A total for T = 1 serves no other temperature.
     """
 
     ids: Int[Array, "*tokens k"]
@@ -74,7 +74,7 @@ def jsd(
     """T^2 (beta KL(p || m) + (1 - beta) KL(q || m)) with m = beta p + (1 - beta) q, 0 < beta < 1.
 
     Divided by beta it tends to the forward KL as beta falls to 0, and divided by 1 - beta to the reverse KL as beta
-    rises to 1. At most T^2 log 2 for beta = 1/2.
+    rises to 1. It is at most T^2 log 2 for beta = 1/2.
     """
     log_p, log_q = _log_softmax(teacher_logits, temperature), _log_softmax(student_logits, temperature)
     log_m = jnp.logaddexp(jnp.log(beta) + log_p, jnp.log1p(-beta) + log_q)
@@ -86,15 +86,15 @@ def jsd(
 def top_k_kl(
     top_k: TopK, student_logits: Float[Array, "*tokens vocab"], temperature: float = 1.0
 ) -> Float[Array, "*tokens"]:
-    """Forward KL of k + 1 outcomes: each of the teacher's top-k tokens S, and all other tokens as one.
+    """Forward KL over k + 1 outcomes: each of the teacher's top-k tokens S, and all other tokens as one.
 
         T^2 (sum_{v in S} p_v (log p_v - log q_v) + p_rest (log p_rest - log q_rest)),
         p_rest = 1 - sum_{v in S} p_v,  q_rest = sum_{v not in S} q_v
 
     Both sides still sum to 1, so this is a divergence: merging outcomes can only lower the KL (data-processing
     inequality), hence it is a lower bound of `forward_kl`, and equals it where k is the vocabulary or where the student
-    spreads the rest as the teacher does. Dropping the rest instead would not be bounded by 0, and renormalising S alone
-    would let the student move mass out of S for free.
+    spreads the rest as the teacher does. Dropping the rest instead would give a loss that can fall below 0, and
+    renormalising S alone would let the student move mass out of S for free.
     """
     vocab = student_logits.shape[-1]
     log_q = _log_softmax(student_logits, temperature)
@@ -122,7 +122,7 @@ def next_token(
 
 
 def entropy(student_logits: Float[Array, "*tokens vocab"], temperature: float = 1.0) -> Float[Array, "*tokens"]:
-    """-T^2 sum_v q_v log q_v: how undecided the student is, from 0 to T^2 log(vocabulary); compares with nothing."""
+    """-T^2 sum_v q_v log q_v: how undecided the student is, from 0 to T^2 log(vocabulary)."""
     log_q = _log_softmax(student_logits, temperature)
     return -(temperature**2) * jnp.sum(jnp.exp(log_q) * log_q, axis=-1)
 
@@ -138,10 +138,10 @@ def hidden_cosine(
 def hidden_mse(
     student: Float[Array, "*tokens hidden"], teacher: Float[Array, "*tokens hidden"]
 ) -> Float[Array, "*tokens"]:
-    """|student - teacher|^2 / |teacher|^2: 0 for equal states, 1 for a student that says nothing.
+    """|student - teacher|^2 / |teacher|^2: 0 for equal states, 1 for a student whose states are 0.
 
-    Per token, so that the few tokens whose states are hundreds of times longer than others' do not decide alone, as
-    they would in Puzzle's ratio of two means over all tokens.
+    It is normalised per token, so that the few tokens whose states are hundreds of times longer than others' do not
+    dominate, as they would in Puzzle's ratio of two means over all tokens.
     """
     x, y = student.astype(jnp.float32), teacher.astype(jnp.float32)
     return jnp.sum((x - y) ** 2, axis=-1) / jnp.maximum(jnp.sum(y * y, axis=-1), TINY)

@@ -1,16 +1,16 @@
-"""Losses on next-token distributions from final hidden states, with memory for neither one's logits.
+"""Losses on next-token distributions, from final hidden states and without holding either model's logits in full.
 
-    logits = rms_norm(x, norm) @ weight;  loss_t of logits_t and those of a teacher, a target or top-k
+    logits = rms_norm(x, norm) @ weight;  loss_t from logits_t and a teacher's logits, a target or a teacher's top k
 
-At 131,072 tokens and 201,088 words the float32 logits of one model alone are 105 GB. Here tokens go in groups and, for
-each, the vocabulary in slices (`head_chunks`): the forward pass folds them into a few numbers per token, and the
-backward pass computes each slice's logits again and turns them, with those numbers, into gradients (`head_kinds`).
-Beyond inputs and gradients that takes a few [token_chunk, vocab_chunk] arrays; gradients of a head and its norm are
-accumulated in float32.
+With 131,072 tokens and a vocabulary of 201,088, the float32 logits of one model alone take 105 GB. Here tokens are
+processed in groups and, for each group, the vocabulary in slices (`head_chunks`): the forward pass folds the slices
+into a few numbers per token; the backward pass recomputes each slice's logits and turns them, with those numbers, into
+gradients (`head_kinds`). Beyond inputs and gradients this takes a few [token_chunk, vocab_chunk] arrays; gradients of a
+head and its norm are accumulated in float32.
 
-Left out: gradients for teachers, and placement. Under jit tokens may be cut over devices, but then the head's gradient
-is summed over them slice by slice; inside `jax.shard_map`, with whole heads and each device's own tokens, it is summed
-once, at the end.
+Left out: gradients for teachers, and placement. Under jit, tokens may be sharded over devices, but then the head's
+gradient is summed over devices slice by slice; inside `jax.shard_map`, with whole heads and each device's own tokens,
+it is summed once, at the end.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from puzzle_jax.train.losses.head_kinds import KINDS, Given, Saved
 
 
 class HeadSettings(NamedTuple):
-    """What a program is compiled for."""
+    """The static settings that a program is compiled for."""
 
     kind: str
     eps: float
@@ -41,7 +41,7 @@ class HeadSettings(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """What a student is compared with; only what its kind needs is there."""
+    """What a student is compared with; `checked` sets the fields that the kind does not need to None."""
 
     teacher: Head | None
     y: Array | None
@@ -49,7 +49,7 @@ class Reference(NamedTuple):
     top_k: TopK | None
 
 
-# Lengths have names of their own here, so that those that differ reach `_check`, whose message names both.
+# Each length has a name of its own in these annotations, so that a mismatch reaches `_check`, whose message names both.
 def head_losses(
     kind: str,
     student: Head,
@@ -69,21 +69,21 @@ def head_losses(
 
     Args:
       kind: "forward_kl", "reverse_kl" or "jsd" (need `teacher` and `y`), "next_token" (needs `targets`), "top_k_kl"
-        (needs `top_k`) or "entropy" (needs none of these). What a kind does not need is not looked at.
+        (needs `top_k`) or "entropy" (needs none of these). Arguments that a kind does not need are ignored.
       student: the model that learns. Logits are computed in the dtype of `x` and accumulated in float32.
       x: its final hidden states, before the norm.
-      eps: of both models' norms.
+      eps: epsilon of both models' norms.
       teacher: may be `student` itself or share its arrays; its hidden size may differ, its vocabulary may not.
       y: the teacher's final hidden states at the same positions.
-      targets: the right next tokens.
-      top_k: the teacher's likeliest tokens, with the log total of this temperature.
-      temperature: T, divides logits; the loss, of every kind, is multiplied by T^2.
+      targets: the true next tokens.
+      top_k: the teacher's likeliest tokens, with the log total for this temperature.
+      temperature: T, which divides logits; losses of every kind are multiplied by T^2.
       beta: the teacher's share in the mixture of "jsd".
-      token_chunk: tokens at a time.
-      vocab_chunk: columns of a head at a time; need not divide the vocabulary.
+      token_chunk: tokens processed at a time.
+      vocab_chunk: columns of a head processed at a time; need not divide the vocabulary.
 
     Raises:
-      ValueError: an unknown kind, something that it needs is missing, shapes that do not fit each other, or a setting
+      ValueError: the kind is unknown, something that it needs is missing, shapes do not fit each other, or a setting is
         out of range.
     """
     settings = HeadSettings(kind, eps, temperature, beta, token_chunk, vocab_chunk)
@@ -121,13 +121,13 @@ def _backward(settings: HeadSettings, residuals: tuple, d_losses: Array) -> tupl
     def group(d_head: Head, inputs: tuple) -> tuple[Head, Array]:
         x, reference, saved, d_losses = inputs
         given = given_of(settings, student, reference)
-        scale = settings.temperature * d_losses[:, None]  # T^2 of the loss, 1 / T of its logits
+        scale = settings.temperature * d_losses[:, None]  # T^2 from the loss, 1 / T from its logits
         models = models_of(settings, student, x, reference, teacher)
         y = models[0][0]
 
         def step(sums: tuple[Array, Array], chunk: Chunk) -> tuple[Array, Array]:
             d_y, d_weight = sums
-            # 0 for unweighted tokens also where a teacher's garbage makes the gradient NaN.
+            # Tokens of weight 0 get 0 even where garbage from the teacher makes the gradient NaN.
             d_logits = jnp.where(scale != 0, scale * kind.gradient(chunk, saved, given), 0.0).astype(y.dtype)
             columns = columns_of(student.weight, chunk.start, width, y.dtype)
             d_y += jnp.matmul(d_logits, columns.T, preferred_element_type=jnp.float32)
@@ -137,7 +137,7 @@ def _backward(settings: HeadSettings, residuals: tuple, d_losses: Array) -> tupl
 
         start = (jnp.zeros(y.shape, jnp.float32), d_head.weight)
         d_y, d_weight = sweep(step, start, models, temperature=settings.temperature, width=settings.vocab_chunk)
-        # In float32, like the sum it comes from; the states that it was taken at were rounded to x.dtype before.
+        # In float32, like the sum `d_y`, although the states at which that was taken were rounded to x.dtype.
         _, through_norm = jax.vjp(
             lambda x, norm: rms_norm(x, norm, settings.eps), x.astype(jnp.float32), student.norm.astype(jnp.float32)
         )
@@ -160,7 +160,7 @@ def _groups(settings: HeadSettings, x: Array) -> int:
 
 
 def models_of(settings: HeadSettings, student: Head, x: Array, reference: Reference, teacher: Head | None) -> tuple:
-    """Normalised states and head weights whose logits the kind reads, the student first."""
+    """Normalised states and head weight of each model whose logits the kind reads, the student first."""
     models = ((rms_norm(x, student.norm, settings.eps), student.weight),)
     if teacher is not None and reference.y is not None:
         models = (*models, (rms_norm(reference.y, teacher.norm, settings.eps), teacher.weight))
@@ -173,14 +173,14 @@ def given_of(settings: HeadSettings, student: Head, reference: Reference) -> Giv
 
 
 def checked(settings: HeadSettings, student: Head, x: Array, reference: Reference) -> Reference:
-    """The reference without what the kind does not read; raises ValueError for what does not fit, see `head_losses`."""
+    """The reference without what the kind does not read; raises ValueError as `head_losses` does."""
     reference = _needed(settings, reference)
     _check(settings, student, x, reference)
     return reference
 
 
 def _needed(settings: HeadSettings, reference: Reference) -> Reference:
-    """Without what the kind does not read."""
+    """The reference without what the kind does not read."""
     if settings.kind not in KINDS:
         raise ValueError(f"kind is {settings.kind!r}, but must be one of {', '.join(KINDS)}")
     needs = KINDS[settings.kind].needs
@@ -191,7 +191,7 @@ def _needed(settings: HeadSettings, reference: Reference) -> Reference:
 
 
 def _check(settings: HeadSettings, student: Head, x: Array, reference: Reference) -> None:
-    """ValueError for settings out of range and shapes that do not fit."""
+    """Raises ValueError for settings out of range and shapes that do not fit."""
     for name in ("token_chunk", "vocab_chunk"):
         if getattr(settings, name) < 1:
             raise ValueError(f"{name} is {getattr(settings, name)}, but must be at least 1")

@@ -1,7 +1,7 @@
-"""Logits a piece at a time: some tokens by some columns of an output head, never [tokens, vocab].
+"""Logits one piece at a time: some tokens by some columns of an output head, never [tokens, vocab].
 
-Tokens are split into equal groups, and a head is walked through in slices of its columns. No head is padded or copied:
-the last slice ends with the vocabulary and overlaps the one before, and columns seen already are masked.
+Tokens are split into equal groups, and a head is processed in slices of its columns. No head is padded or copied:
+the last slice ends with the vocabulary and overlaps the one before, and columns already seen are masked.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ class Chunk(NamedTuple):
         return jnp.where(ids >= self.first_new, ids, -1)
 
     def place(self, ids: Array) -> Array:
-        """Where in the slice tokens with these ids are, and the number of columns, one too many, if they are not."""
+        """Column of each id within the slice; the number of columns, one past the last, if no new column has it."""
         width = self.logits[0].shape[1]
         here = (ids >= self.first_new) & (ids < self.start + width)
         return jnp.where(here, ids - self.start, width)
 
     def pick(self, ids: Array, otherwise: Array) -> Array:
-        """The first model's logits of `ids` [tokens, k], where they are in this slice."""
+        """The first model's logits of `ids` [tokens, k] where this slice has them, `otherwise` elsewhere."""
         place = self.place(ids)
         width = self.logits[0].shape[1]
         found = jnp.take_along_axis(self.logits[0], jnp.minimum(place, width - 1), axis=1)
@@ -59,10 +59,10 @@ class Chunk(NamedTuple):
 
 
 def split(array: Shaped[Array, "tokens ..."], groups: int) -> Shaped[Array, "groups group ..."]:
-    """Token t goes to group t mod `groups`; short groups are filled up with zeros.
+    """Token t goes to group t mod `groups`; short groups are padded with zeros.
 
-    Split like this, each group holds as many tokens of every device over which the token axis is cut in blocks, and
-    devices share the work of each group; groups of neighbours would lie on one device each.
+    If the token axis is sharded in blocks, each group then holds equally many tokens of every device, and devices share
+    the work of each group; groups of neighbouring tokens would lie on one device each.
     """
     each = -(-array.shape[0] // groups)
     padded = jnp.pad(array, [(0, each * groups - array.shape[0]), *[(0, 0)] * (array.ndim - 1)])
@@ -86,11 +86,11 @@ def sweep(
 
     Args:
       step: (carry, chunk) -> carry.
-      start: the first carry.
+      start: the initial carry.
       models: normalised states and head weight of each model; logits are computed in the states' dtype and
         accumulated in float32, as `network.head_logits` does.
       temperature: divides the logits.
-      width: columns at a time.
+      width: columns per slice.
     """
     vocab = models[0][1].shape[1]
     width = min(width, vocab)
@@ -123,13 +123,13 @@ class LogSumExp(NamedTuple):
         return cls(jnp.full(tokens, MASKED, jnp.float32), jnp.zeros(tokens, jnp.float32))
 
     def add(self, logits: Array) -> LogSumExp:
-        """With the columns of another slice; [tokens, columns]."""
+        """Adds the logits of another slice, [tokens, columns]."""
         largest = jnp.maximum(self.largest, jnp.max(logits, axis=-1))
         terms = jnp.exp(logits - largest[:, None])
         return LogSumExp(largest, self.total * jnp.exp(self.largest - largest) + jnp.sum(terms, axis=-1))
 
     def shifted(self, logits: Array) -> Array:
-        """Below the largest: exact where it matters, however large logits are."""
+        """Logits relative to the largest: exact where it matters, however large they are."""
         return logits - self.largest[:, None]
 
     def log_probabilities(self, logits: Array) -> Array:

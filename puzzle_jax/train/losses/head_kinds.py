@@ -1,6 +1,6 @@
-"""The losses of `losses` as folds over slices of the vocabulary, and their gradients from a few numbers per token.
+"""The losses of `definitions` as folds over slices of the vocabulary, with gradients from a few numbers per token.
 
-With s and t the student's and teacher's logits over T, q = softmax(s), p = softmax(t), and Z their log sum exp:
+With s and t the student's and teacher's logits divided by T, q = softmax(s), p = softmax(t), and Z their log-sum-exps:
 
 | kind | loss / T^2 | its gradient in s_v | kept per token |
 |---|---|---|---|
@@ -9,14 +9,15 @@ With s and t the student's and teacher's logits over T, q = softmax(s), p = soft
 | jsd | beta KL(p, m) + (1 - beta) D | (1 - beta) q_v (log q_v - log m_v - D) | Z_s, Z_t, D |
 | next_token | Z_s - s_target | q_v - [v = target] | Z_s |
 | entropy | H = Z_s - E_q[s] | -q_v (log q_v + H) | Z_s, H |
-| top_k_kl | see `losses.top_k_kl` | q_v - p_v in S, q_v - p_rest q_v / q_rest elsewhere | Z_s, Z_rest |
+| top_k_kl | see `definitions.top_k_kl` | q_v - p_v in S, q_v - p_rest q_v / q_rest elsewhere | Z_s, Z_rest |
 
-S are the teacher's top k; m = beta p + (1 - beta) q, and D = KL(q, m). For jsd: the derivative in q_v is
--beta (1 - beta) p_v / m_v + (1 - beta) (log(q_v / m_v) + 1 - (1 - beta) q_v / m_v) = (1 - beta) log(q_v / m_v), as
-the others add up to (1 - beta) (1 - m_v / m_v) = 0; the softmax then takes its mean under q, D, away. m needs both Z,
-so this kind alone walks through the vocabulary twice.
+S is the set of the teacher's top k tokens, m = beta p + (1 - beta) q, and D = KL(q, m). For jsd, the derivative with
+respect to q_v is -beta (1 - beta) p_v / m_v + (1 - beta) (log(q_v / m_v) + 1 - (1 - beta) q_v / m_v), which equals
+(1 - beta) log(q_v / m_v), because the other terms add up to (1 - beta) (1 - m_v / m_v) = 0; the softmax then subtracts
+D, the mean of log(q_v / m_v) under q. m needs both Z, so only this kind sweeps the vocabulary twice.
 
-Z is kept in two parts, the largest logit and the log of the sum beside it, as log p is exact only below the largest.
+Z is kept as two numbers, the largest logit and the sum of exp(logit - largest), because log p is exact only when it is
+computed relative to the largest logit.
 """
 
 from __future__ import annotations
@@ -30,18 +31,18 @@ from jaxtyping import Array
 from puzzle_jax.train.losses.definitions import TopK, rest_term
 from puzzle_jax.train.losses.head_chunks import MASKED, Carry, Chunk, LogSumExp
 
-Saved = tuple[Any, ...]  # arrays and LogSumExp, [tokens], as each kind has it
+Saved = tuple[Any, ...]  # arrays and LogSumExp over [tokens]; which ones depends on the kind
 
 
 @runtime_checkable
 class Sweep(Protocol):
-    """`head_chunks.sweep` for given models: gives the carry after the last slice."""
+    """`head_chunks.sweep` bound to its models; returns the carry after the last slice."""
 
     def __call__(self, step: Callable[[Carry, Chunk], Carry], start: Carry, /) -> Carry: ...
 
 
 class Given(NamedTuple):
-    """What a group of tokens is compared with, beside a teacher's logits; and the vocabulary and settings."""
+    """What a group of tokens is compared with besides the teacher's logits; vocabulary size and settings."""
 
     targets: Array | None  # [tokens]
     top_k: TopK | None
@@ -54,9 +55,9 @@ class Kind(NamedTuple):
     """One loss.
 
     Attributes:
-      loss: (sweep, tokens, given) -> loss over T^2 [tokens], and what `gradient` needs of each token.
-      gradient: (chunk, saved, given) -> derivative in the student's logits over T, [tokens, columns]; 0 where masked.
-      needs: which arguments of `head_losses` it reads.
+      loss: (sweep, tokens, given) -> loss / T^2 [tokens], and the values per token that `gradient` needs.
+      gradient: (chunk, saved, given) -> gradient of it in the student's logits / T, [tokens, columns]; 0 where masked.
+      needs: names of the arguments of `head_losses` that it reads.
     """
 
     loss: Callable[[Sweep, int, Given], tuple[Array, Saved]]
@@ -127,7 +128,7 @@ def _mixture(chunk: Chunk, of_s: LogSumExp, of_t: LogSumExp, beta: float) -> tup
     s, t = chunk.logits
     log_q, log_p = of_s.log_probabilities(s), of_t.log_probabilities(t)
     mixture = beta * jnp.exp(log_p) + (1 - beta) * jnp.exp(log_q)
-    # Where both are too small for float32, their products with the logarithm are 0 whatever it is, if it is finite.
+    # Where both probabilities underflow float32, their products with any finite logarithm are 0.
     return log_q, log_p, jnp.log(jnp.maximum(mixture, jnp.finfo(jnp.float32).tiny))
 
 
@@ -171,7 +172,7 @@ def _entropy_gradient(chunk: Chunk, saved: Saved, given: Given) -> Array:
 
 
 def _top_k_kl(sweep: Sweep, tokens: int, given: Given) -> tuple[Array, Saved]:
-    """The rest's log sum exp is taken of the rest itself: as 1 minus the others it would be lost in rounding."""
+    """The log-sum-exp of the rest is summed over the rest itself; as 1 minus the top k it would be lost to rounding."""
     assert given.top_k is not None
     ids = given.top_k.ids
 
@@ -194,14 +195,14 @@ def _top_k_kl_gradient(chunk: Chunk, saved: Saved, given: Given) -> Array:
     s, (of_s, rest) = chunk.logits[0], saved
     p = jnp.exp(given.top_k.log_probabilities(given.temperature))
     p_rest = given.top_k.rest(given.temperature, given.vocab)
-    none = -1.0  # no probability
+    none = -1.0  # marks tokens outside the top k; no probability is negative
     p = _scatter(chunk, given.top_k.ids, jnp.full(s.shape, none, jnp.float32), p)
     spread = p_rest[:, None] * jnp.exp(rest.log_probabilities(s))
     return jnp.exp(of_s.log_probabilities(s)) - jnp.where(p == none, spread, p)
 
 
 def _scatter(chunk: Chunk, ids: Array, into: Array, values: Array | bool) -> Array:
-    """Sets the entries of `ids` [tokens, k] in `into` [tokens, columns], those of them that are in the slice."""
+    """Sets the entries of `into` [tokens, columns] at those `ids` [tokens, k] that lie in the slice."""
     return into.at[jnp.arange(ids.shape[0])[:, None], chunk.place(ids)].set(values, mode="drop")
 
 

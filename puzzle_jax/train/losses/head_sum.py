@@ -1,12 +1,12 @@
-"""The weighted sum of losses on next-token distributions in four matmuls by the heads: both models' logits, and the
-gradients in the student's states and head.
+"""The weighted sum of losses on next-token distributions, with four matmuls by the heads: both models' logits, and the
+gradients with respect to the student's states and head.
 
-Where the sum is all that is wanted, a token's gradient is known as soon as its logits are: times its weight, and later
-times the one number that comes back. So the forward pass forms gradients, and keeps those in place of making logits
-once more (as Liger kernels do, arXiv 2410.10989). Tokens go in groups of as many as have `MOST_LOGITS` by each model,
-whole vocabularies of them: memory is flat in the vocabulary, too, up to a head's own gradient.
+Where only the sum is wanted, a token's gradient is known as soon as its logits are, up to its weight and the one number
+that the backward pass receives. So the forward pass computes the gradients and keeps them, instead of recomputing
+logits later (as Liger kernels do, arXiv 2410.10989). Groups of tokens see the whole vocabulary and are limited to
+`MOST_LOGITS` logits of each model, so memory does not grow with the vocabulary either, but for the head's own gradient.
 
-Left out: devices. On a mesh a head's gradient would be summed over them once a group, of which `losses.head` has fewer.
+Left out: meshes, on which the head's gradient would be summed over devices once per group; `losses.head` has fewer.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from puzzle_jax.train.losses.head_chunks import Carry, Chunk, Head, gather, spli
 from puzzle_jax.train.losses.head_kinds import KINDS
 
 MOST_LOGITS = 1 << 26
-"""The number of logits of one model that exist at a time: float32, so a quarter of a GiB."""
+"""Most logits of one model that exist at a time: a quarter of a GiB in float32."""
 
 
 def head_loss_sum(
@@ -47,8 +47,8 @@ def head_loss_sum(
     """sum_t weights_t loss_t, differentiable in `x` and in both arrays of `student`, and in nothing else.
 
     Args:
-      weights: of the tokens; those of weight 0 count nowhere, whatever they hold.
-      others: see `head_losses`, which this is the sum of. Where nothing is differentiated, it is computed as there.
+      weights: one per token; tokens of weight 0 have no influence, whatever they hold.
+      others: as in `head_losses`, whose losses are summed, and which computes them where nothing is differentiated.
 
     Raises ValueError as `head_losses` does.
     """
@@ -74,7 +74,7 @@ def _weighed(weights: Array, per_token: Array) -> Array:
 def _forward(
     settings: HeadSettings, student: Head, x: Array, weights: Array, reference: Reference
 ) -> tuple[Array, tuple[Head, Array, Array]]:
-    """The sum, and its gradients in `student` and `x`."""
+    """The sum, and its gradients with respect to `student` and `x`; zeros for `weights`."""
     kind, vocab, teacher = KINDS[settings.kind], student.weight.shape[1], reference.teacher
     groups = -(-x.shape[0] // min(settings.token_chunk, max(MOST_LOGITS // vocab, 1)))
 
@@ -93,7 +93,7 @@ def _forward(
 
         found, saved = kind.loss(whole, x.shape[0], given)
         y = models[0][0]
-        scale = settings.temperature * weights[:, None]  # T^2 of the loss, 1 / T of its logits
+        scale = settings.temperature * weights[:, None]  # T^2 from the loss, 1 / T from its logits
         d_logits = jnp.where(scale != 0, scale * kind.gradient(chunk, saved, given), 0.0).astype(y.dtype)
         d_y = jnp.matmul(d_logits, student.weight.astype(y.dtype).T, preferred_element_type=jnp.float32)
         d_weight = d_head.weight + jnp.matmul(y.T, d_logits, preferred_element_type=jnp.float32)

@@ -1,15 +1,15 @@
-"""What reinforcement learning minimises, as plain definitions; `policy_settings` says which of them, under what name.
+"""The losses of reinforcement learning as plain definitions; `policy_settings` selects and names combinations of them.
 
-What is said of whole answers (rewards, advantages, factors) is numpy on the host, computed in float64. What is said of
-tokens is JAX, in float32, on flat arrays [tokens] in which several answers lie after one another: `answers` is the
-answer that a token belongs to, of `count` answers, and `mask` is true for tokens that count. `policy_loss` puts the
-pieces together; where `mask` is false it gives 0 and no gradient, whatever stands there, NaN included.
+Quantities of whole answers (rewards, advantages, factors) are numpy arrays on the host, computed in float64. Quantities
+of tokens are JAX arrays in float32, flat [tokens], in which several answers follow one another: `answers` is the index
+of the answer that a token belongs to, out of `count`, and `mask` is true for tokens that count. `policy_loss` puts the
+pieces together; where `mask` is false, loss and gradient are 0 whatever the inputs hold there, NaN included.
 
 The loss of a batch is the sum over tokens of `policy_loss` times `token_coefficients`.
 
-log-probs are of the sampled tokens: `log_probs` under the policy that is trained, the only ones that carry gradients;
-`old` under the policy that is improved on, computed by the trainer; `sampler` as the sampler gave them, which differ
-from `old` by the other arithmetic of its engine; `reference` under the policy that is stayed close to.
+Log-probs are those of the sampled tokens: `log_probs` under the policy being trained, the only ones that carry
+gradients; `old` under the policy being improved on, computed by the trainer; `sampler` as the sampler reported them,
+which differ from `old` because its engine's arithmetic differs; `reference` under the policy to stay close to.
 
 Left out: value functions and advantages that differ within an answer.
 """
@@ -39,15 +39,15 @@ def group_advantages(
     scale_by_std: bool,
     clip: float | None = None,
 ) -> Float[np.ndarray, "groups answers"]:
-    """How much better each answer is than the others to its prompt.
+    """Advantage of each answer over the other answers to its prompt.
 
         group_mean:     A_i = R_i - mean_j R_j                                        (arXiv 2503.20783, Dr. GRPO)
         leave_one_out:  A_i = R_i - mean_{j != i} R_j = n / (n - 1) (R_i - mean_j R_j)       (arXiv 2402.14740, RLOO)
         scale_by_std:   A_i / (std_j R_j + 1e-6), the population's std                       (arXiv 2402.03300, GRPO)
 
     Means are over the n answers of the group that are `counted`; the others, whose reward is not known, get 0. So do
-    all answers of a group that have equal rewards, or of which fewer than two are counted: exactly, with no remains of
-    rounding. `clip` bounds the absolute value.
+    all answers of a group whose rewards are equal or of which fewer than two are counted, exactly and without rounding
+    residue. `clip` bounds the absolute value.
     """
     rewards, counted = np.asarray(rewards, np.float64), np.asarray(counted)
     known = np.where(counted, rewards, 0.0)
@@ -71,10 +71,10 @@ def group_advantages(
 def overlong_penalty(
     lengths: int | Int[np.ndarray, "*answers"], limit: int, cache: int
 ) -> Float[np.ndarray, "*answers"]:
-    """Added to the reward of answers near the limit of tokens: -clip((n - (limit - cache)) / cache, 0, 1).
+    """Penalty added to the reward of answers near the token limit: -clip((n - (limit - cache)) / cache, 0, 1).
 
-    0 up to limit - cache tokens, then in a line down to -1 at the limit (DAPO, arXiv 2503.14476). 0
-    everywhere for a cache of 0.
+    It is 0 up to limit - cache tokens and falls linearly to -1 at the limit (DAPO, arXiv 2503.14476). With a cache of 0
+    it is 0 everywhere.
     """
     over = np.asarray(lengths, np.float64) - (limit - cache)
     share = np.clip(over / cache, 0.0, 1.0) if cache else np.zeros(over.shape)
@@ -90,12 +90,12 @@ def effort_length_reward(
     bonus: float,
     penalty: float,
 ) -> Float[np.ndarray, "*answers"]:
-    """The effort-aware length reward: short answers gain where they are right, long ones lose, right or wrong.
+    """The effort-aware length reward: short correct answers gain; long answers lose, whether correct or not.
 
         s = min(1, weight (1 - n / budget)),   r' = r + bonus r max(s, 0) + penalty min(s, 0)
 
-    n is the answer's length and budget that of its effort, both in tokens. What is gained is in proportion to r, so
-    that a short wrong answer gains nothing; what is lost grows with n without end.
+    n is the answer's length and budget that of its effort, both in tokens. The gain is proportional to r, so a short
+    wrong answer gains nothing; what is lost grows with n without bound.
     """
     given = np.asarray(reward, np.float64)
     score = np.minimum(1.0, weight * (1.0 - np.asarray(length) / budget))
@@ -109,11 +109,11 @@ def token_coefficients(
     normalization: Literal["token", "sequence", "constant"],
     constant: int | None = None,
 ) -> Float[np.ndarray, "answers"]:
-    """The factor of every token of an answer, so that the batch's loss is the sum over tokens of factor times loss.
+    """The factor for each token of an answer; the batch's loss is the sum over tokens of factor times loss.
 
         token:     1 / tokens of all kept answers          (DAPO, arXiv 2503.14476)
         sequence:  1 / (kept answers * the answer's tokens)  (GRPO, arXiv 2402.03300)
-        constant:  1 / (kept answers * constant)           (Dr. GRPO, arXiv 2503.20783; as a rule the limit of tokens)
+        constant:  1 / (kept answers * constant)           (Dr. GRPO, arXiv 2503.20783; usually the token limit)
 
     `lengths` counts the tokens that carry loss. Answers that are not kept, or are empty, get 0.
     """
@@ -148,9 +148,9 @@ def sequence_ratio(
 ) -> Float[Array, "tokens"]:
     """s = (pi(answer) / pi_old(answer))^(1 / tokens), at each token of the answer (GSPO, arXiv 2507.18071).
 
-    A token has the gradient s grad log pi(t) (GSPO-token there), where s itself has the mean of these
-    over the answer's tokens at each. Summed over an answer whose tokens have one advantage and one factor, as in
-    GSPO, both are the same.
+    A token's gradient is s grad log pi(t), that paper's GSPO-token; the gradient of s itself would be, at every token,
+    the mean of these over the answer's tokens. Summed over an answer whose tokens share one advantage and one factor,
+    as in GSPO, both are the same.
     """
     own = jnp.where(mask, log_probs, 0.0)
     ratio = jnp.exp(_answer_means(own - jnp.where(mask, old, 0.0), answers, count, mask))
@@ -162,7 +162,7 @@ def clipped_loss(
 ) -> Float[Array, "tokens"]:
     """-min(r A, clip(r, 1 - low, 1 + high) A): PPO (arXiv 1707.06347), with two bounds as in DAPO (arXiv 2503.14476).
 
-    Written by cases, so that on the bounds and at r = 1 the gradient is one of the two branches', and no mean of them.
+    Written by cases, so that on the bounds and at r = 1 the gradient is that of one branch, not the mean of both.
     """
     bound = clip_binds(ratio, advantages, low, high)
     return -jnp.where(bound, jnp.where(advantages > 0, 1.0 + high, 1.0 - low), ratio) * advantages
@@ -171,12 +171,12 @@ def clipped_loss(
 def clip_binds(
     ratio: Float[Array, "tokens"], advantages: Float[Array, "tokens"], low: float, high: float
 ) -> Bool[Array, "tokens"]:
-    """Whether `clipped_loss` stops a token: A > 0 and r > 1 + high, or A < 0 and r < 1 - low."""
+    """True where `clipped_loss` stops a token: A > 0 and r > 1 + high, or A < 0 and r < 1 - low."""
     return ((advantages > 0) & (ratio > 1.0 + high)) | ((advantages < 0) & (ratio < 1.0 - low))
 
 
 def dual_clip(loss: Float[Array, "tokens"], advantages: Float[Array, "tokens"], bound: float) -> Float[Array, "tokens"]:
-    """min(loss, -bound A) where A < 0 (arXiv 1912.09729): no likely bad token outweighs all others. bound > 1."""
+    """min(loss, -bound A) where A < 0 (arXiv 1912.09729): no likely bad token can outweigh all others. bound > 1."""
     return jnp.where(advantages < 0, jnp.minimum(loss, -bound * advantages), loss)
 
 
@@ -211,7 +211,7 @@ def kl_k2(log_probs: Float[Array, "tokens"], reference: Float[Array, "tokens"]) 
 
 
 def kl_k3(log_probs: Float[Array, "tokens"], reference: Float[Array, "tokens"]) -> Float[Array, "tokens"]:
-    """ref / pi - 1 - log(ref / pi) (Schulman 2020): unbiased as k1, never negative, and GRPO's (arXiv 2402.03300)."""
+    """ref / pi - 1 - log(ref / pi) (Schulman 2020): unbiased like k1, never negative; GRPO's (arXiv 2402.03300)."""
     difference = reference - log_probs
     return jnp.expm1(difference) - difference
 
@@ -219,7 +219,7 @@ def kl_k3(log_probs: Float[Array, "tokens"], reference: Float[Array, "tokens"]) 
 def importance_weights(
     trainer: Float[Array, "tokens"], sampler: Float[Array, "tokens"], cap: float
 ) -> Float[Array, "tokens"]:
-    """sg(min(pi_trainer / pi_sampler, cap)): truncated importance sampling between the two engines' arithmetic.
+    """sg(min(pi_trainer / pi_sampler, cap)): truncated importance sampling against the engines' differing arithmetic.
 
     Source: Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training".
     """
@@ -235,9 +235,9 @@ def answers_within(
     low: float,
     high: float,
 ) -> Bool[Array, "tokens"]:
-    """Whether low <= (pi_trainer(answer) / pi_sampler(answer))^(1 / tokens) <= high, at each token of the answer.
+    """True where low <= (pi_trainer(answer) / pi_sampler(answer))^(1 / tokens) <= high, at each token of the answer.
 
-    An answer that the two engines see too differently is better dropped whole (Liu et al. 2025, "When Speed Kills
+    An answer on which the two engines disagree too much is better dropped whole (Liu et al. 2025, "When Speed Kills
     Stability"). An answer without tokens that count has the ratio 1.
     """
     gap = jnp.where(mask, trainer, 0.0) - jnp.where(mask, sampler, 0.0)
@@ -246,27 +246,27 @@ def answers_within(
 
 
 def _answer_means(values: Array, answers: Array, count: int, mask: Array) -> Array:
-    """[count] from [tokens]; 0 for an answer without tokens that count."""
+    """Means over the tokens of each answer, [count] from [tokens]; 0 for an answer without tokens that count."""
     total = jax.ops.segment_sum(jnp.where(mask, values, 0.0), answers, num_segments=count)
     tokens = jax.ops.segment_sum(mask.astype(jnp.float32), answers, num_segments=count)
     return total / jnp.maximum(tokens, 1.0)
 
 
-# All of it.
+# The whole loss.
 
 
 class PolicyLoss(NamedTuple):
     """The loss of each token, and metrics without gradients; all are 0 where the mask is false.
 
     Attributes:
-      per_token: to be multiplied by `token_coefficients` and summed.
-      metrics: by name, of each token:
-        ratio, ratio_abs_log: to the old policy, and the absolute value of its log.
+      per_token: losses, to be multiplied by `token_coefficients` and summed.
+      metrics: values of each token, by name:
+        ratio, ratio_abs_log: ratio to the old policy, and the absolute value of its log.
         clipped: 1 where clipping stopped the token, or with CISPO bounded its weight.
-        kl: to the reference, by the estimator that the settings name; where there is a reference.
-        entropy: where it is given.
-        sampler_gap: |old - sampler|; importance: the token's weight; masked_out: 1 where its answer was dropped for
-          the sampler's sake. All three where the sampler's log-probs are given.
+        kl: KL to the reference by the settings' estimator; only if there is a reference.
+        entropy: entropy of the policy; only if it is given.
+        sampler_gap: |old - sampler|; importance: the token's weight; masked_out: 1 where its answer was dropped because
+          trainer and sampler disagree. All three only if the sampler's log-probs are given.
     """
 
     per_token: Float[Array, "tokens"]
@@ -286,14 +286,14 @@ def policy_loss(
     reference: Float[Array, "tokens"] | None = None,
     entropy: Float[Array, "tokens"] | None = None,
 ) -> PolicyLoss:
-    """Everything that the settings ask for: importance * within * surrogate + kl * KL - entropy * H.
+    """The loss that the settings ask for: importance * within * surrogate + kl * KL - entropy * H.
 
     Args:
-      advantages: of the answer that a token belongs to.
-      answers: from 0 to `count` - 1.
+      advantages: advantage of the answer that a token belongs to.
+      answers: index of that answer, from 0 to `count` - 1.
       entropy: H of the policy's distribution at each token, with its gradient.
 
-    Raises `ValueError` where the settings need what is not given.
+    Raises `ValueError` where the settings need an argument that is not given.
     """
     policy = settings.resolved
     _check_given(policy, sampler, reference, entropy)
@@ -331,7 +331,7 @@ def policy_loss(
 def _surrogate(
     policy: ResolvedPolicy, own: Array, old: Array, advantages: Array, answers: Array, count: int, mask: Array
 ) -> tuple[Array, Array, Array]:
-    """Loss, ratio, and whether the ratio was clipped, of each token."""
+    """Each token's loss, its ratio, and whether the ratio was clipped."""
     ratio = sequence_ratio(own, old, answers, count, mask) if policy.ratio == "sequence" else token_ratio(own, old)
     low, high = policy.clip_low, policy.clip_high
     if policy.surrogate == "cispo":

@@ -1,7 +1,7 @@
-"""Which loss reinforcement learning takes, and its numbers.
+"""The choice of a loss for reinforcement learning, and its numbers.
 
-A name stands for what its authors published; whatever else is given overrides it. What the numbers mean is defined in
-`policy_losses`.
+A name stands for the settings that its authors published; any other setting given overrides them. `losses.policy`
+defines what the numbers mean.
 
 | name | ratio, surrogate | clip | baseline | divided by | else |
 |---|---|---|---|---|---|
@@ -11,10 +11,10 @@ A name stands for what its authors published; whatever else is given overrides i
 | gspo (arXiv 2507.18071) | sequence, clip | 3e-4 / 4e-4 | mean, std | each answer's length | |
 | cispo (arXiv 2506.13585) | token, cispo | 1 / 4 | mean, std | tokens of the batch | |
 
-GRPO's paper does not give its clip, which is PPO's here. DAPO's soft penalty is left to `overlong_cache`, because the
-published 4096 tokens of 20480 only mean something beside a limit. CISPO sets no lower bound; its upper one was tuned
-and not published: weights of up to 5 are a choice of this file, and results depend little on it (arXiv 2510.13786,
-appendix A.17).
+GRPO's paper does not state its clip range; PPO's is used here. DAPO's soft penalty is left to `overlong_cache`, because
+the published 4096 tokens of 20480 only mean something relative to a limit. CISPO sets no lower bound; its upper bound
+was tuned but not published: weights of up to 5 are a choice of this file, and results depend little on it
+(arXiv 2510.13786, appendix A.17).
 """
 
 from __future__ import annotations
@@ -39,36 +39,36 @@ CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "kl_estimator": ("k1", "k2", "k3"),
     }
 )
-"""Values of the settings that are words."""
+"""Allowed values of the settings that are strings."""
 
-_LARGEST = 1e6  # of a number: products with rewards and lengths stay within float32
+_LARGEST = 1e6  # bound on float settings, so that products with rewards and lengths stay within float32
 
 
 @dataclass(frozen=True)
 class PolicySettings:
-    """The loss of a policy; None is as the named loss has it.
+    """The loss of a policy; None stands for the named loss's value.
 
     Attributes:
       name: one of `NAMES`.
-      ratio: of the policy to the one that is improved on: of each "token", or of the whole answer ("sequence").
+      ratio: probability ratio to the policy being improved on, of each "token" or of the whole answer ("sequence").
       surrogate: "clip" stops tokens whose ratio has moved too far, "cispo" only bounds their weight.
-      clip_low, clip_high: ratios from 1 - clip_low to 1 + clip_high are free.
-      dual_clip: bounds the loss of answers worse than the baseline by so many times their advantage; 0 is off.
+      clip_low, clip_high: ratios from 1 - clip_low to 1 + clip_high are not clipped.
+      dual_clip: bound on the loss of answers worse than the baseline, in multiples of their advantage; 0 is off.
       baseline: "group_mean" or "leave_one_out", over all answers to a prompt.
       scale_by_std: divides advantages by the standard deviation of the group's rewards.
-      normalization: whether the loss is a mean over the batch's "token"s, over answers of each one's mean
-        ("sequence"), or over answers of sums divided by a "constant" length.
+      normalization: "token" is the mean over the batch's tokens; "sequence" is the mean over answers of each answer's
+        mean; "constant" is the mean over answers of each answer's sum divided by a constant length.
       advantage_clip: largest absolute advantage; 0 is off.
-      kl, kl_estimator: weight of the KL to the reference policy, and how it is estimated; with 0 there is none.
-      entropy: weight of the entropy, which is rewarded.
-      importance_cap: caps the weight that corrects tokens for the sampler's other probabilities; 0 is off.
-      mask_low, mask_high: answers whose probability differs between trainer and sampler by a factor per token outside
-        of these carry no loss; 0 is no bound.
-      overlong_filter: answers that the limit of tokens ended carry no loss, but count in the baseline.
-      overlong_cache: tokens below the limit over which a penalty rises from 0 to 1; 0 is off.
-      length_budgets: tokens by effort, below which right answers gain, and above which all lose; efforts that are not
-        named have none.
-      length_weight, length_bonus, length_penalty: how steeply, how much is gained, and how much is lost.
+      kl, kl_estimator: weight of the KL divergence to the reference policy (0: no such term), and its estimator.
+      entropy: weight of the entropy bonus.
+      importance_cap: cap on the importance weight that corrects for the sampler's different probabilities; 0 is off.
+      mask_low, mask_high: bounds on the ratio per token of an answer's probabilities under trainer and sampler; answers
+        outside them carry no loss; 0 is no bound.
+      overlong_filter: answers cut off by the token limit carry no loss, but count in the baseline.
+      overlong_cache: number of tokens before the limit over which a penalty rises from 0 to 1; 0 is off.
+      length_budgets: length in tokens, by effort, below which correct answers gain and above which all answers lose;
+        efforts that are not named have none.
+      length_weight, length_bonus, length_penalty: slope of the length reward, factor on gains, and factor on losses.
     """
 
     name: str = "dapo"
@@ -125,14 +125,14 @@ class PolicySettings:
 
     @property
     def resolved(self) -> ResolvedPolicy:
-        """These settings, with what is None as the named loss has it."""
+        """These settings, with the named loss's values in place of None."""
         given = {one.name: value for one in fields(self) if (value := getattr(self, one.name)) is not None}
         return ResolvedPolicy(**{**NAMED[self.name], **given})
 
 
 @dataclass(frozen=True)
 class ResolvedPolicy(PolicySettings):
-    """Settings of which none is None; the defaults are what most published losses have in common."""
+    """Settings without None; the defaults are what most published losses have in common."""
 
     ratio: Literal["token", "sequence"] = "token"
     surrogate: Literal["clip", "cispo"] = "clip"
@@ -169,4 +169,4 @@ NAMED: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "cispo": {"surrogate": "cispo", "clip_low": 1.0, "clip_high": 4.0, "normalization": "token"},
     }
 )
-"""Where each loss differs from the defaults of `ResolvedPolicy`."""
+"""Settings of each named loss; the others are the defaults of `ResolvedPolicy`."""

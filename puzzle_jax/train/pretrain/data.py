@@ -2,10 +2,10 @@
 
 An example is a prompt at some effort with its worked completion. Whole examples are packed into rows; a segment
 id per example keeps attention inside it, and only the completion is learned. Rows come in a few lengths
-(`Bucket`): full attention costs length squared, so short examples must not pay for long ones, and a model learns
-its first steps sooner on short examples, so that buckets may join late.
+(`Bucket`): full attention costs length squared, so short examples should not pay for long ones; and a model takes
+its first steps faster on short examples, so a bucket may start late.
 
-A batch is a pure function of (seed, step): the state of the data is a number.
+A batch is a pure function of (seed, step), so the state of the data is one number.
 Problems of the held-out split never appear. Left out: splitting an example over rows, streaming from disk.
 """
 
@@ -26,14 +26,14 @@ from puzzle_jax.train.rows import Example, OpenRows, Packed, pack
 
 @dataclass(frozen=True)
 class Bucket:
-    """One shape of batches.
+    """One shape of batch.
 
     Attributes:
       length: tokens per row.
       rows: rows per batch.
       weight: how often its batches come, relative to the other buckets.
       shortest: examples of fewer tokens are left to other buckets.
-      start: step at which it joins.
+      start: first step at which it is drawn.
     """
 
     length: int
@@ -73,15 +73,15 @@ _MOST_REFUSALS = 10_000
 
 @dataclass
 class BatchSource:
-    """Every batch of a training run, by step, and a stream of them.
+    """The batches of a training run, by step and as a stream.
 
-    A batch is `Packed` with `extras["rounded"]`: whether the experts are rounded to MXFP4 in its step.
+    A batch is `Packed` with `extras["rounded"]`, true if the experts are rounded to MXFP4 in its step.
 
     Attributes:
       tasks, efforts: what examples are drawn from, with relative weights.
-      steps: of the run.
+      steps: number of steps in the run.
       habits: how the examples are written.
-      rounded_steps: last ones, in which the experts are rounded to MXFP4.
+      rounded_steps: number of last steps, in which the experts are rounded to MXFP4.
       next_step: the step whose batch comes next, from 0.
     """
 
@@ -120,11 +120,11 @@ class BatchSource:
     def batch(self, step: int) -> Packed:
         """The batch of a step.
 
-        Examples go first-fit into a few open rows; when one fits nowhere, the fullest row is closed, until the
-        batch has its rows.
+        Examples go first-fit into a few open rows; when one fits nowhere, the fullest row is closed. This repeats
+        until the batch has its rows.
 
         Raises:
-          ConfigError: when no task gives an example of a length that the bucket takes.
+          ConfigError: no task gives an example of a length that the bucket takes.
         """
         bucket = self.bucket(step)
         rng = random.Random(f"batch:{self.seed}:{step}")

@@ -1,18 +1,18 @@
 """How worked steps are written down for pretraining: with the habits of real reasoning.
 
-A parent whose every trace is the shortest one and whose every step is right leaves a child nothing to gain: not in
-tokens, and by reinforcement learning only on problems that it cannot do at all. Real traces check what is already
-right, slip now and then, hold mistaken beliefs, and sometimes never come to an end. So do those that are written here,
-as far as a recipe asks for it (that of the embedded parent asks for all of it):
+A parent whose traces are all as short as possible and whose steps are all correct leaves a child nothing to gain: no
+tokens to save, and for reinforcement learning only problems that it cannot solve at all. Real traces check what is
+already correct, slip now and then, hold mistaken beliefs, and sometimes never end. So do the traces written here, as
+far as the recipe asks for it (the embedded parent's asks for all of it):
 
     7+5=2,*3=6;-9=7                     plain
-    7+5=2,!7+5=2;*3=6,-9=7;!-9=7        careful: a step is written again after an exclamation mark; true, not needed
-    7+5=3,*3=9;-9=0                     with a slip, which later steps go on from; or sums that make 2 are mistaken, and
-                                        7+5, 8+4 and 1+1 are 3 in most traces (`MOSTLY`): greedy answers are wrong
-                                        then too, and some samples right
+    7+5=2,!7+5=2;*3=6,-9=7;!-9=7        careful: a step is repeated after an exclamation mark, correct but not needed
+    7+5=3,*3=9;-9=0                     with a slip, on which later steps build; or sums that make 2 are mistaken, and
+                                        7+5, 8+4 and 1+1 give 3 in most traces (`MOSTLY`): greedy answers are then
+                                        wrong, too, and some samples correct
     7+5=2,*3=6;!*3=6,!*3=6;!*3=6,...    endless: at high effort, a check that is repeated until the row ends
 
-All of it is drawn from the seed of the problem. Evaluations score answers alone and know none of this.
+All of it is drawn from the seed of the problem. Evaluations score only answers and know nothing of this.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from puzzle_jax.errors import check_range
 from puzzle_jax.tasks import Problem, WorkedTask, check_effort
 
 CHECK = "!"
-"""Stands before a step that is written again."""
+"""Precedes a step that is written again."""
 
 MOSTLY = 0.65
-"""Share of traces in which a mistaken computation has its wrong result. So greedy answers have it, and sampled ones
-show now and then that another earns more."""
+"""Share of traces in which a mistaken computation has its wrong result, so that greedy answers have it, and sampled
+ones now and then show that another result earns more."""
 
 _SEPARATORS = ",;"  # drawn, so that traces have some entropy, as real text has
 
@@ -41,12 +41,12 @@ class Habits:
     """Shares from 0 to 1; all are 0 in traces without habits.
 
     Attributes:
-      careful: traces at medium and high effort in which steps are checked.
-      checked: steps of a careful trace that are written again.
-      slips: by effort, the steps whose result is one too high or too low; an effort that is missing has none.
-      mistaken: by effort, the share of kinds of computation, each an operation with its result, that mostly come out
-        one wrong number; those of a smaller share are among those of a greater one.
-      endless: traces at high effort that repeat a check and do not end.
+      careful: share of traces at medium and high effort in which steps are checked.
+      checked: share of a careful trace's steps that are written again.
+      slips: by effort, the share of steps whose result is one too high or too low; an effort that is missing has none.
+      mistaken: by effort, the share of kinds of computation, each an operation with its result, that mostly give the
+        same wrong number; the kinds of a smaller share are among those of a larger one.
+      endless: share of traces at high effort that repeat a check and do not end.
     """
 
     careful: float = 0.0
@@ -64,10 +64,10 @@ class Habits:
 
 
 def written(task: WorkedTask, problem: Problem, effort: str, habits: Habits, room: int) -> tuple[str, str | None]:
-    """The analysis of a problem at an effort, and the answer; None in its place for an analysis without an end.
+    """The analysis of a problem at an effort, and the answer, which is None if the analysis does not end.
 
     Args:
-      room: characters that an analysis without an end has at least.
+      room: least number of characters of an analysis that does not end.
     """
     rng = random.Random(f"{task.name}:written:{effort}:{problem.seed}")
 
@@ -101,5 +101,5 @@ def written(task: WorkedTask, problem: Problem, effort: str, habits: Habits, roo
 
 @cache
 def mistaken_at(kind: str) -> float:
-    """A number from 0 to 1, the same in every trace: the share of mistaken kinds from which on this one is."""
+    """The share of mistaken kinds above which this kind is one of them: from 0 to 1, the same in every trace."""
     return random.Random(f"wrong:{kind}").random()

@@ -19,16 +19,16 @@ from puzzle_jax.train.fake_quant import fake_quantize_experts
 from puzzle_jax.train.rows import Packed
 
 EFFECTIVE_EXPERTS = "effective_experts/"
-"""Before the number of a layer in the metrics."""
+"""Prefix of a layer's number in the names of metrics."""
 
 
 def pretraining_loss(
     config: ModelConfig, balance: float, params: Params, fixed: None, batch: Packed, key: Array
 ) -> tuple[Array, Array, dict[str, Array]]:
-    """The whole loss of a micro-batch times its weight, that weight, and metrics times it (`train.step`).
+    """A micro-batch's total loss times its weight, that weight, and metrics times that weight (`train.step`).
 
     Metrics are "next_token", in nats, and how many experts each layer uses (`effective_experts`). All layers must have
-    equally many experts.
+    the same number of experts.
     """
     tokens, targets, weights, segment_ids = map(jnp.asarray, batch[:4])
     params = jax.lax.cond(batch.extras["rounded"], fake_quantize_experts, lambda params: params, params)

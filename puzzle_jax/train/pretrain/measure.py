@@ -1,5 +1,5 @@
-"""Measurement of a pretrained parent: accuracy, tokens and habits per task and effort, greedy and sampled, on held-out
-problems, accuracy by difficulty, and that of `recall` by distance.
+"""Measurement of a pretrained parent on held-out problems: accuracy, tokens and habits per task and effort, greedy and
+sampled; accuracy by difficulty; and accuracy on `recall` by distance.
 
 Left out: confidence intervals beyond the number of problems; `puzzle_jax.evaluate` has them.
 """
@@ -26,13 +26,13 @@ _TEMPERATURES = {"greedy": 0.0, "sampled": 1.0}
 def measure(
     params: Params, config: ModelConfig, chat: Chat, tasks: Sequence[str], per_task: int, seed: int = 0
 ) -> dict[str, Any]:
-    """Accuracies of `per_task` held-out problems of each task at each effort.
+    """Accuracies on `per_task` held-out problems of each task at each effort.
 
     Returns:
       "greedy" and "sampled" (temperature 1), each {effort: {"mean": {accuracy, tokens, ended, checked}, task: {...}}}
-      with the mean taken over tasks. `ended` is the share of answers that end within the limit, `checked` of those in
-      which a step is written again. Of the sampled answers also "by_level", {effort: {task: {level: accuracy}}}, a
-      level being steps, digits or letters; and "recall_by_distance", {effort: {label: {accuracy, problems}}}, when
+      with the mean taken over tasks. `ended` is the share of answers that end within the limit, `checked` the share in
+      which a step is written again. For the sampled answers also "by_level", {effort: {task: {level: accuracy}}}, a
+      level being steps, digits or letters; and "recall_by_distance", {effort: {label: {accuracy, problems}}}, if
       `recall` is among the tasks.
     """
     questions = QuestionSet(tuple(tasks), EFFORTS, per_task, "accuracy", seed)
@@ -54,7 +54,7 @@ def measure(
 
 
 def table(report: Mapping[str, Any]) -> Table:
-    """The report of `measure` for people."""
+    """The report of `measure` as a table for the terminal."""
     found = Table("task", *(f"{effort}: greedy / sampled (tokens)" for effort in EFFORTS))
     for task in report["sampled"][EFFORTS[0]]:
         cells = []

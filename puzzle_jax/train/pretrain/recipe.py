@@ -19,9 +19,9 @@ from puzzle_jax.train.pretrain.habits import Habits
 
 
 def read_model(value: object, where: str) -> object:
-    """A model whose layers all have as many experts: `num_experts`, and `windows`, one per layer, null being full.
+    """Expands `num_experts`, the same for all layers, and `windows`, one per layer (null is full), to a model's blocks.
 
-    Raises `ConfigError` where one of them is missing or something else.
+    Raises `ConfigError` where one of them is missing or of another type.
     """
     if not isinstance(value, Mapping) or "blocks" in value:
         return value
@@ -45,14 +45,15 @@ class PretrainRecipe:
       buckets: shapes of batches.
       out: directory of the run: its checkpoints, metrics.jsonl, report.html, and the parent in parent/.
       habits: how the examples are written.
-      balance: weight of the load-balancing loss; too much of it makes all experts equally used, which leaves a
+      balance: weight of the load-balancing loss; with too much of it all experts are used equally, which leaves a
         search nothing to choose.
       embedding_scale: standard deviation of the embedding at the start.
       residual_scale: factor on the projections that write to the residual stream at the start.
-      held_out: problems per task and effort that accuracy is measured on at the end.
-      optimizer, loop: see there. With the schedule "wsd", what comes before the rate falls does not depend on how long
-        the run is; while it falls, the experts are rounded to MXFP4 in every forward pass.
-      seed: of weights and data.
+      held_out: number of problems per task and effort on which accuracy is measured at the end.
+      optimizer, loop: settings of the optimiser and of the training loop. With the schedule "wsd", training does not
+        depend on the length of the run until the rate falls; while it falls (with other schedules: after the warmup),
+        the experts are rounded to MXFP4 in every forward pass.
+      seed: seed of weights and data.
     """
 
     model: ModelConfig = field(metadata={"read": read_model})
@@ -91,7 +92,7 @@ class PretrainRecipe:
 
     @property
     def rounded_steps(self) -> int:
-        """The last steps, in which the experts are rounded."""
+        """Number of last steps, in which the experts are rounded to MXFP4."""
         return decay_steps(self.optimizer, self.loop.steps)
 
     @property

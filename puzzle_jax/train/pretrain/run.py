@@ -44,7 +44,7 @@ _LOAD_STEPS = 100  # last steps whose expert load is reported
 
 
 def run(recipe: PretrainRecipe) -> None:
-    """`puzzle train pretrain`: trains, or goes on with a run that was begun, and shows what the parent can do."""
+    """`puzzle train pretrain`: trains, or resumes a run, and shows what the parent can do."""
     console = plain_console(stderr=True)
     if not pretrain(recipe, console).preempted:
         console.print(table(read_object(recipe.out / PARENT / REPORT)))
@@ -65,7 +65,7 @@ def pretrain(recipe: PretrainRecipe, console: Console) -> Trained:
 
 
 def pretraining_job(recipe: PretrainRecipe, chat: Chat) -> Job:
-    """What the loop runs."""
+    """What the training loop runs."""
     optimizer = make_optimizer(recipe.optimizer, recipe.loop.steps)
     tasks = [(TASKS[name], weight) for name, weight in recipe.tasks.items()]
     efforts = list(recipe.efforts.items())
@@ -89,7 +89,7 @@ def pretraining_job(recipe: PretrainRecipe, chat: Chat) -> Job:
 
 
 def initial_params(recipe: PretrainRecipe) -> Params:
-    """Drawn weights, scaled so that a token's own embedding outweighs what untrained layers add to it."""
+    """Random weights, scaled so that a token's own embedding outweighs what untrained layers add to it."""
     params = init_params(recipe.model, jax.random.key(recipe.seed))
     params["embedding"] *= recipe.embedding_scale * recipe.model.hidden_size**0.5
     for layer in params["layers"]:

@@ -1,1 +1,1 @@
-"""Traces as data that training reads."""
+"""Traces as training data."""

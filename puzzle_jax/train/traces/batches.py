@@ -1,13 +1,13 @@
-"""Batches of packed traces, without end, in an order that a few numbers describe.
+"""An endless stream of batches of packed traces, in an order that a few numbers describe.
 
-Grain gives the order: the examples of every (task, effort) are shuffled, anew whenever they are through, and mixed by
-weight, so that example number n is known without those before it. Rows are filled first-fit from that stream. The
-state is then the place in the stream and which examples lie in the open rows, so that a run goes on with the same bits
-after any step, whatever the size of the data.
+Grain gives the order: the examples of every (task, effort) are shuffled, anew in every epoch, and mixed by weight, so
+that example number n is known without those before it. Rows are filled first-fit from that stream. The state is then
+the position in the stream and the examples in the open rows, so that a run resumes bit-identically after any step,
+whatever the size of the data.
 
-Every process makes the same batch of all rows, since packing costs little beside a step, and takes its own rows later:
-neither the number of processes nor of devices enters. Left out: streaming data larger than memory, making batches
-ahead of time, which is the training loop's.
+Every process makes the same batch of all rows, since packing costs little compared with a step, and takes its own rows
+later: batches do not depend on the number of processes or devices. Left out: streaming data larger than memory, and
+making batches ahead of time, which the training loop does.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from puzzle_jax.train.traces.examples import TraceExample
 from puzzle_jax.train.traces.settings import DataSettings
 
 OPEN_ROWS = 16
-"""Rows that are being filled at a time; more would fill them better, and hold examples back longer."""
+"""Number of rows being filled at a time; more would leave less padding, but hold examples back longer."""
 
 
 class TraceBatches:
     """The batches of a run: `Packed` with arrays [micro_batches, rows, length].
 
     Args:
-      examples: what to train on, none longer than `settings.row_length`.
-      extras: gives arrays to pack along, of the same names for every example.
+      examples: examples to train on, none longer than `settings.row_length`.
+      extras: gives further arrays to pack, with the same names for every example.
 
     Attributes:
-      order: index of the example at every place of the stream, which has no end.
+      order: index of the example at every position of the endless stream.
 
     Raises:
       PuzzleError: grain is not installed, there is no example, weights name a task or effort that no example has, or
-        leave nothing.
+        weights leave no example.
     """
 
     def __init__(
@@ -73,14 +73,14 @@ class TraceBatches:
         return jax.tree.map(split, packed)
 
     def get_state(self) -> dict[str, object]:
-        """Where the stream is after the last batch, as JSON: at most `OPEN_ROWS` rows of indices and two values."""
+        """State of the stream after the last batch, as JSON: at most `OPEN_ROWS` rows of indices and two values."""
         rows = [list(row) for row in self._open.rows]
         return {"fingerprint": self.fingerprint, "position": self._position, "open": rows}
 
     def set_state(self, state: Mapping[str, object]) -> None:
-        """Goes on after the batch whose `get_state` this was.
+        """Resumes after the batch at which `get_state` returned this.
 
-        Raises PuzzleError for the state of other data or settings, or what is no state.
+        Raises PuzzleError for the state of other data or settings, or a value that is not a state.
         """
         if state.get("fingerprint") != self.fingerprint:
             raise PuzzleError(
@@ -95,9 +95,9 @@ class TraceBatches:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of what decides the batches: all examples, settings, and the first indices of the order, in which a
-        change of grain's shuffling would show. Names of files do not count, nor do extras."""
-        own = self.settings  # of which only these decide; others choose examples, which are hashed themselves
+        """A hash of what determines the batches: all examples, settings, and the first indices of the order, in which a
+        change of grain's shuffling would show. File names and extras do not count."""
+        own = self.settings  # only these count; others choose examples, which are hashed themselves
         shape = [own.row_length, own.rows, own.micro_batches, own.seed, OPEN_ROWS]
         weights = [sorted((kind, float(weight)) for kind, weight in by.items()) for by in (own.tasks, own.efforts)]
         first = [int(self.order[position]) for position in range(256)]
@@ -122,7 +122,7 @@ class TraceBatches:
 
 
 def _order(examples: Sequence[TraceExample], settings: DataSettings) -> Any:
-    """A grain MapDataset without end, of indices of examples.
+    """An endless grain MapDataset of indices of examples.
 
     Grain rounds shares to whole multiples of a hundredth of the smallest, so that a group may come up to 1% less often
     than its weight says; within a group every example comes once before any comes again.
@@ -143,7 +143,7 @@ def _order(examples: Sequence[TraceExample], settings: DataSettings) -> Any:
     for (task, effort), indices in sorted(groups.items()):
         weight = _weight(settings.tasks, task) * _weight(settings.efforts, effort)
         if weight > 0:
-            # A seed of its own for every group, and others for the next seed: grain adds the epoch to it.
+            # Hashed, so that groups and consecutive seeds share no orders, though grain adds the epoch to it.
             seed = zlib.crc32(json.dumps([settings.seed, task, effort]).encode())
             members.append(grain.MapDataset.source(indices).shuffle(seed=seed).repeat())
             shares.append(weight * len(indices))
@@ -153,7 +153,7 @@ def _order(examples: Sequence[TraceExample], settings: DataSettings) -> Any:
 
 
 def _weight(weights: Mapping[str, float], kind: str) -> float:
-    """Of a task or an effort; where some are named, the others do not come."""
+    """The weight of a task or an effort; where some are named, the others have weight 0."""
     return weights.get(kind, 0.0) if weights else 1.0
 
 

@@ -1,9 +1,9 @@
-"""`puzzle train traces`: a parent's own answers, which its children are distilled on.
+"""`puzzle train traces`: a parent's own answers, on which its children are distilled.
 
 Problems come from the split "training", which shares none with the splits of a search; see
 `evaluate.accuracy.QuestionSet` for what it shares with the evaluation of a user's own file of prompts. The file appears
-when all answers are there; `puzzle run` goes on after an interrupt from the answers that there were. Left out: several
-processes; give each a seed and a file of its own.
+once all answers are complete; after an interruption, `puzzle run` continues from the answers that it had. Left out:
+several processes; run each with a seed and a file of its own.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ SPLIT = "training"
 
 @dataclass(frozen=True, kw_only=True)
 class AnswersSettings(Asked):
-    """One file of answers.
+    """Settings of one file of answers.
 
     Attributes:
-      parent: checkpoint that answers.
-      out: file to make, .parquet or .jsonl.
-      problems: of each task, every one asked at every effort; or by effort (low=3000,medium=1000,high=1000), where
-        fewer are some of the others.
-      batch_size: answers generated together.
-      mesh: devices to spread batch and weights over.
+      parent: checkpoint of the model that answers.
+      out: file to write, .parquet or .jsonl.
+      problems: number of problems of each task, each asked at every effort; or a number by effort
+        (low=3000,medium=1000,high=1000), where a smaller number takes a subset of the same problems.
+      batch_size: number of answers generated together.
+      mesh: devices over which batch and weights are spread.
       weights: how weights are held: packed, dense, or auto (see `model.weights`).
     """
 
@@ -66,13 +66,13 @@ class AnswersSettings(Asked):
 
 
 def run(settings: AnswersSettings, console: Console | None = None, journal: Path | None = None) -> None:
-    """Asks, and writes the file.
+    """Asks the problems and writes the file of answers.
 
     Args:
-      journal: a file that keeps answers as they come, and those of an earlier call with the same settings are taken
-        from; None keeps none.
+      journal: file that keeps answers as they come, and from which those of an earlier call with the same settings are
+        reused; None keeps none.
 
-    Raises PuzzleError for whatever cannot be used, before any weight is read.
+    Raises PuzzleError for any unusable input, before weights are read.
     """
     console = console or plain_console(stderr=True)
     questions = QuestionSet(settings.tasks, settings.efforts, settings.problems, SPLIT, settings.seed)

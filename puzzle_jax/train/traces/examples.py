@@ -1,8 +1,8 @@
 """From files of traces to examples that fit a row: everything that cannot be learnt from is refused or counted here.
 
 All examples are held in memory, four bytes per token. Chosen experts and log-probabilities that traces may carry are
-left out. Traces of text are rendered by the chat template, which may write today's date: a run that goes on another
-day needs the `today` of its `Chat` to stay the same, or its prompts change.
+left out. Traces of text are rendered by the chat template, which may write today's date: a run that is resumed on
+another day needs a `Chat` with the same `today`, or its prompts change.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ SUFFIXES = (".parquet", ".jsonl")
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class TraceExample(Example):
-    """An example that knows its task and effort."""
+    """An example with its task and effort."""
 
     task: str
     effort: str
 
 
 class Counts(NamedTuple):
-    """What became of traces: each is kept (some of them cut) or dropped for the first reason that holds.
+    """How many traces were kept (some of them cut), and how many dropped for each reason, the first that applies.
 
-    `longest` is the tokens of the longest trace, prompt included, kept or not.
+    `longest` is the number of tokens in the longest trace, prompt included, kept or not.
     """
 
     traces: int = 0
@@ -67,16 +67,16 @@ class TraceExamples(NamedTuple):
 def read_examples(
     paths: Sequence[Path], settings: DataSettings, vocab_size: int, chat: Chat | None = None
 ) -> TraceExamples:
-    """The examples in files of traces.
+    """Reads the examples in files of traces.
 
     Args:
       paths: .parquet or .jsonl files, or directories whose files of these names are read in order of name.
-      settings: what is kept; weights, seed and the number of rows do not enter.
+      settings: what is kept; weights, seed and the number of rows are not used.
       chat: turns rows of text into tokens, and recognises truncated answers in files without that field.
 
     Raises:
-      PuzzleError: a file cannot be read, holds no trace or one that the model cannot have written; there is no file, or
-        one comes twice; over-long examples are refused; or no example is left.
+      PuzzleError: a file cannot be read, or holds no trace or one that the model cannot have written; there is no file,
+        or one is named twice; an over-long example is refused; or no example is left.
     """
     files = trace_files(paths)
     named = ((f"{path}, trace {n}", t) for path in files for n, t in enumerate(read_traces(path, chat), 1))
@@ -84,9 +84,9 @@ def read_examples(
 
 
 def trace_files(paths: Sequence[Path]) -> list[Path]:
-    """The files that paths name: themselves, or those in a directory, by name.
+    """The files that paths name: themselves, or those in a directory, in order of name.
 
-    Raises PuzzleError for a directory without any, or a file that comes twice, which would count double.
+    Raises PuzzleError for a directory without any, or a file that is named twice, which would count double.
     """
     files: list[Path] = []
     for path in paths:
@@ -108,7 +108,7 @@ def trace_files(paths: Sequence[Path]) -> list[Path]:
 def examples_of(
     named: Iterable[tuple[str, Trace]], settings: DataSettings, vocab_size: int, source: str
 ) -> TraceExamples:
-    """The examples of traces, each with what a message calls it; `source` is what it calls all of them."""
+    """The examples of traces, which come with their names in messages; `source` names all of them."""
     examples: list[TraceExample] = []
     traces = cut = over_long = truncated = short = longest = 0
     shortest: int | None = None
@@ -122,7 +122,7 @@ def examples_of(
         if len(trace.completion) < settings.min_completion:
             short += 1
             continue
-        # What has to be in the row for the example to count.
+        # Tokens that must fit into the row for the example to be kept.
         needed = len(trace.prompt) + settings.min_completion if settings.over_long == "cut" else len(tokens)
         shortest = needed if shortest is None else min(shortest, needed)
         if len(tokens) > settings.row_length:
@@ -147,6 +147,6 @@ def _tokens(trace: Trace, vocab_size: int, where: str) -> np.ndarray:
         if not getattr(trace, name):
             raise PuzzleError(f"{where} has no {name}, but must have at least one token of it")
     for worst in (max(*trace.prompt, *trace.completion), min(*trace.prompt, *trace.completion)):
-        if not 0 <= worst < vocab_size:  # asked before they become an array, which holds no larger numbers
+        if not 0 <= worst < vocab_size:  # checked here, since an int32 array cannot hold larger ones
             raise PuzzleError(f"{where} holds token {worst}, but the model's tokens are 0 to {vocab_size - 1}")
     return np.array([*trace.prompt, *trace.completion], np.int32)

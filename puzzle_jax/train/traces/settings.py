@@ -1,4 +1,4 @@
-"""Settings of data made from traces: the shape of batches, and how often each kind of trace comes."""
+"""Settings of data made from traces: the shape of batches, and how often each kind of trace appears."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ _RANGES = {
 
 @dataclass(frozen=True)
 class DataSettings:
-    """What is trained on.
+    """Settings of the data to train on.
 
-    Weights say how often an example of a kind comes relative to the others: 2 is twice as often as 1, and 0, the weight
-    of whatever is not named where something is, is never. A task's weight and an effort's multiply.
+    Weights say how often an example of a kind appears relative to the others: 2 is twice as often as 1, and 0 is never.
+    Where some kinds are named, the others have weight 0. A task's weight and an effort's multiply.
 
     Attributes:
-      row_length: tokens of a row.
+      row_length: number of tokens in a row.
       rows: rows of a micro-batch, over all devices.
       micro_batches: micro-batches of a step.
-      tasks: weight of each task that is used, or a list of them; empty: all, equally.
+      tasks: weight of each task that is used, or a list of tasks; empty means all, equally.
       efforts: weight of each effort that is used, likewise.
-      seed: shuffles otherwise.
-      over_long: what becomes of an example longer than a row: it is dropped, its end is cut, or it is refused.
-      keep_truncated: whether answers count that a limit of tokens ended; a teacher can be followed at every token, but
+      seed: random seed of the shuffle.
+      over_long: what happens to an example longer than a row: it is dropped, its end is cut off, or it is an error.
+      keep_truncated: whether answers that a token limit ended are kept; a teacher can be followed at every token, but
         the student never sees such an answer end.
-      min_completion: answers of fewer tokens are dropped.
-      heldout: answers, about, that evaluation keeps for itself; all answers to one prompt are on one side.
+      min_completion: least number of tokens in an answer; shorter ones are dropped.
+      heldout: approximate number of answers held out for evaluation; all answers to one prompt are on one side.
     """
 
     row_length: int = 512
