@@ -1,4 +1,4 @@
-"""Every kernel at the shapes of gpt-oss, as `tpu_aot.py` and `gpu_aot.py` compile them: names, functions, arguments."""
+"""Every kernel at gpt-oss's shapes, as `tpu_aot.py` and `gpu_aot.py` compile it: name, function, abstract arguments."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ class Program(NamedTuple):
 def programs(
     kernels: str, attention: str, experts: int, blocks: Callable[[int, str], int], seq: int
 ) -> Iterator[Program]:
-    """All but chunk attention and activated matmuls, which have no kernels for TPUs.
+    """Yields all kernels but chunk attention and activated matmuls, which do not exist for TPUs.
 
     Args:
       kernels: implementation of grouped matmuls and decode attention.
       attention: implementation of window attention.
-      blocks: of the tokens of a call and the form of its weights, the rows of a block.
-      seq: tokens of window attention.
+      blocks: maps the tokens of a call and the form of its weights to the rows of a block.
+      seq: sequence length of window attention.
     """
     yield from grouped_matmuls(kernels, experts, blocks)
     yield from window_attentions(attention, seq)
@@ -54,7 +54,7 @@ def programs(
 
 
 def grouped_matmuls(implementation: str, experts: int, blocks: Callable[[int, str], int]) -> Iterator[Program]:
-    """Both matrices of a layer, for a step of decoding and for a batch."""
+    """Both matrices of a layer, for a decode step of 64 tokens and a batch of 4,096."""
     for tokens in (64, 4096):
         for inputs, outputs in ((HIDDEN, 2 * INTER), (INTER, HIDDEN)):
             for form in FORMS:
@@ -78,7 +78,7 @@ def grouped_matmuls(implementation: str, experts: int, blocks: Callable[[int, st
 
 
 def activated_matmuls(experts: int, blocks: Callable[[int, str], int]) -> Iterator[Program]:
-    """The first matrix of a layer with its activation, on Hopper GPUs."""
+    """The first matrix of a layer fused with its activation, for Hopper GPUs."""
     for tokens in (64, 4096):
         for form in ("dense", "packed"):
 
@@ -104,7 +104,7 @@ def window_attentions(
     gradients: bool = True,
     segments: bool = True,
 ) -> Iterator[Program]:
-    """Within a window and over all keys, forwards and with gradients, on packed sequences if there are `segments`."""
+    """Attention within each of `windows`, also with gradients if `gradients`; on packed sequences if `segments`."""
     arrays = (of((1, seq, HEADS, DIM), jnp.bfloat16), *[of((1, seq, KV_HEADS, DIM), jnp.bfloat16)] * 2)
     more = of((HEADS,), jnp.float32), of((1, seq), jnp.int32)
     for window in windows:
@@ -124,7 +124,7 @@ def window_attentions(
 
 
 def of_libraries(seq: int) -> Iterator[Program]:
-    """What `implementation="tokamax"` and `"dew_flash_attn"` stand for."""
+    """The calls behind `implementation="tokamax"` and `"dew_flash_attn"`."""
     count, sizes = EXPERTS["120b"], of((EXPERTS["120b"],), jnp.int32)
 
     def multiply(rows: Any, weights: Any, sizes: Any) -> Any:
@@ -140,19 +140,19 @@ def of_libraries(seq: int) -> Iterator[Program]:
     with suppress(ImportError):
         import dew_flash_attn  # pyright: ignore[reportMissingImports]
 
-        dew_flash_attn._hopper = lambda: True  # it looks for a GPU
+        dew_flash_attn._hopper = lambda: True  # it would look for a GPU
     for program in window_attentions("dew_flash_attn", seq, segments=False):
         yield program._replace(name=f"dew_flash_attn, {program.name}")
 
 
 def wide_window_attentions(seq: int) -> Iterator[Program]:
-    """128 queries to a program; gradients are those of the other kernel."""
+    """Window attention with 128 queries per program; its gradients are those of the other kernel."""
     for program in window_attentions("mosaic_gpu_wide", seq, (2048, None), gradients=False):
         yield program._replace(name=f"wide {program.name}")
 
 
 def decode_attentions(implementation: str, batch: int = 16) -> Iterator[Program]:
-    """Over a long cache, a ring, and a cache that no tile divides, in bfloat16 and e4m3."""
+    """Decode attention over a long cache, a ring, and a cache that no tile size divides, in bfloat16 and e4m3."""
     for slots in (65_536, 128, 4_000):
         for form, dtype in (("bf16", jnp.bfloat16), ("e4m3", jnp.uint8)):
 
@@ -168,8 +168,8 @@ def decode_attentions(implementation: str, batch: int = 16) -> Iterator[Program]
 
 
 def chunk_attentions(implementation: str) -> Iterator[Program]:
-    """A chunk of a prompt against a long cache and against a ring, and some tokens for each of several rows against a
-    long cache and a ring that no tile divides; in bfloat16 and e4m3."""
+    """A prompt chunk against a long cache and a ring, and a few tokens of each of several rows against a long cache and
+    a ring that no tile size divides; in bfloat16 and e4m3."""
     for batch, chunk, slots, window in (
         (1, 512, 65_536, None),
         (1, 512, 128, 128),
@@ -194,7 +194,7 @@ def chunk_attentions(implementation: str) -> Iterator[Program]:
 
 
 def routings(implementation: str, experts: int) -> Iterator[Program]:
-    """The choice of experts and the layout of their pairs, apart."""
+    """The choice of experts and the layout of token-expert pairs, as separate programs."""
     for tokens in (64, 32_768):
 
         def choose(logits: Any) -> Any:

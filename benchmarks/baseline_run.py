@@ -1,10 +1,10 @@
-"""A baseline of a search down the road of `puzzle run`, to compare with the child that the search chose.
+"""Runs a baseline of a search through the pipeline of `puzzle run`, to compare it with the searched child.
 
     python benchmarks/baseline_run.py RUN OUT [--baseline uniform]
 
-RUN is a finished run. Its search and its parent's answers are copied to OUT, where the checkpoint of the search's child
-is replaced by that of the baseline. All stages from distillation to the report follow, with the settings of RUN and on
-the same problems, but without the control, which RUN has. In OUT's tables `cut` is the baseline before training.
+RUN is a finished run. Its search and its parent's answers are copied to OUT, where the baseline's checkpoint replaces
+that of the searched child. All stages from distillation to the report then run with RUN's settings and on the same
+problems, but without the control, which RUN already has. In OUT's tables `cut` is the baseline before training.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main() -> None:
     enable_compilation_cache()
     console = plain_console(width=150)
     settings = settings_of(options.run, options.out)
-    Road(settings, console)  # makes the directory, or refuses one that holds something else
+    Road(settings, console)  # creates the directory, or refuses one that holds something else
     for name in ("search", "traces"):
         if not (options.out / name).exists():
             shutil.copytree(options.run / name, options.out / name)
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def settings_of(run: Path, out: Path) -> RunSettings:
-    """The settings of a run for another directory, without a control."""
+    """Returns a run's settings for another directory, without the control."""
     content: dict[str, Json] = yaml.safe_load((run / SETTINGS_FILE).read_text())
     for name in (*stage_paths(Path(content["parent"]), run, control=True), "run"):
         *sections, key = name.split(".")
@@ -72,7 +72,7 @@ def settings_of(run: Path, out: Path) -> RunSettings:
 
 
 def replace_child(settings: RunSettings, baseline: str) -> None:
-    """Writes the baseline where the search has written its child."""
+    """Replaces the searched child's checkpoint with the baseline's."""
     search = Search(settings.search, plain_console())
     chosen = final_candidates(search.run)[baseline]
     place = search.run / CHILD

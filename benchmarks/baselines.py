@@ -1,10 +1,10 @@
-"""The searched child beside every baseline: held-out KL before any training, over targets and draws of traces.
+"""Held-out KL of the searched child and of every baseline before training, for several targets and trace seeds.
 
     python benchmarks/baselines.py --costs runs/tiny/cost [--seeds 0 1 2] [--rounds N] [--swaps N] [--json PATH]
 
-Each seed draws other problems and other answers of the embedded parent; costs are those of an earlier run of the tiny
-recipe, so that every seed and every baseline is judged by the same prices. A baseline that cannot meet a target is the
-nearest that it has, marked with *. Child and baselines are run whole on traces that scored and chose nothing.
+Each seed draws different problems and answers of the embedded parent; costs come from an earlier run of the tiny
+recipe, so that they are the same for all seeds and baselines. Where a baseline cannot meet a target, its nearest
+architecture is shown, marked with *. All are run whole on traces that were not used for scoring or choosing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from puzzle_jax.search.solve.baselines import all_baselines
 from puzzle_jax.settings import verbs
 
 TARGETS = [(0.8, 1.2), (0.65, 1.3), (0.5, 1.2), (0.5, 1.4), (0.4, 1.3)]
-"""Most expert bytes, least speed-up; relative to the parent."""
+"""Maximum expert bytes and minimum speed-up, relative to the parent."""
 
 STAGES = ("cost", "trace", "rank", "refine_costs", "score", "solve", "refine")
 
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def measure(seed: int, target: tuple[float, float], options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Held-out KL of child and baselines, and which of them miss the target."""
+    """Returns the held-out KL of child and baselines, and the limits that each of them violates."""
     recipe = verbs.parse(SEARCH, ["--run", str(options.out / f"seed-{seed}")])
     recipe = replace(
         recipe,

@@ -1,4 +1,4 @@
-"""What `kernels.py` times of attention against a cache: a step of decoding, and chunks of tokens."""
+"""The cases of attention against a cache that `kernels.py` times: a decode step, and chunks of tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from puzzle_jax.kernels.float8 import encode_e4m3
 
 
 def cached(small: bool) -> list[Case]:
-    """A token for each of 16 rows against 65,536 cached ones, and against a ring of 128."""
+    """One token of each of 16 rows against 65,536 cached tokens, and against a ring of 128."""
     return [
         _cached(slots, form, small) for slots in ((256, 128) if small else (65_536, 128)) for form in ("bf16", "e4m3")
     ]
@@ -49,7 +49,7 @@ def _cached(slots: int, form: str, small: bool) -> Case:
 
 
 def chunks(small: bool) -> list[Case]:
-    """A chunk of a prompt at the end of a long cache, and some tokens for each of 16 rows."""
+    """A prompt chunk after a long cache, and a few tokens of each of 16 rows."""
     shapes = ((1, 8, 256), (2, 3, 256)) if small else ((1, 512, 65_536), (16, 8, 65_536))
     return [_chunk(*shape, form, small) for shape in shapes for form in ("bf16", "e4m3")]
 

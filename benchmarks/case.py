@@ -1,4 +1,4 @@
-"""One operation that `kernels.py` checks and times, and the arrays it is made of."""
+"""One operation that `kernels.py` checks and times, and the arrays that it runs on."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class Case:
     """One operation on one set of arrays.
 
     Attributes:
-      name: what is shown.
+      name: label in the output.
       arrays: arguments of the functions.
       functions: implementations by name.
-      expected: of some arrays, a part of the right result.
-      part: takes that part from a result.
-      flops, num_bytes: that cannot be avoided.
+      expected: computes a part of the correct result from the arrays.
+      part: extracts that part from an implementation's result.
+      flops, num_bytes: least operations to do and bytes to move.
     """
 
     name: str

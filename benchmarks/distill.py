@@ -1,27 +1,27 @@
-"""One step of distillation, ours beside plain PyTorch with transformers: tokens per second and peak memory.
+"""One step of distillation, ours compared with plain PyTorch and transformers: tokens per second and peak memory.
 
-A random parent of gpt-oss's architecture with its true vocabulary, and a child with half the experts and one more
-window. Both sides minimise the forward KL over the whole vocabulary in float32 on the same cores, experts and routers
-frozen, with the same AdamW, batches and checkpoints:
+The parent is a random model of gpt-oss's architecture with its true vocabulary; the child has half the experts and one
+more window. Both sides minimise the forward KL over the whole vocabulary in float32 on the same cores, with experts and
+routers frozen, and with the same AdamW, batches and checkpoints:
 
-    ours     puzzle_jax.train: the child as a view on its parent, rematerialised, losses without logits
+    ours     puzzle_jax.train: the child as a view of its parent, rematerialisation, losses that store no logits
     theirs   transformers' GptOssForCausalLM twice, logits of both, torch.nn.functional.kl_div, backward, AdamW
 
-Every turn is a process of its own, and the sides take turns. Losses of the first step must agree to 1e-4 and those
-after it to 1e-3, which checks gradients and updates, too; else the benchmark ends with an error and reports nothing.
+Every turn is a process of its own, and the sides take turns. Losses of the first step must agree to 1e-4 and those of
+later steps to 1e-3, which also checks gradients and updates; otherwise the benchmark reports an error and no results.
 
-Seconds are medians over all turns' steps but each turn's first, by the clock and of the process' own work (all its
-threads; for machines that others use too: set OMP_WAIT_POLICY=passive there, or torch's threads count as working while
-they wait). Memory is the peak of resident bytes from when models are loaded, compiling included: whole, and beyond
-what was resident then. That is the parent for ours, whose masters thus count as the step's, and both models for
-theirs; gradients and the optimiser's state are beyond it on both sides.
+Seconds are medians over all turns' steps but each turn's first, as wall-clock time and as CPU time of the process (all
+its threads; for shared machines: set OMP_WAIT_POLICY=passive there, or torch's threads count as working while they
+wait). Memory is the peak of resident bytes once models are loaded, compilation included: in total, and beyond what was
+resident at that point. Ours holds the parent then, so that its fp32 master weights count as the step's, and theirs both
+models; gradients and optimiser state are allocated later on both sides.
 
-A second table is about the loss alone with its gradients, by the size of the vocabulary: the peak beyond inputs and
-gradients, and what XLA plans for ours.
+A second table shows the loss alone with its gradients, by vocabulary size: the peak beyond inputs and gradients, and
+the temporary memory that XLA plans for ours.
 
     python benchmarks/distill.py [--rounds 3] [--steps 3] [--hidden 128] [--loss-only] [--json PATH]
 
-Needs the extra `parity`. Memory is that of Linux's /proc.
+Needs the extra `parity`. Memory is read from Linux's /proc.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ from rich.console import Console
 from rich.table import Table
 
 CORES = len(os.sched_getaffinity(0))
-FIRST, LATER = 1e-4, 1e-3  # largest relative differences of losses
-LEARNING_RATE, B1, B2, EPS = 1e-4, 0.9, 0.95, 1e-8  # of AdamW
-VOCABULARIES = (16, 4, 1)  # of the loss alone: the vocabulary divided by these
+FIRST, LATER = 1e-4, 1e-3  # largest relative difference of losses, in the first step and later
+LEARNING_RATE, B1, B2, EPS = 1e-4, 0.9, 0.95, 1e-8  # for AdamW
+VOCABULARIES = (16, 4, 1)  # for the loss alone, the vocabulary is divided by each of these
 
 
 def main() -> None:
@@ -90,7 +90,7 @@ def parse() -> argparse.Namespace:
 
 
 def steps(settings: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """All turns of both sides; exits where they do not compute the same."""
+    """Runs all turns of both sides; exits if their losses do not agree."""
     root = Path(tempfile.mkdtemp(prefix="distill-", dir=settings.directory))
     turns: dict[str, list[dict[str, Any]]] = {"ours": [], "theirs": []}
     try:
@@ -110,7 +110,7 @@ def steps(settings: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def apart(turns: dict[str, list[dict[str, Any]]]) -> list[float]:
-    """Largest relative differences of losses, by step; exits where the sides do not compute the same."""
+    """Largest relative difference of the losses, by step; exits if the sides do not agree."""
     ours, theirs = (np.array([turn["losses"] for turn in turns[side]]) for side in turns)
     difference = np.max(np.abs(ours - theirs) / np.abs(theirs), axis=0)
     if not difference[0] <= FIRST or not np.all(difference <= LATER):
@@ -123,7 +123,7 @@ def apart(turns: dict[str, list[dict[str, Any]]]) -> list[float]:
 
 
 def losses(settings: argparse.Namespace, console: Console) -> dict[str, list[dict[str, Any]]]:
-    """The loss alone at every size of the vocabulary, by side; exits where the sides do not compute the same."""
+    """The loss alone at every vocabulary size, by side; exits if the sides do not agree."""
     found: dict[str, list[dict[str, Any]]] = {"ours": [], "theirs": []}
     for divisor in VOCABULARIES:
         for side, rows in found.items():
@@ -183,7 +183,7 @@ def architecture(settings: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def batches(settings: argparse.Namespace) -> np.ndarray:
-    """Token ids, [steps, rows, length]; one step more than are timed."""
+    """Token ids, [steps + 1, rows, length]; the first step is not timed."""
     shape = (settings.steps + 1, settings.rows, settings.length)
     return np.random.default_rng(7).integers(0, settings.vocab, shape).astype(np.int32)
 
@@ -250,7 +250,7 @@ def theirs(settings: argparse.Namespace) -> dict[str, Any]:
     root, options = settings.directory, {"dtype": torch.float32, "attn_implementation": "eager"}
     if settings.experts_implementation:
         options["experts_implementation"] = settings.experts_implementation
-    of_child = GptOssConfig.from_pretrained(root / "parent")  # the child's own asks for remote code
+    of_child = GptOssConfig.from_pretrained(root / "parent")  # the child's own configuration asks for remote code
     of_child.num_local_experts = 8
     assert of_child.layer_types is not None
     of_child.layer_types[1] = "sliding_attention"
@@ -283,7 +283,7 @@ def theirs(settings: argparse.Namespace) -> dict[str, Any]:
 
 
 def timed(run: Callable[[np.ndarray], float], settings: argparse.Namespace) -> dict[str, Any]:
-    """Losses and seconds of all steps, the first apart; seconds by the clock and of the process' own work."""
+    """Losses of all steps; the first step's seconds, and wall-clock and CPU seconds of all others."""
     values, seconds, cpu_seconds = [], [], []
     for tokens in batches(settings):
         start, cpu_start = time.perf_counter(), time.process_time()
@@ -359,13 +359,13 @@ def loss_theirs(settings: argparse.Namespace) -> dict[str, Any]:
 
 
 def resident_memory() -> int:
-    """Resident bytes now; the peak counts from here on."""
+    """Returns the resident bytes and resets their peak."""
     Path("/proc/self/clear_refs").write_text("5")
     return proc_status("VmRSS")
 
 
 def memory(before: int) -> dict[str, int]:
-    """Peak of resident bytes since `resident_memory`, whole and beyond what it said."""
+    """Peak of resident bytes since `resident_memory` was called, in total and beyond what it returned."""
     peak = proc_status("VmHWM")
     return {"peak": peak, "beyond": peak - before}
 

@@ -1,9 +1,9 @@
-"""The tables of docs/costs.md: published speed-ups beside the roofline's, and how far each assumption moves them.
+"""The tables of docs/costs.md: published speed-ups beside the roofline's, and how much each assumption changes them.
 
     python benchmarks/estimate.py             prints the tables
     python benchmarks/estimate.py --write     puts them into docs/costs.md, between its marks
 
-Needs config.json of both models alone (benchmarks/published), and no accelerator.
+Needs only the config.json of both models (benchmarks/published), and no accelerator.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ ASSUMED, H100 = default_assumptions(), hardware_named("h100")
 
 @dataclass(frozen=True)
 class Setting:
-    """Everything that an estimate depends on beside the models and the lengths."""
+    """Everything that an estimate depends on besides the models and the lengths."""
 
     assumptions: Assumptions = ASSUMED
     hardware: Hardware = H100
     profile: Profile | None = None
-    changes: dict[str, Any] = field(default_factory=dict)  # to the scenario
+    changes: dict[str, Any] = field(default_factory=dict)  # replaced fields of the scenario
 
     def roofline(self) -> Roofline:
         return Roofline(self.hardware, self.assumptions, self.profile)
@@ -53,13 +53,13 @@ def assuming(**changes: Any) -> Setting:
 
 
 def reaching(kind: str, **shares: float) -> Setting:
-    """With other shares of the peaks for one kind of operation."""
+    """Assumes other shares of peak performance for one kind of operation."""
     reached = ASSUMED.efficiency
     return assuming(efficiency=replace(reached, **{kind: replace(getattr(reached, kind), **shares)}))
 
 
 def zipf(exponent: float) -> Profile:
-    """Loads that fall with the rank of an expert; the first few are alike."""
+    """Loads that fall with an expert's rank; those of the first few are similar."""
     return tuple((rank + 8.0) ** -exponent for rank in range(128))
 
 
@@ -118,7 +118,7 @@ SILENT = replace(H100, link_latency_seconds=0, link_bytes_per_second=1e30)
 
 
 def published() -> str:
-    """What NVIDIA reports beside what is estimated, by the precision of the cache."""
+    """NVIDIA's reported speed-ups beside the estimates, by the precision of the cache."""
     lines = ["| scenario | published | both FP8 | error | both bfloat16 | child FP8, parent bfloat16 | batches (FP8) |"]
     lines.append("|---|---|---|---|---|---|---|")
     for name in (*ROWS, "h100x1-4k", "h100x1-8k"):
@@ -135,7 +135,7 @@ def published() -> str:
 
 
 def sensitivity() -> str:
-    """Each assumption moved alone."""
+    """Speed-ups with one assumption changed at a time."""
     lines = ["| assumption | moved to | " + " | ".join(ROWS) + " |", "|---|---|" + "---|" * len(ROWS)]
 
     def add(name: str, value: str, setting: Setting) -> None:
@@ -150,7 +150,7 @@ def sensitivity() -> str:
 
 
 def ladder() -> str:
-    """From a plain roofline to the estimate, one assumption after another, for 4K in and out."""
+    """From a plain roofline to the estimate, adding one assumption at a time, for 4K tokens in and out."""
     scenario = get_scenario("h100x8-4k")
     steps: list[tuple[str, Callable[[Setting], Setting]]] = [
         ("bytes and operations alone, any batch that fits", lambda s: s),
@@ -180,7 +180,7 @@ def ladder() -> str:
 
 
 def by_batch() -> str:
-    """Speed-up at 4K in and out by batch, and where the parent's step goes."""
+    """Speed-up by batch size at 4K tokens in and out, and what the parent's decode step spends its time on."""
     lines = ["| batch | speed-up | of decoding alone | parent's step, ms | experts in it | caches | the rest |"]
     lines.append("|---|---|---|---|---|---|---|")
     for batch in (8, 16, 32, 64, 128, 256, 512, 1024):

@@ -1,16 +1,16 @@
-"""A whole search of a gpt-oss-20b of full size on the machine at hand: memory, and seconds of every step.
+"""A whole search on a full-size gpt-oss-20b on the machine at hand: memory and seconds of every step.
 
-Writes a random gpt-oss-20b of all 24 layers at true width (13.8 GB, experts in MXFP4, in shards) that speaks the
-embedded parent's tokens, loads it, and runs `puzzle search` on it as users do: traces of a few short answers, ranking,
-lens and exact scores of a few layers' alternatives on a trace, the program, the child's export. The child is then
-written once more and both are compared layer by layer (`convert_hf verify`). Every command is a process of its own; its
-peak of resident memory is printed beside its seconds. Its answers mean nothing and neither do its choices: what is
-shown is that every step of a search runs at this size, in how much memory and time.
+Writes a random gpt-oss-20b of all 24 layers at true width (13.8 GB in shards, experts in MXFP4) with the embedded
+parent's chat files, loads it, and runs `puzzle search` on it as users do: traces of a few short answers, ranking, lens
+and exact scores of a few layers' alternatives on one trace, the integer program, the child's export. The child is then
+exported once more and the copies are compared layer by layer (`convert_hf verify`). Every command is a process of its
+own; its peak resident memory is printed beside its seconds. Answers and choices mean nothing: the benchmark shows that
+every step of a search runs at this size, and the memory and time that it takes.
 
     python benchmarks/full_size.py --directory DIR
     python benchmarks/full_size.py --directory DIR --layers 4
 
-Left out: quality, and the speed of the child, which no random model tells.
+Left out: quality and the child's speed, which a random model cannot show.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ WIDTH = dict(
 )
 LAYERS, EXPERTS, WINDOW = 24, 32, 128
 SCORED = 4
-"""Layers at the end that have alternatives, and the third one has."""
+"""Number of layers at the end that have alternatives; the third layer has some, too."""
 CHUNK = 16 << 20
 SHARD_BYTES = 4_000_000_000
 
@@ -132,7 +132,7 @@ def _steps(root: Path, settings: argparse.Namespace) -> dict[str, dict[str, floa
 
 
 def _run(*command: str | Path) -> dict[str, float]:
-    """Seconds of a command, and the largest resident memory that it had."""
+    """Runs a command; returns its seconds and its peak resident memory."""
     arguments = [sys.executable, *map(str, command)]
     start = time.perf_counter()
     process = subprocess.Popen(arguments, env={**os.environ, "JAX_PLATFORMS": "cpu"})

@@ -1,27 +1,27 @@
-"""Our generation engine beside transformers' `generate`, on the same checkpoint and the same prompts.
+"""Our generation engine compared with transformers' `generate` on the same checkpoint and prompts.
 
     python benchmarks/generation.py [--quick] [--json PATH] [--theirs grouped_mm/dynamic eager/dynamic ...]
 
-A random model of gpt-oss-20b's proportions is written as a Hugging Face checkpoint, which both sides read. First their
-logits and their greedy tokens are compared. Then, in turns that change order every round:
+A random model of gpt-oss-20b's proportions is written as a Hugging Face checkpoint, which both sides read. Their logits
+and greedy tokens are compared first. Then the sides take turns, in an order that changes every round:
 
-    decode    tokens per second of a batch: seconds for a long completion minus seconds for a short one, on each side
-    prefill   prompt tokens per second: seconds until the first token of long prompts
+    decode    tokens per second of a batch, from the seconds for a long completion minus those for a short one
+    prefill   prompt tokens per second until the first token of long prompts
     windows   our seconds per decode step with every layer windowed, and with every layer full, at growing context;
-              and the bytes of the caches against the formula of `model.cache.cache_bytes`
+              and the bytes of the caches against the formula `config.cache_bytes`
 
-Ratios are formed round by round, ours over theirs; shown are medians and quartiles (of fewer than four
-rounds, the ends). Every request runs to its limit. A prefill of ours includes one decode step, which theirs does not
-need. `--clock cpu` is for machines that others use too: both sides get one core, and CPU seconds of the process are
-counted in place of wall seconds.
+Ratios are computed round by round, ours over theirs; medians and quartiles are shown (minimum and maximum for fewer
+than four rounds). Every request runs to its limit. Our prefill includes one decode step, which theirs does not need.
+`--clock cpu` is for shared machines: both sides get one core, and CPU seconds of the process are counted instead of
+wall-clock seconds.
 
-`--theirs` names settings of transformers as EXPERTS/CACHE[/compiled], EXPERTS one of grouped_mm, eager, batched_mm and
-CACHE dynamic or static; all are measured in the same rounds. Its attention is `eager`, the only one that runs: sdpa is
-refused because of the attention sinks, and flex attention has no sinks on CPU. `compiled` is torch.compile of the
-decode step; prefill stays as it is, as transformers does it. glibc is told to keep freed memory: by default it gives
-every large array back to the system, with which their prefill takes 2.7 times as long (`--malloc default` shows it).
+`--theirs` names settings of transformers as EXPERTS/CACHE[/compiled]; EXPERTS is grouped_mm, eager or batched_mm, and
+CACHE is dynamic or static. All are measured in the same rounds. Attention is `eager`, the only one that runs: sdpa is
+refused because of the attention sinks, and flex attention has no sinks on CPU. `compiled` applies torch.compile to the
+decode step; prefill is not compiled, as in transformers itself. glibc is told to keep freed memory: by default it
+returns every large array to the system, and their prefill takes 2.7 times as long (`--malloc default` shows it).
 
-Not measured: sampling, requests of different length or that arrive over time, packed weights, and accelerators.
+Not measured: sampling, requests that differ in length or arrive over time, packed weights, and accelerators.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def main() -> None:
     enable_compilation_cache()
     if options.malloc == "keep":
         keep_freed_memory()
-    if options.clock == "cpu":  # before the first use of JAX, which takes as many threads as there are cores
+    if options.clock == "cpu":  # before the first use of JAX, which starts as many threads as there are cores
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     transformers.utils.logging.disable_progress_bar()
@@ -106,7 +106,7 @@ def main() -> None:
 
 
 def model_config(options: argparse.Namespace) -> ModelConfig:
-    """Sliding and full attention in turns, as in gpt-oss."""
+    """A model that alternates sliding and full attention, as gpt-oss does."""
     blocks = [BlockConfig(options.experts, None if i % 2 else options.window) for i in range(options.layers)]
     return ModelConfig(
         vocab_size=options.vocab,
@@ -144,7 +144,7 @@ class Ours:
         return np.asarray(compiled(self.params, jnp.asarray(prompts)), np.float32)
 
     def generate(self, prompts: np.ndarray, new_tokens: int, context: int) -> np.ndarray:
-        """[batch, new_tokens]; `context` positions are held, the same for completions of every length."""
+        """Returns [batch, new_tokens]. Caches hold `context` positions, whatever the length of the completions."""
         engine = Engine(self.params, self.config, stop_ids=(), context=context, slots=len(prompts))
         requests = [Request(tuple(prompt), new_tokens) for prompt in prompts.tolist()]
         return np.array([completion.tokens for completion in engine.generate(requests)])
@@ -183,7 +183,7 @@ class Theirs:
 
 
 def in_turns(functions: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """What each function measures, round by round; the order moves on by one, and a round before compiles."""
+    """What each function measures, round by round; the order rotates, and an uncounted first round compiles."""
     values: dict[str, list[float]] = {name: [] for name in functions}
     names = list(functions)
     for turn in range(rounds + 1):
@@ -219,10 +219,10 @@ def random_prompts(options: argparse.Namespace, batch: int, length: int) -> np.n
 
 
 def agreement(ours: Ours, theirs: Theirs, options: argparse.Namespace) -> dict[str, Any]:
-    """How far the logits of the prompts differ, relative to the largest, and which share of greedy tokens is equal.
+    """Differences of the prompts' logits, relative to the largest logit, and the share of greedy tokens that are equal.
 
-    Random weights leave a few expert choices to rounding: where the last chosen and the first rejected expert are as
-    good as tied, the sides part for that position and for those that attend to it.
+    With random weights, rounding decides a few expert choices: where the last chosen and the first rejected expert are
+    nearly tied, the sides diverge at that position and at those that attend to it.
     """
     prompts = random_prompts(options, options.batch, options.prompt)
     left, right = ours.logits(prompts), theirs.logits(prompts)
@@ -240,9 +240,9 @@ def agreement(ours: Ours, theirs: Theirs, options: argparse.Namespace) -> dict[s
 
 
 def compare_decode(sides: Mapping[str, Ours | Theirs], options: argparse.Namespace) -> dict[str, Any]:
-    """Tokens per second between the end of a short and of a long completion.
+    """Tokens per second between the ends of a short and a long completion.
 
-    Raises PuzzleError where the long one did not take longer: nothing was measured then.
+    Raises PuzzleError if the long one did not take longer, since nothing was measured then.
     """
     prompts, context = random_prompts(options, options.batch, options.prompt), options.prompt + options.long
 
@@ -276,7 +276,7 @@ def compare_prefill(sides: Mapping[str, Ours | Theirs], options: argparse.Namesp
 
 @dataclass
 class Steps:
-    """Decode steps of slots that are all busy, at the end of a context; caches hold noise."""
+    """Decode steps at the end of a context with all slots busy; caches hold random numbers."""
 
     params: Params
     config: ModelConfig
@@ -324,7 +324,7 @@ class Steps:
 
 
 def compare_windows(params: Params, config: ModelConfig, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Seconds per step and cache bytes by context, of the model with all layers windowed and with all full."""
+    """Seconds per step and cache bytes by context, for the model with all layers windowed and with all layers full."""
     rows = {}
     for name, window in (("windowed", options.window), ("full", None)):
         uniform = config.with_blocks(tuple(BlockConfig(block.num_experts, window) for block in config.blocks))

@@ -1,18 +1,18 @@
-"""Compiles what runs on NVIDIA GPUs with XLA's compiler for them; no GPU and no driver is needed.
+"""Compiles the programs for NVIDIA GPUs with XLA's compiler; no GPU and no driver is needed.
 
     python benchmarks/gpu_aot.py [--only kernels libraries controls experts plans] [--gpu h100 h200 b200] [--json PATH]
 
 kernels    every Mosaic GPU kernel at the shapes of gpt-oss-20b and -120b, down to machine code: registers, spills,
-           shared memory, tensor-core instructions, and how many programs a multiprocessor holds; within `LIMITS`
-libraries  other projects' kernels (`kernels.libraries`), where they are installed: that they compile
-controls   what must fail: shared memory that no GPU has, registers that spill, a mixture expanded over all experts
-experts    the mixture of 120B with no kernel, forwards and backwards: temporaries in proportion to the rows
-plans      every program of the product at the width of 20B and 120B: load, generation, rank, lens, score, calibration,
+           shared memory, tensor-core instructions, and how many programs a multiprocessor holds; all within `LIMITS`
+libraries  other projects' kernels (`kernels.libraries`), if they are installed: whether they compile
+controls   what must fail: more shared memory than a GPU has, registers that spill, a mixture expanded over all experts
+experts    120B's mixture of experts without a kernel, forward and backward: temporaries in proportion to the rows
+plans      every program of puzzle_jax at the width of 20B and 120B: load, generation, rank, lens, score, calibration,
            distillation and reinforcement learning on one device and on eight, with few layers, since programs unroll
            them; and the whole recipe for 120B on its host, each stage within `MOST_GB`
 
-Needs the extra `gpu-compiler` and a JAX that has the kernels (`kernels.mosaic.FIRST_JAX`). Exits with 1 where a limit
-is broken, a program does not compile, or a control does not fail.
+Needs the extra `gpu-compiler` and a JAX version that has the kernels (`kernels.mosaic.FIRST_JAX`). Exits with 1 if a
+limit is exceeded, a program does not compile, or a control does not fail.
 """
 
 from __future__ import annotations
@@ -66,10 +66,10 @@ LIMITS = {
     "route": (168, 77_000),
     "expert_order": (216, 86_000),
 }
-"""Registers of a thread and bytes of shared memory by kernel; none may spill."""
+"""Most registers of a thread and most bytes of shared memory, by kernel; no registers may spill."""
 
 TIMES_ROWS = {"forwards": 12, "gradient of the rows": 20, "gradient of the weights": 20}
-"""Temporaries of a mixture may be so many times the bytes of its pairs' inputs."""
+"""Most bytes of a mixture's temporaries, as a multiple of the bytes of its pairs' inputs."""
 
 MOST_GB = 72.0
 """The most GB that a device may need in any stage of the recipe for 120B on eight devices of 80 GB."""
@@ -80,7 +80,7 @@ ABSTRACT = jax.ShapeDtypeStruct
 
 @dataclass
 class Findings:
-    """Rows for JSON, and what broke."""
+    """Rows for the JSON file, and the faults among them."""
 
     rows: list[dict[str, Any]]
     broken: list[str]
@@ -118,7 +118,7 @@ def main() -> None:
 
 
 def compiled_for(gpu: str, run: Callable[..., Any], arguments: Any) -> Any:
-    """A program for one GPU of a kind. Raises what the compiler does."""
+    """Returns a program compiled for one GPU of a kind. Raises what the compiler raises."""
     compiler = GpuCompiler(gpu=gpu)
     devices = compiler.devices(1)
     place = SingleDeviceSharding(devices[0])
@@ -132,7 +132,7 @@ def compiled_for(gpu: str, run: Callable[..., Any], arguments: Any) -> Any:
 
 
 def kernels(found: Findings, gpus: list[str]) -> None:
-    """Every kernel. All are for Hopper, whose GPUs have the same machine code: it is compiled for the first of them."""
+    """Compiles every kernel. All are for Hopper GPUs, which share machine code, so only the first of them is used."""
     hopper = [gpu for gpu in gpus if GpuCompiler(gpu=gpu).capability == "9.0"]
     for gpu in hopper:
         for size, count in aot_programs.EXPERTS.items() if gpu == hopper[0] else ():
@@ -180,12 +180,12 @@ def kernels(found: Findings, gpus: list[str]) -> None:
 
 
 def libraries(found: Findings, gpus: list[str]) -> None:
-    """Other projects' libraries, where they are installed, at the shapes of 120B for the first GPU; no limits hold."""
+    """Compiles other projects' kernels, if installed, at 120B's shapes for the first GPU; no limits apply."""
     gpu = gpus[0]
     for name, run, arguments in aot_programs.of_libraries(SEQ):
         title, before = f"{gpu} {name}", set(DUMP.glob("*.ptxas"))
         try:
-            # They ask the device by default what it is, where ours ask the platform that is lowered for.
+            # They inspect the default device, whereas ours look at the platform that is lowered for.
             with jax.default_device(GpuCompiler(gpu=gpu).devices(1)[0]):
                 program = compiled_for(gpu, run, arguments)
         except Exception as error:
@@ -208,12 +208,12 @@ def _line(error: Exception) -> str:
 
 
 def controls(found: Findings, gpus: list[str]) -> None:
-    """Each limit is broken once on purpose."""
+    """Breaks each limit once on purpose."""
     gpu = gpus[0]
     mosaic = plgpu()
 
     def copies(columns: int, terms: int) -> Callable[..., Any]:
-        """A kernel with one tile of shared memory, which holds `terms` arrays in registers."""
+        """A kernel that uses one tile of shared memory and holds `terms` arrays in registers."""
 
         def kernel(x: Any, out: Any, tile: Any, arrived: Any) -> None:
             mosaic.copy_gmem_to_smem(x, tile, arrived)
@@ -270,7 +270,7 @@ def controls(found: Findings, gpus: list[str]) -> None:
 
 
 def experts(found: Findings, gpus: list[str]) -> None:
-    """The default path of 120B's experts without a kernel."""
+    """Compiles the default path of 120B's experts without kernels."""
     count, hidden, inter = 128, aot_programs.HIDDEN, aot_programs.INTER
     os.environ["PUZZLE_KERNELS"] = "off"
     try:
@@ -320,7 +320,7 @@ def of_mixture(found: Findings, gpu: str, pairs: int, packed: bool, count: int, 
 
 
 def plans(found: Findings, gpus: list[str]) -> None:
-    """Few layers of 20B and 120B on one device and on eight, and the whole recipe for 120B."""
+    """Compiles two layers of 20B and 120B on one device and on eight, and the whole recipe for 120B."""
     compiler = GpuCompiler(gpu=gpus[0])
     with compiler.in_force():
         for size in aot_programs.EXPERTS:
@@ -331,7 +331,7 @@ def plans(found: Findings, gpus: list[str]) -> None:
 
 
 def small_runs(size: str, devices: int) -> dict[str, Any]:
-    """A search, a distillation and reinforcement learning of two layers."""
+    """Plans of a search, a distillation and reinforcement learning with two layers."""
     from puzzle_jax.search.__main__ import SEARCH
     from puzzle_jax.settings.verbs import parse
     from puzzle_jax.train.__main__ import VERBS

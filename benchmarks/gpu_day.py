@@ -1,25 +1,25 @@
-"""Everything to learn from a GPU that is at hand for some minutes, the most telling first.
+"""Everything to measure on a GPU that is available for a few minutes, the most informative steps first.
 
     python benchmarks/gpu_day.py --out DIR [--only doctor,kernels] [--minutes 8] [--dry]
 
-    doctor            kernels prove themselves; what serves each operation of gpt-oss-120b, and why others do not
+    doctor            self-checks of kernels; what serves each operation of gpt-oss-120b, and why others do not
     kernels           errors and times of all kernels beside XLA, tokamax and their floors (benchmarks/kernels.py)
-    search_tiny       a search on the embedded parent; no clock takes part in its choice, so that the child can be
+    search_tiny       a search on the embedded parent whose choice depends on no clock, so that its child can be
                       compared with a CPU's (JAX_PLATFORMS=cpu, --only search_tiny)
     search_20b_width  a search with measured costs on two random layers of gpt-oss-20b's width
-    distill_step      some steps of distillation on a child of the same two layers
-    grpo_step         some steps of reinforcement learning on that child, with random rewards
+    distill_step      a few steps of distillation of a child of the same two layers
+    grpo_step         a few steps of reinforcement learning of that child, with random rewards
     tiles             a search for tile sizes (benchmarks/kernels.py --tune)
 
-Every step is a process of its own (`--step`), which is killed with all that it started when its share of the time is
-over. So a kernel that hangs, or that takes its process down, costs its own step and no other. Time that a step does
-not need is left to those after it. A step that was killed is reported with what it had found by then.
+Every step is a process of its own (`--step`), which is killed with everything that it started when its share of the
+time is over. A kernel that hangs or crashes its process therefore costs only its own step. Time that a step does not
+use goes to later steps. A step that was killed is reported with what it had found by then.
 
-As steps end, DIR/results.jsonl gets a line each, DIR/report.md is written again, and DIR/STEP.log has what was printed.
-`--dry` does the same on a CPU at the smallest sizes, to see that everything runs before a GPU is there; `search_tiny`
-has no smaller size, so its options are only read.
+When a step ends, DIR/results.jsonl gets a line and DIR/report.md is rewritten; DIR/STEP.log has what the step printed.
+`--dry` does the same on a CPU at the smallest sizes, to check that everything runs before a GPU is available;
+`search_tiny` has no smaller size, so only its options are parsed.
 
-Left out: judging what was found. The process that starts the steps imports no JAX.
+Left out: any assessment of the results. The process that starts the steps does not import JAX.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from puzzle_jax.files import Json, read_json, write_beside
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, REPORT, VERDICTS = "results.jsonl", "report.md", "kernel_verdicts.json"
 LOOK_SECONDS, REAP_SECONDS = 0.2, 10.0
-"""Between looks at a step, and for a killed process to end; one that a driver holds does not."""
+"""Seconds between polls of a step, and for a killed process to end, which one stuck in a driver never does."""
 
 ERROR_LINES = 15
 now = time.monotonic
@@ -62,11 +62,11 @@ class Step:
     """One thing to measure.
 
     Attributes:
-      weight: seconds that it gets of eight minutes. What earlier steps left is shared in these proportions.
-      run: of DIR and whether the run is dry; measures, in the step's own process, and leaves files in DIR.
-      figures: of DIR; what those files say, also where the step was killed.
-      least: seconds that are worth a start.
-      parsed_when_dry: a dry run only reads the options of its command.
+      weight: its share of eight minutes, in seconds. The remaining time is divided in these proportions.
+      run: called with DIR and whether the run is dry; measures in the step's own process and writes files to DIR.
+      figures: called with DIR; returns what those files say, even if the step was killed.
+      least: fewest seconds for which the step is started.
+      parsed_when_dry: whether a dry run only parses the options of its command.
     """
 
     weight: float
@@ -82,8 +82,8 @@ class Outcome:
 
     Attributes:
       status: "ok", "failed", "timed out" or "skipped".
-      limit_seconds: that it might have taken.
-      error: the last lines of what it printed, unless all went well.
+      limit_seconds: seconds that it was allowed to take.
+      error: last lines of what it printed or why it did not start; empty if it succeeded.
     """
 
     step: str
@@ -96,7 +96,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Options:
-    """The settings that the command line gives."""
+    """Settings from the command line."""
 
     out: Path
     steps: tuple[str, ...]
@@ -130,7 +130,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _asked(only: str | None) -> tuple[str, ...]:
-    """Names of steps in the order of the table."""
+    """Names of the requested steps, in the order of `STEPS`."""
     asked = list(STEPS) if only is None else only.split(",")
     unknown = [name for name in asked if name not in STEPS]
     if unknown:
@@ -148,9 +148,9 @@ def _minutes(given: float) -> float:
 
 
 def measure(options: Options) -> list[Outcome]:
-    """Runs all steps that were asked for and writes what they found as they end.
+    """Runs all requested steps and writes their results as they end.
 
-    Raises PuzzleError where the directory holds results already.
+    Raises PuzzleError if the directory already holds results.
     """
     if (options.out / RESULTS).exists():
         raise PuzzleError(f"{options.out} holds the results of an earlier run; name another directory with --out")
@@ -172,7 +172,7 @@ def measure(options: Options) -> list[Outcome]:
 
 
 def run_step(name: str, options: Options, limit: float) -> Outcome:
-    """Runs a step in a process of its own for so many seconds at most; whatever goes wrong is part of the outcome."""
+    """Runs a step in a process of its own for at most `limit` seconds; failures become part of the outcome."""
     step, log = STEPS[name], options.out / f"{name}.log"
     if limit < step.least:
         return Outcome(name, "skipped", 0.0, limit, error=f"{limit:.3g} s are left, and it needs {step.least:.3g}")
@@ -184,7 +184,7 @@ def run_step(name: str, options: Options, limit: float) -> Outcome:
     seconds = now() - began
     try:
         result = step.figures(options.out)
-    except Exception as error:  # files of a process that was killed may say anything
+    except Exception as error:  # a killed process may leave its files in any state
         result = {"unreadable": f"{type(error).__name__}: {error}"}
     if options.dry and step.parsed_when_dry:
         result = {"dry": "parsed only"}
@@ -202,9 +202,9 @@ def command(name: str, options: Options) -> list[str]:
 
 
 def run_child(command: Sequence[str], log: Path, limit: float) -> int | None:
-    """Returns the exit code of a command, or None where it was not finished after `limit` seconds.
+    """Runs a command; returns its exit code, or None if it did not finish within `limit` seconds.
 
-    Nothing that it started and that stayed in its process group outlives it.
+    No process that it started and that stayed in its process group outlives it.
     """
     with open(log, "wb") as output:
         end = now() + limit
@@ -227,7 +227,7 @@ def run_child(command: Sequence[str], log: Path, limit: float) -> int | None:
 
 
 def report(outcomes: Sequence[Outcome], options: Options) -> str:
-    """Everything that is known by now, as markdown."""
+    """All results so far, as markdown."""
     found = {outcome.step: outcome.result for outcome in outcomes}
     devices = found.get("doctor", {}).get("devices") or [found.get("kernels", {}).get("device", "device not known")]
     parts = [
@@ -290,7 +290,7 @@ def _versions() -> dict[str, str]:
 def run_here(name: str, out: Path, dry: bool) -> None:
     """Runs one step. Exits with the code of a command that fails."""
     out.mkdir(parents=True, exist_ok=True)
-    os.environ["PUZZLE_KERNEL_VERDICTS"] = str(out / VERDICTS)  # so that kernels are tried today
+    os.environ["PUZZLE_KERNEL_VERDICTS"] = str(out / VERDICTS)  # so that kernels are tried anew
     if dry:
         os.environ["JAX_PLATFORMS"] = "cpu"
         os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
@@ -298,11 +298,11 @@ def run_here(name: str, out: Path, dry: bool) -> None:
 
 
 def call(*arguments: object, attempts: int = 1, output: Path | None = None, **environment: str) -> None:
-    """Runs Python with these arguments; exits with its code where it fails.
+    """Runs Python with these arguments; exits with its code if it fails.
 
     Args:
-      attempts: at most, where signals end runs. A kernel that takes a verb down is not tried by the next run.
-      output: file of what it prints.
+      attempts: most runs, as long as signals end them. A kernel that crashed one run is not tried by the next.
+      output: file for its standard output.
     """
     line = [sys.executable, *map(str, arguments)]
     for left in reversed(range(attempts)):
@@ -317,7 +317,7 @@ def call(*arguments: object, attempts: int = 1, output: Path | None = None, **en
 
 
 verb = partial(call, "-m", attempts=3)
-"""Runs a verb of the package: its module and arguments."""
+"""Runs a verb of the package, given its module and arguments."""
 
 
 def doctor(out: Path, dry: bool) -> None:
@@ -337,7 +337,7 @@ def tiles(out: Path, dry: bool) -> None:
 
 
 def search_tiny(out: Path, dry: bool) -> None:
-    """Costs are modelled and their target is one of bytes, so that the child depends on no clock."""
+    """Runs a search whose costs are modelled and whose target limits bytes, so that the child depends on no clock."""
     asked = ("--traces", "calibration=16,validation=8,confirmation=8,heldout=16")
     target = ("--target", "max_expert_bytes_ratio=0.65,min_speedup=1,max_kv_bytes_ratio={chat: 0.6}")
     costs = ("--costs", "roofline", "--scenario.hardware", "h100", "--refine.swaps", 0, "--solve.solutions", 4)
@@ -387,24 +387,24 @@ _REWARDS = random.Random(0)
 
 
 def random_reward(answer: object, score: object) -> float:
-    """Rewards of answers that are random themselves, so that every group has something to learn from."""
+    """A random reward, so that every group of a random model's answers has something to learn from."""
     return _REWARDS.random()
 
 
 # The model of two layers ----------------------------------------------------------------------------------------------
 
-MODEL, VOCABULARY = "model", 128  # of the embedded parent
+MODEL, VOCABULARY = "model", 128  # the embedded parent's vocabulary size
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of the model, which is gpt-oss-20b's but for these, and of what is run on it.
+    """Sizes of the model, which otherwise is gpt-oss-20b, and of what is run on it.
 
     Attributes:
-      experts: of each layer; the child keeps half of them.
-      traces: in each set of a search.
+      experts: experts of each layer; the child keeps half of them.
+      traces: traces in each set of a search.
       answer, answers: tokens of an answer, and answers that are generated together.
-      window: offered to the search, and the child's on its second layer.
+      window: window offered to the search, and the child's in its second layer.
       row, rows: tokens of a training row, and rows of a step.
     """
 
@@ -427,7 +427,7 @@ SMALL = Sizes(_SMALL_MODEL, 8, 1, 8, 4, 24, 32, 64, 2, 1, 3)
 
 
 def made_model(out: Path, dry: bool) -> Path:
-    """The directory of parent/, child/ and traces.parquet, made by the first step that needs it."""
+    """Returns the directory of parent/, child/ and traces.parquet, created by the first step that needs it."""
     done = out / MODEL / "traces.parquet"
     if not done.exists():
         this = Path(__file__).resolve()
@@ -436,7 +436,7 @@ def made_model(out: Path, dry: bool) -> Path:
 
 
 def make_model(out: Path, dry: bool) -> None:
-    """Writes two layers of gpt-oss-20b with random weights, over the tokens of the embedded parent, and a child.
+    """Writes two layers of gpt-oss-20b with random weights and the embedded parent's tokens, a child, and traces.
 
     Experts are random bytes of MXFP4, since packing random numbers would take minutes.
     """
@@ -485,7 +485,7 @@ def make_model(out: Path, dry: bool) -> None:
 
 
 def doctor_figures(out: Path) -> dict[str, Json]:
-    """Returns what serves each operation, and the verdicts on kernels, which a killed run leaves behind, too."""
+    """Returns what serves each operation, and the verdicts on kernels, which even a killed run leaves behind."""
     path = out / "doctor.json"
     found = read_json(path) if path.exists() and path.stat().st_size else {}
     served = [
@@ -496,7 +496,7 @@ def doctor_figures(out: Path) -> dict[str, Json]:
 
 
 def verdicts(out: Path) -> list[dict[str, Json]]:
-    """Every kernel that was tried, as a row: why it is left out, errors, and its time over XLA's."""
+    """A row for every kernel that was tried: why it is left out, its errors, and its time relative to XLA's."""
     path, rows = out / VERDICTS, []
     for entries in read_json(path).values() if path.exists() else []:
         for key, found in entries.items():
@@ -522,7 +522,7 @@ def kernel_figures(out: Path) -> dict[str, Json]:
 
 
 def tile_figures(out: Path) -> dict[str, Json]:
-    """The table where there is one, and the fastest candidate of every size so far, from what was printed."""
+    """Returns the table, if there is one, and the fastest candidate of every size so far, read from the log."""
     rows: list[dict[str, Json]] = []
     for line in (out / "tiles.log").read_text().splitlines():
         tiles, _, milliseconds = line.strip().removesuffix(" ms").rpartition(": ")
@@ -538,7 +538,7 @@ def tile_figures(out: Path) -> dict[str, Json]:
 
 
 def search_figures(name: str, out: Path) -> dict[str, Json]:
-    """Seconds of the stages that ended, the child, and what was measured of it."""
+    """Returns the seconds of finished stages, the child, and the evaluation of every model."""
     run = out / name
     stages = sorted(
         (read_json(path) for path in run.glob("*/stage.json")), key=lambda stage: STAGES.index(stage["name"])
@@ -569,7 +569,7 @@ STAGES = ("cost", "trace", "rank", "refine_costs", "score", "solve", "refine", "
 
 
 def training_figures(name: str, out: Path) -> dict[str, Json]:
-    """Returns metrics of steps, and median seconds without the first, which compiles, and the last, which evaluates."""
+    """Returns metrics of steps, and their median seconds without the first (compiles) and the last (evaluates)."""
     lines = [json.loads(line) for line in (out / name / "metrics.jsonl").read_text().splitlines()]
     shown = ("step", "seconds_per_step", "loss", "grad_norm", "reward", "updates", "rollout_seconds", "score_seconds")
     shown += ("update_seconds", "rollout_tokens_per_second")
@@ -589,5 +589,5 @@ STEPS: dict[str, Step] = {
 }
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the step under way is killed
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the running step is killed
     sys.exit(main())

@@ -1,21 +1,21 @@
-"""Steps of reinforcement learning, ours beside TRL's GRPOTrainer: seconds per step, and until the first one is done.
+"""Steps of reinforcement learning, ours compared with TRL's GRPOTrainer: seconds per step and until the first one ends.
 
-The embedded parent, or a checkpoint of its form, answers problems of the embedded families at high effort, several
-times each, and learns from all of its answers in one optimiser step; float32 on the same cores, no KL term, the same
-limit of answers:
+The embedded parent, or a checkpoint with the same chat format, answers problems of the embedded tasks at high effort,
+several times each, and learns from all of its answers in one optimiser step. Both sides use float32 on the same cores,
+no KL term, and the same limit on answers:
 
     ours     puzzle_jax.train.grpo with the settings of the recipe `grpo-accuracy`
     theirs   trl.GRPOTrainer with the model in transformers, which also generates (eager attention, for the sinks)
 
-Every turn is a process of its own, and the sides take turns. Both draw problems from the same families in the same
-shares, and score answers by the same functions; which problems and answers they get differs, so that their lengths,
-which are shown, must be about alike. A turn's first steps, in which ours compiles its programs or reads compiled ones,
-do not count among its seconds per step; the first is shown from the start of the process on. Ours runs once before, so
-that compiled programs are there, as they are for every run but the first on a machine.
+Every turn is a process of its own, and the sides take turns. Both draw problems from the same tasks in the same shares
+and score answers with the same functions; their problems and answers differ, so the results compare only if the answer
+lengths, which are shown, are similar. A turn's first steps, in which ours compiles its programs or reads compiled ones,
+are excluded from its seconds per step; the first is timed from the start of the process. Ours runs once beforehand, so
+that compiled programs exist, as they do for every run but the first on a machine.
 
     python benchmarks/grpo.py [--rounds 2] [--steps 4] [--prompts 32] [--group 16] [--json PATH]
 
-Needs the extras `parity` and `train`, and trl (tried: 1.16.0 with torch 2.13.0 and transformers 5.24.0).
+Needs the extras `parity` and `train`, and trl (tested: 1.16.0 with torch 2.13.0 and transformers 5.24.0).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from rich.table import Table
 SHARES = {"chain": 2, "add": 1, "recall": 1}
 EFFORT, LIMIT = "high", 128
 LEARNING_RATE = 1e-3
-SETTLING = 4  # steps that are not timed, until answers of every length have come
+SETTLING = 4  # untimed steps, until answers of every length have occurred
 
 
 def main() -> None:
@@ -85,7 +85,7 @@ def arguments() -> argparse.Namespace:
 
 
 def turn(options: argparse.Namespace, side: str) -> dict[str, Any]:
-    """A side's turn, in a process of its own."""
+    """Runs one turn of a side in a process of its own."""
     given = {name: value for name, value in vars(options).items() if name not in ("side", "started", "json")}
     own = [text for name, value in given.items() if value is not None for text in (f"--{name}", str(value))]
     command = [sys.executable, __file__, *own, "--side", side, "--started", repr(time.time())]

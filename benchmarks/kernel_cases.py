@@ -1,4 +1,4 @@
-"""What `kernels.py` times: operations at the shapes of gpt-oss-120b on a GPU or TPU, smaller ones on a CPU."""
+"""The cases that `kernels.py` times: operations at gpt-oss-120b's shapes on a GPU or TPU, smaller ones on a CPU."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _implementations(operation: Callable[..., Any], names: tuple[str, ...], **op
 
 
 def grouped(small: bool) -> list[Case]:
-    """A layer's down projection in training, 327,680 rows: forwards, and the gradient of the rows."""
+    """A layer's down projection in training, 327,680 rows: forward, and the gradient of the rows."""
     experts, rows, inputs, outputs = (3, 192, 128, 192) if small else (128, 327_680, 2880, 2880)
     sizes = np.random.default_rng(0).multinomial(rows, np.full(experts, 1 / experts)).astype(np.int32)
     x, w = normal(0, (rows, inputs)), normal(1, (experts, inputs, outputs), scale=inputs**-0.5)
@@ -89,7 +89,7 @@ def packed(small: bool) -> list[Case]:
 
 
 def mixture(small: bool) -> list[Case]:
-    """A layer's experts in MXFP4 for 64 tokens, routed, as in decoding."""
+    """A layer's experts in MXFP4 on 64 routed tokens, as in decoding."""
     experts, k, tokens, hidden, inter = (5, 2, 6, 128, 192) if small else (128, 4, 64, 2880, 2880)
     source = np.random.default_rng(0)
     ids = np.stack([source.permutation(experts)[:k] for _ in range(tokens)])
@@ -99,7 +99,7 @@ def mixture(small: bool) -> list[Case]:
         codes = source.integers(0, 256, (experts, outputs, inputs // 2), np.uint8)
         packed += [jnp.asarray(codes), jnp.full((experts, outputs, inputs // 32), 118, jnp.uint8)]
     biases = normal(12, (experts, 2 * inter)), normal(13, (experts, hidden))
-    # Of the first tokens, with their experts alone: all of them in float32 would be several gigabytes.
+    # Only the first tokens and their experts are checked: all experts in float32 take several gigabytes.
     some = min(tokens, 4)
     chosen, of_some = np.unique(ids[:some], return_inverse=True)
 
@@ -129,7 +129,7 @@ def mixture(small: bool) -> list[Case]:
 
 
 def window(small: bool) -> list[Case]:
-    """Attention over 65,536 tokens, full and within 128 keys, forwards and with gradients."""
+    """Attention over 65,536 tokens, full and within 128 keys, forward and with gradients."""
     seq, heads, kv_heads, dim = (512, 4, 2, 64) if small else (65_536, 64, 8, 64)
     shapes = ((4, heads), (5, kv_heads), (6, kv_heads))
     arrays = (*(normal(seed, (1, seq, of, dim)) for seed, of in shapes), normal(7, (heads,), jnp.float32))
@@ -146,7 +146,7 @@ def window(small: bool) -> list[Case]:
 
 
 def _attention(arrays: tuple[jax.Array, ...], width: int | None, some: int, names: tuple[str, ...]) -> list[Case]:
-    """Forwards, and with gradients; the first `some` tokens depend on no later ones."""
+    """The forward pass, and with gradients; only the first `some` tokens are checked, as they see no later ones."""
     (_, seq, heads, dim), kv_heads = arrays[0].shape, arrays[1].shape[2]
 
     def forward(*given: Any, name: str) -> jax.Array:
@@ -157,7 +157,7 @@ def _attention(arrays: tuple[jax.Array, ...], width: int | None, some: int, name
             return jnp.sum(forward(*given, name=name).astype(jnp.float32) ** 2)
 
         of_q, of_k, of_v = jax.grad(total, (0, 1, 2))(*given)
-        # Sums of the others, so that they are computed.
+        # Sums of the other gradients, so that these are computed, too.
         sums = [jnp.sum(x.astype(jnp.float32))[None] for x in (of_k, of_v)]
         return jnp.concatenate([of_q[:, :some].astype(jnp.float32).reshape(-1), *sums])
 
@@ -194,7 +194,7 @@ def _attention(arrays: tuple[jax.Array, ...], width: int | None, some: int, name
 
 
 def experts_on_cpu(small: bool) -> list[Case]:
-    """The expert layer of a small model, forwards and with all gradients; 64 experts, top 2."""
+    """The expert layer of a small model, forward and with all gradients; 64 experts, top 2."""
     tokens, experts, k, hidden, inter = (96, 8, 2, 32, 48) if small else (4096, 64, 2, 64, 96)
     source = np.random.default_rng(0)
     ids = np.stack([source.permutation(experts)[:k] for _ in range(tokens)])
@@ -256,7 +256,7 @@ def _first(routing: Routing, x: jax.Array) -> Routing:
 
 
 def _capacity_buffer(x: jax.Array, routing: Routing, experts: Experts, factor: float = 1.25) -> jax.Array:
-    """The mixture as many trainers have it: each expert takes so many rows and no more; what is above is dropped."""
+    """The mixture as many trainers implement it: each expert has a fixed capacity, and rows beyond it are dropped."""
     count, (tokens, k) = len(experts.down_bias), routing.ids.shape
     rows = int(factor * tokens * k / count)
     assert isinstance(experts.gate_up, jax.Array) and isinstance(experts.down, jax.Array)

@@ -1,8 +1,8 @@
-"""Tile sizes for the device present: every candidate timed in turns with the others, the fastest kept.
+"""Tunes tile sizes for the device present: all candidates are timed in turns, and the fastest is kept.
 
-Called by `kernels.py --tune`. A candidate that does not compile or does not agree with the others is passed over, so a
-table never holds what is wrong. An entry is written only where the best candidate is faster by more than `MARGIN` than
-what the kernel reckons, so that the table holds what was found and not noise.
+Called by `kernels.py --tune`. A candidate that does not compile or does not agree with the others is skipped, so a
+table never holds settings with wrong results. An entry is written only if the best candidate is faster by more than
+`MARGIN` than what the kernel computes for itself, so that the table does not record noise.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ Settings = dict[str, int]
 
 @dataclass(frozen=True)
 class Knob:
-    """What is tuned at one size.
+    """One set of tile sizes to tune, for one problem size.
 
     Attributes:
-      operation: its name in the table.
-      up_to: the size that the entry is for.
+      operation: name of the operation in the table.
+      up_to: largest problem size that the entry is for.
       candidates: settings to try.
-      run: of arrays, a function that is traced anew for every candidate.
-      arrays: its arguments.
+      run: function of the arrays, traced anew for every candidate.
+      arrays: arguments of `run`.
     """
 
     operation: str
@@ -69,14 +69,14 @@ def tune(path: Path | None, small: bool) -> None:
 
 
 def fastest(knob: Knob) -> Settings:
-    """The best candidate; empty where nothing is better than what the kernel reckons."""
+    """Returns the best candidate; empty if none is better than what the kernel computes for itself."""
     print(f"{knob.operation}, up to {knob.up_to}", flush=True)
     runs, expected = {}, None
     for number, settings in enumerate([{}, *knob.candidates]):
         try:
             run = traced(knob, settings)
             out = np.asarray(jax.jit(lambda x: x.astype(jnp.float32))(run(*knob.arrays)))
-        except Exception as reason:  # whatever a compiler or a device says, the others go on
+        except Exception as reason:  # no failure of a compiler or device may stop the others
             print(f"  {settings}: {' '.join(str(reason).split())[:100] or type(reason).__name__}", flush=True)
             continue
         if expected is None:
@@ -113,7 +113,7 @@ def _grid(**values: Sequence[int]) -> list[Settings]:
 
 
 def _experts(small: bool) -> tuple[int, int, int]:
-    """Experts, inputs and outputs: gpt-oss-120b's, or few."""
+    """Numbers of experts, inputs and outputs: gpt-oss-120b's, or small ones."""
     return (4, 128, 192) if small else (128, 2880, 2880)
 
 
@@ -126,7 +126,7 @@ def _weights(form: str, shape: tuple[int, int, int]) -> jax.Array | MXFP4:
 
 
 def _blocks(name: str, form: str, candidates: Mapping[int, Sequence[int]], small: bool) -> list[Knob]:
-    """Rows per block, by the mean rows of an expert."""
+    """Knobs for the rows of a block, by the mean rows of an expert."""
     experts, inputs, _ = _experts(small)
     weights, knobs = _weights(form, _experts(small)), []
     for mean, sizes in candidates.items():
@@ -142,7 +142,7 @@ def _blocks(name: str, form: str, candidates: Mapping[int, Sequence[int]], small
 
 
 def _inside(name: str, form: str, blocks: Sequence[int], candidates: list[Settings], small: bool) -> list[Knob]:
-    """Tiles within a block of so many rows."""
+    """Knobs for the tiles within a block, by the rows of a block."""
     experts, inputs, _ = _experts(small)
     weights, knobs = _weights(form, _experts(small)), []
     for block in blocks:
@@ -160,7 +160,7 @@ def _inside(name: str, form: str, blocks: Sequence[int], candidates: list[Settin
 
 
 def _fused(form: str, blocks: Sequence[int], candidates: list[Settings], small: bool) -> list[Knob]:
-    """Tiles of the fused gate-up kernel within a block of so many rows, whose weights have twice the outputs."""
+    """Knobs for the tiles of the fused gate-up kernel, whose weights have twice the outputs, by the rows of a block."""
     experts, inputs, inter = _experts(small)
     weights, knobs = _weights(form, (experts, inputs, 2 * inter)), []
     bias = jax.random.normal(jax.random.key(2), (experts, 2 * inter), jnp.bfloat16)
@@ -201,7 +201,7 @@ def on_tpu(small: bool) -> list[Knob]:
 
 
 def on_cpu(small: bool) -> list[Knob]:
-    """The plain way, to see that tuning works."""
+    """The plain implementation, to check that tuning works."""
     return _blocks("blocked", "dense", {4: (4, 8), 64: (16, 32, 64)}, True)
 
 

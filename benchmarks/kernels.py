@@ -1,14 +1,14 @@
-"""Kernels on the device present: right first, then how far from their floors.
+"""Kernels on the device present: checks that they are correct, then how far they are from their floors.
 
     python benchmarks/kernels.py [--only grouped packed experts window chunk decode] [--rounds 15] [--small]
         [--json PATH]
     python benchmarks/kernels.py --tune [--json PATH]
 
-On a GPU or TPU at the shapes of gpt-oss-120b, on a CPU at those of a small model. Each implementation is compared with
-a plain reference on a part of the result, then timed in turns with the others; medians, and ratios to the first one.
-The floor is the bytes that must cross memory at the device's bandwidth, or the operations at its rate, whichever takes
-longer; a CPU's are measured when the script starts. What does not run is shown as missing, with the reason. `--small`
-makes everything small, to try the script itself.
+Shapes are those of gpt-oss-120b on a GPU or TPU, and those of a small model on a CPU. Each implementation is compared
+with a plain reference on a part of the result, then timed in turns with the others; medians are shown, with ratios to
+the first one. The floor is the time for the bytes that must cross memory at the device's bandwidth, or for the
+operations at its peak rate, whichever is longer; a CPU's peaks are measured when the script starts. What does not run
+is shown as missing, with the reason. `--small` makes everything small, to try the script itself.
 
 `--tune` finds tile sizes for the device and writes them to the package's table (`kernels/tiles.json`) or to `--json`.
 """
@@ -79,7 +79,7 @@ def cpu_peaks() -> tuple[float, float]:
 
 
 def show(case: kernel_cases.Case, peaks: tuple[float, float] | None, rounds: int) -> list[dict[str, Any]]:
-    """Errors, milliseconds and shares of the floor of every implementation."""
+    """Prints and returns the error, time and share of the floor of every implementation."""
     print(case.name, flush=True)
     expected = np.asarray(jax.jit(case.expected)(*case.arrays), np.float32)
     runs, errors, missing = {}, {}, {}
@@ -87,7 +87,7 @@ def show(case: kernel_cases.Case, peaks: tuple[float, float] | None, rounds: int
         try:
             run = jax.jit(function)
             found = np.asarray(case.part(run(*case.arrays)), np.float32)
-        except Exception as reason:  # whatever a compiler or a device says, the others go on
+        except Exception as reason:  # no failure of a compiler or device may stop the others
             missing[name] = " ".join(str(reason).split())[:160] or type(reason).__name__
             continue
         errors[name] = float(np.abs(found - expected).max() / np.abs(expected).max())
@@ -114,9 +114,9 @@ def show(case: kernel_cases.Case, peaks: tuple[float, float] | None, rounds: int
 
 
 def timed(runs: dict[str, Any], arrays: tuple[Any, ...], rounds: int) -> dict[str, list[float]]:
-    """Seconds of a call, of several in a row, in turns; each turn starts with a call that is not timed.
+    """Seconds per call by turn, from several calls in a row; each turn starts with a call that is not timed.
 
-    That call settles what the one before left behind: after a program that needs gigabytes a CPU's allocator has no
+    That call absorbs the effects of the program before it: after one that needs gigabytes, a CPU's allocator has no
     pages left, and the next program would pay for them.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}

@@ -1,4 +1,4 @@
-"""Registers, spills and shared memory of compiled kernels, read from the files that JAX is told to leave in `DUMP`."""
+"""Registers, spills and shared memory of compiled kernels, read from the files that JAX writes to `DUMP`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ DUMP = Path(tempfile.mkdtemp(prefix="gpu-aot-"))
 
 REGISTERS, SHARED_PER_SM = 65_536, 233_472
 RESERVED, WARPGROUP = 1_024, 128
-"""Registers of a multiprocessor; bytes of shared memory that it has, and that the runtime takes of each program;
-threads of a warpgroup."""
+"""Registers and bytes of shared memory of a multiprocessor; bytes of the latter that the runtime reserves for each
+program; threads of a warpgroup."""
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class MachineCode:
     """The resources of one kernel, as ptxas and Mosaic report them.
 
     Attributes:
-      spills: bytes of registers that are stored to memory.
+      spills: bytes of registers spilled to memory.
       shared: bytes of shared memory.
-      threads: of a program.
+      threads: threads of a program.
       wgmma: tensor-core instructions in the code.
     """
 

@@ -1,12 +1,12 @@
-"""Measured costs against measured speed: do times of single sub-blocks predict the tokens per second of whole models?
+"""Measured costs against measured speed: do sub-block times predict the tokens per second of whole models?
 
     python benchmarks/measured_costs.py [--rounds N] [--clock cpu] [--json PATH]
 
-A random parent of 6 layers (44M parameters, full attention) and nine children with fewer experts and narrower windows
-are predicted by `costs.measured` (every distinct sub-block timed once) and then run whole by the generation engine
-(`evaluate.throughput`), in turns. What counts is the error of the predicted tokens per second, and whether the order
-of the architectures is right. `--clock cpu` counts the seconds of the process' own work, on both sides, for machines
-that others use too; they are no wall-clock seconds, but the sums must hold for them likewise.
+`costs.measured` predicts the speeds of a random parent of 6 layers (44M parameters, full attention) and of nine
+children with fewer experts and narrower windows, timing every distinct sub-block once. The generation engine then runs
+the whole models in turns (`evaluate.throughput`). What counts is the error of the predicted tokens per second, and
+whether the architectures are ranked correctly. `--clock cpu` counts CPU seconds of the process on both sides, for
+shared machines; these are not wall-clock seconds, but the sums must hold for them as well.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ SCENARIO = Scenario("long", input_tokens=1792, output_tokens=256, batch=4)
 
 
 def architecture(counts: Sequence[int], windows: Sequence[int | None]) -> tuple[BlockConfig, ...]:
-    """Expert counts and windows in turns over the layers."""
+    """Layers that cycle through the given expert counts and windows."""
     return tuple(BlockConfig(counts[i % len(counts)], windows[i % len(windows)]) for i in range(LAYERS))
 
 
-# None but the parent is a trial of the provider: each has two differences from it at least, or layers that differ.
+# Only the parent is also a trial of the provider: each other model has two differences from it, or unequal layers.
 ARCHITECTURES = {
     "parent": PARENT.blocks,
     "8 and 32 experts": architecture([8, 32], [None]),

@@ -1,28 +1,28 @@
-"""Our `puzzle_jax.program.solve.solve` beside CBC through PuLP, on the same random programs, to the same proven gap.
+"""Our `program.solve.solve` compared with CBC through PuLP on the same random integer programs, to the same proven gap.
 
     python benchmarks/milp.py [--instances 20] [--gap 0.01] [--time-limit 20] [--clock cpu] [--json PATH]
 
-A program chooses one of A alternatives in each of L layers, least total score within m limits on totals. Kinds, all
-drawn by numpy's default_rng([kind, L, A, m, instance]); U is uniform in [0, 1):
+An instance chooses one of A alternatives in each of L layers, for the least total score within m limits on totals. All
+kinds are drawn by numpy's default_rng([kind, L, A, m, instance]); U is uniform in [0, 1):
 
     independent   score U; each cost U; each limit 0.4 L. The hard one: a multi-dimensional multiple-choice knapsack
-                  in which no alternative tells anything about another.
-    tight         as independent, each limit 0.3 L: with 6 limits the relaxation's bound is 5 to 10% off.
+                  in which no alternative says anything about another.
+    tight         as independent, but each limit 0.3 L: with 6 limits the relaxation's bound is 5 to 10% off.
     correlated    score U; each cost (U_shared + U) / 2 with U_shared the same for the alternative's m costs; each
                   limit 0.4 L.
     puzzle        like a measured block library. Alternative a removes the share f = a / (A - 1) of a layer, which
-                  scores s f^2 (1 + 0.2 U), s = exp(N(0, 1)) of the layer; cost r is w (1 - h f) (1 - 0.05 U), with
-                  w = 0.5 + U of the layer and cost, and h = 0.4 + 0.4 U of the cost; each limit is 0.75 of the sum of
-                  w. The parent itself (f = 0) costs w and scores 0.
+                  scores s f^2 (1 + 0.2 U), s = exp(N(0, 1)) per layer; cost r is w (1 - h f) (1 - 0.05 U), with
+                  w = 0.5 + U per layer and cost, and h = 0.4 + 0.4 U per cost; each limit is 0.75 of the sum of w.
+                  The parent itself (f = 0) costs w and scores 0.
 
-Per kind and size: median and worst seconds to a proven gap of 1%, how many instances were proven in time, and median
-and worst gap (score less proven bound, over score) when it stopped. Ours and CBC take turns instance by instance, and
-which is first changes. An instance that is not proven counts with the seconds it took.
+Shown per kind and size: median and worst seconds to a proven gap of 1%, how many instances were proven in time, and
+median and worst gap (score less proven bound, over score) when the solver stopped. Ours and CBC take turns instance by
+instance and alternate in going first. An instance that is not proven counts with the seconds it took.
 
 `--clock cpu` counts CPU seconds of the process (ours) and of the child process (CBC; PuLP's writing of files is not
-counted), for machines that others use too. CBC then stops by CPU seconds, ours by wall-clock seconds, for which it
-gets ten times as much; beyond the limit on the clock chosen, a proof does not count. Without PuLP (extra
-`benchmarks`), CBC's columns are missing.
+counted), for shared machines. CBC's time limit is then in CPU seconds; ours is in wall-clock seconds, of which it gets
+ten times as many. A proof counts only within the limit on the chosen clock. Without PuLP (extra `benchmarks`), CBC's
+columns hold dashes.
 """
 
 from __future__ import annotations
@@ -82,14 +82,14 @@ class Instance:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Seconds until it stopped, and the gap proven then (infinite: no choice found)."""
+    """Seconds until a solver stopped, and the gap proven by then (infinite if it found no choice)."""
 
     seconds: float
     gap: float
 
 
 def draw(kind: str, layers: int, alternatives: int, limits: int, instance: int) -> Instance:
-    """A random program, as the file's docstring says."""
+    """Draws a random instance, as described in the module's docstring."""
     random = np.random.default_rng([KINDS.index(kind), layers, alternatives, limits, instance])
     shape = (limits, layers, alternatives)
     if kind == "puzzle":

@@ -1,12 +1,12 @@
-"""An update of a policy from the same answers: every answer with its prompt, and answers that share their prompts.
+"""A policy update from the same answers, with a copy of the prompt for every answer and with shared prompts.
 
     python benchmarks/policy_update.py [--model DIR] [--prompts N] [--rounds N] [--json PATH]
 
-The embedded parent, or another checkpoint that is asked the embedded tasks, answers one step's prompts as the recipe
-`grpo-accuracy` asks them. Then both ways update it from all answers that carry a signal, in turns that change order
-every round. Ratios are formed round by round; shown are medians and ranges. `positions` are those that the model is run
-on, padding included. Gradients agree by the tests, so only time is compared here. Not measured: sampling and rewards,
-which are the same for both.
+The embedded parent, or another checkpoint that can answer the embedded tasks, answers one step's prompts of the recipe
+`grpo-accuracy`. Both ways then update it from all answers that carry a signal, in turns whose order changes every
+round. Ratios are computed round by round; medians and ranges are shown. `positions` are those that the model is run on,
+padding included. The tests check that gradients agree, so only time is compared here. Not measured: sampling and
+rewards, which are the same for both.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def arguments() -> argparse.Namespace:
 
 
 def measure(recipe: GrpoRecipe, rounds: int) -> dict[str, Any]:
-    """Seconds of an update both ways, round by round."""
+    """Times an update both ways, round by round."""
     with PrimaryRewards(recipe.reward) as rewards:
         trainers = {}
         for name, shares in WAYS.items():

@@ -1,14 +1,14 @@
-"""The last table of several runs of `puzzle run` together, which differ in their seeds.
+"""The final table of `puzzle run`, pooled over several runs that differ in their seeds.
 
     python benchmarks/pooled_runs.py RUN [RUN ...] [--models NAME,NAME] [--greedy] [--json PATH]
 
-A run's seed draws its problems too, so that their answers can be pooled: accuracies, intervals, tokens and curves are
-those of `puzzle evaluate` on the problems of all runs, and speeds on their rounds. With `--greedy` the parent, the
-control and the child to serve also answer the problems of each run greedily (kept in RUN/greedy, and asked once), for a
-second table. Below are, of models of the embedded parent, shares of answers that check a step, which is what a policy
-for length can leave out, and of every run the speeds in its scenarios.
+A run's seed also draws its problems, so answers of several runs can be pooled: accuracies, intervals, tokens and curves
+are computed as `puzzle evaluate` does, on the problems of all runs, and speeds on the rounds of all runs. With
+`--greedy`, the parent, the control and the final child also answer each run's problems greedily (only once; the answers
+are kept in RUN/greedy), for a second table. Two more tables show the share of answers that check a step (a policy for
+length can omit such checks), for models with the embedded parent's chat, and each run's speeds in its scenarios.
 
-Not measured: anything that the runs have not; runs on different machines pool as if theirs were one.
+Not measured: anything that the runs did not; speeds of different machines are pooled as if they were one.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def arguments() -> argparse.Namespace:
 
 
 def pooled(evaluations: Sequence[Path], models: Sequence[str]) -> dict[str, Any]:
-    """The content of the evaluation.json of all evaluations together, of these models as far as all have them."""
+    """Content of an evaluation.json that pools all evaluations, for those of `models` that all of them have."""
     contents = [read_object(path / "evaluation.json") for path in evaluations]
     names = [name for name in contents[0]["models"] if name in models and all(name in c["models"] for c in contents)]
     efforts = list(contents[0]["summaries"][names[0]])
@@ -102,7 +102,7 @@ def pooled(evaluations: Sequence[Path], models: Sequence[str]) -> dict[str, Any]
 
 
 def ordered(evaluation: Path, model: str) -> list[Trace]:
-    """A model's answers, in one order for all models."""
+    """A model's answers, in the same order for all models."""
     answers = read_traces(evaluation / "answers" / f"{model}.jsonl")
     return sorted(answers, key=lambda trace: (trace.task, trace.problem_seed, trace.effort))
 
@@ -118,7 +118,7 @@ def by_workload(evaluation: Path) -> dict[str, dict[str, list[float]]]:
 
 
 def greedy(run: Path, console: Console) -> Path:
-    """Asks what was not asked yet, and returns where it is."""
+    """Asks what was not asked yet, and returns the directory of the evaluation."""
     settings = evaluation_settings(run)
     models = {name: path for name, path in settings.models.items() if name in GREEDY}
     kept = {name: dtype for name, dtype in settings.cache_dtypes.items() if name in models}

@@ -1,11 +1,11 @@
-"""What scoring costs and what its scores are worth, on the embedded parent and on a random model of 24 layers.
+"""The cost of scoring and the quality of its scores, on the embedded parent and on a random model of 24 layers.
 
-    cost        exact replace-one scores against running the whole model for every alternative, interleaved rounds, the
-                same scores; the bound for L layers and a head worth h of them is (L + h) / ((L + 1) / 2 + h)
-    ranks       Spearman's correlation with gold scores (exact, other traces) of exact scores on few traces, of the
+    cost        exact replace-one scores against running the whole model for every alternative, in interleaved rounds
+                with equal scores; the bound for L layers and a head worth h of them is (L + h) / ((L + 1) / 2 + h)
+    ranks       Spearman's correlation with gold scores (exact, on other traces) of exact scores on few traces, of the
                 lens, and of both together
-    sets        the best of all methods' expert sets, chosen on calibration traces, against removal_error's, on gold
-    adaptive    layers run and the held-out KL of the child, adaptive against exact scores of all traces
+    sets        gold scores of all methods' best expert sets, chosen on calibration traces, against removal_error's
+    adaptive    layers run and the child's held-out KL, adaptive scores against exact scores of all traces
     additive    predicted against real KL of random architectures
 
 All but the first need the traces, ranking and costs of a finished search:
@@ -131,7 +131,7 @@ def cost() -> None:
 
 
 def whole_model(run: ReplaceOne, batch: MicroBatch, wanted: list[tuple[int, Alternative]]) -> np.ndarray:
-    """METRICS of every alternative by a whole pass each, as many in a call as `run` takes."""
+    """METRICS of every alternative from a pass of the whole model each, as many in a call as `run` takes."""
     rows, seq = batch.tokens.shape
     start = embed(run.params, batch.tokens)
     parent = start
@@ -153,7 +153,7 @@ def whole_model(run: ReplaceOne, batch: MicroBatch, wanted: list[tuple[int, Alte
 
 
 def _head_in_layers(run: ReplaceOne, batch: MicroBatch) -> float:
-    """Seconds of comparing a call's alternatives over those of one layer for them."""
+    """Seconds to compare a call's alternatives with the parent, relative to those of one layer for them."""
     seq = batch.tokens.shape[1]
     x = embed(run.params, batch.tokens)
     states = x[:, None].repeat(run.per_call, axis=1)
@@ -177,7 +177,7 @@ def _head_in_layers(run: ReplaceOne, batch: MicroBatch) -> float:
 
 
 class _Found:
-    """What a finished search left, and gold scores of its whole space on held-out traces."""
+    """Artifacts of a finished search, and gold scores of its whole space on held-out traces."""
 
     def __init__(self, directory: Path, gold: int) -> None:
         given = yaml.safe_load((RECIPES / "tiny.yaml").read_text())
@@ -216,7 +216,7 @@ def ranks(found: _Found) -> None:
         for start in range(0, 8 * traces, traces):
             table = ScoreTable.empty(found.indexed.listed, found.calibration)
             Fill(table, found.run, everything, order[start : start + traces])()
-            # As a search that draws these traces first would look: at them, and at others up to so many.
+            # The lens sees what it would in a search that draws these traces first: LENS_TRACES, these among them.
             seen = (order[start:] + order[:start])[:LENS_TRACES]
             table.lens = np.full(looked.values.shape[:2], np.nan)
             table.lens[:, seen] = looked.values[:, seen, 0]
@@ -229,7 +229,7 @@ def ranks(found: _Found) -> None:
 
 
 def sets(found: _Found) -> None:
-    """KL summed over layers, each layer alone at a count, on gold traces; sets chosen on calibration traces."""
+    """KL summed over layers, each cut alone to a count, on gold traces; sets are chosen on calibration traces."""
     table = ScoreTable.empty(found.indexed.listed, found.calibration)
     numbers = [n for of_layer in found.indexed.experts for n in of_layer if n is not None]
     Fill(table, found.run, numbers, in_random_order(found.calibration)[:96])()
@@ -246,7 +246,7 @@ def sets(found: _Found) -> None:
 def adaptive(found: _Found) -> None:
     results = {}
     for method in ("exact", "adaptive"):
-        # So many that the lens drops none: the two score the same alternatives.
+        # Enough that the lens drops none, so that both methods score the same alternatives.
         settings = ScoreSettings(method=method, keep_sets=0 if method == "exact" else len(found.indexed.listed))
         search = Search(replace(found.search.recipe, score=settings), CONSOLE)
         scorer = search.scorer()
@@ -281,7 +281,7 @@ def additive(found: _Found, architectures: int = 60) -> None:
     gold = found.indexed.scores(found.gold.means())
     children, predicted = [], []
     for _ in range(architectures):
-        # From nearly the parent to nearly nothing: each layer is changed with a probability of its architecture's own.
+        # From nearly the parent to nearly nothing: each architecture has its own probability of changing a layer.
         share, total, blocks = source.uniform(0.1, 1.0), 0.0, []
         for layer, (choices, windows) in enumerate(zip(found.space.expert_choices, found.space.windows, strict=True)):
             experts = int(source.integers(len(choices))) if source.random() < share else 0

@@ -1,10 +1,10 @@
-"""Compiles the TPU kernels for TPUs that need not be there, at the shapes of gpt-oss-120b.
+"""Compiles the TPU kernels at the shapes of gpt-oss-120b; no TPU is needed.
 
     python benchmarks/tpu_aot.py [--tpu v5e v5p v6e]
 
-Needs jax[tpu], no TPU. Arguments get the layouts that the compiler likes best. Prints what a call allocates beside its
-arguments (copies of weights would show there) and the compiler's modelled time, which takes a kernel's operations and
-bytes from the estimate beside the kernel: a floor, no forecast.
+Needs jax[tpu]. The compiler chooses the arguments' layouts. Prints the memory that a call allocates besides its
+arguments (copies of weights would show up there) and the compiler's modelled time, which takes a kernel's operations
+and bytes from the kernel's own cost estimate: a lower bound, not a prediction.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def main() -> None:
             memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
             assert memory is not None and costs is not None
             temporary, seconds = memory.temp_size_in_bytes / 1e6, costs["optimal_seconds"]
-            # Splash attention gives no estimates: what is left is no time.
+            # Splash attention gives no cost estimate, so the modelled time would be meaningless.
             modelled = f"modelled {seconds * 1e3:7.3f} ms" if seconds > 0 else "not modelled"
             print(
                 f"{tpu:<4} {name:<62} {temporary:8.0f} MB beside arguments, {modelled}",

@@ -1,24 +1,24 @@
-"""GRPO, whole, in one file to hold in the head; a minute or two on two free cores.
+"""All of GRPO in one short file; it runs for a minute or two on two free cores.
 
     python examples/grpo_minimal.py [--steps 20] [--task chain] [--effort medium] [--model DIR] [--keep 0.75]
 
-The embedded parent loses the last quarter of each layer's experts, whichever they are, and much of what it could do.
-Then it learns to do without. Each step asks some problems, samples a group of answers to each from the model as it is,
-scores them, and makes those that beat the rest of their group likelier, the others less likely:
+The embedded parent loses the last quarter of each layer's experts, whichever they are, and with them much of its
+accuracy. Then it learns to do without them. Each step asks some problems, samples a group of answers to each from the
+current model, scores them, and makes those that beat the rest of their group more likely, the others less likely:
 
     A       = reward - mean reward of the group's other answers                           (RLOO, arXiv 2402.14740)
     ratio_t = pi(token_t) / pi_old(token_t), pi_old as the sampler drew it                (GRPO, arXiv 2402.03300)
     loss    = mean over all tokens of -min(ratio_t A, clip(ratio_t, 0.8, 1.28) A)         (DAPO, arXiv 2503.14476)
 
-A sample serves one update, so that ratios are 1 up to rounding, and only their gradients matter. Routers and experts
+A sample is used for one update, so ratios are 1 up to rounding, and only their gradients matter. Routers and experts
 are frozen, and the update sends each token through the experts that the sampler chose (replay, arXiv 2510.11370).
 
-Left out, and found in the full trainer, `puzzle train grpo`: checkpoints and resuming, meshes, bfloat16,
-packed rows and micro-batches, mixtures of tasks and efforts, judges, filters of prompts, rewards for length, other
-losses, several updates per sample, a pull towards the first policy, and metrics on disk.
+Left out, and found in the full trainer, `puzzle train grpo`: checkpoints and resuming, meshes, bfloat16, packed rows
+and micro-batches, mixtures of tasks and efforts, reward workers, prompt filters, rewards for length, other losses,
+several updates per sample, a KL penalty towards the first policy, and metrics on disk.
 
-Letters that end an array's name are its axes: G groups, one per problem; A answers of each; R = G * A rows; T positions
-of a row; V vocabulary; L layers; K experts of a token.
+The letters at the end of an array's name are its axes: G groups, one per problem; A answers of each; R = G * A rows;
+T positions of a row; V vocabulary; L layers; K experts of a token.
 """
 
 from __future__ import annotations
@@ -57,19 +57,19 @@ class Rollout(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What an update reads. Rows that teach nothing stay empty, so that every step runs the same program."""
+    """Inputs of an update. Rows that teach nothing stay empty, so that every step runs the same program."""
 
     tokens_RT: np.ndarray  # prompt, answer, padding
     mask_RT: np.ndarray  # true at the answer's tokens
-    sampler_RT: np.ndarray  # log-probabilities that these were drawn by
+    sampler_RT: np.ndarray  # log-probabilities that these were sampled with
     advantages_RT: np.ndarray
-    experts_RTLK: np.ndarray  # that the sampler chose
+    experts_RTLK: np.ndarray  # experts that the sampler chose
 
 
 def train(options: argparse.Namespace) -> tuple[Params, list[dict[str, float]]]:
-    """The parameters in the end, and what was printed of each step.
+    """Returns the final parameters and the metrics printed for each step.
 
-    `trained` is a tree like the parameters, with None for all that is frozen; `with_delta` makes both one.
+    `trained` is a tree like the parameters, with None for frozen leaves; `with_delta` merges the two.
     """
     parent, chat = load_checkpoint(options.model, dtype=jnp.float32, experts="dense"), Chat.load(options.model)
     kept = [tuple(range(round(options.keep * block.num_experts))) for block in parent.config.blocks]
@@ -104,7 +104,7 @@ def train(options: argparse.Namespace) -> tuple[Params, list[dict[str, float]]]:
             "reward": rewards_GA.mean(),
             f"pass@{options.group}": (rewards_GA == 1).any(axis=1).mean(),
             "tokens": np.mean([len(rollout.generated.tokens) for rollout in rollouts]),
-            "groups": (np.ptp(rewards_GA, axis=1) > 0).sum(),  # that taught something
+            "groups": (np.ptp(rewards_GA, axis=1) > 0).sum(),  # groups that taught something
             "gap": gap,
         }
         history.append({name: float(value) for name, value in metrics.items()})
@@ -122,7 +122,7 @@ def sample(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> list[Rollout]:
-    """An answer to each problem, as long as its prompt leaves room for."""
+    """Samples an answer to each problem, at most as long as its prompt leaves room for."""
     prompts = [tuple(chat.prompt_tokens(problem.prompt, options.effort)) for problem in asked]
     noise = range(seed * len(asked), (seed + 1) * len(asked))
     requests = [Request(prompt, options.length - len(prompt), n) for prompt, n in zip(prompts, noise, strict=True)]
@@ -138,7 +138,7 @@ def sample(
 
 
 def make_batch(rollouts: Sequence[Rollout], rewards_GA: np.ndarray, config: ModelConfig, length: int) -> Batch:
-    """Advantages, and rows of equal length. A group whose rewards are all equal teaches nothing and is left out."""
+    """Returns advantages and equally long rows. A group whose rewards are all equal teaches nothing and is left out."""
     (G, A), T, L, K = rewards_GA.shape, length, len(config.blocks), config.experts_per_token
     others_GA = (rewards_GA.sum(axis=1, keepdims=True) - rewards_GA) / (A - 1)
     advantages_R = (rewards_GA - others_GA).reshape(G * A)
@@ -161,11 +161,11 @@ def make_batch(rollouts: Sequence[Rollout], rewards_GA: np.ndarray, config: Mode
 
 
 def policy_loss(trained: Params, first: Params, batch: Batch, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    """The loss, and the largest |sampler - trainer| of a token's log-probability."""
+    """Returns the loss and the largest |sampler - trainer| difference of a token's log-probability."""
     R, T, L, K = batch.experts_RTLK.shape
     replay = [batch.experts_RTLK[:, :, layer].reshape(R * T, K) for layer in range(L)]
     logits_RTV = forward(with_delta(first, trained), config, jnp.asarray(batch.tokens_RT), replay=replay)
-    # Each position predicts the next token, and takes from there what is known about it.
+    # Each position predicts the next token, so all that belongs to that token is shifted by one.
     tokens_RT, mask_RT, sampler_RT, advantages_RT = (x_RT[:, 1:] for x_RT in batch[:4])
     log_probs_RTV = jax.nn.log_softmax(logits_RTV[:, :-1])
     log_probs_RT = jnp.take_along_axis(log_probs_RTV, tokens_RT[..., None], axis=-1)[..., 0]

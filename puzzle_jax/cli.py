@@ -14,7 +14,7 @@ from puzzle_jax.commands import did_you_mean, say
 from puzzle_jax.errors import shown
 
 VERBS = {
-    "run": "the whole road in one command: from a parent to a trained, evaluated and exported child",
+    "run": "the full pipeline in one command: from a parent to a trained, evaluated and exported child",
     "status": "how far a run has come",
     "search": "from a trained parent to the child that serves a deployment best; estimate: by arithmetic alone",
     "train": "traces, distill, distill-blocks, grpo, average, pretrain",

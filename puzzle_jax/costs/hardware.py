@@ -3,7 +3,7 @@
 Memory is what the driver or the runtime reports, which a vendor's round figure may miss by several percent: the "80 GB"
 of an H100 are 85.5e9 bytes. Rates are dense, without sparsity. Link bandwidth is that of one device in one direction,
 half of the figure that vendors publish. Latency and launch times are not data-sheet figures but measured in practice:
-8 x H100 all-reduce a small tensor in 6 to 9 us (sglang, pull request 2904); kernels of a captured CUDA graph follow
+8 x H100 all-reduce a small tensor in 6 to 8 us (sglang, pull request 2904); kernels of a captured CUDA graph follow
 each other about 2 us apart, operations of an XLA program on a TPU about half of that.
 
 Cards without NVLink all-reduce over PCIe, through host memory where the driver allows no direct access; their latency

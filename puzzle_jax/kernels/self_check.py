@@ -3,7 +3,7 @@
 The first time that an operation of some shape class is traced for the GPU or TPU present, its kernel is run once on
 small arrays of that class next to what XLA would do: it must compile, agree, and take no longer, forwards and, if the
 operation has gradients, with them. The verdict is kept in a file by device, JAX and package (its version and the source
-of its kernels). If a kernel does not pass, one warning gives the reason, and XLA is used.
+of its kernels). If a kernel does not pass, XLA is used; one that fails, rather than is slower, gives one warning.
 
 A trial runs in a thread of its own, whatever is being traced meanwhile. While it runs, the file says so: if a kernel
 takes the process down with it, the next run finds that in the file and does not try the kernel again.
