@@ -62,7 +62,8 @@ class ComparisonTable:
             served = [f"{rate['value']:.2f}x at {effort}" for effort, rate in rates.items()]
             listed = f"{', '.join(served[:-1])} and {served[-1]}" if len(served) > 1 else served[0]
             sentence += f", and serves {listed} effort as many requests per second"
-            sentence += "; it is more accurate at every rate that both serve" if self._above(name) else ""
+            above, who = self._above(name)
+            sentence += f"; it is more accurate at every rate that {who}" if above else ""
         return f"{sentence}."
 
     def _rows(self, effort: str) -> list[list[str]]:
@@ -101,7 +102,7 @@ class ComparisonTable:
             ["all: 95% interval", *(_interval(of and of["overall"]) for of in found.values())],
         ]
         if self.evaluation["throughput"]:
-            above = [NONE if of is None else "yes" if self._above(name) else "no" for name, of in found.items()]
+            above = [NONE if of is None else "yes" if self._above(name)[0] else "no" for name, of in found.items()]
             rows.append([f"above the curve of {self.reference} everywhere", *above])
         return rows
 
@@ -109,10 +110,17 @@ class ComparisonTable:
         comparison = self.evaluation["comparisons"].get(name)
         return comparison and comparison["efforts"][effort]
 
-    def _above(self, name: str) -> bool:
-        """Returns whether the measured curve lies above the reference's wherever both serve requests."""
-        common = self.evaluation["comparisons"][name]["common"]
-        return bool(common and common["gap"] and common["gap"]["accuracy"] > 0)
+    def _above(self, name: str) -> tuple[bool, str]:
+        """Whether the measured curve lies above the reference's, and who serves the rates at which that was asked.
+
+        A model whose slowest effort is faster than the reference's fastest shares no rate with it: it is compared at
+        every rate that the reference serves, by its best accuracy at that rate or faster (`evaluate.frontier`).
+        """
+        comparison = self.evaluation["comparisons"][name]
+        for question, who in (("common", "both serve"), ("reachable", f"{self.reference} serves")):
+            if comparison[question] and (gap := comparison[question]["gap"]):
+                return gap["accuracy"] > 0, who
+        return False, ""
 
 
 def _tokens(summary: Mapping[str, Json]) -> str:

@@ -4,7 +4,7 @@ import copy
 
 from puzzle_jax.report.comparison import ComparisonTable
 from puzzle_jax.report.evaluation import EvaluationReport
-from tests.report.test_evaluation import EVALUATION
+from tests.report.test_evaluation import EVALUATION, above
 
 
 def with_tokens_of_right_answers():
@@ -57,6 +57,17 @@ def test_the_verdict_is_one_sentence():
         "1.50x at low and 1.50x at high effort as many requests per second; "
         "it is more accurate at every rate that both serve."
     )
+
+
+def test_a_model_that_is_faster_at_every_effort_is_compared_at_all_rates_of_the_other():
+    apart = copy.deepcopy(EVALUATION)
+    apart["comparisons"]["child"] |= {"common": above(None, None), "reachable": above(0.04, 0.01)}
+    table = ComparisonTable(apart)
+    assert table.section().rows[-1] == ["above the curve of parent everywhere", "-", "yes"]
+    assert table.verdict("child").endswith("; it is more accurate at every rate that parent serves.")
+    for reachable in (above(-0.04, -0.05), above(None, None)):  # less accurate there; too slow for some of the rates
+        apart["comparisons"]["child"]["reachable"] = reachable
+        assert table.section().rows[-1][-1] == "no" and "more accurate" not in table.verdict("child")
 
 
 def test_without_speed_nothing_is_said_of_it():

@@ -14,7 +14,7 @@ from puzzle_jax.kernels.mxfp4 import Weights, as_dense, check_decoded
 from puzzle_jax.kernels.shapes import BlockExperts, IntScalar, Sorted
 from puzzle_jax.kernels.tiles import tiles
 
-MIN_BLOCK, MAX_BLOCK = 4, 128
+MIN_BLOCK, MAX_BLOCK = 4, 256
 
 
 def block_rows(rows: int, num_experts: int, packed: bool = False) -> int:
