@@ -12,6 +12,7 @@ Left out: skipping the rows that pad a block, which are computed like others.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 
 import jax
 import jax.numpy as jnp
