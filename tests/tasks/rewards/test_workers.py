@@ -21,6 +21,8 @@ from puzzle_jax.tasks.rewards.source import reward_file
 from puzzle_jax.tasks.rewards.workers import RewardWorkers
 from tests.waiting import HANG, wait_until
 
+pytestmark = pytest.mark.once  # processes that end in every way, none of which uses JAX
+
 LIMIT = 3.0
 TOO_LONG = Reward(None, "took longer than 3 s")
 
