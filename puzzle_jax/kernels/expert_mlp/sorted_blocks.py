@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,19 +37,28 @@ def expert_outputs(x: Tokens, ids: Ids, experts: Experts, *, limit: float, sprea
     check_decoded(x.dtype, experts.gate_up, experts.down)
     num_experts = experts.down_bias.shape[0]
     order = expert_order(ids, num_experts, block_rows(ids.size, spread or num_experts))
-    dense = experts._replace(gate_up=as_dense(experts.gate_up, x.dtype), down=as_dense(experts.down, x.dtype))
-    return _outputs(limit, x, ids, order, dense)
+    gate_up, down = as_dense(experts.gate_up, x.dtype), as_dense(experts.down, x.dtype)
+    return _outputs(limit, x, ids, order, Dense(gate_up, experts.gate_up_bias, down, experts.down_bias))
+
+
+class Dense(NamedTuple):
+    """`Experts` whose matrices are not packed, in the dtype of the tokens."""
+
+    gate_up: Float[Array, "experts hidden two_inter"]
+    gate_up_bias: Float[Array, "experts two_inter"]
+    down: Float[Array, "experts inter hidden"]
+    down_bias: Float[Array, "experts hidden"]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _outputs(limit: float, x: Tokens, ids: Ids, order: Blocks, experts: Experts) -> ExpertOutputs:
+def _outputs(limit: float, x: Tokens, ids: Ids, order: Blocks, experts: Dense) -> ExpertOutputs:
     return _save(limit, x, ids, order, experts)[0]
 
 
-Saved = tuple[Array, Array, Blocks, Experts, Array]
+Saved = tuple[Array, Array, Blocks, Dense, Array]
 
 
-def _save(limit: float, x: Array, ids: Array, order: Blocks, experts: Experts) -> tuple[Array, Saved]:
+def _save(limit: float, x: Array, ids: Array, order: Blocks, experts: Dense) -> tuple[Array, Saved]:
     expert = order.expert
     with jax.named_scope("gather"):
         rows = _rows(x, ids, order)
@@ -63,7 +73,7 @@ def _save(limit: float, x: Array, ids: Array, order: Blocks, experts: Experts) -
         return _of_pairs(out, order).reshape(*ids.shape, -1).astype(x.dtype), (x, ids, order, experts, h)
 
 
-def _backward(limit: float, saved: Saved, d_outputs: Array) -> tuple[Array, None, None, Experts]:
+def _backward(limit: float, saved: Saved, d_outputs: Array) -> tuple[Array, None, None, Dense]:
     x, ids, order, experts, h = saved
     expert = order.expert
     product = partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -82,7 +92,7 @@ def _backward(limit: float, saved: Saved, d_outputs: Array) -> tuple[Array, None
     with jax.named_scope("ungather"):
         d_x = _of_pairs(d_rows, order).reshape(*ids.shape, -1).sum(axis=1).astype(x.dtype)
     d_biases = (_by_expert(jnp.sum(each, axis=1, dtype=jnp.float32), order) for each in (d_h, d_out))
-    found = Experts(d_gate_up, next(d_biases), d_down, next(d_biases))
+    found = Dense(d_gate_up, next(d_biases), d_down, next(d_biases))
     return d_x, None, None, jax.tree.map(lambda gradient, weight: gradient.astype(weight.dtype), found, experts)
 
 
