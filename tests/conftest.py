@@ -1,4 +1,4 @@
-"""Shapes and types of every public function are checked, and compiled programs are kept between runs.
+"""Checks the shapes and types of every public function, and keeps compiled programs between runs.
 
 Programs are compiled with fewer optimisations than users get (`tests.compiler_flags`).
 """
@@ -20,7 +20,7 @@ from tests.lowering import reuse_contexts
 from tests.program_cache import LEAST_SECONDS, write_programs_whole
 from tests.type_checks import install
 
-# Files that take longest, in this order: begun last, one of them would keep one worker busy when the other is done.
+# The slowest files, slowest first: started last, one of them would keep one worker busy after the other is done.
 LONGEST = tuple(
     f"tests/{name}.py"
     for name in (
@@ -41,23 +41,23 @@ LONGEST = tuple(
         "kernels/test_attention",
     )
 )
-LARGE_BYTES = 5 << 30  # of a process; programs that are no longer used are dropped beyond it
+LARGE_BYTES = 5 << 30  # of one process; beyond this, programs that are no longer used are dropped
 
 os.environ.setdefault("PUZZLE_JAX_CACHE", tempfile.mkdtemp(prefix="puzzle_jax_cache_"))
 os.environ.setdefault("XLA_FLAGS", f"{EIGHT_DEVICES} {QUICK}")
-# Without bytecode every process that a test starts would compile the package's modules again.
+# Without bytecode, every process that a test starts would compile the package's modules again.
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-# Programs that are started in the background inherit that interrupts are ignored; those that tests start shall not.
+# Programs started in the background inherit an ignored SIGINT; those that tests start must not.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Commands keep compiled programs in this place too, in this process and in those that tests start.
+# Commands keep compiled programs here too, in this process and in those that tests start.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".cache" / "jax"))
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", str(LEAST_SECONDS))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
 jax.config.update("jax_platforms", "cpu")
-# Nobody reads where an operation comes from, in this process or in those that tests start.
+# Nobody reads the source locations of operations, in this process or in those that tests start.
 os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 jax.config.update("jax_traceback_in_locations_limit", 0)
 
@@ -71,7 +71,7 @@ hypothesis.settings.load_profile("fixed")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Torch and other runtimes are imported only where tests that need them are asked for."""
+    """Imports Torch and other runtimes only if tests that need them are asked for."""
     left_out = [mark for mark in ("parity", "runtimes") if f"not {mark}" in config.option.markexpr]
     return True if collection_path in [Path(__file__).parent / mark for mark in left_out] else None
 
@@ -82,7 +82,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Imported modules stay: garbage is looked for among what tests make, and seldom, since tracing makes much else."""
+    """Exempts imported modules from garbage collection, and collects seldom, since tracing makes many objects."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)

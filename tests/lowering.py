@@ -1,8 +1,8 @@
-"""Programs are lowered in one MLIR context for each thread.
+"""Lowers programs in one MLIR context per thread.
 
-JAX makes a context for every program and loads all of its dialects into it, which takes a quarter of the time in which
-a program of one operation is compiled. A context only holds types and attributes, which equal ones of other programs
-share, so that programs are the same.
+JAX makes a context for every program and loads all of its dialects into it, which takes a quarter of the time of
+compiling a program of one operation. A context only holds types and attributes, which are shared between programs
+where they are equal, so the programs stay the same.
 """
 
 import threading
@@ -13,7 +13,7 @@ _made = threading.local()
 
 
 def reuse_contexts() -> None:
-    """From now on; where JAX has no such function any more, nothing is different."""
+    """Takes effect from now on, and does nothing where JAX no longer has the function."""
     make = getattr(mlir, "make_ir_context", None)
     if make is None:
         return

@@ -1,7 +1,7 @@
-"""Compiled programs are kept for other processes, small ones too, and are there whole or not at all.
+"""Keeps compiled programs for other processes, small ones too, and writes each of them atomically.
 
-Processes that tests start compile what others have compiled, most of it in less time than JAX thinks worth keeping. JAX
-writes a program's file in place: who reads it meanwhile, or after its writer was killed, finds half a program.
+Processes that tests start compile what others have compiled, mostly in less time than JAX thinks worth keeping. JAX
+writes a program's file in place: a reader meanwhile, or after the writer was killed, finds half a program.
 """
 
 import os
@@ -11,11 +11,11 @@ from pathlib import Path
 from jax._src import lru_cache
 
 LEAST_SECONDS = 0.0
-"""Of compiling. A program of one operation takes ten milliseconds, to write it two and to read it two."""
+"""Least compile time of a program to keep. One operation compiles in ten milliseconds, is written and read in two."""
 
 
 def write_programs_whole() -> None:
-    """From now on; where JAX has no such class any more, nothing is different."""
+    """Takes effect from now on, and does nothing where JAX no longer has the class."""
     cache = getattr(lru_cache, "LRUCache", None)
     if cache is None:
         return

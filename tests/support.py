@@ -38,7 +38,7 @@ def small_config(blocks: tuple[BlockConfig, ...] = BLOCKS, **changes: object) ->
 
 def random_params(config: ModelConfig, seed: int = 0, dtype: Any = np.float32) -> Params:
     """Fresh parameters in which norms, biases and sinks are random too, not ones and zeros."""
-    rng = np.random.default_rng(seed)  # NumPy's: JAX's would compile a program for every shape
+    rng = np.random.default_rng(seed)  # NumPy's, since JAX's would compile a program for every shape
 
     def draw(spec: ParamSpec) -> jax.Array:
         values = rng.standard_normal(spec.shape)
@@ -49,7 +49,7 @@ def random_params(config: ModelConfig, seed: int = 0, dtype: Any = np.float32) -
 
 
 def normal(seed: int, *shapes: tuple[int, ...], dtype: Any = np.float32) -> tuple[jax.Array, ...]:
-    """Standard normal numbers, as NumPy draws them: JAX would compile a program for every shape."""
+    """Standard normal numbers drawn by NumPy, since JAX would compile a program for every shape."""
     rng = np.random.default_rng(seed)
     return tuple(jnp.asarray(rng.standard_normal(shape).astype(np.float32).astype(dtype)) for shape in shapes)
 
@@ -59,7 +59,7 @@ def random_tokens(config: ModelConfig, batch: int, seq: int, seed: int = 2) -> j
 
 
 def model_logits(params: Params, config: ModelConfig, tokens: jax.Array, **options: object) -> jax.Array:
-    """`network.forward` as one compiled program, which is there sooner than its operations one by one."""
+    """`network.forward` as one compiled program, which is ready sooner than its operations one by one."""
     if not options:
         return _forward(params, config, tokens)
     return jax.jit(lambda params, tokens: forward(params, config, tokens, **options))(params, tokens)
@@ -69,38 +69,38 @@ _forward = jax.jit(forward, static_argnums=1)
 
 
 def present(value: T | None) -> T:
-    """A value that may be None by its type, and is not."""
+    """The value, asserted not to be None."""
     assert value is not None
     return value
 
 
 def of_type(kind: type[T], value: object) -> T:
-    """A value whose type says less than what it is."""
+    """The value, asserted to be of a narrower type than the declared one."""
     assert isinstance(value, kind)
     return value
 
 
 def printed(console: Console) -> str:
-    """Everything that went to a console whose file is a text in memory."""
+    """Everything printed to a console whose file is a `StringIO`."""
     return of_type(io.StringIO, console.file).getvalue()
 
 
 @runtime_checkable
 class Jitted(Protocol):
-    """Methods that a program of `jax.jit` has and that its type does not declare."""
+    """Methods that a function of `jax.jit` has but its type does not declare."""
 
     def clear_cache(self) -> None: ...
     def _cache_size(self) -> int: ...
 
 
 def jitted(program: object) -> Jitted:
-    """A program of `jax.jit`, to ask for what it has compiled."""
+    """The function of `jax.jit`, typed so that its compiled programs can be counted and cleared."""
     assert isinstance(program, Jitted)
     return program
 
 
 def chat_config() -> ModelConfig:
-    """Two layers over the embedded parent's 128 tokens, with experts that MXFP4 groups divide: for whole runs."""
+    """Two layers over the embedded parent's 128 tokens, with expert sizes that MXFP4 groups divide: for whole runs."""
     return ModelConfig(
         vocab_size=128,
         hidden_size=64,

@@ -34,11 +34,11 @@ ELSEWHERE = {
     "--version",
     "--no",
 }  # of hf, vllm, ..., `--no-NAME`
-READ = {"--recipe", "--help", "--help-all", "--print_config"}  # before other options are looked at
+READ = {"--recipe", "--help", "--help-all", "--print_config"}  # handled before other options
 
 
 def strings(path):
-    """Texts of a module, its docstrings among them, parts of f-strings joined by "{}"."""
+    """Yields the strings of a module, including docstrings; values within f-strings become "{}"."""
     joined = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.JoinedStr):
@@ -49,7 +49,7 @@ def strings(path):
 
 
 def spelled(option):
-    """An option as its field is named: "-" and "_" are alike, and a flag may be turned off."""
+    """The name of an option's field: "-" and "_" are the same, and a flag may be turned off."""
     name = "--" + option.removeprefix("--").replace("-", "_")
     return name if name in FIELDS else name.replace("--no_", "--")
 
@@ -120,7 +120,7 @@ def test_docs_have_commands():
 
 @pytest.mark.parametrize(("page", "verbs", "options"), COMMANDS, ids=lambda value: " ".join(value)[:60])
 def test_commands_in_docs_have_only_options_that_exist(page, verbs, options):
-    # Options are looked for in order, so that the one at the end is named where all others exist.
+    # Options are checked in order, so the last one is named only if all others exist.
     named = [f"{option}=1" for option in options if option not in READ]
     said = io.StringIO()
     with contextlib.redirect_stderr(said):

@@ -1,4 +1,4 @@
-"""The edge of every command: what a user can mend is one sentence and exit code 2, and a bug keeps its traceback."""
+"""Errors of every command: what a user can fix is one sentence and exit code 2, and a bug keeps its traceback."""
 
 import errno
 import os

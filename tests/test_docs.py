@@ -1,4 +1,4 @@
-"""Examples in docs/files.md are what the package reads."""
+"""The package reads the examples in docs/files.md."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""`puzzle doctor`: what it prints is what is there and what is chosen."""
+"""`puzzle doctor` prints what is present and which implementations are chosen."""
 
 import json
 import platform

@@ -62,7 +62,7 @@ def test_the_gradient_is_the_plain_policy_gradient(grpo):
     everyone = np.ones(rewards_GA.shape, bool)
     advantages_GA = group_advantages(rewards_GA, everyone, baseline="leave_one_out", scale_by_std=False)
     used = [(r, a) for r, a in zip(rollouts, advantages_GA.reshape(-1), strict=True) if a != 0]
-    assert len(used) == 6  # one group has equal rewards, and two answers of another are as good as the rest
+    assert len(used) == 6  # one group has equal rewards, and two answers of another equal the mean of the rest
 
     lengths_R = [len(rollout.generated.tokens) for rollout in rollouts]
     np.testing.assert_array_equal(batch.mask_RT.sum(axis=1), lengths_R[:4] + [0] * 4 + lengths_R[8:])

@@ -1,4 +1,4 @@
-"""benchmarks/gpu_day.py: no step stops the others, what each found is on disk, and a real step says what is here."""
+"""benchmarks/gpu_day.py: no step stops the others, each one's findings are on disk, and real steps run dry on a CPU."""
 
 import json
 import os
@@ -23,7 +23,7 @@ MINUTES = 1.0
 
 @pytest.fixture
 def children(monkeypatch, tmp_path):
-    """A table of four steps and their programs, and a clock that stands still until the one that hangs has hung."""
+    """A table of four steps and their programs, and a clock that stands still until the hanging one is ready."""
     ready, out = tmp_path / "ready", tmp_path / "out"
     programs = {
         "broken": "import sys; print('first line'); sys.exit('no such thing')",
@@ -56,7 +56,7 @@ def outcomes(out):
 
 
 def test_no_step_stops_the_others(children, capfd):
-    # All processes of a step hold the end of this pipe that is written to: it is at its end when none is left.
+    # All processes of a step hold the write end of this pipe, so reading finds its end once none of them is left.
     reading, writing = os.pipe()
     os.set_inheritable(writing, True)
     popen = gpu_day.subprocess.Popen
@@ -70,7 +70,7 @@ def test_no_step_stops_the_others(children, capfd):
     broken, hangs, works, long = outcomes(children)
     assert (broken["step"], broken["status"], broken["seconds"]) == ("broken", "failed", 0.0)
     assert broken["error"] == "first line\nno such thing"
-    # A step's limit is its share of what is left: of 60 s, of 60 s, then of the 40 s that the hanging one left.
+    # A step's limit is its share of the time left: of 60 s, of 60 s, then of the 40 s that the hanging one leaves.
     assert [each["limit_seconds"] for each in (broken, hangs, works, long)] == [15.0, 20.0, 20.0, 40.0]
     assert (hangs["status"], hangs["seconds"], hangs["error"]) == ("timed out", 20.0, "before it hangs")
     assert hangs["result"] == {"before": "some"}

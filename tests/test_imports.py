@@ -39,17 +39,17 @@ ORDER = (
 """Levels from the bottom; a package imports itself and lower levels."""
 
 UNPLACED = {"processes", "settings"}
-"""Packages of the foundation."""
+"""Packages that belong to the foundation."""
 
 APART = {"serve_vllm"}
-"""Imports nothing else of the package, and nothing imports it."""
+"""Packages that import nothing else of `puzzle_jax`, and that nothing else imports."""
 
 LEAVES = {"report": {FOUNDATION}}
-"""What they import at most."""
+"""All that these packages may import."""
 
 MOST_MODULES, MOST_LINES = 16, 400
 LONG_FOR_A_REASON = "over 400 lines"
-"""In the docstring of a longer file, with the reason."""
+"""Words that the docstring of a longer file must contain, with the reason."""
 
 
 @cache
@@ -147,8 +147,8 @@ def test_every_package_has_a_place():
 
 
 def test_modules_do_not_import_in_circles():
-    # A package's __init__ is imported with each of its modules, so that what it imports of them is no circle to see
-    # here; serve_vllm's own two are what vLLM's plugins look like.
+    # A package's __init__ is imported with each of its modules, so circles through it do not show here; the two within
+    # serve_vllm come from the form of vLLM's plugins.
     graph = {module: targets for module, targets in imports().items() if part_of(module) not in APART}
     try:
         list(TopologicalSorter(graph).static_order())

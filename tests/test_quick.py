@@ -1,4 +1,4 @@
-"""`make quick` has something of every folder of tests."""
+"""`make quick` has at least one test of every folder."""
 
 from tests.paths import ROOT
 

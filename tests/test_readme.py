@@ -1,6 +1,6 @@
-"""README's commands for one's own model, as they stand there, on a small model in the place of gpt-oss-20b.
+"""Runs README's commands for the reader's own model as they are written, on a small model in place of gpt-oss-20b.
 
-Only sizes are made smaller, by options that follow those of README.
+Only sizes are reduced, by options appended to those of README.
 """
 
 import json
@@ -142,7 +142,7 @@ def test_readme_has_the_commands_that_are_run_here():
 @pytest.mark.parametrize("slow", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_commands_run(tmp_path, monkeypatch, capsys, slow):
     monkeypatch.chdir(tmp_path)
-    # Contexts of 128K tokens, which the recipe's scenario has.
+    # The recipe's scenario has contexts of 128K tokens.
     config = replace(chat_config(), max_position=1 << 18)
     save_checkpoint(tmp_path / PARENT, config, random_params(config, 0), config_base={}, extra_files=chat_files())
     rows = [{"prompt": f"{n}+{n + 3}=", "reasoning": f"{n},{n + 3}", "completion": f"{2 * n + 3}"} for n in range(9)]

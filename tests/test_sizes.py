@@ -1,4 +1,4 @@
-"""No setting takes any number: what is beyond all use is a sentence, and no endless run or exhausted memory."""
+"""Settings refuse absurd numbers in one sentence, instead of running endlessly or exhausting memory."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -27,7 +27,7 @@ GIVEN = {
     DistillRecipe: ["--parent=a", "--child=b", "--traces=t.jsonl", "--out=o"],
     GrpoRecipe: ["--model=a", "--out=o"],
 }
-UNBOUNDED = "target."  # whose limits are numbers of any size
+UNBOUNDED = "target."  # its limits may be of any size
 
 
 def single(hint):

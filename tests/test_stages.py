@@ -61,7 +61,7 @@ def test_unchanged_is_skipped_and_changes_rerun(run, tmp_path):
     source.write_bytes(b"one")
     produce = Produce()
     first = run_stage(run, "score", {"tokens": 8, "windows": (4, 2)}, [source], produce)
-    os.utime(source, (1, 1))  # the time of an input is no change
+    os.utime(source, (1, 1))  # a new modification time is not a change
     again = run_stage(run, "score", {"tokens": 8, "windows": [4, 2]}, [source], produce)
     assert again.skipped and again.key == first.key and again.seconds == first.seconds and produce.calls == 1
     other = run_stage(run, "score", {"tokens": 9, "windows": [4, 2]}, [source], produce)
@@ -134,7 +134,7 @@ def test_a_killed_process_leaves_no_half_file_and_the_next_cleans_up(run):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert (run / "score/out.txt").read_text() == "good"
-    assert len(list(run.iterdir())) == 3  # with what the killed process had begun beside it
+    assert len(list(run.iterdir())) == 3  # including what the killed process had begun
     assert not run_stage(run, "score", {"tokens": 9}, [], Produce("new")).skipped
     assert (run / "score/out.txt").read_text() == "new"
     assert sorted(p.name for p in run.iterdir()) == ["run.json", "score"]
@@ -161,7 +161,7 @@ def test_what_an_interrupted_stage_kept_is_there_again_for_the_same_key_alone(ru
     stage(8, fails=False)
     assert seen[-1] == "++" and sorted(p.name for p in run.iterdir()) == ["run.json", "trace"]
     stage(9, fails=False)
-    assert seen[-1] is None  # what another key kept went with the stage that was done
+    assert seen[-1] is None  # what was kept for another key is deleted when the stage is done
 
 
 def test_killed_between_the_two_renames_the_old_result_comes_back(run):
@@ -182,7 +182,7 @@ def test_foreign_files_are_neither_overwritten_nor_deleted(run):
     (run / "score/out.txt").write_text("edited")
     later = Produce()
     assert not run_stage(run, "solve", {}, [run / "score/out.txt"], later).skipped
-    assert run_stage(run, "score", {"tokens": 8}, [], produce).skipped  # an edited output is taken as it is
+    assert run_stage(run, "score", {"tokens": 8}, [], produce).skipped  # an edited output is accepted as it is
     with pytest.raises(PuzzleError, match=r"out\.txt was changed after stage 'score' wrote it"):
         run_stage(run, "score", {"tokens": 9}, [], produce)
     assert produce.calls == 1 and (run / "score/out.txt").read_text() == "edited"
@@ -272,7 +272,7 @@ def test_a_linked_stage_is_skipped_but_neither_replaced_nor_followed(run, tmp_pa
     assert run_stage(run, "score", {"tokens": 8}, [], Produce()).skipped
     with pytest.raises(PuzzleError, match="score is a symbolic link, but stage 'score' replaces its directory"):
         run_stage(run, "score", {"tokens": 9}, [], Produce("other"))
-    (run / ".score.replaced-7").symlink_to(tmp_path / "elsewhere")  # what an older release left of such a rerun
+    (run / ".score.replaced-7").symlink_to(tmp_path / "elsewhere")  # as an older release left it after such a rerun
     assert run_stage(run, "score", {"tokens": 8}, [], Produce()).skipped
     assert (tmp_path / "elsewhere/out.txt").read_text() == "good" and not (run / ".score.replaced-7").exists()
     (run / "score").unlink()

@@ -32,7 +32,7 @@ def test_types_of_functions_without_arrays(call):
 
 
 def test_functions_within_functions_share_checks_but_not_what_they_captured():
-    """As the import hook decorates them; one calls another of the same lines."""
+    """Functions are decorated as by the import hook; one calls another with the same code."""
 
     def scaling(factor: int, after: Callable | None = None) -> Callable:
         @from_the_first_call(typechecker=beartype)

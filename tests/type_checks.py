@@ -1,9 +1,9 @@
-"""Shapes and types of every call of the package are checked, by jaxtyping and beartype.
+"""Checks the shapes and types of every call of the package by jaxtyping and beartype.
 
-jaxtyping's import hook makes the checks of a function as its module is imported, which takes ten seconds in a process
-that runs tests, most of them for functions that are never called there. So checks are made at a function's first call.
-Where no annotation is of an array, there are no shapes to keep in mind, and beartype alone checks it. A function within
-another is a new one whenever the outer one runs; all that come of the same lines share their checks.
+jaxtyping's import hook makes the checks of a function when its module is imported, which takes ten seconds in a process
+that runs tests, mostly for functions that are never called there. So checks are made at a function's first call. Where
+no annotation has an array, there are no shapes to remember, and beartype alone checks the function. A nested function
+is a new one whenever the outer one runs; all that have the same code share their checks.
 """
 
 from __future__ import annotations
@@ -68,10 +68,10 @@ def _checked(function: Callable, typechecker: Callable) -> Callable:
 
 
 def _of_any(function: types.FunctionType, typechecker: Callable) -> Callable:
-    """Returns what calls any function of this one's code with its checks: call(function, *arguments)."""
+    """Returns call(function, *arguments), which calls any function that has this one's code, with its checks."""
     waiting = threading.local()
 
-    # Without what the function has captured, which would live as long as its checks.
+    # A copy without captured values, which would otherwise live as long as the checks.
     cells = tuple(types.CellType() for _ in function.__code__.co_freevars)
     alike = types.FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
     alike.__kwdefaults__ = function.__kwdefaults__
@@ -90,20 +90,20 @@ def _of_any(function: types.FunctionType, typechecker: Callable) -> Callable:
         try:
             return checked(*args, **kwargs)
         finally:
-            del functions[depth:]  # it was refused, and did not come to take its turn
+            del functions[depth:]  # a refused call has not popped its function
 
     return call
 
 
 def _with_checks(function: Callable, typechecker: Callable) -> Callable:
     if not _has_arrays(function):
-        with contextlib.suppress(Exception):  # a hint that refers to itself; jaxtyping takes it for anything
+        with contextlib.suppress(Exception):  # a hint that refers to itself, which jaxtyping accepts for any value
             return beartype(function)
     return _jaxtyped(function, typechecker=typechecker)
 
 
 def _has_arrays(function: Callable) -> bool:
-    """Returns whether an annotation is of arrays, or cannot be resolved; jaxtyping passes over those."""
+    """Returns whether an annotation has arrays, or cannot be resolved; jaxtyping ignores the latter."""
     try:
         hints = typing.get_type_hints(function, include_extras=True)
     except Exception:

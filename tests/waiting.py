@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 
 HANG = 600.0
-"""Seconds after which nothing is expected any more, however busy the machine is."""
+"""Seconds after which a wait counts as a hang, however busy the machine is."""
 
 
 def wait_until(true: Callable[[], object]) -> None:

@@ -20,7 +20,7 @@ BASE = {"eos_token_id": 3, "pad_token_id": 1, "note": "kept"}
 
 
 def packable_config(blocks: tuple[BlockConfig, ...] | None = None, **changes: object) -> ModelConfig:
-    """`small_config` with dimensions that MXFP4 groups divide: hidden 96, intermediate 64."""
+    """`small_config` with dimensions that are multiples of MXFP4's group: hidden 96, intermediate 64."""
     changes = {"hidden_size": 96, "intermediate_size": 64, **changes}
     return small_config(**({} if blocks is None else {"blocks": blocks}), **changes)  # type: ignore[arg-type]
 
@@ -28,7 +28,7 @@ def packable_config(blocks: tuple[BlockConfig, ...] | None = None, **changes: ob
 def write_random(
     directory: Path, config: ModelConfig, form: Form = "mxfp4", *, seed: int = 0, **options: object
 ) -> Path:
-    """Saves a random model of `config`; returns the directory."""
+    """Saves a random model of `config` and returns its directory."""
     base = {**BASE, "hidden_act": "silu"}
     params = random_params(config, seed)
     save_checkpoint(directory, config, params, config_base=base, form=form, **options)  # type: ignore[arg-type]
@@ -36,7 +36,7 @@ def write_random(
 
 
 def stored_bytes(directory: Path) -> dict[str, bytes]:
-    """Every tensor's bytes by name."""
+    """Bytes of every tensor, by name."""
     opened = open_tensors(directory)
     assert not opened.problems
     return {name: tensor.read().tobytes() for name, tensor in opened.tensors.items()}
@@ -62,7 +62,7 @@ def rows(directory: Path, name: str) -> list[bytes]:
 
 
 def assert_trees_equal(left: Any, right: Any) -> None:
-    """Same structure and same values in every leaf."""
+    """Asserts equal structure and equal values in every leaf."""
     assert jax.tree.structure(left) == jax.tree.structure(right)
     for path, leaf in jax.tree.leaves_with_path(left):
         other = dict(jax.tree.leaves_with_path(right))[path]

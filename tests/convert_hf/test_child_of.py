@@ -1,4 +1,4 @@
-"""Opening a child's directory as a view on its parent, and reading back what was trained."""
+"""Opening a child's directory as a view of its parent, and reading back what was trained."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ FILES = {"tokenizer.json": b'{"version": "1.0"}'}
 
 
 def bf16(array: Any) -> np.ndarray:
-    """What is left of values when a checkpoint stores them."""
+    """Values as a checkpoint in bfloat16 stores them."""
     return np.asarray(array).astype(ml_dtypes.bfloat16).astype(np.float32)
 
 
@@ -44,7 +44,7 @@ def export(parent: Path, out: Path, child: Child, **options) -> Path:
 
 
 def trained_delta() -> dict[str, Any]:
-    """Dense values, one layer's router and one expert matrix, as a checkpoint can hold them."""
+    """Trained dense weights, one layer's router and one expert matrix, with values that a checkpoint can hold."""
     drawn = random_params(CONFIG, seed=9)
     moe = drawn["layers"][1]["moe"]
     down = mxfp4.decode(*mxfp4.encode(np.asarray(drawn["layers"][2]["moe"]["down"])))
@@ -72,7 +72,7 @@ def cut(parent) -> Path:
 
 @pytest.fixture
 def child(cut, tmp_path) -> Path:
-    """A copy to damage."""
+    """A copy of `cut` to damage."""
     return Path(shutil.copytree(cut, tmp_path / "child"))
 
 

@@ -1,6 +1,6 @@
-"""Damaged checkpoints: each is refused with one sentence, in little memory, and nothing else happens.
+"""Damaged checkpoints: each is refused with one sentence, in little memory, and without side effects.
 
-The module itself imports no JAX, so that a process of its own can go through the table without.
+The module imports no JAX, so that a separate process can go through the table without it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def config_text(text: bytes) -> Damage:
 
 
 def config_number(name: str, literal: str) -> Damage:
-    """A number in config.json spelled in a way that Python would not."""
+    """A number in config.json, spelled as Python would not spell it."""
 
     def damage(directory: Path) -> None:
         config(**{name: "HERE"})(directory)
@@ -70,12 +70,12 @@ def header_length(data: bytes) -> int:
 
 
 def length(edit: Callable[[int], int]) -> Damage:
-    """Another number in the first eight bytes."""
+    """Another header length in the first eight bytes."""
     return weights(lambda data: edit(header_length(data)).to_bytes(8, "little") + data[8:])
 
 
 def header_text(edit: Callable[[bytes], bytes]) -> Damage:
-    """Another header of the right length before the same tensors."""
+    """Another header, with its correct length, before the same tensors."""
 
     def changed(data: bytes) -> bytes:
         stop = 8 + header_length(data)
@@ -103,7 +103,7 @@ def offsets(edit: Callable[[int, int], list[Any]]) -> Damage:
 
 
 def index(edit: Callable[[dict[str, Any]], Any]) -> Damage:
-    """The weights in a shard, with an index of which `edit` changes the map of names to files."""
+    """Weights in a shard with an index, whose map from names to files `edit` changes."""
 
     def damage(directory: Path) -> None:
         names = list(open_tensors(directory).tensors)
@@ -121,7 +121,7 @@ def names_file(file: Any) -> Damage:
 
 def index_text(text: bytes) -> Damage:
     def damage(directory: Path) -> None:
-        (directory / SINGLE).rename(directory / SHARD)  # a single file would go before the index
+        (directory / SINGLE).rename(directory / SHARD)  # a single file would take precedence over the index
         put(directory / INDEX, text)
 
     return damage
@@ -132,7 +132,7 @@ def put(path: Path, content: bytes) -> None:
 
 
 def instead(name: str, make: Callable[[Path], Any]) -> Damage:
-    """Something that is no file in place of a file."""
+    """Replaces a file by whatever `make` creates."""
 
     def damage(directory: Path) -> None:
         (directory / name).unlink(missing_ok=True)
@@ -150,7 +150,7 @@ def shard_is(make: Callable[[Path], Any]) -> Damage:
 
 
 class Bomb:
-    """What a hostile pickle does when it is read."""
+    """A hostile pickle, which creates a directory when it is read."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, ("exploded",)
@@ -328,7 +328,7 @@ CASES: dict[str, tuple[Damage, str]] = {
 
 
 def refusal(good: Path, directory: Path, damage: Damage, read: Callable[[Path], object]) -> str:
-    """What is said of a damaged copy; checks that nothing appears beside it."""
+    """The message that refuses a damaged copy; checks that reading it creates no files."""
     shutil.copytree(good, directory)
     damage(directory)
     before = sorted(directory.parent.rglob("*"))
@@ -401,7 +401,7 @@ print(peak)
 
 
 def test_all_damage_in_one_process_without_jax_and_in_little_memory(good, tmp_path):
-    """The peak is the kernel's own count for the process; getrusage would count the process that started it too."""
+    """The peak is the kernel's VmHWM of the process; getrusage would include the process that started it."""
     root = ROOT
     command = [sys.executable, "-c", ALL_CASES, str(good), str(tmp_path)]
     done = subprocess.run(

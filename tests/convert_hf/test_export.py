@@ -83,7 +83,7 @@ def test_cutting_equals_viewing(parent, tmp_path):
     viewed = run(whole.params, child.parent, expert_masks=list(masks), windows=by_row)
     exported = run(cut.params, child.config)
     np.testing.assert_allclose(exported, viewed, atol=1e-5 * np.abs(viewed).max())
-    # and both differ from the parent, so that the test sees something
+    # and both differ from the parent, so that the comparison means something
     assert np.abs(run(whole.params, child.parent) - viewed).max() > 0.05 * np.abs(viewed).max()
     assert_trees_equal(cut.params, cut_params(whole.params, child))
 
@@ -98,7 +98,7 @@ def test_no_file_is_written_over_weights_or_elsewhere(tmp_path, name):
 
 def test_a_key_that_is_nested_too_deeply_to_be_written_again(tmp_path):
     deep: list = []
-    for _ in range(20_000):  # Python 3.13 writes twice what 3.11 does, and more
+    for _ in range(20_000):  # Python 3.13 writes more than twice the depth that 3.11 does
         deep = [deep]
     with pytest.raises(CheckpointError, match=r"config\.json holds a value that is nested too deeply"):
         save_checkpoint(tmp_path / "out", packable_config(), {}, config_base={"note": deep})
@@ -181,7 +181,7 @@ def test_wide_floats_of_the_parent_are_rounded(tmp_path):
 
 def test_packed_parameters_are_written_as_they_are(tmp_path):
     first = write_random(tmp_path / "first", packable_config())
-    # A group whose largest value is small: encoding it again would give other bytes for the same values.
+    # Every code is small for its scale, so encoding again would give other bytes for the same values.
     scales = np.array(open_tensors(first).tensors["model.layers.0.mlp.experts.down_proj_scales"].read())
     loaded = load_checkpoint(first)
     params = loaded.params

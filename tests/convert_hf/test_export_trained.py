@@ -1,4 +1,4 @@
-"""Children whose routers and experts were trained: what is written, what survives, what is refused."""
+"""Children with trained routers and experts: what is written, what is kept, and what is refused."""
 
 import json
 from pathlib import Path
@@ -54,7 +54,7 @@ def on_grid(weight: Any) -> np.ndarray:
 
 
 def trained_layers() -> list[Any]:
-    """Layer 1: the whole mixture but its norm, experts on the grid. Layer 2: one matrix."""
+    """Layer 1 has the whole mixture except its norm, with experts on the MXFP4 grid; layer 2 has one matrix."""
     drawn = random_params(CONFIG, seed=9)["layers"]
     whole = {name: np.asarray(drawn[1]["moe"][name]) for name in TRAINED}
     whole |= {name: on_grid(whole[name]) for name in ("gate_up", "down")}
@@ -139,7 +139,7 @@ def test_experts_off_the_grid_are_rounded_to_it(packed, tmp_path):
 
 
 class Watched:
-    """An array that records which rows were asked for, and fails after so many."""
+    """An array that records which rows are read, and fails after `until` of them."""
 
     def __init__(self, array: np.ndarray, until: int = 1_000) -> None:
         self.array, self.shape, self.until = array, array.shape, until
@@ -156,7 +156,7 @@ class Watched:
 def test_experts_are_read_one_by_one_and_the_kept_ones_only(packed, tmp_path):
     watched = Watched(trained_layers()[1]["moe"]["gate_up"])
     export(packed, tmp_path / "child", {"layers": [None, {"moe": {"gate_up": watched}}, None, None]})
-    assert watched.asked == [*KEPT[1], *KEPT[1]]  # once for the checks, once to be packed
+    assert watched.asked == [*KEPT[1], *KEPT[1]]  # once to check, once to pack
 
 
 def test_a_killed_export_does_not_go_on_with_other_values(packed, tmp_path):
@@ -167,7 +167,7 @@ def test_a_killed_export_does_not_go_on_with_other_values(packed, tmp_path):
         return {"layers": [None, {"moe": {"gate_up": gate_up}}, {"moe": {"down": down}}, None]}
 
     options = {"shard_bytes": 30_000}
-    # After the checks, when it is packed.
+    # It fails when it is packed, after the checks.
     with pytest.raises(PuzzleError, match="child cannot be written: the device is gone"):
         export(packed, tmp_path / "child", delta(values, Watched(down, until=len(KEPT[2]))), **options)
     journal = json.loads((tmp_path / ".child.partial.json").read_text())

@@ -1,7 +1,7 @@
-"""Exports that are killed: what they leave is never half a checkpoint, and the next run goes on from it.
+"""Killed exports never leave half a checkpoint, and the next run resumes from what they leave.
 
-A killed process does nothing more. The simulated kills take that seriously: from the chosen point on, every call that
-changes the disk fails, those of the cleaning up included.
+A killed process does nothing more, so from the chosen point on a simulated kill makes every call that changes the disk
+fail, including those of the clean-up.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> tuple[Path, dict[str, bytes], dict[str, bytes]]:
-    """A parent, the child that every export below must give, and an earlier one that it replaces."""
+    """A parent, the child that every export below must produce, and an earlier child that it replaces."""
     from tests.convert_hf.checkpoints import packable_config, write_random
 
     place = tmp_path_factory.mktemp("made")
@@ -77,7 +77,7 @@ class Killed(BaseException):
 
 @contextmanager
 def killed_at(step: int, how: Callable[[], Any]) -> Iterator[list[str]]:
-    """Calls `how` at every change of the disk from the given one on; gives the names of the changes so far."""
+    """Calls `how` at every disk change from number `step` on; yields the names of the changes so far."""
     seen: list[str] = []
 
     def counted(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -100,7 +100,7 @@ def killed() -> None:
 
 
 def check_left(place: Path, child: dict[str, bytes], earlier: dict[str, bytes] | None) -> None:
-    """Whatever stands under `place` is a whole checkpoint or none; at `out` nothing else than one of both."""
+    """Everything under `place` is a whole checkpoint or none, and `out`, if it exists, is `child` or `earlier`."""
     out = place / "out"
     if out.exists():
         assert contents(out) in (child, earlier)
@@ -114,7 +114,7 @@ def check_left(place: Path, child: dict[str, bytes], earlier: dict[str, bytes] |
 
 
 def check_resumed(parent: Path, place: Path, child: dict[str, bytes], *, replace: bool) -> None:
-    """The next run keeps the shards on record, completes, and leaves nothing beside its result."""
+    """The next run keeps the recorded shards, completes, and leaves only its result."""
     journal = place / ".out.partial.json"
     recorded = json.loads(journal.read_text())["shards"] if journal.exists() else {}
     finished = {name: place / ".out.partial" / name for name in recorded}
@@ -183,7 +183,7 @@ def test_a_process_that_is_killed(made, tmp_path, step):
 
 
 def test_a_process_that_is_killed_from_outside(made, tmp_path):
-    """Killed by another process, as soon as its third shard is there, wherever it then is."""
+    """Another process kills it as soon as its third shard exists, wherever it is by then."""
     parent, child, _ = made
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", DRIVER, str(parent), str(tmp_path / "out"), "1000000"]
@@ -300,7 +300,7 @@ def test_too_little_disk(made, tmp_path, monkeypatch):
         with pytest.raises(PuzzleError, match=r"new needs \d+ bytes, but its disk has 1000 left$"):
             export(parent, tmp_path / "new")
     assert not list(tmp_path.glob("*new*"))
-    with written_shards() as written:  # what was finished before stays
+    with written_shards() as written:  # earlier finished shards stay
         export(parent, tmp_path / "out")
     assert sorted(written + finished) == shards(child)
 

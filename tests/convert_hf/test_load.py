@@ -55,7 +55,7 @@ def test_packed_experts_stay_packed(tmp_path):
 
 
 def test_layout_by_names(tmp_path):
-    """Single tensors, read by the safetensors library, in the orientation that the format prescribes."""
+    """Reads single tensors with the safetensors library; they have the orientation that the format prescribes."""
     config = small_config()
     directory = write_random(tmp_path / "model", config, "bf16")
     params = random_params(config)
@@ -165,7 +165,7 @@ def test_blocks_of_a_stored_tensor(tmp_path, monkeypatch, index, short_run):
 
 
 def test_a_process_reads_what_its_devices_hold(tmp_path):
-    """Bytes that pass through system calls, as the kernel counts them."""
+    """Compares the bytes read through system calls, as the kernel counts them."""
     array = np.zeros((64, 64, 4096), np.uint8)
     write_file(tmp_path / "x", [PlannedTensor("a", "U8", array.shape, lambda: [array])])
     stored = StoredTensor("a", "U8", array.shape, tmp_path / "x", 4096, array.nbytes)
@@ -257,7 +257,7 @@ def test_no_directory(tmp_path):
 
 def test_all_problems_are_in_one_message(tmp_path):
     directory = write_random(tmp_path / "model", small_config(), "bf16")
-    sinks = np.zeros(10, ml_dtypes.bfloat16)  # by head_dim instead of heads
+    sinks = np.zeros(10, ml_dtypes.bfloat16)  # of length head_dim instead of the number of heads
     rewrite(directory, **{DOWN: None, "model.layers.0.self_attn.sinks": sinks, "odd": np.zeros(1, np.float32)})
     with pytest.raises(CheckpointError) as caught:
         load_checkpoint(directory)
@@ -316,7 +316,7 @@ def test_damaged_indices(tmp_path):
         edit_index(directory, **{DOWN: outside})
         said = message()
         assert f"{INDEX} names the file {outside!r}, which is outside the directory" in said
-        assert "is missing" not in said  # the cause is said once
+        assert "is missing" not in said  # the cause is stated once
     edit_index(directory, **{DOWN: files[0].name})
     assert f"{INDEX} lists {DOWN} in {files[0].name}, which does not hold it" in message()
     (directory / INDEX).write_text("{}")

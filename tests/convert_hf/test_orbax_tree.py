@@ -1,4 +1,4 @@
-"""Orbax checkpoints from outside: what lies beside the parameters, and what is wrong with them."""
+"""Orbax checkpoints of unknown origin: files beside the parameters, damage, and trees that do not fit."""
 
 import json
 import os
@@ -27,7 +27,7 @@ CHAT = {"tokenizer.json": b"{}", "chat_template.jinja": b"{{ reasoning_effort }}
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:
-    """A parent, a child that is one of its views, and the child as an Orbax checkpoint."""
+    """A parent, a child cut from it, and the child as an Orbax checkpoint."""
     place = tmp_path_factory.mktemp("models")
     parent = write_random(place / "parent", packable_config(), extra_files=CHAT)
     kept = [range(block.num_experts) for block in MIXED]
@@ -49,7 +49,7 @@ def orbax(models, tmp_path) -> Path:
 
 
 def export(orbax: Path, capsys) -> tuple[int, str]:
-    """Exit code and what is said of an export beside the checkpoint."""
+    """Exit code and error output of an export to a directory beside the checkpoint."""
     code = main(["export", "--checkpoint", str(orbax), "--out", str(orbax.parent / "out")])
     return code, capsys.readouterr().err
 
@@ -87,7 +87,7 @@ def test_nothing_but_files_of_a_checkpoint_is_carried(models, orbax, capsys):
     (planted / "folder").symlink_to(orbax.parent)
     code, said = export(orbax, capsys)
     assert code == 0 and said.startswith("left out of ") and "'notes.txt'" in said and f"'{SINGLE}'" in said
-    assert contents(orbax.parent / "out") == contents(models / "child")  # the code of ours, not what was planted
+    assert contents(orbax.parent / "out") == contents(models / "child")  # our own code, not the planted file
     assert stored_bytes(orbax.parent / "out") == stored_bytes(models / "child")
 
 
@@ -145,9 +145,9 @@ def test_leaves_are_read_with_neighbours_as_long_as_they_are_small_together(monk
 
 @pytest.mark.parametrize("together", [1 << 20, pytest.param(0, marks=pytest.mark.slow)])
 def test_whatever_is_missing_or_cut_is_refused_in_one_sentence(tmp_path, capsys, monkeypatch, together):
-    """Every file below the parameters gone, empty, cut, or with noise in its middle, in turn.
+    """Damages each parameter file in two of four ways: gone, empty, cut, or with noise in its middle.
 
-    Noise among values is not noticed, since Orbax keeps no sums of them.
+    Noise among values goes undetected, since Orbax keeps no checksums of them.
     """
     monkeypatch.setattr(orbax_tree, "_LATE_SECONDS", 0.1)
     monkeypatch.setattr(orbax_tree, "_TOGETHER", together)

@@ -1,4 +1,4 @@
-"""What is no Hugging Face directory is told what it is, and what to do, in one sentence and without JAX."""
+"""Whatever is no Hugging Face directory is refused with one sentence that says what it is and what to do instead."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def said(path: Path | str, read=describe_checkpoint) -> str:
 
 
 def directory(path: Path, *names: str) -> Path:
-    """A directory of empty files; a name that ends in a slash is a directory."""
+    """Makes a directory of empty files; a name that ends in a slash becomes a subdirectory."""
     path.mkdir()
     for name in names:
         (path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -107,14 +107,14 @@ def test_openais_own_form_beside_a_model_and_in_its_place(tmp_path):
 
 
 def test_a_single_file_goes_before_an_index(tmp_path):
-    """As in transformers; what was saved in shards first keeps its index and its old shards."""
+    """As in transformers; a directory that once held shards keeps its index and old shards."""
     model = write_random(tmp_path / "model", packable_config(), shard_bytes=40_000)
     old = open_tensors(model).tensors["model.norm.weight"].read()
     newer = write_random(tmp_path / "newer", packable_config(), seed=1)
     (newer / SINGLE).rename(model / SINGLE)
     found = describe_checkpoint(model).tensors["model.norm.weight"]
     assert found.file == model / SINGLE and not np.array_equal(found.read(), old)
-    (model / INDEX).write_text("{")  # which is not read either
+    (model / INDEX).write_text("{")  # which is not read
     assert describe_checkpoint(model).tensors.keys() == open_tensors(model).tensors.keys()
 
 

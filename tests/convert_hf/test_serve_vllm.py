@@ -1,4 +1,4 @@
-"""What can be said of the vLLM plugin without vLLM; `make runtimes` runs it."""
+"""What can be tested of the vLLM plugin without vLLM; `make runtimes` runs it with vLLM."""
 
 import importlib
 import subprocess

@@ -1,4 +1,4 @@
-"""Ids beyond the vocabulary, which JAX would answer with the last row of the embedding."""
+"""Ids beyond the vocabulary, for which JAX would return the last row of the embedding, are refused."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""inspect, verify, import and export, as they are called from the shell."""
+"""The commands inspect, verify, import and export, called as from the shell."""
 
 import json
 import shutil
@@ -60,14 +60,14 @@ def test_published_models_are_counted_exactly_from_their_configuration(
     assert found["parameters"] == parameters
     assert found["expert_bytes"] == 13_236_480
     assert len(found["layers"]) == layers and found["layers"][1]["sliding_window"] is None
-    # Windowed layers hold 128 tokens, the others 1,000: keys and values of 8 heads of 64 in two bytes.
+    # Windowed layers hold 128 tokens, the others 1,000: keys and values of 8 heads of 64, two bytes each.
     assert found["kv_bytes_per_1000_tokens"]["bfloat16"] == layers // 2 * (128 + 1_000) * 2 * 8 * 64 * 2
     assert found["weights"] == "none here"
 
 
 @pytest.mark.parametrize("layers,experts,active", [(24, 32, 3.61e9), (36, 128, 5.13e9)])
 def test_active_parameters_are_those_of_the_chosen_experts(tmp_path, capsys, layers, experts, active):
-    """As the model card of openai/gpt-oss counts them, which leaves the embedding out too."""
+    """Counted as in the model card of openai/gpt-oss, which leaves out the embedding too."""
     found = inspected(published(layers, experts), tmp_path / "config.json", capsys)
     assert found["active_parameters"] == pytest.approx(active, abs=0.01e9)
 
@@ -115,7 +115,7 @@ def test_errors_start_at_the_layer_that_differs(tmp_path, capsys):
 
 
 def test_the_logits_compared_are_those_of_the_network(tmp_path):
-    """Two different models: the error is that of two whole forward passes."""
+    """For two different models, the error is that between two whole forward passes."""
     parent = write_random(tmp_path / "parent", packable_config())
     config = packable_config().with_blocks(MIXED)
     export_child(parent, tmp_path / "child", config, [range(b.num_experts) for b in MIXED], provenance={})

@@ -64,7 +64,7 @@ def test_even_routing():
 def test_uneven_routing_by_hand():
     assert probabilities(3, 1, (3, 2, 1)) == pytest.approx([1 / 2, 1 / 3, 1 / 6])
     assert probabilities(2, 1, (3, 2, 1)) == pytest.approx([3 / 5, 2 / 5])
-    assert probabilities(3, 2, (8, 1, 1)) == pytest.approx([1, 1 / 2, 1 / 2])  # nobody is chosen more than always
+    assert probabilities(3, 2, (8, 1, 1)) == pytest.approx([1, 1 / 2, 1 / 2])  # no probability is above 1
     assert active_experts(np.array([0.5, 0.25]), 2) == pytest.approx(1 - 0.5**2 + 1 - 0.75**2)
     assert routing_profile(np.array([[1, 3], [6, 2]])) == pytest.approx((0.75, 0.25))
     with pytest.raises(ConfigError, match="profile has 2 loads, but a mixture has 3 experts"):
@@ -108,7 +108,7 @@ def both(hardware, scenario=CHAT, assumptions=IDEAL, counts=(5,)):
 
 
 def test_bytes_and_operations_by_hand():
-    """One of them limiting, 1000 a second, nothing else counted."""
+    """Either bytes or operations are the limit, at 1000 a second; nothing else counts."""
     batch, inputs, outputs = 3, 12, 6
     slow_memory, slow_rate = device(memory=1e3), device(rate=1e3)
     touched = 5 * (1 - 0.6**batch)
@@ -163,7 +163,7 @@ def test_prefill_goes_in_steps_and_tiles_are_filled_up():
     assert found.experts[5].prefill_seconds == pytest.approx(4 * ((640 + touched * EXPERT) / 1e3 + 0.75), rel=1e-6)
     assert found.fixed.prefill_seconds == pytest.approx(4 * (2 * 64 * (97 + 9) / 1e3 + 5 * 0.25 + 0.5))
     assert found.fixed.decode_seconds == pytest.approx(2 * 64 * (97 + 3) / 1e3 + 5 * 0.25 + 0.5)
-    # Three tokens with 0.4 each: an expert has a row with 1 - 0.6^3, and then a tile of 4.
+    # Three tokens with probability 0.4 each: an expert has rows with probability 1 - 0.6^3, which fill one tile of 4.
     found = both(device(rate=1e3), assumptions=assumed).experts[5]
     rows = 5 * 4 * (1 - 0.6**3)
     assert found.decode_seconds == pytest.approx((2 * 3 * 64 * 5 + rows * 2 * 3 * 64 * 32) / 1e3)
@@ -243,7 +243,7 @@ def test_room_is_a_share_less_the_reserve():
 
 def test_hardware_table():
     assert hardware_named("h200").bytes_per_second > hardware_named("h100").bytes_per_second
-    assert HARDWARE["h100"].memory_bytes == 85_520_809_984  # as nvidia-smi and the driver have it
+    assert HARDWARE["h100"].memory_bytes == 85_520_809_984  # as nvidia-smi and the driver report it
     with pytest.raises(ConfigError, match="hardware is 'h900', but must be one of local, a100, h100"):
         hardware_named("h900")
     with pytest.raises(ConfigError, match=r"flops_per_second of hardware 'x' is 0\.0, but must be above 0"):

@@ -1,4 +1,4 @@
-"""Costs against numbers worked out by hand, and measured ones for their shape."""
+"""Costs against numbers worked out by hand, and the form of measured ones."""
 
 import json
 import math
@@ -171,7 +171,7 @@ def test_parent_has_costs_even_where_its_count_is_no_alternative():
 # --- open batches ------------------------------------------------------------------------------------------------
 
 OPEN = Scenario("open", input_tokens=90, output_tokens=30)
-# Parent and smallest architecture (3 experts, windows 5, 8, 5): a request's cache has 130 and 18 slots of 120 bytes.
+# A request's cache has 130 slots of 120 bytes in the parent, 18 in the smallest architecture (windows 5, 8, 5).
 PARENT_KV, SMALLEST_KV = 130 * 120, 18 * 120
 
 
@@ -322,7 +322,7 @@ def test_measured_times_every_part_and_reports_turns(tmp_path):
     provider = Measured(rounds=2, decode_steps=3, progress=lambda done, total: turns.append((done, total)))
     costs = compute_costs(space_of(CONFIG, (7, 3), (8,)).offer, [CHAT], "mxfp4", provider)
     assert costs.provider == "measured" and costs.device
-    # Prefill and decoding of attention, experts and the rest alone, and of three trials beside the reference.
+    # Prefill and decode of attention, experts and the rest by themselves, and of three trials next to the reference.
     parts = 2 * (3 + 3 * 2)
     assert turns == [(turn + 1, parts * 3) for turn in range(parts * 3)]
     for layer in costs.layers:
@@ -338,7 +338,7 @@ def test_measured_times_every_part_and_reports_turns(tmp_path):
 
 
 def test_errors_of_timings_by_hand(costs):
-    """Two of three layers share an expert count, all have windows of their own; half of the time is decoding."""
+    """Layers of the same kind share an error; others add in quadrature, weighted by seconds of prefill and decode."""
     assert costs.speed_error(BLOCKS) == 0.0
     blocks = (BlockConfig(5, 5), BlockConfig(5, 8), BlockConfig(7, 5))
     experts = {5: 0.03, 7: 0.06, 3: 9.0}
@@ -365,7 +365,7 @@ def with_errors(part, prefill, decode):
 
 @pytest.mark.parametrize(("restless", "rounds"), [(0.0, 4), (0.5, 12)])
 def test_rounds_that_disagree_are_repeated(restless, rounds):
-    """By a clock on which the second part takes 1.2 seconds, in every other of its rounds more."""
+    """By the clock here the second part takes 1.2 seconds, and `restless` more in every other round."""
     ran, now = [], [0.0]
 
     def part(name, seconds):

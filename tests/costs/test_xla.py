@@ -1,4 +1,4 @@
-"""Seconds from compiled programs: what the CPU's compiler counts beside counts by hand, and a TPU's if there is one."""
+"""Seconds from compiled programs: the CPU compiler's counts against counts by hand, and a TPU's if it is installed."""
 
 import importlib.util
 from dataclasses import asdict
@@ -20,7 +20,7 @@ CONFIG = small_config(hidden_size=160, intermediate_size=112, head_dim=48, vocab
 BATCH = 20
 CHAT = Scenario("chat", input_tokens=250, output_tokens=70, batch=BATCH, hardware="tpu-v5e")
 COUNTS_FLOPS = Hardware("operations", 1, 1e30, 1, 1, 1, 0, 0)
-"""Its seconds are the operations of a program."""
+"""Hardware on which a program's seconds are its operations."""
 
 
 def cpu(hardware):
@@ -33,8 +33,8 @@ def times(counts, windows, scenario=CHAT, **options):
 
 # What is counted ----------------------------------------------------------------------------------------------------
 
-# Products are counted exactly. Norms, softmax and SwiGLU come on top, an operation per element, and so do weights that
-# a CPU turns into float32: one operation beside the forty of 20 rows. Together that was at most 6%.
+# Products are counted exactly. Norms, softmax and SwiGLU add an operation per element, and so do weights that a CPU
+# converts to float32: one operation next to the forty of 20 rows. Together these were at most 6%.
 ABOVE_PRODUCTS = 1.08
 
 
@@ -64,13 +64,13 @@ def test_operations_of_a_mixture_by_hand(counted, count):
 
 @pytest.mark.parametrize("window", [None, 24])
 def test_operations_of_attention_by_hand(counted, window):
-    """A chunk meets as many blocks of cached keys as are filled, though the compiler counts a loop's body once."""
+    """A chunk reads all filled blocks of cached keys, although the compiler counts a loop's body once."""
     slots = window or BLOCKS.context
     weights = 2 * CONFIG.hidden_size * (CONFIG.query_width + CONFIG.kv_width)
     cached = sum(-(-min(start, slots) // key_block(slots)) * key_block(slots) for start in (0, 64, 128, 192))
     prefill = BATCH * 64 * (4 * weights + 2 * (cached + 4 * 64) * CONFIG.query_width)
     decode = BATCH * (weights + 2 * slots * CONFIG.query_width)
-    turned = 3 * BATCH * slots * 2 * CONFIG.kv_width  # cached values, into float32 and back on a CPU
+    turned = 3 * BATCH * slots * 2 * CONFIG.kv_width  # cached values, converted to float32 and back on a CPU
     check(counted[0].attention[window], 2 * prefill, 2 * decode, turned)
 
 
@@ -80,7 +80,7 @@ def test_operations_of_embedding_and_head_by_hand(counted):
     found = counted[0].fixed
     assert (
         head < found.prefill_seconds < ABOVE_PRODUCTS * head + 2 * embedded
-    )  # which a CPU turns into float32 and back
+    )  # which a CPU converts to float32 and back
     assert head < found.decode_seconds < ABOVE_PRODUCTS * head
 
 
@@ -146,7 +146,7 @@ def test_what_does_not_fit_is_one_sentence(monkeypatch):
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the compiler for TPUs is not installed")
 def test_a_tpu_that_is_not_there():
-    """Reading weights is what decoding takes, and what does not fit on the chip cannot be copied there often."""
+    """Decoding is bound by reading the weights: what does not fit on the chip cannot be copied there often."""
     config = small_config(hidden_size=2048, intermediate_size=1920, vocab_size=1000, head_dim=64)
     scenario = Scenario("short", input_tokens=60, output_tokens=60, batch=2, hardware="tpu-v5e")
     found = Xla().times(config, scenario, "bf16", (16, 11), (24,))

@@ -1,4 +1,4 @@
-"""Three caches side by side on a small random model that speaks the embedded parent's tokens."""
+"""Three caches side by side on a small random model with the embedded parent's tokenizer."""
 
 import json
 

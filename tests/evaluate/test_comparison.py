@@ -1,4 +1,4 @@
-"""Every number of a comparison against hand computations on answers that are written down."""
+"""Every number of a comparison against hand computations on scripted answers."""
 
 import json
 from dataclasses import asdict
@@ -14,7 +14,7 @@ EFFORTS = ("low", "high")
 
 
 def answers(right: dict[str, str], tokens: dict[str, int], shift: int = 0) -> list[Trace]:
-    """ "10" stands for a right and a wrong answer; the first two problems are of `chain`, the rest of `add`."""
+    """ "10" stands for a correct and an incorrect answer; the first two problems are of `chain`, the rest of `add`."""
     found = []
     for effort, marks in right.items():
         for seed, mark in enumerate(marks):
@@ -56,13 +56,13 @@ def test_differences_are_paired(analysis):
 
 
 def test_the_relative_request_rate_divides_the_gain_by_the_growth_of_answers(analysis):
-    """1.8 times the tokens per second on answers 12 / 10 as long: 1.5 times the requests."""
+    """1.8 times the tokens per second with answers 12 / 10 as long make 1.5 times the requests."""
     low, high = (analysis.comparisons["child"].efforts[effort] for effort in EFFORTS)
     assert low.relative_tokens_per_second.value == pytest.approx(1.8)
     assert low.relative_tokens.value == pytest.approx(1.2)
     assert low.relative_request_rate.value == pytest.approx(1.5)
     assert high.relative_request_rate.value == pytest.approx(2 / 1.1)
-    # Rounds are drawn with both models, so that a slow round cancels.
+    # The same rounds are drawn for both models, so that a slow round cancels.
     assert low.relative_tokens_per_second.low == pytest.approx(1.8) == low.relative_tokens_per_second.high
     assert low.relative_request_rate.low <= 1.5 <= low.relative_request_rate.high
 
@@ -76,7 +76,7 @@ def test_points_are_in_units_of_the_reference_at_its_highest_effort(analysis):
 
 
 def test_the_curves_are_compared(analysis):
-    """From 20/11 to 5; the parent falls from 5/6 at 1 to 2/6 at 5, the child from 4/6 at 20/11 to 3/6 at 7.5."""
+    """They overlap from 20/11 to 5: the parent falls from 5/6 at 1 to 2/6 at 5, the child from 4/6 to 3/6 at 7.5."""
     common = analysis.comparisons["child"].common
     parent_at = 5 / 6 - (20 / 11 - 1) / 4 * 0.5
     assert common.gap.low == pytest.approx(20 / 11) and common.gap.high == pytest.approx(5)
@@ -93,7 +93,7 @@ def test_a_child_that_is_always_right_and_fast_lies_above_in_every_draw():
     reachable = present(analysis.comparisons["child"].reachable)
     assert present(reachable.gap).accuracy == pytest.approx(1 / 6)
     assert reachable.answered == 1.0 and reachable.lower_bound == 0.0
-    # There is no gap in the draws that miss the one of four `add` problems that the parent gets wrong.
+    # Draws without the one of four `add` problems that the parent gets wrong show no difference at its best accuracy.
     assert reachable.probability == pytest.approx(1 - 0.75**4, abs=0.08)
 
 

@@ -48,13 +48,13 @@ def test_unseen_rows_are_those_that_neither_choose_nor_train(tmp_path):
     fewer = questions(tasks=(str(file),), per_task={"low": 12, "high": 3}, split="evaluation").questions()
     low, high = ([p.seed for p, effort in fewer if effort == of] for of in ("low", "high"))
     assert low == sorted(low) and high == sorted(high) and len(low) == 12 and len(high) == 3
-    assert set(high) < set(low) and high != low[:3]  # three of the twelve by the seed, not the first in the file
+    assert set(high) < set(low) and high != low[:3]  # three of the twelve chosen by the seed, not the first in the file
 
     unseen = rows("unseen")
     assert unseen == rows("accuracy") and 0 < len(unseen) < 20 and unseen < rows("evaluation")
     for split in ("calibration", "validation", "heldout", "confirmation", "training"):
         assert not unseen & rows(split)
-    # An endless family's problems are those of the evaluation.
+    # For a family with endless problems, they are those of the evaluation.
     assert questions(split="unseen").questions() == questions(split="evaluation").questions()
 
 
@@ -101,7 +101,7 @@ def answers(ask):
 
 
 def test_answers_are_scored_by_their_final_channel(answers):
-    """A model cannot answer at random: every answer of an untrained one is wrong, and cut at its limit."""
+    """An untrained model's answers are all wrong; those without a stop token are cut off at their limit."""
     assert [a.effort for a in answers] == ["low", "high"] * 6
     assert not any(a.correct for a in answers)
     for answer in answers:
@@ -141,12 +141,12 @@ def test_summaries_by_hand():
 
 
 def test_one_context_for_all_questions_gives_the_same_answers(ask, answers):
-    """Slots of 256 positions either way, here because we say so, there because of the questions' own lengths."""
+    """Slots have 256 positions either way: set explicitly here, derived from the questions' lengths there."""
     assert ask(context=256) == answers
 
 
 class Late:
-    """RewardWorkers that give one reward each time they are waited for, the last one first."""
+    """RewardWorkers that return one reward per wait, the latest first."""
 
     def __init__(self):
         self.begun: list[Answer] = []

@@ -1,4 +1,4 @@
-"""Curves against values read off a drawing, and against dense sampling."""
+"""Curves against values worked out by hand and against dense sampling."""
 
 import numpy as np
 import pytest
@@ -24,13 +24,13 @@ def test_a_curve_sorts_its_points_and_keeps_the_best_of_one_rate():
 
 
 def test_the_smallest_gap_lies_at_a_knot_of_either_curve():
-    """Child from (1.5, 0.75) to (3, 0.35): over the parent by 0.05 at 1.5, under it by 0.0167 at 2, by 0.05 at 3."""
+    """A child from (1.5, 0.75) to (3, 0.35) is above the parent by 0.05 at 1.5 and 0.0167 at 2, below by 0.05 at 3."""
     gap = present(common_gap(Curve.of([(1.5, 0.75), (3.0, 0.35)]), PARENT))
     assert (gap.low, gap.high, gap.rate) == (1.5, 3.0, 3.0)
     assert gap.accuracy == pytest.approx(0.35 - 0.4)
     gap = present(common_gap(Curve.of([(1.5, 0.75), (3.0, 0.41)]), PARENT))
     assert gap.rate == 3.0 and gap.accuracy == pytest.approx(0.01)
-    # A knot of the parent inside a straight piece of the child.
+    # With the parent's knot at 2 inside the child's only segment.
     gap = present(common_gap(Curve.of([(1.0, 0.85), (4.0, 0.3)]), PARENT))
     assert gap.rate == 1.0 and gap.accuracy == pytest.approx(0.05)
     gap = present(common_gap(Curve.of([(1.0, 0.95), (4.0, 0.22)]), Curve.of([(1.0, 0.8), (2.0, 0.7), (4.0, 0.2)])))
@@ -57,7 +57,7 @@ def test_a_fast_child_is_compared_with_the_best_of_a_slow_parent_by_what_it_can_
 
 
 def test_what_is_reachable_never_rises_and_bends_where_the_line_passes_its_level():
-    # From the right: (4, 0.2), up to 0.6 at 3, down to 0.3 at 2, up to 0.9 at 1: passes 0.6 at 1.5.
+    # From the right: 0.2 at 4, up to 0.6 at 3, down to 0.3 at 2, then up to 0.9 at 1, passing 0.6 at 1.5.
     reach = Curve.of([(1.0, 0.9), (2.0, 0.3), (3.0, 0.6), (4.0, 0.2)]).reachable()
     assert reach.rates.tolist() == pytest.approx([1, 1.5, 2, 3, 4])
     assert reach.accuracies.tolist() == pytest.approx([0.9, 0.6, 0.6, 0.6, 0.2])
@@ -91,7 +91,7 @@ def test_no_rate_has_a_smaller_gap(first, second):
 
 
 def test_draws_without_an_answer_count_as_not_above():
-    above, below, apart = (Curve.of([(1.0, a), (4.0, b)]) for a, b in ((0.9, 0.7), (0.9, 0.1), (0.9, 0.9)))
+    above, below = (Curve.of([(1.0, a), (4.0, b)]) for a, b in ((0.9, 0.7), (0.9, 0.1)))
     apart = Curve.of([(7.0, 0.9), (8.0, 0.9)])
     draws = [(above, PARENT)] * 18 + [(below, PARENT)] + [(apart, PARENT)]
     result = above_everywhere(common_gap, above, PARENT, draws)
@@ -100,5 +100,5 @@ def test_draws_without_an_answer_count_as_not_above():
     assert result.lower_bound is None
     result = above_everywhere(common_gap, above, PARENT, [(above, PARENT)] * 90 + [(below, PARENT)] * 10)
     assert result.lower_bound == pytest.approx(-0.1) and result.answered == 1.0
-    # Two equal curves: nothing is above.
+    # Of two equal curves, neither is above the other.
     assert above_everywhere(common_gap, PARENT, PARENT, [(PARENT, PARENT)] * 3).probability == 0.0

@@ -1,4 +1,4 @@
-"""A journal of answers: what was answered is not asked again, whatever a kill left of the file."""
+"""The journal of answers: answered questions are not asked again, whatever a kill left of the file."""
 
 import pytest
 
@@ -16,7 +16,7 @@ def answer(number):
 
 
 class Model:
-    """Answers in reverse order, and dies after so many answers."""
+    """Answers in reverse order, and dies after `dies_after` answers."""
 
     def __init__(self, dies_after=99):
         self.dies_after, self.asked = dies_after, []

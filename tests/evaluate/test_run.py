@@ -1,4 +1,4 @@
-"""Whole evaluations of random two-layer models: what is written, resumed, and refused."""
+"""Whole evaluations of random two-layer models: what is written, resumed and refused."""
 
 import json
 import os
@@ -89,7 +89,7 @@ def test_everything_is_written(finished, models):
     workloads = evaluation["throughput"]["workloads"]
     assert list(workloads) == ["tiny", "low", "high"]
     assert all(entry["child"]["tokens_per_second"]["rounds"] == 3 for entry in workloads.values())
-    # 60 x 2 values of 4 bytes for 16 + 64 positions.
+    # 60 values of 4 bytes at each of 16 + 64 positions.
     assert workloads["tiny"]["parent"]["batch"] == min(2, 102400 // (80 * 60 * 4))
 
 
@@ -118,7 +118,7 @@ def test_a_second_run_asks_and_measures_nothing(finished, models, monkeypatch):
 
 
 def test_an_interrupted_run_goes_on_to_the_same_answers(finished, models, tmp_path, monkeypatch, capsys):
-    """Ctrl-C after the fourth answer of the second model, and part of a line, as after a kill."""
+    """Ctrl-C after the fourth answer of the second model, then part of a line as a kill would leave it."""
     out, asked = tmp_path / "out", []
 
     def interrupt(file, trace):
@@ -158,7 +158,7 @@ def test_an_interrupted_measurement_keeps_its_rounds(finished, models, tmp_path,
 
     def seconds(*_):
         ran.append(1)
-        if len(ran) == 13:  # 2 first runs and 3 rounds of 2 models, 2 first runs and 1 round, then
+        if len(ran) == 13:  # after 2 first runs and 3 rounds of 2 models, 2 first runs and 1 round
             raise KeyboardInterrupt
         return float(len(ran))
 
@@ -170,7 +170,7 @@ def test_an_interrupted_measurement_keeps_its_rounds(finished, models, tmp_path,
     assert len(ran) == 13 + (2 + 2 * 2) + (2 + 3 * 2)
     after = [json.loads(line) for line in (out / "throughput.jsonl").read_text().splitlines()]
     assert after[:4] == rows and [row["workload"] for row in after[4:]] == ["low"] * 2 + ["high"] * 3
-    # Other scenarios of the same models are measured beside those that are there.
+    # Other scenarios of the same models are measured in addition to those already measured.
     assert evaluate(models, out, scenarios="tiny=9:3,wide=12:2") == 0
     assert len(ran) == 27 + 2 + 3 * 2
 
@@ -179,7 +179,7 @@ def test_models_that_do_not_fit_together_are_measured_one_after_the_other(finish
     out, loaded, ran = tmp_path / "out", [], []
     shutil.copytree(finished, out)
     (out / "throughput.jsonl").unlink()
-    monkeypatch.setattr("puzzle_jax.evaluate.models.device_memory", lambda: 1)  # which holds nothing twice
+    monkeypatch.setattr("puzzle_jax.evaluate.models.device_memory", lambda: 1)  # too small for two models
     load = evaluated_models.load_weights
 
     def counted(description, *given):
@@ -190,7 +190,7 @@ def test_models_that_do_not_fit_together_are_measured_one_after_the_other(finish
         ran.append(1)
         if (
             len(ran) == 15
-        ):  # 3 workloads of a first run and 3 rounds of the parent, a first run and 1 round of the child
+        ):  # for the parent, 3 workloads with a first run and 3 rounds; for the child, a first run and 1 round
             raise KeyboardInterrupt
         return float(len(ran))
 
@@ -315,7 +315,7 @@ def test_an_output_that_is_something_else_is_refused_and_kept(models, finished, 
 
 
 def put(path: Path, content: str | None) -> None:
-    """Content in the place of a file or directory; None: a link to nowhere."""
+    """Replaces a file or directory by a file with `content`, or by a dangling link if it is None."""
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     path.write_text(content) if content is not None else path.symlink_to("nowhere")
 

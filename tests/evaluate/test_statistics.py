@@ -1,4 +1,4 @@
-"""Intervals against formulas worked by hand, and the bootstrap against what it must keep."""
+"""Intervals against formulas worked out by hand, and properties that the bootstrap must have."""
 
 import itertools
 import math
@@ -15,7 +15,7 @@ from tests.support import present
 
 @given(st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
 def test_both_ends_of_wilson_are_1_96_standard_errors_from_the_share(case):
-    """An end p solves |share - p| = z sqrt(p (1 - p) / n): the standard error is that of the end, not of the share."""
+    """An end p solves |share - p| = z sqrt(p (1 - p) / n), with the standard error at the end, not at the share."""
     right, count = case
     low, high = wilson(right, count)
     for end in (low, high):
@@ -25,7 +25,7 @@ def test_both_ends_of_wilson_are_1_96_standard_errors_from_the_share(case):
 
 
 def test_wilson_by_hand():
-    """8 of 10: (0.9921 -+ 0.3265...) of the textbook formula."""
+    """For 8 of 10, the textbook formula gives (0.9921 -+ 0.3136) / 1.3841."""
     assert wilson(8, 10) == (pytest.approx(0.490162, abs=1e-6), pytest.approx(0.943318, abs=1e-6))
     assert wilson(0, 5)[0] == 0.0 and wilson(5, 5)[1] == 1.0
     for right, count in ((1, 0), (3, 2), (-1, 2)):
@@ -72,7 +72,7 @@ def test_the_bootstrap_agrees_with_the_normal_approximation():
 
 
 def test_pairing_cancels_what_both_models_share():
-    """Two models that are right on the same problems but one: the interval is far narrower than of two samples."""
+    """For two models that differ on one problem, the interval is far narrower than for two independent samples."""
     reference = np.arange(200) % 2 == 0
     model = reference.copy()
     model[1] = True
@@ -86,7 +86,7 @@ def test_pairing_cancels_what_both_models_share():
 
 @pytest.mark.parametrize("won,lost", [(5, 1), (3, 3), (0, 7), (9, 2)])
 def test_mcnemar_counts_coin_throws(won, lost):
-    """The p-value by listing every outcome of as many fair coins."""
+    """The p-value equals the one from listing every outcome of that many fair coins."""
     model = np.array([True] * won + [False] * lost + [True] * 4)
     reference = np.array([False] * won + [True] * lost + [True] * 4)
     result = paired(model, reference, resample(["t"] * len(model), 10, 0))

@@ -1,4 +1,4 @@
-"""Workloads, batches and turns; the engine is replaced where only the order of runs matters."""
+"""Workloads, batches, and models taking turns; the engine is replaced where only the order of runs matters."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ CONFIG = small_config((BlockConfig(7, 5), BlockConfig(3, None)))
 
 
 def test_the_batch_is_the_largest_whose_caches_fit():
-    """Width 2 x 3 x 10 values per position; 5 positions of a windowed layer, 128 of a full one; 4 bytes each."""
+    """2 x 3 x 10 values of 4 bytes per position; 5 positions in the windowed layer, 128 in the full one."""
     needed = (5 + 128) * 60 * 4
     options = {"cache": CacheFormat(), "compute": np.float32, "at_most": 9, "what": "here"}
     assert largest_batch(CONFIG, 100, cache_memory=3 * needed, **options) == 3
@@ -87,7 +87,7 @@ def test_models_take_turns_and_the_order_moves_on(monkeypatch):
         )
     )
     assert rows == [{"a": 4.0, "b": 8.0, "c": 16.0}] * 3
-    # The first runs, uncounted, are of one batch; a resumed measurement goes on with the order of its rounds.
+    # The first, uncounted runs are of one batch; rounds from 1 on, as in a resumed measurement, keep their order.
     assert ran[:3] == [("a", 1), ("b", 1), ("c", 1)]
     assert "".join(name for name, _ in ran[3:]) == "bcacababc"
     assert len(seen) == 12

@@ -1,7 +1,7 @@
-"""Kinds of input that cases damage: each makes one in a directory, and returns the command to give it to.
+"""Kinds of damaged input: each makes one in a directory, and returns the command that takes it.
 
-What is asked for is refused or done before heavy work. Everything that a command may write is in its directory, under a
-name of `OUTPUTS`.
+Commands refuse their input, or are done, before any heavy work. Everything that a command may write is in its
+directory, under a name of `OUTPUTS`.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def command_lines(rng: random.Random, work: Path, originals: Path) -> list[str]:
         name = rng.choice((name, name, name, name[:-1], name + "s", name.replace(".", "")))
         value = rng.choice(VALUES)
         text = value if isinstance(value, str) else json.dumps(value)
-        # The run's own directory stays inside the case's.
+        # The run's directory stays inside the case's.
         text = str(work / "other") if name == "--run" else text
         found += [f"{name}={text}"] if rng.random() < 0.5 else [name, text]
     return found
@@ -258,7 +258,7 @@ def chats(rng: random.Random, work: Path, originals: Path) -> list[str]:
         (model / name).write_text("{{ reasoning_effort }}" + rng.choice(ends))
     else:
         damage_file(model / name, rng, originals / "recipe.yaml")
-    # A request beyond the context ends before weights are read, where the chat could be.
+    # If the chat can be read, a request beyond the context ends before weights are read.
     return ["generate", "--model", str(model), "--max-tokens", "5000", "hi"]
 
 
@@ -284,7 +284,7 @@ def checkpoints(rng: random.Random, work: Path, originals: Path) -> list[str]:
 
 
 def estimates(rng: random.Random, work: Path, originals: Path) -> list[str]:
-    """Configurations, assumptions and loads of an estimate."""
+    """Configurations, assumptions and expert loads of an estimate."""
     shutil.copy(EMBEDDED_PARENT / "config.json", work / "config.json")
     (work / "loads.json").write_text(json.dumps([3, 2, 2, 1, 0.5]))
     (work / "assumptions.yaml").write_text(ASSUMPTIONS.read_text())
@@ -302,7 +302,7 @@ def estimates(rng: random.Random, work: Path, originals: Path) -> list[str]:
 
 
 def training_recipes(rng: random.Random, work: Path, originals: Path) -> list[str]:
-    """Recipes of distillation and reinforcement learning, for models that are not there."""
+    """Recipes of distillation and reinforcement learning, for models that do not exist."""
     verb, recipe = rng.choice([("distill", DISTILL), ("distill-blocks", DISTILL), ("grpo", GRPO)])
     path = work / "recipe.yaml"
     path.write_text(yaml.safe_dump(_plain(mutated(recipe, rng, rng.choice((1, 1, 2)))), allow_unicode=True))
@@ -325,7 +325,7 @@ def training_command_lines(rng: random.Random, work: Path, originals: Path) -> l
 
 
 def run_places(rng: random.Random, work: Path, originals: Path) -> list[str]:
-    """Runs in which a directory or its record is something else."""
+    """Runs in which a directory or its record was replaced by something else."""
     run = work / "run"
     shutil.copytree(originals / "run", run)
     place = run / rng.choice(("cost", "traces", "run.json", "cost/stage.json", ".cost.partial-1", ".traces.replaced-1"))
@@ -368,7 +368,7 @@ def _model(work: Path) -> Path:
 
 
 def _lines(path: Path, rows: list[dict], rng: random.Random) -> None:
-    """Rows of which one is damaged, as JSON lines."""
+    """Writes rows as JSON lines, one of which is damaged."""
     number = rng.randrange(len(rows))
     lines = [dumped(mutated(row, rng) if n == number else row).encode() for n, row in enumerate(rows)]
     if rng.random() < 0.3:
@@ -377,12 +377,12 @@ def _lines(path: Path, rows: list[dict], rng: random.Random) -> None:
 
 
 def _plain(value):
-    """What YAML can write; whole numbers of thousands of digits it cannot read."""
+    """The value as YAML can write it; YAML cannot read whole numbers of thousands of digits."""
     return json.loads(json.dumps(value, default=str))
 
 
 def _training(verb: str, work: Path) -> list[str]:
-    """A command that ends where it looks for its models, at the latest."""
+    """A command that ends, at the latest, when it looks for its models."""
     nowhere = str(work / "nowhere")
     models = ["--model", nowhere] if verb == "grpo" else ["--parent", nowhere, "--child", nowhere, "--traces", nowhere]
     return ["train", verb, *models, "--out", str(work / "out")]

@@ -1,4 +1,4 @@
-"""Seeded damage to what people give: values, texts, bytes and files."""
+"""Seeded damage to user input: values, texts, bytes and files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 def mutated(value: Any, rng: random.Random, times: int = 1) -> Any:
-    """A JSON value in which some values are others, gone, repeated or of another type."""
+    """A copy of a JSON value in which some values are replaced, deleted, renamed or wrapped in a list."""
     value = copy.deepcopy(value)
     for _ in range(times):
         paths: list[tuple[Any, ...]] = places(value)[1:] or [()]
@@ -56,7 +56,7 @@ def mutated(value: Any, rng: random.Random, times: int = 1) -> Any:
 
 
 def dumped(value: Any) -> str:
-    """As JSON, with texts that are no valid Unicode written as escapes, and any number."""
+    """The value as JSON; texts that are not valid Unicode are written as escapes, and any number is allowed."""
     return json.dumps(value)
 
 
@@ -80,7 +80,7 @@ def damaged_bytes(content: bytes, rng: random.Random) -> bytes:
 
 
 def damage_file(path: Path, rng: random.Random, elsewhere: Path) -> None:
-    """Damages a file, or puts something else into its place."""
+    """Damages a file, or puts something else in its place."""
     action = rng.choice(("bytes", "bytes", "json", "json", "json", "gone", "directory", "link", "dangling"))
     if action == "json":
         try:

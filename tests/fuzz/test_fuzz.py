@@ -1,7 +1,7 @@
 """Damaged input of every kind, by seed: no traceback, no long run, no harm to what was there.
 
-A case calls a verb in a process that serves all of them, so that it costs milliseconds, on input that is refused or
-taken before heavy work. Each is one seed of one kind, and can be run again by its name.
+Each case is one seed of one kind, and can be run again by its name. It calls a verb in a process that serves all cases,
+on input that is refused or accepted before heavy work, so that it costs milliseconds.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ DEFAULT, ALL = 100, 2000
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory) -> Path:
-    """What cases damage copies of: a run with costs and traces, a file of traces, costs from elsewhere."""
+    """Sound files, of which cases damage copies: a recipe, files of traces, and a run with costs and traces."""
     root = tmp_path_factory.mktemp("originals")
     recipe = root / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(RECIPE))
@@ -80,7 +80,7 @@ def test_kinds_are_those_of_a_seed(tmp_path):
 
 
 class Worker:
-    """A process that runs commands, made anew when it had to be ended."""
+    """A process that runs commands; after it had to be killed, a new one is started."""
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[bytes] | None = None

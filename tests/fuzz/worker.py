@@ -1,8 +1,8 @@
-"""A process that calls verbs one after the other, as a shell would: without the checks of types that tests have.
+"""A process that calls verbs one after the other, as a shell would, without the type checks of the tests.
 
 Reads {"directory", "command"} as lines of JSON, and answers {"code", "out", "err", "bug", "memory", "seconds"}: the
-exit code, what was printed, the traceback of what escaped, the most memory so far in bytes, and seconds of processor
-time, those of ended children included.
+exit code, what was printed, the traceback of an exception that escaped, the peak memory so far in bytes, and seconds of
+processor time, including those of ended children.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def processor_seconds() -> float:
 def serve() -> None:
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    asking = sys.stdin.buffer  # every command finds another standard input
+    asking = sys.stdin.buffer  # every command gets a standard input of its own
     for line in asking:
         asked = json.loads(line)
         channel.write(json.dumps(answer(asked["directory"], asked["command"])) + "\n")

@@ -53,7 +53,7 @@ def test_tasks_weigh_the_same_and_parts_of_a_set_have_the_shapes_of_the_whole():
     batches = micro_batches(traces, tokens_per_batch=256, smallest=64)
     weights = {int(n): float(w) for b in batches for n, w in zip(b.ids, np.asarray(b.task_weight), strict=True)}
     assert weights.pop(-1, 0.0) == 0.0
-    assert weights == {0: 0.625, 1: 0.625, 2: 0.625, 3: 2.5, 4: 0.625}  # both tasks sum to 2.5
+    assert weights == {0: 0.625, 1: 0.625, 2: 0.625, 3: 2.5, 4: 0.625}  # each task sums to 2.5
     (short,) = micro_batches(traces[:1], tokens_per_batch=256, smallest=64, longest=180)
     assert short.tokens.shape == (4, 64)
     (long,) = micro_batches(traces[2:3], tokens_per_batch=512, smallest=256, longest=180)

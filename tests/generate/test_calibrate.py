@@ -75,7 +75,7 @@ def test_without_traces_or_with_dead_keys_there_is_no_scale():
 
 
 def test_a_cache_that_overflows_needs_its_scales_and_with_them_loses_no_more():
-    """Keys and values 2^12 times as large: the same function, but far above 448."""
+    """With keys and values 2^12 times as large, the model computes the same function, but they are far above 448."""
     large = amplify(PARAMS, 12)
     tokens = random_tokens(CONFIG, 2, 40)
     exact = np.asarray(model_logits(PARAMS, CONFIG, tokens))

@@ -1,4 +1,4 @@
-"""The command line on the embedded parent, without a terminal: final text on stdout, analysis on stderr."""
+"""The command line on a random model: final text on stdout, analysis on stderr."""
 
 import io
 import json
@@ -15,7 +15,7 @@ from tests.support import small_config
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A random model that speaks the embedded parent's tokens."""
+    """A random model with the embedded parent's tokenizer."""
     directory = write_random(tmp_path_factory.mktemp("cli") / "model", small_config(vocab_size=128), "bf16")
     write_chat_files(directory)
     return directory

@@ -30,7 +30,7 @@ def compiled_programs():
 
 
 def requests(count=7, longest=70):
-    """Prompts from 9 tokens to more than one chunk (64)."""
+    """Requests with prompts from 9 tokens to more than one chunk (64)."""
     rng = np.random.default_rng(0)
     lengths = np.linspace(9, longest, count).astype(int)
     return [Request(tuple(rng.integers(0, 97, n).tolist()), 5 + 6 * i, seed=i) for i, n in enumerate(lengths)]
@@ -40,7 +40,7 @@ _uncached = jax.jit(forward, static_argnames="config")
 
 
 def likeliest(params, config, request, tokens, cache=None):
-    """After the prompt, and after each of these tokens but the last, without a cache."""
+    """The likeliest tokens after the prompt and after each of `tokens` but the last, without a cache."""
     ids = (*request.prompt, *tokens)
     row = np.zeros((1, 128), np.int32)
     row[0, : len(ids)] = ids
@@ -79,7 +79,7 @@ def test_bfloat16_tokens_are_the_likeliest_of_the_uncached_pass_up_to_rounding()
 
 
 def test_every_program_is_compiled_once():
-    """Of parameters that were loaded onto a device, as a checkpoint's are: states are there from the start."""
+    """With parameters committed to a device, as a checkpoint's are, states are committed there from the start."""
     loaded, programs = jax.device_put(PARAMS, jax.devices()[0]), compiled_programs()
     for program in programs:
         program.clear_cache()
@@ -103,7 +103,7 @@ def test_answers_are_the_same_bits_whatever_the_order_and_the_batch_mates(option
     alone = [run([request])[0] for request in requests()]
     strangers = [Request((5,) * 40, 3), Request((1, 2), 33), Request((7,) * 66, 1)]
     crowd = run([*strangers, *requests(), *strangers])[3:-3]
-    assert together == reverse == alone == crowd  # log-probabilities too, bit for bit
+    assert together == reverse == alone == crowd  # log-probabilities included, bit-identical
     assert all(len(present(answer.log_probs)) == len(answer.tokens) for answer in together)
 
 
@@ -202,7 +202,7 @@ def test_cache_bytes_held_are_the_formula(form, size, monkeypatch):
     assert engine.cache_bytes() == 5 * cache_bytes(CONFIG, 192, size) == 5 * size * 60 * (5 + 192)
     assert form.cache_bytes(CONFIG, 192, jnp.float32) == cache_bytes(CONFIG, 192, size)
     longer = Engine(PARAMS, small_config((BlockConfig(7, 5),) * 2), stop_ids=(), context=512, slots=5, cache=form)
-    assert longer.cache_bytes() == 5 * size * 60 * 2 * 5  # windows alone: the context does not matter
+    assert longer.cache_bytes() == 5 * size * 60 * 2 * 5  # with windows only, the context does not matter
 
 
 def test_a_small_float8_cache_on_a_cpu_is_of_rounded_numbers_and_its_bytes_are_counted(monkeypatch):

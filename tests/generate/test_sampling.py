@@ -25,14 +25,14 @@ def test_one_level_is_the_inverse_of_the_cumulative_distribution():
 def test_what_has_no_weight_is_never_drawn(choices):
     rng = np.random.default_rng(0)
     weights = rng.random((257, choices)).astype(np.float32) * (rng.random((257, choices)) < 0.05)
-    weights[np.arange(257), rng.integers(0, choices, 257)] += 1e-30  # of a row that has nothing else, too
+    weights[np.arange(257), rng.integers(0, choices, 257)] += 1e-30  # also where a row has nothing else
     ends = np.asarray([0, 1 - 2**-23], np.float32)[rng.integers(0, 2, (257, levels(choices)))]
     found = np.asarray(draw(jnp.asarray(weights), jnp.asarray(ends)))
     assert (weights[np.arange(257), found] > 0).all()
 
 
 def test_a_tree_of_blocks_draws_by_the_weights():
-    """300 choices in three blocks, the last not full: a grid of numbers gives each its share of a fine grid."""
+    """300 choices fill three blocks, the last one partly: over a grid of numbers, each is drawn in its share."""
     weights = np.random.default_rng(0).gamma(0.3, size=300).astype(np.float32)
     grid = (np.arange(512) + 0.5) / 512
     numbers = np.stack(np.meshgrid(grid, grid), axis=-1).reshape(-1, 2).astype(np.float32)
@@ -51,7 +51,7 @@ def test_the_least_number_does_not_draw_a_token_that_has_hardly_any_weight(monke
 
 def test_a_token_follows_from_its_seed_and_count_alone_and_a_rare_one_is_not_lost():
     logits = np.zeros((6, 97), np.float32)
-    logits[:, 3] = 30.0  # others together hold 9e-12 of the probability
+    logits[:, 3] = 30.0  # all others together have a probability of 9e-12
     at_once = sample(jnp.asarray(logits), jnp.arange(6), jnp.arange(6), 1.0, 1.0)
     np.testing.assert_array_equal(at_once, [3] * 6)
     even = jnp.zeros((6, 97))

@@ -17,7 +17,7 @@ ONE_CHUNK, ONE_TOO, SHORT, TWO_CHUNKS, TWO_TOO = (tuple(RNG.integers(0, 97, n).t
 
 @pytest.fixture
 def make(monkeypatch):
-    """Makes an engine with fewer rows than slots, and chunks of 64."""
+    """Makes engines with fewer rows than slots, and chunks of 64."""
     monkeypatch.setattr(host, "PREFILL_TOKENS", 64 * ROWS)
 
     def of(stop):
@@ -38,7 +38,7 @@ def engine(make):
 
 @pytest.fixture
 def prefills(monkeypatch):
-    """The tokens of every chunk that is prefilled."""
+    """Collects the tokens of every prefilled chunk."""
     seen = []
 
     def counted(params, config, group, tokens, *rest):
@@ -55,7 +55,7 @@ def asked(prompt, count, limit=9, seed=0):
 
 
 def assert_same(found, expected):
-    assert found == expected  # tokens and log-probabilities, bit for bit
+    assert found == expected  # tokens and log-probabilities are bit-identical
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_array_equal(one.experts, other.experts)
 
@@ -96,7 +96,7 @@ def test_equal_prompts_are_prefilled_once(engine, prefills, count):
 def test_prompts_are_prefilled_in_full_groups_however_many_slots_are_free(engine, prefills):
     prompts = (ONE_TOO, TWO_CHUNKS, SHORT, ONE_CHUNK, TWO_TOO)
     engine.generate([request for seed in range(6) for p in prompts for request in asked(p, 1, seed=seed)])
-    groups = [(TWO_CHUNKS, TWO_TOO), (ONE_TOO, SHORT), (ONE_CHUNK, ONE_CHUNK)]  # the last one fills its group up
+    groups = [(TWO_CHUNKS, TWO_TOO), (ONE_TOO, SHORT), (ONE_CHUNK, ONE_CHUNK)]  # the last prompt fills up its group
     assert len(prefills) == 2 + 1 + 1
     firsts = [prefills[0], prefills[2], prefills[3]]
     for tokens, group in zip(firsts, groups, strict=True):

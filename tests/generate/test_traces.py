@@ -1,4 +1,4 @@
-"""Trace files: what is written comes back, files from elsewhere are read in every form, and bad rows are named."""
+"""Trace files: traces survive the round trip, files from elsewhere are read in every form, and bad rows are named."""
 
 import base64
 import dataclasses
@@ -126,7 +126,7 @@ def test_arrays_must_fit_the_tokens(changes, message):
 
 
 def write_lines(path, rows):
-    """Writes rows given as bytes, as text, or as what JSON can say."""
+    """Writes rows given as bytes, as text, or as values that JSON can represent."""
     lines = [row if isinstance(row, bytes | str) else json.dumps(row) for row in rows]
     path.write_bytes(b"".join((line if isinstance(line, bytes) else line.encode()) + b"\n" for line in lines))
     return path
@@ -137,7 +137,7 @@ def test_tokens_from_elsewhere_need_only_prompt_and_completion(tmp_path, chat):
     assert read_traces(write_lines(tmp_path / "a.jsonl", [{"prompt": [5, 6], "completion": [7, 8]}])) == [expected]
     pq.write_table(pa.table({"prompt": [[5, 6]], "completion": [[7, 8]]}), tmp_path / "a.parquet")
     assert read_traces(tmp_path / "a.parquet") == [expected]
-    # With a chat it is known whether the completion came to its end.
+    # With a chat format, it is known whether the completion reached its end.
     stop = min(chat.stop_ids)
     path = write_lines(
         tmp_path / "b.jsonl", [{"prompt": [5], "completion": [7, 8]}, {"prompt": [5], "completion": [7, stop]}]
@@ -358,7 +358,7 @@ def test_impossible_log_probabilities_survive(tmp_path):
 
 
 def npy(shape, data, descr="|u1", version=1):
-    """Bytes with the header of a .npy file of this shape, whatever the data."""
+    """The bytes `data` under the header of a .npy file of this shape, whether they match or not."""
     header = f"{{'descr': {descr!r}, 'fortran_order': False, 'shape': {shape}}}\n".encode()
     size = len(header).to_bytes(2 if version == 1 else 4, "little")
     return b"\x93NUMPY" + bytes([version, 0]) + size + header + data
@@ -463,7 +463,7 @@ def test_no_damage_of_a_parquet_file_is_a_traceback(tmp_path):
     damaged = [whole[: int(size)] for size in rng.integers(0, len(whole), 20)]
     for _ in range(150):
         data = bytearray(whole)
-        # Half of the damage goes to the description at the end of the file.
+        # Half of the damage goes to the footer at the end of the file.
         first = 4 if rng.random() < 0.5 else len(whole) - 2500
         for at in rng.integers(first, len(whole), int(rng.integers(1, 4))):
             data[at] = int(rng.integers(0, 256))

@@ -1,4 +1,4 @@
-"""What tests of kernels share: which of them can run here."""
+"""Marks and lists that select the kernel tests which can run here."""
 
 import jax
 import pytest
@@ -8,7 +8,7 @@ from puzzle_jax.kernels.expert_mlp import IMPLEMENTATIONS
 from puzzle_jax.kernels.mosaic import FIRST_JAX
 
 GPU = pytest.mark.skipif(jax.__version_info__[:3] < FIRST_JAX, reason="Mosaic GPU kernels need a newer JAX")
-"""Of interpreted and lowered kernels: no GPU is asked for."""
+"""For tests that interpret or lower GPU kernels; they need no GPU."""
 
 MIXTURES_ON_CPU = [name for name in IMPLEMENTATIONS if name not in ("ragged_dot", "looped", *KERNELS, *LIBRARIES)]
-"""Implementations of `expert_mlp`."""
+"""Implementations of `expert_mlp` that the tests run on CPUs."""

@@ -20,14 +20,14 @@ def arrays(seq, seed=0, dtype=jnp.float32):
     return q, k, v, sinks
 
 
-# Each as one program, which is there sooner than its operations one by one.
+# One jitted program each, which compiles faster than the operations one by one.
 decode = jax.jit(decode_attention, static_argnames="window")
 chunked = jax.jit(chunk_attention, static_argnames=("window", "implementation"))
 chunked_by_row = jax.jit(chunk_attention, static_argnames="implementation")
 
 
 def attend(*arrays, window, segment_ids=None, by=window_attention, **options):
-    """`window_attention`, or another function of the same arguments, as one program."""
+    """`window_attention`, or another function of the same arguments, jitted as one program."""
     as_data = isinstance(window, jax.Array)
 
     def run(arrays, segment_ids, given):
@@ -37,7 +37,7 @@ def attend(*arrays, window, segment_ids=None, by=window_attention, **options):
 
 
 def by_hand(q, k, v, sinks, window, segments=None) -> np.ndarray:
-    """One query at a time, in float64, with windows as lists of visible positions."""
+    """Attention in float64, one query at a time, with each window as a list of visible positions."""
     q, k, v, sinks = (np.asarray(x, np.float64) for x in (q, k, v, sinks))
     out = np.zeros_like(q)
     for b in range(q.shape[0]):
@@ -199,7 +199,7 @@ def test_bfloat16_stays_near_float32():
 
 
 def ring(k, v, lengths, slots):
-    """Keys [batch, heads, dim, slots] and values of rows that wrote their positions in turn."""
+    """Ring caches of keys [batch, heads, dim, slots] and of values, to which each row wrote `lengths` positions."""
     keys = np.zeros((BATCH, KV_HEADS, DIM, slots), np.float32)
     values = np.zeros((BATCH, KV_HEADS, slots, DIM), np.float32)
     k, v = np.asarray(k), np.asarray(v)
@@ -235,7 +235,7 @@ def test_slots_older_than_the_window_or_never_written_are_not_seen():
 
 
 def parts(q, k, v, chunks):
-    """A slice of each row's queries, and of its keys and values as a cache stores them."""
+    """Slices each row's queries, and its keys and values in the layout of a cache."""
     q, k, v = (np.stack([np.asarray(x)[row, chunk] for row, chunk in enumerate(chunks)]) for x in (q, k, v))
     return jnp.asarray(q), jnp.asarray(k.transpose(0, 2, 3, 1)), jnp.asarray(v.transpose(0, 2, 1, 3))
 
@@ -270,7 +270,7 @@ def test_rows_of_a_chunk_may_start_at_positions_of_their_own(implementation, win
 
 
 def test_long_chunks_and_caches_are_cut_into_blocks():
-    """More than one block of queries (128) and of cached keys (512), in which the last block is partly filled."""
+    """Several blocks of queries (128) and of cached keys (512), the last of them partly filled."""
     data = normal(3, (1, 260, 4, 6), (1, 2, 6, 260), (1, 2, 260, 6), (1, 2, 6, 1024), (1, 2, 1024, 6), (4,))
     for window in (None, 700):
         for start in (260, 780):
@@ -302,7 +302,7 @@ def test_scales_of_a_float8_cache_are_folded_into_logits_and_output():
 
 @pytest.mark.parametrize("window", [None, 70])
 def test_bytes_are_read_by_blocks_of_slots_that_hold_anything(window):
-    """On CPUs: rows that have come to the first of three blocks, to the second, and round the ring."""
+    """On CPUs, with rows in the first of three blocks, in the second, and past the end of the ring."""
     positions, slots = np.asarray([3, 120, 400]), 192
     q, k, v, sinks = normal(11, (3, HEADS, DIM), (3, KV_HEADS, DIM, slots), (3, KV_HEADS, slots, DIM), (HEADS,))
     scales = {"k_scale": jnp.float32(0.02), "v_scale": jnp.float32(0.05)}
@@ -314,9 +314,9 @@ def test_bytes_are_read_by_blocks_of_slots_that_hold_anything(window):
     whole = run(*given, positions, window=window, implementation="reference", **scales)
     np.testing.assert_allclose(out, whole, atol=3e-6)
     assert np.abs(out[0] - run(*given, np.asarray([4, 4, 4]), window=window, **scales)[0]).max() > 1e-3
-    # Bit for bit what a row gives beside others that are still in the first block.
+    # Bit-identical to the row's result beside rows that are still in the first block.
     np.testing.assert_array_equal(out[0], run(*given, np.asarray([3, 3, 3]), window=window, **scales)[0])
-    if window is not None:  # the same as data, one per row
+    if window is not None:  # the same window as data, one per row
         by_row = jax.jit(decode_attention)(*given, positions, window=jnp.full(3, window), **scales)
         np.testing.assert_allclose(by_row, out, atol=1e-6)
 

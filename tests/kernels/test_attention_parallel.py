@@ -1,4 +1,4 @@
-"""Attention over positions that a mesh cuts is attention on one device."""
+"""Attention with positions sharded over a mesh equals attention on one device."""
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +11,12 @@ from puzzle_jax.model.sharding import make_mesh, make_training_mesh
 
 SEQ, DIM = 40, 6
 CASES = {
-    # mesh, rows, heads, key-value heads, window, packed; what a device runs
+    # mesh, rows, heads, key-value heads, window, packed; the comments name what each device runs
     "full": ((1, 4, 2), 3, 16, 4, None, False),  # causal_blocks; two copies of each key-value head
     "packed": ((2, 2, 2), 2, 12, 3, 5, True),  # banded; four copies, as the model axis does not divide 3
     "windows as data": ((2, 4, 1), 2, 12, 6, (3, 2**30), False),  # square
     "rows that do not divide": ((2, 2, 1), 3, 6, 3, None, True),  # and a key-value head that two devices need
-    "heads that do not divide": ((2, 2, 2), 2, 6, 3, 9, True),  # XLA's
+    "heads that do not divide": ((2, 2, 2), 2, 6, 3, 9, True),  # left to XLA
 }
 
 

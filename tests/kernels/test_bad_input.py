@@ -1,4 +1,4 @@
-"""Arguments that do not fit are refused before anything runs, by name."""
+"""Arguments that do not fit are refused by name before anything runs."""
 
 from functools import cache
 

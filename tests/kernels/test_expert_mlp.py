@@ -29,7 +29,7 @@ EXPERTS, HIDDEN, INTER, LIMIT = 5, 32, 64, 1.5
 
 
 def drawn(seed, hidden, inter, scales, dtype) -> Experts:
-    """Experts whose matrices are normal with these standard deviations, and their biases with 1."""
+    """Experts with normal matrices of these standard deviations and biases of standard deviation 1."""
     shapes = (EXPERTS, hidden, 2 * inter), (EXPERTS, 2 * inter), (EXPERTS, inter, hidden), (EXPERTS, hidden)
     scales = scales[0], 1.0, scales[1], 1.0
     values = (scale * np.asarray(x) for x, scale in zip(normal(seed, *shapes), scales, strict=True))
@@ -50,7 +50,7 @@ decoded = jax.jit(decode)
 
 
 def by_hand(x, ids, gates, experts: Experts) -> np.ndarray:
-    """One token and one expert at a time, in float64."""
+    """The mixture in float64, one token and one expert at a time."""
     x, gates = np.asarray(x, np.float64), np.asarray(gates, np.float64)
     gate_up, gate_up_bias, down, down_bias = (np.asarray(w, np.float64) for w in experts)
     out = np.zeros_like(x)
@@ -127,7 +127,7 @@ def test_gradients_agree_with_the_reference(case):
 def test_the_activations_gradient_is_that_of_its_formula(dtype):
     h, d_out = normal(0, (5, 7, 2 * INTER), (5, 7, INTER))
     h, d_out = (jnp.asarray(np.asarray(x).astype(dtype)) for x in (2 * np.asarray(h), d_out))
-    limit = LIMIT + 1e-3  # no number of bfloat16: at the edge itself there are two slopes
+    limit = LIMIT + 1e-3  # not representable in bfloat16: the slope is ambiguous exactly at the clamp's edge
 
     def both(function):
         def run(h, d_out):
@@ -225,7 +225,7 @@ def test_a_token_gets_the_same_bits_whoever_else_is_there(implementation):
     for seed in range(3):
         order = np.random.default_rng(seed).permutation(24)
         others = np.random.default_rng(seed).integers(0, EXPERTS - 1, 24)
-        crowded = np.stack([others, others + 1], axis=1)  # several rounds: the same expert again and again
+        crowded = np.stack([others, others + 1], axis=1)  # several rounds, since the same experts recur
         crowded[7], place = ids[5], order.copy()
         place[place == 5], place[7] = place[7], 5
         np.testing.assert_array_equal(np.asarray(mine(x[place], crowded))[7], alone)
@@ -233,7 +233,7 @@ def test_a_token_gets_the_same_bits_whoever_else_is_there(implementation):
 
 @pytest.mark.parametrize(("tile_bytes", "tiles"), [(4 * HIDDEN * 48, 4), (4 * HIDDEN * 5, 32)])
 def test_packed_products_are_made_tile_by_tile(monkeypatch, tile_bytes, tiles):
-    """Of 128 outputs no more than 48, or 5, fit at once: tiles are of 32, or 4."""
+    """Of 128 outputs at most 48 (or 5) fit at once, so tiles have 32 (or 4)."""
     monkeypatch.setattr(mxfp4, "TILE_BYTES", tile_bytes)
     source = np.random.default_rng(0)
     codes = source.integers(0, 256, (1, 128, HIDDEN // 2), np.uint8)
@@ -247,19 +247,19 @@ def test_packed_products_are_made_tile_by_tile(monkeypatch, tile_bytes, tiles):
     )
 
 
-# By the kernels of grouped_matmul, interpreted ------------------------------------------------------------------------
+# With the kernels of grouped_matmul, interpreted ----------------------------------------------------------------------
 
 
 ON_GPUS = [pytest.param(name, marks=GPU) for name in ("mosaic_gpu", "mosaic_gpu_fused")]
 
 
 def wide_experts(dtype) -> Experts:
-    """Sizes that the tiles of GPUs divide."""
+    """Experts whose sizes are multiples of the GPU kernels' tiles."""
     return drawn(4, 128, 192, (0.2, 0.2), dtype)
 
 
 def kernel_of(name, poisoned=True):
-    """Interpreted; what it leaves in blocks without rows is no number, as it may be on a device."""
+    """The interpreted kernel; blocks without rows hold NaN, as they may on a device."""
     if name == "mosaic_gpu_fused":
         return lambda *given, limit=LIMIT: grouped.fused(interpret=True)(*given, limit=limit)
     run = grouped.by(name, interpret=True)
@@ -277,7 +277,7 @@ def test_kernels_agree_with_the_reference_forwards_and_backwards(name, case):
     dtype = jnp.bfloat16 if name.startswith("mosaic_gpu") else jnp.float32
     limit = (
         100.0 if dtype == jnp.bfloat16 else LIMIT
-    )  # rounding moves numbers over the clamp's edge, where gradients jump
+    )  # rounding moves values across the clamp's edge, where gradients jump
     ids, experts = jnp.asarray(CASES[case]), wide_experts(dtype)
     x, cotangent = rows_of(len(ids), 128, dtype), normal(2, (*ids.shape, 128))[0]
 
@@ -344,12 +344,12 @@ def test_every_refusal_is_told():
         )
 
 
-# For GPUs -------------------------------------------------------------------------------------------------------------
+# On GPUs --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tokens", [24, 700])
 def test_what_gpus_are_given_agrees_with_the_reference(tokens):
-    """Few tokens are for `capacity` forwards; all gradients, and many tokens, for the loop over blocks."""
+    """`capacity` runs the forward pass of few tokens; the loop over blocks runs many tokens and all gradients."""
     ids = jnp.asarray(np.stack([np.arange(tokens) % 3, 3 + np.arange(tokens) % 2], axis=1))
     x, experts = rows_of(tokens), make_experts()
 
@@ -364,14 +364,14 @@ def test_what_gpus_are_given_agrees_with_the_reference(tokens):
         found = of(None)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         one, other = np.asarray(one), np.asarray(other)
-        scale = np.abs(other).max()  # of each gradient's own: that of an empty expert is zero
+        scale = np.abs(other).max()  # of each gradient as a whole: an empty expert has zeros
         np.testing.assert_allclose(one / scale, other / scale, atol=2e-5)
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_memory_on_gpus_is_in_proportion_to_the_rows(packed):
-    """Temporaries of the program that GPUs are given, by XLA for CPUs: neither experts' matrices gathered by block, of
-    200 MB here, nor rows times experts, of 1.6 GB."""
+    """The GPU program's temporaries, as XLA plans them for CPUs, hold neither experts' matrices gathered per block
+    (200 MB here) nor rows times experts (1.6 GB)."""
     tokens, k, num_experts, hidden, inter = 2048, 4, 128, 256, 224
 
     def of(*shape, dtype=jnp.float32):
@@ -394,6 +394,6 @@ def test_memory_on_gpus_is_in_proportion_to_the_rows(packed):
         lowered = jax.jit(gradient).lower(of(tokens, hidden), of(tokens, k, dtype=jnp.int32), *experts)
     found = lowered.compile().memory_analysis()
     assert found is not None
-    row = 4 * (2 * hidden + 3 * inter)  # in and out, both halves before the activation, and what comes of them
+    row = 4 * (2 * hidden + 3 * inter)  # input and output, both halves before the activation, and its output
     padded = tokens * k + num_experts * 31
     assert found.temp_size_in_bytes < 3 * padded * row < 200e6

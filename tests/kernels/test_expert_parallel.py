@@ -1,4 +1,4 @@
-"""The mixture on a mesh of virtual devices is the mixture on one device."""
+"""The mixture on a mesh of virtual devices equals the mixture on one device."""
 
 from functools import cache, partial
 
@@ -46,7 +46,7 @@ def given(route, dtype=jnp.float32):
     return normal(1, (len(ids), HIDDEN), dtype=dtype)[0], Routing(ids, gates)
 
 
-# On one device; as programs, which are there sooner than their operations one by one.
+# On one device, jitted: one program compiles faster than the operations one by one.
 alone = jax.jit(partial(expert_mlp, limit=LIMIT, implementation="reference"))
 outputs_alone = jax.jit(partial(expert_outputs, limit=LIMIT, implementation="reference"))
 
@@ -124,7 +124,7 @@ def test_packed_experts_in_bfloat16(way):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_weights_stay_where_they_are(way):
-    """No collective carries experts: what is gathered or summed is as large as tokens at most."""
+    """No collective carries experts; what is gathered or summed is at most as large as the tokens."""
     mesh = make_mesh(1, 8)
     x, routing = given("mixed")
     placed = jax.device_put(experts_of(), NamedSharding(mesh, PartitionSpec("model")))
@@ -141,7 +141,7 @@ def test_weights_stay_where_they_are(way):
 
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
 def test_off_cpus_only_rows_that_are_there_travel(platform):
-    """Lowered for 8 devices that need not be there, with gradients: no exchange but ragged ones and small tables."""
+    """Lowered with gradients for 8 absent devices, only ragged exchanges and small tables are communicated."""
     x, routing = given("mixed")
 
     def loss(x, experts):
@@ -150,7 +150,7 @@ def test_off_cpus_only_rows_that_are_there_travel(platform):
     with lowering_for(platform):
         traced = jax.jit(jax.grad(loss, (0, 1))).trace(x, experts_of())
     text = traced.lower(lowering_platforms=("cuda" if platform == "gpu" else "tpu",)).as_text()
-    # Rows and ids there, outputs back; gradients of outputs and rows the other way.
+    # Rows and ids go out and outputs come back; their gradients (of outputs and rows) go the opposite way.
     assert text.count("@ragged_all_to_all(") == 5
     gathered = [line for line in text.splitlines() if "all_gather" in line and "tensor<" in line]
     assert gathered and all("xf32>" not in line for line in gathered)
@@ -160,7 +160,7 @@ ROWS = (4, 8)
 
 
 def in_rows(x, routing):
-    """As many tokens as rows of the batch hold, [rows, positions, hidden], and their routing, row by row."""
+    """Repeats tokens to fill the batch [rows, positions, hidden], and their routing row by row."""
     turn = np.arange(ROWS[0] * ROWS[1]) % len(x)
     rows = np.asarray(x)[turn].reshape(*ROWS, HIDDEN) * np.linspace(0.5, 1.5, ROWS[1], dtype=np.float32)[:, None]
     return jnp.asarray(rows), jax.tree.map(lambda part: jnp.asarray(np.asarray(part)[turn]), routing)
@@ -179,7 +179,7 @@ def outputs_and_gradients(x, routing, mesh=None, way=None):
 @pytest.mark.parametrize(
     "form,places",
     [
-        # Rows whose positions are cut stay where they lie; a list of tokens, here 21, is cut over both data axes.
+        # Rows sharded along positions stay in place; a list of tokens (21 here) is sharded over both data axes.
         ("rows", [((2, 2, 2), "replicate"), ((2, 2, 2), "all_to_all"), ((2, 4, 1), None)]),
         ("list", [((2, 2, 2), "all_to_all")]),
     ],
@@ -203,7 +203,7 @@ def test_rows_cut_along_positions_are_not_gathered():
 
 
 def test_ways_by_size():
-    # 4 experts a token: 8 devices send half of replicate's bytes through an exchange and half to be whole again.
+    # 4 experts per token: with 8 devices all_to_all sends half of replicate's bytes in exchanges, half to gather.
     assert way_for(100_000, 4, 16) == "all_to_all" and way_for(100_000, 4, 8) == "replicate"
     assert way_for(16 * 256, 4, 16) == "all_to_all" and way_for(16 * 256 - 1, 4, 16) == "replicate"
 

@@ -33,7 +33,7 @@ def test_the_error_of_normal_numbers_is_half_a_step_at_most():
 
 @pytest.mark.parametrize("scale", [1.0, 0.37])
 def test_rounding_gives_what_bytes_would(scale):
-    """Every number of e4m3, all midpoints between two, their neighbours, and what saturates."""
+    """Covers every e4m3 value, all midpoints, their neighbours, and values that saturate."""
     codes = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
     codes = np.unique(codes[np.isfinite(codes)])
     between = (codes[1:] + codes[:-1]) / 2

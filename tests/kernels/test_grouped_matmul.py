@@ -1,4 +1,4 @@
-"""Grouped matmuls against a loop over rows: values, gradients, layouts, refusals. Kernels are interpreted."""
+"""Grouped matmuls against a loop over rows: values, gradients, layouts and refusals; kernels are interpreted."""
 
 from functools import partial
 
@@ -43,14 +43,14 @@ def packed_weights() -> MXFP4:
 
 
 def rows_of(dtype=jnp.float32, columns=INPUTS, used=ROWS):
-    """Rows that are no numbers from `used` on."""
+    """Rows that are NaN from `used` on."""
     rows = np.array(normal(0, (ROWS, columns), dtype=dtype)[0])
     rows[used:] = np.nan
     return jnp.asarray(rows)
 
 
 def by_hand(rows, weights, sizes) -> np.ndarray:
-    """Row by row, in float64; zeros past the last group."""
+    """The product in float64, row by row; zeros past the last group."""
     rows, weights = np.asarray(rows, np.float64), np.asarray(weights, np.float64)
     out = np.zeros((len(rows), weights.shape[2]))
     expert = np.repeat(np.arange(len(sizes)), sizes)
@@ -59,14 +59,14 @@ def by_hand(rows, weights, sizes) -> np.ndarray:
     return out
 
 
-# Programs, which are there sooner than their operations one by one, and serve all cases of one shape.
+# Jitted: one program compiles faster than the operations one by one, and serves all cases of one shape.
 decoded = jax.jit(decode)
 by_implementation = jax.jit(grouped_matmul, static_argnames="implementation")
 
 
 @partial(jax.jit, static_argnames=("kernel", "block", "transposed"))
 def interpreted(kernel, rows, weights, sizes, block, transposed=False):
-    """`grouped_matmul` by an interpreted kernel; what a kernel leaves unwritten must not get out."""
+    """`grouped_matmul` by an interpreted kernel; what the kernel leaves unwritten is NaN and must not leak."""
     blocks = blocks_of(sizes, len(rows), block)
     padded = jnp.take(rows, blocks.source, axis=0, mode="fill", fill_value=0)
     run = BLOCK_IMPLEMENTATIONS[kernel]
@@ -119,7 +119,7 @@ def test_interpreted_kernels_row_by_row(kernel, form, case):
 
 @pytest.mark.parametrize("inputs,outputs,block", [(96, 160, 16), (384, 1100, 8), (1536, 128, 24)])
 def test_tiles_that_do_not_divide_on_tpus(inputs, outputs, block):
-    """All inputs in one tile, the last tile of outputs reaching out, several tiles of inputs; bfloat16 and packed."""
+    """All inputs in one tile, a last tile of outputs that overhangs, several tiles of inputs; bfloat16 and packed."""
     rows, back, weights = normal(2, (13, inputs), (13, outputs), (3, inputs, outputs), dtype=jnp.bfloat16)
     source, sizes = np.random.default_rng(3), [6, 0, 7]
     packed = MXFP4(
@@ -136,7 +136,7 @@ def test_tiles_that_do_not_divide_on_tpus(inputs, outputs, block):
 @pytest.mark.parametrize("block", [64, 16])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_gradients_are_those_of_the_reference(kernel, block):
-    """On GPUs blocks of 16 rows are for packed weights alone, and their gradient is XLA's."""
+    """On GPUs, blocks of 16 rows are for packed weights only, and XLA computes their gradient."""
     dtype = jnp.bfloat16 if kernel == "mosaic_gpu" else jnp.float32
     sizes, cotangent = jnp.asarray(SIZES["rows that are nobody's"]), normal(5, (ROWS, OUTPUTS))[0]
 
@@ -189,5 +189,5 @@ def test_what_does_not_fit_is_refused_before_anything_runs():
     for pinned in ("mosaic_gpu", "mosaic_tpu", "ragged_dot", "looped"):
         with pytest.raises(NotImplementedError, match=r"cpu|CPU|needs JAX"):
             grouped_matmul(rows, weights, jnp.asarray(SIZES["mixed"]), implementation=pinned)
-    of_xla = ["ragged_dot", "looped", "blocked", "reference"]  # behind the kernels and what serves by name only
+    of_xla = ["ragged_dot", "looped", "blocked", "reference"]  # after kernels and those that serve by name only
     assert list(IMPLEMENTATIONS)[3:] == of_xla

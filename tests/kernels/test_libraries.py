@@ -1,4 +1,4 @@
-"""Libraries behind `implementation=`: numbers where they run on a CPU, and what is said where they do not."""
+"""Libraries behind `implementation=`: their results where they run on a CPU, their refusals where they do not."""
 
 import sys
 

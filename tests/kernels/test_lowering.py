@@ -26,7 +26,7 @@ def of(shape, dtype) -> jax.ShapeDtypeStruct:
 
 
 def lowered(platform, function, *arguments) -> str:
-    """The program's text; raises where a kernel does not lower."""
+    """Text of the lowered program; raises where a kernel does not lower."""
     with lowering_for(platform):
         calls = [export.DisabledSafetyCheck.custom_call(name) for name in ("mosaic_gpu_v2", "mosaic_gpu")]
         name = "cuda" if platform == "gpu" else platform
@@ -81,7 +81,7 @@ def test_activated_matmul(form, pairs, block):
 @GPU
 @pytest.mark.parametrize("differentiated", [False, True])
 def test_mixtures_are_activated_in_the_kernel_unless_they_are_differentiated(differentiated):
-    """What is twice as wide as the intermediate is an array only where a gradient needs it."""
+    """The pre-activation, twice as wide as the intermediate, is materialised only where a gradient needs it."""
     tokens, k, experts, hidden, inter = 96, 2, 6, 128, 192
 
     def outputs(x, ids, *parts):
@@ -185,10 +185,10 @@ def test_window_attention_and_its_gradients(platform, window):
         options = {"window": window, "segment_ids": segments, "implementation": name}
         return jnp.sum(window_attention(q, k, v, sinks, **options).astype(jnp.float32))
 
-    # Splash attention looks at its mask block by block before it lowers: half a minute at 65,536.
+    # Splash attention examines its mask block by block before it lowers, which takes half a minute at 65,536.
     seq, heads, kv_heads, dim = 65_536 if platform == "gpu" else 4_096, 64, 8, 64
     arrays = of((1, seq, heads, dim), jnp.bfloat16), *[of((1, seq, kv_heads, dim), jnp.bfloat16)] * 2
     more = of((heads,), jnp.float32), of((1, seq), jnp.int32)
     program = lowered(platform, jax.grad(loss, (0, 1, 2, 3)), *arrays, *more)
-    # Forwards, and two backwards: of queries, and of keys and values.
+    # The forward pass and two backward ones: for queries, and for keys and values.
     assert program.count("mosaic_gpu" if platform == "gpu" else "tpu_custom_call") >= 3

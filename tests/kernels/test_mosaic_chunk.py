@@ -1,4 +1,4 @@
-"""Chunks of tokens against a cache by the kernel for Hopper GPUs, interpreted, against the reference."""
+"""The Hopper kernel for chunks of tokens against a cache, interpreted, against the reference."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from puzzle_jax.kernels.decode_attention.reference import LayerCache, slot_posit
 from puzzle_jax.kernels.float8 import encode_e4m3
 from tests.kernels.marks import GPU
 
-GROUP, DIM = 5, 64  # 64 rows of a program are 12 tokens and a part of one
+GROUP, DIM = 5, 64  # the 64 rows of a program hold 12 tokens and part of another
 
 
 def made_up(slots, chunk, packed, batch=1, kv_heads=1):
@@ -27,7 +27,7 @@ def made_up(slots, chunk, packed, batch=1, kv_heads=1):
 
 
 def agrees(given, scales, start, window, atol=1e-2):
-    """The kernel gives what the reference does."""
+    """Asserts that the kernel agrees with the reference; returns its output."""
     q, k, v, k_cache, v_cache, sinks = given
     window = jnp.asarray(window) if isinstance(window, list) else window
     cache, start = LayerCache(k_cache, v_cache, **scales), jnp.asarray(start, jnp.int32)
@@ -83,7 +83,7 @@ def test_slots_that_hold_nothing_are_not_seen():
 
 
 def test_tiles_are_those_that_hold_what_is_seen():
-    """By brute force over starts, windows and rings: none is left out or comes twice, and the ends are seen."""
+    """Brute force over starts, windows and rings: no needed tile is left out, none is visited twice or needlessly."""
     tile = mosaic_gpu.TILE
     for slots in (1, 64, 100, 192, 1000):
         tiles = -(-slots // tile)

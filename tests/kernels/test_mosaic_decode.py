@@ -1,4 +1,4 @@
-"""Decoding against a cache by the kernels for Hopper GPUs and for TPUs, interpreted, against the reference."""
+"""The decode kernels for Hopper GPUs and for TPUs, interpreted, against the reference."""
 
 from functools import partial
 
@@ -17,7 +17,7 @@ from tests.support import normal
 BATCH, KV_HEADS, GROUP, DIM = 2, 3, 5, 64
 
 
-# As programs, which are there sooner than their operations one by one.
+# Jitted: one program compiles faster than the operations one by one.
 encode = jax.jit(encode_e4m3)
 reference = jax.jit(partial(decode_attention, implementation="reference"), static_argnames="window")
 reference_by_row = jax.jit(partial(decode_attention, implementation="reference"))
@@ -52,7 +52,7 @@ CASES = {
     "slots that are copied on GPUs": (37, 37, [20, 100]),
     "the last tile past the slots": (96, 50, [95, 400]),
 }
-GPU_CASES = {  # of more slots than a TPU has in one tile, unless 128 divides them
+GPU_CASES = {  # for the GPU kernel alone, which cuts these slots into parts
     "a part past the slots": (1168, None, [1100, 1167]),
     "a ring in parts that came round": (1168, 1168, [1168, 3000]),
 }
@@ -81,7 +81,7 @@ def test_as_the_reference(kernel, case, packed):
 
 @pytest.mark.parametrize("slots", [96, 640])
 def test_float32_on_tpus(slots):
-    """All slots in one tile, and tiles of 128; several of them beyond what is cached."""
+    """All slots in one tile, and tiles of 128, several of which lie beyond what is cached."""
     given, _ = made_up(slots, False, dtype=jnp.float32)
     positions = jnp.asarray([slots + 3, 50])
     found = interpreted(mosaic_tpu, *given, positions, window=64, scales={})
@@ -91,7 +91,7 @@ def test_float32_on_tpus(slots):
 
 def test_every_byte_is_the_number_that_it_stands_for():
     codes = jnp.arange(256, dtype=jnp.int32)
-    finite = np.asarray(codes & 0x7F) != 0x7F  # the two bytes that are no number are never written
+    finite = np.asarray(codes & 0x7F) != 0x7F  # the two NaN bytes are never written
     expected = np.asarray(codes.astype(jnp.uint8)).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
     np.testing.assert_array_equal(np.asarray(e4m3_values(codes))[finite], expected[finite])
 

@@ -1,4 +1,4 @@
-"""The matmul that ends with its activation, interpreted, beside float64 and beside the same in two steps."""
+"""The matmul with its activation fused, interpreted, against float64 and against the two separate steps."""
 
 from functools import partial
 
@@ -19,7 +19,7 @@ SIZES = {"mixed": [20, 0, 33, 11], "all on one expert": [0, 0, 83, 0], "the last
 
 
 def matrix(form, hidden, inter):
-    """A stack of matrices, and its numbers."""
+    """A stack of matrices as the kernel takes it, and its values."""
     if form == "dense":
         dense = (jax.random.normal(jax.random.key(1), (EXPERTS, hidden, 2 * inter)) * 0.2).astype(jnp.bfloat16)
         return dense, dense
@@ -31,7 +31,7 @@ def matrix(form, hidden, inter):
 
 
 def by_hand(rows, weights, bias, sizes):
-    """Row by row, in float64."""
+    """Products and activation in float64, row by row."""
     rows, weights, bias = (np.asarray(each, np.float64) for each in (rows, weights, bias))
     found = []
     for row, expert in enumerate(np.repeat(np.arange(EXPERTS), sizes)):
@@ -67,7 +67,7 @@ def test_row_by_row(form, block, hidden, inter, case):
     assert out.shape == (len(padded), inter) and out.dtype == jnp.bfloat16
     found = np.asarray(out, np.float64)[np.asarray(blocks.slot)[: sum(sizes)]]
     expected = by_hand(rows[: sum(sizes)], numbers, bias, sizes)
-    assert np.mean(np.abs(expected) > 0.5) > 0.1  # numbers of which the activation makes something
+    assert np.mean(np.abs(expected) > 0.5) > 0.1  # the activation does not vanish
     np.testing.assert_allclose(found, expected, atol=1e-2 * np.abs(expected).max())
 
     kernel = partial(BLOCK_IMPLEMENTATIONS["mosaic_gpu"], interpret=True)

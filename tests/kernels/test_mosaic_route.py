@@ -1,4 +1,4 @@
-"""The kernel of routing, interpreted, agrees with plain XLA: choices and gates, and the layout of pairs in blocks."""
+"""The routing kernel, interpreted, agrees with plain XLA on choices, gates and the layout of pairs in blocks."""
 
 from functools import partial
 
@@ -16,7 +16,7 @@ PLATFORMS = ["tpu", pytest.param("gpu", marks=GPU)]
 
 
 def logits_of(tokens, experts):
-    """Quarters, so that many are equal, and experts that are masked out."""
+    """Logits rounded to quarters, so that many tie, with some experts masked out."""
     found = np.round(np.asarray(normal(tokens, (tokens, experts))[0]) * 4) / 4
     return np.where(np.arange(experts)[None] % 5 == np.arange(tokens)[:, None] % 7, -np.inf, found).astype(np.float32)
 
@@ -29,7 +29,7 @@ def test_choices_gates_and_their_gradients(platform, tokens, experts, k):
     weights = np.cos(np.arange(tokens * k).reshape(tokens, k))
 
     def both(run):
-        """Ids, gates and their gradients, of choices that are made and of those that are replayed."""
+        """Ids, gates and gradients, with the router's own choices and with replayed ones."""
 
         def ids_gates_and_gradient(logits, given):
             def weighed(logits):
@@ -55,7 +55,7 @@ def test_choices_gates_and_their_gradients(platform, tokens, experts, k):
 
 
 def orders(kernel, ids, experts, block):
-    """By the kernel and by the reference."""
+    """Layouts by the kernel and by the reference."""
     runs = partial(tally.expert_order, kernel), reference.expert_order
     return jax.jit(lambda ids: [run(ids, experts, block) for run in runs])(jnp.asarray(ids))
 
@@ -64,7 +64,7 @@ def orders(kernel, ids, experts, block):
 @pytest.mark.parametrize("tokens,experts,k,block", [(3, 9, 2, 4), (70, 32, 4, 8), (131, 150, 3, 16)])
 def test_pairs_lie_as_a_stable_sort_lays_them(platform, tokens, experts, k, block):
     source = np.random.default_rng(tokens)
-    # Uneven: some experts have none. Every ninth token is nobody's, as others' are on a mesh.
+    # Uneven: some experts have no rows. Every ninth token has no expert here, as on a mesh.
     ids = np.argsort(source.random((tokens, experts)) * np.arange(1, experts + 1), axis=1)[:, :k]
     ids[4::9] = experts
     found, expected = orders(KERNELS[platform], ids, experts, block)

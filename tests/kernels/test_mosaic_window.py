@@ -1,4 +1,4 @@
-"""Window attention by the kernels for GPUs and TPUs, interpreted, against the reference: values and all gradients."""
+"""The window attention kernels for GPUs and TPUs, interpreted, against the reference: values and all gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ def exact(q, k, v):
 
 
 def once(run, *given, **options):
-    """What it gives, as one program, which is there sooner than its operations one by one."""
+    """The result of `run`, jitted: one program compiles faster than the operations one by one."""
     return jax.jit(lambda *given: run(*given, **options))(*given)
 
 
@@ -129,7 +129,7 @@ def test_short_reaches_are_left_to_64_queries():
 
 @pytest.mark.parametrize("ordered", [True, False])
 def test_tiles_that_are_left_out_hold_nothing_that_is_seen(ordered):
-    """By brute force over all pairs of tokens."""
+    """Checked by brute force over all pairs of tokens."""
     source, tile = np.random.default_rng(0), mosaic_gpu.TILE
     batch, tiles = 3, 6
     segments = source.integers(0, 9, (batch, tiles * tile // 16)).repeat(16, axis=1)
@@ -145,7 +145,7 @@ def test_tiles_that_are_left_out_hold_nothing_that_is_seen(ordered):
     assert not (by_tile & ~between).any()
     between = (kept[None, :, None] <= np.asarray(last)[:, None]) & (kept[None, :, None] >= kept[None, None])
     assert not (by_tile & ~between).any()
-    if ordered:  # and what is kept is little more: segments end within tiles
+    if ordered:  # and the first tile kept is the first that is seen
         np.testing.assert_array_equal(first, by_tile.argmax(axis=2))
 
 

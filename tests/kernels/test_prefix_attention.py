@@ -1,4 +1,4 @@
-"""Answers that share a prompt: against each conversation by itself, and against the whole masked square."""
+"""Attention of answers that share a prompt, against each conversation by itself."""
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,7 @@ def run(q, k, v, sinks, *, window, implementation="strips"):
 
 
 def conversations(q, k, v, sinks, *, window):
-    """Every conversation run by itself, its results where the row has them."""
+    """Runs every conversation by itself and puts its results where the row has them."""
     out = jnp.zeros_like(q)
     for row, (prompt, answers) in enumerate(zip(PROMPTS, ANSWERS, strict=True)):
         for start, length in answers:
@@ -75,7 +75,7 @@ def test_it_is_attention_of_each_conversation_by_itself(window):
         found = value_and_gradients(lambda *given, of=implementation, **o: run(*given, implementation=of, **o))(
             arrays()
         )
-        # A prompt's own outputs are counted once here, and written once per answer there, where the last one stays.
+        # The row has a prompt's outputs once; `conversations` writes them once per answer, and the last write stays.
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found, expected)
 
 

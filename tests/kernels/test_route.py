@@ -58,7 +58,7 @@ def test_impossible_numbers_of_choices_are_refused(k):
 @given(st.sampled_from([1, 9]), st.integers(1, 3), st.sampled_from([3, 7]), st.sampled_from([1, 8]), st.integers(0, 99))
 def test_every_pair_has_one_row_in_a_block_of_its_expert(tokens, k, experts, block, seed):
     rng = np.random.default_rng(seed)
-    # Few distinct experts, so that some are empty and some crowded.
+    # A small pool of experts, so that some are empty and some crowded.
     pool = rng.choice(experts, size=max(k, experts // 2), replace=False)
     ids = np.stack([rng.choice(pool, size=k, replace=False) for _ in range(tokens)])
     order = jax.jit(lambda ids: expert_order(ids, experts, block))(jnp.asarray(ids))
@@ -73,7 +73,7 @@ def test_an_order_is_stable_and_takes_keys_past_the_last_for_equal():
     keys = np.random.default_rng(0).integers(0, 9, 700)
     np.testing.assert_array_equal(stable_order(jnp.asarray(keys), 9), np.argsort(keys, kind="stable"))
     np.testing.assert_array_equal(stable_order(jnp.asarray(keys), 5), np.argsort(np.minimum(keys, 5), kind="stable"))
-    # Key and index do not fit into one number of 32 bits.
+    # Key and index do not fit into one 32-bit integer.
     np.testing.assert_array_equal(stable_order(jnp.asarray(keys), 2**31 // 700), np.argsort(keys, kind="stable"))
 
 
@@ -85,4 +85,4 @@ def test_many_pairs_are_laid_out_as_few():
     assert (source < ids.size).sum() == ids.size
     np.testing.assert_array_equal(np.asarray(order.expert)[slot // 8], ids.reshape(-1))
     of_expert = [slot[ids.reshape(-1) == expert] for expert in range(5)]
-    assert all((np.diff(slots) > 0).all() for slots in of_expert)  # in their order
+    assert all((np.diff(slots) > 0).all() for slots in of_expert)  # pairs keep their order

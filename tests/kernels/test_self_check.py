@@ -1,4 +1,4 @@
-"""Kernels serve only where they have proved themselves; here they are said to be for CPUs."""
+"""Kernels serve only where they passed their self-check; here they are declared to be for CPUs."""
 
 import json
 import os
@@ -36,18 +36,18 @@ ROWS = jnp.arange(12.0).reshape(4, 3) - 3.5
 
 @pytest.fixture(autouse=True)
 def verdicts(tmp_path, monkeypatch):
-    """No verdicts of earlier tests, and a file of their own."""
+    """Forgets the verdicts of earlier tests and gives each test a verdict file of its own."""
     path = tmp_path / "cache" / "kernels.json"
     monkeypatch.setenv("PUZZLE_KERNEL_VERDICTS", str(path))
     monkeypatch.delenv("PUZZLE_KERNELS", raising=False)
     monkeypatch.setattr(self_check, "_verdicts", {})
     monkeypatch.setattr(self_check, "KERNELS", {"kernel": "cpu", "other": "cpu", "of_gpus": "gpu"})
-    monkeypatch.setattr(self_check, "SLOWER", 1e9)  # a quiet machine is nothing that tests can ask for
+    monkeypatch.setattr(self_check, "SLOWER", 1e9)  # tests may run on a busy machine
     return path
 
 
 class Operation:
-    """The square of some rows, by XLA and by a kernel that counts how often it is traced."""
+    """Squares rows by XLA or by a kernel, and counts the kernel's traces."""
 
     def __init__(self, kernel, differentiable=(0,), shape_class="squares of 4 x 3"):
         self.traced, self.tries, self.kernel = 0, 0, kernel
@@ -151,7 +151,7 @@ def test_a_kernel_that_fails_is_one_warning_and_xla_serves(verdicts, monkeypatch
     assert choice.refusals["of_gpus"] == "for a GPU, but this is a CPU"
     monkeypatch.setattr(self_check, "_verdicts", {})
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # it was told once
+        warnings.simplefilter("error")  # the warning was given once
         assert chosen(operation) == choice
     assert operation.tries == 1
     assert kept(verdicts)["reason"] == choice.refusals["kernel"]
@@ -178,7 +178,7 @@ def test_a_kernel_that_is_slower_leaves_it_to_xla(verdicts, monkeypatch):
     assert choice.refusals["kernel"].startswith("forwards it takes ")
     assert choice.refusals["kernel"].endswith(f" times XLA's time on {jax.devices()[0].device_kind}")
     assert kept(verdicts)["seconds"]["forwards"] > 10 * kept(verdicts)["xla_seconds"]["forwards"]
-    monkeypatch.setattr(jax, "process_count", lambda: 2)  # processes measure, but must choose alike
+    monkeypatch.setattr(jax, "process_count", lambda: 2)  # several processes measure, but must choose alike
     assert chosen(operation).chosen == "kernel"
 
 
@@ -340,7 +340,7 @@ def test_what_xla_cuts_is_left_to_xla():
 
 
 def interpreted(monkeypatch, operation, name, **implementations):
-    """Has the interpreted kernel serve where the real one would."""
+    """Makes the interpreted kernel serve where the real one would."""
     monkeypatch.setattr(self_check, "KERNELS", {name: "cpu"})
     monkeypatch.setattr(self_check, "ROUNDS", 1)
     for api, function in implementations.items():
@@ -500,7 +500,7 @@ def test_routing(monkeypatch, name):
 
 
 def test_attention_is_cut_by_rows_and_heads_where_a_kernel_may_serve(monkeypatch):
-    """As XLA does it, and with every device's part given to the kernel."""
+    """Results match the reference, and the kernel receives each device's part."""
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
     seen = []
 

@@ -1,4 +1,4 @@
-"""The table of tile sizes: what serves for which device and size, and who asks."""
+"""The table of tile sizes: which entry serves which device and size."""
 
 import json
 from functools import partial
@@ -32,12 +32,12 @@ def table(tmp_path, monkeypatch):
 def test_the_first_entry_that_is_large_enough_serves(table):
     asked = {size: tiles.tiles("op", size, block=4, steps=7) for size in (3, 8, 8.5, 64, 9000)}
     assert asked[3] == asked[8] == {"block": 16, "steps": 2}
-    assert asked[8.5] == asked[64] == asked[9000] == {"block": 32, "steps": 7}  # what an entry leaves open is reckoned
+    assert asked[8.5] == asked[64] == asked[9000] == {"block": 32, "steps": 7}  # entries may leave open a setting
     assert tiles.tiles("another", 3, block=4) == {"block": 4}
 
 
 def test_entries_are_those_of_the_device_that_is_lowered_for(table):
-    assert BLOCK_ROWS["mosaic_gpu"](128 * 9, 128, True) == 8  # reckoned: this device has no entry
+    assert BLOCK_ROWS["mosaic_gpu"](128 * 9, 128, True) == 8  # the default: this device has no entry
     with lowering_for("gpu"):
         assert BLOCK_ROWS["mosaic_gpu"](128 * 9, 128, True) == 24
         assert BLOCK_ROWS["mosaic_gpu"](128 * 3, 128, True) == 8

@@ -110,7 +110,7 @@ FORMATS = {
     "form,dtype", [*((form, jnp.float32) for form in FORMATS), ("compute", jnp.bfloat16), ("bfloat16", jnp.bfloat16)]
 )
 def test_chunks_and_cached_steps_equal_the_uncached_pass(form, dtype, monkeypatch):
-    monkeypatch.setattr(cache_format, "ROUNDED", 9 if form == "float8" else 0)  # there both ways to keep numbers
+    monkeypatch.setattr(cache_format, "ROUNDED", 9 if form == "float8" else 0)  # 9: caches of both kinds
     blocks = tuple(BlockConfig(count, window) for count, window in ((7, 5), (3, None), (4, 9)))
     config = small_config(blocks)
     params = random_params(config, dtype=dtype)
@@ -141,7 +141,7 @@ def test_chunks_and_cached_steps_equal_the_uncached_pass(form, dtype, monkeypatc
         logits, caches, _ = step(params, caches=caches, **given)
     if (form, dtype) == ("compute", jnp.float32):
         assert max(apart) < 3e-5
-    else:  # where a number or a router's choice lies between two, rounding may fall to either side
+    else:  # rounding may tip a stored value or a router's choice to either side
         assert np.quantile(apart, 0.8) < (1e-3 if dtype == jnp.float32 else 0.15)
     if dtype == jnp.float32 and form != "compute":
         uncached = _whole(params, config=config, tokens=jnp.asarray(tokens), cache=FORMATS["compute"])
@@ -150,7 +150,7 @@ def test_chunks_and_cached_steps_equal_the_uncached_pass(form, dtype, monkeypatc
 
 def test_cache_bytes_follow_windows():
     config = small_config()
-    # Two windows of 5 and two full layers, keys and values, 3 heads of 10 dimensions.
+    # Two layers of window 5 and two full ones; keys and values of 3 heads of 10 dimensions.
     assert cache_bytes(config, context=100, bytes_per_value=2) == (5 + 100 + 5 + 100) * 2 * 30 * 2
 
 
@@ -170,7 +170,7 @@ def test_modules_hold_the_same_tree_and_function():
 
 @pytest.mark.parametrize("data,model,spread", [(8, 1, False), (2, 3, True), (1, 7, False), (1, 7, True)])
 def test_a_mesh_computes_what_one_device_does(data, model, spread):
-    """With experts left to XLA, and spread over the mesh where it divides them (7 devices do, 3 do not)."""
+    """Experts are left to XLA, or spread over the mesh where it divides them (7 devices do, 3 do not)."""
     config = small_config(PAIR)
     params, tokens = random_params(config), random_tokens(config, 8, 13)
     mesh = make_mesh(data, model)

@@ -1,4 +1,4 @@
-"""Programs of many layers hold one layer's insides at a time."""
+"""Programs of many layers hold one layer's intermediate values at a time."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from tests.support import small_config
 
 
 def test_rematerialised_layers_do_not_lie_side_by_side():
-    """What is repeated needs nothing but the layers' inputs, which are all there: XLA could repeat all at once."""
+    """Recomputation needs only the layers' inputs, which are all present, so XLA could recompute all layers at once."""
     config = small_config()
     of_layer = jax.tree.map(
         lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32), attention_specs(config), is_leaf=is_spec
@@ -35,7 +35,7 @@ def test_rematerialised_layers_do_not_lie_side_by_side():
         assert found is not None
         return found.temp_size_in_bytes
 
-    assert temporaries(4) < 1.2 * temporaries(2)  # 1.6 times as much in the order that XLA takes by itself
+    assert temporaries(4) < 1.2 * temporaries(2)  # 1.6 times as much in XLA's default order
 
 
 def test_a_program_of_layers_is_jitted_once_with_its_options():

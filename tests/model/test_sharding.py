@@ -1,4 +1,4 @@
-"""Meshes for training: where parameters, optimiser state and batches lie, and that the model computes the same."""
+"""Training meshes: how parameters, optimiser state and batches are sharded, and that the model computes the same."""
 
 from types import SimpleNamespace
 
@@ -22,7 +22,7 @@ from puzzle_jax.model.sharding import (
 from tests.support import random_params, random_tokens, small_config
 
 MESH = make_training_mesh(2, 2, 2)
-# 12 heads on 4, 8 experts: what the axes divide.
+# 12 heads, 4 key-value heads and 8 experts, all of which the axes divide.
 CONFIG = small_config(blocks=(BlockConfig(8, 5), BlockConfig(8, None)), num_heads=12, num_kv_heads=4)
 
 
@@ -49,12 +49,12 @@ def test_meshes_that_do_not_fit_are_refused():
 @pytest.mark.parametrize(
     "sizes,spec,piece",
     [
-        ((24, 40), (None, ("model", "sequence", "data")), (24, 5)),  # the larger of two that 8 divides
+        ((24, 40), (None, ("model", "sequence", "data")), (24, 5)),  # the larger of two dimensions that 8 divides
         ((48, 40), (("model", "sequence", "data"), None), (6, 40)),
         ((7, 24, 5), (None, ("model", "sequence", "data"), None), (7, 3, 5)),
         ((4, 6), (("model", "sequence"), "data"), (1, 3)),  # 8 divides neither
-        ((10, 6), ("model", "sequence"), (5, 3)),  # 4 devices at most
-        ((12, 9), (("model", "sequence"), None), (3, 9)),  # 4, in one dimension rather than two
+        ((10, 6), ("model", "sequence"), (5, 3)),  # at most 4 devices divide it
+        ((12, 9), (("model", "sequence"), None), (3, 9)),  # 4 devices, in one dimension rather than two
         ((7, 9), (None, None), (7, 9)),
         ((), (), ()),
         ((0, 8), (None, ("model", "sequence", "data")), (0, 1)),
@@ -77,7 +77,7 @@ def test_rows_and_positions():
 
 
 def test_stacked_layers_are_cut_behind_their_first_axis():
-    """Heads, experts and vocabulary over the model axis where it divides them: here 97 tokens are not divided."""
+    """The model axis shards heads, experts and vocabulary where it divides them; it does not divide 97 tokens."""
     params = random_params(CONFIG)
     run = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params["layers"])
     run["moe"]["down"] = None  # not trained
@@ -92,13 +92,13 @@ def test_stacked_layers_are_cut_behind_their_first_axis():
     assert moe["router_weight"].spec == PartitionSpec(None, None, None) and moe["down"] is None
     placed = jax.device_put(stacked, shardings)["runs"][0][0]["moe"]["gate_up"]
     assert placed.shape == (2, 8, 40, 48) and placed.addressable_shards[0].data.shape == (2, 4, 40, 48)
-    # As many experts as one run has, not as the configuration's first layer: 7 are not divided.
+    # A run's own number of experts counts, not the configuration's: 7 are not divided.
     few = {"runs": [[{"moe": {"gate_up": shape(3, 7, 40, 48)}}]]}
     assert stacked_sharding(few, CONFIG, MESH)["runs"][0][0]["moe"]["gate_up"].spec == PartitionSpec(*[None] * 4)
 
 
 def test_packed_experts_are_cut_between_experts():
-    packed = object.__new__(MXFP4)  # its annotations are those of one layer
+    packed = object.__new__(MXFP4)  # bypasses the shape checks, which are for one layer
     object.__setattr__(packed, "codes", shape(3, 8, 48, 16))
     object.__setattr__(packed, "scales", shape(3, 8, 48, 1))
     sharding = stacked_sharding({"runs": [[{"moe": {"gate_up": packed}}]]}, CONFIG, MESH)["runs"][0][0]["moe"][
@@ -108,7 +108,7 @@ def test_packed_experts_are_cut_between_experts():
 
 
 def test_the_model_computes_on_a_training_mesh_what_it_does_on_one_device():
-    """With positions, heads and experts cut, from parameters that are cut over all devices."""
+    """Positions, heads and experts are sharded; parameters start sharded over all devices."""
     params, tokens = random_params(CONFIG), random_tokens(CONFIG, 4, 24)
     segments = jnp.asarray(np.sort(np.random.default_rng(0).integers(0, 3, tokens.shape)))
 

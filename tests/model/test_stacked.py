@@ -26,11 +26,11 @@ from tests.paths import ROOT
 from tests.support import random_params, random_tokens, small_config
 
 PUBLISHED = ROOT / "benchmarks/published/gpt-oss-puzzle-88B.json"
-# A pattern of two layers, repeated, whose experts differ in number too, and a layer of its own.
+# A repeated pattern of two layers, which also differ in their number of experts, and a single layer.
 BLOCKS = (BlockConfig(7, 5), BlockConfig(4, None), BlockConfig(7, 5), BlockConfig(4, None), BlockConfig(6, 8))
 RUNS = (LayerRun(0, 2, 2), LayerRun(4, 1, 1))
 BATCH, SEQ = 2, 19
-# Programs that run once are ready in half the time without LLVM's optimisations.
+# Programs that run once finish in half the time without LLVM's optimisations.
 jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
@@ -70,7 +70,7 @@ def test_runs_of_lists_worked_by_hand(kinds, expected):
 
 
 def test_no_cover_traces_fewer_layers_or_takes_fewer_runs():
-    """Against all ways of cutting a list into segments, each of its own smallest period."""
+    """Compared with all ways to cut a list into segments, each counted with its smallest period."""
     rng = np.random.default_rng(0)
     for letters in (2, 3):
         for kinds in rng.integers(0, letters, (30, 9)).tolist():
@@ -102,7 +102,7 @@ def test_the_published_child_traces_few_layers():
     assert [tuple(run) for run in layer_runs(blocks)] == [
         (0, 3, 1), (3, 2, 2), (7, 2, 4), (15, 2, 3), (21, 1, 1), (22, 4, 2), (30, 2, 3),
     ]  # fmt: skip
-    # Distilled as a view, its layers have the parent's experts, and differ in the parent's window and their own.
+    # Distilled as a view, layers have the parent's experts and differ in the parent's window and their own.
     windows = [((128, None)[layer % 2], window) for layer, (_, window) in enumerate(blocks)]
     runs = layer_runs(windows)
     assert (sum(run.period for run in runs), len(runs)) == (14, 6)
@@ -162,7 +162,7 @@ def plain_layer(layer, x, positions, mask, segment_ids, replay, config, window):
 
 
 def plain_states(params, config, tokens, windows, positions, masks=None, segment_ids=None, replay=None):
-    """Every layer's output and experts, by the blocks of `model.network` one after the other."""
+    """Outputs and chosen experts of every layer, computed with the blocks of `model.network` in turn."""
     x, states, chosen = embed(params, tokens), [], []
     for index, (layer, block) in enumerate(zip(params["layers"], config.blocks, strict=True)):
         mask = None if masks is None else masks[index, : block.num_experts]
@@ -174,7 +174,7 @@ def plain_states(params, config, tokens, windows, positions, masks=None, segment
 
 
 def test_masks_segments_positions_and_other_windows(model):
-    """Masks leave each layer 3 experts or more; rows hold two segments, with positions that start anew in them."""
+    """Masks leave each layer at least 3 experts; rows hold two segments, whose positions start at 0."""
     config, params, stacked, tokens = model
     kept = np.random.default_rng(3).random((5, 7)) < 0.5
     kept[:, :3] = True
@@ -193,7 +193,7 @@ def test_masks_segments_positions_and_other_windows(model):
 
 
 def test_layers_on_inputs_of_their_own(model):
-    """Whatever other layers give."""
+    """Each layer reads the input that is given for it, whatever the layer before it outputs."""
     config, params, stacked, _ = model
     before = jnp.asarray(np.random.default_rng(7).standard_normal((5, BATCH, SEQ, 40)), jnp.float32)
     masks = jnp.asarray(np.arange(7) != np.arange(5)[:, None] % 4)  # each layer loses one expert
@@ -213,7 +213,7 @@ def test_layers_on_inputs_of_their_own(model):
 
 
 def test_states_and_gradients_of_replayed_experts(model):
-    """Of every layer's output, with `remat` and without."""
+    """A loss on every layer's output, with `remat` and without."""
     _, params, stacked, tokens = model
     config, runs = small_config(BLOCKS[:4]), RUNS[:1]
     params, stacked = params | {"layers": params["layers"][:4]}, stacked | {"runs": stacked["runs"][:1]}
@@ -228,7 +228,7 @@ def test_states_and_gradients_of_replayed_experts(model):
 
     @jax.jit
     def of_routers(inputs):
-        """Each router's own choice on its layer's input."""
+        """The experts that each router would choose on its layer's input."""
         rope = rope_table(config.rope, 10, jnp.arange(SEQ)[None])
         attended = [
             attention_block(layer["attention"], config, x, rope, window=block.window)[0]
@@ -260,7 +260,7 @@ def test_states_and_gradients_of_replayed_experts(model):
 
 
 def test_packed_experts_by_the_default_options():
-    """With trained attention from a tree that holds nothing else."""
+    """Trained attention comes from a tree that holds nothing else."""
     blocks = (BlockConfig(7, 5), BlockConfig(7, 5), BlockConfig(7, None))
     config = small_config(blocks, hidden_size=64, intermediate_size=32)
     runs, tokens, rng = layer_runs(blocks), random_tokens(config, BATCH, SEQ), np.random.default_rng(6)
@@ -289,11 +289,11 @@ def test_packed_experts_by_the_default_options():
     np.testing.assert_array_equal(ids, [aux.routing.ids for aux in auxes])
 
 
-# What programs hold
+# What programs contain
 
 
 def gradient_of_depth(layers):
-    """The gradient with `remat` of a pattern of two layers, and shapes to trace it with."""
+    """The gradient with `remat` of a repeated pattern of two layers, and shapes to trace it with."""
     config = small_config(tuple(BlockConfig(7, window) for _ in range(layers // 2) for window in (5, None)))
     runs = layer_runs(config.blocks)
     shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.float32), param_specs(config), is_leaf=is_spec)
@@ -318,7 +318,7 @@ def test_only_the_inputs_of_layers_are_kept():
     forward = next(eqn for eqn in jax.make_jaxpr(gradient)(*shapes).eqns if eqn.primitive.name == "scan")
     floats = [var.aval.size for var in forward.outvars if jnp.issubdtype(var.aval.dtype, jnp.floating)]
     hidden = BATCH * SEQ * 40
-    assert sum(floats) == hidden + 6 * hidden  # the last output, and what each of 6 layers was given
+    assert sum(floats) == hidden + 6 * hidden  # the last output, and the input of each of 6 layers
 
 
 # What is refused

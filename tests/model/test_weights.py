@@ -1,4 +1,4 @@
-"""Packed and dense weights: which are taken, and that a model chooses the same with either."""
+"""Packed and dense weights: which form is used, and that a model gives the same results with either."""
 
 from dataclasses import replace
 from functools import partial
@@ -47,7 +47,7 @@ def both():
     return {form: load_weights(TINY, weights=form) for form in ("packed", "dense")}
 
 
-# Which are taken ------------------------------------------------------------------------------------------------------
+# Which form is used ---------------------------------------------------------------------------------------------------
 
 
 def test_dense_weights_must_fit_twice():
@@ -63,7 +63,7 @@ def test_dense_weights_must_fit_twice():
         packed("packed", stored=False)
     with pytest.raises(ConfigError, match=r"weights is 'small', but must be one of auto, packed, dense"):
         packed("small")
-    # Experts and vocabulary are cut; sixteen layers' worth of other arrays is not.
+    # Experts and vocabulary are sharded; the other arrays are not.
     mesh = make_mesh(1, 4)
     assert BYTES / 4 < weights.weight_bytes(CONFIG, jnp.float32, mesh) < BYTES / 3
     assert not packed(memory=2 * BYTES // 3, mesh=mesh)
@@ -90,7 +90,7 @@ def test_a_checkpoint_without_packed_experts_is_refused_before_it_is_read(tmp_pa
     assert isinstance(Model.open("mine", directory).weights, str)
 
 
-# What they are, and what comes out ----------------------------------------------------------------------------------
+# What they hold, and the results ------------------------------------------------------------------------------------
 
 
 def test_packed_weights_are_as_stored_and_dense_ones_what_they_mean(both):
@@ -115,7 +115,7 @@ def test_hidden_states_and_choices_are_the_same_bits(both):
 
 
 def test_answers_ranking_and_scores_agree(both):
-    """The first layers are compared, two of each kind."""
+    """Compares the first four layers, two of each kind."""
     config = replace(CONFIG, blocks=CONFIG.blocks[:4])
     first = [params | {"layers": params["layers"][:4]} for params in both.values()]
     rng = np.random.default_rng(1)
@@ -215,7 +215,7 @@ def test_what_is_stored_in_fewer_bits_is_cast_for_one_layer_at_a_time(monkeypatc
     shallow, deep = temporaries(2), temporaries(5)
     cast = 4 * config.hidden_size * config.query_width  # one of the two large matrices of a layer, in float32
     assert deep - shallow < 3 * cast
-    assert deep < 4 * config.hidden_size * vocab  # of the embedding, or of the head
+    assert deep < 4 * config.hidden_size * vocab  # a float32 copy of the embedding or of the head
 
 
 def test_a_mesh_holds_packed_experts_where_they_are_run():

@@ -1,4 +1,4 @@
-"""transformers stays offline and keeps remote code away from the user's cache."""
+"""Keeps transformers offline and its remote code out of the user's cache."""
 
 import os
 import tempfile

@@ -1,4 +1,4 @@
-"""Random models for parity, and the answers of both sides as NumPy arrays."""
+"""Random models for parity tests, and the results of both sides as NumPy arrays."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from puzzle_jax.convert_hf.load import load_checkpoint
 from puzzle_jax.model.network import forward, to_compute
 
 TOLERANCE = 1e-4
-"""Largest difference of logits in float32, relative to the largest logit."""
+"""Tolerance for float32 logits: their largest difference, relative to the largest logit."""
 
 
 def random_config(seed: int, *, mixed: bool = False) -> ModelConfig:
-    """A model whose dimensions are all distinct; odd seeds round YaRN's bounds."""
+    """A model with varied dimensions; odd seeds round YaRN's bounds."""
     rng = np.random.default_rng(seed)
     hidden, inter = map(int, rng.permutation([32, 64, 96])[:2])
     kv_heads, per_kv = map(int, rng.permutation([2, 3, 4])[:2])
@@ -54,7 +54,7 @@ def random_config(seed: int, *, mixed: bool = False) -> ModelConfig:
 
 
 def load_reference(directory: Path, *, dtype: str = "float32", trust: bool = False) -> Any:
-    """The checkpoint as transformers loads it."""
+    """Loads the checkpoint with transformers."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -78,7 +78,7 @@ def our_logits(directory: Path, tokens: np.ndarray, **changes: Any) -> np.ndarra
 
 
 def our_greedy(directory: Path, prompt: list[int], steps: int, **changes: Any) -> list[int]:
-    """The tokens that follow `prompt`, each the largest logit of a whole, uncached forward pass; see `our_logits`."""
+    """Greedy continuation of `prompt`, with a whole, uncached forward pass per token; see `our_logits`."""
     checkpoint = load_checkpoint(directory, dtype=jnp.float32)
     params = to_compute(checkpoint.params, jnp.float32)
     config = replace(checkpoint.config, **changes)

@@ -1,4 +1,4 @@
-"""Chat templates in our own words, each with what some family of published ones relies on."""
+"""Chat templates written for these tests, each with features that some family of published templates relies on."""
 # ruff: noqa: E501
 
 HEADERS = """\

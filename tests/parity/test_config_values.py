@@ -1,4 +1,4 @@
-"""Values that a config.json leaves out or says in several places: ours and transformers', or a refusal by name."""
+"""config.json values that are missing or given in several places are read as transformers reads them, or refused."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def without(*names: str) -> dict[str, Any]:
 
 ORIGINAL = "original_max_position_embeddings"
 CLOSE = ("frequencies", "magnitude")
-"""What transformers computes in float32."""
+"""Values that transformers computes in float32."""
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "as it is": {},
-    # where rotary settings stand
+    # where rotary settings are found
     "no scaling": {"rope_scaling": ABSENT},
     "scaling null": {"rope_scaling": None},
     "scaling empty": {"rope_scaling": {}},
@@ -142,7 +142,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def written(directory: Path, *changes: dict[str, Any]) -> Path:
-    """A directory with a config.json in which later changes go before earlier ones."""
+    """A directory with a config.json; later changes override earlier ones."""
     directory.mkdir()
     data = dict(BASE)
     for change in changes:
@@ -153,14 +153,14 @@ def written(directory: Path, *changes: dict[str, Any]) -> Path:
 
 
 def theirs(directory: Path) -> dict[str, Any] | None:
-    """What transformers makes of it; None where it makes nothing."""
+    """The values that transformers reads, or None where it fails to load the configuration."""
     from transformers import AutoConfig
     from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
 
     try:
         config = AutoConfig.from_pretrained(directory)
         rotary = GptOssRotaryEmbedding(cast(Any, config))
-    except Exception:  # of its validation, or of arithmetic with what it let pass
+    except Exception:  # from its validation, or from arithmetic with values it let pass
         return None
     table = config.rope_parameters
     yarn = table["rope_type"] == "yarn"
@@ -202,7 +202,7 @@ def ours(config: ModelConfig) -> dict[str, Any]:
 
 
 def check(directory: Path) -> bool:
-    """Whether it is read; raises where it is read as another model than transformers reads."""
+    """Returns whether it is read; fails where it is read as another model than transformers reads."""
     try:
         config = read_config(directory)
     except CheckpointError as error:
@@ -217,7 +217,7 @@ def check(directory: Path) -> bool:
             np.testing.assert_allclose(found[name], value, rtol=2e-6, err_msg=name)
         else:
             assert found[name] == value, name
-    # What is exported for it is the same model there.
+    # The exported configuration is the same model in transformers.
     again = directory / "again"
     again.mkdir()
     data = json.loads((directory / "config.json").read_text())
@@ -241,7 +241,7 @@ def test_two_changes_at_once(tmp_path):
     rng = random.Random(0)
     variants = list(VARIANTS.values())
     read = sum(check(written(tmp_path / str(number), *rng.sample(variants, 2))) for number in range(300))
-    assert read > 30  # the comparison sees something
+    assert read > 30  # enough of them are compared
 
 
 READ = ["as it is", "no scaling", "only parameters", "no theta", "default", "no truncate", "only num_experts"]

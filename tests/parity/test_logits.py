@@ -1,4 +1,4 @@
-"""Logits of import and network against transformers' own gpt-oss, in float32."""
+"""Logits of imported checkpoints against transformers' own gpt-oss, in float32."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""MXFP4 decoding against transformers, to the bit."""
+"""MXFP4 decoding is bit-identical to that of transformers."""
 
 import ml_dtypes
 import numpy as np

@@ -1,4 +1,4 @@
-"""A search of a model that transformers saved, on answers from elsewhere, up to a child that transformers loads."""
+"""A search from a model saved by transformers and given answers to a child that transformers loads."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Chat templates against transformers: the same ids for the same files and conversations, or a refusal of both."""
+"""Chat templates against transformers: the same files and conversations give equal ids or are refused by both."""
 
 import datetime
 import json
@@ -56,7 +56,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def checkpoint(files, tmp_path):
-    """Makes a directory with the tokenizer, and files that are given by name as text or JSON."""
+    """Makes a directory with the tokenizer and with the files that are given by name, as text or JSON."""
 
     def make(**others):
         for path in files.iterdir():
@@ -72,7 +72,7 @@ def checkpoint(files, tmp_path):
 
 
 def compare(directory, conversations=CONVERSATIONS, efforts=EFFORTS) -> tuple[int, int]:
-    """Holds both against each other; numbers of equal renderings and of refusals by both."""
+    """Compares both sides; returns the number of equal renderings and of refusals by both."""
     equal = refused = 0
     for messages in conversations:
         for effort in efforts:
@@ -196,7 +196,7 @@ def test_control_tokens_in_data_are_text_for_us_and_tokens_for_transformers(chec
     assert chat.decode(ours) == tokenizer.decode(theirs)
     end, start = (tokenizer.convert_tokens_to_ids(token) for token in ("<|end|>", "<|start|>"))
     assert (ours.count(end), ours.count(start)) == (2, 3) and (theirs.count(end), theirs.count(start)) == (3, 4)
-    # transformers has an option to that effect, which encodes each token apart from the text about it.
+    # transformers has an option for this, which encodes each token apart from the text around it.
     sanitized = tokenizer.apply_chat_template(messages, sanitize_control_tokens=True, **options)
     assert chat.decode(sanitized) == chat.decode(ours)
     assert (sanitized.count(end), sanitized.count(start)) == (2, 3)

@@ -1,4 +1,4 @@
-"""Plans ask for virtual devices; here JAX has begun with those of all tests, whichever test is run first."""
+"""Plans ask for virtual devices; JAX is initialised here with those of all tests, whichever test runs first."""
 
 import jax
 import pytest

@@ -1,4 +1,4 @@
-"""Which compiler plans are made by, and what is known of GPUs that are not there."""
+"""Which compiler makes plans, and what is known of GPUs that are not present."""
 
 import importlib.machinery
 import warnings

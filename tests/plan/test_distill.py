@@ -1,4 +1,4 @@
-"""What the plan says a device holds is what it holds; what it says of the rest is whole, and bad input one sentence."""
+"""The memory that the plan reports is what a device holds, totals are complete, and bad input gives one sentence."""
 
 import json
 import re
@@ -33,7 +33,7 @@ from puzzle_jax.train.step import init_state
 from tests.train.toy_student import CHILD, PARENT, packed_params
 
 MESH = MeshSettings(data=2, sequence=2, model=2)
-# A plan reads how many experts a child keeps, and takes the first.
+# A plan only reads how many experts a child keeps, and assumes the first ones.
 FIRST = replace(CHILD, blocks=tuple(replace(block, kept=tuple(range(len(block.kept)))) for block in CHILD.blocks))
 RECIPE = DistillRecipe(
     parent=Path("parent"),
@@ -48,7 +48,7 @@ EXPERTS = 3 * 8 * 3 * 32 * 64  # numbers in the matrices of three layers' 8 expe
 
 
 def with_fields(**settings):
-    """The job with other settings, or other sections of settings."""
+    """The job with settings, or sections of settings, replaced."""
     return replace(JOB, recipe=replace(RECIPE, **settings))
 
 
@@ -79,7 +79,7 @@ def test_what_is_placed_is_what_real_arrays_take_on_a_device(memory):
     experts = [layer["moe"].pop(name) for run in base["runs"] for layer in run for name in ("gate_up", "down")]
     assert (
         memory["experts"] == _held(experts) == EXPERTS * 17 // 32 // 2
-    )  # half a byte and a scale for every 32, cut in 2
+    )  # half a byte, and a scale for every 32 numbers, on 2 model devices
     assert memory["base"] == _held(base)
     assert memory["master_weights"] == _held(state.params)
     assert memory["optimizer"] == _held(state._replace(params=None))
@@ -302,7 +302,7 @@ def _main(parent, child, *more):
 
 @pytest.fixture
 def planned(monkeypatch, usage):
-    """Compiles nothing again: the command's job must be the one that was."""
+    """Replaces compilation, and checks that the command's job is the one of these tests."""
 
     def found(programs):
         job = programs["step"].__self__

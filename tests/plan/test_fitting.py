@@ -36,7 +36,7 @@ FOUND = {
 
 @pytest.fixture
 def compiles(monkeypatch):
-    """What stages are said to need when they are compiled for a change; what was asked is kept."""
+    """Replaces compilation by given totals for changed stages, and records which stages were asked for."""
     asked = []
 
     def install(*totals):
@@ -72,7 +72,7 @@ def test_what_each_setting_scales():
     assert packed[RANK] == PACKED + 100 + 2_000 + 700 + 3_000 and PACKED < 0.7 * DENSE
     mesh = MeshSettings(model=2)
     both = changed(mesh=mesh)
-    half = both[CALIBRATE] - 100 - 1_000  # temporaries are shared, the batch is not
+    half = both[CALIBRATE] - 100 - 1_000  # temporaries are divided between the devices, the batch is not
     assert DENSE / 2 < half < 0.7 * DENSE
     assert both[TRACE] == half + 32_000 + 1_600 + 2_000 + 500  # six key-value heads over two devices
 

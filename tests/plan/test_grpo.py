@@ -1,5 +1,5 @@
-"""What the plan of a step says a device holds is what it holds, phase by phase; the recipe of the published size says
-what was published; and bad input is one sentence."""
+"""The memory that the plan of a step reports is what a device holds, phase by phase; the recipe of the published size
+has what was published; and bad input gives one sentence."""
 
 import json
 import re
@@ -55,7 +55,7 @@ CACHED = 5 + 256 + 256  # positions of a slot in the three layers: one window, a
 
 
 def with_fields(run=RUN, **sections):
-    """The run with other fields in sections of its recipe, or other sections."""
+    """The run with fields of its recipe's sections, or whole sections, replaced."""
     recipe = run.recipe
     return replace(
         run,
@@ -71,7 +71,7 @@ def with_fields(run=RUN, **sections):
 
 ALONE = with_fields(
     PlannedPolicy(identity_child(SHORT.parent), RECIPE), mesh=MeshSettings(), update={"updates": 1, "reference": False}
-)  # of two layers that are compiled as one
+)  # its two layers are compiled as one
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +173,7 @@ def test_contexts_are_those_that_generation_picks(monkeypatch, length, context):
     ("rollout", "caches"),
     [
         ({"slots": 8}, 2 * CACHED * 2 * 3 * 6 * 2),
-        ({"slots": 6}, 6 * CACHED * 2 * 3 * 6 * 2),  # whole: four parts do not divide them
+        ({"slots": 6}, 6 * CACHED * 2 * 3 * 6 * 2),  # replicated: four devices do not divide six slots
         ({"cache": FLOAT8}, 1 * CACHED * 2 * 3 * 6),
     ],
 )
@@ -290,7 +290,7 @@ def test_estimates_scale_what_each_axis_cuts():
         return usage["rollout"].held["caches"], usage["rollout"].temporaries, usage["rollout"].held["copy"]
 
     twice = estimated(RUN, with_fields(mesh={"model": 4}))["rollout"].held
-    # Four devices do not divide six heads, so that caches get larger.
+    # Four devices do not divide six heads, so caches get larger.
     assert (twice["copy"], twice["caches"], twice["experts"]) == (250, 4000, 200)
     run = with_fields(rollout={"slots": 8})
     for axis in ("data", "sequence"):
@@ -396,7 +396,7 @@ def plan_of(files, *more):
 
 @pytest.fixture
 def planned(monkeypatch):
-    """Compiles nothing: the command's run must be the one of these tests."""
+    """Replaces compilation, and checks that the command's run is the one of these tests."""
     given = sizes()
 
     def found(programs):

@@ -1,4 +1,4 @@
-"""What the plan of a search says that a device holds is what it holds, and bad input is one sentence."""
+"""The memory that the plan of a search reports is what a device holds, and bad input gives one sentence."""
 
 import json
 import re
@@ -127,7 +127,7 @@ def test_slots_are_the_engines(found):
 
 
 def test_batches_are_those_of_the_longest_traces():
-    """Three rows of 64; two devices of the data axis do not divide them, but two rows they do."""
+    """Three rows of 64 tokens, which two devices of the data axis do not divide, and two rows, which they do."""
     batch = RUN.batch(tokens_per_batch=200)
     (real,) = micro_batches([trace(26, 37)], tokens_per_batch=200)
     for one, other in zip(batch, real, strict=True):
@@ -142,19 +142,19 @@ def test_sums_of_ranking_and_of_lenses_are_of_every_layer(found):
 
 
 WIDE = replace(PARENT, hidden_size=40, blocks=PARENT.blocks[:1] * 5)
-"""A hidden size that nothing else here has."""
+"""A parent with a hidden size that nothing else here has."""
 
 
 @pytest.fixture
 def alone():
-    """Its plan on one device; programs are planned before they are recorded."""
+    """The plan of the wide parent on one device, made before `live` records the programs."""
     run = PlannedSearch(WIDE, replace(RECIPE, mesh=MeshSettings()), stored_packed=False, prompt_tokens=26)
     return compiled({stage: run.programs[stage] for stage in ("lens", "score")})
 
 
 @pytest.fixture
 def live(alone, monkeypatch):
-    """Bytes of hidden states of that size, two each number, when a program is called: the most, by program."""
+    """The most bytes of hidden states of that size, two per number, that are live when each program is called."""
     most = {}
 
     def recorded(module, name):
@@ -180,7 +180,7 @@ def test_states_are_those_that_scoring_and_lenses_have(alone, live):
     (batch,) = micro_batches([trace(26, 37, n) for n in range(3)], tokens_per_batch=200)
     one, suffix = (3 * n * 64 * 40 * 2 for n in (1, 3))
     run(batch, wanted)
-    # Beside those that are counted as states, programs are called with one or two of alternatives'.
+    # Besides the states that the plan counts, programs are given one or two sets of alternatives' states.
     assert live["run_mixture"] == planned["score"].held["states"] + 2 * suffix
     assert live["enter_mixture"] <= planned["score"].held["states"] + suffix
     live.clear()
@@ -230,7 +230,7 @@ def config(tmp_path):
 
 @pytest.fixture
 def planned(monkeypatch, found):
-    """Compiles nothing again; keeps the search that was asked for."""
+    """Answers from the fixture instead of compiling, and records the search that was asked for."""
     asked = []
     monkeypatch.setattr(command, "compiled", lambda programs: asked.append(programs["load"].args[0]) or found)
     return asked
@@ -240,7 +240,7 @@ SHORT = ("--traces.max_tokens", "low=20,medium=30,high=37", "--prompt-tokens", "
 
 
 def test_hours_by_a_search_that_has_run(config, planned, tmp_path, capsys):
-    """Stages take as much longer than they took as the roofline says; compiling takes what it took."""
+    """Stages grow by the ratio of the roofline's seconds; compiling takes as long as it took."""
     command_line = ["search", "--parent", str(config), *SHORT, "--measured-by", str(tmp_path), "--json"]
     assert main(command_line) == 2
     assert f"{tmp_path}/hours.json is missing" in capsys.readouterr().err

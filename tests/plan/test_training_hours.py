@@ -1,4 +1,4 @@
-"""Hours of training: passes counted by hand, over the roofline's seconds of one."""
+"""Hours of training: passes counted by hand, times the roofline's seconds of one pass."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -69,12 +69,12 @@ def test_reinforcement_learning_is_answers_scores_updates_and_evaluations():
     assert found == pytest.approx(
         {
             "rollout": 7 * time.answering(12, mean, 30, 10),
-            "log-probabilities": 7 * (each + time.heads(30 * mean)),  # the reference's
+            "log-probabilities": 7 * (each + time.heads(30 * mean)),  # of the reference
             "update": 7 * (4 * each + 4 * time.heads(64 * rows)),
             "evaluate": 3 * evaluated,
         }
     )
-    twice = replace(GRPO, update=UpdateSettings(row_length=64, rows=2, updates=2))  # and those before the first update
+    twice = replace(GRPO, update=UpdateSettings(row_length=64, rows=2, updates=2))  # adds those before the first update
     scored = policy_seconds(PlannedPolicy(identity_child(PARENT), twice), H100, prompt_tokens=12, answer_share=0.5)
     assert scored["log-probabilities"] == pytest.approx(2 * found["log-probabilities"])
     assert evaluations(replace(GRPO, loop=LoopSettings(steps=7))) == 1

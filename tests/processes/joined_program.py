@@ -1,4 +1,4 @@
-"""Several processes, for tests: `python -m tests.processes.joined_program COUNT WHAT_PROCESS_0_DOES ...`."""
+"""A multi-process program for tests: `python -m tests.processes.joined_program COUNT ACTIONS_OF_PROCESS_0 ...`."""
 
 import os
 import sys
@@ -18,7 +18,7 @@ PROGRAM = "prog"
 
 
 def main(count: int, *actions: str) -> int:
-    """The exit code of this process, which does the actions at the place of its own number."""
+    """Runs the actions at the index of this process; returns its exit code."""
 
     processes.JOIN_SECONDS = int(os.environ.get("JOIN_SECONDS", processes.JOIN_SECONDS))
 
@@ -35,7 +35,7 @@ def ready() -> None:
 
 
 def collect() -> None:
-    """Waits in a collective operation, from which no signal of Python's calls it back."""
+    """Waits in a collective operation, which Python's signal handlers cannot interrupt."""
     multihost_utils.process_allgather(np.ones(1))
 
 
@@ -61,7 +61,7 @@ def primary() -> None:
 
 
 def publish() -> None:
-    """Bytes of several lengths, one of three parts, JSON and numbers; the other processes have other ones."""
+    """Publishes bytes of several lengths (one in three parts), JSON and numbers; the other processes hold others."""
     here, publishing._PART_BYTES = process_index(), 5000
     for size in (0, 1, 1024, 1025, 10_003):
         content = np.random.default_rng(size).bytes(size)
@@ -72,7 +72,7 @@ def publish() -> None:
 
 
 def publish_late() -> None:
-    """The primary process needs longer for its work than a collective operation would wait for it."""
+    """The primary process works while the others wait for what it decides."""
     assert decided(lambda: time.sleep(1) or "late") == "late"
 
 

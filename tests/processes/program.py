@@ -1,6 +1,6 @@
-"""python -m tests.processes.program MODULE ARGUMENTS: `python -m MODULE ARGUMENTS` in as little time as tests take.
+"""python -m tests.processes.program MODULE ARGUMENTS: `python -m MODULE ARGUMENTS` with the test process's speed-ups.
 
-It seldom looks for garbage, as tests/conftest.py says of the process that runs tests, and compiles as that one does.
+It collects garbage rarely and compiles as the process that runs the tests does (see tests/conftest.py).
 """
 
 import gc

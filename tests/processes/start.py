@@ -1,4 +1,4 @@
-"""Programs that are started once per process, as on several hosts."""
+"""Starts programs once per process, as on several hosts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.waiting import HANG
 
 @contextmanager
 def running(*commands: Sequence[str], **environment: str) -> Iterator[list[subprocess.Popen[str]]]:
-    """One process of `python -m` for each command, all of them one program; killed at the end if they still run."""
+    """Starts `python -m` for each command, as processes of one program; kills those that still run at the end."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -38,7 +38,7 @@ def running(*commands: Sequence[str], **environment: str) -> Iterator[list[subpr
 
 
 def ended(processes: Sequence[subprocess.Popen[str]], timeout: float = HANG) -> list[subprocess.CompletedProcess[str]]:
-    """How each of them ended, and what it printed."""
+    """Exit code and output of each process, once all have ended."""
     printed = [process.communicate(timeout=timeout) for process in processes]
     return [
         subprocess.CompletedProcess([], process.returncode, *texts)

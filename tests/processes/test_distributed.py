@@ -1,4 +1,4 @@
-"""Processes that are one program end together: what one refuses all refuse, and one that is lost ends the others."""
+"""The processes of a program end together: what one refuses all refuse, and the loss of one ends the others."""
 
 import re
 import signal
@@ -15,13 +15,13 @@ HOST = socket.gethostname()
 
 
 def run(*actions: str) -> list[subprocess.CompletedProcess]:
-    """How the processes ended of which each does the actions (`tests.processes.joined_program`) at its place."""
+    """Runs one process per entry of `actions` (see `tests.processes.joined_program`); returns how each ended."""
     with running(*[["tests.processes.joined_program", str(len(actions)), *actions]] * len(actions)) as processes:
         return ended(processes)
 
 
 def struck(number: signal.Signals, index: int, *actions: str) -> list[subprocess.CompletedProcess]:
-    """The same, where one process gets a signal once all have come to their action "ready"."""
+    """Like `run`, but sends one process a signal once all have reached their action "ready"."""
     with running(*[["tests.processes.joined_program", str(len(actions)), *actions]] * len(actions)) as processes:
         for process in processes:
             assert process.stdout is not None
@@ -63,7 +63,7 @@ def test_processes_that_nobody_told_of_each_other(monkeypatch):
 @pytest.mark.parametrize("index", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_processes_that_are_never_started_are_not_waited_for_without_end(index):
     there = ["tests.processes.joined_program", "2", "sleep"]
-    commands = [there, ["this"]] if index == 0 else [["this"], there]  # a module of the standard library, which ends
+    commands = [there, ["this"]] if index == 0 else [["this"], there]  # a standard library module that ends
     with running(*commands, JOIN_SECONDS="4") as processes:
         (process,) = ended(processes[index : index + 1])
     assert process.returncode == 2
@@ -87,7 +87,7 @@ def test_what_differs_is_refused_by_all_in_one_sentence_that_names_it():
 @pytest.mark.parametrize(
     ("actions", "where"),
     [
-        (("open+sleep", "open-missing"), f" (in process 1, host {HOST})"),  # one cannot open what it works on
+        (("open+sleep", "open-missing"), f" (in process 1, host {HOST})"),  # one cannot open its input
         pytest.param(("open-missing", "open-missing"), "", marks=pytest.mark.slow),
         (("collect", "refuse"), f" (in process 1, host {HOST})"),  # while the other hangs in a collective operation
         pytest.param(("refuse", "wait"), "", marks=pytest.mark.slow),

@@ -1,4 +1,4 @@
-"""What the primary process finds for all."""
+"""The primary process publishes its results to all processes."""
 
 import numpy as np
 

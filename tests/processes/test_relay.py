@@ -1,4 +1,4 @@
-"""A connection that is carried to a service, and stays open when the service is gone."""
+"""Relayed connections to a service stay open when the service is gone."""
 
 import socket
 
@@ -30,7 +30,7 @@ def test_bytes_go_both_ways_and_the_near_end_outlives_the_service(service, tmp_p
         assert near.recv(100) == b"welcome"
         far.close()
         near.settimeout(0.3)
-        with pytest.raises(TimeoutError):  # an end of the connection would be b""
+        with pytest.raises(TimeoutError):  # a closed connection would give b""
             near.recv(100)
 
 

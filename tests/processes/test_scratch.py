@@ -1,4 +1,4 @@
-"""Directories that go with their process."""
+"""Scratch directories are removed with their process."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ with scratch_directory() as directory:
 @pytest.fixture
 def temporary(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    (tmp_path / "puzzle_jax-run-of-somebody").mkdir()  # has no lock, so it is none of ours
+    (tmp_path / "puzzle_jax-run-of-somebody").mkdir()  # has no lock file, so it is not a scratch directory
     return tmp_path
 
 

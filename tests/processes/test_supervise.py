@@ -1,4 +1,4 @@
-"""What a supervised process started ends with it, whatever it did to get away, and nothing else does."""
+"""All descendants of a supervised process end with it, however they detached, and no other process does."""
 
 import os
 import signal
@@ -48,7 +48,7 @@ def started(directory: Path, end: str) -> subprocess.Popen:
 
 
 def daemons(directory: Path) -> list[int]:
-    """Their process ids, once they run."""
+    """Process ids of the daemons, once both run."""
     files = [directory / f"daemon-{number}" for number in range(2)]
     wait_until(lambda: all(file.exists() for file in files))
     return [int(file.read_text()) for file in files]

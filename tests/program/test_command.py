@@ -187,7 +187,7 @@ def test_texts_that_are_no_library(run):
 
 
 def test_values_that_are_no_number(run):
-    """At a random place of an otherwise sound library, which the message names."""
+    """Each is at a random place of an otherwise sound library, and the message names that place."""
     source = random.Random(0)
     for value, words in VALUES.items():
         for key in ("kl", "ms"):

@@ -1,4 +1,4 @@
-"""One of several sets of limits against trying every set on every choice."""
+"""Disjunctions of sets of limits against trying every set on every choice."""
 
 import itertools
 
@@ -87,7 +87,7 @@ def test_an_elastic_solve_violates_the_limits_of_one_set_least():
 
 
 def test_the_batch_of_a_deployment():
-    """A larger batch may take longer for each step but needs more memory: the program finds the one that suits."""
+    """A larger batch may take longer for each step but needs more memory: the solver finds the one that suits."""
     library = {
         f"layer {i}": {
             "whole": {"kl": 0.0, "memory": {"8": 12, "16": 18}, "seconds": {"8": 1.0, "16": 1.5}},
@@ -100,7 +100,7 @@ def test_the_batch_of_a_deployment():
         for batch in ("8", "16")
     }
     [solution] = solve(Program(library, "kl", (Disjunction("batch", sets),)))
-    # Batch 8 has 1.6 s, which even three halves (2.1 s) miss; batch 16 has 3.2 s and 50: two halves are 3.5 s.
+    # Batch 8 allows 1.6 s, but even three halves take 2.1 s; batch 16 allows 3.2 s, but two take 3.5 s.
     assert solution.selected == {"batch": "16"} and solution.score == 6.0
 
 

@@ -1,4 +1,4 @@
-"""Enumeration between bounds against all choices, and its bounds against what they bound."""
+"""Bounded enumeration against all choices, and its bounds against the optimum."""
 
 import itertools
 import time
@@ -12,7 +12,7 @@ from puzzle_jax.program.enumeration import Case, enumerate_least
 
 
 def drawn(seed):
-    """A small random program: sizes of groups, costs, one to three cases of zero to three limits, some infeasible."""
+    """A small random integer program with one to three cases of zero to three limits, sometimes infeasible."""
     random = np.random.default_rng(seed)
     sizes = random.integers(1, 5, size=random.integers(1, 6))
     owner = np.repeat(np.arange(len(sizes)), sizes)

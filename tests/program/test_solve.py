@@ -1,4 +1,4 @@
-"""The program against exhaustive enumeration, and what it says when nothing fits."""
+"""The integer program against exhaustive enumeration, and its message when nothing fits."""
 
 import itertools
 import math

@@ -1,6 +1,6 @@
-"""Pages as a browser shows them, on a phone and on a desk: needs Chromium, and is skipped where there is none.
+"""Pages as a browser shows them on a phone and on a desktop; skipped where there is no Chromium.
 
-Screenshots are kept in the directory that PUZZLE_SCREENSHOTS names, to be looked at.
+If PUZZLE_SCREENSHOTS names a directory, screenshots are kept there for inspection.
 """
 
 import html
@@ -30,14 +30,14 @@ FLAGS = (
 )
 HEIGHT = 4000
 
-# Before anything else on the page: whatever goes wrong while it loads.
+# Goes before anything else on the page, and records whatever goes wrong while it loads.
 WATCH = """<script>
 window.wrong = [];
 console.error = (...words) => window.wrong.push("console: " + words.join(" "));
 window.addEventListener("error", e => window.wrong.push("error: " + (e.message || e.target.outerHTML)), true);
 </script>"""
 
-# After it has loaded: what it asked for, and whether every text can be seen where it is.
+# Runs after the page has loaded, and reports its errors, images and width, and which text is covered or too small.
 LOOK = """<script>
 window.addEventListener("load", () => {
   const covered = [], small = [];
@@ -67,7 +67,7 @@ window.addEventListener("load", () => {
 });
 </script>"""
 
-# A window is at least 500 pixels wide, a frame within it as narrow as a phone.
+# A window is at least 500 pixels wide; a frame within it can be as narrow as a phone.
 FRAME = """<!doctype html><body style="margin: 0"><script>
 addEventListener("message", event => document.body.dataset.found = event.data);
 </script><iframe src="page.html" style="width: WIDTHpx; height: HEIGHTpx; border: 0"></iframe></body>"""
@@ -135,7 +135,7 @@ def test_what_is_wrong_with_a_page_is_found(tmp_path):
 
 
 def requests(page: str) -> list[str]:
-    """Addresses that a page would load by itself; links are loaded only when they are followed."""
+    """Addresses that a page would load by itself; links are not among them."""
     loading = re.findall(
         r"""<(?:img|script|link|iframe|source|object|video)\b[^>]*\s(?:src|href|data)=["']([^"']*)""", page
     )
@@ -144,7 +144,7 @@ def requests(page: str) -> list[str]:
 
 
 def seen(page: str, width: int, directory: Path) -> dict[str, Any]:
-    """The findings of a browser on a page of a width."""
+    """What a browser reports about a page shown at a width."""
     path, frame = directory / "page.html", directory / "frame.html"
     frame.write_text(FRAME.replace("WIDTH", str(width)).replace("HEIGHT", str(HEIGHT)))
     path.write_text(re.sub("<head>", "<head>" + WATCH, page, count=1).replace("</body>", LOOK + "</body>"))

@@ -1,4 +1,4 @@
-"""The table of models side by side, from numbers that are written down."""
+"""The table of models side by side, from made-up numbers."""
 
 import copy
 
@@ -65,7 +65,7 @@ def test_a_model_that_is_faster_at_every_effort_is_compared_at_all_rates_of_the_
     table = ComparisonTable(apart)
     assert table.section().rows[-1] == ["above the curve of parent everywhere", "-", "yes"]
     assert table.verdict("child").endswith("; it is more accurate at every rate that parent serves.")
-    for reachable in (above(-0.04, -0.05), above(None, None)):  # less accurate there; too slow for some of the rates
+    for reachable in (above(-0.04, -0.05), above(None, None)):  # less accurate; too slow for some of the rates
         apart["comparisons"]["child"]["reachable"] = reachable
         assert table.section().rows[-1][-1] == "no" and "more accurate" not in table.verdict("child")
 

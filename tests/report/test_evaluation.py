@@ -1,4 +1,4 @@
-"""The tables and sentences of an evaluation, and the figure, from numbers that are written down."""
+"""The tables, sentences and figure of an evaluation, from made-up numbers."""
 
 import copy
 import io

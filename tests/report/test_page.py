@@ -1,4 +1,4 @@
-"""The page of a search, from made-up results: what it must hold, and that it needs nothing else."""
+"""The page of a search, from made-up results: its contents, and that it loads nothing else."""
 
 import base64
 import re

@@ -1,4 +1,4 @@
-"""The page of a training run, from made-up metrics: tables, what is drawn, gaps, and files that cannot be shown."""
+"""The page of a training run, from made-up metrics: tables, figures, gaps, and files that cannot be shown."""
 
 import base64
 import io
@@ -53,7 +53,7 @@ def write(run: Path, lines) -> Path:
 
 
 class Tables(HTMLParser):
-    """Rows of cells, headings, and the bytes of images."""
+    """Collects rows of cells, headings, and the bytes of images."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -90,7 +90,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Figures as matplotlib has them, by title, instead of their bytes."""
+    """Draws figures and returns them as matplotlib objects by title, instead of as bytes."""
 
     def of(metrics):
         figures = []

@@ -1,4 +1,4 @@
-"""Settings that follow from the parent, tasks and deployment: what is given comes first, what is missing is said."""
+"""Settings derived from the parent, tasks and deployment: given ones take precedence, and missing ones are named."""
 
 import dataclasses
 from pathlib import Path
@@ -15,7 +15,7 @@ from tests.run.toy_road import SETTINGS, arguments, parent_and_prompts, settings
 
 SCENARIO = SETTINGS["search.scenario"]
 UNSAID = dict.fromkeys(["distill__data", "accuracy__update", "length__update"])
-"""Settings that would leave nothing to derive."""
+"""Settings to leave out, since they would leave nothing to derive."""
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def root(tmp_path_factory) -> Path:
 
 
 def bare(root: Path, *more: str):
-    """A run with as little said as possible."""
+    """A run with as few settings given as possible."""
     given = ["--parent", f"{root}/parent", "--tasks", f"{root}/say.jsonl", f"--search.scenario={SCENARIO}"]
     return parse(VERBS[""], [*given, "--run", f"{root}/run", *more])
 
@@ -92,7 +92,7 @@ def test_numbers_by_effort_are_there_for_every_effort(root):
 def test_sizes_follow_from_prompts_limits_and_memory(root, monkeypatch):
     monkeypatch.setattr("puzzle_jax.model.weights.device_memory", lambda: 10**8)
     found = bare(root)
-    # 8 output tokens in the deployment, of which lower efforts get less; 40 rows, of which a sixth is for training.
+    # 8 output tokens in the deployment, lower efforts get fewer; 40 rows, of which a sixth is for training.
     assert found.max_tokens == {"low": 1, "medium": 2, "high": 8}
     assert found.traces.problems == {"low": 6, "medium": 6, "high": 6}
     assert found.evaluate.problems == 6 and found.evaluate.rows == "unseen"
@@ -130,7 +130,7 @@ def test_a_dry_run_takes_the_deployments_devices(root):
         ],
     )
     assert found.mesh.model == found.search.mesh.model == found.distill.mesh.model == 8
-    # Evaluation has one of the devices, the other stages all of them.
+    # Evaluation uses one of the devices, the other stages all of them.
     assert 0.39 * 80e9 < found.evaluate.cache_memory < 0.4 * 90e9
 
 

@@ -1,4 +1,4 @@
-"""A whole run: every stage's files, what is skipped, what reruns, what a kill costs, and what is said of it."""
+"""A whole run: every stage's files, what is skipped, what reruns, recovery from a kill, and what is reported."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def finished(root) -> Path:
 
 
 def content(run: Path) -> dict[str, bytes]:
-    """What a run has found, without seconds and dates: the weights of every child, and all answers."""
+    """Results of a run without seconds and dates: the weights of every child, and all answers."""
     found = {
         path.relative_to(run).as_posix(): path.read_bytes()
         for pattern in ("*/child/*.safetensors", "child/*.safetensors", "child/config.json", "traces/*.parquet")
@@ -221,7 +221,7 @@ def test_a_killed_run_ends_in_the_same_files(finished, root, tmp_path, seeds):
 
 
 def test_a_changed_setting_reruns_what_follows_from_it(finished, root, capsys):
-    # Whatever rewrites files of the shared run comes last.
+    # Tests that rewrite files of the shared run come last.
     assert run_it(root, finished, average__weights="1,0.25") == 0
     said = [line.split() for line in capsys.readouterr().out.splitlines()]
     again = [words[0] for words in said if len(words) == 3 and words[2] == "s" and words[0] in STAGES]

@@ -11,7 +11,7 @@ from tests.support import of_type
 from tests.train.grpo.toy_grpo import make
 
 SETTINGS = {
-    "seed": 1,  # with which one of the parent's answers at high effort is right
+    "seed": 1,  # with this seed, one of the parent's answers at high effort is correct
     "max_tokens": "low=5,medium=7,high=9",
     "search.scenario": "name=toy,input_tokens=40,output_tokens=8,batch=3,hardware=h100",
     "search.traces.calibration": 3,
@@ -54,7 +54,7 @@ SETTINGS |= {
 
 
 def arguments(root: Path, run: Path, **changes: object) -> list[str]:
-    """Of a command line; `changes` are settings, with __ for dots, and None leaves one out."""
+    """Arguments of a command line; `changes` are settings, with __ for dots, and None leaves one out."""
     settings = {"parent": root / "parent", "tasks": root / "say.jsonl", **SETTINGS, "run": run}
     settings |= {name.replace("__", "."): value for name, value in changes.items()}
     given = {name: value for name, value in settings.items() if value is not None}

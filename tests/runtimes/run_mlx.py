@@ -1,4 +1,4 @@
-"""Answers of mlx-lm, in float32. Run by the interpreter of an environment that has mlx-lm, and imports nothing of ours.
+"""Answers of mlx-lm in float32. Runs in an environment that has mlx-lm and imports nothing of puzzle_jax.
 
 python run_mlx.py CHECKPOINT QUESTION.json ANSWER.npz
 """

@@ -1,4 +1,4 @@
-"""Answers of transformers, in float32. Run by an interpreter that has torch and transformers.
+"""Answers of transformers in float32. Runs in an environment that has torch and transformers.
 
 python run_transformers.py CHECKPOINT QUESTION.json ANSWER.npz
 """

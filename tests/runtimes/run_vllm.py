@@ -1,4 +1,4 @@
-"""Answers of vLLM, in float32 on CPU. Run by the interpreter of an environment that has vLLM and the plugin.
+"""Answers of vLLM in float32 on a CPU. Runs in an environment that has vLLM and the plugin.
 
 python run_vllm.py CHECKPOINT QUESTION.json ANSWER.npz
 """
@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-# One process, so that the loaded model can be looked at; a small cache.
+# A single process, so that the loaded model can be inspected, and a small cache.
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 import numpy as np
@@ -44,7 +44,7 @@ def main(checkpoint: str, question: str, answer: str) -> None:
     )
     whole = SamplingParams(temperature=0, max_tokens=1, logprobs=vocab, prompt_logprobs=vocab, detokenize=False)
     outputs = llm.generate([{"prompt_token_ids": row} for row in asked["tokens"]], whole)
-    # The row of a token holds the logits of the position before it.
+    # A token's row holds the logits of the position before it.
     logits = [
         [dense(row, vocab) for row in [*output.prompt_logprobs[1:], output.outputs[0].logprobs[0]]]
         for output in outputs

@@ -1,9 +1,9 @@
-"""Exported checkpoints in other runtimes, each in an environment of its own (`make runtimes`).
+"""Exported checkpoints in other runtimes, each in its own environment (`make runtimes`).
 
 A random model is written, our float32 logits and greedy tokens are computed here, and a script that knows nothing of
 puzzle_jax's JAX parts answers the same questions in the other environment. Questions and answers go through files.
 
-A child in the directory PUZZLE_JAX_CHILD is asked too, where that is set: `make runtimes CHILD=runs/road/child`.
+Where PUZZLE_JAX_CHILD names a child's directory, that child is tested too: `make runtimes CHILD=runs/road/child`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.runtimes
 
 HERE = Path(__file__).parent
 TOLERANCE = 1e-3
-"""Largest difference of logits in float32, relative to the largest logit."""
+"""Tolerance for float32 logits: their largest difference, relative to the largest logit."""
 PROMPTS = [[5, 17, 3, 88, 41, 9, 60, 2, 33, 71, 12, 118, 77, 6, 54, 101, 19, 200, 45, 8], [7, 7, 90]]
 STEPS = 16
 LENGTH = 45
@@ -45,7 +45,7 @@ K_SCALES, V_SCALES = [0.5, 0.25, 2.0, 1.5, 0.75], [3.0, 0.125, 1.25, 0.375, 0.62
 
 
 def friendly_config(kind: str) -> ModelConfig:
-    """Widths that every runtime takes, all distinct; prompts are longer than the windows."""
+    """A model with widths that every runtime accepts, and windows shorter than the longer prompt."""
     return ModelConfig(
         vocab_size=224,
         hidden_size=96,
@@ -63,9 +63,9 @@ def friendly_config(kind: str) -> ModelConfig:
 
 
 def written(directory: Path, kind: str, form: str) -> Path:
-    """A random checkpoint whose clamp bites; heterogeneous ones carry scales of an FP8 cache.
+    """A random checkpoint whose clamp takes effect; a "puzzle" one carries scales of an FP8 cache.
 
-    A padded one is made of a heterogeneous one, which stays beside it as "unpadded".
+    A padded one is made from a heterogeneous one, which stays beside it as "unpadded".
     """
     if kind == "padded":
         child = written(directory.parent / "unpadded", "unpadded", form)
@@ -84,7 +84,7 @@ def written(directory: Path, kind: str, form: str) -> Path:
 
 
 def question_of(tokens: np.ndarray, prompts: list[list[int]], vocab: int) -> dict[str, object]:
-    """Rows of tokens to give all logits of, and prompts to continue; `context` holds each with its continuation."""
+    """Asks for all logits of `tokens` and for continuations of `prompts`; `context` is long enough for either."""
     context = max(128, STEPS + max(map(len, prompts)))
     return {"tokens": tokens.tolist(), "prompts": prompts, "steps": STEPS, "vocab": vocab, "context": context}
 
@@ -124,7 +124,7 @@ def test_logits_and_greedy_tokens(tmp_path, runtime, kind, form):
     config = friendly_config(kind)
     tokens = np.asarray(random_tokens(config, 2, LENGTH))
     question = question_of(tokens, PROMPTS, config.vocab_size)
-    # Stock mlx-lm rounds YaRN's correction range whatever the checkpoint says; the class of puzzle children does not.
+    # Stock mlx-lm always rounds YaRN's correction range; the model class of puzzle children does not.
     rounds = runtime == "mlx" and kind != "puzzle"
     changes = {"rope": replace(config.rope, truncate=True)} if rounds else {}
     ours = checkpoint.with_name("unpadded") if kind == "padded" else checkpoint
@@ -138,7 +138,7 @@ def test_logits_and_greedy_tokens(tmp_path, runtime, kind, form):
     assert len({tuple(row) for row in greedy}) == 2 and len(set(greedy[0])) > 2
     if (runtime, kind) == ("vllm", "puzzle"):
         np.testing.assert_allclose(answer["kv_scales"], np.stack([K_SCALES, V_SCALES], 1))
-        assert answer["model_type"] == "gpt_oss"  # what vLLM chooses kernels and the chat format by
+        assert answer["model_type"] == "gpt_oss"  # by which vLLM chooses kernels and the chat format
 
 
 @pytest.mark.parametrize("runtime", ["transformers", "mlx", "vllm"])
@@ -146,7 +146,7 @@ def test_a_given_child_answers_the_same(tmp_path, runtime):
     given = os.environ.get("PUZZLE_JAX_CHILD")
     if not given:
         pytest.skip("no child was given; `make runtimes CHILD=DIRECTORY` asks that one")
-    checkpoint = shutil.copytree(given, tmp_path / "checkpoint")  # answers are written beside it
+    checkpoint = shutil.copytree(given, tmp_path / "checkpoint")  # the answer files go beside it
     vocab = describe_checkpoint(checkpoint).config.vocab_size
     chat = Chat.load(checkpoint)
     asked = [next(problems(task, first_seed=1)) for task in TASKS.values()]

@@ -1,4 +1,4 @@
-"""A parent and searches of it that have ended, which tests of several files look at and leave as they are.
+"""A parent and finished searches of it, shared by tests of several files, which must not change them.
 
 They are made once, by the first process of a test run that needs them; others wait until they are there.
 """
@@ -17,7 +17,7 @@ from tests.search.toy_search import TIMELESS, save_parent, search
 
 @pytest.fixture(scope="session")
 def once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
-    """From a name, and what fills a path with that name's content, to the path of it."""
+    """A function of a name and of what makes that name's content, which returns the path where it was made once."""
     base = tmp_path_factory.getbasetemp()
     root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "of-all-search-tests"
     root.mkdir(exist_ok=True)
@@ -45,7 +45,7 @@ def finished(once, parent) -> Path:
 
     def make(run: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(left, "_SHORT_SECONDS", 0.0)  # the time left is told from the first stage on
+            patch.setattr(left, "_SHORT_SECONDS", 0.0)  # the time left is reported from the first stage on
             assert search(parent, run) == 0
 
     return once("finished", make)

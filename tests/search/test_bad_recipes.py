@@ -1,4 +1,4 @@
-"""Recipes that cannot be meant, over a hundred: each ends in one sentence and exit code 2, and changes nothing."""
+"""Over a hundred recipes that make no sense: each ends in one sentence and exit code 2, and changes nothing."""
 
 import copy
 from collections.abc import Set
@@ -21,9 +21,9 @@ GOOD = {
 
 NAN, INF = float("nan"), float("inf")
 
-# The dotted field, the value that takes its place, and words of the sentence: the field, and the value.
+# Dotted field, the value put there, and words that the message must hold for the field and for the value.
 BAD_FIELDS = [
-    # Of another type.
+    # Of the wrong type.
     ("traces", 7, "traces", "7"),
     ("traces", ["chain"], "traces", "chain"),
     ("traces.tasks", [3], "traces.tasks", "3"),
@@ -57,7 +57,7 @@ BAD_FIELDS = [
     ("costs", 3, "costs", "3"),
     ("costs", None, "costs", "None"),
     ("parent", ["a", "b"], "parent", "['a', 'b']"),
-    # No numbers to work with.
+    # Not finite.
     ("traces.temperature", NAN, "traces.temperature", "nan"),
     ("traces.temperature", INF, "traces.temperature", "inf"),
     ("space.fractions", [NAN], "fraction", "nan"),
@@ -105,7 +105,7 @@ BAD_FIELDS = [
     ("evaluate.problems", 0, "evaluate.problems", "0"),
     ("evaluate.seed", -1, "evaluate.seed", "-1"),
     ("mesh.model", 0, "mesh.model", "0"),
-    # Empty, or twice the same.
+    # Empty or duplicated.
     ("traces.tasks", [], "traces.tasks", "needs traces.file"),
     ("traces.efforts", [], "traces.efforts", "empty"),
     ("space.fractions", [], "space.fractions", "empty"),
@@ -123,7 +123,7 @@ BAD_FIELDS = [
     ("traces.tasks", ["poetry"], "task", "poetry"),
     ("traces.efforts", ["heroic"], "effort", "heroic"),
     ("evaluate.baselines", ["luck"], "evaluate.baselines", "luck"),
-    # In contradiction.
+    # Contradictory.
     ("space.divisor", 64, "divisor", "64"),
     ("space.restrict", [{"layers": "9"}], "space.restrict", "9"),
     ("space.restrict", [{"layers": "0", "min_experts": 8, "max_experts": 4}], "space.restrict", "8"),
@@ -140,7 +140,7 @@ def parent(tmp_path_factory):
 
 
 def refusal(recipe, tmp_path, parent, capsys, left: Set[str] = frozenset({"run.json"})):
-    """The one sentence with which a recipe's first stage is refused; it leaves nothing but these files."""
+    """Returns the one sentence that refuses a recipe's first stage, which may leave no files but `left`."""
     run = tmp_path / "run"
     arguments = ["cost", "--parent", str(parent), "--recipe", str(recipe), "--run", str(run)]
     assert main(arguments) == 2
@@ -164,7 +164,7 @@ def test_bad_fields(tmp_path, parent, capsys, field, value, named, shown):
     assert named in said and shown in said, said
 
 
-# Targets that no architecture reaches; what the refusal was worked out from, costs.json, stays.
+# Targets that no architecture reaches; costs.json, from which the refusal was worked out, stays.
 BAD_TARGETS = [
     ({"max_expert_bytes_ratio": 0.1, "min_speedup": None}, "expert bytes ratio 0.1"),
     ({"max_expert_bytes_ratio": None, "min_speedup": 50}, "speed-up in scenario 'chat' 50"),

@@ -1,4 +1,4 @@
-"""What processes of a search get of the primary one's run directory; the messages go through a list."""
+"""What the other processes of a search receive of the primary's run directory; messages go through a list."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from puzzle_jax.search.copies import Copies
 
 @pytest.fixture
 def messages(monkeypatch) -> list:
-    """What the primary process has said and the other one has not heard yet."""
+    """Messages that the primary process has sent and the other one has not received yet."""
     said: list = []
 
     def say(value):
@@ -29,7 +29,7 @@ def test_files_are_sent_when_they_have_changed(tmp_path, messages, monkeypatch):
     primary, other = Copies(run), Copies(copy)
 
     def sent(kept: str) -> tuple[list[str], Path | None]:
-        """Names of files that went over in one stage, and what the other process then finds."""
+        """Names of the files that were sent in one stage, and what the other process then finds."""
         primary.send(run / kept)
         names = messages[0]["new"]
         with monkeypatch.context() as hearing:

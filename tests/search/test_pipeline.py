@@ -60,7 +60,7 @@ def test_the_child_is_what_was_chosen_and_meets_the_target(finished, parent):
     measured = [entry["validation"]["kl"] for entry in solutions["pool"]]
     assert solutions["chosen"] == int(np.argmin(measured))
     assert solutions["pool"][solutions["chosen"]]["above_best"]["mean"] == 0.0
-    # What other ways to choose came to takes part where it meets the target, and where it is no solution anyway.
+    # A baseline joins the pool where it meets the target and is not among the solutions already.
     sets = [
         [layer["kept"] for layer in entry["layers"]] + [layer["sliding_window"] for layer in entry["layers"]]
         for entry in solutions["pool"]
@@ -79,7 +79,7 @@ def test_the_child_is_what_was_chosen_and_meets_the_target(finished, parent):
     assert layers == [(x["num_local_experts"], x["sliding_window"]) for x in chosen["layers"]]
     evaluation = json.loads((finished / "evaluate/evaluation.json").read_text())
     assert evaluation["child"]["expert_bytes"] <= 0.8 * evaluation["parent"]["expert_bytes"]
-    # Scales of the FP8 cache, two of four bytes per layer, are no part of an architecture; plain children carry none.
+    # Scales of the FP8 cache, two of four bytes per layer, do not belong to the architecture; plain children have none.
     scales = 0 if is_plain(child.config) else 2 * 4 * child.config.num_layers
     assert evaluation["child"]["checkpoint_bytes"] + scales == load_bytes(finished / "child")
     kv_scales = json.loads((finished / "child/provenance.json").read_text())["kv_scales"]
@@ -137,7 +137,7 @@ def test_open_batches_several_scenarios_and_a_yarn_factor(finished, parent, tmp_
         assert child["throughput"] is None
     child = load_checkpoint(run / "child").config
     assert (child.rope.factor, load_checkpoint(parent).config.rope.factor) == (48.0, 4.0)
-    # The parent is compared as it is; even a child with all experts would differ by its factor.
+    # The parent is evaluated unchanged; even a child with all experts would differ by its RoPE factor.
     assert found["parent"]["heldout"]["kl"] < 1e-6 < found["child"]["heldout"]["kl"]
     assert "requests together, long" in (run / "report/report.md").read_text()
 
@@ -158,8 +158,7 @@ SCORED = ("rank", "refine_costs", "score", "solve", "refine")
 
 @SLOW
 def test_eight_devices_choose_what_one_does(finished, parent, tmp_path):
-    """In a process of its own, and not by default: on fewer cores than devices, XLA's programs for CPUs have kept each
-    other waiting for ever."""
+    """Runs in its own process, and not by default: with fewer cores than devices, XLA programs have deadlocked."""
     run = tmp_path / "run"
     shutil.copytree(finished, run, ignore=shutil.ignore_patterns(*SCORED, "*-book.safetensors"))
     options = ["--parent", str(parent), "--run", str(run), *SETTINGS, "--mesh.data", "2", "--mesh.model", "4"]
@@ -195,7 +194,7 @@ MOMENTS = [(stage, share) for stage in KILLED for share in (0.0, 0.4, 0.8)]
     ],
 )
 def test_a_search_that_is_killed_ends_with_the_same_files(timeless, parent, tmp_path, stage, share):
-    """The process is killed a share of the stage's own seconds after the stage has begun."""
+    """The process is killed when the given share of the stage's usual seconds has passed since the stage began."""
     run = tmp_path / "run"
     directories = ("cost", "traces", "rank", "refine_costs", "score", "solve", "refine", "child", "evaluate", "report")
     ahead = directories[directories.index(stage) :]
@@ -213,7 +212,7 @@ def test_a_search_that_is_killed_ends_with_the_same_files(timeless, parent, tmp_
     assert search(parent, run, *TIMELESS) == 0
     for path in timeless.rglob("*"):
         name = path.relative_to(timeless)
-        # stage.json, and the page that shows it, have the seconds that stages took; tables are where scores are kept.
+        # stage.json and the pages that show it hold the seconds that stages took; tables only keep scores.
         passed = (
             "stage.json",
             "hours.json",
@@ -248,7 +247,7 @@ def test_an_interrupted_stage_asks_no_answered_question_again(
             asking = partial(counting, dies_after=dies_after)
             monkeypatch.setattr(f"puzzle_jax.search.{module}.answer_questions", asking)
         assert search(parent, run, stage, *TIMELESS) == code
-    # 9 problems (4 sets of 3, 2, 2 and 2) at 3 efforts; 2 problems at 3 efforts for each model that no other equals.
+    # 9 problems (4 sets of 3, 2, 2 and 2) at 3 efforts; 2 problems at 3 efforts for each distinct model.
     models = json.loads((timeless / "evaluate/evaluation.json").read_text()).values()
     different = {json.dumps([(x["kept"], x["sliding_window"]) for x in model["layers"]]) for model in models}
     assert len(models) == 5 and len(asked) == {"trace": 9 * 3, "evaluate": len(different) * 2 * 3}[stage]
@@ -278,7 +277,7 @@ def test_windows_without_evidence_or_use_are_left_out_and_told(finished, parent,
 
 
 def test_methods_of_scoring_agree_on_what_matters(finished, parent, tmp_path):
-    """Exact scores of all traces are what adaptive ones come to where it scored them all; the lens names no others."""
+    """Adaptive scores equal exact ones where adaptive scoring used all traces, and name no other alternatives."""
     run = tmp_path / "run"
     shutil.copytree(finished, run, ignore=shutil.ignore_patterns("*-book.safetensors"))
     found = {}
@@ -337,7 +336,7 @@ def test_one_stage_runs_alone_and_a_changed_setting_reruns_what_follows(finished
 
 
 def test_an_infeasible_target_names_the_limit_and_keeps_what_was_solved(finished, parent, tmp_path, capsys):
-    """Elsewhere an infeasible program writes an empty result, and a later stage fails for another reason."""
+    """An infeasible program must not write an empty result on which a later stage fails for another reason."""
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
@@ -394,7 +393,7 @@ def test_a_stage_without_its_inputs_says_what_to_do(parent, tmp_path, capsys):
             ("--costs", "guessed"),
             "costs is 'guessed', but must be measured, xla, roofline, or the path of a .json file",
         ),
-        (("--costs", "xla"), "xla costs"),  # need a compiler that is not here, or a cache of two bytes
+        (("--costs", "xla"), "xla costs"),  # needs a compiler that is not installed, or a cache of two-byte values
         (("--costs", "nowhere.json"), "costs is nowhere.json, but there is no such file"),
         (("--no-such-setting=1",), "no-such-setting"),
         (

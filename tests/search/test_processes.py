@@ -1,5 +1,5 @@
-"""Searches of several processes, as on several hosts: they find what one finds, what they refuse together, how they end
-where one is lost, and that another number of processes goes on from there."""
+"""Searches in several processes, as on several hosts: they find what one process finds, refuse bad input together, end
+when one of them is lost, and are resumed by another number of processes."""
 
 import json
 import re
@@ -55,7 +55,7 @@ def command(parent: Path, run: Path, *more: str, mesh: str = "data=2", stage: st
 
 
 def in_processes(count: int, parent: Path, run: Path, mesh: str, scratch: Path):
-    """A whole search in so many processes of two devices each; only the first one has the run's directory."""
+    """A whole search in `count` processes of two devices each; only the first one has the run's directory."""
     more = ("--mesh", f"processes={count},{mesh}")
     runs = [run, *[run.parent / "nowhere"] * (count - 1)]
     flags = f"--xla_force_host_platform_device_count={OWN_DEVICES} {QUICK}"
@@ -69,7 +69,7 @@ def in_processes(count: int, parent: Path, run: Path, mesh: str, scratch: Path):
 @pytest.mark.parametrize(
     ("count", "mesh"),
     [
-        (2, "model=4"),  # cuts experts between processes
+        (2, "model=4"),  # shards experts across processes
         pytest.param(2, "data=2,model=2", marks=SLOW),
         pytest.param(2, "data=4", marks=SLOW),
         pytest.param(4, "data=2,model=4", marks=SLOW),
@@ -156,7 +156,7 @@ def test_a_search_that_loses_a_process_ends_in_a_sentence_and_one_process_goes_o
         assert main(arguments(parents[0], run, *first, stage=stage)) == 0
         after, known = load_file(run / SCORE_TABLE)["values"], ~np.isnan(before)
         assert 0 < known.sum() < (~np.isnan(after)).sum()
-        np.testing.assert_array_equal(after[known], before[known])  # one device alone would round otherwise
+        np.testing.assert_array_equal(after[known], before[known])  # one device alone would round differently
         return
     journaled, asked = sum(len(path.read_text().splitlines()) for path in run.glob(".traces.kept-*/*.jsonl")), []
 
@@ -171,7 +171,7 @@ def test_a_search_that_loses_a_process_ends_in_a_sentence_and_one_process_goes_o
 
 
 def test_several_processes_go_on_from_the_scores_of_one(alone, parents, tmp_path):
-    """With its table they have nothing to score, and write the same file."""
+    """With the table of one process, several have nothing left to score and write the same file."""
     run = tmp_path / "run"
     shutil.copytree(alone, run, ignore=shutil.ignore_patterns("score"))
     one = command(parents[0], run, mesh="model=2", stage="score")
@@ -191,7 +191,7 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused_by_all(parents, tmp_pat
         found = ended(processes)
     assert [process.returncode for process in found] == [2, 2]
     assert [process.stderr for process in found] == [f"{PROGRAM}: {sentence}\n"] * 2
-    # Each process finds this by itself, before it waits for others.
+    # Each process checks this by itself, before it waits for others.
     assert main(arguments(parents[0], tmp_path / "run", "--mesh", "processes=2,data=3")) == 2
     sentence = "mesh has 3 devices (data x sequence x model), but must have a multiple of mesh.processes (2)"
     assert capsys.readouterr().err == f"{PROGRAM}: {sentence}\n"

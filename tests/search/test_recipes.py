@@ -57,7 +57,7 @@ def test_published_deployments(name, devices, lengths):
     counts = candidate_counts(experts, 4, recipe.space.fractions, recipe.space.divisor)
     assert counts == tuple(experts * eighths // 8 for eighths in (8, 7, 6, 5, 4, 3, 2))
     choices = tuple(ExpertChoice(count, tuple(range(count)), "any") for count in counts)
-    # Answers to learn the price of every window from are longer than the window, and the scenario's requests are too.
+    # Every window is shorter than the longest answers, from which its score is measured, and than the requests.
     assert max(recipe.space.windows) < min(max(recipe.traces.max_tokens.values()), recipe.scenario.context_tokens)
     space = Space(config, (choices,) * layers, candidate_windows(config, recipe.space.windows))
     costs = compute_costs(space.offer, recipe.scenarios, "mxfp4", Roofline(), memory=Roofline())
@@ -86,7 +86,7 @@ def test_published_deployments(name, devices, lengths):
 
 @pytest.fixture
 def own(tmp_path):
-    """A checkpoint directory of which only the chat is looked at here."""
+    """A checkpoint directory with the chat files alone, which are all that is read here."""
     directory = tmp_path / "mine"
     directory.mkdir()
     for name, content in chat_files().items():
@@ -109,7 +109,7 @@ def test_the_embedded_parent_alone_has_the_embedded_recipe(own):
     given = ["--parent", str(own), "--traces.tasks", "[chain]", "--traces.max_tokens", "{low: 9, medium: 9, high: 9}"]
     scenario = ["--scenario.input_tokens", "40", "--scenario.output_tokens", "8", "--target.min_speedup", "1.2"]
     recipe = parse(SEARCH, [*given, *scenario])
-    # KV bytes are those of a bfloat16 cache, where the embedded recipe has float32; nothing else is the embedded one's.
+    # KV bytes are those of a bfloat16 cache, where the embedded recipe has float32; nothing else comes from it either.
     assert recipe.scenario == Scenario("serving", 40, 8) and recipe.scenario.kv_bytes_per_value == 2
     assert recipe.traces == TraceSettings(("chain",), max_tokens={"low": 9, "medium": 9, "high": 9})
     assert recipe.target == Target(min_speedup=1.2) and recipe.space == SpaceSettings()
@@ -144,7 +144,7 @@ def test_a_recipe_file_says_what_is_given_too(own, tmp_path):
         ConfigError, match=r"needs scenario.input_tokens and scenario.output_tokens, since .* gpt-oss-20b"
     ):
         parse(SEARCH, ["--recipe", str(path)])
-    path.write_text("solve: {solutions: 3}\n")  # names no parent, so it is about the embedded one
+    path.write_text("solve: {solutions: 3}\n")  # names no parent, so the embedded one is meant
     assert parse(SEARCH, ["--recipe", str(path)]).traces.tasks == ("chain", "add", "recall")
 
 

@@ -1,4 +1,4 @@
-"""The space: what may be offered, and what is refused."""
+"""The search space: what it offers, and what it refuses."""
 
 import json
 
@@ -44,7 +44,7 @@ def small_space(**changes):
         ((16, 2), (16, 14, 12, 10, 8, 6, 4)),
         ((128, 4), (128, 112, 96, 80, 64, 48, 32)),
         ((32, 4, (1, 0.5, 0.1)), (32, 16)),  # a tenth is 3, below the 4 that a token needs
-        ((128, 4, (1, 7 / 8, 3 / 4, 1 / 2), 32), (128, 96, 64)),  # 112 rounds to 128, 96 and 64 divide
+        ((128, 4, (1, 7 / 8, 3 / 4, 1 / 2), 32), (128, 96, 64)),  # 112 rounds to 128; 96 and 64 are multiples already
         ((7, 2, (1, 0.5)), (7, 4)),
     ],
 )

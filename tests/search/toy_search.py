@@ -1,4 +1,4 @@
-"""A search at the smallest size: its parent's architecture, and what is set on its command line."""
+"""A search at the smallest size: its parent and the settings of its command line."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ SETTINGS = [
     *("--score.tokens_per_batch", "256"),
 ]
 TIMELESS = ("--evaluate.rounds", "0")
-"""Without measured speeds, so that running it again gives the same files."""
+"""Leaves out measured speeds, so that running the search again gives the same files."""
 
 
 def save_parent(out: Path, seed: int = 0) -> None:
@@ -29,6 +29,6 @@ def save_parent(out: Path, seed: int = 0) -> None:
 
 
 def search(parent: Path, run: Path, *arguments: str) -> int:
-    """Exit code of a stage, where one is named first, or else of a whole search."""
+    """Exit code of a stage if the first argument names one, and of a whole search otherwise."""
     stage = [arguments[0]] if arguments and arguments[0] in STAGE_NAMES else []
     return main([*stage, "--parent", str(parent), "--run", str(run), *SETTINGS, *arguments[len(stage) :]])

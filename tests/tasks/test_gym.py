@@ -1,6 +1,6 @@
-"""Families of reasoning-gym: problems that depend on the seed alone, scores from 0 to 1, and what is refused.
+"""reasoning-gym families: problems depend on the seed alone, scores lie between 0 and 1, and what is refused.
 
-The families that take long to draw are checked in the slow run.
+Families that are slow to draw are checked in the slow run.
 """
 
 import importlib.util
@@ -23,8 +23,8 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("reasoning_gym") is None, reason="needs the package reasoning-gym (extra `reasoning-gym`)"
 )
 
-# One of each kind: an own scorer, partial credit, an answer in the metadata, none at all, eval, sympy, the library's
-# default scorer, global random state, numpy's random state, a condition of ours.
+# One of each kind: its own scorer, partial credit, an answer in the metadata, no answer, eval, sympy, the library's
+# default scorer, global random state, numpy's random state, an extra condition from puzzle_jax.
 FAMILIES = (
     "basic_arithmetic", "binary_matrix", "boxnet", "coin_flip", "countdown", "game_of_life_halting", "graph_color",
     "list_functions", "pool_matrix", "prime_factorization", "puzzle24", "rubiks_cube", "simple_equations", "sudoku",
@@ -83,7 +83,7 @@ def test_families_are_endless_and_no_pretraining_split_applies():
 
 
 def test_the_global_generators_go_on_as_if_nothing_was_drawn():
-    # Not through a task: checking types of lists in tests draws from `random` as well.
+    # Not through a task: runtime type checks of lists in tests also draw from `random`.
     random.seed(3)
     np.random.seed(3)
     expected = random.random(), np.random.random()

@@ -1,4 +1,4 @@
-"""The user's own prompts: every row once, splits that share none, what counts as right, and what is refused."""
+"""Prompts from a user's file: every row once, disjoint splits, what counts as correct, and what is refused."""
 
 import json
 import pickle

@@ -1,4 +1,4 @@
-"""When a text counts as right: tables of what people write, and fractions and numbers against Python's own."""
+"""When a text counts as correct: tables of what people write, and numbers and fractions against Python's own."""
 
 from decimal import Decimal
 from fractions import Fraction
@@ -163,7 +163,7 @@ def test_any_text_is_judged(text, match):
     "piece", ["1,", "((", "1", "-$", "\\(", "$ ", "{", "answer is ", "\\boxed{", "1e", "\\frac{1}", "#### "]
 )
 def test_long_texts_take_no_long_time(piece):
-    """Each would take minutes, not milliseconds, were its time in proportion to the square of its length."""
+    """Each would take minutes rather than milliseconds if the time were quadratic in the length."""
     text = piece * (2_000_000 // len(piece))
     for match in MATCHES:
         assert is_right(match, "12", text) in (True, False)

@@ -1,4 +1,4 @@
-"""What may reach code that runs its input: values and formulas, no calls into Python and nothing that takes long."""
+"""Text that may reach code which evaluates it: values and formulas, but no Python calls and nothing slow."""
 
 import ast
 import cmath
@@ -136,7 +136,7 @@ def test_long_counts_are_not(text):
 @example("atan((y**(1/2)))")
 @example("log((1-0.99999999999999))")
 def test_sizes_bound_what_python_computes(text):
-    """Against Python's own floats, with a number in the place of each symbol that has the absolute value 1."""
+    """Compared with Python's floats, with a number of absolute value 1 in place of each symbol."""
     size = _magnitude(ast.parse(text, mode="eval").body, 1.0)
     if size is None:
         return

@@ -1,6 +1,6 @@
-"""Reports of training runs are written without their figures, which take a second or two each to draw.
+"""Reports of training runs are written without figures, which take a second or two each to draw.
 
-tests/report draws figures, and so does one run of each trainer, by `drawn_figures`.
+tests/report draws figures, and so does one run of each trainer, using `drawn_figures`.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ from puzzle_jax.report import training
 
 @pytest.fixture(scope="package", autouse=True)
 def drawn_figures() -> Iterator[Callable[[], AbstractContextManager[None]]]:
-    """Gives a context within which reports have their figures after all."""
+    """Returns a context manager within which reports do get their figures."""
     draw = training.training_figures
 
     @contextmanager

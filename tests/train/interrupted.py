@@ -1,6 +1,6 @@
 """Training that is interrupted: python -m tests.train.interrupted SIGNAL STEP SECONDS VERB ARGUMENTS...
 
-The signal comes so many seconds after the metrics of the first step from STEP on were written; with 0, at once.
+The process sends itself SIGNAL that many seconds after it logs the first step at or after STEP; at once if 0.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""The embedded parent: its size and form, its recorded accuracies, and that its weights keep them."""
+"""The embedded parent: its size and format, its recorded accuracies, and that its weights still reach them."""
 
 import json
 from pathlib import Path

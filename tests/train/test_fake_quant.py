@@ -1,4 +1,4 @@
-"""Fake quantisation: the grid by hand, agreement with the codec of checkpoints, and the gradient."""
+"""Fake quantisation: the grid by hand, agreement with the checkpoint codec, and the gradient."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The loop: an interrupted run ends with the bits of an uninterrupted one, however it was interrupted."""
+"""The training loop: however a run is interrupted, it ends bit-identical to an uninterrupted one."""
 
 import importlib
 import io
@@ -44,7 +44,7 @@ def run(directory, job=None, settings=LOOP, console=None):
 
 
 def bits(state):
-    """All of a state as bytes, by path."""
+    """A state's leaves as bytes, by path."""
     state = state._replace(key=jax.random.key_data(state.key))
     return {jax.tree_util.keystr(path): np.asarray(x).tobytes() for path, x in jax.tree.leaves_with_path(state)}
 
@@ -57,7 +57,7 @@ def lines(directory):
 
 @cache
 def whole():
-    """Bits and metrics of a run that nothing interrupted."""
+    """Bits and metrics of an uninterrupted run."""
     with tempfile.TemporaryDirectory() as directory:
         trained = run(Path(directory) / "run")
         return bits(trained.state), lines(Path(directory) / "run")
@@ -91,9 +91,9 @@ def test_a_run_logs_evaluates_and_keeps_checkpoints(tmp_path):
 
 
 def test_the_best_checkpoint_stays(tmp_path):
-    errors = iter([0.5, 3.0, 1.0, 2.0, float("nan")])  # what is before the first step has no checkpoint
+    errors = iter([0.5, 3.0, 1.0, 2.0, float("nan")])  # the evaluation before the first step makes no checkpoint
     trained = run(tmp_path / "run", toy_job(evaluate=lambda state: {"error": next(errors)}))
-    # Evaluations that are the best so far make a checkpoint, at 5 and 10; what is no number is never best.
+    # Evaluations that are the best so far make a checkpoint, at 5 and 10; NaN is never the best.
     assert steps_in(tmp_path / "run") == [10, 16, 20]
     assert (trained.best_step, trained.best_metric) == (10, 1.0)
     assert lines(tmp_path / "run")[-1]["evaluation/error"] is None
@@ -140,7 +140,7 @@ def test_other_threads_train_without_handlers(tmp_path):
 
 
 def killed_while_training(out, seed):
-    """Starts the run in a process of its own and kills that at a random moment after its first line of metrics."""
+    """Starts the run in its own process and kills it at a random moment after its first line of metrics."""
     log, rng = out / "metrics.jsonl", random.Random(seed)
     size = log.stat().st_size if log.exists() else 0
     process = subprocess.Popen([sys.executable, "-m", "tests.train.toy_job", str(out)], stdout=subprocess.DEVNULL)
@@ -224,7 +224,7 @@ def test_skipped_steps_are_logged_and_too_many_in_a_row_end_the_run(tmp_path):
     with pytest.raises(PuzzleError, match="not finite in 3 steps in a row, up to step 10"):
         run(tmp_path / "many", toy_job(poisoned(4, 5, *range(8, 20))))
     assert steps_in(tmp_path / "many") == [5, 8]
-    # A run that goes on counts those before the checkpoint, too: the one of step 8 was the first.
+    # A resumed run counts skipped steps before the checkpoint, too: step 8 was the first.
     with pytest.raises(PuzzleError, match="not finite in 3 steps in a row, up to step 10"):
         run(tmp_path / "many", toy_job(poisoned(*range(8, 20))))
 
@@ -257,7 +257,7 @@ def test_the_step_before_one_that_raises_is_logged(tmp_path):
     with pytest.raises(ValueError, match="out of memory"):
         run(tmp_path / "run", toy_job(step=failing))
     found = lines(tmp_path / "run")
-    assert [line["step"] for line in found] == [0, 3, 5, 6, 7]  # 7 is no step that is logged by itself
+    assert [line["step"] for line in found] == [0, 3, 5, 6, 7]  # 7 would not be logged otherwise
     assert found[-1]["loss"] == float(made[-1][1]["loss"])
 
 
@@ -370,13 +370,13 @@ class SummaryWriter:
 
 
 def test_tensorboard_does_without_torch(tmp_path, monkeypatch):
-    """Where both are installed, and torch is not there already."""
+    """tensorboardX is imported without torch where both are installed and torch is not imported yet."""
     (tmp_path / "tensorboardX.py").write_text(WRITER)
     (tmp_path / "torch.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
     for name in {"tensorboardX", "torch", *sys.modules}:
         if name.partition(".")[0] in ("tensorboardX", "torch"):
-            monkeypatch.setitem(sys.modules, name, sys.modules.get(name))  # as it is now, in the end
+            monkeypatch.setitem(sys.modules, name, sys.modules.get(name))  # restored at the end
             monkeypatch.delitem(sys.modules, name)
     with MetricsLog(tmp_path, 0, Console(quiet=True)):
         assert sys.modules["tensorboardX"].torch is None and "torch" not in sys.modules
@@ -404,7 +404,7 @@ def test_metrics_drop_torn_and_later_lines(tmp_path, monkeypatch):
 
 
 def test_restored_states_train_as_fresh_ones(tmp_path):
-    """Arrays without a place stay so: beside others on a mesh they would else be in their way."""
+    """Uncommitted arrays stay uncommitted: otherwise they could not be used beside others on a mesh."""
     state = initial()
     with Checkpoints(tmp_path, identity={}) as checkpoints:
         checkpoints.save(0, state, data=None)
@@ -413,7 +413,7 @@ def test_restored_states_train_as_fresh_ones(tmp_path):
     assert not any(leaf.committed for leaf in jax.tree.leaves(restored.state))
 
 
-# What is told
+# Progress
 
 
 @pytest.mark.parametrize("terminal", [False, True])

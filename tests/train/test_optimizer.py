@@ -1,4 +1,4 @@
-"""Optimisers: every first update and every schedule by hand, and what does not decay."""
+"""Optimisers: first updates and schedules by hand, and which parameters do not decay."""
 
 from dataclasses import replace
 
@@ -29,7 +29,7 @@ def test_schedules_by_hand():
     assert rates(20, [0, 1, 14, 15, 17, 20], schedule="wsd", warmup_steps=2, decay_fraction=0.25) == pytest.approx(
         [1.0, 2.0, 2.0, 2.0, 1.4, 0.5]
     )
-    # A fall that would begin in the warmup begins after it; a run that is warmup alone has no fall.
+    # A decay that would begin during the warmup begins after it; a run that is all warmup has no decay.
     assert rates(4, [1, 2, 3], schedule="wsd", warmup_steps=2, decay_fraction=1.0) == [2.0, 2.0, 1.25]
     assert rates(2, [0, 1], schedule="linear", warmup_steps=2) == [1.0, 2.0]
 
@@ -97,7 +97,7 @@ def test_muon_takes_each_layer_of_a_stack_by_itself_and_adam_the_rest():
         left, _, right = np.linalg.svd(gradients[path][layer], full_matrices=False)
         direction = -updates[path][layer] / 0.5 - 0.3 * params[path][layer]
         direction /= 0.2 * np.sqrt(7)
-        # Five Newton-Schulz iterations bring singular values near 1, between 0.7 and 1.2 and no nearer.
+        # Five Newton-Schulz iterations bring singular values to between 0.7 and 1.2, no nearer to 1.
         values = np.diag(left.T @ direction @ right.T)
         assert values.min() > 0.6 and values.max() < 1.3
         np.testing.assert_allclose(left @ np.diag(values) @ right, direction, atol=1e-3)

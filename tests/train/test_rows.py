@@ -1,4 +1,4 @@
-"""Rows: what is learned, where positions and segments start again, what extras become, and how rows fill."""
+"""Rows: which tokens are learned, where positions and segments restart, extras, and how rows fill."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""One step: against NumPy, whatever the micro-batches and the mesh, and without effect where nothing is finite."""
+"""A training step: against NumPy, across micro-batches and meshes, and without effect on non-finite values."""
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ def test_a_step_is_what_numpy_says():
 
 
 def test_micro_batches_are_one_batch():
-    """Micro-batches of unequal weight, one of them without any."""
+    """Micro-batches of unequal weight, one of them 0."""
     batch = toy.draw(np.random.default_rng(8))
     batch["weights"][1] = 0
     whole = {name: x.reshape(1, -1, *x.shape[2:]) for name, x in batch.items()}
@@ -62,7 +62,7 @@ def test_frozen_leaves_have_no_state_and_masters_are_copies_in_float32():
 
 def test_noise_depends_on_key_step_and_micro_batch_only():
     batch = toy.draw(np.random.default_rng(8))
-    batch = {name: np.stack([x[0], x[0]]) for name, x in batch.items()}  # equal micro-batches see other noise
+    batch = {name: np.stack([x[0], x[0]]) for name, x in batch.items()}  # equal micro-batches get different noise
     one = {name: np.stack([x[0], 0 * x[0]]) for name, x in batch.items()}
     losses = {}
     for name, key, at, rows in (
@@ -99,7 +99,7 @@ def test_what_is_not_finite_changes_nothing_and_is_counted(bad):
 
 
 def test_a_mesh_computes_the_same_and_state_and_gradients_stay_cut():
-    """8 inputs over 8 devices, 6 rows over 2."""
+    """8 inputs are sharded over 8 devices, 6 rows over 2."""
     mesh = make_training_mesh(2, 1, 4)
     rng = np.random.default_rng(13)
     head, x = rng.standard_normal((8, 3)), rng.standard_normal((2, 6, 8)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""A student is the child that would be cut from the same values, and only what shall learn has masters."""
+"""A student computes what the child cut from the same values does, and only trainable weights have fp32 masters."""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ STUDENT_STATES = jit(toy.student_states)
 
 @pytest.fixture(scope="module")
 def parent():
-    """The parent's weights with packed experts, and dense ones."""
+    """The parent's weights, with packed experts and with dense ones."""
     packed = toy.packed_params()
     return packed, toy.dense(packed)
 
@@ -39,7 +39,7 @@ def owning(delta, trainable=TRAINABLE, **options):
 
 
 def test_it_computes_what_the_parent_s_blocks_and_the_cut_child_do(parent):
-    """With values of its own for all that can be trainable, experts off MXFP4's grid among them."""
+    """With its own values for everything that can be trained, including experts off MXFP4's grid."""
     _, params = parent
     student, batch = Student(CHILD, TRAINABLE), toy.batch()
     assert student.runs == (LayerRun(0, 1, 1), LayerRun(1, 1, 2))
@@ -60,7 +60,7 @@ def test_it_computes_what_the_parent_s_blocks_and_the_cut_child_do(parent):
 
 
 def test_packed_parents_give_what_dense_ones_give(parent):
-    """As teacher, and under a student with a router of its own."""
+    """As a teacher, and as the base of a student with its own router."""
     packed, params = parent
     student, batch = Student(CHILD, ("router",)), toy.batch()
     base = student.stacked(packed)
@@ -73,7 +73,7 @@ def test_packed_parents_give_what_dense_ones_give(parent):
     assert own.states is None
 
 
-# Masters
+# Master weights
 
 
 @pytest.mark.parametrize("trainable", [(), ("router",), ("experts",), ("router", "experts")])
@@ -103,12 +103,12 @@ def test_masters_begin_as_copies_of_the_parent_s(parent, form):
     begin = jit(student.master_weights)(base)
     close(unstack_params(begin, student.runs), parent[1], 0)
     assert begin["head"].unsafe_buffer_pointer() != base["head"].unsafe_buffer_pointer()
-    close(jit(student.params)(base, begin), stack_params(parent[1], student.runs), 0)  # rounding leaves its experts
+    close(jit(student.params)(base, begin), stack_params(parent[1], student.runs), 0)  # experts survive rounding
 
 
 @pytest.mark.parametrize("form", ["packed", "dense"])
 def test_masters_begin_at_what_a_child_was_trained_to(parent, form):
-    """Layer 1 has neither a bias nor an expert matrix of its own, layer 2 of the same run has both."""
+    """Layer 1 lacks its own values for a bias and an expert matrix; layer 2 of the same run has both."""
     delta = toy.own_delta(parent[1])
     delta["layers"][1]["moe"]["down"] = None
     student = owning(delta)
@@ -128,7 +128,7 @@ def test_a_delta_may_hold_few_names(parent):
     assert begin["layers"][1]["moe"]["router_weight"] is None
 
 
-# What goes out
+# Export
 
 
 def test_the_delta_is_the_parent_s_structure_with_experts_on_the_grid(parent):
@@ -174,7 +174,7 @@ def test_parameters_are_used_in_the_resident_s_dtype(parent):
     assert {leaf.dtype for leaf in jax.tree.leaves(jax.eval_shape(in_half, parent[1]))} == {np.dtype(jnp.bfloat16)}
 
 
-# What is refused
+# Refusals
 
 
 def test_unknown_names_are_refused():

@@ -1,6 +1,6 @@
-"""A regression that trains in milliseconds: what tests of the step and the loop share, and a process to be killed.
+"""A regression that trains in milliseconds, for tests of the step and the loop, and as a process to be killed.
 
-Parameters have names of `model.spec`; there are 7 inputs, 3 outputs, and batches of 2 micro-batches of 5 rows.
+Parameters are named as in `model.spec`; there are 7 inputs, 3 outputs, and batches of 2 micro-batches of 5 rows.
 """
 
 import sys
@@ -23,7 +23,7 @@ LOOP = LoopSettings(steps=20, save_every=4, log_every=3, evaluate_every=5, max_s
 
 
 def loss(params, fixed, batch, key):
-    """Weighted squared error of inputs with noise, and the sum of absolute errors."""
+    """Weighted sum of squared errors on noisy inputs, the weight, and the weighted sum of absolute errors."""
     x = batch["x"] + fixed["noise"] * jax.random.normal(key, batch["x"].shape)
     y = batch["x"] @ fixed["teacher"]
     error = (x * params["norm"]) @ params["layers"][0]["head"] - y
@@ -49,7 +49,7 @@ def draw(rng):
 
 
 class Stream:
-    """Random batches; `at` is called with the number of each before it is made, and can change it by returning one."""
+    """Random batches; `at` is called with the number of each, and a batch that it returns is used in its place."""
 
     def __init__(self, at=lambda number: None, length=10**9):
         self.rng, self.number, self.at, self.length = np.random.default_rng(5), 0, at, length

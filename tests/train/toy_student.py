@@ -1,7 +1,7 @@
-"""A child of a tiny parent, other in experts, windows and rotation, and what both compute, layer by layer.
+"""A child of a tiny parent that differs in experts, windows and rotation, and what both compute layer by layer.
 
-The parent's experts are values that MXFP4 holds. Of three layers the last two are a run; `SHORT` has these two alone,
-for programs that take long to compile.
+The parent's experts are values that MXFP4 can represent. The last two of its three layers are a run; `SHORT` has only
+these two, for programs that take long to compile.
 """
 
 from dataclasses import replace
@@ -35,12 +35,12 @@ CHILD = Child(PARENT, BLOCKS, rope=RopeConfig(theta=10_000.0, factor=8.0, origin
 SHORT = replace(CHILD, parent=replace(PARENT, blocks=PARENT.blocks[1:]), blocks=BLOCKS[1:])
 ROWS, LENGTH, PAD = 4, 24, 97
 
-# Programs that run once or twice are ready in half the time without LLVM's optimisations.
+# Without LLVM's optimisations, programs that run once or twice finish in half the time.
 jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def packed_params(child=CHILD):
-    """Its parent's weights with packed experts."""
+    """Weights of the child's parent, with packed experts."""
     rng, params = np.random.default_rng(6), random_params(child.parent)
 
     def packed(experts, inputs, outputs):
@@ -55,12 +55,12 @@ def packed_params(child=CHILD):
 
 @jit
 def dense(params):
-    """The same weights, all of them dense."""
+    """The same weights, all dense."""
     return jax.tree.map(lambda x: as_dense(x, jnp.float32), params, is_leaf=lambda node: isinstance(node, MXFP4))
 
 
 def own_delta(params):
-    """Values of a child's own for everything but one layer's `o_bias`, as a file of it would have them."""
+    """A child's own values for everything but one layer's `o_bias`, as read from its files."""
     rng = np.random.default_rng(7)
     delta = jax.tree.map(lambda x: np.asarray(x + 0.1 * rng.standard_normal(x.shape), np.float32), params)
     for layer in delta["layers"]:
@@ -70,19 +70,19 @@ def own_delta(params):
 
 
 def replace_delta(delta):
-    """The child with values of its own."""
+    """The child with these values of its own."""
     return replace(CHILD, dense_delta=delta)
 
 
 def examples():
-    """Two in a row, one that fills a row, one with padding after it, and one without an answer."""
+    """Two that share a row, one that fills a row, one with padding after it, and one without an answer."""
     rng = np.random.default_rng(8)
     sizes = ((9, 4), (11, 3), (24, 10), (13, 12), (6, 6))
     return [Example(rng.integers(0, PAD, size).astype(np.int32), prompt) for size, prompt in sizes]
 
 
 def batch(extras=None):
-    """The examples in four rows, the last without an answer, with weights of 1/2 and one token of an answer at 0."""
+    """The examples in four rows, the last without an answer; weights are 1 or 1/2, and 0 for one token of an answer."""
     a, b, c, d, e = examples()
     rows = pack([[a, b], [c], [d], [e]], LENGTH, PAD)
     weights = rows.weights * np.random.default_rng(9).choice([0.5, 1.0], rows.weights.shape).astype(np.float32)
@@ -91,7 +91,7 @@ def batch(extras=None):
 
 
 def states(params, config, rows, windows, kept=None):
-    """Every layer's output, the embedding's before them, [layers + 1, rows, length, hidden], by `network`'s blocks."""
+    """The embedding and every layer's output, [layers + 1, rows, length, hidden], computed by `network`'s blocks."""
     table = rope_table(config.rope, config.head_dim, jnp.asarray(rows.positions))
     found = [embed(params, jnp.asarray(rows.tokens))]
     for index, layer in enumerate(params["layers"]):
@@ -100,7 +100,7 @@ def states(params, config, rows, windows, kept=None):
 
 
 def one_layer(layer, config, x, table, rows, window, kept):
-    """A layer on `x`, with only the experts `kept` where they are given."""
+    """Applies a layer to `x`, with only the experts `kept` if given."""
     segment_ids = jnp.asarray(rows.segment_ids)
     x, _ = attention_block(layer["attention"], config, x, table, window=window, segment_ids=segment_ids)
     mask = None if kept is None else jnp.isin(jnp.arange(8), jnp.asarray(kept))
@@ -115,7 +115,7 @@ TEACHER_STATES = jit(teacher_states)
 
 
 def student_states(params, rows, child=CHILD):
-    """Of parameters in the parent's shapes."""
+    """States of the child as a view, from parameters in the parent's shapes."""
     return states(params, child.viewed, rows, [block.window for block in child.blocks], child.kept)
 
 
@@ -124,7 +124,7 @@ def logits(params, x):
 
 
 def random_master_weights(student, base, seed=3):
-    """Masters some way off where they begin."""
+    """fp32 master weights at random offsets from where they begin."""
     rng = np.random.default_rng(seed)
 
     def moved(master):
@@ -134,7 +134,7 @@ def random_master_weights(student, base, seed=3):
 
 
 def close(found, expected, tolerance=2e-5):
-    """Trees leaf by leaf, relative to the largest entry of each leaf."""
+    """Compares trees leaf by leaf, relative to the largest entry of each leaf."""
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for (path, one), other in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True):
         one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)

@@ -1,4 +1,4 @@
-"""Content tells checkpoints apart; places, shards, sizes and times do not."""
+"""Checkpoints are identified by content, not by location, shards, sizes or times."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def flip(directory: Path, name: str, place: int, keep_times: bool = False) -> No
 
 
 def settle(monkeypatch) -> None:
-    """Lets hours pass, so that the files' times tell their versions apart."""
+    """Moves the clock on by an hour, so that the files' times tell their versions apart."""
     monkeypatch.setattr(module.time, "time_ns", lambda now=module.time.time_ns: now() + HOURS)
 
 
@@ -117,7 +117,7 @@ def test_an_unchanged_checkpoint_is_read_once(model, cache, monkeypatch):
 def test_a_changed_checkpoint_is_read_again(model, monkeypatch):
     settle(monkeypatch)
     first = weights_fingerprint(model)
-    flip(model, "model.norm.weight", 0, keep_times=True)  # of equal size, and with the times of before
+    flip(model, "model.norm.weight", 0, keep_times=True)  # same size, and its old times
     assert weights_fingerprint(model) != first
     flip(model, "model.norm.weight", 0)
     assert weights_fingerprint(model) == first
@@ -164,7 +164,7 @@ def test_a_damaged_checkpoint_has_none(model):
 
 @pytest.fixture
 def retrained(tmp_path) -> tuple[Path, Path]:
-    """The embedded parent, and a model whose files have the same sizes and other values."""
+    """The embedded parent, and a model with files of the same sizes but different values."""
     before, after = (shutil.copytree(TINY, tmp_path / name) for name in ("before", "after"))
     flip(after, "model.layers.2.self_attn.q_proj.weight", 4_000)
     assert (before / SINGLE).stat().st_size == (after / SINGLE).stat().st_size

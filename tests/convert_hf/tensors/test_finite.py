@@ -1,4 +1,4 @@
-"""Values that are not finite are found wherever they are, and refused by tensor wherever weights are read."""
+"""Non-finite values are found anywhere in a tensor, and refused by its name wherever weights are read."""
 
 import ml_dtypes
 import numpy as np
@@ -82,7 +82,7 @@ def test_a_weight_that_is_not_finite_is_refused_by_tensor(tmp_path, name, value,
 
 
 def test_every_process_finds_what_it_reads_itself(tmp_path):
-    """The last expert is on the last device alone."""
+    """Only the last device holds the last expert."""
     model = write_random(tmp_path / "model", packable_config(), "bf16")
     spoiled(model, "model.layers.3.mlp.experts.down_proj", np.nan)
     with pytest.raises(CheckpointError, match="down_proj holds values that are not finite"):

@@ -13,7 +13,7 @@ MAGNITUDES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 
 
 def every_code_at_every_scale() -> tuple[np.ndarray, np.ndarray]:
-    """One output per scale byte 0..254, eight groups that hold every byte of codes once."""
+    """One output per scale byte 0..254, each of sixteen groups that hold every code byte once."""
     codes = np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16)
     scales = np.arange(255, dtype=np.uint8).reshape(1, 255, 1)
     return np.tile(codes, (1, 255, 1, 1)), np.tile(scales, (1, 1, 16))
@@ -22,7 +22,7 @@ def every_code_at_every_scale() -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 def test_decode_is_exact_for_every_code_and_scale(dtype):
     blocks, scales = every_code_at_every_scale()
-    table = np.concatenate([MAGNITUDES, -MAGNITUDES])  # float64: no product can round
+    table = np.concatenate([MAGNITUDES, -MAGNITUDES])  # float64, in which no product rounds
     nibbles = np.stack([blocks & 15, blocks >> 4], -1).reshape(1, 255, 16, 32)
     exact = (table[nibbles] * 2.0 ** (scales.astype(float) - 127)[..., None]).reshape(1, 255, -1).swapaxes(1, 2)
     with np.errstate(over="ignore"):
@@ -48,7 +48,7 @@ def test_encode_rounds_to_the_nearest_code_and_clips_nothing():
     assert blocks.shape == (2, 5, 2, 16) and scales.shape == (2, 5, 2)
     step = np.repeat(2.0 ** (scales.astype(float) - 127), 32, axis=-1).swapaxes(1, 2)
     largest = np.repeat(np.abs(values).reshape(2, 2, 32, 5).max(2), 32, axis=1)
-    assert (largest <= 6 * step).all() and (largest > 3 * step).all()  # the smallest power that clips nothing
+    assert (largest <= 6 * step).all() and (largest > 3 * step).all()  # the smallest power of two that clips nothing
     grid = np.concatenate([MAGNITUDES, -MAGNITUDES])
     nearest = np.abs(values[..., None] / step[..., None] - grid).min(-1)
     error = np.abs(values - mxfp4.decode(blocks, scales)) / step

@@ -7,9 +7,9 @@ from puzzle_jax.search.hours.left import Reported, TimeLeft, spoken
 
 def test_seconds_of_stages_that_ran_correct_those_that_are_left():
     known = TimeLeft({"trace": 10.0, "rank": 2.0, "score": 30.0, "solve": 8.0})
-    assert known.finished("cost", 77.0) is None  # not predicted, and so no measure of anything
+    assert known.finished("cost", 77.0) is None  # not predicted, so it corrects nothing
     assert known.finished("trace", 30.0) == pytest.approx(3 * 40)
-    # The ranking took as predicted; it counts twice as much as what came before.
+    # The ranking took as long as predicted; it counts twice as much as what came before.
     assert known.finished("rank", 2.0) == pytest.approx(38 * (15 + 2) / (5 + 2))
     assert known.finished("score", None) == pytest.approx(8 * 17 / 7)
     assert known.finished("solve", 9.0) is None
@@ -27,7 +27,7 @@ def test_durations_as_people_say_them():
 
 
 def test_short_stages_are_no_measure():
-    """Of a search whose first stage is short, nothing is said until a long one has run, and by that one alone."""
+    """No time left is given until a long stage has run, and then it is corrected by that stage alone."""
     reported = Reported(lambda: TimeLeft({"trace": 10.0, "rank": 2.0, "score": 600.0}))
     assert reported.finished("cost", 299.0) == "" and reported.finished("trace", 299.0) == ""
     assert reported.finished("rank", 300.0) == ", about 25 h 0 min left"

@@ -1,4 +1,4 @@
-"""Hours by what a search took."""
+"""Hours of a search, predicted from those that another search took."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ MEASURED = MeasuredSearch(
 
 def test_work_grows_with_the_rooflines_and_compiling_does_not():
     found = MEASURED.seconds({"rank": 12.0, "score": 30.0, "trace": 9.0})
-    # Of the scoring nothing but compiling was measured; tracing was not measured at all.
+    # For score only compiling was measured; trace was not measured at all.
     assert found == {"cost": 7.0, "rank": 11.0 + 3 * 20.0, "score": 6.0}
 
 

@@ -1,4 +1,4 @@
-"""Hours of a search: work by hand for small settings, and how it grows."""
+"""Hours of a search: work counted by hand for small settings, and how it grows."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -42,7 +42,7 @@ TIME = SearchTime(CONFIG, RECIPE, "bf16", H100, prompt_tokens=50)
 
 
 def with_(**sections):
-    """The same search with other fields in a section, or other fields of the recipe."""
+    """The same search with fields of a section, or of the recipe, replaced."""
     changed = {n: replace(getattr(RECIPE, n), **v) if isinstance(v, dict) else v for n, v in sections.items()}
     return replace(TIME, recipe=replace(RECIPE, **changed))
 
@@ -51,7 +51,8 @@ def test_work_by_hand():
     assert TIME.answers(7) == {"low": 14, "high": 14}
     assert (TIME.answer_tokens("low"), TIME.answer_tokens("high")) == (10, 150)
     assert TIME.trace_tokens(7) == 14 * (50 + 10) + 14 * (50 + 150)
-    # Counts 6, 4 and 3 of six experts are two alternatives to the parent in each of three layers, windows two in two.
+    # Counts of 6, 4 and 3 of six experts give two alternatives to the parent in each of three layers, windows two in
+    # each of two layers.
     assert TIME.alternatives == (6, 4)
     assert TIME._exact_alternatives() == (6 * 3 + 4, 28)
     assert with_(score={"first": 11})._exact_alternatives() == (22, pytest.approx((18 * 16.5 + 4 * 28) / 22))
@@ -94,7 +95,7 @@ def test_stages_grow_with_what_they_do():
     more = with_(refine={"rounds": 2}).seconds["refine"] - seconds["refine"]
     assert more > seconds["score"]
     assert with_(evaluate={"problems": 200}).seconds["evaluate"] > seconds["evaluate"]
-    # Linear in what is scored: traces and alternatives.
+    # Scoring is linear in traces and in alternatives.
     one, two = (TIME._scoring(10, traces) for traces in (400, 800))
     assert two == pytest.approx(2 * one, rel=0.1)
     one, two = (TIME._scoring(count, 400) for count in (1000, 2000))
@@ -135,7 +136,7 @@ def test_given_traces_are_as_if_they_had_been_asked_for():
         return [Trace("mine", effort, i, {}, (1, 2, 3), (4,) * length, 1.0, False) for i in range(count)]
 
     nothing = TraceSettings(file=Path("mine.parquet"), max_tokens={}, tasks=())
-    assert replace(TIME, recipe=replace(RECIPE, traces=nothing)).seconds["rank"] == 0  # before they were read
+    assert replace(TIME, recipe=replace(RECIPE, traces=nothing)).seconds["rank"] == 0  # before the traces are read
     sets = {"calibration": traces(5, "low", 9) + traces(4, "high", 70), "heldout": traces(3, "high", 80)}
     given = _given(nothing, sets)
     assert given.max_tokens == {"low": 9, "high": 80} and (given.calibration, given.heldout) == (5, 2)

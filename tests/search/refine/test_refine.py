@@ -72,7 +72,7 @@ def test_a_round_must_win_by_two_standard_errors_on_fresh_traces(gain, taken):
     child, tried = refine(CHILD, 2, rescore, 0, unasked, confirm)
     assert child.name == ("other" if taken else "child")
     assert child.score == pytest.approx(0.5 + gain if taken else 0.5)
-    # After a refusal there is no second round; the second round of the accepted one finds the same child again.
+    # After a refusal there is no second round; after an acceptance, the second round finds the same child again.
     assert asked == (["child", "other"] if taken else ["child"])
     assert [step.accepted for step in tried] == ([True, False] if taken else [False])
     assert ("accepted" in str(tried[0])) is taken and tried[0].to_json()["confirmation"]["mean"] == gain
@@ -121,7 +121,7 @@ def test_swaps_are_tried_alone_and_together():
 
 
 def wide(layers):
-    """A child of so many layers with what `together` makes of a swap in each."""
+    """A child of `layers` layers, paired with each candidate that `together` makes of a swap in every layer."""
     many = replace(CHILD, blocks=(BlockConfig(2, None),) * layers, choices=(ExpertChoice(2, (0, 1), "a"),) * layers)
     return [(many, c) for c in together(many, [Swap(n, ExpertChoice(2, (0, 3), "b"), -0.1) for n in range(layers)])]
 
@@ -136,7 +136,7 @@ def test_swaps_exchange_the_least_kept_for_the_best_lost():
 
 
 class MadeUpScorer:
-    """Gives alternatives of a layer the gains that a test says, whatever the trace."""
+    """Scores a layer's alternatives by the gains that a test gives, whatever the trace."""
 
     seed = 0
 
@@ -168,7 +168,7 @@ def test_swaps_are_tried_on_few_traces_and_the_best_of_every_layer_on_more(tmp_p
         return Measurements([score(0.1 * n) for n in range(count)], np.zeros((count, 2)), np.array([5, 7]))
 
     refinement = Refinement(
-        space=Space.__new__(Space),  # which swaps do not look at
+        space=Space.__new__(Space),  # which swaps do not use
         removal_error=removal_error,
         swaps=3,
         scorer=scorer,  # pyright: ignore[reportArgumentType]
@@ -180,9 +180,9 @@ def test_swaps_are_tried_on_few_traces_and_the_best_of_every_layer_on_more(tmp_p
     )
     pool = refinement.swapped(CHILD)
     assert scorer.asked == asked
-    # The layer that gains most first, then both.
+    # First the swap of the layer that gains most, then both swaps.
     assert measured == [("validation", [((0, 2, 5), (1, 5)), ((0, 2, 4), (1, 5))])]
     assert [candidate.score for candidate in present(pool).candidates] == pytest.approx([0.1, -0.2])
-    # With everything known, nothing is asked again but what was asked before.
+    # With all scores known, a second call asks for exactly what the first one did.
     refinement.swapped(CHILD)
     assert scorer.asked == 2 * asked

@@ -1,4 +1,4 @@
-"""Adaptive scoring on made-up scores, where what must be contested is known."""
+"""Adaptive scoring on made-up scores, for which it is known which alternatives are contested."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def traces(count):
 
 
 def two_groups():
-    """Each group: the parent costs 4, alternatives 1; the sum must be at most 5, so one of them goes."""
+    """In each of two groups the parent costs 4 and alternatives 1; the sum is at most 5, so one group must change."""
     library = {
         group: {
             "own": {"score": 0.0, "cost": 4},
@@ -64,12 +64,12 @@ def test_of_several_sets_of_limits_the_cheapest_counts():
 def test_only_what_could_change_the_choice_is_contested():
     program = two_groups()
     assert contested([program], filled([3.0, 2.0, 9.0, 8.0], [0.1] * 4)) == []
-    # 1 and 0 are close beside their spread; what lies far above is left alone, however uncertain.
+    # 0 and 1 are close compared with their spread; what lies far above is left alone, however uncertain.
     assert contested([program], filled([2.05, 2.0, 90.0, 80.0], [3.0, 3.0, 5.0, 5.0])) == [0, 1]
-    # The groups' best are close: then both alternatives decide whether they are taken at all.
+    # The best of the two groups are close, so that which group changes is open.
     assert contested([program], filled([9.0, 2.0, 9.0, 2.02], [3.0] * 4)) == [1, 3]
-    # As near to each other, but known so well that it does not matter which is taken; beside a KL of 60, neither does
-    # the wider spread.
+    # Equally close, but known so well that it does not matter which is taken; next to a KL of 60, the wider spread does
+    # not matter either.
     assert contested([program], filled([2.05, 2.0, 90.0, 80.0], [0.5, 0.5, 5.0, 5.0])) == []
     assert contested([program], filled([2.05, 2.0, 90.0, 80.0], [3.0, 3.0, 5.0, 5.0]), base_kl=60.0) == []
 
@@ -110,8 +110,8 @@ def test_the_first_traces_hold_every_task_and_effort(seed):
 
 def test_windows_are_scored_on_more_traces_some_of_them_longer():
     contexts = np.array([40, 90, 30, 20, 70, 50, 95, 10, 80, 60, 100])
-    assert traces_for_window(contexts, 64, first=1) == 9  # the fourth that is longer is the ninth
-    assert traces_for_window(contexts, 16, first=1) == 8  # which hold four of the longer ones
+    assert traces_for_window(contexts, 64, first=1) == 9  # the fourth trace longer than 64 is the ninth
+    assert traces_for_window(contexts, 16, first=1) == 8  # these eight hold four longer ones
     assert traces_for_window(contexts, 99, first=1) == 11  # only one is longer
     assert traces_for_window(contexts, 128, first=1) == 8  # none is
     assert traces_for_window(contexts, 16, first=3) == 11  # all there are

@@ -1,4 +1,4 @@
-"""Scores of few traces together with the lens, on made-up scores whose truth is known."""
+"""Scores of few traces combined with those of the lens, on made-up scores whose truth is known."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ ONE_LAYER = np.zeros(300, int)
 
 
 def made_up(alternatives=300, noise=0.6, of_lens=0.5, seed=0):
-    """Truth over two powers of ten; both looks at it are off by log-normal factors, the lens by a slope as well."""
+    """Truth over two powers of ten, and two estimates of it with log-normal errors; the lens has a slope as well."""
     source = np.random.default_rng(seed)
     truth = np.exp(source.normal(0.0, 1.2, alternatives))
     measured = truth * np.exp(source.normal(0.0, noise, alternatives))
@@ -29,7 +29,7 @@ def error(scores, truth):
 
 
 def test_both_together_are_nearer_than_either():
-    """As near as the measurement, the lens seen through its slope, and the spread of the truth allow."""
+    """The error is the least that the measurement, the lens corrected for its slope, and the spread of truth allow."""
     truth, measured, lens = made_up()
     together = shrunk(measured, 0.6 * measured, lens, ONE_LAYER)
     best = 1 / (1 / 0.6**2 + 1 / (0.5 / 0.8) ** 2 + 1 / 1.2**2)
@@ -43,14 +43,14 @@ def test_a_lens_that_errs_by_a_factor_of_each_layer_is_as_good_as_one_that_does_
     off = lens * np.array([0.1, 4.0, 1.0, 9.0, 0.5])[layers]
     best = 1 / (1 / 0.6**2 + 1 / (0.5 / 0.8) ** 2 + 1 / 1.2**2)
     assert error(shrunk(measured, 0.6 * measured, off, layers), truth) == pytest.approx(best, rel=0.15)
-    # Without knowing of layers such a lens would be of little use.
+    # Without the layers such a lens would be of little use.
     assert error(shrunk(measured, 0.6 * measured, off, ONE_LAYER), truth) > 1.3 * best
 
 
 def test_what_is_certain_stays_and_what_is_not_follows_the_lens():
     truth, measured, lens = made_up(noise=1e-3)
     np.testing.assert_allclose(shrunk(measured, 1e-3 * measured, lens, ONE_LAYER), measured, rtol=1e-4)
-    # One alternative that nobody knows anything of, among many that are known well.
+    # One alternative of which nothing is known, among many that are known well.
     errors = np.append(1e-3 * measured, 1e4)
     odd = shrunk(np.append(measured, 50.0), errors, np.append(lens, np.median(lens)), np.zeros(301, int))[-1]
     assert odd == pytest.approx(np.median(truth), rel=0.35)
@@ -92,10 +92,10 @@ def test_kinds_weigh_what_they_have_in_tokens(times, expected):
 
 
 def test_few_alternatives_are_corrected_by_the_lens_on_traces_they_were_not_scored_on():
-    """Fewer than a fit takes: only weights and correction act. By hand, for one kind of traces of one token."""
+    """Too few for a fit, so that only weights and correction act; by hand, for one kind of traces of one token."""
     tokens, kinds, layers = np.ones(6, int), np.zeros(6, int), np.zeros(3, int)
     times = np.array([[1, 1, 1, 0, 0, 0]] * 3, float)
-    lens = np.array([[1.0, 2.0, 3.0, 4.0, 5.0, 3.0]] * 3)  # 2 on the scored ones, 3 on all
+    lens = np.array([[1.0, 2.0, 3.0, 4.0, 5.0, 3.0]] * 3)  # means of 2 on the scored traces, 3 on all
     values = np.array(
         [[4.0, 5.0, 6.0, np.nan, np.nan, np.nan], [6.0, 5.0, 4.0, 9.0, 9.0, 9.0], [0.0, 10.0, 20.0, 0, 0, 0]]
     )
@@ -116,7 +116,7 @@ def test_few_alternatives_are_corrected_by_the_lens_on_traces_they_were_not_scor
 
 
 def test_estimates_of_few_traces_rank_better_than_their_means():
-    """Traces of which some hurt every alternative more; alternatives of one layer hurt by like amounts."""
+    """The lens sees how much each trace hurts each alternative, up to a factor that depends mostly on the layer."""
     source = np.random.default_rng(3)
     alternatives, traces = 120, 90
     layers, kinds = np.arange(alternatives) % 4, np.arange(traces) % 3
@@ -160,7 +160,7 @@ def test_a_book_without_a_lens_gives_its_means_and_one_with_it_its_estimates():
     }
     times = np.array([[1.0] * 5 + [0.0] * 3] * 30)
     np.testing.assert_allclose(table.estimates(), estimate(table.values[..., 0], table.lens, times=times, **known))
-    # A draw that holds a trace twice counts it twice: the same as if it were two traces.
+    # A draw that holds a trace twice counts it twice, as if it were two traces.
     drawn, values = [0, 0, 1, 3, 4, 6], np.nan_to_num(table.values[..., 0])
     times = np.array([[2.0, 1.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0]] * 30)
     twice = estimate(values, table.lens, times=times, **known)
@@ -175,7 +175,7 @@ def test_a_trace_drawn_twice_counts_as_two():
     doubled = [0, 0, 1, 2, 3]
     once = np.ones((20, 5))
     times = np.array([[2.0, 1.0, 1.0, 1.0]] * 20)
-    # What the lens saw overall is what it is in both, so its mean must be: give it no trace-to-trace differences.
+    # The mean of the lens must be the same in both, so it gets no differences between traces.
     lens[:] = lens[:, :1]
     found = estimate(values, lens, times=times, tokens=tokens, kinds=kinds, layers=layers)
     apart = estimate(

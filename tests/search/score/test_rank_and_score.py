@@ -96,7 +96,7 @@ def test_a_ranking_goes_on_from_the_sums_of_a_killed_run(parent, ranking, tmp_pa
     np.testing.assert_array_equal(again.routed, ranking.routed)
     for method in METHODS:
         np.testing.assert_array_equal(again.scores[method], ranking.scores[method], err_msg=method)
-    path.write_bytes(path.read_bytes()[:99])  # half a file is none
+    path.write_bytes(path.read_bytes()[:99])  # a truncated file counts as none
     assert KeptSums(path).load(config)[0] == 0
 
 
@@ -156,7 +156,7 @@ def test_experts_are_removed_one_by_one_as_a_direct_search_does(parent, ranking)
             growth = (errors * weight).sum(axis=1)
             growth[~alive] = np.inf
             unused = ranking.routed[layer] == 0
-            if not (unused & alive).any():  # an expert that is never used goes first, by any order among such
+            if not (unused & alive).any():  # unused experts go first, in any order
                 victim = int(np.argmin(growth))
                 assert ranking.scores["joint_greedy"][layer][victim] == step, (layer, step)
             else:
@@ -185,7 +185,7 @@ def layer_inputs(params, config, tokens, count):
 
 @partial(jax.jit, static_argnums=1)
 def removal_errors(moe, config, y, alive):
-    """Per expert and token, the mean squared distance from the whole mixture without it and those gone before."""
+    """Per expert and token, the mean squared distance from the whole mixture without it and those removed before."""
     logits = y @ moe["router_weight"] + moe["router_bias"]
 
     def mixture(mask):
@@ -258,7 +258,7 @@ def test_scores_are_those_of_whole_passes_over_single_replacements(parent):
 
 
 def test_children_share_what_they_have_in_common_and_get_the_same_bits(parent, monkeypatch):
-    """Layers of the parent are run once; of the children, those above the first that differs from all others."""
+    """The parent's layers run once, and a child's from the first one in which it differs from all others."""
     config, params, traces = parent
     alike = list(identity_child(config).blocks)
     alike[2] = ChildBlock((0, 2, 3, 5), alike[2].window)
@@ -273,12 +273,12 @@ def test_children_share_what_they_have_in_common_and_get_the_same_bits(parent, m
     np.testing.assert_array_equal(together.kl, np.concatenate([found.kl for found in alone]))
     assert together.scores == [found.scores[0] for found in alone]
     layers, batches = config.num_layers, len(micro_batches(traces, tokens_per_batch=128))
-    # The parent (which the third child is), two children from layer 2 and layer 3 on, and one with its own rotation.
+    # The parent (which the third child is), two children from layers 2 and 3 on, and all of one with its own RoPE.
     assert len(ran) == batches * (layers + (layers - 2) + (layers - 3) + layers)
 
 
 def test_every_batch_is_done_when_it_is_filled(parent):
-    """Five traces of which each is a batch."""
+    """Five traces, each of which is a batch."""
     config, params, traces = parent
     traces = [*traces, replace(traces[0], prompt=(3, 4, 5))]
     alternatives = [(0, Alternative(np.arange(7) < 5, 6)), (3, Alternative(np.arange(7) > 3, None))]
@@ -295,7 +295,7 @@ def test_losses_by_context_and_beyond_the_window(parent):
     table = ScoreTable.empty([(1, Alternative(np.ones(7, bool), 24))], traces)
     Fill(table, ReplaceOne(params, config), [0], range(4), tokens_per_batch=128)()
     score = table.score(0)
-    # Of 7, 3, 12 and 30 completion tokens those are late that are predicted from more than 24 tokens.
+    # Completion tokens predicted from more than 24 tokens are late: of 7, 3, 12 and 30, those of the last two traces.
     late = (12 + 30) / (7 + 3 + 12 + 30)
     assert score.late_share == pytest.approx(late) and score.late_kl == pytest.approx(score.kl / late)
     assert table.values[0, :2, 0].tolist() == [0.0, 0.0]  # a window as wide as the trace changes nothing
@@ -328,7 +328,7 @@ def test_a_book_is_kept_for_the_same_question_only(parent, tmp_path):
     assert not again.scored.any()
     again.load(tmp_path / "table", again.key("parent"))
     again.recall([0], range(len(traces)))
-    assert not again.scored.any()  # nothing but what is asked for counts
+    assert not again.scored.any()  # only what is asked for counts
     again.recall([0, 1], [1, 2])
     np.testing.assert_array_equal(again.values, table.values)
     (tmp_path / "table").write_bytes(b"half a file")
@@ -347,7 +347,7 @@ def test_a_lens_of_the_last_layer_is_exact_and_others_order_alternatives(parent)
     exact, looked = (ScoreTable.empty(alternatives, traces) for _ in range(2))
     Fill(exact, run, range(6), range(4), tokens_per_batch=128)()
     Fill(looked, fit_lens(run, batches), range(6), range(4), tokens_per_batch=128)()
-    # After the last layer nothing follows: its map is the identity, but for the ridge.
+    # Nothing follows the last layer: its map is the identity, up to the ridge.
     np.testing.assert_allclose(looked.means()[3:], exact.means()[3:], rtol=0.05)
     assert np.all(looked.means()[:3] > 0)
 

@@ -1,4 +1,4 @@
-"""The problem and its baselines: every architecture enumerated on small spaces with random scores."""
+"""The problem and its baselines against an enumeration of all architectures of small spaces with random scores."""
 
 import itertools
 import json
@@ -29,7 +29,7 @@ SPACE = Space(CONFIG, (CHOICES,) * 3, candidate_windows(CONFIG, (8,)))
 
 
 class Provider:
-    """Experts save a little time, windows much."""
+    """Fewer experts save a little time, windows a lot."""
 
     name = "by hand"
 
@@ -132,7 +132,7 @@ def test_restricted_baselines_keep_the_rest_and_say_what_they_miss():
     experts, windows = baselines["experts_only"], baselines["windows_only"]
     assert [b.window for b in experts.blocks] == [5, None, 5]
     assert not experts.meets_target and experts.violated[0].startswith("speed-up in scenario 'chat' is 1.1")
-    assert experts.blocks == tuple(BlockConfig(3, b.window) for b in CONFIG.blocks)  # the nearest to the speed
+    assert experts.blocks == tuple(BlockConfig(3, b.window) for b in CONFIG.blocks)  # nearest to that speed
     assert windows.blocks == (BlockConfig(7, 5), BlockConfig(7, 8), BlockConfig(7, 5))
     assert windows.violated == ("expert bytes ratio is 1, asked for 0.65",)
 

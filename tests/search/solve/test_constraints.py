@@ -27,7 +27,7 @@ SCORES = Scores(experts=((0.0, 1.0, 3.0),) * 3, attention=((0.0,), (0.0, 0.5), (
 
 
 class Provider:
-    """Prefill takes 2 s and a step 1 s, and every expert, and every four full positions, 0.01 s of both."""
+    """Prefill takes 2 s and a step 1 s; every expert adds 0.01 s to both, every four positions 0.01 s to a step."""
 
     name = "by hand"
 
@@ -44,7 +44,7 @@ class Provider:
 
 
 COSTS = compute_costs(SPACE.offer, [CHAT], "mxfp4", Provider())
-# Of the parent in "chat": 21 experts; windows 5, 18, 5.
+# The parent in "chat" has 21 experts and windows of 5, 18 and 5.
 PREFILL, DECODE = 2.0 + 0.21, 1.0 + 0.21 + 0.0025 * 28
 
 
@@ -103,7 +103,7 @@ def test_open_batches_give_one_set_of_limits_each():
     assert list(found.constraints_by_batch) == ["open"]
     by_batch = found.constraints_by_batch["open"]
     assert tuple(by_batch) == costs.offered_batches("open")
-    # The parent has room for 4 requests, and the more the faster.
+    # The parent has room for 4 requests, and the more there are, the faster it is.
     seconds = (4 / 3) * 2.21 + 30 * (1.0 + (4 / 3) * (0.21 + 0.0025 * 130))
     rate = 4 * 30 / seconds
     memory, request, decode = (constraint.limit for constraint in by_batch[12])
@@ -130,7 +130,7 @@ def test_the_library_holds_every_batch():
 
 
 def everything(found):
-    """Every architecture of the space with its batches that meet the target, by hand and with plain floats."""
+    """Every architecture of the space with the batches at which it meets the target, by hand and in plain floats."""
     costs, target = found.costs, found.target
     parent = costs.tokens_per_second(CONFIG.blocks, "open")
     for counts in product((7, 5, 3), repeat=3):

@@ -245,7 +245,7 @@ def test_template_functions_of_real_templates(directory, tmp_path):
 
 
 def edited(directory, tmp_path, **files):
-    """A copy in which JSON files are updated; None removes a key."""
+    """Copies the directory and updates its JSON files; None removes a key."""
     copy = tmp_path / "edited"
     shutil.copytree(directory, copy)
     for name, changes in files.items():
@@ -310,7 +310,7 @@ def test_of_named_templates_the_default_is_rendered(directory, tmp_path):
     edited(copy, tmp_path / "b", tokenizer_config={"chat_template": named[:1]})
     with pytest.raises(CheckpointError, match="has the chat templates tool_use, but none that is called default"):
         Chat.load(tmp_path / "b" / "edited")
-    # Files go before what the configuration says.
+    # Files take precedence over the configuration.
     (copy / "additional_chat_templates").mkdir()
     (copy / "additional_chat_templates" / "default.jinja").write_text("{{ bos_token }}{{ reasoning_effort }}")
     assert Chat.load(copy).decode(Chat.load(copy).prompt_tokens("x", "low")) == "low"

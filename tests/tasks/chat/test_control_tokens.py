@@ -20,7 +20,7 @@ def chat():
 
 
 def characters(chat, text):
-    """Ids of a text character by character: no control token, no word of the chat format."""
+    """Ids of a text's single characters, without control tokens or words of the chat format."""
     return [chat.tokenizer.token_to_id(character) for character in text]
 
 

@@ -1,7 +1,7 @@
-"""Our rendering and parsing against openai-harmony, with the vocabulary and the chat form of gpt-oss.
+"""Our rendering and parsing against openai-harmony, with the vocabulary and chat format of gpt-oss.
 
-The vocabulary is o200k, whose ranks the package bpe-openai carries; a tokenizers.Tokenizer is built from them as
-gpt-oss' tokenizer.json describes one. The template is ours, written to say what the published one says for
+The vocabulary is o200k, whose ranks come with the package bpe-openai; a tokenizers.Tokenizer is built from them as
+gpt-oss' tokenizer.json describes. The template is our own, written to render what the published one renders for
 conversations without tools.
 """
 
@@ -71,7 +71,7 @@ TEMPLATE = """\
 
 
 def _byte_names() -> list[str]:
-    """The character that byte-level vocabularies write for each byte: itself when it shows, else one from 256 up."""
+    """Characters that byte-level vocabularies write for each byte: itself if printable, otherwise one from 256 on."""
     shown = {*range(33, 127), *range(161, 173), *range(174, 256)}
     hidden = [byte for byte in range(256) if byte not in shown]
     return [chr(byte) if byte in shown else chr(256 + hidden.index(byte)) for byte in range(256)]
@@ -81,7 +81,7 @@ def _tokenizer(ranks_file: bytes) -> tokenizers.Tokenizer:
     ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, ranks_file.splitlines())}
     names = _byte_names()
     name = {token: "".join(names[byte] for byte in token) for token in ranks}
-    # Ranks say that any two neighbours which make a token may merge, those of the lowest token first.
+    # Any two adjacent tokens that form a token may merge, the lowest-ranked result first.
     merges = [
         (name[token[:i]], name[token[i:]])
         for token in sorted(ranks, key=ranks.__getitem__)
@@ -95,7 +95,7 @@ def _tokenizer(ranks_file: bytes) -> tokenizers.Tokenizer:
     ])  # fmt: skip
     tokenizer.decoder = decoders.ByteLevel()
     by_id = {index: token for token, index in SPECIAL.items()}
-    # Special tokens take the ids that follow the vocabulary, so that the ones between ours must be there too.
+    # Special tokens take the ids after the vocabulary in order, so the unused ones in between must be added too.
     tokenizer.add_special_tokens([
         AddedToken(by_id.get(index, f"<|reserved_{index}|>"), special=True, normalized=False)
         for index in range(len(ranks), CALL + 1)
@@ -111,7 +111,7 @@ def vocabulary() -> bytes:
 
 @pytest.fixture(scope="module")
 def chat(vocabulary, tmp_path_factory) -> Chat:
-    """Loaded from files, as from a gpt-oss checkpoint."""
+    """A Chat loaded from files, as from a gpt-oss checkpoint."""
     directory = tmp_path_factory.mktemp("gpt-oss")
     _tokenizer(vocabulary).save(str(directory / "tokenizer.json"))
     (directory / "chat_template.jinja").write_text(TEMPLATE)
@@ -131,7 +131,7 @@ def encoding(vocabulary, tmp_path_factory):
 
 
 def theirs(encoding, messages, effort) -> list[int]:
-    """What openai-harmony renders of the same messages."""
+    """Ids that openai-harmony renders for the same messages."""
     system = harmony.SystemContent.new().with_conversation_start_date(f"{TODAY:%Y-%m-%d}")
     system = system.with_reasoning_effort(harmony.ReasoningEffort(effort.capitalize()))
     make = harmony.Message.from_role_and_content
@@ -224,7 +224,7 @@ def test_histories_have_harmonys_ids_without_what_was_thought(chat, encoding):
     assert ours == theirs(encoding, messages, "low")
     assert "Two and two" not in chat.decode(ours)
     assert ours.count(END) == 7 and RETURN not in ours
-    # openai-harmony itself drops only what was thought before the first final answer.
+    # openai-harmony itself drops only the analysis before the first final answer.
     messages[4]["thinking"] = "Four threes."
     assert chat.prompt_tokens(messages, "low") == ours
 

@@ -1,4 +1,4 @@
-"""Chat templates are rendered in a bounded process: whatever one does is a text or one sentence that names its file."""
+"""Chat templates render in a bounded process: each yields a text, or one sentence of error that names its file."""
 
 import datetime
 import os
@@ -26,7 +26,7 @@ def render(source, **variables) -> str:
 
 @pytest.fixture
 def service(monkeypatch):
-    """A service of the test's own, whose process ends with the test."""
+    """A service for this test alone, whose process ends with the test."""
     service = rendering._Service()
     monkeypatch.setattr(rendering, "_SERVICE", service)
     yield service
@@ -121,7 +121,7 @@ def test_any_error_is_one_sentence(source, message):
 def test_memory_is_bounded(monkeypatch, service, source):
     monkeypatch.setattr(rendering, "RENDER_BYTES", 1 << 28)
     said = told(source)
-    # CPython bounds the width of some formats by itself.
+    # CPython itself bounds the width of some formats.
     assert "it takes more memory than a rendering may" in said or "ValueError" in said or "OverflowError" in said
     assert render("{{ 1 + 1 }}") == "2"
 
@@ -179,12 +179,12 @@ def test_a_fork_starts_a_process_of_its_own(service):
     ours = template("{{ x }}")
     ours.render(x=0)
     assert service._owner == os.getpid()
-    service._owner = -1  # as a fork finds it
+    service._owner = -1  # as in a fork
     first, channel = service._process, service._channel
     assert ours.render(x=1) == "1"
     assert service._process is not first
     channel.close()
-    first.wait(20)  # It ends when nobody can ask it any more.
+    first.wait(20)  # It ends when its channel is closed.
 
 
 def test_long_conversations_pass(service):

@@ -1,6 +1,6 @@
-"""Judging in processes: scores as without them, and a function that goes wrong costs its own sample and no other.
+"""Reward workers: scores equal those computed directly, and a function that fails costs only its own sample.
 
-The clocks are generous: a hang sleeps for an hour, and what ends by itself is waited for as long as it takes.
+The time limits are generous: a hang sleeps for an hour, and what ends by itself is waited for.
 """
 
 import itertools
@@ -165,7 +165,7 @@ def alive(pid: int) -> bool:
 
 
 def child_started() -> int:
-    """The process that "starts another" has started."""
+    """Id of the process that the behaviour "starts another" or "leaves a daemon" has started."""
     file = Path(os.environ["CHILD"])
     wait_until(lambda: file.exists() and file.read_text())
     return int(file.read_text())
@@ -252,7 +252,7 @@ def test_a_function_from_a_module_of_the_path(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with RewardWorkers(function="own_package.rewards:short") as workers:
         assert workers.rewards([answer(tokens=8)]) == [Reward(0.125, None)]
-    # The working directory counts where it is on the path, and only there.
+    # The working directory is searched only where it is on the path.
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry != str(tmp_path)])
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="No module named 'own_package'"):
@@ -304,7 +304,7 @@ def test_answers_are_judged_while_the_caller_does_something_else(behaviours):
         assert workers.finished(wait=True) == workers.finished(wait=False) == []
         asked = {workers.begin(answer(final)): final for final in ("1", "hangs", "2", "raises")}
         own = workers.begin(answer("1"), own_score=True)
-        assert workers.rewards([answer("2")]) == [Reward(10.0, None)]  # which takes nothing of theirs
+        assert workers.rewards([answer("2")]) == [Reward(10.0, None)]  # which takes none of their results
         found = {}
         while len(found) < 5:
             news = workers.finished(wait=True)
@@ -405,7 +405,7 @@ def test_processes_end_with_close_and_one_that_dies_idle_costs_nothing(behaviour
 
 
 def test_a_parent_that_is_killed_leaves_no_process(behaviours, tmp_path):
-    # No guard around the main program: processes that imported it would start processes of their own.
+    # No __main__ guard: processes that imported this script would start processes themselves.
     script = written(
         tmp_path / "script.py",
         f"""

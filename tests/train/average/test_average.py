@@ -1,4 +1,4 @@
-"""The average of two policies: its bytes, its record, what is refused, and the weight that a sweep chooses."""
+"""The average of two policies: its bytes, its record, refusals, and the weight that a sweep chooses."""
 
 import io
 import json
@@ -46,10 +46,10 @@ DOWN = "model.layers.1.mlp.experts.down_proj"
 def policy(
     start: Path, out: Path, seed: int, *, stops: bool = False, experts: bool = False, scale=1.0, **record
 ) -> Path:
-    """A model trained from `start`, as reinforcement learning exports it: all but experts and routers is its own.
+    """A model trained from `start`, as reinforcement learning exports it: all but experts and routers is trained.
 
-    One bias is trained to the same values whatever the seed. `stops` makes it end every answer at once, `experts`
-    trains a router and packed matrices of layer 1.
+    One bias has the same trained values whatever the seed. With `stops` it ends every answer at once; with `experts` a
+    router and packed matrices of layer 1 are trained too.
     """
     drawn, same = random_params(PRUNED, seed), random_params(PRUNED, 99)
     layers = [
@@ -58,7 +58,7 @@ def policy(
     ]
     delta: Params = {name: np.array(drawn[name]) for name in ("embedding", "final_norm", "head")} | {"layers": layers}
     delta["embedding"][0, :5] = -0.0
-    if stops:  # one feature, which outweighs all others, speaks for the end
+    if stops:  # one feature outweighs all others and favours the end token
         layers[1]["attention"]["o_bias"] = np.eye(1, PRUNED.hidden_size, dtype=np.float32)[0] * 1e3
         delta["head"][0, 1] = 10.0
     if experts:
@@ -101,7 +101,7 @@ def record(directory: Path) -> dict:
 
 
 def command(a: Path, b: Path, out: Path, **settings) -> list[str]:
-    """Of the command line; None leaves an option out."""
+    """Arguments of the command line; None leaves an option out."""
     given = ["average", str(a), str(b), "--out", str(out)]
     for name, value in settings.items():
         if value is not None:
@@ -132,7 +132,7 @@ def test_values_are_those_of_numpy_and_what_is_equal_keeps_its_bytes(root, tmp_p
 @pytest.mark.parametrize("weight,name,b", [(0.0, "a", "b"), (1.0, "b", "b"), (1.0, "experts", "experts")])
 def test_the_ends_are_one_model_to_the_byte(root, tmp_path, weight, name, b):
     out = averaged(root, tmp_path / "out", weight, b)
-    assert stored_bytes(out) == stored_bytes(root / name)  # the scales of the cache included
+    assert stored_bytes(out) == stored_bytes(root / name)  # including the scales of the cache
     np.testing.assert_array_equal(describe_checkpoint(out).kv_scales, describe_checkpoint(root / name).kv_scales)
     assert record(out)["averaged"]["weight"] == weight
 
@@ -214,10 +214,10 @@ def test_the_record_tells_of_both(root, tmp_path):
         "weight": 0.3,
         "grpo": [[{"step": 3}], [{"step": 5}]],
     }
-    assert "grpo" not in found  # which would say that the average was trained so
+    assert "grpo" not in found  # it would say that the average itself was trained
     for name in ("tokenizer.json", "chat_template.jinja", "config.json", "modeling_gpt_oss_puzzle.py"):
         assert (out / name).read_bytes() == (root / "a" / name).read_bytes()
-    # The larger scales: of a, k is [1, 2] and v [3, 4]; of b, [2, 2] and [3, 2].
+    # The larger scales of the two: in a, k is [1, 2] and v is [3, 4]; in b, they are [2, 2] and [3, 2].
     np.testing.assert_array_equal(describe_checkpoint(out).kv_scales, [[2, 2], [3, 4]])
     assert found["kv_scales"] == {"k": [2, 2], "v": [3, 4]}
 
@@ -232,7 +232,7 @@ def test_an_earlier_average_is_replaced_and_can_be_averaged_itself(root, tmp_pat
 
 
 def test_scales_that_only_the_record_holds_are_averaged_too(root, tmp_path):
-    """A plain `gpt_oss` child carries no scales; they are on record."""
+    """A plain `gpt_oss` child carries no scales; only its record has them."""
     for name in "ab":
         shutil.copytree(root / name, tmp_path / name)
         scales = {f"model.layers.{layer}.self_attn.{kind}_scale": None for layer in range(2) for kind in "kv"}
@@ -372,12 +372,12 @@ def test_values_that_are_no_numbers_are_refused(root, tmp_path):
 
 
 def measured(right: float, tokens: int, problems: int = 100, first: int = 0) -> Measured:
-    """The same at two efforts: a share of the problems is right, from number `first` on."""
+    """The same answers at two efforts: the share `right` of the problems, starting at number `first`, is correct."""
     return measured_as(np.roll(np.arange(problems) < right * problems, first), tokens)
 
 
 def measured_as(correct: np.ndarray, tokens: int) -> Measured:
-    """Every problem answered as `correct` says, at two efforts, in so many tokens."""
+    """Answers at two efforts of `tokens` tokens each, correct for the problems where `correct` is true."""
     efforts = ("low", "high")
     answers = [
         Trace("add", effort, seed, {}, (1,), (2,) * tokens, float(right), False)
@@ -390,15 +390,15 @@ def measured_as(correct: np.ndarray, tokens: int) -> Measured:
 @pytest.mark.parametrize(
     "points,limit,weight,why",
     [
-        # One problem in 100 is lost, whose standard error is sqrt(0.01 * 0.99 / 100) = 0.00995: not within.
+        # One problem in 100 is lost; the standard error is sqrt(0.01 * 0.99 / 100) = 0.00995, so 0.01 is not within it.
         ({0.0: (0.8, 90), 0.5: (0.79, 60)}, None, 0.0, "the highest accuracy"),
-        # 12 are lost and 11 won, a difference of 0.01 with a standard error of 0.048: within.
+        # 12 are lost and 11 won: a difference of 0.01, within its standard error of 0.048.
         ({0.0: (0.5, 90), 0.5: (0.49, 60, 12)}, None, 0.5, "within one standard error of the accuracy of weight 0"),
         ({0.0: (0.9, 90), 0.5: (0.6, 60), 1.0: (0.3, 30)}, None, 0.0, "the highest accuracy"),
         ({0.0: (0.9, 90), 0.5: (0.6, 60), 1.0: (0.3, 30)}, 89.0, 0.5, "the highest accuracy with at most 89.0 tokens"),
         ({0.0: (0.9, 90), 0.5: (0.6, 60), 1.0: (0.3, 30)}, 60.0, 0.5, "the highest accuracy with at most 60.0 tokens"),
         ({0.0: (0.9, 90), 0.5: (0.6, 60), 1.0: (0.3, 30)}, 20.0, 1.0, "the fewest tokens, since no weight has at most"),
-        # Equal accuracies on the same problems: the shortest; all equal: the first.
+        # With equal accuracies on the same problems, the shortest is chosen; with equal lengths too, the first.
         ({0.0: (0.6, 60), 0.5: (0.6, 50), 1.0: (0.6, 70)}, 65.0, 0.5, "the highest accuracy with at most 65.0 tokens"),
         ({0.0: (0.6, 60), 0.5: (0.6, 60)}, None, 0.0, "the highest accuracy"),
         ({0.0: (0.6, 70), 0.5: (0.7, 70)}, 60.0, 0.5, "the fewest tokens, since no weight"),
@@ -410,7 +410,7 @@ def test_the_best_point_of_the_frontier(points, limit, weight, why):
 
 
 def test_standard_errors_are_those_of_problems_within_their_task():
-    """A problem that is lost in every draw, since its task has no other, costs no more than it does."""
+    """Draws resample problems within their task, so a task whose problems are all lost or all won adds no variance."""
     best, other = measured(1.0, 90, 10), measured(0.9, 60, 10, first=1)
     assert choose({0.0: best, 1.0: other}, ["add"] * 10, None).weight == 0.0  # 0.1 lost, standard error 0.095
     number = np.arange(10)
@@ -443,7 +443,7 @@ def test_a_sweep_asks_every_weight_and_writes_one(root, tmp_path, capsys):
         assert point["tokens"] == np.mean([len(answer.completion) for answer in answers]) > 1
     assert sweep["reference"]["model"] == str(root / "start")
     assert (sweep["split"], sweep["problems"], sweep["max_tokens"]) == ("confirmation", 2, {"low": 4})
-    assert found["weight"] == sweep["chosen"] == 0.5  # none is ever right, and the first of the shortest is taken
+    assert found["weight"] == sweep["chosen"] == 0.5  # no answer is correct, so the first of the shortest is taken
     write_average(Pair.open(root / "a", root / "b"), 0.5, tmp_path / "alone")
     alone, wanted = stored_bytes(tmp_path / "alone"), stored_bytes(out)
     scales = {name for name in wanted if name.endswith("_scale")}
@@ -459,7 +459,7 @@ def test_a_sweep_asks_every_weight_and_writes_one(root, tmp_path, capsys):
 
 
 def test_a_sweep_without_a_reference_has_no_limit(root, tmp_path, monkeypatch):
-    """Scripted answers: figures, their table, and the weight that follows from them."""
+    """With scripted answers: the measured numbers, their table, and the weight chosen from them."""
     asked = []
 
     def answer(params, config, chat, questions, *, max_tokens, temperature, slots, on_answer) -> list[Trace]:

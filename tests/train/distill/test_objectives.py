@@ -1,4 +1,4 @@
-"""Distillation and blockwise distillation against naive computations with whole logits and layer by layer."""
+"""Distillation against a naive computation on whole logits, and blockwise distillation against one layer by layer."""
 
 from dataclasses import asdict, replace
 
@@ -40,14 +40,14 @@ STUDENT = Student(SHORT, TRAINABLE)
 
 @pytest.fixture(scope="module")
 def setting():
-    """The parent's weights packed and dense, masters of all of them, and rows with a teacher's top k."""
+    """The parent's weights, packed and dense; fp32 master weights for all of them; rows with a teacher's top k."""
     packed = toy.packed_params(SHORT)
     params = toy.dense(packed)
     return packed, params, random_master_weights(STUDENT, STUDENT.stacked(params)), toy.batch(random_top_k())
 
 
 def random_top_k():
-    """Of every position, K different tokens with three quarters of all probability."""
+    """For every position, K distinct tokens that hold three quarters of the probability."""
     rng = np.random.default_rng(11)
     ids = rng.permuted(np.tile(np.arange(98, dtype=np.int32), (ROWS, LENGTH, 1)), axis=-1)[..., :K]
     logits = -np.sort(3 * rng.random((ROWS, LENGTH, K)), axis=-1).astype(np.float16)
@@ -83,7 +83,7 @@ def rounded(own):
 
 @jit
 def naive_distillation(own, params, batch):
-    """Value, terms and gradient of the definitions on whole logits; `own` are masters by layer."""
+    """Value, terms and gradient of the definitions on whole logits; `own` holds the fp32 master weights by layer."""
 
     def total(own):
         own = rounded(own)
@@ -125,7 +125,7 @@ def test_trainable_routers_and_kept_experts_have_gradients_and_lost_ones_none(se
         kept = np.isin(np.arange(8), block.kept)
         for name in ("gate_up", "gate_up_bias", "down", "down_bias", "router_bias"):
             learning = np.any(np.asarray(layer["moe"][name]).reshape(8, -1), axis=-1)
-            assert not learning[~kept].any() and learning[kept].sum() >= 3  # a few are never chosen
+            assert not learning[~kept].any() and learning[kept].sum() >= 3  # a few are never routed to
         learning = np.any(np.asarray(layer["moe"]["router_weight"]), axis=0)
         assert not learning[~kept].any() and learning[kept].sum() >= 3
 
@@ -146,7 +146,7 @@ def test_what_is_frozen_has_no_gradient(setting, trainable):
 
 
 def test_micro_batches_add_up(setting, found):
-    """The first row alone, and the other three: together they are the batch."""
+    """The first row and the other three, computed separately, add up to the batch."""
     _, params, trained, batch = setting
     base = STUDENT.stacked(params)
     nothing = pack([[]] * ROWS, LENGTH, toy.PAD)
@@ -163,7 +163,7 @@ def test_micro_batches_add_up(setting, found):
 
 
 def test_positions_of_weight_zero_do_not_count(setting, found):
-    """Whatever the targets and top k there are; and without any weight, everything is 0."""
+    """Their targets and top k do not matter; and if all weights are 0, so are the losses and gradients."""
     _, params, trained, batch = setting
     base, dead = STUDENT.stacked(params), batch.weights == 0
     extras = dict(batch.extras)
@@ -180,7 +180,7 @@ def test_positions_of_weight_zero_do_not_count(setting, found):
 def test_a_mesh_computes_what_one_device_does(setting, found, sizes, form):
     packed, params, trained, batch = setting
     placement = Placement(make_training_mesh(*sizes))
-    # From the host: between devices, every shape is cut by a program of its own.
+    # Placed from the host: resharding between devices would compile a program for every shape.
     base, trained = jax.device_get((STUDENT.stacked(packed if form == "packed" else params), trained))
     base = placement.base(base, SHORT.parent)
     experts = base["runs"][0][0]["moe"]["down"]
@@ -199,7 +199,7 @@ def test_a_mesh_computes_what_one_device_does(setting, found, sizes, form):
 
 
 def test_a_student_with_values_of_its_own_compiles(setting):
-    """`jax.jit` hashes what it compiles."""
+    """`jax.jit` must be able to hash the objective."""
     _, params, _, batch = setting
     student = Student(replace(SHORT, dense_delta={"final_norm": np.ones(32, np.float32)}))
     base = jax.eval_shape(student.stacked, params)
@@ -251,7 +251,7 @@ BLOCKS = jit(with_gradient(Blocks(LOCAL)))
 
 @jit
 def naive_blocks(own, params, batch):
-    """Every layer on the parent's input to it, one after the other; `own` are masters by layer, None where frozen."""
+    """Runs each layer on the parent's input to it; `own` holds the fp32 master weights by layer, None where frozen."""
     live = (batch.segment_ids > 0).astype(jnp.float32)[..., None]
     states = toy.teacher_states(params, batch, SHORT)
     table = rope_table(SHORT.viewed.rope, SHORT.parent.head_dim, batch.positions)
@@ -284,7 +284,7 @@ def test_blocks_are_compared_layer_by_layer_and_learn_alone(setting):
     by_layer = unstack_params(gradient, LOCAL.runs)
     close(by_layer, expected_gradient, 3e-4)
     assert by_layer["embedding"] is None and by_layer["layers"][0]["moe"]["router_weight"] is None
-    # Another first layer, of the same run: its own gradient alone changes.
+    # If another layer of the same run, the first, changes, only that layer's gradient does.
     other = unstack_params(trained, LOCAL.runs)
     other["layers"][0] = jax.tree.map(lambda leaf: np.asarray(leaf) + 0.1, other["layers"][0])
     _, gradient = BLOCKS(stack_params(other, LOCAL.runs), base, batch)

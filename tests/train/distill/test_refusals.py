@@ -1,4 +1,4 @@
-"""What distillation refuses before it reads weights, each in one sentence; its recipe, its data's two sides, help."""
+"""Distillation's one-sentence refusals before weights are read, its recipe, its split of the data, and help."""
 
 import shutil
 import warnings
@@ -182,7 +182,7 @@ def test_what_the_examples_cannot_teach_is_told_with_counts(directory, tmp_path)
         return [str(warning.message) for warning in found if warning.category is PuzzleWarning]
 
     sizes = [len(t.prompt) + len(t.completion) for t in map(random_trace, range(240))]
-    # The child has a window of 24 on a layer on which its parent sees everything.
+    # The child has a window of 24 on a layer where its parent has full attention.
     (of_windows,) = told()
     assert (
         max(sizes) == 23 and "windows of 24 where" in of_windows and "the longest example has 23 tokens" in of_windows
@@ -199,7 +199,7 @@ def test_what_the_examples_cannot_teach_is_told_with_counts(directory, tmp_path)
 
 
 def test_templates_see_the_day_on_which_the_run_was_begun(directory, origin, tmp_path):
-    """Or traces of text would be others tomorrow, and the run would not go on."""
+    """Otherwise traces given as text would render differently tomorrow, and the run could not be resumed."""
     identity = {**origin.identity, "today": "2024-02-29"}
     open_run(tmp_path / "run", identity)
     again = DistillInputs.open(replace(origin.recipe, out=tmp_path / "run"), blocks=False)

@@ -1,4 +1,4 @@
-"""Distillation, from directories to a trained child: what it leaves, interrupted or not, in one process or two."""
+"""Distillation from directories to a trained child: its outputs, interrupted or not, in one process or two."""
 
 import os
 import random
@@ -72,13 +72,13 @@ def finished(directory, drawn_figures) -> Path:
 
 @pytest.fixture(scope="module")
 def origin(directory) -> Distiller:
-    """Of the child as it was cut."""
+    """The distiller of the child as it was cut."""
     return distiller(directory)
 
 
 @pytest.fixture(scope="module")
 def start_of(origin):
-    """From a child's directory to the values that its training begins with, and their metrics."""
+    """Maps a child's directory to the values that training it would begin with, and their metrics."""
     masters = jax.jit(origin.student.master_weights)
 
     def start(child: Path):
@@ -111,7 +111,7 @@ def test_the_child_is_an_ordinary_model_as_near_to_its_parent_as_the_last_evalua
     targets = np.roll(tokens, -1, axis=1)
     next_token = -np.take_along_axis(q, targets[..., None], -1)[..., 0][counts].mean()
     last = metrics(finished)[-1]
-    # To the rounding of the export to bfloat16, and exactly what its values come to in the trainer.
+    # Equal to the log up to the export's rounding to bfloat16, and to what the trainer measures on the exported values.
     assert kl == pytest.approx(last["evaluation/kl"], rel=0.01)
     assert next_token == pytest.approx(last["evaluation/next_token"], rel=0.01)
     _, found = start_of(finished / "child")
@@ -213,7 +213,7 @@ def test_blocks_learn_alone_and_leave_both_ends(directory, blocks, start_of):
     for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"):
         assert child[name].tobytes() == parent[name].tobytes(), name
     assert record(blocks)["distilled"][0]["blocks"] is True
-    # Its child is where distillation can begin, nearer to the parent than the one that was cut.
+    # Distillation can begin from its child, which is nearer to the parent than the one that was cut.
     _, found = start_of(blocks / "child")
     assert found["kl"] == pytest.approx(lines[-1]["evaluation/kl"], rel=0.01)
     assert found["kl"] < start_of(directory / "child")[1]["kl"]
@@ -224,7 +224,7 @@ ALL = {"train": "[router,experts]", "loss__forward_kl": 0, "loss__top_k_kl": 1, 
 
 @pytest.fixture(scope="module")
 def trainable(directory, blocks):
-    """Routers and experts learn, too, from cached logits; on from the child of `blocks`."""
+    """A run from the child of `blocks` that also trains routers and experts, on cached logits."""
     options = {**ALL, "child": blocks / "child", "teacher_cache": directory / "cache"}
     trained = distilling.distill(
         parse(VERBS["distill"], arguments(directory, directory / "trainable", **options)), QUIET
@@ -252,7 +252,7 @@ def test_trainable_experts_and_routers_go_out_as_they_were_trained(directory, or
     assert "layers.0.moe.gate_up" in names and "layers.1.moe.router_weight" in names
     assert [run["blocks"] for run in record(out)["distilled"]] == [True, False]
     assert metrics(out)[-1]["evaluation/kl"] < start_of(blocks / "child")[1]["kl"]
-    # What was trained must go on being trained: frozen, it would be the parent's again.
+    # What was trained must stay trainable: if it were frozen, it would revert to the parent's values.
     with pytest.raises(PuzzleError, match=r"values of its own for layers\.0\.moe\.\S+, .*name \S+ in train"):
         DistillInputs.open(replace(origin.recipe, child=out / "child"), blocks=False)
     again = distiller(directory, child=out / "child", train="[experts,router]").inputs.delta()
@@ -267,7 +267,7 @@ def test_a_cache_serves_the_next_run_without_asking_the_teacher(directory, origi
         raise AssertionError("the teacher was asked")
 
     again = distiller(directory, **trainable[2])
-    again.__dict__["base"] = origin.base  # which is the same, and there already
+    again.__dict__["base"] = origin.base  # the same weights, already loaded
     monkeypatch.setattr(distilling, "make_cache", asked)
     monkeypatch.setattr(Student, "teacher_hidden", asked)
     job = again.job()
@@ -301,7 +301,7 @@ def test_a_cache_of_something_else_is_refused(directory, trainable, tmp_path, ca
 
 
 def test_a_padded_child_stays_padded(directory, origin, tmp_path, monkeypatch):
-    """Every loader of gpt-oss reads it, and so it shall be after training."""
+    """Every gpt-oss loader can read it, and must still be able to after training."""
     windows = (BLOCKS[0], BlockConfig(4, None))
     export_child(
         directory / "parent", tmp_path / "child", CONFIG.with_blocks(windows), KEPT, provenance={}, pad_experts=True
@@ -330,7 +330,7 @@ def test_two_processes_train_what_one_does(directory, finished, tmp_path):
     out = tmp_path / "run"
     ended = in_processes(2, "distill", *arguments(directory, out, mesh__data=2, **SIMPLE))
     assert [process.returncode for process in ended] == [0, 0], [process.stderr for process in ended]
-    assert ["child: " in process.stderr for process in ended] == [True, False]  # one tells of both
+    assert ["child: " in process.stderr for process in ended] == [True, False]  # one reports for both
     for line, of_one in zip(metrics(out), metrics(finished), strict=True):
         assert line == pytest.approx(of_one, rel=1e-4)
     child, of_one = stored(out / "child"), stored(finished / "child")
@@ -391,7 +391,7 @@ def test_other_settings_and_other_traces_in_one_process_are_refused_by_both(dire
 
 @pytest.mark.slow
 def test_a_mesh_of_eight_devices_and_packed_experts_train_what_one_does(directory, finished, tmp_path):
-    """In a process of its own, where shapes are not checked: JAX puts other things in the place of packed arrays."""
+    """Runs in its own process, without shape checks, since JAX puts other objects in the place of packed arrays."""
     options = {"mesh__data": 2, "mesh__sequence": 2, "mesh__model": 2, "packed": "true"}
     (ended,) = in_processes(
         1, "distill", *arguments(directory, tmp_path / "run", **options), flags=f"{QUICK} {EIGHT_DEVICES}"

@@ -1,4 +1,4 @@
-"""A teacher's top k from files is the teacher, and files that are not the run's or not whole are refused."""
+"""A cached top k matches the teacher, and caches of other runs or damaged ones are refused."""
 
 import io
 import json
@@ -58,7 +58,7 @@ def copy(made, tmp_path):
 
 
 def test_it_holds_what_the_teacher_says(parent, made):
-    """Of every position before a token of an answer; batches of two rows, of which the last is not full."""
+    """It has every position before a token of an answer; rows go in batches of two, the last of which is not full."""
     directory, cache = made
     assert sorted(path.name for path in directory.parent.iterdir()) == ["cache"]
     assert cache.ids.shape == cache.logits.shape == (COUNTED, VOCAB) and cache.log_total.shape == (COUNTED,)
@@ -150,7 +150,7 @@ def test_damaged_files_are_refused(copy, name):
 
 
 def nothing_known(student, base, batch, *, k, temperature):
-    """In place of a teacher."""
+    """Stands in for a teacher."""
     shape = batch.tokens.shape
     return jax.numpy.zeros((*shape, k), int), jax.numpy.zeros((*shape, k)), jax.numpy.ones(shape)
 
@@ -160,7 +160,7 @@ def test_a_run_that_dies_leaves_nothing(monkeypatch, tmp_path, end):
     def dying(*args, **options):
         batches = packed(*args, **options)
         yield next(batches)
-        assert (tmp_path / "of").is_dir() and any((tmp_path / "of").iterdir())  # some of it is there
+        assert (tmp_path / "of").is_dir() and any((tmp_path / "of").iterdir())  # part of the cache is written
         raise end
 
     monkeypatch.setattr(teacher_cache, "top_k", nothing_known)
@@ -168,7 +168,7 @@ def test_a_run_that_dies_leaves_nothing(monkeypatch, tmp_path, end):
         patched.setattr(teacher_cache, "packed", dying)
         make(tmp_path / "of" / "cache", k=3)
     assert not any((tmp_path / "of").iterdir())
-    # Nothing is in the way of the next run, and an empty directory is not, either.
+    # Nothing blocks the next run; an empty directory does not either.
     (tmp_path / "of" / "cache").mkdir()
     cache = make(tmp_path / "of" / "cache", k=3)
     assert cache.ids.shape == (COUNTED, 3) and (cache.log_total == 1).all()

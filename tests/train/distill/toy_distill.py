@@ -1,4 +1,4 @@
-"""A distillation at the smallest size: a random parent, a child of it and traces of random tokens in one directory."""
+"""The smallest distillation: a random parent, a child of it, and traces of random tokens in one directory."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ SETTINGS = {
     "--loss.token_chunk": 32,
     "--loss.vocab_chunk": 48,
     "--optimizer.learning_rate": 0.003,
-    "--optimizer.eps": 1e-3,  # Adam would make a step as large as any of a gradient that is rounding alone
+    "--optimizer.eps": 1e-3,  # keeps Adam from taking full-size steps on rounding noise
     "--loop.steps": 6,
     "--loop.evaluate_every": 2,
     "--loop.save_every": 2,
@@ -47,10 +47,10 @@ def random_trace(number: int, vocabulary: int = CONFIG.vocab_size, prompt: int |
 
 
 def make(root: Path) -> Path:
-    """Fills a directory: parent/, child/ and traces.parquet."""
+    """Fills a directory with parent/, child/ and traces.parquet."""
     save_parent(root / "parent")
     cut(root / "parent", root / "child")
-    # Many, since grain takes milliseconds to shuffle few.
+    # Many, since grain takes milliseconds to shuffle only a few.
     write_traces(root / "traces.parquet", [random_trace(number) for number in range(240)])
     return root
 
@@ -65,7 +65,7 @@ def cut(parent: Path, out: Path, **options) -> None:
 
 
 def arguments(directory: Path, out: Path, **changes) -> list[str]:
-    """Of a command line, but for the verb; `changes` are settings, with __ for dots, and None leaves one out."""
+    """Command-line arguments without the verb; `changes` are settings, with __ for dots, and None leaves one out."""
     settings = {
         "--parent": directory / "parent",
         "--child": directory / "child",
@@ -83,7 +83,7 @@ def distiller(directory: Path, run: str = "nowhere", **changes) -> Distiller:
 
 
 def metrics(out: Path) -> list[dict]:
-    """Lines of metrics.jsonl without times, but for the evaluation before the first step."""
+    """Lines of metrics.jsonl without times, omitting the evaluation before the first step."""
     lines = [line for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if line["step"]]
     return [{name: value for name, value in line.items() if name != "seconds_per_step"} for line in lines]
 
@@ -97,7 +97,7 @@ def record(out: Path) -> dict:
 
 
 def refusal(capsys, directory: Path, out: Path, verb: str = "distill", **changes) -> str:
-    """The sentence with which a command is refused, after which nothing new stands at `out`."""
+    """Returns the sentence with which a command is refused; checks that nothing new was written to `out`."""
     before = sorted(out.rglob("*")) if out.exists() else None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "load_checkpoint", None)  # weights are not read

@@ -1,4 +1,4 @@
-"""What a run says of its answers: each thing once, and what may be wrong where none is right."""
+"""Notes of a run on its answers: each is printed once, with advice on what may be wrong when no answer passes."""
 
 import io
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""The policy's objective and its update against whole logits, plain policy gradients, and what the sampler said."""
+"""The policy's objective and update against whole logits, plain policy gradients, and the sampler's results."""
 
 from dataclasses import replace
 
@@ -29,7 +29,7 @@ from tests.train.toy_student import close, jit, random_master_weights
 CONFIG = small_config((BlockConfig(7, 5), BlockConfig(5, None), BlockConfig(5, None)))
 STUDENT = Student(identity_child(CONFIG))
 LENGTH, PAD, K = 28, 96, 2
-SIZES = ((12, 5), (15, 4), (19, 9), (11, 3), (17, 16))  # tokens and those of them that are the prompt
+SIZES = ((12, 5), (15, 4), (19, 9), (11, 3), (17, 16))  # tokens, and how many of them are the prompt
 ADVANTAGES = (0.75, -1.5, 0.5, -0.25, 2.0)
 CHUNKS = {"token_chunk": 16, "vocab_chunk": 40}
 
@@ -62,19 +62,19 @@ def example(number, **extras):
 
 
 def batch(**extras):
-    """Two answers, one, two, and an empty row."""
+    """One row with two answers, three rows with one each, and an empty row."""
     rows = [[example(i, **extras) for i in row] for row in ((0, 1), (2,), (3,), (4,), ())]
     return pack(rows, LENGTH, PAD)
 
 
 @jit
 def plain_logs(params, tokens):
-    """Log-probabilities of all tokens, by whole logits."""
+    """Log-probabilities of all tokens, from whole logits."""
     return jax.nn.log_softmax(forward(params, CONFIG, tokens))
 
 
 def each_example(params, rows):
-    """Row, positions and log-probabilities of every example, run alone; padding after it is not seen."""
+    """Yields row, positions and log-probabilities of every example, run alone; padding after it is not attended to."""
     for row in range(len(rows.tokens)):
         for segment in range(1, rows.segment_ids[row].max() + 1):
             here = np.flatnonzero(rows.segment_ids[row] == segment)
@@ -84,7 +84,7 @@ def each_example(params, rows):
 
 
 def plain_log_probs(params, rows):
-    """Log-probabilities of targets."""
+    """Log-probabilities of the targets."""
     found = np.zeros(rows.tokens.shape, np.float32)
     for row, here, logs in each_example(params, rows):
         found[row, here] = np.take_along_axis(logs, rows.targets[row, here][:, None], 1)[:, 0]
@@ -102,7 +102,7 @@ def policy(name="dapo", **settings):
 
 @pytest.fixture(scope="module")
 def plain_gradient(model):
-    """Of -sum of coefficient * advantage * log pi, by whole logits of the packed rows."""
+    """Gradient of -sum of coefficient * advantage * log pi, from whole logits of the packed rows."""
     _, base = model
     rows = batch()
 
@@ -126,7 +126,7 @@ def plain_gradient(model):
 
 @pytest.mark.parametrize("name", ["grpo", "dapo", "dr_grpo", "gspo", "cispo"])
 def test_on_policy_the_gradient_is_the_plain_policy_gradient(model, plain_gradient, name):
-    """And every ratio is exactly 1."""
+    """Every ratio is exactly 1, too."""
     _, base = model
     masters, rows = random_master_weights(STUDENT, base), batch()
     objective = policy(name, kl=0.0)
@@ -152,7 +152,7 @@ def test_scores_are_log_probabilities_of_the_policy_and_of_the_first_one(model):
 
 
 def test_off_policy_ratio_kl_and_entropy(model):
-    """Their means over the batch's tokens, by hand from whole logits."""
+    """Means over the batch's tokens, computed by hand from whole logits."""
     params, base = model
     masters, rows = random_master_weights(STUDENT, base, seed=5), batch()
     objective = policy("grpo", kl=0.3, entropy=0.2)
@@ -221,7 +221,7 @@ def test_replay_decides_the_experts_and_tells_how_many_would_differ(model):
 
 
 def test_the_samplers_log_probabilities_and_experts_are_the_trainers(model):
-    """On the same weights, within float32 rounding; so none would differ without replay."""
+    """On the same weights they agree within float32 rounding, so no choice of experts would differ without replay."""
     params, base = model
     rng = np.random.default_rng(4)
     requests = [Request(tuple(rng.integers(0, PAD, n).tolist()), limit, n) for n, limit in ((9, 13), (5, 8), (14, 11))]
@@ -243,8 +243,8 @@ def test_the_samplers_log_probabilities_and_experts_are_the_trainers(model):
 
 
 def test_micro_batches_and_rows_of_other_answers_add_up(model):
-    """An update from five micro-batches of one row is that from one of five; so are its metrics. Every program is
-    compiled once, for all micro-batches and updates."""
+    """An update from five micro-batches of one row, and its metrics, are those from one of five rows. Every program
+    is compiled once for all micro-batches and updates."""
     base = jax.device_put(model[1], jax.devices()[0])  # loaded weights are committed to a device
     rows = batch()
     single = [jax.tree.map(lambda x, i=i: x[i : i + 1], rows) for i in range(5)]
@@ -301,7 +301,7 @@ def test_on_a_mesh_the_update_is_that_of_one_device(model, of_one_device, shape)
 def test_answers_have_numbers_of_their_own():
     numbers = np.asarray(answer_numbers(batch())).reshape(5, LENGTH)
     assert numbers[0, 0] == 0 and numbers[0, 12] == 1 and numbers[1, 0] == LENGTH and numbers[2, 5] == 2 * LENGTH
-    assert len(np.unique(numbers)) == 6  # five answers, and the empty row
+    assert len(np.unique(numbers)) == 6  # five answers and the empty row
     assert numbers.max() < 5 * LENGTH
 
 

@@ -1,4 +1,4 @@
-"""What a step's answers are worth and how they lie in rows, by hand: no model writes them."""
+"""Rewards and advantages of a step's answers, and their packing into rows, on answers written by hand."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,11 +24,11 @@ from tests.support import present
 
 LIMITS = {"low": 10, "medium": 16, "high": 14}
 PAD, LAYERS, K = 77, 3, 2
-FIRST = 60  # token of every prompt
+FIRST = 60  # first token of every prompt
 
 
 def answered(reward, length=5, effort="low", prompt=3, truncated=False, experts=False):
-    """An answer of so many tokens 1, 2, ... whose log-probabilities are -1/8, -2/8, ...; None: it was lost."""
+    """An answer of tokens 1, 2, ... with log-probabilities -1/8, -2/8, ...; a reward of None means it has none."""
     problem = Problem("add", 7, "2 + 3?", "5")
     tokens = tuple(range(1, length + 1))
     chosen = np.arange((prompt + length - 1) * LAYERS * K, dtype=np.uint8).reshape(-1, LAYERS, K) if experts else None
@@ -66,7 +66,7 @@ def test_lost_answers_count_nowhere():
     found = judged((1.0, 0.0, None, 0.5), (0.25, 0.25, 0.25, 0.25), (None, None, None, 1.0), (None,) * 4)
     np.testing.assert_array_equal(found.counted[[0, 2]], [[True, True, False, True], [False, False, False, True]])
     np.testing.assert_array_equal(found.rewards[0], [1.0, 0.0, 0.0, 0.5])
-    # Of three: 3/2 of what each is above their mean of 0.5. Equal rewards, and one reward alone, tell nothing.
+    # With three rewards, 3/2 of the distance to their mean of 0.5. Equal rewards or a single one carry no signal.
     np.testing.assert_allclose(found.advantages[0], [0.75, -0.75, 0.0, 0.0], rtol=1e-6)
     assert (found.advantages[1:] == 0).all()
     np.testing.assert_array_equal(found.signal, [True, False, False, False])
@@ -89,7 +89,7 @@ def test_the_settings_choose_baseline_scale_and_clip():
     [
         (1.0, 2, "low", 1.0 + 0.4 * 0.375),  # 0.5 (1 - 2 / 8), gained
         (1.0, 8, "low", 1.0),
-        (0.0, 2, "low", 0.0),  # wrong ones gain nothing
+        (0.0, 2, "low", 0.0),  # incorrect answers gain nothing
         (1.0, 12, "low", 1.0 - 0.2 * 0.25),  # 0.5 (1 - 12 / 8), lost
         (0.0, 12, "low", -0.2 * 0.25),
         (1.0, 12, "medium", 1.0),  # no budget
@@ -110,7 +110,7 @@ def test_near_its_limit_an_answer_loses_up_to_1():
     chosen = settings(overlong_cache=4)
     found = [shaped_reward(answered(0.5, length), chosen, LIMITS) for length in (6, 7, 8, 10)]
     assert found == pytest.approx([0.5, 0.25, 0.0, -0.5])
-    assert shaped_reward(answered(0.5, 10, "medium"), chosen, LIMITS) == 0.5  # whose limit is 16
+    assert shaped_reward(answered(0.5, 10, "medium"), chosen, LIMITS) == 0.5  # its limit is 16
     assert shaped_reward(answered(None, 10), chosen, LIMITS) == 0.0
     both = settings(overlong_cache=4, length_budgets={"low": 5}, length_penalty=0.25)
     assert shaped_reward(answered(0.5, 10), both, LIMITS) == pytest.approx(0.5 - 0.25 - 1.0)
@@ -131,7 +131,7 @@ def test_groups_without_signal_and_lost_answers_are_left_out():
     found = judged((1.0, 0.0, None, 0.5), (1.0, 1.0, 1.0, None), (0.0, 0.25, 0.25, 0.25))
     groups = learnable(found, settings())
     assert [[one.rollout.outcome.reward for one in group] for group in groups] == [
-        [1.0, 0.0, 0.5],  # the last has an advantage of 0, but is one of the tokens that means are over
+        [1.0, 0.0, 0.5],  # the last has an advantage of 0, but its tokens count in the means
         [0.0, 0.25, 0.25, 0.25],
     ]
     assert [one.advantage for one in groups[0]] == pytest.approx([0.75, -0.75, 0.0])
@@ -144,7 +144,7 @@ def test_cut_off_answers_count_in_the_baseline_alone():
     found = reward_groups([cut, all_cut], settings(), LIMITS)
     filtered = learnable(found, settings(overlong_filter=True))
     assert [[one.rollout for one in group] for group in filtered] == [[cut[1]]]
-    assert filtered[0][0].advantage == pytest.approx(0.75)  # over the two that were cut off
+    assert filtered[0][0].advantage == pytest.approx(0.75)  # relative to the two that were cut off
     assert [len(group) for group in learnable(found, settings())] == [3, 3]
 
 
@@ -156,7 +156,7 @@ def test_cut_off_answers_count_in_the_baseline_alone():
     [
         ("token", (1 / 8, 1 / 8)),
         ("sequence", (1 / (2 * 3), 1 / (2 * 5))),
-        ("constant", (1 / (2 * 16), 1 / (2 * 16))),  # by the highest limit
+        ("constant", (1 / (2 * 16), 1 / (2 * 16))),  # the highest limit
     ],
 )
 def test_extras_lie_at_the_position_before_their_token(normalization, coefficients):
@@ -193,7 +193,7 @@ def packed(rows=2, length=12):
 
 def test_the_longest_are_packed_first_and_each_row_holds_what_fits():
     one, two = packed()
-    # 12, 9, 7, 4 and 3 tokens: the 4 fit beside the 7 only, the 3 beside the 9.
+    # 12, 9, 7, 4 and 3 tokens: the 4 fit only beside the 7, the 3 beside the 9.
     np.testing.assert_array_equal(one.segment_ids, [[1] * 12, [1] * 9 + [2] * 3])
     np.testing.assert_array_equal(two.segment_ids, [[1] * 7 + [2] * 4 + [0], [0] * 12])
     np.testing.assert_array_equal(one.tokens[1], [60, 61, 62, 1, 2, 3, 4, 5, 6, 60, 1, 2])

@@ -1,4 +1,4 @@
-"""Which prompts are asked: weights, pass rates, rows of files, and going on where another stream was."""
+"""Which prompts are asked: weights, pass rates, rows of files, and resuming from another stream's state."""
 
 import json
 from collections import Counter
@@ -63,7 +63,7 @@ def test_bounds_are_inclusive_and_wait_for_enough_answers():
     prompt = next(iter(stream.draw(1)))
     stream.record(prompt, 8, 0)
     assert stream.pass_rate(prompt) is None
-    stream.record(prompt, 8, 8)  # the first answers fade to 7.2
+    stream.record(prompt, 8, 8)  # the first answers have decayed to a weight of 7.2
     assert stream.pass_rate(prompt) == pytest.approx(8 / 15.2)
     stream.record(prompt, 0, 0)
     assert stream.pass_rate(prompt) == pytest.approx(8 / 15.2)
@@ -121,7 +121,7 @@ def test_rows_of_a_file_come_round_and_have_rates_of_their_own(tmp_path):
     path.write_text("".join(json.dumps({"prompt": f"say {n}", "answer": str(n)}) + "\n" for n in range(90)))
     stream = Prompts(settings(tasks={str(path): 1.0}, min_answers=4, explore=0.0))
     rows = len(stream._rows[str(path)])
-    assert 5 < rows < 30  # training's share of them
+    assert 5 < rows < 30  # the training split's share of them
     first, second = ([p.problem.seed for p in stream.draw(rows)] for _ in range(2))
     assert sorted(first) == sorted(second) == sorted(set(first)) and first != second
     for prompt in stream.draw(rows):

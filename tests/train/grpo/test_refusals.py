@@ -1,4 +1,4 @@
-"""What reinforcement learning refuses before it reads weights, each in one sentence; its recipes, identity and help."""
+"""Reinforcement learning's one-sentence refusals before weights are read; its recipes, identity and help."""
 
 import json
 import shutil
@@ -128,7 +128,7 @@ def test_models_that_do_not_fit_are_refused(directory, tmp_path, capsys):
 
 
 def test_problems_that_no_model_can_be_asked_are_refused(directory, tmp_path, capsys):
-    """Nothing that training asks, or an evaluation of something longer than the context."""
+    """A split without any problem, or an evaluation with a problem longer than the context."""
     path = tmp_path / "few.jsonl"
     path.write_text(json.dumps({"prompt": "say 0", "answer": "7"}) + "\n")
     tasks = {"prompts__tasks": f"{{{path}: 1}}"}
@@ -205,7 +205,7 @@ def test_what_changes_no_bit_changes_no_run(directory):
         "mesh__data": 2,
     }
     assert inputs(directory, **often).identity == inputs(directory).identity
-    # What a name stands for is the same when it is written out.
+    # Writing out what a name stands for changes nothing.
     named = inputs(directory, loss__name="dapo", rollout__max_tokens="{low: 5, medium: 70, high: 9}")
     assert named.identity == inputs(directory).identity
 

@@ -1,4 +1,4 @@
-"""Reinforcement learning, from a checkpoint to a policy: what it leaves, what it learns, what goes wrong on the way."""
+"""Reinforcement learning from a checkpoint to a policy: outputs, learning, and failures on the way."""
 
 import io
 import json
@@ -53,7 +53,7 @@ def finished(directory, drawn_figures) -> Path:
 
 
 def all_lines(out: Path) -> list[dict]:
-    """Lines of steps; before them there is an evaluation."""
+    """The lines of steps; an evaluation precedes them."""
     first, *lines = (json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines())
     assert first["step"] == 0 and all(name == "step" or name.startswith("evaluation/") for name in first)
     return lines
@@ -81,7 +81,7 @@ def test_every_step_tells_what_the_report_shows(finished):
     lines = all_lines(finished)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
     known = {name for panels in SECTIONS.values() for panel in panels for name in panel.names}
-    known -= {"evaluation/kl", "evaluation/next_token"}  # of distillation
+    known -= {"evaluation/kl", "evaluation/next_token"}  # distillation only
     for line in lines:
         for name in known:
             if name.startswith("evaluation/"):
@@ -93,7 +93,7 @@ def test_every_step_tells_what_the_report_shows(finished):
 
 
 def test_the_policy_that_learns_is_the_one_that_drew(finished):
-    """To the bit, where it is compared with itself; to rounding, where with the sampler's other programs."""
+    """Bit-identical when compared with itself; up to rounding when compared with the sampler's other programs."""
     for line in all_lines(finished):
         assert (line["ratio_max"], line["ratio_abs_log"], line["clipped"]) == (1.0, 0.0, 0.0)
         assert line["ratio_mean"] == pytest.approx(1.0, rel=1e-5)
@@ -107,7 +107,7 @@ def test_steps_tell_sane_values(finished):
     for line in lines:
         assert (line["updates"], line["skipped"], line["lost"]) == (1.0, 0.0, 0.0)
         assert min(line[f"{part}_seconds"] for part in ("rollout", "reward", "score", "update")) > 0
-        assert line["pass_rate"] == line["reward"] == pytest.approx(line["shaped_reward"])  # 1 is right, 0 is not
+        assert line["pass_rate"] == line["reward"] == pytest.approx(line["shaped_reward"])  # rewards are 1 or 0
         assert 4 < line["tokens/low"] <= 5 and 4 < line["tokens/high"] <= 9
         assert 0 < line["entropy"] < np.log(128) and line["grad_norm"] > 0
         assert line["learning_rate"] == pytest.approx(0.006)
@@ -166,7 +166,7 @@ def test_the_child_is_its_first_parent_s(directory, finished):
 
 
 def test_models_without_a_record_or_a_parent_in_it(directory, tmp_path, monkeypatch):
-    """The one is its own first parent; of the other's nothing is made up."""
+    """A model without a record is its own first parent; where the record names no parent, none is made up."""
     shutil.copytree(directory / "model", tmp_path / "orphan")
     path = tmp_path / "orphan" / "provenance.json"
     path.write_text(json.dumps({"kept_experts": KEPT, "windows": [16, 24], "trained": ["head"]}))
@@ -243,7 +243,7 @@ def test_a_run_that_is_stopped_and_killed_ends_with_the_same_bits(directory, fin
     assert [line["step"] for line in metrics(out)] == [1, 2, 3] and not (out / "child").exists()
     for _ in range(kills):
         interrupted("SIGKILL", source.randint(4, 5), source.uniform(0, 0.5))
-    # As if a process had shown answers of steps that it did not come to save.
+    # As if a process had written transcripts of steps that it did not live to save.
     (out / "transcripts" / "step-000005.html").write_text("of another process")
     (out / "transcripts" / "notes.txt").write_text("mine")
     assert main(["grpo", *arguments(directory, out)]) == 0
@@ -279,7 +279,7 @@ def paid(answer, score):
 
 @pytest.fixture(scope="module")
 def misjudged(directory):
-    """Two updates of each step, by a function that goes wrong; and what every update told."""
+    """A run with two updates per step and a reward function that fails at times; and the metrics of every update."""
     out, told = directory / "misjudged", []
     (directory / "sevens.py").write_text(SEVENS)
     options = {
@@ -341,7 +341,7 @@ def test_what_is_paid_for_is_learnt(misjudged, finished, directory):
 def test_a_second_update_is_compared_with_the_policy_before_the_first(misjudged):
     out, told = misjudged[0], list(misjudged[1])
     lines = metrics(out)
-    # Fewer where fewer groups teach something.
+    # Steps with fewer groups to learn from have fewer updates.
     assert sum(line["updates"] for line in lines) == len(told)
     assert [line["updates"] for line in lines].count(2.0) >= 2
     for line in lines:
@@ -349,7 +349,7 @@ def test_a_second_update_is_compared_with_the_policy_before_the_first(misjudged)
         if not line["updates"]:
             continue
         first, *more = (told.pop(0) for _ in range(int(line["updates"])))
-        # The old log-probabilities are those of another program; without them a ratio is that of a number to itself.
+        # With several updates, the old log-probabilities come from another program; with one, the ratio is exactly 1.
         assert first["ratio_max"] == pytest.approx(1.0, abs=1e-4 if more else 0) and first["ratio_abs_log"] < 1e-5
         for second in more:
             assert abs(second["ratio_max"] - 1.0) > 1e-3 and second["ratio_abs_log"] > 1e-3
@@ -364,7 +364,7 @@ def test_the_best_policy_is_exported(misjudged):
 
 
 def is_best(out: Path) -> int:
-    """Checks that the child is the policy of the lowest error; returns its step."""
+    """Checks that the child is the policy with the lowest error, and returns its step."""
     errors = {line["step"]: line["evaluation/error"] for line in metrics(out)}
     best = min(errors, key=lambda step: (errors[step], step))
     (run,) = record(out)["grpo"]
@@ -376,11 +376,11 @@ def is_best(out: Path) -> int:
     return best
 
 
-# Nothing to learn, and what was learnt lost
+# Nothing to learn, and collapse
 
 
 def test_a_task_without_signal_is_told_once_and_not_trained_on(directory, tmp_path):
-    """No answer to the file's nine rows for training is ever right; the third step has asked them all."""
+    """No answer to the file's nine rows for training is ever correct; by the third step all have been asked."""
     write_prompts(tmp_path / "never.jsonl", "none")
     options = {
         "prompts__tasks": f"{{{tmp_path / 'never.jsonl'}: 1}}",
@@ -451,7 +451,7 @@ def test_a_mesh_of_eight_devices_trains_what_one_does(directory, finished, tmp_p
 
 
 def test_two_processes_train_what_one_does(directory, finished, tmp_path):
-    """Rewards are the first process's, and only its."""
+    """Only the first process computes rewards."""
     reward = tmp_path / "reward.py"
     reward.write_text(
         "import os, pathlib\n"
@@ -463,7 +463,7 @@ def test_two_processes_train_what_one_does(directory, finished, tmp_path):
     command = arguments(directory, out, mesh__data=2, reward__function=f"{reward}:judge")
     ended = in_processes(2, "grpo", *command)
     assert [process.returncode for process in ended] == [0, 0], [process.stderr for process in ended]
-    assert ["policy of step" in process.stderr for process in ended] == [True, False]  # one tells of both
+    assert ["policy of step" in process.stderr for process in ended] == [True, False]  # one reports for both
     assert len(list(tmp_path.glob("judged-for-*"))) == 1
     trained_alike(out, finished)
     for mine, others in zip(shown(out, 4), shown(finished, 4), strict=True):
@@ -482,7 +482,7 @@ def test_a_bad_reward_function_is_refused_in_all_processes(directory, tmp_path):
 
 
 def trained_alike(out: Path, finished: Path) -> None:
-    """Up to rounding that other shapes bring."""
+    """Checks that a run agrees with `finished` up to the rounding that other shapes cause."""
     for line, of_one in zip(metrics(out), metrics(finished), strict=True):
         assert line == pytest.approx(of_one, rel=2e-3, abs=1e-5)
     child, of_one = stored(out / "child"), stored(finished / "child")

@@ -1,4 +1,4 @@
-"""Rows whose answers share a prompt: what lies where, and that an update learns the same from them."""
+"""Rows whose answers share a prompt: their layout, and that an update learns the same from them."""
 
 import jax
 import numpy as np
@@ -56,7 +56,7 @@ def examples():
 def test_a_prompt_is_there_once_with_its_last_token_before_every_answer(examples):
     (batch,) = shared_rows(examples, [SHAPE], PAD)
     assert batch.tokens.shape == (2, 25)
-    # The longest first; each strip takes what fits.
+    # The longest answers come first; each strip takes what fits.
     answers = [15, 51, 52, 53, 54, 0, 15, 31, 32, 33, 15, 41, 15, 61, 62, 0, 0, 0]
     targets = [51, 52, 53, 54, 55, 0, 31, 32, 33, 34, 41, 42, 61, 62, 63, 0, 0, 0]
     segments = [2] * 5 + [0] + [3] * 4 + [4] * 2 + [5] * 3 + [0] * 3

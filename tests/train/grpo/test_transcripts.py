@@ -1,4 +1,4 @@
-"""Sample answers as files: what JSONL and page hold, whatever a model wrote."""
+"""Sample answers as files: contents of the JSONL and the page, whatever a model wrote."""
 
 import json
 import re
@@ -36,7 +36,7 @@ TAGS = {"html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "deta
 
 
 class Page(HTMLParser):
-    """Tags, the text of paragraphs and headings, and (summary, unfolded, text) of what is folded."""
+    """Collects tags, the text of paragraphs and headings, and (summary, unfolded, text) of each `details` element."""
 
     def __init__(self, text: str):
         super().__init__()

@@ -1,7 +1,7 @@
-"""Reinforcement learning at the smallest size: a model that says digits at random, and a file of prompts that want a 7.
+"""The smallest reinforcement learning: a model that says digits at random, and a file of prompts that want a 7.
 
-The model is a child, so that it has a first parent. What it says next depends on its last token, up to what its random
-attention and experts add: all answers reach the final channel, most say one digit, some two and more.
+The model is a child, so that it has a first parent. Its next token depends on its last one, up to what its random
+attention and experts add: all answers reach the final channel, and most say one digit, some two or more.
 """
 
 import json
@@ -37,7 +37,7 @@ SETTINGS = {
     "--remat": "false",
     "--optimizer.learning_rate": 0.006,
     "--optimizer.schedule": "constant",
-    "--optimizer.eps": 1e-3,  # Adam would make a step as large as any of a gradient that is rounding alone
+    "--optimizer.eps": 1e-3,  # keeps Adam from taking full-size steps on rounding noise
     "--loop.steps": 5,
     "--loop.evaluate_every": 2,
     "--loop.save_every": 2,
@@ -45,13 +45,13 @@ SETTINGS = {
     "--monitoring.problems": 3,
     "--monitoring.transcripts": 2,
     "--monitoring.transcript_groups": 2,
-    "--seed": 8,  # one with which every step has answers at both efforts that are worth learning from
+    "--seed": 8,  # with this seed, every step has answers to learn from at both efforts
 }
 TIMES = ("_seconds", "_per_second", "seconds_per_step")
 
 
 def make(root: Path) -> Path:
-    """Fills a directory: parent/, its child model/, and say.jsonl."""
+    """Fills a directory with parent/, its child model/, and say.jsonl."""
     save_checkpoint(root / "parent", CONFIG, talking_params(), config_base={}, extra_files=chat_files())
     config = CONFIG.with_blocks(BLOCKS)
     record = {"parent": str(root / "parent"), "distilled": [{"steps": 23}]}
@@ -66,7 +66,7 @@ def write_prompts(path: Path, answer: str) -> None:
 
 
 def talking_params() -> dict:
-    """Random parameters whose head gives each token of an answer the logits of what may follow, others about 0."""
+    """Random parameters whose head favours what may follow each token of an answer; other logits are about 0."""
     tokenizer, params = build_tokenizer(), random_params(CONFIG)
     follow = {"assistant": {"<|channel|>": 10}, "<|channel|>": {"final": 10}, "final": {"<|message|>": 10}}
     follow["<|message|>"] = dict.fromkeys(DIGITS, 8)
@@ -75,7 +75,7 @@ def talking_params() -> dict:
     for row, logits in enumerate(follow.values()):
         for token, logit in logits.items():
             wanted[row, tokenizer.token_to_id(token)] = logit
-    # Large against what layers add, so that the final state is nearly the token's own.
+    # Large compared with what layers add, so that the final state is nearly the token's embedding.
     embedding = 64 * np.asarray(params["embedding"], np.float64)
     states = embedding[[present(tokenizer.token_to_id(token)) for token in follow]]
     states = states / np.sqrt((states**2).mean(-1, keepdims=True)) * np.asarray(params["final_norm"])
@@ -85,7 +85,7 @@ def talking_params() -> dict:
 
 
 def arguments(directory: Path, out: Path, **changes) -> list[str]:
-    """Of a command line, but for the verb; `changes` are settings, with __ for dots, and None leaves one out."""
+    """Command-line arguments without the verb; `changes` are settings, with __ for dots, and None leaves one out."""
     settings = {
         "--model": directory / "model",
         "--prompts.tasks": f"{{{directory / 'say.jsonl'}: 2, chain: 1}}",
@@ -97,7 +97,7 @@ def arguments(directory: Path, out: Path, **changes) -> list[str]:
 
 
 def metrics(out: Path) -> list[dict]:
-    """Lines of metrics.jsonl without times, but for the evaluation before the first step."""
+    """Lines of metrics.jsonl without times, omitting the evaluation before the first step."""
     lines = [line for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if line["step"]]
     return [{name: value for name, value in line.items() if not name.endswith(TIMES)} for line in lines]
 
@@ -111,7 +111,7 @@ def record(out: Path) -> dict:
 
 
 def refusal(capsys, directory: Path, out: Path, **changes) -> str:
-    """The sentence with which a command is refused, after which nothing new stands at `out`."""
+    """Returns the sentence with which a command is refused; checks that nothing new was written to `out`."""
     before = sorted(out.rglob("*")) if out.exists() else None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "load_checkpoint", None)  # weights are not read

@@ -1,4 +1,4 @@
-"""Definitions of losses against float64 by hand."""
+"""Definitions of losses against hand-written float64 computations."""
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ def top_k(k, temperature):
     return TopK(jnp.asarray(ids, jnp.int32), f32(np.take_along_axis(TEACHER, ids, -1)), f32(total))
 
 
-# One program instead of many operations, which would be compiled one by one.
+# One program; as separate operations, they would be compiled one by one.
 top_k_kl = jax.jit(losses.top_k_kl, static_argnums=2)
 
 
@@ -77,7 +77,7 @@ def test_top_k_kl_rises_to_the_whole_kl():
     whole = np.asarray(losses.forward_kl(f32(TEACHER), f32(STUDENT)))
     one, three, ten, everything = (np.asarray(top_k_kl(top_k(k, 1.0), f32(STUDENT), 1.0)) for k in (1, K, 10, VOCAB))
     assert np.all(one >= 0) and np.all(three >= one) and np.all(three < whole)
-    # One word is left over: nothing is merged, and nothing is lost.
+    # Only one token is left over, so nothing is merged and nothing is lost.
     np.testing.assert_allclose(ten, whole, rtol=1e-4)
     np.testing.assert_allclose(everything, whole, rtol=1e-5)
 
@@ -91,7 +91,7 @@ def test_top_k_kl_punishes_mass_that_leaves_the_top():
 
 
 def test_top_k_of_a_teacher_without_a_rest():
-    """float32 rounds the rest to 0, or below; a student that leaves some there gets a finite loss and gradient."""
+    """float32 rounds the rest to 0 or below; a student with mass there still gets a finite loss and gradient."""
     certain = TopK(jnp.asarray([[2]], jnp.int32), f32([[50.0]]), f32([49.999996]))
     loss, gradient = jax.jit(jax.value_and_grad(lambda s: losses.top_k_kl(certain, s)[0]))(f32([[0.0, 0.0, 1.0, 0.0]]))
     assert float(loss) == pytest.approx(np.log(np.e + 3) - 1, rel=1e-5)
@@ -123,7 +123,7 @@ def test_entropy_of_certain_and_of_undecided_students():
 def test_hidden_losses_by_hand():
     cosine = (X * Y).sum(-1) / np.linalg.norm(X, axis=-1) / np.linalg.norm(Y, axis=-1)
     np.testing.assert_allclose(losses.hidden_cosine(f32(X), f32(Y)), 1 - cosine, rtol=1e-5)
-    np.testing.assert_allclose(losses.hidden_cosine(f32(1e4 * X), f32(X)), 0.0, atol=1e-6)  # direction alone
+    np.testing.assert_allclose(losses.hidden_cosine(f32(1e4 * X), f32(X)), 0.0, atol=1e-6)  # only the direction counts
     ratio = ((X - Y) ** 2).sum(-1) / (Y**2).sum(-1)
     np.testing.assert_allclose(losses.hidden_mse(f32(X), f32(Y)), ratio, rtol=1e-5)
     np.testing.assert_allclose(losses.hidden_mse(f32(0 * X), f32(Y)), 1.0, rtol=1e-6)

@@ -1,4 +1,4 @@
-"""Losses in chunks against `losses` on whole logits, and their gradients against autodiff of that."""
+"""Chunked losses against `losses` on whole logits, and their gradients against autodiff of those."""
 
 from functools import cache, partial
 from typing import TypedDict
@@ -24,7 +24,7 @@ class Chunks(TypedDict):
     vocab_chunk: int
 
 
-CHUNKS: Chunks = {"token_chunk": 5, "vocab_chunk": 19}  # 5 groups of 5 for 24 tokens; 6 slices for 97 words
+CHUNKS: Chunks = {"token_chunk": 5, "vocab_chunk": 19}  # 5 groups of up to 5 for 24 tokens; 6 slices for 97 words
 CONFIG = small_config()
 VOCAB, EPS = CONFIG.vocab_size, CONFIG.rms_norm_eps
 KINDS = ("forward_kl", "reverse_kl", "jsd", "next_token", "top_k_kl", "entropy")
@@ -74,7 +74,7 @@ def whole(kind, student, x, y, weights, temperature):
 
 
 def head_loss(kind, student, x, weights, **options):
-    """The weighted sum of the module's losses, without tokens of weight 0, as objectives take it."""
+    """The weighted sum of the module's losses without tokens of weight 0, as objectives compute it."""
     live = weights != 0
     per_token = head_losses(kind, student, jnp.where(live[:, None], x, 0), **options)
     return jnp.sum(jnp.where(live, weights * per_token, 0.0))
@@ -99,7 +99,7 @@ def chunked(kind, student, x, y, weights, temperature, k=K, **chunks):
 
 @cache
 def definitions(temperature, kinds=KINDS):
-    """(student, x, y, weights) -> by kind, value and gradients in student and x; one program for all."""
+    """Maps (student, x, y, weights) to value and gradients in student and x by kind, in one program for all kinds."""
 
     def run(*arguments):
         return {
@@ -112,12 +112,12 @@ def definitions(temperature, kinds=KINDS):
 
 @cache
 def program(kind, temperature=1.0, k=K, **chunks):
-    """The same of one kind, in chunks."""
+    """The same for one kind, in chunks."""
     return jax.jit(jax.value_and_grad(partial(chunked, kind, temperature=temperature, k=k, **chunks), argnums=(0, 1)))
 
 
 def assert_close(found, expected, tolerance=1e-5):
-    """Relative to the largest entry of each array: small entries are differences of larger ones."""
+    """Compares relative to each array's largest entry, since small entries are differences of larger ones."""
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert one.shape == other.shape and one.dtype == other.dtype
         one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
@@ -129,7 +129,7 @@ def test_the_sum_in_four_matmuls_has_the_same_values_and_gradients(kind, monkeyp
     monkeypatch.setattr(head_sum, "MOST_LOGITS", 7 * VOCAB)  # 4 groups of 6 for 24 tokens
 
     def run(student, x, y, weights):
-        # A token without weight may hold anything, and a loss may be multiplied before it is differentiated.
+        # A token of weight 0 may hold anything, and a loss may be scaled before it is differentiated.
         x = jnp.where(weights[:, None] != 0, x, jnp.nan)
         return 3 * head_loss_sum(
             kind,
@@ -161,14 +161,14 @@ def test_values_and_gradients_are_those_of_whole_logits(kind, temperature):
     arguments = (STUDENT, X, Y, WEIGHTS)
     expected = definitions(temperature)(*arguments)[kind]
     assert_close(program(kind, temperature)(*arguments), expected)
-    assert float(expected[0]) > 1.0  # of everything there is enough to compare
+    assert float(expected[0]) > 1.0  # large enough for the comparison to mean something
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_far_apart(kind):
-    """Sums would overflow without running maxima, and many probabilities are 0 in float32.
+    """Without running maxima sums would overflow, and many probabilities are 0 in float32.
 
-    What is left of the gradients is small beside the rounding of logits of some hundreds.
+    The remaining gradients are small compared with the rounding of logits of several hundred.
     """
     arguments = (STUDENT._replace(weight=40 * STUDENT.weight), X, Y, WEIGHTS)
     found = program(kind)(*arguments)
@@ -186,11 +186,11 @@ def test_chunks_change_nothing(kind, chunks):
 
 
 def test_entropy_of_certain_and_of_undecided_students():
-    """Logits of 10,000 and -10,000: one word alone, half of the words alike, all alike; and one of 1."""
+    """Logits of +-10,000 that favour one word, half of the words or all of them; and one with a single logit of 1."""
     certain = jnp.full((3, VOCAB), -1e4).at[0, 50].set(1e4).at[1, ::2].set(1e4).at[2].set(1e4)
     words = jnp.concatenate([certain, jnp.eye(VOCAB)[:1]])  # each row of the head is one token's logits
     x = jnp.eye(4)
-    scaled = Head(jnp.full(4, (0.25 + EPS) ** 0.5), words)  # takes the norm's scale of a unit vector away
+    scaled = Head(jnp.full(4, (0.25 + EPS) ** 0.5), words)  # cancels the norm's scaling of a unit vector
 
     @jax.jit
     def run(student):
@@ -229,7 +229,7 @@ def test_tokens_of_weight_zero_add_nothing_whatever_they_hold(kind):
 
 
 def test_a_model_is_its_own_teacher():
-    """Shared arrays: no divergence, no gradient, and none through the teacher's side."""
+    """With shared arrays there is no divergence and no gradient, and none flows through the teacher."""
 
     @jax.jit
     @jax.value_and_grad
@@ -265,7 +265,7 @@ def test_no_tokens():
 
 
 def test_on_devices_that_share_the_tokens():
-    """Inside shard_map each device has its tokens and the whole head; gradients of the head are summed once."""
+    """In shard_map each device has its own tokens and the whole head; gradients of the head are summed once."""
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     cut, same = jax.P("data"), jax.P()
 

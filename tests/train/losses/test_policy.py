@@ -1,4 +1,4 @@
-"""Definitions of policy losses against numbers worked out by hand, and against float64 by loops."""
+"""Definitions of policy losses against numbers worked out by hand and against float64 loops."""
 
 from functools import cache, partial
 from math import exp, log
@@ -16,7 +16,7 @@ from puzzle_jax.train.losses.policy_settings import NAMES, PolicySettings
 
 GROUPS, ANSWERS = 3, 4
 TOKENS, COUNT = 13, 5
-OF_ANSWER = np.array([0, 0, 0, 2, 2, 2, 2, 2, 1, 4, 4, 4, 4])  # answer 3 has no token
+OF_ANSWER = np.array([0, 0, 0, 2, 2, 2, 2, 2, 1, 4, 4, 4, 4])  # answer 3 has no tokens
 few = settings(max_examples=25, deadline=None)
 
 
@@ -25,7 +25,7 @@ def f32(values):
 
 
 def eighths(least, most, shape: int | tuple[int, ...] = TOKENS):
-    """Numbers that float32 holds exactly, so that no comparison with a bound is decided by rounding."""
+    """Numbers that float32 represents exactly, so that rounding decides no comparison with a bound."""
     return hnp.arrays(np.int64, shape, elements=st.integers(8 * least, 8 * most)).map(lambda x: x / 8)
 
 
@@ -99,7 +99,7 @@ def test_overlong_penalty_by_hand():
 
 
 def test_effort_length_reward_by_hand():
-    """At 25 of 100 tokens the score is 1 at most, at 80 it is 0.4, at 150 it is -1."""
+    """At 25 of 100 tokens the score is capped at 1, at 80 it is 0.4, at 150 it is -1."""
     rewards, lengths = np.array([[1.0, 1, 1], [0, 0, 0]]), np.array([[25, 80, 150], [25, 80, 150]])
     of = partial(losses.effort_length_reward, weight=2.0, bonus=0.5, penalty=3.0)
     np.testing.assert_allclose(of(rewards, lengths, 100), [[1.5, 1.2, -2], [0, 0, -3]], rtol=1e-6)
@@ -126,7 +126,7 @@ def test_token_coefficients_by_hand():
     lengths=hnp.arrays(np.int64, 6, elements=st.integers(1, 99)), kept=hnp.arrays(bool, 6), constant=st.integers(1, 50)
 )
 def test_token_coefficients_form_the_published_means(lengths, kept, constant):
-    value = np.arange(1.0, 7.0)  # the loss of every token of an answer
+    value = np.arange(1.0, 7.0)  # loss of each token, by answer
 
     def total(*normalization):
         return (losses.token_coefficients(lengths, kept, *normalization).astype(float) * lengths * value).sum()
@@ -213,12 +213,12 @@ def sequence_ratio(new, old, mask):
 @few
 @given(new=LOG_PROBS, old=LOG_PROBS, advantages=ADVANTAGES, mask=MASKS)
 def test_gradient_of_the_sequence_ratio_is_that_of_the_published_loss(new, old, advantages, mask):
-    """Where s, as it stands in the paper, has gradients through every token of the answer."""
+    """There, s has gradients through every token of the answer."""
     arguments = f32(new), f32(old), f32(advantages), jnp.asarray(mask)
     np.testing.assert_allclose(of_ours(*arguments), of_paper(*arguments), rtol=1e-5, atol=1e-6)
 
 
-FACTORS = np.array([0.5, 2.0, 1.0, 8.0, 0.25])  # of answers
+FACTORS = np.array([0.5, 2.0, 1.0, 8.0, 0.25])  # by answer
 
 
 @jax.jit
@@ -259,7 +259,7 @@ def test_clipped_loss_is_the_smaller_of_two_and_dual_clip_bounds_it(ratio, advan
     assert np.all(dual <= np.asarray(found))
 
 
-# One program instead of many operations, which would be compiled one by one.
+# One program each; as separate operations, they would be compiled one by one.
 clipped_loss = jax.jit(losses.clipped_loss, static_argnums=(2, 3))
 dual_clip = jax.jit(losses.dual_clip, static_argnums=2)
 
@@ -295,7 +295,7 @@ def test_k1_and_k3_have_the_mean_of_the_kl(logits):
     assert (p * k2).sum() == pytest.approx((p * (log_p - log_q) ** 2).sum() / 2, rel=1e-5, abs=1e-5)
 
 
-# All of it.
+# The whole loss.
 
 EVERYTHING = {
     "plain": PolicySettings("dapo"),
@@ -312,7 +312,7 @@ COEFFICIENTS = np.arange(1, TOKENS + 1) / 16
 
 @cache
 def program(name):
-    """Loss and metrics, and gradients of sum_t coefficient_t loss_t by log-probs and entropy; one program."""
+    """One program for the loss, its metrics, and gradients of sum_t coefficient_t loss_t in log-probs and entropy."""
 
     def of(new, entropy, old, advantages, answers, mask, sampler, reference):
         whole = losses.policy_loss(
@@ -325,7 +325,7 @@ def program(name):
 
 
 def by_loop(policy, new, entropy, old, advantages, mask, sampler, reference):
-    """Losses, their gradients by the token's log-prob, and metrics, one token at a time."""
+    """Losses, their gradients in the token's log-prob, and metrics, one token at a time."""
     loss, gradient, metrics = np.zeros(TOKENS), np.zeros(TOKENS), {}
 
     def mean_over_answer(values, t):
@@ -382,7 +382,7 @@ def test_policy_loss_is_that_of_a_loop(name, new, entropy, old, advantages, mask
     np.testing.assert_allclose(by_new, COEFFICIENTS * slope, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(by_entropy, -policy.entropy * COEFFICIENTS * mask, rtol=1e-6)
     for key, values in found.metrics.items():
-        expected = metrics.get(key, np.zeros(TOKENS))  # nothing is seen where no token counts
+        expected = metrics.get(key, np.zeros(TOKENS))  # no metrics if no token counts
         np.testing.assert_allclose(values, expected, rtol=1e-4, atol=1e-5, err_msg=key)
     assert set(metrics) <= set(found.metrics)
 

@@ -1,4 +1,4 @@
-"""Named policy losses as they were published, and what is refused."""
+"""Named policy losses match their publications, and impossible settings are refused."""
 
 from dataclasses import dataclass, field, fields, replace
 

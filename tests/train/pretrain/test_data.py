@@ -55,7 +55,7 @@ def test_an_example_without_an_end_fills_a_row(chat):
     assert len(example.tokens) == 700
     completion = chat.parse(example.tokens[example.prompt_length :])
     assert completion.truncated and completion.final == ""
-    # Rows of other lengths hold it, too, and a prompt longer than a row leaves it to longer ones.
+    # It fills rows of other lengths, too; a row shorter than the prompt leaves the example to longer rows.
     assert len(present(make_example(chat, task, seed, "high", Habits(endless=1.0), 600)).tokens) == 600
     assert len(present(make_example(chat, task, seed, "high", Habits(endless=1.0), 16)).tokens) > 16
 

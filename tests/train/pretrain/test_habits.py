@@ -13,7 +13,7 @@ CHAIN = Problem("chain", 5, "mod 7+5*3-9", "7", {"steps": 3})
 
 
 def parts(analysis: str) -> list[str]:
-    """Steps of an analysis, whatever separator each drew."""
+    """Steps of an analysis, whichever separators were drawn."""
     return re.split("[,;]", analysis)
 
 

@@ -1,4 +1,4 @@
-"""Pretraining losses against values by hand."""
+"""Pretraining losses against values worked out by hand."""
 
 import jax
 import jax.numpy as jnp

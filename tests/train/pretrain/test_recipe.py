@@ -1,4 +1,4 @@
-"""Recipes: the embedded one, and what is refused."""
+"""Recipes: the embedded one, and refusals."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Pretraining from recipe to checkpoint, at the smallest size: exact resume, exact export, refusals."""
+"""Pretraining from recipe to checkpoint at the smallest size: exact resume, exact export, refusals."""
 
 import dataclasses
 import io
@@ -61,7 +61,7 @@ QUIET = Console(quiet=True)
 
 @pytest.fixture(scope="module", autouse=True)
 def short_answers():
-    """An untrained model never stops by itself."""
+    """Limits answers, since an untrained model never stops by itself."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("puzzle_jax.train.pretrain.measure.MAX_TOKENS", dict.fromkeys(EFFORTS, 8))
         yield
@@ -107,7 +107,7 @@ def test_the_rate_falls_to_its_end_while_experts_are_rounded(run):
 
 
 def test_rounding_is_what_the_loss_sees():
-    """Parameters on the grid have the same loss in both phases, others have not."""
+    """Parameters on the grid have the same loss in both phases; others do not."""
     batch = of_type(BatchSource, pretraining_job(RECIPE, embedded_chat()).batches).batch(0)
     params, key = pretraining.initial_params(RECIPE), jax.random.key(0)
     loss = jax.jit(partial(pretraining_loss, MODEL, 0.0))

@@ -1,4 +1,4 @@
-"""Traces as batches: what is kept and refused, exact resume, mixture, epochs, evaluation, and the verb that asks."""
+"""Traces as batches: what is kept and refused, exact resume, mixture, epochs, evaluation, and the `traces` verb."""
 
 import dataclasses
 import io
@@ -40,13 +40,13 @@ def settings(**changes):
 
 
 def examples_of(traces, settings, vocab_size):
-    """As the module's, of traces without a file."""
+    """Like the module's function, for traces without a file."""
     named = ((f"trace {number}", trace) for number, trace in enumerate(traces, 1))
     return examples.examples_of(named, settings, vocab_size, f"a list of {len(traces)} traces")
 
 
 def made_up(seed=0):
-    """Examples of two tasks and efforts; the first token is the example's number."""
+    """Examples of two tasks at two efforts; the first token is the example's number."""
     rng = np.random.default_rng(seed)
     counts = {("add", "low"): 40, ("add", "high"): 20, ("chain", "low"): 30, ("chain", "high"): 10}
     kinds = [kind for kind, count in counts.items() for _ in range(count)]
@@ -236,7 +236,7 @@ def test_every_example_comes_once_in_an_epoch_and_seeds_differ():
     batches = TraceBatches(EXAMPLES, settings(), 0)
     order = [int(batches.order[position]) for position in range(220)]
     counts = Counter(order[:100])
-    # Shares are rounded to a hundredth of the smallest, here without a rest.
+    # Shares are rounded to a hundredth of the smallest; here without a remainder.
     assert counts == Counter(range(100)) == Counter(order[100:200])
     assert order[:100] != order[100:200]
     other = TraceBatches(EXAMPLES, settings(seed=1), 0)
@@ -374,7 +374,7 @@ def test_answers_that_are_in_the_journal_are_not_asked_again(parent, tmp_path, m
     traces_command.run(given, console, journal)
     lines = journal.read_bytes().splitlines(keepends=True)
     assert len(lines) == 4
-    journal.write_bytes(b"".join(lines[:3]) + lines[3][:20])  # killed while it wrote the last one
+    journal.write_bytes(b"".join(lines[:3]) + lines[3][:20])  # as if killed while writing the last one
     asked = []
     ask = traces_command.answer_questions
 
