@@ -326,6 +326,7 @@ def test_a_padded_child_stays_padded(directory, origin, tmp_path, monkeypatch):
 SIMPLE = {"remat": "false", "loss__token_chunk": 2 * LENGTH, "loss__vocab_chunk": CONFIG.vocab_size}
 
 
+@pytest.mark.once
 def test_two_processes_train_what_one_does(directory, finished, tmp_path):
     out = tmp_path / "run"
     ended = in_processes(2, "distill", *arguments(directory, out, mesh__data=2, **SIMPLE))

@@ -450,6 +450,7 @@ def test_a_mesh_of_eight_devices_trains_what_one_does(directory, finished, tmp_p
     trained_alike(tmp_path / "run", finished)
 
 
+@pytest.mark.once
 def test_two_processes_train_what_one_does(directory, finished, tmp_path):
     """Only the first process computes rewards."""
     reward = tmp_path / "reward.py"
