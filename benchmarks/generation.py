@@ -183,7 +183,7 @@ class Theirs:
 
 
 def in_turns(functions: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """What each function measures, round by round; the order rotates, and an uncounted first round compiles."""
+    """Measures every function, round by round; the order rotates, and an uncounted first round compiles."""
     values: dict[str, list[float]] = {name: [] for name in functions}
     names = list(functions)
     for turn in range(rounds + 1):

@@ -1,4 +1,4 @@
-"""What all commands share: warnings, errors, and the cache of compiled programs.
+"""The parts that all commands share: warnings, errors, and the cache of compiled programs.
 
 An error that the user can fix ends as one sentence on stderr and exit code 2: a `PuzzleError`, a full or read-only
 disk, too little memory. Anything else is a bug and keeps its traceback. Only `guarded` does this, so that each kind of

@@ -99,7 +99,7 @@ def part_of(module: str) -> str:
 
 @cache
 def parts() -> dict[str, set[str]]:
-    """What each package of the drawing imports."""
+    """The imports of each package of the drawing."""
     found: dict[str, set[str]] = defaultdict(set)
     for module, targets in imports().items():
         found[part_of(module)] |= {part_of(target) for target in targets} - {part_of(module)}

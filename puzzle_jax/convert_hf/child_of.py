@@ -197,7 +197,7 @@ def _same_tensor(spec: TensorSpec, ours: StoredTensor, theirs: StoredTensor) -> 
 
 
 def _same(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether the bytes are equal."""
+    """Returns whether the bytes are equal."""
     x, y = (np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in (a, b))
     return np.array_equal(x, y)
 

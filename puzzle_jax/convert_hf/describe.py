@@ -101,7 +101,7 @@ def describe_checkpoint(directory: Path | str) -> Description:
 
 
 def _mismatch(spec: TensorSpec, stored: StoredTensor | None) -> str:
-    """What is wrong with a stored tensor; empty when nothing is."""
+    """The faults of a stored tensor; empty if it has none."""
     if stored is None:
         return f"{spec.name} is missing"
     if stored.shape != spec.shape:

@@ -23,7 +23,7 @@ _FLOATS = ("BF16", "F16", "F32")
 
 
 def is_kv_scale(name: str) -> bool:
-    """Whether a tensor of this name is a scale of the cache."""
+    """Returns whether a tensor of this name is a scale of the cache."""
     return _NAME.fullmatch(name) is not None
 
 

@@ -71,7 +71,7 @@ class TensorSpec:
 
     @property
     def by_expert(self) -> bool:
-        """Whether the first axis counts experts, so that pruning takes rows."""
+        """Returns whether the first axis counts experts, so that pruning takes rows."""
         return self.part in ("router", "experts")
 
 

@@ -52,7 +52,7 @@ class Verification:
 
     @property
     def same_function(self) -> bool:
-        """Whether the logits agree to within `TOLERANCE` of the largest."""
+        """Returns whether the logits agree to within `TOLERANCE` of the largest."""
         return self.logit_error <= TOLERANCE
 
 

@@ -1,4 +1,4 @@
-"""What the Mosaic GPU kernels share: where they run, how they are launched, how tiles are laid out in shared memory."""
+"""Common parts of the Mosaic GPU kernels: where they run, how they are launched, how shared memory holds tiles."""
 
 from __future__ import annotations
 

@@ -150,7 +150,7 @@ class PlannedSearch:
 
     @cached_property
     def packed(self) -> bool:
-        """Whether experts are held packed."""
+        """Returns whether experts are held packed."""
         return stays_packed(
             self.recipe.weights,
             self.config,

@@ -111,7 +111,7 @@ class ComparisonTable:
         return comparison and comparison["efforts"][effort]
 
     def _above(self, name: str) -> tuple[bool, str]:
-        """Whether the measured curve lies above the reference's, and who serves the rates at which that was asked.
+        """Returns whether the curve lies above the reference's, and who serves the rates at which that was asked.
 
         A model whose slowest effort is faster than the reference's fastest shares no rate with it: it is compared at
         every rate that the reference serves, by its best accuracy at that rate or faster (`evaluate.frontier`).

@@ -50,7 +50,7 @@ _STATE_BYTES = 12  # per trained parameter: the fp32 master weight and two momen
 
 @dataclass(frozen=True)
 class Need:
-    """What a stage needs.
+    """The needs of a stage.
 
     Attributes:
       program: name of its largest program; empty where it runs none of its own.
@@ -84,7 +84,7 @@ class RunPlan:
 
     @cached_property
     def needs(self) -> dict[str, Need]:
-        """What every stage needs, in order. Compiling the programs of a large model takes some minutes."""
+        """The needs of every stage, in order. Compiling the programs of a large model takes some minutes."""
         recipes: dict[str, Need] = {}
         settings = self.settings
         found = {"search": self._search(), "traces": self._asked("traces"), "distill": self._distill()}
@@ -131,7 +131,7 @@ class RunPlan:
         return sum(policy_seconds(run, self.hardware, **asked).values())
 
     def _asked(self, name: str) -> Need:
-        """What a stage needs that asks one model after another; its programs are those of the search's traces."""
+        """The needs of a stage that asks one model after another; its programs are those of the search's traces."""
         settings, section = self.settings, getattr(self.settings, name)
         mesh = section.mesh if name == "traces" else MeshSettings()
         time = ModelTime(self.config, self.form, self.hardware, mesh.data, mesh.model)

@@ -15,7 +15,7 @@ MODEL_TYPE, ARCHITECTURE = "gpt_oss_puzzle", "GptOssPuzzleForCausalLM"
 
 
 def release_problem(version: str) -> str | None:
-    """What is wrong with a version of vLLM, in one sentence; None where it is supported."""
+    """The reason why a version of vLLM cannot be used, in one sentence; None if it is supported."""
     if version.startswith(f"{VLLM_RELEASE}."):
         return None
     return f"puzzle_jax serves {MODEL_TYPE} checkpoints in vLLM {VLLM_RELEASE}, but vLLM {version} is installed"

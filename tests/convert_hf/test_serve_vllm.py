@@ -1,4 +1,4 @@
-"""What can be tested of the vLLM plugin without vLLM; `make runtimes` runs it with vLLM."""
+"""The parts of the vLLM plugin that can be tested without vLLM; `make runtimes` runs it with vLLM."""
 
 import importlib
 import subprocess

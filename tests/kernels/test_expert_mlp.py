@@ -233,7 +233,7 @@ def test_a_token_gets_the_same_bits_whoever_else_is_there(implementation):
 
 @pytest.mark.parametrize(("tile_bytes", "tiles"), [(4 * HIDDEN * 48, 4), (4 * HIDDEN * 5, 32)])
 def test_packed_products_are_made_tile_by_tile(monkeypatch, tile_bytes, tiles):
-    """Of 128 outputs at most 48 (or 5) fit at once, so tiles have 32 (or 4)."""
+    """At most 48 (or 5) of 128 outputs fit at once, so tiles have 32 (or 4)."""
     monkeypatch.setattr(mxfp4, "TILE_BYTES", tile_bytes)
     source = np.random.default_rng(0)
     codes = source.integers(0, 256, (1, 128, HIDDEN // 2), np.uint8)

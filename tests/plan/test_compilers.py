@@ -1,4 +1,4 @@
-"""Which compiler makes plans, and what is known of GPUs that are not present."""
+"""The choice of the compiler for plans, and the facts about GPUs that are not present."""
 
 import importlib.machinery
 import warnings

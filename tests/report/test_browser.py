@@ -144,7 +144,7 @@ def requests(page: str) -> list[str]:
 
 
 def seen(page: str, width: int, directory: Path) -> dict[str, Any]:
-    """What a browser reports about a page shown at a width."""
+    """A browser's report about a page shown at a width."""
     path, frame = directory / "page.html", directory / "frame.html"
     frame.write_text(FRAME.replace("WIDTH", str(width)).replace("HEIGHT", str(HEIGHT)))
     path.write_text(re.sub("<head>", "<head>" + WATCH, page, count=1).replace("</body>", LOOK + "</body>"))

@@ -1,4 +1,4 @@
-"""What the other processes of a search receive of the primary's run directory; messages go through a list."""
+"""The files of the primary's run directory that the other processes of a search receive; messages go through a list."""
 
 import json
 from pathlib import Path

@@ -255,7 +255,7 @@ def _read_weight_map(index: Path) -> dict[str, str]:
 
 
 def _is_name(text: str) -> bool:
-    """Whether a name from a file can be put into a message as it is."""
+    """Returns whether a name from a file can be put into a message as it is."""
     return len(text) <= _MAX_NAME and text.isprintable()
 
 

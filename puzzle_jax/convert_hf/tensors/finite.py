@@ -32,7 +32,7 @@ _PIECE_BYTES = 256 << 10
 
 
 def all_finite(array: np.ndarray) -> bool:
-    """Whether all values are finite, in bfloat16 too; integers always are.
+    """Returns whether all values are finite, in bfloat16 too; integers always are.
 
     Args:
       array: bfloat16, float16, float32 or integers; contiguous ones are not copied.

@@ -25,7 +25,7 @@ from puzzle_jax.kernels.shapes import Array, Float, Ids, Int
 
 
 class Tally(NamedTuple):
-    """What a kernel returns for tokens in tiles; entries that were not requested are None.
+    """A kernel's results for tokens in tiles; entries that were not requested are None.
 
     Attributes:
       ids, gates: the chosen experts and their gates.

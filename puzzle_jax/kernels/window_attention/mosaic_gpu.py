@@ -84,7 +84,7 @@ def window_attention(
 
 
 class _Seen(NamedTuple):
-    """What a query may see: segments, each row's window, and the tiles that follow from both, see `Shape.bounds`."""
+    """Limits of what a query may see: segments, each row's window, and the tiles of both, see `Shape.bounds`."""
 
     segments: Int[Array, "batch seq"]
     widths: Rows

@@ -1,4 +1,4 @@
-"""What the Mosaic GPU kernels of `window_attention` are built for, and which tiles of 64 keys blocks of queries see.
+"""The shapes that Mosaic GPU kernels of `window_attention` are built for, and the tiles of 64 keys that queries see.
 
 Left out: skipping unseen tiles in between, as there are when segments are in no order.
 """

@@ -148,7 +148,7 @@ class DistillInputs(RunInputs[DistillRecipe]):
 
     @property
     def cache_identity(self) -> dict[str, object]:
-        """What the teacher's cached logits depend on, besides the examples."""
+        """Everything that the teacher's cached logits depend on besides the examples."""
         recipe = self.recipe
         return {"parent": self.model.fingerprint, "k": recipe.top_k, "temperature": recipe.loss.temperature}
 

@@ -63,7 +63,7 @@ class TeacherCache(NamedTuple):
     lengths: Int[np.ndarray, "examples"]
 
     def extras(self, index: int) -> dict[str, np.ndarray]:
-        """What `top_k_kl` needs for one example, [tokens, ...]; 0 at positions that the loss does not count."""
+        """The input of `top_k_kl` for one example, [tokens, ...]; 0 at positions that the loss does not count."""
         own = slice(int(self.starts[index]), int(self.starts[index + 1]))
         first = int(self.prompt_lengths[index]) - 1
         places = slice(first, int(self.lengths[index]) - 1)
@@ -177,7 +177,7 @@ def make_cache(
 
 
 def top_k(student: Student, base: Params, batch: Packed, *, k: int, temperature: float) -> tuple[Array, Array, Array]:
-    """What the files hold for every position [rows, length]: ids, logits and log total."""
+    """The content of the files for every position [rows, length]: ids, logits and log total."""
     x = student.teacher_hidden(base, batch).x
     flat = x.reshape(-1, x.shape[-1])
 

@@ -110,7 +110,7 @@ class ThresholdMonitor:
 
     @property
     def advice(self) -> str:
-        """What to check where there is nothing to learn from; "" where some answer has passed."""
+        """Advice on what to check if there is nothing to learn from; "" where some answer has passed."""
         if self._passed or self._largest is None:
             return ""
         threshold = 1.0 if self._threshold is None else self._threshold

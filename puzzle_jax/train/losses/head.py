@@ -41,7 +41,7 @@ class HeadSettings(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """What a student is compared with; `checked` sets the fields that the kind does not need to None."""
+    """The target that a student is compared with; `checked` sets the fields that the kind does not need to None."""
 
     teacher: Head | None
     y: Array | None

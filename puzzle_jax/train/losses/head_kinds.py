@@ -42,7 +42,7 @@ class Sweep(Protocol):
 
 
 class Given(NamedTuple):
-    """What a group of tokens is compared with besides the teacher's logits; vocabulary size and settings."""
+    """The targets of a group of tokens besides the teacher's logits; vocabulary size and settings."""
 
     targets: Array | None  # [tokens]
     top_k: TopK | None

@@ -97,6 +97,6 @@ class PretrainRecipe:
 
     @property
     def identity(self) -> dict[str, object]:
-        """What the result depends on, as JSON values."""
+        """Everything that the result depends on, as JSON values."""
         own = {name: value for name, value in asdict(self).items() if name not in ("out", "loop")}
         return {"kind": "pretrain", "recipe": own | {"steps": self.loop.steps}}

@@ -65,7 +65,7 @@ def pretrain(recipe: PretrainRecipe, console: Console) -> Trained:
 
 
 def pretraining_job(recipe: PretrainRecipe, chat: Chat) -> Job:
-    """What the training loop runs."""
+    """The job that the training loop runs."""
     optimizer = make_optimizer(recipe.optimizer, recipe.loop.steps)
     tasks = [(TASKS[name], weight) for name, weight in recipe.tasks.items()]
     efforts = list(recipe.efforts.items())

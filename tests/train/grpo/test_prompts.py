@@ -1,4 +1,4 @@
-"""Which prompts are asked: weights, pass rates, rows of files, and resuming from another stream's state."""
+"""The choice of prompts: weights, pass rates, rows of files, and resuming from another stream's state."""
 
 import json
 from collections import Counter
