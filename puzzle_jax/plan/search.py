@@ -44,7 +44,8 @@ from puzzle_jax.plan.abstract import device_bytes, in_place, program_bytes, zero
 from puzzle_jax.plan.compilers import compiler
 from puzzle_jax.plan.engine import AbstractEngine
 from puzzle_jax.plan.record import Change, Usage
-from puzzle_jax.search.rank import ranking as rank
+from puzzle_jax.search.rank import statistics as rank
+from puzzle_jax.search.rank.rows import PackedTraces, batch_rows, row_length
 from puzzle_jax.search.recipe import Recipe
 from puzzle_jax.search.score import lens
 from puzzle_jax.search.score import replace_one as score
@@ -185,7 +186,16 @@ class PlannedSearch:
         by_row = [jax.ShapeDtypeStruct((rows,), dtype) for dtype in (jnp.int32, jnp.int32, jnp.float32)]
         return MicroBatch._make([tokens, *by_position, *by_row])
 
-    def states(self, batch: MicroBatch, slots: int | None = None) -> jax.ShapeDtypeStruct:
+    def packed_batch(self) -> PackedTraces:
+        """The batch of the rows that hold the longest traces, without values."""
+        length = row_length(self.longest)
+        shape = (batch_rows(length), length)
+        spread = None if self._parts(shape[0]) == 1 else batch_sharding(self.mesh)  # type: ignore[arg-type]
+        tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=spread)
+        others = [jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.int32, jnp.float32)]
+        return PackedTraces._make([tokens, *others])
+
+    def states(self, batch: MicroBatch | PackedTraces, slots: int | None = None) -> jax.ShapeDtypeStruct:
         """Hidden states of a batch, or of `slots` alternatives of each of its rows."""
         rows, length = batch.tokens.shape
         shape = (rows, length) if slots is None else (rows, slots, length)
@@ -228,17 +238,17 @@ def _trace(run: PlannedSearch) -> Usage:
 
 
 def _rank(run: PlannedSearch) -> Usage:
-    config, batch = run.config, run.batch()
+    config, batch = run.config, run.packed_batch()
     x, sums = run.states(batch), jax.eval_shape(lambda: rank.no_sums(config))
     key = jax.eval_shape(lambda: jax.random.key(0))
 
     layer = run.params["layers"][0]
 
     def attention(window: int | None) -> int:
-        return _program_bytes(score.run_attention, layer["attention"], config, window, x, mesh=run.mesh)
+        return _program_bytes(rank.attend, layer["attention"], config, window, x, batch, mesh=run.mesh)
 
-    given = (layer["moe"], config, x, batch, sums, key)
-    mixture = _program_bytes(rank.rank_mixture, *given, mesh=run.mesh, donate=4)
+    given = (layer["moe"], config, x, batch.weight, sums, key)
+    mixture = _program_bytes(rank.add_mixture, *given, mesh=run.mesh, donate=4)
     held = _held(run, batch, states=device_bytes(x), sums=config.num_layers * device_bytes(sums))
     return Usage(held, max(mixture, *map(attention, run.windows)))
 
@@ -293,7 +303,7 @@ def _program_bytes(program: Callable[..., PyTree], *given: PyTree, **options: An
     return program_bytes(lambda *values: inner(*map(one_layer, values)), *given, **options)
 
 
-def _held(run: PlannedSearch, batch: MicroBatch, **more: int) -> dict[str, int]:
+def _held(run: PlannedSearch, batch: MicroBatch | PackedTraces, **more: int) -> dict[str, int]:
     return {"weights": device_bytes(run.params), "batch": device_bytes(batch), **more}
 
 

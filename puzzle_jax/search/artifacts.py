@@ -2,8 +2,8 @@
 
     cost/costs.json             bytes and seconds of every alternative
     traces/<set>.parquet        the parent's own answers, in four sets that share no problem
-    rank/ranking.safetensors    every expert's score by every method
-    rank/agreement.json         how much the methods agree
+    rank/ranking.safetensors    every expert's score by every rule
+    rank/agreement.json         how much the rules agree
     rank/routing.json           how unevenly the experts are loaded
     refine_costs/costs.json     costs with those loads
     score/scores.json           the space of alternatives and the KL of each
@@ -33,7 +33,8 @@ from puzzle_jax.costs.table import Costs, read_costs
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.files import read_json
 from puzzle_jax.generate.traces import Trace, read_traces, write_traces
-from puzzle_jax.search.rank.ranking import METHODS, Ranking
+from puzzle_jax.search.rank.ranking import Ranking
+from puzzle_jax.search.rank.rules import RULES
 from puzzle_jax.search.solve.problem import Candidate
 
 Value = TypeVar("Value")
@@ -101,7 +102,7 @@ def _save_ranking(path: Path, ranking: Ranking) -> None:
 
 def _load_ranking(path: Path) -> Ranking:
     tensors = load_file(path)
-    return Ranking({method: tensors[method] for method in METHODS}, tensors["routed"])
+    return Ranking({rule: tensors[rule] for rule in RULES}, tensors["routed"])
 
 
 COSTS, REFINED_COSTS = _costs("cost/costs.json"), _costs("refine_costs/costs.json")

@@ -128,8 +128,10 @@ class Search:
         return narrower_windows(self.windows, longest_context(self.traces("calibration")))[0]
 
     def ranked_space(self) -> Space:
-        """The keep-sets of every ranking method, with the windows that traces give evidence of."""
-        return ranked_space(self.parent.config, self.counts, self.evidenced_windows, RANKING.read(self.run))
+        """The keep-sets that the ranking rules propose, with the windows that traces give evidence of."""
+        return ranked_space(
+            self.parent.config, self.counts, self.evidenced_windows, RANKING.read(self.run), self.recipe.rank.rules
+        )
 
     @cached_property
     def costs(self) -> Costs:

@@ -2,7 +2,7 @@
 
     cost          bytes and seconds of every alternative
     trace         the parent's own answers, in sets that share no problem
-    rank          every expert's score by every method
+    rank          every expert's score by every rule
     refine_costs  the roofline's seconds with the expert loads that the traces showed
     score         the space of alternatives and the KL of each
     solve         the integer program's pool with its real KL on fresh traces, the chosen child, the baselines
@@ -61,7 +61,10 @@ from puzzle_jax.search.copies import Copies, run_stage
 from puzzle_jax.search.costing import check_target, cost, cost_inputs, cost_settings, refine_costs
 from puzzle_jax.search.hours.left import Reported, by_stage, present_hardware, time_left_of, work_of
 from puzzle_jax.search.hours.measured import MeasuredSearch, StageHours
-from puzzle_jax.search.rank.ranking import METHODS, KeptSums, rank_experts
+from puzzle_jax.search.rank.ranking import rank_experts
+from puzzle_jax.search.rank.rows import packed_traces
+from puzzle_jax.search.rank.rules import RULES
+from puzzle_jax.search.rank.statistics import KeptSums
 from puzzle_jax.search.refine.accept import refine
 from puzzle_jax.search.refine.proposals import Refinement
 from puzzle_jax.search.report_page import show_report, write_report
@@ -188,7 +191,7 @@ def check_windows(search: Search) -> None:
 
 
 def rank(search: Search, out: Path, kept: Path) -> None:
-    config, batches = search.parent.config, search.batches("calibration")
+    config, batches = search.parent.config, packed_traces(search.traces("calibration"))
     with progress(search.console, "ranking experts", len(batches)) as advance:
         ranking = rank_experts(
             search.parent.params,
@@ -212,6 +215,7 @@ def score_inputs(search: Search) -> list[Path]:
 def score_settings(search: Search) -> dict[str, Any]:
     return {
         **search.recipe.section("score"),
+        "rules": search.recipe.rank.rules,
         "counts": search.counts,
         "windows": search.evidenced_windows,
         "seed": search.recipe.traces.seed,
@@ -326,7 +330,7 @@ def report(search: Search, out: Path, kept: Path) -> None:
 STAGES: tuple[Stage[Search], ...] = (
     Stage("cost", cost_inputs, cost_settings, by_primary(cost), finish=check_target),
     Stage("trace", trace_inputs, trace_settings, trace, directory="traces", finish=check_windows),
-    Stage("rank", lambda s: _inputs(s, TRACES["calibration"]), lambda _: {"methods": METHODS}, rank),
+    Stage("rank", lambda s: _inputs(s, TRACES["calibration"]), lambda _: {"rules": list(RULES)}, rank),
     Stage("refine_costs", lambda s: _inputs(s, COSTS, ROUTING), lambda _: {}, by_primary(refine_costs)),
     Stage("score", score_inputs, score_settings, score),
     Stage(

@@ -15,6 +15,7 @@ from puzzle_jax.costs.scenario import Scenario, Target
 from puzzle_jax.errors import MOST_SEED, MOST_TOGETHER, MOST_TOKENS, ConfigError, check_choice, check_range
 from puzzle_jax.evaluate.settings import BY_EFFORT
 from puzzle_jax.model.weights import check_weights
+from puzzle_jax.search.rank.rules import PROPOSING, RULES
 from puzzle_jax.search.solve.baselines import BASELINES
 from puzzle_jax.search.space import DEFAULT_FRACTIONS, Restriction
 from puzzle_jax.settings.mesh import MeshSettings
@@ -97,6 +98,22 @@ class SpaceSettings:
         for window in self.windows:
             check_range("space.windows", window, 1, MOST_TOKENS)
         _check_distinct("space.windows", self.windows, may_be_empty=True)
+
+
+@dataclass(frozen=True)
+class RankSettings:
+    """Ranking of experts.
+
+    Attributes:
+      rules: names of the `search.rank.rules` that propose expert sets, which are then scored exactly.
+    """
+
+    rules: tuple[str, ...] = PROPOSING
+
+    def __post_init__(self) -> None:
+        _check_distinct("rank.rules", self.rules)
+        for name in self.rules:
+            check_choice("rank.rules", name, tuple(RULES))
 
 
 @dataclass(frozen=True)
@@ -219,7 +236,7 @@ class Recipe:
     Attributes:
       parent: the parent's checkpoint directory; by default the small embedded parent.
       run: directory that the search writes everything to.
-      traces, space, score, solve, refine, evaluate: settings of the stages.
+      traces, space, rank, score, solve, refine, evaluate: settings of the stages.
       scenario: the deployment.
       more_scenarios: further deployments that the same child must serve.
       target: limits that the child must meet in these scenarios, absolute or relative to its parent.
@@ -237,6 +254,7 @@ class Recipe:
     run: Path = Path("runs/tiny")
     traces: TraceSettings = field(default_factory=TraceSettings)
     space: SpaceSettings = field(default_factory=SpaceSettings)
+    rank: RankSettings = field(default_factory=RankSettings)
     score: ScoreSettings = field(default_factory=ScoreSettings)
     solve: SolveSettings = field(default_factory=SolveSettings)
     refine: RefineSettings = field(default_factory=RefineSettings)

@@ -32,6 +32,7 @@ from puzzle_jax.model.sharding import make_mesh
 from puzzle_jax.model.spec import count_params, is_spec, param_specs
 from puzzle_jax.plan.engine import AbstractEngine
 from puzzle_jax.search.rank.ranking import rank_experts
+from puzzle_jax.search.rank.rows import packed_traces
 from puzzle_jax.search.recipe import EMBEDDED_PARENT
 from puzzle_jax.search.score.replace_one import Alternative, ReplaceOne
 from tests.convert_hf.checkpoints import write_random
@@ -127,7 +128,7 @@ def test_answers_ranking_and_scores_agree(both):
         for number, (request, answer) in enumerate(zip(requests, answers[0], strict=True))
     ]
     batches = micro_batches(traces, tokens_per_batch=128)
-    one, other = (rank_experts(params, config, batches) for params in first)
+    one, other = (rank_experts(params, config, packed_traces(traces, 128)) for params in first)
     for method, found in one.scores.items():
         np.testing.assert_allclose(found, other.scores[method], rtol=1e-4, atol=1e-7)
     half = np.arange(config.blocks[0].num_experts) % 2 == 0

@@ -26,7 +26,7 @@ from puzzle_jax.plan.search import STAGES, PlannedSearch
 from puzzle_jax.search.__main__ import SEARCH
 from puzzle_jax.search.hours.measured import MeasuredSearch, StageHours
 from puzzle_jax.search.hours.work import SearchTime
-from puzzle_jax.search.rank import ranking as rank
+from puzzle_jax.search.rank.statistics import no_sums
 from puzzle_jax.search.recipe import ScoreSettings, TraceSettings
 from puzzle_jax.search.score import lens as lens_module
 from puzzle_jax.search.score import replace_one as replace_module
@@ -137,7 +137,7 @@ def test_batches_are_those_of_the_longest_traces():
 
 
 def test_sums_of_ranking_and_of_lenses_are_of_every_layer(found):
-    assert found["rank"].held["sums"] == 3 * sum(leaf.nbytes for leaf in jax.tree.leaves(rank.no_sums(PARENT)))
+    assert found["rank"].held["sums"] == 3 * sum(leaf.nbytes for leaf in jax.tree.leaves(no_sums(PARENT)))
     assert found["lens"].held["sums"] == 3 * 4 * (1 + 2 * 32 + 3 * 32 * 32)
 
 

@@ -9,10 +9,13 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from puzzle_jax.generate.traces import Trace
 from puzzle_jax.search.hours import left
 from tests.search.toy_search import TIMELESS, save_parent, search
+from tests.support import random_params, small_config
 
 
 @pytest.fixture(scope="session")
@@ -60,3 +63,28 @@ def timeless(once, finished, parent) -> Path:
         assert search(parent, run, *TIMELESS) == 0
 
     return once("timeless", make)
+
+
+@pytest.fixture(scope="session")
+def small_parent():
+    """A configuration, its parameters and four traces; no token is routed to expert 6 of layer 1."""
+    config = small_config()
+    params = random_params(config)
+    moe = params["layers"][1]["moe"]
+    moe["router_bias"] = moe["router_bias"].at[6].set(-1e4)
+    rng = np.random.default_rng(0)
+    sizes = [(9, 7), (14, 3), (40, 12), (25, 30)]
+    traces = [
+        Trace(
+            "t",
+            "low",
+            i,
+            {},
+            tuple(rng.integers(0, 97, p).tolist()),
+            tuple(rng.integers(0, 97, c).tolist()),
+            1.0,
+            False,
+        )
+        for i, (p, c) in enumerate(sizes)
+    ]
+    return config, params, traces

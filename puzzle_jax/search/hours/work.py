@@ -32,7 +32,6 @@ from puzzle_jax.costs.hardware import Hardware
 from puzzle_jax.numeric import Number
 from puzzle_jax.search.artifacts import TRACE_SETS
 from puzzle_jax.search.hours.passes import ModelTime
-from puzzle_jax.search.rank.ranking import METHODS
 from puzzle_jax.search.recipe import Recipe
 from puzzle_jax.search.score.measurements import METRICS
 from puzzle_jax.search.score.space_scorer import LENS_TRACES, WINDOWS_FIRST
@@ -179,7 +178,7 @@ class SearchTime:
         problems = self._problems(min(LENS_TRACES, self._calibration))
         tokens = problems * self.trace_tokens(1)
         sets, windows = self.alternatives
-        looked = sets * len(METHODS) + windows
+        looked = sets * len(self.recipe.rank.rules) + windows
         square = self.config.hidden_size**2
         maps = self.config.num_layers * self._time.products(tokens, 2 * square)
         own_layer = self.a_pass(problems) / self.config.num_layers
@@ -189,7 +188,8 @@ class SearchTime:
     def _exact_alternatives(self) -> tuple[Number, Number]:
         """Number of alternatives that are scored exactly, and the mean number of traces that each is scored on."""
         settings, (sets, windows) = self.recipe.score, self.alternatives
-        per_count = min(settings.keep_sets or len(METHODS), len(METHODS))
+        rules = len(self.recipe.rank.rules)
+        per_count = min(settings.keep_sets or rules, rules)
         if settings.method == "lens":
             return 0.0, 0.0
         alternatives, traces = sets * per_count + windows, self._calibration

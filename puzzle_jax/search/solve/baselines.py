@@ -1,6 +1,7 @@
 """Other ways to choose an architecture for the same target, from the same scores and costs, to compare with.
 
-    uniform       the same number of experts in every layer and the same window on every full layer
+    uniform       the same number of experts in every layer and the same window on every full layer; of each layer's
+                  expert sets of that number the one of least score, so it is the strongest of its kind
     experts_only  the integer program, with the parent's windows
     windows_only  the integer program, with all experts kept
     greedy        repeatedly the change of least score per reduction of the excess over the limits, until there is none
@@ -56,7 +57,8 @@ def uniform(problem: Problem, *, method: str | None = None) -> Candidate:
 
     Args:
       problem: provides the counts and windows to try: those that all (full-attention) layers offer.
-      method: ranking method whose expert sets are taken; by default, and where it offers none, each layer's first set.
+      method: ranking rule whose expert sets are taken; by default, and where it offers none, each layer's set of least
+        score.
     """
     table = _Table(problem)
     found = _uniform_choices(problem, method)
@@ -80,9 +82,10 @@ def _uniform_choices(problem: Problem, method: str | None) -> dict[str, Choice]:
     for count, window in product(sorted(counts, reverse=True), windows):
         choice = {"shared": ""}
         for layer in range(space.num_layers):
-            sets = [c for c in space.expert_choices[layer] if c.count == count]
-            ranked = [c for c in sets if method is not None and method in c.method.split("+")]
-            choice[experts_group(layer)] = (ranked or sets)[0].name
+            offered = zip(problem.scores.experts[layer], space.expert_choices[layer], strict=True)
+            sets = sorted(((score, c) for score, c in offered if c.count == count), key=lambda pair: pair[0])
+            ranked = [c for _, c in sets if method is not None and method in c.method.split("+")]
+            choice[experts_group(layer)] = (ranked or [c for _, c in sets])[0].name
             choice[attention_group(layer)] = window_name(window if layer in full else space.windows[layer][0])
         found[f"{count} experts, window {window_name(window)}"] = choice
     if not found:

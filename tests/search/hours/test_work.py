@@ -13,7 +13,7 @@ from puzzle_jax.costs.scenario import Scenario, Target
 from puzzle_jax.generate.traces import Trace
 from puzzle_jax.search.hours.left import _given
 from puzzle_jax.search.hours.work import DISK_BYTES_PER_SECOND, SearchTime, hours_table
-from puzzle_jax.search.rank.ranking import METHODS
+from puzzle_jax.search.rank.rules import PROPOSING
 from puzzle_jax.search.recipe import Recipe, ScoreSettings, SpaceSettings, TraceSettings
 from puzzle_jax.settings.mesh import MeshSettings
 from tests.support import small_config
@@ -56,7 +56,7 @@ def test_work_by_hand():
     assert TIME.alternatives == (6, 4)
     assert TIME._exact_alternatives() == (6 * 3 + 4, 28)
     assert with_(score={"first": 11})._exact_alternatives() == (22, pytest.approx((18 * 16.5 + 4 * 28) / 22))
-    assert with_(score={"method": "exact", "keep_sets": 0})._exact_alternatives() == (6 * len(METHODS) + 4, 28)
+    assert with_(score={"method": "exact", "keep_sets": 0})._exact_alternatives() == (6 * len(PROPOSING) + 4, 28)
     assert with_(score={"method": "lens"})._exact_alternatives() == (0, 0)
 
 

@@ -1,22 +1,18 @@
-"""Rankings that remove one expert after the other, on a fixed number of sampled tokens per layer.
+"""A fixed number of sampled tokens per layer, for rules that remove one expert after the other.
 
-    joint_greedy    removes the expert whose removal, given those already removed, changes the mixture's output least.
-                    A token's output with any set of experts is a combination of its highest-ranked experts' outputs,
-                    so the squared change is d' G d, with d the difference of gates and G the Gram matrix of those
-                    outputs: after one evaluation no expert is run again.
-    ranked_choice   removes the expert with the fewest votes; every token votes, by its router logits, for the k best
-                    of the experts that are left. An expert that no token votes for goes first.
+A token's output with any set of experts is a combination of its highest-ranked experts' outputs. A sampled token
+therefore carries the Gram matrix of these outputs, and after one evaluation no expert is run again, whichever set is
+asked about.
 
 Tokens are drawn uniformly, a fixed number from every batch, of which a reservoir keeps a fixed number in all, so memory
-does not grow with the number of traces. They count by their weights. The experts kept at any count are those removed
-last.
+does not grow with the number of traces. They count by their weights.
 
 Left out: experts below a token's best ranks. A token whose best ranks are all removed counts as having zero output.
 """
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -52,7 +48,7 @@ def num_ranks(experts: int, experts_per_token: int) -> int:
 def empty_sample(tokens: int, experts: int, ranks: int) -> Sample:
     """An empty reservoir for `tokens` tokens."""
     return Sample(
-        jnp.full(tokens, -jnp.inf),
+        jnp.full(tokens, -jnp.inf, jnp.float32),
         jnp.zeros(tokens),
         jnp.zeros((tokens, experts), jnp.int32),
         jnp.zeros((tokens, ranks)),
@@ -84,46 +80,13 @@ def gram_matrices(outputs: Float[Array, "tokens ranks hidden"]) -> Float[Array, 
     return jnp.einsum("trh,tsh->trs", outputs, outputs) / outputs.shape[-1]
 
 
-@partial(jax.jit, static_argnames="k")
-def joint_greedy(sample: Sample, routed: Float[Array, "experts"], k: int) -> Int[Array, "experts"]:
-    """The step at which each expert is removed; the k that are never removed get the number of steps.
-
-    Of equal experts the one that is routed to least is removed first.
-    """
-    ids = sample.order[:, : sample.logits.shape[1]]
-    whole = _gates(sample.logits, jnp.ones(ids.shape, bool), k)
-
-    def error(alive: Bool[Array, "... ranks"], gates: Array, gram: Array) -> Float[Array, "..."]:
-        change = gates - whole[(slice(None), *[None] * (alive.ndim - 2))]
-        return jnp.einsum("...r,...rs,...s->...", change, gram, change)
-
-    def growth(alive_experts: Bool[Array, "experts"]) -> Float[Array, "experts"]:
-        """The amount that the removal of each expert adds to the summed error."""
-        alive = alive_experts[ids]
-        now = error(alive, _gates(sample.logits, alive, k), sample.gram)
-        ranks = alive.shape[1]
-        one_less = alive[:, None] & ~jnp.eye(ranks, dtype=bool)
-        gates = _gates(sample.logits[:, None], one_less, k)
-        added = error(one_less, gates, sample.gram[:, None]) - now[:, None]
-        added = jnp.where(_chosen(alive, k), added, 0.0) * sample.weight[:, None]
-        return jnp.zeros(alive_experts.shape).at[ids].add(added)
-
-    return _remove_one_by_one(growth, routed, k)
+Loss = Callable[[Bool[Array, "experts"]], Float[Array, "experts"]]
+"""Loss by the removal of each expert, given a mask of those that are left."""
 
 
-@partial(jax.jit, static_argnames="k")
-def ranked_choice(sample: Sample, routed: Float[Array, "experts"], k: int) -> Int[Array, "experts"]:
-    """The step at which each expert is voted out; arguments and result as in `joint_greedy`."""
-
-    def votes(alive_experts: Bool[Array, "experts"]) -> Float[Array, "experts"]:
-        chosen = _chosen(alive_experts[sample.order], k) * sample.weight[:, None]
-        return jnp.zeros(alive_experts.shape).at[sample.order].add(chosen)
-
-    return _remove_one_by_one(votes, routed, k)
-
-
-def _remove_one_by_one(loss, routed: Float[Array, "experts"], k: int) -> Int[Array, "experts"]:
-    """Removes the expert of least loss until k are left; the loss is recomputed at every step."""
+def remove_one_by_one(loss: Loss, routed: Float[Array, "experts"], k: int) -> Int[Array, "experts"]:
+    """The step at which each expert is removed when the one of least loss goes first; the k that are never removed get
+    the number of steps. Of equal experts the one that is routed to least is removed first."""
     steps = routed.shape[0] - k
 
     def remove(step: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -137,14 +100,14 @@ def _remove_one_by_one(loss, routed: Float[Array, "experts"], k: int) -> Int[Arr
     return jax.lax.fori_loop(0, steps, remove, start)[1]
 
 
-def _chosen(alive: Bool[Array, "... ranks"], k: int) -> Bool[Array, "... ranks"]:
+def first_left(alive: Bool[Array, "... ranks"], k: int) -> Bool[Array, "... ranks"]:
     """A mask of the first k ranks that are left."""
     return alive & (jnp.cumsum(alive, axis=-1) <= k)
 
 
-def _gates(logits: Float[Array, "... ranks"], alive: Bool[Array, "... ranks"], k: int) -> Float[Array, "... ranks"]:
+def gates_of(logits: Float[Array, "... ranks"], alive: Bool[Array, "... ranks"], k: int) -> Float[Array, "... ranks"]:
     """Softmax over the first k ranks that are left; all 0 if none is."""
-    chosen = _chosen(alive, k)
+    chosen = first_left(alive, k)
     seen = jnp.where(chosen, logits, -jnp.inf)
     weights = jnp.where(chosen, jnp.exp(seen - jnp.max(seen, axis=-1, keepdims=True, initial=-1e30)), 0.0)
     return weights / jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 1e-30)
