@@ -1,15 +1,16 @@
 """Scores of alternatives on groups of traces, sharpened by their scores on all traces, and the parent's entropy there.
 
-An alternative that is scored on few traces has very few of each group. What a group's KL is to the KL over all tokens,
-however, is much alike for all alternatives, so the ratio of the two is shrunk towards the typical one:
+An alternative that is scored on few traces has very few of each group. A group's score is therefore the best estimate
+of the score on all traces (`search.score.estimator`), times the ratio of the two means over the traces scored, and that
+ratio is shrunk towards the one that is typical of all alternatives:
 
-    ratio = score on the group / score on all = true + noise,    noise ~ N(0, (c typical)^2 / traces)
-    true  = typical + rest,                                      rest ~ N(0, spread^2)
+    ratio = mean of the group / mean of all = true + noise,    noise ~ N(0, (c typical)^2 / traces)
+    true  = typical + rest,                                    rest ~ N(0, spread^2)
 
 c is the relative standard error of one trace, which is pooled over alternatives: that of an alternative's own few
 traces is as noisy as their mean and errs with it. The spread is what the ratios vary by beyond that noise, by the
 method of moments (R. DerSimonian and N. Laird, Controlled Clinical Trials 7, 1986). Expert sets and windows are fitted
-apart, since what a window costs is far more uneven; where there are few, scores stay as they were measured.
+apart, since what a window costs is far more uneven; where there are few, ratios stay as they were measured.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ LEAST_TRACES = 8
 _FEWEST = 12
 """The fewest alternatives that a typical ratio and a spread are fitted to."""
 _ROUNDS = 20
+"""Rounds in which the typical ratio and the spread, which weigh each other, are fitted in turn."""
 
 Values = Float[np.ndarray, "alternatives"]
 
@@ -55,49 +57,52 @@ def group_estimates(
 
 
 def _estimated(table: ScoreTable, group: Group, overall: Values, windows: Bool[np.ndarray, "alternatives"]) -> Values:
-    of_group = np.flatnonzero(members(group, table.traces)).tolist()
-    times = table.scored[:, of_group].astype(float)
-    kinds = kinds_of([(table.traces[n].task, table.traces[n].effort) for n in of_group])
-    weights = np.nan_to_num(post_stratified(times, table.tokens[of_group], kinds))
-    values = np.nan_to_num(table.values[:, of_group, 0])
-    measured = np.sum(weights * values, axis=1)
-    squares = np.sum((weights * (values - measured[:, None])) ** 2, axis=1)
-    number = times.sum(axis=1)
-    estimates = np.where(number > 0, measured, overall)
+    kinds = kinds_of([(trace.task, trace.effort) for trace in table.traces])
+    values, times = np.nan_to_num(table.values[..., 0]), table.scored.astype(float)
+    everywhere = np.sum(post_stratified(times, table.tokens, kinds) * values, axis=1)
+    times = times * members(group, table.traces)
+    weights = np.nan_to_num(post_stratified(times, table.tokens, kinds))
+    means = np.sum(weights * values, axis=1)
+    squares = np.sum((weights * (values - means[:, None])) ** 2, axis=1)
+    estimates = np.empty(len(overall))
     for same in (windows, ~windows):
-        estimates[same] = shrunk_ratios(measured[same], squares[same], number[same], overall[same], estimates[same])
+        estimates[same] = overall[same] * shrunk_ratios(
+            means[same], squares[same], times[same].sum(axis=1), everywhere[same]
+        )
     return estimates
 
 
-def shrunk_ratios(measured: Values, squares: Values, number: Values, overall: Values, otherwise: Values) -> Values:
-    """Scores on a group, shrunk towards the typical ratio to the scores on all traces.
+def shrunk_ratios(means: Values, squares: Values, number: Values, everywhere: Values) -> Values:
+    """Ratios of the scores on a group to those on all traces, shrunk towards the typical ratio.
+
+    An alternative whose group has a mean of 0 keeps the ratio 0, since a window that covers all of the group's traces
+    changes nothing there. Where the mean over all traces is 0 the ratio is 1.
 
     Args:
-      measured: mean scores on the group's traces.
-      squares: sums of the squared weighted deviations from them, that is, squares of their standard errors but for the
-        factor n / (n - 1).
+      means: mean scores on the group's traces.
+      squares: sums of the squared weighted deviations from them, which are the squares of their standard errors but for
+        a factor n / (n - 1).
       number: traces of the group that each alternative was scored on.
-      overall: scores on all traces.
-      otherwise: scores of alternatives that cannot be shrunk: where few can, or the score on all traces is 0.
+      everywhere: mean scores on all traces that each was scored on.
     """
-    known = (number > 1) & (overall != 0) & (measured != 0)
+    defined = everywhere != 0
+    ratio = np.where(number > 0, means / np.where(defined, everywhere, 1.0), 1.0)
+    ratio[~defined] = 1.0
+    known = defined & (number > 1) & (means != 0)
     if known.sum() < _FEWEST:
-        return otherwise
-    ratio, traces = measured[known] / overall[known], number[known]
-    # Squared relative error of one trace: the squared relative error of the mean, times the number of traces.
-    relative = float(np.median(squares[known] * traces / (traces - 1) / measured[known] ** 2 * traces))
-    typical, spread = float(np.median(ratio)), 0.0
+        return ratio
+    seen, traces = ratio[known], number[known]
+    # Squared relative error of one trace: that of the mean, times the number of traces.
+    relative = float(np.median(squares[known] * traces / (traces - 1) / means[known] ** 2 * traces))
+    typical, spread = float(np.median(seen)), 0.0
     for _ in range(_ROUNDS):
         noise = relative * typical**2 / traces
         weights = 1 / np.maximum(noise + spread, 1e-12)
-        typical = float(np.average(ratio, weights=weights))
-        spread = max(float(np.average((ratio - typical) ** 2 - noise, weights=weights)), 0.0)
-    shrinkable = (overall != 0) & ((measured != 0) | (number == 0))
-    noise = relative * typical**2 / np.maximum(number, 1e-12)
-    kept = spread / np.maximum(spread + noise, 1e-300) * (number > 0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        expected = overall * (kept * measured / overall + (1 - kept) * typical)
-    return np.where(shrinkable, expected, otherwise)
+        typical = float(np.average(seen, weights=weights))
+        spread = max(float(np.average((seen - typical) ** 2 - noise, weights=weights)), 0.0)
+    kept = spread / np.maximum(spread + relative * typical**2 / np.maximum(number, 1), 1e-300)
+    shrunk = np.where(number > 0, kept * ratio + (1 - kept) * typical, typical)
+    return np.where(defined & ((means != 0) | (number == 0)), shrunk, ratio)
 
 
 def group_evidence(traces: Sequence[Trace], order: Sequence[int], groups: Sequence[Group]) -> list[int]:

@@ -135,7 +135,10 @@ class ScoreTable:
         return estimate(self.values[..., 0], self.lens, times=times, tokens=self.tokens, kinds=kinds, layers=layers)
 
     def _means(self, times: np.ndarray) -> Float[np.ndarray, "alternatives"]:
-        weights = post_stratified(times, self.tokens, self._kinds()) if self.stratified else times * self.tokens
+        if self.stratified:
+            weights = post_stratified(times.astype(float), self.tokens, self._kinds())
+        else:
+            weights = times * self.tokens
         with np.errstate(invalid="ignore"):
             return np.sum(np.nan_to_num(self.values[..., 0]) * weights, axis=1) / weights.sum(axis=1)
 

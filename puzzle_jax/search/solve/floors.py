@@ -206,7 +206,7 @@ class MeasuredFloors:
 
     def excess(self, kls: Mapping[str, float]) -> float:
         """Summed relative excess over the floors."""
-        return sum(floor.ratio(kls) - 1 for floor in self.violated(kls))
+        return sum((floor.ratio(kls) - 1 for floor in self.violated(kls)), 0.0)
 
     def broken(self, new: Float[np.ndarray, "traces"], old: Float[np.ndarray, "traces"]) -> tuple[str, ...]:
         """A sentence for every floor that held for the old child and does not for the new one."""
