@@ -50,7 +50,7 @@ def group_sum(problem, candidate, name):
 CASES = [
     [limit(RECALL, "nats", 7.5)],
     [limit(RECALL, "times_mean", 1.1)],
-    [limit(RECALL, "times_mean", 1.5), limit(HIGH, "times_mean", 1.7)],
+    [limit(RECALL, "times_mean", 1.7), limit(HIGH, "times_mean", 2)],
     [limit(HIGH, "share_of_entropy", 0.25), limit(HIGH, "times_mean", 1.25)],
 ]
 
