@@ -359,7 +359,7 @@ def test_restrictions_and_refinement_from_the_shell(finished, parent, tmp_path):
         assert accepted[-1]["candidate"]["layers"] == layers
 
 
-def test_traces_from_elsewhere_take_the_place_of_asking(finished, parent, tmp_path):
+def test_traces_from_elsewhere_take_the_place_of_asking(finished, parent, tmp_path, capsys):
     run, file = tmp_path / "run", tmp_path / "traces.jsonl"
     sets = ("calibration", "validation", "confirmation", "heldout")
     traces = [t for name in sets for t in read_traces(finished / f"traces/{name}.parquet")]
@@ -368,6 +368,10 @@ def test_traces_from_elsewhere_take_the_place_of_asking(finished, parent, tmp_pa
     found = [t for name in sets for t in read_traces(run / f"traces/{name}.parquet")]
     assert sorted(t.prompt for t in found) == sorted(t.prompt for t in traces)
     assert (run / "report/report.md").is_file()
+    # Limits on the KL of groups are for what the file holds, which is read before any work.
+    unknown = ("--traces.file", str(file), "--target.max_kl.nats", "poetry=1")
+    assert search(parent, tmp_path / "other", *unknown) == 2 and not (tmp_path / "other").exists()
+    assert "target.max_kl.nats names 'poetry', but must name" in capsys.readouterr().err
 
 
 def test_one_stage_runs_alone_and_a_changed_setting_reruns_what_follows(finished, parent, tmp_path, capsys):

@@ -9,8 +9,10 @@ from puzzle_jax.config import BlockConfig
 from puzzle_jax.costs.scenario import Group, KlLimit
 from puzzle_jax.search.refine.accept import Difference, Pool, refine
 from puzzle_jax.search.refine.floors import ROUNDS, pool_within
+from puzzle_jax.search.refine.proposals import Refinement
 from puzzle_jax.search.score.whole_children import Measurements
 from puzzle_jax.search.solve.floors import ALL, MeasuredFloors, floors_of
+from puzzle_jax.search.space import Space
 from tests.search.refine.test_refine import CHILD, score, unasked
 
 FLOORS = floors_of([KlLimit(Group("recall", None), "nats", 0.5)], {})
@@ -22,7 +24,7 @@ def child(number):
     return replace(CHILD, name=f"child {number}", blocks=(BlockConfig(3, number + 1), BlockConfig(2, None)))
 
 
-def pool_of(candidates, rows, check=CHECK):
+def pool_of(candidates, rows, check: MeasuredFloors | None = CHECK):
     """A pool from the KL of each child on the other trace and on that of recall."""
     kl = np.array(rows)
     scores = [score(float(np.average(row, weights=TOKENS))) for row in kl]
@@ -91,3 +93,28 @@ def test_a_refinement_that_breaks_a_floor_is_refused(breaks):
     assert (found.blocks == better.blocks) is (not breaks) and step.accepted is (not breaks)
     assert ("refused, since KL of recall on confirmation" in str(step)) is bool(breaks)
     assert step.to_json().get("broken") == (list(breaks) or None)
+
+
+def test_a_proposal_breaks_a_floor_on_either_set_of_traces(tmp_path):
+    """Nothing is broken on validation traces, where the floor did not hold before, but on confirmation traces it is."""
+    rows = {"validation": [[0.1, 0.9], [0.3, 0.7]], "confirmation": [[0.1, 0.6], [0.3, 0.4]]}
+
+    def measure(candidates, name):
+        return Measurements([score(0.1) for _ in candidates], np.array(rows[name]), TOKENS)
+
+    refinement = Refinement(
+        space=Space.__new__(Space),  # which is not used here
+        removal_error=np.zeros((2, 6)),
+        swaps=0,
+        scorer=unasked,
+        pool=unasked,
+        measure=measure,
+        table=tmp_path / "table",
+        kept=tmp_path,
+        identity="parent",
+        floors=lambda name: replace(CHECK, where=name),
+    )
+    assert refinement.breaks(child(1), child(0)) == (
+        "KL of recall on confirmation traces is 0.6, asked for at most 0.5",
+    )
+    assert replace(refinement, floors=lambda name: None).breaks(child(1), child(0)) == ()
