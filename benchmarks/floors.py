@@ -83,7 +83,7 @@ def measure(
         "traces.seed": seed,
         "traces.heldout": 4,
         "target": json.dumps(target),
-        "refine.swaps": 3,
+        "refine.swaps": options.swaps,
         "space.restrict": json.dumps([{"layers": "5", "windows": ["full"]}]),
         "evaluate.problems": options.problems,
     }
@@ -135,6 +135,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--min_speedup", type=float, default=1.5)
     parser.add_argument("--max_expert_bytes_ratio", type=float, help="none by default")
     parser.add_argument("--max_kl", type=json.loads, default={"times_mean": {"recall": 0.5}}, help="floors, as JSON")
+    parser.add_argument("--swaps", type=int, default=3, help="of experts, in refinement")
     parser.add_argument("--problems", type=int, default=100, help="per task, asked at every effort")
     parser.add_argument("--out", type=Path, default=Path("runs/floors"))
     parser.add_argument("--json", type=Path, help="where to write everything")
