@@ -1,6 +1,6 @@
 """Floors for a search: what becomes of a task that the traces hardly have, without limits on its KL and with them.
 
-    python benchmarks/floors.py --run RUN/search [--task recall] [--share 0.1] [--seeds 0 1 2] [--max_kl YAML]
+    python benchmarks/floors.py --run RUN/search [--task recall] [--share 0.1] [--seeds 0 1 2] [--max_kl JSON]
 
 From the traces of a finished search of the embedded parent (RUN/search) all but a tenth of those of one task are left
 out, and two searches with the same target and the same costs, those of the finished one, start from what is left:
@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from puzzle_jax.commands import enable_compilation_cache
+from puzzle_jax.errors import InfeasibleError
 from puzzle_jax.generate.traces import Trace, read_traces, write_traces
 from puzzle_jax.model.child import identity_child
 from puzzle_jax.search.__main__ import SEARCH
@@ -49,9 +50,12 @@ def main() -> None:
         rows.append({"seed": seed, "child": measure(plain, file, seed, {}, options, console)})
         if not floors.exists():  # ranking and scores, which floors do not change, need not be computed again
             shutil.copytree(plain, floors)
-        rows[-1]["child with floors"] = measure(floors, file, seed, {"max_kl": options.max_kl}, options, console)
+        try:
+            rows[-1]["child with floors"] = measure(floors, file, seed, {"max_kl": options.max_kl}, options, console)
+            rows[-1]["child with floors"].pop("parent")
+        except InfeasibleError as error:
+            rows[-1]["infeasible"] = str(error)
         rows[-1]["parent"] = rows[-1]["child"].pop("parent")
-        rows[-1]["child with floors"].pop("parent")
         show(rows[-1], console)
         if options.json:
             options.json.write_text(json.dumps({"max_kl": options.max_kl, "rows": rows}, indent=1) + "\n")
@@ -120,8 +124,8 @@ def show(row: dict[str, Any], console: Console) -> None:
         table.add_row(f"accuracy, {task}", *(f"{row[model]['accuracy'][task]:.1%}" for model in models))
     table.add_row("predicted speed", *(f"{row[model]['speedup']:.3f}x" for model in models))
     console.print(table)
-    for sentence in row["child with floors"]["violated"]:
-        console.print(f"violated: {sentence}", highlight=False)
+    for sentence in row["child with floors"]["violated"] if "child with floors" in row else [row["infeasible"]]:
+        console.print(sentence, highlight=False)
 
 
 def parse() -> argparse.Namespace:
@@ -132,9 +136,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--task", default="recall", help="the task that the traces hardly have")
     parser.add_argument("--share", type=float, default=0.1, help="of that task's traces that stay")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--min_speedup", type=float, default=1.5)
+    parser.add_argument("--min_speedup", type=float, default=1.3)
     parser.add_argument("--max_expert_bytes_ratio", type=float, help="none by default")
-    parser.add_argument("--max_kl", type=json.loads, default={"times_mean": {"recall": 0.5}}, help="floors, as JSON")
+    parser.add_argument("--max_kl", type=json.loads, default={"nats": {"recall": 0.15}}, help="floors, as JSON")
     parser.add_argument("--swaps", type=int, default=3, help="of experts, in refinement")
     parser.add_argument("--problems", type=int, default=100, help="per task, asked at every effort")
     parser.add_argument("--out", type=Path, default=Path("runs/floors"))
