@@ -99,7 +99,7 @@ class SearchReport:
             told = [f"{e[at[0]][at[1]]['accuracy']:.1%}" for e in entries.values()]
             rows.append([f"accuracy, {at[1]}", *_marked(told, entries, at in worst_fall and falls[at] > 0)])
         remark = (
-            f"The task and the effort with the child's highest KL, and those at which its accuracy falls most below the "
+            "The task and the effort with the child's highest KL, and those at which its accuracy falls most below the "
             f"parent's, are marked {WORST}."
         )
         heading = ["", *(name.replace("_", " ") for name in entries)]
