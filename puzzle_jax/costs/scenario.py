@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import NoReturn
+from dataclasses import dataclass, field, fields, replace
+from typing import NamedTuple, NoReturn
 
 from puzzle_jax.errors import MOST_TIMES, ConfigError, check_range, shown
 from puzzle_jax.numeric import LARGEST, Number
@@ -54,9 +54,9 @@ class Scenario:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
             raise ConfigError(f"scenario name is {self.name!r}, but must be of letters, digits, '-' and '_'")
-        for field in _COUNTS:
-            if (value := getattr(self, field)) is not None:
-                check_range(f"{field} of scenario {self.name!r}", value, 1, MOST_TIMES)
+        for count in _COUNTS:
+            if (value := getattr(self, count)) is not None:
+                check_range(f"{count} of scenario {self.name!r}", value, 1, MOST_TIMES)
         if self.usable_memory is not None:
             check_range(f"usable_memory of scenario {self.name!r}", self.usable_memory, 0, 1, above=True)
         if self.kv_bytes_per_value not in (1, 2, 4):
@@ -136,6 +136,97 @@ Amount = Number | dict[str, Number] | None
 """One limit for every scenario, or limits by scenario name."""
 
 
+class Group(NamedTuple):
+    """Traces of one task, of one effort, or of one task at one effort; None stands for all tasks or all efforts."""
+
+    task: str | None
+    effort: str | None
+
+    @property
+    def name(self) -> str:
+        """The task, the effort, or "task/effort"."""
+        return "/".join(part for part in self if part is not None)
+
+    def holds(self, task: str, effort: str) -> bool:
+        """Returns whether a trace of this task and effort belongs to the group."""
+        return self.task in (None, task) and self.effort in (None, effort)
+
+
+class KlLimit(NamedTuple):
+    """One limit on the child's KL over a group of traces; `form` is the field of `MaxKl` that sets the value."""
+
+    group: Group
+    form: str
+    value: Number
+
+
+@dataclass(frozen=True)
+class MaxKl:
+    """Limits of the child's KL over groups of traces, so that a low mean cannot hide that one task or effort is lost.
+
+    Every field maps names of groups to limits. A name is that of an effort, of a task, or "task/effort"; `efforts` and
+    `tasks` stand for every effort and every task that is not named itself. The KL of a group is the mean over its
+    completion tokens.
+
+    Attributes:
+      nats: nats per token, such as `{high: 0.05}`.
+      times_mean: times the child's KL over all tokens, such as `{tasks: 2, recall: 1.5}`.
+      share_of_entropy: share of the parent's own mean entropy on the group's completion tokens, in nats per token.
+    """
+
+    nats: dict[str, Number] = field(default_factory=dict)
+    times_mean: dict[str, Number] = field(default_factory=dict)
+    share_of_entropy: dict[str, Number] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for form, values in self._forms().items():
+            for name, value in values.items():
+                check_range(f"max_kl.{form}.{name}", value, 0, LARGEST, above=True)
+
+    @property
+    def is_empty(self) -> bool:
+        return not any(self._forms().values())
+
+    def _forms(self) -> dict[str, dict[str, Number]]:
+        return {each.name: getattr(self, each.name) for each in fields(self)}
+
+    def limits(self, kinds: Sequence[tuple[str, str]]) -> tuple[KlLimit, ...]:
+        """The limits as they apply to traces of these kinds (task, effort).
+
+        Raises `ConfigError` for a name that is none of their tasks and efforts.
+        """
+        tasks, efforts = (tuple(dict.fromkeys(names)) for names in zip(*kinds, strict=True))
+        found = []
+        for form, values in self._forms().items():
+            of_form: dict[Group, Number] = {}
+            for name in sorted(values, key=lambda name: name not in ("efforts", "tasks")):  # those named come last
+                if name == "efforts":
+                    groups = [Group(None, effort) for effort in efforts]
+                elif name == "tasks":
+                    groups = [Group(task, None) for task in tasks]
+                else:
+                    groups = [_group(f"target.max_kl.{form}", name, kinds, tasks, efforts)]
+                of_form |= dict.fromkeys(groups, values[name])
+            found += [KlLimit(group, form, value) for group, value in of_form.items()]
+        return tuple(found)
+
+
+def _group(
+    where: str, name: str, kinds: Sequence[tuple[str, str]], tasks: Sequence[str], efforts: Sequence[str]
+) -> Group:
+    if name in efforts:
+        return Group(None, name)
+    if name in tasks:
+        return Group(name, None)
+    task, _, effort = name.rpartition("/")
+    if (task, effort) in kinds:
+        return Group(task, effort)
+    raise ConfigError(
+        f"{where} names {shown(name)}, but must name efforts, tasks, an effort ({', '.join(efforts)}), a task "
+        f"({', '.join(tasks)}), or both as in {'/'.join(kinds[0])}"
+    )
+
+
 @dataclass(frozen=True)
 class Target:
     """Limits that the child must meet; None means no limit. A limit that depends on the scenario holds in every one,
@@ -149,6 +240,7 @@ class Target:
       max_memory_bytes: bytes of weights, and of the whole batch's caches at their final length, on all devices.
       max_seconds_to_first_token: seconds until the whole batch has its first token.
       max_seconds_per_token: seconds of one decoding step.
+      max_kl: limits of the child's KL by task and effort, beside at least one of the limits above.
     """
 
     max_expert_bytes_ratio: Number | None = None
@@ -158,33 +250,38 @@ class Target:
     max_memory_bytes: Amount = None
     max_seconds_to_first_token: Amount = None
     max_seconds_per_token: Amount = None
+    max_kl: MaxKl = field(default_factory=MaxKl)
 
     def __post_init__(self) -> None:
         for name, value in self._values():
-            field = name.partition(".")[0]
-            if field.endswith("_ratio"):
+            limited = name.partition(".")[0]
+            if limited.endswith("_ratio"):
                 check_range(name, value, 0, 1, above=True)
-            elif field == "min_speedup":
+            elif limited == "min_speedup":
                 check_range(name, value, 1, LARGEST)
             else:
                 check_range(name, value, 0, LARGEST, above=True)
         if not any(self._values()):
+            alone = "" if self.max_kl.is_empty else " apart from max_kl"
             raise ConfigError(
-                f"the target is empty, but needs one of {', '.join(asdict(self))}: "
-                "without a limit the best child is the parent"
+                f"the target is empty{alone}, but needs one of {', '.join(self._amounts())}: "
+                "without a limit on costs the best child is the parent"
             )
 
     def _values(self) -> Iterator[tuple[str, Number]]:
-        """Every limit that is given, under its name or "name.scenario"."""
-        for name, value in asdict(self).items():
+        """Every limit on costs that is given, under its name or "name.scenario"."""
+        for name, value in self._amounts().items():
             if isinstance(value, dict):
                 yield from ((f"{name}.{scenario}", limit) for scenario, limit in value.items())
             elif value is not None:
                 yield name, value
 
-    def limit(self, field: str, scenario: str) -> Number | None:
+    def _amounts(self) -> dict[str, Amount]:
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "max_kl"}
+
+    def limit(self, name: str, scenario: str) -> Number | None:
         """The limit that a field sets in a scenario."""
-        value = getattr(self, field)
+        value = getattr(self, name)
         return value.get(scenario) if isinstance(value, dict) else value
 
     def check_scenarios(self, names: Sequence[str]) -> None:

@@ -66,6 +66,7 @@ class SearchPage:
             heading=heading,
             rows=rows,
             remarks=[self.report.caption(), *self.report.misses()],
+            groups=self.report.groups(),
             images=images,
             pool=pool,
             choices=[f"The search took {chosen}.{agree}", *map(_outcome, self.refined["tried"])],
@@ -98,4 +99,5 @@ def _outcome(step: Mapping[str, Json]) -> str:
         return f"{step['step']}: nothing better was found."
     found = step["confirmation"]
     verdict = "accepted" if step["accepted"] else "refused"
-    return f"{step['step']}: KL {found['mean']:+.4f} ±{found['se']:.4f} on confirmation traces, {verdict}."
+    because = f", since {'; '.join(step['broken'])}" if step.get("broken") else ""
+    return f"{step['step']}: KL {found['mean']:+.4f} ±{found['se']:.4f} on confirmation traces, {verdict}{because}."

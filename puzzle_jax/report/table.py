@@ -18,6 +18,9 @@ from puzzle_jax.report.tables import Section
 BUSY = 0.03
 """Relative standard error of a predicted speed above which the table warns about it."""
 
+WORST = "*"
+"""Marks the task and the effort at which the child is worst."""
+
 BAR = 32  # most characters of a layer's bar
 
 
@@ -76,6 +79,32 @@ class SearchReport:
             rows.append(["  quartiles", *(f"{x['low']:,.0f} to {x['high']:,.0f}" for x in measured)])
         return rows
 
+    def groups(self) -> Section | None:
+        """Held-out KL and accuracy by task and effort; the child's highest KL, and where its accuracy falls most below
+        the parent's, are marked. None if the evaluation does not have them."""
+        entries = self.evaluation
+        if not all("heldout_kl" in entry for entry in entries.values()):
+            return None
+        child, parent = entries["child"], entries["parent"]
+        names = [(kind, name) for kind in ("tasks", "efforts") for name in child["heldout_kl"][kind]]
+        right = [(kind, name) for kind in ("tasks", "efforts") for name in child.get(kind, {})]
+        falls = {(k, n): parent[k][n]["accuracy"] - child[k][n]["accuracy"] for k, n in right}
+        worst_kl = {max(of, key=lambda at: child["heldout_kl"][at[0]][at[1]]["kl"]) for of in _by_kind(names)}
+        worst_fall = {max(of, key=lambda at: falls[at]) for of in _by_kind(right)}
+        rows = []
+        for at in names:
+            told = [f"{e['heldout_kl'][at[0]][at[1]]['kl']:.4f}" for e in entries.values()]
+            rows.append([f"held-out KL, {at[1]}", *_marked(told, entries, at in worst_kl)])
+        for at in right:
+            told = [f"{e[at[0]][at[1]]['accuracy']:.1%}" for e in entries.values()]
+            rows.append([f"accuracy, {at[1]}", *_marked(told, entries, at in worst_fall and falls[at] > 0)])
+        remark = (
+            "The task and the effort with the child's highest KL, and those at which its accuracy falls most below the "
+            f"parent's, are marked {WORST}."
+        )
+        heading = ["", *(name.replace("_", " ") for name in entries)]
+        return Section("By task and effort", heading, rows, (remark,), emphasised="child")
+
     def layers(self) -> list[str]:
         """One line per layer: experts kept, also as a bar, and attention, with the parent's where it differs."""
         lines = []
@@ -118,6 +147,8 @@ class SearchReport:
     def show(self, console: Console) -> None:
         """Prints the table, the layers, and where the child is."""
         console.print(self._section().table())
+        if (groups := self.groups()) is not None:
+            console.print(groups.table())
         for line in (*self.misses(), *self.layers()):
             console.print(line, highlight=False)
         where = Text.assemble("The child is saved in ", (str(self.child), "bold"))
@@ -126,10 +157,22 @@ class SearchReport:
     def markdown(self) -> str:
         """The table as text for a file."""
         layers = "```\n" + "\n".join(self.layers()) + "\n```"
-        return "\n\n".join([self._section().markdown(), *self.misses(), layers]) + "\n"
+        groups = [] if (section := self.groups()) is None else [section.markdown()]
+        return "\n\n".join([self._section().markdown(), *self.misses(), layers, *groups]) + "\n"
 
     def _section(self) -> Section:
         return Section("", *self.rows(), (self.caption(),), emphasised="child")
+
+
+def _by_kind(names: Sequence[tuple[str, str]]) -> list[list[tuple[str, str]]]:
+    """Names of tasks, and names of efforts, if there are several of them."""
+    by_kind = [[at for at in names if at[0] == kind] for kind in ("tasks", "efforts")]
+    return [of for of in by_kind if len(of) > 1]
+
+
+def _marked(told: Sequence[str], models: Mapping[str, Json], worst: bool) -> list[str]:
+    """The cells of a row, with the child's marked if it is the worst."""
+    return [f"{cell} {WORST}" if worst and name == "child" else cell for cell, name in zip(told, models, strict=True)]
 
 
 def _window(window: int | None) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 from rich.console import Console
 
 from puzzle_jax.convert_hf.describe import describe_checkpoint
@@ -23,7 +24,7 @@ from puzzle_jax.costs.table import Costs
 from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions, unscored_note
 from puzzle_jax.evaluate.journal import journaled_answers
 from puzzle_jax.evaluate.models import Model
-from puzzle_jax.evaluate.statistics import by_effort
+from puzzle_jax.evaluate.statistics import by_effort, by_task, weighted_mean
 from puzzle_jax.evaluate.throughput import measure_throughput
 from puzzle_jax.files import read_object, write_beside
 from puzzle_jax.generate.traces import Trace
@@ -77,16 +78,17 @@ class Evaluator:
         scores, kl = zip(*(self._known[key] for key in keys), strict=True)
         return Measurements(list(scores), np.stack(kl), np.array([len(trace.completion) for trace in traces]))
 
-    def accuracy(self, children: Mapping[str, Child]) -> dict[str, dict[str, Any]]:
-        """Accuracy and tokens of greedy answers, by model and effort; empty if the recipe has no tasks.
+    def accuracy(self, children: Mapping[str, Child]) -> dict[str, dict[str, dict[str, Any]]]:
+        """Accuracy and tokens of greedy answers, by model, by "efforts" and "tasks", and by the name of each; empty if
+        the recipe has no tasks.
 
         Models that are the same child answer only once.
         """
         traces, settings = self.recipe.traces, self.recipe.evaluate
         if not traces.tasks:
-            return {name: {} for name in children}
+            return {name: {"efforts": {}, "tasks": {}} for name in children}
         questions = QuestionSet(traces.tasks, traces.efforts, settings.problems, "accuracy", settings.seed)
-        found: dict[str, dict[str, Any]] = {}
+        found: dict[str, dict[str, dict[str, Any]]] = {}
         same = first_alike({name: (child.blocks, child.rope) for name, child in children.items()})
         with progress(self.console, "accuracy", len(set(same.values())) * len(questions.questions())) as advance:
             for name, child in children.items():
@@ -112,7 +114,10 @@ class Evaluator:
                 )
                 if note := unscored_note(answers):
                     self.console.print(f"{name}: {note}", highlight=False, soft_wrap=True)
-                found[name] = {effort: asdict(value) for effort, value in by_effort(answers, questions.efforts).items()}
+                found[name] = {
+                    "efforts": {k: asdict(value) for k, value in by_effort(answers, questions.efforts).items()},
+                    "tasks": {k: asdict(value) for k, value in by_task(answers).items()},
+                }
         return found
 
     def speeds(
@@ -177,7 +182,7 @@ class Evaluator:
           costs: the costs by which the child was chosen.
           exported: the child's checkpoint.
         """
-        scores = self.divergence(list(children.values()), heldout, "heldout").scores
+        found = self.divergence(list(children.values()), heldout, "heldout")
         accuracy = self.accuracy(children)
         speeds = self.speeds(children, candidates, exported)
         form = self.parent.description.form
@@ -200,12 +205,25 @@ class Evaluator:
                 "scenarios": {scenario.name: in_scenario(name, scenario.name) for scenario in costs.scenarios},
                 "predicted_kl": candidates[name].score,
                 "heldout": asdict(score),
-                "efforts": accuracy[name],
+                "heldout_kl": kl_by_group(kl, heldout),
+                **accuracy[name],
                 "missed": list(candidates[name].violated),
                 "layers": candidates[name].to_json()["layers"],
             }
-            for (name, child), score in zip(children.items(), scores, strict=True)
+            for (name, child), score, kl in zip(children.items(), found.scores, found.kl, strict=True)
         }
+
+
+def kl_by_group(kl: Float[np.ndarray, "traces"], traces: Sequence[Trace]) -> dict[str, dict[str, dict[str, float]]]:
+    """KL per token and its standard error over traces, by "efforts" and "tasks", and by the name of each."""
+    tokens = np.array([len(trace.completion) for trace in traces])
+
+    def means(of_trace: Sequence[str]) -> dict[str, dict[str, float]]:
+        rows = {name: [n for n, other in enumerate(of_trace) if other == name] for name in dict.fromkeys(of_trace)}
+        found = {name: weighted_mean(kl[those], tokens[those]) for name, those in rows.items()}
+        return {name: {"kl": mean, "kl_se": error} for name, (mean, error) in found.items()}
+
+    return {"efforts": means([trace.effort for trace in traces]), "tasks": means([trace.task for trace in traces])}
 
 
 def first_alike(models: Mapping[str, Hashable]) -> dict[str, str]:

@@ -71,6 +71,7 @@ from puzzle_jax.search.report_page import show_report, write_report
 from puzzle_jax.search.score.measurements import longest_context
 from puzzle_jax.search.score.scores_file import scores_to_json
 from puzzle_jax.search.solve.baselines import all_baselines
+from puzzle_jax.search.solve.floors import check_members
 from puzzle_jax.search.solve.frontier import frontier, uniform_frontier
 from puzzle_jax.search.space import narrower_windows
 from puzzle_jax.search.traces import ask_parent, split_traces
@@ -177,8 +178,11 @@ def trace(search: Search, out: Path, kept: Path) -> None:
         TRACES[name].write(out, traces)
 
 
-def check_windows(search: Search) -> None:
-    """Warns of windows that no trace exceeds, and checks that the target can be reached without them."""
+def check_traces(search: Search) -> None:
+    """Warns of windows that no trace exceeds, checks that the target can be reached without them, and that there are
+    traces of every group whose KL it limits."""
+    for name in TRACE_SETS[:3]:
+        check_members(search.kl_limits, search.traces(name) if search.kl_limits else (), name)
     longest = longest_context(search.traces("calibration"))
     evidenced, left_out = narrower_windows(search.windows, longest)
     warn_of_windows(
@@ -213,27 +217,30 @@ def score_inputs(search: Search) -> list[Path]:
 
 
 def score_settings(search: Search) -> dict[str, Any]:
+    limited = not search.recipe.target.max_kl.is_empty
     return {
         **search.recipe.section("score"),
         "rules": search.recipe.rank.rules,
         "counts": search.counts,
         "windows": search.evidenced_windows,
         "seed": search.recipe.traces.seed,
-        "target": search.recipe.section("target") if search.recipe.score.method == "adaptive" else None,
+        "target": search.recipe.section("target") if search.recipe.score.method == "adaptive" or limited else None,
     }
 
 
 def score(search: Search, out: Path, kept: Path) -> None:
     space = search.ranked_space()
     search.console.print(space.describe())
-    scored = search.scorer()(space, search.run / SCORE_TABLE, search.identity)
+    entropies = search.entropies()
+    scored = search.scorer(entropy=entropies)(space, search.run / SCORE_TABLE, search.identity)
     pairs, listed, traces = int(scored.table.scored.sum()), len(scored.indexed.listed), len(scored.table.traces)
     search.console.print(
         f"{listed} of {scored.proposed} alternatives scored, on {pairs / max(listed, 1):.0f} of {traces} traces in the "
         "mean",
         highlight=False,
     )
-    SCORES.write(out, {"layers": scores_to_json(scored), "pairs": pairs, "all_pairs": scored.proposed * traces})
+    found = {"layers": scores_to_json(scored), "pairs": pairs, "all_pairs": scored.proposed * traces}
+    SCORES.write(out, {**found, "entropy": entropies} if search.kl_limits else found)
 
 
 def solve(search: Search, out: Path, kept: Path) -> None:
@@ -243,6 +250,8 @@ def solve(search: Search, out: Path, kept: Path) -> None:
     pool = search.pool(problem, search.evaluator(kept), others)
     if not search.primary:
         return
+    for sentence in pool.candidates[pool.best].violated:
+        search.console.print(f"no solution keeps every limit of target.max_kl: {sentence}", highlight=False)
     solutions = {
         "chosen": pool.best,
         "rank_correlation": pool.rank_correlation,
@@ -262,11 +271,12 @@ def refine_child(search: Search, out: Path, kept: Path) -> None:
         removal_error=RANKING.read(search.run).scores["removal_error"],
         swaps=options.swaps,
         scorer=search.scorer,
-        pool=lambda space, scores: search.pool(search.problem_of(space, scores), evaluator),
+        pool=lambda space, scores, child: search.pool(search.problem_of(space, scores, child), evaluator, around=child),
         measure=lambda candidates, name: search.measure(candidates, name, evaluator),
         table=search.run / REFINED_SCORE_TABLE,
         kept=kept,
         identity=f"{search.identity} {search.recipe.child}",
+        floors=search.measured_floors,
     )
     child, tried = refine(
         chosen_candidate(search.run),
@@ -275,6 +285,7 @@ def refine_child(search: Search, out: Path, kept: Path) -> None:
         options.proposals if options.swaps else 0,
         refinement.swapped,
         refinement.confirm,
+        refinement.breaks,
     )
     for step in tried:
         search.console.print(f"{step}", highlight=False)
@@ -329,7 +340,7 @@ def report(search: Search, out: Path, kept: Path) -> None:
 
 STAGES: tuple[Stage[Search], ...] = (
     Stage("cost", cost_inputs, cost_settings, by_primary(cost), finish=check_target),
-    Stage("trace", trace_inputs, trace_settings, trace, directory="traces", finish=check_windows),
+    Stage("trace", trace_inputs, trace_settings, trace, directory="traces", finish=check_traces),
     Stage("rank", lambda s: _inputs(s, TRACES["calibration"]), lambda _: {"rules": list(RULES)}, rank),
     Stage("refine_costs", lambda s: _inputs(s, COSTS, ROUTING), lambda _: {}, by_primary(refine_costs)),
     Stage("score", score_inputs, score_settings, score),

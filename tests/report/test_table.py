@@ -5,6 +5,7 @@ from pathlib import Path
 from rich.console import Console
 
 from puzzle_jax.report.table import SearchReport
+from tests.support import present
 
 
 def entry(scale, kl, missed=(), layers=((16, None), (100, 8))):
@@ -75,6 +76,47 @@ def test_several_scenarios_are_told_apart():
     assert both.caption().endswith(
         "; scenario long: as many requests as fit of 700 input and 200 output tokens together"
     )
+
+
+def test_the_childs_worst_task_and_effort_are_marked():
+    assert REPORT.groups() is None  # an evaluation that was written without them
+
+    def grouped(entry, kls, right):
+        kl = {name: {"kl": value, "kl_se": 0.01} for name, value in kls.items()}
+        accuracy = {name: {"accuracy": value} for name, value in right.items()}
+        tasks = ("add", "recall")
+        return {
+            **entry,
+            "heldout_kl": {
+                "tasks": {name: kl[name] for name in tasks},
+                "efforts": {name: kl[name] for name in ("low", "high")},
+            },
+            "tasks": {name: accuracy[name] for name in tasks},
+            "efforts": {name: accuracy[name] for name in ("low", "high")},
+        }
+
+    names = ("add", "recall", "low", "high")
+    models = {
+        "parent": ((0.0, 0.0, 0.0, 0.0), (0.5, 0.75, 0.625, 0.875)),
+        "child": ((0.125, 0.25, 0.5, 0.0625), (0.25, 0.625, 0.625, 0.875)),
+        "uniform": ((0.5, 0.75, 0.25, 0.625), (0.0, 0.5, 0.125, 0.25)),
+    }
+    evaluation = {
+        name: grouped(entry(1.0, 0.1), dict(zip(names, kls, strict=True)), dict(zip(names, right, strict=True)))
+        for name, (kls, right) in models.items()
+    }
+    section = present(replace(REPORT, evaluation=evaluation).groups())
+    assert section.heading == ["", "parent", "child", "uniform"]
+    assert section.rows == [
+        ["held-out KL, add", "0.0000", "0.1250", "0.5000"],
+        ["held-out KL, recall", "0.0000", "0.2500 *", "0.7500"],
+        ["held-out KL, low", "0.0000", "0.5000 *", "0.2500"],
+        ["held-out KL, high", "0.0000", "0.0625", "0.6250"],
+        ["accuracy, add", "50.0%", "25.0% *", "0.0%"],
+        ["accuracy, recall", "75.0%", "62.5%", "50.0%"],
+        ["accuracy, low", "62.5%", "62.5%", "12.5%"],
+        ["accuracy, high", "87.5%", "87.5%", "25.0%"],
+    ]
 
 
 def test_layers_show_what_is_kept_and_what_changed():

@@ -142,6 +142,50 @@ def test_open_batches_several_scenarios_and_a_yarn_factor(finished, parent, tmp_
     assert "requests together, long" in (run / "report/report.md").read_text()
 
 
+def test_a_search_with_floors(finished, parent, tmp_path):
+    """Every expert set costs KL at high effort, and some cost more of it than others."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    floors = ("--target.max_kl.times_mean", "high=0.95", "--target.max_kl.share_of_entropy", "{chain/low: 50}")
+    assert search(parent, run, *TIMELESS, *floors, "--refine.swaps", "2") == 0
+    scores = json.loads((run / "score/scores.json").read_text())
+    assert list(scores["entropy"]) == ["chain/low"] and 0 < scores["entropy"]["chain/low"] < np.log(512)
+    some = [choice["score"] for layer in scores["layers"] for choice in layer["experts"] if choice["score"] is not None]
+    assert some and all(list(score["groups"]) == ["high", "chain/low"] for score in some)
+    solutions = json.loads((run / "solve/solutions.json").read_text())
+    validation = read_traces(run / "traces/validation.parquet")
+    assert {trace.effort for trace in validation} == {"low", "medium", "high"}
+    held = []
+    for entry in solutions["pool"]:
+        kls = entry["measured_kl"]
+        assert kls["*"] == pytest.approx(entry["validation"]["kl"])
+        held.append(kls["high"] <= 0.95 * kls["*"])
+        assert bool(entry["missed"]) is not held[-1] and all("KL of high on" in words for words in entry["missed"])
+    chosen = solutions["pool"][solutions["chosen"]]
+    if any(held):
+        real = [entry["validation"]["kl"] for entry, keeps in zip(solutions["pool"], held, strict=True) if keeps]
+        assert not chosen["missed"] and chosen["validation"]["kl"] == min(real)
+    refined = json.loads((run / "refine/refined.json").read_text())
+    evaluation = json.loads((run / "evaluate/evaluation.json").read_text())
+    assert evaluation["child"]["missed"] == refined["child"]["missed"]
+    assert any(held) <= (not refined["child"]["missed"])
+
+
+def test_the_evaluation_is_told_by_task_and_effort(finished):
+    evaluation = json.loads((finished / "evaluate/evaluation.json").read_text())
+    heldout = read_traces(finished / "traces/heldout.parquet")
+    for entry in evaluation.values():
+        by_effort = entry["heldout_kl"]["efforts"]
+        tokens = {effort: sum(len(t.completion) for t in heldout if t.effort == effort) for effort in by_effort}
+        mean = sum(by_effort[effort]["kl"] * count for effort, count in tokens.items()) / sum(tokens.values())
+        assert mean == pytest.approx(entry["heldout"]["kl"], abs=1e-9)
+        assert entry["heldout_kl"]["tasks"]["chain"]["kl"] == pytest.approx(entry["heldout"]["kl"])
+        efforts = entry["efforts"].values()
+        assert entry["tasks"]["chain"]["answers"] == sum(summary["answers"] for summary in efforts)
+    text = (finished / "report/report.md").read_text()
+    assert "## By task and effort" in text and "held-out KL, chain" in text and "accuracy, medium" in text
+
+
 def test_loads_of_experts_enter_the_roofline(finished):
     loads = json.loads((finished / "rank/routing.json").read_text())
     assert len(loads) == 8 and loads == sorted(loads, reverse=True) and min(loads) > 0
@@ -315,7 +359,7 @@ def test_restrictions_and_refinement_from_the_shell(finished, parent, tmp_path):
         assert accepted[-1]["candidate"]["layers"] == layers
 
 
-def test_traces_from_elsewhere_take_the_place_of_asking(finished, parent, tmp_path):
+def test_traces_from_elsewhere_take_the_place_of_asking(finished, parent, tmp_path, capsys):
     run, file = tmp_path / "run", tmp_path / "traces.jsonl"
     sets = ("calibration", "validation", "confirmation", "heldout")
     traces = [t for name in sets for t in read_traces(finished / f"traces/{name}.parquet")]
@@ -324,6 +368,10 @@ def test_traces_from_elsewhere_take_the_place_of_asking(finished, parent, tmp_pa
     found = [t for name in sets for t in read_traces(run / f"traces/{name}.parquet")]
     assert sorted(t.prompt for t in found) == sorted(t.prompt for t in traces)
     assert (run / "report/report.md").is_file()
+    # Limits on the KL of groups are for what the file holds, which is read before any work.
+    unknown = ("--traces.file", str(file), "--target.max_kl.nats", "poetry=1")
+    assert search(parent, tmp_path / "other", *unknown) == 2 and not (tmp_path / "other").exists()
+    assert "target.max_kl.nats names 'poetry', but must name" in capsys.readouterr().err
 
 
 def test_one_stage_runs_alone_and_a_changed_setting_reruns_what_follows(finished, parent, tmp_path, capsys):

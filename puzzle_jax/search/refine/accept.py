@@ -7,7 +7,8 @@
     swap      experts that the child keeps are swapped for experts that it lost, in one layer or in several
 
 A refined child replaces the one before only if its KL on confirmation traces, which were used for neither proposing nor
-choosing, is lower by more than two standard errors of the paired difference. The scores that proposed it are biased in
+choosing, is lower by more than two standard errors of the paired difference, and if it breaks no floor, a limit on the
+KL of a group of traces, that held before. The scores that proposed it are biased in
 its favour: an iteration that is accepted on its own traces lowers the KL there and may raise it elsewhere. Both
 refinements continue from the child accepted last, and each ends with its first refusal.
 """
@@ -24,6 +25,8 @@ from jaxtyping import Float, Int
 
 from puzzle_jax.evaluate.statistics import weighted_mean
 from puzzle_jax.search.score.measurements import Score
+from puzzle_jax.search.score.whole_children import Measurements
+from puzzle_jax.search.solve.floors import MeasuredFloors
 from puzzle_jax.search.solve.problem import Candidate
 from puzzle_jax.search.space import ExpertChoice
 
@@ -64,16 +67,35 @@ class Pool:
       scores: each child's means.
       kl: KL per token of each child on every trace.
       tokens: completion tokens of every trace.
+      floors: limits on the KL of groups of these traces; None without any. The candidates know their KLs there.
     """
 
     candidates: Sequence[Candidate]
     scores: Sequence[Score]
     kl: Float[np.ndarray, "children traces"]
     tokens: Int[np.ndarray, "traces"]
+    floors: MeasuredFloors | None = None
+
+    @staticmethod
+    def measured(candidates: Sequence[Candidate], found: Measurements, floors: MeasuredFloors | None) -> Pool:
+        """The pool of candidates with their measurements; `violated` of each names the floors that do not hold."""
+        if floors is not None:
+            kls = [floors.kls(kl) for kl in found.kl]
+            pairs = zip(candidates, kls, strict=True)
+            candidates = [replace(c, measured_kl=of_c, violated=floors.words(of_c)) for c, of_c in pairs]
+        return Pool(candidates, *found, floors)
 
     @property
     def best(self) -> int:
-        return int(np.argmin([score.kl for score in self.scores]))
+        """The candidate with the lowest KL among those that keep all floors; if none does, the one that violates them
+        least."""
+
+        def order(number: int) -> tuple[float, float]:
+            floors, candidate = self.floors, self.candidates[number]
+            excess = 0.0 if floors is None else floors.excess(candidate.measured_kl)
+            return excess, self.scores[number].kl
+
+        return min(range(len(self.candidates)), key=order)
 
     @property
     def rank_correlation(self) -> float | None:
@@ -106,23 +128,26 @@ class Attempt:
       candidate: the child it proposed; None if it found no other.
       validation: difference from the child before, on the traces that chose the proposal.
       confirmation: the same difference, on traces that no choice depended on.
+      broken: floors that held for the child before and do not for the proposal, in words.
     """
 
     step: str
     candidate: Candidate | None
     validation: Difference | None
     confirmation: Difference | None
+    broken: tuple[str, ...] = ()
 
     @property
     def accepted(self) -> bool:
-        return self.confirmation is not None and self.confirmation.proves_better
+        return self.confirmation is not None and self.confirmation.proves_better and not self.broken
 
     def __str__(self) -> str:
         if self.validation is None or self.confirmation is None:
             return f"{self.step}: nothing better was found"
         verdict = "accepted" if self.accepted else "refused"
         changes = (f"{d.mean:+.4f} ±{d.se:.4f}" for d in (self.validation, self.confirmation))
-        return "{}: KL {} on validation, {} on confirmation traces: {}".format(self.step, *changes, verdict)
+        because = f", since {'; '.join(self.broken)}" if self.broken else ""
+        return "{}: KL {} on validation, {} on confirmation traces: {}{}".format(self.step, *changes, verdict, because)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -131,6 +156,7 @@ class Attempt:
             "candidate": None if self.candidate is None else self.candidate.to_json(),
             "validation": None if self.validation is None else asdict(self.validation),
             "confirmation": None if self.confirmation is None else asdict(self.confirmation),
+            **({"broken": list(self.broken)} if self.broken else {}),
         }
 
 
@@ -141,6 +167,7 @@ def refine(
     proposals: int,
     swap: Callable[[Candidate], Pool | None],
     confirm: Callable[[Candidate, Candidate], tuple[Difference, Difference]],
+    breaks: Callable[[Candidate, Candidate], tuple[str, ...]] = lambda new, old: (),
 ) -> tuple[Candidate, list[Attempt]]:
     """Tries to lower a child's KL; returns the last accepted child, its score changed by the confirmed differences, and
     all attempts.
@@ -151,6 +178,7 @@ def refine(
       proposals: the most proposals of swaps.
       swap: returns a pool of children that keep other experts; None if none seems better.
       confirm: returns the differences between a proposal and the child before, on validation and confirmation traces.
+      breaks: returns the floors, in words, that held for the child before and do not for the proposal.
     """
     tried: list[Attempt] = []
 
@@ -163,7 +191,8 @@ def refine(
                 tried.append(Attempt(f"{step} {number + 1}", None, None, None))
                 return
             validation, confirmation = confirm(proposal, child)
-            tried.append(Attempt(f"{step} {number + 1}", proposal, validation, confirmation))
+            broken = breaks(proposal, child)
+            tried.append(Attempt(f"{step} {number + 1}", proposal, validation, confirmation, broken))
             if not tried[-1].accepted:
                 return
             # The gains that chose a proposal are biased, and those of many swaps do not add up, so the score is

@@ -2,7 +2,7 @@
 measurements that confirm either.
 
 `search.refine.accept` decides by them. A swap changes which experts a layer keeps but not how many, so costs stay the
-same and no limit of the target is affected. In every layer the swap that lowers the child's KL most on the calibration
+same and no limit on costs is affected. In every layer the swap that lowers the child's KL most on the calibration
 traces is found by exact scores. The best one alone, the best two, four and so on up to all of them together are tried,
 since swaps that help alone need not help together.
 """
@@ -26,6 +26,7 @@ from puzzle_jax.search.score.measurements import SavedTable, ScoreTable
 from puzzle_jax.search.score.replace_one import Alternative
 from puzzle_jax.search.score.space_scorer import SpaceScorer
 from puzzle_jax.search.score.whole_children import Measurements
+from puzzle_jax.search.solve.floors import MeasuredFloors
 from puzzle_jax.search.solve.problem import Candidate, Scores
 from puzzle_jax.search.space import ExpertChoice, Space
 
@@ -39,27 +40,31 @@ class Refinement:
       removal_error: error caused by removing each of the parent's experts, by which swaps are proposed.
       swaps: experts tried on either side of a swap.
       scorer: makes the scorer of alternatives around a child.
-      pool: returns the integer program's solutions for a space and its scores, run whole on the validation traces.
+      pool: returns the integer program's solutions for a space and its scores around a child, run whole on the
+        validation traces.
       measure: returns the KL of candidates on a set of traces, given by name.
       table: file of the scores around a child.
       kept: directory of a killed run's results.
       identity: everything that scores depend on besides the child, alternatives and traces.
+      floors: returns the limits on the KL of groups as they are checked on a set of traces, given by name; None without
+        any.
     """
 
     space: Space
     removal_error: Float[np.ndarray, "layers experts"]
     swaps: int
     scorer: Callable[[Candidate], SpaceScorer]
-    pool: Callable[[Space, Scores], Pool]
+    pool: Callable[[Space, Scores, Candidate], Pool]
     measure: Callable[[Sequence[Candidate], str], Measurements]
     table: Path
     kept: Path
     identity: str
+    floors: Callable[[str], MeasuredFloors | None] = lambda name: None
 
     def rescored(self, child: Candidate) -> Pool:
         """The integer program's pool with the scores around a child."""
         scored = self.scorer(child)(self.space, self.table, self._around(child))
-        pool = self.pool(scored.space, scored.scores)
+        pool = self.pool(scored.space, scored.scores, child)
         # The gains of changes that help alone overlap, so their sum may exceed the child's whole KL.
         return replace(pool, candidates=[replace(c, score=max(0.0, child.score + c.score)) for c in pool.candidates])
 
@@ -67,7 +72,9 @@ class Refinement:
         """Children that keep other experts in one or more layers, run whole on the validation traces; None if no swap
         helps on the calibration traces."""
         proposals = together(child, self._best_swaps(child))
-        return Pool(proposals, *self.measure(proposals, "validation")) if proposals else None
+        if not proposals:
+            return None
+        return Pool.measured(proposals, self.measure(proposals, "validation"), self.floors("validation"))
 
     def confirm(self, new: Candidate, old: Candidate) -> tuple[Difference, Difference]:
         """Differences of a proposal's KL from that of the child before, on validation and on confirmation traces."""
@@ -77,6 +84,16 @@ class Refinement:
             return Difference.between(found.kl[0], found.kl[1], found.tokens)
 
         return difference("validation"), difference("confirmation")
+
+    def breaks(self, new: Candidate, old: Candidate) -> tuple[str, ...]:
+        """The floors, in words, that held for the child before and do not for a proposal, on validation or on
+        confirmation traces."""
+        broken: list[str] = []
+        for name in ("validation", "confirmation"):
+            floors = self.floors(name)
+            if floors is not None:
+                broken += floors.broken(*self.measure([new, old], name).kl)
+        return tuple(broken)
 
     def _best_swaps(self, child: Candidate) -> list[Swap]:
         """For every layer in which one helps, the swap that lowers the child's KL most; the most helpful swap first."""

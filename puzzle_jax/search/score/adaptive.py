@@ -160,7 +160,7 @@ def in_random_order(traces: Sequence[Trace], seed: int = 0) -> list[int]:
 def score_adaptively(
     table: ScoreTable,
     score: Scorer,
-    programs: Sequence[RelaxedProgram],
+    programs: Iterable[RelaxedProgram],
     *,
     first: int = 16,
     draws: int = 32,
@@ -170,8 +170,9 @@ def score_adaptively(
 ) -> int:
     """Scores all alternatives on the `first` traces, then contested ones on more; returns the number of traces used.
 
-    Scores that the table already has are not computed again. Before each round `on_round` is called with its
-    numbers of alternatives and traces.
+    `programs` are asked for again in every round, so that their limits may follow the scores. Scores that the table
+    already has are not computed again. Before each round `on_round` is called with its numbers of alternatives and
+    traces.
     """
     order = in_random_order(table.traces, seed)
     wanted, start, stop = list(range(len(table.alternatives))), 0, min(first, len(order))

@@ -6,7 +6,7 @@ they are. The base's own choices need no score.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,6 +16,7 @@ from puzzle_jax.search.score.replace_one import Alternative, parent_choices
 from puzzle_jax.search.solve.problem import Scores, attention_group, experts_group, window_name
 from puzzle_jax.search.space import ExpertChoice, Space
 
+Values = Float[np.ndarray, "alternatives"]
 Numbers = tuple[tuple[int | None, ...], ...]
 
 
@@ -54,13 +55,14 @@ class IndexedAlternatives:
             attention.append(tuple(number(layer, alternative, own) for alternative in windows))
         return IndexedAlternatives(space, tuple(listed), tuple(experts), tuple(attention))
 
-    def scores(self, values: Float[np.ndarray, "alternatives"]) -> Scores:
-        """Converts values by number to scores of the space; the base's own choices get 0."""
+    def scores(self, values: Values, groups: Mapping[str, Values] | None = None) -> Scores:
+        """Converts values by number to scores of the space, those of groups likewise; the base's own choices get 0."""
 
         def of(numbers: Numbers) -> tuple[tuple[float, ...], ...]:
             return tuple(tuple(0.0 if n is None else float(values[n]) for n in layer) for layer in numbers)
 
-        return Scores(of(self.experts), of(self.attention))
+        by_group = {name: self.scores(of_group) for name, of_group in (groups or {}).items()}
+        return Scores(of(self.experts), of(self.attention), by_group)
 
     @property
     def owner(self) -> dict[str, dict[str, int | None]]:

@@ -32,7 +32,7 @@ from puzzle_jax.files import write_beside
 from puzzle_jax.generate.batches import MicroBatch, micro_batches
 from puzzle_jax.generate.traces import Trace
 from puzzle_jax.processes.published import values_of
-from puzzle_jax.search.score.estimator import estimate, kinds_of
+from puzzle_jax.search.score.estimator import estimate, kinds_of, post_stratified
 from puzzle_jax.search.score.replace_one import CONTEXTS, METRICS, Alternative
 
 _SAVE_SECONDS = 10.0
@@ -89,6 +89,8 @@ class ScoreTable:
       traces: the traces; each alternative is scored on some of them.
       values: the measurements; NaN where an alternative was not scored on a trace.
       lens: KL as estimated by the lens, if it is used; NaN on traces that it was not run on. Not saved to disk.
+      stratified: whether means weight each kind of trace by its tokens among all traces, as estimates with a lens do,
+        because some kinds were scored more often than others.
       known: values of an earlier run. Each is adopted only when it is requested, so that a resumed run chooses by the
         same numbers as one that was never interrupted.
     """
@@ -98,6 +100,7 @@ class ScoreTable:
     values: Float[np.ndarray, "alternatives traces metrics"]
     lens: Float[np.ndarray, "alternatives traces"] | None = None
     known: Float[np.ndarray, "alternatives traces metrics"] | None = None
+    stratified: bool = False
 
     @staticmethod
     def empty(alternatives: Sequence[tuple[int, Alternative]], traces: Sequence[Trace]) -> ScoreTable:
@@ -127,14 +130,20 @@ class ScoreTable:
         times = (self.scored * times).astype(float)
         if self.lens is None:
             return self._means(times)
-        kinds = kinds_of([(trace.task, trace.effort) for trace in self.traces])
+        kinds = self._kinds()
         layers = np.array([layer for layer, _ in self.alternatives])
         return estimate(self.values[..., 0], self.lens, times=times, tokens=self.tokens, kinds=kinds, layers=layers)
 
     def _means(self, times: np.ndarray) -> Float[np.ndarray, "alternatives"]:
-        weights = times * self.tokens
+        if self.stratified:
+            weights = post_stratified(times.astype(float), self.tokens, self._kinds())
+        else:
+            weights = times * self.tokens
         with np.errstate(invalid="ignore"):
             return np.sum(np.nan_to_num(self.values[..., 0]) * weights, axis=1) / weights.sum(axis=1)
+
+    def _kinds(self) -> Int[np.ndarray, "traces"]:
+        return kinds_of([(trace.task, trace.effort) for trace in self.traces])
 
     def score(self, number: int, base_window: int | None = None) -> Score:
         """One alternative's means; `base_window` is the window that the alternative may narrow."""

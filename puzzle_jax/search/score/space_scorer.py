@@ -6,14 +6,15 @@ alternative and trace are saved as they come, so that a resumed run, or one for 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from rich.console import Console
 
+from puzzle_jax.costs.scenario import Group
 from puzzle_jax.generate.batches import micro_batches
 from puzzle_jax.generate.traces import Trace
 from puzzle_jax.processes.published import values_of
@@ -21,6 +22,7 @@ from puzzle_jax.progress import progress
 from puzzle_jax.search.recipe import ScoreSettings
 from puzzle_jax.search.score.adaptive import RelaxedProgram, in_random_order, score_adaptively
 from puzzle_jax.search.score.alternatives import IndexedAlternatives
+from puzzle_jax.search.score.groups import group_estimates, group_evidence
 from puzzle_jax.search.score.lens import fit_lens
 from puzzle_jax.search.score.measurements import Fill, Runner, SavedTable, ScoreTable, longest_context
 from puzzle_jax.search.score.replace_one import ReplaceOne
@@ -44,11 +46,13 @@ class ScoredSpace:
       indexed: the alternatives around the base.
       table: their scores.
       proposed: number of alternatives before the lens dropped any.
+      groups: groups of traces whose KL is limited.
     """
 
     indexed: IndexedAlternatives
     table: ScoreTable
     proposed: int
+    groups: tuple[Group, ...] = ()
 
     @property
     def space(self) -> Space:
@@ -56,7 +60,28 @@ class ScoredSpace:
 
     @property
     def scores(self) -> Scores:
-        return self.indexed.scores(self.table.estimates())
+        return self.indexed.scores(self.table.estimates(), self.group_estimates)
+
+    @property
+    def group_estimates(self) -> dict[str, Float[np.ndarray, "alternatives"]]:
+        """Estimates by name of a limited group, and by number of the alternative."""
+        return group_estimates(self.table, self.indexed, self.groups, self.table.estimates())
+
+
+@dataclass(frozen=True)
+class _WithFloors:
+    """The relaxed program with the floors by the scores that there are when it is asked for; without floors, if no
+    choice meets them by those scores."""
+
+    scored: ScoredSpace
+    problem: Callable[[Space, Scores], Problem]
+
+    def __iter__(self) -> Iterator[RelaxedProgram]:
+        problem, scores = self.problem(self.scored.space, self.scored.scores), self.scored.table.estimates()
+        program = RelaxedProgram(problem.program, self.scored.indexed.owner)
+        if not program.choice(scores).any():
+            program = RelaxedProgram(replace(problem, floors=()).program, self.scored.indexed.owner)
+        yield program
 
 
 @dataclass(frozen=True)
@@ -71,6 +96,7 @@ class SpaceScorer:
       console: where progress is shown.
       seed: random seed of the order of traces and of adaptive scoring's draws.
       base_kl: predicted KL of the base; 0 for the parent.
+      groups: groups of traces whose KL the problem limits.
     """
 
     run: ReplaceOne
@@ -80,6 +106,7 @@ class SpaceScorer:
     console: Console
     seed: int = 0
     base_kl: float = 0.0
+    groups: tuple[Group, ...] = ()
 
     def __call__(self, space: Space, table_path: Path, identity: str) -> ScoredSpace:
         """Scores all alternatives of `space` that the lens leaves, and saves scored pairs to a file.
@@ -89,7 +116,7 @@ class SpaceScorer:
         indexed = IndexedAlternatives.around(space, self.run.base)
         proposed, lens = len(indexed.listed), None
         if self.settings.method == "lens":
-            return ScoredSpace(indexed, self._looked(indexed), proposed)
+            return ScoredSpace(indexed, self._looked(indexed), proposed, self.groups)
         if self.settings.keep_sets:
             looked = self._looked(indexed)
             kept = self._best_sets(indexed, values_of(looked.means()))
@@ -100,7 +127,8 @@ class SpaceScorer:
         table = ScoreTable.empty(indexed.listed, self.traces)
         if self.settings.method == "adaptive" and self.run.base is None:
             table.lens = lens
-        kept = SavedTable(table, table_path, identity)
+        table.stratified = bool(self.groups)
+        kept, scored = SavedTable(table, table_path, identity), ScoredSpace(indexed, table, proposed, self.groups)
 
         def score(alternatives: Sequence[int], traces: Sequence[int]) -> None:
             self.fill(table, alternatives, traces, save=kept.save)
@@ -112,11 +140,15 @@ class SpaceScorer:
         else:
             for number, traces in self._evidence(indexed, order).items():
                 score([number], traces)
-            nothing = self.problem(indexed.space, indexed.scores(np.zeros(len(indexed.listed))))
-            program = RelaxedProgram(nothing.program, indexed.owner)
+            if self.groups:
+                score(range(len(indexed.listed)), group_evidence(self.traces, order, self.groups))
+                programs = _WithFloors(scored, self.problem)
+            else:
+                nothing = self.problem(indexed.space, indexed.scores(np.zeros(len(indexed.listed))))
+                programs = [RelaxedProgram(nothing.program, indexed.owner)]
             first, draws = self.settings.first, self.settings.draws
-            score_adaptively(table, score, [program], first=first, draws=draws, seed=self.seed, base_kl=self.base_kl)
-        return ScoredSpace(indexed, table, proposed)
+            score_adaptively(table, score, programs, first=first, draws=draws, seed=self.seed, base_kl=self.base_kl)
+        return scored
 
     def _evidence(self, indexed: IndexedAlternatives, order: Sequence[int]) -> dict[int, list[int]]:
         """By each window's number, the first traces of `order`, which it is scored on before adaptive scoring."""

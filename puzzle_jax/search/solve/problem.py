@@ -2,7 +2,8 @@
 
 Every layer is two groups, one for its experts and one for its attention. Scores and costs add over groups, so the
 product of a layer's alternatives is never listed. What all architectures share (embedding, head, sampling) is a group
-with one alternative. The limits are the target's (`search.solve.constraints`) and are checked on exact sums.
+with one alternative. The limits are the target's (`search.solve.constraints`) and are checked on exact sums; limits on
+the KL of groups of traces (`search.solve.floors`) are limits on sums of scores by group ("kl.recall").
 
 A scenario's numbers are named "request_seconds.chat", or "request_seconds.chat.16" for each batch on offer if its batch
 is open. In that case the integer program chooses the batch too: the limits of one batch have to hold.
@@ -11,7 +12,7 @@ is open. In that case the integer program chooses the batch too: the limits of o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import isfinite
 from typing import Any
@@ -26,6 +27,7 @@ from puzzle_jax.program.explain import Conflict, InfeasibleProgram
 from puzzle_jax.program.library import Disjunction, Library, Limit, Program, Solution
 from puzzle_jax.program.solve import assess, solve
 from puzzle_jax.search.solve.constraints import Constraint, constraints_by_batch, constraints_of, request_seconds
+from puzzle_jax.search.solve.floors import ABOVE_MEAN, Floor, floor_numbers, shared_numbers
 from puzzle_jax.search.space import ExpertChoice, Space
 
 SCORE, EXPERT_BYTES, PARAMETERS = "score", "expert_bytes", "parameters"
@@ -38,10 +40,17 @@ class Scores:
     Attributes:
       experts: per layer, one number per expert choice of the space.
       attention: per layer, one number per window of the space.
+      groups: the same on the traces of limited groups alone, by name of the group.
     """
 
     experts: tuple[tuple[float, ...], ...]
     attention: tuple[tuple[float, ...], ...]
+    groups: Mapping[str, Scores] = field(default_factory=dict)
+
+    @property
+    def typical(self) -> float:
+        """The sum, over the program's groups, of the mean size of their alternatives' scores."""
+        return sum(sum(map(abs, row)) / len(row) for row in (*self.experts, *self.attention))
 
 
 @dataclass(frozen=True)
@@ -54,11 +63,14 @@ class Candidate:
       choices: per layer, the experts that stay.
       score: sum of its alternatives' scores.
       costs: sums by key ("expert_bytes", "parameters", "kv_bytes.<scenario>", "memory_bytes.<scenario>",
-        "prefill_seconds.<scenario>", "decode_seconds.<scenario>", "request_seconds.<scenario>").
+        "prefill_seconds.<scenario>", "decode_seconds.<scenario>", "request_seconds.<scenario>", and "kl.<group>" for
+        groups whose KL is limited).
       batches: requests that run together, by scenario.
       violated: limits of the target that it violates, in words.
       status: status of the integer program's solution; "given" if none was solved.
       gap: relative gap of the integer program's solution.
+      measured_kl: KL on validation traces by limited group, and over all tokens ("*"); empty without such limits, or if
+        it was not run.
     """
 
     name: str
@@ -70,6 +82,7 @@ class Candidate:
     violated: tuple[str, ...]
     status: str
     gap: float | None
+    measured_kl: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def meets_target(self) -> bool:
@@ -88,6 +101,7 @@ class Candidate:
             "missed": list(self.violated),
             "status": self.status,
             "gap": self.gap,
+            **({"measured_kl": dict(self.measured_kl)} if self.measured_kl else {}),
             "layers": [
                 {
                     "num_local_experts": b.num_experts,
@@ -113,22 +127,32 @@ class Candidate:
             violated=tuple(value["missed"]),
             status=value["status"],
             gap=value["gap"],
+            measured_kl=value.get("measured_kl", {}),
         )
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A space with scores, costs and a target. Raises `ConfigError` if they do not fit together."""
+    """A space with scores, costs, a target, and limits on the KL of groups of traces, whose scores `scores.groups` must
+    have. Raises `ConfigError` if they do not fit together."""
 
     space: Space
     scores: Scores
     costs: Costs
     target: Target
+    floors: tuple[Floor, ...] = ()
 
     def __post_init__(self) -> None:
         self.target.check_scenarios([scenario.name for scenario in self.costs.scenarios])
+        self._check(self.scores)
+        for floor in self.floors:
+            if floor.group not in self.scores.groups:
+                raise ConfigError(f"the KL of {floor.group} is limited, but the scores are not known for it")
+            self._check(self.scores.groups[floor.group])
+
+    def _check(self, scores: Scores) -> None:
         for name, alternatives in (("experts", self.space.expert_choices), ("attention", self.space.windows)):
-            numbers = getattr(self.scores, name)
+            numbers = getattr(scores, name)
             if [len(x) for x in numbers] != [len(x) for x in alternatives]:
                 raise ConfigError(
                     f"scores.{name} has {[len(x) for x in numbers]} numbers per layer, "
@@ -151,6 +175,7 @@ class Problem:
                     "kv_bytes": {scenario.name: 0 for scenario in costs.scenarios},
                     "memory_bytes": self._by_batch(lambda scenario, _: scenario.replicas * costs.shared_bytes),
                     **self._seconds(costs.fixed),
+                    **shared_numbers(self.floors, self.scores.typical),
                 }
             }
         }
@@ -173,6 +198,7 @@ class Problem:
             "kv_bytes": {scenario.name: 0 for scenario in self.costs.scenarios},
             "memory_bytes": self._by_batch(lambda scenario, _: scenario.expert_copies * costs.weight_bytes),
             **self._seconds(costs.seconds),
+            **self._kl(lambda scores: scores.experts[layer][index]),
         }
 
     def _attention_numbers(self, layer: int, index: int, window: int | None) -> dict[str, Any]:
@@ -184,7 +210,12 @@ class Problem:
             "kv_bytes": dict(costs.kv_bytes),
             "memory_bytes": self._by_batch(lambda scenario, batch: batch * costs.kv_bytes[scenario.name]),
             **self._seconds(costs.seconds),
+            **self._kl(lambda scores: scores.attention[layer][index]),
         }
+
+    def _kl(self, of: Callable[[Scores], float]) -> dict[str, dict[str, float]]:
+        """An alternative's numbers for floors."""
+        return floor_numbers(self.floors, of(self.scores), {n: of(scores) for n, scores in self.scores.groups.items()})
 
     def _by_batch(self, value: Callable[[Scenario, int], Number]) -> dict[str, Any]:
         """Numbers by scenario, or by scenario and batch if the batch is open."""
@@ -210,7 +241,8 @@ class Problem:
     @cached_property
     def constraints(self) -> tuple[Constraint, ...]:
         """The constraints that must hold whichever batches are chosen."""
-        return constraints_of(self.target, self.costs, self.space.parent.blocks)
+        on_costs = constraints_of(self.target, self.costs, self.space.parent.blocks)
+        return (*on_costs, *(floor.constraint(self.scores.typical) for floor in self.floors))
 
     @cached_property
     def constraints_by_batch(self) -> Mapping[str, Mapping[int, tuple[Constraint, ...]]]:
@@ -258,7 +290,7 @@ class Problem:
             blocks=blocks,
             choices=tuple(choices),
             score=solution.score,
-            costs={key: total for key, total in solution.costs.items() if key != SCORE},
+            costs={k: total for k, total in solution.costs.items() if k != SCORE and k.split(".")[0] != ABOVE_MEAN},
             batches={scenario.name: self._batch(scenario, solution.choice) for scenario in self.costs.scenarios},
             violated=tuple(self._violated(limit, solution.costs[limit.key]) for limit in solution.violated),
             status=solution.status,
