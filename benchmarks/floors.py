@@ -3,10 +3,9 @@
     python benchmarks/floors.py --run RUN/search [--task recall] [--share 0.1] [--seeds 0 1 2] [--max_kl JSON]
 
 From the traces of a finished search of the embedded parent (RUN/search) all but a tenth of those of one task are left
-out, and two searches with the same target and the same costs, those of the finished one, start from what is left:
-without floors, and with `max_kl`. Both children are then compared with the parent on the finished run's held-out
-traces, on which all tasks are complete, and by greedy answers to fresh problems. A seed draws the traces that stay and
-splits them into sets.
+out, and two searches with the same target and costs start from what is left: without floors, and with `max_kl`. Both
+children are then compared with the parent on the finished run's held-out traces, on which all tasks are complete, and
+by greedy answers to fresh problems. A seed draws the traces that stay and splits them into sets.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ def main() -> None:
         plain, floors = (file.parent / name for name in ("plain", "floors"))
         rows.append({"seed": seed, "child": measure(plain, file, seed, {}, options, console)})
         if not floors.exists():  # ranking and scores, which floors do not change, need not be computed again
-            shutil.copytree(plain, floors)
+            shutil.copytree(plain, floors, ignore=shutil.ignore_patterns("kept"))
         try:
             rows[-1]["child with floors"] = measure(floors, file, seed, {"max_kl": options.max_kl}, options, console)
             rows[-1]["child with floors"].pop("parent")
@@ -82,13 +81,13 @@ def measure(
     target = {"max_expert_bytes_ratio": options.max_expert_bytes_ratio, "min_speedup": options.min_speedup, **max_kl}
     given = {
         "run": run,
-        "costs": options.run / "cost" / "costs.json",
+        "costs": options.costs,
         "traces.file": file,
         "traces.seed": seed,
         "traces.heldout": 4,
         "target": json.dumps(target),
         "refine.swaps": options.swaps,
-        "space.restrict": json.dumps([{"layers": "5", "windows": ["full"]}]),
+        "space.restrict": json.dumps(options.restrict),
         "evaluate.problems": options.problems,
     }
     recipe = verbs.parse(SEARCH, [word for name, value in given.items() for word in (f"--{name}", str(value))])
@@ -130,15 +129,15 @@ def show(row: dict[str, Any], console: Console) -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--run", type=Path, required=True, help="directory of a finished search, with its last layer full"
-    )
+    parser.add_argument("--run", type=Path, required=True, help="directory of a finished search")
     parser.add_argument("--task", default="recall", help="the task that the traces hardly have")
     parser.add_argument("--share", type=float, default=0.1, help="of that task's traces that stay")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--min_speedup", type=float, default=1.3)
     parser.add_argument("--max_expert_bytes_ratio", type=float, help="none by default")
-    parser.add_argument("--max_kl", type=json.loads, default={"nats": {"recall": 0.15}}, help="floors, as JSON")
+    parser.add_argument("--costs", default="roofline", help="as a search takes them")
+    parser.add_argument("--restrict", type=json.loads, default=[], help="space.restrict, as JSON")
+    parser.add_argument("--max_kl", type=json.loads, default={"times_mean": {"tasks": 1.5}}, help="floors, as JSON")
     parser.add_argument("--swaps", type=int, default=3, help="of experts, in refinement")
     parser.add_argument("--problems", type=int, default=100, help="per task, asked at every effort")
     parser.add_argument("--out", type=Path, default=Path("runs/floors"))

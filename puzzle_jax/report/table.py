@@ -48,6 +48,7 @@ class SearchReport:
             *([size.replace("_", " "), *_ratios([e[size] for e in entries])] for size in sizes),
             *(row for scenario in self.scenarios for row in self._scenario_rows(scenario)),
             ["predicted KL", *(f"{e['predicted_kl']:.4f}" for e in entries)],
+            *self._expected_rows(),
             ["held-out KL", *(f"{e['heldout']['kl']:.4f} ±{e['heldout']['kl_se']:.4f}" for e in entries)],
         ]
         for effort in self.measured_efforts:
@@ -57,6 +58,13 @@ class SearchReport:
         rows.append(["meets the target", *("no" if e["missed"] else "yes" for e in entries)])
         rows[-1][1] = "-"
         return ["", *(name.replace("_", " ") for name in self.evaluation)], rows
+
+    def _expected_rows(self) -> list[list[str]]:
+        """The KL that was expected of the child, if the evaluation has it: of no other model is one measured."""
+        found = [entry.get("expected_kl") for entry in self.evaluation.values()]
+        if not any(found):
+            return []
+        return [["expected KL", *("-" if x is None else f"{x['kl']:.4f} ±{x['kl_se']:.4f}" for x in found)]]
 
     @property
     def measured_efforts(self) -> list[str]:

@@ -125,8 +125,13 @@ COPIED = (
 
 def chosen_candidate(run: Path) -> Candidate:
     """The candidate that `solve` chose from its pool."""
+    return Candidate.from_json(chosen_of_pool(run))
+
+
+def chosen_of_pool(run: Path) -> Any:
+    """The same as solutions.json has it, with its measurements."""
     solutions = SOLUTIONS.read(run)
-    return Candidate.from_json(solutions["pool"][solutions["chosen"]])
+    return solutions["pool"][solutions["chosen"]]
 
 
 def final_candidates(run: Path) -> dict[str, Candidate]:

@@ -53,6 +53,7 @@ from puzzle_jax.search.artifacts import (
     TRACES,
     Artifact,
     chosen_candidate,
+    chosen_of_pool,
     final_candidates,
     find,
 )
@@ -66,6 +67,7 @@ from puzzle_jax.search.rank.rows import packed_traces
 from puzzle_jax.search.rank.rules import RULES
 from puzzle_jax.search.rank.statistics import KeptSums
 from puzzle_jax.search.refine.accept import refine
+from puzzle_jax.search.refine.expected import expected_of_child
 from puzzle_jax.search.refine.proposals import Refinement
 from puzzle_jax.search.report_page import show_report, write_report
 from puzzle_jax.search.score.measurements import longest_context
@@ -289,7 +291,11 @@ def refine_child(search: Search, out: Path, kept: Path) -> None:
     )
     for step in tried:
         search.console.print(f"{step}", highlight=False)
-    REFINED.write(out, {"child": child.to_json(), "tried": [step.to_json() for step in tried]})
+    measured = [search.measure([child], name, evaluator) for name in TRACE_SETS[1:3]]
+    validation, confirmation = ((found.kl[0], found.tokens) for found in measured)
+    expected = expected_of_child(chosen_of_pool(search.run), validation, confirmation)
+    tries = [step.to_json() for step in tried]
+    REFINED.write(out, {"child": child.to_json(), "expected": expected, "tried": tries})
 
 
 def assemble(search: Search, out: Path, kept: Path) -> None:
@@ -329,6 +335,7 @@ def evaluate(search: Search, out: Path, kept: Path) -> None:
     found = search.evaluator(kept).compare(
         candidates, children, search.traces("heldout"), search.costs, search.run / CHILD
     )
+    found["child"]["expected_kl"] = REFINED.read(search.run)["expected"]
     EVALUATION.write(out, found)
 
 

@@ -1,7 +1,7 @@
 """The steps after the integer program: choosing by real KL, and two refinements that must be confirmed.
 
     pool      every solution of the integer program, and some baselines, are run whole on traces that were not used for
-              scoring, and the one with the lowest KL there is taken
+              scoring, and the one of which the lowest KL is expected is taken (`refine.expected`)
     rescore   all alternatives are rescored around the child, the integer program is solved with those scores, and its
               pool is run likewise
     swap      experts that the child keeps are swapped for experts that it lost, in one layer or in several
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from itertools import product
 from typing import Any
 
@@ -24,6 +25,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from puzzle_jax.evaluate.statistics import weighted_mean
+from puzzle_jax.search.refine.expected import expected_kls
 from puzzle_jax.search.score.measurements import Score
 from puzzle_jax.search.score.whole_children import Measurements
 from puzzle_jax.search.solve.floors import MeasuredFloors
@@ -85,15 +87,20 @@ class Pool:
             candidates = [replace(c, measured_kl=of_c, violated=floors.words(of_c)) for c, of_c in pairs]
         return Pool(candidates, *found, floors)
 
+    @cached_property
+    def expected(self) -> Float[np.ndarray, "children"]:
+        """The KL to expect of each child on other traces, by its prediction and its measurement together."""
+        return expected_kls([candidate.score for candidate in self.candidates], self.kl, self.tokens)
+
     @property
     def best(self) -> int:
-        """The candidate with the lowest KL among those that keep all floors; if none does, the one that violates them
-        least."""
+        """The candidate with the lowest expected KL among those that keep all floors; if none does, the one that
+        violates them least."""
 
         def order(number: int) -> tuple[float, float]:
             floors, candidate = self.floors, self.candidates[number]
             excess = 0.0 if floors is None else floors.excess(candidate.measured_kl)
-            return excess, self.scores[number].kl
+            return excess, float(self.expected[number])
 
         return min(range(len(self.candidates)), key=order)
 
@@ -108,14 +115,15 @@ class Pool:
         return float(spearmanr(predicted, real)[0])  # pyright: ignore[reportArgumentType]
 
     def to_json(self) -> list[dict[str, Any]]:
-        """Every candidate with its real KL and the amount by which it exceeds the best one's."""
+        """Every candidate with its real and its expected KL, and the amount by which it exceeds the best one's."""
         return [
             {
                 **candidate.to_json(),
                 "validation": asdict(score),
+                "expected": float(expected),
                 "above_best": asdict(Difference.between(kl, self.kl[self.best], self.tokens)),
             }
-            for candidate, score, kl in zip(self.candidates, self.scores, self.kl, strict=True)
+            for candidate, score, kl, expected in zip(self.candidates, self.scores, self.kl, self.expected, strict=True)
         ]
 
 
