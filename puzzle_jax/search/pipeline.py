@@ -63,6 +63,7 @@ from puzzle_jax.search.hours.left import Reported, by_stage, present_hardware, t
 from puzzle_jax.search.hours.measured import MeasuredSearch, StageHours
 from puzzle_jax.search.rank.ranking import METHODS, KeptSums, rank_experts
 from puzzle_jax.search.refine.accept import refine
+from puzzle_jax.search.refine.descent import Descent
 from puzzle_jax.search.refine.proposals import Refinement
 from puzzle_jax.search.report_page import show_report, write_report
 from puzzle_jax.search.score.measurements import longest_context
@@ -264,6 +265,16 @@ def refine_child(search: Search, out: Path, kept: Path) -> None:
         kept=kept,
         identity=f"{search.identity} {search.recipe.child}",
     )
+    descent = Descent(
+        space=refinement.space,
+        problem=search.problem_of,
+        run=lambda child: search.scorer(child).run,
+        traces=search.traces("calibration"),
+        measure=lambda candidates, traces, name: evaluator.divergence([search.child(c) for c in candidates], traces, name),
+        validate=lambda candidates: search.measure(candidates, "validation", evaluator),
+        settings=options.gradients,
+        seed=search.recipe.traces.seed,
+    )
     child, tried = refine(
         chosen_candidate(search.run),
         options.rounds,
@@ -271,6 +282,7 @@ def refine_child(search: Search, out: Path, kept: Path) -> None:
         options.proposals if options.swaps else 0,
         refinement.swapped,
         refinement.confirm,
+        descent if options.gradients.steps else None,
     )
     for step in tried:
         search.console.print(f"{step}", highlight=False)
