@@ -47,7 +47,7 @@ from puzzle_jax.consoles import plain_console
 from puzzle_jax.costs.scenario import Target
 from puzzle_jax.evaluate.divergence import divergence
 from puzzle_jax.evaluate.models import Model
-from puzzle_jax.generate.batches import MicroBatch, micro_batches
+from puzzle_jax.generate.batches import MicroBatch
 from puzzle_jax.generate.traces import Trace
 from puzzle_jax.kernels.expert_mlp import expert_mlp
 from puzzle_jax.kernels.route import Routing
@@ -341,7 +341,8 @@ def compare(case: Case, steps: int, seed: int) -> dict[str, Any]:
                 "by_trace": [round(float(value), 6) for value in measured.kl[0]],
                 **(more if name == "gradients" else {}),
             }
-            print(case.directory, case.ratio, name, {k: v for k, v in found[name].items() if k[:2] not in ("ke", "by")}, flush=True)
+            shown = ("kl", "difference", "difference_se", "work", "seconds")
+            print(case.directory, case.ratio, name, *(f"{what} {found[name][what]:.4g}" for what in shown), flush=True)
     return found
 
 
@@ -369,8 +370,8 @@ def main() -> None:
     enable_compilation_cache()
     rows = json.loads(options.json.read_text()) if options.json and options.json.is_file() else []
     known, parent = {(row["search"], row["ratio"]) for row in rows}, read_parent(EMBEDDED_PARENT)
-    for ratio in options.ratios:
-        for seed, directory in enumerate(options.searches):
+    for seed, directory in enumerate(options.searches):
+        for ratio in options.ratios:
             if (str(directory), ratio) in known:
                 continue
             methods = compare(Case(directory, ratio, parent), options.steps, seed)

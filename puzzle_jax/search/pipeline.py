@@ -270,7 +270,9 @@ def refine_child(search: Search, out: Path, kept: Path) -> None:
         problem=search.problem_of,
         run=lambda child: search.scorer(child).run,
         traces=search.traces("calibration"),
-        measure=lambda candidates, traces, name: evaluator.divergence([search.child(c) for c in candidates], traces, name),
+        measure=lambda candidates, traces, name: evaluator.divergence(
+            [search.child(c) for c in candidates], traces, name
+        ),
         validate=lambda candidates: search.measure(candidates, "validation", evaluator),
         settings=options.gradients,
         seed=search.recipe.traces.seed,

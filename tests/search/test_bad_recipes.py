@@ -102,6 +102,8 @@ BAD_FIELDS = [
     ("refine.rounds", 3, "refine.rounds", "3"),
     ("refine.swaps", -1, "refine.swaps", "-1"),
     ("refine.proposals", -2, "refine.proposals", "-2"),
+    ("refine.gradients.steps", -1, "refine.gradients.steps", "-1"),
+    ("refine.gradients.noise", 0, "refine.gradients.noise", "0"),
     ("evaluate.problems", 0, "evaluate.problems", "0"),
     ("evaluate.seed", -1, "evaluate.seed", "-1"),
     ("mesh.model", 0, "mesh.model", "0"),

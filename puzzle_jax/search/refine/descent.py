@@ -114,7 +114,8 @@ class Descent:
         # More than any choice of experts can gain, so that windows stay.
         other = 1.0 + 2.0 * float(np.abs(values).sum())
         windows = tuple(
-            tuple(dict.fromkeys((own[0], block.window))) for own, block in zip(self.space.windows, child.blocks)
+            tuple(dict.fromkeys((own[0], block.window)))
+            for own, block in zip(self.space.windows, child.blocks, strict=True)
         )
         of_windows = tuple(
             tuple(0.0 if window == block.window else other for window in of_layer)
@@ -147,15 +148,15 @@ class Descent:
         self, run: ReplaceOne, child: Candidate, traces: Sequence[Trace], random: np.random.Generator
     ) -> tuple[Values, Values]:
         """Falls of the KL by giving each expert to children that lack it, and the tokens over which these are sums."""
-        falls, tokens = np.zeros((2, *self.masks(child).shape))
-        drawn = self.drawn(child, random)
+        falls = np.zeros(self.masks(child).shape)
+        tokens, drawn = np.zeros_like(falls), self.drawn(child, random)
         for batch in micro_batches(traces, longest=max(len(t.prompt) + len(t.completion) for t in self.traces)):
-            rows = len(batch.ids)
-            kept = decided(lambda rows=rows: [each.kept for each in islice(drawn, rows)])
-            masks = np.zeros((rows, *falls.shape), bool)
+            real = int((batch.ids >= 0).sum())  # the rows after these are padding
+            kept = decided(lambda real=real: [each.kept for each in islice(drawn, real)])
+            masks = np.repeat(self.masks(child)[None], len(batch.ids), axis=0)
             for row, of_child in enumerate(kept):
                 for layer, of_layer in enumerate(of_child):
-                    masks[row, layer, list(of_layer)] = True
+                    masks[row, layer] = np.isin(np.arange(masks.shape[2]), of_layer)
             _, effects = addition_effects(run, batch, masks)
             lengths = np.array([len(traces[number].completion) if number >= 0 else 0 for number in batch.ids])
             falls -= effects.sum(axis=0)

@@ -74,9 +74,7 @@ def addition_effects(
             weights, mask, (before, middle) = run.params["layers"][layer], jnp.asarray(masks[:, layer]), states.pop()
             effect = _additions(weights["moe"], run.config, middle, mask, gradient, tried)
             gradient = _through_mixture(weights["moe"], run.config, middle, mask, gradient)
-            gradient = _through_attention(
-                weights["attention"], run.own, run.choices[layer].window, before, gradient
-            )
+            gradient = _through_attention(weights["attention"], run.own, run.choices[layer].window, before, gradient)
             effects.append(effect)
         stacked = jnp.stack(effects[::-1], axis=1)
     return values_of(read(kl, run.mesh)), values_of(read(stacked, run.mesh))
@@ -132,9 +130,7 @@ def _additions(
         mesh=traced_mesh(),
     )
     # Mixtures are weighted sums of outputs, so their inner products are weighted sums of these.
-    along = jnp.einsum(
-        "tch,th->tc", outputs.astype(jnp.float32), gradient.reshape(-1, hidden).astype(jnp.float32)
-    )
+    along = jnp.einsum("tch,th->tc", outputs.astype(jnp.float32), gradient.reshape(-1, hidden).astype(jnp.float32))
     of_kept = jnp.take_along_axis(kept_logits, kept, axis=1)
     of_lost = jnp.take_along_axis(lost_logits, lost, axis=1)
     now = jnp.sum(jax.nn.softmax(of_kept, axis=1) * along[:, :k], axis=1)
