@@ -5,7 +5,8 @@
     lens       two passes over up to 96 traces to fit the maps; two more, and every alternative's own layer, to use them
     score      two passes over the scored traces, and for every alternative its own layer and those above it
     solve      whole children on the validation traces
-    refine     scoring again around a child, swaps of experts, whole children on validation and confirmation traces
+    refine     scoring again around a child, a descent by gradients, swaps of experts, whole children on validation and
+               confirmation traces
     assemble   one pass for the scales of the FP8 cache, and writing the child
     evaluate   whole children on the held-out traces, and answers of every model
 
@@ -33,7 +34,9 @@ from puzzle_jax.numeric import Number
 from puzzle_jax.search.artifacts import TRACE_SETS
 from puzzle_jax.search.hours.passes import ModelTime
 from puzzle_jax.search.rank.ranking import METHODS
-from puzzle_jax.search.recipe import Recipe
+from puzzle_jax.search.recipe import GradientSettings, Recipe
+from puzzle_jax.search.refine.descent import BONUSES, PROPOSED
+from puzzle_jax.search.refine.gradients import FORWARDS
 from puzzle_jax.search.score.measurements import METRICS
 from puzzle_jax.search.score.space_scorer import LENS_TRACES, WINDOWS_FIRST
 from puzzle_jax.search.space import candidate_counts, candidate_windows, restrict
@@ -160,7 +163,7 @@ class SearchTime:
             found["evaluate"] += children * self.answering(recipe.evaluate.problems)
         return found
 
-    def _whole(self, children: int, problems: int) -> Number:
+    def _whole(self, children: int, problems: Number) -> Number:
         return (children + 1) * (self.a_pass(problems) + self.heads(problems))
 
     def _problems(self, traces: Number) -> Number:
@@ -213,8 +216,20 @@ class SearchTime:
             swaps = self.config.num_layers * options.swaps**2
             first = min(self.recipe.score.first, self._calibration)
             total += self._scoring(swaps, 1.5 * first) + self._whole(options.proposals, traces.validation)
+        total += self._descent(options.gradients)
         both = self._whole(2, traces.validation) + self._whole(2, traces.confirmation)
-        return total + both * (options.rounds + bool(options.swaps))
+        return total + both * (options.rounds + bool(options.swaps) + bool(options.gradients.steps))
+
+    def _descent(self, options: GradientSettings) -> Number:
+        if not options.steps:
+            return 0.0
+        drawn, compared = (
+            self._problems(min(traces, self._calibration)) for traces in (options.traces, options.compared)
+        )
+        # The parent's pass besides; the head's backward pass counts as two.
+        values = (FORWARDS + 1) * self.a_pass(drawn) + 4 * self.heads(drawn)
+        step = values + self._whole(len(BONUSES) + 1, compared)
+        return options.steps * step + self._whole(PROPOSED, self.recipe.traces.validation)
 
     def seconds_of_pool(self) -> Number:
         """Seconds to run the integer program's solutions as whole children."""
