@@ -136,23 +136,24 @@ class Descent:
                 known.add(candidate.kept)
         return found
 
-    def drawn(self, child: Candidate, random: np.random.Generator) -> Iterator[Candidate]:
-        """Yields random children near `child`, in pairs whose noise has opposite signs."""
+    def noisy(self, child: Candidate, random: np.random.Generator) -> Iterator[Values]:
+        """Yields random logits of children near `child`, in pairs whose noise has opposite signs."""
         signs = np.where(self.masks(child), 1.0, -1.0)
         while True:
             noise = self.settings.noise * random.logistic(size=signs.shape)
-            yield self.project(child, signs + noise)
-            yield self.project(child, signs - noise)
+            yield signs + noise
+            yield signs - noise
 
     def _falls(
         self, run: ReplaceOne, child: Candidate, traces: Sequence[Trace], random: np.random.Generator
     ) -> tuple[Values, Values]:
         """Falls of the KL by giving each expert to children that lack it, and the tokens over which these are sums."""
         falls = np.zeros(self.masks(child).shape)
-        tokens, drawn = np.zeros_like(falls), self.drawn(child, random)
+        tokens, noisy = np.zeros_like(falls), self.noisy(child, random)
         for batch in micro_batches(traces, longest=max(len(t.prompt) + len(t.completion) for t in self.traces)):
             real = int((batch.ids >= 0).sum())  # the rows after these are padding
-            kept = decided(lambda real=real: [each.kept for each in islice(drawn, real)])
+            logits = list(islice(noisy, real))
+            kept = decided(lambda logits=logits: [self.project(child, each).kept for each in logits])
             masks = np.repeat(self.masks(child)[None], len(batch.ids), axis=0)
             for row, of_child in enumerate(kept):
                 for layer, of_layer in enumerate(of_child):

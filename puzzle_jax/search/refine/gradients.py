@@ -5,9 +5,8 @@ would serve if the child had it is routed again: e takes the place of the last o
 mixture's output is exact, and its inner product with g is the first-order change of the KL. Summed over tokens, this is
 the effect of e, to first order in what e changes and with everything after the layer linearised.
 
-The same could be computed for an expert that is removed, but it says little: on the embedded parent at half its
-experts, first-order effects agreed with exact ones by a rank correlation of 0.8 for experts that the child lacks, but
-of 0.4 for those that it has (`docs/results.md`). So experts are only valued where they are missing, and
+Left out: the effect of removing an expert that a child has. It could be computed alike but says little, since a removal
+moves the output far from a point at which the KL is nearly flat. So experts are only valued where they are missing, and
 `search.refine.descent` draws children at random in which each is missing now and then.
 
 Only gates and hidden states have gradients, no weights have. Every layer is run by the same compiled programs, which

@@ -162,15 +162,13 @@ def test_the_projection_keeps_windows_and_limits_and_the_largest_values():
             assert sum(best[layer, n - 1] for layer, n in enumerate(counts)) <= own + 1e-3
 
 
-def test_noise_comes_in_antithetic_pairs(monkeypatch):
-    asked = []
-    monkeypatch.setattr(Descent, "project", lambda self, child, values: asked.append(values))
-    list(islice(descent(noise=0.6).drawn(start(), np.random.default_rng(5)), 6))
+def test_noise_comes_in_antithetic_pairs():
+    drawn = list(islice(descent(noise=0.6).noisy(start(), np.random.default_rng(5)), 6))
     signs = np.where(descent().masks(start()), 1.0, -1.0)
-    for one, other in zip(asked[::2], asked[1::2], strict=True):
+    for one, other in zip(drawn[::2], drawn[1::2], strict=True):
         np.testing.assert_allclose(one + other, 2 * signs)
         assert np.std(one - signs) == pytest.approx(0.6 * np.pi / 3**0.5, rel=0.5)
-    assert not np.allclose(asked[0], asked[2])
+    assert not np.allclose(drawn[0], drawn[2])
 
 
 def made_up(goal):
