@@ -1,6 +1,7 @@
 """Held-out KL of children that refinement finds from the integer program's, at about equal work.
 
-    python benchmarks/refinement.py SEARCH [SEARCH ...] [--ratios 0.75 0.5 0.4] [--steps N] [--json PATH]
+    python benchmarks/refinement.py SEARCH [SEARCH ...] [--ratios 0.75 0.5 0.4] [--methods NAME ...]
+                                    [--json PATH]
 
 Each SEARCH is the directory of a finished search of the embedded parent, whose traces, ranking, scores and costs are
 used; all are only read. Ratios are bytes of experts relative to the parent's; windows stay the parent's, so that a
@@ -73,6 +74,8 @@ STEPS, SAMPLES, ROWS = 300, 4, 4
 """RCO's steps, noise samples of a step and traces of a sample."""
 
 WORK = STEPS * SAMPLES * ROWS * 3
+
+METHODS = ("swaps", "rco", "rco warm", "gradients", "pool")
 
 Keep = Bool[np.ndarray, "layers experts"]
 
@@ -300,8 +303,8 @@ def _padded(traces: Sequence[Trace], longest: int) -> tuple[Array, Array]:
 # The comparison -------------------------------------------------------------------------------------------------------
 
 
-def compare(case: Case, steps: int, seed: int) -> dict[str, Any]:
-    """Every method's held-out KL, difference from the program's child, work and seconds."""
+def compare(case: Case, steps: int, seed: int, names: Sequence[str] = METHODS) -> dict[str, Any]:
+    """Each method's held-out KL, difference from the program's child, work and seconds."""
     start, found = case.program(), {}
     keep = np.zeros((case.parent.config.num_layers, case.parent.config.blocks[0].num_experts), bool)
     for layer, kept in enumerate(start.kept):
@@ -324,7 +327,8 @@ def compare(case: Case, steps: int, seed: int) -> dict[str, Any]:
             "gradients": gradients,
             "pool": lambda: case.pool(WORK // len(case.traces["validation"])).kept,
         }
-        for name, method in methods.items():
+        for name in ("program", *names):
+            method = methods[name]
             case.work.passes, began = 0.0, time.monotonic()
             kept = method()
             seconds, work = time.monotonic() - began, case.work.passes
@@ -347,15 +351,16 @@ def compare(case: Case, steps: int, seed: int) -> dict[str, Any]:
 
 
 def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
-    names = list(rows[0]["methods"])
+    names = ["program", *(name for name in METHODS if any(name in row["methods"] for row in rows))]
     table = Table("ratio", "search", *names)
     for row in rows:
         cells = [
-            f"{m['kl']:.3f} ({m['difference']:+.3f} ±{m['difference_se']:.3f})" for m in map(row["methods"].get, names)
+            f"{m['kl']:.3f} ({m['difference']:+.3f} ±{m['difference_se']:.3f})" if m else "-"
+            for m in map(row["methods"].get, names)
         ]
         table.add_row(f"{row['ratio']:g}", row["search"], *cells)
     for what in ("work", "seconds"):
-        means = [np.mean([row["methods"][name][what] for row in rows]) for name in names]
+        means = [np.mean([row["methods"][name][what] for row in rows if name in row["methods"]]) for name in names]
         table.add_row(what, "mean", *(f"{mean:,.0f}" for mean in means))
     console.print(table)
 
@@ -364,6 +369,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("searches", nargs="+", type=Path)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.75, 0.5, 0.4])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="NAME")
     parser.add_argument("--steps", type=int, default=9, help="of the descent by gradients")
     parser.add_argument("--json", type=Path, help="where to write everything; rows that it holds are not run again")
     options = parser.parse_args()
@@ -374,7 +380,7 @@ def main() -> None:
         for ratio in options.ratios:
             if (str(directory), ratio) in known:
                 continue
-            methods = compare(Case(directory, ratio, parent), options.steps, seed)
+            methods = compare(Case(directory, ratio, parent), options.steps, seed, options.methods)
             rows.append({"ratio": ratio, "search": str(directory), "methods": methods})
             if options.json:
                 options.json.write_text(json.dumps(rows, indent=1) + "\n")
