@@ -9,9 +9,11 @@ method with one budget can take part. Methods:
 
     program   the integer program's child, from which all differences are taken
     swaps     single swaps of experts by exact scores (`search.refine.proposals`), until one is refused
+    guided    the same, but experts to swap are proposed by gradients, around the child before each proposal
     rco       RCO as published (arXiv 2605.00649), from uniform logits
     rco warm  the same from logits of 1.5 for the program's experts and -1.5 for others
     gradients a descent by gradients (`search.refine.descent`), without its acceptance
+    both      a descent of half the steps, and then swaps
     pool      the best of the program's N best solutions on validation traces
 
 Work is counted in forward passes of one trace: a backward pass counts as two, a pass through the top layers as their
@@ -75,7 +77,7 @@ STEPS, SAMPLES, ROWS = 300, 4, 4
 
 WORK = STEPS * SAMPLES * ROWS * 3
 
-METHODS = ("swaps", "rco", "rco warm", "gradients", "pool")
+METHODS = ("swaps", "guided", "rco", "rco warm", "gradients", "both", "pool")
 
 Keep = Bool[np.ndarray, "layers experts"]
 
@@ -151,14 +153,16 @@ class Case:
         found = self.problem(*self.files).solve(num_solutions=solutions)
         return found[Pool(found, *self.measure(found, self.traces["validation"])).best]
 
-    def swaps(self, child: Candidate, scratch: Path) -> Candidate:
+    def swaps(self, child: Candidate, scratch: Path, guide: Descent | None = None) -> Candidate:
         swaps = 4
         while swaps <= 8 and self.work.passes < WORK / 2:
-            child, _ = refine(child, 0, _unasked, 16, *self._swapping(swaps, scratch))
+            child, _ = refine(child, 0, _unasked, 16, *self._swapping(swaps, scratch, guide))
             swaps *= 2
         return child
 
-    def _swapping(self, swaps: int, scratch: Path) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    def _swapping(
+        self, swaps: int, scratch: Path, guide: Descent | None
+    ) -> tuple[Callable[..., Any], Callable[..., Any]]:
         def scorer(candidate: Candidate) -> SpaceScorer:
             run, traces = self.runner(candidate), self.traces["calibration"]
             return SpaceScorer(run, traces, ScoreSettings(), self.problem, plain_console(width=80), 0, candidate.score)
@@ -166,23 +170,39 @@ class Case:
         removal_error = RANKING.read(self.directory).scores["removal_error"]
         measure: Any = lambda candidates, name: self.measure(candidates, self.traces[name])  # noqa: E731
         found = Refinement(
-            self.files[0], removal_error, swaps, scorer, _unasked, measure, scratch / "table", scratch, "swaps"
+            self.files[0],
+            removal_error,
+            swaps,
+            scorer,
+            _unasked,
+            measure,
+            scratch / "table",
+            scratch,
+            "swaps",
+            None if guide is None else partial(self._values, guide),
         )
         return found.swapped, found.confirm
 
-    def gradients(self, child: Candidate, steps: int, seed: int) -> tuple[Candidate, Difference | None]:
-        """The proposal of a descent, and its difference from `child` on confirmation traces."""
-        settings = GradientSettings(steps=steps)
-        descent = Descent(
+    def _values(self, guide: Descent, child: Candidate) -> Float[np.ndarray, "layers experts"]:
+        self.work.passes += FORWARDS * guide.settings.traces
+        return guide.values(child)
+
+    def descent(self, steps: int, seed: int) -> Descent:
+        return Descent(
             self.files[0],
             self.problem,
-            lambda candidate: replace(self.runner(candidate)),
+            self.runner,
             self.traces["calibration"],
             lambda candidates, traces, _: self.measure(candidates, traces),
             lambda candidates: self.measure(candidates, self.traces["validation"]),
-            settings,
+            GradientSettings(steps=steps),
             seed,
         )
+
+    def gradients(self, child: Candidate, steps: int, seed: int) -> tuple[Candidate, Difference | None]:
+        """The proposal of a descent, and its difference from `child` on confirmation traces."""
+        descent = self.descent(steps, seed)
+        settings = descent.settings
         self.work.passes += steps * FORWARDS * min(settings.traces, len(self.traces["calibration"]))
         pool = descent(child)
         if pool is None:
@@ -190,6 +210,11 @@ class Case:
         proposal = pool.candidates[pool.best]
         confirmed = self.measure([proposal, child], self.traces["confirmation"])
         return proposal, Difference.between(confirmed.kl[0], confirmed.kl[1], confirmed.tokens)
+
+    def both(self, child: Candidate, scratch: Path, steps: int, seed: int) -> Candidate:
+        """A descent, and then swaps around its proposal if confirmation traces accept it."""
+        proposal, confirmed = self.gradients(child, steps, seed)
+        return self.swaps(proposal if confirmed is not None and confirmed.proves_better else child, scratch)
 
     def rco(self, budget: int, warm: Keep | None, seed: int) -> Keep:
         """RCO's final mask with `budget` experts kept."""
@@ -325,6 +350,8 @@ def compare(case: Case, steps: int, seed: int, names: Sequence[str] = METHODS) -
             "rco": lambda: kept_of(case.rco(int(keep.sum()), None, seed)),
             "rco warm": lambda: kept_of(case.rco(int(keep.sum()), keep, seed)),
             "gradients": gradients,
+            "guided": lambda: case.swaps(start, Path(scratch) / "guided", case.descent(1, seed)).kept,
+            "both": lambda: case.both(start, Path(scratch) / "both", steps // 2, seed).kept,
             "pool": lambda: case.pool(WORK // len(case.traces["validation"])).kept,
         }
         for name in ("program", *names):

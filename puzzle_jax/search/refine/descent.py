@@ -93,6 +93,12 @@ class Descent:
         proposed = found[1:][-PROPOSED:]
         return Pool(proposed, *self.validate(proposed)) if proposed else None
 
+    def values(self, child: Candidate) -> Values:
+        """Every expert's value at random children near one, in nats per token; higher is better."""
+        random = np.random.default_rng(self.seed)
+        falls, tokens = self._falls(self.run(child), child, self._sample(random, self.settings.traces), random)
+        return falls / np.maximum(tokens, 1.0)
+
     def masks(self, child: Candidate) -> Masks:
         """Experts that a child keeps."""
         experts = self.space.parent.blocks[0].num_experts

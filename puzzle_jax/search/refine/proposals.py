@@ -44,6 +44,7 @@ class Refinement:
       table: file of the scores around a child.
       kept: directory of a killed run's results.
       identity: everything that scores depend on besides the child, alternatives and traces.
+      values: returns every expert's value around a child, by which swaps are proposed in place of the removal error.
     """
 
     space: Space
@@ -55,6 +56,7 @@ class Refinement:
     table: Path
     kept: Path
     identity: str
+    values: Callable[[Candidate], Float[np.ndarray, "layers experts"]] | None = None
 
     def rescored(self, child: Candidate) -> Pool:
         """The integer program's pool with the scores around a child."""
@@ -80,10 +82,11 @@ class Refinement:
 
     def _best_swaps(self, child: Candidate) -> list[Swap]:
         """For every layer in which one helps, the swap that lowers the child's KL most; the most helpful swap first."""
+        values = self.removal_error if self.values is None else self.values(child)
         options = [
             (layer, option)
             for layer, choice in enumerate(child.choices)
-            for option in swapped(choice, self.removal_error[layer], self.swaps)
+            for option in swapped(choice, values[layer], self.swaps)
         ]
         best: dict[int, Swap] = {}
         for number, gain in self._gains(child, options).items():
