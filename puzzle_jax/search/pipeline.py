@@ -254,19 +254,8 @@ def solve(search: Search, out: Path, kept: Path) -> None:
 
 def refine_child(search: Search, out: Path, kept: Path) -> None:
     options, evaluator = search.recipe.refine, search.evaluator(kept)
-    refinement = Refinement(
-        space=search.scored_space(),
-        removal_error=RANKING.read(search.run).scores["removal_error"],
-        swaps=options.swaps,
-        scorer=search.scorer,
-        pool=lambda space, scores: search.pool(search.problem_of(space, scores), evaluator),
-        measure=lambda candidates, name: search.measure(candidates, name, evaluator),
-        table=search.run / REFINED_SCORE_TABLE,
-        kept=kept,
-        identity=f"{search.identity} {search.recipe.child}",
-    )
     descent = Descent(
-        space=refinement.space,
+        space=search.scored_space(),
         problem=search.problem_of,
         run=lambda child: search.scorer(child).run,
         traces=search.traces("calibration"),
@@ -276,6 +265,18 @@ def refine_child(search: Search, out: Path, kept: Path) -> None:
         validate=lambda candidates: search.measure(candidates, "validation", evaluator),
         settings=options.gradients,
         seed=search.recipe.traces.seed,
+    )
+    refinement = Refinement(
+        space=descent.space,
+        removal_error=RANKING.read(search.run).scores["removal_error"],
+        swaps=options.swaps,
+        scorer=search.scorer,
+        pool=lambda space, scores: search.pool(search.problem_of(space, scores), evaluator),
+        measure=lambda candidates, name: search.measure(candidates, name, evaluator),
+        table=search.run / REFINED_SCORE_TABLE,
+        kept=kept,
+        identity=f"{search.identity} {search.recipe.child}",
+        values=descent.values if options.gradients.guide else None,
     )
     child, tried = refine(
         chosen_candidate(search.run),

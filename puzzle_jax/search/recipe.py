@@ -133,6 +133,7 @@ class GradientSettings:
     """Refinement by gradients of the KL (`search.refine.descent`).
 
     Attributes:
+      guide: proposes the experts that swaps exchange by gradients around the child, in place of the removal error.
       steps: steps of a descent; 0 leaves it out.
       traces: calibration traces of a step, each with a random child of its own.
       noise: scale of the logistic noise on logits of 1 and -1 from which random children are drawn.
@@ -140,6 +141,7 @@ class GradientSettings:
       compared: calibration traces on which the children that a step proposes are compared.
     """
 
+    guide: bool = False
     steps: int = 0
     traces: int = 216
     noise: float = 0.8
@@ -164,7 +166,7 @@ class RefineSettings:
       rounds: rounds in which all alternatives are rescored around the child; at most 2.
       swaps: experts tried on either side of a swap, in every layer; 0 tries no swaps.
       proposals: the most swap proposals that are tested, one after the other as long as they are accepted.
-      gradients: a descent by gradients before the swaps; off by default.
+      gradients: a descent by gradients before the swaps, and swaps guided by gradients; both are off by default.
     """
 
     rounds: int = 1

@@ -216,6 +216,7 @@ class SearchTime:
             swaps = self.config.num_layers * options.swaps**2
             first = min(self.recipe.score.first, self._calibration)
             total += self._scoring(swaps, 1.5 * first) + self._whole(options.proposals, traces.validation)
+            total += self._values(options.gradients) if options.gradients.guide else 0.0
         total += self._descent(options.gradients)
         both = self._whole(2, traces.validation) + self._whole(2, traces.confirmation)
         return total + both * (options.rounds + bool(options.swaps) + bool(options.gradients.steps))
@@ -223,13 +224,14 @@ class SearchTime:
     def _descent(self, options: GradientSettings) -> Number:
         if not options.steps:
             return 0.0
-        drawn, compared = (
-            self._problems(min(traces, self._calibration)) for traces in (options.traces, options.compared)
-        )
-        # The parent's pass besides; the head's backward pass counts as two.
-        values = (FORWARDS + 1) * self.a_pass(drawn) + 4 * self.heads(drawn)
-        step = values + self._whole(len(BONUSES) + 1, compared)
+        compared = self._problems(min(options.compared, self._calibration))
+        step = self._values(options) + self._whole(len(BONUSES) + 1, compared)
         return options.steps * step + self._whole(PROPOSED, self.recipe.traces.validation)
+
+    def _values(self, options: GradientSettings) -> Number:
+        drawn = self._problems(min(options.traces, self._calibration))
+        # The parent's pass besides; the head's backward pass counts as two.
+        return (FORWARDS + 1) * self.a_pass(drawn) + 4 * self.heads(drawn)
 
     def seconds_of_pool(self) -> Number:
         """Seconds to run the integer program's solutions as whole children."""

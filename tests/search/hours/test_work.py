@@ -95,6 +95,7 @@ def test_stages_grow_with_what_they_do():
     more = with_(refine={"rounds": 2}).seconds["refine"] - seconds["refine"]
     assert more > seconds["score"]
     one, three = (with_(refine={"gradients": GradientSettings(steps=n)}).seconds["refine"] for n in (1, 3))
+    assert with_(refine={"gradients": GradientSettings(guide=True)}).seconds["refine"] > seconds["refine"]
     assert one - seconds["refine"] > (three - one) / 2 > 0  # the children of a descent are measured once
     assert with_(evaluate={"problems": 200}).seconds["evaluate"] > seconds["evaluate"]
     # Scoring is linear in traces and in alternatives.
