@@ -1,7 +1,6 @@
 """Held-out KL of children that refinement finds from the integer program's, at about equal work.
 
-    python benchmarks/refinement.py SEARCH [SEARCH ...] [--ratios 0.75 0.5 0.4] [--methods NAME ...]
-                                    [--json PATH]
+    python benchmarks/refinement.py SEARCH [SEARCH ...] [--ratios 0.75 0.5 0.4] [--methods NAME ...] [--json PATH]
 
 Each SEARCH is the directory of a finished search of the embedded parent, whose traces, ranking, scores and costs are
 used; all are only read. Ratios are bytes of experts relative to the parent's; windows stay the parent's, so that a
@@ -12,17 +11,15 @@ method with one budget can take part. Methods:
     guided    the same, but experts to swap are proposed by gradients, around the child before each proposal
     rco       RCO as published (arXiv 2605.00649), from uniform logits
     rco warm  the same from logits of 1.5 for the program's experts and -1.5 for others
-    gradients a descent by gradients (`search.refine.descent`), without its acceptance
-    both      a descent of half the steps, and then swaps
     pool      the best of the program's N best solutions on validation traces
 
 Work is counted in forward passes of one trace: a backward pass counts as two, a pass through the top layers as their
-share; the parent's own passes, which can be kept, are left out. N of the pool and the steps of the descent are such
-that the work is about RCO's: 300 steps of 4 samples of 4 traces, three forward passes each. Swaps end when they are
-refused, and then begin again with twice as many experts on either side while work is left. RCO may keep any number of
-experts of at least k in a layer; the others keep those that the search offers.
+share; the parent's own passes, which can be kept, are left out. N of the pool is such that its
+work is RCO's: 300 steps of 4 samples of 4 traces, three forward passes each. Swaps end when they are refused, and then
+begin again with twice as many experts on either side if less than half of that work is done. RCO may keep any number
+of experts of at least k in a layer (`rco.py`); the others keep those that the search offers.
 
-Left out: rounds of rescoring, training, and RCO's KL over the parent's 20 likeliest tokens (here all tokens count).
+Left out: rounds of rescoring, and training.
 """
 
 from __future__ import annotations
@@ -33,36 +30,28 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Float
+from rco import WORK, Keep, rco
 from rich.console import Console
 from rich.table import Table
 
 from puzzle_jax.commands import enable_compilation_cache
-from puzzle_jax.config import ModelConfig
 from puzzle_jax.consoles import plain_console
 from puzzle_jax.costs.scenario import Target
-from puzzle_jax.evaluate.divergence import divergence
 from puzzle_jax.evaluate.models import Model
 from puzzle_jax.generate.batches import MicroBatch
 from puzzle_jax.generate.traces import Trace
-from puzzle_jax.kernels.expert_mlp import expert_mlp
-from puzzle_jax.kernels.route import Routing
 from puzzle_jax.model.child import Child, ChildBlock
-from puzzle_jax.model.network import attention_block, embed, hidden_states, rms_norm, route_tokens
-from puzzle_jax.model.rope import rope_table
-from puzzle_jax.model.spec import Params, layer_experts
 from puzzle_jax.search.artifacts import RANKING, REFINED_COSTS, SCORES, TRACES
 from puzzle_jax.search.parent import read_parent
-from puzzle_jax.search.recipe import EMBEDDED_PARENT, GradientSettings, ScoreSettings
+from puzzle_jax.search.recipe import EMBEDDED_PARENT, ScoreSettings
 from puzzle_jax.search.refine.accept import Difference, Pool, refine
-from puzzle_jax.search.refine.descent import Descent
+from puzzle_jax.search.refine.expert_values import MOST_TRACES, ExpertValues
 from puzzle_jax.search.refine.gradients import FORWARDS
 from puzzle_jax.search.refine.proposals import Refinement
 from puzzle_jax.search.score.replace_one import ReplaceOne, child_choices
@@ -72,14 +61,7 @@ from puzzle_jax.search.score.whole_children import Measurements, score_children
 from puzzle_jax.search.solve.problem import Candidate, Problem, Scores
 from puzzle_jax.search.space import Space
 
-STEPS, SAMPLES, ROWS = 300, 4, 4
-"""RCO's steps, noise samples of a step and traces of a sample."""
-
-WORK = STEPS * SAMPLES * ROWS * 3
-
-METHODS = ("swaps", "guided", "rco", "rco warm", "gradients", "both", "pool")
-
-Keep = Bool[np.ndarray, "layers experts"]
+METHODS = ("swaps", "guided", "rco", "rco warm", "pool")
 
 
 @dataclass
@@ -153,182 +135,51 @@ class Case:
         found = self.problem(*self.files).solve(num_solutions=solutions)
         return found[Pool(found, *self.measure(found, self.traces["validation"])).best]
 
-    def swaps(self, child: Candidate, scratch: Path, guide: Descent | None = None) -> Candidate:
-        swaps = 4
-        while swaps <= 8 and self.work.passes < WORK / 2:
-            child, _ = refine(child, 0, _unasked, 16, *self._swapping(swaps, scratch, guide))
-            swaps *= 2
+    def swaps(self, child: Candidate, scratch: Path, guide: ExpertValues | None = None) -> Candidate:
+        def values(around: Candidate) -> Float[np.ndarray, "layers experts"]:
+            assert guide is not None
+            self.work.passes += FORWARDS * min(MOST_TRACES, len(guide.traces))
+            return guide(around)
+
+        def scorer(around: Candidate) -> SpaceScorer:
+            run, traces = self.runner(around), self.traces["calibration"]
+            return SpaceScorer(run, traces, ScoreSettings(), self.problem, plain_console(width=80), 0, around.score)
+
+        for swaps in (4, 8):
+            found = Refinement(
+                space=self.files[0],
+                removal_error=RANKING.read(self.directory).scores["removal_error"],
+                swaps=swaps,
+                scorer=scorer,
+                pool=_unasked,
+                measure=lambda candidates, name: self.measure(candidates, self.traces[name]),
+                table=scratch / "table",
+                kept=scratch,
+                identity="swaps",
+                values=None if guide is None else values,
+            )
+            child, _ = refine(child, 0, _unasked, 16, found.swapped, found.confirm)
+            if self.work.passes >= WORK / 2:
+                break
         return child
 
-    def _swapping(
-        self, swaps: int, scratch: Path, guide: Descent | None
-    ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        def scorer(candidate: Candidate) -> SpaceScorer:
-            run, traces = self.runner(candidate), self.traces["calibration"]
-            return SpaceScorer(run, traces, ScoreSettings(), self.problem, plain_console(width=80), 0, candidate.score)
-
-        removal_error = RANKING.read(self.directory).scores["removal_error"]
-        measure: Any = lambda candidates, name: self.measure(candidates, self.traces[name])  # noqa: E731
-        found = Refinement(
-            self.files[0],
-            removal_error,
-            swaps,
-            scorer,
-            _unasked,
-            measure,
-            scratch / "table",
-            scratch,
-            "swaps",
-            None if guide is None else partial(self._values, guide),
-        )
-        return found.swapped, found.confirm
-
-    def _values(self, guide: Descent, child: Candidate) -> Float[np.ndarray, "layers experts"]:
-        self.work.passes += FORWARDS * guide.settings.traces
-        return guide.values(child)
-
-    def descent(self, steps: int, seed: int) -> Descent:
-        return Descent(
-            self.files[0],
-            self.problem,
-            self.runner,
-            self.traces["calibration"],
-            lambda candidates, traces, _: self.measure(candidates, traces),
-            lambda candidates: self.measure(candidates, self.traces["validation"]),
-            GradientSettings(steps=steps),
-            seed,
-        )
-
-    def gradients(self, child: Candidate, steps: int, seed: int) -> tuple[Candidate, Difference | None]:
-        """The proposal of a descent, and its difference from `child` on confirmation traces."""
-        descent = self.descent(steps, seed)
-        settings = descent.settings
-        self.work.passes += steps * FORWARDS * min(settings.traces, len(self.traces["calibration"]))
-        pool = descent(child)
-        if pool is None:
-            return child, None
-        proposal = pool.candidates[pool.best]
-        confirmed = self.measure([proposal, child], self.traces["confirmation"])
-        return proposal, Difference.between(confirmed.kl[0], confirmed.kl[1], confirmed.tokens)
-
-    def both(self, child: Candidate, scratch: Path, steps: int, seed: int) -> Candidate:
-        """A descent, and then swaps around its proposal if confirmation traces accept it."""
-        proposal, confirmed = self.gradients(child, steps, seed)
-        return self.swaps(proposal if confirmed is not None and confirmed.proves_better else child, scratch)
+    def guided(self, child: Candidate, scratch: Path, seed: int) -> Candidate:
+        guide = ExpertValues(self.files[0], self.problem, self.runner, self.traces["calibration"], seed)
+        return self.swaps(child, scratch, guide)
 
     def rco(self, budget: int, warm: Keep | None, seed: int) -> Keep:
-        """RCO's final mask with `budget` experts kept."""
-        config, random = self.parent.config, np.random.default_rng(seed)
-        layers, experts, k = config.num_layers, config.blocks[0].num_experts, config.experts_per_token
-        logits = retracted(np.zeros((layers, experts)) if warm is None else np.where(warm, 1.5, -1.5), budget)
-        first, second = np.zeros((2, layers, experts))
-        lengths, rate = _by_length(self.traces["calibration"]), 2 * 0.1  # twice, for a difference of two logits
-        share = np.array([len(traces) for _, traces in lengths], float) / len(self.traces["calibration"])
-        for step in range(STEPS):
-            temperature = 0.05 ** (step / (STEPS - 1))
-            longest, traces = lengths[random.choice(len(lengths), p=share)]
-            keep, slope, drawn = [], [], []
-            for _ in range(SAMPLES // 2):
-                noise = random.logistic(size=logits.shape)
-                for sign in (1, -1):
-                    noisy = (logits + sign * noise) / temperature
-                    keep += [best(noisy, budget, k)] * ROWS
-                    slope += [sigmoid(noisy) * sigmoid(-noisy) / temperature] * ROWS
-                    drawn += [traces[number] for number in random.integers(len(traces), size=ROWS)]
-            tokens, weight = _padded(drawn, longest)
-            gradient = mask_gradient(
-                self.parent.params, config, tokens, weight, jnp.asarray(np.stack(keep), jnp.float32)
-            )
-            self.work.passes += 3 * len(drawn)
-            normal = sigmoid(logits) * sigmoid(-logits)
-            down = tangent((np.asarray(gradient) * np.stack(slope)).sum(axis=0), normal)
-            first, second = 0.9 * first + 0.1 * down, 0.999 * second + 0.001 * down**2
-            move = first / (1 - 0.9 ** (step + 1)) / (np.sqrt(second / (1 - 0.999 ** (step + 1))) + 1e-8)
-            logits = retracted(logits - rate * move, budget)
-            first = tangent(first, sigmoid(logits) * sigmoid(-logits))
-        return best(logits, budget, k)
+        self.work.passes += WORK
+        return rco(self.parent.params, self.parent.config, self.traces["calibration"], budget, warm, seed)
 
 
 def _unasked(*_: Any) -> Any:
     raise AssertionError("no rescoring was asked for")
 
 
-# RCO ------------------------------------------------------------------------------------------------------------------
-
-
-def sigmoid(x: np.ndarray) -> np.ndarray:
-    return 0.5 * (1.0 + np.tanh(0.5 * x))
-
-
-def tangent(vector: np.ndarray, normal: np.ndarray) -> np.ndarray:
-    """A vector without its part along the gradient of the expected budget."""
-    return vector - normal * (vector * normal).sum() / (normal * normal).sum()
-
-
-def retracted(logits: np.ndarray, budget: int) -> np.ndarray:
-    """Logits shifted by one number, so that the expected number of kept experts is the budget."""
-    low, high = -100.0, 100.0
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if sigmoid(logits + middle).sum() < budget else (low, middle)
-    return logits + (low + high) / 2
-
-
-def best(logits: np.ndarray, budget: int, k: int) -> Keep:
-    """The `budget` experts with the largest logits, of which every layer has at least its `k` best."""
-    keep = np.zeros(logits.shape, bool)
-    np.put_along_axis(keep, np.argsort(-logits, axis=1)[:, :k], True, axis=1)
-    rest = np.argsort(-np.where(keep, -np.inf, logits), axis=None)[: budget - int(keep.sum())]
-    keep.reshape(-1)[rest] = True
-    return keep
-
-
-@partial(jax.jit, static_argnames="config")
-def mask_gradient(
-    params: Params, config: ModelConfig, tokens: Array, weight: Array, keep: Float[Array, "rows layers experts"]
-) -> Float[Array, "rows layers experts"]:
-    """Gradient of the KL by masks that multiply the gates of the parent's own choices, which are then renormalised."""
-    parent, _ = hidden_states(params, config, tokens)
-
-    def kl(keep: Array) -> Array:
-        x, table = embed(params, tokens), rope_table(config.rope, config.head_dim, jnp.arange(tokens.shape[1])[None])
-        for index, layer in enumerate(params["layers"]):
-            x, _ = attention_block(layer["attention"], config, x, table, window=config.blocks[index].window)
-            y = rms_norm(x, layer["moe"]["norm"], config.rms_norm_eps)
-            ids, gates = route_tokens(layer["moe"], config, y).routing
-            gates = gates * jnp.take_along_axis(jnp.repeat(keep[:, index], tokens.shape[1], axis=0), ids, axis=1)
-            gates = gates / jnp.maximum(gates.sum(axis=1, keepdims=True), 1e-9)
-            x = x + expert_mlp(y, Routing(ids, gates), layer_experts(layer["moe"]), limit=config.swiglu_limit)
-        head = {name: params[name] for name in ("final_norm", "head")}
-        return jnp.sum(divergence(head, config, parent, x).kl * weight)
-
-    return jax.grad(kl)(keep)
-
-
-def _by_length(traces: Sequence[Trace]) -> list[tuple[int, list[Trace]]]:
-    """Traces in groups of similar length: all samples of a step are from one, so that little is padding."""
-    groups: dict[int, list[Trace]] = {}
-    for trace in traces:
-        tokens = len(trace.prompt) + len(trace.completion)
-        groups.setdefault(max(64, 1 << (tokens - 1).bit_length()), []).append(trace)
-    return sorted(groups.items())
-
-
-def _padded(traces: Sequence[Trace], longest: int) -> tuple[Array, Array]:
-    """Tokens, and weights that make the sum of weighted KLs the mean over samples of the mean per token."""
-    tokens, weight = np.zeros((len(traces), longest), np.int32), np.zeros((len(traces), longest), np.float32)
-    for row, trace in enumerate(traces):
-        ids = (*trace.prompt, *trace.completion)
-        tokens[row, : len(ids)] = ids
-        weight[row, len(trace.prompt) - 1 : len(ids) - 1] = 1.0
-    of_sample = weight.reshape(SAMPLES, -1).sum(axis=1).repeat(ROWS)[:, None]
-    return jnp.asarray(tokens), jnp.asarray(weight / of_sample / SAMPLES)
-
-
 # The comparison -------------------------------------------------------------------------------------------------------
 
 
-def compare(case: Case, steps: int, seed: int, names: Sequence[str] = METHODS) -> dict[str, Any]:
+def compare(case: Case, seed: int, names: Sequence[str] = METHODS) -> dict[str, Any]:
     """Each method's held-out KL, difference from the program's child, work and seconds."""
     start, found = case.program(), {}
     keep = np.zeros((case.parent.config.num_layers, case.parent.config.blocks[0].num_experts), bool)
@@ -336,12 +187,6 @@ def compare(case: Case, steps: int, seed: int, names: Sequence[str] = METHODS) -
         keep[layer, list(kept)] = True
     kept_of: Any = lambda mask: [np.flatnonzero(row).tolist() for row in mask]  # noqa: E731
     base = case.heldout(start.kept)
-    more: dict[str, Any] = {}
-
-    def gradients() -> Any:
-        proposal, confirmed = case.gradients(start, steps, seed)
-        more["accepted"] = confirmed is not None and confirmed.proves_better
-        return proposal.kept
 
     with tempfile.TemporaryDirectory() as scratch:
         methods: dict[str, Callable[[], Any]] = {
@@ -349,9 +194,7 @@ def compare(case: Case, steps: int, seed: int, names: Sequence[str] = METHODS) -
             "swaps": lambda: case.swaps(start, Path(scratch)).kept,
             "rco": lambda: kept_of(case.rco(int(keep.sum()), None, seed)),
             "rco warm": lambda: kept_of(case.rco(int(keep.sum()), keep, seed)),
-            "gradients": gradients,
-            "guided": lambda: case.swaps(start, Path(scratch) / "guided", case.descent(1, seed)).kept,
-            "both": lambda: case.both(start, Path(scratch) / "both", steps // 2, seed).kept,
+            "guided": lambda: case.guided(start, Path(scratch) / "guided", seed).kept,
             "pool": lambda: case.pool(WORK // len(case.traces["validation"])).kept,
         }
         for name in ("program", *names):
@@ -370,7 +213,6 @@ def compare(case: Case, steps: int, seed: int, names: Sequence[str] = METHODS) -
                 "seconds": seconds,
                 "kept": [list(of_layer) for of_layer in kept],
                 "by_trace": [round(float(value), 6) for value in measured.kl[0]],
-                **(more if name == "gradients" else {}),
             }
             shown = ("kl", "difference", "difference_se", "work", "seconds")
             print(case.directory, case.ratio, name, *(f"{what} {found[name][what]:.4g}" for what in shown), flush=True)
@@ -397,7 +239,6 @@ def main() -> None:
     parser.add_argument("searches", nargs="+", type=Path)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.75, 0.5, 0.4])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="NAME")
-    parser.add_argument("--steps", type=int, default=9, help="of the descent by gradients")
     parser.add_argument("--json", type=Path, help="where to write everything; rows that it holds are not run again")
     options = parser.parse_args()
     enable_compilation_cache()
@@ -407,7 +248,7 @@ def main() -> None:
         for ratio in options.ratios:
             if (str(directory), ratio) in known:
                 continue
-            methods = compare(Case(directory, ratio, parent), options.steps, seed, options.methods)
+            methods = compare(Case(directory, ratio, parent), seed, options.methods)
             rows.append({"ratio": ratio, "search": str(directory), "methods": methods})
             if options.json:
                 options.json.write_text(json.dumps(rows, indent=1) + "\n")

@@ -63,7 +63,7 @@ from puzzle_jax.search.hours.left import Reported, by_stage, present_hardware, t
 from puzzle_jax.search.hours.measured import MeasuredSearch, StageHours
 from puzzle_jax.search.rank.ranking import METHODS, KeptSums, rank_experts
 from puzzle_jax.search.refine.accept import refine
-from puzzle_jax.search.refine.descent import Descent
+from puzzle_jax.search.refine.expert_values import ExpertValues
 from puzzle_jax.search.refine.proposals import Refinement
 from puzzle_jax.search.report_page import show_report, write_report
 from puzzle_jax.search.score.measurements import longest_context
@@ -254,20 +254,11 @@ def solve(search: Search, out: Path, kept: Path) -> None:
 
 def refine_child(search: Search, out: Path, kept: Path) -> None:
     options, evaluator = search.recipe.refine, search.evaluator(kept)
-    descent = Descent(
-        space=search.scored_space(),
-        problem=search.problem_of,
-        run=lambda child: search.scorer(child).run,
-        traces=search.traces("calibration"),
-        measure=lambda candidates, traces, name: evaluator.divergence(
-            [search.child(c) for c in candidates], traces, name
-        ),
-        validate=lambda candidates: search.measure(candidates, "validation", evaluator),
-        settings=options.gradients,
-        seed=search.recipe.traces.seed,
-    )
+    space = search.scored_space()
+    traces, seed = search.traces("calibration"), search.recipe.traces.seed
+    values = ExpertValues(space, search.problem_of, lambda child: search.scorer(child).run, traces, seed)
     refinement = Refinement(
-        space=descent.space,
+        space=space,
         removal_error=RANKING.read(search.run).scores["removal_error"],
         swaps=options.swaps,
         scorer=search.scorer,
@@ -276,7 +267,7 @@ def refine_child(search: Search, out: Path, kept: Path) -> None:
         table=search.run / REFINED_SCORE_TABLE,
         kept=kept,
         identity=f"{search.identity} {search.recipe.child}",
-        values=descent.values if options.gradients.guide else None,
+        values=values if options.swaps_by == "gradients" else None,
     )
     child, tried = refine(
         chosen_candidate(search.run),
@@ -285,7 +276,6 @@ def refine_child(search: Search, out: Path, kept: Path) -> None:
         options.proposals if options.swaps else 0,
         refinement.swapped,
         refinement.confirm,
-        descent if options.gradients.steps else None,
     )
     for step in tried:
         search.console.print(f"{step}", highlight=False)

@@ -129,34 +129,6 @@ class ScoreSettings:
 
 
 @dataclass(frozen=True)
-class GradientSettings:
-    """Refinement by gradients of the KL (`search.refine.descent`).
-
-    Attributes:
-      guide: proposes the experts that swaps exchange by gradients around the child, in place of the removal error.
-      steps: steps of a descent; 0 leaves it out.
-      traces: calibration traces of a step, each with a random child of its own.
-      noise: scale of the logistic noise on logits of 1 and -1 from which random children are drawn.
-      decay: weight of a step's values in the next one.
-      compared: calibration traces on which the children that a step proposes are compared.
-    """
-
-    guide: bool = False
-    steps: int = 0
-    traces: int = 216
-    noise: float = 0.8
-    decay: float = 0.7
-    compared: int = 128
-
-    def __post_init__(self) -> None:
-        check_range("refine.gradients.steps", self.steps, 0, MOST_TOKENS)
-        for name in ("traces", "compared"):
-            check_range(f"refine.gradients.{name}", getattr(self, name), 2, MOST_PROBLEMS)
-        check_range("refine.gradients.noise", self.noise, 0, 100, above=True)
-        check_range("refine.gradients.decay", self.decay, 0, 1)
-
-
-@dataclass(frozen=True)
 class RefineSettings:
     """Refinement after the integer program.
 
@@ -165,19 +137,21 @@ class RefineSettings:
     Attributes:
       rounds: rounds in which all alternatives are rescored around the child; at most 2.
       swaps: experts tried on either side of a swap, in every layer; 0 tries no swaps.
+      swaps_by: how these are proposed: by "removal_error" in the parent, or by "gradients" around the child before each
+        proposal.
       proposals: the most swap proposals that are tested, one after the other as long as they are accepted.
-      gradients: a descent by gradients before the swaps, and swaps guided by gradients; both are off by default.
     """
 
     rounds: int = 1
     swaps: int = 4
+    swaps_by: Literal["removal_error", "gradients"] = "removal_error"
     proposals: int = 16
-    gradients: GradientSettings = field(default_factory=GradientSettings)
 
     def __post_init__(self) -> None:
         check_range("refine.rounds", self.rounds, 0, 2)
         check_range("refine.swaps", self.swaps, 0, MOST_TOGETHER)
         check_range("refine.proposals", self.proposals, 0, MOST_TOGETHER)
+        check_choice("refine.swaps_by", self.swaps_by, ("removal_error", "gradients"))
 
 
 @dataclass(frozen=True)

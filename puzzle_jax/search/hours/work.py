@@ -5,8 +5,7 @@
     lens       two passes over up to 96 traces to fit the maps; two more, and every alternative's own layer, to use them
     score      two passes over the scored traces, and for every alternative its own layer and those above it
     solve      whole children on the validation traces
-    refine     scoring again around a child, a descent by gradients, swaps of experts, whole children on validation and
-               confirmation traces
+    refine     scoring again around a child, swaps of experts, whole children on validation and confirmation traces
     assemble   one pass for the scales of the FP8 cache, and writing the child
     evaluate   whole children on the held-out traces, and answers of every model
 
@@ -34,8 +33,8 @@ from puzzle_jax.numeric import Number
 from puzzle_jax.search.artifacts import TRACE_SETS
 from puzzle_jax.search.hours.passes import ModelTime
 from puzzle_jax.search.rank.ranking import METHODS
-from puzzle_jax.search.recipe import GradientSettings, Recipe
-from puzzle_jax.search.refine.descent import BONUSES, PROPOSED
+from puzzle_jax.search.recipe import Recipe
+from puzzle_jax.search.refine.expert_values import MOST_TRACES
 from puzzle_jax.search.refine.gradients import FORWARDS
 from puzzle_jax.search.score.measurements import METRICS
 from puzzle_jax.search.score.space_scorer import LENS_TRACES, WINDOWS_FIRST
@@ -163,7 +162,7 @@ class SearchTime:
             found["evaluate"] += children * self.answering(recipe.evaluate.problems)
         return found
 
-    def _whole(self, children: int, problems: Number) -> Number:
+    def _whole(self, children: int, problems: int) -> Number:
         return (children + 1) * (self.a_pass(problems) + self.heads(problems))
 
     def _problems(self, traces: Number) -> Number:
@@ -216,22 +215,12 @@ class SearchTime:
             swaps = self.config.num_layers * options.swaps**2
             first = min(self.recipe.score.first, self._calibration)
             total += self._scoring(swaps, 1.5 * first) + self._whole(options.proposals, traces.validation)
-            total += self._values(options.gradients) if options.gradients.guide else 0.0
-        total += self._descent(options.gradients)
+            if options.swaps_by == "gradients":
+                drawn = self._problems(min(MOST_TRACES, self._calibration))
+                # The parent's pass besides; the head's backward pass counts as two.
+                total += (FORWARDS + 1) * self.a_pass(drawn) + 4 * self.heads(drawn)
         both = self._whole(2, traces.validation) + self._whole(2, traces.confirmation)
-        return total + both * (options.rounds + bool(options.swaps) + bool(options.gradients.steps))
-
-    def _descent(self, options: GradientSettings) -> Number:
-        if not options.steps:
-            return 0.0
-        compared = self._problems(min(options.compared, self._calibration))
-        step = self._values(options) + self._whole(len(BONUSES) + 1, compared)
-        return options.steps * step + self._whole(PROPOSED, self.recipe.traces.validation)
-
-    def _values(self, options: GradientSettings) -> Number:
-        drawn = self._problems(min(options.traces, self._calibration))
-        # The parent's pass besides; the head's backward pass counts as two.
-        return (FORWARDS + 1) * self.a_pass(drawn) + 4 * self.heads(drawn)
+        return total + both * (options.rounds + bool(options.swaps))
 
     def seconds_of_pool(self) -> Number:
         """Seconds to run the integer program's solutions as whole children."""

@@ -141,7 +141,6 @@ def refine(
     proposals: int,
     swap: Callable[[Candidate], Pool | None],
     confirm: Callable[[Candidate, Candidate], tuple[Difference, Difference]],
-    descend: Callable[[Candidate], Pool | None] | None = None,
 ) -> tuple[Candidate, list[Attempt]]:
     """Tries to lower a child's KL; returns the last accepted child, its score changed by the confirmed differences, and
     all attempts.
@@ -152,7 +151,6 @@ def refine(
       proposals: the most proposals of swaps.
       swap: returns a pool of children that keep other experts; None if none seems better.
       confirm: returns the differences between a proposal and the child before, on validation and confirmation traces.
-      descend: returns a pool of children found by gradients; None if none seems better. Tried once, before the swaps.
     """
     tried: list[Attempt] = []
 
@@ -173,8 +171,6 @@ def refine(
             child = replace(proposal, score=child.score + confirmation.mean)
 
     attempts("rescore", rounds, rescore)
-    if descend is not None:
-        attempts("gradients", 1, descend)
     attempts("swap", proposals, swap)
     return child, tried
 

@@ -7,7 +7,7 @@ the effect of e, to first order in what e changes and with everything after the 
 
 Left out: the effect of removing an expert that a child has. It could be computed alike but says little, since a removal
 moves the output far from a point at which the KL is nearly flat. So experts are only valued where they are missing, and
-`search.refine.descent` draws children at random in which each is missing now and then.
+`search.refine.expert_values` draws children at random in which each is missing now and then.
 
 Only gates and hidden states have gradients, no weights have. Every layer is run by the same compiled programs, which
 recompute it when its gradient is due, so that memory holds one hidden state per half layer.

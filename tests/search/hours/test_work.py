@@ -14,7 +14,7 @@ from puzzle_jax.generate.traces import Trace
 from puzzle_jax.search.hours.left import _given
 from puzzle_jax.search.hours.work import DISK_BYTES_PER_SECOND, SearchTime, hours_table
 from puzzle_jax.search.rank.ranking import METHODS
-from puzzle_jax.search.recipe import GradientSettings, Recipe, ScoreSettings, SpaceSettings, TraceSettings
+from puzzle_jax.search.recipe import Recipe, ScoreSettings, SpaceSettings, TraceSettings
 from puzzle_jax.settings.mesh import MeshSettings
 from tests.support import small_config
 
@@ -94,9 +94,9 @@ def test_stages_grow_with_what_they_do():
     assert with_(refine={"rounds": 0, "swaps": 0}).seconds["refine"] == 0
     more = with_(refine={"rounds": 2}).seconds["refine"] - seconds["refine"]
     assert more > seconds["score"]
-    one, three = (with_(refine={"gradients": GradientSettings(steps=n)}).seconds["refine"] for n in (1, 3))
-    assert with_(refine={"gradients": GradientSettings(guide=True)}).seconds["refine"] > seconds["refine"]
-    assert one - seconds["refine"] > (three - one) / 2 > 0  # the children of a descent are measured once
+    assert with_(refine={"swaps_by": "gradients"}).seconds["refine"] > seconds["refine"]
+    none, guided = (with_(refine={"swaps": 0, "swaps_by": by}) for by in ("removal_error", "gradients"))
+    assert guided.seconds["refine"] == none.seconds["refine"]
     assert with_(evaluate={"problems": 200}).seconds["evaluate"] > seconds["evaluate"]
     # Scoring is linear in traces and in alternatives.
     one, two = (TIME._scoring(10, traces) for traces in (400, 800))
