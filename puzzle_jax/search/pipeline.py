@@ -68,6 +68,7 @@ from puzzle_jax.search.rank.rules import RULES
 from puzzle_jax.search.rank.statistics import KeptSums
 from puzzle_jax.search.refine.accept import refine
 from puzzle_jax.search.refine.expected import expected_of_child
+from puzzle_jax.search.refine.expert_values import ExpertValues
 from puzzle_jax.search.refine.proposals import Refinement
 from puzzle_jax.search.report_page import show_report, write_report
 from puzzle_jax.search.score.measurements import longest_context
@@ -268,8 +269,11 @@ def solve(search: Search, out: Path, kept: Path) -> None:
 
 def refine_child(search: Search, out: Path, kept: Path) -> None:
     options, evaluator = search.recipe.refine, search.evaluator(kept)
+    space = search.scored_space()
+    traces, seed = search.traces("calibration"), search.recipe.traces.seed
+    values = ExpertValues(space, search.problem_of, lambda child: search.scorer(child).run, traces, seed)
     refinement = Refinement(
-        space=search.scored_space(),
+        space=space,
         removal_error=RANKING.read(search.run).scores["removal_error"],
         swaps=options.swaps,
         scorer=search.scorer,
@@ -279,6 +283,7 @@ def refine_child(search: Search, out: Path, kept: Path) -> None:
         kept=kept,
         identity=f"{search.identity} {search.recipe.child}",
         floors=search.measured_floors,
+        values=values if options.swaps_by == "gradients" else None,
     )
     child, tried = refine(
         chosen_candidate(search.run),

@@ -154,17 +154,21 @@ class RefineSettings:
     Attributes:
       rounds: rounds in which all alternatives are rescored around the child; at most 2.
       swaps: experts tried on either side of a swap, in every layer; 0 tries no swaps.
+      swaps_by: how these are proposed: by "removal_error" in the parent, or by "gradients" around the child before each
+        proposal.
       proposals: the most swap proposals that are tested, one after the other as long as they are accepted.
     """
 
     rounds: int = 1
     swaps: int = 4
+    swaps_by: Literal["removal_error", "gradients"] = "removal_error"
     proposals: int = 16
 
     def __post_init__(self) -> None:
         check_range("refine.rounds", self.rounds, 0, 2)
         check_range("refine.swaps", self.swaps, 0, MOST_TOGETHER)
         check_range("refine.proposals", self.proposals, 0, MOST_TOGETHER)
+        check_choice("refine.swaps_by", self.swaps_by, ("removal_error", "gradients"))
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,7 @@ BAD_FIELDS = [
     ("refine.rounds", 3, "refine.rounds", "3"),
     ("refine.swaps", -1, "refine.swaps", "-1"),
     ("refine.proposals", -2, "refine.proposals", "-2"),
+    ("refine.swaps_by", "guess", "refine.swaps_by", "guess"),
     ("evaluate.problems", 0, "evaluate.problems", "0"),
     ("evaluate.seed", -1, "evaluate.seed", "-1"),
     ("mesh.model", 0, "mesh.model", "0"),

@@ -347,6 +347,7 @@ def test_restrictions_and_refinement_from_the_shell(finished, parent, tmp_path):
     run = tmp_path / "run"
     rules = '[{"layers": "0", "min_experts": 8}, {"layers": "1", "windows": ["full"]}]'
     options = ("--space.restrict", rules, "--refine.rounds", "2", "--refine.proposals", "2")
+    options = (*options, "--refine.swaps_by", "gradients")
     shutil.copytree(finished, run, ignore=shutil.ignore_patterns("*-book.safetensors"))
     for stage in ("cost", "refine_costs", "score", "solve", "refine"):
         assert search(parent, run, stage, *options) == 0

@@ -33,6 +33,8 @@ from puzzle_jax.numeric import Number
 from puzzle_jax.search.artifacts import TRACE_SETS
 from puzzle_jax.search.hours.passes import ModelTime
 from puzzle_jax.search.recipe import Recipe
+from puzzle_jax.search.refine.expert_values import MOST_TRACES
+from puzzle_jax.search.refine.gradients import FORWARDS
 from puzzle_jax.search.score.measurements import METRICS
 from puzzle_jax.search.score.space_scorer import LENS_TRACES, WINDOWS_FIRST
 from puzzle_jax.search.space import candidate_counts, candidate_windows, restrict
@@ -213,6 +215,10 @@ class SearchTime:
             swaps = self.config.num_layers * options.swaps**2
             first = min(self.recipe.score.first, self._calibration)
             total += self._scoring(swaps, 1.5 * first) + self._whole(options.proposals, traces.validation)
+            if options.swaps_by == "gradients":
+                drawn = self._problems(min(MOST_TRACES, self._calibration))
+                # The parent's pass besides; the head's backward pass counts as two.
+                total += (FORWARDS + 1) * self.a_pass(drawn) + 4 * self.heads(drawn)
         both = self._whole(2, traces.validation) + self._whole(2, traces.confirmation)
         return total + both * (options.rounds + bool(options.swaps))
 

@@ -48,6 +48,7 @@ class Refinement:
       identity: everything that scores depend on besides the child, alternatives and traces.
       floors: returns the limits on the KL of groups as they are checked on a set of traces, given by name; None without
         any.
+      values: returns every expert's value around a child, by which swaps are proposed in place of the removal error.
     """
 
     space: Space
@@ -60,6 +61,7 @@ class Refinement:
     kept: Path
     identity: str
     floors: Callable[[str], MeasuredFloors | None] = lambda name: None
+    values: Callable[[Candidate], Float[np.ndarray, "layers experts"]] | None = None
 
     def rescored(self, child: Candidate) -> Pool:
         """The integer program's pool with the scores around a child."""
@@ -97,10 +99,11 @@ class Refinement:
 
     def _best_swaps(self, child: Candidate) -> list[Swap]:
         """For every layer in which one helps, the swap that lowers the child's KL most; the most helpful swap first."""
+        values = self.removal_error if self.values is None else self.values(child)
         options = [
             (layer, option)
             for layer, choice in enumerate(child.choices)
-            for option in swapped(choice, self.removal_error[layer], self.swaps)
+            for option in swapped(choice, values[layer], self.swaps)
         ]
         best: dict[int, Swap] = {}
         for number, gain in self._gains(child, options).items():

@@ -94,6 +94,9 @@ def test_stages_grow_with_what_they_do():
     assert with_(refine={"rounds": 0, "swaps": 0}).seconds["refine"] == 0
     more = with_(refine={"rounds": 2}).seconds["refine"] - seconds["refine"]
     assert more > seconds["score"]
+    assert with_(refine={"swaps_by": "gradients"}).seconds["refine"] > seconds["refine"]
+    none, guided = (with_(refine={"swaps": 0, "swaps_by": by}) for by in ("removal_error", "gradients"))
+    assert guided.seconds["refine"] == none.seconds["refine"]
     assert with_(evaluate={"problems": 200}).seconds["evaluate"] > seconds["evaluate"]
     # Scoring is linear in traces and in alternatives.
     one, two = (TIME._scoring(10, traces) for traces in (400, 800))

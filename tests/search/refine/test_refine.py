@@ -186,3 +186,32 @@ def test_swaps_are_tried_on_few_traces_and_the_best_of_every_layer_on_more(tmp_p
     # With all scores known, a second call asks for exactly what the first one did.
     refinement.swapped(CHILD)
     assert scorer.asked == 2 * asked
+
+
+def test_swaps_are_proposed_by_values_around_the_child_if_there_are_any(tmp_path):
+    asked = []
+
+    def values(child):
+        asked.append(child.name)
+        return np.array([[3.0, 0.0, 2.0, 4.0, 1.0, 0.5], [9.0, 1.0, 0.0, 0.0, 2.0, 0.0]])
+
+    def measure(candidates, name):
+        count = len(candidates)
+        return Measurements([score(0.1 * n) for n in range(count)], np.zeros((count, 2)), np.array([5, 7]))
+
+    scorer = MadeUpScorer("exact", {(0, (0, 2, 3)): -0.2, (1, (0, 4)): -0.3})
+    refinement = Refinement(
+        space=Space.__new__(Space),  # which swaps do not use
+        removal_error=np.full((2, 6), np.nan),
+        swaps=1,
+        scorer=scorer,  # pyright: ignore[reportArgumentType]
+        pool=unasked,
+        measure=measure,
+        table=tmp_path / "table",
+        kept=tmp_path,
+        identity="parent",
+        values=values,
+    )
+    found = present(refinement.swapped(CHILD)).candidates
+    assert asked == ["child"] and scorer.asked == [(2, 20)]
+    assert [candidate.kept for candidate in found] == [((0, 2, 5), (0, 4)), ((0, 2, 3), (0, 4))]
