@@ -1,13 +1,14 @@
 """Every file of a run: its place, how it is written and how it is read.
 
     cost/costs.json             bytes and seconds of every alternative
-    traces/<set>.parquet        the parent's own answers, in four sets that share no problem
+    traces/<set>.parquet        the parent's own answers, in four sets that share no problem, or five with finalists
     rank/ranking.safetensors    every expert's score by every method
     rank/agreement.json         how much the methods agree
     rank/routing.json           how unevenly the experts are loaded
     refine_costs/costs.json     costs with those loads
     score/scores.json           the space of alternatives and the KL of each
     solve/solutions.json        the pool of solutions with real KL, the chosen one, the baselines and the frontier
+    finalists/finalists.json    children trained for a while, with their KL before and after, and the chosen one
     refine/refined.json         the final child, and what was tried to improve it
     child/                      the child's checkpoint
     evaluate/evaluation.json    KL, accuracy, tokens and speed of parent, child and baselines
@@ -34,11 +35,10 @@ from puzzle_jax.errors import PuzzleError
 from puzzle_jax.files import read_json
 from puzzle_jax.generate.traces import Trace, read_traces, write_traces
 from puzzle_jax.search.rank.ranking import METHODS, Ranking
+from puzzle_jax.search.recipe import TRACE_SETS, TRAINING
 from puzzle_jax.search.solve.problem import Candidate
 
 Value = TypeVar("Value")
-
-TRACE_SETS = ("calibration", "validation", "confirmation", "heldout")
 
 SCORE_TABLE, REFINED_SCORE_TABLE = "score-book.safetensors", "refine-book.safetensors"
 CHILD = "child"
@@ -105,12 +105,13 @@ def _load_ranking(path: Path) -> Ranking:
 
 
 COSTS, REFINED_COSTS = _costs("cost/costs.json"), _costs("refine_costs/costs.json")
-TRACES = {name: _traces(name) for name in TRACE_SETS}
+TRACES = {name: _traces(name) for name in (*TRACE_SETS, TRAINING)}
 RANKING = Artifact("rank/ranking.safetensors", _save_ranking, _load_ranking)
 AGREEMENT = _json("rank/agreement.json")
 ROUTING: Artifact[Profile] = Artifact("rank/routing.json", _write_json, lambda file: tuple(read_json(file)))
 SCORES = _json("score/scores.json")
 SOLUTIONS = _json("solve/solutions.json")
+FINALISTS = _json("finalists/finalists.json")
 REFINED = _json("refine/refined.json")
 EVALUATION = _json("evaluate/evaluation.json")
 
@@ -122,10 +123,11 @@ COPIED = (
 """Files that the stages read in all processes of a search."""
 
 
-def chosen_candidate(run: Path) -> Candidate:
-    """The candidate that `solve` chose from its pool."""
-    solutions = SOLUTIONS.read(run)
-    return Candidate.from_json(solutions["pool"][solutions["chosen"]])
+def chosen_candidate(run: Path, finalists: bool = False) -> Candidate:
+    """The candidate that `solve` chose from its pool, or the one that was chosen among the `finalists`."""
+    found, listed = (FINALISTS, "finalists") if finalists else (SOLUTIONS, "pool")
+    chosen = found.read(run)
+    return Candidate.from_json(chosen[listed][chosen["chosen"]])
 
 
 def final_candidates(run: Path) -> dict[str, Candidate]:
