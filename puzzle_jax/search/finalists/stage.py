@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from puzzle_jax.search.artifacts import SOLUTIONS
@@ -14,18 +15,30 @@ from puzzle_jax.search.solve.problem import Candidate
 
 def contest_of(search: Search, kept: Path) -> Contest:
     """Trains the finalists of a search; those that a killed run left in `kept` are not trained again."""
-    options, solver = search.recipe.finalists, search.recipe.solve
+    found = contestants(search)
+    train = trainer(search, found)
+    before = search.measure(found, "validation", search.evaluator(kept))
+    return hold(found, before, lambda candidate: train(search.child(candidate)), search.recipe.finalists.steps, kept)
+
+
+def contestants(search: Search) -> list[Candidate]:
+    """The finalists of a search, not yet trained."""
+    count, solver = search.recipe.finalists.count, search.recipe.solve
     solved = sorted(SOLUTIONS.read(search.run)["pool"], key=lambda found: found["validation"]["kl"])
-    patterns = search.problem().by_reach(options.count, time_limit=solver.time_limit, gap=solver.gap)
-    found = contenders(list(map(Candidate.from_json, solved)), patterns, search.parent.config, options.count)
-    train = ShortDistillation(
-        search.parent,
-        options,
-        [search.child(candidate) for candidate in found],
+    patterns = search.problem().by_reach(count, time_limit=solver.time_limit, gap=solver.gap)
+    return contenders([Candidate.from_json(each) for each in solved], patterns, search.parent.config, count)
+
+
+def trainer(search: Search, candidates: Sequence[Candidate]) -> ShortDistillation:
+    """Trains any of these candidates on a search's traces."""
+    return ShortDistillation(
+        search.parent.params,
+        search.parent.config,
+        search.parent.chat.pad_id,
+        search.recipe.finalists,
+        [search.child(candidate) for candidate in candidates],
         search.traces(TRAINING),
         search.traces("validation"),
         search.recipe.traces.seed,
         search.console,
     )
-    before = search.measure(found, "validation", search.evaluator(kept))
-    return hold(found, before, lambda candidate: train(search.child(candidate)), options.steps, kept)

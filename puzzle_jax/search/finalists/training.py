@@ -20,7 +20,7 @@ import optax
 from jaxtyping import Array, Float
 from rich.console import Console
 
-from puzzle_jax.evaluate.models import Model
+from puzzle_jax.config import ModelConfig
 from puzzle_jax.generate.traces import Trace
 from puzzle_jax.model.child import Child, ChildBlock
 from puzzle_jax.model.spec import Params
@@ -45,7 +45,8 @@ class ShortDistillation:
     """Trains children alike and measures them.
 
     Attributes:
-      parent: the teacher, on one device; its parameters are copied once, stacked.
+      params, config: the parent, which teaches, on one device; its parameters are copied once, stacked.
+      pad_id: token id of padding.
       settings: length, learning rate and rows.
       children: all children that will be trained, which decide what is compiled in.
       training: traces to train on; those that are longer than a row are dropped.
@@ -56,7 +57,9 @@ class ShortDistillation:
     Raises `PuzzleError` where grain is not installed, or no trace fits a row.
     """
 
-    parent: Model
+    params: Params
+    config: ModelConfig
+    pad_id: int
     settings: FinalistSettings
     children: Sequence[Child]
     training: Sequence[Trace]
@@ -68,11 +71,11 @@ class ShortDistillation:
         """Trains a child from the parent's weights; returns its KL per completion token on every validation trace."""
         fixed, settings = Fixed(self._base, child.view), self.settings
         state = self._fresh(self._base)
-        batches = TraceBatches(self._examples, self._data, self.parent.chat.pad_id)
+        batches = TraceBatches(self._examples, self._data, self.pad_id)
         with progress(self.console, "training a finalist", settings.steps) as advance:
             for _ in range(settings.steps):
                 state, metrics = self._step(state, fixed, next(batches))
-                advance(1, note=f"loss {float(metrics['loss']):.4f}")
+                advance(1, note=f"loss {float(np.asarray(metrics['loss'])):.4f}")
         return self.measure(state.params, child)
 
     def measure(self, trained: Params, child: Child) -> Float[np.ndarray, "traces"]:
@@ -99,7 +102,7 @@ class ShortDistillation:
 
     @cached_property
     def _base(self) -> Params:
-        return jax.jit(self.student.stacked)(self.parent.params)
+        return jax.jit(self.student.stacked)(self.params)
 
     @cached_property
     def _data(self) -> DataSettings:
@@ -108,7 +111,7 @@ class ShortDistillation:
     @cached_property
     def _examples(self) -> tuple[TraceExample, ...]:
         named = ((f"training trace {number}", trace) for number, trace in enumerate(self.training, 1))
-        return examples_of(named, self._data, self.parent.config.vocab_size, "traces/training").examples
+        return examples_of(named, self._data, self.config.vocab_size, "traces/training").examples
 
     @cached_property
     def _optimizer(self) -> optax.GradientTransformation:
@@ -154,5 +157,4 @@ class ShortDistillation:
             extras = {"trace": np.full(len(tokens), number, np.int32)}
             examples.append(Example(tokens, len(trace.prompt), extras))
         length = max(self.settings.row_length, *(len(example.tokens) for example in examples))
-        pad_id = self.parent.chat.pad_id
-        return list(packed(examples, rows=self.settings.rows, length=length, pad_id=pad_id))
+        return list(packed(examples, rows=self.settings.rows, length=length, pad_id=self.pad_id))
