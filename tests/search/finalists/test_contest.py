@@ -7,14 +7,16 @@ import numpy as np
 import pytest
 
 from puzzle_jax.config import BlockConfig
+from puzzle_jax.costs.scenario import Scenario, Target
 from puzzle_jax.errors import ConfigError, PuzzleError
 from puzzle_jax.search.artifacts import FINALISTS, SOLUTIONS, chosen_candidate
 from puzzle_jax.search.finalists.contest import contenders, hold, reach
-from puzzle_jax.search.recipe import FinalistSettings
+from puzzle_jax.search.recipe import FinalistSettings, Recipe, TraceSettings
 from puzzle_jax.search.score.measurements import Score
 from puzzle_jax.search.score.whole_children import Measurements
 from puzzle_jax.search.solve.problem import Candidate
 from puzzle_jax.search.space import ExpertChoice
+from puzzle_jax.settings.mesh import MeshSettings
 from tests.support import small_config
 
 PARENT = small_config((BlockConfig(7, 5), BlockConfig(7), BlockConfig(7)))
@@ -124,3 +126,27 @@ def test_training_that_diverges_is_told(tmp_path):
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         FinalistSettings(**settings)
+
+
+def recipe(**sections):
+    return Recipe(Scenario("chat", 12, 6, batch=3), Target(min_speedup=1.1), **sections)
+
+
+def test_traces_to_train_on_are_a_set_of_their_own_where_finalists_are_trained():
+    traces = TraceSettings(calibration=11, validation=7, confirmation=5, heldout=13)
+    without = recipe(traces=traces)
+    assert without.trace_sets == {"calibration": 11, "validation": 7, "confirmation": 5, "heldout": 13}
+    having = replace(without, finalists=FinalistSettings(count=2, problems=17))
+    assert having.trace_sets == {**without.trace_sets, "training": 17}
+    assert list(having.trace_sets)[-1] == "training"
+
+
+def test_meshes_are_refused():
+    message = (
+        "finalists.count is 3, but finalists are trained on one device, and mesh has 2; leave finalists.count at 0"
+    )
+    with pytest.raises(ConfigError, match=message):
+        recipe(finalists=FinalistSettings(count=3), mesh=MeshSettings(data=2))
+    with pytest.raises(ConfigError, match=message):
+        recipe(finalists=FinalistSettings(count=3), mesh=MeshSettings(model=2, processes=2))
+    recipe(mesh=MeshSettings(data=2))
