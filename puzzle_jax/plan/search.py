@@ -11,8 +11,8 @@ Evaluation needs what `trace` does. The arguments of programs follow from shapes
 programs, hidden states above all, are counted as `search.score.replace_one` holds them.
 
 Left out: training finalists; measuring costs, which is small trials on one device; running whole children on traces,
-which needs less than scoring; host memory. Calibration runs all layers in one program, in which they use the same memory in turn, so it is
-compiled with one layer for each of the parent's windows.
+which needs less than scoring; host memory. Calibration runs all layers in one program, in which they use the same
+memory in turn, so it is compiled with one layer for each of the parent's windows.
 """
 
 from __future__ import annotations
