@@ -291,7 +291,7 @@ def test_finalists_are_trained_once_each_and_one_is_refined(timeless, parent, tm
     assert search(parent, run, "refine", *TIMELESS, *FINALISTS) == 0
     assert "finalists/finalists.json" in json.loads((run / "refine/stage.json").read_text())["inputs"]
     assert "finalists/finalists.json" not in json.loads((timeless / "refine/stage.json").read_text())["inputs"]
-    assert search(parent, run, "--stage", "finalists", *TIMELESS) == 1  # nothing of the kind where it is off
+    assert search(parent, run, "--stage", "finalists", *TIMELESS) == 2  # nothing of the kind where it is off
     assert "stage is 'finalists', but must be one of all, cost, trace, rank," in capsys.readouterr().err
 
 
