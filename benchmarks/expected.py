@@ -25,7 +25,7 @@ from puzzle_jax.commands import enable_compilation_cache
 from puzzle_jax.costs.scenario import Scenario, Target
 from puzzle_jax.errors import InfeasibleError
 from puzzle_jax.search.context import Search
-from puzzle_jax.search.recipe import Recipe, SpaceSettings
+from puzzle_jax.search.recipe import Recipe, SpaceSettings, TraceSettings
 from puzzle_jax.search.refine.expected import expected_of_child
 from puzzle_jax.settings.files import RECIPES
 
@@ -69,6 +69,7 @@ def of_run(run: Path, speeds: list[float], kept: Path) -> list[dict[str, Any]]:
         recipe = Recipe(
             scenario=Scenario(**given["scenario"]),
             target=Target(min_speedup=speed),
+            traces=TraceSettings(**{**given["traces"], "tasks": tuple(given["traces"]["tasks"])}),
             space=SpaceSettings(windows=tuple(given["space"]["windows"])),
             run=run,
         )
@@ -80,8 +81,9 @@ def of_run(run: Path, speeds: list[float], kept: Path) -> list[dict[str, Any]]:
             break
         child = pool.candidates[pool.best]
         whole = {name: search.measure([child], name, evaluator) for name in ("validation", "confirmation", "heldout")}
+        luck = max(0.0, float(pool.expected[pool.best]) - pool.scores[pool.best].kl)
         one, other = ((whole[name].kl[0], whole[name].tokens) for name in ("validation", "confirmation"))
-        expected = expected_of_child(pool.to_json()[pool.best], one, other)
+        expected = expected_of_child(luck, one, other)
         heldout = whole["heldout"].scores[0]
         rows.append(
             {

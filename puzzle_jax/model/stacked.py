@@ -5,16 +5,17 @@ times, and a run of one layer. `stack_params` stacks the parameters of layers at
 `stacked_hidden_states` is the forward pass of `model.network` over them: one `jax.lax.scan` per run whose body is one
 period. What differs between layers of a run besides their weights, experts that a view removes and choices that are
 replayed, is passed as data; windows are static and belong to a position, so kinds that distinguish windows keep the
-fast attention.
+fast attention. A position whose window is `VARIABLE` takes windows as data, so that one program serves several
+children.
 
-All numerics are those of `model.network`'s blocks. Left out: caches, and windows as data; scoring and generation need
-them and run one block after another (`search`, `model.cache`).
+All numerics are those of `model.network`'s blocks. Left out: caches, and windows that differ between rows; scoring and
+generation need them and run one block after another (`search`, `model.cache`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,11 @@ from puzzle_jax.kernels.route import route
 from puzzle_jax.model.network import attention_block, embed, moe_block
 from puzzle_jax.model.rope import rope_table
 from puzzle_jax.model.spec import Params
+
+VARIABLE: Literal["variable"] = "variable"
+"""In place of a layer's static window: the window comes as data."""
+
+StaticWindow = int | Literal["variable"] | None
 
 
 class LayerRun(NamedTuple):
@@ -136,7 +142,8 @@ def stacked_hidden_states(
     tokens: Int[Array, "batch seq"] | None,
     *,
     before: Float[Array, "layers batch seq hidden"] | None = None,
-    windows: Sequence[int | None] | None = None,
+    windows: Sequence[StaticWindow] | None = None,
+    given_windows: Int[Array, "layers 1"] | None = None,
     positions: Int[Array, "#batch seq"] | None = None,
     segment_ids: Int[Array, "batch seq"] | None = None,
     layout: Layout | None = None,
@@ -153,6 +160,7 @@ def stacked_hidden_states(
       tokens: token ids; not read where `before` is given.
       before: an input for every layer, in place of the previous layer's output.
       windows: per layer, in place of the configuration's; static, and equal within a position of a run.
+      given_windows: per layer, the window where `windows` has `VARIABLE`; other layers' are not read.
       positions: rotary positions; counted from 0 in every row by default.
       segment_ids: positions attend within their segment only (packed sequences).
       layout: layout of rows that hold a prompt and answers to it, which all see it (`kernels.prefix_attention`).
@@ -173,22 +181,27 @@ def stacked_hidden_states(
     _check_cover(runs, config.num_layers)
     _check_stacked(stacked, runs)
     _check_windows(runs, windows)
-    for name, data in (("before", before), ("expert_masks", expert_masks), ("replay", replay)):
+    if VARIABLE in windows and given_windows is None:
+        raise ValueError(f"layer {list(windows).index(VARIABLE)} takes its window as data, but none are given")
+    by_layer = {"before": before, "expert_masks": expert_masks, "replay": replay, "given_windows": given_windows}
+    for name, data in by_layer.items():
         if data is not None and len(data) != config.num_layers:
             raise ValueError(f"{name} has {len(data)} entries for {config.num_layers} layers")
     if positions is None:
         positions = jnp.arange(x.shape[1])[None]
     table = rope_table(config.rope, config.head_dim, positions)
 
-    def layer_at(window: int | None) -> _Layer:
-        def layer(x: Array, params: Params, mask: Array | None, chosen: Array | None) -> _LayerOutput:
+    def layer_at(static: StaticWindow) -> _Layer:
+        def layer(
+            x: Array, params: Params, mask: Array | None, chosen: Array | None, given: Array | None
+        ) -> _LayerOutput:
             attention, moe = params["attention"], one_layer(params["moe"])
             x, _ = attention_block(
                 attention,
                 config,
                 x,
                 table,
-                window=window,
+                window=given if static == VARIABLE else static,
                 segment_ids=segment_ids,
                 layout=layout,
                 positions=positions,
@@ -210,7 +223,7 @@ def stacked_hidden_states(
         if remat:
             pattern = [jax.checkpoint(layer) for layer in pattern]
         with jax.named_scope(f"layers_{run.start}_to_{run.stop - 1}"):
-            data = _RunData(layers, _of_run(expert_masks, run), _of_run(replay, run), _of_run(before, run))
+            data = _RunData(layers, *(_of_run(each, run) for each in (expert_masks, replay, before, given_windows)))
             found = _walk(run, pattern, x, data, keep_states)
         x = found.x
         states.append(found.states)
@@ -245,7 +258,7 @@ class _LayerOutput(NamedTuple):
     routed: Array | None
 
 
-_Layer = Callable[[Array, Params, Array | None, Array | None], _LayerOutput]
+_Layer = Callable[[Array, Params, Array | None, Array | None, Array | None], _LayerOutput]
 
 
 class _RunData(NamedTuple):
@@ -255,6 +268,7 @@ class _RunData(NamedTuple):
     masks: Array | None  # [repeats, period, experts]
     replay: Array | None  # [repeats, period, tokens, k]
     before: Array | None  # [repeats, period, batch, seq, hidden]; None: each layer takes the previous one's output
+    windows: Array | None  # [repeats, period, 1]
 
 
 def _walk(run: LayerRun, pattern: list[_Layer], x: Array, data: _RunData, keep_states: bool) -> Hidden:
@@ -265,9 +279,10 @@ def _walk(run: LayerRun, pattern: list[_Layer], x: Array, data: _RunData, keep_s
         for position, layer in enumerate(pattern):
             mask = None if data.masks is None else data.masks[position]
             chosen = None if data.replay is None else data.replay[position]
+            given = None if data.windows is None else data.windows[position]
             x = x if data.before is None else data.before[position]
             with jax.named_scope(f"position_{position}"):
-                outputs.append(layer(x, data.layers[position], mask, chosen))
+                outputs.append(layer(x, data.layers[position], mask, chosen, given))
             x = outputs[-1].x
         states, ids, routed = zip(*outputs, strict=True)
         return x, (
@@ -357,7 +372,7 @@ def _check_stacked(stacked: Params, runs: Sequence[LayerRun]) -> None:
             )
 
 
-def _check_windows(runs: Sequence[LayerRun], windows: Sequence[int | None]) -> None:
+def _check_windows(runs: Sequence[LayerRun], windows: Sequence[StaticWindow]) -> None:
     if len(windows) != (layers := runs[-1].stop):
         raise ValueError(f"windows has {len(windows)} entries for {layers} layers")
     for run in runs:

@@ -10,9 +10,9 @@
 Evaluation needs what `trace` does. The arguments of programs follow from shapes alone; arrays that are held between two
 programs, hidden states above all, are counted as `search.score.replace_one` holds them.
 
-Left out: measuring costs, which is small trials on one device; running whole children on traces, which needs less than
-scoring; host memory. Calibration runs all layers in one program, in which they use the same memory in turn, so it is
-compiled with one layer for each of the parent's windows.
+Left out: training finalists; measuring costs, which is small trials on one device; running whole children on traces,
+which needs less than scoring; host memory. Calibration runs all layers in one program, in which they use the same
+memory in turn, so it is compiled with one layer for each of the parent's windows.
 """
 
 from __future__ import annotations
@@ -131,9 +131,14 @@ class PlannedSearch:
         config, model = self.config, self.recipe.mesh.model
         counts = {"experts": config.blocks[0].num_experts, "key-value heads": config.num_kv_heads}
         undivided = [(name, count) for name, count in counts.items() if count % model]
-        return [compiler().about] + [
-            f"every device holds all {name}: {model} do not divide {count}" for name, count in undivided
-        ]
+        finalists, left_out = self.recipe.finalists, []
+        if finalists.count:
+            left_out.append(
+                "left out: finalists, which hold the parameters a second time, and what `puzzle plan distill` "
+                f"counts for {finalists.rows} rows of {finalists.row_length:,} tokens"
+            )
+        alike = [f"every device holds all {name}: {model} do not divide {count}" for name, count in undivided]
+        return [compiler().about, *alike, *left_out]
 
     # Arrays without values --------------------------------------------------------------------------------------------
 

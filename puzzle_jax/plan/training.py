@@ -91,7 +91,8 @@ class PlannedTraining(ABC, Generic[AnyRecipe]):
 
     @cached_property
     def student(self) -> Student:
-        return Student(self.child, self.recipe.train, self.recipe.remat)
+        dense = self.recipe.dense if isinstance(self.recipe, DistillRecipe) else True
+        return Student(self.child, self.recipe.train, self.recipe.remat, dense=dense)
 
     @cached_property
     def mesh(self) -> Mesh | None:

@@ -7,13 +7,14 @@ solver returns is summed again as decimal fractions and rejected if it violates 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from math import inf
 
 import numpy as np
 
+from puzzle_jax.errors import PuzzleError, shown
 from puzzle_jax.numeric import Number
 from puzzle_jax.program.enumeration import Case
 from puzzle_jax.program.library import Limit, Program, lookup
@@ -79,21 +80,27 @@ class Compiled:
         return shifted / unit, float(minima.sum()), unit
 
 
-def compile_program(program: Program, keep_dominated_by: int) -> Compiled:
+def compile_program(
+    program: Program, keep_dominated_by: int, classes: Mapping[str, Mapping[str, Hashable]] | None = None
+) -> Compiled:
     """Drops alternatives with at least `keep_dominated_by` dominators.
 
     For the first solution one dominator suffices. The n-th one may need a dominated alternative to keep its distance
     from the n - 1 before it, but never one with n dominators: at least one of those appears in none of the earlier
-    solutions and can take its place.
+    solutions and can take its place. Where alternatives have `classes`, only dominators of the same class count.
+
+    Raises `PuzzleError` where `classes` names an unknown group, or lacks an alternative of one that it names.
     """
     limits = program.all_limits
     alternatives: list[str] = []
     blocks: list[np.ndarray] = []
-    for options in program.library.values():
-        names = list(options)
+    classes = classes or {}
+    _check_classes(program, classes)
+    for group, options in program.library.items():
+        names, own = list(options), classes.get(group, {})
         keys = [(program.minimize, 1), *((limit.key, limit.sign) for limit in limits)]
         values = np.array([[sign * float(lookup(options[name], key)) for key, sign in keys] for name in names])
-        kept = np.flatnonzero(_dominators(values) < keep_dominated_by)
+        kept = np.flatnonzero(_dominators(values, [own.get(name) for name in names]) < keep_dominated_by)
         alternatives += [names[index] for index in kept]
         blocks.append(values[kept])
     sizes = [len(block) for block in blocks]
@@ -126,12 +133,21 @@ def _places(program: Program) -> tuple[list[int], list[list[list[int]]]]:
     return plain, row_sets
 
 
-def _dominators(values: np.ndarray) -> np.ndarray:
-    """For each row, the number of other rows that are nowhere larger; of equal rows the first dominates."""
+def _check_classes(program: Program, classes: Mapping[str, Mapping[str, Hashable]]) -> None:
+    for group, own in classes.items():
+        missing = [name for name in program.library.get(group, ()) if name not in own]
+        if missing or group not in program.library:
+            what = f"lack {shown(missing[0])}" if missing else "are given, but the library has no such group"
+            raise PuzzleError(f"classes of group {shown(group)} {what}")
+
+
+def _dominators(values: np.ndarray, classes: Sequence[Hashable]) -> np.ndarray:
+    """For each row, the number of others of its class that are nowhere larger; of equal rows the first dominates."""
     order = np.arange(len(values))
 
     def dominators(index: int, row: np.ndarray) -> int:
-        better = np.any(values < row, axis=1) | (order < index)
+        alike = np.array([other == classes[index] for other in classes])
+        better = alike & (np.any(values < row, axis=1) | (order < index))
         return int(np.sum(np.all(values <= row, axis=1) & better))
 
     return np.array([dominators(index, row) for index, row in enumerate(values)])

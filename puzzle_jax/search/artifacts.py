@@ -1,13 +1,14 @@
 """Every file of a run: its place, how it is written and how it is read.
 
     cost/costs.json             bytes and seconds of every alternative
-    traces/<set>.parquet        the parent's own answers, in four sets that share no problem
+    traces/<set>.parquet        the parent's own answers, in four sets that share no problem, or five with finalists
     rank/ranking.safetensors    every expert's score by every rule
     rank/agreement.json         how much the rules agree
     rank/routing.json           how unevenly the experts are loaded
     refine_costs/costs.json     costs with those loads
     score/scores.json           the space of alternatives and the KL of each
     solve/solutions.json        the pool of solutions with real KL, the chosen one, the baselines and the frontier
+    finalists/finalists.json    children trained for a while, with their KL before and after, and the chosen one
     refine/refined.json         the final child, and what was tried to improve it
     child/                      the child's checkpoint
     evaluate/evaluation.json    KL, accuracy, tokens and speed of parent, child and baselines
@@ -35,11 +36,10 @@ from puzzle_jax.files import read_json
 from puzzle_jax.generate.traces import Trace, read_traces, write_traces
 from puzzle_jax.search.rank.ranking import Ranking
 from puzzle_jax.search.rank.rules import RULES
+from puzzle_jax.search.recipe import TRACE_SETS, TRAINING
 from puzzle_jax.search.solve.problem import Candidate
 
 Value = TypeVar("Value")
-
-TRACE_SETS = ("calibration", "validation", "confirmation", "heldout")
 
 SCORE_TABLE, REFINED_SCORE_TABLE = "score-book.safetensors", "refine-book.safetensors"
 CHILD = "child"
@@ -106,12 +106,13 @@ def _load_ranking(path: Path) -> Ranking:
 
 
 COSTS, REFINED_COSTS = _costs("cost/costs.json"), _costs("refine_costs/costs.json")
-TRACES = {name: _traces(name) for name in TRACE_SETS}
+TRACES = {name: _traces(name) for name in (*TRACE_SETS, TRAINING)}
 RANKING = Artifact("rank/ranking.safetensors", _save_ranking, _load_ranking)
 AGREEMENT = _json("rank/agreement.json")
 ROUTING: Artifact[Profile] = Artifact("rank/routing.json", _write_json, lambda file: tuple(read_json(file)))
 SCORES = _json("score/scores.json")
 SOLUTIONS = _json("solve/solutions.json")
+FINALISTS = _json("finalists/finalists.json")
 REFINED = _json("refine/refined.json")
 EVALUATION = _json("evaluate/evaluation.json")
 
@@ -123,13 +124,16 @@ COPIED = (
 """Files that the stages read in all processes of a search."""
 
 
-def chosen_candidate(run: Path) -> Candidate:
-    """The candidate that `solve` chose from its pool."""
-    return Candidate.from_json(chosen_of_pool(run))
+def chosen_candidate(run: Path, finalists: bool = False) -> Candidate:
+    """The candidate that `solve` chose from its pool, or the one that was chosen among the `finalists`."""
+    if not finalists:
+        return Candidate.from_json(chosen_of_pool(run))
+    found = FINALISTS.read(run)
+    return Candidate.from_json(found["finalists"][found["chosen"]])
 
 
 def chosen_of_pool(run: Path) -> Any:
-    """The same as solutions.json has it, with its measurements."""
+    """The candidate that `solve` chose as solutions.json has it, with its measurements."""
     solutions = SOLUTIONS.read(run)
     return solutions["pool"][solutions["chosen"]]
 

@@ -13,7 +13,7 @@ from puzzle_jax.errors import ConfigError, PuzzleWarning, shown
 from puzzle_jax.processes.distributed import joined, process_index
 from puzzle_jax.processes.scratch import scratch_directory
 from puzzle_jax.search.context import Search
-from puzzle_jax.search.pipeline import STAGE_NAMES, run_stages
+from puzzle_jax.search.pipeline import run_stages, stages_of
 from puzzle_jax.search.recipe import Recipe
 from puzzle_jax.stages import StageResult
 
@@ -32,7 +32,7 @@ class SearchSettings(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.stage not in (names := ("all", *STAGE_NAMES)):
+        if self.stage not in (names := ("all", *(stage.name for stage in stages_of(self)))):
             hint = did_you_mean(self.stage, names)
             raise ConfigError(f"stage is {shown(self.stage)}, but must be one of {', '.join(names)}{hint}")
 

@@ -6,6 +6,7 @@
     refine_costs  the roofline's seconds with the expert loads that the traces showed
     score         the space of alternatives and the KL of each
     solve         the integer program's pool with its real KL on fresh traces, the chosen child, the baselines
+    finalists     if asked for: children that see far in other layers, trained for a while, and the one that learns best
     refine        attempts to lower that child's KL, and the final child
     assemble      the child's checkpoint, with scales for an FP8 cache
     evaluate      KL, accuracy, tokens and speed of parent, child and baselines on data that had no part in the choice
@@ -41,35 +42,31 @@ from puzzle_jax.search.artifacts import (
     CHILD,
     COSTS,
     EVALUATION,
+    FINALISTS,
     RANKING,
     REFINED,
     REFINED_COSTS,
-    REFINED_SCORE_TABLE,
     ROUTING,
     SCORE_TABLE,
     SCORES,
     SOLUTIONS,
-    TRACE_SETS,
     TRACES,
     Artifact,
-    chosen_candidate,
-    chosen_of_pool,
     final_candidates,
     find,
 )
 from puzzle_jax.search.context import Search, decided_candidates, warn_of_windows
 from puzzle_jax.search.copies import Copies, run_stage
 from puzzle_jax.search.costing import check_target, cost, cost_inputs, cost_settings, refine_costs
+from puzzle_jax.search.finalists.stage import contest_of
 from puzzle_jax.search.hours.left import Reported, by_stage, present_hardware, time_left_of, work_of
 from puzzle_jax.search.hours.measured import MeasuredSearch, StageHours
 from puzzle_jax.search.rank.ranking import rank_experts
 from puzzle_jax.search.rank.rows import packed_traces
 from puzzle_jax.search.rank.rules import RULES
 from puzzle_jax.search.rank.statistics import KeptSums
-from puzzle_jax.search.refine.accept import refine
-from puzzle_jax.search.refine.expected import expected_of_child
-from puzzle_jax.search.refine.expert_values import ExpertValues
-from puzzle_jax.search.refine.proposals import Refinement
+from puzzle_jax.search.recipe import TRACE_SETS, TRAINING, Recipe
+from puzzle_jax.search.refine.stage import refined_child
 from puzzle_jax.search.report_page import show_report, write_report
 from puzzle_jax.search.score.measurements import longest_context
 from puzzle_jax.search.score.scores_file import scores_to_json
@@ -91,7 +88,7 @@ def run_stages(search: Search, name: str = "all") -> list[StageResult]:
     """
     copies, reported = Copies(search.run), Reported(partial(time_left_of, search))
     results: list[StageResult] = []
-    for stage in STAGES:
+    for stage in stages_of(search.recipe):
         if name in ("all", stage.name):
             result = _run(stage, search, copies)
             if result is None:
@@ -163,8 +160,9 @@ def trace_inputs(search: Search) -> list[Path]:
 
 def trace_settings(search: Search) -> dict[str, Any]:
     if search.recipe.traces.file is None:
-        return {**search.recipe.section("traces"), "judged_by": search.task_identities}
-    return {name: getattr(search.recipe.traces, name) for name in (*TRACE_SETS, "seed")}
+        asked = {name: problems for name, problems in search.recipe.trace_sets.items() if name == TRAINING}
+        return {**search.recipe.section("traces"), **asked, "judged_by": search.task_identities}
+    return {**search.recipe.trace_sets, "seed": search.recipe.traces.seed}
 
 
 def trace(search: Search, out: Path, kept: Path) -> None:
@@ -174,9 +172,10 @@ def trace(search: Search, out: Path, kept: Path) -> None:
     elif not search.primary:
         return
     else:
-        shares = {name: getattr(settings, name) for name in TRACE_SETS}
         traces = read_traces(settings.file, search.parent.chat)
-        sets = split_traces(traces, shares, search.parent.config, settings.file, settings.seed).items()
+        sets = split_traces(
+            traces, search.recipe.trace_sets, search.parent.config, settings.file, settings.seed
+        ).items()
     for name, traces in sets:
         TRACES[name].write(out, traces)
 
@@ -267,38 +266,16 @@ def solve(search: Search, out: Path, kept: Path) -> None:
     SOLUTIONS.write(out, solutions)
 
 
+def finalists(search: Search, out: Path, kept: Path) -> None:
+    contest = contest_of(search, kept)
+    search.console.print(contest.table())
+    FINALISTS.write(out, contest.to_json())
+
+
 def refine_child(search: Search, out: Path, kept: Path) -> None:
-    options, evaluator = search.recipe.refine, search.evaluator(kept)
-    space = search.scored_space()
-    traces, seed = search.traces("calibration"), search.recipe.traces.seed
-    values = ExpertValues(space, search.problem_of, lambda child: search.scorer(child).run, traces, seed)
-    refinement = Refinement(
-        space=space,
-        removal_error=RANKING.read(search.run).scores["removal_error"],
-        swaps=options.swaps,
-        scorer=search.scorer,
-        pool=lambda space, scores, child: search.pool(search.problem_of(space, scores, child), evaluator, around=child),
-        measure=lambda candidates, name: search.measure(candidates, name, evaluator),
-        table=search.run / REFINED_SCORE_TABLE,
-        kept=kept,
-        identity=f"{search.identity} {search.recipe.child}",
-        floors=search.measured_floors,
-        values=values if options.swaps_by == "gradients" else None,
-    )
-    child, tried = refine(
-        chosen_candidate(search.run),
-        options.rounds,
-        refinement.rescored,
-        options.proposals if options.swaps else 0,
-        refinement.swapped,
-        refinement.confirm,
-        refinement.breaks,
-    )
+    child, expected, tried = refined_child(search, kept)
     for step in tried:
         search.console.print(f"{step}", highlight=False)
-    measured = [search.measure([child], name, evaluator) for name in TRACE_SETS[1:3]]
-    validation, confirmation = ((found.kl[0], found.tokens) for found in measured)
-    expected = expected_of_child(chosen_of_pool(search.run), validation, confirmation)
     tries = [step.to_json() for step in tried]
     REFINED.write(out, {"child": child.to_json(), "expected": expected, "tried": tries})
 
@@ -345,7 +322,7 @@ def evaluate(search: Search, out: Path, kept: Path) -> None:
 
 
 def report(search: Search, out: Path, kept: Path) -> None:
-    write_report(search, out, [(stage.name, stage.directory or stage.name) for stage in STAGES])
+    write_report(search, out, [(each.name, each.directory or each.name) for each in stages_of(search.recipe)])
 
 
 # The stages ----------------------------------------------------------------------------------------------------------
@@ -364,7 +341,10 @@ STAGES: tuple[Stage[Search], ...] = (
     ),
     Stage(
         "refine",
-        lambda s: _inputs(s, SOLUTIONS, SCORES, RANKING, REFINED_COSTS, *(TRACES[n] for n in TRACE_SETS[:3])),
+        lambda s: (
+            _inputs(s, SOLUTIONS, SCORES, RANKING, REFINED_COSTS, *(TRACES[n] for n in TRACE_SETS[:3]))
+            + ([FINALISTS.find(s.run)] if s.recipe.finalists.count else [])
+        ),
         lambda s: _sections(s, "refine", "score", "solve", "target", "child"),
         refine_child,
     ),
@@ -386,7 +366,7 @@ STAGES: tuple[Stage[Search], ...] = (
     ),
     Stage(
         "report",
-        lambda s: [find(s.run, f"{stage.directory or stage.name}/stage.json") for stage in STAGES[:-1]],
+        lambda s: [find(s.run, f"{stage.directory or stage.name}/stage.json") for stage in stages_of(s.recipe)[:-1]],
         lambda _: {},
         by_primary(report),
         finish=show_report,
@@ -394,3 +374,18 @@ STAGES: tuple[Stage[Search], ...] = (
 )
 
 STAGE_NAMES = tuple(stage.name for stage in STAGES)
+
+FINALISTS_STAGE = Stage[Search](
+    "finalists",
+    lambda s: _inputs(s, SOLUTIONS, SCORES, REFINED_COSTS, TRACES["validation"], TRACES[TRAINING]),
+    lambda s: {**_sections(s, "finalists", "solve", "target", "child"), "seed": s.recipe.traces.seed},
+    finalists,
+)
+
+
+def stages_of(recipe: Recipe) -> tuple[Stage[Search], ...]:
+    """The stages of a search with these settings, in order."""
+    if not recipe.finalists.count:
+        return STAGES
+    before = STAGE_NAMES.index("refine")
+    return (*STAGES[:before], FINALISTS_STAGE, *STAGES[before:])

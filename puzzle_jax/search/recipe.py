@@ -12,7 +12,7 @@ from typing import Literal
 
 from puzzle_jax.codec import to_plain
 from puzzle_jax.costs.scenario import Scenario, Target
-from puzzle_jax.errors import MOST_SEED, MOST_TOGETHER, MOST_TOKENS, ConfigError, check_choice, check_range
+from puzzle_jax.errors import MOST_SEED, MOST_TIMES, MOST_TOGETHER, MOST_TOKENS, ConfigError, check_choice, check_range
 from puzzle_jax.evaluate.settings import BY_EFFORT
 from puzzle_jax.model.weights import check_weights
 from puzzle_jax.search.rank.rules import PROPOSING, RULES
@@ -21,6 +21,11 @@ from puzzle_jax.search.space import DEFAULT_FRACTIONS, Restriction
 from puzzle_jax.settings.mesh import MeshSettings
 from puzzle_jax.tasks import EFFORTS, check_effort
 from puzzle_jax.temperature import check_temperature
+from puzzle_jax.train.student import check_trainable
+
+TRACE_SETS = ("calibration", "validation", "confirmation", "heldout")
+TRAINING = "training"
+"""The set of traces that finalists are trained on; the others are asked of the parent in every search."""
 
 MOST_PROBLEMS = 100_000
 """The most problems of a task; beyond it, problems would share seeds."""
@@ -67,7 +72,7 @@ class TraceSettings:
             if self.max_tokens.get(effort, 0) < 1:
                 raise ConfigError(f"traces.max_tokens has no limit of at least 1 for effort {effort!r}")
             check_range(f"traces.max_tokens.{effort}", self.max_tokens[effort], 1, MOST_TOKENS)
-        for name in ("calibration", "validation", "confirmation", "heldout"):
+        for name in TRACE_SETS:
             check_range(f"traces.{name}", getattr(self, name), 1, MOST_PROBLEMS)
         check_range("traces.batch_size", self.batch_size, 1, MOST_TOGETHER)
         _check_distinct("traces.tasks", self.tasks, may_be_empty=True)
@@ -192,6 +197,41 @@ class SolveSettings:
 
 
 @dataclass(frozen=True)
+class FinalistSettings:
+    """Short distillations of the best children that see far in different layers; the one that learns best is chosen.
+
+    What a child loses before training does not tell what training can mend, least of all for windows.
+
+    Attributes:
+      count: children that are trained, the integer program's choice among them; 0 trains none.
+      steps: steps for which each is trained.
+      problems: problems per task whose answers they are trained on; the answers are a trace set of their own.
+      train: which of "router" and "experts" are trained besides attention, norms, embedding and head.
+      learning_rate: peak of a cosine schedule after a short warm-up.
+      row_length, rows: tokens in a row, and rows of a step.
+    """
+
+    count: int = 0
+    steps: int = 100
+    problems: int = 200
+    train: tuple[str, ...] = ("router", "experts")
+    learning_rate: float = 1e-4
+    row_length: int = 512
+    rows: int = 4
+
+    def __post_init__(self) -> None:
+        check_range("finalists.count", self.count, 0, MOST_TOGETHER)
+        if self.count == 1:
+            raise ConfigError("finalists.count is 1, but a choice needs at least 2; 0 trains none")
+        check_range("finalists.steps", self.steps, 1, MOST_TIMES)
+        check_range("finalists.problems", self.problems, 1, MOST_PROBLEMS)
+        check_trainable(self.train, where="finalists.")
+        check_range("finalists.learning_rate", self.learning_rate, 0, above=True)
+        check_range("finalists.row_length", self.row_length, 2, MOST_TOKENS)
+        check_range("finalists.rows", self.rows, 1, MOST_TOGETHER)
+
+
+@dataclass(frozen=True)
 class EvaluateSettings:
     """Measurements for the report's table.
 
@@ -240,7 +280,7 @@ class Recipe:
     Attributes:
       parent: the parent's checkpoint directory; by default the small embedded parent.
       run: directory that the search writes everything to.
-      traces, space, rank, score, solve, refine, evaluate: settings of the stages.
+      traces, space, rank, score, solve, finalists, refine, evaluate: settings of the stages.
       scenario: the deployment.
       more_scenarios: further deployments that the same child must serve.
       target: limits that the child must meet in these scenarios, absolute or relative to its parent.
@@ -261,6 +301,7 @@ class Recipe:
     rank: RankSettings = field(default_factory=RankSettings)
     score: ScoreSettings = field(default_factory=ScoreSettings)
     solve: SolveSettings = field(default_factory=SolveSettings)
+    finalists: FinalistSettings = field(default_factory=FinalistSettings)
     refine: RefineSettings = field(default_factory=RefineSettings)
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
     more_scenarios: tuple[Scenario, ...] = ()
@@ -281,6 +322,17 @@ class Recipe:
         self.target.check_scenarios(names)
         self.mesh.check_without("a search", "sequence")
         self.mesh.check_over_processes()
+        if self.finalists.count and self.mesh.devices > 1:
+            raise ConfigError(
+                f"finalists.count is {self.finalists.count}, but finalists are trained on one device, and mesh has "
+                f"{self.mesh.devices}; leave finalists.count at 0, or search on one device"
+            )
+
+    @property
+    def trace_sets(self) -> dict[str, int]:
+        """Problems of every trace set by its name; one to train on comes last, where finalists are trained."""
+        sets = {name: getattr(self.traces, name) for name in TRACE_SETS}
+        return sets | {TRAINING: self.finalists.problems} if self.finalists.count else sets
 
     @property
     def scenarios(self) -> tuple[Scenario, ...]:

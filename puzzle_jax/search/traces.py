@@ -21,7 +21,6 @@ from puzzle_jax.evaluate.journal import journaled_answers
 from puzzle_jax.evaluate.models import Model
 from puzzle_jax.generate.traces import Trace
 from puzzle_jax.progress import progress
-from puzzle_jax.search.artifacts import TRACE_SETS
 from puzzle_jax.search.recipe import Recipe
 from puzzle_jax.tasks.context import check_fits
 
@@ -32,8 +31,8 @@ def ask_parent(parent: Model, recipe: Recipe, kept: Path, console: Console) -> I
     """
     settings = recipe.traces
     sets = {
-        name: QuestionSet(settings.tasks, settings.efforts, getattr(settings, name), name, settings.seed)
-        for name in TRACE_SETS
+        name: QuestionSet(settings.tasks, settings.efforts, problems, name, settings.seed)
+        for name, problems in recipe.trace_sets.items()
     }
     with progress(console, "answering", sum(len(s.questions()) for s in sets.values())) as advance:
         for name, questions in sets.items():

@@ -3,6 +3,9 @@
     base       the parent's parameters, stacked by runs of equal layers: the teacher, and the student's frozen part
     trained    fp32 master weights of the student's own parameters, in the same structure, with None for frozen ones
 
+Several children of one parent can share a program: layers in which their windows differ are `variable`, and a pass then
+takes masks and windows as data (`View`).
+
 By default experts and routers are frozen: they have no master weights, gradients or optimiser state, and the child's
 are byte-identical to the parent's. Trainable experts pass through MXFP4 rounding in every forward pass (`fake_quant`),
 so that packing them for export loses nothing.
@@ -13,7 +16,7 @@ only: where experts are trained, those that the child lost have master weights, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -27,14 +30,16 @@ from puzzle_jax.config import ModelConfig
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.kernels.mxfp4 import MXFP4, as_dense
 from puzzle_jax.kernels.prefix_attention import Layout
-from puzzle_jax.model.child import Child, delta_leaves, with_delta
+from puzzle_jax.model.child import Child, View, delta_leaves, with_delta
 from puzzle_jax.model.network import traced_mesh
 from puzzle_jax.model.sharding import stacked_sharding
 from puzzle_jax.model.spec import EXPERT_MATRICES, Params
 from puzzle_jax.model.stacked import (
+    VARIABLE,
     Hidden,
     LayerRun,
     StackedMXFP4,
+    StaticWindow,
     layer_runs,
     one_layer,
     stack_params,
@@ -64,18 +69,22 @@ class Student:
       trainable: names from `TRAINABLE`.
       remat: whether backward passes recompute every layer from its input.
       ends: whether embedding, final norm and head learn, too.
+      dense: whether attention and norms, and the ends if they may, learn; otherwise only what `trainable` names.
+      variable: layers whose window a pass takes from the view that it is given.
 
-    Raises ConfigError for names in `trainable` that are not in `TRAINABLE`, and for a child with values of its own for
-    frozen parameters.
+    Raises ConfigError for names in `trainable` that are not in `TRAINABLE`, where nothing learns, and for a child with
+    values of its own for frozen parameters.
     """
 
     child: Child
     trainable: tuple[str, ...] = ()
     remat: bool = True
     ends: bool = True
+    dense: bool = True
+    variable: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
-        check_trainable(self.trainable)
+        check_trainable(self.trainable, self.dense)
         self.check_own(".".join(map(str, path)) for path in delta_leaves(self.child.parent, self.child.dense_delta))
 
     def check_own(self, names: Iterable[str]) -> None:
@@ -84,7 +93,7 @@ class Student:
             if not self.learns(own := name.rpartition(".")[2]):
                 raise ConfigError(
                     f"the child has values of its own for {name}, trained before, which would be the parent's again "
-                    f"where they are frozen; {_mend(own)}"
+                    f"where they are frozen; {_mend(own, self.dense)}"
                 )
 
     @property
@@ -97,8 +106,8 @@ class Student:
         return tuple(block.window for block in self.child.parent.blocks)
 
     @property
-    def windows(self) -> tuple[int | None, ...]:
-        return tuple(block.window for block in self.child.blocks)
+    def windows(self) -> tuple[StaticWindow, ...]:
+        return tuple(VARIABLE if i in self.variable else block.window for i, block in enumerate(self.child.blocks))
 
     @cached_property
     def runs(self) -> tuple[LayerRun, ...]:
@@ -159,10 +168,10 @@ class Student:
     def learns(self, name: str) -> bool:
         """Returns whether parameters of this name have master weights; all others stay the parent's."""
         if name in _ENDS:
-            return self.ends
+            return self.ends and self.dense
         if name in _ROUTER:
             return "router" in self.trainable
-        return "experts" in self.trainable if name in _EXPERTS else True
+        return "experts" in self.trainable if name in _EXPERTS else self.dense
 
     # Passes --------------------------------------------------------------------------------------------------------
 
@@ -175,17 +184,22 @@ class Student:
         keep_states: bool = False,
         replay: Int[Array, "layers tokens k"] | None = None,
         layout: Layout | None = None,
+        view: View | None = None,
     ) -> Hidden:
         """The student's forward pass over [rows, length]; differentiable in `trained`.
 
         `replay` holds experts to use in place of the routers' choice; its tokens are rows * length. `layout` is the
-        layout of rows whose answers share a prompt (`train.grpo.shared_rows`).
+        layout of rows whose answers share a prompt (`train.grpo.shared_rows`). `view` holds another child's masks and
+        windows, which must agree with this child's windows outside the `variable` layers.
         """
         with jax.named_scope("student"):
             params = self.params(base, trained)
-            options = {"keep_states": keep_states, "replay": replay, "layout": layout}
+            options: dict[str, Any] = {"keep_states": keep_states, "replay": replay, "layout": layout}
+            masks = self.masks
+            if view is not None:
+                masks, options["given_windows"] = view
             return self._pass(
-                params, self.config, batch, windows=self.windows, expert_masks=self.masks, remat=self.remat, **options
+                params, self.config, batch, windows=self.windows, expert_masks=masks, remat=self.remat, **options
             )
 
     def teacher_hidden(
@@ -220,11 +234,16 @@ class Student:
         )
 
 
-def check_trainable(names: Iterable[str]) -> None:
-    """Raises ConfigError for a name that is not in `TRAINABLE`."""
+def check_trainable(names: Sequence[str], dense: bool = True, where: str = "") -> None:
+    """Raises ConfigError for a name that is not in `TRAINABLE`, and where neither names nor dense parameters learn.
+
+    `where` is the section of the settings, such as "finalists.".
+    """
     for name in names:
         if name not in TRAINABLE:
-            raise ConfigError(f"train has {name!r}, but must be of {', '.join(TRAINABLE)}")
+            raise ConfigError(f"{where}train has {name!r}, but must be of {', '.join(TRAINABLE)}")
+    if not names and not dense:
+        raise ConfigError(f"{where}dense is false and {where}train is empty, but something has to learn; name router")
 
 
 def head_of(params: Params) -> Head:
@@ -243,8 +262,8 @@ def _float32(tree: Params) -> Params:
     return jax.tree.map(copy, tree, is_leaf=lambda node: isinstance(node, (MXFP4, StackedMXFP4)))
 
 
-def _mend(name: str) -> str:
+def _mend(name: str, dense: bool) -> str:
     """Advice, for a message, on how to keep a child's own values of this name."""
-    if name in _ENDS:
-        return "train it as a whole, not its blocks"
+    if name not in (*_ROUTER, *_EXPERTS):
+        return "train it as a whole, not its blocks" if dense else "set dense to true"
     return f"name {'router' if name in _ROUTER else 'experts'} in train"

@@ -14,6 +14,7 @@ from puzzle_jax.model.network import attention_block, embed, hidden_states, moe_
 from puzzle_jax.model.rope import rope_table
 from puzzle_jax.model.spec import is_spec, param_specs
 from puzzle_jax.model.stacked import (
+    VARIABLE,
     LayerRun,
     StackedMXFP4,
     layer_runs,
@@ -192,6 +193,22 @@ def test_masks_segments_positions_and_other_windows(model):
         assert set(np.unique(ids[layer])) <= set(np.flatnonzero(kept[layer, : block.num_experts]))
 
 
+def test_windows_as_data_are_those_compiled_in(model):
+    """Layers 1 and 3, which share a position of a run, get windows of their own; other layers' data are not read."""
+    config, _, stacked, tokens = model
+    given = jnp.asarray([[1], [3], [1], [2**30], [1]], jnp.int32)
+    windows = [4, VARIABLE, 4, VARIABLE, 8]
+    run = jit(partial(stacked_hidden_states, config=config, runs=RUNS, windows=windows, keep_states=True))
+    found = run(stacked, tokens=tokens, given_windows=given)
+    runs = tuple(LayerRun(layer, 1, 1) for layer in range(5))
+    apart = stack_params(unstack_params(stacked, RUNS), runs)
+    expected = jit(
+        partial(stacked_hidden_states, config=config, runs=runs, windows=[4, 3, 4, None, 8], keep_states=True)
+    )(apart, tokens=tokens)
+    np.testing.assert_allclose(found.states, expected.states, atol=2e-5)
+    np.testing.assert_array_equal(found.ids, expected.ids)
+
+
 def test_layers_on_inputs_of_their_own(model):
     """Each layer reads the input that is given for it, whatever the layer before it outputs."""
     config, params, stacked, _ = model
@@ -331,6 +348,8 @@ def test_only_the_inputs_of_layers_are_kept():
         ({"windows": [5, None]}, "windows has 2 entries for 5 layers"),
         ({"expert_masks": jnp.ones((4, 7), bool)}, "expert_masks has 4 entries for 5 layers"),
         ({"replay": jnp.zeros((6, 38, 2), int)}, "replay has 6 entries for 5 layers"),
+        ({"windows": [5, VARIABLE, 5, VARIABLE, 8]}, "layer 1 takes its window as data, but none are given"),
+        ({"given_windows": jnp.ones((4, 1), int)}, "given_windows has 4 entries for 5 layers"),
         ({"runs": RUNS[:1]}, "the runs cover 4 layers, but the model has 5"),
         ({"runs": RUNS[1:]}, r"LayerRun\(start=4, .*\) does not continue the runs before it, which cover 0 layers"),
         ({"runs": (LayerRun(0, 5, 1),)}, "stacked in 2 runs, but 1 were given"),

@@ -69,6 +69,40 @@ def test_pool_is_what_enumeration_finds(library, at_most, at_least, min_distance
         assert all(any(distance(s, e) < min_distance for e in pool) for s in feasible)
 
 
+@settings(max_examples=60, deadline=None)
+@given(library=LIBRARIES, at_most=st.integers(0, 12), wide=st.integers(0, 15), classified=st.integers(1, 3))
+def test_with_classes_every_solution_is_the_best_of_its_pattern(library, at_most, wide, classified):
+    """Alternatives of the first groups are in one of two classes, by the bits of `wide`."""
+    program = Program(library, "metrics.kl", (Limit("stats.mib", at_most=at_most),))
+    groups = list(library)[:classified]
+    classes = {group: {name: bool(wide >> int(name[1:]) & 1) for name in library[group]} for group in groups}
+
+    def pattern(solution):
+        return tuple(classes[group][solution.choice[group]] for group in groups)
+
+    best = {}
+    for solution in enumerated(program):
+        best.setdefault(pattern(solution), solution.score)
+    if not best:
+        return
+    found = solve(program, num_solutions=20, gap=0.0, classes=classes)
+    assert {pattern(solution): pytest.approx(solution.score, abs=1e-9) for solution in found} == best
+    assert len(found) == len(best)  # no pattern comes twice
+    assert [s.score for s in found] == pytest.approx(sorted(best.values()), abs=1e-9)
+    if len(best) > 1:
+        two = solve(program, num_solutions=2, gap=0.0, classes=classes)
+        assert [s.score for s in two] == pytest.approx(sorted(best.values())[:2], abs=1e-9)
+
+
+def test_classes_must_cover_groups_of_the_library():
+    library = {"g0": {"a0": {"kl": 1.0}, "a1": {"kl": 2.0}}}
+    program = Program(library, "kl")
+    with pytest.raises(PuzzleError, match="classes of group 'g0' lack 'a1'"):
+        solve(program, classes={"g0": {"a0": 1}})
+    with pytest.raises(PuzzleError, match="classes of group 'g7' are given, but the library has no such group"):
+        solve(program, classes={"g7": {}})
+
+
 @settings(max_examples=40, deadline=None)
 @given(library=LIBRARIES, at_most=st.integers(0, 3), at_least=st.integers(4, 12))
 def test_infeasible_names_the_conflict_and_reachable_values(library, at_most, at_least):

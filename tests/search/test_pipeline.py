@@ -19,6 +19,7 @@ from puzzle_jax.costs.table import read_costs
 from puzzle_jax.errors import PuzzleWarning
 from puzzle_jax.evaluate.accuracy import answer_questions
 from puzzle_jax.generate.traces import read_traces, write_traces
+from puzzle_jax.search.finalists.training import ShortDistillation
 from puzzle_jax.search.hours.measured import read_measured
 from puzzle_jax.search.pipeline import STAGE_NAMES
 from tests.compiler_flags import EIGHT_DEVICES, QUICK
@@ -298,6 +299,44 @@ def test_an_interrupted_stage_asks_no_answered_question_again(
     for path in (timeless / directory).iterdir():
         if path.name != "stage.json":
             assert (run / directory / path.name).read_bytes() == path.read_bytes()
+
+
+FINALISTS = ("--finalists", "count=2,steps=3,problems=1,rows=2")
+
+
+def test_finalists_are_trained_once_each_and_one_is_refined(timeless, parent, tmp_path, monkeypatch, capsys):
+    run, trained = tmp_path / "run", []
+    shutil.copytree(timeless, run, ignore=shutil.ignore_patterns("evaluate", "report"))
+    assert search(parent, run, "trace", *TIMELESS, *FINALISTS) == 0
+    traces = sorted(path.stem for path in (run / "traces").glob("*.parquet"))
+    assert traces == ["calibration", "confirmation", "heldout", "training", "validation"]
+    for path in (timeless / "traces").glob("*.parquet"):
+        assert (run / "traces" / path.name).read_bytes() == path.read_bytes()
+    train = ShortDistillation.__call__
+
+    def dying(self, child):
+        trained.append(child.kept)
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        return train(self, child)
+
+    monkeypatch.setattr(ShortDistillation, "__call__", dying)
+    for code in (130, 0):
+        assert search(parent, run, "--stage", "finalists", *TIMELESS, *FINALISTS) == code
+    assert len(trained) == 3 and trained[1] == trained[2] != trained[0]
+    found = json.loads((run / "finalists/finalists.json").read_text())
+    after = [entry["after"]["kl"] for entry in found["finalists"]]
+    assert len(after) == 2 and found["chosen"] == after.index(min(after)) and found["steps"] == 3
+    solutions = json.loads((timeless / "solve/solutions.json").read_text())
+    best = solutions["pool"][solutions["chosen"]]
+    assert found["finalists"][0]["layers"] == best["layers"]
+    assert found["finalists"][0]["before"]["kl"] == pytest.approx(best["validation"]["kl"], rel=1e-5)
+    capsys.readouterr()
+    assert search(parent, run, "refine", *TIMELESS, *FINALISTS) == 0
+    assert "finalists/finalists.json" in json.loads((run / "refine/stage.json").read_text())["inputs"]
+    assert "finalists/finalists.json" not in json.loads((timeless / "refine/stage.json").read_text())["inputs"]
+    assert search(parent, run, "--stage", "finalists", *TIMELESS) == 2  # nothing of the kind where it is off
+    assert "stage is 'finalists', but must be one of all, cost, trace, rank," in capsys.readouterr().err
 
 
 def test_windows_without_evidence_or_use_are_left_out_and_told(finished, parent, tmp_path):

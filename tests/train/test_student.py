@@ -1,5 +1,7 @@
 """A student computes what the child cut from the same values does, and only trainable weights have fp32 masters."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.model.child import cut_params, delta_leaves, with_delta
 from puzzle_jax.model.spec import EXPERT_MATRICES
-from puzzle_jax.model.stacked import LayerRun, stack_params, unstack_params
+from puzzle_jax.model.stacked import VARIABLE, LayerRun, stack_params, unstack_params
 from puzzle_jax.train.fake_quant import round_to_mxfp4
 from puzzle_jax.train.losses.head import Head
 from puzzle_jax.train.student import TRAINABLE, Student, head_of
@@ -71,6 +73,25 @@ def test_packed_parents_give_what_dense_ones_give(parent):
     expected = STUDENT_STATES(with_delta(params, student.delta(trained)), batch)
     np.testing.assert_allclose(own.x, expected[-1], atol=1e-4)
     assert own.states is None
+
+
+def test_another_child_s_masks_and_windows_as_data(parent):
+    """A student of the whole parent computes what a child's own does; gradients, too."""
+    _, params = parent
+    batch, own = toy.batch(), Student(CHILD, TRAINABLE)
+    whole = replace(CHILD, blocks=tuple(replace(block, kept=tuple(range(8))) for block in CHILD.blocks))
+    shared = Student(whole, TRAINABLE, variable=frozenset({1, 2}))
+    assert shared.windows == (5, VARIABLE, VARIABLE) and shared.runs == own.runs
+    base = own.stacked(params)
+    trained = random_master_weights(own, base)
+
+    def loss(student, view):
+        return lambda trained: jnp.mean(jnp.square(student.hidden(base, trained, batch, view=view).x))
+
+    expected = jit(jax.value_and_grad(loss(own, None)))(trained)
+    found = jit(jax.value_and_grad(loss(shared, CHILD.view)))(trained)
+    close(found, expected, 1e-4)
+    assert abs(float(jit(loss(shared, whole.view))(trained)) - float(expected[0])) > 1e-4
 
 
 # Master weights
@@ -174,12 +195,31 @@ def test_parameters_are_used_in_the_resident_s_dtype(parent):
     assert {leaf.dtype for leaf in jax.tree.leaves(jax.eval_shape(in_half, parent[1]))} == {np.dtype(jnp.bfloat16)}
 
 
+def test_routers_alone(parent):
+    student = Student(CHILD, ("router",), dense=False)
+    trained = student.master_weights(student.stacked(parent[1]))
+    names = {path[-1].key for path, _ in jax.tree.leaves_with_path(trained)}
+    assert names == ROUTER
+    found = {name for name in ATTENTION | ENDS | EXPERTS | ROUTER if student.learns(name)}
+    assert found == ROUTER
+
+
 # Refusals
 
 
 def test_unknown_names_are_refused():
     with pytest.raises(ConfigError, match="train has 'experts_router', but must be of router, experts"):
         Student(CHILD, ("router", "experts_router"))
+
+
+def test_something_has_to_learn():
+    with pytest.raises(ConfigError, match="dense is false and train is empty, but something has to learn; name router"):
+        Student(CHILD, (), dense=False)
+
+
+def test_dense_values_are_not_lost_either(parent):
+    with pytest.raises(ConfigError, match=r"its own for .*; set dense to true"):
+        owning(toy.own_delta(parent[1]), dense=False)
 
 
 @pytest.mark.parametrize(

@@ -15,15 +15,15 @@ from puzzle_jax.convert_hf.table import Form
 from puzzle_jax.costs.hardware import HARDWARE, Hardware, hardware_named
 from puzzle_jax.generate.traces import Trace
 from puzzle_jax.numeric import Number
-from puzzle_jax.search.artifacts import TRACE_SETS, TRACES
+from puzzle_jax.search.artifacts import TRACES
 from puzzle_jax.search.context import Search
 from puzzle_jax.search.hours.work import SearchTime
-from puzzle_jax.search.recipe import TraceSettings
+from puzzle_jax.search.recipe import TRACE_SETS, TraceSettings
 
 _OF_A_STAGE = {"trace": ("load", "trace"), "score": ("lens", "score")}
 """Entries of `SearchTime.seconds` that make up a stage of the pipeline, where that is not the entry of its name."""
 
-_STAGES = ("trace", "rank", "score", "solve", "refine", "assemble", "evaluate")
+_STAGES = ("trace", "rank", "score", "solve", "finalists", "refine", "assemble", "evaluate")
 
 _OLDER = 0.5
 """Weight of the stages before, relative to the latest stage."""
@@ -112,7 +112,8 @@ def _given(settings: TraceSettings, sets: Mapping[str, Sequence[Trace]]) -> Trac
 
 def by_stage(work: SearchTime) -> dict[str, Number]:
     """The roofline's seconds by stage of the pipeline."""
-    return {stage: sum(work.seconds[part] for part in _OF_A_STAGE.get(stage, (stage,))) for stage in _STAGES}
+    parts = {stage: _OF_A_STAGE.get(stage, (stage,)) for stage in _STAGES if stage in work.seconds}
+    return {stage: sum(work.seconds[part] for part in of) for stage, of in parts.items()}
 
 
 def present_hardware() -> Hardware:

@@ -5,6 +5,8 @@
     lens       two passes over up to 96 traces to fit the maps; two more, and every alternative's own layer, to use them
     score      two passes over the scored traces, and for every alternative its own layer and those above it
     solve      whole children on the validation traces
+    finalists  for every step of each a pass of the teacher and one of the student with its backward pass; the finalists
+               on the validation traces, whole before training and trained after it
     refine     scoring again around a child, swaps of experts, whole children on validation and confirmation traces
     assemble   one pass for the scales of the FP8 cache, and writing the child
     evaluate   whole children on the held-out traces, and answers of every model
@@ -30,7 +32,6 @@ from puzzle_jax.convert_hf.table import Form, tensor_bytes
 from puzzle_jax.costs.assumptions import Assumptions, default_assumptions
 from puzzle_jax.costs.hardware import Hardware
 from puzzle_jax.numeric import Number
-from puzzle_jax.search.artifacts import TRACE_SETS
 from puzzle_jax.search.hours.passes import ModelTime
 from puzzle_jax.search.recipe import Recipe
 from puzzle_jax.search.refine.expert_values import MOST_TRACES
@@ -41,6 +42,9 @@ from puzzle_jax.search.space import candidate_counts, candidate_windows, restric
 
 SCORED_TRACES = 1.5
 """Mean number of traces on which the adaptive method scores an expert set, as a multiple of `score.first`."""
+
+BACKWARD = 2.0
+"""Work of a backward pass, as a multiple of the forward pass's."""
 
 DISK_BYTES_PER_SECOND = 1e9
 """Speed of reading the parent and writing the child; a network file system may be slower."""
@@ -141,7 +145,7 @@ class SearchTime:
     def seconds(self) -> dict[str, Number]:
         """Seconds of every stage."""
         recipe = self.recipe
-        sets = {name: getattr(recipe.traces, name) for name in TRACE_SETS}
+        sets = recipe.trace_sets
         traces = recipe.traces.file is None
         load = tensor_bytes(self.config, self.stored or self.form) / DISK_BYTES_PER_SECOND
         children = 2 + len(recipe.evaluate.baselines)
@@ -153,6 +157,7 @@ class SearchTime:
             "lens": self._lens(),
             "score": self._scoring(*self._exact_alternatives()),
             "solve": self._whole(recipe.solve.solutions + 3, sets["validation"]),
+            **({"finalists": self._finalists()} if recipe.finalists.count else {}),
             "refine": self._refine(),
             "assemble": self.a_pass(sets["calibration"]) + load,
             "evaluate": self._whole(children, sets["heldout"]),
@@ -207,6 +212,13 @@ class SearchTime:
         one = self.a_pass(problems)
         return 2 * one + alternatives * (layers * one + self.heads(problems)) if alternatives else 0.0
 
+    def _finalists(self) -> Number:
+        options, validation = self.recipe.finalists, self.recipe.traces.validation
+        row = self._time.forward(options.row_length, options.rows) + self._time.heads(options.row_length * options.rows)
+        after = 2 * (self.a_pass(validation) + self.heads(validation))
+        steps = options.steps * (2 + BACKWARD) * row
+        return options.count * (steps + after) + self._whole(options.count, validation)
+
     def _refine(self) -> Number:
         options, traces = self.recipe.refine, self.recipe.traces
         total = options.rounds * (self._scoring(*self._exact_alternatives()) + self.seconds_of_pool())
@@ -231,7 +243,7 @@ class SearchTime:
     @property
     def disk_bytes(self) -> int:
         """Upper bound on the bytes of the run's directory; the child is at most as large as its parent."""
-        traces = sum(self.trace_tokens(getattr(self.recipe.traces, name)) for name in TRACE_SETS)
+        traces = sum(map(self.trace_tokens, self.recipe.trace_sets.values()))
         return round(
             tensor_bytes(self.config, self.stored or self.form) + traces * _TRACE_BYTES_PER_TOKEN + self._table_bytes
         )

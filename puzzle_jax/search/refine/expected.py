@@ -16,8 +16,7 @@ the line itself, and the order of the predictions decides.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -55,20 +54,19 @@ def expected_kls(
 
 
 def expected_of_child(
-    chosen: Mapping[str, Any],
+    luck: float,
     validation: tuple[Float[np.ndarray, "traces"], Int[np.ndarray, "traces"]],
     confirmation: tuple[Float[np.ndarray, "others"], Int[np.ndarray, "others"]],
 ) -> dict[str, float]:
     """The KL to expect of the final child, and its standard error, in nats per token.
 
-    It is the mean over both sets of traces on which it was run whole, with the validation traces, which chose it from
-    its pool, corrected by what that choice is expected to have gained by luck.
+    It is the mean over both sets of traces on which it was run whole, with the KL on the validation traces raised by
+    what the choice by them is expected to have gained by luck.
 
     Args:
-      chosen: the candidate that its pool chose, as solutions.json has it.
+      luck: expected less measured KL of the child that a pool chose on the validation traces.
       validation, confirmation: KL of the final child on each trace, and the completion tokens of the traces.
     """
-    luck = max(0.0, chosen["expected"] - chosen["validation"]["kl"])
     kl = np.concatenate([validation[0] + luck, confirmation[0]])
     mean, error = weighted_mean(kl, np.concatenate([validation[1], confirmation[1]]))
     return {"kl": mean, "kl_se": error}

@@ -276,6 +276,22 @@ class Problem:
             raise self._explain(error.conflicts) from error
         return [self.candidate(f"solution {i + 1}", solution) for i, solution in enumerate(solutions)]
 
+    def by_reach(self, count: int, *, time_limit: Number = 30.0, gap: Number = 1e-4) -> list[Candidate]:
+        """The best architectures that differ in which layers see less than in the parent, at most `count` of them.
+
+        Which narrower window a layer has makes no other pattern. Fewer are returned if the target allows no more.
+        Raises `InfeasibleError` as `solve` does.
+        """
+        classes = {
+            attention_group(layer): {window_name(window): window == block.window for window in windows}
+            for layer, (windows, block) in enumerate(zip(self.space.windows, self.space.parent.blocks, strict=True))
+        }
+        try:
+            found = solve(self.program, num_solutions=count, time_limit=time_limit, gap=gap, classes=classes)
+        except InfeasibleProgram as error:
+            raise self._explain(error.conflicts) from error
+        return [self.candidate(f"pattern {i + 1}", solution) for i, solution in enumerate(found)]
+
     def candidate(self, name: str, solution: Solution) -> Candidate:
         """Converts a solution to an architecture."""
         choices, windows = [], []

@@ -113,7 +113,8 @@ class DistillInputs(RunInputs[DistillRecipe]):
     @cached_property
     def student(self) -> Student:
         """The child as it was cut; `delta` holds what it has learnt since."""
-        return Student(self.opened.child, self.recipe.train, self.recipe.remat, ends=not self.blocks)
+        recipe = self.recipe
+        return Student(self.opened.child, recipe.train, recipe.remat, ends=not self.blocks, dense=recipe.dense)
 
     def delta(self) -> Params | None:
         """The child's own values, read onto the host; None where it was not trained before."""
@@ -143,6 +144,7 @@ class DistillInputs(RunInputs[DistillRecipe]):
             "heldout": len(self.heldout),
             "top_k": recipe.top_k if recipe.teacher_cache else None,
             "loss": asdict(recipe.loss),
+            **({} if recipe.dense else {"dense": False}),  # runs begun before this setting existed go on
             **self.common_identity(),
         }
 

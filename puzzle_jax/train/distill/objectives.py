@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
 from puzzle_jax.errors import MOST_TOKENS, ConfigError, check_range
+from puzzle_jax.model.child import View
 from puzzle_jax.model.network import traced_mesh
 from puzzle_jax.model.spec import Params
 from puzzle_jax.temperature import GREATEST_TEMPERATURE, LEAST_LOSS_TEMPERATURE
@@ -76,9 +77,15 @@ class LossSettings:
 
 
 class Fixed(NamedTuple):
-    """Inputs that a step reads and does not change."""
+    """Inputs that a step reads and does not change.
+
+    Attributes:
+      base: the base parameters.
+      view: masks and windows in place of the student's own (`Student.hidden`).
+    """
 
     base: Params
+    view: View | None = None
 
 
 class Loss(NamedTuple):
@@ -110,7 +117,7 @@ class Distillation:
         teacher = None
         if states or any(name in FROM_TEACHER for name in shares):
             teacher = student.teacher_hidden(fixed.base, batch, keep_states=states)
-        own = student.hidden(fixed.base, trained, batch, keep_states=states)
+        own = student.hidden(fixed.base, trained, batch, keep_states=states, view=fixed.view)
         weights = jnp.asarray(batch.weights).reshape(-1)
         of_head = partial(
             head_loss_sum if traced_mesh() is None else _separate_sum,

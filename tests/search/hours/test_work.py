@@ -11,7 +11,7 @@ from puzzle_jax.costs.hardware import HARDWARE
 from puzzle_jax.costs.roofline import Roofline
 from puzzle_jax.costs.scenario import Scenario, Target
 from puzzle_jax.generate.traces import Trace
-from puzzle_jax.search.hours.left import _given
+from puzzle_jax.search.hours.left import _given, by_stage
 from puzzle_jax.search.hours.work import DISK_BYTES_PER_SECOND, SearchTime, hours_table
 from puzzle_jax.search.rank.rules import PROPOSING
 from puzzle_jax.search.recipe import Recipe, ScoreSettings, SpaceSettings, TraceSettings
@@ -104,6 +104,16 @@ def test_stages_grow_with_what_they_do():
     one, two = (TIME._scoring(count, 400) for count in (1000, 2000))
     assert two == pytest.approx(2 * one, rel=0.01)
     assert TIME.host_bytes > 3e9 and TIME.disk_bytes > 100_000
+
+
+def test_finalists_take_steps_of_teacher_and_student():
+    one, two = (with_(finalists={"count": 3, "steps": steps, "rows": 2, "row_length": 400}) for steps in (10, 20))
+    named = list(one.seconds)
+    assert named[named.index("solve") :] == ["solve", "finalists", "refine", "assemble", "evaluate"]
+    row = one._time.forward(400, 2) + one._time.heads(800)
+    assert two.seconds["finalists"] - one.seconds["finalists"] == pytest.approx(3 * 10 * 4 * row)
+    assert one.seconds["trace"] - TIME.seconds["trace"] == pytest.approx(TIME.answering(200))
+    assert list(by_stage(one)) == ["trace", "rank", "score", "solve", "finalists", "refine", "assemble", "evaluate"]
 
 
 def test_more_devices_take_less_time_and_packed_experts_less_disk():

@@ -89,6 +89,23 @@ def test_solution_is_the_best_of_all_and_no_baseline_beats_it(seed):
             assert name in ("experts_only", "windows_only")
 
 
+@pytest.mark.parametrize("target", [BOTH, Target(max_expert_bytes_ratio=0.9, min_speedup=1.05)])
+def test_the_best_of_every_pattern_of_reach(target):
+    """Layers 0 and 2 see as little as in the parent and cannot see less here, layer 1 may."""
+    problem = problem_of(target, seed=1)
+    best = {}
+    for candidate in sorted((c for c in every(problem) if c.meets_target), key=lambda c: c.score):
+        best.setdefault(
+            tuple(b.window == p.window for b, p in zip(candidate.blocks, CONFIG.blocks, strict=True)), candidate
+        )
+    found = problem.by_reach(9, gap=0.0)
+    assert [c.score for c in found] == pytest.approx([c.score for c in best.values()])
+    assert [c.name for c in found] == [f"pattern {i + 1}" for i in range(len(best))]
+    assert [c.score for c in problem.by_reach(1, gap=0.0)] == pytest.approx([min(c.score for c in best.values())])
+    with pytest.raises(InfeasibleError, match="speed-up"):
+        problem_of(Target(min_speedup=99.0)).by_reach(2)
+
+
 def test_candidate_costs_are_those_of_its_blocks():
     for candidate in itertools.islice(every(problem_of(BOTH)), 0, None, 7):
         blocks = candidate.blocks

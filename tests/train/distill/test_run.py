@@ -219,6 +219,20 @@ def test_blocks_learn_alone_and_leave_both_ends(directory, blocks, start_of):
     assert found["kl"] < start_of(directory / "child")[1]["kl"]
 
 
+def test_routers_alone_leave_everything_else_as_it_was_cut(directory, start_of):
+    out = directory / "routers"
+    assert main(["distill", *arguments(directory, out, dense="false", train="[router]")]) == 0
+    cut_child, child = stored(directory / "child"), stored(out / "child")
+    assert child.keys() == cut_child.keys()
+    changed = {name for name in child if child[name].tobytes() != cut_child[name].tobytes()}
+    assert changed == {name for name in child if ".router." in name} and changed
+    assert all(".moe.router_" in name for name in record(out)["trained"])
+    assert metrics(out)[-1]["evaluation/kl"] < start_of(directory / "child")[1]["kl"]
+    # Everything can be trained after that, from what the routers have learnt.
+    later = distiller(directory, child=out / "child", train="[router]").inputs.delta()
+    assert later is not None and later["layers"][0]["moe"]["router_weight"] is not None
+
+
 ALL = {"train": "[router,experts]", "loss__forward_kl": 0, "loss__top_k_kl": 1, "top_k": 20}
 
 

@@ -1,0 +1,1 @@
+"""Children that are trained for a while before one of them is chosen."""
