@@ -206,4 +206,4 @@ def test_several_open_scenarios_hold_together():
 @pytest.mark.parametrize("field", ["min_tokens_per_second", "max_memory_bytes", "max_seconds_per_token"])
 def test_absolute_targets_are_above_zero(field):
     with pytest.raises(ConfigError, match=f"{field} is 0, but must be above 0"):
-        Target(**{field: 0})
+        Target(**{field: 0})  # pyright: ignore[reportArgumentType]
