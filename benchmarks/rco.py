@@ -37,13 +37,11 @@ WORK = STEPS * SAMPLES * ROWS * 3
 Keep = Bool[np.ndarray, "layers experts"]
 
 
-def rco(
-    params: Params, config: ModelConfig, calibration: Sequence[Trace], budget: int, warm: Keep | None, seed: int
-) -> Keep:
-    """The final mask with `budget` experts kept, from uniform logits or from those of a mask."""
+def rco(params: Params, config: ModelConfig, calibration: Sequence[Trace], budget: int, seed: int) -> Keep:
+    """The final mask with `budget` experts kept, from uniform logits."""
     random = np.random.default_rng(seed)
     layers, experts, k = config.num_layers, config.blocks[0].num_experts, config.experts_per_token
-    logits = retracted(np.zeros((layers, experts)) if warm is None else np.where(warm, 1.5, -1.5), budget)
+    logits = retracted(np.zeros((layers, experts)), budget)
     first, second = np.zeros((2, layers, experts))
     lengths, rate = _by_length(calibration), 2 * 0.1  # twice, for a difference of two logits
     share = np.array([len(traces) for _, traces in lengths], float) / len(calibration)

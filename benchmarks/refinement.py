@@ -10,7 +10,6 @@ method with one budget can take part. Methods:
     swaps     single swaps of experts by exact scores (`search.refine.proposals`), until one is refused
     guided    the same, but experts to swap are proposed by gradients, around the child before each proposal
     rco       RCO as published (arXiv 2605.00649), from uniform logits
-    rco warm  the same from logits of 1.5 for the program's experts and -1.5 for others
     pool      the best of the program's N best solutions on validation traces
 
 Work is counted in forward passes of one trace: a backward pass counts as two, a pass through the top layers as their
@@ -61,7 +60,7 @@ from puzzle_jax.search.score.whole_children import Measurements, score_children
 from puzzle_jax.search.solve.problem import Candidate, Problem, Scores
 from puzzle_jax.search.space import Space
 
-METHODS = ("swaps", "guided", "rco", "rco warm", "pool")
+METHODS = ("swaps", "guided", "rco", "pool")
 
 
 @dataclass
@@ -167,9 +166,9 @@ class Case:
         guide = ExpertValues(self.files[0], self.problem, self.runner, self.traces["calibration"], seed)
         return self.swaps(child, scratch, guide)
 
-    def rco(self, budget: int, warm: Keep | None, seed: int) -> Keep:
+    def rco(self, budget: int, seed: int) -> Keep:
         self.work.passes += WORK
-        return rco(self.parent.params, self.parent.config, self.traces["calibration"], budget, warm, seed)
+        return rco(self.parent.params, self.parent.config, self.traces["calibration"], budget, seed)
 
 
 def _unasked(*_: Any) -> Any:
@@ -192,8 +191,7 @@ def compare(case: Case, seed: int, names: Sequence[str] = METHODS) -> dict[str, 
         methods: dict[str, Callable[[], Any]] = {
             "program": lambda: start.kept,
             "swaps": lambda: case.swaps(start, Path(scratch)).kept,
-            "rco": lambda: kept_of(case.rco(int(keep.sum()), None, seed)),
-            "rco warm": lambda: kept_of(case.rco(int(keep.sum()), keep, seed)),
+            "rco": lambda: kept_of(case.rco(int(keep.sum()), seed)),
             "guided": lambda: case.guided(start, Path(scratch) / "guided", seed).kept,
             "pool": lambda: case.pool(WORK // len(case.traces["validation"])).kept,
         }
