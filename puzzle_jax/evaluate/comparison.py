@@ -51,6 +51,7 @@ class EffortComparison:
 
     Attributes:
       all, tasks: difference of accuracies, over all tasks and by task.
+      ended: difference of the shares of answers that ended by themselves.
       retention: accuracy over the reference's.
       relative_tokens: mean generated tokens over the reference's.
       relative_tokens_per_second, relative_request_rate: ratio to the reference's; None where speed was not measured.
@@ -58,6 +59,7 @@ class EffortComparison:
 
     all: Paired
     tasks: dict[str, Paired]
+    ended: Paired
     retention: Estimate
     relative_tokens: Estimate
     relative_tokens_per_second: Estimate | None
@@ -188,6 +190,9 @@ class _Results:
     def correct(self, name: str, effort: str) -> Bool[np.ndarray, "problems"]:
         return np.array([answer.correct for answer in self.answers[name][effort]], bool)
 
+    def ended(self, name: str, effort: str) -> Bool[np.ndarray, "problems"]:
+        return np.array([not answer.truncated for answer in self.answers[name][effort]], bool)
+
     def accuracy(self, name: str, effort: str) -> _Quantity:
         return self._mean(self.correct(name, effort))
 
@@ -224,6 +229,7 @@ class _Results:
         return EffortComparison(
             all=paired(model, other, self.counts),
             tasks={task: of_task(task) for task in dict.fromkeys(self.tasks.tolist())},
+            ended=paired(self.ended(name, effort), self.ended(self.reference, effort), self.counts),
             retention=relative(self.accuracy),
             relative_tokens=relative(self.tokens),
             relative_tokens_per_second=relative(self.speed) if self.rates else None,

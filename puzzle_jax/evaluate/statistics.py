@@ -101,10 +101,10 @@ def ratio(above: Float[np.ndarray, "draws"], below: Float[np.ndarray, "draws"]) 
 
 @dataclass(frozen=True)
 class Paired:
-    """Accuracy of a model minus the reference's on the same problems.
+    """Share of problems that a model solves, or answers as it should, minus the reference's on the same problems.
 
     Attributes:
-      difference, low, high: the difference of the two accuracies, and its bootstrap interval.
+      difference, low, high: the difference of the two shares, and its bootstrap interval.
       won, lost: number of problems that only the model, or only the reference, solves.
       p_value: that of McNemar's exact two-sided test: how often equal models would differ at least as much.
     """

@@ -7,7 +7,7 @@ child's output format.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -19,14 +19,23 @@ from puzzle_jax.generate.traces import Trace
 _STEP = 64  # lengths of batches are multiples of this
 
 
+TokenWeights = Callable[[Trace], Int[np.ndarray, "completion"]]
+"""Weights of a trace's completion tokens, positive whole numbers; those of other traces are on the same scale."""
+
+
+def alike(trace: Trace) -> Int[np.ndarray, "completion"]:
+    """The weight 1 for every completion token."""
+    return np.ones(len(trace.completion), np.int64)
+
+
 class MicroBatch(NamedTuple):
     """Traces of similar length, padded on the right.
 
     Attributes:
       tokens: prompt and completion; rows past the last trace are padding.
       valid: positions that hold a token.
-      loss_weight: 1 / completion tokens of the trace at the position before each completion token, else 0. A weighted
-        sum over a row is the mean over the trace's completion.
+      loss_weight: weight of each completion token over that of the trace's whole completion, at the position before the
+        token, else 0. A weighted sum over a row is the weighted mean over the trace's completion.
       lengths: tokens of each trace, 0 for padding rows.
       ids: index of the trace in each row, -1 for padding rows.
       task_weight: weight of each trace, such that all tasks weigh the same and the mean over traces is 1; 0 for padding
@@ -42,7 +51,12 @@ class MicroBatch(NamedTuple):
 
 
 def micro_batches(
-    traces: Iterable[Trace], *, tokens_per_batch: int = 4096, smallest: int = 128, longest: int = 0
+    traces: Iterable[Trace],
+    *,
+    tokens_per_batch: int = 4096,
+    smallest: int = 128,
+    longest: int = 0,
+    weigh: TokenWeights = alike,
 ) -> list[MicroBatch]:
     """Groups traces by length, doubling from `smallest`, into batches of about `tokens_per_batch`.
 
@@ -63,7 +77,7 @@ def micro_batches(
         # The last group need not be as long as the next power of two.
         most = max(longest, *(len(t.prompt) + len(t.completion) for _, t in members))
         rows, length = longest_batch(min(length, most), tokens_per_batch)
-        batches += [_pad(members[i : i + rows], rows, length, weights) for i in range(0, len(members), rows)]
+        batches += [_pad(members[i : i + rows], rows, length, weights, weigh) for i in range(0, len(members), rows)]
     return batches
 
 
@@ -73,7 +87,9 @@ def longest_batch(tokens: int, tokens_per_batch: int = 4096) -> tuple[int, int]:
     return max(1, tokens_per_batch // length), length
 
 
-def _pad(members: Sequence[tuple[int, Trace]], rows: int, length: int, weights: Mapping[str, float]) -> MicroBatch:
+def _pad(
+    members: Sequence[tuple[int, Trace]], rows: int, length: int, weights: Mapping[str, float], weigh: TokenWeights
+) -> MicroBatch:
     tokens = np.zeros((rows, length), np.int32)
     weight = np.zeros((rows, length), np.float32)
     lengths = np.zeros(rows, np.int32)
@@ -85,7 +101,8 @@ def _pad(members: Sequence[tuple[int, Trace]], rows: int, length: int, weights: 
         tokens[row, : len(ids)] = ids
         lengths[row] = len(ids)
         task_weight[row] = weights[trace.task]
-        weight[row, len(trace.prompt) - 1 : len(ids) - 1] = 1.0 / len(trace.completion)
+        of_tokens = weigh(trace)
+        weight[row, len(trace.prompt) - 1 : len(ids) - 1] = of_tokens / of_tokens.sum()
     valid = np.arange(length) < lengths[:, None]
     arrays = [jnp.asarray(x) for x in (tokens, valid, weight, lengths)]
     return MicroBatch(*arrays, ids=numbers, task_weight=jnp.asarray(task_weight))

@@ -91,7 +91,9 @@ class EvaluationReport:
                 test = [f"{everything['won']} / {everything['lost']}", f"{everything['p_value']:.2g}"]
                 by_task = [f"{task['difference']:+.1%}" for task in entry["tasks"].values()]
                 ratios = _range(entry["retention"], "{:.1%}"), _range(entry["relative_tokens"], "{:.3f}")
-                rows.append([f"{name}, {effort}", difference, *test, *by_task, *ratios])
+                ends = entry.get("ended") or {"difference": None}  # an evaluation from before it was compared
+                ended = _range({**ends, "value": ends["difference"]}, "{:+.1%}")
+                rows.append([f"{name}, {effort}", difference, *test, *by_task, *ratios, ended])
             rows.append(_overall(name, comparison["overall"], "{:+.1%}", rows))
         tasks = next(iter(next(iter(self.evaluation["comparisons"].values()))["efforts"].values()))["tasks"]
         title = f"Compared with {self.evaluation['reference']} on the same problems"
@@ -99,7 +101,7 @@ class EvaluationReport:
             f"Paired bootstrap over problems, {self.evaluation['settings']['bootstrap']} draws; "
             "won / lost: problems that only one of the two solves, p: McNemar's exact test."
         )
-        heading = ["", "accuracy", "won / lost", "p", *tasks, "retention", "tokens"]
+        heading = ["", "accuracy", "won / lost", "p", *tasks, "retention", "tokens", "ended by itself"]
         return Section(title, heading, rows, (remark,))
 
     def _speeds(self) -> Section:

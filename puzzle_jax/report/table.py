@@ -55,6 +55,7 @@ class SearchReport:
             of_effort = [e["efforts"][effort] for e in entries]
             rows.append([f"accuracy, {effort}", *(f"{x['accuracy']:.1%} ±{x['accuracy_se']:.1%}" for x in of_effort)])
             rows.append([f"  mean tokens, {effort}", *(f"{x['mean_tokens']:.1f}" for x in of_effort)])
+            rows += self._ended_rows(effort)
         rows.append(["meets the target", *("no" if e["missed"] else "yes" for e in entries)])
         rows[-1][1] = "-"
         return ["", *(name.replace("_", " ") for name in self.evaluation)], rows
@@ -65,6 +66,24 @@ class SearchReport:
         if not any(found):
             return []
         return [["expected KL", *("-" if x is None else f"{x['kl']:.4f} ±{x['kl_se']:.4f}" for x in found)]]
+
+    def _ended_rows(self, effort: str) -> list[list[str]]:
+        """Tokens over the parent's, and shares of answers that ended by themselves with their difference from the
+        parent's in points, both with 95% intervals; none where the evaluation does not have them."""
+        entries = list(self.evaluation.values())
+        compared = [entry["compared"][effort] for entry in entries if "compared" in entry]
+        if len(compared) != len(entries) - 1:
+            return []
+        tokens = ["-", *(_within(of["tokens"], of["tokens"]["value"], "{:.2f}") for of in compared)]
+        shares = [f"{1 - entry['efforts'][effort]['truncated']:.1%}" for entry in entries]
+        points = [
+            {end: None if (x := of["ended"][end]) is None else 100 * x for end in ("low", "high")} for of in compared
+        ]
+        falls = [
+            _within(ends, 100 * of["ended"]["difference"], "{:+.1f}") for ends, of in zip(points, compared, strict=True)
+        ]
+        ended = [shares[0], *(f"{share}, {fall}" for share, fall in zip(shares[1:], falls, strict=True))]
+        return [[f"  tokens over the parent's, {effort}", *tokens], [f"  ended by itself, {effort}", *ended]]
 
     @property
     def measured_efforts(self) -> list[str]:
@@ -170,6 +189,14 @@ class SearchReport:
 
     def _section(self) -> Section:
         return Section("", *self.rows(), (self.caption(),), emphasised="child")
+
+
+def _within(interval: Mapping[str, Json], value: float | None, form: str) -> str:
+    """A value with the ends of its interval."""
+    if value is None:
+        return "-"
+    low, high = ("?" if interval[end] is None else form.format(interval[end]) for end in ("low", "high"))
+    return f"{form.format(value)} ({low} to {high})"
 
 
 def _by_kind(names: Sequence[tuple[str, str]]) -> list[list[tuple[str, str]]]:

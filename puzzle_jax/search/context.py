@@ -32,6 +32,7 @@ from puzzle_jax.search.rank.ranking import ranked_space
 from puzzle_jax.search.recipe import Recipe
 from puzzle_jax.search.refine.accept import Pool
 from puzzle_jax.search.refine.floors import pool_within
+from puzzle_jax.search.score.ending import ending_weights
 from puzzle_jax.search.score.groups import parent_entropies
 from puzzle_jax.search.score.measurements import longest_context
 from puzzle_jax.search.score.replace_one import Alternative, ReplaceOne, child_choices
@@ -217,7 +218,8 @@ class Search:
         traces, seed = self.traces("calibration"), self.recipe.traces.seed
         base_kl = 0.0 if around is None else around.score
         problem = partial(self.problem_of, around=around, entropy=entropy)
-        return SpaceScorer(run, traces, settings, problem, self.console, seed, base_kl, self.limited_groups)
+        weigh = ending_weights(self.parent.chat, settings.ending_weight, settings.ending_tokens)
+        return SpaceScorer(run, traces, settings, problem, self.console, seed, base_kl, self.limited_groups, weigh)
 
     def _runner(self, base: Sequence[Alternative] | None = None, rope: RopeConfig | None = None) -> ReplaceOne:
         settings, parent = self.recipe.score, self.parent

@@ -22,6 +22,7 @@ from puzzle_jax.convert_hf.load import load_weights
 from puzzle_jax.convert_hf.table import tensor_bytes
 from puzzle_jax.costs.table import Costs
 from puzzle_jax.evaluate.accuracy import QuestionSet, answer_questions, unscored_note
+from puzzle_jax.evaluate.comparison import analyse
 from puzzle_jax.evaluate.journal import journaled_answers
 from puzzle_jax.evaluate.models import Model
 from puzzle_jax.evaluate.statistics import by_effort, by_task, weighted_mean
@@ -32,9 +33,13 @@ from puzzle_jax.model.child import Child, cut_params
 from puzzle_jax.model.spec import count_params
 from puzzle_jax.progress import progress
 from puzzle_jax.search.recipe import Recipe
+from puzzle_jax.search.score.ending import ending_weights
 from puzzle_jax.search.score.measurements import Score
 from puzzle_jax.search.score.whole_children import Measurements, score_children
 from puzzle_jax.search.solve.problem import Candidate
+
+DRAWS = 2000
+"""Bootstrap draws behind the intervals of comparisons with the parent."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,14 @@ class Evaluator:
     _known: dict[tuple[Any, ...], tuple[Score, np.ndarray]] = field(default_factory=dict, repr=False)
 
     def divergence(self, children: Sequence[Child], traces: Sequence[Trace], name: str) -> Measurements:
-        """KL of whole children on a set of traces; one name must always stand for the same traces."""
+        """KL of whole children on a set of traces; one name must always stand for the same traces.
+
+        Tokens of the traces by which children are chosen have the weights of the recipe; others count alike.
+        """
+        settings = self.recipe.score
+        chosen_by = name in ("validation", "confirmation")
+        weight = settings.ending_weight if chosen_by else 1
+        weigh = ending_weights(self.parent.chat, weight, settings.ending_tokens)
         keys = [(name, child.blocks, child.rope) for child in children]
         new = {key: child for key, child in zip(keys, children, strict=True) if key not in self._known}
         if new:
@@ -73,27 +85,31 @@ class Evaluator:
                     on_done=advance,
                     kept=self.kept,
                     identity=self.identity,
+                    weigh=weigh,
                 )
             self._known.update(zip(new, zip(found.scores, found.kl, strict=True), strict=True))
         scores, kl = zip(*(self._known[key] for key in keys), strict=True)
-        return Measurements(list(scores), np.stack(kl), np.array([len(trace.completion) for trace in traces]))
+        return Measurements(list(scores), np.stack(kl), np.array([weigh(trace).sum() for trace in traces]))
 
     def accuracy(self, children: Mapping[str, Child]) -> dict[str, dict[str, dict[str, Any]]]:
         """Accuracy and tokens of greedy answers, by model, by "efforts" and "tasks", and by the name of each; empty if
         the recipe has no tasks.
 
-        Models that are the same child answer only once.
+        Models that are the same child answer only once. Every model but the first has "compared" too, by effort: the
+        share of its answers that ended by themselves less the first's ("ended"), and its tokens over the first's
+        ("tokens"), each with a paired bootstrap interval over problems.
         """
         traces, settings = self.recipe.traces, self.recipe.evaluate
         if not traces.tasks:
             return {name: {"efforts": {}, "tasks": {}} for name in children}
         questions = QuestionSet(traces.tasks, traces.efforts, settings.problems, "accuracy", settings.seed)
         found: dict[str, dict[str, dict[str, Any]]] = {}
+        given: dict[str, list[Trace]] = {}
         same = first_alike({name: (child.blocks, child.rope) for name, child in children.items()})
         with progress(self.console, "accuracy", len(set(same.values())) * len(questions.questions())) as advance:
             for name, child in children.items():
                 if same[name] != name:
-                    found[name] = found[same[name]]
+                    found[name], given[name] = found[same[name]], given[same[name]]
                     continue
                 ask = partial(
                     answer_questions,
@@ -114,10 +130,18 @@ class Evaluator:
                 )
                 if note := unscored_note(answers):
                     self.console.print(f"{name}: {note}", highlight=False, soft_wrap=True)
+                given[name] = answers
                 found[name] = {
                     "efforts": {k: asdict(value) for k, value in by_effort(answers, questions.efforts).items()},
                     "tasks": {k: asdict(value) for k, value in by_task(answers).items()},
                 }
+        compared = analyse(given, traces.efforts, None, draws=DRAWS, seed=settings.seed).comparisons
+        for name, comparison in compared.items():
+            of_efforts = {
+                effort: {"ended": asdict(entry.ended), "tokens": asdict(entry.relative_tokens)}
+                for effort, entry in comparison.efforts.items()
+            }
+            found[name] = {**found[name], "compared": of_efforts}
         return found
 
     def speeds(

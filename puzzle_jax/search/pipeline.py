@@ -74,7 +74,7 @@ from puzzle_jax.search.solve.baselines import all_baselines
 from puzzle_jax.search.solve.floors import check_members
 from puzzle_jax.search.solve.frontier import frontier, uniform_frontier
 from puzzle_jax.search.space import narrower_windows
-from puzzle_jax.search.traces import ask_parent, split_traces
+from puzzle_jax.search.traces import ask_parent, ended, split_traces
 from puzzle_jax.stages import Stage, StageResult, edited_output
 
 
@@ -162,7 +162,8 @@ def trace_settings(search: Search) -> dict[str, Any]:
     if search.recipe.traces.file is None:
         asked = {name: problems for name, problems in search.recipe.trace_sets.items() if name == TRAINING}
         return {**search.recipe.section("traces"), **asked, "judged_by": search.task_identities}
-    return {**search.recipe.trace_sets, "seed": search.recipe.traces.seed}
+    of_file = search.recipe.traces
+    return {**search.recipe.trace_sets, "seed": of_file.seed, "ended_only": of_file.ended_only}
 
 
 def trace(search: Search, out: Path, kept: Path) -> None:
@@ -177,7 +178,7 @@ def trace(search: Search, out: Path, kept: Path) -> None:
             traces, search.recipe.trace_sets, search.parent.config, settings.file, settings.seed
         ).items()
     for name, traces in sets:
-        TRACES[name].write(out, traces)
+        TRACES[name].write(out, ended(traces, name) if settings.ended_only and name != "heldout" else traces)
 
 
 def check_traces(search: Search) -> None:
@@ -336,7 +337,7 @@ STAGES: tuple[Stage[Search], ...] = (
     Stage(
         "solve",
         lambda s: _inputs(s, SCORES, REFINED_COSTS, TRACES["validation"]),
-        lambda s: _sections(s, "solve", "target", "child"),
+        lambda s: {**_sections(s, "solve", "target", "child"), "ending": s.recipe.score.ending},
         solve,
     ),
     Stage(
@@ -378,7 +379,11 @@ STAGE_NAMES = tuple(stage.name for stage in STAGES)
 FINALISTS_STAGE = Stage[Search](
     "finalists",
     lambda s: _inputs(s, SOLUTIONS, SCORES, REFINED_COSTS, TRACES["validation"], TRACES[TRAINING]),
-    lambda s: {**_sections(s, "finalists", "solve", "target", "child"), "seed": s.recipe.traces.seed},
+    lambda s: {
+        **_sections(s, "finalists", "solve", "target", "child"),
+        "ending": s.recipe.score.ending,
+        "seed": s.recipe.traces.seed,
+    },
     finalists,
 )
 

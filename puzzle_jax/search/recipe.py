@@ -49,6 +49,8 @@ class TraceSettings:
       max_tokens: most tokens of an answer by effort, or one number for all; required for every effort if there are
         tasks.
       batch_size: number of answers generated together.
+      ended_only: whether answers that the limit on tokens cut are left out of all sets but the held-out one, so that
+        only whole answers decide.
       file: traces that the parent generated elsewhere (`generate.traces.read_traces`), used instead of asking it; the
         prompts are split into the sets in the proportions of the numbers above.
     """
@@ -63,6 +65,7 @@ class TraceSettings:
     seed: int = 0
     max_tokens: dict[str, int] = field(default_factory=dict, metadata=BY_EFFORT)
     batch_size: int = 64
+    ended_only: bool = False
     file: Path | None = None
 
     def __post_init__(self) -> None:
@@ -134,6 +137,10 @@ class ScoreSettings:
       tokens_per_batch: number of tokens in a micro-batch.
       per_call: alternatives that run together on a micro-batch.
       keep_every: number of layers from one kept hidden state to the next.
+      ending_weight: how often the tokens with which thinking ends count in every KL by which children are chosen, while
+        other tokens count once: the last `ending_tokens` of the analysis, the change to the final message, and the
+        token that ends the answer.
+      ending_tokens: see `ending_weight`.
     """
 
     method: Literal["adaptive", "exact", "lens"] = "adaptive"
@@ -143,11 +150,19 @@ class ScoreSettings:
     tokens_per_batch: int = 1024
     per_call: int = 8
     keep_every: int = 8
+    ending_weight: int = 1
+    ending_tokens: int = 8
 
     def __post_init__(self) -> None:
         for name in ("first", "draws", "tokens_per_batch", "per_call", "keep_every"):
             check_range(f"score.{name}", getattr(self, name), 1, MOST_TOKENS)
+        check_range("score.ending_weight", self.ending_weight, 1, 1000)
+        check_range("score.ending_tokens", self.ending_tokens, 0, MOST_TOKENS)
         check_range("score.keep_sets", self.keep_sets, 0, MOST_TOGETHER)
+
+    @property
+    def ending(self) -> tuple[int, int]:
+        return self.ending_weight, self.ending_tokens
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,17 @@ def ask_parent(parent: Model, recipe: Recipe, kept: Path, console: Console) -> I
             yield name, answers
 
 
+def ended(traces: Sequence[Trace], name: str) -> list[Trace]:
+    """The answers of a set that ended by themselves. Raises PuzzleError where none did."""
+    found = [trace for trace in traces if not trace.truncated]
+    if not found:
+        raise PuzzleError(
+            f"traces.ended_only is true, but none of the {len(traces)} {name} traces ended by itself; "
+            "allow longer answers"
+        )
+    return found
+
+
 def split_traces(
     traces: Sequence[Trace], shares: Mapping[str, int], config: ModelConfig, source: Path, seed: int = 0
 ) -> dict[str, list[Trace]]:

@@ -1,7 +1,7 @@
 """Every number of a comparison against hand computations on scripted answers."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -53,6 +53,21 @@ def test_differences_are_paired(analysis):
     assert (high.tasks["add"].low, high.tasks["add"].high) == (0.0, 0.0)
     assert high.retention.value == pytest.approx(4 / 5)
     assert low.retention.value == pytest.approx(3 / 2)
+
+
+def test_ends_are_paired(analysis):
+    """Shares of answers that ended by themselves, problem by problem."""
+    cut = [replace(CHILD[0], truncated=True), *CHILD[1:]]
+    ended = {
+        name: analyse({"parent": PARENT, "child": answers}, EFFORTS, None, draws=50, seed=1)
+        .comparisons["child"]
+        .efforts
+        for name, answers in (("whole", CHILD), ("cut", cut))
+    }
+    effort, of_effort = CHILD[0].effort, sum(answer.effort == CHILD[0].effort for answer in CHILD)
+    before, after = ended["whole"][effort].ended, ended["cut"][effort].ended
+    assert after.difference == pytest.approx(before.difference - 1 / of_effort)
+    assert after.lost == before.lost + 1 and after.won == before.won and after.low <= after.difference <= after.high
 
 
 def test_the_relative_request_rate_divides_the_gain_by_the_growth_of_answers(analysis):

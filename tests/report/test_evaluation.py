@@ -58,6 +58,7 @@ EVALUATION = {
                 effort: {
                     "all": paired(-0.1),
                     "tasks": {"chain": paired(-0.1)},
+                    "ended": paired(-0.2),
                     "retention": estimate(0.8, 0.7, None),
                     "relative_tokens": estimate(1.2, 1.1, 1.3),
                     "relative_tokens_per_second": estimate(1.8, 1.7, 1.9),

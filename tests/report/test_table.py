@@ -37,12 +37,13 @@ def entry(scale, kl, missed=(), layers=((16, None), (100, 8))):
     }
 
 
+MODELS = {
+    "parent": entry(1.0, 0.0),
+    "child": entry(0.5, 0.04, layers=((12, 32), (50, 8))),
+    "windows_only": entry(0.9, 0.3, ["expert bytes ratio is 1, asked for 0.65"]),
+}
 REPORT = SearchReport(
-    {
-        "parent": entry(1.0, 0.0),
-        "child": entry(0.5, 0.04, layers=((12, 32), (50, 8))),
-        "windows_only": entry(0.9, 0.3, ["expert bytes ratio is 1, asked for 0.65"]),
-    },
+    MODELS,
     ["low"],
     [{"name": "chat", "batch": 4, "input_tokens": 30, "output_tokens": 20}],
     Path("runs/tiny/child"),
@@ -61,6 +62,24 @@ def test_rows_are_relative_to_the_parent():
     assert table["accuracy, low"][0] == "50.0% ±5.0%"
     assert table["mean tokens, low"][0] == "6.2"
     assert table["meets the target"] == ["-", "yes", "no"]
+
+
+def test_tokens_and_ends_are_compared_with_the_parents():
+    """Both rows need every model but the parent compared; an interval without an end shows a question mark."""
+
+    def compared(value, low, difference):
+        ended = {"difference": difference, "low": difference - 0.02, "high": None}
+        return {"low": {"tokens": {"value": value, "low": low, "high": 1.5}, "ended": ended}}
+
+    entries = {
+        name: {**e, "efforts": {"low": {**e["efforts"]["low"], "truncated": 0.125}}} for name, e in MODELS.items()
+    }
+    entries["child"]["compared"] = compared(1.25, 1.1, -0.04)
+    assert not any("over the parent's" in row[0] for row in replace(REPORT, evaluation=entries).rows()[1])
+    entries["windows_only"]["compared"] = compared(None, 1.0, 0.01)
+    table = {row[0].strip(): row[1:] for row in replace(REPORT, evaluation=entries).rows()[1]}
+    assert table["tokens over the parent's, low"] == ["-", "1.25 (1.10 to 1.50)", "-"]
+    assert table["ended by itself, low"] == ["87.5%", "87.5%, -4.0 (-6.0 to ?)", "87.5%, +1.0 (-1.0 to ?)"]
 
 
 def test_several_scenarios_are_told_apart():

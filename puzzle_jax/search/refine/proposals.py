@@ -126,7 +126,7 @@ class Refinement:
             (layer, Alternative(expert_mask(option, experts), child.blocks[layer].window)) for layer, option in options
         ]
         scorer, identity = self.scorer(child), self._around(child)
-        table = ScoreTable.empty(alternatives, scorer.traces)
+        table = ScoreTable.empty(alternatives, scorer.traces, scorer.weigh)
         name = hashlib.sha256(table.key(identity).encode()).hexdigest()[:16]
         saved = SavedTable(table, self.kept / f"swaps-{name}.safetensors", identity)
         order, left = in_random_order(scorer.traces, scorer.seed), list(range(len(options)))

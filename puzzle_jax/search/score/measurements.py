@@ -29,7 +29,7 @@ from safetensors.numpy import save
 
 from puzzle_jax.evaluate.statistics import weighted_mean
 from puzzle_jax.files import write_beside
-from puzzle_jax.generate.batches import MicroBatch, micro_batches
+from puzzle_jax.generate.batches import MicroBatch, TokenWeights, alike, micro_batches
 from puzzle_jax.generate.traces import Trace
 from puzzle_jax.processes.published import values_of
 from puzzle_jax.search.score.estimator import estimate, kinds_of, post_stratified
@@ -91,6 +91,7 @@ class ScoreTable:
       lens: KL as estimated by the lens, if it is used; NaN on traces that it was not run on. Not saved to disk.
       stratified: whether means weight each kind of trace by its tokens among all traces, as estimates with a lens do,
         because some kinds were scored more often than others.
+      weigh: weights of the completion tokens, in means over a trace and of traces.
       known: values of an earlier run. Each is adopted only when it is requested, so that a resumed run chooses by the
         same numbers as one that was never interrupted.
     """
@@ -101,16 +102,19 @@ class ScoreTable:
     lens: Float[np.ndarray, "alternatives traces"] | None = None
     known: Float[np.ndarray, "alternatives traces metrics"] | None = None
     stratified: bool = False
+    weigh: TokenWeights = alike
 
     @staticmethod
-    def empty(alternatives: Sequence[tuple[int, Alternative]], traces: Sequence[Trace]) -> ScoreTable:
+    def empty(
+        alternatives: Sequence[tuple[int, Alternative]], traces: Sequence[Trace], weigh: TokenWeights = alike
+    ) -> ScoreTable:
         shape = (len(alternatives), len(traces), len(METRICS))
-        return ScoreTable(alternatives, traces, np.full(shape, np.nan))
+        return ScoreTable(alternatives, traces, np.full(shape, np.nan), weigh=weigh)
 
     @cached_property
     def tokens(self) -> Int[np.ndarray, "traces"]:
-        """Completion tokens of every trace, which are its weight."""
-        return np.array([len(trace.completion) for trace in self.traces])
+        """Completion tokens of every trace, counted by their weights, which are the weight of the trace."""
+        return np.array([self.weigh(trace).sum() for trace in self.traces])
 
     @property
     def scored(self) -> Bool[np.ndarray, "alternatives traces"]:
@@ -149,7 +153,7 @@ class ScoreTable:
         """One alternative's means; `base_window` is the window that the alternative may narrow."""
         rows = np.flatnonzero(self.scored[number])
         values, tokens = self.values[number, rows], self.tokens[rows]
-        by_context = np.array([_tokens_by_context(self.traces[int(row)]) for row in rows])
+        by_context = np.array([_tokens_by_context(self.traces[int(row)], self.weigh) for row in rows])
         window = self.alternatives[number][1].window
         late = 1.0 if window is None or window == base_window else self._late_share(rows, window)
         kl, kl_se = weighted_mean(values[:, 0], tokens)
@@ -170,7 +174,8 @@ class ScoreTable:
 
     def _late_share(self, rows: Int[np.ndarray, "scored"], window: int) -> float:
         """Share of completion tokens that are predicted from more than `window` tokens."""
-        late = [np.mean(_contexts(self.traces[row]) > window) for row in rows]
+        traces = [self.traces[row] for row in rows]
+        late = [np.average(_contexts(trace) > window, weights=self.weigh(trace)) for trace in traces]
         return weighted_mean(np.array(late), self.tokens[rows])[0]
 
     # On disk -------------------------------------------------------------------------------------------------------
@@ -182,6 +187,8 @@ class ScoreTable:
             digest.update(f"{layer} {choice.window} {np.flatnonzero(choice.expert_mask).tolist()}\n".encode())
         for trace in self.traces:
             digest.update(f"{trace.prompt} {trace.completion}\n".encode())
+            if self.weigh is not alike:
+                digest.update(self.weigh(trace).tobytes())
         return digest.hexdigest()
 
     def save(self, path: Path, key: str) -> None:
@@ -240,8 +247,9 @@ def _contexts(trace: Trace) -> Int[np.ndarray, "completion"]:
     return len(trace.prompt) + np.arange(len(trace.completion))
 
 
-def _tokens_by_context(trace: Trace) -> Int[np.ndarray, "buckets"]:
-    return np.bincount(np.searchsorted(CONTEXTS, _contexts(trace)), minlength=len(CONTEXTS) + 1)
+def _tokens_by_context(trace: Trace, weigh: TokenWeights) -> Float[np.ndarray, "buckets"]:
+    bucket = np.searchsorted(CONTEXTS, _contexts(trace))
+    return np.bincount(bucket, weights=weigh(trace), minlength=len(CONTEXTS) + 1)
 
 
 @dataclass(frozen=True)
@@ -284,7 +292,8 @@ class Fill:
         table.recall(self.alternatives, self.traces)
         longest = max(len(trace.prompt) + len(trace.completion) for trace in table.traces)
         traces = [table.traces[number] for number in self.traces]
-        for batch in micro_batches(traces, tokens_per_batch=self.tokens_per_batch, longest=longest):
+        size, weigh = self.tokens_per_batch, table.weigh
+        for batch in micro_batches(traces, tokens_per_batch=size, longest=longest, weigh=weigh):
             ids = np.where(batch.ids >= 0, np.asarray(self.traces)[batch.ids], -1)
             batch = batch._replace(ids=ids)
             rows = ids[ids >= 0]

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from rich.console import Console
 
 from puzzle_jax.costs.scenario import Group
-from puzzle_jax.generate.batches import micro_batches
+from puzzle_jax.generate.batches import TokenWeights, alike, micro_batches
 from puzzle_jax.generate.traces import Trace
 from puzzle_jax.processes.published import values_of
 from puzzle_jax.progress import progress
@@ -97,6 +97,7 @@ class SpaceScorer:
       seed: random seed of the order of traces and of adaptive scoring's draws.
       base_kl: predicted KL of the base; 0 for the parent.
       groups: groups of traces whose KL the problem limits.
+      weigh: weights of the traces' completion tokens.
     """
 
     run: ReplaceOne
@@ -107,6 +108,7 @@ class SpaceScorer:
     seed: int = 0
     base_kl: float = 0.0
     groups: tuple[Group, ...] = ()
+    weigh: TokenWeights = alike
 
     def __call__(self, space: Space, table_path: Path, identity: str) -> ScoredSpace:
         """Scores all alternatives of `space` that the lens leaves, and saves scored pairs to a file.
@@ -124,7 +126,7 @@ class SpaceScorer:
                 IndexedAlternatives.around(indexed.keeping(kept), self.run.base),
                 looked.values[sorted(kept), :, 0],
             )
-        table = ScoreTable.empty(indexed.listed, self.traces)
+        table = ScoreTable.empty(indexed.listed, self.traces, self.weigh)
         if self.settings.method == "adaptive" and self.run.base is None:
             table.lens = lens
         table.stratified = bool(self.groups)
@@ -181,7 +183,7 @@ class SpaceScorer:
         lens = fit_lens(
             run, micro_batches([self.traces[n] for n in traces], tokens_per_batch=self.settings.tokens_per_batch)
         )
-        table = ScoreTable.empty(indexed.listed, self.traces)
+        table = ScoreTable.empty(indexed.listed, self.traces, self.weigh)
         self.fill(table, range(len(indexed.listed)), traces, lens)
         return table
 

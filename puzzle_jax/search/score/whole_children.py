@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from puzzle_jax.config import ModelConfig
-from puzzle_jax.generate.batches import MicroBatch
+from puzzle_jax.generate.batches import MicroBatch, TokenWeights, alike
 from puzzle_jax.generate.traces import Trace
 from puzzle_jax.model.child import Child
 from puzzle_jax.model.spec import Params
@@ -39,7 +39,7 @@ class Measurements(NamedTuple):
     Attributes:
       scores: each child's means.
       kl: KL per token of each child on every trace.
-      tokens: completion tokens of every trace.
+      tokens: completion tokens of every trace, by their weights.
     """
 
     scores: list[Score]
@@ -124,6 +124,7 @@ def score_children(
     on_done: Callable[[int], None] | None = None,
     kept: Path | None = None,
     identity: str = "",
+    weigh: TokenWeights = alike,
 ) -> Measurements:
     """Compares whole children, as views on the parent, with the parent.
 
@@ -131,9 +132,10 @@ def score_children(
       on_done: called with the number of children just run on a batch.
       kept: directory of a killed run's results, which are not measured again; None keeps nothing.
       identity: everything that results depend on besides children and traces: the parent, versions.
+      weigh: weights of the completion tokens.
     """
     nothing = Alternative(np.ones(config.blocks[0].num_experts, bool), config.blocks[0].window)
-    table = ScoreTable.empty([(number, nothing) for number in range(len(children))], traces)
+    table = ScoreTable.empty([(number, nothing) for number in range(len(children))], traces, weigh)
     layers = tuple(Layers(child_choices(child), child.viewed) for child in children)
     run = WholeChildren(ReplaceOne(params, config, mesh=mesh), layers)
     fill = Fill(table, run, range(len(children)), range(len(traces)), tokens_per_batch)

@@ -165,6 +165,14 @@ class Chat:
             texts[name[0]].append(self.decode(message[start + 1 :]))
         return Completion("\n".join(texts["analysis"]), "\n".join(texts["final"]), truncated=stop is None)
 
+    def turn_to_final(self, tokens: Sequence[int]) -> tuple[int, int] | None:
+        """First and last position of the tokens that end the analysis and open the final message, from `<|end|>` to
+        `<|message|>`; None where no message follows another."""
+        end_id, message_id = (_special(self.tokenizer, token) for token in ("<|end|>", "<|message|>"))
+        opened = [position for position, token in enumerate(tokens) if token == message_id]
+        ended = [position for position, token in enumerate(tokens) if token == end_id]
+        return next(((end, opened[-1]) for end in reversed(ended) if opened and end < opened[-1]), None)
+
     def encode(self, text: str) -> list[int]:
         """Tokens of a rendered text; special tokens in it become their ids."""
         return self.tokenizer.encode(text, add_special_tokens=False).ids
