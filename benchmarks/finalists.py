@@ -81,7 +81,7 @@ def compare_windows(search: Search, console: Console) -> None:
 
 
 def timed(work: Callable[[], Any], clock: Callable[[], float] = time.process_time) -> tuple[Any, float]:
-    """What the work returns, and the seconds that it took."""
+    """The result of the work, and the seconds that it took."""
     start = clock()
     return work(), clock() - start
 

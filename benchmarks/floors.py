@@ -14,6 +14,7 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,7 @@ def main() -> None:
         plain, floors = (file.parent / name for name in ("plain", "floors"))
         rows.append({"seed": seed, "child": measure(plain, file, seed, {}, options, console)})
         if not floors.exists():  # ranking and scores, which floors do not change, need not be computed again
-            shutil.copytree(plain, floors, ignore=shutil.ignore_patterns("kept"))
+            shutil.copytree(plain, floors)
         try:
             rows[-1]["child with floors"] = measure(floors, file, seed, {"max_kl": options.max_kl}, options, console)
             rows[-1]["child with floors"].pop("parent")
@@ -95,10 +96,12 @@ def measure(
     for stage in STAGES:
         run_stages(search, stage)
     candidate = final_candidates(search.run)["child"]
-    evaluator, heldout = search.evaluator(search.run / "kept"), read_traces(options.run / "traces" / "heldout.parquet")
+    heldout = read_traces(options.run / "traces" / "heldout.parquet")
     children = {"parent": identity_child(search.parent.config), "child": search.child(candidate)}
-    found = evaluator.divergence(list(children.values()), heldout, "of the finished run")
-    accuracy = evaluator.accuracy(children)
+    with TemporaryDirectory() as kept:
+        evaluator = search.evaluator(Path(kept))
+        found = evaluator.divergence(list(children.values()), heldout, "of the finished run")
+        accuracy = evaluator.accuracy(children)
     of_child = {"speedup": speedup(search.problem(), candidate), "violated": list(candidate.violated)}
     about = {"parent": {"speedup": 1.0, "violated": []}, "child": of_child}
     told = {

@@ -103,7 +103,7 @@ def _of_seed(parent: Path, seed: int, problems: int, scored: int, run: Path) -> 
 
     def measured(child: Child) -> Row:
         number = number_of[child.blocks]
-        efforts = right[str(number)].values()
+        efforts = right[str(number)]["efforts"].values()
         return {
             "kl": kl[number].kl,
             "accuracy": float(np.mean([effort["accuracy"] for effort in efforts])),

@@ -48,7 +48,7 @@ from puzzle_jax.generate.traces import Trace
 from puzzle_jax.model.child import Child, ChildBlock
 from puzzle_jax.search.artifacts import RANKING, REFINED_COSTS, SCORES, TRACES
 from puzzle_jax.search.parent import read_parent
-from puzzle_jax.search.recipe import EMBEDDED_PARENT, ScoreSettings
+from puzzle_jax.search.recipe import EMBEDDED_PARENT, TRACE_SETS, ScoreSettings
 from puzzle_jax.search.refine.accept import Difference, Pool, refine
 from puzzle_jax.search.refine.expert_values import MOST_TRACES, ExpertValues
 from puzzle_jax.search.refine.gradients import FORWARDS
@@ -107,7 +107,7 @@ class Case:
 
     @cached_property
     def traces(self) -> dict[str, Sequence[Trace]]:
-        return {name: TRACES[name].read(self.directory) for name in TRACES}
+        return {name: TRACES[name].read(self.directory) for name in TRACE_SETS}
 
     def child(self, kept: Sequence[Sequence[int]]) -> Child:
         blocks = zip(kept, self.parent.config.blocks, strict=True)
@@ -163,7 +163,7 @@ class Case:
         return child
 
     def guided(self, child: Candidate, scratch: Path, seed: int) -> Candidate:
-        guide = ExpertValues(self.files[0], self.problem, self.runner, self.traces["calibration"], seed)
+        guide = ExpertValues(self.files[0], self.problem, self.runner, self.traces["calibration"], seed=seed)
         return self.swaps(child, scratch, guide)
 
     def rco(self, budget: int, seed: int) -> Keep:

@@ -19,6 +19,7 @@ class SearchPage:
 
     Attributes:
       scores, solutions, refined: contents of the stages' files.
+      finalists: content of finalists.json; None where no finalists were trained.
       seconds: one request's share of its batch, by scenario, model and part.
       child: predicted speed-up and score of the chosen child.
       stages: name and stage.json of every stage.
@@ -31,6 +32,7 @@ class SearchPage:
     seconds: Mapping[str, Mapping[str, Mapping[str, float]]]
     child: Mapping[str, float]
     stages: Mapping[str, Mapping[str, Json]]
+    finalists: Mapping[str, Json] | None = None
 
     def figures(self) -> dict[str, bytes]:
         """PNG files by name."""
@@ -56,7 +58,8 @@ class SearchPage:
                 entry["name"].replace("_", " "),
                 f"{entry['score']:.4f}",
                 "{kl:.4f} ±{kl_se:.4f}".format(**entry["validation"]),
-                "{mean:.4f} ±{se:.4f}".format(**entry["above_best"]),
+                f"{entry['expected']:.4f}",
+                "{mean:+.4f} ±{se:.4f}".format(**entry["above_best"]),
             ]
             for entry in self.solutions["pool"]
         ]
@@ -69,10 +72,24 @@ class SearchPage:
             groups=self.report.groups(),
             images=images,
             pool=pool,
-            choices=[f"The search took {chosen}.{agree}", *map(_outcome, self.refined["tried"])],
+            choices=[
+                f"The search took {chosen}.{agree}",
+                *self._of_finalists(),
+                *map(_outcome, self.refined["tried"]),
+            ],
             scenarios=list(self.seconds),
             stages=[[name, f"{record['seconds']:.1f}", record["jax"]] for name, record in self.stages.items()],
         )
+
+    def _of_finalists(self) -> list[str]:
+        """A sentence on the finalist that was chosen, if there were any."""
+        if self.finalists is None:
+            return []
+        steps, name = self.finalists["steps"], self.finalists["finalists"][self.finalists["chosen"]]["name"]
+        others = len(self.finalists["finalists"])
+        return [
+            f"After {steps} steps of training, {name} had the lowest KL of {others} finalists, and was taken instead."
+        ]
 
     def write(self, out: Path) -> None:
         """Writes report.html, report.md and figures/*.png."""

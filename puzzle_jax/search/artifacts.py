@@ -102,7 +102,7 @@ def _save_ranking(path: Path, ranking: Ranking) -> None:
 
 def _load_ranking(path: Path) -> Ranking:
     tensors = load_file(path)
-    return Ranking({rule: tensors[rule] for rule in RULES}, tensors["routed"])
+    return Ranking({rule: tensors[rule] for rule in RULES if rule in tensors}, tensors["routed"])
 
 
 COSTS, REFINED_COSTS = _costs("cost/costs.json"), _costs("refine_costs/costs.json")
@@ -133,9 +133,26 @@ def chosen_candidate(run: Path, finalists: bool = False) -> Candidate:
 
 
 def chosen_of_pool(run: Path) -> Any:
-    """The candidate that `solve` chose as solutions.json has it, with its measurements."""
+    """The candidate that `solve` chose as solutions.json has it, with its measurements.
+
+    Raises PuzzleError for a file of an earlier version, which has no expected KL.
+    """
     solutions = SOLUTIONS.read(run)
-    return solutions["pool"][solutions["chosen"]]
+    return _with_expected(solutions["pool"][solutions["chosen"]], SOLUTIONS.path, "solve")
+
+
+def expected_of_refined(run: Path) -> Any:
+    """The KL to expect of the final child, and its standard error.
+
+    Raises PuzzleError for a file of an earlier version, which has none.
+    """
+    return _with_expected(REFINED.read(run), REFINED.path, "refine")["expected"]
+
+
+def _with_expected(found: Any, path: str, stage: str) -> Any:
+    if "expected" not in found:
+        raise PuzzleError(f"{path} has no expected KL, as of an earlier version; run the stage {stage} again")
+    return found
 
 
 def final_candidates(run: Path) -> dict[str, Candidate]:

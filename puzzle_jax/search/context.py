@@ -29,7 +29,7 @@ from puzzle_jax.search.artifacts import RANKING, REFINED_COSTS, SCORES, TRACES
 from puzzle_jax.search.evaluator import Evaluator
 from puzzle_jax.search.parent import open_parent, run_identity
 from puzzle_jax.search.rank.ranking import ranked_space
-from puzzle_jax.search.recipe import Recipe
+from puzzle_jax.search.recipe import TRACE_SETS, Recipe
 from puzzle_jax.search.refine.accept import Pool
 from puzzle_jax.search.refine.floors import pool_within
 from puzzle_jax.search.score.ending import ending_weights
@@ -137,7 +137,10 @@ class Search:
         if self.recipe.target.max_kl.is_empty:
             return ()
         asked = self.recipe.traces.file is None
-        return self.recipe.target.max_kl.limits(self._kinds if asked else kinds_in(self.traces("calibration")))
+        if asked:
+            return self.recipe.target.max_kl.limits(self._kinds)
+        deciding = [trace for name in TRACE_SETS[:3] for trace in self.traces(name)]
+        return self.recipe.target.max_kl.limits(kinds_in(deciding))
 
     @property
     def limited_groups(self) -> tuple[Group, ...]:
@@ -199,7 +202,10 @@ class Search:
 
     def measured_floors(self, name: str) -> MeasuredFloors | None:
         """The same as they are checked on a set of traces; None without any."""
-        return MeasuredFloors.on(self.floors(), self.traces(name), name) if self.kl_limits else None
+        if not self.kl_limits:
+            return None
+        weigh = ending_weights(self.parent.chat, *self.recipe.score.ending)
+        return MeasuredFloors.on(self.floors(), self.traces(name), name, weigh)
 
     # What stages compute with ---------------------------------------------------------------------------------------
 
@@ -218,7 +224,7 @@ class Search:
         traces, seed = self.traces("calibration"), self.recipe.traces.seed
         base_kl = 0.0 if around is None else around.score
         problem = partial(self.problem_of, around=around, entropy=entropy)
-        weigh = ending_weights(self.parent.chat, settings.ending_weight, settings.ending_tokens)
+        weigh = ending_weights(self.parent.chat, *settings.ending)
         return SpaceScorer(run, traces, settings, problem, self.console, seed, base_kl, self.limited_groups, weigh)
 
     def _runner(self, base: Sequence[Alternative] | None = None, rope: RopeConfig | None = None) -> ReplaceOne:
@@ -277,7 +283,7 @@ class Search:
         if around is None or floors is None:
             found = decided_candidates(lambda: solved(problem))
         else:
-            found = decided_candidates(lambda: within(problem.floors, [around]))
+            found = decided_candidates(lambda: within(problem.floors, [replace(around, score=0.0)]))
         known = {(candidate.blocks, candidate.kept) for candidate in found}
         found += [other for other in others if other.meets_target and (other.blocks, other.kept) not in known]
         pool = measured(found)

@@ -52,6 +52,7 @@ from puzzle_jax.search.artifacts import (
     SOLUTIONS,
     TRACES,
     Artifact,
+    expected_of_refined,
     final_candidates,
     find,
 )
@@ -318,7 +319,7 @@ def evaluate(search: Search, out: Path, kept: Path) -> None:
     found = search.evaluator(kept).compare(
         candidates, children, search.traces("heldout"), search.costs, search.run / CHILD
     )
-    found["child"]["expected_kl"] = REFINED.read(search.run)["expected"]
+    found["child"]["expected_kl"] = expected_of_refined(search.run)
     EVALUATION.write(out, found)
 
 
@@ -346,7 +347,7 @@ STAGES: tuple[Stage[Search], ...] = (
             _inputs(s, SOLUTIONS, SCORES, RANKING, REFINED_COSTS, *(TRACES[n] for n in TRACE_SETS[:3]))
             + ([FINALISTS.find(s.run)] if s.recipe.finalists.count else [])
         ),
-        lambda s: _sections(s, "refine", "score", "solve", "target", "child"),
+        lambda s: {**_sections(s, "refine", "score", "solve", "target", "child"), "seed": s.recipe.traces.seed},
         refine_child,
     ),
     Stage(

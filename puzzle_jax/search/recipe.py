@@ -196,7 +196,8 @@ class SolveSettings:
     """The integer program.
 
     Attributes:
-      solutions: number of solutions whose real KL is measured; the candidate with the lowest becomes the child.
+      solutions: number of solutions that are run whole; the one with the lowest expected KL becomes the child
+        (`search.refine.expected`).
       time_limit: seconds allowed for each solution.
       gap: relative gap that counts as optimal.
     """

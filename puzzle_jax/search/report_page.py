@@ -8,7 +8,7 @@ from rich.text import Text
 
 from puzzle_jax.report.page import SearchPage, stage_records
 from puzzle_jax.report.table import SearchReport
-from puzzle_jax.search.artifacts import CHILD, EVALUATION, REFINED, SCORES, SOLUTIONS, final_candidates
+from puzzle_jax.search.artifacts import CHILD, EVALUATION, FINALISTS, REFINED, SCORES, SOLUTIONS, final_candidates
 from puzzle_jax.search.context import Search
 from puzzle_jax.search.solve.frontier import speedup
 from puzzle_jax.search.solve.problem import Candidate
@@ -30,6 +30,7 @@ def write_report(search: Search, out: Path, stages: list[tuple[str, str]]) -> No
         },
         child={"speedup": speedup(search.problem(), child), "score": child.score},
         stages=stage_records(search.run, stages),
+        finalists=FINALISTS.read(search.run) if search.recipe.finalists.count else None,
     )
     page.write(out)
 

@@ -66,7 +66,7 @@ class ExpertChoice:
     Attributes:
       count: number of experts kept.
       kept: their ids in the parent, ascending.
-      method: the ranking method that proposed them, or several joined by "+" where they agree.
+      method: the ranking rule that proposed them, or several joined by "+" where they agree.
     """
 
     count: int

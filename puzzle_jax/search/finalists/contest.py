@@ -5,7 +5,7 @@ after, and what a layer no longer sees may be learnt elsewhere or not at all (do
 can mend"). So children that differ where this matters are trained alike for a while, and the one with the lowest KL
 then is chosen. They are
 
-    the integer program's choice, that is, the best of its pool by whole runs
+    the choice of the stage `solve`
     the best solution of every other pattern of layers that see less than in the parent, best predictions first
     where the target allows too few patterns, the pool's best with other expert counts
 
@@ -86,8 +86,9 @@ class Contest:
 
     @property
     def chosen(self) -> int:
-        """The finalist of lowest KL after training; of equal ones the first."""
-        return int(np.argmin([kl for kl, _ in self.kl]))
+        """The finalist of lowest KL after training among those that keep the floors before it; of all, if none does."""
+        order = [(bool(candidate.violated), kl) for candidate, (kl, _) in zip(self.candidates, self.kl, strict=True)]
+        return min(range(len(order)), key=order.__getitem__)
 
     @property
     def above_chosen(self) -> list[Difference]:

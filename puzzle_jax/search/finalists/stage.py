@@ -10,6 +10,8 @@ from puzzle_jax.search.context import Search
 from puzzle_jax.search.finalists.contest import Contest, contenders, hold
 from puzzle_jax.search.finalists.training import ShortDistillation
 from puzzle_jax.search.recipe import TRAINING
+from puzzle_jax.search.refine.accept import Pool
+from puzzle_jax.search.score.ending import ending_weights
 from puzzle_jax.search.solve.problem import Candidate
 
 
@@ -18,6 +20,7 @@ def contest_of(search: Search, kept: Path) -> Contest:
     found = contestants(search)
     train = trainer(search, found)
     before = search.measure(found, "validation", search.evaluator(kept))
+    found = list(Pool.measured(found, before, search.measured_floors("validation")).candidates)
     return hold(found, before, lambda candidate: train(search.child(candidate)), search.recipe.finalists.steps, kept)
 
 
@@ -43,4 +46,5 @@ def trainer(search: Search, candidates: Sequence[Candidate]) -> ShortDistillatio
         search.traces("validation"),
         search.recipe.traces.seed,
         search.console,
+        ending_weights(search.parent.chat, *search.recipe.score.ending),
     )

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 from rich.console import Console
 
 from puzzle_jax.config import ModelConfig
+from puzzle_jax.generate.batches import TokenWeights, alike
 from puzzle_jax.generate.traces import Trace
 from puzzle_jax.model.child import Child, ChildBlock
 from puzzle_jax.model.spec import Params
@@ -53,6 +54,7 @@ class ShortDistillation:
       validation: traces on which trained children are compared with the parent.
       seed: random seed of the order of the traces.
       console: where progress is shown.
+      weigh: weights of the validation traces' completion tokens.
 
     Raises `PuzzleError` where grain is not installed, or no trace fits a row.
     """
@@ -66,6 +68,7 @@ class ShortDistillation:
     validation: Sequence[Trace]
     seed: int
     console: Console
+    weigh: TokenWeights = alike
 
     def __call__(self, child: Child) -> Float[np.ndarray, "traces"]:
         """Trains a child from the parent's weights; returns its KL per completion token on every validation trace."""
@@ -85,8 +88,9 @@ class ShortDistillation:
         for batch in self._measured_rows:
             kl = np.asarray(self._kl(trained, fixed, batch), np.float64)
             counted = np.asarray(batch.weights) > 0
-            sums += np.bincount(batch.extras["trace"][counted], kl[counted], len(sums))
-        return sums / [len(trace.completion) for trace in self.validation]
+            weighted = kl[counted] * batch.extras["weight"][counted]
+            sums += np.bincount(batch.extras["trace"][counted], weighted, len(sums))
+        return sums / [self.weigh(trace).sum() for trace in self.validation]
 
     @cached_property
     def student(self) -> Student:
@@ -154,7 +158,9 @@ class ShortDistillation:
         examples = []
         for number, trace in enumerate(self.validation):
             tokens = np.array([*trace.prompt, *trace.completion], np.int32)
-            extras = {"trace": np.full(len(tokens), number, np.int32)}
+            weight = np.zeros(len(tokens), np.float32)
+            weight[len(trace.prompt) - 1 : -1] = self.weigh(trace)
+            extras = {"trace": np.full(len(tokens), number, np.int32), "weight": weight}
             examples.append(Example(tokens, len(trace.prompt), extras))
         length = max(self.settings.row_length, *(len(example.tokens) for example in examples))
         return list(packed(examples, rows=self.settings.rows, length=length, pad_id=self.pad_id))

@@ -100,7 +100,7 @@ class SearchTime:
 
     @cached_property
     def alternatives(self) -> tuple[Number, Number]:
-        """Alternatives of the whole space: those with fewer experts, per ranking method, and with other windows."""
+        """Alternatives of the whole space: those with fewer experts, per ranking rule, and with other windows."""
         config, settings = self.config, self.recipe.space
         experts = config.blocks[0].num_experts
         counts = candidate_counts(experts, config.experts_per_token, settings.fractions, settings.divisor)

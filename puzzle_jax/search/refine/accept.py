@@ -7,10 +7,10 @@
     swap      experts that the child keeps are swapped for experts that it lost, in one layer or in several
 
 A refined child replaces the one before only if its KL on confirmation traces, which were used for neither proposing nor
-choosing, is lower by more than two standard errors of the paired difference, and if it breaks no floor, a limit on the
-KL of a group of traces, that held before. The scores that proposed it are biased in
-its favour: an iteration that is accepted on its own traces lowers the KL there and may raise it elsewhere. Both
-refinements continue from the child accepted last, and each ends with its first refusal.
+choosing, is lower by more than two standard errors of the paired difference, and if it keeps every floor (a limit on
+the KL of a group of traces) that the one before kept. The scores that proposed it are biased in its favour: an
+iteration that is accepted on its own traces lowers the KL there and may raise it elsewhere. Both refinements continue
+from the child accepted last, and each ends with its first refusal.
 """
 
 from __future__ import annotations
@@ -115,7 +115,8 @@ class Pool:
         return float(spearmanr(predicted, real)[0])  # pyright: ignore[reportArgumentType]
 
     def to_json(self) -> list[dict[str, Any]]:
-        """Every candidate with its real and its expected KL, and the amount by which it exceeds the best one's."""
+        """Every candidate with its real and its expected KL, and the amount by which its real KL exceeds the chosen
+        one's, which is negative where it is lower."""
         return [
             {
                 **candidate.to_json(),

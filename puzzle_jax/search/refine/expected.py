@@ -34,7 +34,8 @@ def expected_kls(
       kl: KL per token of each child on every trace.
       tokens: completion tokens of every trace.
 
-    A child without a positive prediction keeps its measurement, and so do all of a pool with fewer than three others.
+    A child without a positive prediction keeps its measurement; so do all of a pool with fewer than three others, or
+    with a single trace.
     """
     sums = np.asarray(predicted, float)
     measured = np.array([weighted_mean(of_child, tokens)[0] for of_child in kl])

@@ -17,8 +17,8 @@ Left out: values of windows, which stay the child's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import numpy as np
@@ -26,6 +26,7 @@ from jaxtyping import Bool, Float
 
 from puzzle_jax.generate.batches import micro_batches
 from puzzle_jax.generate.traces import Trace
+from puzzle_jax.numeric import Number
 from puzzle_jax.processes.published import decided
 from puzzle_jax.search.refine.gradients import addition_effects
 from puzzle_jax.search.score.alternatives import expert_mask
@@ -51,6 +52,7 @@ class ExpertValues:
       problem: makes the integer program of a space and its scores.
       run: makes the runner of a child, whose windows it has.
       traces: calibration traces.
+      solver: options of `Problem.solve`.
       seed: random seed.
     """
 
@@ -58,6 +60,7 @@ class ExpertValues:
     problem: Callable[[Space, Scores], Problem]
     run: Callable[[Candidate], ReplaceOne]
     traces: Sequence[Trace]
+    solver: Mapping[str, Number] = field(default_factory=dict)
     seed: int = 0
 
     def __call__(self, child: Candidate) -> Values:
@@ -114,4 +117,4 @@ class ExpertValues:
             for of_layer, block in zip(windows, child.blocks, strict=True)
         )
         problem = self.problem(Space(self.space.parent, tuple(choices), windows), Scores(tuple(lost), of_windows))
-        return replace(problem.solve()[0], score=child.score)
+        return replace(problem.solve(**self.solver)[0], score=child.score)

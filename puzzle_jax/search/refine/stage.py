@@ -10,7 +10,8 @@ from puzzle_jax.search.refine.accept import Attempt, refine
 from puzzle_jax.search.refine.expected import expected_of_child
 from puzzle_jax.search.refine.expert_values import ExpertValues
 from puzzle_jax.search.refine.proposals import Refinement
-from puzzle_jax.search.solve.problem import Candidate
+from puzzle_jax.search.solve.problem import Candidate, Problem, Scores
+from puzzle_jax.search.space import Space
 
 
 def refined_child(search: Search, kept: Path) -> tuple[Candidate, dict[str, float], list[Attempt]]:
@@ -21,7 +22,13 @@ def refined_child(search: Search, kept: Path) -> tuple[Candidate, dict[str, floa
     options, evaluator = search.recipe.refine, search.evaluator(kept)
     space = search.scored_space()
     traces, seed = search.traces("calibration"), search.recipe.traces.seed
-    values = ExpertValues(space, search.problem_of, lambda child: search.scorer(child).run, traces, seed)
+    solver = {"time_limit": search.recipe.solve.time_limit, "gap": search.recipe.solve.gap}
+
+    def unlimited(space: Space, scores: Scores) -> Problem:
+        """The integer program without floors, of which the values of experts know nothing."""
+        return Problem(space, scores, search.costs, search.recipe.target)
+
+    values = ExpertValues(space, unlimited, lambda child: search.scorer(child).run, traces, solver, seed)
     refinement = Refinement(
         space=space,
         removal_error=RANKING.read(search.run).scores["removal_error"],

@@ -11,7 +11,7 @@ differences from its KL, the child's own KL of each group is added.
 
 Sums of scores only approximate KLs, and mostly from below. Whether a child keeps its floors is therefore decided by
 measured KLs (`MeasuredFloors`), and a floor that is violated by them is tightened for the next solution
-(`search.refine.pool`).
+(`search.refine.floors`).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from jaxtyping import Bool, Float, Int
 
 from puzzle_jax.costs.scenario import Group, KlLimit
 from puzzle_jax.errors import ConfigError
+from puzzle_jax.generate.batches import TokenWeights, alike
 from puzzle_jax.generate.traces import Trace
 from puzzle_jax.numeric import short
 from puzzle_jax.program.library import Limit
@@ -175,7 +176,7 @@ class MeasuredFloors:
     Attributes:
       floors: the floors.
       where: name of the set of traces.
-      tokens: completion tokens of every trace.
+      tokens: completion tokens of every trace, by their weights.
       groups: by name of a limited group, which traces belong to it.
     """
 
@@ -185,9 +186,9 @@ class MeasuredFloors:
     groups: Mapping[str, Bool[np.ndarray, "traces"]]
 
     @staticmethod
-    def on(floors: Sequence[Floor], traces: Sequence[Trace], where: str) -> MeasuredFloors:
-        """The check of floors on a set of traces."""
-        tokens = np.array([len(trace.completion) for trace in traces])
+    def on(floors: Sequence[Floor], traces: Sequence[Trace], where: str, weigh: TokenWeights = alike) -> MeasuredFloors:
+        """The check of floors on a set of traces, whose completion tokens have weights."""
+        tokens = np.array([weigh(trace).sum() for trace in traces])
         groups = {floor.group: members(floor.limit.group, traces) for floor in floors}
         return MeasuredFloors(tuple(floors), where, tokens, groups)
 

@@ -166,8 +166,8 @@ class Chat:
         return Completion("\n".join(texts["analysis"]), "\n".join(texts["final"]), truncated=stop is None)
 
     def turn_to_final(self, tokens: Sequence[int]) -> tuple[int, int] | None:
-        """First and last position of the tokens that end the analysis and open the final message, from `<|end|>` to
-        `<|message|>`; None where no message follows another."""
+        """First and last position of the tokens between the last two messages, from `<|end|>` to `<|message|>`; None
+        where no message follows another. In a whole answer these are the analysis and the final message."""
         end_id, message_id = (_special(self.tokenizer, token) for token in ("<|end|>", "<|message|>"))
         opened = [position for position, token in enumerate(tokens) if token == message_id]
         ended = [position for position, token in enumerate(tokens) if token == end_id]

@@ -78,6 +78,16 @@ def test_the_lowest_kl_after_training_is_chosen(tmp_path):
     assert chosen == ["", "yes", ""]
 
 
+def test_a_finalist_that_breaks_a_floor_is_chosen_only_if_all_do(tmp_path):
+    """FAR has the lowest KL after training."""
+    breaking = [replace(FAR, violated=("KL of high",)), NEAR]
+    trained = {"near": 0.5, "far": 0.2}
+    some = hold(breaking, measured(0.9, 0.3), lambda c: np.full(3, trained[c.name]), 11, tmp_path / "some")
+    assert some.chosen == 1
+    none = [replace(each, violated=("KL of high",)) for each in breaking]
+    assert hold(none, measured(0.9, 0.3), lambda c: np.full(3, trained[c.name]), 11, tmp_path / "none").chosen == 0
+
+
 def test_a_killed_stage_trains_no_finished_one_again(tmp_path):
     asked = []
 

@@ -49,6 +49,14 @@ def test_untrained_children_are_measured_as_the_search_measures_them(trained):
     for child, kl in zip((CHILD, OTHER), expected.kl, strict=True):
         np.testing.assert_allclose(trained.measure(begin, child), kl, rtol=2e-4, atol=1e-6)
 
+    def last(trace):
+        return np.where(np.arange(len(trace.completion)) == len(trace.completion) - 1, 6, 1)
+
+    weighted = score_children(trained.params, toy.PARENT, [CHILD], trained.validation, weigh=last)
+    found = replace(trained, weigh=last).measure(begin, CHILD)
+    np.testing.assert_allclose(found, weighted.kl[0], rtol=2e-4, atol=1e-6)
+    assert np.abs(found - expected.kl[0]).max() > 1e-3
+
 
 def test_training_brings_each_nearer_its_parent_and_does_not_touch_the_other(trained):
     """The traces to train on are the validation traces here."""

@@ -56,7 +56,7 @@ def test_a_weight_of_one_is_no_weight_at_all():
     assert ending_weights(CHAT, 1, 8) is alike
     for settings in ({"ending_weight": 0}, {"ending_weight": 1001}, {"ending_tokens": -1}):
         with pytest.raises(ConfigError, match=r"score\.ending_"):
-            ScoreSettings(**settings)
+            ScoreSettings(**settings)  # pyright: ignore[reportArgumentType]
 
 
 def test_scores_are_linear_in_the_weights(small_parent):
