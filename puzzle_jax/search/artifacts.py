@@ -126,10 +126,9 @@ COPIED = (
 
 def chosen_candidate(run: Path, finalists: bool = False) -> Candidate:
     """The candidate that `solve` chose from its pool, or the one that was chosen among the `finalists`."""
-    if not finalists:
-        return Candidate.from_json(chosen_of_pool(run))
-    found = FINALISTS.read(run)
-    return Candidate.from_json(found["finalists"][found["chosen"]])
+    artifact, listed = (FINALISTS, "finalists") if finalists else (SOLUTIONS, "pool")
+    found = artifact.read(run)
+    return Candidate.from_json(found[listed][found["chosen"]])
 
 
 def chosen_of_pool(run: Path) -> Any:

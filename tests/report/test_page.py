@@ -34,11 +34,18 @@ SOLUTIONS = {
     "chosen": 1,
     "rank_correlation": 0.5,
     "pool": [
-        {"name": "solution 1", "score": 0.2, "validation": SCORE, "above_best": {"mean": 0.01, "se": 0.002}},
+        {
+            "name": "solution 1",
+            "score": 0.2,
+            "validation": SCORE,
+            "expected": 0.25,
+            "above_best": {"mean": 0.01, "se": 0.002},
+        },
         {
             "name": "experts_only",
             "score": 0.3,
             "validation": {**SCORE, "kl": 0.24},
+            "expected": 0.125,
             "above_best": {"mean": 0.0, "se": 0.0},
         },
     ],

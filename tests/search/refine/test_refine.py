@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from puzzle_jax.config import BlockConfig
+from puzzle_jax.generate.batches import alike
 from puzzle_jax.generate.traces import Trace
 from puzzle_jax.search.recipe import ScoreSettings
 from puzzle_jax.search.refine.accept import Difference, Pool, Swap, refine, swapped, together, with_choice
@@ -139,6 +140,7 @@ class MadeUpScorer:
     """Scores a layer's alternatives by the gains that a test gives, whatever the trace."""
 
     seed = 0
+    weigh = staticmethod(alike)
 
     def __init__(self, method, gain):
         self.settings, self.gain, self.asked = ScoreSettings(method=method, first=3), gain, []
