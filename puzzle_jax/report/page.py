@@ -86,10 +86,8 @@ class SearchPage:
         if self.finalists is None:
             return []
         steps, name = self.finalists["steps"], self.finalists["finalists"][self.finalists["chosen"]]["name"]
-        others = len(self.finalists["finalists"])
-        return [
-            f"After {steps} steps of training, {name} had the lowest KL of {others} finalists, and was taken instead."
-        ]
+        count = len(self.finalists["finalists"])
+        return [f"After {steps} steps of training, {name} had the lowest KL of {count} finalists and went on."]
 
     def write(self, out: Path) -> None:
         """Writes report.html, report.md and figures/*.png."""

@@ -2,6 +2,7 @@
 
 import base64
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,12 @@ def test_the_page_holds_everything_and_fetches_nothing(tmp_path: Path):
     for name in files:
         picture = imread(tmp_path / "figures" / name)
         assert picture.shape[0] > 150 and picture.shape[1] > 400 and np.ptp(picture[..., :3]) > 0.5, name
+
+
+def test_the_finalist_that_was_chosen_is_named():
+    names = [{"name": "solution 1"}, {"name": "solution 4"}, {"name": "pool 2"}]
+    told = replace(page(), finalists={"steps": 60, "chosen": 1, "finalists": names}).html(page().figures())
+    assert "After 60 steps of training, solution 4 had the lowest KL of 3 finalists and went on." in told
 
 
 def test_figures_are_the_same_for_the_same_numbers():
