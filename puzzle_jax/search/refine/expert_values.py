@@ -20,13 +20,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
 
 from puzzle_jax.generate.batches import micro_batches
 from puzzle_jax.generate.traces import Trace
-from puzzle_jax.numeric import Number
 from puzzle_jax.processes.published import decided
 from puzzle_jax.search.refine.gradients import addition_effects
 from puzzle_jax.search.score.alternatives import expert_mask
@@ -60,7 +60,7 @@ class ExpertValues:
     problem: Callable[[Space, Scores], Problem]
     run: Callable[[Candidate], ReplaceOne]
     traces: Sequence[Trace]
-    solver: Mapping[str, Number] = field(default_factory=dict)
+    solver: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
 
     def __call__(self, child: Candidate) -> Values:

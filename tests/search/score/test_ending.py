@@ -14,6 +14,7 @@ from puzzle_jax.search.score.measurements import Fill, ScoreTable
 from puzzle_jax.search.score.replace_one import Alternative, ReplaceOne
 from puzzle_jax.search.traces import ended
 from puzzle_jax.tasks.chat.embedded import embedded_chat
+from tests.support import present
 
 CHAT = embedded_chat()
 
@@ -48,7 +49,7 @@ def test_without_a_turn_only_a_stop_token_counts_more(analysis, cut):
 def test_a_short_analysis_ends_with_all_of_its_tokens():
     completion = CHAT.completion_tokens("1", "2")
     weights = ending_weights(CHAT, 3, 50)(trace(completion))
-    after = CHAT.turn_to_final(completion)[1]
+    after = present(CHAT.turn_to_final(completion))[1]
     assert weights.tolist() == [3] * (after + 1) + [1] * (len(completion) - after - 2) + [3]
 
 
