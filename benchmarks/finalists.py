@@ -1,4 +1,4 @@
-"""Which child finalists choose after how many steps, and what it costs; and what windows as data cost and save.
+"""The finalist that is chosen after a number of steps, its cost, and the cost of windows that are data.
 
     python benchmarks/finalists.py [--steps 25 50 100] [--windows] -- --run RUN --finalists count=4,...
 

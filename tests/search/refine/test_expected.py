@@ -32,7 +32,7 @@ def test_differences_within_the_noise_give_way_to_predictions():
 
 
 def test_the_best_of_many_alike_is_not_expected_to_be_as_good_as_it_was_measured():
-    """Of 40 children whose true KL is the same, the best measurement is low by luck; what is expected of it is not."""
+    """The best measurement of 40 children with the same true KL is low by luck; the KL expected of it is not."""
     source = np.random.default_rng(1)
     tokens = np.full(50, 7)
     kl = 0.5 + source.normal(0, 0.6, (40, 50))
