@@ -13,7 +13,7 @@ from cache_cases import cached, chunks
 from case import Case, normal
 
 from puzzle_jax.kernels.expert_mlp import Experts, expert_mlp
-from puzzle_jax.kernels.expert_mlp.reference import clamped_swiglu
+from puzzle_jax.kernels.expert_mlp.reference import apply_swiglu
 from puzzle_jax.kernels.grouped_matmul import grouped_matmul
 from puzzle_jax.kernels.mxfp4 import MXFP4, decode
 from puzzle_jax.kernels.route import Routing
@@ -265,7 +265,7 @@ def _capacity_buffer(x: jax.Array, routing: Routing, experts: Experts, factor: f
     rank = jnp.sum((jnp.cumsum(mine, axis=0) - mine) * mine, axis=1)
     source = jnp.full((count, rows), tokens).at[flat, rank].set(jnp.arange(tokens * k) // k, mode="drop")
     h = jnp.take(x, source, axis=0, mode="fill", fill_value=0) @ experts.gate_up + experts.gate_up_bias[:, None]
-    out = clamped_swiglu(h, 7.0) @ experts.down + experts.down_bias[:, None]
+    out = apply_swiglu(h, 7.0) @ experts.down + experts.down_bias[:, None]
     pairs = out.at[flat, rank].get(mode="fill", fill_value=0).reshape(tokens, k, -1)
     return jnp.einsum("tkh,tk->th", pairs, routing.gates)
 
@@ -279,7 +279,7 @@ def _ragged_mlp(x: jax.Array, routing: Routing, experts: Experts) -> jax.Array:
     sizes = jnp.zeros(count, jnp.int32).at[flat].add(1)
     expert = flat[order]
     h = jax.lax.ragged_dot(x[order // k], experts.gate_up, sizes) + experts.gate_up_bias[expert]
-    out = jax.lax.ragged_dot(clamped_swiglu(h, 7.0), experts.down, sizes) + experts.down_bias[expert]
+    out = jax.lax.ragged_dot(apply_swiglu(h, 7.0), experts.down, sizes) + experts.down_bias[expert]
     out = jnp.zeros_like(out).at[order].set(out).reshape(*routing.ids.shape, -1)
     return jnp.einsum("tkh,tk->th", out, routing.gates)
 

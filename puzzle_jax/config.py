@@ -1,8 +1,9 @@
 """Description of a model: dimensions shared by all layers, and one block description per layer.
 
-`ModelConfig` describes a gpt-oss network in which every layer may have its own number of experts and its own
-attention window, which is the search space of Puzzle for mixture-of-experts models (arXiv 2602.11937). A parent and
-its children differ in `blocks` alone (and, for long contexts, in the YaRN factor).
+`ModelConfig` describes a network in which every layer may have its own number of experts and its own attention window,
+which is the search space of Puzzle for mixture-of-experts models (arXiv 2602.11937). A parent and its children differ in
+`blocks` alone (and, for long contexts, in the YaRN factor). `Variant` says what the blocks of a family of models have
+besides their sizes.
 
 This module uses neither arrays nor JAX, so that a configuration can be read, checked and counted anywhere.
 Left out: file formats; `puzzle_jax.convert_hf.configuration.config_json` reads and writes config.json.
@@ -20,17 +21,47 @@ EFFORTS: tuple[str, ...] = ("low", "medium", "high")
 
 
 @dataclass(frozen=True)
+class Variant:
+    """What the blocks of a family have; all else about a family is in its checkpoints and its chat template.
+
+    Attributes:
+      family: the `model_type` of its plain checkpoints.
+      attention_bias: biases of the four projections of attention.
+      sinks: an attention sink for every query head.
+      qk_norm: queries and keys are normalised per head, each by a learned RMSNorm, before they are rotated.
+      router_bias, expert_bias: biases of the router and of both matrices of every expert.
+      normalized_gates: the gates of a token's experts sum to one; otherwise each is the expert's share of a softmax over
+        all experts of the layer.
+      tied_head: the output head is the transposed embedding.
+    """
+
+    family: str = "gpt_oss"
+    attention_bias: bool = True
+    sinks: bool = True
+    qk_norm: bool = False
+    router_bias: bool = True
+    expert_bias: bool = True
+    normalized_gates: bool = True
+    tied_head: bool = False
+
+
+GPT_OSS = Variant()
+QWEN3_MOE = Variant("qwen3_moe", False, sinks=False, qk_norm=True, router_bias=False, expert_bias=False)
+
+
+@dataclass(frozen=True)
 class BlockConfig:
     """One layer's number of experts and attention window: the keys that a query sees, its own position's included.
 
-    A window of None means full causal attention.
+    A window of None means full causal attention. A layer of 0 experts is dense: one feed-forward network without a
+    router, of the width `ModelConfig.dense_size`.
     """
 
     num_experts: int
     window: int | None = None
 
     def __post_init__(self) -> None:
-        _require_int("num_experts", self.num_experts, minimum=1)
+        _require_int("num_experts", self.num_experts, minimum=0)
         if self.window is not None:
             _require_int("window", self.window, minimum=1)
 
@@ -72,7 +103,12 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A gpt-oss network with one `BlockConfig` per layer.
+    """A network with one `BlockConfig` per layer.
+
+    Attributes:
+      intermediate_size: width of one expert.
+      swiglu_limit: clamp of gpt-oss's SwiGLU; None is plain SwiGLU, silu(gate) * up.
+      dense_size: width of dense layers; None where there are none.
 
     Raises `ConfigError`, naming field, value and rule, when a dimension is impossible.
     """
@@ -88,7 +124,9 @@ class ModelConfig:
     rope: RopeConfig = field(default_factory=RopeConfig)
     max_position: int = 131_072
     rms_norm_eps: float = 1e-5
-    swiglu_limit: float = 7.0
+    swiglu_limit: float | None = 7.0
+    variant: Variant = GPT_OSS
+    dense_size: int | None = None
 
     def __post_init__(self) -> None:
         names = ("vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim")
@@ -103,9 +141,13 @@ class ModelConfig:
         if self.head_dim % 2:
             raise ConfigError(f"head_dim is {self.head_dim}, but rotary embeddings need an even number")
         check_range("rms_norm_eps", self.rms_norm_eps, 0, above=True)
-        if not self.swiglu_limit > 0:
+        if self.swiglu_limit is not None and not self.swiglu_limit > 0:
             raise ConfigError(f"swiglu_limit is {self.swiglu_limit}, but must be above 0")
+        if self.dense_size is not None:
+            _require_int("dense_size", self.dense_size, minimum=1)
         for index, block in enumerate(self.blocks):
+            if block.num_experts == 0 and self.dense_size is not None:
+                continue
             if block.num_experts < self.experts_per_token:
                 raise ConfigError(
                     f"layer {index} has num_experts {block.num_experts}, "

@@ -103,7 +103,7 @@ def _hidden_states(described: Description, tokens: jax.Array) -> Iterator[jax.Ar
         params = read([spec for spec in table if spec.layer == index])["layers"][index]
         x = _layer(params, config, block.window, x)
         yield x
-    last = [spec for spec in outside if spec.part != "embedding"]
+    last = [spec for spec in outside if spec.part != "embedding" or config.variant.tied_head]
     yield jax.jit(head_logits, static_argnums=1)(read(last), config, x)
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.model.network import columns, rms_norm
-from puzzle_jax.model.spec import Params
+from puzzle_jax.model.spec import Params, output_head
 
 
 class Divergence(NamedTuple):
@@ -58,7 +58,7 @@ def divergence(
       chunk: vocabulary entries processed at a time.
     """
     parent_normed, child_normed = (rms_norm(x, params["final_norm"], config.rms_norm_eps) for x in (parent, child))
-    head = params["head"]
+    head = output_head(params)
     vocab = head.shape[1]
     chunk = min(chunk, vocab)
     chunks = -(-vocab // chunk)

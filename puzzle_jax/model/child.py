@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Int, PyTree
 from puzzle_jax.config import BlockConfig, ModelConfig, RopeConfig
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.kernels.mxfp4 import MXFP4
-from puzzle_jax.model.spec import Params, ParamSpec, param_specs
+from puzzle_jax.model.spec import Params, ParamSpec, is_dense, param_specs
 
 NO_WINDOW = 2**30  # means full attention where windows are data
 
@@ -191,7 +191,9 @@ def cut_params(params: Params, child: Child) -> Params:
 
 
 def cut_experts(moe: Params, kept: tuple[int, ...]) -> Params:
-    """One layer's mixture with only the experts `kept`."""
+    """One layer's mixture with only the experts `kept`; a dense layer as it is."""
+    if is_dense(moe):
+        return moe
     return {
         "norm": moe["norm"],
         **_taken({name: moe[name] for name in moe if name != "norm"}, jnp.asarray(np.asarray(kept, np.int32))),

@@ -59,7 +59,7 @@ class GptOss(nnx.Module):
         self.embedding = _param(params["embedding"], specs["embedding"])
         self.layers = nnx.List([Layer(p, s) for p, s in zip(params["layers"], specs["layers"], strict=True)])
         self.final_norm = _param(params["final_norm"], specs["final_norm"])
-        self.head = _param(params["head"], specs["head"])
+        self.head = None if config.variant.tied_head else _param(params["head"], specs["head"])
 
     def params(self) -> Params:
         """The tree that the functions of this package take."""
@@ -67,7 +67,7 @@ class GptOss(nnx.Module):
             "embedding": self.embedding[...],
             "layers": [{"attention": layer.attention.params(), "moe": layer.moe.params()} for layer in self.layers],
             "final_norm": self.final_norm[...],
-            "head": self.head[...],
+            **({} if self.head is None else {"head": self.head[...]}),
         }
 
     def __call__(self, tokens: Int[Array, "batch seq"], **options: object) -> Float[Array, "batch seq vocab"]:

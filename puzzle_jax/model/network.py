@@ -1,11 +1,11 @@
-"""The forward pass of gpt-oss, as functions over pytrees, in reading order.
+"""The forward pass of a mixture-of-experts transformer, as functions over pytrees, in reading order.
 
     x += attention(rms_norm(x));  x += mixture(rms_norm(x));  logits = rms_norm(x) @ head
 
 Each layer has its own window and expert count (`ModelConfig.blocks`). A child that is only chosen, not yet cut, runs
 as a view on its parent: `expert_mask` removes experts and `window` narrows attention, both as data, so that many
-alternatives share one compiled program. Numerics follow the published model: norms, softmax and accumulation in
-float32, everything else in the dtype of the norms' weights; matrices may be stored in fewer bits, and are cast where
+alternatives share one compiled program. What blocks consist of follows from the parameters that they have
+(`config.Variant`). Numerics follow the published models: norms, softmax and accumulation in float32, everything else in the dtype of the norms' weights; matrices may be stored in fewer bits, and are cast where
 they are used.
 
 Left out: caches (`model.cache`), and choosing weights' dtype and placement (`model.sharding`).
@@ -31,7 +31,7 @@ from puzzle_jax.kernels.shapes import Ids, IntScalar, Keys, Queries, Segments, W
 from puzzle_jax.kernels.window_attention import window_attention
 from puzzle_jax.model.cache_format import CacheFormat
 from puzzle_jax.model.rope import RopeTable, rope_table, rotate
-from puzzle_jax.model.spec import Params, layer_experts
+from puzzle_jax.model.spec import Params, is_dense, layer_experts, output_head
 
 States = Float[Array, "batch seq hidden"]
 Batch = Int[Array, "batch seq"]
@@ -67,10 +67,10 @@ def rms_norm(x: Float[Array, "... hidden"], weight: Float[Array, "hidden"], eps:
     return (y * weight.astype(jnp.float32)).astype(x.dtype)
 
 
-def linear(x: Array, weight: Array, bias: Array) -> Array:
-    """x @ weight + bias with float32 accumulation, in the dtype of `x`."""
+def linear(x: Array, weight: Array, bias: Array | None) -> Array:
+    """x @ weight, plus the bias if there is one, with float32 accumulation, in the dtype of `x`."""
     y = jnp.matmul(x, cast_beside(weight, x), preferred_element_type=jnp.float32)
-    return (y + bias.astype(jnp.float32)).astype(x.dtype)
+    return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
 
 
 def cast_beside(weight: Array, rows: Array) -> Array:
@@ -102,9 +102,12 @@ def project_qkv(attention: Params, config: ModelConfig, x: States, table: RopeTa
     with jax.named_scope("qkv"):
         y = rms_norm(x, attention["norm"], config.rms_norm_eps)
         heads = (*y.shape[:-1], -1, config.head_dim)
-        q = linear(y, attention["q_weight"], attention["q_bias"]).reshape(heads)
-        k = linear(y, attention["k_weight"], attention["k_bias"]).reshape(heads)
-        v = linear(y, attention["v_weight"], attention["v_bias"]).reshape(heads)
+        q, k, v = (
+            linear(y, attention[f"{name}_weight"], attention.get(f"{name}_bias")).reshape(heads) for name in "qkv"
+        )
+        if "q_norm" in attention:
+            q = rms_norm(q, attention["q_norm"], config.rms_norm_eps)
+            k = rms_norm(k, attention["k_norm"], config.rms_norm_eps)
         return QKV(rotate(q, table), rotate(k, table), v)
 
 
@@ -134,17 +137,17 @@ def attention_block(
     options = {"window": window, "segment_ids": segment_ids, "mesh": traced_mesh()}
     with jax.named_scope("attention"):
         if layout is None:
-            out = window_attention(*qkv, attention["sinks"], **options)
+            out = window_attention(*qkv, attention.get("sinks"), **options)
         else:
             assert positions is not None
-            out = prefix_attention(*qkv, attention["sinks"], layout=layout, positions=positions, **options)
+            out = prefix_attention(*qkv, attention.get("sinks"), layout=layout, positions=positions, **options)
     return x + attention_output(attention, out), qkv
 
 
 def attention_output(attention: Params, out: Float[Array, "*batch heads dim"]) -> Float[Array, "*batch hidden"]:
     """The output projection of concatenated heads."""
     with jax.named_scope("attention_output"):
-        return linear(out.reshape(*out.shape[:-2], -1), attention["o_weight"], attention["o_bias"])
+        return linear(out.reshape(*out.shape[:-2], -1), attention["o_weight"], attention.get("o_bias"))
 
 
 def route_tokens(
@@ -152,24 +155,46 @@ def route_tokens(
 ) -> LayerAux:
     """Router logits of normalised hidden states and the experts chosen from them."""
     with jax.named_scope("route"):
-        logits = jnp.matmul(y, cast_beside(moe["router_weight"], y), preferred_element_type=jnp.float32)
-        logits = logits + moe["router_bias"].astype(jnp.float32)
+        logits = router_logits(moe, y)
         if expert_mask is not None and expert_mask.ndim == 2:  # a row of the batch is seq tokens
             expert_mask = jnp.repeat(expert_mask, y.shape[1], axis=0)
         elif expert_mask is not None:
             expert_mask = expert_mask[None]
         flat = logits.reshape(-1, logits.shape[-1])
-        return LayerAux(logits, route(flat, config.experts_per_token, mask=expert_mask, ids=replay))
+        normalized = config.variant.normalized_gates
+        chosen = route(flat, config.experts_per_token, mask=expert_mask, ids=replay, normalized=normalized)
+        return LayerAux(logits, chosen)
+
+
+def router_logits(moe: Params, y: Float[Array, "*batch hidden"]) -> Float[Array, "*batch experts"]:
+    """Router logits of normalised hidden states, in float32."""
+    logits = jnp.matmul(y, cast_beside(moe["router_weight"], y), preferred_element_type=jnp.float32)
+    return logits + moe["router_bias"].astype(jnp.float32) if "router_bias" in moe else logits
+
+
+def only_expert(config: ModelConfig, y: States) -> LayerAux:
+    """The routing of a dense layer: every choice of every token is expert 0, and the first has the whole weight."""
+    tokens, k = y.shape[0] * y.shape[1], config.experts_per_token
+    gates = jnp.zeros((tokens, k), jnp.float32).at[:, 0].set(1.0)
+    return LayerAux(jnp.zeros((*y.shape[:2], k), jnp.float32), Routing(jnp.zeros((tokens, k), jnp.int32), gates))
 
 
 def moe_block(
     moe: Params, config: ModelConfig, x: States, *, expert_mask: ExpertMask = None, replay: Ids | None = None
 ) -> tuple[States, LayerAux]:
-    """x + mixture(rms_norm(x)), and the router's decisions; expert-parallel where it is traced on a mesh."""
+    """x + mixture(rms_norm(x)), and the router's decisions; expert-parallel where it is traced on a mesh.
+
+    A dense layer reads neither mask nor replay; its routing is that of `only_expert`.
+    """
     y = rms_norm(x, moe["norm"], config.rms_norm_eps)
-    aux = route_tokens(moe, config, y, expert_mask=expert_mask, replay=replay)
+    if is_dense(moe):
+        aux = only_expert(config, y)
+        routing = Routing(*(each[:, :1] for each in aux.routing))
+    else:
+        aux = route_tokens(moe, config, y, expert_mask=expert_mask, replay=replay)
+        routing = aux.routing
     with jax.named_scope("experts"):
-        out = expert_mlp(y, aux.routing, layer_experts(moe), limit=config.swiglu_limit, mesh=traced_mesh())
+        out = expert_mlp(y, routing, layer_experts(moe), limit=config.swiglu_limit, mesh=traced_mesh())
     return x + out, aux
 
 
@@ -177,7 +202,7 @@ def head_logits(params: Params, config: ModelConfig, x: Float[Array, "*batch hid
     """Final norm and output head; logits are float32. A large head stored in fewer bits is cast part by part."""
     with jax.named_scope("head"):
         y = rms_norm(x, params["final_norm"], config.rms_norm_eps)
-        head = params["head"]
+        head = output_head(params)
         if head.dtype == y.dtype:
             return jnp.matmul(y, head, preferred_element_type=jnp.float32)
         parts = -(-head.size * y.dtype.itemsize // MOST_DECODED)

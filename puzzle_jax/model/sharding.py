@@ -38,6 +38,7 @@ RULES: Mapping[str, str | None] = {
     "heads": "model",
     "kv_heads": "model",
     "sinks": "model",
+    "head_dim": None,
     "router": None,
     "experts": "model",
     "inter": None,

@@ -2,7 +2,9 @@
 
 Parameters are a plain pytree, {"embedding", "layers": [{"attention", "moe"}, ...], "final_norm", "head"}, and every
 function of this package takes that tree; `puzzle_jax.model.modules` wraps it in Flax NNX for those who want modules.
-Matrices are [inputs, outputs]. Expert matrices may be dense arrays or `kernels.mxfp4.MXFP4`.
+Matrices are [inputs, outputs]. Expert matrices may be dense arrays or `kernels.mxfp4.MXFP4`, and their gate and up columns
+alternate. What a family's `Variant` lacks (biases, sinks, norms of queries and keys, a head of its own) is not in the
+tree, nor is the router of a dense layer, which is a mixture of one expert.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from puzzle_jax.config import BlockConfig, ModelConfig
 from puzzle_jax.kernels.expert_mlp import Experts
@@ -46,32 +48,43 @@ class ParamSpec:
 def attention_specs(config: ModelConfig) -> dict[str, ParamSpec]:
     """Arrays of one attention sub-block, its norm included."""
     hidden, queries, keys = config.hidden_size, config.query_width, config.kv_width
-    return {
-        "norm": ParamSpec((hidden,), ("hidden",), "ones"),
-        "q_weight": ParamSpec((hidden, queries), ("hidden", "heads"), fan_in=hidden),
-        "q_bias": ParamSpec((queries,), ("heads",), "zeros"),
-        "k_weight": ParamSpec((hidden, keys), ("hidden", "kv_heads"), fan_in=hidden),
-        "k_bias": ParamSpec((keys,), ("kv_heads",), "zeros"),
-        "v_weight": ParamSpec((hidden, keys), ("hidden", "kv_heads"), fan_in=hidden),
-        "v_bias": ParamSpec((keys,), ("kv_heads",), "zeros"),
-        "o_weight": ParamSpec((queries, hidden), ("heads", "hidden"), fan_in=queries),
-        "o_bias": ParamSpec((hidden,), ("hidden",), "zeros"),
-        "sinks": ParamSpec((config.num_heads,), ("sinks",), "zeros"),
-    }
+    variant, specs = config.variant, {"norm": ParamSpec((hidden,), ("hidden",), "ones")}
+    for name, inputs, outputs, axes in (
+        ("q", hidden, queries, ("hidden", "heads")),
+        ("k", hidden, keys, ("hidden", "kv_heads")),
+        ("v", hidden, keys, ("hidden", "kv_heads")),
+        ("o", queries, hidden, ("heads", "hidden")),
+    ):
+        specs[f"{name}_weight"] = ParamSpec((inputs, outputs), axes, fan_in=inputs)
+        if variant.attention_bias:
+            specs[f"{name}_bias"] = ParamSpec((outputs,), axes[1:], "zeros")
+    if variant.qk_norm:
+        specs |= {name: ParamSpec((config.head_dim,), ("head_dim",), "ones") for name in ("q_norm", "k_norm")}
+    if variant.sinks:
+        specs["sinks"] = ParamSpec((config.num_heads,), ("sinks",), "zeros")
+    return specs
 
 
 def moe_specs(config: ModelConfig, block: BlockConfig) -> dict[str, ParamSpec]:
-    """Arrays of one mixture of experts, its norm included."""
-    hidden, inter, experts = config.hidden_size, config.intermediate_size, block.num_experts
-    return {
-        "norm": ParamSpec((hidden,), ("hidden",), "ones"),
-        "router_weight": ParamSpec((hidden, experts), ("hidden", "router"), fan_in=hidden),
-        "router_bias": ParamSpec((experts,), ("router",), "zeros"),
-        "gate_up": ParamSpec((experts, hidden, 2 * inter), ("experts", "hidden", "inter"), fan_in=hidden),
-        "gate_up_bias": ParamSpec((experts, 2 * inter), ("experts", "inter"), "zeros"),
-        "down": ParamSpec((experts, inter, hidden), ("experts", "inter", "hidden"), fan_in=inter),
-        "down_bias": ParamSpec((experts, hidden), ("experts", "hidden"), "zeros"),
-    }
+    """Arrays of one mixture of experts, or of a dense layer, its norm included."""
+    hidden, experts = config.hidden_size, block.num_experts
+    specs = {"norm": ParamSpec((hidden,), ("hidden",), "ones")}
+    if experts:
+        inter, biased = config.intermediate_size, config.variant.expert_bias
+        specs["router_weight"] = ParamSpec((hidden, experts), ("hidden", "router"), fan_in=hidden)
+        if config.variant.router_bias:
+            specs["router_bias"] = ParamSpec((experts,), ("router",), "zeros")
+    else:
+        assert config.dense_size is not None
+        experts, inter, biased = 1, config.dense_size, False
+    for name, inputs, outputs, axes in (
+        ("gate_up", hidden, 2 * inter, ("experts", "hidden", "inter")),
+        ("down", inter, hidden, ("experts", "inter", "hidden")),
+    ):
+        specs[name] = ParamSpec((experts, inputs, outputs), axes, fan_in=inputs)
+        if biased:
+            specs[f"{name}_bias"] = ParamSpec((experts, outputs), (axes[0], axes[2]), "zeros")
+    return specs
 
 
 EXPERT_MATRICES = ("gate_up", "down")
@@ -80,13 +93,25 @@ EXPERT_MATRICES = ("gate_up", "down")
 def param_specs(config: ModelConfig) -> Params:
     """The tree of `ParamSpec` of a model, in the structure of its parameters."""
     vocab, hidden = config.vocab_size, config.hidden_size
-    return {
+    tree = {
         # A standard deviation of hidden ** -0.5, as if the embedding were a projection of the hidden state.
         "embedding": ParamSpec((vocab, hidden), ("vocab", "hidden"), fan_in=hidden),
         "layers": [{"attention": attention_specs(config), "moe": moe_specs(config, b)} for b in config.blocks],
         "final_norm": ParamSpec((hidden,), ("hidden",), "ones"),
-        "head": ParamSpec((hidden, vocab), ("hidden", "vocab"), fan_in=hidden),
     }
+    if not config.variant.tied_head:
+        tree["head"] = ParamSpec((hidden, vocab), ("hidden", "vocab"), fan_in=hidden)
+    return tree
+
+
+def output_head(params: Params) -> Array:
+    """The output head, [hidden, vocab]: of its own, or the transposed embedding."""
+    return params["head"] if "head" in params else params["embedding"].T
+
+
+def head_params(params: Params) -> Params:
+    """The parameters that logits are computed from: the final norm, and what `output_head` reads."""
+    return {name: params[name] for name in ("final_norm", "head" if "head" in params else "embedding")}
 
 
 def subtree(tree: PyTree, path: Iterable[str | int]) -> PyTree:
@@ -117,6 +142,16 @@ def count_params(config: ModelConfig) -> int:
     return sum(math.prod(spec.shape) for spec in jax.tree.leaves(param_specs(config), is_leaf=is_spec))
 
 
+def is_dense(moe: Params) -> bool:
+    """Returns whether a layer has one feed-forward network in place of a mixture of experts."""
+    return "router_weight" not in moe
+
+
 def layer_experts(moe: Params) -> Experts:
-    """The experts of one layer's `moe` parameters in the form that kernels take."""
-    return Experts(moe["gate_up"], moe["gate_up_bias"], moe["down"], moe["down_bias"])
+    """The experts of one layer's `moe` parameters in the form that kernels take; biases that it lacks are zeros."""
+
+    def bias(name: str) -> Array:
+        experts, _, outputs = moe[name].shape
+        return moe[f"{name}_bias"] if f"{name}_bias" in moe else jnp.zeros((experts, outputs), moe["norm"].dtype)
+
+    return Experts(moe["gate_up"], bias("gate_up"), moe["down"], bias("down"))

@@ -27,7 +27,7 @@ from puzzle_jax.kernels.prefix_attention import Layout
 from puzzle_jax.kernels.route import route
 from puzzle_jax.model.network import attention_block, embed, moe_block
 from puzzle_jax.model.rope import rope_table
-from puzzle_jax.model.spec import Params
+from puzzle_jax.model.spec import Params, is_dense
 
 VARIABLE: Literal["variable"] = "variable"
 """In place of a layer's static window: the window comes as data."""
@@ -206,11 +206,13 @@ def stacked_hidden_states(
                 layout=layout,
                 positions=positions,
             )
-            if mask is not None:
-                mask = mask[: moe["router_bias"].shape[-1]]
+            if mask is not None and not is_dense(moe):
+                mask = mask[: moe["router_weight"].shape[-1]]
             x, aux = moe_block(moe, config, x, expert_mask=mask, replay=chosen)
             routed = None
-            if chosen is not None:
+            if chosen is not None and is_dense(moe):
+                routed = aux.routing.ids
+            elif chosen is not None:
                 logits = aux.router_logits.reshape(-1, aux.router_logits.shape[-1])
                 routed = route(logits, chosen.shape[-1], mask=None if mask is None else mask[None]).ids
             return _LayerOutput(x, aux.routing.ids, routed)

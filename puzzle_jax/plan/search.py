@@ -36,7 +36,7 @@ from puzzle_jax.generate.engine import own_context, slot_context
 from puzzle_jax.model.cache_format import CacheFormat
 from puzzle_jax.model.network import to_compute
 from puzzle_jax.model.sharding import batch_sharding, make_mesh, params_sharding
-from puzzle_jax.model.spec import EXPERT_MATRICES, Params
+from puzzle_jax.model.spec import EXPERT_MATRICES, Params, head_params
 from puzzle_jax.model.stacked import one_layer
 from puzzle_jax.model.weights import check_stored, stays_packed
 from puzzle_jax.plan import abstract
@@ -222,8 +222,8 @@ def _load(run: PlannedSearch) -> Usage:
     config, where = run.config, None if run.mesh is None else params_sharding(run.config, run.mesh)
     # A tensor is read as stored, and transposed or, if it holds experts, decoded beside what is loaded already.
     head = jax.ShapeDtypeStruct((config.vocab_size, config.hidden_size), compiler().dtype)
-    turned = {"head": head if where is None else in_place(head, _turned(where["head"]))}
-    beside = {name: device_bytes(tensor) for name, tensor in turned.items()}
+    head = head if where is None or "head" not in where else in_place(head, _turned(where["head"]))
+    beside = {"head": device_bytes(head)}
     if run.stored_packed and not run.packed:
         stored = abstract.layer_params(config, run.mesh, lambda: zero_params(config, packed=True))["layers"][0]["moe"]
         for name in EXPERT_MATRICES:
@@ -330,7 +330,7 @@ def _enter(run: PlannedSearch, x: _States, batch: _States) -> int:
 
 
 def _compare(run: PlannedSearch, x: _States, batch: _States, answers: score.Answers) -> int:
-    head = {name: run.params[name] for name in ("final_norm", "head")}
+    head = head_params(run.params)
     return _program_bytes(score.compare_states, head, run.config, x, batch, answers, mesh=run.mesh)
 
 

@@ -176,7 +176,7 @@ def _name(path: jax.tree_util.KeyPath) -> str:
 
 
 def _is_matrix(name: str) -> bool:
-    return not (name in ("norm", "final_norm", "sinks") or name.endswith("_bias"))
+    return name != "sinks" and not name.endswith(("norm", "_bias"))
 
 
 def _is_layer_matrix(path: jax.tree_util.KeyPath) -> bool:

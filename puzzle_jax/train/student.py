@@ -33,7 +33,7 @@ from puzzle_jax.kernels.prefix_attention import Layout
 from puzzle_jax.model.child import Child, View, delta_leaves, with_delta
 from puzzle_jax.model.network import traced_mesh
 from puzzle_jax.model.sharding import stacked_sharding
-from puzzle_jax.model.spec import EXPERT_MATRICES, Params
+from puzzle_jax.model.spec import EXPERT_MATRICES, Params, output_head
 from puzzle_jax.model.stacked import (
     VARIABLE,
     Hidden,
@@ -248,7 +248,7 @@ def check_trainable(names: Sequence[str], dense: bool = True, where: str = "") -
 
 def head_of(params: Params) -> Head:
     """Final norm and output head of a model."""
-    return Head(params["final_norm"], params["head"])
+    return Head(params["final_norm"], output_head(params))
 
 
 def _float32(tree: Params) -> Params:

@@ -35,6 +35,7 @@ from puzzle_jax.kernels.shapes import (
     ValueRing,
     Window,
 )
+from puzzle_jax.kernels.sinks import given_or_weightless
 
 IMPLEMENTATIONS = {
     "mosaic_gpu": mosaic_gpu.chunk_attention,
@@ -49,7 +50,7 @@ def chunk_attention(
     v: ChunkValues,
     k_cache: KeyRing,
     v_cache: ValueRing,
-    sinks: Sinks,
+    sinks: Sinks | None,
     start: Starts,
     *,
     window: Window,
@@ -64,7 +65,7 @@ def chunk_attention(
       q: rotated queries of the chunk.
       k, v: rotated keys and values of the chunk, as a cache stores them.
       k_cache, v_cache: positions before `start`, in the ring order of `decode_attention`.
-      sinks: one unscaled logit per query head.
+      sinks: one unscaled logit per query head; None for attention without sinks.
       start: position of the chunk's first token, one for all rows or one per row.
       window: as in `window_attention`.
       k_scale, v_scale: factors that stored numbers are multiplied by; None means 1.
@@ -75,6 +76,7 @@ def chunk_attention(
     implementation does not accept the arguments.
     """
     (batch, chunk, heads, dim), (kv_heads, slots) = q.shape, k_cache.shape[1::2]
+    sinks = given_or_weightless(sinks, heads)
     checks.floating(q=q, sinks=sinks)
     checks.cached(k=k, v=v, k_cache=k_cache, v_cache=v_cache)
     checks.heads(q, heads, "k_cache", k_cache, kv_heads)

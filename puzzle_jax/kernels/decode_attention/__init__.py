@@ -22,6 +22,7 @@ from puzzle_jax.kernels.dispatch import dispatch
 from puzzle_jax.kernels.partition import by_rows_and_heads, spreads
 from puzzle_jax.kernels.self_check import may_serve
 from puzzle_jax.kernels.shapes import Array, Heads, KeyRing, Rows, Scale, Sinks, ValueRing, Window
+from puzzle_jax.kernels.sinks import given_or_weightless
 
 IMPLEMENTATIONS = {
     "mosaic_gpu": mosaic_gpu.decode_attention,
@@ -35,7 +36,7 @@ def decode_attention(
     q: Heads,
     k_cache: KeyRing,
     v_cache: ValueRing,
-    sinks: Sinks,
+    sinks: Sinks | None,
     positions: Rows,
     *,
     window: Window,
@@ -49,7 +50,7 @@ def decode_attention(
     Args:
       q: rotated queries.
       k_cache, v_cache: rotated keys and values; slot s holds the last position p <= positions with p mod slots = s.
-      sinks: one unscaled logit per query head.
+      sinks: one unscaled logit per query head; None for attention without sinks.
       positions: position of the query in its row.
       window: as in `window_attention`; positions older than it are not seen.
       k_scale, v_scale: factors that cached numbers are multiplied by; None means 1.
@@ -61,6 +62,7 @@ def decode_attention(
     implementation accepts the arguments.
     """
     (batch, heads, dim), (kv_heads, slots) = q.shape, k_cache.shape[1::2]
+    sinks = given_or_weightless(sinks, heads)
     checks.floating(q=q, sinks=sinks)
     checks.cached(k_cache=k_cache, v_cache=v_cache)
     checks.heads(q, heads, "k_cache", k_cache, kv_heads)

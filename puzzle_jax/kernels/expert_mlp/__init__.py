@@ -1,4 +1,4 @@
-"""The experts' feed-forward network: gate-up matmul, clamped SwiGLU, down matmul, weighted sum.
+"""The experts' feed-forward network: gate-up matmul, SwiGLU, clamped or plain, down matmul, weighted sum.
 
 `expert_outputs` returns every chosen expert's own output; `expert_mlp` combines them with the gates, by expert
 parallelism on a mesh. Implementations: `mosaic_gpu` and `mosaic_tpu`, by the kernels of `grouped_matmul`, and
@@ -10,8 +10,8 @@ are XLA programs. Under differentiation `expert_loop` and `capacity` become `sor
 `mosaic_gpu_fused` becomes `mosaic_gpu`. Without a kernel, packed experts that are too large to be decoded together
 (`mxfp4.MOST_DECODED`) go through `expert_loop` or `looped`.
 
-Numerics are those of gpt-oss: even columns of gate-up are the gate and odd ones the linear part; the gate is clamped
-only from above; the gate weight multiplies after the bias of the down projection.
+Even columns of gate-up are the gate and odd ones the linear part; a clamp limits the gate only from above; the gate
+weight multiplies after the bias of the down projection.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def expert_outputs(
     ids: Ids,
     experts: Experts,
     *,
-    limit: float,
+    limit: float | None,
     spread: int | None = None,
     implementation: str | None = None,
     mesh: Mesh | AbstractMesh | None = None,
@@ -62,7 +62,7 @@ def expert_outputs(
       x: normalised hidden states.
       ids: chosen experts of each token.
       experts: the layer's weights, used in the dtype of `x`.
-      limit: SwiGLU clamp.
+      limit: SwiGLU clamp; None for plain SwiGLU.
       spread: number of experts that the pairs are spread over, by which blocks are sized; larger than the number of
         `experts` if these are one device's share. Ids past these belong to other devices; their output is undefined.
       implementation: pins one of `IMPLEMENTATIONS`.
@@ -107,7 +107,7 @@ def expert_mlp(
     routing: Routing,
     experts: Experts,
     *,
-    limit: float,
+    limit: float | None,
     implementation: str | None = None,
     mesh: Mesh | AbstractMesh | None = None,
     way: str | None = None,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from puzzle_jax.kernels.expert_mlp.reference import Experts
 from puzzle_jax.kernels.expert_mlp.sorted_blocks import with_gradients_of_sorted_blocks
-from puzzle_jax.kernels.expert_mlp.swiglu import clamped_swiglu
+from puzzle_jax.kernels.expert_mlp.swiglu import apply_swiglu
 from puzzle_jax.kernels.mxfp4 import as_dense, check_decoded
 from puzzle_jax.kernels.shapes import Array, ExpertOutputs, Ids, IntScalar, Tokens
 
@@ -32,7 +32,9 @@ def round_rows(tokens: int, pairs: int, num_experts: int) -> int:
     return min(rows, 4 * -(-tokens // 4))
 
 
-def expert_outputs(x: Tokens, ids: Ids, experts: Experts, *, limit: float, spread: int | None = None) -> ExpertOutputs:
+def expert_outputs(
+    x: Tokens, ids: Ids, experts: Experts, *, limit: float | None, spread: int | None = None
+) -> ExpertOutputs:
     """See the api. Raises NotImplementedError for more than `MAX_MEAN_ROWS` pairs per expert, and for packed experts
     that are too large to be decoded together."""
     check_decoded(x.dtype, experts.gate_up, experts.down)
@@ -65,7 +67,7 @@ def outputs_in_rounds(settings: tuple[float, int], x: Tokens, ids: Ids, experts:
         source = jnp.min(jnp.where(here, jnp.arange(tokens), tokens), axis=-1)
         h = jnp.take(x, source, axis=0, mode="fill", fill_value=0)
         h = jnp.matmul(h, gate_up, preferred_element_type=jnp.float32) + gate_up_bias
-        h = clamped_swiglu(h, limit).astype(x.dtype)
+        h = apply_swiglu(h, limit).astype(x.dtype)
         h = jnp.matmul(h, down, preferred_element_type=jnp.float32) + down_bias
         return jnp.where(outside[..., None], out, h[ids, jnp.clip(row, 0, rows - 1)])
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from puzzle_jax.kernels.expert_mlp.reference import Experts
 from puzzle_jax.kernels.expert_mlp.sorted_blocks import with_gradients_of_sorted_blocks
-from puzzle_jax.kernels.expert_mlp.swiglu import clamped_swiglu
+from puzzle_jax.kernels.expert_mlp.swiglu import apply_swiglu
 from puzzle_jax.kernels.grouped_matmul.layout import half_share
 from puzzle_jax.kernels.mxfp4 import MXFP4, Weights, matmul
 from puzzle_jax.kernels.platform import target_platform
@@ -25,7 +25,9 @@ MIN_EXPERT_BYTES = 1 << 18  # of one expert's two matrices in float32
 MIN_BLOCK, MAX_BLOCK = 4, 64
 
 
-def expert_outputs(x: Tokens, ids: Ids, experts: Experts, *, limit: float, spread: int | None = None) -> ExpertOutputs:
+def expert_outputs(
+    x: Tokens, ids: Ids, experts: Experts, *, limit: float | None, spread: int | None = None
+) -> ExpertOutputs:
     """See the api. Raises NotImplementedError off CPUs, for dtypes other than float32, and for experts smaller than
     `MIN_EXPERT_BYTES`."""
     if target_platform() != "cpu" or x.dtype != jnp.float32:
@@ -54,7 +56,7 @@ def _expert_outputs(settings: tuple[float, int], x: Tokens, ids: Ids, experts: E
 
         def one_block(index: IntScalar, out: Array) -> Array:
             h = jax.lax.dynamic_slice_in_dim(rows, index * block, block)
-            h = clamped_swiglu(_product(h, one.gate_up) + one.gate_up_bias.astype(x.dtype), limit)
+            h = apply_swiglu(_product(h, one.gate_up) + one.gate_up_bias.astype(x.dtype), limit)
             h = _product(h, one.down) + one.down_bias.astype(x.dtype)
             return jax.lax.dynamic_update_slice_in_dim(out, h, index * block, axis=0)
 

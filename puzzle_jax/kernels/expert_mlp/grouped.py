@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from puzzle_jax.kernels.expert_mlp import mosaic_gpu
 from puzzle_jax.kernels.expert_mlp.gradients import Settings, with_gradients_of
 from puzzle_jax.kernels.expert_mlp.reference import Experts
-from puzzle_jax.kernels.expert_mlp.swiglu import clamped_swiglu
+from puzzle_jax.kernels.expert_mlp.swiglu import apply_swiglu
 from puzzle_jax.kernels.grouped_matmul import BLOCK_IMPLEMENTATIONS, BLOCK_ROWS, in_use_rows
 from puzzle_jax.kernels.grouped_matmul.mosaic_gpu import packed_matmul
 from puzzle_jax.kernels.mxfp4 import MXFP4, Weights, decoded_together
@@ -52,13 +52,13 @@ def fused(**options: bool) -> Callable[..., Array]:
         first = partial(mosaic_gpu.gate_up, limit=limit, **options)
         return pair(x, ids, experts, limit=limit, spread=spread, gate_up=first, **second)
 
-    def run(x: Tokens, ids: Ids, experts: Experts, *, limit: float, spread: int | None = None) -> ExpertOutputs:
+    def run(x: Tokens, ids: Ids, experts: Experts, *, limit: float | None, spread: int | None = None) -> ExpertOutputs:
         return outputs((limit, spread or experts.down_bias.shape[0]), x, ids, experts)
 
     return run
 
 
-def looped(x: Tokens, ids: Ids, experts: Experts, *, limit: float, spread: int | None = None) -> ExpertOutputs:
+def looped(x: Tokens, ids: Ids, experts: Experts, *, limit: float | None, spread: int | None = None) -> ExpertOutputs:
     """`expert_outputs` by a loop over blocks. Raises NotImplementedError off GPUs, where there are faster ways, unless
     packed experts are too large to be decoded together."""
     if target_platform() != "gpu" and decoded_together(x.dtype, experts.gate_up, experts.down):
@@ -71,7 +71,7 @@ def expert_outputs(
     ids: Ids,
     experts: Experts,
     *,
-    limit: float,
+    limit: float | None,
     spread: int | None = None,
     kernel: Callable[..., Array],
     block_rows: Callable[..., int],
@@ -107,13 +107,13 @@ def activated_product(
     expert: BlockExperts,
     used: IntScalar,
     *,
-    limit: float,
+    limit: float | None,
     kernel: Callable[..., Array],
 ) -> Sorted:
     """Rows in blocks of one expert each, times their experts' matrices, activated by XLA. The product is taken as
     zero for blocks without rows, before bias and activation."""
     h = jnp.where(in_use_rows(expert, used, len(rows)), kernel(rows, weights, expert, used), 0)
-    return clamped_swiglu(_plus(h, bias[expert]), limit).astype(rows.dtype)
+    return apply_swiglu(_plus(h, bias[expert]), limit).astype(rows.dtype)
 
 
 def _plus(rows: Float[Array, "padded columns"], bias: Float[Array, "blocks columns"]) -> Float[Array, "padded columns"]:

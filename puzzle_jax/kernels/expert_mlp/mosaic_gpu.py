@@ -56,7 +56,7 @@ def gate_up(
     expert: BlockExperts,
     used: IntScalar,
     *,
-    limit: float,
+    limit: float | None,
     interpret: bool = False,
 ) -> Float[Array, "padded inter"] | Halves:
     """The activated product of rows in blocks of one expert each: rows of the intermediate, with packed weights in
@@ -68,7 +68,7 @@ def gate_up(
       bias: bias of the product.
       expert: expert of each block.
       used: number of blocks that hold rows, which come first.
-      limit: SwiGLU clamp.
+      limit: SwiGLU clamp; None for plain SwiGLU.
 
     Raises NotImplementedError off Hopper GPUs (unless interpreted), below JAX 0.11.2, for dtypes other than bfloat16,
     and for sizes that no tile divides.
@@ -83,8 +83,10 @@ def gate_up(
     return _dense(rows, weights.astype(rows.dtype), parted, expert, used, limit, interpret)
 
 
-def _activated(gate: Array, up: Array, limit: float) -> Array:
-    """`reference.clamped_swiglu` on registers."""
+def _activated(gate: Array, up: Array, limit: float | None) -> Array:
+    """`reference.apply_swiglu` on registers."""
+    if limit is None:
+        return up * gate / (1.0 + jnp.exp(-gate))
     gate, up = jnp.minimum(gate, limit), jnp.minimum(jnp.maximum(up, -limit), limit)
     return (up + 1.0) * gate / (1.0 + jnp.exp(-SWIGLU_ALPHA * gate))
 
@@ -101,7 +103,7 @@ def _packed(
     bias: Float[Array, "experts 2 inter"],
     expert: BlockExperts,
     used: IntScalar,
-    limit: float,
+    limit: float | None,
     interpret: bool,
 ) -> Halves:
     experts, inputs, outputs = weights.shape
@@ -175,7 +177,7 @@ def _dense(
     bias: Float[Array, "experts 2 inter"],
     expert: BlockExperts,
     used: IntScalar,
-    limit: float,
+    limit: float | None,
     interpret: bool,
 ) -> Sorted:
     _, inputs, outputs = weights.shape

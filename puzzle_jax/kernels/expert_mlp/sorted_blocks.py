@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from puzzle_jax.kernels.expert_mlp import grouped
 from puzzle_jax.kernels.expert_mlp.gradients import Settings, with_gradients_of
 from puzzle_jax.kernels.expert_mlp.reference import Experts
-from puzzle_jax.kernels.expert_mlp.swiglu import clamped_swiglu
+from puzzle_jax.kernels.expert_mlp.swiglu import apply_swiglu
 from puzzle_jax.kernels.grouped_matmul.blocked import block_rows
 from puzzle_jax.kernels.grouped_matmul.layout import Blocks
 from puzzle_jax.kernels.mxfp4 import as_dense, check_decoded
@@ -31,7 +31,9 @@ from puzzle_jax.kernels.route import expert_order
 from puzzle_jax.kernels.shapes import Array, ExpertOutputs, Float, Ids, Tokens
 
 
-def expert_outputs(x: Tokens, ids: Ids, experts: Experts, *, limit: float, spread: int | None = None) -> ExpertOutputs:
+def expert_outputs(
+    x: Tokens, ids: Ids, experts: Experts, *, limit: float | None, spread: int | None = None
+) -> ExpertOutputs:
     """See the api. Accumulates in float32. Raises NotImplementedError for packed experts that are too large to be
     decoded together."""
     check_decoded(x.dtype, experts.gate_up, experts.down)
@@ -51,14 +53,14 @@ class Dense(NamedTuple):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _outputs(limit: float, x: Tokens, ids: Ids, order: Blocks, experts: Dense) -> ExpertOutputs:
+def _outputs(limit: float | None, x: Tokens, ids: Ids, order: Blocks, experts: Dense) -> ExpertOutputs:
     return _save(limit, x, ids, order, experts)[0]
 
 
 Saved = tuple[Array, Array, Blocks, Dense, Array]
 
 
-def _save(limit: float, x: Array, ids: Array, order: Blocks, experts: Dense) -> tuple[Array, Saved]:
+def _save(limit: float | None, x: Array, ids: Array, order: Blocks, experts: Dense) -> tuple[Array, Saved]:
     expert = order.expert
     with jax.named_scope("gather"):
         rows = _rows(x, ids, order)
@@ -66,14 +68,14 @@ def _save(limit: float, x: Array, ids: Array, order: Blocks, experts: Dense) -> 
         h = jnp.einsum("nbh,nhf->nbf", rows, experts.gate_up[expert], preferred_element_type=jnp.float32)
         h = h + experts.gate_up_bias[expert].astype(jnp.float32)[:, None]
     with jax.named_scope("down"):
-        activated = clamped_swiglu(h, limit).astype(x.dtype)
+        activated = apply_swiglu(h, limit).astype(x.dtype)
         out = jnp.einsum("nbi,nih->nbh", activated, experts.down[expert], preferred_element_type=jnp.float32)
         out = out + experts.down_bias[expert].astype(jnp.float32)[:, None]
     with jax.named_scope("ungather"):
         return _of_pairs(out, order).reshape(*ids.shape, -1).astype(x.dtype), (x, ids, order, experts, h)
 
 
-def _backward(limit: float, saved: Saved, d_outputs: Array) -> tuple[Array, None, None, Dense]:
+def _backward(limit: float | None, saved: Saved, d_outputs: Array) -> tuple[Array, None, None, Dense]:
     x, ids, order, experts, h = saved
     expert = order.expert
     product = partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -82,7 +84,7 @@ def _backward(limit: float, saved: Saved, d_outputs: Array) -> tuple[Array, None
         d_out = jnp.take(d_outputs.reshape(ids.size, -1), order.source, axis=0, mode="fill", fill_value=0)
         d_out = _in_blocks(d_out, order)
     with jax.named_scope("down"):
-        activated, d_activation = jax.vjp(lambda h: clamped_swiglu(h, limit).astype(x.dtype), h)
+        activated, d_activation = jax.vjp(lambda h: apply_swiglu(h, limit).astype(x.dtype), h)
         d_activated = product("nbh,nih->nbi", d_out, experts.down[expert])
         d_down = _by_expert(product("nbi,nbh->nih", activated, d_out), order)
     with jax.named_scope("gate_up"):

@@ -18,7 +18,7 @@ EXPERTS, MOST_PAIRS = 8, 512
 """Experts of a trial, and the most mean pairs per expert; with more, blocks of rows would be no larger."""
 
 
-def trial(x: Tokens, ids: Ids, experts: Experts, spread: int, limit: float, run: Callable[..., Array]) -> Trial:
+def trial(x: Tokens, ids: Ids, experts: Experts, spread: int, limit: float | None, run: Callable[..., Array]) -> Trial:
     """A trial for these arguments; `run` is the api. Pairs per expert are rounded to a power of two."""
     num_experts, hidden, two_inter = experts.gate_up.shape
     k, of_weights = ids.shape[1], None if isinstance(experts.gate_up, MXFP4) else experts.gate_up.dtype

@@ -23,6 +23,7 @@ from puzzle_jax.kernels import checks
 from puzzle_jax.kernels.prefix_attention import reference, strips
 from puzzle_jax.kernels.prefix_attention.layout import PROMPT, Layout
 from puzzle_jax.kernels.shapes import Array, Int, Keys, Queries, Sinks
+from puzzle_jax.kernels.sinks import given_or_weightless
 
 __all__ = ["PROMPT", "Layout", "prefix_attention"]
 
@@ -31,7 +32,7 @@ def prefix_attention(
     q: Queries,
     k: Keys,
     v: Keys,
-    sinks: Sinks,
+    sinks: Sinks | None,
     *,
     layout: Layout,
     window: int | None,
@@ -54,6 +55,7 @@ def prefix_attention(
     more logits than may be held at a time.
     """
     (batch, seq, heads, dim), kv_heads = q.shape, k.shape[2]
+    sinks = given_or_weightless(sinks, heads)
     checks.floating(q=q, k=k, v=v, sinks=sinks)
     checks.heads(q, heads, "k", k, kv_heads)
     checks.shapes(

@@ -1,4 +1,4 @@
-"""Causal attention with learnable sinks, full or within a window, over grouped query heads.
+"""Causal attention with learnable sinks or none, full or within a window, over grouped query heads.
 
 A sink is one extra logit per query head that joins the softmax and is then dropped, so the weights of a query sum to
 less than one. A window of W lets query i see the keys j with i - W < j <= i. Implementations: `mosaic_gpu_wide` (long
@@ -21,6 +21,7 @@ from puzzle_jax.kernels.dispatch import dispatch
 from puzzle_jax.kernels.partition import by_rows_and_heads, spreads
 from puzzle_jax.kernels.self_check import may_serve
 from puzzle_jax.kernels.shapes import Array, Keys, Queries, Segments, Sinks, Window
+from puzzle_jax.kernels.sinks import given_or_weightless
 from puzzle_jax.kernels.window_attention import (
     banded,
     causal_blocks,
@@ -51,7 +52,7 @@ def window_attention(
     q: Queries,
     k: Keys,
     v: Keys,
-    sinks: Sinks,
+    sinks: Sinks | None,
     *,
     window: Window,
     segment_ids: Segments = None,
@@ -62,7 +63,7 @@ def window_attention(
 
     Args:
       q, k, v: rotated queries and keys, and values. Query head h uses key-value head h // (heads / kv_heads).
-      sinks: one unscaled logit per query head.
+      sinks: one unscaled logit per query head; None for attention without sinks.
       window: number of keys that a query sees, itself included; None means all; an array has one per row of the batch.
       segment_ids: positions see only positions of the same segment (packed sequences).
       implementation: pins one of `IMPLEMENTATIONS`.
@@ -74,6 +75,7 @@ def window_attention(
     dtypes that do not fit and windows below 1, NotImplementedError if no implementation accepts the arguments.
     """
     (batch, seq, heads, dim), kv_heads = q.shape, k.shape[2]
+    sinks = given_or_weightless(sinks, heads)
     checks.floating(q=q, k=k, v=v, sinks=sinks)
     checks.heads(q, heads, "k", k, kv_heads)
     expected = {"k": (k, (batch, seq, kv_heads, dim)), "v": (v, k.shape), "sinks": (sinks, (heads,))}

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
@@ -30,8 +30,8 @@ from puzzle_jax.config import ModelConfig
 from puzzle_jax.evaluate.divergence import cosine
 from puzzle_jax.files import write_beside
 from puzzle_jax.kernels.expert_mlp import expert_outputs
-from puzzle_jax.kernels.route import top_k_ids
-from puzzle_jax.model.network import attention_block, embed, rms_norm, traced_mesh
+from puzzle_jax.kernels.route import route, top_k_ids
+from puzzle_jax.model.network import attention_block, embed, rms_norm, router_logits, traced_mesh
 from puzzle_jax.model.rope import rope_table
 from puzzle_jax.model.sharding import beside, on_mesh, read, replicated, spread_rows
 from puzzle_jax.model.spec import Params, layer_experts
@@ -236,17 +236,17 @@ def add_mixture(
     k, experts = config.experts_per_token, config.blocks[0].num_experts
     before, weight = x.reshape(-1, x.shape[-1]), weight.reshape(-1)
     y = rms_norm(before, moe["norm"], config.rms_norm_eps)
-    logits = (y @ moe["router_weight"] + moe["router_bias"]).astype(jnp.float32)
+    logits = router_logits(moe, y)
     ids = top_k_ids(logits, min(k + 1, experts))
     chosen = jnp.take_along_axis(logits, ids, axis=-1)
     outputs = _outputs(moe, config, y, ids)
-    gates = jax.nn.softmax(chosen[:, :k], axis=-1)
+    gates = route(logits, k, ids=ids[:, :k], normalized=config.variant.normalized_gates).gates
     out = jnp.einsum("tk,tkh->th", gates, outputs[:, :k])
     after = before + out.astype(x.dtype)
     norms = jnp.linalg.norm(outputs[:, :k], axis=-1)
     gated = gates * norms
     turned = jnp.maximum(1.0 - cosine(before, after), 0.0)[:, None]
-    removal = _removal_errors(chosen, outputs, out, k) if experts > k else jnp.zeros_like(gates)
+    removal = _removal_errors(config, logits, ids, outputs, out) if experts > k else jnp.zeros_like(gates)
     is_token = (weight > 0).astype(jnp.float32)
 
     is_chosen = jax.nn.one_hot(ids[:, :k], experts)
@@ -284,16 +284,20 @@ def _outputs(moe: Params, config: ModelConfig, y: Array, ids: Array) -> Float[Ar
 
 
 def _removal_errors(
-    chosen: Float[Array, "tokens k_plus_1"],
+    config: ModelConfig,
+    logits: Float[Array, "tokens experts"],
+    ids: Int[Array, "tokens k_plus_1"],
     outputs: Float[Array, "tokens k_plus_1 hidden"],
     out: Float[Array, "tokens hidden"],
-    k: int,
 ) -> Float[Array, "tokens k"]:
     """Mean squared change of the mixture's output when each of the k chosen experts is removed."""
     errors = []
-    for removed in range(k):
-        stays = jnp.arange(k + 1) != removed
-        gates = jax.nn.softmax(jnp.where(stays, chosen, -jnp.inf), axis=-1)
-        changed = jnp.einsum("tk,tkh->th", gates, outputs)
+    for removed in range(config.experts_per_token):
+        mask = jnp.arange(logits.shape[-1]) != ids[:, removed, None]
+        stays = [rank for rank in range(ids.shape[1]) if rank != removed]
+        gates = route(
+            logits, len(stays), mask=mask, ids=ids[:, stays], normalized=config.variant.normalized_gates
+        ).gates
+        changed = jnp.einsum("tk,tkh->th", gates, outputs[:, stays])
         errors.append(jnp.mean((changed - out) ** 2, axis=-1))
     return jnp.stack(errors, axis=-1)

@@ -29,7 +29,7 @@ from puzzle_jax.kernels.expert_mlp import expert_outputs
 from puzzle_jax.kernels.route import top_k_ids
 from puzzle_jax.model.network import moe_block, rms_norm, route_tokens, traced_mesh
 from puzzle_jax.model.sharding import on_mesh, read
-from puzzle_jax.model.spec import Params, layer_experts
+from puzzle_jax.model.spec import Params, head_params, layer_experts
 from puzzle_jax.processes.published import values_of
 from puzzle_jax.search.score.replace_one import ReplaceOne, parent_choices, run_attention, run_mixture
 
@@ -66,7 +66,7 @@ def addition_effects(
             middle = run_attention(weights["attention"], run.own, choice.window, x)
             states.append((x, middle))
             x = run_mixture(weights["moe"], run.config, middle, mask)
-        head = {name: run.params[name] for name in ("final_norm", "head")}
+        head = head_params(run.params)
         kl, gradient = _kl_and_gradient(head, run.config, parent, x, weight)
         effects = []
         for layer in reversed(range(run.config.num_layers)):

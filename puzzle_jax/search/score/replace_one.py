@@ -37,7 +37,7 @@ from puzzle_jax.model.child import Child
 from puzzle_jax.model.network import attention_block, embed, moe_block
 from puzzle_jax.model.rope import rope_table
 from puzzle_jax.model.sharding import on_mesh, read, spread_rows
-from puzzle_jax.model.spec import Params
+from puzzle_jax.model.spec import Params, head_params
 
 CONTEXTS = (64, 256, 1024, 4096, 16384)
 """Upper bounds of the context-length buckets that losses are also reported by; a last bucket holds what lies beyond."""
@@ -168,7 +168,7 @@ class ReplaceOne:
         self, parent: Float[Array, "rows seq hidden"], children: Float[Array, "rows slots seq hidden"], answers: Answers
     ) -> Float[np.ndarray, "slots rows metrics"]:
         """METRICS of each child and trace, from final hidden states."""
-        head = {name: self.params[name] for name in ("final_norm", "head")}
+        head = head_params(self.params)
         return read(compare_states(head, self.config, parent, children, answers), self.mesh)
 
     # The base ------------------------------------------------------------------------------------------------------

@@ -95,7 +95,8 @@ def initial_params(recipe: PretrainRecipe) -> Params:
     for layer in params["layers"]:
         layer["attention"]["o_weight"] *= recipe.residual_scale
         layer["moe"]["down"] *= recipe.residual_scale
-    params["head"] *= 0.5
+    if "head" in params:
+        params["head"] *= 0.5
     return params
 
 
