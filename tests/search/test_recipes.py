@@ -58,8 +58,9 @@ def test_published_deployments(name, devices, lengths):
     assert counts == tuple(experts * eighths // 8 for eighths in (8, 7, 6, 5, 4, 3, 2))
     choices = tuple(ExpertChoice(count, tuple(range(count)), "any") for count in counts)
     # Every window is shorter than the longest answers, from which its score is measured, and than the requests.
-    assert max(recipe.space.windows) < min(max(recipe.traces.max_tokens.values()), recipe.scenario.context_tokens)
-    space = Space(config, (choices,) * layers, candidate_windows(config, recipe.space.windows))
+    windows = recipe.space.windows_for(config)
+    assert max(windows) < min(max(recipe.traces.max_tokens.values()), recipe.scenario.context_tokens)
+    space = Space(config, (choices,) * layers, candidate_windows(config, windows))
     costs = compute_costs(space.offer, recipe.scenarios, "mxfp4", Roofline(), memory=Roofline())
     # Made-up scores: each step down costs more than the one before it, and more in later layers.
     scores = Scores(
