@@ -1,1 +1,1 @@
-"""Import and export of Hugging Face gpt-oss checkpoints: `load`, `export`, `describe`, `config_json` and `table`."""
+"""Import and export of Hugging Face checkpoints: `load`, `export`, `describe`, `config_json` and `table`."""

@@ -22,12 +22,13 @@ import numpy as np
 from puzzle_jax.codec import from_plain
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.convert_hf.describe import Description, describe_checkpoint
-from puzzle_jax.convert_hf.export import NEVER, PROVENANCE
+from puzzle_jax.convert_hf.export import PROVENANCE
 from puzzle_jax.convert_hf.load import build_params
 from puzzle_jax.convert_hf.pieces import as_stored
 from puzzle_jax.convert_hf.table import ParamPath, TensorSpec, checkpoint_tensors
 from puzzle_jax.convert_hf.tensors import mxfp4
-from puzzle_jax.convert_hf.tensors.files import StoredTensor, read_json
+from puzzle_jax.convert_hf.tensors.files import Stored, read_json
+from puzzle_jax.convert_hf.tensors.planned import NEVER
 from puzzle_jax.errors import ConfigError, PuzzleError
 from puzzle_jax.files import Json
 from puzzle_jax.model.child import Child, ChildBlock
@@ -159,10 +160,17 @@ def _check_counts(child: Description, kept: Sequence[Sequence[int]], source: Pat
     for layer, (ids, count) in enumerate(zip(kept, counts, strict=True)):
         if len(ids) == count:
             continue
-        spare = child.tensors[f"model.layers.{layer}.mlp.router.bias"].read((slice(len(ids), count),))
-        never = np.asarray(NEVER, spare.dtype)
-        if set(counts) != {filled} or not (spare == never).all():
+        if set(counts) != {filled} or not _never_chosen(child, layer, len(ids)):
             raise PuzzleError(f"{source} keeps {len(ids)} experts in layer {layer}, but config.json has {count}")
+
+
+def _never_chosen(child: Description, layer: int, first: int) -> bool:
+    """Returns whether a layer's experts from `first` on are only there to fill a shape."""
+    bias = child.tensors.get(f"model.layers.{layer}.mlp.router.bias")
+    if bias is None:
+        return False
+    spare = bias.read((slice(first, None),))
+    return bool((spare == np.asarray(NEVER, spare.dtype)).all())
 
 
 def _differing(found: _Described, every_expert: bool) -> tuple[str, ...]:
@@ -190,7 +198,7 @@ def _differing(found: _Described, every_expert: bool) -> tuple[str, ...]:
     return tuple(name for name in dict.fromkeys(names) if name in differing)
 
 
-def _same_tensor(spec: TensorSpec, ours: StoredTensor, theirs: StoredTensor) -> bool:
+def _same_tensor(spec: TensorSpec, ours: Stored, theirs: Stored) -> bool:
     if ours.dtype == theirs.dtype:
         return ours.equals(theirs)
     return _same(as_stored(spec, ours.read()), as_stored(spec, theirs.read()))
@@ -202,7 +210,7 @@ def _same(a: np.ndarray, b: np.ndarray) -> bool:
     return np.array_equal(x, y)
 
 
-def _row(spec: TensorSpec, stored: StoredTensor, index: int) -> np.ndarray:
+def _row(spec: TensorSpec, stored: Stored, index: int) -> np.ndarray:
     return as_stored(spec, stored.read((slice(index, index + 1),)))
 
 
@@ -228,7 +236,7 @@ def _values(
     return np.ascontiguousarray(values.T) if specs[0].transposed else values
 
 
-def _expert(tensors: Sequence[StoredTensor], row: int) -> np.ndarray:
+def _expert(tensors: Sequence[Stored], row: int) -> np.ndarray:
     """One expert's values in float32 as a stack of one, decoded where blocks and scales are given."""
     first, *scales = (stored.read((slice(row, row + 1),), weights=True) for stored in tensors)
     return mxfp4.decode(first, scales[0], np.float32) if scales else first.astype(np.float32)

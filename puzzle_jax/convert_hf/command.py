@@ -77,7 +77,8 @@ class ExportSettings:
       checkpoint: an Orbax checkpoint, or a directory to repack.
       out: directory to create; a killed repacking resumes when it is run again.
       form: how experts are stored; by default as in the checkpoint.
-      pad_experts: pads all layers to the same number of experts with zeros, for any loader of gpt_oss.
+      pad_experts: pads all layers to the same number of experts with zeros, for any loader of gpt_oss. Other families
+        have no biases of routers, which this needs.
     """
 
     checkpoint: Path

@@ -1,15 +1,18 @@
 """Export of models as Hugging Face checkpoints.
 
 `export_child` cuts a child out of its parent's files: the kept experts' rows of the router and of every expert tensor
-are copied, as is everything else; MXFP4 is not decoded, and nothing is rounded but float16 and float32, to bfloat16.
-Only trained parameters are written from arrays; trained experts are packed one by one by `mxfp4.encode`, which is
-lossless for values on its grid (`train.fake_quant`). `save_checkpoint` writes a parameter tree. Both hold one piece of
-one tensor at a time, write through `tensors.writer`, so that a killed run leaves nothing that loads (and an
-`export_child` can be resumed), and touch no directory that they did not make.
+are copied, as is everything else; MXFP4 and FP8 are not decoded, and nothing is rounded but float16 and float32, to
+bfloat16. Only trained parameters are written from arrays; trained experts of an MXFP4 parent are packed one by one by
+`mxfp4.encode`, which is lossless for values on its grid (`train.fake_quant`). Trained matrices of an FP8 parent are
+written in bfloat16, since packing them would round what was learned, and named in `modules_to_not_convert`; so are
+those that runtimes fuse with them (q, k and v; all experts of a layer), rounded from their values. `save_checkpoint`
+writes a parameter tree. Both hold one piece of one tensor at a time, write through `tensors.writer`, so that a killed
+run leaves nothing that loads (and an `export_child` can be resumed), and touch no directory that they did not make.
 
-A child that plain `gpt_oss` cannot describe carries its code: two files with which
-`AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)` loads it, and one for mlx-lm. Alternatively it
-is padded to its largest layer's number of experts, a form that every loader of gpt-oss reads but that saves no memory.
+A child that its family's plain model type cannot describe carries its code: two files with which
+`AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)` loads it, and one for mlx-lm. Alternatively,
+where routers have biases, it is padded to its largest layer's number of experts, a form that every loader of the family
+reads but that saves no memory.
 Left out: uploads.
 """
 
@@ -17,9 +20,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
+from functools import lru_cache, partial
 from importlib import resources
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,15 +32,17 @@ from jaxtyping import PyTree
 
 import puzzle_jax
 from puzzle_jax.config import BlockConfig, ModelConfig
-from puzzle_jax.convert_hf.configuration.config_json import MODEL_FILE, is_plain, write_config
+from puzzle_jax.convert_hf.configuration.config_json import family_of, is_plain, write_config
+from puzzle_jax.convert_hf.configuration.quantization import Modules
 from puzzle_jax.convert_hf.describe import PROVENANCE, Description, describe_checkpoint
 from puzzle_jax.convert_hf.kv_scales import planned_kv_scales
 from puzzle_jax.convert_hf.model_card import FILE as CARD
 from puzzle_jax.convert_hf.model_card import model_card
-from puzzle_jax.convert_hf.pieces import Pieces, Rows, as_stored, expert_of
+from puzzle_jax.convert_hf.pieces import Pieces, Rows, expert_of
 from puzzle_jax.convert_hf.table import Form, ParamPath, TensorSpec, checkpoint_tensors, dotted
-from puzzle_jax.convert_hf.tensors.files import StoredTensor
+from puzzle_jax.convert_hf.tensors.composed import StackedExperts
 from puzzle_jax.convert_hf.tensors.finite import all_finite
+from puzzle_jax.convert_hf.tensors.planned import copied, made
 from puzzle_jax.convert_hf.tensors.writer import SHARD_BYTES, Plan, PlannedTensor, naming_target, write_checkpoint
 from puzzle_jax.errors import CheckpointError, ConfigError, PuzzleError
 from puzzle_jax.files import Json, read_bytes
@@ -56,8 +62,6 @@ CARRIED = (
 """Files that children take over from their parent."""
 OF_A_CHILD = (CARD, PROVENANCE)
 """Records of a child's origin, which are kept in an Orbax checkpoint of it."""
-NEVER = -1e30  # the router bias of an expert that is only there to fill a shape
-REMOTE_CODE = ("configuration_gpt_oss_puzzle.py", "modeling_gpt_oss_puzzle.py", MODEL_FILE)
 
 
 class Origin(NamedTuple):
@@ -99,9 +103,10 @@ def export_child(
       dense_delta: trained values in place of the parent's (see `model.child.Child`): a tree in the parent's shapes, of
         NumPy or JAX arrays. Routers and experts are cut to `kept` here.
       kv_scales: scales of the child's FP8 cache (`generate.calibrate`); by default the parent's, if it has any. A
-        plain `gpt_oss` child carries none, since its loaders refuse unknown names; they are in the record alone.
+        child of a plain model type carries none, since some loaders refuse unknown names; they are in the record
+        alone.
       pad_experts: gives every layer as many experts as the largest has; the added ones are zeros that are never
-        chosen, and the child is plain `gpt_oss`.
+        chosen, and the child has its family's plain model type. Only for families with biases of routers.
       replace: whether an earlier child at `out` may be replaced.
       origin: the first parent, where `parent` is a child itself; record and card then refer to the first parent.
       shard_bytes: largest size of one safetensors file.
@@ -115,9 +120,11 @@ def export_child(
     description = describe_checkpoint(parent)
     _check_fit(description.config, config, kept)
     written = _padded(config) if pad_experts else config
-    plain = is_plain(written)
+    plain, form = is_plain(written), description.form
     scales = description.kv_scales if kv_scales is None else np.asarray(kv_scales, np.float32)
     delta = delta_leaves(description.config, dense_delta)
+    trained = _unquantized(checkpoint_tensors(written, form, description.unquantized), delta)
+    unquantized = description.unquantized | trained
     record = {
         **provenance,
         "puzzle_jax": puzzle_jax.__version__,
@@ -130,7 +137,8 @@ def export_child(
         scales = None if plain else scales
     card = model_card(
         config,
-        description.form,
+        form,
+        unquantized=(Modules() if origin else description.unquantized, unquantized),
         parent=origin.config if origin else description.config,
         kept=origin.kept if origin else kept,
         record=record,
@@ -140,14 +148,15 @@ def export_child(
     )
     files = carried_files(parent)
     files |= {CARD: card, PROVENANCE: _json_bytes(record)}
-    files |= _config_files(written, description.config_json, description.form)
-    sources = {stored.file for stored in description.tensors.values()}
+    files |= _config_files(written, description.config_json, form, trained)
+    sources = {source.file for stored in description.tensors.values() for source in stored.sources}
     identity = [
         [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(sources)],
         {dotted(path): _digest(path, leaf, kept) for path, leaf in delta.items()},
         None if scales is None else scales.tolist(),
     ]
-    tensors = _child_plan(description, written, kept, delta) + planned_kv_scales(scales)
+    table = checkpoint_tensors(written, form, unquantized)
+    tensors = _child_plan(description, table, kept, delta) + planned_kv_scales(scales)
     write_checkpoint(out, Plan(tensors, files, identity, shard_bytes), replace=lambda: _may_replace(out, replace))
 
 
@@ -169,7 +178,7 @@ def save_checkpoint(
       params: weights in the structure of `model.spec`; leaves may be functions without arguments that return them.
       config_base: a config.json whose other keys (token ids and the like) are kept; may be empty.
       extra_files: further files by name: tokenizer, chat template, provenance.
-      form: "mxfp4" packs dense experts and writes packed ones as they are; "bf16" unpacks and rounds.
+      form: "mxfp4" packs dense experts and writes packed ones as they are; "bf16" unpacks and rounds. "fp8" is refused.
       replace: whether an earlier checkpoint of ours (one with a provenance.json) at `out` may be replaced.
 
     The other arguments are those of `export_child`.
@@ -178,14 +187,18 @@ def save_checkpoint(
     """
     out = Path(out)
     refuse_overwriting(out, replace)
-    source = Pieces()
+    if form == "fp8":
+        raise ConfigError("form is fp8, but parameters are written as mxfp4 or bf16; matrices in FP8 are only copied")
+    pieces = Pieces()
 
-    def pieces(spec: TensorSpec) -> Iterator[np.ndarray]:
-        leaf = subtree(params, spec.parameter)
-        made: PyTree = leaf() if callable(leaf) else leaf
-        return source.of(spec, made)
+    @lru_cache(maxsize=1)  # the tensors of a parameter come one after the other
+    def leaf(path: ParamPath) -> PyTree:
+        found = subtree(params, path)
+        return found() if callable(found) else found
 
-    plan = [_planned(spec, partial(pieces, spec)) for spec in checkpoint_tensors(config, form)]
+    plan: list[PlannedTensor] = []
+    for spec in checkpoint_tensors(config, form):
+        plan += made(spec, pieces, partial(leaf, spec.parameter), None)
     files = dict(extra_files or {}) | _config_files(config, config_base, form)
     plan += planned_kv_scales(None if kv_scales is None else np.asarray(kv_scales, np.float32))
     write_checkpoint(out, Plan(plan, files, None, shard_bytes), replace=lambda: _may_replace(out, replace))
@@ -209,37 +222,44 @@ def _check_fit(parent: ModelConfig, child: ModelConfig, kept: Sequence[Sequence[
 
 
 def _padded(config: ModelConfig) -> ModelConfig:
-    most = max(block.num_experts for block in config.blocks)
-    padded = config.with_blocks(tuple(BlockConfig(most, block.window) for block in config.blocks))
+    family, most = family_of(config), max(block.num_experts for block in config.blocks)
+    filled = tuple(BlockConfig(most if block.num_experts else 0, block.window) for block in config.blocks)
+    padded = config.with_blocks(filled)
+    if filled != config.blocks and not config.variant.router_bias:
+        raise ConfigError(
+            f"experts cannot be padded, because routers of {family.name} have no bias that would keep the added ones "
+            "from being chosen, and a row without one exceeds others for some tokens; export without padding, or "
+            "search for a child with the same number of experts in all layers"
+        )
     if not is_plain(padded):
         windows = [block.window for block in config.blocks]
-        raise ConfigError(
-            f"the child's windows are {windows}, but a padded child needs one width on even layers and none on odd ones"
-        )
+        raise ConfigError(f"the child's windows are {windows}, but a padded child needs {family.plain_windows}")
     return padded
+
+
+def _unquantized(table: Sequence[TensorSpec], delta: Mapping[ParamPath, Rows]) -> list[str]:
+    """The modules that a child stores in BF16 because they were trained, or are fused with one that was."""
+    modules = (s.modules for s in table if s.dtype == "F8_E4M3" and s.parameter in delta)
+    return list(dict.fromkeys(chain.from_iterable(modules)))
 
 
 def _child_plan(
     parent: Description,
-    config: ModelConfig,
+    table: Sequence[TensorSpec],
     kept: Sequence[Sequence[int]],
     delta: Mapping[ParamPath, Rows],
 ) -> list[PlannedTensor]:
     """The child's tensors, each read from the parent's file or from the trained values when its turn comes."""
     plan = []
     trained = Pieces()
-    for spec in checkpoint_tensors(config, parent.form):
+    for spec in table:
         stored, path = parent.tensors[spec.name], spec.parameter
         ids = tuple(kept[spec.layer]) if spec.by_expert and spec.layer is not None else None
         if path in delta:
-            pieces = partial(trained.of, spec, delta[path], ids)
-        elif ids is not None:
-            pieces = partial(_expert_rows, spec, stored, ids)
-        elif stored.dtype == spec.dtype:
-            pieces = partial(stored.chunks, weights=True)
+            fused = isinstance(stored, StackedExperts) and stored.fused
+            plan += made(spec, trained, partial(delta.__getitem__, path), ids, fused=fused)
         else:
-            pieces = partial(_rounded, spec, stored)
-        plan.append(_planned(spec, pieces if ids is None else partial(_filled, spec, pieces, len(ids))))
+            plan += copied(spec, stored, ids)
     return plan
 
 
@@ -256,28 +276,6 @@ def _digest(path: ParamPath, leaf: Rows, kept: Sequence[Sequence[int]]) -> str:
         digest.update(f"{piece.dtype}".encode())
         digest.update(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
-
-
-def _expert_rows(spec: TensorSpec, stored: StoredTensor, ids: Sequence[int]) -> Iterator[np.ndarray]:
-    """The kept experts' rows of a tensor, one after the other."""
-    for expert in ids:
-        yield as_stored(spec, stored.read((slice(expert, expert + 1),), weights=True))
-
-
-def _rounded(spec: TensorSpec, stored: StoredTensor) -> Iterator[np.ndarray]:
-    yield as_stored(spec, stored.read(weights=True))
-
-
-def _filled(spec: TensorSpec, pieces: Callable[[], Iterable[np.ndarray]], rows: int) -> Iterator[np.ndarray]:
-    """Pieces that hold `rows` rows, then rows of experts that are never chosen, up to the tensor's shape."""
-    yield from pieces()
-    fill = NEVER if spec.path[-1] == "router_bias" else 0
-    for _ in range(spec.shape[0] - rows):
-        yield as_stored(spec, np.full((1, *spec.shape[1:]), fill, np.uint8 if spec.dtype == "U8" else np.float32))
-
-
-def _planned(spec: TensorSpec, pieces: Callable[[], Iterable[np.ndarray]]) -> PlannedTensor:
-    return PlannedTensor(spec.name, spec.dtype, spec.shape, pieces, with_previous=spec.path[-1] == "scales")
 
 
 def carried_files(directory: Path, names: Sequence[str] = CARRIED) -> dict[str, bytes]:
@@ -297,12 +295,15 @@ def config_bytes(data: Mapping[str, Json]) -> bytes:
         raise CheckpointError("config.json holds a value that is nested too deeply to be written again") from None
 
 
-def _config_files(config: ModelConfig, base: Mapping[str, Json], form: Form) -> dict[str, bytes]:
-    """config.json, and the code of a model that plain `gpt_oss` cannot describe."""
-    files = {"config.json": config_bytes(write_config(config, dict(base), form=form))}
+def _config_files(
+    config: ModelConfig, base: Mapping[str, Json], form: Form, unquantized: Sequence[str] = ()
+) -> dict[str, bytes]:
+    """config.json, and the code of a model that its family's plain model type cannot describe."""
+    data = write_config(config, dict(base), form=form, unquantized=unquantized)
+    files = {"config.json": config_bytes(data)}
     if not is_plain(config):
         remote = resources.files("puzzle_jax.convert_hf") / "remote"
-        files |= {name: (remote / name).read_bytes() for name in REMOTE_CODE}
+        files |= {name: (remote / name).read_bytes() for name in family_of(config).remote_code}
     return files
 
 

@@ -15,8 +15,9 @@ from rich.table import Table
 
 from puzzle_jax.config import ModelConfig, cache_bytes
 from puzzle_jax.convert_hf.configuration.config_json import parse_config, parse_form
+from puzzle_jax.convert_hf.configuration.quantization import Modules, unquantized
 from puzzle_jax.convert_hf.describe import config_path, describe_checkpoint
-from puzzle_jax.convert_hf.table import Form, bytes_by_part, expert_bytes, parameters, tensor_bytes
+from puzzle_jax.convert_hf.table import Form, bytes_by_part, expert_bytes, expert_parameters, parameters
 from puzzle_jax.convert_hf.tensors.files import INDEX, SINGLE, read_json
 
 KV_TOKENS = 1_000
@@ -58,10 +59,12 @@ def inspect(path: Path) -> Inspection:
     source = config_path(path)
     data = read_json(source)
     config, form = parse_config(data, source), parse_form(data, source)
-    parts = bytes_by_part(config, form)
+    skipped = unquantized(data, source) if form == "fp8" else Modules()
+    parts = bytes_by_part(config, form, skipped)
+    inside = ("attention", "router", "experts", *(("dense",) if config.dense_size else ()))
     by_part = {
         "embedding": parts.embedding,
-        **{part: sum(getattr(layer, part) for layer in parts.layers) for part in ("attention", "router", "experts")},
+        **{part: sum(getattr(layer, part) for layer in parts.layers) for part in inside},
         "norm": parts.final_norm + sum(layer.norm for layer in parts.layers),
         "head": parts.head,
     }
@@ -70,7 +73,7 @@ def inspect(path: Path) -> Inspection:
         form=form,
         parameters=parameters(config),
         active_parameters=active_parameters(config),
-        checkpoint_bytes=tensor_bytes(config, form),
+        checkpoint_bytes=parts.total,
         bytes_by_part=by_part,
         expert_bytes=expert_bytes(config, form),
         kv_bytes_per_1000_tokens={
@@ -80,34 +83,41 @@ def inspect(path: Path) -> Inspection:
             {"num_local_experts": block.num_experts, "sliding_window": block.window, "bytes": layer.total}
             for block, layer in zip(config.blocks, parts.layers, strict=True)
         ],
-        dimensions={name: getattr(config, name) for name in (*_ON_ONE_LINE, "experts_per_token", "max_position")},
+        dimensions={
+            **{name: getattr(config, name) for name in (*_ON_ONE_LINE, "experts_per_token", "max_position")},
+            **({"dense_size": config.dense_size} if config.dense_size else {}),
+        },
         weights=_weights(source.parent),
     )
 
 
 def active_parameters(config: ModelConfig) -> int:
     """Parameters that one token is multiplied with: k experts of every layer, and no embedding."""
-    idle = sum(block.num_experts - config.experts_per_token for block in config.blocks)
-    one_expert = 3 * config.hidden_size * config.intermediate_size + 2 * config.intermediate_size + config.hidden_size
-    return parameters(config) - idle * one_expert - config.vocab_size * config.hidden_size
+    idle = sum(block.num_experts - config.experts_per_token for block in config.blocks if block.num_experts)
+    # A tied embedding is the head as well.
+    embedding = 0 if config.variant.tied_head else config.vocab_size * config.hidden_size
+    return parameters(config) - idle * expert_parameters(config) - embedding
 
 
 def _weights(directory: Path) -> str:
     if not any((directory / name).exists() for name in (SINGLE, INDEX)):
         return "none here"
     described = describe_checkpoint(directory)
-    files = {stored.file.name for stored in described.tensors.values()}
+    sources = [source for stored in described.tensors.values() for source in stored.sources]
+    files = {source.file.name for source in sources}
+    tensors = {source.name for source in sources}  # pieces of one have its name
     scales = "" if described.kv_scales is None else ", with scales of an FP8 cache"
     index = f"; {INDEX} is not read beside it" if files == {SINGLE} and (directory / INDEX).exists() else ""
     described_as = f"headers as described{scales}{index}"
-    return f"{len(described.tensors)} tensors in {len(files)} file{'s'[: len(files) > 1]}, {described_as}"
+    nbytes = sum(source.nbytes for source in sources)
+    return f"{len(tensors):,} tensors of {nbytes:,} bytes in {len(files)} file{'s'[: len(files) > 1]}, {described_as}"
 
 
 def show(found: Inspection, console: Console) -> None:
     """Prints an inspection in readable form."""
     console.print(
-        f"{found.model_type}, experts in {found.form}; {found.parameters:,} parameters, "
-        f"{found.active_parameters:,} of them active per token"
+        f"{found.model_type}, {'matrices' if found.form == 'fp8' else 'experts'} in {found.form}; "
+        f"{found.parameters:,} parameters, {found.active_parameters:,} of them active per token"
     )
     console.print(", ".join(f"{name} {value:,}" for name, value in found.dimensions.items()))
     table = Table("layers", "experts", "window", "bytes per layer")

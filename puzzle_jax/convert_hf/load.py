@@ -1,9 +1,10 @@
-"""Import of gpt-oss checkpoints: a directory in, a configuration and a parameter tree out, sharded over a mesh.
+"""Import of checkpoints: a directory in, a configuration and a parameter tree out, sharded over a mesh.
 
 Tensors are read one after the other; each process reads only the blocks that its devices hold. They are put on the
 devices and brought into our orientation and type there by a jitted program that donates its input where it can, so that
 host memory holds the process's share and about one tensor more. Packed experts stay packed unless dense ones are
-requested, which are decoded matrix by matrix; other tensors may be stored in BF16, F16 or F32 and become `dtype`.
+requested, which are decoded matrix by matrix; matrices in FP8 are decoded as they are read. Other tensors may be stored
+in BF16, F16 or F32. All become `dtype`.
 
 Left out: downloading, pickled weights.
 """
@@ -28,7 +29,8 @@ from puzzle_jax.config import ModelConfig
 from puzzle_jax.convert_hf.describe import PROVENANCE, Description, describe_checkpoint
 from puzzle_jax.convert_hf.kv_scales import StoredScales
 from puzzle_jax.convert_hf.table import Form, ParamPath, TensorSpec, checkpoint_tensors
-from puzzle_jax.convert_hf.tensors.files import StoredTensor
+from puzzle_jax.convert_hf.tensors.composed import ScaledTensor, StackedExperts
+from puzzle_jax.convert_hf.tensors.files import Stored
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.files import Json, read_object
 from puzzle_jax.kernels.mxfp4 import MXFP4, decode
@@ -60,7 +62,7 @@ def load_checkpoint(
     narrow: bool = False,
     on_tensor: Callable[[str, int], None] | None = None,
 ) -> Checkpoint:
-    """Reads a gpt-oss or gpt_oss_puzzle checkpoint.
+    """Reads a checkpoint of one of the families of `configuration.config_json`.
 
     Args:
       directory: holds config.json and model.safetensors, or shards with an index.
@@ -131,8 +133,8 @@ def cache_scales(description: Description) -> KVScales | None:
 
 
 def known_scales(description: Description) -> StoredScales | None:
-    """The scales of an FP8 cache that a checkpoint carries, or that its record holds: plain `gpt_oss` carries none.
-    Raises PuzzleError where the record holds something else."""
+    """The scales of an FP8 cache that a checkpoint carries, or that its record holds, as where it carries none for its
+    plain model type. Raises PuzzleError where the record holds something else."""
     path = description.directory / PROVENANCE
     if description.kv_scales is not None or not path.is_file():
         return description.kv_scales
@@ -165,7 +167,7 @@ def _final(param: ParamSpec, config: ModelConfig, mesh: Mesh | None, packed: boo
 
 
 def _placed(
-    stored: StoredTensor,
+    stored: Stored,
     spec: TensorSpec,
     param: ParamSpec,
     config: ModelConfig,
@@ -174,6 +176,8 @@ def _placed(
     narrow: bool,
 ) -> jax.Array:
     """A tensor on its devices, in our orientation and type."""
+    if dtype == jnp.bfloat16 and isinstance(stored, ScaledTensor | StackedExperts):
+        stored = stored.rounded()
     packed = spec.dtype == "U8"
     final = at_rest = _final(param, config, mesh, packed)
     if isinstance(final, NamedSharding) and spec.transposed:

@@ -87,7 +87,8 @@ def save_params(out: Path, checkpoint: Checkpoint, files: Mapping[str, bytes]) -
             _save(work / PARAMS, _plain(checkpoint.params))
             for name, content in files.items():
                 (work / ORBAX_HF / name).write_bytes(content)
-            data = write_config(checkpoint.config, checkpoint.config_json)
+            form = "bf16" if checkpoint.form == "fp8" else None  # matrices in FP8 were decoded when they were read
+            data = write_config(checkpoint.config, checkpoint.config_json, form=form)
             (work / ORBAX_HF / CONFIG).write_bytes(config_bytes(data))
             if checkpoint.kv_scales is not None:
                 record = {kind: np.asarray(values).tolist() for kind, values in checkpoint.kv_scales._asdict().items()}

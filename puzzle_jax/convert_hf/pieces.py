@@ -37,10 +37,20 @@ Leaf = Rows | MXFP4
 
 
 class Pieces:
-    """Yields parameters as pieces of their tensors; keeps the scales of the last packed matrix until they are due."""
+    """Yields parameters as pieces of their tensors; keeps the scales of the last packed matrix until they are due, and
+    the last expert matrix, of which files may hold several parts."""
 
     def __init__(self) -> None:
         self.scales: dict[ParamPath, list[np.ndarray]] = {}
+        self.last: tuple[object, np.ndarray | None] = (None, None)
+
+    def part(self, spec: TensorSpec, leaf: Leaf, expert: int, part: int) -> np.ndarray:
+        """One matrix of one expert, [outputs, inputs], as files hold it that hold them one by one."""
+        key, matrix = self.last
+        if key != (spec.name, expert) or matrix is None:
+            (matrix,) = next(self.of(spec, leaf, [expert]))
+            self.last = (spec.name, expert), matrix
+        return matrix[:, part :: len(spec.parts)].T
 
     def of(self, spec: TensorSpec, leaf: Leaf, experts: Sequence[int] | None = None) -> Iterator[np.ndarray]:
         """A tensor's pieces: expert matrices one by one; only those of `experts`, in that order, where given."""

@@ -12,11 +12,12 @@ import pytest
 
 from puzzle_jax.config import BlockConfig
 from puzzle_jax.convert_hf.__main__ import main
-from puzzle_jax.convert_hf.export import NEVER, export_child
+from puzzle_jax.convert_hf.export import export_child
 from puzzle_jax.convert_hf.load import load_checkpoint
 from puzzle_jax.convert_hf.table import checkpoint_tensors
 from puzzle_jax.convert_hf.tensors import mxfp4
 from puzzle_jax.convert_hf.tensors.files import open_tensors
+from puzzle_jax.convert_hf.tensors.planned import NEVER
 from puzzle_jax.errors import ConfigError, PuzzleError
 from puzzle_jax.model.child import Child, ChildBlock, cut_params, with_delta
 from puzzle_jax.train.fake_quant import round_to_mxfp4

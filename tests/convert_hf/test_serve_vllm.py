@@ -7,7 +7,7 @@ import tomllib
 
 import pytest
 
-from puzzle_jax.convert_hf.configuration.config_json import AUTO_MAP, PUZZLE
+from puzzle_jax.convert_hf.configuration.gpt_oss import FAMILY
 from puzzle_jax.serve_vllm import ARCHITECTURE, MODEL_TYPE, VLLM_RELEASE, release_problem
 from tests.paths import ROOT
 
@@ -29,8 +29,8 @@ def test_it_is_declared_for_the_release_that_is_pinned():
 
 
 def test_it_answers_to_the_names_that_exports_carry():
-    assert MODEL_TYPE == PUZZLE
-    assert AUTO_MAP["AutoModelForCausalLM"].endswith(f".{ARCHITECTURE}")
+    assert FAMILY.puzzle == MODEL_TYPE
+    assert FAMILY.auto_map["AutoModelForCausalLM"].endswith(f".{ARCHITECTURE}")
 
 
 @pytest.mark.parametrize("version", [f"{VLLM_RELEASE}.0", f"{VLLM_RELEASE}.1+cu130"])

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from puzzle_jax.config import ModelConfig
-from puzzle_jax.convert_hf.configuration.config_json import FULL, SLIDING, write_config
+from puzzle_jax.convert_hf.configuration.config_json import write_config
+from puzzle_jax.convert_hf.configuration.layers import FULL, SLIDING
 from puzzle_jax.convert_hf.describe import read_config
 from puzzle_jax.errors import CheckpointError
 from puzzle_jax.model.rope import inverse_frequencies

@@ -1,1 +1,1 @@
-"""Reading and writing config.json of gpt-oss checkpoints."""
+"""Reading and writing config.json, by family."""

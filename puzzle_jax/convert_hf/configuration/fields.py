@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from puzzle_jax.errors import CheckpointError, shown
@@ -38,11 +38,20 @@ class Fields:
             raise self.fail(name, rule)
         return self.data[name]
 
-    def integer(self, name: str, default: int | None = None, *, most: int = MAX_SIZE) -> int:
+    def integer(self, name: str, default: int | None = None, *, least: int = 1, most: int = MAX_SIZE) -> int:
         def accepts(value: Json) -> bool:
-            return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
+            return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
-        return self._take(name, default, accepts, f"must be a whole number of at least 1 and at most {most}")
+        return self._take(name, default, accepts, f"must be a whole number of at least {least} and at most {most}")
+
+    def either(self, name: str, other: str, most: int = MAX_SIZE) -> tuple[list[str], int]:
+        """A number that a file may give under either of two names, or under both if they agree; and the names it
+        has."""
+        names = [each for each in (name, other) if each in self.data]
+        values = [self.integer(each, most=most) for each in names or [name]]
+        if len(set(values)) > 1:
+            raise self.fail(name, f"{other} is {values[1]}; they must be equal")
+        return names, values[0]
 
     def number(self, name: str, default: float | None = None) -> float:
         return float(self._take(name, default, _is_number, "must be a number"))
@@ -63,6 +72,19 @@ class Fields:
     def list_of(self, name: str, length: int) -> list[Json]:
         rule = f"must be a list with one entry for each of the {length} layers"
         return self._take(name, None, lambda value: isinstance(value, list) and len(value) == length, rule)
+
+    def strings(self, name: str) -> list[str]:
+        """A list of strings; empty where it is missing or null."""
+        value = self.data.get(name)
+        if value is not None and not (isinstance(value, list) and all(isinstance(entry, str) for entry in value)):
+            raise self.fail(name, "must be a list of strings")
+        return value or []
+
+    def require(self, values: Mapping[str, Json]) -> None:
+        """Raises `CheckpointError` where a field is given and has another than the one supported value."""
+        for name, value in values.items():
+            if self.data.get(name, value) != value:
+                raise self.fail(name, f"only {'null' if value is None else str(value).lower()} is supported")
 
     def table(self, name: str) -> Fields | None:
         value = self.data.get(name)

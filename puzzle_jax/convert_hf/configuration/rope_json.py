@@ -9,30 +9,46 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from dataclasses import dataclass, replace
 
 from puzzle_jax.config import RopeConfig
 from puzzle_jax.convert_hf.configuration.fields import Fields
 from puzzle_jax.errors import CheckpointError, shown
+from puzzle_jax.files import Json
 
 ORIGINAL = "original_max_position_embeddings"
-MAX_POSITION = 131_072
-"""The value of `max_position_embeddings` where it is missing."""
 _LAYER_TYPES = ("sliding_attention", "full_attention")
 
 
-def parse_rope(fields: Fields) -> RopeConfig:
+@dataclass(frozen=True)
+class Defaults:
+    """What a family takes for rotary settings that a file does not give.
+
+    Attributes:
+      absent: the settings of a file without any.
+      plain: those without scaling, where a file says so.
+      max_position: the value of `max_position_embeddings`.
+    """
+
+    absent: RopeConfig
+    plain: RopeConfig
+    max_position: int
+
+
+def parse_rope(fields: Fields, defaults: Defaults) -> RopeConfig:
     """Rotary settings as transformers standardises them; refused where two places contradict each other."""
     _refuse_partial(fields)
     old, new = fields.table("rope_scaling"), fields.table("rope_parameters")
-    theta = fields.rotary("rope_theta", RopeConfig.theta)
-    if not (old and old.data) and new is None:
-        if "rope_scaling" in fields.data:  # plain rotary embeddings in transformers 4, YaRN's defaults in 5
+    theta = fields.rotary("rope_theta", defaults.absent.theta)
+    found = [(table, _scaling(fields, table, theta, defaults)) for table in (old, new) if table and table.data]
+    if not found:
+        scaled = defaults.absent.factor != 1.0
+        if scaled and new is not None:
+            raise fields.fail("rope_parameters", "must have rope_type; yarn and default are supported")
+        if scaled and "rope_scaling" in fields.data:  # plain in transformers 4, the family's defaults in 5
             rule = 'releases of transformers differ in what that means; {"rope_type": "default"} is no scaling'
             raise fields.fail("rope_scaling", rule)
-        return RopeConfig(theta=theta)
-    found = [(table, _scaling(fields, table, theta)) for table in (old, new) if table is not None and table.data]
-    if not found:
-        raise fields.fail("rope_parameters", "must have rope_type; yarn and default are supported")
+        return replace(defaults.absent, theta=theta)
     (first, rope), *others = found
     for table, other in others:
         for name in (field.name for field in dataclasses.fields(RopeConfig)):
@@ -45,7 +61,7 @@ def parse_rope(fields: Fields) -> RopeConfig:
     return rope
 
 
-def _scaling(fields: Fields, table: Fields, theta: float) -> RopeConfig:
+def _scaling(fields: Fields, table: Fields, theta: float, defaults: Defaults) -> RopeConfig:
     """The settings of one of the two tables.
 
     Args:
@@ -65,7 +81,7 @@ def _scaling(fields: Fields, table: Fields, theta: float) -> RopeConfig:
         raise table.fail("rope_type", "it must be given; yarn and default are supported")
     kind = table.string(kind_field)
     if kind == "default":
-        return RopeConfig(theta=inside, factor=1.0)
+        return replace(defaults.plain, theta=inside)
     if kind != "yarn":
         raise table.fail(kind_field, "only yarn and default are supported")
     rope = RopeConfig(
@@ -73,7 +89,7 @@ def _scaling(fields: Fields, table: Fields, theta: float) -> RopeConfig:
         factor=table.rotary("factor"),
         beta_fast=_beta(table, "beta_fast", 32.0),
         beta_slow=_beta(table, "beta_slow", 1.0),
-        original_context=_original_context(fields, table),
+        original_context=_original_context(fields, table, defaults),
         truncate=table.boolean("truncate", True),
     )
     for field in ("mscale", "mscale_all_dim"):
@@ -91,7 +107,7 @@ def _beta(table: Fields, name: str, default: float) -> float:
     return default if table.data.get(name) is None else table.rotary(name)
 
 
-def _original_context(fields: Fields, table: Fields) -> int:
+def _original_context(fields: Fields, table: Fields, defaults: Defaults) -> int:
     """The context before extension; where it is not given, transformers takes the extended one.
 
     A file that gives `initial_context_length` alone, as OpenAI's own form does, is refused where the two differ, since
@@ -103,7 +119,7 @@ def _original_context(fields: Fields, table: Fields) -> int:
         if beside not in (None, inside):
             raise table.fail(ORIGINAL, f"{ORIGINAL} beside it is {beside}; they must be equal")
         return inside
-    longest = fields.integer("max_position_embeddings", MAX_POSITION) if beside is None else beside
+    longest = fields.integer("max_position_embeddings", defaults.max_position) if beside is None else beside
     initial = fields.data.get("initial_context_length", longest)
     if initial != longest:
         raise CheckpointError(
@@ -116,3 +132,9 @@ def _original_context(fields: Fields, table: Fields) -> int:
 def _refuse_partial(fields: Fields) -> None:
     if fields.data.get("partial_rotary_factor") not in (None, 1):
         raise fields.fail("partial_rotary_factor", "only rotary embeddings of whole heads are supported")
+
+
+def written_rope(rope: RopeConfig) -> dict[str, Json]:
+    """`rope_scaling` of a model with YaRN."""
+    numbers = {name: getattr(rope, name) for name in ("factor", "beta_fast", "beta_slow", "truncate")}
+    return {"rope_type": "yarn", **numbers, ORIGINAL: rope.original_context}

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from itertools import pairwise, product
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
@@ -55,6 +55,29 @@ _ALIGNMENT = 64
 _SHORT_RUN = 4096  # bytes; reading less at a time is no faster than reading what lies between
 
 
+@runtime_checkable
+class Stored(Protocol):
+    """A tensor whose values are in one file (`StoredTensor`), or in several tensors of files (`tensors.composed`).
+
+    `nbytes` counts its bytes in the files, `chunks` and `bytes_at` give them, and `equals` compares them.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def sources(self) -> tuple[StoredTensor, ...]: ...
+    def read(self, index: Sequence[slice] = (), *, weights: bool = False) -> np.ndarray: ...
+    def equals(self, other: Stored) -> bool: ...
+    def chunks(self, *, weights: bool = False) -> Iterator[np.ndarray]: ...
+    def bytes_at(self, places: Iterable[tuple[int, int]]) -> Iterator[np.ndarray]: ...
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """A tensor in a file: its description, and where its bytes lie (offset from the start of the file)."""
@@ -78,9 +101,8 @@ class StoredTensor:
         Raises `CheckpointError` where the file can no longer be read.
         """
         dtype = DTYPES[self.dtype]
-        bounds = [part.indices(size)[:2] for part, size in zip(index, self.shape, strict=False)]
-        bounds += [(0, size) for size in self.shape[len(bounds) :]]
-        out = _aligned([stop - start for start, stop in bounds], dtype)
+        bounds = bounds_of(index, self.shape)
+        out = aligned([stop - start for start, stop in bounds], dtype)
         if not out.size:
             return out
         cut = [axis for axis, (size, now) in enumerate(zip(self.shape, out.shape, strict=True)) if size != now]
@@ -134,9 +156,14 @@ class StoredTensor:
                 _read_into(file, piece, self.offset + start)
                 yield piece
 
-    def equals(self, other: StoredTensor) -> bool:
+    @property
+    def sources(self) -> tuple[StoredTensor, ...]:
+        """The tensors in files that hold its values."""
+        return (self,)
+
+    def equals(self, other: Stored) -> bool:
         """Tells whether both tensors have the same type, shape and bytes."""
-        if (self.dtype, self.shape) != (other.dtype, other.shape):
+        if not isinstance(other, StoredTensor) or (self.dtype, self.shape) != (other.dtype, other.shape):
             return False
         return all(np.array_equal(*pair) for pair in zip(self.chunks(), other.chunks(), strict=True))
 
@@ -144,7 +171,7 @@ class StoredTensor:
         """The tensor's bytes in order, `CHUNK_BYTES` at a time; `weights` as in `read`."""
         with _opened(self.file) as file:
             for start in range(0, self.nbytes, CHUNK_BYTES):
-                chunk = _aligned([min(CHUNK_BYTES, self.nbytes - start)], np.dtype(np.uint8))
+                chunk = aligned([min(CHUNK_BYTES, self.nbytes - start)], np.dtype(np.uint8))
                 check = self._check(chunk.view(DTYPES[self.dtype])) if weights else None
                 _read_into(file, chunk, self.offset + start, check)
                 yield chunk
@@ -166,7 +193,13 @@ def _open(path: Path) -> io.BufferedReader:
     return path.open("rb")
 
 
-def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+def bounds_of(index: Sequence[slice], shape: Sequence[int]) -> list[tuple[int, int]]:
+    """First position and the one after the last, on every axis, of a block that `index` cuts out."""
+    bounds = [part.indices(size)[:2] for part, size in zip(index, shape, strict=False)]
+    return bounds + [(0, size) for size in shape[len(bounds) :]]
+
+
+def aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
     """An empty array that starts at a multiple of 64 bytes, so that JAX takes it on a CPU without a copy."""
     size = prod(shape) * dtype.itemsize
     raw = np.empty(size + _ALIGNMENT, np.uint8)

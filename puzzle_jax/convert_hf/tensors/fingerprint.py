@@ -28,7 +28,7 @@ from pathlib import Path
 from puzzle_jax import codec
 from puzzle_jax.convert_hf.describe import Description, describe_checkpoint
 from puzzle_jax.convert_hf.other_forms import CONFIG
-from puzzle_jax.convert_hf.tensors.files import StoredTensor
+from puzzle_jax.convert_hf.tensors.files import Stored
 from puzzle_jax.errors import PuzzleError
 from puzzle_jax.files import write_beside
 
@@ -86,7 +86,7 @@ def _hash(description: Description) -> str:
     return digest.hexdigest()[:32]
 
 
-def sampled(tensor: StoredTensor) -> list[tuple[int, int]]:
+def sampled(tensor: Stored) -> list[tuple[int, int]]:
     """Offsets and lengths of the blocks of a large tensor that are hashed."""
     experts = tensor.shape[0] if len(tensor.shape) > 2 else 0
     count = max(_BLOCKS, _BLOCKS_OF_AN_EXPERT * experts)
@@ -97,7 +97,7 @@ def sampled(tensor: StoredTensor) -> list[tuple[int, int]]:
 
 def _state(description: Description) -> State:
     """Distinguishes versions of the files without reading them; empty where one is gone."""
-    files = {tensor.file for tensor in description.tensors.values()}
+    files = {source.file for tensor in description.tensors.values() for source in tensor.sources}
     try:
         stats = [(path.name, path.stat()) for path in sorted({*files, description.directory / CONFIG})]
     except OSError:

@@ -25,6 +25,7 @@ class _Bits(NamedTuple):
 _BITS = {
     np.dtype(ml_dtypes.bfloat16): _Bits(np.int16, np.uint16, 0x7F80, 0x4000, 0x8000),
     np.dtype(np.float16): _Bits(np.int16, np.uint16, 0x7C00, 0x4000, 0x8000),
+    np.dtype(ml_dtypes.float8_e4m3fn): _Bits(np.int8, np.uint8, 0x7F, 0x40, 0x80),  # without infinity
     # A value that rounds to infinity in bfloat16, the type of weights at rest, counts as infinite.
     np.dtype(np.float32): _Bits(np.int32, np.uint32, 0x7F7F8000, 0x40000000, 0x80000000),
 }
@@ -35,7 +36,7 @@ def all_finite(array: np.ndarray) -> bool:
     """Returns whether all values are finite, in bfloat16 too; integers always are.
 
     Args:
-      array: bfloat16, float16, float32 or integers; contiguous ones are not copied.
+      array: bfloat16, float16, float32, e4m3 or integers; contiguous ones are not copied.
     """
     bits = _BITS.get(array.dtype)
     if bits is None:

@@ -38,7 +38,7 @@ from puzzle_jax.convert_hf.kv_scales import StoredScales
 from puzzle_jax.convert_hf.load import build_params, known_scales
 from puzzle_jax.convert_hf.table import ParamPath, TensorSpec, checkpoint_tensors
 from puzzle_jax.convert_hf.tensors import mxfp4
-from puzzle_jax.convert_hf.tensors.files import CHUNK_BYTES, StoredTensor, read_json
+from puzzle_jax.convert_hf.tensors.files import CHUNK_BYTES, Stored, read_json
 from puzzle_jax.errors import ConfigError, PuzzleError, shown
 from puzzle_jax.files import read_object
 from puzzle_jax.kernels.mxfp4 import GROUP, MXFP4
@@ -82,8 +82,8 @@ class AveragedParameter:
     """
 
     specs: tuple[TensorSpec, ...]
-    ours: tuple[StoredTensor, ...]
-    theirs: tuple[StoredTensor, ...]
+    ours: tuple[Stored, ...]
+    theirs: tuple[Stored, ...]
     weight: float
 
     @property
@@ -106,7 +106,7 @@ class AveragedParameter:
     def __getitem__(self, rows: slice) -> Float32[np.ndarray, "..."]:
         """Averaged rows of the tensor as it is stored (matrices, for packed experts), not rounded."""
 
-        def values(tensors: tuple[StoredTensor, ...]) -> np.ndarray:
+        def values(tensors: tuple[Stored, ...]) -> np.ndarray:
             first, *scales = (tensor.read((rows,)) for tensor in tensors)
             return mxfp4.decode(first, scales[0]) if scales else first
 
@@ -176,7 +176,7 @@ class Pair:
             parameters[path] = (*parameters.get(path, ()), spec)
         differing, trained = {}, frozenset(self.trained)
         for path, specs in parameters.items():
-            if all(_same(self.ours.tensors[spec.name], self.theirs.tensors[spec.name]) for spec in specs):
+            if all(self.ours.tensors[spec.name].equals(self.theirs.tensors[spec.name]) for spec in specs):
                 continue
             if specs[0].parameter_name not in trained:
                 a, b = self.directories
@@ -325,10 +325,3 @@ def _origin(directory: Path, record: Mapping[str, Any], config: ModelConfig) -> 
     if origin is None or not all(isinstance(name, str) for name in origin.trained):
         raise PuzzleError(f"{directory / PROVENANCE} does not list kept_experts and the names of trained parameters")
     return origin
-
-
-def _same(ours: StoredTensor, theirs: StoredTensor) -> bool:
-    """Returns whether dtype and bytes are equal."""
-    if ours.dtype != theirs.dtype:
-        return False
-    return all(np.array_equal(*pair) for pair in zip(ours.chunks(), theirs.chunks(), strict=True))

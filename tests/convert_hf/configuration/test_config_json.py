@@ -158,7 +158,7 @@ BAD = [
         puzzle(per_layer_config={"1": {"num_local_experts": 3}}),
         r"per_layer_config.1.num_local_experts is 3, but block_configs\[1\] has 7; they must be equal",
     ),
-    (plain(model_type="llama"), r"model_type is 'llama', but only gpt_oss and gpt_oss_puzzle are known"),
+    (plain(model_type="llama"), r"model_type is 'llama', but only gpt_oss, gpt_oss_puzzle, qwen3_moe and qwen3_moe_pu"),
     (plain(model_type=None), r"model_type is missing"),
     (plain(hidden_size=None), r"hidden_size is missing, but must be a whole number"),
     (plain(hidden_size="40"), r"hidden_size is '40', but must be a whole number"),
@@ -237,11 +237,15 @@ def test_bad_configurations_name_file_field_and_value(data, message):
     assert "\n" not in str(caught.value)
 
 
+def quantised(method: str) -> dict:
+    return {"model_type": "gpt_oss", "quantization_config": {"quant_method": method}}
+
+
 def test_quantisation_methods():
-    assert parse_form({}, SOURCE) == "bf16"
-    assert parse_form({"quantization_config": {"quant_method": "mxfp4"}}, SOURCE) == "mxfp4"
+    assert parse_form({"model_type": "gpt_oss"}, SOURCE) == "bf16"
+    assert parse_form(quantised("mxfp4"), SOURCE) == "mxfp4"
     with pytest.raises(CheckpointError, match=r"quantization_config.quant_method is 'awq', but only mxfp4"):
-        parse_form({"quantization_config": {"quant_method": "awq"}}, SOURCE)
+        parse_form(quantised("awq"), SOURCE)
 
 
 def test_a_childs_own_yarn_factor_is_written():
