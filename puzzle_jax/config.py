@@ -17,7 +17,8 @@ from dataclasses import dataclass, field, replace
 from puzzle_jax.errors import ConfigError, check_range
 
 EFFORTS: tuple[str, ...] = ("low", "medium", "high")
-"""Reasoning efforts in rising order: the values of the chat template's `reasoning_effort`."""
+"""Reasoning efforts in rising order: the values of `reasoning_effort` in chat templates that have it; for others see
+`puzzle_jax.tasks.chat.formats`."""
 
 
 @dataclass(frozen=True)

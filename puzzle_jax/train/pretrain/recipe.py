@@ -12,6 +12,7 @@ from pathlib import Path
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.errors import MOST_SEED, MOST_TIMES, ConfigError, check_choice, check_range, shown
 from puzzle_jax.tasks import TASKS, check_effort
+from puzzle_jax.tasks.chat.embedded import EMBEDDED
 from puzzle_jax.train.loop import LoopSettings
 from puzzle_jax.train.optimizer import OptimizerSettings, decay_steps, make_schedule
 from puzzle_jax.train.pretrain.data import Bucket
@@ -39,7 +40,8 @@ class PretrainRecipe:
     """Everything that decides a pretraining run.
 
     Attributes:
-      model: the network to train; `num_experts` and a list `windows` stand for its blocks.
+      model: the network to train; `num_experts` and a list `windows` stand for its blocks. The examples are in the chat
+        format of `variant.family`.
       tasks: weight of each task in the data.
       efforts: weight of each effort in the data.
       buckets: shapes of batches.
@@ -71,6 +73,7 @@ class PretrainRecipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_choice("model.variant.family", self.model.variant.family, EMBEDDED)  # which have an embedded chat
         for task in self.tasks:
             check_choice("task", task, TASKS)  # which have worked traces
         for effort in self.efforts:

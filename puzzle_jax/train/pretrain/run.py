@@ -28,7 +28,7 @@ from puzzle_jax.files import read_object
 from puzzle_jax.model.spec import Params, init_params
 from puzzle_jax.runs import METRICS_FILE, open_run, read_metrics
 from puzzle_jax.tasks import TASKS, Chat
-from puzzle_jax.tasks.chat.embedded import SPECIAL_TOKENS, chat_files, embedded_chat
+from puzzle_jax.tasks.chat.embedded import chat_files, embedded_chat, token_ids
 from puzzle_jax.train.fake_quant import is_expert_matrix, round_to_mxfp4
 from puzzle_jax.train.loop import Job, Trained, train
 from puzzle_jax.train.optimizer import make_optimizer
@@ -56,7 +56,7 @@ def pretrain(recipe: PretrainRecipe, console: Console) -> Trained:
     Raises PuzzleError where `recipe.out` holds something else.
     """
     open_run(recipe.out, recipe.identity)
-    chat = embedded_chat()
+    chat = embedded_chat(recipe.model.variant.family)
     trained = train(pretraining_job(recipe, chat), recipe.loop, recipe.out, console)
     if not trained.preempted and not (recipe.out / PARENT).exists():
         export(recipe, trained.state.params, chat, console)
@@ -115,13 +115,13 @@ def export(recipe: PretrainRecipe, params: Params, chat: Chat, console: Console)
         ],
         **measure(params, recipe.model, chat, tuple(recipe.tasks), recipe.held_out),
     }
-    names = {"eos_token_id": "<|return|>", "pad_token_id": SPECIAL_TOKENS[0]}
+    family = recipe.model.variant.family
     save_checkpoint(
         recipe.out / PARENT,
         recipe.model,
         params,
-        config_base={name: chat.tokenizer.token_to_id(token) for name, token in names.items()},
-        extra_files={**chat_files(), REPORT: (json.dumps(found, indent=2) + "\n").encode()},
+        config_base=token_ids(family),
+        extra_files={**chat_files(family), REPORT: (json.dumps(found, indent=2) + "\n").encode()},
     )
     console.print(f"parent: {recipe.out / PARENT}", highlight=False)
 
