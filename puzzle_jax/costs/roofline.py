@@ -14,9 +14,9 @@ result is a lower bound.
                                                          experts are spread over devices
     memory          dense bytes x replicas + expert bytes x copies + batch x KV  <=  share of memory - reserve
 
-Weights are read in their stored form and multiplied in bfloat16, those of an FP8 checkpoint (experts and the projections of
-attention) at the FP8 rate, at which products with an FP8 cache run, too. Left out: memory traffic of activations, overlap of prefill and
-decoding, and time spent waiting for the device with the busiest experts.
+Weights are read in their stored form and multiplied in bfloat16, those of an FP8 checkpoint (experts and the
+projections of attention) at the FP8 rate, at which products with an FP8 cache run, too. Left out: memory traffic of
+activations, overlap of prefill and decoding, and time spent waiting for the device with the busiest experts.
 """
 
 from __future__ import annotations

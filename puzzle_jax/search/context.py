@@ -91,8 +91,8 @@ class Search:
         )
         if not config.variant.sinks and any(len(of_layer) > 1 for of_layer in windows):
             warnings.warn(
-                f"space.windows is {', '.join(map(str, asked))}, but {self.recipe.parent} has no attention sinks: "
-                "layers that no longer see a prompt's first tokens may lose more than their scores on short traces tell",
+                f"space.windows is {', '.join(map(str, asked))}, but {self.recipe.parent} has no attention "
+                "sinks: layers that do not see a prompt's first tokens may lose more than scores on short traces tell",
                 PuzzleWarning,
                 stacklevel=2,
             )

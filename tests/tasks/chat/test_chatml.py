@@ -252,8 +252,8 @@ def test_answers_end_at_the_format_s_token_though_the_checkpoint_does_not_name_i
         (
             INSTRUCT,
             {"<|im_start|>": "<|im_begin|>"},
-            r"tokenizer\.json has no token <\|start\|>, which the harmony format needs, and no token <\|im_start\|>, which "
-            "the ChatML format needs",
+            r"tokenizer\.json has no token <\|start\|>, which the harmony format needs, and no token <\|im_start\|>, "
+            "which the ChatML format needs",
         ),
         (
             THINKING,
