@@ -131,8 +131,8 @@ def sample(
         params, config, requests, stop_ids=stops, temperature=temperature, slots=slots, log_probs=True, experts=True
     )
     rewards = [
-        TASKS[problem.task].score(problem, chat.parse(generated.tokens).final)
-        for problem, generated in zip(asked, found, strict=True)
+        TASKS[problem.task].score(problem, chat.parse(generated.tokens, prompt).final)
+        for problem, prompt, generated in zip(asked, prompts, found, strict=True)
     ]
     return [Rollout(*rollout) for rollout in zip(requests, found, rewards, strict=True)]
 

@@ -1,9 +1,9 @@
 """Description of a model: dimensions shared by all layers, and one block description per layer.
 
 `ModelConfig` describes a network in which every layer may have its own number of experts and its own attention window,
-which is the search space of Puzzle for mixture-of-experts models (arXiv 2602.11937). A parent and its children differ in
-`blocks` alone (and, for long contexts, in the YaRN factor). `Variant` says what the blocks of a family of models have
-besides their sizes.
+which is the search space of Puzzle for mixture-of-experts models (arXiv 2602.11937). A parent and its children differ
+in `blocks` alone (and, for long contexts, in the YaRN factor). `Variant` says what the blocks of a family of models
+have besides their sizes.
 
 This module uses neither arrays nor JAX, so that a configuration can be read, checked and counted anywhere.
 Left out: file formats; `puzzle_jax.convert_hf.configuration.config_json` reads and writes config.json.
@@ -17,7 +17,8 @@ from dataclasses import dataclass, field, replace
 from puzzle_jax.errors import ConfigError, check_range
 
 EFFORTS: tuple[str, ...] = ("low", "medium", "high")
-"""Reasoning efforts in rising order: the values of the chat template's `reasoning_effort`."""
+"""Reasoning efforts in rising order: the values of `reasoning_effort` in chat templates that have it; for others see
+`puzzle_jax.tasks.chat.formats`."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class Variant:
       sinks: an attention sink for every query head.
       qk_norm: queries and keys are normalised per head, each by a learned RMSNorm, before they are rotated.
       router_bias, expert_bias: biases of the router and of both matrices of every expert.
-      normalized_gates: the gates of a token's experts sum to one; otherwise each is the expert's share of a softmax over
-        all experts of the layer.
+      normalized_gates: the gates of a token's experts sum to one; otherwise each is the expert's share of a softmax
+        over all experts of the layer.
       tied_head: the output head is the transposed embedding.
     """
 

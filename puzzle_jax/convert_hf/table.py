@@ -34,7 +34,8 @@ BLOCK = 128
 """Rows and columns of a matrix in FP8 that share a scale."""
 DTYPE_BYTES = {"BF16": 2, "U8": 1, "F8_E4M3": 1}
 _SCALE_BYTES = 2  # of a block of FP8, as the published checkpoints store it
-_FORMS = {"gpt_oss": ("mxfp4", "bf16"), "qwen3_moe": ("fp8", "bf16")}
+_FORMS: dict[str, tuple[Form, ...]] = {"gpt_oss": ("mxfp4", "bf16"), "qwen3_moe": ("fp8", "bf16")}
+"""Forms in which a family's checkpoints are stored, the smallest first."""
 _ROUTER = {"gpt_oss": "router", "qwen3_moe": "gate"}
 _PARTS = {"gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
 _FUSED = ("q", "k", "v")  # by runtimes, so that they must be stored alike
@@ -179,6 +180,11 @@ def checkpoint_tensors(
     if not config.variant.tied_head:
         table.append(TensorSpec("lm_head.weight", (vocab, hidden), "BF16", "head", None, ("head",), True))
     return tuple(table)
+
+
+def smallest_form(config: ModelConfig) -> Form:
+    """The smallest of the forms in which checkpoints of a model's family are stored."""
+    return _FORMS[config.variant.family][0]
 
 
 def layer_tensors(

@@ -14,9 +14,9 @@ result is a lower bound.
                                                          experts are spread over devices
     memory          dense bytes x replicas + expert bytes x copies + batch x KV  <=  share of memory - reserve
 
-Weights are read in their stored form (experts as in the checkpoint, the rest bfloat16) and multiplied in bfloat16;
-products with an FP8 cache run at the FP8 rate. Left out: memory traffic of activations, overlap of prefill and
-decoding, and time spent waiting for the device with the busiest experts.
+Weights are read in their stored form and multiplied in bfloat16, those of an FP8 checkpoint (experts and the
+projections of attention) at the FP8 rate, at which products with an FP8 cache run, too. Left out: memory traffic of
+activations, overlap of prefill and decoding, and time spent waiting for the device with the busiest experts.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from puzzle_jax.costs.scenario import Scenario
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.numeric import Number
 
-BF16_BYTES, F32_BYTES = 2, 4
+FP8_BYTES, BF16_BYTES, F32_BYTES = 1, 2, 4
 
 PARTS = ("attention_weights", "kv_reads", "router", "experts", "head", "sampling", "collectives", "overheads")
 """Parts that seconds are split into. "kv_reads" is attention proper: cache reads, and queries times keys and values."""
@@ -160,7 +160,7 @@ class Steps:
 
         def step(tokens: float) -> dict[str, float]:
             return {
-                "attention_weights": self._product(weights, tokens, scenario.tensor_degree),
+                "attention_weights": self._product(weights, tokens, scenario.tensor_degree, fp8=self.form == "fp8"),
                 "collectives": self._all_reduce(tokens),
                 "overheads": self.assumptions.operations.attention * self.hardware.launch_seconds,
             }
@@ -193,7 +193,7 @@ class Steps:
             flops = 2 * rows * 3 * config.hidden_size * config.intermediate_size
             return {
                 "router": self._product(config.hidden_size * count, tokens, 1),
-                "experts": self._seconds(assumed.efficiency.experts, touched, flops, devices),
+                "experts": self._seconds(assumed.efficiency.experts, touched, flops, devices, fp8=self.form == "fp8"),
                 "collectives": self._all_reduce(tokens) if scenario.expert_parallel == 1 else self._exchange(tokens),
                 "overheads": assumed.operations.experts * self.hardware.launch_seconds,
             }
@@ -223,14 +223,17 @@ class Steps:
 
     # Operations -----------------------------------------------------------------------------------------------------
 
-    def _seconds(self, reached: Efficiency, num_bytes: Number, flops: Number, devices: int) -> float:
+    def _seconds(
+        self, reached: Efficiency, num_bytes: Number, flops: Number, devices: int, *, fp8: bool = False
+    ) -> float:
+        rate = self.hardware.fp8_flops_per_second if fp8 else self.hardware.flops_per_second
         by_memory = num_bytes / (self.hardware.bytes_per_second * reached.bandwidth)
-        by_rate = flops / (self.hardware.flops_per_second * reached.rate)
-        return max(by_memory, by_rate) / devices
+        return max(by_memory, flops / (rate * reached.rate)) / devices
 
-    def _product(self, weights: int, tokens: float, devices: int) -> float:
-        """Seconds to multiply tokens with a bfloat16 matrix of that many weights."""
-        return self._seconds(self.assumptions.efficiency.dense, BF16_BYTES * weights, 2 * tokens * weights, devices)
+    def _product(self, weights: int, tokens: float, devices: int, *, fp8: bool = False) -> float:
+        """Seconds to multiply tokens with a matrix of that many weights, in bfloat16 or FP8."""
+        num_bytes = (FP8_BYTES if fp8 else BF16_BYTES) * weights
+        return self._seconds(self.assumptions.efficiency.dense, num_bytes, 2 * tokens * weights, devices, fp8=fp8)
 
     def _attended(self, read: Number, keys: Number) -> float:
         """Seconds of attention where every request reads `read` slots and its queries see `keys` keys in total."""

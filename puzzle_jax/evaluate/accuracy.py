@@ -29,6 +29,7 @@ from puzzle_jax.model.spec import Params
 from puzzle_jax.processes.distributed import process_index
 from puzzle_jax.tasks import Chat, FiniteTask, Problem, check_effort, get_task, problems
 from puzzle_jax.tasks.chat.embedded import is_embedded
+from puzzle_jax.tasks.chat.formats import alike
 from puzzle_jax.tasks.context import check_fits
 from puzzle_jax.tasks.rewards.answers import Answer, Reward
 from puzzle_jax.tasks.rewards.workers import RewardWorkers
@@ -197,7 +198,7 @@ def answer_questions(
 
     def finish(position: int, completion: Generated) -> None:
         _, (problem, effort) = asked[position]
-        parsed = chat.parse(completion.tokens)
+        parsed = chat.parse(completion.tokens, requests[position].prompt)
         task, tokens = tasks[problem.task], len(completion.tokens)
         if task.bounded:
             score = 0.0 if completion.truncated else task.score(problem, parsed.final)
@@ -249,8 +250,9 @@ def check_context(
     """The most positions that any question takes with its longest answer; messages call the model `whose`.
 
     Warns with PuzzleWarning where the limits are those that suit the embedded parent but the model is another one, most
-    of whose answers would be truncated. Raises ConfigError, naming the problem's file and line, or its task and number,
-    where a question with its answer is longer than the model's context.
+    of whose answers would be truncated, and where efforts differ neither for the chat template nor in their limits.
+    Raises ConfigError, naming the problem's file and line, or its task and number, where a question with its answer is
+    longer than the model's context.
     """
     longest, questions = 0, list(questions)
     asked = {effort: max_tokens[effort] for _, effort in questions}
@@ -259,6 +261,14 @@ def check_context(
         warnings.warn(
             f"answers to {len(questions)} questions end after {limits} tokens, limits that suit the embedded parent "
             f"but hardly {whose}; max_tokens sets others",
+            PuzzleWarning,
+            stacklevel=2,
+        )
+    for efforts in alike(chat.format, asked):
+        warnings.warn(
+            f"the chat template {chat.template.where} renders efforts {' and '.join(efforts)} alike, and max_tokens "
+            f"gives them one limit, {asked[efforts[0]]} tokens, so that {whose} answers the same questions more than "
+            "once; give each effort a limit of its own, or ask at one of them",
             PuzzleWarning,
             stacklevel=2,
         )

@@ -58,7 +58,8 @@ class Asked:
 
     Attributes:
       tasks: embedded families, `reasoning-gym:FAMILY`, or .jsonl files of prompts and answers.
-      efforts: reasoning efforts; every problem is asked at each.
+      efforts: reasoning efforts; every problem is asked at each. For a model that can only switch its thinking on and
+        off, low is off; beyond that, efforts differ by `max_tokens` alone.
       seed: seed of the problems that are drawn and of the answers.
       temperature: sampling temperature; 0 means greedy.
       max_tokens: token limit of an answer by effort, or one number for all; efforts that are not named keep the

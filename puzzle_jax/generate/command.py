@@ -24,7 +24,8 @@ class GenerateSettings:
     Attributes:
       model: a checkpoint directory.
       prompt: the user's message; "-" reads it from standard input.
-      effort: reasoning effort: low, medium or high.
+      effort: reasoning effort: low, medium or high; for a model that can only switch its thinking on and off, low is
+        off.
       max_tokens: token limit of the answer (by default what the context leaves, up to 4096).
       temperature: sampling temperature; 0 means greedy.
       top_p: share of the probability that is sampled from.
@@ -86,10 +87,10 @@ def run(settings: GenerateSettings) -> None:
     tokens: tuple[int, ...] = ()
     for event in engine.stream([request], burst=8):
         tokens += event.tokens
-        answer = chat.parse(tokens)
+        answer = chat.parse(tokens, prompt)
         printer.show(answer.analysis, answer.final)
     printer.end()
-    if chat.parse(tokens).truncated:
+    if chat.parse(tokens, prompt).truncated:
         print(f"(cut off at {limit} tokens)", file=sys.stderr)
 
 

@@ -11,7 +11,8 @@ Answers of a server can also be read as text, in rows of one of the forms
 
 A prompt is one user message or a list of messages; the answer may be called completion or response, its analysis
 thinking, reasoning_content or reasoning, and the effort effort or reasoning_effort. The last form is a request with
-the response of an OpenAI-compatible server, which may also be under "response"; every choice becomes a trace.
+the response of an OpenAI-compatible server, which may also be under "response"; every choice becomes a trace. An answer
+without an analysis may have its thinking within its text, as models write it (`Chat.split_text`).
 Control tokens written out in texts stay text, and a `PuzzleWarning` says in how many traces they occur.
 Left out: tool calls, streams, chosen experts of text rows.
 """
@@ -190,9 +191,9 @@ def read_traces(path: str | Path, chat: Chat | None = None, *, torn_tail: bool =
                     with_tokens.append(where)
         except PuzzleError as error:
             raise PuzzleError(f"{where}: {error}") from None
-    if with_tokens:
+    if with_tokens and chat is not None:
         warnings.warn(
-            f"{with_tokens[0]}: a control token such as <|return|> is written out in a text, and stays text "
+            f"{with_tokens[0]}: a control token such as {chat.format.ends[0]} is written out in a text, and stays text "
             f"({len(with_tokens)} of the file's {len(traces)} traces have some)",
             PuzzleWarning,
             stacklevel=2,
@@ -282,13 +283,18 @@ def _text_trace(
     thought = next((answer[name] for name in names if answer.get(name) is not None), "")
     if not isinstance(thought, str):
         raise PuzzleError(f"the answer's reasoning is {shown(thought)}, but must be a text")
-    completion = chat.completion_tokens(thought, final or "", cut=cut)
+    prompt, final = chat.prompt_tokens(messages, about["effort"]), final or ""
+    if not thought:
+        thought, final = chat.split_text(final, prompt, cut=cut)
+    completion = chat.completion_tokens(thought, final, prompt, cut=cut)
     if not completion:
         raise PuzzleError("the answer was cut short before its first token, so that there is nothing to keep")
-    prompt = chat.prompt_tokens(messages, about["effort"])
-    asked = [messages] if isinstance(messages, str) else [message["content"] for message in messages]
+    asked = [messages] if isinstance(messages, str) else []
+    for message in messages if isinstance(messages, list) else []:
+        content = message["content"]
+        asked += chat.split_text(content) if message["role"] == "assistant" else (content,)
     trace = Trace(**about, prompt=tuple(prompt), completion=tuple(completion), truncated=cut)
-    return trace, chat.has_control_tokens(*asked, thought, final or "")
+    return trace, chat.has_control_tokens(*asked, thought, final)
 
 
 def _answers(row: dict[str, Any]) -> Iterator[tuple[str | list[Any], Mapping[str, Any], bool]]:

@@ -1,8 +1,8 @@
 """Flax NNX containers around the parameter tree, for those who work with modules.
 
-`GptOss` names, shapes and initialises the parameters and computes nothing itself: calling it runs `network.forward`
-on its own tree. `nnx.split`, `nnx.state` and optimisers see every array as an `nnx.Param` whose logical axes are in
-its metadata (`axes`).
+`MoeTransformer` names, shapes and initialises the parameters and computes nothing itself: calling it runs
+`network.forward` on its own tree. `nnx.split`, `nnx.state` and optimisers see every array as an `nnx.Param` whose
+logical axes are in its metadata (`axes`).
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Layer(nnx.Module):
         self.moe = SubBlock(params["moe"], specs["moe"])
 
 
-class GptOss(nnx.Module):
-    """A gpt-oss network with a different block per layer.
+class MoeTransformer(nnx.Module):
+    """A mixture-of-experts transformer with a different block per layer.
 
     Args:
       config: the model.
@@ -53,7 +53,7 @@ class GptOss(nnx.Module):
         if params is None:
             params = init_params(config, (rngs or nnx.Rngs(0)).params())
         if any(isinstance(x, MXFP4) for x in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, MXFP4))):
-            raise TypeError("GptOss holds dense arrays, but the parameters have MXFP4 experts")
+            raise TypeError("MoeTransformer holds dense arrays, but the parameters have MXFP4 experts")
         specs = param_specs(config)
         self.config = config
         self.embedding = _param(params["embedding"], specs["embedding"])

@@ -2,11 +2,11 @@
 
     x += attention(rms_norm(x));  x += mixture(rms_norm(x));  logits = rms_norm(x) @ head
 
-Each layer has its own window and expert count (`ModelConfig.blocks`). A child that is only chosen, not yet cut, runs
-as a view on its parent: `expert_mask` removes experts and `window` narrows attention, both as data, so that many
+Each layer has its own window and expert count (`ModelConfig.blocks`). A child that is only chosen, not yet cut, runs as
+a view on its parent: `expert_mask` removes experts and `window` narrows attention, both as data, so that many
 alternatives share one compiled program. What blocks consist of follows from the parameters that they have
-(`config.Variant`). Numerics follow the published models: norms, softmax and accumulation in float32, everything else in the dtype of the norms' weights; matrices may be stored in fewer bits, and are cast where
-they are used.
+(`config.Variant`). Numerics follow the published models: norms, softmax and accumulation in float32, everything else in
+the dtype of the norms' weights; matrices may be stored in fewer bits, and are cast where they are used.
 
 Left out: caches (`model.cache`), and choosing weights' dtype and placement (`model.sharding`).
 """

@@ -2,9 +2,9 @@
 
 Parameters are a plain pytree, {"embedding", "layers": [{"attention", "moe"}, ...], "final_norm", "head"}, and every
 function of this package takes that tree; `puzzle_jax.model.modules` wraps it in Flax NNX for those who want modules.
-Matrices are [inputs, outputs]. Expert matrices may be dense arrays or `kernels.mxfp4.MXFP4`, and their gate and up columns
-alternate. What a family's `Variant` lacks (biases, sinks, norms of queries and keys, a head of its own) is not in the
-tree, nor is the router of a dense layer, which is a mixture of one expert.
+Matrices are [inputs, outputs]. Expert matrices may be dense arrays or `kernels.mxfp4.MXFP4`, and their gate and up
+columns alternate. What a family's `Variant` lacks (biases, sinks, norms of queries and keys, a head of its own) is not
+in the tree, nor is the router of a dense layer, which is a mixture of one expert.
 """
 
 from __future__ import annotations

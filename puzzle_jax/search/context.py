@@ -77,17 +77,25 @@ class Search:
         counts = candidate_counts(
             config.blocks[0].num_experts, config.experts_per_token, space.fractions, space.divisor
         )
-        windows = candidate_windows(config, space.windows)
+        asked = space.windows_for(config)
+        windows = candidate_windows(config, asked)
         counts, windows = restrict([counts] * config.num_layers, windows, space.restrict)
         self._check_tasks()
         longest = max(self.recipe.scenarios, key=lambda scenario: scenario.context_tokens)
         windows, left_out = narrower_windows(windows, longest.context_tokens)
-        too_wide = {*left_out, *(window for window in space.windows if window >= config.max_position)}
+        too_wide = {*left_out, *(window for window in asked if window >= config.max_position)}
         warn_of_windows(
             too_wide,
             f"scenario {longest.name!r} never has more than {longest.context_tokens} tokens in a request, which such a "
             "window covers",
         )
+        if not config.variant.sinks and any(len(of_layer) > 1 for of_layer in windows):
+            warnings.warn(
+                f"space.windows is {', '.join(map(str, asked))}, but {self.recipe.parent} has no attention "
+                "sinks: layers that do not see a prompt's first tokens may lose more than scores on short traces tell",
+                PuzzleWarning,
+                stacklevel=2,
+            )
         return counts, windows
 
     def _check_tasks(self) -> None:

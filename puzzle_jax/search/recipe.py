@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from puzzle_jax.codec import to_plain
+from puzzle_jax.config import ModelConfig
 from puzzle_jax.costs.scenario import Scenario, Target
 from puzzle_jax.errors import MOST_SEED, MOST_TIMES, MOST_TOGETHER, MOST_TOKENS, ConfigError, check_choice, check_range
 from puzzle_jax.evaluate.settings import BY_EFFORT
@@ -84,6 +85,10 @@ class TraceSettings:
         check_range("traces.seed", self.seed, 0, MOST_SEED)
 
 
+WITH_SINKS = (8192, 1024)
+"""Windows that are offered by default."""
+
+
 @dataclass(frozen=True)
 class SpaceSettings:
     """Alternatives offered in every layer.
@@ -91,21 +96,28 @@ class SpaceSettings:
     Attributes:
       fractions: shares of the parent's experts that a layer may keep.
       divisor: degree of expert parallelism; every expert count must be a multiple of it.
-      windows: windows offered on full-attention layers.
+      windows: windows offered on full-attention layers; null means 8192 and 1024 for a parent with attention sinks, and
+        none for others, which have nothing to attend to where a window hides the first tokens.
       restrict: limits on the alternatives of some layers.
     """
 
     fractions: tuple[float, ...] = DEFAULT_FRACTIONS
     divisor: int = 1
-    windows: tuple[int, ...] = (8192, 1024)
+    windows: tuple[int, ...] | None = None
     restrict: tuple[Restriction, ...] = ()
 
     def __post_init__(self) -> None:
         _check_distinct("space.fractions", self.fractions)
         check_range("space.divisor", self.divisor, 1, MOST_TOGETHER)
-        for window in self.windows:
+        for window in self.windows or ():
             check_range("space.windows", window, 1, MOST_TOKENS)
-        _check_distinct("space.windows", self.windows, may_be_empty=True)
+        _check_distinct("space.windows", self.windows or (), may_be_empty=True)
+
+    def windows_for(self, parent: ModelConfig) -> tuple[int, ...]:
+        """The windows that are offered on a parent's full-attention layers."""
+        if self.windows is not None:
+            return self.windows
+        return WITH_SINKS if parent.variant.sinks else ()
 
 
 @dataclass(frozen=True)

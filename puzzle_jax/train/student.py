@@ -7,8 +7,8 @@ Several children of one parent can share a program: layers in which their window
 takes masks and windows as data (`View`).
 
 By default experts and routers are frozen: they have no master weights, gradients or optimiser state, and the child's
-are byte-identical to the parent's. Trainable experts pass through MXFP4 rounding in every forward pass (`fake_quant`),
-so that packing them for export loses nothing.
+are byte-identical to the parent's. Trainable experts that the checkpoint packs pass through MXFP4 rounding in every
+forward pass (`fake_quant`), so that packing them for export loses nothing.
 
 Left out: frozen values of a child's own, since its frozen part is the parent's; and master weights for the kept experts
 only: where experts are trained, those that the child lost have master weights, too.
@@ -71,6 +71,7 @@ class Student:
       ends: whether embedding, final norm and head learn, too.
       dense: whether attention and norms, and the ends if they may, learn; otherwise only what `trainable` names.
       variable: layers whose window a pass takes from the view that it is given.
+      packed: whether the child's checkpoint will hold its experts as MXFP4, to which they are then rounded.
 
     Raises ConfigError for names in `trainable` that are not in `TRAINABLE`, where nothing learns, and for a child with
     values of its own for frozen parameters.
@@ -82,6 +83,7 @@ class Student:
     ends: bool = True
     dense: bool = True
     variable: frozenset[int] = frozenset()
+    packed: bool = True
 
     def __post_init__(self) -> None:
         check_trainable(self.trainable, self.dense)
@@ -139,7 +141,8 @@ class Student:
         dtype = base["embedding"].dtype
 
         def used(path: jax.tree_util.KeyPath, master: Array) -> Array:
-            return (jax.vmap(fake_quantize)(master) if is_expert_matrix(path) else master).astype(dtype)
+            rounds = self.packed and is_expert_matrix(path)
+            return (jax.vmap(fake_quantize)(master) if rounds else master).astype(dtype)
 
         own = jax.tree_util.tree_map_with_path(used, trained)
         if (mesh := traced_mesh()) is not None:
@@ -148,10 +151,11 @@ class Student:
         return with_delta(base, own)
 
     def delta(self, trained: Params) -> Params:
-        """Trained values by layer, for `Child.dense_delta` and export; expert matrices lie on MXFP4's grid."""
+        """Trained values by layer, for `Child.dense_delta` and export; where they are packed, expert matrices lie on
+        MXFP4's grid."""
 
         def exported(path: jax.tree_util.KeyPath, master: Array | np.ndarray) -> np.ndarray:
-            if not is_expert_matrix(path):
+            if not (self.packed and is_expert_matrix(path)):
                 return np.asarray(master)
             return np.stack([np.asarray(_round(jnp.asarray(layer))) for layer in master])  # a layer at a time
 

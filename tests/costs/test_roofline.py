@@ -6,7 +6,7 @@ from math import comb
 import numpy as np
 import pytest
 
-from puzzle_jax.config import BlockConfig
+from puzzle_jax.config import QWEN3_MOE, BlockConfig
 from puzzle_jax.costs.assumptions import (
     DEFAULT,
     Assumptions,
@@ -142,6 +142,24 @@ def test_an_fp8_cache_has_half_the_bytes_and_the_fp8_rate():
     assert half == pytest.approx((2 * ATTENTION + 3 * 5 * SLOT / 2) / 1e3)
     faster = both(device(rate=1e3, fp8_flops_per_second=4e3), fp8).attention[5].decode_seconds
     assert faster == pytest.approx(2 * 3 * (ATTENTION + 2 * 60 * 5 / 4) / 1e3)
+
+
+def test_an_fp8_checkpoint_has_its_bytes_and_the_fp8_rate():
+    config = small_config((BlockConfig(7),), hidden_size=64, intermediate_size=32, swiglu_limit=None, variant=QWEN3_MOE)
+    expert = 3 * (64 * 32 + 2)  # a byte a weight, and a scale of two bytes for each of three matrices
+
+    def times(found):
+        return Roofline(found, IDEAL).times(config, CHAT, "fp8", [5], [None])
+
+    slow_memory = times(device(memory=1e3))
+    touched = 5 * (1 - 0.6**3)
+    assert slow_memory.experts[5].decode_seconds == pytest.approx((2 * 64 * 5 + touched * expert) / 1e3)
+    mean_keys = sum(range(13, 19)) / 6
+    assert slow_memory.attention[None].decode_seconds == pytest.approx((ATTENTION + 3 * mean_keys * SLOT) / 1e3)
+    slow_rate = times(device(rate=1e3, fp8_flops_per_second=4e3))
+    assert slow_rate.experts[5].decode_seconds == pytest.approx(2 * 3 * (64 * 5 + 2 * 3 * 64 * 32 / 4) / 1e3)
+    assert slow_rate.attention[None].decode_seconds == pytest.approx(2 * 3 * (ATTENTION / 4 + 2 * 60 * mean_keys) / 1e3)
+    assert slow_rate.fixed.decode_seconds == pytest.approx(2 * 3 * 64 * 97 / 1e3)  # the head stays in bfloat16
 
 
 def test_every_kind_reaches_its_own_share_of_the_peaks():

@@ -66,6 +66,30 @@ def test_attention_by_hand(implementation, window, segments):
     np.testing.assert_allclose(out, by_hand(*data, window, segments), atol=2e-6)
 
 
+@pytest.mark.parametrize(
+    "implementation,window", [("reference", 5), ("square", None), ("causal_blocks", 33), ("banded", 5)]
+)
+def test_attention_without_sinks_is_a_plain_softmax(implementation, window):
+    q, k, v, _ = arrays(41)
+    nothing = np.full(HEADS, -np.inf)
+
+    def run(q, k, v):
+        return jnp.sum(jnp.sin(attend(q, k, v, None, window=window, implementation=implementation)))
+
+    def plain(q, k, v):
+        logits = jnp.einsum("bihd,bjhd->bhij", q, jnp.repeat(k, 2, axis=2)) / np.sqrt(DIM)
+        i, j = np.indices((41, 41))
+        seen = (j <= i) & (j > i - (window or 41))
+        weights = jax.nn.softmax(jnp.where(seen, logits, -jnp.inf), axis=-1)
+        return jnp.sum(jnp.sin(jnp.einsum("bhij,bjhd->bihd", weights, jnp.repeat(v, 2, axis=2))))
+
+    out = attend(q, k, v, None, window=window, implementation=implementation)
+    np.testing.assert_allclose(out, by_hand(q, k, v, nothing, window), atol=2e-6)
+    found, expected = (jax.jit(jax.grad(f, argnums=(0, 1, 2)))(q, k, v) for f in (run, plain))
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=3e-6)
+
+
 @pytest.mark.parametrize("window", [1, 5, 16, 17, 20])
 @pytest.mark.parametrize("segments", [None, SEGMENTS])
 def test_a_band_of_keys_by_hand(window, segments):

@@ -49,7 +49,7 @@ outputs = jax.jit(partial(expert_outputs, limit=LIMIT))
 decoded = jax.jit(decode)
 
 
-def by_hand(x, ids, gates, experts: Experts) -> np.ndarray:
+def by_hand(x, ids, gates, experts: Experts, limit: float | None = LIMIT) -> np.ndarray:
     """The mixture in float64, one token and one expert at a time."""
     x, gates = np.asarray(x, np.float64), np.asarray(gates, np.float64)
     gate_up, gate_up_bias, down, down_bias = (np.asarray(w, np.float64) for w in experts)
@@ -57,8 +57,11 @@ def by_hand(x, ids, gates, experts: Experts) -> np.ndarray:
     for token in range(x.shape[0]):
         for expert, weight in zip(ids[token], gates[token], strict=True):
             h = x[token] @ gate_up[expert] + gate_up_bias[expert]
-            gate, up = np.minimum(h[0::2], LIMIT), np.clip(h[1::2], -LIMIT, LIMIT)
-            y = (up + 1) * gate / (1 + np.exp(-1.702 * gate))
+            if limit is None:
+                y = h[1::2] * h[0::2] / (1 + np.exp(-h[0::2]))
+            else:
+                gate, up = np.minimum(h[0::2], limit), np.clip(h[1::2], -limit, limit)
+                y = (up + 1) * gate / (1 + np.exp(-1.702 * gate))
             out[token] += weight * (y @ down[expert] + down_bias[expert])
     return out
 
@@ -99,6 +102,26 @@ def test_mixture_by_hand(implementation, case):
     out = run(x, routing, experts)
     expected = by_hand(x, ids, routing.gates, experts)
     np.testing.assert_allclose(out, expected, rtol=2e-5, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("implementation", MIXTURES_ON_CPU)
+def test_plain_swiglu_and_its_gradients(implementation):
+    ids = CASES["mixed"]
+    x, routing, experts = rows_of(len(ids)), routing_of(ids), make_experts()
+
+    def run(x, gates, experts, implementation=implementation):
+        out = expert_mlp(x, Routing(routing.ids, gates), experts, limit=None, implementation=implementation)
+        return jnp.sum(jnp.sin(out)), out
+
+    def gradients(run):
+        return jax.jit(jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True))(x, routing.gates, experts)
+
+    (_, out), found = gradients(run)
+    expected = by_hand(x, ids, routing.gates, experts, limit=None)
+    np.testing.assert_allclose(out, expected, rtol=2e-5, atol=2e-5 * np.abs(expected).max())
+    _, expected = gradients(partial(run, implementation="reference"))
+    for fast, slow in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(fast, slow, rtol=1e-4, atol=1e-5 * max(1.0, float(np.abs(slow).max())))
 
 
 def test_the_clamp_bites_in_these_cases():

@@ -8,6 +8,7 @@ import pytest
 from puzzle_jax.kernels.chunk_attention import chunk_attention, mosaic_gpu
 from puzzle_jax.kernels.decode_attention.reference import LayerCache, slot_positions
 from puzzle_jax.kernels.float8 import encode_e4m3
+from puzzle_jax.kernels.sinks import given_or_weightless
 from tests.kernels.marks import GPU
 
 GROUP, DIM = 5, 64  # the 64 rows of a program hold 12 tokens and part of another
@@ -72,6 +73,17 @@ def test_as_the_reference(case, packed):
 def test_rows_of_their_own_starts_and_windows():
     given, scales = made_up(96, 7, False, batch=3, kv_heads=2)
     agrees(given, scales, [0, 50, 400], [96, 7, 60])
+
+
+@GPU
+@pytest.mark.parametrize("case", ["first chunk, nothing cached", "parts that no window reaches"])
+def test_sinks_that_weigh_nothing(case):
+    slots, chunk, start, window = CASES[case]
+    (*given, _), _ = made_up(slots, chunk, False)
+    found = agrees((*given, given_or_weightless(None, GROUP)), {}, start, window)
+    exact = [x.astype(jnp.float32) for x in given]
+    expected = chunk_attention(*exact, None, jnp.int32(start), window=window, implementation="reference")
+    np.testing.assert_allclose(np.asarray(found, np.float32), expected, atol=1e-2)
 
 
 @GPU

@@ -11,6 +11,7 @@ import pytest
 from puzzle_jax.kernels.decode_attention import decode_attention, mosaic_gpu, mosaic_tpu
 from puzzle_jax.kernels.decode_attention.reference import LayerCache
 from puzzle_jax.kernels.float8 import e4m3_values, encode_e4m3
+from puzzle_jax.kernels.sinks import given_or_weightless
 from tests.kernels.marks import GPU
 from tests.support import normal
 
@@ -76,6 +77,18 @@ def test_as_the_reference(kernel, case, packed):
     exact = reference_by_row if by_row else reference
     expected = exact(q, k, v, sinks, jnp.asarray(positions), window=window, **scales)
     assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(found, np.float32), expected, atol=1e-2)
+
+
+@pytest.mark.parametrize("kernel", [mosaic_tpu, pytest.param(mosaic_gpu, marks=GPU)])
+@pytest.mark.parametrize("case", ["parts that hold nothing yet", "parts that no window reaches"])
+def test_sinks_that_weigh_nothing(kernel, case):
+    slots, window, positions = CASES[case]
+    (q, k, v, _), _ = made_up(slots, False, kv_heads=1)
+    none = given_or_weightless(None, GROUP)
+    found = interpreted(kernel, q, k, v, none, positions, window=window, scales={})
+    q, k, v = (jnp.asarray(np.asarray(x, np.float32)) for x in (q, k, v))
+    expected = reference(q, k, v, None, jnp.asarray(positions), window=window)
     np.testing.assert_allclose(np.asarray(found, np.float32), expected, atol=1e-2)
 
 

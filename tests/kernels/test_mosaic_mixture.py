@@ -30,13 +30,16 @@ def matrix(form, hidden, inter):
     return packed, decode(packed)
 
 
-def by_hand(rows, weights, bias, sizes):
+def by_hand(rows, weights, bias, sizes, limit=LIMIT):
     """Products and activation in float64, row by row."""
     rows, weights, bias = (np.asarray(each, np.float64) for each in (rows, weights, bias))
     found = []
     for row, expert in enumerate(np.repeat(np.arange(EXPERTS), sizes)):
         h = rows[row] @ weights[expert] + bias[expert]
-        gate, up = np.minimum(h[0::2], LIMIT), np.clip(h[1::2], -LIMIT, LIMIT)
+        if limit is None:
+            found.append(h[1::2] * h[0::2] / (1 + np.exp(-h[0::2])))
+            continue
+        gate, up = np.minimum(h[0::2], limit), np.clip(h[1::2], -limit, limit)
         found.append((up + 1) * gate / (1 + np.exp(-1.702 * gate)))
     return np.stack(found)
 
@@ -77,6 +80,21 @@ def test_row_by_row(form, block, hidden, inter, case):
     np.testing.assert_allclose(
         np.asarray(out[:in_use], np.float64), np.asarray(pair[:in_use], np.float64), atol=tolerance, rtol=2**-7
     )
+
+
+@pytest.mark.parametrize("form,block,hidden,inter", [("packed", 8, 64, 192), ("dense", 64, 128, 192)])
+def test_without_a_clamp(form, block, hidden, inter):
+    sizes = SIZES["mixed"]
+    rows = jax.random.normal(jax.random.key(0), (ROWS, hidden)).astype(jnp.bfloat16)
+    given, numbers = matrix(form, hidden, inter)
+    blocks, bias = blocks_of(jnp.asarray(sizes), ROWS, block), jnp.zeros((EXPERTS, 2 * inter))
+    padded = jnp.take(rows, blocks.source, axis=0, mode="fill", fill_value=0)
+    out = mosaic_gpu.gate_up(padded, given, bias, blocks.expert, blocks.used, limit=None, interpret=True)
+    if form == "packed":
+        out = out.transpose(2, 1, 3, 0).reshape(len(padded), inter)
+    found = np.asarray(out, np.float64)[np.asarray(blocks.slot)[: sum(sizes)]]
+    expected = by_hand(rows[: sum(sizes)], numbers, bias, sizes, limit=None)
+    np.testing.assert_allclose(found, expected, atol=1e-2 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from puzzle_jax.kernels.sinks import given_or_weightless
 from puzzle_jax.kernels.window_attention import mosaic_gpu, mosaic_wide, splash, window_attention
 from tests.kernels.marks import GPU
 from tests.support import normal
@@ -70,6 +71,33 @@ def test_gradients(kernel, case):
 
     found = once(jax.grad(lambda *given: loss(interpreted, *given), (0, 1, 2, 3)), *arrays, sinks)
     expected = once(jax.grad(lambda *given: loss(reference, *given), (0, 1, 2, 3)), *exact(*arrays), sinks)
+    for one, other in zip(found, map(np.asarray, expected), strict=True):
+        largest = np.abs(other).max()
+        np.testing.assert_allclose(np.asarray(one, np.float32) / largest, other / largest, atol=1e-2)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_sinks_that_weigh_nothing(kernel):
+    (q, k, v), _ = made_up()
+    none = given_or_weightless(None, KV_HEADS * GROUP)
+    (cotangent,) = normal(9, q.shape)
+
+    def both(run):
+        def f(q, k, v):
+            out = run(q, k, v)
+            return jnp.sum(out.astype(jnp.float32) * cotangent), out
+
+        return jax.value_and_grad(f, (0, 1, 2), has_aux=True)
+
+    def interpreted(q, k, v):
+        return kernel.window_attention(q, k, v, none, window=65, segment_ids=SEGMENTS, interpret=True)
+
+    def reference(q, k, v):
+        return window_attention(q, k, v, None, window=65, segment_ids=SEGMENTS, implementation="reference")
+
+    (_, out), found = once(both(interpreted), q, k, v)
+    (_, expected_out), expected = once(both(reference), *exact(q, k, v))
+    np.testing.assert_allclose(np.asarray(out, np.float32), expected_out, atol=2e-2)
     for one, other in zip(found, map(np.asarray, expected), strict=True):
         largest = np.abs(other).max()
         np.testing.assert_allclose(np.asarray(one, np.float32) / largest, other / largest, atol=1e-2)

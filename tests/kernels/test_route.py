@@ -42,6 +42,21 @@ def test_replayed_ids_keep_their_order_and_use_their_own_logits():
     np.testing.assert_allclose(routing.gates, jax.nn.softmax(jnp.asarray([[0.0, 1.0]])), rtol=1e-6)
 
 
+def test_gates_that_are_not_normalized_are_shares_of_all_experts_that_are_left():
+    logits = np.asarray([[0.0, 2.0, 1.0, -3.0], [0.5, 0.1, -0.2, 0.4]], np.float32)
+    shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    routing = route(jnp.asarray(logits), 2, normalized=False)
+    np.testing.assert_array_equal(routing.ids, [[1, 2], [0, 3]])
+    np.testing.assert_allclose(routing.gates, [shares[0, [1, 2]], shares[1, [0, 3]]], rtol=1e-6)
+    mask = jnp.asarray([[True, False, True, True]])
+    left = shares[:, [0, 2, 3]] / shares[:, [0, 2, 3]].sum(axis=1, keepdims=True)
+    routing = route(jnp.asarray(logits), 2, mask=mask, normalized=False)
+    np.testing.assert_allclose(routing.gates, [left[0, [1, 0]], left[1, [0, 2]]], rtol=1e-6)
+    gradient = jax.jit(jax.grad(lambda x: route(x, 2, normalized=False).gates[0, 0]))(jnp.asarray(logits[:1]))
+    expected = -shares[0, 1] * shares[0] + shares[0, 1] * (np.arange(4) == 1)
+    np.testing.assert_allclose(gradient[0], expected, atol=1e-6)
+
+
 def test_gates_are_differentiable():
     gradient = jax.jit(jax.grad(lambda x: route(x, 2).gates[0, 0]))(jnp.asarray([[1.0, 2.0, 0.0]]))
     gate = 1 / (1 + np.exp(-1.0))

@@ -12,7 +12,7 @@ from puzzle_jax.model import cache_format
 from puzzle_jax.model.cache import decode_step, init_cache, prefill_chunk
 from puzzle_jax.model.cache_format import FLOAT8, CacheFormat, KVScales
 from puzzle_jax.model.child import Child, ChildBlock, cut_params, identity_child
-from puzzle_jax.model.modules import GptOss
+from puzzle_jax.model.modules import MoeTransformer
 from puzzle_jax.model.network import forward, head_logits, hidden_states
 from puzzle_jax.model.rope import inverse_frequencies
 from puzzle_jax.model.sharding import batch_sharding, make_mesh, on_mesh, shard_params
@@ -157,14 +157,14 @@ def test_cache_bytes_follow_windows():
 def test_modules_hold_the_same_tree_and_function():
     config = small_config(PAIR)
     params, tokens = random_params(config), random_tokens(config, 2, 13)
-    model = GptOss(config, params=params)
+    model = MoeTransformer(config, params=params)
     np.testing.assert_allclose(
         nnx.jit(lambda model, tokens: model(tokens))(model, tokens), model_logits(params, config, tokens), atol=1e-6
     )
     assert jax.tree.structure(model.params()) == jax.tree.structure(params)
     state = nnx.state(model, nnx.Param)
     assert len(jax.tree.leaves(state)) == len(jax.tree.leaves(params))
-    fresh = GptOss(config, rngs=nnx.Rngs(3))
+    fresh = MoeTransformer(config, rngs=nnx.Rngs(3))
     assert vars(fresh.layers[1].moe)["gate_up"][...].shape == (7, 40, 48)
 
 

@@ -22,7 +22,7 @@ from puzzle_jax.tasks.chat.embedded import chat_files
 from tests.paths import ROOT
 
 PUBLISHED = ROOT / "benchmarks" / "published"
-LONG, SHORT = 65536, 4096
+LONG, MIDDLE, SHORT = 65536, 32768, 4096
 
 
 def test_names():
@@ -31,6 +31,8 @@ def test_names():
         "gpt-oss-120b-8xh100",
         "gpt-oss-20b-1xh100",
         "gpt-oss-20b-24gb",
+        "qwen3-30b-a3b-1xh100",
+        "qwen3-30b-a3b-8xh100",
         "tiny",
     ]
     for name in recipe_names("search"):
@@ -44,6 +46,8 @@ def test_names():
         ("gpt-oss-120b-1xh100", 1, (LONG, SHORT)),
         ("gpt-oss-20b-1xh100", 1, (LONG, SHORT)),
         ("gpt-oss-20b-24gb", 1, (SHORT,)),
+        ("qwen3-30b-a3b-1xh100", 1, (MIDDLE, SHORT)),
+        ("qwen3-30b-a3b-8xh100", 8, (MIDDLE, SHORT)),
     ],
 )
 def test_published_deployments(name, devices, lengths):
@@ -54,13 +58,16 @@ def test_published_deployments(name, devices, lengths):
     ]
     config = read_config(PUBLISHED / f"{name.rpartition('-')[0]}.json")
     experts, layers = config.blocks[0].num_experts, config.num_layers
-    counts = candidate_counts(experts, 4, recipe.space.fractions, recipe.space.divisor)
+    counts = candidate_counts(experts, config.experts_per_token, recipe.space.fractions, recipe.space.divisor)
     assert counts == tuple(experts * eighths // 8 for eighths in (8, 7, 6, 5, 4, 3, 2))
     choices = tuple(ExpertChoice(count, tuple(range(count)), "any") for count in counts)
     # Every window is shorter than the longest answers, from which its score is measured, and than the requests.
-    assert max(recipe.space.windows) < min(max(recipe.traces.max_tokens.values()), recipe.scenario.context_tokens)
-    space = Space(config, (choices,) * layers, candidate_windows(config, recipe.space.windows))
-    costs = compute_costs(space.offer, recipe.scenarios, "mxfp4", Roofline(), memory=Roofline())
+    windows = recipe.space.windows_for(config)
+    assert bool(windows) == config.variant.sinks
+    assert max(windows, default=0) < min(max(recipe.traces.max_tokens.values()), recipe.scenario.context_tokens)
+    space = Space(config, (choices,) * layers, candidate_windows(config, windows))
+    form = "mxfp4" if config.variant.sinks else "bf16"
+    costs = compute_costs(space.offer, recipe.scenarios, form, Roofline(), memory=Roofline())
     # Made-up scores: each step down costs more than the one before it, and more in later layers.
     scores = Scores(
         experts=tuple(tuple((experts - c) ** 2 * (1 + layer / 36) for c in counts) for layer in range(layers)),

@@ -45,7 +45,7 @@ def expert_outputs(
 
 
 @with_gradients_of_sorted_blocks
-def outputs_in_rounds(settings: tuple[float, int], x: Tokens, ids: Ids, experts: Experts) -> ExpertOutputs:
+def outputs_in_rounds(settings: tuple[float | None, int], x: Tokens, ids: Ids, experts: Experts) -> ExpertOutputs:
     """`expert_outputs` for any number of tokens; `settings` are limit and spread."""
     limit, spread = settings
     tokens, k = ids.shape

@@ -39,7 +39,7 @@ def expert_outputs(
 
 
 @with_gradients_of_sorted_blocks
-def _expert_outputs(settings: tuple[float, int], x: Tokens, ids: Ids, experts: Experts) -> ExpertOutputs:
+def _expert_outputs(settings: tuple[float | None, int], x: Tokens, ids: Ids, experts: Experts) -> ExpertOutputs:
     limit, spread = settings
     tokens, k = ids.shape
     num_experts = experts.down_bias.shape[0]

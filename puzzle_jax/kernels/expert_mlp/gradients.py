@@ -13,7 +13,7 @@ import jax
 from puzzle_jax.kernels.expert_mlp.reference import Experts
 from puzzle_jax.kernels.shapes import Array
 
-Settings = tuple[float, int]
+Settings = tuple[float | None, int]
 """Limit of the SwiGLU, and number of experts that the pairs are spread over."""
 
 Forward = Callable[[Settings, Array, Array, Experts], Array]

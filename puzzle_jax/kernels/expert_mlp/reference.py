@@ -30,8 +30,8 @@ class Experts(NamedTuple):
 
 
 def apply_swiglu(h: Float[Array, "... two_inter"], limit: float | None) -> Float[Array, "... inter"]:
-    """up * gate * sigmoid(gate) without a limit; with one, (up + 1) * gate * sigmoid(1.702 gate), with gate <= limit and
-    -limit <= up <= limit, which is gpt-oss's.
+    """up * gate * sigmoid(gate) without a limit; with one, (up + 1) * gate * sigmoid(1.702 gate), with gate <= limit
+    and -limit <= up <= limit, which is gpt-oss's.
 
     Gates are the even columns of `h`, ups the odd ones. Computed in float32.
     """

@@ -6,8 +6,9 @@ With a limit:
     d gate = d_out (up + 1) s (1 + a g (1 - s))   where gate < limit, else 0
     d up   = d_out g s                            where |up| < limit, else 0
 
-Without one, out = up g s, a is 1, and nothing is clamped. Gates are the even columns and ups the odd ones. Differentiated step by step, each of the two would become an array of
-its own, scattered over every second column; on a CPU that takes longer than a matmul of the layer.
+Without one, out = up g s, a is 1, and nothing is clamped. Gates are the even columns and ups the odd ones.
+Differentiated step by step, each of the two would become an array of its own, scattered over every second column; on a
+CPU that takes longer than a matmul of the layer.
 """
 
 from __future__ import annotations

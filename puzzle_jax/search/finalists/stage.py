@@ -47,4 +47,5 @@ def trainer(search: Search, candidates: Sequence[Candidate]) -> ShortDistillatio
         search.recipe.traces.seed,
         search.console,
         ending_weights(search.parent.chat, *search.recipe.score.ending),
+        packed=search.parent.description.form == "mxfp4",
     )

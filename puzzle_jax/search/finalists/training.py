@@ -55,6 +55,7 @@ class ShortDistillation:
       seed: random seed of the order of the traces.
       console: where progress is shown.
       weigh: weights of the validation traces' completion tokens.
+      packed: whether the children's checkpoints will hold experts as MXFP4.
 
     Raises `PuzzleError` where grain is not installed, or no trace fits a row.
     """
@@ -69,6 +70,7 @@ class ShortDistillation:
     seed: int
     console: Console
     weigh: TokenWeights = alike
+    packed: bool = True
 
     def __call__(self, child: Child) -> Float[np.ndarray, "traces"]:
         """Trains a child from the parent's weights; returns its KL per completion token on every validation trace."""
@@ -102,7 +104,8 @@ class ShortDistillation:
         variable = frozenset(layer for layer, found in enumerate(windows) if len(found) > 1)
         on_cpu = jax.default_backend() == "cpu"
         shared = replace(first, blocks=tuple(blocks))
-        return Student(shared, self.settings.train, remat=not on_cpu, variable=variable)
+        options = {"remat": not on_cpu, "variable": variable, "packed": self.packed}
+        return Student(shared, self.settings.train, **options)
 
     @cached_property
     def _base(self) -> Params:

@@ -105,7 +105,7 @@ class SearchTime:
         experts = config.blocks[0].num_experts
         counts = candidate_counts(experts, config.experts_per_token, settings.fractions, settings.divisor)
         offered, windows = restrict(
-            [counts] * config.num_layers, candidate_windows(config, settings.windows), settings.restrict
+            [counts] * config.num_layers, candidate_windows(config, settings.windows_for(config)), settings.restrict
         )
         own = [block.window for block in config.blocks]
         sets = sum(sum(count < experts for count in layer) for layer in offered)

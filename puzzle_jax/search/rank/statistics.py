@@ -238,7 +238,6 @@ def add_mixture(
     y = rms_norm(before, moe["norm"], config.rms_norm_eps)
     logits = router_logits(moe, y)
     ids = top_k_ids(logits, min(k + 1, experts))
-    chosen = jnp.take_along_axis(logits, ids, axis=-1)
     outputs = _outputs(moe, config, y, ids)
     gates = route(logits, k, ids=ids[:, :k], normalized=config.variant.normalized_gates).gates
     out = jnp.einsum("tk,tkh->th", gates, outputs[:, :k])

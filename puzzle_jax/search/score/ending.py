@@ -1,7 +1,7 @@
 """More weight for the tokens with which thinking ends, in the KLs by which children are chosen.
 
 Pruned reasoning models are known for thinking that never ends, and few tokens decide it: the last ones of the analysis,
-the change to the final message, and the one that ends the answer. In a mean over all tokens they count for little.
+the change to the final text, and the one that ends the answer. In a mean over all tokens they count for little.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def ending_weights(chat: Chat, weight: int, tokens: int) -> TokenWeights:
 
 def _weights(chat: Chat, weight: int, tokens: int, trace: Trace) -> Int[np.ndarray, "completion"]:
     weights = alike(trace)
-    turn = chat.turn_to_final(trace.completion)
+    turn = chat.turn_to_final(trace.completion, trace.prompt)
     if turn is not None:
         first, last = turn
         weights[max(0, first - tokens) : last + 1] = weight

@@ -12,16 +12,13 @@ Left out: control tokens that a template itself makes from other data, for examp
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import tokenizers
 
 from puzzle_jax.errors import CheckpointError, ConfigError
 from puzzle_jax.tasks.chat.rendering import LONGEST_TEXT
-
-FORMAT = ("<|start|>", "<|message|>", "<|channel|>", "<|constrain|>", "<|end|>", "<|return|>", "<|call|>")
-"""The control tokens of the harmony format."""
 
 _FIRST, _LAST = 0xF0000, 0x10FFFD
 
@@ -34,11 +31,13 @@ class Marked(NamedTuple):
 
 
 class ControlTokens:
-    """The special tokens of a tokenizer, as they occur in text."""
+    """The control tokens of a tokenizer, as they occur in text: its special tokens, and added tokens of a chat `format`
+    (Qwen3's `<think>` is not special)."""
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        special = [token for token in tokenizer.get_added_tokens_decoder().values() if token.special and token.content]
+    def __init__(self, tokenizer: tokenizers.Tokenizer, format: Collection[str]) -> None:
+        self._tokenizer, self._format = tokenizer, frozenset(format)
+        added = tokenizer.get_added_tokens_decoder().values()
+        special = [token for token in added if token.content and (token.special or token.content in self._format)]
         special.sort(key=lambda token: len(token.content), reverse=True)  # Of those that begin alike, the longest.
         self._tokens = re.compile("|".join(re.escape(token.content) for token in special) or "(?!)")
         # Some tokens absorb the white space beside them.
@@ -56,7 +55,7 @@ class ControlTokens:
 
         Raises:
           CheckpointError: the texts use all private characters, or the tokenizer turns ordinary text into a control
-            token of the harmony format.
+            token of the chat format.
           ConfigError: the texts are longer than any context, so that their tokens would only take memory.
         """
         length = sum(map(len, texts))
@@ -97,7 +96,7 @@ class ControlTokens:
     def _is_text(self, token: str) -> bool:
         """Returns whether a special token is an ordinary one as well: some checkpoints pad with the token "!"."""
         ordinary = self._tokenizer.token_to_id(token) in self._encode_ordinary(token)
-        if ordinary and token in FORMAT:
+        if ordinary and token in self._format:
             raise CheckpointError(f"tokenizer.json makes the control token {token} of ordinary text")
         return ordinary
 

@@ -1,7 +1,8 @@
-"""The tokenizer and chat template of the embedded parent: characters, in harmony's format.
+"""The tokenizers and chat templates of the small embedded parents: characters, in the format of a family.
 
 There is one token per printable ASCII character and newline, one per word of the chat format (so that its overhead is
-small), and one per special token of harmony. Decoding is exact: the text comes back as it went in.
+small), and one per control token. Decoding is exact: the text comes back as it went in. Both templates render the
+effort as a system message, from which a parent learns it: gpt-oss's do so too; Qwen3's have no efforts.
 Left out: merges (a parent of a million parameters reads characters), characters outside ASCII (one unknown token).
 """
 
@@ -10,34 +11,54 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
+from puzzle_jax.config import GPT_OSS, QWEN3_MOE
 from puzzle_jax.tasks.chat.chat import Chat
 
-SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|return|>",
-    "<|start|>",
-    "<|end|>",
-    "<|message|>",
-    "<|channel|>",
-    "<|call|>",
-    "<|unknown|>",
-)
-WORDS = (
-    "Reasoning: ", "commentary", "assistant", "analysis", "system", "medium", "final", "user", "high", "low",
-)  # fmt: skip
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
 
 VOCAB_SIZE = 128
-"""Number of tokens rounded up to a multiple of 32: the size of embedding and head."""
+"""Number of tokens rounded up to a multiple of 32: the size of embedding and head, for every family."""
 
-_PAD, _RETURN, _CALL = "<|endoftext|>", "<|return|>", "<|call|>"
+_PAD, _UNKNOWN = "<|endoftext|>", "<|unknown|>"
 
-_TEMPLATE = """\
+
+@dataclass(frozen=True)
+class EmbeddedFormat:
+    """What an embedded parent's chat has in a family's format.
+
+    Attributes:
+      special, added: control tokens, special ones and (as in the family's own tokenizers) merely added ones.
+      words: words of the format.
+      ends: tokens that end an answer, the usual one first.
+      template: the chat template.
+    """
+
+    special: tuple[str, ...]
+    added: tuple[str, ...]
+    words: tuple[str, ...]
+    ends: tuple[str, ...]
+    template: str
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """All tokens in the order of their ids."""
+        return (*self.special, *self.added, *self.words, *CHARACTERS)
+
+
+HARMONY = EmbeddedFormat(
+    special=(_PAD, "<|return|>", "<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|call|>", _UNKNOWN),
+    added=(),
+    words=(
+        "Reasoning: ", "commentary", "assistant", "analysis", "system", "medium", "final", "user", "high", "low",
+    ),
+    ends=("<|return|>", _PAD, "<|call|>"),
+    template="""\
 {%- if reasoning_effort is not defined %}
     {%- set reasoning_effort = "medium" %}
 {%- endif %}
@@ -54,24 +75,61 @@ _TEMPLATE = """\
 {%- if add_generation_prompt %}
     {{- "<|start|>assistant" }}
 {%- endif %}
-"""
+""",
+)  # fmt: skip
+
+CHATML = EmbeddedFormat(
+    special=(_PAD, "<|im_start|>", "<|im_end|>", _UNKNOWN),
+    added=("<think>", "</think>"),
+    words=("Reasoning: ", "assistant", "system", "medium", "user", "high", "low"),
+    ends=("<|im_end|>", _PAD),
+    template="""\
+{%- if reasoning_effort is not defined %}
+    {%- set reasoning_effort = "medium" %}
+{%- endif %}
+{{- "<|im_start|>system\\nReasoning: " + reasoning_effort + "<|im_end|>\\n" }}
+{%- for message in messages %}
+    {%- if message.role == "assistant" %}
+        {{- "<|im_start|>assistant\\n" + message.content.split("</think>")[-1].lstrip("\\n") + "<|im_end|>\\n" }}
+    {%- elif message.role == "user" %}
+        {{- "<|im_start|>user\\n" + message.content + "<|im_end|>\\n" }}
+    {%- else %}
+        {{- raise_exception("role is " + message.role + ", but must be user or assistant") }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- "<|im_start|>assistant\\n" }}
+{%- endif %}
+""",
+)
+
+EMBEDDED: Mapping[str, EmbeddedFormat] = {GPT_OSS.family: HARMONY, QWEN3_MOE.family: CHATML}
+"""The embedded formats by family."""
 
 
-def build_tokenizer() -> tokenizers.Tokenizer:
-    """The embedded parent's tokenizer; ids follow the order special tokens, words, characters."""
-    vocabulary = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *WORDS, *CHARACTERS))}
-    tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<|unknown|>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("|".join((*WORDS, r"[\s\S]"))), behavior="isolated")
+def build_tokenizer(family: str = GPT_OSS.family) -> tokenizers.Tokenizer:
+    """The tokenizer of a family's embedded parent; ids follow the order control tokens, words, characters."""
+    form = EMBEDDED[family]
+    vocabulary = {token: index for index, token in enumerate(form.tokens)}
+    tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=_UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("|".join((*form.words, r"[\s\S]"))), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in form.special])
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in form.added])
     return tokenizer
 
 
-def chat_files() -> dict[str, bytes]:
+def token_ids(family: str = GPT_OSS.family) -> dict[str, int]:
+    """The ids by which a config.json names the token that ends an answer and the one that pads rows."""
+    form = EMBEDDED[family]
+    return {"eos_token_id": form.tokens.index(form.ends[0]), "pad_token_id": form.tokens.index(_PAD)}
+
+
+def chat_files(family: str = GPT_OSS.family) -> dict[str, bytes]:
     """The chat files by name: tokenizer.json, tokenizer_config.json, special_tokens_map.json, chat_template.jinja and
     generation_config.json."""
-    tokenizer = build_tokenizer()
-    names = {"eos_token": _RETURN, "pad_token": _PAD, "unk_token": "<|unknown|>"}
+    form, tokenizer = EMBEDDED[family], build_tokenizer(family)
+    names = {"eos_token": form.ends[0], "pad_token": _PAD, "unk_token": _UNKNOWN}
     tokenizer_config = {
         **names,
         "clean_up_tokenization_spaces": False,
@@ -80,7 +138,7 @@ def chat_files() -> dict[str, bytes]:
     }
     generation_config = {
         "do_sample": True,
-        "eos_token_id": [tokenizer.token_to_id(token) for token in (_RETURN, _PAD, _CALL)],
+        "eos_token_id": [tokenizer.token_to_id(token) for token in form.ends],
         "pad_token_id": tokenizer.token_to_id(_PAD),
     }
     return {
@@ -88,27 +146,30 @@ def chat_files() -> dict[str, bytes]:
         "tokenizer_config.json": _json_bytes(tokenizer_config),
         "special_tokens_map.json": _json_bytes(names),
         "generation_config.json": _json_bytes(generation_config),
-        "chat_template.jinja": _TEMPLATE.encode(),
+        "chat_template.jinja": form.template.encode(),
     }
 
 
-def write_chat_files(directory: str | Path) -> None:
+def write_chat_files(directory: str | Path, family: str = GPT_OSS.family) -> None:
     """Writes `chat_files` into an existing directory."""
-    for name, content in chat_files().items():
+    for name, content in chat_files(family).items():
         (Path(directory) / name).write_bytes(content)
 
 
-def embedded_chat() -> Chat:
-    """The embedded parent's chat without a checkpoint: what pretraining starts from."""
+def embedded_chat(family: str = GPT_OSS.family) -> Chat:
+    """The chat of a family's embedded parent without a checkpoint: what pretraining starts from."""
     with tempfile.TemporaryDirectory() as directory:
-        write_chat_files(directory)
+        write_chat_files(directory, family)
         return Chat.load(directory)
 
 
 def is_embedded(chat: Chat) -> bool:
-    """Returns whether a chat has the embedded parent's tokenizer, as its children have."""
-    sizes = chat.tokenizer.get_vocab_size(), len((*SPECIAL_TOKENS, *WORDS, *CHARACTERS))
-    return sizes[0] == sizes[1] and chat.tokenizer.get_vocab() == build_tokenizer().get_vocab()
+    """Returns whether a chat has the tokenizer of an embedded parent, as its children have."""
+    own = chat.tokenizer.get_vocab_size()
+    return any(
+        own == len(form.tokens) and chat.tokenizer.get_vocab() == build_tokenizer(family).get_vocab()
+        for family, form in EMBEDDED.items()
+    )
 
 
 def _json_bytes(value: Mapping[str, object]) -> bytes:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import datetime
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,6 @@ from puzzle_jax.files import read_object, read_text
 from puzzle_jax.tasks.chat.rendering import Template
 
 TEMPLATE_FILE, TEMPLATE_DIRECTORY = "chat_template.jinja", "additional_chat_templates"
-ENDS = ("<|return|>", "<|call|>")
-"""Tokens that end an assistant's turn in the harmony format."""
 
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -92,10 +90,12 @@ def read_template(
     return Template(source, where, today, tokens)
 
 
-def read_ends(directory: Path, tokenizer: tokenizers.Tokenizer) -> tuple[frozenset[int], int]:
+def read_ends(
+    directory: Path, tokenizer: tokenizers.Tokenizer, tokens: Sequence[str], format: str
+) -> tuple[frozenset[int], int]:
     """Ids that end an answer, and the id that pads rows.
 
-    The end tokens of the harmony format always count; a `PuzzleWarning` says so if the checkpoint does not list them.
+    The end `tokens` of the `format` always count; a `PuzzleWarning` says so if the checkpoint does not list them.
 
     Raises:
       CheckpointError: an eos, bos or pad id is no token of the model.
@@ -119,14 +119,14 @@ def read_ends(directory: Path, tokenizer: tokenizers.Tokenizer) -> tuple[frozens
     stops, where = ids("eos_token_id", many=True)
     ids("bos_token_id")
     pads, _ = ids("pad_token_id")
-    ends = {token: index for token in ENDS if (index := tokenizer.token_to_id(token)) is not None}
+    ends = {token: index for token in tokens if (index := tokenizer.token_to_id(token)) is not None}
     lacking = [token for token, index in ends.items() if index not in stops]
     if lacking:
         given = (
             f"is {shown(stops[0] if len(stops) == 1 else stops)}, which lacks" if stops else "is not there; it lacks"
         )
         warnings.warn(
-            f"{where}: eos_token_id {given} {' and '.join(lacking)}, where answers of the harmony format end; "
+            f"{where}: eos_token_id {given} {' and '.join(lacking)}, where answers of the {format} format end; "
             "generation stops there all the same",
             PuzzleWarning,
             stacklevel=3,

@@ -20,7 +20,7 @@ import signal
 import socket
 import subprocess
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +28,9 @@ from pathlib import Path
 from puzzle_jax.errors import CheckpointError
 from puzzle_jax.tasks.channel import receive_bytes, send_bytes, start
 from puzzle_jax.tasks.chat import render_worker
+
+EFFORT = "reasoning_effort"
+"""The variable in which templates take the effort."""
 
 RENDER_SECONDS = 5.0
 """Processor time that one rendering may take."""
@@ -73,6 +76,10 @@ class Template:
         if kind != render_worker.DONE:
             raise CheckpointError(f"the chat template {self.where} {text}")
         return text
+
+    def render_prompt(self, messages: Sequence[Mapping[str, str]], variables: Mapping[str, object]) -> str:
+        """Renders a conversation up to where the assistant begins, as `apply_chat_template` does; raises likewise."""
+        return self.render(messages=messages, tools=None, documents=None, add_generation_prompt=True, **variables)
 
     @cached_property
     def _key(self) -> str:

@@ -64,7 +64,8 @@ class GrpoInputs(RunInputs[GrpoRecipe]):
     @cached_property
     def student(self) -> Student:
         """The model as a view on itself."""
-        return Student(identity_child(self.config), self.recipe.train, self.recipe.remat)
+        packed = self.model.description.form == "mxfp4"
+        return Student(identity_child(self.config), self.recipe.train, self.recipe.remat, packed=packed)
 
     @cached_property
     def loss(self) -> ResolvedPolicy:

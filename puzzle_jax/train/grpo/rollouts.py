@@ -104,9 +104,9 @@ class Sampler:
     ) -> list[list[Rollout]]:
         """The completions with their rewards."""
         answers = [
-            self._answer(prompt, generated)
+            self._answer(prompt, request, generated)
             for prompt, members in zip(prompts, groups, strict=True)
-            for _, generated in members
+            for request, generated in members
         ]
         rewarded = iter(zip(answers, self.rewards.of(answers), strict=True))
         return [
@@ -114,8 +114,8 @@ class Sampler:
             for prompt, members in zip(prompts, groups, strict=True)
         ]
 
-    def _answer(self, prompt: Prompt, generated: Generated) -> Answer:
-        parsed = self.chat.parse(generated.tokens)
+    def _answer(self, prompt: Prompt, request: Request, generated: Generated) -> Answer:
+        parsed = self.chat.parse(generated.tokens, request.prompt)
         return Answer(
             prompt.problem, prompt.effort, parsed.analysis, parsed.final, len(generated.tokens), generated.truncated
         )

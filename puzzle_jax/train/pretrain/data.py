@@ -61,7 +61,7 @@ def make_example(chat: Chat, task: WorkedTask, seed: int, effort: str, habits: H
         return None
     prompt = chat.prompt_tokens(problem.prompt, effort)
     analysis, answer = written(task, problem, effort, habits, length)
-    completion = chat.completion_tokens(analysis, answer or "", cut=answer is None)
+    completion = chat.completion_tokens(analysis, answer or "", prompt, cut=answer is None)
     if answer is None:
         completion = completion[: max(length - len(prompt), 1)]
     return Example((*prompt, *completion), len(prompt))

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from puzzle_jax.config import ModelConfig
+from puzzle_jax.convert_hf.table import smallest_form
 from puzzle_jax.model.network import LayerAux, head_logits, hidden_states
 from puzzle_jax.model.spec import Params
 from puzzle_jax.train.fake_quant import fake_quantize_experts
@@ -31,7 +32,8 @@ def pretraining_loss(
     the same number of experts.
     """
     tokens, targets, weights, segment_ids = map(jnp.asarray, batch[:4])
-    params = jax.lax.cond(batch.extras["rounded"], fake_quantize_experts, lambda params: params, params)
+    if smallest_form(config) == "mxfp4":
+        params = jax.lax.cond(batch.extras["rounded"], fake_quantize_experts, lambda params: params, params)
     x, auxes = hidden_states(params, config, tokens, segment_ids=segment_ids)
     logits = head_logits(params, config, x)
     weight = jnp.sum(weights)

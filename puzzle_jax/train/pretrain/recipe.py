@@ -10,8 +10,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from puzzle_jax.config import ModelConfig
+from puzzle_jax.convert_hf.table import Form, smallest_form
 from puzzle_jax.errors import MOST_SEED, MOST_TIMES, ConfigError, check_choice, check_range, shown
 from puzzle_jax.tasks import TASKS, check_effort
+from puzzle_jax.tasks.chat.embedded import EMBEDDED
 from puzzle_jax.train.loop import LoopSettings
 from puzzle_jax.train.optimizer import OptimizerSettings, decay_steps, make_schedule
 from puzzle_jax.train.pretrain.data import Bucket
@@ -39,7 +41,8 @@ class PretrainRecipe:
     """Everything that decides a pretraining run.
 
     Attributes:
-      model: the network to train; `num_experts` and a list `windows` stand for its blocks.
+      model: the network to train; `num_experts` and a list `windows` stand for its blocks. The examples are in the chat
+        format of `variant.family`.
       tasks: weight of each task in the data.
       efforts: weight of each effort in the data.
       buckets: shapes of batches.
@@ -52,7 +55,7 @@ class PretrainRecipe:
       held_out: number of problems per task and effort on which accuracy is measured at the end.
       optimizer, loop: settings of the optimiser and of the training loop. With the schedule "wsd", training does not
         depend on the length of the run until the rate falls; while it falls (with other schedules: after the warmup),
-        the experts are rounded to MXFP4 in every forward pass.
+        experts that are exported as MXFP4 are rounded to it in every forward pass.
       seed: seed of weights and data.
     """
 
@@ -71,6 +74,7 @@ class PretrainRecipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_choice("model.variant.family", self.model.variant.family, EMBEDDED)  # which have an embedded chat
         for task in self.tasks:
             check_choice("task", task, TASKS)  # which have worked traces
         for effort in self.efforts:
@@ -92,8 +96,13 @@ class PretrainRecipe:
 
     @property
     def rounded_steps(self) -> int:
-        """Number of last steps, in which the experts are rounded to MXFP4."""
-        return decay_steps(self.optimizer, self.loop.steps)
+        """Number of last steps, in which the experts are rounded to MXFP4; 0 for a family that is not stored so."""
+        return decay_steps(self.optimizer, self.loop.steps) if self.form == "mxfp4" else 0
+
+    @property
+    def form(self) -> Form:
+        """The form in which the parent is exported."""
+        return "mxfp4" if smallest_form(self.model) == "mxfp4" else "bf16"
 
     @property
     def identity(self) -> dict[str, object]:

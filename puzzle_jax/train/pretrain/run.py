@@ -3,9 +3,9 @@
     OUT/run.json, checkpoints/, metrics.jsonl, report.html   the run (`train.loop`)
     OUT/parent/                                              the parent, with pretraining.json: what it can do
 
-Weights are trained in float32; while the learning rate falls at the end, the experts pass through MXFP4 rounding in
-every forward pass, so that packing them loses nothing. What is exported is then measured: accuracy and tokens per task
-and effort on problems that training never saw, and recall by distance.
+Weights are trained in float32; while the learning rate falls at the end, experts that will be exported as MXFP4 pass
+through its rounding in every forward pass, so that packing them loses nothing. What is exported is then measured:
+accuracy and tokens per task and effort on problems that training never saw, and recall by distance.
 
 Left out: several devices, mixed precision, and anything that a parent of millions of parameters does not need.
 """
@@ -28,7 +28,7 @@ from puzzle_jax.files import read_object
 from puzzle_jax.model.spec import Params, init_params
 from puzzle_jax.runs import METRICS_FILE, open_run, read_metrics
 from puzzle_jax.tasks import TASKS, Chat
-from puzzle_jax.tasks.chat.embedded import SPECIAL_TOKENS, chat_files, embedded_chat
+from puzzle_jax.tasks.chat.embedded import chat_files, embedded_chat, token_ids
 from puzzle_jax.train.fake_quant import is_expert_matrix, round_to_mxfp4
 from puzzle_jax.train.loop import Job, Trained, train
 from puzzle_jax.train.optimizer import make_optimizer
@@ -56,7 +56,7 @@ def pretrain(recipe: PretrainRecipe, console: Console) -> Trained:
     Raises PuzzleError where `recipe.out` holds something else.
     """
     open_run(recipe.out, recipe.identity)
-    chat = embedded_chat()
+    chat = embedded_chat(recipe.model.variant.family)
     trained = train(pretraining_job(recipe, chat), recipe.loop, recipe.out, console)
     if not trained.preempted and not (recipe.out / PARENT).exists():
         export(recipe, trained.state.params, chat, console)
@@ -103,7 +103,7 @@ def initial_params(recipe: PretrainRecipe) -> Params:
 def export(recipe: PretrainRecipe, params: Params, chat: Chat, console: Console) -> None:
     """Measures the parent as its checkpoint will hold it, and writes both."""
     console.print("measuring on held-out problems", highlight=False)
-    params = round_for_export(params)
+    params = round_for_export(params, packed=recipe.form == "mxfp4")
     lines = [line for line in read_metrics(recipe.out / METRICS_FILE) if line["step"] > recipe.loop.steps - _LOAD_STEPS]
     found = {
         "recipe": recipe.identity["recipe"],
@@ -115,21 +115,24 @@ def export(recipe: PretrainRecipe, params: Params, chat: Chat, console: Console)
         ],
         **measure(params, recipe.model, chat, tuple(recipe.tasks), recipe.held_out),
     }
-    names = {"eos_token_id": "<|return|>", "pad_token_id": SPECIAL_TOKENS[0]}
+    family = recipe.model.variant.family
     save_checkpoint(
         recipe.out / PARENT,
         recipe.model,
         params,
-        config_base={name: chat.tokenizer.token_to_id(token) for name, token in names.items()},
-        extra_files={**chat_files(), REPORT: (json.dumps(found, indent=2) + "\n").encode()},
+        config_base=token_ids(family),
+        extra_files={**chat_files(family), REPORT: (json.dumps(found, indent=2) + "\n").encode()},
+        form=recipe.form,
     )
     console.print(f"parent: {recipe.out / PARENT}", highlight=False)
 
 
-def round_for_export(params: Params) -> Params:
-    """The float32 values that the checkpoint will hold: experts on MXFP4's grid, the rest on bfloat16's."""
+def round_for_export(params: Params, packed: bool = True) -> Params:
+    """The float32 values that the checkpoint will hold: experts on MXFP4's grid if they are packed, the rest on
+    bfloat16's."""
 
     def rounded(path: jax.tree_util.KeyPath, leaf: Array) -> Array:
-        return round_to_mxfp4(leaf) if is_expert_matrix(path) else leaf.astype(jnp.bfloat16).astype(jnp.float32)
+        packs = packed and is_expert_matrix(path)
+        return round_to_mxfp4(leaf) if packs else leaf.astype(jnp.bfloat16).astype(jnp.float32)
 
     return jax.tree_util.tree_map_with_path(rounded, params)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from puzzle_jax.config import QWEN3_MOE
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.kernels.expert_mlp import expert_mlp
 from puzzle_jax.kernels.route import route
@@ -21,6 +22,7 @@ from puzzle_jax.search.rank.rows import packed_traces
 from puzzle_jax.search.rank.rules import RULES, hope
 from puzzle_jax.search.rank.statistics import KeptSums
 from puzzle_jax.search.recipe import RankSettings
+from tests.support import random_params
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +65,21 @@ def test_rankings_by_hand(parent, ranking):
             tolerance = {"easy_ep": 2e-3}.get(rule, 2e-4)  # one minus a cosine in float32
             found = ranking.scores[rule][layer]
             np.testing.assert_allclose(found[~never], values[~never], rtol=tolerance, err_msg=rule)
+
+
+def test_gates_that_are_shares_of_all_experts(parent):
+    """Where an expert is removed, the shares of all others grow."""
+    config, _, traces = parent
+    variant = replace(QWEN3_MOE, normalized_gates=False)
+    config = replace(config, blocks=config.blocks[:1], variant=variant, swiglu_limit=None)
+    params = random_params(config)
+    ranking = rank_experts(params, config, packed_traces(traces, tokens_per_batch=128))
+    values = [np.asarray(by_token(params, config, padded(t)), np.float64)[0, ..., : size(t)] for t in traces]
+    error, gate, *_, used, _, gated = np.sum([v.mean(axis=-1) for v in map(quantities, values)], axis=0)
+    assert np.all(used > 0) and 0.2 < gate.sum() / 4 < 0.9
+    expected = {"removal_error": error / 4, "reap": gated / used, "weighted_frequency": gate / 4}
+    for rule, by_hand in expected.items():
+        np.testing.assert_allclose(ranking.scores[rule][0], by_hand, rtol=2e-4, err_msg=rule)
 
 
 def quantities(of_tokens):
@@ -171,26 +188,27 @@ def by_token(params, config, tokens):
     for layer, block in zip(params["layers"], config.blocks, strict=True):
         x, _ = attention_block(layer["attention"], config, x, table, window=block.window)
         moe, y = layer["moe"], rms_norm(x, layer["moe"]["norm"], config.rms_norm_eps)[0]
-        logits = y @ moe["router_weight"] + moe["router_bias"]
+        logits = y @ moe["router_weight"] + moe.get("router_bias", 0.0)
+        choose = partial(route, logits, 2, normalized=config.variant.normalized_gates)
 
         def mixture(routing, moe=moe, y=y):
             return expert_mlp(y, routing, layer_experts(moe), limit=config.swiglu_limit, implementation="reference")
 
-        before, after = x[0], x[0] + mixture(route(logits, 2))
+        before, after = x[0], x[0] + mixture(choose())
         norms = jnp.linalg.norm(before, axis=-1) * jnp.linalg.norm(after, axis=-1)
         turn = jnp.maximum(1 - jnp.sum(before * after, axis=-1) / norms, 0)
 
-        def of_expert(expert, logits=logits, mixture=mixture, turn=turn):
-            chosen = route(logits, 2)
+        def of_expert(expert, choose=choose, mixture=mixture, turn=turn):
+            chosen = choose()
             used = (chosen.ids == expert).any(axis=1)
-            without = mixture(route(logits, 2, mask=jnp.arange(7)[None] != expert))
+            without = mixture(choose(mask=jnp.arange(7)[None] != expert))
             alone = mixture(chosen._replace(gates=jnp.where(chosen.ids == expert, 1.0, 0.0)))
             error = used * jnp.mean((without - mixture(chosen)) ** 2, axis=-1)
             gate = jnp.sum(jnp.where(chosen.ids == expert, chosen.gates, 0.0), axis=1)
             return jnp.stack([error, gate, jnp.linalg.norm(alone, axis=-1), turn, used])
 
         found.append(jax.vmap(of_expert, out_axes=1)(jnp.arange(7)))
-        x = x + mixture(route(logits, 2))[None]
+        x = x + mixture(choose())[None]
     return jnp.stack(found)
 
 

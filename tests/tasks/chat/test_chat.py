@@ -10,7 +10,7 @@ import tokenizers
 
 from puzzle_jax.errors import CheckpointError, PuzzleError, PuzzleWarning
 from puzzle_jax.tasks import EFFORTS, TASKS, Chat
-from puzzle_jax.tasks.chat.embedded import CHARACTERS, SPECIAL_TOKENS, VOCAB_SIZE, WORDS, write_chat_files
+from puzzle_jax.tasks.chat.embedded import CHARACTERS, HARMONY, VOCAB_SIZE, write_chat_files
 
 PROMPT_HIGH = "<|start|>system<|message|>Reasoning: high<|end|><|start|>user<|message|>mod 7+5<|end|><|start|>assistant"
 
@@ -28,7 +28,7 @@ def chat(directory):
 
 
 def test_vocabulary_fits_its_padded_size(chat):
-    used = len(SPECIAL_TOKENS) + len(WORDS) + len(CHARACTERS)
+    used = len(HARMONY.tokens)
     assert chat.tokenizer.get_vocab_size() == used == 114
     assert used <= VOCAB_SIZE and VOCAB_SIZE % 32 == 0
 
