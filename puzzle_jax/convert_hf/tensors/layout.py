@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from puzzle_jax.convert_hf.table import BLOCK, TensorSpec
 from puzzle_jax.convert_hf.tensors.composed import ScaledTensor, StackedExperts, slices_of
@@ -67,11 +68,13 @@ class _Finder:
         return ScaledTensor(stored, scales) if stored and scales else None
 
     def stacked(self, spec: TensorSpec) -> StackedExperts | None:
-        """The matrices of all experts; those after the first wrong one are not looked at."""
+        """The matrices of all experts; those after the first wrong one are not checked."""
         fused = spec.by_expert and (spec.name in self.files or spec.name in self.lost)
         matrices = self._fused(spec) if fused else self._one_by_one(spec)
         flat = [matrix for parts in matrices for matrix in parts]
         if not flat:
+            if spec.by_expert:
+                self.found.used.update(self._of_experts.get(spec.name.rpartition(".")[0], ()))
             return None
         if other := next((matrix for matrix in flat if matrix.dtype != flat[0].dtype), None):
             self.found.problems.append(
@@ -80,6 +83,16 @@ class _Finder:
             )
             return None
         return StackedExperts(spec.name, matrices, fused)
+
+    @cached_property
+    def _of_experts(self) -> dict[str, list[str]]:
+        """Names in the files by the layer's experts that they belong to."""
+        groups: dict[str, list[str]] = {}
+        for name in self.files:
+            before, found, _ = name.partition(".experts.")
+            if found:
+                groups.setdefault(f"{before}.experts", []).append(name)
+        return groups
 
     def _one_by_one(self, spec: TensorSpec) -> tuple[tuple[StoredTensor | ScaledTensor, ...], ...]:
         experts = []
