@@ -7,8 +7,8 @@ import tomllib
 
 import pytest
 
-from puzzle_jax.convert_hf.configuration.gpt_oss import FAMILY
-from puzzle_jax.serve_vllm import ARCHITECTURE, MODEL_TYPE, VLLM_RELEASE, release_problem
+from puzzle_jax.convert_hf.configuration.config_json import FAMILIES as WRITTEN
+from puzzle_jax.serve_vllm import FAMILIES, VLLM_RELEASE, puzzle_architecture, puzzle_model_type, release_problem
 from tests.paths import ROOT
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -29,8 +29,22 @@ def test_it_is_declared_for_the_release_that_is_pinned():
 
 
 def test_it_answers_to_the_names_that_exports_carry():
-    assert FAMILY.puzzle == MODEL_TYPE
-    assert FAMILY.auto_map["AutoModelForCausalLM"].endswith(f".{ARCHITECTURE}")
+    assert list(WRITTEN) == list(FAMILIES)
+    for family in WRITTEN.values():
+        assert puzzle_model_type(family.plain) == family.puzzle
+        assert family.auto_map["AutoModelForCausalLM"].endswith(f".{puzzle_architecture(family.plain)}")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_a_configuration_and_a_module_with_its_model(family):
+    package = ROOT / "puzzle_jax" / "serve_vllm"
+    assert f"class {FAMILIES[family]}PuzzleConfig(" in (package / "config.py").read_text()
+    assert f"class {puzzle_architecture(family)}(" in (package / f"{family}.py").read_text()
+    remote = ROOT / "puzzle_jax" / "convert_hf" / "remote"
+    modeling = (remote / f"modeling_{puzzle_model_type(family)}.py").read_text()
+    assert f"class {puzzle_architecture(family)}(" in modeling
+    configuration = (remote / f"configuration_{puzzle_model_type(family)}.py").read_text()
+    assert f'model_type = "{puzzle_model_type(family)}"' in configuration
 
 
 @pytest.mark.parametrize("version", [f"{VLLM_RELEASE}.0", f"{VLLM_RELEASE}.1+cu130"])

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from puzzle_jax.config import BlockConfig, ModelConfig, RopeConfig
 from puzzle_jax.convert_hf.load import load_checkpoint
-from puzzle_jax.model.network import forward, to_compute
+from puzzle_jax.model.network import to_compute
+from puzzle_jax.model.spec import Params
+from tests.support import model_logits
 
 TOLERANCE = 1e-4
 """Tolerance for float32 logits: their largest difference, relative to the largest logit."""
@@ -71,23 +73,36 @@ def reference_logits(model: Any, tokens: np.ndarray, **inputs: Any) -> np.ndarra
 
 def our_logits(directory: Path, tokens: np.ndarray, **changes: Any) -> np.ndarray:
     """Logits of the checkpoint in float32; `changes` replace fields of its configuration."""
-    checkpoint = load_checkpoint(directory, dtype=jnp.float32)
-    config = replace(checkpoint.config, **changes)
-    compiled = jax.jit(lambda params, tokens: forward(params, config, tokens))
-    return np.asarray(compiled(to_compute(checkpoint.params, jnp.float32), jnp.asarray(tokens)))
+    return logits_of(*loaded(directory, changes), tokens)
 
 
 def our_greedy(directory: Path, prompt: list[int], steps: int, **changes: Any) -> list[int]:
-    """Greedy continuation of `prompt`, with a whole, uncached forward pass per token; see `our_logits`."""
+    """Greedy continuation of `prompt` by the checkpoint; see `our_logits`."""
+    return greedy_of(*loaded(directory, changes), [prompt], steps, len(prompt) + steps)[0]
+
+
+def loaded(directory: Path, changes: dict[str, Any]) -> tuple[ModelConfig, Params]:
     checkpoint = load_checkpoint(directory, dtype=jnp.float32)
-    params = to_compute(checkpoint.params, jnp.float32)
-    config = replace(checkpoint.config, **changes)
-    compiled = jax.jit(lambda params, tokens: forward(params, config, tokens))
-    tokens = np.zeros((1, len(prompt) + steps), np.int32)  # what follows a position cannot change it
-    tokens[0, : len(prompt)] = prompt
-    for position in range(len(prompt), tokens.shape[1]):
-        tokens[0, position] = np.argmax(compiled(params, jnp.asarray(tokens))[0, position - 1])
-    return tokens[0, len(prompt) :].tolist()
+    return replace(checkpoint.config, **changes), to_compute(checkpoint.params, jnp.float32)
+
+
+def logits_of(config: ModelConfig, params: Params, tokens: np.ndarray) -> np.ndarray:
+    """Logits of float32 parameters."""
+    return np.asarray(model_logits(params, config, jnp.asarray(tokens)))
+
+
+def greedy_of(
+    config: ModelConfig, params: Params, prompts: Sequence[list[int]], steps: int, seq: int
+) -> list[list[int]]:
+    """Greedy continuations, with a whole, uncached forward pass of [prompts, seq] tokens per token."""
+    rows = np.zeros((len(prompts), seq), np.int32)  # what follows a position cannot change it
+    lengths = np.array([len(prompt) for prompt in prompts])
+    for row, prompt in zip(rows, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    every = np.arange(len(prompts))
+    for step in range(steps):
+        rows[every, lengths + step] = logits_of(config, params, rows)[every, lengths + step - 1].argmax(-1)
+    return [row[length : length + steps].tolist() for row, length in zip(rows, lengths, strict=True)]
 
 
 def relative_difference(ours: np.ndarray, theirs: np.ndarray) -> float:

@@ -21,11 +21,12 @@ def dense(row: dict, vocab: int) -> list[float]:
 
 def kv_scales(model) -> list[list[float]]:
     """Per layer, the scales that attention would use with an FP8 cache (which this CPU may not run)."""
-    attentions = [layer.attn.attn for layer in model.model.layers]
-    if hasattr(model, "kv_scales"):
-        for attention in attentions:
-            attention.kv_cache_dtype = "fp8"
-        model.process_weights_after_loading()
+    if not hasattr(model, "kv_scales"):
+        return []
+    attentions = [model.attention_of(layer) for layer in model.model.layers]
+    for attention in attentions:
+        attention.kv_cache_dtype = "fp8"
+    model.process_weights_after_loading()
     return [[attention._k_scale_float, attention._v_scale_float] for attention in attentions]
 
 

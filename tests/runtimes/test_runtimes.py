@@ -20,12 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from puzzle_jax.config import BlockConfig, ModelConfig, RopeConfig
+from puzzle_jax.config import QWEN3_MOE, BlockConfig, ModelConfig, RopeConfig
 from puzzle_jax.convert_hf.describe import describe_checkpoint
 from puzzle_jax.convert_hf.export import export_child, save_checkpoint
 from puzzle_jax.model.cache_format import KVScales
 from puzzle_jax.tasks import TASKS, Chat, problems
-from tests.parity.reference import our_greedy, our_logits, relative_difference
+from tests.parity.qwen3_moe import scales_of, write_qwen3
+from tests.parity.reference import greedy_of, logits_of, our_greedy, our_logits, relative_difference
 from tests.support import random_params, random_tokens
 
 pytestmark = pytest.mark.runtimes
@@ -42,6 +43,10 @@ BLOCKS = {
     "puzzle": [BlockConfig(5, 9), BlockConfig(7), BlockConfig(4, 17), BlockConfig(7, 9), BlockConfig(6)],
 }
 K_SCALES, V_SCALES = [0.5, 0.25, 2.0, 1.5, 0.75], [3.0, 0.125, 1.25, 0.375, 0.625]
+
+
+YARN = RopeConfig(theta=50_000.0, factor=4.0, original_context=32, truncate=True)
+QWEN3 = {"plain": {}, "counts": {"variant": replace(QWEN3_MOE, tied_head=True), "rope": YARN}, "puzzle": {}}
 
 
 def friendly_config(kind: str) -> ModelConfig:
@@ -139,6 +144,31 @@ def test_logits_and_greedy_tokens(tmp_path, runtime, kind, form):
     if (runtime, kind) == ("vllm", "puzzle"):
         np.testing.assert_allclose(answer["kv_scales"], np.stack([K_SCALES, V_SCALES], 1))
         assert answer["model_type"] == "gpt_oss"  # by which vLLM chooses kernels and the chat format
+
+
+@pytest.fixture(scope="module", params=QWEN3)
+def qwen3(request, tmp_path_factory):
+    """A kind of Qwen3-MoE checkpoint, a question, and our float32 logits and greedy tokens."""
+    kind = request.param
+    checkpoint = tmp_path_factory.mktemp(kind) / "checkpoint"
+    config, params = write_qwen3(checkpoint, kind, **QWEN3[kind])
+    tokens = np.asarray(random_tokens(config, 2, LENGTH))
+    answer = {"logits": logits_of(config, params, tokens), "greedy": greedy_of(config, params, PROMPTS, STEPS, LENGTH)}
+    return kind, config, checkpoint, question_of(tokens, PROMPTS, config.vocab_size), answer
+
+
+@pytest.mark.parametrize("runtime", ["transformers", "mlx", "vllm"])
+def test_qwen3_moe(qwen3, runtime):
+    kind, config, checkpoint, question, expected = qwen3
+    answer = ask(runtime, checkpoint, question)
+    difference = relative_difference(expected["logits"], answer["logits"])
+    print(f"{runtime} qwen3_moe {kind}: {difference:.1e} of the largest logit, {np.abs(expected['logits']).max():.2f}")
+    assert difference < TOLERANCE
+    assert answer["greedy"].tolist() == expected["greedy"]
+    assert len(set(map(tuple, expected["greedy"]))) == 2 and len(set(expected["greedy"][0])) > 2
+    if runtime == "vllm" and kind != "plain":
+        np.testing.assert_allclose(answer["kv_scales"], scales_of(config))
+        assert answer["model_type"] == "qwen3_moe"
 
 
 @pytest.mark.parametrize("runtime", ["transformers", "mlx", "vllm"])

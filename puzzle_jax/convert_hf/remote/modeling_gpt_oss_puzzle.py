@@ -64,7 +64,8 @@ class GptOssPuzzleDecoderLayer(GptOssDecoderLayer):
 class GptOssPuzzlePreTrainedModel(GptOssPreTrainedModel):
     config_class = GptOssPuzzleConfig
     _no_split_modules = ("GptOssPuzzleDecoderLayer",)
-    _keys_to_ignore_on_load_unexpected = (r"self_attn\.[kv]_scale$",)  # of an FP8 cache, which is not used here
+    # Of an FP8 cache, which is not used here; early releases of transformers 5 want a list.
+    _keys_to_ignore_on_load_unexpected = [r"self_attn\.[kv]_scale$"]  # noqa: RUF012
 
 
 class GptOssPuzzleModel(GptOssPuzzlePreTrainedModel, GptOssModel):

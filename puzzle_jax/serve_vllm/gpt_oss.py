@@ -23,10 +23,9 @@ from vllm.model_executor.models.gpt_oss import (
     TransformerBlock,
 )
 from vllm.model_executor.models.utils import maybe_prefix
-from vllm.platforms import current_platform
 
-KV_SCALE = re.compile(r"model\.layers\.(\d+)\.self_attn\.([kv])_scale")
-FP8_CACHES = ("fp8", "fp8_e4m3")
+from puzzle_jax.serve_vllm.kv_scales import KVScales
+
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
@@ -113,7 +112,7 @@ class PuzzleModel(GptOssModel):
         return loaded
 
 
-class GptOssPuzzleForCausalLM(GptOssForCausalLM):
+class GptOssPuzzleForCausalLM(KVScales, GptOssForCausalLM):
     def __init__(self, vllm_config, prefix=""):
         torch.nn.Module.__init__(self)  # the stock class would build the stock model
         self.vllm_config = vllm_config
@@ -126,28 +125,10 @@ class GptOssPuzzleForCausalLM(GptOssForCausalLM):
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
         self.kv_scales = {}
 
+    def attention_of(self, layer):
+        return layer.attn.attn
+
     def load_weights(self, weights):
         if getattr(self.config, "quantization_config", None) is None:
             weights = unpacked(weights)
         return super().load_weights(self.without_kv_scales(weights))
-
-    def without_kv_scales(self, weights):
-        """The weights that vLLM loads; the cache's scales are kept for later."""
-        for name, weight in weights:
-            match = KV_SCALE.fullmatch(name)
-            if match is None:
-                yield name, weight
-            else:
-                self.kv_scales[int(match[1]), match[2]] = float(weight)
-
-    def process_weights_after_loading(self):
-        """Sets the cache's scales where the cache is FP8; vLLM calls this last."""
-        number = 2.0 if current_platform.is_fp8_fnuz() else 1.0  # that type's numbers are half as large
-        for (layer, kind), scale in self.kv_scales.items():
-            if not self.model.start_layer <= layer < self.model.end_layer:
-                continue
-            attention = self.model.layers[layer].attn.attn
-            if attention.kv_cache_dtype in FP8_CACHES:
-                getattr(attention, f"_{kind}_scale").fill_(scale * number)
-                getattr(attention, f"_{kind}_scale_cpu").fill_(scale * number)
-                setattr(attention, f"_{kind}_scale_float", scale * number)
