@@ -18,6 +18,7 @@ from puzzle_jax.tasks.arithmetic import Chain
 from puzzle_jax.tasks.chat.embedded import embedded_chat
 from puzzle_jax.tasks.rewards.answers import Answer, Reward
 from tests.support import random_params, small_config
+from tests.tasks.chat.qwen import HYBRID, write_chat
 
 
 def questions(**changes) -> QuestionSet:
@@ -218,6 +219,20 @@ def test_limits_of_the_embedded_parent_give_a_warning_for_another_model():
         warnings.simplefilter("error")
         check_context(asked, other, config, {**MAX_TOKENS, "high": 200}, "model 'a'")
         check_context(asked, embedded, config, MAX_TOKENS, "model 'a'")
+
+
+def test_efforts_that_differ_in_nothing_give_a_warning(tmp_path):
+    chat = write_chat(tmp_path, HYBRID)
+    config = small_config(max_position=2048)
+    asked = [(problem, effort) for problem, _ in questions().questions()[:2] for effort in EFFORTS]
+    with pytest.warns(
+        PuzzleWarning, match="renders efforts medium and high alike, .* one limit, 50 tokens, so that"
+    ) as told:
+        check_context(asked, chat, config, dict.fromkeys(EFFORTS, 50), "model 'a'")
+    assert len(told) == 1 and str(tmp_path / "chat_template.jinja") in str(told[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_context(asked, chat, config, {"low": 50, "medium": 50, "high": 51}, "model 'a'")
 
 
 @pytest.mark.parametrize("text", ["low=3, high=400", "{low: 3, high: 400}"])

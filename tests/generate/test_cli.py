@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+from puzzle_jax.config import QWEN3_MOE
 from puzzle_jax.generate.__main__ import main
 from puzzle_jax.generate.command import _Printer, _prompt
 from puzzle_jax.tasks.chat.embedded import write_chat_files
@@ -42,6 +43,16 @@ def test_on_a_terminal_the_analysis_is_dimmed(capsys):
         printer.show(analysis, final)
     printer.end()
     assert capsys.readouterr().out == "\x1b[2mone\x1b[0m\x1b[2m two\x1b[0m\n3\n"
+
+
+def test_a_limit_within_thinking_that_the_prompt_has_opened_leaves_no_answer(model, tmp_path, capsys):
+    shutil.copytree(model, tmp_path / "thinking")
+    write_chat_files(tmp_path / "thinking", QWEN3_MOE.family)
+    template = tmp_path / "thinking" / "chat_template.jinja"
+    template.write_text(template.read_text().replace('assistant\\n" }}', 'assistant\\n<think>\\n" }}'))
+    assert main(["--model", str(tmp_path / "thinking"), "--max-tokens", "7", "1+1"]) == 0
+    said = capsys.readouterr()
+    assert said.out == "" and len(said.err) > len("(cut off at 7 tokens)\n") and "(cut off at 7 tokens)" in said.err
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from puzzle_jax.errors import PuzzleError, PuzzleWarning
 from puzzle_jax.generate.traces import EXTERNAL, Trace, append_trace, open_to_append, read_traces, write_traces
 from puzzle_jax.tasks.chat.embedded import embedded_chat
 from tests.support import present
+from tests.tasks.chat.qwen import HYBRID, INSTRUCT, THINKING, write_chat
 
 LENGTHS = [(10, 4), (3, 1), (90, 30), (130, 50), (7, 9)]
 FORMS = ("t.parquet", "t.jsonl")
@@ -221,6 +222,50 @@ def test_earlier_answers_stay_in_the_prompt_without_their_thinking(tmp_path, cha
     (trace,) = read_traces(write_lines(tmp_path / "a.jsonl", [row]), chat)
     assert trace.prompt == tuple(chat.prompt_tokens(earlier))
     assert "long" not in chat.decode(trace.prompt) and "final<|message|>12<|end|>" in chat.decode(trace.prompt)
+
+
+THOUGHT = "<think>\n7+5=12\n</think>\n\n12<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "completion"),
+    [
+        (HYBRID, {"completion": "12", "reasoning_content": "7+5=12"}, THOUGHT),
+        (HYBRID, {"completion": "<think>\n7+5=12\n</think>\n\n12"}, THOUGHT),
+        (HYBRID, {"completion": "12"}, "<think>\n\n</think>\n\n12<|im_end|>"),
+        (HYBRID, {"completion": "12", "effort": "low"}, "12<|im_end|>"),
+        (HYBRID, {"completion": "<think>\n\n</think>\n\n12", "effort": "low"}, "12<|im_end|>"),
+        (HYBRID, {"completion": "<think>7+5", "finish_reason": "length"}, "<think>\n7+5"),
+        (THINKING, {"completion": "12", "reasoning": "7+5=12"}, THOUGHT.removeprefix("<think>\n")),
+        (THINKING, {"completion": "7+5=12\n</think>\n\n12"}, THOUGHT.removeprefix("<think>\n")),
+        (THINKING, {"completion": "7+5", "truncated": True}, "7+5"),
+        (INSTRUCT, {"completion": "12", "effort": "high"}, "12<|im_end|>"),
+    ],
+)
+def test_text_becomes_tokens_in_chatml(tmp_path, template, row, completion):
+    chat = write_chat(tmp_path, template)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # Thinking within an answer's text is no control token that is written out.
+        (trace,) = read_traces(write_lines(tmp_path / "a.jsonl", [{"prompt": [USER], **row}]), chat)
+    assert trace.prompt == tuple(chat.prompt_tokens("7+5?", row.get("effort", "medium")))
+    assert chat.decode(trace.completion) == completion
+    assert trace.truncated == (not completion.endswith("<|im_end|>"))
+
+
+def test_what_chatml_cannot_hold_is_named_and_what_is_no_thinking_is_text(tmp_path):
+    chat = write_chat(tmp_path, HYBRID)
+    history = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "<think>\nb\n</think>\n\nc"}, USER]
+    rows = [
+        {"prompt": history, "completion": "12", "reasoning": "x"},
+        {"prompt": "<think>", "completion": "<|im_end|>"},
+    ]
+    with pytest.warns(PuzzleWarning, match=r"line 2: a control token such as <\|im_end\|> .* \(1 of the file's 2"):
+        first, second = read_traces(write_lines(tmp_path / "a.jsonl", rows), chat)
+    assert first.prompt == tuple(chat.prompt_tokens(history))
+    assert chat.parse(second.completion, second.prompt).final == "<|im_end|>"
+    path = write_lines(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "12", "reasoning": "x", "effort": "low"}])
+    with pytest.raises(PuzzleError, match="line 1: the answer has thinking, but the chat template .* at low effort"):
+        read_traces(path, chat)
 
 
 BARE = {"prompt": [1], "completion": [2]}

@@ -66,13 +66,12 @@ class ChatML:
 
     @property
     def in_history(self) -> tuple[str, ...]:
-        source = self.template.source
-        return (THINK, END_THINK) if THINK in source or END_THINK in source else ()
+        return (THINK, END_THINK) if self.template.uses(THINK, END_THINK) else ()
 
     def variables(self, effort: str) -> dict[str, object]:
-        if EFFORT in self.template.source:
+        if self.template.uses(EFFORT):
             return {EFFORT: effort}
-        return {_SWITCH: effort != "low"} if _SWITCH in self.template.source else {}
+        return {_SWITCH: effort != "low"} if self.template.uses(_SWITCH) else {}
 
     def written(self, analysis: str, final: str, prompt: Sequence[int] | None, cut: bool) -> str:
         begun = self._begun(prompt)
@@ -154,7 +153,7 @@ class ChatML:
 
         Templates that write `<think>` in earlier answers alone belong to models that do not think.
         """
-        return bool(self.in_history) and any(name in self.template.source for name in (EFFORT, _SWITCH))
+        return bool(self.in_history) and self.template.uses(EFFORT, _SWITCH)
 
     def _text(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(list(tokens), skip_special_tokens=False)

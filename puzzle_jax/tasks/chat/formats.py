@@ -91,7 +91,7 @@ def choose_format(tokenizer: tokenizers.Tokenizer, template: Template, directory
     if not known:
         needed = (f"no token {lacking[kind][0]}, which the {kind.name} format needs" for kind in FORMATS)
         raise CheckpointError(f"{directory / 'tokenizer.json'} has {', and '.join(needed)}")
-    chosen = next((kind for kind in known if kind.tokens[0] in template.source), known[0])
+    chosen = next((kind for kind in known if template.uses(kind.tokens[0])), known[0])
     return chosen(tokenizer, template)
 
 

@@ -16,6 +16,7 @@ import datetime
 import hashlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -42,6 +43,7 @@ LONGEST_TEXT = 1 << 22
 """Most bytes of UTF-8 that a template may render: more than any context holds, and what a character tokenizer still
 encodes in 2 GB."""
 
+_COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 # On an overloaded machine, processor time may come late, but not by this much.
 _WAIT_SECONDS = 120.0
 # The process must find the same jinja2; nothing else depends on its environment.
@@ -77,9 +79,17 @@ class Template:
             raise CheckpointError(f"the chat template {self.where} {text}")
         return text
 
+    def uses(self, *texts: str) -> bool:
+        """Returns whether one of the texts stands in the template, outside of its comments."""
+        return any(text in self._code for text in texts)
+
     def render_prompt(self, messages: Sequence[Mapping[str, str]], variables: Mapping[str, object]) -> str:
         """Renders a conversation up to where the assistant begins, as `apply_chat_template` does; raises likewise."""
         return self.render(messages=messages, tools=None, documents=None, add_generation_prompt=True, **variables)
+
+    @cached_property
+    def _code(self) -> str:
+        return _COMMENT.sub("", self.source)
 
     @cached_property
     def _key(self) -> str:

@@ -15,6 +15,7 @@ from puzzle_jax.search.score.replace_one import Alternative, ReplaceOne
 from puzzle_jax.search.traces import ended
 from puzzle_jax.tasks.chat.embedded import embedded_chat
 from tests.support import present
+from tests.tasks.chat.qwen import THINKING, write_chat
 
 CHAT = embedded_chat()
 
@@ -44,6 +45,21 @@ def test_without_a_turn_only_a_stop_token_counts_more(analysis, cut):
     if not cut:
         expected[-1] = 7
     np.testing.assert_array_equal(ending_weights(CHAT, 7, 2)(trace(completion, cut)), expected)
+
+
+def test_in_chatml_the_turn_is_the_end_of_the_thinking(tmp_path):
+    chat = write_chat(tmp_path, THINKING)
+    prompt = chat.prompt_tokens("12+34?", "high")
+    completion = chat.completion_tokens("12+34=46", "46", prompt)
+    answered = replace(trace(completion), prompt=tuple(prompt))
+    texts = [chat.decode([token]) for token in completion]
+    expected = np.ones(len(completion), int)
+    expected[len(texts) - 5 - 3 : len(texts) - 3] = 5
+    expected[-1] = 5
+    assert "".join(texts[-8:-3]) == "46\n</think>\n\n"
+    np.testing.assert_array_equal(ending_weights(chat, 5, 3)(answered), expected)
+    cut = replace(answered, completion=tuple(chat.encode("12+34")), truncated=True)
+    np.testing.assert_array_equal(ending_weights(chat, 5, 3)(cut), np.ones(5, int))
 
 
 def test_a_short_analysis_ends_with_all_of_its_tokens():

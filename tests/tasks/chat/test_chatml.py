@@ -54,6 +54,14 @@ def test_efforts_switch_the_thinking_or_are_rendered_or_change_nothing(name):
         assert text == f"{system}<|im_start|>user\nthe 2<|im_end|>\n<|im_start|>assistant\n{begun}"
 
 
+def test_what_a_template_only_comments_on_changes_nothing(tmp_path):
+    comment = "{#- Unlike with enable_thinking or\nreasoning_effort, there is no <think>. -#}\n"
+    commented = write_chat(tmp_path, comment + INSTRUCT)
+    assert commented.format.variables("low") == {} and commented.format.in_history == ()
+    assert commented.prompt_tokens("the 2", "low") == chat("instruct").prompt_tokens("the 2", "low")
+    assert commented.completion_tokens("", "4") == chat("instruct").completion_tokens("", "4")
+
+
 def test_efforts_that_differ_in_nothing_are_found():
     limits = {"low": 5, "medium": 5, "high": 5}
     assert [alike(chat(name).format, limits) for name in ("hybrid", "thinking", "instruct", "effort")] == [

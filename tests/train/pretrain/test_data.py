@@ -7,7 +7,7 @@ import pytest
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.tasks import TASKS, is_held_out
 from puzzle_jax.tasks.arithmetic import Chain
-from puzzle_jax.tasks.chat.embedded import embedded_chat
+from puzzle_jax.tasks.chat.embedded import EMBEDDED, embedded_chat
 from puzzle_jax.train.pretrain import data
 from puzzle_jax.train.pretrain.data import BatchSource, Bucket, make_example
 from puzzle_jax.train.pretrain.habits import Habits, written
@@ -15,9 +15,9 @@ from puzzle_jax.train.rows import Example, pack
 from tests.support import present
 
 
-@pytest.fixture(scope="module")
-def chat():
-    return embedded_chat()
+@pytest.fixture(scope="module", params=EMBEDDED)
+def chat(request):
+    return embedded_chat(request.param)
 
 
 def source(chat, buckets, seed=3, tasks=None, steps=10):
@@ -72,11 +72,11 @@ def test_rows_are_well_filled_with_whole_examples(chat):
     batch = source(chat, (Bucket(128, 24, 1.0),)).batch(0)
     assert batch.tokens.shape == (24, 128)
     assert np.mean(batch.segment_ids > 0) > 0.85
-    start, stop = chat.encode("<|start|>")[0], chat.encode("<|return|>")[0]
+    start = chat.prompt_tokens("?")[0]
     for tokens, segments in zip(batch.tokens, batch.segment_ids, strict=True):
         for segment in range(1, segments.max() + 1):
             text = tokens[segments == segment]
-            assert text[0] == start and text[-1] == stop
+            assert text[0] == start and text[-1] in chat.stop_ids - {chat.pad_id}
 
 
 def test_buckets_join_late_and_take_their_lengths(chat):

@@ -64,6 +64,7 @@ def changed(**changes):
         ({"buckets": [{"length": 2048, "rows": 1, "weight": 1}]}, "2048 tokens long, but model max_position is"),
         ({"model__windows": "all"}, "model.windows is 'all', but must list each layer's window"),
         ({"model__num_kv_heads": 3}, "num_heads is 4, but must be a multiple of num_kv_heads"),
+        ({"model__variant": {"family": "x"}}, "model.variant.family is 'x', but must be one of gpt_oss, qwen3_moe"),
         ({"model__rope__factor": 0.5}, "rope factor is 0.5, but must be at least 1"),
     ],
 )
