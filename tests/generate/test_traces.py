@@ -264,7 +264,7 @@ def test_what_chatml_cannot_hold_is_named_and_what_is_no_thinking_is_text(tmp_pa
     assert first.prompt == tuple(chat.prompt_tokens(history))
     assert chat.parse(second.completion, second.prompt).final == "<|im_end|>"
     path = write_lines(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "12", "reasoning": "x", "effort": "low"}])
-    with pytest.raises(PuzzleError, match="line 1: the answer has thinking, but the chat template .* at low effort"):
+    with pytest.raises(PuzzleError, match=r"line 1: the answer has thinking, but the chat template .* at low effort"):
         read_traces(path, chat)
 
 
