@@ -24,7 +24,7 @@ from puzzle_jax.config import ModelConfig
 from puzzle_jax.convert_hf.describe import Description, describe_checkpoint
 from puzzle_jax.convert_hf.export import PROVENANCE
 from puzzle_jax.convert_hf.load import build_params
-from puzzle_jax.convert_hf.pieces import as_stored
+from puzzle_jax.convert_hf.pieces import as_stored, same_bytes, same_tensor
 from puzzle_jax.convert_hf.table import ParamPath, TensorSpec, checkpoint_tensors
 from puzzle_jax.convert_hf.tensors import mxfp4
 from puzzle_jax.convert_hf.tensors.files import Stored, read_json
@@ -181,7 +181,7 @@ def _differing(found: _Described, every_expert: bool) -> tuple[str, ...]:
     for spec in sorted(table, key=lambda spec: not spec.by_expert):  # refusals first, before gigabytes are read
         name, ours, theirs = spec.parameter_name, child.tensors[spec.name], parent.tensors[spec.name]
         if not spec.by_expert or spec.layer is None:
-            if not _same_tensor(spec, ours, theirs):
+            if not same_tensor(spec, ours, theirs):
                 differing.add(name)
         elif name in trained:
             differing.add(name)
@@ -191,23 +191,11 @@ def _differing(found: _Described, every_expert: bool) -> tuple[str, ...]:
             if spec.parameter[-1] in EXPERT_MATRICES and not every_expert:
                 sampled = [spec.layer % len(ids)]  # a different row from layer to layer
             for row in sampled:
-                if not _same(_row(spec, ours, row), _row(spec, theirs, ids[row])):
+                if not same_bytes(_row(spec, ours, row), _row(spec, theirs, ids[row])):
                     reason = f"{spec.name} differs in row {row}, expert {ids[row]} of the parent"
                     _refuse(child.directory, parent.directory, reason)
     names = (spec.parameter_name for spec in table)
     return tuple(name for name in dict.fromkeys(names) if name in differing)
-
-
-def _same_tensor(spec: TensorSpec, ours: Stored, theirs: Stored) -> bool:
-    if ours.dtype == theirs.dtype:
-        return ours.equals(theirs)
-    return _same(as_stored(spec, ours.read()), as_stored(spec, theirs.read()))
-
-
-def _same(a: np.ndarray, b: np.ndarray) -> bool:
-    """Returns whether the bytes are equal."""
-    x, y = (np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in (a, b))
-    return np.array_equal(x, y)
 
 
 def _row(spec: TensorSpec, stored: Stored, index: int) -> np.ndarray:

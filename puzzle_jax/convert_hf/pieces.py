@@ -12,7 +12,7 @@ import numpy as np
 
 from puzzle_jax.convert_hf.table import ParamPath, TensorSpec
 from puzzle_jax.convert_hf.tensors import mxfp4
-from puzzle_jax.convert_hf.tensors.files import CHUNK_BYTES, NOT_A_NUMBER
+from puzzle_jax.convert_hf.tensors.files import CHUNK_BYTES, NOT_A_NUMBER, Stored
 from puzzle_jax.convert_hf.tensors.finite import all_finite
 from puzzle_jax.errors import ConfigError, PuzzleError
 from puzzle_jax.kernels.mxfp4 import MXFP4
@@ -22,6 +22,19 @@ from puzzle_jax.model.spec import EXPERT_MATRICES
 def as_stored(spec: TensorSpec, array: np.ndarray) -> np.ndarray:
     """An array in the table's type: bytes and BF16 unchanged, wider floats rounded to BF16."""
     return array if spec.dtype == "U8" else array.astype(ml_dtypes.bfloat16, copy=False)
+
+
+def same_tensor(spec: TensorSpec, ours: Stored, theirs: Stored) -> bool:
+    """Returns whether two tensors have the same bytes or, where their types differ, the same in the table's type."""
+    if ours.dtype == theirs.dtype:
+        return ours.equals(theirs)
+    return same_bytes(as_stored(spec, ours.read()), as_stored(spec, theirs.read()))
+
+
+def same_bytes(a: np.ndarray, b: np.ndarray) -> bool:
+    """Returns whether the bytes of two arrays are equal."""
+    x, y = (np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in (a, b))
+    return np.array_equal(x, y)
 
 
 @runtime_checkable

@@ -30,10 +30,12 @@ def write_child(directory: Path, parent: Path, evaluation: Path, name: str) -> N
     content = read_object(evaluation)
     table = ComparisonTable(content, (content["reference"], name))
     known = card_fields(parent)
+    of_parent = describe_checkpoint(parent)
     card = model_card(
         description.config,
         description.form,
-        parent=describe_checkpoint(parent).config,
+        parent=of_parent.config,
+        unquantized=(of_parent.unquantized, description.unquantized),
         kept=record["kept_experts"],
         record=record,
         results=f"{table.verdict(name)}\n\n{table.section().markdown()}",

@@ -18,8 +18,6 @@ from puzzle_jax.config import QWEN3_MOE, BlockConfig, ModelConfig
 from puzzle_jax.convert_hf.__main__ import main
 from puzzle_jax.convert_hf.child_of import load_delta, open_child
 from puzzle_jax.convert_hf.configuration.config_json import write_config
-from puzzle_jax.convert_hf.configuration.family import Family
-from puzzle_jax.convert_hf.configuration.qwen3_moe import FAMILY
 from puzzle_jax.convert_hf.describe import describe_checkpoint
 from puzzle_jax.convert_hf.export import export_child, save_checkpoint
 from puzzle_jax.convert_hf.load import load_checkpoint
@@ -34,7 +32,6 @@ from puzzle_jax.model.spec import count_params
 from tests.convert_hf.checkpoints import assert_trees_equal, rewrite, stored_bytes
 from tests.convert_hf.qwen import BF16, E4M3, STORAGES, quantised, qwen_config, read_all, write_all, write_qwen
 from tests.convert_hf.test_kills import Killed, killed, killed_at
-from tests.paths import ROOT
 from tests.support import random_params
 
 CONFIG = qwen_config()
@@ -42,13 +39,6 @@ KEPT = ((0, 2, 3, 5, 6), (), (1, 4), tuple(range(7)))
 WINDOWS = (5, None, 9, None)
 ONE_COUNT = ((1, 2, 6), (), (0, 3, 4), (2, 5, 6))
 ATTENTION = "model.layers.0.self_attn."
-
-
-@pytest.fixture(autouse=True)
-def remote_code(monkeypatch):
-    """Children are exported without the code that they carry where the package has none yet."""
-    if not all((ROOT / "puzzle_jax/convert_hf/remote" / name).is_file() for name in FAMILY.remote_code):
-        monkeypatch.setattr(Family, "remote_code", ())
 
 
 @pytest.fixture(scope="module", params=STORAGES)
@@ -284,17 +274,12 @@ def test_a_homogeneous_child_is_plain(parent, tmp_path):
     assert open_child(parent, out).child == uniform()
 
 
-def test_code_is_carried(plain, tmp_path, monkeypatch):
-    names = ("configuration_gpt_oss_puzzle.py", "mlx_gpt_oss_puzzle.py")  # of another family, which exists for sure
-    monkeypatch.setattr(Family, "remote_code", names)
+def test_code_is_carried(plain, tmp_path):
     out = export(plain, tmp_path / "child", view())
-    assert sorted(path.name for path in out.glob("*.py")) == sorted(names)
-    monkeypatch.undo()
-    assert FAMILY.remote_code == (
-        "configuration_qwen3_moe_puzzle.py",
-        "modeling_qwen3_moe_puzzle.py",
-        "mlx_qwen3_moe_puzzle.py",
-    )
+    names = {f"{kind}_qwen3_moe_puzzle.py" for kind in ("configuration", "modeling", "mlx")}
+    assert {path.name for path in out.glob("*.py")} == names
+    data = json.loads((out / "config.json").read_text())
+    assert {f"{reference.split('.')[0]}.py" for reference in data["auto_map"].values()} | {data["model_file"]} == names
 
 
 def test_a_factor_of_its_own(plain, tmp_path):

@@ -151,3 +151,15 @@ def test_a_homogeneous_child_needs_no_remote_code(fp8, tmp_path, storage):
             torch.tensor([prompt]), max_new_tokens=9, do_sample=False, eos_token_id=None, pad_token_id=1
         )
         assert out[0, len(prompt) :].tolist() == our_greedy(tmp_path / "child", prompt, 9)
+
+
+@pytest.mark.parametrize("storage", ["experts", "fp8"])
+def test_a_heterogeneous_child_by_the_code_that_it_carries(fp8, tmp_path, storage):
+    parent = fp8 if storage == "fp8" else write_qwen(tmp_path / "parent", qwen_config(BLOCKS), storage)
+    kept, windows = ((0, 2, 3, 5, 6), (), (1, 4)), (5, 9, None)
+    blocks = tuple(BlockConfig(len(ids), window) for ids, window in zip(kept, windows, strict=True))
+    export_child(parent, tmp_path / "child", read_config(parent).with_blocks(blocks), kept, provenance={})
+    model = load_reference(tmp_path / "child", trust=True)
+    assert type(model).__name__ == "Qwen3MoePuzzleForCausalLM"
+    ours = our_logits(tmp_path / "child", TOKENS)
+    assert relative_difference(ours, reference_logits(model, TOKENS)) < TOLERANCE

@@ -98,18 +98,21 @@ class ScaledTensor(Composed):
     def read(self, index: Sequence[slice] = (), *, weights: bool = False) -> np.ndarray:
         """The values of a block; arguments and errors as those of `StoredTensor.read`."""
         bounds = bounds_of(index, self.shape)
-        codes = self.codes.read([slice(*pair) for pair in bounds], weights=weights)
+        (first, _), (left, right) = bounds
+        codes = self.codes.read([slice(*pair) for pair in bounds], weights=weights).view(np.uint8)
         blocks = [slice(start // BLOCK, -(-stop // BLOCK)) for start, stop in bounds]
         scales = self.scales.read(blocks, weights=weights).astype(np.float32)
-        values = _VALUES[codes.view(np.uint8)]
-        for axis, (start, stop) in enumerate(bounds):
-            scales = np.take(scales, np.arange(start, stop) // BLOCK - start // BLOCK, axis)
-        with np.errstate(over="ignore"):
-            values *= scales
-        if weights and not all_finite(values):
-            file = self.codes.file
-            raise CheckpointError(f"{file}: {self.name} times its scales holds values that are not finite")
-        return values.astype(DTYPES[self.dtype], copy=False)
+        out = np.empty(codes.shape, DTYPES[self.dtype])
+        for number, row in enumerate(scales[:, np.arange(left, right) // BLOCK - left // BLOCK], first // BLOCK):
+            part = slice(max(number * BLOCK - first, 0), (number + 1) * BLOCK - first)
+            values = _VALUES[codes[part]]
+            with np.errstate(over="ignore"):
+                values *= row
+            if weights and not all_finite(values):
+                rule = "times its scales holds values that are not finite"
+                raise CheckpointError(f"{self.codes.file}: {self.name} {rule}")
+            out[part] = values
+        return out
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from puzzle_jax.convert_hf.describe import Description, describe_checkpoint
 from puzzle_jax.convert_hf.export import PROVENANCE, Origin, export_child
 from puzzle_jax.convert_hf.kv_scales import StoredScales
 from puzzle_jax.convert_hf.load import build_params, known_scales
+from puzzle_jax.convert_hf.pieces import same_tensor
 from puzzle_jax.convert_hf.table import ParamPath, TensorSpec, checkpoint_tensors
 from puzzle_jax.convert_hf.tensors import mxfp4
 from puzzle_jax.convert_hf.tensors.files import CHUNK_BYTES, Stored, read_json
@@ -176,7 +177,8 @@ class Pair:
             parameters[path] = (*parameters.get(path, ()), spec)
         differing, trained = {}, frozenset(self.trained)
         for path, specs in parameters.items():
-            if all(self.ours.tensors[spec.name].equals(self.theirs.tensors[spec.name]) for spec in specs):
+            ours, theirs = self.ours.tensors, self.theirs.tensors
+            if all(same_tensor(spec, ours[spec.name], theirs[spec.name]) for spec in specs):
                 continue
             if specs[0].parameter_name not in trained:
                 a, b = self.directories

@@ -33,6 +33,7 @@ from puzzle_jax.train.average import weights as averaging
 from puzzle_jax.train.average.sweep import Choice, Measured, choose
 from puzzle_jax.train.average.weights import Pair, blend, write_average
 from tests.convert_hf.checkpoints import assert_trees_equal, rewrite, stored_bytes
+from tests.convert_hf.qwen import qwen_config, write_qwen
 from tests.support import model_logits, printed, random_params, random_tokens
 from tests.train.distill.toy_distill import CONFIG, KEPT, cut, save_parent, stored
 
@@ -201,6 +202,26 @@ def test_experts_that_are_stored_in_bf16_are_averaged_there(tmp_path):
 
 
 # Record ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("storage", ["experts", "fp8"])
+def test_matrices_that_files_hold_one_by_one_are_averaged(tmp_path, storage):
+    """A and B are trained in different places; in FP8, keys and values become bf16 where queries were trained."""
+    config = qwen_config((BlockConfig(3), BlockConfig(3)))
+    parent = write_qwen(tmp_path / "parent", config, storage)
+    everyone = [range(3)] * 2
+    for seed, (name, part, weight) in enumerate((("a", "attention", "q_weight"), ("b", "moe", "down"))):
+        layers = [{part: {weight: random_params(config, seed + 1)["layers"][0][part][weight]}}, None]
+        export_child(parent, tmp_path / name, config, everyone, provenance={}, dense_delta={"layers": layers})
+    pair = Pair.open(tmp_path / "a", tmp_path / "b")
+    assert set(pair.differing) == {("layers", 0, "attention", "q_weight"), ("layers", 0, "moe", "down")}
+    write_average(pair, 0.25, tmp_path / "out")
+    a, b, out = (load_checkpoint(tmp_path / name, dtype=jnp.float32).params for name in ("a", "b", "out"))
+    for part, weight in (("attention", "q_weight"), ("moe", "down")):
+        x, y, found = (np.asarray(params["layers"][0][part][weight]) for params in (a, b, out))
+        np.testing.assert_array_equal(found, (np.float32(0.75) * x + np.float32(0.25) * y).astype(BF16))
+        x, y, found = (np.asarray(params["layers"][1][part][weight]) for params in (a, b, out))
+        assert (found == x).all() and (found == y).all()
 
 
 def test_the_record_tells_of_both(root, tmp_path):
