@@ -2,6 +2,7 @@
 """Scales of an FP8 cache, which a child's checkpoint carries per layer, set after vLLM has reset them to 1."""
 
 import re
+from typing import Any
 
 from vllm.platforms import current_platform
 
@@ -11,6 +12,9 @@ FP8_CACHES = ("fp8", "fp8_e4m3")
 
 class KVScales:
     """For a causal model of vLLM; the model sets `kv_scales` to {} before it loads, and says where attention is."""
+
+    kv_scales: dict
+    model: Any
 
     def attention_of(self, layer):
         """vLLM's `Attention` of a layer."""

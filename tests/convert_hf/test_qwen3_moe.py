@@ -6,7 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from puzzle_jax.convert_hf.configuration.config_json import write_config
 from puzzle_jax.convert_hf.describe import describe_checkpoint
 from puzzle_jax.convert_hf.export import export_child, save_checkpoint
 from puzzle_jax.convert_hf.load import load_checkpoint
-from puzzle_jax.convert_hf.table import checkpoint_tensors, dotted, expert_bytes, parameters, tensor_bytes
+from puzzle_jax.convert_hf.table import Form, checkpoint_tensors, dotted, expert_bytes, parameters, tensor_bytes
 from puzzle_jax.convert_hf.tensors.files import INDEX, SINGLE, open_tensors
 from puzzle_jax.convert_hf.tensors.fingerprint import weights_fingerprint
 from puzzle_jax.convert_hf.verify import verify
@@ -30,7 +30,7 @@ from puzzle_jax.model.child import Child, ChildBlock, cut_params, delta_leaves
 from puzzle_jax.model.sharding import make_mesh
 from puzzle_jax.model.spec import count_params
 from tests.convert_hf.checkpoints import assert_trees_equal, rewrite, stored_bytes
-from tests.convert_hf.qwen import BF16, E4M3, STORAGES, quantised, qwen_config, read_all, write_all, write_qwen
+from tests.convert_hf.qwen import BF16, E4M3, STORAGES, Storage, quantised, qwen_config, read_all, write_all, write_qwen
 from tests.convert_hf.test_kills import Killed, killed, killed_at
 from tests.support import random_params
 
@@ -197,7 +197,8 @@ def test_published_models_are_counted_exactly_from_their_configuration(tmp_path,
     path = tmp_path / "config.json"
     total, scaled = by_hand(*sizes)
     assert total == known
-    for form, nbytes in (("bf16", 2 * total), ("fp8", scaled)):
+    forms: dict[Form, int] = {"bf16": 2 * total, "fp8": scaled}
+    for form, nbytes in forms.items():
         quantization = {"quant_method": "fp8", "weight_block_size": [128, 128]}
         base = {"quantization_config": quantization} if form == "fp8" else {}
         path.write_text(json.dumps(write_config(qwen3(*sizes), base, form=form)))
@@ -585,7 +586,7 @@ NOT_FINITE = {
 
 @pytest.mark.parametrize("storage", NOT_FINITE)
 def test_values_that_are_not_finite_are_refused_when_read_or_copied(tmp_path, storage):
-    directory = write_qwen(tmp_path / "model", storage=storage.split()[0])
+    directory = write_qwen(tmp_path / "model", storage=cast(Storage, storage.split()[0]))
     name, value, message = NOT_FINITE[storage]
     tensors = read_all(directory)
     tensors[name].reshape(-1)[-1] = value

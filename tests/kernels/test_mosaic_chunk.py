@@ -79,10 +79,11 @@ def test_rows_of_their_own_starts_and_windows():
 @pytest.mark.parametrize("case", ["first chunk, nothing cached", "parts that no window reaches"])
 def test_sinks_that_weigh_nothing(case):
     slots, chunk, start, window = CASES[case]
-    (*given, _), _ = made_up(slots, chunk, False)
-    found = agrees((*given, given_or_weightless(None, GROUP)), {}, start, window)
-    exact = [x.astype(jnp.float32) for x in given]
-    expected = chunk_attention(*exact, None, jnp.int32(start), window=window, implementation="reference")
+    (q, k, v, k_cache, v_cache, _), _ = made_up(slots, chunk, False)
+    found = agrees((q, k, v, k_cache, v_cache, given_or_weightless(None, GROUP)), {}, start, window)
+    q, k, v, k_cache, v_cache = (x.astype(jnp.float32) for x in (q, k, v, k_cache, v_cache))
+    options = {"window": window, "implementation": "reference"}
+    expected = chunk_attention(q, k, v, k_cache, v_cache, None, jnp.int32(start), **options)
     np.testing.assert_allclose(np.asarray(found, np.float32), expected, atol=1e-2)
 
 

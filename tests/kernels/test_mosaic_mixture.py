@@ -30,7 +30,7 @@ def matrix(form, hidden, inter):
     return packed, decode(packed)
 
 
-def by_hand(rows, weights, bias, sizes, limit=LIMIT):
+def by_hand(rows, weights, bias, sizes, limit: float | None = LIMIT):
     """Products and activation in float64, row by row."""
     rows, weights, bias = (np.asarray(each, np.float64) for each in (rows, weights, bias))
     found = []

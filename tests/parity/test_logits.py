@@ -15,7 +15,7 @@ from tests.parity.reference import (
     reference_logits,
     relative_difference,
 )
-from tests.support import random_tokens
+from tests.support import present, random_tokens
 
 pytestmark = pytest.mark.parity
 LENGTH = 45
@@ -49,7 +49,7 @@ def test_the_comparison_would_see_a_wrong_window_clamp_or_rotation(tmp_path, see
     wider = tuple(replace(block, window=block.window and block.window + 1) for block in config.blocks)
     for changes in (
         {"blocks": wider},
-        {"swiglu_limit": config.swiglu_limit + 0.1},
+        {"swiglu_limit": present(config.swiglu_limit) + 0.1},
         {"rope": replace(config.rope, truncate=not config.rope.truncate)},
         {"rope": replace(config.rope, factor=1.0)},
         {"rms_norm_eps": 1e-2},

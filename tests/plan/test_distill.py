@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from puzzle_jax.config import BlockConfig
-from puzzle_jax.convert_hf.configuration.config_json import QUANTIZATION, write_config
+from puzzle_jax.convert_hf.configuration.config_json import write_config
+from puzzle_jax.convert_hf.configuration.quantization import MXFP4_EXPERTS
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.kernels.expert_mlp import IMPLEMENTATIONS, Experts, expert_mlp
 from puzzle_jax.kernels.mxfp4 import MXFP4
@@ -282,7 +283,7 @@ def test_experts_that_cannot_be_packed_are_refused():
 
 
 def _config(model):
-    return json.dumps(write_config(model, {"quantization_config": QUANTIZATION}))
+    return json.dumps(write_config(model, {"quantization_config": MXFP4_EXPERTS}))
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from puzzle_jax.convert_hf.configuration.config_json import QUANTIZATION, write_config
+from puzzle_jax.convert_hf.configuration.config_json import write_config
+from puzzle_jax.convert_hf.configuration.quantization import MXFP4_EXPERTS
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.generate import Generated, Request, engine
 from puzzle_jax.generate.slots import empty_group, empty_slots
@@ -376,7 +377,7 @@ def test_the_recipe_says_what_was_published():
 def files(tmp_path):
     """A model's directory and a recipe."""
     (tmp_path / "model").mkdir()
-    config = write_config(PARENT, {"quantization_config": QUANTIZATION})
+    config = write_config(PARENT, {"quantization_config": MXFP4_EXPERTS})
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from puzzle_jax.convert_hf.configuration.config_json import QUANTIZATION, write_config
+from puzzle_jax.convert_hf.configuration.config_json import write_config
+from puzzle_jax.convert_hf.configuration.quantization import MXFP4_EXPERTS
 from puzzle_jax.costs.hardware import HARDWARE
 from puzzle_jax.errors import ConfigError
 from puzzle_jax.generate import Engine
@@ -224,7 +225,7 @@ def test_a_search_that_cannot_be_is_refused(change, message):
 @pytest.fixture
 def config(tmp_path):
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(write_config(PARENT, {"quantization_config": QUANTIZATION})))
+    path.write_text(json.dumps(write_config(PARENT, {"quantization_config": MXFP4_EXPERTS})))
     return path
 
 

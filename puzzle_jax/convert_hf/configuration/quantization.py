@@ -16,7 +16,7 @@ from puzzle_jax.convert_hf.table import BLOCK, Form
 from puzzle_jax.errors import CheckpointError
 from puzzle_jax.files import Json
 
-_MXFP4 = {
+MXFP4_EXPERTS = {
     "modules_to_not_convert": [
         "model.layers.*.self_attn",
         "model.layers.*.mlp.router",
@@ -100,7 +100,7 @@ def written_quantization(
     if form == "bf16":
         return None
     if not base:
-        base = _MXFP4 if form == "mxfp4" else None
+        base = MXFP4_EXPERTS if form == "mxfp4" else None
     if not base:
         return None
     out = {key: value for key, value in base.items() if key != "dequantize"}

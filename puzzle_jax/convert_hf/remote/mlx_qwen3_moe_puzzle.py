@@ -23,6 +23,7 @@ class ModelArgs(qwen3_moe.ModelArgs):
 
     def for_layer(self, layer):
         """What a plain Qwen3-MoE layer is built from."""
+        assert self.block_configs is not None
         count = self.block_configs[layer]["num_local_experts"]
         # The count alone says which layers are dense.
         return replace(self, num_experts=count, mlp_only_layers=[], decoder_sparse_step=1)

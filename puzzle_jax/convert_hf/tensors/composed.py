@@ -29,10 +29,15 @@ _VALUES = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np
 class Composed:
     """What tensors share whose bytes are those of their `sources`, one after the other."""
 
-    sources: tuple[StoredTensor, ...]
-    shape: tuple[int, ...]
+    @property
+    def sources(self) -> tuple[StoredTensor, ...]:
+        raise NotImplementedError
 
-    @cached_property
+    @property
+    def shape(self) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    @property
     def nbytes(self) -> int:
         return sum(source.nbytes for source in self.sources)
 
@@ -87,7 +92,7 @@ class ScaledTensor(Composed):
     def shape(self) -> tuple[int, ...]:
         return self.codes.shape
 
-    @cached_property
+    @property
     def sources(self) -> tuple[StoredTensor, ...]:
         return self.codes, self.scales
 
@@ -138,8 +143,12 @@ class StackedExperts(Composed):
         rows, columns = self.matrices[0][0].shape
         return len(self.matrices), columns, rows * len(self.matrices[0])
 
-    @cached_property
+    @property
     def sources(self) -> tuple[StoredTensor, ...]:
+        return self._all
+
+    @cached_property
+    def _all(self) -> tuple[StoredTensor, ...]:
         return tuple(source for parts in self.matrices for matrix in parts for source in matrix.sources)
 
     def rounded(self) -> StackedExperts:

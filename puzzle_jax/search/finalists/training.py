@@ -104,8 +104,7 @@ class ShortDistillation:
         variable = frozenset(layer for layer, found in enumerate(windows) if len(found) > 1)
         on_cpu = jax.default_backend() == "cpu"
         shared = replace(first, blocks=tuple(blocks))
-        options = {"remat": not on_cpu, "variable": variable, "packed": self.packed}
-        return Student(shared, self.settings.train, **options)
+        return Student(shared, self.settings.train, remat=not on_cpu, variable=variable, packed=self.packed)
 
     @cached_property
     def _base(self) -> Params:

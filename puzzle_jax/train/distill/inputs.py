@@ -114,8 +114,14 @@ class DistillInputs(RunInputs[DistillRecipe]):
     def student(self) -> Student:
         """The child as it was cut; `delta` holds what it has learnt since."""
         recipe, packed = self.recipe, self.model.description.form == "mxfp4"
-        options = {"ends": not self.blocks, "dense": recipe.dense, "packed": packed}
-        return Student(self.opened.child, recipe.train, recipe.remat, **options)
+        return Student(
+            self.opened.child,
+            recipe.train,
+            recipe.remat,
+            ends=not self.blocks,
+            dense=recipe.dense,
+            packed=packed,
+        )
 
     def delta(self) -> Params | None:
         """The child's own values, read onto the host; None where it was not trained before."""
