@@ -134,11 +134,17 @@ def test_packed_sequences_are_kept_apart(model, tokens, theirs):
     assert relative_difference(out.reshape(theirs.shape), theirs) < 1e-5
 
 
-def test_another_attention_may_be_chosen_later(written, tokens, theirs):
+def test_attention_and_experts_may_be_computed_otherwise(written, tokens, theirs):
     model = load_reference(written[0], trust=True)
+    layers = model.model.layers
+    mixtures = [layer.mlp.experts for layer in layers if hasattr(layer.mlp, "experts")]
+    assert {experts.config._experts_implementation for experts in mixtures} == {"grouped_mm"}  # as in the stock model
     model.set_attn_implementation("eager")
+    model.set_experts_implementation("eager")
+    assert {layer.self_attn.config._attn_implementation for layer in layers} == {"eager"}
+    assert {experts.config._experts_implementation for experts in mixtures} == {"eager"}
+    assert [experts.config.num_experts for experts in mixtures] == [len(experts.down_proj) for experts in mixtures]
     assert relative_difference(reference_logits(model, tokens), theirs) < 1e-5
-    assert all(layer.self_attn.config._attn_implementation == "eager" for layer in model.model.layers)
 
 
 def test_hidden_states_and_router_logits_can_be_recorded(written, model, tokens):

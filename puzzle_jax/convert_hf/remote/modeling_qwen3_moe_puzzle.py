@@ -67,9 +67,7 @@ class Qwen3MoePuzzleDecoderLayer(Qwen3MoeDecoderLayer):
 
     def __init__(self, config, layer_idx):
         super().__init__(config.get_qwen3_moe_config_for_layer(layer_idx), layer_idx)
-        for module in self.modules():
-            if hasattr(module, "config"):  # from here on it says how attention and experts are computed
-                module.config = config
+        self.self_attn.config = config  # from here on it says how attention is computed
 
     def forward(self, hidden_states, attention_mask=None, masks=None, **kwargs):
         return super().forward(hidden_states, attention_mask=masks[mask_name(self.self_attn.sliding_window)], **kwargs)
@@ -80,6 +78,17 @@ class Qwen3MoePuzzlePreTrainedModel(Qwen3MoePreTrainedModel):
     _no_split_modules = ("Qwen3MoePuzzleDecoderLayer",)
     # Of an FP8 cache, which is not used here; early releases of transformers 5 want a list.
     _keys_to_ignore_on_load_unexpected = [r"self_attn\.[kv]_scale$"]  # noqa: RUF012
+
+    @classmethod
+    def _can_set_experts_implementation(cls):
+        """As for the stock model, whose experts these are; transformers would look for a decorator in this file."""
+        return Qwen3MoePreTrainedModel._can_set_experts_implementation()
+
+    def set_experts_implementation(self, *args, **kwargs):
+        super().set_experts_implementation(*args, **kwargs)
+        for layer in self.modules():
+            if isinstance(layer, Qwen3MoePuzzleDecoderLayer) and hasattr(layer.mlp, "experts"):
+                layer.mlp.experts.config._experts_implementation = self.config._experts_implementation
 
 
 class Qwen3MoePuzzleModel(Qwen3MoePuzzlePreTrainedModel, Qwen3MoeModel):
