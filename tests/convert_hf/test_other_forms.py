@@ -113,7 +113,7 @@ def test_a_single_file_goes_before_an_index(tmp_path):
     newer = write_random(tmp_path / "newer", packable_config(), seed=1)
     (newer / SINGLE).rename(model / SINGLE)
     found = describe_checkpoint(model).tensors["model.norm.weight"]
-    assert found.file == model / SINGLE and not np.array_equal(found.read(), old)
+    assert found.sources[0].file == model / SINGLE and not np.array_equal(found.read(), old)
     (model / INDEX).write_text("{")  # which is not read
     assert describe_checkpoint(model).tensors.keys() == open_tensors(model).tensors.keys()
 

@@ -21,7 +21,7 @@ from puzzle_jax.convert_hf.configuration.config_json import write_config
 from puzzle_jax.convert_hf.describe import describe_checkpoint
 from puzzle_jax.convert_hf.export import export_child, save_checkpoint
 from puzzle_jax.convert_hf.load import load_checkpoint
-from puzzle_jax.convert_hf.table import checkpoint_tensors, dotted, expert_bytes, parameters, tensor_bytes
+from puzzle_jax.convert_hf.table import Form, checkpoint_tensors, dotted, expert_bytes, parameters, tensor_bytes
 from puzzle_jax.convert_hf.tensors.files import INDEX, SINGLE, open_tensors
 from puzzle_jax.convert_hf.tensors.fingerprint import weights_fingerprint
 from puzzle_jax.convert_hf.verify import verify
@@ -30,7 +30,7 @@ from puzzle_jax.model.child import Child, ChildBlock, cut_params, delta_leaves
 from puzzle_jax.model.sharding import make_mesh
 from puzzle_jax.model.spec import count_params
 from tests.convert_hf.checkpoints import assert_trees_equal, rewrite, stored_bytes
-from tests.convert_hf.qwen import BF16, E4M3, STORAGES, quantised, qwen_config, read_all, write_all, write_qwen
+from tests.convert_hf.qwen import BF16, E4M3, STORAGES, Storage, quantised, qwen_config, read_all, write_all, write_qwen
 from tests.convert_hf.test_kills import Killed, killed, killed_at
 from tests.support import random_params
 
@@ -56,7 +56,7 @@ def fp8(tmp_path_factory) -> Path:
     return write_qwen(tmp_path_factory.mktemp("models") / "fp8", storage="fp8")
 
 
-def storage_of(directory: Path) -> str:
+def storage_of(directory: Path) -> Storage:
     names = stored_bytes(directory)
     fused = any(name.endswith("experts.gate_up_proj") for name in names)
     return "fused" if fused else "fp8" if any(name.endswith("_scale_inv") for name in names) else "experts"
@@ -197,7 +197,8 @@ def test_published_models_are_counted_exactly_from_their_configuration(tmp_path,
     path = tmp_path / "config.json"
     total, scaled = by_hand(*sizes)
     assert total == known
-    for form, nbytes in (("bf16", 2 * total), ("fp8", scaled)):
+    expected: dict[Form, int] = {"bf16": 2 * total, "fp8": scaled}
+    for form, nbytes in expected.items():
         quantization = {"quant_method": "fp8", "weight_block_size": [128, 128]}
         base = {"quantization_config": quantization} if form == "fp8" else {}
         path.write_text(json.dumps(write_config(qwen3(*sizes), base, form=form)))

@@ -29,10 +29,15 @@ _VALUES = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np
 class Composed:
     """What tensors share whose bytes are those of their `sources`, one after the other."""
 
-    sources: tuple[StoredTensor, ...]
-    shape: tuple[int, ...]
+    @property
+    def sources(self) -> tuple[StoredTensor, ...]:
+        raise NotImplementedError
 
-    @cached_property
+    @property
+    def shape(self) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    @property
     def nbytes(self) -> int:
         return sum(source.nbytes for source in self.sources)
 
@@ -49,10 +54,11 @@ class Composed:
 
     def bytes_at(self, places: Iterable[tuple[int, int]]) -> Iterator[np.ndarray]:
         """Pieces of the bytes, each given by its first byte and its length."""
+        sources = self.sources
         for start, nbytes in places:
             pieces = []
             first = int(np.searchsorted(self._starts, start, side="right")) - 1
-            for source, (begin, end) in zip(self.sources[first:], pairwise(self._starts[first:]), strict=True):
+            for source, (begin, end) in zip(sources[first:], pairwise(self._starts[first:]), strict=True):
                 if begin >= start + nbytes:
                     break
                 low, high = max(start, begin), min(start + nbytes, end)
@@ -87,7 +93,7 @@ class ScaledTensor(Composed):
     def shape(self) -> tuple[int, ...]:
         return self.codes.shape
 
-    @cached_property
+    @property
     def sources(self) -> tuple[StoredTensor, ...]:
         return self.codes, self.scales
 
@@ -138,7 +144,7 @@ class StackedExperts(Composed):
         rows, columns = self.matrices[0][0].shape
         return len(self.matrices), columns, rows * len(self.matrices[0])
 
-    @cached_property
+    @property
     def sources(self) -> tuple[StoredTensor, ...]:
         return tuple(source for parts in self.matrices for matrix in parts for source in matrix.sources)
 

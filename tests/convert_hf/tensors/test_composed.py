@@ -66,7 +66,7 @@ def test_a_code_or_a_scale_without_a_value_is_refused_by_name(tmp_path):
     bad = {
         "w holds values that are not finite": (np.where(np.arange(130) == 129, np.array(np.nan, E4M3), codes), good),
         "s holds values that are not finite": (codes, np.array([[1, np.nan]], np.float32)),
-        "w times its scales holds values that are not finite": (codes * E4M3.type(240), good * np.float32(3e38)),
+        "w times its scales holds values that are not finite": (np.full((4, 130), 240, E4M3), good * np.float32(3e38)),
     }
     for message, (w, s) in bad.items():
         found = stored(tmp_path, w=w.astype(E4M3), s=s)
