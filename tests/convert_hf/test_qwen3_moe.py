@@ -361,6 +361,14 @@ def test_trained_matrices_of_fp8_are_bf16_with_those_that_are_fused_with_them(fp
     assert stored_bytes(tmp_path / "again") == stored_bytes(out)
 
 
+def test_trained_values_of_dense_layers_are_checked_before_anything_is_written(plain, tmp_path):
+    delta = trained_delta()
+    delta["layers"][1]["moe"]["gate_up"][0, 3, 5] = np.nan
+    with pytest.raises(ConfigError, match=r"the trained values of layers\.1\.moe\.gate_up are not all finite numbers"):
+        export(plain, tmp_path / "child", uniform(dense_delta=delta))
+    assert not (tmp_path / "child").exists()
+
+
 def test_wide_floats_of_the_parent_are_rounded(tmp_path):
     parent = write_qwen(tmp_path / "parent")
     tensors = read_all(parent)
