@@ -264,12 +264,12 @@ def _child_plan(
 
 
 def _digest(path: ParamPath, leaf: Rows, kept: Sequence[Sequence[int]]) -> str:
-    """Hash of a trained array; of a stack of expert matrices, only the kept ones are hashed.
+    """Hash of a trained array; of a stack of expert matrices, only the kept ones are hashed (all of a dense layer).
 
     Raises `ConfigError` where a value is not finite.
     """
     digest = hashlib.sha256()
-    rows = kept[int(path[1])] if path[-1] in EXPERT_MATRICES else None
+    rows = (kept[int(path[1])] or None) if path[-1] in EXPERT_MATRICES else None
     for piece in [np.asarray(leaf)] if rows is None else (expert_of(leaf, expert) for expert in rows):
         if not all_finite(piece):
             raise ConfigError(f"the trained values of {dotted(path)} are not all finite numbers")

@@ -6,7 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,7 @@ def fp8(tmp_path_factory) -> Path:
     return write_qwen(tmp_path_factory.mktemp("models") / "fp8", storage="fp8")
 
 
-def storage_of(directory: Path) -> str:
+def storage_of(directory: Path) -> Storage:
     names = stored_bytes(directory)
     fused = any(name.endswith("experts.gate_up_proj") for name in names)
     return "fused" if fused else "fp8" if any(name.endswith("_scale_inv") for name in names) else "experts"
@@ -197,8 +197,8 @@ def test_published_models_are_counted_exactly_from_their_configuration(tmp_path,
     path = tmp_path / "config.json"
     total, scaled = by_hand(*sizes)
     assert total == known
-    forms: dict[Form, int] = {"bf16": 2 * total, "fp8": scaled}
-    for form, nbytes in forms.items():
+    expected: dict[Form, int] = {"bf16": 2 * total, "fp8": scaled}
+    for form, nbytes in expected.items():
         quantization = {"quant_method": "fp8", "weight_block_size": [128, 128]}
         base = {"quantization_config": quantization} if form == "fp8" else {}
         path.write_text(json.dumps(write_config(qwen3(*sizes), base, form=form)))
@@ -359,6 +359,14 @@ def test_trained_matrices_of_fp8_are_bf16_with_those_that_are_fused_with_them(fp
     # a child of the child keeps what is in bf16 as it is
     assert main(["export", "--checkpoint", str(out), "--out", str(tmp_path / "again")]) == 0
     assert stored_bytes(tmp_path / "again") == stored_bytes(out)
+
+
+def test_trained_values_of_dense_layers_are_checked_before_anything_is_written(plain, tmp_path):
+    delta = trained_delta()
+    delta["layers"][1]["moe"]["gate_up"][0, 3, 5] = np.nan
+    with pytest.raises(ConfigError, match=r"the trained values of layers\.1\.moe\.gate_up are not all finite numbers"):
+        export(plain, tmp_path / "child", uniform(dense_delta=delta))
+    assert not (tmp_path / "child").exists()
 
 
 def test_wide_floats_of_the_parent_are_rounded(tmp_path):
@@ -586,7 +594,7 @@ NOT_FINITE = {
 
 @pytest.mark.parametrize("storage", NOT_FINITE)
 def test_values_that_are_not_finite_are_refused_when_read_or_copied(tmp_path, storage):
-    directory = write_qwen(tmp_path / "model", storage=cast(Storage, storage.split()[0]))
+    directory = write_qwen(tmp_path / "model", storage=storage.split()[0])
     name, value, message = NOT_FINITE[storage]
     tensors = read_all(directory)
     tensors[name].reshape(-1)[-1] = value

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from puzzle_jax.config import ModelConfig, RopeConfig
+from puzzle_jax.config import GPT_OSS, ModelConfig, RopeConfig
 from puzzle_jax.convert_hf.configuration.family import SIZES, Family
 from puzzle_jax.convert_hf.configuration.fields import MAX_EXPERTS, MAX_LAYERS, Fields
 from puzzle_jax.convert_hf.configuration.layers import (
@@ -48,6 +48,7 @@ def _parse(fields: Fields, puzzle: bool) -> ModelConfig:
         max_position=fields.integer("max_position_embeddings", _ROPE.max_position),
         rms_norm_eps=fields.number("rms_norm_eps", 1e-5),
         swiglu_limit=fields.number("swiglu_limit", 7.0),
+        variant=GPT_OSS,
     )
 
 

@@ -54,10 +54,11 @@ class Composed:
 
     def bytes_at(self, places: Iterable[tuple[int, int]]) -> Iterator[np.ndarray]:
         """Pieces of the bytes, each given by its first byte and its length."""
+        sources = self.sources
         for start, nbytes in places:
             pieces = []
             first = int(np.searchsorted(self._starts, start, side="right")) - 1
-            for source, (begin, end) in zip(self.sources[first:], pairwise(self._starts[first:]), strict=True):
+            for source, (begin, end) in zip(sources[first:], pairwise(self._starts[first:]), strict=True):
                 if begin >= start + nbytes:
                     break
                 low, high = max(start, begin), min(start + nbytes, end)

@@ -21,7 +21,7 @@ from puzzle_jax.convert_hf.tensors.writer import PlannedTensor
 NEVER = -1e30
 """The router bias of an expert that is only there to fill a shape."""
 
-_Matrix = Callable[[], Iterable[np.ndarray]]
+_Pieces = Callable[[], Iterable[np.ndarray]]
 
 
 def copied(spec: TensorSpec, stored: Stored, ids: Sequence[int] | None) -> list[PlannedTensor]:
@@ -105,7 +105,7 @@ def _rows(spec: TensorSpec, stored: Stored, ids: Sequence[int]) -> Iterator[np.n
         yield as_stored(spec, stored.read((slice(expert, expert + 1),), weights=True))
 
 
-def _filled(spec: TensorSpec, pieces: _Matrix, rows: int) -> Iterator[np.ndarray]:
+def _filled(spec: TensorSpec, pieces: _Pieces, rows: int) -> Iterator[np.ndarray]:
     """Pieces that hold `rows` rows, then rows of experts that are never chosen, up to the tensor's shape."""
     yield from pieces()
     fill = NEVER if spec.path[-1] == "router_bias" else 0
@@ -113,7 +113,7 @@ def _filled(spec: TensorSpec, pieces: _Matrix, rows: int) -> Iterator[np.ndarray
         yield as_stored(spec, np.full((1, *spec.shape[1:]), fill, np.uint8 if spec.dtype == "U8" else np.float32))
 
 
-def _fused(spec: TensorSpec, matrices: Iterable[_Matrix]) -> PlannedTensor:
+def _fused(spec: TensorSpec, matrices: Iterable[_Pieces]) -> PlannedTensor:
     """The matrices of all experts as one tensor, [experts, outputs, inputs]."""
     experts, inputs, outputs = spec.shape
     each = list(matrices)
@@ -122,5 +122,5 @@ def _fused(spec: TensorSpec, matrices: Iterable[_Matrix]) -> PlannedTensor:
     )
 
 
-def _planned(spec: TensorSpec, pieces: _Matrix) -> PlannedTensor:
+def _planned(spec: TensorSpec, pieces: _Pieces) -> PlannedTensor:
     return PlannedTensor(spec.name, spec.dtype, spec.shape, pieces, with_previous=spec.path[-1] == "scales")
