@@ -87,8 +87,9 @@ class Qwen3MoePuzzlePreTrainedModel(Qwen3MoePreTrainedModel):
     def set_experts_implementation(self, *args, **kwargs):
         super().set_experts_implementation(*args, **kwargs)
         for layer in self.modules():
-            if isinstance(layer, Qwen3MoePuzzleDecoderLayer) and hasattr(layer.mlp, "experts"):
-                layer.mlp.experts.config._experts_implementation = self.config._experts_implementation
+            experts = getattr(layer.mlp, "experts", None) if isinstance(layer, Qwen3MoePuzzleDecoderLayer) else None
+            if experts is not None:
+                experts.config._experts_implementation = self.config._experts_implementation
 
 
 class Qwen3MoePuzzleModel(Qwen3MoePuzzlePreTrainedModel, Qwen3MoeModel):
