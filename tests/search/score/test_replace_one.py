@@ -36,7 +36,8 @@ def test_logits_of_few_answers_at_a_time_give_the_same_scores(parent, monkeypatc
     whole_at_once = scored()
     monkeypatch.setattr(replace_module, "MOST_ANSWERS", 13)
     jitted(replace_module.compare_states).clear_cache()
-    np.testing.assert_allclose(scored(), whole_at_once, rtol=1e-5, atol=1e-7)
+    # One of them is one minus a cosine, which float32 rounds to some 1e-7.
+    np.testing.assert_allclose(scored(), whole_at_once, rtol=1e-5, atol=1e-6)
     jitted(replace_module.compare_states).clear_cache()
 
 
