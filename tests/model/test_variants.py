@@ -155,16 +155,21 @@ def test_stacked_layers_and_replayed_choices_equal_the_plain_pass(unusual):
     assert not np.array_equal(routed[0], replay[0]) and not np.any(np.asarray(routed[1]))
 
 
-def test_cutting_equals_viewing_where_gates_are_shares_of_all_experts(unusual):
-    params, tokens = unusual
-    child = Child(UNUSUAL, (ChildBlock((0, 2, 3, 6), None), ChildBlock((), None), ChildBlock((1, 3, 4), 9)))
-    view = child.view
-    masks = [view.expert_masks[layer, : max(block.num_experts, 1)] for layer, block in enumerate(UNUSUAL.blocks)]
-    viewed = model_logits(params, UNUSUAL, tokens, expert_masks=masks)
-    cut = cut_params(params, child)
-    assert cut["layers"][1]["moe"].keys() == {"norm", "gate_up", "down"}
+def test_cutting_equals_viewing_where_gates_are_shares_of_all_experts():
+    config = replace(UNUSUAL, blocks=(BlockConfig(7), BlockConfig(7, 9)), dense_size=None)
+    params, tokens = random_params(config), random_tokens(config, BATCH, SEQ)
+    child = Child(config, (ChildBlock((0, 2, 3, 6), None), ChildBlock((1, 3, 4), 9)))
+    viewed = model_logits(params, config, tokens, expert_masks=list(child.view.expert_masks))
     tolerance = 1e-5 * float(jnp.abs(viewed).max())
-    np.testing.assert_allclose(model_logits(cut, child.config, tokens), viewed, atol=tolerance)
+    np.testing.assert_allclose(model_logits(cut_params(params, child), child.config, tokens), viewed, atol=tolerance)
+
+
+def test_cutting_leaves_dense_layers_as_they_are(unusual):
+    params, _ = unusual
+    child = Child(UNUSUAL, (ChildBlock((0, 2, 3, 6), None), ChildBlock((), None), ChildBlock((1, 3, 4), 9)))
+    moe = cut_params(params, child)["layers"][1]["moe"]
+    assert moe.keys() == {"norm", "gate_up", "down"}
+    np.testing.assert_array_equal(moe["down"], params["layers"][1]["moe"]["down"])
 
 
 def test_a_tied_head_gets_gradients_as_embedding_and_as_head(unusual):
