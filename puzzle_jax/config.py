@@ -23,7 +23,7 @@ EFFORTS: tuple[str, ...] = ("low", "medium", "high")
 
 @dataclass(frozen=True)
 class Variant:
-    """What the blocks of a family have; all else about a family is in its checkpoints and its chat template.
+    """The parts that blocks of a family have; all else about a family is in its checkpoints and chat template.
 
     Attributes:
       family: the `model_type` of its plain checkpoints.

@@ -1,4 +1,4 @@
-"""What distinguishes the families of models in config.json: their names, their fields, and the code that their
+"""The differences between families of models in config.json: their names, their fields, and the code that their
 heterogeneous children carry."""
 
 from __future__ import annotations

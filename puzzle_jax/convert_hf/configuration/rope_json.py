@@ -22,7 +22,7 @@ _LAYER_TYPES = ("sliding_attention", "full_attention")
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a family takes for rotary settings that a file does not give.
+    """The values that a family takes for rotary settings that a file does not give.
 
     Attributes:
       absent: the settings of a file without any.

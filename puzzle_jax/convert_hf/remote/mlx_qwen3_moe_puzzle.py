@@ -22,7 +22,7 @@ class ModelArgs(qwen3_moe.ModelArgs):
     block_configs: list | None = None
 
     def for_layer(self, layer):
-        """What a plain Qwen3-MoE layer is built from."""
+        """The arguments that a plain Qwen3-MoE layer is built from."""
         assert self.block_configs is not None
         count = self.block_configs[layer]["num_local_experts"]
         # The count alone says which layers are dense.

@@ -131,6 +131,6 @@ class GptOssPuzzleForCausalLM(GptOssPuzzlePreTrainedModel, GptOssForCausalLM, Ge
     def create_masks_for_generate(
         config, attention_mask, past_key_values=None, inputs_embeds=None, input_embeds=None, cache=None, **kwargs
     ):
-        """What generate() prepares in advance for caches of fixed size."""
+        """The masks that generate() prepares in advance for caches of fixed size."""
         embeds = input_embeds if inputs_embeds is None else inputs_embeds
         return create_masks(config, embeds, attention_mask, past_key_values if cache is None else cache)

@@ -160,7 +160,7 @@ class Qwen3MoePuzzleForCausalLM(Qwen3MoePuzzlePreTrainedModel, Qwen3MoeForCausal
         position_ids=None,
         **kwargs,
     ):
-        """What generate() prepares in advance for caches of fixed size."""
+        """The masks that generate() prepares in advance for caches of fixed size."""
         embeds = input_embeds if inputs_embeds is None else inputs_embeds
         cache = past_key_values if cache is None else cache
         return create_masks(config, embeds, attention_mask, cache, position_ids)

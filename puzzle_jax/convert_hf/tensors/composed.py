@@ -27,7 +27,7 @@ _VALUES = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np
 
 
 class Composed:
-    """What tensors share whose bytes are those of their `sources`, one after the other."""
+    """Base of tensors whose bytes are those of their `sources`, one after the other."""
 
     @property
     def sources(self) -> tuple[StoredTensor, ...]:

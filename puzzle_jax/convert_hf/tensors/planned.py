@@ -1,4 +1,4 @@
-"""What an export writes for one tensor of the table: copies of the parent's bytes, or trained values.
+"""The tensors that an export writes for one of the table: copies of the parent's bytes, or trained values.
 
 A tensor that files hold in parts is written in the form that the parent has: expert by expert, or fused. Matrices in
 FP8 are copied with their scales; trained ones are written in BF16.

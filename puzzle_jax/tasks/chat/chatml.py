@@ -87,7 +87,7 @@ class ChatML:
         return f"{thought}\n{END_THINK}\n\n{final}{end}"
 
     def split(self, tokens: Sequence[int], prompt: Sequence[int] | None) -> tuple[str, str]:
-        r"""What stands before and after the first `</think>`, without the newlines that the format has beside it.
+        r"""The texts before and after the first `</think>`, without the newlines that the format has beside it.
 
         Without a `</think>`, an answer that has begun to think has no final text, and any other is all final.
         """

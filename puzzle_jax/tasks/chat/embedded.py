@@ -30,7 +30,7 @@ _PAD, _UNKNOWN = "<|endoftext|>", "<|unknown|>"
 
 @dataclass(frozen=True)
 class EmbeddedFormat:
-    """What an embedded parent's chat has in a family's format.
+    """The contents of an embedded parent's chat in a family's format.
 
     Attributes:
       special, added: control tokens, special ones and (as in the family's own tokenizers) merely added ones.
