@@ -1,6 +1,6 @@
 """Every ranking rule's children beside each other: exact KL and accuracy after cutting a quarter and a half of experts.
 
-    python benchmarks/rankings.py [--parent DIRECTORY] [--seeds 0 1 2] [--problems 40] [--json FILE]
+    python benchmarks/rankings.py [--recipe tiny] [--seeds 0 1 2] [--problems 40] [--json FILE]
 
 For each seed the parent answers its calibration and held-out questions, one pass over the calibration traces scores the
 experts by every rule (`puzzle_jax.search.rank.rules`), and every rule makes four children, all with the parent's
@@ -26,25 +26,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from rich.console import Console
 
 from puzzle_jax.commands import enable_compilation_cache
-from puzzle_jax.costs.scenario import Scenario, Target
+from puzzle_jax.costs.scenario import Target
 from puzzle_jax.model.child import Child, ChildBlock
+from puzzle_jax.search.__main__ import SEARCH
 from puzzle_jax.search.artifacts import RANKING
 from puzzle_jax.search.context import Search
 from puzzle_jax.search.pipeline import run_stages
 from puzzle_jax.search.rank.ranking import Ranking, ranked_space
 from puzzle_jax.search.rank.rules import RULES
-from puzzle_jax.search.recipe import EMBEDDED_PARENT, EvaluateSettings, Recipe, SpaceSettings, TraceSettings
+from puzzle_jax.search.recipe import EvaluateSettings, Recipe, SpaceSettings
 from puzzle_jax.search.score.adaptive import in_random_order
 from puzzle_jax.search.score.alternatives import IndexedAlternatives
 from puzzle_jax.search.score.measurements import Fill, ScoreTable
 from puzzle_jax.search.solve.baselines import uniform
 from puzzle_jax.search.solve.problem import Problem, Scores
 from puzzle_jax.search.space import Space
-from puzzle_jax.settings.files import RECIPES
+from puzzle_jax.settings import verbs
 
 CONSOLE = Console(width=140)
 
@@ -58,7 +58,7 @@ Row = dict[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parent", type=Path, default=EMBEDDED_PARENT, help="checkpoint that knows the recipe's tasks")
+    parser.add_argument("--recipe", default="tiny", help="a search's recipe: its parent, traces and scenario are used")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--problems", type=int, default=40, help="problems per task, asked at every effort")
     parser.add_argument("--scored", type=int, default=96, help="calibration traces of the exact scores")
@@ -68,23 +68,22 @@ def main() -> None:
     found = []
     for seed in options.seeds:
         with tempfile.TemporaryDirectory() as run:
-            found.append(_of_seed(options.parent, seed, options.problems, options.scored, Path(run)))
+            found.append(_of_seed(options.recipe, seed, options.problems, options.scored, Path(run)))
         if options.json:
             options.json.write_text(json.dumps(found, indent=1) + "\n")
-    CONSOLE.print(f"{options.parent.name}: {len(found)} seeds")
+    CONSOLE.print(f"{options.recipe}: {len(found)} seeds")
     print(table(found))
 
 
-def _of_seed(parent: Path, seed: int, problems: int, scored: int, run: Path) -> Row:
+def _of_seed(name: str, seed: int, problems: int, scored: int, run: Path) -> Row:
     """KL and accuracy of every rule's children with the traces and problems of one seed."""
-    given = yaml.safe_load((RECIPES / "tiny.yaml").read_text())
-    traces = {**given["traces"], "seed": seed, "tasks": tuple(given["traces"]["tasks"]), "validation": 1}
+    given = verbs.parse(SEARCH, ["--recipe", name])
     recipe = Recipe(
-        parent=parent,
+        parent=given.parent,
         run=run,
-        scenario=Scenario(**given["scenario"]),
+        scenario=given.scenario,
         target=Target(max_expert_bytes_ratio=1.0),
-        traces=TraceSettings(**traces, confirmation=1),
+        traces=replace(given.traces, seed=seed, validation=1, confirmation=1),
         space=SpaceSettings(fractions=(1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25), windows=()),
         evaluate=EvaluateSettings(problems=problems, seed=seed),
         costs="roofline",

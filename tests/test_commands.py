@@ -15,6 +15,7 @@ import pytest
 from puzzle_jax.cli import main
 from puzzle_jax.commands import BROKEN_PIPE, did_you_mean, guarded, mendable
 from puzzle_jax.errors import ConfigError, PuzzleError, PuzzleWarning
+from puzzle_jax.settings.files import ASSETS
 from puzzle_jax.settings.messages import describe
 from puzzle_jax.settings.verbs import Verb, parse, run_table, run_verb
 
@@ -141,6 +142,21 @@ def test_one_value_is_enough_where_a_list_is_asked_for(tmp_path):
     recipe.write_text("target: {tasks: chain, widths: 8}\npaths: a\n")
     found = parsed("--recipe", str(recipe))
     assert (found.target.tasks, found.target.widths, found.paths) == (("chain",), (8,), (Path("a"),))
+
+
+def test_embedded_checkpoints_have_names_wherever_a_path_is_asked_for(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("out: embedded:tiny\nfiles: [a, 'embedded:tiny']\nnamed: {b: embedded:tiny}\n")
+    tiny = ASSETS / "tiny"
+    for found in (
+        parsed("--recipe", str(recipe)),
+        parsed("--out", "embedded:tiny", "--files", "[a, embedded:tiny]", "--named", "b=embedded:tiny"),
+    ):
+        assert (found.out, found.files, dict(found.named)) == (tiny, (Path("a"), tiny), {"b": tiny})
+    assert parsed("--paths=embedded:tiny").paths == (tiny,)
+    assert parsed("--target.tasks", "embedded:tiny").target.tasks == ("embedded:tiny",)  # no path
+    with pytest.raises(ConfigError, match=r"--out is 'embedded:tin', but the embedded checkpoints are tiny.*mean tiny"):
+        parsed("--out", "embedded:tin")
 
 
 def test_the_short_forms_and_yaml_say_the_same(tmp_path):

@@ -19,6 +19,7 @@ from puzzle_jax.model.weights import check_weights
 from puzzle_jax.search.rank.rules import PROPOSING, RULES
 from puzzle_jax.search.solve.baselines import BASELINES
 from puzzle_jax.search.space import DEFAULT_FRACTIONS, Restriction
+from puzzle_jax.settings.files import ASSETS
 from puzzle_jax.settings.mesh import MeshSettings
 from puzzle_jax.tasks import EFFORTS, check_effort
 from puzzle_jax.temperature import check_temperature
@@ -31,7 +32,7 @@ TRAINING = "training"
 MOST_PROBLEMS = 100_000
 """The most problems of a task; beyond it, problems would share seeds."""
 
-EMBEDDED_PARENT = Path(__file__).parent.parent / "assets" / "tiny"
+EMBEDDED_PARENT = ASSETS / "tiny"
 
 
 @dataclass(frozen=True)

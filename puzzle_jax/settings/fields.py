@@ -63,6 +63,12 @@ class Setting:
         return all(of in (str, Path, NoneType) for of in hint_options(self.hint))
 
     @property
+    def of_paths(self) -> bool:
+        """Returns whether it is a path, a list of paths, or a mapping to paths."""
+        inner = (self.element, *(self.mapping or ())[1:])
+        return any(of is Path for of in (*hint_options(self.hint), *inner))
+
+    @property
     def is_flag(self) -> bool:
         return bool in hint_options(self.hint)
 

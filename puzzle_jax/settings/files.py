@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,30 @@ from puzzle_jax.files import parse_yaml, read_text
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 """Directory of the recipes that come with the package."""
+
+ASSETS = RECIPES.parent / "assets"
+"""Directory of the embedded checkpoints that come with the package."""
+
+_EMBEDDED = "embedded:"
+
+
+def with_embedded(value: Any, where: str) -> Any:
+    """Replaces `embedded:NAME`, in a path or in the paths of a mapping or a list, by the path of that checkpoint.
+
+    Raises `ConfigError` if the package has no such checkpoint.
+    """
+    if isinstance(value, Mapping):
+        return {key: with_embedded(of, where) for key, of in value.items()}
+    if isinstance(value, list):
+        return [with_embedded(of, where) for of in value]
+    if not isinstance(value, str) or not value.startswith(_EMBEDDED):
+        return value
+    name, names = value.removeprefix(_EMBEDDED), sorted(path.name for path in ASSETS.iterdir() if path.is_dir())
+    if name not in names:
+        raise ConfigError(
+            f"{where} is {shown(value)}, but the embedded checkpoints are {', '.join(names)}{did_you_mean(name, names)}"
+        )
+    return str(ASSETS / name)
 
 
 def recipe_names(verb: str | None) -> list[str]:

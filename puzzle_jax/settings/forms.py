@@ -25,6 +25,7 @@ from puzzle_jax.commands import did_you_mean
 from puzzle_jax.errors import ConfigError, shown
 from puzzle_jax.files import parse_yaml
 from puzzle_jax.settings.fields import Setting, hint_options
+from puzzle_jax.settings.files import with_embedded
 from puzzle_jax.settings.messages import describe
 
 _LARGEST = 10**30
@@ -55,6 +56,8 @@ def formed(value: Any, name: str, settings: Mapping[str, Setting], source: str) 
         value = _of_text(value, setting, where)
     if setting.read is not None:
         value = setting.read(value, where)
+    if setting.of_paths:
+        value = with_embedded(value, where)
     if setting.section is not None:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where} is {shown(value)}, but must be {describe(setting.hint)}")

@@ -26,38 +26,58 @@ from puzzle_jax.tasks.base import (
 )
 from puzzle_jax.tasks.chat.chat import Chat, Completion
 from puzzle_jax.tasks.gym import PREFIX, gym_families, gym_task
+from puzzle_jax.tasks.gym_worked import WORKED_GYM, WorkedGymTask
 from puzzle_jax.tasks.jsonl import JsonlTask
+from puzzle_jax.tasks.ledger import Ledger
 from puzzle_jax.tasks.recall import DISTANCE_BUCKETS, Recall
 
 _FAMILIES: tuple[WorkedTask, ...] = (Chain(), Add(), Recall())
 
 TASKS: Mapping[str, WorkedTask] = MappingProxyType({task.name: task for task in _FAMILIES})
-"""The embedded families by name, with the settings that the embedded parent is trained and evaluated with."""
+"""The embedded parent's families by name, with the settings that it is trained and evaluated with."""
+
+_OTHERS: Mapping[str, WorkedTask] = MappingProxyType({Ledger().name: Ledger()})
+
+
+def worked_task(name: str) -> WorkedTask:
+    """The task of this name, which has worked solutions.
+
+    Raises:
+      ConfigError: there is no such task, or it has no worked solutions.
+    """
+    task = get_task(name)
+    if not isinstance(task, WorkedTask):
+        known = ", ".join((*TASKS, *_OTHERS, *(PREFIX + family for family in WORKED_GYM)))
+        raise ConfigError(f"task {name} has no worked solutions; these have: {known}")
+    return task
 
 
 def get_task(name: str) -> Task:
     """The task of this name.
 
     Args:
-      name: an embedded family (one of `TASKS`); `reasoning-gym:<family>`; or the path of a `.jsonl` file of prompts
-        with answers.
+      name: an embedded family (one of `TASKS`, or `ledger`); `reasoning-gym:<family>`; or the path of a `.jsonl` file
+        of prompts with answers.
 
     Raises:
       ConfigError: there is no such task, the extra `reasoning-gym` is needed but not installed, or the file does
         not have the form that `puzzle_jax.tasks.jsonl` describes.
     """
-    if name in TASKS:
-        return TASKS[name]
+    own = {**TASKS, **_OTHERS}
+    if name in own:
+        return own[name]
     if name.startswith(PREFIX):
-        return gym_task(name.removeprefix(PREFIX))
+        task = gym_task(name.removeprefix(PREFIX))
+        return WorkedGymTask(task.family) if task.family in WORKED_GYM else task
     if name.endswith(".jsonl"):
         return JsonlTask.load(name)
     raise ConfigError(
-        f"task is {name!r}, but must be one of {', '.join(TASKS)}, {PREFIX}<family>, or the path of a .jsonl file"
+        f"task is {name!r}, but must be one of {', '.join(own)}, {PREFIX}<family>, or the path of a .jsonl file"
     )
 
 
 __all__ = [
     "DISTANCE_BUCKETS", "EFFORTS", "TASKS", "Chat", "Completion", "FiniteTask", "JsonlTask", "Problem", "Slip", "Task",
     "Work", "WorkedTask", "check_effort", "get_task", "gym_families", "is_held_out", "no_slip", "problems",
+    "worked_task",
 ]  # fmt: skip

@@ -9,11 +9,20 @@ Left out: negative numbers, precedence (a chain is evaluated from left to right)
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from puzzle_jax.tasks.base import Embedded, Problem, Slip, Work, check_effort, draw_level, no_slip
 
-_OPERATORS = {"+": lambda a, b: (a + b) % 10, "-": lambda a, b: (a - b) % 10, "*": lambda a, b: (a * b) % 10}
+OPERATORS: Mapping[str, Callable[[int, int], int]] = MappingProxyType(
+    {
+        "+": lambda a, b: (a + b) % 10,
+        "-": lambda a, b: (a - b) % 10,
+        "*": lambda a, b: (a * b) % 10,
+    }
+)
+"""Operations modulo 10 by their sign."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,7 @@ def _running_values(text: str, slip: Slip = no_slip) -> list[int]:
     value, values = int(text[0]), []
     for position in range(1, len(text), 2):
         operator, operand = text[position : position + 2]
-        value = slip(f"{value}{operator}{operand}", _OPERATORS[operator](value, int(operand))) % 10
+        value = slip(f"{value}{operator}{operand}", OPERATORS[operator](value, int(operand))) % 10
         values.append(value)
     return values
 

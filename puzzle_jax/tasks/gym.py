@@ -32,7 +32,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
 from importlib import metadata
 from types import ModuleType
 from typing import Any
@@ -115,7 +114,7 @@ class GymTask:
             entry = pickle.loads(_drawn_block(self.family, seed // _BLOCK))[seed % _BLOCK]
         else:
             entry = draw(self.family, seed)
-        return Problem(self.name, seed, entry["question"], _answer(entry), entry=entry)
+        return problem_of(self.name, seed, entry)
 
     def score(self, problem: Problem, final_text: str) -> float:
         """The family's own score of the text without surrounding white space, clipped to 0 to 1; 0 for an empty text.
@@ -148,12 +147,13 @@ class GymTask:
         with _alone(problem.seed):
             if self.family in _NEEDED and not _NEEDED[self.family](text, problem):
                 return 0.0
-            return float(self._scorer.score_answer(text, problem.entry))
+            # Scorers read the entry and the configuration, never the seed: one data set scores every problem.
+            return float(dataset(self.family).score_answer(text, problem.entry))
 
-    @cached_property
-    def _scorer(self) -> Any:
-        # Scorers read the entry and the configuration, never the seed: one data set scores every problem.
-        return _dataset(self.family, 0)
+
+def problem_of(name: str, seed: int, entry: Mapping[str, Any]) -> Problem:
+    """Returns the problem of a task that an item of the library states."""
+    return Problem(name, seed, entry["question"], _answer(entry), entry=entry)
 
 
 def _same_probability(text: str, problem: Problem) -> bool:
@@ -178,10 +178,16 @@ _NEEDED: Mapping[str, Callable[[str, Problem], bool]] = {
 def draw(family: str, seed: int) -> dict[str, Any]:
     """The family's item of a seed: question, answer and metadata, as the library returns it."""
     with _alone(seed):
-        return _dataset(family, seed)[0]
+        return _new_dataset(family, seed)[0]
 
 
-def _dataset(family: str, seed: int) -> Any:
+@functools.cache
+def dataset(family: str) -> Any:
+    """Returns the library's data set of a family and seed 0, one object for all callers."""
+    return _new_dataset(family, 0)
+
+
+def _new_dataset(family: str, seed: int) -> Any:
     return _library().create_dataset(family, seed=seed, size=1)
 
 

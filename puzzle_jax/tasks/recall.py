@@ -61,7 +61,7 @@ class Recall(Embedded):
         keys = rng.sample(_KEYS, entries)
         values = {key: rng.randrange(10) for key in keys}
         asked = rng.sample(keys, min(draw_level(rng, 1, self.max_asked), entries))
-        text = _scatter([f"{key}{values[key]}" for key in keys], length, rng)
+        text = scatter([f"{key}{values[key]}" for key in keys], length, rng)
         answer = sum(values[key] for key in asked) % 10
         distance = max(len(text) - text.index(key) for key in asked)
         details = {"asked": len(asked), "entries": entries, "distance": distance}
@@ -79,10 +79,11 @@ class Recall(Embedded):
         return Work(tuple(steps), str(total), separated=effort == "high")
 
 
-def _scatter(entries: list[str], length: int, rng: random.Random) -> str:
-    """The entries in order, each followed by a space, with filler words between them up to about `length`."""
+def scatter(entries: list[str], length: int, rng: random.Random) -> str:
+    """Returns the entries in order, each followed by a space, with filler words between them up to about `length`
+    characters."""
     words = list(entries)
-    room = length - 3 * len(entries)
+    room = length - sum(len(entry) + 1 for entry in entries)
     while room >= 3:
         word = "".join(rng.choice(_FILLER) for _ in range(rng.randint(1, 3)))[: room - 1]
         words.insert(rng.randint(0, len(words)), word)

@@ -17,9 +17,13 @@ from puzzle_jax.tasks import (
     get_task,
     is_held_out,
     problems,
+    worked_task,
 )
 from puzzle_jax.tasks.arithmetic import Add, Chain
+from puzzle_jax.tasks.ledger import Ledger
 from puzzle_jax.tasks.recall import Recall
+
+FAMILIES = [*TASKS, "ledger"]
 
 
 def test_tasks_are_found_by_name_and_unknown_ones_refused():
@@ -28,12 +32,12 @@ def test_tasks_are_found_by_name_and_unknown_ones_refused():
     assert all(isinstance(task, WorkedTask) for task in TASKS.values())
     assert not any(isinstance(task, FiniteTask) for task in TASKS.values())
     with pytest.raises(
-        PuzzleError, match=r"task is 'sums', but must be one of chain, add, recall, reasoning-gym:<family>"
+        PuzzleError, match=r"task is 'sums', but must be one of chain, add, recall, ledger, reasoning-gym:<family>"
     ):
         get_task("sums")
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_equal_seeds_give_equal_problems(name):
     task = get_task(name)
     drawn = [task.sample(seed) for seed in range(50)]
@@ -42,7 +46,7 @@ def test_equal_seeds_give_equal_problems(name):
     assert [problem.seed for problem in drawn] == list(range(50))
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_only_the_answer_scores(name):
     task = get_task(name)
     problem = task.sample(3)
@@ -52,7 +56,7 @@ def test_only_the_answer_scores(name):
         assert task.score(problem, wrong) == 0.0
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_work_grows_with_effort_and_ends_in_the_answer(name):
     task = get_task(name)
     assert isinstance(task, WorkedTask)
@@ -136,12 +140,40 @@ def test_recall_answers_and_distances():
     assert 340 < longest <= 360
 
 
+def test_ledger_work_copies_changes_in_order():
+    prompt = "A1+3 ko B1+2 A2-4 demu A3+9 B2-5 ?A2"
+    problem, task = Problem("ledger", 5, prompt, "9", {"changes": 2, "distance": 34}), Ledger()
+    assert task.work(problem, "high") == Work(("A1+3=3", "A2-4=9"), "9")
+    assert task.work(problem, "medium") == Work(("1=3", "2=9"), "9")
+    assert task.work(problem, "high", lambda _, result: result + 1) == Work(("A1+3=4", "A2-4=1"), "1")
+
+
+def test_ledger_answers_and_distances():
+    longest, beyond, changes = 0, 0, set()
+    for seed in range(600):
+        problem = Ledger().sample(seed)
+        text, asked = problem.prompt.split("?")
+        entries = re.findall(r"([A-Z])([1-9])([-+][0-9])", text)
+        assert len(entries) == len(re.findall("[A-Z]", text))
+        for account in {account for account, *_ in entries}:
+            numbers = [int(number) for of, number, _ in entries if of == account]
+            assert numbers == list(range(1, len(numbers) + 1))
+        own = [int(change) for account, number, change in entries if account == asked[0] and number <= asked[1]]
+        assert problem.answer == str(sum(own) % 10)
+        assert problem.details == {"changes": len(own), "distance": len(text) - text.index(f"{asked[0]}1")}
+        longest, beyond = max(longest, len(problem.prompt)), beyond + (problem.details["distance"] > 256)
+        changes.add(len(own))
+    assert changes == set(range(1, 10))
+    assert 780 < longest <= 803 and beyond > 60
+
+
 @pytest.mark.parametrize(
     "prompt,task,computed",
     [
         ("mod 7+5*3-9", "chain", {"7+5": 12, "2*3": 6, "6-9": -3}),
         ("add 345+678", "add", {"5+8+0": 13, "4+7+1": 12, "3+6+1": 10}),
         ("A7 ko B2 demu Q5 ?QA", "recall", {"0+5": 5, "5+7": 12}),
+        ("A1+3 ko B1+2 A2-4 ?A2", "ledger", {"0+3": 3, "3-4": 9}),
     ],
 )
 @pytest.mark.parametrize("effort", ["medium", "high"])
@@ -152,7 +184,7 @@ def test_a_slip_is_told_what_a_step_computes(prompt, task, computed, effort):
         seen[what] = result
         return result
 
-    TASKS[task].work(Problem(task, 5, prompt, ""), effort, slip)
+    worked_task(task).work(Problem(task, 5, prompt, ""), effort, slip)
     assert {what: result % 10 for what, result in seen.items()} == {w: r % 10 for w, r in computed.items()}
 
 

@@ -17,14 +17,20 @@ from puzzle_jax.evaluate.settings import MAX_TOKENS
 from puzzle_jax.evaluate.statistics import by_task, summarise
 from puzzle_jax.generate.traces import Trace
 from puzzle_jax.model.spec import Params
-from puzzle_jax.tasks import DISTANCE_BUCKETS, EFFORTS, TASKS, Chat
+from puzzle_jax.tasks import DISTANCE_BUCKETS, EFFORTS, Chat, worked_task
 from puzzle_jax.train.pretrain.habits import CHECK
 
 _TEMPERATURES = {"greedy": 0.0, "sampled": 1.0}
 
 
 def measure(
-    params: Params, config: ModelConfig, chat: Chat, tasks: Sequence[str], per_task: int, seed: int = 0
+    params: Params,
+    config: ModelConfig,
+    chat: Chat,
+    tasks: Sequence[str],
+    per_task: int,
+    seed: int = 0,
+    max_tokens: Mapping[str, int] = MAX_TOKENS,
 ) -> dict[str, Any]:
     """Accuracies on `per_task` held-out problems of each task at each effort.
 
@@ -39,11 +45,11 @@ def measure(
     report: dict[str, Any] = {}
     by_effort: dict[str, list[Trace]] = {}
     for name, temperature in _TEMPERATURES.items():
-        answers = answer_questions(params, config, chat, questions, max_tokens=MAX_TOKENS, temperature=temperature)
+        answers = answer_questions(params, config, chat, questions, max_tokens=max_tokens, temperature=temperature)
         by_effort = {effort: [answer for answer in answers if answer.effort == effort] for effort in EFFORTS}
         report[name] = {effort: _by_task(found, chat) for effort, found in by_effort.items()}
     report["by_level"] = {
-        effort: {task: by_level([a for a in found if a.task == task], TASKS[task].level) for task in tasks}
+        effort: {task: by_level([a for a in found if a.task == task], worked_task(task).level) for task in tasks}
         for effort, found in by_effort.items()
     }
     if "recall" in tasks:

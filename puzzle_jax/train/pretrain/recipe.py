@@ -11,8 +11,9 @@ from pathlib import Path
 
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.convert_hf.table import Form, smallest_form
-from puzzle_jax.errors import MOST_SEED, MOST_TIMES, ConfigError, check_choice, check_range, shown
-from puzzle_jax.tasks import TASKS, check_effort
+from puzzle_jax.errors import MOST_SEED, MOST_TIMES, MOST_TOKENS, ConfigError, check_choice, check_range, shown
+from puzzle_jax.evaluate.settings import BY_EFFORT, MAX_TOKENS
+from puzzle_jax.tasks import check_effort, worked_task
 from puzzle_jax.tasks.chat.embedded import EMBEDDED
 from puzzle_jax.train.loop import LoopSettings
 from puzzle_jax.train.optimizer import OptimizerSettings, decay_steps, make_schedule
@@ -53,6 +54,7 @@ class PretrainRecipe:
       embedding_scale: standard deviation of the embedding at the start.
       residual_scale: factor on the projections that write to the residual stream at the start.
       held_out: number of problems per task and effort on which accuracy is measured at the end.
+      max_tokens: longest answer measured at each effort; efforts that are missing have the embedded parent's limit.
       optimizer, loop: settings of the optimiser and of the training loop. With the schedule "wsd", training does not
         depend on the length of the run until the rate falls; while it falls (with other schedules: after the warmup),
         experts that are exported as MXFP4 are rounded to it in every forward pass.
@@ -69,6 +71,7 @@ class PretrainRecipe:
     embedding_scale: float = 0.7
     residual_scale: float = 0.3
     held_out: int = 128
+    max_tokens: Mapping[str, int] = field(default_factory=lambda: dict(MAX_TOKENS), metadata=BY_EFFORT)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     loop: LoopSettings = field(default_factory=LoopSettings)
     seed: int = 0
@@ -76,7 +79,7 @@ class PretrainRecipe:
     def __post_init__(self) -> None:
         check_choice("model.variant.family", self.model.variant.family, EMBEDDED)  # which have an embedded chat
         for task in self.tasks:
-            check_choice("task", task, TASKS)  # which have worked traces
+            worked_task(task)
         for effort in self.efforts:
             check_effort(effort)
         for name in ("tasks", "efforts"):
@@ -85,6 +88,9 @@ class PretrainRecipe:
             for kind, weight in getattr(self, name).items():
                 check_range(f"{name}.{kind}", weight, 0, above=True)
         check_range("held_out", self.held_out, 1, MOST_TIMES)
+        for effort, limit in self.max_tokens.items():
+            check_range(f"max_tokens.{check_effort(effort)}", limit, 1, MOST_TOKENS)
+        object.__setattr__(self, "max_tokens", {**MAX_TOKENS, **self.max_tokens})
         check_range("seed", self.seed, 0, MOST_SEED)
         check_range("balance", self.balance, 0)
         for name in ("embedding_scale", "residual_scale"):

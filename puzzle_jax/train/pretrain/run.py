@@ -27,7 +27,7 @@ from puzzle_jax.convert_hf.export import save_checkpoint
 from puzzle_jax.files import read_object
 from puzzle_jax.model.spec import Params, init_params
 from puzzle_jax.runs import METRICS_FILE, open_run, read_metrics
-from puzzle_jax.tasks import TASKS, Chat
+from puzzle_jax.tasks import Chat, worked_task
 from puzzle_jax.tasks.chat.embedded import chat_files, embedded_chat, token_ids
 from puzzle_jax.train.fake_quant import is_expert_matrix, round_to_mxfp4
 from puzzle_jax.train.loop import Job, Trained, train
@@ -67,7 +67,7 @@ def pretrain(recipe: PretrainRecipe, console: Console) -> Trained:
 def pretraining_job(recipe: PretrainRecipe, chat: Chat) -> Job:
     """The job that the training loop runs."""
     optimizer = make_optimizer(recipe.optimizer, recipe.loop.steps)
-    tasks = [(TASKS[name], weight) for name, weight in recipe.tasks.items()]
+    tasks = [(worked_task(name), weight) for name, weight in recipe.tasks.items()]
     efforts = list(recipe.efforts.items())
     return Job(
         initial=lambda: init_state(initial_params(recipe), optimizer, jax.random.key(recipe.seed)),
@@ -113,7 +113,7 @@ def export(recipe: PretrainRecipe, params: Params, chat: Chat, console: Console)
             round(float(np.mean([line[f"{EFFECTIVE_EXPERTS}{layer}"] for line in lines])), 2)
             for layer in range(recipe.model.num_layers)
         ],
-        **measure(params, recipe.model, chat, tuple(recipe.tasks), recipe.held_out),
+        **measure(params, recipe.model, chat, tuple(recipe.tasks), recipe.held_out, max_tokens=recipe.max_tokens),
     }
     family = recipe.model.variant.family
     save_checkpoint(
