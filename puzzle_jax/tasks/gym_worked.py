@@ -4,11 +4,11 @@ Problems, answers and scores are the library's own (`puzzle_jax.tasks.gym`), at 
 steps are ours. An eighth of the problems, by a hash of their prompt, is held out from pretraining, and only those are
 drawn for anything else. Families:
 
-    leg_counting     4 crabs, 7 humans: `4*10=40>40`, `7*2=14>54`; medium: the running totals
-    letter_counting  of "e" in "be red": `be1`, `red2`; medium: the running counts
+    letter_counting  of "e" in "be red ere": `be1>1`, `red1>2`, `ere2>4`; medium: `b1`, `r2`, `e4`
     spell_backward   kreng: `1k`, `2r`, `3e`, `4n`, `5g`; medium: the letters
 
-Left out: `slip`s of spelling, whose steps compute nothing.
+What a step begins with says which part of the prompt it reads: a small model finds a place by what stands there, hardly
+by counting. Left out: `slip`s of spelling, whose steps compute nothing.
 """
 
 from __future__ import annotations
@@ -23,28 +23,12 @@ from puzzle_jax.tasks.base import Problem, Slip, Work, check_effort, no_slip
 from puzzle_jax.tasks.gym import GymTask, dataset, problem_of
 
 
-def _legs(entry: Mapping[str, Any], effort: str, slip: Slip) -> Work:
-    total, steps = 0, []
-    for animal, number in entry["metadata"]["animals"].items():
-        legs = _legs_of(animal)
-        own = max(slip(f"{number}*{legs}", number * legs), 0)
-        total = max(slip(f"{total}+{own}", total + own), 0)
-        steps.append(str(total) if effort == "medium" else f"{number}*{legs}={own}>{total}")
-    return Work(tuple(steps), str(total))
-
-
-def _legs_of(animal: str) -> int:
-    from reasoning_gym.arithmetic.leg_counting import ANIMALS
-
-    return ANIMALS[animal]
-
-
 def _letters(entry: Mapping[str, Any], effort: str, slip: Slip) -> Work:
     letter, total, steps = entry["metadata"]["target_letter"], 0, []
     for word in entry["metadata"]["span"]:
         own = word.lower().count(letter)
         total = max(slip(f"{total}+{own}", total + own), 0)
-        steps.append(str(total) if effort == "medium" else f"{word}{total}")
+        steps.append(f"{word[0]}{total}" if effort == "medium" else f"{word}{own}>{total}")
     return Work(tuple(steps), str(total))
 
 
@@ -70,7 +54,6 @@ class _Steps:
 
 
 _FAMILIES: Mapping[str, _Steps] = MappingProxyType({
-    "leg_counting": _Steps("animals", lambda metadata: metadata["num_animals"], _legs),
     "letter_counting": _Steps("words", lambda metadata: metadata["span_length"], _letters),
     "spell_backward": _Steps("letters", lambda metadata: metadata["word_len"], _spelling),
 })  # fmt: skip

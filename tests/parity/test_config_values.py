@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 from typing import Any, cast
@@ -13,14 +12,12 @@ import pytest
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.convert_hf.configuration.config_json import write_config
 from puzzle_jax.convert_hf.configuration.layers import FULL, SLIDING
-from puzzle_jax.convert_hf.describe import read_config
-from puzzle_jax.errors import CheckpointError
 from puzzle_jax.model.rope import inverse_frequencies
+from tests.parity.config_family import ABSENT, ConfigFamily
 from tests.support import small_config
 
 pytestmark = pytest.mark.parity
 
-ABSENT = object()
 BASE = write_config(small_config(), {})
 YARN = BASE["rope_scaling"]
 
@@ -30,8 +27,6 @@ def without(*names: str) -> dict[str, Any]:
 
 
 ORIGINAL = "original_max_position_embeddings"
-CLOSE = ("frequencies", "magnitude")
-"""Values that transformers computes in float32."""
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "as it is": {},
@@ -142,17 +137,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def written(directory: Path, *changes: dict[str, Any]) -> Path:
-    """A directory with a config.json; later changes override earlier ones."""
-    directory.mkdir()
-    data = dict(BASE)
-    for change in changes:
-        data |= change
-    kept = {name: value for name, value in data.items() if value is not ABSENT}
-    (directory / "config.json").write_text(json.dumps(kept))
-    return directory
-
-
 def theirs(directory: Path) -> dict[str, Any] | None:
     """The values that transformers reads, or None where it fails to load the configuration."""
     from transformers import AutoConfig
@@ -202,46 +186,18 @@ def ours(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def check(directory: Path) -> bool:
-    """Returns whether it is read; fails where it is read as another model than transformers reads."""
-    try:
-        config = read_config(directory)
-    except CheckpointError as error:
-        assert str(error).startswith(f"{directory}/config.json: ") and "\n" not in str(error)
-        return False
-    expected = theirs(directory)
-    if expected is None:
-        return True
-    found = ours(config)
-    for name, value in expected.items():
-        if name in CLOSE:
-            np.testing.assert_allclose(found[name], value, rtol=2e-6, err_msg=name)
-        else:
-            assert found[name] == value, name
-    # The exported configuration is the same model in transformers.
-    again = directory / "again"
-    again.mkdir()
-    data = json.loads((directory / "config.json").read_text())
-    (again / "config.json").write_text(json.dumps(write_config(config, data)))
-    assert read_config(again) == config
-    if json.loads((again / "config.json").read_text())["model_type"] == "gpt_oss":
-        exported = theirs(again)
-        assert exported is not None
-        np.testing.assert_allclose(exported["frequencies"], expected["frequencies"], rtol=1e-6)
-        for name in ("windows", "experts", "per_token", "sizes", "heads", "numbers"):
-            assert exported[name] == expected[name], name
-    return True
+FAMILY = ConfigFamily("gpt_oss", BASE, theirs, ours, ("theta", "factor", "original", "truncate", "betas", "kinds"))
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
 def test_a_field_is_read_as_transformers_reads_it_or_refused(tmp_path, changes):
-    check(written(tmp_path / "model", changes))
+    FAMILY.check(FAMILY.written(tmp_path / "model", changes))
 
 
 def test_two_changes_at_once(tmp_path):
     rng = random.Random(0)
     variants = list(VARIANTS.values())
-    read = sum(check(written(tmp_path / str(number), *rng.sample(variants, 2))) for number in range(300))
+    read = sum(FAMILY.check(FAMILY.written(tmp_path / str(number), *rng.sample(variants, 2))) for number in range(300))
     assert read > 30  # enough of them are compared
 
 
@@ -250,4 +206,4 @@ READ = ["as it is", "no scaling", "only parameters", "no theta", "default", "no 
 
 @pytest.mark.parametrize("name", READ)
 def test_what_transformers_reads_without_doubt_is_read(tmp_path, name):
-    assert check(written(tmp_path / "model", VARIANTS[name]))
+    assert FAMILY.check(FAMILY.written(tmp_path / "model", VARIANTS[name]))

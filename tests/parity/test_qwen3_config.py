@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import pytest
 
 from puzzle_jax.config import ModelConfig
 from puzzle_jax.convert_hf.configuration.config_json import write_config
-from puzzle_jax.convert_hf.describe import read_config
-from puzzle_jax.errors import CheckpointError
 from puzzle_jax.model.rope import inverse_frequencies
 from tests.convert_hf.qwen import qwen_config
-from tests.parity.test_config_values import ABSENT, YARN
+from tests.parity.config_family import ABSENT, ConfigFamily
 from tests.parity.test_config_values import VARIANTS as ROTARY
+from tests.parity.test_config_values import YARN
 
 pytestmark = pytest.mark.parity
 
@@ -54,15 +51,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "YaRN": {"rope_scaling": YARN},
     "eps a whole number": {"rms_norm_eps": 1},
 }
-
-
-def written(directory: Path, *changes: dict[str, Any]) -> Path:
-    """A directory with a config.json; later changes override earlier ones."""
-    directory.mkdir()
-    data = {name: value for change in (BASE, *changes) for name, value in change.items()}
-    kept = {name: value for name, value in data.items() if value is not ABSENT}
-    (directory / "config.json").write_text(json.dumps(kept))
-    return directory
 
 
 def theirs(directory: Path) -> dict[str, Any] | None:
@@ -106,47 +94,18 @@ def ours(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def compare(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    for name, value in expected.items():
-        if name in ("frequencies", "magnitude"):  # in float32 there
-            np.testing.assert_allclose(found[name], value, rtol=2e-6, err_msg=name)
-        else:
-            assert found[name] == value, name
-
-
-def check(directory: Path) -> bool:
-    """Returns whether it is read; fails where it is read as another model than transformers reads."""
-    try:
-        config = read_config(directory)
-    except CheckpointError as error:
-        assert str(error).startswith(f"{directory}/config.json: ") and "\n" not in str(error)
-        return False
-    expected = theirs(directory)
-    if expected is None:
-        return True
-    compare(ours(config), expected)
-    # The exported configuration is the same model in transformers.
-    again = directory / "again"
-    again.mkdir()
-    data = json.loads((directory / "config.json").read_text())
-    (again / "config.json").write_text(json.dumps(write_config(config, data)))
-    assert read_config(again) == config
-    if json.loads((again / "config.json").read_text())["model_type"] == "qwen3_moe":
-        exported = theirs(again)
-        assert exported is not None
-        compare(exported, expected)
-    return True
+FAMILY = ConfigFamily("qwen3_moe", BASE, theirs, ours)
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
 def test_a_field_is_read_as_transformers_reads_it_or_refused(tmp_path, changes):
-    check(written(tmp_path / "model", changes))
+    FAMILY.check(FAMILY.written(tmp_path / "model", changes))
 
 
 def test_two_changes_at_once(tmp_path):
     rng = random.Random(0)
     variants = list(VARIANTS.values())
-    read = sum(check(written(tmp_path / str(number), *rng.sample(variants, 2))) for number in range(200))
+    read = sum(FAMILY.check(FAMILY.written(tmp_path / str(number), *rng.sample(variants, 2))) for number in range(200))
     assert read > 30  # enough of them are compared
 
 
@@ -158,4 +117,4 @@ READ = [
 
 @pytest.mark.parametrize("name", READ)
 def test_what_transformers_reads_without_doubt_is_read(tmp_path, name):
-    assert check(written(tmp_path / "model", VARIANTS[name]))
+    assert FAMILY.check(FAMILY.written(tmp_path / "model", VARIANTS[name]))

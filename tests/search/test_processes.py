@@ -25,6 +25,8 @@ from tests.processes.start import ended, running
 from tests.search.toy_search import SETTINGS, TIMELESS, save_parent
 from tests.support import chat_config
 
+pytestmark = pytest.mark.once  # `tests.processes` asks the runtime of processes on all versions
+
 PROGRAM = "puzzle search"
 SLOW = pytest.mark.slow
 OWN_DEVICES = 2
@@ -129,7 +131,6 @@ MOMENTS = {"trace": ".traces.kept-*/calibration.jsonl", "score": SCORE_TABLE}
 DIRECTORIES = ("traces", "rank", "refine_costs", "score", "solve", "refine", "child", "evaluate", "report")
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(
     ("stage", "lost"),
     [each if each in (("trace", 0), ("score", 1)) else pytest.param(*each, marks=SLOW) for each in LOST],

@@ -50,18 +50,15 @@ def test_only_problems_that_pretraining_never_saw_are_drawn(family):
 
 
 def test_steps_of_each_family():
-    legs, letters, spelling = (WorkedGymTask(family) for family in WORKED_GYM)
-    animals = problem("leg_counting", animals={"crab": 4, "human": 7, "sea slug": 3})
-    assert legs.work(animals, "high") == Work(("4*10=40>40", "7*2=14>54", "3*0=0>54"), "54")
-    assert legs.work(animals, "medium") == Work(("40", "54", "54"), "54")
-    computed = {}
-    slipped = legs.work(animals, "high", lambda what, result: computed.setdefault(what, result) and result + 1)
-    assert slipped == Work(("4*10=41>42", "7*2=15>58", "3*0=0>59"), "59")
-    assert computed == {"4*10": 40, "0+41": 41, "7*2": 14, "42+15": 57, "3*0": 0, "58+0": 58}
+    letters, spelling = (WorkedGymTask(family) for family in WORKED_GYM)
     words = problem("letter_counting", target_letter="e", span=["Be", "red", "Ere", "so"])
-    assert letters.work(words, "high") == Work(("Be1", "red2", "Ere4", "so4"), "4")
-    assert letters.work(words, "medium") == Work(("1", "2", "4", "4"), "4")
-    assert letters.work(words, "medium", lambda _, result: result - 1) == Work(("0", "0", "1", "0"), "0")
+    assert letters.work(words, "high") == Work(("Be1>1", "red1>2", "Ere2>4", "so0>4"), "4")
+    assert letters.work(words, "medium") == Work(("B1", "r2", "E4", "s4"), "4")
+    assert letters.work(words, "medium", lambda _, result: result - 1) == Work(("B0", "r0", "E1", "s0"), "0")
+    computed = {}
+    slipped = letters.work(words, "high", lambda what, result: computed.setdefault(what, result) and result + 1)
+    assert slipped == Work(("Be1>2", "red1>4", "Ere2>7", "so0>8"), "8")
+    assert computed == {"0+1": 1, "2+1": 3, "4+2": 6, "7+0": 7}
     word = problem("spell_backward", word="kreng")
     assert spelling.work(word, "high") == Work(("1k", "2r", "3e", "4n", "5g"), "gnerk")
     assert spelling.work(word, "medium", lambda _, result: result + 1) == Work(("k", "r", "e", "n", "g"), "gnerk")
@@ -70,5 +67,5 @@ def test_steps_of_each_family():
 def test_families_without_worked_solutions_are_refused():
     with pytest.raises(ConfigError, match="task reasoning-gym:sudoku has no worked solutions; these have: chain, add"):
         worked_task("reasoning-gym:sudoku")
-    with pytest.raises(ConfigError, match="reasoning-gym:sudoku has no worked solutions; leg_counting, letter_"):
+    with pytest.raises(ConfigError, match="reasoning-gym:sudoku has no worked solutions; letter_counting, spell_"):
         WorkedGymTask("sudoku")

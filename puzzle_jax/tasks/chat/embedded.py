@@ -1,14 +1,16 @@
 """The tokenizers and chat templates of the small embedded parents: characters, in the format of a family.
 
 There is one token per printable ASCII character and newline, one per word of the chat format (so that its overhead is
-small), and one per control token. Decoding is exact: the text comes back as it went in. Both templates render the
-effort as a system message, from which a parent learns it: gpt-oss's do so too; Qwen3's have no efforts.
+small), in ChatML also one per phrase that prompts of two reasoning-gym families have in common (a third to a half of
+their characters), and one per control token. Decoding is exact: the text comes back as it went in. Both templates
+render the effort as a system message, from which a parent learns it: gpt-oss's do so too; Qwen3's have no efforts.
 Left out: merges (a parent of a million parameters reads characters), characters outside ASCII (one unknown token).
 """
 
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -81,7 +83,12 @@ HARMONY = EmbeddedFormat(
 CHATML = EmbeddedFormat(
     special=(_PAD, "<|im_start|>", "<|im_end|>", _UNKNOWN),
     added=("<think>", "</think>"),
-    words=("Reasoning: ", "assistant", "system", "medium", "user", "high", "low"),
+    words=(
+        *("Reasoning: ", "assistant", "system", "medium", "user", "high", "low"),
+        'How many times does the letter "',
+        '" appear in the text: "',
+        "Spell this word backward (example: sun -> nus): ",
+    ),
     ends=("<|im_end|>", _PAD),
     template="""\
 {%- if reasoning_effort is not defined %}
@@ -112,7 +119,8 @@ def build_tokenizer(family: str = GPT_OSS.family) -> tokenizers.Tokenizer:
     form = EMBEDDED[family]
     vocabulary = {token: index for index, token in enumerate(form.tokens)}
     tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=_UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("|".join((*form.words, r"[\s\S]"))), behavior="isolated")
+    pattern = Regex("|".join((*map(re.escape, form.words), r"[\s\S]")))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(pattern, behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in form.special])
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in form.added])

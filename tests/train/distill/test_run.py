@@ -1,10 +1,6 @@
 """Distillation from directories to a trained child: its outputs, interrupted or not, in one process or two."""
 
-import os
-import random
 import shutil
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -53,6 +49,7 @@ from tests.train.distill.toy_distill import (
     stored,
 )
 from tests.train.in_processes import in_processes
+from tests.train.interrupted import stop_and_kill
 
 QUIET = Console(quiet=True)
 
@@ -173,24 +170,8 @@ def same(out: Path, other: Path) -> None:
 @pytest.mark.once
 @pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_a_run_that_is_stopped_and_killed_ends_with_the_same_bits(directory, finished, tmp_path, kills):
-    out, source = tmp_path / "run", random.Random(kills)
-    command = [sys.executable, "-m", "tests.train.interrupted"]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-
-    def interrupted(*moment: object) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [*command, *map(str, moment), "distill", *arguments(directory, out)],
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-
-    stopped = interrupted("SIGTERM", 2, 0)
-    assert stopped.returncode == 0, stopped.stderr
-    assert "stopped at step 3 of 6; the same command goes on" in stopped.stdout + stopped.stderr
-    assert [line["step"] for line in metrics(out)] == [1, 2, 3] and not (out / "child").exists()
-    for _ in range(kills):
-        interrupted("SIGKILL", source.randint(3, 6), source.uniform(0, 0.5))
+    out = tmp_path / "run"
+    stop_and_kill(["distill", *arguments(directory, out)], out, 6, kills)
     assert main(["distill", *arguments(directory, out)]) == 0
     same(out, finished)
 

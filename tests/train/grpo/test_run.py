@@ -2,11 +2,7 @@
 
 import io
 import json
-import os
-import random
 import shutil
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -35,6 +31,7 @@ from puzzle_jax.train.step import TrainState
 from tests.support import present, printed
 from tests.train.grpo.toy_grpo import BLOCKS, KEPT, RIGHT, arguments, make, metrics, record, stored, write_prompts
 from tests.train.in_processes import in_processes
+from tests.train.interrupted import stop_and_kill
 
 GROUP, PROMPTS, STEPS = 6, 4, 5
 
@@ -225,24 +222,8 @@ def test_the_state_of_the_data_is_what_steps_have_told(finished):
 @pytest.mark.once
 @pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_run_that_is_stopped_and_killed_ends_with_the_same_bits(directory, finished, tmp_path, kills):
-    out, source = tmp_path / "run", random.Random(kills)
-    command = [sys.executable, "-m", "tests.train.interrupted"]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-
-    def interrupted(*moment: object) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [*command, *map(str, moment), "grpo", *arguments(directory, out)],
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-
-    stopped = interrupted("SIGTERM", 2, 0)
-    assert stopped.returncode == 0, stopped.stderr
-    assert "stopped at step 3 of 5; the same command goes on" in stopped.stdout + stopped.stderr
-    assert [line["step"] for line in metrics(out)] == [1, 2, 3] and not (out / "child").exists()
-    for _ in range(kills):
-        interrupted("SIGKILL", source.randint(4, 5), source.uniform(0, 0.5))
+    out = tmp_path / "run"
+    stop_and_kill(["grpo", *arguments(directory, out)], out, 5, kills)
     # As if a process had written transcripts of steps that it did not live to save.
     (out / "transcripts" / "step-000005.html").write_text("of another process")
     (out / "transcripts" / "notes.txt").write_text("mine")
