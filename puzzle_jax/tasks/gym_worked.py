@@ -4,11 +4,12 @@ Problems, answers and scores are the library's own (`puzzle_jax.tasks.gym`), at 
 steps are ours. An eighth of the problems, by a hash of their prompt, is held out from pretraining, and only those are
 drawn for anything else. Families:
 
-    letter_counting  of "e" in "be red ere": `be1>1`, `red1>2`, `ere2>4`; medium: `b1`, `r2`, `e4`
+    letter_counting  of "e" in "be red ere": `be1`, `re2d`, `e3re4`; medium: `b1`, `r2`, `e4`
     spell_backward   kreng: `1k`, `2r`, `3e`, `4n`, `5g`; medium: the letters
 
 What a step begins with says which part of the prompt it reads: a small model finds a place by what stands there, hardly
-by counting. Left out: `slip`s of spelling, whose steps compute nothing.
+by counting. A running count stands behind each letter that is counted, where one comparison decides.
+Left out: `slip`s of spelling, whose steps compute nothing.
 """
 
 from __future__ import annotations
@@ -26,9 +27,13 @@ from puzzle_jax.tasks.gym import GymTask, dataset, problem_of
 def _letters(entry: Mapping[str, Any], effort: str, slip: Slip) -> Work:
     letter, total, steps = entry["metadata"]["target_letter"], 0, []
     for word in entry["metadata"]["span"]:
-        own = word.lower().count(letter)
-        total = max(slip(f"{total}+{own}", total + own), 0)
-        steps.append(f"{word[0]}{total}" if effort == "medium" else f"{word}{own}>{total}")
+        counted = ""
+        for character in word:
+            counted += character
+            if character.lower() == letter:
+                total = max(slip(f"{total}+1", total + 1), 0)
+                counted += str(total)
+        steps.append(f"{word[0]}{total}" if effort == "medium" else counted)
     return Work(tuple(steps), str(total))
 
 
