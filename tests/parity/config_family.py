@@ -1,4 +1,4 @@
-"""What tests of a family's config.json share: they write one, read it here and in transformers, and write it again."""
+"""A family's config.json, read here and in transformers, written again, and compared: shared by the families' tests."""
 
 from __future__ import annotations
 
@@ -28,14 +28,12 @@ class ConfigFamily:
       base: a whole config.json.
       theirs: the values that transformers reads in a directory, or None where it fails to load the configuration.
       ours: the same values of a configuration that was read here.
-      spellings: values that an exported config.json may give in another way.
     """
 
     model_type: str
     base: Mapping[str, Any]
     theirs: Callable[[Path], dict[str, Any] | None]
     ours: Callable[[ModelConfig], dict[str, Any]]
-    spellings: tuple[str, ...] = ()
 
     def written(self, directory: Path, *changes: Mapping[str, Any]) -> Path:
         """A directory with a config.json; later changes override earlier ones, and `ABSENT` leaves a field out."""
@@ -65,7 +63,7 @@ class ConfigFamily:
         if written["model_type"] == self.model_type:
             exported = self.theirs(again)
             assert exported is not None
-            _compare(exported, {name: value for name, value in expected.items() if name not in self.spellings})
+            _compare(exported, expected)
         return True
 
 

@@ -27,8 +27,6 @@ from puzzle_jax.status.__main__ import main as status
 from tests.run.toy_road import arguments, parent_and_prompts, run_it, settings, summary
 from tests.waiting import HANG
 
-pytestmark = pytest.mark.once  # of the order of stages and their files; each stage's own tests run on all versions
-
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
@@ -212,6 +210,7 @@ def _kill_and_finish(root: Path, finished: Path, run: Path, seed: int, missing: 
     assert run_it(root, run) == 0
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("seeds", "missing"),
     # Two stages suffice to cross from one to the next; those after them are skipped if these end in the same files.
@@ -226,6 +225,7 @@ def test_a_killed_run_ends_in_the_same_files(finished, root, tmp_path, seeds, mi
         assert content(run) == wanted
 
 
+@pytest.mark.once
 def test_a_changed_setting_reruns_what_follows_from_it(finished, root, capsys):
     # Tests that rewrite files of the shared run come last.
     assert run_it(root, finished, average__weights="1,0.25") == 0

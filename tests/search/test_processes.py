@@ -25,8 +25,6 @@ from tests.processes.start import ended, running
 from tests.search.toy_search import SETTINGS, TIMELESS, save_parent
 from tests.support import chat_config
 
-pytestmark = pytest.mark.once  # `tests.processes` asks the runtime of processes on all versions
-
 PROGRAM = "puzzle search"
 SLOW = pytest.mark.slow
 OWN_DEVICES = 2
@@ -131,6 +129,7 @@ MOMENTS = {"trace": ".traces.kept-*/calibration.jsonl", "score": SCORE_TABLE}
 DIRECTORIES = ("traces", "rank", "refine_costs", "score", "solve", "refine", "child", "evaluate", "report")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("stage", "lost"),
     [each if each in (("trace", 0), ("score", 1)) else pytest.param(*each, marks=SLOW) for each in LOST],
@@ -174,6 +173,7 @@ def test_a_search_that_loses_a_process_ends_in_a_sentence_and_one_process_goes_o
         assert list(read_traces(run / f"traces/{name}.parquet")) == list(read_traces(alone / f"traces/{name}.parquet"))
 
 
+@pytest.mark.once
 def test_several_processes_go_on_from_the_scores_of_one(alone, parents, tmp_path):
     """With the table of one process, several have nothing left to score and write the same file."""
     run = tmp_path / "run"
@@ -210,6 +210,7 @@ def test_what_the_mesh_does_not_divide_is_said_once():
     ]
 
 
+@pytest.mark.once
 def test_other_parents_of_equal_size_and_other_settings_are_refused_by_all(parents, tmp_path):
     run = tmp_path / "run"
     with running(command(parents[0], run), command(parents[1], run, "--score.per_call", "4")) as processes:
@@ -223,6 +224,7 @@ def test_other_parents_of_equal_size_and_other_settings_are_refused_by_all(paren
     assert not run.exists()
 
 
+@pytest.mark.once
 def test_a_copy_of_the_parent_is_the_parent_and_a_missing_one_is_refused_by_all(parents, tmp_path):
     copy, run = tmp_path / "copy", tmp_path / "run"
     shutil.copytree(parents[0], copy)

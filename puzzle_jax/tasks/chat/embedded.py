@@ -1,9 +1,10 @@
 """The tokenizers and chat templates of the small embedded parents: characters, in the format of a family.
 
 There is one token per printable ASCII character and newline, one per word of the chat format (so that its overhead is
-small), in ChatML also one per phrase that prompts of two reasoning-gym families have in common (a third to a half of
-their characters), and one per control token. Decoding is exact: the text comes back as it went in. Both templates
-render the effort as a system message, from which a parent learns it: gpt-oss's do so too; Qwen3's have no efforts.
+small), in ChatML also one per phrase that all prompts of a reasoning-gym family share (half of the characters of
+letter_counting's prompts, five sixths of spell_backward's), and one per control token. Decoding is exact: the text
+comes back as it went in. Both templates render the effort as a system message, from which a parent learns it: gpt-oss's
+do so too; Qwen3's have no efforts.
 Left out: merges (a parent of a million parameters reads characters), characters outside ASCII (one unknown token).
 """
 

@@ -1,4 +1,4 @@
-"""Children of the parents of these tests, and what tests of both read and write."""
+"""Children of these tests' parents, and helpers that tests of both share."""
 
 from __future__ import annotations
 

@@ -50,6 +50,17 @@ def test_prompt_is_chatml_with_one_token_per_piece(chat):
     assert chat.decode(chat.prompt_tokens("mod 7+5")) == PROMPT_HIGH.replace("high", "medium")
 
 
+def test_phrases_of_prompts_are_one_token_each(chat):
+    spell = "Spell this word backward (example: sun -> nus): "
+    first, second = 'How many times does the letter "', '" appear in the text: "'
+    for prompt, length in ((f"{spell}kreng", 1 + 5), (f'{first}e{second}be red"?', 1 + 1 + 1 + len('be red"?'))):
+        tokens = chat.prompt_tokens(prompt, "high")
+        assert chat.decode(tokens) == PROMPT_HIGH.replace("mod 7+5", prompt)
+        assert len(tokens) == 7 + 3 + length + 2 + 3
+    other = prompt.replace("text", "word")  # what only resembles a phrase stays characters
+    assert chat.decode(chat.encode(other)) == other and len(chat.encode(other)) > len(second)
+
+
 def test_answers_think_at_every_effort(chat):
     for effort in EFFORTS:
         prompt = chat.prompt_tokens("mod 7+5", effort)
