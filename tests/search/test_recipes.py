@@ -34,6 +34,7 @@ def test_names():
         "qwen3-30b-a3b-1xh100",
         "qwen3-30b-a3b-8xh100",
         "tiny",
+        "tiny-qwen3",
     ]
     for name in recipe_names("search"):
         assert str(parse(SEARCH, ["--recipe", name]).run) == f"runs/{name}"
